@@ -1,0 +1,1 @@
+"""CSC Train: teach open models to support customers strategy by strategy."""
