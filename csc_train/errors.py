@@ -1,4 +1,7 @@
-"""The one error that users are meant to read."""
+"""The one error that users are meant to read, and the checks that configuration schemas share."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -7,3 +10,23 @@ class InputError(ValueError):
     The message is one line that names the place and says what to do; recipes print it without a traceback
     and exit with status 2.
     """
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the known name nearest to `name`, or an empty text."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise an InputError unless the configuration value `value` of `key` is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise InputError(f"{key}={value}: choose one of {', '.join(allowed)}.{suggestion(str(value), allowed)}")
+
+
+def check_range(key: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raise an InputError unless the configuration value `value` of `key` lies in [low, high]."""
+    if not low <= value <= high:
+        bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+        raise InputError(f"{key}={value}: must be {bounds}")

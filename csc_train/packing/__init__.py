@@ -1,0 +1,1 @@
+"""Encoded dialogues to packs of at most `max_length` tokens, and packs to batches."""
