@@ -1,0 +1,1 @@
+"""Packs to a checkpoint: tokenizer, model, adapter, trainer."""

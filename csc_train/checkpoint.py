@@ -1,0 +1,95 @@
+"""The hand-off between training and evaluation: a Hugging Face model directory with a manifest of its origin."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from csc_train.errors import InputError
+from csc_train.files import atomic_path, digest, read_json, write_json
+
+MANIFEST = "csc_manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint was made of. Hashes are SHA-256 (hex)."""
+
+    base_model: str
+    """Hub id or path of the weights that training started from; a relative path is relative to the checkpoint."""
+    base_revision: str | None
+    chat_template: str
+    """Name of the chat template."""
+    mode: str
+    language: str
+    template_hash: str
+    tokenizer_hash: str
+    strategies: list[str]
+    """The labels of the taxonomy, in order."""
+    data_hash: str
+    """Of the training dialogues."""
+    config: dict[str, Any]
+    """The resolved configuration of the training run."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Commit, whether the tree had changes, package versions."""
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of what decides a tokenizer's ids: vocabulary, merges, normalisation, added tokens."""
+    return digest(tokenizer.backend_tokenizer.to_str().encode())
+
+
+def save_checkpoint(
+    directory: str | os.PathLike, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manifest: Manifest
+) -> None:
+    """Write a directory that plain `from_pretrained` loads, with the tokenizer, its chat template and the manifest.
+
+    The directory is whole or not there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with atomic_path(directory) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / MANIFEST, asdict(manifest))
+
+
+def read_manifest(directory: str | os.PathLike) -> Manifest:
+    """Read the manifest of a checkpoint.
+
+    Raises:
+        InputError: the directory does not exist or is no checkpoint of this project.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such checkpoint directory")
+    if not (directory / MANIFEST).is_file():
+        raise InputError(f"{directory}: no {MANIFEST}, so not a checkpoint that recipes/sft.py wrote")
+    try:
+        return Manifest(**read_json(directory / MANIFEST))
+    except TypeError as error:
+        raise InputError(f"{directory / MANIFEST}: {error}") from error
+
+
+def check_manifest(directory: str | os.PathLike, manifest: Manifest, template_hash: str, tokenizer: str) -> None:
+    """Refuse a checkpoint whose template or tokenizer is not the one it was trained with.
+
+    Args:
+        template_hash: of the template that would be used now.
+        tokenizer: hash of the tokenizer that would be used now (see `tokenizer_hash`).
+
+    Raises:
+        InputError: a hash differs; names both.
+    """
+    for what, trained, now in (
+        ("template", manifest.template_hash, template_hash),
+        ("tokenizer", manifest.tokenizer_hash, tokenizer),
+    ):
+        if trained != now:
+            raise InputError(
+                f"{directory}: the {what} is not the one the checkpoint was trained with "
+                f"(trained {trained[:12]}, now {now[:12]})"
+            )

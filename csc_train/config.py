@@ -1,0 +1,147 @@
+"""Composed, typed configuration: a schema per recipe, made of its owners' schemas, and errors with a remedy."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from csc_train.errors import InputError, suggestion
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.packing.config import PackingConfig
+from csc_train.run import RunConfig
+from csc_train.splits import DataConfig
+from csc_train.template.config import TemplateConfig
+from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+@dataclass
+class SftRecipe:
+    """Configuration of recipes/sft.py."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(init="random", tokenizer="train"))
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
+class EvaluateRecipe:
+    """Configuration of recipes/evaluate.py."""
+
+    checkpoint: str = MISSING
+    """The checkpoint directory to evaluate."""
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
+class WriteSampleRecipe:
+    """Configuration of recipes/write_sample.py."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+SCHEMAS = {"sft": SftRecipe, "evaluate": EvaluateRecipe, "write_sample": WriteSampleRecipe}
+
+
+def compose(recipe: str, overrides: list[str]) -> Any:
+    """The configuration of a recipe as an instance of its schema, every value checked.
+
+    Args:
+        recipe: a key of `SCHEMAS`; `conf/<recipe>.yaml` is its root.
+        overrides: Hydra overrides, such as `trainer.epochs=1` or `model=qwen2_5_7b`.
+
+    Raises:
+        InputError: an unknown key or group option (with the nearest known one), a wrong type, a value out of range,
+            or a required value that is missing.
+    """
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose(recipe, overrides)
+        # Hydra lets `+group.nope=1` through; merging into the bare schema does not.
+        typed = OmegaConf.merge(OmegaConf.structured(SCHEMAS[recipe]), composed)
+        missing = sorted(OmegaConf.missing_keys(typed))
+        if missing:
+            raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
+        return OmegaConf.to_object(typed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_explain(error, recipe)) from error
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """A configuration as plain values."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+
+
+def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
+    """Run a recipe's `main` on the configuration that the command line asks for.
+
+    Flags are Hydra's own (`--help`, `--cfg job`). An InputError is printed as one line, with exit status 2.
+    """
+    arguments = sys.argv[1:]
+    try:
+        if any(argument.startswith("-") for argument in arguments):
+            compose(recipe, [argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=recipe)(_refuse_flags)()
+        else:
+            main(compose(recipe, arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _refuse_flags(_: DictConfig) -> None:
+    raise InputError("only --help, --info and --cfg are taken as flags; everything else is key=value")
+
+
+def _explain(error: Exception, recipe: str) -> str:
+    """One line that says which key is wrong, and which known one is nearest."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    text = "\n".join(str(part) for part in chain)
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match.group(1).rpartition("/")
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        return f"{group}={option}: not in conf/{group}.{suggestion(option, options)} Known: {', '.join(options)}"
+    if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text):
+        full = re.search(r"full_key: (\S+)", text)
+        key = match.group(1) if "." in match.group(1) or not full else full.group(1)
+        if "not in" in text:
+            return f"unknown key {key!r} for recipe {recipe}.{suggestion(key, _known_keys(recipe))}"
+    full = re.search(r"full_key: (\S+)", text)
+    reason = str(chain[-1]).strip().splitlines()[0]
+    return f"{full.group(1)}: {reason}" if full else reason
+
+
+def _known_keys(recipe: str) -> Iterator[str]:
+    """Every key of a recipe's schema with its path, and the groups of conf/."""
+
+    def walk(node: DictConfig, prefix: str) -> Iterator[str]:
+        for key in node:
+            yield prefix + key
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none():
+                yield from walk(child, f"{prefix}{key}.")
+
+    yield from walk(OmegaConf.structured(SCHEMAS[recipe]), "")
+    yield from (path.name for path in CONF.iterdir() if path.is_dir())

@@ -1,0 +1,44 @@
+"""Reading models and tokenizers from a directory or the hub, with errors that say what to do."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.errors
+
+from csc_train.errors import InputError
+
+
+@contextlib.contextmanager
+def readable(path: str, what: str) -> Iterator[None]:
+    """Turn the failures of reading `what` ("model", "tokenizer") at `path` into an InputError of one line."""
+    local = Path(path)
+    if looks_local(path) and not local.is_dir():
+        raise InputError(f"{path}: no such model directory")
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        causes = list(_causes(error))
+        if any(isinstance(cause, huggingface_hub.errors.GatedRepoError) for cause in causes):
+            advice = "accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
+            raise InputError(f"{path} is gated: {advice}, or give a local directory") from error
+        if any(isinstance(cause, huggingface_hub.errors.RepositoryNotFoundError) for cause in causes):
+            raise InputError(f"{path}: no such model on the hub, or a private one without HF_TOKEN") from error
+        if local.is_dir():
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"{path}: the directory holds no {what} that can be read ({first})") from error
+        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        why = "HF_HUB_OFFLINE is set and the cache has no copy" if offline else "the hub cannot be reached"
+        raise InputError(f"{path}: cannot load the {what}: {why}; give a local directory, or download it") from error
+
+
+def looks_local(path: str) -> bool:
+    """Whether `path` can only be meant as a directory: it exists, or no hub id is written like it."""
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,141 @@
+"""Run directories: one per run, written by rank 0, holding all that is needed to tell what was done."""
+
+import importlib.metadata
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from csc_train.errors import InputError, check_choice
+from csc_train.files import digest, file_digest, read_json, write_json, write_text
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "hydra-core")
+EXISTING = ("refuse", "reuse", "replace")
+
+
+@dataclass
+class RunConfig:
+    """Where a run is kept."""
+
+    directory: str | None = None
+    """The run directory; runs/<recipe>-<time> where not given."""
+    existing: str = "refuse"
+    """What to do when the directory holds a run. refuse: stop. reuse: keep it if configuration, data and code are the
+    same (an unfinished run of the same is continued), else replace it. replace: start over."""
+
+    def __post_init__(self):
+        check_choice("run.existing", self.existing, EXISTING)
+
+
+class Run:
+    """A run directory.
+
+    Attributes:
+        directory: its path; the same on all ranks.
+        main: whether this process is the one that writes there.
+    """
+
+    def __init__(self, recipe: str, config: dict[str, Any]):
+        """Name the run directory; nothing is written yet.
+
+        Args:
+            recipe: name of the recipe, such as `sft`.
+            config: the resolved configuration, with its `run` section.
+
+        Raises:
+            InputError: the directory holds another run and `run.existing` is refuse.
+        """
+        self.recipe = recipe
+        self.config = config
+        self.main = processes().is_main_process
+        # Each process has its own clock: the main one's counts.
+        self.directory = Path(config["run"]["directory"] or shared(time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")))
+        self._record_path = self.directory / "run.json"
+        if config["run"]["existing"] == "refuse" and self._record_path.exists():
+            raise InputError(
+                f"{self.directory} holds a run: choose another run.directory, or run.existing=reuse|replace"
+            )
+
+    def begin(self, inputs: dict[str, str]) -> str:
+        """Open the directory for writing and record what is run.
+
+        Args:
+            inputs: hashes of what the run reads; with configuration and code they decide whether two runs are the same.
+
+        Returns:
+            "finished" or "unfinished" where `run.existing` is reuse and the directory holds this very run (then
+            nothing is rewritten), else "new".
+        """
+        return shared(self._begin(inputs) if self.main else None)
+
+    def _begin(self, inputs: dict[str, str]) -> str:
+        what = {name: value for name, value in self.config.items() if name != "run"}
+        key = digest([self.recipe, what, inputs, code_digest()])
+        if self.config["run"]["existing"] == "reuse" and self._record_path.exists():
+            earlier = read_json(self._record_path)
+            if earlier.get("key") == key:
+                return "finished" if earlier.get("finished") else "unfinished"
+        write_text(self.directory / "resolved.yaml", yaml.safe_dump(self.config, allow_unicode=True, sort_keys=False))
+        record = {"recipe": self.recipe, "key": key, "command": sys.argv, "inputs": inputs, "provenance": provenance()}
+        write_json(self._record_path, record | {"started": _now(), "finished": None})
+        return "new"
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        if self.main:
+            write_json(self._record_path, read_json(self._record_path) | {"finished": _now()})
+
+    def say(self, text: str) -> None:
+        """Print on the main process only."""
+        if self.main:
+            print(text, flush=True)
+
+
+def processes() -> PartialState:
+    """The processes that run this recipe together; the first call starts their process group."""
+    # Without `cpu` on a machine that has no GPU, processes would not find each other and train apart.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def shared(value: Any) -> Any:
+    """The main process's `value`, on every process."""
+    return broadcast_object_list([value])[0] if processes().num_processes > 1 else value
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def code_digest() -> str:
+    """SHA-256 (hex) of the package's source, templates included."""
+    root = Path(__file__).parent
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".jinja"))
+    return digest([[str(path.relative_to(root)), file_digest(path)] for path in files])
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, whether the tree has uncommitted changes, and package versions; None where they cannot be told."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except FileNotFoundError:
+        commit = changes = None
+    return {
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+        "python": sys.version.split()[0],
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }

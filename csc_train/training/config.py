@@ -1,0 +1,129 @@
+"""What a user may choose about the model, the adapter and the trainer."""
+
+from dataclasses import dataclass, field
+
+from csc_train.errors import InputError, check_choice, check_range
+from csc_train.template.config import CHAT_TEMPLATES
+
+TRAINED_TOKENIZER = "train"
+
+
+@dataclass
+class ArchitectureConfig:
+    """A decoder's dimensions, so that it can be built or planned for without its weights."""
+
+    model_type: str = "qwen2"
+    """The transformers model type: qwen2, qwen3 or llama."""
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int | None = None
+    """hidden_size / num_attention_heads where not given."""
+    vocab_size: int | None = None
+    """The tokenizer's size where not given."""
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    rope: dict[str, float | str] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    """transformers' `rope_parameters`."""
+
+
+@dataclass
+class ModelConfig:
+    """The model to start from."""
+
+    name: str = "demo_qwen2"
+    path: str | None = None
+    """A local directory or a hub id; none where init=random and the tokenizer is trained."""
+    revision: str | None = None
+    """A branch, tag or commit of the hub repository."""
+    init: str = "pretrained"
+    """pretrained: the weights at `path`. random: seeded weights of `architecture`."""
+    tokenizer: str | None = None
+    """A local directory or hub id; `path` where not given. `train`: a byte-level BPE of `tokenizer_vocab_size` is
+    trained on the training dialogues."""
+    tokenizer_vocab_size: int = 1500
+    chat_template: str = "qwen2_5"
+    attn_implementation: str = "auto"
+    """auto: flash_attention_2 on a GPU where it is installed, else sdpa. Or a name that transformers knows."""
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+
+    def __post_init__(self):
+        check_choice("model.init", self.init, ("pretrained", "random"))
+        check_choice("model.chat_template", self.chat_template, CHAT_TEMPLATES)
+        check_range("model.tokenizer_vocab_size", self.tokenizer_vocab_size, 300)
+        if self.init == "pretrained" and not self.path:
+            raise InputError("model.path is not set: give a local directory or a hub id, or model.init=random")
+        if not (self.tokenizer or self.path):
+            raise InputError("model.tokenizer is not set: give a local directory or a hub id, or `train`")
+
+
+@dataclass
+class AdapterConfig:
+    """Which weights are trained."""
+
+    kind: str = "full"
+    """full: all of them. lora: low-rank adapters, merged into the weights when the checkpoint is written."""
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+
+    def __post_init__(self):
+        check_choice("adapter.kind", self.kind, ("full", "lora"))
+        check_range("adapter.rank", self.rank, 1)
+        check_range("adapter.dropout", self.dropout, 0, 1)
+
+
+@dataclass
+class TrainerConfig:
+    """How the model is trained."""
+
+    learning_rate: float = 1e-5
+    lr_scheduler: str = "cosine"
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: float = 3.0
+    max_steps: int = -1
+    """Stop after this many optimizer steps; -1: after `epochs`."""
+    packs_per_step: int = 8
+    """Packs in the batch of one optimizer step, over all processes. Gradient accumulation follows from it."""
+    micro_batch_size: int = 1
+    """Packs in one forward pass of one process."""
+    precision: str = "auto"
+    """auto: bf16 where the GPU has it, else fp32. Or bf16, fp32."""
+    gradient_checkpointing: bool = True
+    seed: int = 0
+    log_every: int = 1
+    """Optimizer steps between log lines."""
+    save_every: float = 0.5
+    """Optimizer steps between saved states of training; below 1, a share of the run's steps."""
+    keep_states: int = 2
+    """How many saved states to keep."""
+
+    def __post_init__(self):
+        check_range("trainer.learning_rate", self.learning_rate, 0)
+        check_range("trainer.warmup_ratio", self.warmup_ratio, 0, 1)
+        check_range("trainer.epochs", self.epochs, 0)
+        check_range("trainer.packs_per_step", self.packs_per_step, 1)
+        check_range("trainer.micro_batch_size", self.micro_batch_size, 1)
+        check_range("trainer.save_every", self.save_every, 0)
+        check_choice("trainer.precision", self.precision, ("auto", "bf16", "fp32"))
+
+    def accumulation(self, processes: int) -> int:
+        """Forward passes of each process in an optimizer step.
+
+        Raises:
+            InputError: `packs_per_step` cannot be divided among `processes` x `micro_batch_size`.
+        """
+        each = self.micro_batch_size * processes
+        if self.packs_per_step % each:
+            raise InputError(
+                f"trainer.packs_per_step={self.packs_per_step} is not a multiple of trainer.micro_batch_size="
+                f"{self.micro_batch_size} x {processes} processes"
+            )
+        return self.packs_per_step // each

@@ -1,0 +1,64 @@
+"""The model to train: loaded, or built with random weights from its dimensions."""
+
+import importlib.util
+from dataclasses import asdict
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import set_seed as set_all_seeds
+
+from csc_train.errors import InputError
+from csc_train.training.config import ArchitectureConfig, ModelConfig
+from csc_train.hub import readable
+
+
+def load_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    """The model that `config` names, in `dtype`; random weights depend on `seed` alone.
+
+    Raises:
+        InputError: it cannot be found or read, is gated, or has fewer embeddings than the tokenizer has tokens.
+    """
+    options = {"dtype": dtype, "attn_implementation": attention_implementation(config.attn_implementation)}
+    if config.init == "random":
+        set_all_seeds(seed)
+        model = AutoModelForCausalLM.from_config(model_config(config.architecture, tokenizer), **options)
+    else:
+        with readable(config.path, "model"):
+            # The small file first: a gated or misspelt model is refused before gigabytes are fetched.
+            AutoConfig.from_pretrained(config.path, revision=config.revision)
+            model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, **options)
+    rows = model.get_input_embeddings().num_embeddings
+    if rows < len(tokenizer):
+        raise InputError(f"{config.name}: the model embeds {rows} tokens, the tokenizer has {len(tokenizer)}")
+    return model
+
+
+def model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
+    """The transformers configuration of an architecture; the tokenizer gives the vocabulary size where it is open."""
+    dimensions = {name: value for name, value in asdict(architecture).items() if value is not None}
+    dimensions["rope_parameters"] = dimensions.pop("rope")
+    if tokenizer is not None:
+        dimensions.setdefault("vocab_size", len(tokenizer))
+        dimensions |= {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    return AutoConfig.for_model(dimensions.pop("model_type"), **dimensions)
+
+
+def attention_implementation(name: str) -> str:
+    """The attention that `name` stands for on this machine; `auto` is resolved, other names are themselves."""
+    if name != "auto":
+        return name
+    has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash else "sdpa"
+
+
+def resolve_dtype(precision: str) -> torch.dtype:
+    """The dtype that a `TrainerConfig.precision` stands for on this machine."""
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -1,0 +1,94 @@
+"""TRL's SFTTrainer on packs of encoded dialogues."""
+
+from pathlib import Path
+
+import datasets
+import peft
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from csc_train.packing.collator import PackCollator
+from csc_train.training.config import AdapterConfig, TrainerConfig
+from csc_train.training.model import resolve_dtype
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    packs: datasets.Dataset,
+    *,
+    packed: bool,
+    config: TrainerConfig,
+    adapter: AdapterConfig,
+    directory: Path,
+    processes: int,
+) -> SFTTrainer:
+    """The trainer of one run.
+
+    The loss of an optimizer step is the sum over its trained tokens divided by their number, both taken over all
+    micro batches and processes, so neither changes the gradient.
+
+    Args:
+        packs: as `packing.pack_examples` returns them.
+        packed: whether a row of `packs` holds several documents.
+        directory: where states of training are saved.
+        processes: how many processes train together.
+    """
+    dtype = resolve_dtype(config.precision)
+    arguments = SFTConfig(
+        output_dir=str(directory),
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.accumulation(processes),
+        average_tokens_across_devices=True,
+        bf16=dtype is torch.bfloat16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=config.keep_states,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    joins_rows = model.config._attn_implementation.startswith("flash_attention")
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=packs,
+        data_collator=PackCollator(packed=packed, one_row=joins_rows, pad_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        peft_config=lora_config(adapter) if adapter.kind == "lora" else None,
+    )
+
+
+def lora_config(adapter: AdapterConfig) -> peft.LoraConfig:
+    """PEFT's configuration of a LoRA adapter."""
+    return peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def plain_model(trainer: SFTTrainer) -> PreTrainedModel:
+    """The trained model without its wrappers, adapters merged into the weights; the trainer is of no use afterwards."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, peft.PeftModel):
+        model = model.merge_and_unload()
+    model.config.use_cache = True
+    return model
