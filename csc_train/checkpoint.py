@@ -42,7 +42,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def save_checkpoint(
-    directory: str | os.PathLike, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manifest: Manifest
+    directory: str | os.PathLike,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str,
+    manifest: Manifest,
 ) -> None:
     """Write a directory that plain `from_pretrained` loads, with the tokenizer, its chat template and the manifest.
 
@@ -51,6 +55,7 @@ def save_checkpoint(
     Raises:
         InputError: it cannot be written.
     """
+    tokenizer.chat_template = chat_template
     with atomic_path(directory) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

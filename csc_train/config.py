@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from csc_train.errors import InputError, suggestion
 from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.metrics import MetricsConfig
 from csc_train.packing.config import PackingConfig
 from csc_train.run import RunConfig
 from csc_train.splits import DataConfig
@@ -46,6 +47,7 @@ class EvaluateRecipe:
     """The checkpoint directory to evaluate."""
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -70,21 +72,25 @@ def compose(recipe: str, overrides: list[str]) -> Any:
         InputError: an unknown key or group option (with the nearest known one), a wrong type, a value out of range,
             or a required value that is missing.
     """
-    store = ConfigStore.instance()
-    for name, schema in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=schema)
+    _register_schemas()
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose(recipe, overrides)
         # Hydra lets `+group.nope=1` through; merging into the bare schema does not.
-        typed = OmegaConf.merge(OmegaConf.structured(SCHEMAS[recipe]), composed)
+        plain = OmegaConf.create(OmegaConf.to_container(composed))
+        typed = OmegaConf.merge(OmegaConf.structured(SCHEMAS[recipe]), plain)
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
         return OmegaConf.to_object(typed)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_explain(error, recipe)) from error
+
+
+def _register_schemas() -> None:
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
 def resolved(config: Any) -> dict[str, Any]:
@@ -95,22 +101,22 @@ def resolved(config: Any) -> dict[str, Any]:
 def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
     """Run a recipe's `main` on the configuration that the command line asks for.
 
-    Flags are Hydra's own (`--help`, `--cfg job`). An InputError is printed as one line, with exit status 2.
+    Flags that only show something (`--help`, `--cfg job`, `--info`) are Hydra's own. An InputError is printed as one
+    line, with exit status 2.
     """
     arguments = sys.argv[1:]
+    flags = {argument.split("=")[0] for argument in arguments if argument.startswith("-")}
     try:
-        if any(argument.startswith("-") for argument in arguments):
-            compose(recipe, [argument for argument in arguments if "=" in argument and not argument.startswith("-")])
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=recipe)(_refuse_flags)()
+        if flags - {"--help", "-h", "--hydra-help", "--cfg", "-c", "--package", "-p", "--resolve", "--info", "-i"}:
+            raise InputError(f"{min(flags)}: the flags are --help, --cfg and --info; everything else is key=value")
+        if flags:
+            _register_schemas()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=recipe)(lambda _: None)()
         else:
             main(compose(recipe, arguments))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _refuse_flags(_: DictConfig) -> None:
-    raise InputError("only --help, --info and --cfg are taken as flags; everything else is key=value")
 
 
 def _explain(error: Exception, recipe: str) -> str:

@@ -23,6 +23,7 @@ from csc_train.strategies import Strategy, parse_strategy
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SUFFIXES = (".json", ".jsonl", ".parquet")
+SURROGATE = "lone surrogate, which UTF-8 cannot hold"
 
 
 class Speaker(Enum):
@@ -174,22 +175,22 @@ def iter_dialogues(
     seen: Counter[str] = Counter()
     for number, record in _records(path):
         report.rows += 1
-        if source is not None and isinstance(record, dict) and record.get("source", "") != source:
-            report.unselected[str(record.get("source", ""))] += 1
+        if source is not None and isinstance(record, dict) and _source(record) != source:
+            report.unselected[_source(record)] += 1
             continue
         dialogue, problems = _check(record, seen)
         if problems:
             reject = Reject(
                 str(path), number, tuple(problems), record.raw if isinstance(record, _Unreadable) else record
             )
+            report.rejects.append(reject)
             if strict:
                 raise InputError(str(reject))
-            report.rejects.append(reject)
             continue
         report.accepted += 1
         yield dialogue
     if report.accepted == 0:
-        if report.unselected and not report.rejects:
+        if report.unselected and not any(isinstance(reject.record, dict) for reject in report.rejects):
             found = ", ".join(f"{name!r} ({count})" for name, count in report.unselected.most_common())
             raise InputError(f"{path}: no row has source {source!r}; found: {found}")
         if report.rejects:
@@ -205,7 +206,9 @@ def read_dialogues(
     rejects_path: str | os.PathLike | None = None,
     say=print,
 ) -> list[Dialogue]:
-    """Read all dialogues of `path` (see `iter_dialogues`); bad rows are said, counted and kept in `rejects_path`.
+    """Read all dialogues of `path` (see `iter_dialogues`).
+
+    Unless `strict`, bad rows are said, counted and kept in `rejects_path`.
 
     Raises:
         InputError: as `iter_dialogues`.
@@ -214,7 +217,7 @@ def read_dialogues(
     try:
         return list(iter_dialogues(path, source=source, strict=strict, report=report))
     finally:
-        if report.rejects:
+        if report.rejects and not strict:
             say(report.summary())
             if rejects_path is not None:
                 report.write_rejects(rejects_path)
@@ -224,20 +227,30 @@ def read_dialogues(
 def write_dialogues(path: str | os.PathLike, dialogues: Iterable[Dialogue]) -> None:
     """Write dialogues to a `.jsonl` or `.parquet` file, whole or not at all.
 
+    Extra values that JSON does not know, such as dates, become text in JSONL. In Parquet, a column that only some rows
+    have is null in the others.
+
     Raises:
-        InputError: another suffix, or the file cannot be written.
+        InputError: another suffix, the file cannot be written, or a column's values have no common Parquet type.
     """
     path = Path(path)
     if path.suffix == ".jsonl":
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for dialogue in dialogues:
-                file.write(json.dumps(dialogue.row(), ensure_ascii=False) + "\n")
+                file.write(json.dumps(dialogue.row(), ensure_ascii=False, default=str) + "\n")
     elif path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
-        with atomic_path(path) as temporary:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([d.row() for d in dialogues]), temporary)
+        rows = [dialogue.row() for dialogue in dialogues]
+        # Arrow takes the columns from the first row alone.
+        columns = dict.fromkeys(name for row in rows for name in row)
+        try:
+            table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
+            with atomic_path(path) as temporary:
+                pyarrow.parquet.write_table(table, temporary)
+        except (pyarrow.ArrowException, OverflowError) as error:
+            raise InputError(f"cannot write {path}: {_first_line(error)}") from error
     else:
         raise InputError(f"{path}: dialogues are written as .jsonl or .parquet")
 
@@ -250,8 +263,8 @@ def _records(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
         try:
             yield from readers[file.suffix](file)
         except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    elif HUB_ID.fullmatch(str(path)):
+            raise InputError(f"cannot read {file}: {error.strerror or _first_line(error)}") from error
+    elif HUB_ID.fullmatch(str(path)) and not file.is_file():
         yield from _hub_records(str(path))
     elif file.exists():
         raise InputError(f"{file}: not a dialogue file; known are {', '.join(SUFFIXES)}")
@@ -266,6 +279,8 @@ def _json_records(file: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{file}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: broken JSON: {_first_line(error)}") from error
     if not isinstance(rows, list):
         raise InputError(f"{file}: expected a JSON list of dialogues, found {type(rows).__name__}")
     yield from enumerate(rows, start=1)
@@ -274,15 +289,23 @@ def _json_records(file: Path) -> Iterator[tuple[int, Any]]:
 def _jsonl_records(file: Path) -> Iterator[tuple[int, Any]]:
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
+            # Without its end, so that a line cut short is wrong at its last column.
+            line = line.rstrip(b"\r\n")
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                record = json.loads(line)
             except json.JSONDecodeError as error:
                 reason = f"column {error.colno}: {error.msg}"
-                yield number, _Unreadable(line.decode("utf-8", "replace"), reason)
             except UnicodeDecodeError as error:
-                yield number, _Unreadable(line.decode("utf-8", "replace"), f"not UTF-8 at byte {error.start}")
+                reason = f"not UTF-8 at byte {error.start}"
+            except (ValueError, RecursionError) as error:
+                # Python's own limits: a number of thousands of digits, nesting too deep.
+                reason = _first_line(error)
+            else:
+                yield number, record
+                continue
+            yield number, _Unreadable(line.decode("utf-8", "replace"), reason)
 
 
 def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
@@ -290,11 +313,14 @@ def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        # Opened here because Arrow words a missing file in its own way.
+        with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
             rows = (row for batch in table.iter_batches(batch_size=1000) for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{file}: not a Parquet file: {error}") from error
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{file}: not a Parquet file: {_first_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: holds a text that is not UTF-8") from error
 
 
 def _hub_records(name: str) -> Iterator[tuple[int, Any]]:
@@ -305,8 +331,19 @@ def _hub_records(name: str) -> Iterator[tuple[int, Any]]:
         rows = datasets.load_dataset(name, split="train", streaming=not datasets.config.HF_HUB_OFFLINE)
         yield from enumerate(rows, start=1)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot load data set {name} from the Hugging Face hub: {reason}") from error
+        raise InputError(f"cannot load data set {name} from the Hugging Face hub: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _source(record: dict[str, Any]) -> str:
+    return _text(record.get("source"))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def _check(record: Any, seen: Counter[str]) -> tuple[Dialogue | None, list[Problem]]:
@@ -322,20 +359,23 @@ def _check(record: Any, seen: Counter[str]) -> tuple[Dialogue | None, list[Probl
     turns = [_check_turn(number, row, problems) for number, row in enumerate(rows, start=1)]
     if not problems:
         problems += _check_order(turns)
-    for name in ("id", "source"):
-        if not isinstance(record.get(name) or "", str | int):
-            problems.append(Problem(None, name, "not a text", type(record[name]).__name__))
+    for name, value in record.items():
+        if name in ("id", "source") and not isinstance(value, str | int | None):
+            problems.append(Problem(None, name, "not a text", type(value).__name__))
+        elif name != "dialogue" and _has_surrogate(json.dumps([name, value], ensure_ascii=False, default=str)):
+            problems.append(Problem(None, ascii(name)[1:-1], SURROGATE))
     if problems:
         return None, problems
     extra = {key: value for key, value in record.items() if key not in ("id", "dialogue", "source")}
-    dialogue = Dialogue(str(record.get("id") or ""), tuple(turns), str(record.get("source") or ""), extra)
+    dialogue = Dialogue(_text(record.get("id")), tuple(turns), _source(record), extra)
     given = bool(dialogue.id)
     name = dialogue.id or dialogue.fingerprint[:16]
     seen[name] += 1
     if seen[name] > 1:
         if given:
-            return None, [Problem(None, "id", "used by an earlier row", name)]
+            return None, [Problem(None, "id", "used by an earlier row", repr(name))]
         name = f"{name}-{seen[name]}"
+        seen[name] += 1
     return Dialogue(name, dialogue.turns, dialogue.source, extra), []
 
 
@@ -355,22 +395,19 @@ def _check_turn(number: int, row: Any, problems: list[Problem]) -> Turn | None:
     elif not (text := text.strip()):
         problems.append(Problem(number, "text", "empty"))
     elif _has_surrogate(text):
-        problems.append(Problem(number, "text", "lone surrogate, which UTF-8 cannot hold"))
-    label = row.get("strategy") or ""
-    if not isinstance(label, str):
-        label = str(label)
-    label = label.strip()
+        problems.append(Problem(number, "text", SURROGATE))
+    label = _text(row.get("strategy")).strip()
     if speaker is Speaker.SUPPORTER:
         try:
             strategy = parse_strategy(label) if label else None
         except ValueError as error:
             kind = "two strategies" if str(error).startswith("more than one") else "unknown strategy"
-            problems.append(Problem(number, "strategy", kind, label))
+            problems.append(Problem(number, "strategy", kind, repr(label)))
         else:
             if strategy is None:
                 problems.append(Problem(number, "strategy", "missing on a supporter turn"))
     elif speaker is Speaker.CUSTOMER and label:
-        problems.append(Problem(number, "strategy", "given on a customer turn", label))
+        problems.append(Problem(number, "strategy", "given on a customer turn", repr(label)))
     return Turn(speaker, text, strategy) if len(problems) == before else None
 
 

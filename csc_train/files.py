@@ -17,11 +17,12 @@ from csc_train.errors import InputError
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path`, on failure it is removed.
 
-    Works for a file or a directory, whichever the caller creates at the temporary path. An existing directory at
-    `path` is replaced.
+    Works for a file or a directory, whichever the caller creates at the temporary path. An existing file is replaced
+    by a file, an existing directory by a directory.
 
     Raises:
-        InputError: the operating system refused the write (no permission, disk full, file-size limit).
+        InputError: the operating system refused the write (no permission, disk full, file-size limit, a file where
+            there is a directory).
     """
     path = Path(path)
     try:
@@ -33,9 +34,15 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         _flush_to_disk(temporary)
-        if path.is_dir() and not path.is_symlink():
-            path.rename(staging / "replaced")
-        temporary.replace(path)
+        if temporary.is_dir() and path.is_dir() and not path.is_symlink():
+            replaced = path.rename(staging / f"{path.name}.replaced")
+            try:
+                temporary.replace(path)
+            except OSError:
+                replaced.rename(path)
+                raise
+        else:
+            temporary.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -66,12 +73,14 @@ def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: the file is missing or is not JSON; names the file, line and column.
+        InputError: the file is missing, is not UTF-8 or is not JSON; names the file and the place in it.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 

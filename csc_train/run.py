@@ -104,6 +104,16 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def single_process(recipe: str) -> None:
+    """Refuse to run on several processes.
+
+    Raises:
+        InputError: the recipe was started by torchrun or accelerate with more than one process.
+    """
+    if processes().num_processes > 1:
+        raise InputError(f"recipes/{recipe}.py runs as one process: start it with python")
+
+
 def shared(value: Any) -> Any:
     """The main process's `value`, on every process."""
     return broadcast_object_list([value])[0] if processes().num_processes > 1 else value

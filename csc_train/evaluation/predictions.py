@@ -9,7 +9,7 @@ from csc_train.errors import InputError
 from csc_train.files import atomic_path
 
 CONTEXTS = ("reference", "generated")
-"""Histories a turn can be predicted from: the gold one, or the system's own earlier turns between the gold customer's."""
+"""Histories a turn is predicted from: the gold one, or the system's own earlier turns between the gold customer's."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from csc_train.dialogue import Dialogue
 from csc_train.errors import InputError
 from csc_train.hub import readable
-from csc_train.strategies import STRATEGIES
-from csc_train.template.config import LANGUAGES, MODES
-from csc_train.template.system_prompt import system_prompt
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import messages
 from csc_train.training.config import TRAINED_TOKENIZER, ModelConfig
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -99,23 +98,27 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def obtain_tokenizer(
-    config: ModelConfig, dialogues: Iterable[Dialogue], directory: Path, first: PartialState
+    config: ModelConfig, template: TemplateConfig, dialogues: Iterable[Dialogue], directory: Path, job: PartialState
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that `config` asks for: loaded, or trained on `dialogues` and kept in `directory`.
 
     Args:
-        first: the job's processes; the main one trains while the others wait.
+        job: the processes of this job; the main one trains while the others wait.
 
     Raises:
         InputError: as `load_tokenizer`.
     """
     if config.tokenizer != TRAINED_TOKENIZER:
         return load_tokenizer(config.tokenizer or config.path, None if config.tokenizer else config.revision)
-    with first.main_process_first():
-        if first.is_main_process:
-            texts = [turn.text for dialogue in dialogues for turn in dialogue.turns]
-            texts += [system_prompt(mode, language) for mode in MODES for language in LANGUAGES]
-            texts += [f"[{strategy.name(language)}]" for strategy in STRATEGIES for language in LANGUAGES]
-            family = "llama3" if config.chat_template == "llama3_1" else "qwen2"
-            train_tokenizer(texts, config.tokenizer_vocab_size, family).save_pretrained(directory)
+    if job.is_main_process:
+        family = "llama3" if config.chat_template == "llama3_1" else "qwen2"
+        # All that a rendering holds, as often as it holds it: what stands in every dialogue becomes few tokens.
+        texts = (
+            text
+            for dialogue in dialogues
+            for message in messages(dialogue.turns, template)
+            for text in (message["role"], f"[{message.get('strategy', '')}]", message["content"])
+        )
+        train_tokenizer(texts, config.tokenizer_vocab_size, family).save_pretrained(directory)
+    job.wait_for_everyone()
     return load_tokenizer(str(directory))

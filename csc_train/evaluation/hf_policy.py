@@ -1,0 +1,91 @@
+"""A local model as the system under evaluation: greedy decoding, batched over dialogues."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from csc_train.checkpoint import Manifest, check_manifest, read_manifest, tokenizer_hash
+from csc_train.dialogue import Turn
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.predict import Request, Said
+from csc_train.files import digest
+from csc_train.hub import readable
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+
+_DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class HFPolicy:
+    """Replies with a model that plain `from_pretrained` loads."""
+
+    def __init__(self, model: PreTrainedModel, template: DialogueTemplate, config: EvaluationConfig):
+        self.model = model.eval()
+        self.template = template
+        self.batch_size = config.batch_size
+        self.strategies_apply = template.config.mode == "joint"
+        stops = model.generation_config.eos_token_id
+        stops = {template.end_of_turn_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])}
+        self._stops = sorted(stops)
+        self._generation = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=self._stops,
+            pad_token_id=template.tokenizer.pad_token_id,
+        )
+
+    @torch.inference_mode()
+    def reply(self, requests: Sequence[Request]) -> list[Said]:
+        """Generate a reply to each request, greedily."""
+        prompts = [self._prompt(request) for request in requests]
+        longest = max(map(len, prompts))
+        pad = self.template.tokenizer.pad_token_id
+        # Padding on the left, so that every reply starts in the same column.
+        input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        device = self.model.device
+        output = self.model.generate(
+            input_ids.to(device), attention_mask=mask.to(device), generation_config=self._generation
+        )
+        return [self._said(prompt, ids) for prompt, ids in zip(prompts, output[:, longest:].tolist(), strict=True)]
+
+    def _prompt(self, request: Request) -> list[int]:
+        history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
+        given = request.dialogue.turns[request.turn].strategy if self.template.config.mode == "given" else None
+        return self.template.prompt_ids(history, given)
+
+    def _said(self, prompt: list[int], ids: list[int]) -> Said:
+        end = next((position for position, token in enumerate(ids) if token in self._stops), len(ids))
+        ids = ids[:end]
+        text = self.template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return Said(text, self.template.parse(text), digest(prompt), tuple(ids))
+
+
+def load_policy(checkpoint: str, config: EvaluationConfig) -> tuple[HFPolicy, Manifest]:
+    """The policy of a checkpoint that recipes/sft.py wrote, and its manifest.
+
+    Raises:
+        InputError: it is no checkpoint, or its template or tokenizer is not what this code would use.
+    """
+    manifest = read_manifest(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
+    template = DialogueTemplate(tokenizer, manifest.chat_template, settings)
+    check_manifest(checkpoint, manifest, template.fingerprint, tokenizer_hash(tokenizer))
+    return HFPolicy(_load_model(checkpoint, None, config), template, config), manifest
+
+
+def load_base_policy(checkpoint: str, manifest: Manifest, policy: HFPolicy, config: EvaluationConfig) -> HFPolicy:
+    """The policy of the model that a checkpoint's training started from, with the checkpoint's own template."""
+    beside = Path(checkpoint) / manifest.base_model
+    local = manifest.base_model.startswith(".") and beside.is_dir()
+    base = str(beside) if local else manifest.base_model
+    return HFPolicy(_load_model(base, manifest.base_revision, config), policy.template, config)
+
+
+def _load_model(path: str, revision: str | None, config: EvaluationConfig) -> PreTrainedModel:
+    with readable(path, "model"):
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=_DTYPES[config.dtype])
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,270 @@
+"""Training and evaluation sets: seeded splits by dialogue, and the check that the two do not overlap.
+
+Whatever is drawn here depends on a seed and on what a dialogue says, never on its place in a file: adding, removing
+or reordering rows moves no other dialogue from one side to the other.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from csc_train.dialogue import Dialogue, read_dialogues
+from csc_train.errors import InputError
+
+SHINGLE = 5
+"""Characters in a shingle: about three Chinese words."""
+PERMUTATIONS = 128
+"""Length of a MinHash signature."""
+RECALL = 0.99
+"""Least chance that a pair at the threshold itself becomes a candidate; more similar pairs have a higher one."""
+
+
+@dataclass
+class SetConfig:
+    """Where a set of dialogues is read from."""
+
+    path: str | None = None
+    """A `.json`, `.jsonl` or `.parquet` file, or the id of a Hugging Face data set."""
+    source: str | None = None
+    """Keep only the rows whose `source` is this; None keeps all."""
+
+
+@dataclass
+class DataConfig:
+    """The dialogues of a run (the `data` group).
+
+    Raises:
+        InputError: a value is out of range; the message names its key. Whether `train.path` is set is checked when
+            the data are loaded, so that a recipe may fill it in first.
+    """
+
+    train: SetConfig = field(default_factory=SetConfig)
+    evaluation: SetConfig = field(default_factory=SetConfig)
+    """With no path, the evaluation set is held out of the training file."""
+    held_out_fraction: float = 0.1
+    """Share of the training file that is held out, where the evaluation set has no path of its own."""
+    seed: int = 0
+    """Decides who is held out, who is kept by `limit`, and the hash functions of the overlap check."""
+    strict: bool = False
+    """Stop at the first bad row instead of collecting the bad rows."""
+    on_overlap: str = "warn"
+    """What to do about training dialogues that are also in the evaluation set: `warn`, `drop` them from the training
+    set, or `raise`."""
+    overlap_threshold: float = 0.8
+    """Jaccard similarity of character 5-grams from which two dialogues count as near-duplicates."""
+    limit: int | None = None
+    """Keep at most this many dialogues of each set, for debugging."""
+    sample_dialogues: int | None = None
+    """How many synthetic sample dialogues stand at `train.path`: a recipe writes them there before it loads the data.
+    None: the file is the user's own."""
+    sample_seed: int = 0
+    """Seed of the sample dialogues."""
+
+    def __post_init__(self):
+        checks = {
+            "held_out_fraction": (0 < self.held_out_fraction < 1, "must lie between 0 and 1, both excluded"),
+            "seed": (0 <= self.seed < 2**32, "must lie in 0..2**32-1"),
+            "sample_seed": (0 <= self.sample_seed < 2**32, "must lie in 0..2**32-1"),
+            "on_overlap": (self.on_overlap in ("warn", "drop", "raise"), "must be warn, drop or raise"),
+            "overlap_threshold": (0 < self.overlap_threshold <= 1, "must be above 0 and at most 1"),
+            "limit": (self.limit is None or self.limit >= 1, "must be at least 1, or null"),
+            "sample_dialogues": (
+                self.sample_dialogues is None or self.sample_dialogues >= 1,
+                "must be at least 1, or null",
+            ),
+        }
+        for name, (passed, rule) in checks.items():
+            if not passed:
+                raise InputError(f"data.{name}={getattr(self, name)} {rule}")
+        if self.evaluation.source is not None and self.evaluation.path is None:
+            # Held-out dialogues come from the training rows, so this source would be ignored.
+            raise InputError("data.evaluation.source is set, but data.evaluation.path is not; set both or neither")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A training dialogue and an evaluation dialogue that are too much alike.
+
+    `kind` is "exact" where all texts are equal (strategies may differ) and "near" otherwise. `similarity` is the
+    Jaccard similarity, 0..1, of the two sets of character 5-grams.
+    """
+
+    train_id: str
+    evaluation_id: str
+    kind: str
+    similarity: float
+
+    def __str__(self) -> str:
+        return f"training {self.train_id} ~ evaluation {self.evaluation_id}: {self.kind}, {self.similarity:.2f}"
+
+
+@dataclass
+class Splits:
+    """The dialogues of a run. `overlaps` holds the best match of each evaluation dialogue that has one in the training
+    data, as it was before any were dropped."""
+
+    train: list[Dialogue]
+    evaluation: list[Dialogue]
+    overlaps: list[Overlap]
+
+
+def split(dialogues: list[Dialogue], fraction: float, seed: int) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Split dialogues into (kept, held out), each in the order of the input.
+
+    A dialogue's side depends only on `seed` and its fingerprint, so equal dialogues are never parted. `fraction`
+    (0..1) is the expected share of distinct dialogues held out, not an exact count.
+    """
+    kept, held_out = [], []
+    for dialogue in dialogues:
+        (held_out if _uniform("split", seed, dialogue) < fraction else kept).append(dialogue)
+    return kept, held_out
+
+
+def find_overlap(
+    train: list[Dialogue], evaluation: list[Dialogue], threshold: float = 0.8, seed: int = 0
+) -> list[Overlap]:
+    """The best match in `train` of each evaluation dialogue that has one, in the order of `evaluation`.
+
+    Equal texts are always found. Near-duplicates, at Jaccard similarity `threshold` or more, are searched for by
+    MinHash (Broder 1997) with banding and confirmed by the true similarity: none is reported wrongly, and a pair
+    right at the threshold is missed with a chance of about 1 %, a more similar one with less. `seed` (0..2**32-1)
+    fixes the hash functions.
+    """
+    return _best(_overlaps(train, evaluation, threshold, seed))
+
+
+def load_splits(config: DataConfig, rejects_directory: Path | None = None, say=print) -> Splits:
+    """Read the training and evaluation dialogues of a run, and check them for overlap.
+
+    Refused rows go to `rejects-train.jsonl` and `rejects-evaluation.jsonl` in `rejects_directory`. `say` gets one
+    line with the sizes and the outcome of the overlap check.
+
+    Raises:
+        InputError: a file cannot be read or has no usable row, a set ends up empty, or the sets overlap and
+            `on_overlap` is "raise". The message names the key.
+    """
+    train = _read("train", config.train, config, rejects_directory, say)
+    if config.evaluation.path is None:
+        train, evaluation = split(train, config.held_out_fraction, config.seed)
+        for name, side in (("training", train), ("evaluation", evaluation)):
+            if not side:
+                raise InputError(
+                    f"data.held_out_fraction={config.held_out_fraction} with data.seed={config.seed} leaves no "
+                    f"{name} dialogue of {len(train) + len(evaluation)} in {config.train.path}"
+                )
+    else:
+        evaluation = _read("evaluation", config.evaluation, config, rejects_directory, say)
+    if config.limit is not None:
+        train, evaluation = (_first(side, config.limit, config.seed) for side in (train, evaluation))
+
+    matches = list(_overlaps(train, evaluation, config.overlap_threshold, config.seed))
+    overlaps = _best(matches)
+    kinds = [overlap.kind for overlap in overlaps]
+    finding = (
+        f"{len(overlaps)} evaluation dialogues are also in the training data ({kinds.count('exact')} exact, "
+        f"{kinds.count('near')} near at {config.overlap_threshold})"
+    )
+    if overlaps and config.on_overlap == "raise":
+        raise InputError(f"data.on_overlap=raise: {finding}; the first: {overlaps[0]}")
+    if config.on_overlap == "drop":
+        # All matches count here, not only the best: the second copy of a dialogue gives it away as well.
+        flagged = {match.train_id for match in matches}
+        train = [dialogue for dialogue in train if dialogue.id not in flagged]
+        finding += f"; {len(flagged)} training dialogues dropped"
+        if not train:
+            raise InputError(f"data.on_overlap=drop leaves no training dialogue: {finding}")
+    elif overlaps:
+        finding += f"; kept (data.on_overlap=warn); the first: {overlaps[0]}"
+    say(f"data: {len(train)} training and {len(evaluation)} evaluation dialogues; {finding}")
+    return Splits(train, evaluation, overlaps)
+
+
+def _read(name: str, where: SetConfig, config: DataConfig, rejects_directory: Path | None, say) -> list[Dialogue]:
+    if where.path is None:
+        raise InputError(f"data.{name}.path is not set: give a dialogue file or the id of a Hugging Face data set")
+    rejects = None if rejects_directory is None else Path(rejects_directory) / f"rejects-{name}.jsonl"
+    try:
+        return read_dialogues(where.path, source=where.source, strict=config.strict, rejects_path=rejects, say=say)
+    except InputError as error:
+        raise InputError(f"data.{name}: {error}") from error
+
+
+def _uniform(purpose: str, seed: int, dialogue: Dialogue) -> float:
+    """A number in [0, 1) drawn from (purpose, seed, fingerprint); draws for two purposes are independent."""
+    drawn = hashlib.sha256(f"{purpose} {seed} {dialogue.fingerprint}".encode()).digest()
+    # 53 bits are what a float holds; more could round up to 1.
+    return (int.from_bytes(drawn[:8]) >> 11) / 2**53
+
+
+def _first(dialogues: list[Dialogue], limit: int, seed: int) -> list[Dialogue]:
+    """The `limit` dialogues that come first in a seeded order of their fingerprints, in the order of the input."""
+    ranked = sorted(range(len(dialogues)), key=lambda i: (_uniform("limit", seed, dialogues[i]), dialogues[i].id))
+    return [dialogues[i] for i in sorted(ranked[:limit])]
+
+
+def _best(overlaps: list[Overlap] | Iterator[Overlap]) -> list[Overlap]:
+    """The best overlap of each evaluation dialogue: exact before near, then by similarity, then the earliest."""
+    best: dict[str, Overlap] = {}
+    for overlap in overlaps:
+        rival = best.setdefault(overlap.evaluation_id, overlap)
+        if (overlap.kind == "exact", overlap.similarity) > (rival.kind == "exact", rival.similarity):
+            best[overlap.evaluation_id] = overlap
+    return list(best.values())
+
+
+def _overlaps(train: list[Dialogue], evaluation: list[Dialogue], threshold: float, seed: int) -> Iterator[Overlap]:
+    """Every pair at or above `threshold`, in the order of `evaluation`, then of `train`."""
+    import datasketch
+
+    def signatures(dialogues: list[Dialogue], name: str) -> Iterator[datasketch.MinHash]:
+        shingles = ([shingle.encode() for shingle in _shingles(dialogue)] for dialogue in dialogues)
+        hashes = datasketch.MinHash.generator(shingles, num_perm=PERMUTATIONS, seed=seed)
+        # disable=None: silent where the output is not a terminal.
+        return tqdm(hashes, desc=f"overlap check, {name}", total=len(dialogues), unit="dialogue", disable=None)
+
+    rows = _rows_per_band(threshold)
+    index = datasketch.MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // rows, rows))
+    values = np.empty((len(train), PERMUTATIONS), dtype=np.uint32)
+    for place, signature in enumerate(signatures(train, "training")):
+        index.insert(place, signature)
+        values[place] = signature.hashvalues
+    # Signatures that agree less than this are 3 standard deviations from a pair at the threshold, and such a pair lands
+    # there once in 700 times: not worth the exact comparison, of which texts made from templates would need millions.
+    least = threshold - 3 * math.sqrt(threshold * (1 - threshold) / PERMUTATIONS)
+    for dialogue, signature in zip(evaluation, signatures(evaluation, "evaluation"), strict=True):
+        candidates = np.array(sorted(index.query(signature)), dtype=np.int64)
+        likely = candidates[(values[candidates] == signature.hashvalues).mean(axis=1) >= least]
+        own = _shingles(dialogue)
+        for other in (train[place] for place in likely):
+            if _texts(other) == _texts(dialogue):
+                yield Overlap(other.id, dialogue.id, "exact", 1.0)
+                continue
+            theirs = _shingles(other)
+            common = len(own & theirs)
+            similarity = common / (len(own) + len(theirs) - common)
+            if similarity >= threshold:
+                yield Overlap(other.id, dialogue.id, "near", similarity)
+
+
+def _rows_per_band(threshold: float) -> int:
+    """The most rows per band, so the fewest candidates, that still find a pair at `threshold` with chance `RECALL`.
+
+    A pair of similarity s agrees in all r rows of one of b bands with chance 1 - (1 - s^r)^b.
+    """
+    fitting = [r for r in range(1, 17) if 1 - (1 - threshold**r) ** (PERMUTATIONS // r) >= RECALL]
+    return max(fitting, default=1)
+
+
+def _texts(dialogue: Dialogue) -> tuple[str, ...]:
+    return tuple(turn.text for turn in dialogue.turns)
+
+
+def _shingles(dialogue: Dialogue) -> set[str]:
+    """All runs of `SHINGLE` characters of the dialogue's texts, one line per turn; a shorter text is one shingle."""
+    text = "\n".join(_texts(dialogue))
+    return {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}

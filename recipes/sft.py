@@ -1,0 +1,76 @@
+"""Train a model to choose a strategy and reply with it: dialogues -> template -> packs -> checkpoint.
+
+python recipes/sft.py                                       # the demo's model on sample dialogues
+torchrun --nproc_per_node 8 recipes/sft.py experiment=qwen2_5_7b_rolecs
+"""
+
+from csc_train.config import SftRecipe, resolved, run_recipe
+
+
+def main(config: SftRecipe) -> None:
+    # After the configuration is checked: these imports take seconds.
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from csc_train.checkpoint import save_checkpoint
+    from csc_train.dialogue import data_digest
+    from csc_train.packing.packed_dataset import pack_examples
+    from csc_train.run import Run, processes
+    from csc_train.splits import load_splits
+    from csc_train.synthesis.sample import ensure_sample
+    from csc_train.template.dialogue_template import DialogueTemplate
+    from csc_train.training.model import load_model, resolve_dtype
+    from csc_train.training.origin import describe_origin, keep_base
+    from csc_train.training.tokenizer import obtain_tokenizer
+    from csc_train.training.trainer import build_trainer, plain_model
+
+    job = processes()
+    config.trainer.accumulation(job.num_processes)  # refuses what cannot be divided
+    run = Run("sft", resolved(config))
+
+    # Dialogues
+    if config.data.sample_dialogues and job.is_main_process:
+        ensure_sample(config.data.train.path, config.data.sample_dialogues, config.data.sample_seed)
+    job.wait_for_everyone()
+    splits = load_splits(config.data, run.directory if run.main else None, say=run.say)
+    status = run.begin({"train": data_digest(splits.train)})
+    if status == "finished":
+        run.say(f"reused {run.directory}/checkpoint: same configuration, data and code")
+        return
+
+    # Template
+    tokenizer = obtain_tokenizer(config.model, config.template, splits.train, run.directory / "tokenizer", job)
+    template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
+
+    # Packs
+    packs, packing_report = pack_examples(template.encode_all(splits.train), config.packing)
+    run.say(f"training on {packing_report}")
+
+    # Model
+    model = load_model(config.model, tokenizer, resolve_dtype(config.trainer.precision), config.trainer.seed)
+    base = keep_base(config.model, model, tokenizer, run)
+
+    # Training
+    trainer = build_trainer(
+        model,
+        tokenizer,
+        packs,
+        packed=config.packing.strategy != "off",
+        config=config.trainer,
+        adapter=config.adapter,
+        directory=run.directory / "states",
+        processes=job.num_processes,
+    )
+    last_state = get_last_checkpoint(trainer.args.output_dir) if status == "unfinished" else None
+    trainer.train(resume_from_checkpoint=last_state)
+
+    # Checkpoint
+    if run.main:
+        manifest = describe_origin(config.model, base, template, splits.train, run)
+        save_checkpoint(run.directory / "checkpoint", plain_model(trainer), tokenizer, template.chat_template, manifest)
+    job.wait_for_everyone()
+    run.finish()
+    run.say(f"checkpoint: {run.directory}/checkpoint")
+
+
+if __name__ == "__main__":
+    run_recipe("sft", main)

@@ -1,0 +1,30 @@
+"""Write the synthetic sample dialogues (source=synthetic-sample) and print how predictable they are.
+
+python recipes/write_sample.py data.sample_dialogues=900 data.sample_seed=0
+"""
+
+from csc_train.config import WriteSampleRecipe, run_recipe
+from csc_train.errors import InputError
+from csc_train.evaluation.baselines import StrategyBaseline
+from csc_train.evaluation.predict import predict
+from csc_train.splits import load_splits
+from csc_train.synthesis.sample import ceiling, ensure_sample
+
+
+def main(config: WriteSampleRecipe) -> None:
+    path, count, seed = config.data.train.path, config.data.sample_dialogues, config.data.sample_seed
+    if not count:
+        raise InputError("data.sample_dialogues is not set: this recipe writes the data of data=sample")
+    written = ensure_sample(path, count, seed)
+    print(f"{'wrote' if written else 'reused'} {path}: {count} dialogues, seed {seed}, source=synthetic-sample")
+    splits = load_splits(config.data)
+    bigram = predict(splits.evaluation, StrategyBaseline(splits.train, order=1), "reference")
+    hits = sum(prediction.strategy == prediction.reference_strategy for prediction in bigram)
+    print(
+        f"strategy accuracy on the {len(splits.evaluation)} held-out dialogues: ceiling (the generating rule) "
+        f"{ceiling(splits.evaluation):.2f}, strategy bigram {100 * hits / len(bigram):.2f}"
+    )
+
+
+if __name__ == "__main__":
+    run_recipe("write_sample", main)

@@ -1,0 +1,500 @@
+"""Reading, checking and writing dialogues: what is accepted, what is refused and where, and that nothing vanishes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from datetime import date
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from csc_train.dialogue import (
+    Dialogue,
+    ReadReport,
+    Speaker,
+    Turn,
+    data_digest,
+    iter_dialogues,
+    read_dialogues,
+    write_dialogues,
+)
+from csc_train.errors import InputError
+from csc_train.strategies import STRATEGIES
+
+BY_CODE = {strategy.code: strategy for strategy in STRATEGIES}
+GOOD = [("客服", "策略1 礼貌问候", "您好，请讲。"), ("客户", "", "卡丢了！"), ("客服", "5", "您别急。")]
+
+
+def make_row(turns=GOOD, **columns):
+    return {
+        "dialogue": [{"speaker": speaker, "strategy": strategy, "text": text} for speaker, strategy, text in turns],
+        **columns,
+    }
+
+
+def make_rows(count, **columns):
+    return [make_row([*GOOD[:2], ("客服", "情感管理", f"您别急，第{i}位客户。")], **columns) for i in range(count)]
+
+
+def changed(turn, **values):
+    """The good row with some fields of one turn (from 1) changed; a field set to `...` is taken out."""
+    row = make_row()
+    fields = row["dialogue"][turn - 1] | values
+    row["dialogue"][turn - 1] = {name: value for name, value in fields.items() if value is not ...}
+    return row
+
+
+def write_file(path, rows):
+    """Write rows as they are; a row given as bytes is a raw line of JSONL."""
+    if path.suffix == ".jsonl":
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+# (row, turn or None, field, reason)
+BAD = {
+    "wrong speaker": (changed(2, speaker="经理"), 2, "speaker", "unknown speaker ('经理')"),
+    "no speaker": (changed(2, speaker=...), 2, "speaker", "unknown speaker (None)"),
+    "speaker is a list": (changed(1, speaker=["客服"]), 1, "speaker", "unknown speaker (['客服'])"),
+    "empty text": (changed(3, text=""), 3, "text", "empty"),
+    "blank text": (changed(2, text=" \t\n\u3000"), 2, "text", "empty"),
+    "no text": (changed(2, text=...), 2, "text", "not a text (NoneType)"),
+    "number as text": (changed(2, text=5), 2, "text", "not a text (int)"),
+    "unknown strategy": (changed(1, strategy="策略13 其它"), 1, "strategy", "unknown strategy ('策略13 其它')"),
+    "misspelt strategy": (changed(3, strategy="情感管里"), 3, "strategy", "unknown strategy ('情感管里')"),
+    "zero as strategy": (changed(3, strategy=0), 3, "strategy", "unknown strategy ('0')"),
+    "strategy in two lines": (changed(3, strategy="5\n6"), 3, "strategy", r"unknown strategy ('5\n6')"),
+    "surrogate in strategy": (changed(3, strategy="\ud800"), 3, "strategy", r"unknown strategy ('\ud800')"),
+    "double strategy": (
+        changed(3, strategy="策略5 情感管理+策略6 提供建议"),
+        3,
+        "strategy",
+        "two strategies ('策略5 情感管理+策略6 提供建议')",
+    ),
+    "full-width plus": (changed(3, strategy="5＋6"), 3, "strategy", "two strategies ('5＋6')"),
+    "supporter without strategy": (changed(3, strategy=""), 3, "strategy", "missing on a supporter turn"),
+    "customer with strategy": (changed(2, strategy="5"), 2, "strategy", "given on a customer turn ('5')"),
+    "customer first": (make_row(GOOD[1:]), 1, "speaker", "the customer speaks first"),
+    "supporter twice": (make_row([GOOD[0], GOOD[2]]), 2, "speaker", "the same speaker twice running (客服)"),
+    "customer twice": (make_row([*GOOD[:2], *GOOD[1:]]), 3, "speaker", "the same speaker twice running (客户)"),
+    "no supporter turn": (make_row([GOOD[1]]), None, "dialogue", "no supporter turn"),
+    "no turns": (make_row([]), None, "dialogue", "no supporter turn"),
+    "no dialogue": ({"id": "a"}, None, "dialogue", "missing"),
+    "dialogue is a text": ({"dialogue": "客服：您好"}, None, "dialogue", "not a list"),
+    "turn is a text": ({"dialogue": [*make_row()["dialogue"], "再见"]}, 4, "turn", "not an object (str)"),
+    "row is a list": ([1, 2], None, "row", "not an object (list)"),
+    "row is null": (None, None, "row", "not an object (NoneType)"),
+    "id is a list": (make_row(id=["a"]), None, "id", "not a text (list)"),
+    "source is an object": (make_row(source={}), None, "source", "not a text (dict)"),
+    "surrogate in text": (changed(2, text="好\ud83d"), 2, "text", "lone surrogate, which UTF-8 cannot hold"),
+    "surrogate in id": (make_row(id="\ud83d"), None, "id", "lone surrogate, which UTF-8 cannot hold"),
+    "surrogate in a column": (make_row(a=["\ud83d"]), None, "a", "lone surrogate, which UTF-8 cannot hold"),
+}
+UNREADABLE = {
+    "broken line": (b'{"dialogue": [}', "broken JSON (column 15: Expecting value)"),
+    "cut line": (b'{"dialogue": [', "broken JSON (column 15: Expecting value)"),
+    "cut UTF-8": (b'{"id": "' + "情".encode()[:2], "broken JSON (not UTF-8 at byte 8)"),
+    "nested too deep": (b"[" * 200_000, "broken JSON (maximum recursion depth exceeded"),
+    "number too long": (b"1" * 5_000, "broken JSON (Exceeds the limit"),
+}
+
+
+def message(place, turn, name, reason):
+    return f"{place}, " + (f"turn {turn}, " if turn else "") + f"field {name}: {reason}"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_is_refused_with_its_place(tmp_path, case, suffix):
+    row, turn, name, reason = BAD[case]
+    path = write_file(tmp_path / f"a{suffix}", [*make_rows(2), row, make_row()])
+    expected = message(f"{path}, row 3", turn, name, reason)
+
+    with pytest.raises(InputError) as refusal:
+        read_dialogues(path, strict=True)
+    assert str(refusal.value) == expected
+
+    report = ReadReport(str(path))
+    assert len(list(iter_dialogues(path, report=report))) == 3
+    assert [str(reject) for reject in report.rejects] == [expected]
+    assert report.rejects[0].record == row
+    assert (report.rows, report.accepted) == (4, 3)
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_broken_line_of_jsonl_is_refused_alone(tmp_path, case):
+    line, reason = UNREADABLE[case]
+    path = write_file(tmp_path / "a.jsonl", [make_row(), line, *make_rows(2)])
+    expected = message(f"{path}, row 2", None, "row", reason)
+    with pytest.raises(InputError) as refusal:
+        read_dialogues(path, strict=True)
+    assert str(refusal.value).startswith(expected)
+    report = ReadReport(str(path))
+    assert len(list(iter_dialogues(path, report=report))) == 3
+    (reject,) = report.rejects
+    assert reject.row == 2 and str(reject).startswith(expected)
+    assert reject.record == line.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.json", b'[\n{"dialogue": [}]', "broken JSON at line 2, column 15: Expecting value"),
+        ("a.json", '["情'.encode()[:-1], "not UTF-8 at byte 2"),
+        ("a.json", b"[" * 200_000, "broken JSON: maximum recursion depth exceeded"),
+        ("a.json", b'{"dialogue": []}', "expected a JSON list of dialogues, found dict"),
+        ("a.json", b"[]", "no rows"),
+        ("a.jsonl", b"\n \n", "no rows"),
+        ("a.parquet", b"PAR1, but no Parquet", "not a Parquet file: "),
+        ("a.csv", b"speaker,text", "not a dialogue file; known are .json, .jsonl, .parquet"),
+    ],
+)
+def test_a_file_unusable_as_a_whole(tmp_path, name, content, reason, strict):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError) as refusal:
+        read_dialogues(path, strict=strict, say=lambda line: None)
+    assert str(refusal.value).startswith(f"{path}: {reason}")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_whose_rows_are_all_refused_is_an_error(tmp_path):
+    path, rejects = write_file(tmp_path / "a.jsonl", [[], b"{"]), tmp_path / "rejects.jsonl"
+    with pytest.raises(InputError) as refusal:
+        read_dialogues(path, rejects_path=rejects, say=lambda line: None)
+    assert str(refusal.value) == (
+        f"{path}: every row is refused; the first: {path}, row 1, field row: not an object (list)"
+    )
+    assert len(rejects.read_text().splitlines()) == 2
+
+
+def test_a_parquet_text_that_is_not_utf8_is_refused(tmp_path):
+    texts = pyarrow.array(["情".encode()[:2]], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"dialogue": texts}), path)
+    with pytest.raises(InputError, match=r"a\.parquet: holds a text that is not UTF-8"):
+        read_dialogues(path)
+
+
+@pytest.mark.parametrize("name", ["none.json", "none.jsonl", "none.parquet"])
+def test_a_missing_file(tmp_path, name):
+    with pytest.raises(InputError) as refusal:
+        read_dialogues(tmp_path / name)
+    assert str(refusal.value) == f"cannot read {tmp_path / name}: No such file or directory"
+
+
+def test_a_missing_path_and_a_local_file_are_not_taken_for_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such file, nor the id of a Hugging Face data set"):
+        read_dialogues("some/where/none")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dialogues.txt").write_text("您好")
+    with pytest.raises(InputError, match="not a dialogue file"):
+        read_dialogues("data/dialogues.txt")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_rows_are_selected_by_source(tmp_path, suffix):
+    rows = [*make_rows(3, source="RoleCS"), *make_rows(2, source="CSConv"), make_row(source=None)]
+    path = write_file(tmp_path / f"a{suffix}", rows)
+    report = ReadReport(str(path))
+    selected = list(iter_dialogues(path, source="CSConv", report=report))
+    assert [dialogue.source for dialogue in selected] == ["CSConv", "CSConv"]
+    assert report.unselected == {"RoleCS": 3, "": 1} and report.rows == 6
+    with pytest.raises(InputError) as refusal:
+        read_dialogues(path, source="rolecs")
+    assert str(refusal.value) == f"{path}: no row has source 'rolecs'; found: 'RoleCS' (3), 'CSConv' (2), '' (1)"
+
+
+def test_an_unknown_source_is_said_even_where_a_line_is_broken(tmp_path):
+    path = write_file(tmp_path / "a.jsonl", [*make_rows(2, source="RoleCS"), b"{"])
+    with pytest.raises(InputError, match=r"no row has source 'x'; found: 'RoleCS' \(2\)"):
+        read_dialogues(path, source="x", say=lambda line: None)
+
+
+def test_collecting_counts_every_row_and_keeps_each_refused_one(tmp_path):
+    bad = [row for row, *_ in BAD.values()] + [line for line, _ in UNREADABLE.values()]
+    rows = [*make_rows(7, source="a"), *make_rows(5, source="b"), *bad]
+    random.Random(0).shuffle(rows)
+    path = write_file(tmp_path / "a.jsonl", rows)
+    report, said = ReadReport(str(path)), []
+    accepted = list(iter_dialogues(path, report=report))
+    assert len(accepted) == report.accepted == 12
+    assert report.rows == len(rows) == report.accepted + len(report.rejects)
+
+    rejects = tmp_path / "out" / "rejects.jsonl"
+    assert read_dialogues(path, rejects_path=rejects, say=said.append) == accepted
+    lines = [json.loads(line) for line in rejects.read_text(encoding="ascii").splitlines()]
+    assert [line["row"] for line in lines] == [i for i, row in enumerate(rows, start=1) if row in bad]
+    for line in lines:
+        row = rows[line["row"] - 1]
+        assert line["record"] == (row.decode("utf-8", "replace") if isinstance(row, bytes) else row)
+        assert line["file"] == str(path) and line["problems"][0]["reason"]
+    table = "\n".join(said).splitlines()
+    assert table[0] == f"{path}: {len(rows)} rows, 12 accepted, {len(bad)} refused"
+    assert sum(int(line.split()[0]) for line in table[1:-1]) == len(bad)
+    assert str(rejects) in table[-1]
+
+    report = ReadReport(str(path))
+    assert len(list(iter_dialogues(path, source="b", report=report))) == 5
+    assert report.rows == report.accepted + len(report.rejects) + sum(report.unselected.values())
+    assert "of other sources" in report.summary()
+
+
+def test_all_problems_of_a_row_are_listed(tmp_path):
+    row = make_row([("客服", "x", ""), ("谁", "", "好")])
+    path = write_file(tmp_path / "a.jsonl", [row, make_row()])
+    report = ReadReport(str(path))
+    list(iter_dialogues(path, report=report))
+    assert [(p.turn, p.field) for p in report.rejects[0].problems] == [(1, "text"), (1, "strategy"), (2, "speaker")]
+
+
+def test_strict_reading_counts_the_row_it_stops_at_and_writes_nothing(tmp_path):
+    path = write_file(tmp_path / "a.jsonl", [make_row(), b"{", make_row()])
+    report, said = ReadReport(str(path)), []
+    with pytest.raises(InputError):
+        list(iter_dialogues(path, strict=True, report=report))
+    assert (report.rows, report.accepted, len(report.rejects)) == (2, 1, 1)
+    with pytest.raises(InputError):
+        read_dialogues(path, strict=True, rejects_path=tmp_path / "rejects.jsonl", say=said.append)
+    assert said == [] and not (tmp_path / "rejects.jsonl").exists()
+
+
+def test_rows_of_jsonl_are_counted_by_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n" + json.dumps(make_row()).encode() + b"\r\n\n{\n")
+    with pytest.raises(InputError, match=r"a\.jsonl, row 4, field row"):
+        read_dialogues(path, strict=True)
+
+
+def test_jsonl_is_streamed(tmp_path):
+    path = write_file(tmp_path / "a.jsonl", [*make_rows(3), b"{"])
+    dialogues = iter_dialogues(path, strict=True)
+    assert [next(dialogues).turns[0].text for _ in range(3)] == ["您好，请讲。"] * 3
+    with pytest.raises(InputError, match="row 4"):
+        next(dialogues)
+
+
+def test_a_pipe_is_read_line_by_line(tmp_path):
+    """The first dialogue comes out while the file has no end yet, so nothing waits for the whole file."""
+    path = tmp_path / "a.jsonl"
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_RDWR)
+    os.write(pipe, json.dumps(make_row(id="first")).encode() + b"\n")
+    # Ends the file in the end, so that a reader that does wait fails instead of hanging.
+    end = threading.Timer(5, os.close, [pipe])
+    end.start()
+    dialogues = iter_dialogues(path)
+    assert next(dialogues).id == "first"
+    assert end.is_alive()
+    end.cancel()
+    os.close(pipe)
+    assert list(dialogues) == []
+
+
+ODD = ['他说"好"\\n', "😀👍🏽", "a\nb\r\nc\u2028d\x85e", "[手机号码] <|im_end|>", "\x00\x1b[0m", "٣½", "e\u0301"]
+
+
+def random_dialogues(count, seed=0):
+    random_ = random.Random(seed)
+    dialogues = []
+    for number in range(count):
+        turns = []
+        for place in range(random_.randint(1, 9)):
+            text = random_.choice(["好", "x"]) + "".join(random_.sample(ODD, 2)) + random_.choice("。！")
+            strategy = random_.choice(STRATEGIES) if place % 2 == 0 else None
+            turns.append(Turn(Speaker.CUSTOMER if place % 2 else Speaker.SUPPORTER, text, strategy))
+        extra = {"topic": random_.choice(ODD), "score": random_.random(), "tags": [str(number)]}
+        dialogues.append(Dialogue(f"d{number}", tuple(turns), random_.choice(["", "RoleCS"]), extra))
+    return dialogues
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_round_trip(tmp_path, suffix):
+    dialogues = random_dialogues(50)
+    path = tmp_path / f"a{suffix}"
+    write_dialogues(path, iter(dialogues))
+    again = read_dialogues(path, strict=True)
+    assert again == dialogues
+    assert [dialogue.extra for dialogue in again] == [dialogue.extra for dialogue in dialogues]
+    assert data_digest(again) == data_digest(dialogues)
+
+
+def test_json_round_trip_by_rows(tmp_path):
+    dialogues = random_dialogues(20)
+    path = write_file(tmp_path / "a.json", [dialogue.row() for dialogue in dialogues])
+    again = read_dialogues(path, strict=True)
+    assert again == dialogues
+    assert [dialogue.extra for dialogue in again] == [dialogue.extra for dialogue in dialogues]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_column_that_the_first_row_lacks_is_kept(tmp_path, suffix):
+    rows = make_rows(3)
+    rows[1]["note"] = "回访"
+    path = tmp_path / f"a{suffix}"
+    write_dialogues(path, read_dialogues(write_file(tmp_path / "in.json", rows)))
+    assert [dialogue.extra.get("note") for dialogue in read_dialogues(path)] == [None, "回访", None]
+
+
+def test_a_date_from_parquet_can_be_written_as_jsonl(tmp_path):
+    path = write_file(tmp_path / "a.parquet", [make_row(day=date(2025, 1, 2))])
+    write_dialogues(tmp_path / "a.jsonl", read_dialogues(path))
+    assert read_dialogues(tmp_path / "a.jsonl")[0].extra == {"day": "2025-01-02"}
+
+
+@pytest.mark.parametrize("values", [[1, "x"], [{}, {}], [2**70, 1]])
+def test_columns_without_a_parquet_type_are_refused_and_nothing_is_left(tmp_path, values):
+    dialogues = [Dialogue(str(i), random_dialogues(1)[0].turns, extra={"x": x}) for i, x in enumerate(values)]
+    with pytest.raises(InputError, match=r"cannot write .*a\.parquet: "):
+        write_dialogues(tmp_path / "a.parquet", dialogues)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_suffix_is_not_written(tmp_path):
+    with pytest.raises(InputError, match=r"a\.csv: dialogues are written as \.jsonl or \.parquet"):
+        write_dialogues(tmp_path / "a.csv", random_dialogues(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_source_of_dialogues_leaves_the_older_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_dialogues(path, random_dialogues(1))
+    broken = write_file(tmp_path / "b.jsonl", [*make_rows(3), b"{"])
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"b\.jsonl, row 4"):
+        write_dialogues(path, iter_dialogues(broken, strict=True))
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_row_becomes_a_dialogue(tmp_path):
+    row = make_row(
+        [
+            ("客服", " 策略1: 礼貌问候 ", " \u3000您好\n您请讲。\n"),
+            ("客户", " ", "\t卡 丢了 "),
+            ("supporter", 5, "您别急"),
+        ],
+        id=0,
+        source="RoleCS",
+        topic={"名": ["a", None]},
+        score=0.5,
+    )
+    del row["dialogue"][1]["strategy"]
+    (dialogue,) = read_dialogues(write_file(tmp_path / "a.json", [row]), strict=True)
+    assert dialogue == Dialogue(
+        "0",
+        (
+            Turn(Speaker.SUPPORTER, "您好\n您请讲。", BY_CODE["GT"]),
+            Turn(Speaker.CUSTOMER, "卡 丢了"),
+            Turn(Speaker.SUPPORTER, "您别急", BY_CODE["EM"]),
+        ),
+        "RoleCS",
+    )
+    assert dialogue.extra == {"topic": {"名": ["a", None]}, "score": 0.5}
+    assert dialogue.supporter_turns == [0, 2]
+
+
+def test_ids_given_twice_are_refused(tmp_path):
+    first, second, third = make_rows(3)
+    path = write_file(tmp_path / "a.jsonl", [first | {"id": "x"}, second | {"id": "y"}, third | {"id": "x"}])
+    with pytest.raises(InputError) as refusal:
+        read_dialogues(path, strict=True)
+    assert str(refusal.value) == f"{path}, row 3, field id: used by an earlier row ('x')"
+    assert [dialogue.id for dialogue in read_dialogues(path, say=lambda line: None)] == ["x", "y"]
+
+
+def test_numbers_from_zero_are_ids(tmp_path):
+    path = write_file(tmp_path / "a.jsonl", [row | {"id": i} for i, row in enumerate(make_rows(3))])
+    assert [dialogue.id for dialogue in read_dialogues(path, strict=True)] == ["0", "1", "2"]
+
+
+def test_ids_are_stable_under_reordering(tmp_path):
+    rows = [*make_rows(20), *make_rows(3)]
+    ids = []
+    for seed in (None, 1, 2):
+        order = list(rows)
+        if seed:
+            random.Random(seed).shuffle(order)
+        dialogues = read_dialogues(write_file(tmp_path / "a.json", order))
+        ids.append({(dialogue.id, dialogue.turns) for dialogue in dialogues})
+        assert len({dialogue.id for dialogue in dialogues}) == len(rows)
+    assert ids[0] == ids[1] == ids[2]
+
+
+def test_a_made_up_id_is_never_given_twice(tmp_path):
+    """Equal rows without an id are told apart by a count, which an id given in the file must not repeat."""
+    (row,) = make_rows(1)
+    (plain,) = read_dialogues(write_file(tmp_path / "a.json", [row]))
+    path = write_file(tmp_path / "b.jsonl", [row, row, make_row(id=f"{plain.id}-2")])
+    with pytest.raises(InputError, match="row 3, field id: used by an earlier row"):
+        read_dialogues(path, strict=True)
+
+
+def test_the_fingerprint_is_of_the_conversation_alone():
+    turns = (Turn(Speaker.SUPPORTER, "您好", BY_CODE["GT"]), Turn(Speaker.CUSTOMER, "好"))
+    same = Dialogue("b", turns, "RoleCS", {"x": 1})
+    assert Dialogue("a", turns).fingerprint == same.fingerprint
+    others = [
+        (Turn(Speaker.SUPPORTER, "您好", BY_CODE["OT"]), turns[1]),
+        (Turn(Speaker.SUPPORTER, "您好！", BY_CODE["GT"]), turns[1]),
+        turns[:1],
+        (*turns, Turn(Speaker.SUPPORTER, "好", BY_CODE["OT"])),
+    ]
+    assert len({Dialogue("a", other).fingerprint for other in [turns, *others]}) == 5
+
+
+LOAD = """
+import sys
+import datasets
+from csc_train.dialogue import ReadReport, iter_dialogues
+from csc_train.errors import InputError
+
+for name, source in zip(sys.argv[1::2], sys.argv[2::2]):
+    report = ReadReport(name)
+    try:
+        rows = list(iter_dialogues(name, source=source, report=report))
+        print([(row.id, row.source, row.turns[0].strategy.code, row.extra) for row in rows], end=" ")
+        print(report.rows, report.accepted, dict(report.unselected), datasets.config.HF_HUB_OFFLINE)
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_data_set_id_is_loaded_by_datasets(tmp_path, offline):
+    """`datasets` takes a relative directory of that name for the data set, so this is its real path without network."""
+    directory = tmp_path / "DianJin" / "DianJin-CSC-Data" / "data"
+    directory.mkdir(parents=True)
+    rows = [*make_rows(2, source="RoleCS", topic="a"), make_row(source="CSConv", topic="b", id="z")]
+    rows = [{"id": f"r{i}"} | row for i, row in enumerate(rows)]
+    write_file(directory / "train-00000-of-00001.parquet", rows)
+
+    name = "DianJin/DianJin-CSC-Data"
+    # A data set that is not there is asked for offline only: otherwise this would wait for the network.
+    wanted = [name, "CSConv", name, "x", *(["DianJin/none", ""] if offline else [])]
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONIOENCODING": "utf-8",
+    }
+    command = [sys.executable, "-c", LOAD, *wanted]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    selected, unknown, *missing = done.stdout.splitlines()
+    assert selected == f"{[('z', 'CSConv', 'GT', {'topic': 'b'})]} 3 1 {{'RoleCS': 2}} {offline}"
+    assert unknown == f"{name}: no row has source 'x'; found: 'RoleCS' (2), 'CSConv' (1)"
+    if offline:
+        assert missing[0].startswith("cannot load data set DianJin/none from the Hugging Face hub: ")

@@ -1,0 +1,311 @@
+"""Splits that stay put, overlaps that are found, and the two of them together as a run loads them."""
+
+import random
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from csc_train.dialogue import Dialogue, Speaker, Turn, write_dialogues
+from csc_train.errors import InputError
+from csc_train.splits import DataConfig, Overlap, SetConfig, find_overlap, load_splits, split
+from csc_train.strategies import STRATEGIES
+
+
+def make_dialogue(name, seed, turns=8, length=20):
+    """A dialogue of random characters: two of different seeds have hardly a 5-gram in common."""
+    random_ = random.Random(seed)
+    texts = ["".join(chr(random_.randrange(0x4E00, 0x5200)) for _ in range(length)) for _ in range(turns)]
+    return from_texts(name, texts)
+
+
+def from_texts(name, texts, first_strategy=0):
+    return Dialogue(
+        name,
+        tuple(
+            Turn(Speaker.CUSTOMER, text) if place % 2 else Turn(Speaker.SUPPORTER, text, STRATEGIES[first_strategy])
+            for place, text in enumerate(texts)
+        ),
+    )
+
+
+def edited(dialogue, name, turns):
+    """The dialogue with its last `turns` texts replaced."""
+    texts = [turn.text for turn in dialogue.turns]
+    return from_texts(name, texts[: len(texts) - turns] + [f"{name}改过的第{i}句" for i in range(turns)])
+
+
+def jaccard(one, other):
+    """The similarity, worked out the long way."""
+    sets = []
+    for dialogue in (one, other):
+        text = "\n".join(turn.text for turn in dialogue.turns)
+        sets.append({text[i : i + 5] for i in range(len(text) - 4)})
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+MANY = [make_dialogue(f"d{i}", i, turns=2) for i in range(2000)]
+
+
+def ids(dialogues):
+    return [dialogue.id for dialogue in dialogues]
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5])
+def test_the_fraction_is_kept_and_every_dialogue_is_on_one_side(fraction):
+    kept, held_out = split(MANY, fraction, seed=0)
+    # Four standard deviations of a binomial.
+    assert abs(len(held_out) / 2000 - fraction) < 4 * (fraction * (1 - fraction) / 2000) ** 0.5
+    assert sorted(ids(kept) + ids(held_out)) == sorted(ids(MANY))
+    chosen = set(ids(held_out))
+    assert ids(held_out) == [d.id for d in MANY if d.id in chosen]
+    assert ids(kept) == [d.id for d in MANY if d.id not in chosen]
+
+
+def test_no_fraction_and_all_of_it():
+    assert split(MANY[:50], 0.0, seed=0) == (MANY[:50], [])
+    assert split(MANY[:50], 1.0, seed=0) == ([], MANY[:50])
+
+
+def test_sides_do_not_change_when_rows_are_reordered_added_or_removed():
+    sides = {d.id: 0 for d in MANY} | {d.id: 1 for d in split(MANY, 0.3, seed=5)[1]}
+    shuffled = random.Random(0).sample(MANY, 700) + [make_dialogue(f"new{i}", 10_000 + i) for i in range(300)]
+    for side, dialogues in enumerate(split(shuffled, 0.3, seed=5)):
+        assert all(sides.get(dialogue.id, side) == side for dialogue in dialogues)
+    larger = set(ids(split(MANY, 0.4, seed=5)[1]))
+    assert larger > {name for name, side in sides.items() if side}
+
+
+def test_equal_dialogues_are_never_parted():
+    copies = [Dialogue(f"copy of {d.id}", d.turns, "other") for d in MANY[:300]]
+    kept, held_out = split(MANY[:300] + copies, 0.5, seed=1)
+    for side in (kept, held_out):
+        assert len(side) == 2 * len({dialogue.fingerprint for dialogue in side}) > 0
+
+
+def test_seeds_draw_independently():
+    first, second = (set(ids(split(MANY, 0.5, seed)[1])) for seed in (0, 1))
+    # About a quarter of the dialogues is in both.
+    assert 400 < len(first & second) < 600
+
+
+def test_overlaps_are_found_and_unrelated_dialogues_are_not():
+    train = [make_dialogue(f"t{i}", i, turns=20) for i in range(60)]
+    texts = [turn.text for turn in train[4].turns]
+    evaluation = [
+        make_dialogue("unrelated", 1000),
+        Dialogue("copy", train[3].turns),
+        from_texts("other strategies", texts, first_strategy=5),
+        edited(train[5], "one turn edited", 1),
+        edited(train[6], "half edited", 10),
+    ]
+    exact, relabelled, near = find_overlap(train, evaluation)
+    assert exact == Overlap("t3", "copy", "exact", 1.0)
+    assert relabelled == Overlap("t4", "other strategies", "exact", 1.0)
+    assert (near.train_id, near.evaluation_id, near.kind) == ("t5", "one turn edited", "near")
+    assert near.similarity == jaccard(train[5], evaluation[3]) > 0.8
+    assert jaccard(train[6], evaluation[4]) < 0.8
+
+
+def test_near_duplicates_at_the_threshold_are_not_missed_and_none_is_reported_wrongly():
+    train, evaluation, expected = [], [], set()
+    for i in range(200):
+        original = make_dialogue(f"t{i}", i, turns=24, length=6)
+        variant = edited(original, f"e{i}", i % 6)
+        train.append(original)
+        evaluation.append(variant)
+        if jaccard(original, variant) >= 0.7:
+            expected.add((f"t{i}", f"e{i}"))
+    assert 50 < len(expected) < 200
+    found = {(overlap.train_id, overlap.evaluation_id) for overlap in find_overlap(train, evaluation, 0.7, seed=3)}
+    assert found <= expected
+    assert len(found) >= 0.97 * len(expected)
+
+
+def test_an_evaluation_dialogue_reports_its_best_match():
+    base = make_dialogue("base", 0, turns=20)
+    train = [edited(base, "far", 2), edited(base, "close", 1), base, Dialogue("second copy", base.turns)]
+    assert find_overlap(train, [Dialogue("e", base.turns)]) == [Overlap("base", "e", "exact", 1.0)]
+    (best,) = find_overlap(train[:2], [base])
+    assert best.train_id == "close" and best.kind == "near"
+
+
+def test_texts_shorter_than_a_shingle_and_empty_sets():
+    short = from_texts("s", ["好"])
+    assert find_overlap([short], [from_texts("e", ["好"])]) == [Overlap("s", "e", "exact", 1.0)]
+    assert find_overlap([short], [from_texts("e", ["行"])]) == []
+    assert find_overlap([], [short]) == find_overlap([short], []) == []
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.5, 0.95, 1.0])
+def test_equal_texts_are_found_at_any_threshold(threshold):
+    train = [make_dialogue(f"t{i}", i) for i in range(5)]
+    assert Overlap("t2", "e", "exact", 1.0) in find_overlap(train, [Dialogue("e", train[2].turns)], threshold)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A training file of 40 and an evaluation file of 4: e0 is t0 and t2, and nearly t3; e1 is nearly t1."""
+    train = [make_dialogue(f"t{i}", i, turns=20) for i in range(40)]
+    train[2], train[3] = Dialogue("t2", train[0].turns), edited(train[0], "t3", 1)
+    evaluation = [Dialogue("e0", train[0].turns), edited(train[1], "e1", 1)]
+    evaluation += [make_dialogue(f"e{i}", 100 + i, turns=20) for i in (2, 3)]
+    write_dialogues(tmp_path / "train.jsonl", train)
+    write_dialogues(tmp_path / "evaluation.parquet", evaluation)
+    return {
+        "train": SetConfig(str(tmp_path / "train.jsonl")),
+        "evaluation": SetConfig(str(tmp_path / "evaluation.parquet")),
+    }
+
+
+def test_warn_keeps_everything_and_says_so(files):
+    said = []
+    splits = load_splits(DataConfig(**files), say=said.append)
+    assert (len(splits.train), len(splits.evaluation)) == (40, 4)
+    assert [(o.train_id, o.evaluation_id, o.kind) for o in splits.overlaps] == [
+        ("t0", "e0", "exact"),
+        ("t1", "e1", "near"),
+    ]
+    (line,) = said
+    assert "40 training and 4 evaluation dialogues" in line
+    assert "2 evaluation dialogues are also in the training data (1 exact, 1 near at 0.8); kept" in line
+
+
+def test_drop_removes_every_training_dialogue_that_gives_an_evaluation_dialogue_away(files):
+    said = []
+    splits = load_splits(DataConfig(**files, on_overlap="drop"), say=said.append)
+    assert ids(splits.train) == [f"t{i}" for i in range(4, 40)]
+    assert ids(splits.evaluation) == ["e0", "e1", "e2", "e3"]
+    assert len(splits.overlaps) == 2 and find_overlap(splits.train, splits.evaluation) == []
+    assert len(said) == 1 and "4 training dialogues dropped" in said[0]
+
+
+def test_raise_names_the_first_pair(files):
+    with pytest.raises(InputError, match=r"on_overlap=raise: 2 .*\(1 exact, 1 near .*training t0 ~ evaluation e0"):
+        load_splits(DataConfig(**files, on_overlap="raise"))
+
+
+def test_raise_passes_disjoint_sets(files):
+    said = []
+    config = DataConfig(train=files["train"], on_overlap="raise", held_out_fraction=0.2, seed=1, overlap_threshold=1.0)
+    splits = load_splits(config, say=said.append)
+    assert splits.overlaps == [] and len(splits.train) + len(splits.evaluation) == 40
+    assert "0 evaluation dialogues are also in the training data" in said[0]
+
+
+def test_dropping_everything_is_an_error(files):
+    config = DataConfig(train=files["train"], evaluation=files["train"], on_overlap="drop")
+    with pytest.raises(InputError, match=r"data\.on_overlap=drop leaves no training dialogue"):
+        load_splits(config)
+
+
+def test_without_an_evaluation_file_the_split_is_that_of_the_training_file(tmp_path):
+    said = []
+    for name, dialogues in {"a.jsonl": MANY[:300], "b.parquet": MANY[299::-1]}.items():
+        path = tmp_path / name
+        write_dialogues(path, dialogues)
+        splits = load_splits(DataConfig(SetConfig(str(path)), held_out_fraction=0.3, seed=4), say=said.append)
+        kept, held_out = split(dialogues, 0.3, seed=4)
+        assert (splits.train, splits.evaluation) == (kept, held_out)
+        assert set(ids(held_out)) == set(ids(split(MANY, 0.3, seed=4)[1])) & set(ids(dialogues))
+
+
+def test_limit_keeps_the_same_dialogues_whatever_their_order(tmp_path):
+    chosen = []
+    for seed, dialogues in [(0, MANY[:200]), (0, MANY[199::-1]), (1, MANY[:200])]:
+        write_dialogues(tmp_path / "a.jsonl", dialogues)
+        config = DataConfig(SetConfig(str(tmp_path / "a.jsonl")), held_out_fraction=0.5, limit=20, seed=seed)
+        splits = load_splits(config, say=lambda line: None)
+        assert (len(splits.train), len(splits.evaluation)) == (20, 20)
+        for side in (splits.train, splits.evaluation):
+            assert ids(side) == [d.id for d in dialogues if d.id in ids(side)]
+        chosen.append((set(ids(splits.train)), set(ids(splits.evaluation))))
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_limit_is_not_tied_to_the_split():
+    """Were both drawn from one number, the kept side's first by hash would be the ones next to be held out."""
+    from csc_train.splits import _first
+
+    nearly = set(ids(split(MANY, 0.2, seed=0)[1])) - set(ids(split(MANY, 0.1, seed=0)[1]))
+    kept = split(MANY, 0.1, seed=0)[0]
+    assert len(nearly & set(ids(_first(kept, 100, seed=0)))) < 40
+
+
+def test_refused_rows_of_each_set_go_to_their_own_file(files, tmp_path):
+    train, said = files["train"].path, []
+    with open(train, "a", encoding="utf-8") as file:
+        file.write("{\n")
+    config = DataConfig(train=files["train"], evaluation=SetConfig(train))
+    load_splits(config, rejects_directory=tmp_path / "run", say=said.append)
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
+        "rejects-evaluation.jsonl",
+        "rejects-train.jsonl",
+    ]
+    assert "41 rows, 40 accepted, 1 refused" in said[0]
+    with pytest.raises(InputError, match=r"^data\.train: .*train\.jsonl, row 41, field row: broken JSON"):
+        load_splits(DataConfig(train=files["train"], strict=True))
+
+
+def test_a_source_is_selected_for_each_set(tmp_path):
+    path = tmp_path / "all.jsonl"
+    write_dialogues(path, [Dialogue(d.id, d.turns, "RoleCS" if i % 3 else "CSConv") for i, d in enumerate(MANY[:30])])
+    config = DataConfig(SetConfig(str(path), "RoleCS"), SetConfig(str(path), "CSConv"))
+    splits = load_splits(config, say=lambda line: None)
+    assert {d.source for d in splits.train} == {"RoleCS"} and {d.source for d in splits.evaluation} == {"CSConv"}
+    assert (len(splits.train), len(splits.evaluation)) == (20, 10)
+    with pytest.raises(
+        InputError, match=r"^data\.evaluation: .*no row has source 'x'; found: 'RoleCS' \(20\), 'CSConv'"
+    ):
+        load_splits(DataConfig(SetConfig(str(path)), SetConfig(str(path), "x")))
+
+
+def test_sets_that_end_up_empty_name_their_key(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(InputError, match=r"^data\.train\.path is not set"):
+        load_splits(DataConfig())
+    with pytest.raises(InputError, match=r"^data\.train: cannot read .*a\.jsonl: No such file"):
+        load_splits(DataConfig(SetConfig(str(path))))
+    path.write_text("")
+    with pytest.raises(InputError, match=r"^data\.train: .*a\.jsonl: no rows"):
+        load_splits(DataConfig(SetConfig(str(path))))
+    write_dialogues(path, MANY[:1])
+    for fraction, name in [(1e-9, "evaluation"), (1 - 1e-9, "training")]:
+        with pytest.raises(
+            InputError, match=rf"^data.held_out_fraction={fraction} .* leaves no {name} dialogue of 1 in"
+        ):
+            load_splits(DataConfig(SetConfig(str(path)), held_out_fraction=fraction))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("held_out_fraction", value) for value in (0, 1, -0.1, 1.5, float("nan"))],
+        *[("overlap_threshold", value) for value in (0, 1.01, -1, float("nan"))],
+        *[("on_overlap", value) for value in ("Drop", "", "ignore")],
+        *[("limit", value) for value in (0, -1)],
+        *[("sample_dialogues", value) for value in (0, -1)],
+        *[("seed", value) for value in (-1, 2**32)],
+        *[("sample_seed", value) for value in (-1, 2**32)],
+    ],
+)
+def test_a_value_out_of_range_names_its_key(key, value):
+    with pytest.raises(InputError, match=rf"^data\.{key}={value} must "):
+        DataConfig(**{key: value})
+
+
+def test_an_evaluation_source_without_a_path_would_be_ignored_and_is_refused():
+    with pytest.raises(InputError, match=r"data\.evaluation\.source is set, but data\.evaluation\.path is not"):
+        DataConfig(evaluation=SetConfig(source="CSConv"))
+
+
+def test_the_config_is_a_structured_config_of_hydra():
+    schema = OmegaConf.structured(DataConfig)
+    merged = OmegaConf.merge(schema, {"train": {"path": "a.jsonl"}, "limit": 3, "overlap_threshold": 1})
+    config = OmegaConf.to_object(merged)
+    assert config == DataConfig(train=SetConfig("a.jsonl"), limit=3, overlap_threshold=1.0)
+    for wrong in ({"trian": {}}, {"limit": "many"}, {"train": {"file": "x"}}, {"strict": "perhaps"}):
+        with pytest.raises(OmegaConfBaseException):
+            OmegaConf.merge(schema, wrong)
+    with pytest.raises(InputError, match=r"data\.limit=0"):
+        OmegaConf.to_object(OmegaConf.merge(schema, {"limit": 0}))
