@@ -43,7 +43,7 @@ def with_turn(dialogue: Dialogue, index: int, **changes) -> Dialogue:
 
 
 def test_the_same_seed_gives_the_same_dialogues_on_every_platform():
-    golden = "9ed6c57baa51f7ba0aff4391844978bc6fa55b79529bd18773f9355cbde648d2"
+    golden = "2450b3875cbc4496f2ad4ab0c513d06da86149590a3623857666d8e8fe3064b6"
     assert data_digest(generate_sample(20, 0)) == golden
 
 
@@ -167,11 +167,22 @@ def test_the_same_request_is_carried_out_only_after_the_identity_is_known(dialog
     assert answers[True].keys() == {8} and answers[False].keys() == {2}
 
 
+def test_a_detail_is_restated_once_before_it_is_acted_upon(dialogues):
+    answers = {True: Counter(), False: Counter()}
+    for dialogue in dialogues:
+        for index, turn in enumerate(dialogue.turns):
+            if turn.speaker is Speaker.CUSTOMER and sample._matching_acts(turn.text) == ["detail"]:
+                restated = any(t.strategy and t.strategy.number == 3 for t in dialogue.turns[:index])
+                answers[restated][dialogue.turns[index + 1].strategy.number] += 1
+    assert answers[True].keys() == {6, 7} and answers[False].keys() == {3}
+
+
 def test_a_restatement_adds_nothing_new(dialogues):
     for dialogue in dialogues:
         said = ""
         for turn in dialogue.turns:
             if turn.strategy and turn.strategy.number == 3:
+                assert "您" in turn.text and "我的" not in turn.text
                 assert set(re.findall("[0-9]+", turn.text)) <= set(re.findall("[0-9]+", said)), turn.text
             said += turn.text
     for problem in sample.PROBLEMS:
@@ -189,7 +200,7 @@ def test_both_speak_about_the_product_that_the_customer_named(dialogues):
             named = {item for item in every if item in text}
             # A name may be part of another, such as 信用卡 of 白金信用卡.
             named = {item for item in named if not any(item != other and item in other for other in named)}
-            assert len(named) == 1 and named <= set(own), (dialogue.id, named)
+            assert len(named) <= 1 and named <= set(own), (dialogue.id, named)
         first = next(turn for turn in dialogue.turns if any(item in turn.text for item in own))
         assert first.speaker is Speaker.CUSTOMER, dialogue.id
 

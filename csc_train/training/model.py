@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers import set_seed as set_all_seeds
 
 from csc_train.errors import InputError
-from csc_train.training.config import ArchitectureConfig, ModelConfig
 from csc_train.hub import readable
+from csc_train.training.config import ArchitectureConfig, ModelConfig
 
 
 def load_model(

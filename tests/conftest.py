@@ -1,0 +1,78 @@
+"""What several test modules share: small and real tokenizers, and seeded random dialogues."""
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.strategies import STRATEGIES
+
+ROOT = Path(__file__).parent.parent
+SMALL_TOKENIZERS = Path(__file__).parent / "data" / "tokenizers"
+REAL_TOKENIZERS = {
+    "qwen2_5": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3": "Qwen/Qwen3-8B",
+    "llama3_1": "meta-llama/Llama-3.1-8B-Instruct",
+}
+SMALL_OF = {"qwen2_5": "qwen2", "qwen3": "qwen2", "llama3_1": "llama3"}
+
+_ODD_PIECES = (
+    "您好", "，请问", "订单号是20240817", "多少钱？", "“引号”", '"quote"', "'", "😀👍🏽", "👨‍👩‍👧", "ＡＢＣ１２３", "iPhone 15 Pro",
+    "don't", "A/B", "100%", "3.14", "\n", "\n\n", "  ", "\t", "[手机号码]", "(备注)", "（全角）", "……", "!!!", "é", "é", "ﬁ",
+    "ไทย", "العربية", "𠮷野家", "a_b", "#1", "https://example.com/?q=1&r=2", "。", "：", "]", "[", "{}", "\\n", "　", "的的的",
+)  # fmt: skip
+
+
+def random_dialogue(rng: random.Random, extra: tuple[str, ...] = ()) -> Dialogue:
+    """A dialogue of odd texts: emoji, quotes, digits, mixed Latin, inner white space, and the pieces in `extra`."""
+
+    def text() -> str:
+        while True:
+            pieces = rng.choices(_ODD_PIECES + extra * 4, k=rng.randint(1, 12))
+            if stripped := "".join(pieces).strip():
+                return stripped
+
+    turns = []
+    for index in range(rng.randint(1, 9)):
+        if index % 2:
+            turns.append(Turn(Speaker.CUSTOMER, text()))
+        else:
+            turns.append(Turn(Speaker.SUPPORTER, text(), rng.choice(STRATEGIES)))
+    return Dialogue(f"random-{rng.random()}", tuple(turns))
+
+
+def small_tokenizer(chat_template: str) -> PreTrainedTokenizerBase:
+    """The small committed tokenizer of the family that `chat_template` belongs to."""
+    return AutoTokenizer.from_pretrained(SMALL_TOKENIZERS / SMALL_OF[chat_template])
+
+
+def real_tokenizer(chat_template: str) -> PreTrainedTokenizerBase:
+    """The published tokenizer; where it is promised (CSC_TOKENIZERS, CI) its absence fails, else it skips the test."""
+    promised = os.environ.get("CSC_TOKENIZERS")
+    for folder in filter(None, (promised, ROOT.parent / "shared" / "tokenizers")):
+        if (Path(folder) / chat_template / "tokenizer.json").exists():
+            return AutoTokenizer.from_pretrained(Path(folder) / chat_template)
+    if promised or os.environ.get("CI"):
+        pytest.fail(f"no {chat_template} tokenizer in CSC_TOKENIZERS={promised}")
+    try:
+        return AutoTokenizer.from_pretrained(REAL_TOKENIZERS[chat_template], local_files_only=True)
+    except (OSError, ValueError):
+        pytest.skip(f"{chat_template}: no tokenizer in CSC_TOKENIZERS or the hub cache")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real_tokenizer: runs on a published tokenizer")
+
+
+def pytest_terminal_summary(terminalreporter):
+    counts = {}
+    for outcome in ("passed", "failed", "skipped"):
+        reports = terminalreporter.stats.get(outcome, [])
+        counts[outcome] = sum("real_tokenizer" in getattr(report, "keywords", {}) for report in reports)
+    terminalreporter.write_line("real-tokenizer tests: " + ", ".join(f"{n} {name}" for name, n in counts.items()))

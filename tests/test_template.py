@@ -1,0 +1,345 @@
+"""Token ids and weights, on small tokenizers of our own and on the published ones."""
+
+import random
+from importlib import resources
+
+import pytest
+from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer
+
+from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.errors import InputError
+from csc_train.strategies import STRATEGIES, parse_strategy
+from csc_train.template.config import CHAT_TEMPLATES, LANGUAGES, MODES, TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate, messages
+from csc_train.template.reply import Reply, format_reply, parse_reply
+from csc_train.template.system_prompt import system_prompt
+
+EMPATHY = parse_strategy("情感管理")
+GREETING = parse_strategy("礼貌问候")
+
+TOKENIZERS = [
+    *(pytest.param("small", name, id=f"small-{name}") for name in SMALL_OF),
+    *(pytest.param("real", name, id=f"real-{name}", marks=pytest.mark.real_tokenizer) for name in CHAT_TEMPLATES),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of():
+    loaded = {}
+
+    def load(kind, name):
+        if (kind, name) not in loaded:
+            loaded[kind, name] = small_tokenizer(name) if kind == "small" else real_tokenizer(name)
+        return loaded[kind, name]
+
+    return load
+
+
+def hand_written() -> Dialogue:
+    return Dialogue(
+        "hand",
+        (
+            Turn(Speaker.SUPPORTER, "您好", GREETING),
+            Turn(Speaker.CUSTOMER, "我很着急"),
+            Turn(Speaker.SUPPORTER, "请放心", EMPATHY),
+        ),
+    )
+
+
+def weighted_tokens(template: DialogueTemplate, dialogue: Dialogue, **options) -> list[tuple[str, float]]:
+    """What follows the prefix, as (decoded token, weight)."""
+    example = template.encode(dialogue, **options)
+    start = len(template.prefix_ids)
+    assert example.boundaries[0] == start
+    assert not example.weights[:start].any()
+    return [
+        (template.tokenizer.decode([token]), weight)
+        for token, weight in zip(example.input_ids[start:].tolist(), example.weights[start:].tolist(), strict=True)
+    ]
+
+
+QWEN_OPEN, QWEN_CLOSE = "<|im_start|>", "<|im_end|>"
+
+
+def test_ids_and_weights_of_a_hand_written_dialogue_qwen():
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
+    assert weighted_tokens(template, hand_written()) == [
+        (QWEN_OPEN, 0), ("assistant", 0), ("\n", 0),
+        ("[礼貌问候", 1), ("]", 1), ("您好", 1), (QWEN_CLOSE, 1), ("\n", 0),
+        (QWEN_OPEN, 0), ("user", 0), ("\n", 0), ("我很着急", 0), (QWEN_CLOSE, 0), ("\n", 0),
+        (QWEN_OPEN, 0), ("assistant", 0), ("\n", 0),
+        ("[情感管理", 1), ("]", 1), ("请放心", 1), (QWEN_CLOSE, 1), ("\n", 0),
+    ]  # fmt: skip
+    vocabulary = template.tokenizer.get_vocab()
+    control = [vocabulary[token] for token in ("<|endoftext|>", QWEN_OPEN, QWEN_CLOSE, "<tool_call>")]
+    example = template.encode(hand_written())
+    assert example.input_ids[0] == control[1]
+    assert template.end_of_turn_id == control[2]
+    assert example.boundaries.tolist()[1:] == [template.encode(hand_written()).boundaries[0] + n for n in (8, 14, 22)]
+
+
+def test_ids_and_weights_of_a_hand_written_dialogue_llama():
+    template = DialogueTemplate(small_tokenizer("llama3_1"), "llama3_1", TemplateConfig())
+    head, tail, end = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+    assert weighted_tokens(template, hand_written()) == [
+        (head, 0), ("assistant", 0), (tail, 0), ("\n\n", 0), ("[礼貌问候", 1), ("]", 1), ("您好", 1), (end, 1),
+        (head, 0), ("user", 0), (tail, 0), ("\n\n", 0), ("我很着急", 0), (end, 0),
+        (head, 0), ("assistant", 0), (tail, 0), ("\n\n", 0), ("[情感管理", 1), ("]", 1), ("请放心", 1), (end, 1),
+    ]  # fmt: skip
+    assert template.tokenizer.decode(template.prefix_ids).startswith(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n你是一名专业的客服"
+    )
+
+
+def test_qwen3_carries_an_untrained_empty_think_block_in_every_assistant_header():
+    template = DialogueTemplate(small_tokenizer("qwen3"), "qwen3", TemplateConfig())
+    tokens = weighted_tokens(template, hand_written())
+    header = [(QWEN_OPEN, 0), ("assistant", 0), ("\n", 0), ("<think>", 0), ("\n\n", 0), ("</think>", 0), ("\n\n", 0)]
+    assert tokens[:7] == header
+    assert tokens[7:12] == [("[礼貌问候", 1), ("]", 1), ("您好", 1), (QWEN_CLOSE, 1), ("\n", 0)]
+    assert tokens[18:25] == header
+
+
+@pytest.mark.parametrize(
+    ("mode", "trained"),
+    [
+        ("joint", ["[礼貌问候", "]", "您好", QWEN_CLOSE, "[情感管理", "]", "请放心", QWEN_CLOSE]),
+        ("given", ["您好", QWEN_CLOSE, "请放心", QWEN_CLOSE]),
+        ("reply_only", ["您好", QWEN_CLOSE, "请放心", QWEN_CLOSE]),
+    ],
+)
+def test_what_is_trained_in_each_mode(mode, trained):
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode=mode))
+    tokens = weighted_tokens(template, hand_written())
+    assert [token for token, weight in tokens if weight] == trained
+    assert ("[礼貌问候" in [token for token, _ in tokens]) == (mode != "reply_only")
+
+
+def test_only_target_turns_are_trained():
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
+    trained = [token for token, weight in weighted_tokens(template, hand_written(), targets=[2]) if weight]
+    assert trained == ["[情感管理", "]", "请放心", QWEN_CLOSE]
+
+
+@pytest.mark.parametrize(("kind", "name"), TOKENIZERS)
+def test_a_token_across_the_bracket_belongs_to_the_strategy(kind, name, tokenizer_of):
+    """`[情感管理][手机号码]` may hold a token `][`: in mode `given` it is handed in, so it is not trained."""
+    tokenizer = tokenizer_of(kind, name)
+    template = DialogueTemplate(tokenizer, name, TemplateConfig(mode="given"))
+    turns = (Turn(Speaker.SUPPORTER, "[手机号码]已登记", EMPATHY),)
+    example = template.encode(Dialogue("d", turns))
+    trained = tokenizer.decode(example.input_ids[example.weights > 0].tolist())
+    end = tokenizer.decode([template.end_of_turn_id])
+    straddles = "][" in tokenizer.get_vocab()
+    assert trained == ("手机号码]已登记" if straddles else "[手机号码]已登记") + end
+    if kind == "real":
+        assert straddles
+
+
+@pytest.mark.parametrize(("kind", "name"), TOKENIZERS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_segments_equal_the_jinja_rendering(kind, name, mode, language, tokenizer_of):
+    tokenizer = tokenizer_of(kind, name)
+    template = DialogueTemplate(tokenizer, name, TemplateConfig(mode, language))
+    rng = random.Random(1)
+    dialogues = [random_dialogue(rng) for _ in range(40)]
+    for dialogue, example in zip(dialogues, template.encode_all(dialogues), strict=True):
+        text = template.render(dialogue.turns)
+        assert example.input_ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def stock_template(name: str) -> str:
+    """A published chat template that TRL carries: for Llama 3.1 the official one with its date lines."""
+    return resources.files("trl").joinpath(f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
+
+
+def as_content(dialogue: Dialogue) -> list[dict[str, str]]:
+    """The dialogue's messages as anybody without this project would write them: the strategy is part of the content."""
+    chat = messages(dialogue.turns, TemplateConfig())
+    return [
+        {"role": m["role"], "content": (f"[{m['strategy']}]" if "strategy" in m else "") + m["content"]} for m in chat
+    ]
+
+
+@pytest.mark.real_tokenizer
+@pytest.mark.parametrize(
+    ("tokenizer_name", "name", "stock"),
+    [
+        ("qwen2_5", "qwen2_5", None),
+        ("qwen2_5", "qwen2_5", "qwen2_5"),
+        ("qwen3", "qwen2_5", "qwen3_instruct_2507"),
+        ("llama3_1", "llama3_1", "llama3_1"),
+    ],
+    ids=["qwen2_5-own", "qwen2_5-trl", "qwen3_instruct_2507-trl", "llama3_1-trl"],
+)
+def test_ids_equal_the_stock_chat_template(tokenizer_name, name, stock, tokenizer_of):
+    tokenizer = tokenizer_of("real", tokenizer_name)
+    template = DialogueTemplate(tokenizer, name, TemplateConfig())
+    rng = random.Random(2)
+    dialogues = [random_dialogue(rng) for _ in range(200)]
+    for dialogue, example in zip(dialogues, template.encode_all(dialogues), strict=True):
+        expected = tokenizer.apply_chat_template(
+            as_content(dialogue),
+            chat_template=stock_template(stock) if stock else None,
+            date_string="26 Jul 2024",
+            return_dict=False,
+        )
+        assert example.input_ids.tolist() == expected
+
+
+@pytest.mark.real_tokenizer
+def test_qwen3_equals_stock_without_thinking_turn_by_turn_and_differs_from_it_as_a_whole(tokenizer_of):
+    tokenizer = tokenizer_of("real", "qwen3")
+    template = DialogueTemplate(tokenizer, "qwen3", TemplateConfig())
+    think = tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False)["input_ids"]
+    rng = random.Random(3)
+    dialogues = [random_dialogue(rng) for _ in range(200)]
+    for dialogue, example in zip(dialogues, template.encode_all(dialogues), strict=True):
+        ids, chat = example.input_ids.tolist(), as_content(dialogue)
+        for index in dialogue.supporter_turns:
+            stock = tokenizer.apply_chat_template(
+                chat[index + 1 : index + 2], add_generation_prompt=False, tokenize=False
+            )
+            # Stock's generation prompt, after a history of the turn before alone, then the reply and the end token.
+            before = chat[: 1 + index][-1:]
+            prompt = tokenizer.apply_chat_template(
+                before, add_generation_prompt=True, enable_thinking=False, tokenize=False
+            )
+            header = prompt[prompt.rindex("<|im_start|>assistant") :]
+            expected = tokenizer(header + chat[index + 1]["content"] + "<|im_end|>\n", add_special_tokens=False)
+            start, end = example.boundaries[index], example.boundaries[index + 1]
+            assert ids[start:end] == expected["input_ids"]
+            assert stock.endswith(chat[index + 1]["content"] + "<|im_end|>\n")
+        whole = tokenizer.apply_chat_template(chat, return_dict=False)
+        if len(dialogue.supporter_turns) > 1:
+            # Stock writes the block on the last turn alone (none at all where the customer has the last word).
+            assert whole != ids
+            without = [token for token in _without(ids, think)]
+            assert _without(whole, think) == without
+
+
+def _without(ids: list[int], block: list[int]) -> list[int]:
+    result, position = [], 0
+    while position < len(ids):
+        if ids[position : position + len(block)] == block:
+            position += len(block)
+        else:
+            result.append(ids[position])
+            position += 1
+    return result
+
+
+@pytest.mark.parametrize(("kind", "name"), TOKENIZERS)
+def test_every_control_string_in_a_text_is_encoded_literally(kind, name, tokenizer_of):
+    tokenizer = tokenizer_of(kind, name)
+    template = DialogueTemplate(tokenizer, name, TemplateConfig())
+    controls = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    plain = (Turn(Speaker.SUPPORTER, "甲", GREETING), Turn(Speaker.CUSTOMER, "乙"), Turn(Speaker.SUPPORTER, "丙", EMPATHY))
+    expected = [token for token in template.encode(Dialogue("p", plain)).input_ids.tolist() if token in controls.values()]
+    for control in controls:
+        texts = [f"前{control}后", control, f"{control}{control}x"]
+        turns = tuple(
+            Turn(turn.speaker, text, turn.strategy) for turn, text in zip(plain, texts, strict=True)
+        )
+        example = template.encode(Dialogue("c", turns))
+        ids = example.input_ids.tolist()
+        assert [token for token in ids if token in controls.values()] == expected, control
+        for index, (turn, text) in enumerate(zip(turns, texts, strict=True)):
+            piece = tokenizer.decode(ids[example.boundaries[index] : example.boundaries[index + 1]])
+            content = text if turn.speaker is Speaker.CUSTOMER else format_reply(Reply(turn.strategy, text), "zh")
+            assert content in piece
+
+
+@pytest.mark.parametrize(("kind", "name"), TOKENIZERS)
+def test_ordinary_text_keeps_its_ids(kind, name, tokenizer_of):
+    tokenizer = tokenizer_of(kind, name)
+    template = DialogueTemplate(tokenizer, name, TemplateConfig())
+    for text in ("您好，我的订单20240817还没到！", "Don't worry 😀", "[手机号码]"):
+        prompt = template.prompt_ids([Turn(Speaker.CUSTOMER, text)])
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == prompt[
+            len(template.prefix_ids) + len(template.customer_header_ids) : -len(template.supporter_header_ids)
+            - len(template.customer_footer_ids)
+        ]
+
+
+@pytest.mark.parametrize(("kind", "name"), TOKENIZERS)
+def test_ids_of_a_turn_do_not_depend_on_later_turns(kind, name, tokenizer_of):
+    template = DialogueTemplate(tokenizer_of(kind, name), name, TemplateConfig())
+    rng = random.Random(4)
+    for _ in range(20):
+        dialogue = random_dialogue(rng)
+        whole = template.encode(dialogue)
+        for length in range(len(dialogue.turns)):
+            part = template.encode(Dialogue("part", dialogue.turns[:length]))
+            assert part.input_ids.tolist() == whole.input_ids[: whole.boundaries[length]].tolist()
+            if dialogue.turns[length].speaker is Speaker.SUPPORTER:
+                prompt = template.prompt_ids(dialogue.turns[:length])
+                assert prompt == whole.input_ids[: len(prompt)].tolist()
+                assert whole.weights[len(prompt)] == 1
+                assert whole.weights[len(prompt) - 1] == 0
+
+
+def test_generated_ids_enter_the_prompt_as_they_are():
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
+    tokenizer = template.tokenizer
+    odd_split = [tokenizer.get_vocab()["["], *tokenizer("礼貌问候", add_special_tokens=False)["input_ids"]]
+    prompt = template.prompt_ids([odd_split, Turn(Speaker.CUSTOMER, "我很着急")])
+    customer = tokenizer("<|im_start|>user\n我很着急<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    footer = tokenizer("<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    assert prompt == template.prefix_ids + header + odd_split + footer + customer + header
+
+
+def test_mode_given_hands_the_strategy_in():
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode="given"))
+    assert template.tokenizer.decode(template.prompt_ids([], EMPATHY)).endswith("<|im_start|>assistant\n[情感管理]")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.code)
+def test_the_parser_inverts_the_format(language, strategy):
+    for response in ("请放心", "[手机号码]已登记", "第一行\n第二行", "", "带]的[文字", "策略5"):
+        reply = Reply(strategy, response)
+        assert parse_reply(format_reply(reply, language)) == reply
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" [情感管理] 请放心 ", Reply(EMPATHY, "请放心")),
+        ("[策略5 情感管理]请放心", Reply(EMPATHY, "请放心")),
+        ("请放心", Reply(None, "请放心")),
+        ("[手机号码]请放心", Reply(None, "[手机号码]请放心")),
+        ("好的[情感管理]请放心", Reply(None, "好的[情感管理]请放心")),
+        ("[情感管理", Reply(None, "[情感管理")),
+        ("[情感管理+礼貌问候]请放心", Reply(None, "[情感管理+礼貌问候]请放心")),
+        ("【情感管理】请放心", Reply(None, "【情感管理】请放心")),
+        ("", Reply(None, "")),
+    ],
+)
+def test_what_the_parser_makes_of_a_text(text, expected):
+    assert parse_reply(text) == expected
+
+
+def test_the_system_prompt_names_every_strategy_with_its_definition():
+    for language in LANGUAGES:
+        prompt = system_prompt("joint", language)
+        for strategy in STRATEGIES:
+            assert f"{strategy.number}. {strategy.name(language)}" in prompt
+            assert strategy.definition(language) in prompt
+        assert prompt == prompt.strip()
+        assert STRATEGIES[4].name(language) not in system_prompt("reply_only", language)
+
+
+def test_a_tokenizer_of_another_family_is_refused():
+    with pytest.raises(InputError, match="no control token"):
+        DialogueTemplate(small_tokenizer("llama3_1"), "qwen2_5", TemplateConfig())
+
+
+def test_the_fingerprint_tells_modes_languages_and_templates_apart():
+    tokenizer = small_tokenizer("qwen2_5")
+    configs = [TemplateConfig(mode, language) for mode in MODES for language in LANGUAGES]
+    prints = {DialogueTemplate(tokenizer, name, config).fingerprint for config in configs for name in ("qwen2_5", "qwen3")}
+    assert len(prints) == 12
