@@ -236,13 +236,17 @@ def test_every_control_string_in_a_text_is_encoded_literally(kind, name, tokeniz
     tokenizer = tokenizer_of(kind, name)
     template = DialogueTemplate(tokenizer, name, TemplateConfig())
     controls = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-    plain = (Turn(Speaker.SUPPORTER, "甲", GREETING), Turn(Speaker.CUSTOMER, "乙"), Turn(Speaker.SUPPORTER, "丙", EMPATHY))
-    expected = [token for token in template.encode(Dialogue("p", plain)).input_ids.tolist() if token in controls.values()]
+    plain = (
+        Turn(Speaker.SUPPORTER, "甲", GREETING),
+        Turn(Speaker.CUSTOMER, "乙"),
+        Turn(Speaker.SUPPORTER, "丙", EMPATHY),
+    )
+    expected = [
+        token for token in template.encode(Dialogue("p", plain)).input_ids.tolist() if token in controls.values()
+    ]
     for control in controls:
         texts = [f"前{control}后", control, f"{control}{control}x"]
-        turns = tuple(
-            Turn(turn.speaker, text, turn.strategy) for turn, text in zip(plain, texts, strict=True)
-        )
+        turns = tuple(Turn(turn.speaker, text, turn.strategy) for turn, text in zip(plain, texts, strict=True))
         example = template.encode(Dialogue("c", turns))
         ids = example.input_ids.tolist()
         assert [token for token in ids if token in controls.values()] == expected, control
@@ -258,10 +262,13 @@ def test_ordinary_text_keeps_its_ids(kind, name, tokenizer_of):
     template = DialogueTemplate(tokenizer, name, TemplateConfig())
     for text in ("您好，我的订单20240817还没到！", "Don't worry 😀", "[手机号码]"):
         prompt = template.prompt_ids([Turn(Speaker.CUSTOMER, text)])
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == prompt[
-            len(template.prefix_ids) + len(template.customer_header_ids) : -len(template.supporter_header_ids)
-            - len(template.customer_footer_ids)
-        ]
+        assert (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            == prompt[
+                len(template.prefix_ids) + len(template.customer_header_ids) : -len(template.supporter_header_ids)
+                - len(template.customer_footer_ids)
+            ]
+        )
 
 
 @pytest.mark.parametrize(("kind", "name"), TOKENIZERS)
@@ -341,5 +348,7 @@ def test_a_tokenizer_of_another_family_is_refused():
 def test_the_fingerprint_tells_modes_languages_and_templates_apart():
     tokenizer = small_tokenizer("qwen2_5")
     configs = [TemplateConfig(mode, language) for mode in MODES for language in LANGUAGES]
-    prints = {DialogueTemplate(tokenizer, name, config).fingerprint for config in configs for name in ("qwen2_5", "qwen3")}
+    prints = {
+        DialogueTemplate(tokenizer, name, config).fingerprint for config in configs for name in ("qwen2_5", "qwen3")
+    }
     assert len(prints) == 12

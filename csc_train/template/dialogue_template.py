@@ -1,5 +1,6 @@
 """A dialogue as token ids with a loss weight on each, for one tokenizer, chat template, mode and language."""
 
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -252,6 +253,7 @@ class DialogueTemplate:
             )
 
 
+@functools.lru_cache(maxsize=4)
 def _literal_encoder(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
     """A copy of the tokenizer's backend that knows no added tokens: control strings are plain text to it."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())

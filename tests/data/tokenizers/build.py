@@ -7,7 +7,7 @@ from csc_train.template.config import LANGUAGES
 from csc_train.training.tokenizer import train_tokenizer
 
 WORDS = [
-    *("assistant", "user", "system", "您好", "我很着急", "请放心", "手机号码", "已登记", "订单", "客服"),
+    *("\n\n", "assistant", "user", "system", "您好", "我很着急", "请放心", "手机号码", "已登记", "订单", "客服"),
     *(f"[{strategy.name(language)}]" for strategy in STRATEGIES for language in LANGUAGES),
 ]
 
