@@ -1,5 +1,6 @@
 """Composed, typed configuration: a schema per recipe, made of its owners' schemas, and errors with a remedy."""
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -45,7 +46,8 @@ class EvaluateRecipe:
 
     checkpoint: str = MISSING
     """The checkpoint directory to evaluate."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig | None = None
+    """The dialogues; those that the checkpoint's run held out where not given."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -88,6 +90,11 @@ def compose(recipe: str, overrides: list[str]) -> Any:
         raise InputError(_explain(error, recipe)) from error
 
 
+def data_of(config: dict[str, Any]) -> DataConfig:
+    """The `data` section of a resolved configuration, such as a checkpoint's manifest holds."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config["data"]))
+
+
 def _register_schemas() -> None:
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
@@ -113,6 +120,8 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
             _register_schemas()
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=recipe)(lambda _: None)()
         else:
+            # It warns on import about a kernel that only 4-bit inference on a CPU would use.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             main(compose(recipe, arguments))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,20 +1,21 @@
 """Run directories: one per run, written by rank 0, holding all that is needed to tell what was done."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from csc_train.errors import InputError, check_choice
 from csc_train.files import digest, file_digest, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "hydra-core")
 EXISTING = ("refuse", "reuse", "replace")
@@ -98,10 +99,24 @@ class Run:
             print(text, flush=True)
 
 
-def processes() -> PartialState:
+def processes() -> "PartialState":
     """The processes that run this recipe together; the first call starts their process group."""
+    import torch
+    from accelerate import PartialState
+
+    _quiet_libraries(gpu=torch.cuda.is_available())
     # Without `cpu` on a machine that has no GPU, processes would not find each other and train apart.
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _quiet_libraries(gpu: bool) -> None:
+    """Leave out what libraries say on every start and nobody can act on (see also `config.run_recipe`)."""
+    from transformers.utils import logging as transformers_logging
+
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def single_process(recipe: str) -> None:
@@ -116,6 +131,8 @@ def single_process(recipe: str) -> None:
 
 def shared(value: Any) -> Any:
     """The main process's `value`, on every process."""
+    from accelerate.utils import broadcast_object_list
+
     return broadcast_object_list([value])[0] if processes().num_processes > 1 else value
 
 

@@ -3,7 +3,7 @@
 python recipes/evaluate.py checkpoint=runs/demo/checkpoint
 """
 
-from csc_train.config import EvaluateRecipe, resolved, run_recipe
+from csc_train.config import EvaluateRecipe, data_of, resolved, run_recipe
 
 
 def main(config: EvaluateRecipe) -> None:
@@ -21,18 +21,19 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.files import file_digest
     from csc_train.run import Run, provenance, single_process
     from csc_train.splits import load_splits
-    from csc_train.synthesis.sample import ensure_sample
+    from csc_train.synthesis.sample import ceiling, ensure_sample
 
     single_process("evaluate")
     run = Run("evaluate", resolved(config))
 
-    # Dialogues
-    if config.data.sample_dialogues:
-        ensure_sample(config.data.train.path, config.data.sample_dialogues, config.data.sample_seed)
-    splits = load_splits(config.data, run.directory)
-
-    # Systems
+    # Checkpoint
     trained, manifest = load_policy(config.checkpoint, config.evaluation)
+
+    # Dialogues
+    data = config.data or data_of(manifest.config)
+    if data.sample_dialogues:
+        ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
+    splits = load_splits(data, run.directory)
     inputs = {
         "train": data_digest(splits.train),
         "evaluation": data_digest(splits.evaluation),
@@ -44,6 +45,8 @@ def main(config: EvaluateRecipe) -> None:
         run.say(f"reused {run.directory}: same checkpoint, configuration, data and code")
         run.say((run.directory / "table.md").read_text(encoding="utf-8"))
         return
+
+    # Systems
     systems = {
         "most frequent strategy": StrategyBaseline(splits.train, order=0),
         "strategy bigram": StrategyBaseline(splits.train, order=1),
@@ -65,6 +68,8 @@ def main(config: EvaluateRecipe) -> None:
     write_results(run.directory, results, provenance())
     run.finish()
     Console().print(console_table(results))
+    if data.sample_dialogues:
+        run.say(f"ceiling of ACC, by the rule that wrote the sample dialogues: {ceiling(splits.evaluation):.2f}")
     run.say(f"report: {run.directory}/table.md, {run.directory}/results.json; predictions: {run.directory}/predictions")
 
 

@@ -1,5 +1,6 @@
 """TRL's SFTTrainer on packs of encoded dialogues."""
 
+import sys
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,15 @@ from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.model import resolve_dtype
 
 
+class PackTrainer(SFTTrainer):
+    """TRL's trainer, saying only what is true of packs."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log without `num_tokens`: TRL counts the columns of a batch and leaves out its other rows."""
+        self._metrics["train"].pop("num_tokens", None)
+        super().log(logs, start_time)
+
+
 def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -23,7 +33,7 @@ def build_trainer(
     adapter: AdapterConfig,
     directory: Path,
     processes: int,
-) -> SFTTrainer:
+) -> PackTrainer:
     """The trainer of one run.
 
     The loss of an optimizer step is the sum over its trained tokens divided by their number, both taken over all
@@ -48,8 +58,10 @@ def build_trainer(
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=config.accumulation(processes),
         average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
         bf16=dtype is torch.bfloat16,
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,
+        disable_tqdm=not sys.stderr.isatty(),
         seed=config.seed,
         logging_steps=config.log_every,
         logging_first_step=True,
@@ -64,7 +76,7 @@ def build_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     joins_rows = model.config._attn_implementation.startswith("flash_attention")
-    return SFTTrainer(
+    return PackTrainer(
         model=model,
         args=arguments,
         train_dataset=packs,

@@ -1,0 +1,29 @@
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: help demo test lint
+
+help: ## Show what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> trained checkpoint -> evaluated table
+	$(PYTHON) recipes/write_sample.py
+	$(PYTHON) recipes/sft.py experiment=demo run.directory=runs/demo run.existing=reuse
+	$(PYTHON) recipes/evaluate.py checkpoint=runs/demo/checkpoint evaluation.max_new_tokens=40 \
+		run.directory=runs/demo/evaluation run.existing=reuse
+
+test: lint ## Set up what tests need, then pass them
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/installed-dev ## Check style and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
