@@ -1,5 +1,7 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
+# Threads that wait without spinning: on a shared machine spinning makes small models many times slower.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help demo test lint
 

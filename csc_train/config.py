@@ -11,8 +11,9 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from csc_train.errors import InputError, suggestion
@@ -32,7 +33,8 @@ class SftRecipe:
     """Configuration of recipes/sft.py."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(init="random", tokenizer="train"))
+    # No instance here: what it was given to pass its own checks would stay where a file of the group is silent.
+    model: ModelConfig = MISSING
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
@@ -75,14 +77,17 @@ def compose(recipe: str, overrides: list[str]) -> Any:
             or a required value that is missing.
     """
     _register_schemas()
+    _check_overrides(overrides)
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose(recipe, overrides)
+            composed = hydra.compose(recipe, overrides, return_hydra_config=True)
+        with open_dict(composed):
+            chosen = composed.pop("hydra").runtime.choices
         # Hydra lets `+group.nope=1` through; merging into the bare schema does not.
         plain = OmegaConf.create(OmegaConf.to_container(composed))
         typed = OmegaConf.merge(OmegaConf.structured(SCHEMAS[recipe]), plain)
-        missing = sorted(OmegaConf.missing_keys(typed))
+        missing = sorted(OmegaConf.missing_keys(typed)) or list(_unfilled(typed, chosen))
         if missing:
             raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
         return OmegaConf.to_object(typed)
@@ -93,6 +98,40 @@ def compose(recipe: str, overrides: list[str]) -> Any:
 def data_of(config: dict[str, Any]) -> DataConfig:
     """The `data` section of a resolved configuration, such as a checkpoint's manifest holds."""
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config["data"]))
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Refuse what Hydra refuses without naming it."""
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise InputError(f"{text}: not of the form key=value ({str(error).splitlines()[0]})") from error
+        group = override.key_or_group
+        if override.value() is None and not override.is_delete() and _options(group):
+            raise InputError(f"{text}: choose one of {', '.join(_options(group))}, or leave it out")
+
+
+def _unfilled(config: DictConfig, chosen: dict[str, str | None]) -> Iterator[str]:
+    """Keys that a chosen file of conf/ marks `???` and nobody filled in: merging keeps the schema's null there."""
+    for group, option in chosen.items():
+        file = CONF / group / f"{option}.yaml"
+        if group in config and file.is_file():
+            marked = _marked(OmegaConf.to_container(OmegaConf.load(file)), f"{group}.")
+            yield from (key for key in marked if OmegaConf.select(config, key) is None)
+
+
+def _marked(node: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _marked(value, f"{prefix}{key}.")
+        elif value == MISSING:
+            yield prefix + key
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def _register_schemas() -> None:
@@ -136,16 +175,19 @@ def _explain(error: Exception, recipe: str) -> str:
     text = "\n".join(str(part) for part in chain)
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match.group(1).rpartition("/")
-        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        options = _options(group)
         return f"{group}={option}: not in conf/{group}.{suggestion(option, options)} Known: {', '.join(options)}"
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text):
         full = re.search(r"full_key: (\S+)", text)
         key = match.group(1) if "." in match.group(1) or not full else full.group(1)
         if "not in" in text:
             return f"unknown key {key!r} for recipe {recipe}.{suggestion(key, _known_keys(recipe))}"
-    full = re.search(r"full_key: (\S+)", text)
-    reason = str(chain[-1]).strip().splitlines()[0]
-    return f"{full.group(1)}: {reason}" if full else reason
+    # A value of a mapping is known to OmegaConf by its last key alone; the override tells the whole one.
+    full = re.search(r"Error merging override [+]*([^=\s]+)=", text) or re.search(r"full_key: (\S+)", text)
+    reasons = [line for line in str(chain[-1]).strip().splitlines() if "raised while composing config" not in line]
+    place = re.search(r"In '([^']+)': \w+ raised while composing config", text)
+    source = f"conf/{place.group(1)}.yaml: " if place else ""
+    return source + (f"{full.group(1)}: {reasons[0]}" if full else reasons[0])
 
 
 def _known_keys(recipe: str) -> Iterator[str]:
@@ -155,6 +197,8 @@ def _known_keys(recipe: str) -> Iterator[str]:
         for key in node:
             yield prefix + key
             child = node._get_node(key)
+            if isinstance(child, DictConfig) and child._is_missing():
+                child = OmegaConf.structured(child._metadata.ref_type)
             if isinstance(child, DictConfig) and not child._is_none():
                 yield from walk(child, f"{prefix}{key}.")
 

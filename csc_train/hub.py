@@ -25,11 +25,15 @@ def readable(path: str, what: str) -> Iterator[None]:
             raise InputError(f"{path} is gated: {advice}, or give a local directory") from error
         if any(isinstance(cause, huggingface_hub.errors.RepositoryNotFoundError) for cause in causes):
             raise InputError(f"{path}: no such model on the hub, or a private one without HF_TOKEN") from error
+        if any(isinstance(cause, huggingface_hub.errors.RevisionNotFoundError) for cause in causes):
+            raise InputError(f"{path}: its hub page has no such branch, tag or commit; check the revision") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         if local.is_dir():
-            first = str(error).strip().splitlines()[0]
             raise InputError(f"{path}: the directory holds no {what} that can be read ({first})") from error
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-        why = "HF_HUB_OFFLINE is set and the cache has no copy" if offline else "the hub cannot be reached"
+        why = f"the hub cannot be reached, or has none that can be read ({first})"
+        if offline:
+            why = "HF_HUB_OFFLINE is set and the cache has no copy"
         raise InputError(f"{path}: cannot load the {what}: {why}; give a local directory, or download it") from error
 
 

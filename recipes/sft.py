@@ -18,7 +18,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.splits import load_splits
     from csc_train.synthesis.sample import ensure_sample
     from csc_train.template.dialogue_template import DialogueTemplate
-    from csc_train.training.model import load_model, resolve_dtype
+    from csc_train.training.model import load_model, resolve_dtype, weight_dtype
     from csc_train.training.origin import describe_origin, keep_base
     from csc_train.training.tokenizer import obtain_tokenizer
     from csc_train.training.trainer import build_trainer, plain_model
@@ -46,7 +46,8 @@ def main(config: SftRecipe) -> None:
     run.say(f"training on {packing_report}")
 
     # Model
-    model = load_model(config.model, tokenizer, resolve_dtype(config.trainer.precision), config.trainer.seed)
+    dtype = weight_dtype(config.trainer.precision, config.adapter.kind)
+    model = load_model(config.model, tokenizer, dtype, config.trainer.seed)
     base = keep_base(config.model, model, tokenizer, run)
 
     # Training

@@ -6,6 +6,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Two threads on two busy cores wait for each other: tiny models then run many times slower than on one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from csc_train.errors import check_choice, check_range
+from csc_train.errors import InputError, check_choice, check_range
 from csc_train.evaluation.predictions import CONTEXTS
 
 
@@ -21,6 +21,8 @@ class EvaluationConfig:
     """auto: as the checkpoint is stored. Or bf16, fp32."""
 
     def __post_init__(self):
+        if not self.contexts:
+            raise InputError(f"evaluation.contexts=[]: give one or more of {', '.join(CONTEXTS)}")
         for context in self.contexts:
             check_choice("evaluation.contexts", context, CONTEXTS)
         check_range("evaluation.batch_size", self.batch_size, 1)

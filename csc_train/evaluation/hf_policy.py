@@ -8,10 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from csc_train.checkpoint import Manifest, check_manifest, read_manifest, tokenizer_hash
 from csc_train.dialogue import Turn
+from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.predict import Request, Said
 from csc_train.files import digest
 from csc_train.hub import readable
+from csc_train.strategies import Strategy
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -29,7 +31,9 @@ class HFPolicy:
         stops = model.generation_config.eos_token_id
         stops = {template.end_of_turn_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])}
         self._stops = sorted(stops)
-        self._generation = GenerationConfig(
+        # In place of the model's own, not beside it: `generate` fills what is left open from the model's, and
+        # Qwen2.5-Instruct ships a repetition penalty, which is not greedy decoding.
+        self.model.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=config.max_new_tokens,
             eos_token_id=self._stops,
@@ -46,21 +50,24 @@ class HFPolicy:
         input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         device = self.model.device
-        output = self.model.generate(
-            input_ids.to(device), attention_mask=mask.to(device), generation_config=self._generation
-        )
-        return [self._said(prompt, ids) for prompt, ids in zip(prompts, output[:, longest:].tolist(), strict=True)]
+        output = self.model.generate(input_ids.to(device), attention_mask=mask.to(device))
+        generated = output[:, longest:].tolist()
+        return [self._said(*answer) for answer in zip(requests, prompts, generated, strict=True)]
 
     def _prompt(self, request: Request) -> list[int]:
         history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
-        given = request.dialogue.turns[request.turn].strategy if self.template.config.mode == "given" else None
-        return self.template.prompt_ids(history, given)
+        return self.template.prompt_ids(history, self._given(request))
 
-    def _said(self, prompt: list[int], ids: list[int]) -> Said:
+    def _given(self, request: Request) -> Strategy | None:
+        return request.dialogue.turns[request.turn].strategy if self.template.config.mode == "given" else None
+
+    def _said(self, request: Request, prompt: list[int], ids: list[int]) -> Said:
         end = next((position for position, token in enumerate(ids) if token in self._stops), len(ids))
         ids = ids[:end]
         text = self.template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return Said(text, self.template.parse(text), digest(prompt), tuple(ids))
+        # A later prompt shows this turn as training did: with the strategy that was handed in.
+        handed_in = self.template.prompt_ids([], self._given(request))[len(self.template.prompt_ids([])) :]
+        return Said(text, self.template.parse(text), digest(prompt), (*handed_in, *ids))
 
 
 def load_policy(checkpoint: str, config: EvaluationConfig) -> tuple[HFPolicy, Manifest]:
@@ -70,7 +77,11 @@ def load_policy(checkpoint: str, config: EvaluationConfig) -> tuple[HFPolicy, Ma
         InputError: it is no checkpoint, or its template or tokenizer is not what this code would use.
     """
     manifest = read_manifest(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    if not (Path(checkpoint) / "tokenizer.json").is_file():
+        # transformers would make up an empty one.
+        raise InputError(f"{checkpoint}: the directory holds no tokenizer (tokenizer.json)")
+    with readable(checkpoint, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
     template = DialogueTemplate(tokenizer, manifest.chat_template, settings)
     check_manifest(checkpoint, manifest, template.fingerprint, tokenizer_hash(tokenizer))

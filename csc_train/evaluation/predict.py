@@ -13,7 +13,8 @@ from csc_train.template.reply import Reply
 
 @dataclass(frozen=True)
 class Said:
-    """What a system said at a supporter turn. `ids` are the tokens it generated, where it generates tokens."""
+    """What a system said at a supporter turn. `ids` are the tokens of the turn, where it works on tokens: those it
+    generated, after those of a strategy that was handed in."""
 
     raw_text: str
     reply: Reply

@@ -42,13 +42,18 @@ def read_predictions(path: str | os.PathLike) -> list[Prediction]:
     """Read what `write_predictions` wrote.
 
     Raises:
-        InputError: a line is not a prediction; names the file and line.
+        InputError: the file cannot be read, or a line is not a prediction; names the file and line.
     """
     predictions = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                predictions.append(Prediction(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    predictions.append(Prediction(**json.loads(line)))
+                except (json.JSONDecodeError, TypeError) as error:
+                    raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     return predictions

@@ -35,6 +35,7 @@ class PackingReport:
         )
 
     def as_dict(self) -> dict[str, float]:
+        """The figures by name."""
         return asdict(self)
 
 

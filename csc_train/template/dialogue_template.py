@@ -206,7 +206,8 @@ class DialogueTemplate:
         return self._literal.encode(text, add_special_tokens=False).ids
 
     def _control_ids(self, text: str) -> list[int]:
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        # Not by the backend itself: it would truncate or pad as whoever used the tokenizer last wanted.
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _read_segments(self) -> Segments:
         system, reply, question = "⟦system⟧", "⟦reply⟧", "⟦question⟧"

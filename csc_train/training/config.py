@@ -6,6 +6,7 @@ from csc_train.errors import InputError, check_choice, check_range
 from csc_train.template.config import CHAT_TEMPLATES
 
 TRAINED_TOKENIZER = "train"
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
 @dataclass
@@ -26,7 +27,7 @@ class ArchitectureConfig:
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
-    rope: dict[str, float | str] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    rope: dict[str, int | float | str] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     """transformers' `rope_parameters`."""
 
 
@@ -95,7 +96,7 @@ class TrainerConfig:
     micro_batch_size: int = 1
     """Packs in one forward pass of one process."""
     precision: str = "auto"
-    """auto: bf16 where the GPU has it, else fp32. Or bf16, fp32."""
+    """Of the computation and the checkpoint. auto: bf16 where the GPU has it, else fp32. Or bf16, fp32."""
     gradient_checkpointing: bool = True
     seed: int = 0
     log_every: int = 1
@@ -112,6 +113,12 @@ class TrainerConfig:
         check_range("trainer.packs_per_step", self.packs_per_step, 1)
         check_range("trainer.micro_batch_size", self.micro_batch_size, 1)
         check_range("trainer.save_every", self.save_every, 0)
+        check_range("trainer.log_every", self.log_every, 1)
+        check_range("trainer.keep_states", self.keep_states, 1)
+        check_range("trainer.seed", self.seed, 0, 2**32 - 1)
+        check_choice("trainer.lr_scheduler", self.lr_scheduler, SCHEDULERS)
+        if self.max_steps == 0:
+            raise InputError("trainer.max_steps=0: must be at least 1, or -1 for as many as `epochs` makes")
         check_choice("trainer.precision", self.precision, ("auto", "bf16", "fp32"))
 
     def accumulation(self, processes: int) -> int:

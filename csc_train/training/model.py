@@ -57,8 +57,17 @@ def attention_implementation(name: str) -> str:
     return "flash_attention_2" if has_flash else "sdpa"
 
 
+def weight_dtype(precision: str, adapter: str) -> torch.dtype:
+    """The dtype in which the weights are held while training.
+
+    Weights that are trained are held in fp32 whatever the precision of the computation: at learning rate 1e-5 most
+    updates would round to nothing in bf16. Weights under an adapter are only read.
+    """
+    return torch.float32 if adapter == "full" else resolve_dtype(precision)
+
+
 def resolve_dtype(precision: str) -> torch.dtype:
-    """The dtype that a `TrainerConfig.precision` stands for on this machine."""
+    """The dtype of the computation that a `TrainerConfig.precision` stands for on this machine."""
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -90,6 +90,11 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{path}: the tokenizer has no fast version (tokenizer.json), which the template needs")
+    if len(tokenizer) < 256:
+        # For some model types transformers makes an empty tokenizer up where a directory holds none.
+        raise InputError(
+            f"{path}: there is no tokenizer (or one of {len(tokenizer)} tokens, too few to spell any text)"
+        )
     if tokenizer.pad_token is None:
         # Llama 3.1 names a token for padding on the right but does not set it.
         named = "<|finetune_right_pad_id|>"

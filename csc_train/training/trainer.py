@@ -97,10 +97,10 @@ def lora_config(adapter: AdapterConfig) -> peft.LoraConfig:
     )
 
 
-def plain_model(trainer: SFTTrainer) -> PreTrainedModel:
-    """The trained model without its wrappers, adapters merged into the weights; the trainer is of no use afterwards."""
+def plain_model(trainer: SFTTrainer, dtype: torch.dtype) -> PreTrainedModel:
+    """The trained model in `dtype`, without its wrappers, adapters merged; the trainer is of no use afterwards."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, peft.PeftModel):
         model = model.merge_and_unload()
     model.config.use_cache = True
-    return model
+    return model.to(dtype)

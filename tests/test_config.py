@@ -1,0 +1,302 @@
+"""Every shipped configuration composes, means what its file says, and wrong ones are refused with a remedy."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
+
+from csc_train.config import CONF, SCHEMAS, compose, resolved
+from csc_train.errors import InputError
+from csc_train.training.model import model_config
+
+FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_file())
+PARAMETERS = {
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
+    "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+}
+"""As the models' pages state them."""
+REQUIRED = {"sft": [], "evaluate": ["checkpoint=runs/x/checkpoint"], "write_sample": []}
+"""What each recipe cannot do without."""
+
+
+def groups_of(recipe):
+    """The groups that a recipe's root configuration chooses from."""
+    defaults = OmegaConf.to_container(OmegaConf.load(CONF / f"{recipe}.yaml"))["defaults"]
+    return [name for entry in defaults if isinstance(entry, dict) for name in entry]
+
+
+def recipes_of(file):
+    """The recipes that a file of conf/ belongs to."""
+    group, _, name = file.rpartition("/")
+    if not group:
+        return [recipe for recipe in SCHEMAS if name == f"{recipe}.yaml"]
+    return [recipe for recipe in SCHEMAS if group in groups_of(recipe)]
+
+
+def compose_file(file, recipe, filler):
+    """Compose a recipe with a file of conf/; every value that the file leaves to the user is `filler`."""
+    group, _, name = file.rpartition("/")
+    overrides = [*REQUIRED[recipe], *([f"{group}={name.removesuffix('.yaml')}"] if group else [])]
+    if group in ("", "experiment", "debug"):
+        return compose(recipe, overrides)
+    marked = [key for key, value in leaves(load(file)).items() if value == "???"]
+    return compose(recipe, overrides + [f"{group}.{key}={filler}" for key in marked])
+
+
+def load(file):
+    return OmegaConf.to_container(OmegaConf.load(CONF / file)) or {}
+
+
+def leaves(node, prefix=""):
+    """{dotted key: value} of nested mappings; the defaults list is not among the values."""
+    flat = {}
+    for key, value in node.items():
+        if key == "defaults":
+            continue
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def stated(file):
+    """{dotted key of the recipe's configuration: value} that a file must bring about, by its overrides and itself."""
+    group = file.rpartition("/")[0]
+    content = load(file)
+    values = {}
+    for entry in content.get("defaults", []):
+        for choice, option in entry.items():
+            if choice.startswith("override /"):
+                values |= stated(f"{choice.removeprefix('override /')}/{option}.yaml")
+    return values | leaves(content, "" if group in ("experiment", "debug") else f"{group}.")
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def test_conf_holds_yaml_only_and_a_root_for_each_recipe():
+    assert len(FILES) > 30
+    assert [file for file in FILES if not file.endswith(".yaml")] == []
+    assert {file.removesuffix(".yaml") for file in FILES if "/" not in file} == set(SCHEMAS)
+    assert {path.stem for path in (ROOT / "recipes").glob("*.py")} == set(SCHEMAS)
+
+
+def test_every_file_belongs_to_a_recipe():
+    assert [file for file in FILES if not recipes_of(file)] == []
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_composes_and_its_values_arrive(file, model_directory):
+    for recipe in recipes_of(file):
+        config = resolved(compose_file(file, recipe, model_directory))
+        if "/" not in file:
+            continue
+        got = leaves(config)
+        for key, value in stated(file).items():
+            if value == "???":
+                assert got[key] == str(model_directory), (recipe, key)
+            elif "${" not in str(value):
+                assert got[key] == value, (recipe, key)
+
+
+def test_debug_presets_shrink_every_experiment():
+    experiments = [file.split("/")[1].removesuffix(".yaml") for file in FILES if file.startswith("experiment/")]
+    presets = [file for file in FILES if file.startswith("debug/")]
+    assert presets
+    for preset in presets:
+        expected = {key: value for key, value in stated(preset).items() if "${" not in str(value)}
+        for experiment in experiments:
+            overrides = [f"experiment={experiment}", f"debug={preset.split('/')[1].removesuffix('.yaml')}"]
+            got = leaves(resolved(compose("sft", overrides)))
+            assert {key: got[key] for key in expected} == expected, overrides
+
+
+def test_experiments_keep_what_makes_them_differ():
+    """A row and its ablation or adapter version differ in what their names say, and in nothing else."""
+    row = resolved(compose("sft", ["experiment=qwen2_5_7b_rolecs"]))
+    for name, section in (("reply_only", "template"), ("given", "template")):
+        ablation = resolved(compose("sft", [f"experiment=qwen2_5_7b_{name}"]))
+        assert [part for part in row if row[part] != ablation[part]] == [section]
+        assert ablation["template"]["mode"] == name
+    lora = resolved(compose("sft", ["experiment=qwen2_5_7b_lora"]))
+    assert [part for part in row if row[part] != lora[part]] == ["adapter", "trainer"]
+    assert (row["adapter"]["kind"], lora["adapter"]["kind"]) == ("full", "lora")
+
+
+def test_a_published_model_is_loaded_not_made_up():
+    for file in FILES:
+        if file.startswith("model/") and "path" in load(file):
+            model = compose_file(file, "sft", "").model
+            assert (model.init, model.tokenizer) == ("pretrained", None), file
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("model/")])
+def test_model_has_the_published_number_of_parameters(file):
+    model = compose_file(file, "sft", "").model
+    comment = re.match(r"# ([\d,]+) parameters", (CONF / file).read_text())
+    if model.init == "random":
+        assert comment is None
+        return
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(model_config(model.architecture, None))
+    assert sum(parameter.numel() for parameter in built.parameters()) == PARAMETERS[model.path]
+    assert int(comment.group(1).replace(",", "")) == PARAMETERS[model.path]
+
+
+def refusal(recipe, *overrides):
+    """The message with which a recipe's configuration is refused."""
+    with pytest.raises(InputError) as caught:
+        compose(recipe, [*REQUIRED[recipe], *overrides])
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        (
+            "sft",
+            "trainer.lerning_rate=1",
+            "unknown key 'trainer.lerning_rate' for recipe sft. Did you mean 'trainer.learning_rate'?",
+        ),
+        (
+            "sft",
+            "+trainer.lerning_rate=1",
+            "unknown key 'trainer.lerning_rate' for recipe sft. Did you mean 'trainer.learning_rate'?",
+        ),
+        (
+            "sft",
+            "++trainer.lerning_rate=1",
+            "unknown key 'trainer.lerning_rate' for recipe sft. Did you mean 'trainer.learning_rate'?",
+        ),
+        (
+            "sft",
+            "model.architecture.hiden_size=8",
+            "unknown key 'model.architecture.hiden_size' for recipe sft. Did you mean "
+            "'model.architecture.hidden_size'?",
+        ),
+        ("sft", "trianer=full", "unknown key 'trianer' for recipe sft. Did you mean 'trainer'?"),
+        ("sft", "+datta=rolecs", "unknown key 'datta' for recipe sft. Did you mean 'data'?"),
+        ("sft", "+qqq=1", "unknown key 'qqq' for recipe sft."),
+        (
+            "sft",
+            "trainer=ful",
+            "trainer=ful: not in conf/trainer. Did you mean 'full'? Known: from_scratch, full, lora",
+        ),
+        ("sft", "trainer=null", "trainer=null: choose one of from_scratch, full, lora, or leave it out"),
+        ("sft", "trainer.epochs=many", "trainer.epochs: Value 'many' of type 'str' could not be converted to Float"),
+        ("sft", "trainer.warmup_ratio=2", "trainer.warmup_ratio=2.0: must be between 0 and 1"),
+        ("sft", "trainer.epochs=nan", "trainer.epochs=nan: must be at least 0"),
+        ("sft", "template.mode=joiint", "template.mode=joiint: choose one of joint, given, reply_only. Did you mean "
+         "'joint'?"),
+        ("sft", "data=files", "data.train.path is required: give data.train.path=..."),
+        ("sft", "model.path=null", "model.path is not set: give a local directory or a hub id, or model.init=random"),
+        (
+            "evaluate",
+            "evaluation.batchsize=3",
+            "unknown key 'evaluation.batchsize' for recipe evaluate. Did you mean 'evaluation.batch_size'?",
+        ),
+        (
+            "evaluate",
+            "evaluation.contexts=[referense]",
+            "evaluation.contexts=referense: choose one of reference, generated. Did you mean 'reference'?",
+        ),
+        ("evaluate", "evaluation.contexts=[]", "evaluation.contexts=[]: give one or more of reference, generated"),
+        ("evaluate", "metrics=learned", "metrics.bertscore_model is required: give metrics.bertscore_model=..."),
+        ("evaluate", "checkpoint=???", "checkpoint is required: give checkpoint=..."),
+        (
+            "write_sample",
+            "data.sample_dialogs=3",
+            "unknown key 'data.sample_dialogs' for recipe write_sample. Did you mean 'data.sample_dialogues'?",
+        ),
+    ],
+)  # fmt: skip
+def test_message(recipe, override, message):
+    assert refusal(recipe, override) == message
+
+
+def nested_key(recipe):
+    """A key two levels down that `recipe` has."""
+    return {"sft": "packing.max_length", "evaluate": "evaluation.batch_size", "write_sample": "data.seed"}[recipe]
+
+
+@pytest.mark.parametrize("recipe", SCHEMAS)
+def test_every_recipe_refuses_what_is_wrong(recipe):
+    key = nested_key(recipe)
+    group, leaf = key.split(".")
+    assert compose(recipe, [*REQUIRED[recipe], f"{key}=7"])
+    for prefix in ("", "+", "++"):
+        message = refusal(recipe, f"{prefix}{group}.{leaf}x=1")
+        assert f"unknown key '{group}.{leaf}x'" in message and f"Did you mean '{key}'?" in message
+        assert "unknown key 'nonsense'" in refusal(recipe, f"{prefix}nonsense=1")
+    assert f"Did you mean '{group}'?" in refusal(recipe, f"+{group}x=1")
+    option = load(f"{recipe}.yaml")["defaults"]
+    option = next((entry[group] for entry in option if isinstance(entry, dict) and group in entry), None)
+    assert f"Did you mean '{option}'?" in refusal(recipe, f"{group}={option}x")
+    assert refusal(recipe, f"{key}=word").startswith(f"{key}: ")
+    assert refusal(recipe, f"{key}=1.5").startswith(f"{key}: ")
+    assert refusal(recipe, f"{key}=[1]").startswith(f"{key}: ")
+    assert refusal(recipe, f"{key}=-1").startswith(f"{key}=-1")
+    for broken in (key, f"{key}=1=2", f"{key}={{", "--multirun"):
+        assert refusal(recipe, broken).startswith(f"{broken}: not of the form key=value")
+
+
+def test_required_values_are_named_for_every_recipe():
+    with pytest.raises(InputError, match=r"^checkpoint is required: give checkpoint=\.\.\.$"):
+        compose("evaluate", [])
+    for recipe in SCHEMAS:
+        assert refusal(recipe, "data=files") == "data.train.path is required: give data.train.path=..."
+    assert compose("sft", ["data=files", "data.train.path=mine.jsonl"]).data.train.path == "mine.jsonl"
+
+
+def test_a_mapping_takes_whole_numbers():
+    config = compose("sft", ["model.architecture.rope.rope_theta=5000", "+model.architecture.rope.factor=2.5"])
+    assert config.model.architecture.rope["rope_theta"] == 5000
+    assert config.model.architecture.rope["factor"] == 2.5
+    assert refusal("sft", "+model.architecture.rope.factor=[1]").startswith("model.architecture.rope.factor: ")
+
+
+def recipe_process(cwd, *arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "sft.py"), *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_misspelt_override_on_the_command_line(tmp_path):
+    done = recipe_process(tmp_path, "trainer.lerning_rate=1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    expected = "error: unknown key 'trainer.lerning_rate' for recipe sft. Did you mean 'trainer.learning_rate'?\n"
+    assert done.stderr == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_cfg_show_and_write_nothing(tmp_path):
+    shown = recipe_process(tmp_path, "--cfg", "job", "experiment=qwen2_5_7b_lora", "trainer.epochs=5")
+    assert shown.returncode == 0, shown.stderr
+    config = OmegaConf.create(shown.stdout)
+    assert (config.adapter.kind, config.trainer.epochs, config.model.name) == ("lora", 5, "qwen2_5_7b")
+    helped = recipe_process(tmp_path, "--help")
+    assert helped.returncode == 0, helped.stderr
+    options = ", ".join(sorted(file.split("/")[1].removesuffix(".yaml") for file in FILES if file.startswith("model/")))
+    assert f"model: {options}" in helped.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,392 @@
+"""Best-fit packing, what becomes of long dialogues, rows of packs, and batches."""
+
+import itertools
+import random
+
+import numpy
+import pytest
+import torch
+from conftest import random_dialogue, small_tokenizer
+
+from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.errors import InputError
+from csc_train.packing.best_fit import best_fit_decreasing
+from csc_train.packing.collator import IGNORED, PackCollator
+from csc_train.packing.config import PackingConfig
+from csc_train.packing.length_policy import LengthReport, fit_examples, trim_leading_turns
+from csc_train.packing.packed_dataset import PackingReport, pack_examples
+from csc_train.strategies import STRATEGIES
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate, Example
+
+PAD = 99
+
+
+@pytest.fixture(scope="module")
+def template():
+    return DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode="reply_only"))
+
+
+def example(prefix: int, *turns: int, first_id: int = 0) -> Example:
+    """Turns of the given lengths after a prefix; the ids count up from `first_id`, so that each token is known by its
+    id. Supporter turns, the first included, are trained but for their first token."""
+    boundaries = numpy.cumsum([prefix, *turns]).astype(numpy.int32)
+    weights = numpy.zeros(boundaries[-1], dtype=numpy.float32)
+    for start, end in list(itertools.pairwise(boundaries))[::2]:
+        weights[start + 1 : end] = 1
+    return Example(numpy.arange(first_id, first_id + boundaries[-1], dtype=numpy.int32), weights, boundaries)
+
+
+def same(one: Example, other: Example) -> bool:
+    return all(
+        numpy.array_equal(getattr(one, name), getattr(other, name)) for name in ("input_ids", "weights", "boundaries")
+    )
+
+
+# Best-fit decreasing
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "packs"),
+    [
+        ([], 10, []),
+        ([10], 10, [[0]]),
+        # First fit would put the 2 beside the 7, where it leaves a gap; it fits the other pack exactly.
+        ([7, 4, 4, 2], 10, [[0], [1, 2, 3]]),
+        ([2, 5, 4, 7, 1, 3, 8], 10, [[6, 0], [3, 5], [1, 2, 4]]),
+        ([5, 5, 5], 10, [[0, 1], [2]]),
+        ([6, 6, 6], 10, [[0], [1], [2]]),
+        ([1, 1, 1, 1], 3, [[0, 1, 2], [3]]),
+    ],
+)
+def test_best_fit_decreasing_known_answers(lengths, capacity, packs):
+    assert best_fit_decreasing(lengths, capacity) == packs
+
+
+def scan(lengths: list[int], capacity: int, choose) -> list[list[int]]:
+    """Longest first into the pack that `choose` takes among (room, index) of the packs with room enough."""
+    packs, rooms = [], []
+    for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fitting = [(room, index) for index, room in enumerate(rooms) if room >= lengths[item]]
+        if fitting:
+            _, index = choose(fitting)
+        else:
+            index = len(packs)
+            packs.append([])
+            rooms.append(capacity)
+        packs[index].append(item)
+        rooms[index] -= lengths[item]
+    return packs
+
+
+def random_lengths(seed: int) -> tuple[list[int], int]:
+    rng = random.Random(seed)
+    capacity = rng.choice([1, 7, 64, 1000, 8192])
+    longest = max(1, int(capacity * rng.choice([0.1, 0.3, 0.6, 1])))
+    return [rng.randint(1, longest) for _ in range(rng.randint(1, 120))], capacity
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_best_fit_decreasing_packs_each_item_once_and_as_tightly_as_a_search_of_all_packs(seed):
+    lengths, capacity = random_lengths(seed)
+    packs = best_fit_decreasing(lengths, capacity)
+    assert sorted(item for pack in packs for item in pack) == list(range(len(lengths)))
+    assert all(packs)
+    totals = sorted(sum(lengths[item] for item in pack) for pack in packs)
+    assert totals[-1] <= capacity
+    # Among packs with equal room any may be taken: the totals come out the same, the items in them need not.
+    assert totals == sorted(sum(lengths[item] for item in pack) for pack in scan(lengths, capacity, min))
+    assert len(packs) >= -(-sum(lengths) // capacity)
+    # Best fit can lose to first fit on lists made for it; on lists like these it does not.
+    assert len(packs) <= len(scan(lengths, capacity, lambda fitting: min(fitting, key=lambda pair: pair[1])))
+    assert best_fit_decreasing(lengths, capacity) == packs
+
+
+def test_best_fit_decreasing_wastes_little_on_many_dialogues():
+    rng = random.Random(0)
+    lengths = [rng.randint(100, 2000) for _ in range(20_000)]
+    packs = best_fit_decreasing(lengths, 8192)
+    assert sum(lengths) / (len(packs) * 8192) > 0.999
+
+
+@pytest.mark.parametrize("bad", [0, -1, 11])
+def test_a_length_outside_the_capacity_is_refused(bad):
+    with pytest.raises(ValueError, match=rf"item 1 has length {bad}; a pack takes 1 to 10"):
+        best_fit_decreasing([3, bad, 4], 10)
+
+
+# Dialogues that are too long
+
+
+def fit(examples: list[Example], **config) -> tuple[list[Example], LengthReport]:
+    report = LengthReport()
+    return list(fit_examples(examples, PackingConfig(**config), report)), report
+
+
+def test_an_example_that_just_fits_is_left_alone():
+    one = example(4, 3, 2, 5)
+    kept, report = fit([one], max_length=14, too_long="raise")
+    assert len(kept) == 1
+    assert kept[0] is one
+    assert report == LengthReport(dialogues=1, trimmed=0, dropped=0)
+
+
+def test_policy_drop_counts_what_it_leaves_out():
+    long, short = example(4, 3, 2, 6), example(4, 3)
+    kept, report = fit([long, short, long], max_length=14, too_long="drop")
+    assert len(kept) == 1
+    assert kept[0] is short
+    assert report == LengthReport(dialogues=3, trimmed=0, dropped=2)
+
+
+def test_policy_raise_names_the_dialogue_and_its_length():
+    with pytest.raises(InputError, match=r"^dialogue 2 has 15 tokens, more than packing\.max_length=14; "):
+        fit([example(4, 3), example(4, 3, 2, 6)], max_length=14, too_long="raise")
+
+
+@pytest.mark.parametrize(
+    ("max_length", "first"),
+    [(21, 1), (19, 1), (18, 3), (12, 3)],  # 4 + 3 + (2 + 5 + (2 + 6)): 19 without the first turn, 12 without three
+)
+def test_policy_trim_cuts_the_fewest_whole_leading_turns(max_length, first):
+    kept, report = fit([example(4, 3, 2, 5, 2, 6)], max_length=max_length, too_long="trim")
+    assert report == LengthReport(dialogues=1, trimmed=1, dropped=0)
+    expected = {
+        1: ([*range(4), *range(7, 22)], [4, 6, 11, 13, 19], [*range(7, 11), *range(14, 19)]),
+        3: ([*range(4), *range(14, 22)], [4, 6, 12], [*range(7, 12)]),
+    }[first]
+    assert kept[0].input_ids.tolist() == expected[0]
+    assert kept[0].boundaries.tolist() == expected[1]
+    assert numpy.flatnonzero(kept[0].weights).tolist() == expected[2]
+    assert kept[0].input_ids.dtype == numpy.int32
+    assert kept[0].weights.dtype == numpy.float32
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        example(4, 9),  # a greeting alone: no customer turn to start from
+        example(4, 3, 2, 9),  # the last exchange alone is too long
+        example(4, 9, 2),  # what is left holds a customer turn only, so nothing trained
+    ],
+    ids=["greeting", "exchange", "customer-last"],
+)
+def test_policy_trim_drops_what_cannot_be_trimmed_and_counts_it(one):
+    kept, report = fit([one], max_length=12, too_long="trim")
+    assert kept == []
+    assert report == LengthReport(dialogues=1, trimmed=0, dropped=1)
+
+
+def test_a_trimmed_dialogue_is_the_encoding_of_its_last_turns(template):
+    rng = random.Random(5)
+    prefix = len(template.prefix_ids)
+    cuts = set()
+    for _ in range(12):
+        dialogue = random_dialogue(rng)
+        whole = template.encode(dialogue)
+        rest = {
+            first: template.encode(Dialogue("rest", dialogue.turns[first:]))
+            for first in range(len(dialogue.turns))
+            if dialogue.turns[first].speaker is Speaker.CUSTOMER
+        }
+        for max_length in range(prefix + 1, len(whole.input_ids), 7):
+            fitting = [first for first, part in rest.items() if len(part.input_ids) <= max_length]
+            trimmed = trim_leading_turns(whole, max_length)
+            if fitting and rest[min(fitting)].weights.any():
+                assert same(trimmed, rest[min(fitting)])
+                assert trimmed.input_ids[:prefix].tolist() == template.prefix_ids
+                cuts.add(min(fitting))
+            else:
+                assert trimmed is None
+    assert {1, 3, 5} <= cuts
+
+
+@pytest.mark.parametrize("policy", ["drop", "trim", "raise"])
+@pytest.mark.parametrize("room", [0, -1])
+def test_max_length_without_room_beside_the_system_prompt_is_refused(template, policy, room):
+    one = template.encode(random_dialogue(random.Random(0)))
+    prefix = len(template.prefix_ids)
+    expected = rf"^packing\.max_length={prefix + room} leaves no room beside the system prompt, which takes {prefix} "
+    with pytest.raises(InputError, match=expected) as caught:
+        fit([one], max_length=prefix + room, too_long=policy)
+    assert "\n" not in str(caught.value)
+
+
+# Rows of packs
+
+
+def documents(packs) -> list[tuple[list[int], list[float]]]:
+    """The (ids, weights) of each document of a packed data set, in order."""
+    found = []
+    for row in packs:
+        assert sum(row["lengths"]) == len(row["input_ids"]) == len(row["weights"])
+        ends = numpy.cumsum(row["lengths"]).tolist()
+        for start, end in itertools.pairwise([0, *ends]):
+            found.append((row["input_ids"][start:end], row["weights"][start:end]))
+    return found
+
+
+def test_rows_are_the_joined_documents_of_each_pack():
+    # Lengths 7, 9, 12 and 3 in packs of 12: 12 alone, 9 and 3, 7.
+    examples = [example(4, 3), example(4, 3, 2, first_id=100), example(4, 3, 2, 3, first_id=200), example(1, 2)]
+    packs, report = pack_examples(examples, PackingConfig(max_length=12))
+    assert [row["lengths"] for row in packs] == [[12], [9, 3], [7]]
+    assert [row["input_ids"] for row in packs] == [
+        list(range(200, 212)),
+        [*range(100, 109), 0, 1, 2],
+        list(range(7)),
+    ]
+    assert [row["weights"] for row in packs] == [
+        [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1],
+        [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+    assert [str(packs.features[name].feature.dtype) for name in ("input_ids", "weights", "lengths")] == [
+        "int32",
+        "float32",
+        "int32",
+    ]
+    assert report == PackingReport(
+        dialogues=4, trimmed=0, dropped=0, packs=3, tokens=31, trained_tokens=9, utilisation=31 / 36
+    )
+    assert report.as_dict()["utilisation"] == pytest.approx(0.8611, abs=1e-4)
+
+
+def test_the_report_counts_what_was_trimmed_and_dropped():
+    examples = [example(4, 3, 2, 5), example(4, 9), example(4, 3)]
+    packs, report = pack_examples(examples, PackingConfig(max_length=12))
+    assert report == PackingReport(
+        dialogues=3, trimmed=1, dropped=1, packs=2, tokens=18, trained_tokens=6, utilisation=18 / 24
+    )
+    assert [row["lengths"] for row in packs] == [[11], [7]]
+    assert str(report) == (
+        "2 dialogues (1 trimmed, 1 dropped) in 2 packs, 18 tokens, 33.3% trained, utilisation 0.7500"
+    )
+
+
+@pytest.mark.parametrize("strategy", ["best_fit", "off"])
+def test_every_dialogue_is_in_the_packs_exactly_once(template, strategy):
+    rng = random.Random(6)
+    examples = [template.encode(random_dialogue(rng)) for _ in range(50)]
+    packs, report = pack_examples(examples, PackingConfig(strategy=strategy, max_length=1200))
+    found = documents(packs)
+    expected = [(one.input_ids.tolist(), one.weights.tolist()) for one in examples]
+    if strategy == "off":
+        assert found == expected
+        assert len(packs) == 50
+    else:
+        assert sorted(found) == sorted(expected)
+        assert len(packs) < 25
+        assert max(len(row["input_ids"]) for row in packs) <= 1200
+    assert report == PackingReport(
+        dialogues=50,
+        trimmed=0,
+        dropped=0,
+        packs=len(packs),
+        tokens=sum(len(ids) for ids, _ in expected),
+        trained_tokens=sum(int(sum(weights)) for _, weights in expected),
+        utilisation=sum(len(ids) for ids, _ in expected) / (len(packs) * 1200),
+    )
+
+
+def test_nothing_left_to_train_on_is_refused():
+    with pytest.raises(InputError, match=r"^none of the 2 dialogues fits packing\.max_length=12$"):
+        pack_examples([example(4, 9), example(4, 10)], PackingConfig(max_length=12))
+
+
+# Batches
+
+PACKS = [
+    {"input_ids": [10, 11, 12, 20, 21], "weights": [0.0, 0, 1, 0, 1], "lengths": [3, 2]},
+    {"input_ids": [30, 31], "weights": [0.0, 1], "lengths": [2]},
+]
+NO = IGNORED
+
+
+@pytest.mark.parametrize(
+    ("collator", "batch"),
+    [
+        (
+            PackCollator(packed=True, one_row=True, pad_id=PAD),
+            {
+                "input_ids": [[10, 11, 12, 20, 21, 30, 31]],
+                "labels": [[NO, NO, 12, NO, 21, NO, 31]],
+                "position_ids": [[0, 1, 2, 0, 1, 0, 1]],
+            },
+        ),
+        (
+            PackCollator(packed=True, one_row=False, pad_id=PAD),
+            {
+                "input_ids": [[10, 11, 12, 20, 21], [30, 31, PAD, PAD, PAD]],
+                "labels": [[NO, NO, 12, NO, 21], [NO, 31, NO, NO, NO]],
+                "position_ids": [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]],
+            },
+        ),
+    ],
+    ids=["one-row", "row-per-pack"],
+)
+def test_a_packed_batch(collator, batch):
+    made = collator(PACKS)
+    assert {name: values.tolist() for name, values in made.items()} == batch
+    assert {values.dtype for values in made.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize("one_row", [True, False])
+def test_an_unpacked_batch_has_a_mask_and_a_row_for_each_document(one_row):
+    packs = [{"input_ids": [10, 11, PAD], "weights": [0.0, 1, 0], "lengths": [3]}, PACKS[1]]
+    made = PackCollator(packed=False, one_row=one_row, pad_id=PAD)(packs)
+    assert {name: values.tolist() for name, values in made.items()} == {
+        "input_ids": [[10, 11, PAD], [30, 31, PAD]],
+        "labels": [[NO, 11, NO], [NO, 31, NO]],
+        # A padding token that is a document's own is seen.
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+    }
+    assert {values.dtype for values in made.values()} == {torch.int64}
+
+
+def test_a_row_of_a_packed_data_set_collates_to_its_own_ids(template):
+    rng = random.Random(7)
+    examples = [template.encode(random_dialogue(rng)) for _ in range(6)]
+    packs, _ = pack_examples(examples, PackingConfig(max_length=1500))
+    batch = PackCollator(packed=True, one_row=True, pad_id=PAD)([packs[index] for index in range(len(packs))])
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    pieces = {
+        (tuple(ids.tolist()), tuple(labels.tolist()))
+        for ids, labels in zip(
+            batch["input_ids"][0].tensor_split(starts[1:]), batch["labels"][0].tensor_split(starts[1:]), strict=True
+        )
+    }
+    assert pieces == {
+        (tuple(one.input_ids.tolist()), tuple(numpy.where(one.weights > 0, one.input_ids, IGNORED).tolist()))
+        for one in examples
+    }
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("one_row", [True, False])
+def test_a_batch_without_a_trained_token_is_an_error(packed, one_row):
+    collator = PackCollator(packed=packed, one_row=one_row, pad_id=PAD)
+    untrained = {"input_ids": [1, 2], "weights": [0.0, 0], "lengths": [2]}
+    with pytest.raises(ValueError, match="no trained token"):
+        collator([untrained, untrained])
+    assert (collator([untrained, PACKS[1]])["labels"] != IGNORED).sum() == 1
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        {"input_ids": [1, 2], "weights": [1.0, 1], "lengths": [2]},
+        {"input_ids": [1, 2, 3, 4], "weights": [0.0, 1, 1, 1], "lengths": [2, 2]},
+    ],
+    ids=["first-document", "second-document"],
+)
+def test_a_weight_on_the_first_token_of_a_document_is_an_error(pack):
+    """What precedes it in the row belongs to another document, and predicts it."""
+    with pytest.raises(ValueError, match="first token of a document"):
+        PackCollator(packed=True, one_row=True, pad_id=PAD)([pack])
+
+
+def test_no_template_puts_a_weight_on_a_first_token(template):
+    one = template.encode(Dialogue("d", (Turn(Speaker.SUPPORTER, "您好", STRATEGIES[0]),)))
+    assert one.weights[0] == 0
+    assert one.weights[one.boundaries[0]] == 0

@@ -1,0 +1,160 @@
+"""The recipes as a user starts them: whole runs in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from csc_train.synthesis.sample import ceiling, generate_sample
+
+SMALL = [
+    "experiment=demo",
+    "data.sample_dialogues=420",
+    "model.architecture.num_hidden_layers=2",
+    "packing.max_length=1024",
+    "trainer.epochs=4",
+    "trainer.learning_rate=5e-3",
+    "run.existing=reuse",
+]
+
+
+def start(*arguments: str, cwd: Path, processes: int = 1, threads: int = 2) -> subprocess.CompletedProcess:
+    """Run a recipe to its end; `arguments` start with its file name."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run(
+        [*launcher, str(ROOT / "recipes" / arguments[0]), *arguments[1:]],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory in which a small version of the demo was run."""
+    directory = tmp_path_factory.mktemp("workplace")
+    trained = start("sft.py", *SMALL, "run.directory=runs/demo", cwd=directory)
+    assert trained.returncode == 0, trained.stderr
+    return directory
+
+
+def evaluate(directory: Path) -> subprocess.CompletedProcess:
+    return start(
+        "evaluate.py", "checkpoint=runs/demo/checkpoint", "run.directory=runs/evaluation", "run.existing=reuse",
+        "evaluation.max_new_tokens=24", "evaluation.batch_size=64", cwd=directory,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluation(workplace):
+    done = evaluate(workplace)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def accuracies(workplace: Path) -> dict[str, dict[str, float]]:
+    results = json.loads((workplace / "runs/evaluation/results.json").read_text())["results"]
+    return {
+        system: {context: scores["profiles"]["paper"]["ACC"]["value"] for context, scores in contexts.items()}
+        for system, contexts in results.items()
+    }
+
+
+def test_a_small_trained_model_beats_the_untrained_one_and_the_bigram(workplace, evaluation):
+    accuracy = accuracies(workplace)
+    for context in ("reference", "generated"):
+        assert accuracy["base (untrained)"][context] < 15
+        assert accuracy["trained"][context] > accuracy["strategy bigram"][context] + 15
+    assert accuracy["strategy bigram"]["reference"] < 50
+    assert accuracy["trained"]["reference"] < ceiling(generate_sample(420, 0)) + 5
+
+
+def test_the_table_is_printed_and_every_turn_is_kept(workplace, evaluation):
+    for name in ("most frequent", "strategy bigram", "base (untrained)", "trained", "ACC", "ceiling of ACC"):
+        assert name in evaluation.stdout
+    lines = [json.loads(line) for line in open(workplace / "runs/evaluation/predictions/trained-generated.jsonl")]
+    results = json.loads((workplace / "runs/evaluation/results.json").read_text())["results"]
+    assert len(lines) == results["trained"]["generated"]["counts"]["turns"]
+    assert {line["context"] for line in lines} == {"generated"}
+    assert all(len(line["prompt_hash"]) == 64 for line in lines)
+    assert "| trained |" in (workplace / "runs/evaluation/table.md").read_text()
+
+
+def test_a_second_run_reuses_what_is_unchanged_and_says_so(workplace, evaluation):
+    before = (workplace / "runs/demo/checkpoint/model.safetensors").stat().st_mtime_ns
+    trained = start("sft.py", *SMALL, "run.directory=runs/demo", cwd=workplace)
+    assert trained.returncode == 0
+    assert "reused runs/demo/checkpoint" in trained.stdout
+    assert (workplace / "runs/demo/checkpoint/model.safetensors").stat().st_mtime_ns == before
+    again = evaluate(workplace)
+    assert "reused runs/evaluation" in again.stdout
+    assert "| trained |" in again.stdout
+
+
+def test_an_existing_run_is_not_overwritten_unasked(workplace):
+    refused = start("sft.py", *SMALL[:-1], "run.directory=runs/demo", cwd=workplace)
+    assert refused.returncode == 2
+    assert "runs/demo holds a run" in refused.stderr
+    assert (workplace / "runs/demo/checkpoint/model.safetensors").exists()
+
+
+def test_the_run_directory_says_what_was_done(workplace):
+    record = json.loads((workplace / "runs/demo/run.json").read_text())
+    assert record["recipe"] == "sft"
+    assert record["finished"]
+    assert set(record["provenance"]) == {"commit", "dirty", "python", "versions"}
+    assert "packs_per_step: 8" in (workplace / "runs/demo/resolved.yaml").read_text()
+    manifest = json.loads((workplace / "runs/demo/checkpoint/csc_manifest.json").read_text())
+    assert manifest["data_hash"] == record["inputs"]["train"]
+    assert manifest["config"]["data"]["sample_dialogues"] == 420
+
+
+def test_a_checkpoint_with_another_template_is_refused(workplace):
+    path = workplace / "runs/demo/checkpoint/csc_manifest.json"
+    original = path.read_text()
+    path.write_text(original.replace('"mode": "joint"', '"mode": "given"', 1))
+    try:
+        refused = start("evaluate.py", "checkpoint=runs/demo/checkpoint", cwd=workplace)
+    finally:
+        path.write_text(original)
+    assert refused.returncode == 2
+    assert "template is not the one the checkpoint was trained with" in refused.stderr
+
+
+def test_two_processes_make_one_run_directory(tmp_path):
+    done = start("sft.py", "debug=cpu_tiny", cwd=tmp_path, processes=2, threads=1)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").glob("sft-*")
+    assert (run / "checkpoint" / "model.safetensors").exists()
+    assert done.stdout.count("checkpoint: ") == 1
+    assert done.stdout.count("'train_loss'") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train.path=bad.json"], "bad.json: broken JSON at line 1, column 13"),
+        (["packing.max_length=20"], "packing.max_length=20 leaves no room beside the system prompt"),
+    ],
+    ids=["broken-json", "max-length"],
+)
+def test_bad_input_ends_with_one_line_and_status_2(tmp_path, overrides, message):
+    (tmp_path / "bad.json").write_text('[{"dialogue"')
+    done = start("sft.py", "debug=cpu_tiny", "data.strict=true", *overrides, *_own_file(overrides), cwd=tmp_path)
+    assert done.returncode == 2
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert message in error
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("runs/*/checkpoint"))
+
+
+def _own_file(overrides: list[str]) -> list[str]:
+    return ["data.sample_dialogues=null"] if any("train.path" in override for override in overrides) else []

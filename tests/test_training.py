@@ -1,0 +1,528 @@
+"""Training is the same however it is cut up, repeats itself, trains what it should, and leaves a checkpoint that
+anybody can load."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from workers import loss_curve
+from workers.loss_curve import PACKS_PER_STEP, STEPS, curve, train
+
+from csc_train.checkpoint import MANIFEST, Manifest, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
+from csc_train.errors import InputError
+from csc_train.packing.config import PackingConfig
+from csc_train.packing.packed_dataset import pack_examples
+from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate, chat_template
+from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig
+from csc_train.training.model import load_model
+from csc_train.training.tokenizer import load_tokenizer
+from csc_train.training.trainer import plain_model
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For models this small, threads that wait for each other on a busy machine cost a hundred times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def template():
+    return DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode="reply_only"))
+
+
+@pytest.fixture(scope="module")
+def folder(template, tmp_path_factory) -> Path:
+    """A tiny model and packs enough for two full steps an epoch.
+
+    Steps must be full for runs on one and on two processes to be the same: where the last batch of an epoch falls
+    short, accelerate deals the first packs out a second time, so that no process is left without.
+    """
+    folder = tmp_path_factory.mktemp("training")
+    rng = random.Random(10)
+    examples = [template.encode(random_dialogue(rng)) for _ in range(30)]
+    packs, _ = pack_examples(examples, PackingConfig(max_length=1000))
+    packs = packs.select(range(2 * PACKS_PER_STEP))
+    # Packs with different numbers of trained tokens: else a mean of means would pass for the mean over tokens.
+    assert len({sum(row["weights"]) for row in packs}) == len(packs)
+    packs.save_to_disk(folder / "packs")
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=len(template.tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        pad_token_id=template.tokenizer.pad_token_id,
+        bos_token_id=template.tokenizer.bos_token_id,
+        eos_token_id=template.tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
+    template.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+# The same training however it is cut up
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """All packs of a step in one forward pass."""
+    return curve(train(folder, micro_batch_size=4))
+
+
+@pytest.fixture(scope="module")
+def halves(folder):
+    """The same in two passes."""
+    return curve(train(folder, micro_batch_size=2))
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder):
+    """The same on two processes."""
+    output = folder / "two_processes.json"
+    tests = Path(__file__).parent
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", loss_curve.__file__]
+    done = subprocess.run(
+        [sys.executable, *command, str(folder), "2", str(output)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+def worst_weight(one: dict, other: dict) -> float:
+    """The largest difference of a parameter's entries over its largest entry; the worst parameter counts."""
+    assert one["weights"].keys() == other["weights"].keys()
+    found = []
+    for name, values in one["weights"].items():
+        mine, theirs = torch.tensor(values), torch.tensor(other["weights"][name])
+        found.append(((mine - theirs).abs().max() / mine.abs().max()).item())
+    return max(found)
+
+
+@pytest.mark.parametrize(
+    ("run", "cut", "engine"),
+    [
+        ("halves", {"micro_batch_size": 2, "accumulation": 2, "processes": 1}, "Qwen2ForCausalLM"),
+        ("two_processes", {"micro_batch_size": 2, "accumulation": 1, "processes": 2}, "DistributedDataParallel"),
+    ],
+)
+def test_the_loss_curve_does_not_depend_on_how_a_step_is_cut_up(run, cut, engine, whole, request):
+    other = request.getfixturevalue(run)
+    assert {name: whole[name] for name in cut} == {"micro_batch_size": 4, "accumulation": 1, "processes": 1}
+    assert {name: other[name] for name in cut} == cut
+    # Two processes that did not find each other would each train alone, on all the packs, and agree as well.
+    assert other["engine"] == engine
+    assert len(whole["losses"]) == STEPS
+    assert other["losses"] == pytest.approx(whole["losses"], rel=TOLERANCE)
+    assert other["grad_norms"] == pytest.approx(whole["grad_norms"], rel=TOLERANCE)
+    assert worst_weight(whole, other) < 1e-4
+    assert whole["losses"][-1] < 0.9 * whole["losses"][0]
+
+
+def test_a_training_repeats_itself_bit_by_bit(folder, halves):
+    again = curve(train(folder, micro_batch_size=2))
+    assert again == halves
+
+
+def test_another_seed_takes_the_packs_in_another_order(folder, halves):
+    other = curve(train(folder, micro_batch_size=2, seed=1))
+    assert other["losses"] != halves["losses"]
+    assert other["digest"] != halves["digest"]
+
+
+# What the loss is
+
+
+def by_hand(folder: Path) -> tuple[float, float]:
+    """Cross entropy over the trained tokens of all packs, summed and divided by their number; and the norm of its
+    gradient. Document by document, without trainer, collator or packing."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    total, trained = 0.0, 0
+    for row in datasets.load_from_disk(str(folder / "packs")):
+        ids, weights, start = torch.tensor(row["input_ids"]), torch.tensor(row["weights"]), 0
+        for length in row["lengths"]:
+            document = slice(start, start + length)
+            logits = model(ids[document][None], use_cache=False).logits[0]
+            each = cross_entropy(logits[:-1], ids[document][1:], reduction="none")
+            total = total + (each * weights[document][1:]).sum()
+            trained += int((weights[document] > 0).sum())
+            start += length
+    loss = total / trained
+    loss.backward()
+    norm = math.sqrt(sum(parameter.grad.pow(2).sum().item() for parameter in model.parameters()))
+    return loss.item(), norm
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["gradient-checkpointing", "kept"])
+@pytest.mark.parametrize("micro_batch_size", [4, 1])
+def test_the_logged_loss_and_gradient_norm_are_those_computed_by_hand(
+    folder, tmp_path, micro_batch_size, checkpointing
+):
+    # A step takes all the packs, so that their order does not matter.
+    datasets.load_from_disk(str(folder / "packs")).select(range(PACKS_PER_STEP)).save_to_disk(tmp_path / "packs")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    done = curve(train(tmp_path, micro_batch_size, max_steps=1, gradient_checkpointing=checkpointing))
+    loss, norm = by_hand(tmp_path)
+    assert done["losses"] == [pytest.approx(loss, rel=TOLERANCE)]
+    assert done["grad_norms"] == [pytest.approx(norm, rel=TOLERANCE)]
+    assert loss == pytest.approx(math.log(597), rel=0.2)  # about as good as guessing
+
+
+def test_a_batch_without_a_trained_token_stops_the_training(folder, tmp_path):
+    packs = datasets.load_from_disk(str(folder / "packs"))
+    packs = packs.map(lambda row: {"weights": [0.0] * len(row["weights"])}, features=packs.features)
+    packs.save_to_disk(tmp_path / "packs")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    with pytest.raises(ValueError, match="no trained token"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("packs_per_step", "micro_batch_size", "processes", "accumulation"),
+    [(4, 4, 1, 1), (4, 2, 1, 2), (4, 2, 2, 1), (8, 1, 2, 4), (6, 2, 4, None), (4, 8, 1, None), (4, 1, 3, None)],
+)
+def test_accumulation_follows_from_the_batch_or_is_refused(packs_per_step, micro_batch_size, processes, accumulation):
+    config = TrainerConfig(packs_per_step=packs_per_step, micro_batch_size=micro_batch_size)
+    if accumulation:
+        assert config.accumulation(processes) == accumulation
+        assert accumulation * micro_batch_size * processes == packs_per_step
+    else:
+        with pytest.raises(InputError) as caught:
+            config.accumulation(processes)
+        assert str(caught.value) == (
+            f"trainer.packs_per_step={packs_per_step} is not a multiple of trainer.micro_batch_size="
+            f"{micro_batch_size} x {processes} processes"
+        )
+
+
+# Checkpoints
+
+
+def manifest_of(template: DialogueTemplate) -> Manifest:
+    return Manifest(
+        base_model="../base",
+        base_revision=None,
+        chat_template=template.chat_template_name,
+        mode=template.config.mode,
+        language=template.config.language,
+        template_hash=template.fingerprint,
+        tokenizer_hash=tokenizer_hash(template.tokenizer),
+        strategies=["策略1 礼貌问候"],
+        data_hash="0" * 64,
+        config={"trainer": {"learning_rate": 1e-5, "max_steps": -1, "名": None}},
+        provenance={"commit": None, "dirty": True},
+    )
+
+
+def probe(template: DialogueTemplate) -> torch.Tensor:
+    return torch.tensor(template.encode(random_dialogue(random.Random(11))).input_ids[None], dtype=torch.int64)
+
+
+def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, template):
+    """A checkpoint of a fully trained model, and the logits of that model before it was saved."""
+    trainer = train(folder, max_steps=2)
+    model = plain_model(trainer, torch.float32)
+    logits = logits_of(model, probe(template))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    save_checkpoint(folder / "checkpoint", model, tokenizer, template.chat_template, manifest_of(template))
+    return folder / "checkpoint", logits
+
+
+def test_a_checkpoint_loads_with_plain_from_pretrained(checkpoint, folder, template):
+    directory, logits = checkpoint
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    assert model.dtype is torch.float32
+    assert model.config.use_cache is True
+    assert torch.equal(logits_of(model, probe(template)), logits)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert (logits_of(base, probe(template)) - logits).abs().max() > 0.1
+    assert not list(directory.parent.glob(".checkpoint.*"))  # nothing of the staging is left
+
+
+def test_a_checkpoint_generates_the_same_with_the_cache_as_without(checkpoint, template):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
+    prompt = torch.tensor([template.prompt_ids([])])
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
+    cached, plain = (model.generate(prompt, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert cached.tolist() == plain.tolist()
+    assert cached.shape[1] > prompt.shape[1]
+
+
+def test_a_checkpoints_chat_template_renders_the_strategy(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint[0])
+    chat = [
+        {"role": "system", "content": "说明"},
+        {"role": "assistant", "strategy": "情感管理", "content": "请放心"},
+        {"role": "user", "content": "好"},
+    ]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\n说明<|im_end|>\n"
+        "<|im_start|>assistant\n[情感管理]请放心<|im_end|>\n"
+        "<|im_start|>user\n好<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_a_manifest_reads_back_as_it_was_written_and_passes_its_check(checkpoint, template):
+    directory, _ = checkpoint
+    manifest = read_manifest(directory)
+    assert manifest == manifest_of(template)
+    tokenizer = load_tokenizer(str(directory))
+    again = DialogueTemplate(tokenizer, manifest.chat_template, TemplateConfig(manifest.mode, manifest.language))
+    check_manifest(directory, manifest, again.fingerprint, tokenizer_hash(tokenizer))
+
+
+def test_another_template_is_refused_with_both_hashes(checkpoint, template):
+    directory, _ = checkpoint
+    manifest = read_manifest(directory)
+    other = DialogueTemplate(template.tokenizer, "qwen3", template.config).fingerprint
+    with pytest.raises(InputError) as caught:
+        check_manifest(directory, manifest, other, manifest.tokenizer_hash)
+    assert str(caught.value) == (
+        f"{directory}: the template is not the one the checkpoint was trained with "
+        f"(trained {template.fingerprint[:12]}, now {other[:12]})"
+    )
+
+
+def _add_token(path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<新>"])
+    tokenizer.save_pretrained(path)
+
+
+def _edit(path: Path, change) -> None:
+    content = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    change(content)
+    (path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _swap_two_tokens(path: Path) -> None:
+    def change(content):
+        vocabulary = content["model"]["vocab"]
+        one, other = sorted(vocabulary)[:2]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+    _edit(path, change)
+
+
+def _drop_last_merge(path: Path) -> None:
+    _edit(path, lambda content: content["model"]["merges"].pop())
+
+
+@pytest.mark.parametrize("tamper", [_add_token, _swap_two_tokens, _drop_last_merge])
+def test_a_tampered_tokenizer_is_refused_with_both_hashes(checkpoint, template, tamper, tmp_path):
+    shutil.copytree(checkpoint[0], tmp_path / "checkpoint")
+    tamper(tmp_path / "checkpoint")
+    manifest = read_manifest(tmp_path / "checkpoint")
+    now = tokenizer_hash(load_tokenizer(str(tmp_path / "checkpoint")))
+    trained = tokenizer_hash(template.tokenizer)
+    assert now != trained
+    with pytest.raises(InputError) as caught:
+        check_manifest(tmp_path / "checkpoint", manifest, manifest.template_hash, now)
+    assert str(caught.value) == (
+        f"{tmp_path / 'checkpoint'}: the tokenizer is not the one the checkpoint was trained with "
+        f"(trained {trained[:12]}, now {now[:12]})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(pytest.param("small", name, id=f"small-{name}") for name in SMALL_OF),
+        *(pytest.param("real", name, id=f"real-{name}", marks=pytest.mark.real_tokenizer) for name in CHAT_TEMPLATES),
+    ],
+)
+def test_a_tokenizer_keeps_its_hash_when_it_is_used_saved_and_loaded(kind, name, tmp_path):
+    tokenizer = small_tokenizer(name) if kind == "small" else real_tokenizer(name)
+    before = tokenizer_hash(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # Leaves its padding and truncation behind in the tokenizer, and in what is saved of it.
+    tokenizer(["短", "长一点的文字"], padding=True, truncation=True, max_length=4)
+    tokenizer.chat_template = chat_template(name)
+    tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["truncation"]["max_length"] == 4
+    assert tokenizer_hash(load_tokenizer(str(tmp_path))) == before
+    assert tokenizer_hash(small_tokenizer("llama3_1" if name != "llama3_1" else "qwen2_5")) != before
+
+
+@pytest.mark.parametrize("name", SMALL_OF)
+def test_a_template_does_not_mind_how_its_tokenizer_was_used_before(name):
+    fresh, used = small_tokenizer(name), small_tokenizer(name)
+    used(["短", "长一点的文字"], padding="max_length", truncation=True, max_length=4)
+    dialogue = random_dialogue(random.Random(12))
+    one, other = (DialogueTemplate(tokenizer, name, TemplateConfig()).encode(dialogue) for tokenizer in (fresh, used))
+    assert one.input_ids.tolist() == other.input_ids.tolist()
+    assert one.weights.tolist() == other.weights.tolist()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "no such checkpoint directory"),
+        (lambda path: (path / MANIFEST).unlink(), f"no {MANIFEST}, so not a checkpoint that recipes/sft.py wrote"),
+        (lambda path: (path / MANIFEST).write_text("{"), "broken JSON at line 1, column 2"),
+        (lambda path: (path / MANIFEST).write_text('{"mode": "joint"}'), "missing 9 required positional arguments"),
+        (lambda path: (path / MANIFEST).write_text('{"nope": 1}'), "unexpected keyword argument 'nope'"),
+    ],
+    ids=["no-directory", "no-manifest", "broken", "incomplete", "unknown-field"],
+)
+def test_what_is_no_checkpoint_is_refused(spoil, message, tmp_path):
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    (directory / MANIFEST).write_text("{}")
+    spoil(directory)
+    with pytest.raises(InputError) as caught:
+        read_manifest(directory)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(directory))
+    assert "\n" not in str(caught.value)
+
+
+# LoRA
+
+
+def test_lora_trains_the_adapters_alone_and_merges_into_a_plain_checkpoint(folder, template, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    trainer = train(folder, adapter=AdapterConfig("lora", rank=4, alpha=8), learning_rate=2e-2)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    # Every linear layer of both decoder layers has its pair, and nothing else is trained.
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert len(trained) == 2 * 2 * len(layers)
+    assert all("lora_A" in name or "lora_B" in name for name in trained)
+    assert all(any(layer in name for name in trained) for layer in layers)
+    for name, value in trainer.model.state_dict().items():
+        if "lora_" in name:
+            assert value.abs().max() > 0, name  # B starts at zero
+        else:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(value, base[plain]), name
+    ids = probe(template)
+    adapted = logits_of(trainer.model, ids)
+
+    save_checkpoint(
+        tmp_path / "checkpoint", plain_model(trainer, torch.float32), template.tokenizer, template.chat_template, manifest_of(template)
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    assert model.state_dict().keys() == base.keys()
+    assert not list((tmp_path / "checkpoint").glob("adapter*"))
+    merged = logits_of(model, ids)
+    assert (merged - adapted).abs().max() < TOLERANCE * adapted.abs().max()
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(folder / "model"), ids)
+    assert (plain - adapted).abs().max() > 0.1
+
+
+# What cannot be read
+
+
+def _empty(path: Path) -> None:
+    path.mkdir()
+
+
+def _tokenizer_only(path: Path) -> None:
+    small_tokenizer("qwen2_5").save_pretrained(path)
+
+
+def _config_only(model_type: str):
+    def make(path: Path) -> None:
+        AutoConfig.for_model(model_type, hidden_size=32, num_hidden_layers=1).save_pretrained(path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("what", "make", "message"),
+    [
+        ("tokenizer", None, "{path}: no such model directory"),
+        ("model", None, "{path}: no such model directory"),
+        ("tokenizer", _empty, "{path}: the directory holds no tokenizer that can be read ("),
+        ("tokenizer", _config_only("llama"), "{path}: the directory holds no tokenizer that can be read ("),
+        # For this type transformers would make an empty tokenizer up.
+        ("tokenizer", _config_only("qwen2"), "{path}: there is no tokenizer (or one of 1 tokens, "),
+        ("model", _empty, "{path}: the directory holds no model that can be read ("),
+        ("model", _tokenizer_only, "{path}: the directory holds no model that can be read ("),
+        ("model", _config_only("qwen2"), "{path}: the directory holds no model that can be read ("),
+    ],
+)
+def test_a_directory_that_cannot_be_read_is_named_in_one_line(what, make, message, tmp_path):
+    path = tmp_path / "model"
+    if make:
+        make(path)
+    with pytest.raises(InputError) as caught:
+        read(what, str(path))
+    assert str(caught.value).startswith(message.format(path=path))
+    assert "\n" not in str(caught.value)
+
+
+def read(what: str, path: str) -> None:
+    if what == "tokenizer":
+        load_tokenizer(path)
+    else:
+        load_model(ModelConfig(path=path), small_tokenizer("qwen2_5"), torch.float32, 0)
+
+
+@pytest.mark.skipif(os.environ["HF_HUB_OFFLINE"] != "1", reason="would reach for the network")
+@pytest.mark.parametrize("what", ["tokenizer", "model"])
+def test_a_hub_id_that_is_not_in_the_cache_is_refused_offline(what):
+    with pytest.raises(InputError) as caught:
+        read(what, "csc-train/no-such-model")
+    assert str(caught.value) == (
+        f"csc-train/no-such-model: cannot load the {what}: HF_HUB_OFFLINE is set and the cache has no copy; "
+        "give a local directory, or download it"
+    )
+
+
+def test_a_model_with_fewer_embeddings_than_the_tokenizer_has_tokens_is_refused(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.add_tokens(["<新>"])
+    config = ModelConfig(name="tiny", path=str(folder / "model"))
+    with pytest.raises(InputError, match=r"^tiny: the model embeds 597 tokens, the tokenizer has 598$"):
+        load_model(config, tokenizer, torch.float32, 0)
+
+
+def test_random_weights_depend_on_the_seed_alone(template):
+    config = ModelConfig(init="random", tokenizer="train")
+    config.architecture.hidden_size, config.architecture.intermediate_size = 32, 64
+    models = []
+    for seed in (0, 0, 1):
+        torch.rand(7)
+        models.append(load_model(config, template.tokenizer, torch.float32, seed).state_dict())
+    one, again, other = models
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+    assert one["lm_head.weight"].shape == (597, 32)
