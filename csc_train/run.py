@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ class Run:
     Attributes:
         directory: its path; the same on all ranks.
         main: whether this process is the one that writes there.
+        states: where states of training are saved; emptied when the run starts over.
     """
 
     def __init__(self, recipe: str, config: dict[str, Any]):
@@ -58,6 +60,7 @@ class Run:
         self.main = processes().is_main_process
         # Each process has its own clock: the main one's counts.
         self.directory = Path(config["run"]["directory"] or shared(time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")))
+        self.states = self.directory / "states"
         self._record_path = self.directory / "run.json"
         if config["run"]["existing"] == "refuse" and self._record_path.exists():
             raise InputError(
@@ -83,6 +86,7 @@ class Run:
             earlier = read_json(self._record_path)
             if earlier.get("key") == key:
                 return "finished" if earlier.get("finished") else "unfinished"
+        shutil.rmtree(self.states, ignore_errors=True)
         write_text(self.directory / "resolved.yaml", yaml.safe_dump(self.config, allow_unicode=True, sort_keys=False))
         record = {"recipe": self.recipe, "key": key, "command": sys.argv, "inputs": inputs, "provenance": provenance()}
         write_json(self._record_path, record | {"started": _now(), "finished": None})

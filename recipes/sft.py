@@ -9,6 +9,7 @@ from csc_train.config import SftRecipe, resolved, run_recipe
 
 def main(config: SftRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
+    from tqdm import tqdm
     from transformers.trainer_utils import get_last_checkpoint
 
     from csc_train.checkpoint import save_checkpoint
@@ -42,7 +43,8 @@ def main(config: SftRecipe) -> None:
     template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
 
     # Packs
-    packs, packing_report = pack_examples(template.encode_all(splits.train), config.packing)
+    examples = tqdm(template.encode_all(splits.train), "encoding", len(splits.train), unit="dialogue", disable=None)
+    packs, packing_report = pack_examples(examples, config.packing)
     run.say(f"training on {packing_report}")
 
     # Model
@@ -58,7 +60,7 @@ def main(config: SftRecipe) -> None:
         packed=config.packing.strategy != "off",
         config=config.trainer,
         adapter=config.adapter,
-        directory=run.directory / "states",
+        directory=run.states,
         processes=job.num_processes,
     )
     last_state = get_last_checkpoint(trainer.args.output_dir) if status == "unfinished" else None
@@ -67,7 +69,8 @@ def main(config: SftRecipe) -> None:
     # Checkpoint
     if run.main:
         manifest = describe_origin(config.model, base, template, splits.train, run)
-        save_checkpoint(run.directory / "checkpoint", plain_model(trainer), tokenizer, template.chat_template, manifest)
+        trained = plain_model(trainer, resolve_dtype(config.trainer.precision))
+        save_checkpoint(run.directory / "checkpoint", trained, tokenizer, template.chat_template, manifest)
     job.wait_for_everyone()
     run.finish()
     run.say(f"checkpoint: {run.directory}/checkpoint")

@@ -216,8 +216,7 @@ def test_qwen3_equals_stock_without_thinking_turn_by_turn_and_differs_from_it_as
         if len(dialogue.supporter_turns) > 1:
             # Stock writes the block on the last turn alone (none at all where the customer has the last word).
             assert whole != ids
-            without = [token for token in _without(ids, think)]
-            assert _without(whole, think) == without
+            assert _without(whole, think) == _without(ids, think)
 
 
 def _without(ids: list[int], block: list[int]) -> list[int]:

@@ -435,7 +435,11 @@ def test_lora_trains_the_adapters_alone_and_merges_into_a_plain_checkpoint(folde
     adapted = logits_of(trainer.model, ids)
 
     save_checkpoint(
-        tmp_path / "checkpoint", plain_model(trainer, torch.float32), template.tokenizer, template.chat_template, manifest_of(template)
+        tmp_path / "checkpoint",
+        plain_model(trainer, torch.float32),
+        template.tokenizer,
+        template.chat_template,
+        manifest_of(template),
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert type(model).__name__ == "Qwen2ForCausalLM"
