@@ -1,11 +1,14 @@
 """The hand-off between training and evaluation: a Hugging Face model directory with a manifest of its origin."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from csc_train.errors import InputError
@@ -48,6 +51,20 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest(parts | {"model": {name: value for name, value in backend["model"].items() if value}})
 
 
+@contextlib.contextmanager
+def model_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary directory for model files; on success it takes the place of `path` (see `files.atomic_path`).
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            yield temporary
+    except SafetensorError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
 def save_checkpoint(
     directory: str | os.PathLike,
     model: PreTrainedModel,
@@ -63,7 +80,7 @@ def save_checkpoint(
         InputError: it cannot be written.
     """
     tokenizer.chat_template = chat_template
-    with atomic_path(directory) as temporary:
+    with model_directory(directory) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / MANIFEST, asdict(manifest))

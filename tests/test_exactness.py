@@ -107,15 +107,6 @@ def errors(measured: tuple[float, dict], reference: tuple[float, dict]) -> tuple
     return abs(loss - true_loss) / true_loss, worst
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For models this small, threads that wait for each other on a busy machine cost a hundred times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def case_of():
     made = {}

@@ -206,15 +206,6 @@ def test_bigram_in_both_contexts():
     assert [p.raw_text for p in generated] == ["[礼貌问候]您好", "[细化问题]哪个？", "[解决实施]已办"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for each other on several threads, for minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return small_tokenizer("qwen2_5")

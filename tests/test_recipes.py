@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ SMALL = [
 ]
 
 
-def start(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
+def start(
+    *arguments: str, cwd: Path, processes: int = 1, largest_file: int | None = None
+) -> subprocess.CompletedProcess:
     """Run a recipe to its end; `arguments` start with its file name."""
     launcher = [sys.executable]
     if processes > 1:
@@ -37,6 +40,7 @@ def start(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.Complete
         capture_output=True,
         text=True,
         timeout=300,
+        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)) if largest_file else None,
     )
 
 
@@ -162,3 +166,13 @@ def test_bad_input_ends_with_one_line_and_status_2(tmp_path, overrides, message)
 
 def _own_file(overrides: list[str]) -> list[str]:
     return ["data.sample_dialogues=null"] if any("train.path" in override for override in overrides) else []
+
+
+def test_a_model_that_cannot_be_written_is_named_and_not_left_half_written(tmp_path):
+    done = start("sft.py", "debug=cpu_tiny", "run.directory=runs/full", cwd=tmp_path, largest_file=300_000)
+    assert done.returncode == 2, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "cannot write runs/full/base" in error
+    assert "File too large" in error
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in (tmp_path / "runs" / "full").iterdir()} == {"resolved.yaml", "run.json", "tokenizer"}

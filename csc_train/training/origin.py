@@ -6,9 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from csc_train.checkpoint import Manifest, tokenizer_hash
+from csc_train.checkpoint import Manifest, model_directory, tokenizer_hash
 from csc_train.dialogue import Dialogue, data_digest
-from csc_train.files import atomic_path
 from csc_train.run import Run, provenance
 from csc_train.strategies import STRATEGIES
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -23,7 +22,7 @@ def keep_base(config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrained
     if config.init == "pretrained":
         return os.path.abspath(config.path) if Path(config.path).is_dir() else config.path
     if run.main:
-        with atomic_path(run.directory / "base") as temporary:
+        with model_directory(run.directory / "base") as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     return os.path.join("..", "base")
