@@ -49,7 +49,7 @@ def main(config: SftRecipe) -> None:
 
     # Model
     dtype = weight_dtype(config.trainer.precision, config.adapter.kind)
-    model = load_model(config.model, tokenizer, dtype, config.trainer.seed)
+    model = load_model(config.model, tokenizer, dtype, config.trainer.seed, config.packing.strategy)
     base = keep_base(config.model, model, tokenizer, run)
 
     # Training
@@ -57,7 +57,7 @@ def main(config: SftRecipe) -> None:
         model,
         tokenizer,
         packs,
-        packed=config.packing.strategy != "off",
+        packing=config.packing.strategy,
         config=config.trainer,
         adapter=config.adapter,
         directory=run.states,

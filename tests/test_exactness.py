@@ -42,7 +42,7 @@ class Case:
         self.template = DialogueTemplate(tokenizer, FAMILIES[architecture], TemplateConfig(mode="reply_only"))
         rng = random.Random(8)
         self.examples = [self.template.encode(random_dialogue(rng)) for _ in range(6)]
-        self.packs, _ = pack_examples(self.examples, PackingConfig(max_length=1100))
+        self.packs, _ = pack_examples(self.examples, PackingConfig("best_fit", max_length=1100))
         # Several packs, of several documents, of unequal length: else nothing could leak, and nothing would be padded.
         assert 2 <= len(self.packs) <= 3
         assert sum(len(row["lengths"]) > 1 for row in self.packs) >= 2
@@ -83,7 +83,7 @@ class Case:
 
     def packed(self, one_row: bool, **changes) -> tuple[float, dict[str, torch.Tensor]]:
         """Loss sum and gradients of the packs in one batch; `changes` go into the model's call, None takes out."""
-        batch = PackCollator(packed=True, one_row=one_row, pad_id=self.tokenizer.pad_token_id)(list(self.packs))
+        batch = PackCollator("joined" if one_row else "rows", self.tokenizer.pad_token_id)(list(self.packs))
         labels = batch.pop("labels")
         self.model.zero_grad()
         inputs = batch | {"use_cache": False} | {name: make(batch) for name, make in changes.items()}
@@ -156,7 +156,7 @@ def test_a_padded_batch_equals_its_documents(model, case_of):
     """Packing off: one document a row, with a mask."""
     case = case_of(model)
     rows, _ = pack_examples(case.examples, PackingConfig(strategy="off", max_length=1100))
-    batch = PackCollator(packed=False, one_row=False, pad_id=case.tokenizer.pad_token_id)(list(rows))
+    batch = PackCollator("padded", case.tokenizer.pad_token_id)(list(rows))
     labels = batch.pop("labels")
     case.model.zero_grad()
     logits = case.model(**batch, use_cache=False).logits
@@ -201,7 +201,7 @@ def test_the_trainers_own_loss_equals_the_separate_documents(architecture, check
         case.model,
         case.tokenizer,
         case.packs,
-        packed=True,
+        packing="best_fit",
         config=TrainerConfig(packs_per_step=len(case.packs), micro_batch_size=len(case.packs), precision="fp32"),
         adapter=AdapterConfig(),
         directory=tmp_path,

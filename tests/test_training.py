@@ -48,7 +48,7 @@ def folder(template, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     rng = random.Random(10)
     examples = [template.encode(random_dialogue(rng)) for _ in range(30)]
-    packs, _ = pack_examples(examples, PackingConfig(max_length=1000))
+    packs, _ = pack_examples(examples, PackingConfig("best_fit", max_length=1000))
     packs = packs.select(range(2 * PACKS_PER_STEP))
     # Packs with different numbers of trained tokens: else a mean of means would pass for the mean over tokens.
     assert len({sum(row["weights"]) for row in packs}) == len(packs)

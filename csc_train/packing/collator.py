@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from csc_train.packing.documents import Documents, dense_mask, row_documents
+
 IGNORED = -100
 """The label of a token that is not trained."""
 
@@ -13,40 +15,53 @@ IGNORED = -100
 class PackCollator:
     """Turns packs into a batch in which no document sees another.
 
-    With transformers 5 documents in a row are kept apart only while there is no attention mask, position ids restart
-    at each document and the model runs with `use_cache=False` (TRL's trainer does): then the model derives the block
-    mask, or the variable-length kernel's bounds, from the positions.
+    How that is said depends on the layout:
+
+    - `padded`: a row is one document, padded, with a two-dimensional attention mask.
+    - `rows`: a row is a pack. Position ids restart at each document, and there is no mask: from that, and while the
+      model runs with `use_cache=False` (TRL's trainer does), transformers 5 derives the block mask. What pads a row is
+      a document of its own.
+    - `joined`: as `rows`, but all packs in one row, as flash-attention's variable-length kernel wants it.
+    - `documents`: all packs in one row, with the `Documents` that our own attention needs. Takes shared prefixes.
+    - `mask`: all packs in one row, with a dense four-dimensional mask. Takes shared prefixes; the plain path, whose
+      cost grows with the square of the row.
 
     Attributes:
-        packed: rows hold several documents; position ids are given and there is no attention mask. Otherwise a row is
-            one document, padded, with a two-dimensional mask.
-        one_row: join all packs in one row, as variable-length kernels (flash-attention) want it. Otherwise each pack
-            is a row, and what pads it is a document of its own.
+        layout: one of the above.
         pad_id: the token that pads.
+        additive: in layout `mask`, give the mask as numbers to add (eager attention) instead of booleans.
     """
 
-    packed: bool
-    one_row: bool
+    layout: str
     pad_id: int
+    additive: bool = False
 
-    def __call__(self, packs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate packs of `pack_examples`.
 
         Returns:
-            `input_ids`, `labels` and `position_ids` or `attention_mask`, int64 [rows, length].
+            `input_ids` and `labels`, int64 [rows, length], and what the layout adds of `position_ids` (int64 [rows,
+            length]), `attention_mask` and `documents` (the fields of `Documents`).
 
         Raises:
-            ValueError: nothing in the batch is trained, or the first token of a document is (what precedes it in the
-                row belongs to another document).
+            ValueError: nothing in the batch is trained, the first token of a document is (what precedes it in the
+                row belongs to another document), or the layout cannot express a shared prefix.
         """
         rows = [self._row(pack) for pack in packs]
-        if self.packed and self.one_row:
+        extra = {}
+        if self.layout in ("joined", "documents", "mask"):
             rows = [{name: torch.cat([row[name] for row in rows]) for name in rows[0]}]
+        if self.layout in ("documents", "mask"):
+            lengths = [[int(length) for length in pack["lengths"]] for pack in packs]
+            documents, rows[0]["position_ids"] = row_documents(lengths, [int(pack["prefix"]) for pack in packs])
+            # A plain dictionary, which the trainer can move to a device.
+            described = self.layout == "documents"
+            extra = {"documents": documents._asdict()} if described else {"attention_mask": self._mask(documents)}
         longest = max(len(row["input_ids"]) for row in rows)
         batch = {name: torch.stack([self._pad(name, row[name], longest) for row in rows]) for name in rows[0]}
         if (batch["labels"] == IGNORED).all():
             raise ValueError("a batch has no trained token")
-        return batch
+        return batch | extra
 
     def _row(self, pack: dict[str, Any]) -> dict[str, torch.Tensor]:
         input_ids = torch.as_tensor(pack["input_ids"], dtype=torch.int64)
@@ -55,12 +70,18 @@ class PackCollator:
         starts = lengths.cumsum(0) - lengths
         if (weights[starts] > 0).any():
             raise ValueError("the first token of a document has a loss weight")
+        if pack["prefix"] and self.layout not in ("documents", "mask"):
+            raise ValueError(f"layout {self.layout} cannot share a prefix")
         row = {"input_ids": input_ids, "labels": input_ids.masked_fill(weights == 0, IGNORED)}
-        if self.packed:
-            row["position_ids"] = torch.arange(len(input_ids)) - starts.repeat_interleave(lengths)
-        else:
+        if self.layout == "padded":
             row["attention_mask"] = torch.ones_like(input_ids)
+        else:
+            row["position_ids"] = torch.arange(len(input_ids)) - starts.repeat_interleave(lengths)
         return row
+
+    def _mask(self, documents: Documents) -> torch.Tensor:
+        mask = dense_mask(documents)
+        return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if self.additive else mask
 
     def _pad(self, name: str, values: torch.Tensor, length: int) -> torch.Tensor:
         missing = length - len(values)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from csc_train.errors import check_choice, check_range
 
-STRATEGIES = ("best_fit", "off")
+STRATEGIES = ("shared_prefix", "best_fit", "off")
 LENGTH_POLICIES = ("drop", "trim", "raise")
 
 
@@ -12,8 +12,9 @@ LENGTH_POLICIES = ("drop", "trim", "raise")
 class PackingConfig:
     """How dialogues share the rows of a batch."""
 
-    strategy: str = "best_fit"
-    """best_fit: several dialogues a row, kept apart. off: one dialogue a row, padded."""
+    strategy: str = "shared_prefix"
+    """shared_prefix: several dialogues a row, kept apart, that share one copy of their system prompt. best_fit: several
+    dialogues a row, each with its own. off: one dialogue a row, padded."""
     max_length: int = 8192
     """Tokens in a pack, and the most that one dialogue may have."""
     too_long: str = "trim"

@@ -4,23 +4,41 @@ import importlib.util
 from dataclasses import asdict
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import set_seed as set_all_seeds
 
 from csc_train.errors import InputError
 from csc_train.hub import readable
+from csc_train.packing.documents import ATTENTION as DOCUMENT_ATTENTION
+from csc_train.packing.documents import document_attention
 from csc_train.training.config import ArchitectureConfig, ModelConfig
+
+AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
 
 
 def load_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    seed: int,
+    packing: str = "off",
 ) -> PreTrainedModel:
     """The model that `config` names, in `dtype`; random weights depend on `seed` alone.
+
+    Args:
+        packing: the `PackingConfig.strategy` that its batches will have; it decides the attention.
 
     Raises:
         InputError: it cannot be found or read, is gated, or has fewer embeddings than the tokenizer has tokens.
     """
-    options = {"dtype": dtype, "attn_implementation": attention_implementation(config.attn_implementation)}
+    options = {"dtype": dtype, "attn_implementation": attention_implementation(config.attn_implementation, packing)}
     if config.init == "random":
         set_all_seeds(seed)
         model = AutoModelForCausalLM.from_config(model_config(config.architecture, tokenizer), **options)
@@ -49,12 +67,41 @@ def model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenize
     return AutoConfig.for_model(dimensions.pop("model_type"), **dimensions)
 
 
-def attention_implementation(name: str) -> str:
-    """The attention that `name` stands for on this machine; `auto` is resolved, other names are themselves."""
+def attention_implementation(name: str, packing: str) -> str:
+    """The attention that `name` stands for on this machine under a `PackingConfig.strategy`.
+
+    `auto`: with packs our own attention, document by document, where it runs (on a CPU, or with flash-attention on a
+    GPU), else sdpa. Other names are themselves.
+    """
     if name != "auto":
         return name
-    has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash else "sdpa"
+    runs = not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is not None
+    return DOCUMENT_ATTENTION if packing != "off" and runs else "sdpa"
+
+
+def batch_layout(attention: str, packing: str) -> str:
+    """The `PackCollator.layout` in which `attention` keeps the documents of a row apart.
+
+    Raises:
+        InputError: it is not known to keep them apart, so that training would leak in silence.
+    """
+    layouts = {
+        "shared_prefix": {DOCUMENT_ATTENTION: "documents", "sdpa": "mask", "eager": "mask"},
+        "best_fit": {
+            DOCUMENT_ATTENTION: "documents",
+            "sdpa": "rows",
+            "eager": "rows",
+            "flash_attention_2": "joined",
+            "flash_attention_3": "joined",
+        },
+        "off": {"sdpa": "padded", "eager": "padded", "flash_attention_2": "padded", "flash_attention_3": "padded"},
+    }[packing]
+    if attention not in layouts:
+        raise InputError(
+            f"model.attn_implementation={attention} is not known to keep documents apart under packing.strategy="
+            f"{packing}; use auto or one of {', '.join(layouts)}"
+        )
+    return layouts[attention]
 
 
 def weight_dtype(precision: str, adapter: str) -> torch.dtype:

@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from csc_train.packing.collator import PackCollator
 from csc_train.training.config import AdapterConfig, TrainerConfig
-from csc_train.training.model import resolve_dtype
+from csc_train.training.model import batch_layout, resolve_dtype
 
 
 class PackTrainer(SFTTrainer):
@@ -28,7 +28,7 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     packs: datasets.Dataset,
     *,
-    packed: bool,
+    packing: str,
     config: TrainerConfig,
     adapter: AdapterConfig,
     directory: Path,
@@ -41,7 +41,7 @@ def build_trainer(
 
     Args:
         packs: as `packing.pack_examples` returns them.
-        packed: whether a row of `packs` holds several documents.
+        packing: the `PackingConfig.strategy` by which `packs` were made.
         directory: where states of training are saved.
         processes: how many processes train together.
     """
@@ -75,12 +75,12 @@ def build_trainer(
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    joins_rows = model.config._attn_implementation.startswith("flash_attention")
+    attention = model.config._attn_implementation
     return PackTrainer(
         model=model,
         args=arguments,
         train_dataset=packs,
-        data_collator=PackCollator(packed=packed, one_row=joins_rows, pad_id=tokenizer.pad_token_id),
+        data_collator=PackCollator(batch_layout(attention, packing), tokenizer.pad_token_id, attention == "eager"),
         processing_class=tokenizer,
         peft_config=lora_config(adapter) if adapter.kind == "lora" else None,
     )

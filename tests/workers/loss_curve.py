@@ -34,7 +34,7 @@ def train(folder: Path, micro_batch_size: int = 2, adapter: AdapterConfig | None
         AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
         tokenizer,
         datasets.load_from_disk(str(folder / "packs")),
-        packed=True,
+        packing="best_fit",
         config=TrainerConfig(
             packs_per_step=PACKS_PER_STEP,
             micro_batch_size=micro_batch_size,
