@@ -62,7 +62,7 @@ def dense_mask(documents: Documents) -> torch.Tensor:
     start = key_start = 0
     for queries, keys in zip(documents.query_lengths.tolist(), documents.key_lengths.tolist(), strict=True):
         index = documents.key_index[key_start : key_start + keys]
-        mask[start : start + queries, index] = _bottom_right(queries, keys, mask.device)
+        mask[start : start + queries, index] = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
         start, key_start = start + queries, key_start + keys
     return mask[None, None]
 
@@ -103,28 +103,17 @@ def document_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     outputs = []
-    start = key_start = 0
+    key_start = 0
     for queries, keys in zip(documents.query_lengths.tolist(), documents.key_lengths.tolist(), strict=True):
         index = documents.key_index[key_start : key_start + keys]
-        mask = None if queries == keys else _bottom_right(queries, keys, query.device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start : start + queries],
-                key[:, :, index],
-                value[:, :, index],
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-            )
+        # The prefix's queries run along and are dropped: a causal square without a mask costs less than a masked
+        # oblong, of which the kernel computes the masked part as well.
+        square = F.scaled_dot_product_attention(
+            query[:, :, index], key[:, :, index], value[:, :, index], dropout_p=dropout, is_causal=True, scale=scaling
         )
-        start, key_start = start + queries, key_start + keys
+        outputs.append(square[:, :, keys - queries :])
+        key_start += keys
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _bottom_right(queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """The causal mask [queries, keys] in which the last query sees every key."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def _flash_attention(
