@@ -61,6 +61,8 @@ def model_directory(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with atomic_path(path) as temporary:
             yield temporary
+            for file in temporary.glob("*.safetensors"):
+                file.chmod((temporary / "config.json").stat().st_mode)  # safetensors lets only the owner read
     except SafetensorError as error:
         raise InputError(f"cannot write {path}: {error}") from error
 

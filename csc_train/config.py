@@ -1,6 +1,7 @@
 """Composed, typed configuration: a schema per recipe, made of its owners' schemas, and errors with a remedy."""
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -78,6 +79,8 @@ def compose(recipe: str, overrides: list[str]) -> Any:
     """
     _register_schemas()
     _check_overrides(overrides)
+    if recipe == "evaluate":
+        _check_data_group(overrides)
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -111,6 +114,14 @@ def _check_overrides(overrides: list[str]) -> None:
         group = override.key_or_group
         if override.value() is None and not override.is_delete() and _options(group):
             raise InputError(f"{text}: choose one of {', '.join(_options(group))}, or leave it out")
+
+
+def _check_data_group(overrides: list[str]) -> None:
+    """The data of an evaluation are the checkpoint's until a group is chosen, so there is nothing to change in them."""
+    keys = [text.split("=")[0] for text in overrides]
+    changed = [key for key in keys if key.startswith("data.")]
+    if changed and "data" not in keys:
+        raise InputError(f"{changed[0]}: choose a group of conf/data with it, such as data=files")
 
 
 def _unfilled(config: DictConfig, chosen: dict[str, str | None]) -> Iterator[str]:
@@ -163,8 +174,13 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             main(compose(recipe, arguments))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the other processes of a job would only repeat it
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _explain(error: Exception, recipe: str) -> str:

@@ -1,5 +1,6 @@
 """Run directories: one per run, written by rank 0, holding all that is needed to tell what was done."""
 
+import datetime
 import importlib.metadata
 import os
 import shutil
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "hydra-core")
 EXISTING = ("refuse", "reuse", "replace")
+OUTPUTS = (
+    "states", "base", "tokenizer", "checkpoint", "metrics.json", "predictions", "results.json", "table.md",
+)  # fmt: skip
+"""What the recipes write into a run directory besides `run.json`, `resolved.yaml` and refused rows."""
 
 
 @dataclass
@@ -42,7 +47,7 @@ class Run:
     Attributes:
         directory: its path; the same on all ranks.
         main: whether this process is the one that writes there.
-        states: where states of training are saved; emptied when the run starts over.
+        states: where states of training are saved.
     """
 
     def __init__(self, recipe: str, config: dict[str, Any]):
@@ -81,16 +86,24 @@ class Run:
 
     def _begin(self, inputs: dict[str, str]) -> str:
         what = {name: value for name, value in self.config.items() if name != "run"}
-        key = digest([self.recipe, what, inputs, code_digest()])
+        key = digest([self.recipe, what, inputs, code_digest(), provenance()["versions"]])
         if self.config["run"]["existing"] == "reuse" and self._record_path.exists():
             earlier = read_json(self._record_path)
             if earlier.get("key") == key:
                 return "finished" if earlier.get("finished") else "unfinished"
-        shutil.rmtree(self.states, ignore_errors=True)
+        for name in OUTPUTS:  # what an earlier run left here would pass for this one's
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+            (self.directory / name).unlink(missing_ok=True)
         write_text(self.directory / "resolved.yaml", yaml.safe_dump(self.config, allow_unicode=True, sort_keys=False))
         record = {"recipe": self.recipe, "key": key, "command": sys.argv, "inputs": inputs, "provenance": provenance()}
         write_json(self._record_path, record | {"started": _now(), "finished": None})
         return "new"
+
+    def last_state(self) -> str | None:
+        """The latest state of training that was saved whole, on every process; None where there is none."""
+        # Written last, so its presence says that the rest is there.
+        whole = [path.parent for path in self.states.glob("checkpoint-*/trainer_state.json")] if self.main else []
+        return shared(str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None)
 
     def finish(self) -> None:
         """Mark the run as finished."""
@@ -110,7 +123,8 @@ def processes() -> "PartialState":
 
     _quiet_libraries(gpu=torch.cuda.is_available())
     # Without `cpu` on a machine that has no GPU, processes would not find each other and train apart.
-    return PartialState(cpu=not torch.cuda.is_available())
+    # Hours, not minutes: the main process alone writes what may be hundreds of gigabytes while the others wait.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=2))
 
 
 def _quiet_libraries(gpu: bool) -> None:

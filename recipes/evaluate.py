@@ -13,10 +13,10 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.checkpoint import MANIFEST
     from csc_train.dialogue import data_digest
     from csc_train.evaluation.baselines import StrategyBaseline
-    from csc_train.evaluation.hf_policy import load_base_policy, load_policy
+    from csc_train.evaluation.hf_policy import base_of, load_policy, open_checkpoint
     from csc_train.evaluation.metrics import score
     from csc_train.evaluation.predict import predict
-    from csc_train.evaluation.predictions import write_predictions
+    from csc_train.evaluation.predictions import read_predictions, write_predictions
     from csc_train.evaluation.report import console_table, write_results
     from csc_train.files import file_digest
     from csc_train.run import Run, provenance, single_process
@@ -27,7 +27,7 @@ def main(config: EvaluateRecipe) -> None:
     run = Run("evaluate", resolved(config))
 
     # Checkpoint
-    trained, manifest = load_policy(config.checkpoint, config.evaluation)
+    template, manifest = open_checkpoint(config.checkpoint)
 
     # Dialogues
     data = config.data or data_of(manifest.config)
@@ -41,33 +41,42 @@ def main(config: EvaluateRecipe) -> None:
     }
     if manifest.data_hash != inputs["train"]:
         run.say("note: the baselines are fitted on other training data than the checkpoint's")
-    if run.begin(inputs) == "finished":
+    status = run.begin(inputs)
+    if status == "finished":
         run.say(f"reused {run.directory}: same checkpoint, configuration, data and code")
         run.say((run.directory / "table.md").read_text(encoding="utf-8"))
         return
 
     # Systems
+    base = base_of(config.checkpoint, manifest)
     systems = {
-        "most frequent strategy": StrategyBaseline(splits.train, order=0),
-        "strategy bigram": StrategyBaseline(splits.train, order=1),
+        "most frequent strategy": lambda: StrategyBaseline(splits.train, order=0),
+        "strategy bigram": lambda: StrategyBaseline(splits.train, order=1),
+        "base (untrained)": lambda: load_policy(base, template, config.evaluation, manifest.base_revision),
+        "trained": lambda: load_policy(config.checkpoint, template, config.evaluation),
     }
-    if config.evaluation.base:
-        systems["base (untrained)"] = load_base_policy(config.checkpoint, manifest, trained, config.evaluation)
-    systems["trained"] = trained
+    if not config.evaluation.base:
+        del systems["base (untrained)"]
 
     # Predictions, metrics
     results = {}
-    for name, policy in systems.items():
+    for name, load in systems.items():
+        policy = load()
         results[name] = {}
         for context in config.evaluation.contexts:
-            predictions = predict(splits.evaluation, policy, context, f"{name}, {context} context")
-            write_predictions(run.directory / "predictions" / f"{name}-{context}.jsonl", predictions)
+            path = run.directory / "predictions" / f"{name}-{context}.jsonl"
+            if status == "unfinished" and path.exists():
+                predictions = read_predictions(path)
+            else:
+                predictions = predict(splits.evaluation, policy, context, f"{name}, {context} context")
+                write_predictions(path, predictions)
             results[name][context] = score(predictions, config.metrics, strategies_apply=policy.strategies_apply)
+        del policy  # one model in memory at a time
 
     # Table
     write_results(run.directory, results, provenance())
     run.finish()
-    Console().print(console_table(results))
+    Console().print(console_table(results, config.metrics.profiles[0]))
     if data.sample_dialogues:
         run.say(f"ceiling of ACC, by the rule that wrote the sample dialogues: {ceiling(splits.evaluation):.2f}")
     run.say(f"report: {run.directory}/table.md, {run.directory}/results.json; predictions: {run.directory}/predictions")

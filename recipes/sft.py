@@ -1,8 +1,10 @@
 """Train a model to choose a strategy and reply with it: dialogues -> template -> packs -> checkpoint.
 
-python recipes/sft.py                                       # the demo's model on sample dialogues
-torchrun --nproc_per_node 8 recipes/sft.py experiment=qwen2_5_7b_rolecs
+python recipes/sft.py experiment=demo
+torchrun --nproc_per_node 8 recipes/sft.py experiment=qwen2_5_7b_lora
 """
+
+import dataclasses
 
 from csc_train.config import SftRecipe, resolved, run_recipe
 
@@ -10,22 +12,24 @@ from csc_train.config import SftRecipe, resolved, run_recipe
 def main(config: SftRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from tqdm import tqdm
-    from transformers.trainer_utils import get_last_checkpoint
 
     from csc_train.checkpoint import save_checkpoint
     from csc_train.dialogue import data_digest
+    from csc_train.files import write_json
     from csc_train.packing.packed_dataset import pack_examples
     from csc_train.run import Run, processes
     from csc_train.splits import load_splits
     from csc_train.synthesis.sample import ensure_sample
     from csc_train.template.dialogue_template import DialogueTemplate
-    from csc_train.training.model import load_model, resolve_dtype, weight_dtype
+    from csc_train.training.model import check_reachable, choose_attention, load_model, resolve_dtype, weight_dtype
     from csc_train.training.origin import describe_origin, keep_base
     from csc_train.training.tokenizer import obtain_tokenizer
     from csc_train.training.trainer import build_trainer, plain_model
 
     job = processes()
     config.trainer.accumulation(job.num_processes)  # refuses what cannot be divided
+    attention = choose_attention(config.model.attn_implementation, config.packing.strategy, config.trainer.precision)
+    check_reachable(config.model)
     run = Run("sft", resolved(config))
 
     # Dialogues
@@ -49,8 +53,9 @@ def main(config: SftRecipe) -> None:
 
     # Model
     dtype = weight_dtype(config.trainer.precision, config.adapter.kind)
-    model = load_model(config.model, tokenizer, dtype, config.trainer.seed, config.packing.strategy)
+    model = load_model(config.model, tokenizer, dtype, config.trainer.seed, attention)
     base = keep_base(config.model, model, tokenizer, run)
+    revision = getattr(model.config, "_commit_hash", None) or config.model.revision
 
     # Training
     trainer = build_trainer(
@@ -63,13 +68,14 @@ def main(config: SftRecipe) -> None:
         directory=run.states,
         processes=job.num_processes,
     )
-    last_state = get_last_checkpoint(trainer.args.output_dir) if status == "unfinished" else None
-    trainer.train(resume_from_checkpoint=last_state)
+    trainer.train(resume_from_checkpoint=run.last_state() if status == "unfinished" else None)
 
     # Checkpoint
     if run.main:
-        manifest = describe_origin(config.model, base, template, splits.train, run)
+        manifest = describe_origin(base, revision, template, splits.train, run)
         trained = plain_model(trainer, resolve_dtype(config.trainer.precision))
+        metrics = {"packing": dataclasses.asdict(packing_report), "log": trainer.state.log_history}
+        write_json(run.directory / "metrics.json", metrics)
         save_checkpoint(run.directory / "checkpoint", trained, tokenizer, template.chat_template, manifest)
     job.wait_for_everyone()
     run.finish()

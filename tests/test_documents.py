@@ -14,7 +14,7 @@ from csc_train.packing.packed_dataset import pack_examples
 from csc_train.synthesis.sample import generate_sample
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.training.model import attention_implementation, batch_layout
+from csc_train.training.model import batch_layout, choose_attention
 
 VOCABULARY = 97
 PATHS = {"documents": (ATTENTION, "documents"), "sdpa-mask": ("sdpa", "mask"), "eager-mask": ("eager", "mask")}
@@ -69,7 +69,7 @@ def make_model(architecture: str, attention: str, dtype: torch.dtype):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if dtype is torch.float64:
-        for name, module in list(model.named_modules()):
+        for name in [name for name, _ in model.named_modules()]:
             if name.endswith("norm"):  # transformers' own rounds to float32 inside
                 model.set_submodule(name, torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype))
     return model
@@ -228,14 +228,14 @@ def test_document_attention_refuses_what_it_cannot_keep_apart():
 )
 def test_an_attention_not_known_to_isolate_is_refused(attention, packing):
     with pytest.raises(InputError, match="not known to keep documents apart"):
-        batch_layout(attention, packing)
+        choose_attention(attention, packing)
 
 
 def test_the_layout_follows_attention_and_packing():
-    assert attention_implementation("auto", "off") == "sdpa"
-    assert attention_implementation("eager", "shared_prefix") == "eager"
+    assert choose_attention("auto", "off") == "sdpa"
+    assert choose_attention("eager", "shared_prefix") == "eager"
     for packing in ("shared_prefix", "best_fit"):
-        assert attention_implementation("auto", packing) == ("sdpa" if torch.cuda.is_available() else ATTENTION)
+        assert choose_attention("auto", packing) == ("sdpa" if torch.cuda.is_available() else ATTENTION)
         assert batch_layout(ATTENTION, packing) == "documents"
     assert batch_layout("sdpa", "shared_prefix") == "mask"
     assert batch_layout("sdpa", "best_fit") == "rows"

@@ -14,7 +14,7 @@ from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.errors import InputError
 from csc_train.evaluation.baselines import StrategyBaseline
 from csc_train.evaluation.config import EvaluationConfig
-from csc_train.evaluation.hf_policy import HFPolicy, load_base_policy, load_policy
+from csc_train.evaluation.hf_policy import HFPolicy, base_of, load_policy, open_checkpoint
 from csc_train.evaluation.predict import Request, Said, predict
 from csc_train.evaluation.predictions import Prediction, read_predictions, write_predictions
 from csc_train.files import digest
@@ -393,14 +393,15 @@ def checkpoint(model, tokenizer, tmp_path):
 def test_a_saved_checkpoint_answers_as_the_model_did(model, tokenizer, checkpoint, odd_dialogues):
     few = odd_dialogues[:2]
     settings = EvaluationConfig(max_new_tokens=STEPS)
-    policy, manifest = load_policy(str(checkpoint), settings)
+    template, manifest = open_checkpoint(str(checkpoint))
+    policy = load_policy(str(checkpoint), template, settings)
     expected = predict(few, policy_of(model, tokenizer), "generated")
     assert predict(few, policy, "generated") == expected
     # The base stands beside the checkpoint; another seed, so that one is not taken for the other.
     torch.manual_seed(2)
     base = Qwen2ForCausalLM(model.config)
     base.save_pretrained(checkpoint.parent / "base")
-    untrained = load_base_policy(str(checkpoint), manifest, policy, settings)
+    untrained = load_policy(base_of(str(checkpoint), manifest), template, settings)
     answers = predict(few, untrained, "reference")
     assert answers == predict(few, policy_of(base, tokenizer), "reference")
     assert [p.raw_text for p in answers] != [p.raw_text for p in predict(few, policy, "reference")]
@@ -412,12 +413,12 @@ def test_a_checkpoint_without_tokenizer_or_of_another_one_is_refused(checkpoint)
     for what in ("tokenizer", "template"):
         manifest_file.write_text(json.dumps(manifest | {f"{what}_hash": "0" * 64}), encoding="utf-8")
         with pytest.raises(InputError, match=f"the {what} is not the one the checkpoint was trained with"):
-            load_policy(str(checkpoint), EvaluationConfig())
+            open_checkpoint(str(checkpoint))
     manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
     for file in checkpoint.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(InputError, match=r"holds no tokenizer \(tokenizer\.json\)") as caught:
-        load_policy(str(checkpoint), EvaluationConfig())
+        open_checkpoint(str(checkpoint))
     assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,40 @@ def test_bad_input_ends_with_one_line_and_status_2(tmp_path, overrides, message)
 
 def _own_file(overrides: list[str]) -> list[str]:
     return ["data.sample_dialogues=null"] if any("train.path" in override for override in overrides) else []
+
+
+def test_a_state_of_training_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+    done = start("sft.py", "debug=cpu_tiny", "run.directory=runs/full", cwd=tmp_path, largest_file=600_000)
+    assert done.returncode == 2, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "cannot write runs/full/states" in error
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs" / "full" / "checkpoint").exists()
+
+
+def test_a_run_killed_after_a_saved_state_goes_on_from_it(tmp_path):
+    arguments = ["debug=cpu_tiny", "run.directory=runs/killed", "run.existing=reuse", "trainer.save_every=2"]
+    whole = start("sft.py", *arguments, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    run = tmp_path / "runs" / "killed"
+    first = (run / "checkpoint" / "model.safetensors").read_bytes()
+    # As a kill at step 5 leaves it, in the middle of writing a state: no end, no checkpoint, a torn last state.
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"finished": None}))
+    shutil.rmtree(run / "checkpoint")
+    (run / "states" / "checkpoint-6" / "trainer_state.json").unlink()
+    again = start("sft.py", *arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("'grad_norm'") == 2  # steps 5 and 6
+    assert (run / "checkpoint" / "model.safetensors").read_bytes() == first
+
+
+def test_a_file_of_ones_own_is_never_overwritten_by_the_sample(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    refused = start("write_sample.py", "data.train.path=mine.jsonl", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "mine.jsonl exists and is no sample" in refused.stderr
+    assert (tmp_path / "mine.jsonl").read_text() == "{}\n"
 
 
 def test_a_model_that_cannot_be_written_is_named_and_not_left_half_written(tmp_path):

@@ -219,16 +219,32 @@ def test_a_sample_that_is_there_is_kept(tmp_path):
         lambda content: content[: len(content) // 2],
         lambda content: b"",
         lambda content: b"\xff\xfe not a sample",
-        lambda content: content.replace("登".encode(), "等".encode()),
-        lambda content: content.replace(SOURCE.encode(), b"other"),
-        lambda content: b"".join(content.splitlines(keepends=True)[:-1]),
+        lambda content: content.replace(SOURCE.encode(), b"other", 1),
     ],
 )
-def test_another_or_a_broken_file_is_written_anew(tmp_path, spoil):
+def test_a_file_that_is_no_sample_is_left_alone(tmp_path, spoil):
     path = tmp_path / "sample.jsonl"
     ensure_sample(path, 5, 0)
     content = path.read_bytes()
-    path.write_bytes(spoil(content))
+    spoilt = spoil(content)
+    path.write_bytes(spoilt)
+    with pytest.raises(InputError, match="exists and is no sample"):
+        ensure_sample(path, 5, 0)
+    assert path.read_bytes() == spoilt
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.replace("登".encode(), "等".encode()),
+        lambda content: b"".join(content.splitlines(keepends=True)[:-1]),
+    ],
+)
+def test_another_sample_is_written_anew(tmp_path, change):
+    path = tmp_path / "sample.jsonl"
+    ensure_sample(path, 5, 0)
+    content = path.read_bytes()
+    path.write_bytes(change(content))
     assert path.read_bytes() != content
     assert ensure_sample(path, 5, 0) is True
     assert path.read_bytes() == content
@@ -237,8 +253,6 @@ def test_another_or_a_broken_file_is_written_anew(tmp_path, spoil):
 def test_another_seed_or_count_is_written_anew(tmp_path):
     path = tmp_path / "sample.parquet"
     assert [ensure_sample(path, *size) for size in ((5, 0), (5, 1), (6, 1), (6, 1))] == [True, True, True, False]
-    path.write_bytes(b"PAR1 broken")
-    assert ensure_sample(path, 6, 1) is True
     assert len(read_dialogues(path, strict=True)) == 6
 
 

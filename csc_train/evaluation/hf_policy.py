@@ -70,8 +70,8 @@ class HFPolicy:
         return Said(text, self.template.parse(text), digest(prompt), (*handed_in, *ids))
 
 
-def load_policy(checkpoint: str, config: EvaluationConfig) -> tuple[HFPolicy, Manifest]:
-    """The policy of a checkpoint that recipes/sft.py wrote, and its manifest.
+def open_checkpoint(checkpoint: str) -> tuple[DialogueTemplate, Manifest]:
+    """The template of a checkpoint that recipes/sft.py wrote, and its manifest; the model is not loaded yet.
 
     Raises:
         InputError: it is no checkpoint, or its template or tokenizer is not what this code would use.
@@ -85,18 +85,29 @@ def load_policy(checkpoint: str, config: EvaluationConfig) -> tuple[HFPolicy, Ma
     settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
     template = DialogueTemplate(tokenizer, manifest.chat_template, settings)
     check_manifest(checkpoint, manifest, template.fingerprint, tokenizer_hash(tokenizer))
-    return HFPolicy(_load_model(checkpoint, None, config), template, config), manifest
+    return template, manifest
 
 
-def load_base_policy(checkpoint: str, manifest: Manifest, policy: HFPolicy, config: EvaluationConfig) -> HFPolicy:
-    """The policy of the model that a checkpoint's training started from, with the checkpoint's own template."""
+def base_of(checkpoint: str, manifest: Manifest) -> str:
+    """Where the model that a checkpoint's training started from is: a path or a hub id."""
     beside = Path(checkpoint) / manifest.base_model
-    local = manifest.base_model.startswith(".") and beside.is_dir()
-    base = str(beside) if local else manifest.base_model
-    return HFPolicy(_load_model(base, manifest.base_revision, config), policy.template, config)
+    return str(beside) if manifest.base_model.startswith(".") and beside.is_dir() else manifest.base_model
 
 
-def _load_model(path: str, revision: str | None, config: EvaluationConfig) -> PreTrainedModel:
+def load_policy(
+    path: str, template: DialogueTemplate, config: EvaluationConfig, revision: str | None = None
+) -> HFPolicy:
+    """The policy of the model at a path or hub id, talking through `template`.
+
+    Raises:
+        InputError: there is no such model, or it cannot be read.
+    """
     with readable(path, "model"):
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=_DTYPES[config.dtype])
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=_DTYPES[config.dtype],
+            # Spread over the GPUs of this machine where one is too small.
+            device_map="auto" if torch.cuda.is_available() else None,
+        )
+    return HFPolicy(model, template, config)

@@ -51,25 +51,25 @@ def markdown_table(results: Results) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def console_table(results: Results) -> Table:
-    """The `paper` profile for the terminal, with the columns of `markdown_table`.
+def console_table(results: Results, profile: str = "paper") -> Table:
+    """One profile for the terminal, with the columns of `markdown_table`.
 
     Numbers need 12 columns of 5 characters; in a narrow terminal it is the systems' names that wrap.
     """
     table = Table(title="Strategy-conditioned replies, percent", padding=(0, 1, 0, 0), box=None, header_style="bold")
     table.add_column("system", overflow="fold", vertical="bottom")
     for context in CONTEXTS:
-        for column in PROFILES["paper"]:
+        for column in PROFILES[profile]:
             table.add_column(f"{SHORT_CONTEXT[context]}\n{column}", justify="right", no_wrap=True)
     reasons = {}
     for system in results:
         row = []
-        for cell in _row(results[system], "paper"):
+        for cell in _row(results[system], profile):
             row.append(_number(cell) or "n/a")
             if cell.value is None:
                 reasons[cell.reason] = None
         table.add_row(Text(system), *row)  # as text: a name may hold brackets, which rich would read as markup
-    table.caption = "\n".join([PROFILE_NOTES["paper"], *(f"n/a: {reason}" for reason in reasons)])
+    table.caption = "\n".join([PROFILE_NOTES[profile], *(f"n/a: {reason}" for reason in reasons)])
     table.caption_justify = "left"
     return table
 

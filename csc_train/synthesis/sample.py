@@ -311,19 +311,26 @@ def ensure_sample(path: str | os.PathLike, count: int, seed: int) -> bool:
     """Write the sample to `path` (`.jsonl` or `.parquet`) unless the file already holds exactly that sample.
 
     Returns:
-        True if the file was written, False if it was kept. A file that cannot be read is written anew.
+        True if the file was written (another sample gives way), False if it was kept.
 
     Source: issue 2.
 
     Raises:
-        InputError: `count` is less than 1, another suffix, or the file cannot be written.
+        InputError: `count` is less than 1, another suffix, the file holds anything but a sample (it is left as it is),
+            or cannot be written.
     """
     dialogues = generate_sample(count, seed)
     # The suffix is looked at first, because other paths could be taken for data sets of the hub.
     if Path(path).suffix in (".jsonl", ".parquet") and Path(path).is_file():
+        kept = []
         with contextlib.suppress(InputError):
-            if [d.row() for d in read_dialogues(path, strict=True)] == [d.row() for d in dialogues]:
-                return False
+            kept = read_dialogues(path, strict=True)
+        if not kept or any(dialogue.source != SOURCE for dialogue in kept):
+            raise InputError(
+                f"{path} exists and is no sample: for your own dialogues give data=files data.train.path={path}"
+            )
+        if [dialogue.row() for dialogue in kept] == [dialogue.row() for dialogue in dialogues]:
+            return False
     write_dialogues(path, dialogues)
     return True
 

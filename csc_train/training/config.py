@@ -30,6 +30,9 @@ class ArchitectureConfig:
     rope: dict[str, int | float | str] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     """transformers' `rope_parameters`."""
 
+    def __post_init__(self):
+        check_choice("model.architecture.model_type", self.model_type, ("qwen2", "qwen3", "llama"))
+
 
 @dataclass
 class ModelConfig:
@@ -75,6 +78,7 @@ class AdapterConfig:
     def __post_init__(self):
         check_choice("adapter.kind", self.kind, ("full", "lora"))
         check_range("adapter.rank", self.rank, 1)
+        check_range("adapter.alpha", self.alpha, 1)
         check_range("adapter.dropout", self.dropout, 0, 1)
 
 
@@ -108,8 +112,10 @@ class TrainerConfig:
 
     def __post_init__(self):
         check_range("trainer.learning_rate", self.learning_rate, 0)
-        check_range("trainer.warmup_ratio", self.warmup_ratio, 0, 1)
-        check_range("trainer.epochs", self.epochs, 0)
+        check_range("trainer.warmup_ratio", self.warmup_ratio, 0, 0.99)
+        check_range("trainer.weight_decay", self.weight_decay, 0)
+        check_range("trainer.max_grad_norm", self.max_grad_norm, 0)
+        check_range("trainer.epochs", self.epochs, 0.001)
         check_range("trainer.packs_per_step", self.packs_per_step, 1)
         check_range("trainer.micro_batch_size", self.micro_batch_size, 1)
         check_range("trainer.save_every", self.save_every, 0)
@@ -117,6 +123,8 @@ class TrainerConfig:
         check_range("trainer.keep_states", self.keep_states, 1)
         check_range("trainer.seed", self.seed, 0, 2**32 - 1)
         check_choice("trainer.lr_scheduler", self.lr_scheduler, SCHEDULERS)
+        if self.save_every > 1 and self.save_every % 1:
+            raise InputError(f"trainer.save_every={self.save_every}: a whole number of steps, or a share below 1")
         if self.max_steps == 0:
             raise InputError("trainer.max_steps=0: must be at least 1, or -1 for as many as `epochs` makes")
         check_choice("trainer.precision", self.precision, ("auto", "bf16", "fp32"))

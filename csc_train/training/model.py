@@ -24,33 +24,38 @@ AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
 
 
 def load_model(
-    config: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    seed: int,
-    packing: str = "off",
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int, attention: str = "sdpa"
 ) -> PreTrainedModel:
     """The model that `config` names, in `dtype`; random weights depend on `seed` alone.
 
     Args:
-        packing: the `PackingConfig.strategy` that its batches will have; it decides the attention.
+        attention: the attention implementation (see `choose_attention`).
 
     Raises:
         InputError: it cannot be found or read, is gated, or has fewer embeddings than the tokenizer has tokens.
     """
-    options = {"dtype": dtype, "attn_implementation": attention_implementation(config.attn_implementation, packing)}
+    options = {"dtype": dtype, "attn_implementation": attention}
     if config.init == "random":
         set_all_seeds(seed)
         model = AutoModelForCausalLM.from_config(model_config(config.architecture, tokenizer), **options)
     else:
         with readable(config.path, "model"):
-            # The small file first: a gated or misspelt model is refused before gigabytes are fetched.
-            AutoConfig.from_pretrained(config.path, revision=config.revision)
             model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, **options)
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
         raise InputError(f"{config.name}: the model embeds {rows} tokens, the tokenizer has {len(tokenizer)}")
     return model
+
+
+def check_reachable(config: ModelConfig) -> None:
+    """Refuse a gated, misspelt or missing model by its smallest file, before any work is done for it.
+
+    Raises:
+        InputError: its configuration cannot be read (see `hub.readable`).
+    """
+    if config.init == "pretrained":
+        with readable(config.path, "model"):
+            AutoConfig.from_pretrained(config.path, revision=config.revision)
 
 
 def model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
@@ -67,15 +72,20 @@ def model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenize
     return AutoConfig.for_model(dimensions.pop("model_type"), **dimensions)
 
 
-def attention_implementation(name: str, packing: str) -> str:
+def choose_attention(name: str, packing: str, precision: str = "auto") -> str:
     """The attention that `name` stands for on this machine under a `PackingConfig.strategy`.
 
-    `auto`: with packs our own attention, document by document, where it runs (on a CPU, or with flash-attention on a
-    GPU), else sdpa. Other names are themselves.
+    `auto`: with packs our own attention, document by document, where it runs (on a CPU, or on a GPU with
+    flash-attention and in bf16), else sdpa. Other names are themselves.
+
+    Raises:
+        InputError: it is not known to keep documents apart.
     """
     if name != "auto":
+        batch_layout(name, packing)
         return name
-    runs = not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is not None
+    flash = importlib.util.find_spec("flash_attn") is not None and resolve_dtype(precision) is torch.bfloat16
+    runs = flash or not torch.cuda.is_available()
     return DOCUMENT_ATTENTION if packing != "off" and runs else "sdpa"
 
 

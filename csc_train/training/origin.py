@@ -29,12 +29,12 @@ def keep_base(config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrained
 
 
 def describe_origin(
-    config: ModelConfig, base: str, template: DialogueTemplate, training: Iterable[Dialogue], run: Run
+    base: str, revision: str | None, template: DialogueTemplate, training: Iterable[Dialogue], run: Run
 ) -> Manifest:
-    """The manifest of a checkpoint trained from `base` on the dialogues `training`."""
+    """The manifest of a checkpoint trained from `base`, at its hub commit `revision`, on the dialogues `training`."""
     return Manifest(
         base_model=base,
-        base_revision=config.revision,
+        base_revision=revision,
         chat_template=template.chat_template_name,
         mode=template.config.mode,
         language=template.config.language,

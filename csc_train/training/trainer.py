@@ -1,14 +1,17 @@
 """TRL's SFTTrainer on packs of encoded dialogues."""
 
+import re
 import sys
 from pathlib import Path
 
 import datasets
 import peft
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from csc_train.errors import InputError
 from csc_train.packing.collator import PackCollator
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.model import batch_layout, resolve_dtype
@@ -16,6 +19,19 @@ from csc_train.training.model import batch_layout, resolve_dtype
 
 class PackTrainer(SFTTrainer):
     """TRL's trainer, saying only what is true of packs."""
+
+    def _save_checkpoint(self, model, trial):
+        """Save a state of training.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
+                raise
+            raise InputError(f"cannot write {self.args.output_dir}: {str(error).splitlines()[0]}") from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log without `num_tokens`: TRL counts the columns of a batch and leaves out its other rows."""
