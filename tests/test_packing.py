@@ -1,7 +1,9 @@
-"""Best-fit packing, what becomes of long dialogues, rows of packs, and batches."""
+"""Best-fit and tighter packing, what becomes of long dialogues, rows of packs, and batches."""
 
 import itertools
 import random
+import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -15,6 +17,7 @@ from csc_train.packing.collator import IGNORED, PackCollator
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.length_policy import LengthReport, fit_examples, trim_leading_turns
 from csc_train.packing.packed_dataset import PackingReport, pack_examples
+from csc_train.packing.tight_fit import tight_fit
 from csc_train.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, Example
@@ -113,6 +116,101 @@ def test_best_fit_decreasing_wastes_little_on_many_dialogues():
 def test_a_length_outside_the_capacity_is_refused(bad):
     with pytest.raises(ValueError, match=rf"item 1 has length {bad}; a pack takes 1 to 10"):
         best_fit_decreasing([3, bad, 4], 10)
+
+
+# Tight packing
+
+
+def check_packs(packs: list[list[int]], lengths: list[int], capacity: int) -> None:
+    """Every item once, no pack empty or over the capacity, and no more packs than best fit makes."""
+    assert sorted(item for pack in packs for item in pack) == list(range(len(lengths)))
+    assert all(1 <= sum(lengths[item] for item in pack) <= capacity for pack in packs)
+    assert len(packs) <= len(best_fit_decreasing(lengths, capacity))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_tight_fit_packs_each_item_once_and_never_in_more_packs_than_best_fit(seed):
+    lengths, capacity = random_lengths(seed)
+    packs = tight_fit(lengths, capacity)
+    check_packs(packs, lengths, capacity)
+    assert tight_fit(lengths, capacity) == packs
+    assert tight_fit(numpy.array(lengths), capacity) == packs
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_tight_fit_holds_on_lists_with_few_lengths(seed):
+    """Equal lengths meet in one pack here, so that it matters how many items of a length are left."""
+    rng = random.Random(seed)
+    capacity = rng.randint(2, 40)
+    kinds = [rng.randint(1, capacity) for _ in range(rng.randint(1, 6))]
+    lengths = [rng.choice(kinds) for _ in range(rng.randint(1, 60))]
+    check_packs(tight_fit(lengths, capacity), lengths, capacity)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "totals"),
+    [
+        ([], 10, []),
+        ([1], 1, [1]),
+        ([1, 1, 1], 1, [1, 1, 1]),
+        ([4], 10, [4]),
+        ([10, 10, 10], 10, [10, 10, 10]),
+        ([6, 6, 6], 10, [6, 6, 6]),
+        ([5, 5, 5], 10, [5, 10]),
+        ([3] * 7, 9, [3, 9, 9]),
+        ([1] * 10, 3, [1, 3, 3, 3]),
+        # Best fit takes three packs: it puts 4 and 3 in one, which nothing that is left fills up.
+        ([4, 3, 3, 2, 2, 2], 8, [8, 8]),
+        # The search alone takes seven packs, best fit six.
+        ([11, 10, 8, 5, 5, 4, 4, 4, 4, 3, 3, 3], 11, [10, 10, 11, 11, 11, 11]),
+        # Pairs and triples must be of items that are there: one 5 is not two.
+        ([8, 5, 2], 10, [5, 10]),
+    ],
+)
+def test_tight_fit_known_answers(lengths, capacity, totals):
+    packs = tight_fit(lengths, capacity)
+    check_packs(packs, lengths, capacity)
+    assert sorted(sum(lengths[item] for item in pack) for pack in packs) == totals
+
+
+@pytest.mark.parametrize("bad", [0, -1, 11])
+def test_tight_fit_refuses_a_length_outside_the_capacity(bad):
+    with pytest.raises(ValueError, match=rf"item 1 has length {bad}; a pack takes 1 to 10"):
+        tight_fit([3, bad, 4], 10)
+
+
+def dialogue_lengths(source: str) -> list[int]:
+    """Lengths like those of RoleCS with a system prompt of 568 tokens, measured or drawn."""
+    if source == "rolecs_like":
+        path = Path(__file__).resolve().parents[1] / "benchmarks" / "rolecs_like_lengths.txt"
+        return [int(line) for line in path.read_text().split()]
+    rng = random.Random(11)
+    return [568 + min(2500, max(60, round(rng.lognormvariate(6.58, 0.28)))) for _ in range(11_000)]
+
+
+@pytest.mark.parametrize("source", ["rolecs_like", "drawn"])
+@pytest.mark.parametrize(
+    ("prefix", "max_length", "utilisation"), [(0, 8192, 0.99), (0, 4096, 0.965), (568, 8192, 0.995), (568, 4096, 0.985)]
+)
+def test_tight_fit_leaves_little_room_among_many_dialogues(source, prefix, max_length, utilisation):
+    """With a prefix: it stands once in each pack, and the packer sees what follows it in each dialogue."""
+    lengths = [length - prefix for length in dialogue_lengths(source)]
+    start = time.process_time()
+    packs = tight_fit(lengths, max_length - prefix)
+    seconds = time.process_time() - start
+    check_packs(packs, lengths, max_length - prefix)
+    assert (sum(lengths) + len(packs) * prefix) / (len(packs) * max_length) >= utilisation
+    assert len(packs) < len(best_fit_decreasing(lengths, max_length - prefix))
+    assert tight_fit(lengths, max_length - prefix) == packs
+    assert seconds < 1
+
+
+def test_the_lengths_of_the_benchmark_are_those_that_the_goals_were_set_on():
+    lengths = dialogue_lengths("rolecs_like")
+    assert len(lengths) == 11_232
+    assert sum(lengths) == 14_830_301
+    assert -(-sum(lengths) // 8192) == 1811
+    assert len(best_fit_decreasing(lengths, 8192)) == 1869
 
 
 # Dialogues that are too long

@@ -8,9 +8,9 @@ import numpy
 import pyarrow
 
 from csc_train.errors import InputError
-from csc_train.packing.best_fit import best_fit_decreasing
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.length_policy import LengthReport, fit_examples
+from csc_train.packing.tight_fit import tight_fit
 from csc_train.template.dialogue_template import Example
 
 
@@ -101,7 +101,7 @@ def _pack(prefix: numpy.ndarray, members: list[Example], config: PackingConfig) 
     if config.strategy == "off":
         packs = [[index] for index in range(len(members))]
     else:
-        packs = best_fit_decreasing(lengths, config.max_length - shared)
+        packs = tight_fit(lengths, config.max_length - shared)
     first = [Example(prefix, numpy.zeros(shared, numpy.float32), numpy.array([0, shared]))] if shared else []
     bodies = [Example(e.input_ids[shared:], e.weights[shared:], e.boundaries - shared) for e in members]
     return [first + [bodies[index] for index in pack] for pack in packs]
