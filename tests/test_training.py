@@ -17,7 +17,7 @@ from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from workers import loss_curve
-from workers.loss_curve import PACKS_PER_STEP, STEPS, curve, train
+from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train
 
 from csc_train.checkpoint import MANIFEST, Manifest, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
 from csc_train.errors import InputError
@@ -40,16 +40,23 @@ def template():
 
 @pytest.fixture(scope="module")
 def folder(template, tmp_path_factory) -> Path:
-    """A tiny model and packs enough for two full steps an epoch.
+    """A tiny model, packs enough for two steps and a quarter, and dialogues alone in their packs enough for the same.
 
-    Steps must be full for runs on one and on two processes to be the same: where the last batch of an epoch falls
-    short, accelerate deals the first packs out a second time, so that no process is left without.
+    So one pack is left for the last step of an epoch.
     """
     folder = tmp_path_factory.mktemp("training")
     rng = random.Random(10)
     examples = [template.encode(random_dialogue(rng)) for _ in range(30)]
     packs, _ = pack_examples(examples, PackingConfig("best_fit", max_length=1000))
-    packs = packs.select(range(2 * PACKS_PER_STEP))
+    packs = packs.select(range(2 * PACKS_PER_STEP + 1))
+    assert min(len(row["lengths"]) for row in packs) > 1
+    alone, _ = pack_examples(examples[: len(packs)], PackingConfig("off", max_length=1000))
+    alone.save_to_disk(folder / "alone")
+    more = [*examples, *(template.encode(random_dialogue(rng)) for _ in range(30))]
+    shared, _ = pack_examples(more, PackingConfig("shared_prefix", max_length=1000))
+    shared = shared.select(range(len(packs)))
+    assert min(len(row["lengths"]) for row in shared) > 2  # the prefix and more than one dialogue
+    shared.save_to_disk(folder / "shared")
     # Packs with different numbers of trained tokens: else a mean of means would pass for the mean over tokens.
     assert len({sum(row["weights"]) for row in packs}) == len(packs)
     packs.save_to_disk(folder / "packs")
@@ -84,18 +91,47 @@ def whole(folder):
 
 @pytest.fixture(scope="module")
 def halves(folder):
-    """The same in two passes."""
-    return curve(train(folder, micro_batch_size=2))
+    """The same in two passes; states of training are saved after each step."""
+    return curve(train(folder, micro_batch_size=2, states="kept", save_every=1, keep_states=EPOCHS * STEPS_PER_EPOCH))
 
 
 @pytest.fixture(scope="module")
-def two_processes(folder):
-    """The same on two processes."""
+def quarters(folder):
+    """The same in four passes."""
+    return curve(train(folder, micro_batch_size=1))
+
+
+@pytest.fixture(scope="module")
+def whole_alone(folder):
+    """One dialogue a pack, in one forward pass."""
+    return curve(train(folder, micro_batch_size=4, packs="alone"))
+
+
+@pytest.fixture(scope="module")
+def whole_shared(folder):
+    """Packs that share a prefix, in one forward pass."""
+    return curve(train(folder, micro_batch_size=4, packs="shared"))
+
+
+TWO_PROCESSES = {
+    "two_processes": {"micro_batch_size": 2},
+    "two_processes_in_quarters": {"micro_batch_size": 1},
+    # One dialogue is left for the last step, so one process has none.
+    "two_processes_alone": {"micro_batch_size": 2, "packs": "alone"},
+    # The pack that is left for the last step is cut in two, and its prefix goes with both.
+    "two_processes_shared": {"micro_batch_size": 2, "packs": "shared"},
+    "two_processes_resumed": {"micro_batch_size": 2, "resume": "kept/checkpoint-4"},
+}
+
+
+@pytest.fixture(scope="module")
+def on_two_processes(folder, halves):
+    """What `TWO_PROCESSES` lists, by name; `halves` has left the state to resume from."""
     output = folder / "two_processes.json"
     tests = Path(__file__).parent
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", loss_curve.__file__]
     done = subprocess.run(
-        [sys.executable, *command, str(folder), "2", str(output)],
+        [sys.executable, *command, str(folder), json.dumps(list(TWO_PROCESSES.values())), str(output)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
         capture_output=True,
         text=True,
@@ -103,7 +139,7 @@ def two_processes(folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(output.read_text(encoding="utf-8"))
+    return dict(zip(TWO_PROCESSES, json.loads(output.read_text(encoding="utf-8")), strict=True))
 
 
 def worst_weight(one: dict, other: dict) -> float:
@@ -116,29 +152,51 @@ def worst_weight(one: dict, other: dict) -> float:
     return max(found)
 
 
+ONE, TWO = "Qwen2ForCausalLM", "DistributedDataParallel"
+
+
 @pytest.mark.parametrize(
-    ("run", "cut", "engine"),
+    ("run", "reference", "micro_batch_size", "accumulation", "processes", "engine"),
     [
-        ("halves", {"micro_batch_size": 2, "accumulation": 2, "processes": 1}, "Qwen2ForCausalLM"),
-        ("two_processes", {"micro_batch_size": 2, "accumulation": 1, "processes": 2}, "DistributedDataParallel"),
+        ("halves", "whole", 2, 2, 1, ONE),
+        ("quarters", "whole", 1, 4, 1, ONE),
+        ("two_processes", "whole", 2, 1, 2, TWO),
+        ("two_processes_in_quarters", "whole", 1, 2, 2, TWO),
+        ("two_processes_alone", "whole_alone", 2, 1, 2, TWO),
+        ("two_processes_shared", "whole_shared", 2, 1, 2, TWO),
+        ("two_processes_resumed", "whole", 2, 1, 2, TWO),
     ],
 )
-def test_the_loss_curve_does_not_depend_on_how_a_step_is_cut_up(run, cut, engine, whole, request):
-    other = request.getfixturevalue(run)
-    assert {name: whole[name] for name in cut} == {"micro_batch_size": 4, "accumulation": 1, "processes": 1}
-    assert {name: other[name] for name in cut} == cut
+def test_the_loss_curve_does_not_depend_on_how_a_step_is_cut_up(
+    run, reference, micro_batch_size, accumulation, processes, engine, request
+):
+    whole = request.getfixturevalue(reference)
+    other = request.getfixturevalue("on_two_processes")[run] if run in TWO_PROCESSES else request.getfixturevalue(run)
+    cut = ("micro_batch_size", "accumulation", "processes")
+    assert [whole[name] for name in cut] == [4, 1, 1]
+    assert [other[name] for name in cut] == [micro_batch_size, accumulation, processes]
     # Two processes that did not find each other would each train alone, on all the packs, and agree as well.
     assert other["engine"] == engine
-    assert len(whole["losses"]) == STEPS
+    assert len(whole["losses"]) == EPOCHS * STEPS_PER_EPOCH
     assert other["losses"] == pytest.approx(whole["losses"], rel=TOLERANCE)
     assert other["grad_norms"] == pytest.approx(whole["grad_norms"], rel=TOLERANCE)
     assert worst_weight(whole, other) < 1e-4
-    assert whole["losses"][-1] < 0.9 * whole["losses"][0]
+    assert whole["losses"][-1] < 0.95 * whole["losses"][0]
 
 
 def test_a_training_repeats_itself_bit_by_bit(folder, halves):
     again = curve(train(folder, micro_batch_size=2))
     assert again == halves
+
+
+@pytest.mark.parametrize("step", range(1, EPOCHS * STEPS_PER_EPOCH))
+def test_a_training_resumed_after_any_step_goes_on_bit_by_bit(folder, halves, step, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    shutil.copytree(folder / "packs", tmp_path / "packs")
+    shutil.copytree(folder / "kept" / f"checkpoint-{step}", tmp_path / "state")
+    resumed = train(tmp_path, micro_batch_size=2, resume="state")
+    assert resumed._initial_global_step == step
+    assert curve(resumed) == halves
 
 
 def test_another_seed_takes_the_packs_in_another_order(folder, halves):

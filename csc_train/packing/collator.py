@@ -37,7 +37,7 @@ class PackCollator:
     additive: bool = False
 
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate packs of `pack_examples`.
+        """Collate packs of `pack_examples`, or one that is marked as `empty`.
 
         Returns:
             `input_ids` and `labels`, int64 [rows, length], and what the layout adds of `position_ids` (int64 [rows,
@@ -59,7 +59,7 @@ class PackCollator:
             extra = {"documents": documents._asdict()} if described else {"attention_mask": self._mask(documents)}
         longest = max(len(row["input_ids"]) for row in rows)
         batch = {name: torch.stack([self._pad(name, row[name], longest) for row in rows]) for name in rows[0]}
-        if (batch["labels"] == IGNORED).all():
+        if (batch["labels"] == IGNORED).all() and not all("empty" in pack for pack in packs):
             raise ValueError("a batch has no trained token")
         return batch | extra
 

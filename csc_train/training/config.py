@@ -96,7 +96,8 @@ class TrainerConfig:
     max_steps: int = -1
     """Stop after this many optimizer steps; -1: after `epochs`."""
     packs_per_step: int = 8
-    """Packs in the batch of one optimizer step, over all processes. Gradient accumulation follows from it."""
+    """Packs in the batch of one optimizer step, over all processes; the last step of an epoch has what is left.
+    Gradient accumulation follows from it."""
     micro_batch_size: int = 1
     """Packs in one forward pass of one process."""
     precision: str = "auto"

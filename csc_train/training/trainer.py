@@ -13,12 +13,44 @@ from trl import SFTConfig, SFTTrainer
 
 from csc_train.errors import InputError
 from csc_train.packing.collator import PackCollator
+from csc_train.packing.loader import PackLoader, RankBatches
+from csc_train.packing.schedule import document_costs
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.model import batch_layout, resolve_dtype
 
 
 class PackTrainer(SFTTrainer):
-    """TRL's trainer, saying only what is true of packs."""
+    """TRL's trainer on the steps of `packing.schedule`, saying only what is true of packs."""
+
+    def get_train_dataloader(self) -> PackLoader:
+        """This process's share of the packs.
+
+        The Trainer takes `gradient_accumulation_steps` batches for an optimizer step and, for the last of an epoch,
+        what is left; it counts trained tokens over what it took. The loader is not passed to accelerate, which would
+        deal the batches out again, and repeat some for want of a full last step.
+        """
+        linear, attention = forward_flops(self.model)
+        arguments = self.args
+        batches = RankBatches(
+            [
+                document_costs(lengths, prefix, linear, attention).tolist()
+                for lengths, prefix in zip(
+                    self.train_dataset["lengths"][:], self.train_dataset["prefix"][:], strict=True
+                )
+            ],
+            arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            arguments.seed,
+            processes=arguments.world_size,
+            rank=arguments.process_index,
+            micro_batch_size=arguments.per_device_train_batch_size,
+        )
+        return PackLoader(
+            self.train_dataset,
+            batches,
+            self.data_collator,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
+        )
 
     def _save_checkpoint(self, model, trial):
         """Save a state of training.
@@ -53,7 +85,8 @@ def build_trainer(
     """The trainer of one run.
 
     The loss of an optimizer step is the sum over its trained tokens divided by their number, both taken over all
-    micro batches and processes, so neither changes the gradient.
+    micro batches and processes, so neither changes the gradient. The packs of a step follow from the seed, the epoch
+    and the packs per step alone, so neither changes what is trained when.
 
     Args:
         packs: as `packing.pack_examples` returns them.
@@ -100,6 +133,17 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=lora_config(adapter) if adapter.kind == "lora" else None,
     )
+
+
+def forward_flops(model: torch.nn.Module) -> tuple[float, float]:
+    """What a decoder's forward pass takes for each token in its linear layers, and in its attention for each pair of
+    tokens of a document, of which causal attention needs half."""
+    linear = sum(
+        2 * layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, torch.nn.Linear)
+    )
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return linear, 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
 
 
 def lora_config(adapter: AdapterConfig) -> peft.LoraConfig:

@@ -1,4 +1,5 @@
-"""One short training, as a function and as what torchrun starts: `loss_curve.py FOLDER MICRO_BATCH_SIZE OUTPUT`.
+"""One short training, as a function and as what torchrun starts: `loss_curve.py FOLDER CASES OUTPUT`, where CASES is a
+JSON list of options of `train`.
 
 FOLDER holds `model` (a model directory with its tokenizer) and `packs` (a data set of packs), so that however many
 processes there are, all start from the same.
@@ -15,38 +16,57 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from csc_train.files import digest
+from csc_train.packing.documents import ATTENTION
 from csc_train.run import processes
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.tokenizer import load_tokenizer
 from csc_train.training.trainer import build_trainer
 
 PACKS_PER_STEP = 4
-STEPS = 5
+EPOCHS = 2
+STEPS_PER_EPOCH = 3
+"""The last of them with fewer packs."""
 
 
-def train(folder: Path, micro_batch_size: int = 2, adapter: AdapterConfig | None = None, **options) -> SFTTrainer:
-    """Train the model of `folder` on its packs; `options` go to `TrainerConfig`."""
+def train(
+    folder: Path,
+    micro_batch_size: int = 2,
+    adapter: AdapterConfig | None = None,
+    *,
+    packs: str = "packs",
+    states: str = "states",
+    resume: str | None = None,
+    **options,
+) -> SFTTrainer:
+    """Train the model of `folder` on its packs.
+
+    Args:
+        packs: which packs in `folder`; those called `shared` share a prefix, and run with our own attention.
+        states: where in `folder` to save states of training.
+        resume: a state of training in `folder` to go on from.
+        options: go to `TrainerConfig`.
+    """
     # One thread: what is summed in which order must not depend on the machine.
     torch.set_num_threads(1)
-    options = {"max_steps": STEPS, "learning_rate": 3e-3, "warmup_ratio": 0.0, "weight_decay": 0.01} | options
+    defaults = {"epochs": EPOCHS, "learning_rate": 3e-3, "warmup_ratio": 0.0, "weight_decay": 0.01, "save_every": 1000}
     tokenizer = load_tokenizer(str(folder / "model"))
+    attention, packing = (ATTENTION, "shared_prefix") if packs == "shared" else ("sdpa", "best_fit")
     trainer = build_trainer(
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation=attention),
         tokenizer,
-        datasets.load_from_disk(str(folder / "packs")),
-        packing="best_fit",
+        datasets.load_from_disk(str(folder / packs)),
+        packing=packing,
         config=TrainerConfig(
             packs_per_step=PACKS_PER_STEP,
             micro_batch_size=micro_batch_size,
             precision="fp32",
-            save_every=1000,
-            **options,
+            **(defaults | options),
         ),
         adapter=adapter or AdapterConfig(),
-        directory=folder / "states",
+        directory=folder / states,
         processes=processes().num_processes,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(folder / resume) if resume else None)
     return trainer
 
 
@@ -67,8 +87,8 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    folder, micro_batch_size, output = sys.argv[1:]
-    trained = curve(train(Path(folder), int(micro_batch_size)))
+    folder, cases, output = sys.argv[1:]
+    trained = [curve(train(Path(folder), **options)) for options in json.loads(cases)]
     if processes().is_main_process:
         Path(output).write_text(json.dumps(trained), encoding="utf-8")
     torch.distributed.destroy_process_group()
