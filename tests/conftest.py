@@ -74,6 +74,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "real_tokenizer: runs on a published tokenizer")
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest comes first: begun last, it would keep one process busy while the other waits."""
+    items.sort(key=lambda item: item.path.name != "test_recipes.py")
+
+
 def pytest_terminal_summary(terminalreporter):
     counts = {}
     for outcome in ("passed", "failed", "skipped"):

@@ -20,8 +20,8 @@ SMALL = [
     "model.architecture.hidden_size=96",
     "model.architecture.intermediate_size=256",
     "model.architecture.num_hidden_layers=3",
-    "trainer.packs_per_step=2",
-    "trainer.micro_batch_size=2",
+    "trainer.packs_per_step=1",
+    "trainer.micro_batch_size=1",
     "trainer.learning_rate=4e-3",
     "run.existing=reuse",
 ]
@@ -120,7 +120,7 @@ def test_the_run_directory_says_what_was_done(workplace):
     assert record["recipe"] == "sft"
     assert record["finished"]
     assert set(record["provenance"]) == {"commit", "dirty", "python", "versions"}
-    assert "packs_per_step: 2" in (workplace / "runs/demo/resolved.yaml").read_text()
+    assert "packs_per_step: 1" in (workplace / "runs/demo/resolved.yaml").read_text()
     manifest = json.loads((workplace / "runs/demo/checkpoint/csc_manifest.json").read_text())
     assert manifest["data_hash"] == record["inputs"]["train"]
     assert manifest["config"]["data"]["sample_dialogues"] == 420

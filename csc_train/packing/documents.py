@@ -81,7 +81,8 @@ def document_attention(
     """Attention of a row, one document at a time, for transformers' attention registry.
 
     On a GPU one call of flash-attention's variable-length kernel, which takes different query and key lengths and
-    aligns the causal mask bottom right; elsewhere scaled-dot-product attention document by document.
+    aligns the causal mask bottom right (not run yet: no test reaches it); elsewhere scaled-dot-product attention
+    document by document.
 
     Args:
         query: [1, heads, length, head_dim]; key and value have the key-value heads.
@@ -129,10 +130,13 @@ def _flash_attention(
     def bounds(lengths: torch.Tensor) -> torch.Tensor:
         return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
+    # With weights in fp32, rotary embeddings leave queries and keys in fp32, which the kernel does not take.
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
     output = flash_attn_varlen_func(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1)[documents.key_index],
-        value[0].transpose(0, 1)[documents.key_index],
+        query,
+        key[documents.key_index],
+        value[documents.key_index],
         bounds(documents.query_lengths),
         bounds(documents.key_lengths),
         int(documents.query_lengths.max()),
