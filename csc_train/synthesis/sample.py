@@ -194,8 +194,8 @@ WORDINGS = {
 
 REPLIES = {
     # strategy, and the act it answers where the wording depends on it: the supporter's wordings
-    1: ("您好，我是{agent}号客服，很高兴为您服务。", "您好，欢迎来电，{agent}号客服为您服务。",
-        "{hello}，这里是客户服务中心，请问有什么可以帮您？", "{hello}，我是客服{agent}，请讲。"),
+    1: ("您好，我是{badge}号客服，很高兴为您服务。", "您好，欢迎来电，{badge}号客服为您服务。",
+        "{hello}，这里是客户服务中心，请问有什么可以帮您？", "{hello}，我是客服{badge}，请讲。"),
     2: ("请您提供一下姓名和手机号。", "查{item}要先核对身份，请报一下证件尾号。",
         "办理前要核对身份，请说一下手机号。", "请问您的姓名和证件号是多少？"),
     3: ("您是说{case}，对吗？", "我确认一下，{case}，是吗？", "也就是说，{case}。", "我重复一遍：{case}。"),
@@ -438,7 +438,7 @@ class _Writer:
         self.rng, self.problem, self.mood = rng, problem, mood
         self.unused: dict[tuple, list] = {}
         self.slots = {slot: rng.choice(values) for slot, values in SLOTS.items()}
-        self.slots |= {"item": rng.choice(problem.items), "agent": f"{rng.randrange(100, 1000)}"}
+        self.slots |= {"item": rng.choice(problem.items), "badge": f"{rng.randrange(100, 1000)}"}
         self.slots["tail"] = f"{rng.randrange(10_000):04d}"
         self._ask()
 
