@@ -58,7 +58,8 @@ class Run:
             config: the resolved configuration, with its `run` section.
 
         Raises:
-            InputError: the directory holds another run and `run.existing` is refuse.
+            InputError: the directory holds a run and `run.existing` is refuse, a run of another recipe, or files that
+                a run would write but that no run of this project left there.
         """
         self.recipe = recipe
         self.config = config
@@ -67,7 +68,18 @@ class Run:
         self.directory = Path(config["run"]["directory"] or shared(time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")))
         self.states = self.directory / "states"
         self._record_path = self.directory / "run.json"
-        if config["run"]["existing"] == "refuse" and self._record_path.exists():
+        self._refuse_foreign(config["run"]["existing"])
+
+    def _refuse_foreign(self, existing: str) -> None:
+        """Refuse a directory whose content is not this recipe's to replace."""
+        if not self._record_path.exists():
+            if found := [name for name in OUTPUTS if (self.directory / name).exists()]:
+                raise InputError(f"{self.directory} holds {found[0]} but no run.json: choose another run.directory")
+            return
+        earlier = read_json(self._record_path).get("recipe")
+        if earlier != self.recipe:
+            raise InputError(f"{self.directory} holds a run of {earlier}: choose another run.directory")
+        if existing == "refuse":
             raise InputError(
                 f"{self.directory} holds a run: choose another run.directory, or run.existing=reuse|replace"
             )

@@ -10,7 +10,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.strategies import STRATEGIES
@@ -54,6 +54,31 @@ def random_dialogue(rng: random.Random, extra: tuple[str, ...] = ()) -> Dialogue
 def small_tokenizer(chat_template: str) -> PreTrainedTokenizerBase:
     """The small committed tokenizer of the family that `chat_template` belongs to."""
     return AutoTokenizer.from_pretrained(SMALL_TOKENIZERS / SMALL_OF[chat_template])
+
+
+def tiny_config(
+    architecture: str, tokenizer: PreTrainedTokenizerBase, initializer_range: float, **facts
+) -> PretrainedConfig:
+    """A model of two layers and 32 hidden units, with grouped queries, for `tokenizer`.
+
+    Args:
+        initializer_range: larger than the usual 0.02, near which attention is uniform and blind to what it should not
+            see, and every prompt gets the same answer.
+        facts: what else the configuration says.
+    """
+    controls = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return AutoConfig.for_model(
+        architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=initializer_range,
+        **controls,
+        **facts,
+    )
 
 
 def real_tokenizer(chat_template: str) -> PreTrainedTokenizerBase:

@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_dialogue, small_tokenizer
+from conftest import random_dialogue, small_tokenizer, tiny_config
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from csc_train.dialogue import Dialogue
 from csc_train.packing.collator import IGNORED, PackCollator
@@ -47,22 +47,7 @@ class Case:
         assert 2 <= len(self.packs) <= 3
         assert sum(len(row["lengths"]) > 1 for row in self.packs) >= 2
         assert len({len(row["input_ids"]) for row in self.packs}) > 1
-        config = AutoConfig.for_model(
-            architecture,
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            tie_word_embeddings=False,
-            # Ten times the usual: near zero, attention would be uniform and blind to what it should not see.
-            initializer_range=0.2,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        config = tiny_config(architecture, tokenizer, 0.2, max_position_embeddings=4096, tie_word_embeddings=False)
         torch.manual_seed(0)
         self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         self.model.train()

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_dialogue, small_tokenizer
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from conftest import random_dialogue, small_tokenizer, tiny_config
+from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from csc_train.checkpoint import Manifest, save_checkpoint, tokenizer_hash
 from csc_train.dialogue import Dialogue, Speaker, Turn
@@ -214,20 +214,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     torch.manual_seed(1)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        # Large weights: small ones give the same token at every step, whatever the prompt.
-        initializer_range=0.5,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    return Qwen2ForCausalLM(tiny_config("qwen2", tokenizer, 0.5)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from csc_train.errors import InputError
+from csc_train.run import Run
 from csc_train.synthesis.sample import ceiling, generate_sample
 
 SMALL = [
@@ -113,6 +115,25 @@ def test_an_existing_run_is_not_overwritten_unasked(workplace):
     assert refused.returncode == 2
     assert "runs/demo holds a run" in refused.stderr
     assert (workplace / "runs/demo/checkpoint/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("existing", ["reuse", "replace"])
+def test_a_directory_that_is_not_the_recipes_own_is_left_alone(workplace, tmp_path, existing):
+    """Replacing it would delete what another recipe, or the user, keeps there: here the checkpoint to be evaluated."""
+    settings = {"run": {"directory": str(workplace / "runs" / "demo"), "existing": existing}}
+    with pytest.raises(InputError, match=r"runs/demo holds a run of sft: choose another run\.directory"):
+        Run("evaluate", settings)
+    (tmp_path / "checkpoint").mkdir()
+    settings["run"]["directory"] = str(tmp_path)
+    with pytest.raises(InputError, match=r"holds checkpoint but no run\.json"):
+        Run("sft", settings)
+    assert (workplace / "runs/demo/checkpoint/model.safetensors").exists()
+    assert (tmp_path / "checkpoint").exists()
+
+
+def test_a_checkpoint_can_be_read_by_whoever_can_read_its_configuration(workplace):
+    files = [workplace / "runs/demo" / name for name in ("checkpoint/model.safetensors", "base/model.safetensors")]
+    assert {file.stat().st_mode for file in files} == {(files[0].parent / "config.json").stat().st_mode}
 
 
 def test_the_run_directory_says_what_was_done(workplace):

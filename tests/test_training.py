@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer
+from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer, tiny_config
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from workers import loss_curve
@@ -60,20 +60,7 @@ def folder(template, tmp_path_factory) -> Path:
     # Packs with different numbers of trained tokens: else a mean of means would pass for the mean over tokens.
     assert len({sum(row["weights"]) for row in packs}) == len(packs)
     packs.save_to_disk(folder / "packs")
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=len(template.tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        pad_token_id=template.tokenizer.pad_token_id,
-        bos_token_id=template.tokenizer.bos_token_id,
-        eos_token_id=template.tokenizer.eos_token_id,
-    )
+    config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
     template.tokenizer.save_pretrained(folder / "model")

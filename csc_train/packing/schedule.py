@@ -90,12 +90,6 @@ def distribute(
     return [[mine[start::passes] for start in range(passes)] for mine in taken]
 
 
-def imbalance(shares: Sequence[Sequence[Sequence[Part]]], cost: Sequence[Sequence[float]]) -> float:
-    """The costliest process of a distributed step over the mean: 1 where all do the same work."""
-    load = [sum(_cost(part, cost) for parts in share for part in parts) for share in shares]
-    return max(load) * len(load) / sum(load)
-
-
 def _parts(step: Sequence[int], cost: Sequence[Sequence[float]], processes: int) -> list[Part]:
     """The packs of a step, cut until they can be dealt out evenly or no document is left to cut off."""
     parts = [Part(pack, 0, len(cost[pack])) for pack in step]
