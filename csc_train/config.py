@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from csc_train.errors import InputError, suggestion
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.metrics import MetricsConfig
-from csc_train.packing.config import PackingConfig
+from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.run import RunConfig
 from csc_train.splits import DataConfig
 from csc_train.template.config import TemplateConfig
@@ -39,6 +39,7 @@ class SftRecipe:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

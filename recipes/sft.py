@@ -48,7 +48,7 @@ def main(config: SftRecipe) -> None:
 
     # Packs
     examples = tqdm(template.encode_all(splits.train), "encoding", len(splits.train), unit="dialogue", disable=None)
-    packs, packing_report = pack_examples(examples, config.packing)
+    packs, packing_report = pack_examples(list(examples), config.packing, config.loss)
     run.say(f"training on {packing_report}")
 
     # Model

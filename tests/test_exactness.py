@@ -61,7 +61,7 @@ class Case:
             ids = torch.tensor(example.input_ids[None], dtype=torch.int64)
             logits = self.model(input_ids=ids, use_cache=False).logits
             each = cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
-            total = (each * torch.tensor(example.weights[1:])).sum()
+            total = (each * torch.tensor(example.trained[1:])).sum()
             total.backward()
             loss += total.item()
         return loss, self.gradients()
@@ -70,6 +70,7 @@ class Case:
         """Loss sum and gradients of the packs in one batch; `changes` go into the model's call, None takes out."""
         batch = PackCollator("joined" if one_row else "rows", self.tokenizer.pad_token_id)(list(self.packs))
         labels = batch.pop("labels")
+        del batch["weights"]
         self.model.zero_grad()
         inputs = batch | {"use_cache": False} | {name: make(batch) for name, make in changes.items()}
         logits = self.model(**inputs).logits
@@ -143,6 +144,7 @@ def test_a_padded_batch_equals_its_documents(model, case_of):
     rows, _ = pack_examples(case.examples, PackingConfig(strategy="off", max_length=1100))
     batch = PackCollator("padded", case.tokenizer.pad_token_id)(list(rows))
     labels = batch.pop("labels")
+    del batch["weights"]
     case.model.zero_grad()
     logits = case.model(**batch, use_cache=False).logits
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
@@ -166,9 +168,9 @@ def test_the_turns_of_a_dialogue_one_by_one_equal_all_of_them_in_one_sequence(mo
         template.encode(Dialogue("part", dialogue.turns[: index + 1]), targets=[index])
         for index in dialogue.supporter_turns
     ]
-    trained = [int((sample.weights > 0).sum()) for sample in samples]
+    trained = [int(sample.trained.sum()) for sample in samples]
     assert min(trained) >= 2
-    assert sum(trained) == int((whole.weights > 0).sum())
+    assert sum(trained) == int(whole.trained.sum())
     assert len(whole.input_ids) == len(samples[-1].input_ids) < sum(len(sample.input_ids) for sample in samples) / 2
     one_by_one = case.separate(samples)
     assert max(errors(case.separate([whole]), one_by_one)) < TOLERANCE
@@ -197,9 +199,9 @@ def test_the_trainers_own_loss_equals_the_separate_documents(architecture, check
     batch = next(iter(trainer.get_train_dataloader()))
     assert "attention_mask" not in batch
     assert len(batch["input_ids"]) == len(case.packs)
-    trained = sum(int((example.weights > 0).sum()) for example in case.examples)
+    trained = sum(int(example.trained.sum()) for example in case.examples)
     assert (batch["labels"] != IGNORED).sum() == trained
     case.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(trained))
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(float(trained)))
     (loss * trained).backward()
     assert max(errors(((loss * trained).item(), case.gradients()), case.reference)) < TOLERANCE

@@ -15,12 +15,12 @@ from csc_train.errors import InputError
 from csc_train.packing.best_fit import best_fit_decreasing
 from csc_train.packing.collator import IGNORED, PackCollator
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.length_policy import LengthReport, fit_examples, trim_leading_turns
+from csc_train.packing.length_policy import leading_turns_to_cut, without_leading_turns
 from csc_train.packing.packed_dataset import PackingReport, pack_examples
 from csc_train.packing.tight_fit import tight_fit
 from csc_train.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, Example
+from csc_train.template.dialogue_template import DialogueTemplate, Example, TokenKind
 
 PAD = 99
 
@@ -34,15 +34,17 @@ def example(prefix: int, *turns: int, first_id: int = 0) -> Example:
     """Turns of the given lengths after a prefix; the ids count up from `first_id`, so that each token is known by its
     id. Supporter turns, the first included, are trained but for their first token."""
     boundaries = numpy.cumsum([prefix, *turns]).astype(numpy.int32)
-    weights = numpy.zeros(boundaries[-1], dtype=numpy.float32)
+    kinds = numpy.full(boundaries[-1], TokenKind.CONTEXT, dtype=numpy.uint8)
     for start, end in list(itertools.pairwise(boundaries))[::2]:
-        weights[start + 1 : end] = 1
-    return Example(numpy.arange(first_id, first_id + boundaries[-1], dtype=numpy.int32), weights, boundaries)
+        kinds[start + 1 : end] = TokenKind.REPLY
+    strategies = numpy.array([index % 2 == 0 for index in range(len(turns))], dtype=numpy.uint8)
+    return Example(numpy.arange(first_id, first_id + boundaries[-1], dtype=numpy.int32), kinds, boundaries, strategies)
 
 
 def same(one: Example, other: Example) -> bool:
     return all(
-        numpy.array_equal(getattr(one, name), getattr(other, name)) for name in ("input_ids", "weights", "boundaries")
+        numpy.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("input_ids", "kinds", "boundaries", "strategies")
     )
 
 
@@ -216,25 +218,19 @@ def test_the_lengths_of_the_benchmark_are_those_that_the_goals_were_set_on():
 # Dialogues that are too long
 
 
-def fit(examples: list[Example], **config) -> tuple[list[Example], LengthReport]:
-    report = LengthReport()
-    return list(fit_examples(examples, PackingConfig(**config), report)), report
+def fit(examples: list[Example], **config) -> list[int | None]:
+    return [leading_turns_to_cut(one, PackingConfig(**config), number) for number, one in enumerate(examples, start=1)]
 
 
 def test_an_example_that_just_fits_is_left_alone():
     one = example(4, 3, 2, 5)
-    kept, report = fit([one], max_length=14, too_long="raise")
-    assert len(kept) == 1
-    assert kept[0] is one
-    assert report == LengthReport(dialogues=1, trimmed=0, dropped=0)
+    assert fit([one], max_length=14, too_long="raise") == [0]
+    assert without_leading_turns(one, 0) is one
 
 
-def test_policy_drop_counts_what_it_leaves_out():
+def test_policy_drop_leaves_out_what_is_too_long():
     long, short = example(4, 3, 2, 6), example(4, 3)
-    kept, report = fit([long, short, long], max_length=14, too_long="drop")
-    assert len(kept) == 1
-    assert kept[0] is short
-    assert report == LengthReport(dialogues=3, trimmed=0, dropped=2)
+    assert fit([long, short, long], max_length=14, too_long="drop") == [None, 0, None]
 
 
 def test_policy_raise_names_the_dialogue_and_its_length():
@@ -247,17 +243,19 @@ def test_policy_raise_names_the_dialogue_and_its_length():
     [(21, 1), (19, 1), (18, 3), (12, 3)],  # 4 + 3 + (2 + 5 + (2 + 6)): 19 without the first turn, 12 without three
 )
 def test_policy_trim_cuts_the_fewest_whole_leading_turns(max_length, first):
-    kept, report = fit([example(4, 3, 2, 5, 2, 6)], max_length=max_length, too_long="trim")
-    assert report == LengthReport(dialogues=1, trimmed=1, dropped=0)
+    whole = example(4, 3, 2, 5, 2, 6)
+    assert fit([whole], max_length=max_length, too_long="trim") == [first]
+    kept = without_leading_turns(whole, first)
     expected = {
-        1: ([*range(4), *range(7, 22)], [4, 6, 11, 13, 19], [*range(7, 11), *range(14, 19)]),
-        3: ([*range(4), *range(14, 22)], [4, 6, 12], [*range(7, 12)]),
+        1: ([*range(4), *range(7, 22)], [4, 6, 11, 13, 19], [*range(7, 11), *range(14, 19)], [0, 1, 0, 1]),
+        3: ([*range(4), *range(14, 22)], [4, 6, 12], [*range(7, 12)], [0, 1]),
     }[first]
-    assert kept[0].input_ids.tolist() == expected[0]
-    assert kept[0].boundaries.tolist() == expected[1]
-    assert numpy.flatnonzero(kept[0].weights).tolist() == expected[2]
-    assert kept[0].input_ids.dtype == numpy.int32
-    assert kept[0].weights.dtype == numpy.float32
+    assert kept.input_ids.tolist() == expected[0]
+    assert kept.boundaries.tolist() == expected[1]
+    assert numpy.flatnonzero(kept.trained).tolist() == expected[2]
+    assert kept.strategies.tolist() == expected[3]
+    assert kept.input_ids.dtype == numpy.int32
+    assert kept.kinds.dtype == numpy.uint8
 
 
 @pytest.mark.parametrize(
@@ -269,10 +267,8 @@ def test_policy_trim_cuts_the_fewest_whole_leading_turns(max_length, first):
     ],
     ids=["greeting", "exchange", "customer-last"],
 )
-def test_policy_trim_drops_what_cannot_be_trimmed_and_counts_it(one):
-    kept, report = fit([one], max_length=12, too_long="trim")
-    assert kept == []
-    assert report == LengthReport(dialogues=1, trimmed=0, dropped=1)
+def test_policy_trim_drops_what_cannot_be_trimmed(one):
+    assert fit([one], max_length=12, too_long="trim") == [None]
 
 
 def test_a_trimmed_dialogue_is_the_encoding_of_its_last_turns(template):
@@ -289,13 +285,15 @@ def test_a_trimmed_dialogue_is_the_encoding_of_its_last_turns(template):
         }
         for max_length in range(prefix + 1, len(whole.input_ids), 7):
             fitting = [first for first, part in rest.items() if len(part.input_ids) <= max_length]
-            trimmed = trim_leading_turns(whole, max_length)
-            if fitting and rest[min(fitting)].weights.any():
-                assert same(trimmed, rest[min(fitting)])
+            first = leading_turns_to_cut(whole, PackingConfig(max_length=max_length), 1)
+            if fitting and rest[min(fitting)].trained.any():
+                assert first == min(fitting)
+                trimmed = without_leading_turns(whole, first)
+                assert same(trimmed, rest[first])
                 assert trimmed.input_ids[:prefix].tolist() == template.prefix_ids
                 cuts.add(min(fitting))
             else:
-                assert trimmed is None
+                assert first is None
     assert {1, 3, 5} <= cuts
 
 
@@ -320,7 +318,7 @@ def documents(packs) -> list[tuple[list[int], list[float]]]:
         assert sum(row["lengths"]) == len(row["input_ids"]) == len(row["weights"])
         ends = numpy.cumsum(row["lengths"]).tolist()
         for start, end in itertools.pairwise([0, *ends]):
-            found.append((row["input_ids"][start:end], row["weights"][start:end]))
+            found.append((row["input_ids"][start:end].tolist(), row["weights"][start:end].tolist()))
     return found
 
 
@@ -328,24 +326,28 @@ def test_rows_are_the_joined_documents_of_each_pack():
     # Lengths 7, 9, 12 and 3 in packs of 12: 12 alone, 9 and 3, 7.
     examples = [example(4, 3), example(4, 3, 2, first_id=100), example(4, 3, 2, 3, first_id=200), example(1, 2)]
     packs, report = pack_examples(examples, PackingConfig("best_fit", max_length=12))
-    assert [row["lengths"] for row in packs] == [[12], [9, 3], [7]]
-    assert [row["input_ids"] for row in packs] == [
+    assert packs.lengths == [[12], [9, 3], [7]]
+    assert [row["input_ids"].tolist() for row in packs] == [
         list(range(200, 212)),
         [*range(100, 109), 0, 1, 2],
         list(range(7)),
     ]
-    assert [row["weights"] for row in packs] == [
+    assert [row["weights"].tolist() for row in packs] == [
         [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1],
         [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1],
         [0, 0, 0, 0, 0, 1, 1],
     ]
-    assert [str(packs.features[name].feature.dtype) for name in ("input_ids", "weights", "lengths")] == [
-        "int32",
-        "float32",
-        "int32",
-    ]
+    assert [packs[0][name].dtype for name in ("input_ids", "weights", "lengths")] == ["int32", "float32", "int32"]
     assert report == PackingReport(
-        dialogues=4, trimmed=0, dropped=0, packs=3, tokens=31, separate_tokens=31, trained_tokens=9, utilisation=31 / 36
+        dialogues=4,
+        trimmed=0,
+        dropped=0,
+        packs=3,
+        tokens=31,
+        separate_tokens=31,
+        trained_tokens=9,
+        utilisation=31 / 36,
+        strategies={"礼貌问候": 1.0},
     )
 
 
@@ -353,12 +355,20 @@ def test_the_report_counts_what_was_trimmed_and_dropped():
     examples = [example(4, 3, 2, 5), example(4, 9), example(4, 3)]
     packs, report = pack_examples(examples, PackingConfig("best_fit", max_length=12))
     assert report == PackingReport(
-        dialogues=3, trimmed=1, dropped=1, packs=2, tokens=18, separate_tokens=18, trained_tokens=6, utilisation=18 / 24
+        dialogues=3,
+        trimmed=1,
+        dropped=1,
+        packs=2,
+        tokens=18,
+        separate_tokens=18,
+        trained_tokens=6,
+        utilisation=18 / 24,
+        strategies={"礼貌问候": 1.0},
     )
-    assert [row["lengths"] for row in packs] == [[11], [7]]
+    assert packs.lengths == [[11], [7]]
     assert str(report) == (
-        "2 dialogues (1 trimmed, 1 dropped) in 2 packs, 18 tokens (1.000 of what they have apart), 33.3% trained, "
-        "utilisation 0.7500"
+        "2 dialogues (1 trimmed, 1 dropped) in 2 packs, 18 tokens (1.000 of what they have apart), 6 trained (33.3%), "
+        "utilisation 0.7500; share of the loss by strategy: 礼貌问候 100.0%"
     )
 
 
@@ -368,7 +378,7 @@ def test_every_dialogue_is_in_the_packs_exactly_once(template, strategy):
     examples = [template.encode(random_dialogue(rng)) for _ in range(50)]
     packs, report = pack_examples(examples, PackingConfig(strategy=strategy, max_length=1200))
     found = documents(packs)
-    expected = [(one.input_ids.tolist(), one.weights.tolist()) for one in examples]
+    expected = [(one.input_ids.tolist(), one.trained.astype(float).tolist()) for one in examples]
     if strategy == "off":
         assert found == expected
         assert len(packs) == 50
@@ -385,6 +395,7 @@ def test_every_dialogue_is_in_the_packs_exactly_once(template, strategy):
         separate_tokens=sum(len(ids) for ids, _ in expected),
         trained_tokens=sum(int(sum(weights)) for _, weights in expected),
         utilisation=sum(len(ids) for ids, _ in expected) / (len(packs) * 1200),
+        strategies=report.strategies,
     )
 
 
@@ -410,6 +421,7 @@ NO = IGNORED
             {
                 "input_ids": [[10, 11, 12, 20, 21, 30, 31]],
                 "labels": [[NO, NO, 12, NO, 21, NO, 31]],
+                "weights": [[0, 0, 1, 0, 1, 0, 1]],
                 "position_ids": [[0, 1, 2, 0, 1, 0, 1]],
             },
         ),
@@ -418,6 +430,7 @@ NO = IGNORED
             {
                 "input_ids": [[10, 11, 12, 20, 21], [30, 31, PAD, PAD, PAD]],
                 "labels": [[NO, NO, 12, NO, 21], [NO, 31, NO, NO, NO]],
+                "weights": [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]],
                 "position_ids": [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]],
             },
         ),
@@ -427,7 +440,9 @@ NO = IGNORED
 def test_a_packed_batch(collator, batch):
     made = collator(PACKS)
     assert {name: values.tolist() for name, values in made.items()} == batch
-    assert {values.dtype for values in made.values()} == {torch.int64}
+    assert {name: values.dtype for name, values in made.items() if values.dtype != torch.int64} == {
+        "weights": torch.float32
+    }
 
 
 def test_an_unpacked_batch_has_a_mask_and_a_row_for_each_document():
@@ -436,10 +451,13 @@ def test_an_unpacked_batch_has_a_mask_and_a_row_for_each_document():
     assert {name: values.tolist() for name, values in made.items()} == {
         "input_ids": [[10, 11, PAD], [30, 31, PAD]],
         "labels": [[NO, 11, NO], [NO, 31, NO]],
+        "weights": [[0, 1, 0], [0, 1, 0]],
         # A padding token that is a document's own is seen.
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
     }
-    assert {values.dtype for values in made.values()} == {torch.int64}
+    assert {name: values.dtype for name, values in made.items() if values.dtype != torch.int64} == {
+        "weights": torch.float32
+    }
 
 
 def test_a_row_of_a_packed_data_set_collates_to_its_own_ids(template):
@@ -455,7 +473,7 @@ def test_a_row_of_a_packed_data_set_collates_to_its_own_ids(template):
         )
     }
     assert pieces == {
-        (tuple(one.input_ids.tolist()), tuple(numpy.where(one.weights > 0, one.input_ids, IGNORED).tolist()))
+        (tuple(one.input_ids.tolist()), tuple(numpy.where(one.trained, one.input_ids, IGNORED).tolist()))
         for one in examples
     }
 
@@ -485,5 +503,5 @@ def test_a_weight_on_the_first_token_of_a_document_is_an_error(pack):
 
 def test_no_template_puts_a_weight_on_a_first_token(template):
     one = template.encode(Dialogue("d", (Turn(Speaker.SUPPORTER, "您好", STRATEGIES[0]),)))
-    assert one.weights[0] == 0
-    assert one.weights[one.boundaries[0]] == 0
+    assert not one.trained[0]
+    assert not one.trained[one.boundaries[0]]

@@ -3,12 +3,16 @@
 import random
 from itertools import chain
 
-import datasets
+import numpy
 import pytest
 
 from csc_train.packing.best_fit import best_fit_decreasing
-from csc_train.packing.loader import PackLoader, PackParts, RankBatches
+from csc_train.packing.config import LossConfig
+from csc_train.packing.loader import PackLoader, RankBatches
+from csc_train.packing.loss_weights import LossWeights
+from csc_train.packing.packed_dataset import Member, Packs
 from csc_train.packing.schedule import Part, distribute, document_costs, epoch_steps, micro_batches
+from csc_train.template.dialogue_template import Example
 
 CUTS = [(processes, micro) for processes in (1, 2, 3, 8) for micro in (1, 2, 3, 8) if 24 % (processes * micro) == 0]
 PACKS_PER_STEP = 24
@@ -131,29 +135,47 @@ def test_processes_do_equal_work(capacity, packs_per_step, processes):
 # Batches
 
 
+def packs_of(prefix: int, *lengths: int, packs: int = 1) -> Packs:
+    """Packs of one-turn dialogues that are trained but for their first token; ids count up in each dialogue."""
+    examples = [
+        Example(
+            numpy.arange(100 * number, 100 * number + prefix + length, dtype=numpy.int32),
+            numpy.array([0] * (prefix + 1) + [2] * (length - 1), dtype=numpy.uint8),
+            numpy.array([prefix, prefix + length], dtype=numpy.int32),
+            numpy.array([1], dtype=numpy.uint8),
+        )
+        for number, length in enumerate(lengths * packs)
+    ]
+    members = numpy.arange(len(examples)).reshape(packs, -1)
+    weigh = LossWeights(LossConfig(), numpy.zeros(13, numpy.int64))
+    return Packs(
+        examples, [[Member(number, 0) for number in pack] for pack in members.tolist()], [prefix] * packs, weigh
+    )
+
+
+def plain(row: dict) -> dict:
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+
+
 def test_a_part_is_the_documents_it_names():
-    rows = {
-        "input_ids": [[*range(9)]],
-        "weights": [[0.0, 1, 1, 0, 1, 1, 1, 0, 1]],
-        "lengths": [[3, 4, 2]],
-        "prefix": [0],
+    packs = packs_of(0, 3, 4, 2)
+    assert plain(packs[0]) == {
+        "input_ids": [0, 1, 2, 100, 101, 102, 103, 200, 201],
+        "weights": [0, 1, 1, 0, 1, 1, 1, 0, 1],
+        "lengths": [3, 4, 2],
+        "prefix": 0,
     }
-    parts = PackParts(datasets.Dataset.from_dict(rows))
-    assert parts[Part(0, 0, 3)] == {name: values[0] for name, values in rows.items()}
-    assert parts[Part(0, 1, 2)] == {"input_ids": [3, 4, 5, 6], "weights": [0, 1, 1, 1], "lengths": [4], "prefix": 0}
-    assert parts[Part(0, 1, 3)]["lengths"] == [4, 2]
-    assert parts[None] == {"input_ids": [0], "weights": [0], "lengths": [1], "prefix": 0, "empty": True}
+    assert plain(packs[Part(0, 0, 3)]) == plain(packs[0])
+    assert plain(packs[Part(0, 1, 2)]) == {
+        "input_ids": [100, 101, 102, 103], "weights": [0, 1, 1, 1], "lengths": [4], "prefix": 0
+    }  # fmt: skip
+    assert packs[Part(0, 1, 3)]["lengths"].tolist() == [4, 2]
+    assert plain(packs[None]) == {"input_ids": [0], "weights": [0], "lengths": [1], "prefix": 0, "empty": True}
 
 
 def test_a_loader_takes_the_order_of_the_epoch_it_is_set_to():
-    rows = {
-        "input_ids": [[pack] for pack in range(50)],
-        "weights": [[1.0]] * 50,
-        "lengths": [[1]] * 50,
-        "prefix": [0] * 50,
-    }
     batches = sampler([[1.0]] * 50, 1, 0, 4, packs_per_step=4)
-    loader = PackLoader(datasets.Dataset.from_dict(rows), batches, lambda rows: [row["input_ids"][0] for row in rows])
+    loader = PackLoader(packs_of(0, 2, packs=50), batches, lambda rows: [row["input_ids"][0] // 100 for row in rows])
     for epoch in (0, 1, 0):
         loader.set_epoch(epoch)
         taken = list(loader)
@@ -162,15 +184,14 @@ def test_a_loader_takes_the_order_of_the_epoch_it_is_set_to():
 
 
 def test_a_part_of_a_pack_takes_the_shared_prefix_along():
-    rows = {"input_ids": [[*range(9)]], "weights": [[0.0] * 3 + [0, 1, 1, 0, 1, 1]], "lengths": [[3, 3, 2, 1]]}
-    parts = PackParts(datasets.Dataset.from_dict(rows | {"prefix": [3]}))
-    assert parts[Part(0, 1, 3)] == {
-        "input_ids": [0, 1, 2, 6, 7, 8],
-        "weights": [0, 0, 0, 0, 1, 1],
+    packs = packs_of(3, 3, 2, 1)
+    assert plain(packs[Part(0, 1, 3)]) == {
+        "input_ids": [100, 101, 102, 103, 104, 203],
+        "weights": [0, 0, 0, 0, 1, 0],
         "lengths": [3, 2, 1],
         "prefix": 3,
     }
-    assert parts[Part(0, 0, 3)]["input_ids"] == [*range(9)]
+    assert packs[Part(0, 0, 3)]["lengths"].tolist() == [3, 3, 2, 1]
 
 
 def test_the_cost_of_a_document_after_a_prefix():

@@ -47,14 +47,16 @@ def hand_written() -> Dialogue:
 
 
 def weighted_tokens(template: DialogueTemplate, dialogue: Dialogue, **options) -> list[tuple[str, float]]:
-    """What follows the prefix, as (decoded token, weight)."""
+    """What follows the prefix, as (decoded token, 1.0 where it is trained and 0.0 elsewhere)."""
     example = template.encode(dialogue, **options)
     start = len(template.prefix_ids)
     assert example.boundaries[0] == start
-    assert not example.weights[:start].any()
+    assert not example.trained[:start].any()
     return [
         (template.tokenizer.decode([token]), weight)
-        for token, weight in zip(example.input_ids[start:].tolist(), example.weights[start:].tolist(), strict=True)
+        for token, weight in zip(
+            example.input_ids[start:].tolist(), example.trained[start:].astype(float).tolist(), strict=True
+        )
     ]
 
 
@@ -129,7 +131,7 @@ def test_a_token_across_the_bracket_belongs_to_the_strategy(kind, name, tokenize
     template = DialogueTemplate(tokenizer, name, TemplateConfig(mode="given"))
     turns = (Turn(Speaker.SUPPORTER, "[手机号码]已登记", EMPATHY),)
     example = template.encode(Dialogue("d", turns))
-    trained = tokenizer.decode(example.input_ids[example.weights > 0].tolist())
+    trained = tokenizer.decode(example.input_ids[example.trained].tolist())
     end = tokenizer.decode([template.end_of_turn_id])
     straddles = "][" in tokenizer.get_vocab()
     assert trained == ("手机号码]已登记" if straddles else "[手机号码]已登记") + end
@@ -283,8 +285,8 @@ def test_ids_of_a_turn_do_not_depend_on_later_turns(kind, name, tokenizer_of):
             if dialogue.turns[length].speaker is Speaker.SUPPORTER:
                 prompt = template.prompt_ids(dialogue.turns[:length])
                 assert prompt == whole.input_ids[: len(prompt)].tolist()
-                assert whole.weights[len(prompt)] == 1
-                assert whole.weights[len(prompt) - 1] == 0
+                assert whole.trained[len(prompt)]
+                assert not whole.trained[len(prompt) - 1]
 
 
 def test_generated_ids_enter_the_prompt_as_they_are():

@@ -4,13 +4,13 @@ anybody can load."""
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer, tiny_config
@@ -22,7 +22,7 @@ from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, t
 from csc_train.checkpoint import MANIFEST, Manifest, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
 from csc_train.errors import InputError
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.packed_dataset import pack_examples
+from csc_train.packing.packed_dataset import Packs, pack_examples
 from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_template
 from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig
@@ -38,6 +38,10 @@ def template():
     return DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode="reply_only"))
 
 
+def first_packs(packs: Packs, number: int) -> Packs:
+    return Packs(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
+
+
 @pytest.fixture(scope="module")
 def folder(template, tmp_path_factory) -> Path:
     """A tiny model, packs enough for two steps and a quarter, and dialogues alone in their packs enough for the same.
@@ -48,18 +52,18 @@ def folder(template, tmp_path_factory) -> Path:
     rng = random.Random(10)
     examples = [template.encode(random_dialogue(rng)) for _ in range(30)]
     packs, _ = pack_examples(examples, PackingConfig("best_fit", max_length=1000))
-    packs = packs.select(range(2 * PACKS_PER_STEP + 1))
-    assert min(len(row["lengths"]) for row in packs) > 1
+    packs = first_packs(packs, 2 * PACKS_PER_STEP + 1)
+    assert min(map(len, packs.lengths)) > 1
     alone, _ = pack_examples(examples[: len(packs)], PackingConfig("off", max_length=1000))
-    alone.save_to_disk(folder / "alone")
+    (folder / "alone").write_bytes(pickle.dumps(alone))
     more = [*examples, *(template.encode(random_dialogue(rng)) for _ in range(30))]
     shared, _ = pack_examples(more, PackingConfig("shared_prefix", max_length=1000))
-    shared = shared.select(range(len(packs)))
-    assert min(len(row["lengths"]) for row in shared) > 2  # the prefix and more than one dialogue
-    shared.save_to_disk(folder / "shared")
+    shared = first_packs(shared, len(packs))
+    assert min(map(len, shared.lengths)) > 2  # the prefix and more than one dialogue
+    (folder / "shared").write_bytes(pickle.dumps(shared))
     # Packs with different numbers of trained tokens: else a mean of means would pass for the mean over tokens.
-    assert len({sum(row["weights"]) for row in packs}) == len(packs)
-    packs.save_to_disk(folder / "packs")
+    assert len({sum(row["weights"]) for row in list(packs)}) == len(packs)
+    (folder / "packs").write_bytes(pickle.dumps(packs))
     config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
@@ -179,7 +183,7 @@ def test_a_training_repeats_itself_bit_by_bit(folder, halves):
 @pytest.mark.parametrize("step", range(1, EPOCHS * STEPS_PER_EPOCH))
 def test_a_training_resumed_after_any_step_goes_on_bit_by_bit(folder, halves, step, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "model")
-    shutil.copytree(folder / "packs", tmp_path / "packs")
+    shutil.copy(folder / "packs", tmp_path / "packs")
     shutil.copytree(folder / "kept" / f"checkpoint-{step}", tmp_path / "state")
     resumed = train(tmp_path, micro_batch_size=2, resume="state")
     assert resumed._initial_global_step == step
@@ -196,20 +200,20 @@ def test_another_seed_takes_the_packs_in_another_order(folder, halves):
 
 
 def by_hand(folder: Path) -> tuple[float, float]:
-    """Cross entropy over the trained tokens of all packs, summed and divided by their number; and the norm of its
-    gradient. Document by document, without trainer, collator or packing."""
+    """Cross entropy over the trained tokens of all packs, weighted, summed and divided by the sum of weights; and the
+    norm of its gradient. Document by document, without trainer or collator."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    total, trained = 0.0, 0
-    for row in datasets.load_from_disk(str(folder / "packs")):
-        ids, weights, start = torch.tensor(row["input_ids"]), torch.tensor(row["weights"]), 0
+    total, weight = 0.0, 0.0
+    for row in list(pickle.loads((folder / "packs").read_bytes())):
+        ids, weights, start = torch.tensor(row["input_ids"], dtype=torch.int64), torch.tensor(row["weights"]), 0
         for length in row["lengths"]:
             document = slice(start, start + length)
             logits = model(ids[document][None], use_cache=False).logits[0]
             each = cross_entropy(logits[:-1], ids[document][1:], reduction="none")
             total = total + (each * weights[document][1:]).sum()
-            trained += int((weights[document] > 0).sum())
+            weight += weights[document].sum().item()
             start += length
-    loss = total / trained
+    loss = total / weight
     loss.backward()
     norm = math.sqrt(sum(parameter.grad.pow(2).sum().item() for parameter in model.parameters()))
     return loss.item(), norm
@@ -221,7 +225,8 @@ def test_the_logged_loss_and_gradient_norm_are_those_computed_by_hand(
     folder, tmp_path, micro_batch_size, checkpointing
 ):
     # A step takes all the packs, so that their order does not matter.
-    datasets.load_from_disk(str(folder / "packs")).select(range(PACKS_PER_STEP)).save_to_disk(tmp_path / "packs")
+    packs = pickle.loads((folder / "packs").read_bytes())
+    (tmp_path / "packs").write_bytes(pickle.dumps(first_packs(packs, PACKS_PER_STEP)))
     shutil.copytree(folder / "model", tmp_path / "model")
     done = curve(train(tmp_path, micro_batch_size, max_steps=1, gradient_checkpointing=checkpointing))
     loss, norm = by_hand(tmp_path)
@@ -231,9 +236,9 @@ def test_the_logged_loss_and_gradient_norm_are_those_computed_by_hand(
 
 
 def test_a_batch_without_a_trained_token_stops_the_training(folder, tmp_path):
-    packs = datasets.load_from_disk(str(folder / "packs"))
-    packs = packs.map(lambda row: {"weights": [0.0] * len(row["weights"])}, features=packs.features)
-    packs.save_to_disk(tmp_path / "packs")
+    packs = pickle.loads((folder / "packs").read_bytes())
+    packs.weigh.factors[:] = 0
+    (tmp_path / "packs").write_bytes(pickle.dumps(packs))
     shutil.copytree(folder / "model", tmp_path / "model")
     with pytest.raises(ValueError, match="no trained token"):
         train(tmp_path)
@@ -423,7 +428,7 @@ def test_a_template_does_not_mind_how_its_tokenizer_was_used_before(name):
     dialogue = random_dialogue(random.Random(12))
     one, other = (DialogueTemplate(tokenizer, name, TemplateConfig()).encode(dialogue) for tokenizer in (fresh, used))
     assert one.input_ids.tolist() == other.input_ids.tolist()
-    assert one.weights.tolist() == other.weights.tolist()
+    assert one.kinds.tolist() == other.kinds.tolist()
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ class PackCollator:
         """Collate packs of `pack_examples`, or one that is marked as `empty`.
 
         Returns:
-            `input_ids` and `labels`, int64 [rows, length], and what the layout adds of `position_ids` (int64 [rows,
-            length]), `attention_mask` and `documents` (the fields of `Documents`).
+            `input_ids` and `labels`, int64 [rows, length], `weights`, float32 [rows, length], and what the layout adds
+            of `position_ids` (int64 [rows, length]), `attention_mask` and `documents` (the fields of `Documents`).
 
         Raises:
             ValueError: nothing in the batch is trained, the first token of a document is (what precedes it in the
@@ -65,14 +65,14 @@ class PackCollator:
 
     def _row(self, pack: dict[str, Any]) -> dict[str, torch.Tensor]:
         input_ids = torch.as_tensor(pack["input_ids"], dtype=torch.int64)
-        weights = torch.as_tensor(pack["weights"])
+        weights = torch.as_tensor(pack["weights"], dtype=torch.float32)
         lengths = torch.as_tensor(pack["lengths"], dtype=torch.int64)
         starts = lengths.cumsum(0) - lengths
         if (weights[starts] > 0).any():
             raise ValueError("the first token of a document has a loss weight")
         if pack["prefix"] and self.layout not in ("documents", "mask"):
             raise ValueError(f"layout {self.layout} cannot share a prefix")
-        row = {"input_ids": input_ids, "labels": input_ids.masked_fill(weights == 0, IGNORED)}
+        row = {"input_ids": input_ids, "labels": input_ids.masked_fill(weights == 0, IGNORED), "weights": weights}
         if self.layout == "padded":
             row["attention_mask"] = torch.ones_like(input_ids)
         else:
@@ -88,5 +88,6 @@ class PackCollator:
         if name == "position_ids":
             padding = torch.arange(missing)
         else:
-            padding = torch.full((missing,), {"input_ids": self.pad_id, "labels": IGNORED, "attention_mask": 0}[name])
+            fill = {"input_ids": self.pad_id, "labels": IGNORED, "weights": 0, "attention_mask": 0}[name]
+            padding = torch.full((missing,), fill, dtype=values.dtype)
         return torch.cat([values, padding])

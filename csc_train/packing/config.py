@@ -1,11 +1,12 @@
 """What a user may choose about packing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from csc_train.errors import check_choice, check_range
+from csc_train.errors import InputError, check_choice, check_range
 
 STRATEGIES = ("shared_prefix", "best_fit", "off")
 LENGTH_POLICIES = ("drop", "trim", "raise")
+WEIGHTINGS = ("tokens", "turns", "inverse_frequency", "table")
 
 
 @dataclass
@@ -25,3 +26,33 @@ class PackingConfig:
         check_choice("packing.strategy", self.strategy, STRATEGIES)
         check_choice("packing.too_long", self.too_long, LENGTH_POLICIES)
         check_range("packing.max_length", self.max_length, 1)
+
+
+@dataclass
+class LossConfig:
+    """How much each trained token counts (see `loss_weights.LossWeights`)."""
+
+    weighting: str = "tokens"
+    """tokens: every trained token the same. turns: every supporter turn the same, long or short. inverse_frequency:
+    turns of rare strategies more. table: as `table` says."""
+    cap: float = 5.0
+    """Under inverse_frequency, the most that a strategy's turns are raised by."""
+    table: dict[str, float] = field(default_factory=dict)
+    """Under table, a factor by strategy (its name in either language, or its number); 1 where none is given, and 0 for
+    context only."""
+    strategy: float = 1.0
+    """Weight of the tokens of `[strategy]`, beside the factor of its turn."""
+    reply: float = 1.0
+    """Weight of the tokens of the reply, its end-of-turn token included, beside the factor of its turn."""
+
+    def __post_init__(self):
+        check_choice("loss.weighting", self.weighting, WEIGHTINGS)
+        check_range("loss.cap", self.cap, 1)
+        for name, factor in self.table.items():
+            check_range(f"loss.table.{name}", factor, 0)
+        check_range("loss.strategy", self.strategy, 0)
+        check_range("loss.reply", self.reply, 0)
+        if self.table and self.weighting != "table":
+            raise InputError(f"loss.table is given, but loss.weighting is {self.weighting}: choose loss=by_strategy")
+        if not (self.strategy or self.reply):
+            raise InputError("loss.strategy and loss.reply are both 0: nothing would be trained")

@@ -1,39 +1,11 @@
 """Packs to the batches of one process, in the order that the schedule gives."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-import datasets
 import torch
 
+from csc_train.packing.packed_dataset import Packs
 from csc_train.packing.schedule import Part, distribute, epoch_steps, micro_batches
-
-
-class PackParts(torch.utils.data.Dataset):
-    """Rows of a packed data set by `Part`; by None, a row of a single token that is not trained."""
-
-    def __init__(self, packs: datasets.Dataset):
-        self.packs = packs
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def __getitem__(self, part: Part | None) -> dict[str, Any]:
-        if part is None:
-            token = self.packs[0]["input_ids"][:1]
-            return {"input_ids": token, "weights": [0.0], "lengths": [1], "prefix": 0, "empty": True}
-        row = self.packs[part.pack]
-        prefix = row["prefix"]
-        shared = 1 if prefix else 0  # the prefix is the first document, and goes into every part
-        lengths = row["lengths"][shared + part.first : shared + part.last]
-        start = sum(row["lengths"][: shared + part.first])
-        tokens = slice(start, start + sum(lengths))
-        return {
-            "input_ids": row["input_ids"][:prefix] + row["input_ids"][tokens],
-            "weights": row["weights"][:prefix] + row["weights"][tokens],
-            "lengths": row["lengths"][:shared] + lengths,
-            "prefix": prefix,
-        }
 
 
 class RankBatches:
@@ -79,8 +51,8 @@ class RankBatches:
 class PackLoader(torch.utils.data.DataLoader):
     """A loader whose `set_epoch` reaches its batch sampler, which is how the Trainer says what epoch it is."""
 
-    def __init__(self, packs: datasets.Dataset, batches: RankBatches, collate: Callable, **options):
-        super().__init__(PackParts(packs), batch_sampler=batches, collate_fn=collate, **options)
+    def __init__(self, packs: Packs, batches: RankBatches, collate: Callable, **options):
+        super().__init__(packs, batch_sampler=batches, collate_fn=collate, **options)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through."""

@@ -1,22 +1,25 @@
-"""Dialogues to a data set whose rows are packs."""
+"""Dialogues to packs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import datasets
 import numpy
-import pyarrow
+import torch
 
 from csc_train.errors import InputError
-from csc_train.packing.config import PackingConfig
-from csc_train.packing.length_policy import LengthReport, fit_examples
+from csc_train.packing.config import LossConfig, PackingConfig
+from csc_train.packing.length_policy import leading_turns_to_cut, without_leading_turns
+from csc_train.packing.loss_weights import LossWeights, count_turns
+from csc_train.packing.schedule import Part
 from csc_train.packing.tight_fit import tight_fit
+from csc_train.strategies import STRATEGIES
 from csc_train.template.dialogue_template import Example
 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """Account of a packed data set; lengths in tokens."""
+    """Account of packed dialogues; lengths in tokens."""
 
     dialogues: int
     trimmed: int
@@ -29,88 +32,146 @@ class PackingReport:
     trained_tokens: int
     utilisation: float
     """Tokens over the tokens that `packs` full packs would hold."""
+    strategies: dict[str, float]
+    """Share of the sum of loss weights, by strategy."""
 
     def __str__(self) -> str:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in self.strategies.items())
         return (
             f"{self.dialogues - self.dropped} dialogues ({self.trimmed} trimmed, {self.dropped} dropped) in "
             f"{self.packs} packs, {self.tokens:,} tokens ({self.tokens / self.separate_tokens:.3f} of what they have "
-            f"apart), {self.trained_tokens / self.tokens:.1%} trained, utilisation {self.utilisation:.4f}"
+            f"apart), {self.trained_tokens:,} trained ({self.trained_tokens / self.tokens:.1%}), utilisation "
+            f"{self.utilisation:.4f}; share of the loss by strategy: {shares}"
         )
 
 
-def pack_examples(examples: Iterable[Example], config: PackingConfig) -> tuple[datasets.Dataset, PackingReport]:
-    """Fit examples to `config.max_length` and pack them.
+class Member(NamedTuple):
+    """A dialogue of a pack: the number of its example, and its first turn that is kept."""
+
+    example: int
+    first_turn: int
+
+
+class Packs(torch.utils.data.Dataset):
+    """Packs of encoded dialogues, put together when they are asked for.
+
+    Attributes:
+        examples: the encoded dialogues.
+        members: by pack, its dialogues in order.
+        prefixes: by pack, the length of the ids that its dialogues share as their prefix; 0 where they share none.
+        lengths: by pack, the lengths of its documents in order; a shared prefix is the first of them.
+        weigh: the loss weights.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], members: list[list[Member]], prefixes: list[int], weigh: LossWeights
+    ):
+        self.examples, self.members, self.prefixes, self.weigh = examples, members, prefixes, weigh
+        self.lengths = []
+        for pack, prefix in zip(members, prefixes, strict=True):
+            bodies = [_length(examples[member.example], member.first_turn) - prefix for member in pack]
+            self.lengths.append([prefix, *bodies] if prefix else bodies)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, part: Part | int | None) -> dict[str, Any]:
+        """A pack, the documents of it that `part` names, or, for None, a row of one token that is not trained.
+
+        Returns:
+            `input_ids` (int32) and `weights` (float32), both [length]; `lengths` (int32), those of the documents in
+            order; and `prefix` (int), the length of the first document where the others share it, else 0. The row of
+            one token is marked as `empty`.
+        """
+        if part is None:
+            one = numpy.zeros(1, numpy.float32)
+            return {
+                "input_ids": self.examples[0].input_ids[:1], "weights": one, "lengths": [1], "prefix": 0, "empty": True,
+            }  # fmt: skip
+        if not isinstance(part, Part):
+            part = Part(range(len(self))[part], 0, len(self.members[part]))
+        prefix, members = self.prefixes[part.pack], self.members[part.pack][part.first : part.last]
+        examples = [without_leading_turns(self.examples[number], first) for number, first in members]
+        ids = [example.input_ids[prefix:] for example in examples]
+        weights = [self.weigh(example)[prefix:] for example in examples]
+        if prefix:
+            ids.insert(0, examples[0].input_ids[:prefix])
+            weights.insert(0, numpy.zeros(prefix, numpy.float32))
+        return {
+            "input_ids": numpy.concatenate(ids),
+            "weights": numpy.concatenate(weights),
+            "lengths": numpy.array([len(each) for each in ids], dtype=numpy.int32),
+            "prefix": prefix,
+        }
+
+
+def pack_examples(
+    examples: Sequence[Example], config: PackingConfig, loss: LossConfig | None = None
+) -> tuple[Packs, PackingReport]:
+    """Fit examples to `config.max_length`, weight their tokens by `loss` (all the same by default) and pack them.
 
     Returns:
-        A data set with a row per pack: `input_ids` (int32) and `weights` (float32), both of the pack's length;
-        `lengths` (int32), those of its documents in order; and `prefix` (int32), the length of the first document
-        where the others share it as their prefix, else 0. And the account of what became of each dialogue.
+        The packs, and the account of what became of each dialogue. A dialogue that the weights leave with nothing to
+        train counts as dropped.
 
     Raises:
-        InputError: as `fit_examples`; or nothing is left to train on.
+        InputError: as `leading_turns_to_cut`; or nothing is left to train on.
     """
-    counts = LengthReport()
-    fitted = list(fit_examples(examples, config, counts))
-    if not fitted:
-        raise InputError(f"none of the {counts.dialogues} dialogues fits packing.max_length={config.max_length}")
-    packs, shared = [], []
-    for prefix, members in _groups(fitted, config):
-        made = _pack(prefix, members, config)
-        packs += made
-        shared += [len(prefix)] * len(made)
-    tokens = sum(len(example.input_ids) for pack in packs for example in pack)
-    table = pyarrow.table(
-        {
-            "input_ids": _list_column([[example.input_ids for example in pack] for pack in packs]),
-            "weights": _list_column([[example.weights for example in pack] for pack in packs]),
-            "lengths": _list_column(
-                [[numpy.array([len(example.input_ids) for example in pack], dtype=numpy.int32)] for pack in packs]
-            ),
-            "prefix": pyarrow.array(shared, pyarrow.int32()),
-        }
+    cuts = [leading_turns_to_cut(example, config, number) for number, example in enumerate(examples, start=1)]
+    members = [Member(number, first) for number, first in enumerate(cuts) if first is not None]
+    if not members:
+        raise InputError(f"none of the {len(cuts)} dialogues fits packing.max_length={config.max_length}")
+    kept = (without_leading_turns(examples[number], first) for number, first in members)
+    turns = sum((count_turns(example) for example in kept), start=numpy.zeros(len(STRATEGIES) + 1, numpy.int64))
+    weigh = LossWeights(loss or LossConfig(), turns)
+
+    groups: dict[bytes, list[Member]] = {}
+    tokens = trained_tokens = 0
+    weight = numpy.zeros(len(STRATEGIES) + 1)
+    for member in members:
+        example = without_leading_turns(examples[member.example], member.first_turn)
+        weights = weigh(example)
+        if not weights.any():
+            continue
+        shared = example.boundaries[0] if config.strategy == "shared_prefix" else 0
+        groups.setdefault(example.input_ids[:shared].tobytes(), []).append(member)
+        tokens += len(example.input_ids)
+        trained_tokens += int((weights > 0).sum())
+        by_turn = numpy.add.reduceat(weights, example.boundaries[:-1])
+        weight += numpy.bincount(example.strategies, by_turn, minlength=len(weight))
+    if not groups:
+        raise InputError("the loss weights leave nothing to train")
+
+    packs, prefixes = [], []
+    for prefix, group in groups.items():
+        shared = len(prefix) // examples[0].input_ids.itemsize
+        made = _pack([_length(examples[number], first) - shared for number, first in group], shared, config)
+        packs += [[group[index] for index in pack] for pack in made]
+        prefixes += [shared] * len(made)
+    result = Packs(examples, packs, prefixes, weigh)
+    packed_tokens = sum(map(sum, result.lengths))
+    left = sum(map(len, packs))
+    return result, PackingReport(
+        dialogues=len(cuts),
+        trimmed=sum(member.first_turn > 0 for pack in packs for member in pack),
+        dropped=len(cuts) - left,
+        packs=len(packs),
+        tokens=packed_tokens,
+        separate_tokens=tokens,
+        trained_tokens=trained_tokens,
+        utilisation=packed_tokens / (len(packs) * config.max_length),
+        strategies={s.zh: float(weight[s.number] / weight.sum()) for s in STRATEGIES if weight[s.number]},
     )
-    report = PackingReport(
-        counts.dialogues,
-        counts.trimmed,
-        counts.dropped,
-        len(packs),
-        tokens,
-        sum(len(example.input_ids) for example in fitted),
-        sum(int((example.weights > 0).sum()) for example in fitted),
-        tokens / (len(packs) * config.max_length),
-    )
-    return datasets.Dataset(datasets.table.InMemoryTable(table)), report
 
 
-def _groups(examples: list[Example], config: PackingConfig) -> Iterator[tuple[numpy.ndarray, list[Example]]]:
-    """Examples that may share a pack, with the ids that they share as prefix (none but under `shared_prefix`)."""
-    if config.strategy != "shared_prefix":
-        yield numpy.empty(0, dtype=numpy.int32), examples
-        return
-    groups: dict[bytes, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(example.input_ids[: example.boundaries[0]].tobytes(), []).append(example)
-    for prefix, members in groups.items():
-        yield numpy.frombuffer(prefix, dtype=numpy.int32), members
-
-
-def _pack(prefix: numpy.ndarray, members: list[Example], config: PackingConfig) -> list[list[Example]]:
-    """The documents of each pack of one group; a prefix that is shared is the first of them."""
-    shared = len(prefix)
-    lengths = [len(example.input_ids) - shared for example in members]
+def _pack(bodies: Iterable[int], shared: int, config: PackingConfig) -> list[list[int]]:
+    """The packs of one group, as indices of its members."""
+    bodies = list(bodies)
     if config.strategy == "off":
-        packs = [[index] for index in range(len(members))]
-    else:
-        packs = tight_fit(lengths, config.max_length - shared)
-    first = [Example(prefix, numpy.zeros(shared, numpy.float32), numpy.array([0, shared]))] if shared else []
-    bodies = [Example(e.input_ids[shared:], e.weights[shared:], e.boundaries - shared) for e in members]
-    return [first + [bodies[index] for index in pack] for pack in packs]
+        return [[index] for index in range(len(bodies))]
+    return tight_fit(bodies, config.max_length - shared)
 
 
-def _list_column(packs: list[list[numpy.ndarray]]) -> pyarrow.Array:
-    """A column with a list per pack: the pack's arrays joined end to end."""
-    lengths = [sum(len(array) for array in pack) for pack in packs]
-    offsets = numpy.concatenate([[0], numpy.cumsum(lengths)]).astype(numpy.int64)
-    return pyarrow.LargeListArray.from_arrays(
-        offsets, pyarrow.array(numpy.concatenate([array for pack in packs for array in pack]))
-    )
+def _length(example: Example, first_turn: int) -> int:
+    """Tokens of an example without its turns before `first_turn`."""
+    return int(example.boundaries[0] + example.boundaries[-1] - example.boundaries[first_turn])

@@ -1,5 +1,6 @@
 """A dialogue as token ids with a loss weight on each, for one tokenizer, chat template, mode and language."""
 
+import enum
 import functools
 import itertools
 import json
@@ -20,20 +21,36 @@ from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import system_prompt
 
 
+class TokenKind(enum.IntEnum):
+    """What a token is to the loss: context that is not trained, or part of a trained strategy or reply."""
+
+    CONTEXT = 0
+    STRATEGY = 1
+    REPLY = 2
+    """The end-of-turn token included."""
+
+
 @dataclass(frozen=True)
 class Example:
     """A dialogue ready for training.
 
     Attributes:
         input_ids: int32 [length].
-        weights: float32 [length]; the loss weight of predicting each token, 0 where it is context only.
+        kinds: uint8 [length]; the `TokenKind` of each token.
         boundaries: int32 [turns + 1]; where each turn starts, then the length. `boundaries[0]` is the length of the
             prefix (everything up to the end of the system prompt).
+        strategies: uint8 [turns]; the number of each turn's strategy, 0 for a customer's turn.
     """
 
     input_ids: numpy.ndarray
-    weights: numpy.ndarray
+    kinds: numpy.ndarray
     boundaries: numpy.ndarray
+    strategies: numpy.ndarray
+
+    @property
+    def trained(self) -> numpy.ndarray:
+        """bool [length]; which tokens the model learns to predict."""
+        return self.kinds != TokenKind.CONTEXT
 
 
 @dataclass(frozen=True)
@@ -177,7 +194,7 @@ class DialogueTemplate:
         self, dialogue: Dialogue, encodings: Iterable[tokenizers.Encoding], targets: Sequence[int] | None
     ) -> Example:
         ids = list(self.prefix_ids)
-        weights = [0.0] * len(ids)
+        kinds = [TokenKind.CONTEXT] * len(ids)
         boundaries = [len(ids)]
         for index, (turn, encoding) in enumerate(zip(dialogue.turns, encodings, strict=True)):
             content = encoding.ids
@@ -186,15 +203,17 @@ class DialogueTemplate:
             else:
                 ids += [*self.supporter_header_ids, *content, *self.supporter_footer_ids]
                 if targets is None or index in targets:
-                    untrained = self._strategy_length(turn, encoding) if self.config.mode == "given" else 0
-                    weights += [0.0] * (len(self.supporter_header_ids) + untrained)
-                    weights += [1.0] * (len(content) - untrained + 1)
-            weights += [0.0] * (len(ids) - len(weights))
+                    label = 0 if self.config.mode == "reply_only" else self._strategy_length(turn, encoding)
+                    kinds += [TokenKind.CONTEXT] * len(self.supporter_header_ids)
+                    kinds += [TokenKind.CONTEXT if self.config.mode == "given" else TokenKind.STRATEGY] * label
+                    kinds += [TokenKind.REPLY] * (len(content) - label + 1)
+            kinds += [TokenKind.CONTEXT] * (len(ids) - len(kinds))
             boundaries.append(len(ids))
         return Example(
             numpy.array(ids, dtype=numpy.int32),
-            numpy.array(weights, dtype=numpy.float32),
+            numpy.array(kinds, dtype=numpy.uint8),
             numpy.array(boundaries, dtype=numpy.int32),
+            numpy.array([turn.strategy.number if turn.strategy else 0 for turn in dialogue.turns], dtype=numpy.uint8),
         )
 
     def _strategy_length(self, turn: Turn, encoding: tokenizers.Encoding) -> int:

@@ -14,13 +14,21 @@ from trl import SFTConfig, SFTTrainer
 from csc_train.errors import InputError
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.loader import PackLoader, RankBatches
+from csc_train.packing.packed_dataset import Packs
 from csc_train.packing.schedule import document_costs
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.model import batch_layout, resolve_dtype
 
 
 class PackTrainer(SFTTrainer):
-    """TRL's trainer on the steps of `packing.schedule`, saying only what is true of packs."""
+    """TRL's trainer on packs: their steps (`packing.schedule`), their loss weights, and only what is true of them."""
+
+    def __init__(self, model: PreTrainedModel, arguments: SFTConfig, packs: Packs, **options):
+        # TRL takes a `datasets.Dataset` alone, so it gets one of the packs' numbers.
+        super().__init__(
+            model, arguments, train_dataset=datasets.Dataset.from_dict({"pack": range(len(packs))}), **options
+        )
+        self.packs = packs
 
     def get_train_dataloader(self) -> PackLoader:
         """This process's share of the packs.
@@ -34,9 +42,7 @@ class PackTrainer(SFTTrainer):
         batches = RankBatches(
             [
                 document_costs(lengths, prefix, linear, attention).tolist()
-                for lengths, prefix in zip(
-                    self.train_dataset["lengths"][:], self.train_dataset["prefix"][:], strict=True
-                )
+                for lengths, prefix in zip(self.packs.lengths, self.packs.prefixes, strict=True)
             ],
             arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
             arguments.seed,
@@ -45,12 +51,38 @@ class PackTrainer(SFTTrainer):
             micro_batch_size=arguments.per_device_train_batch_size,
         )
         return PackLoader(
-            self.train_dataset,
+            self.packs,
             batches,
             self.data_collator,
             num_workers=arguments.dataloader_num_workers,
             pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
         )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted loss: sum(weight * nll) over this batch / sum(weight) over the global batch.
+
+        Everything else is TRL's, its fused head included, which never builds logits of all tokens at once.
+
+        Args:
+            num_items_in_batch: the sum of weights over the global batch (see `_get_num_items_in_batch`); where there
+                is none, over this batch.
+        """
+        weights = inputs.pop("weights")
+        total = weights.sum() if num_items_in_batch is None else num_items_in_batch
+
+        def weighted(**arguments):
+            outputs = model(**arguments)
+            outputs.log_probs = outputs.log_probs * weights[:, 1:]
+            return outputs
+
+        loss = super().compute_loss(weighted, inputs, num_items_in_batch=total)
+        # TRL divides by at least one, as befits a count; weights may add up to less.
+        return loss * (torch.as_tensor(total).clamp(min=1) / total)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
+        """The sum of loss weights over the batches of an optimizer step, of all processes."""
+        total = sum(batch["weights"].sum(dtype=torch.float64) for batch in batch_samples).to(device, torch.float32)
+        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
 
     def _save_checkpoint(self, model, trial):
         """Save a state of training.
@@ -74,7 +106,7 @@ class PackTrainer(SFTTrainer):
 def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    packs: datasets.Dataset,
+    packs: Packs,
     *,
     packing: str,
     config: TrainerConfig,
@@ -84,9 +116,9 @@ def build_trainer(
 ) -> PackTrainer:
     """The trainer of one run.
 
-    The loss of an optimizer step is the sum over its trained tokens divided by their number, both taken over all
-    micro batches and processes, so neither changes the gradient. The packs of a step follow from the seed, the epoch
-    and the packs per step alone, so neither changes what is trained when.
+    The loss of an optimizer step is the weighted sum over its trained tokens divided by the sum of their weights, both
+    taken over all micro batches and processes, so neither changes the gradient. The packs of a step follow from the
+    seed, the epoch and the packs per step alone, so neither changes what is trained when.
 
     Args:
         packs: as `packing.pack_examples` returns them.
@@ -126,9 +158,9 @@ def build_trainer(
     )
     attention = model.config._attn_implementation
     return PackTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=packs,
+        model,
+        arguments,
+        packs,
         data_collator=PackCollator(batch_layout(attention, packing), tokenizer.pad_token_id, attention == "eager"),
         processing_class=tokenizer,
         peft_config=lora_config(adapter) if adapter.kind == "lora" else None,

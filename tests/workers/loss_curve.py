@@ -1,16 +1,16 @@
 """One short training, as a function and as what torchrun starts: `loss_curve.py FOLDER CASES OUTPUT`, where CASES is a
 JSON list of options of `train`.
 
-FOLDER holds `model` (a model directory with its tokenizer) and `packs` (a data set of packs), so that however many
+FOLDER holds `model` (a model directory with its tokenizer) and `packs` (pickled), so that however many
 processes there are, all start from the same.
 """
 
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
@@ -54,7 +54,7 @@ def train(
     trainer = build_trainer(
         AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation=attention),
         tokenizer,
-        datasets.load_from_disk(str(folder / packs)),
+        pickle.loads((folder / packs).read_bytes()),
         packing=packing,
         config=TrainerConfig(
             packs_per_step=PACKS_PER_STEP,
