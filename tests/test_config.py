@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from csc_train.config import CONF, SCHEMAS, compose, resolved
 from csc_train.errors import InputError
+from csc_train.strategies import STRATEGIES
 from csc_train.training.model import model_config
 
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_file())
@@ -300,3 +301,11 @@ def test_help_and_cfg_show_and_write_nothing(tmp_path):
     options = ", ".join(sorted(file.split("/")[1].removesuffix(".yaml") for file in FILES if file.startswith("model/")))
     assert f"model: {options}" in helped.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_of_weights_is_given_by_strategy():
+    loss = compose("sft", ["experiment=demo", "loss=by_strategy", "loss.table.EM=2", "loss.table.OT=0"]).loss
+    assert loss.weighting == "table"
+    assert loss.table == {strategy.code: {"EM": 2.0, "OT": 0.0}.get(strategy.code, 1.0) for strategy in STRATEGIES}
+    with pytest.raises(InputError, match=r"loss\.table\.EN' for recipe sft\. Did you mean 'loss\.table"):
+        compose("sft", ["experiment=demo", "loss=by_strategy", "loss.table.EN=2"])

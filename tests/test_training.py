@@ -21,7 +21,8 @@ from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, t
 
 from csc_train.checkpoint import MANIFEST, Manifest, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
 from csc_train.errors import InputError
-from csc_train.packing.config import PackingConfig
+from csc_train.packing.config import LossConfig, PackingConfig
+from csc_train.packing.loss_weights import LossWeights, count_turns
 from csc_train.packing.packed_dataset import Packs, pack_examples
 from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_template
@@ -64,6 +65,14 @@ def folder(template, tmp_path_factory) -> Path:
     # Packs with different numbers of trained tokens: else a mean of means would pass for the mean over tokens.
     assert len({sum(row["weights"]) for row in list(packs)}) == len(packs)
     (folder / "packs").write_bytes(pickle.dumps(packs))
+    turns = sum(map(count_turns, examples))
+    for name, config in {
+        "weighted": LossConfig("inverse_frequency"),
+        # Weights that add up to less than one, by which TRL would not divide.
+        "faint": LossConfig(reply=1e-4),
+    }.items():
+        weigh = LossWeights(config, turns)
+        (folder / name).write_bytes(pickle.dumps(Packs(examples, packs.members, packs.prefixes, weigh)))
     config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
@@ -99,6 +108,12 @@ def whole_alone(folder):
 
 
 @pytest.fixture(scope="module")
+def whole_weighted(folder):
+    """Turns of rare strategies count more."""
+    return curve(train(folder, micro_batch_size=4, packs="weighted"))
+
+
+@pytest.fixture(scope="module")
 def whole_shared(folder):
     """Packs that share a prefix, in one forward pass."""
     return curve(train(folder, micro_batch_size=4, packs="shared"))
@@ -111,6 +126,7 @@ TWO_PROCESSES = {
     "two_processes_alone": {"micro_batch_size": 2, "packs": "alone"},
     # The pack that is left for the last step is cut in two, and its prefix goes with both.
     "two_processes_shared": {"micro_batch_size": 2, "packs": "shared"},
+    "two_processes_weighted": {"micro_batch_size": 1, "packs": "weighted"},
     "two_processes_resumed": {"micro_batch_size": 2, "resume": "kept/checkpoint-4"},
 }
 
@@ -155,6 +171,7 @@ ONE, TWO = "Qwen2ForCausalLM", "DistributedDataParallel"
         ("two_processes_in_quarters", "whole", 1, 2, 2, TWO),
         ("two_processes_alone", "whole_alone", 2, 1, 2, TWO),
         ("two_processes_shared", "whole_shared", 2, 1, 2, TWO),
+        ("two_processes_weighted", "whole_weighted", 1, 2, 2, TWO),
         ("two_processes_resumed", "whole", 2, 1, 2, TWO),
     ],
 )
@@ -221,11 +238,12 @@ def by_hand(folder: Path) -> tuple[float, float]:
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["gradient-checkpointing", "kept"])
 @pytest.mark.parametrize("micro_batch_size", [4, 1])
+@pytest.mark.parametrize("kind", ["packs", "weighted", "faint"])
 def test_the_logged_loss_and_gradient_norm_are_those_computed_by_hand(
-    folder, tmp_path, micro_batch_size, checkpointing
+    folder, tmp_path, kind, micro_batch_size, checkpointing
 ):
     # A step takes all the packs, so that their order does not matter.
-    packs = pickle.loads((folder / "packs").read_bytes())
+    packs = pickle.loads((folder / kind).read_bytes())
     (tmp_path / "packs").write_bytes(pickle.dumps(first_packs(packs, PACKS_PER_STEP)))
     shutil.copytree(folder / "model", tmp_path / "model")
     done = curve(train(tmp_path, micro_batch_size, max_steps=1, gradient_checkpointing=checkpointing))
