@@ -41,7 +41,7 @@ class Case:
         self.tokenizer = tokenizer
         self.template = DialogueTemplate(tokenizer, FAMILIES[architecture], TemplateConfig(mode="reply_only"))
         rng = random.Random(8)
-        self.examples = [self.template.encode(random_dialogue(rng)) for _ in range(6)]
+        self.examples = [self.template.encode(random_dialogue(rng)) for _ in range(7)]
         self.packs, _ = pack_examples(self.examples, PackingConfig("best_fit", max_length=1100))
         # Several packs, of several documents, of unequal length: else nothing could leak, and nothing would be padded.
         assert 2 <= len(self.packs) <= 3

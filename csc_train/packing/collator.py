@@ -36,6 +36,11 @@ class PackCollator:
     pad_id: int
     additive: bool = False
 
+    @property
+    def joins(self) -> bool:
+        """Whether all packs of a batch lie in one row, so that they take no more room than their tokens."""
+        return self.layout in ("joined", "documents", "mask")
+
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate packs of `pack_examples`, or one that is marked as `empty`.
 
@@ -49,7 +54,7 @@ class PackCollator:
         """
         rows = [self._row(pack) for pack in packs]
         extra = {}
-        if self.layout in ("joined", "documents", "mask"):
+        if self.joins:
             rows = [{name: torch.cat([row[name] for row in rows]) for name in rows[0]}]
         if self.layout in ("documents", "mask"):
             lengths = [[int(length) for length in pack["lengths"]] for pack in packs]

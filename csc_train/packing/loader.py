@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from csc_train.packing.packed_dataset import Packs
-from csc_train.packing.schedule import Part, distribute, epoch_steps, micro_batches
+from csc_train.packing.schedule import PackCost, Part, distribute, epoch_steps, micro_batches
 
 
 class RankBatches:
@@ -16,21 +16,23 @@ class RankBatches:
 
     def __init__(
         self,
-        cost: Sequence[Sequence[float]],
+        packs: Sequence[PackCost],
         packs_per_step: int,
         seed: int,
         *,
         processes: int,
         rank: int,
         micro_batch_size: int,
+        joined: bool,
     ):
         """See `schedule.epoch_steps` and `schedule.distribute`."""
-        self.cost = cost
+        self.packs = packs
         self.packs_per_step = packs_per_step
         self.seed = seed
         self.processes = processes
         self.rank = rank
         self.micro_batch_size = micro_batch_size
+        self.joined = joined
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -38,12 +40,13 @@ class RankBatches:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[Part | None]]:
-        for step in epoch_steps(len(self.cost), self.packs_per_step, self.seed, self.epoch):
-            for parts in distribute(step, self.cost, self.processes, self.micro_batch_size)[self.rank]:
+        for step in epoch_steps(self.packs, self.packs_per_step, self.seed, self.epoch):
+            shares = distribute(step, self.packs, self.processes, self.micro_batch_size, joined=self.joined)
+            for parts in shares[self.rank]:
                 yield parts or [None]
 
     def __len__(self) -> int:
-        steps, rest = divmod(len(self.cost), self.packs_per_step)
+        steps, rest = divmod(len(self.packs), self.packs_per_step)
         full = micro_batches(self.packs_per_step, self.processes, self.micro_batch_size)
         return steps * full + micro_batches(rest, self.processes, self.micro_batch_size)
 

@@ -1,15 +1,45 @@
 """Which packs make each optimizer step, and which process takes which part of a step.
 
-Two decisions that do not touch. What a step holds follows from the number of packs, the packs per step, the seed and
-the epoch, and from nothing else (`epoch_steps`). How many processes there are and how many packs one forward pass takes
+Two decisions that do not touch. What a step holds follows from the packs' costs, the packs per step, the seed and the
+epoch, and from nothing else (`epoch_steps`). How many processes there are and how many packs one forward pass takes
 only distribute it (`distribute`). A loss that is summed over the trained tokens of a step and divided by their number
 is therefore the same however the step is distributed.
+
+A step takes as long as its slowest process, so packs that cost the same should meet in a step. But packs that cost the
+same hold dialogues of like lengths, and a step should be a fair sample. Most packs are full and cost within a percent
+of each other: a random order of these is nearly balanced, and only as many of the others as need be are kept together.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
+
+GROUP = 8
+"""Packs of about the same cost that stand together in an epoch's order."""
+WINDOW = 64 * GROUP
+"""Packs of a random order among which those groups are formed, so that a pack meets others in each epoch."""
+TOLERANCES = tuple(number / 2000 for number in range(40, -1, -1))
+"""How far from the median's a pack's cost may be, as a share of it, to count as equal: from 2 % down to nothing."""
+BALANCED = 1.004
+"""Mean over the groups of the costliest pack over the mean pack from which on an order counts as balanced."""
+
+
+@dataclass(frozen=True)
+class PackCost:
+    """What the schedule knows of a pack. A shared prefix stands apart: each part of the pack repeats it."""
+
+    tokens: tuple[int, ...]
+    """By document."""
+    flops: tuple[float, ...]
+    """By document."""
+    prefix_tokens: int = 0
+    prefix_flops: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """FLOPs of the whole pack."""
+        return self.prefix_flops + sum(self.flops)
 
 
 @dataclass(frozen=True)
@@ -20,19 +50,67 @@ class Part:
     first: int
     last: int
 
+    def flops(self, packs: Sequence[PackCost]) -> float:
+        """What the part costs, with the prefix that it repeats."""
+        pack = packs[self.pack]
+        return pack.prefix_flops + sum(pack.flops[self.first : self.last])
 
-def epoch_steps(packs: int, packs_per_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """The packs of each optimizer step of an epoch, in an order of its own for each seed and epoch.
+    def tokens(self, packs: Sequence[PackCost]) -> int:
+        """The part's length, with the prefix that it repeats."""
+        pack = packs[self.pack]
+        return pack.prefix_tokens + sum(pack.tokens[self.first : self.last])
+
+
+def pack_cost(lengths: Sequence[int], prefix: int, linear: float, attention: float) -> PackCost:
+    """FLOPs of a pack: `linear` for each token, `attention` for each pair of tokens that see each other.
+
+    A document of n tokens has n² pairs, and one behind a prefix of p tokens n² + 2 p n: each of its tokens sees the
+    prefix as well, twice in a square of pairs, of which causal attention takes half.
 
     Args:
-        packs: how many there are.
+        lengths: of the documents in tokens, the shared prefix first where there is one.
+        prefix: the prefix's length, 0 for none.
+    """
+    tokens = tuple(map(int, lengths[1:] if prefix else lengths))
+    return PackCost(
+        tokens,
+        tuple(linear * n + attention * (n**2 + 2 * prefix * n) for n in tokens),
+        prefix,
+        linear * prefix + attention * prefix**2,
+    )
+
+
+def epoch_steps(packs: Sequence[PackCost], packs_per_step: int, seed: int, epoch: int) -> list[list[int]]:
+    """The packs of each optimizer step of an epoch, in an order of its own for each seed and epoch.
+
+    Each `WINDOW` packs of a random order are sorted by cost, where packs that cost about the median count as equal and
+    stay in their random order, and cut into groups of `GROUP`: odd packs get their like for company, the other groups
+    are random. Then the groups of the window are shuffled. Of `TOLERANCES` the widest is taken by which the groups are
+    `BALANCED`.
+
+    Args:
         packs_per_step: packs in a step; the last step has what is left.
 
     Returns:
         Pack indices by step; every pack exactly once.
     """
-    order = numpy.random.default_rng([seed, epoch]).permutation(packs).tolist()
-    return [order[start : start + packs_per_step] for start in range(0, packs, packs_per_step)]
+    cost = numpy.array([pack.total for pack in packs])
+    for tolerance in TOLERANCES:
+        groups, rest = _groups(cost, tolerance, numpy.random.default_rng([seed, epoch]))
+        if not len(groups) or (cost[groups].max(axis=1) / cost[groups].mean(axis=1)).mean() <= BALANCED:
+            break
+    order = [*groups.ravel().tolist(), *rest.tolist()]
+    return [order[start : start + packs_per_step] for start in range(0, len(order), packs_per_step)]
+
+
+def _groups(cost: numpy.ndarray, tolerance: float, rng: numpy.random.Generator) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Packs by group [groups, GROUP], and random ones that fill no group."""
+    median = numpy.median(cost)
+    key = numpy.where(abs(cost - median) <= tolerance * median, median, cost)
+    order, rest = numpy.split(rng.permutation(len(cost)), [len(cost) // GROUP * GROUP])
+    windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
+    windows = [window[key[window].argsort(kind="stable")].reshape(-1, GROUP) for window in windows]
+    return numpy.concatenate([order[:0].reshape(-1, GROUP), *map(rng.permutation, windows)]), rest
 
 
 def micro_batches(packs: int, processes: int, micro_batch_size: int) -> int:
@@ -40,70 +118,88 @@ def micro_batches(packs: int, processes: int, micro_batch_size: int) -> int:
     return -(-packs // (processes * micro_batch_size))
 
 
-def document_costs(lengths: Sequence[int], prefix: int, linear: float, attention: float) -> numpy.ndarray:
-    """FLOPs of a pack's documents: `linear` for each token, `attention` for each pair of tokens that see each other.
-
-    Args:
-        lengths: of the documents in tokens, the shared prefix first where there is one.
-        prefix: the prefix's length, 0 for none. Its own cost is left out: every part of a pack has it.
-
-    Returns:
-        float64 [documents], the prefix not counted.
-    """
-    tokens = numpy.asarray(lengths[1:] if prefix else lengths, dtype=numpy.float64)
-    return linear * tokens + attention * (tokens**2 + 2 * prefix * tokens)
-
-
 def distribute(
-    step: Sequence[int], cost: Sequence[Sequence[float]], processes: int, micro_batch_size: int
+    step: Sequence[int], packs: Sequence[PackCost], processes: int, micro_batch_size: int, *, joined: bool
 ) -> list[list[list[Part]]]:
     """Deal the packs of a step out to processes, so that all do about the same work in as many forward passes.
 
-    Each process gets the same number of parts. Where the packs cannot be divided evenly (in the last step of an epoch),
-    the costliest are cut in two between documents, one after the other, until the parts can. Parts then go, costliest
-    first, to the process that has the least to do. Where there are not enough documents to cut, some processes get a
-    part less; where that leaves a process without a part for one of its forward passes, that pass is empty.
+    Where the packs can be divided evenly, they go, costliest first, to the process that has the least to do. Elsewhere
+    (in the last step of an epoch) they are laid end to end and cut between documents into a stretch for each process,
+    so that the costliest stretch costs as little as it can. Every process has work while there are documents; with
+    few of them, some of its forward passes may be empty.
 
     Args:
         step: pack indices.
-        cost: by pack, the cost of each of its documents (see `document_costs`).
+        packs: all packs.
         processes: how many share the step.
-        micro_batch_size: the most parts in a forward pass.
+        micro_batch_size: packs in a forward pass. A pass has that many places, each for one pack or part of a pack.
+        joined: a batch is one row (see `PackCollator`), so that the two ends of a stretch may share a place where they
+            are no longer than a pack of the step.
 
     Returns:
         By process, by forward pass, the parts: `micro_batches(...)` passes on each process.
     """
-    parts = _parts(step, cost, processes)
-    costs = [_cost(part, cost) for part in parts]
-    # Each process gets `fewest` parts, and `spare` of them one more.
-    fewest, spare = divmod(len(parts), processes)
-    load = [0.0] * processes
-    taken: list[list[Part]] = [[] for _ in range(processes)]
-    for index in sorted(range(len(parts)), key=lambda index: -costs[index]):
-        room = [rank for rank in range(processes) if len(taken[rank]) < fewest + (spare > 0)]
-        rank = min(room, key=lambda rank: load[rank])
-        load[rank] += costs[index]
-        taken[rank].append(parts[index])
-        if len(taken[rank]) > fewest:
-            spare -= 1
     passes = micro_batches(len(step), processes, micro_batch_size)
-    return [[mine[start::passes] for start in range(passes)] for mine in taken]
+    if len(step) % processes:
+        shares = _cut(step, packs, processes, passes * micro_batch_size, joined)
+    else:
+        shares = _deal(step, packs, processes)
+    return [[[part for place in share[start::passes] for part in place] for start in range(passes)] for share in shares]
 
 
-def _parts(step: Sequence[int], cost: Sequence[Sequence[float]], processes: int) -> list[Part]:
-    """The packs of a step, cut until they can be dealt out evenly or no document is left to cut off."""
-    parts = [Part(pack, 0, len(cost[pack])) for pack in step]
-    while len(parts) % processes:
-        whole = [index for index, part in enumerate(parts) if part.last - part.first > 1]
-        if not whole:
-            break
-        index = max(whole, key=lambda index: _cost(parts[index], cost))
-        part = parts[index]
-        until = numpy.cumsum(cost[part.pack][part.first : part.last])
-        middle = part.first + 1 + int(numpy.abs(until[:-1] - until[-1] / 2).argmin())
-        parts[index : index + 1] = [Part(part.pack, part.first, middle), Part(part.pack, middle, part.last)]
-    return parts
+def _deal(step: Sequence[int], packs: Sequence[PackCost], processes: int) -> list[list[list[Part]]]:
+    """By process, its places, each with a whole pack; the costliest first."""
+    load = [0.0] * processes
+    shares: list[list[list[Part]]] = [[] for _ in range(processes)]
+    for pack in sorted(step, key=lambda pack: -packs[pack].total):
+        open_to = [rank for rank in range(processes) if len(shares[rank]) < len(step) // processes]
+        rank = min(open_to, key=lambda rank: load[rank])
+        load[rank] += packs[pack].total
+        shares[rank].append([Part(pack, 0, len(packs[pack].tokens))])
+    return shares
 
 
-def _cost(part: Part, cost: Sequence[Sequence[float]]) -> float:
-    return float(sum(cost[part.pack][part.first : part.last]))
+def _cut(
+    step: Sequence[int], packs: Sequence[PackCost], processes: int, places: int, joined: bool
+) -> list[list[list[Part]]]:
+    """By process, its places: the stretches of the lowest limit on their cost that takes in all documents."""
+    documents = [Part(pack, number, number + 1) for pack in step for number in range(len(packs[pack].tokens))]
+    longest = max(Part(pack, 0, len(packs[pack].tokens)).tokens(packs) for pack in step)
+
+    def placed(parts: list[Part]) -> list[list[Part]]:
+        ends = [parts[0], parts[-1]] if len(parts) > places else []
+        return [ends, *([part] for part in parts[1:-1])] if ends else [[part] for part in parts]
+
+    def fits(parts: list[Part]) -> bool:
+        shared = placed(parts)
+        return len(shared) <= places and (
+            len(shared) == len(parts) or (joined and sum(part.tokens(packs) for part in shared[0]) <= longest)
+        )
+
+    def stretches(limit: float) -> list[list[Part]] | None:
+        found, done = [], 0
+        for others in reversed(range(processes)):
+            parts: list[Part] = []
+            load = 0.0
+            while len(documents) - done > (others if parts else 0):
+                new = documents[done]
+                if parts and parts[-1].pack == new.pack:
+                    more = [*parts[:-1], Part(new.pack, parts[-1].first, new.last)]
+                    load += packs[new.pack].flops[new.first]
+                else:
+                    more = [*parts, new]
+                    load += new.flops(packs)
+                if parts and (load > limit or not fits(more)):
+                    break
+                parts, done = more, done + 1
+            found.append(parts)
+        return found if done == len(documents) else None
+
+    # Without a limit each process takes at least as many packs as it has places, or ends of such.
+    best = stretches(float("inf"))
+    low, high = 0.0, sum(packs[pack].total for pack in step)
+    for _ in range(40):
+        limit = (low + high) / 2
+        found = stretches(limit)
+        best, low, high = (found, low, limit) if found else (best, limit, high)
+    return [placed(parts) for parts in best]

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy
+
 from csc_train.packing.best_fit import best_fit_decreasing
 
 SUBSETS = (2, 3, 4)
@@ -15,15 +17,20 @@ def tight_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     Best-fit decreasing lets a room wait for the item that happens to come: long items meet long ones, and the short
     ones left at the end fill few of those rooms well. Here one pack at a time is filled (issue 3, "A tighter packer"):
-    the longest items that fit, until the room takes only a few more, then those few, out of all that are left, whose
-    sum comes closest to the room. Among thousands of items with hundreds of lengths some pair, triple or quadruple
-    nearly always meets the room exactly, so that packs are full until little is left. Of pairs the most even is taken:
-    on RoleCS-like lengths this left better items for the end than the most uneven one. Where few sums meet the room, as
-    with few lengths or two items a pack, the search can lose to best-fit decreasing, whose packs are then returned.
+    items that fit, until the room takes only a few more, then those few, out of all that are left, whose sum comes
+    closest to the room. Among thousands of items with hundreds of lengths some pair, triple or quadruple nearly always
+    meets the room exactly, so that packs are full until little is left. Of pairs the most even is taken: on RoleCS-like
+    lengths this left better items for the end than the most uneven one. Where few sums meet the room, as with few
+    lengths or two items a pack, the search can lose to best-fit decreasing, whose packs are then returned.
 
-    Deterministic: equal lengths keep their order. A step is a few operations on `capacity`-bit integers. Items are only
-    taken, never put back, so a sum looked for in vain is not looked for again: all misses together cost at most one
-    search for each sum up to `capacity`, and otherwise the time grows with the number of items.
+    A pack is begun with random items, or with the longest. Random ones make packs alike: with the longest, the first
+    packs hold few long items and the last many short ones, so that packs cost unlike work and a step of a few packs is
+    a poor sample. With few items a pack, the longest first leave better ones for the end. Of ways that make as few
+    packs a random one is taken.
+
+    Deterministic: the random order is a fixed one. A step is a few operations on `capacity`-bit integers. Items are
+    only taken, never put back, so a sum looked for in vain is not looked for again: all misses together cost at most
+    one search for each sum up to `capacity`, and otherwise the time grows with the number of items.
 
     Args:
         lengths: item lengths in tokens, each in 1..capacity.
@@ -37,17 +44,20 @@ def tight_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     packs = best_fit_decreasing(lengths, capacity)
     fewest = -(-sum(map(int, lengths)) // capacity)
-    for most in SUBSETS:
-        if len(packs) > fewest:
-            packs = min(packs, _Stock(lengths, capacity, most).packs(), key=len)
+    for shuffled in (False, True):
+        for most in SUBSETS:
+            if shuffled or len(packs) > fewest:
+                packs = min(_Stock(lengths, capacity, most, shuffled).packs(), packs, key=len)
     return packs
 
 
 class _Stock:
     """The items not yet packed, by length. In a bit set of lengths, bit n stands for length n."""
 
-    def __init__(self, lengths: Sequence[int], capacity: int, most: int):
+    def __init__(self, lengths: Sequence[int], capacity: int, most: int, shuffled: bool):
         self.capacity, self.most = capacity, most
+        # The lengths that begin packs where it is not the longest, the next one last.
+        self.order = numpy.random.default_rng(0).permutation(numpy.asarray(lengths, int)).tolist() if shuffled else []
         self.items: dict[int, list[int]] = {}
         for item in reversed(range(len(lengths))):
             self.items.setdefault(int(lengths[item]), []).append(item)
@@ -69,13 +79,16 @@ class _Stock:
         return packs
 
     def choose(self, room: int, whole: bool) -> list[int]:
-        """Lengths to put into the room: the longest that fits, or, where at most `most` fit, the best few."""
+        """Lengths to put into the room: the next of the order or else the longest that fits, or, where at most `most`
+        fit, the best few."""
         longest = _highest(self.present, room)
         shortest = (self.present & -self.present).bit_length() - 1
         if longest < 1:
             return []
         if whole or room >= (self.most + 1) * shortest:
-            return [longest]
+            while self.order and not self.items[self.order[-1]]:
+                self.order.pop()
+            return [self.order.pop() if self.order and self.order[-1] <= room else longest]
         best = [longest]
         for count in self.sums:
             while (total := _highest(self.sums[count], room)) > sum(best):

@@ -15,7 +15,7 @@ from csc_train.errors import InputError
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.loader import PackLoader, RankBatches
 from csc_train.packing.packed_dataset import Packs
-from csc_train.packing.schedule import document_costs
+from csc_train.packing.schedule import pack_cost
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.model import batch_layout, resolve_dtype
 
@@ -41,7 +41,7 @@ class PackTrainer(SFTTrainer):
         arguments = self.args
         batches = RankBatches(
             [
-                document_costs(lengths, prefix, linear, attention).tolist()
+                pack_cost(lengths, prefix, linear, attention)
                 for lengths, prefix in zip(self.packs.lengths, self.packs.prefixes, strict=True)
             ],
             arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
@@ -49,6 +49,7 @@ class PackTrainer(SFTTrainer):
             processes=arguments.world_size,
             rank=arguments.process_index,
             micro_batch_size=arguments.per_device_train_batch_size,
+            joined=self.data_collator.joins,
         )
         return PackLoader(
             self.packs,
