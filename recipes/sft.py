@@ -21,6 +21,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.splits import load_splits
     from csc_train.synthesis.sample import ensure_sample
     from csc_train.template.dialogue_template import DialogueTemplate
+    from csc_train.training.isolation import dropout_warning
     from csc_train.training.model import check_reachable, choose_attention, load_model, resolve_dtype, weight_dtype
     from csc_train.training.origin import describe_origin, keep_base
     from csc_train.training.tokenizer import obtain_tokenizer
@@ -56,6 +57,8 @@ def main(config: SftRecipe) -> None:
     model = load_model(config.model, tokenizer, dtype, config.trainer.seed, attention)
     base = keep_base(config.model, model, tokenizer, run)
     revision = getattr(model.config, "_commit_hash", None) or config.model.revision
+    if warning := dropout_warning(model.config, config.adapter, config.packing.strategy):
+        run.say(warning)
 
     # Training
     trainer = build_trainer(

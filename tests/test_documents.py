@@ -1,8 +1,12 @@
 """Rows that share a prefix: loss and every gradient are those of separate sequences, and leaks would be seen."""
 
+import importlib.util
+import random
+
 import pytest
 import torch
 from conftest import small_tokenizer
+from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -10,6 +14,7 @@ from csc_train.errors import InputError
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.documents import ATTENTION, dense_mask, document_attention, row_documents
+from csc_train.packing.flex import BLOCK, FLEX_ATTENTION, FlexDocuments, flex_document_attention, flex_documents
 from csc_train.packing.packed_dataset import pack_examples
 from csc_train.synthesis.sample import generate_sample
 from csc_train.template.config import TemplateConfig
@@ -17,7 +22,12 @@ from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.model import batch_layout, choose_attention
 
 VOCABULARY = 97
-PATHS = {"documents": (ATTENTION, "documents"), "sdpa-mask": ("sdpa", "mask"), "eager-mask": ("eager", "mask")}
+PATHS = {
+    "documents": (ATTENTION, "documents"),
+    "flex": (FLEX_ATTENTION, "flex"),
+    "sdpa-mask": ("sdpa", "mask"),
+    "eager-mask": ("eager", "mask"),
+}
 
 # (prefix length, body lengths) of each pack in a batch.
 SHAPES = {
@@ -28,6 +38,12 @@ SHAPES = {
     "one-body": [(11, (7,))],
     "bodies-of-one-token": [(11, (1, 8, 1))],
 }
+
+
+@pytest.fixture(autouse=True)
+def flex_backward_on_cpu(monkeypatch):
+    """FlexAttention's plain form has a backward pass on a CPU; torch refuses it, as the compiled form has none."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
 
 
 def make_packs(shape: list[tuple[int, tuple[int, ...]]]) -> tuple[list[dict], list[tuple[list[int], list[float]]]]:
@@ -136,6 +152,14 @@ def prefix_unseen(batch):
     documents["key_index"] = torch.arange(int(starts[-1] + documents["query_lengths"][-1]))
 
 
+def flex_prefix_unseen(batch):
+    batch["documents"]["prefix_ends"] = batch["documents"]["prefix_starts"]
+
+
+def flex_leak(batch):
+    batch["documents"]["starts"] = torch.zeros_like(batch["documents"]["starts"])
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 @pytest.mark.parametrize(
     ("path", "change"),
@@ -144,8 +168,11 @@ def prefix_unseen(batch):
         ("sdpa-mask", positions_that_go_on),
         ("documents", positions_that_go_on),
         ("documents", prefix_unseen),
+        ("flex", flex_leak),
+        ("flex", positions_that_go_on),
+        ("flex", flex_prefix_unseen),
     ],
-    ids=["leaky-mask", "mask-positions", "documents-positions", "prefix-unseen"],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_what_is_not_isolated_is_seen(architecture, path, change):
     """The negative control: the tests above would fail by far."""
@@ -172,6 +199,42 @@ def test_the_documents_and_the_mask_of_a_row():
         [0, 0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 0, 1, 1],
     ]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_flex_documents_say_what_the_dense_mask_says_in_blocks_that_torch_would_find(seed):
+    rng = random.Random(seed)
+    lengths, prefixes = [], []
+    for _ in range(rng.randint(1, 4)):
+        prefix = rng.choice([0, 1, 5, BLOCK, 300])
+        bodies = [rng.choice([1, 7, BLOCK, 200, 400]) for _ in range(rng.randint(1, 4))]
+        lengths.append(([prefix] if prefix else []) + bodies)
+        prefixes.append(prefix)
+    lengths.append([BLOCK - sum(map(sum, lengths)) % BLOCK])
+    prefixes.append(0)
+    documents, _ = row_documents(lengths, prefixes)
+    length = sum(map(sum, lengths))
+    mask = flex_documents(documents).block_mask()
+    dense = torch_flex.create_mask(mask.mask_mod, 1, 1, length, length, "cpu")
+    assert torch.equal(dense, dense_mask(documents))
+    expected = torch_flex.create_block_mask(mask.mask_mod, None, None, length, length, "cpu")
+    for name in FlexDocuments._fields[3:]:
+        assert torch.equal(getattr(mask, name), getattr(expected, name)), name
+    assert (mask.shape, mask.BLOCK_SIZE) == (expected.shape, expected.BLOCK_SIZE)
+
+
+def test_a_flex_row_is_padded_to_whole_blocks_by_a_document_of_its_own():
+    packs, _ = make_packs(SHAPES["several-prefixes"])
+    plain, batch = (PackCollator(layout, 9)(packs) for layout in ("documents", "flex"))
+    length = plain["input_ids"].shape[1]
+    assert batch["input_ids"].shape == (1, BLOCK)
+    for name in ("input_ids", "labels", "weights", "position_ids"):
+        assert torch.equal(batch[name][:, :length], plain[name])
+    assert (batch["input_ids"][0, length:] == 9).all()
+    assert (batch["labels"][0, length:] == -100).all()
+    assert not batch["weights"][0, length:].any()
+    assert batch["position_ids"][0, length:].tolist() == list(range(BLOCK - length))
+    assert (batch["documents"]["starts"][length:] == length).all()
 
 
 def test_dialogues_share_one_copy_of_their_system_prompt():
@@ -209,23 +272,34 @@ def test_dialogues_with_other_prompts_do_not_share_a_pack():
     assert [len(pack["lengths"]) for pack in packs] == [4, 4]
 
 
-def test_document_attention_refuses_what_it_cannot_keep_apart():
-    query = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(ValueError, match="without documents"):
-        document_attention(None, query, query, query, None)
-    documents = row_documents([[3]], [0])[0]._asdict()
+@pytest.mark.parametrize("path", ["documents", "flex"])
+def test_our_attention_refuses_what_it_cannot_keep_apart(path):
+    name, layout = PATHS[path]
+    attend = {"documents": document_attention, "flex": flex_document_attention}[path]
+    batch = PackCollator(layout, 0)(make_packs(SHAPES["one-prefix"])[0])
+    query = torch.zeros(1, 2, batch["input_ids"].shape[1], 4)
+    attend(None, query, query, query, None, documents=batch["documents"])
+    with pytest.raises(ValueError, match=f"{name} attention was called without documents"):
+        attend(None, query, query, query, None)
     with pytest.raises(ValueError, match="one row and no attention mask"):
-        document_attention(None, query, query, query, torch.ones(1, 3), documents=documents)
-    rows = torch.zeros(2, 2, 3, 4)
+        attend(None, query, query, query, torch.ones(1, 3), documents=batch["documents"])
+    rows = query.repeat(2, 1, 1, 1)
     with pytest.raises(ValueError, match="one row and no attention mask"):
-        document_attention(None, rows, rows, rows, None, documents=documents)
+        attend(None, rows, rows, rows, None, documents=batch["documents"])
+
+
+def test_flex_attention_refuses_dropout():
+    query = torch.zeros(1, 2, BLOCK, 4)
+    with pytest.raises(ValueError, match="FlexAttention has no dropout"):
+        flex_document_attention(None, query, query, query, None, dropout=0.1, documents={})
 
 
 @pytest.mark.parametrize(
     ("attention", "packing"),
     [
         ("flash_attention_2", "shared_prefix"),
-        ("flex_attention", "best_fit"),
+        ("flex_attention", "off"),
+        (FLEX_ATTENTION, "off"),
         (ATTENTION, "off"),
         ("paged|sdpa", "shared_prefix"),
     ],
@@ -235,12 +309,41 @@ def test_an_attention_not_known_to_isolate_is_refused(attention, packing):
         choose_attention(attention, packing)
 
 
+@pytest.mark.parametrize("packing", ["shared_prefix", "best_fit"])
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "flash", "precision", "chosen"),
+    [
+        (False, False, False, "auto", ATTENTION),
+        (False, False, True, "auto", ATTENTION),
+        (True, True, True, "auto", ATTENTION),
+        (True, True, True, "fp32", FLEX_ATTENTION),  # which flash-attention does not take
+        (True, False, True, "auto", FLEX_ATTENTION),
+        (True, True, False, "auto", FLEX_ATTENTION),
+    ],
+)
+def test_auto_takes_the_attention_of_the_device(monkeypatch, gpu, bf16, flash, precision, chosen, packing):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if flash else None)
+    assert choose_attention("auto", packing, precision) == chosen
+    assert choose_attention("auto", "off", precision) == "sdpa"
+
+
+def test_flex_attention_on_packs_is_our_call_of_it_on_a_gpu(monkeypatch):
+    for gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        if gpu:
+            assert choose_attention("flex_attention", "shared_prefix") == FLEX_ATTENTION
+        else:
+            with pytest.raises(InputError, match="trains on a GPU alone"):
+                choose_attention("flex_attention", "shared_prefix")
+
+
 def test_the_layout_follows_attention_and_packing():
-    assert choose_attention("auto", "off") == "sdpa"
     assert choose_attention("eager", "shared_prefix") == "eager"
     for packing in ("shared_prefix", "best_fit"):
-        assert choose_attention("auto", packing) == ("sdpa" if torch.cuda.is_available() else ATTENTION)
         assert batch_layout(ATTENTION, packing) == "documents"
+        assert batch_layout(FLEX_ATTENTION, packing) == "flex"
     assert batch_layout("sdpa", "shared_prefix") == "mask"
     assert batch_layout("sdpa", "best_fit") == "rows"
     assert batch_layout("flash_attention_2", "best_fit") == "joined"

@@ -22,6 +22,7 @@ from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, t
 from csc_train.checkpoint import MANIFEST, Manifest, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
 from csc_train.errors import InputError
 from csc_train.packing.config import LossConfig, PackingConfig
+from csc_train.packing.flex import FLEX_ATTENTION
 from csc_train.packing.loss_weights import LossWeights, count_turns
 from csc_train.packing.packed_dataset import Packs, pack_examples
 from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
@@ -192,6 +193,13 @@ def test_the_loss_curve_does_not_depend_on_how_a_step_is_cut_up(
     assert whole["losses"][-1] < 0.95 * whole["losses"][0]
 
 
+def test_flex_attention_trains_as_document_attention_does(folder, whole_shared, monkeypatch):
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # as in test_documents
+    flex = curve(train(folder, micro_batch_size=1, packs="shared", attention=FLEX_ATTENTION, max_steps=1))
+    assert flex["losses"] == [pytest.approx(whole_shared["losses"][0], rel=TOLERANCE)]
+    assert flex["grad_norms"] == [pytest.approx(whole_shared["grad_norms"][0], rel=TOLERANCE)]
+
+
 def test_a_training_repeats_itself_bit_by_bit(folder, halves):
     again = curve(train(folder, micro_batch_size=2))
     assert again == halves
@@ -260,6 +268,25 @@ def test_a_batch_without_a_trained_token_stops_the_training(folder, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "model")
     with pytest.raises(ValueError, match="no trained token"):
         train(tmp_path)
+
+
+def test_a_model_whose_attention_packs_would_change_is_refused_before_training(folder, tmp_path):
+    shutil.copy(folder / "shared", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", use_sliding_window=True, sliding_window=512, layer_types=["sliding_attention"] * 2
+    )
+    model.save_pretrained(tmp_path / "model")
+    small_tokenizer("qwen2_5").save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="Qwen2ForCausalLM with documents attention cannot be trained on packs"):
+        train(tmp_path, packs="shared")
+    assert not (tmp_path / "states").exists()
+
+
+def test_a_trainers_model_refuses_packed_rows_with_a_cache(folder):
+    model = train(folder, max_steps=1).model
+    row = {"input_ids": torch.tensor([[5, 6, 7]]), "position_ids": torch.tensor([[0, 1, 0]])}
+    with pytest.raises(ValueError, match="a packed row with use_cache=True"):
+        model.train()(**row, use_cache=True)
 
 
 @pytest.mark.parametrize(

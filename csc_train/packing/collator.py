@@ -6,9 +6,13 @@ from typing import Any
 import torch
 
 from csc_train.packing.documents import Documents, dense_mask, row_documents
+from csc_train.packing.flex import BLOCK, flex_documents
 
 IGNORED = -100
 """The label of a token that is not trained."""
+
+SHARING = ("documents", "flex", "mask")
+"""The layouts that take shared prefixes."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class PackCollator:
       a document of its own.
     - `joined`: as `rows`, but all packs in one row, as flash-attention's variable-length kernel wants it.
     - `documents`: all packs in one row, with the `Documents` that our own attention needs. Takes shared prefixes.
+    - `flex`: the same with `FlexDocuments`; what pads the row to whole blocks is a document of its own.
     - `mask`: all packs in one row, with a dense four-dimensional mask. Takes shared prefixes; the plain path, whose
       cost grows with the square of the row.
 
@@ -39,14 +44,15 @@ class PackCollator:
     @property
     def joins(self) -> bool:
         """Whether all packs of a batch lie in one row, so that they take no more room than their tokens."""
-        return self.layout in ("joined", "documents", "mask")
+        return self.layout == "joined" or self.layout in SHARING
 
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate packs of `pack_examples`, or one that is marked as `empty`.
 
         Returns:
             `input_ids` and `labels`, int64 [rows, length], `weights`, float32 [rows, length], and what the layout adds
-            of `position_ids` (int64 [rows, length]), `attention_mask` and `documents` (the fields of `Documents`).
+            of `position_ids` (int64 [rows, length]), `attention_mask` and `documents` (the fields of `Documents` or
+            `FlexDocuments`).
 
         Raises:
             ValueError: nothing in the batch is trained, the first token of a document is (what precedes it in the
@@ -56,13 +62,16 @@ class PackCollator:
         extra = {}
         if self.joins:
             rows = [{name: torch.cat([row[name] for row in rows]) for name in rows[0]}]
-        if self.layout in ("documents", "mask"):
-            lengths = [[int(length) for length in pack["lengths"]] for pack in packs]
-            documents, rows[0]["position_ids"] = row_documents(lengths, [int(pack["prefix"]) for pack in packs])
-            # A plain dictionary, which the trainer can move to a device.
-            described = self.layout == "documents"
-            extra = {"documents": documents._asdict()} if described else {"attention_mask": self._mask(documents)}
         longest = max(len(row["input_ids"]) for row in rows)
+        if self.layout in SHARING:
+            lengths = [[int(length) for length in pack["lengths"]] for pack in packs]
+            prefixes = [int(pack["prefix"]) for pack in packs]
+            if self.layout == "flex" and longest % BLOCK:
+                lengths.append([BLOCK - longest % BLOCK])
+                prefixes.append(0)
+                longest += lengths[-1][0]
+            documents, rows[0]["position_ids"] = row_documents(lengths, prefixes)
+            extra = self._describe(documents)
         batch = {name: torch.stack([self._pad(name, row[name], longest) for row in rows]) for name in rows[0]}
         if (batch["labels"] == IGNORED).all() and not all("empty" in pack for pack in packs):
             raise ValueError("a batch has no trained token")
@@ -75,7 +84,7 @@ class PackCollator:
         starts = lengths.cumsum(0) - lengths
         if (weights[starts] > 0).any():
             raise ValueError("the first token of a document has a loss weight")
-        if pack["prefix"] and self.layout not in ("documents", "mask"):
+        if pack["prefix"] and self.layout not in SHARING:
             raise ValueError(f"layout {self.layout} cannot share a prefix")
         row = {"input_ids": input_ids, "labels": input_ids.masked_fill(weights == 0, IGNORED), "weights": weights}
         if self.layout == "padded":
@@ -84,9 +93,16 @@ class PackCollator:
             row["position_ids"] = torch.arange(len(input_ids)) - starts.repeat_interleave(lengths)
         return row
 
-    def _mask(self, documents: Documents) -> torch.Tensor:
+    def _describe(self, documents: Documents) -> dict[str, Any]:
+        # Plain dictionaries, which the trainer can move to a device.
+        if self.layout == "documents":
+            return {"documents": documents._asdict()}
+        if self.layout == "flex":
+            return {"documents": flex_documents(documents)._asdict()}
         mask = dense_mask(documents)
-        return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if self.additive else mask
+        if self.additive:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return {"attention_mask": mask}
 
     def _pad(self, name: str, values: torch.Tensor, length: int) -> torch.Tensor:
         missing = length - len(values)

@@ -67,6 +67,23 @@ def dense_mask(documents: Documents) -> torch.Tensor:
     return mask[None, None]
 
 
+def refuse_leaks(
+    attention: str,
+    query: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    documents: dict[str, torch.Tensor] | None,
+) -> None:
+    """Refuse a call of our own attention that does not say which documents a row has, or says it twice.
+
+    Raises:
+        ValueError: there are no documents, or there is a mask or another row besides: documents would leak.
+    """
+    if documents is None:
+        raise ValueError(f"{attention} attention was called without documents: use it on batches of PackCollator alone")
+    if attention_mask is not None or query.shape[0] != 1:
+        raise ValueError(f"{attention} attention takes one row and no attention mask")
+
+
 def document_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -92,12 +109,9 @@ def document_attention(
         [1, length, heads, head_dim], and no weights.
 
     Raises:
-        ValueError: there are no documents, or there is a mask besides: documents would leak into each other.
+        ValueError: see `refuse_leaks`.
     """
-    if documents is None:
-        raise ValueError(f"{ATTENTION} attention was called without documents: use it on batches of PackCollator alone")
-    if attention_mask is not None or query.shape[0] != 1:
-        raise ValueError(f"{ATTENTION} attention takes one row and no attention mask")
+    refuse_leaks(ATTENTION, query, attention_mask, documents)
     documents = Documents(**documents)
     if query.is_cuda:
         return _flash_attention(query, key, value, dropout, scaling, documents), None

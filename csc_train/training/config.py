@@ -51,7 +51,8 @@ class ModelConfig:
     tokenizer_vocab_size: int = 1500
     chat_template: str = "qwen2_5"
     attn_implementation: str = "auto"
-    """auto: flash_attention_2 on a GPU where it is installed, else sdpa. Or a name that transformers knows."""
+    """auto: what runs fastest on packs (see `model.choose_attention`). Or a name that transformers knows, of those that
+    keep the documents of a pack apart."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
 
     def __post_init__(self):

@@ -18,9 +18,11 @@ from csc_train.errors import InputError
 from csc_train.hub import readable
 from csc_train.packing.documents import ATTENTION as DOCUMENT_ATTENTION
 from csc_train.packing.documents import document_attention
+from csc_train.packing.flex import FLEX_ATTENTION, flex_document_attention
 from csc_train.training.config import ArchitectureConfig, ModelConfig
 
 AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
+AttentionInterface.register(FLEX_ATTENTION, flex_document_attention)
 
 
 def load_model(
@@ -75,18 +77,23 @@ def model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenize
 def choose_attention(name: str, packing: str, precision: str = "auto") -> str:
     """The attention that `name` stands for on this machine under a `PackingConfig.strategy`.
 
-    `auto`: with packs our own attention, document by document, where it runs (on a CPU, or on a GPU with
-    flash-attention and in bf16), else sdpa. Other names are themselves.
+    `auto`: with packs our own attention, document by document on a CPU, and on a GPU by flash-attention where that is
+    installed and the precision is bf16, else by FlexAttention; without packs sdpa. `flex_attention` with packs is our
+    call of it. Other names are themselves.
 
     Raises:
         InputError: it is not known to keep documents apart.
     """
-    if name != "auto":
-        batch_layout(name, packing)
-        return name
-    flash = importlib.util.find_spec("flash_attn") is not None and resolve_dtype(precision) is torch.bfloat16
-    runs = flash or not torch.cuda.is_available()
-    return DOCUMENT_ATTENTION if packing != "off" and runs else "sdpa"
+    if name == "auto":
+        flash = importlib.util.find_spec("flash_attn") is not None and resolve_dtype(precision) is torch.bfloat16
+        name = DOCUMENT_ATTENTION if flash or not torch.cuda.is_available() else FLEX_ATTENTION
+        return name if packing != "off" else "sdpa"
+    if name == "flex_attention" and packing != "off":
+        if not torch.cuda.is_available():
+            raise InputError("model.attn_implementation=flex_attention: it trains on a GPU alone; use auto on a CPU")
+        return FLEX_ATTENTION
+    batch_layout(name, packing)
+    return name
 
 
 def batch_layout(attention: str, packing: str) -> str:
@@ -95,16 +102,12 @@ def batch_layout(attention: str, packing: str) -> str:
     Raises:
         InputError: it is not known to keep them apart, so that training would leak in silence.
     """
+    flash = ("flash_attention_2", "flash_attention_3")
+    own = {DOCUMENT_ATTENTION: "documents", FLEX_ATTENTION: "flex"}
     layouts = {
-        "shared_prefix": {DOCUMENT_ATTENTION: "documents", "sdpa": "mask", "eager": "mask"},
-        "best_fit": {
-            DOCUMENT_ATTENTION: "documents",
-            "sdpa": "rows",
-            "eager": "rows",
-            "flash_attention_2": "joined",
-            "flash_attention_3": "joined",
-        },
-        "off": {"sdpa": "padded", "eager": "padded", "flash_attention_2": "padded", "flash_attention_3": "padded"},
+        "shared_prefix": own | {"sdpa": "mask", "eager": "mask"},
+        "best_fit": own | {"sdpa": "rows", "eager": "rows"} | dict.fromkeys(flash, "joined"),
+        "off": dict.fromkeys(("sdpa", "eager", *flash), "padded"),
     }[packing]
     if attention not in layouts:
         raise InputError(

@@ -17,6 +17,7 @@ from csc_train.packing.loader import PackLoader, RankBatches
 from csc_train.packing.packed_dataset import Packs
 from csc_train.packing.schedule import pack_cost
 from csc_train.training.config import AdapterConfig, TrainerConfig
+from csc_train.training.isolation import check_isolation, guard_rows
 from csc_train.training.model import batch_layout, resolve_dtype
 
 
@@ -80,6 +81,10 @@ class PackTrainer(SFTTrainer):
         # TRL divides by at least one, as befits a count; weights may add up to less.
         return loss * (torch.as_tensor(total).clamp(min=1) / total)
 
+    def _prepare_inputs(self, inputs):
+        """Under DeepSpeed the Trainer casts every float to the engine's dtype; loss weights stay as they are."""
+        return super()._prepare_inputs(inputs) | {"weights": inputs["weights"].to(self.args.device)}
+
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """The sum of loss weights over the batches of an optimizer step, of all processes."""
         total = sum(batch["weights"].sum(dtype=torch.float64) for batch in batch_samples).to(device, torch.float32)
@@ -126,6 +131,9 @@ def build_trainer(
         packing: the `PackingConfig.strategy` by which `packs` were made.
         directory: where states of training are saved.
         processes: how many processes train together.
+
+    Raises:
+        InputError: the model would not keep the documents of a pack apart.
     """
     dtype = resolve_dtype(config.precision)
     arguments = SFTConfig(
@@ -158,11 +166,14 @@ def build_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     attention = model.config._attn_implementation
+    collator = PackCollator(batch_layout(attention, packing), tokenizer.pad_token_id, attention == "eager")
+    check_isolation(model, collator, arguments.device, dtype)
+    guard_rows(model)
     return PackTrainer(
         model,
         arguments,
         packs,
-        data_collator=PackCollator(batch_layout(attention, packing), tokenizer.pad_token_id, attention == "eager"),
+        data_collator=collator,
         processing_class=tokenizer,
         peft_config=lora_config(adapter) if adapter.kind == "lora" else None,
     )

@@ -34,6 +34,7 @@ def train(
     adapter: AdapterConfig | None = None,
     *,
     packs: str = "packs",
+    attention: str | None = None,
     states: str = "states",
     resume: str | None = None,
     **options,
@@ -41,7 +42,8 @@ def train(
     """Train the model of `folder` on its packs.
 
     Args:
-        packs: which packs in `folder`; those called `shared` share a prefix, and run with our own attention.
+        packs: which packs in `folder`; those called `shared` share a prefix.
+        attention: `documents` for packs that share a prefix, else sdpa, where not given.
         states: where in `folder` to save states of training.
         resume: a state of training in `folder` to go on from.
         options: go to `TrainerConfig`.
@@ -50,9 +52,11 @@ def train(
     torch.set_num_threads(1)
     defaults = {"epochs": EPOCHS, "learning_rate": 3e-3, "warmup_ratio": 0.0, "weight_decay": 0.01, "save_every": 1000}
     tokenizer = load_tokenizer(str(folder / "model"))
-    attention, packing = (ATTENTION, "shared_prefix") if packs == "shared" else ("sdpa", "best_fit")
+    default, packing = (ATTENTION, "shared_prefix") if packs == "shared" else ("sdpa", "best_fit")
     trainer = build_trainer(
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation=attention),
+        AutoModelForCausalLM.from_pretrained(
+            folder / "model", dtype=torch.float32, attn_implementation=attention or default
+        ),
         tokenizer,
         pickle.loads((folder / packs).read_bytes()),
         packing=packing,
