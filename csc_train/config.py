@@ -23,7 +23,7 @@ from csc_train.evaluation.metrics import MetricsConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.run import RunConfig
 from csc_train.splits import DataConfig
-from csc_train.template.config import TemplateConfig
+from csc_train.template.config import PrepareConfig, TemplateConfig
 from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -40,8 +40,14 @@ class SftRecipe:
     template: TemplateConfig = field(default_factory=TemplateConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
+class PrepareRecipe(SftRecipe):
+    """Configuration of recipes/prepare.py: that of the training it prepares."""
 
 
 @dataclass
@@ -64,7 +70,7 @@ class WriteSampleRecipe:
     data: DataConfig = field(default_factory=DataConfig)
 
 
-SCHEMAS = {"sft": SftRecipe, "evaluate": EvaluateRecipe, "write_sample": WriteSampleRecipe}
+SCHEMAS = {"sft": SftRecipe, "prepare": PrepareRecipe, "evaluate": EvaluateRecipe, "write_sample": WriteSampleRecipe}
 
 
 def compose(recipe: str, overrides: list[str]) -> Any:

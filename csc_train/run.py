@@ -97,7 +97,8 @@ class Run:
         return shared(self._begin(inputs) if self.main else None)
 
     def _begin(self, inputs: dict[str, str]) -> str:
-        what = {name: value for name, value in self.config.items() if name != "run"}
+        # Where a run is kept and what is prepared for it do not change its results.
+        what = {name: value for name, value in self.config.items() if name not in ("run", "prepare")}
         key = digest([self.recipe, what, inputs, code_digest(), provenance()["versions"]])
         if self.config["run"]["existing"] == "reuse" and self._record_path.exists():
             earlier = read_json(self._record_path)

@@ -11,8 +11,6 @@ from csc_train.config import SftRecipe, resolved, run_recipe
 
 def main(config: SftRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from tqdm import tqdm
-
     from csc_train.checkpoint import save_checkpoint
     from csc_train.dialogue import data_digest
     from csc_train.files import write_json
@@ -21,6 +19,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.splits import load_splits
     from csc_train.synthesis.sample import ensure_sample
     from csc_train.template.dialogue_template import DialogueTemplate
+    from csc_train.template.prepared import prepare
     from csc_train.training.isolation import dropout_warning
     from csc_train.training.model import check_reachable, choose_attention, load_model, resolve_dtype, weight_dtype
     from csc_train.training.origin import describe_origin, keep_base
@@ -48,8 +47,8 @@ def main(config: SftRecipe) -> None:
     template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
 
     # Packs
-    examples = tqdm(template.encode_all(splits.train), "encoding", len(splits.train), unit="dialogue", disable=None)
-    packs, packing_report = pack_examples(list(examples), config.packing, config.loss)
+    examples = prepare(splits.train, template, config.prepare, run.say)
+    packs, packing_report = pack_examples(examples, config.packing, config.loss)
     run.say(f"training on {packing_report}")
 
     # Model

@@ -27,14 +27,19 @@ PARAMETERS = {
     "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
 }
 """As the models' pages state them."""
-REQUIRED = {"sft": [], "evaluate": ["checkpoint=runs/x/checkpoint"], "write_sample": []}
+REQUIRED = {"sft": [], "prepare": [], "evaluate": ["checkpoint=runs/x/checkpoint"], "write_sample": []}
 """What each recipe cannot do without."""
 
 
 def groups_of(recipe):
-    """The groups that a recipe's root configuration chooses from."""
-    defaults = OmegaConf.to_container(OmegaConf.load(CONF / f"{recipe}.yaml"))["defaults"]
-    return [name for entry in defaults if isinstance(entry, dict) for name in entry]
+    """The groups that a recipe's root configuration chooses from, each with its default choice."""
+    groups = {}
+    for entry in load(f"{recipe}.yaml")["defaults"]:
+        if isinstance(entry, dict):
+            groups |= entry
+        elif entry in SCHEMAS:  # another recipe's root, taken over
+            groups |= groups_of(entry)
+    return groups
 
 
 def recipes_of(file):
@@ -123,6 +128,11 @@ def test_debug_presets_shrink_every_experiment():
             overrides = [f"experiment={experiment}", f"debug={preset.split('/')[1].removesuffix('.yaml')}"]
             got = leaves(resolved(compose("sft", overrides)))
             assert {key: got[key] for key in expected} == expected, overrides
+
+
+def test_prepare_takes_what_sft_takes_and_makes_the_same_of_it():
+    for overrides in ([], *([f"experiment={path.stem}"] for path in (CONF / "experiment").glob("*.yaml"))):
+        assert resolved(compose("prepare", overrides)) == resolved(compose("sft", overrides)), overrides
 
 
 def test_experiments_keep_what_makes_them_differ():
@@ -232,7 +242,12 @@ def test_message(recipe, override, message):
 
 def nested_key(recipe):
     """A key two levels down that `recipe` has."""
-    return {"sft": "packing.max_length", "evaluate": "evaluation.batch_size", "write_sample": "data.seed"}[recipe]
+    return {
+        "sft": "packing.max_length",
+        "prepare": "prepare.processes",
+        "evaluate": "evaluation.batch_size",
+        "write_sample": "data.seed",
+    }[recipe]
 
 
 @pytest.mark.parametrize("recipe", SCHEMAS)
@@ -245,8 +260,7 @@ def test_every_recipe_refuses_what_is_wrong(recipe):
         assert f"unknown key '{group}.{leaf}x'" in message and f"Did you mean '{key}'?" in message
         assert "unknown key 'nonsense'" in refusal(recipe, f"{prefix}nonsense=1")
     assert f"Did you mean '{group}'?" in refusal(recipe, f"+{group}x=1")
-    option = load(f"{recipe}.yaml")["defaults"]
-    option = next((entry[group] for entry in option if isinstance(entry, dict) and group in entry), None)
+    group, option = next((group, option) for group, option in groups_of(recipe).items() if option)
     assert f"Did you mean '{option}'?" in refusal(recipe, f"{group}={option}x")
     assert refusal(recipe, f"{key}=word").startswith(f"{key}: ")
     assert refusal(recipe, f"{key}=1.5").startswith(f"{key}: ")

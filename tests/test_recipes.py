@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from csc_train.errors import InputError
+from csc_train.packing.packed_dataset import PackingReport
 from csc_train.run import Run
 from csc_train.synthesis.sample import ceiling, generate_sample
 
@@ -53,6 +54,7 @@ def workplace(tmp_path_factory):
     directory = tmp_path_factory.mktemp("workplace")
     trained = start("sft.py", *SMALL, "run.directory=runs/demo", cwd=directory)
     assert trained.returncode == 0, trained.stderr
+    assert " dialogues encoded in " in trained.stdout
     return directory
 
 
@@ -108,6 +110,16 @@ def test_a_second_run_reuses_what_is_unchanged_and_says_so(workplace, evaluation
     again = evaluate(workplace)
     assert "reused runs/evaluation" in again.stdout
     assert "| trained |" in again.stdout
+
+
+def test_prepare_makes_what_training_asks_for_and_reports_the_same(workplace):
+    """A tokenizer trained anew included: where sft has been there before, prepare finds its files."""
+    (entry,) = (path for path in (workplace / "runs/prepared").iterdir() if path.is_dir())
+    done = start("prepare.py", *SMALL, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert f"prepared runs/prepared/{entry.name}: hit, " in done.stdout
+    report = json.loads((workplace / "runs/demo/metrics.json").read_text())["packing"]
+    assert f"training will see {PackingReport(**report)}\n" in done.stdout
 
 
 def test_an_existing_run_is_not_overwritten_unasked(workplace):
@@ -166,6 +178,7 @@ def test_two_processes_make_one_run_directory(tmp_path):
     assert (run / "checkpoint" / "model.safetensors").exists()
     assert done.stdout.count("checkpoint: ") == 1
     assert done.stdout.count("'train_loss'") == 1
+    assert done.stdout.count(" dialogues encoded in ") == 1
 
 
 @pytest.mark.parametrize(

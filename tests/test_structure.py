@@ -25,6 +25,7 @@ RULES = {
     "splits": BASE,
     "synthesis": BASE,
     "template": BASE,
+    "template.prepared": BASE | {"template", "checkpoint"},
     "packing": BASE | {"template"},
     "training": BASE | {"template", "packing", "checkpoint", "hub", "run"},
     "evaluation": BASE | {"template", "checkpoint", "hub"},

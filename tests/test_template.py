@@ -10,7 +10,7 @@ from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.errors import InputError
 from csc_train.strategies import STRATEGIES, parse_strategy
 from csc_train.template.config import CHAT_TEMPLATES, LANGUAGES, MODES, TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, messages
+from csc_train.template.dialogue_template import DialogueTemplate, TokenKind, messages
 from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import system_prompt
 
@@ -137,6 +137,28 @@ def test_a_token_across_the_bracket_belongs_to_the_strategy(kind, name, tokenize
     assert trained == ("手机号码]已登记" if straddles else "[手机号码]已登记") + end
     if kind == "real":
         assert straddles
+
+
+@pytest.mark.parametrize(("kind", "name"), TOKENIZERS)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_strategys_tokens_are_those_that_start_in_its_label(kind, name, language, tokenizer_of):
+    """By where each token starts in the text, whether or not the label's own ids are found at the head."""
+    template = DialogueTemplate(tokenizer_of(kind, name), name, TemplateConfig(language=language))
+    rng = random.Random(7)
+    found = 0
+    for head in ("", "]", "]]", "](", '"', ")", "]\n", "\u0301", "\u0338", "\u200d", "。", "\u3000x", " x"):
+        for strategy in STRATEGIES:
+            text = head + random_dialogue(rng).turns[0].text
+            label = format_reply(Reply(strategy, ""), language)
+            encoding = template._literal.encode(label + text, add_special_tokens=False)
+            expected = sum(start < len(label) for start, _ in encoding.offsets)
+            example = template.encode(Dialogue("d", (Turn(Speaker.SUPPORTER, text, strategy),)))
+            assert example.input_ids[example.trained].tolist() == [*encoding.ids, template.end_of_turn_id]
+            assert (example.kinds == TokenKind.STRATEGY).sum() == expected, (label, text)
+            label_ids = template._literal.encode(label, add_special_tokens=False).ids
+            found += encoding.ids[: len(label_ids)] != label_ids
+    if kind == "real":
+        assert found  # tokens across the bracket
 
 
 @pytest.mark.parametrize(("kind", "name"), TOKENIZERS)

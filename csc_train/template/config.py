@@ -1,8 +1,8 @@
-"""What a user may choose about the template."""
+"""What a user may choose about the template and about encoding with it."""
 
 from dataclasses import dataclass
 
-from csc_train.errors import check_choice
+from csc_train.errors import check_choice, check_range
 
 CHAT_TEMPLATES = ("qwen2_5", "qwen3", "llama3_1")
 """The `.jinja` chat templates beside this file; the model decides which one fits."""
@@ -23,3 +23,19 @@ class TemplateConfig:
     def __post_init__(self):
         check_choice("template.mode", self.mode, MODES)
         check_choice("template.language", self.language, LANGUAGES)
+
+
+@dataclass
+class PrepareConfig:
+    """How dialogues are encoded ahead of training (see `prepared.prepare`)."""
+
+    cache: str = "runs/prepared"
+    """Where encoded dialogues are kept, each set in a directory named by a hash of all that decides it. Nothing else
+    goes there, and it may be deleted."""
+    processes: int | None = None
+    """How many processes encode; 1 is this one alone. As many as the machine has cores where not given, fewer where
+    starting them would take longer than the work."""
+
+    def __post_init__(self):
+        if self.processes is not None:
+            check_range("prepare.processes", self.processes, 1)

@@ -1,0 +1,41 @@
+"""Encode dialogues ahead of training, and print what training on them will see: dialogues -> template -> packs.
+
+python recipes/prepare.py experiment=qwen2_5_7b_lora
+"""
+
+import tempfile
+from pathlib import Path
+
+from csc_train.config import PrepareRecipe, run_recipe
+
+
+def main(config: PrepareRecipe) -> None:
+    # After the configuration is checked: these imports take seconds.
+    from csc_train.packing.packed_dataset import pack_examples
+    from csc_train.run import processes, single_process
+    from csc_train.splits import load_splits
+    from csc_train.synthesis.sample import ensure_sample
+    from csc_train.template.dialogue_template import DialogueTemplate
+    from csc_train.template.prepared import prepare
+    from csc_train.training.tokenizer import obtain_tokenizer
+
+    single_process("prepare")
+
+    # Dialogues
+    if config.data.sample_dialogues:
+        ensure_sample(config.data.train.path, config.data.sample_dialogues, config.data.sample_seed)
+    splits = load_splits(config.data)
+
+    # Template
+    with tempfile.TemporaryDirectory() as directory:  # training will train the same tokenizer again
+        tokenizer = obtain_tokenizer(config.model, config.template, splits.train, Path(directory), processes())
+    template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
+
+    # Packs
+    examples = prepare(splits.train, template, config.prepare)
+    _, report = pack_examples(examples, config.packing, config.loss)
+    print(f"training will see {report}")
+
+
+if __name__ == "__main__":
+    run_recipe("prepare", main)

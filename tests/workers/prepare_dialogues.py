@@ -1,0 +1,48 @@
+"""Prepares `dialogues()` in a process of its own: `prepare_dialogues.py CACHE PROCESSES [pause]`.
+
+With `pause` it says so when half of the chunks are written, and goes on at a line on its standard input.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+
+from conftest import random_dialogue, small_tokenizer
+
+from csc_train.dialogue import Dialogue
+from csc_train.template import prepared
+from csc_train.template.config import PrepareConfig, TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+
+CHUNK = 7
+
+
+def dialogues() -> list[Dialogue]:
+    """The same ones in every process."""
+    rng = random.Random(20)
+    return [random_dialogue(rng) for _ in range(40)]
+
+
+def template(name: str = "qwen2_5", **settings) -> DialogueTemplate:
+    """The template that encodes them."""
+    return DialogueTemplate(small_tokenizer(name), name, TemplateConfig(**settings))
+
+
+def pausing(chunks: Iterator) -> Iterator:
+    """The chunks, with a pause in the middle."""
+    for number, chunk in enumerate(chunks):
+        if number == 3:
+            print("half-way", flush=True)
+            sys.stdin.readline()
+        yield chunk
+
+
+if __name__ == "__main__":
+    cache, processes, *pause = sys.argv[1:]
+    prepared.CHUNK = CHUNK
+    if pause:
+        encode = prepared._encode
+        prepared._encode = lambda *arguments: pausing(encode(*arguments))
+    prepared.prepare(
+        dialogues(), template(), PrepareConfig(cache, int(processes)), lambda text: print(text, flush=True)
+    )
