@@ -1,0 +1,289 @@
+"""What the benchmarks share: dialogues of lengths like RoleCS's, optimizer steps of any trainer, timing, report.
+
+The lengths file holds the tokens of 11,232 dialogues under the Qwen2.5 tokenizer, 568 of each being the system prompt.
+It says nothing of turns, so a dialogue is taken to have 13 exchanges of equal length, of whose tokens the supporter's
+half is trained.
+"""
+
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from csc_train.files import write_json
+from csc_train.packing.collator import IGNORED
+from csc_train.packing.packed_dataset import Packs
+from csc_train.run import provenance
+from csc_train.template.dialogue_template import Example, TokenKind
+from csc_train.training.config import AdapterConfig, TrainerConfig
+from csc_train.training.trainer import PackTrainer, build_trainer
+
+ROOT = Path(__file__).parent.parent
+LENGTHS = Path(__file__).parent / "rolecs_like_lengths.txt"
+SMALL_TOKENIZER = ROOT / "tests" / "data" / "tokenizers" / "qwen2"
+PREFIX = 568
+"""Tokens of the system prompt, with what the chat template puts around it, in each of the lengths."""
+LEARNING_RATE = 1e-3
+"""High, so that each step changes the next one's loss."""
+EXCHANGES = 13
+"""Supporter turns of a dialogue."""
+
+
+# Dialogues
+
+
+def body_lengths(count: int | None = None, divisor: int = 1) -> numpy.ndarray:
+    """int64 [dialogues]: lengths behind the prefix, of all dialogues or a seeded choice of `count`.
+
+    Args:
+        divisor: by how much to shorten them, for a quick run.
+    """
+    lengths = numpy.loadtxt(LENGTHS, dtype=numpy.int64) - PREFIX
+    if count is not None:
+        lengths = numpy.random.default_rng(0).choice(lengths, count, replace=False)
+    return lengths // divisor
+
+
+def turn_ends(bodies: numpy.ndarray) -> numpy.ndarray:
+    """int64 [dialogues, EXCHANGES]: the tokens of a body up to the end of each supporter turn."""
+    return bodies[:, None] * numpy.arange(1, EXCHANGES + 1) // EXCHANGES
+
+
+def random_examples(bodies: Iterable[int], prefix: int, vocabulary: int) -> list[Example]:
+    """Encoded dialogues of these lengths, of random ids, behind one prefix; the second half of each exchange is
+    trained."""
+    rng = numpy.random.default_rng(0)
+    shared = rng.integers(vocabulary, size=prefix)
+    examples = []
+    for body in bodies:
+        boundaries = prefix + body * numpy.arange(2 * EXCHANGES + 1) // (2 * EXCHANGES)
+        kinds = numpy.zeros(prefix + body, numpy.uint8)
+        for start, end in zip(boundaries[1::2], boundaries[2::2], strict=True):
+            kinds[start:end] = TokenKind.REPLY
+        ids = numpy.concatenate([shared, rng.integers(vocabulary, size=body)]).astype(numpy.int32)
+        strategies = numpy.tile(numpy.array([0, 1], numpy.uint8), EXCHANGES)
+        examples.append(Example(ids, kinds, boundaries.astype(numpy.int32), strategies))
+    return examples
+
+
+def turn_samples(examples: Iterable[Example]) -> list[Example]:
+    """A sample for each supporter turn: all that comes before it, and it alone trained."""
+    samples = []
+    for example in examples:
+        for turn in range(1, len(example.boundaries), 2):
+            start, end = example.boundaries[turn], example.boundaries[turn + 1]
+            kinds = numpy.where(numpy.arange(end) < start, TokenKind.CONTEXT, example.kinds[:end]).astype(numpy.uint8)
+            samples.append(
+                Example(example.input_ids[:end], kinds, example.boundaries[: turn + 2], example.strategies[: turn + 1])
+            )
+    return samples
+
+
+# Trainers
+
+
+def random_model(architecture: dict[str, Any], attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A Qwen2 of these dimensions with seeded random weights, on the device at hand."""
+    transformers.set_seed(0)
+    config = AutoConfig.for_model("qwen2", **architecture)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def pack_trainer(
+    model: PreTrainedModel, packs: Packs, packing: str, directory: str, checkpointing: bool = False
+) -> PackTrainer:
+    """Our trainer, one pack a step."""
+    return build_trainer(
+        model,
+        AutoTokenizer.from_pretrained(SMALL_TOKENIZER),
+        packs,
+        packing=packing,
+        config=TrainerConfig(learning_rate=LEARNING_RATE, packs_per_step=1, gradient_checkpointing=checkpointing),
+        adapter=AdapterConfig(),
+        directory=Path(directory),
+        processes=1,
+    )
+
+
+def trl_trainer(
+    model: PreTrainedModel, examples: Iterable[Example], max_length: int, directory: str, checkpointing: bool = False
+) -> SFTTrainer:
+    """TRL's own trainer with its own packing and collator, one pack a step."""
+    rows = [(each.input_ids, numpy.where(each.trained, each.input_ids, IGNORED)) for each in examples]
+    dataset = datasets.Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [each for _, each in rows]})
+    arguments = SFTConfig(
+        output_dir=directory,
+        packing=True,
+        packing_strategy="bfd",
+        max_length=max_length,
+        per_device_train_batch_size=1,
+        bf16=torch.cuda.is_available(),
+        activation_checkpointing=checkpointing,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
+    return SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer)
+
+
+def full_packs(lengths: Sequence[Sequence[int]], max_length: int) -> Iterator[int]:
+    """Numbers of the packs that are at least nine tenths full, in a seeded order, over and over.
+
+    Args:
+        lengths: by pack, those of its documents.
+    """
+    full = [number for number, pack in enumerate(lengths) if sum(pack) >= 0.9 * max_length]
+    return itertools.cycle(numpy.random.default_rng(0).permutation(full).tolist())
+
+
+class Steps:
+    """Whole optimizer steps of a trainer, ours or TRL's, one pack each: collation, forward, backward, clip, update."""
+
+    def __init__(self, trainer: Trainer, order: Iterable[int]):
+        """Prepare the trainer; no step is taken yet.
+
+        Args:
+            order: which packs of the trainer's dataset, in turn.
+        """
+        self.trainer, self.order = trainer, iter(order)
+        self.packs = getattr(trainer, "packs", trainer.train_dataset)
+        self.taken: list[int] = []
+        """Of each step, its pack."""
+        self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
+        self.trained: list[int] = []
+        """Of each step, the tokens that were trained."""
+        self.losses: list[float] = []
+
+    def __call__(self) -> None:
+        """Take one step."""
+        trainer = self.trainer
+        self.taken.append(next(self.order))
+        batch = trainer.data_collator([self.packs[self.taken[-1]]])
+        self.trained.append(int((batch["labels"] != IGNORED).sum()))
+        device = trainer.args.device
+        [batch], total = trainer.get_batch_samples(iter([batch]), 1, device)
+        loss = trainer.training_step(self.model, batch, total)
+        trainer.accelerator.clip_grad_norm_(self.model.parameters(), trainer.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+
+
+# Timing
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """How long an action takes; on a GPU, until it is done there."""
+    started = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def side_by_side(actions: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each action in each round. In a round all take their turn, so that what else the machine does falls
+    on all of them; rounds that warm up are not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(warm_up + rounds):
+        for name, action in actions.items():
+            each = seconds(action)
+            if number >= warm_up:
+                taken[name].append(each)
+    return taken
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Median, least and most of repeats."""
+    values = list(values)
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "repeats": len(values)}
+
+
+def ratios(above: Iterable[float], below: Iterable[float]) -> dict[str, Any]:
+    """The spread of the ratio of two sides, round by round."""
+    return spread(one / other for one, other in zip(above, below, strict=True))
+
+
+# Report
+
+
+class Report:
+    """Figures by section, printed as they come and written as JSON with all that they depend on."""
+
+    def __init__(self, settings: dict[str, Any], sections: dict[str, Any]):
+        """Begin a report.
+
+        Args:
+            settings: what the script was told.
+            sections: those of an earlier report, to be kept where they are not measured again.
+        """
+        self.settings, self.sections = settings, sections
+        self.figures: dict[str, Any] = {}
+
+    def section(self, name: str, how: str, **settings: Any) -> None:
+        """Begin a section.
+
+        Args:
+            how: what is measured, and what is assumed.
+            settings: what its figures depend on.
+        """
+        self.figures = {}
+        self.sections[name] = {
+            "how": how,
+            "settings": settings,
+            "provenance": provenance(),
+            "machine": machine(),
+            "figures": self.figures,
+        }
+        shown = ", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict))
+        print(f"\n{name}: {shown}", flush=True)
+
+    def add(self, name: str, value: Any, least: float | None = None, most: float | None = None) -> None:
+        """Record a figure: a number, a flag, a note, or a `spread`, whose median the goal is for."""
+        figure = value if isinstance(value, dict) else {"value": value}
+        middle = figure.get("median", figure.get("value"))
+        text = show(middle)
+        if "median" in figure:
+            text += f"  ({show(figure['low'])} to {show(figure['high'])}, {figure['repeats']} repeats)"
+        for bound, word, met in (
+            (least, "at least", least is not None and middle >= least),
+            (most, "at most", most is not None and middle <= most),
+        ):
+            if bound is not None:
+                figure = figure | {"goal": f"{word} {bound}", "met": bool(met)}
+                text += f"  [goal: {word} {bound}, {'met' if met else 'MISSED'}]"
+        self.figures[name] = figure
+        print(f"  {name:<58} {text}", flush=True)
+
+    def write(self, path: Path) -> None:
+        """Write all sections to `path`."""
+        write_json(path, {"settings": self.settings, "sections": self.sections})
+
+
+def show(value: Any) -> str:
+    """A figure as text: large numbers whole, small ones to four digits."""
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 or isinstance(value, int) else f"{value:.4g}"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

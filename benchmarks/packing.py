@@ -1,0 +1,525 @@
+"""What packing gains on a CPU: tokens, packs, balance, preparation and training, beside TRL's own in the same run.
+
+python benchmarks/packing.py            # about ten minutes on two cores
+python benchmarks/packing.py --quick    # every section on next to nothing, in seconds: the figures mean nothing
+python benchmarks/packing.py --sections balance     # this section again, the others' results are kept
+
+Prints each figure as it comes and writes benchmarks/results/packing.json: settings, versions, commit and machine beside
+the figures. Sides that are compared take turns within one process, and a ratio is that of each turn's two sides.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy
+import pyarrow
+import torch
+import transformers
+from measure import (
+    EXCHANGES,
+    LEARNING_RATE,
+    PREFIX,
+    SMALL_TOKENIZER,
+    Report,
+    Steps,
+    body_lengths,
+    full_packs,
+    pack_trainer,
+    random_examples,
+    random_model,
+    ratios,
+    side_by_side,
+    spread,
+    trl_trainer,
+    turn_ends,
+    turn_samples,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.files import read_json
+from csc_train.packing.best_fit import best_fit_decreasing
+from csc_train.packing.collator import IGNORED, PackCollator
+from csc_train.packing.config import PackingConfig
+from csc_train.packing.documents import ATTENTION
+from csc_train.packing.packed_dataset import Packs, pack_examples
+from csc_train.packing.schedule import PackCost, Part, distribute, epoch_steps, pack_cost
+from csc_train.packing.tight_fit import tight_fit
+from csc_train.synthesis.sample import generate_sample
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate, Example, messages
+from csc_train.training.trainer import forward_flops
+
+QWEN2_5_7B = {
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+CPU_MODEL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 768,
+    "vocab_size": 8192,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
+}
+SECTIONS = ("tokens", "packer", "balance", "preparation", "training", "same dialogues", "exactness")
+RANKS = 8
+GENERATION_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.role == 'assistant' %}{% generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{%- else %}{{- message.content + '<|im_end|>' }}{%- endif %}{{- '\\n' }}{%- endfor %}"
+)
+"""Qwen2.5's chat template with the marks by which TRL finds what is trained (`assistant_only_loss`)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured."""
+
+    capacities: tuple[int, ...] = (8192, 4096)
+    dialogues: int | None = None
+    """Whose lengths are packed and balanced; all where not given."""
+    prepared_dialogues: int = 2000
+    prepared_repeats: int = 3
+    packer_repeats: int = 5
+    trained_dialogues: int = 1000
+    """From which the packs of the training sections are made."""
+    epochs: int = 2
+    """Over which balance is measured."""
+    rounds: int = 5
+    """Measured optimizer steps of each side, after one that is not counted."""
+    shortened: int = 1
+    """By how much the dialogues of the training sections are shortened."""
+    threads: int = 2
+    """Of torch, in the training sections."""
+    model: dict[str, Any] = field(default_factory=lambda: CPU_MODEL)
+    """Dimensions of the Qwen2 that is trained."""
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of the shared prefix in the training sections."""
+        return PREFIX // self.shortened
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a pack in the training sections."""
+        return self.capacities[0] // self.shortened
+
+
+QUICK = Settings(
+    dialogues=1200,
+    prepared_dialogues=20,
+    prepared_repeats=1,
+    packer_repeats=1,
+    trained_dialogues=60,
+    epochs=1,
+    rounds=2,
+    shortened=8,
+    threads=1,
+    model=CPU_MODEL | {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 2100},
+)
+
+
+def main() -> None:
+    """Measure every section and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="every section on next to nothing, in seconds")
+    parser.add_argument("--tokenizer", default=published_tokenizer(), help="directory of the Qwen2.5 tokenizer")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "packing.json")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="measure these again, keep the others' results")
+    options = parser.parse_args()
+    settings = QUICK if options.quick else Settings()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
+    datasets.disable_progress_bars()
+    datasets.disable_caching()  # else TRL's second preparation would read what the first has written
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(settings.threads)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or SMALL_TOKENIZER)
+
+    report = Report(
+        asdict(settings) | {"quick": options.quick, "published_tokenizer": options.tokenizer is not None},
+        read_json(options.output)["sections"] if options.sections else {},
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        sections = {
+            "tokens": lambda: tokens(report, settings, tokenizer if options.tokenizer else None),
+            "packer": lambda: [packer(report, settings, capacity) for capacity in settings.capacities],
+            "balance": lambda: [balance(report, settings, capacity) for capacity in settings.capacities],
+            "preparation": lambda: preparation(report, settings, tokenizer, directory),
+            "training": lambda: training(report, settings, directory),
+            "same dialogues": lambda: same_steps(report, settings, directory),
+            "exactness": lambda: exactness(report, settings),
+        }
+        for name in options.sections or sections:
+            sections[name]()
+    report.write(options.output)
+    print(f"\n{options.output}")
+
+
+def published_tokenizer() -> str | None:
+    """The directory of the Qwen2.5 tokenizer below the one that CSC_TOKENIZERS names, if it is there."""
+    path = Path(os.environ.get("CSC_TOKENIZERS", "")) / "qwen2_5"
+    return str(path) if (path / "tokenizer.json").exists() else None
+
+
+# Tokens and packs
+
+
+def tokens(report: Report, settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Tokens that are processed for the same gradient."""
+    bodies, capacity = body_lengths(settings.dialogues), settings.capacities[0]
+    report.section(
+        "tokens",
+        "All dialogues of the lengths file. Plain: a sequence a dialogue, prefix included, whoever packs them. Shared: "
+        "bodies, and one prefix a pack. Per turn: a sample for each supporter turn with all that comes before it, "
+        f"{EXCHANGES} turns at equal distances in each body (the file has no turns). For another prefix the bodies "
+        "stay and the prefix is exchanged.",
+        dialogues=len(bodies),
+        max_length=capacity,
+    )
+    prefixes = {"568 ids": PREFIX, "300 ids": 300, "900 ids": 900}
+    if tokenizer is None:
+        report.add("the real prompt", "skipped: no Qwen2.5 tokenizer in CSC_TOKENIZERS")
+    else:
+        own = len(DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig()).prefix_ids)
+        prefixes[f"the real prompt of {own} ids"] = own
+    for name, prefix in prefixes.items():
+        plain = int((bodies + prefix).sum())
+        shared = int(bodies.sum()) + prefix * len(tight_fit(bodies, capacity - prefix))
+        if prefix == PREFIX:
+            per_turn = int((turn_ends(bodies) + prefix).sum())
+            report.add("per turn", per_turn)
+            report.add("plain", plain)
+            report.add("shared", shared)
+            report.add("per turn / plain", per_turn / plain)
+        report.add(f"shared / plain, {name}", shared / plain, most=0.62 if prefix == PREFIX else None)
+
+
+def packer(report: Report, settings: Settings, capacity: int) -> None:
+    """How full packs are, how many, and how long packing takes."""
+    bodies = body_lengths(settings.dialogues)
+    report.section(
+        f"packer at {capacity:,}",
+        "All dialogues. Lower bound: tokens over room, rounded up. TRL's packer is `pack_dataset` as its trainer calls "
+        "it, over 1,000 dialogues at a time; its seconds include copying ids, ours do not. best_fit_decreasing is over "
+        "all dialogues.",
+        max_length=capacity,
+        prefix=PREFIX,
+    )
+    goals = {8192: (0.995, 0.99), 4096: (0.985, 0.965)}[capacity]
+    for name, lengths, shared, goal in zip(
+        ("shared", "plain"), (bodies, bodies + PREFIX), (PREFIX, 0), goals, strict=True
+    ):
+        room = capacity - shared
+        packs = len(tight_fit(lengths, room))
+        report.add(f"{name}: packs", packs)
+        report.add(f"{name}: lower bound", -(-int(lengths.sum()) // room))
+        report.add(f"{name}: packs by best_fit_decreasing", len(best_fit_decreasing(lengths, room)))
+        report.add(f"{name}: utilisation", (int(lengths.sum()) + packs * shared) / (packs * capacity), least=goal)
+        taken = side_by_side(
+            {"ours": lambda lengths=lengths, room=room: tight_fit(lengths, room)}, settings.packer_repeats
+        )
+        report.add(f"{name}: seconds", spread(taken["ours"]), most=1.0)
+    ids = dataset_of_lengths(bodies + PREFIX)
+    taken = side_by_side({"TRL": lambda: pack_dataset(ids, capacity, "bfd")}, settings.packer_repeats, warm_up=0)
+    packs = len(pack_dataset(ids, capacity, "bfd"))
+    report.add("plain: packs by TRL", packs)
+    report.add("plain: utilisation by TRL", int((bodies + PREFIX).sum()) / (packs * capacity))
+    report.add("plain: seconds by TRL", spread(taken["TRL"]))
+
+
+def dataset_of_lengths(lengths: numpy.ndarray) -> datasets.Dataset:
+    """A dataset of `input_ids` of these lengths."""
+    offsets = numpy.concatenate([[0], lengths.cumsum()]).astype(numpy.int32)
+    ids = numpy.zeros(offsets[-1], numpy.int32)
+    return datasets.Dataset(pyarrow.table({"input_ids": pyarrow.ListArray.from_arrays(offsets, ids)}))
+
+
+# Balance
+
+
+def balance(report: Report, settings: Settings, capacity: int) -> None:
+    """How much slower the slowest rank is than the mean, and how fair a sample each step."""
+    bodies = body_lengths(settings.dialogues)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **QWEN2_5_7B))
+    flops = forward_flops(model)
+    shared = [[PREFIX, *bodies[pack]] for pack in tight_fit(bodies, capacity - PREFIX)]
+    plain = pack_dataset(dataset_of_lengths(bodies + PREFIX), capacity)["seq_lengths"]
+    sides = {
+        "ours": ([pack_cost(pack, PREFIX, *flops) for pack in shared], our_steps),
+        "TRL": ([pack_cost(pack, 0, *flops) for pack in plain], random_steps),
+    }
+    for per_step in (RANKS, 8 * RANKS):
+        report.section(
+            f"balance at {capacity:,}, {per_step} packs a step",
+            "Forward FLOPs of Qwen2.5-7B. Slowest / mean: of the ranks, mean over all steps. Efficiency: FLOPs of the "
+            "packs over ranks x slowest rank, over all steps; what is repeated (the prefix of a pack that was cut, the "
+            "packs that fill TRL's last step up) is no use. TRL: its plain packs shuffled and dealt in order. Spread: "
+            "standard deviation over the full steps of the mean length of a step's dialogues, over what it would be "
+            "for as many dialogues drawn at random.",
+            max_length=capacity,
+            ranks=RANKS,
+            packs_per_step=per_step,
+            epochs=settings.epochs,
+        )
+        for name, (packs, steps_of) in sides.items():
+            epochs = [steps_of(packs, per_step, epoch) for epoch in range(settings.epochs)]
+            loads = [[sum(part.flops(packs) for part in parts) for parts in step] for steps in epochs for step in steps]
+            even = [max(load) * RANKS / sum(load) for load in loads]
+            useful = settings.epochs * sum(pack.total for pack in packs)
+            ours = name == "ours"
+            report.add(f"{name}: slowest / mean", float(numpy.mean(even)), most=1.005 if ours else None)
+            report.add(f"{name}: slowest / mean, worst step", max(even))
+            efficiency = useful / sum(max(load) * RANKS for load in loads)
+            report.add(f"{name}: effective efficiency", efficiency, least=0.995 if ours else None)
+            full = [step for steps in epochs for step in steps[: len(packs) // per_step]]
+            report.add(f"{name}: spread of dialogue lengths", unfairness(full, packs))
+
+
+def our_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[list[Part]]]:
+    """By step, by rank, its parts."""
+    steps = epoch_steps(packs, per_step, 0, epoch)
+    return [[list(itertools.chain(*passes)) for passes in distribute(step, packs, RANKS, 1, joined=True)]
+            for step in steps]  # fmt: skip
+
+
+def random_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[list[Part]]]:
+    """As `our_steps`, but shuffled and dealt in order; the first packs fill the last round up, as accelerate does."""
+    order = numpy.random.default_rng([0, epoch]).permutation(len(packs)).tolist()
+    order += order[: -len(order) % RANKS]
+    whole = [Part(pack, 0, len(packs[pack].tokens)) for pack in order]
+    steps = [whole[start : start + per_step] for start in range(0, len(whole), per_step)]
+    return [[step[rank::RANKS] for rank in range(RANKS)] for step in steps]
+
+
+def unfairness(steps: list[list[list[Part]]], packs: list[PackCost]) -> float:
+    """Spread of the steps' mean dialogue length, over that of random dialogues; 1 is as fair as random."""
+    samples = [
+        [packs[part.pack].prefix_tokens + body for part in itertools.chain(*step)
+         for body in packs[part.pack].tokens[part.first : part.last]]
+        for step in steps
+    ]  # fmt: skip
+    expected = numpy.std(numpy.concatenate(samples)) * numpy.sqrt(numpy.mean([1 / len(each) for each in samples]))
+    return float(numpy.std([numpy.mean(each) for each in samples]) / expected)
+
+
+# Preparation
+
+
+def preparation(report: Report, settings: Settings, tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
+    """Dialogues to ids and labels, a second, on one core."""
+    dialogues = long_dialogues(settings.prepared_dialogues)
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    rows = datasets.Dataset.from_list([{"messages": plain_messages(dialogue)} for dialogue in dialogues])
+    tokenizer.chat_template = GENERATION_TEMPLATE
+    trainer = SFTTrainer(
+        random_model(QUICK.model | {"vocab_size": len(tokenizer)}, "sdpa"),
+        SFTConfig(
+            output_dir=directory,
+            assistant_only_loss=True,
+            max_length=None,
+            bf16=False,
+            activation_checkpointing=False,
+            use_cpu=True,
+            report_to="none",
+        ),
+        train_dataset=rows.select([0]),
+        processing_class=tokenizer,
+    )
+    made: dict[str, Sequence] = {}
+
+    def ours() -> None:
+        made["ours"] = list(template.encode_all(dialogues))
+
+    def theirs() -> None:
+        made["TRL"] = trainer._prepare_dataset(rows, tokenizer, trainer.args, False, None, "train")
+
+    taken = side_by_side({"ours": ours, "TRL": theirs}, settings.prepared_repeats)
+    lengths = [len(example.input_ids) for example in made["ours"]]
+    report.section(
+        "preparation",
+        "Sample dialogues, each turn's text joined with three or four others of its speaker: about as long as one "
+        "of RoleCS under the published tokenizer, and hardly a text comes twice. Ours: `encode_all`. TRL: "
+        "`_prepare_dataset` with assistant_only_loss, on messages and the same chat template with generation marks, "
+        "without the passes that truncate and pack. One core each, tokenizer threads off.",
+        dialogues=len(dialogues),
+        mean_tokens=round(float(numpy.mean(lengths)), 1),
+        prefix=len(template.prefix_ids),
+    )
+    pairs = list(zip(made["ours"], made["TRL"], strict=True))
+    report.add("ids equal", all(each.input_ids.tolist() == row["input_ids"] for each, row in pairs))
+    labels = (numpy.where(each.trained, each.input_ids, IGNORED).tolist() for each, _ in pairs)
+    report.add("labels equal", all(own == row["labels"] for own, (_, row) in zip(labels, pairs, strict=True)))
+    for name, each in taken.items():
+        report.add(f"{name}: dialogues/s", spread(len(dialogues) / second for second in each))
+    report.add("ours / TRL", ratios(taken["TRL"], taken["ours"]), least=3.0)
+
+
+def long_dialogues(count: int) -> list[Dialogue]:
+    """Sample dialogues with longer turns: each joined with three or four other texts of its speaker."""
+    rng = random.Random(0)
+    sample = generate_sample(count, seed=0)
+    pool = {
+        speaker: [turn.text for dialogue in sample for turn in dialogue.turns if turn.speaker is speaker]
+        for speaker in Speaker
+    }
+
+    def longer(turn: Turn) -> Turn:
+        texts = [turn.text, *rng.choices(pool[turn.speaker], k=rng.choice((3, 3, 4)))]
+        return Turn(turn.speaker, "".join(texts), turn.strategy)
+
+    return [Dialogue(each.id, tuple(map(longer, each.turns)), each.source) for each in sample]
+
+
+def plain_messages(dialogue: Dialogue) -> list[dict[str, str]]:
+    """The messages of a dialogue with the strategy written into the content, as a user of TRL would have them."""
+    return [
+        {"role": each["role"], "content": f"[{each['strategy']}]{each['content']}" if "strategy" in each else
+         each["content"]}
+        for each in messages(dialogue.turns, TemplateConfig())
+    ]  # fmt: skip
+
+
+# Training
+
+
+def training_examples(settings: Settings) -> list[Example]:
+    """Random ids with the lengths of the file."""
+    bodies = body_lengths(settings.trained_dialogues, settings.shortened)
+    return random_examples(bodies.tolist(), settings.prefix, settings.model["vocab_size"])
+
+
+def training(report: Report, settings: Settings, directory: str) -> None:
+    """Trained tokens a second of whole optimizer steps, one pack a step."""
+    examples, length = training_examples(settings), settings.max_length
+
+    def ours(examples: list[Example], packing: str) -> Steps:
+        packs, _ = pack_examples(examples, PackingConfig(packing, length))
+        trainer = pack_trainer(random_model(settings.model, ATTENTION), packs, packing, directory)
+        return Steps(trainer, full_packs(packs.lengths, length))
+
+    def theirs() -> Steps:
+        trainer = trl_trainer(random_model(settings.model, "sdpa"), examples, length, directory)
+        return Steps(trainer, full_packs(trainer.train_dataset["seq_lengths"], length))
+
+    sides = {
+        "shared prefix": ours(examples, "shared_prefix"),
+        "plain packs": ours(examples, "best_fit"),
+        "TRL packs": theirs(),
+        "per turn": ours(turn_samples(examples[: len(examples) // EXCHANGES + 1]), "best_fit"),
+    }
+    taken = side_by_side(sides, settings.rounds)
+    report.section(
+        "training",
+        "Trained tokens a second of whole optimizer steps (collation, forward, backward, clipping, AdamW) of one pack, "
+        "in fp32 without activation checkpointing. Random ids with the file's lengths behind one prefix; the second "
+        "half of each exchange is trained, and a token counts once, whoever trains it. Shared prefix, plain packs and "
+        "per turn (packs of samples, a sample a supporter turn): our trainer and attention by document. TRL packs: "
+        "SFTTrainer, packing=True, bfd, its own collator, sdpa with the mask that transformers derives from the "
+        "positions, which keeps documents apart (see exactness). Packs under nine tenths full, of which so small a set "
+        "has too many, are left out on every side.",
+        max_length=length,
+        prefix=settings.prefix,
+        threads=settings.threads,
+        model=settings.model,
+    )
+    speed = {
+        name: [count / each for count, each in zip(steps.trained[1:], taken[name], strict=True)]
+        for name, steps in sides.items()
+    }
+    for name, each in speed.items():
+        report.add(f"{name}: trained tokens/s", spread(each))
+        report.add(f"{name}: seconds a step", spread(taken[name]))
+        report.add(f"{name}: trained tokens a step", int(numpy.median(sides[name].trained)))
+    for name, goal in (("TRL packs", 4.0), ("plain packs", 1.5), ("per turn", None)):
+        report.add(f"shared prefix / {name}", ratios(speed["shared prefix"], speed[name]), least=goal)
+
+
+def same_steps(report: Report, settings: Settings, directory: str) -> None:
+    """The same dialogues in each step with and without a shared prefix: equal losses, less time."""
+    examples = training_examples(settings)
+    shared, _ = pack_examples(examples, PackingConfig("shared_prefix", settings.max_length))
+    plain = Packs(shared.examples, shared.members, [0] * len(shared), shared.weigh)
+    order = list(itertools.islice(full_packs(shared.lengths, settings.max_length), settings.rounds + 1))
+    sides = {
+        packing: Steps(pack_trainer(random_model(settings.model, ATTENTION), packs, packing, directory), order)
+        for packing, packs in {"shared_prefix": shared, "best_fit": plain}.items()
+    }
+    taken = side_by_side(sides, settings.rounds)
+    report.section(
+        "same dialogues a step",
+        "Each step holds the dialogues of one shared-prefix pack; under best_fit each of them has a prefix of its own. "
+        "Losses of consecutive optimizer steps from the same weights.",
+        steps=len(order),
+        learning_rate=LEARNING_RATE,
+        max_length=settings.max_length,
+        prefix=settings.prefix,
+        threads=settings.threads,
+        model=settings.model,
+    )
+    losses = {packing: steps.losses for packing, steps in sides.items()}
+    for packing, each in losses.items():
+        report.add(f"{packing}: losses", " ".join(f"{loss:.6f}" for loss in each))
+    apart = max(abs(one - other) / other for one, other in zip(*losses.values(), strict=True))
+    report.add("losses apart, relative", apart, most=1e-5)
+    report.add("same trained tokens", sides["shared_prefix"].trained == sides["best_fit"].trained)
+    report.add("time, best_fit / shared_prefix", ratios(taken["best_fit"], taken["shared_prefix"]))
+
+
+# Exactness
+
+
+def exactness(report: Report, settings: Settings) -> None:
+    """Hidden states of packs against those of the same dialogues one by one."""
+    examples = training_examples(settings)
+    packs, _ = pack_examples(examples, PackingConfig("shared_prefix", settings.max_length))
+    number = next(iter(full_packs(packs.lengths, settings.max_length)))
+    members = [examples[member.example] for member in packs.members[number]]
+    report.section(
+        "exactness",
+        "Largest absolute difference of a hidden state behind the last layer from that of the dialogue run alone, over "
+        "one pack. TRL packs: what its collator makes of the same dialogues, with sdpa.",
+        dialogues=len(members),
+        max_length=settings.max_length,
+        prefix=settings.prefix,
+        model=settings.model,
+    )
+    plain = random_model(settings.model, "sdpa")
+    ids = [torch.tensor(example.input_ids, dtype=torch.int64) for example in members]
+    alone = [hidden(plain, {"input_ids": each[None]}) for each in ids]
+    expected = torch.cat([alone[0][: settings.prefix], *(states[settings.prefix :] for states in alone)])
+    states = hidden(random_model(settings.model, ATTENTION), PackCollator("documents", pad_id=0)([packs[number]]))
+    report.add("shared prefix", float((states - expected).abs().max()), most=1e-5)
+    packed = {"input_ids": torch.cat(ids).tolist(), "seq_lengths": list(map(len, ids))}
+    states = hidden(plain, DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([packed]))
+    report.add("TRL packs", float((states - torch.cat(alone)).abs().max()), most=1e-5)
+    report.add("largest hidden state", float(expected.abs().max()))
+
+
+@torch.no_grad()
+def hidden(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    """[length, hidden]: the last layer's states of a batch of one row."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "weights")}
+    return model.eval().model(**inputs, use_cache=False).last_hidden_state[0]
+
+
+if __name__ == "__main__":
+    main()

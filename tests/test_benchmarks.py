@@ -1,0 +1,142 @@
+"""The benchmarks run, compare what is equal, and their kept results are those of the script as it is."""
+
+import os
+import runpy
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from conftest import ROOT
+
+from csc_train.files import read_json
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """The module that the benchmarks share."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import measure
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The report of a quick run."""
+    path = tmp_path_factory.mktemp("benchmarks") / "packing.json"
+    environment = {name: value for name, value in os.environ.items() if name != "CSC_TOKENIZERS"}
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "packing.py", "--quick", "--output", path],
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return read_json(path)
+
+
+def figure(report, section, name):
+    """The value or the median of a figure."""
+    found = report["sections"][section]["figures"][name]
+    return found.get("median", found.get("value"))
+
+
+def test_a_quick_run_has_every_section_with_what_it_depends_on(quick):
+    capacities = ("8,192", "4,096")
+    assert list(quick["sections"]) == [
+        "tokens",
+        *(f"packer at {capacity}" for capacity in capacities),
+        *(f"balance at {capacity}, {packs} packs a step" for capacity in capacities for packs in (8, 64)),
+        "preparation",
+        "training",
+        "same dialogues a step",
+        "exactness",
+    ]
+    for section in quick["sections"].values():
+        assert section["how"]
+        assert section["settings"]
+        assert section["figures"]
+        assert {"commit", "dirty", "versions"} <= set(section["provenance"])
+        assert section["machine"]["cores"] >= 1
+    assert quick["settings"]["quick"] is True
+
+
+def test_the_sides_of_a_quick_run_do_the_same(quick):
+    assert figure(quick, "preparation", "ids equal") is True
+    assert figure(quick, "preparation", "labels equal") is True
+    assert figure(quick, "same dialogues a step", "same trained tokens") is True
+    assert figure(quick, "same dialogues a step", "losses apart, relative") <= 1e-5
+    losses = figure(quick, "same dialogues a step", "shared_prefix: losses").split()
+    assert len(set(losses)) == quick["settings"]["rounds"] + 1  # each step another pack, after another update
+    assert figure(quick, "exactness", "shared prefix") <= 1e-5
+    assert figure(quick, "exactness", "TRL packs") <= 1e-5
+    assert figure(quick, "exactness", "largest hidden state") > 1
+
+
+def test_the_kept_results_are_of_a_whole_run_of_this_script(quick):
+    kept = read_json(BENCHMARKS / "results" / "packing.json")
+    assert kept["settings"]["quick"] is False
+    assert kept["settings"].keys() == quick["settings"].keys()
+    for name, section in quick["sections"].items():
+        assert kept["sections"][name]["how"] == section["how"]
+        differ = kept["sections"][name]["figures"].keys() ^ section["figures"].keys()
+        assert all("the real prompt" in figure for figure in differ)
+    assert figure(kept, "tokens", "shared / plain, 568 ids") <= 0.62
+
+
+def test_goals_are_judged_by_the_median(measure, capsys):
+    report = measure.Report({}, {})
+    report.section("a", "how", size=1)
+    report.add("missed", measure.spread([3, 1, 2]), most=1.5)
+    report.add("met", 2, least=2)
+    report.add("open", True)
+    assert report.figures == {
+        "missed": {"median": 2, "low": 1, "high": 3, "repeats": 3, "goal": "at most 1.5", "met": False},
+        "met": {"value": 2, "goal": "at least 2", "met": True},
+        "open": {"value": True},
+    }
+    assert capsys.readouterr().out.count("MISSED") == 1
+
+
+def test_sides_take_turns_and_the_warm_up_is_not_counted(measure):
+    calls = []
+    taken = measure.side_by_side({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * 3
+    assert [len(taken[name]) for name in "ab"] == [2, 2]
+
+
+def test_the_samples_of_a_dialogue_train_what_the_dialogue_trains_each_token_once(measure):
+    bodies = [40, 101]
+    examples = measure.random_examples(bodies, prefix=7, vocabulary=50)
+    samples = measure.turn_samples(examples)
+    assert [len(sample.input_ids) for sample in samples] == (
+        7 + measure.turn_ends(numpy.array(bodies))
+    ).ravel().tolist()
+    for number, example in enumerate(examples):
+        assert len(example.input_ids) == 7 + bodies[number]
+        of_this = samples[number * measure.EXCHANGES :][: measure.EXCHANGES]
+        times = numpy.zeros(len(example.input_ids), int)
+        for sample in of_this:
+            assert sample.input_ids.tolist() == example.input_ids[: len(sample.input_ids)].tolist()
+            times[: len(sample.input_ids)] += sample.trained
+        assert times.tolist() == example.trained.astype(int).tolist()
+        assert 0.4 < example.trained[7:].mean() < 0.6
+
+
+def test_the_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(measure, monkeypatch, capsys):
+    script = str(BENCHMARKS / "packing_cuda.py")
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(script, run_name="__main__")
+    assert stop.value.code == 0
+    assert "--peak" in capsys.readouterr().out
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit, match="torch finds none here"):
+        runpy.run_path(script, run_name="__main__")
