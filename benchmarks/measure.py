@@ -21,7 +21,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from csc_train.files import write_json
+from csc_train.files import write_json, write_text
 from csc_train.packing.collator import IGNORED
 from csc_train.packing.packed_dataset import Packs
 from csc_train.run import provenance
@@ -254,22 +254,34 @@ class Report:
         """Record a figure: a number, a flag, a note, or a `spread`, whose median the goal is for."""
         figure = value if isinstance(value, dict) else {"value": value}
         middle = figure.get("median", figure.get("value"))
-        text = show(middle)
-        if "median" in figure:
-            text += f"  ({show(figure['low'])} to {show(figure['high'])}, {figure['repeats']} repeats)"
         for bound, word, met in (
             (least, "at least", least is not None and middle >= least),
             (most, "at most", most is not None and middle <= most),
         ):
             if bound is not None:
                 figure = figure | {"goal": f"{word} {bound}", "met": bool(met)}
-                text += f"  [goal: {word} {bound}, {'met' if met else 'MISSED'}]"
         self.figures[name] = figure
-        print(f"  {name:<58} {text}", flush=True)
+        print(f"  {name:<58} {'  '.join(filter(None, columns(figure)))}", flush=True)
 
     def write(self, path: Path) -> None:
-        """Write all sections to `path`."""
+        """Write all sections to `path`, and as tables to the `.md` file beside it."""
         write_json(path, {"settings": self.settings, "sections": self.sections})
+        lines = []
+        for name, section in self.sections.items():
+            origin = section["provenance"]
+            commit = f"{(origin['commit'] or 'unknown')[:12]}{' with changes' if origin['dirty'] else ''}"
+            lines += [f"## {name}", "", section["how"], f"Measured at {commit}, {section['machine']['cores']} cores."]
+            lines += ["", "| figure | value | low to high | goal |", "|---|---|---|---|"]
+            lines += [f"| {label} | {' | '.join(columns(figure))} |" for label, figure in section["figures"].items()]
+            lines += [""]
+        write_text(path.with_suffix(".md"), "\n".join(lines))
+
+
+def columns(figure: dict[str, Any]) -> tuple[str, str, str]:
+    """A figure as text: its value or median, its spread, and its goal."""
+    between = f"{show(figure['low'])} to {show(figure['high'])} ({figure['repeats']})" if "median" in figure else ""
+    goal = f"{figure['goal']}: {'met' if figure['met'] else 'MISSED'}" if "goal" in figure else ""
+    return show(figure.get("median", figure.get("value"))), between, goal
 
 
 def show(value: Any) -> str:
