@@ -32,9 +32,10 @@ RULES = {
     "packing": BASE | {"template"},
     "training": BASE | {"template", "packing", "checkpoint", "hub", "run"},
     "evaluation": BASE | {"template", "checkpoint", "hub"},
+    "launching": BASE | {"template", "packing", "training", "checkpoint", "hub", "run", "splits", "config"},
     # The root configuration is made of its owners' schemas.
     "config": {
-        "errors", "evaluation.config", "evaluation.metrics", "packing.config", "run", "splits", "template.config",
+        "errors", "evaluation.config", "evaluation.metrics", "launching.topology", "packing.config", "run", "splits", "template.config",
         "training.config",
     },
 }  # fmt: skip
