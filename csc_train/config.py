@@ -17,16 +17,19 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from csc_train.errors import InputError, suggestion
+from csc_train.errors import InputError, check_choice, suggestion
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.metrics import MetricsConfig
+from csc_train.launching.topology import TopologyConfig
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.run import RunConfig
+from csc_train.run import RESOLVED, RunConfig, end_with_launcher, record_failure
 from csc_train.splits import DataConfig
 from csc_train.template.config import PrepareConfig, TemplateConfig
 from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig
 
 CONF = Path(__file__).parent.parent / "conf"
+RECORDED = ("run", "resume", "from")
+"""Keys that ask for the configuration that an earlier run recorded (see `compose`)."""
 
 
 @dataclass
@@ -70,7 +73,27 @@ class WriteSampleRecipe:
     data: DataConfig = field(default_factory=DataConfig)
 
 
-SCHEMAS = {"sft": SftRecipe, "prepare": PrepareRecipe, "evaluate": EvaluateRecipe, "write_sample": WriteSampleRecipe}
+@dataclass
+class LaunchRecipe:
+    """Configuration of launch/launch.py; whatever else it is given is the recipe's."""
+
+    recipe: str = "sft"
+    """The recipe to start."""
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    dry_run: bool = False
+    """Print what would be started, start nothing and write nothing."""
+
+    def __post_init__(self):
+        check_choice("recipe", self.recipe, ("sft",))  # the others are one process
+
+
+SCHEMAS = {
+    "sft": SftRecipe,
+    "prepare": PrepareRecipe,
+    "evaluate": EvaluateRecipe,
+    "write_sample": WriteSampleRecipe,
+    "launch": LaunchRecipe,
+}
 
 
 def compose(recipe: str, overrides: list[str]) -> Any:
@@ -78,20 +101,62 @@ def compose(recipe: str, overrides: list[str]) -> Any:
 
     Args:
         recipe: a key of `SCHEMAS`; `conf/<recipe>.yaml` is its root.
-        overrides: Hydra overrides, such as `trainer.epochs=1` or `model=qwen2_5_7b`.
+        overrides: Hydra overrides, such as `trainer.epochs=1` or `model=qwen2_5_7b`. With `from=DIR` among them they
+            change single values of the configuration that the run in DIR recorded; its directory is left to be named
+            anew. `run=DIR resume=true`, and nothing else, is that configuration itself, to go on with the run in DIR.
 
     Raises:
         InputError: an unknown key or group option (with the nearest known one), a wrong type, a value out of range,
             or a required value that is missing.
     """
-    _register_schemas()
     _check_overrides(overrides)
+    recorded = {key: text for text in overrides if (key := text.split("=")[0]) in RECORDED}
+    values = [text for text in overrides if text not in recorded.values()]
+    if "run" in recorded or "resume" in recorded:
+        directory = _resumed_directory(recorded, values)
+        config = compose_recorded(recipe, directory / RESOLVED, [])
+        config.run = RunConfig(str(directory), "resume")
+        return config
+    if "from" in recorded:
+        unnamed = ["run.directory=null", "run.existing=refuse"]
+        return compose_recorded(recipe, Path(recorded["from"].split("=", 1)[1]) / RESOLVED, unnamed + values)
     if recipe == "evaluate":
         _check_data_group(overrides)
+    return _compose(recipe, CONF, recipe, overrides)
+
+
+def compose_recorded(recipe: str, file: Path, values: list[str]) -> Any:
+    """The configuration that a file holds in full, such as a run directory's `resolved.yaml`, with other `values`.
+
+    Raises:
+        InputError: there is no such file, it is not `recipe`'s, or what `compose` refuses.
+    """
+    if not file.is_file():
+        raise InputError(f"{file.parent} holds no {file.name}: not the directory of a run")
+    for text in values:
+        if _options(text.split("=")[0]):
+            raise InputError(f"{text}: the configuration of {file.parent} is made; only single values can be changed")
+    return _compose(recipe, file.parent.resolve(), file.stem, values)
+
+
+def _resumed_directory(recorded: dict[str, str], values: list[str]) -> Path:
+    """DIR of `run=DIR resume=true`."""
+    if "run" not in recorded:
+        raise InputError(f"{recorded['resume']}: say which run to go on with, by run=DIR")
+    if recorded.get("resume", "").lower() != "resume=true":
+        raise InputError(f"{recorded['run']}: add resume=true to go on with it, or start a new run by from=DIR")
+    if others := [*values, *filter(None, [recorded.get("from")])]:
+        raise InputError(f"{others[0]}: a run goes on as it began; for a new run with other values use from=DIR")
+    return Path(recorded["run"].split("=", 1)[1])
+
+
+def _compose(recipe: str, folder: Path, root: str, overrides: list[str]) -> Any:
+    """What Hydra makes of the file `root` of a folder, as an instance of the recipe's schema."""
+    _register_schemas()
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose(recipe, overrides, return_hydra_config=True)
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            composed = hydra.compose(root, overrides, return_hydra_config=True)
         with open_dict(composed):
             chosen = composed.pop("hydra").runtime.choices
         # Hydra lets `+group.nope=1` through; merging into the bare schema does not.
@@ -166,8 +231,9 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
     """Run a recipe's `main` on the configuration that the command line asks for.
 
     Flags that only show something (`--help`, `--cfg job`, `--info`) are Hydra's own. An InputError is printed as one
-    line, with exit status 2.
+    line, with exit status 2; an interrupt (Ctrl-C) ends with status 130.
     """
+    end_with_launcher()
     arguments = sys.argv[1:]
     flags = {argument.split("=")[0] for argument in arguments if argument.startswith("-")}
     try:
@@ -184,6 +250,11 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
         if os.environ.get("RANK", "0") == "0":  # the other processes of a job would only repeat it
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        record_failure(error)
+        raise
     finally:
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_initialized():
@@ -204,7 +275,7 @@ def _explain(error: Exception, recipe: str) -> str:
         full = re.search(r"full_key: (\S+)", text)
         key = match.group(1) if "." in match.group(1) or not full else full.group(1)
         if "not in" in text:
-            return f"unknown key {key!r} for recipe {recipe}.{suggestion(key, _known_keys(recipe))}"
+            return f"unknown key {key!r} for recipe {recipe}.{suggestion(key, known_keys(recipe))}"
     # A value of a mapping is known to OmegaConf by its last key alone; the override tells the whole one.
     full = re.search(r"Error merging override [+]*([^=\s]+)=", text) or re.search(r"full_key: (\S+)", text)
     reasons = [line for line in str(chain[-1]).strip().splitlines() if "raised while composing config" not in line]
@@ -213,7 +284,7 @@ def _explain(error: Exception, recipe: str) -> str:
     return source + (f"{full.group(1)}: {reasons[0]}" if full else reasons[0])
 
 
-def _known_keys(recipe: str) -> Iterator[str]:
+def known_keys(recipe: str) -> Iterator[str]:
     """Every key of a recipe's schema with its path, and the groups of conf/."""
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:

@@ -1,15 +1,17 @@
 """Run directories: one per run, written by rank 0, holding all that is needed to tell what was done."""
 
+import ctypes
 import datetime
 import importlib.metadata
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "hydra-core")
-EXISTING = ("refuse", "reuse", "replace")
+EXISTING = ("refuse", "reuse", "resume", "replace")
+RESOLVED = "resolved.yaml"
+RECORD = "run.json"
+STOPPED = 75
+"""Exit status of a run that was asked to stop, and saved a state of training to go on from: sysexits' EX_TEMPFAIL."""
 OUTPUTS = (
     "states", "base", "tokenizer", "checkpoint", "metrics.json", "predictions", "results.json", "table.md",
 )  # fmt: skip
@@ -35,7 +41,8 @@ class RunConfig:
     """The run directory; runs/<recipe>-<time> where not given."""
     existing: str = "refuse"
     """What to do when the directory holds a run. refuse: stop. reuse: keep it if configuration, data and code are the
-    same (an unfinished run of the same is continued), else replace it. replace: start over."""
+    same (an unfinished run of the same is continued), else replace it. resume: continue it, under whatever code; with
+    other data it is refused. replace: start over."""
 
     def __post_init__(self):
         check_choice("run.existing", self.existing, EXISTING)
@@ -65,9 +72,9 @@ class Run:
         self.config = config
         self.main = processes().is_main_process
         # Each process has its own clock: the main one's counts.
-        self.directory = Path(config["run"]["directory"] or shared(time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")))
+        self.directory = Path(config["run"]["directory"] or shared(default_directory(recipe)))
         self.states = self.directory / "states"
-        self._record_path = self.directory / "run.json"
+        self._record_path = self.directory / RECORD
         self._refuse_foreign(config["run"]["existing"])
 
     def _refuse_foreign(self, existing: str) -> None:
@@ -100,14 +107,19 @@ class Run:
         # Where a run is kept and what is prepared for it do not change its results.
         what = {name: value for name, value in self.config.items() if name not in ("run", "prepare")}
         key = digest([self.recipe, what, inputs, code_digest(), provenance()["versions"]])
-        if self.config["run"]["existing"] == "reuse" and self._record_path.exists():
+        existing = self.config["run"]["existing"]
+        if existing in ("reuse", "resume") and self._record_path.exists():
             earlier = read_json(self._record_path)
-            if earlier.get("key") == key:
+            if existing == "resume" and earlier["inputs"] != inputs:
+                raise InputError(f"{self.directory}: the data are not those that the run began with")
+            if existing == "resume" and earlier.get("key") != key:
+                self.say("note: code or package versions are not those that the run began with")
+            if existing == "resume" or earlier.get("key") == key:
                 return "finished" if earlier.get("finished") else "unfinished"
         for name in OUTPUTS:  # what an earlier run left here would pass for this one's
             shutil.rmtree(self.directory / name, ignore_errors=True)
             (self.directory / name).unlink(missing_ok=True)
-        write_text(self.directory / "resolved.yaml", yaml.safe_dump(self.config, allow_unicode=True, sort_keys=False))
+        write_text(self.directory / RESOLVED, as_yaml(self.config))
         record = {"recipe": self.recipe, "key": key, "command": sys.argv, "inputs": inputs, "provenance": provenance()}
         write_json(self._record_path, record | {"started": _now(), "finished": None})
         return "new"
@@ -123,10 +135,48 @@ class Run:
         if self.main:
             write_json(self._record_path, read_json(self._record_path) | {"finished": _now()})
 
+    def stop(self) -> NoReturn:
+        """Mark the run as stopped, with a state of training to go on from, and end every process with `STOPPED`."""
+        if self.main:
+            write_json(self._record_path, read_json(self._record_path) | {"stopped": _now()})
+        self.say(f"stopped; to go on: run={self.directory} resume=true")
+        processes().wait_for_everyone()  # the first to end makes torchrun end the others
+        sys.exit(STOPPED)
+
     def say(self, text: str) -> None:
         """Print on the main process only."""
         if self.main:
             print(text, flush=True)
+
+
+def default_directory(recipe: str) -> str:
+    """The directory of a run that was given none, by this process's clock."""
+    return time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")
+
+
+def as_yaml(config: dict[str, Any]) -> str:
+    """A resolved configuration as the text of a YAML file."""
+    return yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
+
+
+def end_with_parent(signum: int = signal.SIGTERM) -> None:
+    """Let the system send this process `signum` when the process that started it ends, however it ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signum)  # PR_SET_PDEATHSIG
+
+
+def end_with_launcher() -> None:
+    """Where torchrun started this process: do not outlive it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def record_failure(error: Exception) -> None:
+    """Where torchrun started this process: let its last words be the traceback of the rank that failed first."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def processes() -> "PartialState":

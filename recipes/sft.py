@@ -20,6 +20,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.synthesis.sample import ensure_sample
     from csc_train.template.dialogue_template import DialogueTemplate
     from csc_train.template.prepared import prepare
+    from csc_train.training.interruption import StopOnSignal
     from csc_train.training.isolation import dropout_warning
     from csc_train.training.model import check_reachable, choose_attention, load_model, resolve_dtype, weight_dtype
     from csc_train.training.origin import describe_origin, keep_base
@@ -70,7 +71,11 @@ def main(config: SftRecipe) -> None:
         directory=run.states,
         processes=job.num_processes,
     )
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=run.last_state() if status == "unfinished" else None)
+    if stop.before_the_end:
+        run.stop()
 
     # Checkpoint
     if run.main:

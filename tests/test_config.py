@@ -27,7 +27,7 @@ PARAMETERS = {
     "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
 }
 """As the models' pages state them."""
-REQUIRED = {"sft": [], "prepare": [], "evaluate": ["checkpoint=runs/x/checkpoint"], "write_sample": []}
+REQUIRED = {"sft": [], "prepare": [], "evaluate": ["checkpoint=runs/x/checkpoint"], "write_sample": [], "launch": []}
 """What each recipe cannot do without."""
 
 
@@ -97,7 +97,8 @@ def test_conf_holds_yaml_only_and_a_root_for_each_recipe():
     assert len(FILES) > 30
     assert [file for file in FILES if not file.endswith(".yaml")] == []
     assert {file.removesuffix(".yaml") for file in FILES if "/" not in file} == set(SCHEMAS)
-    assert {path.stem for path in (ROOT / "recipes").glob("*.py")} == set(SCHEMAS)
+    entries = [path for folder in ("recipes", "launch") for path in (ROOT / folder).glob("*.py")]
+    assert {path.stem for path in entries} == set(SCHEMAS)
 
 
 def test_every_file_belongs_to_a_recipe():
@@ -247,6 +248,7 @@ def nested_key(recipe):
         "prepare": "prepare.processes",
         "evaluate": "evaluation.batch_size",
         "write_sample": "data.seed",
+        "launch": "topology.nodes",
     }[recipe]
 
 
@@ -273,7 +275,7 @@ def test_every_recipe_refuses_what_is_wrong(recipe):
 def test_required_values_are_named_for_every_recipe():
     with pytest.raises(InputError, match=r"^checkpoint is required: give checkpoint=\.\.\.$"):
         compose("evaluate", [])
-    for recipe in SCHEMAS:
+    for recipe in ("sft", "evaluate", "write_sample"):
         assert refusal(recipe, "data=files") == "data.train.path is required: give data.train.path=..."
     assert compose("sft", ["data=files", "data.train.path=mine.jsonl"]).data.train.path == "mine.jsonl"
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 from csc_train.config import compose
+from csc_train.launching.job import launch
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -22,7 +23,8 @@ def test_the_readme_has_commands_for_every_recipe():
     named = {re.search(r"recipes/(\w+)\.py", command).group(1) for command in RECIPE_COMMANDS}
     assert named == {path.stem for path in (ROOT / "recipes").glob("*.py")}
     assert {command.split()[1] for command in COMMANDS if command.startswith("make ")} == {"demo", "test"}
-    assert all(command.startswith(("make ", "python recipes/", "torchrun ")) for command in COMMANDS)
+    starts = ("make ", "python recipes/", "python launch/launch.py ", "torchrun ")
+    assert all(command.startswith(starts) for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", RECIPE_COMMANDS)
@@ -31,6 +33,11 @@ def test_a_recipe_command_composes(command):
     (recipe,) = [word for word in words if word.startswith("recipes/")]
     assert (ROOT / recipe).is_file()
     compose(recipe.removeprefix("recipes/").removesuffix(".py"), words[words.index(recipe) + 1 :])
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "launch/" in command])
+def test_a_launch_command_runs_dry(command, capsys):
+    assert launch([*shlex.split(command)[2:], "dry_run=true"]) == 0, capsys.readouterr().err
 
 
 def test_make_has_the_targets():

@@ -1,8 +1,44 @@
 """The machines that a job runs on."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
-from csc_train.errors import check_choice, check_range
+from csc_train.errors import InputError, check_choice, check_range
+
+
+@dataclass
+class SlurmConfig:
+    """How a job is submitted to SLURM; what is not given is left to the cluster's own defaults."""
+
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    """Limit of the job's time, such as `24:00:00` or `2-00:00:00`."""
+    cpus: int | None = None
+    """CPU cores of each node; the whole node with all its memory where not given."""
+    options: list[str] = field(default_factory=list)
+    """Further options of sbatch, such as `--qos=high`."""
+    srun_options: list[str] = field(default_factory=list)
+    """Further options of srun, such as `--container-image=...`."""
+    prologue: list[str] = field(default_factory=list)
+    """Lines of shell that come first: modules, an environment to activate, NCCL variables."""
+    python: str = "python"
+    """The Python of the nodes, as it is called after the prologue."""
+    requeue: bool = True
+    """Queue the job again when its time is up before the training's end, or when a node fails; it goes on from the last
+    saved state."""
+    save_before: int = 300
+    """Seconds before the time limit at which a state of training is saved and the job ends."""
+
+    def __post_init__(self):
+        if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time):
+            raise InputError(f"topology.slurm.time={self.time}: write hours as 24:00:00, days as 2-00:00:00")
+        check_range("topology.slurm.cpus", self.cpus or 1, 1)
+        check_range("topology.slurm.save_before", self.save_before, 0, 65535)
+        for key in ("options", "srun_options"):
+            for option in getattr(self, key):
+                if not option.startswith("-"):
+                    raise InputError(f"topology.slurm.{key}: {option} is no option; options start with -")
 
 
 @dataclass
@@ -26,6 +62,9 @@ class TopologyConfig:
     """local: start here. slurm: submit a job."""
     launcher: str = "torchrun"
     """What starts the processes of a node: torchrun or accelerate."""
+    port: int = 29500
+    """First of the thousand ports of which a SLURM job's nodes meet at one, by the job's number."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self):
         check_range("topology.nodes", self.nodes, 1)
@@ -33,6 +72,7 @@ class TopologyConfig:
         check_choice("topology.device", self.device, ("cpu", "cuda"))
         check_choice("topology.scheduler", self.scheduler, ("local", "slurm"))
         check_choice("topology.launcher", self.launcher, ("torchrun", "accelerate"))
+        check_range("topology.port", self.port, 1024, 64535)
 
     @property
     def processes(self) -> int:

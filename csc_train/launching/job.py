@@ -1,0 +1,170 @@
+"""A job: a recipe's configuration, the machines to run it on and its run directory; checked, frozen and started."""
+
+import shlex
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from csc_train.config import RECORDED, LaunchRecipe, compose, compose_recorded, known_keys, resolved
+from csc_train.errors import InputError, suggestion
+from csc_train.files import write_text
+from csc_train.launching.commands import local_command, node_command
+from csc_train.launching.slurm import job_script, submit
+from csc_train.launching.supervise import supervise
+from csc_train.run import RECORD, RESOLVED, STOPPED, RunConfig, as_yaml, default_directory
+
+ROOT = Path(__file__).parent.parent.parent
+LAUNCHED = "launch.yaml"
+"""In a run directory: how the run was launched last."""
+SCRIPT = "job.sbatch"
+"""In a run directory: the job that was submitted last."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What launch/launch.py was asked for."""
+
+    launch: LaunchRecipe
+    config: Any
+    """The recipe's, with its run directory named."""
+    new: bool
+    """Whether the run directory is yet to be made."""
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run.directory)
+
+    @property
+    def local(self) -> bool:
+        """Whether the job runs here and now."""
+        return self.launch.topology.scheduler == "local"
+
+    def command(self) -> list[str]:
+        """The command that starts the ranks of a local job, here."""
+        return local_command(self.launch.topology, sys.executable, self._script(), self._arguments())
+
+    def script(self) -> str:
+        """The sbatch script of a SLURM job."""
+        topology = self.launch.topology
+        command = node_command(topology, topology.slurm.python, self._script(), self._arguments())
+        return job_script(topology, self.directory.name, self.directory, command)
+
+    def environment(self) -> dict[str, str]:
+        """Variables of the ranks of a local job."""
+        return {"CUDA_VISIBLE_DEVICES": ""} if self.launch.topology.device == "cpu" else {}
+
+    def _script(self) -> str:
+        path = Path("recipes") / f"{self.launch.recipe}.py"
+        return str(path if path.exists() and path.samefile(ROOT / path) else ROOT / path)
+
+    def _arguments(self) -> list[str]:
+        return [f"run={self.directory}", "resume=true"]
+
+
+def plan(arguments: list[str]) -> Job:
+    """The job that the arguments of launch/launch.py ask for; checked, nothing written.
+
+    Those that begin with a key of `LaunchRecipe` are the launcher's, the others the recipe's.
+
+    Raises:
+        InputError: an argument is wrong, or the job cannot run (see `check`).
+    """
+    if flags := [text for text in arguments if text.startswith("-")]:
+        raise InputError(f"{flags[0]}: everything is key=value, as launch/README.md shows")
+    own_keys = [field.name for field in fields(LaunchRecipe)]
+    own = [text for text in arguments if text.split("=")[0].split(".")[0] in own_keys]
+    others = [text for text in arguments if text not in own]
+    new = not any(text.startswith("run=") for text in others)
+    earlier = [text.split("=", 1)[1] for text in others if text.startswith(("run=", "from="))]
+    launch = _launched(Path(earlier[0]), own) if earlier else compose("launch", own)
+    known = {*known_keys(launch.recipe), *RECORDED}
+    for key in (text.split("=")[0] for text in others):
+        if key not in known and suggestion(key, own_keys):
+            raise InputError(f"unknown key {key!r}.{suggestion(key, own_keys)}")
+    config = compose(launch.recipe, others)
+    if new:
+        if config.run.existing != "refuse":
+            raise InputError(
+                f"run.existing={config.run.existing}: a launch is a new run; continue one by run=DIR resume=true"
+            )
+        config.run = RunConfig(config.run.directory or default_directory(launch.recipe), "resume")
+        directory = Path(config.run.directory)
+        if held := [name for name in (RECORD, RESOLVED) if (directory / name).exists()]:
+            raise InputError(
+                f"{directory} holds a run ({held[0]}): choose another run.directory, "
+                f"or go on by run={directory} resume=true"
+            )
+    job = Job(launch, config, new)
+    check(job)
+    return job
+
+
+def _launched(directory: Path, own: list[str]) -> LaunchRecipe:
+    """How a run was launched, with changes; its topology may be chosen anew."""
+    file = directory / LAUNCHED
+    if any(text.startswith("topology=") for text in own):
+        return compose("launch", own)
+    if not file.is_file():
+        raise InputError(f"{directory} holds no {LAUNCHED}: say what to run it on by topology=...")
+    return compose_recorded("launch", file, own)
+
+
+def check(job: Job) -> None:
+    """What can be known before anything is started.
+
+    Raises:
+        InputError: the job would fail, and why.
+    """
+    topology = job.launch.topology
+    job.config.trainer.accumulation(topology.processes)
+    if job.local and topology.nodes > 1:
+        raise InputError(f"topology.nodes={topology.nodes}: several nodes are started by topology.scheduler=slurm")
+    if not job.local:
+        job.script()
+
+
+def freeze(job: Job) -> None:
+    """Record in the run directory what is run and how; the ranks read it there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if job.new:
+        write_text(job.directory / RESOLVED, as_yaml(resolved(job.config)))
+    write_text(job.directory / LAUNCHED, as_yaml(resolved(job.launch)))
+    if not job.local:
+        write_text(job.directory / SCRIPT, job.script())
+
+
+def describe(job: Job) -> str:
+    """All that a launch would do, as text."""
+    parts = [f"run directory: {job.directory}", "", as_yaml(resolved(job.config))]
+    if job.local:
+        variables = [f"{name}={shlex.quote(value)}" for name, value in job.environment().items()]
+        parts.append(" ".join([*variables, shlex.join(job.command())]))
+    else:
+        parts.append(f"sbatch {job.directory / SCRIPT}, which is:\n\n{job.script()}")
+    return "\n".join(parts)
+
+
+def launch(arguments: list[str]) -> int:
+    """What launch/launch.py does; returns its exit status: that of `supervise`, or 2 after an InputError."""
+    try:
+        job = plan(arguments)
+        if job.launch.dry_run:
+            print(describe(job))
+            return 0
+        freeze(job)
+        print(f"run directory: {job.directory}", flush=True)
+        if job.local:
+            status = supervise(job.directory, job.command(), job.environment())
+            if status == STOPPED:  # once more, below torchrun's report that its processes did not end with 0
+                print(f"stopped; to go on: run={job.directory} resume=true")
+            return status
+        print(submit(job.directory / SCRIPT))
+        return 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,12 @@
+"""Start a recipe on the processes of a topology, here or as a SLURM job.
+
+python launch/launch.py recipe=sft experiment=qwen2_5_7b_lora topology=node8
+python launch/launch.py run=runs/sft-20260101-120000 resume=true
+"""
+
+import sys
+
+from csc_train.launching.job import launch
+
+if __name__ == "__main__":
+    sys.exit(launch(sys.argv[1:]))

@@ -1,0 +1,429 @@
+"""Launching: what is printed, frozen and submitted, and what becomes of a job that is stopped, broken or killed."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT
+
+from csc_train.config import compose, resolved
+from csc_train.errors import InputError
+from csc_train.launching import supervise
+from csc_train.launching.job import LAUNCHED, SCRIPT, freeze, launch, plan
+from csc_train.run import STOPPED, Run
+
+SLURM = ROOT / "tests" / "data" / "slurm"
+LAUNCH = [sys.executable, str(ROOT / "launch" / "launch.py")]
+PAGE = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+SMALL = ["recipe=sft", "debug=cpu_tiny", "trainer.max_steps=12", "trainer.save_every=4"]
+TWO_NODES = [
+    *SMALL, "topology=slurm_4x8", "topology.nodes=2", "topology.processes_per_node=1", "topology.device=cpu",
+    "topology.slurm.cpus=1", "run.directory=runs/two_nodes",
+]  # fmt: skip
+CLUSTER = [
+    "recipe=sft", "experiment=qwen2_5_7b_lora", "trainer.packs_per_step=32", "topology=slurm_4x8",
+    "topology.slurm.partition=gpu", "topology.slurm.account=support", "topology.slurm.options=['--qos=high']",
+    "topology.slurm.prologue=['module load cuda','export NCCL_SOCKET_IFNAME=ib0']",
+    "topology.slurm.srun_options=['--container-image=csc.sqsh']", "run.directory=runs/cluster",
+]  # fmt: skip
+GOLDEN = {"cluster.sbatch": CLUSTER, "two_nodes.sbatch": TWO_NODES,
+          "accelerate.sbatch": [*CLUSTER, "topology.launcher=accelerate", "topology.slurm.requeue=false"]}  # fmt: skip
+STEP = "'grad_norm'"
+"""In the line that a step prints."""
+
+
+class Started:
+    """A process group of its own in `directory`, whose output is read as it comes; killed after `limit` seconds."""
+
+    def __init__(self, command: list[str], directory: Path, limit: float = 240, **variables: str):
+        path = os.pathsep.join([str(SLURM), str(Path(sys.executable).parent), os.environ["PATH"]])
+        variables = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PATH": path, **variables}
+        self.directory, self.output = directory, ""
+        self.process = subprocess.Popen(
+            command, cwd=directory, env=os.environ | variables, text=True, encoding="utf-8",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.late = False
+        self._limit = threading.Timer(limit, self._kill)
+        self._limit.start()
+
+    def until(self, text: str, times: int = 1) -> "Started":
+        """Read on until a text has come `times` times."""
+        while self.output.count(text) < times:
+            line = self.process.stdout.readline()
+            assert line, f"ended before {text!r}:\n{self.output}"
+            self.output += line
+        return self
+
+    def end(self) -> int:
+        """Read to the end; the exit status."""
+        self.output += self.process.stdout.read()
+        self._limit.cancel()
+        assert not self.late, self.output
+        return self.process.wait()
+
+    def _kill(self):
+        self.late = True
+        for process in left_in(self.directory):
+            process.kill()
+
+
+def left_in(directory: Path) -> list[psutil.Process]:
+    """The processes that run in a directory."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(directory) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def record(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+def losses(run: Path) -> list[float]:
+    log = json.loads((run / "metrics.json").read_text())["log"]
+    return [entry["loss"] for entry in log if "grad_norm" in entry]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory to work in, with the recipes in it as in a checkout."""
+    directory = tmp_path_factory.mktemp("place").resolve()
+    (directory / "recipes").symlink_to(ROOT / "recipes")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    """The losses of a launch on two ranks of one node that nothing befell."""
+    started = Started([*LAUNCH, *SMALL, "topology=cpu2", "run.directory=runs/whole"], place)
+    assert started.end() == 0, started.output
+    assert started.output.startswith("run directory: runs/whole\n")
+    assert left_in(place) == []
+    assert len(losses(place / "runs/whole")) == 12
+    return losses(place / "runs/whole")
+
+
+# What is printed, frozen and submitted
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    """A directory to work in where runs/first was launched, and lost before its ranks began."""
+    directory = tmp_path_factory.mktemp("frozen")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        two_ranks = ["topology=cpu2", "topology.launcher=accelerate", "trainer.micro_batch_size=1"]
+        freeze(plan(["experiment=demo", *two_ranks, "run.directory=runs/first"]))
+    return directory
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_job_script_is_the_golden_one_and_shell(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert launch([*GOLDEN[name], "dry_run=true"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("run directory: runs/")
+    shown, _, script = printed.partition(", which is:\n\n")
+    assert "max_length:" in shown and shown.endswith("job.sbatch")
+    assert script.rstrip() == (SLURM / name).read_text().rstrip()
+    assert subprocess.run(["bash", "-n", SLURM / name], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "launcher", "command"),
+    [
+        ("cpu2", "torchrun", "CUDA_VISIBLE_DEVICES='' {} -m torch.distributed.run --nproc_per_node=2 --standalone"),
+        ("node8", "torchrun", "{} -m torch.distributed.run --nproc_per_node=8 --standalone"),
+        ("gpu1", "accelerate", "{} -m accelerate.commands.launch --mixed_precision=no --dynamo_backend=no "
+         "--num_processes=1 --num_machines=1 --main_process_port=0"),
+        ("cpu2", "accelerate", "CUDA_VISIBLE_DEVICES='' {} -m accelerate.commands.launch --multi_gpu "
+         "--mixed_precision=no --dynamo_backend=no --num_processes=2 --num_machines=1 --main_process_port=0"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, topology, launcher, command):
+    monkeypatch.chdir(tmp_path)
+    asked = [f"topology={topology}", f"topology.launcher={launcher}", "run.directory=runs/x", "dry_run=true"]
+    assert launch(["experiment=demo", "trainer.packs_per_step=8", "trainer.micro_batch_size=1", *asked]) == 0
+    printed = capsys.readouterr().out
+    expected = f"{command.format(sys.executable)} {ROOT}/recipes/sft.py run=runs/x resume=true"
+    assert printed.splitlines()[-1] == expected
+    assert "learning_rate: 0.003" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["topolgy=node8"], "unknown key 'topolgy'. Did you mean 'topology'?"),
+        (["dry_rn=true"], "unknown key 'dry_rn'. Did you mean 'dry_run'?"),
+        (["--multirun"], "--multirun: everything is key=value, as launch/README.md shows"),
+        (["topology=nod8"], "topology=nod8: not in conf/topology. Did you mean 'node8'? Known: cpu1, cpu2, gpu1, "
+         "node8, slurm_4x8"),
+        (["topology.slurm.partion=x"], "unknown key 'topology.slurm.partion' for recipe launch. Did you mean "
+         "'topology.slurm.partition'?"),
+        (["trainer.lerning_rate=1"], "unknown key 'trainer.lerning_rate' for recipe sft. Did you mean "
+         "'trainer.learning_rate'?"),
+        (["recipe=sfft"], "recipe=sfft: choose one of sft. Did you mean 'sft'?"),
+        (["recipe=evaluate"], "recipe=evaluate: choose one of sft."),
+        (["topology=node8", "trainer.packs_per_step=12"], "trainer.packs_per_step=12 is not a multiple of "
+         "trainer.micro_batch_size=1 x 8 processes"),
+        (["topology=node8", "topology.nodes=2", "trainer.packs_per_step=16"], "topology.nodes=2: several nodes are "
+         "started by topology.scheduler=slurm"),
+        (["topology.slurm.time=soon"], "topology.slurm.time=soon: write hours as 24:00:00, days as 2-00:00:00"),
+        (["topology.slurm.options=['qos=high']"], "topology.slurm.options: qos=high is no option; options "
+         "start with -"),
+        (["run.existing=reuse"], "run.existing=reuse: a launch is a new run; continue one by run=DIR resume=true"),
+        (["topology=slurm_4x8", "trainer.packs_per_step=32", "run.directory='runs/my run;'"], "runs/my run;: ';' has "
+         "a meaning in a job script; choose plainer paths"),
+        (["run=runs/first", "topology=cpu1"], "run=runs/first: add resume=true to go on with it, or start a new run "
+         "by from=DIR"),
+        (["resume=true"], "resume=true: say which run to go on with, by run=DIR"),
+        (["run=runs/first", "resume=true", "trainer.epochs=2"], "trainer.epochs=2: a run goes on as it began; for a "
+         "new run with other values use from=DIR"),
+        (["run=runs/none", "resume=true"], "runs/none holds no launch.yaml: say what to run it on by topology=..."),
+        (["run=runs/none", "resume=true", "topology=cpu1"], "runs/none holds no resolved.yaml: not the directory of a "
+         "run"),
+        (["from=runs/first", "model=qwen3_8b"], "model=qwen3_8b: the configuration of runs/first is made; only single "
+         "values can be changed"),
+        (["from=runs/first", "trainer.epoch=2"], "unknown key 'trainer.epoch' for recipe sft. Did you mean "
+         "'trainer.epochs'?"),
+        (["run.directory=runs/first"], "runs/first holds a run (resolved.yaml): choose another run.directory, or go "
+         "on by run=runs/first resume=true"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_before_anything_is_written(frozen, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(frozen)
+    before = sorted(frozen.rglob("*"))
+    assert launch(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: {message}\n"
+    assert shown.out == ""
+    assert sorted(frozen.rglob("*")) == before
+
+
+def test_what_is_frozen_is_what_the_ranks_read(tmp_path, monkeypatch):
+    """For every shipped experiment, and once more for a new run that is made from it."""
+    monkeypatch.chdir(tmp_path)
+    for file in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
+        job = plan([f"experiment={file.stem}", "topology=cpu1", f"run.directory=runs/{file.stem}"])
+        freeze(job)
+        assert compose("sft", [f"run={job.directory}", "resume=true"]) == job.config
+        assert (job.config.run.directory, job.config.run.existing) == (str(job.directory), "resume")
+        again = compose("sft", [f"from={job.directory}", "trainer.epochs=7", "data.train.path=other.jsonl"])
+        expected = resolved(job.config)
+        expected["trainer"]["epochs"], expected["data"]["train"]["path"] = 7.0, "other.jsonl"
+        expected["run"] = {"directory": None, "existing": "refuse"}
+        assert resolved(again) == expected
+
+
+def test_a_run_goes_on_as_it_was_launched_or_on_another_topology(frozen, monkeypatch):
+    monkeypatch.chdir(frozen)
+    same = plan(["run=runs/first", "resume=true"])
+    assert (same.launch.topology.name, same.launch.topology.launcher, same.new) == ("cpu2", "accelerate", False)
+    assert plan(["run=runs/first", "resume=true", "topology.launcher=torchrun"]).launch.topology.launcher == "torchrun"
+    assert plan(["run=runs/first", "resume=true", "topology=cpu1"]).launch.topology.processes == 1
+    with pytest.raises(InputError, match="not a multiple"):
+        plan(["run=runs/first", "resume=true", "topology=node8"])
+    new = plan(["from=runs/first"])
+    assert (new.new, new.launch) == (True, same.launch)
+    assert plan(["from=runs/first", "topology=cpu1"]).launch.topology.processes == 1
+    assert re.fullmatch(r"runs/sft-\d{8}-\d{6}", str(new.directory))
+
+
+def test_a_run_goes_on_under_changed_code_but_not_with_changed_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    job = plan(["experiment=demo", "topology=cpu1", "run.directory=runs/first"])
+    freeze(job)
+    run = Run("sft", resolved(job.config))
+    assert run.begin({"train": "a"}) == "new"
+    assert run.begin({"train": "a"}) == "unfinished"
+    assert capsys.readouterr().out == ""
+    (tmp_path / "runs/first/run.json").write_text(json.dumps(record(run.directory) | {"key": "of other code"}))
+    assert run.begin({"train": "a"}) == "unfinished"
+    assert capsys.readouterr().out == "note: code or package versions are not those that the run began with\n"
+    with pytest.raises(InputError, match="the data are not those that the run began with"):
+        run.begin({"train": "b"})
+    run.finish()
+    assert run.begin({"train": "a"}) == "finished"
+
+
+def test_sbatch_that_is_missing_or_refuses_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert launch(TWO_NODES) == 2
+    assert "there is no sbatch on this machine: submit runs/two_nodes/job.sbatch" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", f"{SLURM}{os.pathsep}{os.defpath}")
+    assert launch(CLUSTER) == 2
+    assert "sbatch runs/cluster/job.sbatch: sbatch: error: more nodes than there are" in capsys.readouterr().err
+    assert launch(["run=runs/two_nodes", "resume=true"]) == 0
+    assert "Submitted batch job 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_page_runs_dry(frozen, monkeypatch, capsys, command):
+    monkeypatch.chdir(frozen)
+    words = shlex.split(command)
+    if words[0] == "python":
+        assert words[1] == "launch/launch.py"
+        assert launch([*words[2:], "dry_run=true"]) == 0, capsys.readouterr().err
+    else:
+        assert words[0] in ("torchrun", "accelerate")
+        compose("sft", words[words.index("recipes/sft.py") + 1 :])
+
+
+def test_the_page_names_every_topology():
+    shipped = {path.stem for path in (ROOT / "conf" / "topology").glob("*.yaml")}
+    assert {name for name in shipped if f"`{name}`" not in PAGE} == set()
+
+
+# What becomes of a job
+
+
+def submit(place: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("PATH", f"{SLURM}{os.pathsep}{os.environ['PATH']}")
+        assert launch(TWO_NODES) == 0
+
+
+def free_job_number() -> str:
+    """The number of a job whose nodes meet at a free port."""
+    for number in range(1, 1000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", 29500 + number)):
+                return str(number)
+    raise AssertionError("no free port")
+
+
+def run_script(place: Path, **options) -> Started:
+    """Run the submitted script on two nodes that are both this machine."""
+    variables = {"SLURM_JOB_ID": free_job_number(), "SLURM_JOB_NODELIST": "node[1-2]"}
+    return Started(["bash", f"runs/two_nodes/{SCRIPT}"], place, **variables, **options)
+
+
+def test_two_nodes_are_stopped_requeued_broken_and_come_to_the_same_end(place, reference):
+    """As one node with two ranks, through a time limit and the death of a node."""
+    submit(place)
+    run = place / "runs/two_nodes"
+    assert (run / SCRIPT).read_text() == (SLURM / "two_nodes.sbatch").read_text()
+
+    # Near the time limit
+    warned = run_script(place).until(STEP)
+    warned.process.send_signal(signal.SIGUSR1)
+    assert warned.end() == STOPPED, warned.output
+    assert len((place / "requeued").read_text().split()) == 1
+    (state,) = [path.name for path in (run / "states").glob("checkpoint-*")]
+    done = int(state.split("-")[1])
+    assert 1 <= done < 12
+    assert record(run)["stopped"] and not record(run)["finished"]
+    assert not (run / "checkpoint").exists()
+    assert left_in(place) == []
+
+    # A node dies
+    broken = run_script(place, limit=120).until(STEP)
+    (node,) = [
+        process for process in left_in(place)
+        if "csc_train.launching.supervise" in process.cmdline() and process.environ()["SLURM_NODEID"] == "1"
+    ]  # fmt: skip
+    for process in [node, *node.children(recursive=True)]:
+        process.kill()
+    assert broken.end() not in (0, STOPPED), broken.output
+    assert "Connection" in broken.output.partition("Root Cause (first observed failure)")[2]  # lost by the other node
+    assert len((place / "requeued").read_text().split()) == 1
+    assert left_in(place) == []
+
+    # Queued again
+    again = run_script(place)
+    assert again.end() == 0, again.output
+    assert again.output.count(STEP) <= 2 * (12 - done)  # each node prints its steps
+    assert record(run)["finished"]
+    assert losses(run) == pytest.approx(reference, abs=1e-6)
+    assert (run / "checkpoint" / "model.safetensors").exists()
+
+
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(place, reference):
+    """With accelerate as the launcher of the first part."""
+    run = place / "runs/stopped"
+    accelerate = ["topology=cpu2", "topology.launcher=accelerate", "run.directory=runs/stopped"]
+    started = Started([*LAUNCH, *SMALL, *accelerate], place).until(STEP)
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end() == STOPPED, started.output
+    assert started.output.endswith("stopped; to go on: run=runs/stopped resume=true\n")
+    assert left_in(place) == []
+    assert not record(run)["finished"] and not (run / "checkpoint").exists()
+    assert yaml.safe_load((run / LAUNCHED).read_text())["topology"]["launcher"] == "accelerate"
+    (state,) = [path.name for path in (run / "states").glob("checkpoint-*")]
+
+    again = Started([*LAUNCH, "run=runs/stopped", "resume=true", "topology=cpu2"], place)
+    assert again.end() == 0, again.output
+    assert again.output.count(STEP) == 12 - int(state.split("-")[1])
+    assert losses(run) == pytest.approx(reference, abs=1e-6)
+    assert record(run)["finished"]
+
+
+def test_ctrl_c_leaves_nothing_running(place, reference):
+    started = Started([*LAUNCH, *SMALL, "topology=cpu2", "run.directory=runs/interrupted"], place).until(STEP)
+    assert len(left_in(place)) >= 4  # launcher, torchrun, two ranks
+    started.process.send_signal(signal.SIGINT)
+    assert started.end() == 128 + signal.SIGINT
+    assert left_in(place) == []
+    run = place / "runs/interrupted"
+    assert not (run / "checkpoint").exists() and not record(run)["finished"]
+
+
+def idle(directory: Path, *behaviour: str) -> Started:
+    """Two ranks that do nothing, or only harm, under a launcher."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = str(ROOT / "tests" / "workers" / "idle_rank.py")
+    return Started(
+        [sys.executable, "-m", supervise.__name__, ".", *torchrun, worker, *behaviour], directory.resolve(), limit=120
+    )
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_traceback(tmp_path):
+    started = idle(tmp_path, "fails")
+    assert started.end() == 1
+    traceback, _, summary = started.output.partition("Root Cause (first observed failure)")
+    assert "ZeroDivisionError: planted in rank 1" in traceback
+    assert re.search(r"rank +: 1 ", summary) and "ZeroDivisionError: planted in rank 1" in summary
+    assert left_in(tmp_path.resolve()) == []
+
+
+def test_ranks_that_ignore_ctrl_c_are_killed(tmp_path):
+    started = idle(tmp_path, "stubborn").until(" waits\n", 2)
+    started.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert len(left_in(tmp_path.resolve())) == 4
+    started.process.send_signal(signal.SIGINT)
+    assert started.end() == 128 + signal.SIGINT
+    assert left_in(tmp_path.resolve()) == []
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path):
+    started = idle(tmp_path).until(" waits\n", 2)
+    ranks = left_in(tmp_path.resolve())
+    started.process.kill()
+    started.end()
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
