@@ -20,12 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 from csc_train.errors import InputError, check_choice, suggestion
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.metrics import MetricsConfig
+from csc_train.launching.preflight import PreflightConfig
 from csc_train.launching.topology import TopologyConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.run import RESOLVED, RunConfig, end_with_launcher, record_failure
 from csc_train.splits import DataConfig
 from csc_train.template.config import PrepareConfig, TemplateConfig
 from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig
+from csc_train.training.zero import ZeroConfig
 
 CONF = Path(__file__).parent.parent / "conf"
 RECORDED = ("run", "resume", "from")
@@ -51,6 +53,15 @@ class SftRecipe:
 @dataclass
 class PrepareRecipe(SftRecipe):
     """Configuration of recipes/prepare.py: that of the training it prepares."""
+
+
+@dataclass
+class PreflightRecipe(SftRecipe):
+    """Configuration of recipes/preflight.py: a training, and the machines it is meant for."""
+
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
 
 @dataclass
@@ -90,6 +101,7 @@ class LaunchRecipe:
 SCHEMAS = {
     "sft": SftRecipe,
     "prepare": PrepareRecipe,
+    "preflight": PreflightRecipe,
     "evaluate": EvaluateRecipe,
     "write_sample": WriteSampleRecipe,
     "launch": LaunchRecipe,

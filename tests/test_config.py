@@ -27,7 +27,14 @@ PARAMETERS = {
     "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
 }
 """As the models' pages state them."""
-REQUIRED = {"sft": [], "prepare": [], "evaluate": ["checkpoint=runs/x/checkpoint"], "write_sample": [], "launch": []}
+REQUIRED = {
+    "sft": [],
+    "prepare": [],
+    "preflight": [],
+    "evaluate": ["checkpoint=runs/x/checkpoint"],
+    "write_sample": [],
+    "launch": [],
+}
 """What each recipe cannot do without."""
 
 
@@ -217,6 +224,9 @@ def refusal(recipe, *overrides):
          "'joint'?"),
         ("sft", "data=files", "data.train.path is required: give data.train.path=..."),
         ("sft", "model.path=null", "model.path is not set: give a local directory or a hub id, or model.init=random"),
+        ("preflight", "zero=zero4", "zero=zero4: not in conf/zero. Did you mean 'zero3'? Known: from_launcher, off, "
+         "zero0, zero1, zero2, zero3, zero3_offload"),
+        ("preflight", "zero.stage=4", "zero.stage=4: choose one of off, 0, 1, 2, 3, from_launcher."),
         (
             "evaluate",
             "evaluation.batchsize=3",
@@ -246,6 +256,7 @@ def nested_key(recipe):
     return {
         "sft": "packing.max_length",
         "prepare": "prepare.processes",
+        "preflight": "topology.nodes",
         "evaluate": "evaluation.batch_size",
         "write_sample": "data.seed",
         "launch": "topology.nodes",

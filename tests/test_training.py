@@ -27,10 +27,11 @@ from csc_train.packing.loss_weights import LossWeights, count_turns
 from csc_train.packing.packed_dataset import Packs, pack_examples
 from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_template
+from csc_train.training import memory_plan
 from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig
 from csc_train.training.model import load_model
 from csc_train.training.tokenizer import load_tokenizer
-from csc_train.training.trainer import plain_model
+from csc_train.training.trainer import PackTrainer, plain_model
 
 TOLERANCE = 1e-5
 
@@ -129,6 +130,7 @@ TWO_PROCESSES = {
     "two_processes_shared": {"micro_batch_size": 2, "packs": "shared"},
     "two_processes_weighted": {"micro_batch_size": 1, "packs": "weighted"},
     "two_processes_resumed": {"micro_batch_size": 2, "resume": "kept/checkpoint-4"},
+    "two_processes_at_once": {"micro_batch_size": 1, "worst_first": False},
 }
 
 
@@ -259,6 +261,75 @@ def test_the_logged_loss_and_gradient_norm_are_those_computed_by_hand(
     assert done["losses"] == [pytest.approx(loss, rel=TOLERANCE)]
     assert done["grad_norms"] == [pytest.approx(norm, rel=TOLERANCE)]
     assert loss == pytest.approx(math.log(597), rel=0.2)  # about as good as guessing
+
+
+# The largest batch first
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[tuple[int, int]]:
+    """(optimizer steps taken, tokens) of every forward pass of a training, as it goes."""
+    seen, real = [], PackTrainer.training_step
+
+    def spy(self, model, inputs, num_items_in_batch=None):
+        seen.append((self.state.global_step, inputs["input_ids"].numel()))
+        return real(self, model, inputs, num_items_in_batch=num_items_in_batch)
+
+    monkeypatch.setattr(PackTrainer, "training_step", spy)
+    return seen
+
+
+@pytest.mark.parametrize("packs", ["packs", "shared"])
+def test_the_largest_batch_runs_first_and_leaves_no_trace(folder, batches, packs):
+    # Dropout draws random numbers, so losses tell whether the generators stand where they stood.
+    adapter = AdapterConfig(kind="lora", dropout=0.3)
+    options = {"micro_batch_size": 2, "packs": packs, "adapter": adapter, "gradient_checkpointing": False}
+    without = train(folder, **options, worst_first=False)
+    passes = list(batches)
+    batches.clear()
+    with_it = train(folder, **options)
+    # Twice, as for a step of two micro batches; then what is run without it.
+    assert batches[2:] == passes
+    assert batches[:2] == [(0, max(tokens for _, tokens in passes))] * 2
+    assert len({tokens for _, tokens in passes}) > 1
+    figures = ("loss", "grad_norm", "entropy", "mean_token_accuracy")
+
+    def logged(trainer) -> list[list[float]]:
+        return [[entry[name] for name in figures] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert logged(with_it) == logged(without)
+    assert curve(with_it)["digest"] == curve(without)["digest"]
+
+
+def test_two_processes_train_the_same_with_the_largest_batch_first_as_without(on_two_processes):
+    first, without = on_two_processes["two_processes_in_quarters"], on_two_processes["two_processes_at_once"]
+    assert first["engine"] == without["engine"] == "DistributedDataParallel"
+    assert (first["losses"], first["grad_norms"]) == (without["losses"], without["grad_norms"])
+    assert first["digest"] == without["digest"]
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"micro_batch_size": 4}, "what fits: trainer.micro_batch_size=2"),
+        ({"micro_batch_size": 1, "gradient_checkpointing": False}, "trainer.gradient_checkpointing=true"),
+    ],
+)
+def test_running_out_of_memory_says_what_was_planned_and_what_fits(folder, batches, monkeypatch, options, remedy):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(PackTrainer, "compute_loss", exhausted)
+    # The convention for CUDA's own memory would outweigh so small a model.
+    monkeypatch.setattr(memory_plan, "CONTEXT", 0)
+    with pytest.raises(InputError) as caught:
+        train(folder, **options)
+    ((step, tokens),) = batches
+    message = str(caught.value)
+    assert step == 0 and "\n" not in message
+    assert message.startswith(f"out of memory on process 0 in the largest batch ({tokens:,} tokens), before the first ")
+    assert "planned: 0.0 GiB (parameters 0.0, gradients 0.0, optimizer 0.0, activations 0.0" in message
+    assert remedy in message
 
 
 def test_a_batch_without_a_trained_token_stops_the_training(folder, tmp_path):

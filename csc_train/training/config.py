@@ -111,6 +111,8 @@ class TrainerConfig:
     """Optimizer steps between saved states of training; below 1, a share of the run's steps."""
     keep_states: int = 2
     """How many saved states to keep."""
+    worst_first: bool = True
+    """Run the largest batch forward and backward before the first step, so that memory runs out at once or never."""
 
     def __post_init__(self):
         check_range("trainer.learning_rate", self.learning_rate, 0)

@@ -19,6 +19,7 @@ from csc_train.packing.schedule import pack_cost
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.isolation import check_isolation, guard_rows
 from csc_train.training.model import batch_layout, resolve_dtype
+from csc_train.training.worst_first import WorstFirst
 
 
 class PackTrainer(SFTTrainer):
@@ -169,7 +170,7 @@ def build_trainer(
     collator = PackCollator(batch_layout(attention, packing), tokenizer.pad_token_id, attention == "eager")
     check_isolation(model, collator, arguments.device, dtype)
     guard_rows(model)
-    return PackTrainer(
+    trainer = PackTrainer(
         model,
         arguments,
         packs,
@@ -177,6 +178,9 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=lora_config(adapter) if adapter.kind == "lora" else None,
     )
+    if config.worst_first:
+        trainer.add_callback(WorstFirst(trainer))
+    return trainer
 
 
 def forward_flops(model: torch.nn.Module) -> tuple[float, float]:

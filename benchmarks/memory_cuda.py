@@ -1,0 +1,149 @@
+"""Peak GPU memory of two trainings against the memory plan, with tokens a second and MFU: needs a CUDA GPU.
+
+python benchmarks/memory_cuda.py [results.json]
+
+A 1.5B-shaped model trained whole and a 7B-shaped one with LoRA, both from random weights, on packs of random tokens, by
+the trainer of recipes/sft.py on one GPU. Every run is a process of its own. `plan` is what the plan says that tensors
+take, `measured` the peak that torch allocated; `reserved` and `used` are what its allocator and the whole process hold.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy
+import torch
+
+from csc_train.config import compose
+from csc_train.errors import InputError
+from csc_train.files import write_json
+from csc_train.packing.config import PackingConfig
+from csc_train.packing.packed_dataset import pack_examples
+from csc_train.run import provenance
+from csc_train.template.dialogue_template import Example
+from csc_train.training.config import AdapterConfig, ArchitectureConfig, ModelConfig, TrainerConfig
+from csc_train.training.memory_plan import GIB, plan, training_flops
+from csc_train.training.model import choose_attention, load_model, weight_dtype
+from csc_train.training.tokenizer import train_tokenizer
+from csc_train.training.trainer import build_trainer
+from csc_train.training.worst_first import setting_of
+
+STEPS, WARM_UP = 8, 3
+LENGTH = 8192
+DOCUMENT = 1024
+TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
+"""Dense bf16, by the data sheets."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training."""
+
+    architecture: ArchitectureConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    checkpointing: bool = True
+    strategy: str = "best_fit"
+
+
+def cases() -> dict[str, Case]:
+    """The trainings by name."""
+    seven = compose("sft", ["model=qwen2_5_7b"]).model.architecture
+    # Qwen2.5-1.5B: 1,543,714,304 parameters.
+    small = replace(
+        seven, hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True,
+    )  # fmt: skip
+    return {"1.5B full": Case(small), "7B LoRA": Case(seven, AdapterConfig(kind="lora"))}
+
+
+def random_examples(count: int) -> list[Example]:
+    """Dialogues of random tokens, of which every second turn is trained."""
+    rng = numpy.random.default_rng(0)
+    boundaries = numpy.arange(DOCUMENT // 4, DOCUMENT + 1, DOCUMENT // 8, dtype=numpy.int32)
+    kinds = numpy.zeros(DOCUMENT, numpy.uint8)
+    for start in boundaries[:-1:2]:
+        kinds[start + 4 : start + DOCUMENT // 8] = 2
+    strategies = numpy.array([1, 0] * 3, numpy.uint8)
+    return [
+        Example(rng.integers(0, 290, DOCUMENT, dtype=numpy.int32), kinds, boundaries, strategies) for _ in range(count)
+    ]
+
+
+def measure(case: Case) -> dict:
+    """Train for `STEPS` steps of two forward passes each."""
+    packs, report = pack_examples(random_examples(2 * STEPS * LENGTH // DOCUMENT), PackingConfig(case.strategy, LENGTH))
+    tokenizer = train_tokenizer(["text"], 300)
+    attention = choose_attention("auto", case.strategy, "bf16")
+    config = ModelConfig(init="random", tokenizer="train", architecture=case.architecture)
+    with tempfile.TemporaryDirectory() as states:
+        trainer = build_trainer(
+            load_model(config, tokenizer, weight_dtype("bf16", case.adapter.kind), 0, attention).cuda(),
+            tokenizer,
+            packs,
+            packing=case.strategy,
+            config=TrainerConfig(
+                packs_per_step=2, max_steps=STEPS, precision="bf16", save_every=10**6,
+                gradient_checkpointing=case.checkpointing,
+            ),
+            adapter=case.adapter,
+            directory=Path(states),
+            processes=1,
+        )  # fmt: skip
+        setting, ends, real = setting_of(trainer, LENGTH), [], trainer.log
+
+        def log(logs, start_time=None):
+            torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+            real(logs, start_time)
+
+        trainer.log = log
+        trainer.train()
+    free, total = torch.cuda.mem_get_info()
+    measured, planned = torch.cuda.max_memory_allocated(), plan(setting)
+    # The last line that is logged is the summary.
+    seconds = (ends[STEPS - 1] - ends[WARM_UP - 1]) / (STEPS - WARM_UP)
+    tokens = report.tokens / STEPS
+    name = torch.cuda.get_device_name()
+    peak = next((tflops for known, tflops in TFLOPS.items() if known in name), None)
+    return {
+        "gpu": name,
+        "attention": attention,
+        "tokens_a_forward_pass": LENGTH,
+        "plan_gib": planned.allocated / GIB,
+        "measured_gib": measured / GIB,
+        "plan_over_measured": planned.allocated / measured,
+        "plan_total_gib": planned.total / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "used_gib": (total - free) / GIB,
+        "tokens_a_second": tokens / seconds,
+        "trained_tokens_a_second": report.trained_tokens / STEPS / seconds,
+        "mfu": None if peak is None else training_flops(setting, tokens, DOCUMENT) / seconds / (peak * 1e12),
+    }
+
+
+def main() -> None:
+    """Measure every case, or, named by `--case`, one of them."""
+    if not torch.cuda.is_available():
+        raise InputError("benchmarks/memory_cuda.py measures GPU memory, and torch finds no CUDA GPU")
+    if sys.argv[1:2] == ["--case"]:
+        print(json.dumps(measure(cases()[sys.argv[2]])))
+        return
+    results = {}
+    for name in cases():
+        done = subprocess.run([sys.executable, __file__, "--case", name], stdout=subprocess.PIPE, text=True, check=True)
+        results[name] = json.loads(done.stdout.splitlines()[-1])
+        print(name, json.dumps(results[name], indent=2), flush=True)
+    if sys.argv[1:]:
+        write_json(sys.argv[1], {"provenance": provenance(), "results": results})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

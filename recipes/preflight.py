@@ -1,0 +1,24 @@
+"""Check a training before it is started, and plan its memory, disk and time.
+
+python recipes/preflight.py model=qwen2_5_72b adapter=full topology=node8 zero=zero3
+"""
+
+import sys
+
+from csc_train.config import PreflightRecipe, run_recipe
+
+
+def main(config: PreflightRecipe) -> None:
+    # After the configuration is checked: these imports take time.
+    from rich.console import Console
+
+    from csc_train.launching.preflight import preflight
+
+    outcome = preflight(config, launching=False)
+    outcome.show(Console(width=None if sys.stdout.isatty() else 150))
+    if outcome.failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_recipe("preflight", main)

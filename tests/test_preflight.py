@@ -1,0 +1,220 @@
+"""Preflight finds each planted fault and says which; what cannot be checked here is not an error until the launch."""
+
+import io
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from csc_train.config import compose
+from csc_train.dialogue import write_dialogues
+from csc_train.launching.preflight import Outcome, preflight
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """A directory with a small sharded model, its tokenizer, and dialogues."""
+    folder = tmp_path_factory.mktemp("job")
+    tokenizer = small_tokenizer("qwen2_5")
+    config = tiny_config("qwen2", tokenizer, 0.02)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model", max_shard_size="40KB")
+    tokenizer.save_pretrained(folder / "model")
+    assert (folder / "model" / "model.safetensors.index.json").is_file()
+    rng = random.Random(0)
+    write_dialogues(folder / "dialogues.jsonl", [random_dialogue(rng) for _ in range(12)])
+    return folder
+
+
+def composed(job: Path, *overrides: str):
+    """A training of the job's model that every check passes; `overrides` come last."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 597, "tie_word_embeddings": "false",
+    }  # fmt: skip
+    return compose(
+        "preflight",
+        [
+            "model=qwen2_5_0_5b", f"model.path={job / 'model'}", "data=files",
+            f"data.train.path={job / 'dialogues.jsonl'}", f"run.directory={job / 'runs' / 'new'}",
+            *(f"model.architecture.{name}={value}" for name, value in sizes.items()), *overrides,
+        ],
+    )  # fmt: skip
+
+
+def statuses(outcome: Outcome) -> dict[str, str]:
+    return {check.name: check.status for check in outcome.checks}
+
+
+def failure(outcome: Outcome) -> tuple[str, str]:
+    """Name and message of the one check that failed."""
+    (check,) = outcome.failed
+    return check.name, check.message
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def test_a_sound_job_passes_and_is_estimated(job):
+    outcome = preflight(composed(job), launching=True)
+    expected = dict.fromkeys(statuses(outcome), "ok") | {
+        "memory": "not checked"
+    }  # on a CPU there is nothing to plan for
+    assert statuses(outcome) == expected, outcome.failed
+    estimate = outcome.estimate
+    assert (estimate.dialogues, estimate.steps) == (12, 3)  # one step an epoch
+    assert estimate.hours is None and estimate.flops > 0
+    given = composed(job, "topology=node8", "preflight.dialogues=1000", "preflight.tokens_per_dialogue=1024",
+                     "data.train.path=absent.jsonl", "preflight.probe=false", "trainer.epochs=2")  # fmt: skip
+    estimate = preflight(given, launching=False).estimate
+    # 1,024,000 tokens are 125 packs of 8192: 16 steps of 8, twice.
+    assert (estimate.tokens, estimate.packs, estimate.steps) == (1_024_000, 125, 32)
+    assert estimate.hours == pytest.approx(estimate.flops / (0.4 * 989e12 * 8 * 3600))
+
+
+FAULTS = {
+    "batch": (["trainer.packs_per_step=3"], "trainer.packs_per_step=3 is not a multiple of"),
+    "ZeRO": (["zero=zero1", "zero.offload=all"], "zero.offload=all with zero.stage=1: only stage 3 shards the weights"),
+    "tokenizer and template": (["model.chat_template=llama3_1"], "chat template llama3_1 ends a turn with"),
+    "model files": (["model.architecture.num_hidden_layers=3"], "num_hidden_layers is 2, model.architecture."),
+    "data": (["data.train.source=nobody"], "no row has source 'nobody'"),
+    "memory": (
+        ["topology.gpu_memory_gib=0.5"],
+        "of 0.5 GiB a GPU: does not fit; nothing tried fits: take shorter packs or an adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_fails_its_own_check_and_no_other(job, name):
+    overrides, message = FAULTS[name]
+    found, said = failure(preflight(composed(job, *overrides)))
+    assert found == name
+    assert message in said and "\n" not in said
+
+
+def test_a_missing_shard_is_named(job, tmp_path):
+    shutil.copytree(job / "model", tmp_path / "model")
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
+    shards[1].unlink()
+    for launching in (True, False):
+        outcome = preflight(composed(job, f"model.path={tmp_path / 'model'}"), launching=launching)
+        expected = f"{tmp_path / 'model'}: 1 of {len(shards)} shards are missing, the first {shards[1].name}"
+        assert failure(outcome) == ("model files", expected)
+
+
+def test_a_broken_data_file_is_named_with_its_line(job, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{\n")
+    name, message = failure(preflight(composed(job, f"data.train.path={broken}")))
+    assert name == "data" and str(broken) in message
+
+
+def test_what_is_absent_is_an_error_only_at_the_launch(job):
+    absent = composed(job, "model.path=./nowhere", "data.train.path=./nowhere.jsonl")
+    names = ("model files", "tokenizer and template", "data")
+    assert [statuses(preflight(absent, launching=True))[name] for name in names] == ["failed"] * 3
+    outcome = preflight(absent, launching=False)
+    assert [statuses(outcome)[name] for name in names] == ["not checked"] * 3
+    assert not outcome.failed
+
+
+def test_a_disk_that_is_too_small_for_the_states_is_refused(job):
+    outcome = preflight(composed(job), free_disk=1000)
+    name, message = failure(outcome)
+    assert name == "disk" and "0.0 GiB free" in message and "trainer.keep_states" in message
+    # States of 12 bytes a parameter, one more than are kept, and a checkpoint of 4 bytes a parameter.
+    parameters = outcome.settings[0].shape.parameters
+    assert not preflight(composed(job), free_disk=(3 * 12 + 4) * parameters).failed
+    assert preflight(composed(job), free_disk=(3 * 12 + 4) * parameters - 1).failed
+
+
+def test_another_world_size_than_the_topologys_is_refused(job, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    expected = "WORLD_SIZE=4, but topology=cpu2 has 1 nodes x 2 processes = 2"
+    assert failure(preflight(composed(job))) == ("world size", expected)
+
+
+def test_a_port_in_use_is_refused(job):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        overrides = ("topology.nodes=2", "trainer.packs_per_step=4", f"preflight.port={port}")
+        name, message = failure(preflight(composed(job, *overrides)))
+    assert name == "rendezvous" and message.startswith(f"preflight.port={port}: ")
+
+
+def test_packages_outside_their_ranges_are_named(job, tmp_path, monkeypatch):
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("# ours\ntorch<1\nno-such-package>=1\nrich>=1\n")
+    monkeypatch.setattr("csc_train.launching.preflight.REQUIREMENTS", requirements)
+    name, message = failure(preflight(composed(job)))
+    assert name == "packages"
+    assert "torch<1 (" in message and "no-such-package>=1 (not installed)" in message and "rich" not in message
+
+
+def driver(folder: Path, monkeypatch, *rows: str) -> None:
+    """Put an nvidia-smi on the path that answers with `rows`."""
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(rows) + "\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_the_gpus_are_those_of_the_topology(job, tmp_path, monkeypatch):
+    row = "NVIDIA H100, 81559, {}, 580.1"
+
+    def gpus(*used: int, **options) -> tuple[str, str]:
+        driver(tmp_path, monkeypatch, *(row.format(mib) for mib in used))
+        config = composed(job, "topology=node8", *(f"{key}={value}" for key, value in options.items()))
+        (check,) = (check for check in preflight(config, launching=False).checks if check.name == "GPUs")
+        return check.status, check.message
+
+    assert gpus(*[4] * 8) == ("ok", "8 x NVIDIA H100, 79.6 GiB")
+    assert gpus(4) == ("failed", "topology.processes_per_node=8, but there are 1 GPUs")
+    assert gpus(*[4] * 7, 50_000) == ("failed", "GPU 7 (NVIDIA H100): 48.8 GiB are in use by others")
+    assert gpus(*[4] * 8, **{"topology.gpu_memory_gib": 140})[1].endswith("has 79.6 GiB, topology.gpu_memory_gib=140.0")
+    assert gpus(4, **{"preflight.probe": "false"}) == ("not checked", "preflight.probe=false")
+    assert gpus(4, **{"topology.scheduler": "slurm"}) == ("not checked", "another machine's")
+
+
+def test_a_plan_that_does_not_fit_says_what_does(job):
+    config = compose("preflight", ["model=qwen2_5_72b", "topology=node8", "zero=zero3", "preflight.probe=false"])
+    outcome = preflight(config, launching=False, free_disk=10**15)
+    name, message = failure(outcome)
+    assert name == "memory" and "of 79.6 GiB a GPU: does not fit; what fits: " in message
+    assert message.endswith("GPUs")
+    console = Console(width=180, record=True, file=io.StringIO())
+    outcome.show(console)
+    text = console.export_text()
+    assert "Memory plan: GiB on each of 8 GPUs of 79.6 GiB; 8,192 tokens a forward pass" in text
+    rows = [line for line in text.splitlines() if "ZeRO-3" in line and ">" in line]
+    assert len(rows) == 1 and "full" in rows[0]
+    assert text.rstrip().endswith("1 failed: memory")
+
+
+def test_the_recipe_ends_with_status_1_and_writes_nothing(tmp_path):
+    def started(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "recipes" / "preflight.py"), *arguments],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    done = started("experiment=demo", "topology.processes_per_node=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing failed" in done.stdout
+    done = started("experiment=demo", "trainer.packs_per_step=3")
+    assert done.returncode == 1 and "1 failed: batch" in done.stdout
+    assert list(tmp_path.iterdir()) == []
