@@ -71,6 +71,7 @@ def main(config: SftRecipe) -> None:
         directory=run.states,
         processes=job.num_processes,
     )
+    run.say(f"steps: {trainer.batches().balance()}")
     stop = StopOnSignal()
     trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=run.last_state() if status == "unfinished" else None)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from csc_train.packing.balance import Balance, measure_balance
 from csc_train.packing.packed_dataset import Packs
 from csc_train.packing.schedule import PackCost, Part, distribute, epoch_steps, micro_batches
 
@@ -44,6 +45,18 @@ class RankBatches:
             shares = distribute(step, self.packs, self.processes, self.micro_batch_size, joined=self.joined)
             for parts in shares[self.rank]:
                 yield parts or [None]
+
+    def balance(self) -> Balance:
+        """How evenly the first epoch spreads its work over the processes, and how fair its steps are."""
+        return measure_balance(
+            self.packs,
+            self.packs_per_step,
+            self.seed,
+            epochs=1,
+            processes=self.processes,
+            micro_batch_size=self.micro_batch_size,
+            joined=self.joined,
+        )
 
     def __len__(self) -> int:
         steps, rest = divmod(len(self.packs), self.packs_per_step)

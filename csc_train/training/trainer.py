@@ -32,16 +32,11 @@ class PackTrainer(SFTTrainer):
         )
         self.packs = packs
 
-    def get_train_dataloader(self) -> PackLoader:
-        """This process's share of the packs.
-
-        The Trainer takes `gradient_accumulation_steps` batches for an optimizer step and, for the last of an epoch,
-        what is left; it counts trained tokens over what it took. The loader is not passed to accelerate, which would
-        deal the batches out again, and repeat some for want of a full last step.
-        """
+    def batches(self) -> RankBatches:
+        """This process's share of the packs."""
         linear, attention = forward_flops(self.model)
         arguments = self.args
-        batches = RankBatches(
+        return RankBatches(
             [
                 pack_cost(lengths, prefix, linear, attention)
                 for lengths, prefix in zip(self.packs.lengths, self.packs.prefixes, strict=True)
@@ -53,12 +48,20 @@ class PackTrainer(SFTTrainer):
             micro_batch_size=arguments.per_device_train_batch_size,
             joined=self.data_collator.joins,
         )
+
+    def get_train_dataloader(self) -> PackLoader:
+        """The loader of `batches`.
+
+        The Trainer takes `gradient_accumulation_steps` batches for an optimizer step and, for the last of an epoch,
+        what is left; it counts trained tokens over what it took. The loader is not passed to accelerate, which would
+        deal the batches out again, and repeat some for want of a full last step.
+        """
         return PackLoader(
             self.packs,
-            batches,
+            self.batches(),
             self.data_collator,
-            num_workers=arguments.dataloader_num_workers,
-            pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
