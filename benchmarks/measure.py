@@ -27,7 +27,7 @@ from csc_train.packing.packed_dataset import Packs
 from csc_train.run import provenance
 from csc_train.template.dialogue_template import Example, TokenKind
 from csc_train.training.config import AdapterConfig, TrainerConfig
-from csc_train.training.trainer import PackTrainer, build_trainer
+from csc_train.training.trainer import PackTrainer, build_trainer, training_arguments
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = Path(__file__).parent / "rolecs_like_lengths.txt"
@@ -105,15 +105,14 @@ def pack_trainer(
     model: PreTrainedModel, packs: Packs, packing: str, directory: str, checkpointing: bool = False
 ) -> PackTrainer:
     """Our trainer, one pack a step."""
+    config = TrainerConfig(learning_rate=LEARNING_RATE, packs_per_step=1, gradient_checkpointing=checkpointing)
     return build_trainer(
         model,
         AutoTokenizer.from_pretrained(SMALL_TOKENIZER),
         packs,
         packing=packing,
-        config=TrainerConfig(learning_rate=LEARNING_RATE, packs_per_step=1, gradient_checkpointing=checkpointing),
+        arguments=training_arguments(config, Path(directory), processes=1),
         adapter=AdapterConfig(),
-        directory=Path(directory),
-        processes=1,
     )
 
 

@@ -29,7 +29,7 @@ from csc_train.training.config import AdapterConfig, ArchitectureConfig, ModelCo
 from csc_train.training.memory_plan import GIB, plan, training_flops
 from csc_train.training.model import choose_attention, load_model, weight_dtype
 from csc_train.training.tokenizer import train_tokenizer
-from csc_train.training.trainer import build_trainer
+from csc_train.training.trainer import build_trainer, training_arguments
 from csc_train.training.worst_first import setting_of
 
 STEPS, WARM_UP = 8, 3
@@ -80,19 +80,18 @@ def measure(case: Case) -> dict:
     attention = choose_attention("auto", case.strategy, "bf16")
     config = ModelConfig(init="random", tokenizer="train", architecture=case.architecture)
     with tempfile.TemporaryDirectory() as states:
+        settings = TrainerConfig(
+            packs_per_step=2, max_steps=STEPS, precision="bf16", save_every=10**6,
+            gradient_checkpointing=case.checkpointing,
+        )  # fmt: skip
         trainer = build_trainer(
             load_model(config, tokenizer, weight_dtype("bf16", case.adapter.kind), 0, attention).cuda(),
             tokenizer,
             packs,
             packing=case.strategy,
-            config=TrainerConfig(
-                packs_per_step=2, max_steps=STEPS, precision="bf16", save_every=10**6,
-                gradient_checkpointing=case.checkpointing,
-            ),
+            arguments=training_arguments(settings, Path(states), processes=1),
             adapter=case.adapter,
-            directory=Path(states),
-            processes=1,
-        )  # fmt: skip
+        )
         setting, ends, real = setting_of(trainer, LENGTH), [], trainer.log
 
         def log(logs, start_time=None):

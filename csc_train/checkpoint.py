@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,19 +73,32 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str,
     manifest: Manifest,
+    shard_size: str = "50GB",
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a directory that plain `from_pretrained` loads, with the tokenizer, its chat template and the manifest.
 
     The directory is whole or not there.
+
+    Args:
+        shard_size: the largest file of weights.
+        check: gets the written directory before it takes its place; what it raises keeps it from doing so.
 
     Raises:
         InputError: it cannot be written.
     """
     tokenizer.chat_template = chat_template
     with model_directory(directory) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, max_shard_size=shard_size)
         tokenizer.save_pretrained(temporary)
-        write_json(temporary / MANIFEST, asdict(manifest))
+        write_manifest(temporary, manifest)
+        if check is not None:
+            check(temporary)
+
+
+def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
+    """Write a manifest into a directory."""
+    write_json(Path(directory) / MANIFEST, asdict(manifest))
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:

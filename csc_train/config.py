@@ -26,8 +26,7 @@ from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.run import RESOLVED, RunConfig, end_with_launcher, record_failure
 from csc_train.splits import DataConfig
 from csc_train.template.config import PrepareConfig, TemplateConfig
-from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig
-from csc_train.training.zero import ZeroConfig
+from csc_train.training.config import AdapterConfig, ExportConfig, ModelConfig, TrainerConfig, ZeroConfig
 
 CONF = Path(__file__).parent.parent / "conf"
 RECORDED = ("run", "resume", "from")
@@ -47,6 +46,7 @@ class SftRecipe:
     loss: LossConfig = field(default_factory=LossConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -60,7 +60,6 @@ class PreflightRecipe(SftRecipe):
     """Configuration of recipes/preflight.py: a training, and the machines it is meant for."""
 
     topology: TopologyConfig = field(default_factory=TopologyConfig)
-    zero: ZeroConfig = field(default_factory=ZeroConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
 
@@ -91,6 +90,7 @@ class LaunchRecipe:
     recipe: str = "sft"
     """The recipe to start."""
     topology: TopologyConfig = field(default_factory=TopologyConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     dry_run: bool = False
     """Print what would be started, start nothing and write nothing."""
 
@@ -102,6 +102,7 @@ SCHEMAS = {
     "sft": SftRecipe,
     "prepare": PrepareRecipe,
     "preflight": PreflightRecipe,
+    "export": ExportConfig,
     "evaluate": EvaluateRecipe,
     "write_sample": WriteSampleRecipe,
     "launch": LaunchRecipe,

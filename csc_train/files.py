@@ -33,7 +33,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = staging / path.name
     try:
         yield temporary
-        _flush_to_disk(temporary)
+        flush_to_disk(temporary)
         if temporary.is_dir() and path.is_dir() and not path.is_symlink():
             replaced = path.rename(staging / f"{path.name}.replaced")
             try:
@@ -49,7 +49,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or a directory with all that is in it, would survive a loss of power."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
         descriptor = os.open(entry, os.O_RDONLY)
         try:

@@ -28,7 +28,8 @@ RECORD = "run.json"
 STOPPED = 75
 """Exit status of a run that was asked to stop, and saved a state of training to go on from: sysexits' EX_TEMPFAIL."""
 OUTPUTS = (
-    "states", "base", "tokenizer", "checkpoint", "metrics.json", "predictions", "results.json", "table.md",
+    "states", "base", "tokenizer", "csc_manifest.json", "checkpoint", "metrics.json", "predictions", "results.json",
+    "table.md",
 )  # fmt: skip
 """What the recipes write into a run directory besides `run.json`, `resolved.yaml` and refused rows."""
 
@@ -104,8 +105,8 @@ class Run:
         return shared(self._begin(inputs) if self.main else None)
 
     def _begin(self, inputs: dict[str, str]) -> str:
-        # Where a run is kept and what is prepared for it do not change its results.
-        what = {name: value for name, value in self.config.items() if name not in ("run", "prepare")}
+        # Where a run is kept, what is prepared for it and what is sharded do not change its results.
+        what = {name: value for name, value in self.config.items() if name not in ("run", "prepare", "zero")}
         key = digest([self.recipe, what, inputs, code_digest(), provenance()["versions"]])
         existing = self.config["run"]["existing"]
         if existing in ("reuse", "resume") and self._record_path.exists():

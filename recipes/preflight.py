@@ -10,12 +10,10 @@ from csc_train.config import PreflightRecipe, run_recipe
 
 def main(config: PreflightRecipe) -> None:
     # After the configuration is checked: these imports take time.
-    from rich.console import Console
-
     from csc_train.launching.preflight import preflight
 
     outcome = preflight(config, launching=False)
-    outcome.show(Console(width=None if sys.stdout.isatty() else 150))
+    outcome.show()
     if outcome.failed:
         sys.exit(1)
 

@@ -11,7 +11,7 @@ from csc_train.config import SftRecipe, resolved, run_recipe
 
 def main(config: SftRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.checkpoint import save_checkpoint
+    from csc_train.checkpoint import save_checkpoint, write_manifest
     from csc_train.dialogue import data_digest
     from csc_train.files import write_json
     from csc_train.packing.packed_dataset import pack_examples
@@ -20,15 +20,25 @@ def main(config: SftRecipe) -> None:
     from csc_train.synthesis.sample import ensure_sample
     from csc_train.template.dialogue_template import DialogueTemplate
     from csc_train.template.prepared import prepare
+    from csc_train.training.compatibility import check_supported
+    from csc_train.training.export import trained_model
     from csc_train.training.interruption import StopOnSignal
     from csc_train.training.isolation import dropout_warning
-    from csc_train.training.model import check_reachable, choose_attention, load_model, resolve_dtype, weight_dtype
+    from csc_train.training.model import (
+        check_reachable,
+        choose_attention,
+        load_model,
+        resolve_dtype,
+        resolve_precision,
+        weight_dtype,
+    )
     from csc_train.training.origin import describe_origin, keep_base
     from csc_train.training.tokenizer import obtain_tokenizer
-    from csc_train.training.trainer import build_trainer, plain_model
+    from csc_train.training.trainer import build_trainer, training_arguments
 
     job = processes()
     config.trainer.accumulation(job.num_processes)  # refuses what cannot be divided
+    check_supported(config.zero, config.adapter.kind, resolve_precision(config.trainer.precision))
     attention = choose_attention(config.model.attn_implementation, config.packing.strategy, config.trainer.precision)
     check_reachable(config.model)
     run = Run("sft", resolved(config))
@@ -52,11 +62,15 @@ def main(config: SftRecipe) -> None:
     packs, packing_report = pack_examples(examples, config.packing, config.loss)
     run.say(f"training on {packing_report}")
 
-    # Model
+    # Model: the arguments come first, since ZeRO stage 3 shards it while it is loaded
+    arguments = training_arguments(config.trainer, run.states, job.num_processes, config.zero)
     dtype = weight_dtype(config.trainer.precision, config.adapter.kind)
-    model = load_model(config.model, tokenizer, dtype, config.trainer.seed, attention)
-    base = keep_base(config.model, model, tokenizer, run)
-    revision = getattr(model.config, "_commit_hash", None) or config.model.revision
+    source = keep_base(config.model, tokenizer, dtype, config.trainer.seed, run)
+    in_4_bits = config.adapter.kind == "qlora"
+    model = load_model(source, tokenizer, dtype, config.trainer.seed, attention, in_4_bits)
+    manifest = describe_origin(source, model, template, splits.train, run)
+    if run.main:
+        write_manifest(run.directory, manifest)
     if warning := dropout_warning(model.config, config.adapter, config.packing.strategy):
         run.say(warning)
 
@@ -66,10 +80,9 @@ def main(config: SftRecipe) -> None:
         tokenizer,
         packs,
         packing=config.packing.strategy,
-        config=config.trainer,
+        arguments=arguments,
         adapter=config.adapter,
-        directory=run.states,
-        processes=job.num_processes,
+        worst_first=config.trainer.worst_first,
     )
     run.say(f"steps: {trainer.batches().balance()}")
     stop = StopOnSignal()
@@ -79,9 +92,8 @@ def main(config: SftRecipe) -> None:
         run.stop()
 
     # Checkpoint
+    trained = trained_model(trainer, source, resolve_dtype(config.trainer.precision))
     if run.main:
-        manifest = describe_origin(base, revision, template, splits.train, run)
-        trained = plain_model(trainer, resolve_dtype(config.trainer.precision))
         metrics = {"packing": dataclasses.asdict(packing_report), "log": trainer.state.log_history}
         write_json(run.directory / "metrics.json", metrics)
         save_checkpoint(run.directory / "checkpoint", trained, tokenizer, template.chat_template, manifest)

@@ -31,11 +31,16 @@ REQUIRED = {
     "sft": [],
     "prepare": [],
     "preflight": [],
+    "export": ["source=runs/x", "output=y"],
     "evaluate": ["checkpoint=runs/x/checkpoint"],
     "write_sample": [],
     "launch": [],
 }
 """What each recipe cannot do without."""
+
+
+WITH_DATA = [recipe for recipe in SCHEMAS if "data" in SCHEMAS[recipe].__dataclass_fields__]
+"""The recipes that read dialogues."""
 
 
 def groups_of(recipe):
@@ -226,7 +231,7 @@ def refusal(recipe, *overrides):
         ("sft", "model.path=null", "model.path is not set: give a local directory or a hub id, or model.init=random"),
         ("preflight", "zero=zero4", "zero=zero4: not in conf/zero. Did you mean 'zero3'? Known: from_launcher, off, "
          "zero0, zero1, zero2, zero3, zero3_offload"),
-        ("preflight", "zero.stage=4", "zero.stage=4: choose one of off, 0, 1, 2, 3, from_launcher."),
+        ("preflight", "zero.stage=4", "zero.stage=4: choose one of auto, off, 0, 1, 2, 3, from_launcher."),
         (
             "evaluate",
             "evaluation.batchsize=3",
@@ -263,7 +268,7 @@ def nested_key(recipe):
     }[recipe]
 
 
-@pytest.mark.parametrize("recipe", SCHEMAS)
+@pytest.mark.parametrize("recipe", WITH_DATA)
 def test_every_recipe_refuses_what_is_wrong(recipe):
     key = nested_key(recipe)
     group, leaf = key.split(".")
@@ -283,10 +288,17 @@ def test_every_recipe_refuses_what_is_wrong(recipe):
         assert refusal(recipe, broken).startswith(f"{broken}: not of the form key=value")
 
 
+def test_an_unknown_key_of_export_is_refused():
+    assert "Did you mean 'output'?" in refusal("export", "outputt=x")
+    assert refusal("export", "base=x").startswith("base=x: choose one of original, dequantized")
+
+
 def test_required_values_are_named_for_every_recipe():
     with pytest.raises(InputError, match=r"^checkpoint is required: give checkpoint=\.\.\.$"):
         compose("evaluate", [])
-    for recipe in ("sft", "evaluate", "write_sample"):
+    with pytest.raises(InputError, match=r"^output is required: give output=\.\.\.$"):
+        compose("export", ["source=runs/x"])
+    for recipe in WITH_DATA:
         assert refusal(recipe, "data=files") == "data.train.path is required: give data.train.path=..."
     assert compose("sft", ["data=files", "data.train.path=mine.jsonl"]).data.train.path == "mine.jsonl"
 

@@ -20,7 +20,7 @@ from csc_train.packing.packed_dataset import pack_examples
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, Example
 from csc_train.training.config import AdapterConfig, TrainerConfig
-from csc_train.training.trainer import build_trainer
+from csc_train.training.trainer import build_trainer, training_arguments
 
 TOLERANCE = 1e-5
 LEAK = 1e-2
@@ -184,15 +184,14 @@ def test_the_turns_of_a_dialogue_one_by_one_equal_all_of_them_in_one_sequence(mo
 def test_the_trainers_own_loss_equals_the_separate_documents(architecture, checkpointing, tmp_path):
     """Through TRL's fused head, with the collator and the call that training uses."""
     case = Case(architecture, "sdpa")  # of its own: the trainer changes its model
+    config = TrainerConfig(packs_per_step=len(case.packs), micro_batch_size=len(case.packs), precision="fp32")
     trainer = build_trainer(
         case.model,
         case.tokenizer,
         case.packs,
         packing="best_fit",
-        config=TrainerConfig(packs_per_step=len(case.packs), micro_batch_size=len(case.packs), precision="fp32"),
+        arguments=training_arguments(config, tmp_path, processes=1),
         adapter=AdapterConfig(),
-        directory=tmp_path,
-        processes=1,
     )
     if checkpointing:
         case.model.activation_checkpointing_enable()

@@ -130,9 +130,10 @@ def test_a_model_that_drops_what_says_where_documents_end_is_refused(kind, atten
         check(model, packing)
 
 
-def test_flex_attention_is_refused_where_the_model_has_dropout():
-    with pytest.raises(InputError, match="FlexAttention has no dropout"):
-        check(make("qwen2", FLEX_ATTENTION, attention_dropout=0.1), SHARED)
+@pytest.mark.parametrize("attention", [FLEX_ATTENTION, ATTENTION])
+def test_an_attention_without_dropout_is_refused_where_the_model_has_it(attention):
+    with pytest.raises(InputError, match="it has no dropout, the model has attention_dropout"):
+        check(make("qwen2", attention, attention_dropout=0.1), SHARED)
 
 
 # At each step

@@ -19,7 +19,7 @@ from csc_train.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, Example, TokenKind
 from csc_train.training.config import AdapterConfig, TrainerConfig
-from csc_train.training.trainer import build_trainer
+from csc_train.training.trainer import build_trainer, training_arguments
 
 C, S, R = TokenKind
 
@@ -143,26 +143,25 @@ def test_one_forward_and_no_logits_of_all_tokens(tmp_path):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     examples = [example((1, [C, S, R])), example((1, [C, S, *[R] * (tokens // 2)]))]
     for one in examples:
-        one.input_ids[:] %= config.vocab_size
+        one.input_ids[:] %= model.config.vocab_size
     packs, _ = pack_examples(examples * 2, PackingConfig("off", max_length=tokens), LossConfig("turns"))
+    config = TrainerConfig(packs_per_step=4, micro_batch_size=4, precision="fp32", gradient_checkpointing=False)
     trainer = build_trainer(
         model,
         tokenizer,
         packs,
         packing="best_fit",
-        config=TrainerConfig(packs_per_step=4, micro_batch_size=4, precision="fp32", gradient_checkpointing=False),
+        arguments=training_arguments(config, tmp_path, processes=1),
         adapter=AdapterConfig(),
-        directory=tmp_path,
-        processes=1,
     )
     calls = []
     model.model.register_forward_hook(lambda *_: calls.append("body"))
     model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
     batch = PackCollator("joined", 0)([packs[index] for index in range(len(packs))])
-    with LogitRows(config.vocab_size) as logits:
+    with LogitRows(model.config.vocab_size) as logits:
         trainer.training_step(model, dict(batch), num_items_in_batch=batch["weights"].sum())
     assert calls == ["body"]
     assert 0 < logits.most < batch["input_ids"].numel()
-    with LogitRows(config.vocab_size) as logits, torch.no_grad():
+    with LogitRows(model.config.vocab_size) as logits, torch.no_grad():
         model(**{name: batch[name] for name in ("input_ids", "position_ids")}, use_cache=False)
     assert logits.most == batch["input_ids"].numel()  # a plain forward builds them, and is seen to

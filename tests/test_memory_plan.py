@@ -15,6 +15,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 from csc_train.config import compose
+from csc_train.launching.preflight import zero_of
 from csc_train.training.config import ArchitectureConfig
 from csc_train.training.memory_plan import (
     GIB,
@@ -275,8 +276,7 @@ def test_every_remedy_fits_and_is_an_override(seven):
         config = compose("preflight", ["model=qwen2_5_7b", "topology=node8", "zero=zero2", *remedy.split()])
         changed = replace(
             setting,
-            stage=config.zero.stage,
-            offload=config.zero.offload,
+            **dict(zip(("stage", "offload"), zero_of(config.zero), strict=True)),
             tokens=8192 * config.trainer.micro_batch_size if "micro" in remedy else setting.tokens,
             checkpointing=config.trainer.gradient_checkpointing if "checkpointing" in remedy else False,
         )

@@ -84,7 +84,10 @@ def test_a_sound_job_passes_and_is_estimated(job):
 
 FAULTS = {
     "batch": (["trainer.packs_per_step=3"], "trainer.packs_per_step=3 is not a multiple of"),
-    "ZeRO": (["zero=zero1", "zero.offload=all"], "zero.offload=all with zero.stage=1: only stage 3 shards the weights"),
+    "ZeRO": (
+        ["zero=zero0", "trainer.precision=bf16"],
+        "zero.stage=0 with adapter.kind=full in bf16: DeepSpeed's stage 0",
+    ),
     "tokenizer and template": (["model.chat_template=llama3_1"], "chat template llama3_1 ends a turn with"),
     "model files": (["model.architecture.num_hidden_layers=3"], "num_hidden_layers is 2, model.architecture."),
     "data": (["data.train.source=nobody"], "no row has source 'nobody'"),

@@ -6,10 +6,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from csc_train.config import RECORDED, LaunchRecipe, compose, compose_recorded, known_keys, resolved
+from csc_train.config import RECORDED, LaunchRecipe, PreflightRecipe, compose, compose_recorded, known_keys, resolved
 from csc_train.errors import InputError, suggestion
 from csc_train.files import write_text
 from csc_train.launching.commands import local_command, node_command
+from csc_train.launching.preflight import Outcome, preflight
 from csc_train.launching.slurm import job_script, submit
 from csc_train.launching.supervise import supervise
 from csc_train.run import RECORD, RESOLVED, STOPPED, RunConfig, as_yaml, default_directory
@@ -125,6 +126,13 @@ def check(job: Job) -> None:
         job.script()
 
 
+def inspect(job: Job) -> Outcome:
+    """What a preflight of the job finds."""
+    chosen = {field.name: getattr(job.config, field.name) for field in fields(job.config)}
+    recipe = PreflightRecipe(**chosen, topology=job.launch.topology, preflight=job.launch.preflight)
+    return preflight(recipe, launching=not job.launch.dry_run)
+
+
 def freeze(job: Job) -> None:
     """Record in the run directory what is run and how; the ranks read it there.
 
@@ -153,9 +161,15 @@ def launch(arguments: list[str]) -> int:
     """What launch/launch.py does; returns its exit status: that of `supervise`, or 2 after an InputError."""
     try:
         job = plan(arguments)
+        outcome = inspect(job)
         if job.launch.dry_run:
-            print(describe(job))
+            print(describe(job), end="\n\n")
+            outcome.show()
             return 0
+        if outcome.failed and not job.launch.preflight.force:
+            outcome.show()
+            names = ", ".join(check.name for check in outcome.failed)
+            raise InputError(f"preflight: {names} failed (see above); preflight.force=true starts the job all the same")
         freeze(job)
         print(f"run directory: {job.directory}", flush=True)
         if job.local:

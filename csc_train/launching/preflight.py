@@ -4,13 +4,13 @@ Nothing here starts a process group, loads weights or touches GPU memory; what t
 """
 
 import importlib.metadata
-import importlib.util
 import math
 import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from csc_train.errors import InputError, check_range
 from csc_train.files import read_json
 from csc_train.hub import looks_local
-from csc_train.training.config import TRAINED_TOKENIZER
+from csc_train.training.compatibility import check_supported
+from csc_train.training.config import TRAINED_TOKENIZER, ZeroConfig
 from csc_train.training.memory_plan import (
     GIB,
     MemoryPlan,
@@ -35,7 +36,6 @@ from csc_train.training.memory_plan import (
     training_flops,
     world_sizes,
 )
-from csc_train.training.zero import ZeroConfig, check_supported
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +54,8 @@ SAMPLE = 500
 class PreflightConfig:
     """How a training is checked before it starts."""
 
+    force: bool = False
+    """Launch although a check failed."""
     probe: bool = True
     """Ask the driver (nvidia-smi) which GPUs this machine has and how much of their memory is free."""
     port: int = 29500
@@ -136,9 +138,12 @@ class Outcome:
         """The checks that failed."""
         return [check for check in self.checks if check.status == "failed"]
 
-    def show(self, console: "Console") -> None:
+    def show(self, console: "Console | None" = None) -> None:
         """Print the checks, the memory plan and the estimate."""
+        from rich.console import Console
         from rich.table import Table
+
+        console = console or Console(width=None if sys.stdout.isatty() else 150)
 
         checks = Table("check", "", "", title="Preflight", title_justify="left")
         colours = {"ok": "green", "not checked": "yellow", "failed": "red"}
@@ -159,7 +164,6 @@ class Outcome:
 
 def preflight(
     config: "PreflightRecipe",
-    options: PreflightConfig | None = None,
     *,
     launching: bool = True,
     free_disk: int | None = None,
@@ -168,11 +172,10 @@ def preflight(
 
     Args:
         config: a composed training with its `topology` and `zero` sections.
-        options: `config.preflight` where not given.
         launching: whether the training is about to start: then what is absent fails, and is not just not checked.
         free_disk: bytes that are free for the run; asked of the file system where not given.
     """
-    options = options or config.preflight
+    options = config.preflight
     topology = config.topology
     absent = InputError if launching else NotCheckedError
     gpus = probe_gpus() if options.probe and topology.device == "cuda" and topology.scheduler == "local" else None
@@ -247,9 +250,11 @@ def check_world_size(config: "PreflightRecipe") -> str:
 
 
 def check_pair(config: "PreflightRecipe") -> str:
-    """Adapter, stage and offload go together (see `training.zero.check_supported`)."""
-    check_supported(config.adapter.kind, config.zero)
-    return f"adapter={config.adapter.kind} with stage {config.zero.stage}, offload {config.zero.offload}"
+    """Adapter, stage, offload and precision go together (see `training.compatibility`)."""
+    precision = "bf16" if _in_bf16(config) else "fp32"
+    check_supported(config.zero, config.adapter.kind, precision)
+    stage, offload = zero_of(config.zero)
+    return f"adapter={config.adapter.kind} with stage {stage}, offload {offload}, {precision}"
 
 
 def check_model_files(config: "PreflightRecipe", absent: type[Exception]) -> str:
@@ -498,8 +503,16 @@ def check_tracking() -> str:
 
 
 def zero_of(zero: ZeroConfig) -> tuple[str, str]:
-    """The stage and the offload that the plan knows; what the launcher brings is planned as stage 3."""
-    return ("3" if zero.stage == "from_launcher" else zero.stage), zero.offload
+    """The stage and the offload (none, optimizer, all) that the plan knows; what the launcher brings is planned as
+    stage 3."""
+    offload = "all" if zero.offload_parameters else "optimizer" if zero.offload_optimizer else "none"
+    return {"from_launcher": "3", "auto": "off"}.get(zero.stage, zero.stage), offload
+
+
+def _in_bf16(config: "PreflightRecipe") -> bool:
+    return config.trainer.precision == "bf16" or (
+        config.trainer.precision == "auto" and config.topology.device == "cuda"
+    )
 
 
 def setting_of(config: "PreflightRecipe") -> Setting:
@@ -521,16 +534,14 @@ def setting_of(config: "PreflightRecipe") -> Setting:
         tokens=tokens,
         checkpointing=config.trainer.gradient_checkpointing,
         mask_columns=_mask_columns(config, tokens),
-        bf16=config.trainer.precision == "bf16" or (config.trainer.precision == "auto" and topology.device == "cuda"),
+        bf16=_in_bf16(config),
     )
 
 
 def _mask_columns(config: "PreflightRecipe", tokens: int) -> int:
     """Columns of the dense mask that sdpa needs on a GPU to keep the documents of a pack apart."""
-    attention = config.model.attn_implementation
-    if attention == "auto":
-        attention = "sdpa" if importlib.util.find_spec("flash_attn") is None else "flash_attention_2"
-    if config.packing.strategy == "off" or config.topology.device == "cpu" or attention not in ("sdpa", "eager"):
+    dense = config.model.attn_implementation in ("sdpa", "eager")
+    if config.packing.strategy == "off" or config.topology.device == "cpu" or not dense:
         return 0
     return tokens if config.packing.strategy == "shared_prefix" else config.packing.max_length
 

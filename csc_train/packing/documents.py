@@ -84,6 +84,14 @@ def refuse_leaks(
         raise ValueError(f"{attention} attention takes one row and no attention mask")
 
 
+def same_dtype(*states: torch.Tensor) -> list[torch.Tensor]:
+    """Queries, keys and values as autocast wants them: kernels called by hand get what rotary embeddings leave in fp32
+    beside what linear layers make in bf16."""
+    device = states[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states[0].dtype
+    return [each.to(dtype) for each in states]
+
+
 def document_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -98,8 +106,7 @@ def document_attention(
     """Attention of a row, one document at a time, for transformers' attention registry.
 
     On a GPU one call of flash-attention's variable-length kernel, which takes different query and key lengths and
-    aligns the causal mask bottom right (not run yet: no test reaches it); elsewhere scaled-dot-product attention
-    document by document.
+    aligns the causal mask bottom right (not run yet: no test reaches it); elsewhere block by block (`_Blocks`).
 
     Args:
         query: [1, heads, length, head_dim]; key and value have the key-value heads.
@@ -109,26 +116,93 @@ def document_attention(
         [1, length, heads, head_dim], and no weights.
 
     Raises:
-        ValueError: see `refuse_leaks`.
+        ValueError: see `refuse_leaks`; or there is dropout on a CPU, whose kernel has none.
     """
     refuse_leaks(ATTENTION, query, attention_mask, documents)
     documents = Documents(**documents)
+    query, key, value = same_dtype(query, key, value)
     if query.is_cuda:
         return _flash_attention(query, key, value, dropout, scaling, documents), None
+    if dropout:
+        raise ValueError(f"{ATTENTION} attention has no dropout on a CPU: set the model's attention_dropout to 0")
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    outputs = []
-    key_start = 0
-    for queries, keys in zip(documents.query_lengths.tolist(), documents.key_lengths.tolist(), strict=True):
-        index = documents.key_index[key_start : key_start + keys]
-        # The prefix's queries run along and are dropped: a causal square without a mask costs less than a masked
-        # oblong, of which the kernel computes the masked part as well.
-        square = F.scaled_dot_product_attention(
-            query[:, :, index], key[:, :, index], value[:, :, index], dropout_p=dropout, is_causal=True, scale=scaling
-        )
-        outputs.append(square[:, :, keys - queries :])
-        key_start += keys
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    output = _Blocks.apply(query, key, value, _squares(documents), _oblongs(documents), scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _squares(documents: Documents) -> list[slice]:
+    """Where in the row each document stands: it sees itself, causally."""
+    ends = documents.query_lengths.cumsum(0).tolist()
+    return [slice(end - queries, end) for end, queries in zip(ends, documents.query_lengths.tolist(), strict=True)]
+
+
+def _oblongs(documents: Documents) -> list[tuple[slice, slice]]:
+    """Stretches of documents and the prefix that they share: all of the one sees all of the other."""
+    found: list[tuple[slice, slice]] = []
+    first_keys = documents.key_index[documents.key_lengths.cumsum(0) - documents.key_lengths]
+    shared = documents.key_lengths - documents.query_lengths
+    for own, start, length in zip(_squares(documents), first_keys.tolist(), shared.tolist(), strict=True):
+        prefix = slice(start, start + length)
+        if length and found and found[-1] == (slice(found[-1][0].start, own.start), prefix):
+            found[-1] = (slice(found[-1][0].start, own.stop), prefix)
+        elif length:
+            found.append((own, prefix))
+    return found
+
+
+class _Blocks(torch.autograd.Function):
+    """Attention of a row by blocks of queries and keys, each by PyTorch's flash-attention for the CPU.
+
+    A prefix is so multiplied with all that share it at once, and no causal mask is ever larger than a document. The
+    parts of a query's softmax are joined by their log-sum-exp; the kernel's backward pass, given the joined output and
+    log-sum-exp, returns each block's share of the gradients (as in ring attention, Liu et al. 2023).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, squares, oblongs, scale):
+        output, total = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_sum_dtype(query.dtype))
+        for own in squares:
+            output[:, :, own], total[:, :, own] = _flash(
+                query[:, :, own], key[:, :, own], value[:, :, own], 0.0, True, scale=scale
+            )
+        for own, prefix in oblongs:
+            part, part_total = _flash(query[:, :, own], key[:, :, prefix], value[:, :, prefix], 0.0, False, scale=scale)
+            joined = torch.logaddexp(total[:, :, own], part_total)
+            weight = (part_total - joined).exp()[..., None].to(query.dtype)
+            output[:, :, own] = torch.lerp(output[:, :, own], part, weight)
+            total[:, :, own] = joined
+        ctx.save_for_backward(query, key, value, output, total)
+        ctx.blocks, ctx.scale = [(own, own, True) for own in squares] + [(*block, False) for block in oblongs], scale
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, output, total = ctx.saved_tensors
+        gradients = [torch.zeros_like(each) for each in (query, key, value)]
+        for own, seen, causal in ctx.blocks:
+            shares = _flash_backward(
+                gradient[:, :, own],
+                query[:, :, own],
+                key[:, :, seen],
+                value[:, :, seen],
+                output[:, :, own],
+                total[:, :, own],
+                0.0,
+                causal,
+                scale=ctx.scale,
+            )
+            for sum_, share, where in zip(gradients, shares, (own, seen, seen), strict=True):
+                sum_[:, :, where] += share
+        return (*gradients, None, None, None)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _flash_attention(
@@ -144,9 +218,7 @@ def _flash_attention(
     def bounds(lengths: torch.Tensor) -> torch.Tensor:
         return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
-    # With weights in fp32, rotary embeddings leave queries and keys in fp32, which the kernel does not take.
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     output = flash_attn_varlen_func(
         query,
         key[documents.key_index],

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from csc_train.packing.documents import Documents, refuse_leaks
+from csc_train.packing.documents import Documents, refuse_leaks, same_dtype
 
 FLEX_ATTENTION = "flex_documents"
 """Name under which `flex_document_attention` stands in transformers' attention registry."""
@@ -110,9 +110,7 @@ def flex_document_attention(
     refuse_leaks(FLEX_ATTENTION, query, attention_mask, documents)
     if dropout:
         raise ValueError("FlexAttention has no dropout: set the model's attention_dropout to 0, or use another one")
-    # With weights in fp32, rotary embeddings leave queries and keys in fp32 beside values in bf16.
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    query, key, value = (states.to(dtype) for states in (query, key, value))
+    query, key, value = same_dtype(query, key, value)
     attend = _compiled if query.is_cuda else flex_attention
     mask = FlexDocuments(**documents).block_mask()
     output = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)

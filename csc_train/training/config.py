@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from omegaconf import MISSING
+
 from csc_train.errors import InputError, check_choice, check_range
 from csc_train.template.config import CHAT_TEMPLATES
 
@@ -70,17 +72,46 @@ class AdapterConfig:
     """Which weights are trained."""
 
     kind: str = "full"
-    """full: all of them. lora: low-rank adapters, merged into the weights when the checkpoint is written."""
+    """full: all of them. lora: low-rank adapters, merged into the weights when the checkpoint is written. qlora: the
+    same over weights held in 4 bits (NF4, quantized twice), merged into the weights as they were before."""
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str = "all-linear"
 
     def __post_init__(self):
-        check_choice("adapter.kind", self.kind, ("full", "lora"))
+        check_choice("adapter.kind", self.kind, ("full", "lora", "qlora"))
         check_range("adapter.rank", self.rank, 1)
         check_range("adapter.alpha", self.alpha, 1)
         check_range("adapter.dropout", self.dropout, 0, 1)
+
+
+@dataclass
+class ZeroConfig:
+    """What is sharded over the processes, by DeepSpeed's ZeRO."""
+
+    stage: str = "auto"
+    """off: nothing, PyTorch's DDP. 0: nothing, but DeepSpeed's engine. 1: the optimizer's states. 2: the gradients as
+    well. 3: the weights as well. from_launcher: what accelerate's own configuration says. auto: from_launcher where
+    accelerate brings one, else off."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's states in the memory of the CPU and update the weights there."""
+    offload_parameters: bool = False
+    """Under stage 3, keep the shards of the weights in the memory of the CPU."""
+    persistence_threshold: int | None = None
+    """Under stage 3, parameters of fewer elements stay whole on every process; ten times the hidden size where not
+    given."""
+
+    def __post_init__(self):
+        check_choice("zero.stage", self.stage, ("auto", "off", "0", "1", "2", "3", "from_launcher"))
+        if self.persistence_threshold is not None:
+            check_range("zero.persistence_threshold", self.persistence_threshold, 0)
+        if self.offload_optimizer and self.stage not in ("2", "3"):
+            raise InputError(f"zero.offload_optimizer=true with zero.stage={self.stage}: choose stage 2 or 3")
+        if self.offload_parameters and self.stage != "3":
+            raise InputError(
+                f"zero.offload_parameters=true with zero.stage={self.stage}: only stage 3 shards the weights"
+            )
 
 
 @dataclass
@@ -146,3 +177,26 @@ class TrainerConfig:
                 f"{self.micro_batch_size} x {processes} processes"
             )
         return self.packs_per_step // each
+
+
+@dataclass
+class ExportConfig:
+    """What recipes/export.py writes."""
+
+    source: str = MISSING
+    """A saved state of training, or a run directory, whose last state is meant."""
+    output: str = MISSING
+    """The directory to write."""
+    base: str = "original"
+    """For QLoRA, the weights that the adapter is merged into. original: those before they were quantized, which the
+    adapter has never seen. dequantized: those it was trained on."""
+    dtype: str = "auto"
+    """Of the weights. auto: the base's own where an adapter is merged, else the run's precision. Or bf16, fp32."""
+    shard_size: str = "5GB"
+    """The largest file of weights."""
+    push_to_hub: str | None = None
+    """The hub repository to upload to."""
+
+    def __post_init__(self):
+        check_choice("base", self.base, ("original", "dequantized"))
+        check_choice("dtype", self.dtype, ("auto", "bf16", "fp32"))

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from csc_train.errors import InputError
 from csc_train.packing.collator import SHARING, PackCollator
+from csc_train.packing.documents import ATTENTION
 from csc_train.packing.flex import FLEX_ATTENTION
 from csc_train.training.config import AdapterConfig
 
@@ -45,8 +46,9 @@ def check_isolation(
         return
     attention = model.config._attn_implementation
     refusal = f"{type(model).__name__} with {attention} attention cannot be trained on packs"
-    if attention == FLEX_ATTENTION and getattr(model.config, "attention_dropout", 0):
-        raise InputError(f"{refusal}: FlexAttention has no dropout, the model has attention_dropout")
+    without_dropout = attention == FLEX_ATTENTION or (attention == ATTENTION and device.type == "cpu")
+    if without_dropout and getattr(model.config, "attention_dropout", 0):
+        raise InputError(f"{refusal}: it has no dropout, the model has attention_dropout")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
         probe = _probe(model, device)

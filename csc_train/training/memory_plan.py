@@ -421,7 +421,11 @@ def remedies(setting: Setting, rows: int, memory: float, host_memory: float = ma
     # Offloads are slow: only where no stage is enough.
     if (sharded := smallest_fit(candidates(saving), memory, host_memory)) and sharded != saving:
         stage = "zero=off" if sharded.stage == "off" else f"zero=zero{sharded.stage}"
-        offload = "" if sharded.offload == "none" else f"zero.offload={sharded.offload}"
+        offload = {
+            "none": "",
+            "optimizer": "zero.offload_optimizer=true",
+            "all": "zero.offload_optimizer=true zero.offload_parameters=true",
+        }[sharded.offload]
         found.append(" ".join(filter(None, (stage, offload, override))))
     return found
 

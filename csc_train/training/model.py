@@ -3,11 +3,13 @@
 import importlib.util
 from dataclasses import asdict
 
+import peft
 import torch
 from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,24 +21,35 @@ from csc_train.hub import readable
 from csc_train.packing.documents import ATTENTION as DOCUMENT_ATTENTION
 from csc_train.packing.documents import document_attention
 from csc_train.packing.flex import FLEX_ATTENTION, flex_document_attention
-from csc_train.training.config import ArchitectureConfig, ModelConfig
+from csc_train.training.config import AdapterConfig, ArchitectureConfig, ModelConfig
 
 AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
 AttentionInterface.register(FLEX_ATTENTION, flex_document_attention)
 
 
 def load_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int, attention: str = "sdpa"
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    seed: int,
+    attention: str = "sdpa",
+    in_4_bits: bool = False,
 ) -> PreTrainedModel:
     """The model that `config` names, in `dtype`; random weights depend on `seed` alone.
 
     Args:
         attention: the attention implementation (see `choose_attention`).
+        in_4_bits: hold the weights of linear layers in 4 bits (NF4, their scales quantized as well) and compute in
+            `dtype`, as in Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023).
 
     Raises:
         InputError: it cannot be found or read, is gated, or has fewer embeddings than the tokenizer has tokens.
     """
     options = {"dtype": dtype, "attn_implementation": attention}
+    if in_4_bits:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     if config.init == "random":
         set_all_seeds(seed)
         model = AutoModelForCausalLM.from_config(model_config(config.architecture, tokenizer), **options)
@@ -117,6 +130,17 @@ def batch_layout(attention: str, packing: str) -> str:
     return layouts[attention]
 
 
+def lora_config(adapter: AdapterConfig) -> peft.LoraConfig:
+    """PEFT's configuration of a LoRA adapter."""
+    return peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
 def weight_dtype(precision: str, adapter: str) -> torch.dtype:
     """The dtype in which the weights are held while training.
 
@@ -126,8 +150,13 @@ def weight_dtype(precision: str, adapter: str) -> torch.dtype:
     return torch.float32 if adapter == "full" else resolve_dtype(precision)
 
 
+def resolve_precision(precision: str) -> str:
+    """bf16 or fp32: what a `TrainerConfig.precision` stands for on this machine."""
+    if precision == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return precision
+
+
 def resolve_dtype(precision: str) -> torch.dtype:
     """The dtype of the computation that a `TrainerConfig.precision` stands for on this machine."""
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[resolve_precision(precision)]

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import peft
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,10 +15,13 @@ from csc_train.packing.collator import PackCollator
 from csc_train.packing.loader import PackLoader, RankBatches
 from csc_train.packing.packed_dataset import Packs
 from csc_train.packing.schedule import pack_cost
-from csc_train.training.config import AdapterConfig, TrainerConfig
+from csc_train.training.config import AdapterConfig, TrainerConfig, ZeroConfig
 from csc_train.training.isolation import check_isolation, guard_rows
-from csc_train.training.model import batch_layout, resolve_dtype
+from csc_train.training.model import batch_layout, lora_config, resolve_dtype
+from csc_train.training.reshard import lay_out
+from csc_train.training.states import WRITING, begin_state, check_steps, end_state, read_record, record_of
 from csc_train.training.worst_first import WorstFirst
+from csc_train.training.zero import check_engine, deepspeed_config, launcher_stage, start_deepspeed
 
 
 class PackTrainer(SFTTrainer):
@@ -31,6 +33,24 @@ class PackTrainer(SFTTrainer):
             model, arguments, train_dataset=datasets.Dataset.from_dict({"pack": range(len(packs))}), **options
         )
         self.packs = packs
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Wrap the model and load the state to go on from, over however many processes it was saved.
+
+        Raises:
+            InputError: training would not run as asked (see `zero.check_engine`) or not go on with the same steps.
+        """
+        moved = False
+        if resume_from_checkpoint is not None:
+            state, now = Path(resume_from_checkpoint), record_of(self)
+            saved = read_record(state)
+            check_steps(state, saved, now)
+            moved = saved.stage != now.stage or (saved.stage in (1, 2, 3) and saved.processes != now.processes)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if moved else resume_from_checkpoint)
+        check_engine(self)
+        if moved:
+            lay_out(self, state)
+        return prepared
 
     def batches(self) -> RankBatches:
         """This process's share of the packs."""
@@ -94,14 +114,21 @@ class PackTrainer(SFTTrainer):
         total = sum(batch["weights"].sum(dtype=torch.float64) for batch in batch_samples).to(device, torch.float32)
         return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
 
+    def _get_output_dir(self, trial) -> str:
+        """Where the Trainer writes states of training (see `states.end_state`)."""
+        return str(Path(super()._get_output_dir(trial)) / WRITING)
+
     def _save_checkpoint(self, model, trial):
-        """Save a state of training.
+        """Save a state of training, which is there when it is whole.
 
         Raises:
             InputError: it cannot be written.
         """
+        directory = Path(self.args.output_dir)
         try:
+            begin_state(self, directory)
             super()._save_checkpoint(model, trial)
+            end_state(self, directory)
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
                 raise
@@ -113,34 +140,24 @@ class PackTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-def build_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    packs: Packs,
-    *,
-    packing: str,
-    config: TrainerConfig,
-    adapter: AdapterConfig,
-    directory: Path,
-    processes: int,
-) -> PackTrainer:
-    """The trainer of one run.
-
-    The loss of an optimizer step is the weighted sum over its trained tokens divided by the sum of their weights, both
-    taken over all micro batches and processes, so neither changes the gradient. The packs of a step follow from the
-    seed, the epoch and the packs per step alone, so neither changes what is trained when.
+def training_arguments(
+    config: TrainerConfig, directory: Path, processes: int, zero: ZeroConfig | None = None
+) -> SFTConfig:
+    """The arguments of a training. Made before the model, which ZeRO stage 3 shards while it is loaded.
 
     Args:
-        packs: as `packing.pack_examples` returns them.
-        packing: the `PackingConfig.strategy` by which `packs` were made.
         directory: where states of training are saved.
         processes: how many processes train together.
+        zero: what is sharded over them; nothing by default.
 
     Raises:
-        InputError: the model would not keep the documents of a pack apart.
+        InputError: as `TrainerConfig.accumulation` and `zero.deepspeed_config`.
     """
     dtype = resolve_dtype(config.precision)
-    arguments = SFTConfig(
+    deepspeed = deepspeed_config(zero or ZeroConfig())
+    if deepspeed or launcher_stage():
+        start_deepspeed()
+    return SFTConfig(
         output_dir=str(directory),
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
@@ -168,10 +185,38 @@ def build_trainer(
         max_length=None,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
+        deepspeed=deepspeed,
     )
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    packs: Packs,
+    *,
+    packing: str,
+    arguments: SFTConfig,
+    adapter: AdapterConfig,
+    worst_first: bool = True,
+) -> PackTrainer:
+    """The trainer of one run.
+
+    The loss of an optimizer step is the weighted sum over its trained tokens divided by the sum of their weights, both
+    taken over all micro batches and processes, so neither changes the gradient. The packs of a step follow from the
+    seed, the epoch and the packs per step alone, so neither changes what is trained when.
+
+    Args:
+        packs: as `packing.pack_examples` returns them.
+        packing: the `PackingConfig.strategy` by which `packs` were made.
+        arguments: as `training_arguments` returns them.
+        worst_first: run the largest batch before the first step (see `WorstFirst`).
+
+    Raises:
+        InputError: the model would not keep the documents of a pack apart.
+    """
     attention = model.config._attn_implementation
     collator = PackCollator(batch_layout(attention, packing), tokenizer.pad_token_id, attention == "eager")
-    check_isolation(model, collator, arguments.device, dtype)
+    check_isolation(model, collator, arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     guard_rows(model)
     trainer = PackTrainer(
         model,
@@ -179,9 +224,14 @@ def build_trainer(
         packs,
         data_collator=collator,
         processing_class=tokenizer,
-        peft_config=lora_config(adapter) if adapter.kind == "lora" else None,
+        peft_config=None if adapter.kind == "full" else lora_config(adapter),
     )
-    if config.worst_first:
+    if adapter.kind == "qlora":
+        # TRL holds these adapters in bf16, in which most updates would round to nothing.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if worst_first:
         trainer.add_callback(WorstFirst(trainer))
     return trainer
 
@@ -195,23 +245,3 @@ def forward_flops(model: torch.nn.Module) -> tuple[float, float]:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return linear, 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
-
-
-def lora_config(adapter: AdapterConfig) -> peft.LoraConfig:
-    """PEFT's configuration of a LoRA adapter."""
-    return peft.LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
-        task_type="CAUSAL_LM",
-    )
-
-
-def plain_model(trainer: SFTTrainer, dtype: torch.dtype) -> PreTrainedModel:
-    """The trained model in `dtype`, without its wrappers, adapters merged; the trainer is of no use afterwards."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, peft.PeftModel):
-        model = model.merge_and_unload()
-    model.config.use_cache = True
-    return model.to(dtype)

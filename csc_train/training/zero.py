@@ -1,36 +1,180 @@
-"""What a user may choose about sharding the states of training over processes."""
+"""ZeRO: DeepSpeed's configuration, and the proof that what was asked is what runs.
 
-from dataclasses import dataclass
+Stages by Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020): 1 shards
+the optimizer's states, 2 the gradients as well, 3 the weights as well.
+"""
 
-from csc_train.errors import InputError, check_choice
+import contextlib
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
-STAGES = ("off", "0", "1", "2", "3", "from_launcher")
-OFFLOADS = ("none", "optimizer", "all")
+import torch
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations import deepspeed as integration
 
-
-@dataclass
-class ZeroConfig:
-    """How DeepSpeed shards what the processes hold (the `zero` group)."""
-
-    stage: str = "off"
-    """off: DDP, without DeepSpeed. 0 to 3: what is sharded. from_launcher: accelerate brings its own configuration."""
-    offload: str = "none"
-    """What is kept in the host's memory: none, the optimizer's states, or all (the weights besides)."""
-
-    def __post_init__(self):
-        check_choice("zero.stage", self.stage, STAGES)
-        check_choice("zero.offload", self.offload, OFFLOADS)
+from csc_train.errors import InputError
+from csc_train.training.config import ZeroConfig
 
 
-def check_supported(adapter: str, zero: ZeroConfig) -> None:
-    """Refuse what does not go together.
+def launcher_stage() -> str | None:
+    """The ZeRO stage that accelerate's launcher asks for by its own configuration; None where it brings none."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    from accelerate.utils import DeepSpeedPlugin
+
+    return str(DeepSpeedPlugin().zero_stage)
+
+
+def deepspeed_config(zero: ZeroConfig) -> dict[str, Any] | None:
+    """DeepSpeed's configuration; None where it is not used, or comes from the launcher.
+
+    Batch sizes, accumulation, precision and clipping are the trainer's, which fills in each "auto". So is the
+    optimizer: DeepSpeed's own would decay norms and biases too.
 
     Raises:
-        InputError: names the pair and says why.
+        InputError: accelerate's launcher brings another stage.
     """
-    if zero.offload != "none" and zero.stage in ("off", "0"):
+    launched = launcher_stage()
+    if launched is None:
+        if zero.stage == "from_launcher":
+            raise InputError("zero=from_launcher: not started by `accelerate launch` with a DeepSpeed configuration")
+        if zero.stage in ("auto", "off"):
+            return None
+    elif zero.stage in ("auto", "from_launcher", launched):
+        return None
+    else:
         raise InputError(
-            f"zero.offload={zero.offload} with zero.stage={zero.stage}: nothing is sharded to be offloaded"
+            f"zero.stage={zero.stage}, but accelerate was launched with DeepSpeed at stage {launched}: leave one out"
         )
-    if zero.offload == "all" and zero.stage != "3":
-        raise InputError(f"zero.offload=all with zero.stage={zero.stage}: only stage 3 shards the weights")
+    gpu = torch.cuda.is_available()
+    stage = int(zero.stage)
+    optimization: dict[str, Any] = {"stage": stage, "overlap_comm": gpu}
+    if stage == 3:
+        threshold = "auto" if zero.persistence_threshold is None else zero.persistence_threshold
+        optimization |= {
+            "stage3_param_persistence_threshold": threshold,
+            "stage3_prefetch_bucket_size": "auto",
+            "reduce_bucket_size": "auto",
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    if zero.offload_optimizer:
+        optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
+    if zero.offload_parameters:
+        optimization["offload_param"] = {"device": "cpu", "pin_memory": gpu}
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        # A sum over the micro batches of a step would lose most of its low bits in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        # DeepSpeed's optimizer for the CPU is compiled when it is first used, which takes minutes.
+        "zero_force_ds_cpu_optimizer": gpu,
+        "zero_optimization": optimization,
+    }
+
+
+def start_deepspeed() -> None:
+    """Tell DeepSpeed of the process group, before there is a model: stage 3 would else see a single process."""
+    import deepspeed
+    import deepspeed.ops
+
+    # DeepSpeed's own calls.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if not torch.cuda.is_available():
+        # Communication through shared memory is compiled when it is first used, which takes minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:  # one process, started by python itself
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
+    if not deepspeed.comm.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def check_engine(trainer: Trainer) -> None:
+    """Refuse to train otherwise than asked: several set-ups fall back to DDP, or to processes apart, without a word.
+
+    Raises:
+        InputError: the processes have not found each other, another engine or stage runs, or nothing is sharded.
+    """
+    asked = trainer.args.deepspeed_plugin.zero_stage if trainer.args.deepspeed_plugin else None
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != trainer.accelerator.num_processes:
+        raise InputError(f"{started} processes were started, but {trainer.accelerator.num_processes} train together")
+    engine = trainer.model_wrapped
+    running = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None
+    if asked != running:
+        raise InputError(
+            f"{_engine(asked)} was asked for, but {_engine(running)} runs; is ACCELERATE_USE_CPU or "
+            "ACCELERATE_USE_DEEPSPEED set?"
+        )
+    if asked is None and started > 1 and not isinstance(engine, torch.nn.parallel.DistributedDataParallel):
+        raise InputError(f"{started} processes were started, but {type(engine).__name__} does not join them")
+    if asked in (1, 2):
+        parts = set(engine.optimizer.partition_count)
+        if parts != {started} or engine.zero_optimization_partition_gradients() != (asked == 2):
+            raise InputError(f"ZeRO stage {asked} was asked for, but the states are in {sorted(parts)} parts")
+    if asked == 3:
+        for name, parameter in trainer.model.named_parameters():
+            if not _sharded(parameter, started):
+                raise InputError(f"ZeRO stage 3 was asked for, but {name} is not sharded over {started} processes")
+
+
+def _engine(stage: int | None) -> str:
+    return "DDP or one process" if stage is None else f"ZeRO stage {stage}"
+
+
+def _sharded(parameter: torch.nn.Parameter, processes: int) -> bool:
+    if not hasattr(parameter, "ds_tensor"):
+        return False
+    shard = -(-parameter.ds_numel // processes)
+    return parameter.ds_tensor.numel() == shard and (parameter.numel() == 0 or parameter.ds_persist)
+
+
+def whole_weights(model: torch.nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
+    """The parameters of a model by name, on the CPU of the main process; sharded ones are gathered one by one.
+
+    Called on every process; the others get an empty dictionary.
+
+    Args:
+        trained_only: leave out what is frozen.
+    """
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
+        with _gathered(parameter):
+            if int(os.environ.get("RANK", "0")) == 0:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    return weights
+
+
+def _gathered(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager:
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether the weights themselves are sharded, so that this process holds none of them whole."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def unsharded() -> Iterator[None]:
+    """Models that are built or loaded inside are whole, whatever the ZeRO stage."""
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = reference

@@ -1,0 +1,84 @@
+"""Saved states of training: written whole, kept for a while, and gone on from only with the same steps."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from csc_train.errors import InputError
+from csc_train.files import flush_to_disk, read_json, write_json
+
+RECORD = "csc_state.json"
+WRITING = "writing"
+"""Where a state stands until it is whole, beside the others."""
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """How a state of training was saved."""
+
+    packs_per_step: int
+    processes: int
+    stage: int | None
+    """DeepSpeed's ZeRO stage; None for DDP or one process."""
+
+
+def record_of(trainer: Trainer) -> StateRecord:
+    """What a state that `trainer` saves says of itself."""
+    arguments = trainer.args
+    each = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    plugin = arguments.deepspeed_plugin
+    return StateRecord(each * arguments.world_size, arguments.world_size, plugin.zero_stage if plugin else None)
+
+
+def read_record(state: Path) -> StateRecord:
+    """The record of a saved state.
+
+    Raises:
+        InputError: there is none, so the state was not saved by this project.
+    """
+    try:
+        return StateRecord(**read_json(state / RECORD))
+    except TypeError as error:
+        raise InputError(f"{state / RECORD}: {error}") from error
+
+
+def check_steps(state: Path, saved: StateRecord, now: StateRecord) -> None:
+    """Refuse to go on with other steps: which packs are done would be undefined.
+
+    Raises:
+        InputError: the packs of an optimizer step are not as many as they were; names both numbers.
+    """
+    if saved.packs_per_step != now.packs_per_step:
+        raise InputError(
+            f"{state} was saved with trainer.packs_per_step={saved.packs_per_step}, this run has "
+            f"{now.packs_per_step}: go on with {saved.packs_per_step}, or start a new run"
+        )
+
+
+def begin_state(trainer: Trainer, directory: Path) -> None:
+    """Clear away what a killed process left half written."""
+    if trainer.is_world_process_zero():
+        shutil.rmtree(directory / WRITING, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def end_state(trainer: Trainer, directory: Path) -> None:
+    """Give the state that all processes have written its name, in one step, and remove the oldest.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        name = f"checkpoint-{trainer.state.global_step}"
+        written, whole = directory / WRITING / name, directory / name
+        write_json(written / RECORD, asdict(record_of(trainer)))
+        flush_to_disk(written)
+        shutil.rmtree(whole, ignore_errors=True)
+        written.rename(whole)
+        written.parent.rmdir()
+        rotate_checkpoints(str(directory), save_total_limit=trainer.args.save_total_limit)
+    trainer.accelerator.wait_for_everyone()

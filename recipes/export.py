@@ -1,0 +1,23 @@
+"""Export a trained model: a saved state of training -> a plain Hugging Face directory, verified.
+
+python recipes/export.py source=runs/demo output=exported/demo
+"""
+
+from csc_train.config import run_recipe
+from csc_train.training.config import ExportConfig
+
+
+def main(config: ExportConfig) -> None:
+    # After the configuration is checked: these imports take seconds.
+    from csc_train.run import single_process
+    from csc_train.training.export import export, open_source, push
+
+    single_process("export")
+    export(open_source(config.source), config, print)
+    if config.push_to_hub:
+        push(config)
+        print(f"uploaded to {config.push_to_hub}")
+
+
+if __name__ == "__main__":
+    run_recipe("export", main)
