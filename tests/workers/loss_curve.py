@@ -5,6 +5,7 @@ FOLDER holds `model` (a model directory with its tokenizer) and `packs` (pickled
 processes there are, all start from the same.
 """
 
+import gc
 import json
 import os
 import pickle
@@ -113,6 +114,7 @@ if __name__ == "__main__":
     for options in json.loads(cases):
         kinds = {"adapter": AdapterConfig, "zero": ZeroConfig}
         made = {name: make(**options.pop(name)) for name, make in kinds.items() if name in options}
+        gc.collect()  # a trainer refers to itself, and while one of ZeRO-3 lives, models are loaded in shards
         trained.append(curve(train(Path(folder), **options, **made)))
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what DeepSpeed leaves behind for the next
     if processes().is_main_process:
