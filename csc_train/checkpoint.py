@@ -78,7 +78,8 @@ def save_checkpoint(
 ) -> None:
     """Write a directory that plain `from_pretrained` loads, with the tokenizer, its chat template and the manifest.
 
-    The directory is whole or not there.
+    The directory is whole or not there. Its generation configuration stops at the end of a turn: a base model that was
+    never taught to chat stops elsewhere, and would talk on wherever it is served.
 
     Args:
         shard_size: the largest file of weights.
@@ -88,12 +89,22 @@ def save_checkpoint(
         InputError: it cannot be written.
     """
     tokenizer.chat_template = chat_template
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    model.generation_config.eos_token_id = list(dict.fromkeys([_end_of_turn(tokenizer), *stops]))
     with model_directory(directory) as temporary:
         model.save_pretrained(temporary, max_shard_size=shard_size)
         tokenizer.save_pretrained(temporary)
         write_manifest(temporary, manifest)
         if check is not None:
             check(temporary)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The control token that ends a reply, by the tokenizer's chat template."""
+    chat = [{"role": "system", "content": "-"}, {"role": "assistant", "content": "-"}]
+    ids = tokenizer.apply_chat_template(chat, return_dict=False)
+    return next(token for token in reversed(ids) if token in tokenizer.added_tokens_decoder)
 
 
 def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:

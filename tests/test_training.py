@@ -418,6 +418,16 @@ def checkpoint(folder, template):
     return folder / "checkpoint", logits
 
 
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_checkpoint_stops_at_the_end_of_a_turn_whatever_its_base_did(name, tmp_path):
+    template = DialogueTemplate(small_tokenizer(name), name, TemplateConfig())
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen2", template.tokenizer, 0.1))
+    model.generation_config.eos_token_id = 3
+    save_checkpoint(tmp_path / "one", model, template.tokenizer, template.chat_template, manifest_of(template))
+    stops = AutoModelForCausalLM.from_pretrained(tmp_path / "one").generation_config.eos_token_id
+    assert stops == [template.end_of_turn_id, 3]
+
+
 def test_a_checkpoint_loads_with_plain_from_pretrained(checkpoint, folder, template):
     directory, logits = checkpoint
     model = AutoModelForCausalLM.from_pretrained(directory)
