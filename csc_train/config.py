@@ -20,8 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from csc_train.errors import InputError, check_choice, suggestion
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.metrics import MetricsConfig
-from csc_train.launching.preflight import PreflightConfig
-from csc_train.launching.topology import TopologyConfig
+from csc_train.launching.config import PreflightConfig, TopologyConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.run import RESOLVED, RunConfig, end_with_launcher, record_failure
 from csc_train.splits import DataConfig

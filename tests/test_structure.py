@@ -35,8 +35,8 @@ RULES = {
     "launching": BASE | {"template", "packing", "training", "checkpoint", "hub", "run", "splits", "config"},
     # The root configuration is made of its owners' schemas.
     "config": {
-        "errors", "evaluation.config", "evaluation.metrics", "launching.preflight", "launching.topology",
-        "packing.config", "run", "splits", "template.config", "training.config", "training.zero",
+        "errors", "evaluation.config", "evaluation.metrics", "launching.config",
+        "packing.config", "run", "splits", "template.config", "training.config",
     },
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The command that starts a recipe's processes on one node."""
 
-from csc_train.launching.topology import TopologyConfig
+from csc_train.launching.config import TopologyConfig
 
 
 def local_command(topology: TopologyConfig, python: str, script: str, arguments: list[str]) -> list[str]:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csc_train.errors import InputError, check_range
+from csc_train.errors import InputError
 from csc_train.files import read_json
 from csc_train.hub import looks_local
+from csc_train.launching.config import PreflightConfig
 from csc_train.training.compatibility import check_supported
 from csc_train.training.config import TRAINED_TOKENIZER, ZeroConfig
 from csc_train.training.memory_plan import (
@@ -48,31 +49,6 @@ DRIVERS = {12: (525, 60), 13: (580, 0)}
 """The oldest NVIDIA driver for Linux on which a CUDA major version runs, by NVIDIA's compatibility guide."""
 SAMPLE = 500
 """Dialogues that are encoded and packed for an estimate."""
-
-
-@dataclass
-class PreflightConfig:
-    """How a training is checked before it starts."""
-
-    force: bool = False
-    """Launch although a check failed."""
-    probe: bool = True
-    """Ask the driver (nvidia-smi) which GPUs this machine has and how much of their memory is free."""
-    port: int = 29500
-    """The port at which the processes of several nodes meet."""
-    mfu: float = 0.4
-    """Share of the GPU's dense bf16 FLOP/s that training is assumed to reach: an assumption, for the hours alone."""
-    dialogues: int | None = None
-    """How many dialogues there will be, for the estimate where the data cannot be read yet."""
-    tokens_per_dialogue: int | None = None
-    """Their mean length in tokens, likewise."""
-
-    def __post_init__(self):
-        check_range("preflight.port", self.port, 1, 65535)
-        check_range("preflight.mfu", self.mfu, 0.01, 1)
-        for key in ("dialogues", "tokens_per_dialogue"):
-            if getattr(self, key) is not None:
-                check_range(f"preflight.{key}", getattr(self, key), 1)
 
 
 class NotCheckedError(Exception):

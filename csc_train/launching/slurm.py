@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 
 from csc_train.errors import InputError
-from csc_train.launching.topology import TopologyConfig
+from csc_train.launching.config import TopologyConfig
 
 TEMPLATE = Path(__file__).parent.parent.parent / "launch" / "slurm.sbatch.jinja"
 

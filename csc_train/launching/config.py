@@ -1,4 +1,4 @@
-"""The machines that a job runs on."""
+"""What a user may choose about the machines that a job runs on, and about what is checked before it starts."""
 
 import re
 from dataclasses import dataclass, field
@@ -78,3 +78,28 @@ class TopologyConfig:
     def processes(self) -> int:
         """All processes of the job."""
         return self.nodes * self.processes_per_node
+
+
+@dataclass
+class PreflightConfig:
+    """How a training is checked before it starts."""
+
+    force: bool = False
+    """Launch although a check failed."""
+    probe: bool = True
+    """Ask the driver (nvidia-smi) which GPUs this machine has and how much of their memory is free."""
+    port: int = 29500
+    """The port at which the processes of several nodes meet."""
+    mfu: float = 0.4
+    """Share of the GPU's dense bf16 FLOP/s that training is assumed to reach: an assumption, for the hours alone."""
+    dialogues: int | None = None
+    """How many dialogues there will be, for the estimate where the data cannot be read yet."""
+    tokens_per_dialogue: int | None = None
+    """Their mean length in tokens, likewise."""
+
+    def __post_init__(self):
+        check_range("preflight.port", self.port, 1, 65535)
+        check_range("preflight.mfu", self.mfu, 0.01, 1)
+        for key in ("dialogues", "tokens_per_dialogue"):
+            if getattr(self, key) is not None:
+                check_range(f"preflight.{key}", getattr(self, key), 1)
