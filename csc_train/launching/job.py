@@ -163,8 +163,8 @@ def launch(arguments: list[str]) -> int:
         job = plan(arguments)
         outcome = inspect(job)
         if job.launch.dry_run:
-            print(describe(job), end="\n\n")
             outcome.show()
+            print(describe(job))
             return 0
         if outcome.failed and not job.launch.preflight.force:
             outcome.show()
