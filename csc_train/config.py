@@ -1,5 +1,6 @@
 """Composed, typed configuration: a schema per recipe, made of its owners' schemas, and errors with a remedy."""
 
+import itertools
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from csc_train.errors import InputError, check_choice, suggestion
+from csc_train.errors import InputError, check_choice, check_range, suggestion
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.metrics import MetricsConfig
 from csc_train.launching.config import PreflightConfig, TopologyConfig
@@ -30,6 +31,8 @@ from csc_train.training.config import AdapterConfig, ExportConfig, ModelConfig, 
 CONF = Path(__file__).parent.parent / "conf"
 RECORDED = ("run", "resume", "from")
 """Keys that ask for the configuration that an earlier run recorded (see `compose`)."""
+POSITIONAL = {"compare": ("a", "b")}
+"""Keys that a recipe's leading arguments stand for where they are bare words."""
 
 
 @dataclass
@@ -66,13 +69,53 @@ class PreflightRecipe(SftRecipe):
 class EvaluateRecipe:
     """Configuration of recipes/evaluate.py."""
 
-    checkpoint: str = MISSING
+    checkpoint: str | None = None
     """The checkpoint directory to evaluate."""
+    predictions: str | None = None
+    """Instead of a checkpoint: a JSONL of replies made elsewhere, each with its dialogue_id, turn and text."""
+    score_only: bool = False
+    """With run=DIR: score that run's predictions again, without a model."""
     data: DataConfig | None = None
     """The dialogues; those that the checkpoint's run held out where not given."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        if self.predictions is None:
+            if self.checkpoint is None:
+                raise InputError("checkpoint is required: give checkpoint=...")
+            return
+        if self.checkpoint is not None:
+            raise InputError(f"predictions={self.predictions}: give it or checkpoint=..., not both")
+        if self.data is None:
+            raise InputError(f"predictions={self.predictions}: say what they answer, such as data=rolecs")
+        if len(self.evaluation.contexts) > 1:
+            raise InputError(
+                f"predictions={self.predictions}: say in which context they were made, such as "
+                "evaluation.contexts=[reference]"
+            )
+
+
+@dataclass
+class CompareRecipe:
+    """Configuration of recipes/compare.py."""
+
+    a: str = MISSING
+    """Run directory of an evaluation."""
+    b: str = MISSING
+    """Run directory of another evaluation on the same dialogues, or the same one with another system."""
+    system_a: str | None = None
+    """The system of run A; the one that it evaluated where not given."""
+    system_b: str | None = None
+    """The system of run B; as `system_a`."""
+    flips: int = 10000
+    """Random exchanges of the two systems for each p-value."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        check_range("flips", self.flips, 1000)
 
 
 @dataclass
@@ -103,6 +146,7 @@ SCHEMAS = {
     "preflight": PreflightRecipe,
     "export": ExportConfig,
     "evaluate": EvaluateRecipe,
+    "compare": CompareRecipe,
     "write_sample": WriteSampleRecipe,
     "launch": LaunchRecipe,
 }
@@ -116,14 +160,21 @@ def compose(recipe: str, overrides: list[str]) -> Any:
         overrides: Hydra overrides, such as `trainer.epochs=1` or `model=qwen2_5_7b`. With `from=DIR` among them they
             change single values of the configuration that the run in DIR recorded; its directory is left to be named
             anew. `run=DIR resume=true`, and nothing else, is that configuration itself, to go on with the run in DIR.
+            `run=DIR score_only=true` is the recorded configuration of an evaluation, and may change single values.
 
     Raises:
         InputError: an unknown key or group option (with the nearest known one), a wrong type, a value out of range,
             or a required value that is missing.
     """
+    overrides = _named(recipe, overrides)
     _check_overrides(overrides)
     recorded = {key: text for text in overrides if (key := text.split("=")[0]) in RECORDED}
     values = [text for text in overrides if text not in recorded.values()]
+    if recipe == "evaluate" and "score_only=true" in values and recorded.keys() == {"run"}:
+        directory = recorded["run"].split("=", 1)[1]
+        return compose_recorded(recipe, Path(directory) / RESOLVED, [*values, f"run.directory={directory}"])
+    if recipe == "evaluate" and "score_only=true" in values:
+        raise InputError("score_only=true: say which run's predictions to score, by run=DIR")
     if "run" in recorded or "resume" in recorded:
         directory = _resumed_directory(recorded, values)
         config = compose_recorded(recipe, directory / RESOLVED, [])
@@ -185,6 +236,13 @@ def _compose(recipe: str, folder: Path, root: str, overrides: list[str]) -> Any:
 def data_of(config: dict[str, Any]) -> DataConfig:
     """The `data` section of a resolved configuration, such as a checkpoint's manifest holds."""
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config["data"]))
+
+
+def _named(recipe: str, overrides: list[str]) -> list[str]:
+    """The overrides with leading bare words given the keys that they stand for."""
+    bare = list(itertools.takewhile(lambda text: "=" not in text, overrides))
+    keys = POSITIONAL.get(recipe, ())[: len(bare)]
+    return [f"{key}={text}" for key, text in zip(keys, bare, strict=False)] + overrides[len(keys) :]
 
 
 def _check_overrides(overrides: list[str]) -> None:

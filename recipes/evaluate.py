@@ -1,33 +1,41 @@
 """Evaluate a checkpoint on held-out dialogues, beside its base model and two trivial baselines.
 
 python recipes/evaluate.py checkpoint=runs/demo/checkpoint
+python recipes/evaluate.py run=runs/demo/evaluation score_only=true
+python recipes/evaluate.py predictions=replies.jsonl data=rolecs evaluation.contexts=[reference]
 """
+
+from pathlib import Path
 
 from csc_train.config import EvaluateRecipe, data_of, resolved, run_recipe
 
 
 def main(config: EvaluateRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from rich.console import Console
-
     from csc_train.checkpoint import MANIFEST
-    from csc_train.dialogue import data_digest
+    from csc_train.dialogue import data_digest, write_dialogues
     from csc_train.evaluation.baselines import StrategyBaseline
     from csc_train.evaluation.hf_policy import base_of, load_policy, open_checkpoint
-    from csc_train.evaluation.metrics import score
     from csc_train.evaluation.predict import predict
-    from csc_train.evaluation.predictions import read_predictions, write_predictions
-    from csc_train.evaluation.report import console_table, write_results
+    from csc_train.evaluation.predictions import (
+        BASE,
+        BASELINES,
+        TRAINED,
+        read_replies,
+        write_predictions,
+    )  # fmt: skip
     from csc_train.files import file_digest
-    from csc_train.run import Run, provenance, single_process
+    from csc_train.run import Run, single_process
     from csc_train.splits import load_splits
     from csc_train.synthesis.sample import ceiling, ensure_sample
 
     single_process("evaluate")
+    if config.score_only:
+        return score_and_show(Path(config.run.directory), config)
     run = Run("evaluate", resolved(config))
 
     # Checkpoint
-    template, manifest = open_checkpoint(config.checkpoint)
+    template, manifest = open_checkpoint(config.checkpoint) if config.checkpoint else (None, None)
 
     # Dialogues
     data = config.data or data_of(manifest.config)
@@ -37,49 +45,73 @@ def main(config: EvaluateRecipe) -> None:
     inputs = {
         "train": data_digest(splits.train),
         "evaluation": data_digest(splits.evaluation),
-        "checkpoint": file_digest(f"{config.checkpoint}/{MANIFEST}"),
+        "system": file_digest(f"{config.checkpoint}/{MANIFEST}" if config.checkpoint else config.predictions),
     }
-    if manifest.data_hash != inputs["train"]:
+    if manifest and manifest.data_hash != inputs["train"]:
         run.say("note: the baselines are fitted on other training data than the checkpoint's")
     status = run.begin(inputs)
     if status == "finished":
         run.say(f"reused {run.directory}: same checkpoint, configuration, data and code")
         run.say((run.directory / "table.md").read_text(encoding="utf-8"))
-        return
+        return None
+    write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
 
     # Systems
-    base = base_of(config.checkpoint, manifest)
-    systems = {
-        "most frequent strategy": lambda: StrategyBaseline(splits.train, order=0),
-        "strategy bigram": lambda: StrategyBaseline(splits.train, order=1),
-        "base (untrained)": lambda: load_policy(base, template, config.evaluation, manifest.base_revision),
-        "trained": lambda: load_policy(config.checkpoint, template, config.evaluation),
-    }
-    if not config.evaluation.base:
-        del systems["base (untrained)"]
+    systems = {name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINES)}
+    if config.checkpoint:
+        if config.evaluation.base:
+            base = base_of(config.checkpoint, manifest)
+            systems[BASE] = lambda: load_policy(base, template, config.evaluation, manifest.base_revision)
+        systems[TRAINED] = lambda: load_policy(config.checkpoint, template, config.evaluation)
 
-    # Predictions, metrics
-    results = {}
+    # Predictions
+    def path_of(name: str, context: str) -> Path:
+        return run.directory / "predictions" / f"{name}-{context}.jsonl"
+
     for name, load in systems.items():
-        policy = load()
-        results[name] = {}
-        for context in config.evaluation.contexts:
-            path = run.directory / "predictions" / f"{name}-{context}.jsonl"
-            if status == "unfinished" and path.exists():
-                predictions = read_predictions(path)
-            else:
-                predictions = predict(splits.evaluation, policy, context, f"{name}, {context} context")
-                write_predictions(path, predictions)
-            results[name][context] = score(predictions, config.metrics, strategies_apply=policy.strategies_apply)
+        missing = [each for each in config.evaluation.contexts if not path_of(name, each).exists()]
+        policy = load() if missing else None
+        for context in missing:
+            predictions = predict(splits.evaluation, policy, context, f"{name}, {context} context")
+            write_predictions(path_of(name, context), predictions)
         del policy  # one model in memory at a time
+    if config.predictions:
+        (context,) = config.evaluation.contexts
+        replies = read_replies(config.predictions, splits.evaluation, context)
+        write_predictions(path_of(Path(config.predictions).stem, context), replies)
 
-    # Table
-    write_results(run.directory, results, provenance())
+    # Metrics, table
+    score_and_show(run.directory, config)
     run.finish()
-    Console().print(console_table(results, config.metrics.profiles[0]))
     if data.sample_dialogues:
         run.say(f"ceiling of ACC, by the rule that wrote the sample dialogues: {ceiling(splits.evaluation):.2f}")
-    run.say(f"report: {run.directory}/table.md, {run.directory}/results.json; predictions: {run.directory}/predictions")
+    return None
+
+
+def score_and_show(directory: Path, config: EvaluateRecipe) -> None:
+    """Score the predictions that a run directory holds."""
+    from rich.console import Console
+
+    from csc_train.dialogue import read_dialogues
+    from csc_train.evaluation.metrics import drift, score
+    from csc_train.evaluation.predictions import read_run
+    from csc_train.evaluation.report import console_table, write_results
+    from csc_train.run import provenance
+
+    dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(directory / "dialogues.jsonl")}
+    systems = read_run(directory)
+    results = {
+        name: {context: score(predictions, dialogues, config.metrics) for context, predictions in contexts.items()}
+        for name, contexts in systems.items()
+    }
+    drifts = {
+        name: drift(contexts["reference"], contexts["generated"], config.metrics)
+        for name, contexts in systems.items()
+        if len(contexts) == 2
+    }
+    write_results(directory, results, drifts, provenance() | {"metrics": resolved(config)["metrics"]})
+    Console().print(console_table(results, config.metrics.profiles[0]))
+    print(f"report: {directory}/table.md, {directory}/results.json; predictions: {directory}/predictions", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ REQUIRED = {
     "preflight": [],
     "export": ["source=runs/x", "output=y"],
     "evaluate": ["checkpoint=runs/x/checkpoint"],
+    "compare": ["a=runs/x", "b=runs/y"],
     "write_sample": [],
     "launch": [],
 }
@@ -263,6 +264,7 @@ def nested_key(recipe):
         "prepare": "prepare.processes",
         "preflight": "topology.nodes",
         "evaluate": "evaluation.batch_size",
+        "compare": "metrics.batch_size",
         "write_sample": "data.seed",
         "launch": "topology.nodes",
     }[recipe]
@@ -301,6 +303,29 @@ def test_required_values_are_named_for_every_recipe():
     for recipe in WITH_DATA:
         assert refusal(recipe, "data=files") == "data.train.path is required: give data.train.path=..."
     assert compose("sft", ["data=files", "data.train.path=mine.jsonl"]).data.train.path == "mine.jsonl"
+
+
+def test_compare_takes_its_two_runs_as_bare_words():
+    config = compose("compare", ["runs/x", "runs/y", "flips=2000"])
+    assert (config.a, config.b, config.flips) == ("runs/x", "runs/y", 2000)
+    assert compose("compare", ["runs/x", "b=runs/y"]).b == "runs/y"
+    with pytest.raises(InputError, match=r"^b is required"):
+        compose("compare", ["runs/x"])
+    assert refusal("compare", "runs/z").startswith("runs/z: not of the form key=value")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["predictions=x.jsonl", "checkpoint=y"], "predictions=x.jsonl: give it or checkpoint=..., not both"),
+        (["predictions=x.jsonl"], "predictions=x.jsonl: say what they answer, such as data=rolecs"),
+        (["predictions=x.jsonl", "data=sample"], "predictions=x.jsonl: say in which context they were made"),
+        (["score_only=true"], "score_only=true: say which run's predictions to score, by run=DIR"),
+    ],
+)
+def test_an_evaluation_without_a_model_says_what_it_needs(overrides, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        compose("evaluate", overrides)
 
 
 def test_a_mapping_takes_whole_numbers():

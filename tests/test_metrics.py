@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jieba
+import numpy
 import pytest
 import torch
 from bert_score import score as bert_score_package
@@ -21,10 +22,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import BertConfig, BertModel, BertTokenizerFast, RemBertConfig, RemBertModel
 
+from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.errors import InputError
-from csc_train.evaluation import learned, lexical
-from csc_train.evaluation.metrics import PROFILES, MetricsConfig, Score, score
+from csc_train.evaluation import learned, lexical, reply_metrics, strategy_metrics
+from csc_train.evaluation.figure import Score
+from csc_train.evaluation.metrics import PROFILES, MetricsConfig, drift, score
 from csc_train.evaluation.predictions import Prediction
+from csc_train.evaluation.turns import Turns
+from csc_train.strategies import STRATEGIES
 
 ODD_PAIRS = [
     ("您好，请问有什么可以帮您？", "您好，有什么可以帮您的吗？"),
@@ -38,15 +43,19 @@ ODD_PAIRS = [
 # --- BLEU ---
 
 
+def corpus_bleu_zh(pairs, order):
+    return float(lexical.corpus_bleu_zh(lexical.corpus_bleu_zh_counts(pairs).sum(axis=0), order))
+
+
 def test_sentence_bleu_by_hand():
     # Two of three words and one of two bigrams match; orders 3 and 4 have one and no n-gram, and method1 counts 0.1.
-    bleu_2, bleu_4 = lexical.sentence_bleu([(["您", "好", "吗"], ["您", "好", "呀"])])
+    [[bleu_2, bleu_4]] = lexical.sentence_bleu([(["您", "好", "吗"], ["您", "好", "呀"])])
     assert bleu_2 == pytest.approx(100 * math.sqrt(2 / 3 * 1 / 2))
     assert bleu_4 == pytest.approx(100 * (2 / 3 * 1 / 2 * 0.1 * 0.1) ** (1 / 4))
 
 
 def test_sentence_bleu_punishes_short_replies():
-    bleu_2, _ = lexical.sentence_bleu([(["您", "好"], ["您", "好", "请", "问"])])
+    [[bleu_2, _]] = lexical.sentence_bleu([(["您", "好"], ["您", "好", "请", "问"])])
     assert bleu_2 == pytest.approx(100 * math.exp(1 - 4 / 2))
 
 
@@ -55,12 +64,11 @@ def test_corpus_bleu_zh_equals_sacrebleu_on_odd_text(order):
     replies, references = zip(*ODD_PAIRS, strict=True)
     expected = BLEU(tokenize="zh", max_ngram_order=order).corpus_score(list(replies), [list(references)]).score
     assert expected > 1
-    assert lexical.corpus_bleu_zh(ODD_PAIRS)[order // 2 - 1] == pytest.approx(expected)
+    assert corpus_bleu_zh(ODD_PAIRS, order) == pytest.approx(expected)
 
 
 def test_corpus_bleu_zh_counts_characters():
-    bleu_2, _ = lexical.corpus_bleu_zh([("您好吗", "您好呀")])
-    assert bleu_2 == pytest.approx(100 * math.sqrt(2 / 3 * 1 / 2))
+    assert corpus_bleu_zh([("您好吗", "您好呀")], 2) == pytest.approx(100 * math.sqrt(2 / 3 * 1 / 2))
 
 
 def test_corpus_bleu_zh_signature_is_complete():
@@ -89,7 +97,7 @@ def test_rouge_l_on_words_equals_the_textbook():
         precision = lcs_length(reply, reference) / len(reply)
         recall = lcs_length(reply, reference) / len(reference)
         f1.append(2 * precision * recall / (precision + recall) if precision else 0)
-    assert lexical.rouge_l(pairs) == pytest.approx(100 * sum(f1) / len(f1))
+    assert lexical.rouge_l(pairs) == pytest.approx([100 * each for each in f1])
 
 
 def test_rouge_l_on_characters_by_hand():
@@ -143,42 +151,44 @@ def test_segmenter_is_silent_and_leaves_no_file(tmp_path):
 
 
 def test_no_pairs_give_no_score():
-    for metric in (lexical.sentence_bleu, lexical.corpus_bleu_zh, lexical.rouge_l, lexical.rouge_l_latin):
-        assert metric([]) is None
-    assert learned.bertscore([], "nowhere") is None
-    assert learned.bleurt([], "nowhere") is None
+    for metric in (lexical.sentence_bleu, lexical.corpus_bleu_zh_counts, lexical.rouge_l, lexical.rouge_l_latin):
+        assert len(metric([])) == 0
+    assert len(learned.bertscore([], "nowhere")) == len(learned.bleurt([], "nowhere")) == 0
 
 
 @pytest.mark.parametrize("reply", ["", "  "])
 def test_an_empty_reply_scores_zero(reply):
     good, empty = ("卡号 6222", "卡号 6222"), (reply, "卡号 6222")
     for metric, prepare in (
-        (lambda pairs: lexical.sentence_bleu(pairs)[0], lexical.word_pairs),
+        (lambda pairs: lexical.sentence_bleu(pairs)[:, 0], lexical.word_pairs),
         (lexical.rouge_l, lexical.word_pairs),
         (lexical.rouge_l_latin, list),
     ):
-        assert metric(prepare([good])) == pytest.approx(100)
-        assert metric(prepare([good, empty])) == pytest.approx(50)
-    assert lexical.corpus_bleu_zh([empty]) == (0, 0)
+        assert metric(prepare([good, empty])) == pytest.approx([100, 0])
+    assert corpus_bleu_zh([empty], 2) == corpus_bleu_zh([empty], 4) == 0
+    assert 0 < corpus_bleu_zh([good, empty], 2) < 100
 
 
 # --- one context scored ---
 
 
-def prediction(strategy, response, reference_strategy=7, reference="手续费是12元。"):
-    return Prediction("d1", 0, "reference", "hash", "", strategy, response, reference_strategy, reference)
+def prediction(strategy, response, turn=0, **changes):
+    fields = {"reference_strategy": 7, "reference_response": "手续费是12元。"} | changes
+    return Prediction("d1", turn, "reference", "hash", "", strategy, response, **fields)
 
 
 FOUR_TURNS = [
     prediction(7, "手续费是12元。"),
-    prediction(5, "非常抱歉。"),
-    prediction(None, "手续费"),
-    prediction(7, ""),
+    prediction(5, "非常抱歉。", turn=2),
+    prediction(None, "手续费", turn=4),
+    prediction(7, "", turn=6),
 ]
+SAID = (Turn(Speaker.SUPPORTER, "手续费是12元。", STRATEGIES[6]), Turn(Speaker.CUSTOMER, "多少？"))
+DIALOGUES = {"d1": Dialogue("d1", SAID * 4)}
 
 
 def test_score_has_every_column_in_order():
-    result = score(FOUR_TURNS, MetricsConfig(), strategies_apply=True)
+    result = score(FOUR_TURNS, DIALOGUES, MetricsConfig())
     assert list(result["profiles"]) == ["paper", "zh"]
     assert list(result["profiles"]["paper"]) == ["B-2", "B-4", "R-L", "BS", "BR", "ACC"]
     assert list(result["profiles"]["zh"]) == ["B-2", "B-4", "R-L char", "R-L word", "BS", "ACC"]
@@ -188,47 +198,212 @@ def test_score_has_every_column_in_order():
 
 
 def test_score_puts_each_metric_into_its_column():
-    paper, zh = score(FOUR_TURNS, MetricsConfig(), strategies_apply=True)["profiles"].values()
+    paper, zh = score(FOUR_TURNS, DIALOGUES, MetricsConfig())["profiles"].values()
     pairs = [(turn.response, turn.reference_response) for turn in FOUR_TURNS]
     words = lexical.word_pairs(pairs)
-    assert (paper["B-2"].value, paper["B-4"].value) == lexical.sentence_bleu(words)
+    assert [paper["B-2"].value, paper["B-4"].value] == pytest.approx(lexical.sentence_bleu(words).mean(axis=0))
     assert paper["R-L"].value == 25  # the one reply that has the 12
-    assert (zh["B-2"].value, zh["B-4"].value) == lexical.corpus_bleu_zh(pairs)
-    assert zh["R-L char"].value == lexical.rouge_l(pairs)
-    assert zh["R-L word"].value == lexical.rouge_l(words)
+    assert (zh["B-2"].value, zh["B-4"].value) == (corpus_bleu_zh(pairs, 2), corpus_bleu_zh(pairs, 4))
+    assert zh["R-L char"].value == pytest.approx(lexical.rouge_l(pairs).mean())
+    assert zh["R-L word"].value == pytest.approx(lexical.rouge_l(words).mean())
     assert len({paper["B-2"].value, paper["B-4"].value, zh["B-2"].value, zh["R-L char"].value}) == 4
 
 
 def test_unparsed_strategies_count_as_wrong_and_are_counted():
-    result = score(FOUR_TURNS, MetricsConfig(), strategies_apply=True)
+    result = score(FOUR_TURNS, DIALOGUES, MetricsConfig())
     assert result["profiles"]["paper"]["ACC"].value == result["profiles"]["zh"]["ACC"].value == 50
-    assert result["counts"] == {"turns": 4, "unparsed": 1, "empty_replies": 1}
+    assert result["counts"] == {"dialogues": 1, "turns": 4, "unparsed": 1, "empty_replies": 1}
 
 
 def test_accuracy_is_not_applicable_where_no_strategy_is_predicted():
-    result = score([prediction(None, "好的")], MetricsConfig(), strategies_apply=False)
+    result = score([prediction(None, "好的", predicts_strategy=False)], DIALOGUES, MetricsConfig())
     assert result["profiles"]["paper"]["ACC"].value is None
     assert result["profiles"]["paper"]["ACC"].reason == "this mode predicts no strategy"
-    assert result["counts"] == {"turns": 1, "unparsed": None, "empty_replies": 0}
+    figures = [*result["strategy"].values(), *(row["ACC"] for row in result["by_position"])]
+    figures += [cells["F1"] for cells in result["by_strategy"].values()]
+    figures += [sides["system"] for sides in result["process"].values()]
+    assert {(each.value, each.reason) for each in figures} == {(None, "this mode predicts no strategy")}
+    assert result["process"]["greeting first"]["reference"].value == 0
+    assert result["confusion"] is None
+    assert result["counts"] == {"dialogues": 1, "turns": 1, "unparsed": None, "empty_replies": 0}
 
 
 def test_missing_metric_models_are_reasons():
-    paper = score(FOUR_TURNS, MetricsConfig(profiles=["paper"]), strategies_apply=True)["profiles"]["paper"]
+    paper = score(FOUR_TURNS, DIALOGUES, MetricsConfig(profiles=["paper"]))["profiles"]["paper"]
     assert (paper["BS"].value, paper["BS"].reason) == (None, "no BERTScore model directory given")
     assert (paper["BR"].value, paper["BR"].reason) == (None, "no BLEURT model directory given")
     assert "unverified on real weights" in paper["BR"].signature
 
 
 def test_no_turns_give_reasons_not_numbers():
-    result = score([], MetricsConfig(), strategies_apply=True)
+    result = score([], {}, MetricsConfig())
     assert {cell.value for profile in result["profiles"].values() for cell in profile.values()} == {None}
     assert result["profiles"]["paper"]["ACC"].reason == "no turns to score"
 
 
 def test_scores_serialise():
-    result = score(FOUR_TURNS, MetricsConfig(), strategies_apply=True)
+    result = score(FOUR_TURNS, DIALOGUES, MetricsConfig())
     plain = json.loads(json.dumps(result, default=dataclasses.asdict))
     assert Score(**plain["profiles"]["zh"]["R-L char"]) == result["profiles"]["zh"]["R-L char"]
+
+
+# --- strategies, process, replies ---
+
+
+def chosen(*rows):
+    """Turns of dialogues given as [(predicted, reference), ...] each; a predicted 0 was not read."""
+    return Turns(
+        [
+            dataclasses.replace(prediction(predicted or None, "好", turn=2 * index), dialogue_id=f"d{number}",
+                                reference_strategy=reference)
+            for number, row in enumerate(rows)
+            for index, (predicted, reference) in enumerate(row)
+        ]
+    )  # fmt: skip
+
+
+def value(figure):
+    return figure.score(numpy.zeros(0, int), 100).value if figure.statistic is None else figure.statistic.value
+
+
+EIGHT = chosen([(1, 1), (5, 5), (5, 4), (11, 11)], [(2, 1), (4, 4), (0, 5), (11, 12)])
+
+
+def test_accuracy_by_hand():
+    assert value(strategy_metrics.accuracy(EIGHT)) == 50
+    assert value(strategy_metrics.parse_rate(EIGHT)) == 100 * 7 / 8
+    # Of the wrong ones, 5 for 4 and 2 for 1 are in the right stage; 11 for 12 is not.
+    assert value(strategy_metrics.stage_accuracy(EIGHT)) == 100 * 6 / 8
+    by_position = [(position, count, value(figure)) for position, count, figure in strategy_metrics.by_position(EIGHT)]
+    assert by_position == [(1, 2, 50), (2, 2, 100), (3, 2, 0), (4, 2, 50)]
+
+
+def test_f1_by_hand():
+    rows = {label: (count, figures) for label, count, figures in strategy_metrics.by_strategy(EIGHT)}
+    assert len(rows) == 12
+    expected = {1: (2, 1, 1 / 2), 2: (0, 0, None), 4: (2, 1, 1 / 2), 5: (2, 1 / 2, 1 / 2), 11: (1, 1 / 2, 1)}
+    f1 = {1: 2 / 3, 2: 0, 4: 2 / 3, 5: 1 / 2, 11: 2 / 3, 12: 0}
+    for number, (count, precision, recall) in expected.items():
+        turns, figures = rows[STRATEGIES[number - 1].label]
+        assert turns == count
+        assert value(figures["precision"]) == 100 * precision
+        assert value(figures["F1"]) == pytest.approx(100 * f1[number])
+        if recall is not None:
+            assert value(figures["recall"]) == 100 * recall
+    # Over the six strategies that occur on either side; the turn that was not read counts against strategy 5.
+    assert value(strategy_metrics.macro_f1(EIGHT)) == pytest.approx(100 * sum(f1.values()) / 6)
+    never = rows[STRATEGIES[6].label][1]
+    scores = {name: figure.score(EIGHT.dialogue, 100) for name, figure in never.items()}
+    assert {name: (each.value, each.reason) for name, each in scores.items()} == {
+        "precision": (None, "never predicted"), "recall": (None, "not in the reference"), "F1": (None, "never occurs"),
+    }  # fmt: skip
+
+
+def test_confusion_by_hand():
+    table = strategy_metrics.confusion(EIGHT)
+    assert table.shape == (12, 13)
+    assert table.sum() == 8
+    cells = {
+        (reference + 1, predicted): table[reference, predicted]
+        for reference, predicted in numpy.argwhere(table).tolist()
+    }
+    assert cells == {(1, 1): 1, (5, 5): 1, (4, 5): 1, (11, 11): 1, (1, 2): 1, (4, 4): 1, (5, 0): 1, (12, 11): 1}
+
+
+def test_process_by_hand():
+    turns = chosen(
+        # Stages of the system: 1 2 2 2 | 5 then 1 (back), 12 passed over, 3; its last is no farewell.
+        [(1, 1), (5, 3), (5, 5), (5, 11)],
+        [(11, 1), (2, 2), (12, 8), (7, 4), (7, 12), (0, 11), (7, 11)],
+    )
+    figures = {name: (value(one), value(other)) for name, (one, other) in strategy_metrics.process(turns).items()}
+    assert figures == {
+        "greeting first": (50, 100),
+        "farewell last": (0, 100),
+        "same strategy thrice": (50, 0),  # 5 5 5; the 7 that was not read ends its run
+        # System: 1-2, 2-2, 2-2 | 5-1, 1-3, 3-3, 3-3. Reference: 1-2, 2-2, 2-5 | 1-1, 1-4, 4-2, 2-5, 5-5.
+        "stage regressions": (pytest.approx(100 / 7), pytest.approx(100 / 8)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", set()),
+        ("好的😀，请稍等", set()),
+        ("手续费１２．５０元", {"12.5"}),
+        ("共1,200元，分3期", {"1200", "3"}),
+        ("100，200或1,234.50", {"100", "200", "1234.5"}),
+        ("一千二百元", {"1200"}),
+        ("三万五千零五十元和八折", {"35050", "8"}),
+        ("十五块钱", {"15"}),
+        ("一定为您处理", set()),
+        ("App 5.0.1，12:30前", {"5.0.1", "12:30"}),
+        ("订单A20240817B", {"20240817"}),
+    ],
+)
+def test_numbers_in_a_text(text, expected):
+    assert reply_metrics.numbers(text) == expected
+
+
+def test_new_numbers_are_those_that_nobody_said_before():
+    said = [("您好", None), ("我付了100元", None), ("为您退80元", None), ("80？", None), ("是的，一百元减20元", None)]
+    turns = tuple(
+        Turn(Speaker.CUSTOMER, text) if index % 2 else Turn(Speaker.SUPPORTER, text, STRATEGIES[6])
+        for index, (text, _) in enumerate(said)
+    )
+    dialogues = {"d1": Dialogue("d1", turns)}
+    replies = ["工号7", "退７元", "80元，１００元"]
+
+    def flags(context):
+        made = [
+            dataclasses.replace(
+                prediction(7, reply, turn=2 * index), context=context, reference_response=turns[2 * index].text
+            )
+            for index, reply in enumerate(replies)
+        ]
+        return [side.tolist() for side in reply_metrics.new_numbers(Turns(made), dialogues)]
+
+    # 7 is new; again in reference context, where the system's own 7 was never said.
+    assert flags("reference") == [[True, True, False], [False, True, True]]
+    assert flags("generated") == [[True, False, False], [False, True, True]]
+
+
+def test_length_and_distinct_by_hand():
+    turns = Turns([prediction(7, "好 的\n😀"), prediction(7, "", turn=2)])
+    length = reply_metrics.replies(turns, DIALOGUES)["length"]
+    assert [value(side) for side in length] == [1.5, 8]
+    turns = Turns([prediction(7, "您好 您好 您好"), prediction(7, "您好 您好", turn=2)])
+    one, two = (reply_metrics.distinct(turns, order)[0] for order in (1, 2))
+    assert (one.value, two.value) == (20, pytest.approx(100 / 3))
+    assert one.low is None
+    empty = reply_metrics.distinct(Turns([prediction(7, "")]), 1)[0]
+    assert (empty.value, empty.reason) == (None, "no reply has 1 words")
+
+
+def test_drift_is_reference_minus_generated_turn_by_turn():
+    reference = [*EIGHT.predictions]
+    generated = [dataclasses.replace(each, context="generated", strategy=4) for each in reference]
+    rows = drift(reference, generated, MetricsConfig())
+    assert [(row["position"], row["turns"]) for row in rows] == [(1, 2), (2, 2), (3, 2), (4, 2)]
+    # Right in reference context: 1, 2, 0, 1 of two; with 4 throughout: 0, 1, 1, 0.
+    assert [row["ACC"].value for row in rows] == [50, 50, -50, 50]
+    assert [row["R-L char"].value for row in rows] == [0, 0, 0, 0]
+    with pytest.raises(InputError, match="generated context lacks 1 turns, the first is turn 6 of dialogue d1"):
+        drift(reference, generated[:-1], MetricsConfig())
+
+
+def test_bleu_of_resampled_sums_equals_sacrebleu_of_the_resample():
+    counts = lexical.corpus_bleu_zh_counts(ODD_PAIRS)
+    draws = [[0, 0, 1, 4], [3, 3], [2, 1, 1], [4], [3, 4]]
+    for order in (2, 4):
+        sums = numpy.stack([counts[draw].sum(axis=0) for draw in draws])
+        expected = []
+        for draw in draws:
+            replies, references = zip(*(ODD_PAIRS[index] for index in draw), strict=True)
+            metric = BLEU(tokenize="zh", max_ngram_order=order)
+            expected.append(metric.corpus_score(list(replies), [list(references)]).score)
+        assert lexical.corpus_bleu_zh(sums, order) == pytest.approx(expected)
 
 
 def test_config_is_a_structured_config_and_checks_itself(tmp_path):
@@ -237,6 +412,7 @@ def test_config_is_a_structured_config_and_checks_itself(tmp_path):
     for change, message in (
         ({"profiles": ["papr"]}, "metrics.profiles=papr: choose one of paper, zh"),
         ({"batch_size": 0}, "metrics.batch_size=0"),
+        ({"draws": 10}, "metrics.draws=10"),
         ({"bertscore_layers": 0}, "metrics.bertscore_layers=0"),
         ({"bertscore_model": str(tmp_path)}, "metrics.bertscore_model=.*no config.json"),
         ({"bleurt_model": str(tmp_path / "none")}, "metrics.bleurt_model=.*no config.json"),
@@ -284,14 +460,14 @@ def test_bertscore_equals_the_package(bert):
     scorable = [pair for pair in LONG_PAIRS if pair[0]]
     expected = package_f1(scorable, bert, layers=2)
     assert expected.max() - expected.min() > 0.2  # the random model tells these pairs apart
-    assert learned.bertscore(scorable, bert, 2, batch_size=3) == pytest.approx(100 * expected.mean().item(), abs=1e-4)
-    assert learned.bertscore(scorable[:1], bert, 2) == pytest.approx(100 * expected[0].item(), abs=1e-4)
-    assert abs(learned.bertscore(scorable, bert, 1) - learned.bertscore(scorable, bert, 2)) > 0.1
+    assert learned.bertscore(scorable, bert, 2, batch_size=3) == pytest.approx(100 * expected.numpy(), abs=1e-4)
+    assert abs(learned.bertscore(scorable, bert, 1) - learned.bertscore(scorable, bert, 2)).max() > 0.1
 
 
 def test_bertscore_counts_an_empty_reply_as_zero(bert):
     pair = ("您好，请问", "您好，请进")
-    assert learned.bertscore([pair, (" ", "您好")], bert, 2) == pytest.approx(learned.bertscore([pair], bert, 2) / 2)
+    alone = learned.bertscore([pair], bert, 2).item()
+    assert learned.bertscore([(" ", "您好"), pair], bert, 2) == pytest.approx([0, alone])
 
 
 def test_bertscore_survives_a_tokenizer_without_a_maximum_length(bert, tmp_path):
@@ -304,9 +480,9 @@ def test_bertscore_survives_a_tokenizer_without_a_maximum_length(bert, tmp_path)
 
 def test_bertscore_reaches_the_table(bert):
     config = MetricsConfig(bertscore_model=str(bert), bertscore_layers=2)
-    cell = score(FOUR_TURNS, config, strategies_apply=True)["profiles"]["paper"]["BS"]
+    cell = score(FOUR_TURNS, DIALOGUES, config)["profiles"]["paper"]["BS"]
     pairs = [(turn.response, turn.reference_response) for turn in FOUR_TURNS]
-    assert cell.value == pytest.approx(learned.bertscore(pairs, bert, 2)) and cell.reason is None
+    assert cell.value == pytest.approx(learned.bertscore(pairs, bert, 2).mean()) and cell.reason is None
     assert f"layer 2 of {bert.name}, not rescaled" in cell.signature
 
 
@@ -378,8 +554,8 @@ def test_bleurt_equals_a_forward_by_hand(bleurt_directory):
 
 
 def test_bleurt_batches_do_not_change_scores(bleurt_directory):
-    expected = sum(bleurt_by_hand(*pair) for pair in BLEURT_PAIRS) / 4  # the empty fourth counts as 0
-    pairs = [*BLEURT_PAIRS, ("", "您好")]
+    expected = [0, *(bleurt_by_hand(*pair) for pair in BLEURT_PAIRS)]  # an empty reply counts as 0
+    pairs = [("", "您好"), *BLEURT_PAIRS]
     for batch_size in (1, 2, 64):
         assert learned.bleurt(pairs, bleurt_directory, batch_size) == pytest.approx(expected, abs=1e-3)
 

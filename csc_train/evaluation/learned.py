@@ -1,7 +1,7 @@
 """BERTScore and BLEURT between replies and their references, from local model directories, times 100.
 
-Both take text pairs (reply, reference) and return the mean over all of them, or None when there are none. A pair
-with an empty side scores 0: neither metric is defined there. A model stays loaded until another one is asked for.
+Both take text pairs (reply, reference) and return a score per pair, float [pairs]. A pair with an empty side scores 0:
+neither metric is defined there. A model stays loaded until another one is asked for.
 """
 
 import functools
@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -25,7 +26,7 @@ TextPair = tuple[str, str]
 
 def bertscore(
     pairs: Sequence[TextPair], directory: str | os.PathLike, layers: int = 8, batch_size: int = 64
-) -> float | None:
+) -> numpy.ndarray:
     """BERTScore F1 of the bert-score package, raw (not rescaled with a baseline), without IDF weights.
 
     `layers` is the layer whose output is compared; 8 is the package's choice for bert-base-chinese. Raw values are
@@ -35,7 +36,7 @@ def bertscore(
         InputError: `directory` is not a model directory, lacks weights, or has fewer than `layers` layers.
     """
     if not pairs:
-        return None
+        return numpy.zeros(0)
     # Imported here because it pulls in matplotlib and pandas, which nothing else needs.
     from bert_score.utils import bert_cos_score_idf
 
@@ -49,10 +50,10 @@ def bertscore(
         )
         return scores[:, 2]
 
-    return _mean(pairs, f1, batch_size, "BERTScore")
+    return _scores(pairs, f1, batch_size, "BERTScore")
 
 
-def bleurt(pairs: Sequence[TextPair], directory: str | os.PathLike, batch_size: int = 64) -> float | None:
+def bleurt(pairs: Sequence[TextPair], directory: str | os.PathLike, batch_size: int = 64) -> numpy.ndarray:
     """BLEURT-20: a RemBERT encoder reads reference and reply together, a linear head on its pooled output scores them.
 
     `directory` holds a PyTorch conversion: `config.json`, `tokenizer.json`, and `model.safetensors` or
@@ -64,7 +65,7 @@ def bleurt(pairs: Sequence[TextPair], directory: str | os.PathLike, batch_size: 
         InputError: a file is missing, or the weights are not exactly those that the model needs.
     """
     if not pairs:
-        return None
+        return numpy.zeros(0)
     model, head, tokenizer = _load_bleurt(os.fspath(directory))
 
     def regress(batch: Sequence[TextPair]) -> torch.Tensor:
@@ -76,19 +77,20 @@ def bleurt(pairs: Sequence[TextPair], directory: str | os.PathLike, batch_size: 
         ).pooler_output
         return head(pooled).squeeze(-1)
 
-    return _mean(pairs, regress, batch_size, "BLEURT")
+    return _scores(pairs, regress, batch_size, "BLEURT")
 
 
-def _mean(
+def _scores(
     pairs: Sequence[TextPair], score_batch: Callable[[Sequence[TextPair]], torch.Tensor], batch_size: int, label: str
-) -> float:
-    scorable = [(reply, reference) for reply, reference in pairs if reply.strip() and reference.strip()]
-    scorable.sort(key=lambda pair: len(pair[0]) + len(pair[1]))  # little padding within a batch
-    total = 0.0
+) -> numpy.ndarray:
+    scores = numpy.zeros(len(pairs))
+    scorable = [index for index, (reply, reference) in enumerate(pairs) if reply.strip() and reference.strip()]
+    scorable.sort(key=lambda index: sum(map(len, pairs[index])))  # little padding within a batch
     with torch.inference_mode():
         for start in tqdm(range(0, len(scorable), batch_size), desc=label, leave=False, disable=None):
-            total += score_batch(scorable[start : start + batch_size]).double().sum().item()
-    return 100 * total / len(pairs)
+            batch = scorable[start : start + batch_size]
+            scores[batch] = score_batch([pairs[index] for index in batch]).double().cpu().numpy()
+    return 100 * scores
 
 
 def _device() -> str:

@@ -1,7 +1,7 @@
-"""BLEU and ROUGE-L between replies and their references, in percent.
+"""BLEU and ROUGE-L between replies and their references, in percent, turn by turn.
 
-Every function takes pairs (reply, reference), as text or as tokens, and returns the score over all of them, or None
-when there are none. An empty reply scores 0.
+Every function takes pairs (reply, reference), as text or as tokens, and returns a row per pair: its score, or what it
+adds to a score over the whole corpus. An empty reply scores 0.
 """
 
 import functools
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy
 from nltk.translate.bleu_score import SmoothingFunction
 from nltk.translate.bleu_score import sentence_bleu as nltk_sentence_bleu
 from rapidfuzz.distance import LCSseq
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 TextPair = tuple[str, str]
 TokenPair = tuple[Sequence[Hashable], Sequence[Hashable]]
+
+_ORDERS = 4
+"""The largest n-grams that BLEU counts."""
 
 
 @functools.cache
@@ -51,41 +55,52 @@ def word_pairs(pairs: Sequence[TextPair]) -> list[TokenPair]:
     return [(segment(reply), segment(reference)) for reply, reference in pairs]
 
 
-def sentence_bleu(pairs: Sequence[TokenPair]) -> tuple[float, float] | None:
-    """BLEU-2 and BLEU-4, each the mean over pairs of nltk's sentence BLEU with smoothing method1.
+def sentence_bleu(pairs: Sequence[TokenPair]) -> numpy.ndarray:
+    """float [pairs, 2]: BLEU-2 and BLEU-4 of nltk's sentence BLEU with smoothing method1.
 
     Weights are (1/2, 1/2) and (1/4, 1/4, 1/4, 1/4). Method1 counts 0.1 for an order without any match; a reply that
     shares no token with its reference scores 0.
     """
-    if not pairs:
-        return None
     smoothing = SmoothingFunction().method1
     weights = [(1 / 2, 1 / 2), (1 / 4, 1 / 4, 1 / 4, 1 / 4)]
     scores = [
         nltk_sentence_bleu([reference], reply, weights, smoothing) if reply else (0.0, 0.0)
         for reply, reference in pairs
     ]
-    bleu_2, bleu_4 = (100 * sum(column) / len(pairs) for column in zip(*scores, strict=True))
-    return bleu_2, bleu_4
+    return 100 * numpy.array(scores, float).reshape(-1, 2)
 
 
 def _sacrebleu_zh() -> BLEU:
     return BLEU(tokenize="zh", smooth_method="exp", effective_order=False)
 
 
-def corpus_bleu_zh(pairs: Sequence[TextPair]) -> tuple[float, float] | None:
-    """BLEU-2 and BLEU-4 of sacrebleu over the whole corpus, with its `zh` tokenizer.
+def corpus_bleu_zh_counts(pairs: Sequence[TextPair]) -> numpy.ndarray:
+    """float [pairs, 10]: what each pair adds to sacrebleu's corpus BLEU with its `zh` tokenizer.
 
-    That tokenizer makes each Chinese character a token and keeps Latin words and numbers whole.
+    Lengths of reply and reference, then matching n-grams and all n-grams of the reply for n = 1..4. The tokenizer makes
+    each Chinese character a token and keeps Latin words and numbers whole.
     """
     if not pairs:
-        return None
+        return numpy.zeros((0, 2 + 2 * _ORDERS))
     replies, references = zip(*pairs, strict=True)
-    full = _sacrebleu_zh().corpus_score(replies, [references])
-    short = BLEU.compute_bleu(
-        full.counts[:2], full.totals[:2], full.sys_len, full.ref_len, smooth_method="exp", max_ngram_order=2
-    )
-    return short.score, full.score
+    # What sacrebleu itself resamples in its significance tests; there is no public name for it.
+    return numpy.array(_sacrebleu_zh()._extract_corpus_statistics(replies, [references]), float)
+
+
+def corpus_bleu_zh(sums: numpy.ndarray, order: int) -> numpy.ndarray:
+    """float [...]: sacrebleu's BLEU up to n-grams of `order`, of sums over `corpus_bleu_zh_counts`, float [..., 10].
+
+    As sacrebleu's `compute_bleu` with smoothing `exp`, for many sums at a time: the k-th order without a match counts
+    1 / 2^k of one. Without any match, or without any n-gram of an order, BLEU is 0; without any reply, too.
+    """
+    ours, theirs = sums[..., 0], sums[..., 1]
+    matches, total = sums[..., 2 : 2 + order], sums[..., 2 + _ORDERS : 2 + _ORDERS + order]
+    smoothed = numpy.where(matches > 0, matches, 0.5 ** (matches == 0).cumsum(axis=-1))
+    scored = (matches > 0).any(axis=-1) & (total > 0).all(axis=-1)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        brevity = numpy.where(ours < theirs, numpy.exp(1 - theirs / ours), 1)
+        precision = numpy.exp(numpy.log(smoothed / total).mean(axis=-1))
+        return numpy.where(scored, 100 * brevity * precision, 0.0)
 
 
 def corpus_bleu_zh_signature(order: int) -> str:
@@ -95,11 +110,9 @@ def corpus_bleu_zh_signature(order: int) -> str:
     return f"{metric.get_signature()}|order:{order}"
 
 
-def rouge_l(pairs: Sequence[TokenPair]) -> float | None:
-    """ROUGE-L F1 on the given tokens, mean over pairs: 2 x longest common subsequence / (both lengths together)."""
-    if not pairs:
-        return None
-    return 100 * sum(_rouge_l_f1(reply, reference) for reply, reference in pairs) / len(pairs)
+def rouge_l(pairs: Sequence[TokenPair]) -> numpy.ndarray:
+    """float [pairs]: ROUGE-L F1 on the given tokens, 2 x longest common subsequence / (both lengths together)."""
+    return 100 * numpy.array([_rouge_l_f1(reply, reference) for reply, reference in pairs], float)
 
 
 def _rouge_l_f1(reply: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
@@ -107,13 +120,11 @@ def _rouge_l_f1(reply: Sequence[Hashable], reference: Sequence[Hashable]) -> flo
     return 2 * LCSseq.similarity(reply, reference) / length if length else 0.0
 
 
-def rouge_l_latin(pairs: Sequence[TextPair]) -> float | None:
-    """ROUGE-L F1 of rouge_score with its default tokenizer, mean over pairs.
+def rouge_l_latin(pairs: Sequence[TextPair]) -> numpy.ndarray:
+    """float [pairs]: ROUGE-L F1 of rouge_score with its default tokenizer.
 
     That tokenizer keeps ASCII letters and digits alone. On Chinese text this compares amounts, dates and Latin names,
     and a pair where either side has none of them scores 0.
     """
-    if not pairs:
-        return None
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    return 100 * sum(scorer.score(reference, reply)["rougeL"].fmeasure for reply, reference in pairs) / len(pairs)
+    return 100 * numpy.array([scorer.score(reference, reply)["rougeL"].fmeasure for reply, reference in pairs], float)

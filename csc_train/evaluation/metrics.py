@@ -9,16 +9,21 @@ Two profiles, because the paper does not publish its metric code:
 - `zh` measures Chinese text as Chinese text: ROUGE-L on characters and on words, and sacrebleu with a signature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy
+
+from csc_train.dialogue import Dialogue
 from csc_train.errors import InputError, check_choice, check_range
-from csc_train.evaluation import lexical
+from csc_train.evaluation import lexical, reply_metrics, strategy_metrics
+from csc_train.evaluation.figure import Figure, Score
 from csc_train.evaluation.predictions import Prediction
-
-TextPairs = list[tuple[str, str]]
+from csc_train.evaluation.turns import Turns
+from csc_train.evaluation.uncertainty import Statistic, mean
 
 PROFILES: dict[str, tuple[str, ...]] = {
     "paper": ("B-2", "B-4", "R-L", "BS", "BR", "ACC"),
@@ -39,7 +44,7 @@ class MetricsConfig:
     """Which metrics to compute.
 
     Raises:
-        InputError: an unknown profile, a batch size or layer below 1, or a model directory that is none.
+        InputError: an unknown profile, a number out of range, or a model directory that is none.
     """
 
     profiles: list[str] = field(default_factory=lambda: ["paper", "zh"])
@@ -52,12 +57,15 @@ class MetricsConfig:
     """Local directory of a PyTorch conversion of BLEURT-20; None prints n/a."""
     batch_size: int = 64
     """Pairs per forward pass of BERTScore and BLEURT."""
+    draws: int = 1000
+    """Resamples of the dialogues that the 95 % intervals are taken from."""
 
     def __post_init__(self):
         for profile in self.profiles:
             check_choice("metrics.profiles", profile, PROFILES)
         check_range("metrics.bertscore_layers", self.bertscore_layers, 1)
         check_range("metrics.batch_size", self.batch_size, 1)
+        check_range("metrics.draws", self.draws, 100)
         # Looked for here, before hours are spent on the predictions.
         for name in ("bertscore_model", "bleurt_model"):
             directory = getattr(self, name)
@@ -65,102 +73,193 @@ class MetricsConfig:
                 raise InputError(f"metrics.{name}={directory}: not a local model directory (it has no config.json)")
 
 
-@dataclass(frozen=True)
-class Score:
-    """One cell of the table, and what its number means.
-
-    `value` is in percent, or None where there is none, and then `reason` says why. `unit` is what the metric counts
-    (words, characters, ...); `signature` names the implementation and its settings.
-    """
-
-    value: float | None
-    unit: str
-    signature: str
-    reason: str | None
-
-
-def score(predictions: Sequence[Prediction], config: MetricsConfig, *, strategies_apply: bool) -> dict:
+def score(
+    predictions: Sequence[Prediction], dialogues: Mapping[str, Dialogue], config: MetricsConfig
+) -> dict[str, Any]:
     """Score one system's predictions in one context.
 
-    Returns `{"profiles": {profile: {column: Score}}, "counts": {...}}`, profiles as the config orders them and columns
-    as `PROFILES` does. Counts: `turns`; `unparsed`, the turns whose strategy could not be read (None where strategies
-    do not apply); `empty_replies`, which score 0 in every text metric.
+    Args:
+        dialogues: by id, those that were predicted, and maybe others.
 
-    `strategies_apply` is False where the system predicts no strategy (it is handed in, or left out): ACC is then n/a.
+    Returns:
+        `profiles`: by profile and column, a Score, in the order of `PROFILES`. `strategy`: Scores by name;
+        `by_strategy`: by label, its `turns` and Scores; `confusion`: see `strategy_metrics.confusion`; `by_position`:
+        ACC by the how many-th supporter turn it is. `process` and `reply`: by name, a Score of the `system` and one of
+        the `reference`. `counts`: `dialogues`; `turns`; `unparsed`, the turns whose strategy could not be read (None
+        where the system predicts none); `empty_replies`, which score 0 in every text metric.
 
     Raises:
-        InputError: a metric model cannot be loaded.
+        InputError: a metric model cannot be loaded, or a turn is predicted twice.
     """
-    pairs = [(prediction.response, prediction.reference_response) for prediction in predictions]
-    words = lexical.word_pairs(pairs)
-    shared = {"BS": _bertscore(pairs, config), "ACC": _accuracy(predictions, strategies_apply)}
+    turns = Turns(predictions)
+
+    def shown(figure: Figure) -> Score:
+        return figure.score(turns.dialogue, config.draws)
+
+    def sides(figures: tuple[Figure, Figure]) -> dict[str, Score]:
+        return dict(zip(("system", "reference"), map(shown, figures), strict=True))
+
+    strategy = {
+        "macro-F1": strategy_metrics.macro_f1(turns),
+        "stage ACC": strategy_metrics.stage_accuracy(turns),
+        "parse rate": strategy_metrics.parse_rate(turns),
+    }
+    reply = {name: sides(figures) for name, figures in reply_metrics.replies(turns, dialogues).items()}
+    for order in (1, 2):
+        distinct = reply_metrics.distinct(turns, order)
+        reply[f"distinct-{order}"] = dict(zip(("system", "reference"), distinct, strict=True))
+    chosen = turns.predicts_strategy
+    return {
+        "profiles": {
+            profile: {column: shown(figure) for column, figure in cells.items()}
+            for profile, cells in figures(turns, config).items()
+        },
+        "strategy": {name: shown(figure) for name, figure in strategy.items()},
+        "by_strategy": {
+            label: {"turns": count} | {name: shown(figure) for name, figure in cells.items()}
+            for label, count, cells in strategy_metrics.by_strategy(turns)
+        },
+        "confusion": strategy_metrics.confusion(turns).tolist() if chosen else None,
+        "by_position": [
+            {"position": position, "turns": count, "ACC": shown(figure)}
+            for position, count, figure in strategy_metrics.by_position(turns)
+        ],
+        "process": {name: sides(pair) for name, pair in strategy_metrics.process(turns).items()},
+        "reply": reply,
+        "counts": {
+            "dialogues": len(set(turns.dialogue.tolist())),
+            "turns": len(turns),
+            "unparsed": int((turns.predicted == 0).sum()) if chosen else None,
+            "empty_replies": sum(not reply.strip() for reply, _ in turns.pairs),
+        },
+    }
+
+
+def drift(
+    reference: Sequence[Prediction], generated: Sequence[Prediction], config: MetricsConfig
+) -> list[dict[str, Any]]:
+    """By supporter turn, how much is lost once a system goes on from its own turns.
+
+    Returns:
+        For each `position`, counted from 1: its `turns`, and of ACC and character ROUGE-L a Score of the figure in
+        reference context minus the one in generated context.
+
+    Raises:
+        InputError: the two are not of the same turns.
+    """
+    sides = same_turns(reference, generated, "reference context", "generated context")
+    values = [lexical.rouge_l(_by_character(turns.pairs)) for turns in sides]
+    dialogue, position = sides[0].dialogue, sides[0].position
+    rows = []
+    for number in range(int(position.max(initial=-1)) + 1):
+        here = position == number
+        accuracies = [strategy_metrics.accuracy(turns, here) for turns in sides]
+        rouges = [_zh_rouge(mean(each, here)) for each in values]
+        rows.append(
+            {
+                "position": number + 1,
+                "turns": int(here.sum()),
+                "ACC": accuracies[0].minus(accuracies[1], dialogue, config.draws),
+                "R-L char": rouges[0].minus(rouges[1], dialogue, config.draws),
+            }
+        )
+    return rows
+
+
+def same_turns(
+    one: Sequence[Prediction], other: Sequence[Prediction], name: str, other_name: str
+) -> tuple[Turns, Turns]:
+    """Both predictions as columns whose rows are the same turns with the same references.
+
+    Raises:
+        InputError: a turn is missing on either side, or has another reference.
+    """
+    sides = Turns(one), Turns(other)
+    keys = [dict(zip(turns.keys, turns.predictions, strict=True)) for turns in sides]
+    for has, lacks, who in ((keys[0], keys[1], other_name), (keys[1], keys[0], name)):
+        if missing := sorted(has.keys() - lacks.keys()):
+            dialogue, turn = missing[0]
+            raise InputError(f"{who} lacks {len(missing)} turns, the first is turn {turn} of dialogue {dialogue}")
+    for key, first in keys[0].items():
+        second = keys[1][key]
+        if (first.reference_strategy, first.reference_response) != (
+            second.reference_strategy,
+            second.reference_response,
+        ):
+            raise InputError(f"{name} and {other_name} have other references at turn {key[1]} of dialogue {key[0]}")
+    return sides
+
+
+def figures(turns: Turns, config: MetricsConfig) -> dict[str, dict[str, Figure]]:
+    """The figures of each profile: profiles as the config orders them, columns as `PROFILES` does."""
+    shared = {"BS": _bertscore(turns, config), "ACC": strategy_metrics.accuracy(turns)}
     profiles = {}
     for name in config.profiles:
-        cells = shared | (_paper_cells(pairs, words, config) if name == "paper" else _zh_cells(pairs, words))
+        cells = shared | (_paper_cells(turns, config) if name == "paper" else _zh_cells(turns))
         profiles[name] = {column: cells[column] for column in PROFILES[name]}
-    counts = {
-        "turns": len(predictions),
-        "unparsed": sum(p.strategy is None for p in predictions) if strategies_apply else None,
-        "empty_replies": sum(not p.response.strip() for p in predictions),
-    }
-    return {"profiles": profiles, "counts": counts}
+    return profiles
 
 
-def _cell(value: float | None, unit: str, signature: str) -> Score:
-    return Score(value, unit, signature, "no turns to score" if value is None else None)
-
-
-def _accuracy(predictions: Sequence[Prediction], strategies_apply: bool) -> Score:
-    unit, signature = "turns", "predicted strategy equals the reference strategy; an unparsed one counts as wrong"
-    if not strategies_apply:
-        return Score(None, unit, signature, "this mode predicts no strategy")
-    correct = sum(prediction.strategy == prediction.reference_strategy for prediction in predictions)
-    return _cell(100 * correct / len(predictions) if predictions else None, unit, signature)
-
-
-def _paper_cells(pairs: TextPairs, words: list, config: MetricsConfig) -> dict[str, Score]:
-    bleu_2, bleu_4 = lexical.sentence_bleu(words) or (None, None)
+def _paper_cells(turns: Turns, config: MetricsConfig) -> dict[str, Figure]:
+    bleu_2, bleu_4 = lexical.sentence_bleu(turns.words).T
     nltk = f"nltk {version('nltk')} sentence BLEU on jieba {version('jieba')} words, smoothing method1, mean over turns"
     rouge = f"rouge_score {version('rouge-score')} rougeL F1, default tokenizer, no stemming, mean over turns"
     return {
-        "B-2": _cell(bleu_2, "jieba words", f"{nltk}, orders 1-2"),
-        "B-4": _cell(bleu_4, "jieba words", f"{nltk}, orders 1-4"),
-        "R-L": _cell(lexical.rouge_l_latin(pairs), "digits and Latin only", rouge),
-        "BR": _bleurt(pairs, config),
+        "B-2": Figure(mean(bleu_2), "jieba words", f"{nltk}, orders 1-2"),
+        "B-4": Figure(mean(bleu_4), "jieba words", f"{nltk}, orders 1-4"),
+        "R-L": Figure(mean(lexical.rouge_l_latin(turns.pairs)), "digits and Latin only", rouge),
+        "BR": _bleurt(turns, config),
     }
 
 
-def _zh_cells(pairs: TextPairs, words: list) -> dict[str, Score]:
-    bleu_2, bleu_4 = lexical.corpus_bleu_zh(pairs) or (None, None)
-    by_character = [(lexical.characters(reply), lexical.characters(reference)) for reply, reference in pairs]
-    bleu = "sacrebleu corpus BLEU, effective order off"
-    rouge = f"ROUGE-L F1, longest common subsequence by rapidfuzz {version('rapidfuzz')}, mean over turns"
+def _zh_cells(turns: Turns) -> dict[str, Figure]:
+    counts = lexical.corpus_bleu_zh_counts(turns.pairs)
     return {
-        "B-2": _cell(bleu_2, "Chinese characters and Latin words", f"{bleu}, {lexical.corpus_bleu_zh_signature(2)}"),
-        "B-4": _cell(bleu_4, "Chinese characters and Latin words", f"{bleu}, {lexical.corpus_bleu_zh_signature(4)}"),
-        "R-L char": _cell(lexical.rouge_l(by_character), "characters", f"{rouge}, white space left out"),
-        "R-L word": _cell(lexical.rouge_l(words), "jieba words", f"{rouge}, jieba {version('jieba')}"),
+        "B-2": _zh_bleu(counts, 2),
+        "B-4": _zh_bleu(counts, 4),
+        "R-L char": _zh_rouge(mean(lexical.rouge_l(_by_character(turns.pairs)))),
+        "R-L word": Figure(
+            mean(lexical.rouge_l(turns.words)), "jieba words", f"{_rouge_signature()}, jieba {version('jieba')}"
+        ),
     }
+
+
+def _zh_bleu(counts: numpy.ndarray, order: int) -> Figure:
+    signature = f"sacrebleu corpus BLEU, effective order off, {lexical.corpus_bleu_zh_signature(order)}"
+    statistic = Statistic(counts, lambda sums: lexical.corpus_bleu_zh(sums, order)) if len(counts) else None
+    return Figure(statistic, "Chinese characters and Latin words", signature)
+
+
+def _zh_rouge(statistic: Statistic) -> Figure:
+    return Figure(statistic, "characters", f"{_rouge_signature()}, white space left out")
+
+
+def _rouge_signature() -> str:
+    return f"ROUGE-L F1, longest common subsequence by rapidfuzz {version('rapidfuzz')}, mean over turns"
+
+
+def _by_character(pairs: Sequence[lexical.TextPair]) -> list[lexical.TokenPair]:
+    return [(lexical.characters(reply), lexical.characters(reference)) for reply, reference in pairs]
 
 
 # `learned` is imported where it is used: it brings in transformers, and most runs give no metric model.
 
 
-def _bertscore(pairs: TextPairs, config: MetricsConfig) -> Score:
+def _bertscore(turns: Turns, config: MetricsConfig) -> Figure:
     unit, name = "contextual token vectors", f"bert-score {version('bert-score')} F1, layer {config.bertscore_layers}"
     if config.bertscore_model is None:
-        return Score(None, unit, f"{name}, not rescaled", "no BERTScore model directory given")
+        return Figure(None, unit, f"{name}, not rescaled", "no BERTScore model directory given")
     from csc_train.evaluation import learned
 
-    value = learned.bertscore(pairs, config.bertscore_model, config.bertscore_layers, config.batch_size)
-    return _cell(value, unit, f"{name} of {Path(config.bertscore_model).resolve().name}, not rescaled")
+    values = learned.bertscore(turns.pairs, config.bertscore_model, config.bertscore_layers, config.batch_size)
+    return Figure(mean(values), unit, f"{name} of {Path(config.bertscore_model).resolve().name}, not rescaled")
 
 
-def _bleurt(pairs: TextPairs, config: MetricsConfig) -> Score:
+def _bleurt(turns: Turns, config: MetricsConfig) -> Figure:
     unit, name = "learned score of the pair", "BLEURT by our own loader, unverified on real weights"
     if config.bleurt_model is None:
-        return Score(None, unit, name, "no BLEURT model directory given")
+        return Figure(None, unit, name, "no BLEURT model directory given")
     from csc_train.evaluation import learned
 
-    value = learned.bleurt(pairs, config.bleurt_model, config.batch_size)
-    return _cell(value, unit, f"{name}, weights {Path(config.bleurt_model).resolve().name}")
+    values = learned.bleurt(turns.pairs, config.bleurt_model, config.batch_size)
+    return Figure(mean(values), unit, f"{name}, weights {Path(config.bleurt_model).resolve().name}")

@@ -80,6 +80,7 @@ def predict(dialogues: Sequence[Dialogue], policy: Policy, context: str, progres
             response=words.reply.response,
             reference_strategy=dialogue.turns[turn].strategy.number,
             reference_response=dialogue.turns[turn].text,
+            predicts_strategy=policy.strategies_apply,
         )
         for index, dialogue in enumerate(dialogues)
         for turn in dialogue.supporter_turns

@@ -2,14 +2,22 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from csc_train.dialogue import Dialogue
 from csc_train.errors import InputError
-from csc_train.files import atomic_path
+from csc_train.files import atomic_path, digest
+from csc_train.template.reply import parse_reply
 
 CONTEXTS = ("reference", "generated")
 """Histories a turn is predicted from: the gold one, or the system's own earlier turns between the gold customer's."""
+
+BASELINES = ("most frequent strategy", "strategy bigram")
+BASE = "base (untrained)"
+TRAINED = "trained"
+"""Names of systems. In tables the baselines come first, then the base model, then what is evaluated."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +25,8 @@ class Prediction:
     """One supporter turn, predicted.
 
     `turn` indexes `Dialogue.turns`. Strategies are numbers 1..12; `strategy` is None where the text could not be
-    parsed, or where the mode asks for none. `response` is the reply without its strategy label.
+    parsed, or where the mode asks for none. `response` is the reply without its strategy label. `predicts_strategy` is
+    False where the system does not choose the strategy itself: it is handed in, or left out.
     """
 
     dialogue_id: str
@@ -29,6 +38,7 @@ class Prediction:
     response: str
     reference_strategy: int
     reference_response: str
+    predicts_strategy: bool = True
 
 
 def write_predictions(path: str | os.PathLike, predictions: Iterable[Prediction]) -> None:
@@ -45,15 +55,109 @@ def read_predictions(path: str | os.PathLike) -> list[Prediction]:
         InputError: the file cannot be read, or a line is not a prediction; names the file and line.
     """
     predictions = []
+    for number, row in _rows(path):
+        try:
+            predictions.append(Prediction(**row))
+        except TypeError as error:
+            raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
+    return predictions
+
+
+def read_run(directory: str | os.PathLike) -> dict[str, dict[str, list[Prediction]]]:
+    """The predictions in a run directory of recipes/evaluate.py, by system and context, in the order of its tables.
+
+    Raises:
+        InputError: there are none, or a file of them cannot be read.
+    """
+    folder = Path(directory) / "predictions"
+    order = (*BASELINES, BASE)
+    names = {path.stem.rpartition("-")[0] for path in folder.glob("*-*.jsonl")}
+    names = sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
+    found = {
+        name: {
+            context: read_predictions(path)
+            for context in CONTEXTS
+            if (path := folder / f"{name}-{context}.jsonl").exists()
+        }
+        for name in names
+    }
+    if not found:
+        raise InputError(f"{directory}: holds no predictions; give the run directory of an evaluation")
+    return found
+
+
+def system_of(saved: Mapping[str, object], directory: str, name: str | None) -> str:
+    """The system called `name` among those that a run saved; the one that was evaluated, the last, if not given.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name is not None and name not in saved:
+        raise InputError(f"{directory}: has no system {name!r}. Known: {', '.join(saved)}")
+    return name or list(saved)[-1]
+
+
+def read_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context: str) -> list[Prediction]:
+    """Replies made elsewhere to the supporter turns of these dialogues, in dialogue order.
+
+    Each line is an object with `dialogue_id`, `turn` (from 0, counting the customer's turns too) and `text`, such as
+    `[情感管理]回复`; where no text of the file names a strategy, the system is taken not to predict any.
+
+    Raises:
+        InputError: a line is not of this form, or the file does not hold every supporter turn exactly once.
+    """
+    texts: dict[tuple[str, int], str] = {}
+    known = {(dialogue.id, turn) for dialogue in dialogues for turn in dialogue.supporter_turns}
+    for number, row in _rows(path):
+        key = row.get("dialogue_id"), row.get("turn")
+        if not isinstance(key[0], str) or type(key[1]) is not int or not isinstance(row.get("text"), str):
+            raise InputError(f"{path}, line {number}: not an object with dialogue_id, turn (a number) and text")
+        if key not in known:
+            raise InputError(
+                f"{path}, line {number}: turn {key[1]} of dialogue {key[0]} is no supporter turn to predict"
+            )
+        if key in texts:
+            raise InputError(f"{path}, line {number}: turn {key[1]} of dialogue {key[0]} is there twice")
+        texts[key] = row["text"]
+    if missing := sorted(known - texts.keys()):
+        raise InputError(
+            f"{path}: lacks {len(missing)} of {len(known)} turns, the first is turn {missing[0][1]} of dialogue "
+            f"{missing[0][0]}"
+        )
+    replies = {key: parse_reply(text) for key, text in texts.items()}
+    predicts_strategy = any(reply.strategy for reply in replies.values())
+    return [
+        Prediction(
+            dialogue_id=dialogue.id,
+            turn=turn,
+            context=context,
+            prompt_hash=digest(None),
+            raw_text=texts[dialogue.id, turn],
+            strategy=reply.strategy.number if reply.strategy else None,
+            response=reply.response,
+            reference_strategy=dialogue.turns[turn].strategy.number,
+            reference_response=dialogue.turns[turn].text,
+            predicts_strategy=predicts_strategy,
+        )
+        for dialogue in dialogues
+        for turn in dialogue.supporter_turns
+        for reply in [replies[dialogue.id, turn]]
+    ]
+
+
+def _rows(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of a JSONL file."""
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    predictions.append(Prediction(**json.loads(line)))
-                except (json.JSONDecodeError, TypeError) as error:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
                     raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}, line {number}: not a prediction: no object")
+                yield number, row
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    return predictions

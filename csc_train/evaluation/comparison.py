@@ -1,0 +1,101 @@
+"""Two systems on the same turns: which differences are more than chance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from csc_train.evaluation import strategy_metrics
+from csc_train.evaluation.figure import Figure
+from csc_train.evaluation.metrics import MetricsConfig, figures, same_turns
+from csc_train.evaluation.predictions import Prediction
+from csc_train.evaluation.turns import Turns
+from csc_train.evaluation.uncertainty import LEVEL, holm, mcnemar, sign_flip_test
+
+ALIKE = "cannot be told apart"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of two systems A and B in one context.
+
+    Attributes:
+        a, b: its values; `difference` is `a` - `b`, and `low` and `high` are its 95 % interval,
+            None for too few dialogues.
+        p_value: of the sign-flip test over dialogues; None where the metric is n/a, and then `reason` says why.
+        adjusted: Holm's adjustment of it over all metrics and contexts that were compared.
+        mcnemar: of accuracies only, for comparison: it ignores that turns cluster in dialogues, and decides nothing.
+        verdict: `A is higher`, `B is higher` or `cannot be told apart`, by `adjusted`.
+    """
+
+    context: str
+    metric: str
+    unit: str
+    signature: str
+    a: float | None = None
+    b: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    adjusted: float | None = None
+    mcnemar: float | None = None
+    verdict: str | None = None
+    reason: str | None = None
+
+
+def compare(
+    a: dict[str, Sequence[Prediction]],
+    b: dict[str, Sequence[Prediction]],
+    config: MetricsConfig,
+    flips: int,
+    names: tuple[str, str] = ("A", "B"),
+) -> list[Difference]:
+    """Every metric in every context that both systems have.
+
+    Args:
+        a, b: their predictions by context.
+        flips: random exchanges of the two systems for each p-value.
+        names: what to call them in errors.
+
+    Raises:
+        InputError: the two are not of the same turns.
+    """
+    rows = []
+    for context in [each for each in a if each in b]:
+        sides = same_turns(a[context], b[context], *names)
+        metrics = [_metrics(turns, config) for turns in sides]
+        for name, figure in metrics[0].items():
+            rows.append(_difference(context, name, figure, metrics[1][name], sides, config.draws, flips))
+    tested = [row for row in rows if row["p_value"] is not None]
+    for row, adjusted in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
+        higher = "A is higher" if row["difference"] > 0 else "B is higher"
+        row |= {"adjusted": adjusted, "verdict": higher if adjusted < 1 - LEVEL else ALIKE}
+    return [Difference(**row) for row in rows]
+
+
+def _metrics(turns: Turns, config: MetricsConfig) -> dict[str, Figure]:
+    """Each metric once, whichever profiles have it."""
+    found = {
+        "ACC": strategy_metrics.accuracy(turns),
+        "macro-F1": strategy_metrics.macro_f1(turns),
+        "stage ACC": strategy_metrics.stage_accuracy(turns),
+    }
+    for profile, cells in figures(turns, config).items():
+        shared = ("ACC", "BS")
+        found |= {name if name in shared else f"{profile} {name}": figure for name, figure in cells.items()}
+    return found
+
+
+def _difference(
+    context: str, name: str, a: Figure, b: Figure, sides: tuple[Turns, Turns], draws: int, flips: int
+) -> dict:
+    dialogues = sides[0].dialogue
+    row = {"context": context, "metric": name, "unit": a.unit, "signature": a.signature, "p_value": None}
+    score = a.minus(b, dialogues, draws)
+    if score.value is None:
+        return row | {"reason": score.reason}
+    row |= {"a": a.statistic.value, "b": b.statistic.value, "difference": score.value}
+    row |= {"low": score.low, "high": score.high}
+    row["p_value"] = sign_flip_test(a.statistic, b.statistic, dialogues, flips)
+    if name == "ACC":
+        row["mcnemar"] = mcnemar(sides[0].correct, sides[1].correct)
+    return row

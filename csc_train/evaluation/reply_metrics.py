@@ -1,0 +1,108 @@
+"""What replies are like by themselves: their length, their variety, and numbers that nobody had mentioned."""
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+import numpy
+
+from csc_train.dialogue import Dialogue, Speaker
+from csc_train.evaluation import lexical
+from csc_train.evaluation.figure import Figure, Score
+from csc_train.evaluation.turns import Turns
+from csc_train.evaluation.uncertainty import mean
+
+_DIGITS = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:[.:]\d+)*")
+_CHINESE_AMOUNT = re.compile(
+    r"([〇零一二两三四五六七八九十][〇零一二两三四五六七八九十百千万亿]*)(?=元|块钱|角|分钱|美元|%|折)"
+)
+_VALUES = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
+_UNITS = {"十": 10, "百": 100, "千": 1000}
+_MYRIADS = {"万": 10**4, "亿": 10**8}
+
+
+def numbers(text: str) -> set[str]:
+    """The numbers in a text: of digits of any width, and of Chinese numerals before a unit of money, `%` or `折`.
+
+    `1,200元`, `１２００．００` and `一千二百元` are all 1200; of digits joined by colons, such as
+    `12:30`, it is the whole that counts.
+    """
+    # A full-width comma parts clauses; normalized, it would pass for a separator of thousands.
+    text = unicodedata.normalize("NFKC", text.replace("，", "、"))
+    found = {_plain(match.group()) for match in _DIGITS.finditer(text)}
+    return found | {str(_chinese_number(match.group(1))) for match in _CHINESE_AMOUNT.finditer(text)}
+
+
+def _plain(digits: str) -> str:
+    """A number without separators of thousands, and without zeros that end a fraction."""
+    digits = digits.replace(",", "")
+    return digits.rstrip("0").rstrip(".") if re.fullmatch(r"\d+\.\d+", digits) else digits
+
+
+def _chinese_number(numeral: str) -> int:
+    """The value of a Chinese numeral, such as 三万五千; 二〇二五, without units, is read digit by digit."""
+    if not set(numeral) & (_UNITS.keys() | _MYRIADS.keys()):
+        return int("".join(str(_VALUES[character]) for character in numeral))
+    total = section = digit = 0
+    for character in numeral:
+        if character in _VALUES:
+            digit = _VALUES[character]
+        elif character in _UNITS:
+            section, digit = section + (digit or 1) * _UNITS[character], 0
+        else:
+            total, section, digit = (total + section + digit) * _MYRIADS[character], 0, 0
+    return total + section + digit
+
+
+def new_numbers(turns: Turns, dialogues: Mapping[str, Dialogue]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Two bool [turns]: whether the system's, and the reference's, reply has a number that was not said before.
+
+    What was said before is what each was given: the gold turns, or, for a system in generated context, the customer's
+    gold turns and its own replies.
+    """
+    system, reference = numpy.zeros(len(turns), bool), numpy.zeros(len(turns), bool)
+    said: dict[str, tuple[int, set[str], set[str]]] = {}
+    for index, each in enumerate(turns.predictions):
+        start, heard, gold = said.get(each.dialogue_id, (0, set(), set()))
+        for turn in dialogues[each.dialogue_id].turns[start : each.turn]:
+            gold |= (mentioned := numbers(turn.text))
+            if turn.speaker is Speaker.CUSTOMER or each.context == "reference":
+                heard |= mentioned
+        own = numbers(each.response)
+        system[index] = bool(own - heard)
+        reference[index] = bool(numbers(each.reference_response) - gold)
+        if each.context == "generated":
+            heard |= own
+        said[each.dialogue_id] = (each.turn, heard, gold)
+    return system, reference
+
+
+def replies(turns: Turns, dialogues: Mapping[str, Dialogue]) -> dict[str, tuple[Figure, Figure]]:
+    """Length and numbers that are new, of the system's replies and of the reference's."""
+    lengths = numpy.array([[len(lexical.characters(text)) for text in pair] for pair in turns.pairs]).reshape(-1, 2)
+    meanings = {
+        "length": ("characters", "mean over turns, white space left out"),
+        "new numbers": ("turns", "replies with a number or an amount of money that is not in their context"),
+    }
+    values = {"length": lengths.T, "new numbers": [100 * flags for flags in new_numbers(turns, dialogues)]}
+    return {
+        name: (Figure(mean(values[name][0]), *meaning), Figure(mean(values[name][1]), *meaning))
+        for name, meaning in meanings.items()
+    }
+
+
+def distinct(turns: Turns, order: int) -> tuple[Score, Score]:
+    """Distinct-n of the system's replies and of the reference's: different n-grams over all n-grams, in percent.
+
+    It has no interval: a resample holds dialogues twice, and so fewer different n-grams. It falls with the number of
+    replies, so compare it on the same turns only.
+    """
+    signature = f"different {order}-grams over all {order}-grams of all replies, jieba words"
+    return tuple(_distinct([pair[side] for pair in turns.words], order, signature) for side in (0, 1))
+
+
+def _distinct(texts: Sequence[Sequence[str]], order: int, signature: str) -> Score:
+    grams = [tuple(text[start : start + order]) for text in texts for start in range(len(text) - order + 1)]
+    if not grams:
+        return Score(None, "jieba words", signature, f"no reply has {order} words")
+    return Score(100 * len(set(grams)) / len(grams), "jieba words", signature)

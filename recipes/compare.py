@@ -1,0 +1,50 @@
+"""Compare two evaluations of the same dialogues: which differences are more than chance.
+
+python recipes/compare.py runs/one/evaluation runs/other/evaluation
+"""
+
+from csc_train.config import CompareRecipe, resolved, run_recipe
+
+
+def main(config: CompareRecipe) -> None:
+    # After the configuration is checked: these imports take seconds.
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from csc_train.evaluation.comparison import compare
+    from csc_train.evaluation.predictions import read_run, system_of
+    from csc_train.evaluation.report import comparison_markdown, comparison_table
+    from csc_train.files import write_json, write_text
+    from csc_train.run import Run, provenance, single_process
+
+    single_process("compare")
+    run = Run("compare", resolved(config))
+
+    # Predictions
+    runs = read_run(config.a), read_run(config.b)
+    systems = [
+        system_of(saved, directory, name)
+        for saved, directory, name in zip(runs, (config.a, config.b), (config.system_a, config.system_b), strict=True)
+    ]
+    names = [f"{name} of {directory}" for name, directory in zip(systems, (config.a, config.b), strict=True)]
+
+    # Differences
+    rows = compare(runs[0][systems[0]], runs[1][systems[1]], config.metrics, config.flips, names)
+
+    # Table
+    run.begin({})
+    write_json(
+        run.directory / "comparison.json",
+        {"provenance": provenance(), "a": names[0], "b": names[1], "flips": config.flips,
+         "differences": [asdict(row) for row in rows]},
+    )  # fmt: skip
+    write_text(run.directory / "comparison.md", comparison_markdown(rows, *names))
+    run.finish()
+    run.say(f"A: {names[0]}\nB: {names[1]}")
+    Console().print(comparison_table(rows))
+    run.say(f"report: {run.directory}/comparison.md, {run.directory}/comparison.json")
+
+
+if __name__ == "__main__":
+    run_recipe("compare", main)

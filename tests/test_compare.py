@@ -1,0 +1,224 @@
+"""Two systems beside each other: as a library, and as the recipes are started."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from csc_train.dialogue import read_dialogues
+from csc_train.errors import InputError
+from csc_train.evaluation.comparison import ALIKE, compare
+from csc_train.evaluation.metrics import MetricsConfig
+from csc_train.evaluation.predictions import Prediction, read_replies, read_run, system_of
+from csc_train.synthesis.sample import generate_sample
+
+
+def answers(right, seed, dialogues=60, turns=8, context="reference"):
+    """Predictions that name the reference's strategy with chance `right`, and then give its reply."""
+    rng = random.Random(seed)
+    made = []
+    for dialogue in range(dialogues):
+        for turn in range(0, 2 * turns, 2):
+            reference = (dialogue + turn) % 12 + 1
+            hit, text = rng.random() < right, f"第{reference}号方案，好的。"
+            strategy = reference if hit else reference % 12 + 1
+            reply = text if hit else "请稍等。"
+            made.append(Prediction(f"d{dialogue}", turn, context, "", "", strategy, reply, reference, text))
+    return made
+
+
+LEXICAL = MetricsConfig()
+
+
+def by_metric(rows):
+    return {row.metric: row for row in rows}
+
+
+def test_a_clear_difference_is_told_and_a_small_one_is_not():
+    clear = compare({"reference": answers(0.7, 0)}, {"reference": answers(0.4, 1)}, LEXICAL, flips=1000)
+    assert {row.verdict for row in clear if row.p_value is not None} == {"A is higher"}
+    mirrored = compare({"reference": answers(0.4, 1)}, {"reference": answers(0.7, 0)}, LEXICAL, flips=1000)
+    assert {row.verdict for row in mirrored if row.p_value is not None} == {"B is higher"}
+    small = compare({"reference": answers(0.5, 0)}, {"reference": answers(0.5, 1)}, LEXICAL, flips=1000)
+    assert {row.verdict for row in small if row.p_value is not None} == {ALIKE}
+    accuracy = by_metric(clear)["ACC"]
+    assert accuracy.difference == pytest.approx(accuracy.a - accuracy.b)
+    assert accuracy.low < accuracy.difference < accuracy.high
+    assert accuracy.mcnemar is not None and by_metric(clear)["macro-F1"].mcnemar is None
+
+
+def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
+    both = [{context: answers(0.5, seed, context=context) for context in ("reference", "generated")} for seed in (0, 1)]
+    rows = compare(*both, LEXICAL, flips=1000)
+    names = ["ACC", "macro-F1", "stage ACC", "paper B-2", "paper B-4", "paper R-L", "BS", "paper BR"]
+    names += ["zh B-2", "zh B-4", "zh R-L char", "zh R-L word"]
+    assert [(row.context, row.metric) for row in rows] == [
+        (context, name) for context in ("reference", "generated") for name in names
+    ]
+    tested = [row for row in rows if row.p_value is not None]
+    assert len(tested) == 20
+    assert min(row.adjusted for row in tested) == pytest.approx(min(1, 20 * min(row.p_value for row in tested)))
+    missing = [row for row in rows if row.p_value is None]
+    assert {row.reason for row in missing} == {"no BERTScore model directory given", "no BLEURT model directory given"}
+
+
+def test_where_one_system_predicts_no_strategy_its_choices_are_not_compared():
+    handed_in = [dataclasses.replace(each, predicts_strategy=False, strategy=None) for each in answers(0.5, 0)]
+    rows = by_metric(compare({"reference": handed_in}, {"reference": answers(0.5, 1)}, LEXICAL, flips=1000))
+    for name in ("ACC", "macro-F1", "stage ACC"):
+        assert (rows[name].a, rows[name].verdict, rows[name].reason) == (None, None, "this mode predicts no strategy")
+    assert rows["zh B-2"].verdict is not None
+
+
+def test_other_turns_or_references_are_refused():
+    whole = answers(0.5, 0)
+    for changed, message in (
+        (whole[:-1], "B lacks 1 turns, the first is turn 14 of dialogue d59"),
+        ([*whole, dataclasses.replace(whole[0], turn=1)], "A lacks 1 turns, the first is turn 1 of dialogue d0"),
+        ([*whole, whole[0]], "dialogue d0, turn 0 is predicted twice"),
+        (
+            [dataclasses.replace(whole[0], reference_response="另"), *whole[1:]],
+            "other references at turn 0 of dialogue d0",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare({"reference": whole}, {"reference": changed}, LEXICAL, flips=1000)
+
+
+# --- replies made elsewhere ---
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_of(dialogues, share=1.0):
+    rng = random.Random(0)
+    return [
+        {"dialogue_id": dialogue.id, "turn": turn, "text": f"[{said.strategy.zh}]{said.text}"}
+        if rng.random() < share
+        else {"dialogue_id": dialogue.id, "turn": turn, "text": ""}
+        for dialogue in dialogues
+        for turn in dialogue.supporter_turns
+        for said in [dialogue.turns[turn]]
+    ]
+
+
+def test_replies_made_elsewhere_are_read_in_dialogue_order(tmp_path):
+    dialogues = generate_sample(3, seed=0)
+    rows = rows_of(dialogues)
+    read = read_replies(write_lines(tmp_path / "r.jsonl", reversed(rows)), dialogues, "reference")
+    assert [(each.dialogue_id, each.turn) for each in read] == [(row["dialogue_id"], row["turn"]) for row in rows]
+    assert all(each.strategy == each.reference_strategy for each in read)
+    assert all(each.response == each.reference_response for each in read)
+    plain = [row | {"text": "好的"} for row in rows]
+    read = read_replies(write_lines(tmp_path / "p.jsonl", plain), dialogues, "generated")
+    assert {(each.predicts_strategy, each.strategy, each.context) for each in read} == {(False, None, "generated")}
+
+
+def test_replies_made_elsewhere_must_be_whole(tmp_path):
+    dialogues = generate_sample(3, seed=0)
+    rows = rows_of(dialogues)
+    name, count = rows[0]["dialogue_id"], len(rows)
+    for changed, message in (
+        (rows[1:], f"lacks 1 of {count} turns, the first is turn 0 of dialogue {name}"),
+        ([*rows, rows[0]], f"line {count + 1}: turn 0 of dialogue {name} is there twice"),
+        ([rows[0] | {"turn": 1}], f"line 1: turn 1 of dialogue {name} is no supporter turn"),
+        ([rows[0] | {"turn": "0"}], "line 1: not an object with dialogue_id, turn"),
+        ([rows[0] | {"text": None}], "line 1: not an object with dialogue_id, turn"),
+        ([[]], "line 1: not a prediction: no object"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_replies(write_lines(tmp_path / "r.jsonl", changed), dialogues, "reference")
+
+
+# --- as they are started ---
+
+
+def start(*arguments, cwd):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / arguments[0]), *arguments[1:]],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory with a run that scored replies made elsewhere."""
+    directory = tmp_path_factory.mktemp("workplace")
+    evaluation = generate_sample(80, seed=5)
+    write_lines(directory / "train.jsonl", [each.row() for each in generate_sample(80, seed=6)])
+    write_lines(directory / "held_out.jsonl", [each.row() for each in evaluation])
+    write_lines(directory / "elsewhere.jsonl", rows_of(evaluation, share=0.8))
+    shown = start(
+        "evaluate.py", "predictions=elsewhere.jsonl", "data=files", "data.train.path=train.jsonl",
+        "data.evaluation.path=held_out.jsonl", "evaluation.contexts=[reference]", "run.directory=runs/elsewhere",
+        cwd=directory,
+    )  # fmt: skip
+    return directory, shown
+
+
+def test_replies_made_elsewhere_are_scored_beside_the_baselines(workplace):
+    directory, shown = workplace
+    results = json.loads((directory / "runs/elsewhere/results.json").read_text())["results"]
+    assert list(results) == ["most frequent strategy", "strategy bigram", "elsewhere"]
+    accuracy = results["elsewhere"]["reference"]["profiles"]["paper"]["ACC"]
+    rows = rows_of(generate_sample(80, seed=5), share=0.8)
+    assert accuracy["value"] == pytest.approx(100 * sum(row["text"] != "" for row in rows) / len(rows))
+    assert accuracy["low"] < accuracy["value"] < accuracy["high"]
+    assert "elsewhere" in shown and "±" in shown
+    assert len(read_dialogues(directory / "runs/elsewhere/dialogues.jsonl")) == 80
+
+
+def test_a_run_is_scored_again_without_a_model(workplace):
+    directory, _ = workplace
+    run = directory / "runs/elsewhere"
+    before = json.loads((run / "results.json").read_text())["results"]
+    file = run / "predictions" / "elsewhere-reference.jsonl"
+    kept, record = file.read_text(), (run / "run.json").read_text()
+    predictions = [json.loads(line) for line in kept.splitlines()]
+    file.write_text("".join(json.dumps(each | {"strategy": each["reference_strategy"]}) + "\n" for each in predictions))
+    start("evaluate.py", "run=runs/elsewhere", "score_only=true", "metrics.profiles=[zh]", cwd=directory)
+    after = json.loads((run / "results.json").read_text())["results"]
+    file.write_text(kept)
+    assert list(after["elsewhere"]["reference"]["profiles"]) == ["zh"]
+    assert after["elsewhere"]["reference"]["profiles"]["zh"]["ACC"]["value"] == 100
+    assert (
+        after["strategy bigram"]["reference"]["profiles"]["zh"]
+        == before["strategy bigram"]["reference"]["profiles"]["zh"]
+    )
+    assert (run / "run.json").read_text() == record
+
+
+def test_compare_writes_and_prints_what_it_finds(workplace):
+    directory, _ = workplace
+    shown = start(
+        "compare.py", "runs/elsewhere", "runs/elsewhere", "system_b=strategy bigram", "flips=1000",
+        "run.directory=runs/compared", cwd=directory,
+    )  # fmt: skip
+    assert "A: elsewhere of runs/elsewhere\nB: strategy bigram of runs/elsewhere" in shown
+    written = json.loads((directory / "runs/compared/comparison.json").read_text())
+    assert {row["verdict"] for row in written["differences"] if row["verdict"]} == {"A is higher"}
+    assert "A is higher" in (directory / "runs/compared/comparison.md").read_text()
+
+
+def test_a_system_that_a_run_has_not_is_named(workplace, tmp_path):
+    directory, _ = workplace
+    saved = read_run(directory / "runs/elsewhere")
+    assert system_of(saved, "runs/elsewhere", None) == "elsewhere"
+    with pytest.raises(InputError, match="runs/elsewhere: has no system 'other'"):
+        system_of(saved, "runs/elsewhere", "other")
+    with pytest.raises(InputError, match="holds no predictions"):
+        read_run(tmp_path)
