@@ -26,7 +26,7 @@ demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> traine
 test: lint ## Set up what tests need, then pass them
 	$(PYTHON) -m pytest
 
-bench: $(VENV)/installed ## Measure packing beside TRL's own; ten minutes on two cores
+bench: $(VENV)/installed ## Measure packing beside TRL's own; six minutes on two cores
 	$(PYTHON) benchmarks/packing.py
 
 lint: $(VENV)/installed-dev ## Check style and format

@@ -1,6 +1,6 @@
 """What packing gains on a CPU: tokens, packs, balance, preparation and training, beside TRL's own in the same run.
 
-python benchmarks/packing.py            # about ten minutes on two cores
+python benchmarks/packing.py            # about six minutes on two cores
 python benchmarks/packing.py --quick    # every section on next to nothing, in seconds: the figures mean nothing
 python benchmarks/packing.py --sections balance     # this section again, the others' results are kept
 

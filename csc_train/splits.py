@@ -138,15 +138,15 @@ def find_overlap(
     return _best(_overlaps(train, evaluation, threshold, seed))
 
 
-def load_splits(config: DataConfig, rejects_directory: Path | None = None, say=print) -> Splits:
-    """Read the training and evaluation dialogues of a run, and check them for overlap.
+def read_splits(
+    config: DataConfig, rejects_directory: Path | None = None, say=print
+) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Read the training and evaluation dialogues of a run; they may overlap.
 
-    Refused rows go to `rejects-train.jsonl` and `rejects-evaluation.jsonl` in `rejects_directory`. `say` gets one
-    line with the sizes and the outcome of the overlap check.
+    Refused rows go to `rejects-train.jsonl` and `rejects-evaluation.jsonl` in `rejects_directory`.
 
     Raises:
-        InputError: a file cannot be read or has no usable row, a set ends up empty, or the sets overlap and
-            `on_overlap` is "raise". The message names the key.
+        InputError: a file cannot be read or has no usable row, or a set ends up empty. The message names the key.
     """
     train = _read("train", config.train, config, rejects_directory, say)
     if config.evaluation.path is None:
@@ -161,7 +161,16 @@ def load_splits(config: DataConfig, rejects_directory: Path | None = None, say=p
         evaluation = _read("evaluation", config.evaluation, config, rejects_directory, say)
     if config.limit is not None:
         train, evaluation = (_first(side, config.limit, config.seed) for side in (train, evaluation))
+    return train, evaluation
 
+
+def load_splits(config: DataConfig, rejects_directory: Path | None = None, say=print) -> Splits:
+    """As `read_splits`, and check them for overlap. `say` gets one line with the sizes and the outcome of that.
+
+    Raises:
+        InputError: as `read_splits`, or the sets overlap and `on_overlap` is "raise". The message names the key.
+    """
+    train, evaluation = read_splits(config, rejects_directory, say)
     matches = list(_overlaps(train, evaluation, config.overlap_threshold, config.seed))
     overlaps = _best(matches)
     kinds = [overlap.kind for overlap in overlaps]

@@ -1,4 +1,4 @@
-"""Export a trained model: a saved state of training -> a plain Hugging Face directory, verified.
+"""Export a trained model: a saved state of training, or a checkpoint -> a plain Hugging Face directory, verified.
 
 python recipes/export.py source=runs/demo output=exported/demo
 """

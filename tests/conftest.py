@@ -12,8 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from csc_train.checkpoint import Manifest, tokenizer_hash
 from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.strategies import STRATEGIES
+from csc_train.template.dialogue_template import DialogueTemplate
 
 ROOT = Path(__file__).parent.parent
 SMALL_TOKENIZERS = Path(__file__).parent / "data" / "tokenizers"
@@ -79,6 +81,24 @@ def tiny_config(
         **controls,
         **facts,
     )
+
+
+def manifest_of(template: DialogueTemplate, **facts) -> Manifest:
+    """What a checkpoint that talks through `template` says of its origin, all planted; `facts` instead of some."""
+    planted = {
+        "base_model": "../base",
+        "base_revision": None,
+        "chat_template": template.chat_template_name,
+        "mode": template.config.mode,
+        "language": template.config.language,
+        "template_hash": template.fingerprint,
+        "tokenizer_hash": tokenizer_hash(template.tokenizer),
+        "strategies": ["策略1 礼貌问候"],
+        "data_hash": "0" * 64,
+        "config": {"trainer": {"learning_rate": 1e-5, "max_steps": -1, "名": None}},
+        "provenance": {"commit": None, "dirty": True},
+    }
+    return Manifest(**planted | facts)
 
 
 def real_tokenizer(chat_template: str) -> PreTrainedTokenizerBase:

@@ -15,8 +15,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from csc_train.config import compose
-from csc_train.dialogue import write_dialogues
+from csc_train.dialogue import data_digest, write_dialogues
 from csc_train.launching.preflight import Outcome, preflight
+from csc_train.splits import load_splits
+from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.template.prepared import prepare
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +46,15 @@ def composed(job: Path, *overrides: str):
         "preflight",
         [
             "model=qwen2_5_0_5b", f"model.path={job / 'model'}", "data=files",
-            f"data.train.path={job / 'dialogues.jsonl'}", f"run.directory={job / 'runs' / 'new'}",
+            f"data.train.path={job / 'dialogues.jsonl'}", "data.held_out_fraction=0.3",
+            f"run.directory={job / 'runs' / 'new'}",
             *(f"model.architecture.{name}={value}" for name, value in sizes.items()), *overrides,
         ],
     )  # fmt: skip
+
+
+def message(outcome: Outcome, name: str) -> str:
+    return next(check.message for check in outcome.checks if check.name == name)
 
 
 def statuses(outcome: Outcome) -> dict[str, str]:
@@ -72,7 +80,7 @@ def test_a_sound_job_passes_and_is_estimated(job):
     }  # on a CPU there is nothing to plan for
     assert statuses(outcome) == expected, outcome.failed
     estimate = outcome.estimate
-    assert (estimate.dialogues, estimate.steps) == (12, 3)  # one step an epoch
+    assert (estimate.dialogues, estimate.steps) == (8, 3)  # one step an epoch
     assert estimate.hours is None and estimate.flops > 0
     given = composed(job, "topology=node8", "preflight.dialogues=1000", "preflight.tokens_per_dialogue=1024",
                      "data.train.path=absent.jsonl", "preflight.probe=false", "trainer.epochs=2")  # fmt: skip
@@ -221,3 +229,17 @@ def test_the_recipe_ends_with_status_1_and_writes_nothing(tmp_path):
     done = started("experiment=demo", "trainer.packs_per_step=3")
     assert done.returncode == 1 and "1 failed: batch" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_says_whether_the_dialogues_are_encoded_already(job, tmp_path):
+    config = composed(job, f"prepare.cache={tmp_path}")
+    assert message(preflight(config), "prepared data").startswith("no hit: the run encodes them first")
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", config.template)
+    train = load_splits(config.data, say=lambda _: None).train
+    prepare(train, template, config.prepare)
+    (entry,) = tmp_path.glob("[0-9a-f]*")
+    assert message(preflight(config), "prepared data") == f"{entry}: hit"
+    assert data_digest(train)[:12] in message(preflight(config), "data")
+    assert "no hit" in message(preflight(composed(job, f"prepare.cache={tmp_path}", "data.seed=1")), "prepared data")
+    dropping = composed(job, f"prepare.cache={tmp_path}", "data.on_overlap=drop")
+    assert statuses(preflight(dropping))["prepared data"] == "not checked"

@@ -172,13 +172,22 @@ def test_a_checkpoint_with_another_template_is_refused(workplace):
 
 
 def test_two_processes_make_one_run_directory(tmp_path):
-    done = start("sft.py", "debug=cpu_tiny", cwd=tmp_path, processes=2)
+    weights = ["loss=by_strategy", "loss.table.GT=0"]
+    done = start("sft.py", "debug=cpu_tiny", *weights, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").glob("sft-*")
+    trained = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["packing"]["strategies"]
+    assert "礼貌问候" not in trained and "感谢与告别" in trained
     assert (run / "checkpoint" / "model.safetensors").exists()
     assert done.stdout.count("checkpoint: ") == 1
     assert done.stdout.count("'train_loss'") == 1
-    assert done.stdout.count(" dialogues encoded in ") == 1
+    for report in (
+        " dialogues encoded in ",
+        "training on ",
+        "share of the loss by strategy",
+        "slowest over mean process",
+    ):
+        assert done.stdout.count(report) == 1, report
 
 
 @pytest.mark.parametrize(

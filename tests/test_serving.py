@@ -15,11 +15,11 @@ import urllib.request
 import peft
 import pytest
 import torch
-from conftest import random_dialogue, small_tokenizer, tiny_config
+from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from csc_train.checkpoint import Manifest, save_checkpoint, tokenizer_hash
+from csc_train.checkpoint import save_checkpoint
 from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.hf_policy import load_policy, open_checkpoint
@@ -48,18 +48,7 @@ TAUGHT = Dialogue(
 
 def save(directory, model, template, **options):
     """Write a checkpoint of `model` whose manifest says of its origin what reading it asks for."""
-    manifest = Manifest(
-        base_model="../base",
-        base_revision=None,
-        chat_template=template.chat_template_name,
-        mode=template.config.mode,
-        language=template.config.language,
-        template_hash=template.fingerprint,
-        tokenizer_hash=tokenizer_hash(template.tokenizer),
-        strategies=[],
-        data_hash="",
-        config={},
-    )
+    manifest = manifest_of(template)
     save_checkpoint(directory, model, template.tokenizer, template.chat_template, manifest, **options)
 
 

@@ -7,19 +7,16 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer, tiny_config
+from conftest import SMALL_OF, manifest_of, random_dialogue, real_tokenizer, small_tokenizer, tiny_config
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from workers import loss_curve
-from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train
+from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
 
-from csc_train.checkpoint import MANIFEST, Manifest, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
+from csc_train.checkpoint import MANIFEST, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
 from csc_train.errors import InputError
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.flex import FLEX_ATTENTION
@@ -138,19 +135,7 @@ TWO_PROCESSES = {
 @pytest.fixture(scope="module")
 def on_two_processes(folder, halves):
     """What `TWO_PROCESSES` lists, by name; `halves` has left the state to resume from."""
-    output = folder / "two_processes.json"
-    tests = Path(__file__).parent
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", loss_curve.__file__]
-    done = subprocess.run(
-        [sys.executable, *command, str(folder), json.dumps(list(TWO_PROCESSES.values())), str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(TWO_PROCESSES, json.loads(output.read_text(encoding="utf-8")), strict=True))
+    return train_all(folder, TWO_PROCESSES, 2)
 
 
 def worst_weight(one: dict, other: dict) -> float:
@@ -379,22 +364,6 @@ def test_accumulation_follows_from_the_batch_or_is_refused(packs_per_step, micro
 
 
 # Checkpoints
-
-
-def manifest_of(template: DialogueTemplate) -> Manifest:
-    return Manifest(
-        base_model="../base",
-        base_revision=None,
-        chat_template=template.chat_template_name,
-        mode=template.config.mode,
-        language=template.config.language,
-        template_hash=template.fingerprint,
-        tokenizer_hash=tokenizer_hash(template.tokenizer),
-        strategies=["策略1 礼貌问候"],
-        data_hash="0" * 64,
-        config={"trainer": {"learning_rate": 1e-5, "max_steps": -1, "名": None}},
-        provenance={"commit": None, "dirty": True},
-    )
 
 
 def probe(template: DialogueTemplate) -> torch.Tensor:

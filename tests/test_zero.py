@@ -14,14 +14,13 @@ import psutil
 import pytest
 import torch
 from accelerate.utils import DeepSpeedPlugin
-from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
+from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_config
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from workers import loss_curve
-from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train
+from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
 
-from csc_train.checkpoint import Manifest, tokenizer_hash, write_manifest
+from csc_train.checkpoint import write_manifest
 from csc_train.config import compose
 from csc_train.errors import InputError
 from csc_train.packing.config import PackingConfig
@@ -37,6 +36,7 @@ from csc_train.training.states import RECORD, StateRecord, check_steps
 from csc_train.training.zero import check_engine, deepspeed_config
 
 TOLERANCE = 1e-5
+BF16_TOLERANCE = 2e-3
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 STAGES = ("off", "0", "1", "2", "3")
 LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}, "learning_rate": 2e-2}
@@ -59,17 +59,20 @@ TWO_PROCESSES = {
     **{f"full {stage}": case(stage, states=f"full-{stage}") for stage in STAGES},
     **{f"lora {stage}": case(stage, states=f"lora-{stage}", **LORA) for stage in STAGES if stage != "0"},
     **{f"qlora {stage}": case(stage, **QLORA) for stage in ("1", "2", "3")},
+    **{f"bf16 {stage}": case(stage, precision="bf16") for stage in ("off", "2", "3")},
     **{f"offload {stage}": case(stage, offload=True) for stage in OFFLOAD},
     **{f"again {stage} {step}": case(stage, resume=f"full-{stage}{step}") for stage in STAGES for step in (2, 4)},
     **{
         f"moved {one} {other}": case(other, resume=f"full-{one}4")
         for one, other in (("off", "2"), ("1", "3"), ("2", "off"), ("3", "1"), ("0", "3"), ("3", "0"))
     },
+    **{f"again lora {stage} 4": case(stage, resume=f"lora-{stage}4", **LORA) for stage in ("1", "2", "3")},
     "moved lora 3 1": case("1", resume="lora-34", **LORA),
+    "moved lora off 3": case("3", resume="lora-off4", **LORA),
 }
 ONE_PROCESS = {
     **{f"alone {stage} {step}": case(stage, resume=f"full-{stage}{step}") for stage in STAGES for step in (2, 4)},
-    "alone lora 3": case("3", resume="lora-34", **LORA),
+    **{f"alone lora {stage}": case(stage, resume=f"lora-{stage}4", **LORA) for stage in ("1", "2", "3")},
     "alone moved 2 off": case("off", resume="full-24"),
 }
 
@@ -97,32 +100,15 @@ def folder(template, tmp_path_factory) -> Path:
     return folder
 
 
-def run_worker(folder: Path, cases: dict[str, dict], processes: int) -> dict[str, dict]:
-    """Train all `cases` one after the other in the same processes: most of the time is imports."""
-    output = folder / f"{processes}.json"
-    tests = Path(__file__).parent
-    launcher = ["-m", *TORCHRUN] if processes > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, loss_curve.__file__, str(folder), json.dumps(list(cases.values())), str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(cases, json.loads(output.read_text(encoding="utf-8")), strict=True))
-
-
 @pytest.fixture(scope="module")
 def on_two(folder):
-    return run_worker(folder, TWO_PROCESSES, 2)
+    return train_all(folder, TWO_PROCESSES, 2)
 
 
 @pytest.fixture(scope="module")
 def on_one(folder, on_two):
     """On one process, from what two have saved."""
-    return run_worker(folder, ONE_PROCESS, 1)
+    return train_all(folder, ONE_PROCESS, 1)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +132,7 @@ def agree(run: dict, reference: dict, tolerance: float = TOLERANCE) -> None:
         assert set(run["grad_norms"][first:]) == {None}  # DeepSpeed computes none there
     elif reference["stage"] != 0:
         assert run["grad_norms"][first:] == pytest.approx(reference["grad_norms"][first:], rel=tolerance)
+    assert run["documents"] == reference["documents"][first:]  # none again, none left out
     assert run["weights"].keys() == reference["weights"].keys()
     for name, values in run["weights"].items():
         difference = (torch.tensor(values) - torch.tensor(reference["weights"][name])).abs().max()
@@ -182,6 +169,15 @@ def test_qlora_trains_as_one_process_does(on_two, references, stage):
     assert reference["losses"] != pytest.approx(references["lora"]["losses"], rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_bf16_trains_as_without_deepspeed(on_two, references, stage):
+    run, plain = on_two[f"bf16 {stage}"], on_two["bf16 off"]
+    really(run, stage, 2)
+    assert run["losses"] == pytest.approx(plain["losses"], rel=BF16_TOLERANCE)
+    assert run["losses"] != pytest.approx(references["full"]["losses"], rel=TOLERANCE)  # it did compute in bf16
+    assert run["weights_dtype"] == "torch.float32"  # DeepSpeed would round them as it does the activations
+
+
 @pytest.mark.parametrize("stage", OFFLOAD)
 def test_offloading_changes_nothing(on_two, references, stage):
     agree(on_two[f"offload {stage}"], references["full"])
@@ -205,7 +201,17 @@ def test_a_run_goes_on_by_another_stage(on_two, references, run):
     agree(on_two[run], references["lora" if "lora" in run else "full"])
 
 
-@pytest.mark.parametrize(("run", "kind"), [("alone lora 3", "lora"), ("alone moved 2 off", "full")])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_a_resumed_adapter_goes_on_as_if_nothing_had_happened(on_two, on_one, references, stage):
+    again, alone = on_two[f"again lora {stage} 4"], on_one[f"alone lora {stage}"]
+    really(again, stage, 2)
+    really(alone, stage, 1)
+    assert again["first_step"] == alone["first_step"] == 4
+    agree(again, on_two[f"lora {stage}"], 1e-6)
+    agree(alone, references["lora"])
+
+
+@pytest.mark.parametrize(("run", "kind"), [("alone moved 2 off", "full")])
 def test_a_run_goes_on_by_another_stage_or_adapter_on_one_process(on_one, references, run, kind):
     agree(on_one[run], references[kind])
 
@@ -330,18 +336,8 @@ def runs(folder, template, on_two, references) -> Path:
     for run in folder.glob("*/states"):
         kind = run.parent.name.split("-")[0]
         adapter = {**LORA["adapter"], "kind": kind} if kind != "full" else {"kind": kind}
-        manifest = Manifest(
-            base_model=str(folder / "model"),
-            base_revision=None,
-            chat_template="qwen2_5",
-            mode="reply_only",
-            language="zh",
-            template_hash=template.fingerprint,
-            tokenizer_hash=tokenizer_hash(template.tokenizer),
-            strategies=[],
-            data_hash="0" * 64,
-            config={"adapter": adapter, "trainer": {"precision": "fp32"}},
-        )
+        config = {"adapter": adapter, "trainer": {"precision": "fp32"}}
+        manifest = manifest_of(template, base_model=str(folder / "model"), config=config)
         write_manifest(run.parent, manifest)
     return folder
 
@@ -374,6 +370,19 @@ def test_any_state_exports_to_the_same_plain_directory(runs, references, run, tm
     assert (tmp_path / "model" / "csc_manifest.json").is_file()
 
 
+@pytest.mark.parametrize("run", ["full-3", "lora-2"])
+def test_what_was_exported_is_exported_again_in_another_form(runs, run, tmp_path):
+    _, first = exported(runs, run, tmp_path / "model")
+    difference, again = exported(tmp_path, "model", tmp_path / "again", shard_size="20KB")
+    assert difference == 0
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 1
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert f"- Trained: {run.split('-')[0]}" in card and "- Step" not in card
+    _, rounded = exported(tmp_path, "model", tmp_path / "rounded", dtype="bf16")
+    assert {value.dtype for value in rounded.values()} == {torch.bfloat16}
+
+
 def test_qlora_exports_on_either_base_and_says_how_far_that_is(runs, tmp_path):
     exact, _ = exported(runs, "qlora-one", tmp_path / "dequantized", base="dequantized")
     original, _ = exported(runs, "qlora-one", tmp_path / "original")
@@ -395,7 +404,10 @@ def test_an_export_in_bf16_is_sharded_as_asked_or_refused(runs, tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("nowhere", "no such directory"), ("model", "neither a saved state of training nor a run directory")],
+    [
+        ("nowhere", "no such directory"),
+        ("model", "neither a checkpoint, nor a saved state of training, nor a run directory"),
+    ],
 )
 def test_what_cannot_be_exported_is_refused(folder, path, message):
     with pytest.raises(InputError, match=message):

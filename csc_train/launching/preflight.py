@@ -173,6 +173,16 @@ def preflight(
         loaded["dialogues"] = check_data(config, absent)
         return f"{len(loaded['dialogues']):,} dialogues, digest {data_digest(loaded['dialogues'])[:12]}"
 
+    def look_for_prepared() -> str:
+        if config.data.on_overlap == "drop":
+            raise NotCheckedError("which dialogues data.on_overlap=drop leaves is found by the run")
+        if len(loaded) < 2:
+            raise NotCheckedError("needs the tokenizer and the data")
+        from csc_train.template.prepared import prepared_at
+
+        found = prepared_at(loaded["dialogues"], loaded["template"], config.prepare)
+        return f"{found}: hit" if found else "no hit: the run encodes them first, or recipes/prepare.py ahead of it"
+
     checks = [
         _outcome("batch", lambda: check_batch(config)),
         _outcome("world size", lambda: check_world_size(config)),
@@ -180,6 +190,7 @@ def preflight(
         _outcome("model files", lambda: check_model_files(config, absent)),
         _outcome("tokenizer and template", load_template),
         _outcome("data", load_data),
+        _outcome("prepared data", look_for_prepared),
         _outcome("GPUs", lambda: check_gpus(config, gpus, options.probe, absent)),
         _outcome("memory", lambda: check_memory(config, chosen, memory, host_memory)),
         _outcome("disk", lambda: check_disk(config, setting, free_disk)),
@@ -298,7 +309,7 @@ def check_template(config: "PreflightRecipe", absent: type[Exception]) -> "Dialo
 
 def check_data(config: "PreflightRecipe", absent: type[Exception]) -> list:
     """The training dialogues, as the run reads them; the overlap check is left to the run."""
-    from csc_train.dialogue import read_dialogues
+    from csc_train.splits import read_splits
 
     data = config.data
     for name, where in (("train", data.train), ("evaluation", data.evaluation)):
@@ -312,10 +323,7 @@ def check_data(config: "PreflightRecipe", absent: type[Exception]) -> list:
             if not Path(where.path).suffix and where.path.count("/") == 1:
                 raise NotCheckedError(f"{where.path}: a data set of the hub, read by the run")
             raise absent(f"data.{name}: {where.path}: no such file")
-    options = {"strict": data.strict, "say": lambda _: None}
-    if data.evaluation.path is not None:
-        read_dialogues(data.evaluation.path, source=data.evaluation.source, **options)
-    return read_dialogues(data.train.path, source=data.train.source, **options)
+    return read_splits(data, say=lambda _: None)[0]
 
 
 # What there is to run it on

@@ -1,6 +1,6 @@
 """Dialogues to packs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -164,9 +164,8 @@ def pack_examples(
     )
 
 
-def _pack(bodies: Iterable[int], shared: int, config: PackingConfig) -> list[list[int]]:
+def _pack(bodies: Sequence[int], shared: int, config: PackingConfig) -> list[list[int]]:
     """The packs of one group, as indices of its members."""
-    bodies = list(bodies)
     if config.strategy == "off":
         return [[index] for index in range(len(bodies))]
     return tight_fit(bodies, config.max_length - shared)

@@ -105,13 +105,7 @@ def prepare(
     Raises:
         InputError: the cache cannot be written.
     """
-    inputs = {
-        "data": data_digest(dialogues),
-        "tokenizer": tokenizer_hash(template.tokenizer),
-        "template": template.fingerprint,
-        "code": _code_digest(),
-    }
-    directory = Path(config.cache) / digest(inputs)[:KEY]
+    directory, inputs = _entry(dialogues, template, config)
     if _fault(directory, inputs) is not None:
         with _lock(directory.parent, say):
             # A process that is killed leaves its temporary directory behind; none is in use while we hold the lock.
@@ -124,6 +118,25 @@ def prepare(
                 return _build(directory, inputs, dialogues, template, config.processes)
     say(f"prepared {directory}: hit, {len(dialogues):,} dialogues")
     return PreparedExamples(directory)
+
+
+def prepared_at(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: PrepareConfig) -> Path | None:
+    """Where `prepare` will find these dialogues encoded; None where it will encode them."""
+    directory, inputs = _entry(dialogues, template, config)
+    return directory if _fault(directory, inputs) is None else None
+
+
+def _entry(
+    dialogues: Sequence[Dialogue], template: DialogueTemplate, config: PrepareConfig
+) -> tuple[Path, dict[str, str]]:
+    """The directory of the cache for these dialogues, and the hashes of all that decides what it holds."""
+    inputs = {
+        "data": data_digest(dialogues),
+        "tokenizer": tokenizer_hash(template.tokenizer),
+        "template": template.fingerprint,
+        "code": _code_digest(),
+    }
+    return Path(config.cache) / digest(inputs)[:KEY], inputs
 
 
 def _build(

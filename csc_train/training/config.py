@@ -184,7 +184,7 @@ class ExportConfig:
     """What recipes/export.py writes."""
 
     source: str = MISSING
-    """A saved state of training, or a run directory, whose last state is meant."""
+    """A saved state of training, a run directory, whose last state is meant, or a finished checkpoint."""
     output: str = MISSING
     """The directory to write."""
     base: str = "original"

@@ -34,19 +34,39 @@ class Source:
     """What is exported.
 
     Attributes:
-        state: the saved state of training.
+        state: the saved state of training, or a finished checkpoint.
         manifest: of its run.
-        base: where the weights are that training started from: a directory or a hub id.
+        base: where the weights are that training started from: a directory or a hub id. Those of a finished checkpoint
+            itself.
+        finished: whether `state` is a finished checkpoint, whose adapter is merged.
     """
 
     state: Path
     manifest: Manifest
     base: str
+    finished: bool = False
+
+    @property
+    def trained(self) -> str:
+        """The `AdapterConfig.kind` of its run."""
+        return self.manifest.config["adapter"]["kind"]
 
     @property
     def adapter(self) -> AdapterConfig:
-        """What was trained."""
-        return AdapterConfig(**self.manifest.config["adapter"])
+        """What is still to be merged."""
+        return AdapterConfig() if self.finished else AdapterConfig(**self.manifest.config["adapter"])
+
+    @property
+    def revision(self) -> str | None:
+        """Of `base`."""
+        return None if self.finished else self.manifest.base_revision
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained parameters that `base` does not hold yet."""
+        if self.finished:
+            return {}
+        whole = open_state(self.state)
+        return {name: whole.read(name, WEIGHT) for name in whole.names}
 
 
 def trained_model(trainer: Trainer, source: ModelConfig, dtype: torch.dtype) -> PreTrainedModel | None:
@@ -112,7 +132,7 @@ def open_source(path: str) -> Source:
     """Find what is to be exported.
 
     Args:
-        path: a saved state of training, or a run directory, whose last state is meant.
+        path: a saved state of training, a run directory, whose last state is meant, or a finished checkpoint.
 
     Raises:
         InputError: there is no whole state, or no manifest of its run.
@@ -120,9 +140,11 @@ def open_source(path: str) -> Source:
     directory = Path(path)
     if not directory.is_dir():
         raise InputError(f"{path}: no such directory")
+    if (directory / MANIFEST).is_file() and (directory / "config.json").is_file():
+        return Source(directory, read_manifest(directory), path, finished=True)
     whole = [file.parent for file in directory.glob("states/checkpoint-*/trainer_state.json")]
     if not whole and not (directory / "trainer_state.json").is_file():
-        raise InputError(f"{path}: neither a saved state of training nor a run directory that holds one")
+        raise InputError(f"{path}: neither a checkpoint, nor a saved state of training, nor a run directory with one")
     state = max(whole, key=lambda state: int(state.name.split("-")[1])) if whole else directory
     run = state.absolute().parent.parent
     if not (run / MANIFEST).is_file():
@@ -141,19 +163,17 @@ def export(source: Source, config: ExportConfig, say: Callable[[str], None]) -> 
     Raises:
         InputError: something cannot be read or written, or the difference is larger than `TOLERANCE`.
     """
-    whole = open_state(source.state)
-    weights = {name: whole.read(name, WEIGHT) for name in whole.names}
+    weights = source.weights()
     adapter = source.adapter
     lora = None if adapter.kind == "full" else lora_config(adapter)
-    revision = source.manifest.base_revision
     tokenizer = AutoTokenizer.from_pretrained(source.state)
-    model = _unquantized(source, tokenizer, revision, config)
+    model = _unquantized(source, tokenizer, config)
     if config.dtype != "auto" or adapter.kind == "full":
         precision = source.manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
         model = model.to(resolve_dtype(precision))
     model = merged(model, weights, lora)
     model.config.use_cache = True
-    logits = _logits(_as_trained(source, tokenizer, revision, weights, lora))
+    logits = _logits(_as_trained(source, tokenizer, weights, lora))
     difference = 0.0
 
     def check(directory: Path) -> None:
@@ -174,31 +194,28 @@ def export(source: Source, config: ExportConfig, say: Callable[[str], None]) -> 
     return difference
 
 
-def _unquantized(
-    source: Source, tokenizer: PreTrainedTokenizerBase, revision: str | None, config: ExportConfig
-) -> PreTrainedModel:
+def _unquantized(source: Source, tokenizer: PreTrainedTokenizerBase, config: ExportConfig) -> PreTrainedModel:
     """The model that trained weights go into: the base in its own dtype, or what 4 bits left of it."""
     if source.adapter.kind == "qlora" and config.base == "dequantized":
-        return _in_4_bits(source, tokenizer, revision).dequantize()
-    return whole_model(source.base, revision, "auto")
+        return _in_4_bits(source, tokenizer).dequantize()
+    return whole_model(source.base, source.revision, "auto")
 
 
-def _in_4_bits(source: Source, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> PreTrainedModel:
-    settings = ModelConfig(path=source.base, revision=revision)
+def _in_4_bits(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    settings = ModelConfig(path=source.base, revision=source.revision)
     return load_model(settings, tokenizer, torch.float32, 0, in_4_bits=True)
 
 
 def _as_trained(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
-    revision: str | None,
     weights: dict[str, torch.Tensor],
     lora: peft.LoraConfig | None,
 ) -> torch.nn.Module:
     """The model as it was trained, nothing merged, computing in fp32."""
     if source.adapter.kind == "qlora":
-        return with_weights(_in_4_bits(source, tokenizer, revision), weights, lora)
-    return with_weights(whole_model(source.base, revision, torch.float32), weights, lora)
+        return with_weights(_in_4_bits(source, tokenizer), weights, lora)
+    return with_weights(whole_model(source.base, source.revision, torch.float32), weights, lora)
 
 
 @torch.inference_mode()
@@ -225,11 +242,11 @@ def model_card(source: Source, config: ExportConfig, difference: float) -> str:
         "---", *front, "---", "", f"# {Path(config.output).name}", "",
         "A customer-support model that chooses a support strategy and replies with it, trained by CSC Train.", "",
         f"- Base: {base}" + (f" at {manifest.base_revision}" if manifest.base_revision else ""),
-        f"- Trained: {source.adapter.kind}"
+        f"- Trained: {source.trained}"
         + (f", merged on the {config.base} base" if source.adapter.kind == "qlora" else ""),
         f"- Template: {manifest.chat_template}, mode {manifest.mode}, language {manifest.language}",
         f"- Training data: SHA-256 {manifest.data_hash}",
-        f"- Step: {source.state.name.rpartition('-')[2]}",
+        *([] if source.finished else [f"- Step: {source.state.name.rpartition('-')[2]}"]),
         f"- Largest difference of a logit from the trained model's, over the largest logit: {difference:.1e}",
         "", f"`{MANIFEST}` holds the whole configuration of the run.", "",
     ]  # fmt: skip

@@ -172,7 +172,11 @@ def lay_out(trainer: Trainer, state: Path) -> None:
     )
     if hasattr(engine, "global_steps"):
         engine.global_steps = whole.step
-    trainer.lr_scheduler.load_state_dict(torch.load(state / "scheduler.pt", weights_only=True))
+    scheduler = torch.load(state / "scheduler.pt", weights_only=True)
+    # DeepSpeed drops a group that has no parameter (an adapter has none without decay); all follow one schedule.
+    for name in ("base_lrs", "_last_lr", "lr_lambdas"):
+        scheduler[name] = scheduler[name][:1] * len(trainer.lr_scheduler.base_lrs)
+    trainer.lr_scheduler.load_state_dict(scheduler)
     for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
 

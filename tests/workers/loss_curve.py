@@ -1,19 +1,22 @@
-"""One short training, as a function and as what torchrun starts: `loss_curve.py FOLDER CASES OUTPUT`, where CASES is a
-JSON list of options of `train`.
+"""One short training, as a function and as what torchrun starts: `loss_curve.py FOLDER CASES OUTPUT` (see
+`train_all`).
 
 FOLDER holds `model` (a model directory with its tokenizer) and `packs` (pickled), so that however many
 processes there are, all start from the same.
 """
 
 import gc
+import itertools
 import json
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from trl import SFTTrainer
 
 from csc_train.files import digest
@@ -29,6 +32,27 @@ PACKS_PER_STEP = 4
 EPOCHS = 2
 STEPS_PER_EPOCH = 3
 """The last of them with fewer packs."""
+
+
+def train_all(folder: Path, cases: dict[str, dict], processes: int) -> dict[str, dict]:
+    """Train all `cases`, one after the other in the same processes (most of the time is imports); what each did.
+
+    Args:
+        cases: options of `train` by name; `adapter` and `zero` as mappings.
+    """
+    output = folder / f"{processes}.json"
+    tests = Path(__file__).parent.parent
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), __file__, str(folder), json.dumps(cases), str(output)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-9000:]
+    return json.loads(output.read_text(encoding="utf-8"))
 
 
 def train(
@@ -80,8 +104,26 @@ def train(
         adapter=adapter,
         worst_first=worst_first,
     )
+    trainer.documents = []
+    weigh = trainer._get_num_items_in_batch
+
+    def recorded(batches, device):
+        trainer.documents.append([name for batch in batches for name in documents_of(batch)])
+        return weigh(batches, device)
+
+    trainer._get_num_items_in_batch = recorded  # asked once for each optimizer step
     trainer.train(resume_from_checkpoint=str(folder / resume) if resume else None)
     return trainer
+
+
+def documents_of(batch: dict[str, Any]) -> list[str]:
+    """A digest for each trained document of a batch of rows, whose position ids start again at each."""
+    if "position_ids" not in batch:
+        return []
+    ids, weights, positions = (batch[name].flatten() for name in ("input_ids", "weights", "position_ids"))
+    starts = (positions == 0).nonzero().flatten().tolist()
+    spans = [slice(start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    return [digest([ids[span].tolist(), weights[span].tolist()])[:12] for span in spans if weights[span].any()]
 
 
 def curve(trainer: SFTTrainer) -> dict[str, Any]:
@@ -91,10 +133,14 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
     empty = [parameter.numel() == 0 for parameter in parameters]
     weights = {name: value.flatten().tolist() for name, value in whole_weights(trainer.model).items()}
     engine = trainer.model_wrapped
+    steps_of_all = gather_object([trainer.documents])
+    weighted = trainer._prepare_inputs(trainer.data_collator([trainer.packs[0]]))["weights"]
     return {
         "losses": [entry["loss"] for entry in steps],
         "grad_norms": [entry.get("grad_norm") for entry in steps],
         "learning_rates": [entry["learning_rate"] for entry in steps],
+        "documents": [sorted(itertools.chain(*parts)) for parts in zip(*steps_of_all, strict=True)],
+        "weights_dtype": str(weighted.dtype),
         "first_step": trainer._initial_global_step,
         "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
         "distributed_type": trainer.accelerator.distributed_type.value,
@@ -110,12 +156,12 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
 
 if __name__ == "__main__":
     folder, cases, output = sys.argv[1:]
-    trained = []
-    for options in json.loads(cases):
+    trained = {}
+    for name, options in json.loads(cases).items():
         kinds = {"adapter": AdapterConfig, "zero": ZeroConfig}
-        made = {name: make(**options.pop(name)) for name, make in kinds.items() if name in options}
+        made = {kind: make(**options.pop(kind)) for kind, make in kinds.items() if kind in options}
         gc.collect()  # a trainer refers to itself, and while one of ZeRO-3 lives, models are loaded in shards
-        trained.append(curve(train(Path(folder), **options, **made)))
+        trained[name] = curve(train(Path(folder), **options, **made))
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what DeepSpeed leaves behind for the next
     if processes().is_main_process:
         Path(output).write_text(json.dumps(trained), encoding="utf-8")
