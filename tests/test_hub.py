@@ -1,6 +1,8 @@
 """Reading from the hub: what a user is told when it refuses, and how soon."""
 
+import base64
 import http.server
+import json
 import os
 import subprocess
 import sys
@@ -35,13 +37,28 @@ for model in sys.argv[1:]:
 """Loads tokenizers in a process of its own: the hub's address and the offline switch are read on import."""
 
 
-class RefusingHub(http.server.ThreadingHTTPServer):
-    """Answers as `REFUSALS` says, without ever asking for patience, and keeps what it was asked."""
+PUSH = """
+import sys
+from csc_train.errors import InputError
+from csc_train.training.config import ExportConfig
+from csc_train.training.export import push
+try:
+    push(ExportConfig(source="unused", output=sys.argv[1], push_to_hub=sys.argv[2]))
+except InputError as error:
+    print(error)
+"""
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Refuses to be read as `REFUSALS` says, without ever asking for patience, and keeps what it was asked. Takes the
+    files that are uploaded with the token `accepted`."""
 
     daemon_threads = True
 
     def __init__(self):
         self.asked = []
+        self.created = []
+        self.files = {}
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -54,6 +71,38 @@ class RefusingHub(http.server.ThreadingHTTPServer):
                 self.end_headers()
 
             do_GET = do_HEAD = refuse
+
+            def do_POST(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length) if length else b"".join(self.chunks())
+                if self.headers.get("Authorization") != "Bearer accepted":
+                    return self.refuse()
+                answer = json.dumps(self.take(body)).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+                return None
+
+            def chunks(self):
+                while size := int(self.rfile.readline(), 16):
+                    yield self.rfile.read(size)
+                    self.rfile.readline()
+
+            def take(self, body):
+                page = f"http://127.0.0.1:{hub.server_port}/owner/trained"
+                if self.path == "/api/repos/create":
+                    hub.created.append(json.loads(body))
+                    return {"url": page, "name": "owner/trained"}
+                if "/preupload/" in self.path:
+                    files = [each["path"] for each in json.loads(body)["files"]]
+                    return {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]}
+                if "/commit/" in self.path:
+                    for line in map(json.loads, body.splitlines()):
+                        if line["key"] == "file":
+                            hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    return {"commitUrl": f"{page}/commit/0", "commitOid": "0" * 40, "success": True}
+                return {"errors": [], "warnings": []}
 
             def log_message(self, *arguments):
                 """Silent."""
@@ -69,27 +118,33 @@ class RefusingHub(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-def load_elsewhere(models, hub, home, offline):
-    """Load each tokenizer without a token: ({model: (seconds, message)}, stderr)."""
+def run_elsewhere(program, arguments, hub, home, **environment):
+    """Run a program that knows no hub but `hub`, without a token."""
     foreign = ("hf_", "hugging", "transformers_", "http_proxy", "https_proxy", "all_proxy")
-    environment = {name: value for name, value in os.environ.items() if not name.lower().startswith(foreign)}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": offline, "PYTHONPATH": str(ROOT)}
+    own = {name: value for name, value in os.environ.items() if not name.lower().startswith(foreign)}
+    own |= {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *models],
+        [sys.executable, "-c", program, *arguments],
         cwd=home,
-        env=environment | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"},
+        env=own | environment,
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def load_elsewhere(models, hub, home, offline):
+    """Load each tokenizer: ({model: (seconds, message)}, stderr)."""
+    done = run_elsewhere(PROGRAM, models, hub, home, HF_HUB_OFFLINE=offline)
     lines = [line.split("|") for line in done.stdout.splitlines()]
     assert len(lines) == len(models), done.stdout
     return {model: (float(time), text) for model, (time, text) in zip(models, lines, strict=True)}, done.stderr
 
 
 def test_a_refusal_of_the_hub_comes_at_once_with_what_to_do(tmp_path):
-    with RefusingHub() as hub:
+    with Hub() as hub:
         answers, stderr = load_elsewhere(REFUSALS, hub, tmp_path, offline="0")
     assert "Retrying" not in stderr
     gated = "accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`, or give a local directory"
@@ -105,8 +160,25 @@ def test_a_refusal_of_the_hub_comes_at_once_with_what_to_do(tmp_path):
         assert seconds < 5
 
 
+def test_an_exported_directory_is_uploaded_whole_into_a_private_repository(tmp_path):
+    (tmp_path / "exported").mkdir()
+    files = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "csc_manifest.json": b'{"a": 1}'}
+    for name, content in files.items():
+        (tmp_path / "exported" / name).write_bytes(content)
+    with Hub() as hub:
+        done = run_elsewhere(PUSH, ["exported", "owner/trained"], hub, tmp_path, HF_TOKEN="accepted")
+        assert done.stdout == ""
+        assert hub.files == files
+        ((created, private),) = [(each["name"], each["visibility"]) for each in hub.created]
+        assert (created, private) == ("trained", "private")
+        hub.files.clear()
+        done = run_elsewhere(PUSH, ["exported", "owner/trained"], hub, tmp_path, HF_TOKEN="refused")
+        assert done.stdout.startswith("owner/trained: cannot upload exported (")
+        assert "Traceback" not in done.stderr and hub.files == {}
+
+
 def test_offline_with_an_empty_cache_asks_nobody(tmp_path):
-    with RefusingHub() as hub:
+    with Hub() as hub:
         answers, _ = load_elsewhere([MODEL], hub, tmp_path, offline="1")
     seconds, message = answers[MODEL]
     assert hub.asked == []
