@@ -29,7 +29,8 @@ STOPPED = 75
 """Exit status of a run that was asked to stop, and saved a state of training to go on from: sysexits' EX_TEMPFAIL."""
 OUTPUTS = (
     "states", "base", "tokenizer", "csc_manifest.json", "checkpoint", "metrics.json", "predictions",
-    "dialogues.jsonl", "results.json", "table.md", "comparison.json", "comparison.md",
+    "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html", "comparison.json",
+    "comparison.md",
 )  # fmt: skip
 """What the recipes write into a run directory besides `run.json`, `resolved.yaml` and refused rows."""
 

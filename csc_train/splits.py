@@ -5,8 +5,10 @@ or reordering rows moves no other dialogue from one side to the other.
 """
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,10 @@ PERMUTATIONS = 128
 """Length of a MinHash signature."""
 RECALL = 0.99
 """Least chance that a pair at the threshold itself becomes a candidate; more similar pairs have a higher one."""
+NGRAM = 13
+"""Characters in an n-gram of `find_shared_text`: about eight Chinese words, more than a stock phrase has."""
+_BLOCK = 256
+_PLACEHOLDER = re.compile(r"\[[^\[\]\n]*\]")
 
 
 @dataclass
@@ -90,8 +96,10 @@ class DataConfig:
 class Overlap:
     """A training dialogue and an evaluation dialogue that are too much alike.
 
-    `kind` is "exact" where all texts are equal (strategies may differ) and "near" otherwise. `similarity` is the
-    Jaccard similarity, 0..1, of the two sets of character 5-grams.
+    `kind` is "exact" where all texts are equal (strategies may differ), "near" where their Jaccard similarity is high,
+    and "shared" where much of the evaluation dialogue stands in the training dialogue, whatever else does.
+    `similarity`, 0..1, is the Jaccard similarity of the two sets of character 5-grams; of a "shared" one it is the
+    share of the evaluation dialogue's n-grams (see `find_shared_text`).
     """
 
     train_id: str
@@ -136,6 +144,44 @@ def find_overlap(
     fixes the hash functions.
     """
     return _best(_overlaps(train, evaluation, threshold, seed))
+
+
+def find_shared_text(train: list[Dialogue], evaluation: list[Dialogue], threshold: float = 0.5) -> list[Overlap]:
+    """The training dialogue that holds most of each evaluation dialogue, in the order of `evaluation`.
+
+    What is counted is the different n-grams of `NGRAM` characters within the turns of the evaluation dialogue: white
+    space is left out, and a placeholder such as `[手机号码]` is one character, the same for all of them. Listed is
+    where one training dialogue has at least the share `threshold` of them; of equal ones, the earliest. A turn shorter
+    than an n-gram counts for nothing, so that greetings and thanks do not make dialogues alike.
+    """
+    from scipy.sparse import csr_array
+
+    sought = [_ngrams(dialogue) for dialogue in evaluation]
+    columns: dict[str, int] = {}
+    for gram in itertools.chain.from_iterable(sought):
+        columns.setdefault(gram, len(columns))
+    if not columns or not train:
+        return []
+
+    def incidence(sets: Iterable[set[str]]) -> csr_array:
+        """int [dialogues, n-grams of the evaluation]: 1 where a dialogue has an n-gram."""
+        places = [[columns[gram] for gram in grams if gram in columns] for grams in sets]
+        ends = np.cumsum([0, *map(len, places)])
+        return csr_array(
+            (np.ones(ends[-1], np.int32), np.fromiter(itertools.chain.from_iterable(places), np.int32, ends[-1]), ends),
+            shape=(len(places), len(columns)),
+        )
+
+    held = incidence(map(_ngrams, train)).T.tocsr()
+    overlaps = []
+    for start in range(0, len(evaluation), _BLOCK):
+        grams = sought[start : start + _BLOCK]
+        common = (incidence(grams) @ held).toarray()
+        shares = common.max(axis=1) / np.maximum([len(each) for each in grams], 1)
+        for place in np.flatnonzero(shares >= threshold):
+            source = train[common[place].argmax()]
+            overlaps.append(Overlap(source.id, evaluation[start + place].id, "shared", float(shares[place])))
+    return overlaps
 
 
 def read_splits(
@@ -277,3 +323,9 @@ def _shingles(dialogue: Dialogue) -> set[str]:
     """All runs of `SHINGLE` characters of the dialogue's texts, one line per turn; a shorter text is one shingle."""
     text = "\n".join(_texts(dialogue))
     return {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
+
+
+def _ngrams(dialogue: Dialogue) -> set[str]:
+    """All runs of `NGRAM` characters within the dialogue's turns; see `find_shared_text`."""
+    texts = ("".join(_PLACEHOLDER.sub("□", text).split()) for text in _texts(dialogue))
+    return {text[start : start + NGRAM] for text in texts for start in range(len(text) - NGRAM + 1)}

@@ -15,6 +15,7 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.checkpoint import MANIFEST
     from csc_train.dialogue import data_digest, write_dialogues
     from csc_train.evaluation.baselines import StrategyBaseline
+    from csc_train.evaluation.contamination import find_contamination, write_contamination
     from csc_train.evaluation.hf_policy import base_of, load_policy, open_checkpoint
     from csc_train.evaluation.predict import predict
     from csc_train.evaluation.predictions import (
@@ -53,8 +54,10 @@ def main(config: EvaluateRecipe) -> None:
     if status == "finished":
         run.say(f"reused {run.directory}: same checkpoint, configuration, data and code")
         run.say((run.directory / "table.md").read_text(encoding="utf-8"))
+        run.say(f"report: {run.directory}/report.html")
         return None
     write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
+    write_contamination(run.directory, find_contamination(splits, data.overlap_threshold))
 
     # Systems
     systems = {name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINES)}
@@ -92,26 +95,21 @@ def score_and_show(directory: Path, config: EvaluateRecipe) -> None:
     """Score the predictions that a run directory holds."""
     from rich.console import Console
 
-    from csc_train.dialogue import read_dialogues
-    from csc_train.evaluation.metrics import drift, score
-    from csc_train.evaluation.predictions import read_run
+    from csc_train.evaluation.html_report import write_html
     from csc_train.evaluation.report import console_table, write_results
-    from csc_train.run import provenance
+    from csc_train.evaluation.scoring import score_run
+    from csc_train.files import read_json
+    from csc_train.run import RECORD, provenance
 
-    dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(directory / "dialogues.jsonl")}
-    systems = read_run(directory)
-    results = {
-        name: {context: score(predictions, dialogues, config.metrics) for context, predictions in contexts.items()}
-        for name, contexts in systems.items()
-    }
-    drifts = {
-        name: drift(contexts["reference"], contexts["generated"], config.metrics)
-        for name, contexts in systems.items()
-        if len(contexts) == 2
-    }
-    write_results(directory, results, drifts, provenance() | {"metrics": resolved(config)["metrics"]})
-    Console().print(console_table(results, config.metrics.profiles[0]))
-    print(f"report: {directory}/table.md, {directory}/results.json; predictions: {directory}/predictions", flush=True)
+    scored, settings = score_run(directory, config.metrics), resolved(config)
+    facts = provenance() | {"metrics": settings["metrics"]}
+    write_results(directory, scored.results, scored.drifts, facts, scored.contamination)
+    write_html(directory, scored, settings, read_json(directory / RECORD))
+    Console().print(console_table(scored.results, config.metrics.profiles[0]))
+    print(
+        f"report: {directory}/report.html (also table.md, results.json); predictions: {directory}/predictions",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -113,6 +114,23 @@ def real_tokenizer(chat_template: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(REAL_TOKENIZERS[chat_template], local_files_only=True)
     except (OSError, ValueError):
         pytest.skip(f"{chat_template}: no tokenizer in CSC_TOKENIZERS or the hub cache")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window; where it is promised (CI) its absence fails, else it skips the test.
+
+    One per module: for as long as it lives, nothing else in the process can start an event loop.
+    """
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium on this machine")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox
+        yield chromium
+        chromium.close()
 
 
 def pytest_configure(config):

@@ -13,6 +13,7 @@ from conftest import ROOT
 from csc_train.dialogue import read_dialogues
 from csc_train.errors import InputError
 from csc_train.evaluation.comparison import ALIKE, compare
+from csc_train.evaluation.contamination import read_contamination
 from csc_train.evaluation.metrics import MetricsConfig
 from csc_train.evaluation.predictions import Prediction, read_replies, read_run, system_of
 from csc_train.synthesis.sample import generate_sample
@@ -180,6 +181,10 @@ def test_replies_made_elsewhere_are_scored_beside_the_baselines(workplace):
     assert accuracy["low"] < accuracy["value"] < accuracy["high"]
     assert "elsewhere" in shown and "±" in shown
     assert len(read_dialogues(directory / "runs/elsewhere/dialogues.jsonl")) == 80
+    listed = read_contamination(directory / "runs/elsewhere")
+    assert (listed.training, listed.evaluation) == (80, 80)
+    assert "report: runs/elsewhere/report.html" in shown
+    assert "<title>Evaluation: elsewhere</title>" in (directory / "runs/elsewhere/report.html").read_text()
 
 
 def test_a_run_is_scored_again_without_a_model(workplace):

@@ -191,7 +191,7 @@ def test_score_has_every_column_in_order():
     result = score(FOUR_TURNS, DIALOGUES, MetricsConfig())
     assert list(result["profiles"]) == ["paper", "zh"]
     assert list(result["profiles"]["paper"]) == ["B-2", "B-4", "R-L", "BS", "BR", "ACC"]
-    assert list(result["profiles"]["zh"]) == ["B-2", "B-4", "R-L char", "R-L word", "BS", "ACC"]
+    assert list(result["profiles"]["zh"]) == ["B-2", "B-4", "R-L char", "R-L word", "BS", "BS rescaled", "ACC"]
     for profile in result["profiles"].values():
         for cell in profile.values():
             assert cell.unit and cell.signature and (cell.value is None) == (cell.reason is not None)
@@ -308,6 +308,64 @@ def test_confusion_by_hand():
         for reference, predicted in numpy.argwhere(table).tolist()
     }
     assert cells == {(1, 1): 1, (5, 5): 1, (4, 5): 1, (11, 11): 1, (1, 2): 1, (4, 4): 1, (5, 0): 1, (12, 11): 1}
+
+
+def test_transitions_by_hand():
+    for strategy, expected in (
+        (EIGHT.predicted, {(1, 5), (5, 5), (5, 11), (2, 4)}),
+        (EIGHT.reference, {(1, 5), (5, 4), (4, 11), (1, 4), (4, 5), (5, 12)}),
+    ):
+        table = strategy_metrics.transitions(EIGHT, strategy)
+        assert {(before + 1, after + 1) for before, after in numpy.argwhere(table).tolist()} == expected
+        assert table.sum() == len(expected)
+    thrice = chosen([(3, 3), (3, 3), (3, 3)])
+    assert strategy_metrics.transitions(thrice, thrice.predicted)[2, 2] == 2
+
+
+def test_calibration_by_hand():
+    assert strategy_metrics.calibration(EIGHT) is None
+    turns = Turns([prediction(1, "好", turn=2 * index, reference_strategy=index + 1) for index in range(3)])
+    # The likeliest strategy is 1 at 81 %, which is right, then 1 at 83 % and 2 at 40 %, which are wrong.
+    rows = [[0.81, 0.19], [0.83, 0.17], [0.35, 0.4, 0.25]]
+    for each, shares in zip(turns.predictions, rows, strict=True):
+        likelihoods = [math.log(share) - 7 for share in shares] + [-math.inf] * (12 - len(shares))
+        object.__setattr__(each, "label_log_likelihoods", tuple(likelihoods))
+    low, high = strategy_metrics.calibration(turns)
+    assert low == {"turns": 1, "confidence": pytest.approx(40), "ACC": 0}
+    assert high == {"turns": 2, "confidence": pytest.approx(82), "ACC": 50}
+
+
+def test_the_worst_turns_come_one_a_dialogue_and_the_longest_of_equals_first():
+    def said(dialogue, turn, response, reference, **changes):
+        return dataclasses.replace(
+            prediction(7, response, turn=turn, reference_response=reference, **changes), dialogue_id=dialogue
+        )
+
+    turns = Turns(
+        [
+            said("half", 0, "你们好吗", "你们"), said("half", 2, "好的", "好的"),
+            said("short", 0, "好", "您早"), said("long", 0, "好", "您早您早"),
+            said("wrong", 0, "好", "早", reference_strategy=1), said("wrong", 2, "好", "您早您早您早"),
+        ]
+    )  # fmt: skip
+    rows = reply_metrics.worst(turns)
+    assert [(row["dialogue_id"], row["turn"]) for row in rows] == [("wrong", 0), ("long", 0), ("short", 0), ("half", 0)]
+    assert [row["R-L char"] for row in rows] == pytest.approx([0, 0, 0, 200 / 3])
+    assert [row["dialogue_id"] for row in reply_metrics.worst(turns, 2)] == ["wrong", "long"]
+
+
+def test_the_length_histogram_counts_every_reply_once():
+    lengths = [0, 1, 1, 5, 200]
+    turns = Turns(
+        [prediction(7, "字 " * size, turn=turn, reference_response="字字") for turn, size in enumerate(lengths)]
+    )
+    found = reply_metrics.length_histogram(turns)
+    width, last = found["from"][1], len(found["from"]) - 1
+    assert found["from"] == [width * number for number in range(last + 1)] and found["from"][-1] <= 200
+    counts = [sum(min(size // width, last) == number for size in lengths) for number in range(last + 1)]
+    assert found["system"] == counts and sum(found["system"]) == sum(found["reference"]) == 5
+    assert found["reference"][2 // width] == 5
+    assert reply_metrics.length_histogram(Turns([])) == {"from": [0], "system": [0], "reference": [0]}
 
 
 def test_process_by_hand():
@@ -484,6 +542,39 @@ def test_bertscore_reaches_the_table(bert):
     pairs = [(turn.response, turn.reference_response) for turn in FOUR_TURNS]
     assert cell.value == pytest.approx(learned.bertscore(pairs, bert, 2).mean()) and cell.reason is None
     assert f"layer 2 of {bert.name}, not rescaled" in cell.signature
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_rescaled_bertscore_equals_the_package(bert, tmp_path):
+    table = tmp_path / "baseline.tsv"
+    table.write_text("LAYER,P,R,F\n0,0.1,0.1,0.1\n1,0.2,0.2,0.2\n2,0.31,0.32,0.33\n", encoding="utf-8")
+    scorable = [pair for pair in LONG_PAIRS if pair[0]]
+    replies, references = map(list, zip(*scorable, strict=True))
+    expected = bert_score_package(
+        replies, references, model_type=str(bert), num_layers=2, device="cpu", lang="zh",
+        rescale_with_baseline=True, baseline_path=str(table),
+    )[2]  # fmt: skip
+    baseline = learned.bertscore_baseline("whatever", 2, table)
+    assert baseline == pytest.approx(33)
+    raw = learned.bertscore(scorable, bert, 2)
+    assert learned.rescaled(raw, baseline) == pytest.approx(100 * expected.numpy(), abs=1e-4)
+    assert learned.rescaled(numpy.array([0.0, 33.0, 100.0]), 33).tolist() == [0, 0, 100]  # the first: an empty reply
+    with pytest.raises(InputError, match=r"baseline\.tsv: not a baseline table .* with layer 3"):
+        learned.bertscore_baseline("whatever", 3, table)
+
+
+def test_the_baseline_is_the_packages_where_it_has_one(bert, tmp_path):
+    assert learned.bertscore_baseline("bert-base-chinese", 8) == pytest.approx(54.755783)
+    assert learned.bertscore_baseline(bert.name, 2) is None
+    named = shutil.copytree(bert, tmp_path / "bert-base-chinese")
+    cells = [
+        score(FOUR_TURNS, DIALOGUES, MetricsConfig(bertscore_model=str(path), bertscore_layers=2))["profiles"]["zh"]
+        for path in (bert, named)
+    ]
+    assert cells[0]["BS rescaled"].value is None
+    assert cells[0]["BS rescaled"].reason.startswith(f"bert-score has no baseline for a model named {bert.name}")
+    assert cells[1]["BS rescaled"].value != pytest.approx(cells[1]["BS"].value)
+    assert "rescaled with the baseline 42.74, unverified on real weights" in cells[1]["BS rescaled"].signature
 
 
 def test_bertscore_refuses_models_that_it_cannot_score_with(bert, tmp_path):

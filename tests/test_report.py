@@ -74,7 +74,7 @@ def test_markdown_has_the_paper_columns_reference_first():
 
 def test_markdown_has_a_table_per_profile():
     zh = rows(markdown_table(RESULTS, {}))[3:]
-    assert zh[0][1:7] == ["ref B-2", "ref B-4", "ref R-L char", "ref R-L word", "ref BS", "ref ACC"]
+    assert zh[0][1:7] == ["ref B-2", "ref B-4", "ref R-L char", "ref R-L word", "ref BS", "ref BS rescaled"]
     assert [cell.split()[0] for cell in zh[1][1:7]] == ["1.00", "2.00", "3.00", "4.00", "n/a[^1]", "6.00"]
 
 

@@ -8,7 +8,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from csc_train.dialogue import Dialogue, Speaker, Turn, write_dialogues
 from csc_train.errors import InputError
-from csc_train.splits import DataConfig, Overlap, SetConfig, find_overlap, load_splits, split
+from csc_train.splits import (
+    NGRAM,
+    DataConfig,
+    Overlap,
+    SetConfig,
+    find_overlap,
+    find_shared_text,
+    load_splits,
+    split,
+)
 from csc_train.strategies import STRATEGIES
 
 
@@ -141,6 +150,41 @@ def test_texts_shorter_than_a_shingle_and_empty_sets():
 def test_equal_texts_are_found_at_any_threshold(threshold):
     train = [make_dialogue(f"t{i}", i) for i in range(5)]
     assert Overlap("t2", "e", "exact", 1.0) in find_overlap(train, [Dialogue("e", train[2].turns)], threshold)
+
+
+def containment(train, evaluation):
+    """The share of n-grams, worked out the long way for texts without white space or placeholders."""
+    grams = [
+        {turn.text[i : i + NGRAM] for turn in dialogue.turns for i in range(len(turn.text) - NGRAM + 1)}
+        for dialogue in (train, evaluation)
+    ]
+    return len(grams[0] & grams[1]) / len(grams[1])
+
+
+def test_shared_text_is_found_whatever_else_a_training_dialogue_says():
+    train = [make_dialogue(f"t{i}", i, turns=8) for i in range(300)]  # more than are compared at a time
+    evaluation = [make_dialogue(f"e{i}", 1000 + i, turns=8) for i in range(300)]
+    own = [turn.text for turn in evaluation[270].turns]
+    train[5] = from_texts("longer", [turn.text for turn in train[5].turns] * 3 + own[:6])
+    train[7] = from_texts("shorter", own[:5])
+    evaluation[280] = from_texts("no n-gram", ["您好", "好的"])
+    assert find_overlap(train, evaluation) == []
+    assert find_shared_text(train, evaluation) == [Overlap("longer", "e270", "shared", 0.75)]
+    assert containment(train[5], evaluation[270]) == 0.75
+    assert find_shared_text(train, evaluation, threshold=0.76) == []
+    assert find_shared_text(train[:5] + train[7:], evaluation)[0] == Overlap("shorter", "e270", "shared", 0.625)
+    assert find_shared_text([], evaluation) == find_shared_text(train, []) == []
+    assert find_shared_text([from_texts("t", ["您好"])], [from_texts("e", ["您好"])]) == []
+
+
+def test_shared_text_is_within_turns_and_blind_to_white_space_and_to_what_a_placeholder_stands_for():
+    text = "您的手机[手机号码]尾号已经为您登记好了请放心使用我们的服务谢谢您的来电"  # 31 characters, so 19 n-grams
+    masked = text.replace("[手机号码]", "[电话]").replace("尾", "尾 ")
+    spoken = text.replace("[手机号码]", "一三八")  # the 26 characters after it remain, with 14 n-grams
+    parted = [text[:19], text[19:]]  # 14 and 17 characters, with 2 and 5 n-grams
+    for texts, share in (([masked], 1), ([spoken], 14 / 19), (parted, 7 / 19)):
+        found = find_shared_text([from_texts("t", texts)], [from_texts("e", [text])], threshold=0.1)
+        assert found == [Overlap("t", "e", "shared", pytest.approx(share))]
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ RULES = {
     "packing": BASE | {"template"},
     "training": BASE | {"template", "packing", "checkpoint", "hub", "run"},
     "evaluation": BASE | {"template", "checkpoint", "hub"},
+    "evaluation.contamination": BASE | {"splits"},
     "launching": BASE | {"template", "packing", "training", "checkpoint", "hub", "run", "splits", "config"},
     # The root configuration is made of its owners' schemas.
     "config": {

@@ -73,7 +73,7 @@ def compare(
 
 
 def _metrics(turns: Turns, config: MetricsConfig) -> dict[str, Figure]:
-    """Each metric once, whichever profiles have it."""
+    """Each metric once, whichever profiles have it, and on one scale: to test it rescaled would be to test it twice."""
     found = {
         "ACC": strategy_metrics.accuracy(turns),
         "macro-F1": strategy_metrics.macro_f1(turns),
@@ -81,7 +81,11 @@ def _metrics(turns: Turns, config: MetricsConfig) -> dict[str, Figure]:
     }
     for profile, cells in figures(turns, config).items():
         shared = ("ACC", "BS")
-        found |= {name if name in shared else f"{profile} {name}": figure for name, figure in cells.items()}
+        found |= {
+            name if name in shared else f"{profile} {name}": figure
+            for name, figure in cells.items()
+            if name != "BS rescaled"
+        }
     return found
 
 

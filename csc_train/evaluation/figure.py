@@ -1,7 +1,7 @@
 """A figure of a table: what it is computed from, and what is shown of it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 
@@ -44,6 +44,12 @@ class Figure:
             return Score(None, self.unit, self.signature, self.reason)
         bounds = interval(self.statistic, dialogues, draws) or (None, None)
         return Score(value, self.unit, self.signature, None, *bounds)
+
+    def only(self, where: numpy.ndarray) -> "Figure":
+        """The figure over the turns that `where`, bool [turns], selects."""
+        if self.statistic is None or not where.any():
+            return replace(self, statistic=None)
+        return replace(self, statistic=replace(self.statistic, terms=self.statistic.terms * where[:, None]))
 
     def minus(self, other: "Figure", dialogues: numpy.ndarray, draws: int) -> Score:
         """The difference to the same figure of another system, or another context, on the same turns."""

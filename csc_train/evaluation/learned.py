@@ -4,7 +4,9 @@ Both take text pairs (reply, reference) and return a score per pair, float [pair
 neither metric is defined there. A model stays loaded until another one is asked for.
 """
 
+import csv
 import functools
+import importlib.util
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +29,7 @@ TextPair = tuple[str, str]
 def bertscore(
     pairs: Sequence[TextPair], directory: str | os.PathLike, layers: int = 8, batch_size: int = 64
 ) -> numpy.ndarray:
-    """BERTScore F1 of the bert-score package, raw (not rescaled with a baseline), without IDF weights.
+    """BERTScore F1 of the bert-score package, raw (see `rescaled`), without IDF weights.
 
     `layers` is the layer whose output is compared; 8 is the package's choice for bert-base-chinese. Raw values are
     high: unrelated Chinese replies score about 55.
@@ -51,6 +53,37 @@ def bertscore(
         return scores[:, 2]
 
     return _scores(pairs, f1, batch_size, "BERTScore")
+
+
+def bertscore_baseline(model: str, layers: int, table: str | os.PathLike | None = None) -> float | None:
+    """What unrelated texts score in BERTScore F1, times 100; None where that is not known.
+
+    Args:
+        model: name of the model; the bert-score package has measured bert-base-chinese, among others, on Chinese text.
+        layers: the layer that is compared.
+        table: a file such as the package's (LAYER,P,R,F), to be used instead.
+
+    Raises:
+        InputError: `table` cannot be read, or has no such layer.
+    """
+    package = Path(importlib.util.find_spec("bert_score").origin).parent
+    path = Path(table) if table is not None else package / "rescale_baseline" / "zh" / f"{model}.tsv"
+    if table is None and not path.is_file():
+        return None
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = {int(row["LAYER"]): 100 * float(row["F"]) for row in csv.DictReader(file)}
+        return rows[layers]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a baseline table (LAYER,P,R,F) with layer {layers}: {error!r}") from error
+
+
+def rescaled(scores: numpy.ndarray, baseline: float) -> numpy.ndarray:
+    """BERTScores, float [pairs], stretched as the bert-score package does, so that unrelated texts score about 0.
+
+    A pair with an empty side stays at 0, which is what unrelated texts get.
+    """
+    return numpy.where(scores == 0, 0.0, 100 * (scores - baseline) / (100 - baseline))
 
 
 def bleurt(pairs: Sequence[TextPair], directory: str | os.PathLike, batch_size: int = 64) -> numpy.ndarray:

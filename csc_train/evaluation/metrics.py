@@ -9,7 +9,7 @@ Two profiles, because the paper does not publish its metric code:
 - `zh` measures Chinese text as Chinese text: ROUGE-L on characters and on words, and sacrebleu with a signature.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from csc_train.evaluation.uncertainty import Statistic, mean
 
 PROFILES: dict[str, tuple[str, ...]] = {
     "paper": ("B-2", "B-4", "R-L", "BS", "BR", "ACC"),
-    "zh": ("B-2", "B-4", "R-L char", "R-L word", "BS", "ACC"),
+    "zh": ("B-2", "B-4", "R-L char", "R-L word", "BS", "BS rescaled", "ACC"),
 }
 """The columns of each profile, in the order in which tables show them."""
 
@@ -53,6 +53,9 @@ class MetricsConfig:
     """Local directory of the BERTScore model (the paper's figures fit bert-base-chinese); None prints n/a."""
     bertscore_layers: int = 8
     """The layer that BERTScore compares; 8 is the bert-score package's choice for bert-base-chinese."""
+    bertscore_baseline: str | None = None
+    """A baseline table of the bert-score package (LAYER,P,R,F) to rescale BERTScore with; None takes the package's own
+    for Chinese, where it has one under the name of the model directory (such as bert-base-chinese)."""
     bleurt_model: str | None = None
     """Local directory of a PyTorch conversion of BLEURT-20; None prints n/a."""
     batch_size: int = 64
@@ -71,22 +74,30 @@ class MetricsConfig:
             directory = getattr(self, name)
             if directory is not None and not (Path(directory) / "config.json").is_file():
                 raise InputError(f"metrics.{name}={directory}: not a local model directory (it has no config.json)")
+        if self.bertscore_baseline is not None and not Path(self.bertscore_baseline).is_file():
+            raise InputError(f"metrics.bertscore_baseline={self.bertscore_baseline}: no such file")
 
 
 def score(
-    predictions: Sequence[Prediction], dialogues: Mapping[str, Dialogue], config: MetricsConfig
+    predictions: Sequence[Prediction],
+    dialogues: Mapping[str, Dialogue],
+    config: MetricsConfig,
+    flagged: Collection[str] = (),
 ) -> dict[str, Any]:
     """Score one system's predictions in one context.
 
     Args:
         dialogues: by id, those that were predicted, and maybe others.
+        flagged: ids of dialogues whose text is in the training data too (see `contamination`).
 
     Returns:
         `profiles`: by profile and column, a Score, in the order of `PROFILES`. `strategy`: Scores by name;
-        `by_strategy`: by label, its `turns` and Scores; `confusion`: see `strategy_metrics.confusion`; `by_position`:
-        ACC by the how many-th supporter turn it is. `process` and `reply`: by name, a Score of the `system` and one of
-        the `reference`. `counts`: `dialogues`; `turns`; `unparsed`, the turns whose strategy could not be read (None
-        where the system predicts none); `empty_replies`, which score 0 in every text metric.
+        `by_strategy`: by label, its `turns` and Scores; `confusion`, `transitions` and `calibration`: see
+        `strategy_metrics`; `by_position`: ACC and character ROUGE-L by the how many-th supporter turn it is. `process`
+        and `reply`: by name, a Score of the `system` and one of the `reference`; `lengths` and `worst`: see
+        `reply_metrics`. `without_flagged`: `dialogues`, `turns` and `profiles` of the rest, or None where nothing is
+        flagged. `counts`: `dialogues`; `turns`; `unparsed`, the turns whose strategy could not be read (None where the
+        system predicts none); `empty_replies`, which score 0 in every text metric.
 
     Raises:
         InputError: a metric model cannot be loaded, or a turn is predicted twice.
@@ -109,28 +120,54 @@ def score(
         distinct = reply_metrics.distinct(turns, order)
         reply[f"distinct-{order}"] = dict(zip(("system", "reference"), distinct, strict=True))
     chosen = turns.predicts_strategy
+    profiles = figures(turns, config)
     return {
         "profiles": {
-            profile: {column: shown(figure) for column, figure in cells.items()}
-            for profile, cells in figures(turns, config).items()
+            profile: {column: shown(figure) for column, figure in cells.items()} for profile, cells in profiles.items()
         },
+        "without_flagged": _without(flagged, turns, profiles, config.draws),
         "strategy": {name: shown(figure) for name, figure in strategy.items()},
         "by_strategy": {
             label: {"turns": count} | {name: shown(figure) for name, figure in cells.items()}
             for label, count, cells in strategy_metrics.by_strategy(turns)
         },
         "confusion": strategy_metrics.confusion(turns).tolist() if chosen else None,
+        "transitions": {
+            "system": strategy_metrics.transitions(turns, turns.predicted).tolist() if chosen else None,
+            "reference": strategy_metrics.transitions(turns, turns.reference).tolist(),
+        },
         "by_position": [
-            {"position": position, "turns": count, "ACC": shown(figure)}
+            {"position": position, "turns": count, "ACC": shown(figure), "R-L char": shown(_zh_rouge(turns).only(here))}
             for position, count, figure in strategy_metrics.by_position(turns)
+            for here in [turns.position == position - 1]
         ],
+        "calibration": strategy_metrics.calibration(turns) if chosen else None,
         "process": {name: sides(pair) for name, pair in strategy_metrics.process(turns).items()},
         "reply": reply,
+        "lengths": reply_metrics.length_histogram(turns),
+        "worst": reply_metrics.worst(turns),
         "counts": {
             "dialogues": len(set(turns.dialogue.tolist())),
             "turns": len(turns),
             "unparsed": int((turns.predicted == 0).sum()) if chosen else None,
             "empty_replies": sum(not reply.strip() for reply, _ in turns.pairs),
+        },
+    }
+
+
+def _without(
+    flagged: Collection[str], turns: Turns, profiles: dict[str, dict[str, Figure]], draws: int
+) -> dict[str, Any] | None:
+    """The profiles over the dialogues that are not flagged."""
+    if not flagged:
+        return None
+    kept = numpy.array([each.dialogue_id not in flagged for each in turns.predictions], bool)
+    return {
+        "dialogues": len(set(turns.dialogue[kept].tolist())),
+        "turns": int(kept.sum()),
+        "profiles": {
+            profile: {column: figure.only(kept).score(turns.dialogue, draws) for column, figure in cells.items()}
+            for profile, cells in profiles.items()
         },
     }
 
@@ -148,13 +185,12 @@ def drift(
         InputError: the two are not of the same turns.
     """
     sides = same_turns(reference, generated, "reference context", "generated context")
-    values = [lexical.rouge_l(_by_character(turns.pairs)) for turns in sides]
     dialogue, position = sides[0].dialogue, sides[0].position
     rows = []
     for number in range(int(position.max(initial=-1)) + 1):
         here = position == number
         accuracies = [strategy_metrics.accuracy(turns, here) for turns in sides]
-        rouges = [_zh_rouge(mean(each, here)) for each in values]
+        rouges = [_zh_rouge(turns).only(here) for turns in sides]
         rows.append(
             {
                 "position": number + 1,
@@ -192,7 +228,8 @@ def same_turns(
 
 def figures(turns: Turns, config: MetricsConfig) -> dict[str, dict[str, Figure]]:
     """The figures of each profile: profiles as the config orders them, columns as `PROFILES` does."""
-    shared = {"BS": _bertscore(turns, config), "ACC": strategy_metrics.accuracy(turns)}
+    raw, rescaled = _bertscores(turns, config)
+    shared = {"BS": raw, "BS rescaled": rescaled, "ACC": strategy_metrics.accuracy(turns)}
     profiles = {}
     for name in config.profiles:
         cells = shared | (_paper_cells(turns, config) if name == "paper" else _zh_cells(turns))
@@ -217,7 +254,7 @@ def _zh_cells(turns: Turns) -> dict[str, Figure]:
     return {
         "B-2": _zh_bleu(counts, 2),
         "B-4": _zh_bleu(counts, 4),
-        "R-L char": _zh_rouge(mean(lexical.rouge_l(_by_character(turns.pairs)))),
+        "R-L char": _zh_rouge(turns),
         "R-L word": Figure(
             mean(lexical.rouge_l(turns.words)), "jieba words", f"{_rouge_signature()}, jieba {version('jieba')}"
         ),
@@ -230,29 +267,34 @@ def _zh_bleu(counts: numpy.ndarray, order: int) -> Figure:
     return Figure(statistic, "Chinese characters and Latin words", signature)
 
 
-def _zh_rouge(statistic: Statistic) -> Figure:
-    return Figure(statistic, "characters", f"{_rouge_signature()}, white space left out")
+def _zh_rouge(turns: Turns) -> Figure:
+    return Figure(mean(turns.rouge), "characters", f"{_rouge_signature()}, white space left out")
 
 
 def _rouge_signature() -> str:
     return f"ROUGE-L F1, longest common subsequence by rapidfuzz {version('rapidfuzz')}, mean over turns"
 
 
-def _by_character(pairs: Sequence[lexical.TextPair]) -> list[lexical.TokenPair]:
-    return [(lexical.characters(reply), lexical.characters(reference)) for reply, reference in pairs]
-
-
 # `learned` is imported where it is used: it brings in transformers, and most runs give no metric model.
 
 
-def _bertscore(turns: Turns, config: MetricsConfig) -> Figure:
+def _bertscores(turns: Turns, config: MetricsConfig) -> tuple[Figure, Figure]:
+    """BERTScore as it is, and rescaled."""
     unit, name = "contextual token vectors", f"bert-score {version('bert-score')} F1, layer {config.bertscore_layers}"
     if config.bertscore_model is None:
-        return Figure(None, unit, f"{name}, not rescaled", "no BERTScore model directory given")
+        reason = "no BERTScore model directory given"
+        return Figure(None, unit, f"{name}, not rescaled", reason), Figure(None, unit, f"{name}, rescaled", reason)
     from csc_train.evaluation import learned
 
-    values = learned.bertscore(turns.pairs, config.bertscore_model, config.bertscore_layers, config.batch_size)
-    return Figure(mean(values), unit, f"{name} of {Path(config.bertscore_model).resolve().name}, not rescaled")
+    directory, unverified = Path(config.bertscore_model).resolve(), "unverified on real weights"
+    values = learned.bertscore(turns.pairs, directory, config.bertscore_layers, config.batch_size)
+    raw = Figure(mean(values), unit, f"{name} of {directory.name}, not rescaled, {unverified}")
+    baseline = learned.bertscore_baseline(directory.name, config.bertscore_layers, config.bertscore_baseline)
+    if baseline is None:
+        reason = f"bert-score has no baseline for a model named {directory.name}; give metrics.bertscore_baseline"
+        return raw, Figure(None, unit, f"{name}, rescaled", reason)
+    signature = f"{name} of {directory.name}, rescaled with the baseline {baseline:.2f}, {unverified}"
+    return raw, Figure(mean(learned.rescaled(values, baseline)), unit, signature)
 
 
 def _bleurt(turns: Turns, config: MetricsConfig) -> Figure:

@@ -12,6 +12,7 @@ from csc_train.evaluation.figure import Figure, Score
 from csc_train.evaluation.turns import Turns
 from csc_train.evaluation.uncertainty import mean
 
+_BINS = 30
 _DIGITS = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:[.:]\d+)*")
 _CHINESE_AMOUNT = re.compile(
     r"([〇零一二两三四五六七八九十][〇零一二两三四五六七八九十百千万亿]*)(?=元|块钱|角|分钱|美元|%|折)"
@@ -77,14 +78,51 @@ def new_numbers(turns: Turns, dialogues: Mapping[str, Dialogue]) -> tuple[numpy.
     return system, reference
 
 
+def _lengths(turns: Turns) -> numpy.ndarray:
+    """int [turns, 2]: characters of the system's and of the reference's reply, white space left out."""
+    return numpy.array([[len(lexical.characters(text)) for text in pair] for pair in turns.pairs], int).reshape(-1, 2)
+
+
+def length_histogram(turns: Turns) -> dict[str, list[int]]:
+    """How many replies are how long, of the system and of the reference.
+
+    Returns:
+        `from`: the shortest length in characters that each bin counts, equally wide bins; the last is open, and holds
+        the longest hundredth. `system` and `reference`: replies in each bin.
+    """
+    lengths = _lengths(turns)
+    longest = int(numpy.quantile(lengths, 0.99)) if len(lengths) else 0
+    width = longest // _BINS + 1
+    bins = longest // width + 1
+    counts = [numpy.bincount(numpy.minimum(column // width, bins - 1), minlength=bins).tolist() for column in lengths.T]
+    return {"from": [width * number for number in range(bins)], "system": counts[0], "reference": counts[1]}
+
+
+def worst(turns: Turns, count: int = 30) -> list[dict[str, str | int | float]]:
+    """The turns whose replies are least like the reference's, one a dialogue, the worst first.
+
+    By character ROUGE-L; of equal ones, a wrong strategy comes first, then the longer reference.
+
+    Returns:
+        For each its `dialogue_id`, `turn` and `R-L char`.
+    """
+    lengths = _lengths(turns)[:, 1]
+    order = sorted(range(len(turns)), key=lambda index: (turns.rouge[index], turns.correct[index], -lengths[index]))
+    first = {turns.dialogue[index]: index for index in reversed(order)}
+    return [
+        {"dialogue_id": each.dialogue_id, "turn": each.turn, "R-L char": float(turns.rouge[index])}
+        for index in sorted(first.values(), key=order.index)[:count]
+        for each in [turns.predictions[index]]
+    ]
+
+
 def replies(turns: Turns, dialogues: Mapping[str, Dialogue]) -> dict[str, tuple[Figure, Figure]]:
     """Length and numbers that are new, of the system's replies and of the reference's."""
-    lengths = numpy.array([[len(lexical.characters(text)) for text in pair] for pair in turns.pairs]).reshape(-1, 2)
     meanings = {
         "length": ("characters", "mean over turns, white space left out"),
         "new numbers": ("turns", "replies with a number or an amount of money that is not in their context"),
     }
-    values = {"length": lengths.T, "new numbers": [100 * flags for flags in new_numbers(turns, dialogues)]}
+    values = {"length": _lengths(turns).T, "new numbers": [100 * flags for flags in new_numbers(turns, dialogues)]}
     return {
         name: (Figure(mean(values[name][0]), *meaning), Figure(mean(values[name][1]), *meaning))
         for name, meaning in meanings.items()

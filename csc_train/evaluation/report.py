@@ -1,4 +1,4 @@
-"""The scores of several systems as Markdown, as JSON, and as a table for the terminal.
+"""The scores of several systems as tables: in Markdown, in JSON, and for the terminal (`html_report` has the page).
 
 `results` maps a system's name to its contexts ("reference", "generated") and those to what `metrics.score` returned,
 in the order in which rows are to appear; the last is the system that is evaluated. `drifts` maps its name to what
@@ -8,7 +8,7 @@ in the order in which rows are to appear; the last is the system that is evaluat
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from csc_train.evaluation.comparison import Difference
+from csc_train.evaluation.contamination import Contamination
 from csc_train.evaluation.figure import Score
 from csc_train.evaluation.metrics import PROFILE_NOTES, PROFILES
 from csc_train.evaluation.predictions import CONTEXTS
@@ -27,42 +28,95 @@ Drifts = dict[str, list[dict]]
 
 NOT_EVALUATED = "not evaluated in this context"
 SHORT_CONTEXT = {"reference": "ref", "generated": "gen"}
-INTERVALS = "In brackets: 95 % interval, percentile bootstrap over dialogues; none where fewer than 10 dialogues count."
+DRIFT = "Drift: reference minus generated context, on the same turns."
+INTERVALS = "Intervals: 95 %, percentile bootstrap over dialogues; none where fewer than 10 dialogues count."
 
 
-def write_results(directory: str | os.PathLike, results: Results, drifts: Drifts, provenance: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Section:
+    """A table and what a reader must know of it, whatever it is written in.
+
+    Attributes:
+        title: what it shows.
+        header: a name per column.
+        rows: cells; a Score is a number with its interval.
+        labels: how many of the first columns are text.
+        meanings: by name of a column, what it counts and by which implementation.
+        notes: paragraphs to read with it.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: list[list[str | int | Score]]
+    labels: int = 1
+    meanings: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def plain(value: Any) -> Any:
+    """Results with each Score as a dictionary, as `results.json` has them."""
+    return json.loads(json.dumps(value, default=asdict))
+
+
+def write_results(
+    directory: str | os.PathLike,
+    results: Results,
+    drifts: Drifts,
+    provenance: dict[str, Any],
+    contamination: Contamination | None = None,
+) -> None:
     """Write `results.json` (scores with intervals, units, signatures and reasons, and `provenance`) and `table.md`.
 
     Raises:
         InputError: the directory cannot be written.
     """
     everything = {"provenance": provenance, "results": results, "drift": drifts}
-    write_json(Path(directory) / "results.json", json.loads(json.dumps(everything, default=asdict)))
-    write_text(Path(directory) / "table.md", markdown_table(results, drifts))
+    write_json(Path(directory) / "results.json", plain(everything))
+    write_text(Path(directory) / "table.md", markdown_table(results, drifts, contamination))
 
 
-def markdown_table(results: Results, drifts: Drifts) -> str:
-    """One table per profile: a row per system, the columns in the reference context, then in the generated one.
+def markdown_table(results: Results, drifts: Drifts, contamination: Contamination | None = None) -> str:
+    """What is shown of every system, then of the last one each strategy, its confusions and its accuracy turn by turn.
 
-    Under each table: what every column counts and how, and what is a reconstruction. Then strategies, process and
-    replies of every system, and of the last one each strategy, its confusions and its accuracy turn by turn. At the
-    end: the counts of turns and the reasons behind each `n/a`.
+    At the end: the counts of turns and the reasons behind each `n/a`.
     """
     footnotes: dict[str, int] = {}
-    blocks = []
-    for profile in _profiles(results):
-        blocks += [_markdown_profile(results, profile, footnotes), _legend(results, profile)]
-    blocks += [_markdown_strategies(results, footnotes)]
-    blocks += [_markdown_sides(results, section, footnotes) for section in ("process", "reply")]
+    blocks = [_markdown_section(section, footnotes) for section in profiles(results)]
+    if contamination is not None:
+        blocks.append(f"Training overlap: {contamination}")
+    sections = [*without_flagged(results, contamination), *behaviour(results)]
     last = list(results)[-1]
     for context, scores in results[last].items():
-        blocks += [_markdown_by_strategy(last, context, scores, footnotes)]
+        sections.append(_by_strategy(last, context, scores))
         if scores["confusion"]:
-            blocks += [_markdown_confusion(last, context, scores["confusion"])]
-    blocks += [_markdown_by_position(last, results[last], drifts.get(last), footnotes), _counts(results)]
+            sections.append(_confusion(last, context, scores["confusion"]))
+    sections.append(_by_position(last, results[last], drifts.get(last)))
+    blocks += [_markdown_section(section, footnotes) for section in sections]
+    blocks.append(f"Turns: {'; '.join(counts(results))}.")
     if footnotes:
         blocks.append("\n".join(f"[^{number}]: {reason}" for reason, number in footnotes.items()))
     return "\n\n".join(blocks) + "\n"
+
+
+def profiles(results: Results) -> list[Section]:
+    """A table per profile: a row per system, the columns in the reference context, then in the generated one."""
+    return [_profile(results, profile) for profile in _profiles(results)]
+
+
+def without_flagged(results: Results, contamination: Contamination | None) -> list[Section]:
+    """The same without the dialogues that the training data hold; nothing where there are none, or none were sought."""
+    if contamination is None or not contamination.flagged:
+        return []
+    rest = {
+        system: {context: scores["without_flagged"] for context, scores in contexts.items()}
+        for system, contexts in results.items()
+    }
+    return [_profile(rest, profile, contamination) for profile in _profiles(results)]
+
+
+def behaviour(results: Results) -> list[Section]:
+    """How the systems choose strategies, lead a dialogue and write."""
+    return [_strategies(results), *(_sides(results, name) for name in ("process", "reply"))]
 
 
 def console_table(results: Results, profile: str = "paper") -> Table:
@@ -75,16 +129,12 @@ def console_table(results: Results, profile: str = "paper") -> Table:
     for context in CONTEXTS:
         for column in PROFILES[profile]:
             table.add_column(f"{SHORT_CONTEXT[context]}\n{column}", justify="right", no_wrap=True)
-    reasons = {}
     for system in results:
-        row = []
-        for cell in _row(results[system], profile):
-            row.append((_number(cell) or "n/a") + _half_width(cell))
-            if cell.value is None:
-                reasons[cell.reason] = None
+        row = [(_number(cell) or "n/a") + _half_width(cell) for cell in _row(results[system], profile)]
         table.add_row(Text(system), *row)  # as text: a name may hold brackets, which rich would read as markup
+    absent = reasons(cell for contexts in results.values() for cell in _row(contexts, profile))
     intervals = "±: half the width of the 95 % interval, bootstrap over dialogues."
-    table.caption = "\n".join([PROFILE_NOTES[profile], intervals, *(f"n/a: {reason}" for reason in reasons)])
+    table.caption = "\n".join([PROFILE_NOTES[profile], intervals, *(f"n/a: {reason}" for reason in absent)])
     table.caption_justify = "left"
     return table
 
@@ -114,34 +164,57 @@ def _half_width(cell: Score) -> str:
     return f"\n±{(cell.high - cell.low) / 2:.1f}"
 
 
-def _cell(cell: Score, footnotes: dict[str, int]) -> str:
+def _cell(cell: object, footnotes: dict[str, int]) -> str:
     """A number with its interval, or a reference to the reason why there is none."""
+    if not isinstance(cell, Score):
+        return str(cell)
     if cell.value is None:
         return f"n/a[^{footnotes.setdefault(cell.reason, len(footnotes) + 1)}]"
     between = "" if cell.low is None else f" [{cell.low:.2f}, {cell.high:.2f}]"
     return _number(cell) + between
 
 
-def _lines(title: str, header: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1) -> str:
+def _lines(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], labels: int = 1) -> str:
     """A Markdown table whose first `labels` columns are text and whose other ones are numbers."""
     rule = "|---" * labels + "|---:" * (len(header) - labels) + "|"
-    texts = ([str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows))
+    texts = ([cell.replace("|", "\\|") for cell in row] for row in (header, *rows))
     first, *others = ("| " + " | ".join(row) + " |" for row in texts)
     return "\n".join([f"### {title}", "", first, rule, *others])
 
 
-def _meanings(scores: Iterable[tuple[str, Score]]) -> str:
-    texts = {name: f"**{name}** {score.unit} ({score.signature})" for name, score in scores}
-    return f"Units: {'; '.join(texts.values())}."
+def reasons(cells: Iterable[object]) -> list[str]:
+    """Why there is no number in those of the cells that have none, each reason once."""
+    return list(dict.fromkeys(cell.reason for cell in cells if isinstance(cell, Score) and cell.value is None))
 
 
-def _markdown_profile(results: Results, profile: str, footnotes: dict[str, int]) -> str:
+def _markdown_section(section: Section, footnotes: dict[str, int]) -> str:
+    rows = [[_cell(cell, footnotes) for cell in row] for row in section.rows]
+    table = _lines(section.title, section.header, rows, section.labels)
+    return "\n\n".join([table, *filter(None, [_units(section.meanings)]), *section.notes])
+
+
+def _units(meanings: dict[str, str]) -> str:
+    return f"Units: {'; '.join(f'**{name}** {text}' for name, text in meanings.items())}." if meanings else ""
+
+
+def _meanings(scores: Iterable[tuple[str, Score]]) -> dict[str, str]:
+    """What each name counts, and by which implementation: each variant where systems were scored differently."""
+    texts: dict[str, dict[str, None]] = {}
+    for name, score in scores:
+        texts.setdefault(name, {})[f"{score.unit} ({score.signature})"] = None
+    return {name: " or ".join(variants) for name, variants in texts.items()}
+
+
+def _profile(results: Results, profile: str, without: Contamination | None = None) -> Section:
     columns = [f"{SHORT_CONTEXT[context]} {column}" for context in CONTEXTS for column in PROFILES[profile]]
-    rows = (
-        [system, *(_cell(cell, footnotes) for cell in _row(contexts, profile))] for system, contexts in results.items()
-    )
+    rows = [[system, *_row(contexts, profile)] for system, contexts in results.items()]
+    if without is not None:
+        rest = without.evaluation - len(without.flagged)
+        title = f"Profile `{profile}` without the flagged dialogues (percent; {rest} of {without.evaluation} dialogues)"
+        return Section(title, ["system", *columns], rows)
     title = f"Profile `{profile}` (percent; ref = reference context, gen = generated context)"
-    return _lines(title, ["system", *columns], rows) + f"\n\n{INTERVALS}"
+    cells = [cell for _, _, scores in _each(results) for cell in scores["profiles"].get(profile, {}).items()]
+    return Section(title, ["system", *columns], rows, 1, _meanings(cells), (PROFILE_NOTES[profile], INTERVALS))
 
 
 def _each(results: Results) -> Iterator[tuple[str, str, dict]]:
@@ -150,86 +223,64 @@ def _each(results: Results) -> Iterator[tuple[str, str, dict]]:
             yield system, context, scores
 
 
-def _markdown_strategies(results: Results, footnotes: dict[str, int]) -> str:
-    some = [scores["strategy"] for _, _, scores in _each(results)]
-    rows = [
-        [system, context, *(_cell(cell, footnotes) for cell in scores["strategy"].values())]
-        for system, context, scores in _each(results)
-    ]
-    table = _lines("Strategies (percent)", ["system", "context", *some[0]], rows, labels=2)
-    return f"{table}\n\n{_meanings(some[0].items())}"
+def _strategies(results: Results) -> Section:
+    rows = [[system, context, *scores["strategy"].values()] for system, context, scores in _each(results)]
+    cells = [cell for _, _, scores in _each(results) for cell in scores["strategy"].items()]
+    meanings = _meanings(cells)
+    return Section("Strategies (percent)", ["system", "context", *meanings], rows, 2, meanings)
 
 
-def _markdown_sides(results: Results, section: str, footnotes: dict[str, int]) -> str:
+def _sides(results: Results, name: str) -> Section:
     """Figures of each system beside those of the reference."""
-    some = next(scores[section] for _, _, scores in _each(results))
+    some = next(scores[name] for _, _, scores in _each(results))
     rows = [
-        [system, context, *(_cell(sides["system"], footnotes) for sides in scores[section].values())]
+        [system, context, *(sides["system"] for sides in scores[name].values())]
         for system, context, scores in _each(results)
     ]
-    rows.append(["the reference itself", "", *(_cell(sides["reference"], footnotes) for sides in some.values())])
-    title = {"process": "Process (percent)", "reply": "Replies (percent; length in characters)"}[section]
-    table = _lines(title, ["system", "context", *some], rows, labels=2)
-    return f"{table}\n\n{_meanings((name, sides['reference']) for name, sides in some.items())}"
+    rows.append(["the reference itself", "", *(sides["reference"] for sides in some.values())])
+    title = {"process": "Process (percent)", "reply": "Replies (percent; length in characters)"}[name]
+    meanings = _meanings((column, sides["reference"]) for column, sides in some.items())
+    return Section(title, ["system", "context", *some], rows, 2, meanings)
 
 
-def _markdown_by_strategy(system: str, context: str, scores: dict, footnotes: dict[str, int]) -> str:
+def _by_strategy(system: str, context: str, scores: dict) -> Section:
     rows = [
-        [label, cells["turns"], *(_cell(cells[name], footnotes) for name in ("precision", "recall", "F1"))]
+        [label, cells["turns"], *(cells[name] for name in ("precision", "recall", "F1"))]
         for label, cells in scores["by_strategy"].items()
     ]
     title = f"Strategy by strategy (percent): {system}, {context} context"
-    return _lines(title, ["strategy", "turns", "precision", "recall", "F1"], rows)
+    return Section(title, ["strategy", "turns", "precision", "recall", "F1"], rows)
 
 
-def _markdown_confusion(system: str, context: str, confusion: list[list[int]]) -> str:
+def _confusion(system: str, context: str, confusion: list[list[int]]) -> Section:
     rows = [[strategy.label, *counts[1:], counts[0]] for strategy, counts in zip(STRATEGIES, confusion, strict=True)]
     header = ["reference \\ predicted", *(str(strategy.number) for strategy in STRATEGIES), "unparsed"]
-    return _lines(f"Confusion (turns): {system}, {context} context", header, rows)
+    return Section(f"Confusion (turns): {system}, {context} context", header, rows)
 
 
-def _markdown_by_position(
-    system: str, contexts: dict[str, dict], drift: list[dict] | None, footnotes: dict[str, int]
-) -> str:
+def _by_position(system: str, contexts: dict[str, dict], drift: list[dict] | None) -> Section:
     names = list(contexts)
     header = ["supporter turn", "turns", *(f"{SHORT_CONTEXT[name]} ACC" for name in names)]
     rows = [
-        [rows[0]["position"], rows[0]["turns"], *(_cell(row["ACC"], footnotes) for row in rows)]
+        [rows[0]["position"], rows[0]["turns"], *(row["ACC"] for row in rows)]
         for rows in zip(*(contexts[name]["by_position"] for name in names), strict=True)
     ]
     title = f"Turn by turn (percent): {system}"
     if drift is None:
-        return _lines(title, header, rows)
+        return Section(title, header, rows)
     header += ["drift of ACC", "drift of R-L char"]
-    rows = [
-        [*row, _cell(lost["ACC"], footnotes), _cell(lost["R-L char"], footnotes)]
-        for row, lost in zip(rows, drift, strict=True)
-    ]
-    note = "Drift: reference minus generated context, on the same turns."
-    return f"{_lines(title, header, rows)}\n\n{note} {INTERVALS}"
+    rows = [[*row, lost["ACC"], lost["R-L char"]] for row, lost in zip(rows, drift, strict=True)]
+    return Section(title, header, rows, notes=(f"{DRIFT} {INTERVALS}",))
 
 
-def _legend(results: Results, profile: str) -> str:
-    """What each column counts, and by which implementation: each variant where systems were scored differently."""
-    texts: dict[str, dict[str, None]] = {column: {} for column in PROFILES[profile]}
-    for contexts in results.values():
-        for scores in contexts.values():
-            for column, cell in scores["profiles"].get(profile, {}).items():
-                texts[column][f"{cell.unit} ({cell.signature})"] = None
-    columns = "; ".join(f"**{column}** {' or '.join(variants)}" for column, variants in texts.items())
-    return f"Units: {columns}.\n\n{PROFILE_NOTES[profile]}"
-
-
-def _counts(results: Results) -> str:
+def counts(results: Results) -> list[str]:
+    """For each system and context, in words, how many turns were scored, and how many of them hold nothing to score."""
     parts = []
-    for system, contexts in results.items():
-        for context, scores in contexts.items():
-            counts = scores["counts"]
-            unparsed = "strategies not predicted" if counts["unparsed"] is None else f"{counts['unparsed']} unparsed"
-            parts.append(
-                f"{system}, {context} context: {counts['turns']} ({unparsed}, {counts['empty_replies']} empty)"
-            )
-    return f"Turns: {'; '.join(parts)}."
+    for system, context, scores in _each(results):
+        here = scores["counts"]
+        unparsed = "strategies not predicted" if here["unparsed"] is None else f"{here['unparsed']} unparsed"
+        parts.append(f"{system}, {context} context: {here['turns']} ({unparsed}, {here['empty_replies']} empty)")
+    return parts
 
 
 COMPARISON_NOTE = (
@@ -243,8 +294,8 @@ _COMPARED = ("context", "metric", "A", "B", "A - B", "p", "p, Holm", "McNemar", 
 def comparison_markdown(rows: Sequence[Difference], a: str, b: str) -> str:
     """The differences between two systems as Markdown, with what each metric counts."""
     table = _lines("Paired differences (percent)", _COMPARED, map(_compared, rows), labels=2)
-    meanings = _meanings((row.metric, row) for row in rows)
-    return "\n\n".join([f"A: {a}  \nB: {b}", table, _comparison_note(rows), meanings]) + "\n"
+    units = _units(_meanings((row.metric, row) for row in rows))
+    return "\n\n".join([f"A: {a}  \nB: {b}", table, _comparison_note(rows), units]) + "\n"
 
 
 def comparison_table(rows: Sequence[Difference]) -> Table:

@@ -68,6 +68,11 @@ class Turns:
         return lexical.word_pairs(self.pairs)
 
     @cached_property
+    def rouge(self) -> numpy.ndarray:
+        """float [turns]: ROUGE-L F1 on characters, white space left out, in percent."""
+        return lexical.rouge_l([(lexical.characters(reply), lexical.characters(text)) for reply, text in self.pairs])
+
+    @cached_property
     def correct(self) -> numpy.ndarray:
         """bool [turns]: whether the strategy is the reference's; one that was not read is wrong."""
         return self.predicted == self.reference

@@ -1,0 +1,277 @@
+"""The page of a whole evaluation, as a browser shows it."""
+
+import base64
+import gzip
+import json
+import random
+import re
+
+import pytest
+
+from csc_train.config import EvaluateRecipe, resolved
+from csc_train.dialogue import Dialogue, write_dialogues
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.contamination import find_contamination, write_contamination
+from csc_train.evaluation.html_report import write_html
+from csc_train.evaluation.metrics import MetricsConfig
+from csc_train.evaluation.predictions import CONTEXTS, Prediction, write_predictions
+from csc_train.evaluation.report import write_results
+from csc_train.evaluation.scoring import score_run
+from csc_train.splits import DataConfig, SetConfig, Splits, find_overlap
+from csc_train.strategies import STRATEGIES
+from csc_train.synthesis.sample import generate_sample
+
+SYSTEM, GIVEN = "a <b>model<b>", "GPT, strategy given"
+MARKUP = '</script><script>document.title = "taken over"</script><b>粗</b>'
+DATA = DataConfig(train=SetConfig("train.jsonl"), evaluation=SetConfig("csconv.jsonl"))
+CONFIG = resolved(EvaluateRecipe("runs/x/checkpoint", data=DATA, evaluation=EvaluationConfig(max_new_tokens=40)))
+RECORD = {
+    "started": "2026-01-02T03:04:05+0000",
+    "provenance": {"commit": "c0ffee" * 8, "dirty": True, "versions": {"torch": "2.13.0"}},
+}
+
+
+def answers(dialogues, context, right):
+    """Predictions with the reference's strategy, and then its reply, with chance `right`."""
+    rng = random.Random(f"{context} {right}")
+    made = []
+    for dialogue in dialogues:
+        for turn in dialogue.supporter_turns:
+            gold = dialogue.turns[turn]
+            hit = rng.random() < right
+            strategy = gold.strategy.number if hit else gold.strategy.number % 12 + 1
+            reply = gold.text if hit else f"{MARKUP}第{strategy}种说法"
+            made.append(
+                Prediction(
+                    dialogue.id, turn, context, "", reply, strategy, reply, gold.strategy.number, gold.text, right > 0
+                )
+            )
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory with the predictions of three systems, scored and shown; and what was scored."""
+    directory = tmp_path_factory.mktemp("run")
+    train, dialogues = generate_sample(30, seed=1), generate_sample(30, seed=2)
+    dialogues.append(Dialogue("copy </script>", train[0].turns, "CSConv"))
+    write_dialogues(directory / "dialogues.jsonl", dialogues)
+    splits = Splits(train, dialogues, find_overlap(train, dialogues))
+    write_contamination(directory, find_contamination(splits, 0.8))
+    for name, right, contexts in (
+        ("most frequent strategy", 0.2, CONTEXTS), (GIVEN, 0, CONTEXTS[:1]), (SYSTEM, 0.7, CONTEXTS)
+    ):  # fmt: skip
+        for context in contexts:
+            path = directory / "predictions" / f"{name}-{context}.jsonl"
+            write_predictions(path, answers(dialogues, context, right))
+    scored = score_run(directory, MetricsConfig(draws=200))
+    write_results(directory, scored.results, scored.drifts, {}, scored.contamination)
+    write_html(directory, scored, CONFIG, RECORD)
+    return directory, scored
+
+
+@pytest.fixture
+def page(run, browser):
+    """The page; that it asks for nothing but itself, and says nothing to the console, is asserted at the end."""
+    shown = browser.new_page()
+    asked, said = [], []
+    shown.on("request", lambda request: asked.append(request.url))
+    shown.on("console", lambda message: said.append(message.text))
+    shown.on("pageerror", lambda error: said.append(str(error)))
+    address = (run[0] / "report.html").as_uri()
+    shown.goto(address)
+    shown.wait_for_selector("#list button")
+    yield shown
+    assert (asked, said) == ([address], [])
+    shown.close()
+
+
+def results_of(run):
+    return json.loads((run[0] / "results.json").read_text(encoding="utf-8"))["results"]
+
+
+def test_the_tables_show_the_figures_of_the_results_with_their_intervals(run, page):
+    results = results_of(run)
+    systems = list(results)
+    for number, profile in enumerate(("paper", "zh")):
+        table = page.locator("#scores table.scores").nth(number)
+        header = table.locator("thead th").all_inner_texts()
+        for row, system in enumerate(systems):
+            cells = table.locator("tbody tr").nth(row).locator("th, td").all_inner_texts()
+            assert cells[0] == system
+            shown = dict(zip(header, cells, strict=True))
+            for context, scores in results[system].items():
+                short = {"reference": "ref", "generated": "gen"}[context]
+                for column, score in scores["profiles"][profile].items():
+                    expected = ["n/a"]
+                    if score["value"] is not None:
+                        expected = [f"{score['value']:.2f}", f"{score['low']:.2f} to {score['high']:.2f}"]
+                    assert shown[f"{short} {column}"].split("\n") == expected
+    assert "n/a: no BLEURT model directory given" in page.inner_text("#scores")
+
+
+def test_the_page_says_what_was_evaluated(run, page):
+    text = page.inner_text("#about")
+    assert "31 customer-support dialogues" in page.inner_text("header")
+    for fact in ("runs/x/checkpoint", "csconv.jsonl", "CSConv (1)", "greedy, at most 40 new tokens", "torch 2.13.0"):
+        assert fact in text
+    assert "commit c0ffeec0ffee with uncommitted changes" in text
+    assert page.inner_text("h1") == f"How well does “{SYSTEM}” support customers?"
+    assert page.title() == f"Evaluation: {SYSTEM}"
+
+
+def test_the_training_overlap_is_listed_with_the_scores_of_the_rest(run, page):
+    text = page.inner_text("#overlap")
+    assert str(run[1].contamination) in text
+    assert "copy </script>" in text and "equal texts" in text
+    score = results_of(run)[SYSTEM]["reference"]["without_flagged"]["profiles"]["paper"]["ACC"]["value"]
+    row = page.locator("#overlap table.scores").first.locator("tbody tr").last
+    assert row.locator("td").nth(5).inner_text().split("\n")[0] == f"{score:.2f}"
+
+
+def test_the_maps_are_of_the_system_and_context_that_are_chosen(run, page):
+    results = results_of(run)
+    for system, context in ((SYSTEM, "generated"), ("most frequent strategy", "reference")):
+        page.select_option("#system", system)
+        page.select_option("#context", context)
+        cells = page.locator("#confusion tbody tr").nth(4).locator("td").all_inner_texts()
+        counts = results[system][context]["confusion"][4]
+        assert cells == [str(count) if count else "" for count in (*counts[1:], counts[0])]
+        table = results[system][context]["transitions"]["system"]
+        cells = page.locator("#transitions table").nth(1).locator("tbody tr").nth(0).locator("td").all_inner_texts()
+        assert cells == [str(int(100 * count / sum(table[0]) + 0.5)) if count else "" for count in table[0]]
+        for chart in ("#drift", "#lengths"):
+            assert page.locator(f"{chart} svg").first.is_visible()
+        label = STRATEGIES[1].label
+        row = page.locator("#by-strategy tr", has_text=label).inner_text().split()
+        assert row[2] == str(results[system][context]["by_strategy"][label]["turns"])
+    assert page.locator("#drift circle").count() == 4 * len(results[SYSTEM]["reference"]["by_position"])
+
+
+def test_a_system_that_was_handed_its_strategies_shows_none(run, page):
+    page.select_option("#system", GIVEN)
+    assert page.locator("#context option").all_inner_texts() == ["reference"]
+    assert page.inner_text("#confusion") == "This system is not asked to choose strategies."
+    assert page.locator("#drift svg").count() == 1 and "ACC: n/a" in page.inner_text("#drift")
+    assert page.locator("#scores table.scores").first.locator("tbody tr").nth(1).inner_text().count("n/a") == 9
+    page.select_option("#speaker", GIVEN)
+    page.check("#wrong")
+    assert found(page, (0, 0))
+    assert page.locator("#talk .wrong").count() == 0
+
+
+def counted(run, system, keep):
+    """(dialogues, turns) of those supporter turns for which `keep` says so, given both contexts' predictions."""
+    columns = [run[1].predictions[system][context] for context in CONTEXTS]
+    kept = [both[0].dialogue_id for both in zip(*columns, strict=True) if keep(*both)]
+    return len(set(kept)), len(kept)
+
+
+def found(page, pair):
+    """Whether the page comes to show that it found this many (dialogues, turns)."""
+    page.wait_for_function(
+        "text => document.getElementById('found').textContent === text",
+        arg=f"{pair[0]} of 31 dialogues, {pair[1]} turns found",
+        timeout=5000,
+    )
+    return True
+
+
+def test_dialogues_are_filtered_by_strategy_and_by_wrong_ones(run, page):
+    assert page.inner_text("#found") == "31 of 31 dialogues"
+    page.check("#wrong")
+    wrong = counted(run, SYSTEM, lambda *both: any(each.strategy != each.reference_strategy for each in both))
+    everything = counted(run, SYSTEM, lambda *both: True)
+    assert found(page, wrong) and 0 < wrong[1] < everything[1]
+    page.uncheck("#wrong")
+    page.select_option("#strategy", "7")
+    page.select_option("#named", "reference")
+    assert found(page, counted(run, SYSTEM, lambda one, _: one.reference_strategy == 7))
+    page.select_option("#named", "system")
+    assert found(page, counted(run, SYSTEM, lambda *both: 7 in [each.strategy for each in both]))
+    page.select_option("#speaker", "most frequent strategy")
+    other = counted(run, "most frequent strategy", lambda *both: 7 in [each.strategy for each in both])
+    assert found(page, other)
+    assert "most frequent strategy, generated context" in page.inner_text("#talk thead")
+
+
+def test_dialogues_are_searched_and_what_was_said_is_text(run, page):
+    page.fill("#search", "第3种说法")
+    assert found(page, counted(run, SYSTEM, lambda *both: any("第3种说法" in each.response for each in both)))
+    shown = page.locator("#talk tr.found").first
+    assert MARKUP in shown.inner_text() and page.title() == f"Evaluation: {SYSTEM}"
+    page.fill("#search", "COPY </scr")
+    page.wait_for_function("() => document.querySelectorAll('#list button').length === 1")
+    page.fill("#search", "没有人说过这句话")
+    assert found(page, (0, 0))
+    assert page.inner_text("#talk") == "No dialogue has such a turn."
+
+
+def test_the_list_is_walked_with_the_keyboard(run, page):
+    page.focus("#list button")
+    page.keyboard.press("ArrowDown")
+    ids = [dialogue.id for dialogue in run[1].dialogues]
+    assert page.inner_text("#talk caption") == ids[1]
+    page.keyboard.press("ArrowUp")
+    assert page.inner_text("#talk caption") == ids[0]
+    turn = run[1].dialogues[0].turns[1]
+    assert turn.text in page.locator("#talk tbody tr").nth(1).inner_text()
+
+
+def test_the_worst_turns_lead_to_their_dialogues(run, page):
+    page.check("#wrong")
+    worst = results_of(run)[SYSTEM]["reference"]["worst"][0]
+    button = page.locator("#worst button").first
+    assert button.inner_text() == f"{worst['dialogue_id']}, turn {worst['turn'] + 1}"
+    button.click()
+    assert page.inner_text("#talk caption") == worst["dialogue_id"]
+    assert page.locator("#talk tr.found th").all_inner_texts() == [str(worst["turn"] + 1)]
+
+
+def test_calibration_is_shown_where_it_is_known(run, page, tmp_path, browser):
+    assert page.inner_text("#calibration") == ""
+    bins = [{"turns": 9, "confidence": 35.0, "ACC": 30.0}, {"turns": 20, "confidence": 92.0, "ACC": 85.0}]
+    _, scored = run
+    kept = scored.results[SYSTEM]["reference"]["calibration"]
+    scored.results[SYSTEM]["reference"]["calibration"] = bins
+    write_html(tmp_path, scored, CONFIG, RECORD)
+    scored.results[SYSTEM]["reference"]["calibration"] = kept
+    other = browser.new_page()
+    other.goto((tmp_path / "report.html").as_uri())
+    assert other.locator("#calibration circle title").all_text_contents() == [
+        "confidence 35.0, right 30.0, 9 turns", "confidence 92.0, right 85.0, 20 turns",
+    ]  # fmt: skip
+    other.close()
+
+
+def test_the_page_could_not_reach_a_network_even_if_it_tried(run, browser, tmp_path):
+    text = (run[0] / "report.html").read_text(encoding="utf-8")
+    (policy,) = re.findall(r"<meta http-equiv=.*>", text)
+    (tmp_path / "without.html").write_text(text.replace(policy, ""), encoding="utf-8")
+    for path, requests in ((run[0] / "report.html", 1), (tmp_path / "without.html", 2)):
+        shown = browser.new_page()
+        asked = []
+        shown.on("request", lambda request, asked=asked: asked.append(request.url))
+        shown.goto(path.as_uri())
+        shown.evaluate("address => fetch(address).then(() => 0, () => 0)", "http://localhost:9/")
+        assert len(asked) == requests
+        shown.close()
+
+
+def test_texts_are_embedded_once_and_turns_that_failed_are_marked(run, tmp_path):
+    directory, scored = run
+    text = (directory / "report.html").read_text(encoding="utf-8")
+    assert text.count("<script>") == text.count("</script>") - 2 == 1
+    start = text.index('id="transcripts">') + len('id="transcripts">')
+    packed = json.loads(gzip.decompress(base64.b64decode(text[start : text.index("<", start)])))
+    assert len(packed["texts"]) == len(set(packed["texts"]))
+    said = packed["said"][SYSTEM]["reference"]
+    predictions = scored.predictions[SYSTEM]["reference"]
+    assert [packed["texts"][place] for place in said["texts"]] == [each.response for each in predictions]
+    assert said["strategies"] == [each.strategy for each in predictions]
+    predictions.pop(0)
+    write_html(tmp_path, scored, CONFIG, RECORD)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    start = text.index('id="transcripts">') + len('id="transcripts">')
+    packed = json.loads(gzip.decompress(base64.b64decode(text[start : text.index("<", start)])))
+    assert packed["said"][SYSTEM]["reference"]["texts"][0] == packed["said"][SYSTEM]["reference"]["strategies"][0] == -1
