@@ -1,29 +1,46 @@
-"""How long scoring takes on one CPU core: lexical metrics of both profiles, intervals, tests.
+"""How long an evaluation takes on one CPU core: generation in generated context, and scoring.
 
-python benchmarks/evaluation.py            # about a minute
+python benchmarks/evaluation.py            # some minutes
 python benchmarks/evaluation.py --quick    # on next to nothing, in seconds: the figures mean nothing
 
 Prints each figure as it comes and writes benchmarks/results/evaluation.json.
 """
 
 import argparse
+import functools
 import random
 from pathlib import Path
 
 import numpy
-from measure import Report, seconds, side_by_side, spread
+import torch
+from measure import PREFIX, SMALL_TOKENIZER, Report, random_model, ratios, seconds, side_by_side, spread
+from transformers import AutoTokenizer, GenerationConfig
 
-from csc_train.dialogue import Speaker
+from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.evaluation import lexical
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.hf_policy import HFPolicy
 from csc_train.evaluation.metrics import MetricsConfig, figures
+from csc_train.evaluation.predict import Schedule, predict
 from csc_train.evaluation.predictions import Prediction
 from csc_train.evaluation.turns import Turns
 from csc_train.evaluation.uncertainty import interval, sign_flip_test
+from csc_train.strategies import STRATEGIES
 from csc_train.synthesis.sample import generate_sample
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
 
 TURNS = 24115
 """Supporter turns of CSConv's 1,855 conversations."""
 EXCHANGES = 13
+ARCHITECTURE = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3,
+}  # fmt: skip
+"""Of conf/model/demo_qwen2.yaml; its weights are drawn wide enough for replies to depend on what was said."""
+STOPS = 16
+LONGEST = 64
+"""Tokens of a reply."""
 
 
 def main() -> None:
@@ -34,10 +51,96 @@ def main() -> None:
     options = parser.parse_args()
     turns = TURNS // 100 if options.quick else TURNS
     repeats = 1 if options.quick else 3
-    report = Report({"quick": options.quick, "turns": turns, "repeats": repeats}, {})
+    dialogues, compared = (4, 2) if options.quick else (64, 4)
+    report = Report({"quick": options.quick, "turns": turns, "dialogues": dialogues, "repeats": repeats}, {})
+    generation(report, dialogues, compared, repeats)
     scoring(report, turns, repeats)
     report.write(options.output)
     print(f"\n{options.output}")
+
+
+def generation(report: Report, count: int, compared: int, repeats: int) -> None:
+    """Generated context as evaluation does it, beside one dialogue at a time with each prompt computed anew."""
+    tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    template.prefix_ids = template.prefix_ids[:PREFIX]
+    model = random_model(ARCHITECTURE | {"vocab_size": len(tokenizer)}, "sdpa").eval()
+    model.generation_config.eos_token_id = random.Random(0).sample(range(256, len(tokenizer)), STOPS)
+    settings = EvaluationConfig(batch_size=count, max_new_tokens=LONGEST)
+    dialogues = long_dialogues(count)
+    policies = {"alone": Alone, "together": Generation, "with likelihoods": HFPolicy}
+    policies = {name: kind(model, template, settings) for name, kind in policies.items()}
+    few = dialogues[:compared]
+    predictions = {}
+
+    def side(name: str) -> None:
+        predictions[name] = predict(few if name == "alone" else dialogues, policies[name], "generated")
+
+    taken = side_by_side({name: functools.partial(side, name) for name in policies}, repeats, warm_up=0)
+    ids = {name: {(each.dialogue_id, each.turn): each.ids for each in some} for name, some in predictions.items()}
+    lengths = [len(each) for each in ids["together"].values()]
+    report.section(
+        "generated context",
+        "The demo's model with random weights, which stops at any of a twelfth of its tokens, so that replies are of "
+        "all lengths; the system prompt cut to as many tokens as RoleCS's has; customers say sentences of the sample "
+        "grammar. Alone: one dialogue at a time, each prompt computed anew, by `generate`. Together: all dialogues, "
+        "each going on from what is cached of it. Alone is timed on the first dialogues, and per turn.",
+        dialogues=count,
+        alone=compared,
+        turns=len(ids["together"]),
+        prompt=len(template.prefix_ids),
+        model=ARCHITECTURE,
+        mean_generated=round(float(numpy.mean(lengths)), 1),
+        lengths=f"{min(lengths)} to {max(lengths)}",
+    )
+    per_turn = {name: [each / len(ids[name]) for each in times] for name, times in taken.items()}
+    for name, times in per_turn.items():
+        report.add(f"{name}: milliseconds a turn", spread(1000 * each for each in times))
+    report.add("alone / together", ratios(per_turn["alone"], per_turn["together"]), least=10)
+    report.add("alone / with likelihoods", ratios(per_turn["alone"], per_turn["with likelihoods"]))
+    report.add("tokens equal", all(ids["together"][turn] == own for turn, own in ids["alone"].items()))
+
+
+class Generation(HFPolicy):
+    """Without the likelihoods that come after it."""
+
+    def _add_likelihoods(self, *_) -> None:
+        pass
+
+
+class Alone(Generation):
+    """A turn at a time, from nothing."""
+
+    def run(self, schedule: Schedule) -> None:
+        """Answer every turn."""
+        while requests := schedule.take(1):
+            prompt = self._prompt(requests[0])
+            output = self.model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                generation_config=GenerationConfig(
+                    do_sample=False, max_new_tokens=LONGEST, eos_token_id=sorted(self._stops), pad_token_id=0
+                ),
+            )
+            ids = output[0, len(prompt) :].tolist()
+            schedule.answer(requests[0], self._said(requests[0], prompt, ids[:-1] if ids[-1] in self._stops else ids))
+
+
+def long_dialogues(count: int) -> list[Dialogue]:
+    """Dialogues of as many exchanges as CSConv's, the supporter first, whose customers say one to three sentences."""
+    rng = random.Random(0)
+    sample = generate_sample(1000, seed=0)
+    pool = [turn.text for each in sample for turn in each.turns if turn.speaker is Speaker.CUSTOMER]
+    reply = Turn(Speaker.SUPPORTER, "好的。", STRATEGIES[0])
+    return [
+        Dialogue(
+            f"{number:05}",
+            (reply, *(turn for _ in range(EXCHANGES - 1) for turn in (
+                Turn(Speaker.CUSTOMER, "".join(rng.choices(pool, k=rng.randint(1, 3)))), reply,
+            ))),
+        )
+        for number in range(count)
+    ]  # fmt: skip
 
 
 def scoring(report: Report, count: int, repeats: int) -> None:

@@ -1,10 +1,13 @@
 """Evaluate a checkpoint on held-out dialogues, beside its base model and two trivial baselines.
 
 python recipes/evaluate.py checkpoint=runs/demo/checkpoint
+torchrun --nproc_per_node 8 recipes/evaluate.py checkpoint=runs/rolecs/checkpoint data=rolecs
 python recipes/evaluate.py run=runs/demo/evaluation score_only=true
 python recipes/evaluate.py predictions=replies.jsonl data=rolecs evaluation.contexts=[reference]
 """
 
+import sys
+from collections import Counter
 from pathlib import Path
 
 from csc_train.config import EvaluateRecipe, data_of, resolved, run_recipe
@@ -17,22 +20,25 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.evaluation.baselines import StrategyBaseline
     from csc_train.evaluation.contamination import find_contamination, write_contamination
     from csc_train.evaluation.hf_policy import base_of, load_policy, open_checkpoint
-    from csc_train.evaluation.predict import predict
+    from csc_train.evaluation.predict import predict, share
     from csc_train.evaluation.predictions import (
         BASE,
         BASELINES,
         TRAINED,
+        read_failures,
         read_replies,
         write_predictions,
     )  # fmt: skip
-    from csc_train.files import file_digest
-    from csc_train.run import Run, single_process
+    from csc_train.evaluation.store import Store, complete
+    from csc_train.files import digest, file_digest
+    from csc_train.run import Run, processes, single_process
     from csc_train.splits import load_splits
     from csc_train.synthesis.sample import ceiling, ensure_sample
 
-    single_process("evaluate")
     if config.score_only:
+        single_process("evaluate")
         return score_and_show(Path(config.run.directory), config)
+    job = processes()
     run = Run("evaluate", resolved(config))
 
     # Checkpoint
@@ -40,9 +46,10 @@ def main(config: EvaluateRecipe) -> None:
 
     # Dialogues
     data = config.data or data_of(manifest.config)
-    if data.sample_dialogues:
+    if data.sample_dialogues and run.main:
         ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
-    splits = load_splits(data, run.directory)
+    job.wait_for_everyone()
+    splits = load_splits(data, run.directory if run.main else None, say=run.say)
     inputs = {
         "train": data_digest(splits.train),
         "evaluation": data_digest(splits.evaluation),
@@ -56,28 +63,39 @@ def main(config: EvaluateRecipe) -> None:
         run.say((run.directory / "table.md").read_text(encoding="utf-8"))
         run.say(f"report: {run.directory}/report.html")
         return None
-    write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
-    write_contamination(run.directory, find_contamination(splits, data.overlap_threshold))
+    if run.main:
+        write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
+        write_contamination(run.directory, find_contamination(splits, data.overlap_threshold))
 
     # Systems
     systems = {name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINES)}
     if config.checkpoint:
+        origin, device = inputs["system"], job.device if job.num_processes > 1 else None
         if config.evaluation.base:
-            base = base_of(config.checkpoint, manifest)
-            systems[BASE] = lambda: load_policy(base, template, config.evaluation, manifest.base_revision)
-        systems[TRAINED] = lambda: load_policy(config.checkpoint, template, config.evaluation)
+            base, revision = base_of(config.checkpoint, manifest), manifest.base_revision
+            systems[BASE] = lambda: load_policy(
+                base, template, config.evaluation, digest([origin, "base"]), device, revision
+            )
+        systems[TRAINED] = lambda: load_policy(config.checkpoint, template, config.evaluation, origin, device)
 
     # Predictions
     def path_of(name: str, context: str) -> Path:
         return run.directory / "predictions" / f"{name}-{context}.jsonl"
 
+    mine = share(splits.evaluation, job.process_index, job.num_processes)
     for name, load in systems.items():
-        missing = [each for each in config.evaluation.contexts if not path_of(name, each).exists()]
+        missing = [each for each in config.evaluation.contexts if not complete(path_of(name, each))]
         policy = load() if missing else None
         for context in missing:
-            predictions = predict(splits.evaluation, policy, context, f"{name}, {context} context")
-            write_predictions(path_of(name, context), predictions)
+            with Store(path_of(name, context), policy.config_hash, job.process_index) as store:
+                predict(mine, policy, context, store, f"{name}, {context} context" if run.main else None)
+            job.wait_for_everyone()
+            if run.main:
+                store.finish(splits.evaluation)
+            job.wait_for_everyone()
         del policy  # one model in memory at a time
+    if not run.main:
+        return None
     if config.predictions:
         (context,) = config.evaluation.contexts
         replies = read_replies(config.predictions, splits.evaluation, context)
@@ -85,9 +103,16 @@ def main(config: EvaluateRecipe) -> None:
 
     # Metrics, table
     score_and_show(run.directory, config)
-    run.finish()
     if data.sample_dialogues:
         run.say(f"ceiling of ACC, by the rule that wrote the sample dialogues: {ceiling(splits.evaluation):.2f}")
+    failures = [
+        each for contexts in read_failures(run.directory).values() for some in contexts.values() for each in some
+    ]
+    if failures:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(each.kind for each in failures).most_common())
+        run.say(f"{len(failures)} turns failed ({kinds}); to try them again: run={run.directory} resume=true")
+        sys.exit(1)
+    run.finish()
     return None
 
 

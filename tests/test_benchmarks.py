@@ -142,7 +142,7 @@ def test_the_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(measur
         runpy.run_path(script, run_name="__main__")
 
 
-def test_a_quick_run_of_scoring_reports_every_figure(tmp_path):
+def test_a_quick_run_of_evaluation_reports_every_figure(tmp_path):
     path = tmp_path / "evaluation.json"
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "evaluation.py", "--quick", "--output", path],
@@ -152,6 +152,9 @@ def test_a_quick_run_of_scoring_reports_every_figure(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    figures = read_json(path)["sections"]["scoring"]["figures"]
+    report = read_json(path)
+    assert figure(report, "generated context", "tokens equal") is True
+    assert figure(report, "generated context", "alone / together") > 0
+    figures = report["sections"]["scoring"]["figures"]
     assert "all lexical metrics of both profiles: seconds" in figures
     assert all(each.get("median", each.get("value")) > 0 for each in figures.values())

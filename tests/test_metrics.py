@@ -24,7 +24,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, RemBertConfig
 
 from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.errors import InputError
-from csc_train.evaluation import learned, lexical, reply_metrics, strategy_metrics
+from csc_train.evaluation import learned, lexical, likelihood_metrics, reply_metrics, strategy_metrics
 from csc_train.evaluation.figure import Score
 from csc_train.evaluation.metrics import PROFILES, MetricsConfig, drift, score
 from csc_train.evaluation.predictions import Prediction
@@ -212,20 +212,24 @@ def test_score_puts_each_metric_into_its_column():
 def test_unparsed_strategies_count_as_wrong_and_are_counted():
     result = score(FOUR_TURNS, DIALOGUES, MetricsConfig())
     assert result["profiles"]["paper"]["ACC"].value == result["profiles"]["zh"]["ACC"].value == 50
-    assert result["counts"] == {"dialogues": 1, "turns": 4, "unparsed": 1, "empty_replies": 1}
+    assert result["counts"] == {"dialogues": 1, "turns": 4, "failed": 0, "unparsed": 1, "empty_replies": 1}
 
 
 def test_accuracy_is_not_applicable_where_no_strategy_is_predicted():
     result = score([prediction(None, "好的", predicts_strategy=False)], DIALOGUES, MetricsConfig())
     assert result["profiles"]["paper"]["ACC"].value is None
     assert result["profiles"]["paper"]["ACC"].reason == "this mode predicts no strategy"
-    figures = [*result["strategy"].values(), *(row["ACC"] for row in result["by_position"])]
+    figures = [
+        *result["strategy"].values(),
+        result["likelihood"]["ECE"],
+        *(row["ACC"] for row in result["by_position"]),
+    ]
     figures += [cells["F1"] for cells in result["by_strategy"].values()]
     figures += [sides["system"] for sides in result["process"].values()]
     assert {(each.value, each.reason) for each in figures} == {(None, "this mode predicts no strategy")}
     assert result["process"]["greeting first"]["reference"].value == 0
     assert result["confusion"] is None
-    assert result["counts"] == {"dialogues": 1, "turns": 1, "unparsed": None, "empty_replies": 0}
+    assert result["counts"] == {"dialogues": 1, "turns": 1, "failed": 0, "unparsed": None, "empty_replies": 0}
 
 
 def test_missing_metric_models_are_reasons():
@@ -299,6 +303,37 @@ def test_f1_by_hand():
     }  # fmt: skip
 
 
+def believing(turn, reference, *probabilities, **changes):
+    """A prediction of a system whose probabilities of the first labels are these; the rest share what is left."""
+    rest = (1 - sum(probabilities)) / (12 - len(probabilities))
+    logs = numpy.log([*probabilities, *[rest] * (12 - len(probabilities))]) - 3  # their sum need not be 1
+    return prediction(1, "好", turn, reference_strategy=reference, label_log_likelihoods=tuple(logs), **changes)
+
+
+def believed(predictions):
+    return score(predictions, DIALOGUES, MetricsConfig(profiles=[]))["likelihood"]
+
+
+def test_likelihoods_by_hand():
+    rows = [
+        believing(0, 1, 0.92, 0.05),  # right, 0.92 sure
+        believing(2, 2, 0.96, 0.03),  # wrong, second
+        believing(4, 3, 0.45, 0.35, 0.1),  # wrong, third
+        believing(6, 2, 0.1, 0.42),  # right, 0.42 sure
+        prediction(1, "好", 8),  # of which nothing is known
+    ]
+    scores = believed(rows)
+    assert scores["top-2 ACC"].value == 75
+    # Bins 0.9 to 1: 0.94 sure, half right; 0.4 to 0.5: 0.435 sure, half right.
+    assert scores["ECE"].value == pytest.approx(100 * (0.44 + 0.065) / 2)
+    assert scores["NLL"].reason == scores["perplexity"].reason == "the likelihood of the reference is not known here"
+    known = [prediction(1, "好", 0, reference_nll=3.0, reference_tokens=2)]
+    known += [prediction(1, "好", 2, reference_nll=1.0, reference_tokens=6)]
+    scores = believed(known)
+    assert (scores["NLL"].value, scores["perplexity"].value) == (0.5, pytest.approx(math.exp(0.5)))
+    assert scores["ECE"].reason == "the system tells no likelihood of the labels"
+
+
 def test_confusion_by_hand():
     table = strategy_metrics.confusion(EIGHT)
     assert table.shape == (12, 13)
@@ -323,14 +358,15 @@ def test_transitions_by_hand():
 
 
 def test_calibration_by_hand():
-    assert strategy_metrics.calibration(EIGHT) is None
-    turns = Turns([prediction(1, "好", turn=2 * index, reference_strategy=index + 1) for index in range(3)])
+    assert likelihood_metrics.calibration(EIGHT) is None
+    said = []
     # The likeliest strategy is 1 at 81 %, which is right, then 1 at 83 % and 2 at 40 %, which are wrong.
     rows = [[0.81, 0.19], [0.83, 0.17], [0.35, 0.4, 0.25]]
-    for each, shares in zip(turns.predictions, rows, strict=True):
+    for index, shares in enumerate(rows):
         likelihoods = [math.log(share) - 7 for share in shares] + [-math.inf] * (12 - len(shares))
-        object.__setattr__(each, "label_log_likelihoods", tuple(likelihoods))
-    low, high = strategy_metrics.calibration(turns)
+        one = prediction(1, "好", turn=2 * index, reference_strategy=index + 1)
+        said.append(dataclasses.replace(one, label_log_likelihoods=tuple(likelihoods)))
+    low, high = likelihood_metrics.calibration(Turns(said))
     assert low == {"turns": 1, "confidence": pytest.approx(40), "ACC": 0}
     assert high == {"turns": 2, "confidence": pytest.approx(82), "ACC": 50}
 

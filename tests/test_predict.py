@@ -15,8 +15,14 @@ from csc_train.errors import InputError
 from csc_train.evaluation.baselines import StrategyBaseline
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.hf_policy import HFPolicy, base_of, load_policy, open_checkpoint
-from csc_train.evaluation.predict import Request, Said, predict
-from csc_train.evaluation.predictions import Prediction, read_predictions, write_predictions
+from csc_train.evaluation.predict import Failed, Request, Said, Schedule, predict, share
+from csc_train.evaluation.predictions import (
+    Failure,
+    Prediction,
+    read_outcomes,
+    read_predictions,
+    write_predictions,
+)
 from csc_train.files import digest
 from csc_train.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
@@ -50,14 +56,17 @@ class Recorder:
     """Says something else at every turn, and keeps what it was asked, batch by batch."""
 
     strategies_apply = True
+    config_hash = "recorder"
 
     def __init__(self, batch_size):
         self.batch_size = batch_size
         self.batches = []
 
-    def reply(self, requests):
-        self.batches.append(list(requests))
-        return [self.words(request.dialogue.id, request.turn) for request in requests]
+    def run(self, schedule):
+        while requests := schedule.take(self.batch_size):
+            self.batches.append(requests)
+            for request in requests:
+                schedule.answer(request, self.words(request.dialogue.id, request.turn))
 
     @staticmethod
     def words(name, turn):
@@ -90,6 +99,7 @@ def test_every_supporter_turn_once_in_order(context, batch_size):
             response=words.reply.response,
             reference_strategy=gold.strategy.number,
             reference_response=gold.text,
+            config_hash="recorder",
         )
 
 
@@ -113,17 +123,85 @@ def test_generated_context_holds_the_systems_own_words_between_the_gold_customer
         assert policy.requests[name, 0].history == ()
 
 
-def test_batches_are_as_large_as_the_system_likes():
-    def sizes(context, batch_size):
+def test_dialogues_that_were_begun_come_first_and_one_turn_of_each_at_a_time():
+    def batches(context, batch_size):
         policy = Recorder(batch_size)
         predict(DIALOGUES, policy, context)
-        return [len(batch) for batch in policy.batches]
+        return [[(request.dialogue.id, request.turn) for request in batch] for batch in policy.batches]
 
-    assert sizes("reference", 3) == [3, 3, 1]
-    assert sizes("reference", 100) == [7]
-    # Waves of 3, 2, 1 and 1 dialogues: the n-th reply of each waits for its own n-1st.
-    assert sizes("generated", 100) == [3, 2, 1, 1]
-    assert sizes("generated", 2) == [2, 1, 2, 1, 1]
+    # The n-th reply of a dialogue waits for its own n-1st; long dialogues begin first.
+    assert batches("generated", 100) == [
+        [("long", 0), ("middle", 0), ("short", 0)], [("long", 2), ("middle", 2)], [("long", 4)], [("long", 6)],
+    ]  # fmt: skip
+    assert batches("generated", 2) == [
+        [("long", 0), ("middle", 0)], [("long", 2), ("middle", 2)], [("long", 4), ("short", 0)], [("long", 6)],
+    ]  # fmt: skip
+    # The last turns first: all earlier histories are the beginning of theirs.
+    assert batches("reference", 2) == [
+        [("long", 6), ("middle", 2)], [("long", 4), ("middle", 0)], [("long", 2), ("short", 0)], [("long", 0)],
+    ]  # fmt: skip
+    # Two turns of a dialogue at a time where there are not enough dialogues.
+    assert batches("reference", 100) == [
+        [("long", 6), ("middle", 2), ("short", 0), ("long", 4), ("middle", 0), ("long", 2), ("long", 0)]
+    ]
+
+
+@pytest.mark.parametrize("context", ["reference", "generated"])
+def test_many_requests_can_wait_for_answers_that_come_in_any_order(context):
+    policy = Recorder(1)
+    schedule = Schedule(DIALOGUES, policy, context)
+    rng, waiting, seen = random.Random(3), [], []
+    while not schedule.finished:
+        while taken := schedule.take(1):
+            waiting += taken
+            seen += taken
+        request = waiting.pop(rng.randrange(len(waiting)))
+        schedule.answer(request, policy.words(request.dialogue.id, request.turn))
+    assert waiting == [] and schedule.take(1) == []
+    assert schedule.outcomes() == predict(DIALOGUES, policy, context)
+    assert len(seen) == 7
+
+
+class Flaky(Recorder):
+    """Fails at one turn."""
+
+    def run(self, schedule):
+        while requests := schedule.take(self.batch_size):
+            for request in requests:
+                failed = (request.dialogue.id, request.turn) == ("long", 2)
+                words = self.words(request.dialogue.id, request.turn)
+                schedule.answer(request, Failed("timeout", "60 s") if failed else words)
+
+
+def test_a_turn_that_fails_takes_the_rest_of_its_dialogue_along_in_generated_context_alone():
+    for context, kinds in {
+        "reference": {("long", 2): "timeout"},
+        "generated": {("long", 2): "timeout", ("long", 4): "earlier_turn_failed", ("long", 6): "earlier_turn_failed"},
+    }.items():
+        outcomes = predict(DIALOGUES, Flaky(2), context)
+        assert [(o.dialogue_id, o.turn) for o in outcomes] == TURNS
+        assert {(o.dialogue_id, o.turn): o.kind for o in outcomes if isinstance(o, Failure)} == kinds
+
+
+def test_a_system_that_leaves_turns_out_is_found_out():
+    class Lazy(Recorder):
+        def run(self, schedule):
+            schedule.take(2)
+
+    with pytest.raises(RuntimeError, match="7 of 7 turns are neither predicted nor failed"):
+        predict(DIALOGUES, Lazy(1), "reference")
+    with pytest.raises(InputError, match="1 dialogues have the id of another one"):
+        predict([LONG, LONG], Recorder(1), "reference")
+
+
+def test_every_process_gets_its_share_and_all_shares_are_about_as_long():
+    rng = random.Random(0)
+    many = [replace(random_dialogue(rng), id=str(number)) for number in range(40)]
+    shares = [share(many, process, 3) for process in range(3)]
+    assert sorted(d.id for each in shares for d in each) == sorted(d.id for d in many)
+    turns = [sum(len(d.supporter_turns) for d in each) for each in shares]
+    assert max(turns) - min(turns) <= 1
+    assert share(many[:1], 1, 2) == []
 
 
 def test_a_reply_without_a_strategy_is_kept_as_unparsed():
@@ -156,8 +234,8 @@ def said(strategy, text="我的话"):
 
 
 def chosen(policy, *histories):
-    requests = [Request(LONG, 2 * len(history), tuple(history)) for history in histories]
-    return [(answer.reply.strategy.number, answer.reply.response) for answer in policy.reply(requests)]
+    answers = [policy.reply(Request(LONG, 2 * len(history), tuple(history))) for history in histories]
+    return [(answer.reply.strategy.number, answer.reply.response) for answer in answers]
 
 
 def test_most_frequent_strategy_with_its_stock_reply():
@@ -241,16 +319,14 @@ def asked(policy, dialogues, context):
     """The predictions, with the (request, answer) pairs that led to them by dialogue and turn."""
     exchanges = {}
 
-    class Listener:
-        batch_size, strategies_apply = policy.batch_size, policy.strategies_apply
+    class Listening(Schedule):
+        def answer(self, request, outcome):
+            exchanges[request.dialogue.id, request.turn] = request, outcome
+            super().answer(request, outcome)
 
-        @staticmethod
-        def reply(requests):
-            answers = policy.reply(requests)
-            exchanges.update({(r.dialogue.id, r.turn): (r, a) for r, a in zip(requests, answers, strict=True)})
-            return answers
-
-    return predict(dialogues, Listener, context), exchanges
+    schedule = Listening(dialogues, policy, context)
+    policy.run(schedule)
+    return schedule.outcomes(), exchanges
 
 
 @pytest.mark.parametrize("context", ["reference", "generated"])
@@ -303,22 +379,26 @@ def test_prompts_in_generated_context_hold_the_generated_ids(model, tokenizer, o
 
 
 def test_generation_stops_at_the_end_of_turn(model, tokenizer, odd_dialogues):
-    free = policy_of(model, tokenizer)
-    request = Request(odd_dialogues[0], 0, ())
-    (answer,) = free.reply([request])
+    def first(policy):
+        _, exchanges = asked(policy, odd_dialogues[:1], "generated")
+        return exchanges[odd_dialogues[0].id, 0][1]
+
+    answer = first(policy_of(model, tokenizer))
     assert len(answer.ids) == STEPS
     # Some token that comes up on the way now ends the turn; what was before it is the whole reply.
     place = next(i for i in range(2, STEPS) if answer.ids[i] not in answer.ids[:i])
-    stopping = policy_of(model, tokenizer)
-    stopping.model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, answer.ids[place]])
-    (stopped,) = policy_of(stopping.model, tokenizer).reply([request])
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    original = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, answer.ids[place]])
+    stopped = first(policy_of(model, tokenizer))
     assert stopped.ids == answer.ids[:place]
     assert stopped.raw_text == tokenizer.decode(answer.ids[:place])
     # The template's end-of-turn token stops it too, where the model's own configuration knows of no end.
     model.generation_config = GenerationConfig()
-    ending = policy_of(model, tokenizer)
-    assert ending.model.generation_config.eos_token_id == [ending.template.end_of_turn_id]
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    template.end_of_turn_id = answer.ids[place]
+    ending = HFPolicy(model, template, EvaluationConfig(max_new_tokens=STEPS))
+    model.generation_config = original
+    assert first(ending).ids == answer.ids[:place]
 
 
 def test_greedy_whatever_the_model_ships(model, tokenizer, odd_dialogues):
@@ -414,11 +494,14 @@ PREDICTION = Prediction("行\u20281", 2, "generated", "ab" * 32, "[其它]\n“�
 
 def test_predictions_file_round_trip(tmp_path):
     path = tmp_path / "predictions" / "a.jsonl"
-    predictions = [PREDICTION, replace(PREDICTION, turn=4, strategy=3)]
-    write_predictions(path, predictions)
+    known = replace(PREDICTION, ids=(3, 5), label_log_likelihoods=(-0.5,) * 12, reference_nll=1.5, reference_tokens=4)
+    predictions = [PREDICTION, replace(known, turn=4, strategy=3)]
+    failure = Failure("行\u20281", 6, "generated", "timeout", "60 s")
+    write_predictions(path, [*predictions, failure])
     assert read_predictions(path) == predictions
+    assert read_outcomes(path) == [*predictions, failure]
     lines = path.read_bytes().split(b"\n")
-    assert len(lines) == 3 and lines[2] == b""
+    assert len(lines) == 4 and lines[3] == b""
     assert json.loads(lines[0])["raw_text"] == PREDICTION.raw_text
     write_predictions(path, [])
     assert read_predictions(path) == []
@@ -437,5 +520,5 @@ def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*nowhere\.jsonl: No such file"):
         read_predictions(tmp_path / "nowhere.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
-    with pytest.raises(InputError, match=r"latin\.jsonl: not UTF-8"):
+    with pytest.raises(InputError, match=r"latin\.jsonl, line 1: not UTF-8 at byte 7"):
         read_predictions(tmp_path / "latin.jsonl")

@@ -33,6 +33,7 @@ def scores(first, unparsed=0, **missing):
     return {
         "profiles": profiles,
         "strategy": {"macro-F1": cell("macro-F1", first + 30)},
+        "likelihood": {"NLL": cell("NLL", first + 40)},
         "by_strategy": {
             strategy.label: {"turns": 10, "precision": cell("P", first), "recall": cell("R", first), "F1": cell("F", 7)}
             for strategy in STRATEGIES
@@ -41,7 +42,7 @@ def scores(first, unparsed=0, **missing):
         "by_position": [{"position": 1, "turns": 60, "ACC": cell("ACC", first)}],
         "process": {"greeting first": both},
         "reply": {"length": both},
-        "counts": {"turns": 120, "unparsed": unparsed, "empty_replies": 2},
+        "counts": {"turns": 120, "failed": 0, "unparsed": unparsed, "empty_replies": 2},
     }
 
 

@@ -23,7 +23,7 @@ from csc_train.checkpoint import save_checkpoint
 from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.hf_policy import load_policy, open_checkpoint
-from csc_train.evaluation.predict import Request
+from csc_train.evaluation.predict import predict
 from csc_train.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, messages
@@ -155,10 +155,9 @@ def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, serv
         # Temperature 0 leaves a repetition penalty of the checkpoint on; a frequency penalty of 0 takes it off.
         greedy = {"temperature": 0, "frequency_penalty": 0, "max_tokens": LIMIT}
         other = random_dialogue(random.Random(5))
-        asked = [(TAUGHT, turn) for turn in TAUGHT.supporter_turns] + [(other, turn) for turn in other.supporter_turns]
-        for dialogue, turn in asked:
+        for own in predict([TAUGHT, other], policy, "reference"):
+            dialogue, turn = TAUGHT if own.dialogue_id == TAUGHT.id else other, own.turn
             history = dialogue.turns[:turn]
-            own = policy.reply([Request(dialogue, turn, history)])[0]
             text, why, length = ask(server, checkpoints / architecture, chat_of(history, template), **greedy)
             assert text == own.raw_text
             assert length == len(template.prompt_ids(history))

@@ -3,8 +3,8 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from csc_train.dialogue import Dialogue, Speaker, Turn
-from csc_train.evaluation.predict import Request, Said
+from csc_train.dialogue import Dialogue, Speaker, Turn, data_digest
+from csc_train.evaluation.predict import Request, Said, Schedule
 from csc_train.files import digest
 from csc_train.strategies import STRATEGIES, Strategy
 from csc_train.template.reply import Reply, format_reply
@@ -20,11 +20,11 @@ class StrategyBaseline:
         order: 0 for the most frequent strategy, 1 for a strategy bigram.
     """
 
-    batch_size = 1024
     strategies_apply = True
 
     def __init__(self, training: Sequence[Dialogue], order: int):
         self.order = order
+        self.config_hash = digest([data_digest(training), order])
         counts: dict[Strategy | None, Counter[Strategy]] = defaultdict(Counter)
         replies: dict[Strategy, Counter[str]] = defaultdict(Counter)
         for dialogue in training:
@@ -40,15 +40,18 @@ class StrategyBaseline:
             for strategy, counter in replies.items()
         }
 
-    def reply(self, requests: Sequence[Request]) -> list[Said]:
-        """Answer each request; what was not seen in training falls back to the most frequent strategy."""
-        answers = []
-        for request in requests:
-            previous = _previous_strategy(request) if self.order else None
-            strategy = self._next.get(previous, self._most_frequent)
-            reply = Reply(strategy, self._stock[strategy])
-            answers.append(Said(format_reply(reply, "zh"), reply, digest(previous.number if previous else None)))
-        return answers
+    def run(self, schedule: Schedule) -> None:
+        """Answer every turn."""
+        while requests := schedule.take(1000):
+            for request in requests:
+                schedule.answer(request, self.reply(request))
+
+    def reply(self, request: Request) -> Said:
+        """Answer a request; what was not seen in training falls back to the most frequent strategy."""
+        previous = _previous_strategy(request) if self.order else None
+        strategy = self._next.get(previous, self._most_frequent)
+        reply = Reply(strategy, self._stock[strategy])
+        return Said(format_reply(reply, "zh"), reply, digest(previous.number if previous else None))
 
 
 def _previous_strategy(request: Request) -> Strategy | None:

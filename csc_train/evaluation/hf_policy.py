@@ -1,58 +1,74 @@
 """A local model as the system under evaluation: greedy decoding, batched over dialogues."""
 
-from collections.abc import Sequence
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from csc_train.checkpoint import Manifest, check_manifest, read_manifest, tokenizer_hash
-from csc_train.dialogue import Turn
+from csc_train.dialogue import Dialogue, Turn
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
-from csc_train.evaluation.predict import Request, Said
+from csc_train.evaluation.kv_cache import DialogueCache
+from csc_train.evaluation.predict import Request, Said, Schedule
 from csc_train.files import digest
 from csc_train.hub import readable
 from csc_train.strategies import Strategy
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.template.likelihood import dialogue_log_likelihoods
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class HFPolicy:
-    """Replies with a model that plain `from_pretrained` loads."""
+    """Replies with a model that plain `from_pretrained` loads.
 
-    def __init__(self, model: PreTrainedModel, template: DialogueTemplate, config: EvaluationConfig):
+    What is computed of a dialogue is kept from turn to turn (see `DialogueCache`). When all turns are answered, one
+    forward of each dialogue gives the likelihoods of the 12 labels at all of its turns, where the model chooses
+    strategies, and in reference context those of the reference's own turns. They are computed dialogue by dialogue, so
+    that they do not depend on what else was answered at the time, and kept to four decimals.
+
+    Args:
+        origin: SHA-256 (hex) of what says which model it is, such as its manifest.
+
+    Raises:
+        InputError: the model has sliding-window attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, template: DialogueTemplate, config: EvaluationConfig, origin: str = ""):
+        if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+            raise InputError(f"{model.name_or_path}: a model with sliding-window attention cannot be evaluated here")
         self.model = model.eval()
         self.template = template
-        self.batch_size = config.batch_size
         self.strategies_apply = template.config.mode == "joint"
-        stops = model.generation_config.eos_token_id
-        stops = {template.end_of_turn_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])}
-        self._stops = sorted(stops)
-        # In place of the model's own, not beside it: `generate` fills what is left open from the model's, and
-        # Qwen2.5-Instruct ships a repetition penalty, which is not greedy decoding.
-        self.model.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=self._stops,
-            pad_token_id=template.tokenizer.pad_token_id,
+        self.config_hash = digest(
+            [origin, template.fingerprint, tokenizer_hash(template.tokenizer), config.max_new_tokens, config.dtype]
         )
+        self._config = config
+        # Of the model's own generation configuration only the end counts: Qwen2.5-Instruct ships a repetition penalty
+        # and sampling, which is not greedy decoding.
+        stops = model.generation_config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+        self._stops = {template.end_of_turn_id, *stops}
 
     @torch.inference_mode()
-    def reply(self, requests: Sequence[Request]) -> list[Said]:
-        """Generate a reply to each request, greedily."""
-        prompts = [self._prompt(request) for request in requests]
-        longest = max(map(len, prompts))
-        pad = self.template.tokenizer.pad_token_id
-        # Padding on the left, so that every reply starts in the same column.
-        input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        device = self.model.device
-        output = self.model.generate(input_ids.to(device), attention_mask=mask.to(device))
-        generated = output[:, longest:].tolist()
-        return [self._said(*answer) for answer in zip(requests, prompts, generated, strict=True)]
+    def run(self, schedule: Schedule) -> None:
+        """Answer every turn, batch by batch, then add likelihoods."""
+        cache = DialogueCache(self.model, self.template.prefix_ids)
+        while requests := schedule.take(self._config.batch_size):
+            prompts = [self._prompt(request) for request in requests]
+            names = [request.dialogue.id for request in requests]
+            generated = cache.generate(names, prompts, self._stops, self._config.max_new_tokens)
+            for request, prompt, ids in zip(requests, prompts, generated, strict=True):
+                schedule.answer(request, self._said(request, prompt, ids))
+        del cache
+        if schedule.context == "reference" or self.strategies_apply:
+            for dialogue in tqdm(schedule.dialogues, "likelihoods", unit="dialogue", disable=None):
+                self._add_likelihoods(schedule, dialogue)
 
     def _prompt(self, request: Request) -> list[int]:
         history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
@@ -62,12 +78,37 @@ class HFPolicy:
         return request.dialogue.turns[request.turn].strategy if self.template.config.mode == "given" else None
 
     def _said(self, request: Request, prompt: list[int], ids: list[int]) -> Said:
-        end = next((position for position, token in enumerate(ids) if token in self._stops), len(ids))
-        ids = ids[:end]
         text = self.template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         # A later prompt shows this turn as training did: with the strategy that was handed in.
         handed_in = self.template.prompt_ids([], self._given(request))[len(self.template.prompt_ids([])) :]
         return Said(text, self.template.parse(text), digest(prompt), (*handed_in, *ids))
+
+    def _add_likelihoods(self, schedule: Schedule, dialogue: Dialogue) -> None:
+        """Of the turns of a dialogue that were predicted."""
+        said = schedule.said(dialogue)
+        reference = schedule.context == "reference"
+        if all(each.reference_nll is not None if reference else each.label_log_likelihoods for each in said.values()):
+            return  # by an earlier run
+        targets = []
+        if reference:
+            example = self.template.encode(dialogue)
+            ids, targets = example.input_ids.tolist(), example.trained.nonzero()[0].tolist()
+            headed = len(self.template.supporter_header_ids)
+            starts = [int(example.boundaries[turn]) + headed for turn in said]
+        else:
+            history = [said[turn].ids if turn in said else gold for turn, gold in enumerate(dialogue.turns)]
+            starts = [len(self.template.prompt_ids(history[:turn])) for turn in said]
+            ids = self.template.prompt_ids(history[: max(said)])
+        if not self.strategies_apply:
+            starts = []
+        own, labels = dialogue_log_likelihoods(self.model, self.template, ids, starts, targets)
+        for (turn, words), row in itertools.zip_longest(said.items(), labels.tolist()):
+            facts = {"label_log_likelihoods": row and tuple(round(value, 4) for value in row)}
+            if reference:
+                first, end = example.boundaries[turn], example.boundaries[turn + 1]
+                here = [-value for target, value in zip(targets, own.tolist(), strict=True) if first <= target < end]
+                facts |= {"reference_nll": round(sum(here), 4), "reference_tokens": len(here)}
+            schedule.amend(dialogue, turn, replace(words, **facts))
 
 
 def open_checkpoint(checkpoint: str) -> tuple[DialogueTemplate, Manifest]:
@@ -95,19 +136,29 @@ def base_of(checkpoint: str, manifest: Manifest) -> str:
 
 
 def load_policy(
-    path: str, template: DialogueTemplate, config: EvaluationConfig, revision: str | None = None
+    path: str,
+    template: DialogueTemplate,
+    config: EvaluationConfig,
+    origin: str = "",
+    device: torch.device | None = None,
+    revision: str | None = None,
 ) -> HFPolicy:
     """The policy of the model at a path or hub id, talking through `template`.
+
+    Args:
+        origin: see `HFPolicy`.
+        device: where the whole model goes, such as the one GPU of this process; if not given it is spread over the
+            GPUs of this machine, if there are any.
 
     Raises:
         InputError: there is no such model, or it cannot be read.
     """
+    spread = "auto" if torch.cuda.is_available() else None
     with readable(path, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
             dtype=_DTYPES[config.dtype],
-            # Spread over the GPUs of this machine where one is too small.
-            device_map="auto" if torch.cuda.is_available() else None,
+            device_map={"": device} if device else spread,
         )
-    return HFPolicy(model, template, config)
+    return HFPolicy(model, template, config, origin)

@@ -19,7 +19,7 @@ import numpy
 
 from csc_train.dialogue import Dialogue
 from csc_train.errors import InputError, check_choice, check_range
-from csc_train.evaluation import lexical, reply_metrics, strategy_metrics
+from csc_train.evaluation import lexical, likelihood_metrics, reply_metrics, strategy_metrics
 from csc_train.evaluation.figure import Figure, Score
 from csc_train.evaluation.predictions import Prediction
 from csc_train.evaluation.turns import Turns
@@ -82,22 +82,24 @@ def score(
     predictions: Sequence[Prediction],
     dialogues: Mapping[str, Dialogue],
     config: MetricsConfig,
+    failed: int = 0,
     flagged: Collection[str] = (),
 ) -> dict[str, Any]:
     """Score one system's predictions in one context.
 
     Args:
         dialogues: by id, those that were predicted, and maybe others.
+        failed: turns that could not be predicted; they are counted, not scored.
         flagged: ids of dialogues whose text is in the training data too (see `contamination`).
 
     Returns:
-        `profiles`: by profile and column, a Score, in the order of `PROFILES`. `strategy`: Scores by name;
-        `by_strategy`: by label, its `turns` and Scores; `confusion`, `transitions` and `calibration`: see
-        `strategy_metrics`; `by_position`: ACC and character ROUGE-L by the how many-th supporter turn it is. `process`
-        and `reply`: by name, a Score of the `system` and one of the `reference`; `lengths` and `worst`: see
-        `reply_metrics`. `without_flagged`: `dialogues`, `turns` and `profiles` of the rest, or None where nothing is
-        flagged. `counts`: `dialogues`; `turns`; `unparsed`, the turns whose strategy could not be read (None where the
-        system predicts none); `empty_replies`, which score 0 in every text metric.
+        `profiles`: by profile and column, a Score, in the order of `PROFILES`. `strategy`, `likelihood`: Scores by
+        name; `calibration`: see `likelihood_metrics`; `by_strategy`: by label, its `turns` and Scores; `confusion` and
+        `transitions`: see `strategy_metrics`; `by_position`: ACC and character ROUGE-L by the how many-th supporter
+        turn it is. `process` and `reply`: by name, a Score of the `system` and one of the `reference`; `lengths` and
+        `worst`: see `reply_metrics`. `without_flagged`: `dialogues`, `turns` and `profiles` of the rest, or None where
+        nothing is flagged. `counts`: `dialogues`; `turns`; `failed`; `unparsed`, the turns whose strategy could not be
+        read (None where the system predicts none); `empty_replies`, which score 0 in every text metric.
 
     Raises:
         InputError: a metric model cannot be loaded, or a turn is predicted twice.
@@ -127,6 +129,7 @@ def score(
         },
         "without_flagged": _without(flagged, turns, profiles, config.draws),
         "strategy": {name: shown(figure) for name, figure in strategy.items()},
+        "likelihood": {name: shown(figure) for name, figure in likelihood_metrics.likelihoods(turns).items()},
         "by_strategy": {
             label: {"turns": count} | {name: shown(figure) for name, figure in cells.items()}
             for label, count, cells in strategy_metrics.by_strategy(turns)
@@ -141,7 +144,7 @@ def score(
             for position, count, figure in strategy_metrics.by_position(turns)
             for here in [turns.position == position - 1]
         ],
-        "calibration": strategy_metrics.calibration(turns) if chosen else None,
+        "calibration": likelihood_metrics.calibration(turns) if chosen else None,
         "process": {name: sides(pair) for name, pair in strategy_metrics.process(turns).items()},
         "reply": reply,
         "lengths": reply_metrics.length_histogram(turns),
@@ -149,6 +152,7 @@ def score(
         "counts": {
             "dialogues": len(set(turns.dialogue.tolist())),
             "turns": len(turns),
+            "failed": failed,
             "unparsed": int((turns.predicted == 0).sum()) if chosen else None,
             "empty_replies": sum(not reply.strip() for reply, _ in turns.pairs),
         },

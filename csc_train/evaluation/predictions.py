@@ -27,6 +27,12 @@ class Prediction:
     `turn` indexes `Dialogue.turns`. Strategies are numbers 1..12; `strategy` is None where the text could not be
     parsed, or where the mode asks for none. `response` is the reply without its strategy label. `predicts_strategy` is
     False where the system does not choose the strategy itself: it is handed in, or left out.
+
+    `config_hash` is the `Policy.config_hash` of the system. `ids` are the tokens of the turn, where the system works on
+    tokens: those it generated, after those of a strategy that was handed in. `label_log_likelihoods` are those of the
+    12 labels at this turn, in their order, in nats (see `template.likelihood`). `reference_nll` is what the system
+    makes of the reference's turn in the reference's own history: the sum over `reference_tokens` tokens (the strategy's
+    where it predicts one, the reply's, the end of the turn) of -log p in nats. Each is None where it is not known.
     """
 
     dialogue_id: str
@@ -39,28 +45,63 @@ class Prediction:
     reference_strategy: int
     reference_response: str
     predicts_strategy: bool = True
+    config_hash: str = ""
+    ids: tuple[int, ...] = ()
+    label_log_likelihoods: tuple[float, ...] | None = None
+    reference_nll: float | None = None
+    reference_tokens: int | None = None
 
 
-def write_predictions(path: str | os.PathLike, predictions: Iterable[Prediction]) -> None:
-    """Write one JSONL line per predicted turn, atomically."""
+@dataclass(frozen=True)
+class Failure:
+    """One supporter turn that could not be predicted: `kind` is the class of what went wrong, for counting."""
+
+    dialogue_id: str
+    turn: int
+    context: str
+    kind: str
+    message: str
+    config_hash: str = ""
+
+
+Outcome = Prediction | Failure
+
+
+def as_line(outcome: Outcome) -> str:
+    """An outcome as a line of JSONL."""
+    return json.dumps(asdict(outcome), ensure_ascii=False) + "\n"
+
+
+def write_predictions(path: str | os.PathLike, outcomes: Iterable[Outcome]) -> None:
+    """Write one JSONL line per turn, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for prediction in predictions:
-            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+        file.writelines(map(as_line, outcomes))
 
 
-def read_predictions(path: str | os.PathLike) -> list[Prediction]:
-    """Read what `write_predictions` wrote.
+def read_outcomes(path: str | os.PathLike, growing: bool = False) -> list[Outcome]:
+    """Read the lines of a predictions file, failed turns included.
+
+    Args:
+        growing: whether lines are, or were, appended to it: a last line without its end is left out.
 
     Raises:
         InputError: the file cannot be read, or a line is not a prediction; names the file and line.
     """
-    predictions = []
-    for number, row in _rows(path):
+    outcomes = []
+    for number, row in _rows(path, growing):
+        for name in ("ids", "label_log_likelihoods"):
+            if isinstance(row.get(name), list):
+                row[name] = tuple(row[name])
         try:
-            predictions.append(Prediction(**row))
+            outcomes.append(Failure(**row) if "kind" in row else Prediction(**row))
         except TypeError as error:
             raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
-    return predictions
+    return outcomes
+
+
+def read_predictions(path: str | os.PathLike) -> list[Prediction]:
+    """The turns of a predictions file that were predicted (see `read_outcomes`)."""
+    return [outcome for outcome in read_outcomes(path) if isinstance(outcome, Prediction)]
 
 
 def read_run(directory: str | os.PathLike) -> dict[str, dict[str, list[Prediction]]]:
@@ -69,21 +110,30 @@ def read_run(directory: str | os.PathLike) -> dict[str, dict[str, list[Predictio
     Raises:
         InputError: there are none, or a file of them cannot be read.
     """
+    found = _read_run(directory, Prediction)
+    if not found:
+        raise InputError(f"{directory}: holds no predictions; give the run directory of an evaluation")
+    return found
+
+
+def read_failures(directory: str | os.PathLike) -> dict[str, dict[str, list[Failure]]]:
+    """As `read_run`, the turns that failed."""
+    return _read_run(directory, Failure)
+
+
+def _read_run(directory: str | os.PathLike, kind: type[Outcome]) -> dict[str, dict[str, list]]:
     folder = Path(directory) / "predictions"
     order = (*BASELINES, BASE)
     names = {path.stem.rpartition("-")[0] for path in folder.glob("*-*.jsonl")}
     names = sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
-    found = {
+    return {
         name: {
-            context: read_predictions(path)
+            context: [outcome for outcome in read_outcomes(path) if isinstance(outcome, kind)]
             for context in CONTEXTS
             if (path := folder / f"{name}-{context}.jsonl").exists()
         }
         for name in names
     }
-    if not found:
-        raise InputError(f"{directory}: holds no predictions; give the run directory of an evaluation")
-    return found
 
 
 def system_of(saved: Mapping[str, object], directory: str, name: str | None) -> str:
@@ -145,19 +195,21 @@ def read_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context
     ]
 
 
-def _rows(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a JSONL file."""
+def _rows(path: str | os.PathLike, growing: bool = False) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of a JSONL file; of a growing one without a last line that is not ended."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                if growing and not line.endswith(b"\n"):
+                    return
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{path}, line {number}: not UTF-8 at byte {error.start} of the line") from error
                 except json.JSONDecodeError as error:
                     raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
                 if not isinstance(row, dict):
                     raise InputError(f"{path}, line {number}: not a prediction: no object")
                 yield number, row
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ in the order in which rows are to appear; the last is the system that is evaluat
 `metrics.drift` returned, where it was evaluated in both contexts.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -116,7 +117,8 @@ def without_flagged(results: Results, contamination: Contamination | None) -> li
 
 def behaviour(results: Results) -> list[Section]:
     """How the systems choose strategies, lead a dialogue and write."""
-    return [_strategies(results), *(_sides(results, name) for name in ("process", "reply"))]
+    scores = [_scores(results, name) for name in ("strategy", "likelihood")]
+    return [*scores, *(_sides(results, name) for name in ("process", "reply"))]
 
 
 def console_table(results: Results, profile: str = "paper") -> Table:
@@ -223,11 +225,15 @@ def _each(results: Results) -> Iterator[tuple[str, str, dict]]:
             yield system, context, scores
 
 
-def _strategies(results: Results) -> Section:
-    rows = [[system, context, *scores["strategy"].values()] for system, context, scores in _each(results)]
-    cells = [cell for _, _, scores in _each(results) for cell in scores["strategy"].items()]
+def _scores(results: Results, name: str) -> Section:
+    rows = [[system, context, *scores[name].values()] for system, context, scores in _each(results)]
+    cells = [cell for _, _, scores in _each(results) for cell in scores[name].items()]
     meanings = _meanings(cells)
-    return Section("Strategies (percent)", ["system", "context", *meanings], rows, 2, meanings)
+    title = {
+        "strategy": "Strategies (percent)",
+        "likelihood": "Likelihoods (top-2 ACC and ECE in percent, NLL in nats per token)",
+    }[name]
+    return Section(title, ["system", "context", *meanings], rows, 2, meanings)
 
 
 def _sides(results: Results, name: str) -> Section:
@@ -261,9 +267,12 @@ def _confusion(system: str, context: str, confusion: list[list[int]]) -> Section
 def _by_position(system: str, contexts: dict[str, dict], drift: list[dict] | None) -> Section:
     names = list(contexts)
     header = ["supporter turn", "turns", *(f"{SHORT_CONTEXT[name]} ACC" for name in names)]
+    # Turns that failed may leave one context shorter than the other.
+    none = {"turns": 0, "ACC": Score(None, "", "", NOT_EVALUATED)}
+    by_position = itertools.zip_longest(*(contexts[name]["by_position"] for name in names), fillvalue=none)
     rows = [
-        [rows[0]["position"], rows[0]["turns"], *(row["ACC"] for row in rows)]
-        for rows in zip(*(contexts[name]["by_position"] for name in names), strict=True)
+        [position, max(row["turns"] for row in rows), *(row["ACC"] for row in rows)]
+        for position, rows in enumerate(by_position, start=1)
     ]
     title = f"Turn by turn (percent): {system}"
     if drift is None:
@@ -279,7 +288,10 @@ def counts(results: Results) -> list[str]:
     for system, context, scores in _each(results):
         here = scores["counts"]
         unparsed = "strategies not predicted" if here["unparsed"] is None else f"{here['unparsed']} unparsed"
-        parts.append(f"{system}, {context} context: {here['turns']} ({unparsed}, {here['empty_replies']} empty)")
+        failed = f", {here['failed']} more failed and are not scored" if here["failed"] else ""
+        parts.append(
+            f"{system}, {context} context: {here['turns']} ({unparsed}, {here['empty_replies']} empty){failed}"
+        )
     return parts
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from csc_train.dialogue import Dialogue, read_dialogues
 from csc_train.evaluation.contamination import Contamination, read_contamination
 from csc_train.evaluation.metrics import MetricsConfig, drift, score
-from csc_train.evaluation.predictions import Prediction, read_run
+from csc_train.evaluation.predictions import Prediction, read_failures, read_run
 from csc_train.evaluation.report import Drifts, Results
 
 
@@ -37,16 +37,19 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig) -> Scored:
     """
     dialogues = read_dialogues(Path(directory) / "dialogues.jsonl")
     by_id = {dialogue.id: dialogue for dialogue in dialogues}
-    systems = read_run(directory)
+    systems, failures = read_run(directory), read_failures(directory)
     contamination = read_contamination(directory)
     flagged = contamination.flagged if contamination else ()
     results = {
-        name: {context: score(predictions, by_id, config, flagged=flagged) for context, predictions in contexts.items()}
+        name: {
+            context: score(predictions, by_id, config, failed=len(failures[name][context]), flagged=flagged)
+            for context, predictions in contexts.items()
+        }
         for name, contexts in systems.items()
     }
     drifts = {
         name: drift(contexts["reference"], contexts["generated"], config)
         for name, contexts in systems.items()
-        if len(contexts) == 2
+        if len(contexts) == 2 and not any(failures[name].values())
     }
     return Scored(results, drifts, systems, dialogues, contamination)

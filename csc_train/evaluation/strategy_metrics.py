@@ -16,7 +16,6 @@ NO_CHOICE = "this mode predicts no strategy"
 LONGEST_RUN = 2
 """How many turns running one strategy may be used before it counts as repeated."""
 
-_BINS = 10
 _UNREAD, _ANY_STAGE = -1, len(Stage)
 _STAGES = list(Stage)
 _STAGE = numpy.array(
@@ -113,28 +112,6 @@ def transitions(turns: Turns, strategy: numpy.ndarray) -> numpy.ndarray:
     table = numpy.zeros((len(STRATEGIES), len(STRATEGIES)), int)
     numpy.add.at(table, (strategy[:-1][pairs] - 1, strategy[1:][pairs] - 1), 1)
     return table
-
-
-def calibration(turns: Turns) -> list[dict[str, float]] | None:
-    """How often the likeliest of the 12 strategies is right, by how likely the system held it.
-
-    That is the softmax of the likelihoods of the 12 labels, in `_BINS` equally wide bins; None where turns have none.
-
-    Returns:
-        For each bin that is not empty its `turns`, their mean `confidence` and their `ACC`, in percent.
-    """
-    likelihoods = [getattr(each, "label_log_likelihoods", None) for each in turns.predictions]
-    if not likelihoods or None in likelihoods:
-        return None
-    likelihoods = numpy.array(likelihoods, float)
-    share = numpy.exp(likelihoods - likelihoods.max(axis=1, keepdims=True))
-    confidence = share.max(axis=1) / share.sum(axis=1)
-    right = likelihoods.argmax(axis=1) + 1 == turns.reference
-    bins = numpy.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    return [
-        {"turns": int(here.sum()), "confidence": 100 * confidence[here].mean(), "ACC": 100 * right[here].mean()}
-        for here in (bins == number for number in numpy.unique(bins))
-    ]
 
 
 def process(turns: Turns) -> dict[str, tuple[Figure, Figure]]:

@@ -118,7 +118,7 @@ class DialogueTemplate:
         self.customer_header_ids = self._control_ids(segments.customer_header)
         self.customer_footer_ids = self._control_ids(segments.customer_footer)
         self._labels = {s.number: format_reply(Reply(s, ""), config.language) for s in STRATEGIES}
-        self._label_ids = {number: self._literal_ids(label) for number, label in self._labels.items()}
+        self.label_ids = {number: self._literal_ids(label) for number, label in self._labels.items()}
         self.end_of_turn_id = self.supporter_footer_ids[0]
         if self.end_of_turn_id not in tokenizer.added_tokens_decoder:
             raise InputError(
@@ -228,7 +228,7 @@ class DialogueTemplate:
         """How many leading tokens of a supporter turn's content belong to its `[strategy]`."""
         if self.config.mode == "reply_only":
             return 0
-        label_ids = self._label_ids[turn.strategy.number]
+        label_ids = self.label_ids[turn.strategy.number]
         if content[: len(label_ids)] == label_ids:
             # These tokens spell the label, so the next one starts behind it: no need to ask where each token starts.
             return len(label_ids)

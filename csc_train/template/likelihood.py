@@ -1,0 +1,118 @@
+"""How likely a model finds each of the 12 strategy labels at a supporter turn.
+
+The likelihood of a label is that of all its tokens, up to and including `]`, after the header of the supporter's turn.
+The tokens are those of the bare label, `[情感管理]`: in a reply the tokenizers of Qwen and Llama can fuse the bracket
+with what follows it, and then a little of the label's probability goes to the fused tokens and is not counted.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from csc_train.strategies import STRATEGIES
+from csc_train.template.dialogue_template import DialogueTemplate
+
+
+def label_log_likelihoods(
+    model: torch.nn.Module, template: DialogueTemplate, prompts: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """The log-likelihoods of the labels behind prompts, in one forward pass without a cache.
+
+    Each label of each prompt is a row of the batch, padded on the left, so any causal model will do, also one that is
+    wrapped to train on several processes. `dialogue_log_likelihoods` takes far fewer tokens where it applies.
+
+    Args:
+        prompts: ids from which a supporter turn would be generated (see `DialogueTemplate.prompt_ids`).
+
+    Returns:
+        float32 [prompts, 12], in nats, in the order of `STRATEGIES`, on the model's device.
+    """
+    labels = _labels(template)
+    longest, rest = max(map(len, prompts)), max(map(len, labels)) - 1
+    rows, masks, targets = [], [], []
+    for prompt in prompts:
+        for label in labels:
+            before, after = longest - len(prompt), rest + 1 - len(label)
+            rows.append([0] * before + [*prompt, *label[:-1]] + [0] * after)  # masked, so any token will do
+            masks.append([0] * before + [1] * (len(prompt) + len(label) - 1) + [0] * after)
+            targets.append([*label, *[-1] * after])
+    device = next(model.parameters()).device
+    mask, target = torch.tensor(masks, device=device), torch.tensor(targets, device=device)
+    logits = model(
+        input_ids=torch.tensor(rows, device=device),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=rest + 1,
+    ).logits
+    likelihoods = _log_likelihoods(logits, target.clamp(min=0)) * (target >= 0)
+    return likelihoods.sum(1).view(len(prompts), len(labels))
+
+
+def dialogue_log_likelihoods(
+    model: torch.nn.Module,
+    template: DialogueTemplate,
+    ids: Sequence[int],
+    starts: Sequence[int],
+    targets: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-likelihoods of the labels at several turns of one dialogue, and of some of its tokens, in one forward.
+
+    Behind the dialogue stand the 12 labels of each turn, each of which sees the dialogue up to its turn and itself.
+
+    Args:
+        ids: of the dialogue.
+        starts: how many of the ids stand before each label.
+        targets: indices into `ids`, from 1, of the tokens whose own likelihood is wanted.
+
+    Returns:
+        float32 [targets] and float32 [starts, 12], in nats, on the model's device.
+
+    Raises:
+        ValueError: the model's attention does not take a mask of its own making (sdpa and eager do).
+    """
+    if (attention := model.config._attn_implementation) not in ("sdpa", "eager"):
+        raise ValueError(f"attention {attention} does not take a mask for each token; use sdpa or eager")
+    labels = _labels(template)
+    tokens, positions = list(ids), list(range(len(ids)))
+    branches, ends = [0] * len(ids), list(range(1, len(ids) + 1))
+    # Where the logits of each wanted token stand, and the token itself.
+    places, wanted = [target - 1 for target in targets], [ids[target] for target in targets]
+    for start in starts:
+        for label in labels:
+            places += [start - 1, *range(len(tokens), len(tokens) + len(label) - 1)]
+            wanted += label
+            tokens += label[:-1]
+            positions += range(start, start + len(label) - 1)
+            branches += [branches[-1] + 1] * (len(label) - 1)
+            ends += [start] * (len(label) - 1)
+    device = next(model.parameters()).device
+    branch, end = torch.tensor(branches, device=device), torch.tensor(ends, device=device)
+    order = torch.arange(len(tokens), device=device)
+    sees = (branch == 0) & (order < end[:, None]) | (branch == branch[:, None]) & (order <= order[:, None])
+    dtype = next(model.parameters()).dtype
+    logits = model(
+        input_ids=torch.tensor([tokens], device=device),
+        # As numbers to add, which both sdpa and eager attention understand.
+        attention_mask=torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, torch.finfo(dtype).min)[
+            None, None
+        ],
+        position_ids=torch.tensor([positions], device=device),
+        use_cache=False,
+        logits_to_keep=torch.tensor(places, device=device),
+    ).logits[0]
+    likelihoods = _log_likelihoods(logits, torch.tensor(wanted, device=device))
+    own, branched = likelihoods[: len(targets)], likelihoods[len(targets) :]
+    lengths = [len(label) for label in labels] * len(starts)
+    summed = torch.stack([part.sum() for part in branched.split(lengths)]) if lengths else branched
+    return own, summed.view(len(starts), len(labels))
+
+
+def _labels(template: DialogueTemplate) -> list[list[int]]:
+    return [template.label_ids[strategy.number] for strategy in STRATEGIES]
+
+
+def _log_likelihoods(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """float32: the log-likelihood of each token by logits [..., vocabulary] that predict it."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)

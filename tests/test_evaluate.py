@@ -1,0 +1,160 @@
+"""recipes/evaluate.py on a small untrained checkpoint: killed, failed, and on several processes."""
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
+from transformers import Qwen2ForCausalLM
+
+from csc_train.checkpoint import Manifest, save_checkpoint, tokenizer_hash
+from csc_train.config import compose
+from csc_train.dialogue import data_digest, write_dialogues
+from csc_train.evaluation import hf_policy
+from csc_train.evaluation.predict import Failed
+from csc_train.evaluation.predictions import read_outcomes
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+
+SETTINGS = [
+    "checkpoint=checkpoint", "data=files", "data.train.path=train.jsonl", "data.evaluation.path=evaluation.jsonl",
+    "evaluation.base=false", "evaluation.batch_size=3", "evaluation.max_new_tokens=24",
+    "metrics.profiles=[zh]", "metrics.draws=100", "run.existing=resume",
+]  # fmt: skip
+FILE = "trained-{}.jsonl"
+CONTEXTS = ("reference", "generated")
+
+
+def recipe():
+    """The recipe as a module."""
+    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "recipes" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory with a checkpoint, dialogues, and in runs/whole an evaluation that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("workplace")
+    tokenizer = small_tokenizer("qwen2_5")
+    torch.manual_seed(1)
+    model = Qwen2ForCausalLM(tiny_config("qwen2", tokenizer, 0.5))
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    rng = random.Random(5)
+    dialogues = [replace(random_dialogue(rng), id=str(number), source="test") for number in range(20)]
+    write_dialogues(directory / "train.jsonl", dialogues[:4])
+    write_dialogues(directory / "evaluation.jsonl", dialogues[4:])
+    manifest = Manifest(
+        base_model="../base",
+        base_revision=None,
+        chat_template="qwen2_5",
+        mode="joint",
+        language="zh",
+        template_hash=template.fingerprint,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        strategies=[],
+        data_hash=data_digest(dialogues[:4]),
+        config={},
+    )
+    save_checkpoint(directory / "checkpoint", model, tokenizer, template.chat_template, manifest)
+    before = Path.cwd()
+    os.chdir(directory)
+    yield directory
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def whole(workplace):
+    """The predictions of a run that nothing interrupted, by context."""
+    recipe().main(compose("evaluate", [*SETTINGS, "run.directory=runs/whole"]))
+    return predictions("whole")
+
+
+def predictions(run):
+    """What the files of the model's predictions hold, by context."""
+    return {context: Path(f"runs/{run}/predictions/{FILE.format(context)}").read_bytes() for context in CONTEXTS}
+
+
+def test_likelihoods_are_kept_with_the_predictions(whole):
+    for context, content in whole.items():
+        for row in map(json.loads, content.splitlines()):
+            assert len(row["label_log_likelihoods"]) == 12 and max(row["label_log_likelihoods"]) < 0
+            assert (row["reference_nll"] is None) == (row["reference_tokens"] is None) == (context == "generated")
+
+
+def test_killed_while_it_generates_and_resumed_it_ends_with_the_same_file(workplace, whole):
+    command = [sys.executable, ROOT / "recipes" / "evaluate.py", *SETTINGS, "run.directory=runs/killed"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    part = Path("runs/killed/predictions") / f"{FILE.format('generated')}.part-00000"
+    while not (part.exists() and part.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = part.read_bytes()
+    assert 5 <= kept.count(b"\n") < whole["generated"].count(b"\n")
+    part.write_bytes(kept[:-9])  # as if the last line had not been written to its end
+    recipe().main(compose("evaluate", ["run=runs/killed", "resume=true"]))
+    assert predictions("killed") == whole
+    assert not part.exists()
+
+
+class Flaky(hf_policy.HFPolicy):
+    """A model whose answers are lost at the third supporter turn."""
+
+    def run(self, schedule):
+        answer = schedule.answer
+
+        def lose(request, outcome):
+            lost = request.dialogue.supporter_turns[2:3]
+            answer(request, Failed("timeout", "60 s") if request.turn in lost else outcome)
+
+        schedule.answer = lose
+        super().run(schedule)
+
+
+def test_failed_turns_are_counted_end_with_status_1_and_are_tried_again(workplace, whole, monkeypatch, capsys):
+    monkeypatch.setattr(hf_policy, "HFPolicy", Flaky)
+    with pytest.raises(SystemExit) as stop:
+        recipe().main(compose("evaluate", [*SETTINGS, "run.directory=runs/flaky"]))
+    monkeypatch.undo()
+    assert stop.value.code == 1
+    outcomes = {context: read_outcomes(f"runs/flaky/predictions/{FILE.format(context)}") for context in CONTEXTS}
+    failed = {context: [each for each in some if hasattr(each, "kind")] for context, some in outcomes.items()}
+    assert len(failed["generated"]) > len(failed["reference"]) > 0
+    for context in CONTEXTS:
+        assert len(outcomes[context]) == whole[context].count(b"\n")
+        counts = json.loads(Path("runs/flaky/results.json").read_text())["results"]["trained"][context]["counts"]
+        assert counts["failed"] == len(failed[context])
+        assert counts["turns"] + counts["failed"] == len(outcomes[context])
+    said = capsys.readouterr().out
+    total = sum(map(len, failed.values()))
+    assert f"{total} turns failed (" in said and "run=runs/flaky resume=true" in said
+    assert f"{len(failed['reference'])} more failed and are not scored" in Path("runs/flaky/table.md").read_text()
+    assert json.loads(Path("runs/flaky/run.json").read_text())["finished"] is None
+    recipe().main(compose("evaluate", ["run=runs/flaky", "resume=true"]))
+    assert predictions("flaky") == whole
+    assert json.loads(Path("runs/flaky/run.json").read_text())["finished"]
+
+
+def test_two_processes_write_the_file_of_one(workplace, whole):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, ROOT / "recipes" / "evaluate.py", *SETTINGS, "run.directory=runs/two"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert predictions("two") == whole
+    assert done.stdout.count("report: ") == 1

@@ -1,0 +1,89 @@
+"""The likelihood of the 12 labels, against one plain forward pass for each label."""
+
+import random
+
+import pytest
+import torch
+from conftest import random_dialogue, real_tokenizer, small_tokenizer, tiny_config
+from transformers import AutoModelForCausalLM
+
+from csc_train.strategies import STRATEGIES
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.template.likelihood import dialogue_log_likelihoods, label_log_likelihoods
+
+SCENES = [
+    pytest.param((real_tokenizer, "qwen2_5", "qwen2"), marks=pytest.mark.real_tokenizer, id="Qwen2.5"),
+    pytest.param((small_tokenizer, "llama3_1", "llama"), id="small Llama"),
+]
+
+
+@pytest.fixture(scope="module", params=SCENES)
+def scene(request):
+    """A model, its template, a dialogue's ids, which of them are trained, and where the labels of its turns start."""
+    load, chat_template, architecture = request.param
+    tokenizer = load(chat_template)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, tokenizer, 0.3)).eval()
+    template = DialogueTemplate(tokenizer, chat_template, TemplateConfig())
+    rng = random.Random(5)
+    dialogue = next(each for each in iter(lambda: random_dialogue(rng), None) if len(each.turns) == 5)
+    example = template.encode(dialogue)
+    # Without most of the system prompt, which would only take time.
+    cut = int(example.boundaries[0]) - 20
+    header = len(template.supporter_header_ids)
+    starts = [int(example.boundaries[turn]) + header - cut for turn in dialogue.supporter_turns]
+    return model, template, example.input_ids[cut:].tolist(), example.trained[cut:], starts
+
+
+def slow(model, template, prompt):
+    """[12]: each label behind the prompt in a forward pass of its own."""
+    result = []
+    for strategy in STRATEGIES:
+        label = template.tokenizer.encode(f"[{strategy.zh}]", add_special_tokens=False)
+        keep = len(label) + 1
+        scores = model(torch.tensor([[*prompt, *label]]), use_cache=False, logits_to_keep=keep).logits[0]
+        result.append(sum(scores[place].log_softmax(-1)[token] for place, token in enumerate(label)))
+    return torch.stack(result)
+
+
+@torch.inference_mode()
+def test_both_ways_equal_one_forward_for_each_label(scene):
+    model, template, ids, trained, starts = scene
+    expected = torch.stack([slow(model, template, ids[:start]) for start in starts])
+    assert min(len(label) for label in template.label_ids.values()) > 1 and len(set(starts)) == 3
+    rows = label_log_likelihoods(model, template, [ids[:start] for start in starts])
+    assert torch.allclose(rows, expected, atol=1e-4, rtol=0)
+    targets = trained.nonzero()[0].tolist()
+    own, tree = dialogue_log_likelihoods(model, template, ids, starts, targets)
+    assert torch.allclose(tree, expected, atol=1e-4, rtol=0)
+    scores = model(torch.tensor([ids]), use_cache=False).logits[0]
+    plain = torch.stack([scores[target - 1].log_softmax(-1)[ids[target]] for target in targets])
+    assert torch.allclose(own, plain, atol=1e-4, rtol=0)
+    # Otherwise nothing above could have gone wrong: labels and turns differ, by far more than the tolerance.
+    assert expected.std(0).min() > 0.1 and expected.std(1).min() > 0.1
+    assert not torch.allclose(slow(model, template, ids[: starts[0] + 1]), expected[0], atol=0.1)
+
+
+@torch.inference_mode()
+def test_no_label_sees_another_nor_what_comes_later(scene):
+    model, template, ids, trained, starts = scene
+    _, alone = dialogue_log_likelihoods(model, template, ids[: starts[1]], [starts[1]])
+    _, together = dialogue_log_likelihoods(model, template, ids, starts)
+    assert torch.allclose(alone[0], together[1], atol=1e-4, rtol=0)
+    model.set_attn_implementation("eager")
+    try:
+        _, eager = dialogue_log_likelihoods(model, template, ids, starts)
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert torch.allclose(eager, together, atol=1e-4, rtol=0)
+
+
+def test_attention_that_makes_its_own_mask_is_refused(scene):
+    model, template, ids, _, starts = scene
+    model.config._attn_implementation = "flash_attention_2"
+    try:
+        with pytest.raises(ValueError, match="attention flash_attention_2 does not take a mask for each token"):
+            dialogue_log_likelihoods(model, template, ids, starts)
+    finally:
+        model.config._attn_implementation = "sdpa"
