@@ -67,7 +67,7 @@ def test_both_ways_equal_one_forward_for_each_label(scene):
 
 @torch.inference_mode()
 def test_no_label_sees_another_nor_what_comes_later(scene):
-    model, template, ids, trained, starts = scene
+    model, template, ids, _, starts = scene
     _, alone = dialogue_log_likelihoods(model, template, ids[: starts[1]], [starts[1]])
     _, together = dialogue_log_likelihoods(model, template, ids, starts)
     assert torch.allclose(alone[0], together[1], atol=1e-4, rtol=0)

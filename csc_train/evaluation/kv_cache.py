@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -35,11 +36,44 @@ class _GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def arrange(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
-        """Let row i be the columns `columns[i]` of what was row `rows[i]`."""
-        index = rows[:, None].to(self.device), slice(None), columns.to(self.device)
-        self._buffers = [states[index].transpose(1, 2) for states in (self.keys, self.values)]
-        self.keys, self.values = self._buffers
+    def fill(self, parts: "Sequence[tuple[DynamicLayer, _Move]]", rows: int, columns: int) -> None:
+        """Take `rows` rows of `columns` columns over from other layers."""
+        some = parts[0][0]
+        self.lazy_initialization(some.keys, some.values)
+        # Zeros, since what stands in a masked column must be a number.
+        self._buffers = [
+            states.new_zeros(rows, states.shape[1], columns + ROOM, states.shape[3])
+            for states in (some.keys, some.values)
+        ]
+        for layer, move in parts:
+            places, index, taken = (each.to(layer.device) for each in (move.places, move.rows, move.columns))
+            for buffer, states in zip(self._buffers, (layer.keys, layer.values), strict=True):
+                part = states[index[:, None], :, taken].transpose(1, 2)
+                buffer[places, :, columns - taken.shape[1] : columns] = part
+        self.keys, self.values = (buffer[:, :, :columns] for buffer in self._buffers)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Which rows go where: row `rows[i]` to `places[i]`, of it the `columns[i]`, which come to stand at the end."""
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    columns: torch.Tensor
+
+
+@dataclass
+class _Batch:
+    """Rows that go through the model together.
+
+    Attributes:
+        mask: bool [rows, columns]; in which columns a row has a token.
+        ids: of each row, the tokens that are cached.
+    """
+
+    cache: Cache
+    mask: torch.Tensor
+    ids: list[list[int]]
 
 
 class DialogueCache:
@@ -47,7 +81,7 @@ class DialogueCache:
 
     What a prompt has in common with what is cached of its dialogue is kept, the rest is computed. Rows are ragged: the
     columns in which a row has no token are masked, and positions count its tokens, not columns. A dialogue that is not
-    in the next batch is forgotten, so a cache is never larger than one batch.
+    in the next batch is forgotten, so that no more is cached than two batches take.
 
     The attention of every layer must reach back to the first token: sliding windows would count masked columns.
 
@@ -58,11 +92,10 @@ class DialogueCache:
 
     def __init__(self, model: PreTrainedModel, prefix: Sequence[int]):
         self._model = model
-        self._cache = Cache(layer_class_to_replicate=_GrowingLayer)
-        self._mask = torch.ones(1, 0, dtype=torch.bool, device=model.device)
-        self._ids: list[list[int]] = [[]]
-        self._rows: dict[Hashable, int] = {}
-        self._feed([prefix])
+        mask = torch.ones(1, 0, dtype=torch.bool, device=model.device)
+        self._prefix = _Batch(Cache(layer_class_to_replicate=_GrowingLayer), mask, [[]])
+        self._feed(self._prefix, [prefix])
+        self._rows: dict[Hashable, tuple[_Batch, int]] = {}
 
     def generate(
         self, names: Sequence[Hashable], prompts: Sequence[Sequence[int]], stops: Collection[int], most: int
@@ -74,62 +107,73 @@ class DialogueCache:
             stops: tokens that end a continuation; they are left out.
             most: the largest number of tokens to generate.
         """
-        logits = self._reach(names, prompts)
-        generated: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
-        while True:
-            for row, token in enumerate(logits.argmax(-1).tolist()):
-                if row in going and token in stops:
-                    going.remove(row)
-                elif row in going:
-                    generated[row].append(token)
-                    if len(generated[row]) == most:
-                        going.remove(row)
-            if not going:
-                return generated
-            logits = self._feed([generated[row][-1:] if row in going else [] for row in range(len(prompts))])
-
-    def _reach(self, names: Sequence[Hashable], prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Make the prompts the rows of the cache. Returns the logits behind them, [prompts, vocabulary]."""
-        # Any row begins with the prefix, so the first one will do for a dialogue that is new.
-        sources = [self._rows.get(name, 0) for name in names]
+        sources = [self._rows.get(name, (self._prefix, 0)) for name in names]
         # The last token is always computed, for its logits.
         kept = [
-            min(_common(self._ids[source], prompt), len(prompt) - 1)
-            for source, prompt in zip(sources, prompts, strict=True)
+            min(_common(batch.ids[row], prompt), len(prompt) - 1)
+            for (batch, row), prompt in zip(sources, prompts, strict=True)
         ]
-        self._arrange(sources, kept)
-        self._rows = {name: row for row, name in enumerate(names)}
-        return self._feed([prompt[length:] for prompt, length in zip(prompts, kept, strict=True)])
+        batch, rows = self._select(sources, kept), list(range(len(prompts)))
+        self._rows = {name: (batch, row) for row, name in enumerate(names)}
+        logits = self._feed(batch, [prompt[length:] for prompt, length in zip(prompts, kept, strict=True)])
+        generated: list[list[int]] = [[] for _ in prompts]
+        going = set(rows)
+        while True:
+            for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+                if row in going and token not in stops:
+                    generated[row].append(token)
+                if token in stops or len(generated[row]) == most:
+                    going.discard(row)
+            if not going:
+                return generated
+            if 2 * len(going) <= len(rows):
+                # The others wait where they are until their next prompt.
+                places = [place for place, row in enumerate(rows) if row in going]
+                rows = [rows[place] for place in places]
+                lengths = [len(batch.ids[place]) for place in places]
+                batch = self._select([(batch, place) for place in places], lengths)
+                self._rows |= {names[row]: (batch, place) for place, row in enumerate(rows)}
+            logits = self._feed(batch, [generated[row][-1:] if row in going else [] for row in rows])
 
-    def _arrange(self, sources: list[int], kept: list[int]) -> None:
-        """Let row i be the first `kept[i]` tokens of what was row `sources[i]`, without columns that nobody uses."""
-        rows = torch.tensor(sources, device=self._mask.device)
-        mask = self._mask[rows]
-        mask &= mask.cumsum(1) <= torch.tensor(kept, device=mask.device)[:, None]
-        columns = mask.int().argsort(dim=1, stable=True)[:, -max(kept) :]
-        self._mask = mask.gather(1, columns)
-        self._ids = [self._ids[source][:length] for source, length in zip(sources, kept, strict=True)]
-        for layer in self._cache.layers:
-            layer.arrange(rows, columns)
+    def _select(self, sources: Sequence[tuple[_Batch, int]], kept: Sequence[int]) -> _Batch:
+        """A batch whose row i is the first `kept[i]` tokens of the dialogue that `sources[i]` is a row of."""
+        device, width = self._prefix.mask.device, max(kept)
+        lengths = torch.tensor(kept, device=device)
+        mask = torch.zeros(len(kept), width, dtype=torch.bool, device=device)
+        moves = []
+        for batch in {id(batch): batch for batch, _ in sources}.values():
+            places = torch.tensor([place for place, source in enumerate(sources) if source[0] is batch], device=device)
+            rows = torch.tensor([row for source, row in sources if source is batch], device=device)
+            valid = batch.mask[rows]
+            valid &= valid.cumsum(1) <= lengths[places, None]
+            # Columns that nobody uses are left out: those of a row that it uses come last, in their order.
+            columns = valid.int().argsort(dim=1, stable=True)[:, -width:]
+            mask[places, width - columns.shape[1] :] = valid.gather(1, columns)
+            moves.append((batch, _Move(rows, places, columns)))
+        layers = []
+        for number in range(len(self._prefix.cache.layers)):
+            layers.append(_GrowingLayer())
+            layers[-1].fill([(batch.cache.layers[number], move) for batch, move in moves], len(kept), width)
+        ids = [batch.ids[row][:length] for (batch, row), length in zip(sources, kept, strict=True)]
+        return _Batch(Cache(layers=layers), mask, ids)
 
-    def _feed(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _feed(self, batch: _Batch, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append tokens to the rows. Returns the logits behind the last column, [rows, vocabulary]."""
         width = max(map(len, tokens))
-        device = self._mask.device
+        device = batch.mask.device
         # Padding on the left, so that every row ends in the same column; a pad is masked, so any token will do.
         input_ids = torch.tensor([[0] * (width - len(new)) + list(new) for new in tokens], device=device)
         new = torch.tensor([[False] * (width - len(new)) + [True] * len(new) for new in tokens], device=device)
-        self._mask = torch.cat([self._mask, new], dim=1)
+        batch.mask = torch.cat([batch.mask, new], dim=1)
         logits = self._model(
             input_ids=input_ids,
-            attention_mask=self._mask.long(),
-            position_ids=(self._mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
-            past_key_values=self._cache,
+            attention_mask=batch.mask.long(),
+            position_ids=(batch.mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
+            past_key_values=batch.cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        for ids, more in zip(self._ids, tokens, strict=True):
+        for ids, more in zip(batch.ids, tokens, strict=True):
             ids += more
         return logits
 
