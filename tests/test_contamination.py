@@ -95,7 +95,7 @@ def test_where_every_dialogue_is_flagged_no_figure_remains():
 
 def test_the_table_says_what_was_found_and_shows_both_scores(found):
     by_id = {dialogue.id: dialogue for dialogue in HELD_OUT}
-    scores = score(said(HELD_OUT, {"copy"}), by_id, MetricsConfig(draws=100, profiles=["paper"]), found.flagged)
+    scores = score(said(HELD_OUT, {"copy"}), by_id, MetricsConfig(draws=100, profiles=["paper"]), flagged=found.flagged)
     text = markdown_table({"system": {"reference": scores}}, {}, found)
     assert f"Training overlap: {found}" in text
     rest = len(HELD_OUT) - len(found.flagged)

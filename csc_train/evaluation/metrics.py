@@ -82,6 +82,7 @@ def score(
     predictions: Sequence[Prediction],
     dialogues: Mapping[str, Dialogue],
     config: MetricsConfig,
+    *,
     failed: int = 0,
     flagged: Collection[str] = (),
 ) -> dict[str, Any]:
