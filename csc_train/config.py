@@ -19,9 +19,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from csc_train.errors import InputError, check_choice, check_range, suggestion
-from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.config import EvaluationConfig, JudgeConfig
 from csc_train.evaluation.metrics import MetricsConfig
 from csc_train.launching.config import PreflightConfig, TopologyConfig
+from csc_train.llm.config import LLMConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.run import RESOLVED, RunConfig, end_with_launcher, record_failure
 from csc_train.splits import DataConfig
@@ -31,7 +32,7 @@ from csc_train.training.config import AdapterConfig, ExportConfig, ModelConfig, 
 CONF = Path(__file__).parent.parent / "conf"
 RECORDED = ("run", "resume", "from")
 """Keys that ask for the configuration that an earlier run recorded (see `compose`)."""
-POSITIONAL = {"compare": ("a", "b")}
+POSITIONAL = {"compare": ("a", "b"), "judge": ("a", "b")}
 """Keys that a recipe's leading arguments stand for where they are bare words."""
 
 
@@ -77,15 +78,25 @@ class EvaluateRecipe:
     """With run=DIR: score that run's predictions again, without a model."""
     data: DataConfig | None = None
     """The dialogues; those that the checkpoint's run held out where not given."""
+    llm: LLMConfig | None = None
+    """A model on a server: the checkpoint's where one is given, else one that is asked in words."""
+    template: TemplateConfig | None = None
+    """How a model that is asked in words is asked: joint and Chinese where not given; a checkpoint knows."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
         if self.predictions is None:
-            if self.checkpoint is None:
+            if self.checkpoint is None and self.llm is None:
                 raise InputError("checkpoint is required: give checkpoint=...")
+            if self.checkpoint is None and self.data is None:
+                raise InputError("llm: say on which dialogues to evaluate it, such as data=rolecs")
+            if self.checkpoint is not None and self.template is not None:
+                raise InputError(f"template: {self.checkpoint} knows its own; leave it out")
             return
+        if self.llm is not None:
+            raise InputError(f"predictions={self.predictions}: give them or llm=..., not both")
         if self.checkpoint is not None:
             raise InputError(f"predictions={self.predictions}: give it or checkpoint=..., not both")
         if self.data is None:
@@ -119,6 +130,24 @@ class CompareRecipe:
 
 
 @dataclass
+class JudgeRecipe:
+    """Configuration of recipes/judge.py."""
+
+    a: str = MISSING
+    """Run directory of an evaluation."""
+    b: str = MISSING
+    """Run directory of another evaluation on the same dialogues, or the same one with another system."""
+    system_a: str | None = None
+    """The system of run A; the one that it evaluated where not given."""
+    system_b: str | None = None
+    """The system of run B; as `system_a`."""
+    llm: LLMConfig = MISSING
+    """The judge."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
 class WriteSampleRecipe:
     """Configuration of recipes/write_sample.py."""
 
@@ -147,6 +176,7 @@ SCHEMAS = {
     "export": ExportConfig,
     "evaluate": EvaluateRecipe,
     "compare": CompareRecipe,
+    "judge": JudgeRecipe,
     "write_sample": WriteSampleRecipe,
     "launch": LaunchRecipe,
 }

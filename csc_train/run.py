@@ -31,6 +31,7 @@ OUTPUTS = (
     "states", "base", "tokenizer", "csc_manifest.json", "checkpoint", "metrics.json", "predictions",
     "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html", "comparison.json",
     "comparison.md",
+    "judgements.jsonl", "judge.json", "judge.md",
 )  # fmt: skip
 """What the recipes write into a run directory besides `run.json`, `resolved.yaml` and refused rows."""
 

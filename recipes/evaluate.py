@@ -4,10 +4,10 @@ python recipes/evaluate.py checkpoint=runs/demo/checkpoint
 torchrun --nproc_per_node 8 recipes/evaluate.py checkpoint=runs/rolecs/checkpoint data=rolecs
 python recipes/evaluate.py run=runs/demo/evaluation score_only=true
 python recipes/evaluate.py predictions=replies.jsonl data=rolecs evaluation.contexts=[reference]
+python recipes/evaluate.py llm=gpt_4o data=rolecs
 """
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 from csc_train.config import EvaluateRecipe, data_of, resolved, run_recipe
@@ -20,23 +20,26 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.evaluation.baselines import StrategyBaseline
     from csc_train.evaluation.contamination import find_contamination, write_contamination
     from csc_train.evaluation.hf_policy import base_of, load_policy, open_checkpoint
+    from csc_train.evaluation.openai_policy import OpenAIPolicy
     from csc_train.evaluation.predict import predict, share
     from csc_train.evaluation.predictions import (
         BASE,
         BASELINES,
         TRAINED,
-        read_failures,
+        failed_turns,
         read_replies,
         write_predictions,
-    )  # fmt: skip
+    )
     from csc_train.evaluation.store import Store, complete
     from csc_train.files import digest, file_digest
     from csc_train.run import Run, processes, single_process
     from csc_train.splits import load_splits
     from csc_train.synthesis.sample import ceiling, ensure_sample
+    from csc_train.template.config import TemplateConfig
 
-    if config.score_only:
+    if config.score_only or config.llm:
         single_process("evaluate")
+    if config.score_only:
         return score_and_show(Path(config.run.directory), config)
     job = processes()
     run = Run("evaluate", resolved(config))
@@ -50,10 +53,11 @@ def main(config: EvaluateRecipe) -> None:
         ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
     job.wait_for_everyone()
     splits = load_splits(data, run.directory if run.main else None, say=run.say)
+    system = f"{config.checkpoint}/{MANIFEST}" if config.checkpoint else config.predictions
     inputs = {
         "train": data_digest(splits.train),
         "evaluation": data_digest(splits.evaluation),
-        "system": file_digest(f"{config.checkpoint}/{MANIFEST}" if config.checkpoint else config.predictions),
+        "system": file_digest(system) if system else digest(config.llm.model),
     }
     if manifest and manifest.data_hash != inputs["train"]:
         run.say("note: the baselines are fitted on other training data than the checkpoint's")
@@ -69,7 +73,11 @@ def main(config: EvaluateRecipe) -> None:
 
     # Systems
     systems = {name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINES)}
-    if config.checkpoint:
+    if config.llm:
+        name = TRAINED if config.checkpoint else config.llm.model.replace("/", "_")
+        asked = template or config.template or TemplateConfig()
+        systems[name] = lambda: OpenAIPolicy(config.llm, config.evaluation, asked, inputs["system"])
+    elif config.checkpoint:
         origin, device = inputs["system"], job.device if job.num_processes > 1 else None
         if config.evaluation.base:
             base, revision = base_of(config.checkpoint, manifest), manifest.base_revision
@@ -105,12 +113,8 @@ def main(config: EvaluateRecipe) -> None:
     score_and_show(run.directory, config)
     if data.sample_dialogues:
         run.say(f"ceiling of ACC, by the rule that wrote the sample dialogues: {ceiling(splits.evaluation):.2f}")
-    failures = [
-        each for contexts in read_failures(run.directory).values() for some in contexts.values() for each in some
-    ]
-    if failures:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(each.kind for each in failures).most_common())
-        run.say(f"{len(failures)} turns failed ({kinds}); to try them again: run={run.directory} resume=true")
+    if failed := failed_turns(run.directory):
+        run.say(f"{failed}; to try them again: run={run.directory} resume=true")
         sys.exit(1)
     run.finish()
     return None

@@ -1,9 +1,11 @@
 """What several test modules share: small and real tokenizers, and seeded random dialogues."""
 
+import importlib.util
 import os
 import random
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -11,6 +13,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from servers.faults import FaultServer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from csc_train.checkpoint import Manifest, tokenizer_hash
@@ -131,6 +134,21 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox
         yield chromium
         chromium.close()
+
+
+def load_recipe(name: str) -> ModuleType:
+    """A recipe as a module, to call its `main` without starting a process."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    return recipe
+
+
+@pytest.fixture
+def fault_server():
+    """A running OpenAI-compatible server that says what the test tells it to, faults included."""
+    with FaultServer() as server:
+        yield server
 
 
 def pytest_configure(config):

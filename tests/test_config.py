@@ -34,10 +34,13 @@ REQUIRED = {
     "export": ["source=runs/x", "output=y"],
     "evaluate": ["checkpoint=runs/x/checkpoint"],
     "compare": ["a=runs/x", "b=runs/y"],
+    "judge": ["a=runs/x", "b=runs/y"],
     "write_sample": [],
     "launch": [],
 }
 """What each recipe cannot do without."""
+INSTEAD = {("evaluate", "template"): ["llm=gpt_4o", "data=rolecs"]}
+"""The same, where a group goes with something else."""
 
 
 WITH_DATA = [recipe for recipe in SCHEMAS if "data" in SCHEMAS[recipe].__dataclass_fields__]
@@ -66,7 +69,8 @@ def recipes_of(file):
 def compose_file(file, recipe, filler):
     """Compose a recipe with a file of conf/; every value that the file leaves to the user is `filler`."""
     group, _, name = file.rpartition("/")
-    overrides = [*REQUIRED[recipe], *([f"{group}={name.removesuffix('.yaml')}"] if group else [])]
+    required = INSTEAD.get((recipe, group), REQUIRED[recipe])
+    overrides = [*required, *([f"{group}={name.removesuffix('.yaml')}"] if group else [])]
     if group in ("", "experiment", "debug"):
         return compose(recipe, overrides)
     marked = [key for key, value in leaves(load(file)).items() if value == "???"]

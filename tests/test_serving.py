@@ -23,7 +23,9 @@ from csc_train.checkpoint import save_checkpoint
 from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.hf_policy import load_policy, open_checkpoint
+from csc_train.evaluation.openai_policy import OpenAIPolicy
 from csc_train.evaluation.predict import predict
+from csc_train.llm.config import LLMConfig
 from csc_train.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, messages
@@ -171,6 +173,22 @@ def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, serv
         # A strategy beside the content does not get through.
         *_, shorter = ask(server, checkpoints / architecture, messages(history, template.config), **greedy)
         assert shorter < len(template.prompt_ids(history))
+
+
+def test_a_served_checkpoint_is_evaluated_as_a_local_one(checkpoints, server):
+    """The server takes no token ids, so it is asked by messages; texts without control strings read the same."""
+    dialogues = [TAUGHT, *(random_dialogue(random.Random(seed)) for seed in (5, 6))]
+    for architecture in FAMILIES:
+        path = str(checkpoints / architecture)
+        template, _ = open_checkpoint(path)
+        config = EvaluationConfig(max_new_tokens=LIMIT)
+        llm = LLMConfig(base_url=f"{server}/v1", model=path, concurrency=2, extra_body={"frequency_penalty": 0})
+        for context in ("reference", "generated"):
+            served = predict(dialogues, OpenAIPolicy(llm, config, template), context)
+            local = predict(dialogues, load_policy(path, template, config), context)
+            assert [each.raw_text for each in served] == [each.raw_text for each in local]
+            assert [each.strategy for each in served] == [each.strategy for each in local]
+            assert {each.prompt_form for each in served} == {"messages"}
 
 
 # vLLM

@@ -23,20 +23,21 @@ RULES = {
     "hub": LEAVES,
     "checkpoint": LEAVES,
     "run": LEAVES,
+    "llm": LEAVES,
     "strategies": set(),
     "dialogue": LEAVES | {"strategies"},
     "splits": BASE,
-    "synthesis": BASE,
+    "synthesis": BASE | {"llm"},
     "template": BASE,
     "template.prepared": BASE | {"template", "checkpoint"},
     "packing": BASE | {"template"},
     "training": BASE | {"template", "packing", "checkpoint", "hub", "run"},
-    "evaluation": BASE | {"template", "checkpoint", "hub"},
+    "evaluation": BASE | {"template", "checkpoint", "hub", "llm"},
     "evaluation.contamination": BASE | {"splits"},
     "launching": BASE | {"template", "packing", "training", "checkpoint", "hub", "run", "splits", "config"},
     # The root configuration is made of its owners' schemas.
     "config": {
-        "errors", "evaluation.config", "evaluation.metrics", "launching.config",
+        "errors", "evaluation.config", "evaluation.metrics", "launching.config", "llm.config",
         "packing.config", "run", "splits", "template.config", "training.config",
     },
 }  # fmt: skip
@@ -112,7 +113,7 @@ def test_the_rules_say_what_the_plan_says():
     assert not RULES["synthesis"] & {"template", "packing", "training", "evaluation"}
     assert not RULES["template"] & {"packing", "training", "evaluation", "synthesis"}
     assert not RULES["packing"] & {"training", "evaluation"}
-    for leaf in ("checkpoint", "run", "files", "errors", "hub"):
+    for leaf in ("checkpoint", "run", "files", "errors", "hub", "llm"):
         assert RULES[leaf] <= {"files", "errors"}
 
 

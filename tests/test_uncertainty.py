@@ -14,6 +14,7 @@ from csc_train.evaluation.uncertainty import (
     mean,
     ratio,
     sign_flip_test,
+    weighted_interval,
 )
 
 SIMULATIONS = 1000
@@ -140,3 +141,12 @@ def test_mcnemar_by_hand():
     b = numpy.array([False] * 5 + [True] + [True, False] * 10)
     assert mcnemar(a, b) == pytest.approx(2 * (1 + 6) / 2**6) == pytest.approx(binomtest(5, 6).pvalue)
     assert mcnemar(a, a) == 1
+
+
+def test_weights_give_the_interval_that_sums_give():
+    rng = numpy.random.default_rng(0)
+    dialogues, values = numpy.repeat(numpy.arange(30), 4), rng.normal(size=120)
+    found = weighted_interval(lambda weights: weights @ values / weights.sum(axis=1), dialogues, 300)
+    assert found == pytest.approx(interval(mean(values), dialogues, 300))
+    few = dialogues < 9
+    assert weighted_interval(lambda weights: weights @ values[few], dialogues[few], 300) is None

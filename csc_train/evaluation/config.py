@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from csc_train.errors import InputError, check_choice, check_range
 from csc_train.evaluation.predictions import CONTEXTS
+from csc_train.template.config import LANGUAGES
 
 
 @dataclass
@@ -19,6 +20,8 @@ class EvaluationConfig:
     """The longest reply, strategy included."""
     dtype: str = "auto"
     """auto: as the checkpoint is stored. Or bf16, fp32."""
+    seed: int = 0
+    """Of the sampling of a served model that does not decode greedily; each turn has its own, made of it."""
 
     def __post_init__(self):
         if not self.contexts:
@@ -28,3 +31,35 @@ class EvaluationConfig:
         check_range("evaluation.batch_size", self.batch_size, 1)
         check_range("evaluation.max_new_tokens", self.max_new_tokens, 1)
         check_choice("evaluation.dtype", self.dtype, ("auto", "bf16", "fp32"))
+
+
+TASKS = ("pairwise", "rubric")
+
+
+@dataclass
+class JudgeConfig:
+    """How a language model judges replies."""
+
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    """pairwise: which of two replies is better, asked in both orders. rubric: five scores for each reply."""
+    turns: int | None = 500
+    """Turns to judge, drawn at random; all where null."""
+    seed: int = 0
+    """Of the draw, and of the judge's sampling."""
+    language: str = "zh"
+    """Language of the questions: zh or en."""
+    draws: int = 1000
+    """Resamples of the dialogues that the 95 % intervals are taken from."""
+    flips: int = 10000
+    """Random exchanges of the two systems for the p-value."""
+
+    def __post_init__(self):
+        if not self.tasks:
+            raise InputError(f"judge.tasks=[]: give one or more of {', '.join(TASKS)}")
+        for task in self.tasks:
+            check_choice("judge.tasks", task, TASKS)
+        if self.turns is not None:
+            check_range("judge.turns", self.turns, 1)
+        check_choice("judge.language", self.language, LANGUAGES)
+        check_range("judge.draws", self.draws, 100)
+        check_range("judge.flips", self.flips, 1000)

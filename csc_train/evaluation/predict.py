@@ -28,6 +28,8 @@ class Said:
     label_log_likelihoods: tuple[float, ...] | None = None
     reference_nll: float | None = None
     reference_tokens: int | None = None
+    prompt_form: str | None = None
+    answered_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ class Schedule:
             label_log_likelihoods=said.label_log_likelihoods,
             reference_nll=said.reference_nll,
             reference_tokens=said.reference_tokens,
+            prompt_form=said.prompt_form,
+            answered_by=said.answered_by,
         )
 
 
@@ -234,6 +238,8 @@ def _said(prediction: Prediction) -> Said:
         label_log_likelihoods=prediction.label_log_likelihoods,
         reference_nll=prediction.reference_nll,
         reference_tokens=prediction.reference_tokens,
+        prompt_form=prediction.prompt_form,
+        answered_by=prediction.answered_by,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ class Prediction:
     tokens: those it generated, after those of a strategy that was handed in. `label_log_likelihoods` are those of the
     12 labels at this turn, in their order, in nats (see `template.likelihood`). `reference_nll` is what the system
     makes of the reference's turn in the reference's own history: the sum over `reference_tokens` tokens (the strategy's
-    where it predicts one, the reply's, the end of the turn) of -log p in nats. Each is None where it is not known.
+    where it predicts one, the reply's, the end of the turn) of -log p in nats. `prompt_form` says what a server was
+    sent, of which `prompt_hash` is the hash: token `ids` or chat `messages`; `answered_by` is the model that it
+    says answered, such as the version behind a name. Each is None where it is not known.
     """
 
     dialogue_id: str
@@ -50,6 +53,8 @@ class Prediction:
     label_log_likelihoods: tuple[float, ...] | None = None
     reference_nll: float | None = None
     reference_tokens: int | None = None
+    prompt_form: str | None = None
+    answered_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,15 @@ def read_failures(directory: str | os.PathLike) -> dict[str, dict[str, list[Fail
     return _read_run(directory, Failure)
 
 
+def failed_turns(directory: str | os.PathLike) -> str:
+    """How many turns of a run failed, by class, in words; empty where none did."""
+    found = read_failures(directory).values()
+    kinds = Counter(each.kind for contexts in found for failures in contexts.values() for each in failures)
+    if not kinds:
+        return ""
+    return f"{kinds.total()} turns failed ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"
+
+
 def _read_run(directory: str | os.PathLike, kind: type[Outcome]) -> dict[str, dict[str, list]]:
     folder = Path(directory) / "predictions"
     order = (*BASELINES, BASE)
@@ -154,8 +168,11 @@ def read_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context
     `[情感管理]回复`; where no text of the file names a strategy, the system is taken not to predict any.
 
     Raises:
-        InputError: a line is not of this form, or the file does not hold every supporter turn exactly once.
+        InputError: a line is not of this form, the file does not hold every supporter turn exactly once, or it is named
+            like a baseline, whose predictions it would replace.
     """
+    if Path(path).stem in BASELINES:
+        raise InputError(f"{path}: the system is named after the file, and a baseline has that name: rename it")
     texts: dict[tuple[str, int], str] = {}
     known = {(dialogue.id, turn) for dialogue in dialogues for turn in dialogue.supporter_turns}
     for number, row in _rows(path):

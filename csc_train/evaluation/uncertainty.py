@@ -73,12 +73,27 @@ def difference_interval(
     return _percentiles(one.of, [each.by_dialogue(dialogues) for each in (one, other)], draws)
 
 
+def weighted_interval(
+    of: Callable[[numpy.ndarray], numpy.ndarray], dialogues: numpy.ndarray, draws: int
+) -> tuple[float, float] | None:
+    """As `interval`, of a figure that is no function of sums: `of`, float [n, turns] -> float [n], gets weights."""
+    count = int(dialogues.max(initial=-1)) + 1
+    if count < FEWEST:
+        return None
+    weights = _resamples(count, draws)
+    chunks = range(0, draws, _CHUNK // 10)
+    return _bounds(numpy.concatenate([of(weights[start : start + _CHUNK // 10, dialogues]) for start in chunks]))
+
+
 def _percentiles(of: Callable, sides: list[numpy.ndarray], draws: int) -> tuple[float, float] | None:
     count = len(sides[0])
     if any(each.any(axis=1).sum() < FEWEST for each in sides):
         return None
     figures = [of(_resamples(count, draws) @ sums) for sums in sides]
-    drawn = figures[0] - figures[1] if len(figures) == 2 else figures[0]
+    return _bounds(figures[0] - figures[1] if len(figures) == 2 else figures[0])
+
+
+def _bounds(drawn: numpy.ndarray) -> tuple[float, float] | None:
     drawn = drawn[~numpy.isnan(drawn)]
     if not len(drawn):
         return None

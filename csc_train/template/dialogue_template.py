@@ -17,7 +17,7 @@ from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.strategies import STRATEGIES, Strategy
 from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
-from csc_train.template.reply import Reply, format_reply, parse_reply
+from csc_train.template.reply import Reply, format_reply, read_reply
 from csc_train.template.system_prompt import system_prompt
 
 
@@ -111,14 +111,14 @@ class DialogueTemplate:
         self._literal = _literal_encoder(tokenizer)
         segments = self._read_segments()
         self.prefix_ids = self._control_ids(segments.system_header)
-        self.prefix_ids += self._literal_ids(system_prompt(config.mode, config.language))
+        self.prefix_ids += self.literal_ids(system_prompt(config.mode, config.language))
         self.prefix_ids += self._control_ids(segments.system_footer)
         self.supporter_header_ids = self._control_ids(segments.supporter_header)
         self.supporter_footer_ids = self._control_ids(segments.supporter_footer)
         self.customer_header_ids = self._control_ids(segments.customer_header)
         self.customer_footer_ids = self._control_ids(segments.customer_footer)
         self._labels = {s.number: format_reply(Reply(s, ""), config.language) for s in STRATEGIES}
-        self.label_ids = {number: self._literal_ids(label) for number, label in self._labels.items()}
+        self.label_ids = {number: self.literal_ids(label) for number, label in self._labels.items()}
         self.end_of_turn_id = self.supporter_footer_ids[0]
         if self.end_of_turn_id not in tokenizer.added_tokens_decoder:
             raise InputError(
@@ -170,17 +170,17 @@ class DialogueTemplate:
             if not isinstance(turn, Turn):
                 ids += [*self.supporter_header_ids, *turn, *self.supporter_footer_ids]
             elif turn.speaker is Speaker.SUPPORTER:
-                ids += [*self.supporter_header_ids, *self._literal_ids(self._content(turn)), *self.supporter_footer_ids]
+                ids += [*self.supporter_header_ids, *self.literal_ids(self._content(turn)), *self.supporter_footer_ids]
             else:
-                ids += [*self.customer_header_ids, *self._literal_ids(turn.text), *self.customer_footer_ids]
+                ids += [*self.customer_header_ids, *self.literal_ids(turn.text), *self.customer_footer_ids]
         ids += self.supporter_header_ids
         if given is not None:
-            ids += self._literal_ids(format_reply(Reply(given, ""), self.config.language))
+            ids += self.literal_ids(format_reply(Reply(given, ""), self.config.language))
         return ids
 
     def parse(self, text: str) -> Reply:
         """The reply that a model's text holds: no strategy is looked for in modes `given` and `reply_only`."""
-        return parse_reply(text) if self.config.mode == "joint" else Reply(None, text.strip())
+        return read_reply(text, self.config.mode)
 
     def render(self, turns: Iterable[Turn], **options) -> str:
         """The turns as one text, by the Jinja chat template; `options` go to `apply_chat_template`."""
@@ -236,7 +236,8 @@ class DialogueTemplate:
         encoding = self._literal.encode(self._content(turn), add_special_tokens=False)
         return sum(start < len(label) for start, _ in encoding.offsets)
 
-    def _literal_ids(self, text: str) -> list[int]:
+    def literal_ids(self, text: str) -> list[int]:
+        """The ids of a text in which a control string is plain characters."""
         return self._literal.encode(text, add_special_tokens=False).ids
 
     def _control_ids(self, text: str) -> list[int]:

@@ -38,3 +38,8 @@ def parse_reply(text: str) -> Reply:
         except ValueError:
             pass
     return Reply(None, text)
+
+
+def read_reply(text: str, mode: str) -> Reply:
+    """The reply that a model's text holds: no strategy is looked for in modes `given` and `reply_only`."""
+    return parse_reply(text) if mode == "joint" else Reply(None, text.strip())

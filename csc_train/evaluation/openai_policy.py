@@ -1,0 +1,127 @@
+"""A model on an OpenAI-compatible server as the system under evaluation: greedy decoding, many requests at a time."""
+
+import asyncio
+from collections.abc import Sequence
+
+from csc_train.dialogue import Speaker, Turn
+from csc_train.errors import InputError
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.predict import Failed, Request, Said, Schedule
+from csc_train.files import digest
+from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, Message
+from csc_train.llm.config import LLMConfig
+from csc_train.strategies import Strategy
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate, messages
+from csc_train.template.reply import Reply, format_reply, read_reply
+
+
+class OpenAIPolicy:
+    """Replies of a served model.
+
+    With the template of a checkpoint, the server is asked by token ids where it takes them: a text would turn what
+    looks like a control string into one, and give Llama a second BOS. It is asked by chat messages where it does not,
+    and where the model is none of ours: it is then told what to do by our system prompt alone.
+
+    Args:
+        llm: the model and its server. Where it names a temperature, decoding is not greedy.
+        config: how replies are generated.
+        template: of the checkpoint that is served, or the mode and language in which a foreign model is asked.
+        origin: SHA-256 (hex) of what says which checkpoint is served.
+    """
+
+    def __init__(
+        self, llm: LLMConfig, config: EvaluationConfig, template: DialogueTemplate | TemplateConfig, origin: str = ""
+    ):
+        self._llm, self._config = llm, config
+        self._template = template if isinstance(template, DialogueTemplate) else None
+        self._settings = self._template.config if self._template else template
+        self.strategies_apply = self._settings.mode == "joint"
+        prompt = self._template.fingerprint if self._template else digest(messages([], self._settings))
+        decoding = [llm.temperature, llm.top_p, llm.max_tokens, llm.extra_body, config.max_new_tokens, config.seed]
+        self.config_hash = digest([origin, llm.model, prompt, self._settings.mode, self._settings.language, *decoding])
+
+    def run(self, schedule: Schedule) -> None:
+        """Answer every turn, as many at a time as the server bears.
+
+        Raises:
+            InputError: the server is not there when the work begins, does not serve the key, or takes no token ids
+                where a strategy is to be handed in.
+        """
+        asyncio.run(self._run(schedule))
+
+    async def _run(self, schedule: Schedule) -> None:
+        async with Client(self._llm) as client:
+            by_ids = await self._takes_ids(client)
+            if self._settings.mode == "given" and not by_ids:
+                raise InputError("template.mode=given: a strategy is handed in by token ids, and the server takes none")
+            under_way: dict[asyncio.Task, Request] = {}
+            while True:
+                for request in schedule.take(self._llm.concurrency - len(under_way)):
+                    under_way[asyncio.create_task(self._reply(client, request, by_ids))] = request
+                if not under_way:
+                    return
+                done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    schedule.answer(under_way.pop(task), task.result())
+
+    async def _takes_ids(self, client: Client) -> bool:
+        """Whether the server takes token ids, and the very ones it is sent."""
+        if self._template is None:
+            return False
+        probe = self._template.prompt_ids([])
+        try:
+            answer = await client.complete(probe, temperature=0, max_tokens=1)
+        except AuthenticationFailure:
+            raise
+        except LLMFailure as failure:
+            if failure.kind != "bad_request":
+                raise InputError(f"llm: {failure.message} ({failure.kind})") from failure
+            return False
+        return answer.prompt_tokens == len(probe)
+
+    async def _reply(self, client: Client, request: Request, by_ids: bool) -> Said | Failed:
+        seed = int(digest([self._config.seed, request.dialogue.id, request.turn])[:7], 16)
+        decoding = {"seed": seed, "temperature": 0, "max_tokens": self._config.max_new_tokens}
+        given = request.dialogue.turns[request.turn].strategy if self._settings.mode == "given" else None
+        try:
+            if by_ids:
+                history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
+                prompt = self._template.prompt_ids(history, given)
+                answer = await client.complete(prompt, **decoding)
+            else:
+                prompt = chat_of(request.history, self._settings)
+                answer = await client.chat(prompt, **decoding)
+        except AuthenticationFailure:
+            raise
+        except LLMFailure as failure:
+            return Failed(failure.kind, failure.message)
+        return Said(
+            answer.text,
+            read_reply(answer.text, self._settings.mode),
+            digest(prompt),
+            self._ids(answer.text, answer.token_ids, given) if by_ids else (),
+            prompt_form="ids" if by_ids else "messages",
+            answered_by=answer.model,
+        )
+
+    def _ids(self, text: str, told: Sequence[int] | None, given: Strategy | None) -> tuple[int, ...]:
+        """The tokens of a turn: as the server tells them, else those that its text is encoded as."""
+        end = self._template.end_of_turn_id
+        own = list(told) if told is not None else self._template.literal_ids(text)
+        handed_in = self._template.label_ids[given.number] if given else []
+        return (*handed_in, *(own[: own.index(end)] if end in own else own))
+
+
+def chat_of(history: Sequence[Turn | Said], config: TemplateConfig) -> list[Message]:
+    """A history as chat messages of role and content, which is all that a server hands to its chat template."""
+    chat = messages([], config)
+    for turn in history:
+        if not isinstance(turn, Turn):
+            chat.append({"role": "assistant", "content": turn.raw_text})
+        elif turn.speaker is Speaker.CUSTOMER:
+            chat.append({"role": "user", "content": turn.text})
+        else:
+            strategy = None if config.mode == "reply_only" else turn.strategy
+            chat.append({"role": "assistant", "content": format_reply(Reply(strategy, turn.text), config.language)})
+    return chat

@@ -1,0 +1,90 @@
+"""How often one system is preferred to another, as it stands and with the length of the replies taken out."""
+
+from dataclasses import dataclass
+
+import numpy
+
+from csc_train.evaluation.figure import Figure, Score
+from csc_train.evaluation.uncertainty import mean, sign_flip_test, weighted_interval
+
+RIDGE = 0.01
+"""Of the logistic regression: keeps its coefficients finite where one system always wins."""
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """System A against system B.
+
+    Attributes:
+        wins, ties, losses: turns, as A sees it.
+        rate: A's share of the wins, a tie being half a win of each, in percent.
+        length_controlled: the same if both replies were always equally long (see `at_equal_length`), in percent.
+        p_value: that neither is preferred, by a sign-flip test over dialogues; None for no turns.
+    """
+
+    wins: int
+    ties: int
+    losses: int
+    rate: Score
+    length_controlled: Score
+    p_value: float | None
+
+
+def win_rate(
+    preferences: numpy.ndarray, longer: numpy.ndarray, dialogues: numpy.ndarray, draws: int, flips: int
+) -> WinRate:
+    """The win rates of A.
+
+    Args:
+        preferences: float [turns]; 1 where A is preferred, 0 where B is, 0.5 for a tie.
+        longer: float [turns]; by how many characters A's reply is longer.
+        dialogues: int [turns]; the dialogue of each, counted from 0.
+        draws: resamples of the dialogues for the intervals.
+        flips: random exchanges of the two systems for the p-value.
+    """
+    figure = Figure(mean(100 * preferences), "turns", "A preferred, ties half", "no turns were judged")
+    signature = "logistic regression on the difference in characters, at difference 0"
+    if not len(preferences):
+        nothing = Score(None, "turns", signature, figure.reason)
+        return WinRate(0, 0, 0, figure.score(dialogues, draws), nothing, None)
+
+    def controlled(weights: numpy.ndarray) -> numpy.ndarray:
+        return 100 * at_equal_length(preferences, longer, weights)
+
+    bounds = weighted_interval(controlled, dialogues, draws) or (None, None)
+    value = float(controlled(numpy.ones((1, len(preferences))))[0])
+    wins, losses = int((preferences == 1).sum()), int((preferences == 0).sum())
+    return WinRate(
+        wins,
+        len(preferences) - wins - losses,
+        losses,
+        figure.score(dialogues, draws),
+        Score(value, "turns", signature, None, *bounds),
+        sign_flip_test(mean(preferences), mean(1 - preferences), dialogues, flips),
+    )
+
+
+def at_equal_length(preferences: numpy.ndarray, longer: numpy.ndarray, weights: numpy.ndarray) -> numpy.ndarray:
+    """The win rate, float [n] in 0..1, that replies of equal length would have, for `weights`, float [n, turns].
+
+    The model is P(A is preferred) = s(a + b d / D) with s the logistic function, d the difference in length of a turn
+    and D the root mean square of all of them. a and b maximise the weighted log-likelihood, a tie counting as half a
+    win and half a loss, less `RIDGE` / 2 (a^2 + b^2), by Newton's method; the answer is s(a).
+    """
+    scale = numpy.sqrt(numpy.mean(longer.astype(float) ** 2)) or 1.0
+    x = longer / scale
+    a, b = numpy.zeros((2, len(weights)))
+    for _ in range(100):
+        p = 1 / (1 + numpy.exp(-(a[:, None] + b[:, None] * x)))
+        error, spread = weights * (preferences - p), weights * p * (1 - p)
+        slope_a, slope_b = error.sum(axis=1) - RIDGE * a, (error * x).sum(axis=1) - RIDGE * b
+        aa, ab, bb = spread.sum(axis=1) + RIDGE, (spread * x).sum(axis=1), (spread * x * x).sum(axis=1) + RIDGE
+        # Never further than where the curve still looks like what the step was computed from.
+        step_a, step_b = (
+            numpy.clip(step / (aa * bb - ab * ab), -1, 1)
+            for step in (bb * slope_a - ab * slope_b, aa * slope_b - ab * slope_a)
+        )
+        a, b = a + step_a, b + step_b
+        if max(numpy.abs(step_a).max(), numpy.abs(step_b).max()) < 1e-9:
+            break
+    return 1 / (1 + numpy.exp(-a))

@@ -1,0 +1,1 @@
+"""Language models behind OpenAI-compatible servers: requests within limits, and answers of a given form."""

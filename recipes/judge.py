@@ -1,0 +1,63 @@
+"""Let a language model judge two evaluations of the same dialogues: pairs in both orders, and five criteria.
+
+python recipes/judge.py runs/one/evaluation runs/other/evaluation llm=gpt_4o
+"""
+
+import sys
+
+from csc_train.config import JudgeRecipe, resolved, run_recipe
+from csc_train.errors import InputError
+
+
+def main(config: JudgeRecipe) -> None:
+    # After the configuration is checked: these imports take seconds.
+    from pathlib import Path
+
+    from csc_train.dialogue import read_dialogues
+    from csc_train.evaluation.judge import as_json, chosen_turns, judge, judgement, markdown, questions
+    from csc_train.evaluation.metrics import same_turns
+    from csc_train.evaluation.predictions import read_run, system_of
+    from csc_train.files import digest, write_json, write_text
+    from csc_train.run import Run, provenance, single_process
+
+    single_process("judge")
+    run = Run("judge", resolved(config))
+
+    # Predictions
+    found = []
+    for directory, name in ((config.a, config.system_a), (config.b, config.system_b)):
+        saved = read_run(directory)
+        system = system_of(saved, directory, name)
+        if "reference" not in saved[system]:
+            raise InputError(f"{directory}: {system} was not evaluated in reference context")
+        found.append((f"{system} of {directory}", saved[system]["reference"]))
+    (names, predictions) = zip(*found, strict=True)
+    sides = same_turns(*predictions, *names)
+    chosen = chosen_turns(sides[0], config.judge)
+    a, b = ([side.predictions[index] for index in chosen] for side in sides)
+    dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(Path(config.a) / "dialogues.jsonl")}
+    asked = questions(a, b, dialogues, config.judge)
+
+    # Answers
+    status = run.begin({"questions": digest([question.messages for question in asked])})
+    if status == "finished":
+        run.say((run.directory / "judge.md").read_text(encoding="utf-8"))
+        return
+    run.say(f"{len(a)} turns, {len(asked)} questions to {config.llm.model}")
+    judged = judge(asked, config.llm, config.judge, run.directory / "judgements.jsonl")
+
+    # Table
+    result = judgement(a, b, judged, config.judge)
+    table = markdown(result, judged, names, config.llm.model)
+    facts = {"provenance": provenance(), "a": names[0], "b": names[1], "judge": config.llm.model}
+    write_json(run.directory / "judge.json", facts | as_json(result, judged))
+    write_text(run.directory / "judge.md", table)
+    run.say(f"{table}\nreport: {run.directory}/judge.md, {run.directory}/judge.json")
+    if judged.failures:
+        run.say(f"{len(judged.failures)} questions failed; to ask them again: run={run.directory} resume=true")
+        sys.exit(1)
+    run.finish()
+
+
+if __name__ == "__main__":
+    run_recipe("judge", main)
