@@ -9,14 +9,16 @@ Prints each figure as it comes and writes benchmarks/results/evaluation.json.
 import argparse
 import functools
 import random
+import tempfile
 from pathlib import Path
 
 import numpy
 import torch
-from measure import PREFIX, SMALL_TOKENIZER, Report, random_model, ratios, seconds, side_by_side, spread
-from transformers import AutoTokenizer, GenerationConfig
+from measure import Report, random_model, ratios, seconds, side_by_side, spread
+from transformers import GenerationConfig
 
-from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.config import compose, resolved
+from csc_train.dialogue import Speaker
 from csc_train.evaluation import lexical
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.hf_policy import HFPolicy
@@ -25,22 +27,17 @@ from csc_train.evaluation.predict import Schedule, predict
 from csc_train.evaluation.predictions import Prediction
 from csc_train.evaluation.turns import Turns
 from csc_train.evaluation.uncertainty import interval, sign_flip_test
-from csc_train.strategies import STRATEGIES
+from csc_train.run import processes
 from csc_train.synthesis.sample import generate_sample
-from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.training.tokenizer import obtain_tokenizer
 
 TURNS = 24115
 """Supporter turns of CSConv's 1,855 conversations."""
 EXCHANGES = 13
-ARCHITECTURE = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.3,
-}  # fmt: skip
-"""Of conf/model/demo_qwen2.yaml; its weights are drawn wide enough for replies to depend on what was said."""
-STOPS = 16
-LONGEST = 64
-"""Tokens of a reply."""
+LONGEST = 40
+"""Tokens of a reply, as in the demo."""
+BATCH = 64
 
 
 def main() -> None:
@@ -51,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     turns = TURNS // 100 if options.quick else TURNS
     repeats = 1 if options.quick else 3
-    dialogues, compared = (4, 2) if options.quick else (64, 4)
+    dialogues, compared = (4, 2) if options.quick else (128, 8)
     report = Report({"quick": options.quick, "turns": turns, "dialogues": dialogues, "repeats": repeats}, {})
     generation(report, dialogues, compared, repeats)
     scoring(report, turns, repeats)
@@ -61,13 +58,20 @@ def main() -> None:
 
 def generation(report: Report, count: int, compared: int, repeats: int) -> None:
     """Generated context as evaluation does it, beside one dialogue at a time with each prompt computed anew."""
-    tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
-    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
-    template.prefix_ids = template.prefix_ids[:PREFIX]
-    model = random_model(ARCHITECTURE | {"vocab_size": len(tokenizer)}, "sdpa").eval()
-    model.generation_config.eos_token_id = random.Random(0).sample(range(256, len(tokenizer)), STOPS)
-    settings = EvaluationConfig(batch_size=count, max_new_tokens=LONGEST)
-    dialogues = long_dialogues(count)
+    dialogues = generate_sample(count, seed=0)
+    demo = compose("sft", ["experiment=demo"])
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer = obtain_tokenizer(
+            demo.model, demo.template, generate_sample(700, seed=0), Path(directory) / "tokenizer", processes()
+        )
+    template = DialogueTemplate(tokenizer, demo.model.chat_template, demo.template)
+    # Weights drawn wide enough for replies to depend on what was said.
+    facts = {"vocab_size": len(tokenizer), "initializer_range": 0.3}
+    architecture = {key: value for key, value in resolved(demo)["model"]["architecture"].items() if value} | facts
+    del architecture["model_type"]
+    model = random_model(architecture, "sdpa").eval()
+    model.generation_config.eos_token_id = random.Random(0).sample(range(256, len(tokenizer)), len(tokenizer) // 10)
+    settings = EvaluationConfig(batch_size=BATCH, max_new_tokens=LONGEST)
     policies = {"alone": Alone, "together": Generation, "with likelihoods": HFPolicy}
     policies = {name: kind(model, template, settings) for name, kind in policies.items()}
     few = dialogues[:compared]
@@ -81,15 +85,16 @@ def generation(report: Report, count: int, compared: int, repeats: int) -> None:
     lengths = [len(each) for each in ids["together"].values()]
     report.section(
         "generated context",
-        "The demo's model with random weights, which stops at any of a twelfth of its tokens, so that replies are of "
-        "all lengths; the system prompt cut to as many tokens as RoleCS's has; customers say sentences of the sample "
-        "grammar. Alone: one dialogue at a time, each prompt computed anew, by `generate`. Together: all dialogues, "
-        "each going on from what is cached of it. Alone is timed on the first dialogues, and per turn.",
+        "Sample dialogues with the demo's tokenizer and model; its weights are random, and it stops at any of a tenth "
+        "of its tokens, so that replies are of all lengths. Alone: one dialogue at a time, each prompt computed anew, "
+        "by `generate`. Together: the dialogues of a batch at a time, each going on from what is cached of it. Alone "
+        "is timed on the first dialogues, and per turn.",
         dialogues=count,
         alone=compared,
+        batch=BATCH,
         turns=len(ids["together"]),
         prompt=len(template.prefix_ids),
-        model=ARCHITECTURE,
+        model=architecture,
         mean_generated=round(float(numpy.mean(lengths)), 1),
         lengths=f"{min(lengths)} to {max(lengths)}",
     )
@@ -124,23 +129,6 @@ class Alone(Generation):
             )
             ids = output[0, len(prompt) :].tolist()
             schedule.answer(requests[0], self._said(requests[0], prompt, ids[:-1] if ids[-1] in self._stops else ids))
-
-
-def long_dialogues(count: int) -> list[Dialogue]:
-    """Dialogues of as many exchanges as CSConv's, the supporter first, whose customers say one to three sentences."""
-    rng = random.Random(0)
-    sample = generate_sample(1000, seed=0)
-    pool = [turn.text for each in sample for turn in each.turns if turn.speaker is Speaker.CUSTOMER]
-    reply = Turn(Speaker.SUPPORTER, "好的。", STRATEGIES[0])
-    return [
-        Dialogue(
-            f"{number:05}",
-            (reply, *(turn for _ in range(EXCHANGES - 1) for turn in (
-                Turn(Speaker.CUSTOMER, "".join(rng.choices(pool, k=rng.randint(1, 3)))), reply,
-            ))),
-        )
-        for number in range(count)
-    ]  # fmt: skip
 
 
 def scoring(report: Report, count: int, repeats: int) -> None:
