@@ -137,6 +137,8 @@ def test_replies_made_elsewhere_must_be_whole(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             read_replies(write_lines(tmp_path / "r.jsonl", changed), dialogues, "reference")
+    with pytest.raises(InputError, match="a baseline has that name"):
+        read_replies(write_lines(tmp_path / "strategy bigram.jsonl", rows), dialogues, "reference")
 
 
 # --- as they are started ---
