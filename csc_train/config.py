@@ -25,8 +25,9 @@ from csc_train.launching.config import PreflightConfig, TopologyConfig
 from csc_train.llm.config import LLMConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.run import RESOLVED, RunConfig, end_with_launcher, record_failure
-from csc_train.splits import DataConfig
-from csc_train.template.config import PrepareConfig, TemplateConfig
+from csc_train.splits import DataConfig, SetConfig
+from csc_train.synthesis.filters import CallConfig, DuplicatesConfig, RewriteConfig
+from csc_train.template.config import LANGUAGES, PrepareConfig, TemplateConfig
 from csc_train.training.config import AdapterConfig, ExportConfig, ModelConfig, TrainerConfig, ZeroConfig
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -155,6 +156,30 @@ class WriteSampleRecipe:
 
 
 @dataclass
+class BuildCsconvRecipe:
+    """Configuration of recipes/build_csconv.py."""
+
+    calls: str | None = None
+    """The recorded calls, a JSONL of `{"id", "turns": [{"speaker", "text"}]}`; a handful of made-up ones where not
+    given."""
+    language: str = "zh"
+    """Language of the calls and of the prompts: zh or en."""
+    seed: int = 0
+    """Of the model's sampling, and of the samples that the report is made from."""
+    call: CallConfig = field(default_factory=CallConfig)
+    rewrite: RewriteConfig = field(default_factory=RewriteConfig)
+    duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
+    reference: SetConfig = field(default_factory=SetConfig)
+    """Dialogues to put beside these in the report."""
+    llm: LLMConfig = MISSING
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        check_choice("language", self.language, LANGUAGES)
+        check_range("seed", self.seed, 0, 2**32 - 1)
+
+
+@dataclass
 class LaunchRecipe:
     """Configuration of launch/launch.py; whatever else it is given is the recipe's."""
 
@@ -178,6 +203,7 @@ SCHEMAS = {
     "compare": CompareRecipe,
     "judge": JudgeRecipe,
     "write_sample": WriteSampleRecipe,
+    "build_csconv": BuildCsconvRecipe,
     "launch": LaunchRecipe,
 }
 

@@ -76,6 +76,11 @@ class Dialogue:
         """Indices into `turns` of the supporter's turns."""
         return [index for index, turn in enumerate(self.turns) if turn.speaker is Speaker.SUPPORTER]
 
+    @property
+    def text(self) -> str:
+        """The texts of all turns, one line per turn."""
+        return "\n".join(turn.text for turn in self.turns)
+
     def row(self) -> dict[str, Any]:
         """The row of a dialogue file that reads back as this dialogue."""
         turns = [

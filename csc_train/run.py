@@ -32,6 +32,7 @@ OUTPUTS = (
     "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html", "comparison.json",
     "comparison.md",
     "judgements.jsonl", "judge.json", "judge.md",
+    "answers.jsonl", "dialogues.parquet", "rejected.jsonl", "waterfall.json", "quality.json", "quality.html",
 )  # fmt: skip
 """What the recipes write into a run directory besides `run.json`, `resolved.yaml` and refused rows."""
 

@@ -6,7 +6,6 @@ or reordering rows moves no other dialogue from one side to the other.
 
 import hashlib
 import itertools
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,13 +16,8 @@ from tqdm import tqdm
 
 from csc_train.dialogue import Dialogue, read_dialogues
 from csc_train.errors import InputError
+from csc_train.near_duplicates import NearDuplicates
 
-SHINGLE = 5
-"""Characters in a shingle: about three Chinese words."""
-PERMUTATIONS = 128
-"""Length of a MinHash signature."""
-RECALL = 0.99
-"""Least chance that a pair at the threshold itself becomes a candidate; more similar pairs have a higher one."""
 NGRAM = 13
 """Characters in an n-gram of `find_shared_text`: about eight Chinese words, more than a stock phrase has."""
 _BLOCK = 256
@@ -274,55 +268,23 @@ def _best(overlaps: list[Overlap] | Iterator[Overlap]) -> list[Overlap]:
 
 def _overlaps(train: list[Dialogue], evaluation: list[Dialogue], threshold: float, seed: int) -> Iterator[Overlap]:
     """Every pair at or above `threshold`, in the order of `evaluation`, then of `train`."""
-    import datasketch
 
-    def signatures(dialogues: list[Dialogue], name: str) -> Iterator[datasketch.MinHash]:
-        shingles = ([shingle.encode() for shingle in _shingles(dialogue)] for dialogue in dialogues)
-        hashes = datasketch.MinHash.generator(shingles, num_perm=PERMUTATIONS, seed=seed)
+    def progress(dialogues: list[Dialogue], name: str) -> Iterator[Dialogue]:
         # disable=None: silent where the output is not a terminal.
-        return tqdm(hashes, desc=f"overlap check, {name}", total=len(dialogues), unit="dialogue", disable=None)
+        return tqdm(dialogues, desc=f"overlap check, {name}", unit="dialogue", disable=None)
 
-    rows = _rows_per_band(threshold)
-    index = datasketch.MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // rows, rows))
-    values = np.empty((len(train), PERMUTATIONS), dtype=np.uint32)
-    for place, signature in enumerate(signatures(train, "training")):
-        index.insert(place, signature)
-        values[place] = signature.hashvalues
-    # Signatures that agree less than this are 3 standard deviations from a pair at the threshold, and such a pair lands
-    # there once in 700 times: not worth the exact comparison, of which texts made from templates would need millions.
-    least = threshold - 3 * math.sqrt(threshold * (1 - threshold) / PERMUTATIONS)
-    for dialogue, signature in zip(evaluation, signatures(evaluation, "evaluation"), strict=True):
-        candidates = np.array(sorted(index.query(signature)), dtype=np.int64)
-        likely = candidates[(values[candidates] == signature.hashvalues).mean(axis=1) >= least]
-        own = _shingles(dialogue)
-        for other in (train[place] for place in likely):
-            if _texts(other) == _texts(dialogue):
-                yield Overlap(other.id, dialogue.id, "exact", 1.0)
-                continue
-            theirs = _shingles(other)
-            common = len(own & theirs)
-            similarity = common / (len(own) + len(theirs) - common)
-            if similarity >= threshold:
-                yield Overlap(other.id, dialogue.id, "near", similarity)
-
-
-def _rows_per_band(threshold: float) -> int:
-    """The most rows per band, so the fewest candidates, that still find a pair at `threshold` with chance `RECALL`.
-
-    A pair of similarity s agrees in all r rows of one of b bands with chance 1 - (1 - s^r)^b.
-    """
-    fitting = [r for r in range(1, 17) if 1 - (1 - threshold**r) ** (PERMUTATIONS // r) >= RECALL]
-    return max(fitting, default=1)
+    seen = NearDuplicates(threshold, seed)
+    for dialogue in progress(train, "training"):
+        seen.add(seen.sign(dialogue.text))
+    for dialogue in progress(evaluation, "evaluation"):
+        for place, similarity in seen.matches(seen.sign(dialogue.text)):
+            other = train[place]
+            kind = "exact" if _texts(other) == _texts(dialogue) else "near"
+            yield Overlap(other.id, dialogue.id, kind, similarity)
 
 
 def _texts(dialogue: Dialogue) -> tuple[str, ...]:
     return tuple(turn.text for turn in dialogue.turns)
-
-
-def _shingles(dialogue: Dialogue) -> set[str]:
-    """All runs of `SHINGLE` characters of the dialogue's texts, one line per turn; a shorter text is one shingle."""
-    text = "\n".join(_texts(dialogue))
-    return {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
 
 
 def _ngrams(dialogue: Dialogue) -> set[str]:

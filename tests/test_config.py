@@ -36,6 +36,7 @@ REQUIRED = {
     "compare": ["a=runs/x", "b=runs/y"],
     "judge": ["a=runs/x", "b=runs/y"],
     "write_sample": [],
+    "build_csconv": [],
     "launch": [],
 }
 """What each recipe cannot do without."""

@@ -3,14 +3,9 @@
 import dataclasses
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import jieba
 import numpy
 import pytest
 import torch
@@ -111,40 +106,6 @@ def test_default_tokenizer_of_rouge_score_ignores_chinese():
     assert lexical.rouge_l_latin([("１２元", "１２元")]) == 0  # full-width digits are not ASCII
     assert lexical.rouge_l_latin([("手续费共12元", "请支付12块")]) == 100  # 12 is all that it sees
     assert lexical.rouge_l_latin([("用App交12元", "app里交30元")]) == 50
-
-
-# --- words ---
-
-
-def test_words_keep_odd_text_and_drop_white_space():
-    assert lexical.words("转账５００元 to PayPal账户😀") == [
-        "转账",
-        "５",
-        "０",
-        "０",
-        "元",
-        "to",
-        "PayPal",
-        "账户",
-        "😀",
-    ]
-    assert lexical.words("") == lexical.words(" \n　") == []
-
-
-def test_words_equal_jieba_as_it_comes(tmp_path):
-    stock = jieba.Tokenizer()
-    stock.tmp_dir = str(tmp_path)
-    for reply, reference in ODD_PAIRS:
-        for text in (reply, reference):
-            assert lexical.words(text) == [word for word in stock.lcut(text) if word.strip()]
-
-
-def test_segmenter_is_silent_and_leaves_no_file(tmp_path):
-    code = "from csc_train.evaluation.lexical import words; print(len(words('账户余额')))"
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
-    assert (run.stdout, run.stderr, list(tmp_path.iterdir())) == ("2\n", "", [])
 
 
 # --- edges that all lexical metrics share ---

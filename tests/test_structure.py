@@ -26,19 +26,21 @@ RULES = {
     "llm": LEAVES,
     "strategies": set(),
     "dialogue": LEAVES | {"strategies"},
-    "splits": BASE,
-    "synthesis": BASE | {"llm"},
+    "words": set(),
+    "near_duplicates": set(),
+    "splits": BASE | {"near_duplicates"},
+    "synthesis": BASE | {"llm", "near_duplicates", "words"},
     "template": BASE,
     "template.prepared": BASE | {"template", "checkpoint"},
     "packing": BASE | {"template"},
     "training": BASE | {"template", "packing", "checkpoint", "hub", "run"},
-    "evaluation": BASE | {"template", "checkpoint", "hub", "llm"},
-    "evaluation.contamination": BASE | {"splits"},
+    "evaluation": BASE | {"template", "checkpoint", "hub", "llm", "words"},
+    "evaluation.contamination": BASE | {"splits", "near_duplicates"},
     "launching": BASE | {"template", "packing", "training", "checkpoint", "hub", "run", "splits", "config"},
     # The root configuration is made of its owners' schemas.
     "config": {
         "errors", "evaluation.config", "evaluation.metrics", "launching.config", "llm.config",
-        "packing.config", "run", "splits", "template.config", "training.config",
+        "packing.config", "run", "splits", "synthesis.filters", "template.config", "training.config",
     },
 }  # fmt: skip
 

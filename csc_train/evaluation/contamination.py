@@ -11,7 +11,8 @@ from pathlib import Path
 
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
-from csc_train.splits import NGRAM, SHINGLE, Overlap, Splits, find_shared_text
+from csc_train.near_duplicates import SHINGLE
+from csc_train.splits import NGRAM, Overlap, Splits, find_shared_text
 
 FILE = "contamination.json"
 SHARED = 0.5

@@ -5,9 +5,7 @@ adds to a score over the whole corpus. An empty reply scores 0.
 """
 
 import functools
-import warnings
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy
 from nltk.translate.bleu_score import SmoothingFunction
@@ -16,32 +14,13 @@ from rapidfuzz.distance import LCSseq
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-if TYPE_CHECKING:
-    import jieba
+from csc_train.words import words
 
 TextPair = tuple[str, str]
 TokenPair = tuple[Sequence[Hashable], Sequence[Hashable]]
 
 _ORDERS = 4
 """The largest n-grams that BLEU counts."""
-
-
-@functools.cache
-def _segmenter() -> "jieba.Tokenizer":
-    # Loading the dictionary by hand (about a second) keeps jieba's own start-up from logging to stderr and from
-    # leaving a cache file in the system's temporary directory that every user of the machine would share.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in jieba's source, which newer Pythons print
-        import jieba
-    segmenter = jieba.Tokenizer()
-    segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
-    segmenter.initialized = True
-    return segmenter
-
-
-def words(text: str) -> list[str]:
-    """The jieba words of `text` (default dictionary, HMM on), white space left out."""
-    return [word for word in _segmenter().lcut(text) if not word.isspace()]
 
 
 def characters(text: str) -> str:

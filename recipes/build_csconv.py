@@ -1,0 +1,89 @@
+"""Build CSConv: recorded calls, filtered by rules and a model, rewritten by it, and filtered again -> dialogues.
+
+python recipes/build_csconv.py                                                  # a handful of made-up calls, no model
+python recipes/build_csconv.py calls=calls.jsonl llm=deepseek_r1
+python recipes/build_csconv.py run=runs/build_csconv-20260101-120000 resume=true    # goes on where it was stopped
+"""
+
+from csc_train.config import BuildCsconvRecipe, resolved, run_recipe
+
+
+def main(config: BuildCsconvRecipe) -> None:
+    # After the configuration is checked: these imports take seconds.
+    import asyncio
+    import json
+    import sys
+
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from csc_train.dialogue import read_dialogues, write_dialogues
+    from csc_train.files import file_digest, write_json, write_text
+    from csc_train.llm.client import AuthenticationFailure, Client
+    from csc_train.run import Run, single_process
+    from csc_train.synthesis.csconv import BUNDLED, RULES, AnswerLog, ask_model, ask_script, build, read_calls
+    from csc_train.synthesis.quality_report import quality_report, write_quality_report
+    from csc_train.synthesis.sample import SOURCE
+    from csc_train.synthesis.waterfall import waterfall, waterfall_table
+
+    single_process("build_csconv")
+    run = Run("build_csconv", resolved(config))
+
+    # Calls
+    path = config.calls or BUNDLED
+    calls = read_calls(path)
+    where = config.reference
+    reference = read_dialogues(where.path, source=where.source, say=run.say) if where.path else []
+    if run.begin({"calls": file_digest(path)}) == "finished":
+        run.say(f"{run.directory} is finished; nothing to do")
+        return
+
+    # Filters and rewriting; what is answered is kept as it comes
+    log = AnswerLog(run.directory / "answers.jsonl")
+
+    async def go():
+        settings = {"call": config.call, "rewrite": config.rewrite, "duplicates": config.duplicates}
+        settings |= {"language": config.language, "concurrency": config.llm.concurrency}
+        with tqdm(total=len(calls), desc="calls", unit="call", disable=None) as bar:
+            settings["done"] = lambda outcome: bar.update()
+            if config.llm.backend == "scripted":
+                return await build(calls, log.first(ask_script(config.language)), **settings)
+            async with Client(config.llm) as client:
+                return await build(calls, log.first(ask_model(client, config.seed, log)), **settings)
+
+    to_go_on = f"to go on: run={run.directory} resume=true"
+    try:
+        outcomes = asyncio.run(go())
+    except AuthenticationFailure as error:
+        run.say(f"stopped: {error}\n{to_go_on}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        run.say(f"stopped\n{to_go_on}")
+        raise
+
+    # Dialogues, what was dropped and why
+    source = "CSConv" if config.calls else SOURCE
+    dialogues = [outcome.dialogue(source) for outcome in outcomes if outcome.accepted]
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    rejected = [outcome.row() for outcome in outcomes if not outcome.accepted and not outcome.failure]
+    rows = waterfall((outcome.verdicts for outcome in outcomes), RULES)
+    for name in ("dialogues.jsonl", "dialogues.parquet"):
+        write_dialogues(run.directory / name, dialogues)
+    write_text(run.directory / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
+    write_json(run.directory / "waterfall.json", rows)
+    usage = log.usage | {"cost": config.llm.cost(log.usage["prompt_tokens"], log.usage["completion_tokens"])}
+    usage = {name: value for name, value in usage.items() if value is not None} if log.usage["requests"] else None
+    report = quality_report(dialogues, reference=reference, waterfall=rows, usage=usage, seed=config.seed)
+    write_quality_report(run.directory, report, f"Dialogues from {len(calls)} calls ({source})")
+    Console().print(waterfall_table(rows, f"{len(dialogues)} of {len(calls)} calls are kept"))
+    run.say(f"dialogues: {run.directory}/dialogues.jsonl, .parquet (source={source})")
+    run.say(f"dropped calls: {run.directory}/rejected.jsonl; report: {run.directory}/quality.html, quality.json")
+    if failed:
+        run.say(f"{len(failed)} calls got no answer, the first: {failed[0].id}: {failed[0].failure}")
+        run.say(to_go_on)
+        sys.exit(1)
+    run.finish()
+
+
+if __name__ == "__main__":
+    run_recipe("build_csconv", main)

@@ -1,0 +1,147 @@
+"""What is private is found in whatever form it is written, and other numbers are left alone."""
+
+import random
+
+import pytest
+
+from csc_train.synthesis.privacy import (
+    PLACEHOLDERS,
+    is_bank_card_number,
+    is_identity_card_number,
+    private_data,
+)
+
+# Made up; the check digits are right.
+CARD, IDENTITY = "6222021234567890128", "11010119900307109X"
+
+
+def kinds(text):
+    return [found.kind for found in private_data(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("我的手机是13812345678", "phone number"),
+        ("打138 1234 5678找我", "phone number"),
+        ("打 138-1234-5678。", "phone number"),
+        ("+86 13812345678", "phone number"),
+        ("008613812345678", "phone number"),
+        ("１３８１２３４５６７８", "phone number"),
+        ("幺三八一二三四五六七八", "phone number"),
+        ("一三八〇零二三四五六七", "phone number"),
+        ("2024-08-17 13812345678", "phone number"),
+        ("订单号没有，手机13812345678", "phone number"),
+        ("[13812345678]", "phone number"),
+        ("座机010-62345678", "phone number"),
+        ("座机0571 8765432", "phone number"),
+        (f"身份证{IDENTITY}", "identity card number"),
+        (f"身份证{IDENTITY.lower()}", "identity card number"),
+        ("身份证110101 19900307 109X", "identity card number"),
+        (f"卡号{CARD}", "bank card number"),
+        ("卡号6222 0212 3456 7890 128", "bank card number"),
+        ("卡号4111-1111-1111-1111", "bank card number"),
+        ("发到zhang.san@example.com.cn吧", "e-mail address"),
+        ("发到ｚzhang@example.com", "e-mail address"),
+        ("邮箱zhang＠example．com", "e-mail address"),
+    ],
+)
+def test_private_data_is_found(text, kind):
+    assert kinds(text) == [kind]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "我的手机是[手机号码]，卡号是[银行卡号]",
+        "订单号13812345678",
+        "订单号是：13812345678",
+        "快递单号 4111111111111111",
+        "流水号4111111111111111",
+        "订单20240817123456789",
+        "金额13812345678元",
+        "共13812345678.50",
+        "转了13812345678分",
+        "拨打400-820-1234或者95588",
+        "身份证后四位5678，尾号1234",
+        "1381234567",  # ten digits
+        "138123456789",  # twelve digits
+        "12812345678",  # no mobile number begins so
+        f"身份证{IDENTITY[:-1]}1",  # the check digit is wrong
+        f"卡号{CARD[:-1]}0",  # the check digit is wrong
+        "9月3日下午3点，2024年12月31日",
+        "一五一十地说，二十一世纪，三千五百元",
+        "@客服 在吗，a@b",
+        "https://example.com/?id=20240817",
+    ],
+)
+def test_other_numbers_are_left_alone(text):
+    assert kinds(text) == []
+
+
+def test_places_are_those_of_the_text_as_it_is():
+    text = "手机１３８１２３４５６７８，邮箱a@b.cn，证件" + IDENTITY
+    found = private_data(text)
+    assert [each.kind for each in found] == ["phone number", "e-mail address", "identity card number"]
+    assert [text[each.start : each.end] for each in found] == ["１３８１２３４５６７８", "a@b.cn", IDENTITY]
+
+
+def test_a_number_is_of_one_kind_only():
+    """An identity card number may pass the check of a bank card number, and holds digits like a phone number's."""
+    number = next(
+        text for n in range(1000, 10_000) if is_identity_card_number(text := f"4101011990030{n:04d}8") and
+        is_bank_card_number(text)
+    )  # fmt: skip
+    assert kinds(number) == ["identity card number"]
+
+
+def test_placeholders_are_not_private():
+    assert kinds("，".join(f"[{name}]" for name in PLACEHOLDERS)) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "right"),
+    [
+        ("11010519491231002X", True),  # the standard's own example
+        ("11010519491231002x", True),
+        ("110105194912310021", False),
+        ("11010519491331002X", False),  # month 13
+        ("11010518491231002X", False),
+        ("01010519491231002X", False),
+        ("1101051949123100", False),
+    ],
+)
+def test_the_check_digit_of_an_identity_card_number(number, right):
+    assert is_identity_card_number(number) is right
+
+
+@pytest.mark.parametrize(
+    ("number", "right"),
+    [
+        ("4111111111111111", True),
+        ("4111111111111112", False),
+        ("378282246310005", True),
+        ("79927398713", False),  # Luhn's example: right, but too short for a card
+        ("1234567812345670", False),  # right by Luhn, but no issuer begins with 1
+    ],
+)
+def test_the_check_digit_of_a_bank_card_number(number, right):
+    assert is_bank_card_number(number) is right
+
+
+def test_every_changed_digit_of_a_card_number_is_noticed():
+    for place in range(1, len(CARD)):
+        for digit in "0123456789":
+            changed = CARD[:place] + digit + CARD[place + 1 :]
+            assert is_bank_card_number(changed) is (digit == CARD[place])
+
+
+def test_any_text_is_looked_at_without_an_error_and_what_is_planted_is_found():
+    rng = random.Random(0)
+    pieces = ["1", "13", "-", " ", "@", ".", "元", "号", "单号", "零", "幺", "Ｘ", "\n", "😀", "[", "]", "\ud83d", "x"]
+    for _ in range(2000):
+        noise = "".join(rng.choices(pieces, k=rng.randint(0, 30)))
+        private_data(noise)
+        phone = f"1{rng.choice('3456789')}{rng.randrange(10**9):09d}"
+        assert "phone number" in kinds(f"{noise}，手机{phone}。{noise}")
