@@ -24,11 +24,18 @@ from csc_train.evaluation.metrics import MetricsConfig
 from csc_train.launching.config import PreflightConfig, TopologyConfig
 from csc_train.llm.config import LLMConfig
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.run import RESOLVED, RunConfig, end_with_launcher, record_failure
+from csc_train.run import RESOLVED, RunConfig, end_with_launcher, fail, record_failure
 from csc_train.splits import DataConfig, SetConfig
 from csc_train.synthesis.filters import CallConfig, DuplicatesConfig, RewriteConfig
 from csc_train.template.config import LANGUAGES, PrepareConfig, TemplateConfig
-from csc_train.training.config import AdapterConfig, ExportConfig, ModelConfig, TrainerConfig, ZeroConfig
+from csc_train.training.config import (
+    AdapterConfig,
+    ExportConfig,
+    ModelConfig,
+    TrackingConfig,
+    TrainerConfig,
+    ZeroConfig,
+)
 
 CONF = Path(__file__).parent.parent / "conf"
 RECORDED = ("run", "resume", "from")
@@ -51,6 +58,7 @@ class SftRecipe:
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -373,12 +381,15 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             main(compose(recipe, arguments))
     except InputError as error:
+        fail(error)
         if os.environ.get("RANK", "0") == "0":  # the other processes of a job would only repeat it
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        fail(error)
         sys.exit(130)
     except Exception as error:
+        fail(error)
         record_failure(error)
         raise
     finally:

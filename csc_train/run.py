@@ -1,5 +1,6 @@
 """Run directories: one per run, written by rank 0, holding all that is needed to tell what was done."""
 
+import contextlib
 import ctypes
 import datetime
 import importlib.metadata
@@ -25,6 +26,8 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "t
 EXISTING = ("refuse", "reuse", "resume", "replace")
 RESOLVED = "resolved.yaml"
 RECORD = "run.json"
+CHANGES = "code.diff"
+"""In a run directory: what the code differed in from the commit that `run.json` names."""
 STOPPED = 75
 """Exit status of a run that was asked to stop, and saved a state of training to go on from: sysexits' EX_TEMPFAIL."""
 OUTPUTS = (
@@ -33,6 +36,7 @@ OUTPUTS = (
     "comparison.md",
     "judgements.jsonl", "judge.json", "judge.md",
     "answers.jsonl", "dialogues.parquet", "rejected.jsonl", "waterfall.json", "quality.json", "quality.html",
+    "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb", CHANGES,
 )  # fmt: skip
 """What the recipes write into a run directory besides `run.json`, `resolved.yaml` and refused rows."""
 
@@ -108,25 +112,66 @@ class Run:
         return shared(self._begin(inputs) if self.main else None)
 
     def _begin(self, inputs: dict[str, str]) -> str:
-        # Where a run is kept, what is prepared for it and what is sharded do not change its results.
-        what = {name: value for name, value in self.config.items() if name not in ("run", "prepare", "zero")}
+        # Where a run is kept and followed, what is prepared for it and what is sharded do not change its results.
+        aside = ("run", "prepare", "zero", "tracking")
+        what = {name: value for name, value in self.config.items() if name not in aside}
         key = digest([self.recipe, what, inputs, code_digest(), provenance()["versions"]])
         existing = self.config["run"]["existing"]
         if existing in ("reuse", "resume") and self._record_path.exists():
             earlier = read_json(self._record_path)
+            if existing == "resume" and (differing := self._differences(aside)):
+                raise InputError(
+                    f"{self.directory} began otherwise: {'; '.join(differing)}; go on as it began by "
+                    f"run={self.directory} resume=true, or start a new run by from={self.directory}"
+                )
             if existing == "resume" and earlier["inputs"] != inputs:
                 raise InputError(f"{self.directory}: the data are not those that the run began with")
             if existing == "resume" and earlier.get("key") != key:
                 self.say("note: code or package versions are not those that the run began with")
             if existing == "resume" or earlier.get("key") == key:
-                return "finished" if earlier.get("finished") else "unfinished"
+                if earlier.get("finished"):
+                    return "finished"
+                self._go_on(earlier)
+                return "unfinished"
         for name in OUTPUTS:  # what an earlier run left here would pass for this one's
             shutil.rmtree(self.directory / name, ignore_errors=True)
             (self.directory / name).unlink(missing_ok=True)
         write_text(self.directory / RESOLVED, as_yaml(self.config))
+        if changed := changes():
+            write_text(self.directory / CHANGES, changed)
         record = {"recipe": self.recipe, "key": key, "command": sys.argv, "inputs": inputs, "provenance": provenance()}
-        write_json(self._record_path, record | {"started": _now(), "finished": None})
+        write_json(self._record_path, record | {"status": "running", "started": _now(), "finished": None})
+        self._begun()
         return "new"
+
+    def _differences(self, aside: tuple[str, ...]) -> list[str]:
+        """What the run began with and has otherwise now, by key; of keys that it knew, and not of groups in `aside`."""
+        began = _flat(yaml.safe_load((self.directory / RESOLVED).read_text(encoding="utf-8")))
+        now = _flat(self.config)
+        return [
+            f"{key}={value}, not {now[key]}"
+            for key, value in began.items()
+            if key in now and now[key] != value and key.split(".")[0] not in aside
+        ]
+
+    def _go_on(self, earlier: dict[str, Any]) -> None:
+        """Record that an unfinished run is running again; one that was still said to be running had crashed."""
+        record = earlier | {"status": "running"}
+        if earlier.get("status") == "running":
+            self.say(f"note: {self.directory} crashed: it was killed before it could say so")
+            record["crashed"] = [*earlier.get("crashed", []), {"noticed": _now()}]
+        write_json(self._record_path, record)
+        self._begun()
+
+    def _begun(self) -> None:
+        global _running
+        _running = self
+
+    def _end(self, status: str, **facts: str) -> None:
+        global _running
+        _running = None
+        if self.main:
+            write_json(self._record_path, read_json(self._record_path) | {"status": status} | facts)
 
     def last_state(self) -> str | None:
         """The latest state of training that was saved whole, on every process; None where there is none."""
@@ -136,13 +181,11 @@ class Run:
 
     def finish(self) -> None:
         """Mark the run as finished."""
-        if self.main:
-            write_json(self._record_path, read_json(self._record_path) | {"finished": _now()})
+        self._end("finished", finished=_now())
 
     def stop(self) -> NoReturn:
         """Mark the run as stopped, with a state of training to go on from, and end every process with `STOPPED`."""
-        if self.main:
-            write_json(self._record_path, read_json(self._record_path) | {"stopped": _now()})
+        self._end("stopped", stopped=_now())
         self.say(f"stopped; to go on: run={self.directory} resume=true")
         processes().wait_for_everyone()  # the first to end makes torchrun end the others
         sys.exit(STOPPED)
@@ -156,6 +199,14 @@ class Run:
 def default_directory(recipe: str) -> str:
     """The directory of a run that was given none, by this process's clock."""
     return time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key."""
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def as_yaml(config: dict[str, Any]) -> str:
@@ -173,6 +224,17 @@ def end_with_launcher() -> None:
     """Where torchrun started this process: do not outlive it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+
+
+_running: Run | None = None
+"""The run that this process has begun and not ended, on the main process."""
+
+
+def fail(error: BaseException) -> None:
+    """Mark the run that this process has begun, if any, as failed."""
+    if _running is not None:
+        with contextlib.suppress(InputError):  # where the disk is full, this cannot be written either
+            _running._end("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def record_failure(error: Exception) -> None:
@@ -232,22 +294,25 @@ def code_digest() -> str:
     return digest([[str(path.relative_to(root)), file_digest(path)] for path in files])
 
 
+def changes() -> str:
+    """What the tracked files of the code differ in from the commit, as `git diff` writes it; empty where unknown."""
+    return _git("diff", "--binary", "HEAD") or ""
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+
+
 def provenance() -> dict[str, Any]:
     """Commit, whether the tree has uncommitted changes, and package versions; None where they cannot be told."""
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    except FileNotFoundError:
-        commit = changes = None
+    commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return {
-        "commit": commit,
-        "dirty": None if changes is None else bool(changes),
+        "commit": commit and commit.strip(),
+        "dirty": None if status is None else bool(status),
         "python": sys.version.split()[0],
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }

@@ -36,6 +36,7 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.splits import load_splits
     from csc_train.synthesis.sample import ceiling, ensure_sample
     from csc_train.template.config import TemplateConfig
+    from csc_train.training.tracking import attach_evaluation
 
     if config.score_only or config.llm:
         single_process("evaluate")
@@ -111,6 +112,8 @@ def main(config: EvaluateRecipe) -> None:
 
     # Metrics, table
     score_and_show(run.directory, config)
+    if config.checkpoint:
+        attach_evaluation(Path(config.checkpoint).parent, run.directory)
     if data.sample_dialogues:
         run.say(f"ceiling of ACC, by the rule that wrote the sample dialogues: {ceiling(splits.evaluation):.2f}")
     if failed := failed_turns(run.directory):

@@ -34,6 +34,7 @@ def main(config: SftRecipe) -> None:
     )
     from csc_train.training.origin import describe_origin, keep_base
     from csc_train.training.tokenizer import obtain_tokenizer
+    from csc_train.training.tracking import Tracking
     from csc_train.training.trainer import build_trainer, training_arguments
 
     job = processes()
@@ -87,16 +88,19 @@ def main(config: SftRecipe) -> None:
     run.say(f"steps: {trainer.batches().balance()}")
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    trainer.train(resume_from_checkpoint=run.last_state() if status == "unfinished" else None)
-    if stop.before_the_end:
-        run.stop()
+    state = run.last_state() if status == "unfinished" else None
+    with Tracking(config.tracking, run, trainer, manifest, packing_report, state) as tracking:
+        trainer.train(resume_from_checkpoint=state)
+        if stop.before_the_end:
+            run.stop()
 
-    # Checkpoint
-    trained = trained_model(trainer, source, resolve_dtype(config.trainer.precision))
-    if run.main:
-        metrics = {"packing": dataclasses.asdict(packing_report), "log": trainer.state.log_history}
-        write_json(run.directory / "metrics.json", metrics)
-        save_checkpoint(run.directory / "checkpoint", trained, tokenizer, template.chat_template, manifest)
+        # Checkpoint
+        trained = trained_model(trainer, source, resolve_dtype(config.trainer.precision))
+        if run.main:
+            metrics = {"packing": dataclasses.asdict(packing_report), "log": trainer.state.log_history}
+            write_json(run.directory / "metrics.json", metrics)
+            save_checkpoint(run.directory / "checkpoint", trained, tokenizer, template.chat_template, manifest)
+            tracking.keep_checkpoint(run.directory / "checkpoint")
     job.wait_for_everyone()
     run.finish()
     run.say(f"checkpoint: {run.directory}/checkpoint")

@@ -171,6 +171,10 @@ def test_a_checkpoint_with_another_template_is_refused(workplace):
     assert "template is not the one the checkpoint was trained with" in refused.stderr
 
 
+def history(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
 def test_two_processes_make_one_run_directory(tmp_path):
     weights = ["loss=by_strategy", "loss.table.GT=0"]
     done = start("sft.py", "debug=cpu_tiny", *weights, cwd=tmp_path, processes=2)
@@ -180,7 +184,8 @@ def test_two_processes_make_one_run_directory(tmp_path):
     assert "礼貌问候" not in trained and "感谢与告别" in trained
     assert (run / "checkpoint" / "model.safetensors").exists()
     assert done.stdout.count("checkpoint: ") == 1
-    assert done.stdout.count("'train_loss'") == 1
+    assert done.stdout.count("trained 6 steps in ") == 1
+    assert [line["step"] for line in history(run)] == [1, 2, 3, 4, 5, 6]
     for report in (
         " dialogues encoded in ",
         "training on ",
@@ -229,12 +234,14 @@ def test_a_run_killed_after_a_saved_state_goes_on_from_it(tmp_path):
     first = (run / "checkpoint" / "model.safetensors").read_bytes()
     # As a kill at step 5 leaves it, in the middle of writing a state: no end, no checkpoint, a torn last state.
     record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"finished": None}))
+    (run / "run.json").write_text(json.dumps(record | {"finished": None, "status": "running"}))
     shutil.rmtree(run / "checkpoint")
     (run / "states" / "checkpoint-6" / "trainer_state.json").unlink()
     again = start("sft.py", *arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("'grad_norm'") == 2  # steps 5 and 6
+    assert "trained 2 steps in " in again.stdout  # steps 5 and 6
+    assert [line["step"] for line in history(run)] == [1, 2, 3, 4, 5, 6]
+    assert "runs/killed crashed" in again.stdout
     assert (run / "checkpoint" / "model.safetensors").read_bytes() == first
 
 
@@ -253,4 +260,7 @@ def test_a_model_that_cannot_be_written_is_named_and_not_left_half_written(tmp_p
     assert "cannot write runs/full/base" in error
     assert "File too large" in error
     assert "Traceback" not in done.stderr
-    assert {path.name for path in (tmp_path / "runs" / "full").iterdir()} == {"resolved.yaml", "run.json", "tokenizer"}
+    names = {path.name for path in (tmp_path / "runs" / "full").iterdir()} - {"code.diff"}
+    assert names == {"resolved.yaml", "run.json", "tokenizer"}
+    record = json.loads((tmp_path / "runs/full/run.json").read_text())
+    assert record["status"] == "failed" and "cannot write runs/full/base" in record["error"]

@@ -14,6 +14,7 @@ import torch
 from conftest import SMALL_OF, manifest_of, random_dialogue, real_tokenizer, small_tokenizer, tiny_config
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from wandb_file import offline_runs
 from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
 
 from csc_train.checkpoint import MANIFEST, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
@@ -115,8 +116,9 @@ def whole_weighted(folder):
 
 @pytest.fixture(scope="module")
 def whole_shared(folder):
-    """Packs that share a prefix, in one forward pass."""
-    return curve(train(folder, micro_batch_size=4, packs="shared"))
+    """Packs that share a prefix, in one forward pass; and what was logged of it."""
+    trainer = train(folder, micro_batch_size=4, packs="shared")
+    return curve(trainer) | {"history": [entry for entry in trainer.state.log_history if "loss" in entry]}
 
 
 TWO_PROCESSES = {
@@ -129,6 +131,7 @@ TWO_PROCESSES = {
     "two_processes_weighted": {"micro_batch_size": 1, "packs": "weighted"},
     "two_processes_resumed": {"micro_batch_size": 2, "resume": "kept/checkpoint-4"},
     "two_processes_at_once": {"micro_batch_size": 1, "worst_first": False},
+    "two_processes_tracked": {"micro_batch_size": 1, "packs": "shared", "tracked": "tracked"},
 }
 
 
@@ -291,6 +294,24 @@ def test_two_processes_train_the_same_with_the_largest_batch_first_as_without(on
     assert first["engine"] == without["engine"] == "DistributedDataParallel"
     assert (first["losses"], first["grad_norms"]) == (without["losses"], without["grad_norms"])
     assert first["digest"] == without["digest"]
+
+
+def test_two_processes_are_measured_as_one_and_make_one_run(folder, whole_shared, on_two_processes):
+    run = folder / "tracked"
+    lines = [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
+    assert on_two_processes["two_processes_tracked"]["losses"] == [line["loss"] for line in lines]
+
+    def figures(line: dict) -> dict[str, float]:
+        return {name: value for name, value in line.items() if name.startswith(("loss_", "accuracy_"))}
+
+    for line, one in zip(lines, whole_shared["history"], strict=True):
+        assert len(figures(line)) > 10
+        assert figures(line) == pytest.approx(figures(one), rel=TOLERANCE, abs=0)
+        assert line["rank_skew"] > 1
+    (kept,) = offline_runs(run)
+    assert sorted(kept.rows) == [line["step"] for line in lines]
+    assert (kept.exit_code, kept.config["topology"]["processes"]) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,16 @@ import torch
 
 from csc_train.packing.documents import Documents, dense_mask, row_documents
 from csc_train.packing.flex import BLOCK, flex_documents
+from csc_train.packing.schedule import pack_cost
 
 IGNORED = -100
 """The label of a token that is not trained."""
 
 SHARING = ("documents", "flex", "mask")
 """The layouts that take shared prefixes."""
+
+WORK = ((1, 0), (0, 1))
+"""What `pack_cost` counts: tokens, then pairs of tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,13 @@ class PackCollator:
         layout: one of the above.
         pad_id: the token that pads.
         additive: in layout `mask`, give the mask as numbers to add (eager attention) instead of booleans.
+        measured: add what a training's figures are computed from (see `training.measures`).
     """
 
     layout: str
     pad_id: int
     additive: bool = False
+    measured: bool = False
 
     @property
     def joins(self) -> bool:
@@ -52,7 +58,8 @@ class PackCollator:
         Returns:
             `input_ids` and `labels`, int64 [rows, length], `weights`, float32 [rows, length], and what the layout adds
             of `position_ids` (int64 [rows, length]), `attention_mask` and `documents` (the fields of `Documents` or
-            `FlexDocuments`).
+            `FlexDocuments`). Where measured, also `cells`, uint8 [rows, length], and `work`: how many tokens there are
+            without padding, and how many pairs of tokens, as `pack_cost` counts them.
 
         Raises:
             ValueError: nothing in the batch is trained, the first token of a document is (what precedes it in the
@@ -75,6 +82,10 @@ class PackCollator:
         batch = {name: torch.stack([self._pad(name, row[name], longest) for row in rows]) for name in rows[0]}
         if (batch["labels"] == IGNORED).all() and not all("empty" in pack for pack in packs):
             raise ValueError("a batch has no trained token")
+        if self.measured:
+            extra["work"] = tuple(
+                sum(pack_cost(pack["lengths"], pack["prefix"], *what).total for pack in packs) for what in WORK
+            )
         return batch | extra
 
     def _row(self, pack: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -87,6 +98,8 @@ class PackCollator:
         if pack["prefix"] and self.layout not in SHARING:
             raise ValueError(f"layout {self.layout} cannot share a prefix")
         row = {"input_ids": input_ids, "labels": input_ids.masked_fill(weights == 0, IGNORED), "weights": weights}
+        if self.measured:
+            row["cells"] = torch.as_tensor(pack["cells"])
         if self.layout == "padded":
             row["attention_mask"] = torch.ones_like(input_ids)
         else:
@@ -109,6 +122,6 @@ class PackCollator:
         if name == "position_ids":
             padding = torch.arange(missing)
         else:
-            fill = {"input_ids": self.pad_id, "labels": IGNORED, "weights": 0, "attention_mask": 0}[name]
+            fill = {"input_ids": self.pad_id, "labels": IGNORED, "weights": 0, "cells": 0, "attention_mask": 0}[name]
             padding = torch.full((missing,), fill, dtype=values.dtype)
         return torch.cat([values, padding])

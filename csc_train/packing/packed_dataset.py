@@ -8,6 +8,7 @@ import numpy
 import torch
 
 from csc_train.errors import InputError
+from csc_train.packing.cells import cells_of
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.length_policy import leading_turns_to_cut, without_leading_turns
 from csc_train.packing.loss_weights import LossWeights, count_turns
@@ -79,27 +80,37 @@ class Packs(torch.utils.data.Dataset):
         """A pack, the documents of it that `part` names, or, for None, a row of one token that is not trained.
 
         Returns:
-            `input_ids` (int32) and `weights` (float32), both [length]; `lengths` (int32), those of the documents in
-            order; and `prefix` (int), the length of the first document where the others share it, else 0. The row of
-            one token is marked as `empty`.
+            `input_ids` (int32), `weights` (float32) and `cells` (uint8, see `packing.cells`; 0 where the weight is),
+            all [length]; `lengths` (int32), those of the documents in order; and `prefix` (int), the length of the
+            first document where the others share it, else 0. The row of one token is marked as `empty`.
         """
         if part is None:
-            one = numpy.zeros(1, numpy.float32)
             return {
-                "input_ids": self.examples[0].input_ids[:1], "weights": one, "lengths": [1], "prefix": 0, "empty": True,
-            }  # fmt: skip
+                "input_ids": self.examples[0].input_ids[:1],
+                "weights": numpy.zeros(1, numpy.float32),
+                "cells": numpy.zeros(1, numpy.uint8),
+                "lengths": [1],
+                "prefix": 0,
+                "empty": True,
+            }
         if not isinstance(part, Part):
             part = Part(range(len(self))[part], 0, len(self.members[part]))
         prefix, members = self.prefixes[part.pack], self.members[part.pack][part.first : part.last]
         examples = [without_leading_turns(self.examples[number], first) for number, first in members]
         ids = [example.input_ids[prefix:] for example in examples]
         weights = [self.weigh(example)[prefix:] for example in examples]
+        cells = [
+            cells_of(example, member.first_turn)[prefix:] for example, member in zip(examples, members, strict=True)
+        ]
         if prefix:
             ids.insert(0, examples[0].input_ids[:prefix])
             weights.insert(0, numpy.zeros(prefix, numpy.float32))
+            cells.insert(0, numpy.zeros(prefix, numpy.uint8))
+        weight = numpy.concatenate(weights)
         return {
             "input_ids": numpy.concatenate(ids),
-            "weights": numpy.concatenate(weights),
+            "weights": weight,
+            "cells": numpy.where(weight > 0, numpy.concatenate(cells), 0),
             "lengths": numpy.array([len(each) for each in ids], dtype=numpy.int32),
             "prefix": prefix,
         }

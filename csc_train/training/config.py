@@ -180,6 +180,29 @@ class TrainerConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Where the figures of a run go, beside the history in its run directory."""
+
+    mode: str = "auto"
+    """wandb: to Weights & Biases. offline: to files of Weights & Biases in the run directory, to be uploaded by
+    `wandb sync`. off: nowhere else. auto: wandb where there is a key or a login, else offline; WANDB_MODE=offline and
+    WANDB_MODE=disabled hold."""
+    project: str = "csc-train"
+    """The W&B project."""
+    entity: str | None = None
+    """The W&B user or team; the login's own where not given."""
+    init_timeout: float = 30.0
+    """Seconds that W&B has to answer before the run is kept offline."""
+    finish_timeout: float = 300.0
+    """Seconds that W&B has at the end to upload what is left; files that are not uploaded stay in the run directory."""
+
+    def __post_init__(self):
+        check_choice("tracking.mode", self.mode, ("auto", "wandb", "offline", "off"))
+        check_range("tracking.init_timeout", self.init_timeout, 1)
+        check_range("tracking.finish_timeout", self.finish_timeout, 1)
+
+
+@dataclass
 class ExportConfig:
     """What recipes/export.py writes."""
 

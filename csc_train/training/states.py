@@ -23,6 +23,8 @@ class StateRecord:
     processes: int
     stage: int | None
     """DeepSpeed's ZeRO stage; None for DDP or one process."""
+    tracked: str | None = None
+    """The id of the run in the tracker; None where it was not tracked."""
 
 
 def record_of(trainer: Trainer) -> StateRecord:
@@ -30,7 +32,8 @@ def record_of(trainer: Trainer) -> StateRecord:
     arguments = trainer.args
     each = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     plugin = arguments.deepspeed_plugin
-    return StateRecord(each * arguments.world_size, arguments.world_size, plugin.zero_stage if plugin else None)
+    stage = plugin.zero_stage if plugin else None
+    return StateRecord(each * arguments.world_size, arguments.world_size, stage, getattr(trainer, "tracked", None))
 
 
 def read_record(state: Path) -> StateRecord:

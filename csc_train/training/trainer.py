@@ -1,13 +1,15 @@
 """TRL's SFTTrainer on packs of encoded dialogues."""
 
+import dataclasses
 import re
 import sys
+import time
 from pathlib import Path
 
 import datasets
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from csc_train.errors import InputError
@@ -17,7 +19,9 @@ from csc_train.packing.packed_dataset import Packs
 from csc_train.packing.schedule import pack_cost
 from csc_train.training.config import AdapterConfig, TrainerConfig, ZeroConfig
 from csc_train.training.isolation import check_isolation, guard_rows
+from csc_train.training.measures import Measures, training_flops
 from csc_train.training.model import batch_layout, lora_config, resolve_dtype
+from csc_train.training.progress import Progress
 from csc_train.training.reshard import lay_out
 from csc_train.training.states import WRITING, begin_state, check_steps, end_state, read_record, record_of
 from csc_train.training.worst_first import WorstFirst
@@ -25,7 +29,13 @@ from csc_train.training.zero import check_engine, deepspeed_config, launcher_sta
 
 
 class PackTrainer(SFTTrainer):
-    """TRL's trainer on packs: their steps (`packing.schedule`), their loss weights, and only what is true of them."""
+    """TRL's trainer on packs: their steps (`packing.schedule`), their loss weights, and only what is true of them.
+
+    Attributes:
+        packs: what it trains on.
+        measures: the figures of the steps since the last log line.
+        tracked: the id of the run in the tracker, which saved states keep; None where there is none.
+    """
 
     def __init__(self, model: PreTrainedModel, arguments: SFTConfig, packs: Packs, **options):
         # TRL takes a `datasets.Dataset` alone, so it gets one of the packs' numbers.
@@ -33,6 +43,10 @@ class PackTrainer(SFTTrainer):
             model, arguments, train_dataset=datasets.Dataset.from_dict({"pack": range(len(packs))}), **options
         )
         self.packs = packs
+        self.measures = Measures(
+            training_flops(self.model, forward_flops(self.model)[1]), arguments.device, arguments.bf16
+        )
+        self.tracked: str | None = None
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Wrap the model and load the state to go on from, over however many processes it was saved.
@@ -84,6 +98,10 @@ class PackTrainer(SFTTrainer):
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of an optimizer step, whose waiting time is measured."""
+        return super().get_batch_samples(self.measures.step(epoch_iterator), num_batches, device)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted loss: sum(weight * nll) over this batch / sum(weight) over the global batch.
 
@@ -93,11 +111,14 @@ class PackTrainer(SFTTrainer):
             num_items_in_batch: the sum of weights over the global batch (see `_get_num_items_in_batch`); where there
                 is none, over this batch.
         """
-        weights = inputs.pop("weights")
+        weights, cells, work = (inputs.pop(name, None) for name in ("weights", "cells", "work"))
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
 
         def weighted(**arguments):
-            outputs = model(**arguments)
+            with self.measures.forward():
+                outputs = model(**arguments)
+            if self.model.training and cells is not None:
+                self.measures.count(outputs, cells, work)
             outputs.log_probs = outputs.log_probs * weights[:, 1:]
             return outputs
 
@@ -134,9 +155,23 @@ class PackTrainer(SFTTrainer):
                 raise
             raise InputError(f"cannot write {self.args.output_dir}: {str(error).splitlines()[0]}") from error
 
+    def create_model_card(self, *_, **__) -> None:
+        """Write none: TRL's says of a saved state what is not so, and asks the tracker for an address."""
+
+    def _maybe_log_save_evaluate(self, *arguments, **options):
+        """The time that evaluation and saving take is none of the steps'."""
+        start = time.perf_counter()
+        super()._maybe_log_save_evaluate(*arguments, **options)
+        self.measures.leave_out(start)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log without `num_tokens`: TRL counts the columns of a batch and leaves out its other rows."""
+        """Log the measures of the steps with their loss, on every process at once.
+
+        Without `num_tokens`: TRL counts the columns of a batch and leaves out its other rows.
+        """
         self._metrics["train"].pop("num_tokens", None)
+        if "loss" in logs:
+            logs |= self.measures.read(self.accelerator.gather)
         super().log(logs, start_time)
 
 
@@ -215,17 +250,21 @@ def build_trainer(
         InputError: the model would not keep the documents of a pack apart.
     """
     attention = model.config._attn_implementation
-    collator = PackCollator(batch_layout(attention, packing), tokenizer.pad_token_id, attention == "eager")
+    layout = batch_layout(attention, packing)
+    collator = PackCollator(layout, tokenizer.pad_token_id, attention == "eager")
     check_isolation(model, collator, arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     guard_rows(model)
     trainer = PackTrainer(
         model,
         arguments,
         packs,
-        data_collator=collator,
+        data_collator=dataclasses.replace(collator, measured=True),
         processing_class=tokenizer,
         peft_config=None if adapter.kind == "full" else lora_config(adapter),
     )
+    for default in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(default)
+    trainer.add_callback(Progress())
     if adapter.kind == "qlora":
         # TRL holds these adapters in bf16, in which most updates would round to nothing.
         for parameter in trainer.model.parameters():

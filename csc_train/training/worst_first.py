@@ -1,6 +1,7 @@
 """The largest batch of a training, run before its first step: memory runs out in the first minute, or not at all."""
 
 import contextlib
+import copy
 import math
 import os
 import random
@@ -134,6 +135,8 @@ def _no_trace(trainer: "PackTrainer") -> Iterator[None]:
     """Undo what forward and backward passes leave behind, and keep them from being part of a step."""
     model, gradients = trainer.model_wrapped, trainer.accelerator.gradient_state
     metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
+    measures, trainer.measures = trainer.measures, copy.copy(trainer.measures)
+    trainer.measures.forget()
     states, synced = (random.getstate(), numpy.random.get_state()), gradients.sync_gradients
     # A synced backward pass would make DeepSpeed take a step.
     gradients._set_sync_gradients(False)
@@ -146,6 +149,8 @@ def _no_trace(trainer: "PackTrainer") -> Iterator[None]:
         gradients._set_sync_gradients(synced)
         random.setstate(states[0])
         numpy.random.set_state(states[1])
+        trainer.measures = measures
+        measures.forget()
         trainer._metrics["train"].clear()
         trainer._metrics["train"].update(metrics)
         model.zero_grad()

@@ -10,21 +10,28 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from csc_train.checkpoint import Manifest
 from csc_train.files import digest
 from csc_train.packing.documents import ATTENTION
-from csc_train.run import processes
-from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig, ZeroConfig
+from csc_train.packing.packed_dataset import PackingReport
+from csc_train.run import Run, processes
+from csc_train.training.config import AdapterConfig, ModelConfig, TrackingConfig, TrainerConfig, ZeroConfig
+from csc_train.training.interruption import StopOnSignal
 from csc_train.training.model import load_model
 from csc_train.training.tokenizer import load_tokenizer
+from csc_train.training.tracking import Tracking
 from csc_train.training.trainer import build_trainer, training_arguments
 from csc_train.training.zero import whole_weights
 
@@ -32,6 +39,8 @@ PACKS_PER_STEP = 4
 EPOCHS = 2
 STEPS_PER_EPOCH = 3
 """The last of them with fewer packs."""
+MANIFEST = Manifest("none", None, "qwen2_5", "reply_only", "zh", "1" * 64, "2" * 64, [], "3" * 64, {})
+REPORT = PackingReport(30, 2, 1, 9, 900, 1000, 400, 0.9, {})
 
 
 def train_all(folder: Path, cases: dict[str, dict], processes: int) -> dict[str, dict]:
@@ -66,6 +75,8 @@ def train(
     states: str = "states",
     resume: str | None = None,
     worst_first: bool = True,
+    tracked: str | None = None,
+    ends: tuple[str, int] | None = None,
     **options,
 ) -> SFTTrainer:
     """Train the model of `folder` on its packs.
@@ -75,8 +86,13 @@ def train(
         attention: `documents` for packs that share a prefix, else sdpa, where not given.
         states: where in `folder` to save states of training.
         resume: a state of training in `folder` to go on from.
+        tracked: a run directory in `folder`, in which the training is tracked by W&B offline.
+        ends: how it ends before its time, and after which step (see `Ends`).
         options: go to `TrainerConfig`.
     """
+    if tracked is not None:
+        run = run_in(folder / tracked)
+        run.begin({})
     # One thread: what is summed in which order must not depend on the machine.
     torch.set_num_threads(1)
     defaults = {"epochs": EPOCHS, "learning_rate": 3e-3, "warmup_ratio": 0.0, "weight_decay": 0.01}
@@ -112,8 +128,58 @@ def train(
         return weigh(batches, device)
 
     trainer._get_num_items_in_batch = recorded  # asked once for each optimizer step
-    trainer.train(resume_from_checkpoint=str(folder / resume) if resume else None)
+    state = str(folder / resume) if resume else None
+    if ends:
+        trainer.add_callback(Ends(*ends))
+    if tracked is None:
+        trainer.train(resume_from_checkpoint=state)
+        return trainer
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    with Tracking(TrackingConfig("offline"), run, trainer, MANIFEST, REPORT, state) as tracking:
+        trainer.add_callback(Samples(tracking))
+        trainer.train(resume_from_checkpoint=state)
+        if stop.before_the_end:
+            run.stop()
+        tracking.keep_checkpoint(folder / "model")
+    run.finish()
     return trainer
+
+
+def run_in(directory: Path) -> Run:
+    """A run in a directory, which goes on with what it finds there."""
+    settings = {"run": {"directory": str(directory), "existing": "reuse"}}
+    return Run("sft", settings | {"tracking": {"mode": "offline"}, "data": {"train": {"path": "none.jsonl"}}})
+
+
+class Ends(TrainerCallback):
+    """Ends a training after a step: by a "stop", the signal that a cluster sends, by an "error" in the next step, or by
+    a "kill" before it, which no process can see coming."""
+
+    def __init__(self, how: str, step: int):
+        self.how, self.step = how, step
+
+    def on_step_end(self, args, state, control, **_):
+        if (self.how, self.step) == ("stop", state.global_step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_step_begin(self, args, state, control, **_):
+        if (self.how, self.step) == ("kill", state.global_step):
+            time.sleep(3)  # W&B writes out what it gets every second
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (self.how, self.step) == ("error", state.global_step):
+            raise RuntimeError("as planned")
+
+
+class Samples(TrainerCallback):
+    """Keeps a table of step 2."""
+
+    def __init__(self, tracking: Tracking):
+        self.tracking = tracking
+
+    def on_log(self, args, state, control, **_):
+        if state.global_step == 2:
+            self.tracking.log_table("samples", ["prompt", "reply"], [["a", "b"]], 2)
 
 
 def documents_of(batch: dict[str, Any]) -> list[str]:

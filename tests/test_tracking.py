@@ -1,0 +1,503 @@
+"""What a training is measured by, and where the figures go: history, curves, W&B offline, through resume and death."""
+
+import csv
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import wandb
+from conftest import random_dialogue, small_tokenizer, tiny_config
+from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM, TrainerState
+from wandb_file import offline_runs
+from workers import loss_curve
+from workers.loss_curve import EPOCHS, MANIFEST, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train
+
+from csc_train.errors import InputError
+from csc_train.files import write_json
+from csc_train.packing.cells import CELLS, SHAPE, STRETCHES, cells_of
+from csc_train.packing.config import LossConfig, PackingConfig
+from csc_train.packing.length_policy import without_leading_turns
+from csc_train.packing.packed_dataset import Packs, pack_examples
+from csc_train.run import STOPPED, Run
+from csc_train.strategies import STRATEGIES
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate, Example, TokenKind
+from csc_train.training import tracking
+from csc_train.training.config import AdapterConfig, TrackingConfig
+from csc_train.training.measures import Measures, peak_flops, token_figures, training_flops
+from csc_train.training.model import lora_config
+from csc_train.training.progress import Progress
+from csc_train.training.tracking import HISTORY, Lines, attach_evaluation, exit_code, open_run, resolve_mode, write_csv
+from csc_train.training.trainer import forward_flops
+
+STEPS = list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
+RUNTIME = {"time", "trained_tokens_per_second", "tokens_per_second", "step_seconds", "data_wait_seconds", "rank_skew"}
+"""Figures that no two trainings share."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model, and packs for two steps and one pack, of dialogues with strategies in their replies."""
+    folder = tmp_path_factory.mktemp("tracking")
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
+    rng = random.Random(10)
+    # Most of the long system prompt left out, for speed.
+    examples = [without_prompt(template.encode(random_dialogue(rng)), 8) for _ in range(60)]
+    packs, _ = pack_examples(examples, PackingConfig("shared_prefix", max_length=700))
+    number = 2 * PACKS_PER_STEP + 1
+    packs = Packs(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
+    members = [member for pack in packs.members for member in pack]
+    assert len(packs) == number and len(members) > 2 * number and not any(each.first_turn for each in members)
+    (folder / "shared").write_bytes(pickle.dumps(packs))
+    torch.manual_seed(0)
+    config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
+    template.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def without_prompt(example: Example, kept: int) -> Example:
+    """The example with only the last tokens of its prefix."""
+    cut = int(example.boundaries[0]) - kept
+    return Example(example.input_ids[cut:], example.kinds[cut:], example.boundaries - cut, example.strategies)
+
+
+def history(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / HISTORY).read_text(encoding="utf-8").splitlines()]
+
+
+def steps_of(run: Path) -> list[int]:
+    return [line["step"] for line in history(run)]
+
+
+def trained(folder: Path, name: str, **options):
+    """A tracked training; states of it are saved after every other step."""
+    return train(folder, packs="shared", tracked=name, states=f"{name}/states", save_every=2, keep_states=9, **options)
+
+
+@pytest.fixture
+def signals():
+    """Puts back what a training does with signals."""
+    handled = (signal.SIGTERM, signal.SIGUSR1)
+    before = {signum: signal.getsignal(signum) for signum in handled}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A tracked training that nothing befell, and its run directory."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    done = curve(trained(folder, "whole"))
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    return done, folder / "whole"
+
+
+# What is measured
+
+
+def test_losses_are_bitwise_those_of_a_training_that_is_neither_measured_nor_tracked(folder, whole, monkeypatch):
+    monkeypatch.setattr(Measures, "count", lambda *_: None)
+    monkeypatch.setattr(Measures, "read", lambda *_: {})
+    assert curve(train(folder, packs="shared")) == whole[0]
+
+
+def by_hand(folder: Path) -> dict[str, tuple[float, int, int]]:
+    """Summed negative log-likelihood, tokens, and tokens that are the first choice, by name; dialogue by dialogue."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    packs, sums = pickle.loads((folder / "shared").read_bytes()), {}
+    for example in (packs.examples[member.example] for pack in packs.members for member in pack):
+        ids = torch.tensor(example.input_ids, dtype=torch.int64)
+        scores = log_softmax(model(ids[None], use_cache=False).logits[0, :-1], dim=-1)
+        for turn, (start, end) in enumerate(zip(example.boundaries[:-1], example.boundaries[1:], strict=True)):
+            for place in range(start, end):
+                if example.kinds[place] == TokenKind.CONTEXT:
+                    continue
+                first = scores[place - 1].argmax() == ids[place]
+                loss = -scores[place - 1, ids[place]].item()
+                stretch = next(name for last, name in zip((4, 8, 16, 32), STRETCHES, strict=False) if turn < last)
+                strategy = STRATEGIES[example.strategies[turn] - 1].en
+                part = TokenKind(example.kinds[place]).name.lower()
+                for name in (f"{part}_tokens", f"by_strategy/{strategy}", f"by_turn/{stretch}"):
+                    total, count, right = sums.get(name, (0.0, 0, 0))
+                    sums[name] = (total + loss, count + 1, right + int(first))
+    return sums
+
+
+def test_losses_by_strategy_turn_and_part_are_those_computed_by_hand(folder, tmp_path):
+    # A step takes all the packs, so that their order does not matter.
+    packs = pickle.loads((folder / "shared").read_bytes())
+    packs = Packs(packs.examples, packs.members[:PACKS_PER_STEP], packs.prefixes[:PACKS_PER_STEP], packs.weigh)
+    (tmp_path / "shared").write_bytes(pickle.dumps(packs))
+    (tmp_path / "model").symlink_to(folder / "model")
+    (line,) = [entry for entry in train(tmp_path, packs="shared", max_steps=1).state.log_history if "loss" in entry]
+    sums = by_hand(tmp_path)
+    assert len(sums) > 14 and {"by_turn/1-4", "by_turn/9-16"} <= set(sums)
+    assert {name for name in line if name.startswith("loss_")} == {f"loss_{name}" for name in sums}
+    for name, (total, count, _) in sums.items():
+        assert line[f"loss_{name}"] == pytest.approx(total / count, rel=1e-5), name
+    for part in ("strategy_tokens", "reply_tokens"):
+        assert line[f"accuracy_{part}"] == pytest.approx(sums[part][2] / sums[part][1])
+    assert sums["strategy_tokens"][2] + sums["reply_tokens"][2] > 0
+    counted = sum(sums[f"{part}_tokens"][1] for part in ("strategy", "reply"))
+    assert line["trained_share"] == pytest.approx(counted / sum(map(sum, packs.lengths)))
+    assert line["rank_skew"] == 1
+    assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(sum(map(sum, packs.lengths)))
+    assert 0 < line["data_wait_seconds"] < line["step_seconds"]
+    assert not {"mfu", "memory_allocated_gib"} & set(line)  # a CPU has none
+
+
+def an_example(strategies: list[int]) -> Example:
+    """A prefix of two tokens, then turns of a header, a strategy, a reply and a footer, the latter three trained."""
+    turn = [TokenKind.CONTEXT, TokenKind.STRATEGY, TokenKind.REPLY, TokenKind.REPLY]
+    kinds = [0, 0] + [kind if strategy else 0 for strategy in strategies for kind in turn]
+    boundaries = 2 + 4 * numpy.arange(len(strategies) + 1)
+    ids = numpy.arange(len(kinds), dtype=numpy.int32)
+    return Example(ids, numpy.array(kinds, numpy.uint8), boundaries, numpy.array(strategies, numpy.uint8))
+
+
+def test_a_token_counts_for_its_part_its_strategy_and_its_turn():
+    example = an_example([1, 0, 12, 0, 5])
+    cells = cells_of(example)
+    assert cells.dtype == numpy.uint8 and cells.max() < CELLS
+
+    def cell(part: int, strategy: int, stretch: int) -> list[int]:
+        reply = 1 + numpy.ravel_multi_index((1, strategy - 1, stretch), SHAPE)
+        return [0, 1 + numpy.ravel_multi_index((part, strategy - 1, stretch), SHAPE), reply, reply]
+
+    context = [0] * 4
+    assert cells.tolist() == [0, 0, *cell(0, 1, 0), *context, *cell(0, 12, 0), *context, *cell(0, 5, 1)]
+    # A trimmed dialogue's turns keep their place.
+    assert cells_of(without_leading_turns(example, 3), 3).tolist() == [0, 0, *context, *cell(0, 5, 1)]
+    long = cells_of(an_example([0] * 39 + [12]))
+    assert long[-1] == CELLS - 1 == numpy.prod(SHAPE)
+
+
+def test_what_has_no_weight_counts_nowhere():
+    examples = [an_example([1, 0, 12])] * 2
+    packs, _ = pack_examples(examples, PackingConfig("best_fit", max_length=100), LossConfig(strategy=0.0))
+    (row,) = list(packs)
+    assert ((row["cells"] > 0) == (row["weights"] > 0)).all()
+    assert (row["cells"] > 0).sum() == 8
+
+
+def test_figures_of_kinds_that_did_not_occur_are_left_out():
+    sums = torch.zeros(3, *SHAPE)
+    sums[:, 1, 4, 2] = torch.tensor([4.0, 6.0, 1.0])
+    strategy = STRATEGIES[4].en
+    expected = {"loss_reply_tokens": 1.5, "accuracy_reply_tokens": 0.25}
+    assert token_figures(sums) == expected | {f"loss_by_strategy/{strategy}": 1.5, "loss_by_turn/9-16": 1.5}
+
+
+def test_flops_follow_the_convention(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    linear, attention = forward_flops(model)
+    head = 2 * 32 * model.config.vocab_size
+    assert training_flops(model, attention) == (3 * (linear - head), 3 * head, 3 * attention)
+    # Frozen weights need no gradient of their own.
+    import peft
+
+    adapted = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4)))
+    more = forward_flops(adapted)[0] - linear
+    assert training_flops(adapted, attention) == (2 * (linear - head) + 3 * more, 2 * head, 3 * attention)
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312)],
+)
+def test_a_devices_peak_is_known_by_its_name(device, tflops):
+    assert peak_flops(device) == tflops * 1e12
+    assert peak_flops("Quadro") is None
+
+
+# Where the figures go
+
+
+def test_the_history_holds_every_step_and_so_do_its_table_and_curves(whole):
+    done, run = whole
+    lines = history(run)
+    assert [line["step"] for line in lines] == STEPS
+    assert [line["loss"] for line in lines] == done["losses"]
+    rows = list(csv.DictReader((run / "history.csv").open(encoding="utf-8")))
+    assert [float(row["loss"]) for row in rows] == done["losses"]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wandb_gets_the_same_figures_settings_and_origins(whole):
+    done, run = whole
+    (kept,) = offline_runs(run)
+    assert json.loads((run / "tracking.json").read_text()) == {"id": kept.id, "mode": "offline", "url": None}
+    assert sorted(kept.rows) == STEPS
+    for line in history(run):
+        row = kept.rows[line.pop("step")]
+        line.pop("time")
+        assert {name: row[f"train/{name}"] for name in line} == line
+    assert kept.summary["train_loss"] == pytest.approx(sum(done["losses"]) / len(STEPS))
+    assert kept.config["tracking"] == {"mode": "offline"}
+    assert kept.config["origin"]["data_hash"] == MANIFEST.data_hash
+    assert kept.config["packing_report"]["token_ratio"] == 0.9
+    assert kept.config["topology"]["processes"] == 1
+    assert kept.config["learning_rate"] == 3e-3  # by the Trainer's own integration
+    assert kept.exit_code == 0
+    assert kept.artifacts[f"checkpoint-{kept.id}"] == "model"
+    assert kept.rows[2]["samples.nrows"] == 1
+    assert (run / "samples.jsonl").read_text() == '{"step": 2, "prompt": "a", "reply": "b"}\n'
+
+
+def same_but_for_time(run: Path, other: Path) -> None:
+    lines, others = ([{n: v for n, v in line.items() if n not in RUNTIME} for line in history(r)] for r in (run, other))
+    assert lines == others
+
+
+def test_a_training_that_fails_closes_its_run_and_goes_on_in_it(folder, whole, signals):
+    run = folder / "failed"
+    with pytest.raises(RuntimeError, match="as planned"):
+        trained(folder, "failed", ends=("error", 5))
+    assert steps_of(run) == [1, 2, 3, 4, 5]
+    again = trained(folder, "failed", resume="failed/states/checkpoint-4")
+    first, second = offline_runs(run)
+    assert first.exit_code == 1 and second.exit_code == 0
+    assert first.id == second.id
+    # Step 5 was done twice, and is there once in our history; W&B takes no step twice.
+    assert (sorted(first.rows), sorted(second.rows)) == ([1, 2, 3, 4, 5], [5, 6])
+    assert first.rows[5]["train/loss"] == second.rows[5]["train/loss"]
+    same_but_for_time(run, whole[1])
+    assert curve(again)["losses"] == whole[0]["losses"]
+
+
+def test_a_training_that_is_told_to_stop_closes_its_run_with_its_status(folder, signals):
+    run = folder / "stopped"
+    with pytest.raises(SystemExit) as caught:
+        trained(folder, "stopped", ends=("stop", 3))
+    assert caught.value.code == STOPPED
+    assert json.loads((run / "run.json").read_text())["status"] == "stopped"
+    (kept,) = offline_runs(run)
+    assert (kept.exit_code, sorted(kept.rows), steps_of(run)) == (STOPPED, [1, 2, 3], [1, 2, 3])
+    assert json.loads((run / "states/checkpoint-3/csc_state.json").read_text())["tracked"] == kept.id
+
+
+def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(folder, whole, signals, capfd):
+    run = folder / "killed"
+    case = {"packs": "shared", "tracked": "killed", "states": "killed/states", "save_every": 2, "ends": ["kill", 4]}
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, loss_curve.__file__, str(folder), json.dumps({"killed": case}), str(folder / "none")],
+        # Else it would share this process's W&B service, which outlives it.
+        env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+        | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    with (run / HISTORY).open("a") as file:
+        file.write('{"step": 5, "lo')  # torn
+    trained(folder, "killed", resume="killed/states/checkpoint-4")
+    assert "killed crashed: it was killed before it could say so" in capfd.readouterr().out
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "finished" and len(record["crashed"]) == 1
+    first, second = offline_runs(run)
+    assert first.exit_code is None and second.exit_code == 0
+    assert first.id == second.id
+    assert (sorted(first.rows), sorted(second.rows)) == ([1, 2, 3, 4], [5, 6])
+    same_but_for_time(run, whole[1])
+
+
+def test_an_evaluation_is_attached_to_the_run_that_trained(folder, whole, tmp_path):
+    scores = {"value": 50.0, "low": 40.0, "high": 60.0, "unit": "percent", "signature": "x", "reason": None}
+    write_json(
+        tmp_path / "results.json", {"results": {"ours": {"reference": {"profiles": {"paper": {"ACC": scores}}}}}}
+    )
+    (tmp_path / "table.md").write_text("| ours |")
+    run = folder / "attached"
+    (run / "wandb").mkdir(parents=True)
+    for name in ("tracking.json", HISTORY):
+        (run / name).write_text((whole[1] / name).read_text())
+    (run / "resolved.yaml").write_text("tracking: {mode: offline}")
+    for number in (1, 2):
+        attach_evaluation(run, tmp_path)
+        time.sleep(1)  # W&B names its folders by the second
+        kept = offline_runs(run)[number - 1]
+        assert kept.id == offline_runs(whole[1])[0].id
+        assert kept.artifacts[f"evaluation-{kept.id}"] == "evaluation"
+        assert list(kept.rows) == [STEPS[-1] + number]
+        assert kept.rows[STEPS[-1] + number]["evaluation/results.nrows"] == 1
+    attach_evaluation(tmp_path, tmp_path)  # was not tracked
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_rows_of_scores():
+    score = {"value": 1, "low": None, "high": 2, "unit": "words", "signature": "s"}
+    results = {"a": {"reference": {"profiles": {"zh": {"B-2": score}}}}}
+    assert tracking.scores(results) == [["a", "reference", "zh", "B-2", 1, None, 2, "words"]]
+
+
+# The tracker
+
+
+@pytest.fixture
+def no_login(monkeypatch, tmp_path):
+    """Neither a key nor a login, and no state of another test."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.parametrize("asked", ["auto", "wandb", "offline", "off"])
+def test_without_a_key_nobody_is_asked_for_one(no_login, asked):
+    if asked == "wandb":
+        with pytest.raises(InputError, match="tracking=wandb: no key; run `wandb login`"):
+            resolve_mode(TrackingConfig(asked))
+    else:
+        assert resolve_mode(TrackingConfig(asked)) == {"auto": "offline"}.get(asked, asked)
+
+
+@pytest.mark.parametrize(("variable", "mode"), [("offline", "offline"), ("disabled", "off")])
+def test_auto_follows_the_trackers_own_variable(monkeypatch, variable, mode):
+    monkeypatch.setenv("WANDB_MODE", variable)
+    assert resolve_mode(TrackingConfig()) == mode
+
+
+def test_a_dead_network_leaves_the_run_offline_and_says_so(no_login, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
+    config = TrackingConfig(init_timeout=2)
+    assert resolve_mode(config) == "wandb"
+    run = open_run(config, tmp_path, "wandb", "0123abcd", {"a": 1})
+    assert run.offline and run.id == "0123abcd"
+    run.finish()
+    assert "W&B does not answer" in capfd.readouterr().out
+    (kept,) = offline_runs(tmp_path)
+    assert kept.config["a"] == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, 0),
+        (SystemExit(75), 75),
+        (SystemExit(), 0),
+        (KeyboardInterrupt(), 130),
+        (InputError("x"), 2),
+        (OSError(), 1),
+    ],
+)
+def test_a_run_is_closed_with_the_status_of_its_process(error, status):
+    assert exit_code(error) == status
+
+
+# Files
+
+
+def test_lines_are_kept_up_to_a_step_and_a_torn_one_is_not(tmp_path):
+    lines = Lines(tmp_path / "lines.jsonl")
+    lines.forget_after(3)
+    assert lines.read() == []
+    for step in (1, 2, 2, 3):
+        lines.append(step, {"名": step / 2})
+    with lines.path.open("a") as file:
+        file.write('{"step": 4')
+    lines.forget_after(2)
+    assert lines.path.read_text() == '{"step": 1, "名": 0.5}\n{"step": 2, "名": 1.0}\n{"step": 2, "名": 1.0}\n'
+    lines.append(3, {})
+    assert [line["step"] for line in lines.read()] == [1, 2, 2, 3]
+
+
+def test_a_history_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / HISTORY).mkdir()
+    with pytest.raises(InputError, match=rf"cannot write .*{HISTORY}: Is a directory"):
+        Lines(tmp_path / HISTORY).append(1, {})
+
+
+def test_figures_of_a_step_become_one_row_of_the_table(tmp_path):
+    write_csv(tmp_path / "h.csv", [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0}, {"step": 2, "loss": 1.0}])
+    assert (tmp_path / "h.csv").read_text().splitlines() == ["step,loss,eval_loss", "1,2.0,3.0", "2,1.0,"]
+
+
+# The run's own record
+
+
+def begun(directory: Path, existing: str = "reuse", **values) -> tuple[Run, str]:
+    run = Run("sft", {"trainer": values, "run": {"directory": str(directory), "existing": existing}})
+    return run, run.begin({"train": "0"})
+
+
+def test_a_run_that_goes_on_with_other_settings_is_refused_with_the_differences(tmp_path):
+    begun(tmp_path, learning_rate=1e-5, epochs=3)
+    with pytest.raises(InputError) as caught:
+        begun(tmp_path, "resume", learning_rate=2e-5, epochs=3)
+    assert str(caught.value) == (
+        f"{tmp_path} began otherwise: trainer.learning_rate=1e-05, not 2e-05; go on as it began by run={tmp_path} "
+        f"resume=true, or start a new run by from={tmp_path}"
+    )
+    assert begun(tmp_path, "resume", learning_rate=1e-5, epochs=3)[1] == "unfinished"
+
+
+def test_a_run_that_ended_with_a_word_did_not_crash(tmp_path, capsys):
+    run, _ = begun(tmp_path / "stopped")
+    with pytest.raises(SystemExit):
+        run.stop()
+    begun(tmp_path / "stopped")
+    assert "crashed" not in capsys.readouterr().out
+    begun(tmp_path / "stopped")
+    assert "crashed" in capsys.readouterr().out
+
+
+# Progress
+
+
+def progress(state: TrainerState, logs: list[tuple[int, dict]]) -> None:
+    shown = Progress()
+    shown.on_train_begin(None, state, None)
+    for step, values in logs:
+        state.global_step = step
+        shown.on_step_end(None, state, None)
+        shown.on_log(None, state, None, values)
+    shown.on_train_end(None, state, None)
+
+
+LOGS = [
+    (step, {"loss": 1 / step, "trained_tokens_per_second": 1234.4, "memory_allocated_gib": 3.21}) for step in (1, 2, 3)
+]
+
+
+def test_without_a_terminal_the_first_and_the_last_step_are_said_and_no_more_than_one_each_half_minute(capsys):
+    progress(TrainerState(max_steps=3), [*LOGS, (3, {"eval_loss": 2.0, "epoch": 1.0}), (3, {"train_runtime": 3.0})])
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        "step 1/3: loss 1.0000, 1,234 trained tokens/s, 3.2 GiB, 00:00 left",
+        "step 3/3: loss 0.3333, 1,234 trained tokens/s, 3.2 GiB, 00:00 left",
+        "step 3: eval_loss 2",
+        "trained 3 steps in 00:00",
+    ]
+
+
+def test_on_a_terminal_one_line_lives(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress(TrainerState(max_steps=3), LOGS)
+    shown = capsys.readouterr()
+    assert shown.out == "trained 3 steps in 00:00\n"
+    assert "3/3" in shown.err and "loss 0.3333, 1,234 trained tokens/s, 3.2 GiB" in shown.err
+
+
+def test_other_processes_say_nothing(capsys):
+    progress(TrainerState(max_steps=3, is_world_process_zero=False), LOGS)
+    assert capsys.readouterr().out == ""
