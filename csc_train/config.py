@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from csc_train.errors import InputError, check_choice, check_range, suggestion
 from csc_train.evaluation.config import EvaluationConfig, JudgeConfig
 from csc_train.evaluation.metrics import MetricsConfig
-from csc_train.launching.config import PreflightConfig, TopologyConfig
+from csc_train.launching.config import PreflightConfig, ThenConfig, TopologyConfig
 from csc_train.llm.config import LLMConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.run import RESOLVED, RunConfig, end_with_launcher, fail, record_failure
@@ -31,6 +31,7 @@ from csc_train.template.config import LANGUAGES, PrepareConfig, TemplateConfig
 from csc_train.training.config import (
     AdapterConfig,
     ExportConfig,
+    HeldOutConfig,
     ModelConfig,
     TrackingConfig,
     TrainerConfig,
@@ -57,9 +58,17 @@ class SftRecipe:
     loss: LossConfig = field(default_factory=LossConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    then: ThenConfig = field(default_factory=ThenConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        if self.held_out.metric == "strategy_accuracy" and self.template.mode != "joint":
+            raise InputError(
+                f"held_out.metric=strategy_accuracy with template.mode={self.template.mode}: the model chooses none"
+            )
 
 
 @dataclass

@@ -31,7 +31,7 @@ CHANGES = "code.diff"
 STOPPED = 75
 """Exit status of a run that was asked to stop, and saved a state of training to go on from: sysexits' EX_TEMPFAIL."""
 OUTPUTS = (
-    "states", "base", "tokenizer", "csc_manifest.json", "checkpoint", "metrics.json", "predictions",
+    "states", "base", "tokenizer", "csc_manifest.json", "checkpoint", "metrics.json", "samples.jsonl", "predictions",
     "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html", "comparison.json",
     "comparison.md",
     "judgements.jsonl", "judge.json", "judge.md",
@@ -113,7 +113,7 @@ class Run:
 
     def _begin(self, inputs: dict[str, str]) -> str:
         # Where a run is kept and followed, what is prepared for it and what is sharded do not change its results.
-        aside = ("run", "prepare", "zero", "tracking")
+        aside = ("run", "prepare", "zero", "tracking", "then")
         what = {name: value for name, value in self.config.items() if name not in aside}
         key = digest([self.recipe, what, inputs, code_digest(), provenance()["versions"]])
         existing = self.config["run"]["existing"]
@@ -174,9 +174,10 @@ class Run:
             write_json(self._record_path, read_json(self._record_path) | {"status": status} | facts)
 
     def last_state(self) -> str | None:
-        """The latest state of training that was saved whole, on every process; None where there is none."""
-        # Written last, so its presence says that the rest is there.
+        """The latest state of training that can be gone on from, on every process; None where there is none."""
+        # A state has its name when it is whole; one that is kept for its weights has no scheduler.
         whole = [path.parent for path in self.states.glob("checkpoint-*/trainer_state.json")] if self.main else []
+        whole = [state for state in whole if (state / "scheduler.pt").exists()]
         return shared(str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None)
 
     def finish(self) -> None:

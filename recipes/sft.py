@@ -2,6 +2,7 @@
 
 python recipes/sft.py experiment=demo
 torchrun --nproc_per_node 8 recipes/sft.py experiment=qwen2_5_7b_lora
+python recipes/sft.py experiment=demo then=evaluate held_out.keep=best held_out.metric=strategy_accuracy
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.checkpoint import save_checkpoint, write_manifest
     from csc_train.dialogue import data_digest
     from csc_train.files import write_json
+    from csc_train.launching.then import follow, then_arguments
     from csc_train.packing.packed_dataset import pack_examples
     from csc_train.run import Run, processes
     from csc_train.splits import load_splits
@@ -22,6 +24,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.template.prepared import prepare
     from csc_train.training.compatibility import check_supported
     from csc_train.training.export import trained_model
+    from csc_train.training.held_out import HeldOut, last_measured
     from csc_train.training.interruption import StopOnSignal
     from csc_train.training.isolation import dropout_warning
     from csc_train.training.model import (
@@ -43,6 +46,7 @@ def main(config: SftRecipe) -> None:
     attention = choose_attention(config.model.attn_implementation, config.packing.strategy, config.trainer.precision)
     check_reachable(config.model)
     run = Run("sft", resolved(config))
+    following = then_arguments(config.then, run.directory)
 
     # Dialogues
     if config.data.sample_dialogues and job.is_main_process:
@@ -52,6 +56,8 @@ def main(config: SftRecipe) -> None:
     status = run.begin({"train": data_digest(splits.train)})
     if status == "finished":
         run.say(f"reused {run.directory}/checkpoint: same configuration, data and code")
+        if run.main:
+            follow(config.then, following)
         return
 
     # Template
@@ -62,9 +68,22 @@ def main(config: SftRecipe) -> None:
     examples = prepare(splits.train, template, config.prepare, run.say)
     packs, packing_report = pack_examples(examples, config.packing, config.loss)
     run.say(f"training on {packing_report}")
+    held_out = None
+    if config.held_out.interval(config.trainer):
+        held_out = HeldOut(
+            splits.evaluation,
+            prepare(splits.evaluation, template, config.prepare, run.say),
+            template,
+            config.held_out,
+            config.packing,
+            packs.weigh,
+            run.directory,
+        )
+    if config.held_out.chooses:
+        run.say(f"note: {config.held_out.metric} on the evaluation dialogues chooses the checkpoint: test it on others")
 
     # Model: the arguments come first, since ZeRO stage 3 shards it while it is loaded
-    arguments = training_arguments(config.trainer, run.states, job.num_processes, config.zero)
+    arguments = training_arguments(config.trainer, run.states, job.num_processes, config.zero, config.held_out)
     dtype = weight_dtype(config.trainer.precision, config.adapter.kind)
     source = keep_base(config.model, tokenizer, dtype, config.trainer.seed, run)
     in_4_bits = config.adapter.kind == "qlora"
@@ -84,6 +103,7 @@ def main(config: SftRecipe) -> None:
         arguments=arguments,
         adapter=config.adapter,
         worst_first=config.trainer.worst_first,
+        held_out=held_out,
     )
     run.say(f"steps: {trainer.batches().balance()}")
     stop = StopOnSignal()
@@ -95,15 +115,20 @@ def main(config: SftRecipe) -> None:
             run.stop()
 
         # Checkpoint
-        trained = trained_model(trainer, source, resolve_dtype(config.trainer.precision))
+        best = trainer.best_state()
+        trained = trained_model(trainer, source, resolve_dtype(config.trainer.precision), best)
         if run.main:
-            metrics = {"packing": dataclasses.asdict(packing_report), "log": trainer.state.log_history}
+            log = trainer.state.log_history
+            measured = last_measured(log, trainer.state.best_global_step if best else trainer.state.global_step)
+            metrics = {"packing": dataclasses.asdict(packing_report), "held_out": measured, "log": log}
             write_json(run.directory / "metrics.json", metrics)
             save_checkpoint(run.directory / "checkpoint", trained, tokenizer, template.chat_template, manifest)
             tracking.keep_checkpoint(run.directory / "checkpoint")
     job.wait_for_everyone()
     run.finish()
-    run.say(f"checkpoint: {run.directory}/checkpoint")
+    run.say(f"checkpoint: {run.directory}/checkpoint" + (f", made from {best.name}" if best else ""))
+    if run.main:
+        follow(config.then, following)
 
 
 if __name__ == "__main__":

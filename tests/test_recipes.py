@@ -114,10 +114,11 @@ def test_a_second_run_reuses_what_is_unchanged_and_says_so(workplace, evaluation
 
 def test_prepare_makes_what_training_asks_for_and_reports_the_same(workplace):
     """A tokenizer trained anew included: where sft has been there before, prepare finds its files."""
-    (entry,) = (path for path in (workplace / "runs/prepared").iterdir() if path.is_dir())
+    entries = [path for path in (workplace / "runs/prepared").iterdir() if path.is_dir()]
+    assert len(entries) == 2  # the training dialogues and those held out
     done = start("prepare.py", *SMALL, cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert f"prepared runs/prepared/{entry.name}: hit, " in done.stdout
+    assert all(f"prepared runs/prepared/{entry.name}: hit, " in done.stdout for entry in entries)
     report = json.loads((workplace / "runs/demo/metrics.json").read_text())["packing"]
     assert f"training will see {PackingReport(**report)}\n" in done.stdout
 
@@ -186,8 +187,8 @@ def test_two_processes_make_one_run_directory(tmp_path):
     assert done.stdout.count("checkpoint: ") == 1
     assert done.stdout.count("trained 6 steps in ") == 1
     assert [line["step"] for line in history(run)] == [1, 2, 3, 4, 5, 6]
+    assert done.stdout.count(" dialogues encoded in ") == 2  # those that are trained on, and those held out
     for report in (
-        " dialogues encoded in ",
         "training on ",
         "share of the loss by strategy",
         "slowest over mean process",

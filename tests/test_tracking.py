@@ -34,10 +34,11 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, Example, TokenKind
 from csc_train.training import tracking
 from csc_train.training.config import AdapterConfig, TrackingConfig
+from csc_train.training.lines import Lines
 from csc_train.training.measures import Measures, peak_flops, token_figures, training_flops
 from csc_train.training.model import lora_config
 from csc_train.training.progress import Progress
-from csc_train.training.tracking import HISTORY, Lines, attach_evaluation, exit_code, open_run, resolve_mode, write_csv
+from csc_train.training.tracking import HISTORY, attach_evaluation, exit_code, open_run, resolve_mode, write_csv
 from csc_train.training.trainer import forward_flops
 
 STEPS = list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))

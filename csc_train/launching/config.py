@@ -103,3 +103,19 @@ class PreflightConfig:
         for key in ("dialogues", "tokens_per_dialogue"):
             if getattr(self, key) is not None:
                 check_range(f"preflight.{key}", getattr(self, key), 1)
+
+
+@dataclass
+class ThenConfig:
+    """What is started when a training has ended."""
+
+    recipe: str | None = None
+    """evaluate: the evaluation of its checkpoint, into the run directory's `evaluation`."""
+    overrides: list[str] = field(default_factory=list)
+    """Settings of that recipe, each in quotes: `then.overrides=['data=rolecs','evaluation.base=false']`. Checked before
+    the training starts."""
+
+    def __post_init__(self):
+        check_choice("then.recipe", self.recipe or "evaluate", ("evaluate",))
+        if self.overrides and not self.recipe:
+            raise InputError(f"then.overrides={self.overrides}: say of which recipe, by then=evaluate")

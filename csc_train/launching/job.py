@@ -13,6 +13,7 @@ from csc_train.launching.commands import local_command, node_command
 from csc_train.launching.preflight import Outcome, preflight
 from csc_train.launching.slurm import job_script, submit
 from csc_train.launching.supervise import supervise
+from csc_train.launching.then import then_arguments
 from csc_train.run import RECORD, RESOLVED, STOPPED, RunConfig, as_yaml, default_directory
 
 ROOT = Path(__file__).parent.parent.parent
@@ -120,6 +121,7 @@ def check(job: Job) -> None:
     """
     topology = job.launch.topology
     job.config.trainer.accumulation(topology.processes)
+    then_arguments(job.config.then, job.directory)
     if job.local and topology.nodes > 1:
         raise InputError(f"topology.nodes={topology.nodes}: several nodes are started by topology.scheduler=slurm")
     if not job.local:

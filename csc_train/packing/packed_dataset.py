@@ -117,9 +117,13 @@ class Packs(torch.utils.data.Dataset):
 
 
 def pack_examples(
-    examples: Sequence[Example], config: PackingConfig, loss: LossConfig | None = None
+    examples: Sequence[Example], config: PackingConfig, loss: LossConfig | LossWeights | None = None
 ) -> tuple[Packs, PackingReport]:
     """Fit examples to `config.max_length`, weight their tokens by `loss` (all the same by default) and pack them.
+
+    Args:
+        loss: how tokens are weighted, or the weights that were made for other examples: held-out dialogues are weighted
+            as those that are trained on.
 
     Returns:
         The packs, and the account of what became of each dialogue. A dialogue that the weights leave with nothing to
@@ -134,7 +138,7 @@ def pack_examples(
         raise InputError(f"none of the {len(cuts)} dialogues fits packing.max_length={config.max_length}")
     kept = (without_leading_turns(examples[number], first) for number, first in members)
     turns = sum((count_turns(example) for example in kept), start=numpy.zeros(len(STRATEGIES) + 1, numpy.int64))
-    weigh = LossWeights(loss or LossConfig(), turns)
+    weigh = loss if isinstance(loss, LossWeights) else LossWeights(loss or LossConfig(), turns)
 
     groups: dict[bytes, list[Member]] = {}
     tokens = trained_tokens = 0

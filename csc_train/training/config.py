@@ -9,6 +9,18 @@ from csc_train.template.config import CHAT_TEMPLATES
 
 TRAINED_TOKENIZER = "train"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+HELD_OUT_METRICS = ("loss", "strategy_accuracy")
+"""What the best state of a training may be chosen by."""
+
+
+def check_steps(key: str, value: float) -> None:
+    """Refuse a number of steps that is neither whole nor a share of all steps.
+
+    Raises:
+        InputError: `value` is above 1 and not whole; names `key`.
+    """
+    if value > 1 and value % 1:
+        raise InputError(f"{key}={value}: a whole number of steps, or a share below 1")
 
 
 @dataclass
@@ -158,8 +170,7 @@ class TrainerConfig:
         check_range("trainer.keep_states", self.keep_states, 1)
         check_range("trainer.seed", self.seed, 0, 2**32 - 1)
         check_choice("trainer.lr_scheduler", self.lr_scheduler, SCHEDULERS)
-        if self.save_every > 1 and self.save_every % 1:
-            raise InputError(f"trainer.save_every={self.save_every}: a whole number of steps, or a share below 1")
+        check_steps("trainer.save_every", self.save_every)
         if self.max_steps == 0:
             raise InputError("trainer.max_steps=0: must be at least 1, or -1 for as many as `epochs` makes")
         check_choice("trainer.precision", self.precision, ("auto", "bf16", "fp32"))
@@ -200,6 +211,61 @@ class TrackingConfig:
         check_choice("tracking.mode", self.mode, ("auto", "wandb", "offline", "off"))
         check_range("tracking.init_timeout", self.init_timeout, 1)
         check_range("tracking.finish_timeout", self.finish_timeout, 1)
+
+
+@dataclass
+class HeldOutConfig:
+    """What is measured on held-out dialogues (those of `data.evaluation`) while training, and what follows from it."""
+
+    every: float | None = None
+    """Optimizer steps between measurements; below 1, a share of the run's steps. As `trainer.save_every` where not
+    given; 0: nothing is measured."""
+    turns: int | None = 256
+    """Supporter turns whose strategy is predicted, by the likelihood of the 12 labels: those of dialogues drawn at
+    random, the same ones each time. null: all; 0: none."""
+    samples: int = 8
+    """Supporter turns that are replied to, into `samples.jsonl`: the same ones each time."""
+    max_new_tokens: int = 96
+    """The longest of these replies, strategy included."""
+    metric: str = "loss"
+    """By which the best state is chosen: loss or strategy_accuracy."""
+    patience: int | None = None
+    """Stop after this many measurements in a row that are no better than the best before them."""
+    keep: str = "last"
+    """What the checkpoint is made from: the last state or the best, which is then saved and kept however old it is."""
+
+    def __post_init__(self):
+        check_choice("held_out.metric", self.metric, HELD_OUT_METRICS)
+        check_choice("held_out.keep", self.keep, ("last", "best"))
+        check_range("held_out.samples", self.samples, 0)
+        check_range("held_out.max_new_tokens", self.max_new_tokens, 1)
+        if self.every is not None:
+            check_range("held_out.every", self.every, 0)
+            check_steps("held_out.every", self.every)
+        if self.turns is not None:
+            check_range("held_out.turns", self.turns, 0)
+        if self.patience is not None:
+            check_range("held_out.patience", self.patience, 1)
+        if self.every == 0 and self.chooses:
+            raise InputError("held_out.every=0 measures nothing to choose the best state or the end of training by")
+        if self.turns == 0 and self.metric == "strategy_accuracy":
+            raise InputError("held_out.metric=strategy_accuracy with held_out.turns=0: there is nothing to measure")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the measurements decide what the checkpoint is, so that held-out dialogues are no test of it."""
+        return self.patience is not None or self.keep == "best"
+
+    def interval(self, trainer: TrainerConfig) -> float:
+        """Steps, or the share of them, between measurements; 0 where there are none.
+
+        Raises:
+            InputError: the best state or the end of training depends on measurements, and there are none.
+        """
+        interval = trainer.save_every if self.every is None else self.every
+        if not interval and self.chooses:
+            raise InputError("trainer.save_every=0: say by held_out.every when the best state is looked for")
+        return interval
 
 
 @dataclass

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import bitsandbytes
 import huggingface_hub
 import huggingface_hub.errors
 import peft
@@ -65,30 +64,47 @@ class Source:
         """The trained parameters that `base` does not hold yet."""
         if self.finished:
             return {}
-        whole = open_state(self.state)
-        return {name: whole.read(name, WEIGHT) for name in whole.names}
+        return read_weights(self.state)
 
 
-def trained_model(trainer: Trainer, source: ModelConfig, dtype: torch.dtype) -> PreTrainedModel | None:
+def trained_model(
+    trainer: Trainer, source: ModelConfig, dtype: torch.dtype, state: Path | None = None
+) -> PreTrainedModel | None:
     """The trained model in `dtype`, whole and without wrappers, adapters merged; the trainer is of no use afterwards.
 
-    Called on every process; returns None on all but the main one where the weights had to be gathered.
+    Called on every process; returns None on all but the main one where the weights had to be gathered or read.
 
     Args:
         source: what training started from; adapters over sharded or quantized weights are merged into it.
+        state: a saved state to take instead of the last.
+
+    Raises:
+        InputError: the state is torn.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapted = isinstance(model, peft.PeftModel)
-    if is_sharded(model) or getattr(model, "is_loaded_in_4bit", False):
-        weights = whole_weights(model, trained_only=adapted)
+    if state or is_sharded(model) or getattr(model, "is_loaded_in_4bit", False):
+        weights = {} if state else whole_weights(model, trained_only=adapted)
         if not trainer.is_world_process_zero():
             return None
         adapter = model.peft_config["default"] if adapted else None
+        if state:
+            weights = read_weights(state)
         model = merged(whole_model(source.path, source.revision, dtype), weights, adapter)
     elif adapted:
         model = model.merge_and_unload()
     model.config.use_cache = True
     return model.to(dtype)
+
+
+def read_weights(state: Path) -> dict[str, torch.Tensor]:
+    """What a saved state changed, by name, in fp32.
+
+    Raises:
+        InputError: as `reshard.open_state`.
+    """
+    whole = open_state(state)
+    return {name: whole.read(name, WEIGHT) for name in whole.names}
 
 
 def whole_model(path: str, revision: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -224,9 +240,6 @@ def _logits(model: torch.nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, PROBE_LENGTH), generator=generator)
     model.eval()
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.train()  # else some CPUs take a kernel that computes in bf16
     return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
 
 

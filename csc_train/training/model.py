@@ -56,10 +56,24 @@ def load_model(
     else:
         with readable(config.path, "model"):
             model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, **options)
+    if in_4_bits:
+        _compute_as_trained(model)
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
         raise InputError(f"{config.name}: the model embeds {rows} tokens, the tokenizer has {len(tokenizer)}")
     return model
+
+
+def _compute_as_trained(model: PreTrainedModel) -> None:
+    """Keep layers in 4 bits in training mode: out of it, some CPUs repack their weights for a kernel in bf16."""
+    import bitsandbytes
+
+    def stay(layer: torch.nn.Module, _) -> None:
+        layer.train()
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.register_forward_pre_hook(stay)
 
 
 def check_reachable(config: ModelConfig) -> None:

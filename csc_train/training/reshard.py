@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from csc_train.errors import InputError
-from csc_train.training.states import StateRecord, read_record
+from csc_train.training.states import TRAINER_STATE, StateRecord, can_resume, read_record
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's."""
@@ -29,7 +29,8 @@ class WholeState:
     Attributes:
         names: of the trained parameters.
         step: optimizer steps done.
-        read: (name, `WEIGHT` or one of `MOMENTS`) to a tensor in fp32, in the parameter's shape.
+        read: (name, `WEIGHT` or one of `MOMENTS`) to a tensor in fp32, in the parameter's shape. A state that was kept
+            for its weights (see `states.retire_states`) has no moments.
     """
 
     names: list[str]
@@ -49,7 +50,7 @@ def open_state(state: Path, order: Sequence[str] = ()) -> WholeState:
     """
     record = read_record(state)
     try:
-        if record.stage is None:
+        if record.stage is None or not can_resume(state):
             return _plain(state, order)
         (tag,) = (state / "latest").read_text().split()
         open_stage = {0: _stage_0, 1: _stages_1_and_2, 2: _stages_1_and_2, 3: _stage_3}[record.stage]
@@ -73,7 +74,7 @@ def _plain(state: Path, order: Sequence[str]) -> WholeState:
     names = [name.replace("lora_A.weight", "lora_A.default.weight") for name in where]
     names = [name.replace("lora_B.weight", "lora_B.default.weight") for name in names]
     stored = dict(zip(names, where, strict=True))
-    optimizer = _load(state / "optimizer.pt")["state"]
+    optimizer = _load(state / "optimizer.pt")["state"] if can_resume(state) else {}
     numbers = {name: number for number, name in enumerate(order)}
 
     def read(name: str, key: str) -> torch.Tensor:
@@ -82,7 +83,8 @@ def _plain(state: Path, order: Sequence[str]) -> WholeState:
         with safe_open(where[stored[name]], "pt") as tensors:
             return tensors.get_tensor(stored[name]).float()
 
-    return WholeState(list(order) or names, int(optimizer[0]["step"]), read)
+    step = TrainerState.load_from_json(str(state / TRAINER_STATE)).global_step
+    return WholeState(list(order) or names, step, read)
 
 
 def _stage_0(folder: Path, record: StateRecord, order: Sequence[str]) -> WholeState:

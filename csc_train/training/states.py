@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
 from csc_train.errors import InputError
 from csc_train.files import flush_to_disk, read_json, write_json
@@ -13,6 +13,10 @@ from csc_train.files import flush_to_disk, read_json, write_json
 RECORD = "csc_state.json"
 WRITING = "writing"
 """Where a state stands until it is whole, beside the others."""
+TRAINER_STATE = "trainer_state.json"
+RESUMING = ("scheduler.pt", "optimizer.pt", "scaler.pt", "rng_state*.pth", "latest", "global_step*")
+"""What only going on needs: everything but the weights, of which DeepSpeed has a copy of its own. The first one's
+absence says that a state cannot be gone on from."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,47 @@ def begin_state(trainer: Trainer, directory: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def end_state(trainer: Trainer, directory: Path) -> None:
-    """Give the state that all processes have written its name, in one step, and remove the oldest.
+def state_at(directory: Path, step: int) -> Path:
+    """Where the state after an optimizer step is saved."""
+    return directory / f"checkpoint-{step}"
+
+
+def end_state(trainer: Trainer, directory: Path, best: int | None = None) -> None:
+    """Give the state that all processes have written its name, in one step, and retire older ones.
+
+    Args:
+        best: the step of a state that is kept as well, however old it is.
 
     Raises:
         OSError: it cannot be written.
     """
     trainer.accelerator.wait_for_everyone()
+    # The Trainer has looked for it where this one was written.
+    trainer.state.best_model_checkpoint = str(state_at(directory, best)) if best else None
     if trainer.is_world_process_zero():
-        name = f"checkpoint-{trainer.state.global_step}"
-        written, whole = directory / WRITING / name, directory / name
+        whole = state_at(directory, trainer.state.global_step)
+        written = directory / WRITING / whole.name
+        trainer.state.save_to_json(str(written / TRAINER_STATE))
         write_json(written / RECORD, asdict(record_of(trainer)))
         flush_to_disk(written)
         shutil.rmtree(whole, ignore_errors=True)
         written.rename(whole)
         written.parent.rmdir()
-        rotate_checkpoints(str(directory), save_total_limit=trainer.args.save_total_limit)
+        retire_states(directory, trainer.args.save_total_limit, best)
     trainer.accelerator.wait_for_everyone()
+
+
+def retire_states(directory: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the last `keep` states and the one after step `best`, of which the weights are kept if it is
+    older than these."""
+    for state in map(Path, sort_checkpoints(str(directory))[:-keep]):
+        if best and state == state_at(directory, best):
+            for each in (path for pattern in RESUMING for path in state.glob(pattern)):
+                shutil.rmtree(each) if each.is_dir() else each.unlink()
+        else:
+            shutil.rmtree(state, ignore_errors=True)
+
+
+def can_resume(state: Path) -> bool:
+    """Whether a saved state is more than weights."""
+    return (state / RESUMING[0]).exists()

@@ -7,7 +7,6 @@ keeps the values that it got first, since it takes no step twice.
 
 import csv
 import dataclasses
-import json
 import os
 import platform
 import secrets
@@ -24,11 +23,12 @@ from transformers.integrations import WandbCallback, rewrite_logs
 
 from csc_train.checkpoint import Manifest
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, read_json, write_json, write_text
+from csc_train.files import atomic_path, read_json, write_json
 from csc_train.packing.packed_dataset import PackingReport
 from csc_train.run import CHANGES, RESOLVED, Run, processes
 from csc_train.training.config import TrackingConfig
 from csc_train.training.curves import plot_curves
+from csc_train.training.lines import Lines, keep_table
 from csc_train.training.states import read_record
 from csc_train.training.trainer import PackTrainer
 
@@ -45,38 +45,6 @@ ONCE = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "
 """What the Trainer logs once, of a training as a whole."""
 HASHES = ("data_hash", "template_hash", "tokenizer_hash")
 """What a manifest says that a checkpoint was made of."""
-
-
-class Lines:
-    """A file of JSON lines, each of an optimizer step; a line is written out at once."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def append(self, step: int, values: dict[str, Any]) -> None:
-        """Add a line.
-
-        Raises:
-            InputError: it cannot be written.
-        """
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step} | values, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
-
-    def read(self) -> list[dict[str, Any]]:
-        """The lines; one that was torn by a kill, which can only be the last, is left out."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
-
-    def forget_after(self, step: int) -> None:
-        """Leave out the lines of later steps."""
-        if self.path.exists():
-            kept = [line for line in self.read() if line["step"] <= step]
-            write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 class WandbSteps(WandbCallback):
@@ -121,7 +89,8 @@ class Tracking(TrainerCallback):
         self.config, self.run, self.trainer, self.manifest, self.state = config, run, trainer, manifest, state
         self.packing = packing
         self.history = Lines(run.directory / HISTORY)
-        self._tables: dict[str, Lines] = {}
+        if trainer.held_out is not None:
+            trainer.held_out.log_table = self.log_table
         self._wandb: wandb.Run | None = None
 
     def __enter__(self) -> "Tracking":
@@ -174,11 +143,7 @@ class Tracking(TrainerCallback):
         """
         if not self.run.main:
             return
-        if name not in self._tables:
-            self._tables[name] = Lines(self.run.directory / f"{name}.jsonl")
-            self._tables[name].forget_after(step - 1)
-        for row in rows:
-            self._tables[name].append(step, dict(zip(columns, row, strict=True)))
+        keep_table(self.run.directory, name, columns, rows, step)
         if self._wandb is not None:
             import wandb
 

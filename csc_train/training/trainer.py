@@ -17,13 +17,23 @@ from csc_train.packing.collator import PackCollator
 from csc_train.packing.loader import PackLoader, RankBatches
 from csc_train.packing.packed_dataset import Packs
 from csc_train.packing.schedule import pack_cost
-from csc_train.training.config import AdapterConfig, TrainerConfig, ZeroConfig
+from csc_train.training.config import AdapterConfig, HeldOutConfig, TrainerConfig, ZeroConfig
+from csc_train.training.held_out import EarlyStop, HeldOut
 from csc_train.training.isolation import check_isolation, guard_rows
 from csc_train.training.measures import Measures, training_flops
 from csc_train.training.model import batch_layout, lora_config, resolve_dtype
 from csc_train.training.progress import Progress
 from csc_train.training.reshard import lay_out
-from csc_train.training.states import WRITING, begin_state, check_steps, end_state, read_record, record_of
+from csc_train.training.states import (
+    WRITING,
+    begin_state,
+    can_resume,
+    check_steps,
+    end_state,
+    read_record,
+    record_of,
+    state_at,
+)
 from csc_train.training.worst_first import WorstFirst
 from csc_train.training.zero import check_engine, deepspeed_config, launcher_stage, start_deepspeed
 
@@ -37,16 +47,26 @@ class PackTrainer(SFTTrainer):
         tracked: the id of the run in the tracker, which saved states keep; None where there is none.
     """
 
-    def __init__(self, model: PreTrainedModel, arguments: SFTConfig, packs: Packs, **options):
-        # TRL takes a `datasets.Dataset` alone, so it gets one of the packs' numbers.
-        super().__init__(
-            model, arguments, train_dataset=datasets.Dataset.from_dict({"pack": range(len(packs))}), **options
-        )
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: SFTConfig,
+        packs: Packs,
+        held_out: HeldOut | None = None,
+        **options,
+    ):
+        # TRL takes a `datasets.Dataset` alone, so it gets those of the packs' numbers.
+        numbers = [
+            each and datasets.Dataset.from_dict({"pack": range(len(each))})
+            for each in (packs, held_out and held_out.packs)
+        ]
+        super().__init__(model, arguments, train_dataset=numbers[0], eval_dataset=numbers[1], **options)
         self.packs = packs
         self.measures = Measures(
             training_flops(self.model, forward_flops(self.model)[1]), arguments.device, arguments.bf16
         )
         self.tracked: str | None = None
+        self.held_out = held_out
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Wrap the model and load the state to go on from, over however many processes it was saved.
@@ -57,6 +77,8 @@ class PackTrainer(SFTTrainer):
         moved = False
         if resume_from_checkpoint is not None:
             state, now = Path(resume_from_checkpoint), record_of(self)
+            if not can_resume(state):
+                raise InputError(f"{state} was kept for its weights: only a later state can be gone on from")
             saved = read_record(state)
             check_steps(state, saved, now)
             moved = saved.stage != now.stage or (saved.stage in (1, 2, 3) and saved.processes != now.processes)
@@ -66,16 +88,24 @@ class PackTrainer(SFTTrainer):
             lay_out(self, state)
         return prepared
 
+    def _run_epoch(self, **options):
+        """Train for an epoch, unless the state that was gone on from had reached its end (see `EarlyStop`)."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(**options)
+
     def batches(self) -> RankBatches:
         """This process's share of the packs."""
+        return self._share(self.packs, self.args.gradient_accumulation_steps)
+
+    def _share(self, packs: Packs, accumulation: int) -> RankBatches:
         linear, attention = forward_flops(self.model)
         arguments = self.args
         return RankBatches(
             [
                 pack_cost(lengths, prefix, linear, attention)
-                for lengths, prefix in zip(self.packs.lengths, self.packs.prefixes, strict=True)
+                for lengths, prefix in zip(packs.lengths, packs.prefixes, strict=True)
             ],
-            arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            arguments.per_device_train_batch_size * accumulation * arguments.world_size,
             arguments.seed,
             processes=arguments.world_size,
             rank=arguments.process_index,
@@ -101,6 +131,46 @@ class PackTrainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of an optimizer step, whose waiting time is measured."""
         return super().get_batch_samples(self.measures.step(epoch_iterator), num_batches, device)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> PackLoader:
+        """The loader of the held-out packs: as many batches on each process, those without a pack included."""
+        return PackLoader(
+            self.held_out.packs,
+            self._share(self.held_out.packs, accumulation=1),
+            self.data_collator,
+            generator=torch.Generator(),  # else it would draw from the one that dropout draws from
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of a held-out batch, scaled so that its mean over all batches of all processes, which is what the
+        Trainer takes, is sum(weight * nll) / sum(weight) over the whole set."""
+        inputs = self._prepare_inputs(inputs)
+        total = self.held_out.weight / len(self.callback_handler.eval_dataloader)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(total)), None, None
+
+    def evaluation_loop(self, *arguments, metric_key_prefix="eval", **options):
+        """Measure the held-out loss, then what else is measured (see `HeldOut.measure`)."""
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
+        measured = self.held_out.measure(self)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        return output
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Whether this is the best state so far; it is saved where the checkpoint is made from the best."""
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= best and self.held_out.config.keep == "best"
+        return best
+
+    def best_state(self) -> Path | None:
+        """The saved state to make the checkpoint from; None where that is the last."""
+        best = self._best_step()
+        return None if best in (None, self.state.global_step) else state_at(Path(self.args.output_dir), best)
+
+    def _best_step(self) -> int | None:
+        if self.held_out is None or self.held_out.config.keep == "last":
+            return None
+        return self.state.best_global_step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted loss: sum(weight * nll) over this batch / sum(weight) over the global batch.
@@ -149,7 +219,7 @@ class PackTrainer(SFTTrainer):
         try:
             begin_state(self, directory)
             super()._save_checkpoint(model, trial)
-            end_state(self, directory)
+            end_state(self, directory, self._best_step())
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
                 raise
@@ -167,16 +237,24 @@ class PackTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the measures of the steps with their loss, on every process at once.
 
-        Without `num_tokens`: TRL counts the columns of a batch and leaves out its other rows.
+        Without `num_tokens`: TRL counts the columns of a batch and leaves out its other rows. And without what it adds
+        to an evaluation: means over batches, which depend on how the packs were dealt out.
         """
         self._metrics["train"].pop("num_tokens", None)
+        self._metrics["eval"].clear()
+        for name in ("eval_samples_per_second", "eval_steps_per_second"):  # packs, over the time for more than these
+            logs.pop(name, None)
         if "loss" in logs:
             logs |= self.measures.read(self.accelerator.gather)
         super().log(logs, start_time)
 
 
 def training_arguments(
-    config: TrainerConfig, directory: Path, processes: int, zero: ZeroConfig | None = None
+    config: TrainerConfig,
+    directory: Path,
+    processes: int,
+    zero: ZeroConfig | None = None,
+    held_out: HeldOutConfig | None = None,
 ) -> SFTConfig:
     """The arguments of a training. Made before the model, which ZeRO stage 3 shards while it is loaded.
 
@@ -184,11 +262,13 @@ def training_arguments(
         directory: where states of training are saved.
         processes: how many processes train together.
         zero: what is sharded over them; nothing by default.
+        held_out: what is measured while training; nothing by default.
 
     Raises:
-        InputError: as `TrainerConfig.accumulation` and `zero.deepspeed_config`.
+        InputError: as `TrainerConfig.accumulation`, `HeldOutConfig.interval` and `zero.deepspeed_config`.
     """
     dtype = resolve_dtype(config.precision)
+    interval = held_out.interval(config) if held_out else 0
     deepspeed = deepspeed_config(zero or ZeroConfig())
     if deepspeed or launcher_stage():
         start_deepspeed()
@@ -215,6 +295,11 @@ def training_arguments(
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=config.keep_states,
+        eval_strategy="steps" if interval else "no",
+        eval_steps=interval or None,
+        per_device_eval_batch_size=config.micro_batch_size,
+        metric_for_best_model=held_out.metric if interval else None,
+        restore_callback_states_from_checkpoint=True,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
         max_length=None,
@@ -233,6 +318,7 @@ def build_trainer(
     arguments: SFTConfig,
     adapter: AdapterConfig,
     worst_first: bool = True,
+    held_out: HeldOut | None = None,
 ) -> PackTrainer:
     """The trainer of one run.
 
@@ -245,6 +331,7 @@ def build_trainer(
         packing: the `PackingConfig.strategy` by which `packs` were made.
         arguments: as `training_arguments` returns them.
         worst_first: run the largest batch before the first step (see `WorstFirst`).
+        held_out: what is measured as often as `arguments` say; packed as `packs` are.
 
     Raises:
         InputError: the model would not keep the documents of a pack apart.
@@ -258,6 +345,7 @@ def build_trainer(
         model,
         arguments,
         packs,
+        held_out,
         data_collator=dataclasses.replace(collator, measured=True),
         processing_class=tokenizer,
         peft_config=None if adapter.kind == "full" else lora_config(adapter),
@@ -272,6 +360,8 @@ def build_trainer(
                 parameter.data = parameter.data.float()
     if worst_first:
         trainer.add_callback(WorstFirst(trainer))
+    if held_out and held_out.config.patience:
+        trainer.add_callback(EarlyStop(held_out.config.patience))
     return trainer
 
 

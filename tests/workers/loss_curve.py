@@ -1,8 +1,8 @@
 """One short training, as a function and as what torchrun starts: `loss_curve.py FOLDER CASES OUTPUT` (see
 `train_all`).
 
-FOLDER holds `model` (a model directory with its tokenizer) and `packs` (pickled), so that however many
-processes there are, all start from the same.
+FOLDER holds `model` (a model directory with its tokenizer), `packs` and, where a training measures itself on them,
+`held_out` dialogues (both pickled), so that however many processes there are, all start from the same.
 """
 
 import gc
@@ -24,10 +24,21 @@ from trl import SFTTrainer
 
 from csc_train.checkpoint import Manifest
 from csc_train.files import digest
+from csc_train.packing.config import PackingConfig
 from csc_train.packing.documents import ATTENTION
 from csc_train.packing.packed_dataset import PackingReport
 from csc_train.run import Run, processes
-from csc_train.training.config import AdapterConfig, ModelConfig, TrackingConfig, TrainerConfig, ZeroConfig
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.training.config import (
+    AdapterConfig,
+    HeldOutConfig,
+    ModelConfig,
+    TrackingConfig,
+    TrainerConfig,
+    ZeroConfig,
+)
+from csc_train.training.held_out import HeldOut, last_measured
 from csc_train.training.interruption import StopOnSignal
 from csc_train.training.model import load_model
 from csc_train.training.tokenizer import load_tokenizer
@@ -77,6 +88,7 @@ def train(
     worst_first: bool = True,
     tracked: str | None = None,
     ends: tuple[str, int] | None = None,
+    held_out: HeldOutConfig | None = None,
     **options,
 ) -> SFTTrainer:
     """Train the model of `folder` on its packs.
@@ -88,6 +100,7 @@ def train(
         resume: a state of training in `folder` to go on from.
         tracked: a run directory in `folder`, in which the training is tracked by W&B offline.
         ends: how it ends before its time, and after which step (see `Ends`).
+        held_out: what to measure while training; the packs are then of mode `joint`.
         options: go to `TrainerConfig`.
     """
     if tracked is not None:
@@ -107,18 +120,27 @@ def train(
         folder / states,
         processes().num_processes,
         zero,
+        held_out,
     )
     default, packing = (ATTENTION, "shared_prefix") if packs == "shared" else ("sdpa", "best_fit")
+    training = pickle.loads((folder / packs).read_bytes())
+    if held_out is not None:
+        dialogues = pickle.loads((folder / "held_out").read_bytes())
+        template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+        encoded = [template.encode(dialogue) for dialogue in dialogues]
+        packed = PackingConfig(packing, max_length=1800)
+        held_out = HeldOut(dialogues, encoded, template, held_out, packed, training.weigh, folder / Path(states).parent)
     adapter = adapter or AdapterConfig()
     source = ModelConfig(path=str(folder / "model"))
     trainer = build_trainer(
         load_model(source, tokenizer, torch.float32, 0, attention or default, in_4_bits=adapter.kind == "qlora"),
         tokenizer,
-        pickle.loads((folder / packs).read_bytes()),
+        training,
         packing=packing,
         arguments=arguments,
         adapter=adapter,
         worst_first=worst_first,
+        held_out=held_out,
     )
     trainer.documents = []
     weigh = trainer._get_num_items_in_batch
@@ -194,7 +216,8 @@ def documents_of(batch: dict[str, Any]) -> list[str]:
 
 def curve(trainer: SFTTrainer) -> dict[str, Any]:
     """What a training did: the logged figures of each step, the final weights, and what really ran."""
-    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = trainer.state.log_history
+    steps = [entry for entry in log if "loss" in entry]
     parameters = list(trainer.model.parameters())
     empty = [parameter.numel() == 0 for parameter in parameters]
     weights = {name: value.flatten().tolist() for name, value in whole_weights(trainer.model).items()}
@@ -203,6 +226,7 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
     weighted = trainer._prepare_inputs(trainer.data_collator([trainer.packs[0]]))["weights"]
     return {
         "losses": [entry["loss"] for entry in steps],
+        "measured": [last_measured([entry], entry["step"]) for entry in log if "eval_loss" in entry],
         "grad_norms": [entry.get("grad_norm") for entry in steps],
         "learning_rates": [entry["learning_rate"] for entry in steps],
         "documents": [sorted(itertools.chain(*parts)) for parts in zip(*steps_of_all, strict=True)],
@@ -224,7 +248,7 @@ if __name__ == "__main__":
     folder, cases, output = sys.argv[1:]
     trained = {}
     for name, options in json.loads(cases).items():
-        kinds = {"adapter": AdapterConfig, "zero": ZeroConfig}
+        kinds = {"adapter": AdapterConfig, "zero": ZeroConfig, "held_out": HeldOutConfig}
         made = {kind: make(**options.pop(kind)) for kind, make in kinds.items() if kind in options}
         gc.collect()  # a trainer refers to itself, and while one of ZeRO-3 lives, models are loaded in shards
         trained[name] = curve(train(Path(folder), **options, **made))
