@@ -168,14 +168,14 @@ def test_strategies_are_predicted_by_the_likelihood_of_their_labels(trainer, ref
     assert 0 < sum(right) < len(right)
 
 
-def test_the_same_turns_are_drawn_every_time(trainer):
+def test_the_same_turns_are_drawn_every_time(folder, trainer):
     held_out = trainer.held_out
     every = [(n, i) for n, each in enumerate(held_out.dialogues) for i, turn in enumerate(each.turns) if turn.strategy]
     for number in (None, 5):
         again = type(held_out)(
             held_out.dialogues, held_out.examples, held_out.template,
             dataclasses.replace(held_out.config, turns=number), PackingConfig("shared_prefix", 1800),
-            trainer.packs.weigh, held_out.table,
+            trainer.packs.weigh, folder,
         )  # fmt: skip
         assert again.samples == held_out.samples == sorted(held_out.samples)
         assert again.turns[:5] == held_out.turns[:5]
