@@ -6,6 +6,7 @@ A file begins with seven bytes; then it is a LevelDB log: blocks of 32 KiB that 
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,5 +80,13 @@ class OfflineRun:
 
 
 def offline_runs(directory: Path) -> list[OfflineRun]:
-    """The offline runs in a run directory, in the order in which they were begun."""
-    return [OfflineRun(folder) for folder in sorted((directory / "wandb").glob("offline-run-*"))]
+    """The offline runs in a run directory, in the order in which they were begun.
+
+    The last one is waited for: on a busy machine W&B's service writes its end out after `finish` has returned.
+    """
+    deadline = time.monotonic() + 20
+    while True:
+        runs = [OfflineRun(folder) for folder in sorted((directory / "wandb").glob("offline-run-*"))]
+        if runs[-1].exit_code is not None or time.monotonic() > deadline:
+            return runs
+        time.sleep(0.1)
