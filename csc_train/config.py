@@ -26,7 +26,9 @@ from csc_train.llm.config import LLMConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.run import RESOLVED, RunConfig, end_with_launcher, fail, record_failure
 from csc_train.splits import DataConfig, SetConfig
+from csc_train.synthesis.config import BatchConfig, BudgetConfig, SynthesisConfig
 from csc_train.synthesis.filters import CallConfig, DuplicatesConfig, RewriteConfig
+from csc_train.synthesis.llm_filters import RoleCSCheckConfig
 from csc_train.template.config import LANGUAGES, PrepareConfig, TemplateConfig
 from csc_train.training.config import (
     AdapterConfig,
@@ -166,6 +168,33 @@ class JudgeRecipe:
 
 
 @dataclass
+class SynthesizeRolecsRecipe:
+    """Configuration of recipes/synthesize_rolecs.py."""
+
+    target: int = 2000
+    """How many accepted dialogues there are to be."""
+    new_run: bool = False
+    """Begin anew where the run directory holds another recipe's dialogues; those are kept, and not written out."""
+    dry_run: bool = False
+    """Print how many calls and tokens it would take, ask nothing and write nothing."""
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    rolecs_check: RoleCSCheckConfig = field(default_factory=RoleCSCheckConfig)
+    duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    reference: SetConfig = field(default_factory=SetConfig)
+    """Dialogues to put beside these in the report, such as CSConv."""
+    llm: LLMConfig = MISSING
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        check_range("target", self.target, 1)
+        if self.batch.roles and self.llm.backend == "scripted":
+            raise InputError("batch.roles: llm=scripted answers at once; choose a model on a server")
+        check_range("rolecs_check.judges", self.rolecs_check.judges, 1, 3)  # synthesis.roles has as many
+
+
+@dataclass
 class WriteSampleRecipe:
     """Configuration of recipes/write_sample.py."""
 
@@ -221,6 +250,7 @@ SCHEMAS = {
     "judge": JudgeRecipe,
     "write_sample": WriteSampleRecipe,
     "build_csconv": BuildCsconvRecipe,
+    "synthesize_rolecs": SynthesizeRolecsRecipe,
     "launch": LaunchRecipe,
 }
 

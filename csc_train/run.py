@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "hydra-core")
-EXISTING = ("refuse", "reuse", "resume", "replace")
+EXISTING = ("refuse", "reuse", "resume", "extend", "replace")
 RESOLVED = "resolved.yaml"
 RECORD = "run.json"
 CHANGES = "code.diff"
@@ -37,6 +37,7 @@ OUTPUTS = (
     "judgements.jsonl", "judge.json", "judge.md",
     "answers.jsonl", "dialogues.parquet", "rejected.jsonl", "waterfall.json", "quality.json", "quality.html",
     "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb", CHANGES,
+    "synthesis.json", "batch",
 )  # fmt: skip
 """What the recipes write into a run directory besides `run.json`, `resolved.yaml` and refused rows."""
 
@@ -50,7 +51,8 @@ class RunConfig:
     existing: str = "refuse"
     """What to do when the directory holds a run. refuse: stop. reuse: keep it if configuration, data and code are the
     same (an unfinished run of the same is continued), else replace it. resume: continue it, under whatever code; with
-    other data it is refused. replace: start over."""
+    other data it is refused. extend: go on with it under this configuration, as far as the recipe lets it differ from
+    the one before. replace: start over."""
 
     def __post_init__(self):
         check_choice("run.existing", self.existing, EXISTING)
@@ -107,7 +109,7 @@ class Run:
 
         Returns:
             "finished" or "unfinished" where `run.existing` is reuse and the directory holds this very run (then
-            nothing is rewritten), else "new".
+            nothing is rewritten), "unfinished" where it is extend and the directory holds any, else "new".
         """
         return shared(self._begin(inputs) if self.main else None)
 
@@ -117,6 +119,10 @@ class Run:
         what = {name: value for name, value in self.config.items() if name not in aside}
         key = digest([self.recipe, what, inputs, code_digest(), provenance()["versions"]])
         existing = self.config["run"]["existing"]
+        if existing == "extend" and self._record_path.exists():
+            write_text(self.directory / RESOLVED, as_yaml(self.config))
+            self._go_on(read_json(self._record_path) | {"finished": None})
+            return "unfinished"
         if existing in ("reuse", "resume") and self._record_path.exists():
             earlier = read_json(self._record_path)
             if existing == "resume" and (differing := self._differences(aside)):

@@ -37,6 +37,7 @@ REQUIRED = {
     "judge": ["a=runs/x", "b=runs/y"],
     "write_sample": [],
     "build_csconv": [],
+    "synthesize_rolecs": [],
     "launch": [],
 }
 """What each recipe cannot do without."""

@@ -40,7 +40,8 @@ RULES = {
     # The root configuration is made of its owners' schemas.
     "config": {
         "errors", "evaluation.config", "evaluation.metrics", "launching.config", "llm.config",
-        "packing.config", "run", "splits", "synthesis.filters", "template.config", "training.config",
+        "packing.config", "run", "splits", "synthesis.config", "synthesis.filters", "synthesis.llm_filters",
+        "template.config", "training.config",
     },
 }  # fmt: skip
 

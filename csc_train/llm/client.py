@@ -182,7 +182,7 @@ class Client:
             AuthenticationFailure: the server does not serve this key.
             LLMFailure: no answer within the budget.
         """
-        body = self._body(seed, temperature, max_tokens) | {"messages": list(messages)}
+        body = self.body(seed, temperature, max_tokens) | {"messages": list(messages)}
         if response_format is not None:
             body["response_format"] = response_format
         return await self._call("/chat/completions", body, _read_message, observe)
@@ -198,10 +198,11 @@ class Client:
     ) -> Completion:
         """How a prompt, as text or as token ids, goes on; arguments and errors as of `chat`."""
         prompt = prompt if isinstance(prompt, str) else list(prompt)
-        body = self._body(seed, temperature, max_tokens) | {"prompt": prompt}
+        body = self.body(seed, temperature, max_tokens) | {"prompt": prompt}
         return await self._call("/completions", body, _read_text, observe)
 
-    def _body(self, seed: int | None, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
+    def body(self, seed: int | None, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
+        """What every request to the model holds; arguments as of `chat`."""
         config = self.config
         settings = {
             "temperature": temperature if config.temperature is None else config.temperature,

@@ -141,7 +141,7 @@ async def _request(
     for rung in RUNGS[RUNGS.index(ladder.rung) :]:
         asked = chat if rung == "json_schema" and not repair else [*chat[:-1], _with_schema(chat[-1], form)]
         try:
-            completion = await client.chat(asked, seed=seed, response_format=_response_format(rung, form), **settings)
+            completion = await client.chat(asked, seed=seed, response_format=response_format(rung, form), **settings)
         except LLMFailure as failure:
             # Once a way has worked, what the server refuses is something else than the way.
             if failure.kind != "bad_request" or ladder.proven or rung == RUNGS[-1]:
@@ -155,7 +155,8 @@ async def _request(
     raise AssertionError("the last rung returns or raises")
 
 
-def _response_format(rung: str, form: type[Form]) -> dict[str, Any] | None:
+def response_format(rung: str, form: type[Form]) -> dict[str, Any] | None:
+    """What a request says about the form of its answer, for a way of asking (one of `RUNGS`)."""
     if rung == "text":
         return None
     if rung == "json_object":

@@ -396,20 +396,29 @@ def _write_dialogue(seed: int, index: int) -> Dialogue:
     # Seeding with a string is the same on every platform and does not correlate neighbouring dialogues.
     rng = random.Random(f"{seed}:{index}")
     problem, mood = rng.choice(PROBLEMS), rng.choice(list(FEELINGS))
+    acts, turns = write_turns(rng, problem, mood)
+    outcome = next(OUTCOMES[act] for act in acts if act in OUTCOMES)
+    extra = {"topic": problem.topic, "problem": problem.name, "mood": mood, "outcome": outcome}
+    return Dialogue(f"sample-{seed}-{index:05d}", tuple(turns), SOURCE, extra)
+
+
+def write_turns(rng: random.Random, problem: Problem, mood: str) -> tuple[list[str], list[Turn]]:
+    """Draw a conversation about `problem` with a customer in `mood` (a key of `FEELINGS`).
+
+    Returns:
+        The customer's acts (see `WORDINGS`) in order, and the turns of both.
+    """
     writer = _Writer(rng, problem, mood)
     acts, strategies, turns = [], [GREETING.number], []
     while True:
         text = writer.reply(strategies[-1], acts[-1] if acts else "")
         turns.append(Turn(Speaker.SUPPORTER, text, STRATEGIES[strategies[-1] - 1]))
         if strategies[-1] == CLOSURE.number:
-            break
+            return acts, turns
         acts.append(_next_act(rng, acts, strategies, mood))
         past = _past(acts, strategies)
         turns.append(Turn(Speaker.CUSTOMER, writer.utterance(acts[-1], past)))
         strategies.append(_draw(rng, _chances(acts[-1], past)))
-    outcome = next(OUTCOMES[act] for act in acts if act in OUTCOMES)
-    extra = {"topic": problem.topic, "problem": problem.name, "mood": mood, "outcome": outcome}
-    return Dialogue(f"sample-{seed}-{index:05d}", tuple(turns), SOURCE, extra)
 
 
 def _next_act(rng: random.Random, acts: list[str], strategies: list[int], mood: str) -> str:

@@ -1,0 +1,89 @@
+"""Synthesise RoleCS: personas, topics and moods -> five roles -> filters -> dialogues.
+
+python recipes/synthesize_rolecs.py llm=scripted target=2000                    # no model: the sample grammar speaks
+python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 dry_run=true   # what it would take
+python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 budget.tokens=500000000
+"""
+
+from csc_train.config import SynthesizeRolecsRecipe, resolved, run_recipe
+
+
+def main(config: SynthesizeRolecsRecipe) -> None:
+    # After the configuration is checked: these imports take seconds.
+    import asyncio
+    import sys
+    from contextlib import closing
+
+    from rich.console import Console
+
+    from csc_train.dialogue import read_dialogues
+    from csc_train.errors import InputError
+    from csc_train.run import Run, single_process
+    from csc_train.synthesis.backends import ServedModels
+    from csc_train.synthesis.batch import BatchedModels
+    from csc_train.synthesis.estimate import estimate, estimate_table
+    from csc_train.synthesis.personas import make_profiles, read_profiles
+    from csc_train.synthesis.progress import shown
+    from csc_train.synthesis.results import write_results
+    from csc_train.synthesis.runner import Runner, recipe_of
+    from csc_train.synthesis.scripted import Script
+    from csc_train.synthesis.store import Store
+    from csc_train.synthesis.waterfall import waterfall_table
+
+    settings, people, console = config.synthesis, config.synthesis.personas, Console()
+    checks = config.rolecs_check, config.duplicates
+
+    # Personas
+    made_up = people.path is None
+    profiles = make_profiles(people.count, settings.seed, settings.language) if made_up else read_profiles(people.path)
+    if config.dry_run:
+        console.print(estimate_table(estimate(settings, checks[0], config.llm, config.target, len(profiles))))
+        return
+    single_process("synthesize_rolecs")
+    run = Run("synthesize_rolecs", resolved(config))
+    where = config.reference
+    reference = read_dialogues(where.path, source=where.source, say=run.say) if where.path else []
+
+    # Dialogues; every answer is kept as it comes
+    if config.llm.backend == "scripted":
+        backend = Script(settings.language)
+    else:
+        backend = BatchedModels(ServedModels(config.llm, settings.roles), config.batch)
+    with closing(
+        Store(run.directory / "synthesis.db", recipe_of(settings, *checks, config.llm), config.new_run)
+    ) as store:
+        runner = Runner(settings, *checks, profiles, backend, store, config.target, config.budget)
+        run.begin({})
+
+        async def go() -> None:
+            async with shown(runner.progress, console):
+                await runner.run()
+
+        asyncio.run(go())
+
+        # What was accepted, what became of the rest, what it took
+        rows = write_results(run.directory, runner, store, backend, reference, settings.seed)
+    progress = runner.progress
+    console.print(waterfall_table(rows, f"{progress.accepted} of {config.target} dialogues (source={backend.source})"))
+    run.say(f"dialogues: {run.directory}/dialogues.jsonl, .parquet; report: {run.directory}/quality.html, quality.json")
+    if progress.empty:
+        run.say(f"{progress.empty} places stay empty: {settings.attempts} dialogues were tried for each, in vain")
+    if isinstance(backend, BatchedModels) and backend.waiting:
+        files = ", ".join(map(str, backend.write_requests(run.directory / "batch")))
+        run.say(f"{len(backend.waiting)} calls wait for a batch: {files}; go on with batch.results=[...]")
+        run.stop()
+    if progress.stopped:
+        reason, message = progress.stopped
+        if reason == "authentication":
+            raise InputError(message)
+        run.say(f"stopped: {message}; the same command goes on")
+        if reason == "interrupted":
+            raise KeyboardInterrupt
+        run.stop()
+    run.finish()
+    if progress.empty:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_recipe("synthesize_rolecs", main)
