@@ -160,6 +160,16 @@ def test_losses_by_strategy_turn_and_part_are_those_computed_by_hand(folder, tmp
     assert not {"mfu", "memory_allocated_gib"} & set(line)  # a CPU has none
 
 
+def test_what_is_measured_of_the_steps_is_not_of_an_evaluation(folder):
+    trainer = train(folder, packs="shared", max_steps=1)
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.packs[0]]))
+    for mode, counted in ((trainer.model.eval, False), (trainer.model.train, True)):
+        mode()
+        with torch.no_grad():
+            trainer.compute_loss(trainer.model, dict(batch))
+        assert bool(trainer.measures._sums.any()) == (trainer.measures._forward > 0) == counted
+
+
 def an_example(strategies: list[int]) -> Example:
     """A prefix of two tokens, then turns of a header, a strategy, a reply and a footer, the latter three trained."""
     turn = [TokenKind.CONTEXT, TokenKind.STRATEGY, TokenKind.REPLY, TokenKind.REPLY]
@@ -385,6 +395,7 @@ def test_a_dead_network_leaves_the_run_offline_and_says_so(no_login, monkeypatch
     run = open_run(config, tmp_path, "wandb", "0123abcd", {"a": 1})
     assert run.offline and run.id == "0123abcd"
     run.finish()
+    wandb.teardown()  # until then the file may not be written out
     assert "W&B does not answer" in capfd.readouterr().out
     (kept,) = offline_runs(tmp_path)
     assert kept.config["a"] == 1

@@ -185,10 +185,12 @@ class PackTrainer(SFTTrainer):
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
 
         def weighted(**arguments):
-            with self.measures.forward():
-                outputs = model(**arguments)
             if self.model.training and cells is not None:
+                with self.measures.forward():
+                    outputs = model(**arguments)
                 self.measures.count(outputs, cells, work)
+            else:  # held-out dialogues are no step's
+                outputs = model(**arguments)
             outputs.log_probs = outputs.log_probs * weights[:, 1:]
             return outputs
 
