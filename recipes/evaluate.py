@@ -137,7 +137,8 @@ def score_and_show(directory: Path, config: EvaluateRecipe) -> None:
     facts = provenance() | {"metrics": settings["metrics"]}
     write_results(directory, scored.results, scored.drifts, facts, scored.contamination)
     write_html(directory, scored, settings, read_json(directory / RECORD))
-    Console().print(console_table(scored.results, config.metrics.profiles[0]))
+    for profile in config.metrics.profiles:
+        Console().print(console_table(scored.results, profile))
     print(
         f"report: {directory}/report.html (also table.md, results.json); predictions: {directory}/predictions",
         flush=True,

@@ -194,6 +194,9 @@ def test_two_processes_make_one_run_directory(tmp_path):
         "slowest over mean process",
     ):
         assert done.stdout.count(report) == 1, report
+    again = start("sft.py", f"from={run}", "run.directory=runs/again", cwd=tmp_path, processes=2)
+    assert again.returncode == 0, again.stderr
+    assert [line["loss"] for line in history(tmp_path / "runs" / "again")] == [line["loss"] for line in history(run)]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_console_table_shows_every_number_in_80_columns():
     row = next(line for line in text.splitlines() if "untrained" in line)
     reference, generated = (
         ["1.00", "2.00", "3.00", "n/a", "n/a", "6.00"],
-        ["10.50", "11.50", "12.50", "n/a", "n/a", "15.50"],
+        ["10.50", "11.50", "12.50", "15.50"],  # nobody has the other two here
     )
     assert row.split() == ["untrained", *reference, *generated]
     assert "[bold]" in text  # a name is no markup

@@ -124,17 +124,22 @@ def behaviour(results: Results) -> list[Section]:
 def console_table(results: Results, profile: str = "paper") -> Table:
     """One profile for the terminal, with the columns of `markdown_table`; under each number half of its interval.
 
-    Numbers need 12 columns of 5 characters; in a narrow terminal it is the systems' names that wrap.
+    A column that is n/a for every system is left out. Numbers need 12 columns of 5 characters; in a narrow terminal it
+    is the systems' names that wrap.
     """
-    table = Table(title="Strategy-conditioned replies, percent", padding=(0, 1, 0, 0), box=None, header_style="bold")
+    title = f"Strategy-conditioned replies, percent, profile {profile}"
+    table = Table(title=title, padding=(0, 1, 0, 0), box=None, header_style="bold")
     table.add_column("\nsystem", overflow="fold")
-    for context in CONTEXTS:
-        for column in PROFILES[profile]:
-            table.add_column(f"{SHORT_CONTEXT[context]}\n{column}", justify="right", no_wrap=True)
-    for system in results:
-        row = [(_number(cell) or "n/a") + _half_width(cell) for cell in _row(results[system], profile)]
-        table.add_row(Text(system), *row)  # as text: a name may hold brackets, which rich would read as markup
-    absent = reasons(cell for contexts in results.values() for cell in _row(contexts, profile))
+    headings = [(context, column) for context in CONTEXTS for column in PROFILES[profile]]
+    rows = [list(_row(contexts, profile)) for contexts in results.values()]
+    shown = [place for place in range(len(headings)) if any(row[place].value is not None for row in rows)]
+    for context, column in (headings[place] for place in shown):
+        heading = column.replace(" ", "\n")
+        table.add_column(f"{SHORT_CONTEXT[context]}\n{heading}", justify="right", no_wrap=True)
+    for system, row in zip(results, rows, strict=True):
+        cells = [(_number(row[place]) or "n/a") + _half_width(row[place]) for place in shown]
+        table.add_row(Text(system), *cells)  # as text: a name may hold brackets, which rich would read as markup
+    absent = reasons(cell for row in rows for cell in row)
     intervals = "±: half the width of the 95 % interval, bootstrap over dialogues."
     table.caption = "\n".join([PROFILE_NOTES[profile], intervals, *(f"n/a: {reason}" for reason in absent)])
     table.caption_justify = "left"
