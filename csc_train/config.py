@@ -19,7 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from csc_train.errors import InputError, check_choice, check_range, suggestion
-from csc_train.evaluation.config import EvaluationConfig, JudgeConfig
+from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConfig
 from csc_train.evaluation.metrics import MetricsConfig
 from csc_train.launching.config import PreflightConfig, ThenConfig, TopologyConfig
 from csc_train.llm.config import LLMConfig
@@ -43,8 +43,8 @@ from csc_train.training.config import (
 CONF = Path(__file__).parent.parent / "conf"
 RECORDED = ("run", "resume", "from")
 """Keys that ask for the configuration that an earlier run recorded (see `compose`)."""
-POSITIONAL = {"compare": ("a", "b"), "judge": ("a", "b")}
-"""Keys that a recipe's leading arguments stand for where they are bare words."""
+POSITIONAL = {"compare": ("a", "b"), "judge": ("a", "b"), "human_eval": ("action", "inputs*")}
+"""Keys that a recipe's leading arguments stand for where they are bare words; one with a star takes all that follow."""
 
 
 @dataclass
@@ -168,6 +168,43 @@ class JudgeRecipe:
 
 
 @dataclass
+class HumanEvalRecipe:
+    """Configuration of recipes/human_eval.py."""
+
+    action: str = MISSING
+    """export: write a sheet and its key. import: read the answers."""
+    inputs: list[str] = MISSING
+    """export: the run directories of two evaluations of the same dialogues. import: the files that raters exported."""
+    system_a: str | None = None
+    """For export: the system of the first run; the one that it evaluated where not given."""
+    system_b: str | None = None
+    """For export: the system of the second run; as `system_a`."""
+    key: str | None = None
+    """For import: the key of the sheet."""
+    judge: str | None = None
+    """For import: a run directory of recipes/judge.py on the same systems, to see how far it agrees with people."""
+    human: HumanConfig = field(default_factory=HumanConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        check_choice("action", self.action, ("export", "import"))
+        if self.action == "import":
+            if self.key is None:
+                raise InputError("key is required: give the key.json of the sheet by key=...")
+            if not self.inputs:
+                raise InputError("import takes the files that raters exported")
+            for name in ("system_a", "system_b"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name}: the key knows the systems; leave it out")
+            return
+        if len(self.inputs) != 2:
+            raise InputError(f"export takes two run directories, not {len(self.inputs)}")
+        for name in ("key", "judge"):
+            if getattr(self, name) is not None:
+                raise InputError(f"{name}: export takes none, import does")
+
+
+@dataclass
 class SynthesizeRolecsRecipe:
     """Configuration of recipes/synthesize_rolecs.py."""
 
@@ -248,6 +285,7 @@ SCHEMAS = {
     "evaluate": EvaluateRecipe,
     "compare": CompareRecipe,
     "judge": JudgeRecipe,
+    "human_eval": HumanEvalRecipe,
     "write_sample": WriteSampleRecipe,
     "build_csconv": BuildCsconvRecipe,
     "synthesize_rolecs": SynthesizeRolecsRecipe,
@@ -344,8 +382,19 @@ def data_of(config: dict[str, Any]) -> DataConfig:
 def _named(recipe: str, overrides: list[str]) -> list[str]:
     """The overrides with leading bare words given the keys that they stand for."""
     bare = list(itertools.takewhile(lambda text: "=" not in text, overrides))
-    keys = POSITIONAL.get(recipe, ())[: len(bare)]
-    return [f"{key}={text}" for key, text in zip(keys, bare, strict=False)] + overrides[len(keys) :]
+    named, taken = [], 0
+    for key in POSITIONAL.get(recipe, ())[: len(bare)]:
+        rest = bare[taken:]
+        words = rest if key.endswith("*") else rest[:1]
+        value = f"[{','.join(map(_quoted, words))}]" if key.endswith("*") else words[0]
+        named.append(f"{key.removesuffix('*')}={value}")
+        taken += len(words)
+    return named + overrides[taken:]
+
+
+def _quoted(text: str) -> str:
+    """A text as Hydra reads it whatever it holds, such as the name of a file."""
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def _check_overrides(overrides: list[str]) -> None:

@@ -35,6 +35,7 @@ OUTPUTS = (
     "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html", "comparison.json",
     "comparison.md",
     "judgements.jsonl", "judge.json", "judge.md",
+    "sheet.html", "key.json", "human.json", "human.md",
     "answers.jsonl", "dialogues.parquet", "rejected.jsonl", "waterfall.json", "quality.json", "quality.html",
     "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb", CHANGES,
     "synthesis.json", "batch",

@@ -6,7 +6,6 @@ python recipes/judge.py runs/one/evaluation runs/other/evaluation llm=gpt_4o
 import sys
 
 from csc_train.config import JudgeRecipe, resolved, run_recipe
-from csc_train.errors import InputError
 
 
 def main(config: JudgeRecipe) -> None:
@@ -14,9 +13,8 @@ def main(config: JudgeRecipe) -> None:
     from pathlib import Path
 
     from csc_train.dialogue import read_dialogues
+    from csc_train.evaluation.comparison import reference_sides
     from csc_train.evaluation.judge import as_json, chosen_turns, judge, judgement, markdown, questions
-    from csc_train.evaluation.metrics import same_turns
-    from csc_train.evaluation.predictions import read_run, system_of
     from csc_train.files import digest, write_json, write_text
     from csc_train.run import Run, provenance, single_process
 
@@ -24,15 +22,7 @@ def main(config: JudgeRecipe) -> None:
     run = Run("judge", resolved(config))
 
     # Predictions
-    found = []
-    for directory, name in ((config.a, config.system_a), (config.b, config.system_b)):
-        saved = read_run(directory)
-        system = system_of(saved, directory, name)
-        if "reference" not in saved[system]:
-            raise InputError(f"{directory}: {system} was not evaluated in reference context")
-        found.append((f"{system} of {directory}", saved[system]["reference"]))
-    (names, predictions) = zip(*found, strict=True)
-    sides = same_turns(*predictions, *names)
+    names, sides = reference_sides((config.a, config.b), (config.system_a, config.system_b))
     chosen = chosen_turns(sides[0], config.judge)
     a, b = ([side.predictions[index] for index in chosen] for side in sides)
     dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(Path(config.a) / "dialogues.jsonl")}

@@ -35,6 +35,7 @@ REQUIRED = {
     "evaluate": ["checkpoint=runs/x/checkpoint"],
     "compare": ["a=runs/x", "b=runs/y"],
     "judge": ["a=runs/x", "b=runs/y"],
+    "human_eval": ["export", "runs/x", "runs/y"],
     "write_sample": [],
     "build_csconv": [],
     "synthesize_rolecs": [],

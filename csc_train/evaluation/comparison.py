@@ -3,14 +3,37 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from csc_train.errors import InputError
 from csc_train.evaluation import strategy_metrics
 from csc_train.evaluation.figure import Figure
 from csc_train.evaluation.metrics import MetricsConfig, figures, same_turns
-from csc_train.evaluation.predictions import Prediction
+from csc_train.evaluation.predictions import Prediction, read_run, system_of
 from csc_train.evaluation.turns import Turns
 from csc_train.evaluation.uncertainty import LEVEL, holm, mcnemar, sign_flip_test
 
 ALIKE = "cannot be told apart"
+
+
+def reference_sides(
+    directories: tuple[str, str], systems: tuple[str | None, str | None]
+) -> tuple[tuple[str, str], tuple[Turns, Turns]]:
+    """What to call the systems of two runs, and their predictions in reference context, row by row of the same turns.
+
+    Args:
+        systems: names of systems; those that the runs evaluated where None.
+
+    Raises:
+        InputError: a run cannot be read, lacks the system or the context, or the two are not of the same turns.
+    """
+    names, predictions = [], []
+    for directory, name in zip(directories, systems, strict=True):
+        saved = read_run(directory)
+        system = system_of(saved, directory, name)
+        if "reference" not in saved[system]:
+            raise InputError(f"{directory}: {system} was not evaluated in reference context")
+        names.append(f"{system} of {directory}")
+        predictions.append(saved[system]["reference"])
+    return tuple(names), same_turns(*predictions, *names)
 
 
 @dataclass(frozen=True)

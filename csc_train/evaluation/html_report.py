@@ -12,24 +12,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from csc_train.checkpoint import MANIFEST, read_manifest
 from csc_train.evaluation import report
 from csc_train.evaluation.figure import Score
+from csc_train.evaluation.page import render
 from csc_train.evaluation.scoring import Scored
 from csc_train.files import write_text
 from csc_train.strategies import STRATEGIES
 
 FILE = "report.html"
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("csc_train.evaluation", "."),
-    undefined=jinja2.StrictUndefined,
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_ENVIRONMENT.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # by default it sorts the keys, and so the systems
 
 
 def write_html(directory: str | os.PathLike, scored: Scored, config: dict[str, Any], record: dict[str, Any]) -> None:
@@ -43,7 +34,8 @@ def write_html(directory: str | os.PathLike, scored: Scored, config: dict[str, A
         InputError: it cannot be written.
     """
     results, contamination = scored.results, scored.contamination
-    page = _ENVIRONMENT.get_template("report.html.jinja").render(
+    page = render(
+        "report.html.jinja",
         system=list(results)[-1],
         facts=_facts(scored, config, record),
         turns=sum(len(dialogue.supporter_turns) for dialogue in scored.dialogues),

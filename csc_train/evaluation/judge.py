@@ -21,6 +21,7 @@ from tqdm import tqdm
 from csc_train.dialogue import Dialogue
 from csc_train.errors import InputError
 from csc_train.evaluation.config import JudgeConfig
+from csc_train.evaluation.criteria import CRITERIA
 from csc_train.evaluation.figure import Figure, Score
 from csc_train.evaluation.predictions import Prediction
 from csc_train.evaluation.turns import Turns
@@ -33,8 +34,6 @@ from csc_train.llm.structured import ask
 from csc_train.strategies import STRATEGIES
 from csc_train.template.reply import Reply, format_reply
 
-CRITERIA = ("strategy", "helpfulness", "empathy", "wording", "faithfulness")
-"""Fields of `Rubric`; `judge.{zh,en}.jinja` says what each asks."""
 SIDES = {"pairwise": ("AB", "BA"), "rubric": ("A", "B")}
 """What is asked of a turn: the pair in both orders, or each reply."""
 
@@ -99,9 +98,7 @@ def chosen_turns(turns: Turns, config: JudgeConfig) -> numpy.ndarray:
     """int [chosen]: which of the turns are judged, in order."""
     if config.turns is None:
         return numpy.arange(len(turns))
-    # By a hash of each, so that it does not matter which other turns there are.
-    order = sorted(range(len(turns)), key=lambda index: digest([config.seed, *turns.keys[index]]))
-    return numpy.array(sorted(order[: config.turns]), int)
+    return numpy.array(sorted(turns.shuffled(config.seed)[: config.turns]), int)
 
 
 def questions(
@@ -147,7 +144,7 @@ def _template(language: str) -> jinja2.Template:
 
 
 def _render(language: str, **facts: Any) -> str:
-    return _template(language).render(**facts).strip()
+    return _template(language).render(CRITERIA=CRITERIA, **facts).strip()
 
 
 def judge(asked: Sequence[Question], llm: LLMConfig, config: JudgeConfig, cache: str | os.PathLike) -> Judged:
@@ -238,6 +235,8 @@ class Judgement:
         first: share of the answers that prefer one reply which prefer the first, in percent; None for no such answer.
         scores: by criterion, the mean points of A, of B and their difference; empty where none were asked for.
         judged, expected: turns whose questions of a task were all answered, and turns that there were, by task.
+        by_turn: `dialogue_id`, `turn` and, by what was asked, who is preferred: 1 for A, 0 for B, 0.5 for neither;
+            `overall` in pairs, by each criterion as the points say.
     """
 
     win_rate: WinRate | None
@@ -247,6 +246,7 @@ class Judgement:
     scores: dict[str, dict[str, Score]]
     judged: dict[str, int]
     expected: int
+    by_turn: list[dict[str, Any]]
 
 
 def judgement(a: Sequence[Prediction], b: Sequence[Prediction], judged: Judged, config: JudgeConfig) -> Judgement:
@@ -254,6 +254,7 @@ def judgement(a: Sequence[Prediction], b: Sequence[Prediction], judged: Judged, 
     answers = {(each.task, each.dialogue_id, each.turn, each.side): answer for each, answer in judged.answers.items()}
     failed = {(each.task, each.dialogue_id, each.turn) for each in judged.failures}
     counts: dict[str, int] = {}
+    preferred: dict[int, dict[str, float]] = {index: {} for index in range(len(a))}
     rates, identical, disagreements, first, scores = None, 0, 0, None, {}
     if "pairwise" in config.tasks:
         rows, firsts = [], []
@@ -266,6 +267,7 @@ def judgement(a: Sequence[Prediction], b: Sequence[Prediction], judged: Judged, 
             firsts += [better == "1" for better in pair if better in ("1", "2")]
             disagreements += pair in (["1", "1"], ["2", "2"])
             rows.append((index, {("1", "2"): 1.0, ("2", "1"): 0.0}.get(tuple(pair), 0.5)))
+            preferred[index]["overall"] = rows[-1][1]
         turns = [a[index] for index, _ in rows]
         longer = [len(each.response) - len(b[index].response) for each, (index, _) in zip(turns, rows, strict=True)]
         preferences = numpy.array([preference for _, preference in rows])
@@ -273,18 +275,26 @@ def judgement(a: Sequence[Prediction], b: Sequence[Prediction], judged: Judged, 
         first = 100 * sum(firsts) / len(firsts) if firsts else None
         counts["pairwise"] = len(rows)
     if "rubric" in config.tasks:
-        turns = [each for each in a if ("rubric", each.dialogue_id, each.turn) not in failed]
+        rated = [index for index, each in enumerate(a) if ("rubric", each.dialogue_id, each.turn) not in failed]
+        turns = [a[index] for index in rated]
         dialogues = Turns(turns).dialogue
         for criterion in CRITERIA:
             sides = {
                 side: [answers["rubric", each.dialogue_id, each.turn, side][criterion] for each in turns]
                 for side in "AB"
             }
+            for index, one, other in zip(rated, *sides.values(), strict=True):
+                preferred[index][criterion] = 0.5 if one == other else float(one > other)
             figures = {side: Figure(mean(points), "points", "mean of 1 to 5") for side, points in sides.items()}
             scores[criterion] = {side: figure.score(dialogues, config.draws) for side, figure in figures.items()}
             scores[criterion]["A - B"] = figures["A"].minus(figures["B"], dialogues, config.draws)
         counts["rubric"] = len(turns)
-    return Judgement(rates, identical, disagreements, first, scores, counts, len(a))
+    by_turn = [
+        {"dialogue_id": each.dialogue_id, "turn": each.turn, **preferred[index]}
+        for index, each in enumerate(a)
+        if preferred[index]
+    ]
+    return Judgement(rates, identical, disagreements, first, scores, counts, len(a), by_turn)
 
 
 def as_json(result: Judgement, judged: Judged) -> dict[str, Any]:

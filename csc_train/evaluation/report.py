@@ -94,8 +94,32 @@ def markdown_table(results: Results, drifts: Drifts, contamination: Contaminatio
     sections.append(_by_position(last, results[last], drifts.get(last)))
     blocks += [_markdown_section(section, footnotes) for section in sections]
     blocks.append(f"Turns: {'; '.join(counts(results))}.")
+    return _joined(blocks, footnotes)
+
+
+def sections_markdown(sections: Iterable[Section]) -> str:
+    """Tables as Markdown, with the reasons behind each `n/a` at the end."""
+    footnotes: dict[str, int] = {}
+    return _joined([_markdown_section(section, footnotes) for section in sections], footnotes)
+
+
+def section_table(section: Section) -> Table:
+    """A table for the terminal, its notes below."""
+    table = Table(title=section.title, title_justify="left", padding=(0, 1, 0, 0), box=None, header_style="bold")
+    for number, name in enumerate(section.header):
+        table.add_column(name, justify="left" if number < section.labels else "right", overflow="fold")
+    footnotes: dict[str, int] = {}
+    for row in section.rows:
+        table.add_row(*(Text(_cell(cell, footnotes).replace("[^", " [")) for cell in row))
+    notes = [*section.notes, *(f"[{number}] {reason}" for reason, number in footnotes.items())]
+    table.caption, table.caption_justify = Text("\n".join(notes)), "left"
+    return table
+
+
+def _joined(blocks: list[str], footnotes: dict[str, int]) -> str:
+    """Blocks of Markdown as one text, the footnotes at its end."""
     if footnotes:
-        blocks.append("\n".join(f"[^{number}]: {reason}" for reason, number in footnotes.items()))
+        blocks = [*blocks, "\n".join(f"[^{number}]: {reason}" for reason, number in footnotes.items())]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -9,6 +9,7 @@ import numpy
 from csc_train.errors import InputError
 from csc_train.evaluation import lexical
 from csc_train.evaluation.predictions import Prediction
+from csc_train.files import digest
 
 TextPairs = list[tuple[str, str]]
 
@@ -51,6 +52,11 @@ class Turns:
     def keys(self) -> list[tuple[str, int]]:
         """(dialogue id, turn) of each."""
         return [(each.dialogue_id, each.turn) for each in self.predictions]
+
+    def shuffled(self, seed: int) -> list[int]:
+        """Indices of all turns in a random order, in which two turns stand whatever other turns there are."""
+        hashes = [digest([seed, *key]) for key in self.keys]
+        return sorted(range(len(self)), key=hashes.__getitem__)
 
     @property
     def predicts_strategy(self) -> bool:

@@ -1,0 +1,22 @@
+"""What the HTML pages have in common: each is one file that needs no network.
+
+`page.head.jinja`, `page.css.jinja` and `page.js.jinja` are included by the templates of the pages.
+"""
+
+from typing import Any
+
+import jinja2
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("csc_train.evaluation", "."),
+    undefined=jinja2.StrictUndefined,
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # by default it sorts the keys, and so the systems
+
+
+def render(template: str, **facts: Any) -> str:
+    """A template of this package as a page."""
+    return _ENVIRONMENT.get_template(template).render(**facts)

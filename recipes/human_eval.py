@@ -1,0 +1,70 @@
+"""Let people compare two evaluations of the same dialogues: a blinded sheet for the browser, and what its answers say.
+
+python recipes/human_eval.py export runs/one/evaluation runs/other/evaluation
+python recipes/human_eval.py import answers-anna.json answers-ben.json key=runs/human_eval-20260102-030405/key.json
+"""
+
+from csc_train.config import HumanEvalRecipe, resolved, run_recipe
+
+
+def main(config: HumanEvalRecipe) -> None:
+    # After the configuration is checked: these imports take seconds.
+    from csc_train.run import Run, single_process
+
+    single_process("human_eval")
+    run = Run("human_eval", resolved(config))
+    {"export": export_sheet, "import": import_answers}[config.action](config, run)
+    run.finish()
+
+
+def export_sheet(config: HumanEvalRecipe, run) -> None:
+    """Write the sheet, and its key beside it."""
+    from pathlib import Path
+
+    from csc_train.dialogue import read_dialogues
+    from csc_train.evaluation.comparison import reference_sides
+    from csc_train.evaluation.human import KEY, SHEET, draw_sheet
+    from csc_train.files import file_digest, write_json, write_text
+
+    names, sides = reference_sides(tuple(config.inputs), (config.system_a, config.system_b))
+    dialogues = Path(config.inputs[0]) / "dialogues.jsonl"
+    by_id = {dialogue.id: dialogue for dialogue in read_dialogues(dialogues)}
+    page, key = draw_sheet(sides, by_id, names, config.human)
+
+    run.begin({"dialogues": file_digest(dialogues), "sheet": key.sheet})
+    write_text(run.directory / SHEET, page)
+    write_json(run.directory / KEY, key.model_dump())
+    run.say(f"A: {names[0]}\nB: {names[1]}")
+    run.say(f"{len(key.items)} items of the {key.differing} of {key.turns} turns where the replies differ")
+    run.say(f"for the raters: {run.directory / SHEET}")
+    run.say(f"keep from them: {run.directory / KEY}, which tells the systems apart")
+
+
+def import_answers(config: HumanEvalRecipe, run) -> None:
+    """Read the raters' answers, and say which system they prefer and how far they agree."""
+    from rich.console import Console
+
+    from csc_train.evaluation.human import as_json, opinions, read_judge, read_key, read_votes, sections
+    from csc_train.evaluation.report import section_table, sections_markdown
+    from csc_train.files import file_digest, write_json, write_text
+    from csc_train.run import provenance
+
+    key = read_key(config.key)
+    votes, comments = read_votes(config.inputs, key)
+    judge = read_judge(config.judge, key) if config.judge else None
+    found = opinions(votes, key, config.human, judge)
+
+    run.begin({path: file_digest(path) for path in (config.key, *config.inputs)})
+    tables = sections(found, key)
+    names = f"A: {key.a}  \nB: {key.b}"
+    facts = {"provenance": provenance(), "a": key.a, "b": key.b, "sheet": key.sheet}
+    write_json(run.directory / "human.json", facts | as_json(found, comments))
+    write_text(run.directory / "human.md", f"{names}\n\n{sections_markdown(tables)}")
+    run.say(names)
+    for table in tables:
+        Console().print(section_table(table))
+    run.say(f"report: {run.directory}/human.md, {run.directory}/human.json ({len(comments)} comments)")
+
+
+if __name__ == "__main__":
+    run_recipe("human_eval", main)
