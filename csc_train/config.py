@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from csc_train.errors import InputError, check_choice, check_range, suggestion
 from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConfig
 from csc_train.evaluation.metrics import MetricsConfig
-from csc_train.launching.config import PreflightConfig, ThenConfig, TopologyConfig
+from csc_train.launching.config import PreflightConfig, SweepConfig, ThenConfig, TopologyConfig
 from csc_train.llm.config import LLMConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.run import RESOLVED, RunConfig, end_with_launcher, fail, record_failure
@@ -43,7 +43,12 @@ from csc_train.training.config import (
 CONF = Path(__file__).parent.parent / "conf"
 RECORDED = ("run", "resume", "from")
 """Keys that ask for the configuration that an earlier run recorded (see `compose`)."""
-POSITIONAL = {"compare": ("a", "b"), "judge": ("a", "b"), "human_eval": ("action", "inputs*")}
+POSITIONAL = {
+    "compare": ("a", "b"),
+    "judge": ("a", "b"),
+    "human_eval": ("action", "inputs*"),
+    "compare_runs": ("folder",),
+}
 """Keys that a recipe's leading arguments stand for where they are bare words; one with a star takes all that follow."""
 
 
@@ -277,6 +282,29 @@ class LaunchRecipe:
         check_choice("recipe", self.recipe, ("sft",))  # the others are one process
 
 
+@dataclass
+class SweepRecipe(LaunchRecipe):
+    """Configuration of launch/sweep.py; whatever else it is given is the recipe's."""
+
+    sweep: SweepConfig = MISSING
+
+
+@dataclass
+class CompareRunsRecipe:
+    """Configuration of recipes/compare_runs.py."""
+
+    folder: str = "runs"
+    """Whose runs are compared, those in its subfolders included."""
+    metric: str = "eval_loss"
+    """The figure by which they are ordered and whose curves are drawn beside the training loss's."""
+    direction: str = "minimize"
+    """Whether the least or the greatest of it comes first: minimize or maximize."""
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        check_choice("direction", self.direction, ("minimize", "maximize"))
+
+
 SCHEMAS = {
     "sft": SftRecipe,
     "prepare": PrepareRecipe,
@@ -290,6 +318,8 @@ SCHEMAS = {
     "build_csconv": BuildCsconvRecipe,
     "synthesize_rolecs": SynthesizeRolecsRecipe,
     "launch": LaunchRecipe,
+    "sweep": SweepRecipe,
+    "compare_runs": CompareRunsRecipe,
 }
 
 

@@ -37,6 +37,7 @@ OUTPUTS = (
     "judgements.jsonl", "judge.json", "judge.md",
     "sheet.html", "key.json", "human.json", "human.md",
     "answers.jsonl", "dialogues.parquet", "rejected.jsonl", "waterfall.json", "quality.json", "quality.html",
+    "runs.json", "runs.md", "runs.svg",
     "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb", CHANGES,
     "synthesis.json", "batch",
 )  # fmt: skip
@@ -153,8 +154,8 @@ class Run:
 
     def _differences(self, aside: tuple[str, ...]) -> list[str]:
         """What the run began with and has otherwise now, by key; of keys that it knew, and not of groups in `aside`."""
-        began = _flat(yaml.safe_load((self.directory / RESOLVED).read_text(encoding="utf-8")))
-        now = _flat(self.config)
+        began = flat(yaml.safe_load((self.directory / RESOLVED).read_text(encoding="utf-8")))
+        now = flat(self.config)
         return [
             f"{key}={value}, not {now[key]}"
             for key, value in began.items()
@@ -209,12 +210,12 @@ def default_directory(recipe: str) -> str:
     return time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of nested mappings by dotted key."""
-    flat = {}
+    values = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
 
 
 def as_yaml(config: dict[str, Any]) -> str:

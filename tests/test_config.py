@@ -40,6 +40,8 @@ REQUIRED = {
     "build_csconv": [],
     "synthesize_rolecs": [],
     "launch": [],
+    "sweep": [],
+    "compare_runs": [],
 }
 """What each recipe cannot do without."""
 INSTEAD = {("evaluate", "template"): ["llm=gpt_4o", "data=rolecs"]}

@@ -21,6 +21,7 @@ from csc_train.config import compose, resolved
 from csc_train.errors import InputError
 from csc_train.launching import supervise
 from csc_train.launching.job import LAUNCHED, SCRIPT, freeze, launch, plan
+from csc_train.launching.sweep import sweep
 from csc_train.run import STOPPED, Run
 
 SLURM = ROOT / "tests" / "data" / "slurm"
@@ -296,8 +297,10 @@ def test_a_command_of_the_page_runs_dry(frozen, monkeypatch, capsys, command):
     monkeypatch.chdir(frozen)
     words = shlex.split(command)
     if words[0] == "python":
-        assert words[1] == "launch/launch.py"
-        assert launch([*words[2:], "dry_run=true"]) == 0, capsys.readouterr().err
+        start = {"launch/launch.py": launch, "launch/sweep.py": sweep}[words[1]]
+        assert start([*words[2:], "dry_run=true"]) == 0, capsys.readouterr().err
+    elif words[0] == "wandb":  # see test_sweep.py
+        assert words[1] == "agent" or (ROOT / words[2]).is_file()
     elif words[0] not in ("pip", "transformers", "vllm"):  # serving: see test_serving.py
         assert words[0] in ("torchrun", "accelerate")
         compose("sft", words[words.index("recipes/sft.py") + 1 :])

@@ -24,6 +24,7 @@ RULES = {
     "checkpoint": LEAVES,
     "run": LEAVES,
     "llm": LEAVES,
+    "run_comparison": LEAVES | {"run"},
     "strategies": set(),
     "dialogue": LEAVES | {"strategies"},
     "words": set(),
@@ -36,7 +37,9 @@ RULES = {
     "training": BASE | {"template", "packing", "checkpoint", "hub", "run"},
     "evaluation": BASE | {"template", "checkpoint", "hub", "llm", "words"},
     "evaluation.contamination": BASE | {"splits", "near_duplicates"},
-    "launching": BASE | {"template", "packing", "training", "checkpoint", "hub", "run", "splits", "config"},
+    "launching": BASE | {
+        "template", "packing", "training", "checkpoint", "hub", "run", "run_comparison", "splits", "config"
+    },
     # The root configuration is made of its owners' schemas.
     "config": {
         "errors", "evaluation.config", "evaluation.metrics", "launching.config", "llm.config",

@@ -1,7 +1,9 @@
 """What a user may choose about the machines that a job runs on, and about what is checked before it starts."""
 
+import itertools
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from csc_train.errors import InputError, check_choice, check_range
 
@@ -119,3 +121,150 @@ class ThenConfig:
         check_choice("then.recipe", self.recipe or "evaluate", ("evaluate",))
         if self.overrides and not self.recipe:
             raise InputError(f"then.overrides={self.overrides}: say of which recipe, by then=evaluate")
+
+
+@dataclass
+class ParameterConfig:
+    """A setting that a sweep varies."""
+
+    key: str = ""
+    """The recipe's key or group, such as `trainer.learning_rate` or `adapter`."""
+    type: str = "float"
+    """float, int: from `low` to `high`. categorical: one of `choices`."""
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    """Draw from the logarithm of the range."""
+    step: float | None = None
+    """Draw multiples of this above `low` alone."""
+    choices: list[Any] = field(default_factory=list)
+    """Numbers, booleans, or texts as they would stand on the command line after `key=`."""
+
+    def check(self, name: str) -> None:
+        """Refuse what is no range and no choice.
+
+        Args:
+            name: where it stands, for the message.
+
+        Raises:
+            InputError: says what is wrong.
+        """
+        if not self.key:
+            raise InputError(f"{name}.key is required: give {name}.key=...")
+        check_choice(f"{name}.type", self.type, ("float", "int", "categorical"))
+        if self.type == "categorical":
+            if (self.low, self.high, self.step, self.log) != (None, None, None, False) or not self.choices:
+                raise InputError(f"{name}: a categorical parameter has choices, and no low, high, step or log")
+            check_scalars(f"{name}.choices", self.choices)
+            return
+        if self.low is None or self.high is None or not self.low < self.high or self.choices:
+            raise InputError(f"{name}: type={self.type} goes from low to a greater high, and has no choices")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise InputError(f"{name}: log=true goes with a low above 0 and without a step")
+        if self.step is not None and self.step <= 0:
+            raise InputError(f"{name}.step={self.step}: must be above 0")
+        whole = (self.low, self.high, self.step or 1)
+        if self.type == "int" and any(value % 1 for value in whole):
+            raise InputError(f"{name}: type=int goes from a whole number to another by whole steps")
+
+
+@dataclass
+class PrunerConfig:
+    """When a trial is ended early, by what it has logged so far."""
+
+    kind: str = "none"
+    """none. median: when it is worse than the median of the earlier trials at the same step. hyperband: by brackets of
+    successive halving."""
+    startup_trials: int = 5
+    """median: trials that come to their end first."""
+    first_step: int = 1
+    """Optimizer steps before which none is ended."""
+
+    def __post_init__(self):
+        check_choice("sweep.pruner.kind", self.kind, ("none", "median", "hyperband"))
+        check_range("sweep.pruner.startup_trials", self.startup_trials, 1)
+        check_range("sweep.pruner.first_step", self.first_step, 1)
+
+
+@dataclass
+class SweepConfig:
+    """What a sweep tries out, and by what it judges (the `sweep` group)."""
+
+    name: str = "sweep"
+    directory: str | None = None
+    """Of the sweep: its study, its summary, and a run directory `trial-N` for each trial. runs/sweeps/<name> where not
+    given. What it holds is gone on with."""
+    kind: str = "optuna"
+    """optuna: trials drawn from `space`, by Optuna's TPE sampler. grid: every combination of the choices in `space`.
+    list: `points`."""
+    space: dict[str, ParameterConfig] = field(default_factory=dict)
+    """What is varied, by the names of the summary's columns."""
+    points: list[dict[str, Any]] = field(default_factory=list)
+    """For a list: the values of each trial, by the recipe's keys and groups; values as `ParameterConfig.choices`."""
+    trials: int | None = None
+    """How many trials there are in all, failed ones included; those of a grid or list are all of its points where not
+    given."""
+    metric: str = "eval_loss"
+    """A figure that the training logs: trials are pruned by its values, and judged by the last, or by the one of the
+    checkpoint where that is made from an earlier state."""
+    direction: str = "minimize"
+    """minimize or maximize."""
+    seed: int = 0
+    pruner: PrunerConfig = field(default_factory=PrunerConfig)
+    parallel: int | None = None
+    """Trials at a time. On GPUs as many as fit on the free ones where not given, else 1; under SLURM, jobs in the
+    queue."""
+    poll: float = 5.0
+    """Seconds between looks at the trials."""
+
+    def __post_init__(self):
+        check_choice("sweep.kind", self.kind, ("optuna", "grid", "list"))
+        check_choice("sweep.direction", self.direction, ("minimize", "maximize"))
+        check_range("sweep.poll", self.poll, 0.1)
+        check_range("sweep.seed", self.seed, 0, 2**31)
+        for key in ("trials", "parallel"):
+            if getattr(self, key) is not None:
+                check_range(f"sweep.{key}", getattr(self, key), 1)
+        for name, parameter in self.space.items():
+            parameter.check(f"sweep.space.{name}")
+        if self.kind == "list":
+            self._check_list()
+        elif not self.space or self.points:
+            raise InputError(f"sweep.kind={self.kind}: give what is varied by sweep.space, and no sweep.points")
+        if self.kind == "optuna" and self.trials is None:
+            raise InputError("sweep.trials is required: give sweep.trials=...")
+        if self.kind == "grid":
+            for name, parameter in self.space.items():
+                if parameter.type != "categorical":
+                    raise InputError(f"sweep.space.{name}.type={parameter.type}: a grid is made of categorical choices")
+        if self.kind != "optuna" and (self.trials or 0) > len(self.grid()):
+            raise InputError(f"sweep.trials={self.trials}: the {self.kind} has {len(self.grid())} points")
+
+    def _check_list(self) -> None:
+        if not self.points or self.space:
+            raise InputError("sweep.kind=list: give the trials by sweep.points, and no sweep.space")
+        for number, point in enumerate(self.points):
+            check_scalars(f"sweep.points, number {number}", point.values())
+
+    @property
+    def size(self) -> int:
+        """How many trials there are in all."""
+        return self.trials if self.trials is not None else len(self.grid())
+
+    def grid(self) -> list[dict[str, Any]]:
+        """The points of a grid or list in order: the values of each, by parameter (see `key_of`)."""
+        if self.kind == "list":
+            return self.points
+        choices = (parameter.choices for parameter in self.space.values())
+        return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*choices)]
+
+    def key_of(self, parameter: str) -> str:
+        """The recipe's key or group that a parameter stands for."""
+        return self.space[parameter].key if parameter in self.space else parameter
+
+
+def check_scalars(name: str, values: Any) -> None:
+    """Raise an InputError unless `values` are numbers, booleans, texts or null."""
+    for value in values:
+        if not isinstance(value, bool | int | float | str | None):
+            raise InputError(f"{name}: {value}: write a list or mapping as a text, such as '[1,2]'")

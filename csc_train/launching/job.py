@@ -1,5 +1,6 @@
 """A job: a recipe's configuration, the machines to run it on and its run directory; checked, frozen and started."""
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass, fields
@@ -73,18 +74,11 @@ def plan(arguments: list[str]) -> Job:
     Raises:
         InputError: an argument is wrong, or the job cannot run (see `check`).
     """
-    if flags := [text for text in arguments if text.startswith("-")]:
-        raise InputError(f"{flags[0]}: everything is key=value, as launch/README.md shows")
-    own_keys = [field.name for field in fields(LaunchRecipe)]
-    own = [text for text in arguments if text.split("=")[0].split(".")[0] in own_keys]
-    others = [text for text in arguments if text not in own]
+    own, others = split_arguments(arguments, LaunchRecipe)
     new = not any(text.startswith("run=") for text in others)
     earlier = [text.split("=", 1)[1] for text in others if text.startswith(("run=", "from="))]
     launch = _launched(Path(earlier[0]), own) if earlier else compose("launch", own)
-    known = {*known_keys(launch.recipe), *RECORDED}
-    for key in (text.split("=")[0] for text in others):
-        if key not in known and suggestion(key, own_keys):
-            raise InputError(f"unknown key {key!r}.{suggestion(key, own_keys)}")
+    refuse_misspelt(others, launch)
     config = compose(launch.recipe, others)
     if new:
         if config.run.existing != "refuse":
@@ -101,6 +95,27 @@ def plan(arguments: list[str]) -> Job:
     job = Job(launch, config, new)
     check(job)
     return job
+
+
+def split_arguments(arguments: list[str], schema: type[LaunchRecipe]) -> tuple[list[str], list[str]]:
+    """The arguments that begin with a key of a launcher's schema, and the others, which are the recipe's.
+
+    Raises:
+        InputError: one is a flag.
+    """
+    if flags := [text for text in arguments if text.startswith("-")]:
+        raise InputError(f"{flags[0]}: everything is key=value, as launch/README.md shows")
+    keys = {field.name for field in fields(schema)}
+    own = [text for text in arguments if re.match(r"[+~]*([^.=]*)", text).group(1) in keys]
+    return own, [text for text in arguments if text not in own]
+
+
+def refuse_misspelt(others: list[str], launch: LaunchRecipe) -> None:
+    """Raise an InputError where a key of the recipe's arguments is not its own, but nearly one of the launcher's."""
+    known, own_keys = {*known_keys(launch.recipe), *RECORDED}, [field.name for field in fields(launch)]
+    for key in (text.split("=")[0] for text in others):
+        if key not in known and suggestion(key, own_keys):
+            raise InputError(f"unknown key {key!r}.{suggestion(key, own_keys)}")
 
 
 def _launched(directory: Path, own: list[str]) -> LaunchRecipe:

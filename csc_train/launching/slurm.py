@@ -46,3 +46,20 @@ def submit(script: Path) -> str:
     if done.returncode:
         raise InputError(f"sbatch {script}: {' '.join(done.stderr.split())}")
     return done.stdout.strip()
+
+
+def queued(number: str) -> bool:
+    """Whether a job waits or runs; also where SLURM cannot be asked just now.
+
+    Args:
+        number: the job's.
+    """
+    done = subprocess.run(
+        ["squeue", "--noheader", "--format=%T", f"--jobs={number}"], capture_output=True, text=True, check=False
+    )
+    return bool(done.stdout.strip()) if done.returncode == 0 else "Invalid job id" not in done.stderr
+
+
+def cancel(number: str) -> None:
+    """End a job; its ranks save a state of training if the cluster leaves them the time."""
+    subprocess.run(["scancel", number], capture_output=True, check=False)

@@ -1,0 +1,12 @@
+"""Try out settings of a recipe: trials drawn by Optuna, a grid or a list, here or as SLURM jobs.
+
+python launch/sweep.py sweep=lr experiment=qwen2_5_7b_lora topology=gpu1
+python launch/sweep.py sweep=lr debug=cpu_tiny sweep.trials=4
+"""
+
+import sys
+
+from csc_train.launching.sweep import sweep
+
+if __name__ == "__main__":
+    sys.exit(sweep(sys.argv[1:]))

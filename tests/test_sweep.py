@@ -1,0 +1,453 @@
+"""Sweeps: what is refused, where trials run, how they end, and what is kept of them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import wandb.wandb_agent
+import yaml
+from conftest import ROOT
+from test_launch import Started, left_in, record
+
+from csc_train.errors import InputError
+from csc_train.launching import trials
+from csc_train.launching.config import TopologyConfig
+from csc_train.launching.job import Job
+from csc_train.launching.sweep import corners, only_one, plan, sweep
+from csc_train.launching.trials import FailedTrialError, Figures, LocalPlaces, NoSuchMetricError, result
+from csc_train.run_comparison import find_runs, ordered
+
+SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
+SMALL = ["debug=cpu_tiny", "sweep.poll=0.2", "topology=cpu1"]
+FOUR = [
+    *SMALL, "sweep=lr", "sweep.trials=4", "trainer.max_steps=3", "trainer.save_every=0",
+    "data.sample_dialogues=20", "packing.max_length=512", "held_out.every=1", "held_out.turns=0", "held_out.samples=0",
+]  # fmt: skip
+
+
+def steps(run: Path) -> list[int]:
+    """The optimizer steps in a run's history."""
+    lines = (run / "history.jsonl").read_text().splitlines() if (run / "history.jsonl").exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory to work in, with the recipes in it as in a checkout."""
+    directory = tmp_path_factory.mktemp("place").resolve()
+    (directory / "recipes").symlink_to(ROOT / "recipes")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def interrupted(place):
+    """A sweep of four trials, one of which cannot but fail, until Ctrl-C after a step of its first."""
+    planted = place / "runs/sweeps/lr/trial-2"
+    planted.mkdir(parents=True)
+    (planted / "checkpoint").mkdir()  # what no run left: the recipe will not touch it
+    started = Started([*SWEEP, *FOUR], place)
+    while not steps(place / "runs/sweeps/lr/trial-0"):
+        assert started.process.poll() is None, started.end() or started.output
+        time.sleep(0.05)
+    assert any("csc_train.launching.supervise" in process.cmdline() for process in left_in(place))
+    started.process.send_signal(signal.SIGINT)
+    assert started.end() == 130, started.output
+    left = left_in(place)
+    return started.output, left, record(place / "runs/sweeps/lr/trial-0")
+
+
+@pytest.fixture(scope="module")
+def summary(place, interrupted):
+    """What the same command came to when it was given again, with two trials at a time."""
+    started = Started([*SWEEP, *FOUR, "sweep.parallel=2"], place)
+    assert started.end() == 0, started.output
+    assert left_in(place) == []
+    return json.loads((place / "runs/sweeps/lr/summary.json").read_text()), started.output
+
+
+def test_ctrl_c_lets_trials_save_and_leaves_nothing_running(interrupted):
+    output, left, first = interrupted
+    assert left == []
+    assert "interrupted after 0 of 4 trials; the same command goes on\n" in output
+    assert first["stopped"] and not first["finished"]
+
+
+def test_an_interrupted_sweep_ends_with_as_many_trials_as_were_asked_for(place, summary):
+    facts, _ = summary
+    runs = place / "runs/sweeps/lr"
+    assert [(trial["number"], trial["state"]) for trial in facts["trials"]] == [
+        (0, "complete"), (1, "complete"), (2, "fail"), (3, "complete"),
+    ]  # fmt: skip
+    assert facts["trials"][2]["reason"].endswith(
+        "runs/sweeps/lr/trial-2 holds checkpoint but no run.json: choose another run.directory"
+    )
+    # Each was trained with the values that the study holds, and judged by its own last held-out loss.
+    values = set()
+    for trial in (trial for trial in facts["trials"] if trial["state"] == "complete"):
+        config = yaml.safe_load((runs / f"trial-{trial['number']}/resolved.yaml").read_text())
+        given = trial["parameters"]
+        assert list(given) == ["trainer.learning_rate", "trainer.warmup_ratio"]
+        assert config["trainer"]["learning_rate"] == given["trainer.learning_rate"]
+        assert config["trainer"]["warmup_ratio"] == given["trainer.warmup_ratio"]
+        log = json.loads((runs / f"trial-{trial['number']}/metrics.json").read_text())["log"]
+        assert trial["value"] == [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
+        assert sorted(set(steps(runs / f"trial-{trial['number']}"))) == [1, 2, 3]
+        values.add(given["trainer.learning_rate"])
+    assert len(values) == 3  # begun anew, the sampler does not draw the same again
+    best = min((trial for trial in facts["trials"] if trial["value"]), key=lambda trial: trial["value"])
+    assert facts["best"] == best["number"]
+    assert facts["importances"].keys() == best["parameters"].keys()
+
+
+def test_the_trial_that_was_interrupted_went_on_from_its_saved_state(place, summary):
+    first = record(place / "runs/sweeps/lr/trial-0")
+    assert first["stopped"] and first["finished"]
+
+
+def test_a_summary_is_printed_and_kept_with_plots(place, summary):
+    facts, output = summary
+    runs = place / "runs/sweeps/lr"
+    text = (runs / "summary.md").read_text()
+    assert f"4 trials: 3 complete, 1 fail; best: trial {facts['best']}, eval_loss " in text
+    assert f"| {facts['best']}* |" in text and "holds checkpoint but no run.json" in text
+    assert "Sweep lr (* best)" in output
+    for plot in ("history", "parallel_coordinates", "importances"):
+        assert f"]({plot}.svg)" in text
+        assert "<svg" in (runs / f"{plot}.svg").read_text()
+
+
+def test_a_sweep_is_not_mixed_with_another(place, summary, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert sweep([*FOUR, "sweep.space.learning_rate.high=1", "trainer.max_steps=9"]) == 2
+    assert capsys.readouterr().err == (
+        "error: runs/sweeps/lr holds a sweep with sweep.space.learning_rate.high=0.001, not 1.0; "
+        "training.trainer.max_steps=3, not 9: choose another sweep.directory\n"
+    )
+
+
+def test_runs_are_compared_by_what_they_differ_in(place, summary):
+    facts, _ = summary
+    broken = place / "runs/sweeps/lr/broken"
+    broken.mkdir()
+    (broken / "resolved.yaml").write_text("a: 1\n")
+    (broken / "run.json").write_text("{")
+    started = Started([sys.executable, "recipes/compare_runs.py", "runs", "run.directory=runs/compared"], place)
+    assert started.end() == 0, started.output
+    compared = json.loads((place / "runs/compared/runs.json").read_text())
+    assert compared["differing"] == ["trainer.learning_rate", "trainer.warmup_ratio"]
+    done = sorted((trial for trial in facts["trials"] if trial["value"]), key=lambda trial: trial["value"])
+    rows = compared["runs"]
+    expected = [*(trial["directory"] for trial in done), "runs/sweeps/lr/trial-2"]
+    assert [row["directory"] for row in rows] == expected
+    assert [row["status"] for row in rows] == ["finished"] * 3 + ["not started"]
+    assert [row["figures"]["eval_loss"] for row in rows[:3]] == [trial["value"] for trial in done]
+    assert all(row["speed"] > 0 for row in rows[:3]) and rows[3]["speed"] is None
+    assert compared["broken"] == [
+        "runs/sweeps/lr/broken: runs/sweeps/lr/broken/run.json: broken JSON at line 1, column 2: Expecting property "
+        "name enclosed in double quotes"
+    ]
+    assert f"not read: {compared['broken'][0]}" in started.output
+    text = (place / "runs/compared/runs.md").read_text()
+    assert text.index(expected[0]) < text.index(expected[1]) < text.index(expected[3])
+    assert "<svg" in (place / "runs/compared/runs.svg").read_text()
+
+
+def test_a_folder_without_runs_is_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        find_runs(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="holds no training run"):
+        find_runs(tmp_path)
+
+
+def test_a_bad_trial_of_a_grid_is_pruned(tmp_path, monkeypatch, capsys):
+    """The second point learns nothing; its process is told to stop, and does."""
+    monkeypatch.chdir(tmp_path)
+    worker = str(ROOT / "tests" / "workers" / "short_trial.py")
+    monkeypatch.setattr(Job, "command", lambda job: [sys.executable, worker, str(job.directory)])
+    asked = [
+        *SMALL, "sweep=loss_grid", "sweep.space.learning_rate.choices=[1e-2,0]", "sweep.space.loss.choices=[tokens]",
+        "sweep.pruner.kind=median", "sweep.pruner.startup_trials=1", "sweep.pruner.first_step=5",
+    ]  # fmt: skip
+    assert sweep(asked) == 0, capsys.readouterr().err
+    runs = tmp_path / "runs/sweeps/loss_grid"
+    facts = json.loads((runs / "summary.json").read_text())
+    assert [(trial["state"], trial["parameters"]) for trial in facts["trials"]] == [
+        ("complete", {"trainer.learning_rate": 0.01, "loss": "tokens"}),
+        ("pruned", {"trainer.learning_rate": 0, "loss": "tokens"}),
+    ]
+    assert facts["trials"][0]["value"] == 7.0 - 0.01 * 40
+    assert steps(runs / "trial-0") == list(range(1, 41))
+    assert 5 <= len(steps(runs / "trial-1")) < 2000
+    assert record(runs / "trial-1")["status"] == "stopped"
+    assert left_in(tmp_path.resolve()) == [psutil.Process()]
+    # Asked for again, it has nothing left to do.
+    before = capsys.readouterr().out
+    assert sweep(asked) == 0
+    assert before.count("started") == 2 and "started" not in capsys.readouterr().out
+
+
+def test_a_misspelt_metric_ends_a_sweep_with_its_first_trial(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    worker = str(ROOT / "tests" / "workers" / "short_trial.py")
+    monkeypatch.setattr(Job, "command", lambda job: [sys.executable, worker, str(job.directory)])
+    assert sweep([*SMALL, "sweep=lr", "sweep.metric=evl_loss"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == (
+        "error: sweep.metric=evl_loss: runs/sweeps/lr/trial-0 logged no such figure. Did you mean 'eval_loss'? See "
+        "its metrics.json\n"
+    )
+    assert shown.out.count("started") == 1
+
+
+SBATCH = """#!{python}
+import json, pathlib, re, sys
+script = pathlib.Path(sys.argv[1]).read_text()
+run = pathlib.Path(re.search("run=([^ ]+) ", script).group(1))
+number = len(list(pathlib.Path("queue").iterdir())) + 7
+pathlib.Path("queue", str(number)).write_text(str(run))
+print("Submitted batch job", number)
+"""
+SQUEUE = """#!{python}
+# Whoever asks for the second time finds the job gone: the middle one without having come to its end.
+import json, pathlib, sys
+(number,) = [text.split("=")[1] for text in sys.argv if text.startswith("--jobs=")]
+job = pathlib.Path("queue", number)
+run = pathlib.Path(job.read_text())
+if not (run / "asked").exists():
+    (run / "asked").touch()
+    print("RUNNING")
+elif number == "8":
+    (run / "slurm-8.out").write_text("starting\\ntorch.OutOfMemoryError: CUDA out of memory. Tried\\n  more\\n")
+    print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
+    sys.exit(1)
+else:
+    (run / "metrics.json").write_text(json.dumps({{"log": [{{"eval_loss": 1.0 / int(number)}}]}}))
+    (run / "run.json").write_text(json.dumps({{"recipe": "sft", "finished": "now"}}))
+"""
+
+
+def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
+    """By a queue that answers as SLURM does."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "queue").mkdir()
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(text.format(python=sys.executable))
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    asked = [
+        *SMALL[:-1], "sweep=adapters_list", "topology=slurm_4x8", "topology.nodes=1", "topology.processes_per_node=2",
+        "sweep.parallel=2", "preflight.force=true",
+    ]  # fmt: skip
+    assert sweep(asked) == 0, capsys.readouterr().err
+    facts = json.loads(Path("runs/sweeps/adapters_list/summary.json").read_text())
+    keys = ("adapter", "adapter.rank", "trainer.learning_rate")
+    points = [tuple(trial["parameters"].get(key) for key in keys) for trial in facts["trials"]]
+    assert points == [("full", None, 1e-5), ("lora", 16, 1e-4), ("lora", 64, 1e-4)]
+    assert [(trial["state"], trial["value"], trial["reason"]) for trial in facts["trials"]] == [
+        ("complete", 1 / 7, None),
+        ("fail", None, "out of memory: torch.OutOfMemoryError: CUDA out of memory. Tried"),
+        ("complete", 1 / 9, None),
+    ]
+    script = Path("runs/sweeps/adapters_list/trial-1/job.sbatch").read_text()
+    assert "#SBATCH --gpus-per-node=2\n" in script
+    assert yaml.safe_load(Path("runs/sweeps/adapters_list/trial-1/resolved.yaml").read_text())["adapter"]["rank"] == 16
+    assert facts["best"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep.space.learning_rate.key=trainer.lerning_rate"], "sweep.space: unknown key 'trainer.lerning_rate' for "
+         "recipe sft. Did you mean 'trainer.learning_rate'?"),
+        (["sweep.space.warmup_ratio.high=2"], "sweep.space: trainer.warmup_ratio=2.0: must be between 0 and 0.99"),
+        (["sweep=adapters_list", "sweep.points=[{adapter:lora},{adaptor:full}]"], "sweep.points: unknown key "
+         "'adaptor' for recipe sft. Did you mean 'adapter'?"),
+        (["sweep=loss_grid", "sweep.space.loss.choices=[tokens,turn]"], "sweep.space: loss=turn: not in conf/loss. Did "
+         "you mean 'turns'? Known: by_strategy, inverse_frequency, tokens, turns"),
+        (["sweep=loss_grid", "sweep.trials=10"], "sweep.trials=10: the grid has 9 points"),
+        (["sweep.space.learning_rate.low=1"], "sweep.space.learning_rate: type=float goes from low to a greater high, "
+         "and has no choices"),
+        (["sweep.trails=3"], "unknown key 'sweep.trails' for recipe sweep. Did you mean 'sweep.trials'?"),
+        (["sweep=lrr"], "sweep=lrr: not in conf/sweep. Did you mean 'lr'? Known: adapters_list, full, lora, loss_grid, "
+         "lr"),
+        (["swep=lr"], "unknown key 'swep'. Did you mean 'sweep'?"),
+        (["trainer.lerning_rate=1"], "sweep.space: unknown key 'trainer.lerning_rate' for recipe sft. Did you mean "
+         "'trainer.learning_rate'?"),
+        (["run.directory=x"], "run.directory=x: a sweep names the directories of its runs; its own is "
+         "sweep.directory"),
+        (["sweep.pruner.kind=hyperbad"], "sweep.pruner.kind=hyperbad: choose one of none, median, hyperband. Did you "
+         "mean 'hyperband'?"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_tried_is_refused_before_the_first_trial(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert sweep(["debug=cpu_tiny", "topology=cpu1", *arguments]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_preflight_ends_a_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert sweep([*SMALL, "data.evaluation.path=nowhere.jsonl", "data.train.path=nowhere.jsonl",
+                  "data.sample_dialogues=null"]) == 2  # fmt: skip
+    assert "error: preflight: data" in capsys.readouterr().err
+    assert [path.name for path in Path("runs/sweeps/lr").iterdir()] == ["lock"]  # nothing that would stand in the way
+
+
+def test_every_extreme_of_every_parameter_is_checked():
+    config = plan(["debug=cpu_tiny", "topology=cpu1", "sweep=full"]).config
+    points = corners(config)
+    for name, parameter in config.space.items():
+        ends = parameter.choices or [parameter.low, parameter.high]
+        assert {point[name] for point in points} == set(ends)
+    assert len(points) == 1 + 1 + 2 + 1 + 1
+
+
+def driver(folder: Path, monkeypatch, *used: int) -> None:
+    """Put an nvidia-smi on the path that knows GPUs of which so many MiB are in use."""
+    rows = "\n".join(f"NVIDIA H100, 81559, {mib}, 580.1" for mib in used)
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{rows}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def placed(topology: TopologyConfig, parallel: int | None, monkeypatch) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is for each trial that is started until all places are taken."""
+    started = []
+    monkeypatch.setattr(trials, "LocalTrial", lambda job, variables, lock: started.append(variables))
+    places = LocalPlaces(topology, parallel, lock=0)
+    for _ in range(places.count):
+        places.start(None, {})
+    return [variables["CUDA_VISIBLE_DEVICES"] for variables in started]
+
+
+def test_trials_are_placed_on_the_free_gpus(tmp_path, monkeypatch):
+    two = TopologyConfig("two", processes_per_node=2, device="cuda")
+    driver(tmp_path, monkeypatch, 4, 50_000, 4, 4, 4, 4)
+    assert placed(two, None, monkeypatch) == ["0,2", "3,4"]
+    assert placed(two, 1, monkeypatch) == ["0,2"]
+    with pytest.raises(InputError, match=r"^3 trials of topology.processes_per_node=2 need 6 GPUs; 5 are free"):
+        placed(two, 3, monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5")
+    assert placed(two, None, monkeypatch) == ["3,5"]
+
+
+def test_one_gpu_a_trial_where_there_is_one_and_a_cpu_else(tmp_path, monkeypatch):
+    assert plan(["debug=cpu_tiny", "sweep=lr"]).launch.topology.name == "cpu1"
+    driver(tmp_path, monkeypatch, 4)
+    assert plan(["debug=cpu_tiny", "sweep=lr"]).launch.topology.name == "gpu1"
+    assert plan(["debug=cpu_tiny", "sweep=lr", "topology=cpu2"]).launch.topology.name == "cpu2"
+
+
+def test_a_trial_holds_the_lock_of_its_sweep(tmp_path):
+    """As long as it runs: also where the sweep itself was killed."""
+    with only_one(tmp_path) as lock:
+        trial = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+    with (
+        pytest.raises(InputError, match="the sweep is running, or its last trials are still ending"),
+        only_one(tmp_path),
+    ):
+        pass
+    trial.kill()
+    trial.wait()
+    with only_one(tmp_path):
+        pass
+
+
+def test_figures_come_as_they_are_written_and_again_when_the_history_is_cut(tmp_path):
+    figures = Figures(tmp_path, "loss")
+    assert figures.new() == []
+    history = tmp_path / "history.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in (1, 2, 3)]
+    history.write_text(lines[0] + lines[1] + lines[2][:7])
+    assert figures.new() == [(1, 1.0), (2, 0.5)]
+    history.write_text("".join(lines) + '{"step": 3, "eval_loss": 2}\n')
+    assert figures.new() == [(3, 1 / 3)]
+    history.write_text(lines[0])
+    assert figures.new() == [(1, 1.0)]
+
+
+def test_what_a_trial_came_to(tmp_path):
+    def write(name: str, facts: dict) -> None:
+        (tmp_path / name).write_text(json.dumps(facts))
+
+    with pytest.raises(FailedTrialError, match=r"^ended without a word; it may have been killed$"):
+        result(tmp_path, "loss")
+    report = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n====\n  error_file: <N/A>\n"
+    for printed, reason in (
+        ("step 1\nerror: no room\n", "no room"),
+        ("[rank0]: ValueError: bad\n  at x\n", "ValueError: bad"),
+        ("step 1\n  traceback : Signal 9 (SIGKILL) received by PID 7\n", "Signal 9 (SIGKILL) received by PID 7"),
+        ("DefaultCPUAllocator: can't allocate memory\nRuntimeError: can't allocate memory: 9 bytes\n",
+         "out of memory: RuntimeError: can't allocate memory: 9 bytes"),
+    ):  # fmt: skip
+        (tmp_path / "output.log").write_text(printed + report)
+        with pytest.raises(FailedTrialError, match=f"^{re.escape(reason)}$"):
+            result(tmp_path, "loss")
+    write("run.json", {"finished": None, "status": "failed", "error": "OutOfMemoryError: 20 GiB"})
+    with pytest.raises(FailedTrialError, match=r"^out of memory: OutOfMemoryError: 20 GiB$"):
+        result(tmp_path, "loss")
+    write("run.json", {"finished": None, "status": "stopped"})
+    with pytest.raises(FailedTrialError, match=r"^stopped from outside before its end$"):
+        result(tmp_path, "loss")
+    write("run.json", {"finished": "now"})
+    log = [{"loss": 3, "eval_loss": 2.0}, {"loss": 1.5, "eval_loss": 4.0}, {"train_runtime": 1}]
+    write("metrics.json", {"log": log})
+    assert (result(tmp_path, "loss"), result(tmp_path, "eval_loss")) == (1.5, 4.0)
+    write("metrics.json", {"log": log, "held_out": {"loss": 2.0, "step": 1}})  # of the checkpoint
+    assert result(tmp_path, "eval_loss") == 2.0
+    with pytest.raises(NoSuchMetricError, match=r"^sweep.metric=evl_loss: .* Did you mean 'eval_loss'\? See"):
+        result(tmp_path, "evl_loss")
+    write("metrics.json", {"log": [{"loss": float("nan")}]})
+    with pytest.raises(FailedTrialError, match=r"^loss is nan$"):
+        result(tmp_path, "loss")
+
+
+def test_finished_runs_come_first_by_their_figure(tmp_path):
+    for name, status, loss in (("a", "failed", 0.1), ("b", "finished", 3.0), ("c", "finished", 2.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "resolved.yaml").write_text(f"trainer: {{seed: {loss}}}\n")
+        (tmp_path / name / "run.json").write_text(json.dumps({"recipe": "sft", "status": status, "error": None}))
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"log": [{"loss": loss}]}))
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "resolved.yaml").write_text(f"checkpoint: {tmp_path}/b/checkpoint\n")
+    (tmp_path / "evaluation" / "run.json").write_text('{"recipe": "evaluate"}')
+    score = {"ACC": {"value": 50.0}, "BS": {"value": None}}
+    results = {system: {"reference": {"profiles": {"paper": score}}} for system in ("base", "trained")}
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps({"results": results}))
+    runs, broken = find_runs(tmp_path)
+    assert broken == []
+    names = lambda direction: [Path(run.directory).name for run in ordered(runs, "loss", direction)]  # noqa: E731
+    assert (names("minimize"), names("maximize")) == (["c", "b", "a"], ["b", "c", "a"])
+    assert [run.scores for run in runs] == [{}, {"reference paper ACC": 50.0}, {}]
+
+
+def test_the_command_of_a_wandb_agent_is_a_launch(tmp_path, capfd, monkeypatch):
+    """By the agent's own code, without its service; on a topology that is at hand, and dry."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+        monkeypatch.setenv(name, "")  # the agent sets them for good
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    described = yaml.safe_load((ROOT / "launch" / "wandb_sweep.yaml").read_text())
+    agent = wandb.wandb_agent.Agent(api=None, queue=None, sweep_id="s")
+    agent._sweep_command = [*described["command"], "dry_run=true", "topology=cpu2"]
+    chosen = {"trainer.learning_rate": {"value": 0.00025}, "adapter.rank": {"value": 64}}
+    assert chosen.keys() == described["parameters"].keys()
+    agent._command_run({"run_id": "r", "program": described["program"], "args": chosen})
+    assert agent._run_processes["r"].wait() == 0
+    printed = capfd.readouterr().out
+    assert "  learning_rate: 0.00025\n" in printed and "  rank: 64\n" in printed
+    assert "--nproc_per_node=2" in printed.splitlines()[-1]
