@@ -124,11 +124,11 @@ class Alone(Generation):
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=LONGEST, eos_token_id=sorted(self._stops), pad_token_id=0
+                    do_sample=False, max_new_tokens=LONGEST, eos_token_id=sorted(self.stops), pad_token_id=0
                 ),
             )
             ids = output[0, len(prompt) :].tolist()
-            schedule.answer(requests[0], self._said(requests[0], prompt, ids[:-1] if ids[-1] in self._stops else ids))
+            schedule.answer(requests[0], self._said(requests[0], prompt, ids[:-1] if ids[-1] in self.stops else ids))
 
 
 def scoring(report: Report, count: int, repeats: int) -> None:

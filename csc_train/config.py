@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from csc_train.chat.config import ChatConfig
 from csc_train.errors import InputError, check_choice, check_range, suggestion
 from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConfig
 from csc_train.evaluation.metrics import MetricsConfig
@@ -314,6 +315,7 @@ SCHEMAS = {
     "compare": CompareRecipe,
     "judge": JudgeRecipe,
     "human_eval": HumanEvalRecipe,
+    "chat": ChatConfig,
     "write_sample": WriteSampleRecipe,
     "build_csconv": BuildCsconvRecipe,
     "synthesize_rolecs": SynthesizeRolecsRecipe,

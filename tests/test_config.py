@@ -36,6 +36,7 @@ REQUIRED = {
     "compare": ["a=runs/x", "b=runs/y"],
     "judge": ["a=runs/x", "b=runs/y"],
     "human_eval": ["export", "runs/x", "runs/y"],
+    "chat": ["checkpoint=runs/x/checkpoint"],
     "write_sample": [],
     "build_csconv": [],
     "synthesize_rolecs": [],

@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 from conftest import random_dialogue, real_tokenizer, small_tokenizer, tiny_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from csc_train.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.template.likelihood import dialogue_log_likelihoods, label_log_likelihoods
+from csc_train.template.likelihood import cached_log_likelihoods, dialogue_log_likelihoods, label_log_likelihoods
 
 SCENES = [
     pytest.param((real_tokenizer, "qwen2_5", "qwen2"), marks=pytest.mark.real_tokenizer, id="Qwen2.5"),
@@ -63,6 +63,21 @@ def test_both_ways_equal_one_forward_for_each_label(scene):
     # Otherwise nothing above could have gone wrong: labels and turns differ, by far more than the tolerance.
     assert expected.std(0).min() > 0.1 and expected.std(1).min() > 0.1
     assert not torch.allclose(slow(model, template, ids[: starts[0] + 1]), expected[0], atol=0.1)
+
+
+@torch.inference_mode()
+def test_labels_behind_a_cache_equal_those_of_the_dialogue_and_leave_it_as_it_was(scene):
+    model, template, ids, _, starts = scene
+    _, expected = dialogue_log_likelihoods(model, template, ids, starts)
+    cache = DynamicCache()
+    for begin, start, row in zip([0, *starts], starts, expected, strict=False):
+        logits = model(torch.tensor([ids[begin:start]]), past_key_values=cache, use_cache=True).logits[0, -1]
+        before = [layer.keys.clone() for layer in cache.layers]
+        # Twice, since it would not be the same behind a cache that was left longer.
+        for _ in range(2):
+            likelihoods = cached_log_likelihoods(model, template, cache, logits)
+            assert torch.allclose(likelihoods, row, atol=1e-4, rtol=0)
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
 
 
 @torch.inference_mode()

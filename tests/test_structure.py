@@ -37,12 +37,13 @@ RULES = {
     "training": BASE | {"template", "packing", "checkpoint", "hub", "run"},
     "evaluation": BASE | {"template", "checkpoint", "hub", "llm", "words"},
     "evaluation.contamination": BASE | {"splits", "near_duplicates"},
+    "chat": BASE | {"template", "evaluation.config", "evaluation.hf_policy"},
     "launching": BASE | {
         "template", "packing", "training", "checkpoint", "hub", "run", "run_comparison", "splits", "config"
     },
     # The root configuration is made of its owners' schemas.
     "config": {
-        "errors", "evaluation.config", "evaluation.metrics", "launching.config", "llm.config",
+        "chat.config", "errors", "evaluation.config", "evaluation.metrics", "launching.config", "llm.config",
         "packing.config", "run", "splits", "synthesis.config", "synthesis.filters", "synthesis.llm_filters",
         "template.config", "training.config",
     },

@@ -7,6 +7,8 @@ from csc_train.evaluation.criteria import CRITERIA
 from csc_train.evaluation.predictions import CONTEXTS
 from csc_train.template.config import LANGUAGES
 
+DTYPES = ("auto", "bf16", "fp32")
+
 
 @dataclass
 class EvaluationConfig:
@@ -31,7 +33,7 @@ class EvaluationConfig:
             check_choice("evaluation.contexts", context, CONTEXTS)
         check_range("evaluation.batch_size", self.batch_size, 1)
         check_range("evaluation.max_new_tokens", self.max_new_tokens, 1)
-        check_choice("evaluation.dtype", self.dtype, ("auto", "bf16", "fp32"))
+        check_choice("evaluation.dtype", self.dtype, DTYPES)
 
 
 TASKS = ("pairwise", "rubric")

@@ -53,7 +53,7 @@ class HFPolicy:
         # and sampling, which is not greedy decoding.
         stops = model.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
-        self._stops = {template.end_of_turn_id, *stops}
+        self.stops = {template.end_of_turn_id, *stops}
 
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> None:
@@ -62,7 +62,7 @@ class HFPolicy:
         while requests := schedule.take(self._config.batch_size):
             prompts = [self._prompt(request) for request in requests]
             names = [request.dialogue.id for request in requests]
-            generated = cache.generate(names, prompts, self._stops, self._config.max_new_tokens)
+            generated = cache.generate(names, prompts, self.stops, self._config.max_new_tokens)
             for request, prompt, ids in zip(requests, prompts, generated, strict=True):
                 schedule.answer(request, self._said(request, prompt, ids))
         del cache

@@ -8,6 +8,7 @@ with what follows it, and then a little of the label's probability goes to the f
 from collections.abc import Sequence
 
 import torch
+from transformers import Cache
 
 from csc_train.strategies import STRATEGIES
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -71,8 +72,7 @@ def dialogue_log_likelihoods(
     Raises:
         ValueError: the model's attention does not take a mask of its own making (sdpa and eager do).
     """
-    if (attention := model.config._attn_implementation) not in ("sdpa", "eager"):
-        raise ValueError(f"attention {attention} does not take a mask for each token; use sdpa or eager")
+    _check_attention(model)
     labels = _labels(template)
     tokens, positions = list(ids), list(range(len(ids)))
     branches, ends = [0] * len(ids), list(range(1, len(ids) + 1))
@@ -90,13 +90,9 @@ def dialogue_log_likelihoods(
     branch, end = torch.tensor(branches, device=device), torch.tensor(ends, device=device)
     order = torch.arange(len(tokens), device=device)
     sees = (branch == 0) & (order < end[:, None]) | (branch == branch[:, None]) & (order <= order[:, None])
-    dtype = next(model.parameters()).dtype
     logits = model(
         input_ids=torch.tensor([tokens], device=device),
-        # As numbers to add, which both sdpa and eager attention understand.
-        attention_mask=torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, torch.finfo(dtype).min)[
-            None, None
-        ],
+        attention_mask=_mask(model, sees),
         position_ids=torch.tensor([positions], device=device),
         use_cache=False,
         logits_to_keep=torch.tensor(places, device=device),
@@ -106,6 +102,63 @@ def dialogue_log_likelihoods(
     lengths = [len(label) for label in labels] * len(starts)
     summed = torch.stack([part.sum() for part in branched.split(lengths)]) if lengths else branched
     return own, summed.view(len(starts), len(labels))
+
+
+def cached_log_likelihoods(
+    model: torch.nn.Module, template: DialogueTemplate, cache: Cache, logits: torch.Tensor
+) -> torch.Tensor:
+    """The log-likelihoods of the labels behind a prompt that a cache holds; only the labels' own tokens are computed.
+
+    Args:
+        cache: of one prompt; it is left as it was.
+        logits: the model's behind the prompt, [vocabulary].
+
+    Returns:
+        float32 [12], in nats, on the model's device.
+
+    Raises:
+        ValueError: as `dialogue_log_likelihoods`.
+    """
+    _check_attention(model)
+    labels, held = _labels(template), cache.get_seq_length()
+    tokens: list[int] = []
+    positions: list[int] = []
+    branches: list[int] = []
+    # Of each wanted token the place of its logits, those of the prompt first.
+    places: list[int] = []
+    for number, label in enumerate(labels):
+        places += [0, *range(len(tokens) + 1, len(tokens) + len(label))]
+        tokens += label[:-1]
+        positions += range(held, held + len(label) - 1)
+        branches += [number] * (len(label) - 1)
+    branch = torch.tensor(branches, device=logits.device)
+    own = (branch == branch[:, None]).tril()
+    try:
+        rest = model(
+            input_ids=torch.tensor([tokens], device=logits.device),
+            attention_mask=_mask(model, torch.cat([own.new_ones(len(tokens), held), own], dim=1)),
+            position_ids=torch.tensor([positions], device=logits.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[0]
+    finally:
+        cache.crop(held - cache.get_seq_length())
+    wanted = torch.tensor([token for label in labels for token in label], device=logits.device)
+    likelihoods = _log_likelihoods(torch.cat([logits[None], rest])[places], wanted)
+    return torch.stack([part.sum() for part in likelihoods.split([len(label) for label in labels])])
+
+
+def _check_attention(model: torch.nn.Module) -> None:
+    if (attention := model.config._attn_implementation) not in ("sdpa", "eager"):
+        raise ValueError(f"attention {attention} does not take a mask for each token; use sdpa or eager")
+
+
+def _mask(model: torch.nn.Module, sees: torch.Tensor) -> torch.Tensor:
+    """What each token sees, bool [tokens, keys], as numbers to add, which both sdpa and eager attention understand."""
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)[
+        None, None
+    ]
 
 
 def _labels(template: DialogueTemplate) -> list[list[int]]:

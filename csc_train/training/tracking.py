@@ -106,6 +106,7 @@ class Tracking(TrainerCallback):
         earlier = _read(self.run.directory)
         self.trainer.tracked = saved or earlier.get("id") or secrets.token_hex(4)
         self._wandb = open_run(self.config, self.run.directory, mode, self.trainer.tracked, self._settings())
+        self.trainer.tracked = self._wandb.id  # in a sweep of W&B's it is the sweep's
         offline = self._wandb.offline
         where = {"mode": "offline", "url": None} if offline else {"mode": "wandb", "url": self._wandb.url}
         write_json(self.run.directory / RECORD, earlier | {"id": self._wandb.id} | where)

@@ -1,0 +1,39 @@
+"""Talk to a trained model, as the customer: in a terminal, or on a web page of this machine.
+
+python recipes/chat.py checkpoint=runs/demo/checkpoint
+python recipes/chat.py checkpoint=runs/demo/checkpoint ui=web
+"""
+
+from csc_train.chat.config import ChatConfig
+from csc_train.config import run_recipe
+
+
+def main(config: ChatConfig) -> None:
+    # After the configuration is checked: these imports take seconds.
+    from transformers.utils import logging
+
+    from csc_train.evaluation.config import EvaluationConfig
+    from csc_train.evaluation.hf_policy import load_policy, open_checkpoint
+    from csc_train.run import single_process
+
+    single_process("chat")
+    logging.disable_progress_bar()
+
+    # Model
+    template, _ = open_checkpoint(config.checkpoint)
+    policy = load_policy(config.checkpoint, template, EvaluationConfig(dtype=config.dtype))
+
+    # Conversation
+    if config.ui == "web":
+        from csc_train.chat.web import serve
+
+        serve(policy, config)
+    else:
+        from csc_train.chat.conversation import Conversation
+        from csc_train.chat.terminal import Terminal
+
+        Terminal(Conversation(policy, config), config.save).run()
+
+
+if __name__ == "__main__":
+    run_recipe("chat", main)

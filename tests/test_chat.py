@@ -1,0 +1,618 @@
+"""Talking to a model: the same replies as in an evaluation, in a terminal and on a page."""
+
+import contextlib
+import io
+import itertools
+import os
+import pty
+import random
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, random_dialogue, small_tokenizer
+from test_serving import save, teach, tiny
+
+from csc_train.chat.config import ChatConfig
+from csc_train.chat.conversation import Conversation
+from csc_train.chat.terminal import Terminal
+from csc_train.config import compose
+from csc_train.dialogue import Dialogue, Speaker, Turn, read_dialogues
+from csc_train.errors import InputError
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.hf_policy import HFPolicy, load_policy, open_checkpoint
+from csc_train.evaluation.predict import predict
+from csc_train.strategies import OTHERS, STRATEGIES
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+
+LIMIT = 300
+"""Of new tokens, more than the taught replies have."""
+LONG = "请稍等\x1b[31m[red]:smile:" + "，正在查询" * 10
+SHOWN = LONG.replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+"""As a terminal shows it."""
+TAUGHT = Dialogue(
+    "taught",
+    (
+        Turn(Speaker.SUPPORTER, "您好，请讲。", STRATEGIES[0]),
+        Turn(Speaker.CUSTOMER, "我的订单 20240817 还没到！"),
+        Turn(Speaker.SUPPORTER, "非常抱歉，让您久等了😀", STRATEGIES[4]),
+        Turn(Speaker.CUSTOMER, "查到了吗？"),
+        Turn(Speaker.SUPPORTER, LONG, STRATEGIES[7]),
+    ),
+)
+GREETING, FIRST, SORRY, SECOND, WAIT = TAUGHT.turns
+EMOTION = STRATEGIES[4]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint that was taught `TAUGHT`."""
+    model, template = tiny("qwen2")
+    teach(model, template, TAUGHT)
+    directory = tmp_path_factory.mktemp("chat") / "checkpoint"
+    save(directory, model, template)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint):
+    template, _ = open_checkpoint(str(checkpoint))
+    return load_policy(str(checkpoint), template, EvaluationConfig(max_new_tokens=LIMIT))
+
+
+def begin(policy, **options):
+    """A conversation in which nothing was said yet."""
+    return Conversation(policy, ChatConfig(checkpoint="", **{"max_new_tokens": LIMIT} | options))
+
+
+def last(answers):
+    *_, answer = answers
+    return answer
+
+
+def talk(conversation, *said):
+    """The answers to the opening and to what the customer says."""
+    return [last(conversation.reply(text)) for text in (None, *said)]
+
+
+def generated(policy, prompt, most):
+    """What the model's own `generate` adds to a prompt, without what ends it."""
+    options = {"max_new_tokens": most, "do_sample": False, "eos_token_id": sorted(policy.stops)}
+    ids = policy.model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+    return ids[:-1] if ids[-1] in policy.stops else ids
+
+
+def rough(answers):
+    """Answers for a comparison: what is computed behind another part of a cache differs in the last digits."""
+    return [
+        replace(answer, likeliest=tuple((each, pytest.approx(share, abs=1e-4)) for each, share in answer.likeliest))
+        for answer in answers
+    ]
+
+
+def turns_of(conversation):
+    return conversation.dialogue().turns
+
+
+# The conversation
+
+
+def test_replies_and_likelihoods_are_those_of_an_evaluation_in_generated_context(policy):
+    other = next(each for seed in range(99) if len((each := random_dialogue(random.Random(seed))).turns) == 7)
+    for dialogue in (TAUGHT, other):
+        conversation = begin(policy)
+        answers = talk(conversation, *(turn.text for turn in dialogue.turns[1::2]))
+        expected = predict([dialogue], policy, "generated")
+        for answer, own in zip(answers, expected, strict=True):
+            assert (answer.strategy and answer.strategy.number, answer.response) == (own.strategy, own.response)
+            assert answer.ids == own.ids and not answer.forced
+            shares = torch.tensor(own.label_log_likelihoods).softmax(0)
+            likeliest = sorted(STRATEGIES, key=lambda each: -shares[each.number - 1])[:3]
+            assert [strategy for strategy, _ in answer.likeliest] == likeliest
+            for strategy, share in answer.likeliest:
+                assert share == pytest.approx(shares[strategy.number - 1].item(), abs=1e-3)
+        if dialogue is TAUGHT:
+            assert turns_of(conversation) == TAUGHT.turns
+
+
+def test_a_reply_grows_by_whole_characters_without_its_label(policy):
+    conversation = begin(policy)
+    talk(conversation)
+    answers = list(conversation.reply(FIRST.text))
+    texts = [answer.response for answer in answers]
+    assert texts[0] == "" and texts[-1] == SORRY.text
+    assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(texts))
+    assert set(texts) >= {SORRY.text[:length] for length in (0, 1, 4, len(SORRY.text))}
+    strategies = [answer.strategy for answer in answers]
+    assert strategies[0] is None and set(strategies) == {None, EMOTION}
+    assert strategies[texts.index("非")] is EMOTION
+    assert all(answer.likeliest == answers[0].likeliest != () for answer in answers)
+    # Characters of several tokens are in this reply, so the above could have gone wrong.
+    decoded = [policy.template.tokenizer.decode(answer.ids) for answer in answers]
+    assert any(text.endswith("\N{REPLACEMENT CHARACTER}") for text in decoded)
+
+
+def test_a_forced_strategy_is_what_the_reply_continues(policy):
+    conversation = begin(policy)
+    talk(conversation)
+    chosen = last(conversation.reply(FIRST.text))
+    conversation.undo()
+    for strategy in (STRATEGIES[6], STRATEGIES[7]):
+        answer = last(conversation.reply(FIRST.text, strategy))
+        prompt = policy.template.prompt_ids(TAUGHT.turns[:2], strategy)
+        continued = generated(policy, prompt, LIMIT)
+        label = policy.template.label_ids[strategy.number]
+        assert answer.ids == (*label, *continued) and answer.ids != chosen.ids
+        assert answer.response == policy.template.tokenizer.decode(continued).strip()
+        assert (answer.strategy, answer.forced) == (strategy, True)
+        assert [answer.likeliest] == [each.likeliest for each in rough([chosen])]
+        conversation.undo()
+    assert [last(conversation.reply(FIRST.text))] == rough([chosen])
+
+
+def test_what_is_taken_back_leaves_no_trace(policy):
+    conversation = begin(policy)
+    expected = rough(talk(conversation, FIRST.text, SECOND.text))
+    for said in ("别的事", "退款！" * 20):
+        last(conversation.reply(said, EMOTION))
+        assert conversation.undo() == said
+    assert conversation.undo() == SECOND.text
+    assert last(conversation.reply(SECOND.text)) == expected[2]
+    conversation.restart()
+    assert talk(conversation, FIRST.text, SECOND.text) == expected
+    conversation.restart()
+    with pytest.raises(InputError, match=r"^there is nothing to take back$"):
+        conversation.undo()
+    talk(conversation)
+    with pytest.raises(InputError, match=r"^there is nothing to take back$"):
+        conversation.undo()
+    assert turns_of(conversation) == TAUGHT.turns[:1]
+
+
+def test_a_stopped_reply_stays_as_far_as_it_was_heard(policy):
+    conversation = begin(policy)
+    talk(conversation, FIRST.text)
+    for answer in conversation.reply(SECOND.text):
+        if len(answer.response) >= 5:
+            conversation.stop()
+    heard = answer
+    assert 5 <= len(heard.response) < 9 and LONG.startswith(heard.response)
+    assert turns_of(conversation) == (*TAUGHT.turns[:4], replace(WAIT, text=heard.response))
+    after = last(conversation.reply("好"))
+    # The same by closing the iterator, as a page does that is closed.
+    conversation.undo()
+    conversation.undo()
+    answers = conversation.reply(SECOND.text)
+    for answer in answers:
+        if answer.ids == heard.ids:
+            answers.close()
+    assert [last(conversation.reply("好"))] == rough([after])
+    # Of a reply of which nothing was heard nothing stays.
+    before = turns_of(conversation)
+    answers = conversation.reply("在吗")
+    next(answers)
+    answers.close()
+    assert turns_of(conversation) == before
+
+
+def test_after_a_failure_the_conversation_goes_on(policy, monkeypatch):
+    conversation = begin(policy)
+    expected = rough(talk(conversation, FIRST.text, SECOND.text))
+    conversation.restart()
+    talk(conversation)
+    forward, left = policy.model.model.layers[1].forward, iter([None, None, None, MemoryError("planted")])
+
+    def failing(*args, **options):
+        if error := next(left, None):
+            raise error
+        return forward(*args, **options)
+
+    monkeypatch.setattr(policy.model.model.layers[1], "forward", failing)
+    with pytest.raises(MemoryError, match="planted"):
+        last(conversation.reply(FIRST.text))
+    assert turns_of(conversation) == TAUGHT.turns[:1]
+    assert [last(conversation.reply(said)) for said in (FIRST.text, SECOND.text)] == expected[1:]
+
+
+def test_sampling(policy):
+    def sampled(seed, **options):
+        torch.manual_seed(seed)
+        return [answer.ids for answer in talk(begin(policy, **options), FIRST.text)]
+
+    greedy = sampled(0)
+    assert sampled(0, temperature=5.0, top_p=0.01) == greedy
+    assert sampled(0, temperature=0.01) == greedy
+    assert sampled(0, temperature=5.0, max_new_tokens=9) == sampled(0, temperature=5.0, max_new_tokens=9)
+    assert len({tuple(sampled(seed, temperature=5.0, max_new_tokens=9)) for seed in range(4)}) == 4
+
+
+@pytest.mark.parametrize("mode", ["given", "reply_only"])
+def test_a_model_that_chooses_no_strategies(mode):
+    model, _ = tiny("qwen2")
+    policy = HFPolicy(
+        model, DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode)), EvaluationConfig()
+    )
+    conversation = begin(policy, max_new_tokens=20)
+    answers = talk(conversation)
+    wrong, right, message = {
+        "given": (None, EMOTION, "choose one for each reply"),
+        "reply_only": (EMOTION, None, "none can be chosen"),
+    }[mode]
+    with pytest.raises(InputError, match=message):
+        last(conversation.reply(FIRST.text, wrong))
+    assert len(conversation.turns) == 1
+    answers.append(last(conversation.reply(FIRST.text, right)))
+    strategies = [STRATEGIES[0], EMOTION] if mode == "given" else [None, None]
+    histories = [], [answers[0].ids, FIRST]
+    for answer, strategy, history in zip(answers, strategies, histories, strict=True):
+        label = policy.template.label_ids[strategy.number] if strategy else []
+        assert answer.ids == (*label, *generated(policy, policy.template.prompt_ids(history, strategy), 20))
+        assert (answer.strategy, answer.forced, answer.likeliest) == (strategy, bool(strategy), ())
+    assert [turn.strategy for turn in turns_of(conversation)[::2]] == [strategy or OTHERS for strategy in strategies]
+
+
+def test_what_cannot_be_said(policy):
+    conversation = begin(policy)
+    with pytest.raises(InputError, match=r"^the supporter speaks first: start again$"):
+        last(conversation.reply("喂"))
+    with pytest.raises(InputError, match=r"^nothing was said yet$"):
+        conversation.save("x.jsonl")
+    talk(conversation)
+    with pytest.raises(InputError, match=r"^it is the customer's turn$"):
+        last(conversation.reply())
+    with pytest.raises(InputError, match=r"^say something$"):
+        last(conversation.reply(" \n"))
+    most = policy.model.config.max_position_embeddings
+    with pytest.raises(InputError, match=rf"^the conversation is \d+ tokens long, .* longer than the {most} that"):
+        last(conversation.reply("很长" * most))
+    assert turns_of(conversation) == TAUGHT.turns[:1]
+    last(conversation.reply(" lone \udc80 surrogate\n"))
+    assert turns_of(conversation)[1] == Turn(Speaker.CUSTOMER, "lone ? surrogate")
+
+
+def test_a_saved_conversation_reads_back_and_nothing_else_is_overwritten(policy, tmp_path):
+    conversation = begin(policy)
+    talk(conversation)
+    file = tmp_path / "new" / "dialogue.jsonl"
+    for said in (FIRST, SECOND):
+        last(conversation.reply(said.text))
+        conversation.save(file)
+        assert read_dialogues(file) == [conversation.dialogue()]
+    (dialogue,) = read_dialogues(file, source="chat", strict=True)
+    assert dialogue.turns == TAUGHT.turns
+    conversation.restart()
+    talk(conversation)
+    with pytest.raises(InputError, match=r"^.*dialogue\.jsonl exists: choose another file$"):
+        conversation.save(file)
+    with pytest.raises(InputError, match=r"dialogue\.txt: dialogues are written as"):
+        conversation.save(tmp_path / "dialogue.txt")
+    assert read_dialogues(file) == [dialogue]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ui=webb", "ui=webb: choose one of terminal, web. Did you mean 'web'?"),
+        ("temperature=-1", "temperature=-1.0: must be between 0 and 10"),
+        ("top_p=0", "top_p=0.0: must be between 0.01 and 1"),
+        ("port=70000", "port=70000: must be between 1 and 65535"),
+        ("dtype=fp16", "dtype=fp16: choose one of auto, bf16, fp32. Did you mean 'bf16'?"),
+        ("temprature=1", "unknown key 'temprature' for recipe chat. Did you mean 'temperature'?"),
+    ],
+)
+def test_a_wrong_setting_is_refused(override, message):
+    with pytest.raises(InputError) as caught:
+        compose("chat", ["checkpoint=x", override])
+    assert str(caught.value) == message
+
+
+def test_what_does_not_fit_the_page_is_refused():
+    with pytest.raises(InputError, match=r"^save=x\.jsonl: the page has a button to save; leave it out with ui=web$"):
+        compose("chat", ["checkpoint=x", "ui=web", "save=x.jsonl"])
+    with pytest.raises(InputError, match=r"^checkpoint is required: give checkpoint=\.\.\.$"):
+        compose("chat", [])
+
+
+# The terminal
+
+
+def piped(conversation, monkeypatch, capsys, lines, save=None):
+    """What a terminal prints that reads `lines` through a pipe."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    Terminal(conversation, save).run()
+    return capsys.readouterr().out
+
+
+def test_commands_through_a_pipe(policy, monkeypatch, capsys, tmp_path):
+    conversation = begin(policy)
+    kept = tmp_path / "kept.jsonl"
+    lines = [
+        FIRST.text,
+        "/strategy EM",
+        SECOND.text,
+        "/undo",
+        "/strategy",
+        "/strategy 情感",
+        "/savee",
+        "/save",
+        "/help",
+    ]
+    output = piped(conversation, monkeypatch, capsys, lines, str(kept))
+    head, *parts = re.split(r"(?m)^客户(?: \[.*\])?> (.*)$", output)
+    assert parts[::2] == lines and len(parts) == 2 * len(lines)
+    first, emotion, forced, undo, listed, unknown, command, unnamed, helped = parts[1::2]
+    assert head.startswith("客服 [礼貌问候]   礼貌问候 ") and head.endswith(f"%\n{GREETING.text}\n\n")
+    assert re.fullmatch(rf"\n客服 \[情感管理\](   .* \d+%){{1}}\n{SORRY.text}\n\n", first)
+    assert emotion == "\nthe next reply: 策略5 情感管理\n\n"
+    assert f"客户 [情感管理]> {SECOND.text}" in output
+    assert forced.startswith("\n客服 [情感管理] forced   解决实施 ")
+    assert undo == f"\ntaken back: {SECOND.text}\n\n"
+    assert all(f"{each.zh}  " in listed and each.en in listed for each in STRATEGIES)
+    assert unknown == "\nunknown strategy '情感'. Did you mean '情感管理'? /strategy lists them\n\n"
+    assert command == "\n/savee: no such command. Did you mean '/save'? /help lists them\n\n"
+    assert unnamed == "\n/save FILE: say which file, such as dialogue.jsonl\n\n"
+    assert "/restart" in helped
+    assert [each.turns for each in read_dialogues(kept)] == [TAUGHT.turns[:3]]
+    with pytest.raises(InputError, match="there is such a file already"):
+        Terminal(conversation, str(kept))
+
+
+def test_every_conversation_of_a_session_is_kept(policy, monkeypatch, capsys, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    lines = [FIRST.text, "/restart", "/quit", SECOND.text]
+    output = piped(begin(policy), monkeypatch, capsys, lines, str(kept))
+    assert output.count(GREETING.text) == 2 and SECOND.text not in output
+    assert [each.turns for each in read_dialogues(kept)] == [TAUGHT.turns[:3], TAUGHT.turns[:1]]
+
+
+def test_a_text_cannot_take_over_the_terminal(policy, monkeypatch, capsys):
+    output = piped(begin(policy), monkeypatch, capsys, [FIRST.text, SECOND.text, "红\x1b[31m[red]\x07", "/undo"])
+    assert SHOWN in output
+    assert "taken back: 红\N{REPLACEMENT CHARACTER}[31m[red]\N{REPLACEMENT CHARACTER}\n" in output
+    assert "\x1b" not in output and "\x07" not in output
+
+
+class Interrupter(io.StringIO):
+    """An output that presses Ctrl-C when it is shown the middle of the long reply."""
+
+    def write(self, text):
+        before = self.getvalue()
+        written = super().write(text)
+        if "，正在查询，" in self.getvalue() and "，正在查询，" not in before:
+            signal.raise_signal(signal.SIGINT)
+        return written
+
+
+def test_an_interrupt_stops_the_reply_not_the_program(policy, monkeypatch):
+    output = Interrupter()
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join([FIRST.text, SECOND.text, "/undo"]).encode()))
+    )
+    handler = signal.getsignal(signal.SIGINT)
+    Terminal(begin(policy)).run()
+    assert signal.getsignal(signal.SIGINT) is handler
+    (heard,) = re.findall(r"\n(请稍等.*)\n", output.getvalue())
+    assert SHOWN.startswith(heard) and "，正在查询，" in heard and len(heard) < len(SHOWN) / 2
+    assert f"taken back: {SECOND.text}\n" in output.getvalue()
+
+
+class Screen:
+    """A process on a pseudo-terminal."""
+
+    def __init__(self, command):
+        self._terminal, end = pty.openpty()
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=end, stdout=end, stderr=end, start_new_session=True,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "200", "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"},
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(end)
+        self._unread = b""
+
+    def type(self, text):
+        os.write(self._terminal, text.encode())
+
+    def read(self, until, seconds=60):
+        """What is printed up to and including `until`, without colours."""
+        end = time.monotonic() + seconds
+        while until not in (text := plain(self._unread)):
+            ready, _, _ = select.select([self._terminal], [], [], max(0, end - time.monotonic()))
+            assert ready, f"{until!r} does not come: {text!r}"
+            try:
+                self._unread += os.read(self._terminal, 65536)
+            except OSError:
+                pytest.fail(f"ended before {until!r}: {text!r}")
+        before, _, after = text.partition(until)
+        self._unread = after.encode()
+        return before + until
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._terminal)
+
+
+def plain(data):
+    """Terminal output without escape sequences."""
+    text = data.decode(errors="ignore").replace("\r\n", "\n")
+    return re.sub(r"\x1b(?:\[[0-9;?]*[a-zA-Z]|[=>])", "", text).replace("\r", "")
+
+
+def test_a_terminal(checkpoint, tmp_path):
+    saved = tmp_path / "saved.jsonl"
+    screen = Screen([sys.executable, "recipes/chat.py", f"checkpoint={checkpoint}", f"max_new_tokens={LIMIT}"])
+    try:
+        greeting = screen.read("客户> ")
+        assert re.search(
+            rf"客服 \[礼貌问候\]   礼貌问候 \d+%  \w+ \d+%  \w+ \d+%\n{GREETING.text}\n\n客户> $", greeting
+        )
+        screen.type(f"{FIRST.text}\n")
+        assert re.search(
+            rf"\n客服 \[情感管理\]   情感管理 .*\n{SORRY.text}\n\n客户> $", screen.read(f"{SORRY.text}\n\n客户> ")
+        )
+        screen.type(f"{SECOND.text}\n")
+        assert screen.read("\n\n客户> ").endswith(f"\n{SHOWN}\n\n客户> ")
+        screen.type("half a line\x03")
+        screen.read("Ctrl-D or /quit ends\n\n客户> ")
+        screen.type("/undo\n")
+        screen.read(f"taken back: {SECOND.text}\n\n客户> ")
+        screen.type("/strategy 信息传达\n")
+        screen.read("客户 [信息传达]> ")
+        screen.type("查到了吗？\n")
+        screen.read("客服 [信息传达] forced   解决实施 ")
+        screen.read("\n\n客户> ")
+        screen.type(f"/save {saved}\n")
+        screen.read(f"saved: {saved}\n\n客户> ")
+        screen.type("\x04")
+        assert screen.process.wait(30) == 0
+    finally:
+        screen.close()
+    (dialogue,) = read_dialogues(saved)
+    assert dialogue.turns[:4] == TAUGHT.turns[:4]
+    assert (dialogue.turns[4].strategy, len(dialogue.turns)) == (STRATEGIES[6], 5)
+
+
+# The page
+
+
+@contextlib.contextmanager
+def served(checkpoint, *options):
+    """The process of a page, and the lines that it prints, which end with its address."""
+    process = subprocess.Popen(
+        [sys.executable, "recipes/chat.py", f"checkpoint={checkpoint}", "ui=web", *options],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        lines = [process.stdout.readline().strip()]
+        while not lines[-1].startswith("http"):
+            assert process.poll() is None
+            lines.append(process.stdout.readline().strip())
+        yield process, lines
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_page(checkpoint, browser, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        with served(checkpoint, f"port={taken}") as (process, lines):
+            (said, address) = lines
+            assert said == f"port {taken} is in use"
+            port = re.fullmatch(r"http://127\.0\.0\.1:(\d+)", address).group(1)
+            assert taken < int(port) < taken + 100
+            converse(browser, address, tmp_path)
+            connections = psutil.Process(process.pid).net_connections()
+            assert {each.laddr.ip for each in connections} == {"127.0.0.1"}
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+
+
+def converse(browser, address, folder):
+    """Do on a page all that it offers."""
+    requested, errors = [], []
+    tab = browser.new_page(viewport={"width": 1000, "height": 900})
+    tab.on("request", lambda request: requested.append(request.url))
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.goto(address)
+    box = tab.get_by_label("Write as the customer")
+
+    def supporter(count):
+        """The last of so many replies, once it has ended."""
+        tab.locator("a.save").wait_for()
+        tab.wait_for_function(f"document.querySelectorAll('.supporter:not([aria-busy])').length == {count}")
+        tab.locator("a.save").wait_for()
+        turn = tab.locator(".supporter").last
+        likeliest = [row.split("\n") for row in turn.locator("li").all_inner_texts()]
+        return turn.locator(".strategy").inner_text(), turn.locator("p").inner_text(), likeliest
+
+    strategy, text, likeliest = supporter(1)
+    assert (strategy, text) == ("礼貌问候", GREETING.text)
+    assert likeliest[0][0] == "礼貌问候" and len(likeliest) == 3
+    assert all(re.fullmatch(r"\d+%", row[-1]) for row in likeliest)
+
+    box.fill(FIRST.text)
+    tab.get_by_role("button", name="Send").click()
+    assert supporter(2)[:2] == ("情感管理", SORRY.text)
+    assert tab.locator(".customer p").all_inner_texts() == [FIRST.text]
+    assert box.input_value() == "" and tab.locator(".forced").count() == 0
+
+    # Force a strategy, for one reply; what is typed is text, never markup.
+    planted = "<b>粗</b> ${1+1} {{x}}"
+    choice = tab.get_by_label("Strategy of the next reply")
+    choice.click()
+    tab.get_by_role("option", name="信息传达").click()
+    box.fill(planted)
+    box.press("Enter")
+    assert supporter(3)[0] == "信息传达"
+    assert tab.locator(".customer p").last.inner_text() == planted
+    assert tab.locator(".forced").count() == 1
+    assert choice.input_value() == "the model chooses"
+
+    with tab.expect_download() as download:
+        tab.locator("a.save").click()
+    download.value.save_as(folder / download.value.suggested_filename)
+    (dialogue,) = read_dialogues(folder / "dialogue.jsonl")
+    assert dialogue.turns[:3] == TAUGHT.turns[:3]
+    assert (dialogue.turns[3].text, dialogue.turns[4].strategy) == (planted, STRATEGIES[6])
+
+    tab.get_by_role("button", name="Undo").click()
+    assert supporter(2)[:2] == ("情感管理", SORRY.text)
+    assert box.input_value() == planted
+    box.fill(SECOND.text)
+    box.press("Enter")
+    assert supporter(3)[:2] == ("解决实施", LONG)
+
+    # Another page is another conversation.
+    other = browser.new_page()
+    other.goto(address)
+    other.locator("a.save").wait_for()
+    assert other.locator(".turn").count() == 1
+    assert tab.locator(".turn").count() == 5
+
+    tab.get_by_role("button", name="Restart").click()
+    assert supporter(1)[:2] == ("礼貌问候", GREETING.text)
+    tab.get_by_role("button", name="Undo").click()
+    tab.get_by_text("there is nothing to take back").wait_for()
+
+    assert errors == []
+    assert requested and [url for url in requested if not url.startswith(f"{address}/")] == []
+
+
+def test_a_reply_is_stopped_on_the_page(browser, tmp_path):
+    model, template = tiny("qwen2")
+    with torch.no_grad():
+        model.lm_head.weight[template.end_of_turn_id] = 0  # so that no reply ends by itself
+    model.generation_config.eos_token_id = None
+    save(tmp_path / "endless", model, template)
+    with served(tmp_path / "endless", "max_new_tokens=20000") as (_, lines):
+        tab = browser.new_page()
+        tab.goto(lines[-1])
+        growing = tab.locator(".supporter[aria-busy] p")
+        for _ in range(2):
+            length = len(growing.inner_text())
+            tab.wait_for_function(f"document.querySelector('.supporter p').innerText.length > {length}")
+        assert tab.locator("a.save").count() == 0
+        tab.get_by_role("button", name="Stop").click()
+        tab.locator("a.save").wait_for()
+        assert growing.count() == 0 and tab.locator(".turn").count() == 1
+
+
+def test_the_next_free_port_is_taken():
+    web = pytest.importorskip("csc_train.chat.web")
+    with web.listen("127.0.0.1", 20000) as one, web.listen("127.0.0.1", one.getsockname()[1]) as other:
+        first, second = one.getsockname(), other.getsockname()
+        assert second[1] > first[1] and first[0] == second[0] == "127.0.0.1"
+    with pytest.raises(InputError, match=r"^cannot listen on host=192\.0\.2\.1 port=20000: "):
+        web.listen("192.0.2.1", 20000)
