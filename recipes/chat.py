@@ -10,6 +10,11 @@ from csc_train.config import run_recipe
 
 def main(config: ChatConfig) -> None:
     # After the configuration is checked: these imports take seconds.
+    if config.ui == "web":
+        from csc_train.chat.web import talk
+    else:
+        from csc_train.chat.terminal import talk
+
     from transformers.utils import logging
 
     from csc_train.evaluation.config import EvaluationConfig
@@ -24,15 +29,7 @@ def main(config: ChatConfig) -> None:
     policy = load_policy(config.checkpoint, template, EvaluationConfig(dtype=config.dtype))
 
     # Conversation
-    if config.ui == "web":
-        from csc_train.chat.web import serve
-
-        serve(policy, config)
-    else:
-        from csc_train.chat.conversation import Conversation
-        from csc_train.chat.terminal import Terminal
-
-        Terminal(Conversation(policy, config), config.save).run()
+    talk(policy, config)
 
 
 if __name__ == "__main__":

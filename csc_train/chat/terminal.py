@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import Answer, Conversation
 from csc_train.dialogue import Dialogue, write_dialogues
 from csc_train.errors import InputError, suggestion
+from csc_train.evaluation.hf_policy import HFPolicy
 from csc_train.strategies import STRATEGIES, Strategy, parse_strategy
 
 SPEAKERS = {"zh": ("客服", "客户"), "en": ("Supporter", "Customer")}
@@ -27,6 +29,15 @@ HELP = {
 }
 # What a text could do to the terminal is shown, not done.
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
+
+
+def talk(policy: HFPolicy, config: ChatConfig) -> None:
+    """Talk until the customer leaves.
+
+    Raises:
+        InputError: as `Terminal`.
+    """
+    Terminal(Conversation(policy, config), config.save).run()
 
 
 class Terminal:

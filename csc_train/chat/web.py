@@ -39,7 +39,7 @@ _ENVIRONMENT = jinja2.Environment(
 _CSS = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
 
 
-def serve(policy: HFPolicy, config: ChatConfig) -> None:
+def talk(policy: HFPolicy, config: ChatConfig) -> None:
     """Serve the page until the process is interrupted; prints where it is.
 
     Raises:
@@ -71,7 +71,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket on the first free port from `port` on.
 
     Raises:
-        InputError: as `serve`.
+        InputError: as `talk`.
     """
     for candidate in range(port, min(port + PORTS, 65536)):
         try:

@@ -32,6 +32,9 @@ class HFPolicy:
     strategies, and in reference context those of the reference's own turns. They are computed dialogue by dialogue, so
     that they do not depend on what else was answered at the time, and kept to four decimals.
 
+    Attributes:
+        stops: tokens that end a reply.
+
     Args:
         origin: SHA-256 (hex) of what says which model it is, such as its manifest.
 
