@@ -20,7 +20,6 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.evaluation.baselines import StrategyBaseline
     from csc_train.evaluation.contamination import find_contamination, write_contamination
     from csc_train.evaluation.hf_policy import base_of, load_policy, open_checkpoint
-    from csc_train.evaluation.openai_policy import OpenAIPolicy
     from csc_train.evaluation.predict import predict, share
     from csc_train.evaluation.predictions import (
         BASE,
@@ -75,6 +74,8 @@ def main(config: EvaluateRecipe) -> None:
     # Systems
     systems = {name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINES)}
     if config.llm:
+        from csc_train.evaluation.openai_policy import OpenAIPolicy
+
         name = TRAINED if config.checkpoint else config.llm.model.replace("/", "_")
         asked = template or config.template or TemplateConfig()
         systems[name] = lambda: OpenAIPolicy(config.llm, config.evaluation, asked, inputs["system"])

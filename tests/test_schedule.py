@@ -9,12 +9,14 @@ import numpy
 import pytest
 
 from csc_train.packing.balance import Balance, measure_balance
+from csc_train.packing.cells import STRETCHES
 from csc_train.packing.config import LossConfig
 from csc_train.packing.loader import PackLoader, RankBatches
 from csc_train.packing.loss_weights import LossWeights
 from csc_train.packing.packed_dataset import Member, Packs
 from csc_train.packing.schedule import PackCost, Part, distribute, epoch_steps, micro_batches, pack_cost
 from csc_train.packing.tight_fit import tight_fit
+from csc_train.strategies import STRATEGIES
 from csc_train.template.dialogue_template import Example
 
 CUTS = [(processes, micro) for processes in (1, 2, 3, 8) for micro in (1, 2, 3, 8) if 24 % (processes * micro) == 0]
@@ -268,20 +270,28 @@ def plain(row: dict) -> dict:
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
 
 
+CELL = 1 + len(STRATEGIES) * len(STRETCHES)
+"""The cell of a reply by strategy 1 in the first turns: behind those of what is not trained, and of all strategies."""
+
+
 def test_a_part_is_the_documents_it_names():
     packs = packs_of(0, 3, 4, 2)
     assert plain(packs[0]) == {
         "input_ids": [0, 1, 2, 100, 101, 102, 103, 200, 201],
         "weights": [0, 1, 1, 0, 1, 1, 1, 0, 1],
+        "cells": [0, CELL, CELL, 0, CELL, CELL, CELL, 0, CELL],
         "lengths": [3, 4, 2],
         "prefix": 0,
     }
     assert plain(packs[Part(0, 0, 3)]) == plain(packs[0])
     assert plain(packs[Part(0, 1, 2)]) == {
-        "input_ids": [100, 101, 102, 103], "weights": [0, 1, 1, 1], "lengths": [4], "prefix": 0
+        "input_ids": [100, 101, 102, 103], "weights": [0, 1, 1, 1], "cells": [0, CELL, CELL, CELL], "lengths": [4],
+        "prefix": 0,
     }  # fmt: skip
     assert packs[Part(0, 1, 3)]["lengths"].tolist() == [4, 2]
-    assert plain(packs[None]) == {"input_ids": [0], "weights": [0], "lengths": [1], "prefix": 0, "empty": True}
+    assert plain(packs[None]) == {
+        "input_ids": [0], "weights": [0], "cells": [0], "lengths": [1], "prefix": 0, "empty": True
+    }  # fmt: skip
 
 
 def test_a_loader_takes_the_order_of_the_epoch_it_is_set_to():
@@ -300,6 +310,7 @@ def test_a_part_of_a_pack_takes_the_shared_prefix_along():
     assert plain(packs[Part(0, 1, 3)]) == {
         "input_ids": [100, 101, 102, 103, 104, 203],
         "weights": [0, 0, 0, 0, 1, 0],
+        "cells": [0, 0, 0, 0, CELL, 0],
         "lengths": [3, 2, 1],
         "prefix": 3,
     }

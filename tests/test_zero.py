@@ -219,7 +219,12 @@ def test_a_run_goes_on_by_another_stage_or_adapter_on_one_process(on_one, refere
 
 def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_path):
     state = folder / "full-3/states/checkpoint-4"
-    assert json.loads((state / RECORD).read_text()) == {"packs_per_step": 4, "processes": 2, "stage": 3}
+    assert json.loads((state / RECORD).read_text()) == {
+        "packs_per_step": 4,
+        "processes": 2,
+        "stage": 3,
+        "tracked": None,
+    }
     with pytest.raises(InputError, match=r"saved with trainer.packs_per_step=4, this run has 8: go on with 4"):
         check_steps(state, StateRecord(4, 2, 3), StateRecord(8, 2, 3))
 
