@@ -456,6 +456,7 @@ def test_the_fingerprint_is_of_the_conversation_alone():
 
 
 LOAD = """
+import os
 import sys
 import datasets
 from csc_train.dialogue import ReadReport, iter_dialogues
@@ -469,6 +470,8 @@ for name, source in zip(sys.argv[1::2], sys.argv[2::2]):
         print(report.rows, report.accepted, dict(report.unselected), datasets.config.HF_HUB_OFFLINE)
     except InputError as error:
         print(error)
+sys.stdout.flush()
+os._exit(0)  # at its ordinary end a thread of the Parquet reader, still running, aborts the process now and then
 """
 
 
