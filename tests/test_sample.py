@@ -220,6 +220,7 @@ def test_a_sample_that_is_there_is_kept(tmp_path):
         lambda content: b"",
         lambda content: b"\xff\xfe not a sample",
         lambda content: content.replace(SOURCE.encode(), b"other", 1),
+        lambda content: content.replace(b'"id": "sample-', b'"id": "', 1),  # of the grammar, but not its sample
     ],
 )
 def test_a_file_that_is_no_sample_is_left_alone(tmp_path, spoil):

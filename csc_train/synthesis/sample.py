@@ -21,6 +21,8 @@ from csc_train.errors import InputError
 from csc_train.strategies import CLOSURE, GREETING, STRATEGIES
 
 SOURCE = "synthetic-sample"
+NAME = "sample-"
+"""What the id of a sample dialogue begins with."""
 
 
 class Problem(NamedTuple):
@@ -325,9 +327,11 @@ def ensure_sample(path: str | os.PathLike, count: int, seed: int) -> bool:
         kept = []
         with contextlib.suppress(InputError):
             kept = read_dialogues(path, strict=True)
-        if not kept or any(dialogue.source != SOURCE for dialogue in kept):
+        # By their names: scripted roles speak by the same grammar, and their dialogues are no sample to write again.
+        if not kept or not all(dialogue.id.startswith(NAME) and dialogue.source == SOURCE for dialogue in kept):
             raise InputError(
-                f"{path} exists and is no sample: for your own dialogues give data=files data.train.path={path}"
+                f"{path} exists and is no sample: for your own dialogues give data=files data.train.path={path} "
+                "data.sample_dialogues=null"
             )
         if [dialogue.row() for dialogue in kept] == [dialogue.row() for dialogue in dialogues]:
             return False
@@ -399,7 +403,7 @@ def _write_dialogue(seed: int, index: int) -> Dialogue:
     acts, turns = write_turns(rng, problem, mood)
     outcome = next(OUTCOMES[act] for act in acts if act in OUTCOMES)
     extra = {"topic": problem.topic, "problem": problem.name, "mood": mood, "outcome": outcome}
-    return Dialogue(f"sample-{seed}-{index:05d}", tuple(turns), SOURCE, extra)
+    return Dialogue(f"{NAME}{seed}-{index:05d}", tuple(turns), SOURCE, extra)
 
 
 def write_turns(rng: random.Random, problem: Problem, mood: str) -> tuple[list[str], list[Turn]]:
