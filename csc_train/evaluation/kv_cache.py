@@ -98,14 +98,24 @@ class DialogueCache:
         self._rows: dict[Hashable, tuple[_Batch, int]] = {}
 
     def generate(
-        self, names: Sequence[Hashable], prompts: Sequence[Sequence[int]], stops: Collection[int], most: int
-    ) -> list[list[int]]:
-        """Continue prompts greedily.
+        self,
+        names: Sequence[Hashable],
+        prompts: Sequence[Sequence[int]],
+        stops: Collection[int],
+        most: Sequence[int],
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Continue prompts greedily until half of them have ended.
+
+        The others go on in the next call, with what they have so far at the end of their prompts: in place of those
+        that have ended, others can begin there, so that few steps are made for few rows.
 
         Args:
             names: of the dialogue of each prompt.
             stops: tokens that end a continuation; they are left out.
-            most: the largest number of tokens to generate.
+            most: for each prompt, the largest number of tokens to generate.
+
+        Returns:
+            The continuations, and which of them have ended.
         """
         sources = [self._rows.get(name, (self._prefix, 0)) for name in names]
         # The last token is always computed, for its logits.
@@ -113,27 +123,20 @@ class DialogueCache:
             min(_common(batch.ids[row], prompt), len(prompt) - 1)
             for (batch, row), prompt in zip(sources, prompts, strict=True)
         ]
-        batch, rows = self._select(sources, kept), list(range(len(prompts)))
+        batch = self._select(sources, kept)
         self._rows = {name: (batch, row) for row, name in enumerate(names)}
         logits = self._feed(batch, [prompt[length:] for prompt, length in zip(prompts, kept, strict=True)])
         generated: list[list[int]] = [[] for _ in prompts]
-        going = set(rows)
+        going = set(range(len(prompts)))
         while True:
-            for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            for row, token in enumerate(logits.argmax(-1).tolist()):
                 if row in going and token not in stops:
                     generated[row].append(token)
-                if token in stops or len(generated[row]) == most:
+                if token in stops or len(generated[row]) == most[row]:
                     going.discard(row)
-            if not going:
-                return generated
-            if 2 * len(going) <= len(rows):
-                # The others wait where they are until their next prompt.
-                places = [place for place, row in enumerate(rows) if row in going]
-                rows = [rows[place] for place in places]
-                lengths = [len(batch.ids[place]) for place in places]
-                batch = self._select([(batch, place) for place in places], lengths)
-                self._rows |= {names[row]: (batch, place) for place, row in enumerate(rows)}
-            logits = self._feed(batch, [generated[row][-1:] if row in going else [] for row in rows])
+            if 2 * len(going) <= len(prompts):
+                return generated, [row not in going for row in range(len(prompts))]
+            logits = self._feed(batch, [generated[row][-1:] if row in going else [] for row in range(len(prompts))])
 
     def _select(self, sources: Sequence[tuple[_Batch, int]], kept: Sequence[int]) -> _Batch:
         """A batch whose row i is the first `kept[i]` tokens of the dialogue that `sources[i]` is a row of."""
