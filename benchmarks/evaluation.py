@@ -37,7 +37,7 @@ TURNS = 24115
 EXCHANGES = 13
 LONGEST = 40
 """Tokens of a reply, as in the demo."""
-BATCH = 64
+BATCH = 128
 
 
 def main() -> None:
