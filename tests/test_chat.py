@@ -413,9 +413,9 @@ class Screen:
     def __init__(self, command):
         self._terminal, end = pty.openpty()
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=end, stdout=end, stderr=end, start_new_session=True,
+            # Not by a preexec_fn: it would run between fork and exec, where other threads' locks stay held.
+            ["setsid", "--ctty", *command], cwd=ROOT, stdin=end, stdout=end, stderr=end,
             env=os.environ | {"TERM": "xterm", "COLUMNS": "200", "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"},
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(end)
         self._unread = b""
