@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
+from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_config
 from transformers import Qwen2ForCausalLM
 
-from csc_train.checkpoint import Manifest, save_checkpoint, tokenizer_hash
+from csc_train.checkpoint import save_checkpoint
 from csc_train.config import compose
 from csc_train.dialogue import data_digest, write_dialogues
 from csc_train.evaluation import hf_policy
@@ -54,18 +54,7 @@ def workplace(tmp_path_factory):
     dialogues = [replace(random_dialogue(rng), id=str(number), source="test") for number in range(20)]
     write_dialogues(directory / "train.jsonl", dialogues[:4])
     write_dialogues(directory / "evaluation.jsonl", dialogues[4:])
-    manifest = Manifest(
-        base_model="../base",
-        base_revision=None,
-        chat_template="qwen2_5",
-        mode="joint",
-        language="zh",
-        template_hash=template.fingerprint,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        strategies=[],
-        data_hash=data_digest(dialogues[:4]),
-        config={},
-    )
+    manifest = manifest_of(template, data_hash=data_digest(dialogues[:4]), config={})
     save_checkpoint(directory / "checkpoint", model, tokenizer, template.chat_template, manifest)
     before = Path.cwd()
     os.chdir(directory)

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_dialogue, small_tokenizer, tiny_config
+from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
-from csc_train.checkpoint import Manifest, save_checkpoint, tokenizer_hash
+from csc_train.checkpoint import save_checkpoint
 from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.errors import InputError
 from csc_train.evaluation.baselines import StrategyBaseline
@@ -440,18 +440,7 @@ def test_mode_given_hands_in_the_gold_strategy(model, tokenizer, odd_dialogues):
 @pytest.fixture
 def checkpoint(model, tokenizer, tmp_path):
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
-    manifest = Manifest(
-        base_model="../base",
-        base_revision=None,
-        chat_template="qwen2_5",
-        mode="joint",
-        language="zh",
-        template_hash=template.fingerprint,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        strategies=[],
-        data_hash="",
-        config={},
-    )
+    manifest = manifest_of(template)
     directory = tmp_path / "checkpoint"
     save_checkpoint(directory, model, tokenizer, template.chat_template, manifest)
     return directory
