@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     turns = TURNS // 100 if options.quick else TURNS
     repeats = 1 if options.quick else 3
-    dialogues, compared = (4, 2) if options.quick else (128, 8)
+    dialogues, compared = (4, 2) if options.quick else (512, 8)
     report = Report({"quick": options.quick, "turns": turns, "dialogues": dialogues, "repeats": repeats}, {})
     generation(report, dialogues, compared, repeats)
     scoring(report, turns, repeats)

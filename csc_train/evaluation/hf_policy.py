@@ -61,24 +61,18 @@ class HFPolicy:
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> None:
         """Answer every turn, batch by batch, then add likelihoods."""
-        cache = DialogueCache(self.model, self.template.prefix_ids)
-        going: list[tuple[Request, list[int], list[int]]] = []  # with its prompt, and what is said so far
-        while going := going + [
-            (request, self._prompt(request), []) for request in schedule.take(self._config.batch_size - len(going))
-        ]:
-            said, ended = cache.generate(
-                [request.dialogue.id for request, _, _ in going],
-                [prompt + ids for _, prompt, ids in going],
-                self.stops,
-                [self._config.max_new_tokens - len(ids) for _, _, ids in going],
-            )
-            left = []
-            for (request, prompt, ids), more, done in zip(going, said, ended, strict=True):
-                if done:
-                    schedule.answer(request, self._said(request, prompt, ids + more))
-                else:
-                    left.append((request, prompt, ids + more))
-            going = left
+        cache = DialogueCache(self.model, self.template.prefix_ids, self.stops, self._config.max_new_tokens)
+        asked: dict[int, tuple[Request, list[int]]] = {}  # by row of the cache
+        while True:
+            requests = schedule.take(self._config.batch_size - len(asked))
+            prompts = [self._prompt(request) for request in requests]
+            rows = cache.begin([request.dialogue.id for request in requests], prompts)
+            asked |= zip(rows, zip(requests, prompts, strict=True), strict=True)
+            if not asked:
+                break
+            for row, ids in cache.advance().items():
+                request, prompt = asked.pop(row)
+                schedule.answer(request, self._said(request, prompt, ids))
         del cache
         if schedule.context == "reference" or self.strategies_apply:
             for dialogue in tqdm(schedule.dialogues, "likelihoods", unit="dialogue", disable=None):

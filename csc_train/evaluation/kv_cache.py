@@ -1,6 +1,7 @@
-"""A key-value cache of several dialogues that grow, each by other tokens, and share their beginning."""
+"""Greedy decoding of dialogues that grow, each by other tokens, and share their beginning."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -10,177 +11,221 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 ROOM = 64
 """Columns by which a cache grows beyond what is needed, since growing it copies all of it."""
-
-
-class _GrowingLayer(DynamicLayer):
-    """A layer with room for more tokens; `DynamicLayer` would copy all that is cached for each of them.
-
-    `keys` and `values`, [rows, heads, columns, head size], are the used part of the buffers.
-    """
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, ...]:
-        new = key_states, value_states
-        if not self.is_initialized:
-            self.lazy_initialization(*new)
-            self._buffers = [states[:, :, :0] for states in new]
-        start = self.get_seq_length()
-        end = start + key_states.shape[2]
-        if end > self._buffers[0].shape[2]:
-            self._buffers = [
-                torch.cat([old[:, :, :start], states, states[:, :, :1].expand(-1, -1, ROOM, -1)], dim=2)
-                for old, states in zip(self._buffers, new, strict=True)
-            ]
-        else:
-            for buffer, states in zip(self._buffers, new, strict=True):
-                buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        return self.keys, self.values
-
-    def fill(self, parts: "Sequence[tuple[DynamicLayer, _Move]]", rows: int, columns: int) -> None:
-        """Take `rows` rows of `columns` columns over from other layers."""
-        some = parts[0][0]
-        self.lazy_initialization(some.keys, some.values)
-        # Zeros, since what stands in a masked column must be a number.
-        self._buffers = [
-            states.new_zeros(rows, states.shape[1], columns + ROOM, states.shape[3])
-            for states in (some.keys, some.values)
-        ]
-        for layer, move in parts:
-            places, index, taken = (each.to(layer.device) for each in (move.places, move.rows, move.columns))
-            for buffer, states in zip(self._buffers, (layer.keys, layer.values), strict=True):
-                part = states[index[:, None], :, taken].transpose(1, 2)
-                buffer[places, :, columns - taken.shape[1] : columns] = part
-        self.keys, self.values = (buffer[:, :, :columns] for buffer in self._buffers)
+FREED = 8
+"""New prompts wait until one row in so many is free: each batch of them is a forward of its own."""
 
 
 @dataclass(frozen=True)
-class _Move:
-    """Which rows go where: row `rows[i]` to `places[i]`, of it the `columns[i]`, which come to stand at the end."""
+class _Step:
+    """Where the tokens of a forward stand.
+
+    Attributes:
+        rows: int64 [batch]; those of the cache.
+        positions: int64 [batch, width].
+        columns: how many columns any token looks at.
+        first: whether the rows are the first ones in order, which are then not copied.
+    """
 
     rows: torch.Tensor
-    places: torch.Tensor
-    columns: torch.Tensor
+    positions: torch.Tensor
+    columns: int
+    first: bool
+
+
+class _RowsLayer(DynamicLayer):
+    """A layer in whose buffers, [rows, heads, columns, head size], column p holds a row's token at position p.
+
+    Rows may thus be of any lengths; what is left over behind the end of one is masked. The first forward makes row 0.
+    """
+
+    step: _Step
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, ...]:
+        states = key_states, value_states
+        if not self.is_initialized:
+            self.lazy_initialization(*states)
+            self._buffers = list(states)
+            return states
+        step = self.step
+        rows, positions = (each.to(self.device) for each in (step.rows, step.positions))
+        for buffer, new in zip(self._buffers, states, strict=True):
+            buffer[rows[:, None], :, positions] = new.transpose(1, 2)
+        shown = slice(0, len(rows)) if step.first else rows
+        self.keys, self.values = (buffer[shown, :, : step.columns] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Grow to so many; a new row begins as a copy of row 0."""
+        if self._buffers[0].shape[0] == rows and self._buffers[0].shape[2] == columns:
+            return
+        for number, old in enumerate(self._buffers):
+            # Zeros, since what stands in a masked column must be a number.
+            new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
+            new[:, :, : old.shape[2]] = old[:1]
+            new[: len(old), :, : old.shape[2]] = old
+            self._buffers[number] = new
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let a row begin as another one does."""
+        for buffer in self._buffers:
+            buffer[target, :, :length] = buffer[source, :, :length]
 
 
 @dataclass
-class _Batch:
-    """Rows that go through the model together.
+class _Row:
+    """What a row of the cache holds.
 
     Attributes:
-        mask: bool [rows, columns]; in which columns a row has a token.
-        ids: of each row, the tokens that are cached.
+        name: of the dialogue.
+        ids: its prompt and what is generated so far.
+        computed: how many of the ids are cached.
+        start: where the continuation begins in `ids`.
+        going: whether it has yet to end.
     """
 
-    cache: Cache
-    mask: torch.Tensor
-    ids: list[list[int]]
+    name: Hashable
+    ids: list[int]
+    computed: int
+    start: int = 0
+    going: bool = False
 
 
 class DialogueCache:
-    """The cache of a batch of rows, each a dialogue, that are brought from prompt to prompt.
+    """Continues prompts greedily, many at a time, each in a row of its own of one key-value cache.
 
-    What a prompt has in common with what is cached of its dialogue is kept, the rest is computed. Rows are ragged: the
-    columns in which a row has no token are masked, and positions count its tokens, not columns. A dialogue that is not
-    in the next batch is forgotten, so that no more is cached than two batches take.
+    What a prompt has in common with what is cached of its dialogue is kept, the rest is computed. A row whose
+    continuation has ended holds its dialogue until it is needed for another one.
 
-    The attention of every layer must reach back to the first token: sliding windows would count masked columns.
+    The attention of every layer must reach back to the first token and take a mask of four dimensions.
 
     Args:
         model: a causal model; nothing of it is changed.
         prefix: ids with which every prompt begins; they are computed once.
+        stops: tokens that end a continuation; they are left out.
+        most: the largest number of tokens to generate.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: Sequence[int]):
-        self._model = model
-        mask = torch.ones(1, 0, dtype=torch.bool, device=model.device)
-        self._prefix = _Batch(Cache(layer_class_to_replicate=_GrowingLayer), mask, [[]])
-        self._feed(self._prefix, [prefix])
-        self._rows: dict[Hashable, tuple[_Batch, int]] = {}
+    def __init__(self, model: PreTrainedModel, prefix: Sequence[int], stops: Collection[int], most: int):
+        self._model, self._prefix, self._stops, self._most = model, list(prefix), stops, most
+        self._cache = Cache(layer_class_to_replicate=_RowsLayer)
+        ids = torch.tensor([self._prefix], device=model.device)
+        model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._rows = [_Row(None, self._prefix, len(prefix))]
+        self._columns = len(prefix)
 
-    def generate(
-        self,
-        names: Sequence[Hashable],
-        prompts: Sequence[Sequence[int]],
-        stops: Collection[int],
-        most: Sequence[int],
-    ) -> tuple[list[list[int]], list[bool]]:
-        """Continue prompts greedily until half of them have ended.
-
-        The others go on in the next call, with what they have so far at the end of their prompts: in place of those
-        that have ended, others can begin there, so that few steps are made for few rows.
+    def begin(self, names: Sequence[Hashable], prompts: Sequence[list[int]]) -> list[int]:
+        """Put prompts into free rows, and into new ones where there are too few.
 
         Args:
             names: of the dialogue of each prompt.
-            stops: tokens that end a continuation; they are left out.
-            most: for each prompt, the largest number of tokens to generate.
 
         Returns:
-            The continuations, and which of them have ended.
+            The row of each prompt.
         """
-        sources = [self._rows.get(name, (self._prefix, 0)) for name in names]
-        # The last token is always computed, for its logits.
-        kept = [
-            min(_common(batch.ids[row], prompt), len(prompt) - 1)
-            for (batch, row), prompt in zip(sources, prompts, strict=True)
-        ]
-        batch = self._select(sources, kept)
-        self._rows = {name: (batch, row) for row, name in enumerate(names)}
-        logits = self._feed(batch, [prompt[length:] for prompt, length in zip(prompts, kept, strict=True)])
-        generated: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
-        while True:
-            for row, token in enumerate(logits.argmax(-1).tolist()):
-                if row in going and token not in stops:
-                    generated[row].append(token)
-                if token in stops or len(generated[row]) == most[row]:
-                    going.discard(row)
-            if 2 * len(going) <= len(prompts):
-                return generated, [row not in going for row in range(len(prompts))]
-            logits = self._feed(batch, [generated[row][-1:] if row in going else [] for row in range(len(prompts))])
+        free = [number for number, row in enumerate(self._rows) if not row.going]
+        while len(free) < len(names):
+            free.append(len(self._rows))
+            self._rows.append(_Row(None, self._prefix, len(self._prefix)))
+        holders = defaultdict(list)
+        for number, row in enumerate(self._rows):
+            holders[row.name].append(number)
+        own = {}
+        for place, name in enumerate(names):
+            own[place] = next((number for number in holders[name] if number in free), None)
+            if own[place] is not None:
+                free.remove(own[place])
+        self._reserve(max(map(len, prompts), default=0))
+        taken = []
+        for place, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+            number = source = own[place]
+            if number is None:
+                number = free.pop(0)
+                # What a dialogue has in other rows, all of them going, is copied from the longest.
+                source = max(holders[name], key=lambda holder: self._rows[holder].computed, default=number)
+            self._take(number, source, name, prompt)
+            taken.append(number)
+        return taken
 
-    def _select(self, sources: Sequence[tuple[_Batch, int]], kept: Sequence[int]) -> _Batch:
-        """A batch whose row i is the first `kept[i]` tokens of the dialogue that `sources[i]` is a row of."""
-        device, width = self._prefix.mask.device, max(kept)
-        lengths = torch.tensor(kept, device=device)
-        mask = torch.zeros(len(kept), width, dtype=torch.bool, device=device)
-        moves = []
-        for batch in {id(batch): batch for batch, _ in sources}.values():
-            places = torch.tensor([place for place, source in enumerate(sources) if source[0] is batch], device=device)
-            rows = torch.tensor([row for source, row in sources if source is batch], device=device)
-            valid = batch.mask[rows]
-            valid &= valid.cumsum(1) <= lengths[places, None]
-            # Columns that nobody uses are left out: those of a row that it uses come last, in their order.
-            columns = valid.int().argsort(dim=1, stable=True)[:, -width:]
-            mask[places, width - columns.shape[1] :] = valid.gather(1, columns)
-            moves.append((batch, _Move(rows, places, columns)))
-        layers = []
-        for number in range(len(self._prefix.cache.layers)):
-            layers.append(_GrowingLayer())
-            layers[-1].fill([(batch.cache.layers[number], move) for batch, move in moves], len(kept), width)
-        ids = [batch.ids[row][:length] for (batch, row), length in zip(sources, kept, strict=True)]
-        return _Batch(Cache(layers=layers), mask, ids)
+    def _take(self, number: int, source: int, name: Hashable, prompt: list[int]) -> None:
+        """Put a prompt into a row, with what it has in common with a row."""
+        held = self._rows[source]
+        # The last token is always computed, for what comes next.
+        kept = min(_common(held.ids[: held.computed], prompt), len(prompt) - 1)
+        if source != number:
+            for layer in self._cache.layers:
+                layer.copy(source, number, kept)
+        self._rows[number] = _Row(name, list(prompt), kept, len(prompt), True)
 
-    def _feed(self, batch: _Batch, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Append tokens to the rows. Returns the logits behind the last column, [rows, vocabulary]."""
-        width = max(map(len, tokens))
-        device = batch.mask.device
-        # Padding on the left, so that every row ends in the same column; a pad is masked, so any token will do.
-        input_ids = torch.tensor([[0] * (width - len(new)) + list(new) for new in tokens], device=device)
-        new = torch.tensor([[False] * (width - len(new)) + [True] * len(new) for new in tokens], device=device)
-        batch.mask = torch.cat([batch.mask, new], dim=1)
+    def advance(self) -> dict[int, list[int]]:
+        """Generate until a share of the continuations has ended.
+
+        Returns:
+            Those, by row.
+        """
+        going = {number for number, row in enumerate(self._rows) if row.going}
+        enough = max(1, len(going) // FREED)
+        fed = [number for number in sorted(going) if len(self._rows[number].ids) - self._rows[number].computed > 1]
+        ended = {}
+        while len(ended) < enough:
+            fed = fed or self._together(going)
+            for number, token in zip(fed, self._feed(fed), strict=True):
+                row = self._rows[number]
+                if not row.going:
+                    continue
+                if token not in self._stops:
+                    row.ids.append(token)
+                if token in self._stops or len(row.ids) - row.start == self._most:
+                    row.going = False
+                    going.discard(number)
+                    ended[number] = row.ids[row.start :]
+            fed = []
+        return ended
+
+    def _together(self, going: set[int]) -> list[int]:
+        """The rows to feed for the next token of some: all up to the last one, which are not copied, unless few go."""
+        rows = max(going) + 1
+        return list(range(rows)) if 2 * len(going) >= rows else sorted(going)
+
+    def _feed(self, rows: Sequence[int]) -> list[int]:
+        """Compute what is not yet cached of rows. Returns the likeliest next token of each."""
+        held = [self._rows[number] for number in rows]
+        device = self._model.device
+        width = max(1, *(len(row.ids) - row.computed for row in held))
+        ends = [len(row.ids) for row in held]
+        self._reserve(max(ends))
+        # Nothing is padded: where fewer tokens are new, the ones before them are computed again, to no effect; in a row
+        # that is shorter altogether the first one is.
+        offsets = torch.arange(-width, 0, device=device)
+        positions = (torch.tensor(ends, device=device)[:, None] + offsets).clamp(min=0)
+        ids = [row.ids[:1] * (width - len(row.ids)) + row.ids[-width:] for row in held]
+        step = _Step(torch.tensor(rows, device=device), positions, max(ends), rows == list(range(len(rows))))
+        for layer in self._cache.layers:
+            layer.step = step
+        hidden = torch.arange(step.columns, device=device) > positions[:, None, :, None]
+        mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=device)
         logits = self._model(
-            input_ids=input_ids,
-            attention_mask=batch.mask.long(),
-            position_ids=(batch.mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
-            past_key_values=batch.cache,
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=mask.masked_fill_(hidden, torch.finfo(mask.dtype).min),
+            position_ids=positions,
+            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        for ids, more in zip(batch.ids, tokens, strict=True):
-            ids += more
-        return logits
+        for row in held:
+            row.computed = len(row.ids)
+        return logits.argmax(-1).tolist()
+
+    def _reserve(self, columns: int) -> None:
+        """Have room for all rows, of so many columns."""
+        if columns > self._columns:
+            self._columns = columns + max(ROOM, columns // 2)
+        for layer in self._cache.layers:
+            layer.resize(len(self._rows), self._columns)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:  # nearly always, and much faster
+        return length
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -1,0 +1,136 @@
+"""Continuing prompts from a cache: the tokens are those of the model without one, and little is computed twice."""
+
+import random
+
+import pytest
+import torch
+from conftest import small_tokenizer, tiny_config
+from transformers import AutoModelForCausalLM
+
+from csc_train.evaluation import kv_cache
+from csc_train.evaluation.kv_cache import DialogueCache
+
+PREFIX = list(range(300, 312))
+MOST = 7
+STOPS = set(range(400, 460))
+
+
+def model_of(architecture, attention="sdpa"):
+    torch.manual_seed(3)
+    config = tiny_config(architecture, small_tokenizer("qwen2_5"), 0.5)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def continued(model, prompt):
+    """The greedy continuation, each token from all that stands before it."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + MOST:
+        token = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token in STOPS:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+def ended(model, rounds=12, rows=5, seed=0):
+    """(prompt, continuation) of dialogues that go on, are taken back, begin anew and are asked twice at a time."""
+    rng = random.Random(seed)
+    cache = DialogueCache(model, PREFIX, STOPS, MOST)
+    said = {name: list(PREFIX) for name in "abcdefg"}
+    asked, found = {}, []
+
+    def draw(most):
+        return [rng.randrange(256, 590) for _ in range(rng.randint(1, most))]
+
+    for _ in range(rounds):
+        names = rng.choices(sorted(said), k=rows - len(asked))
+        prompts = []
+        for name in names:
+            kept = said[name][: rng.choice([len(PREFIX), len(said[name]), len(said[name])])]
+            # Now and then longer than a whole other prompt.
+            prompts.append(kept + draw(rng.choice([2, 9, 60])))
+        taken = cache.begin(names, prompts)
+        assert len({*taken, *asked}) == rows
+        asked |= zip(taken, zip(names, prompts, strict=True), strict=True)
+        for row, ids in cache.advance().items():
+            name, prompt = asked.pop(row)
+            said[name] = prompt + ids
+            found.append((prompt, ids))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_tokens_are_those_without_a_cache(architecture, attention):
+    model = model_of(architecture, attention)
+    found = ended(model)
+    assert [ids for _, ids in found] == [continued(model, prompt) for prompt, _ in found]
+    # Otherwise the model says the same whatever is asked, or no row waits for another.
+    assert len({tuple(ids) for _, ids in found}) > len(found) / 2
+    assert len({len(ids) for _, ids in found}) > 3
+
+
+def test_the_test_sees_what_goes_wrong(monkeypatch):
+    """What is left over in a row, and what is not copied to one, changes the tokens."""
+    model = model_of("qwen2")
+
+    def wrong(found):
+        return sum(ids != continued(model, prompt) for prompt, ids in found)
+
+    assert wrong(ended(model)) == 0
+
+    def unmasked(module, args, facts):
+        if "attention_mask" in facts:
+            width = facts["input_ids"].shape[1]
+            facts["attention_mask"][..., : facts["attention_mask"].shape[-1] - width] = 0
+        return args, facts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_cache._RowsLayer, "copy", lambda *_: None)
+        assert wrong(ended(model)) > 0
+    hook = model.register_forward_pre_hook(unmasked, with_kwargs=True)
+    found = ended(model)
+    hook.remove()
+    assert wrong(found) > 0
+
+
+def test_what_is_cached_is_not_computed_again():
+    """A token goes through the model once, whichever row it comes to stand in, and the prefix once for all rows."""
+    model = model_of("qwen2")
+    fed = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(tuple(args[0].shape)))
+    cache = DialogueCache(model, PREFIX, [], most=1)
+    a, b, c = [*PREFIX, 500, 501, 502], [*PREFIX, 510, 511], [*PREFIX, 520, 521, 522, 523]
+    rows = cache.begin("ab", [a, b])
+    first = cache.advance()
+    assert sorted(first) == sorted(rows) == [0, 1]
+    # The answers, which are not cached yet, and what comes after them; a new dialogue in a row that is new.
+    a += first[0] + [503, 504]
+    b += first[1] + [512]
+    assert cache.begin("bca", [b, c, a]) == [1, 2, 0]
+    cache.advance()
+    # Asked twice, once at an earlier place: what the one row has is copied to the other one.
+    assert cache.begin("aa", [[*a, 505], a[:-2]]) == [0, 1]
+    cache.advance()
+    hook.remove()
+    #      the prefix  a, b of 3, 2  of 2, 4, 3  of 1, and the last one
+    assert fed == [(1, 12), (2, 3), (3, 4), (2, 1)]
+
+
+def test_few_rows_that_go_on_are_not_computed_with_all():
+    model = model_of("qwen2")
+    cache = DialogueCache(model, PREFIX, [], most=30)
+    cache.begin(range(8), [[*PREFIX, 500 + row] for row in range(8)])
+    assert len(cache.advance()) == 8
+    assert cache.begin([6, 3], [[*PREFIX, 506], [*PREFIX, 503]]) == [6, 3]
+    fed = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(tuple(args[0].shape)))
+    assert sorted(cache.advance()) == [3, 6]
+    hook.remove()
+    assert fed == [(2, 1)] * 30
