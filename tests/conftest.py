@@ -4,6 +4,7 @@ import importlib.util
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +21,9 @@ from csc_train.checkpoint import Manifest, tokenizer_hash
 from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.strategies import STRATEGIES
 from csc_train.template.dialogue_template import DialogueTemplate
+
+# A script that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 SMALL_TOKENIZERS = Path(__file__).parent / "data" / "tokenizers"
