@@ -2,15 +2,19 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
-from conftest import load_recipe, small_tokenizer
+import torch
+from conftest import load_recipe, small_tokenizer, tiny_config
 from servers.faults import DROP, HANG, HTML, TORN, Fault, Say
+from transformers import AutoModelForCausalLM
 
 from csc_train.config import compose
 from csc_train.dialogue import Speaker, write_dialogues
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.hf_policy import HFPolicy
 from csc_train.evaluation.openai_policy import OpenAIPolicy
 from csc_train.evaluation.predict import predict
 from csc_train.evaluation.predictions import Failure, Prediction, read_outcomes
@@ -22,6 +26,7 @@ from csc_train.strategies import STRATEGIES
 from csc_train.synthesis.sample import generate_sample
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.template.likelihood import label_log_likelihoods
 from csc_train.template.system_prompt import system_prompt
 
 DIALOGUES = generate_sample(4, seed=3)
@@ -50,10 +55,10 @@ def echo(body):
     return Say(text, usage=(len(prompt), 5))
 
 
-def outcomes_of(server, policy, context, store=None):
+def outcomes_of(server, policy, context, store=None, dialogues=DIALOGUES):
     """The outcomes, by dialogue and turn."""
-    found = predict(DIALOGUES, policy, context, store)
-    assert len(found) == TURNS
+    found = predict(dialogues, policy, context, store)
+    assert len(found) == sum(len(each.supporter_turns) for each in dialogues)
     return {(each.dialogue_id, each.turn): each for each in found}
 
 
@@ -64,8 +69,8 @@ def test_a_served_checkpoint_is_asked_by_token_ids(fault_server):
         fault_server.requests.clear()
         found = outcomes_of(fault_server, policy_of(fault_server, template), context)
         assert {path for path, *_ in fault_server.requests} == {"/v1/completions"}
-        probe, *asked = fault_server.bodies
-        assert (probe["max_tokens"], len(asked)) == (1, TURNS)
+        probe, other_probe, *asked = fault_server.bodies
+        assert (probe["max_tokens"], other_probe["echo"], len(asked)) == (1, True, TURNS)
         sent = {digest(body["prompt"]): body for body in asked}
         for dialogue in DIALOGUES:
             history = []
@@ -108,6 +113,111 @@ def test_the_ids_that_a_server_tells_are_the_history(fault_server):
     dialogue = DIALOGUES[0]
     second = template.prompt_ids([told[:-1], dialogue.turns[1]])
     assert found[dialogue.id, 2].prompt_hash == digest(second)
+
+
+@pytest.fixture(scope="module")
+def local():
+    """A model, and what it finds of prompts as a server tells it."""
+    torch.manual_seed(4)
+    config = tiny_config("llama", small_tokenizer("llama3_1"), 0.5)
+    model = AutoModelForCausalLM.from_config(config).eval()
+
+    def answer(body):
+        if "echo" not in body:
+            return echo(body)
+        ids = torch.tensor([body["prompt"]])
+        with torch.inference_mode():
+            found = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+        return Say("x", log_likelihoods=(None, *found, -0.5))
+
+    return model, answer
+
+
+@pytest.mark.parametrize(("mode", "context"), [("joint", "reference"), ("joint", "generated"), ("given", "reference")])
+def test_a_server_tells_likelihoods_as_the_model_itself_does(mode, context, local, fault_server):
+    model, fault_server.answer = local
+    fault_server.echoes = True
+    template, settings = template_of(mode), EvaluationConfig(max_new_tokens=2)
+    dialogues = DIALOGUES[:1]
+    policy = policy_of(fault_server, template, max_tokens=500)
+    found = outcomes_of(fault_server, policy, context, dialogues=dialogues)
+    assert all(body["max_tokens"] == 1 and body["temperature"] == 0 for body in fault_server.bodies if "echo" in body)
+    own = predict(dialogues, HFPolicy(model, template, settings), "reference")
+    for expected in own if context == "reference" else ():
+        told = found[expected.dialogue_id, expected.turn]
+        assert told.reference_nll == pytest.approx(expected.reference_nll, abs=2e-3)
+        assert told.reference_tokens == expected.reference_tokens > 2
+        assert told.prompt_hash == expected.prompt_hash
+        if mode == "joint":
+            assert told.label_log_likelihoods == pytest.approx(expected.label_log_likelihoods, abs=2e-3)
+    for dialogue in dialogues if context == "generated" else ():
+        history = [found[dialogue.id, 0].ids, dialogue.turns[1]]
+        with torch.inference_mode():
+            (expected,) = label_log_likelihoods(model, template, [template.prompt_ids(history)]).tolist()
+        assert found[dialogue.id, 2].label_log_likelihoods == pytest.approx(expected, abs=2e-3)
+    # The labels are not equally likely, and in mode given nobody chooses among them.
+    labels = [each.label_log_likelihoods for each in found.values()]
+    assert all(len(set(each)) == 12 for each in labels) if mode == "joint" else set(labels) == {None}
+    assert {each.reference_nll is None for each in found.values()} == {context == "generated"}
+    asked = sum("echo" in body for body in fault_server.bodies) - 1
+    assert asked == len(found) * (12 * (mode == "joint") + (context == "reference"))
+
+
+def tell(body):
+    """An answer with likelihoods that depend on the whole prompt."""
+    number = int(digest(body["prompt"])[:4], 16)
+    return replace(
+        echo(body), log_likelihoods=(None, *(-(number % each) / 8 for each in range(2, len(body["prompt"]) + 1)))
+    )
+
+
+def test_likelihoods_that_are_not_wanted_are_not_asked_for(fault_server):
+    fault_server.answer, fault_server.echoes = tell, True
+    llm = LLMConfig(base_url=fault_server.base_url, model="served")
+    policy = OpenAIPolicy(llm, EvaluationConfig(likelihoods=False), template_of())
+    assert {each.label_log_likelihoods for each in predict(DIALOGUES, policy, "reference")} == {None}
+    assert len(fault_server.requests) == 1 + TURNS
+
+
+@pytest.mark.parametrize("told", [None, (-0.5,), (None, -0.5), "one more", "nothing"])
+def test_a_server_that_tells_no_likelihoods_of_the_prompt(told, fault_server):
+    """llama.cpp tells those of what it generates alone; another one puts a token of its own before the prompt."""
+
+    def answer(body):
+        length = len(body["prompt"])
+        lists = {"one more": [None] + [-0.5] * (length + 1), "nothing": [None] * (length + 1)}
+        return Say("x", log_likelihoods=lists.get(told, told)) if "echo" in body else echo(body)
+
+    fault_server.answer, fault_server.echoes = answer, True
+    found = outcomes_of(fault_server, policy_of(fault_server, template_of()), "reference")
+    assert {(each.label_log_likelihoods, each.reference_nll) for each in found.values()} == {(None, None)}
+    assert len(fault_server.requests) == 2 + TURNS
+
+
+def test_a_turn_whose_likelihoods_fail_is_tried_again(fault_server, tmp_path):
+    failing = []
+
+    def now_and_then(body):
+        failing.append("echo" in body)
+        return Fault(500) if failing.count(True) in (5, 40) and failing[-1] else tell(body)
+
+    fault_server.echoes = True
+    policy = policy_of(fault_server, template_of(), concurrency=1)
+
+    def run(name):
+        with Store(tmp_path / name, policy.config_hash) as store:
+            predict(DIALOGUES, policy, "reference", store)
+        return store.finish(DIALOGUES)
+
+    fault_server.answer = tell
+    assert run("flawless.jsonl") == []
+    fault_server.answer = now_and_then
+    assert [each.kind for each in run("flawed.jsonl")] == ["server_error"] * 2
+    fault_server.requests.clear()
+    fault_server.answer = tell
+    assert run("flawed.jsonl") == []
+    assert len(fault_server.requests) == 2 + 2 * 14
+    assert (tmp_path / "flawed.jsonl").read_bytes() == (tmp_path / "flawless.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("refusal", ["no path", "text only", "other ids"])

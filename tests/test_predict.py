@@ -23,6 +23,7 @@ from csc_train.evaluation.predictions import (
     read_predictions,
     write_predictions,
 )
+from csc_train.evaluation.store import Store
 from csc_train.files import digest
 from csc_train.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
@@ -343,6 +344,18 @@ def test_batched_generation_equals_one_by_one(model, tokenizer, odd_dialogues, c
     # Otherwise nothing above was padded, or every prompt got the same answer.
     assert len(set(map(len, prompts.values()))) > 2
     assert len({answer.ids for _, answer in exchanges.values()}) > len(exchanges) / 2
+
+
+def test_likelihoods_that_are_not_wanted_are_left_out_and_added_later(model, tokenizer, odd_dialogues, tmp_path):
+    def run(name, **settings):
+        policy = policy_of(model, tokenizer, **settings)
+        with Store(tmp_path / name, policy.config_hash) as store:
+            return predict(odd_dialogues, policy, "reference", store)
+
+    full = run("full.jsonl")
+    without = [replace(each, label_log_likelihoods=None, reference_nll=None, reference_tokens=None) for each in full]
+    assert run("other.jsonl", likelihoods=False) == without != full
+    assert run("other.jsonl") == full
 
 
 def test_prompts_in_reference_context(model, tokenizer, odd_dialogues):

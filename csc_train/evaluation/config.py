@@ -23,6 +23,9 @@ class EvaluationConfig:
     """The longest reply, strategy included."""
     dtype: str = "auto"
     """auto: as the checkpoint is stored. Or bf16, fp32."""
+    likelihoods: bool = True
+    """Ask how likely the 12 labels are at each turn, and the reference's own turns in reference context. A server that
+    tells it (vLLM and SGLang do) computes up to 13 more prompts a turn for that."""
     seed: int = 0
     """Of the sampling of a served model that does not decode greedily; each turn has its own, made of it."""
 

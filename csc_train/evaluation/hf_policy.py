@@ -74,7 +74,7 @@ class HFPolicy:
                 request, prompt = asked.pop(row)
                 schedule.answer(request, self._said(request, prompt, ids))
         del cache
-        if schedule.context == "reference" or self.strategies_apply:
+        if self._config.likelihoods and (schedule.context == "reference" or self.strategies_apply):
             for dialogue in tqdm(schedule.dialogues, "likelihoods", unit="dialogue", disable=None):
                 self._add_likelihoods(schedule, dialogue)
 

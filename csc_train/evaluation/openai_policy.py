@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from csc_train.dialogue import Speaker, Turn
 from csc_train.errors import InputError
@@ -10,7 +11,7 @@ from csc_train.evaluation.predict import Failed, Request, Said, Schedule
 from csc_train.files import digest
 from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, Message
 from csc_train.llm.config import LLMConfig
-from csc_train.strategies import Strategy
+from csc_train.strategies import STRATEGIES, Strategy
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, messages
 from csc_train.template.reply import Reply, format_reply, read_reply
@@ -21,7 +22,8 @@ class OpenAIPolicy:
 
     With the template of a checkpoint, the server is asked by token ids where it takes them: a text would turn what
     looks like a control string into one, and give Llama a second BOS. It is asked by chat messages where it does not,
-    and where the model is none of ours: it is then told what to do by our system prompt alone.
+    and where the model is none of ours: it is then told what to do by our system prompt alone. By token ids it is also
+    asked how likely the 12 labels and the reference's turns are, where it tells that.
 
     Args:
         llm: the model and its server. Where it names a temperature, decoding is not greedy.
@@ -55,10 +57,12 @@ class OpenAIPolicy:
             by_ids = await self._takes_ids(client)
             if self._settings.mode == "given" and not by_ids:
                 raise InputError("template.mode=given: a strategy is handed in by token ids, and the server takes none")
+            likelihoods = by_ids and self._config.likelihoods and await self._tells_likelihoods(client)
             under_way: dict[asyncio.Task, Request] = {}
             while True:
                 for request in schedule.take(self._llm.concurrency - len(under_way)):
-                    under_way[asyncio.create_task(self._reply(client, request, by_ids))] = request
+                    wanted = schedule.context if likelihoods else None
+                    under_way[asyncio.create_task(self._reply(client, request, by_ids, wanted))] = request
                 if not under_way:
                     return
                 done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
@@ -80,15 +84,31 @@ class OpenAIPolicy:
             return False
         return answer.prompt_tokens == len(probe)
 
-    async def _reply(self, client: Client, request: Request, by_ids: bool) -> Said | Failed:
+    async def _tells_likelihoods(self, client: Client) -> bool:
+        """Whether the server tells how likely the tokens of a prompt are."""
+        try:
+            await client.log_likelihoods(self._template.prompt_ids([]))
+        except AuthenticationFailure:
+            raise
+        except LLMFailure as failure:
+            if failure.kind in ("connection", "timeout", "rate_limit"):
+                raise InputError(f"llm: {failure.message} ({failure.kind})") from failure
+            return False
+        return True
+
+    async def _reply(self, client: Client, request: Request, by_ids: bool, likelihoods: str | None) -> Said | Failed:
+        """What the model says; `likelihoods`: the context in which they are asked for too, or None."""
         seed = int(digest([self._config.seed, request.dialogue.id, request.turn])[:7], 16)
         decoding = {"seed": seed, "temperature": 0, "max_tokens": self._config.max_new_tokens}
         given = request.dialogue.turns[request.turn].strategy if self._settings.mode == "given" else None
+        told: dict[str, Any] = {}
         try:
             if by_ids:
                 history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
                 prompt = self._template.prompt_ids(history, given)
                 answer = await client.complete(prompt, **decoding)
+                if likelihoods:
+                    told = await self._likelihoods(client, request, prompt, likelihoods)
             else:
                 prompt = chat_of(request.history, self._settings)
                 answer = await client.chat(prompt, **decoding)
@@ -103,7 +123,26 @@ class OpenAIPolicy:
             self._ids(answer.text, answer.token_ids, given) if by_ids else (),
             prompt_form="ids" if by_ids else "messages",
             answered_by=answer.model,
+            **told,
         )
+
+    async def _likelihoods(
+        self, client: Client, request: Request, prompt: Sequence[int], context: str
+    ) -> dict[str, Any]:
+        """How likely the model finds the 12 labels and the reference's turn, as fields of `Said`."""
+        facts: dict[str, Any] = {}
+        if self.strategies_apply:
+            labelled = [[*prompt, *self._template.label_ids[strategy.number]] for strategy in STRATEGIES]
+            found = await asyncio.gather(*map(client.log_likelihoods, labelled))
+            facts["label_log_likelihoods"] = tuple(round(sum(each[len(prompt) - 1 :]), 4) for each in found)
+        if context == "reference":
+            example = self._template.encode(request.dialogue)
+            start, end = example.boundaries[request.turn : request.turn + 2]
+            (trained,) = example.trained[start:end].nonzero()
+            found = await client.log_likelihoods(example.input_ids[:end].tolist())
+            own = [-found[place - 1] for place in (start + trained).tolist()]
+            facts |= {"reference_nll": round(sum(own), 4), "reference_tokens": len(own)}
+        return facts
 
     def _ids(self, text: str, told: Sequence[int] | None, given: Strategy | None) -> tuple[int, ...]:
         """The tokens of a turn: as the server tells them, else those that its text is encoded as."""

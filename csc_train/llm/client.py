@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import functools
 import os
 import random
 import time
@@ -70,6 +71,7 @@ class Completion:
         attempts: requests that it took, the failed ones included.
         model: what the server says answered.
         token_ids: of the text and the token that ended it, where the server tells them (vLLM's `return_token_ids`).
+        log_likelihoods: of the prompt's tokens but the first, where they were asked for.
     """
 
     text: str
@@ -80,6 +82,7 @@ class Completion:
     attempts: int
     model: str
     token_ids: tuple[int, ...] | None = None
+    log_likelihoods: tuple[float, ...] | None = None
 
 
 class LLMFailure(Exception):
@@ -201,6 +204,18 @@ class Client:
         body = self.body(seed, temperature, max_tokens) | {"prompt": prompt}
         return await self._call("/completions", body, _read_text, observe)
 
+    async def log_likelihoods(self, prompt: Sequence[int], *, observe: Observer | None = None) -> tuple[float, ...]:
+        """How likely each token of a prompt but the first is after those before it, in nats; [length - 1].
+
+        Raises:
+            AuthenticationFailure: the server does not serve this key.
+            LLMFailure: no answer within the budget; `bad_request` where the server does not tell.
+        """
+        echoed = {"prompt": list(prompt), "max_tokens": 1, "echo": True, "logprobs": 1}
+        read = functools.partial(_read_echo, len(prompt))
+        answer = await self._call("/completions", self.body(None, 0, None) | echoed, read, observe)
+        return answer.log_likelihoods
+
     def body(self, seed: int | None, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
         """What every request to the model holds; arguments as of `chat`."""
         config = self.config
@@ -321,6 +336,15 @@ def _read_text(choice: dict[str, Any]) -> dict[str, Any]:
         "refusal": None,
         "token_ids": None if ids is None else tuple(ids),
     }
+
+
+def _read_echo(length: int, choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice of /v1/completions that repeats its prompt, of `length` tokens."""
+    told = (choice.get("logprobs") or {}).get("token_logprobs") or []
+    # One more is the token that was generated; of the first one nothing is known.
+    if len(told) not in (length, length + 1) or not all(isinstance(each, float | int) for each in told[1:length]):
+        raise _Refusal("bad_request", "the server does not tell how likely the tokens of a prompt are")
+    return _read_text(choice) | {"log_likelihoods": tuple(told[1:length])}
 
 
 def _text(value: Any) -> str:

@@ -17,13 +17,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Say:
-    """An answer: its text, why it ended, the tokens it is said to have taken (prompt, answer), and which they are."""
+    """An answer: its text, why it ended, the tokens it is said to have taken (prompt, answer), which they are, and how
+    likely those of the prompt are."""
 
     text: str
     finish_reason: str = "stop"
     usage: tuple[int, int] = (10, 5)
     refusal: str | None = None
     token_ids: tuple[int, ...] | None = None
+    log_likelihoods: tuple[float | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class FaultServer:
         answer: request body -> the same, for requests beyond the script.
         requests: (path, headers by lower-case name, body) of every request, in the order of arrival.
         completions: what /v1/completions accepts: `ids` and text, only `text`, or None for no such path.
+        echoes: whether it repeats a prompt, with the likelihood of its tokens, instead of refusing to.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Any] = lambda body: "您好", completions: str | None = "ids"):
         self.script = deque()
         self.answer = answer
         self.completions = completions
+        self.echoes = False
         self.requests = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -96,6 +100,8 @@ class FaultServer:
                     return Fault(404, message="no such path")
                 if self.completions == "text" and not isinstance(body["prompt"], str):
                     return Fault(400, message="prompt must be a string.")
+                if body.get("echo") and not self.echoes:
+                    return Fault(400, message="no prompt is repeated")
             if self.script:
                 return self.script.popleft()
         return self.answer(body)
@@ -136,6 +142,8 @@ class FaultServer:
                 message = {"role": "assistant", "content": say.text, "refusal": say.refusal}
                 choice = {"index": 0, "finish_reason": say.finish_reason}
                 choice |= {"message": message} if chat else {"text": say.text, "token_ids": say.token_ids}
+                if say.log_likelihoods is not None:
+                    choice["logprobs"] = {"token_logprobs": say.log_likelihoods}
                 usage = {"prompt_tokens": say.usage[0], "completion_tokens": say.usage[1]}
                 return {"id": "1", "model": body["model"], "choices": [choice], "usage": usage}
 
