@@ -1,4 +1,4 @@
-"""Training and evaluation sets: seeded splits by dialogue, and the check that the two do not overlap.
+"""Training, validation and evaluation sets: seeded splits by dialogue, and the check that they do not overlap.
 
 Whatever is drawn here depends on a seed and on what a dialogue says, never on its place in a file: adding, removing
 or reordering rows moves no other dialogue from one side to the other.
@@ -48,8 +48,11 @@ class DataConfig:
     """With no path, the evaluation set is held out of the training file."""
     held_out_fraction: float = 0.1
     """Share of the training file that is held out, where the evaluation set has no path of its own."""
+    validation_fraction: float = 0.0
+    """Share of the training dialogues that is set aside, for a training to measure itself and to choose its checkpoint
+    on. 0: it measures itself on the evaluation set, which is then no test of a checkpoint that was chosen on it."""
     seed: int = 0
-    """Decides who is held out, who is kept by `limit`, and the hash functions of the overlap check."""
+    """Decides who is held out or set aside, who is kept by `limit`, and the hash functions of the overlap check."""
     strict: bool = False
     """Stop at the first bad row instead of collecting the bad rows."""
     on_overlap: str = "warn"
@@ -68,6 +71,7 @@ class DataConfig:
     def __post_init__(self):
         checks = {
             "held_out_fraction": (0 < self.held_out_fraction < 1, "must lie between 0 and 1, both excluded"),
+            "validation_fraction": (0 <= self.validation_fraction < 1, "must be at least 0 and below 1"),
             "seed": (0 <= self.seed < 2**32, "must lie in 0..2**32-1"),
             "sample_seed": (0 <= self.sample_seed < 2**32, "must lie in 0..2**32-1"),
             "on_overlap": (self.on_overlap in ("warn", "drop", "raise"), "must be warn, drop or raise"),
@@ -107,23 +111,36 @@ class Overlap:
 
 @dataclass
 class Splits:
-    """The dialogues of a run. `overlaps` holds the best match of each evaluation dialogue that has one in the training
-    data, as it was before any were dropped."""
+    """The dialogues of a run.
+
+    Attributes:
+        overlaps: the best match of each evaluation dialogue that has one in the training or validation set, as these
+            were before any were dropped.
+        validation: set aside from the training set; empty where nothing is.
+    """
 
     train: list[Dialogue]
     evaluation: list[Dialogue]
-    overlaps: list[Overlap]
+    overlaps: list[Overlap] = field(default_factory=list)
+    validation: list[Dialogue] = field(default_factory=list)
+
+    @property
+    def held_out(self) -> list[Dialogue]:
+        """What a training measures itself on: the validation set, or the evaluation set where there is none."""
+        return self.validation or self.evaluation
 
 
-def split(dialogues: list[Dialogue], fraction: float, seed: int) -> tuple[list[Dialogue], list[Dialogue]]:
+def split(
+    dialogues: list[Dialogue], fraction: float, seed: int, purpose: str = "split"
+) -> tuple[list[Dialogue], list[Dialogue]]:
     """Split dialogues into (kept, held out), each in the order of the input.
 
-    A dialogue's side depends only on `seed` and its fingerprint, so equal dialogues are never parted. `fraction`
-    (0..1) is the expected share of distinct dialogues held out, not an exact count.
+    A dialogue's side depends only on `purpose`, `seed` and its fingerprint, so equal dialogues are never parted.
+    `fraction` (0..1) is the expected share of distinct dialogues held out, not an exact count.
     """
     kept, held_out = [], []
     for dialogue in dialogues:
-        (held_out if _uniform("split", seed, dialogue) < fraction else kept).append(dialogue)
+        (held_out if _uniform(purpose, seed, dialogue) < fraction else kept).append(dialogue)
     return kept, held_out
 
 
@@ -178,10 +195,8 @@ def find_shared_text(train: list[Dialogue], evaluation: list[Dialogue], threshol
     return overlaps
 
 
-def read_splits(
-    config: DataConfig, rejects_directory: Path | None = None, say=print
-) -> tuple[list[Dialogue], list[Dialogue]]:
-    """Read the training and evaluation dialogues of a run; they may overlap.
+def read_splits(config: DataConfig, rejects_directory: Path | None = None, say=print) -> Splits:
+    """Read the dialogues of a run; whether they overlap is not looked for.
 
     Refused rows go to `rejects-train.jsonl` and `rejects-evaluation.jsonl` in `rejects_directory`.
 
@@ -190,18 +205,15 @@ def read_splits(
     """
     train = _read("train", config.train, config, rejects_directory, say)
     if config.evaluation.path is None:
-        train, evaluation = split(train, config.held_out_fraction, config.seed)
-        for name, side in (("training", train), ("evaluation", evaluation)):
-            if not side:
-                raise InputError(
-                    f"data.held_out_fraction={config.held_out_fraction} with data.seed={config.seed} leaves no "
-                    f"{name} dialogue of {len(train) + len(evaluation)} in {config.train.path}"
-                )
+        train, evaluation = _part(train, "held_out_fraction", "split", "evaluation", config)
     else:
         evaluation = _read("evaluation", config.evaluation, config, rejects_directory, say)
     if config.limit is not None:
         train, evaluation = (_first(side, config.limit, config.seed) for side in (train, evaluation))
-    return train, evaluation
+    validation = []
+    if config.validation_fraction:
+        train, validation = _part(train, "validation_fraction", "validation", "validation", config)
+    return Splits(train, evaluation, validation=validation)
 
 
 def load_splits(config: DataConfig, rejects_directory: Path | None = None, say=print) -> Splits:
@@ -210,9 +222,10 @@ def load_splits(config: DataConfig, rejects_directory: Path | None = None, say=p
     Raises:
         InputError: as `read_splits`, or the sets overlap and `on_overlap` is "raise". The message names the key.
     """
-    train, evaluation = read_splits(config, rejects_directory, say)
-    matches = list(_overlaps(train, evaluation, config.overlap_threshold, config.seed))
-    overlaps = _best(matches)
+    splits = read_splits(config, rejects_directory, say)
+    known = [*splits.train, *splits.validation]
+    matches = list(_overlaps(known, splits.evaluation, config.overlap_threshold, config.seed))
+    splits.overlaps = overlaps = _best(matches)
     kinds = [overlap.kind for overlap in overlaps]
     finding = (
         f"{len(overlaps)} evaluation dialogues are also in the training data ({kinds.count('exact')} exact, "
@@ -223,14 +236,32 @@ def load_splits(config: DataConfig, rejects_directory: Path | None = None, say=p
     if config.on_overlap == "drop":
         # All matches count here, not only the best: the second copy of a dialogue gives it away as well.
         flagged = {match.train_id for match in matches}
-        train = [dialogue for dialogue in train if dialogue.id not in flagged]
         finding += f"; {len(flagged)} training dialogues dropped"
-        if not train:
-            raise InputError(f"data.on_overlap=drop leaves no training dialogue: {finding}")
+        for name in ("train", "validation"):
+            before = getattr(splits, name)
+            setattr(splits, name, [dialogue for dialogue in before if dialogue.id not in flagged])
+            if before and not getattr(splits, name):
+                raise InputError(f"data.on_overlap=drop leaves no {name} dialogue: {finding}")
     elif overlaps:
         finding += f"; kept (data.on_overlap=warn); the first: {overlaps[0]}"
-    say(f"data: {len(train)} training and {len(evaluation)} evaluation dialogues; {finding}")
-    return Splits(train, evaluation, overlaps)
+    aside = f", {len(splits.validation)} validation" if splits.validation else ""
+    say(f"data: {len(splits.train)} training{aside} and {len(splits.evaluation)} evaluation dialogues; {finding}")
+    return splits
+
+
+def _part(
+    dialogues: list[Dialogue], key: str, purpose: str, name: str, config: DataConfig
+) -> tuple[list[Dialogue], list[Dialogue]]:
+    """`split` by the fraction that `data.<key>` names; neither side may be empty."""
+    fraction = getattr(config, key)
+    train, other = split(dialogues, fraction, config.seed, purpose)
+    for side_name, side in (("training", train), (name, other)):
+        if not side:
+            raise InputError(
+                f"data.{key}={fraction} with data.seed={config.seed} leaves no {side_name} dialogue of "
+                f"{len(dialogues)} in {config.train.path}"
+            )
+    return train, other
 
 
 def _read(name: str, where: SetConfig, config: DataConfig, rejects_directory: Path | None, say) -> list[Dialogue]:

@@ -34,7 +34,7 @@ def main(config: PrepareRecipe) -> None:
     # Packs
     examples = prepare(splits.train, template, config.prepare)
     if config.held_out.interval(config.trainer):
-        prepare(splits.evaluation, template, config.prepare)
+        prepare(splits.held_out, template, config.prepare)
     _, report = pack_examples(examples, config.packing, config.loss)
     print(f"training will see {report}")
 

@@ -71,16 +71,19 @@ def main(config: SftRecipe) -> None:
     held_out = None
     if config.held_out.interval(config.trainer):
         held_out = HeldOut(
-            splits.evaluation,
-            prepare(splits.evaluation, template, config.prepare, run.say),
+            splits.held_out,
+            prepare(splits.held_out, template, config.prepare, run.say),
             template,
             config.held_out,
             config.packing,
             packs.weigh,
             run.directory,
         )
-    if config.held_out.chooses:
-        run.say(f"note: {config.held_out.metric} on the evaluation dialogues chooses the checkpoint: test it on others")
+    if config.held_out.chooses and not splits.validation:
+        run.say(
+            f"note: {config.held_out.metric} on the evaluation dialogues chooses the checkpoint: test it on others, or "
+            "set training dialogues aside to choose on (data.validation_fraction=0.02)"
+        )
 
     # Model: the arguments come first, since ZeRO stage 3 shards it while it is loaded
     arguments = training_arguments(config.trainer, run.states, job.num_processes, config.zero, config.held_out)

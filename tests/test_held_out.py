@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -359,13 +360,15 @@ def test_what_follows_is_checked_before_the_training():
         then_arguments(ThenConfig("evaluate", ["evaluation.batchsize=1"]), Path("runs/x"))
 
 
-def start(directory: Path, processes: int, *then: str) -> subprocess.CompletedProcess:
+def start(
+    directory: Path, processes: int, *then: str, settings: Sequence[str] = ("run.directory=run",)
+) -> subprocess.CompletedProcess:
     """A training that keeps the best, and what follows it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
     return subprocess.run(
         [
             sys.executable, *launcher, str(ROOT / "recipes" / "sft.py"), "debug=cpu_tiny", "data.sample_dialogues=40",
-            "run.directory=run", "run.existing=reuse", "held_out.every=2", "held_out.keep=best", "held_out.turns=6",
+            *settings, "run.existing=reuse", "held_out.every=2", "held_out.keep=best", "held_out.turns=6",
             "held_out.samples=1", "held_out.max_new_tokens=4", "then=evaluate", f"then.overrides={list(then)}",
         ],
         cwd=directory, capture_output=True, text=True, timeout=300, check=False,
@@ -386,3 +389,14 @@ def test_an_evaluation_follows_the_training_and_its_exit_status_is_carried(tmp_p
     assert done.returncode == 0, done.stderr[-4000:]
     assert "reused run/checkpoint" in done.stdout
     assert "trained" in json.loads((run / "evaluation/results.json").read_text())["results"]
+
+
+def test_a_training_chooses_on_what_is_set_aside_and_is_tested_on_others(tmp_path):
+    settings = ["run.directory=run", "data.validation_fraction=0.3"]
+    done = start(tmp_path, 1, "evaluation.max_new_tokens=4", "evaluation.contexts=[reference]", settings=settings)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "chooses the checkpoint" not in done.stdout
+    run = tmp_path / "run"
+    chosen_on = {row["dialogue_id"] for row in samples(tmp_path, "run")}
+    tested_on = {row["id"] for row in map(json.loads, (run / "evaluation/dialogues.jsonl").read_text().splitlines())}
+    assert chosen_on and tested_on and not chosen_on & tested_on

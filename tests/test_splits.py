@@ -1,6 +1,7 @@
 """Splits that stay put, overlaps that are found, and the two of them together as a run loads them."""
 
 import random
+import re
 
 import pytest
 from omegaconf import OmegaConf
@@ -16,6 +17,7 @@ from csc_train.splits import (
     find_overlap,
     find_shared_text,
     load_splits,
+    read_splits,
     split,
 )
 from csc_train.strategies import STRATEGIES
@@ -239,7 +241,7 @@ def test_raise_passes_disjoint_sets(files):
 
 def test_dropping_everything_is_an_error(files):
     config = DataConfig(train=files["train"], evaluation=files["train"], on_overlap="drop")
-    with pytest.raises(InputError, match=r"data\.on_overlap=drop leaves no training dialogue"):
+    with pytest.raises(InputError, match=r"data\.on_overlap=drop leaves no train dialogue"):
         load_splits(config)
 
 
@@ -252,6 +254,35 @@ def test_without_an_evaluation_file_the_split_is_that_of_the_training_file(tmp_p
         kept, held_out = split(dialogues, 0.3, seed=4)
         assert (splits.train, splits.evaluation) == (kept, held_out)
         assert set(ids(held_out)) == set(ids(split(MANY, 0.3, seed=4)[1])) & set(ids(dialogues))
+
+
+def test_the_validation_set_is_drawn_from_the_training_set_alone_and_independently(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_dialogues(path, MANY)
+
+    def read(**settings):
+        return read_splits(DataConfig(SetConfig(str(path)), seed=4, **settings), say=said.append)
+
+    said = []
+    without, with_it = read(held_out_fraction=0.3), read(held_out_fraction=0.3, validation_fraction=0.3)
+    assert (without.validation, without.held_out) == ([], without.evaluation)
+    assert with_it.evaluation == without.evaluation and with_it.held_out == with_it.validation
+    assert sorted(ids(with_it.train) + ids(with_it.validation)) == sorted(ids(without.train))
+    # By the number that held dialogues out, none of what is left is below 0.3, and nothing would be set aside.
+    assert 0.2 < len(with_it.validation) / len(without.train) < 0.4
+    more = read(held_out_fraction=0.3, validation_fraction=0.5)
+    assert set(ids(with_it.validation)) < set(ids(more.validation))
+    assert load_splits(DataConfig(SetConfig(str(path)), validation_fraction=0.3), say=said.append).validation
+    assert re.search(r"data: \d+ training, \d+ validation and \d+ evaluation dialogues;", said[-1])
+
+
+def test_drop_removes_what_gives_an_evaluation_dialogue_away_from_the_validation_set_too(files):
+    both = [load_splits(DataConfig(**files, validation_fraction=0.5, on_overlap=do)) for do in ("warn", "drop")]
+    kept, dropped = ([set(ids(each.train)), set(ids(each.validation))] for each in both)
+    flagged = {"t0", "t1", "t2", "t3"}
+    assert kept[0] & flagged and kept[1] & flagged
+    assert dropped == [kept[0] - flagged, kept[1] - flagged]
+    assert both[0].overlaps == both[1].overlaps and len(both[0].overlaps) == 2
 
 
 def test_limit_keeps_the_same_dialogues_whatever_their_order(tmp_path):
@@ -319,12 +350,18 @@ def test_sets_that_end_up_empty_name_their_key(tmp_path):
             InputError, match=rf"^data.held_out_fraction={fraction} .* leaves no {name} dialogue of 1 in"
         ):
             load_splits(DataConfig(SetConfig(str(path)), held_out_fraction=fraction))
+    for fraction, name in [(1e-9, "validation"), (1 - 1e-9, "training")]:
+        with pytest.raises(
+            InputError, match=rf"^data.validation_fraction={fraction} .* leaves no {name} dialogue of 1 "
+        ):
+            load_splits(DataConfig(SetConfig(str(path)), SetConfig(str(path)), validation_fraction=fraction))
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         *[("held_out_fraction", value) for value in (0, 1, -0.1, 1.5, float("nan"))],
+        *[("validation_fraction", value) for value in (1, -0.1, float("nan"))],
         *[("overlap_threshold", value) for value in (0, 1.01, -1, float("nan"))],
         *[("on_overlap", value) for value in ("Drop", "", "ignore")],
         *[("limit", value) for value in (0, -1)],

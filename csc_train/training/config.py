@@ -215,7 +215,9 @@ class TrackingConfig:
 
 @dataclass
 class HeldOutConfig:
-    """What is measured on held-out dialogues (those of `data.evaluation`) while training, and what follows from it."""
+    """What is measured on held-out dialogues while training, and what follows from it.
+
+    They are the validation dialogues, or those of the evaluation (see `data.validation_fraction`)."""
 
     every: float | None = None
     """Optimizer steps between measurements; below 1, a share of the run's steps. As `trainer.save_every` where not
@@ -253,7 +255,7 @@ class HeldOutConfig:
 
     @property
     def chooses(self) -> bool:
-        """Whether the measurements decide what the checkpoint is, so that held-out dialogues are no test of it."""
+        """Whether the measurements decide what the checkpoint is, so that these dialogues are no test of it."""
         return self.patience is not None or self.keep == "best"
 
     def interval(self, trainer: TrainerConfig) -> float:
