@@ -1,4 +1,4 @@
-"""How long an evaluation takes on one CPU core: generation in generated context, and scoring.
+"""How long an evaluation takes on a CPU: generation in generated context, and scoring.
 
 python benchmarks/evaluation.py            # some minutes
 python benchmarks/evaluation.py --quick    # on next to nothing, in seconds: the figures mean nothing
