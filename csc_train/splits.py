@@ -225,7 +225,11 @@ def load_splits(config: DataConfig, rejects_directory: Path | None = None, say=p
     splits = read_splits(config, rejects_directory, say)
     known = [*splits.train, *splits.validation]
     matches = list(_overlaps(known, splits.evaluation, config.overlap_threshold, config.seed))
-    splits.overlaps = overlaps = _best(matches)
+    # A closer match that was set aside must not hide one that is trained on.
+    trained = {dialogue.id for dialogue in splits.train}
+    overlaps = _best(match for match in matches if match.train_id in trained)
+    found = {overlap.evaluation_id for overlap in overlaps}
+    splits.overlaps = overlaps = overlaps + _best(match for match in matches if match.evaluation_id not in found)
     kinds = [overlap.kind for overlap in overlaps]
     finding = (
         f"{len(overlaps)} evaluation dialogues are also in the training data ({kinds.count('exact')} exact, "
@@ -287,7 +291,7 @@ def _first(dialogues: list[Dialogue], limit: int, seed: int) -> list[Dialogue]:
     return [dialogues[i] for i in sorted(ranked[:limit])]
 
 
-def _best(overlaps: list[Overlap] | Iterator[Overlap]) -> list[Overlap]:
+def _best(overlaps: Iterable[Overlap]) -> list[Overlap]:
     """The best overlap of each evaluation dialogue: exact before near, then by similarity, then the earliest."""
     best: dict[str, Overlap] = {}
     for overlap in overlaps:

@@ -53,6 +53,11 @@ def test_a_clear_difference_is_told_and_a_small_one_is_not():
     assert accuracy.mcnemar is not None and by_metric(clear)["macro-F1"].mcnemar is None
 
 
+def test_systems_without_a_common_context_are_refused():
+    with pytest.raises(InputError, match=r"nothing to compare: A was .* reference context, B was .* generated context"):
+        compare({"reference": answers(0.5, 0)}, {"generated": answers(0.5, 1, context="generated")}, LEXICAL, 1000)
+
+
 def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     both = [{context: answers(0.5, seed, context=context) for context in ("reference", "generated")} for seed in (0, 1)]
     rows = compare(*both, LEXICAL, flips=1000)

@@ -17,6 +17,7 @@ from csc_train.evaluation.metrics import MetricsConfig
 from csc_train.evaluation.predictions import CONTEXTS, Prediction, write_predictions
 from csc_train.evaluation.report import write_results
 from csc_train.evaluation.scoring import score_run
+from csc_train.llm.config import LLMConfig
 from csc_train.splits import DataConfig, SetConfig, Splits, find_overlap
 from csc_train.strategies import STRATEGIES
 from csc_train.synthesis.sample import generate_sample
@@ -118,6 +119,29 @@ def test_the_page_says_what_was_evaluated(run, page):
     assert "commit c0ffeec0ffee with uncommitted changes" in text
     assert page.inner_text("h1") == f"How well does “{SYSTEM}” support customers?"
     assert page.title() == f"Evaluation: {SYSTEM}"
+
+
+@pytest.mark.parametrize(
+    ("decoding", "expected"),
+    [
+        ({}, ("m, asked in words", "by a server, greedy, at most 256 new tokens")),
+        ({"temperature": 0.7, "max_tokens": 9}, ("m, asked in words", "by a server, temperature 0.7, at most 9 new")),
+    ],
+)
+def test_a_served_system_is_named_and_so_is_its_decoding(run, tmp_path, decoding, expected):
+    served = LLMConfig(model="m", base_url="http://localhost:8000/v1", **decoding)
+    write_html(tmp_path, run[1], resolved(EvaluateRecipe(llm=served, data=DATA)), RECORD)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for name, fact in zip(("evaluated", "decoding"), expected, strict=True):
+        assert f'<th scope="row">{name}</th><td>{fact}' in text
+
+
+def test_the_page_is_no_wider_than_a_phone(run, browser):
+    shown = browser.new_page(viewport={"width": 400, "height": 800})
+    shown.goto((run[0] / "report.html").as_uri())
+    shown.wait_for_selector("#list button")
+    assert shown.evaluate("document.documentElement.scrollWidth") == 400
+    shown.close()
 
 
 def test_the_training_overlap_is_listed_with_the_scores_of_the_rest(run, page):

@@ -380,7 +380,7 @@ def judged_run(directory, a, b, better, points, swapped=False):
             side = {"A": "B", "B": "A"}[question.side] if swapped else question.side
             planted[question] = {"reason": "-"} | dict.fromkeys(CRITERIA, points(n, side))
     judged = Judged(planted, {}, {"attempts": 0, "prompt_tokens": 0, "completion_tokens": 0})
-    names = [f"{NAMES[0]} of run0/", f"{NAMES[1]} of run1"]
+    names = [f"{NAMES[0]} of ./run0/", f"{NAMES[1]} of run1"]
     facts = dict(zip("ab", reversed(names) if swapped else names, strict=True)) | {"judge": "m"}
     write_json(directory / "judge.json", facts | as_json(judgement(*systems, judged, config), judged))
 

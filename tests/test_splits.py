@@ -285,6 +285,18 @@ def test_drop_removes_what_gives_an_evaluation_dialogue_away_from_the_validation
     assert both[0].overlaps == both[1].overlaps and len(both[0].overlaps) == 2
 
 
+def test_a_closer_match_that_was_set_aside_does_not_hide_one_that_is_trained_on(tmp_path):
+    whole = make_dialogue("whole", 0, turns=20)
+    near = [edited(whole, f"n{i}", i) for i in range(20)]
+    write_dialogues(tmp_path / "train.jsonl", [whole, *near, *MANY[:20]])
+    write_dialogues(tmp_path / "evaluation.jsonl", [Dialogue("e", whole.turns)])
+    sets = [SetConfig(str(tmp_path / f"{name}.jsonl")) for name in ("train", "evaluation")]
+    configs = (DataConfig(*sets, validation_fraction=0.5, seed=seed) for seed in range(20))
+    splits = next(each for each in map(load_splits, configs) if "whole" in ids(each.validation))
+    (overlap,) = splits.overlaps
+    assert overlap.kind == "near" and overlap.train_id in ids(splits.train)
+
+
 def test_limit_keeps_the_same_dialogues_whatever_their_order(tmp_path):
     chosen = []
     for seed, dialogues in [(0, MANY[:200]), (0, MANY[199::-1]), (1, MANY[:200])]:

@@ -80,10 +80,16 @@ def compare(
         names: what to call them in errors.
 
     Raises:
-        InputError: the two are not of the same turns.
+        InputError: the two have no context in common, or are not of the same turns.
     """
+    contexts = [each for each in a if each in b]
+    if not contexts:
+        has = [
+            f"{name} was evaluated in {' and '.join(each)} context" for name, each in zip(names, (a, b), strict=True)
+        ]
+        raise InputError(f"there is nothing to compare: {', '.join(has)}")
     rows = []
-    for context in [each for each in a if each in b]:
+    for context in contexts:
         sides = same_turns(a[context], b[context], *names)
         metrics = [_metrics(turns, config) for turns in sides]
         for name, figure in metrics[0].items():

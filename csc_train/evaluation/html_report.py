@@ -65,7 +65,10 @@ def write_html(directory: str | os.PathLike, scored: Scored, config: dict[str, A
 def _facts(scored: Scored, config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     """What was evaluated, by name."""
     checkpoint, data = config["checkpoint"], config["data"]
-    facts = {"evaluated": checkpoint or config["predictions"]}
+    served = config["llm"]
+    facts = {"evaluated": checkpoint or config["predictions"] or f"{served['model']}, asked in words"}
+    if checkpoint is not None and served:
+        facts["served as"] = served["model"]
     if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file():
         manifest = read_manifest(checkpoint)
         place = " beside the checkpoint" if manifest.base_model.startswith(".") else ""
@@ -83,7 +86,13 @@ def _facts(scored: Scored, config: dict[str, Any], record: dict[str, Any]) -> di
     sources = Counter(dialogue.source or "not named" for dialogue in scored.dialogues)
     facts["their source"] = ", ".join(f"{source} ({count})" for source, count in sources.most_common())
     settings = config["evaluation"]
-    if checkpoint is not None:
+    if served:
+        # What the server's configuration says comes first; so it is asked (see `llm.client`).
+        sampled = {name: served[name] for name in ("temperature", "top_p") if served[name] is not None}
+        how = "greedy" if not served["temperature"] else ", ".join(f"{name} {value}" for name, value in sampled.items())
+        longest = settings["max_new_tokens"] if served["max_tokens"] is None else served["max_tokens"]
+        facts["decoding"] = f"by a server, {how}, at most {longest} new tokens"
+    elif checkpoint is not None:
         facts["decoding"] = f"greedy, at most {settings['max_new_tokens']} new tokens, dtype {settings['dtype']}"
     facts["evaluation begun"] = record["started"]
     facts["code"] = _code(record["provenance"])

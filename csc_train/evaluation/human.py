@@ -265,12 +265,12 @@ def read_judge(directory: str | os.PathLike, key: Key) -> tuple[str, dict[str, P
     path = Path(directory) / "judge.json"
     found = read_json(path)
     try:
-        systems = [os.path.normpath(found[side]) for side in "ab"]
+        systems = [_place(found[side]) for side in "ab"]
         by_turn = {(each["dialogue_id"], each["turn"]): each for each in found["by_turn"]}
         name = f"judge {found['judge']}"
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: not what recipes/judge.py writes: {error!r}") from error
-    asked = [os.path.normpath(name) for name in (key.a, key.b)]
+    asked = [_place(each) for each in (key.a, key.b)]
     if sorted(systems) != sorted(asked):
         raise InputError(f"{path}: judges {found['a']} and {found['b']}, and the sheet compares {key.a} and {key.b}")
     preferences: dict[str, Preferences] = {question: {} for question in key.questions}
@@ -281,6 +281,12 @@ def read_judge(directory: str | os.PathLike, key: Key) -> tuple[str, dict[str, P
                 value = judged[question]
                 preferences[question][item.item] = value if systems == asked else 1 - value
     return name, preferences
+
+
+def _place(system: str) -> tuple[str, str]:
+    """A system's name and its run directory, of what `reference_sides` calls it, however the directory was given."""
+    name, _, directory = system.rpartition(" of ")
+    return name, os.path.abspath(directory)
 
 
 @dataclass(frozen=True)

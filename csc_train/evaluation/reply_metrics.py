@@ -1,8 +1,10 @@
 """What replies are like by themselves: their length, their variety, and numbers that nobody had mentioned."""
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 
 import numpy
 
@@ -13,7 +15,7 @@ from csc_train.evaluation.turns import Turns
 from csc_train.evaluation.uncertainty import mean
 
 _BINS = 30
-_DIGITS = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:[.:]\d+)*")
+_DIGITS = re.compile(r"(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:[.:]\d+)*)([万亿]*)")
 _CHINESE_AMOUNT = re.compile(
     r"([〇零一二两三四五六七八九十][〇零一二两三四五六七八九十百千万亿]*)(?=元|块钱|角|分钱|美元|%|折)"
 )
@@ -25,18 +27,20 @@ _MYRIADS = {"万": 10**4, "亿": 10**8}
 def numbers(text: str) -> set[str]:
     """The numbers in a text: of digits of any width, and of Chinese numerals before a unit of money, `%` or `折`.
 
-    `1,200元`, `１２００．００` and `一千二百元` are all 1200; of digits joined by colons, such as
+    `1,200元`, `１２００．００` and `一千二百元` are all 1200, `3.5万元` is 35000; of digits joined by colons, such as
     `12:30`, it is the whole that counts.
     """
     # A full-width comma parts clauses; normalized, it would pass for a separator of thousands.
     text = unicodedata.normalize("NFKC", text.replace("，", "、"))
-    found = {_plain(match.group()) for match in _DIGITS.finditer(text)}
+    found = {_plain(*match.groups()) for match in _DIGITS.finditer(text)}
     return found | {str(_chinese_number(match.group(1))) for match in _CHINESE_AMOUNT.finditer(text)}
 
 
-def _plain(digits: str) -> str:
-    """A number without separators of thousands, and without zeros that end a fraction."""
+def _plain(digits: str, myriads: str) -> str:
+    """A number without separators of thousands, without zeros that end a fraction, and times 万 and 亿 behind it."""
     digits = digits.replace(",", "")
+    if myriads and re.fullmatch(r"\d+(?:\.\d+)?", digits):
+        digits = f"{Decimal(digits) * math.prod(map(_MYRIADS.__getitem__, myriads)):f}"
     return digits.rstrip("0").rstrip(".") if re.fullmatch(r"\d+\.\d+", digits) else digits
 
 
