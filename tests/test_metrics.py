@@ -177,7 +177,8 @@ def test_unparsed_strategies_count_as_wrong_and_are_counted():
 
 
 def test_accuracy_is_not_applicable_where_no_strategy_is_predicted():
-    result = score([prediction(None, "好的", predicts_strategy=False)], DIALOGUES, MetricsConfig())
+    dialogues = {"d1": Dialogue("d1", SAID)}
+    result = score([prediction(None, "好的", predicts_strategy=False)], dialogues, MetricsConfig())
     assert result["profiles"]["paper"]["ACC"].value is None
     assert result["profiles"]["paper"]["ACC"].reason == "this mode predicts no strategy"
     figures = [
@@ -272,7 +273,7 @@ def believing(turn, reference, *probabilities, **changes):
 
 
 def believed(predictions):
-    return score(predictions, DIALOGUES, MetricsConfig(profiles=[]))["likelihood"]
+    return score(predictions, {"d1": Dialogue("d1", SAID * 5)}, MetricsConfig(profiles=[]))["likelihood"]
 
 
 def test_likelihoods_by_hand():
@@ -440,13 +441,39 @@ def test_length_and_distinct_by_hand():
 def test_drift_is_reference_minus_generated_turn_by_turn():
     reference = [*EIGHT.predictions]
     generated = [dataclasses.replace(each, context="generated", strategy=4) for each in reference]
-    rows = drift(reference, generated, MetricsConfig())
+    dialogues = {"d0": Dialogue("d0", SAID * 4), "d1": Dialogue("d1", SAID * 4)}
+    rows = drift(reference, generated, dialogues, MetricsConfig())
     assert [(row["position"], row["turns"]) for row in rows] == [(1, 2), (2, 2), (3, 2), (4, 2)]
     # Right in reference context: 1, 2, 0, 1 of two; with 4 throughout: 0, 1, 1, 0.
     assert [row["ACC"].value for row in rows] == [50, 50, -50, 50]
     assert [row["R-L char"].value for row in rows] == [0, 0, 0, 0]
-    with pytest.raises(InputError, match="generated context lacks 1 turns, the first is turn 6 of dialogue d1"):
-        drift(reference, generated[:-1], MetricsConfig())
+    # A turn that failed in one context is left out of both, and the others stay where they are in their dialogues.
+    without = drift(reference[1:], generated[:-1], dialogues, MetricsConfig())
+    assert [(row["position"], row["turns"]) for row in without] == [(1, 1), (2, 2), (3, 2), (4, 1)]
+    assert without[1:3] == rows[1:3] and without[3]["ACC"].value == 100
+    empty = drift(reference, [], dialogues, MetricsConfig())
+    assert [(row["turns"], row["ACC"].value) for row in empty] == [(0, None)] * 4
+
+
+def test_turns_that_failed_move_no_other_turn():
+    dialogues = {name: Dialogue(name, SAID * 4) for name in ("d0", "d1", "d2")}
+    rest = [each for each in EIGHT.predictions if (each.dialogue_id, each.turn) not in {("d0", 0), ("d0", 4)}]
+    turns = Turns(rest, dialogues)
+    by_position = [(position, count, value(figure)) for position, count, figure in strategy_metrics.by_position(turns)]
+    assert by_position == [(1, 1, 0), (2, 2, 100), (3, 1, 0), (4, 2, 50)]
+    with pytest.raises(InputError, match="dialogue d1 has no supporter turn 7, but it is predicted"):
+        Turns([dataclasses.replace(rest[-1], turn=7)], dialogues)
+    # d1 alone is whole, and d2 failed altogether.
+    alone = Turns([each for each in rest if each.dialogue_id == "d1"], dialogues)
+    assert (turns.whole.tolist(), alone.whole.all()) == ([False] * 2 + [True] * 4, True)
+    assert strategy_metrics.transitions(turns, turns.reference).tolist() == [
+        [int((row, column) in {(1, 4), (4, 5), (5, 12)}) for column in range(1, 13)] for row in range(1, 13)
+    ]
+    found, expected = (
+        {name: [value(figure) for figure in pair] for name, pair in strategy_metrics.process(each).items()}
+        for each in (turns, alone)
+    )
+    assert found == expected and found["greeting first"] == [0, 100]
 
 
 def test_bleu_of_resampled_sums_equals_sacrebleu_of_the_resample():

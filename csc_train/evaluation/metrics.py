@@ -89,7 +89,7 @@ def score(
     """Score one system's predictions in one context.
 
     Args:
-        dialogues: by id, those that were predicted, and maybe others.
+        dialogues: by id, those that were to be predicted.
         failed: turns that could not be predicted; they are counted, not scored.
         flagged: ids of dialogues whose text is in the training data too (see `contamination`).
 
@@ -105,7 +105,7 @@ def score(
     Raises:
         InputError: a metric model cannot be loaded, or a turn is predicted twice.
     """
-    turns = Turns(predictions)
+    turns = Turns(predictions, dialogues)
 
     def shown(figure: Figure) -> Score:
         return figure.score(turns.dialogue, config.draws)
@@ -178,21 +178,31 @@ def _without(
 
 
 def drift(
-    reference: Sequence[Prediction], generated: Sequence[Prediction], config: MetricsConfig
+    reference: Sequence[Prediction],
+    generated: Sequence[Prediction],
+    dialogues: Mapping[str, Dialogue],
+    config: MetricsConfig,
 ) -> list[dict[str, Any]]:
     """By supporter turn, how much is lost once a system goes on from its own turns.
+
+    Turns that failed in one of the contexts are left out of both.
 
     Returns:
         For each `position`, counted from 1: its `turns`, and of ACC and character ROUGE-L a Score of the figure in
         reference context minus the one in generated context.
 
     Raises:
-        InputError: the two are not of the same turns.
+        InputError: the two have other references.
     """
-    sides = same_turns(reference, generated, "reference context", "generated context")
+    both = {(each.dialogue_id, each.turn) for each in reference}
+    both &= {(each.dialogue_id, each.turn) for each in generated}
+    reference, generated = (
+        [each for each in side if (each.dialogue_id, each.turn) in both] for side in (reference, generated)
+    )
+    sides = same_turns(reference, generated, "reference context", "generated context", dialogues)
     dialogue, position = sides[0].dialogue, sides[0].position
     rows = []
-    for number in range(int(position.max(initial=-1)) + 1):
+    for number in range(sides[0].longest):
         here = position == number
         accuracies = [strategy_metrics.accuracy(turns, here) for turns in sides]
         rouges = [_zh_rouge(turns).only(here) for turns in sides]
@@ -208,14 +218,18 @@ def drift(
 
 
 def same_turns(
-    one: Sequence[Prediction], other: Sequence[Prediction], name: str, other_name: str
+    one: Sequence[Prediction],
+    other: Sequence[Prediction],
+    name: str,
+    other_name: str,
+    dialogues: Mapping[str, Dialogue] | None = None,
 ) -> tuple[Turns, Turns]:
     """Both predictions as columns whose rows are the same turns with the same references.
 
     Raises:
         InputError: a turn is missing on either side, or has another reference.
     """
-    sides = Turns(one), Turns(other)
+    sides = Turns(one, dialogues), Turns(other, dialogues)
     keys = [dict(zip(turns.keys, turns.predictions, strict=True)) for turns in sides]
     for has, lacks, who in ((keys[0], keys[1], other_name), (keys[1], keys[0], name)):
         if missing := sorted(has.keys() - lacks.keys()):

@@ -5,7 +5,6 @@ in the order in which rows are to appear; the last is the system that is evaluat
 `metrics.drift` returned, where it was evaluated in both contexts.
 """
 
-import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -296,9 +295,7 @@ def _confusion(system: str, context: str, confusion: list[list[int]]) -> Section
 def _by_position(system: str, contexts: dict[str, dict], drift: list[dict] | None) -> Section:
     names = list(contexts)
     header = ["supporter turn", "turns", *(f"{SHORT_CONTEXT[name]} ACC" for name in names)]
-    # Turns that failed may leave one context shorter than the other.
-    none = {"turns": 0, "ACC": Score(None, "", "", NOT_EVALUATED)}
-    by_position = itertools.zip_longest(*(contexts[name]["by_position"] for name in names), fillvalue=none)
+    by_position = zip(*(contexts[name]["by_position"] for name in names), strict=True)
     rows = [
         [position, max(row["turns"] for row in rows), *(row["ACC"] for row in rows)]
         for position, rows in enumerate(by_position, start=1)
@@ -318,6 +315,7 @@ def counts(results: Results) -> list[str]:
         here = scores["counts"]
         unparsed = "strategies not predicted" if here["unparsed"] is None else f"{here['unparsed']} unparsed"
         failed = f", {here['failed']} more failed and are not scored" if here["failed"] else ""
+        failed += "; process and transitions leave their dialogues out" if here["failed"] else ""
         parts.append(
             f"{system}, {context} context: {here['turns']} ({unparsed}, {here['empty_replies']} empty){failed}"
         )

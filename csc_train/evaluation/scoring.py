@@ -48,8 +48,8 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig) -> Scored:
         for name, contexts in systems.items()
     }
     drifts = {
-        name: drift(contexts["reference"], contexts["generated"], config)
+        name: drift(contexts["reference"], contexts["generated"], by_id, config)
         for name, contexts in systems.items()
-        if len(contexts) == 2 and not any(failures[name].values())
+        if len(contexts) == 2
     }
     return Scored(results, drifts, systems, dialogues, contamination)

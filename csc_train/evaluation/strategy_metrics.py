@@ -98,7 +98,7 @@ def by_strategy(turns: Turns) -> Iterator[tuple[str, int, dict[str, Figure]]]:
 
 def by_position(turns: Turns) -> Iterator[tuple[int, int, Figure]]:
     """(position counted from 1, turns there, ACC) of the first, second, ... supporter turn of the dialogues."""
-    for position in range(int(turns.position.max(initial=-1)) + 1):
+    for position in range(turns.longest):
         here = turns.position == position
         yield position + 1, int(here.sum()), accuracy(turns, here)
 
@@ -106,9 +106,10 @@ def by_position(turns: Turns) -> Iterator[tuple[int, int, Figure]]:
 def transitions(turns: Turns, strategy: numpy.ndarray) -> numpy.ndarray:
     """int [12, 12]: how often a strategy (row 0 is strategy 1) is followed by which in the supporter's next turn.
 
-    `strategy`, int [turns], is `turns.predicted` or `turns.reference`. A strategy that was not read is in no pair.
+    `strategy`, int [turns], is `turns.predicted` or `turns.reference`. A strategy that was not read is in no pair, and
+    dialogues with turns that failed are left out.
     """
-    pairs = ~turns.last[:-1] & (strategy[:-1] > 0) & (strategy[1:] > 0)
+    pairs = ~turns.last[:-1] & turns.whole[:-1] & (strategy[:-1] > 0) & (strategy[1:] > 0)
     table = numpy.zeros((len(STRATEGIES), len(STRATEGIES)), int)
     numpy.add.at(table, (strategy[:-1][pairs] - 1, strategy[1:][pairs] - 1), 1)
     return table
@@ -118,7 +119,7 @@ def process(turns: Turns) -> dict[str, tuple[Figure, Figure]]:
     """How the choices of a dialogue hang together, in percent: of the system, and of the reference itself.
 
     A strategy that was not read is no greeting and no farewell, ends a run of the same one, and is passed over where
-    stages are compared, as is Others.
+    stages are compared, as is Others. Dialogues with turns that failed are left out.
     """
     sides = [_process(turns, turns.predicted), _process(turns, turns.reference)]
     return {
@@ -129,7 +130,7 @@ def process(turns: Turns) -> dict[str, tuple[Figure, Figure]]:
 
 
 def _process(turns: Turns, strategy: numpy.ndarray) -> dict[str, tuple[Statistic, tuple[str, str]]]:
-    first = turns.position == 0
+    first = numpy.append(True, turns.last[:-1])[: len(turns)]
     run = numpy.zeros(len(turns), int)
     repeated = numpy.zeros(len(turns), bool)
     stage, reached = _STAGE[strategy], numpy.full(len(turns), _UNREAD)
@@ -141,18 +142,18 @@ def _process(turns: Turns, strategy: numpy.ndarray) -> dict[str, tuple[Statistic
         # The stage that was last seen before this turn.
         if before is not None:
             reached[index] = stage[before] if _UNREAD < stage[before] < _ANY_STAGE else reached[before]
-    compared = (reached > _UNREAD) & (stage > _UNREAD) & (stage < _ANY_STAGE)
+    compared = turns.whole & (reached > _UNREAD) & (stage > _UNREAD) & (stage < _ANY_STAGE)
     return {
         "greeting first": (
-            mean(100 * (strategy == GREETING.number), first),
+            mean(100 * (strategy == GREETING.number), first & turns.whole),
             ("dialogues", f"the first supporter turn is {GREETING.en}"),
         ),
         "farewell last": (
-            mean(100 * (strategy == CLOSURE.number), turns.last),
+            mean(100 * (strategy == CLOSURE.number), turns.last & turns.whole),
             ("dialogues", f"the last supporter turn is {CLOSURE.en}"),
         ),
         "same strategy thrice": (
-            mean(100 * repeated, turns.last),
+            mean(100 * repeated, turns.last & turns.whole),
             ("dialogues", f"one strategy more than {LONGEST_RUN} supporter turns running"),
         ),
         "stage regressions": (

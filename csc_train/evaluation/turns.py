@@ -1,11 +1,12 @@
 """The predictions of one system in one context, as columns."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy
 
+from csc_train.dialogue import Dialogue
 from csc_train.errors import InputError
 from csc_train.evaluation import lexical
 from csc_train.evaluation.predictions import Prediction
@@ -21,16 +22,21 @@ class Turns:
         predictions: the turns themselves.
         dialogue: int [turns], the dialogue of each, counted from 0.
         position: int [turns], the how many-th supporter turn of its dialogue each is, counted from 0.
+        longest: supporter turns of the longest dialogue.
         last: bool [turns], whether it is the last predicted of its dialogue.
+        whole: bool [turns], whether all supporter turns of its dialogue are there; turns that failed are not.
         predicted: int [turns], the strategy's number, 0 where none was read.
         reference: int [turns], the reference strategy's number.
     """
 
-    def __init__(self, predictions: Sequence[Prediction]):
+    def __init__(self, predictions: Sequence[Prediction], dialogues: Mapping[str, Dialogue] | None = None):
         """Sort the predictions.
 
+        Args:
+            dialogues: by id, those that were to be predicted. Where not given, they are taken to be `whole`.
+
         Raises:
-            InputError: a turn is predicted twice.
+            InputError: a turn is predicted twice, or is none of its dialogue's.
         """
         self.predictions = sorted(predictions, key=lambda each: (each.dialogue_id, each.turn))
         keys = self.keys
@@ -40,8 +46,23 @@ class Turns:
         names = numpy.array([dialogue for dialogue, _ in keys], dtype=object)
         first = numpy.append(True, names[1:] != names[:-1])[: len(names)].astype(bool)
         self.dialogue = numpy.cumsum(first) - 1
-        self.position = numpy.arange(len(names)) - numpy.flatnonzero(first)[self.dialogue]
+        counted = numpy.arange(len(names)) - numpy.flatnonzero(first)[self.dialogue]
         self.last = numpy.append(first[1:], True)[: len(names)]
+        if dialogues is None:
+            self.position, self.longest = counted, int(counted.max(initial=-1)) + 1
+            self.whole = numpy.ones(len(names), bool)
+        else:
+            places = {
+                (name, turn): place
+                for name, each in dialogues.items()
+                for place, turn in enumerate(each.supporter_turns)
+            }
+            if unknown := [key for key in keys if key not in places]:
+                raise InputError(f"dialogue {unknown[0][0]} has no supporter turn {unknown[0][1]}, but it is predicted")
+            self.position = numpy.array([places[key] for key in keys], int)
+            self.longest = max(places.values(), default=-1) + 1
+            expected = numpy.array([len(dialogues[name].supporter_turns) for name in names], int)
+            self.whole = expected == numpy.bincount(self.dialogue)[self.dialogue]
         self.predicted = numpy.array([each.strategy or 0 for each in self.predictions], int)
         self.reference = numpy.array([each.reference_strategy for each in self.predictions], int)
 
