@@ -1,10 +1,12 @@
 """Reading models and tokenizers from a directory or the hub, with errors that say what to do."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.errors
 
 from csc_train.errors import InputError
@@ -40,6 +42,22 @@ def readable(path: str, what: str) -> Iterator[None]:
 def looks_local(path: str) -> bool:
     """Whether `path` can only be meant as a directory: it exists, or no hub id is written like it."""
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+@functools.cache
+def local_copy(path: str, what: str) -> Path:
+    """The directory of a model's files: `path` itself, or the cache that the hub's are downloaded to.
+
+    Raises:
+        InputError: there is no such directory, or the hub does not give the model; `what` is what the error calls it.
+    """
+    with readable(path, what):
+        if looks_local(path):
+            return Path(path)
+        found = Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        if not any(found.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(path, allow_patterns=["*.bin"])
+        return found
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

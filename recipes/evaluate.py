@@ -20,15 +20,9 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.evaluation.baselines import StrategyBaseline
     from csc_train.evaluation.contamination import find_contamination, write_contamination
     from csc_train.evaluation.hf_policy import base_of, load_policy, open_checkpoint
+    from csc_train.evaluation.metrics import fetch_models
     from csc_train.evaluation.predict import predict, share
-    from csc_train.evaluation.predictions import (
-        BASE,
-        BASELINES,
-        TRAINED,
-        failed_turns,
-        read_replies,
-        write_predictions,
-    )
+    from csc_train.evaluation.predictions import BASE, BASELINES, TRAINED, failed_turns, read_replies, write_predictions
     from csc_train.evaluation.store import Store, complete
     from csc_train.files import digest, file_digest
     from csc_train.run import Run, processes, single_process
@@ -45,6 +39,8 @@ def main(config: EvaluateRecipe) -> None:
     run = Run("evaluate", resolved(config))
 
     # Checkpoint
+    if run.main:
+        fetch_models(config.metrics)
     template, manifest = open_checkpoint(config.checkpoint) if config.checkpoint else (None, None)
 
     # Dialogues

@@ -70,7 +70,7 @@ def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     assert len(tested) == 20
     assert min(row.adjusted for row in tested) == pytest.approx(min(1, 20 * min(row.p_value for row in tested)))
     missing = [row for row in rows if row.p_value is None]
-    assert {row.reason for row in missing} == {"no BERTScore model directory given", "no BLEURT model directory given"}
+    assert {row.reason for row in missing} == {"no BERTScore model given", "no BLEURT model given"}
 
 
 def test_where_one_system_predicts_no_strategy_its_choices_are_not_compared():

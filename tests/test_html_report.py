@@ -108,7 +108,7 @@ def test_the_tables_show_the_figures_of_the_results_with_their_intervals(run, pa
                     if score["value"] is not None:
                         expected = [f"{score['value']:.2f}", f"{score['low']:.2f} to {score['high']:.2f}"]
                     assert shown[f"{short} {column}"].split("\n") == expected
-    assert "n/a: no BLEURT model directory given" in page.inner_text("#scores")
+    assert "n/a: no BLEURT model given" in page.inner_text("#scores")
 
 
 def test_the_page_says_what_was_evaluated(run, page):

@@ -1,6 +1,7 @@
 """Reading from the hub: what a user is told when it refuses, and how soon."""
 
 import base64
+import hashlib
 import http.server
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL_TOKENIZERS
@@ -23,6 +25,7 @@ REFUSALS = {
     "owner/absent": (401, "RepoNotFound"),
     "owner/revised": (404, "RevisionNotFound"),
 }
+COMMIT = "1" * 40
 PROGRAM = """
 import sys, time
 from csc_train.errors import InputError
@@ -49,9 +52,20 @@ except InputError as error:
 """
 
 
+FETCH = """
+import sys
+from csc_train.errors import InputError
+from csc_train.hub import local_copy
+try:
+    print(local_copy(sys.argv[1], "metric model"))
+except InputError as error:
+    print(error)
+"""
+
+
 class Hub(http.server.ThreadingHTTPServer):
     """Refuses to be read as `REFUSALS` says, without ever asking for patience, and keeps what it was asked. Takes the
-    files that are uploaded with the token `accepted`."""
+    files that are uploaded with the token `accepted`, and gives those of `served`, by model and name."""
 
     daemon_threads = True
 
@@ -59,6 +73,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.asked = []
         self.created = []
         self.files = {}
+        self.served = {}
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -70,7 +85,33 @@ class Hub(http.server.ThreadingHTTPServer):
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
-            do_GET = do_HEAD = refuse
+            def do_GET(self):
+                for model, files in hub.served.items():
+                    if self.path.startswith(f"/api/models/{model}/revision/"):
+                        siblings = [{"rfilename": name} for name in files]
+                        return self.give(json.dumps({"id": model, "sha": COMMIT, "siblings": siblings}).encode())
+                    if self.path.startswith(f"/api/models/{model}/tree/"):
+                        rows = [
+                            {"type": "file", "path": name, "size": len(content), "oid": name}
+                            for name, content in files.items()
+                        ]
+                        return self.give(json.dumps(rows).encode())
+                    for name, content in files.items():
+                        if self.path.startswith(f"/{model}/resolve/") and self.path.endswith(f"/{name}"):
+                            hub.asked.append((self.command, self.path))
+                            return self.give(content)
+                return self.refuse()
+
+            do_HEAD = do_GET
+
+            def give(self, content):
+                self.send_response(200)
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(content)
 
             def do_POST(self):
                 length = int(self.headers.get("Content-Length") or 0)
@@ -175,6 +216,22 @@ def test_an_exported_directory_is_uploaded_whole_into_a_private_repository(tmp_p
         done = run_elsewhere(PUSH, ["exported", "owner/trained"], hub, tmp_path, HF_TOKEN="refused")
         assert done.stdout.startswith("owner/trained: cannot upload exported (")
         assert "Traceback" not in done.stderr and hub.files == {}
+
+
+def test_a_model_of_the_hub_is_downloaded_once_in_one_form_of_its_weights(tmp_path):
+    weights = {"model.safetensors": b"s" * 9, "pytorch_model.bin": b"b" * 9, "tf_model.h5": b"h" * 9}
+    facts = {"config.json": b"{}", "vocab.txt": b"v"}
+    with Hub() as hub:
+        hub.served = {"owner/both": facts | weights, "owner/old": facts | {"pytorch_model.bin": b"b" * 9}}
+        for model, expected in {"owner/both": "model.safetensors", "owner/old": "pytorch_model.bin"}.items():
+            found = Path(run_elsewhere(FETCH, [model], hub, tmp_path).stdout.strip())
+            assert {file.name: file.read_bytes() for file in found.iterdir()} == facts | {expected: weights[expected]}
+        hub.asked.clear()
+        for offline in ("0", "1"):
+            assert Path(run_elsewhere(FETCH, [model], hub, tmp_path, HF_HUB_OFFLINE=offline).stdout.strip()) == found
+        assert not [path for command, path in hub.asked if command == "GET" and "resolve" in path]
+        refused = run_elsewhere(FETCH, ["owner/absent"], hub, tmp_path).stdout
+    assert refused == "owner/absent: no such model on the hub, or a private one without HF_TOKEN\n"
 
 
 def test_offline_with_an_empty_cache_asks_nobody(tmp_path):

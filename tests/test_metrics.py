@@ -196,8 +196,8 @@ def test_accuracy_is_not_applicable_where_no_strategy_is_predicted():
 
 def test_missing_metric_models_are_reasons():
     paper = score(FOUR_TURNS, DIALOGUES, MetricsConfig(profiles=["paper"]))["profiles"]["paper"]
-    assert (paper["BS"].value, paper["BS"].reason) == (None, "no BERTScore model directory given")
-    assert (paper["BR"].value, paper["BR"].reason) == (None, "no BLEURT model directory given")
+    assert (paper["BS"].value, paper["BS"].reason) == (None, "no BERTScore model given")
+    assert (paper["BR"].value, paper["BR"].reason) == (None, "no BLEURT model given")
     assert "unverified on real weights" in paper["BR"].signature
 
 

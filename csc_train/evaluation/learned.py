@@ -1,4 +1,4 @@
-"""BERTScore and BLEURT between replies and their references, from local model directories, times 100.
+"""BERTScore and BLEURT between replies and their references, from model directories, times 100.
 
 Both take text pairs (reply, reference) and return a score per pair, float [pairs]. A pair with an empty side scores 0:
 neither metric is defined there. A model stays loaded until another one is asked for.

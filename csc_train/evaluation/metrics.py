@@ -24,6 +24,7 @@ from csc_train.evaluation.figure import Figure, Score
 from csc_train.evaluation.predictions import Prediction
 from csc_train.evaluation.turns import Turns
 from csc_train.evaluation.uncertainty import Statistic, mean
+from csc_train.hub import local_copy, looks_local
 
 PROFILES: dict[str, tuple[str, ...]] = {
     "paper": ("B-2", "B-4", "R-L", "BS", "BR", "ACC"),
@@ -50,14 +51,15 @@ class MetricsConfig:
     profiles: list[str] = field(default_factory=lambda: ["paper", "zh"])
     """Names out of `PROFILES`."""
     bertscore_model: str | None = None
-    """Local directory of the BERTScore model (the paper's figures fit bert-base-chinese); None prints n/a."""
+    """Directory or hub id of the BERTScore model (the paper's figures fit google-bert/bert-base-chinese); None prints
+    n/a."""
     bertscore_layers: int = 8
     """The layer that BERTScore compares; 8 is the bert-score package's choice for bert-base-chinese."""
     bertscore_baseline: str | None = None
     """A baseline table of the bert-score package (LAYER,P,R,F) to rescale BERTScore with; None takes the package's own
-    for Chinese, where it has one under the name of the model directory (such as bert-base-chinese)."""
+    for Chinese, where it has one under the name of the model (such as bert-base-chinese)."""
     bleurt_model: str | None = None
-    """Local directory of a PyTorch conversion of BLEURT-20; None prints n/a."""
+    """Directory or hub id of a PyTorch conversion of BLEURT-20; None prints n/a."""
     batch_size: int = 64
     """Pairs per forward pass of BERTScore and BLEURT."""
     draws: int = 1000
@@ -71,11 +73,23 @@ class MetricsConfig:
         check_range("metrics.draws", self.draws, 100)
         # Looked for here, before hours are spent on the predictions.
         for name in ("bertscore_model", "bleurt_model"):
-            directory = getattr(self, name)
-            if directory is not None and not (Path(directory) / "config.json").is_file():
-                raise InputError(f"metrics.{name}={directory}: not a local model directory (it has no config.json)")
+            path = getattr(self, name)
+            if path is not None and looks_local(path) and not (Path(path) / "config.json").is_file():
+                raise InputError(
+                    f"metrics.{name}={path}: neither a model directory (it has no config.json) nor a hub id"
+                )
         if self.bertscore_baseline is not None and not Path(self.bertscore_baseline).is_file():
             raise InputError(f"metrics.bertscore_baseline={self.bertscore_baseline}: no such file")
+
+
+def fetch_models(config: MetricsConfig) -> None:
+    """Download the models that are read from the hub, so that one that cannot be had is known before hours of work.
+
+    Raises:
+        InputError: as `hub.local_copy`.
+    """
+    for path in filter(None, (config.bertscore_model, config.bleurt_model)):
+        local_copy(path, "metric model")
 
 
 def score(
@@ -301,26 +315,27 @@ def _bertscores(turns: Turns, config: MetricsConfig) -> tuple[Figure, Figure]:
     """BERTScore as it is, and rescaled."""
     unit, name = "contextual token vectors", f"bert-score {version('bert-score')} F1, layer {config.bertscore_layers}"
     if config.bertscore_model is None:
-        reason = "no BERTScore model directory given"
+        reason = "no BERTScore model given"
         return Figure(None, unit, f"{name}, not rescaled", reason), Figure(None, unit, f"{name}, rescaled", reason)
     from csc_train.evaluation import learned
 
-    directory, unverified = Path(config.bertscore_model).resolve(), "unverified on real weights"
+    model, unverified = Path(config.bertscore_model).resolve().name, "unverified on real weights"
+    directory = local_copy(config.bertscore_model, "metric model")
     values = learned.bertscore(turns.pairs, directory, config.bertscore_layers, config.batch_size)
-    raw = Figure(mean(values), unit, f"{name} of {directory.name}, not rescaled, {unverified}")
-    baseline = learned.bertscore_baseline(directory.name, config.bertscore_layers, config.bertscore_baseline)
+    raw = Figure(mean(values), unit, f"{name} of {model}, not rescaled, {unverified}")
+    baseline = learned.bertscore_baseline(model, config.bertscore_layers, config.bertscore_baseline)
     if baseline is None:
-        reason = f"bert-score has no baseline for a model named {directory.name}; give metrics.bertscore_baseline"
+        reason = f"bert-score has no baseline for a model named {model}; give metrics.bertscore_baseline"
         return raw, Figure(None, unit, f"{name}, rescaled", reason)
-    signature = f"{name} of {directory.name}, rescaled with the baseline {baseline:.2f}, {unverified}"
+    signature = f"{name} of {model}, rescaled with the baseline {baseline:.2f}, {unverified}"
     return raw, Figure(mean(learned.rescaled(values, baseline)), unit, signature)
 
 
 def _bleurt(turns: Turns, config: MetricsConfig) -> Figure:
     unit, name = "learned score of the pair", "BLEURT by our own loader, unverified on real weights"
     if config.bleurt_model is None:
-        return Figure(None, unit, name, "no BLEURT model directory given")
+        return Figure(None, unit, name, "no BLEURT model given")
     from csc_train.evaluation import learned
 
-    values = learned.bleurt(turns.pairs, config.bleurt_model, config.batch_size)
+    values = learned.bleurt(turns.pairs, local_copy(config.bleurt_model, "metric model"), config.batch_size)
     return Figure(mean(values), unit, f"{name}, weights {Path(config.bleurt_model).resolve().name}")
