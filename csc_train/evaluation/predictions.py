@@ -16,7 +16,7 @@ CONTEXTS = ("reference", "generated")
 """Histories a turn is predicted from: the gold one, or the system's own earlier turns between the gold customer's."""
 
 BASELINES = ("most frequent strategy", "strategy bigram")
-BASE = "base (untrained)"
+BASE = "untrained base"
 TRAINED = "trained"
 """Names of systems. In tables the baselines come first, then the base model, then what is evaluated."""
 
