@@ -437,6 +437,13 @@ class Screen:
         self._unread = after.encode()
         return before + until
 
+    def rest(self, seconds=60):
+        """Wait until the line editor waits for a key: a signal that comes just before that it sees with the next one."""
+        end = time.monotonic() + seconds
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < end, "the process does not come to rest"
+            time.sleep(0.01)
+
     def close(self):
         if self.process.poll() is None:
             self.process.kill()
@@ -465,9 +472,8 @@ def test_a_terminal(checkpoint, tmp_path):
         screen.type(f"{SECOND.text}\n")
         assert screen.read("\n\n客户> ").endswith(f"\n{SHOWN}\n\n客户> ")
         screen.type("half a line")
-        screen.read(
-            "half a line"
-        )  # by now the line editor waits; a signal that comes earlier it sees with the next key
+        screen.read("half a line")
+        screen.rest()
         screen.type("\x03")
         screen.read("Ctrl-D or /quit ends\n\n客户> ")
         screen.type("/undo\n")
