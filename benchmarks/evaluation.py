@@ -11,11 +11,12 @@ import functools
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from measure import Report, random_model, ratios, seconds, side_by_side, spread
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from csc_train.config import compose, resolved
 from csc_train.dialogue import Speaker
@@ -38,6 +39,11 @@ EXCHANGES = 13
 LONGEST = 40
 """Tokens of a reply, as in the demo."""
 BATCH = 128
+DIMENSIONS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "vocab_size", "initializer_range",
+)  # fmt: skip
+"""What is recorded of a model."""
 
 
 def main() -> None:
@@ -50,28 +56,44 @@ def main() -> None:
     repeats = 1 if options.quick else 3
     dialogues, compared = (4, 2) if options.quick else (512, 8)
     report = Report({"quick": options.quick, "turns": turns, "dialogues": dialogues, "repeats": repeats}, {})
-    generation(report, dialogues, compared, repeats)
+    template, architecture = demo()
+    model = random_model(architecture, "sdpa")
+    generation(report, "generated context", template, model, dialogues, compared, repeats)
     scoring(report, turns, repeats)
     report.write(options.output)
     print(f"\n{options.output}")
 
 
-def generation(report: Report, count: int, compared: int, repeats: int) -> None:
-    """Generated context as evaluation does it, beside one dialogue at a time with each prompt computed anew."""
-    dialogues = generate_sample(count, seed=0)
-    demo = compose("sft", ["experiment=demo"])
+def demo() -> tuple[DialogueTemplate, dict[str, Any]]:
+    """The template of the demo, with a tokenizer trained as there, and the dimensions of its model."""
+    config = compose("sft", ["experiment=demo"])
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = obtain_tokenizer(
-            demo.model, demo.template, generate_sample(700, seed=0), Path(directory) / "tokenizer", processes()
+            config.model, config.template, generate_sample(700, seed=0), Path(directory) / "tokenizer", processes()
         )
-    template = DialogueTemplate(tokenizer, demo.model.chat_template, demo.template)
-    # Weights drawn wide enough for replies to depend on what was said.
-    facts = {"vocab_size": len(tokenizer), "initializer_range": 0.3}
-    architecture = {key: value for key, value in resolved(demo)["model"]["architecture"].items() if value} | facts
+    architecture = {key: value for key, value in resolved(config)["model"]["architecture"].items() if value}
     del architecture["model_type"]
-    model = random_model(architecture, "sdpa").eval()
-    model.generation_config.eos_token_id = random.Random(0).sample(range(256, len(tokenizer)), len(tokenizer) // 10)
-    settings = EvaluationConfig(batch_size=BATCH, max_new_tokens=LONGEST)
+    # Weights drawn wide enough for replies to depend on what was said.
+    return DialogueTemplate(tokenizer, config.model.chat_template, config.template), architecture | {
+        "vocab_size": len(tokenizer), "initializer_range": 0.3,
+    }  # fmt: skip
+
+
+def generation(
+    report: Report,
+    name: str,
+    template: DialogueTemplate,
+    model: PreTrainedModel,
+    count: int,
+    compared: int,
+    repeats: int,
+    batch: int = BATCH,
+) -> None:
+    """Generated context as evaluation does it, beside one dialogue at a time with each prompt computed anew."""
+    dialogues = generate_sample(count, seed=0)
+    words = len(template.tokenizer)
+    model.eval().generation_config.eos_token_id = random.Random(0).sample(range(256, words), words // 10)
+    settings = EvaluationConfig(batch_size=batch, max_new_tokens=LONGEST)
     policies = {"alone": Alone, "together": Generation, "with likelihoods": HFPolicy}
     policies = {name: kind(model, template, settings) for name, kind in policies.items()}
     few = dialogues[:compared]
@@ -84,26 +106,30 @@ def generation(report: Report, count: int, compared: int, repeats: int) -> None:
     ids = {name: {(each.dialogue_id, each.turn): each.ids for each in some} for name, some in predictions.items()}
     lengths = [len(each) for each in ids["together"].values()]
     report.section(
-        "generated context",
-        "Sample dialogues with the demo's tokenizer and model; its weights are random, and it stops at any of a tenth "
+        name,
+        "Sample dialogues with the demo's tokenizer; the model's weights are random, and it stops at any of a tenth "
         "of its tokens, so that replies are of all lengths. Alone: one dialogue at a time, each prompt computed anew, "
         "by `generate`. Together: the dialogues of a batch at a time, each going on from what is cached of it. Alone "
         "is timed on the first dialogues, and per turn.",
         dialogues=count,
         alone=compared,
-        batch=BATCH,
+        batch=batch,
         turns=len(ids["together"]),
         prompt=len(template.prefix_ids),
-        model=architecture,
+        model={key: getattr(model.config, key) for key in DIMENSIONS},
+        dtype=str(model.dtype),
         mean_generated=round(float(numpy.mean(lengths)), 1),
         lengths=f"{min(lengths)} to {max(lengths)}",
     )
     per_turn = {name: [each / len(ids[name]) for each in times] for name, times in taken.items()}
-    for name, times in per_turn.items():
-        report.add(f"{name}: milliseconds a turn", spread(1000 * each for each in times))
+    for side_name, times in per_turn.items():
+        report.add(f"{side_name}: milliseconds a turn", spread(1000 * each for each in times))
     report.add("alone / together", ratios(per_turn["alone"], per_turn["together"]), least=10)
     report.add("alone / with likelihoods", ratios(per_turn["alone"], per_turn["with likelihoods"]))
-    report.add("tokens equal", all(ids["together"][turn] == own for turn, own in ids["alone"].items()))
+    same = [ids["together"][turn] == own for turn, own in ids["alone"].items()]
+    report.add("tokens equal", all(same))
+    if not all(same):
+        report.add("turns with equal tokens, percent", 100 * sum(same) / len(same))
 
 
 class Generation(HFPolicy):
@@ -121,8 +147,8 @@ class Alone(Generation):
         while requests := schedule.take(1):
             prompt = self._prompt(requests[0])
             output = self.model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                torch.tensor([prompt], device=self.model.device),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=self.model.device),
                 generation_config=GenerationConfig(
                     do_sample=False, max_new_tokens=LONGEST, eos_token_id=sorted(self.stops), pad_token_id=0
                 ),

@@ -38,6 +38,29 @@ LEARNING_RATE = 1e-3
 """High, so that each step changes the next one's loss."""
 EXCHANGES = 13
 """Supporter turns of a dialogue."""
+SHAPES = {
+    "1.5b": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 32768,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+    },
+}
+"""The published dimensions of Qwen2.5."""
 
 
 # Dialogues

@@ -20,6 +20,7 @@ import torch
 import transformers
 from measure import (
     PREFIX,
+    SHAPES,
     Report,
     Steps,
     body_lengths,
@@ -40,29 +41,6 @@ from csc_train.template.dialogue_template import Example
 from csc_train.training.model import choose_attention
 from csc_train.training.trainer import forward_flops
 
-SHAPES = {
-    "1.5b": {
-        "hidden_size": 1536,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "intermediate_size": 8960,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 32768,
-    },
-    "7b": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 32768,
-    },
-}
-"""The published dimensions of Qwen2.5."""
 DIALOGUES = 500
 
 

@@ -1,0 +1,77 @@
+"""How long an evaluation takes on a GPU: generation in generated context, and BERTScore.
+
+python benchmarks/evaluation_cuda.py       # one GPU of 80 GB, less than five minutes
+
+The demo's model in float32, whose tokens must equal those of one dialogue at a time, then Qwen2.5-7B's dimensions with
+random weights in bf16. Writes evaluation_cuda.json to the directory that OUT names, else to benchmarks/results.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from evaluation import TURNS, demo, generation, made_up
+from measure import SHAPES, Report, random_model, seconds
+
+from csc_train.evaluation import learned
+
+
+def main() -> None:
+    """Measure every section, and write after each what there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dialogues", type=int, default=512, help="dialogues of the demo's model")
+    parser.add_argument("--large-dialogues", type=int, default=384, help="dialogues of the 7B")
+    parser.add_argument("--batch", type=int, default=384, help="dialogues of the 7B at a time")
+    parser.add_argument("--repeats", type=int, default=3)
+    folder = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
+    parser.add_argument("--output", type=Path, default=folder / "evaluation_cuda.json")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("evaluation_cuda.py measures a CUDA GPU, and torch finds none here; evaluation.py measures a CPU")
+    transformers.logging.set_verbosity_error()
+    report = Report({name: value for name, value in vars(options).items() if name != "output"}, {})
+
+    template, architecture = demo()
+    model = random_model(architecture, "sdpa")
+    generation(report, "generated context, demo", template, model, options.dialogues, 8, options.repeats)
+    report.write(options.output)
+
+    bertscore(report)
+    report.write(options.output)
+
+    shape = SHAPES["7b"] | {"vocab_size": len(template.tokenizer)}
+    model = random_model(shape, "sdpa", torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    generation(
+        report, "generated context, 7b", template, model, options.large_dialogues, 2, options.repeats, options.batch
+    )
+    report.add("peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30)
+    report.write(options.output)
+    print(f"\n{options.output}")
+
+
+def bertscore(report: Report) -> None:
+    """Seconds to score as many pairs as CSConv has, by a model of bert-base's dimensions."""
+    pairs = [(each.response, each.reference_response) for each in made_up(TURNS, seed=1)]
+    report.section(
+        "BERTScore",
+        "A BERT of bert-base-chinese's dimensions with random weights and a vocabulary of the characters that occur.",
+        turns=TURNS,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        characters = sorted({character for pair in pairs for text in pair for character in text})
+        vocabulary = Path(directory) / "vocab.txt"
+        vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]), encoding="utf-8")
+        transformers.BertTokenizer(str(vocabulary), model_max_length=512).save_pretrained(directory)
+        transformers.set_seed(0)
+        transformers.BertModel(transformers.BertConfig(vocab_size=5 + len(characters))).save_pretrained(directory)
+        taken = seconds(lambda: learned.bertscore(pairs, directory, 8, 256))
+    report.add("all pairs: seconds", taken)
+
+
+if __name__ == "__main__":
+    main()
