@@ -19,10 +19,13 @@ from measure import SHAPES, Report, random_model, seconds
 
 from csc_train.evaluation import learned
 
+SECTIONS = ("demo", "bertscore", "7b")
+
 
 def main() -> None:
     """Measure every section, and write after each what there is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
     parser.add_argument("--dialogues", type=int, default=512, help="dialogues of the demo's model")
     parser.add_argument("--large-dialogues", type=int, default=384, help="dialogues of the 7B")
     parser.add_argument("--batch", type=int, default=384, help="dialogues of the 7B at a time")
@@ -36,21 +39,20 @@ def main() -> None:
     report = Report({name: value for name, value in vars(options).items() if name != "output"}, {})
 
     template, architecture = demo()
-    model = random_model(architecture, "sdpa")
-    generation(report, "generated context, demo", template, model, options.dialogues, 8, options.repeats)
-    report.write(options.output)
-
-    bertscore(report)
-    report.write(options.output)
-
-    shape = SHAPES["7b"] | {"vocab_size": len(template.tokenizer)}
-    model = random_model(shape, "sdpa", torch.bfloat16)
-    torch.cuda.reset_peak_memory_stats()
-    generation(
-        report, "generated context, 7b", template, model, options.large_dialogues, 2, options.repeats, options.batch
-    )
-    report.add("peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30)
-    report.write(options.output)
+    if "demo" in options.sections:
+        model = random_model(architecture, "sdpa")
+        generation(report, "generated context, demo", template, model, options.dialogues, 8, options.repeats)
+        report.write(options.output)
+    if "bertscore" in options.sections:
+        bertscore(report)
+        report.write(options.output)
+    if "7b" in options.sections:
+        model = random_model(SHAPES["7b"] | {"vocab_size": len(template.tokenizer)}, "sdpa", torch.bfloat16)
+        torch.cuda.reset_peak_memory_stats()
+        name, count = "generated context, 7b", options.large_dialogues
+        generation(report, name, template, model, count, 2, options.repeats, options.batch)
+        report.add("peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30)
+        report.write(options.output)
     print(f"\n{options.output}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from transformers.trainer_utils import SaveStrategy
 
 from csc_train.config import compose
 from csc_train.errors import InputError
@@ -84,12 +85,16 @@ def measure(case: Case) -> dict:
             packs_per_step=2, max_steps=STEPS, precision="bf16", save_every=10**6,
             gradient_checkpointing=case.checkpointing,
         )  # fmt: skip
+        arguments = training_arguments(settings, Path(states), processes=1)
+        arguments.save_strategy = SaveStrategy.NO  # by default the last state is saved
+        with torch.device("cuda"):
+            model = load_model(config, tokenizer, weight_dtype("bf16", case.adapter.kind), 0, attention)
         trainer = build_trainer(
-            load_model(config, tokenizer, weight_dtype("bf16", case.adapter.kind), 0, attention).cuda(),
+            model,
             tokenizer,
             packs,
             packing=case.strategy,
-            arguments=training_arguments(settings, Path(states), processes=1),
+            arguments=arguments,
             adapter=case.adapter,
         )
         setting, ends, real = setting_of(trainer, LENGTH), [], trainer.log
