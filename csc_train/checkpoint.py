@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, digest, read_json, write_json
+from csc_train.files import atomic_path, digest, file_digest, read_json, write_json
 
 MANIFEST = "csc_manifest.json"
 
@@ -38,6 +38,8 @@ class Manifest:
     """The resolved configuration of the training run."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Commit, whether the tree had changes, package versions."""
+    weights_hash: str = ""
+    """Of the checkpoint's files of weights, by name; empty where there are none yet, as in the run that makes them."""
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -95,7 +97,8 @@ def save_checkpoint(
     with model_directory(directory) as temporary:
         model.save_pretrained(temporary, max_shard_size=shard_size)
         tokenizer.save_pretrained(temporary)
-        write_manifest(temporary, manifest)
+        weights = {file.name: file_digest(file) for file in temporary.glob("*.safetensors")}
+        write_manifest(temporary, replace(manifest, weights_hash=digest(weights)))
         if check is not None:
             check(temporary)
 

@@ -343,10 +343,11 @@ def compose(recipe: str, overrides: list[str]) -> Any:
     _check_overrides(overrides)
     recorded = {key: text for text in overrides if (key := text.split("=")[0]) in RECORDED}
     values = [text for text in overrides if text not in recorded.values()]
-    if recipe == "evaluate" and "score_only=true" in values and recorded.keys() == {"run"}:
+    score_only = recipe == "evaluate" and "score_only=true" in map(str.lower, values)
+    if score_only and recorded.keys() == {"run"}:
         directory = recorded["run"].split("=", 1)[1]
         return compose_recorded(recipe, Path(directory) / RESOLVED, [*values, f"run.directory={directory}"])
-    if recipe == "evaluate" and "score_only=true" in values:
+    if score_only:
         raise InputError("score_only=true: say which run's predictions to score, by run=DIR")
     if "run" in recorded or "resume" in recorded:
         directory = _resumed_directory(recorded, values)
@@ -502,8 +503,10 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
             main(compose(recipe, arguments))
     except InputError as error:
         fail(error)
-        if os.environ.get("RANK", "0") == "0":  # the other processes of a job would only repeat it
+        if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        else:  # most often it would only repeat that; where it does not, torchrun's report says it
+            record_failure(error)
         sys.exit(2)
     except KeyboardInterrupt as error:
         fail(error)

@@ -367,7 +367,7 @@ def _check(record: Any, seen: Counter[str]) -> tuple[Dialogue | None, list[Probl
     for name, value in record.items():
         if name in ("id", "source") and not isinstance(value, str | int | None):
             problems.append(Problem(None, name, "not a text", type(value).__name__))
-        elif name != "dialogue" and _has_surrogate(json.dumps([name, value], ensure_ascii=False, default=str)):
+        elif name != "dialogue" and has_surrogate(json.dumps([name, value], ensure_ascii=False, default=str)):
             problems.append(Problem(None, ascii(name)[1:-1], SURROGATE))
     if problems:
         return None, problems
@@ -399,7 +399,7 @@ def _check_turn(number: int, row: Any, problems: list[Problem]) -> Turn | None:
         problems.append(Problem(number, "text", "not a text", type(text).__name__))
     elif not (text := text.strip()):
         problems.append(Problem(number, "text", "empty"))
-    elif _has_surrogate(text):
+    elif has_surrogate(text):
         problems.append(Problem(number, "text", SURROGATE))
     label = _text(row.get("strategy")).strip()
     if speaker is Speaker.SUPPORTER:
@@ -416,7 +416,8 @@ def _check_turn(number: int, row: Any, problems: list[Problem]) -> Turn | None:
     return Turn(speaker, text, strategy) if len(problems) == before else None
 
 
-def _has_surrogate(text: str) -> bool:
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half of a pair of UTF-16, which no UTF-8 file can hold."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -5,11 +5,16 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import huggingface_hub.errors
+from safetensors import SafetensorError
 
 from csc_train.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextlib.contextmanager
@@ -20,7 +25,7 @@ def readable(path: str, what: str) -> Iterator[None]:
         raise InputError(f"{path}: no such model directory")
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         causes = list(_causes(error))
         if any(isinstance(cause, huggingface_hub.errors.GatedRepoError) for cause in causes):
             advice = "accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
@@ -37,6 +42,21 @@ def readable(path: str, what: str) -> Iterator[None]:
         if offline:
             why = "HF_HUB_OFFLINE is set and the cache has no copy"
         raise InputError(f"{path}: cannot load the {what}: {why}; give a local directory, or download it") from error
+
+
+def causal_model(path: str, **options: Any) -> "PreTrainedModel":
+    """The causal model at a path or hub id; `options` are those of `from_pretrained`.
+
+    Raises:
+        InputError: it cannot be read (see `readable`), or lacks weights, which transformers would draw at random.
+    """
+    from transformers import AutoModelForCausalLM  # takes seconds
+
+    with readable(path, "model"):
+        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{path}: lacks {len(missing)} of the model's tensors, the first is {missing[0]}")
+    return model
 
 
 def looks_local(path: str) -> bool:

@@ -199,6 +199,12 @@ class Run:
         processes().wait_for_everyone()  # the first to end makes torchrun end the others
         sys.exit(STOPPED)
 
+    def incomplete(self, why: str) -> NoReturn:
+        """Mark the run as failed, say why, and end with status 1; what it has made is kept, and can be gone on from."""
+        self._end("failed", error=why)
+        self.say(f"{why}; to try again what failed: run={self.directory} resume=true")
+        sys.exit(1)
+
     def say(self, text: str) -> None:
         """Print on the main process only."""
         if self.main:

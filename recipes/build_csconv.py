@@ -12,7 +12,6 @@ def main(config: BuildCsconvRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     import asyncio
     import json
-    import sys
 
     from rich.console import Console
     from tqdm import tqdm
@@ -51,14 +50,12 @@ def main(config: BuildCsconvRecipe) -> None:
             async with Client(config.llm) as client:
                 return await build(calls, log.first(ask_model(client, config.seed, log)), **settings)
 
-    to_go_on = f"to go on: run={run.directory} resume=true"
     try:
         outcomes = asyncio.run(go())
     except AuthenticationFailure as error:
-        run.say(f"stopped: {error}\n{to_go_on}")
-        sys.exit(1)
+        run.incomplete(f"stopped: {error}")
     except KeyboardInterrupt:
-        run.say(f"stopped\n{to_go_on}")
+        run.say(f"stopped\nto go on: run={run.directory} resume=true")
         raise
 
     # Dialogues, what was dropped and why
@@ -79,9 +76,7 @@ def main(config: BuildCsconvRecipe) -> None:
     run.say(f"dialogues: {run.directory}/dialogues.jsonl, .parquet (source={source})")
     run.say(f"dropped calls: {run.directory}/rejected.jsonl; report: {run.directory}/quality.html, quality.json")
     if failed:
-        run.say(f"{len(failed)} calls got no answer, the first: {failed[0].id}: {failed[0].failure}")
-        run.say(to_go_on)
-        sys.exit(1)
+        run.incomplete(f"{len(failed)} calls got no answer, the first: {failed[0].id}: {failed[0].failure}")
     run.finish()
 
 

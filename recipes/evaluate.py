@@ -7,7 +7,6 @@ python recipes/evaluate.py predictions=replies.jsonl data=rolecs evaluation.cont
 python recipes/evaluate.py llm=gpt_4o data=rolecs
 """
 
-import sys
 from pathlib import Path
 
 from csc_train.config import EvaluateRecipe, data_of, resolved, run_recipe
@@ -58,14 +57,6 @@ def main(config: EvaluateRecipe) -> None:
     if manifest and manifest.data_hash != inputs["train"]:
         run.say("note: the baselines are fitted on other training data than the checkpoint's")
     status = run.begin(inputs)
-    if status == "finished":
-        run.say(f"reused {run.directory}: same checkpoint, configuration, data and code")
-        run.say((run.directory / "table.md").read_text(encoding="utf-8"))
-        run.say(f"report: {run.directory}/report.html")
-        return None
-    if run.main:
-        write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
-        write_contamination(run.directory, find_contamination(splits, data.overlap_threshold))
 
     # Systems
     systems = {name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINES)}
@@ -88,11 +79,22 @@ def main(config: EvaluateRecipe) -> None:
     def path_of(name: str, context: str) -> Path:
         return run.directory / "predictions" / f"{name}-{context}.jsonl"
 
+    def missing(name: str) -> list[str]:
+        return [each for each in config.evaluation.contexts if not complete(path_of(name, each), splits.evaluation)]
+
+    if status == "finished" and not any(map(missing, systems)):
+        run.say(f"reused {run.directory}: same checkpoint, configuration, data and code")
+        run.say((run.directory / "table.md").read_text(encoding="utf-8"))
+        run.say(f"report: {run.directory}/report.html")
+        return None
+    if run.main:
+        write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
+        write_contamination(run.directory, find_contamination(splits, data.overlap_threshold))
     mine = share(splits.evaluation, job.process_index, job.num_processes)
     for name, load in systems.items():
-        missing = [each for each in config.evaluation.contexts if not complete(path_of(name, each))]
-        policy = load() if missing else None
-        for context in missing:
+        contexts = missing(name)
+        policy = load() if contexts else None
+        for context in contexts:
             with Store(path_of(name, context), policy.config_hash, job.process_index) as store:
                 predict(mine, policy, context, store, f"{name}, {context} context" if run.main else None)
             job.wait_for_everyone()
@@ -114,8 +116,7 @@ def main(config: EvaluateRecipe) -> None:
     if data.sample_dialogues:
         run.say(f"ceiling of ACC, by the rule that wrote the sample dialogues: {ceiling(splits.evaluation):.2f}")
     if failed := failed_turns(run.directory):
-        run.say(f"{failed}; to try them again: run={run.directory} resume=true")
-        sys.exit(1)
+        run.incomplete(failed)
     run.finish()
     return None
 

@@ -3,8 +3,6 @@
 python recipes/judge.py runs/one/evaluation runs/other/evaluation llm=gpt_4o
 """
 
-import sys
-
 from csc_train.config import JudgeRecipe, resolved, run_recipe
 
 
@@ -44,8 +42,7 @@ def main(config: JudgeRecipe) -> None:
     write_text(run.directory / "judge.md", table)
     run.say(f"{table}\nreport: {run.directory}/judge.md, {run.directory}/judge.json")
     if judged.failures:
-        run.say(f"{len(judged.failures)} questions failed; to ask them again: run={run.directory} resume=true")
-        sys.exit(1)
+        run.incomplete(f"{len(judged.failures)} questions failed")
     run.finish()
 
 

@@ -438,7 +438,7 @@ class Screen:
         return before + until
 
     def rest(self, seconds=60):
-        """Wait until the line editor waits for a key: a signal that comes just before that it sees with the next one."""
+        """Wait until the line editor waits for a key: a signal that comes just before that it sees with the next."""
         end = time.monotonic() + seconds
         while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
             assert time.monotonic() < end, "the process does not come to rest"

@@ -16,6 +16,7 @@ from csc_train.evaluation.comparison import ALIKE, compare
 from csc_train.evaluation.contamination import read_contamination
 from csc_train.evaluation.metrics import MetricsConfig
 from csc_train.evaluation.predictions import Prediction, read_replies, read_run, system_of
+from csc_train.files import file_digest
 from csc_train.synthesis.sample import generate_sample
 
 
@@ -128,6 +129,17 @@ def test_replies_made_elsewhere_are_read_in_dialogue_order(tmp_path):
     assert {(each.predicts_strategy, each.strategy, each.context) for each in read} == {(False, None, "generated")}
 
 
+def test_replies_made_elsewhere_are_read_as_dialogue_files_are(tmp_path):
+    """Whole numbers for ids, a byte order mark, blank lines; the same file is the same system."""
+    dialogues = [dataclasses.replace(each, id=str(number)) for number, each in enumerate(generate_sample(3, seed=0))]
+    rows = rows_of(dialogues)
+    path = write_lines(tmp_path / "r.jsonl", [row | {"dialogue_id": int(row["dialogue_id"])} for row in rows])
+    path.write_text("\ufeff" + path.read_text("utf-8").replace("\n", "\n\n", 1) + " \n", encoding="utf-8")
+    read = read_replies(path, dialogues, "reference")
+    assert [(each.dialogue_id, each.turn, each.raw_text) for each in read] == [tuple(row.values()) for row in rows]
+    assert {each.config_hash for each in read} == {file_digest(path)}
+
+
 def test_replies_made_elsewhere_must_be_whole(tmp_path):
     dialogues = generate_sample(3, seed=0)
     rows = rows_of(dialogues)
@@ -138,10 +150,15 @@ def test_replies_made_elsewhere_must_be_whole(tmp_path):
         ([rows[0] | {"turn": 1}], f"line 1: turn 1 of dialogue {name} is no supporter turn"),
         ([rows[0] | {"turn": "0"}], "line 1: not an object with dialogue_id, turn"),
         ([rows[0] | {"text": None}], "line 1: not an object with dialogue_id, turn"),
+        ([rows[0] | {"dialogue_id": True}], "line 1: not an object with dialogue_id, turn"),
         ([[]], "line 1: not a prediction: no object"),
     ):
         with pytest.raises(InputError, match=message):
             read_replies(write_lines(tmp_path / "r.jsonl", changed), dialogues, "reference")
+    half = json.dumps(rows[0] | {"text": "好\ud83d"})
+    (tmp_path / "r.jsonl").write_text(half + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"r\.jsonl, line 1, text: lone surrogate"):
+        read_replies(tmp_path / "r.jsonl", dialogues, "reference")
     with pytest.raises(InputError, match="a baseline has that name"):
         read_replies(write_lines(tmp_path / "strategy bigram.jsonl", rows), dialogues, "reference")
 

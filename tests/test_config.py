@@ -331,6 +331,7 @@ def test_compare_takes_its_two_runs_as_bare_words():
         (["predictions=x.jsonl"], "predictions=x.jsonl: say what they answer, such as data=rolecs"),
         (["predictions=x.jsonl", "data=sample"], "predictions=x.jsonl: say in which context they were made"),
         (["score_only=true"], "score_only=true: say which run's predictions to score, by run=DIR"),
+        (["score_only=True"], "score_only=true: say which run's predictions to score, by run=DIR"),
     ],
 )
 def test_an_evaluation_without_a_model_says_what_it_needs(overrides, message):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import torch
 from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_config
 from transformers import Qwen2ForCausalLM
 
-from csc_train.checkpoint import save_checkpoint
+from csc_train.checkpoint import read_manifest, save_checkpoint
 from csc_train.config import compose
 from csc_train.dialogue import data_digest, write_dialogues
+from csc_train.errors import InputError
 from csc_train.evaluation import hf_policy
 from csc_train.evaluation.predict import Failed
 from csc_train.evaluation.predictions import read_outcomes
@@ -81,21 +83,79 @@ def test_likelihoods_are_kept_with_the_predictions(whole):
             assert (row["reference_nll"] is None) == (row["reference_tokens"] is None) == (context == "generated")
 
 
-def test_killed_while_it_generates_and_resumed_it_ends_with_the_same_file(workplace, whole):
-    command = [sys.executable, ROOT / "recipes" / "evaluate.py", *SETTINGS, "run.directory=runs/killed"]
+@pytest.fixture
+def answers(monkeypatch):
+    """The turns that a model is asked, and whose likelihoods are added, as they come."""
+    turns = {"asked": 0, "amended": 0}
+    run = hf_policy.HFPolicy.run
+
+    def counted(policy, schedule):
+        answer, amend = schedule.answer, schedule.amend
+
+        def count(name, do):
+            def call(*arguments):
+                turns[name] += 1
+                do(*arguments)
+
+            return call
+
+        schedule.answer, schedule.amend = count("asked", answer), count("amended", amend)
+        run(policy, schedule)
+
+    monkeypatch.setattr(hf_policy.HFPolicy, "run", counted)
+    return turns
+
+
+@pytest.mark.parametrize("stage", ["replies", "likelihoods"])
+def test_killed_and_resumed_it_goes_on_and_ends_with_the_same_file(stage, workplace, whole, answers):
+    name, turns = f"killed_{stage}", whole["generated"].count(b"\n")
+    command = [sys.executable, ROOT / "recipes" / "evaluate.py", *SETTINGS, f"run.directory=runs/{name}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    part = Path("runs/killed/predictions") / f"{FILE.format('generated')}.part-00000"
-    while not (part.exists() and part.read_bytes().count(b"\n") >= 5):
+    part = Path(f"runs/{name}/predictions") / f"{FILE.format('generated')}.part-00000"
+    while not (part.exists() and part.read_bytes().count(b"\n") >= (5 if stage == "replies" else turns + 5)):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     kept = part.read_bytes()
-    assert 5 <= kept.count(b"\n") < whole["generated"].count(b"\n")
+    lines = kept.count(b"\n")
+    assert 5 <= lines < turns if stage == "replies" else turns + 5 <= lines < 2 * turns
     part.write_bytes(kept[:-9])  # as if the last line had not been written to its end
-    recipe().main(compose("evaluate", ["run=runs/killed", "resume=true"]))
-    assert predictions("killed") == whole
+    recipe().main(compose("evaluate", [f"run=runs/{name}", "resume=true"]))
+    assert predictions(name) == whole
     assert not part.exists()
+    assert answers["asked"] == (turns - lines + 1 if stage == "replies" else 0)
+    assert answers["amended"] >= (turns if stage == "replies" else 2 * turns - lines)
+
+
+def test_what_was_lost_of_a_finished_run_is_found_out_and_predicted_again(workplace, whole, answers):
+    directory = Path("runs/lost")
+    shutil.copytree("runs/whole", directory)
+    for file in (directory / "resolved.yaml", directory / "run.json"):
+        file.write_text(file.read_text("utf-8").replace("runs/whole", "runs/lost"), "utf-8")
+    path = directory / "predictions" / FILE.format("reference")
+    path.write_bytes(b"".join(whole["reference"].splitlines(keepends=True)[:-3])[:-9])
+    with pytest.raises(InputError, match=r"trained, reference context lacks 4 of .* run=runs/lost resume=true$"):
+        recipe().main(compose("evaluate", ["run=runs/lost", "score_only=True"]))
+    recipe().main(compose("evaluate", ["run=runs/lost", "resume=true"]))
+    assert answers["asked"] == 4
+    assert predictions("lost") == whole
+    recipe().main(compose("evaluate", ["run=runs/lost", "resume=true"]))
+    assert answers["asked"] == 4
+
+
+def test_other_weights_are_another_system(workplace):
+    """Under one manifest, such as that of a training of which several states are exported."""
+    tokenizer = small_tokenizer("qwen2_5")
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    manifests = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(tiny_config("qwen2", tokenizer, 0.5))
+        save_checkpoint("again", model, tokenizer, template.chat_template, manifest_of(template))
+        manifests.append(read_manifest("again"))
+    assert manifests[0] == manifests[1] != manifests[2]
+    assert len(manifests[0].weights_hash) == 64
 
 
 class Flaky(hf_policy.HFPolicy):
@@ -130,10 +190,12 @@ def test_failed_turns_are_counted_end_with_status_1_and_are_tried_again(workplac
     total = sum(map(len, failed.values()))
     assert f"{total} turns failed (" in said and "run=runs/flaky resume=true" in said
     assert f"{len(failed['reference'])} more failed and are not scored" in Path("runs/flaky/table.md").read_text()
-    assert json.loads(Path("runs/flaky/run.json").read_text())["finished"] is None
+    record = json.loads(Path("runs/flaky/run.json").read_text())
+    assert (record["finished"], record["status"]) == (None, "failed") and f"{total} turns failed" in record["error"]
     recipe().main(compose("evaluate", ["run=runs/flaky", "resume=true"]))
     assert predictions("flaky") == whole
-    assert json.loads(Path("runs/flaky/run.json").read_text())["finished"]
+    record = json.loads(Path("runs/flaky/run.json").read_text())
+    assert record["finished"] and "crashed" not in record
 
 
 def test_two_processes_write_the_file_of_one(workplace, whole):

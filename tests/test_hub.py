@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL_TOKENIZERS
+import torch
+from conftest import ROOT, SMALL_TOKENIZERS, small_tokenizer, tiny_config
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2ForCausalLM
 
 from csc_train.errors import InputError
-from csc_train.hub import looks_local, readable
+from csc_train.hub import causal_model, looks_local, readable
 from csc_train.training.tokenizer import load_tokenizer
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
@@ -274,6 +277,23 @@ def test_a_directory_is_known_from_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "owner" / "model").mkdir(parents=True)
     assert looks_local("owner/model")
     assert load_tokenizer(str(SMALL_TOKENIZERS / "qwen2")).is_fast
+
+
+def test_a_model_that_lacks_weights_is_refused_not_made_up(tmp_path):
+    model = Qwen2ForCausalLM(tiny_config("qwen2", small_tokenizer("qwen2_5"), 0.5))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    whole = causal_model(str(tmp_path)).state_dict()
+    assert whole.keys() == model.state_dict().keys()
+    assert all(torch.equal(whole[name], value) for name, value in model.state_dict().items())
+    lost = [name for name in weights if "layers.1.mlp" in name]
+    save_file({name: value for name, value in weights.items() if name not in lost}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"lacks {len(lost)} of the model's tensors, the first is .*layers\.1\.mlp"):
+        causal_model(str(tmp_path))
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="holds no model that can be read"):
+        causal_model(str(tmp_path))
 
 
 def test_only_failures_to_read_are_explained():

@@ -270,7 +270,7 @@ def test_the_recipe_judges_goes_on_and_reports(runs, fault_server, capsys):
     with pytest.raises(SystemExit) as ended:
         recipe.main(compose("judge", command))
     assert ended.value.code == 1 and len(fault_server.requests) == 80
-    assert "1 questions failed; to ask them again: run=judged resume=true" in capsys.readouterr().out
+    assert "1 questions failed; to try again what failed: run=judged resume=true" in capsys.readouterr().out
     (failure,) = json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))["failures"]
     assert failure["kind"] == "server_error" and failure["dialogue_id"] in DIALOGUES
 

@@ -1,6 +1,7 @@
 """Continuing prompts from a cache: the tokens are those of the model without one, and little is computed twice."""
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -134,3 +135,22 @@ def test_few_rows_that_go_on_are_not_computed_with_all():
     assert sorted(cache.advance()) == [3, 6]
     hook.remove()
     assert fed == [(2, 1)] * 30
+
+
+def test_no_more_memory_is_held_than_the_buffers(monkeypatch):
+    """What a layer looked at last would keep its old buffers alive while those of all layers grow."""
+    model = model_of("qwen2")
+    cache = DialogueCache(model, PREFIX, [], most=2)
+    cache.begin(range(8), [[*PREFIX, 500 + row] for row in range(8)])
+    cache.advance()
+    old = [weakref.ref(buffer) for layer in cache._cache.layers for buffer in layer._buffers]
+    alive = []
+    resize = kv_cache._RowsLayer.resize
+
+    def watched(layer, rows, columns):
+        resize(layer, rows, columns)
+        alive.append(sum(each() is not None for each in old))
+
+    monkeypatch.setattr(kv_cache._RowsLayer, "resize", watched)
+    cache.begin([8], [[*PREFIX, *range(400)]])
+    assert alive[: len(old) // 2] == [len(old) - 2 * (number + 1) for number in range(len(old) // 2)]

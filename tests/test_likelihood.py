@@ -102,3 +102,14 @@ def test_attention_that_makes_its_own_mask_is_refused(scene):
             dialogue_log_likelihoods(model, template, ids, starts)
     finally:
         model.config._attn_implementation = "sdpa"
+
+
+@torch.inference_mode()
+def test_no_index_is_a_tensor_that_could_be_moved_to_another_gpu(scene):
+    """accelerate moves tensors among the arguments to a spread model's first GPU; its hidden states end on the last."""
+    model, template, ids, trained, starts = scene
+    asked = []
+    hook = model.register_forward_pre_hook(lambda _, __, facts: asked.append(facts["logits_to_keep"]), with_kwargs=True)
+    dialogue_log_likelihoods(model, template, ids, starts, trained.nonzero()[0].tolist())
+    hook.remove()
+    assert [type(each) for each in asked] == [list]

@@ -309,6 +309,48 @@ def test_thoughts_are_no_part_of_the_answer(fault_server):
     assert chat(config_of(fault_server))[0].text == "[情感管理]抱歉"
 
 
+def test_null_leaves_out_what_a_model_does_not_take(fault_server):
+    config = config_of(fault_server, extra_body={"max_tokens": None, "temperature": None, "max_completion_tokens": 900})
+    answer, _ = chat(config, temperature=0, max_tokens=256, seed=3)
+    assert answer.text == "您好"
+    assert fault_server.bodies == [{"model": "small", "messages": CHAT, "seed": 3, "max_completion_tokens": 900}]
+
+
+def test_a_server_that_asks_for_no_wait_is_given_time_all_the_same(fault_server, monkeypatch):
+    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.2)
+    fault_server.script += [Fault(429, retry_after=0)] * 2
+    started = time.monotonic()
+    assert chat(config_of(fault_server))[0].attempts == 3
+    assert time.monotonic() - started >= 0.75 * (0.2 + 0.4)
+
+
+def test_messages_that_no_file_could_hold(fault_server, monkeypatch):
+    key = "sk-very-secret-key-" + "0123456789" * 3
+    monkeypatch.setenv("SOME_KEY", key)
+    fault_server.script += [Say("", refusal="half \ud83d"), Fault(400, message="x" * 240 + key)]
+    failures = [chat(config_of(fault_server, api_key_env="SOME_KEY"))[0] for _ in range(2)]
+    assert failures[0].message == "half ?"
+    assert key[:8] not in failures[1].message and "***" in failures[1].message
+
+
+@pytest.mark.parametrize("usage", [("three", 5), ([], {"a": 1}), (float("inf"), 1)])
+def test_a_count_of_tokens_that_is_none(usage, fault_server):
+    fault_server.script.append(Say("您好", usage=usage))
+    _, attempts = chat(config_of(fault_server))
+    assert [each.kind for each in attempts] == ["garbage", None]
+
+
+def test_a_likelihood_that_is_no_finite_number(fault_server):
+    fault_server.echoes = True
+    fault_server.script.append(Say("", log_likelihoods=(None, -1.5, float("-inf"))))
+    fault_server.script.append(Say("", log_likelihoods=(None, -1.5, -2.5)))
+    answer, attempts = run(
+        config_of(fault_server), lambda client, observe: client.log_likelihoods([1, 2, 3], observe=observe)
+    )
+    assert answer == (-1.5, -2.5)
+    assert [each.kind for each in attempts] == ["garbage", None]
+
+
 @pytest.mark.parametrize("reply", [HTML, TORN, Say("\ud83d"), Say(["您好"])])
 def test_a_reply_that_is_none_of_this_api(reply, fault_server):
     fault_server.script.append(reply)

@@ -1,6 +1,8 @@
 """A served model as the system under evaluation: what it is asked, and what is kept when the server fails."""
 
+import gc
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -216,7 +218,7 @@ def test_a_turn_whose_likelihoods_fail_is_tried_again(fault_server, tmp_path):
     fault_server.requests.clear()
     fault_server.answer = tell
     assert run("flawed.jsonl") == []
-    assert len(fault_server.requests) == 2 + 2 * 14
+    assert len(fault_server.requests) == 2 * 14
     assert (tmp_path / "flawed.jsonl").read_bytes() == (tmp_path / "flawless.jsonl").read_bytes()
 
 
@@ -333,6 +335,59 @@ def test_a_key_that_is_refused_ends_the_run_and_loses_nothing(fault_server, tmp_
         predict(DIALOGUES, policy, "reference", store)
     assert len(fault_server.requests) == 3
     assert len(Store(tmp_path / "kept.jsonl", policy.config_hash).earlier) == 2
+
+
+def test_a_key_that_is_refused_in_the_middle_loses_no_answer(fault_server, tmp_path, caplog):
+    """Whatever else is under way then is waited for."""
+    told = []
+
+    def until_then(body):
+        told.append(len(fault_server.requests))
+        if len(told) > 20:
+            return Fault(401)
+        time.sleep(0.05 * (len(told) % 3))
+        return echo(body)
+
+    fault_server.answer = until_then
+    policy = policy_of(fault_server, TemplateConfig(), concurrency=8)
+    with Store(tmp_path / "kept.jsonl", policy.config_hash) as store, pytest.raises(InputError, match="refuses it"):
+        predict(DIALOGUES, policy, "reference", store)
+    assert len(Store(tmp_path / "kept.jsonl", policy.config_hash).earlier) == 20
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+def test_a_server_that_goes_away_between_the_contexts_fails_its_turns(fault_server):
+    """What the server can do is asked once, so that all turns are asked for in one way."""
+    fault_server.answer = echo
+    policy = policy_of(fault_server, template_of())
+    found = outcomes_of(fault_server, policy, "reference")
+    assert {type(each) for each in found.values()} == {Prediction}
+    fault_server.__exit__()
+    found = outcomes_of(fault_server, policy, "generated")
+    assert {type(each) for each in found.values()} == {Failure}
+
+
+def test_a_server_that_fails_when_asked_for_likelihoods_is_not_one_that_cannot_tell_them(fault_server):
+    fault_server.echoes = True
+    fault_server.answer = lambda body: Fault(500) if body.get("echo") else tell(body)
+    with pytest.raises(InputError, match=r"\(server_error\); evaluation\.likelihoods=false does without"):
+        predict(DIALOGUES, policy_of(fault_server, template_of()), "reference")
+
+
+def test_a_model_whose_chats_begin_with_the_user(fault_server):
+    def strict(body):
+        roles = [message["role"] for message in body["messages"]]
+        proper = roles[:2] == ["system", "user"] and roles[-1] == "user" and roles[1::2] == ["user"] * len(roles[1::2])
+        return echo(body) if proper else Fault(400, message="The first message must be a user message")
+
+    fault_server.answer = strict
+    policies = [policy_of(fault_server, TemplateConfig(), user_first=user_first) for user_first in (False, True)]
+    assert policies[0].config_hash != policies[1].config_hash
+    for context in ("reference", "generated"):
+        kinds = [{type(each) for each in outcomes_of(fault_server, each, context).values()} for each in policies]
+        assert kinds == [{Failure}, {Prediction}]
+    assert compose("evaluate", ["llm=deepseek_r1", "data=sample"]).llm.user_first
 
 
 def test_a_server_that_is_not_there_is_said_at_once(fault_server):

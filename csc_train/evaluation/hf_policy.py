@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from csc_train.checkpoint import Manifest, check_manifest, read_manifest, tokenizer_hash
 from csc_train.dialogue import Dialogue, Turn
@@ -15,7 +15,7 @@ from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.kv_cache import DialogueCache
 from csc_train.evaluation.predict import Request, Said, Schedule
 from csc_train.files import digest
-from csc_train.hub import readable
+from csc_train.hub import causal_model, readable
 from csc_train.strategies import Strategy
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -159,14 +159,9 @@ def load_policy(
             GPUs of this machine, if there are any.
 
     Raises:
-        InputError: there is no such model, or it cannot be read.
+        InputError: as `causal_model`.
     """
     spread = "auto" if torch.cuda.is_available() else None
-    with readable(path, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=revision,
-            dtype=_DTYPES[config.dtype],
-            device_map={"": device} if device else spread,
-        )
+    placed = {"": device} if device else spread
+    model = causal_model(path, revision=revision, dtype=_DTYPES[config.dtype], device_map=placed)
     return HFPolicy(model, template, config, origin)

@@ -36,6 +36,7 @@ class _RowsLayer(DynamicLayer):
     """A layer in whose buffers, [rows, heads, columns, head size], column p holds a row's token at position p.
 
     Rows may thus be of any lengths; what is left over behind the end of one is masked. The first forward makes row 0.
+    Only the buffers are kept: what a forward looked at would hold on to the old ones when they grow.
     """
 
     step: _Step
@@ -51,8 +52,7 @@ class _RowsLayer(DynamicLayer):
         for buffer, new in zip(self._buffers, states, strict=True):
             buffer[rows[:, None], :, positions] = new.transpose(1, 2)
         shown = slice(0, len(rows)) if step.first else rows
-        self.keys, self.values = (buffer[shown, :, : step.columns] for buffer in self._buffers)
-        return self.keys, self.values
+        return tuple(buffer[shown, :, : step.columns] for buffer in self._buffers)
 
     def resize(self, rows: int, columns: int) -> None:
         """Grow to so many; a new row begins as a copy of row 0."""

@@ -15,6 +15,7 @@ from csc_train.strategies import STRATEGIES, Strategy
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, messages
 from csc_train.template.reply import Reply, format_reply, read_reply
+from csc_train.template.system_prompt import OPENING
 
 
 class OpenAIPolicy:
@@ -39,9 +40,13 @@ class OpenAIPolicy:
         self._template = template if isinstance(template, DialogueTemplate) else None
         self._settings = self._template.config if self._template else template
         self.strategies_apply = self._settings.mode == "joint"
-        prompt = self._template.fingerprint if self._template else digest(messages([], self._settings))
+        prompt = self._template.fingerprint if self._template else digest(self._chat(()))
         decoding = [llm.temperature, llm.top_p, llm.max_tokens, llm.extra_body, config.max_new_tokens, config.seed]
+        decoding.append(llm.user_first)
         self.config_hash = digest([origin, llm.model, prompt, self._settings.mode, self._settings.language, *decoding])
+        # What the server can do, once it was asked.
+        self._by_ids: bool | None = None
+        self._likelihoods_told: bool | None = None
 
     def run(self, schedule: Schedule) -> None:
         """Answer every turn, as many at a time as the server bears.
@@ -54,20 +59,38 @@ class OpenAIPolicy:
 
     async def _run(self, schedule: Schedule) -> None:
         async with Client(self._llm) as client:
-            by_ids = await self._takes_ids(client)
-            if self._settings.mode == "given" and not by_ids:
+            await self._ask_abilities(client)
+            if self._settings.mode == "given" and not self._by_ids:
                 raise InputError("template.mode=given: a strategy is handed in by token ids, and the server takes none")
-            likelihoods = by_ids and self._config.likelihoods and await self._tells_likelihoods(client)
             under_way: dict[asyncio.Task, Request] = {}
-            while True:
-                for request in schedule.take(self._llm.concurrency - len(under_way)):
-                    wanted = schedule.context if likelihoods else None
-                    under_way[asyncio.create_task(self._reply(client, request, by_ids, wanted))] = request
-                if not under_way:
-                    return
-                done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    schedule.answer(under_way.pop(task), task.result())
+            refused: AuthenticationFailure | None = None
+            try:
+                while True:
+                    for request in schedule.take(0 if refused else self._llm.concurrency - len(under_way)):
+                        under_way[asyncio.create_task(self._reply(client, request, schedule.context))] = request
+                    if not under_way:
+                        break
+                    done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        request = under_way.pop(task)
+                        try:
+                            schedule.answer(request, task.result())
+                        except AuthenticationFailure as failure:  # what is under way was asked, and may be answered
+                            refused = failure
+            finally:
+                for task in under_way:
+                    task.cancel()
+                await asyncio.gather(*under_way, return_exceptions=True)
+            if refused:
+                raise refused
+
+    async def _ask_abilities(self, client: Client) -> None:
+        """Find out what the server can do, once: all turns are asked for in one way."""
+        if self._by_ids is None:
+            self._by_ids = await self._takes_ids(client)
+        if self._likelihoods_told is None:
+            wanted = self._by_ids and self._config.likelihoods
+            self._likelihoods_told = wanted and await self._tells_likelihoods(client)
 
     async def _takes_ids(self, client: Client) -> bool:
         """Whether the server takes token ids, and the very ones it is sent."""
@@ -91,26 +114,27 @@ class OpenAIPolicy:
         except AuthenticationFailure:
             raise
         except LLMFailure as failure:
-            if failure.kind in ("connection", "timeout", "rate_limit"):
-                raise InputError(f"llm: {failure.message} ({failure.kind})") from failure
+            if failure.kind != "bad_request":
+                advice = "evaluation.likelihoods=false does without the likelihoods of a prompt"
+                raise InputError(f"llm: {failure.message} ({failure.kind}); {advice}") from failure
             return False
         return True
 
-    async def _reply(self, client: Client, request: Request, by_ids: bool, likelihoods: str | None) -> Said | Failed:
-        """What the model says; `likelihoods`: the context in which they are asked for too, or None."""
+    async def _reply(self, client: Client, request: Request, context: str) -> Said | Failed:
+        """What the model says, and how likely it finds what else could be said, where the server tells that."""
         seed = int(digest([self._config.seed, request.dialogue.id, request.turn])[:7], 16)
         decoding = {"seed": seed, "temperature": 0, "max_tokens": self._config.max_new_tokens}
         given = request.dialogue.turns[request.turn].strategy if self._settings.mode == "given" else None
         told: dict[str, Any] = {}
         try:
-            if by_ids:
+            if self._by_ids:
                 history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
                 prompt = self._template.prompt_ids(history, given)
                 answer = await client.complete(prompt, **decoding)
-                if likelihoods:
-                    told = await self._likelihoods(client, request, prompt, likelihoods)
+                if self._likelihoods_told:
+                    told = await self._likelihoods(client, request, prompt, context)
             else:
-                prompt = chat_of(request.history, self._settings)
+                prompt = self._chat(request.history)
                 answer = await client.chat(prompt, **decoding)
         except AuthenticationFailure:
             raise
@@ -120,11 +144,14 @@ class OpenAIPolicy:
             answer.text,
             read_reply(answer.text, self._settings.mode),
             digest(prompt),
-            self._ids(answer.text, answer.token_ids, given) if by_ids else (),
-            prompt_form="ids" if by_ids else "messages",
+            self._ids(answer.text, answer.token_ids, given) if self._by_ids else (),
+            prompt_form="ids" if self._by_ids else "messages",
             answered_by=answer.model,
             **told,
         )
+
+    def _chat(self, history: Sequence[Turn | Said]) -> list[Message]:
+        return chat_of(history, self._settings, self._llm.user_first)
 
     async def _likelihoods(
         self, client: Client, request: Request, prompt: Sequence[int], context: str
@@ -152,9 +179,15 @@ class OpenAIPolicy:
         return (*handed_in, *(own[: own.index(end)] if end in own else own))
 
 
-def chat_of(history: Sequence[Turn | Said], config: TemplateConfig) -> list[Message]:
-    """A history as chat messages of role and content, which is all that a server hands to its chat template."""
+def chat_of(history: Sequence[Turn | Said], config: TemplateConfig, user_first: bool = False) -> list[Message]:
+    """A history as chat messages of role and content, which is all that a server hands to its chat template.
+
+    Args:
+        user_first: see `LLMConfig.user_first`.
+    """
     chat = messages([], config)
+    if user_first:
+        chat.append({"role": "user", "content": OPENING[config.language]})
     for turn in history:
         if not isinstance(turn, Turn):
             chat.append({"role": "assistant", "content": turn.raw_text})

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from csc_train.dialogue import Dialogue, Turn
 from csc_train.errors import InputError
-from csc_train.evaluation.predictions import Failure, Outcome, Prediction
+from csc_train.evaluation.predictions import Failure, Outcome, Prediction, expected_turns
 from csc_train.evaluation.store import Store
 from csc_train.strategies import STRATEGIES
 from csc_train.template.reply import Reply
@@ -163,7 +163,7 @@ class Schedule:
         Raises:
             RuntimeError: the system has left turns unanswered.
         """
-        expected = [(dialogue.id, turn) for dialogue in self.dialogues for turn in dialogue.supporter_turns]
+        expected = expected_turns(self.dialogues)
         if unanswered := len(expected) - len(self._outcomes):
             raise RuntimeError(f"{unanswered} of {len(expected)} turns are neither predicted nor failed")
         return [self._outcomes[key] for key in expected]

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from csc_train.dialogue import Dialogue
+from csc_train.dialogue import SURROGATE, Dialogue, has_surrogate
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, digest
+from csc_train.files import atomic_path, digest, file_digest
 from csc_train.template.reply import parse_reply
 
 CONTEXTS = ("reference", "generated")
@@ -83,17 +83,19 @@ def write_predictions(path: str | os.PathLike, outcomes: Iterable[Outcome]) -> N
         file.writelines(map(as_line, outcomes))
 
 
-def read_outcomes(path: str | os.PathLike, growing: bool = False) -> list[Outcome]:
-    """Read the lines of a predictions file, failed turns included.
+def expected_turns(dialogues: Iterable[Dialogue]) -> list[tuple[str, int]]:
+    """The (dialogue id, turn) of every turn that is to be predicted, in order."""
+    return [(dialogue.id, turn) for dialogue in dialogues for turn in dialogue.supporter_turns]
 
-    Args:
-        growing: whether lines are, or were, appended to it: a last line without its end is left out.
+
+def read_outcomes(path: str | os.PathLike) -> list[Outcome]:
+    """Read the lines of a predictions file, failed turns included; a last line that was not written to its end is not.
 
     Raises:
         InputError: the file cannot be read, or a line is not a prediction; names the file and line.
     """
     outcomes = []
-    for number, row in _rows(path, growing):
+    for number, row in _rows(path, ends="\n"):
         for name in ("ids", "label_log_likelihoods"):
             if isinstance(row.get(name), list):
                 row[name] = tuple(row[name])
@@ -164,8 +166,9 @@ def system_of(saved: Mapping[str, object], directory: str, name: str | None) -> 
 def read_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context: str) -> list[Prediction]:
     """Replies made elsewhere to the supporter turns of these dialogues, in dialogue order.
 
-    Each line is an object with `dialogue_id`, `turn` (from 0, counting the customer's turns too) and `text`, such as
-    `[情感管理]回复`; where no text of the file names a strategy, the system is taken not to predict any.
+    Each line is an object with `dialogue_id` (of dialogues without one a part of their fingerprint, as in the run's
+    dialogues.jsonl), `turn` (from 0, counting the customer's turns too) and `text`, such as `[情感管理]回复`; where no
+    text of the file names a strategy, the system is taken not to predict any.
 
     Raises:
         InputError: a line is not of this form, the file does not hold every supporter turn exactly once, or it is named
@@ -174,14 +177,18 @@ def read_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context
     if Path(path).stem in BASELINES:
         raise InputError(f"{path}: the system is named after the file, and a baseline has that name: rename it")
     texts: dict[tuple[str, int], str] = {}
-    known = {(dialogue.id, turn) for dialogue in dialogues for turn in dialogue.supporter_turns}
+    known = set(expected_turns(dialogues))
     for number, row in _rows(path):
-        key = row.get("dialogue_id"), row.get("turn")
-        if not isinstance(key[0], str) or type(key[1]) is not int or not isinstance(row.get("text"), str):
+        name, turn = row.get("dialogue_id"), row.get("turn")
+        if type(name) not in (str, int) or type(turn) is not int or not isinstance(row.get("text"), str):
             raise InputError(f"{path}, line {number}: not an object with dialogue_id, turn (a number) and text")
+        if has_surrogate(row["text"]):
+            raise InputError(f"{path}, line {number}, text: {SURROGATE}")
+        key = str(name), turn  # as dialogue files are read
         if key not in known:
             raise InputError(
-                f"{path}, line {number}: turn {key[1]} of dialogue {key[0]} is no supporter turn to predict"
+                f"{path}, line {number}: turn {key[1]} of dialogue {key[0]} is no supporter turn to predict; those to "
+                f"predict are in dialogues.jsonl of the run directory"
             )
         if key in texts:
             raise InputError(f"{path}, line {number}: turn {key[1]} of dialogue {key[0]} is there twice")
@@ -191,6 +198,7 @@ def read_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context
             f"{path}: lacks {len(missing)} of {len(known)} turns, the first is turn {missing[0][1]} of dialogue "
             f"{missing[0][0]}"
         )
+    origin = file_digest(path)
     replies = {key: parse_reply(text) for key, text in texts.items()}
     predicts_strategy = any(reply.strategy for reply in replies.values())
     return [
@@ -205,6 +213,7 @@ def read_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context
             reference_strategy=dialogue.turns[turn].strategy.number,
             reference_response=dialogue.turns[turn].text,
             predicts_strategy=predicts_strategy,
+            config_hash=origin,
         )
         for dialogue in dialogues
         for turn in dialogue.supporter_turns
@@ -212,15 +221,15 @@ def read_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context
     ]
 
 
-def _rows(path: str | os.PathLike, growing: bool = False) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a JSONL file; of a growing one without a last line that is not ended."""
+def _rows(path: str | os.PathLike, ends: str = "") -> Iterator[tuple[int, dict]]:
+    """(line number, object) of a JSONL file; blank lines, and those that do not end so, are left out."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if growing and not line.endswith(b"\n"):
-                    return
+                if not line.strip() or not line.endswith(ends.encode()):
+                    continue
                 try:
-                    row = json.loads(line.decode("utf-8"))
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
                     raise InputError(f"{path}, line {number}: not UTF-8 at byte {error.start} of the line") from error
                 except json.JSONDecodeError as error:

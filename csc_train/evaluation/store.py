@@ -1,5 +1,6 @@
 """Outcomes on disk as they come, so that an evaluation that was stopped at any point goes on from there."""
 
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,7 +8,15 @@ from typing import Self
 
 from csc_train.dialogue import Dialogue
 from csc_train.errors import InputError
-from csc_train.evaluation.predictions import Failure, Outcome, Prediction, as_line, read_outcomes, write_predictions
+from csc_train.evaluation.predictions import (
+    Failure,
+    Outcome,
+    Prediction,
+    as_line,
+    expected_turns,
+    read_outcomes,
+    write_predictions,
+)
 
 
 class Store:
@@ -26,8 +35,8 @@ class Store:
         process: the number of this process.
 
     Raises:
-        InputError: a file cannot be read or written, a line is broken (the last one of a part aside, which is cut off
-            where it was not written to its end), or the outcomes are of a system under other settings.
+        InputError: a file cannot be read or written, a line is broken (a last one aside, which is left out where it was
+            not written to its end), or the outcomes are of a system under other settings.
     """
 
     def __init__(self, path: str | os.PathLike, config_hash: str, process: int = 0):
@@ -75,16 +84,13 @@ class Store:
             The turns that failed.
         """
         outcomes = self._outcomes()
-        expected = [(dialogue.id, turn) for dialogue in dialogues for turn in dialogue.supporter_turns]
+        expected = expected_turns(dialogues)
         missing = [key for key in expected if key not in outcomes]
         assert not missing, f"{len(missing)} of {len(expected)} turns are neither predicted nor failed: {missing[0]}"
         write_predictions(self.path, [outcomes[key] for key in expected])
-        for part in self._parts():
+        for part in _parts(self.path):
             part.unlink()
         return [outcomes[key] for key in expected if isinstance(outcomes[key], Failure)]
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}.part-*"))
 
     def _outcomes(self) -> dict[tuple[str, int], Outcome]:
         """What is known of each turn; that it was predicted is known for good."""
@@ -103,13 +109,21 @@ class Store:
     def _lines(self) -> Iterator[Outcome]:
         if self.path.exists():
             yield from read_outcomes(self.path)
-        for part in self._parts():
-            yield from read_outcomes(part, growing=True)
+        for part in _parts(self.path):
+            yield from read_outcomes(part)
 
 
-def complete(path: str | os.PathLike) -> bool:
-    """Whether a file holds every turn of its system and context, none of them failed."""
-    return Path(path).exists() and not any(isinstance(outcome, Failure) for outcome in read_outcomes(path))
+def complete(path: Path, dialogues: Sequence[Dialogue]) -> bool:
+    """Whether a file holds every supporter turn of these dialogues, none of them failed, and no parts are left."""
+    if not path.exists() or _parts(path):
+        return False
+    found = {(each.dialogue_id, each.turn) for each in read_outcomes(path) if isinstance(each, Prediction)}
+    return found.issuperset(expected_turns(dialogues))
+
+
+def _parts(path: Path) -> list[Path]:
+    """Where the processes append what is put together in `path`."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.part-*"))
 
 
 def _cut_torn_line(path: Path) -> None:

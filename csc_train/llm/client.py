@@ -3,6 +3,7 @@
 import asyncio
 import email.utils
 import functools
+import math
 import os
 import random
 import time
@@ -217,7 +218,7 @@ class Client:
         return answer.log_likelihoods
 
     def body(self, seed: int | None, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
-        """What every request to the model holds; arguments as of `chat`."""
+        """What every request to the model holds; arguments as of `chat`. What `extra_body` has as null is left out."""
         config = self.config
         settings = {
             "temperature": temperature if config.temperature is None else config.temperature,
@@ -225,15 +226,16 @@ class Client:
             "max_tokens": max_tokens if config.max_tokens is None else config.max_tokens,
             "seed": seed,
         }
-        given = {name: value for name, value in settings.items() if value is not None}
-        return {"model": config.model} | given | config.extra_body
+        body = {"model": config.model} | settings | config.extra_body
+        return {name: value for name, value in body.items() if value is not None}
 
     async def _call(
         self, path: str, body: dict[str, Any], read: Callable[[dict], dict], observe: Observer | None
     ) -> Completion:
         """Send a request until it is answered or the budget is used up."""
         prompt = body.get("prompt") or "".join(message["content"] for message in body["messages"])
-        estimate = len(prompt) // (CHARACTERS_PER_TOKEN if isinstance(prompt, str) else 1) + body.get("max_tokens", 0)
+        estimate = len(prompt) // (CHARACTERS_PER_TOKEN if isinstance(prompt, str) else 1)
+        estimate += body.get("max_tokens", body.get("max_completion_tokens", 0))
         spent = [0, 0]
         for number in range(1, self.config.retries + 2):
             async with self.limits.slot(estimate) as sent_in:
@@ -261,7 +263,7 @@ class Client:
             if refusal.hopeless or number > self.config.retries:
                 raise LLMFailure(refusal.kind, refusal.message, number, *spent)
             backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (number - 1)) * random.uniform(0.75, 1)
-            await asyncio.sleep(backoff if refusal.wait_s is None else refusal.wait_s)
+            await asyncio.sleep(max(backoff, refusal.wait_s or 0))
         raise AssertionError("the last try returns or raises")
 
     async def _send(self, path: str, body: dict[str, Any], read: Callable[[dict], dict]) -> dict[str, Any]:
@@ -270,7 +272,7 @@ class Client:
             async with asyncio.timeout(self.config.timeout_s):
                 data = await self._api.post(path, body=body, cast_to=object)
             usage = data.get("usage") or {}
-            counted = _usage(usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
+            counted = _usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
             answer = read(data["choices"][0])
             model = data.get("model") or self.config.model
         except TimeoutError as error:
@@ -285,16 +287,18 @@ class Client:
             if kind == "authentication":
                 message = f"llm.api_key_env={self.config.api_key_env}: {self.config.base_url} refuses it: {message}"
             raise _Refusal(kind, message, wait_s) from error
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise _Refusal("garbage", self._clean(f"not an answer of this API: {error!r}")) from error
         if refusal := answer.pop("refusal"):
             raise _Refusal("refused", self._clean(refusal), **counted)
         return answer | counted | {"model": model}
 
     def _clean(self, message: str) -> str:
-        """A server's message as one line without the key, part of which some servers repeat."""
-        line = " ".join(str(message).split())[:300]
-        return line.replace(self._key, "***") if self.config.api_key_env else line
+        """A server's message as one line without the key, which some servers repeat, that any file can hold."""
+        line = " ".join(str(message).split())
+        if self.config.api_key_env:
+            line = line.replace(self._key, "***")
+        return line.encode(errors="replace").decode()[:300]
 
 
 def api_key(config: LLMConfig) -> str | None:
@@ -344,6 +348,8 @@ def _read_echo(length: int, choice: dict[str, Any]) -> dict[str, Any]:
     # One more is the token that was generated; of the first one nothing is known.
     if len(told) not in (length, length + 1) or not all(isinstance(each, float | int) for each in told[1:length]):
         raise _Refusal("bad_request", "the server does not tell how likely the tokens of a prompt are")
+    if not all(map(math.isfinite, told[1:length])):
+        raise ValueError("a log-likelihood that is no finite number")
     return _read_text(choice) | {"log_likelihoods": tuple(told[1:length])}
 
 

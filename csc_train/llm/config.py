@@ -45,7 +45,9 @@ class LLMConfig:
     structured: str = "auto"
     """How JSON is asked for: json_schema, json_object or text; auto: the strictest that the server accepts."""
     extra_body: dict[str, Any] = field(default_factory=dict)
-    """What else goes into every request."""
+    """What else goes into every request; null leaves out what would go into it, such as max_tokens."""
+    user_first: bool = False
+    """Whether the model's chats must begin with the user: the supporter's greeting then answers a stock message."""
 
     def __post_init__(self):
         check_choice("llm.backend", self.backend, BACKENDS)

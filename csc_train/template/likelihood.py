@@ -95,7 +95,9 @@ def dialogue_log_likelihoods(
         attention_mask=_mask(model, sees),
         position_ids=torch.tensor([positions], device=device),
         use_cache=False,
-        logits_to_keep=torch.tensor(places, device=device),
+        # A list and no tensor: of a model that is spread over GPUs, a tensor would be moved to the first of them, while
+        # the hidden states that it selects from are on the last.
+        logits_to_keep=places,
     ).logits[0]
     likelihoods = _log_likelihoods(logits, torch.tensor(wanted, device=device))
     own, branched = likelihoods[: len(targets)], likelihoods[len(targets) :]

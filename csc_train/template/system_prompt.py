@@ -7,6 +7,9 @@ import jinja2
 
 from csc_train.strategies import STRATEGIES, Stage
 
+OPENING = {"zh": "（客户接通了客服。）", "en": "(The customer is connected to support.)"}
+"""What a model hears before the supporter's greeting, by language, where its chats must begin with the user."""
+
 _ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
 
 

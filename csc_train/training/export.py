@@ -9,12 +9,12 @@ import huggingface_hub
 import huggingface_hub.errors
 import peft
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from csc_train.checkpoint import MANIFEST, Manifest, read_manifest, save_checkpoint
 from csc_train.errors import InputError
 from csc_train.files import write_text
-from csc_train.hub import readable
+from csc_train.hub import causal_model
 from csc_train.template.dialogue_template import chat_template
 from csc_train.training.config import AdapterConfig, ExportConfig, ModelConfig
 from csc_train.training.model import load_model, lora_config, resolve_dtype
@@ -111,10 +111,10 @@ def whole_model(path: str, revision: str | None, dtype: torch.dtype | str) -> Pr
     """A model on the CPU, whole whatever the ZeRO stage.
 
     Raises:
-        InputError: it cannot be found or read.
+        InputError: as `causal_model`.
     """
-    with unsharded(), readable(path, "model"):
-        return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+    with unsharded():
+        return causal_model(path, revision=revision, dtype=dtype)
 
 
 def with_weights(

@@ -17,7 +17,7 @@ from transformers import (
 from transformers import set_seed as set_all_seeds
 
 from csc_train.errors import InputError
-from csc_train.hub import readable
+from csc_train.hub import causal_model, readable
 from csc_train.packing.documents import ATTENTION as DOCUMENT_ATTENTION
 from csc_train.packing.documents import document_attention
 from csc_train.packing.flex import FLEX_ATTENTION, flex_document_attention
@@ -54,8 +54,7 @@ def load_model(
         set_all_seeds(seed)
         model = AutoModelForCausalLM.from_config(model_config(config.architecture, tokenizer), **options)
     else:
-        with readable(config.path, "model"):
-            model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, **options)
+        model = causal_model(config.path, revision=config.revision, **options)
     if in_4_bits:
         _compute_as_trained(model)
     rows = model.get_input_embeddings().num_embeddings
