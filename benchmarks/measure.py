@@ -292,7 +292,8 @@ class Report:
         for name, section in self.sections.items():
             origin = section["provenance"]
             commit = f"{(origin['commit'] or 'unknown')[:12]}{' with changes' if origin['dirty'] else ''}"
-            lines += [f"## {name}", "", section["how"], f"Measured at {commit}, {section['machine']['cores']} cores."]
+            machine = ", ".join(filter(None, (f"{section['machine']['cores']} cores", section["machine"]["gpu"])))
+            lines += [f"## {name}", "", section["how"], f"Measured at {commit}, {machine}."]
             lines += ["", "| figure | value | low to high | goal |", "|---|---|---|---|"]
             lines += [f"| {label} | {' | '.join(columns(figure))} |" for label, figure in section["figures"].items()]
             lines += [""]

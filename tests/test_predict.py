@@ -463,14 +463,15 @@ def test_a_saved_checkpoint_answers_as_the_model_did(model, tokenizer, checkpoin
     few = odd_dialogues[:2]
     settings = EvaluationConfig(max_new_tokens=STEPS)
     template, manifest = open_checkpoint(str(checkpoint))
-    policy = load_policy(str(checkpoint), template, settings)
+    # On the same device, since answers are compared to the last digit.
+    policy = load_policy(str(checkpoint), template, settings, device=model.device)
     expected = predict(few, policy_of(model, tokenizer), "generated")
     assert predict(few, policy, "generated") == expected
     # The base stands beside the checkpoint; another seed, so that one is not taken for the other.
     torch.manual_seed(2)
     base = Qwen2ForCausalLM(model.config)
     base.save_pretrained(checkpoint.parent / "base")
-    untrained = load_policy(base_of(str(checkpoint), manifest), template, settings)
+    untrained = load_policy(base_of(str(checkpoint), manifest), template, settings, device=model.device)
     answers = predict(few, untrained, "reference")
     assert answers == predict(few, policy_of(base, tokenizer), "reference")
     assert [p.raw_text for p in answers] != [p.raw_text for p in predict(few, policy, "reference")]
