@@ -27,6 +27,7 @@ from measure import (
     EXCHANGES,
     LEARNING_RATE,
     PREFIX,
+    SHAPES,
     SMALL_TOKENIZER,
     Report,
     Steps,
@@ -60,15 +61,6 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, Example, messages
 from csc_train.training.trainer import forward_flops
 
-QWEN2_5_7B = {
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
 CPU_MODEL = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -259,7 +251,7 @@ def balance(report: Report, settings: Settings, capacity: int) -> None:
     """How much slower the slowest rank is than the mean, and how fair a sample each step."""
     bodies = body_lengths(settings.dialogues)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **QWEN2_5_7B))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SHAPES["7b"]))
     flops = forward_flops(model)
     shared = [[PREFIX, *bodies[pack]] for pack in tight_fit(bodies, capacity - PREFIX)]
     plain = pack_dataset(dataset_of_lengths(bodies + PREFIX), capacity)["seq_lengths"]
