@@ -330,5 +330,5 @@ def markdown(result: Judgement, judged: Judged, names: tuple[str, str], judge_na
 
 def _cell(score: Score) -> str:
     if score.value is None:
-        return "n/a"
+        return f"n/a ({score.reason})"
     return f"{score.value:.2f}" + ("" if score.low is None else f" [{score.low:.2f}, {score.high:.2f}]")
