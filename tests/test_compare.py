@@ -73,6 +73,12 @@ def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     assert {row.reason for row in missing} == {"no BERTScore model given", "no BLEURT model given"}
 
 
+def test_a_verdict_is_by_the_p_value_after_the_correction():
+    rows = compare({"reference": answers(0.56, 3)}, {"reference": answers(0.5, 103)}, LEXICAL, flips=1000)
+    doubtful = [row for row in rows if row.p_value is not None and row.p_value < 0.05 <= row.adjusted]
+    assert doubtful and {row.verdict for row in doubtful} == {ALIKE}
+
+
 def test_where_one_system_predicts_no_strategy_its_choices_are_not_compared():
     handed_in = [dataclasses.replace(each, predicts_strategy=False, strategy=None) for each in answers(0.5, 0)]
     rows = by_metric(compare({"reference": handed_in}, {"reference": answers(0.5, 1)}, LEXICAL, flips=1000))
