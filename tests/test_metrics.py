@@ -296,6 +296,28 @@ def test_likelihoods_by_hand():
     assert scores["ECE"].reason == "the system tells no likelihood of the labels"
 
 
+def test_labels_that_a_system_holds_impossible_are_wrong_and_a_reference_that_it_does_is_infinitely_unlikely():
+    impossible = (-math.inf,) * 12
+    rows = [
+        believing(0, 1, 0.92),
+        prediction(1, "好", 2, reference_strategy=3, label_log_likelihoods=(-3.0, *impossible[1:])),
+        prediction(1, "好", 4, label_log_likelihoods=impossible),  # which says nothing
+        prediction(1, "好", 6, reference_nll=math.inf, reference_tokens=3),
+    ]
+    scores = believed(rows)
+    assert (scores["top-2 ACC"].value, scores["ECE"].value) == (50, pytest.approx(100 * abs(0.96 - 0.5)))
+    assert likelihood_metrics.calibration(Turns(rows))[0]["turns"] == 2
+    for name in ("NLL", "perplexity"):
+        assert (scores[name].value, scores[name].reason) == (None, "it is infinite")
+
+
+def test_the_calibration_error_has_no_interval_and_accuracy_has_one():
+    dialogues = {f"d{number}": Dialogue(f"d{number}", SAID) for number in range(20)}
+    rows = [dataclasses.replace(believing(0, 1, 0.92), dialogue_id=name) for name in dialogues]
+    scores = score(rows, dialogues, MetricsConfig(profiles=[]))["likelihood"]
+    assert (scores["ECE"].low, scores["ECE"].high) == (None, None) and scores["top-2 ACC"].low == 100
+
+
 def test_confusion_by_hand():
     table = strategy_metrics.confusion(EIGHT)
     assert table.shape == (12, 13)
