@@ -14,6 +14,7 @@ from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.contamination import find_contamination, write_contamination
 from csc_train.evaluation.html_report import write_html
 from csc_train.evaluation.metrics import MetricsConfig
+from csc_train.evaluation.page import render
 from csc_train.evaluation.predictions import CONTEXTS, Prediction, write_predictions
 from csc_train.evaluation.report import write_results
 from csc_train.evaluation.scoring import score_run
@@ -266,6 +267,11 @@ def test_calibration_is_shown_where_it_is_known(run, page, tmp_path, browser):
         "confidence 35.0, right 30.0, 9 turns", "confidence 92.0, right 85.0, 20 turns",
     ]  # fmt: skip
     other.close()
+
+
+def test_a_page_is_not_written_with_numbers_that_no_browser_reads():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        render("sheet.html.jinja", language="en", data={"sheet": "s", "questions": [], "items": [float("nan")]})
 
 
 def test_the_page_could_not_reach_a_network_even_if_it_tried(run, browser, tmp_path):

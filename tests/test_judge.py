@@ -172,7 +172,7 @@ def test_an_answer_is_kept_for_all_that_decides_it_and_asked_for_without_chance(
     cache, rubric = tmp_path / "cache.jsonl", JudgeConfig(tasks=["rubric"], turns=None, draws=200, flips=1000)
     seeds = []
     for settings in (
-        {}, {"model": "other"}, {"temperature": 0.5}, {"top_p": 0.9}, {"max_tokens": 99}, {"extra_body": {"think": True}}
+        {}, {"model": "other"}, {"temperature": 0.5}, {"top_p": 0.9}, {"max_tokens": 99}, {"extra_body": {"think": 1}}
     ):  # fmt: skip
         fault_server.requests.clear()
         judged_by(fault_server, a, b, cache, rubric, **settings)

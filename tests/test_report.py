@@ -3,6 +3,7 @@
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from csc_train.evaluation.comparison import ALIKE, Difference
@@ -110,6 +111,12 @@ def test_results_are_written(tmp_path):
     }  # fmt: skip
     assert (tmp_path / "run" / "table.md").read_text(encoding="utf-8") == markdown_table(RESULTS, {})
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["results.json", "table.md"]
+
+
+def test_a_number_that_json_cannot_say_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_results(tmp_path, {"trained": {"reference": scores(float("inf"))}}, {}, {})
+    assert not any(tmp_path.iterdir())
 
 
 def rendered(results, width):

@@ -54,8 +54,12 @@ class Section:
 
 
 def plain(value: Any) -> Any:
-    """Results with each Score as a dictionary, as `results.json` has them."""
-    return json.loads(json.dumps(value, default=asdict))
+    """Results with each Score as a dictionary, as `results.json` has them.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot say; what is not defined is to be a Score with a reason.
+    """
+    return json.loads(json.dumps(value, default=asdict, allow_nan=False))
 
 
 def write_results(
