@@ -414,15 +414,55 @@ def test_process_by_hand():
         ("100，200或1,234.50", {"100", "200", "1234.5"}),
         ("一千二百元", {"1200"}),
         ("三万五千零五十元和八折", {"35050", "8"}),
-        ("十五块钱", {"15"}),
+        ("十五块钱，五十块，三百块吧，五角钱", {"15", "50", "300", "5"}),
         ("3万元、3.5万元和1.2亿", {"30000", "35000", "120000000"}),
-        ("一定为您处理", set()),
-        ("App 5.0.1，12:30前", {"5.0.1", "12:30"}),
+        ("一千五块钱，两千五元，一万五元，五百二十元", {"1500", "2500", "15000", "520"}),
+        ("一亿二千万元，一万亿元", {"120000000", "1000000000000"}),
+        ("3千元，1万2千元，１万２元", {"3000", "12000"}),
+        ("一点五元，零点五元，一点五万元，百分之二十", {"1.5", "0.5", "15000", "20"}),
+        ("十元起，二十元内，一百元整，五元券", {"10", "20", "100", "5"}),
+        ("一定为您处理，请等三天，一折腾，一角落里，五角星，两元件", set()),
+        ("App 5.0.1，12:30前，9:05十分钟，2.0.0万", {"5.0.1", "12:30", "9:05", "2.0.0"}),
         ("订单A20240817B", {"20240817"}),
     ],
 )
-def test_numbers_in_a_text(text, expected):
-    assert reply_metrics.numbers(text) == expected
+def test_numbers_and_amounts_in_a_text(text, expected):
+    assert reply_metrics.numbers(text, words=False) == expected
+    assert reply_metrics.numbers(text) >= expected
+
+
+def test_a_numeral_that_is_no_amount_is_a_number_too():
+    assert reply_metrics.numbers("三天前，七月二十号，三点五十分，二〇二五年") == {"3", "7", "20", "50", "2025"}
+    assert reply_metrics.numbers("欠一千五，五百二，两万三，十二") == {"1500", "520", "23000", "12"}
+
+
+def test_whatever_looks_like_a_number_is_read():
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choices("0129０,.:，点零一二十百千万亿元块角折%分之 ", k=rng.randint(1, 12)))
+        assert reply_metrics.numbers(text, words=False) <= reply_metrics.numbers(text)
+    for text in ("十" + "亿" * 5000, "一" * 5000, "1." * 5000, "9" * 5000 + "万"):
+        assert reply_metrics.numbers(text)
+
+
+@pytest.mark.parametrize(
+    ("said", "reply", "new"),
+    [
+        ("等了三天", "您等了3天", False),
+        ("欠了三千", "欠款3千元", False),
+        ("一百块", "退您100元", False),
+        ("七月二号下的单", "您7月2号下的单", False),
+        ("付了一千五", "退您1500元", False),
+        ("百分之二十", "扣20%", False),
+        ("你好", "退您五十块", True),
+        ("你好", "再等三天", False),  # neither digits nor an amount
+        ("你好", "再等3天", True),
+    ],
+)
+def test_a_number_was_said_before_however_it_was_written(said, reply, new):
+    dialogue = Dialogue("d1", (Turn(Speaker.CUSTOMER, said), Turn(Speaker.SUPPORTER, reply, STRATEGIES[6])))
+    turns = Turns([prediction(7, reply, turn=1, reference_response=reply)])
+    assert [side.tolist() for side in reply_metrics.new_numbers(turns, {"d1": dialogue})] == [[new], [new]]
 
 
 def test_new_numbers_are_those_that_nobody_said_before():
