@@ -87,11 +87,20 @@ def test_where_one_system_predicts_no_strategy_its_choices_are_not_compared():
     assert rows["zh B-2"].verdict is not None
 
 
-def test_other_turns_or_references_are_refused():
+def test_turns_that_one_system_lacks_are_left_out_of_both_and_counted():
+    a, b = answers(0.7, 0), answers(0.4, 1)
+    rows = by_metric(compare({"reference": a[2:]}, {"reference": b[:-1]}, LEXICAL, flips=1000))
+    expected = by_metric(compare({"reference": a[2:-1]}, {"reference": b[2:-1]}, LEXICAL, flips=1000))
+    assert {(row.turns, row.left_out) for row in rows.values()} == {(len(a) - 3, 3)}
+    assert {(row.turns, row.left_out) for row in expected.values()} == {(len(a) - 3, 0)}
+    assert {name: dataclasses.replace(row, left_out=0) for name, row in rows.items()} == expected
+
+
+def test_no_common_turns_or_other_references_are_refused():
     whole = answers(0.5, 0)
     for changed, message in (
-        (whole[:-1], "B lacks 1 turns, the first is turn 14 of dialogue d59"),
-        ([*whole, dataclasses.replace(whole[0], turn=1)], "A lacks 1 turns, the first is turn 1 of dialogue d0"),
+        ([], "A and B have no turn in common"),
+        ([dataclasses.replace(each, turn=each.turn + 1) for each in whole], "A and B have no turn in common"),
         ([*whole, whole[0]], "dialogue d0, turn 0 is predicted twice"),
         (
             [dataclasses.replace(whole[0], reference_response="另"), *whole[1:]],

@@ -331,6 +331,17 @@ def test_the_recipe_judges_goes_on_and_reports(runs, fault_server, capsys):
     assert len(fault_server.requests) == 81 and table.strip() in capsys.readouterr().out
 
 
+def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, fault_server):
+    fault_server.answer = planted
+    write_predictions("one/predictions/trained-reference.jsonl", system(lambda n: f"品质3，第{n}句")[3:])
+    command = ["one", "other", "llm=openai", "llm.model=judge", f"llm.base_url={fault_server.base_url}"]
+    command += ["llm.api_key_env=null", "judge.turns=null", "judge.tasks=[rubric]", "run.directory=judged"]
+    load_recipe("judge").main(compose("judge", command))
+    assert len(fault_server.requests) == 2 * (len(PLACES) - 3)
+    assert json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))["left_out"] == 3
+    assert "Left out: 3 turns that only one of the two" in (runs / "judged/judge.md").read_text(encoding="utf-8")
+
+
 def test_a_run_without_the_reference_context_is_refused(runs):
     (runs / "other/predictions/trained-reference.jsonl").rename(runs / "other/predictions/trained-generated.jsonl")
     config = compose("judge", ["one", "other", "llm=vllm", "llm.model=judge"])

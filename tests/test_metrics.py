@@ -514,8 +514,11 @@ def test_drift_is_reference_minus_generated_turn_by_turn():
     without = drift(reference[1:], generated[:-1], dialogues, MetricsConfig())
     assert [(row["position"], row["turns"]) for row in without] == [(1, 1), (2, 2), (3, 2), (4, 1)]
     assert without[1:3] == rows[1:3] and without[3]["ACC"].value == 100
-    empty = drift(reference, [], dialogues, MetricsConfig())
-    assert [(row["turns"], row["ACC"].value) for row in empty] == [(0, None)] * 4
+    # Each context's own figures are of the same turns.
+    for row, expected in zip((rows[0], without[0], without[3]), ((50, 0), (0, 0), (100, 0)), strict=True):
+        assert (row["reference"]["ACC"].value, row["generated"]["ACC"].value) == expected
+        assert [row[context]["R-L char"].value for context in ("reference", "generated")] == [0, 0]
+    assert drift(reference, [], dialogues, MetricsConfig()) == []
 
 
 def test_turns_that_failed_move_no_other_turn():

@@ -161,15 +161,19 @@ def test_the_sides_of_a_dialogue_stand_beside_the_reference():
 
 def test_drift_is_shown_of_the_last_system_turn_by_turn():
     full = {"trained": {"reference": scores(40.0), "generated": scores(30.0)}}
-    lost = {"position": 1, "turns": 60} | {name: Score(10.0, "u", "s", None, 8.0, 12.0) for name in ("ACC", "R-L char")}
+    lost = {"position": 1, "turns": 55} | {name: Score(10.0, "u", "s", None, 8.0, 12.0) for name in ("ACC", "R-L char")}
+    for context, value in (("reference", 42.0), ("generated", 32.0)):  # of the turns that both contexts have
+        lost[context] = {"ACC": Score(value, "u", "s", None, value - 1, value + 1)}
     text = markdown_table(full, {"trained": [lost]})
-    row = "| 1 | 60 | 40.00 [39.50, 41.00] | 30.00 [29.50, 31.00] | 10.00 [8.00, 12.00] | 10.00 [8.00, 12.00] |"
+    row = "| 1 | 55 | 42.00 [41.00, 43.00] | 32.00 [31.00, 33.00] | 10.00 [8.00, 12.00] | 10.00 [8.00, 12.00] |"
     assert row in text
+    alone = "| supporter turn | turns | ref ACC | gen ACC |\n|---|---:|---:|---:|\n| 1 | 60 | 40.00 [39.50, 41.00] |"
+    assert alone in markdown_table(full, {"trained": []})
     assert f"| {STRATEGIES[0].label} | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 5 |" in text  # unparsed last
 
 
 def test_a_comparison_says_plainly_what_cannot_be_told_apart():
-    facts = {"context": "reference", "unit": "turns", "signature": "made up"}
+    facts = {"context": "reference", "unit": "turns", "signature": "made up", "turns": 97, "left_out": 3}
     rows = [
         Difference(metric="ACC", a=43.0, b=42.0, difference=1.0, low=-0.5, high=2.5, p_value=0.04, adjusted=0.08,
                    mcnemar=0.01, verdict=ALIKE, **facts),
@@ -181,6 +185,7 @@ def test_a_comparison_says_plainly_what_cannot_be_told_apart():
     ) in text
     assert "| reference | BS | n/a | n/a | n/a | n/a | n/a | n/a | no model |" in text
     assert "after Holm's correction for the 1 tests" in text
+    assert text.count("In reference context: Left out: 3 turns that only one of the two systems has.") == 1
     assert "McNemar's test ignores that the turns of a dialogue cluster" in text
     console = Console(width=100, file=io.StringIO())
     console.print(comparison_table(rows))

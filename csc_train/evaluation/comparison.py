@@ -14,16 +14,37 @@ from csc_train.evaluation.uncertainty import LEVEL, holm, mcnemar, sign_flip_tes
 ALIKE = "cannot be told apart"
 
 
+def comparable(
+    one: Sequence[Prediction], other: Sequence[Prediction], names: tuple[str, str]
+) -> tuple[tuple[Turns, Turns], int]:
+    """As `metrics.same_turns`, of two systems.
+
+    Raises:
+        InputError: they have no turn in common, or as there.
+    """
+    sides, left_out = same_turns(one, other, *names)
+    if not len(sides[0]):
+        raise InputError(f"{names[0]} and {names[1]} have no turn in common")
+    return sides, left_out
+
+
+def left_out_note(count: int) -> str:
+    """What a reader is told of turns that were left out; nothing where there are none."""
+    return f"Left out: {count} turns that only one of the two systems has." if count else ""
+
+
 def reference_sides(
     directories: tuple[str, str], systems: tuple[str | None, str | None]
-) -> tuple[tuple[str, str], tuple[Turns, Turns]]:
-    """What to call the systems of two runs, and their predictions in reference context, row by row of the same turns.
+) -> tuple[tuple[str, str], tuple[Turns, Turns], int]:
+    """What to call the systems of two runs, their predictions in reference context, row by row of the same turns, and
+    how many turns are left out because only one of the two has them.
 
     Args:
         systems: names of systems; those that the runs evaluated where None.
 
     Raises:
-        InputError: a run cannot be read, lacks the system or the context, or the two are not of the same turns.
+        InputError: a run cannot be read, lacks the system or the context, or the two share no turn or differ in a
+            reference.
     """
     names, predictions = [], []
     for directory, name in zip(directories, systems, strict=True):
@@ -33,7 +54,7 @@ def reference_sides(
             raise InputError(f"{directory}: {system} was not evaluated in reference context")
         names.append(f"{system} of {directory}")
         predictions.append(saved[system]["reference"])
-    return tuple(names), same_turns(*predictions, *names)
+    return tuple(names), *comparable(*predictions, tuple(names))
 
 
 @dataclass(frozen=True)
@@ -41,6 +62,7 @@ class Difference:
     """One metric of two systems A and B in one context.
 
     Attributes:
+        turns, left_out: turns that both systems have, over which it is taken, and those that only one has.
         a, b: its values; `difference` is `a` - `b`, and `low` and `high` are its 95 % interval,
             None for too few dialogues.
         p_value: of the sign-flip test over dialogues; None where the metric is n/a, and then `reason` says why.
@@ -53,6 +75,8 @@ class Difference:
     metric: str
     unit: str
     signature: str
+    turns: int
+    left_out: int
     a: float | None = None
     b: float | None = None
     difference: float | None = None
@@ -80,7 +104,7 @@ def compare(
         names: what to call them in errors.
 
     Raises:
-        InputError: the two have no context in common, or are not of the same turns.
+        InputError: the two have no context in common, or no turn in one of those, or differ in a reference.
     """
     contexts = [each for each in a if each in b]
     if not contexts:
@@ -90,10 +114,11 @@ def compare(
         raise InputError(f"there is nothing to compare: {', '.join(has)}")
     rows = []
     for context in contexts:
-        sides = same_turns(a[context], b[context], *names)
+        sides, left_out = comparable(a[context], b[context], names)
         metrics = [_metrics(turns, config) for turns in sides]
         for name, figure in metrics[0].items():
-            rows.append(_difference(context, name, figure, metrics[1][name], sides, config.draws, flips))
+            row = _difference(name, figure, metrics[1][name], sides, config.draws, flips)
+            rows.append({"context": context, "turns": len(sides[0]), "left_out": left_out} | row)
     tested = [row for row in rows if row["p_value"] is not None]
     for row, adjusted in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
         higher = "A is higher" if row["difference"] > 0 else "B is higher"
@@ -118,11 +143,9 @@ def _metrics(turns: Turns, config: MetricsConfig) -> dict[str, Figure]:
     return found
 
 
-def _difference(
-    context: str, name: str, a: Figure, b: Figure, sides: tuple[Turns, Turns], draws: int, flips: int
-) -> dict:
+def _difference(name: str, a: Figure, b: Figure, sides: tuple[Turns, Turns], draws: int, flips: int) -> dict:
     dialogues = sides[0].dialogue
-    row = {"context": context, "metric": name, "unit": a.unit, "signature": a.signature, "p_value": None}
+    row = {"metric": name, "unit": a.unit, "signature": a.signature, "p_value": None}
     score = a.minus(b, dialogues, draws)
     if score.value is None:
         return row | {"reason": score.reason}

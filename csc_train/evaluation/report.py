@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from csc_train.evaluation.comparison import Difference
+from csc_train.evaluation.comparison import Difference, left_out_note
 from csc_train.evaluation.contamination import Contamination
 from csc_train.evaluation.figure import Score
 from csc_train.evaluation.metrics import PROFILE_NOTES, PROFILES
@@ -28,7 +28,7 @@ Drifts = dict[str, list[dict]]
 
 NOT_EVALUATED = "not evaluated in this context"
 SHORT_CONTEXT = {"reference": "ref", "generated": "gen"}
-DRIFT = "Drift: reference minus generated context, on the same turns."
+DRIFT = "Drift: reference minus generated context. Turns that failed in one of them are left out here of both."
 INTERVALS = "Intervals: 95 %, percentile bootstrap over dialogues; none where fewer than 10 dialogues count."
 
 
@@ -299,17 +299,19 @@ def _confusion(system: str, context: str, confusion: list[list[int]]) -> Section
 def _by_position(system: str, contexts: dict[str, dict], drift: list[dict] | None) -> Section:
     names = list(contexts)
     header = ["supporter turn", "turns", *(f"{SHORT_CONTEXT[name]} ACC" for name in names)]
+    title = f"Turn by turn (percent): {system}"
+    if drift:
+        rows = [
+            [row["position"], row["turns"], *(row[name]["ACC"] for name in names), row["ACC"], row["R-L char"]]
+            for row in drift
+        ]
+        return Section(title, [*header, "drift of ACC", "drift of R-L char"], rows, notes=(f"{DRIFT} {INTERVALS}",))
     by_position = zip(*(contexts[name]["by_position"] for name in names), strict=True)
     rows = [
         [position, max(row["turns"] for row in rows), *(row["ACC"] for row in rows)]
         for position, rows in enumerate(by_position, start=1)
     ]
-    title = f"Turn by turn (percent): {system}"
-    if drift is None:
-        return Section(title, header, rows)
-    header += ["drift of ACC", "drift of R-L char"]
-    rows = [[*row, lost["ACC"], lost["R-L char"]] for row, lost in zip(rows, drift, strict=True)]
-    return Section(title, header, rows, notes=(f"{DRIFT} {INTERVALS}",))
+    return Section(title, header, rows)
 
 
 def counts(results: Results) -> list[str]:
@@ -357,7 +359,9 @@ def comparison_table(rows: Sequence[Difference]) -> Table:
 
 
 def _comparison_note(rows: Sequence[Difference]) -> str:
-    return COMPARISON_NOTE.format(tests=sum(row.verdict is not None for row in rows))
+    note = COMPARISON_NOTE.format(tests=sum(row.verdict is not None for row in rows))
+    left_out = {row.context: left_out_note(row.left_out) for row in rows if row.left_out}
+    return " ".join([note, *(f"In {context} context: {each}" for context, each in left_out.items())])
 
 
 def _compared(row: Difference) -> list[str]:
