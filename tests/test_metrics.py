@@ -21,7 +21,7 @@ from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.errors import InputError
 from csc_train.evaluation import learned, lexical, likelihood_metrics, reply_metrics, strategy_metrics
 from csc_train.evaluation.figure import Score
-from csc_train.evaluation.metrics import PROFILES, MetricsConfig, drift, score
+from csc_train.evaluation.metrics import PROFILES, MetricsConfig, drift, fetch_models, score
 from csc_train.evaluation.predictions import Prediction
 from csc_train.evaluation.turns import Turns
 from csc_train.strategies import STRATEGIES
@@ -771,7 +771,18 @@ def test_bleurt_refuses_weights_that_are_not_its_own(bleurt_directory):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_bleurt_names_the_file_that_is_missing(bleurt_directory, name):
+def test_bleurt_names_the_file_that_is_missing_before_it_is_needed(bleurt_directory, name):
+    config = MetricsConfig(bleurt_model=str(bleurt_directory))
+    fetch_models(config)
     (bleurt_directory / name).unlink()
-    with pytest.raises(InputError, match=name):
-        learned.bleurt(BLEURT_PAIRS, bleurt_directory)
+    for read in (lambda: fetch_models(config), lambda: learned.bleurt(BLEURT_PAIRS, bleurt_directory)):
+        with pytest.raises(InputError, match=f"has no {name}"):
+            read()
+
+
+def test_bertscore_names_the_file_that_is_missing_before_it_is_needed(bert, tmp_path):
+    copy = shutil.copytree(bert, tmp_path / "bert")
+    fetch_models(MetricsConfig(bertscore_model=str(copy)))
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"bert: has no \*\.safetensors or \*\.bin"):
+        fetch_models(MetricsConfig(bertscore_model=str(copy)))

@@ -59,7 +59,8 @@ class MetricsConfig:
     """A baseline table of the bert-score package (LAYER,P,R,F) to rescale BERTScore with; None takes the package's own
     for Chinese, where it has one under the name of the model (such as bert-base-chinese)."""
     bleurt_model: str | None = None
-    """Directory or hub id of a PyTorch conversion of BLEURT-20; None prints n/a."""
+    """Directory or hub id of a PyTorch conversion of BLEURT-20; None prints n/a. It must have a tokenizer.json: where
+    there is a SentencePiece model alone, that is to be made first, in a directory."""
     batch_size: int = 64
     """Pairs per forward pass of BERTScore and BLEURT."""
     draws: int = 1000
@@ -86,10 +87,16 @@ def fetch_models(config: MetricsConfig) -> None:
     """Download the models that are read from the hub, so that one that cannot be had is known before hours of work.
 
     Raises:
-        InputError: as `hub.local_copy`.
+        InputError: as `hub.local_copy`, or a file is missing that the model is read from.
     """
-    for path in filter(None, (config.bertscore_model, config.bleurt_model)):
-        local_copy(path, "metric model")
+    if config.bertscore_model is None and config.bleurt_model is None:
+        return
+    from csc_train.evaluation import learned
+
+    models = (config.bertscore_model, learned.BERTSCORE_FILES), (config.bleurt_model, learned.BLEURT_FILES)
+    for path, groups in models:
+        if path is not None:
+            learned.check_files(local_copy(path, "metric model"), groups)
 
 
 def score(
