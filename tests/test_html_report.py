@@ -1,6 +1,7 @@
 """The page of a whole evaluation, as a browser shows it."""
 
 import base64
+import dataclasses
 import gzip
 import json
 import random
@@ -127,6 +128,7 @@ def test_the_tables_show_the_figures_of_the_results_with_their_intervals(run, pa
 def test_the_page_says_what_was_evaluated(run, page):
     text = page.inner_text("#about")
     assert "31 customer-support dialogues" in page.inner_text("header")
+    assert "the system first chooses one of 12 support strategies" in page.inner_text("header")
     for fact in ("runs/x/checkpoint", "csconv.jsonl", "CSConv (1)", "greedy, at most 40 new tokens", "torch 2.13.0"):
         assert fact in text
     assert "commit c0ffeec0ffee with uncommitted changes" in text
@@ -147,6 +149,13 @@ def test_a_served_system_is_named_and_so_is_its_decoding(run, tmp_path, decoding
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for name, fact in zip(("evaluated", "decoding"), expected, strict=True):
         assert f'<th scope="row">{name}</th><td>{fact}' in text
+
+
+def test_a_page_of_a_system_that_is_handed_its_strategies_does_not_say_that_it_chooses_them(run, tmp_path):
+    scored = dataclasses.replace(run[1], results={name: run[1].results[name] for name in (SYSTEM, GIVEN)})
+    write_html(tmp_path, scored, CONFIG, RECORD)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "first chooses" not in text and "not choose the support strategy itself" in text
 
 
 def test_the_page_is_no_wider_than_a_phone(run, browser):

@@ -30,7 +30,7 @@ def scores(first, unparsed=0, **missing):
         profile: {column: cell(column, first + index) for index, column in enumerate(columns)}
         for profile, columns in PROFILES.items()
     }
-    both = {"system": cell("length", first), "reference": cell("length", first + 9)}
+    both = {"system": cell("length", first), "reference": cell("length", 10.0)}
     return {
         "profiles": profiles,
         "strategy": {"macro-F1": cell("macro-F1", first + 30)},
@@ -156,7 +156,24 @@ def test_console_table_wraps_names_before_it_cuts_numbers():
 def test_the_sides_of_a_dialogue_stand_beside_the_reference():
     text = markdown_table(RESULTS, {})
     assert "| untrained | generated | 10.50 [10.00, 11.50] |" in text
-    assert "| the reference itself |  | 10.00 [9.50, 11.00] |" in text
+    assert text.count("| the reference itself |  | 10.00 [9.50, 11.00] |") == 2  # in process and in replies
+    assert text.count("the reference itself |") == 2 and "for each set of turns" not in text
+    # Where turns failed, the reference has other figures.
+    fewer = scores(10.5)
+    for table in ("process", "reply"):
+        fewer[table] = {name: sides | {"reference": Score(8.0, "u", "s")} for name, sides in fewer[table].items()}
+    text = markdown_table(RESULTS | {"fails": {"generated": fewer}}, {})
+    rows = (
+        "| the reference itself |  | 10.00 [9.50, 11.00] |\n| the reference itself | turns of fails, generated | 8.00 |"
+    )
+    assert text.count(rows) == 2 and "for each set of turns" in text
+
+
+def test_columns_in_which_lower_is_better_are_marked():
+    text = markdown_table(RESULTS, {})
+    assert "| system | context | NLL ↓ |" in text and "| system | context | macro-F1 |" in text
+    assert "| system | context | greeting first |" in text
+    assert text.count("↓: lower is better.") == 1
 
 
 def test_drift_is_shown_of_the_last_system_turn_by_turn():

@@ -29,6 +29,8 @@ Drifts = dict[str, list[dict]]
 NOT_EVALUATED = "not evaluated in this context"
 SHORT_CONTEXT = {"reference": "ref", "generated": "gen"}
 DRIFT = "Drift: reference minus generated context. Turns that failed in one of them are left out here of both."
+LOWER_IS_BETTER = {"ECE", "NLL", "perplexity", "same strategy thrice", "stage regressions", "new numbers"}
+"""Columns that tables mark with an arrow down."""
 INTERVALS = "Intervals: 95 %, percentile bootstrap over dialogues; none where fewer than 10 dialogues count."
 
 
@@ -265,20 +267,37 @@ def _scores(results: Results, name: str) -> Section:
         "strategy": "Strategies (percent)",
         "likelihood": "Likelihoods (top-2 ACC and ECE in percent, NLL in nats per token)",
     }[name]
-    return Section(title, ["system", "context", *meanings], rows, 2, meanings)
+    return Section(title, ["system", "context", *_marked(meanings)], rows, 2, meanings, _directions(meanings))
 
 
 def _sides(results: Results, name: str) -> Section:
-    """Figures of each system beside those of the reference."""
+    """Figures of each system beside those of the reference, which differ where systems have other turns."""
     some = next(scores[name] for _, _, scores in _each(results))
-    rows = [
-        [system, context, *(sides["system"] for sides in scores[name].values())]
-        for system, context, scores in _each(results)
-    ]
-    rows.append(["the reference itself", "", *(sides["reference"] for sides in some.values())])
+    rows, references = [], {}
+    for system, context, scores in _each(results):
+        rows.append([system, context, *(sides["system"] for sides in scores[name].values())])
+        reference = tuple(sides["reference"] for sides in scores[name].values())
+        references.setdefault(reference, []).append(f"{system}, {context}")
+    for reference, others in sorted(references.items(), key=lambda each: len(each[1]), reverse=True):
+        whose = "" if others == max(references.values(), key=len) else f"turns of {'; '.join(others)}"
+        rows.append(["the reference itself", whose, *reference])
     title = {"process": "Process (percent)", "reply": "Replies (percent; length in characters)"}[name]
     meanings = _meanings((column, sides["reference"]) for column, sides in some.items())
-    return Section(title, ["system", "context", *some], rows, 2, meanings)
+    notes = (
+        *_directions(some),
+        "Without an arrow, neither more nor less is better: read it beside the reference itself.",
+    )
+    if len(references) > 1:
+        notes += ("The reference itself has a row for each set of turns that systems have: some turns failed.",)
+    return Section(title, ["system", "context", *_marked(some)], rows, 2, meanings, notes)
+
+
+def _marked(columns: Iterable[str]) -> list[str]:
+    return [f"{name} ↓" if name in LOWER_IS_BETTER else name for name in columns]
+
+
+def _directions(columns: Iterable[str]) -> tuple[str, ...]:
+    return ("↓: lower is better.",) if LOWER_IS_BETTER & set(columns) else ()
 
 
 def _by_strategy(system: str, context: str, scores: dict) -> Section:
