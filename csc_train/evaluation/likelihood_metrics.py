@@ -41,7 +41,10 @@ def calibration_error(turns: Turns) -> Score:
     It has no interval: chance alone puts the accuracy of a bin off its confidence, on either side, and the distance
     counts. So the figure lies above the truth, that of a resample above the figure, and resamples bound neither.
     """
-    signature = f"expected calibration error of the likeliest label: {BINS} bins of equal width, {_TWELVE}"
+    signature = (
+        f"expected calibration error of the likeliest label: {BINS} bins of equal width, {_TWELVE}; "
+        "chance raises it, and so it has no interval"
+    )
     bins = calibration(turns)
     if bins is None:
         return Score(None, "turns", signature, _why_unknown(turns))

@@ -151,8 +151,8 @@ def score(
         },
         "without_flagged": _without(flagged, turns, profiles, config.draws),
         "strategy": {name: shown(figure) for name, figure in strategy.items()},
-        "likelihood": {"ECE": likelihood_metrics.calibration_error(turns)}
-        | {name: shown(figure) for name, figure in likelihood_metrics.likelihoods(turns).items()},
+        "likelihood": {name: shown(figure) for name, figure in likelihood_metrics.likelihoods(turns).items()}
+        | {"ECE": likelihood_metrics.calibration_error(turns)},
         "by_strategy": {
             label: {"turns": count} | {name: shown(figure) for name, figure in cells.items()}
             for label, count, cells in strategy_metrics.by_strategy(turns)
