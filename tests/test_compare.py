@@ -94,6 +94,14 @@ def test_turns_that_one_system_lacks_are_left_out_of_both_and_counted():
     assert {(row.turns, row.left_out) for row in rows.values()} == {(len(a) - 3, 3)}
     assert {(row.turns, row.left_out) for row in expected.values()} == {(len(a) - 3, 0)}
     assert {name: dataclasses.replace(row, left_out=0) for name, row in rows.items()} == expected
+    # A context in which all of one system's turns failed hides no other.
+    generated = answers(0.5, 2, context="generated")
+    both = compare({"reference": a, "generated": generated}, {"reference": b, "generated": []}, LEXICAL, flips=1000)
+    assert {row.verdict for row in both if row.context == "reference"} >= {"A is higher"}
+    assert {(row.verdict, row.turns, row.left_out) for row in both if row.context == "generated"} == {
+        (None, 0, len(generated))
+    }
+    assert "no turns to score" in {row.reason for row in both}
 
 
 def test_no_common_turns_or_other_references_are_refused():

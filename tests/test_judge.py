@@ -340,6 +340,9 @@ def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, fault_
     assert len(fault_server.requests) == 2 * (len(PLACES) - 3)
     assert json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))["left_out"] == 3
     assert "Left out: 3 turns that only one of the two" in (runs / "judged/judge.md").read_text(encoding="utf-8")
+    write_predictions("one/predictions/trained-reference.jsonl", [])
+    with pytest.raises(InputError, match=r"^trained of one and trained of other have no turn in common$"):
+        load_recipe("judge").main(compose("judge", [*command[:-1], "run.directory=none"]))
 
 
 def test_a_run_without_the_reference_context_is_refused(runs):

@@ -1,6 +1,6 @@
 """Two systems on the same turns: which differences are more than chance."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from csc_train.errors import InputError
@@ -14,18 +14,9 @@ from csc_train.evaluation.uncertainty import LEVEL, holm, mcnemar, sign_flip_tes
 ALIKE = "cannot be told apart"
 
 
-def comparable(
-    one: Sequence[Prediction], other: Sequence[Prediction], names: tuple[str, str]
-) -> tuple[tuple[Turns, Turns], int]:
-    """As `metrics.same_turns`, of two systems.
-
-    Raises:
-        InputError: they have no turn in common, or as there.
-    """
-    sides, left_out = same_turns(one, other, *names)
-    if not len(sides[0]):
+def _require_turns(found: Iterable[tuple[Turns, Turns]], names: Sequence[str]) -> None:
+    if not any(len(sides[0]) for sides in found):
         raise InputError(f"{names[0]} and {names[1]} have no turn in common")
-    return sides, left_out
 
 
 def left_out_note(count: int) -> str:
@@ -54,7 +45,9 @@ def reference_sides(
             raise InputError(f"{directory}: {system} was not evaluated in reference context")
         names.append(f"{system} of {directory}")
         predictions.append(saved[system]["reference"])
-    return tuple(names), *comparable(*predictions, tuple(names))
+    sides, left_out = same_turns(*predictions, *names)
+    _require_turns([sides], names)
+    return tuple(names), sides, left_out
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ def compare(
         names: what to call them in errors.
 
     Raises:
-        InputError: the two have no context in common, or no turn in one of those, or differ in a reference.
+        InputError: the two have no context in common, or no turn in any of those, or differ in a reference.
     """
     contexts = [each for each in a if each in b]
     if not contexts:
@@ -112,9 +105,10 @@ def compare(
             f"{name} was evaluated in {' and '.join(each)} context" for name, each in zip(names, (a, b), strict=True)
         ]
         raise InputError(f"there is nothing to compare: {', '.join(has)}")
+    shared = {context: same_turns(a[context], b[context], *names) for context in contexts}
+    _require_turns((sides for sides, _ in shared.values()), names)
     rows = []
-    for context in contexts:
-        sides, left_out = comparable(a[context], b[context], names)
+    for context, (sides, left_out) in shared.items():
         metrics = [_metrics(turns, config) for turns in sides]
         for name, figure in metrics[0].items():
             row = _difference(name, figure, metrics[1][name], sides, config.draws, flips)
