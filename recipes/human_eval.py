@@ -22,20 +22,22 @@ def export_sheet(config: HumanEvalRecipe, run) -> None:
     from pathlib import Path
 
     from csc_train.dialogue import read_dialogues
-    from csc_train.evaluation.comparison import reference_sides
+    from csc_train.evaluation.comparison import left_out_note, reference_sides
     from csc_train.evaluation.human import KEY, SHEET, draw_sheet
     from csc_train.files import file_digest, write_json, write_text
 
-    names, sides = reference_sides(tuple(config.inputs), (config.system_a, config.system_b))
+    names, sides, left_out = reference_sides(tuple(config.inputs), (config.system_a, config.system_b))
     dialogues = Path(config.inputs[0]) / "dialogues.jsonl"
     by_id = {dialogue.id: dialogue for dialogue in read_dialogues(dialogues)}
-    page, key = draw_sheet(sides, by_id, names, config.human)
+    page, key = draw_sheet(sides, by_id, names, config.human, left_out)
 
     run.begin({"dialogues": file_digest(dialogues), "sheet": key.sheet})
     write_text(run.directory / SHEET, page)
     write_json(run.directory / KEY, key.model_dump())
     run.say(f"A: {names[0]}\nB: {names[1]}")
     run.say(f"{len(key.items)} items of the {key.differing} of {key.turns} turns where the replies differ")
+    if left_out:
+        run.say(left_out_note(left_out))
     run.say(f"for the raters: {run.directory / SHEET}")
     run.say(f"keep from them: {run.directory / KEY}, which tells the systems apart")
 

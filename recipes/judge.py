@@ -20,7 +20,7 @@ def main(config: JudgeRecipe) -> None:
     run = Run("judge", resolved(config))
 
     # Predictions
-    names, sides = reference_sides((config.a, config.b), (config.system_a, config.system_b))
+    names, sides, left_out = reference_sides((config.a, config.b), (config.system_a, config.system_b))
     chosen = chosen_turns(sides[0], config.judge)
     a, b = ([side.predictions[index] for index in chosen] for side in sides)
     dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(Path(config.a) / "dialogues.jsonl")}
@@ -36,8 +36,8 @@ def main(config: JudgeRecipe) -> None:
 
     # Table
     result = judgement(a, b, judged, config.judge)
-    table = markdown(result, judged, names, config.llm.model)
-    facts = {"provenance": provenance(), "a": names[0], "b": names[1], "judge": config.llm.model}
+    table = markdown(result, judged, names, config.llm.model, left_out)
+    facts = {"provenance": provenance(), "a": names[0], "b": names[1], "judge": config.llm.model, "left_out": left_out}
     write_json(run.directory / "judge.json", facts | as_json(result, judged))
     write_text(run.directory / "judge.md", table)
     run.say(f"{table}\nreport: {run.directory}/judge.md, {run.directory}/judge.json")

@@ -74,6 +74,12 @@ def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     assert {row.reason for row in missing} == {"no BERTScore model given", "no BLEURT model given"}
 
 
+def test_a_verdict_is_by_the_p_value_after_the_correction():
+    rows = compare({"reference": answers(0.56, 3)}, {"reference": answers(0.5, 103)}, LEXICAL, flips=1000)
+    doubtful = [row for row in rows if row.p_value is not None and row.p_value < 0.05 <= row.adjusted]
+    assert doubtful and {row.verdict for row in doubtful} == {ALIKE}
+
+
 def test_where_one_system_predicts_no_strategy_its_choices_are_not_compared():
     handed_in = [dataclasses.replace(each, predicts_strategy=False, strategy=None) for each in answers(0.5, 0)]
     rows = by_metric(compare({"reference": handed_in}, {"reference": answers(0.5, 1)}, LEXICAL, flips=1000))
@@ -82,11 +88,28 @@ def test_where_one_system_predicts_no_strategy_its_choices_are_not_compared():
     assert rows["zh B-2"].verdict is not None
 
 
-def test_other_turns_or_references_are_refused():
+def test_turns_that_one_system_lacks_are_left_out_of_both_and_counted():
+    a, b = answers(0.7, 0), answers(0.4, 1)
+    rows = by_metric(compare({"reference": a[2:]}, {"reference": b[:-1]}, LEXICAL, flips=1000))
+    expected = by_metric(compare({"reference": a[2:-1]}, {"reference": b[2:-1]}, LEXICAL, flips=1000))
+    assert {(row.turns, row.left_out) for row in rows.values()} == {(len(a) - 3, 3)}
+    assert {(row.turns, row.left_out) for row in expected.values()} == {(len(a) - 3, 0)}
+    assert {name: dataclasses.replace(row, left_out=0) for name, row in rows.items()} == expected
+    # A context in which all of one system's turns failed hides no other.
+    generated = answers(0.5, 2, context="generated")
+    both = compare({"reference": a, "generated": generated}, {"reference": b, "generated": []}, LEXICAL, flips=1000)
+    assert {row.verdict for row in both if row.context == "reference"} >= {"A is higher"}
+    assert {(row.verdict, row.turns, row.left_out) for row in both if row.context == "generated"} == {
+        (None, 0, len(generated))
+    }
+    assert "no turns to score" in {row.reason for row in both}
+
+
+def test_no_common_turns_or_other_references_are_refused():
     whole = answers(0.5, 0)
     for changed, message in (
-        (whole[:-1], "B lacks 1 turns, the first is turn 14 of dialogue d59"),
-        ([*whole, dataclasses.replace(whole[0], turn=1)], "A lacks 1 turns, the first is turn 1 of dialogue d0"),
+        ([], "A and B have no turn in common"),
+        ([dataclasses.replace(each, turn=each.turn + 1) for each in whole], "A and B have no turn in common"),
         ([*whole, whole[0]], "dialogue d0, turn 0 is predicted twice"),
         (
             [dataclasses.replace(whole[0], reference_response="另"), *whole[1:]],

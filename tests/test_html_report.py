@@ -1,6 +1,7 @@
 """The page of a whole evaluation, as a browser shows it."""
 
 import base64
+import dataclasses
 import gzip
 import json
 import random
@@ -14,7 +15,8 @@ from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.contamination import find_contamination, write_contamination
 from csc_train.evaluation.html_report import write_html
 from csc_train.evaluation.metrics import MetricsConfig
-from csc_train.evaluation.predictions import CONTEXTS, Prediction, write_predictions
+from csc_train.evaluation.page import render
+from csc_train.evaluation.predictions import CONTEXTS, Failure, Prediction, write_predictions
 from csc_train.evaluation.report import write_results
 from csc_train.evaluation.scoring import score_run
 from csc_train.llm.config import LLMConfig
@@ -72,19 +74,31 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def page(run, browser):
-    """The page; that it asks for nothing but itself, and says nothing to the console, is asserted at the end."""
-    shown = browser.new_page()
-    asked, said = [], []
-    shown.on("request", lambda request: asked.append(request.url))
-    shown.on("console", lambda message: said.append(message.text))
-    shown.on("pageerror", lambda error: said.append(str(error)))
-    address = (run[0] / "report.html").as_uri()
-    shown.goto(address)
-    shown.wait_for_selector("#list button")
-    yield shown
-    assert (asked, said) == ([address], [])
-    shown.close()
+def opened(browser):
+    """Opens a run's page; that it asks for nothing but itself, and says nothing to the console, is asserted at the
+    end."""
+    asked, said, pages = [], [], []
+
+    def open_page(run):
+        shown = browser.new_page()
+        shown.on("request", lambda request: asked.append(request.url))
+        shown.on("console", lambda message: said.append(message.text))
+        shown.on("pageerror", lambda error: said.append(str(error)))
+        pages.append(shown)
+        shown.goto((run[0] / "report.html").as_uri())
+        shown.wait_for_selector("#list button")
+        return shown
+
+    yield open_page
+    assert (asked, said) == ([page.url for page in pages], [])
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture
+def page(run, opened):
+    """The page of `run`."""
+    return opened(run)
 
 
 def results_of(run):
@@ -114,6 +128,7 @@ def test_the_tables_show_the_figures_of_the_results_with_their_intervals(run, pa
 def test_the_page_says_what_was_evaluated(run, page):
     text = page.inner_text("#about")
     assert "31 customer-support dialogues" in page.inner_text("header")
+    assert "the system first chooses one of 12 support strategies" in page.inner_text("header")
     for fact in ("runs/x/checkpoint", "csconv.jsonl", "CSConv (1)", "greedy, at most 40 new tokens", "torch 2.13.0"):
         assert fact in text
     assert "commit c0ffeec0ffee with uncommitted changes" in text
@@ -134,6 +149,13 @@ def test_a_served_system_is_named_and_so_is_its_decoding(run, tmp_path, decoding
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for name, fact in zip(("evaluated", "decoding"), expected, strict=True):
         assert f'<th scope="row">{name}</th><td>{fact}' in text
+
+
+def test_a_page_of_a_system_that_is_handed_its_strategies_does_not_say_that_it_chooses_them(run, tmp_path):
+    scored = dataclasses.replace(run[1], results={name: run[1].results[name] for name in (SYSTEM, GIVEN)})
+    write_html(tmp_path, scored, CONFIG, RECORD)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "first chooses" not in text and "not choose the support strategy itself" in text
 
 
 def test_the_page_is_no_wider_than_a_phone(run, browser):
@@ -170,6 +192,61 @@ def test_the_maps_are_of_the_system_and_context_that_are_chosen(run, page):
         row = page.locator("#by-strategy tr", has_text=label).inner_text().split()
         assert row[2] == str(results[system][context]["by_strategy"][label]["turns"])
     assert page.locator("#drift circle").count() == 4 * len(results[SYSTEM]["reference"]["by_position"])
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """A run whose systems failed in generated context: in all turns, or after the first in three of 12 dialogues."""
+    directory = tmp_path_factory.mktemp("failing")
+    dialogues = generate_sample(12, seed=4)
+    write_dialogues(directory / "dialogues.jsonl", dialogues)
+    for name, ends in (("never there", [0] * 12), ("fails", [1] * 3 + [99] * 9)):
+        for context in CONTEXTS:
+            outcomes = answers(dialogues, context, 0.6)
+            if context == "generated":
+                end = {dialogue.id: end for dialogue, end in zip(dialogues, ends, strict=True)}
+                outcomes = [
+                    each
+                    if each.turn < end[each.dialogue_id]
+                    else Failure(each.dialogue_id, each.turn, context, "t", "-")
+                    for each in outcomes
+                ]
+            write_predictions(directory / "predictions" / f"{name}-{context}.jsonl", outcomes)
+    scored = score_run(directory, MetricsConfig(profiles=["zh"], draws=200))
+    write_results(directory, scored.results, scored.drifts, {}, scored.contamination)
+    write_html(directory, scored, CONFIG, RECORD)
+    return directory, scored
+
+
+def test_curves_and_their_table_are_of_the_turns_that_both_contexts_have(failing, opened):
+    page = opened(failing)
+    page.select_option("#system", "fails")
+    rows = failing[1].drifts["fails"]
+    assert rows[0]["turns"] == 12 and rows[1]["turns"] == 9
+    titles = page.locator("#drift figure").first.locator("circle title").all_text_contents()
+    values = [f"{row[context]['ACC'].value:.2f}" for context in CONTEXTS for row in rows if row["turns"]]
+    assert [title.split(": ")[1].split()[0] for title in titles] == values
+    assert any(
+        f"{row['reference']['ACC'].value:.2f}" != f"{each['ACC'].value:.2f}"
+        for row, each in zip(rows, failing[1].results["fails"]["reference"]["by_position"], strict=True)
+    )
+    page.locator("#detail summary").click()
+    cells = page.locator("#positions tbody tr").nth(1).locator("td").all_inner_texts()
+    second = rows[1]
+    shown = [second[context][name] for context in CONTEXTS for name in ("ACC", "R-L char")]
+    assert cells == ["9", *(f"{each.value:.2f}" for each in (*shown, second["ACC"], second["R-L char"]))]
+    # Of 9 dialogues there is no interval.
+    hollow = page.locator("#drift figure").first.locator("circle.hollow title").all_text_contents()
+    assert hollow == [title for title in titles if not title.startswith("turn 1,")]
+    assert "a hollow point has none" in page.inner_text("#detail")
+
+
+def test_a_context_without_turns_is_not_drawn(failing, opened):
+    page = opened(failing)
+    page.select_option("#system", "never there")
+    assert page.locator("#drift svg").count() == 2
+    assert page.locator("#drift path").count() == page.locator("#drift path.one").count() == 2
+    assert page.locator("#drift figcaption").first.inner_text().endswith("reference context")
 
 
 def test_a_system_that_was_handed_its_strategies_shows_none(run, page):
@@ -266,6 +343,11 @@ def test_calibration_is_shown_where_it_is_known(run, page, tmp_path, browser):
         "confidence 35.0, right 30.0, 9 turns", "confidence 92.0, right 85.0, 20 turns",
     ]  # fmt: skip
     other.close()
+
+
+def test_a_page_is_not_written_with_numbers_that_no_browser_reads():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        render("sheet.html.jinja", language="en", data={"sheet": "s", "questions": [], "items": [float("nan")]})
 
 
 def test_the_page_could_not_reach_a_network_even_if_it_tried(run, browser, tmp_path):

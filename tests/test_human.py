@@ -57,7 +57,7 @@ def predictions(system, predicts=True):
 
 
 def drawn(config=CONFIG, **changes):
-    sides = same_turns(predictions(0, **changes), predictions(1), *NAMES)
+    sides, _ = same_turns(predictions(0, **changes), predictions(1), *NAMES)
     return draw_sheet(sides, DIALOGUES, NAMES, config)
 
 
@@ -104,7 +104,7 @@ def test_the_same_runs_give_the_same_sheet_and_others_none_of_its_ids():
     assert [item.first for item in drawn(HumanConfig(seed=1))[1].items] != [item.first for item in key.items]
     # What no sheet shows changes ids, order and sides: they cannot be computed from the sheet.
     *others, last = predictions(0)
-    sides = same_turns([*others, replace(last, prompt_hash="?")], predictions(1), *NAMES)
+    sides, _ = same_turns([*others, replace(last, prompt_hash="?")], predictions(1), *NAMES)
     other = draw_sheet(sides, DIALOGUES, NAMES, CONFIG)[1]
     assert not {item.item for item in other.items} & {item.item for item in key.items}
     place = {(item.dialogue_id, item.turn): item.first for item in key.items}
@@ -125,14 +125,14 @@ def test_items_are_those_that_a_judge_is_given_first():
 def test_replies_that_read_the_same_are_left_out():
     a, b = predictions(0), predictions(1)
     b[3:] = [replace(each, response=a[n].response) for n, each in enumerate(b)][3:]
-    _, key = draw_sheet(same_turns(a, b, *NAMES), DIALOGUES, NAMES, HumanConfig(per_dialogue=None))
+    _, key = draw_sheet(same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, HumanConfig(per_dialogue=None))
     assert {(item.dialogue_id, item.turn) for item in key.items} == set(PLACES[:3])
     assert (key.turns, key.differing) == (len(PLACES), 3)
     with pytest.raises(InputError, match="differ nowhere: there is nothing to compare"):
-        draw_sheet(same_turns(a, a, *NAMES), DIALOGUES, NAMES, CONFIG)
+        draw_sheet(same_turns(a, a, *NAMES)[0], DIALOGUES, NAMES, CONFIG)
     # Where strategies are shown, another strategy is a difference.
     own = HumanConfig(strategies="own", per_dialogue=None)
-    assert draw_sheet(same_turns(a, b, *NAMES), DIALOGUES, NAMES, own)[1].differing == len(PLACES)
+    assert draw_sheet(same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, own)[1].differing == len(PLACES)
 
 
 def test_strategies_are_shown_as_asked():
@@ -146,6 +146,18 @@ def test_strategies_are_shown_as_asked():
         assert shown["strategy"] == [strategy.zh, strategy.definition_zh]
     with pytest.raises(InputError, match=r"human\.strategies=own: secret-alpha names no strategies"):
         drawn(HumanConfig(strategies="own"), predicts=False)
+
+
+def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, capsys):
+    write_predictions("run1/predictions/secret-omega-reference.jsonl", predictions(1)[4:])
+    run_recipe("export", "run0", "run1", "run.directory=sheet", "human.per_dialogue=null")
+    assert "Left out: 4 turns that only one of the two systems has." in capsys.readouterr().out
+    key = read_key("sheet/key.json")
+    assert {(item.dialogue_id, item.turn) for item in key.items} == set(PLACES[4:])
+    assert (key.turns, key.left_out) == (len(PLACES) - 4, 4)
+    write_json("anna.json", answers(key, "Anna", "A" * len(key.items)))
+    run_recipe("import", "anna.json", "key=sheet/key.json", "run.directory=read", "human.draws=200")
+    assert "Left out: 4 turns" in (runs / "read/human.md").read_text(encoding="utf-8")
 
 
 # The browser

@@ -58,7 +58,7 @@ def planted(body):
 
 
 def llm_of(server, **settings):
-    return LLMConfig(base_url=server.base_url, model="judge", **{"retries": 0, "concurrency": 4} | settings)
+    return LLMConfig(base_url=server.base_url, **{"model": "judge", "retries": 0, "concurrency": 4} | settings)
 
 
 def judged_by(server, a, b, cache, config=CONFIG, **settings):
@@ -94,13 +94,15 @@ def test_planted_preferences_are_found(fault_server, tmp_path):
 
 def test_both_orders_are_asked_and_a_judge_that_looks_at_the_place_only_gives_ties(fault_server, tmp_path):
     fault_server.answer = lambda body: '{"reason": "-", "better": "1"}'
-    a, b = system(lambda n: f"甲的第{n}句"), system(lambda n: f"乙的第{n}句")
+    a, b = system(lambda n: f"甲的第{n}句"), system(lambda n: f"乙的第{n}句呀")
     config = JudgeConfig(tasks=["pairwise"], turns=None, draws=200, flips=1000)
-    result, _ = judged_by(fault_server, a, b, tmp_path / "cache.jsonl", config)
+    result, judged = judged_by(fault_server, a, b, tmp_path / "cache.jsonl", config)
     assert (result.win_rate.wins, result.win_rate.losses) == (0, 0)
     assert result.win_rate.rate.value == 50 and result.win_rate.p_value == 1
     assert (result.disagreements, result.first) == (len(PLACES), 100)
     assert result.scores == {}
+    table = markdown(result, judged, "AB", "judge")
+    assert "| at equal length | n/a (A's reply is -1 characters longer in every turn) |" in table
     texts = [body["messages"][1]["content"] for body in fault_server.bodies]
     orders = [text.index("甲的第") < text.index("乙的第") for text in texts]
     assert orders.count(True) == orders.count(False) == len(PLACES)
@@ -164,6 +166,30 @@ def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_
         judged_by(fault_server, a, b, cache)
 
 
+def test_an_answer_is_kept_for_all_that_decides_it_and_asked_for_without_chance(fault_server, tmp_path):
+    fault_server.answer = planted
+    a, b = system(lambda n: f"品质3，第{n}句"), system(lambda n: f"品质2，第{n}句")
+    cache, rubric = tmp_path / "cache.jsonl", JudgeConfig(tasks=["rubric"], turns=None, draws=200, flips=1000)
+    seeds = []
+    for settings in (
+        {}, {"model": "other"}, {"temperature": 0.5}, {"top_p": 0.9}, {"max_tokens": 99}, {"extra_body": {"think": 1}}
+    ):  # fmt: skip
+        fault_server.requests.clear()
+        judged_by(fault_server, a, b, cache, rubric, **settings)
+        bodies = fault_server.bodies
+        assert len(bodies) == 2 * len(PLACES)
+        assert {(body["model"], body["temperature"]) for body in bodies} == {
+            (settings.get("model", "judge"), settings.get("temperature", 0))
+        }
+        seeds.append({body["seed"] for body in bodies})
+        assert len(seeds[-1]) == len(bodies)  # one for each question
+        judged_by(fault_server, a, b, cache, rubric, timeout_s=60, **settings)
+        assert len(fault_server.requests) == 2 * len(PLACES)
+    fault_server.requests.clear()
+    judged_by(fault_server, a, b, tmp_path / "anew.jsonl", rubric)
+    assert {body["seed"] for body in fault_server.bodies} == seeds[0]
+
+
 def test_a_key_that_is_refused_ends_it(fault_server, tmp_path):
     fault_server.script += [Fault(401)]
     with pytest.raises(InputError, match="refuses it: HTTP 401"):
@@ -214,12 +240,24 @@ def test_a_preference_for_length_alone_is_no_preference_at_equal_length():
     assert rates.length_controlled.low > 50
 
 
+def test_a_few_replies_that_run_on_do_not_decide_what_length_is_worth():
+    """As above, but 2 % of A's replies ran to the limit of tokens, and almost all of those lose."""
+    rng = numpy.random.default_rng(0)
+    dialogues, longer = numpy.repeat(numpy.arange(200), 10), rng.normal(20, 20, 2000)
+    likely, ran_on = logistic(0.05 * longer), rng.random(2000) < 0.02
+    longer[ran_on], likely[ran_on] = rng.uniform(300, 600, ran_on.sum()), 0.02
+    rates = win_rate((rng.random(2000) < likely).astype(float), longer, dialogues, 200, 1000)
+    assert rates.rate.low > 60
+    assert rates.length_controlled.low < 50 < rates.length_controlled.high
+    assert rates.length_controlled.value == pytest.approx(50, abs=5)
+
+
 def test_the_regression_is_the_maximum_of_its_likelihood():
     rng = numpy.random.default_rng(1)
     longer, preferences = rng.normal(5, 30, 60), rng.choice([0, 0.5, 1], 60)
     weights = rng.integers(0, 4, (3, 60)).astype(float)
     found = at_equal_length(preferences, longer, weights)
-    x = longer / numpy.sqrt(numpy.mean(longer**2))
+    x = numpy.tanh(longer / numpy.median(numpy.abs(longer)) / 2)
     for row, rate in zip(weights, found, strict=True):
 
         def loss(ab, row=row):
@@ -232,12 +270,18 @@ def test_the_regression_is_the_maximum_of_its_likelihood():
 
 def test_win_rates_at_the_edges():
     dialogues = numpy.arange(20)
-    always = win_rate(numpy.ones(20), numpy.full(20, 7), dialogues, 200, 1000)
+    always = win_rate(numpy.ones(20), dialogues - 7, dialogues, 200, 1000)
     assert always.rate.value == 100 and 90 < always.length_controlled.value <= 100
     assert (always.wins, always.ties, always.losses) == (20, 0, 0)
     assert always.p_value == pytest.approx(1 / 1001)
     equal = win_rate(numpy.tile([1.0, 0.0], 10), numpy.zeros(20), dialogues, 200, 1000)
     assert equal.rate.value == 50 and equal.length_controlled.value == pytest.approx(50)
+    mostly = win_rate(numpy.tile([1.0, 0.0], 10), numpy.repeat([0, 9], [15, 5]), dialogues, 200, 1000)
+    assert 0 < mostly.length_controlled.low < 50 < mostly.length_controlled.high < 100  # the median difference is 0
+    # Where length never varies, what it is worth cannot be told from what A is worth.
+    same = win_rate(numpy.ones(20), numpy.full(20, -7), dialogues, 200, 1000)
+    assert (same.rate.value, same.length_controlled.value, same.length_controlled.low) == (100, None, None)
+    assert same.length_controlled.reason == "A's reply is -7 characters longer in every turn"
     few = win_rate(numpy.ones(5), numpy.zeros(5), numpy.arange(5), 200, 1000)
     assert few.rate.low is few.length_controlled.low is None
     none = win_rate(numpy.array([]), numpy.array([]), numpy.array([], int), 200, 1000)
@@ -285,6 +329,20 @@ def test_the_recipe_judges_goes_on_and_reports(runs, fault_server, capsys):
     assert table in capsys.readouterr().out
     recipe.main(compose("judge", ["run=judged", "resume=true"]))
     assert len(fault_server.requests) == 81 and table.strip() in capsys.readouterr().out
+
+
+def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, fault_server):
+    fault_server.answer = planted
+    write_predictions("one/predictions/trained-reference.jsonl", system(lambda n: f"品质3，第{n}句")[3:])
+    command = ["one", "other", "llm=openai", "llm.model=judge", f"llm.base_url={fault_server.base_url}"]
+    command += ["llm.api_key_env=null", "judge.turns=null", "judge.tasks=[rubric]", "run.directory=judged"]
+    load_recipe("judge").main(compose("judge", command))
+    assert len(fault_server.requests) == 2 * (len(PLACES) - 3)
+    assert json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))["left_out"] == 3
+    assert "Left out: 3 turns that only one of the two" in (runs / "judged/judge.md").read_text(encoding="utf-8")
+    write_predictions("one/predictions/trained-reference.jsonl", [])
+    with pytest.raises(InputError, match=r"^trained of one and trained of other have no turn in common$"):
+        load_recipe("judge").main(compose("judge", [*command[:-1], "run.directory=none"]))
 
 
 def test_a_run_without_the_reference_context_is_refused(runs):

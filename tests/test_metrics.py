@@ -21,7 +21,7 @@ from csc_train.dialogue import Dialogue, Speaker, Turn
 from csc_train.errors import InputError
 from csc_train.evaluation import learned, lexical, likelihood_metrics, reply_metrics, strategy_metrics
 from csc_train.evaluation.figure import Score
-from csc_train.evaluation.metrics import PROFILES, MetricsConfig, drift, score
+from csc_train.evaluation.metrics import PROFILES, MetricsConfig, drift, fetch_models, score
 from csc_train.evaluation.predictions import Prediction
 from csc_train.evaluation.turns import Turns
 from csc_train.strategies import STRATEGIES
@@ -296,6 +296,28 @@ def test_likelihoods_by_hand():
     assert scores["ECE"].reason == "the system tells no likelihood of the labels"
 
 
+def test_labels_that_a_system_holds_impossible_are_wrong_and_a_reference_that_it_does_is_infinitely_unlikely():
+    impossible = (-math.inf,) * 12
+    rows = [
+        believing(0, 1, 0.92),
+        prediction(1, "好", 2, reference_strategy=3, label_log_likelihoods=(-3.0, *impossible[1:])),
+        prediction(1, "好", 4, label_log_likelihoods=impossible),  # which says nothing
+        prediction(1, "好", 6, reference_nll=math.inf, reference_tokens=3),
+    ]
+    scores = believed(rows)
+    assert (scores["top-2 ACC"].value, scores["ECE"].value) == (50, pytest.approx(100 * abs(0.96 - 0.5)))
+    assert likelihood_metrics.calibration(Turns(rows))[0]["turns"] == 2
+    for name in ("NLL", "perplexity"):
+        assert (scores[name].value, scores[name].reason) == (None, "it is infinite")
+
+
+def test_the_calibration_error_has_no_interval_and_accuracy_has_one():
+    dialogues = {f"d{number}": Dialogue(f"d{number}", SAID) for number in range(20)}
+    rows = [dataclasses.replace(believing(0, 1, 0.92), dialogue_id=name) for name in dialogues]
+    scores = score(rows, dialogues, MetricsConfig(profiles=[]))["likelihood"]
+    assert (scores["ECE"].low, scores["ECE"].high) == (None, None) and scores["top-2 ACC"].low == 100
+
+
 def test_confusion_by_hand():
     table = strategy_metrics.confusion(EIGHT)
     assert table.shape == (12, 13)
@@ -392,25 +414,65 @@ def test_process_by_hand():
         ("100，200或1,234.50", {"100", "200", "1234.5"}),
         ("一千二百元", {"1200"}),
         ("三万五千零五十元和八折", {"35050", "8"}),
-        ("十五块钱", {"15"}),
+        ("十五块钱，五十块，三百块吧，五角钱", {"15", "50", "300", "5"}),
         ("3万元、3.5万元和1.2亿", {"30000", "35000", "120000000"}),
-        ("一定为您处理", set()),
-        ("App 5.0.1，12:30前", {"5.0.1", "12:30"}),
+        ("一千五块钱，两千五元，一万五元，五百二十元", {"1500", "2500", "15000", "520"}),
+        ("一亿二千万元，一万亿元", {"120000000", "1000000000000"}),
+        ("3千元，1万2千元，１万２元", {"3000", "12000"}),
+        ("一点五元，零点五元，一点五万元，百分之二十", {"1.5", "0.5", "15000", "20"}),
+        ("十元起，二十元内，一百元整，五元券", {"10", "20", "100", "5"}),
+        ("一定为您处理，请等三天，一折腾，一角落里，五角星，两元件", set()),
+        ("App 5.0.1，12:30前，9:05十分钟，2.0.0万", {"5.0.1", "12:30", "9:05", "2.0.0"}),
         ("订单A20240817B", {"20240817"}),
     ],
 )
-def test_numbers_in_a_text(text, expected):
-    assert reply_metrics.numbers(text) == expected
+def test_numbers_and_amounts_in_a_text(text, expected):
+    assert reply_metrics.numbers(text, words=False) == expected
+    assert reply_metrics.numbers(text) >= expected
+
+
+def test_a_numeral_that_is_no_amount_is_a_number_too():
+    assert reply_metrics.numbers("三天前，七月二十号，三点五十分，二〇二五年") == {"3", "7", "20", "50", "2025"}
+    assert reply_metrics.numbers("欠一千五，五百二，两万三，十二") == {"1500", "520", "23000", "12"}
+
+
+def test_whatever_looks_like_a_number_is_read():
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choices("0129０,.:，点零一二十百千万亿元块角折%分之 ", k=rng.randint(1, 12)))
+        assert reply_metrics.numbers(text, words=False) <= reply_metrics.numbers(text)
+    for text in ("十" + "亿" * 5000, "一" * 5000, "1." * 5000, "9" * 5000 + "万"):
+        assert reply_metrics.numbers(text)
+
+
+@pytest.mark.parametrize(
+    ("said", "reply", "new"),
+    [
+        ("等了三天", "您等了3天", False),
+        ("欠了三千", "欠款3千元", False),
+        ("一百块", "退您100元", False),
+        ("七月二号下的单", "您7月2号下的单", False),
+        ("付了一千五", "退您1500元", False),
+        ("百分之二十", "扣20%", False),
+        ("你好", "退您五十块", True),
+        ("你好", "再等三天", False),  # neither digits nor an amount
+        ("你好", "再等3天", True),
+    ],
+)
+def test_a_number_was_said_before_however_it_was_written(said, reply, new):
+    dialogue = Dialogue("d1", (Turn(Speaker.CUSTOMER, said), Turn(Speaker.SUPPORTER, reply, STRATEGIES[6])))
+    turns = Turns([prediction(7, reply, turn=1, reference_response=reply)])
+    assert [side.tolist() for side in reply_metrics.new_numbers(turns, {"d1": dialogue})] == [[new], [new]]
 
 
 def test_new_numbers_are_those_that_nobody_said_before():
-    said = [("您好", None), ("我付了100元", None), ("为您退80元", None), ("80？", None), ("是的，一百元减20元", None)]
+    said = [("您好", None), ("我付了100元", None), ("为您退80元", None), ("多少？", None), ("是的，一百元减20元", None)]
     turns = tuple(
         Turn(Speaker.CUSTOMER, text) if index % 2 else Turn(Speaker.SUPPORTER, text, STRATEGIES[6])
         for index, (text, _) in enumerate(said)
     )
     dialogues = {"d1": Dialogue("d1", turns)}
-    replies = ["工号7", "退７元", "80元，１００元"]
+    replies = ["工号7", "100元退７元", "80元，１００元"]
 
     def flags(context):
         made = [
@@ -421,9 +483,10 @@ def test_new_numbers_are_those_that_nobody_said_before():
         ]
         return [side.tolist() for side in reply_metrics.new_numbers(Turns(made), dialogues)]
 
-    # 7 is new; again in reference context, where the system's own 7 was never said.
+    # 7 is new; again in reference context, where the system's own 7 was never said. 80 was said by the reference's
+    # supporter alone, and so never in generated context.
     assert flags("reference") == [[True, True, False], [False, True, True]]
-    assert flags("generated") == [[True, False, False], [False, True, True]]
+    assert flags("generated") == [[True, False, True], [False, True, True]]
 
 
 def test_length_and_distinct_by_hand():
@@ -451,8 +514,11 @@ def test_drift_is_reference_minus_generated_turn_by_turn():
     without = drift(reference[1:], generated[:-1], dialogues, MetricsConfig())
     assert [(row["position"], row["turns"]) for row in without] == [(1, 1), (2, 2), (3, 2), (4, 1)]
     assert without[1:3] == rows[1:3] and without[3]["ACC"].value == 100
-    empty = drift(reference, [], dialogues, MetricsConfig())
-    assert [(row["turns"], row["ACC"].value) for row in empty] == [(0, None)] * 4
+    # Each context's own figures are of the same turns.
+    for row, expected in zip((rows[0], without[0], without[3]), ((50, 0), (0, 0), (100, 0)), strict=True):
+        assert (row["reference"]["ACC"].value, row["generated"]["ACC"].value) == expected
+        assert [row[context]["R-L char"].value for context in ("reference", "generated")] == [0, 0]
+    assert drift(reference, [], dialogues, MetricsConfig()) == []
 
 
 def test_turns_that_failed_move_no_other_turn():
@@ -705,7 +771,18 @@ def test_bleurt_refuses_weights_that_are_not_its_own(bleurt_directory):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_bleurt_names_the_file_that_is_missing(bleurt_directory, name):
+def test_bleurt_names_the_file_that_is_missing_before_it_is_needed(bleurt_directory, name):
+    config = MetricsConfig(bleurt_model=str(bleurt_directory))
+    fetch_models(config)
     (bleurt_directory / name).unlink()
-    with pytest.raises(InputError, match=name):
-        learned.bleurt(BLEURT_PAIRS, bleurt_directory)
+    for read in (lambda: fetch_models(config), lambda: learned.bleurt(BLEURT_PAIRS, bleurt_directory)):
+        with pytest.raises(InputError, match=f"has no {name}"):
+            read()
+
+
+def test_bertscore_names_the_file_that_is_missing_before_it_is_needed(bert, tmp_path):
+    copy = shutil.copytree(bert, tmp_path / "bert")
+    fetch_models(MetricsConfig(bertscore_model=str(copy)))
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"bert: has no \*\.safetensors or \*\.bin"):
+        fetch_models(MetricsConfig(bertscore_model=str(copy)))

@@ -3,6 +3,7 @@
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from csc_train.evaluation.comparison import ALIKE, Difference
@@ -29,7 +30,7 @@ def scores(first, unparsed=0, **missing):
         profile: {column: cell(column, first + index) for index, column in enumerate(columns)}
         for profile, columns in PROFILES.items()
     }
-    both = {"system": cell("length", first), "reference": cell("length", first + 9)}
+    both = {"system": cell("length", first), "reference": cell("length", 10.0)}
     return {
         "profiles": profiles,
         "strategy": {"macro-F1": cell("macro-F1", first + 30)},
@@ -112,6 +113,12 @@ def test_results_are_written(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["results.json", "table.md"]
 
 
+def test_a_number_that_json_cannot_say_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_results(tmp_path, {"trained": {"reference": scores(float("inf"))}}, {}, {})
+    assert not any(tmp_path.iterdir())
+
+
 def rendered(results, width):
     console = Console(width=width, file=io.StringIO())
     console.print(console_table(results))
@@ -149,20 +156,41 @@ def test_console_table_wraps_names_before_it_cuts_numbers():
 def test_the_sides_of_a_dialogue_stand_beside_the_reference():
     text = markdown_table(RESULTS, {})
     assert "| untrained | generated | 10.50 [10.00, 11.50] |" in text
-    assert "| the reference itself |  | 10.00 [9.50, 11.00] |" in text
+    assert text.count("| the reference itself |  | 10.00 [9.50, 11.00] |") == 2  # in process and in replies
+    assert text.count("the reference itself |") == 2 and "for each set of turns" not in text
+    # Where turns failed, the reference has other figures.
+    fewer = scores(10.5)
+    for table in ("process", "reply"):
+        fewer[table] = {name: sides | {"reference": Score(8.0, "u", "s")} for name, sides in fewer[table].items()}
+    text = markdown_table(RESULTS | {"fails": {"generated": fewer}}, {})
+    rows = (
+        "| the reference itself |  | 10.00 [9.50, 11.00] |\n| the reference itself | turns of fails, generated | 8.00 |"
+    )
+    assert text.count(rows) == 2 and "for each set of turns" in text
+
+
+def test_columns_in_which_lower_is_better_are_marked():
+    text = markdown_table(RESULTS, {})
+    assert "| system | context | NLL ↓ |" in text and "| system | context | macro-F1 |" in text
+    assert "| system | context | greeting first |" in text
+    assert text.count("↓: lower is better.") == 1
 
 
 def test_drift_is_shown_of_the_last_system_turn_by_turn():
     full = {"trained": {"reference": scores(40.0), "generated": scores(30.0)}}
-    lost = {"position": 1, "turns": 60} | {name: Score(10.0, "u", "s", None, 8.0, 12.0) for name in ("ACC", "R-L char")}
+    lost = {"position": 1, "turns": 55} | {name: Score(10.0, "u", "s", None, 8.0, 12.0) for name in ("ACC", "R-L char")}
+    for context, value in (("reference", 42.0), ("generated", 32.0)):  # of the turns that both contexts have
+        lost[context] = {"ACC": Score(value, "u", "s", None, value - 1, value + 1)}
     text = markdown_table(full, {"trained": [lost]})
-    row = "| 1 | 60 | 40.00 [39.50, 41.00] | 30.00 [29.50, 31.00] | 10.00 [8.00, 12.00] | 10.00 [8.00, 12.00] |"
+    row = "| 1 | 55 | 42.00 [41.00, 43.00] | 32.00 [31.00, 33.00] | 10.00 [8.00, 12.00] | 10.00 [8.00, 12.00] |"
     assert row in text
+    alone = "| supporter turn | turns | ref ACC | gen ACC |\n|---|---:|---:|---:|\n| 1 | 60 | 40.00 [39.50, 41.00] |"
+    assert alone in markdown_table(full, {"trained": []})
     assert f"| {STRATEGIES[0].label} | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 5 |" in text  # unparsed last
 
 
 def test_a_comparison_says_plainly_what_cannot_be_told_apart():
-    facts = {"context": "reference", "unit": "turns", "signature": "made up"}
+    facts = {"context": "reference", "unit": "turns", "signature": "made up", "turns": 97, "left_out": 3}
     rows = [
         Difference(metric="ACC", a=43.0, b=42.0, difference=1.0, low=-0.5, high=2.5, p_value=0.04, adjusted=0.08,
                    mcnemar=0.01, verdict=ALIKE, **facts),
@@ -174,6 +202,7 @@ def test_a_comparison_says_plainly_what_cannot_be_told_apart():
     ) in text
     assert "| reference | BS | n/a | n/a | n/a | n/a | n/a | n/a | no model |" in text
     assert "after Holm's correction for the 1 tests" in text
+    assert text.count("In reference context: Left out: 3 turns that only one of the two systems has.") == 1
     assert "McNemar's test ignores that the turns of a dialogue cluster" in text
     console = Console(width=100, file=io.StringIO())
     console.print(comparison_table(rows))

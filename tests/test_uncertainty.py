@@ -67,14 +67,17 @@ def test_equal_systems_are_rarely_told_apart_and_mcnemar_is_fooled():
     assert share(clusters_ignored) > 0.09
 
 
-def test_a_real_difference_is_found():
+def test_a_real_difference_is_found_as_often_as_it_can_be():
+    """A difference of three standard errors exceeds the 1.96 that decide in 85 % of samples, if it is normal."""
     rng = numpy.random.default_rng(3)
-    found = []
-    for _ in range(100):
+    found, differences = [], []
+    for _ in range(SIMULATIONS):
         dialogues = lengths(rng)
-        a, b = (simulated(rng, truth, dialogues) for truth in (TRUTH + 0.15, TRUTH))
-        found.append(sign_flip_test(mean(a), mean(b), dialogues, flips=1000) < 0.05)
-    assert share(found) > 0.9
+        a, b = (mean(simulated(rng, truth, dialogues)) for truth in (TRUTH + 0.12, TRUTH))
+        found.append(sign_flip_test(a, b, dialogues, flips=400) < 0.05)
+        differences.append(a.value - b.value)
+    assert 0.12 / numpy.std(differences) == pytest.approx(3, abs=0.15)
+    assert share(found) == pytest.approx(0.85, abs=0.04)
 
 
 def test_a_figure_that_is_no_mean_is_tested_as_exactly():

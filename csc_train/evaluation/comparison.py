@@ -1,6 +1,6 @@
 """Two systems on the same turns: which differences are more than chance."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from csc_train.errors import InputError
@@ -14,16 +14,28 @@ from csc_train.evaluation.uncertainty import LEVEL, holm, mcnemar, sign_flip_tes
 ALIKE = "cannot be told apart"
 
 
+def _require_turns(found: Iterable[tuple[Turns, Turns]], names: Sequence[str]) -> None:
+    if not any(len(sides[0]) for sides in found):
+        raise InputError(f"{names[0]} and {names[1]} have no turn in common")
+
+
+def left_out_note(count: int) -> str:
+    """What a reader is told of turns that were left out; nothing where there are none."""
+    return f"Left out: {count} turns that only one of the two systems has." if count else ""
+
+
 def reference_sides(
     directories: tuple[str, str], systems: tuple[str | None, str | None]
-) -> tuple[tuple[str, str], tuple[Turns, Turns]]:
-    """What to call the systems of two runs, and their predictions in reference context, row by row of the same turns.
+) -> tuple[tuple[str, str], tuple[Turns, Turns], int]:
+    """What to call the systems of two runs, their predictions in reference context, row by row of the same turns, and
+    how many turns are left out because only one of the two has them.
 
     Args:
         systems: names of systems; those that the runs evaluated where None.
 
     Raises:
-        InputError: a run cannot be read, lacks the system or the context, or the two are not of the same turns.
+        InputError: a run cannot be read, lacks the system or the context, or the two share no turn or differ in a
+            reference.
     """
     names, predictions = [], []
     for directory, name in zip(directories, systems, strict=True):
@@ -33,7 +45,9 @@ def reference_sides(
             raise InputError(f"{directory}: {system} was not evaluated in reference context")
         names.append(f"{system} of {directory}")
         predictions.append(saved[system]["reference"])
-    return tuple(names), same_turns(*predictions, *names)
+    sides, left_out = same_turns(*predictions, *names)
+    _require_turns([sides], names)
+    return tuple(names), sides, left_out
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,7 @@ class Difference:
     """One metric of two systems A and B in one context.
 
     Attributes:
+        turns, left_out: turns that both systems have, over which it is taken, and those that only one has.
         a, b: its values; `difference` is `a` - `b`, and `low` and `high` are its 95 % interval,
             None for too few dialogues.
         p_value: of the sign-flip test over dialogues; None where the metric is n/a, and then `reason` says why.
@@ -53,6 +68,8 @@ class Difference:
     metric: str
     unit: str
     signature: str
+    turns: int
+    left_out: int
     a: float | None = None
     b: float | None = None
     difference: float | None = None
@@ -80,7 +97,7 @@ def compare(
         names: what to call them in errors.
 
     Raises:
-        InputError: the two have no context in common, or are not of the same turns.
+        InputError: the two have no context in common, or no turn in any of those, or differ in a reference.
     """
     contexts = [each for each in a if each in b]
     if not contexts:
@@ -88,12 +105,14 @@ def compare(
             f"{name} was evaluated in {' and '.join(each)} context" for name, each in zip(names, (a, b), strict=True)
         ]
         raise InputError(f"there is nothing to compare: {', '.join(has)}")
+    shared = {context: same_turns(a[context], b[context], *names) for context in contexts}
+    _require_turns((sides for sides, _ in shared.values()), names)
     rows = []
-    for context in contexts:
-        sides = same_turns(a[context], b[context], *names)
+    for context, (sides, left_out) in shared.items():
         metrics = [_metrics(turns, config) for turns in sides]
         for name, figure in metrics[0].items():
-            rows.append(_difference(context, name, figure, metrics[1][name], sides, config.draws, flips))
+            row = _difference(name, figure, metrics[1][name], sides, config.draws, flips)
+            rows.append({"context": context, "turns": len(sides[0]), "left_out": left_out} | row)
     tested = [row for row in rows if row["p_value"] is not None]
     for row, adjusted in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
         higher = "A is higher" if row["difference"] > 0 else "B is higher"
@@ -118,11 +137,9 @@ def _metrics(turns: Turns, config: MetricsConfig) -> dict[str, Figure]:
     return found
 
 
-def _difference(
-    context: str, name: str, a: Figure, b: Figure, sides: tuple[Turns, Turns], draws: int, flips: int
-) -> dict:
+def _difference(name: str, a: Figure, b: Figure, sides: tuple[Turns, Turns], draws: int, flips: int) -> dict:
     dialogues = sides[0].dialogue
-    row = {"context": context, "metric": name, "unit": a.unit, "signature": a.signature, "p_value": None}
+    row = {"metric": name, "unit": a.unit, "signature": a.signature, "p_value": None}
     score = a.minus(b, dialogues, draws)
     if score.value is None:
         return row | {"reason": score.reason}

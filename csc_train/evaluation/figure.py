@@ -38,10 +38,18 @@ class Figure:
     signature: str
     reason: str = "no turns to score"
 
+    @property
+    def _missing(self) -> str | None:
+        """Why there is no number; None where there is one."""
+        if self.statistic is None or math.isnan(self.statistic.value):
+            return self.reason
+        return "it is infinite" if math.isinf(self.statistic.value) else None
+
     def score(self, dialogues: numpy.ndarray, draws: int) -> Score:
         """The figure's value and interval; `dialogues`, int [turns], is the dialogue of each turn."""
-        if self.statistic is None or math.isnan(value := self.statistic.value):
-            return Score(None, self.unit, self.signature, self.reason)
+        if (missing := self._missing) is not None:
+            return Score(None, self.unit, self.signature, missing)
+        value = self.statistic.value
         bounds = interval(self.statistic, dialogues, draws) or (None, None)
         return Score(value, self.unit, self.signature, None, *bounds)
 
@@ -54,8 +62,8 @@ class Figure:
     def minus(self, other: "Figure", dialogues: numpy.ndarray, draws: int) -> Score:
         """The difference to the same figure of another system, or another context, on the same turns."""
         for each in (self, other):
-            if each.statistic is None or math.isnan(each.statistic.value):
-                return Score(None, self.unit, self.signature, each.reason)
+            if (missing := each._missing) is not None:
+                return Score(None, self.unit, self.signature, missing)
         value = self.statistic.value - other.statistic.value
         bounds = difference_interval(self.statistic, other.statistic, dialogues, draws) or (None, None)
         return Score(value, self.unit, self.signature, None, *bounds)

@@ -34,9 +34,11 @@ def write_html(directory: str | os.PathLike, scored: Scored, config: dict[str, A
         InputError: it cannot be written.
     """
     results, contamination = scored.results, scored.contamination
+    system = list(results)[-1]
     page = render(
         "report.html.jinja",
-        system=list(results)[-1],
+        system=system,
+        chooses=any(scores["counts"]["unparsed"] is not None for scores in results[system].values()),
         facts=_facts(scored, config, record),
         turns=sum(len(dialogue.supporter_turns) for dialogue in scored.dialogues),
         dialogues=len(scored.dialogues),

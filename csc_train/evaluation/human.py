@@ -19,7 +19,7 @@ import pydantic
 from csc_train.dialogue import Dialogue
 from csc_train.errors import InputError
 from csc_train.evaluation.agreement import cohen_kappa, fleiss_kappa, observed_agreement
-from csc_train.evaluation.comparison import ALIKE
+from csc_train.evaluation.comparison import ALIKE, left_out_note
 from csc_train.evaluation.config import HumanConfig
 from csc_train.evaluation.criteria import CRITERIA
 from csc_train.evaluation.figure import Figure, Score
@@ -65,6 +65,7 @@ class Key(_Strict):
         a, b: the systems, with the runs they are of.
         questions: `OVERALL` and the criteria.
         turns, differing: turns that both systems answered, and those of them where the replies differ.
+        left_out: turns that only one of them answered.
         strategies: what the sheet shows of them (see `HumanConfig`).
     """
 
@@ -76,6 +77,7 @@ class Key(_Strict):
     differing: int
     strategies: str
     items: list[Item]
+    left_out: int = 0
 
 
 class Answer(_Strict):
@@ -99,6 +101,7 @@ def draw_sheet(
     dialogues: Mapping[str, Dialogue],
     names: tuple[str, str],
     config: HumanConfig,
+    left_out: int = 0,
 ) -> tuple[str, Key]:
     """Draw the items; the sheet as an HTML page, and its key.
 
@@ -109,6 +112,7 @@ def draw_sheet(
         sides: systems A and B on the same turns.
         dialogues: by id.
         names: of the systems, for the key alone.
+        left_out: turns that only one of the systems has, for the key alone.
 
     Raises:
         InputError: the replies differ nowhere, a dialogue is not there, or a system names no strategies where they are
@@ -148,7 +152,7 @@ def draw_sheet(
     page = render("sheet.html.jinja", language=config.language, data=data | {"sheet": sheet})
     key = Key(
         sheet=sheet, a=names[0], b=names[1], questions=questions, turns=len(pairs), differing=len(differing),
-        strategies=config.strategies, items=items,
+        strategies=config.strategies, items=items, left_out=left_out,
     )  # fmt: skip
     return page, key
 
@@ -438,6 +442,7 @@ def sections(found: Mapping[str, Opinion], key: Key) -> list[Section]:
             "tie as half a win of each side; A, tie and B count answers.",
             "Decided by a sign-flip permutation test over dialogues at 5 %, after Holm's correction for the questions. "
             "It and the intervals speak of other dialogues, not of other raters.",
+            *filter(None, [left_out_note(key.left_out)]),
             INTERVALS,
         ),
     )

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from csc_train.dialogue import Dialogue
 from csc_train.errors import InputError
+from csc_train.evaluation.comparison import left_out_note
 from csc_train.evaluation.config import JudgeConfig
 from csc_train.evaluation.criteria import CRITERIA
 from csc_train.evaluation.figure import Figure, Score
@@ -303,8 +304,8 @@ def as_json(result: Judgement, judged: Judged) -> dict[str, Any]:
     return asdict(result) | {"failures": failures, "spent": judged.spent}
 
 
-def markdown(result: Judgement, judged: Judged, names: tuple[str, str], judge_name: str) -> str:
-    """A judgement as Markdown."""
+def markdown(result: Judgement, judged: Judged, names: tuple[str, str], judge_name: str, left_out: int = 0) -> str:
+    """A judgement as Markdown; `left_out` turns are those that only one of the systems has."""
     lines = [f"A: {names[0]}  ", f"B: {names[1]}  ", f"judge: {judge_name}, reference context", ""]
     if result.win_rate:
         rates = result.win_rate
@@ -325,10 +326,11 @@ def markdown(result: Judgement, judged: Judged, names: tuple[str, str], judge_na
     judged_turns = ", ".join(f"{task} {count} of {result.expected}" for task, count in result.judged.items())
     spent = f"{judged.spent['prompt_tokens']} + {judged.spent['completion_tokens']} tokens"
     lines += [f"Turns judged: {judged_turns}. Questions that failed: {len(judged.failures)}. Spent: {spent}."]
+    lines += filter(None, [left_out_note(left_out)])
     return "\n".join(lines) + "\n"
 
 
 def _cell(score: Score) -> str:
     if score.value is None:
-        return "n/a"
+        return f"n/a ({score.reason})"
     return f"{score.value:.2f}" + ("" if score.low is None else f" [{score.low:.2f}, {score.high:.2f}]")

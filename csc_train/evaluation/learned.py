@@ -25,6 +25,25 @@ from csc_train.files import read_json
 
 TextPair = tuple[str, str]
 
+BERTSCORE_FILES = (("config.json",), ("tokenizer.json", "vocab.txt"), ("*.safetensors", "*.bin"))
+BLEURT_FILES = (("config.json",), ("tokenizer.json",), ("model.safetensors", "pytorch_model.bin"))
+"""What each model is read from: of every group one file at least."""
+_ADVICE = {
+    ("tokenizer.json",): "; with sentencepiece installed, transformers' RemBertTokenizer makes one from the "
+    "SentencePiece model (from_pretrained with vocab_file=..., then save_pretrained)"
+}
+
+
+def check_files(directory: str | os.PathLike, groups: Sequence[tuple[str, ...]]) -> None:
+    """See that a model directory has a file of each of the groups.
+
+    Raises:
+        InputError: of a group there is none.
+    """
+    for patterns in groups:
+        if not any(any(Path(directory).glob(pattern)) for pattern in patterns):
+            raise InputError(f"{directory}: has no {' or '.join(patterns)}{_ADVICE.get(patterns, '')}")
+
 
 def bertscore(
     pairs: Sequence[TextPair], directory: str | os.PathLike, layers: int = 8, batch_size: int = 64
@@ -159,6 +178,7 @@ def _load_bert(directory: str, layers: int) -> tuple[PreTrainedModel, PreTrained
 @functools.lru_cache(maxsize=1)
 def _load_bleurt(directory: str) -> tuple[RemBertModel, torch.nn.Linear, Tokenizer]:
     path = Path(directory)
+    check_files(path, BLEURT_FILES)
     values = read_json(path / "config.json")
     values.setdefault("input_embedding_size", values.get("embedding_size"))  # the name conversions give it
     if values["input_embedding_size"] is None:
@@ -189,10 +209,8 @@ def _bleurt_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights in `path` under the names that RemBertModel uses, and the head's."""
     if (path / "model.safetensors").is_file():
         stored = load_file(path / "model.safetensors")
-    elif (path / "pytorch_model.bin").is_file():
-        stored = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
     else:
-        raise InputError(f"{path}: neither model.safetensors nor pytorch_model.bin is there")
+        stored = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
     anchor = "embeddings.word_embeddings.weight"
     prefix = next((key.removesuffix(anchor) for key in stored if key.endswith(anchor)), "")
     renamed = {
@@ -205,11 +223,6 @@ def _bleurt_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _bleurt_tokenizer(path: Path, config: RemBertConfig) -> Tokenizer:
     file = path / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(
-            f"{path}: no tokenizer.json; with sentencepiece installed, transformers' RemBertTokenizer makes one "
-            "from the SentencePiece model (from_pretrained with vocab_file=..., then save_pretrained)"
-        )
     tokenizer = Tokenizer.from_file(str(file))
     markers = [(marker, tokenizer.token_to_id(marker)) for marker in ("[CLS]", "[SEP]")]
     if any(number is None for _, number in markers):

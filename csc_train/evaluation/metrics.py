@@ -21,7 +21,7 @@ from csc_train.dialogue import Dialogue
 from csc_train.errors import InputError, check_choice, check_range
 from csc_train.evaluation import lexical, likelihood_metrics, reply_metrics, strategy_metrics
 from csc_train.evaluation.figure import Figure, Score
-from csc_train.evaluation.predictions import Prediction
+from csc_train.evaluation.predictions import CONTEXTS, Prediction
 from csc_train.evaluation.turns import Turns
 from csc_train.evaluation.uncertainty import Statistic, mean
 from csc_train.hub import local_copy, looks_local
@@ -59,7 +59,8 @@ class MetricsConfig:
     """A baseline table of the bert-score package (LAYER,P,R,F) to rescale BERTScore with; None takes the package's own
     for Chinese, where it has one under the name of the model (such as bert-base-chinese)."""
     bleurt_model: str | None = None
-    """Directory or hub id of a PyTorch conversion of BLEURT-20; None prints n/a."""
+    """Directory or hub id of a PyTorch conversion of BLEURT-20; None prints n/a. It must have a tokenizer.json: where
+    there is a SentencePiece model alone, that is to be made first, in a directory."""
     batch_size: int = 64
     """Pairs per forward pass of BERTScore and BLEURT."""
     draws: int = 1000
@@ -86,10 +87,16 @@ def fetch_models(config: MetricsConfig) -> None:
     """Download the models that are read from the hub, so that one that cannot be had is known before hours of work.
 
     Raises:
-        InputError: as `hub.local_copy`.
+        InputError: as `hub.local_copy`, or a file is missing that the model is read from.
     """
-    for path in filter(None, (config.bertscore_model, config.bleurt_model)):
-        local_copy(path, "metric model")
+    if config.bertscore_model is None and config.bleurt_model is None:
+        return
+    from csc_train.evaluation import learned
+
+    models = (config.bertscore_model, learned.BERTSCORE_FILES), (config.bleurt_model, learned.BLEURT_FILES)
+    for path, groups in models:
+        if path is not None:
+            learned.check_files(local_copy(path, "metric model"), groups)
 
 
 def score(
@@ -144,7 +151,8 @@ def score(
         },
         "without_flagged": _without(flagged, turns, profiles, config.draws),
         "strategy": {name: shown(figure) for name, figure in strategy.items()},
-        "likelihood": {name: shown(figure) for name, figure in likelihood_metrics.likelihoods(turns).items()},
+        "likelihood": {name: shown(figure) for name, figure in likelihood_metrics.likelihoods(turns).items()}
+        | {"ECE": likelihood_metrics.calibration_error(turns)},
         "by_strategy": {
             label: {"turns": count} | {name: shown(figure) for name, figure in cells.items()}
             for label, count, cells in strategy_metrics.by_strategy(turns)
@@ -199,35 +207,31 @@ def drift(
 ) -> list[dict[str, Any]]:
     """By supporter turn, how much is lost once a system goes on from its own turns.
 
-    Turns that failed in one of the contexts are left out of both.
+    Turns that failed in one of the contexts are left out of both, so that their curves are of the same turns.
 
     Returns:
-        For each `position`, counted from 1: its `turns`, and of ACC and character ROUGE-L a Score of the figure in
-        reference context minus the one in generated context.
+        For each `position`, counted from 1: its `turns`; of each context, by its name, Scores of ACC and character
+        ROUGE-L; and of these two a Score of the figure in reference context minus the one in generated context. Nothing
+        where the contexts have no turn in common.
 
     Raises:
         InputError: the two have other references.
     """
-    both = {(each.dialogue_id, each.turn) for each in reference}
-    both &= {(each.dialogue_id, each.turn) for each in generated}
-    reference, generated = (
-        [each for each in side if (each.dialogue_id, each.turn) in both] for side in (reference, generated)
-    )
-    sides = same_turns(reference, generated, "reference context", "generated context", dialogues)
+    sides, _ = same_turns(reference, generated, "reference context", "generated context", dialogues)
     dialogue, position = sides[0].dialogue, sides[0].position
     rows = []
-    for number in range(sides[0].longest):
+    for number in range(sides[0].longest if len(sides[0]) else 0):
         here = position == number
-        accuracies = [strategy_metrics.accuracy(turns, here) for turns in sides]
-        rouges = [_zh_rouge(turns).only(here) for turns in sides]
-        rows.append(
-            {
-                "position": number + 1,
-                "turns": int(here.sum()),
-                "ACC": accuracies[0].minus(accuracies[1], dialogue, config.draws),
-                "R-L char": rouges[0].minus(rouges[1], dialogue, config.draws),
-            }
-        )
+        pairs = {
+            "ACC": [strategy_metrics.accuracy(turns, here) for turns in sides],
+            "R-L char": [_zh_rouge(turns).only(here) for turns in sides],
+        }
+        by_context = {
+            context: {name: pair[index].score(dialogue, config.draws) for name, pair in pairs.items()}
+            for index, context in enumerate(CONTEXTS)
+        }
+        lost = {name: one.minus(other, dialogue, config.draws) for name, (one, other) in pairs.items()}
+        rows.append({"position": number + 1, "turns": int(here.sum()), **by_context, **lost})
     return rows
 
 
@@ -237,26 +241,25 @@ def same_turns(
     name: str,
     other_name: str,
     dialogues: Mapping[str, Dialogue] | None = None,
-) -> tuple[Turns, Turns]:
-    """Both predictions as columns whose rows are the same turns with the same references.
+) -> tuple[tuple[Turns, Turns], int]:
+    """Both predictions as columns whose rows are the same turns with the same references; and how many turns are left
+    out because only one of the two has them, as where one failed.
 
     Raises:
-        InputError: a turn is missing on either side, or has another reference.
+        InputError: a turn has another reference, or is predicted twice.
     """
-    sides = Turns(one, dialogues), Turns(other, dialogues)
-    keys = [dict(zip(turns.keys, turns.predictions, strict=True)) for turns in sides]
-    for has, lacks, who in ((keys[0], keys[1], other_name), (keys[1], keys[0], name)):
-        if missing := sorted(has.keys() - lacks.keys()):
-            dialogue, turn = missing[0]
-            raise InputError(f"{who} lacks {len(missing)} turns, the first is turn {turn} of dialogue {dialogue}")
-    for key, first in keys[0].items():
-        second = keys[1][key]
+    keys = [{(each.dialogue_id, each.turn) for each in side} for side in (one, other)]
+    shared = keys[0] & keys[1]
+    sides = tuple(
+        Turns([each for each in side if (each.dialogue_id, each.turn) in shared], dialogues) for side in (one, other)
+    )
+    for key, first, second in zip(sides[0].keys, *(side.predictions for side in sides), strict=True):
         if (first.reference_strategy, first.reference_response) != (
             second.reference_strategy,
             second.reference_response,
         ):
             raise InputError(f"{name} and {other_name} have other references at turn {key[1]} of dialogue {key[0]}")
-    return sides
+    return sides, len(keys[0] ^ keys[1])
 
 
 def figures(turns: Turns, config: MetricsConfig) -> dict[str, dict[str, Figure]]:

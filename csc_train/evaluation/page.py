@@ -14,7 +14,8 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # by default it sorts the keys, and so the systems
+# By default it sorts the keys, and so the systems, and writes NaN and Infinity, which no browser reads.
+_ENVIRONMENT.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
 
 
 def render(template: str, **facts: Any) -> str:

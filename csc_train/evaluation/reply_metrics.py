@@ -1,6 +1,5 @@
 """What replies are like by themselves: their length, their variety, and numbers that nobody had mentioned."""
 
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -13,50 +12,64 @@ from csc_train.evaluation import lexical
 from csc_train.evaluation.figure import Figure, Score
 from csc_train.evaluation.turns import Turns
 from csc_train.evaluation.uncertainty import mean
+from csc_train.words import word_ends
 
 _BINS = 30
-_DIGITS = re.compile(r"(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:[.:]\d+)*)([万亿]*)")
-_CHINESE_AMOUNT = re.compile(
-    r"([〇零一二两三四五六七八九十][〇零一二两三四五六七八九十百千万亿]*)(?=元|块钱|角|分钱|美元|%|折)"
-)
-_VALUES = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
-_UNITS = {"十": 10, "百": 100, "千": 1000}
-_MYRIADS = {"万": 10**4, "亿": 10**8}
+_CHARACTERS = "〇零一二两三四五六七八九"
+_JOINED = r"\d+(?:[.:]\d+)*:\d+(?:[.:]\d+)*|\d+(?:\.\d+){2,}"  # 12:30, 5.0.1
+_ARABIC = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?"
+_CHINESE = rf"[{_CHARACTERS}]+(?:点[{_CHARACTERS}]+(?![{_CHARACTERS}十百千]))?"
+_DIGITS = rf"(?:{_ARABIC}|{_CHINESE})"
+# No number has more units than ten; a reply that repeats one without end is no number.
+_NUMERAL = re.compile(rf"{_JOINED}|(?=[\d{_CHARACTERS}十])(?:{_DIGITS}?[十百千万亿]){{,10}}{_DIGITS}?")
+_AMOUNT = re.compile("元|块钱|块|角钱|角|分钱|美元|%|折")
+_TO_DIGITS = str.maketrans(_CHARACTERS + "点", "001223456789.", ",")
+_SIZES = {"亿": 10**8, "万": 10**4, "千": 1000, "百": 100, "十": 10}
 
 
-def numbers(text: str) -> set[str]:
-    """The numbers in a text: of digits of any width, and of Chinese numerals before a unit of money, `%` or `折`.
+def numbers(text: str, words: bool = True) -> set[str]:
+    """The numbers in a text, of digits of any width and of Chinese numerals, in digits.
 
-    `1,200元`, `１２００．００` and `一千二百元` are all 1200, `3.5万元` is 35000; of digits joined by colons, such as
-    `12:30`, it is the whole that counts.
+    `1,200元`, `１２００．００`, `一千二百元` and `1千2` are all 1200, `3.5万元` is 35000, `百分之二十` is 20; of digits
+    joined by colons, such as `12:30`, it is the whole that counts.
+
+    Args:
+        words: whether Chinese numerals count that are no amount, as in `三天`. Many are mere words, as in `一下`. An
+            amount stands before a unit of money, `%` or `折`, or after `百分之`.
     """
     # A full-width comma parts clauses; normalized, it would pass for a separator of thousands.
     text = unicodedata.normalize("NFKC", text.replace("，", "、"))
-    found = {_plain(*match.groups()) for match in _DIGITS.finditer(text)}
-    return found | {str(_chinese_number(match.group(1))) for match in _CHINESE_AMOUNT.finditer(text)}
+    return {
+        _in_digits(match.group())
+        for match in _NUMERAL.finditer(text)
+        if words or re.search(r"\d", match.group()) or _is_amount(text, *match.span())
+    }
 
 
-def _plain(digits: str, myriads: str) -> str:
-    """A number without separators of thousands, without zeros that end a fraction, and times 万 and 亿 behind it."""
-    digits = digits.replace(",", "")
-    if myriads and re.fullmatch(r"\d+(?:\.\d+)?", digits):
-        digits = f"{Decimal(digits) * math.prod(map(_MYRIADS.__getitem__, myriads)):f}"
+def _is_amount(text: str, start: int, end: int) -> bool:
+    if text.endswith("百分之", 0, start):
+        return True
+    unit = _AMOUNT.match(text, end)
+    # Not where the unit is the beginning of another word, as in 一折腾 and 一角落.
+    return unit is not None and unit.end() in word_ends(text)
+
+
+def _in_digits(numeral: str) -> str:
+    """A numeral in digits, without separators of thousands, and without zeros that end a fraction."""
+    digits = numeral.translate(_TO_DIGITS)
+    if _SIZES.keys() & set(numeral):
+        digits = f"{_value(numeral):f}"
     return digits.rstrip("0").rstrip(".") if re.fullmatch(r"\d+\.\d+", digits) else digits
 
 
-def _chinese_number(numeral: str) -> int:
-    """The value of a Chinese numeral, such as 三万五千; 二〇二五, without units, is read digit by digit."""
-    if not set(numeral) & (_UNITS.keys() | _MYRIADS.keys()):
-        return int("".join(str(_VALUES[character]) for character in numeral))
-    total = section = digit = 0
-    for character in numeral:
-        if character in _VALUES:
-            digit = _VALUES[character]
-        elif character in _UNITS:
-            section, digit = section + (digit or 1) * _UNITS[character], 0
-        else:
-            total, section, digit = (total + section + digit) * _MYRIADS[character], 0, 0
-    return total + section + digit
+def _value(numeral: str) -> Decimal:
+    """The value of a numeral such as 三万五千, 3.5万 or 一千五, whose last unit, 百, goes without saying."""
+    for unit, size in _SIZES.items():
+        before, found, after = numeral.rpartition(unit)
+        if found:
+            rest = Decimal(size) / 10 if len(after) == 1 else 1
+            return (_value(before) if before else 1) * Decimal(size) + (rest * _value(after) if after else 0)
+    return Decimal(numeral.translate(_TO_DIGITS))
 
 
 def new_numbers(turns: Turns, dialogues: Mapping[str, Dialogue]) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -73,11 +86,10 @@ def new_numbers(turns: Turns, dialogues: Mapping[str, Dialogue]) -> tuple[numpy.
             gold |= (mentioned := numbers(turn.text))
             if turn.speaker is Speaker.CUSTOMER or each.context == "reference":
                 heard |= mentioned
-        own = numbers(each.response)
-        system[index] = bool(own - heard)
-        reference[index] = bool(numbers(each.reference_response) - gold)
+        system[index] = bool(numbers(each.response, words=False) - heard)
+        reference[index] = bool(numbers(each.reference_response, words=False) - gold)
         if each.context == "generated":
-            heard |= own
+            heard |= numbers(each.response)
         said[each.dialogue_id] = (each.turn, heard, gold)
     return system, reference
 
@@ -124,7 +136,10 @@ def replies(turns: Turns, dialogues: Mapping[str, Dialogue]) -> dict[str, tuple[
     """Length and numbers that are new, of the system's replies and of the reference's."""
     meanings = {
         "length": ("characters", "mean over turns, white space left out"),
-        "new numbers": ("turns", "replies with a number or an amount of money that is not in their context"),
+        "new numbers": (
+            "turns",
+            "replies with a number in digits, or an amount in Chinese numerals, that is not in their context",
+        ),
     }
     values = {"length": _lengths(turns).T, "new numbers": [100 * flags for flags in new_numbers(turns, dialogues)]}
     return {

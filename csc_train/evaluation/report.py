@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from csc_train.evaluation.comparison import Difference
+from csc_train.evaluation.comparison import Difference, left_out_note
 from csc_train.evaluation.contamination import Contamination
 from csc_train.evaluation.figure import Score
 from csc_train.evaluation.metrics import PROFILE_NOTES, PROFILES
@@ -28,7 +28,9 @@ Drifts = dict[str, list[dict]]
 
 NOT_EVALUATED = "not evaluated in this context"
 SHORT_CONTEXT = {"reference": "ref", "generated": "gen"}
-DRIFT = "Drift: reference minus generated context, on the same turns."
+DRIFT = "Drift: reference minus generated context. Turns that failed in one of them are left out here of both."
+LOWER_IS_BETTER = {"ECE", "NLL", "perplexity", "same strategy thrice", "stage regressions", "new numbers"}
+"""Columns that tables mark with an arrow down."""
 INTERVALS = "Intervals: 95 %, percentile bootstrap over dialogues; none where fewer than 10 dialogues count."
 
 
@@ -54,8 +56,12 @@ class Section:
 
 
 def plain(value: Any) -> Any:
-    """Results with each Score as a dictionary, as `results.json` has them."""
-    return json.loads(json.dumps(value, default=asdict))
+    """Results with each Score as a dictionary, as `results.json` has them.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot say; what is not defined is to be a Score with a reason.
+    """
+    return json.loads(json.dumps(value, default=asdict, allow_nan=False))
 
 
 def write_results(
@@ -261,20 +267,37 @@ def _scores(results: Results, name: str) -> Section:
         "strategy": "Strategies (percent)",
         "likelihood": "Likelihoods (top-2 ACC and ECE in percent, NLL in nats per token)",
     }[name]
-    return Section(title, ["system", "context", *meanings], rows, 2, meanings)
+    return Section(title, ["system", "context", *_marked(meanings)], rows, 2, meanings, _directions(meanings))
 
 
 def _sides(results: Results, name: str) -> Section:
-    """Figures of each system beside those of the reference."""
+    """Figures of each system beside those of the reference, which differ where systems have other turns."""
     some = next(scores[name] for _, _, scores in _each(results))
-    rows = [
-        [system, context, *(sides["system"] for sides in scores[name].values())]
-        for system, context, scores in _each(results)
-    ]
-    rows.append(["the reference itself", "", *(sides["reference"] for sides in some.values())])
+    rows, references = [], {}
+    for system, context, scores in _each(results):
+        rows.append([system, context, *(sides["system"] for sides in scores[name].values())])
+        reference = tuple(sides["reference"] for sides in scores[name].values())
+        references.setdefault(reference, []).append(f"{system}, {context}")
+    for reference, others in sorted(references.items(), key=lambda each: len(each[1]), reverse=True):
+        whose = "" if others == max(references.values(), key=len) else f"turns of {'; '.join(others)}"
+        rows.append(["the reference itself", whose, *reference])
     title = {"process": "Process (percent)", "reply": "Replies (percent; length in characters)"}[name]
     meanings = _meanings((column, sides["reference"]) for column, sides in some.items())
-    return Section(title, ["system", "context", *some], rows, 2, meanings)
+    notes = (
+        *_directions(some),
+        "Without an arrow, neither more nor less is better: read it beside the reference itself.",
+    )
+    if len(references) > 1:
+        notes += ("The reference itself has a row for each set of turns that systems have: some turns failed.",)
+    return Section(title, ["system", "context", *_marked(some)], rows, 2, meanings, notes)
+
+
+def _marked(columns: Iterable[str]) -> list[str]:
+    return [f"{name} ↓" if name in LOWER_IS_BETTER else name for name in columns]
+
+
+def _directions(columns: Iterable[str]) -> tuple[str, ...]:
+    return ("↓: lower is better.",) if LOWER_IS_BETTER & set(columns) else ()
 
 
 def _by_strategy(system: str, context: str, scores: dict) -> Section:
@@ -295,17 +318,19 @@ def _confusion(system: str, context: str, confusion: list[list[int]]) -> Section
 def _by_position(system: str, contexts: dict[str, dict], drift: list[dict] | None) -> Section:
     names = list(contexts)
     header = ["supporter turn", "turns", *(f"{SHORT_CONTEXT[name]} ACC" for name in names)]
+    title = f"Turn by turn (percent): {system}"
+    if drift:
+        rows = [
+            [row["position"], row["turns"], *(row[name]["ACC"] for name in names), row["ACC"], row["R-L char"]]
+            for row in drift
+        ]
+        return Section(title, [*header, "drift of ACC", "drift of R-L char"], rows, notes=(f"{DRIFT} {INTERVALS}",))
     by_position = zip(*(contexts[name]["by_position"] for name in names), strict=True)
     rows = [
         [position, max(row["turns"] for row in rows), *(row["ACC"] for row in rows)]
         for position, rows in enumerate(by_position, start=1)
     ]
-    title = f"Turn by turn (percent): {system}"
-    if drift is None:
-        return Section(title, header, rows)
-    header += ["drift of ACC", "drift of R-L char"]
-    rows = [[*row, lost["ACC"], lost["R-L char"]] for row, lost in zip(rows, drift, strict=True)]
-    return Section(title, header, rows, notes=(f"{DRIFT} {INTERVALS}",))
+    return Section(title, header, rows)
 
 
 def counts(results: Results) -> list[str]:
@@ -353,7 +378,9 @@ def comparison_table(rows: Sequence[Difference]) -> Table:
 
 
 def _comparison_note(rows: Sequence[Difference]) -> str:
-    return COMPARISON_NOTE.format(tests=sum(row.verdict is not None for row in rows))
+    note = COMPARISON_NOTE.format(tests=sum(row.verdict is not None for row in rows))
+    left_out = {row.context: left_out_note(row.left_out) for row in rows if row.left_out}
+    return " ".join([note, *(f"In {context} context: {each}" for context, each in left_out.items())])
 
 
 def _compared(row: Difference) -> list[str]:

@@ -9,6 +9,7 @@ from csc_train.evaluation.uncertainty import mean, sign_flip_test, weighted_inte
 
 RIDGE = 0.01
 """Of the logistic regression: keeps its coefficients finite where one system always wins."""
+_CONTROLLED = "logistic regression on tanh(difference in characters / twice its median size), at difference 0"
 
 
 @dataclass(frozen=True)
@@ -43,36 +44,46 @@ def win_rate(
         flips: random exchanges of the two systems for the p-value.
     """
     figure = Figure(mean(100 * preferences), "turns", "A preferred, ties half", "no turns were judged")
-    signature = "logistic regression on the difference in characters, at difference 0"
     if not len(preferences):
-        nothing = Score(None, "turns", signature, figure.reason)
+        nothing = Score(None, "turns", _CONTROLLED, figure.reason)
         return WinRate(0, 0, 0, figure.score(dialogues, draws), nothing, None)
-
-    def controlled(weights: numpy.ndarray) -> numpy.ndarray:
-        return 100 * at_equal_length(preferences, longer, weights)
-
-    bounds = weighted_interval(controlled, dialogues, draws) or (None, None)
-    value = float(controlled(numpy.ones((1, len(preferences))))[0])
     wins, losses = int((preferences == 1).sum()), int((preferences == 0).sum())
     return WinRate(
         wins,
         len(preferences) - wins - losses,
         losses,
         figure.score(dialogues, draws),
-        Score(value, "turns", signature, None, *bounds),
+        _length_controlled(preferences, longer, dialogues, draws),
         sign_flip_test(mean(preferences), mean(1 - preferences), dialogues, flips),
     )
+
+
+def _length_controlled(
+    preferences: numpy.ndarray, longer: numpy.ndarray, dialogues: numpy.ndarray, draws: int
+) -> Score:
+    if longer.any() and not numpy.ptp(longer):
+        return Score(None, "turns", _CONTROLLED, f"A's reply is {longer[0]:+g} characters longer in every turn")
+
+    def controlled(weights: numpy.ndarray) -> numpy.ndarray:
+        return 100 * at_equal_length(preferences, longer, weights)
+
+    bounds = weighted_interval(controlled, dialogues, draws) or (None, None)
+    value = float(controlled(numpy.ones((1, len(preferences))))[0])
+    return Score(value, "turns", _CONTROLLED, None, *bounds)
 
 
 def at_equal_length(preferences: numpy.ndarray, longer: numpy.ndarray, weights: numpy.ndarray) -> numpy.ndarray:
     """The win rate, float [n] in 0..1, that replies of equal length would have, for `weights`, float [n, turns].
 
-    The model is P(A is preferred) = s(a + b d / D) with s the logistic function, d the difference in length of a turn
-    and D the root mean square of all of them. a and b maximise the weighted log-likelihood, a tie counting as half a
-    win and half a loss, less `RIDGE` / 2 (a^2 + b^2), by Newton's method; the answer is s(a).
+    The model is P(A is preferred) = s(a + b tanh(d / 2 D)) with s the logistic function, d the difference in length of
+    a turn and D the median of its size (the root mean square where that is 0): a few replies that run on to the limit
+    of tokens count as much longer and no more, where they would else decide the slope. a and b maximise the weighted
+    log-likelihood, a tie counting as half a win and half a loss, less `RIDGE` / 2 (a^2 + b^2), by Newton's method; the
+    answer is s(a).
     """
-    scale = numpy.sqrt(numpy.mean(longer.astype(float) ** 2)) or 1.0
-    x = longer / scale
+    longer = longer.astype(float)
+    size = numpy.median(numpy.abs(longer)) or numpy.sqrt(numpy.mean(longer**2)) or 1.0
+    x = numpy.tanh(longer / (2 * size))
     a, b = numpy.zeros((2, len(weights)))
     for _ in range(100):
         p = 1 / (1 + numpy.exp(-(a[:, None] + b[:, None] * x)))
