@@ -22,7 +22,8 @@ class EvaluationConfig:
     max_new_tokens: int = 256
     """The longest reply, strategy included."""
     dtype: str = "auto"
-    """auto: as the checkpoint is stored. Or bf16, fp32."""
+    """auto: as the checkpoint is stored. Or bf16, fp32. In bf16 a reply can depend on what else stands in the batch, so
+    that an evaluation that is gone on with, or done by other processes, may differ in a few turns."""
     likelihoods: bool = True
     """Ask how likely the 12 labels are at each turn, and the reference's own turns in reference context. A server that
     tells it (vLLM and SGLang do) computes up to 13 more prompts a turn for that."""
