@@ -128,13 +128,14 @@ def test_the_samples_of_a_dialogue_train_what_the_dialogue_trains_each_token_onc
         assert 0.4 < example.trained[7:].mean() < 0.6
 
 
-def test_the_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(measure, monkeypatch, capsys):
-    script = str(BENCHMARKS / "packing_cuda.py")
+@pytest.mark.parametrize(("name", "option"), [("packing_cuda.py", "--peak"), ("evaluation_cuda.py", "--batch")])
+def test_a_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(name, option, measure, monkeypatch, capsys):
+    script = str(BENCHMARKS / name)
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(script, run_name="__main__")
     assert stop.value.code == 0
-    assert "--peak" in capsys.readouterr().out
+    assert option in capsys.readouterr().out
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     monkeypatch.setattr(sys, "argv", [script])
