@@ -285,6 +285,23 @@ def test_each_rater_on_a_computer_has_answers_of_their_own(opened, runs):
     assert votes["empathy"]["Ben"] == {first: 0.5}
 
 
+def test_keys_answer_as_soon_as_a_rater_has_begun(opened):
+    """Also before the page is drawn again, until when a hidden field would keep the focus."""
+    page = opened()
+    focused = page.evaluate(
+        """() => {
+          const field = document.getElementById("rater");
+          field.focus();
+          field.value = "甲";
+          field.form.requestSubmit();
+          document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: "2", bubbles: true }));
+          return document.activeElement.id;
+        }"""
+    )
+    assert focused == ""
+    assert page.locator("input:checked").get_attribute("value", timeout=1000) == "2"
+
+
 def test_without_a_store_the_sheet_says_so_and_works(opened, runs):
     denied = (
         "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
