@@ -11,7 +11,7 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from csc_train.config import CONF, SCHEMAS, compose, resolved
+from csc_train.config import CONF, SCHEMAS, compose, resolved, run_recipe
 from csc_train.errors import InputError
 from csc_train.strategies import STRATEGIES
 from csc_train.training.model import model_config
@@ -364,6 +364,27 @@ def test_misspelt_override_on_the_command_line(tmp_path):
     expected = "error: unknown key 'trainer.lerning_rate' for recipe sft. Did you mean 'trainer.learning_rate'?\n"
     assert done.stderr == expected
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_one_process_of_a_job_refuses_is_said(rank, tmp_path, monkeypatch, capsys):
+    """By the first process itself, by the others in the report that torchrun makes of the process that failed."""
+
+    def refuse(config):
+        raise InputError("the disk of this machine is full")
+
+    report = tmp_path / "error.json"
+    monkeypatch.setattr(sys, "argv", ["write_sample.py"])
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    with pytest.raises(SystemExit) as stop:
+        run_recipe("write_sample", refuse)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert (said, report.exists()) == (
+        ("error: the disk of this machine is full\n", False) if rank == "0" else ("", True)
+    )
+    assert rank == "0" or "the disk of this machine is full" in report.read_text(encoding="utf-8")
 
 
 def test_help_and_cfg_show_and_write_nothing(tmp_path):

@@ -309,10 +309,13 @@ def test_thoughts_are_no_part_of_the_answer(fault_server):
     assert chat(config_of(fault_server))[0].text == "[情感管理]抱歉"
 
 
-def test_null_leaves_out_what_a_model_does_not_take(fault_server):
+def test_null_leaves_out_what_a_model_does_not_take(fault_server, monkeypatch):
     config = config_of(fault_server, extra_body={"max_tokens": None, "temperature": None, "max_completion_tokens": 900})
+    estimates, slot = [], Limits.slot
+    monkeypatch.setattr(Limits, "slot", lambda limits, tokens: estimates.append(tokens) or slot(limits, tokens))
     answer, _ = chat(config, temperature=0, max_tokens=256, seed=3)
     assert answer.text == "您好"
+    assert estimates == [sum(len(message["content"]) for message in CHAT) // 2 + 900]
     assert fault_server.bodies == [{"model": "small", "messages": CHAT, "seed": 3, "max_completion_tokens": 900}]
 
 

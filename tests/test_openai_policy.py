@@ -382,8 +382,15 @@ def test_a_model_whose_chats_begin_with_the_user(fault_server):
         return echo(body) if proper else Fault(400, message="The first message must be a user message")
 
     fault_server.answer = strict
-    policies = [policy_of(fault_server, TemplateConfig(), user_first=user_first) for user_first in (False, True)]
-    assert policies[0].config_hash != policies[1].config_hash
+
+    def both(asked):
+        """Without and with the user's message first; they are not the same system."""
+        policies = [policy_of(fault_server, asked, user_first=user_first) for user_first in (False, True)]
+        assert policies[0].config_hash != policies[1].config_hash
+        return policies
+
+    both(template_of())
+    policies = both(TemplateConfig())
     for context in ("reference", "generated"):
         kinds = [{type(each) for each in outcomes_of(fault_server, each, context).values()} for each in policies]
         assert kinds == [{Failure}, {Prediction}]

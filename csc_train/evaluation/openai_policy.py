@@ -40,10 +40,10 @@ class OpenAIPolicy:
         self._template = template if isinstance(template, DialogueTemplate) else None
         self._settings = self._template.config if self._template else template
         self.strategies_apply = self._settings.mode == "joint"
-        prompt = self._template.fingerprint if self._template else digest(self._chat(()))
+        prompt = self._template.fingerprint if self._template else digest(messages([], self._settings))
+        asked = [self._settings.mode, self._settings.language, llm.user_first]
         decoding = [llm.temperature, llm.top_p, llm.max_tokens, llm.extra_body, config.max_new_tokens, config.seed]
-        decoding.append(llm.user_first)
-        self.config_hash = digest([origin, llm.model, prompt, self._settings.mode, self._settings.language, *decoding])
+        self.config_hash = digest([origin, llm.model, prompt, *asked, *decoding])
         # What the server can do, once it was asked.
         self._by_ids: bool | None = None
         self._likelihoods_told: bool | None = None
@@ -134,7 +134,7 @@ class OpenAIPolicy:
                 if self._likelihoods_told:
                     told = await self._likelihoods(client, request, prompt, context)
             else:
-                prompt = self._chat(request.history)
+                prompt = chat_of(request.history, self._settings, self._llm.user_first)
                 answer = await client.chat(prompt, **decoding)
         except AuthenticationFailure:
             raise
@@ -149,9 +149,6 @@ class OpenAIPolicy:
             answered_by=answer.model,
             **told,
         )
-
-    def _chat(self, history: Sequence[Turn | Said]) -> list[Message]:
-        return chat_of(history, self._settings, self._llm.user_first)
 
     async def _likelihoods(
         self, client: Client, request: Request, prompt: Sequence[int], context: str
