@@ -14,10 +14,10 @@ import transformers
 from accelerate.utils import send_to_device
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from csc_train.models.attention.flex import FLEX_ATTENTION
+from csc_train.models.attention.varlen import ATTENTION
+from csc_train.models.loading import batch_layout
 from csc_train.packing.collator import IGNORED, PackCollator
-from csc_train.packing.documents import ATTENTION
-from csc_train.packing.flex import FLEX_ATTENTION
-from csc_train.training.model import batch_layout
 
 PREFIX, BODY = 568, 752
 """Tokens of the system prompt, and of a dialogue without it: the means of the RoleCS-like set."""

@@ -18,18 +18,18 @@ import torch
 from measure import Report, random_model, ratios, seconds, side_by_side, spread
 from transformers import GenerationConfig, PreTrainedModel
 
-from csc_train.config import compose, resolved
-from csc_train.dialogue import Speaker
-from csc_train.evaluation import lexical
+from csc_train.config.compose import compose, resolved
+from csc_train.data.dialogue import Speaker
+from csc_train.data.sample_grammar import generate_sample
 from csc_train.evaluation.config import EvaluationConfig
-from csc_train.evaluation.hf_policy import HFPolicy
-from csc_train.evaluation.metrics import MetricsConfig, figures
-from csc_train.evaluation.predict import Schedule, predict
-from csc_train.evaluation.predictions import Prediction
-from csc_train.evaluation.turns import Turns
-from csc_train.evaluation.uncertainty import interval, sign_flip_test
-from csc_train.run import processes
-from csc_train.synthesis.sample import generate_sample
+from csc_train.evaluation.metrics import lexical
+from csc_train.evaluation.metrics.profiles import MetricsConfig, figures
+from csc_train.evaluation.table import Turns
+from csc_train.inference.generator import Schedule, predict
+from csc_train.inference.hf import HFPolicy
+from csc_train.inference.predictions import Prediction
+from csc_train.runs.directory import processes
+from csc_train.stats import interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.tokenizer import obtain_tokenizer
 

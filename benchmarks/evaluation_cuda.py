@@ -17,7 +17,7 @@ import transformers
 from evaluation import TURNS, demo, generation, made_up
 from measure import SHAPES, Report, random_model, seconds
 
-from csc_train.evaluation import learned
+from csc_train.evaluation.metrics import model_based as learned
 
 SECTIONS = ("demo", "bertscore", "7b")
 

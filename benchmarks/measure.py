@@ -23,8 +23,8 @@ from trl import SFTConfig, SFTTrainer
 
 from csc_train.files import write_json, write_text
 from csc_train.packing.collator import IGNORED
-from csc_train.packing.packed_dataset import Packs
-from csc_train.run import provenance
+from csc_train.packing.dataset import Packs
+from csc_train.runs.directory import provenance
 from csc_train.template.dialogue_template import Example, TokenKind
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.trainer import PackTrainer, build_trainer, training_arguments

@@ -19,16 +19,16 @@ import numpy
 import torch
 from transformers.trainer_utils import SaveStrategy
 
-from csc_train.config import compose
+from csc_train.config.compose import compose
 from csc_train.errors import InputError
 from csc_train.files import write_json
+from csc_train.models.loading import choose_attention, load_model, weight_dtype
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.packed_dataset import pack_examples
-from csc_train.run import provenance
+from csc_train.packing.dataset import pack_examples
+from csc_train.runs.directory import provenance
 from csc_train.template.dialogue_template import Example
 from csc_train.training.config import AdapterConfig, ArchitectureConfig, ModelConfig, TrainerConfig
-from csc_train.training.memory_plan import GIB, plan, training_flops
-from csc_train.training.model import choose_attention, load_model, weight_dtype
+from csc_train.training.memory import GIB, plan, training_flops
 from csc_train.training.tokenizer import train_tokenizer
 from csc_train.training.trainer import build_trainer, training_arguments
 from csc_train.training.worst_first import setting_of

@@ -47,16 +47,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.sample_grammar import generate_sample
 from csc_train.files import read_json
+from csc_train.models.attention.varlen import ATTENTION
 from csc_train.packing.best_fit import best_fit_decreasing
+from csc_train.packing.bin_packing import tight_fit
 from csc_train.packing.collator import IGNORED, PackCollator
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.documents import ATTENTION
-from csc_train.packing.packed_dataset import Packs, pack_examples
-from csc_train.packing.schedule import PackCost, Part, distribute, epoch_steps, pack_cost
-from csc_train.packing.tight_fit import tight_fit
-from csc_train.synthesis.sample import generate_sample
+from csc_train.packing.dataset import Packs, pack_examples
+from csc_train.packing.global_batches import PackCost, Part, distribute, epoch_steps, pack_cost
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, Example, messages
 from csc_train.training.trainer import forward_flops

@@ -34,11 +34,11 @@ from measure import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from csc_train.models.loading import choose_attention
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.packed_dataset import pack_examples
-from csc_train.packing.schedule import pack_cost
+from csc_train.packing.dataset import pack_examples
+from csc_train.packing.global_batches import pack_cost
 from csc_train.template.dialogue_template import Example
-from csc_train.training.model import choose_attention
 from csc_train.training.trainer import forward_flops
 
 DIALOGUES = 500

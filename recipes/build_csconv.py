@@ -5,7 +5,7 @@ python recipes/build_csconv.py calls=calls.jsonl llm=deepseek_r1
 python recipes/build_csconv.py run=runs/build_csconv-20260101-120000 resume=true    # goes on where it was stopped
 """
 
-from csc_train.config import BuildCsconvRecipe, resolved, run_recipe
+from csc_train.config.compose import BuildCsconvRecipe, resolved, run_recipe
 
 
 def main(config: BuildCsconvRecipe) -> None:
@@ -16,14 +16,14 @@ def main(config: BuildCsconvRecipe) -> None:
     from rich.console import Console
     from tqdm import tqdm
 
-    from csc_train.dialogue import read_dialogues, write_dialogues
+    from csc_train.data.dialogue import read_dialogues, write_dialogues
+    from csc_train.data.sample_grammar import SOURCE
     from csc_train.files import file_digest, write_json, write_text
     from csc_train.llm.client import AuthenticationFailure, Client
-    from csc_train.run import Run, single_process
-    from csc_train.synthesis.csconv import BUNDLED, RULES, AnswerLog, ask_model, ask_script, build, read_calls
+    from csc_train.runs.directory import Run, single_process
+    from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, ask_model, ask_script, build, read_calls
+    from csc_train.synthesis.filters.funnel import waterfall, waterfall_table
     from csc_train.synthesis.quality_report import quality_report, write_quality_report
-    from csc_train.synthesis.sample import SOURCE
-    from csc_train.synthesis.waterfall import waterfall, waterfall_table
 
     single_process("build_csconv")
     run = Run("build_csconv", resolved(config))

@@ -5,7 +5,7 @@ python recipes/chat.py checkpoint=runs/demo/checkpoint ui=web
 """
 
 from csc_train.chat.config import ChatConfig
-from csc_train.config import run_recipe
+from csc_train.config.compose import run_recipe
 
 
 def main(config: ChatConfig) -> None:
@@ -18,8 +18,8 @@ def main(config: ChatConfig) -> None:
     from transformers.utils import logging
 
     from csc_train.evaluation.config import EvaluationConfig
-    from csc_train.evaluation.hf_policy import load_policy, open_checkpoint
-    from csc_train.run import single_process
+    from csc_train.inference.hf import load_policy, open_checkpoint
+    from csc_train.runs.directory import single_process
 
     single_process("chat")
     logging.disable_progress_bar()

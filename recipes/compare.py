@@ -3,7 +3,7 @@
 python recipes/compare.py runs/one/evaluation runs/other/evaluation
 """
 
-from csc_train.config import CompareRecipe, resolved, run_recipe
+from csc_train.config.compose import CompareRecipe, resolved, run_recipe
 
 
 def main(config: CompareRecipe) -> None:
@@ -13,10 +13,10 @@ def main(config: CompareRecipe) -> None:
     from rich.console import Console
 
     from csc_train.evaluation.comparison import compare
-    from csc_train.evaluation.predictions import read_run, system_of
-    from csc_train.evaluation.report import comparison_markdown, comparison_table
+    from csc_train.evaluation.report.tables import comparison_markdown, comparison_table
     from csc_train.files import write_json, write_text
-    from csc_train.run import Run, provenance, single_process
+    from csc_train.inference.predictions import read_run, system_of
+    from csc_train.runs.directory import Run, provenance, single_process
 
     single_process("compare")
     run = Run("compare", resolved(config))

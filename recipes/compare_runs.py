@@ -4,15 +4,15 @@ python recipes/compare_runs.py runs/sweeps/lr
 python recipes/compare_runs.py runs metric=eval_strategy_accuracy direction=maximize
 """
 
-from csc_train.config import CompareRunsRecipe, resolved, run_recipe
+from csc_train.config.compose import CompareRunsRecipe, resolved, run_recipe
 
 
 def main(config: CompareRunsRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from pathlib import Path
 
-    from csc_train.run import Run, single_process
-    from csc_train.run_comparison import find_runs, ordered, show_comparison, write_comparison
+    from csc_train.runs.comparison import find_runs, ordered, show_comparison, write_comparison
+    from csc_train.runs.directory import Run, single_process
 
     single_process("compare_runs")
     run = Run("compare_runs", resolved(config))

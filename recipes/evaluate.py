@@ -9,26 +9,33 @@ python recipes/evaluate.py llm=gpt_4o data=rolecs
 
 from pathlib import Path
 
-from csc_train.config import EvaluateRecipe, data_of, resolved, run_recipe
+from csc_train.config.compose import EvaluateRecipe, data_of, resolved, run_recipe
 
 
 def main(config: EvaluateRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.checkpoint import MANIFEST
-    from csc_train.dialogue import data_digest, write_dialogues
-    from csc_train.evaluation.baselines import StrategyBaseline
+    from csc_train.checkpoints.manifest import MANIFEST
+    from csc_train.data.dialogue import data_digest, write_dialogues
+    from csc_train.data.sample_grammar import ceiling, ensure_sample
+    from csc_train.data.splits import load_splits
     from csc_train.evaluation.contamination import find_contamination, write_contamination
-    from csc_train.evaluation.hf_policy import base_of, load_policy, open_checkpoint
-    from csc_train.evaluation.metrics import fetch_models
-    from csc_train.evaluation.predict import predict, share
-    from csc_train.evaluation.predictions import BASE, BASELINES, TRAINED, failed_turns, read_replies, write_predictions
-    from csc_train.evaluation.store import Store, complete
+    from csc_train.evaluation.metrics.profiles import fetch_models
     from csc_train.files import digest, file_digest
-    from csc_train.run import Run, processes, single_process
-    from csc_train.splits import load_splits
-    from csc_train.synthesis.sample import ceiling, ensure_sample
+    from csc_train.inference.baselines import StrategyBaseline
+    from csc_train.inference.generator import predict, share
+    from csc_train.inference.hf import base_of, load_policy, open_checkpoint
+    from csc_train.inference.prediction_store import Store, complete
+    from csc_train.inference.predictions import (
+        BASE,
+        BASELINES,
+        TRAINED,
+        failed_turns,
+        read_replies,
+        write_predictions,
+    )
+    from csc_train.runs.directory import Run, processes, single_process
     from csc_train.template.config import TemplateConfig
-    from csc_train.training.tracking import attach_evaluation
+    from csc_train.tracking.wandb import attach_evaluation
 
     if config.score_only or config.llm:
         single_process("evaluate")
@@ -61,7 +68,7 @@ def main(config: EvaluateRecipe) -> None:
     # Systems
     systems = {name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINES)}
     if config.llm:
-        from csc_train.evaluation.openai_policy import OpenAIPolicy
+        from csc_train.inference.openai import OpenAIPolicy
 
         name = TRAINED if config.checkpoint else config.llm.model.replace("/", "_")
         asked = template or config.template or TemplateConfig()
@@ -125,11 +132,11 @@ def score_and_show(directory: Path, config: EvaluateRecipe) -> None:
     """Score the predictions that a run directory holds."""
     from rich.console import Console
 
-    from csc_train.evaluation.html_report import write_html
-    from csc_train.evaluation.report import console_table, write_results
+    from csc_train.evaluation.report.html import write_html
+    from csc_train.evaluation.report.tables import console_table, write_results
     from csc_train.evaluation.scoring import score_run
     from csc_train.files import read_json
-    from csc_train.run import RECORD, provenance
+    from csc_train.runs.directory import RECORD, provenance
 
     scored, settings = score_run(directory, config.metrics), resolved(config)
     facts = provenance() | {"metrics": settings["metrics"]}

@@ -3,14 +3,14 @@
 python recipes/export.py source=runs/demo output=exported/demo
 """
 
-from csc_train.config import run_recipe
+from csc_train.config.compose import run_recipe
 from csc_train.training.config import ExportConfig
 
 
 def main(config: ExportConfig) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.run import single_process
-    from csc_train.training.export import export, open_source, push
+    from csc_train.checkpoints.export import export, open_source, push
+    from csc_train.runs.directory import single_process
 
     single_process("export")
     export(open_source(config.source), config, print)

@@ -4,12 +4,12 @@ python recipes/human_eval.py export runs/one/evaluation runs/other/evaluation
 python recipes/human_eval.py import answers-anna.json answers-ben.json key=runs/human_eval-20260102-030405/key.json
 """
 
-from csc_train.config import HumanEvalRecipe, resolved, run_recipe
+from csc_train.config.compose import HumanEvalRecipe, resolved, run_recipe
 
 
 def main(config: HumanEvalRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.run import Run, single_process
+    from csc_train.runs.directory import Run, single_process
 
     single_process("human_eval")
     run = Run("human_eval", resolved(config))
@@ -21,9 +21,9 @@ def export_sheet(config: HumanEvalRecipe, run) -> None:
     """Write the sheet, and its key beside it."""
     from pathlib import Path
 
-    from csc_train.dialogue import read_dialogues
+    from csc_train.data.dialogue import read_dialogues
     from csc_train.evaluation.comparison import left_out_note, reference_sides
-    from csc_train.evaluation.human import KEY, SHEET, draw_sheet
+    from csc_train.evaluation.judges.human import KEY, SHEET, draw_sheet
     from csc_train.files import file_digest, write_json, write_text
 
     names, sides, left_out = reference_sides(tuple(config.inputs), (config.system_a, config.system_b))
@@ -46,10 +46,10 @@ def import_answers(config: HumanEvalRecipe, run) -> None:
     """Read the raters' answers, and say which system they prefer and how far they agree."""
     from rich.console import Console
 
-    from csc_train.evaluation.human import as_json, opinions, read_judge, read_key, read_votes, sections
-    from csc_train.evaluation.report import section_table, sections_markdown
+    from csc_train.evaluation.judges.human import as_json, opinions, read_judge, read_key, read_votes, sections
+    from csc_train.evaluation.report.tables import section_table, sections_markdown
     from csc_train.files import file_digest, write_json, write_text
-    from csc_train.run import provenance
+    from csc_train.runs.directory import provenance
 
     key = read_key(config.key)
     votes, comments = read_votes(config.inputs, key)

@@ -3,18 +3,18 @@
 python recipes/judge.py runs/one/evaluation runs/other/evaluation llm=gpt_4o
 """
 
-from csc_train.config import JudgeRecipe, resolved, run_recipe
+from csc_train.config.compose import JudgeRecipe, resolved, run_recipe
 
 
 def main(config: JudgeRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from pathlib import Path
 
-    from csc_train.dialogue import read_dialogues
+    from csc_train.data.dialogue import read_dialogues
     from csc_train.evaluation.comparison import reference_sides
-    from csc_train.evaluation.judge import as_json, chosen_turns, judge, judgement, markdown, questions
+    from csc_train.evaluation.judges.llm_judge import as_json, chosen_turns, judge, judgement, markdown, questions
     from csc_train.files import digest, write_json, write_text
-    from csc_train.run import Run, provenance, single_process
+    from csc_train.runs.directory import Run, provenance, single_process
 
     single_process("judge")
     run = Run("judge", resolved(config))

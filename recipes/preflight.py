@@ -5,12 +5,12 @@ python recipes/preflight.py model=qwen2_5_72b adapter=full topology=node8 zero=z
 
 import sys
 
-from csc_train.config import PreflightRecipe, run_recipe
+from csc_train.config.compose import PreflightRecipe, run_recipe
 
 
 def main(config: PreflightRecipe) -> None:
     # After the configuration is checked: these imports take time.
-    from csc_train.launching.preflight import preflight
+    from csc_train.launching.preflight.checks import preflight
 
     outcome = preflight(config, launching=False)
     outcome.show()

@@ -6,17 +6,17 @@ python recipes/prepare.py experiment=qwen2_5_7b_lora
 import tempfile
 from pathlib import Path
 
-from csc_train.config import PrepareRecipe, run_recipe
+from csc_train.config.compose import PrepareRecipe, run_recipe
 
 
 def main(config: PrepareRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.packing.packed_dataset import pack_examples
-    from csc_train.run import processes, single_process
-    from csc_train.splits import load_splits
-    from csc_train.synthesis.sample import ensure_sample
+    from csc_train.data.sample_grammar import ensure_sample
+    from csc_train.data.splits import load_splits
+    from csc_train.packing.dataset import pack_examples
+    from csc_train.runs.directory import processes, single_process
     from csc_train.template.dialogue_template import DialogueTemplate
-    from csc_train.template.prepared import prepare
+    from csc_train.tokenized_cache import prepare
     from csc_train.training.tokenizer import obtain_tokenizer
 
     single_process("prepare")

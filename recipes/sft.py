@@ -7,27 +7,20 @@ python recipes/sft.py experiment=demo then=evaluate held_out.keep=best held_out.
 
 import dataclasses
 
-from csc_train.config import SftRecipe, resolved, run_recipe
+from csc_train.config.compose import SftRecipe, resolved, run_recipe
 
 
 def main(config: SftRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.checkpoint import save_checkpoint, write_manifest
-    from csc_train.dialogue import data_digest
+    from csc_train.checkpoints.base_model import describe_origin, keep_base
+    from csc_train.checkpoints.export import trained_model
+    from csc_train.checkpoints.manifest import save_checkpoint, write_manifest
+    from csc_train.data.dialogue import data_digest
+    from csc_train.data.sample_grammar import ensure_sample
+    from csc_train.data.splits import load_splits
     from csc_train.files import write_json
-    from csc_train.launching.then import follow, then_arguments
-    from csc_train.packing.packed_dataset import pack_examples
-    from csc_train.run import Run, processes
-    from csc_train.splits import load_splits
-    from csc_train.synthesis.sample import ensure_sample
-    from csc_train.template.dialogue_template import DialogueTemplate
-    from csc_train.template.prepared import prepare
-    from csc_train.training.compatibility import check_supported
-    from csc_train.training.export import trained_model
-    from csc_train.training.held_out import HeldOut, last_measured
-    from csc_train.training.interruption import StopOnSignal
-    from csc_train.training.isolation import dropout_warning
-    from csc_train.training.model import (
+    from csc_train.launching.on_finish import follow, then_arguments
+    from csc_train.models.loading import (
         check_reachable,
         choose_attention,
         load_model,
@@ -35,10 +28,17 @@ def main(config: SftRecipe) -> None:
         resolve_precision,
         weight_dtype,
     )
-    from csc_train.training.origin import describe_origin, keep_base
+    from csc_train.packing.dataset import pack_examples
+    from csc_train.runs.directory import Run, processes
+    from csc_train.template.dialogue_template import DialogueTemplate
+    from csc_train.tokenized_cache import prepare
+    from csc_train.tracking.wandb import Tracking
+    from csc_train.training.compatibility import check_supported
+    from csc_train.training.graceful_stop import StopOnSignal
+    from csc_train.training.leak_check import dropout_warning
     from csc_train.training.tokenizer import obtain_tokenizer
-    from csc_train.training.tracking import Tracking
     from csc_train.training.trainer import build_trainer, training_arguments
+    from csc_train.training.validation import HeldOut, last_measured
 
     job = processes()
     config.trainer.accumulation(job.num_processes)  # refuses what cannot be divided

@@ -5,7 +5,7 @@ python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 dry_run=true   
 python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 budget.tokens=500000000
 """
 
-from csc_train.config import SynthesizeRolecsRecipe, resolved, run_recipe
+from csc_train.config.compose import SynthesizeRolecsRecipe, resolved, run_recipe
 
 
 def main(config: SynthesizeRolecsRecipe) -> None:
@@ -16,19 +16,19 @@ def main(config: SynthesizeRolecsRecipe) -> None:
 
     from rich.console import Console
 
-    from csc_train.dialogue import read_dialogues
+    from csc_train.data.dialogue import read_dialogues
     from csc_train.errors import InputError
-    from csc_train.run import Run, single_process
-    from csc_train.synthesis.backends import ServedModels
-    from csc_train.synthesis.batch import BatchedModels
-    from csc_train.synthesis.estimate import estimate, estimate_table
-    from csc_train.synthesis.personas import make_profiles, read_profiles
-    from csc_train.synthesis.progress import shown
-    from csc_train.synthesis.results import write_results
-    from csc_train.synthesis.runner import Runner, recipe_of
-    from csc_train.synthesis.scripted import Script
-    from csc_train.synthesis.store import Store
-    from csc_train.synthesis.waterfall import waterfall_table
+    from csc_train.runs.directory import Run, single_process
+    from csc_train.synthesis.filters.funnel import waterfall_table
+    from csc_train.synthesis.rolecs.backends import ServedModels
+    from csc_train.synthesis.rolecs.batch_api import BatchedModels
+    from csc_train.synthesis.rolecs.estimate import estimate, estimate_table
+    from csc_train.synthesis.rolecs.mock_backend import Script
+    from csc_train.synthesis.rolecs.personas import make_profiles, read_profiles
+    from csc_train.synthesis.rolecs.progress import shown
+    from csc_train.synthesis.rolecs.results import write_results
+    from csc_train.synthesis.rolecs.runner import Runner, recipe_of
+    from csc_train.synthesis.rolecs.store import Store
 
     settings, people, console = config.synthesis, config.synthesis.personas, Console()
     checks = config.rolecs_check, config.duplicates

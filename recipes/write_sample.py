@@ -3,12 +3,12 @@
 python recipes/write_sample.py data.sample_dialogues=900 data.sample_seed=0
 """
 
-from csc_train.config import WriteSampleRecipe, run_recipe
+from csc_train.config.compose import WriteSampleRecipe, run_recipe
+from csc_train.data.sample_grammar import ceiling, ensure_sample
+from csc_train.data.splits import load_splits
 from csc_train.errors import InputError
-from csc_train.evaluation.baselines import StrategyBaseline
-from csc_train.evaluation.predict import predict
-from csc_train.splits import load_splits
-from csc_train.synthesis.sample import ceiling, ensure_sample
+from csc_train.inference.baselines import StrategyBaseline
+from csc_train.inference.generator import predict
 
 
 def main(config: WriteSampleRecipe) -> None:

@@ -4,8 +4,8 @@ import numpy
 import pytest
 from nltk.metrics.agreement import AnnotationTask
 
-from csc_train.evaluation.agreement import cohen_kappa, fleiss_kappa, observed_agreement
-from csc_train.evaluation.figure import Figure
+from csc_train.evaluation.judges.agreement import cohen_kappa, fleiss_kappa, observed_agreement
+from csc_train.evaluation.metrics.base import Figure
 
 
 def counts_of(ratings, categories=3):

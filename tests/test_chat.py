@@ -25,13 +25,13 @@ from test_serving import save, teach, tiny
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import Conversation
 from csc_train.chat.terminal import Terminal
-from csc_train.config import compose
-from csc_train.dialogue import Dialogue, Speaker, Turn, read_dialogues
+from csc_train.config.compose import compose
+from csc_train.data.dialogue import Dialogue, Speaker, Turn, read_dialogues
+from csc_train.data.strategies import OTHERS, STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
-from csc_train.evaluation.hf_policy import HFPolicy, load_policy, open_checkpoint
-from csc_train.evaluation.predict import predict
-from csc_train.strategies import OTHERS, STRATEGIES
+from csc_train.inference.generator import predict
+from csc_train.inference.hf import HFPolicy, load_policy, open_checkpoint
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 

@@ -10,14 +10,14 @@ import sys
 import pytest
 from conftest import ROOT
 
-from csc_train.dialogue import read_dialogues
+from csc_train.data.dialogue import read_dialogues
+from csc_train.data.sample_grammar import generate_sample
 from csc_train.errors import InputError
 from csc_train.evaluation.comparison import ALIKE, compare
 from csc_train.evaluation.contamination import read_contamination
-from csc_train.evaluation.metrics import MetricsConfig
-from csc_train.evaluation.predictions import Prediction, read_replies, read_run, system_of
+from csc_train.evaluation.metrics.profiles import MetricsConfig
 from csc_train.files import file_digest
-from csc_train.synthesis.sample import generate_sample
+from csc_train.inference.predictions import Prediction, read_replies, read_run, system_of
 
 
 def answers(right, seed, dialogues=60, turns=8, context="reference"):

@@ -11,10 +11,10 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from csc_train.config import CONF, SCHEMAS, compose, resolved, run_recipe
+from csc_train.config.compose import CONF, SCHEMAS, compose, resolved, run_recipe
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.strategies import STRATEGIES
-from csc_train.training.model import model_config
+from csc_train.models.loading import model_config
 
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_file())
 PARAMETERS = {

@@ -2,7 +2,9 @@
 
 import pytest
 
-from csc_train.dialogue import Dialogue
+from csc_train.data.dialogue import Dialogue
+from csc_train.data.sample_grammar import generate_sample
+from csc_train.data.splits import Overlap, Splits, find_overlap
 from csc_train.errors import InputError
 from csc_train.evaluation.contamination import (
     FILE,
@@ -10,12 +12,10 @@ from csc_train.evaluation.contamination import (
     read_contamination,
     write_contamination,
 )
-from csc_train.evaluation.figure import Score
-from csc_train.evaluation.metrics import MetricsConfig, score
-from csc_train.evaluation.predictions import Prediction
-from csc_train.evaluation.report import markdown_table
-from csc_train.splits import Overlap, Splits, find_overlap
-from csc_train.synthesis.sample import generate_sample
+from csc_train.evaluation.metrics.base import Score
+from csc_train.evaluation.metrics.profiles import MetricsConfig, score
+from csc_train.evaluation.report.tables import markdown_table
+from csc_train.inference.predictions import Prediction
 
 TRAIN, EVALUATION = generate_sample(40, seed=1), generate_sample(20, seed=2)
 COPY = Dialogue("copy", TRAIN[3].turns)

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from csc_train.dialogue import (
+from csc_train.data.dialogue import (
     Dialogue,
     ReadReport,
     Speaker,
@@ -23,8 +23,8 @@ from csc_train.dialogue import (
     read_dialogues,
     write_dialogues,
 )
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.strategies import STRATEGIES
 
 BY_CODE = {strategy.code: strategy for strategy in STRATEGIES}
 GOOD = [("客服", "策略1 礼貌问候", "您好，请讲。"), ("客户", "", "卡丢了！"), ("客服", "5", "您别急。")]

@@ -17,13 +17,13 @@ import torch
 from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_config
 from transformers import Qwen2ForCausalLM
 
-from csc_train.checkpoint import read_manifest, save_checkpoint
-from csc_train.config import compose
-from csc_train.dialogue import data_digest, write_dialogues
+from csc_train.checkpoints.manifest import read_manifest, save_checkpoint
+from csc_train.config.compose import compose
+from csc_train.data.dialogue import data_digest, write_dialogues
 from csc_train.errors import InputError
-from csc_train.evaluation import hf_policy
-from csc_train.evaluation.predict import Failed
-from csc_train.evaluation.predictions import read_outcomes
+from csc_train.inference import hf as hf_policy
+from csc_train.inference.generator import Failed
+from csc_train.inference.predictions import read_outcomes
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 

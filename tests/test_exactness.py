@@ -13,10 +13,10 @@ from conftest import random_dialogue, small_tokenizer, tiny_config
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from csc_train.dialogue import Dialogue
+from csc_train.data.dialogue import Dialogue
 from csc_train.packing.collator import IGNORED, PackCollator
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.packed_dataset import pack_examples
+from csc_train.packing.dataset import pack_examples
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, Example
 from csc_train.training.config import AdapterConfig, TrainerConfig

@@ -9,20 +9,20 @@ import re
 
 import pytest
 
-from csc_train.config import EvaluateRecipe, resolved
-from csc_train.dialogue import Dialogue, write_dialogues
+from csc_train.config.compose import EvaluateRecipe, resolved
+from csc_train.data.dialogue import Dialogue, write_dialogues
+from csc_train.data.sample_grammar import generate_sample
+from csc_train.data.splits import DataConfig, SetConfig, Splits, find_overlap
+from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.contamination import find_contamination, write_contamination
-from csc_train.evaluation.html_report import write_html
-from csc_train.evaluation.metrics import MetricsConfig
-from csc_train.evaluation.page import render
-from csc_train.evaluation.predictions import CONTEXTS, Failure, Prediction, write_predictions
-from csc_train.evaluation.report import write_results
+from csc_train.evaluation.metrics.profiles import MetricsConfig
+from csc_train.evaluation.report.html import write_html
+from csc_train.evaluation.report.page import render
+from csc_train.evaluation.report.tables import write_results
 from csc_train.evaluation.scoring import score_run
+from csc_train.inference.predictions import CONTEXTS, Failure, Prediction, write_predictions
 from csc_train.llm.config import LLMConfig
-from csc_train.splits import DataConfig, SetConfig, Splits, find_overlap
-from csc_train.strategies import STRATEGIES
-from csc_train.synthesis.sample import generate_sample
 
 SYSTEM, GIVEN = "a <b>model<b>", "GPT, strategy given"
 MARKUP = '</script><script>document.title = "taken over"</script><b>粗</b>'

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
 from csc_train.errors import InputError
-from csc_train.hub import causal_model, looks_local, readable
+from csc_train.models.hub import causal_model, looks_local, readable
 from csc_train.training.tokenizer import load_tokenizer
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"

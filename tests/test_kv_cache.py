@@ -7,8 +7,8 @@ import torch
 from conftest import small_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM
 
-from csc_train.evaluation import kv_cache
-from csc_train.evaluation.kv_cache import DialogueCache
+from csc_train.inference import kv_cache
+from csc_train.inference.kv_cache import DialogueCache
 
 PREFIX = list(range(300, 312))
 MOST = 7

@@ -17,12 +17,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from csc_train.config import compose, resolved
+from csc_train.config.compose import compose, resolved
 from csc_train.errors import InputError
 from csc_train.launching import supervise
 from csc_train.launching.job import LAUNCHED, SCRIPT, freeze, launch, plan
 from csc_train.launching.sweep import sweep
-from csc_train.run import STOPPED, Run
+from csc_train.runs.directory import STOPPED, Run
 
 SLURM = ROOT / "tests" / "data" / "slurm"
 LAUNCH = [sys.executable, str(ROOT / "launch" / "launch.py")]

@@ -7,7 +7,7 @@ import torch
 from conftest import random_dialogue, real_tokenizer, small_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from csc_train.strategies import STRATEGIES
+from csc_train.data.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import cached_log_likelihoods, dialogue_log_likelihoods, label_log_likelihoods

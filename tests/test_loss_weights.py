@@ -9,13 +9,13 @@ from conftest import small_tokenizer, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import LossConfig, PackingConfig
+from csc_train.packing.dataset import pack_examples
 from csc_train.packing.loss_weights import LossWeights, count_turns
-from csc_train.packing.packed_dataset import pack_examples
-from csc_train.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, Example, TokenKind
 from csc_train.training.config import AdapterConfig, TrainerConfig

@@ -17,14 +17,28 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import BertConfig, BertModel, BertTokenizerFast, RemBertConfig, RemBertModel
 
-from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.evaluation import learned, lexical, likelihood_metrics, reply_metrics, strategy_metrics
-from csc_train.evaluation.figure import Score
-from csc_train.evaluation.metrics import PROFILES, MetricsConfig, drift, fetch_models, score
-from csc_train.evaluation.predictions import Prediction
-from csc_train.evaluation.turns import Turns
-from csc_train.strategies import STRATEGIES
+from csc_train.evaluation.metrics import (
+    lexical,
+)
+from csc_train.evaluation.metrics import (
+    likelihood as likelihood_metrics,
+)
+from csc_train.evaluation.metrics import (
+    model_based as learned,
+)
+from csc_train.evaluation.metrics import (
+    replies as reply_metrics,
+)
+from csc_train.evaluation.metrics import (
+    strategy as strategy_metrics,
+)
+from csc_train.evaluation.metrics.base import Score
+from csc_train.evaluation.metrics.profiles import PROFILES, MetricsConfig, drift, fetch_models, score
+from csc_train.evaluation.table import Turns
+from csc_train.inference.predictions import Prediction
 
 ODD_PAIRS = [
     ("您好，请问有什么可以帮您？", "您好，有什么可以帮您的吗？"),

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from csc_train.near_duplicates import SHINGLE, NearDuplicates, shingles
+from csc_train.data.near_duplicates import SHINGLE, NearDuplicates, shingles
 
 
 def text_of(seed, length=400):

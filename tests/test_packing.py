@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import random_dialogue, small_tokenizer
 
-from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.packing.best_fit import best_fit_decreasing
+from csc_train.packing.bin_packing import tight_fit
 from csc_train.packing.collator import IGNORED, PackCollator
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.length_policy import leading_turns_to_cut, without_leading_turns
-from csc_train.packing.packed_dataset import PackingReport, pack_examples
-from csc_train.packing.tight_fit import tight_fit
-from csc_train.strategies import STRATEGIES
+from csc_train.packing.dataset import PackingReport, pack_examples
+from csc_train.packing.truncation import leading_turns_to_cut, without_leading_turns
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, Example, TokenKind
 

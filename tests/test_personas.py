@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 
+from csc_train.data.sample_grammar import FEELINGS, PROBLEMS
 from csc_train.errors import InputError
 from csc_train.synthesis.config import BehaviourConfig
-from csc_train.synthesis.engine import Behaviour
-from csc_train.synthesis.personas import (
+from csc_train.synthesis.rolecs.engine import Behaviour
+from csc_train.synthesis.rolecs.personas import (
     MOODS,
     TOPICS,
     Profile,
@@ -20,7 +21,6 @@ from csc_train.synthesis.personas import (
     read_profiles,
     unit_of,
 )  # fmt: skip
-from csc_train.synthesis.sample import FEELINGS, PROBLEMS
 
 
 def test_profiles_are_made_up_the_same_each_time():

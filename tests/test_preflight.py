@@ -14,12 +14,12 @@ from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from csc_train.config import compose
-from csc_train.dialogue import data_digest, write_dialogues
-from csc_train.launching.preflight import Outcome, preflight
-from csc_train.splits import load_splits
+from csc_train.config.compose import compose
+from csc_train.data.dialogue import data_digest, write_dialogues
+from csc_train.data.splits import load_splits
+from csc_train.launching.preflight.checks import Outcome, preflight
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.template.prepared import prepare
+from csc_train.tokenized_cache import prepare
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_a_port_in_use_is_refused(job):
 def test_packages_outside_their_ranges_are_named(job, tmp_path, monkeypatch):
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("# ours\ntorch<1\nno-such-package>=1\nrich>=1\n")
-    monkeypatch.setattr("csc_train.launching.preflight.REQUIREMENTS", requirements)
+    monkeypatch.setattr("csc_train.launching.preflight.checks.REQUIREMENTS", requirements)
     name, message = failure(preflight(composed(job)))
     assert name == "packages"
     assert "torch<1 (" in message and "no-such-package>=1 (not installed)" in message and "rich" not in message

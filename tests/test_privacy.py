@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from csc_train.synthesis.privacy import (
+from csc_train.synthesis.filters.privacy import (
     PLACEHOLDERS,
     is_bank_card_number,
     is_identity_card_number,

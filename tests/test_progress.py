@@ -5,9 +5,9 @@ import io
 
 from rich.console import Console
 
-from csc_train.synthesis import progress as progress_view
-from csc_train.synthesis.progress import figures, line, shown, table
-from csc_train.synthesis.runner import Progress
+from csc_train.synthesis.rolecs import progress as progress_view
+from csc_train.synthesis.rolecs.progress import figures, line, shown, table
+from csc_train.synthesis.rolecs.runner import Progress
 
 
 def half_way():

@@ -8,10 +8,10 @@ import numpy
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from csc_train.dialogue import Dialogue, Speaker, Turn
-from csc_train.strategies import STRATEGIES
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.sample_grammar import generate_sample
+from csc_train.data.strategies import STRATEGIES
 from csc_train.synthesis.quality_report import jensen_shannon, quality_report, self_bleu, variety, write_quality_report
-from csc_train.synthesis.sample import generate_sample
 
 
 def dialogue(name, numbers, customer=("好的",), **extra):

@@ -6,7 +6,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from csc_train.config import compose
+from csc_train.config.compose import compose
 from csc_train.launching.job import launch
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from csc_train.data.sample_grammar import ceiling, generate_sample
 from csc_train.errors import InputError
-from csc_train.packing.packed_dataset import PackingReport
-from csc_train.run import Run
-from csc_train.synthesis.sample import ceiling, generate_sample
+from csc_train.packing.dataset import PackingReport
+from csc_train.runs.directory import Run
 
 SMALL = [
     "experiment=demo",

@@ -19,20 +19,20 @@ from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from csc_train.checkpoint import save_checkpoint
-from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.checkpoints.export import merged
+from csc_train.checkpoints.manifest import save_checkpoint
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.config import EvaluationConfig
-from csc_train.evaluation.hf_policy import load_policy, open_checkpoint
-from csc_train.evaluation.openai_policy import OpenAIPolicy
-from csc_train.evaluation.predict import predict
+from csc_train.inference.generator import predict
+from csc_train.inference.hf import load_policy, open_checkpoint
+from csc_train.inference.openai import OpenAIPolicy
 from csc_train.llm.config import LLMConfig
-from csc_train.strategies import STRATEGIES
+from csc_train.models.loading import lora_config
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, messages
 from csc_train.template.reply import Reply, format_reply
 from csc_train.training.config import AdapterConfig
-from csc_train.training.export import merged
-from csc_train.training.model import lora_config
 
 FAMILIES = {"qwen2": "qwen2_5", "llama": "llama3_1"}
 """Chat templates by architecture."""

@@ -7,9 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from csc_train.dialogue import Dialogue, Speaker, Turn, write_dialogues
-from csc_train.errors import InputError
-from csc_train.splits import (
+from csc_train.data.dialogue import Dialogue, Speaker, Turn, write_dialogues
+from csc_train.data.splits import (
     NGRAM,
     DataConfig,
     Overlap,
@@ -20,7 +19,8 @@ from csc_train.splits import (
     read_splits,
     split,
 )
-from csc_train.strategies import STRATEGIES
+from csc_train.data.strategies import STRATEGIES
+from csc_train.errors import InputError
 
 
 def make_dialogue(name, seed, turns=8, length=20):
@@ -312,7 +312,7 @@ def test_limit_keeps_the_same_dialogues_whatever_their_order(tmp_path):
 
 def test_limit_is_not_tied_to_the_split():
     """Were both drawn from one number, the kept side's first by hash would be the ones next to be held out."""
-    from csc_train.splits import _first
+    from csc_train.data.splits import _first
 
     nearly = set(ids(split(MANY, 0.2, seed=0)[1])) - set(ids(split(MANY, 0.1, seed=0)[1]))
     kept = split(MANY, 0.1, seed=0)[0]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from csc_train.strategies import CLOSURE, GREETING, OTHERS, STRATEGIES, Stage, parse_strategy
+from csc_train.data.strategies import CLOSURE, GREETING, OTHERS, STRATEGIES, Stage, parse_strategy
 
 PUBLISHED = [
     (1, "礼貌问候", "Greeting", "GT", Stage.CONNECTING),

@@ -129,7 +129,7 @@ def test_the_rules_say_what_the_plan_says():
     [
         ("evaluation/report.py", "from csc_train.training.model import load_model", "training.model"),
         ("evaluation/report.py", "from csc_train.packing import best_fit", "packing.best_fit"),
-        ("evaluation/deep/new.py", "import csc_train.training.model", "training.model"),
+        ("evaluation/deep/new.py", "import csc_train.models.loading", "training.model"),
         ("synthesis/sample.py", "from csc_train import template", "template"),
         ("template/reply.py", "from ..packing.best_fit import best_fit_decreasing", "packing.best_fit"),
         ("files.py", "from csc_train.dialogue import Dialogue", "dialogue"),

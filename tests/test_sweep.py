@@ -16,13 +16,13 @@ import yaml
 from conftest import ROOT
 from test_launch import Started, left_in, record
 
+from csc_train.config.cluster import TopologyConfig
 from csc_train.errors import InputError
-from csc_train.launching import trials
-from csc_train.launching.config import TopologyConfig
+from csc_train.launching import executors as trials
+from csc_train.launching.executors import FailedTrialError, Figures, LocalPlaces, NoSuchMetricError, result
 from csc_train.launching.job import Job
 from csc_train.launching.sweep import corners, only_one, plan, sweep
-from csc_train.launching.trials import FailedTrialError, Figures, LocalPlaces, NoSuchMetricError, result
-from csc_train.run_comparison import find_runs, ordered
+from csc_train.runs.comparison import find_runs, ordered
 
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
 SMALL = ["debug=cpu_tiny", "sweep.poll=0.2", "topology=cpu1"]

@@ -16,10 +16,10 @@ import pytest
 from conftest import ROOT
 from servers.faults import DROP, TORN, Fault, Say
 
-from csc_train.dialogue import read_dialogues
+from csc_train.data.dialogue import read_dialogues
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.llm import client
-from csc_train.strategies import STRATEGIES
 
 KEY = "-".join(("sk", "secret", "0123456789"))  # in parts, as a run directory holds changes of the code, tests included
 ANSWERS = {
@@ -99,7 +99,7 @@ def main(*arguments):
     try:
         import synthesize_rolecs
 
-        from csc_train.config import compose
+        from csc_train.config.compose import compose
 
         synthesize_rolecs.main(compose("synthesize_rolecs", list(arguments)))
     except SystemExit as end:

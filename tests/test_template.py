@@ -6,9 +6,9 @@ from importlib import resources
 import pytest
 from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer
 
-from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
-from csc_train.strategies import STRATEGIES, parse_strategy
 from csc_train.template.config import CHAT_TEMPLATES, LANGUAGES, MODES, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenKind, messages
 from csc_train.template.reply import Reply, format_reply, parse_reply

@@ -22,23 +22,23 @@ from wandb_file import offline_runs
 from workers import loss_curve
 from workers.loss_curve import EPOCHS, MANIFEST, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train
 
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.files import write_json
-from csc_train.packing.cells import CELLS, SHAPE, STRETCHES, cells_of
+from csc_train.jsonl import Lines
+from csc_train.models.loading import lora_config
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.packing.length_policy import without_leading_turns
-from csc_train.packing.packed_dataset import Packs, pack_examples
-from csc_train.run import STOPPED, Run
-from csc_train.strategies import STRATEGIES
+from csc_train.packing.dataset import Packs, pack_examples
+from csc_train.packing.token_groups import CELLS, SHAPE, STRETCHES, cells_of
+from csc_train.packing.truncation import without_leading_turns
+from csc_train.runs.directory import STOPPED, Run
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, Example, TokenKind
-from csc_train.training import tracking
+from csc_train.tracking import wandb as tracking
+from csc_train.tracking.wandb import HISTORY, attach_evaluation, exit_code, open_run, resolve_mode, write_csv
 from csc_train.training.config import AdapterConfig, TrackingConfig
-from csc_train.training.lines import Lines
-from csc_train.training.measures import Measures, peak_flops, token_figures, training_flops
-from csc_train.training.model import lora_config
 from csc_train.training.progress import Progress
-from csc_train.training.tracking import HISTORY, attach_evaluation, exit_code, open_run, resolve_mode, write_csv
+from csc_train.training.train_metrics import Measures, peak_flops, token_figures, training_flops
 from csc_train.training.trainer import forward_flops
 
 STEPS = list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))

@@ -17,19 +17,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from wandb_file import offline_runs
 from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
 
-from csc_train.checkpoint import MANIFEST, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
+from csc_train.checkpoints.export import trained_model
+from csc_train.checkpoints.manifest import MANIFEST, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
 from csc_train.errors import InputError
 from csc_train.files import digest, file_digest
+from csc_train.models.attention.flex import FLEX_ATTENTION
+from csc_train.models.loading import load_model
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.packing.flex import FLEX_ATTENTION
+from csc_train.packing.dataset import Packs, pack_examples
 from csc_train.packing.loss_weights import LossWeights, count_turns
-from csc_train.packing.packed_dataset import Packs, pack_examples
 from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_template
-from csc_train.training import memory_plan
+from csc_train.training import memory as memory_plan
 from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig
-from csc_train.training.export import trained_model
-from csc_train.training.model import load_model
 from csc_train.training.tokenizer import load_tokenizer
 from csc_train.training.trainer import PackTrainer
 

@@ -11,10 +11,10 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from csc_train.chat.config import ChatConfig
-from csc_train.dialogue import Dialogue, Speaker, Turn, write_dialogues
+from csc_train.data.dialogue import Dialogue, Speaker, Turn, write_dialogues
+from csc_train.data.strategies import GREETING, OTHERS, STRATEGIES, Strategy
 from csc_train.errors import InputError
-from csc_train.evaluation.hf_policy import HFPolicy
-from csc_train.strategies import GREETING, OTHERS, STRATEGIES, Strategy
+from csc_train.inference.hf import HFPolicy
 from csc_train.template.likelihood import cached_log_likelihoods
 from csc_train.template.reply import Reply
 

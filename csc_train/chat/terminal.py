@@ -12,10 +12,10 @@ from rich.text import Text
 
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import Answer, Conversation
-from csc_train.dialogue import Dialogue, write_dialogues
+from csc_train.data.dialogue import Dialogue, write_dialogues
+from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
 from csc_train.errors import InputError, suggestion
-from csc_train.evaluation.hf_policy import HFPolicy
-from csc_train.strategies import STRATEGIES, Strategy, parse_strategy
+from csc_train.inference.hf import HFPolicy
 
 SPEAKERS = {"zh": ("客服", "客户"), "en": ("Supporter", "Customer")}
 """Supporter and customer, by the language of the model's labels."""

@@ -15,9 +15,9 @@ import jinja2
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import Answer, Conversation
 from csc_train.chat.terminal import SPEAKERS
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.evaluation.hf_policy import HFPolicy
-from csc_train.strategies import STRATEGIES
+from csc_train.inference.hf import HFPolicy
 
 # Read when gradio is imported: it would report every start of a page to its makers.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -1,0 +1,1 @@
+"""Predictions to metrics, tables, comparisons, reports and judgements."""

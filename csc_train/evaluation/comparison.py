@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from csc_train.errors import InputError
-from csc_train.evaluation import strategy_metrics
-from csc_train.evaluation.figure import Figure
-from csc_train.evaluation.metrics import MetricsConfig, figures, same_turns
-from csc_train.evaluation.predictions import Prediction, read_run, system_of
-from csc_train.evaluation.turns import Turns
-from csc_train.evaluation.uncertainty import LEVEL, holm, mcnemar, sign_flip_test
+from csc_train.evaluation.metrics import strategy as strategy_metrics
+from csc_train.evaluation.metrics.base import Figure
+from csc_train.evaluation.metrics.profiles import MetricsConfig, figures, same_turns
+from csc_train.evaluation.table import Turns
+from csc_train.inference.predictions import Prediction, read_run, system_of
+from csc_train.stats import LEVEL, holm, mcnemar, sign_flip_test
 
 ALIKE = "cannot be told apart"
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from csc_train.errors import InputError, check_choice, check_range
-from csc_train.evaluation.criteria import CRITERIA
-from csc_train.evaluation.predictions import CONTEXTS
+from csc_train.evaluation.judges.criteria import CRITERIA
+from csc_train.inference.predictions import CONTEXTS
 from csc_train.template.config import LANGUAGES
 
 DTYPES = ("auto", "bf16", "fp32")

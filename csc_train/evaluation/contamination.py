@@ -9,10 +9,10 @@ from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from csc_train.data.near_duplicates import SHINGLE
+from csc_train.data.splits import NGRAM, Overlap, Splits, find_shared_text
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
-from csc_train.near_duplicates import SHINGLE
-from csc_train.splits import NGRAM, Overlap, Splits, find_shared_text
 
 FILE = "contamination.json"
 SHARED = 0.5

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from csc_train.dialogue import Dialogue, read_dialogues
+from csc_train.data.dialogue import Dialogue, read_dialogues
 from csc_train.errors import InputError
 from csc_train.evaluation.contamination import Contamination, read_contamination
-from csc_train.evaluation.metrics import MetricsConfig, drift, score
-from csc_train.evaluation.predictions import Outcome, Prediction, expected_turns, read_failures, read_run
-from csc_train.evaluation.report import Drifts, Results
+from csc_train.evaluation.metrics.profiles import MetricsConfig, drift, score
+from csc_train.evaluation.report.tables import Drifts, Results
+from csc_train.inference.predictions import Outcome, Prediction, expected_turns, read_failures, read_run
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy
 
-from csc_train.evaluation.figure import Figure, Score
-from csc_train.evaluation.uncertainty import mean, sign_flip_test, weighted_interval
+from csc_train.evaluation.metrics.base import Figure, Score
+from csc_train.stats import mean, sign_flip_test, weighted_interval
 
 RIDGE = 0.01
 """Of the logistic regression: keeps its coefficients finite where one system always wins."""

@@ -7,15 +7,23 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from csc_train.config import RECORDED, LaunchRecipe, PreflightRecipe, compose, compose_recorded, known_keys, resolved
+from csc_train.config.compose import (
+    RECORDED,
+    LaunchRecipe,
+    PreflightRecipe,
+    compose,
+    compose_recorded,
+    known_keys,
+    resolved,
+)
 from csc_train.errors import InputError, suggestion
 from csc_train.files import write_text
-from csc_train.launching.commands import local_command, node_command
-from csc_train.launching.preflight import Outcome, preflight
-from csc_train.launching.slurm import job_script, submit
+from csc_train.launching.launch_commands import local_command, node_command
+from csc_train.launching.launchers.slurm import job_script, submit
+from csc_train.launching.on_finish import then_arguments
+from csc_train.launching.preflight.checks import Outcome, preflight
 from csc_train.launching.supervise import supervise
-from csc_train.launching.then import then_arguments
-from csc_train.run import RECORD, RESOLVED, STOPPED, RunConfig, as_yaml, default_directory
+from csc_train.runs.directory import RECORD, RESOLVED, STOPPED, RunConfig, as_yaml, default_directory
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCHED = "launch.yaml"

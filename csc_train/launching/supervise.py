@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from csc_train.files import read_json
-from csc_train.run import RECORD, STOPPED, end_with_parent
+from csc_train.runs.directory import RECORD, STOPPED, end_with_parent
 
 INTERRUPT_GRACE = 10.0
 """Seconds that the ranks have to clean up after Ctrl-C."""

@@ -20,14 +20,11 @@ import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from csc_train.config import LaunchRecipe, SweepRecipe, compose, resolved
+from csc_train.config.cluster import ParameterConfig, PrunerConfig, SweepConfig
+from csc_train.config.compose import LaunchRecipe, SweepRecipe, compose, resolved
 from csc_train.errors import InputError
 from csc_train.files import write_text
-from csc_train.launching.config import ParameterConfig, PrunerConfig, SweepConfig
-from csc_train.launching.job import Job, check, describe, freeze, inspect, refuse_misspelt, split_arguments
-from csc_train.launching.preflight import probe_gpus
-from csc_train.launching.sweep_summary import describe_trial, show_summary, write_summary
-from csc_train.launching.trials import (
+from csc_train.launching.executors import (
     FailedTrialError,
     Figures,
     LocalPlaces,
@@ -37,7 +34,10 @@ from csc_train.launching.trials import (
     SlurmTrial,
     result,
 )
-from csc_train.run import RunConfig, as_yaml, flat
+from csc_train.launching.job import Job, check, describe, freeze, inspect, refuse_misspelt, split_arguments
+from csc_train.launching.preflight.checks import probe_gpus
+from csc_train.launching.sweep_summary import describe_trial, show_summary, write_summary
+from csc_train.runs.directory import RunConfig, as_yaml, flat
 
 STUDY, LOCK = "study.log", "lock"
 CONFIGURATION = "sweep.yaml"

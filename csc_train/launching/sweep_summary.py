@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
+from csc_train.config.cluster import SweepConfig
 from csc_train.files import atomic_path, write_json, write_text
-from csc_train.launching.config import SweepConfig
 
 if TYPE_CHECKING:
     import optuna

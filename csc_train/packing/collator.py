@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from csc_train.packing.documents import Documents, dense_mask, row_documents
-from csc_train.packing.flex import BLOCK, flex_documents
-from csc_train.packing.schedule import pack_cost
+from csc_train.models.attention.flex import BLOCK, flex_documents
+from csc_train.models.attention.varlen import Documents, dense_mask, row_documents
+from csc_train.packing.global_batches import pack_cost
 
 IGNORED = -100
 """The label of a token that is not trained."""

@@ -2,9 +2,9 @@
 
 import numpy
 
+from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
 from csc_train.packing.config import LossConfig
-from csc_train.strategies import STRATEGIES, parse_strategy
 from csc_train.template.dialogue_template import Example
 
 

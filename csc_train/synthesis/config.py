@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from csc_train.errors import InputError, check_choice, check_range
 from csc_train.llm.config import LLMConfig
-from csc_train.synthesis.engine import MOST_UTTERANCES
-from csc_train.synthesis.roles import LANGUAGES, LAYOUTS
+from csc_train.synthesis.rolecs.engine import MOST_UTTERANCES
+from csc_train.synthesis.rolecs.roles import LANGUAGES, LAYOUTS
 
 BATCH_ROLES = ("persona", "planner", "rolecs_check", "rolecs_check_2", "rolecs_check_3")
 """The roles that nobody answers back to."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import jinja2
 
-from csc_train.dialogue import Speaker
-from csc_train.strategies import STRATEGIES
-from csc_train.synthesis.filters import Utterance
-from csc_train.synthesis.privacy import PLACEHOLDERS
+from csc_train.data.dialogue import Speaker
+from csc_train.data.strategies import STRATEGIES
+from csc_train.synthesis.filters.privacy import PLACEHOLDERS
+from csc_train.synthesis.filters.rules import Utterance
 
 _ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
 _NAMES = {

@@ -13,10 +13,10 @@ from typing import Any
 import jinja2
 import numpy
 
-from csc_train.dialogue import Dialogue, Speaker
+from csc_train.data.dialogue import Dialogue, Speaker
+from csc_train.data.segmentation import words
+from csc_train.data.strategies import STRATEGIES, Stage
 from csc_train.files import write_json, write_text
-from csc_train.strategies import STRATEGIES, Stage
-from csc_train.words import words
 
 ORDERS = (1, 2, 3)
 """Of distinct-n."""

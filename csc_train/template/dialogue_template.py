@@ -12,10 +12,10 @@ import numpy
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from csc_train.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.files import digest
-from csc_train.strategies import STRATEGIES, Strategy
 from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
 from csc_train.template.reply import Reply, format_reply, read_reply
 from csc_train.template.system_prompt import system_prompt

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import Cache
 
-from csc_train.strategies import STRATEGIES
+from csc_train.data.strategies import STRATEGIES
 from csc_train.template.dialogue_template import DialogueTemplate
 
 

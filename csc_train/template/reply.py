@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from csc_train.strategies import Strategy, parse_strategy
+from csc_train.data.strategies import Strategy, parse_strategy
 
 _LABELLED = re.compile(r"\[([^\[\]]*)\](.*)", re.DOTALL)
 

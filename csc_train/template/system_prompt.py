@@ -5,7 +5,7 @@ from importlib import resources
 
 import jinja2
 
-from csc_train.strategies import STRATEGIES, Stage
+from csc_train.data.strategies import STRATEGIES, Stage
 
 OPENING = {"zh": "（客户接通了客服。）", "en": "(The customer is connected to support.)"}
 """What a model hears before the supporter's greeting, by language, where its chats must begin with the user."""

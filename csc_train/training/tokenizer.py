@@ -8,9 +8,9 @@ from accelerate import PartialState
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from csc_train.dialogue import Dialogue
+from csc_train.data.dialogue import Dialogue
 from csc_train.errors import InputError
-from csc_train.hub import readable
+from csc_train.models.hub import readable
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import messages
 from csc_train.training.config import TRAINED_TOKENIZER, ModelConfig

@@ -12,19 +12,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from csc_train.errors import InputError
-from csc_train.packing.collator import PackCollator
-from csc_train.packing.loader import PackLoader, RankBatches
-from csc_train.packing.packed_dataset import Packs
-from csc_train.packing.schedule import pack_cost
-from csc_train.training.config import AdapterConfig, HeldOutConfig, TrainerConfig, ZeroConfig
-from csc_train.training.held_out import EarlyStop, HeldOut
-from csc_train.training.isolation import check_isolation, guard_rows
-from csc_train.training.measures import Measures, training_flops
-from csc_train.training.model import batch_layout, lora_config, resolve_dtype
-from csc_train.training.progress import Progress
-from csc_train.training.reshard import lay_out
-from csc_train.training.states import (
+from csc_train.checkpoints.reshard import lay_out
+from csc_train.checkpoints.training_checkpoint import (
     WRITING,
     begin_state,
     can_resume,
@@ -34,8 +23,19 @@ from csc_train.training.states import (
     record_of,
     state_at,
 )
+from csc_train.errors import InputError
+from csc_train.models.loading import batch_layout, lora_config, resolve_dtype
+from csc_train.packing.collator import PackCollator
+from csc_train.packing.dataset import Packs
+from csc_train.packing.global_batches import pack_cost
+from csc_train.packing.sampler import PackLoader, RankBatches
+from csc_train.training.config import AdapterConfig, HeldOutConfig, TrainerConfig, ZeroConfig
+from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, start_deepspeed
+from csc_train.training.leak_check import check_isolation, guard_rows
+from csc_train.training.progress import Progress
+from csc_train.training.train_metrics import Measures, training_flops
+from csc_train.training.validation import EarlyStop, HeldOut
 from csc_train.training.worst_first import WorstFirst
-from csc_train.training.zero import check_engine, deepspeed_config, launcher_stage, start_deepspeed
 
 
 class PackTrainer(SFTTrainer):

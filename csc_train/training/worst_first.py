@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PretrainedConfig, TrainerCallback
 
 from csc_train.errors import InputError
-from csc_train.packing.loader import RankBatches
-from csc_train.packing.schedule import Part, distribute, epoch_steps
+from csc_train.packing.global_batches import Part, distribute, epoch_steps
+from csc_train.packing.sampler import RankBatches
 from csc_train.training.config import ArchitectureConfig
-from csc_train.training.memory_plan import GIB, Setting, advice, plan, shape_of
+from csc_train.training.memory import GIB, Setting, advice, plan, shape_of
 
 if TYPE_CHECKING:
     from csc_train.training.trainer import PackTrainer

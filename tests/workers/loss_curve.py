@@ -22,14 +22,16 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from csc_train.checkpoint import Manifest
+from csc_train.checkpoints.manifest import Manifest
 from csc_train.files import digest
+from csc_train.models.attention.varlen import ATTENTION
+from csc_train.models.loading import load_model
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.documents import ATTENTION
-from csc_train.packing.packed_dataset import PackingReport
-from csc_train.run import Run, processes
+from csc_train.packing.dataset import PackingReport
+from csc_train.runs.directory import Run, processes
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.tracking.wandb import Tracking
 from csc_train.training.config import (
     AdapterConfig,
     HeldOutConfig,
@@ -38,13 +40,11 @@ from csc_train.training.config import (
     TrainerConfig,
     ZeroConfig,
 )
-from csc_train.training.held_out import HeldOut, last_measured
-from csc_train.training.interruption import StopOnSignal
-from csc_train.training.model import load_model
+from csc_train.training.deepspeed import whole_weights
+from csc_train.training.graceful_stop import StopOnSignal
 from csc_train.training.tokenizer import load_tokenizer
-from csc_train.training.tracking import Tracking
 from csc_train.training.trainer import build_trainer, training_arguments
-from csc_train.training.zero import whole_weights
+from csc_train.training.validation import HeldOut, last_measured
 
 PACKS_PER_STEP = 4
 EPOCHS = 2

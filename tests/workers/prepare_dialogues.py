@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from conftest import random_dialogue, small_tokenizer
 
-from csc_train.dialogue import Dialogue
-from csc_train.template import prepared
+from csc_train import tokenized_cache as prepared
+from csc_train.data.dialogue import Dialogue
 from csc_train.template.config import PrepareConfig, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 

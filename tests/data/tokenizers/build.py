@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from csc_train.strategies import STRATEGIES
+from csc_train.data.strategies import STRATEGIES
 from csc_train.template.config import LANGUAGES
 from csc_train.training.tokenizer import train_tokenizer
 

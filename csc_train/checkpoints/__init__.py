@@ -1,0 +1,1 @@
+"""Training checkpoints and final models on disk: manifest, resharding, export."""

@@ -1,0 +1,280 @@
+"""A trained model to a plain Hugging Face directory: gathered, adapters merged, and compared with what was trained."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import huggingface_hub.errors
+import peft
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from csc_train.checkpoints.base_model import BASE
+from csc_train.checkpoints.manifest import MANIFEST, Manifest, read_manifest, save_checkpoint
+from csc_train.checkpoints.reshard import WEIGHT, open_state
+from csc_train.errors import InputError
+from csc_train.files import write_text
+from csc_train.models.hub import causal_model
+from csc_train.models.loading import load_model, lora_config, resolve_dtype
+from csc_train.template.dialogue_template import chat_template
+from csc_train.training.config import AdapterConfig, ExportConfig, ModelConfig
+from csc_train.training.deepspeed import is_sharded, unsharded, whole_weights
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""By the dtype of the exported weights: the largest difference of a logit from the trained model's, over the largest
+logit. In bf16 it is what rounding the weights does."""
+PROBE_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    Attributes:
+        state: the saved state of training, or a finished checkpoint.
+        manifest: of its run.
+        base: where the weights are that training started from: a directory or a hub id. Those of a finished checkpoint
+            itself.
+        finished: whether `state` is a finished checkpoint, whose adapter is merged.
+    """
+
+    state: Path
+    manifest: Manifest
+    base: str
+    finished: bool = False
+
+    @property
+    def trained(self) -> str:
+        """The `AdapterConfig.kind` of its run."""
+        return self.manifest.config["adapter"]["kind"]
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """What is still to be merged."""
+        return AdapterConfig() if self.finished else AdapterConfig(**self.manifest.config["adapter"])
+
+    @property
+    def revision(self) -> str | None:
+        """Of `base`."""
+        return None if self.finished else self.manifest.base_revision
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained parameters that `base` does not hold yet."""
+        if self.finished:
+            return {}
+        return read_weights(self.state)
+
+
+def trained_model(
+    trainer: Trainer, source: ModelConfig, dtype: torch.dtype, state: Path | None = None
+) -> PreTrainedModel | None:
+    """The trained model in `dtype`, whole and without wrappers, adapters merged; the trainer is of no use afterwards.
+
+    Called on every process; returns None on all but the main one where the weights had to be gathered or read.
+
+    Args:
+        source: what training started from; adapters over sharded or quantized weights are merged into it.
+        state: a saved state to take instead of the last.
+
+    Raises:
+        InputError: the state is torn.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapted = isinstance(model, peft.PeftModel)
+    if state or is_sharded(model) or getattr(model, "is_loaded_in_4bit", False):
+        weights = {} if state else whole_weights(model, trained_only=adapted)
+        if not trainer.is_world_process_zero():
+            return None
+        adapter = model.peft_config["default"] if adapted else None
+        if state:
+            weights = read_weights(state)
+        model = merged(whole_model(source.path, source.revision, dtype), weights, adapter)
+    elif adapted:
+        model = model.merge_and_unload()
+    model.config.use_cache = True
+    return model.to(dtype)
+
+
+def read_weights(state: Path) -> dict[str, torch.Tensor]:
+    """What a saved state changed, by name, in fp32.
+
+    Raises:
+        InputError: as `reshard.open_state`.
+    """
+    whole = open_state(state)
+    return {name: whole.read(name, WEIGHT) for name in whole.names}
+
+
+def whole_model(path: str, revision: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A model on the CPU, whole whatever the ZeRO stage.
+
+    Raises:
+        InputError: as `causal_model`.
+    """
+    with unsharded():
+        return causal_model(path, revision=revision, dtype=dtype)
+
+
+def with_weights(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], adapter: peft.LoraConfig | None
+) -> PreTrainedModel | peft.PeftModel:
+    """A model with trained parameters in their places, in an adapter where there is one.
+
+    Raises:
+        ValueError: the model has no such parameter.
+    """
+    if adapter is not None:
+        model = peft.get_peft_model(model, adapter)
+    places = dict(model.named_parameters())
+    if unknown := sorted(weights.keys() - places.keys()):
+        raise ValueError(f"the model has no {unknown[0]}")
+    with torch.no_grad():
+        for name, value in weights.items():
+            places[name].copy_(value)
+    return model.eval()
+
+
+def merged(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], adapter: peft.LoraConfig | None
+) -> PreTrainedModel:
+    """As `with_weights`, the adapter merged into the weights below it."""
+    model = with_weights(model, weights, adapter)
+    return model if adapter is None else model.merge_and_unload()
+
+
+def open_source(path: str) -> Source:
+    """Find what is to be exported.
+
+    Args:
+        path: a saved state of training, a run directory, whose last state is meant, or a finished checkpoint.
+
+    Raises:
+        InputError: there is no whole state, or no manifest of its run.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise InputError(f"{path}: no such directory")
+    if (directory / MANIFEST).is_file() and (directory / "config.json").is_file():
+        return Source(directory, read_manifest(directory), path, finished=True)
+    whole = [file.parent for file in directory.glob("states/checkpoint-*/trainer_state.json")]
+    if not whole and not (directory / "trainer_state.json").is_file():
+        raise InputError(f"{path}: neither a checkpoint, nor a saved state of training, nor a run directory with one")
+    state = max(whole, key=lambda state: int(state.name.split("-")[1])) if whole else directory
+    run = state.absolute().parent.parent
+    if not (run / MANIFEST).is_file():
+        raise InputError(f"{run}: no {MANIFEST}, so not a run of recipes/sft.py")
+    manifest = read_manifest(run)
+    kept = manifest.base_model == os.path.join("..", BASE)
+    return Source(state, manifest, str(run / BASE) if kept else manifest.base_model)
+
+
+def export(source: Source, config: ExportConfig, say: Callable[[str], None]) -> float:
+    """Write a plain directory of the trained model; it is there only if it computes what was trained.
+
+    Returns:
+        The largest difference between a logit of the written model and of the trained one, over the largest logit.
+
+    Raises:
+        InputError: something cannot be read or written, or the difference is larger than `TOLERANCE`.
+    """
+    weights = source.weights()
+    adapter = source.adapter
+    lora = None if adapter.kind == "full" else lora_config(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(source.state)
+    model = _unquantized(source, tokenizer, config)
+    if config.dtype != "auto" or adapter.kind == "full":
+        precision = source.manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
+        model = model.to(resolve_dtype(precision))
+    model = merged(model, weights, lora)
+    model.config.use_cache = True
+    logits = _logits(_as_trained(source, tokenizer, weights, lora))
+    difference = 0.0
+
+    def check(directory: Path) -> None:
+        nonlocal difference
+        again = _logits(whole_model(str(directory), None, torch.float32))
+        difference = ((again - logits).abs().max() / logits.abs().max()).item()
+        tolerance = TOLERANCE[model.dtype]
+        exact = adapter.kind != "qlora" or config.base == "dequantized"
+        if exact and not difference <= tolerance:
+            raise InputError(f"{source.state}: exported, its logits differ by {difference:.1e}, over {tolerance:.0e}")
+        write_text(directory / "README.md", model_card(source, config, difference))
+
+    template = chat_template(source.manifest.chat_template)
+    save_checkpoint(
+        config.output, model, tokenizer, template, source.manifest, shard_size=config.shard_size, check=check
+    )
+    say(f"exported {source.state} to {config.output}: largest difference of a logit {difference:.1e} of the largest")
+    return difference
+
+
+def _unquantized(source: Source, tokenizer: PreTrainedTokenizerBase, config: ExportConfig) -> PreTrainedModel:
+    """The model that trained weights go into: the base in its own dtype, or what 4 bits left of it."""
+    if source.adapter.kind == "qlora" and config.base == "dequantized":
+        return _in_4_bits(source, tokenizer).dequantize()
+    return whole_model(source.base, source.revision, "auto")
+
+
+def _in_4_bits(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    settings = ModelConfig(path=source.base, revision=source.revision)
+    return load_model(settings, tokenizer, torch.float32, 0, in_4_bits=True)
+
+
+def _as_trained(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, torch.Tensor],
+    lora: peft.LoraConfig | None,
+) -> torch.nn.Module:
+    """The model as it was trained, nothing merged, computing in fp32."""
+    if source.adapter.kind == "qlora":
+        return with_weights(_in_4_bits(source, tokenizer), weights, lora)
+    return with_weights(whole_model(source.base, source.revision, torch.float32), weights, lora)
+
+
+@torch.inference_mode()
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    """Logits on seeded random ids, float32 [2, `PROBE_LENGTH`, vocabulary]."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, PROBE_LENGTH), generator=generator)
+    model.eval()
+    return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
+
+
+def model_card(source: Source, config: ExportConfig, difference: float) -> str:
+    """The README.md of an exported directory: what it is, where it comes from, how it is used."""
+    manifest = source.manifest
+    kept = manifest.base_model.startswith("..")
+    base = "random weights" if kept else manifest.base_model
+    front = ["library_name: transformers", f"language: {manifest.language}"]
+    if not kept and not Path(manifest.base_model).is_absolute():
+        front.append(f"base_model: {manifest.base_model}")
+    lines = [
+        "---", *front, "---", "", f"# {Path(config.output).name}", "",
+        "A customer-support model that chooses a support strategy and replies with it, trained by CSC Train.", "",
+        f"- Base: {base}" + (f" at {manifest.base_revision}" if manifest.base_revision else ""),
+        f"- Trained: {source.trained}"
+        + (f", merged on the {config.base} base" if source.adapter.kind == "qlora" else ""),
+        f"- Template: {manifest.chat_template}, mode {manifest.mode}, language {manifest.language}",
+        f"- Training data: SHA-256 {manifest.data_hash}",
+        *([] if source.finished else [f"- Step: {source.state.name.rpartition('-')[2]}"]),
+        f"- Largest difference of a logit from the trained model's, over the largest logit: {difference:.1e}",
+        "", f"`{MANIFEST}` holds the whole configuration of the run.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def push(config: ExportConfig) -> None:
+    """Upload the exported directory to the hub, into a private repository where it is new.
+
+    Raises:
+        InputError: the hub cannot be reached, or does not let us.
+    """
+    try:
+        huggingface_hub.create_repo(config.push_to_hub, private=True, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=config.push_to_hub, folder_path=config.output)
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{config.push_to_hub}: cannot upload {config.output} ({reason})") from error

@@ -1,0 +1,1 @@
+"""Composed, typed configuration of the recipes."""

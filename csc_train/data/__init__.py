@@ -1,0 +1,1 @@
+"""Dialogues: the taxonomy, reading and writing, splits, near duplicates, and the sample grammar."""

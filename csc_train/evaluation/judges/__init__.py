@@ -1,0 +1,1 @@
+"""A language model and people as judges of replies."""

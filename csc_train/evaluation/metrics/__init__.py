@@ -1,0 +1,1 @@
+"""Metrics of one system's predictions, and their profiles."""

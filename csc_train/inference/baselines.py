@@ -1,0 +1,67 @@
+"""Trivial systems that any trained model must beat."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
+from csc_train.data.strategies import STRATEGIES, Strategy
+from csc_train.files import digest
+from csc_train.inference.generator import Request, Said, Schedule
+from csc_train.template.reply import Reply, format_reply
+
+
+class StrategyBaseline:
+    """Predicts the strategy from the supporter's previous one, or from nothing; replies with a stock sentence.
+
+    The stock sentence of a strategy is its most frequent reply in the training dialogues.
+
+    Args:
+        training: the dialogues to count in.
+        order: 0 for the most frequent strategy, 1 for a strategy bigram.
+    """
+
+    strategies_apply = True
+
+    def __init__(self, training: Sequence[Dialogue], order: int):
+        self.order = order
+        self.config_hash = digest([data_digest(training), order])
+        counts: dict[Strategy | None, Counter[Strategy]] = defaultdict(Counter)
+        replies: dict[Strategy, Counter[str]] = defaultdict(Counter)
+        for dialogue in training:
+            previous = None
+            for turn in (dialogue.turns[index] for index in dialogue.supporter_turns):
+                counts[previous][turn.strategy] += 1
+                replies[turn.strategy][turn.text] += 1
+                previous = turn.strategy if order else None
+        self._most_frequent = _most_frequent(sum(counts.values(), Counter()))
+        self._next = {previous: _most_frequent(counter) for previous, counter in counts.items()}
+        self._stock = {
+            strategy: min(counter, key=lambda text, counter=counter: (-counter[text], text))
+            for strategy, counter in replies.items()
+        }
+
+    def run(self, schedule: Schedule) -> None:
+        """Answer every turn."""
+        while requests := schedule.take(1000):
+            for request in requests:
+                schedule.answer(request, self.reply(request))
+
+    def reply(self, request: Request) -> Said:
+        """Answer a request; what was not seen in training falls back to the most frequent strategy."""
+        previous = _previous_strategy(request) if self.order else None
+        strategy = self._next.get(previous, self._most_frequent)
+        reply = Reply(strategy, self._stock[strategy])
+        return Said(format_reply(reply, "zh"), reply, digest(previous.number if previous else None))
+
+
+def _previous_strategy(request: Request) -> Strategy | None:
+    for turn in reversed(request.history):
+        if isinstance(turn, Said):
+            return turn.reply.strategy
+        if isinstance(turn, Turn) and turn.speaker is Speaker.SUPPORTER:
+            return turn.strategy
+    return None
+
+
+def _most_frequent(counter: Counter[Strategy]) -> Strategy:
+    return max(STRATEGIES, key=lambda strategy: (counter[strategy], -strategy.number))

@@ -1,0 +1,167 @@
+"""A local model as the system under evaluation: greedy decoding, batched over dialogues."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
+from csc_train.checkpoints.manifest import Manifest, check_manifest, read_manifest, tokenizer_hash
+from csc_train.data.dialogue import Dialogue, Turn
+from csc_train.data.strategies import Strategy
+from csc_train.errors import InputError
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.files import digest
+from csc_train.inference.generator import Request, Said, Schedule
+from csc_train.inference.kv_cache import DialogueCache
+from csc_train.models.hub import causal_model, readable
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.template.likelihood import dialogue_log_likelihoods
+
+_DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class HFPolicy:
+    """Replies with a model that plain `from_pretrained` loads.
+
+    What is computed of a dialogue is kept from turn to turn (see `DialogueCache`). When all turns are answered, one
+    forward of each dialogue gives the likelihoods of the 12 labels at all of its turns, where the model chooses
+    strategies, and in reference context those of the reference's own turns. They are computed dialogue by dialogue, so
+    that they do not depend on what else was answered at the time, and kept to four decimals.
+
+    Attributes:
+        stops: tokens that end a reply.
+
+    Args:
+        origin: SHA-256 (hex) of what says which model it is, such as its manifest.
+
+    Raises:
+        InputError: the model has sliding-window attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, template: DialogueTemplate, config: EvaluationConfig, origin: str = ""):
+        if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+            raise InputError(f"{model.name_or_path}: a model with sliding-window attention cannot be evaluated here")
+        self.model = model.eval()
+        self.template = template
+        self.strategies_apply = template.config.mode == "joint"
+        self.config_hash = digest(
+            [origin, template.fingerprint, tokenizer_hash(template.tokenizer), config.max_new_tokens, config.dtype]
+        )
+        self._config = config
+        # Of the model's own generation configuration only the end counts: Qwen2.5-Instruct ships a repetition penalty
+        # and sampling, which is not greedy decoding.
+        stops = model.generation_config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+        self.stops = {template.end_of_turn_id, *stops}
+
+    @torch.inference_mode()
+    def run(self, schedule: Schedule) -> None:
+        """Answer every turn, batch by batch, then add likelihoods."""
+        cache = DialogueCache(self.model, self.template.prefix_ids, self.stops, self._config.max_new_tokens)
+        asked: dict[int, tuple[Request, list[int]]] = {}  # by row of the cache
+        while True:
+            requests = schedule.take(self._config.batch_size - len(asked))
+            prompts = [self._prompt(request) for request in requests]
+            rows = cache.begin([request.dialogue.id for request in requests], prompts)
+            asked |= zip(rows, zip(requests, prompts, strict=True), strict=True)
+            if not asked:
+                break
+            for row, ids in cache.advance().items():
+                request, prompt = asked.pop(row)
+                schedule.answer(request, self._said(request, prompt, ids))
+        del cache
+        if self._config.likelihoods and (schedule.context == "reference" or self.strategies_apply):
+            for dialogue in tqdm(schedule.dialogues, "likelihoods", unit="dialogue", disable=None):
+                self._add_likelihoods(schedule, dialogue)
+
+    def _prompt(self, request: Request) -> list[int]:
+        history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
+        return self.template.prompt_ids(history, self._given(request))
+
+    def _given(self, request: Request) -> Strategy | None:
+        return request.dialogue.turns[request.turn].strategy if self.template.config.mode == "given" else None
+
+    def _said(self, request: Request, prompt: list[int], ids: list[int]) -> Said:
+        text = self.template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        # A later prompt shows this turn as training did: with the strategy that was handed in.
+        handed_in = self.template.prompt_ids([], self._given(request))[len(self.template.prompt_ids([])) :]
+        return Said(text, self.template.parse(text), digest(prompt), (*handed_in, *ids))
+
+    def _add_likelihoods(self, schedule: Schedule, dialogue: Dialogue) -> None:
+        """Of the turns of a dialogue that were predicted."""
+        said = schedule.said(dialogue)
+        reference = schedule.context == "reference"
+        if all(each.reference_nll is not None if reference else each.label_log_likelihoods for each in said.values()):
+            return  # by an earlier run
+        targets = []
+        if reference:
+            example = self.template.encode(dialogue)
+            ids, targets = example.input_ids.tolist(), example.trained.nonzero()[0].tolist()
+            headed = len(self.template.supporter_header_ids)
+            starts = [int(example.boundaries[turn]) + headed for turn in said]
+        else:
+            history = [said[turn].ids if turn in said else gold for turn, gold in enumerate(dialogue.turns)]
+            starts = [len(self.template.prompt_ids(history[:turn])) for turn in said]
+            ids = self.template.prompt_ids(history[: max(said)])
+        if not self.strategies_apply:
+            starts = []
+        own, labels = dialogue_log_likelihoods(self.model, self.template, ids, starts, targets)
+        for (turn, words), row in itertools.zip_longest(said.items(), labels.tolist()):
+            facts = {"label_log_likelihoods": row and tuple(round(value, 4) for value in row)}
+            if reference:
+                first, end = example.boundaries[turn], example.boundaries[turn + 1]
+                here = [-value for target, value in zip(targets, own.tolist(), strict=True) if first <= target < end]
+                facts |= {"reference_nll": round(sum(here), 4), "reference_tokens": len(here)}
+            schedule.amend(dialogue, turn, replace(words, **facts))
+
+
+def open_checkpoint(checkpoint: str) -> tuple[DialogueTemplate, Manifest]:
+    """The template of a checkpoint that recipes/sft.py wrote, and its manifest; the model is not loaded yet.
+
+    Raises:
+        InputError: it is no checkpoint, or its template or tokenizer is not what this code would use.
+    """
+    manifest = read_manifest(checkpoint)
+    if not (Path(checkpoint) / "tokenizer.json").is_file():
+        # transformers would make up an empty one.
+        raise InputError(f"{checkpoint}: the directory holds no tokenizer (tokenizer.json)")
+    with readable(checkpoint, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
+    template = DialogueTemplate(tokenizer, manifest.chat_template, settings)
+    check_manifest(checkpoint, manifest, template.fingerprint, tokenizer_hash(tokenizer))
+    return template, manifest
+
+
+def base_of(checkpoint: str, manifest: Manifest) -> str:
+    """Where the model that a checkpoint's training started from is: a path or a hub id."""
+    beside = Path(checkpoint) / manifest.base_model
+    return str(beside) if manifest.base_model.startswith(".") and beside.is_dir() else manifest.base_model
+
+
+def load_policy(
+    path: str,
+    template: DialogueTemplate,
+    config: EvaluationConfig,
+    origin: str = "",
+    device: torch.device | None = None,
+    revision: str | None = None,
+) -> HFPolicy:
+    """The policy of the model at a path or hub id, talking through `template`.
+
+    Args:
+        origin: see `HFPolicy`.
+        device: where the whole model goes, such as the one GPU of this process; if not given it is spread over the
+            GPUs of this machine, if there are any.
+
+    Raises:
+        InputError: as `causal_model`.
+    """
+    spread = "auto" if torch.cuda.is_available() else None
+    placed = {"": device} if device else spread
+    model = causal_model(path, revision=revision, dtype=_DTYPES[config.dtype], device_map=placed)
+    return HFPolicy(model, template, config, origin)

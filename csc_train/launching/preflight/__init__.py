@@ -1,0 +1,1 @@
+"""Checks and plans of a training before it starts."""

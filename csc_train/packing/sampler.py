@@ -1,0 +1,75 @@
+"""Packs to the batches of one process, in the order that the schedule gives."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from csc_train.packing.dataset import Packs
+from csc_train.packing.global_batches import PackCost, Part, distribute, epoch_steps, micro_batches
+from csc_train.packing.load_balance import Balance, measure_balance
+
+
+class RankBatches:
+    """A batch sampler: the parts that one process takes, a list for each forward pass.
+
+    An epoch has the same number of them on every process, and whatever the epoch.
+    """
+
+    def __init__(
+        self,
+        packs: Sequence[PackCost],
+        packs_per_step: int,
+        seed: int,
+        *,
+        processes: int,
+        rank: int,
+        micro_batch_size: int,
+        joined: bool,
+    ):
+        """See `schedule.epoch_steps` and `schedule.distribute`."""
+        self.packs = packs
+        self.packs_per_step = packs_per_step
+        self.seed = seed
+        self.processes = processes
+        self.rank = rank
+        self.micro_batch_size = micro_batch_size
+        self.joined = joined
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[Part | None]]:
+        for step in epoch_steps(self.packs, self.packs_per_step, self.seed, self.epoch):
+            shares = distribute(step, self.packs, self.processes, self.micro_batch_size, joined=self.joined)
+            for parts in shares[self.rank]:
+                yield parts or [None]
+
+    def balance(self) -> Balance:
+        """How evenly the first epoch spreads its work over the processes, and how fair its steps are."""
+        return measure_balance(
+            self.packs,
+            self.packs_per_step,
+            self.seed,
+            epochs=1,
+            processes=self.processes,
+            micro_batch_size=self.micro_batch_size,
+            joined=self.joined,
+        )
+
+    def __len__(self) -> int:
+        steps, rest = divmod(len(self.packs), self.packs_per_step)
+        full = micro_batches(self.packs_per_step, self.processes, self.micro_batch_size)
+        return steps * full + micro_batches(rest, self.processes, self.micro_batch_size)
+
+
+class PackLoader(torch.utils.data.DataLoader):
+    """A loader whose `set_epoch` reaches its batch sampler, which is how the Trainer says what epoch it is."""
+
+    def __init__(self, packs: Packs, batches: RankBatches, collate: Callable, **options):
+        super().__init__(packs, batch_sampler=batches, collate_fn=collate, **options)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.batch_sampler.set_epoch(epoch)

@@ -1,0 +1,39 @@
+"""Which figures a trained token counts in: part of the reply, strategy, and place in the dialogue."""
+
+import itertools
+
+import numpy
+
+from csc_train.data.strategies import STRATEGIES
+from csc_train.template.dialogue_template import Example, TokenKind
+
+PARTS = {TokenKind.STRATEGY: "strategy", TokenKind.REPLY: "reply"}
+"""The trained parts of a supporter's turn, by what they are called in figures."""
+FIRST_TURNS = (1, 5, 9, 17, 33)
+"""The first turn of each stretch of a dialogue, counted from 1 over both speakers."""
+STRETCHES = (
+    *(f"{first}-{after - 1}" for first, after in itertools.pairwise(FIRST_TURNS)),
+    f"{FIRST_TURNS[-1]}+",
+)
+SHAPE = (len(PARTS), len(STRATEGIES), len(STRETCHES))
+"""The cells by part, strategy and stretch, once the one of what is not trained is left out."""
+CELLS = 1 + len(PARTS) * len(STRATEGIES) * len(STRETCHES)
+"""How many there are; 0 is that of what is not trained."""
+
+
+def cells_of(example: Example, first_turn: int = 0) -> numpy.ndarray:
+    """uint8 [length]: the cell of each token.
+
+    Args:
+        example: without its turns before `first_turn`, which count for the place of the others.
+    """
+    turns = first_turn + 1 + numpy.arange(len(example.strategies))
+    stretches = numpy.searchsorted(FIRST_TURNS, turns, side="right") - 1
+    lengths = numpy.diff(example.boundaries)
+    cells = numpy.zeros(len(example.kinds), numpy.uint8)
+    body = slice(int(example.boundaries[0]), None)
+    place = ((example.strategies.astype(int) - 1) * len(STRETCHES) + stretches).repeat(lengths)
+    kinds = example.kinds[body].astype(int)
+    part = (kinds - min(PARTS)) * len(STRATEGIES) * len(STRETCHES)
+    cells[body] = numpy.where(kinds == TokenKind.CONTEXT, 0, 1 + part + place)
+    return cells

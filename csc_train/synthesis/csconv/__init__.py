@@ -1,0 +1,1 @@
+"""CSConv: dialogues rewritten from recorded calls."""

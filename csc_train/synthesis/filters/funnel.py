@@ -1,0 +1,51 @@
+"""How many conversations each rule dropped, and why."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from csc_train.synthesis.filters.rules import Verdict
+
+
+def waterfall(conversations: Iterable[Sequence[Verdict]], rules: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Counts by rule, in the order in which rules were applied.
+
+    A conversation counts for every rule up to the first that dropped it.
+
+    Args:
+        conversations: of each, the verdicts in the order in which they were given.
+        rules: which rules there are, in order; those that nobody reached are listed as well.
+
+    Returns:
+        A row per rule: `rule`, how many it `entered`, `dropped` and `kept`, and `reasons` with their counts.
+    """
+    entered: Counter[str] = Counter(dict.fromkeys(rules, 0))
+    reasons: dict[str, Counter[str]] = {}
+    for verdicts in conversations:
+        for verdict in verdicts:
+            entered[verdict.rule] += 1
+            if not verdict.keep:
+                reasons.setdefault(verdict.rule, Counter())[verdict.reason] += 1
+                break
+    rows = []
+    for rule, count in entered.items():
+        why = reasons.get(rule, Counter())
+        row = {"rule": rule, "entered": count, "dropped": why.total(), "kept": count - why.total()}
+        rows.append(row | {"reasons": dict(why.most_common())})
+    return rows
+
+
+def waterfall_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """The rows of `waterfall` for the terminal."""
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("rule", no_wrap=True)
+    for column in ("entered", "dropped", "kept"):
+        table.add_column(column, justify="right")
+    table.add_column("reasons", overflow="fold")
+    for row in rows:
+        why = "; ".join(f"{count} {reason}" for reason, count in row["reasons"].items())
+        table.add_row(row["rule"], *(str(row[column]) for column in ("entered", "dropped", "kept")), Text(why))
+    return table

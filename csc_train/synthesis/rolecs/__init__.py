@@ -1,0 +1,1 @@
+"""RoleCS: dialogues by five roles."""

@@ -1,0 +1,216 @@
+"""Who calls, about what and in which mood: profiles, the seven topics, and how difficult a dialogue's customer is."""
+
+import functools
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from csc_train.errors import InputError, suggestion
+from csc_train.files import digest
+from csc_train.synthesis.config import BehaviourConfig
+from csc_train.synthesis.rolecs.engine import Behaviour
+
+# fmt: off
+TOPICS = {
+    "zh": ("产品咨询", "营销与推广活动", "账户和交易管理", "财务咨询与规划", "风险管理与安全", "投诉与纠纷解决",
+           "技术支持与在线服务"),
+    "en": ("product enquiries", "marketing and promotions", "accounts and transactions",
+           "financial advice and planning", "risk and security", "complaints and disputes",
+           "technical support and online services"),
+}
+"""The paper's seven topics; the English names are ours."""
+MOODS = {
+    "zh": ("平静", "着急", "不满", "担心", "失望"),
+    "en": ("calm", "in a hurry", "annoyed", "worried", "disappointed"),
+}
+"""How a customer may feel at the start; ours, as the paper names none."""
+
+_PARTS = {
+    "zh": {
+        "性别": ("男", "女"),
+        "年龄": tuple(f"{age}岁" for age in range(19, 76, 3)),
+        "职业": ("小学教师", "货车司机", "会计", "退休工人", "大学生", "外卖骑手", "护士", "程序员", "餐馆老板",
+                 "自由插画师", "建筑工人", "家庭主妇", "销售经理", "农场主", "公务员", "理发师", "摄影师",
+                 "仓库管理员"),
+        "所在地": ("一线城市", "省会城市", "沿海小城", "县城", "乡镇", "山区农村"),
+        "家庭": ("独居", "与父母同住", "新婚不久", "有一个上小学的孩子", "有两个孩子", "子女都在外地", "与室友合租"),
+        "性格": ("直爽", "内向", "谨慎", "急躁", "随和", "爱较真", "健谈", "多疑", "乐观"),
+        "说话习惯": ("爱用短句", "喜欢从头说起", "常说口头语“那个”", "用词很正式", "带一点方言", "爱打比方"),
+        "上网熟练程度": ("很熟练", "一般", "只会基本操作", "几乎不会"),
+        "收入": ("不固定", "较低", "中等", "较高"),
+        "最看重": ("省钱", "省时间", "安全", "被尊重", "说话算数", "手续简单"),
+    },
+    "en": {
+        "gender": ("male", "female"),
+        "age": tuple(str(age) for age in range(19, 76, 3)),
+        "occupation": ("primary school teacher", "lorry driver", "accountant", "retired worker", "student",
+                       "delivery rider", "nurse", "programmer", "restaurant owner", "freelance illustrator",
+                       "builder", "homemaker", "sales manager", "farmer", "civil servant", "hairdresser",
+                       "photographer", "warehouse keeper"),
+        "home": ("a big city", "a provincial capital", "a small town by the sea", "a county town", "a village"),
+        "family": ("lives alone", "lives with parents", "just married", "has a child at primary school",
+                   "has two children", "the children have moved away", "shares a flat"),
+        "character": ("outspoken", "reserved", "careful", "impatient", "easy-going", "exacting", "talkative",
+                      "suspicious", "cheerful"),
+        "way of speaking": ("short sentences", "tells stories from the beginning", "says 'you know' a lot",
+                            "formal words", "likes comparisons", "speaks fast"),
+        "skill online": ("very skilled", "average", "only the basics", "hardly any"),
+        "income": ("irregular", "low", "middling", "high"),
+        "cares most about": ("saving money", "saving time", "safety", "being respected", "promises being kept",
+                             "simple procedures"),
+    },
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A customer: an id and named plain values, in the order in which the prompt lists them."""
+
+    id: str
+    values: dict[str, Any]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of id and values, so that a profile that is changed is another one."""
+        return digest([self.id, list(self.values.items())])
+
+
+def make_profiles(count: int, seed: int, language: str) -> list[Profile]:
+    """Make up `count` different profiles; a smaller number is the beginning of a larger one."""
+    rng = random.Random(f"profiles:{seed}:{language}")
+    profiles: dict[str, Profile] = {}
+    while len(profiles) < count:
+        values = {name: rng.choice(choices) for name, choices in _PARTS[language].items()}
+        profile = _profile(values)
+        profiles.setdefault(profile.id, profile)
+    return list(profiles.values())
+
+
+def read_profiles(path: str | os.PathLike) -> list[Profile]:
+    """Read profiles from a JSONL: an object a line, its values texts, numbers, truth values or lists of these.
+
+    `id` is optional; else a profile is named after its content.
+
+    Raises:
+        InputError: the file cannot be read, a line is no such object, or two have the same id; names file and line.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    profiles: dict[str, Profile] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{place}: broken JSON: {error}") from error
+        if not isinstance(values, dict) or not values.keys() - {"id"}:
+            raise InputError(f"{place}: not an object with values")
+        if wrong := [name for name, value in values.items() if not _plain(value)]:
+            raise InputError(f"{place}: {wrong[0]} is neither a text, a number, a truth value nor a list of these")
+        profile = _profile(values)
+        if profile.id in profiles:
+            raise InputError(f"{place}: the id {profile.id!r} is used by an earlier line")
+        profiles[profile.id] = profile
+    if not profiles:
+        raise InputError(f"{path}: no profiles")
+    return list(profiles.values())
+
+
+def _profile(values: dict[str, Any]) -> Profile:
+    rest = {name: value for name, value in values.items() if name != "id"}
+    return Profile(str(values["id"]) if "id" in values else digest(rest)[:12], rest)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_plain(item) and not isinstance(item, list) for item in value)
+    return isinstance(value, str | int | float | bool)
+
+
+def chosen(key: str, names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The `names` that the configuration's `key` gives, or all that are known.
+
+    Raises:
+        InputError: a name is not known.
+    """
+    for name in names:
+        if name not in known:
+            raise InputError(f"{key}: {name}: not one of {', '.join(known)}.{suggestion(name, known)}")
+    return tuple(names) or known
+
+
+def draw_behaviour(config: BehaviourConfig, seed: str) -> Behaviour:
+    """How the customer of the dialogue that `seed` names behaves."""
+    rng = random.Random(f"behaviour:{seed}")
+
+    def draw(default: str, *shares: tuple[str, float]) -> str:
+        place = rng.random()
+        for name, share in shares:
+            place -= share
+            if place < 0:
+                return name
+        return default
+
+    return Behaviour(
+        patience=draw("ordinary", ("short", config.short_patience), ("long", config.long_patience)),
+        disclosure=draw("when_asked", ("at_once", config.at_once), ("reluctant", config.reluctant)),
+        misunderstanding=draw("none", ("once", config.misunderstands_once), ("often", config.misunderstands_often)),
+        demands=draw("reasonable", ("unreasonable", config.unreasonable)),
+    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the quotas: whom, about what, in which mood; `round` counts how often the pair was there before."""
+
+    persona: str
+    topic: str
+    mood: str
+    round: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A dialogue to be: the `attempt`-th try at a place of the quotas.
+
+    Attributes:
+        id: a hash of persona, topic, mood, replicate, seed and recipe, never of a place in a list.
+        replicate: tells the dialogues of one persona and topic apart.
+    """
+
+    id: str
+    persona: str
+    topic: str
+    mood: str
+    replicate: int
+
+
+def unit_of(cell: Cell, profile: Profile, attempt: int, attempts: int, seed: int, recipe: str) -> Unit:
+    """The `attempt`-th try, of `attempts`, at a cell under a recipe (its hash); `profile` is the cell's persona."""
+    replicate = cell.round * attempts + attempt
+    name = digest([profile.digest, cell.topic, cell.mood, replicate, seed, recipe])[:16]
+    return Unit(name, cell.persona, cell.topic, cell.mood, replicate)
+
+
+def cells(personas: list[str], topics: tuple[str, ...], moods: tuple[str, ...]) -> Iterator[Cell]:
+    """The places of the quotas without end, in the order in which they are filled.
+
+    Every persona meets every topic before any does so again, and the mood changes each time, so the beginning of
+    whatever length is as even over topics, moods and personas as its length allows.
+    """
+    number = 0
+    while True:
+        rest, topic = divmod(number, len(topics))
+        round_, persona = divmod(rest, len(personas))
+        mood = moods[(topic + persona + round_) % len(moods)]
+        yield Cell(personas[persona], topics[topic], mood, round_)
+        number += 1

@@ -1,0 +1,285 @@
+"""Dialogues encoded ahead of training: once for all processes and runs, kept under a hash of all that decides them.
+
+A set of encoded dialogues is a directory of flat arrays, which training maps into memory, and a manifest:
+
+    prefix.bin      int32 [prefix]             the ids before the first turn, which all the dialogues share
+    input_ids.bin   int32 [tokens]             what follows them, one dialogue after the other
+    kinds.bin       uint8 [tokens]             `TokenKind` of each of these
+    boundaries.bin  int32 [turns + dialogues]  `Example.boundaries`
+    strategies.bin  uint8 [turns]              `Example.strategies`
+    offsets.bin     int64 [dialogues + 1, 2]   where each dialogue starts in `input_ids` and in `strategies`
+
+Loss weights are not kept: they follow from kinds and strategies as a row is put together, so that changing them costs
+nothing.
+"""
+
+import collections
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import filelock
+import numpy
+import tokenizers
+from tqdm import tqdm
+
+from csc_train.checkpoints.manifest import tokenizer_hash
+from csc_train.data import strategies
+from csc_train.data.dialogue import Dialogue, data_digest
+from csc_train.errors import InputError
+from csc_train.files import atomic_path, digest, file_digest, read_json, write_json
+from csc_train.template.config import PrepareConfig
+from csc_train.template.dialogue_template import DialogueTemplate, Example
+
+ARRAYS = {
+    "prefix": numpy.int32,
+    "input_ids": numpy.int32,
+    "kinds": numpy.uint8,
+    "boundaries": numpy.int32,
+    "strategies": numpy.uint8,
+    "offsets": numpy.int64,
+}
+MANIFEST = "manifest.json"
+KEY = 16
+"""Hexadecimal digits of the hash that a directory is named by."""
+CHUNK = 500
+"""Dialogues that are encoded, sent between processes and written at a time."""
+WORTH_A_PROCESS = 10_000
+"""Dialogues that take longer to encode than a process takes to start."""
+
+
+class PreparedExamples(Sequence[Example]):
+    """The encoded dialogues of a directory, mapped into memory and read as they are asked for."""
+
+    def __init__(self, directory: str | os.PathLike):
+        """Map the arrays; whether they are whole is checked by `prepare`."""
+        arrays = {
+            # As plain arrays: slicing a numpy.memmap takes many times longer.
+            name: numpy.memmap(_file(directory, name), dtype, "r").view(numpy.ndarray)
+            for name, dtype in ARRAYS.items()
+        }
+        self._prefix, self._ids, self._kinds, self._boundaries, self._strategies, offsets = arrays.values()
+        self._offsets = offsets.reshape(-1, 2)
+        self._context = numpy.zeros(len(self._prefix), ARRAYS["kinds"])
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        number = range(len(self))[index]
+        (token, turn), (last_token, last_turn) = self._offsets[number : number + 2].tolist()
+        return Example(
+            numpy.concatenate([self._prefix, self._ids[token:last_token]]),
+            numpy.concatenate([self._context, self._kinds[token:last_token]]),
+            self._boundaries[turn + number : last_turn + number + 1],
+            self._strategies[turn:last_turn],
+        )
+
+
+def prepare(
+    dialogues: Sequence[Dialogue],
+    template: DialogueTemplate,
+    config: PrepareConfig,
+    say: Callable[[str], None] = print,
+) -> PreparedExamples:
+    """The dialogues encoded by `template`, in order: found in the cache, or encoded and put there.
+
+    The cache is keyed by the dialogues, the tokenizer, the template (mode and language with it) and the code that
+    encodes. An entry is whole, by the hash of each of its files, or built again.
+
+    All processes of a job may call this at once. The first one to lock the cache encodes; the others wait for the lock
+    and then find the entry, whether they share a file system or each machine has its own. None of them waits in a
+    collective operation, which would time out.
+
+    Args:
+        say: gets one line, except where the dialogues are encoded: the process that does so, which need not be the
+            main one, prints its line itself.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
+    directory, inputs = _entry(dialogues, template, config)
+    if _fault(directory, inputs) is not None:
+        with _lock(directory.parent, say):
+            # A process that is killed leaves its temporary directory behind; none is in use while we hold the lock.
+            for leftover in directory.parent.glob(f".{'[0-9a-f]' * KEY}.*/"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            fault = _fault(directory, inputs)  # once more: another process may have been at it
+            if fault is not None:
+                if directory.exists():
+                    print(f"prepared {directory}: {fault}, so it is built again", flush=True)
+                return _build(directory, inputs, dialogues, template, config.processes)
+    say(f"prepared {directory}: hit, {len(dialogues):,} dialogues")
+    return PreparedExamples(directory)
+
+
+def prepared_at(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: PrepareConfig) -> Path | None:
+    """Where `prepare` will find these dialogues encoded; None where it will encode them."""
+    directory, inputs = _entry(dialogues, template, config)
+    return directory if _fault(directory, inputs) is None else None
+
+
+def _entry(
+    dialogues: Sequence[Dialogue], template: DialogueTemplate, config: PrepareConfig
+) -> tuple[Path, dict[str, str]]:
+    """The directory of the cache for these dialogues, and the hashes of all that decides what it holds."""
+    inputs = {
+        "data": data_digest(dialogues),
+        "tokenizer": tokenizer_hash(template.tokenizer),
+        "template": template.fingerprint,
+        "code": _code_digest(),
+    }
+    return Path(config.cache) / digest(inputs)[:KEY], inputs
+
+
+def _build(
+    directory: Path,
+    inputs: dict[str, str],
+    dialogues: Sequence[Dialogue],
+    template: DialogueTemplate,
+    processes: int | None,
+) -> PreparedExamples:
+    if processes is None:
+        processes = min(os.cpu_count() or 1, 1 + len(dialogues) // WORTH_A_PROCESS)
+    start = time.perf_counter()
+    with (
+        atomic_path(directory) as temporary,
+        contextlib.closing(_encode(dialogues, template, processes)) as chunks,
+        tqdm(desc="preparing", total=len(dialogues), unit="dialogue", disable=None) as bar,
+    ):
+        temporary.mkdir()
+        _write(temporary, template.prefix_ids, chunks, bar.update)
+        write_json(temporary / MANIFEST, _manifest(temporary, inputs))
+    seconds = time.perf_counter() - start
+    print(
+        f"prepared {directory}: {len(dialogues):,} dialogues encoded in {seconds:.1f} s "
+        f"({len(dialogues) / seconds:,.0f} a second, processes: {processes})",
+        flush=True,
+    )
+    return PreparedExamples(directory)
+
+
+def _write(
+    directory: Path, prefix_ids: list[int], chunks: Iterable[list[numpy.ndarray]], done: Callable[[int], object]
+) -> None:
+    """Append chunks, as `_flatten` makes them, to the files of a directory, and forget them.
+
+    Args:
+        done: is told after each chunk how many dialogues it held.
+    """
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(_file(directory, name), "wb")) for name in ARRAYS}
+        end = numpy.zeros((1, 2), ARRAYS["offsets"])
+        files["prefix"].write(numpy.array(prefix_ids, ARRAYS["prefix"]))
+        files["offsets"].write(end)
+        for *arrays, sizes in chunks:
+            offsets = end + sizes.cumsum(axis=0, dtype=end.dtype)
+            for name, array in zip(list(ARRAYS)[1:], [*arrays, offsets], strict=True):
+                files[name].write(array)
+            end = offsets[-1:]
+            done(len(sizes))
+
+
+def _encode(dialogues: Sequence[Dialogue], template: DialogueTemplate, processes: int) -> Iterator[list[numpy.ndarray]]:
+    """The dialogues, encoded and flattened by the chunk, in order."""
+    chunks = (dialogues[start : start + CHUNK] for start in range(0, len(dialogues), CHUNK))
+    if processes == 1:
+        yield from (_flatten(template.encode_all(chunk)) for chunk in chunks)
+        return
+    # Not forked from here: a fork copies the locks of threads (torch's, the tokenizer's) but not the threads. The
+    # server imports once for all of them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(processes, context, _begin_worker, (template,))
+    try:
+        pending = collections.deque()
+        for chunk in chunks:
+            pending.append(pool.submit(_encode_in_worker, chunk))
+            if len(pending) > 2 * processes:  # enough to keep all busy, and memory flat
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _flatten(examples: Iterable[Example]) -> list[numpy.ndarray]:
+    """Examples as `input_ids`, `kinds`, `boundaries` and `strategies` end to end, and int64 [examples, 2]: how many
+    ids and turns each has. Ids and kinds are those behind the prefix."""
+    examples = list(examples)
+    parts = [(e.input_ids[e.boundaries[0] :], e.kinds[e.boundaries[0] :], e.boundaries, e.strategies) for e in examples]
+    sizes = numpy.array([(len(ids), len(strategies)) for ids, _, _, strategies in parts])
+    return [*map(numpy.concatenate, zip(*parts, strict=True)), sizes]
+
+
+_worker_template: DialogueTemplate
+"""Of a worker process: sent once, not with every chunk."""
+
+
+def _begin_worker(template: DialogueTemplate) -> None:
+    global _worker_template
+    _worker_template = template
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out between processes already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for work for ever if its parent were killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _encode_in_worker(dialogues: Sequence[Dialogue]) -> list[numpy.ndarray]:
+    return _flatten(_worker_template.encode_all(dialogues))
+
+
+def _file(directory: str | os.PathLike, name: str) -> Path:
+    return Path(directory) / f"{name}.bin"
+
+
+def _manifest(directory: Path, inputs: dict[str, str]) -> dict[str, dict[str, str]]:
+    """What the manifest of a directory must say: what it was made of, and the hash of each of its files."""
+    return {"inputs": inputs, "files": {name: file_digest(_file(directory, name)) for name in ARRAYS}}
+
+
+def _fault(directory: Path, inputs: dict[str, str]) -> str | None:
+    """Why a directory is not the whole of what was made of `inputs`; None where it is."""
+    try:
+        # The manifest first: mostly there is none, and nothing to hash.
+        same = read_json(directory / MANIFEST) == _manifest(directory, inputs)
+    except InputError as error:
+        return str(error)
+    return None if same else "its files are not those of its manifest"
+
+
+@contextlib.contextmanager
+def _lock(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the cache's lock. The operating system lets go of it when its holder ends, killed or not."""
+    lock = filelock.FileLock(cache / ".lock")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            say(f"waiting for another process that prepares dialogues in {cache}")
+            lock.acquire()
+    except OSError as error:
+        raise InputError(f"cannot write {cache}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _code_digest() -> str:
+    """SHA-256 (hex) of the code that decides the encoding; the tokenizer's backend by its version."""
+    sources = [*sorted((Path(__file__).parent / "template").glob("*.py")), Path(strategies.__file__)]
+    return digest([tokenizers.__version__, *map(file_digest, sources)])

@@ -1,0 +1,1 @@
+"""Where a run's metrics go: history files, curves, Weights & Biases."""

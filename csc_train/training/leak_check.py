@@ -1,0 +1,142 @@
+"""Refusing to train where the documents of a row would leak into each other.
+
+A leak hardly moves the loss, and spoils the gradients: it must be refused before the first step.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from transformers import PretrainedConfig, PreTrainedModel
+
+from csc_train.errors import InputError
+from csc_train.models.attention.flex import FLEX_ATTENTION
+from csc_train.models.attention.varlen import ATTENTION
+from csc_train.packing.collator import SHARING, PackCollator
+from csc_train.training.config import AdapterConfig
+
+VOCABULARY = 64
+WINDOW = 4
+"""Tokens in the sliding window of a probe: less than its documents have."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+"""How far logits may differ, over the largest of them; a leak moves a probe's by a good part of what they are."""
+
+
+def check_isolation(
+    model: PreTrainedModel, collator: PackCollator, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
+    """Refuse a model that does not keep the documents of `collator`'s rows apart, or changes them otherwise.
+
+    Some documents go through a probe of the model's own class, once in one row as in training, and each alone with the
+    model's own (eager) attention; the logits must be the same. So a mask or keyword that the model drops, positions
+    that it makes up, a state that runs on and a sliding window that is lost are all seen. The probe has a layer of
+    each kind, few tokens and random weights that make attention sharp: the model's own weights, which may be anywhere
+    and in parts (ZeRO-3), are not touched, nor is the state of the random generators.
+
+    Args:
+        device: where the model will be trained; `dtype`: in what precision.
+
+    Raises:
+        InputError: they are not the same.
+    """
+    if collator.layout == "padded":
+        return
+    attention = model.config._attn_implementation
+    refusal = f"{type(model).__name__} with {attention} attention cannot be trained on packs"
+    without_dropout = attention == FLEX_ATTENTION or (attention == ATTENTION and device.type == "cpu")
+    if without_dropout and getattr(model.config, "attention_dropout", 0):
+        raise InputError(f"{refusal}: it has no dropout, the model has attention_dropout")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(0)
+        probe = _probe(model, device)
+        pack, alone = _documents(5 if collator.layout in SHARING else 0)
+        batch = send_to_device(dataclasses.replace(collator, pad_id=0)([pack]), device)
+        del batch["labels"], batch["weights"]
+        try:
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                row = probe(**batch, use_cache=False).logits.float()
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{refusal}: {str(error).splitlines()[0]}; use packing=off") from error
+        probe.set_attn_implementation("eager")
+        expected = torch.cat([probe(input_ids=ids.to(device), use_cache=False).logits[0, -own:] for ids, own in alone])
+    difference = ((row[0, : len(expected)] - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= TOLERANCE[dtype]:
+        raise InputError(
+            f"{refusal}: logits differ from those of separate documents by {difference:.1%}, so documents leak into "
+            "each other or lose what they should see; use packing=off"
+        )
+
+
+def guard_rows(model: PreTrainedModel) -> None:
+    """Refuse, at every training step of `model`, what makes it lose the documents of a row.
+
+    Position ids are what packed rows have and others do not. With them alone transformers tells documents apart, but
+    not with a cache or a two-dimensional mask, and then without a word.
+    """
+
+    def refuse(decoder: torch.nn.Module, _, inputs: dict[str, Any]) -> None:
+        if not decoder.training or inputs.get("position_ids") is None:
+            return
+        use_cache, mask = inputs.get("use_cache"), inputs.get("attention_mask")
+        if decoder.config.use_cache if use_cache is None else use_cache:
+            raise ValueError("a packed row with use_cache=True: documents would leak into each other")
+        if mask is not None and mask.ndim != 4:
+            raise ValueError(f"a packed row with a mask of {mask.ndim} dimensions: documents would leak")
+
+    # On the decoder, which every wrapper and TRL's own forward call.
+    model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+def dropout_warning(config: PretrainedConfig, adapter: AdapterConfig, packing: str) -> str | None:
+    """What to say where dropout makes a shared prefix differ from separate ones, else None."""
+    found = {"the model's attention_dropout": getattr(config, "attention_dropout", 0) or 0}
+    if adapter.kind == "lora":
+        found["adapter.dropout"] = adapter.dropout
+    named = [f"{name}={value}" for name, value in found.items() if value > 0]
+    if packing != "shared_prefix" or not named:
+        return None
+    return (
+        f"{' and '.join(named)}: the dialogues of a pack see one dropout of their shared prefix, so training is not "
+        "exactly that of separate dialogues; packing=best_fit gives each its own"
+    )
+
+
+def _probe(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    facts = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "intermediate_size": 64}
+    facts |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    if kinds := vars(config).get("layer_types"):
+        facts["layer_types"] = list(dict.fromkeys(kinds))
+        facts["num_hidden_layers"] = len(facts["layer_types"])
+    if getattr(config, "sliding_window", None):
+        facts["sliding_window"] = WINDOW
+    for name, value in facts.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    with torch.device(device):
+        probe = type(model)(config).eval()
+    for weights in probe.parameters():
+        if weights.ndim > 1:
+            torch.nn.init.normal_(weights, std=weights.shape[-1] ** -0.5)
+    return probe
+
+
+def _documents(prefix: int) -> tuple[dict[str, Any], list[tuple[torch.Tensor, int]]]:
+    """A pack, and of each of its documents the ids [1, length] that it has alone and how many of them are its own."""
+    lengths = ([prefix] if prefix else []) + [7, 9]
+    documents = [torch.randint(VOCABULARY, (1, length)) for length in lengths]
+    pack = {
+        "input_ids": torch.cat(documents, dim=1)[0],
+        "weights": [weight for length in lengths for weight in [0.0] + [1.0] * (length - 1)],
+        "lengths": lengths,
+        "prefix": prefix,
+    }
+    shared = documents[0][:, :prefix]
+    alone = [
+        (torch.cat([shared, own], dim=1) if prefix and number else own, own.shape[1])
+        for number, own in enumerate(documents)
+    ]
+    return pack, alone

@@ -1,0 +1,347 @@
+"""Calls -> dialogues: the bundled calls through every rule, what is kept over a crash, and the recipe on a server."""
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+
+import pytest
+from conftest import ROOT
+from servers.faults import Fault
+
+from csc_train.data.dialogue import Speaker, read_dialogues
+from csc_train.errors import InputError
+from csc_train.llm import client as client_module
+from csc_train.llm.client import AuthenticationFailure, LLMFailure
+from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, Rewrite, ask_script, build, read_calls
+from csc_train.synthesis.filters.funnel import waterfall
+from csc_train.synthesis.filters.llm_checks import CallCheck, Quality
+from csc_train.synthesis.filters.rules import CallConfig, DuplicatesConfig, RewriteConfig
+
+CALLS, SCRIPT = read_calls(BUNDLED), ask_script("zh")
+FORMS = {"call_check": CallCheck, "rewrite": Rewrite, "quality": Quality}
+ANSWERS = 34
+"""Questions that the bundled calls take."""
+
+
+def built(ask, calls=CALLS, language="zh", concurrency=4, **settings):
+    defaults = {"call": CallConfig(), "rewrite": RewriteConfig(), "duplicates": DuplicatesConfig()}
+    settings = defaults | {"language": language, "concurrency": concurrency} | settings
+    return asyncio.run(build(calls, ask, **settings))
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_bundled_calls_meet_every_rule_and_each_drops_one(language):
+    outcomes = built(ask_script(language), language=language)
+    rows = waterfall((outcome.verdicts for outcome in outcomes), RULES)
+    assert [row["rule"] for row in rows] == list(RULES)
+    assert {row["rule"] for row in rows if not row["dropped"]} == set()
+    assert rows[0]["entered"] == len(CALLS) == 19 and rows[-1]["kept"] == 4
+    kept = [outcome.dialogue("x") for outcome in outcomes if outcome.accepted]
+    assert [each.id for each in kept] == ["parking-charged-twice", "broadband-down", "annual-fee", "coupon-refused"]
+    assert not any("挂断" in each.text or "通话结束" in each.text for each in kept)
+
+
+def test_a_dropped_call_is_told_with_its_reason_and_without_its_private_data():
+    rows = {outcome.id: outcome.row() for outcome in built(ask_script("zh")) if not outcome.accepted}
+    assert rows["wrong-number"] == {
+        "id": "wrong-number", "rule": "rounds", "reason": "fewer than 3 rounds", "detail": "2 rounds",
+    }  # fmt: skip
+    assert rows["broadband-down-again"]["detail"].endswith("like broadband-down")
+    assert len(rows["flight-delayed"]["rewritten"]) == 11
+    assert "15912345678" not in json.dumps(rows) and "02586641207" not in json.dumps(rows)
+
+
+def test_outcomes_do_not_depend_on_who_answers_first():
+    script, rng = ask_script("zh"), random.Random(0)
+
+    async def late(task, prompt, form):
+        await asyncio.sleep(rng.random() / 100)
+        return await script(task, prompt, form)
+
+    assert built(late, concurrency=19) == built(script, concurrency=1)
+
+
+def test_no_more_than_so_many_are_asked_at_a_time():
+    script, running, most = ask_script("zh"), [0], [0]
+
+    async def watched(task, prompt, form):
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        await asyncio.sleep(0.001)
+        running[0] -= 1
+        return await script(task, prompt, form)
+
+    built(watched, concurrency=3)
+    assert most == [3]
+
+
+def test_a_call_without_an_answer_is_neither_kept_nor_dropped_and_the_others_go_on():
+    script = ask_script("zh")
+
+    async def failing(task, prompt, form):
+        if task == "rewrite" and "年费" in prompt[-1]["content"]:
+            raise LLMFailure("timeout", "no answer within 1 s")
+        return await script(task, prompt, form)
+
+    outcomes = {outcome.id: outcome for outcome in built(failing)}
+    failed = [outcome for outcome in outcomes.values() if outcome.failure]
+    assert [(each.id, each.failure, each.accepted) for each in failed] == [
+        ("annual-fee", "timeout: no answer within 1 s", False)
+    ]
+    assert sum(outcome.accepted for outcome in outcomes.values()) == 3
+
+
+def test_a_refused_key_ends_it_at_once():
+    asked = []
+
+    async def refused(task, prompt, form):
+        asked.append(task)
+        await asyncio.sleep(0)
+        raise AuthenticationFailure("authentication", "HTTP 401")
+
+    with pytest.raises(AuthenticationFailure):
+        built(refused, concurrency=2)
+    assert len(asked) == 2
+
+
+def test_the_script_knows_the_bundled_calls_only(tmp_path):
+    path = tmp_path / "calls.jsonl"
+    turns = [{"speaker": "客服", "text": "您好请讲"}, {"speaker": "客户", "text": "我想问一下"}] * 4
+    path.write_text(json.dumps({"turns": turns}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"^llm=scripted answers about the bundled calls only"):
+        built(ask_script("zh"), read_calls(path))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['{"turns": []}', "{"], r"calls\.jsonl, row 2: Expecting"),
+        (["[1]"], r"row 1: not of the form"),
+        (['{"id": "a"}'], r"row 1: not of the form .*turns"),
+        (['{"turns": [{"speaker": "客服"}]}'], r"row 1: not of the form .*text"),
+        (['{"turns": [{"speaker": "经理", "text": "x"}]}'], "row 1: 经理"),
+        (['{"turns": [{"speaker": "客服", "text": 5}]}'], "row 1, field text: not a text"),
+        (['{"turns": [{"speaker": "客服", "text": "\\ud83d"}]}'], "row 1: .*surrogates"),
+        (
+            ['{"id": "a", "turns": []}', "", '{"id": "a", "turns": []}'],
+            "row 3, field id: 'a' is used by an earlier row",
+        ),
+        ([""], "no rows"),
+    ],
+)
+def test_a_file_of_calls_that_cannot_be_read_is_refused(tmp_path, rows, message):
+    (tmp_path / "calls.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_calls(tmp_path / "calls.jsonl")
+
+
+def test_calls_are_read(tmp_path):
+    path = tmp_path / "calls.jsonl"
+    path.write_text('{"turns": [{"speaker": "customer", "text": " 在吗 "}]}\n', encoding="utf-8")
+    (call,) = read_calls(path)
+    assert [(each.speaker, each.text) for each in call.utterances] == [(Speaker.CUSTOMER, " 在吗 ")]
+    assert len(call.id) == 16
+    with pytest.raises(InputError, match=r"cannot read .*missing\.jsonl"):
+        read_calls(tmp_path / "missing.jsonl")
+
+
+class Crash(BaseException):
+    """Stands for the end of the process."""
+
+
+def counted(ask, asked, crash_after=None):
+    async def counting(task, prompt, form):
+        if len(asked) == crash_after:
+            raise Crash
+        asked.append((task, prompt[-1]["content"]))
+        return await ask(task, prompt, form)
+
+    return counting
+
+
+def test_after_a_crash_at_any_answer_nothing_is_asked_twice_and_the_outcome_is_the_same(tmp_path):
+    script = ask_script("zh")
+    expected = built(script)
+    for crash_after in range(ANSWERS):
+        path, first, second = tmp_path / f"{crash_after}.jsonl", [], []
+        with pytest.raises(Crash):
+            built(AnswerLog(path).first(counted(script, first, crash_after)))
+        assert built(AnswerLog(path).first(counted(script, second))) == expected
+        assert len(first) == crash_after and len(first + second) == len(set(first + second)) == ANSWERS
+
+
+def test_a_log_that_ends_within_a_line_is_good_up_to_there(tmp_path):
+    path, script = tmp_path / "answers.jsonl", ask_script("zh")
+    built(AnswerLog(path).first(script))
+    whole = path.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for end in (last, last + 1, (last + len(whole)) // 2, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        asked = []
+        built(AnswerLog(path).first(counted(script, asked)))
+        assert len(asked) == 1 and path.read_bytes() == whole
+
+
+def test_another_prompt_or_form_is_another_question(tmp_path):
+    log, asked = AnswerLog(tmp_path / "answers.jsonl"), []
+    ask = log.first(counted(lambda task, prompt, form: asyncio.sleep(0, form(turns=[])), asked))
+    other = type("Other", (Rewrite,), {"__annotations__": {"reason": str}, "reason": ""})
+    for prompt, form in itertools.product(("a", "b", "a"), (Rewrite, other)):
+        asyncio.run(ask("rewrite", [{"role": "user", "content": prompt}], form))
+    assert len(asked) == 4
+
+
+def test_a_log_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"^cannot write"):
+        AnswerLog(tmp_path / "file" / "answers.jsonl")
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, capsys):
+    """Start the recipe in this process: its exit status, and what it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.01)
+
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["build_csconv.py", *arguments])
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / "recipes" / "build_csconv.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return start
+
+
+def test_the_recipe_shows_the_waterfall_without_a_model(tmp_path, recipe):
+    status, said = recipe("run.directory=run")
+    assert status == 0, said
+    assert "4 of 19 calls are kept" in said and "source=synthetic-sample" in said
+    run = tmp_path / "run"
+    dialogues = read_dialogues(run / "dialogues.jsonl", strict=True)
+    assert dialogues == read_dialogues(run / "dialogues.parquet", strict=True)
+    assert {each.source for each in dialogues} == {"synthetic-sample"} and len(dialogues) == 4
+    rejected = [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]
+    rows = json.loads((run / "waterfall.json").read_text())
+    assert Counter(row["rule"] for row in rejected) == {row["rule"]: row["dropped"] for row in rows}
+    assert json.loads((run / "quality.json").read_text())["waterfall"] == rows
+    assert (run / "quality.html").read_text().count("<svg") == 2
+    # A finished run is left as it is; another directory is not asked for twice.
+    assert recipe("run.directory=run")[0] == 2
+    assert recipe("run=run", "resume=true") == (0, "run is finished; nothing to do\n")
+    assert recipe("run.directory=run", "run.existing=reuse") == (0, "run is finished; nothing to do\n")
+
+
+def test_the_recipe_keeps_to_thresholds_and_refuses_wrong_ones(tmp_path, recipe):
+    status, said = recipe("run.directory=run", "rewrite.required_strategies=[1]", "duplicates.dialogue=null",
+                          "duplicates.opening=null")  # fmt: skip
+    # Two more: the second call about the same broadband, and one in which nobody is identified.
+    assert status == 0 and "6 of 19 calls are kept" in said, said
+    assert recipe("call.min_rounds=40")[0] == 2
+    status, said = recipe("call.min_round=4")
+    assert status == 2 and "Did you mean 'call.min_rounds'?" in said
+    status, said = recipe("calls=missing.jsonl")
+    assert status == 2 and "cannot read missing.jsonl" in said
+
+
+def reply(body):
+    """What the script would say to a request."""
+    content = body["messages"][0]["content"]
+    task = "call_check" if "abusive" in content else "rewrite" if '{"turns"' in content else "quality"
+    return asyncio.run(SCRIPT(task, body["messages"][:1], FORMS[task])).model_dump_json()
+
+
+def on_server(server, *more):
+    return (
+        "llm=openai", f"llm.base_url={server.base_url}", "llm.model=small", "llm.api_key_env=null", "llm.retries=2",
+        "llm.price_per_million_input=1", "llm.price_per_million_output=2", "run.directory=run", *more,
+    )  # fmt: skip
+
+
+def test_the_recipe_on_a_server_that_fails_then_answers(tmp_path, recipe, fault_server):
+    deaf = "年费"
+    fault_server.answer = lambda body: "不知道" if deaf and deaf in body["messages"][0]["content"] else reply(body)
+    fault_server.script += [Fault(500), Fault(429, retry_after=0.01), "{torn", "抱歉"]
+    status, said = recipe(*on_server(fault_server, "llm.concurrency=2"))
+    assert status == 1 and "1 calls got no answer, the first: annual-fee: garbage" in said, said
+    assert "3 of 19 calls are kept" in said
+    before = len(fault_server.requests)
+    deaf = None
+    status, said = recipe("run=run", "resume=true")
+    assert status == 0 and "4 of 19 calls are kept" in said, said
+    # What had been answered was not asked for again: only the call's manners, its rewriting and its quality.
+    assert len(fault_server.requests) - before == 3
+    report = json.loads((tmp_path / "run" / "quality.json").read_text())
+    tokens = {"requests": before + 3, "prompt_tokens": 10 * (before + 1), "completion_tokens": 5 * (before + 1)}
+    # The two faults were requests without tokens.
+    assert {name: report["usage"][name] for name in tokens} == tokens and report["usage"]["failed"] == 2
+    assert report["usage"]["cost"] == pytest.approx((before + 1) * 20 / 1e6)
+    assert report["per_accepted"]["requests"] == (before + 3) / 4
+
+
+def test_the_recipe_stops_at_a_refused_key(recipe, fault_server):
+    fault_server.answer = lambda body: Fault(401)
+    status, said = recipe(*on_server(fault_server, "llm.concurrency=1"))
+    assert status == 1 and "stopped: authentication" in said and "resume=true" in said, said
+    assert len(fault_server.requests) == 1
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(recipe, fault_server):
+    def interrupting(body):
+        if len(fault_server.requests) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        return reply(body)
+
+    fault_server.answer = interrupting
+    status, said = recipe(*on_server(fault_server, "llm.concurrency=1"))
+    assert status == 130 and said.endswith("stopped\nto go on: run=run resume=true\n"), said
+    status, said = recipe("run=run", "resume=true")
+    assert status == 0 and "4 of 19 calls are kept" in said
+    # The one that was under way is asked again.
+    assert len(fault_server.requests) == ANSWERS + 1
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, recipe, fault_server):
+    def slow(body):
+        time.sleep(0.05)
+        return reply(body)
+
+    fault_server.answer = slow
+    answers = tmp_path / "run" / "answers.jsonl"
+    command = [sys.executable, str(ROOT / "recipes" / "build_csconv.py"), *on_server(fault_server, "llm.concurrency=2")]
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        for _ in range(6000):
+            if process.poll() is not None or (answers.exists() and answers.read_bytes().count(b"\n") >= 20):
+                break
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -9
+    fault_server.answer = reply
+    assert recipe("run=run", "resume=true")[0] == 0
+    asked = Counter(body["messages"][0]["content"] for body in fault_server.bodies)
+    # At most the two that were under way are asked again.
+    assert len(asked) == ANSWERS and ANSWERS <= sum(asked.values()) <= ANSWERS + 2
+    assert recipe("run.directory=whole")[0] == 0
+    for name in ("dialogues.jsonl", "rejected.jsonl", "waterfall.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_configurations_have_the_thresholds_of_the_paper():
+    assert asdict(CallConfig()) == {
+        "min_rounds": 3, "max_rounds": 30, "max_characters": 500, "customer_share": 0.5, "short_characters": 3,
+        "long_share": 0.7,
+    }  # fmt: skip
+    assert asdict(RewriteConfig()) == {"min_utterances": 10, "max_utterances": 50, "required_strategies": [1, 2, 11]}

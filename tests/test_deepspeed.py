@@ -1,0 +1,488 @@
+"""Every ZeRO stage trains the same model as one process, really shards it, and goes on from what any other saved."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate.utils import DeepSpeedPlugin
+from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_config
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
+
+from csc_train.checkpoints import export as exporting
+from csc_train.checkpoints.export import export, open_source
+from csc_train.checkpoints.manifest import write_manifest
+from csc_train.checkpoints.reshard import MOMENTS, WEIGHT, open_state
+from csc_train.checkpoints.training_checkpoint import RECORD, StateRecord, check_steps
+from csc_train.config.compose import compose
+from csc_train.errors import InputError
+from csc_train.packing.config import PackingConfig
+from csc_train.packing.dataset import Packs, pack_examples
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.training.compatibility import LAUNCHED, REFUSED, check_supported
+from csc_train.training.config import AdapterConfig, ExportConfig, ZeroConfig
+from csc_train.training.deepspeed import check_engine, deepspeed_config
+
+TOLERANCE = 1e-5
+BF16_TOLERANCE = 2e-3
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+STAGES = ("off", "0", "1", "2", "3")
+LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}, "learning_rate": 2e-2}
+QLORA = {**LORA, "adapter": {**LORA["adapter"], "kind": "qlora"}}
+OFFLOAD = {"2": {"offload_optimizer": True}, "3": {"offload_optimizer": True, "offload_parameters": True}}
+
+
+def case(stage: str, *, resume: str | None = None, states: str | None = None, offload: bool = False, **options) -> dict:
+    """What `loss_curve.train` gets; half of a step's packs in one pass, so that its steps accumulate gradients."""
+    made = {"micro_batch_size": 1, "zero": {"stage": stage, **(OFFLOAD[stage] if offload else {})}, **options}
+    if stage == "3":
+        made["zero"]["persistence_threshold"] = 0  # the whole model is below the usual one
+    if states:
+        made |= {"states": f"{states}/states", "save_every": 2, "keep_states": 9}
+    return made | ({"resume": f"{resume[:-1]}/states/checkpoint-{resume[-1]}"} if resume else {})
+
+
+# Steps 2 and 4 of two epochs of three steps: in the middle of either.
+TWO_PROCESSES = {
+    **{f"full {stage}": case(stage, states=f"full-{stage}") for stage in STAGES},
+    **{f"lora {stage}": case(stage, states=f"lora-{stage}", **LORA) for stage in STAGES if stage != "0"},
+    **{f"qlora {stage}": case(stage, **QLORA) for stage in ("1", "2", "3")},
+    **{f"bf16 {stage}": case(stage, precision="bf16") for stage in ("off", "2", "3")},
+    **{f"offload {stage}": case(stage, offload=True) for stage in OFFLOAD},
+    **{f"again {stage} {step}": case(stage, resume=f"full-{stage}{step}") for stage in STAGES for step in (2, 4)},
+    **{
+        f"moved {one} {other}": case(other, resume=f"full-{one}4")
+        for one, other in (("off", "2"), ("1", "3"), ("2", "off"), ("3", "1"), ("0", "3"), ("3", "0"))
+    },
+    **{f"again lora {stage} 4": case(stage, resume=f"lora-{stage}4", **LORA) for stage in ("1", "2", "3")},
+    "moved lora 3 1": case("1", resume="lora-34", **LORA),
+    "moved lora off 3": case("3", resume="lora-off4", **LORA),
+}
+ONE_PROCESS = {
+    **{f"alone {stage} {step}": case(stage, resume=f"full-{stage}{step}") for stage in STAGES for step in (2, 4)},
+    **{f"alone lora {stage}": case(stage, resume=f"lora-{stage}4", **LORA) for stage in ("1", "2", "3")},
+    "alone moved 2 off": case("off", resume="full-24"),
+}
+
+
+@pytest.fixture(scope="module")
+def template():
+    return DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode="reply_only"))
+
+
+@pytest.fixture(scope="module")
+def folder(template, tmp_path_factory) -> Path:
+    """A tiny model, and packs for two steps and one pack, so that the last step of an epoch has fewer passes."""
+    folder = tmp_path_factory.mktemp("zero")
+    rng = random.Random(10)
+    examples = [template.encode(random_dialogue(rng)) for _ in range(40)]
+    packs, _ = pack_examples(examples, PackingConfig("best_fit", max_length=1000))
+    number = 2 * PACKS_PER_STEP + 1
+    packs = Packs(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
+    assert min(map(len, packs.lengths)) > 1
+    (folder / "packs").write_bytes(pickle.dumps(packs))
+    torch.manual_seed(0)
+    config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
+    template.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two(folder):
+    return train_all(folder, TWO_PROCESSES, 2)
+
+
+@pytest.fixture(scope="module")
+def on_one(folder, on_two):
+    """On one process, from what two have saved."""
+    return train_all(folder, ONE_PROCESS, 1)
+
+
+@pytest.fixture(scope="module")
+def references(folder) -> dict[str, dict]:
+    """One process, all packs of a step in one pass; the states of the adapters are kept."""
+    kept = {"save_every": 4, "keep_states": 1}
+    trained = {"full": train(folder, micro_batch_size=4)}
+    for kind, options in (("lora", LORA), ("qlora", QLORA)):
+        changed = {**options, "adapter": AdapterConfig(**options["adapter"])}
+        trained[kind] = train(folder, micro_batch_size=4, states=f"{kind}-one/states", **kept, **changed)
+    return {kind: curve(trainer) for kind, trainer in trained.items()}
+
+
+def agree(run: dict, reference: dict, tolerance: float = TOLERANCE) -> None:
+    """Losses, gradient norms, learning rates and final weights. A saved state remembers what was logged before it."""
+    first = run["first_step"]
+    assert len(reference["losses"]) == EPOCHS * STEPS_PER_EPOCH
+    assert run["losses"] == pytest.approx(reference["losses"], rel=tolerance)
+    assert run["learning_rates"] == pytest.approx(reference["learning_rates"], rel=1e-9)
+    if run["stage"] == 0:
+        assert set(run["grad_norms"][first:]) == {None}  # DeepSpeed computes none there
+    elif reference["stage"] != 0:
+        assert run["grad_norms"][first:] == pytest.approx(reference["grad_norms"][first:], rel=tolerance)
+    assert run["documents"] == reference["documents"][first:]  # none again, none left out
+    assert run["weights"].keys() == reference["weights"].keys()
+    for name, values in run["weights"].items():
+        difference = (torch.tensor(values) - torch.tensor(reference["weights"][name])).abs().max()
+        assert difference < tolerance, name
+
+
+def really(run: dict, stage: str, processes: int) -> None:
+    """What ran is what was asked for: several set-ups fall back to another without a word."""
+    engines = {1: "Qwen2ForCausalLM", 2: "DistributedDataParallel"}
+    assert run["processes"] == processes
+    if stage == "off":
+        assert run["engine"] == engines[processes] and run["stage"] is None
+    else:
+        assert (run["engine"], run["distributed_type"], run["stage"]) == ("DeepSpeedEngine", "DEEPSPEED", int(stage))
+    assert run["empty"] == (1 if stage == "3" else 0)
+
+
+@pytest.mark.parametrize("run", [name for name in TWO_PROCESSES if name.startswith(("full", "lora"))])
+def test_every_stage_trains_as_one_process_does(on_two, references, run):
+    adapter, stage = run.split()
+    run = on_two[run]
+    assert run["accumulation"] == 2
+    really(run, stage, 2)
+    agree(run, references[adapter])
+    assert run["losses"][-1] < 0.95 * run["losses"][0]
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_qlora_trains_as_one_process_does(on_two, references, stage):
+    really(on_two[f"qlora {stage}"], stage, 2)
+    # Quantized weights enter the gradient's rounding; adapters agree all the same.
+    run, reference = on_two[f"qlora {stage}"], references["qlora"]
+    assert run["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+    assert reference["losses"] != pytest.approx(references["lora"]["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_bf16_trains_as_without_deepspeed(on_two, references, stage):
+    run, plain = on_two[f"bf16 {stage}"], on_two["bf16 off"]
+    really(run, stage, 2)
+    assert run["losses"] == pytest.approx(plain["losses"], rel=BF16_TOLERANCE)
+    assert run["losses"] != pytest.approx(references["full"]["losses"], rel=TOLERANCE)  # it did compute in bf16
+    assert run["weights_dtype"] == "torch.float32"  # DeepSpeed would round them as it does the activations
+
+
+@pytest.mark.parametrize("stage", OFFLOAD)
+def test_offloading_changes_nothing(on_two, references, stage):
+    agree(on_two[f"offload {stage}"], references["full"])
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(on_two, on_one, references, stage, step):
+    again, alone = on_two[f"again {stage} {step}"], on_one[f"alone {stage} {step}"]
+    really(again, stage, 2)
+    really(alone, stage, 1)
+    assert again["first_step"] == alone["first_step"] == step
+    agree(again, on_two[f"full {stage}"], 1e-6)
+    agree(alone, references["full"])
+
+
+@pytest.mark.parametrize("run", [name for name in TWO_PROCESSES if name.startswith("moved")])
+def test_a_run_goes_on_by_another_stage(on_two, references, run):
+    really(on_two[run], run.split()[-1], 2)
+    assert on_two[run]["first_step"] == 4
+    agree(on_two[run], references["lora" if "lora" in run else "full"])
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_a_resumed_adapter_goes_on_as_if_nothing_had_happened(on_two, on_one, references, stage):
+    again, alone = on_two[f"again lora {stage} 4"], on_one[f"alone lora {stage}"]
+    really(again, stage, 2)
+    really(alone, stage, 1)
+    assert again["first_step"] == alone["first_step"] == 4
+    agree(again, on_two[f"lora {stage}"], 1e-6)
+    agree(alone, references["lora"])
+
+
+@pytest.mark.parametrize(("run", "kind"), [("alone moved 2 off", "full")])
+def test_a_run_goes_on_by_another_stage_or_adapter_on_one_process(on_one, references, run, kind):
+    agree(on_one[run], references[kind])
+
+
+def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_path):
+    state = folder / "full-3/states/checkpoint-4"
+    assert json.loads((state / RECORD).read_text()) == {
+        "packs_per_step": 4,
+        "processes": 2,
+        "stage": 3,
+        "tracked": None,
+    }
+    with pytest.raises(InputError, match=r"saved with trainer.packs_per_step=4, this run has 8: go on with 4"):
+        check_steps(state, StateRecord(4, 2, 3), StateRecord(8, 2, 3))
+
+
+# What a state holds
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_a_sharded_state_is_read_whole(folder, on_two, stage):
+    state = folder / f"full-{stage}/states/checkpoint-4"
+    whole = open_state(state)
+    theirs = get_fp32_state_dict_from_zero_checkpoint(str(state))
+    gathered = load_file(state / "model.safetensors")
+    assert whole.step == 4
+    assert gathered.keys() - {"lm_head.weight"} == set(whole.names)  # which is the embeddings
+    for name in whole.names:
+        assert torch.equal(whole.read(name, WEIGHT), theirs[name])
+        assert torch.equal(whole.read(name, WEIGHT), gathered[name])
+    reference = open_state(folder / "full-off/states/checkpoint-4", _order(whole.names))
+    for name in whole.names:
+        for key in MOMENTS:
+            difference = (whole.read(name, key) - reference.read(name, key)).abs().max()
+            assert difference <= 1e-4 * reference.read(name, key).abs().max() + 1e-12, (name, key)
+
+
+def _order(names: list[str]) -> list[str]:
+    """Decaying parameters first, as `optimizer_order` says of a trainer."""
+    return sorted(names, key=lambda name: "norm" in name or name.endswith("bias"))
+
+
+def test_a_state_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
+    state = tmp_path / "checkpoint-4"
+    shutil.copytree(folder / "full-3/states/checkpoint-4", state)
+    next(state.glob("global_step*/*pp_rank_1*optim_states.pt")).unlink()
+    with pytest.raises(InputError, match=r"checkpoint-4: the state cannot be read \(no shard of process 1 among 2\)"):
+        open_state(state)
+
+
+def test_states_are_kept_by_number_and_nothing_half_written_is_left(folder, on_two):
+    states = folder / "full-1/states"
+    assert {path.name for path in states.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    assert not (states / "writing").exists()
+
+
+# Configuration
+
+
+@pytest.mark.parametrize("name", ["off", "zero0", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_deepspeeds_configuration_leaves_the_trainers_values_to_it(name):
+    made = deepspeed_config(compose("sft", [f"zero={name}"]).zero)
+    if name == "off":
+        assert made is None
+        return
+    owned = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert {made[key] for key in owned} == {"auto"} == {made["bf16"]["enabled"]}
+    assert made["zero_optimization"]["stage"] == int(name[4])
+    assert ("offload_param" in made["zero_optimization"]) == name.endswith("offload")
+    assert "optimizer" not in made and "scheduler" not in made
+
+
+def test_a_stage_that_disagrees_with_the_launcher_is_refused(monkeypatch):
+    with pytest.raises(InputError, match="zero=from_launcher: not started by"):
+        deepspeed_config(ZeroConfig("from_launcher"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    for stage in ("auto", "from_launcher", "3"):
+        assert deepspeed_config(ZeroConfig(stage)) is None
+    for stage in ("off", "2"):
+        with pytest.raises(InputError, match=f"zero.stage={stage}, but accelerate was launched with .* stage 3"):
+            deepspeed_config(ZeroConfig(stage))
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.why[:20])
+def test_what_does_not_go_together_is_refused_with_the_reason(row):
+    zero = ZeroConfig(row.stage or "3", offload_optimizer=bool(row.offload))
+    with pytest.raises(InputError) as caught:
+        check_supported(zero, row.adapter or "full", row.precision or "fp32")
+    assert row.why in str(caught.value)
+    check_supported(ZeroConfig("3"), "full", "bf16")
+
+
+@pytest.mark.parametrize("variable", LAUNCHED)
+def test_what_the_launcher_cannot_ask_for_is_refused_with_the_reason(variable, monkeypatch):
+    monkeypatch.setenv(variable, "true" if "USE" in variable else "2")
+    with pytest.raises(InputError) as caught:
+        check_supported(ZeroConfig(), "full", "fp32")
+    assert LAUNCHED[variable] in str(caught.value)
+    monkeypatch.setenv(variable, "false" if "USE" in variable else "1")
+    check_supported(ZeroConfig(), "full", "fp32")
+
+
+@pytest.mark.parametrize("wrong", [{"offload_optimizer": True}, {"stage": "2", "offload_parameters": True}])
+def test_offloading_what_is_not_sharded_is_refused(wrong):
+    with pytest.raises(InputError, match=r"choose stage 2 or 3|only stage 3 shards"):
+        ZeroConfig(**wrong)
+
+
+def test_a_fallback_is_refused(folder, monkeypatch):
+    trainer = train(folder, max_steps=1)
+    check_engine(trainer)
+    monkeypatch.setattr(trainer.args, "deepspeed_plugin", DeepSpeedPlugin(zero_stage=3))
+    with pytest.raises(InputError, match="ZeRO stage 3 was asked for, but DDP or one process runs"):
+        check_engine(trainer)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes were started, but 1 train together"):
+        check_engine(trainer)
+
+
+# Export
+
+
+@pytest.fixture(scope="module")
+def runs(folder, template, on_two, references) -> Path:
+    """The folder with a manifest in each of its run directories."""
+    for run in folder.glob("*/states"):
+        kind = run.parent.name.split("-")[0]
+        adapter = {**LORA["adapter"], "kind": kind} if kind != "full" else {"kind": kind}
+        config = {"adapter": adapter, "trainer": {"precision": "fp32"}}
+        manifest = manifest_of(template, base_model=str(folder / "model"), config=config)
+        write_manifest(run.parent, manifest)
+    return folder
+
+
+def exported(runs: Path, run: str, output: Path, **options) -> tuple[float, dict[str, torch.Tensor]]:
+    """The difference that `export` reports, and the weights it wrote."""
+    difference = export(open_source(str(runs / run)), ExportConfig(output=str(output), **options), print)
+    return difference, AutoModelForCausalLM.from_pretrained(output).state_dict()
+
+
+@pytest.mark.parametrize("run", [f"{kind}-{stage}" for kind in ("full", "lora") for stage in ("off", "1", "2", "3")])
+def test_any_state_exports_to_the_same_plain_directory(runs, references, run, tmp_path):
+    difference, weights = exported(runs, run, tmp_path / "model")
+    assert difference < TOLERANCE
+    reference = references[run.split("-")[0]]["weights"]
+    if run.startswith("full"):
+        for name, values in reference.items():
+            assert (weights[name].flatten() - torch.tensor(values)).abs().max() < TOLERANCE, name
+    else:
+        layer = "model.layers.1.mlp.up_proj"
+        a, b = (
+            torch.tensor(reference[f"base_model.model.{layer}.lora_{part}.default.weight"]).view(shape)
+            for part, shape in (("A", (4, 32)), ("B", (64, 4)))
+        )
+        base = load_file(runs / "model" / "model.safetensors")[f"{layer}.weight"]
+        assert (weights[f"{layer}.weight"] - base - 2 * b @ a).abs().max() < TOLERANCE
+    assert not list((tmp_path / "model").glob("adapter*"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"- Trained: {run.split('-')[0]}" in card and "- Step: 6" in card
+    assert (tmp_path / "model" / "csc_manifest.json").is_file()
+
+
+@pytest.mark.parametrize("run", ["full-3", "lora-2"])
+def test_what_was_exported_is_exported_again_in_another_form(runs, run, tmp_path):
+    _, first = exported(runs, run, tmp_path / "model")
+    difference, again = exported(tmp_path, "model", tmp_path / "again", shard_size="20KB")
+    assert difference == 0
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 1
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert f"- Trained: {run.split('-')[0]}" in card and "- Step" not in card
+    _, rounded = exported(tmp_path, "model", tmp_path / "rounded", dtype="bf16")
+    assert {value.dtype for value in rounded.values()} == {torch.bfloat16}
+
+
+def test_qlora_exports_on_either_base_and_says_how_far_that_is(runs, tmp_path):
+    exact, _ = exported(runs, "qlora-one", tmp_path / "dequantized", base="dequantized")
+    original, _ = exported(runs, "qlora-one", tmp_path / "original")
+    assert exact < TOLERANCE
+    assert original > 1e-3
+    assert f"{original:.1e}" in (tmp_path / "original" / "README.md").read_text()
+
+
+def test_an_export_in_bf16_is_sharded_as_asked_or_refused(runs, tmp_path, monkeypatch):
+    difference, weights = exported(runs, "full-3", tmp_path / "model", dtype="bf16", shard_size="20KB")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+    assert 0 < difference < exporting.TOLERANCE[torch.bfloat16]
+    monkeypatch.setitem(exporting.TOLERANCE, torch.bfloat16, difference / 2)
+    with pytest.raises(InputError, match="its logits differ by"):
+        exported(runs, "full-3", tmp_path / "other", dtype="bf16")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", "no such directory"),
+        ("model", "neither a checkpoint, nor a saved state of training, nor a run directory"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(folder, path, message):
+    with pytest.raises(InputError, match=message):
+        open_source(str(folder / path))
+
+
+# The recipe
+
+
+TINY = ["debug=cpu_tiny", "zero.persistence_threshold=0", "trainer.save_every=2", "run.existing=reuse"]
+
+
+def begin(directory: Path, module: list[str], *overrides: str) -> subprocess.Popen:
+    """Start recipes/sft.py by a launcher, or by python itself."""
+    command = [sys.executable, *(["-m", *module] if module else []), str(ROOT / "recipes" / "sft.py")]
+    return subprocess.Popen(
+        [*command, *TINY, *overrides],
+        cwd=directory,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text[-4000:]
+    return text
+
+
+def losses(run: Path) -> list[float]:
+    log = json.loads((run / "metrics.json").read_text())["log"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A directory with a run on one process."""
+    directory = tmp_path_factory.mktemp("recipe")
+    finish(begin(directory, [], "run.directory=one"))
+    return directory
+
+
+def test_a_sharded_run_killed_goes_on_where_it_was(workplace):
+    run = workplace / "killed"
+    process = begin(workplace, TORCHRUN, "zero=zero3", "run.directory=killed")
+    deadline = time.monotonic() + 240
+    while not (run / "states" / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.communicate()
+    assert not (run / "checkpoint").exists()
+    text = finish(begin(workplace, TORCHRUN, "zero=zero3", "run.directory=killed"))
+    (steps,) = re.findall(r"trained (\d+) steps in ", text)
+    assert int(steps) <= 4  # steps 1 and 2 are not done again
+    assert losses(run) == pytest.approx(losses(workplace / "one"), rel=TOLERANCE)
+    ours, theirs = (load_file(path / "checkpoint" / "model.safetensors") for path in (run, workplace / "one"))
+    assert all((ours[name] - theirs[name]).abs().max() < TOLERANCE for name in theirs)
+    record = json.loads((run / "states" / "checkpoint-6" / RECORD).read_text())
+    assert (record["processes"], record["stage"]) == (2, 3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerates_own_configuration_is_followed(workplace, stage):
+    config = ROOT / "launch" / "accelerate" / f"zero{stage}.yaml"
+    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    finish(begin(workplace, [*launcher, "--main_process_port", "0"], f"run.directory=launched-{stage}"))
+    assert losses(workplace / f"launched-{stage}") == pytest.approx(losses(workplace / "one"), rel=TOLERANCE)
+    record = json.loads((workplace / f"launched-{stage}" / "states" / "checkpoint-6" / RECORD).read_text())
+    assert (record["processes"], record["stage"]) == (2, stage)

@@ -1,0 +1,521 @@
+"""What a system is asked, in both contexts; the trivial baselines; and a local model that answers in batches."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
+from transformers import GenerationConfig, Qwen2ForCausalLM
+
+from csc_train.checkpoints.manifest import save_checkpoint
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.strategies import STRATEGIES
+from csc_train.errors import InputError
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.files import digest
+from csc_train.inference.baselines import StrategyBaseline
+from csc_train.inference.generator import Failed, Request, Said, Schedule, predict, share
+from csc_train.inference.hf import HFPolicy, base_of, load_policy, open_checkpoint
+from csc_train.inference.prediction_store import Store
+from csc_train.inference.predictions import Failure, Prediction, read_outcomes, read_predictions, write_predictions
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.template.reply import Reply
+
+
+def dialogue(name, *turns):
+    """Supporter turns are (strategy number, text), customer turns are texts."""
+    return Dialogue(
+        name,
+        tuple(
+            Turn(Speaker.CUSTOMER, turn)
+            if isinstance(turn, str)
+            else Turn(Speaker.SUPPORTER, turn[1], STRATEGIES[turn[0] - 1])
+            for turn in turns
+        ),
+    )
+
+
+SHORT = dialogue("short", (1, "您好"))
+MIDDLE = dialogue("middle", (1, "您好"), "订单没到", (5, "很抱歉"), "快点")
+LONG = dialogue("long", (1, "欢迎"), "退款", (4, "哪一单？"), "昨天那单", (8, "已退款"), "谢谢", (11, "再见"))
+DIALOGUES = [MIDDLE, SHORT, LONG]
+STEPS = 6
+"""Tokens that a local model may generate here."""
+TURNS = [("middle", 0), ("middle", 2), ("short", 0), ("long", 0), ("long", 2), ("long", 4), ("long", 6)]
+
+
+class Recorder:
+    """Says something else at every turn, and keeps what it was asked, batch by batch."""
+
+    strategies_apply = True
+    config_hash = "recorder"
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+        self.batches = []
+
+    def run(self, schedule):
+        while requests := schedule.take(self.batch_size):
+            self.batches.append(requests)
+            for request in requests:
+                schedule.answer(request, self.words(request.dialogue.id, request.turn))
+
+    @staticmethod
+    def words(name, turn):
+        reply = Reply(STRATEGIES[(len(name) + turn) % 12], f"我在{name}的第{turn}句")
+        return Said(f"raw {name} {turn}", reply, digest([name, turn]))
+
+    @property
+    def requests(self):
+        return {(request.dialogue.id, request.turn): request for batch in self.batches for request in batch}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+@pytest.mark.parametrize("context", ["reference", "generated"])
+def test_every_supporter_turn_once_in_order(context, batch_size):
+    policy = Recorder(batch_size)
+    predictions = predict(DIALOGUES, policy, context)
+    assert [(p.dialogue_id, p.turn) for p in predictions] == TURNS
+    assert sorted((r.dialogue.id, r.turn) for batch in policy.batches for r in batch) == sorted(TURNS)
+    golds = {name.id: name for name in DIALOGUES}
+    for prediction in predictions:
+        words = policy.words(prediction.dialogue_id, prediction.turn)
+        gold = golds[prediction.dialogue_id].turns[prediction.turn]
+        assert prediction == Prediction(
+            dialogue_id=prediction.dialogue_id,
+            turn=prediction.turn,
+            context=context,
+            prompt_hash=words.prompt_hash,
+            raw_text=words.raw_text,
+            strategy=words.reply.strategy.number,
+            response=words.reply.response,
+            reference_strategy=gold.strategy.number,
+            reference_response=gold.text,
+            config_hash="recorder",
+        )
+
+
+def test_reference_context_is_gold_throughout():
+    policy = Recorder(2)
+    predict(DIALOGUES, policy, "reference")
+    for request in policy.requests.values():
+        assert request.history == request.dialogue.turns[: request.turn]
+
+
+def test_generated_context_holds_the_systems_own_words_between_the_gold_customers():
+    policy = Recorder(2)
+    predict(DIALOGUES, policy, "generated")
+    assert policy.requests["long", 6].history == (
+        Recorder.words("long", 0), Turn(Speaker.CUSTOMER, "退款"),
+        Recorder.words("long", 2), Turn(Speaker.CUSTOMER, "昨天那单"),
+        Recorder.words("long", 4), Turn(Speaker.CUSTOMER, "谢谢"),
+    )  # fmt: skip
+    assert policy.requests["middle", 2].history == (Recorder.words("middle", 0), Turn(Speaker.CUSTOMER, "订单没到"))
+    for name in ("long", "middle", "short"):
+        assert policy.requests[name, 0].history == ()
+
+
+def test_dialogues_that_were_begun_come_first_and_one_turn_of_each_at_a_time():
+    def batches(context, batch_size):
+        policy = Recorder(batch_size)
+        predict(DIALOGUES, policy, context)
+        return [[(request.dialogue.id, request.turn) for request in batch] for batch in policy.batches]
+
+    # The n-th reply of a dialogue waits for its own n-1st; long dialogues begin first.
+    assert batches("generated", 100) == [
+        [("long", 0), ("middle", 0), ("short", 0)], [("long", 2), ("middle", 2)], [("long", 4)], [("long", 6)],
+    ]  # fmt: skip
+    assert batches("generated", 2) == [
+        [("long", 0), ("middle", 0)], [("long", 2), ("middle", 2)], [("long", 4), ("short", 0)], [("long", 6)],
+    ]  # fmt: skip
+    # The last turns first: all earlier histories are the beginning of theirs.
+    assert batches("reference", 2) == [
+        [("long", 6), ("middle", 2)], [("long", 4), ("middle", 0)], [("long", 2), ("short", 0)], [("long", 0)],
+    ]  # fmt: skip
+    # Two turns of a dialogue at a time where there are not enough dialogues.
+    assert batches("reference", 100) == [
+        [("long", 6), ("middle", 2), ("short", 0), ("long", 4), ("middle", 0), ("long", 2), ("long", 0)]
+    ]
+
+
+@pytest.mark.parametrize("context", ["reference", "generated"])
+def test_many_requests_can_wait_for_answers_that_come_in_any_order(context):
+    policy = Recorder(1)
+    schedule = Schedule(DIALOGUES, policy, context)
+    rng, waiting, seen = random.Random(3), [], []
+    while not schedule.finished:
+        while taken := schedule.take(1):
+            waiting += taken
+            seen += taken
+        request = waiting.pop(rng.randrange(len(waiting)))
+        schedule.answer(request, policy.words(request.dialogue.id, request.turn))
+    assert waiting == [] and schedule.take(1) == []
+    assert schedule.outcomes() == predict(DIALOGUES, policy, context)
+    assert len(seen) == 7
+
+
+class Flaky(Recorder):
+    """Fails at one turn."""
+
+    def run(self, schedule):
+        while requests := schedule.take(self.batch_size):
+            for request in requests:
+                failed = (request.dialogue.id, request.turn) == ("long", 2)
+                words = self.words(request.dialogue.id, request.turn)
+                schedule.answer(request, Failed("timeout", "60 s") if failed else words)
+
+
+def test_a_turn_that_fails_takes_the_rest_of_its_dialogue_along_in_generated_context_alone():
+    for context, kinds in {
+        "reference": {("long", 2): "timeout"},
+        "generated": {("long", 2): "timeout", ("long", 4): "earlier_turn_failed", ("long", 6): "earlier_turn_failed"},
+    }.items():
+        outcomes = predict(DIALOGUES, Flaky(2), context)
+        assert [(o.dialogue_id, o.turn) for o in outcomes] == TURNS
+        assert {(o.dialogue_id, o.turn): o.kind for o in outcomes if isinstance(o, Failure)} == kinds
+
+
+def test_a_system_that_leaves_turns_out_is_found_out():
+    class Lazy(Recorder):
+        def run(self, schedule):
+            schedule.take(2)
+
+    with pytest.raises(RuntimeError, match="7 of 7 turns are neither predicted nor failed"):
+        predict(DIALOGUES, Lazy(1), "reference")
+    with pytest.raises(InputError, match="1 dialogues have the id of another one"):
+        predict([LONG, LONG], Recorder(1), "reference")
+
+
+def test_every_process_gets_its_share_and_all_shares_are_about_as_long():
+    rng = random.Random(0)
+    many = [replace(random_dialogue(rng), id=str(number)) for number in range(40)]
+    shares = [share(many, process, 3) for process in range(3)]
+    assert sorted(d.id for each in shares for d in each) == sorted(d.id for d in many)
+    turns = [sum(len(d.supporter_turns) for d in each) for each in shares]
+    assert max(turns) - min(turns) <= 1
+    assert share(many[:1], 1, 2) == []
+
+
+def test_a_reply_without_a_strategy_is_kept_as_unparsed():
+    class Silent(Recorder):
+        @staticmethod
+        def words(name, turn):
+            return Said("嗯", Reply(None, "嗯"), "hash")
+
+    assert [p.strategy for p in predict(DIALOGUES, Silent(4), "generated")] == [None] * 7
+
+
+def test_no_dialogues_no_predictions():
+    for context in ("reference", "generated"):
+        policy = Recorder(4)
+        assert predict([], policy, context) == []
+        assert policy.batches == []
+
+
+# Strategies by turn: 1 4 8, 1 4 11, 1 5 8, 2 4 8. Most frequent: 1, 4 and 8 three times each, so the first of them.
+TRAINING = [
+    dialogue("a", (1, "您好"), "问", (4, "哪个？"), "那个", (8, "已办")),
+    dialogue("b", (1, "您好"), "问", (4, "哪一个？"), "那个", (11, "再见")),
+    dialogue("c", (1, "欢迎"), "问", (5, "抱歉"), "好", (8, "已退")),
+    dialogue("d", (2, "贵姓"), "问", (4, "哪个？"), "那个", (8, "已办")),
+]
+
+
+def said(strategy, text="我的话"):
+    return Said(text, Reply(strategy and STRATEGIES[strategy - 1], text), "hash")
+
+
+def chosen(policy, *histories):
+    answers = [policy.reply(Request(LONG, 2 * len(history), tuple(history))) for history in histories]
+    return [(answer.reply.strategy.number, answer.reply.response) for answer in answers]
+
+
+def test_most_frequent_strategy_with_its_stock_reply():
+    policy = StrategyBaseline(TRAINING, order=0)
+    assert chosen(policy, (), LONG.turns[:2], LONG.turns[:4]) == [(1, "您好")] * 3
+    assert policy.strategies_apply
+    # One more of strategy 4 settles it; its replies are then 哪个？ twice and 哪一个？ twice: the smaller text.
+    more = [*TRAINING, dialogue("e", (4, "哪一个？"))]
+    assert chosen(StrategyBaseline(more, order=0), ()) == [(4, "哪一个？")]
+    assert min("哪个？", "哪一个？") == "哪一个？"
+
+
+def test_bigram_follows_the_previous_strategy():
+    policy = StrategyBaseline(TRAINING, order=1)
+    opening, question, customer = LONG.turns[0], LONG.turns[2], LONG.turns[1]
+    assert chosen(policy, (), (opening, customer), (opening, customer, question, customer)) == [
+        (1, "您好"),  # openings: 1 three times, 2 once
+        (4, "哪个？"),  # after 1: 4 twice, 5 once
+        (8, "已办"),  # after 4: 8 twice, 11 once
+    ]
+    never_followed = (Turn(Speaker.SUPPORTER, "再见", STRATEGIES[10]), customer)
+    never_seen = (Turn(Speaker.SUPPORTER, "评价", STRATEGIES[8]), customer)
+    assert chosen(policy, never_followed, never_seen) == [(1, "您好")] * 2
+
+
+def test_bigram_believes_the_systems_own_strategy():
+    policy = StrategyBaseline(TRAINING, order=1)
+    customer = LONG.turns[1]
+    assert chosen(policy, (said(1), customer), (said(4), customer), (said(5), customer)) == [
+        (4, "哪个？"),
+        (8, "已办"),
+        (8, "已办"),
+    ]
+    # A reply without a strategy is followed like the start of a talk: nothing is known of what came before.
+    assert chosen(policy, (LONG.turns[2], customer, said(None), customer)) == [(1, "您好")]
+
+
+def test_bigram_in_both_contexts():
+    policy = StrategyBaseline(TRAINING, order=1)
+    gold = [p.strategy for p in predict([LONG], policy, "reference")]
+    assert gold == [1, 4, 8, 1]  # after the gold 8, which nothing follows in training: the most frequent
+    off_course = dialogue("x", (2, "贵姓"), "问", (11, "再见"), "好", (5, "抱歉"))
+    assert [p.strategy for p in predict([off_course], policy, "reference")] == [1, 4, 1]
+    generated = predict([off_course], policy, "generated")
+    assert [p.strategy for p in generated] == [1, 4, 8]
+    assert [p.raw_text for p in generated] == ["[礼貌问候]您好", "[细化问题]哪个？", "[解决实施]已办"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer("qwen2_5")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(1)
+    return Qwen2ForCausalLM(tiny_config("qwen2", tokenizer, 0.5)).eval()
+
+
+@pytest.fixture(scope="module")
+def odd_dialogues():
+    rng = random.Random(5)
+    drawn = (random_dialogue(rng) for _ in range(100))
+    return [each for each in drawn if len(each.turns) in (1, 3, 5)][:3]
+
+
+def policy_of(model, tokenizer, mode="joint", **settings):
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig(mode=mode))
+    return HFPolicy(model, template, EvaluationConfig(**{"max_new_tokens": STEPS, "batch_size": 5} | settings))
+
+
+def is_greedy(model, prompt, answer, steps, stops):
+    """Whether each token of `answer` has the highest score after what stands before it, in one unpadded pass."""
+    with torch.inference_mode():
+        scores = model(torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
+    best = scores.argmax(-1)[len(prompt) - 1 :].tolist()
+    return tuple(best[:-1]) == answer and (len(answer) == steps or best[-1] in stops)
+
+
+def asked(policy, dialogues, context):
+    """The predictions, with the (request, answer) pairs that led to them by dialogue and turn."""
+    exchanges = {}
+
+    class Listening(Schedule):
+        def answer(self, request, outcome):
+            exchanges[request.dialogue.id, request.turn] = request, outcome
+            super().answer(request, outcome)
+
+    schedule = Listening(dialogues, policy, context)
+    policy.run(schedule)
+    return schedule.outcomes(), exchanges
+
+
+@pytest.mark.parametrize("context", ["reference", "generated"])
+def test_batched_generation_equals_one_by_one(model, tokenizer, odd_dialogues, context):
+    batched, exchanges = asked(policy_of(model, tokenizer), odd_dialogues, context)
+    single = predict(odd_dialogues, policy_of(model, tokenizer, batch_size=1), context)
+    assert batched == single
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    prompts = {}
+    for place, (request, answer) in exchanges.items():
+        prompts[place] = template.prompt_ids([turn if isinstance(turn, Turn) else turn.ids for turn in request.history])
+        assert is_greedy(model, prompts[place], answer.ids, STEPS, {tokenizer.eos_token_id})
+        assert answer.raw_text == tokenizer.decode(answer.ids)
+    # Otherwise nothing above was padded, or every prompt got the same answer.
+    assert len(set(map(len, prompts.values()))) > 2
+    assert len({answer.ids for _, answer in exchanges.values()}) > len(exchanges) / 2
+
+
+def test_likelihoods_that_are_not_wanted_are_left_out_and_added_later(model, tokenizer, odd_dialogues, tmp_path):
+    def run(name, **settings):
+        policy = policy_of(model, tokenizer, **settings)
+        with Store(tmp_path / name, policy.config_hash) as store:
+            return predict(odd_dialogues, policy, "reference", store)
+
+    full = run("full.jsonl")
+    without = [replace(each, label_log_likelihoods=None, reference_nll=None, reference_tokens=None) for each in full]
+    assert run("other.jsonl", likelihoods=False) == without != full
+    assert run("other.jsonl") == full
+
+
+def test_prompts_in_reference_context(model, tokenizer, odd_dialogues):
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    golds = {each.id: each for each in odd_dialogues}
+    for prediction in predict(odd_dialogues, policy_of(model, tokenizer), "reference"):
+        gold = golds[prediction.dialogue_id]
+        assert prediction.prompt_hash == digest(template.prompt_ids(gold.turns[: prediction.turn]))
+        # The ids that training puts before this turn's reply.
+        example = template.encode(gold)
+        start = example.boundaries[prediction.turn] + len(template.supporter_header_ids)
+        assert prediction.prompt_hash == digest(example.input_ids[:start].tolist())
+
+
+def test_prompts_in_generated_context_hold_the_generated_ids(model, tokenizer, odd_dialogues):
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    predictions, exchanges = asked(policy_of(model, tokenizer), odd_dialogues, "generated")
+    split_differently = 0
+    for prediction in predictions:
+        gold = next(each for each in odd_dialogues if each.id == prediction.dialogue_id)
+        own = {turn: answer for (name, turn), (_, answer) in exchanges.items() if name == gold.id}
+        ids = list(template.prefix_ids)
+        for index, turn in enumerate(gold.turns[: prediction.turn]):
+            if index in own:
+                ids += [*template.supporter_header_ids, *own[index].ids, *template.supporter_footer_ids]
+                again = tokenizer(own[index].raw_text, add_special_tokens=False)["input_ids"]
+                split_differently += tuple(again) != own[index].ids
+            else:
+                ids += template.customer_header_ids + tokenizer(turn.text)["input_ids"] + template.customer_footer_ids
+        ids += template.supporter_header_ids
+        assert prediction.prompt_hash == digest(ids)
+    # The point of handing ids on: text of a random model, tokenized again, is other ids.
+    assert split_differently
+
+
+def test_generation_stops_at_the_end_of_turn(model, tokenizer, odd_dialogues):
+    def first(policy):
+        _, exchanges = asked(policy, odd_dialogues[:1], "generated")
+        return exchanges[odd_dialogues[0].id, 0][1]
+
+    answer = first(policy_of(model, tokenizer))
+    assert len(answer.ids) == STEPS
+    # Some token that comes up on the way now ends the turn; what was before it is the whole reply.
+    place = next(i for i in range(2, STEPS) if answer.ids[i] not in answer.ids[:i])
+    original = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, answer.ids[place]])
+    stopped = first(policy_of(model, tokenizer))
+    assert stopped.ids == answer.ids[:place]
+    assert stopped.raw_text == tokenizer.decode(answer.ids[:place])
+    # The template's end-of-turn token stops it too, where the model's own configuration knows of no end.
+    model.generation_config = GenerationConfig()
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    template.end_of_turn_id = answer.ids[place]
+    ending = HFPolicy(model, template, EvaluationConfig(max_new_tokens=STEPS))
+    model.generation_config = original
+    assert first(ending).ids == answer.ids[:place]
+
+
+def test_greedy_whatever_the_model_ships(model, tokenizer, odd_dialogues):
+    """Qwen2.5-Instruct ships sampling and a repetition penalty; they must not leak into greedy decoding."""
+    plain = predict(odd_dialogues, policy_of(model, tokenizer), "reference")
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.7, top_k=20, repetition_penalty=5.0, eos_token_id=tokenizer.eos_token_id
+    )
+    try:
+        assert predict(odd_dialogues, policy_of(model, tokenizer), "reference") == plain
+    finally:
+        model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+
+
+def test_mode_given_hands_in_the_gold_strategy(model, tokenizer, odd_dialogues):
+    policy = policy_of(model, tokenizer, mode="given")
+    assert not policy.strategies_apply
+    golds = {each.id: each for each in odd_dialogues}
+    encode = policy.template.tokenizer.backend_tokenizer.encode
+    for context in ("reference", "generated"):
+        predictions, exchanges = asked(policy, odd_dialogues, context)
+        for prediction in predictions:
+            gold = golds[prediction.dialogue_id]
+            request, answer = exchanges[gold.id, prediction.turn]
+            history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
+            label = encode(f"[{gold.turns[prediction.turn].strategy.zh}]", add_special_tokens=False).ids
+            prompt = policy.template.prompt_ids(history) + label
+            assert prediction.prompt_hash == digest(prompt)
+            # A later turn of generated context sees the strategy as well, as it did in training.
+            assert list(answer.ids[: len(label)]) == label
+            generated = answer.ids[len(label) :]
+            assert is_greedy(model, prompt, generated, STEPS, {tokenizer.eos_token_id})
+            assert answer.raw_text == tokenizer.decode(generated)
+            assert prediction.strategy is None and prediction.response == prediction.raw_text.strip()
+    assert policy_of(model, tokenizer, mode="joint").strategies_apply
+    assert not policy_of(model, tokenizer, mode="reply_only").strategies_apply
+
+
+@pytest.fixture
+def checkpoint(model, tokenizer, tmp_path):
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    manifest = manifest_of(template)
+    directory = tmp_path / "checkpoint"
+    save_checkpoint(directory, model, tokenizer, template.chat_template, manifest)
+    return directory
+
+
+def test_a_saved_checkpoint_answers_as_the_model_did(model, tokenizer, checkpoint, odd_dialogues):
+    few = odd_dialogues[:2]
+    settings = EvaluationConfig(max_new_tokens=STEPS)
+    template, manifest = open_checkpoint(str(checkpoint))
+    # On the same device, since answers are compared to the last digit.
+    policy = load_policy(str(checkpoint), template, settings, device=model.device)
+    expected = predict(few, policy_of(model, tokenizer), "generated")
+    assert predict(few, policy, "generated") == expected
+    # The base stands beside the checkpoint; another seed, so that one is not taken for the other.
+    torch.manual_seed(2)
+    base = Qwen2ForCausalLM(model.config)
+    base.save_pretrained(checkpoint.parent / "base")
+    untrained = load_policy(base_of(str(checkpoint), manifest), template, settings, device=model.device)
+    answers = predict(few, untrained, "reference")
+    assert answers == predict(few, policy_of(base, tokenizer), "reference")
+    assert [p.raw_text for p in answers] != [p.raw_text for p in predict(few, policy, "reference")]
+
+
+def test_a_checkpoint_without_tokenizer_or_of_another_one_is_refused(checkpoint):
+    manifest_file = checkpoint / "csc_manifest.json"
+    manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+    for what in ("tokenizer", "template"):
+        manifest_file.write_text(json.dumps(manifest | {f"{what}_hash": "0" * 64}), encoding="utf-8")
+        with pytest.raises(InputError, match=f"the {what} is not the one the checkpoint was trained with"):
+            open_checkpoint(str(checkpoint))
+    manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
+    for file in checkpoint.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"holds no tokenizer \(tokenizer\.json\)") as caught:
+        open_checkpoint(str(checkpoint))
+    assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
+
+
+PREDICTION = Prediction("行\u20281", 2, "generated", "ab" * 32, "[其它]\n“好”😀", None, "好\n", 12, "再见")
+
+
+def test_predictions_file_round_trip(tmp_path):
+    path = tmp_path / "predictions" / "a.jsonl"
+    known = replace(PREDICTION, ids=(3, 5), label_log_likelihoods=(-0.5,) * 12, reference_nll=1.5, reference_tokens=4)
+    predictions = [PREDICTION, replace(known, turn=4, strategy=3)]
+    failure = Failure("行\u20281", 6, "generated", "timeout", "60 s")
+    write_predictions(path, [*predictions, failure])
+    assert read_predictions(path) == predictions
+    assert read_outcomes(path) == [*predictions, failure]
+    lines = path.read_bytes().split(b"\n")
+    assert len(lines) == 4 and lines[3] == b""
+    assert json.loads(lines[0])["raw_text"] == PREDICTION.raw_text
+    write_predictions(path, [])
+    assert read_predictions(path) == []
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"turn": 1}', '{"unknown": 1}'])
+def test_a_broken_line_is_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    write_predictions(path, [PREDICTION])
+    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: not a prediction"):
+        read_predictions(path)
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*nowhere\.jsonl: No such file"):
+        read_predictions(tmp_path / "nowhere.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
+    with pytest.raises(InputError, match=r"latin\.jsonl, line 1: not UTF-8 at byte 7"):
+        read_predictions(tmp_path / "latin.jsonl")

@@ -1,0 +1,329 @@
+"""Each step holds what the seed says, however many processes share it, and they share it fairly."""
+
+import itertools
+import random
+from itertools import chain
+from pathlib import Path
+
+import numpy
+import pytest
+
+from csc_train.data.strategies import STRATEGIES
+from csc_train.packing.bin_packing import tight_fit
+from csc_train.packing.config import LossConfig
+from csc_train.packing.dataset import Member, Packs
+from csc_train.packing.global_batches import PackCost, Part, distribute, epoch_steps, micro_batches, pack_cost
+from csc_train.packing.load_balance import Balance, measure_balance
+from csc_train.packing.loss_weights import LossWeights
+from csc_train.packing.sampler import PackLoader, RankBatches
+from csc_train.packing.token_groups import STRETCHES
+from csc_train.template.dialogue_template import Example
+
+CUTS = [(processes, micro) for processes in (1, 2, 3, 8) for micro in (1, 2, 3, 8) if 24 % (processes * micro) == 0]
+PACKS_PER_STEP = 24
+# Qwen2.5-7B: 28 layers of width 3584 with 28 heads and 4 key-value heads of 128, 18944 within, 152064 ids. A forward
+# pass takes 2 FLOPs for each weight, and 2 for each pair of tokens, layer, head and dimension (`forward_flops`).
+LINEAR = 2 * (28 * (2 * 3584 * 3584 + 2 * 3584 * 4 * 128 + 3 * 3584 * 18944) + 3584 * 152064)
+ATTENTION = 2 * 28 * 28 * 128
+
+
+def cost_of(*documents: int, prefix: int = 0) -> PackCost:
+    return pack_cost([prefix, *documents] if prefix else documents, prefix, LINEAR, ATTENTION)
+
+
+def random_packs(packs: int, seed: int, most: int = 9) -> list[PackCost]:
+    """Packs of up to `most` documents; every other one shares a prefix."""
+    rng = random.Random(seed)
+    return [
+        cost_of(*(rng.randint(5, 900) for _ in range(rng.randint(1, most))), prefix=index % 2 * 100)
+        for index in range(packs)
+    ]
+
+
+def sampler(packs, processes, rank, micro, seed=3, packs_per_step=PACKS_PER_STEP, joined=True):
+    return RankBatches(
+        packs, packs_per_step, seed, processes=processes, rank=rank, micro_batch_size=micro, joined=joined
+    )
+
+
+def documents(parts):
+    return [(part.pack, document) for part in parts if part for document in range(part.first, part.last)]
+
+
+def rolecs_like_packs(prefix: int, max_length: int) -> list[PackCost]:
+    """The packs of a real distribution of dialogue lengths."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "rolecs_like_lengths.txt"
+    bodies = [int(line) - prefix for line in path.read_text().split()]
+    return [cost_of(*(bodies[body] for body in pack), prefix=prefix) for pack in tight_fit(bodies, max_length - prefix)]
+
+
+# What a step holds
+
+
+@pytest.mark.parametrize("number", [1, 7, 8, 23, 24, 25, 100, 1100])
+def test_every_pack_is_in_one_step_of_an_epoch_and_only_the_last_is_short(number):
+    steps = epoch_steps(random_packs(number, seed=1), PACKS_PER_STEP, seed=3, epoch=1)
+    assert sorted(chain(*steps)) == list(range(number))
+    assert [len(step) for step in steps[:-1]] == [PACKS_PER_STEP] * ((number - 1) // PACKS_PER_STEP)
+    assert 1 <= len(steps[-1]) <= PACKS_PER_STEP
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    packs = random_packs(50, seed=1)
+    orders = [epoch_steps(packs, 4, seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert all(orders.count(order) == 1 for order in orders)
+    assert orders == [epoch_steps(packs, 4, seed, epoch) for seed in range(3) for epoch in range(3)]
+    # As it was when this was written: a run that is resumed elsewhere must find it so.
+    assert epoch_steps(packs[:7], 3, seed=0, epoch=1) == [[1, 3, 6], [0, 4, 2], [5]]
+    assert epoch_steps([cost_of(100 * length) for length in range(1, 19)], 4, seed=0, epoch=1) == [
+        [0, 1, 3, 4],
+        [6, 7, 8, 9],
+        [10, 11, 12, 13],
+        [14, 15, 16, 17],
+        [2, 5],
+    ]
+
+
+def test_odd_packs_meet_and_those_that_cost_about_the_median_stay_in_random_order():
+    half_empty, longer = set(range(8)), {8, 9}
+    packs = [cost_of(500 if index in half_empty else 1001 if index in longer else 1000) for index in range(64)]
+    orders = [epoch_steps(packs, 8, seed=0, epoch=epoch) for epoch in range(8)]
+    assert all(half_empty in map(set, order) for order in orders)
+    assert len({list(map(set, order)).index(half_empty) for order in orders}) > 2
+    assert any(not any(longer <= set(step) for step in order) for order in orders)
+
+
+@pytest.mark.parametrize("packs_per_step", [8, 64])
+@pytest.mark.parametrize(
+    ("prefix", "max_length", "spread"), [(0, 8192, 1.2), (0, 4096, 1.6), (568, 8192, 1.2), (568, 4096, 1.2)]
+)
+def test_the_goals_for_equal_work_are_met_on_real_lengths(prefix, max_length, spread, packs_per_step):
+    """Of whole epochs, their last steps included, on eight processes; and steps are about as fair as random ones."""
+    packs = rolecs_like_packs(prefix, max_length)
+    balance = measure_balance(packs, packs_per_step, 0, epochs=3, processes=8, micro_batch_size=1, joined=True)
+    assert 1 <= balance.imbalance <= 1.005
+    assert 0.995 <= balance.efficiency < 1
+    assert 0.8 < balance.length_spread <= spread
+    assert 0.8 < balance.count_spread <= spread
+
+
+def test_the_account_of_a_schedule_by_hand():
+    packs = [PackCost((5, 5), (4.0, 4.0), 2, 1.0)] * 3
+    # A full step of two packs on two processes; then one pack, cut in two, whose prefix is run twice.
+    balance = measure_balance(packs, 2, 0, epochs=2, processes=2, micro_batch_size=1, joined=True)
+    assert balance == Balance(1.0, 27 / (2 * 9 + 2 * 5), 1.0, 1.0)
+    # All on one process: nobody waits, and nothing is repeated.
+    assert measure_balance(packs, 2, 0, epochs=2, processes=1, micro_batch_size=2, joined=True).efficiency == 1
+    # Two documents cannot keep three processes busy.
+    packs = [PackCost((5, 5), (6.0, 3.0))]
+    balance = measure_balance(packs, 3, 0, epochs=1, processes=3, micro_batch_size=1, joined=True)
+    assert balance == Balance(2.0, 0.5, 1.0, 1.0)
+
+
+def test_steps_that_are_sorted_by_length_would_be_seen():
+    rng = random.Random(5)
+    packs = [cost_of(*[rng.randint(100, 2000)] * 4) for _ in range(800)]
+    balance = measure_balance(packs, 8, 0, epochs=1, processes=8, micro_batch_size=1, joined=True)
+    # Packs so unlike can only be balanced by meeting their like.
+    assert balance.length_spread > 2
+    assert balance.imbalance < 1.03
+
+
+# How a step is distributed
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("most", [1, 9], ids=["a-document-a-pack", "several"])
+@pytest.mark.parametrize("number", [1, 5, 24, 48, 49, 50, 59, 71])
+def test_processes_and_micro_batches_only_distribute_the_steps(number, most, joined):
+    packs = random_packs(number, seed=number, most=most)
+    for epoch in (0, 1):
+        steps = epoch_steps(packs, PACKS_PER_STEP, 3, epoch)
+        expected = [[(pack, one) for pack in step for one in range(len(packs[pack].tokens))] for step in steps]
+        assert sorted(chain(*expected)) == [(i, one) for i, pack in enumerate(packs) for one in range(len(pack.tokens))]
+        for processes, micro in CUTS:
+            accumulation = PACKS_PER_STEP // (processes * micro)
+            ranks = []
+            for rank in range(processes):
+                batches = sampler(packs, processes, rank, micro, joined=joined)
+                batches.set_epoch(epoch)
+                ranks.append(list(batches))
+                assert len(ranks[-1]) == len(batches)
+            # As the Trainer cuts: so many batches a step, and what is left in the last.
+            taken = [
+                [rank[start : start + accumulation] for rank in ranks]
+                for start in range(0, len(ranks[0]), accumulation)
+            ]
+            assert [sorted(documents(chain(*chain(*step)))) for step in taken] == [sorted(step) for step in expected]
+            for step, whole in zip(taken, steps, strict=True):
+                check_room(step, [packs[pack] for pack in whole], packs, micro, joined)
+            working = sum(any(documents(parts) for parts in rank) for rank in taken[-1])
+            assert working == min(processes, len(expected[-1]))
+
+
+def check_room(step, whole, packs, micro, joined):
+    """No forward pass holds more than `micro` of the longest packs of the step, or, unjoined, more than that many."""
+    longest = max(pack.prefix_tokens + sum(pack.tokens) for pack in whole)
+    for parts in chain(*step):
+        parts = [part for part in parts if part]
+        assert len(parts) <= micro + joined * micro
+        assert sum(part.tokens(packs) for part in parts) <= micro * longest
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_epoch_that_is_cut_off_after_any_step_goes_on_with_the_next_under_another_distribution(joined):
+    packs = random_packs(53, seed=2)
+    for epoch in (0, 1, 2):
+        steps = epoch_steps(packs, 4, 3, epoch)
+        for processes, micro in ((4, 1), (2, 1), (2, 2), (1, 4)):
+            ranks = [
+                sampler(packs, processes, rank, micro, packs_per_step=4, joined=joined) for rank in range(processes)
+            ]
+            for batches in ranks:
+                batches.set_epoch(epoch)
+            ranks = [list(batches) for batches in ranks]
+            for done in range(len(steps)):
+                rest = [batches[done * 4 // (processes * micro) :] for batches in ranks]
+                assert sorted(documents(chain(*chain(*rest)))) == sorted(
+                    (pack, one) for step in steps[done:] for pack in step for one in range(len(packs[pack].tokens))
+                )
+
+
+def test_packs_that_can_be_divided_evenly_stay_whole():
+    packs = [PackCost((1,), (cost,)) for cost in (9.0, 4.0, 5.0, 8.0)]
+    assert distribute([0, 1, 2, 3], packs, 1, 4, joined=True) == [[[Part(pack, 0, 1) for pack in (0, 3, 2, 1)]]]
+    assert distribute([0, 1, 2, 3], packs, 2, 1, joined=True) == [
+        [[Part(0, 0, 1)], [Part(1, 0, 1)]], [[Part(3, 0, 1)], [Part(2, 0, 1)]],
+    ]  # fmt: skip
+
+
+def test_packs_that_cannot_are_cut_between_documents():
+    packs = [PackCost((4, 3, 3), (4.0, 3.0, 3.0)), PackCost((1, 1), (1.0, 1.0)), PackCost((2,), (2.0,))]
+    # 14 in all, best cut into 7 and 7: the second process takes the end of one pack and two others, in two places.
+    assert distribute([0, 1, 2], packs, 2, 2, joined=True) == [
+        [[Part(0, 0, 2)]],
+        [[Part(0, 2, 3), Part(2, 0, 1), Part(1, 0, 2)]],
+    ]
+    # Unjoined, three parts do not fit two places, so the first process takes a whole pack.
+    assert distribute([0, 1, 2], packs, 2, 2, joined=False) == [
+        [[Part(0, 0, 3)]],
+        [[Part(1, 0, 2), Part(2, 0, 1)]],
+    ]
+    assert distribute([1], packs, 2, 1, joined=True) == [[[Part(1, 0, 1)]], [[Part(1, 1, 2)]]]
+    assert distribute([2], packs, 2, 1, joined=True) == [[[Part(2, 0, 1)]], [[]]]
+    # Each part runs its prefix: two thirds of a pack are not half the work of four thirds.
+    packs = [PackCost((1, 1, 1), (1.0, 1.0, 1.0), 5, 5.0)]
+    assert [share[0][0].flops(packs) for share in distribute([0], packs, 2, 1, joined=True)] == [7, 6]
+
+
+def stretch_cost(stretch, packs, places, joined, longest):
+    """FLOPs of consecutive (pack, document) pairs as parts of packs; infinite where they have not places enough."""
+    runs = [[*run] for _, run in itertools.groupby(stretch, lambda document: document[0])]
+    parts = [Part(run[0][0], run[0][1], run[-1][1] + 1) for run in runs]
+    fits = len(parts) <= places or (
+        joined and len(parts) == places + 1 and parts[0].tokens(packs) + parts[-1].tokens(packs) <= longest
+    )
+    return sum(part.flops(packs) for part in parts) if fits else float("inf")
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_other_cut_of_the_line_of_documents_has_a_cheaper_costliest_process(seed, joined):
+    packs = random_packs(3, seed, most=3)
+    for number, processes in ((1, 2), (2, 3), (3, 2), (3, 4)):
+        line = [(pack, one) for pack in range(number) for one in range(len(packs[pack].tokens))]
+        places = micro_batches(number, processes, 1)
+        longest = max(pack.prefix_tokens + sum(pack.tokens) for pack in packs[:number])
+        cheapest = min(
+            max(
+                stretch_cost(line[start:end], packs, places, joined, longest)
+                for start, end in itertools.pairwise((0, *cuts, len(line)))
+            )
+            for cuts in itertools.combinations_with_replacement(range(len(line) + 1), processes - 1)
+        )
+        shares = distribute(range(number), packs, processes, 1, joined=joined)
+        assert max(sum(part.flops(packs) for parts in share for part in parts) for share in shares) == cheapest
+
+
+# Batches
+
+
+def packs_of(prefix: int, *lengths: int, packs: int = 1) -> Packs:
+    """Packs of one-turn dialogues that are trained but for their first token; ids count up in each dialogue."""
+    examples = [
+        Example(
+            numpy.arange(100 * number, 100 * number + prefix + length, dtype=numpy.int32),
+            numpy.array([0] * (prefix + 1) + [2] * (length - 1), dtype=numpy.uint8),
+            numpy.array([prefix, prefix + length], dtype=numpy.int32),
+            numpy.array([1], dtype=numpy.uint8),
+        )
+        for number, length in enumerate(lengths * packs)
+    ]
+    members = numpy.arange(len(examples)).reshape(packs, -1)
+    weigh = LossWeights(LossConfig(), numpy.zeros(13, numpy.int64))
+    return Packs(
+        examples, [[Member(number, 0) for number in pack] for pack in members.tolist()], [prefix] * packs, weigh
+    )
+
+
+def plain(row: dict) -> dict:
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+
+
+CELL = 1 + len(STRATEGIES) * len(STRETCHES)
+"""The cell of a reply by strategy 1 in the first turns: behind those of what is not trained, and of all strategies."""
+
+
+def test_a_part_is_the_documents_it_names():
+    packs = packs_of(0, 3, 4, 2)
+    assert plain(packs[0]) == {
+        "input_ids": [0, 1, 2, 100, 101, 102, 103, 200, 201],
+        "weights": [0, 1, 1, 0, 1, 1, 1, 0, 1],
+        "cells": [0, CELL, CELL, 0, CELL, CELL, CELL, 0, CELL],
+        "lengths": [3, 4, 2],
+        "prefix": 0,
+    }
+    assert plain(packs[Part(0, 0, 3)]) == plain(packs[0])
+    assert plain(packs[Part(0, 1, 2)]) == {
+        "input_ids": [100, 101, 102, 103], "weights": [0, 1, 1, 1], "cells": [0, CELL, CELL, CELL], "lengths": [4],
+        "prefix": 0,
+    }  # fmt: skip
+    assert packs[Part(0, 1, 3)]["lengths"].tolist() == [4, 2]
+    assert plain(packs[None]) == {
+        "input_ids": [0], "weights": [0], "cells": [0], "lengths": [1], "prefix": 0, "empty": True
+    }  # fmt: skip
+
+
+def test_a_loader_takes_the_order_of_the_epoch_it_is_set_to():
+    costs = random_packs(50, seed=1)
+    batches = sampler(costs, 1, 0, 4, packs_per_step=4)
+    loader = PackLoader(packs_of(0, 2, packs=50), batches, lambda rows: [row["input_ids"][0] // 100 for row in rows])
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        taken = list(loader)
+        assert [sorted(batch) for batch in taken] == [sorted(step) for step in epoch_steps(costs, 4, 3, epoch)]
+        assert len(taken) == len(loader)
+
+
+def test_a_part_of_a_pack_takes_the_shared_prefix_along():
+    packs = packs_of(3, 3, 2, 1)
+    assert plain(packs[Part(0, 1, 3)]) == {
+        "input_ids": [100, 101, 102, 103, 104, 203],
+        "weights": [0, 0, 0, 0, 1, 0],
+        "cells": [0, 0, 0, 0, CELL, 0],
+        "lengths": [3, 2, 1],
+        "prefix": 3,
+    }
+    assert packs[Part(0, 0, 3)]["lengths"].tolist() == [3, 3, 2, 1]
+
+
+def test_the_cost_of_a_pack():
+    assert pack_cost([3, 4, 2], 0, 10, 1) == PackCost((3, 4, 2), (39, 56, 24), 0, 0)
+    # Each token of a body sees the prefix as well: twice in a square of pairs, of which causal attention takes half.
+    shared = pack_cost([3, 4, 2], 3, 10, 1)
+    assert shared == PackCost((4, 2), (40 + 16 + 24, 20 + 4 + 12), 3, 39)
+    assert shared.total == 39 + 80 + 36
+    # The prefix and a body behind it are the square of one document.
+    assert pack_cost([3, 4], 3, 10, 1).total == pack_cost([7], 0, 10, 1).total
+    assert Part(0, 1, 2).flops([shared]) == 39 + 36
+    assert Part(0, 1, 2).tokens([shared]) == 5

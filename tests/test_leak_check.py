@@ -1,0 +1,191 @@
+"""What would let the documents of a pack see each other is refused before training, or at its first step."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
+
+from csc_train.errors import InputError
+from csc_train.models.attention.flex import FLEX_ATTENTION
+from csc_train.models.attention.varlen import ATTENTION
+from csc_train.models.loading import batch_layout
+from csc_train.packing.collator import PackCollator
+from csc_train.training.config import AdapterConfig
+from csc_train.training.leak_check import check_isolation, dropout_warning, guard_rows
+
+SHARED, BEST = "shared_prefix", "best_fit"
+PATHS = [
+    (ATTENTION, SHARED),
+    (FLEX_ATTENTION, SHARED),
+    ("sdpa", SHARED),
+    ("eager", SHARED),
+    ("sdpa", BEST),
+    ("eager", BEST),
+]
+
+
+def make(architecture: str, attention: str, **facts):
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **{"pad_token_id": 299, "bos_token_id": None, "eos_token_id": None} | facts,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+
+
+def check(model, packing: str, dtype: torch.dtype = torch.float32) -> None:
+    attention = model.config._attn_implementation
+    collator = PackCollator(batch_layout(attention, packing), 299, additive=attention == "eager")
+    check_isolation(model, collator, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize(("attention", "packing"), PATHS)
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_what_isolates_is_taken_and_left_as_it_was(architecture, attention, packing, dtype):
+    model = make(architecture, attention)
+    weights, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    random_state = torch.get_rng_state()
+    check(model, packing, dtype)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert model.config.to_dict() == config
+    assert model.config._attn_implementation == attention
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("attention", [ATTENTION, FLEX_ATTENTION, "sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("architecture", "facts"),
+    [
+        ("mistral", {"sliding_window": 4096}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}),
+        ("gemma3_text", {"head_dim": 8}),
+    ],
+)
+def test_a_sliding_window_that_our_masks_would_lose_is_refused(architecture, facts, attention, dtype):
+    with pytest.raises(InputError, match="logits differ from those of separate documents"):
+        check(make(architecture, attention, **facts), SHARED, dtype)
+    check(make(architecture, "sdpa", **facts), BEST, dtype)  # where transformers makes the mask, the window is in it
+
+
+@pytest.mark.parametrize(("attention", "packing"), [(ATTENTION, SHARED), ("eager", BEST)])
+def test_a_state_that_runs_on_from_document_to_document_is_refused(attention, packing):
+    config = AutoConfig.for_model("mamba", vocab_size=300, hidden_size=32, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with pytest.raises(InputError) as caught:
+        check(model, packing)
+    assert str(caught.value).startswith(
+        f"MambaForCausalLM with {attention} attention cannot be trained on packs: logits differ"
+    )
+    assert "\n" not in str(caught.value)
+
+
+class Drops(Qwen2ForCausalLM):
+    """A model that does not hand on one of its arguments."""
+
+    dropped: str
+
+    def forward(self, **inputs):
+        inputs.pop(self.dropped, None)
+        return super().forward(**inputs)
+
+
+class DropsMask(Drops):
+    dropped = "attention_mask"
+
+
+class DropsPositions(Drops):
+    dropped = "position_ids"
+
+
+class DropsDocuments(Drops):
+    dropped = "documents"
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "packing", "reason"),
+    [
+        (DropsMask, "sdpa", SHARED, "logits differ"),
+        (DropsMask, "eager", SHARED, "logits differ"),
+        (DropsPositions, "sdpa", BEST, "logits differ"),
+        (DropsPositions, ATTENTION, SHARED, "logits differ"),
+        (DropsDocuments, ATTENTION, SHARED, "documents attention was called without documents"),
+        (DropsDocuments, FLEX_ATTENTION, SHARED, "flex_documents attention was called without documents"),
+    ],
+)
+def test_a_model_that_drops_what_says_where_documents_end_is_refused(kind, attention, packing, reason):
+    model = kind(make("qwen2", attention).config)
+    with pytest.raises(
+        InputError, match=f"^{kind.__name__} with {attention} attention .*: {reason}.*; use packing=off"
+    ):
+        check(model, packing)
+
+
+@pytest.mark.parametrize("attention", [FLEX_ATTENTION, ATTENTION])
+def test_an_attention_without_dropout_is_refused_where_the_model_has_it(attention):
+    with pytest.raises(InputError, match="it has no dropout, the model has attention_dropout"):
+        check(make("qwen2", attention, attention_dropout=0.1), SHARED)
+
+
+# At each step
+
+
+ROW = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ({"use_cache": True}, "use_cache=True"),
+        ({}, "use_cache=True"),  # the model's own default
+        ({"use_cache": False, "attention_mask": torch.ones(1, 4)}, "a mask of 2 dimensions"),
+    ],
+    ids=["cache", "cache-by-default", "mask"],
+)
+def test_a_packed_row_with_a_cache_or_a_plain_mask_is_refused_in_training(adapter, inputs, reason):
+    model = make("qwen2", "sdpa")
+    guard_rows(model)
+    if adapter:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=reason):
+        model.train()(**ROW, **inputs)
+    model.eval()(**ROW, **inputs)
+
+
+def test_rows_as_they_should_be_and_single_documents_are_let_through():
+    model = make("qwen2", "sdpa")
+    guard_rows(model)
+    model.train()
+    model(**ROW, use_cache=False)
+    model(**ROW, use_cache=False, attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool).tril())
+    model(input_ids=ROW["input_ids"], attention_mask=torch.ones(1, 4), use_cache=True)
+    model.eval().generate(ROW["input_ids"], attention_mask=torch.ones(1, 4), max_new_tokens=2)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize(
+    ("attention_dropout", "adapter", "packing", "said"),
+    [
+        (0.1, AdapterConfig(), SHARED, "the model's attention_dropout=0.1: the dialogues of a pack see one"),
+        (0.0, AdapterConfig("lora", dropout=0.05), SHARED, "adapter.dropout=0.05: the dialogues"),
+        (0.1, AdapterConfig("lora", dropout=0.05), SHARED, "attention_dropout=0.1 and adapter.dropout=0.05: "),
+        (0.0, AdapterConfig("full", dropout=0.05), SHARED, None),  # there is no adapter
+        (0.0, AdapterConfig("lora"), SHARED, None),
+        (0.1, AdapterConfig("lora", dropout=0.05), BEST, None),
+    ],
+)
+def test_dropout_in_a_shared_prefix_is_told(attention_dropout, adapter, packing, said):
+    warning = dropout_warning(AutoConfig.for_model("qwen2", attention_dropout=attention_dropout), adapter, packing)
+    assert said in warning if said else warning is None

@@ -1,0 +1,292 @@
+"""The memory plan: exact where the libraries can say the same, and its advice fits."""
+
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from conftest import ROOT
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoModelForCausalLM
+from trl.kernels import chunked_logprob
+from trl.trainer.utils import add_fused_lm_head
+
+from csc_train.config.compose import compose
+from csc_train.launching.preflight.checks import zero_of
+from csc_train.models.loading import model_config
+from csc_train.training.config import ArchitectureConfig
+from csc_train.training.memory import (
+    GIB,
+    STAGES,
+    Setting,
+    adapter_parameters,
+    advice,
+    candidates,
+    fitting_world_size,
+    layer_bytes,
+    model_states,
+    plan,
+    remedies,
+    shape_of,
+    smallest_fit,
+    state_bytes,
+    training_flops,
+    world_sizes,
+)
+from csc_train.training.trainer import forward_flops
+
+MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+VOCABULARY = 1500
+"""Where a model's own is open."""
+
+
+def architecture_of(model: str) -> ArchitectureConfig:
+    architecture = compose("sft", [f"model={model}"]).model.architecture
+    return replace(architecture, vocab_size=architecture.vocab_size or VOCABULARY)
+
+
+def on_meta(architecture: ArchitectureConfig):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config(architecture, None))
+
+
+def small(model_type: str, layers: int = 2, **facts) -> ArchitectureConfig:
+    return ArchitectureConfig(
+        model_type=model_type, hidden_size=128, intermediate_size=384, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=VOCABULARY, **facts,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seven() -> Setting:
+    """Full fine-tuning of Qwen2.5-7B on one node of eight."""
+    return Setting(shape_of(architecture_of("qwen2_5_7b")), stage="3", processes=8, tokens=8192)
+
+
+# What it counts
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_and_linear_layers_of_every_model_are_counted_exactly(model):
+    architecture = architecture_of(model)
+    built, shape = on_meta(architecture), shape_of(architecture)
+    assert shape.parameters == sum(each.numel() for each in built.parameters())
+    assert shape.embedding == max(each.numel() for each in built.parameters())
+    # The head is a linear layer, tied or not.
+    assert 2 * (shape.layers * shape.block_linear + shape.embedding) == forward_flops(built)[0]
+
+
+@pytest.mark.parametrize("target", ["all-linear", r".*\.(q|v)_proj"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+def test_adapters_are_counted_exactly(model_type, target):
+    architecture = small(model_type)
+    configured = peft.LoraConfig(r=8, target_modules=target, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(on_meta(architecture), configured)
+    trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+    assert adapter_parameters(shape_of(architecture), 8, target) == trained
+
+
+def test_a_vocabulary_that_nobody_states_is_asked_for():
+    with pytest.raises(ValueError, match="vocabulary's size"):
+        shape_of(ArchitectureConfig())
+    assert shape_of(ArchitectureConfig(), 300).vocabulary == 300
+
+
+@pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (8, 1), (64, 8)])
+def test_model_states_are_those_of_deepspeeds_estimators(seven, processes, nodes):
+    shape = seven.shape
+    per_node = processes // nodes
+
+    def states(stage: str, offload: str) -> tuple[float, float]:
+        planned = model_states(replace(seven, stage=stage, offload=offload, processes=processes, nodes=nodes))
+        return planned.host, planned.allocated
+
+    for offload in ("none", "optimizer"):
+        theirs = estimate_zero2_model_states_mem_needs(shape.parameters, per_node, nodes, offload == "optimizer")
+        ours = states("2", offload)
+        assert ours[1] == pytest.approx(theirs[1], abs=1)
+        if offload == "optimizer" and nodes == 1:
+            assert ours[0] == pytest.approx(theirs[0], abs=1)
+    for offload in ("none", "optimizer", "all"):
+        theirs = estimate_zero3_model_states_mem_needs(
+            shape.parameters, shape.embedding, per_node, nodes, offload != "none", offload == "all"
+        )
+        ours = states("3", offload)
+        assert ours[1] == pytest.approx(theirs[1], abs=2)
+        if offload != "none":
+            assert ours[0] == pytest.approx(theirs[0], abs=1)
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_model_states_are_the_bytes_of_the_tensors_after_a_step(adapter):
+    architecture = small("qwen3")
+    model = AutoModelForCausalLM.from_config(
+        model_config(architecture, None), dtype=torch.float32 if adapter == "full" else torch.bfloat16
+    )
+    if adapter == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
+    ids = torch.arange(16)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+    def size(tensors) -> int:
+        return sum(tensor.nbytes for tensor in tensors)
+
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    shape = shape_of(architecture)
+    setting = Setting(shape, adapter, adapter_parameters(shape, 8) if adapter == "lora" else 0)
+    planned = model_states(setting)
+    assert planned.parameters == size(model.parameters())
+    assert planned.gradients == size(each.grad for each in model.parameters() if each.grad is not None)
+    assert planned.optimizer == size(moments)
+    held = size(each for each in model.parameters() if each.requires_grad)
+    assert state_bytes(setting) == held + size(moments)
+
+
+def saved_bytes(model, tokens: int, autocast: bool) -> int:
+    """Bytes that a forward pass of the blocks keeps for the backward pass, weights aside, shared storages once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    ids = torch.arange(tokens)[None] % VOCABULARY
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize(
+    ("adapter", "stage", "bf16"),
+    [("full", "off", True), ("full", "off", False), ("full", "2", True), ("lora", "off", True), ("lora", "3", True)],
+)
+def test_what_a_block_keeps_is_what_autograd_saves(model_type, adapter, stage, bf16):
+    """One token of one block: the difference that a third block makes, over those of the first two."""
+    tokens, rank, sizes = 256, 2, {}
+    mixed = stage == "off" and bf16
+    dtype = torch.bfloat16 if bf16 and (adapter == "lora" or stage != "off") else torch.float32
+    for layers in (2, 3):
+        architecture = small(model_type, layers)
+        model = AutoModelForCausalLM.from_config(model_config(architecture, None), dtype=dtype)
+        base = model
+        if adapter == "lora":
+            config = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=mixed)
+            adapted.enable_input_require_grads()
+        sizes[layers] = saved_bytes(base, tokens, autocast=mixed)
+    shape = shape_of(architecture)
+    weights = adapter_parameters(shape, rank) if adapter == "lora" else 0
+    setting = Setting(shape, adapter, weights, stage, bf16=bf16, tokens=tokens)
+    # The bf16 copies of weights that autocast makes are counted apart (`activation_bytes`).
+    casts = 0 if not mixed else 2 * (weights // shape.layers if adapter == "lora" else shape.block_linear)
+    measured = (sizes[3] - sizes[2] - casts) / tokens
+    assert layer_bytes(setting) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, checkpointing):
+    """Two steps of two forward passes on tensors without data, whose sizes PyTorch follows, at a 7B's width."""
+    # On a GPU the head's kernels work in place and its products add up where they are; elsewhere they make copies.
+    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+        monkeypatch.setattr(chunked_logprob, name, lambda *_, **__: None)
+    architecture = replace(architecture_of("qwen2_5_7b"), num_hidden_layers=2)
+    tokens = 8192
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = AutoModelForCausalLM.from_config(model_config(architecture, None), attn_implementation="sdpa")
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        add_fused_lm_head(model)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        ids, positions = torch.ones(1, tokens, dtype=torch.int64), torch.arange(tokens)[None]
+        tracker = MemTracker()
+        tracker.track_external(model.train(), optimizer)
+        with tracker:
+            for _ in range(2):
+                for _ in range(2):
+                    tracker.reset_mod_stats()
+                    with torch.autocast("cpu", torch.bfloat16):
+                        out = model(input_ids=ids, position_ids=positions, labels=ids, fused_lm_head=True)
+                    out.loss.backward()
+                    del out
+                optimizer.step()
+                optimizer.zero_grad()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    setting = Setting(shape_of(architecture), tokens=tokens, checkpointing=checkpointing)
+    assert plan(setting).allocated == pytest.approx(peak["Total"], rel=0.1)
+
+
+def test_sharding_more_never_takes_more_and_activations_grow_with_the_tokens(seven):
+    for adapter in ("full", "lora", "qlora"):
+        setting = replace(seven, adapter=adapter, adapter_parameters=0 if adapter == "full" else 10**7)
+        for stage in STAGES:
+            totals = [
+                plan(replace(setting, stage=stage, processes=processes, nodes=nodes)).allocated
+                for processes, nodes in world_sizes(8)[1:]
+            ]
+            assert totals == sorted(totals, reverse=True)
+    assert plan(replace(seven, checkpointing=False)).activations > plan(seven).activations
+    double = plan(replace(seven, tokens=2 * seven.tokens)).activations
+    assert plan(seven).activations < double < 2 * plan(seven).activations
+
+
+# What it advises
+
+
+def test_the_smallest_fit_is_the_least_sharded_one(seven):
+    memory = 79.6 * GIB
+    fit = smallest_fit(candidates(seven), memory)
+    order = [(setting.stage, setting.offload) for setting in candidates(seven)]
+    before = candidates(seven)[: order.index((fit.stage, fit.offload))]
+    assert plan(fit).total <= memory
+    assert before and all(plan(setting).total > memory for setting in before)
+    assert smallest_fit(candidates(seven), GIB) is None
+    # Offloading takes the host's memory.
+    offloaded = replace(seven, offload="all")
+    assert smallest_fit([offloaded], memory, plan(offloaded).host) == offloaded
+    assert smallest_fit([offloaded], memory, plan(offloaded).host - 1) is None
+
+
+def test_the_fewest_processes_that_fit(seven):
+    large = replace(seven, shape=shape_of(architecture_of("qwen2_5_72b")))
+    fit = fitting_world_size(large, 8, 79.6 * GIB)
+    assert plan(fit).total <= 79.6 * GIB < plan(replace(fit, processes=fit.processes // 2)).total
+    assert fit.nodes == fit.processes // 8 > 1
+    assert fitting_world_size(replace(large, stage="off"), 8, 79.6 * GIB) is None
+    assert world_sizes(8, most=16) == [(1, 1), (2, 1), (4, 1), (8, 1), (16, 2)]
+
+
+def test_every_remedy_fits_and_is_an_override(seven):
+    setting = replace(seven, stage="2", tokens=4 * 8192, checkpointing=False)
+    memory = 60 * GIB
+    assert plan(setting).total > memory
+    found = remedies(setting, 4, memory)
+    assert found
+    for remedy in found:
+        config = compose("preflight", ["model=qwen2_5_7b", "topology=node8", "zero=zero2", *remedy.split()])
+        changed = replace(
+            setting,
+            **dict(zip(("stage", "offload"), zero_of(config.zero), strict=True)),
+            tokens=8192 * config.trainer.micro_batch_size if "micro" in remedy else setting.tokens,
+            checkpointing=config.trainer.gradient_checkpointing if "checkpointing" in remedy else False,
+        )
+        assert plan(changed).total <= memory, remedy
+    assert remedies(setting, 4, GIB) == []
+    assert "shorter packs" in advice(setting, 4, 8, GIB)
+
+
+def test_flops_are_six_a_weight_and_token_and_four_with_adapters(seven):
+    weights = seven.shape.layers * seven.shape.block_linear + seven.shape.embedding
+    assert training_flops(seven, 1000, 0) == 6 * weights * 1000
+    assert training_flops(replace(seven, adapter="lora", adapter_parameters=1), 1000, 0) == 4 * weights * 1000
+    assert training_flops(seven, 1000, 100) > training_flops(seven, 1000, 0)

@@ -1,0 +1,265 @@
+"""The sample grammar: reproducible, learnable from the customer's words, and not from the strategies alone."""
+
+import dataclasses
+import itertools
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from csc_train.data import sample_grammar as sample
+from csc_train.data.dialogue import Dialogue, Speaker, data_digest, read_dialogues
+from csc_train.data.sample_grammar import SOURCE, ceiling, ensure_sample, expected_ceiling, generate_sample
+from csc_train.data.strategies import STRATEGIES
+from csc_train.errors import InputError
+
+IDENTITY = re.compile(r"\[手机号码\]|\[身份证号\]|尾号[0-9]{4}")
+TOPICS = "产品咨询 营销与推广活动 账户和交易管理 财务咨询与规划 风险管理与安全 投诉与纠纷解决 技术支持与在线服务"
+
+
+@pytest.fixture(scope="module")
+def dialogues() -> list[Dialogue]:
+    return generate_sample(600, 0)
+
+
+def numbers(dialogue: Dialogue) -> list[int]:
+    return [turn.strategy.number for turn in dialogue.turns if turn.strategy]
+
+
+def exchanges(dialogue: Dialogue):
+    """(what the customer had said before, the customer's words, the strategy that answers them)."""
+    said = []
+    for turn, answer in itertools.pairwise(dialogue.turns):
+        if turn.speaker is Speaker.CUSTOMER:
+            yield "".join(said), turn.text, answer.strategy.number
+            said.append(turn.text)
+
+
+def with_turn(dialogue: Dialogue, index: int, **changes) -> Dialogue:
+    turns = list(dialogue.turns)
+    turns[index] = dataclasses.replace(turns[index], **changes)
+    return dataclasses.replace(dialogue, turns=tuple(turns))
+
+
+def test_the_same_seed_gives_the_same_dialogues_on_every_platform():
+    golden = "2450b3875cbc4496f2ad4ab0c513d06da86149590a3623857666d8e8fe3064b6"
+    assert data_digest(generate_sample(20, 0)) == golden
+
+
+def test_a_smaller_sample_is_the_beginning_of_a_larger_one(dialogues):
+    assert [d.row() for d in generate_sample(50, 0)] == [d.row() for d in dialogues[:50]]
+
+
+def test_seeds_share_no_dialogue(dialogues):
+    other = generate_sample(600, 1)
+    assert len({d.fingerprint for d in dialogues + other}) == 1200
+    assert len({d.id for d in dialogues + other}) == 1200
+
+
+@pytest.mark.parametrize("name", ["sample.jsonl", "sample.parquet"])
+def test_a_written_sample_passes_the_checks_and_keeps_its_ceiling(tmp_path, dialogues, name):
+    assert ensure_sample(tmp_path / name, 60, 0)
+    read = read_dialogues(tmp_path / name, source=SOURCE, strict=True)
+    assert [d.row() for d in read] == [d.row() for d in dialogues[:60]]
+    assert ceiling(read) == ceiling(dialogues[:60])
+
+
+def test_dialogues_have_the_form_of_rolecs(dialogues):
+    for dialogue in dialogues:
+        strategies = numbers(dialogue)
+        speakers = [turn.speaker for turn in dialogue.turns]
+        assert speakers == [Speaker.SUPPORTER, Speaker.CUSTOMER] * (len(speakers) // 2) + [Speaker.SUPPORTER]
+        assert strategies[0] == 1 and strategies[-1] == 11 and strategies.count(1) == strategies.count(11) == 1
+        assert 2 in strategies
+        assert all(len(list(run)) <= 2 for _, run in itertools.groupby(strategies))
+        assert 8 <= len(strategies) <= 25
+        assert dialogue.source == SOURCE and dialogue.id.startswith("sample-0-")
+    assert 10 < sum(len(numbers(d)) for d in dialogues) / len(dialogues) < 13
+
+
+def test_texts_are_short_and_every_slot_is_filled(dialogues):
+    texts = [turn.text for d in dialogues for turn in d.turns]
+    assert all(text == text.strip() and 3 <= len(text) <= 40 for text in texts)
+    assert not [text for text in texts if "{" in text or "}" in text]
+
+
+def test_every_strategy_topic_and_problem_is_used(dialogues):
+    shares = Counter(number for d in dialogues for number in numbers(d))
+    assert shares.keys() == {s.number for s in STRATEGIES}
+    assert min(shares.values()) > 0.03 * shares.total() and max(shares.values()) < 0.2 * shares.total()
+    assert {d.extra["topic"] for d in dialogues} == set(TOPICS.split())
+    assert len({(d.extra["topic"], d.extra["problem"]) for d in dialogues}) == len(sample.PROBLEMS)
+    assert all(isinstance(d.extra[key], str) for d in dialogues for key in ("topic", "problem", "mood", "outcome"))
+
+
+def test_the_previous_strategy_is_a_poor_guide_and_the_rule_is_not(dialogues):
+    train, held_out = dialogues[:400], dialogues[400:]
+    following: dict[int, Counter] = {}
+    for dialogue in train:
+        for previous, number in itertools.pairwise([0, *numbers(dialogue)]):
+            following.setdefault(previous, Counter())[number] += 1
+    hits = [
+        following[previous].most_common(1)[0][0] == number
+        for dialogue in held_out
+        for previous, number in itertools.pairwise([0, *numbers(dialogue)])
+    ]
+    bigram = 100 * sum(hits) / len(hits)
+    assert bigram < 50
+    assert 85 < ceiling(held_out) < 94
+    assert ceiling(held_out) > bigram + 30
+
+
+def test_the_oracle_hits_as_often_as_it_expects(dialogues):
+    assert 85 < expected_ceiling(dialogues) < 94
+    assert ceiling(dialogues) == pytest.approx(expected_ceiling(dialogues), abs=1.5)
+
+
+def test_the_ceiling_counts_the_likeliest_strategy_as_the_only_hit(dialogues):
+    # Satisfaction, the last choice before the end, is answered by 10 seven times of ten and else by 11.
+    dialogue = next(d for d in dialogues if d.turns[-2].text == "很满意，给您满分。")
+    turns = len(numbers(dialogue))
+    likely = with_turn(dialogue, len(dialogue.turns) - 1, strategy=STRATEGIES[9])
+    assert ceiling([likely]) - ceiling([dialogue]) == pytest.approx(100 / turns)
+    assert expected_ceiling([likely]) == expected_ceiling([dialogue])
+
+
+def test_the_ceiling_refuses_what_the_grammar_cannot_have_written(dialogues):
+    with pytest.raises(InputError, match="sample-0-00000, turn 2: not an utterance"):
+        ceiling([with_turn(dialogues[0], 1, text="这句话不在语法里。")])
+    with pytest.raises(InputError, match="sample-0-00000, turn 1: not a strategy"):
+        ceiling([with_turn(dialogues[0], 0, strategy=STRATEGIES[6])])
+    with pytest.raises(InputError, match="no dialogues"):
+        ceiling([])
+
+
+@pytest.mark.parametrize("act", [*sample.WORDINGS, "upset"])
+def test_each_wording_belongs_to_one_act(act):
+    for problem, mood in itertools.product(sample.PROBLEMS, sample.FEELINGS):
+        writer = sample._Writer(random.Random(act), problem, mood)
+        for past in [set()] * 4 + [{"stated"}] * 12:
+            text = writer.utterance(act, past)
+            assert sample._matching_acts(text) == [act], text
+
+
+def test_the_tables_cover_the_same_acts():
+    acts = {*sample.WORDINGS, "upset"}
+    assert sample.CERTAIN.keys() | sample.RULE.keys() == acts == sample.NEEDS.keys()
+    assert not sample.CERTAIN.keys() & sample.RULE.keys()
+    assert set().union(*sample.FOLLOWS.values()) == acts
+    assert all(sum(chances.values()) == 1 for rows in sample.RULE.values() for _, chances in rows)
+
+
+def test_a_feeling_wins_over_the_question_beside_it(dialogues):
+    feelings = [feeling for said, _ in sample.FEELINGS.values() for feeling in said]
+    answers = [n for d in dialogues for _, text, n in exchanges(d) if any(feeling in text for feeling in feelings)]
+    assert len(answers) > 100 and set(answers) == {5}
+    calm = [n for d in dialogues for _, text, n in exchanges(d) if text.startswith("我不着急，")]
+    assert len(calm) > 20 and 5 not in calm
+
+
+def test_the_same_request_is_carried_out_only_after_the_identity_is_known(dialogues):
+    answers = {True: Counter(), False: Counter()}
+    for dialogue in dialogues:
+        for before, text, number in exchanges(dialogue):
+            if text == "麻烦您替我办一下。":
+                answers[bool(IDENTITY.search(before))][number] += 1
+    assert answers[True].keys() == {8} and answers[False].keys() == {2}
+
+
+def test_a_detail_is_restated_once_before_it_is_acted_upon(dialogues):
+    answers = {True: Counter(), False: Counter()}
+    for dialogue in dialogues:
+        for index, turn in enumerate(dialogue.turns):
+            if turn.speaker is Speaker.CUSTOMER and sample._matching_acts(turn.text) == ["detail"]:
+                restated = any(t.strategy and t.strategy.number == 3 for t in dialogue.turns[:index])
+                answers[restated][dialogue.turns[index + 1].strategy.number] += 1
+    assert answers[True].keys() == {6, 7} and answers[False].keys() == {3}
+
+
+def test_a_restatement_adds_nothing_new(dialogues):
+    for dialogue in dialogues:
+        said = ""
+        for turn in dialogue.turns:
+            if turn.strategy and turn.strategy.number == 3:
+                assert "您" in turn.text and "我的" not in turn.text
+                assert set(re.findall("[0-9]+", turn.text)) <= set(re.findall("[0-9]+", said)), turn.text
+            said += turn.text
+    for problem in sample.PROBLEMS:
+        first, second = (sorted(re.findall(r"\{\w+\}", case)) for case in problem.cases)
+        assert first == second, problem.name
+
+
+def test_both_speak_about_the_product_that_the_customer_named(dialogues):
+    items = {(p.topic, p.name): p.items for p in sample.PROBLEMS}
+    every = {item for own in items.values() for item in own}
+    for dialogue in dialogues:
+        own = items[dialogue.extra["topic"], dialogue.extra["problem"]]
+        for speaker in Speaker:
+            text = "\n".join(turn.text for turn in dialogue.turns if turn.speaker is speaker)
+            named = {item for item in every if item in text}
+            # A name may be part of another, such as 信用卡 of 白金信用卡.
+            named = {item for item in named if not any(item != other and item in other for other in named)}
+            assert len(named) <= 1 and named <= set(own), (dialogue.id, named)
+        first = next(turn for turn in dialogue.turns if any(item in turn.text for item in own))
+        assert first.speaker is Speaker.CUSTOMER, dialogue.id
+
+
+def test_a_sample_that_is_there_is_kept(tmp_path):
+    path = tmp_path / "sample.jsonl"
+    assert ensure_sample(path, 5, 0) is True
+    before = path.stat()
+    assert ensure_sample(path, 5, 0) is False
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"\xff\xfe not a sample",
+        lambda content: content.replace(SOURCE.encode(), b"other", 1),
+        lambda content: content.replace(b'"id": "sample-', b'"id": "', 1),  # of the grammar, but not its sample
+    ],
+)
+def test_a_file_that_is_no_sample_is_left_alone(tmp_path, spoil):
+    path = tmp_path / "sample.jsonl"
+    ensure_sample(path, 5, 0)
+    content = path.read_bytes()
+    spoilt = spoil(content)
+    path.write_bytes(spoilt)
+    with pytest.raises(InputError, match="exists and is no sample"):
+        ensure_sample(path, 5, 0)
+    assert path.read_bytes() == spoilt
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.replace("登".encode(), "等".encode()),
+        lambda content: b"".join(content.splitlines(keepends=True)[:-1]),
+    ],
+)
+def test_another_sample_is_written_anew(tmp_path, change):
+    path = tmp_path / "sample.jsonl"
+    ensure_sample(path, 5, 0)
+    content = path.read_bytes()
+    path.write_bytes(change(content))
+    assert path.read_bytes() != content
+    assert ensure_sample(path, 5, 0) is True
+    assert path.read_bytes() == content
+
+
+def test_another_seed_or_count_is_written_anew(tmp_path):
+    path = tmp_path / "sample.parquet"
+    assert [ensure_sample(path, *size) for size in ((5, 0), (5, 1), (6, 1), (6, 1))] == [True, True, True, False]
+    assert len(read_dialogues(path, strict=True)) == 6
+
+
+def test_unusable_arguments_are_refused(tmp_path):
+    with pytest.raises(InputError, match="at least 1"):
+        generate_sample(0, 0)
+    with pytest.raises(InputError, match=r"\.jsonl or \.parquet"):
+        ensure_sample(tmp_path / "sample.csv", 2, 0)
+    assert not list(tmp_path.iterdir())

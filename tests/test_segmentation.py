@@ -1,0 +1,31 @@
+"""Chinese words are jieba's, and finding them leaves nothing behind."""
+
+import os
+import random
+import subprocess
+import sys
+
+import jieba
+from conftest import ROOT, random_dialogue
+
+from csc_train.data.segmentation import words
+
+
+def test_words_keep_odd_text_and_drop_white_space():
+    assert words("转账５００元 to PayPal账户😀") == ["转账", "５", "０", "０", "元", "to", "PayPal", "账户", "😀"]
+    assert words("") == words(" \n　") == []
+
+
+def test_words_equal_jieba_as_it_comes(tmp_path):
+    stock = jieba.Tokenizer()
+    stock.tmp_dir = str(tmp_path)
+    rng = random.Random(0)
+    for text in ["账户余额不足，请先转账500元。", *(random_dialogue(rng).text for _ in range(20))]:
+        assert words(text) == [word for word in stock.lcut(text) if word.strip()]
+
+
+def test_segmenter_is_silent_and_leaves_no_file(tmp_path):
+    code = "from csc_train.words import words; print(len(words('账户余额')))"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (run.stdout, run.stderr, list(tmp_path.iterdir())) == ("2\n", "", [])

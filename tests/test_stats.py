@@ -1,0 +1,155 @@
+"""Intervals and tests keep their promises on simulated dialogues whose turns are alike."""
+
+import numpy
+import pytest
+from scipy.stats import binomtest
+
+from csc_train import stats as uncertainty
+from csc_train.stats import (
+    Statistic,
+    difference_interval,
+    holm,
+    interval,
+    mcnemar,
+    mean,
+    ratio,
+    sign_flip_test,
+    weighted_interval,
+)
+
+SIMULATIONS = 1000
+DIALOGUES = 100
+TRUTH = 0.43
+
+
+def simulated(rng, truth, dialogues):
+    """bool [turns]: right answers of a system that finds some dialogues much harder than others."""
+    likely = rng.beta(3 * truth, 3 * (1 - truth), size=dialogues.max() + 1)
+    return rng.random(len(dialogues)) < likely[dialogues]
+
+
+def lengths(rng):
+    """int [turns]: dialogues of 8 to 18 supporter turns."""
+    return numpy.repeat(numpy.arange(DIALOGUES), rng.integers(8, 19, size=DIALOGUES))
+
+
+def share(outcomes):
+    return numpy.mean(list(outcomes))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng = numpy.random.default_rng(1)
+    clustered, naive = [], []
+    for _ in range(SIMULATIONS):
+        dialogues = lengths(rng)
+        right = mean(simulated(rng, TRUTH, dialogues))
+        for kept, groups in ((clustered, dialogues), (naive, numpy.arange(len(dialogues)))):
+            if kept is naive and len(naive) >= 200:
+                continue
+            low, high = interval(right, groups, draws=400)
+            kept.append(low <= TRUTH <= high)
+    assert 0.92 <= share(clustered) <= 0.98
+    assert share(naive) < 0.85  # as if turns were independent
+
+
+def test_equal_systems_are_rarely_told_apart_and_mcnemar_is_fooled():
+    rng = numpy.random.default_rng(2)
+    flips, clusters_ignored, covered = [], [], []
+    for _ in range(SIMULATIONS):
+        dialogues = lengths(rng)
+        a, b = (simulated(rng, TRUTH, dialogues) for _ in range(2))
+        flips.append(sign_flip_test(mean(a), mean(b), dialogues, flips=1000) < 0.05)
+        clusters_ignored.append(mcnemar(a, b) < 0.05)
+        low, high = difference_interval(mean(a), mean(b), dialogues, draws=400)
+        covered.append(low <= 0 <= high)
+    assert 0.03 <= share(flips) <= 0.08
+    assert 0.92 <= share(covered) <= 0.98
+    assert share(clusters_ignored) > 0.09
+
+
+def test_a_real_difference_is_found_as_often_as_it_can_be():
+    """A difference of three standard errors exceeds the 1.96 that decide in 85 % of samples, if it is normal."""
+    rng = numpy.random.default_rng(3)
+    found, differences = [], []
+    for _ in range(SIMULATIONS):
+        dialogues = lengths(rng)
+        a, b = (mean(simulated(rng, truth, dialogues)) for truth in (TRUTH + 0.12, TRUTH))
+        found.append(sign_flip_test(a, b, dialogues, flips=400) < 0.05)
+        differences.append(a.value - b.value)
+    assert 0.12 / numpy.std(differences) == pytest.approx(3, abs=0.15)
+    assert share(found) == pytest.approx(0.85, abs=0.04)
+
+
+def test_a_figure_that_is_no_mean_is_tested_as_exactly():
+    """An F1 is no sum over dialogues: they are exchanged between the systems before it is computed."""
+    rng = numpy.random.default_rng(4)
+
+    def f1(right, dialogues):
+        positive = dialogues % 2 == 0
+        return Statistic(numpy.stack([2.0 * (right & positive), 1.0 * right + positive], axis=1), ratio)
+
+    rejected = []
+    for _ in range(SIMULATIONS):
+        dialogues = lengths(rng)
+        a, b = (f1(simulated(rng, TRUTH, dialogues), dialogues) for _ in range(2))
+        rejected.append(sign_flip_test(a, b, dialogues, flips=400) < 0.05)
+    assert 0.03 <= share(rejected) <= 0.08
+
+
+def test_the_interval_of_a_ratio_weighs_turns_not_dialogues():
+    # Nine dialogues of one wrong turn and one of nine right ones.
+    dialogues = numpy.array([*range(9), *[9] * 9])
+    right = dialogues == 9
+    assert mean(right).value == 0.5
+    low, high = interval(mean(right), dialogues, draws=1000)
+    assert low == 0 and 0.6 < high < 0.9
+    assert mean(right, where=~right).value == 0
+    assert numpy.isnan(mean(right, where=right & ~right).value)
+
+
+def test_too_few_dialogues_have_no_interval():
+    dialogues = numpy.arange(uncertainty.FEWEST - 1).repeat(50)
+    assert interval(mean(dialogues), dialogues, draws=100) is None
+    dialogues = numpy.arange(uncertainty.FEWEST).repeat(50)
+    assert interval(mean(dialogues), dialogues, draws=100) is not None
+    # Those whose turns do not count are none.
+    assert interval(mean(dialogues, where=dialogues > 0), dialogues, draws=100) is None
+
+
+def test_a_difference_of_a_system_from_itself_is_nothing():
+    dialogues = numpy.arange(40).repeat(5)
+    right = numpy.random.default_rng(0).random(200) < 0.5
+    assert difference_interval(mean(right), mean(right), dialogues, draws=100) == (0, 0)
+    assert sign_flip_test(mean(right), mean(right), dialogues, flips=1000) == 1
+
+
+def test_sign_flips_by_hand():
+    # Of three dialogues A wins all: of the 8 assignments of signs two are as far apart, so the p-value nears 1/4.
+    dialogues = numpy.array([0, 1, 2])
+    p_value = sign_flip_test(mean([1, 1, 1]), mean([0, 0, 0]), dialogues, flips=20_000)
+    assert p_value == pytest.approx(1 / 4, abs=0.01)
+
+
+def test_holm_by_hand():
+    # Smallest times 4, then 3, 2, 1, never falling: .01 -> .04, .02 -> .06, .03 -> .06, .04 -> .06.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1, 1]
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+
+
+def test_mcnemar_by_hand():
+    # 5 turns that only A has right and one that only B has: twice the chance of at most 1 head in 6.
+    a = numpy.array([True] * 5 + [False] + [True, False] * 10)
+    b = numpy.array([False] * 5 + [True] + [True, False] * 10)
+    assert mcnemar(a, b) == pytest.approx(2 * (1 + 6) / 2**6) == pytest.approx(binomtest(5, 6).pvalue)
+    assert mcnemar(a, a) == 1
+
+
+def test_weights_give_the_interval_that_sums_give():
+    rng = numpy.random.default_rng(0)
+    dialogues, values = numpy.repeat(numpy.arange(30), 4), rng.normal(size=120)
+    found = weighted_interval(lambda weights: weights @ values / weights.sum(axis=1), dialogues, 300)
+    assert found == pytest.approx(interval(mean(values), dialogues, 300))
+    few = dialogues < 9
+    assert weighted_interval(lambda weights: weights @ values[few], dialogues[few], 300) is None

@@ -1,0 +1,172 @@
+"""Outcomes that are kept as they come: torn lines, what is tried again, and parts that are put together."""
+
+from dataclasses import replace
+
+import pytest
+from test_generator import DIALOGUES, LONG, TURNS, Flaky, Recorder
+
+from csc_train.errors import InputError
+from csc_train.inference.generator import predict, share
+from csc_train.inference.prediction_store import Store, complete
+from csc_train.inference.predictions import Failure, read_failures, read_outcomes, read_run
+
+NAME = "system-generated.jsonl"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "predictions" / NAME
+
+
+def run(path, policy, dialogues=DIALOGUES, process=0, context="generated"):
+    """Predict with a store, which is left as a process leaves it that was killed after its last answer."""
+    with Store(path, "recorder", process) as store:
+        predict(dialogues, policy, context, store)
+    return store
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """The bytes of a run that nothing interrupted."""
+    path = tmp_path / "whole" / NAME
+    assert run(path, Recorder(2)).finish(DIALOGUES) == []
+    return path.read_bytes()
+
+
+class Killed(Recorder):
+    """Ends after some answers."""
+
+    def __init__(self, answers):
+        super().__init__(2)
+        self.answers = answers
+
+    def run(self, schedule):
+        while requests := schedule.take(self.batch_size):
+            for request in requests:
+                if self.answers == 0:
+                    raise KeyboardInterrupt
+                self.answers -= 1
+                schedule.answer(request, self.words(request.dialogue.id, request.turn))
+
+
+@pytest.mark.parametrize("torn", [0, 1, 9])
+@pytest.mark.parametrize("answers", range(8))
+def test_a_run_that_was_interrupted_ends_with_the_same_file(path, whole, answers, torn):
+    """Between any two answers, or within the line of the last one, in the middle of a character too."""
+    if answers < 7:
+        with pytest.raises(KeyboardInterrupt):
+            run(path, Killed(answers))
+    else:
+        run(path, Killed(answers))
+    part = path.with_name(f"{NAME}.part-00000")
+    content = part.read_bytes()
+    assert content.count(b"\n") == answers
+    part.write_bytes(content[: len(content) - torn])
+    again = Recorder(2)
+    store = run(path, again)
+    assert sum(map(len, again.batches)) == 7 - answers + (torn > 0 and answers > 0)
+    assert not complete(path, DIALOGUES)
+    assert store.finish(DIALOGUES) == []
+    assert path.read_bytes() == whole
+    assert [each.name for each in path.parent.iterdir()] == [NAME]
+    assert complete(path, DIALOGUES)
+
+
+def test_a_line_that_is_broken_elsewhere_is_named(path):
+    run(path, Recorder(2))
+    part = path.with_name(f"{NAME}.part-00000")
+    lines = part.read_bytes().split(b"\n")
+    part.write_bytes(b"\n".join([lines[0], lines[1][:20], *lines[2:]]))
+    with pytest.raises(InputError, match=r"part-00000, line 2: not a prediction"):
+        Store(path, "recorder")
+
+
+def test_another_system_is_not_mixed_in(path):
+    run(path, Recorder(2))
+    with pytest.raises(InputError, match=r"under other settings \(recorder, now other\): choose another run.directory"):
+        Store(path, "other")
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "predictions").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*part-00000: "):
+        Store(tmp_path / "predictions" / NAME, "recorder")
+
+
+def test_what_failed_is_listed_and_alone_tried_again(path, whole):
+    failures = run(path, Flaky(2)).finish(DIALOGUES)
+    assert [(each.turn, each.kind) for each in failures] == [
+        (2, "timeout"), (4, "earlier_turn_failed"), (6, "earlier_turn_failed"),
+    ]  # fmt: skip
+    outcomes = read_outcomes(path)
+    assert [(each.dialogue_id, each.turn) for each in outcomes] == TURNS
+    assert not complete(path, DIALOGUES)
+    directory = path.parent.parent
+    assert read_failures(directory) == {"system": {"generated": failures}}
+    assert read_run(directory) == {
+        "system": {"generated": [each for each in outcomes if not isinstance(each, Failure)]}
+    }
+    # Once more in vain, then with success.
+    assert run(path, Flaky(2)).finish(DIALOGUES) == failures
+    again = Recorder(2)
+    assert run(path, again).finish(DIALOGUES) == []
+    assert [(each.dialogue.id, each.turn) for batch in again.batches for each in batch] == [
+        ("long", 2), ("long", 4), ("long", 6),
+    ]  # fmt: skip
+    assert path.read_bytes() == whole
+
+
+def test_processes_write_parts_that_are_put_together_whoever_goes_on(path, whole):
+    for process in range(3):
+        run(path, Recorder(2), share(DIALOGUES, process, 3), process)
+    # Killed before they were put together; one process goes on, with nothing left to do.
+    again = Recorder(2)
+    store = run(path, again)
+    assert again.batches == []
+    assert store.finish(DIALOGUES) == []
+    assert path.read_bytes() == whole
+
+
+def test_a_turn_that_nobody_predicted_is_found_out(path):
+    store = run(path, Recorder(2), [LONG])
+    with pytest.raises(AssertionError, match="3 of 7 turns are neither predicted nor failed"):
+        store.finish(DIALOGUES)
+
+
+def test_a_later_line_about_a_turn_counts(path):
+    with Store(path, "recorder") as store:
+        for outcome in predict([LONG], Recorder(2), "generated"):
+            store.add(outcome)
+            store.add(replace(outcome, reference_nll=2.5))
+            store.add(Failure(outcome.dialogue_id, outcome.turn, "generated", "timeout", "", "recorder"))
+    assert store.finish([LONG]) == []
+    assert {outcome.reference_nll for outcome in read_outcomes(path)} == {2.5}
+
+
+@pytest.mark.parametrize("cut", [1, 5, 2000])
+def test_what_was_lost_of_a_finished_file_is_predicted_again(path, whole, cut):
+    run(path, Recorder(2)).finish(DIALOGUES)
+    path.write_bytes(whole[:-cut])
+    assert not complete(path, DIALOGUES)
+    again = Recorder(2)
+    store = run(path, again)
+    lost = len(TURNS) - whole[:-cut].count(b"\n")
+    assert sum(map(len, again.batches)) == lost > (1 if cut == 2000 else 0)
+    store.finish(DIALOGUES)
+    assert path.read_bytes() == whole
+
+
+def test_killed_before_the_parts_were_removed(path, whole):
+    store = run(path, Recorder(2))
+    path.write_bytes(whole)
+    assert not complete(path, DIALOGUES)
+    again = Recorder(2)
+    store = run(path, again)
+    assert again.batches == [] and store.finish(DIALOGUES) == []
+    assert path.read_bytes() == whole and complete(path, DIALOGUES)
+
+
+def test_a_name_may_look_like_a_pattern(tmp_path, whole):
+    path = tmp_path / "predictions" / "model[awq]-generated.jsonl"
+    assert run(path, Recorder(2)).finish(DIALOGUES) == []
+    assert path.read_bytes() == whole

@@ -1,0 +1,251 @@
+"""The cache of encoded dialogues: what it returns, when it is found, and what becomes of a broken one."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy
+import pytest
+from conftest import ROOT
+from workers import prepare_dialogues
+from workers.prepare_dialogues import CHUNK, dialogues, template
+
+from csc_train import tokenized_cache as prepared
+from csc_train.data.dialogue import Dialogue, Turn
+from csc_train.errors import InputError
+from csc_train.packing.config import LossConfig, PackingConfig
+from csc_train.packing.dataset import pack_examples
+from csc_train.template.config import PrepareConfig
+from csc_train.tokenized_cache import ARRAYS, prepare
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(prepared, "CHUNK", CHUNK)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, bytes]:
+    """The arrays of `dialogues()`, by name, put together without the cache."""
+    examples = list(template().encode_all(dialogues()))
+    prefix = examples[0].boundaries[0]
+    sizes = [(0, 0), *((len(e.input_ids) - prefix, len(e.strategies)) for e in examples)]
+    arrays = {
+        "prefix": examples[0].input_ids[:prefix],
+        "input_ids": numpy.concatenate([e.input_ids[prefix:] for e in examples]),
+        "kinds": numpy.concatenate([e.kinds[prefix:] for e in examples]),
+        "boundaries": numpy.concatenate([e.boundaries for e in examples]),
+        "strategies": numpy.concatenate([e.strategies for e in examples]),
+        "offsets": numpy.cumsum(sizes, axis=0, dtype=numpy.int64),
+    }
+    assert list(arrays) == list(ARRAYS)
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+def entry(cache: Path) -> Path:
+    """The only thing in a cache beside its lock."""
+    (directory,) = (path for path in cache.iterdir() if path.name != ".lock")
+    return directory
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    return {name: (entry(cache) / f"{name}.bin").read_bytes() for name in ARRAYS}
+
+
+def same(one, other) -> bool:
+    return all(
+        numpy.array_equal(getattr(one, name), getattr(other, name)) and getattr(one, name).dtype == part.dtype
+        for name, part in vars(other).items()
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "given"}, {"mode": "reply_only", "language": "en"}], ids=str)
+def test_examples_equal_those_of_the_template(tmp_path, settings):
+    examples = prepare(dialogues(), template(**settings), PrepareConfig(str(tmp_path)))
+    fresh = list(template(**settings).encode_all(dialogues()))
+    assert len(examples) == len(fresh) == 40
+    assert all(map(same, examples, fresh))
+    assert same(examples[-1], fresh[-1])
+    assert not same(examples[0], fresh[1])
+    with pytest.raises(IndexError):
+        examples[40]
+
+
+def test_the_files_hold_the_dialogues_end_to_end(tmp_path, expected):
+    prepare(dialogues(), template(), PrepareConfig(str(tmp_path)))
+    assert contents(tmp_path) == expected
+
+
+def test_two_processes_write_the_same_and_get_chunks_as_they_are_wanted(tmp_path, expected, monkeypatch):
+    submitted = []
+
+    class Pool(prepared.ProcessPoolExecutor):
+        def submit(self, function, chunk):
+            submitted.append(len(chunk))
+            return super().submit(function, chunk)
+
+    monkeypatch.setattr(prepared, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(prepared, "CHUNK", 1)
+    chunks = prepared._encode(dialogues(), template(), 2)
+    first = next(chunks)
+    assert len(submitted) == 5  # two for each process, and the one that came back
+    (tmp_path / "entry").mkdir()
+    prepared._write(tmp_path / "entry", template().prefix_ids, itertools.chain([first], chunks), lambda count: None)
+    assert submitted == [1] * 40
+    assert contents(tmp_path) == expected
+
+
+def test_packs_of_the_cache_are_those_of_the_template(tmp_path):
+    examples = prepare(dialogues(), template(), PrepareConfig(str(tmp_path)))
+    for packing in (PackingConfig(max_length=1300), PackingConfig("best_fit", max_length=1300)):
+        for loss in (LossConfig(), LossConfig("turns", strategy=2)):
+            packs, report = pack_examples(examples, packing, loss)
+            fresh, fresh_report = pack_examples(list(template().encode_all(dialogues())), packing, loss)
+            assert report == fresh_report
+            assert packs.members == fresh.members
+            for row, fresh_row in zip(packs, fresh, strict=True):
+                assert all(numpy.array_equal(row[name], fresh_row[name]) for name in fresh_row)
+
+
+def test_a_second_call_finds_the_first_ones_files_and_writes_nothing(tmp_path, capsys):
+    def state():
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in [tmp_path, *tmp_path.rglob("*")]}
+
+    settings = PrepareConfig(str(tmp_path))
+    prepare(dialogues(), template(), settings)
+    assert f"prepared {entry(tmp_path)}: 40 dialogues encoded in " in capsys.readouterr().out
+    before, said = state(), []
+    prepare(dialogues(), template(), settings, said.append)
+    assert said == [f"prepared {entry(tmp_path)}: hit, 40 dialogues"]
+    assert capsys.readouterr().out == ""
+    assert state() == before
+
+
+def test_whatever_decides_the_ids_leads_to_another_entry(tmp_path, monkeypatch):
+    def entries(*arguments):
+        prepare(*arguments, PrepareConfig(str(tmp_path)), lambda text: None)
+        return sum(path.is_dir() for path in tmp_path.iterdir())
+
+    first, *rest = dialogues()
+    other = Dialogue(first.id, (Turn(first.turns[0].speaker, "您好吗", first.turns[0].strategy), *first.turns[1:]))
+    assert entries([first, *rest], template()) == 1
+    assert entries([other, *rest], template()) == 2
+    assert entries([*rest, first], template()) == 3
+    assert entries([first, *rest], template(mode="given")) == 4
+    assert entries([first, *rest], template(language="en")) == 5
+    assert entries([first, *rest], template("qwen3")) == 6
+    grown = template()
+    grown.tokenizer.add_tokens(["订单"])
+    assert entries([first, *rest], grown) == 7
+    assert entries([first, *rest], template()) == 7
+    monkeypatch.setattr("tokenizers.__version__", "0.0")
+    assert entries([first, *rest], template()) == 8
+
+
+DAMAGE = {
+    "truncated": lambda data: data[:-2],
+    "empty": lambda data: b"",
+    "longer": lambda data: data + b"\0",
+    "flipped": lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:],
+    "zeroed": lambda data: bytes(len(data)),
+    "removed": None,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, capsys, kind):
+    settings = PrepareConfig(str(tmp_path))
+    prepare(dialogues(), template(), settings)
+    for name in (*(f"{array}.bin" for array in ARRAYS), prepared.MANIFEST):
+        file = entry(tmp_path) / name
+        whole = file.read_bytes()
+        if kind == "removed":
+            file.unlink()
+        else:
+            file.write_bytes(DAMAGE[kind](whole))
+        capsys.readouterr()
+        said = []
+        prepare(dialogues(), template(), settings, said.append)
+        assert said == []
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"prepared {entry(tmp_path)}: ") and lines[0].endswith(", so it is built again")
+        assert " 40 dialogues encoded in " in lines[1]
+        assert file.read_bytes() == whole
+        assert contents(tmp_path) == expected
+
+
+def builder(cache: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, prepare_dialogues.__file__, str(cache), *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_what_ends_half_way_leaves_no_process_and_is_built_again(tmp_path, expected, end):
+    one = builder(tmp_path, "2", "pause")
+    assert one.stdout.readline() == "half-way\n"
+    half = entry(tmp_path)
+    assert half.name.startswith(".")
+    if end == signal.SIGINT:
+        os.killpg(one.pid, end)  # as a terminal does at Ctrl-C
+    else:
+        one.kill()
+    # To the end of the output, which its two workers hold open as long as they live.
+    rest, _ = one.communicate(timeout=60)
+    assert rest == ""
+    assert one.returncode != 0
+    assert half.exists() == (end == signal.SIGKILL)
+    prepare(dialogues(), template(), PrepareConfig(str(tmp_path)))
+    assert not half.exists()
+    assert contents(tmp_path) == expected
+
+
+def test_of_two_at_once_one_encodes_and_the_other_waits_for_it(tmp_path, expected):
+    one = builder(tmp_path, "1", "pause")
+    assert one.stdout.readline() == "half-way\n"
+    two = builder(tmp_path, "1")
+    assert two.stdout.readline() == f"waiting for another process that prepares dialogues in {tmp_path}\n"
+    first, _ = one.communicate("go on\n", timeout=60)
+    second, _ = two.communicate(timeout=60)
+    assert " 40 dialogues encoded in " in first
+    assert second == f"prepared {entry(tmp_path)}: hit, 40 dialogues\n"
+    assert contents(tmp_path) == expected
+
+
+def test_what_is_written_is_forgotten(tmp_path):
+    class Array(numpy.ndarray):
+        """An array that can stand in a set."""
+
+        __hash__ = object.__hash__
+
+    alive, counts = weakref.WeakSet(), []
+    maker = template()
+
+    def chunks():
+        for _ in range(20):
+            chunk = [array.view(Array) for array in prepared._flatten(maker.encode_all(dialogues()[:3]))]
+            alive.update(chunk)
+            counts.append(len(alive))
+            yield chunk
+            del chunk
+
+    prepared._write(tmp_path, maker.prefix_ids, chunks(), lambda count: None)
+    assert counts == [5, *[10] * 19]  # a chunk as it comes, and the one before it
+    assert len(prepared.PreparedExamples(tmp_path)) == 60
+
+
+def test_a_cache_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*cache: File exists"):
+        prepare(dialogues(), template(), PrepareConfig(str(tmp_path / "cache")))
+    with pytest.raises(InputError, match=r"prepare\.processes=0: must be at least 1"):
+        PrepareConfig(processes=0)

@@ -1,0 +1,402 @@
+"""What is measured while training is exact however it is cut up, changes nothing, and decides what is kept."""
+
+import dataclasses
+import itertools
+import json
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+from workers.loss_curve import curve, train, train_all
+
+from csc_train.checkpoints.export import trained_model
+from csc_train.checkpoints.reshard import WEIGHT, open_state
+from csc_train.checkpoints.training_checkpoint import can_resume, retire_states
+from csc_train.config.cluster import ThenConfig
+from csc_train.config.compose import compose
+from csc_train.data.strategies import STRATEGIES
+from csc_train.errors import InputError
+from csc_train.jsonl import keep_table
+from csc_train.launching.on_finish import then_arguments
+from csc_train.packing.config import LossConfig, PackingConfig
+from csc_train.packing.dataset import Packs, pack_examples
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.training.config import AdapterConfig, HeldOutConfig, ModelConfig, TrainerConfig
+from csc_train.training.validation import last_measured
+
+TOLERANCE = 1e-5
+# Three turns to reply to, so that one of two processes has more of them.
+MEASURED = {"every": 1, "turns": None, "samples": 3, "max_new_tokens": 4}
+SHORT = {"packs": "shared", "max_steps": 3, "micro_batch_size": 1}
+LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}, "learning_rate": 2e-2}
+SHARDED = {"stage": "3", "persistence_threshold": 0}
+TWO_PROCESSES = {
+    "full off": {**SHORT, "held_out": MEASURED, "states": "full-off/states"},
+    "full 2": {**SHORT, "held_out": MEASURED, "states": "full-2/states", "zero": {"stage": "2"}},
+    "full 3": {**SHORT, "held_out": MEASURED, "states": "full-3/states", "zero": SHARDED, "save_every": 1},
+    "lora 3": {**SHORT, **LORA, "held_out": MEASURED, "states": "lora-3/states", "zero": SHARDED},
+}
+
+
+@pytest.fixture(scope="module")
+def template():
+    return DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
+
+
+@pytest.fixture(scope="module")
+def dialogues():
+    """Those that are held out. Every strategy is among theirs, so that some are predicted right by any model."""
+    rng, strategies = random.Random(11), itertools.cycle(STRATEGIES)
+    made = [random_dialogue(rng) for _ in range(8)]
+    assert sum(len(dialogue.supporter_turns) for dialogue in made) > len(STRATEGIES)
+    return [
+        dataclasses.replace(
+            dialogue,
+            turns=tuple(
+                dataclasses.replace(turn, strategy=next(strategies)) if turn.strategy else turn
+                for turn in dialogue.turns
+            ),
+        )
+        for dialogue in made
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(template, dialogues, tmp_path_factory) -> Path:
+    """A tiny model, weighted packs for two steps and one pack, and held-out dialogues for an odd number of packs."""
+    folder = tmp_path_factory.mktemp("held-out")
+    rng = random.Random(10)
+    examples = [template.encode(random_dialogue(rng)) for _ in range(45)]
+    packs, _ = pack_examples(examples, PackingConfig("shared_prefix", 1800), LossConfig("inverse_frequency"))
+    packs = Packs(packs.examples, packs.members[:9], packs.prefixes[:9], packs.weigh)
+    assert len(set(packs.weigh.factors)) > 3
+    (folder / "shared").write_bytes(pickle.dumps(packs))
+    (folder / "held_out").write_bytes(pickle.dumps(dialogues))
+    config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
+    template.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def measured(folder: Path, held_out: dict, **options):
+    """A training of one process that measures itself, all held-out packs in one forward pass."""
+    return train(folder, **{**SHORT, "micro_batch_size": 4, **options}, held_out=HeldOutConfig(**held_out))
+
+
+@pytest.fixture(scope="module")
+def trainer(folder):
+    """After a training on one process."""
+    return measured(folder, MEASURED, states="one/states")
+
+
+@pytest.fixture(scope="module")
+def references(folder, trainer):
+    adapter = {**LORA, "adapter": AdapterConfig(**LORA["adapter"])}
+    return {"full": curve(trainer), "lora": curve(measured(folder, MEASURED, states="one-lora/states", **adapter))}
+
+
+@pytest.fixture(scope="module")
+def on_two_processes(folder):
+    return train_all(folder, TWO_PROCESSES, 2)
+
+
+def samples(folder: Path, run: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# What is measured
+
+
+def logits_of(model, ids) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(torch.tensor([ids], dtype=torch.int64), use_cache=False).logits[0]
+
+
+@pytest.fixture(scope="module")
+def plain(trainer):
+    """The trained model, freshly built, with attention that knows nothing of packs."""
+    model = AutoModelForCausalLM.from_config(trainer.model.config, attn_implementation="eager", dtype=torch.float32)
+    model.load_state_dict(trainer.model.state_dict())
+    return model
+
+
+def test_the_held_out_loss_is_that_of_separate_sequences(trainer, references, plain, template, dialogues):
+    total = weight = 0.0
+    for dialogue in dialogues:
+        example = template.encode(dialogue)
+        ids, weights = example.input_ids.tolist(), torch.tensor(trainer.packs.weigh(example))
+        each = cross_entropy(logits_of(plain, ids)[:-1], torch.tensor(ids[1:]), reduction="none")
+        total += (each * weights[1:]).sum().item()
+        weight += weights.sum().item()
+    assert references["full"]["measured"][-1]["loss"] == pytest.approx(total / weight, rel=TOLERANCE)
+    assert trainer.held_out.weight == pytest.approx(weight, rel=TOLERANCE)
+    assert len(trainer.held_out.packs) == 3
+
+
+@torch.no_grad()
+def likelihoods(model, prompt: list[int], labels: torch.Tensor) -> torch.Tensor:
+    """Of labels [12, 2] behind a prompt: the first token of each, and the second behind the first."""
+    first = model(torch.tensor([prompt]), use_cache=True)
+    first.past_key_values.batch_repeat_interleave(len(labels))
+    second = model(labels[:, :1], past_key_values=first.past_key_values)
+    return first.logits[0, -1].log_softmax(-1)[labels[:, 0]] + second.logits[:, -1].log_softmax(-1).gather(
+        1, labels[:, 1:]
+    ).squeeze(1)
+
+
+def test_strategies_are_predicted_by_the_likelihood_of_their_labels(trainer, references, plain, template, dialogues):
+    labels = torch.tensor(list(template.label_ids.values()))
+    assert labels.shape == (12, 2)
+    right = []
+    for dialogue in dialogues:
+        for index in (index for index, turn in enumerate(dialogue.turns) if turn.strategy):
+            best = likelihoods(plain, template.prompt_ids(dialogue.turns[:index]), labels).argmax().item()
+            right.append(STRATEGIES[best] is dialogue.turns[index].strategy)
+    assert references["full"]["measured"][-1]["strategy_accuracy"] == sum(right) / len(right)
+    assert 0 < sum(right) < len(right)
+
+
+def test_the_same_turns_are_drawn_every_time(folder, trainer):
+    held_out = trainer.held_out
+    every = [(n, i) for n, each in enumerate(held_out.dialogues) for i, turn in enumerate(each.turns) if turn.strategy]
+    for number in (None, 5):
+        again = type(held_out)(
+            held_out.dialogues, held_out.examples, held_out.template,
+            dataclasses.replace(held_out.config, turns=number), PackingConfig("shared_prefix", 1800),
+            trainer.packs.weigh, folder,
+        )  # fmt: skip
+        assert again.samples == held_out.samples == sorted(held_out.samples)
+        assert again.turns[:5] == held_out.turns[:5]
+        assert len(again.turns) == number or sorted(again.turns) == every
+
+
+def test_replies_are_greedy_and_stand_beside_what_was_said(folder, trainer, plain, template, dialogues):
+    rows = [row for row in samples(folder, "one") if row.pop("step") == 3]
+    assert len(rows) == 3
+    for row, (number, index) in zip(rows, trainer.held_out.samples, strict=True):
+        dialogue = dialogues[number]
+        ids = template.prompt_ids(dialogue.turns[:index])
+        length = len(ids)
+        while len(ids) < length + 4 and template.end_of_turn_id not in ids[length:]:
+            ids.append(logits_of(plain, ids)[-1].argmax().item())
+        text = template.tokenizer.decode(ids[length:]).removesuffix("<|im_end|>")
+        assert row == {
+            "dialogue_id": dialogue.id,
+            "turn": index,
+            "reference_strategy": dialogue.turns[index].strategy.zh,
+            "strategy": None,  # of a model that has learned next to nothing
+            "reference_response": dialogue.turns[index].text,
+            "response": text.strip(),
+        }
+
+
+def test_a_turn_that_was_sampled_again_is_written_once(tmp_path):
+    for step, text in ((2, "a"), (4, "b"), (6, "c"), (4, "d")):
+        keep_table(tmp_path, "samples", ["response"], [[text], ["好"]], step)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["step"], row["response"]) for row in rows] == [(2, "a"), (2, "好"), (4, "d"), (4, "好")]
+
+
+def test_what_was_measured_last_is_found():
+    log = [{"eval_loss": 2.0, "step": 2}, {"loss": 1.0, "step": 3}, {"eval_loss": 1.0, "step": 4}, {"step": 5}]
+    assert last_measured(log, 3) == {"loss": 2.0, "step": 2}
+    assert last_measured(log, 5) == {"loss": 1.0, "step": 4}
+    assert last_measured(log, 1) == {}
+
+
+# However it is cut up
+
+
+@pytest.mark.parametrize("run", TWO_PROCESSES)
+def test_two_processes_measure_what_one_does(folder, on_two_processes, references, run):
+    kind, stage = run.split()
+    one, two = references[kind], on_two_processes[run]
+    assert two["processes"] == 2 and two["stage"] == (None if stage == "off" else int(stage))
+    assert two["empty"] == (1 if stage == "3" else 0)
+    assert two["losses"] == pytest.approx(one["losses"], rel=TOLERANCE)
+    assert [entry["step"] for entry in two["measured"]] == [1, 2, 3]
+    for mine, theirs in zip(two["measured"], one["measured"], strict=True):
+        assert mine == pytest.approx(theirs, rel=TOLERANCE)
+    assert samples(folder, run.replace(" ", "-")) == samples(folder, "one" if kind == "full" else "one-lora")
+    assert one["measured"][-1]["loss"] < 0.99 * one["measured"][0]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_measuring_changes_nothing(folder, kind):
+    # Dropout draws random numbers, so weights tell whether the generators stand where they stood.
+    options = {"adapter": AdapterConfig(kind=kind, dropout=0.3), "learning_rate": 2e-2, "max_steps": 2}
+    with_it = curve(measured(folder, {**MEASURED, "turns": 4}, states=f"dropout-{kind}/states", **options))
+    without = curve(train(folder, **{**SHORT, "micro_batch_size": 4, **options}))
+    assert len(with_it["measured"]) == 2
+    assert (with_it["losses"], with_it["digest"]) == (without["losses"], without["digest"])
+
+
+# What follows from it
+
+WORSE = {"max_steps": 9, "learning_rate": 0.3, "lr_scheduler": "constant", "save_every": 1, "keep_states": 2}
+STOPPING = {"every": 1, "turns": 0, "samples": 0, "patience": 2, "keep": "best"}
+
+
+def listing(states: Path) -> dict[str, bool]:
+    """The saved states, and whether each can be gone on from."""
+    return {path.name: can_resume(path) for path in sorted(states.glob("checkpoint-*"))}
+
+
+@pytest.fixture(scope="module")
+def stopped(folder):
+    """A training that gets worse and worse."""
+    return measured(folder, STOPPING, states="stopped/states", **WORSE)
+
+
+def test_a_training_that_gets_no_better_ends_and_keeps_the_best_and_the_last(folder, stopped):
+    losses = [entry["loss"] for entry in curve(stopped)["measured"]]
+    best = losses.index(min(losses)) + 1
+    assert len(losses) == best + 2 < 9
+    names = [f"checkpoint-{step}" for step in range(best, best + 3)]
+    assert listing(folder / "stopped/states") == {names[0]: False, names[1]: True, names[2]: True}
+    assert stopped.state.best_metric == min(losses)
+    assert stopped.best_state() == folder / "stopped/states" / names[0]
+    assert stopped.state.best_model_checkpoint == str(stopped.best_state())
+
+
+def test_the_best_state_is_what_the_checkpoint_is_made_from(folder, stopped):
+    best = stopped.best_state()
+    weights = load_file(best / "model.safetensors")
+    kept = {path.name for path in best.iterdir()}
+    assert not kept & {"optimizer.pt", "scheduler.pt", "rng_state.pth"} and "trainer_state.json" in kept
+    whole = open_state(best)
+    assert whole.step == stopped.state.best_global_step
+    assert all(torch.equal(whole.read(name, WEIGHT), weights[name]) for name in whole.names)
+    source = ModelConfig(path=str(folder / "model"))
+    last = stopped.model.state_dict()
+    made = trained_model(stopped, source, torch.float32, best)
+    assert all(torch.equal(value, weights[name]) for name, value in made.named_parameters())
+    assert not all(torch.equal(value, last[name]) for name, value in made.named_parameters())
+
+
+@pytest.mark.parametrize("back", [1, 0])
+def test_a_resumed_training_knows_the_best_and_how_long_ago_it_was(folder, stopped, back, tmp_path):
+    for name in ("model", "shared", "held_out", "stopped"):
+        (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, tmp_path / name)
+    end = stopped.state.global_step
+    again = measured(
+        tmp_path, STOPPING, states="stopped/states", resume=f"stopped/states/checkpoint-{end - back}", **WORSE
+    )
+    assert (again.state.global_step, again._initial_global_step) == (end, end - back)
+    assert (again.state.best_metric, again.state.best_global_step) == (
+        stopped.state.best_metric,
+        stopped.state.best_global_step,
+    )
+    assert curve(again)["measured"] == curve(stopped)["measured"]
+    assert curve(again)["digest"] == curve(stopped)["digest"]
+    assert listing(tmp_path / "stopped/states") == listing(folder / "stopped/states")
+
+
+def test_a_state_that_was_kept_for_its_weights_is_not_gone_on_from(folder, stopped):
+    best = stopped.best_state().relative_to(folder)
+    with pytest.raises(InputError, match=rf"{best.name} was kept for its weights: only a later state can be"):
+        measured(folder, STOPPING, states="stopped/states", resume=str(best), **WORSE)
+
+
+def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_two_processes):
+    states = folder / "full-3/states"
+    before = open_state(states / "checkpoint-2")
+    weights = {name: before.read(name, WEIGHT).clone() for name in before.names}
+    retire_states(states, 1, best=2)
+    assert listing(states) == {"checkpoint-2": False, "checkpoint-3": True}
+    assert not list((states / "checkpoint-2").glob("global_step*"))
+    after = open_state(states / "checkpoint-2")
+    assert all(torch.equal(after.read(name, WEIGHT), value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["held_out.every=0", "held_out.keep=best"], "held_out.every=0 measures nothing to choose the best state"),
+        (["held_out.every=0", "held_out.patience=2"], "held_out.every=0 measures nothing to choose the best state"),
+        (["held_out.every=1.5"], "held_out.every=1.5: a whole number of steps, or a share below 1"),
+        (["held_out.metric=strategy_accuracy", "held_out.turns=0"], "held_out.metric=strategy_accuracy with held_out"),
+        (["held_out.metric=strategy_accuracy", "template=given"], "held_out.metric=strategy_accuracy with template.m"),
+        (["held_out.metric=accuracy"], "held_out.metric=accuracy: choose one of loss, strategy_accuracy."),
+        (["then.overrides=['data=files']"], "then.overrides=['data=files']: say of which recipe, by then=evaluate"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(overrides, message):
+    with pytest.raises(InputError) as caught:
+        compose("sft", overrides)
+    assert str(caught.value).startswith(message)
+
+
+def test_measurements_go_with_the_saved_states_unless_asked_otherwise():
+    assert HeldOutConfig().interval(TrainerConfig(save_every=7)) == 7
+    assert HeldOutConfig(every=3).interval(TrainerConfig(save_every=7)) == 3
+    assert HeldOutConfig().interval(TrainerConfig(save_every=0)) == 0
+    with pytest.raises(InputError, match=r"^trainer\.save_every=0: say by held_out"):
+        HeldOutConfig(keep="best").interval(TrainerConfig(save_every=0))
+
+
+# What follows a training
+
+
+def test_what_follows_is_checked_before_the_training():
+    assert then_arguments(ThenConfig(), Path("runs/x")) == []
+    config = compose("sft", ["then=evaluate", "then.overrides=['data=rolecs','evaluation.base=false']"])
+    arguments = ["checkpoint=runs/x/checkpoint", "run.directory=runs/x/evaluation", "run.existing=reuse"]
+    assert then_arguments(config.then, Path("runs/x")) == [*arguments, "data=rolecs", "evaluation.base=false"]
+    with pytest.raises(InputError, match=r"Did you mean 'evaluation\.batch_size'"):
+        then_arguments(ThenConfig("evaluate", ["evaluation.batchsize=1"]), Path("runs/x"))
+
+
+def start(
+    directory: Path, processes: int, *then: str, settings: Sequence[str] = ("run.directory=run",)
+) -> subprocess.CompletedProcess:
+    """A training that keeps the best, and what follows it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
+    return subprocess.run(
+        [
+            sys.executable, *launcher, str(ROOT / "recipes" / "sft.py"), "debug=cpu_tiny", "data.sample_dialogues=40",
+            *settings, "run.existing=reuse", "held_out.every=2", "held_out.keep=best", "held_out.turns=6",
+            "held_out.samples=1", "held_out.max_new_tokens=4", "then=evaluate", f"then.overrides={list(then)}",
+        ],
+        cwd=directory, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_an_evaluation_follows_the_training_and_its_exit_status_is_carried(tmp_path):
+    failed = start(tmp_path, 2, "data=files", "data.train.path=nowhere.jsonl")
+    run = tmp_path / "run"
+    assert json.loads((run / "run.json").read_text())["finished"], failed.stderr[-4000:]
+    assert failed.returncode != 0 and "nowhere.jsonl" in failed.stderr
+    assert failed.stdout.count("note: loss on the evaluation dialogues chooses the checkpoint: test it on others") == 1
+    found = json.loads((run / "metrics.json").read_text())["held_out"]
+    steps = {row["step"] for row in samples(tmp_path, "run")}
+    assert steps == {2, 4, 6} and found["step"] in steps and found["loss"] > 0
+    # The training is not repeated for another evaluation.
+    done = start(tmp_path, 1, "evaluation.max_new_tokens=4", "evaluation.base=false", "evaluation.contexts=[reference]")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "reused run/checkpoint" in done.stdout
+    assert "trained" in json.loads((run / "evaluation/results.json").read_text())["results"]
+
+
+def test_a_training_chooses_on_what_is_set_aside_and_is_tested_on_others(tmp_path):
+    settings = ["run.directory=run", "data.validation_fraction=0.3"]
+    done = start(tmp_path, 1, "evaluation.max_new_tokens=4", "evaluation.contexts=[reference]", settings=settings)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "chooses the checkpoint" not in done.stdout
+    run = tmp_path / "run"
+    chosen_on = {row["dialogue_id"] for row in samples(tmp_path, "run")}
+    tested_on = {row["id"] for row in map(json.loads, (run / "evaluation/dialogues.jsonl").read_text().splitlines())}
+    assert chosen_on and tested_on and not chosen_on & tested_on
