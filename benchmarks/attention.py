@@ -15,9 +15,9 @@ from accelerate.utils import send_to_device
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from csc_train.models.attention.flex import FLEX_ATTENTION
-from csc_train.models.attention.varlen import ATTENTION
+from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.loading import batch_layout
-from csc_train.packing.collator import IGNORED, PackCollator
+from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 
 PREFIX, BODY = 568, 752
 """Tokens of the system prompt, and of a dialogue without it: the means of the RoleCS-like set."""
@@ -69,7 +69,7 @@ def compare(
             begin = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 logits = model(**batch, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:], ignore_index=IGNORED)
+            loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:], ignore_index=IGNORE_INDEX)
             loss.backward()
             _wait(device)
             seconds.append(time.perf_counter() - begin)
@@ -111,6 +111,6 @@ if __name__ == "__main__":
         "settings": vars(arguments),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "attentions": compare([ATTENTION, FLEX_ATTENTION, "sdpa", "eager"], **vars(arguments), device=device),
+        "attentions": compare([VARLEN_ATTENTION, FLEX_ATTENTION, "sdpa", "eager"], **vars(arguments), device=device),
     }
     print(json.dumps(result, indent=1))

@@ -18,17 +18,17 @@ import torch
 from measure import Report, random_model, ratios, seconds, side_by_side, spread
 from transformers import GenerationConfig, PreTrainedModel
 
-from csc_train.config.compose import compose, resolved
+from csc_train.config.compose import compose, to_container
 from csc_train.data.dialogue import Speaker
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.metrics import lexical
-from csc_train.evaluation.metrics.profiles import MetricsConfig, figures
-from csc_train.evaluation.table import Turns
-from csc_train.inference.generator import Schedule, predict
-from csc_train.inference.hf import HFPolicy
+from csc_train.evaluation.metrics.profiles import MetricsConfig, compute_metrics
+from csc_train.evaluation.table import PredictionTable
+from csc_train.inference.generator import TurnQueue, predict
+from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
-from csc_train.runs.directory import processes
+from csc_train.runs.directory import distributed_state
 from csc_train.stats import interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.tokenizer import obtain_tokenizer
@@ -69,9 +69,13 @@ def demo() -> tuple[DialogueTemplate, dict[str, Any]]:
     config = compose("sft", ["experiment=demo"])
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = obtain_tokenizer(
-            config.model, config.template, generate_sample(700, seed=0), Path(directory) / "tokenizer", processes()
+            config.model,
+            config.template,
+            generate_sample(700, seed=0),
+            Path(directory) / "tokenizer",
+            distributed_state(),
         )
-    architecture = {key: value for key, value in resolved(config)["model"]["architecture"].items() if value}
+    architecture = {key: value for key, value in to_container(config)["model"]["architecture"].items() if value}
     del architecture["model_type"]
     # Weights drawn wide enough for replies to depend on what was said.
     return DialogueTemplate(tokenizer, config.model.chat_template, config.template), architecture | {
@@ -94,7 +98,7 @@ def generation(
     words = len(template.tokenizer)
     model.eval().generation_config.eos_token_id = random.Random(0).sample(range(256, words), words // 10)
     settings = EvaluationConfig(batch_size=batch, max_new_tokens=LONGEST)
-    policies = {"alone": Alone, "together": Generation, "with likelihoods": HFPolicy}
+    policies = {"alone": Alone, "together": Generation, "with likelihoods": HFGenerator}
     policies = {name: kind(model, template, settings) for name, kind in policies.items()}
     few = dialogues[:compared]
     predictions = {}
@@ -132,7 +136,7 @@ def generation(
         report.add("turns with equal tokens, percent", 100 * sum(same) / len(same))
 
 
-class Generation(HFPolicy):
+class Generation(HFGenerator):
     """Without the likelihoods that come after it."""
 
     def _add_likelihoods(self, *_) -> None:
@@ -142,7 +146,7 @@ class Generation(HFPolicy):
 class Alone(Generation):
     """A turn at a time, from nothing."""
 
-    def run(self, schedule: Schedule) -> None:
+    def run(self, schedule: TurnQueue) -> None:
         """Answer every turn."""
         while requests := schedule.take(1):
             prompt = self._prompt(requests[0])
@@ -172,9 +176,9 @@ def scoring(report: Report, count: int, repeats: int) -> None:
         mean_characters=round(float(numpy.mean(lengths)), 1),
     )
     lexical.words("您好")  # loads the dictionary
-    taken = side_by_side({"all": lambda: figures(Turns(one), MetricsConfig())}, repeats, warm_up=0)
+    taken = side_by_side({"all": lambda: compute_metrics(PredictionTable(one), MetricsConfig())}, repeats, warm_up=0)
     report.add("all lexical metrics of both profiles: seconds", spread(taken["all"]), most=40)
-    turns = Turns(one)
+    turns = PredictionTable(one)
     for name, action in {
         "segmentation": lambda: turns.words,
         "nltk sentence BLEU": lambda: lexical.sentence_bleu(turns.words),
@@ -185,7 +189,8 @@ def scoring(report: Report, count: int, repeats: int) -> None:
     }.items():
         report.add(f"{name}: seconds", seconds(action))
     paper = [
-        figures(each, MetricsConfig(profiles=["paper"]))["paper"]["B-4"].statistic for each in (turns, Turns(other))
+        compute_metrics(each, MetricsConfig(profiles=["paper"]))["paper"]["B-4"].statistic
+        for each in (turns, PredictionTable(other))
     ]
     report.add("interval: first figure, seconds", seconds(lambda: interval(paper[0], turns.dialogue, 1000)))
     taken = side_by_side({"next": lambda: interval(paper[0], turns.dialogue, 1000)}, 5)

@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import SFTConfig, SFTTrainer
 
 from csc_train.files import write_json, write_text
-from csc_train.packing.collator import IGNORED
-from csc_train.packing.dataset import Packs
+from csc_train.packing.collator import IGNORE_INDEX
+from csc_train.packing.dataset import PackedDataset
 from csc_train.runs.directory import provenance
-from csc_train.template.dialogue_template import Example, TokenKind
+from csc_train.template.dialogue_template import TokenizedDialogue, TokenType
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.trainer import PackTrainer, build_trainer, training_arguments
 
@@ -83,7 +83,7 @@ def turn_ends(bodies: numpy.ndarray) -> numpy.ndarray:
     return bodies[:, None] * numpy.arange(1, EXCHANGES + 1) // EXCHANGES
 
 
-def random_examples(bodies: Iterable[int], prefix: int, vocabulary: int) -> list[Example]:
+def random_examples(bodies: Iterable[int], prefix: int, vocabulary: int) -> list[TokenizedDialogue]:
     """Encoded dialogues of these lengths, of random ids, behind one prefix; the second half of each exchange is
     trained."""
     rng = numpy.random.default_rng(0)
@@ -93,22 +93,24 @@ def random_examples(bodies: Iterable[int], prefix: int, vocabulary: int) -> list
         boundaries = prefix + body * numpy.arange(2 * EXCHANGES + 1) // (2 * EXCHANGES)
         kinds = numpy.zeros(prefix + body, numpy.uint8)
         for start, end in zip(boundaries[1::2], boundaries[2::2], strict=True):
-            kinds[start:end] = TokenKind.REPLY
+            kinds[start:end] = TokenType.REPLY
         ids = numpy.concatenate([shared, rng.integers(vocabulary, size=body)]).astype(numpy.int32)
         strategies = numpy.tile(numpy.array([0, 1], numpy.uint8), EXCHANGES)
-        examples.append(Example(ids, kinds, boundaries.astype(numpy.int32), strategies))
+        examples.append(TokenizedDialogue(ids, kinds, boundaries.astype(numpy.int32), strategies))
     return examples
 
 
-def turn_samples(examples: Iterable[Example]) -> list[Example]:
+def turn_samples(examples: Iterable[TokenizedDialogue]) -> list[TokenizedDialogue]:
     """A sample for each supporter turn: all that comes before it, and it alone trained."""
     samples = []
     for example in examples:
         for turn in range(1, len(example.boundaries), 2):
             start, end = example.boundaries[turn], example.boundaries[turn + 1]
-            kinds = numpy.where(numpy.arange(end) < start, TokenKind.CONTEXT, example.kinds[:end]).astype(numpy.uint8)
+            kinds = numpy.where(numpy.arange(end) < start, TokenType.CONTEXT, example.kinds[:end]).astype(numpy.uint8)
             samples.append(
-                Example(example.input_ids[:end], kinds, example.boundaries[: turn + 2], example.strategies[: turn + 1])
+                TokenizedDialogue(
+                    example.input_ids[:end], kinds, example.boundaries[: turn + 2], example.strategies[: turn + 1]
+                )
             )
     return samples
 
@@ -125,7 +127,7 @@ def random_model(architecture: dict[str, Any], attention: str, dtype: torch.dtyp
 
 
 def pack_trainer(
-    model: PreTrainedModel, packs: Packs, packing: str, directory: str, checkpointing: bool = False
+    model: PreTrainedModel, packs: PackedDataset, packing: str, directory: str, checkpointing: bool = False
 ) -> PackTrainer:
     """Our trainer, one pack a step."""
     config = TrainerConfig(learning_rate=LEARNING_RATE, packs_per_step=1, gradient_checkpointing=checkpointing)
@@ -140,10 +142,14 @@ def pack_trainer(
 
 
 def trl_trainer(
-    model: PreTrainedModel, examples: Iterable[Example], max_length: int, directory: str, checkpointing: bool = False
+    model: PreTrainedModel,
+    examples: Iterable[TokenizedDialogue],
+    max_length: int,
+    directory: str,
+    checkpointing: bool = False,
 ) -> SFTTrainer:
     """TRL's own trainer with its own packing and collator, one pack a step."""
-    rows = [(each.input_ids, numpy.where(each.trained, each.input_ids, IGNORED)) for each in examples]
+    rows = [(each.input_ids, numpy.where(each.trained, each.input_ids, IGNORE_INDEX)) for each in examples]
     dataset = datasets.Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [each for _, each in rows]})
     arguments = SFTConfig(
         output_dir=directory,
@@ -193,7 +199,7 @@ class Steps:
         trainer = self.trainer
         self.taken.append(next(self.order))
         batch = trainer.data_collator([self.packs[self.taken[-1]]])
-        self.trained.append(int((batch["labels"] != IGNORED).sum()))
+        self.trained.append(int((batch["labels"] != IGNORE_INDEX).sum()))
         device = trainer.args.device
         [batch], total = trainer.get_batch_samples(iter([batch]), 1, device)
         loss = trainer.training_step(self.model, batch, total)

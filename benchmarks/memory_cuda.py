@@ -3,7 +3,7 @@
 python benchmarks/memory_cuda.py [results.json]
 
 A 1.5B-shaped model trained whole and a 7B-shaped one with LoRA, both from random weights, on packs of random tokens, by
-the trainer of recipes/sft.py on one GPU. Every run is a process of its own. `plan` is what the plan says that tensors
+the trainer of recipes/sft.py on one GPU. Every run is a process of its own. `estimate_memory` is what the plan says that tensors
 take, `measured` the peak that torch allocated; `reserved` and `used` are what its allocator and the whole process hold.
 """
 
@@ -22,13 +22,13 @@ from transformers.trainer_utils import SaveStrategy
 from csc_train.config.compose import compose
 from csc_train.errors import InputError
 from csc_train.files import write_json
-from csc_train.models.loading import choose_attention, load_model, weight_dtype
+from csc_train.models.loading import load_model, select_attention, weight_dtype
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import pack_examples
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.runs.directory import provenance
-from csc_train.template.dialogue_template import Example
+from csc_train.template.dialogue_template import TokenizedDialogue
 from csc_train.training.config import AdapterConfig, ArchitectureConfig, ModelConfig, TrainerConfig
-from csc_train.training.memory import GIB, plan, training_flops
+from csc_train.training.memory import GIB, estimate_memory, training_flops
 from csc_train.training.tokenizer import train_tokenizer
 from csc_train.training.trainer import build_trainer, training_arguments
 from csc_train.training.worst_first import setting_of
@@ -61,7 +61,7 @@ def cases() -> dict[str, Case]:
     return {"1.5B full": Case(small), "7B LoRA": Case(seven, AdapterConfig(kind="lora"))}
 
 
-def random_examples(count: int) -> list[Example]:
+def random_examples(count: int) -> list[TokenizedDialogue]:
     """Dialogues of random tokens, of which every second turn is trained."""
     rng = numpy.random.default_rng(0)
     boundaries = numpy.arange(DOCUMENT // 4, DOCUMENT + 1, DOCUMENT // 8, dtype=numpy.int32)
@@ -70,15 +70,18 @@ def random_examples(count: int) -> list[Example]:
         kinds[start + 4 : start + DOCUMENT // 8] = 2
     strategies = numpy.array([1, 0] * 3, numpy.uint8)
     return [
-        Example(rng.integers(0, 290, DOCUMENT, dtype=numpy.int32), kinds, boundaries, strategies) for _ in range(count)
+        TokenizedDialogue(rng.integers(0, 290, DOCUMENT, dtype=numpy.int32), kinds, boundaries, strategies)
+        for _ in range(count)
     ]
 
 
 def measure(case: Case) -> dict:
     """Train for `STEPS` steps of two forward passes each."""
-    packs, report = pack_examples(random_examples(2 * STEPS * LENGTH // DOCUMENT), PackingConfig(case.strategy, LENGTH))
+    packs, report = pack_dialogues(
+        random_examples(2 * STEPS * LENGTH // DOCUMENT), PackingConfig(case.strategy, LENGTH)
+    )
     tokenizer = train_tokenizer(["text"], 300)
-    attention = choose_attention("auto", case.strategy, "bf16")
+    attention = select_attention("auto", case.strategy, "bf16")
     config = ModelConfig(init="random", tokenizer="train", architecture=case.architecture)
     with tempfile.TemporaryDirectory() as states:
         settings = TrainerConfig(
@@ -107,7 +110,7 @@ def measure(case: Case) -> dict:
         trainer.log = log
         trainer.train()
     free, total = torch.cuda.mem_get_info()
-    measured, planned = torch.cuda.max_memory_allocated(), plan(setting)
+    measured, planned = torch.cuda.max_memory_allocated(), estimate_memory(setting)
     # The last line that is logged is the summary.
     seconds = (ends[STEPS - 1] - ends[WARM_UP - 1]) / (STEPS - WARM_UP)
     tokens = report.tokens / STEPS

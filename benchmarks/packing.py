@@ -50,15 +50,15 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.files import read_json
-from csc_train.models.attention.varlen import ATTENTION
+from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.packing.best_fit import best_fit_decreasing
-from csc_train.packing.bin_packing import tight_fit
-from csc_train.packing.collator import IGNORED, PackCollator
+from csc_train.packing.bin_packing import subset_sum_packing
+from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import Packs, pack_examples
-from csc_train.packing.global_batches import PackCost, Part, distribute, epoch_steps, pack_cost
+from csc_train.packing.dataset import PackedDataset, pack_dialogues
+from csc_train.packing.global_batches import PackCost, PackSlice, assign_to_ranks, global_batches, pack_cost
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, Example, messages
+from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, chat_messages
 from csc_train.training.trainer import forward_flops
 
 CPU_MODEL = {
@@ -194,7 +194,7 @@ def tokens(report: Report, settings: Settings, tokenizer: PreTrainedTokenizerBas
         prefixes[f"the real prompt of {own} ids"] = own
     for name, prefix in prefixes.items():
         plain = int((bodies + prefix).sum())
-        shared = int(bodies.sum()) + prefix * len(tight_fit(bodies, capacity - prefix))
+        shared = int(bodies.sum()) + prefix * len(subset_sum_packing(bodies, capacity - prefix))
         if prefix == PREFIX:
             per_turn = int((turn_ends(bodies) + prefix).sum())
             report.add("per turn", per_turn)
@@ -220,13 +220,13 @@ def packer(report: Report, settings: Settings, capacity: int) -> None:
         ("shared", "plain"), (bodies, bodies + PREFIX), (PREFIX, 0), goals, strict=True
     ):
         room = capacity - shared
-        packs = len(tight_fit(lengths, room))
+        packs = len(subset_sum_packing(lengths, room))
         report.add(f"{name}: packs", packs)
         report.add(f"{name}: lower bound", -(-int(lengths.sum()) // room))
         report.add(f"{name}: packs by best_fit_decreasing", len(best_fit_decreasing(lengths, room)))
         report.add(f"{name}: utilisation", (int(lengths.sum()) + packs * shared) / (packs * capacity), least=goal)
         taken = side_by_side(
-            {"ours": lambda lengths=lengths, room=room: tight_fit(lengths, room)}, settings.packer_repeats
+            {"ours": lambda lengths=lengths, room=room: subset_sum_packing(lengths, room)}, settings.packer_repeats
         )
         report.add(f"{name}: seconds", spread(taken["ours"]), most=1.0)
     ids = dataset_of_lengths(bodies + PREFIX)
@@ -253,7 +253,7 @@ def balance(report: Report, settings: Settings, capacity: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SHAPES["7b"]))
     flops = forward_flops(model)
-    shared = [[PREFIX, *bodies[pack]] for pack in tight_fit(bodies, capacity - PREFIX)]
+    shared = [[PREFIX, *bodies[pack]] for pack in subset_sum_packing(bodies, capacity - PREFIX)]
     plain = pack_dataset(dataset_of_lengths(bodies + PREFIX), capacity)["seq_lengths"]
     sides = {
         "ours": ([pack_cost(pack, PREFIX, *flops) for pack in shared], our_steps),
@@ -286,23 +286,23 @@ def balance(report: Report, settings: Settings, capacity: int) -> None:
             report.add(f"{name}: spread of dialogue lengths", unfairness(full, packs))
 
 
-def our_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[list[Part]]]:
+def our_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[list[PackSlice]]]:
     """By step, by rank, its parts."""
-    steps = epoch_steps(packs, per_step, 0, epoch)
-    return [[list(itertools.chain(*passes)) for passes in distribute(step, packs, RANKS, 1, joined=True)]
+    steps = global_batches(packs, per_step, 0, epoch)
+    return [[list(itertools.chain(*passes)) for passes in assign_to_ranks(step, packs, RANKS, 1, joined=True)]
             for step in steps]  # fmt: skip
 
 
-def random_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[list[Part]]]:
+def random_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[list[PackSlice]]]:
     """As `our_steps`, but shuffled and dealt in order; the first packs fill the last round up, as accelerate does."""
     order = numpy.random.default_rng([0, epoch]).permutation(len(packs)).tolist()
     order += order[: -len(order) % RANKS]
-    whole = [Part(pack, 0, len(packs[pack].tokens)) for pack in order]
+    whole = [PackSlice(pack, 0, len(packs[pack].tokens)) for pack in order]
     steps = [whole[start : start + per_step] for start in range(0, len(whole), per_step)]
     return [[step[rank::RANKS] for rank in range(RANKS)] for step in steps]
 
 
-def unfairness(steps: list[list[list[Part]]], packs: list[PackCost]) -> float:
+def unfairness(steps: list[list[list[PackSlice]]], packs: list[PackCost]) -> float:
     """Spread of the steps' mean dialogue length, over that of random dialogues; 1 is as fair as random."""
     samples = [
         [packs[part.pack].prefix_tokens + body for part in itertools.chain(*step)
@@ -358,7 +358,7 @@ def preparation(report: Report, settings: Settings, tokenizer: PreTrainedTokeniz
     )
     pairs = list(zip(made["ours"], made["TRL"], strict=True))
     report.add("ids equal", all(each.input_ids.tolist() == row["input_ids"] for each, row in pairs))
-    labels = (numpy.where(each.trained, each.input_ids, IGNORED).tolist() for each, _ in pairs)
+    labels = (numpy.where(each.trained, each.input_ids, IGNORE_INDEX).tolist() for each, _ in pairs)
     report.add("labels equal", all(own == row["labels"] for own, (_, row) in zip(labels, pairs, strict=True)))
     for name, each in taken.items():
         report.add(f"{name}: dialogues/s", spread(len(dialogues) / second for second in each))
@@ -386,14 +386,14 @@ def plain_messages(dialogue: Dialogue) -> list[dict[str, str]]:
     return [
         {"role": each["role"], "content": f"[{each['strategy']}]{each['content']}" if "strategy" in each else
          each["content"]}
-        for each in messages(dialogue.turns, TemplateConfig())
+        for each in chat_messages(dialogue.turns, TemplateConfig())
     ]  # fmt: skip
 
 
 # Training
 
 
-def training_examples(settings: Settings) -> list[Example]:
+def training_examples(settings: Settings) -> list[TokenizedDialogue]:
     """Random ids with the lengths of the file."""
     bodies = body_lengths(settings.trained_dialogues, settings.shortened)
     return random_examples(bodies.tolist(), settings.prefix, settings.model["vocab_size"])
@@ -403,9 +403,9 @@ def training(report: Report, settings: Settings, directory: str) -> None:
     """Trained tokens a second of whole optimizer steps, one pack a step."""
     examples, length = training_examples(settings), settings.max_length
 
-    def ours(examples: list[Example], packing: str) -> Steps:
-        packs, _ = pack_examples(examples, PackingConfig(packing, length))
-        trainer = pack_trainer(random_model(settings.model, ATTENTION), packs, packing, directory)
+    def ours(examples: list[TokenizedDialogue], packing: str) -> Steps:
+        packs, _ = pack_dialogues(examples, PackingConfig(packing, length))
+        trainer = pack_trainer(random_model(settings.model, VARLEN_ATTENTION), packs, packing, directory)
         return Steps(trainer, full_packs(packs.lengths, length))
 
     def theirs() -> Steps:
@@ -448,11 +448,11 @@ def training(report: Report, settings: Settings, directory: str) -> None:
 def same_steps(report: Report, settings: Settings, directory: str) -> None:
     """The same dialogues in each step with and without a shared prefix: equal losses, less time."""
     examples = training_examples(settings)
-    shared, _ = pack_examples(examples, PackingConfig("shared_prefix", settings.max_length))
-    plain = Packs(shared.examples, shared.members, [0] * len(shared), shared.weigh)
+    shared, _ = pack_dialogues(examples, PackingConfig("shared_prefix", settings.max_length))
+    plain = PackedDataset(shared.examples, shared.members, [0] * len(shared), shared.weigh)
     order = list(itertools.islice(full_packs(shared.lengths, settings.max_length), settings.rounds + 1))
     sides = {
-        packing: Steps(pack_trainer(random_model(settings.model, ATTENTION), packs, packing, directory), order)
+        packing: Steps(pack_trainer(random_model(settings.model, VARLEN_ATTENTION), packs, packing, directory), order)
         for packing, packs in {"shared_prefix": shared, "best_fit": plain}.items()
     }
     taken = side_by_side(sides, settings.rounds)
@@ -482,7 +482,7 @@ def same_steps(report: Report, settings: Settings, directory: str) -> None:
 def exactness(report: Report, settings: Settings) -> None:
     """Hidden states of packs against those of the same dialogues one by one."""
     examples = training_examples(settings)
-    packs, _ = pack_examples(examples, PackingConfig("shared_prefix", settings.max_length))
+    packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", settings.max_length))
     number = next(iter(full_packs(packs.lengths, settings.max_length)))
     members = [examples[member.example] for member in packs.members[number]]
     report.section(
@@ -498,7 +498,9 @@ def exactness(report: Report, settings: Settings) -> None:
     ids = [torch.tensor(example.input_ids, dtype=torch.int64) for example in members]
     alone = [hidden(plain, {"input_ids": each[None]}) for each in ids]
     expected = torch.cat([alone[0][: settings.prefix], *(states[settings.prefix :] for states in alone)])
-    states = hidden(random_model(settings.model, ATTENTION), PackCollator("documents", pad_id=0)([packs[number]]))
+    states = hidden(
+        random_model(settings.model, VARLEN_ATTENTION), PackCollator("documents", pad_id=0)([packs[number]])
+    )
     report.add("shared prefix", float((states - expected).abs().max()), most=1e-5)
     packed = {"input_ids": torch.cat(ids).tolist(), "seq_lengths": list(map(len, ids))}
     states = hidden(plain, DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([packed]))

@@ -34,11 +34,11 @@ from measure import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from csc_train.models.loading import choose_attention
+from csc_train.models.loading import select_attention
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import pack_examples
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.global_batches import pack_cost
-from csc_train.template.dialogue_template import Example
+from csc_train.template.dialogue_template import TokenizedDialogue
 from csc_train.training.trainer import forward_flops
 
 DIALOGUES = 500
@@ -106,13 +106,15 @@ def measure_shape(report: Report, shape: str, options: argparse.Namespace, deadl
         report.add(f"shared prefix / {best}, TRL's fastest", rates["shared prefix"] / rates[best])
 
 
-def sides(examples: list[Example], model: dict, options: argparse.Namespace) -> dict[str, Callable[[str], Steps]]:
+def sides(
+    examples: list[TokenizedDialogue], model: dict, options: argparse.Namespace
+) -> dict[str, Callable[[str], Steps]]:
     """What is compared, by name: each makes its steps, given a directory."""
 
     def ours(packing: str) -> Callable[[str], Steps]:
         def prepare(directory: str) -> Steps:
-            packs, _ = pack_examples(examples, PackingConfig(packing, options.max_length))
-            attention = choose_attention("auto", packing, "bf16")
+            packs, _ = pack_dialogues(examples, PackingConfig(packing, options.max_length))
+            attention = select_attention("auto", packing, "bf16")
             trainer = pack_trainer(
                 random_model(model, attention, torch.bfloat16), packs, packing, directory, options.checkpointing
             )

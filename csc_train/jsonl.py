@@ -9,7 +9,7 @@ from csc_train.errors import InputError
 from csc_train.files import write_text
 
 
-class Lines:
+class JsonlLog:
     """A file of JSON lines, each of an optimizer step; a line is written out at once."""
 
     def __init__(self, path: Path):
@@ -48,7 +48,7 @@ def keep_table(directory: Path, name: str, columns: Sequence[str], rows: Sequenc
     Raises:
         InputError: it cannot be written.
     """
-    lines = Lines(directory / f"{name}.jsonl")
+    lines = JsonlLog(directory / f"{name}.jsonl")
     lines.forget_after(step - 1)
     for row in rows:
         lines.append(step, dict(zip(columns, row, strict=True)))

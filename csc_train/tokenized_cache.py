@@ -5,8 +5,8 @@ A set of encoded dialogues is a directory of flat arrays, which training maps in
     prefix.bin      int32 [prefix]             the ids before the first turn, which all the dialogues share
     input_ids.bin   int32 [tokens]             what follows them, one dialogue after the other
     kinds.bin       uint8 [tokens]             `TokenKind` of each of these
-    boundaries.bin  int32 [turns + dialogues]  `Example.boundaries`
-    strategies.bin  uint8 [turns]              `Example.strategies`
+    boundaries.bin  int32 [turns + dialogues]  `TokenizedDialogue.boundaries`
+    strategies.bin  uint8 [turns]              `TokenizedDialogue.strategies`
     offsets.bin     int64 [dialogues + 1, 2]   where each dialogue starts in `input_ids` and in `strategies`
 
 Loss weights are not kept: they follow from kinds and strategies as a row is put together, so that changing them costs
@@ -36,7 +36,7 @@ from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, read_json, write_json
 from csc_train.template.config import PrepareConfig
-from csc_train.template.dialogue_template import DialogueTemplate, Example
+from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
 
 ARRAYS = {
     "prefix": numpy.int32,
@@ -51,15 +51,15 @@ KEY = 16
 """Hexadecimal digits of the hash that a directory is named by."""
 CHUNK = 500
 """Dialogues that are encoded, sent between processes and written at a time."""
-WORTH_A_PROCESS = 10_000
+MIN_DIALOGUES_PER_WORKER = 10_000
 """Dialogues that take longer to encode than a process takes to start."""
 
 
-class PreparedExamples(Sequence[Example]):
+class TokenizedDataset(Sequence[TokenizedDialogue]):
     """The encoded dialogues of a directory, mapped into memory and read as they are asked for."""
 
     def __init__(self, directory: str | os.PathLike):
-        """Map the arrays; whether they are whole is checked by `prepare`."""
+        """Map the arrays; whether they are whole is checked by `tokenize`."""
         arrays = {
             # As plain arrays: slicing a numpy.memmap takes many times longer.
             name: numpy.memmap(_file(directory, name), dtype, "r").view(numpy.ndarray)
@@ -72,10 +72,10 @@ class PreparedExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> TokenizedDialogue:
         number = range(len(self))[index]
         (token, turn), (last_token, last_turn) = self._offsets[number : number + 2].tolist()
-        return Example(
+        return TokenizedDialogue(
             numpy.concatenate([self._prefix, self._ids[token:last_token]]),
             numpy.concatenate([self._context, self._kinds[token:last_token]]),
             self._boundaries[turn + number : last_turn + number + 1],
@@ -83,12 +83,12 @@ class PreparedExamples(Sequence[Example]):
         )
 
 
-def prepare(
+def tokenize(
     dialogues: Sequence[Dialogue],
     template: DialogueTemplate,
     config: PrepareConfig,
     say: Callable[[str], None] = print,
-) -> PreparedExamples:
+) -> TokenizedDataset:
     """The dialogues encoded by `template`, in order: found in the cache, or encoded and put there.
 
     The cache is keyed by the dialogues, the tokenizer, the template (mode and language with it) and the code that
@@ -117,11 +117,11 @@ def prepare(
                     print(f"prepared {directory}: {fault}, so it is built again", flush=True)
                 return _build(directory, inputs, dialogues, template, config.processes)
     say(f"prepared {directory}: hit, {len(dialogues):,} dialogues")
-    return PreparedExamples(directory)
+    return TokenizedDataset(directory)
 
 
-def prepared_at(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: PrepareConfig) -> Path | None:
-    """Where `prepare` will find these dialogues encoded; None where it will encode them."""
+def find_cached(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: PrepareConfig) -> Path | None:
+    """Where `tokenize` will find these dialogues encoded; None where it will encode them."""
     directory, inputs = _entry(dialogues, template, config)
     return directory if _fault(directory, inputs) is None else None
 
@@ -145,9 +145,9 @@ def _build(
     dialogues: Sequence[Dialogue],
     template: DialogueTemplate,
     processes: int | None,
-) -> PreparedExamples:
+) -> TokenizedDataset:
     if processes is None:
-        processes = min(os.cpu_count() or 1, 1 + len(dialogues) // WORTH_A_PROCESS)
+        processes = min(os.cpu_count() or 1, 1 + len(dialogues) // MIN_DIALOGUES_PER_WORKER)
     start = time.perf_counter()
     with (
         atomic_path(directory) as temporary,
@@ -163,7 +163,7 @@ def _build(
         f"({len(dialogues) / seconds:,.0f} a second, processes: {processes})",
         flush=True,
     )
-    return PreparedExamples(directory)
+    return TokenizedDataset(directory)
 
 
 def _write(
@@ -210,7 +210,7 @@ def _encode(dialogues: Sequence[Dialogue], template: DialogueTemplate, processes
         pool.shutdown(cancel_futures=True)
 
 
-def _flatten(examples: Iterable[Example]) -> list[numpy.ndarray]:
+def _flatten(examples: Iterable[TokenizedDialogue]) -> list[numpy.ndarray]:
     """Examples as `input_ids`, `kinds`, `boundaries` and `strategies` end to end, and int64 [examples, 2]: how many
     ids and turns each has. Ids and kinds are those behind the prefix."""
     examples = list(examples)

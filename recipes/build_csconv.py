@@ -5,7 +5,7 @@ python recipes/build_csconv.py calls=calls.jsonl llm=deepseek_r1
 python recipes/build_csconv.py run=runs/build_csconv-20260101-120000 resume=true    # goes on where it was stopped
 """
 
-from csc_train.config.compose import BuildCsconvRecipe, resolved, run_recipe
+from csc_train.config.compose import BuildCsconvRecipe, run_recipe, to_container
 
 
 def main(config: BuildCsconvRecipe) -> None:
@@ -17,16 +17,16 @@ def main(config: BuildCsconvRecipe) -> None:
     from tqdm import tqdm
 
     from csc_train.data.dialogue import read_dialogues, write_dialogues
-    from csc_train.data.sample_grammar import SOURCE
+    from csc_train.data.sample_grammar import SAMPLE_SOURCE
     from csc_train.files import file_digest, write_json, write_text
     from csc_train.llm.client import AuthenticationFailure, Client
     from csc_train.runs.directory import Run, single_process
     from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, ask_model, ask_script, build, read_calls
-    from csc_train.synthesis.filters.funnel import waterfall, waterfall_table
+    from csc_train.synthesis.filters.funnel import filter_funnel, funnel_table
     from csc_train.synthesis.quality_report import quality_report, write_quality_report
 
     single_process("build_csconv")
-    run = Run("build_csconv", resolved(config))
+    run = Run("build_csconv", to_container(config))
 
     # Calls
     path = config.calls or BUNDLED
@@ -59,11 +59,11 @@ def main(config: BuildCsconvRecipe) -> None:
         raise
 
     # Dialogues, what was dropped and why
-    source = "CSConv" if config.calls else SOURCE
+    source = "CSConv" if config.calls else SAMPLE_SOURCE
     dialogues = [outcome.dialogue(source) for outcome in outcomes if outcome.accepted]
     failed = [outcome for outcome in outcomes if outcome.failure]
     rejected = [outcome.row() for outcome in outcomes if not outcome.accepted and not outcome.failure]
-    rows = waterfall((outcome.verdicts for outcome in outcomes), RULES)
+    rows = filter_funnel((outcome.verdicts for outcome in outcomes), RULES)
     for name in ("dialogues.jsonl", "dialogues.parquet"):
         write_dialogues(run.directory / name, dialogues)
     write_text(run.directory / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
@@ -72,7 +72,7 @@ def main(config: BuildCsconvRecipe) -> None:
     usage = {name: value for name, value in usage.items() if value is not None} if log.usage["requests"] else None
     report = quality_report(dialogues, reference=reference, waterfall=rows, usage=usage, seed=config.seed)
     write_quality_report(run.directory, report, f"Dialogues from {len(calls)} calls ({source})")
-    Console().print(waterfall_table(rows, f"{len(dialogues)} of {len(calls)} calls are kept"))
+    Console().print(funnel_table(rows, f"{len(dialogues)} of {len(calls)} calls are kept"))
     run.say(f"dialogues: {run.directory}/dialogues.jsonl, .parquet (source={source})")
     run.say(f"dropped calls: {run.directory}/rejected.jsonl; report: {run.directory}/quality.html, quality.json")
     if failed:

@@ -18,7 +18,7 @@ def main(config: ChatConfig) -> None:
     from transformers.utils import logging
 
     from csc_train.evaluation.config import EvaluationConfig
-    from csc_train.inference.hf import load_policy, open_checkpoint
+    from csc_train.inference.hf import load_generator, open_checkpoint
     from csc_train.runs.directory import single_process
 
     single_process("chat")
@@ -26,7 +26,7 @@ def main(config: ChatConfig) -> None:
 
     # Model
     template, _ = open_checkpoint(config.checkpoint)
-    policy = load_policy(config.checkpoint, template, EvaluationConfig(dtype=config.dtype))
+    policy = load_generator(config.checkpoint, template, EvaluationConfig(dtype=config.dtype))
 
     # Conversation
     talk(policy, config)

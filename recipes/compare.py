@@ -3,7 +3,7 @@
 python recipes/compare.py runs/one/evaluation runs/other/evaluation
 """
 
-from csc_train.config.compose import CompareRecipe, resolved, run_recipe
+from csc_train.config.compose import CompareRecipe, run_recipe, to_container
 
 
 def main(config: CompareRecipe) -> None:
@@ -19,7 +19,7 @@ def main(config: CompareRecipe) -> None:
     from csc_train.runs.directory import Run, provenance, single_process
 
     single_process("compare")
-    run = Run("compare", resolved(config))
+    run = Run("compare", to_container(config))
 
     # Predictions
     runs = read_run(config.a), read_run(config.b)

@@ -4,20 +4,20 @@ python recipes/compare_runs.py runs/sweeps/lr
 python recipes/compare_runs.py runs metric=eval_strategy_accuracy direction=maximize
 """
 
-from csc_train.config.compose import CompareRunsRecipe, resolved, run_recipe
+from csc_train.config.compose import CompareRunsRecipe, run_recipe, to_container
 
 
 def main(config: CompareRunsRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from pathlib import Path
 
-    from csc_train.runs.comparison import find_runs, ordered, show_comparison, write_comparison
+    from csc_train.runs.comparison import find_runs, show_comparison, sort_runs, write_comparison
     from csc_train.runs.directory import Run, single_process
 
     single_process("compare_runs")
-    run = Run("compare_runs", resolved(config))
+    run = Run("compare_runs", to_container(config))
     runs, broken = find_runs(Path(config.folder))
-    runs = ordered(runs, config.metric, config.direction)
+    runs = sort_runs(runs, config.metric, config.direction)
 
     # Table and plot
     run.begin({})

@@ -9,22 +9,22 @@ python recipes/evaluate.py llm=gpt_4o data=rolecs
 
 from pathlib import Path
 
-from csc_train.config.compose import EvaluateRecipe, data_of, resolved, run_recipe
+from csc_train.config.compose import EvaluateRecipe, recorded_data_config, run_recipe, to_container
 
 
 def main(config: EvaluateRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.checkpoints.manifest import MANIFEST
+    from csc_train.checkpoints.manifest import MANIFEST_FILE
     from csc_train.data.dialogue import data_digest, write_dialogues
-    from csc_train.data.sample_grammar import ceiling, ensure_sample
+    from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
     from csc_train.data.splits import load_splits
     from csc_train.evaluation.contamination import find_contamination, write_contamination
     from csc_train.evaluation.metrics.profiles import fetch_models
     from csc_train.files import digest, file_digest
     from csc_train.inference.baselines import StrategyBaseline
-    from csc_train.inference.generator import predict, share
-    from csc_train.inference.hf import base_of, load_policy, open_checkpoint
-    from csc_train.inference.prediction_store import Store, complete
+    from csc_train.inference.generator import predict, shard
+    from csc_train.inference.hf import base_of, load_generator, open_checkpoint
+    from csc_train.inference.prediction_store import PredictionStore, is_complete
     from csc_train.inference.predictions import (
         BASE,
         BASELINES,
@@ -33,7 +33,7 @@ def main(config: EvaluateRecipe) -> None:
         read_replies,
         write_predictions,
     )
-    from csc_train.runs.directory import Run, processes, single_process
+    from csc_train.runs.directory import Run, distributed_state, single_process
     from csc_train.template.config import TemplateConfig
     from csc_train.tracking.wandb import attach_evaluation
 
@@ -41,8 +41,8 @@ def main(config: EvaluateRecipe) -> None:
         single_process("evaluate")
     if config.score_only:
         return score_and_show(Path(config.run.directory), config)
-    job = processes()
-    run = Run("evaluate", resolved(config))
+    job = distributed_state()
+    run = Run("evaluate", to_container(config))
 
     # Checkpoint
     if run.main:
@@ -50,12 +50,12 @@ def main(config: EvaluateRecipe) -> None:
     template, manifest = open_checkpoint(config.checkpoint) if config.checkpoint else (None, None)
 
     # Dialogues
-    data = config.data or data_of(manifest.config)
+    data = config.data or recorded_data_config(manifest.config)
     if data.sample_dialogues and run.main:
         ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
     job.wait_for_everyone()
     splits = load_splits(data, run.directory if run.main else None, say=run.say)
-    system = f"{config.checkpoint}/{MANIFEST}" if config.checkpoint else config.predictions
+    system = f"{config.checkpoint}/{MANIFEST_FILE}" if config.checkpoint else config.predictions
     inputs = {
         "train": data_digest(splits.train),
         "evaluation": data_digest(splits.evaluation),
@@ -68,26 +68,26 @@ def main(config: EvaluateRecipe) -> None:
     # Systems
     systems = {name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINES)}
     if config.llm:
-        from csc_train.inference.openai import OpenAIPolicy
+        from csc_train.inference.openai import OpenAIGenerator
 
         name = TRAINED if config.checkpoint else config.llm.model.replace("/", "_")
         asked = template or config.template or TemplateConfig()
-        systems[name] = lambda: OpenAIPolicy(config.llm, config.evaluation, asked, inputs["system"])
+        systems[name] = lambda: OpenAIGenerator(config.llm, config.evaluation, asked, inputs["system"])
     elif config.checkpoint:
         origin, device = inputs["system"], job.device if job.num_processes > 1 else None
         if config.evaluation.base:
             base, revision = base_of(config.checkpoint, manifest), manifest.base_revision
-            systems[BASE] = lambda: load_policy(
+            systems[BASE] = lambda: load_generator(
                 base, template, config.evaluation, digest([origin, "base"]), device, revision
             )
-        systems[TRAINED] = lambda: load_policy(config.checkpoint, template, config.evaluation, origin, device)
+        systems[TRAINED] = lambda: load_generator(config.checkpoint, template, config.evaluation, origin, device)
 
     # Predictions
     def path_of(name: str, context: str) -> Path:
         return run.directory / "predictions" / f"{name}-{context}.jsonl"
 
     def missing(name: str) -> list[str]:
-        return [each for each in config.evaluation.contexts if not complete(path_of(name, each), splits.evaluation)]
+        return [each for each in config.evaluation.contexts if not is_complete(path_of(name, each), splits.evaluation)]
 
     if status == "finished" and not any(map(missing, systems)):
         run.say(f"reused {run.directory}: same checkpoint, configuration, data and code")
@@ -97,12 +97,12 @@ def main(config: EvaluateRecipe) -> None:
     if run.main:
         write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
         write_contamination(run.directory, find_contamination(splits, data.overlap_threshold))
-    mine = share(splits.evaluation, job.process_index, job.num_processes)
+    mine = shard(splits.evaluation, job.process_index, job.num_processes)
     for name, load in systems.items():
         contexts = missing(name)
         policy = load() if contexts else None
         for context in contexts:
-            with Store(path_of(name, context), policy.config_hash, job.process_index) as store:
+            with PredictionStore(path_of(name, context), policy.config_hash, job.process_index) as store:
                 predict(mine, policy, context, store, f"{name}, {context} context" if run.main else None)
             job.wait_for_everyone()
             if run.main:
@@ -121,7 +121,9 @@ def main(config: EvaluateRecipe) -> None:
     if config.checkpoint:
         attach_evaluation(Path(config.checkpoint).parent, run.directory)
     if data.sample_dialogues:
-        run.say(f"ceiling of ACC, by the rule that wrote the sample dialogues: {ceiling(splits.evaluation):.2f}")
+        run.say(
+            f"ceiling of ACC, by the rule that wrote the sample dialogues: {accuracy_ceiling(splits.evaluation):.2f}"
+        )
     if failed := failed_turns(run.directory):
         run.incomplete(failed)
     run.finish()
@@ -136,12 +138,12 @@ def score_and_show(directory: Path, config: EvaluateRecipe) -> None:
     from csc_train.evaluation.report.tables import console_table, write_results
     from csc_train.evaluation.scoring import score_run
     from csc_train.files import read_json
-    from csc_train.runs.directory import RECORD, provenance
+    from csc_train.runs.directory import RECORD_FILE, provenance
 
-    scored, settings = score_run(directory, config.metrics), resolved(config)
+    scored, settings = score_run(directory, config.metrics), to_container(config)
     facts = provenance() | {"metrics": settings["metrics"]}
     write_results(directory, scored.results, scored.drifts, facts, scored.contamination)
-    write_html(directory, scored, settings, read_json(directory / RECORD))
+    write_html(directory, scored, settings, read_json(directory / RECORD_FILE))
     for profile in config.metrics.profiles:
         Console().print(console_table(scored.results, profile))
     print(

@@ -4,7 +4,7 @@ python recipes/human_eval.py export runs/one/evaluation runs/other/evaluation
 python recipes/human_eval.py import answers-anna.json answers-ben.json key=runs/human_eval-20260102-030405/key.json
 """
 
-from csc_train.config.compose import HumanEvalRecipe, resolved, run_recipe
+from csc_train.config.compose import HumanEvalRecipe, run_recipe, to_container
 
 
 def main(config: HumanEvalRecipe) -> None:
@@ -12,7 +12,7 @@ def main(config: HumanEvalRecipe) -> None:
     from csc_train.runs.directory import Run, single_process
 
     single_process("human_eval")
-    run = Run("human_eval", resolved(config))
+    run = Run("human_eval", to_container(config))
     {"export": export_sheet, "import": import_answers}[config.action](config, run)
     run.finish()
 
@@ -23,13 +23,13 @@ def export_sheet(config: HumanEvalRecipe, run) -> None:
 
     from csc_train.data.dialogue import read_dialogues
     from csc_train.evaluation.comparison import left_out_note, reference_sides
-    from csc_train.evaluation.judges.human import KEY, SHEET, draw_sheet
+    from csc_train.evaluation.judges.human import KEY, SHEET, draw_annotation_form
     from csc_train.files import file_digest, write_json, write_text
 
     names, sides, left_out = reference_sides(tuple(config.inputs), (config.system_a, config.system_b))
     dialogues = Path(config.inputs[0]) / "dialogues.jsonl"
     by_id = {dialogue.id: dialogue for dialogue in read_dialogues(dialogues)}
-    page, key = draw_sheet(sides, by_id, names, config.human, left_out)
+    page, key = draw_annotation_form(sides, by_id, names, config.human, left_out)
 
     run.begin({"dialogues": file_digest(dialogues), "sheet": key.sheet})
     write_text(run.directory / SHEET, page)
@@ -46,15 +46,15 @@ def import_answers(config: HumanEvalRecipe, run) -> None:
     """Read the raters' answers, and say which system they prefer and how far they agree."""
     from rich.console import Console
 
-    from csc_train.evaluation.judges.human import as_json, opinions, read_judge, read_key, read_votes, sections
+    from csc_train.evaluation.judges.human import as_json, rater_results, read_judge, read_key, read_ratings, sections
     from csc_train.evaluation.report.tables import section_table, sections_markdown
     from csc_train.files import file_digest, write_json, write_text
     from csc_train.runs.directory import provenance
 
     key = read_key(config.key)
-    votes, comments = read_votes(config.inputs, key)
+    votes, comments = read_ratings(config.inputs, key)
     judge = read_judge(config.judge, key) if config.judge else None
-    found = opinions(votes, key, config.human, judge)
+    found = rater_results(votes, key, config.human, judge)
 
     run.begin({path: file_digest(path) for path in (config.key, *config.inputs)})
     tables = sections(found, key)

@@ -3,7 +3,7 @@
 python recipes/judge.py runs/one/evaluation runs/other/evaluation llm=gpt_4o
 """
 
-from csc_train.config.compose import JudgeRecipe, resolved, run_recipe
+from csc_train.config.compose import JudgeRecipe, run_recipe, to_container
 
 
 def main(config: JudgeRecipe) -> None:
@@ -12,19 +12,19 @@ def main(config: JudgeRecipe) -> None:
 
     from csc_train.data.dialogue import read_dialogues
     from csc_train.evaluation.comparison import reference_sides
-    from csc_train.evaluation.judges.llm_judge import as_json, chosen_turns, judge, judgement, markdown, questions
+    from csc_train.evaluation.judges.llm_judge import as_json, chosen_turns, judge, judge_questions, markdown, summarize
     from csc_train.files import digest, write_json, write_text
     from csc_train.runs.directory import Run, provenance, single_process
 
     single_process("judge")
-    run = Run("judge", resolved(config))
+    run = Run("judge", to_container(config))
 
     # Predictions
     names, sides, left_out = reference_sides((config.a, config.b), (config.system_a, config.system_b))
     chosen = chosen_turns(sides[0], config.judge)
     a, b = ([side.predictions[index] for index in chosen] for side in sides)
     dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(Path(config.a) / "dialogues.jsonl")}
-    asked = questions(a, b, dialogues, config.judge)
+    asked = judge_questions(a, b, dialogues, config.judge)
 
     # Answers
     status = run.begin({"questions": digest([question.messages for question in asked])})
@@ -35,7 +35,7 @@ def main(config: JudgeRecipe) -> None:
     judged = judge(asked, config.llm, config.judge, run.directory / "judgements.jsonl")
 
     # Table
-    result = judgement(a, b, judged, config.judge)
+    result = summarize(a, b, judged, config.judge)
     table = markdown(result, judged, names, config.llm.model, left_out)
     facts = {"provenance": provenance(), "a": names[0], "b": names[1], "judge": config.llm.model, "left_out": left_out}
     write_json(run.directory / "judge.json", facts | as_json(result, judged))

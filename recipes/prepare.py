@@ -13,10 +13,10 @@ def main(config: PrepareRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from csc_train.data.sample_grammar import ensure_sample
     from csc_train.data.splits import load_splits
-    from csc_train.packing.dataset import pack_examples
-    from csc_train.runs.directory import processes, single_process
+    from csc_train.packing.dataset import pack_dialogues
+    from csc_train.runs.directory import distributed_state, single_process
     from csc_train.template.dialogue_template import DialogueTemplate
-    from csc_train.tokenized_cache import prepare
+    from csc_train.tokenized_cache import tokenize
     from csc_train.training.tokenizer import obtain_tokenizer
 
     single_process("prepare")
@@ -28,14 +28,14 @@ def main(config: PrepareRecipe) -> None:
 
     # Template
     with tempfile.TemporaryDirectory() as directory:  # training will train the same tokenizer again
-        tokenizer = obtain_tokenizer(config.model, config.template, splits.train, Path(directory), processes())
+        tokenizer = obtain_tokenizer(config.model, config.template, splits.train, Path(directory), distributed_state())
     template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
 
     # Packs
-    examples = prepare(splits.train, template, config.prepare)
+    examples = tokenize(splits.train, template, config.prepare)
     if config.held_out.interval(config.trainer):
-        prepare(splits.held_out, template, config.prepare)
-    _, report = pack_examples(examples, config.packing, config.loss)
+        tokenize(splits.held_out, template, config.prepare)
+    _, report = pack_dialogues(examples, config.packing, config.loss)
     print(f"training will see {report}")
 
 

@@ -7,46 +7,46 @@ python recipes/sft.py experiment=demo then=evaluate held_out.keep=best held_out.
 
 import dataclasses
 
-from csc_train.config.compose import SftRecipe, resolved, run_recipe
+from csc_train.config.compose import SftRecipe, run_recipe, to_container
 
 
 def main(config: SftRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.checkpoints.base_model import describe_origin, keep_base
+    from csc_train.checkpoints.base_model import build_manifest, save_base_model
     from csc_train.checkpoints.export import trained_model
-    from csc_train.checkpoints.manifest import save_checkpoint, write_manifest
+    from csc_train.checkpoints.manifest import save_final_model, write_manifest
     from csc_train.data.dialogue import data_digest
     from csc_train.data.sample_grammar import ensure_sample
     from csc_train.data.splits import load_splits
     from csc_train.files import write_json
-    from csc_train.launching.on_finish import follow, then_arguments
+    from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
     from csc_train.models.loading import (
-        check_reachable,
-        choose_attention,
+        check_base_available,
         load_model,
         resolve_dtype,
         resolve_precision,
+        select_attention,
         weight_dtype,
     )
-    from csc_train.packing.dataset import pack_examples
-    from csc_train.runs.directory import Run, processes
+    from csc_train.packing.dataset import pack_dialogues
+    from csc_train.runs.directory import Run, distributed_state
     from csc_train.template.dialogue_template import DialogueTemplate
-    from csc_train.tokenized_cache import prepare
+    from csc_train.tokenized_cache import tokenize
     from csc_train.tracking.wandb import Tracking
     from csc_train.training.compatibility import check_supported
     from csc_train.training.graceful_stop import StopOnSignal
     from csc_train.training.leak_check import dropout_warning
     from csc_train.training.tokenizer import obtain_tokenizer
     from csc_train.training.trainer import build_trainer, training_arguments
-    from csc_train.training.validation import HeldOut, last_measured
+    from csc_train.training.validation import Validator, last_validation_metrics
 
-    job = processes()
+    job = distributed_state()
     config.trainer.accumulation(job.num_processes)  # refuses what cannot be divided
     check_supported(config.zero, config.adapter.kind, resolve_precision(config.trainer.precision))
-    attention = choose_attention(config.model.attn_implementation, config.packing.strategy, config.trainer.precision)
-    check_reachable(config.model)
-    run = Run("sft", resolved(config))
-    following = then_arguments(config.then, run.directory)
+    attention = select_attention(config.model.attn_implementation, config.packing.strategy, config.trainer.precision)
+    check_base_available(config.model)
+    run = Run("sft", to_container(config))
+    following = on_finish_arguments(config.then, run.directory)
 
     # Dialogues
     if config.data.sample_dialogues and job.is_main_process:
@@ -57,7 +57,7 @@ def main(config: SftRecipe) -> None:
     if status == "finished":
         run.say(f"reused {run.directory}/checkpoint: same configuration, data and code")
         if run.main:
-            follow(config.then, following)
+            run_on_finish(config.then, following)
         return
 
     # Template
@@ -65,14 +65,14 @@ def main(config: SftRecipe) -> None:
     template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
 
     # Packs
-    examples = prepare(splits.train, template, config.prepare, run.say)
-    packs, packing_report = pack_examples(examples, config.packing, config.loss)
+    examples = tokenize(splits.train, template, config.prepare, run.say)
+    packs, packing_report = pack_dialogues(examples, config.packing, config.loss)
     run.say(f"training on {packing_report}")
     held_out = None
     if config.held_out.interval(config.trainer):
-        held_out = HeldOut(
+        held_out = Validator(
             splits.held_out,
-            prepare(splits.held_out, template, config.prepare, run.say),
+            tokenize(splits.held_out, template, config.prepare, run.say),
             template,
             config.held_out,
             config.packing,
@@ -88,10 +88,10 @@ def main(config: SftRecipe) -> None:
     # Model: the arguments come first, since ZeRO stage 3 shards it while it is loaded
     arguments = training_arguments(config.trainer, run.states, job.num_processes, config.zero, config.held_out)
     dtype = weight_dtype(config.trainer.precision, config.adapter.kind)
-    source = keep_base(config.model, tokenizer, dtype, config.trainer.seed, run)
+    source = save_base_model(config.model, tokenizer, dtype, config.trainer.seed, run)
     in_4_bits = config.adapter.kind == "qlora"
     model = load_model(source, tokenizer, dtype, config.trainer.seed, attention, in_4_bits)
-    manifest = describe_origin(source, model, template, splits.train, run)
+    manifest = build_manifest(source, model, template, splits.train, run)
     if run.main:
         write_manifest(run.directory, manifest)
     if warning := dropout_warning(model.config, config.adapter, config.packing.strategy):
@@ -122,16 +122,18 @@ def main(config: SftRecipe) -> None:
         trained = trained_model(trainer, source, resolve_dtype(config.trainer.precision), best)
         if run.main:
             log = trainer.state.log_history
-            measured = last_measured(log, trainer.state.best_global_step if best else trainer.state.global_step)
+            measured = last_validation_metrics(
+                log, trainer.state.best_global_step if best else trainer.state.global_step
+            )
             metrics = {"packing": dataclasses.asdict(packing_report), "held_out": measured, "log": log}
             write_json(run.directory / "metrics.json", metrics)
-            save_checkpoint(run.directory / "checkpoint", trained, tokenizer, template.chat_template, manifest)
+            save_final_model(run.directory / "checkpoint", trained, tokenizer, template.chat_template, manifest)
             tracking.keep_checkpoint(run.directory / "checkpoint")
     job.wait_for_everyone()
     run.finish()
     run.say(f"checkpoint: {run.directory}/checkpoint" + (f", made from {best.name}" if best else ""))
     if run.main:
-        follow(config.then, following)
+        run_on_finish(config.then, following)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 dry_run=true   
 python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 budget.tokens=500000000
 """
 
-from csc_train.config.compose import SynthesizeRolecsRecipe, resolved, run_recipe
+from csc_train.config.compose import SynthesizeRolecsRecipe, run_recipe, to_container
 
 
 def main(config: SynthesizeRolecsRecipe) -> None:
@@ -19,16 +19,16 @@ def main(config: SynthesizeRolecsRecipe) -> None:
     from csc_train.data.dialogue import read_dialogues
     from csc_train.errors import InputError
     from csc_train.runs.directory import Run, single_process
-    from csc_train.synthesis.filters.funnel import waterfall_table
+    from csc_train.synthesis.filters.funnel import funnel_table
     from csc_train.synthesis.rolecs.backends import ServedModels
     from csc_train.synthesis.rolecs.batch_api import BatchedModels
     from csc_train.synthesis.rolecs.estimate import estimate, estimate_table
-    from csc_train.synthesis.rolecs.mock_backend import Script
+    from csc_train.synthesis.rolecs.mock_backend import MockBackend
     from csc_train.synthesis.rolecs.personas import make_profiles, read_profiles
     from csc_train.synthesis.rolecs.progress import shown
     from csc_train.synthesis.rolecs.results import write_results
     from csc_train.synthesis.rolecs.runner import Runner, recipe_of
-    from csc_train.synthesis.rolecs.store import Store
+    from csc_train.synthesis.rolecs.store import SynthesisStore
 
     settings, people, console = config.synthesis, config.synthesis.personas, Console()
     checks = config.rolecs_check, config.duplicates
@@ -40,17 +40,17 @@ def main(config: SynthesizeRolecsRecipe) -> None:
         console.print(estimate_table(estimate(settings, checks[0], config.llm, config.target, len(profiles))))
         return
     single_process("synthesize_rolecs")
-    run = Run("synthesize_rolecs", resolved(config))
+    run = Run("synthesize_rolecs", to_container(config))
     where = config.reference
     reference = read_dialogues(where.path, source=where.source, say=run.say) if where.path else []
 
     # Dialogues; every answer is kept as it comes
     if config.llm.backend == "scripted":
-        backend = Script(settings.language)
+        backend = MockBackend(settings.language)
     else:
         backend = BatchedModels(ServedModels(config.llm, settings.roles), config.batch)
     with closing(
-        Store(run.directory / "synthesis.db", recipe_of(settings, *checks, config.llm), config.new_run)
+        SynthesisStore(run.directory / "synthesis.db", recipe_of(settings, *checks, config.llm), config.new_run)
     ) as store:
         runner = Runner(settings, *checks, profiles, backend, store, config.target, config.budget)
         run.begin({})
@@ -64,7 +64,7 @@ def main(config: SynthesizeRolecsRecipe) -> None:
         # What was accepted, what became of the rest, what it took
         rows = write_results(run.directory, runner, store, backend, reference, settings.seed)
     progress = runner.progress
-    console.print(waterfall_table(rows, f"{progress.accepted} of {config.target} dialogues (source={backend.source})"))
+    console.print(funnel_table(rows, f"{progress.accepted} of {config.target} dialogues (source={backend.source})"))
     run.say(f"dialogues: {run.directory}/dialogues.jsonl, .parquet; report: {run.directory}/quality.html, quality.json")
     if progress.empty:
         run.say(f"{progress.empty} places stay empty: {settings.attempts} dialogues were tried for each, in vain")

@@ -4,7 +4,7 @@ python recipes/write_sample.py data.sample_dialogues=900 data.sample_seed=0
 """
 
 from csc_train.config.compose import WriteSampleRecipe, run_recipe
-from csc_train.data.sample_grammar import ceiling, ensure_sample
+from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
 from csc_train.data.splits import load_splits
 from csc_train.errors import InputError
 from csc_train.inference.baselines import StrategyBaseline
@@ -22,7 +22,7 @@ def main(config: WriteSampleRecipe) -> None:
     hits = sum(prediction.strategy == prediction.reference_strategy for prediction in bigram)
     print(
         f"strategy accuracy on the {len(splits.evaluation)} held-out dialogues: ceiling (the generating rule) "
-        f"{ceiling(splits.evaluation):.2f}, strategy bigram {100 * hits / len(bigram):.2f}"
+        f"{accuracy_ceiling(splits.evaluation):.2f}, strategy bigram {100 * hits / len(bigram):.2f}"
     )
 
 

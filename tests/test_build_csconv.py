@@ -21,13 +21,13 @@ from csc_train.data.dialogue import Speaker, read_dialogues
 from csc_train.errors import InputError
 from csc_train.llm import client as client_module
 from csc_train.llm.client import AuthenticationFailure, LLMFailure
-from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, Rewrite, ask_script, build, read_calls
-from csc_train.synthesis.filters.funnel import waterfall
-from csc_train.synthesis.filters.llm_checks import CallCheck, Quality
+from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, RewrittenCall, ask_script, build, read_calls
+from csc_train.synthesis.filters.funnel import filter_funnel
+from csc_train.synthesis.filters.llm_checks import CallCheck, QualityCheck
 from csc_train.synthesis.filters.rules import CallConfig, DuplicatesConfig, RewriteConfig
 
 CALLS, SCRIPT = read_calls(BUNDLED), ask_script("zh")
-FORMS = {"call_check": CallCheck, "rewrite": Rewrite, "quality": Quality}
+FORMS = {"call_check": CallCheck, "rewrite": RewrittenCall, "quality": QualityCheck}
 ANSWERS = 34
 """Questions that the bundled calls take."""
 
@@ -41,7 +41,7 @@ def built(ask, calls=CALLS, language="zh", concurrency=4, **settings):
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_the_bundled_calls_meet_every_rule_and_each_drops_one(language):
     outcomes = built(ask_script(language), language=language)
-    rows = waterfall((outcome.verdicts for outcome in outcomes), RULES)
+    rows = filter_funnel((outcome.verdicts for outcome in outcomes), RULES)
     assert [row["rule"] for row in rows] == list(RULES)
     assert {row["rule"] for row in rows if not row["dropped"]} == set()
     assert rows[0]["entered"] == len(CALLS) == 19 and rows[-1]["kept"] == 4
@@ -194,8 +194,8 @@ def test_a_log_that_ends_within_a_line_is_good_up_to_there(tmp_path):
 def test_another_prompt_or_form_is_another_question(tmp_path):
     log, asked = AnswerLog(tmp_path / "answers.jsonl"), []
     ask = log.first(counted(lambda task, prompt, form: asyncio.sleep(0, form(turns=[])), asked))
-    other = type("Other", (Rewrite,), {"__annotations__": {"reason": str}, "reason": ""})
-    for prompt, form in itertools.product(("a", "b", "a"), (Rewrite, other)):
+    other = type("Other", (RewrittenCall,), {"__annotations__": {"reason": str}, "reason": ""})
+    for prompt, form in itertools.product(("a", "b", "a"), (RewrittenCall, other)):
         asyncio.run(ask("rewrite", [{"role": "user", "content": prompt}], form))
     assert len(asked) == 4
 

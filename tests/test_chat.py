@@ -31,7 +31,7 @@ from csc_train.data.strategies import OTHERS, STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.inference.generator import predict
-from csc_train.inference.hf import HFPolicy, load_policy, open_checkpoint
+from csc_train.inference.hf import HFGenerator, load_generator, open_checkpoint
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -67,7 +67,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def policy(checkpoint):
     template, _ = open_checkpoint(str(checkpoint))
-    return load_policy(str(checkpoint), template, EvaluationConfig(max_new_tokens=LIMIT))
+    return load_generator(str(checkpoint), template, EvaluationConfig(max_new_tokens=LIMIT))
 
 
 def begin(policy, **options):
@@ -239,7 +239,7 @@ def test_sampling(policy):
 @pytest.mark.parametrize("mode", ["given", "reply_only"])
 def test_a_model_that_chooses_no_strategies(mode):
     model, _ = tiny("qwen2")
-    policy = HFPolicy(
+    policy = HFGenerator(
         model, DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode)), EvaluationConfig()
     )
     conversation = begin(policy, max_new_tokens=20)

@@ -11,10 +11,10 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from csc_train.config.compose import CONF, SCHEMAS, compose, resolved, run_recipe
+from csc_train.config.compose import CONF, SCHEMAS, compose, run_recipe, to_container
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.models.loading import model_config
+from csc_train.models.loading import build_model_config
 
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_file())
 PARAMETERS = {
@@ -131,7 +131,7 @@ def test_every_file_belongs_to_a_recipe():
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_composes_and_its_values_arrive(file, model_directory):
     for recipe in recipes_of(file):
-        config = resolved(compose_file(file, recipe, model_directory))
+        config = to_container(compose_file(file, recipe, model_directory))
         if "/" not in file:
             continue
         got = leaves(config)
@@ -150,23 +150,23 @@ def test_debug_presets_shrink_every_experiment():
         expected = {key: value for key, value in stated(preset).items() if "${" not in str(value)}
         for experiment in experiments:
             overrides = [f"experiment={experiment}", f"debug={preset.split('/')[1].removesuffix('.yaml')}"]
-            got = leaves(resolved(compose("sft", overrides)))
+            got = leaves(to_container(compose("sft", overrides)))
             assert {key: got[key] for key in expected} == expected, overrides
 
 
 def test_prepare_takes_what_sft_takes_and_makes_the_same_of_it():
     for overrides in ([], *([f"experiment={path.stem}"] for path in (CONF / "experiment").glob("*.yaml"))):
-        assert resolved(compose("prepare", overrides)) == resolved(compose("sft", overrides)), overrides
+        assert to_container(compose("prepare", overrides)) == to_container(compose("sft", overrides)), overrides
 
 
 def test_experiments_keep_what_makes_them_differ():
     """A row and its ablation or adapter version differ in what their names say, and in nothing else."""
-    row = resolved(compose("sft", ["experiment=qwen2_5_7b_rolecs"]))
+    row = to_container(compose("sft", ["experiment=qwen2_5_7b_rolecs"]))
     for name, section in (("reply_only", "template"), ("given", "template")):
-        ablation = resolved(compose("sft", [f"experiment=qwen2_5_7b_{name}"]))
+        ablation = to_container(compose("sft", [f"experiment=qwen2_5_7b_{name}"]))
         assert [part for part in row if row[part] != ablation[part]] == [section]
         assert ablation["template"]["mode"] == name
-    lora = resolved(compose("sft", ["experiment=qwen2_5_7b_lora"]))
+    lora = to_container(compose("sft", ["experiment=qwen2_5_7b_lora"]))
     assert [part for part in row if row[part] != lora[part]] == ["adapter", "trainer"]
     assert (row["adapter"]["kind"], lora["adapter"]["kind"]) == ("full", "lora")
 
@@ -186,7 +186,7 @@ def test_model_has_the_published_number_of_parameters(file):
         assert comment is None
         return
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(model_config(model.architecture, None))
+        built = AutoModelForCausalLM.from_config(build_model_config(model.architecture, None))
     assert sum(parameter.numel() for parameter in built.parameters()) == PARAMETERS[model.path]
     assert int(comment.group(1).replace(",", "")) == PARAMETERS[model.path]
 

@@ -12,7 +12,7 @@ from csc_train.evaluation.contamination import (
     read_contamination,
     write_contamination,
 )
-from csc_train.evaluation.metrics.base import Score
+from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.metrics.profiles import MetricsConfig, score
 from csc_train.evaluation.report.tables import markdown_table
 from csc_train.inference.predictions import Prediction
@@ -90,7 +90,9 @@ def test_where_every_dialogue_is_flagged_no_figure_remains():
     everything = score(said(EVALUATION, by_id), by_id, MetricsConfig(draws=100), flagged=set(by_id))["without_flagged"]
     assert (everything["dialogues"], everything["turns"]) == (0, 0)
     cells = [cell for profile in everything["profiles"].values() for cell in profile.values()]
-    assert {cell.value for cell in cells} == {None} and all(isinstance(cell, Score) and cell.reason for cell in cells)
+    assert {cell.value for cell in cells} == {None} and all(
+        isinstance(cell, MetricResult) and cell.reason for cell in cells
+    )
 
 
 def test_the_table_says_what_was_found_and_shows_both_scores(found):

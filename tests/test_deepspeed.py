@@ -24,12 +24,12 @@ from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, t
 from csc_train.checkpoints import export as exporting
 from csc_train.checkpoints.export import export, open_source
 from csc_train.checkpoints.manifest import write_manifest
-from csc_train.checkpoints.reshard import MOMENTS, WEIGHT, open_state
-from csc_train.checkpoints.training_checkpoint import RECORD, StateRecord, check_steps
+from csc_train.checkpoints.reshard import MOMENTS, WEIGHT, open_training_checkpoint
+from csc_train.checkpoints.training_checkpoint import RECORD_FILE, CheckpointRecord, check_steps
 from csc_train.config.compose import compose
 from csc_train.errors import InputError
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import Packs, pack_examples
+from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.compatibility import LAUNCHED, REFUSED, check_supported
@@ -89,9 +89,9 @@ def folder(template, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     rng = random.Random(10)
     examples = [template.encode(random_dialogue(rng)) for _ in range(40)]
-    packs, _ = pack_examples(examples, PackingConfig("best_fit", max_length=1000))
+    packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=1000))
     number = 2 * PACKS_PER_STEP + 1
-    packs = Packs(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
+    packs = PackedDataset(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
     assert min(map(len, packs.lengths)) > 1
     (folder / "packs").write_bytes(pickle.dumps(packs))
     torch.manual_seed(0)
@@ -219,14 +219,14 @@ def test_a_run_goes_on_by_another_stage_or_adapter_on_one_process(on_one, refere
 
 def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_path):
     state = folder / "full-3/states/checkpoint-4"
-    assert json.loads((state / RECORD).read_text()) == {
+    assert json.loads((state / RECORD_FILE).read_text()) == {
         "packs_per_step": 4,
         "processes": 2,
         "stage": 3,
         "tracked": None,
     }
     with pytest.raises(InputError, match=r"saved with trainer.packs_per_step=4, this run has 8: go on with 4"):
-        check_steps(state, StateRecord(4, 2, 3), StateRecord(8, 2, 3))
+        check_steps(state, CheckpointRecord(4, 2, 3), CheckpointRecord(8, 2, 3))
 
 
 # What a state holds
@@ -235,7 +235,7 @@ def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_a_sharded_state_is_read_whole(folder, on_two, stage):
     state = folder / f"full-{stage}/states/checkpoint-4"
-    whole = open_state(state)
+    whole = open_training_checkpoint(state)
     theirs = get_fp32_state_dict_from_zero_checkpoint(str(state))
     gathered = load_file(state / "model.safetensors")
     assert whole.step == 4
@@ -243,7 +243,7 @@ def test_a_sharded_state_is_read_whole(folder, on_two, stage):
     for name in whole.names:
         assert torch.equal(whole.read(name, WEIGHT), theirs[name])
         assert torch.equal(whole.read(name, WEIGHT), gathered[name])
-    reference = open_state(folder / "full-off/states/checkpoint-4", _order(whole.names))
+    reference = open_training_checkpoint(folder / "full-off/states/checkpoint-4", _order(whole.names))
     for name in whole.names:
         for key in MOMENTS:
             difference = (whole.read(name, key) - reference.read(name, key)).abs().max()
@@ -260,7 +260,7 @@ def test_a_state_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
     shutil.copytree(folder / "full-3/states/checkpoint-4", state)
     next(state.glob("global_step*/*pp_rank_1*optim_states.pt")).unlink()
     with pytest.raises(InputError, match=r"checkpoint-4: the state cannot be read \(no shard of process 1 among 2\)"):
-        open_state(state)
+        open_training_checkpoint(state)
 
 
 def test_states_are_kept_by_number_and_nothing_half_written_is_left(folder, on_two):
@@ -474,7 +474,7 @@ def test_a_sharded_run_killed_goes_on_where_it_was(workplace):
     assert losses(run) == pytest.approx(losses(workplace / "one"), rel=TOLERANCE)
     ours, theirs = (load_file(path / "checkpoint" / "model.safetensors") for path in (run, workplace / "one"))
     assert all((ours[name] - theirs[name]).abs().max() < TOLERANCE for name in theirs)
-    record = json.loads((run / "states" / "checkpoint-6" / RECORD).read_text())
+    record = json.loads((run / "states" / "checkpoint-6" / RECORD_FILE).read_text())
     assert (record["processes"], record["stage"]) == (2, 3)
 
 
@@ -484,5 +484,5 @@ def test_accelerates_own_configuration_is_followed(workplace, stage):
     launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
     finish(begin(workplace, [*launcher, "--main_process_port", "0"], f"run.directory=launched-{stage}"))
     assert losses(workplace / f"launched-{stage}") == pytest.approx(losses(workplace / "one"), rel=TOLERANCE)
-    record = json.loads((workplace / f"launched-{stage}" / "states" / "checkpoint-6" / RECORD).read_text())
+    record = json.loads((workplace / f"launched-{stage}" / "states" / "checkpoint-6" / RECORD_FILE).read_text())
     assert (record["processes"], record["stage"]) == (2, stage)

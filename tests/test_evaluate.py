@@ -17,12 +17,12 @@ import torch
 from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_config
 from transformers import Qwen2ForCausalLM
 
-from csc_train.checkpoints.manifest import read_manifest, save_checkpoint
+from csc_train.checkpoints.manifest import read_manifest, save_final_model
 from csc_train.config.compose import compose
 from csc_train.data.dialogue import data_digest, write_dialogues
 from csc_train.errors import InputError
 from csc_train.inference import hf as hf_policy
-from csc_train.inference.generator import Failed
+from csc_train.inference.generator import GenerationError
 from csc_train.inference.predictions import read_outcomes
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -57,7 +57,7 @@ def workplace(tmp_path_factory):
     write_dialogues(directory / "train.jsonl", dialogues[:4])
     write_dialogues(directory / "evaluation.jsonl", dialogues[4:])
     manifest = manifest_of(template, data_hash=data_digest(dialogues[:4]), config={})
-    save_checkpoint(directory / "checkpoint", model, tokenizer, template.chat_template, manifest)
+    save_final_model(directory / "checkpoint", model, tokenizer, template.chat_template, manifest)
     before = Path.cwd()
     os.chdir(directory)
     yield directory
@@ -87,7 +87,7 @@ def test_likelihoods_are_kept_with_the_predictions(whole):
 def answers(monkeypatch):
     """The turns that a model is asked, and whose likelihoods are added, as they come."""
     turns = {"asked": 0, "amended": 0}
-    run = hf_policy.HFPolicy.run
+    run = hf_policy.HFGenerator.run
 
     def counted(policy, schedule):
         answer, amend = schedule.answer, schedule.amend
@@ -102,7 +102,7 @@ def answers(monkeypatch):
         schedule.answer, schedule.amend = count("asked", answer), count("amended", amend)
         run(policy, schedule)
 
-    monkeypatch.setattr(hf_policy.HFPolicy, "run", counted)
+    monkeypatch.setattr(hf_policy.HFGenerator, "run", counted)
     return turns
 
 
@@ -152,13 +152,13 @@ def test_other_weights_are_another_system(workplace):
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(tiny_config("qwen2", tokenizer, 0.5))
-        save_checkpoint("again", model, tokenizer, template.chat_template, manifest_of(template))
+        save_final_model("again", model, tokenizer, template.chat_template, manifest_of(template))
         manifests.append(read_manifest("again"))
     assert manifests[0] == manifests[1] != manifests[2]
     assert len(manifests[0].weights_hash) == 64
 
 
-class Flaky(hf_policy.HFPolicy):
+class Flaky(hf_policy.HFGenerator):
     """A model whose answers are lost at the third supporter turn."""
 
     def run(self, schedule):
@@ -166,14 +166,14 @@ class Flaky(hf_policy.HFPolicy):
 
         def lose(request, outcome):
             lost = request.dialogue.supporter_turns[2:3]
-            answer(request, Failed("timeout", "60 s") if request.turn in lost else outcome)
+            answer(request, GenerationError("timeout", "60 s") if request.turn in lost else outcome)
 
         schedule.answer = lose
         super().run(schedule)
 
 
 def test_failed_turns_are_counted_end_with_status_1_and_are_tried_again(workplace, whole, monkeypatch, capsys):
-    monkeypatch.setattr(hf_policy, "HFPolicy", Flaky)
+    monkeypatch.setattr(hf_policy, "HFGenerator", Flaky)
     with pytest.raises(SystemExit) as stop:
         recipe().main(compose("evaluate", [*SETTINGS, "run.directory=runs/flaky"]))
     monkeypatch.undo()

@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from csc_train.data.dialogue import Dialogue
-from csc_train.packing.collator import IGNORED, PackCollator
+from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import pack_examples
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, Example
+from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.trainer import build_trainer, training_arguments
 
@@ -42,7 +42,7 @@ class Case:
         self.template = DialogueTemplate(tokenizer, FAMILIES[architecture], TemplateConfig(mode="reply_only"))
         rng = random.Random(8)
         self.examples = [self.template.encode(random_dialogue(rng)) for _ in range(7)]
-        self.packs, _ = pack_examples(self.examples, PackingConfig("best_fit", max_length=1100))
+        self.packs, _ = pack_dialogues(self.examples, PackingConfig("best_fit", max_length=1100))
         # Several packs, of several documents, of unequal length: else nothing could leak, and nothing would be padded.
         assert 2 <= len(self.packs) <= 3
         assert sum(len(row["lengths"]) > 1 for row in self.packs) >= 2
@@ -53,7 +53,7 @@ class Case:
         self.model.train()
         self.reference = self.separate(self.examples)
 
-    def separate(self, examples: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
+    def separate(self, examples: list[TokenizedDialogue]) -> tuple[float, dict[str, torch.Tensor]]:
         """Loss sum and gradients over documents that are run one by one; nothing of packing is used."""
         loss = 0.0
         self.model.zero_grad()
@@ -141,7 +141,7 @@ def test_a_leak_between_documents_is_seen(model, leak, case_of):
 def test_a_padded_batch_equals_its_documents(model, case_of):
     """Packing off: one document a row, with a mask."""
     case = case_of(model)
-    rows, _ = pack_examples(case.examples, PackingConfig(strategy="off", max_length=1100))
+    rows, _ = pack_dialogues(case.examples, PackingConfig(strategy="off", max_length=1100))
     batch = PackCollator("padded", case.tokenizer.pad_token_id)(list(rows))
     labels = batch.pop("labels")
     del batch["weights"]
@@ -199,7 +199,7 @@ def test_the_trainers_own_loss_equals_the_separate_documents(architecture, check
     assert "attention_mask" not in batch
     assert len(batch["input_ids"]) == len(case.packs)
     trained = sum(int(example.trained.sum()) for example in case.examples)
-    assert (batch["labels"] != IGNORED).sum() == trained
+    assert (batch["labels"] != IGNORE_INDEX).sum() == trained
     case.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(float(trained)))
     (loss * trained).backward()

@@ -9,19 +9,19 @@ from conftest import random_dialogue
 from csc_train.data.dialogue import Dialogue, Speaker, read_dialogues, write_dialogues
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.synthesis.filters.funnel import waterfall, waterfall_table
+from csc_train.synthesis.filters.funnel import filter_funnel, funnel_table
 from csc_train.synthesis.filters.rules import (
     CallConfig,
     DuplicateFilter,
     DuplicatesConfig,
+    FilterVerdict,
     RewriteConfig,
     Utterance,
-    Verdict,
     check_call,
     check_private_data,
     check_rewrite,
     merge_turns,
-    strip_notices,
+    strip_boilerplate,
     turns_of,
     utterances_of,
 )
@@ -177,7 +177,7 @@ def test_each_required_strategy_is_needed_once_only():
 
 def test_private_data_is_told_by_its_kind_and_place_and_not_repeated():
     verdict = check_private_data(replaced(5, text="我的手机是13812345678"))
-    assert verdict == Verdict("private data", False, "a phone number", "turn 6")
+    assert verdict == FilterVerdict("private data", False, "a phone number", "turn 6")
 
 
 def test_merging():
@@ -210,12 +210,14 @@ def test_merging():
 def test_notices_at_the_end_are_taken_off(last, kept):
     before = [Utterance(S, "您好"), Utterance(C, "（通话结束）"), Utterance(S, "请讲")]
     said = [*before, *(Utterance(C if place % 2 else S, text, "x") for place, text in enumerate(last))]
-    assert [each.text for each in strip_notices(said)[3:]] == kept
-    assert strip_notices(said)[:3] == before
+    assert [each.text for each in strip_boilerplate(said)[3:]] == kept
+    assert strip_boilerplate(said)[:3] == before
 
 
 def test_nothing_but_notices_leaves_nothing():
-    assert strip_notices([Utterance(S, "（通话开始）"), Utterance(C, "（通话结束）")]) == strip_notices([]) == []
+    assert (
+        strip_boilerplate([Utterance(S, "（通话开始）"), Utterance(C, "（通话结束）")]) == strip_boilerplate([]) == []
+    )
 
 
 def random_utterances(rng):
@@ -257,10 +259,10 @@ def test_whatever_is_said_gets_verdicts_and_what_is_kept_keeps_its_promises(tmp_
         merged = merge_turns(said)
         assert all(one.speaker is not other.speaker for one, other in itertools.pairwise(merged))
         assert merge_turns(merged) == merged
-        stripped = strip_notices(said)
-        assert strip_notices(stripped) == stripped and len(stripped) <= len(said)
+        stripped = strip_boilerplate(said)
+        assert strip_boilerplate(stripped) == stripped and len(stripped) <= len(said)
         for verdicts in (check_call(said, CALL), check_rewrite(said, REWRITE)):
-            assert verdicts and all(isinstance(verdict, Verdict) for verdict in verdicts)
+            assert verdicts and all(isinstance(verdict, FilterVerdict) for verdict in verdicts)
             assert all(verdict.keep and not verdict.reason for verdict in verdicts[:-1])
             assert verdicts[-1].keep or verdicts[-1].reason
         if check_rewrite(said, REWRITE)[-1].keep:
@@ -288,15 +290,15 @@ def test_repeats_are_dropped_and_the_first_is_kept():
     same_opening = long_dialogue(2, opening=[turn.text for turn in first.turns[:4]])
     nearly = long_dialogue(0, tail=["改", "了", "一", "点", "点"])
     repeats = DuplicateFilter(DuplicatesConfig(dialogue=0.6))
-    assert repeats.check(first, "客户发现账单里多了一笔年费") == Verdict("near-duplicates", True)
-    assert repeats.check(other, "客户的宽带从昨晚开始断网") == Verdict("near-duplicates", True)
+    assert repeats.check(first, "客户发现账单里多了一笔年费") == FilterVerdict("near-duplicates", True)
+    assert repeats.check(other, "客户的宽带从昨晚开始断网") == FilterVerdict("near-duplicates", True)
     assert repeats.check(same_opening).reason == "repeats the opening of another"
     assert repeats.check(nearly).reason == "repeats another"
     again = repeats.check(long_dialogue(3), "客户发现账单里多了一笔年费")
     assert (again.reason, again.detail) == ("repeats the scenario of another", "1.00 like d0")
     # What was dropped is not remembered: its own repeat is told to be like the first.
     assert repeats.check(nearly).detail.endswith("like d0")
-    assert repeats.check(long_dialogue(3), "客户想提前还清车贷") == Verdict("near-duplicates", True)
+    assert repeats.check(long_dialogue(3), "客户想提前还清车贷") == FilterVerdict("near-duplicates", True)
 
 
 def test_a_part_that_is_not_looked_at_may_repeat():
@@ -307,18 +309,24 @@ def test_a_part_that_is_not_looked_at_may_repeat():
     ]  # fmt: skip
 
 
-KEPT, TOO_FEW, TOO_MANY = Verdict("a", True), Verdict("a", False, "too few"), Verdict("a", False, "too many")
+KEPT, TOO_FEW, TOO_MANY = (
+    FilterVerdict("a", True),
+    FilterVerdict("a", False, "too few"),
+    FilterVerdict("a", False, "too many"),
+)
 
 
 def test_the_waterfall_counts_up_to_the_first_drop():
-    late = Verdict("b", False, "late")
-    rows = waterfall([[KEPT, late], [TOO_FEW], [TOO_FEW], [TOO_MANY], [KEPT, Verdict("b", True)], [KEPT]], "abc")
+    late = FilterVerdict("b", False, "late")
+    rows = filter_funnel(
+        [[KEPT, late], [TOO_FEW], [TOO_FEW], [TOO_MANY], [KEPT, FilterVerdict("b", True)], [KEPT]], "abc"
+    )
     assert rows == [
         {"rule": "a", "entered": 6, "dropped": 3, "kept": 3, "reasons": {"too few": 2, "too many": 1}},
         {"rule": "b", "entered": 2, "dropped": 1, "kept": 1, "reasons": {"late": 1}},
         {"rule": "c", "entered": 0, "dropped": 0, "kept": 0, "reasons": {}},
     ]
-    table = waterfall_table(rows, "x")
+    table = funnel_table(rows, "x")
     assert [list(column.cells) for column in table.columns[:4]] == [
         ["a", "b", "c"], ["6", "2", "0"], ["3", "1", "0"], ["3", "1", "0"],
     ]  # fmt: skip

@@ -9,17 +9,17 @@ import torch
 from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
-from csc_train.checkpoints.manifest import save_checkpoint
+from csc_train.checkpoints.manifest import save_final_model
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
 from csc_train.inference.baselines import StrategyBaseline
-from csc_train.inference.generator import Failed, Request, Said, Schedule, predict, share
-from csc_train.inference.hf import HFPolicy, base_of, load_policy, open_checkpoint
-from csc_train.inference.prediction_store import Store
-from csc_train.inference.predictions import Failure, Prediction, read_outcomes, read_predictions, write_predictions
+from csc_train.inference.generator import Generation, GenerationError, TurnQueue, TurnRequest, predict, shard
+from csc_train.inference.hf import HFGenerator, base_of, load_generator, open_checkpoint
+from csc_train.inference.prediction_store import PredictionStore
+from csc_train.inference.predictions import FailedTurn, Prediction, read_outcomes, read_predictions, write_predictions
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply
@@ -66,7 +66,7 @@ class Recorder:
     @staticmethod
     def words(name, turn):
         reply = Reply(STRATEGIES[(len(name) + turn) % 12], f"我在{name}的第{turn}句")
-        return Said(f"raw {name} {turn}", reply, digest([name, turn]))
+        return Generation(f"raw {name} {turn}", reply, digest([name, turn]))
 
     @property
     def requests(self):
@@ -144,7 +144,7 @@ def test_dialogues_that_were_begun_come_first_and_one_turn_of_each_at_a_time():
 @pytest.mark.parametrize("context", ["reference", "generated"])
 def test_many_requests_can_wait_for_answers_that_come_in_any_order(context):
     policy = Recorder(1)
-    schedule = Schedule(DIALOGUES, policy, context)
+    schedule = TurnQueue(DIALOGUES, policy, context)
     rng, waiting, seen = random.Random(3), [], []
     while not schedule.finished:
         while taken := schedule.take(1):
@@ -165,7 +165,7 @@ class Flaky(Recorder):
             for request in requests:
                 failed = (request.dialogue.id, request.turn) == ("long", 2)
                 words = self.words(request.dialogue.id, request.turn)
-                schedule.answer(request, Failed("timeout", "60 s") if failed else words)
+                schedule.answer(request, GenerationError("timeout", "60 s") if failed else words)
 
 
 def test_a_turn_that_fails_takes_the_rest_of_its_dialogue_along_in_generated_context_alone():
@@ -175,7 +175,7 @@ def test_a_turn_that_fails_takes_the_rest_of_its_dialogue_along_in_generated_con
     }.items():
         outcomes = predict(DIALOGUES, Flaky(2), context)
         assert [(o.dialogue_id, o.turn) for o in outcomes] == TURNS
-        assert {(o.dialogue_id, o.turn): o.kind for o in outcomes if isinstance(o, Failure)} == kinds
+        assert {(o.dialogue_id, o.turn): o.kind for o in outcomes if isinstance(o, FailedTurn)} == kinds
 
 
 def test_a_system_that_leaves_turns_out_is_found_out():
@@ -192,18 +192,18 @@ def test_a_system_that_leaves_turns_out_is_found_out():
 def test_every_process_gets_its_share_and_all_shares_are_about_as_long():
     rng = random.Random(0)
     many = [replace(random_dialogue(rng), id=str(number)) for number in range(40)]
-    shares = [share(many, process, 3) for process in range(3)]
+    shares = [shard(many, process, 3) for process in range(3)]
     assert sorted(d.id for each in shares for d in each) == sorted(d.id for d in many)
     turns = [sum(len(d.supporter_turns) for d in each) for each in shares]
     assert max(turns) - min(turns) <= 1
-    assert share(many[:1], 1, 2) == []
+    assert shard(many[:1], 1, 2) == []
 
 
 def test_a_reply_without_a_strategy_is_kept_as_unparsed():
     class Silent(Recorder):
         @staticmethod
         def words(name, turn):
-            return Said("嗯", Reply(None, "嗯"), "hash")
+            return Generation("嗯", Reply(None, "嗯"), "hash")
 
     assert [p.strategy for p in predict(DIALOGUES, Silent(4), "generated")] == [None] * 7
 
@@ -225,11 +225,11 @@ TRAINING = [
 
 
 def said(strategy, text="我的话"):
-    return Said(text, Reply(strategy and STRATEGIES[strategy - 1], text), "hash")
+    return Generation(text, Reply(strategy and STRATEGIES[strategy - 1], text), "hash")
 
 
 def chosen(policy, *histories):
-    answers = [policy.reply(Request(LONG, 2 * len(history), tuple(history))) for history in histories]
+    answers = [policy.reply(TurnRequest(LONG, 2 * len(history), tuple(history))) for history in histories]
     return [(answer.reply.strategy.number, answer.reply.response) for answer in answers]
 
 
@@ -299,7 +299,7 @@ def odd_dialogues():
 
 def policy_of(model, tokenizer, mode="joint", **settings):
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig(mode=mode))
-    return HFPolicy(model, template, EvaluationConfig(**{"max_new_tokens": STEPS, "batch_size": 5} | settings))
+    return HFGenerator(model, template, EvaluationConfig(**{"max_new_tokens": STEPS, "batch_size": 5} | settings))
 
 
 def is_greedy(model, prompt, answer, steps, stops):
@@ -314,7 +314,7 @@ def asked(policy, dialogues, context):
     """The predictions, with the (request, answer) pairs that led to them by dialogue and turn."""
     exchanges = {}
 
-    class Listening(Schedule):
+    class Listening(TurnQueue):
         def answer(self, request, outcome):
             exchanges[request.dialogue.id, request.turn] = request, outcome
             super().answer(request, outcome)
@@ -343,7 +343,7 @@ def test_batched_generation_equals_one_by_one(model, tokenizer, odd_dialogues, c
 def test_likelihoods_that_are_not_wanted_are_left_out_and_added_later(model, tokenizer, odd_dialogues, tmp_path):
     def run(name, **settings):
         policy = policy_of(model, tokenizer, **settings)
-        with Store(tmp_path / name, policy.config_hash) as store:
+        with PredictionStore(tmp_path / name, policy.config_hash) as store:
             return predict(odd_dialogues, policy, "reference", store)
 
     full = run("full.jsonl")
@@ -403,7 +403,7 @@ def test_generation_stops_at_the_end_of_turn(model, tokenizer, odd_dialogues):
     model.generation_config = GenerationConfig()
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
     template.end_of_turn_id = answer.ids[place]
-    ending = HFPolicy(model, template, EvaluationConfig(max_new_tokens=STEPS))
+    ending = HFGenerator(model, template, EvaluationConfig(max_new_tokens=STEPS))
     model.generation_config = original
     assert first(ending).ids == answer.ids[:place]
 
@@ -449,7 +449,7 @@ def checkpoint(model, tokenizer, tmp_path):
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
     manifest = manifest_of(template)
     directory = tmp_path / "checkpoint"
-    save_checkpoint(directory, model, tokenizer, template.chat_template, manifest)
+    save_final_model(directory, model, tokenizer, template.chat_template, manifest)
     return directory
 
 
@@ -458,14 +458,14 @@ def test_a_saved_checkpoint_answers_as_the_model_did(model, tokenizer, checkpoin
     settings = EvaluationConfig(max_new_tokens=STEPS)
     template, manifest = open_checkpoint(str(checkpoint))
     # On the same device, since answers are compared to the last digit.
-    policy = load_policy(str(checkpoint), template, settings, device=model.device)
+    policy = load_generator(str(checkpoint), template, settings, device=model.device)
     expected = predict(few, policy_of(model, tokenizer), "generated")
     assert predict(few, policy, "generated") == expected
     # The base stands beside the checkpoint; another seed, so that one is not taken for the other.
     torch.manual_seed(2)
     base = Qwen2ForCausalLM(model.config)
     base.save_pretrained(checkpoint.parent / "base")
-    untrained = load_policy(base_of(str(checkpoint), manifest), template, settings, device=model.device)
+    untrained = load_generator(base_of(str(checkpoint), manifest), template, settings, device=model.device)
     answers = predict(few, untrained, "reference")
     assert answers == predict(few, policy_of(base, tokenizer), "reference")
     assert [p.raw_text for p in answers] != [p.raw_text for p in predict(few, policy, "reference")]
@@ -493,7 +493,7 @@ def test_predictions_file_round_trip(tmp_path):
     path = tmp_path / "predictions" / "a.jsonl"
     known = replace(PREDICTION, ids=(3, 5), label_log_likelihoods=(-0.5,) * 12, reference_nll=1.5, reference_tokens=4)
     predictions = [PREDICTION, replace(known, turn=4, strategy=3)]
-    failure = Failure("行\u20281", 6, "generated", "timeout", "60 s")
+    failure = FailedTurn("行\u20281", 6, "generated", "timeout", "60 s")
     write_predictions(path, [*predictions, failure])
     assert read_predictions(path) == predictions
     assert read_outcomes(path) == [*predictions, failure]

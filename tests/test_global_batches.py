@@ -9,15 +9,22 @@ import numpy
 import pytest
 
 from csc_train.data.strategies import STRATEGIES
-from csc_train.packing.bin_packing import tight_fit
+from csc_train.packing.bin_packing import subset_sum_packing
 from csc_train.packing.config import LossConfig
-from csc_train.packing.dataset import Member, Packs
-from csc_train.packing.global_batches import PackCost, Part, distribute, epoch_steps, micro_batches, pack_cost
-from csc_train.packing.load_balance import Balance, measure_balance
+from csc_train.packing.dataset import PackedDataset, PackedItem
+from csc_train.packing.global_batches import (
+    PackCost,
+    PackSlice,
+    assign_to_ranks,
+    global_batches,
+    num_micro_batches,
+    pack_cost,
+)
+from csc_train.packing.load_balance import LoadBalance, measure_load_balance
 from csc_train.packing.loss_weights import LossWeights
-from csc_train.packing.sampler import PackLoader, RankBatches
-from csc_train.packing.token_groups import STRETCHES
-from csc_train.template.dialogue_template import Example
+from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
+from csc_train.packing.token_groups import TURN_BUCKETS
+from csc_train.template.dialogue_template import TokenizedDialogue
 
 CUTS = [(processes, micro) for processes in (1, 2, 3, 8) for micro in (1, 2, 3, 8) if 24 % (processes * micro) == 0]
 PACKS_PER_STEP = 24
@@ -41,7 +48,7 @@ def random_packs(packs: int, seed: int, most: int = 9) -> list[PackCost]:
 
 
 def sampler(packs, processes, rank, micro, seed=3, packs_per_step=PACKS_PER_STEP, joined=True):
-    return RankBatches(
+    return PackBatchSampler(
         packs, packs_per_step, seed, processes=processes, rank=rank, micro_batch_size=micro, joined=joined
     )
 
@@ -54,7 +61,10 @@ def rolecs_like_packs(prefix: int, max_length: int) -> list[PackCost]:
     """The packs of a real distribution of dialogue lengths."""
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "rolecs_like_lengths.txt"
     bodies = [int(line) - prefix for line in path.read_text().split()]
-    return [cost_of(*(bodies[body] for body in pack), prefix=prefix) for pack in tight_fit(bodies, max_length - prefix)]
+    return [
+        cost_of(*(bodies[body] for body in pack), prefix=prefix)
+        for pack in subset_sum_packing(bodies, max_length - prefix)
+    ]
 
 
 # What a step holds
@@ -62,7 +72,7 @@ def rolecs_like_packs(prefix: int, max_length: int) -> list[PackCost]:
 
 @pytest.mark.parametrize("number", [1, 7, 8, 23, 24, 25, 100, 1100])
 def test_every_pack_is_in_one_step_of_an_epoch_and_only_the_last_is_short(number):
-    steps = epoch_steps(random_packs(number, seed=1), PACKS_PER_STEP, seed=3, epoch=1)
+    steps = global_batches(random_packs(number, seed=1), PACKS_PER_STEP, seed=3, epoch=1)
     assert sorted(chain(*steps)) == list(range(number))
     assert [len(step) for step in steps[:-1]] == [PACKS_PER_STEP] * ((number - 1) // PACKS_PER_STEP)
     assert 1 <= len(steps[-1]) <= PACKS_PER_STEP
@@ -70,12 +80,12 @@ def test_every_pack_is_in_one_step_of_an_epoch_and_only_the_last_is_short(number
 
 def test_the_order_follows_from_seed_and_epoch():
     packs = random_packs(50, seed=1)
-    orders = [epoch_steps(packs, 4, seed, epoch) for seed in range(3) for epoch in range(3)]
+    orders = [global_batches(packs, 4, seed, epoch) for seed in range(3) for epoch in range(3)]
     assert all(orders.count(order) == 1 for order in orders)
-    assert orders == [epoch_steps(packs, 4, seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert orders == [global_batches(packs, 4, seed, epoch) for seed in range(3) for epoch in range(3)]
     # As it was when this was written: a run that is resumed elsewhere must find it so.
-    assert epoch_steps(packs[:7], 3, seed=0, epoch=1) == [[1, 3, 6], [0, 4, 2], [5]]
-    assert epoch_steps([cost_of(100 * length) for length in range(1, 19)], 4, seed=0, epoch=1) == [
+    assert global_batches(packs[:7], 3, seed=0, epoch=1) == [[1, 3, 6], [0, 4, 2], [5]]
+    assert global_batches([cost_of(100 * length) for length in range(1, 19)], 4, seed=0, epoch=1) == [
         [0, 1, 3, 4],
         [6, 7, 8, 9],
         [10, 11, 12, 13],
@@ -87,7 +97,7 @@ def test_the_order_follows_from_seed_and_epoch():
 def test_odd_packs_meet_and_those_that_cost_about_the_median_stay_in_random_order():
     half_empty, longer = set(range(8)), {8, 9}
     packs = [cost_of(500 if index in half_empty else 1001 if index in longer else 1000) for index in range(64)]
-    orders = [epoch_steps(packs, 8, seed=0, epoch=epoch) for epoch in range(8)]
+    orders = [global_batches(packs, 8, seed=0, epoch=epoch) for epoch in range(8)]
     assert all(half_empty in map(set, order) for order in orders)
     assert len({list(map(set, order)).index(half_empty) for order in orders}) > 2
     assert any(not any(longer <= set(step) for step in order) for order in orders)
@@ -100,7 +110,7 @@ def test_odd_packs_meet_and_those_that_cost_about_the_median_stay_in_random_orde
 def test_the_goals_for_equal_work_are_met_on_real_lengths(prefix, max_length, spread, packs_per_step):
     """Of whole epochs, their last steps included, on eight processes; and steps are about as fair as random ones."""
     packs = rolecs_like_packs(prefix, max_length)
-    balance = measure_balance(packs, packs_per_step, 0, epochs=3, processes=8, micro_batch_size=1, joined=True)
+    balance = measure_load_balance(packs, packs_per_step, 0, epochs=3, processes=8, micro_batch_size=1, joined=True)
     assert 1 <= balance.imbalance <= 1.005
     assert 0.995 <= balance.efficiency < 1
     assert 0.8 < balance.length_spread <= spread
@@ -110,20 +120,20 @@ def test_the_goals_for_equal_work_are_met_on_real_lengths(prefix, max_length, sp
 def test_the_account_of_a_schedule_by_hand():
     packs = [PackCost((5, 5), (4.0, 4.0), 2, 1.0)] * 3
     # A full step of two packs on two processes; then one pack, cut in two, whose prefix is run twice.
-    balance = measure_balance(packs, 2, 0, epochs=2, processes=2, micro_batch_size=1, joined=True)
-    assert balance == Balance(1.0, 27 / (2 * 9 + 2 * 5), 1.0, 1.0)
+    balance = measure_load_balance(packs, 2, 0, epochs=2, processes=2, micro_batch_size=1, joined=True)
+    assert balance == LoadBalance(1.0, 27 / (2 * 9 + 2 * 5), 1.0, 1.0)
     # All on one process: nobody waits, and nothing is repeated.
-    assert measure_balance(packs, 2, 0, epochs=2, processes=1, micro_batch_size=2, joined=True).efficiency == 1
+    assert measure_load_balance(packs, 2, 0, epochs=2, processes=1, micro_batch_size=2, joined=True).efficiency == 1
     # Two documents cannot keep three processes busy.
     packs = [PackCost((5, 5), (6.0, 3.0))]
-    balance = measure_balance(packs, 3, 0, epochs=1, processes=3, micro_batch_size=1, joined=True)
-    assert balance == Balance(2.0, 0.5, 1.0, 1.0)
+    balance = measure_load_balance(packs, 3, 0, epochs=1, processes=3, micro_batch_size=1, joined=True)
+    assert balance == LoadBalance(2.0, 0.5, 1.0, 1.0)
 
 
 def test_steps_that_are_sorted_by_length_would_be_seen():
     rng = random.Random(5)
     packs = [cost_of(*[rng.randint(100, 2000)] * 4) for _ in range(800)]
-    balance = measure_balance(packs, 8, 0, epochs=1, processes=8, micro_batch_size=1, joined=True)
+    balance = measure_load_balance(packs, 8, 0, epochs=1, processes=8, micro_batch_size=1, joined=True)
     # Packs so unlike can only be balanced by meeting their like.
     assert balance.length_spread > 2
     assert balance.imbalance < 1.03
@@ -138,7 +148,7 @@ def test_steps_that_are_sorted_by_length_would_be_seen():
 def test_processes_and_micro_batches_only_distribute_the_steps(number, most, joined):
     packs = random_packs(number, seed=number, most=most)
     for epoch in (0, 1):
-        steps = epoch_steps(packs, PACKS_PER_STEP, 3, epoch)
+        steps = global_batches(packs, PACKS_PER_STEP, 3, epoch)
         expected = [[(pack, one) for pack in step for one in range(len(packs[pack].tokens))] for step in steps]
         assert sorted(chain(*expected)) == [(i, one) for i, pack in enumerate(packs) for one in range(len(pack.tokens))]
         for processes, micro in CUTS:
@@ -174,7 +184,7 @@ def check_room(step, whole, packs, micro, joined):
 def test_an_epoch_that_is_cut_off_after_any_step_goes_on_with_the_next_under_another_distribution(joined):
     packs = random_packs(53, seed=2)
     for epoch in (0, 1, 2):
-        steps = epoch_steps(packs, 4, 3, epoch)
+        steps = global_batches(packs, 4, 3, epoch)
         for processes, micro in ((4, 1), (2, 1), (2, 2), (1, 4)):
             ranks = [
                 sampler(packs, processes, rank, micro, packs_per_step=4, joined=joined) for rank in range(processes)
@@ -191,35 +201,37 @@ def test_an_epoch_that_is_cut_off_after_any_step_goes_on_with_the_next_under_ano
 
 def test_packs_that_can_be_divided_evenly_stay_whole():
     packs = [PackCost((1,), (cost,)) for cost in (9.0, 4.0, 5.0, 8.0)]
-    assert distribute([0, 1, 2, 3], packs, 1, 4, joined=True) == [[[Part(pack, 0, 1) for pack in (0, 3, 2, 1)]]]
-    assert distribute([0, 1, 2, 3], packs, 2, 1, joined=True) == [
-        [[Part(0, 0, 1)], [Part(1, 0, 1)]], [[Part(3, 0, 1)], [Part(2, 0, 1)]],
+    assert assign_to_ranks([0, 1, 2, 3], packs, 1, 4, joined=True) == [
+        [[PackSlice(pack, 0, 1) for pack in (0, 3, 2, 1)]]
+    ]
+    assert assign_to_ranks([0, 1, 2, 3], packs, 2, 1, joined=True) == [
+        [[PackSlice(0, 0, 1)], [PackSlice(1, 0, 1)]], [[PackSlice(3, 0, 1)], [PackSlice(2, 0, 1)]],
     ]  # fmt: skip
 
 
 def test_packs_that_cannot_are_cut_between_documents():
     packs = [PackCost((4, 3, 3), (4.0, 3.0, 3.0)), PackCost((1, 1), (1.0, 1.0)), PackCost((2,), (2.0,))]
     # 14 in all, best cut into 7 and 7: the second process takes the end of one pack and two others, in two places.
-    assert distribute([0, 1, 2], packs, 2, 2, joined=True) == [
-        [[Part(0, 0, 2)]],
-        [[Part(0, 2, 3), Part(2, 0, 1), Part(1, 0, 2)]],
+    assert assign_to_ranks([0, 1, 2], packs, 2, 2, joined=True) == [
+        [[PackSlice(0, 0, 2)]],
+        [[PackSlice(0, 2, 3), PackSlice(2, 0, 1), PackSlice(1, 0, 2)]],
     ]
     # Unjoined, three parts do not fit two places, so the first process takes a whole pack.
-    assert distribute([0, 1, 2], packs, 2, 2, joined=False) == [
-        [[Part(0, 0, 3)]],
-        [[Part(1, 0, 2), Part(2, 0, 1)]],
+    assert assign_to_ranks([0, 1, 2], packs, 2, 2, joined=False) == [
+        [[PackSlice(0, 0, 3)]],
+        [[PackSlice(1, 0, 2), PackSlice(2, 0, 1)]],
     ]
-    assert distribute([1], packs, 2, 1, joined=True) == [[[Part(1, 0, 1)]], [[Part(1, 1, 2)]]]
-    assert distribute([2], packs, 2, 1, joined=True) == [[[Part(2, 0, 1)]], [[]]]
+    assert assign_to_ranks([1], packs, 2, 1, joined=True) == [[[PackSlice(1, 0, 1)]], [[PackSlice(1, 1, 2)]]]
+    assert assign_to_ranks([2], packs, 2, 1, joined=True) == [[[PackSlice(2, 0, 1)]], [[]]]
     # Each part runs its prefix: two thirds of a pack are not half the work of four thirds.
     packs = [PackCost((1, 1, 1), (1.0, 1.0, 1.0), 5, 5.0)]
-    assert [share[0][0].flops(packs) for share in distribute([0], packs, 2, 1, joined=True)] == [7, 6]
+    assert [share[0][0].flops(packs) for share in assign_to_ranks([0], packs, 2, 1, joined=True)] == [7, 6]
 
 
 def stretch_cost(stretch, packs, places, joined, longest):
     """FLOPs of consecutive (pack, document) pairs as parts of packs; infinite where they have not places enough."""
     runs = [[*run] for _, run in itertools.groupby(stretch, lambda document: document[0])]
-    parts = [Part(run[0][0], run[0][1], run[-1][1] + 1) for run in runs]
+    parts = [PackSlice(run[0][0], run[0][1], run[-1][1] + 1) for run in runs]
     fits = len(parts) <= places or (
         joined and len(parts) == places + 1 and parts[0].tokens(packs) + parts[-1].tokens(packs) <= longest
     )
@@ -232,7 +244,7 @@ def test_no_other_cut_of_the_line_of_documents_has_a_cheaper_costliest_process(s
     packs = random_packs(3, seed, most=3)
     for number, processes in ((1, 2), (2, 3), (3, 2), (3, 4)):
         line = [(pack, one) for pack in range(number) for one in range(len(packs[pack].tokens))]
-        places = micro_batches(number, processes, 1)
+        places = num_micro_batches(number, processes, 1)
         longest = max(pack.prefix_tokens + sum(pack.tokens) for pack in packs[:number])
         cheapest = min(
             max(
@@ -241,17 +253,17 @@ def test_no_other_cut_of_the_line_of_documents_has_a_cheaper_costliest_process(s
             )
             for cuts in itertools.combinations_with_replacement(range(len(line) + 1), processes - 1)
         )
-        shares = distribute(range(number), packs, processes, 1, joined=joined)
+        shares = assign_to_ranks(range(number), packs, processes, 1, joined=joined)
         assert max(sum(part.flops(packs) for parts in share for part in parts) for share in shares) == cheapest
 
 
 # Batches
 
 
-def packs_of(prefix: int, *lengths: int, packs: int = 1) -> Packs:
+def packs_of(prefix: int, *lengths: int, packs: int = 1) -> PackedDataset:
     """Packs of one-turn dialogues that are trained but for their first token; ids count up in each dialogue."""
     examples = [
-        Example(
+        TokenizedDialogue(
             numpy.arange(100 * number, 100 * number + prefix + length, dtype=numpy.int32),
             numpy.array([0] * (prefix + 1) + [2] * (length - 1), dtype=numpy.uint8),
             numpy.array([prefix, prefix + length], dtype=numpy.int32),
@@ -261,8 +273,8 @@ def packs_of(prefix: int, *lengths: int, packs: int = 1) -> Packs:
     ]
     members = numpy.arange(len(examples)).reshape(packs, -1)
     weigh = LossWeights(LossConfig(), numpy.zeros(13, numpy.int64))
-    return Packs(
-        examples, [[Member(number, 0) for number in pack] for pack in members.tolist()], [prefix] * packs, weigh
+    return PackedDataset(
+        examples, [[PackedItem(number, 0) for number in pack] for pack in members.tolist()], [prefix] * packs, weigh
     )
 
 
@@ -270,7 +282,7 @@ def plain(row: dict) -> dict:
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
 
 
-CELL = 1 + len(STRATEGIES) * len(STRETCHES)
+CELL = 1 + len(STRATEGIES) * len(TURN_BUCKETS)
 """The cell of a reply by strategy 1 in the first turns: behind those of what is not trained, and of all strategies."""
 
 
@@ -283,12 +295,12 @@ def test_a_part_is_the_documents_it_names():
         "lengths": [3, 4, 2],
         "prefix": 0,
     }
-    assert plain(packs[Part(0, 0, 3)]) == plain(packs[0])
-    assert plain(packs[Part(0, 1, 2)]) == {
+    assert plain(packs[PackSlice(0, 0, 3)]) == plain(packs[0])
+    assert plain(packs[PackSlice(0, 1, 2)]) == {
         "input_ids": [100, 101, 102, 103], "weights": [0, 1, 1, 1], "cells": [0, CELL, CELL, CELL], "lengths": [4],
         "prefix": 0,
     }  # fmt: skip
-    assert packs[Part(0, 1, 3)]["lengths"].tolist() == [4, 2]
+    assert packs[PackSlice(0, 1, 3)]["lengths"].tolist() == [4, 2]
     assert plain(packs[None]) == {
         "input_ids": [0], "weights": [0], "cells": [0], "lengths": [1], "prefix": 0, "empty": True
     }  # fmt: skip
@@ -297,24 +309,26 @@ def test_a_part_is_the_documents_it_names():
 def test_a_loader_takes_the_order_of_the_epoch_it_is_set_to():
     costs = random_packs(50, seed=1)
     batches = sampler(costs, 1, 0, 4, packs_per_step=4)
-    loader = PackLoader(packs_of(0, 2, packs=50), batches, lambda rows: [row["input_ids"][0] // 100 for row in rows])
+    loader = PackDataLoader(
+        packs_of(0, 2, packs=50), batches, lambda rows: [row["input_ids"][0] // 100 for row in rows]
+    )
     for epoch in (0, 1, 0):
         loader.set_epoch(epoch)
         taken = list(loader)
-        assert [sorted(batch) for batch in taken] == [sorted(step) for step in epoch_steps(costs, 4, 3, epoch)]
+        assert [sorted(batch) for batch in taken] == [sorted(step) for step in global_batches(costs, 4, 3, epoch)]
         assert len(taken) == len(loader)
 
 
 def test_a_part_of_a_pack_takes_the_shared_prefix_along():
     packs = packs_of(3, 3, 2, 1)
-    assert plain(packs[Part(0, 1, 3)]) == {
+    assert plain(packs[PackSlice(0, 1, 3)]) == {
         "input_ids": [100, 101, 102, 103, 104, 203],
         "weights": [0, 0, 0, 0, 1, 0],
         "cells": [0, 0, 0, 0, CELL, 0],
         "lengths": [3, 2, 1],
         "prefix": 3,
     }
-    assert packs[Part(0, 0, 3)]["lengths"].tolist() == [3, 3, 2, 1]
+    assert packs[PackSlice(0, 0, 3)]["lengths"].tolist() == [3, 3, 2, 1]
 
 
 def test_the_cost_of_a_pack():
@@ -325,5 +339,5 @@ def test_the_cost_of_a_pack():
     assert shared.total == 39 + 80 + 36
     # The prefix and a body behind it are the square of one document.
     assert pack_cost([3, 4], 3, 10, 1).total == pack_cost([7], 0, 10, 1).total
-    assert Part(0, 1, 2).flops([shared]) == 39 + 36
-    assert Part(0, 1, 2).tokens([shared]) == 5
+    assert PackSlice(0, 1, 2).flops([shared]) == 39 + 36
+    assert PackSlice(0, 1, 2).tokens([shared]) == 5

@@ -9,10 +9,10 @@ import re
 
 import pytest
 
-from csc_train.config.compose import EvaluateRecipe, resolved
+from csc_train.config.compose import EvaluateRecipe, to_container
 from csc_train.data.dialogue import Dialogue, write_dialogues
 from csc_train.data.sample_grammar import generate_sample
-from csc_train.data.splits import DataConfig, SetConfig, Splits, find_overlap
+from csc_train.data.splits import DataConfig, DialogueSourceConfig, Splits, find_overlap
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.contamination import find_contamination, write_contamination
@@ -21,13 +21,13 @@ from csc_train.evaluation.report.html import write_html
 from csc_train.evaluation.report.page import render
 from csc_train.evaluation.report.tables import write_results
 from csc_train.evaluation.scoring import score_run
-from csc_train.inference.predictions import CONTEXTS, Failure, Prediction, write_predictions
+from csc_train.inference.predictions import CONTEXTS, FailedTurn, Prediction, write_predictions
 from csc_train.llm.config import LLMConfig
 
 SYSTEM, GIVEN = "a <b>model<b>", "GPT, strategy given"
 MARKUP = '</script><script>document.title = "taken over"</script><b>粗</b>'
-DATA = DataConfig(train=SetConfig("train.jsonl"), evaluation=SetConfig("csconv.jsonl"))
-CONFIG = resolved(EvaluateRecipe("runs/x/checkpoint", data=DATA, evaluation=EvaluationConfig(max_new_tokens=40)))
+DATA = DataConfig(train=DialogueSourceConfig("train.jsonl"), evaluation=DialogueSourceConfig("csconv.jsonl"))
+CONFIG = to_container(EvaluateRecipe("runs/x/checkpoint", data=DATA, evaluation=EvaluationConfig(max_new_tokens=40)))
 RECORD = {
     "started": "2026-01-02T03:04:05+0000",
     "provenance": {"commit": "c0ffee" * 8, "dirty": True, "versions": {"torch": "2.13.0"}},
@@ -145,7 +145,7 @@ def test_the_page_says_what_was_evaluated(run, page):
 )
 def test_a_served_system_is_named_and_so_is_its_decoding(run, tmp_path, decoding, expected):
     served = LLMConfig(model="m", base_url="http://localhost:8000/v1", **decoding)
-    write_html(tmp_path, run[1], resolved(EvaluateRecipe(llm=served, data=DATA)), RECORD)
+    write_html(tmp_path, run[1], to_container(EvaluateRecipe(llm=served, data=DATA)), RECORD)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for name, fact in zip(("evaluated", "decoding"), expected, strict=True):
         assert f'<th scope="row">{name}</th><td>{fact}' in text
@@ -208,7 +208,7 @@ def failing(tmp_path_factory):
                 outcomes = [
                     each
                     if each.turn < end[each.dialogue_id]
-                    else Failure(each.dialogue_id, each.turn, context, "t", "-")
+                    else FailedTurn(each.dialogue_id, each.turn, context, "t", "-")
                     for each in outcomes
                 ]
             write_predictions(directory / "predictions" / f"{name}-{context}.jsonl", outcomes)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
 from csc_train.errors import InputError
-from csc_train.models.hub import causal_model, looks_local, readable
+from csc_train.models.hub import hub_errors, is_local_path, load_causal_lm
 from csc_train.training.tokenizer import load_tokenizer
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
@@ -271,11 +271,11 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path):
 
 
 def test_a_directory_is_known_from_a_hub_id(tmp_path, monkeypatch):
-    assert not looks_local(MODEL)
-    assert all(looks_local(path) for path in ("./a", "/a/b", "~/a", "../a", "a", "a/b/c"))
+    assert not is_local_path(MODEL)
+    assert all(is_local_path(path) for path in ("./a", "/a/b", "~/a", "../a", "a", "a/b/c"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "model").mkdir(parents=True)
-    assert looks_local("owner/model")
+    assert is_local_path("owner/model")
     assert load_tokenizer(str(SMALL_TOKENIZERS / "qwen2")).is_fast
 
 
@@ -284,22 +284,22 @@ def test_a_model_that_lacks_weights_is_refused_not_made_up(tmp_path):
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
-    whole = causal_model(str(tmp_path)).state_dict()
+    whole = load_causal_lm(str(tmp_path)).state_dict()
     assert whole.keys() == model.state_dict().keys()
     assert all(torch.equal(whole[name], value) for name, value in model.state_dict().items())
     lost = [name for name in weights if "layers.1.mlp" in name]
     save_file({name: value for name, value in weights.items() if name not in lost}, file, {"format": "pt"})
     with pytest.raises(InputError, match=rf"lacks {len(lost)} of the model's tensors, the first is .*layers\.1\.mlp"):
-        causal_model(str(tmp_path))
+        load_causal_lm(str(tmp_path))
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(InputError, match="holds no model that can be read"):
-        causal_model(str(tmp_path))
+        load_causal_lm(str(tmp_path))
 
 
 def test_only_failures_to_read_are_explained():
     """A bug in what runs inside must not be reported as a missing model."""
-    with pytest.raises(ZeroDivisionError), readable(str(SMALL_TOKENIZERS), "model"):
+    with pytest.raises(ZeroDivisionError), hub_errors(str(SMALL_TOKENIZERS), "model"):
         raise ZeroDivisionError
     reason = r"holds no model that can be read \(OSError\)"
-    with pytest.raises(InputError, match=reason), readable(str(SMALL_TOKENIZERS), "model"):
+    with pytest.raises(InputError, match=reason), hub_errors(str(SMALL_TOKENIZERS), "model"):
         raise OSError

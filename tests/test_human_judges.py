@@ -16,19 +16,19 @@ from csc_train.evaluation.config import HumanConfig, JudgeConfig
 from csc_train.evaluation.judges.criteria import CRITERIA
 from csc_train.evaluation.judges.human import (
     MAJORITY,
-    Item,
-    Key,
-    draw_sheet,
+    AnnotationItem,
+    UnblindingKey,
+    draw_annotation_form,
     majority,
-    opinions,
+    rater_results,
     read_judge,
     read_key,
-    read_votes,
+    read_ratings,
     sections,
 )  # fmt: skip
-from csc_train.evaluation.judges.llm_judge import Judged, as_json, chosen_turns, judgement, questions
+from csc_train.evaluation.judges.llm_judge import JudgeReport, as_json, chosen_turns, judge_questions, summarize
 from csc_train.evaluation.metrics.profiles import same_turns
-from csc_train.evaluation.table import Turns
+from csc_train.evaluation.table import PredictionTable
 from csc_train.files import write_json
 from csc_train.inference.predictions import Prediction, write_predictions
 
@@ -58,7 +58,7 @@ def predictions(system, predicts=True):
 
 def drawn(config=CONFIG, **changes):
     sides, _ = same_turns(predictions(0, **changes), predictions(1), *NAMES)
-    return draw_sheet(sides, DIALOGUES, NAMES, config)
+    return draw_annotation_form(sides, DIALOGUES, NAMES, config)
 
 
 def data_of(page):
@@ -105,7 +105,7 @@ def test_the_same_runs_give_the_same_sheet_and_others_none_of_its_ids():
     # What no sheet shows changes ids, order and sides: they cannot be computed from the sheet.
     *others, last = predictions(0)
     sides, _ = same_turns([*others, replace(last, prompt_hash="?")], predictions(1), *NAMES)
-    other = draw_sheet(sides, DIALOGUES, NAMES, CONFIG)[1]
+    other = draw_annotation_form(sides, DIALOGUES, NAMES, CONFIG)[1]
     assert not {item.item for item in other.items} & {item.item for item in key.items}
     place = {(item.dialogue_id, item.turn): item.first for item in key.items}
     assert place.keys() == {(item.dialogue_id, item.turn) for item in other.items}
@@ -113,7 +113,7 @@ def test_the_same_runs_give_the_same_sheet_and_others_none_of_its_ids():
 
 
 def test_items_are_those_that_a_judge_is_given_first():
-    turns = Turns(predictions(0))
+    turns = PredictionTable(predictions(0))
     _, key = drawn(HumanConfig(items=10, per_dialogue=None))
     judged = {turns.keys[index] for index in chosen_turns(turns, JudgeConfig(turns=10))}
     assert {(item.dialogue_id, item.turn) for item in key.items} == judged
@@ -125,14 +125,14 @@ def test_items_are_those_that_a_judge_is_given_first():
 def test_replies_that_read_the_same_are_left_out():
     a, b = predictions(0), predictions(1)
     b[3:] = [replace(each, response=a[n].response) for n, each in enumerate(b)][3:]
-    _, key = draw_sheet(same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, HumanConfig(per_dialogue=None))
+    _, key = draw_annotation_form(same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, HumanConfig(per_dialogue=None))
     assert {(item.dialogue_id, item.turn) for item in key.items} == set(PLACES[:3])
     assert (key.turns, key.differing) == (len(PLACES), 3)
     with pytest.raises(InputError, match="differ nowhere: there is nothing to compare"):
-        draw_sheet(same_turns(a, a, *NAMES)[0], DIALOGUES, NAMES, CONFIG)
+        draw_annotation_form(same_turns(a, a, *NAMES)[0], DIALOGUES, NAMES, CONFIG)
     # Where strategies are shown, another strategy is a difference.
     own = HumanConfig(strategies="own", per_dialogue=None)
-    assert draw_sheet(same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, own)[1].differing == len(PLACES)
+    assert draw_annotation_form(same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, own)[1].differing == len(PLACES)
 
 
 def test_strategies_are_shown_as_asked():
@@ -280,7 +280,7 @@ def test_each_rater_on_a_computer_has_answers_of_their_own(opened, runs):
     assert (anna["rater"], ben["rater"]) == ("Anna", "Ben")
     assert anna["answers"] == [{"item": first, "choices": {"overall": "1", "empathy": "2"}, "comment": ""}]
     assert ben["answers"] == [{"item": first, "choices": {"empathy": "tie"}, "comment": ""}]
-    votes, _ = read_votes(["anna.json", "ben.json"], key)
+    votes, _ = read_ratings(["anna.json", "ben.json"], key)
     assert votes["overall"] == {"Anna": {first: float(key.items[0].first == "A")}, "Ben": {}}
     assert votes["empathy"]["Ben"] == {first: 0.5}
 
@@ -322,9 +322,10 @@ def test_without_a_store_the_sheet_says_so_and_works(opened, runs):
 def key_of(firsts="ABABABABABAB"):
     """A key with an item a dialogue; `firsts` says whose reply is number 1."""
     items = [
-        Item(item=f"i{n}", dialogue_id=f"d{n}", turn=2, first=first, longer=n % 3) for n, first in enumerate(firsts)
+        AnnotationItem(item=f"i{n}", dialogue_id=f"d{n}", turn=2, first=first, longer=n % 3)
+        for n, first in enumerate(firsts)
     ]
-    return Key(
+    return UnblindingKey(
         sheet="s1", a="one of x", b="other of y", questions=QUESTIONS, turns=40, differing=30, strategies="hidden",
         items=items,
     )  # fmt: skip
@@ -343,8 +344,8 @@ def answers(key, rater, preferences, question="overall"):
 def results(tmp_path, key, raters, judge=None):
     for rater, preferences in raters.items():
         write_json(tmp_path / f"{rater}.json", answers(key, rater, preferences))
-    votes, _ = read_votes([tmp_path / f"{rater}.json" for rater in raters], key)
-    return opinions(votes, key, CONFIG, judge)
+    votes, _ = read_ratings([tmp_path / f"{rater}.json" for rater in raters], key)
+    return rater_results(votes, key, CONFIG, judge)
 
 
 def test_answers_are_unblinded_counted_and_told_apart(tmp_path):
@@ -397,7 +398,7 @@ def judged_run(directory, a, b, better, points, swapped=False):
     """What recipes/judge.py writes where the judge's answers are planted: by index of the turn."""
     config = JudgeConfig(turns=None, draws=200, flips=1000)
     systems = (b, a) if swapped else (a, b)
-    asked = questions(*systems, DIALOGUES, config)
+    asked = judge_questions(*systems, DIALOGUES, config)
     planted = {}
     for question in asked:
         n = PLACES.index((question.dialogue_id, question.turn))
@@ -408,10 +409,10 @@ def judged_run(directory, a, b, better, points, swapped=False):
         else:
             side = {"A": "B", "B": "A"}[question.side] if swapped else question.side
             planted[question] = {"reason": "-"} | dict.fromkeys(CRITERIA, points(n, side))
-    judged = Judged(planted, {}, {"attempts": 0, "prompt_tokens": 0, "completion_tokens": 0})
+    judged = JudgeReport(planted, {}, {"attempts": 0, "prompt_tokens": 0, "completion_tokens": 0})
     names = [f"{NAMES[0]} of ./run0/", f"{NAMES[1]} of run1"]
     facts = dict(zip("ab", reversed(names) if swapped else names, strict=True)) | {"judge": "m"}
-    write_json(directory / "judge.json", facts | as_json(judgement(*systems, judged, config), judged))
+    write_json(directory / "judge.json", facts | as_json(summarize(*systems, judged, config), judged))
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -430,9 +431,9 @@ def test_a_judge_is_a_rater_beside_the_people(runs, swapped):
         runs / "judged", *map(predictions, (0, 1)), better, lambda n, side: 4 if side == "A" else 2, swapped=swapped
     )
     (runs / "anna.json").write_text(json.dumps(answers(key, "Anna", wanted)), encoding="utf-8")
-    votes, _ = read_votes(["anna.json"], key)
+    votes, _ = read_ratings(["anna.json"], key)
     name, preferences = read_judge("judged", key)
-    (pair,) = opinions(votes, key, CONFIG, (name, preferences))["overall"].pairs
+    (pair,) = rater_results(votes, key, CONFIG, (name, preferences))["overall"].pairs
     assert (pair.one, pair.other, pair.items) == ("Anna", "judge m", len(wanted))
     assert pair.agreement.value == pytest.approx(100 * 12 / 14)
     # Anna: A 6, B 6, neither 2; the judge: A 4, B 6, neither 4.
@@ -444,7 +445,7 @@ def test_a_judge_is_a_rater_beside_the_people(runs, swapped):
     run_recipe("import", "anna.json", "key=sheet/key.json", "judge=judged", "run.directory=read")
     assert "| Anna / judge m | 14 | 85.71 [" in (runs / "read/human.md").read_text(encoding="utf-8")
     two = {"overall": {"Anna": votes["overall"]["Anna"], "Ben": {}}}
-    assert opinions(two, key, CONFIG, (name, preferences))["overall"].pairs[-1].one == MAJORITY
+    assert rater_results(two, key, CONFIG, (name, preferences))["overall"].pairs[-1].one == MAJORITY
 
     other = key.model_copy(update={"b": "another of z"})
     with pytest.raises(InputError, match=r"judge\.json: judges .*, and the sheet compares .* and another of z$"):
@@ -489,11 +490,11 @@ def test_answers_that_cannot_be_right_are_refused(tmp_path, change, message):
     content = answers(key, "Anna", "A" * 12)
     path = tmp_path / "anna.json"
     write_json(path, content)
-    assert read_votes([path], key)[0]["overall"]["Anna"] == {item.item: 1.0 for item in key.items}
+    assert read_ratings([path], key)[0]["overall"]["Anna"] == {item.item: 1.0 for item in key.items}
     change(content)
     write_json(path, content)
     with pytest.raises(InputError) as caught:
-        read_votes([path], key)
+        read_ratings([path], key)
     assert str(caught.value).startswith(f"{path}") and message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -503,7 +504,7 @@ def test_a_rater_counts_once_and_a_key_is_a_key(tmp_path):
     for name, rater in (("x", "Anna"), ("y", "anna ")):
         write_json(tmp_path / f"{name}.json", answers(key, rater, "A" * 12))
     with pytest.raises(InputError, match=r"y\.json: rater anna has answered in .*x\.json already"):
-        read_votes([tmp_path / "x.json", tmp_path / "y.json"], key)
+        read_ratings([tmp_path / "x.json", tmp_path / "y.json"], key)
     content = key.model_dump()
     content["items"][3]["first"] = "C"
     write_json(tmp_path / "key.json", content)

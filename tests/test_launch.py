@@ -17,12 +17,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from csc_train.config.compose import compose, resolved
+from csc_train.config.compose import compose, to_container
 from csc_train.errors import InputError
 from csc_train.launching import supervise
-from csc_train.launching.job import LAUNCHED, SCRIPT, freeze, launch, plan
+from csc_train.launching.job import LAUNCH_FILE, SCRIPT_FILE, launch, plan_job, write_job
 from csc_train.launching.sweep import sweep
-from csc_train.runs.directory import STOPPED, Run
+from csc_train.runs.directory import EXIT_STOPPED, Run
 
 SLURM = ROOT / "tests" / "data" / "slurm"
 LAUNCH = [sys.executable, str(ROOT / "launch" / "launch.py")]
@@ -142,7 +142,7 @@ def frozen(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         two_ranks = ["topology=cpu2", "topology.launcher=accelerate", "trainer.micro_batch_size=1"]
-        freeze(plan(["experiment=demo", *two_ranks, "run.directory=runs/first"]))
+        write_job(plan_job(["experiment=demo", *two_ranks, "run.directory=runs/first"]))
     return directory
 
 
@@ -234,36 +234,38 @@ def test_what_is_frozen_is_what_the_ranks_read(tmp_path, monkeypatch):
     """For every shipped experiment, and once more for a new run that is made from it."""
     monkeypatch.chdir(tmp_path)
     for file in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
-        job = plan([f"experiment={file.stem}", "topology=cpu1", f"run.directory=runs/{file.stem}"])
-        freeze(job)
+        job = plan_job([f"experiment={file.stem}", "topology=cpu1", f"run.directory=runs/{file.stem}"])
+        write_job(job)
         assert compose("sft", [f"run={job.directory}", "resume=true"]) == job.config
         assert (job.config.run.directory, job.config.run.existing) == (str(job.directory), "resume")
         again = compose("sft", [f"from={job.directory}", "trainer.epochs=7", "data.train.path=other.jsonl"])
-        expected = resolved(job.config)
+        expected = to_container(job.config)
         expected["trainer"]["epochs"], expected["data"]["train"]["path"] = 7.0, "other.jsonl"
         expected["run"] = {"directory": None, "existing": "refuse"}
-        assert resolved(again) == expected
+        assert to_container(again) == expected
 
 
 def test_a_run_goes_on_as_it_was_launched_or_on_another_topology(frozen, monkeypatch):
     monkeypatch.chdir(frozen)
-    same = plan(["run=runs/first", "resume=true"])
+    same = plan_job(["run=runs/first", "resume=true"])
     assert (same.launch.topology.name, same.launch.topology.launcher, same.new) == ("cpu2", "accelerate", False)
-    assert plan(["run=runs/first", "resume=true", "topology.launcher=torchrun"]).launch.topology.launcher == "torchrun"
-    assert plan(["run=runs/first", "resume=true", "topology=cpu1"]).launch.topology.processes == 1
+    assert (
+        plan_job(["run=runs/first", "resume=true", "topology.launcher=torchrun"]).launch.topology.launcher == "torchrun"
+    )
+    assert plan_job(["run=runs/first", "resume=true", "topology=cpu1"]).launch.topology.processes == 1
     with pytest.raises(InputError, match="not a multiple"):
-        plan(["run=runs/first", "resume=true", "topology=node8"])
-    new = plan(["from=runs/first"])
+        plan_job(["run=runs/first", "resume=true", "topology=node8"])
+    new = plan_job(["from=runs/first"])
     assert (new.new, new.launch) == (True, same.launch)
-    assert plan(["from=runs/first", "topology=cpu1"]).launch.topology.processes == 1
+    assert plan_job(["from=runs/first", "topology=cpu1"]).launch.topology.processes == 1
     assert re.fullmatch(r"runs/sft-\d{8}-\d{6}", str(new.directory))
 
 
 def test_a_run_goes_on_under_changed_code_but_not_with_changed_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    job = plan(["experiment=demo", "topology=cpu1", "run.directory=runs/first"])
-    freeze(job)
-    run = Run("sft", resolved(job.config))
+    job = plan_job(["experiment=demo", "topology=cpu1", "run.directory=runs/first"])
+    write_job(job)
+    run = Run("sft", to_container(job.config))
     assert run.begin({"train": "a"}) == "new"
     assert run.begin({"train": "a"}) == "unfinished"
     crashed = "note: runs/first crashed: it was killed before it could say so\n"
@@ -335,19 +337,19 @@ def free_job_number() -> str:
 def run_script(place: Path, **options) -> Started:
     """Run the submitted script on two nodes that are both this machine."""
     variables = {"SLURM_JOB_ID": free_job_number(), "SLURM_JOB_NODELIST": "node[1-2]"}
-    return Started(["bash", f"runs/two_nodes/{SCRIPT}"], place, **variables, **options)
+    return Started(["bash", f"runs/two_nodes/{SCRIPT_FILE}"], place, **variables, **options)
 
 
 def test_two_nodes_are_stopped_requeued_broken_and_come_to_the_same_end(place, reference):
     """As one node with two ranks, through a time limit and the death of a node."""
     submit(place)
     run = place / "runs/two_nodes"
-    assert (run / SCRIPT).read_text() == (SLURM / "two_nodes.sbatch").read_text()
+    assert (run / SCRIPT_FILE).read_text() == (SLURM / "two_nodes.sbatch").read_text()
 
     # Near the time limit
     warned = run_script(place).until(STEP)
     warned.process.send_signal(signal.SIGUSR1)
-    assert warned.end() == STOPPED, warned.output
+    assert warned.end() == EXIT_STOPPED, warned.output
     assert len((place / "requeued").read_text().split()) == 1
     (state,) = [path.name for path in (run / "states").glob("checkpoint-*")]
     done = int(state.split("-")[1])
@@ -364,7 +366,7 @@ def test_two_nodes_are_stopped_requeued_broken_and_come_to_the_same_end(place, r
     ]  # fmt: skip
     for process in [node, *node.children(recursive=True)]:
         process.kill()
-    assert broken.end() not in (0, STOPPED), broken.output
+    assert broken.end() not in (0, EXIT_STOPPED), broken.output
     assert "Connection" in broken.output.partition("Root Cause (first observed failure)")[2]  # lost by the other node
     assert len((place / "requeued").read_text().split()) == 1
     assert left_in(place) == []
@@ -384,11 +386,11 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(place, reference):
     accelerate = ["topology=cpu2", "topology.launcher=accelerate", "run.directory=runs/stopped"]
     started = Started([*LAUNCH, *SMALL, *accelerate], place).until(STEP)
     started.process.send_signal(signal.SIGTERM)
-    assert started.end() == STOPPED, started.output
+    assert started.end() == EXIT_STOPPED, started.output
     assert started.output.endswith("stopped; to go on: run=runs/stopped resume=true\n")
     assert left_in(place) == []
     assert not record(run)["finished"] and not (run / "checkpoint").exists()
-    assert yaml.safe_load((run / LAUNCHED).read_text())["topology"]["launcher"] == "accelerate"
+    assert yaml.safe_load((run / LAUNCH_FILE).read_text())["topology"]["launcher"] == "accelerate"
     (state,) = [path.name for path in (run / "states").glob("checkpoint-*")]
 
     again = Started([*LAUNCH, "run=runs/stopped", "resume=true", "topology=cpu2"], place)

@@ -9,15 +9,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from csc_train.errors import InputError
 from csc_train.models.attention.flex import FLEX_ATTENTION
-from csc_train.models.attention.varlen import ATTENTION
+from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.loading import batch_layout
 from csc_train.packing.collator import PackCollator
 from csc_train.training.config import AdapterConfig
-from csc_train.training.leak_check import check_isolation, dropout_warning, guard_rows
+from csc_train.training.leak_check import check_no_leaks, dropout_warning, forbid_kv_cache
 
 SHARED, BEST = "shared_prefix", "best_fit"
 PATHS = [
-    (ATTENTION, SHARED),
+    (VARLEN_ATTENTION, SHARED),
     (FLEX_ATTENTION, SHARED),
     ("sdpa", SHARED),
     ("eager", SHARED),
@@ -43,7 +43,7 @@ def make(architecture: str, attention: str, **facts):
 def check(model, packing: str, dtype: torch.dtype = torch.float32) -> None:
     attention = model.config._attn_implementation
     collator = PackCollator(batch_layout(attention, packing), 299, additive=attention == "eager")
-    check_isolation(model, collator, torch.device("cpu"), dtype)
+    check_no_leaks(model, collator, torch.device("cpu"), dtype)
 
 
 @pytest.mark.parametrize(("attention", "packing"), PATHS)
@@ -62,7 +62,7 @@ def test_what_isolates_is_taken_and_left_as_it_was(architecture, attention, pack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("attention", [ATTENTION, FLEX_ATTENTION, "sdpa", "eager"])
+@pytest.mark.parametrize("attention", [VARLEN_ATTENTION, FLEX_ATTENTION, "sdpa", "eager"])
 @pytest.mark.parametrize(
     ("architecture", "facts"),
     [
@@ -77,7 +77,7 @@ def test_a_sliding_window_that_our_masks_would_lose_is_refused(architecture, fac
     check(make(architecture, "sdpa", **facts), BEST, dtype)  # where transformers makes the mask, the window is in it
 
 
-@pytest.mark.parametrize(("attention", "packing"), [(ATTENTION, SHARED), ("eager", BEST)])
+@pytest.mark.parametrize(("attention", "packing"), [(VARLEN_ATTENTION, SHARED), ("eager", BEST)])
 def test_a_state_that_runs_on_from_document_to_document_is_refused(attention, packing):
     config = AutoConfig.for_model("mamba", vocab_size=300, hidden_size=32, num_hidden_layers=2)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -117,8 +117,8 @@ class DropsDocuments(Drops):
         (DropsMask, "sdpa", SHARED, "logits differ"),
         (DropsMask, "eager", SHARED, "logits differ"),
         (DropsPositions, "sdpa", BEST, "logits differ"),
-        (DropsPositions, ATTENTION, SHARED, "logits differ"),
-        (DropsDocuments, ATTENTION, SHARED, "documents attention was called without documents"),
+        (DropsPositions, VARLEN_ATTENTION, SHARED, "logits differ"),
+        (DropsDocuments, VARLEN_ATTENTION, SHARED, "documents attention was called without documents"),
         (DropsDocuments, FLEX_ATTENTION, SHARED, "flex_documents attention was called without documents"),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_model_that_drops_what_says_where_documents_end_is_refused(kind, atten
         check(model, packing)
 
 
-@pytest.mark.parametrize("attention", [FLEX_ATTENTION, ATTENTION])
+@pytest.mark.parametrize("attention", [FLEX_ATTENTION, VARLEN_ATTENTION])
 def test_an_attention_without_dropout_is_refused_where_the_model_has_it(attention):
     with pytest.raises(InputError, match="it has no dropout, the model has attention_dropout"):
         check(make("qwen2", attention, attention_dropout=0.1), SHARED)
@@ -154,7 +154,7 @@ ROW = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.tensor([
 )
 def test_a_packed_row_with_a_cache_or_a_plain_mask_is_refused_in_training(adapter, inputs, reason):
     model = make("qwen2", "sdpa")
-    guard_rows(model)
+    forbid_kv_cache(model)
     if adapter:
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=reason):
@@ -164,7 +164,7 @@ def test_a_packed_row_with_a_cache_or_a_plain_mask_is_refused_in_training(adapte
 
 def test_rows_as_they_should_be_and_single_documents_are_let_through():
     model = make("qwen2", "sdpa")
-    guard_rows(model)
+    forbid_kv_cache(model)
     model.train()
     model(**ROW, use_cache=False)
     model(**ROW, use_cache=False, attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool).tril())

@@ -12,9 +12,9 @@ from servers.faults import DRIP, DROP, HANG, HTML, TORN, Fault, Say
 from csc_train.errors import InputError
 from csc_train.llm import client as client_module
 from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure
-from csc_train.llm.config import RUNGS, LLMConfig
-from csc_train.llm.limits import Limits, Rate
-from csc_train.llm.structured import ask, read
+from csc_train.llm.config import JSON_MODES, LLMConfig
+from csc_train.llm.limits import RateLimiter, RequestLimits
+from csc_train.llm.structured import ask_structured, parse_answer
 
 CHAT = [{"role": "system", "content": "你是客服。"}, {"role": "user", "content": "还没到！"}]
 SOON = 0.01
@@ -160,7 +160,7 @@ def test_a_rate_limit_is_waited_out_by_all_requests():
     clock = []
 
     async def main():
-        limits = Limits(LLMConfig(base_url="http://localhost/v1", model="small", concurrency=4))
+        limits = RequestLimits(LLMConfig(base_url="http://localhost/v1", model="small", concurrency=4))
         loop = asyncio.get_running_loop()
         async with limits.slot(1) as sent_in:
             limits.rate_limited(sent_in, 0.05)
@@ -180,7 +180,7 @@ def test_concurrency_falls_on_a_rate_limit_and_recovers():
     """Halved once for all requests that were under way, and one more for each full round of answers."""
 
     async def main():
-        limits = Limits(LLMConfig(base_url="http://localhost/v1", model="small", concurrency=8))
+        limits = RequestLimits(LLMConfig(base_url="http://localhost/v1", model="small", concurrency=8))
         under_way, most = 0, 0
         refused = asyncio.Event()
 
@@ -268,15 +268,15 @@ def test_requests_and_tokens_a_minute():
                 await rate.take(amount)
         return slept
 
-    assert asyncio.run(waits(Rate(60), [1, 1, 1])) == [0, 1, 2]
+    assert asyncio.run(waits(RateLimiter(60), [1, 1, 1])) == [0, 1, 2]
     # A request that is larger than a minute's share goes; the next ones wait for it.
-    assert asyncio.run(waits(Rate(600), [1200, 1, 1])) == [0, 120, 120.1]
-    corrected = Rate(600)
+    assert asyncio.run(waits(RateLimiter(600), [1200, 1, 1])) == [0, 120, 120.1]
+    corrected = RateLimiter(600)
     corrected.correct(-100)
     assert asyncio.run(waits(corrected, [10, 10])) == [0, 1]
 
     async def used():
-        rate = Rate(600)
+        rate = RateLimiter(600)
         first = await waits(rate, [100, 0])
         rate.correct(-50)
         return first + await waits(rate, [0])
@@ -311,8 +311,8 @@ def test_thoughts_are_no_part_of_the_answer(fault_server):
 
 def test_null_leaves_out_what_a_model_does_not_take(fault_server, monkeypatch):
     config = config_of(fault_server, extra_body={"max_tokens": None, "temperature": None, "max_completion_tokens": 900})
-    estimates, slot = [], Limits.slot
-    monkeypatch.setattr(Limits, "slot", lambda limits, tokens: estimates.append(tokens) or slot(limits, tokens))
+    estimates, slot = [], RequestLimits.slot
+    monkeypatch.setattr(RequestLimits, "slot", lambda limits, tokens: estimates.append(tokens) or slot(limits, tokens))
     answer, _ = chat(config, temperature=0, max_tokens=256, seed=3)
     assert answer.text == "您好"
     assert estimates == [sum(len(message["content"]) for message in CHAT) // 2 + 900]
@@ -420,13 +420,13 @@ READ = Verdict(keep=False, mood=Mood.ANGRY, score=4, link="https://example.com//
     ],
 )
 def test_what_can_be_read_for_sure_is_read(text):
-    assert read(text, Verdict) == READ
+    assert parse_answer(text, Verdict) == READ
 
 
 def test_false_as_a_string_is_false():
     """A program that takes any non-empty text for true would keep what the model rejected."""
-    assert read(GOOD.replace("false", '"false"'), Verdict).keep is False
-    assert read(GOOD.replace("false", '"true"'), Verdict).keep is True
+    assert parse_answer(GOOD.replace("false", '"false"'), Verdict).keep is False
+    assert parse_answer(GOOD.replace("false", '"true"'), Verdict).keep is True
     assert bool("false")
 
 
@@ -444,12 +444,12 @@ def test_false_as_a_string_is_false():
 )
 def test_anything_else_is_said_to_be_wrong(text, problem):
     with pytest.raises(ValueError) as caught:
-        read(text, Verdict)
+        parse_answer(text, Verdict)
     assert str(caught.value) == problem
 
 
 def verdict(config, **settings):
-    return run(config, lambda client, observe: ask(client, CHAT, Verdict, observe=observe, **settings))
+    return run(config, lambda client, observe: ask_structured(client, CHAT, Verdict, observe=observe, **settings))
 
 
 def formats(server):
@@ -469,16 +469,18 @@ def test_a_server_that_takes_a_schema_is_given_one(fault_server):
     assert described["schema"]["$defs"]["Mood"]["enum"] == ["平静", "生气"]
 
 
-@pytest.mark.parametrize(("known", "rungs"), [("json_object", RUNGS[:2]), ("text", RUNGS)])
+@pytest.mark.parametrize(("known", "rungs"), [("json_object", JSON_MODES[:2]), ("text", JSON_MODES)])
 def test_the_ladder_goes_down_to_what_the_server_knows_and_stays_there(known, rungs, fault_server):
     def answer(body):
         kind = body.get("response_format", {}).get("type", "text")
-        return GOOD if RUNGS.index(kind) >= RUNGS.index(known) else Fault(400, message="response_format unknown")
+        return (
+            GOOD if JSON_MODES.index(kind) >= JSON_MODES.index(known) else Fault(400, message="response_format unknown")
+        )
 
     fault_server.answer = answer
 
     async def twice(client, observe):
-        return [await ask(client, CHAT, Verdict, observe=observe) for _ in range(2)]
+        return [await ask_structured(client, CHAT, Verdict, observe=observe) for _ in range(2)]
 
     answers, attempts = run(config_of(fault_server), twice)
     assert [each.value for each in answers] == [READ, READ]
@@ -496,7 +498,7 @@ def test_a_server_that_looks_at_no_format_is_asked_in_words(fault_server):
     fault_server.script += ["我觉得可以。", GOOD, GOOD]
 
     async def twice(client, observe):
-        return [await ask(client, CHAT, Verdict) for _ in range(2)]
+        return [await ask_structured(client, CHAT, Verdict) for _ in range(2)]
 
     answers, _ = run(config_of(fault_server), twice)
     assert [each.attempts for each in answers] == [2, 1]
@@ -507,7 +509,7 @@ def test_a_bad_request_is_not_blamed_on_the_format_that_worked(fault_server):
     fault_server.script += [GOOD, Fault(400, message="prompt too long")]
 
     async def twice(client, observe):
-        return [await ask(client, CHAT, Verdict) for _ in range(2)]
+        return [await ask_structured(client, CHAT, Verdict) for _ in range(2)]
 
     failure, _ = run(config_of(fault_server), twice)
     assert (failure.kind, failure.attempts, len(fault_server.requests)) == ("bad_request", 1, 2)

@@ -12,9 +12,9 @@ from csc_train.errors import InputError
 from csc_train.synthesis.filters.llm_checks import (
     CRITERIA,
     CallCheck,
-    Points,
-    Quality,
+    QualityCheck,
     RoleCSCheckConfig,
+    RoleCSPoints,
     agreement,
     check_call_manners,
     check_quality,
@@ -22,7 +22,7 @@ from csc_train.synthesis.filters.llm_checks import (
     fleiss_kappa,
     rolecs_verdict,
 )
-from csc_train.synthesis.filters.rules import RewriteConfig, Utterance, Verdict
+from csc_train.synthesis.filters.rules import FilterVerdict, RewriteConfig, Utterance
 from csc_train.synthesis.prompting import as_text, messages
 
 SAID = [
@@ -44,7 +44,7 @@ def asked(answers):
 
 
 def points(given, reason="因为"):
-    return Points(reason=reason, **dict(zip(CRITERIA, given, strict=True)))
+    return RoleCSPoints(reason=reason, **dict(zip(CRITERIA, given, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_manners(flags, reason):
     answer = {"reason": "因为", "abusive": False, "impatient": False, "disrespectful": False} | flags
     ask, prompts = asked({"call_check": answer})
     verdict = asyncio.run(check_call_manners(SAID, ask, "zh"))
-    assert verdict == Verdict("manners", not reason, reason, "因为" if reason else "")
+    assert verdict == FilterVerdict("manners", not reason, reason, "因为" if reason else "")
     assert prompts["call_check"][0]["content"].endswith(as_text(SAID, "zh"))
 
 
@@ -79,7 +79,7 @@ def test_quality(flags, reason):
     good = {"reason": "因为", "finished": True, "strategies_followed": True, "third_party": False, "quality": "high"}
     ask, _ = asked({"quality": good | flags})
     verdict = asyncio.run(check_quality(SAID, ask, "en"))
-    assert verdict == Verdict("quality", not reason, reason, "因为" if reason else "")
+    assert verdict == FilterVerdict("quality", not reason, reason, "因为" if reason else "")
 
 
 def test_an_answer_of_another_form_is_no_verdict():
@@ -97,11 +97,11 @@ def test_an_answer_of_another_form_is_no_verdict():
 def test_five_of_five_points_are_kept_and_four_are_not():
     ask, prompts = asked({"rolecs_check": points([1, 1, 1, 1, 1]).model_dump()})
     verdict, panel = asyncio.run(check_rolecs(SAID, "客户想退款", ask, "zh", RoleCSCheckConfig()))
-    assert verdict == Verdict("five criteria", True) and panel == [points([1] * 5)]
+    assert verdict == FilterVerdict("five criteria", True) and panel == [points([1] * 5)]
     assert "客户想退款" in prompts["rolecs_check"][0]["content"]
     for place, name in enumerate(CRITERIA):
         given = [int(place != other) for other in range(5)]
-        assert rolecs_verdict([points(given)], RoleCSCheckConfig()) == Verdict(
+        assert rolecs_verdict([points(given)], RoleCSCheckConfig()) == FilterVerdict(
             "five criteria", False, f"no point for {name}", "因为"
         )
         assert rolecs_verdict([points(given)], RoleCSCheckConfig(points=4)).keep
@@ -120,7 +120,7 @@ def test_a_panel_gives_a_point_by_more_than_half_of_its_judges():
     verdict, panel = asyncio.run(check_rolecs(SAID, "", ask, "zh", RoleCSCheckConfig(judges=3)))
     assert verdict.keep and list(prompts) == list(answers) and len(panel) == 3
     verdict, _ = asyncio.run(check_rolecs(SAID, "", ask, "zh", RoleCSCheckConfig(judges=2)))
-    assert verdict == Verdict("five criteria", False, "no point for unreasonable_requests", "不合理的要求")
+    assert verdict == FilterVerdict("five criteria", False, "no point for unreasonable_requests", "不合理的要求")
 
 
 @pytest.mark.parametrize(("values", "key"), [({"points": 6}, "points"), ({"judges": 0}, "judges")])
@@ -159,7 +159,7 @@ def test_agreement_of_a_panel_by_criterion():
 @pytest.mark.parametrize("language", ["zh", "en"])
 @pytest.mark.parametrize("task", TASKS)
 def test_prompts_hold_the_taxonomy_their_form_and_the_text_last(task, language):
-    forms = {"call_check": CallCheck, "quality": Quality, "rolecs_check": Points}
+    forms = {"call_check": CallCheck, "quality": QualityCheck, "rolecs_check": RoleCSPoints}
     fields = {"rewrite": {"config": RewriteConfig()}, "rolecs_check": {"scenario": "场景<1>"}}.get(task, {})
     ((role, text),) = (each.values() for each in messages(task, language, transcript=as_text(SAID, language), **fields))
     assert role == "user" and text.endswith(as_text(SAID, language))

@@ -20,16 +20,16 @@ from csc_train.evaluation.judges.llm_judge import (
     Preference,
     chosen_turns,
     judge,
-    judgement,
+    judge_questions,
     markdown,
-    questions,
+    summarize,
 )
-from csc_train.evaluation.table import Turns
-from csc_train.evaluation.win_rate import RIDGE, at_equal_length, win_rate
+from csc_train.evaluation.table import PredictionTable
+from csc_train.evaluation.win_rate import RIDGE, length_controlled, win_rate
 from csc_train.inference.predictions import Prediction, write_predictions
 from csc_train.llm import client as client_module
 from csc_train.llm.config import LLMConfig
-from csc_train.llm.structured import read
+from csc_train.llm.structured import parse_answer
 
 DIALOGUES = {dialogue.id: dialogue for dialogue in generate_sample(12, seed=3)}
 PLACES = [(name, turn) for name in sorted(DIALOGUES) for turn in DIALOGUES[name].supporter_turns[:2]]
@@ -70,10 +70,10 @@ def llm_of(server, **settings):
 
 
 def judged_by(server, a, b, cache, config=CONFIG, **settings):
-    asked = questions(a, b, DIALOGUES, config)
+    asked = judge_questions(a, b, DIALOGUES, config)
     judged = judge(asked, llm_of(server, **settings), config, cache)
     assert len(judged.answers) + len(judged.failures) == len(asked)
-    return judgement(a, b, judged, config), judged
+    return summarize(a, b, judged, config), judged
 
 
 def test_planted_preferences_are_found(fault_server, tmp_path):
@@ -119,7 +119,7 @@ def test_both_orders_are_asked_and_a_judge_that_looks_at_the_place_only_gives_ti
 def test_what_the_judge_is_shown(fault_server, tmp_path):
     fault_server.answer = planted
     a, b = system(lambda n: "品质3<a href='x'>"), system(lambda n: "品质2", strategy=1)
-    asked = questions(a, b, DIALOGUES, CONFIG)
+    asked = judge_questions(a, b, DIALOGUES, CONFIG)
     name, turn = PLACES[1]
     (question,) = [each for each in asked if (each.dialogue_id, each.turn, each.side) == (name, turn, "BA")]
     instructions, shown = (message["content"] for message in question.messages)
@@ -133,9 +133,9 @@ def test_what_the_judge_is_shown(fault_server, tmp_path):
     assert first.messages[1]["content"].startswith("<上文>\n（对话由这句回复开始）\n</上文>\n\n<回复>\n[情感管理]品质3")
 
     # Where one system names no strategies, neither is shown with them.
-    plain = questions(a, system(lambda n: "品质2", predicts=False), DIALOGUES, CONFIG)
+    plain = judge_questions(a, system(lambda n: "品质2", predicts=False), DIALOGUES, CONFIG)
     assert not any("[情感管理]" in each.messages[1]["content"] for each in plain)
-    english = questions(a, b, DIALOGUES, JudgeConfig(language="en"))
+    english = judge_questions(a, b, DIALOGUES, JudgeConfig(language="en"))
     assert "Answer with one JSON object only" in english[0].messages[0]["content"]
     assert "[Emotional Management]" in english[-1].messages[1]["content"] + english[-2].messages[1]["content"]
 
@@ -206,24 +206,26 @@ def test_a_key_that_is_refused_ends_it(fault_server, tmp_path):
 
 
 def test_the_turns_are_drawn_by_the_seed_and_not_by_which_others_there_are():
-    turns = Turns(system(lambda n: "甲"))
+    turns = PredictionTable(system(lambda n: "甲"))
     few = JudgeConfig(turns=10)
     chosen = chosen_turns(turns, few)
     assert len(chosen) == 10 and sorted(set(chosen)) == list(chosen)
     assert list(chosen_turns(turns, JudgeConfig(turns=10, seed=1))) != list(chosen)
     assert list(chosen_turns(turns, JudgeConfig(turns=None))) == list(range(len(turns)))
     keys = {turns.keys[index] for index in chosen}
-    without = Turns([each for each in turns.predictions if (each.dialogue_id, each.turn) in keys or each.turn == 0])
+    without = PredictionTable(
+        [each for each in turns.predictions if (each.dialogue_id, each.turn) in keys or each.turn == 0]
+    )
     assert {without.keys[index] for index in chosen_turns(without, few)} == keys
 
 
 def test_a_place_may_be_written_as_a_number():
-    assert [read(f'{{"reason": "-", "better": {each}}}', Preference).better for each in ("1", '"2"', '"tie"')] == [
+    assert [parse_answer(f'{{"reason": "-", "better": {each}}}', Preference).better for each in ("1", '"2"', '"tie"')] == [
         "1", "2", "tie",
     ]  # fmt: skip
     for wrong in ("3", '"甲"', "null"):
         with pytest.raises(ValueError, match="better: "):
-            read(f'{{"reason": "-", "better": {wrong}}}', Preference)
+            parse_answer(f'{{"reason": "-", "better": {wrong}}}', Preference)
 
 
 # Win rates
@@ -264,7 +266,7 @@ def test_the_regression_is_the_maximum_of_its_likelihood():
     rng = numpy.random.default_rng(1)
     longer, preferences = rng.normal(5, 30, 60), rng.choice([0, 0.5, 1], 60)
     weights = rng.integers(0, 4, (3, 60)).astype(float)
-    found = at_equal_length(preferences, longer, weights)
+    found = length_controlled(preferences, longer, weights)
     x = numpy.tanh(longer / numpy.median(numpy.abs(longer)) / 2)
     for row, rate in zip(weights, found, strict=True):
 

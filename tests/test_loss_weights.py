@@ -14,20 +14,20 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.packing.dataset import pack_examples
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.loss_weights import LossWeights, count_turns
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, Example, TokenKind
+from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.trainer import build_trainer, training_arguments
 
-C, S, R = TokenKind
+C, S, R = TokenType
 
 
-def example(*turns: tuple[int, list[TokenKind]]) -> Example:
+def example(*turns: tuple[int, list[TokenType]]) -> TokenizedDialogue:
     """A prefix of two tokens, then turns of (number of strategy, kinds of tokens)."""
     kinds = [C, C, *itertools.chain.from_iterable(kinds for _, kinds in turns)]
-    return Example(
+    return TokenizedDialogue(
         numpy.arange(len(kinds), dtype=numpy.int32),
         numpy.array(kinds, dtype=numpy.uint8),
         numpy.cumsum([2, *(len(kinds) for _, kinds in turns)]).astype(numpy.int32),
@@ -100,7 +100,7 @@ def test_the_kinds_of_tokens_of_each_mode():
     for mode, strategy in (("joint", ["[礼貌问候]", "[情感管理]"]), ("given", None), ("reply_only", None)):
         template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode=mode))
         one = template.encode(Dialogue("d", turns))
-        of = {kind: one.input_ids[one.kinds == kind].tolist() for kind in TokenKind}
+        of = {kind: one.input_ids[one.kinds == kind].tolist() for kind in TokenType}
         assert template.tokenizer.decode(of[S]) == "".join(strategy or [])
         assert template.tokenizer.decode(of[R]) == "您好<|im_end|>请放心<|im_end|>"
         assert one.strategies.tolist() == [1, 0, 5]
@@ -111,13 +111,13 @@ def test_the_kinds_of_tokens_of_each_mode():
 def test_a_dialogue_without_weight_is_dropped_and_the_shares_are_of_weights():
     other = example((5, [C, S, R]))
     config = LossConfig("table", table={"5": 0.0, "1": 2.0})
-    packs, report = pack_examples([other, ONE, other], PackingConfig("best_fit", max_length=30), config)
+    packs, report = pack_dialogues([other, ONE, other], PackingConfig("best_fit", max_length=30), config)
     assert packs.members == [[(1, 0)]]
     assert (report.dropped, report.trained_tokens, report.strategies) == (2, 2, {"礼貌问候": 1.0})
-    _, report = pack_examples([other, ONE], PackingConfig("best_fit", max_length=30), LossConfig("turns"))
+    _, report = pack_dialogues([other, ONE], PackingConfig("best_fit", max_length=30), LossConfig("turns"))
     assert report.strategies == {"礼貌问候": pytest.approx(1 / 3), "情感管理": pytest.approx(2 / 3)}
     with pytest.raises(InputError, match="leave nothing to train"):
-        pack_examples([other], PackingConfig("best_fit", max_length=30), config)
+        pack_dialogues([other], PackingConfig("best_fit", max_length=30), config)
 
 
 class LogitRows(TorchDispatchMode):
@@ -144,7 +144,7 @@ def test_one_forward_and_no_logits_of_all_tokens(tmp_path):
     examples = [example((1, [C, S, R])), example((1, [C, S, *[R] * (tokens // 2)]))]
     for one in examples:
         one.input_ids[:] %= model.config.vocab_size
-    packs, _ = pack_examples(examples * 2, PackingConfig("off", max_length=tokens), LossConfig("turns"))
+    packs, _ = pack_dialogues(examples * 2, PackingConfig("off", max_length=tokens), LossConfig("turns"))
     config = TrainerConfig(packs_per_step=4, micro_batch_size=4, precision="fp32", gradient_checkpointing=False)
     trainer = build_trainer(
         model,

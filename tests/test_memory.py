@@ -16,23 +16,23 @@ from trl.trainer.utils import add_fused_lm_head
 
 from csc_train.config.compose import compose
 from csc_train.launching.preflight.checks import zero_of
-from csc_train.models.loading import model_config
+from csc_train.models.loading import build_model_config
 from csc_train.training.config import ArchitectureConfig
 from csc_train.training.memory import (
     GIB,
     STAGES,
-    Setting,
+    MemoryScenario,
     adapter_parameters,
     advice,
-    candidates,
+    alternatives,
+    estimate_memory,
     fitting_world_size,
     layer_bytes,
+    model_dims,
     model_states,
-    plan,
-    remedies,
-    shape_of,
     smallest_fit,
     state_bytes,
+    suggest_fixes,
     training_flops,
     world_sizes,
 )
@@ -50,7 +50,7 @@ def architecture_of(model: str) -> ArchitectureConfig:
 
 def on_meta(architecture: ArchitectureConfig):
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config(architecture, None))
+        return AutoModelForCausalLM.from_config(build_model_config(architecture, None))
 
 
 def small(model_type: str, layers: int = 2, **facts) -> ArchitectureConfig:
@@ -61,9 +61,9 @@ def small(model_type: str, layers: int = 2, **facts) -> ArchitectureConfig:
 
 
 @pytest.fixture(scope="module")
-def seven() -> Setting:
+def seven() -> MemoryScenario:
     """Full fine-tuning of Qwen2.5-7B on one node of eight."""
-    return Setting(shape_of(architecture_of("qwen2_5_7b")), stage="3", processes=8, tokens=8192)
+    return MemoryScenario(model_dims(architecture_of("qwen2_5_7b")), stage="3", processes=8, tokens=8192)
 
 
 # What it counts
@@ -72,7 +72,7 @@ def seven() -> Setting:
 @pytest.mark.parametrize("model", MODELS)
 def test_parameters_and_linear_layers_of_every_model_are_counted_exactly(model):
     architecture = architecture_of(model)
-    built, shape = on_meta(architecture), shape_of(architecture)
+    built, shape = on_meta(architecture), model_dims(architecture)
     assert shape.parameters == sum(each.numel() for each in built.parameters())
     assert shape.embedding == max(each.numel() for each in built.parameters())
     # The head is a linear layer, tied or not.
@@ -86,13 +86,13 @@ def test_adapters_are_counted_exactly(model_type, target):
     configured = peft.LoraConfig(r=8, target_modules=target, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(on_meta(architecture), configured)
     trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
-    assert adapter_parameters(shape_of(architecture), 8, target) == trained
+    assert adapter_parameters(model_dims(architecture), 8, target) == trained
 
 
 def test_a_vocabulary_that_nobody_states_is_asked_for():
     with pytest.raises(ValueError, match="vocabulary's size"):
-        shape_of(ArchitectureConfig())
-    assert shape_of(ArchitectureConfig(), 300).vocabulary == 300
+        model_dims(ArchitectureConfig())
+    assert model_dims(ArchitectureConfig(), 300).vocabulary == 300
 
 
 @pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (8, 1), (64, 8)])
@@ -124,7 +124,7 @@ def test_model_states_are_those_of_deepspeeds_estimators(seven, processes, nodes
 def test_model_states_are_the_bytes_of_the_tensors_after_a_step(adapter):
     architecture = small("qwen3")
     model = AutoModelForCausalLM.from_config(
-        model_config(architecture, None), dtype=torch.float32 if adapter == "full" else torch.bfloat16
+        build_model_config(architecture, None), dtype=torch.float32 if adapter == "full" else torch.bfloat16
     )
     if adapter == "lora":
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -138,8 +138,8 @@ def test_model_states_are_the_bytes_of_the_tensors_after_a_step(adapter):
         return sum(tensor.nbytes for tensor in tensors)
 
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
-    shape = shape_of(architecture)
-    setting = Setting(shape, adapter, adapter_parameters(shape, 8) if adapter == "lora" else 0)
+    shape = model_dims(architecture)
+    setting = MemoryScenario(shape, adapter, adapter_parameters(shape, 8) if adapter == "lora" else 0)
     planned = model_states(setting)
     assert planned.parameters == size(model.parameters())
     assert planned.gradients == size(each.grad for each in model.parameters() if each.grad is not None)
@@ -178,16 +178,16 @@ def test_what_a_block_keeps_is_what_autograd_saves(model_type, adapter, stage, b
     dtype = torch.bfloat16 if bf16 and (adapter == "lora" or stage != "off") else torch.float32
     for layers in (2, 3):
         architecture = small(model_type, layers)
-        model = AutoModelForCausalLM.from_config(model_config(architecture, None), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(build_model_config(architecture, None), dtype=dtype)
         base = model
         if adapter == "lora":
             config = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=mixed)
             adapted.enable_input_require_grads()
         sizes[layers] = saved_bytes(base, tokens, autocast=mixed)
-    shape = shape_of(architecture)
+    shape = model_dims(architecture)
     weights = adapter_parameters(shape, rank) if adapter == "lora" else 0
-    setting = Setting(shape, adapter, weights, stage, bf16=bf16, tokens=tokens)
+    setting = MemoryScenario(shape, adapter, weights, stage, bf16=bf16, tokens=tokens)
     # The bf16 copies of weights that autocast makes are counted apart (`activation_bytes`).
     casts = 0 if not mixed else 2 * (weights // shape.layers if adapter == "lora" else shape.block_linear)
     measured = (sizes[3] - sizes[2] - casts) / tokens
@@ -203,7 +203,7 @@ def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, checkpointi
     architecture = replace(architecture_of("qwen2_5_7b"), num_hidden_layers=2)
     tokens = 8192
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(model_config(architecture, None), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(build_model_config(architecture, None), attn_implementation="sdpa")
         if checkpointing:
             model.activation_checkpointing_enable()
         add_fused_lm_head(model)
@@ -222,8 +222,8 @@ def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, checkpointi
                 optimizer.step()
                 optimizer.zero_grad()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
-    setting = Setting(shape_of(architecture), tokens=tokens, checkpointing=checkpointing)
-    assert plan(setting).allocated == pytest.approx(peak["Total"], rel=0.1)
+    setting = MemoryScenario(model_dims(architecture), tokens=tokens, checkpointing=checkpointing)
+    assert estimate_memory(setting).allocated == pytest.approx(peak["Total"], rel=0.1)
 
 
 def test_sharding_more_never_takes_more_and_activations_grow_with_the_tokens(seven):
@@ -231,13 +231,13 @@ def test_sharding_more_never_takes_more_and_activations_grow_with_the_tokens(sev
         setting = replace(seven, adapter=adapter, adapter_parameters=0 if adapter == "full" else 10**7)
         for stage in STAGES:
             totals = [
-                plan(replace(setting, stage=stage, processes=processes, nodes=nodes)).allocated
+                estimate_memory(replace(setting, stage=stage, processes=processes, nodes=nodes)).allocated
                 for processes, nodes in world_sizes(8)[1:]
             ]
             assert totals == sorted(totals, reverse=True)
-    assert plan(replace(seven, checkpointing=False)).activations > plan(seven).activations
-    double = plan(replace(seven, tokens=2 * seven.tokens)).activations
-    assert plan(seven).activations < double < 2 * plan(seven).activations
+    assert estimate_memory(replace(seven, checkpointing=False)).activations > estimate_memory(seven).activations
+    double = estimate_memory(replace(seven, tokens=2 * seven.tokens)).activations
+    assert estimate_memory(seven).activations < double < 2 * estimate_memory(seven).activations
 
 
 # What it advises
@@ -245,22 +245,22 @@ def test_sharding_more_never_takes_more_and_activations_grow_with_the_tokens(sev
 
 def test_the_smallest_fit_is_the_least_sharded_one(seven):
     memory = 79.6 * GIB
-    fit = smallest_fit(candidates(seven), memory)
-    order = [(setting.stage, setting.offload) for setting in candidates(seven)]
-    before = candidates(seven)[: order.index((fit.stage, fit.offload))]
-    assert plan(fit).total <= memory
-    assert before and all(plan(setting).total > memory for setting in before)
-    assert smallest_fit(candidates(seven), GIB) is None
+    fit = smallest_fit(alternatives(seven), memory)
+    order = [(setting.stage, setting.offload) for setting in alternatives(seven)]
+    before = alternatives(seven)[: order.index((fit.stage, fit.offload))]
+    assert estimate_memory(fit).total <= memory
+    assert before and all(estimate_memory(setting).total > memory for setting in before)
+    assert smallest_fit(alternatives(seven), GIB) is None
     # Offloading takes the host's memory.
     offloaded = replace(seven, offload="all")
-    assert smallest_fit([offloaded], memory, plan(offloaded).host) == offloaded
-    assert smallest_fit([offloaded], memory, plan(offloaded).host - 1) is None
+    assert smallest_fit([offloaded], memory, estimate_memory(offloaded).host) == offloaded
+    assert smallest_fit([offloaded], memory, estimate_memory(offloaded).host - 1) is None
 
 
 def test_the_fewest_processes_that_fit(seven):
-    large = replace(seven, shape=shape_of(architecture_of("qwen2_5_72b")))
+    large = replace(seven, shape=model_dims(architecture_of("qwen2_5_72b")))
     fit = fitting_world_size(large, 8, 79.6 * GIB)
-    assert plan(fit).total <= 79.6 * GIB < plan(replace(fit, processes=fit.processes // 2)).total
+    assert estimate_memory(fit).total <= 79.6 * GIB < estimate_memory(replace(fit, processes=fit.processes // 2)).total
     assert fit.nodes == fit.processes // 8 > 1
     assert fitting_world_size(replace(large, stage="off"), 8, 79.6 * GIB) is None
     assert world_sizes(8, most=16) == [(1, 1), (2, 1), (4, 1), (8, 1), (16, 2)]
@@ -269,8 +269,8 @@ def test_the_fewest_processes_that_fit(seven):
 def test_every_remedy_fits_and_is_an_override(seven):
     setting = replace(seven, stage="2", tokens=4 * 8192, checkpointing=False)
     memory = 60 * GIB
-    assert plan(setting).total > memory
-    found = remedies(setting, 4, memory)
+    assert estimate_memory(setting).total > memory
+    found = suggest_fixes(setting, 4, memory)
     assert found
     for remedy in found:
         config = compose("preflight", ["model=qwen2_5_7b", "topology=node8", "zero=zero2", *remedy.split()])
@@ -280,8 +280,8 @@ def test_every_remedy_fits_and_is_an_override(seven):
             tokens=8192 * config.trainer.micro_batch_size if "micro" in remedy else setting.tokens,
             checkpointing=config.trainer.gradient_checkpointing if "checkpointing" in remedy else False,
         )
-        assert plan(changed).total <= memory, remedy
-    assert remedies(setting, 4, GIB) == []
+        assert estimate_memory(changed).total <= memory, remedy
+    assert suggest_fixes(setting, 4, GIB) == []
     assert "shorter packs" in advice(setting, 4, 8, GIB)
 
 

@@ -35,9 +35,9 @@ from csc_train.evaluation.metrics import (
 from csc_train.evaluation.metrics import (
     strategy as strategy_metrics,
 )
-from csc_train.evaluation.metrics.base import Score
+from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.metrics.profiles import PROFILES, MetricsConfig, drift, fetch_models, score
-from csc_train.evaluation.table import Turns
+from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.predictions import Prediction
 
 ODD_PAIRS = [
@@ -224,7 +224,7 @@ def test_no_turns_give_reasons_not_numbers():
 def test_scores_serialise():
     result = score(FOUR_TURNS, DIALOGUES, MetricsConfig())
     plain = json.loads(json.dumps(result, default=dataclasses.asdict))
-    assert Score(**plain["profiles"]["zh"]["R-L char"]) == result["profiles"]["zh"]["R-L char"]
+    assert MetricResult(**plain["profiles"]["zh"]["R-L char"]) == result["profiles"]["zh"]["R-L char"]
 
 
 # --- strategies, process, replies ---
@@ -232,7 +232,7 @@ def test_scores_serialise():
 
 def chosen(*rows):
     """Turns of dialogues given as [(predicted, reference), ...] each; a predicted 0 was not read."""
-    return Turns(
+    return PredictionTable(
         [
             dataclasses.replace(prediction(predicted or None, "好", turn=2 * index), dialogue_id=f"d{number}",
                                 reference_strategy=reference)
@@ -320,7 +320,7 @@ def test_labels_that_a_system_holds_impossible_are_wrong_and_a_reference_that_it
     ]
     scores = believed(rows)
     assert (scores["top-2 ACC"].value, scores["ECE"].value) == (50, pytest.approx(100 * abs(0.96 - 0.5)))
-    assert likelihood_metrics.calibration(Turns(rows))[0]["turns"] == 2
+    assert likelihood_metrics.calibration(PredictionTable(rows))[0]["turns"] == 2
     for name in ("NLL", "perplexity"):
         assert (scores[name].value, scores[name].reason) == (None, "it is infinite")
 
@@ -364,7 +364,7 @@ def test_calibration_by_hand():
         likelihoods = [math.log(share) - 7 for share in shares] + [-math.inf] * (12 - len(shares))
         one = prediction(1, "好", turn=2 * index, reference_strategy=index + 1)
         said.append(dataclasses.replace(one, label_log_likelihoods=tuple(likelihoods)))
-    low, high = likelihood_metrics.calibration(Turns(said))
+    low, high = likelihood_metrics.calibration(PredictionTable(said))
     assert low == {"turns": 1, "confidence": pytest.approx(40), "ACC": 0}
     assert high == {"turns": 2, "confidence": pytest.approx(82), "ACC": 50}
 
@@ -375,22 +375,22 @@ def test_the_worst_turns_come_one_a_dialogue_and_the_longest_of_equals_first():
             prediction(7, response, turn=turn, reference_response=reference, **changes), dialogue_id=dialogue
         )
 
-    turns = Turns(
+    turns = PredictionTable(
         [
             said("half", 0, "你们好吗", "你们"), said("half", 2, "好的", "好的"),
             said("short", 0, "好", "您早"), said("long", 0, "好", "您早您早"),
             said("wrong", 0, "好", "早", reference_strategy=1), said("wrong", 2, "好", "您早您早您早"),
         ]
     )  # fmt: skip
-    rows = reply_metrics.worst(turns)
+    rows = reply_metrics.lowest_scoring(turns)
     assert [(row["dialogue_id"], row["turn"]) for row in rows] == [("wrong", 0), ("long", 0), ("short", 0), ("half", 0)]
     assert [row["R-L char"] for row in rows] == pytest.approx([0, 0, 0, 200 / 3])
-    assert [row["dialogue_id"] for row in reply_metrics.worst(turns, 2)] == ["wrong", "long"]
+    assert [row["dialogue_id"] for row in reply_metrics.lowest_scoring(turns, 2)] == ["wrong", "long"]
 
 
 def test_the_length_histogram_counts_every_reply_once():
     lengths = [0, 1, 1, 5, 200]
-    turns = Turns(
+    turns = PredictionTable(
         [prediction(7, "字 " * size, turn=turn, reference_response="字字") for turn, size in enumerate(lengths)]
     )
     found = reply_metrics.length_histogram(turns)
@@ -399,7 +399,7 @@ def test_the_length_histogram_counts_every_reply_once():
     counts = [sum(min(size // width, last) == number for size in lengths) for number in range(last + 1)]
     assert found["system"] == counts and sum(found["system"]) == sum(found["reference"]) == 5
     assert found["reference"][2 // width] == 5
-    assert reply_metrics.length_histogram(Turns([])) == {"from": [0], "system": [0], "reference": [0]}
+    assert reply_metrics.length_histogram(PredictionTable([])) == {"from": [0], "system": [0], "reference": [0]}
 
 
 def test_process_by_hand():
@@ -475,7 +475,7 @@ def test_whatever_looks_like_a_number_is_read():
 )
 def test_a_number_was_said_before_however_it_was_written(said, reply, new):
     dialogue = Dialogue("d1", (Turn(Speaker.CUSTOMER, said), Turn(Speaker.SUPPORTER, reply, STRATEGIES[6])))
-    turns = Turns([prediction(7, reply, turn=1, reference_response=reply)])
+    turns = PredictionTable([prediction(7, reply, turn=1, reference_response=reply)])
     assert [side.tolist() for side in reply_metrics.new_numbers(turns, {"d1": dialogue})] == [[new], [new]]
 
 
@@ -495,7 +495,7 @@ def test_new_numbers_are_those_that_nobody_said_before():
             )
             for index, reply in enumerate(replies)
         ]
-        return [side.tolist() for side in reply_metrics.new_numbers(Turns(made), dialogues)]
+        return [side.tolist() for side in reply_metrics.new_numbers(PredictionTable(made), dialogues)]
 
     # 7 is new; again in reference context, where the system's own 7 was never said. 80 was said by the reference's
     # supporter alone, and so never in generated context.
@@ -504,14 +504,14 @@ def test_new_numbers_are_those_that_nobody_said_before():
 
 
 def test_length_and_distinct_by_hand():
-    turns = Turns([prediction(7, "好 的\n😀"), prediction(7, "", turn=2)])
+    turns = PredictionTable([prediction(7, "好 的\n😀"), prediction(7, "", turn=2)])
     length = reply_metrics.replies(turns, DIALOGUES)["length"]
     assert [value(side) for side in length] == [1.5, 8]
-    turns = Turns([prediction(7, "您好 您好 您好"), prediction(7, "您好 您好", turn=2)])
+    turns = PredictionTable([prediction(7, "您好 您好 您好"), prediction(7, "您好 您好", turn=2)])
     one, two = (reply_metrics.distinct(turns, order)[0] for order in (1, 2))
     assert (one.value, two.value) == (20, pytest.approx(100 / 3))
     assert one.low is None
-    empty = reply_metrics.distinct(Turns([prediction(7, "")]), 1)[0]
+    empty = reply_metrics.distinct(PredictionTable([prediction(7, "")]), 1)[0]
     assert (empty.value, empty.reason) == (None, "no reply has 1 words")
 
 
@@ -538,13 +538,13 @@ def test_drift_is_reference_minus_generated_turn_by_turn():
 def test_turns_that_failed_move_no_other_turn():
     dialogues = {name: Dialogue(name, SAID * 4) for name in ("d0", "d1", "d2")}
     rest = [each for each in EIGHT.predictions if (each.dialogue_id, each.turn) not in {("d0", 0), ("d0", 4)}]
-    turns = Turns(rest, dialogues)
+    turns = PredictionTable(rest, dialogues)
     by_position = [(position, count, value(figure)) for position, count, figure in strategy_metrics.by_position(turns)]
     assert by_position == [(1, 1, 0), (2, 2, 100), (3, 1, 0), (4, 2, 50)]
     with pytest.raises(InputError, match="dialogue d1 has no supporter turn 7, but it is predicted"):
-        Turns([dataclasses.replace(rest[-1], turn=7)], dialogues)
+        PredictionTable([dataclasses.replace(rest[-1], turn=7)], dialogues)
     # d1 alone is whole, and d2 failed altogether.
-    alone = Turns([each for each in rest if each.dialogue_id == "d1"], dialogues)
+    alone = PredictionTable([each for each in rest if each.dialogue_id == "d1"], dialogues)
     assert (turns.whole.tolist(), alone.whole.all()) == ([False] * 2 + [True] * 4, True)
     assert strategy_metrics.transitions(turns, turns.reference).tolist() == [
         [int((row, column) in {(1, 4), (4, 5), (5, 12)}) for column in range(1, 13)] for row in range(1, 13)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from csc_train.data.near_duplicates import SHINGLE, NearDuplicates, shingles
+from csc_train.data.near_duplicates import SHINGLE_LENGTH, NearDuplicates, shingles
 
 
 def text_of(seed, length=400):
@@ -49,5 +49,5 @@ def test_equal_texts_are_found_at_any_threshold(text):
 
 def test_shingles_of_a_text_and_of_one_that_is_shorter():
     assert shingles("一二三四五六") == {"一二三四五", "二三四五六"}
-    assert shingles("一二三四五"[: SHINGLE - 1]) == {"一二三四"}
+    assert shingles("一二三四五"[: SHINGLE_LENGTH - 1]) == {"一二三四"}
     assert shingles("") == {""}

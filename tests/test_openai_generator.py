@@ -20,10 +20,10 @@ from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
 from csc_train.inference.generator import predict
-from csc_train.inference.hf import HFPolicy
-from csc_train.inference.openai import OpenAIPolicy
-from csc_train.inference.prediction_store import Store
-from csc_train.inference.predictions import Failure, Prediction, read_outcomes
+from csc_train.inference.hf import HFGenerator
+from csc_train.inference.openai import OpenAIGenerator
+from csc_train.inference.prediction_store import PredictionStore
+from csc_train.inference.predictions import FailedTurn, Prediction, read_outcomes
 from csc_train.llm import client as client_module
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
@@ -46,7 +46,7 @@ def template_of(mode="joint"):
 
 def policy_of(server, template, **settings):
     llm = LLMConfig(base_url=server.base_url, model="served", **{"retries": 0, "concurrency": 3} | settings)
-    return OpenAIPolicy(llm, EvaluationConfig(max_new_tokens=20, seed=7), template)
+    return OpenAIGenerator(llm, EvaluationConfig(max_new_tokens=20, seed=7), template)
 
 
 def echo(body):
@@ -95,7 +95,7 @@ def test_seeds_are_those_of_the_configuration_and_the_turn(fault_server):
     def seeds(seed):
         fault_server.requests.clear()
         llm = LLMConfig(base_url=fault_server.base_url, model="served")
-        predict(DIALOGUES, OpenAIPolicy(llm, EvaluationConfig(seed=seed), TemplateConfig()), "reference")
+        predict(DIALOGUES, OpenAIGenerator(llm, EvaluationConfig(seed=seed), TemplateConfig()), "reference")
         # Requests come in any order, and several dialogues begin with the same messages.
         return {(digest(body["messages"]), body["seed"]) for body in fault_server.bodies}
 
@@ -144,7 +144,7 @@ def test_a_server_tells_likelihoods_as_the_model_itself_does(mode, context, loca
     policy = policy_of(fault_server, template, max_tokens=500)
     found = outcomes_of(fault_server, policy, context, dialogues=dialogues)
     assert all(body["max_tokens"] == 1 and body["temperature"] == 0 for body in fault_server.bodies if "echo" in body)
-    own = predict(dialogues, HFPolicy(model, template, settings), "reference")
+    own = predict(dialogues, HFGenerator(model, template, settings), "reference")
     for expected in own if context == "reference" else ():
         told = found[expected.dialogue_id, expected.turn]
         assert told.reference_nll == pytest.approx(expected.reference_nll, abs=2e-3)
@@ -176,7 +176,7 @@ def tell(body):
 def test_likelihoods_that_are_not_wanted_are_not_asked_for(fault_server):
     fault_server.answer, fault_server.echoes = tell, True
     llm = LLMConfig(base_url=fault_server.base_url, model="served")
-    policy = OpenAIPolicy(llm, EvaluationConfig(likelihoods=False), template_of())
+    policy = OpenAIGenerator(llm, EvaluationConfig(likelihoods=False), template_of())
     assert {each.label_log_likelihoods for each in predict(DIALOGUES, policy, "reference")} == {None}
     assert len(fault_server.requests) == 1 + TURNS
 
@@ -207,7 +207,7 @@ def test_a_turn_whose_likelihoods_fail_is_tried_again(fault_server, tmp_path):
     policy = policy_of(fault_server, template_of(), concurrency=1)
 
     def run(name):
-        with Store(tmp_path / name, policy.config_hash) as store:
+        with PredictionStore(tmp_path / name, policy.config_hash) as store:
             predict(DIALOGUES, policy, "reference", store)
         return store.finish(DIALOGUES)
 
@@ -294,7 +294,7 @@ def test_turns_that_failed_are_recorded_and_only_they_are_tried_again(context, f
 
     def run(name):
         fault_server.requests.clear()
-        with Store(tmp_path / name, policy.config_hash) as store:
+        with PredictionStore(tmp_path / name, policy.config_hash) as store:
             outcomes = predict(DIALOGUES, policy, context, store)
         return outcomes, store.finish(DIALOGUES), len(fault_server.requests)
 
@@ -320,7 +320,7 @@ def test_within_the_budget_nothing_fails(fault_server):
     fault_server.script += [FAULTS[kind] for kind in ("rate_limit", "server_error", "connection", "garbage")]
     fault_server.script += [HTML]
     found = outcomes_of(fault_server, policy_of(fault_server, TemplateConfig(), retries=5), "reference")
-    assert not any(isinstance(each, Failure) for each in found.values())
+    assert not any(isinstance(each, FailedTurn) for each in found.values())
     assert len(fault_server.requests) == TURNS + 5
 
 
@@ -329,12 +329,12 @@ def test_a_key_that_is_refused_ends_the_run_and_loses_nothing(fault_server, tmp_
     fault_server.script += [echo({"messages": [1]}), echo({"messages": [1]}), Fault(401)]
     policy = policy_of(fault_server, TemplateConfig(), concurrency=1)
     with (
-        Store(tmp_path / "kept.jsonl", policy.config_hash) as store,
+        PredictionStore(tmp_path / "kept.jsonl", policy.config_hash) as store,
         pytest.raises(InputError, match=r"^authentication: llm\.api_key_env=None: .* refuses it: HTTP 401"),
     ):
         predict(DIALOGUES, policy, "reference", store)
     assert len(fault_server.requests) == 3
-    assert len(Store(tmp_path / "kept.jsonl", policy.config_hash).earlier) == 2
+    assert len(PredictionStore(tmp_path / "kept.jsonl", policy.config_hash).earlier) == 2
 
 
 def test_a_key_that_is_refused_in_the_middle_loses_no_answer(fault_server, tmp_path, caplog):
@@ -350,9 +350,12 @@ def test_a_key_that_is_refused_in_the_middle_loses_no_answer(fault_server, tmp_p
 
     fault_server.answer = until_then
     policy = policy_of(fault_server, TemplateConfig(), concurrency=8)
-    with Store(tmp_path / "kept.jsonl", policy.config_hash) as store, pytest.raises(InputError, match="refuses it"):
+    with (
+        PredictionStore(tmp_path / "kept.jsonl", policy.config_hash) as store,
+        pytest.raises(InputError, match="refuses it"),
+    ):
         predict(DIALOGUES, policy, "reference", store)
-    assert len(Store(tmp_path / "kept.jsonl", policy.config_hash).earlier) == 20
+    assert len(PredictionStore(tmp_path / "kept.jsonl", policy.config_hash).earlier) == 20
     gc.collect()
     assert "never retrieved" not in caplog.text
 
@@ -365,7 +368,7 @@ def test_a_server_that_goes_away_between_the_contexts_fails_its_turns(fault_serv
     assert {type(each) for each in found.values()} == {Prediction}
     fault_server.__exit__()
     found = outcomes_of(fault_server, policy, "generated")
-    assert {type(each) for each in found.values()} == {Failure}
+    assert {type(each) for each in found.values()} == {FailedTurn}
 
 
 def test_a_server_that_fails_when_asked_for_likelihoods_is_not_one_that_cannot_tell_them(fault_server):
@@ -393,7 +396,7 @@ def test_a_model_whose_chats_begin_with_the_user(fault_server):
     policies = both(TemplateConfig())
     for context in ("reference", "generated"):
         kinds = [{type(each) for each in outcomes_of(fault_server, each, context).values()} for each in policies]
-        assert kinds == [{Failure}, {Prediction}]
+        assert kinds == [{FailedTurn}, {Prediction}]
     assert compose("evaluate", ["llm=deepseek_r1", "data=sample"]).llm.user_first
 
 

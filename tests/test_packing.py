@@ -14,13 +14,13 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.packing.best_fit import best_fit_decreasing
-from csc_train.packing.bin_packing import tight_fit
-from csc_train.packing.collator import IGNORED, PackCollator
+from csc_train.packing.bin_packing import subset_sum_packing
+from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import PackingReport, pack_examples
-from csc_train.packing.truncation import leading_turns_to_cut, without_leading_turns
+from csc_train.packing.dataset import PackingReport, pack_dialogues
+from csc_train.packing.truncation import drop_leading_turns, num_turns_to_truncate
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, Example, TokenKind
+from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 
 PAD = 99
 
@@ -30,18 +30,20 @@ def template():
     return DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode="reply_only"))
 
 
-def example(prefix: int, *turns: int, first_id: int = 0) -> Example:
+def example(prefix: int, *turns: int, first_id: int = 0) -> TokenizedDialogue:
     """Turns of the given lengths after a prefix; the ids count up from `first_id`, so that each token is known by its
     id. Supporter turns, the first included, are trained but for their first token."""
     boundaries = numpy.cumsum([prefix, *turns]).astype(numpy.int32)
-    kinds = numpy.full(boundaries[-1], TokenKind.CONTEXT, dtype=numpy.uint8)
+    kinds = numpy.full(boundaries[-1], TokenType.CONTEXT, dtype=numpy.uint8)
     for start, end in list(itertools.pairwise(boundaries))[::2]:
-        kinds[start + 1 : end] = TokenKind.REPLY
+        kinds[start + 1 : end] = TokenType.REPLY
     strategies = numpy.array([index % 2 == 0 for index in range(len(turns))], dtype=numpy.uint8)
-    return Example(numpy.arange(first_id, first_id + boundaries[-1], dtype=numpy.int32), kinds, boundaries, strategies)
+    return TokenizedDialogue(
+        numpy.arange(first_id, first_id + boundaries[-1], dtype=numpy.int32), kinds, boundaries, strategies
+    )
 
 
-def same(one: Example, other: Example) -> bool:
+def same(one: TokenizedDialogue, other: TokenizedDialogue) -> bool:
     return all(
         numpy.array_equal(getattr(one, name), getattr(other, name))
         for name in ("input_ids", "kinds", "boundaries", "strategies")
@@ -133,10 +135,10 @@ def check_packs(packs: list[list[int]], lengths: list[int], capacity: int) -> No
 @pytest.mark.parametrize("seed", range(60))
 def test_tight_fit_packs_each_item_once_and_never_in_more_packs_than_best_fit(seed):
     lengths, capacity = random_lengths(seed)
-    packs = tight_fit(lengths, capacity)
+    packs = subset_sum_packing(lengths, capacity)
     check_packs(packs, lengths, capacity)
-    assert tight_fit(lengths, capacity) == packs
-    assert tight_fit(numpy.array(lengths), capacity) == packs
+    assert subset_sum_packing(lengths, capacity) == packs
+    assert subset_sum_packing(numpy.array(lengths), capacity) == packs
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -146,7 +148,7 @@ def test_tight_fit_holds_on_lists_with_few_lengths(seed):
     capacity = rng.randint(2, 40)
     kinds = [rng.randint(1, capacity) for _ in range(rng.randint(1, 6))]
     lengths = [rng.choice(kinds) for _ in range(rng.randint(1, 60))]
-    check_packs(tight_fit(lengths, capacity), lengths, capacity)
+    check_packs(subset_sum_packing(lengths, capacity), lengths, capacity)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_tight_fit_holds_on_lists_with_few_lengths(seed):
     ],
 )
 def test_tight_fit_known_answers(lengths, capacity, totals):
-    packs = tight_fit(lengths, capacity)
+    packs = subset_sum_packing(lengths, capacity)
     check_packs(packs, lengths, capacity)
     assert sorted(sum(lengths[item] for item in pack) for pack in packs) == totals
 
@@ -178,7 +180,7 @@ def test_tight_fit_known_answers(lengths, capacity, totals):
 @pytest.mark.parametrize("bad", [0, -1, 11])
 def test_tight_fit_refuses_a_length_outside_the_capacity(bad):
     with pytest.raises(ValueError, match=rf"item 1 has length {bad}; a pack takes 1 to 10"):
-        tight_fit([3, bad, 4], 10)
+        subset_sum_packing([3, bad, 4], 10)
 
 
 def dialogue_lengths(source: str) -> list[int]:
@@ -198,12 +200,12 @@ def test_tight_fit_leaves_little_room_among_many_dialogues(source, prefix, max_l
     """With a prefix: it stands once in each pack, and the packer sees what follows it in each dialogue."""
     lengths = [length - prefix for length in dialogue_lengths(source)]
     start = time.process_time()
-    packs = tight_fit(lengths, max_length - prefix)
+    packs = subset_sum_packing(lengths, max_length - prefix)
     seconds = time.process_time() - start
     check_packs(packs, lengths, max_length - prefix)
     assert (sum(lengths) + len(packs) * prefix) / (len(packs) * max_length) >= utilisation
     assert len(packs) < len(best_fit_decreasing(lengths, max_length - prefix))
-    assert tight_fit(lengths, max_length - prefix) == packs
+    assert subset_sum_packing(lengths, max_length - prefix) == packs
     assert seconds < 1
 
 
@@ -216,7 +218,7 @@ def test_packs_of_many_short_dialogues_are_alike(prefix, max_length):
 
     lengths = [length - prefix for length in dialogue_lengths("rolecs_like")]
     capacity = max_length - prefix
-    assert spread(tight_fit(lengths, capacity)) < 0.6 * spread(best_fit_decreasing(lengths, capacity))
+    assert spread(subset_sum_packing(lengths, capacity)) < 0.6 * spread(best_fit_decreasing(lengths, capacity))
 
 
 def test_the_lengths_of_the_benchmark_are_those_that_the_goals_were_set_on():
@@ -230,14 +232,14 @@ def test_the_lengths_of_the_benchmark_are_those_that_the_goals_were_set_on():
 # Dialogues that are too long
 
 
-def fit(examples: list[Example], **config) -> list[int | None]:
-    return [leading_turns_to_cut(one, PackingConfig(**config), number) for number, one in enumerate(examples, start=1)]
+def fit(examples: list[TokenizedDialogue], **config) -> list[int | None]:
+    return [num_turns_to_truncate(one, PackingConfig(**config), number) for number, one in enumerate(examples, start=1)]
 
 
 def test_an_example_that_just_fits_is_left_alone():
     one = example(4, 3, 2, 5)
     assert fit([one], max_length=14, too_long="raise") == [0]
-    assert without_leading_turns(one, 0) is one
+    assert drop_leading_turns(one, 0) is one
 
 
 def test_policy_drop_leaves_out_what_is_too_long():
@@ -257,7 +259,7 @@ def test_policy_raise_names_the_dialogue_and_its_length():
 def test_policy_trim_cuts_the_fewest_whole_leading_turns(max_length, first):
     whole = example(4, 3, 2, 5, 2, 6)
     assert fit([whole], max_length=max_length, too_long="trim") == [first]
-    kept = without_leading_turns(whole, first)
+    kept = drop_leading_turns(whole, first)
     expected = {
         1: ([*range(4), *range(7, 22)], [4, 6, 11, 13, 19], [*range(7, 11), *range(14, 19)], [0, 1, 0, 1]),
         3: ([*range(4), *range(14, 22)], [4, 6, 12], [*range(7, 12)], [0, 1]),
@@ -297,10 +299,10 @@ def test_a_trimmed_dialogue_is_the_encoding_of_its_last_turns(template):
         }
         for max_length in range(prefix + 1, len(whole.input_ids), 7):
             fitting = [first for first, part in rest.items() if len(part.input_ids) <= max_length]
-            first = leading_turns_to_cut(whole, PackingConfig(max_length=max_length), 1)
+            first = num_turns_to_truncate(whole, PackingConfig(max_length=max_length), 1)
             if fitting and rest[min(fitting)].trained.any():
                 assert first == min(fitting)
-                trimmed = without_leading_turns(whole, first)
+                trimmed = drop_leading_turns(whole, first)
                 assert same(trimmed, rest[first])
                 assert trimmed.input_ids[:prefix].tolist() == template.prefix_ids
                 cuts.add(min(fitting))
@@ -337,7 +339,7 @@ def documents(packs) -> list[tuple[list[int], list[float]]]:
 def test_rows_are_the_joined_documents_of_each_pack():
     # Lengths 7, 9, 12 and 3 in packs of 12: 3 and 9, 7, 12 alone.
     examples = [example(4, 3), example(4, 3, 2, first_id=100), example(4, 3, 2, 3, first_id=200), example(1, 2)]
-    packs, report = pack_examples(examples, PackingConfig("best_fit", max_length=12))
+    packs, report = pack_dialogues(examples, PackingConfig("best_fit", max_length=12))
     assert packs.lengths == [[3, 9], [7], [12]]
     assert [row["input_ids"].tolist() for row in packs] == [
         [0, 1, 2, *range(100, 109)],
@@ -365,7 +367,7 @@ def test_rows_are_the_joined_documents_of_each_pack():
 
 def test_the_report_counts_what_was_trimmed_and_dropped():
     examples = [example(4, 3, 2, 5), example(4, 9), example(4, 3)]
-    packs, report = pack_examples(examples, PackingConfig("best_fit", max_length=12))
+    packs, report = pack_dialogues(examples, PackingConfig("best_fit", max_length=12))
     assert report == PackingReport(
         dialogues=3,
         trimmed=1,
@@ -388,7 +390,7 @@ def test_the_report_counts_what_was_trimmed_and_dropped():
 def test_every_dialogue_is_in_the_packs_exactly_once(template, strategy):
     rng = random.Random(6)
     examples = [template.encode(random_dialogue(rng)) for _ in range(50)]
-    packs, report = pack_examples(examples, PackingConfig(strategy=strategy, max_length=1200))
+    packs, report = pack_dialogues(examples, PackingConfig(strategy=strategy, max_length=1200))
     found = documents(packs)
     expected = [(one.input_ids.tolist(), one.trained.astype(float).tolist()) for one in examples]
     if strategy == "off":
@@ -413,7 +415,7 @@ def test_every_dialogue_is_in_the_packs_exactly_once(template, strategy):
 
 def test_nothing_left_to_train_on_is_refused():
     with pytest.raises(InputError, match=r"^none of the 2 dialogues fits packing\.max_length=12$"):
-        pack_examples([example(4, 9), example(4, 10)], PackingConfig("best_fit", max_length=12))
+        pack_dialogues([example(4, 9), example(4, 10)], PackingConfig("best_fit", max_length=12))
 
 
 # Batches
@@ -422,7 +424,7 @@ PACKS = [
     {"input_ids": [10, 11, 12, 20, 21], "weights": [0.0, 0, 1, 0, 1], "lengths": [3, 2], "prefix": 0},
     {"input_ids": [30, 31], "weights": [0.0, 1], "lengths": [2], "prefix": 0},
 ]
-NO = IGNORED
+NO = IGNORE_INDEX
 
 
 @pytest.mark.parametrize(
@@ -475,7 +477,7 @@ def test_an_unpacked_batch_has_a_mask_and_a_row_for_each_document():
 def test_a_row_of_a_packed_data_set_collates_to_its_own_ids(template):
     rng = random.Random(7)
     examples = [template.encode(random_dialogue(rng)) for _ in range(6)]
-    packs, _ = pack_examples(examples, PackingConfig("best_fit", max_length=1500))
+    packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=1500))
     batch = PackCollator("joined", PAD)([packs[index] for index in range(len(packs))])
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     pieces = {
@@ -485,7 +487,7 @@ def test_a_row_of_a_packed_data_set_collates_to_its_own_ids(template):
         )
     }
     assert pieces == {
-        (tuple(one.input_ids.tolist()), tuple(numpy.where(one.trained, one.input_ids, IGNORED).tolist()))
+        (tuple(one.input_ids.tolist()), tuple(numpy.where(one.trained, one.input_ids, IGNORE_INDEX).tolist()))
         for one in examples
     }
 
@@ -496,7 +498,7 @@ def test_a_batch_without_a_trained_token_is_an_error(layout):
     untrained = {"input_ids": [1, 2], "weights": [0.0, 0], "lengths": [2], "prefix": 0}
     with pytest.raises(ValueError, match="no trained token"):
         collator([untrained, untrained])
-    assert (collator([untrained, PACKS[1]])["labels"] != IGNORED).sum() == 1
+    assert (collator([untrained, PACKS[1]])["labels"] != IGNORE_INDEX).sum() == 1
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from csc_train.config.compose import compose
 from csc_train.data.dialogue import data_digest, write_dialogues
 from csc_train.data.splits import load_splits
-from csc_train.launching.preflight.checks import Outcome, preflight
+from csc_train.launching.preflight.checks import PreflightReport, preflight
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.tokenized_cache import prepare
+from csc_train.tokenized_cache import tokenize
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,15 @@ def composed(job: Path, *overrides: str):
     )  # fmt: skip
 
 
-def message(outcome: Outcome, name: str) -> str:
+def message(outcome: PreflightReport, name: str) -> str:
     return next(check.message for check in outcome.checks if check.name == name)
 
 
-def statuses(outcome: Outcome) -> dict[str, str]:
+def statuses(outcome: PreflightReport) -> dict[str, str]:
     return {check.name: check.status for check in outcome.checks}
 
 
-def failure(outcome: Outcome) -> tuple[str, str]:
+def failure(outcome: PreflightReport) -> tuple[str, str]:
     """Name and message of the one check that failed."""
     (check,) = outcome.failed
     return check.name, check.message
@@ -236,7 +236,7 @@ def test_it_says_whether_the_dialogues_are_encoded_already(job, tmp_path):
     assert message(preflight(config), "prepared data").startswith("no hit: the run encodes them first")
     template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", config.template)
     train = load_splits(config.data, say=lambda _: None).train
-    prepare(train, template, config.prepare)
+    tokenize(train, template, config.prepare)
     (entry,) = tmp_path.glob("[0-9a-f]*")
     assert message(preflight(config), "prepared data") == f"{entry}: hit"
     assert data_digest(train)[:12] in message(preflight(config), "data")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from csc_train.data.sample_grammar import ceiling, generate_sample
+from csc_train.data.sample_grammar import accuracy_ceiling, generate_sample
 from csc_train.errors import InputError
 from csc_train.packing.dataset import PackingReport
 from csc_train.runs.directory import Run
@@ -86,7 +86,7 @@ def test_a_small_trained_model_beats_the_untrained_one_and_the_bigram(workplace,
         assert accuracy["untrained base"][context] < 15
         assert accuracy["trained"][context] > accuracy["strategy bigram"][context] + 15
     assert accuracy["strategy bigram"]["reference"] < 50
-    assert accuracy["trained"]["reference"] < ceiling(generate_sample(420, 0)) + 5
+    assert accuracy["trained"]["reference"] < accuracy_ceiling(generate_sample(420, 0)) + 5
 
 
 def test_the_table_is_printed_and_every_turn_is_kept(workplace, evaluation):

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.comparison import ALIKE, Difference
-from csc_train.evaluation.metrics.base import Score
+from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.metrics.profiles import PROFILES
 from csc_train.evaluation.report.tables import (
     comparison_markdown,
@@ -24,7 +24,9 @@ def scores(first, unparsed=0, **missing):
 
     def cell(column, value):
         bounds = (None, None) if column in missing else (value - 0.5, value + 1)
-        return Score(None if column in missing else value, f"{column} unit", "made up", missing.get(column), *bounds)
+        return MetricResult(
+            None if column in missing else value, f"{column} unit", "made up", missing.get(column), *bounds
+        )
 
     profiles = {
         profile: {column: cell(column, first + index) for index, column in enumerate(columns)}
@@ -143,7 +145,7 @@ def test_console_table_keeps_the_names_of_models_whole_in_80_columns():
     unknown = dict.fromkeys(("BS", "BR"), "no model")
     both = {context: scores(24.0, **unknown) for context in ("reference", "generated")}
     for contexts in both.values():
-        contexts["profiles"]["paper"]["R-L"] = Score(0.31, "digits", "made up", None, 0.0, 0.6)
+        contexts["profiles"]["paper"]["R-L"] = MetricResult(0.31, "digits", "made up", None, 0.0, 0.6)
     assert "untrained base" in rendered({"untrained base": both}, 80)
 
 
@@ -161,7 +163,9 @@ def test_the_sides_of_a_dialogue_stand_beside_the_reference():
     # Where turns failed, the reference has other figures.
     fewer = scores(10.5)
     for table in ("process", "reply"):
-        fewer[table] = {name: sides | {"reference": Score(8.0, "u", "s")} for name, sides in fewer[table].items()}
+        fewer[table] = {
+            name: sides | {"reference": MetricResult(8.0, "u", "s")} for name, sides in fewer[table].items()
+        }
     text = markdown_table(RESULTS | {"fails": {"generated": fewer}}, {})
     rows = (
         "| the reference itself |  | 10.00 [9.50, 11.00] |\n| the reference itself | turns of fails, generated | 8.00 |"
@@ -178,9 +182,11 @@ def test_columns_in_which_lower_is_better_are_marked():
 
 def test_drift_is_shown_of_the_last_system_turn_by_turn():
     full = {"trained": {"reference": scores(40.0), "generated": scores(30.0)}}
-    lost = {"position": 1, "turns": 55} | {name: Score(10.0, "u", "s", None, 8.0, 12.0) for name in ("ACC", "R-L char")}
+    lost = {"position": 1, "turns": 55} | {
+        name: MetricResult(10.0, "u", "s", None, 8.0, 12.0) for name in ("ACC", "R-L char")
+    }
     for context, value in (("reference", 42.0), ("generated", 32.0)):  # of the turns that both contexts have
-        lost[context] = {"ACC": Score(value, "u", "s", None, value - 1, value + 1)}
+        lost[context] = {"ACC": MetricResult(value, "u", "s", None, value - 1, value + 1)}
     text = markdown_table(full, {"trained": [lost]})
     row = "| 1 | 55 | 42.00 [41.00, 43.00] | 32.00 [31.00, 33.00] | 10.00 [8.00, 12.00] | 10.00 [8.00, 12.00] |"
     assert row in text

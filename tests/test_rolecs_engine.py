@@ -10,17 +10,17 @@ from csc_train.data.strategies import CLOSURE, OTHERS, STRATEGIES
 from csc_train.synthesis.rolecs.engine import (
     MOST_UTTERANCES,
     Behaviour,
-    Question,
-    Scene,
-    State,
+    DialogueState,
+    RoleQuestion,
+    Scenario,
     advance,
     next_question,
     stop_reason,
 )
-from csc_train.synthesis.rolecs.engine import outcome as outcome_of
+from csc_train.synthesis.rolecs.engine import dialogue_outcome as outcome_of
 from csc_train.synthesis.rolecs.roles import answer_schema
 
-SCENE = Scene("你是一位会计。", "产品咨询", "着急", Behaviour(patience="short"))
+SCENE = Scenario("你是一位会计。", "产品咨询", "着急", Behaviour(patience="short"))
 
 
 def say(state, **answer):
@@ -30,7 +30,7 @@ def say(state, **answer):
 
 
 def planned(most=MOST_UTTERANCES):
-    return say(State(SCENE, most), scenario="卡丢了", goal="补卡")
+    return say(DialogueState(SCENE, most), scenario="卡丢了", goal="补卡")
 
 
 def supporter(state, label, text="请讲。"):
@@ -42,7 +42,7 @@ def customer(state, text="好的。", finished=False):
 
 
 def test_the_roles_are_asked_in_turn():
-    state, asked = State(SCENE), []
+    state, asked = DialogueState(SCENE), []
     for answer in (
         {"scenario": "卡丢了", "goal": "补卡"},
         {"strategy": "礼貌问候"}, {"text": "您好。"}, {"direction": "说事"}, {"text": "卡丢了。", "finished": False},
@@ -147,7 +147,7 @@ def held(value):
             yield from held(item)
 
 
-def answer_at_random(rng, question: Question):
+def answer_at_random(rng, question: RoleQuestion):
     """An answer of a model that follows no rules."""
     labels = [*(strategy.zh for strategy in STRATEGIES), "转移话题", "情感管理+其它", ""]
     return {
@@ -163,7 +163,7 @@ def answer_at_random(rng, question: Question):
 def test_whatever_is_answered_the_rules_hold(seed):
     rng = random.Random(seed)
     most = rng.choice([2, 3, 7, MOST_UTTERANCES])
-    state, steps = State(SCENE, most), 0
+    state, steps = DialogueState(SCENE, most), 0
     while question := next_question(state):
         if question.role in ("planner", "customer_assistant", "customer"):
             assert not [item for item in held(question.fields) if item in STRATEGIES]
@@ -182,7 +182,7 @@ def test_whatever_is_answered_the_rules_hold(seed):
 
 def test_the_same_answers_give_the_same_dialogue():
     def play():
-        rng, state = random.Random(5), State(SCENE)
+        rng, state = random.Random(5), DialogueState(SCENE)
         while question := next_question(state):
             state = say(state, **answer_at_random(rng, question))
         return state

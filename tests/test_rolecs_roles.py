@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from csc_train.data.dialogue import Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
-from csc_train.llm.structured import read
-from csc_train.synthesis.rolecs.engine import Behaviour, Question
+from csc_train.llm.structured import parse_answer
+from csc_train.synthesis.rolecs.engine import Behaviour, RoleQuestion
 from csc_train.synthesis.rolecs.roles import LANGUAGES, LAYOUTS, ROLES, Prompts, answer_schema
 
 TURNS = tuple(
@@ -29,7 +29,7 @@ def question(role, turns=6, **fields):
     history = TURNS[:turns]
     if role.startswith("customer"):
         history = tuple(Turn(turn.speaker, turn.text) for turn in history)
-    return Question(role, FIELDS | {"history": history} | fields)
+    return RoleQuestion(role, FIELDS | {"history": history} | fields)
 
 
 def rendered(prompts, role, **fields):
@@ -56,7 +56,7 @@ def test_a_prompt_that_lacks_something_is_not_rendered(language, layout, compact
     needed = []
     for name in told:
         try:
-            prompts.messages(Question(role, {key: value for key, value in told.items() if key != name}))
+            prompts.messages(RoleQuestion(role, {key: value for key, value in told.items() if key != name}))
         except UndefinedError:
             needed.append(name)
     expected = {
@@ -166,5 +166,7 @@ def test_only_the_compact_form_bounds_lengths_in_the_schema():
 
 @pytest.mark.parametrize(("said", "finished"), [('"false"', False), ('"true"', True), ("false", False), ("1", True)])
 def test_a_truth_value_may_be_written_as_text(said, finished):
-    answer = read(f'{{"text": "看 http://x.cn//a 吧", "finished": {said}}}', answer_schema("customer", "zh", False))
+    answer = parse_answer(
+        f'{{"text": "看 http://x.cn//a 吧", "finished": {said}}}', answer_schema("customer", "zh", False)
+    )
     assert (answer.text, answer.finished) == ("看 http://x.cn//a 吧", finished)

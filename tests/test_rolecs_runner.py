@@ -20,18 +20,18 @@ from conftest import ROOT
 
 from csc_train.config.compose import compose
 from csc_train.data.dialogue import Speaker, read_dialogues, write_dialogues
-from csc_train.data.sample_grammar import SOURCE, ceiling
+from csc_train.data.sample_grammar import SAMPLE_SOURCE, accuracy_ceiling
 from csc_train.errors import InputError
-from csc_train.llm.client import Attempt, AuthenticationFailure, LLMFailure
+from csc_train.llm.client import AuthenticationFailure, LLMFailure, RequestAttempt
 from csc_train.synthesis.config import BudgetConfig, SynthesisConfig
 from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
 from csc_train.synthesis.filters.rules import DuplicatesConfig
 from csc_train.synthesis.rolecs import mock_backend as scripted
-from csc_train.synthesis.rolecs.mock_backend import Script
+from csc_train.synthesis.rolecs.mock_backend import MockBackend
 from csc_train.synthesis.rolecs.personas import MOODS, TOPICS, make_profiles
 from csc_train.synthesis.rolecs.results import write_results
 from csc_train.synthesis.rolecs.runner import RULES, TRIES, Runner
-from csc_train.synthesis.rolecs.store import Store
+from csc_train.synthesis.rolecs.store import SynthesisStore
 
 SMALL = SynthesisConfig(max_utterances=6)
 RECIPE = {"made": "for tests"}
@@ -39,9 +39,9 @@ RECIPE = {"made": "for tests"}
 
 def start(path, target, backend=None, config=SMALL, recipe=RECIPE, judges=1, budget=None):
     """A runner, and the store at `path` that it works on."""
-    store = Store(path, recipe)
+    store = SynthesisStore(path, recipe)
     check, profiles = RoleCSCheckConfig(judges=judges), make_profiles(3, 0, "zh")
-    backend, budget = backend or Script("zh"), budget or BudgetConfig()
+    backend, budget = backend or MockBackend("zh"), budget or BudgetConfig()
     try:
         return Runner(config, check, DuplicatesConfig(), profiles, backend, store, target, budget), store
     except InputError:
@@ -54,7 +54,7 @@ def run(path, target, **options):
     runner, store = start(path, target, **options)
     try:
         asyncio.run(runner.run())
-        return runner.progress, runner.accepted, [store.dialogue(unit, SOURCE) for unit in runner.accepted]
+        return runner.progress, runner.accepted, [store.dialogue(unit, SAMPLE_SOURCE) for unit in runner.accepted]
     finally:
         store.close()
 
@@ -77,7 +77,7 @@ def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     runner, store = start(directory / "synthesis.db", 150, config=SynthesisConfig(seed=1))
     asyncio.run(runner.run())
-    write_results(directory, runner, store, Script("zh"), [], 0)
+    write_results(directory, runner, store, MockBackend("zh"), [], 0)
     store.close()
     return directory, runner
 
@@ -103,10 +103,10 @@ def test_the_grammar_speaks_through_the_engine(whole):
     own = []
     for dialogue in read_dialogues(directory / "dialogues.jsonl"):
         with contextlib.suppress(InputError):
-            own.append(ceiling([dialogue]))
+            own.append(accuracy_ceiling([dialogue]))
     assert 0.9 * 150 < len(own) < 150  # an unknown or overused strategy is not the grammar's
     with pytest.raises(InputError, match="llm=scripted speaks zh only"):
-        Script("en")
+        MockBackend("en")
 
 
 def test_what_cannot_be_is_refused():
@@ -167,7 +167,7 @@ def test_everything_is_on_record(whole):
     assert "synthetic-sample" in page
 
 
-class Jittery(Script):
+class Jittery(MockBackend):
     """Answers in an order of its own."""
 
     def __init__(self, seed, concurrency):
@@ -204,7 +204,7 @@ def test_killed_at_every_commit_it_comes_to_the_same(tmp_path, monkeypatch):
     _, _, dialogues = run(tmp_path / "whole.db", 2)
     expected = parquet(tmp_path / "whole.db", dialogues)
     calls = rows(tmp_path / "whole.db", "SELECT owner, key, count(*) FROM calls GROUP BY 1, 2 ORDER BY 1, 2")
-    write = Store._write
+    write = SynthesisStore._write
     for point in itertools.count():
         left = point
 
@@ -217,7 +217,7 @@ def test_killed_at_every_commit_it_comes_to_the_same(tmp_path, monkeypatch):
 
         path = tmp_path / f"{point}.db"
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "_write", dying)
+            patch.setattr(SynthesisStore, "_write", dying)
             try:
                 run(path, 2)
                 break
@@ -228,7 +228,7 @@ def test_killed_at_every_commit_it_comes_to_the_same(tmp_path, monkeypatch):
         # What was answered is never asked again; a call that died with its answer unwritten is, and counts.
         again = rows(path, "SELECT owner, key, count(*) FROM calls GROUP BY 1, 2 ORDER BY 1, 2")
         assert [row[:2] for row in again] == [row[:2] for row in calls]
-        assert sum(row[2] for row in again) - len(again) <= Script.concurrency
+        assert sum(row[2] for row in again) - len(again) <= MockBackend.concurrency
     assert point > 60
 
 
@@ -290,7 +290,7 @@ def test_a_budget_stops_it_and_a_larger_one_goes_on(tmp_path):
         assert progress.stopped == ("budget", f"budget.tokens={limit} is used up")
         # What was under way came to its end: a call for each dialogue.
         largest = rows(path, "SELECT max(prompt_tokens + completion_tokens) FROM calls")[0][0]
-        assert before < limit <= progress.tokens < limit + Script.concurrency * largest
+        assert before < limit <= progress.tokens < limit + MockBackend.concurrency * largest
         before = progress.tokens
         assert run(path, 6, budget=BudgetConfig(tokens=limit))[0].tokens == before  # nothing more is asked
     progress, accepted, dialogues = run(path, 6)
@@ -298,7 +298,7 @@ def test_a_budget_stops_it_and_a_larger_one_goes_on(tmp_path):
     assert parquet(path, dialogues) == parquet(tmp_path / "whole.db", expected[2])
 
 
-class Priced(Script):
+class Priced(MockBackend):
     """Costs a millionth a token, or nobody knows what."""
 
     price = 1e-6
@@ -316,7 +316,7 @@ def test_a_budget_of_money_needs_prices(tmp_path, monkeypatch):
         start(tmp_path / "u.db", 6, backend=Priced("zh"), budget=BudgetConfig(money=0.01))
 
 
-class Failing(Script):
+class Failing(MockBackend):
     """Fails as it is told: `plan` says of the number of a call what it is answered with, or None."""
 
     def __init__(self, plan, concurrency=1):
@@ -327,7 +327,7 @@ class Failing(Script):
         self.made += 1
         if kind := self.plan(self.made):
             await asyncio.sleep(0)
-            observe(Attempt({}, 1, kind, "planned", "", 7, 0, 0.0))
+            observe(RequestAttempt({}, 1, kind, "planned", "", 7, 0, 0.0))
             raise (AuthenticationFailure if kind == "authentication" else LLMFailure)(kind, "planned", 1, 7, 0)
         return await super().ask(call, observe)
 
@@ -371,7 +371,7 @@ def test_an_answer_that_cannot_be_had_fails_its_dialogue_only(tmp_path):
 
 
 def test_a_place_that_nothing_fits_stays_empty(tmp_path, monkeypatch):
-    monkeypatch.setattr(Script, "concurrency", 2)
+    monkeypatch.setattr(MockBackend, "concurrency", 2)
     monkeypatch.setattr(scripted._Answers, "rolecs_check", lambda self: {"reason": "", **dict.fromkeys(
         ("strategy_followed", "unreasonable_requests", "natural", "varied", "roles_kept"), 0)})  # fmt: skip
     progress, accepted, _ = run(tmp_path / "s.db", 3, config=SynthesisConfig(max_utterances=4, attempts=2))
@@ -389,7 +389,7 @@ def test_a_panel_judges(tmp_path):
 def test_interrupted_it_goes_on(tmp_path):
     expected = run(tmp_path / "whole.db", 6)
 
-    class Interrupting(Script):
+    class Interrupting(MockBackend):
         asked = 0
 
         async def ask(self, call, observe):
@@ -414,13 +414,13 @@ def test_another_recipe_is_refused_unless_asked_for(tmp_path):
     with pytest.raises(
         InputError, match=r"\(made: 'for tests' then, 'anew' now\): choose another run\.directory, or new_"
     ):
-        Store(path, {"made": "anew"})
-    Store(path, {"made": "anew"}, new_run=True).close()
+        SynthesisStore(path, {"made": "anew"})
+    SynthesisStore(path, {"made": "anew"}, new_run=True).close()
     _, second, _ = run(path, 3, recipe={"made": "anew"})
     assert not set(first) & set(second)
     with pytest.raises(InputError, match="'anew' then, 'for tests' now"):
-        Store(path, RECIPE)
-    Store(path, RECIPE, new_run=True).close()
+        SynthesisStore(path, RECIPE)
+    SynthesisStore(path, RECIPE, new_run=True).close()
     assert run(path, 3)[1] == first
     assert rows(path, "SELECT count(*) FROM calls WHERE number > 0") == [(0,)]  # it was all there
 
@@ -448,18 +448,18 @@ def test_the_recipe_is_what_decides_the_dialogues():
 
 
 def test_one_process_at_a_time(tmp_path):
-    store = Store(tmp_path / "s.db", RECIPE)
+    store = SynthesisStore(tmp_path / "s.db", RECIPE)
     with pytest.raises(InputError, match="another process is at work on it"):
-        Store(tmp_path / "s.db", RECIPE)
+        SynthesisStore(tmp_path / "s.db", RECIPE)
     store.close()
-    Store(tmp_path / "s.db", RECIPE).close()
+    SynthesisStore(tmp_path / "s.db", RECIPE).close()
 
 
 def test_another_file_is_left_alone(tmp_path):
     path = tmp_path / "s.db"
     path.write_text("not a database, but somebody's text " * 50)
     with pytest.raises(InputError, match="is not a synthesis store"):
-        Store(path, RECIPE)
+        SynthesisStore(path, RECIPE)
     assert path.read_text().startswith("not a database")
 
 
@@ -481,7 +481,7 @@ def test_the_customer_is_never_told_a_strategy(tmp_path):
     """In all that is asked of the customer's side, of a dialogue whose supporter says its strategies aloud."""
     read = []
 
-    class Loose(Script):
+    class Loose(MockBackend):
         async def ask(self, call, observe):
             if call.role in ("customer", "customer_assistant", "planner", "persona"):
                 read.append(call.messages)

@@ -10,7 +10,13 @@ import pytest
 
 from csc_train.data import sample_grammar as sample
 from csc_train.data.dialogue import Dialogue, Speaker, data_digest, read_dialogues
-from csc_train.data.sample_grammar import SOURCE, ceiling, ensure_sample, expected_ceiling, generate_sample
+from csc_train.data.sample_grammar import (
+    SAMPLE_SOURCE,
+    accuracy_ceiling,
+    ensure_sample,
+    expected_ceiling,
+    generate_sample,
+)
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 
@@ -60,9 +66,9 @@ def test_seeds_share_no_dialogue(dialogues):
 @pytest.mark.parametrize("name", ["sample.jsonl", "sample.parquet"])
 def test_a_written_sample_passes_the_checks_and_keeps_its_ceiling(tmp_path, dialogues, name):
     assert ensure_sample(tmp_path / name, 60, 0)
-    read = read_dialogues(tmp_path / name, source=SOURCE, strict=True)
+    read = read_dialogues(tmp_path / name, source=SAMPLE_SOURCE, strict=True)
     assert [d.row() for d in read] == [d.row() for d in dialogues[:60]]
-    assert ceiling(read) == ceiling(dialogues[:60])
+    assert accuracy_ceiling(read) == accuracy_ceiling(dialogues[:60])
 
 
 def test_dialogues_have_the_form_of_rolecs(dialogues):
@@ -74,7 +80,7 @@ def test_dialogues_have_the_form_of_rolecs(dialogues):
         assert 2 in strategies
         assert all(len(list(run)) <= 2 for _, run in itertools.groupby(strategies))
         assert 8 <= len(strategies) <= 25
-        assert dialogue.source == SOURCE and dialogue.id.startswith("sample-0-")
+        assert dialogue.source == SAMPLE_SOURCE and dialogue.id.startswith("sample-0-")
     assert 10 < sum(len(numbers(d)) for d in dialogues) / len(dialogues) < 13
 
 
@@ -106,13 +112,13 @@ def test_the_previous_strategy_is_a_poor_guide_and_the_rule_is_not(dialogues):
     ]
     bigram = 100 * sum(hits) / len(hits)
     assert bigram < 50
-    assert 85 < ceiling(held_out) < 94
-    assert ceiling(held_out) > bigram + 30
+    assert 85 < accuracy_ceiling(held_out) < 94
+    assert accuracy_ceiling(held_out) > bigram + 30
 
 
 def test_the_oracle_hits_as_often_as_it_expects(dialogues):
     assert 85 < expected_ceiling(dialogues) < 94
-    assert ceiling(dialogues) == pytest.approx(expected_ceiling(dialogues), abs=1.5)
+    assert accuracy_ceiling(dialogues) == pytest.approx(expected_ceiling(dialogues), abs=1.5)
 
 
 def test_the_ceiling_counts_the_likeliest_strategy_as_the_only_hit(dialogues):
@@ -120,17 +126,17 @@ def test_the_ceiling_counts_the_likeliest_strategy_as_the_only_hit(dialogues):
     dialogue = next(d for d in dialogues if d.turns[-2].text == "很满意，给您满分。")
     turns = len(numbers(dialogue))
     likely = with_turn(dialogue, len(dialogue.turns) - 1, strategy=STRATEGIES[9])
-    assert ceiling([likely]) - ceiling([dialogue]) == pytest.approx(100 / turns)
+    assert accuracy_ceiling([likely]) - accuracy_ceiling([dialogue]) == pytest.approx(100 / turns)
     assert expected_ceiling([likely]) == expected_ceiling([dialogue])
 
 
 def test_the_ceiling_refuses_what_the_grammar_cannot_have_written(dialogues):
     with pytest.raises(InputError, match="sample-0-00000, turn 2: not an utterance"):
-        ceiling([with_turn(dialogues[0], 1, text="这句话不在语法里。")])
+        accuracy_ceiling([with_turn(dialogues[0], 1, text="这句话不在语法里。")])
     with pytest.raises(InputError, match="sample-0-00000, turn 1: not a strategy"):
-        ceiling([with_turn(dialogues[0], 0, strategy=STRATEGIES[6])])
+        accuracy_ceiling([with_turn(dialogues[0], 0, strategy=STRATEGIES[6])])
     with pytest.raises(InputError, match="no dialogues"):
-        ceiling([])
+        accuracy_ceiling([])
 
 
 @pytest.mark.parametrize("act", [*sample.WORDINGS, "upset"])
@@ -219,7 +225,7 @@ def test_a_sample_that_is_there_is_kept(tmp_path):
         lambda content: content[: len(content) // 2],
         lambda content: b"",
         lambda content: b"\xff\xfe not a sample",
-        lambda content: content.replace(SOURCE.encode(), b"other", 1),
+        lambda content: content.replace(SAMPLE_SOURCE.encode(), b"other", 1),
         lambda content: content.replace(b'"id": "sample-', b'"id": "', 1),  # of the grammar, but not its sample
     ],
 )

@@ -20,17 +20,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from csc_train.checkpoints.export import merged
-from csc_train.checkpoints.manifest import save_checkpoint
+from csc_train.checkpoints.manifest import save_final_model
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.inference.generator import predict
-from csc_train.inference.hf import load_policy, open_checkpoint
-from csc_train.inference.openai import OpenAIPolicy
+from csc_train.inference.hf import load_generator, open_checkpoint
+from csc_train.inference.openai import OpenAIGenerator
 from csc_train.llm.config import LLMConfig
 from csc_train.models.loading import lora_config
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, messages
+from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
 from csc_train.template.reply import Reply, format_reply
 from csc_train.training.config import AdapterConfig
 
@@ -51,7 +51,7 @@ TAUGHT = Dialogue(
 def save(directory, model, template, **options):
     """Write a checkpoint of `model` whose manifest says of its origin what reading it asks for."""
     manifest = manifest_of(template)
-    save_checkpoint(directory, model, template.tokenizer, template.chat_template, manifest, **options)
+    save_final_model(directory, model, template.tokenizer, template.chat_template, manifest, **options)
 
 
 def tiny(architecture, **facts):
@@ -142,7 +142,7 @@ def ask(address, model, chat, **options):
 
 def chat_of(turns, template):
     """A dialogue as chat messages of role and content, which is all that a server hands to the chat template."""
-    chat = messages(turns, template.config)
+    chat = chat_messages(turns, template.config)
     for message, turn in zip(chat[1:], turns, strict=True):
         if turn.speaker is Speaker.SUPPORTER:
             message["content"] = format_reply(Reply(turn.strategy, turn.text), template.config.language)
@@ -153,7 +153,7 @@ def chat_of(turns, template):
 def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, server):
     for architecture in FAMILIES:
         template, _ = open_checkpoint(str(checkpoints / architecture))
-        policy = load_policy(str(checkpoints / architecture), template, EvaluationConfig(max_new_tokens=LIMIT))
+        policy = load_generator(str(checkpoints / architecture), template, EvaluationConfig(max_new_tokens=LIMIT))
         # Temperature 0 leaves a repetition penalty of the checkpoint on; a frequency penalty of 0 takes it off.
         greedy = {"temperature": 0, "frequency_penalty": 0, "max_tokens": LIMIT}
         other = random_dialogue(random.Random(5))
@@ -171,7 +171,7 @@ def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, serv
         text, *_ = ask(server, checkpoints / architecture, chat_of(history, template), temperature=0, max_tokens=LIMIT)
         assert (text == format_reply(Reply(gold.strategy, gold.text), "zh")) == (architecture != "qwen2")
         # A strategy beside the content does not get through.
-        *_, shorter = ask(server, checkpoints / architecture, messages(history, template.config), **greedy)
+        *_, shorter = ask(server, checkpoints / architecture, chat_messages(history, template.config), **greedy)
         assert shorter < len(template.prompt_ids(history))
 
 
@@ -184,8 +184,8 @@ def test_a_served_checkpoint_is_evaluated_as_a_local_one(checkpoints, server):
         config = EvaluationConfig(max_new_tokens=LIMIT)
         llm = LLMConfig(base_url=f"{server}/v1", model=path, concurrency=2, extra_body={"frequency_penalty": 0})
         for context in ("reference", "generated"):
-            served = predict(dialogues, OpenAIPolicy(llm, config, template), context)
-            local = predict(dialogues, load_policy(path, template, config), context)
+            served = predict(dialogues, OpenAIGenerator(llm, config, template), context)
+            local = predict(dialogues, load_generator(path, template, config), context)
             assert [each.raw_text for each in served] == [each.raw_text for each in local]
             assert [each.strategy for each in served] == [each.strategy for each in local]
             assert {each.prompt_form for each in served} == {"messages"}

@@ -11,8 +11,8 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn, write_dialogues
 from csc_train.data.splits import (
     NGRAM,
     DataConfig,
+    DialogueSourceConfig,
     Overlap,
-    SetConfig,
     find_overlap,
     find_shared_text,
     load_splits,
@@ -199,8 +199,8 @@ def files(tmp_path):
     write_dialogues(tmp_path / "train.jsonl", train)
     write_dialogues(tmp_path / "evaluation.parquet", evaluation)
     return {
-        "train": SetConfig(str(tmp_path / "train.jsonl")),
-        "evaluation": SetConfig(str(tmp_path / "evaluation.parquet")),
+        "train": DialogueSourceConfig(str(tmp_path / "train.jsonl")),
+        "evaluation": DialogueSourceConfig(str(tmp_path / "evaluation.parquet")),
     }
 
 
@@ -250,7 +250,9 @@ def test_without_an_evaluation_file_the_split_is_that_of_the_training_file(tmp_p
     for name, dialogues in {"a.jsonl": MANY[:300], "b.parquet": MANY[299::-1]}.items():
         path = tmp_path / name
         write_dialogues(path, dialogues)
-        splits = load_splits(DataConfig(SetConfig(str(path)), held_out_fraction=0.3, seed=4), say=said.append)
+        splits = load_splits(
+            DataConfig(DialogueSourceConfig(str(path)), held_out_fraction=0.3, seed=4), say=said.append
+        )
         kept, held_out = split(dialogues, 0.3, seed=4)
         assert (splits.train, splits.evaluation) == (kept, held_out)
         assert set(ids(held_out)) == set(ids(split(MANY, 0.3, seed=4)[1])) & set(ids(dialogues))
@@ -261,7 +263,7 @@ def test_the_validation_set_is_drawn_from_the_training_set_alone_and_independent
     write_dialogues(path, MANY)
 
     def read(**settings):
-        return read_splits(DataConfig(SetConfig(str(path)), seed=4, **settings), say=said.append)
+        return read_splits(DataConfig(DialogueSourceConfig(str(path)), seed=4, **settings), say=said.append)
 
     said = []
     without, with_it = read(held_out_fraction=0.3), read(held_out_fraction=0.3, validation_fraction=0.3)
@@ -272,7 +274,7 @@ def test_the_validation_set_is_drawn_from_the_training_set_alone_and_independent
     assert 0.2 < len(with_it.validation) / len(without.train) < 0.4
     more = read(held_out_fraction=0.3, validation_fraction=0.5)
     assert set(ids(with_it.validation)) < set(ids(more.validation))
-    assert load_splits(DataConfig(SetConfig(str(path)), validation_fraction=0.3), say=said.append).validation
+    assert load_splits(DataConfig(DialogueSourceConfig(str(path)), validation_fraction=0.3), say=said.append).validation
     assert re.search(r"data: \d+ training, \d+ validation and \d+ evaluation dialogues;", said[-1])
 
 
@@ -290,7 +292,7 @@ def test_a_closer_match_that_was_set_aside_does_not_hide_one_that_is_trained_on(
     near = [edited(whole, f"n{i}", i) for i in range(20)]
     write_dialogues(tmp_path / "train.jsonl", [whole, *near, *MANY[:20]])
     write_dialogues(tmp_path / "evaluation.jsonl", [Dialogue("e", whole.turns)])
-    sets = [SetConfig(str(tmp_path / f"{name}.jsonl")) for name in ("train", "evaluation")]
+    sets = [DialogueSourceConfig(str(tmp_path / f"{name}.jsonl")) for name in ("train", "evaluation")]
     configs = (DataConfig(*sets, validation_fraction=0.5, seed=seed) for seed in range(20))
     splits = next(each for each in map(load_splits, configs) if "whole" in ids(each.validation))
     (overlap,) = splits.overlaps
@@ -301,7 +303,7 @@ def test_limit_keeps_the_same_dialogues_whatever_their_order(tmp_path):
     chosen = []
     for seed, dialogues in [(0, MANY[:200]), (0, MANY[199::-1]), (1, MANY[:200])]:
         write_dialogues(tmp_path / "a.jsonl", dialogues)
-        config = DataConfig(SetConfig(str(tmp_path / "a.jsonl")), held_out_fraction=0.5, limit=20, seed=seed)
+        config = DataConfig(DialogueSourceConfig(str(tmp_path / "a.jsonl")), held_out_fraction=0.5, limit=20, seed=seed)
         splits = load_splits(config, say=lambda line: None)
         assert (len(splits.train), len(splits.evaluation)) == (20, 20)
         for side in (splits.train, splits.evaluation):
@@ -323,7 +325,7 @@ def test_refused_rows_of_each_set_go_to_their_own_file(files, tmp_path):
     train, said = files["train"].path, []
     with open(train, "a", encoding="utf-8") as file:
         file.write("{\n")
-    config = DataConfig(train=files["train"], evaluation=SetConfig(train))
+    config = DataConfig(train=files["train"], evaluation=DialogueSourceConfig(train))
     load_splits(config, rejects_directory=tmp_path / "run", say=said.append)
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
         "rejects-evaluation.jsonl",
@@ -337,14 +339,14 @@ def test_refused_rows_of_each_set_go_to_their_own_file(files, tmp_path):
 def test_a_source_is_selected_for_each_set(tmp_path):
     path = tmp_path / "all.jsonl"
     write_dialogues(path, [Dialogue(d.id, d.turns, "RoleCS" if i % 3 else "CSConv") for i, d in enumerate(MANY[:30])])
-    config = DataConfig(SetConfig(str(path), "RoleCS"), SetConfig(str(path), "CSConv"))
+    config = DataConfig(DialogueSourceConfig(str(path), "RoleCS"), DialogueSourceConfig(str(path), "CSConv"))
     splits = load_splits(config, say=lambda line: None)
     assert {d.source for d in splits.train} == {"RoleCS"} and {d.source for d in splits.evaluation} == {"CSConv"}
     assert (len(splits.train), len(splits.evaluation)) == (20, 10)
     with pytest.raises(
         InputError, match=r"^data\.evaluation: .*no row has source 'x'; found: 'RoleCS' \(20\), 'CSConv'"
     ):
-        load_splits(DataConfig(SetConfig(str(path)), SetConfig(str(path), "x")))
+        load_splits(DataConfig(DialogueSourceConfig(str(path)), DialogueSourceConfig(str(path), "x")))
 
 
 def test_sets_that_end_up_empty_name_their_key(tmp_path):
@@ -352,21 +354,25 @@ def test_sets_that_end_up_empty_name_their_key(tmp_path):
     with pytest.raises(InputError, match=r"^data\.train\.path is not set"):
         load_splits(DataConfig())
     with pytest.raises(InputError, match=r"^data\.train: cannot read .*a\.jsonl: No such file"):
-        load_splits(DataConfig(SetConfig(str(path))))
+        load_splits(DataConfig(DialogueSourceConfig(str(path))))
     path.write_text("")
     with pytest.raises(InputError, match=r"^data\.train: .*a\.jsonl: no rows"):
-        load_splits(DataConfig(SetConfig(str(path))))
+        load_splits(DataConfig(DialogueSourceConfig(str(path))))
     write_dialogues(path, MANY[:1])
     for fraction, name in [(1e-9, "evaluation"), (1 - 1e-9, "training")]:
         with pytest.raises(
             InputError, match=rf"^data.held_out_fraction={fraction} .* leaves no {name} dialogue of 1 in"
         ):
-            load_splits(DataConfig(SetConfig(str(path)), held_out_fraction=fraction))
+            load_splits(DataConfig(DialogueSourceConfig(str(path)), held_out_fraction=fraction))
     for fraction, name in [(1e-9, "validation"), (1 - 1e-9, "training")]:
         with pytest.raises(
             InputError, match=rf"^data.validation_fraction={fraction} .* leaves no {name} dialogue of 1 "
         ):
-            load_splits(DataConfig(SetConfig(str(path)), SetConfig(str(path)), validation_fraction=fraction))
+            load_splits(
+                DataConfig(
+                    DialogueSourceConfig(str(path)), DialogueSourceConfig(str(path)), validation_fraction=fraction
+                )
+            )
 
 
 @pytest.mark.parametrize(
@@ -389,14 +395,14 @@ def test_a_value_out_of_range_names_its_key(key, value):
 
 def test_an_evaluation_source_without_a_path_would_be_ignored_and_is_refused():
     with pytest.raises(InputError, match=r"data\.evaluation\.source is set, but data\.evaluation\.path is not"):
-        DataConfig(evaluation=SetConfig(source="CSConv"))
+        DataConfig(evaluation=DialogueSourceConfig(source="CSConv"))
 
 
 def test_the_config_is_a_structured_config_of_hydra():
     schema = OmegaConf.structured(DataConfig)
     merged = OmegaConf.merge(schema, {"train": {"path": "a.jsonl"}, "limit": 3, "overlap_threshold": 1})
     config = OmegaConf.to_object(merged)
-    assert config == DataConfig(train=SetConfig("a.jsonl"), limit=3, overlap_threshold=1.0)
+    assert config == DataConfig(train=DialogueSourceConfig("a.jsonl"), limit=3, overlap_threshold=1.0)
     for wrong in ({"trian": {}}, {"limit": "many"}, {"train": {"file": "x"}}, {"strict": "perhaps"}):
         with pytest.raises(OmegaConfBaseException):
             OmegaConf.merge(schema, wrong)

@@ -16,13 +16,13 @@ import yaml
 from conftest import ROOT
 from test_launch import Started, left_in, record
 
-from csc_train.config.cluster import TopologyConfig
+from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError
 from csc_train.launching import executors as trials
-from csc_train.launching.executors import FailedTrialError, Figures, LocalPlaces, NoSuchMetricError, result
+from csc_train.launching.executors import FailedTrialError, LocalExecutor, MetricTail, NoSuchMetricError, trial_result
 from csc_train.launching.job import Job
-from csc_train.launching.sweep import corners, only_one, plan, sweep
-from csc_train.runs.comparison import find_runs, ordered
+from csc_train.launching.sweep import extreme_trials, only_one, plan_trial, sweep
+from csc_train.runs.comparison import find_runs, sort_runs
 
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
 SMALL = ["debug=cpu_tiny", "sweep.poll=0.2", "topology=cpu1"]
@@ -304,8 +304,8 @@ def test_a_failed_preflight_ends_a_sweep(tmp_path, monkeypatch, capsys):
 
 
 def test_every_extreme_of_every_parameter_is_checked():
-    config = plan(["debug=cpu_tiny", "topology=cpu1", "sweep=full"]).config
-    points = corners(config)
+    config = plan_trial(["debug=cpu_tiny", "topology=cpu1", "sweep=full"]).config
+    points = extreme_trials(config)
     for name, parameter in config.space.items():
         ends = parameter.choices or [parameter.low, parameter.high]
         assert {point[name] for point in points} == set(ends)
@@ -322,18 +322,18 @@ def driver(folder: Path, monkeypatch, *used: int) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def placed(topology: TopologyConfig, parallel: int | None, monkeypatch) -> list[str]:
+def placed(topology: ClusterConfig, parallel: int | None, monkeypatch) -> list[str]:
     """What CUDA_VISIBLE_DEVICES is for each trial that is started until all places are taken."""
     started = []
     monkeypatch.setattr(trials, "LocalTrial", lambda job, variables, lock: started.append(variables))
-    places = LocalPlaces(topology, parallel, lock=0)
+    places = LocalExecutor(topology, parallel, lock=0)
     for _ in range(places.count):
         places.start(None, {})
     return [variables["CUDA_VISIBLE_DEVICES"] for variables in started]
 
 
 def test_trials_are_placed_on_the_free_gpus(tmp_path, monkeypatch):
-    two = TopologyConfig("two", processes_per_node=2, device="cuda")
+    two = ClusterConfig("two", processes_per_node=2, device="cuda")
     driver(tmp_path, monkeypatch, 4, 50_000, 4, 4, 4, 4)
     assert placed(two, None, monkeypatch) == ["0,2", "3,4"]
     assert placed(two, 1, monkeypatch) == ["0,2"]
@@ -344,10 +344,10 @@ def test_trials_are_placed_on_the_free_gpus(tmp_path, monkeypatch):
 
 
 def test_one_gpu_a_trial_where_there_is_one_and_a_cpu_else(tmp_path, monkeypatch):
-    assert plan(["debug=cpu_tiny", "sweep=lr"]).launch.topology.name == "cpu1"
+    assert plan_trial(["debug=cpu_tiny", "sweep=lr"]).launch.topology.name == "cpu1"
     driver(tmp_path, monkeypatch, 4)
-    assert plan(["debug=cpu_tiny", "sweep=lr"]).launch.topology.name == "gpu1"
-    assert plan(["debug=cpu_tiny", "sweep=lr", "topology=cpu2"]).launch.topology.name == "cpu2"
+    assert plan_trial(["debug=cpu_tiny", "sweep=lr"]).launch.topology.name == "gpu1"
+    assert plan_trial(["debug=cpu_tiny", "sweep=lr", "topology=cpu2"]).launch.topology.name == "cpu2"
 
 
 def test_a_trial_holds_the_lock_of_its_sweep(tmp_path):
@@ -366,7 +366,7 @@ def test_a_trial_holds_the_lock_of_its_sweep(tmp_path):
 
 
 def test_figures_come_as_they_are_written_and_again_when_the_history_is_cut(tmp_path):
-    figures = Figures(tmp_path, "loss")
+    figures = MetricTail(tmp_path, "loss")
     assert figures.new() == []
     history = tmp_path / "history.jsonl"
     lines = [json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in (1, 2, 3)]
@@ -383,7 +383,7 @@ def test_what_a_trial_came_to(tmp_path):
         (tmp_path / name).write_text(json.dumps(facts))
 
     with pytest.raises(FailedTrialError, match=r"^ended without a word; it may have been killed$"):
-        result(tmp_path, "loss")
+        trial_result(tmp_path, "loss")
     report = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n====\n  error_file: <N/A>\n"
     for printed, reason in (
         ("step 1\nerror: no room\n", "no room"),
@@ -394,24 +394,24 @@ def test_what_a_trial_came_to(tmp_path):
     ):  # fmt: skip
         (tmp_path / "output.log").write_text(printed + report)
         with pytest.raises(FailedTrialError, match=f"^{re.escape(reason)}$"):
-            result(tmp_path, "loss")
+            trial_result(tmp_path, "loss")
     write("run.json", {"finished": None, "status": "failed", "error": "OutOfMemoryError: 20 GiB"})
     with pytest.raises(FailedTrialError, match=r"^out of memory: OutOfMemoryError: 20 GiB$"):
-        result(tmp_path, "loss")
+        trial_result(tmp_path, "loss")
     write("run.json", {"finished": None, "status": "stopped"})
     with pytest.raises(FailedTrialError, match=r"^stopped from outside before its end$"):
-        result(tmp_path, "loss")
+        trial_result(tmp_path, "loss")
     write("run.json", {"finished": "now"})
     log = [{"loss": 3, "eval_loss": 2.0}, {"loss": 1.5, "eval_loss": 4.0}, {"train_runtime": 1}]
     write("metrics.json", {"log": log})
-    assert (result(tmp_path, "loss"), result(tmp_path, "eval_loss")) == (1.5, 4.0)
+    assert (trial_result(tmp_path, "loss"), trial_result(tmp_path, "eval_loss")) == (1.5, 4.0)
     write("metrics.json", {"log": log, "held_out": {"loss": 2.0, "step": 1}})  # of the checkpoint
-    assert result(tmp_path, "eval_loss") == 2.0
+    assert trial_result(tmp_path, "eval_loss") == 2.0
     with pytest.raises(NoSuchMetricError, match=r"^sweep.metric=evl_loss: .* Did you mean 'eval_loss'\? See"):
-        result(tmp_path, "evl_loss")
+        trial_result(tmp_path, "evl_loss")
     write("metrics.json", {"log": [{"loss": float("nan")}]})
     with pytest.raises(FailedTrialError, match=r"^loss is nan$"):
-        result(tmp_path, "loss")
+        trial_result(tmp_path, "loss")
 
 
 def test_finished_runs_come_first_by_their_figure(tmp_path):
@@ -428,7 +428,7 @@ def test_finished_runs_come_first_by_their_figure(tmp_path):
     (tmp_path / "evaluation" / "results.json").write_text(json.dumps({"results": results}))
     runs, broken = find_runs(tmp_path)
     assert broken == []
-    names = lambda direction: [Path(run.directory).name for run in ordered(runs, "loss", direction)]  # noqa: E731
+    names = lambda direction: [Path(run.directory).name for run in sort_runs(runs, "loss", direction)]  # noqa: E731
     assert (names("minimize"), names("maximize")) == (["c", "b", "a"], ["b", "c", "a"])
     assert [run.scores for run in runs] == [{}, {"reference paper ACC": 50.0}, {}]
 

@@ -6,9 +6,9 @@ import pytest
 from test_generator import DIALOGUES, LONG, TURNS, Flaky, Recorder
 
 from csc_train.errors import InputError
-from csc_train.inference.generator import predict, share
-from csc_train.inference.prediction_store import Store, complete
-from csc_train.inference.predictions import Failure, read_failures, read_outcomes, read_run
+from csc_train.inference.generator import predict, shard
+from csc_train.inference.prediction_store import PredictionStore, is_complete
+from csc_train.inference.predictions import FailedTurn, read_failures, read_outcomes, read_run
 
 NAME = "system-generated.jsonl"
 
@@ -20,7 +20,7 @@ def path(tmp_path):
 
 def run(path, policy, dialogues=DIALOGUES, process=0, context="generated"):
     """Predict with a store, which is left as a process leaves it that was killed after its last answer."""
-    with Store(path, "recorder", process) as store:
+    with PredictionStore(path, "recorder", process) as store:
         predict(dialogues, policy, context, store)
     return store
 
@@ -65,11 +65,11 @@ def test_a_run_that_was_interrupted_ends_with_the_same_file(path, whole, answers
     again = Recorder(2)
     store = run(path, again)
     assert sum(map(len, again.batches)) == 7 - answers + (torn > 0 and answers > 0)
-    assert not complete(path, DIALOGUES)
+    assert not is_complete(path, DIALOGUES)
     assert store.finish(DIALOGUES) == []
     assert path.read_bytes() == whole
     assert [each.name for each in path.parent.iterdir()] == [NAME]
-    assert complete(path, DIALOGUES)
+    assert is_complete(path, DIALOGUES)
 
 
 def test_a_line_that_is_broken_elsewhere_is_named(path):
@@ -78,19 +78,19 @@ def test_a_line_that_is_broken_elsewhere_is_named(path):
     lines = part.read_bytes().split(b"\n")
     part.write_bytes(b"\n".join([lines[0], lines[1][:20], *lines[2:]]))
     with pytest.raises(InputError, match=r"part-00000, line 2: not a prediction"):
-        Store(path, "recorder")
+        PredictionStore(path, "recorder")
 
 
 def test_another_system_is_not_mixed_in(path):
     run(path, Recorder(2))
     with pytest.raises(InputError, match=r"under other settings \(recorder, now other\): choose another run.directory"):
-        Store(path, "other")
+        PredictionStore(path, "other")
 
 
 def test_a_store_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "predictions").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*part-00000: "):
-        Store(tmp_path / "predictions" / NAME, "recorder")
+        PredictionStore(tmp_path / "predictions" / NAME, "recorder")
 
 
 def test_what_failed_is_listed_and_alone_tried_again(path, whole):
@@ -100,11 +100,11 @@ def test_what_failed_is_listed_and_alone_tried_again(path, whole):
     ]  # fmt: skip
     outcomes = read_outcomes(path)
     assert [(each.dialogue_id, each.turn) for each in outcomes] == TURNS
-    assert not complete(path, DIALOGUES)
+    assert not is_complete(path, DIALOGUES)
     directory = path.parent.parent
     assert read_failures(directory) == {"system": {"generated": failures}}
     assert read_run(directory) == {
-        "system": {"generated": [each for each in outcomes if not isinstance(each, Failure)]}
+        "system": {"generated": [each for each in outcomes if not isinstance(each, FailedTurn)]}
     }
     # Once more in vain, then with success.
     assert run(path, Flaky(2)).finish(DIALOGUES) == failures
@@ -118,7 +118,7 @@ def test_what_failed_is_listed_and_alone_tried_again(path, whole):
 
 def test_processes_write_parts_that_are_put_together_whoever_goes_on(path, whole):
     for process in range(3):
-        run(path, Recorder(2), share(DIALOGUES, process, 3), process)
+        run(path, Recorder(2), shard(DIALOGUES, process, 3), process)
     # Killed before they were put together; one process goes on, with nothing left to do.
     again = Recorder(2)
     store = run(path, again)
@@ -134,11 +134,11 @@ def test_a_turn_that_nobody_predicted_is_found_out(path):
 
 
 def test_a_later_line_about_a_turn_counts(path):
-    with Store(path, "recorder") as store:
+    with PredictionStore(path, "recorder") as store:
         for outcome in predict([LONG], Recorder(2), "generated"):
             store.add(outcome)
             store.add(replace(outcome, reference_nll=2.5))
-            store.add(Failure(outcome.dialogue_id, outcome.turn, "generated", "timeout", "", "recorder"))
+            store.add(FailedTurn(outcome.dialogue_id, outcome.turn, "generated", "timeout", "", "recorder"))
     assert store.finish([LONG]) == []
     assert {outcome.reference_nll for outcome in read_outcomes(path)} == {2.5}
 
@@ -147,7 +147,7 @@ def test_a_later_line_about_a_turn_counts(path):
 def test_what_was_lost_of_a_finished_file_is_predicted_again(path, whole, cut):
     run(path, Recorder(2)).finish(DIALOGUES)
     path.write_bytes(whole[:-cut])
-    assert not complete(path, DIALOGUES)
+    assert not is_complete(path, DIALOGUES)
     again = Recorder(2)
     store = run(path, again)
     lost = len(TURNS) - whole[:-cut].count(b"\n")
@@ -159,11 +159,11 @@ def test_what_was_lost_of_a_finished_file_is_predicted_again(path, whole, cut):
 def test_killed_before_the_parts_were_removed(path, whole):
     store = run(path, Recorder(2))
     path.write_bytes(whole)
-    assert not complete(path, DIALOGUES)
+    assert not is_complete(path, DIALOGUES)
     again = Recorder(2)
     store = run(path, again)
     assert again.batches == [] and store.finish(DIALOGUES) == []
-    assert path.read_bytes() == whole and complete(path, DIALOGUES)
+    assert path.read_bytes() == whole and is_complete(path, DIALOGUES)
 
 
 def test_a_name_may_look_like_a_pattern(tmp_path, whole):

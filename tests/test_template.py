@@ -10,7 +10,7 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
 from csc_train.template.config import CHAT_TEMPLATES, LANGUAGES, MODES, TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, TokenKind, messages
+from csc_train.template.dialogue_template import DialogueTemplate, TokenType, chat_messages
 from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import system_prompt
 
@@ -154,7 +154,7 @@ def test_the_strategys_tokens_are_those_that_start_in_its_label(kind, name, lang
             expected = sum(start < len(label) for start, _ in encoding.offsets)
             example = template.encode(Dialogue("d", (Turn(Speaker.SUPPORTER, text, strategy),)))
             assert example.input_ids[example.trained].tolist() == [*encoding.ids, template.end_of_turn_id]
-            assert (example.kinds == TokenKind.STRATEGY).sum() == expected, (label, text)
+            assert (example.kinds == TokenType.STRATEGY).sum() == expected, (label, text)
             label_ids = template._literal.encode(label, add_special_tokens=False).ids
             found += encoding.ids[: len(label_ids)] != label_ids
     if kind == "real":
@@ -181,7 +181,7 @@ def stock_template(name: str) -> str:
 
 def as_content(dialogue: Dialogue) -> list[dict[str, str]]:
     """The dialogue's messages as anybody without this project would write them: the strategy is part of the content."""
-    chat = messages(dialogue.turns, TemplateConfig())
+    chat = chat_messages(dialogue.turns, TemplateConfig())
     return [
         {"role": m["role"], "content": (f"[{m['strategy']}]" if "strategy" in m else "") + m["content"]} for m in chat
     ]

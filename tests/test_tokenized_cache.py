@@ -18,9 +18,9 @@ from csc_train import tokenized_cache as prepared
 from csc_train.data.dialogue import Dialogue, Turn
 from csc_train.errors import InputError
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.packing.dataset import pack_examples
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.template.config import PrepareConfig
-from csc_train.tokenized_cache import ARRAYS, prepare
+from csc_train.tokenized_cache import ARRAYS, tokenize
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def same(one, other) -> bool:
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "given"}, {"mode": "reply_only", "language": "en"}], ids=str)
 def test_examples_equal_those_of_the_template(tmp_path, settings):
-    examples = prepare(dialogues(), template(**settings), PrepareConfig(str(tmp_path)))
+    examples = tokenize(dialogues(), template(**settings), PrepareConfig(str(tmp_path)))
     fresh = list(template(**settings).encode_all(dialogues()))
     assert len(examples) == len(fresh) == 40
     assert all(map(same, examples, fresh))
@@ -76,7 +76,7 @@ def test_examples_equal_those_of_the_template(tmp_path, settings):
 
 
 def test_the_files_hold_the_dialogues_end_to_end(tmp_path, expected):
-    prepare(dialogues(), template(), PrepareConfig(str(tmp_path)))
+    tokenize(dialogues(), template(), PrepareConfig(str(tmp_path)))
     assert contents(tmp_path) == expected
 
 
@@ -100,11 +100,11 @@ def test_two_processes_write_the_same_and_get_chunks_as_they_are_wanted(tmp_path
 
 
 def test_packs_of_the_cache_are_those_of_the_template(tmp_path):
-    examples = prepare(dialogues(), template(), PrepareConfig(str(tmp_path)))
+    examples = tokenize(dialogues(), template(), PrepareConfig(str(tmp_path)))
     for packing in (PackingConfig(max_length=1300), PackingConfig("best_fit", max_length=1300)):
         for loss in (LossConfig(), LossConfig("turns", strategy=2)):
-            packs, report = pack_examples(examples, packing, loss)
-            fresh, fresh_report = pack_examples(list(template().encode_all(dialogues())), packing, loss)
+            packs, report = pack_dialogues(examples, packing, loss)
+            fresh, fresh_report = pack_dialogues(list(template().encode_all(dialogues())), packing, loss)
             assert report == fresh_report
             assert packs.members == fresh.members
             for row, fresh_row in zip(packs, fresh, strict=True):
@@ -116,10 +116,10 @@ def test_a_second_call_finds_the_first_ones_files_and_writes_nothing(tmp_path, c
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in [tmp_path, *tmp_path.rglob("*")]}
 
     settings = PrepareConfig(str(tmp_path))
-    prepare(dialogues(), template(), settings)
+    tokenize(dialogues(), template(), settings)
     assert f"prepared {entry(tmp_path)}: 40 dialogues encoded in " in capsys.readouterr().out
     before, said = state(), []
-    prepare(dialogues(), template(), settings, said.append)
+    tokenize(dialogues(), template(), settings, said.append)
     assert said == [f"prepared {entry(tmp_path)}: hit, 40 dialogues"]
     assert capsys.readouterr().out == ""
     assert state() == before
@@ -127,7 +127,7 @@ def test_a_second_call_finds_the_first_ones_files_and_writes_nothing(tmp_path, c
 
 def test_whatever_decides_the_ids_leads_to_another_entry(tmp_path, monkeypatch):
     def entries(*arguments):
-        prepare(*arguments, PrepareConfig(str(tmp_path)), lambda text: None)
+        tokenize(*arguments, PrepareConfig(str(tmp_path)), lambda text: None)
         return sum(path.is_dir() for path in tmp_path.iterdir())
 
     first, *rest = dialogues()
@@ -159,7 +159,7 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, capsys, kind):
     settings = PrepareConfig(str(tmp_path))
-    prepare(dialogues(), template(), settings)
+    tokenize(dialogues(), template(), settings)
     for name in (*(f"{array}.bin" for array in ARRAYS), prepared.MANIFEST):
         file = entry(tmp_path) / name
         whole = file.read_bytes()
@@ -169,7 +169,7 @@ def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, caps
             file.write_bytes(DAMAGE[kind](whole))
         capsys.readouterr()
         said = []
-        prepare(dialogues(), template(), settings, said.append)
+        tokenize(dialogues(), template(), settings, said.append)
         assert said == []
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith(f"prepared {entry(tmp_path)}: ") and lines[0].endswith(", so it is built again")
@@ -204,7 +204,7 @@ def test_what_ends_half_way_leaves_no_process_and_is_built_again(tmp_path, expec
     assert rest == ""
     assert one.returncode != 0
     assert half.exists() == (end == signal.SIGKILL)
-    prepare(dialogues(), template(), PrepareConfig(str(tmp_path)))
+    tokenize(dialogues(), template(), PrepareConfig(str(tmp_path)))
     assert not half.exists()
     assert contents(tmp_path) == expected
 
@@ -240,12 +240,12 @@ def test_what_is_written_is_forgotten(tmp_path):
 
     prepared._write(tmp_path, maker.prefix_ids, chunks(), lambda count: None)
     assert counts == [5, *[10] * 19]  # a chunk as it comes, and the one before it
-    assert len(prepared.PreparedExamples(tmp_path)) == 60
+    assert len(prepared.TokenizedDataset(tmp_path)) == 60
 
 
 def test_a_cache_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*cache: File exists"):
-        prepare(dialogues(), template(), PrepareConfig(str(tmp_path / "cache")))
+        tokenize(dialogues(), template(), PrepareConfig(str(tmp_path / "cache")))
     with pytest.raises(InputError, match=r"prepare\.processes=0: must be at least 1"):
         PrepareConfig(processes=0)

@@ -25,20 +25,20 @@ from workers.loss_curve import EPOCHS, MANIFEST, PACKS_PER_STEP, STEPS_PER_EPOCH
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.files import write_json
-from csc_train.jsonl import Lines
+from csc_train.jsonl import JsonlLog
 from csc_train.models.loading import lora_config
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.packing.dataset import Packs, pack_examples
-from csc_train.packing.token_groups import CELLS, SHAPE, STRETCHES, cells_of
-from csc_train.packing.truncation import without_leading_turns
-from csc_train.runs.directory import STOPPED, Run
+from csc_train.packing.dataset import PackedDataset, pack_dialogues
+from csc_train.packing.token_groups import GROUP_SHAPE, NUM_GROUPS, TURN_BUCKETS, token_group_ids
+from csc_train.packing.truncation import drop_leading_turns
+from csc_train.runs.directory import EXIT_STOPPED, Run
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, Example, TokenKind
+from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.tracking import wandb as tracking
 from csc_train.tracking.wandb import HISTORY, attach_evaluation, exit_code, open_run, resolve_mode, write_csv
 from csc_train.training.config import AdapterConfig, TrackingConfig
 from csc_train.training.progress import Progress
-from csc_train.training.train_metrics import Measures, peak_flops, token_figures, training_flops
+from csc_train.training.train_metrics import TrainMetrics, peak_flops, token_metrics, training_flops
 from csc_train.training.trainer import forward_flops
 
 STEPS = list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
@@ -54,9 +54,9 @@ def folder(tmp_path_factory) -> Path:
     rng = random.Random(10)
     # Most of the long system prompt left out, for speed.
     examples = [without_prompt(template.encode(random_dialogue(rng)), 8) for _ in range(60)]
-    packs, _ = pack_examples(examples, PackingConfig("shared_prefix", max_length=700))
+    packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", max_length=700))
     number = 2 * PACKS_PER_STEP + 1
-    packs = Packs(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
+    packs = PackedDataset(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
     members = [member for pack in packs.members for member in pack]
     assert len(packs) == number and len(members) > 2 * number and not any(each.first_turn for each in members)
     (folder / "shared").write_bytes(pickle.dumps(packs))
@@ -67,10 +67,10 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def without_prompt(example: Example, kept: int) -> Example:
+def without_prompt(example: TokenizedDialogue, kept: int) -> TokenizedDialogue:
     """The example with only the last tokens of its prefix."""
     cut = int(example.boundaries[0]) - kept
-    return Example(example.input_ids[cut:], example.kinds[cut:], example.boundaries - cut, example.strategies)
+    return TokenizedDialogue(example.input_ids[cut:], example.kinds[cut:], example.boundaries - cut, example.strategies)
 
 
 def history(run: Path) -> list[dict]:
@@ -110,8 +110,8 @@ def whole(folder):
 
 
 def test_losses_are_bitwise_those_of_a_training_that_is_neither_measured_nor_tracked(folder, whole, monkeypatch):
-    monkeypatch.setattr(Measures, "count", lambda *_: None)
-    monkeypatch.setattr(Measures, "read", lambda *_: {})
+    monkeypatch.setattr(TrainMetrics, "count", lambda *_: None)
+    monkeypatch.setattr(TrainMetrics, "read", lambda *_: {})
     assert curve(train(folder, packs="shared")) == whole[0]
 
 
@@ -124,13 +124,13 @@ def by_hand(folder: Path) -> dict[str, tuple[float, int, int]]:
         scores = log_softmax(model(ids[None], use_cache=False).logits[0, :-1], dim=-1)
         for turn, (start, end) in enumerate(zip(example.boundaries[:-1], example.boundaries[1:], strict=True)):
             for place in range(start, end):
-                if example.kinds[place] == TokenKind.CONTEXT:
+                if example.kinds[place] == TokenType.CONTEXT:
                     continue
                 first = scores[place - 1].argmax() == ids[place]
                 loss = -scores[place - 1, ids[place]].item()
-                stretch = next(name for last, name in zip((4, 8, 16, 32), STRETCHES, strict=False) if turn < last)
+                stretch = next(name for last, name in zip((4, 8, 16, 32), TURN_BUCKETS, strict=False) if turn < last)
                 strategy = STRATEGIES[example.strategies[turn] - 1].en
-                part = TokenKind(example.kinds[place]).name.lower()
+                part = TokenType(example.kinds[place]).name.lower()
                 for name in (f"{part}_tokens", f"by_strategy/{strategy}", f"by_turn/{stretch}"):
                     total, count, right = sums.get(name, (0.0, 0, 0))
                     sums[name] = (total + loss, count + 1, right + int(first))
@@ -140,7 +140,7 @@ def by_hand(folder: Path) -> dict[str, tuple[float, int, int]]:
 def test_losses_by_strategy_turn_and_part_are_those_computed_by_hand(folder, tmp_path):
     # A step takes all the packs, so that their order does not matter.
     packs = pickle.loads((folder / "shared").read_bytes())
-    packs = Packs(packs.examples, packs.members[:PACKS_PER_STEP], packs.prefixes[:PACKS_PER_STEP], packs.weigh)
+    packs = PackedDataset(packs.examples, packs.members[:PACKS_PER_STEP], packs.prefixes[:PACKS_PER_STEP], packs.weigh)
     (tmp_path / "shared").write_bytes(pickle.dumps(packs))
     (tmp_path / "model").symlink_to(folder / "model")
     (line,) = [entry for entry in train(tmp_path, packs="shared", max_steps=1).state.log_history if "loss" in entry]
@@ -170,46 +170,46 @@ def test_what_is_measured_of_the_steps_is_not_of_an_evaluation(folder):
         assert bool(trainer.measures._sums.any()) == (trainer.measures._forward > 0) == counted
 
 
-def an_example(strategies: list[int]) -> Example:
+def an_example(strategies: list[int]) -> TokenizedDialogue:
     """A prefix of two tokens, then turns of a header, a strategy, a reply and a footer, the latter three trained."""
-    turn = [TokenKind.CONTEXT, TokenKind.STRATEGY, TokenKind.REPLY, TokenKind.REPLY]
+    turn = [TokenType.CONTEXT, TokenType.STRATEGY, TokenType.REPLY, TokenType.REPLY]
     kinds = [0, 0] + [kind if strategy else 0 for strategy in strategies for kind in turn]
     boundaries = 2 + 4 * numpy.arange(len(strategies) + 1)
     ids = numpy.arange(len(kinds), dtype=numpy.int32)
-    return Example(ids, numpy.array(kinds, numpy.uint8), boundaries, numpy.array(strategies, numpy.uint8))
+    return TokenizedDialogue(ids, numpy.array(kinds, numpy.uint8), boundaries, numpy.array(strategies, numpy.uint8))
 
 
 def test_a_token_counts_for_its_part_its_strategy_and_its_turn():
     example = an_example([1, 0, 12, 0, 5])
-    cells = cells_of(example)
-    assert cells.dtype == numpy.uint8 and cells.max() < CELLS
+    cells = token_group_ids(example)
+    assert cells.dtype == numpy.uint8 and cells.max() < NUM_GROUPS
 
     def cell(part: int, strategy: int, stretch: int) -> list[int]:
-        reply = 1 + numpy.ravel_multi_index((1, strategy - 1, stretch), SHAPE)
-        return [0, 1 + numpy.ravel_multi_index((part, strategy - 1, stretch), SHAPE), reply, reply]
+        reply = 1 + numpy.ravel_multi_index((1, strategy - 1, stretch), GROUP_SHAPE)
+        return [0, 1 + numpy.ravel_multi_index((part, strategy - 1, stretch), GROUP_SHAPE), reply, reply]
 
     context = [0] * 4
     assert cells.tolist() == [0, 0, *cell(0, 1, 0), *context, *cell(0, 12, 0), *context, *cell(0, 5, 1)]
     # A trimmed dialogue's turns keep their place.
-    assert cells_of(without_leading_turns(example, 3), 3).tolist() == [0, 0, *context, *cell(0, 5, 1)]
-    long = cells_of(an_example([0] * 39 + [12]))
-    assert long[-1] == CELLS - 1 == numpy.prod(SHAPE)
+    assert token_group_ids(drop_leading_turns(example, 3), 3).tolist() == [0, 0, *context, *cell(0, 5, 1)]
+    long = token_group_ids(an_example([0] * 39 + [12]))
+    assert long[-1] == NUM_GROUPS - 1 == numpy.prod(GROUP_SHAPE)
 
 
 def test_what_has_no_weight_counts_nowhere():
     examples = [an_example([1, 0, 12])] * 2
-    packs, _ = pack_examples(examples, PackingConfig("best_fit", max_length=100), LossConfig(strategy=0.0))
+    packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=100), LossConfig(strategy=0.0))
     (row,) = list(packs)
     assert ((row["cells"] > 0) == (row["weights"] > 0)).all()
     assert (row["cells"] > 0).sum() == 8
 
 
 def test_figures_of_kinds_that_did_not_occur_are_left_out():
-    sums = torch.zeros(3, *SHAPE)
+    sums = torch.zeros(3, *GROUP_SHAPE)
     sums[:, 1, 4, 2] = torch.tensor([4.0, 6.0, 1.0])
     strategy = STRATEGIES[4].en
     expected = {"loss_reply_tokens": 1.5, "accuracy_reply_tokens": 0.25}
-    assert token_figures(sums) == expected | {f"loss_by_strategy/{strategy}": 1.5, "loss_by_turn/9-16": 1.5}
+    assert token_metrics(sums) == expected | {f"loss_by_strategy/{strategy}": 1.5, "loss_by_turn/9-16": 1.5}
 
 
 def test_flops_follow_the_convention(folder):
@@ -293,10 +293,10 @@ def test_a_training_that_is_told_to_stop_closes_its_run_with_its_status(folder, 
     run = folder / "stopped"
     with pytest.raises(SystemExit) as caught:
         trained(folder, "stopped", ends=("stop", 3))
-    assert caught.value.code == STOPPED
+    assert caught.value.code == EXIT_STOPPED
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
     (kept,) = offline_runs(run)
-    assert (kept.exit_code, sorted(kept.rows), steps_of(run)) == (STOPPED, [1, 2, 3], [1, 2, 3])
+    assert (kept.exit_code, sorted(kept.rows), steps_of(run)) == (EXIT_STOPPED, [1, 2, 3], [1, 2, 3])
     assert json.loads((run / "states/checkpoint-3/csc_state.json").read_text())["tracked"] == kept.id
 
 
@@ -420,7 +420,7 @@ def test_a_run_is_closed_with_the_status_of_its_process(error, status):
 
 
 def test_lines_are_kept_up_to_a_step_and_a_torn_one_is_not(tmp_path):
-    lines = Lines(tmp_path / "lines.jsonl")
+    lines = JsonlLog(tmp_path / "lines.jsonl")
     lines.forget_after(3)
     assert lines.read() == []
     for step in (1, 2, 2, 3):
@@ -436,7 +436,7 @@ def test_lines_are_kept_up_to_a_step_and_a_torn_one_is_not(tmp_path):
 def test_a_history_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / HISTORY).mkdir()
     with pytest.raises(InputError, match=rf"cannot write .*{HISTORY}: Is a directory"):
-        Lines(tmp_path / HISTORY).append(1, {})
+        JsonlLog(tmp_path / HISTORY).append(1, {})
 
 
 def test_figures_of_a_step_become_one_row_of_the_table(tmp_path):

@@ -18,13 +18,19 @@ from wandb_file import offline_runs
 from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
 
 from csc_train.checkpoints.export import trained_model
-from csc_train.checkpoints.manifest import MANIFEST, check_manifest, read_manifest, save_checkpoint, tokenizer_hash
+from csc_train.checkpoints.manifest import (
+    MANIFEST_FILE,
+    check_manifest,
+    read_manifest,
+    save_final_model,
+    tokenizer_hash,
+)
 from csc_train.errors import InputError
 from csc_train.files import digest, file_digest
 from csc_train.models.attention.flex import FLEX_ATTENTION
 from csc_train.models.loading import load_model
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.packing.dataset import Packs, pack_examples
+from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.packing.loss_weights import LossWeights, count_turns
 from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_template
@@ -41,8 +47,8 @@ def template():
     return DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode="reply_only"))
 
 
-def first_packs(packs: Packs, number: int) -> Packs:
-    return Packs(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
+def first_packs(packs: PackedDataset, number: int) -> PackedDataset:
+    return PackedDataset(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +60,13 @@ def folder(template, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     rng = random.Random(10)
     examples = [template.encode(random_dialogue(rng)) for _ in range(30)]
-    packs, _ = pack_examples(examples, PackingConfig("best_fit", max_length=1000))
+    packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=1000))
     packs = first_packs(packs, 2 * PACKS_PER_STEP + 1)
     assert min(map(len, packs.lengths)) > 1
-    alone, _ = pack_examples(examples[: len(packs)], PackingConfig("off", max_length=1000))
+    alone, _ = pack_dialogues(examples[: len(packs)], PackingConfig("off", max_length=1000))
     (folder / "alone").write_bytes(pickle.dumps(alone))
     more = [*examples, *(template.encode(random_dialogue(rng)) for _ in range(30))]
-    shared, _ = pack_examples(more, PackingConfig("shared_prefix", max_length=1000))
+    shared, _ = pack_dialogues(more, PackingConfig("shared_prefix", max_length=1000))
     shared = first_packs(shared, len(packs))
     assert min(map(len, shared.lengths)) > 2  # the prefix and more than one dialogue
     (folder / "shared").write_bytes(pickle.dumps(shared))
@@ -74,7 +80,7 @@ def folder(template, tmp_path_factory) -> Path:
         "faint": LossConfig(reply=1e-4),
     }.items():
         weigh = LossWeights(config, turns)
-        (folder / name).write_bytes(pickle.dumps(Packs(examples, packs.members, packs.prefixes, weigh)))
+        (folder / name).write_bytes(pickle.dumps(PackedDataset(examples, packs.members, packs.prefixes, weigh)))
     config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
@@ -334,7 +340,7 @@ def test_running_out_of_memory_says_what_was_planned_and_what_fits(folder, batch
 
     monkeypatch.setattr(PackTrainer, "compute_loss", exhausted)
     # The convention for CUDA's own memory would outweigh so small a model.
-    monkeypatch.setattr(memory_plan, "CONTEXT", 0)
+    monkeypatch.setattr(memory_plan, "CUDA_CONTEXT_BYTES", 0)
     with pytest.raises(InputError) as caught:
         train(folder, **options)
     ((step, tokens),) = batches
@@ -411,7 +417,7 @@ def checkpoint(folder, template):
     model = trained_model(trainer, ModelConfig(path=str(folder / "model")), torch.float32)
     logits = logits_of(model, probe(template))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    save_checkpoint(folder / "checkpoint", model, tokenizer, template.chat_template, manifest_of(template))
+    save_final_model(folder / "checkpoint", model, tokenizer, template.chat_template, manifest_of(template))
     return folder / "checkpoint", logits
 
 
@@ -420,7 +426,7 @@ def test_a_checkpoint_stops_at_the_end_of_a_turn_whatever_its_base_did(name, tmp
     template = DialogueTemplate(small_tokenizer(name), name, TemplateConfig())
     model = AutoModelForCausalLM.from_config(tiny_config("qwen2", template.tokenizer, 0.1))
     model.generation_config.eos_token_id = 3
-    save_checkpoint(tmp_path / "one", model, template.tokenizer, template.chat_template, manifest_of(template))
+    save_final_model(tmp_path / "one", model, template.tokenizer, template.chat_template, manifest_of(template))
     stops = AutoModelForCausalLM.from_pretrained(tmp_path / "one").generation_config.eos_token_id
     assert stops == [template.end_of_turn_id, 3]
 
@@ -559,17 +565,23 @@ def test_a_template_does_not_mind_how_its_tokenizer_was_used_before(name):
     ("spoil", "message"),
     [
         (shutil.rmtree, "no such checkpoint directory"),
-        (lambda path: (path / MANIFEST).unlink(), f"no {MANIFEST}, so not a checkpoint that recipes/sft.py wrote"),
-        (lambda path: (path / MANIFEST).write_text("{"), "broken JSON at line 1, column 2"),
-        (lambda path: (path / MANIFEST).write_text('{"mode": "joint"}'), "missing 9 required positional arguments"),
-        (lambda path: (path / MANIFEST).write_text('{"nope": 1}'), "unexpected keyword argument 'nope'"),
+        (
+            lambda path: (path / MANIFEST_FILE).unlink(),
+            f"no {MANIFEST_FILE}, so not a checkpoint that recipes/sft.py wrote",
+        ),
+        (lambda path: (path / MANIFEST_FILE).write_text("{"), "broken JSON at line 1, column 2"),
+        (
+            lambda path: (path / MANIFEST_FILE).write_text('{"mode": "joint"}'),
+            "missing 9 required positional arguments",
+        ),
+        (lambda path: (path / MANIFEST_FILE).write_text('{"nope": 1}'), "unexpected keyword argument 'nope'"),
     ],
     ids=["no-directory", "no-manifest", "broken", "incomplete", "unknown-field"],
 )
 def test_what_is_no_checkpoint_is_refused(spoil, message, tmp_path):
     directory = tmp_path / "checkpoint"
     directory.mkdir()
-    (directory / MANIFEST).write_text("{}")
+    (directory / MANIFEST_FILE).write_text("{}")
     spoil(directory)
     with pytest.raises(InputError) as caught:
         read_manifest(directory)
@@ -599,7 +611,7 @@ def test_lora_trains_the_adapters_alone_and_merges_into_a_plain_checkpoint(folde
     ids = probe(template)
     adapted = logits_of(trainer.model, ids)
 
-    save_checkpoint(
+    save_final_model(
         tmp_path / "checkpoint",
         trained_model(trainer, ModelConfig(path=str(folder / "model")), torch.float32),
         template.tokenizer,

@@ -20,20 +20,20 @@ from transformers import AutoModelForCausalLM
 from workers.loss_curve import curve, train, train_all
 
 from csc_train.checkpoints.export import trained_model
-from csc_train.checkpoints.reshard import WEIGHT, open_state
-from csc_train.checkpoints.training_checkpoint import can_resume, retire_states
-from csc_train.config.cluster import ThenConfig
+from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
+from csc_train.checkpoints.training_checkpoint import can_resume, prune
+from csc_train.config.cluster import OnFinishConfig
 from csc_train.config.compose import compose
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.jsonl import keep_table
-from csc_train.launching.on_finish import then_arguments
+from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.packing.dataset import Packs, pack_examples
+from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.training.config import AdapterConfig, HeldOutConfig, ModelConfig, TrainerConfig
-from csc_train.training.validation import last_measured
+from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig, ValidationConfig
+from csc_train.training.validation import last_validation_metrics
 
 TOLERANCE = 1e-5
 # Three turns to reply to, so that one of two processes has more of them.
@@ -78,8 +78,8 @@ def folder(template, dialogues, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("held-out")
     rng = random.Random(10)
     examples = [template.encode(random_dialogue(rng)) for _ in range(45)]
-    packs, _ = pack_examples(examples, PackingConfig("shared_prefix", 1800), LossConfig("inverse_frequency"))
-    packs = Packs(packs.examples, packs.members[:9], packs.prefixes[:9], packs.weigh)
+    packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", 1800), LossConfig("inverse_frequency"))
+    packs = PackedDataset(packs.examples, packs.members[:9], packs.prefixes[:9], packs.weigh)
     assert len(set(packs.weigh.factors)) > 3
     (folder / "shared").write_bytes(pickle.dumps(packs))
     (folder / "held_out").write_bytes(pickle.dumps(dialogues))
@@ -92,7 +92,7 @@ def folder(template, dialogues, tmp_path_factory) -> Path:
 
 def measured(folder: Path, held_out: dict, **options):
     """A training of one process that measures itself, all held-out packs in one forward pass."""
-    return train(folder, **{**SHORT, "micro_batch_size": 4, **options}, held_out=HeldOutConfig(**held_out))
+    return train(folder, **{**SHORT, "micro_batch_size": 4, **options}, held_out=ValidationConfig(**held_out))
 
 
 @pytest.fixture(scope="module")
@@ -212,9 +212,9 @@ def test_a_turn_that_was_sampled_again_is_written_once(tmp_path):
 
 def test_what_was_measured_last_is_found():
     log = [{"eval_loss": 2.0, "step": 2}, {"loss": 1.0, "step": 3}, {"eval_loss": 1.0, "step": 4}, {"step": 5}]
-    assert last_measured(log, 3) == {"loss": 2.0, "step": 2}
-    assert last_measured(log, 5) == {"loss": 1.0, "step": 4}
-    assert last_measured(log, 1) == {}
+    assert last_validation_metrics(log, 3) == {"loss": 2.0, "step": 2}
+    assert last_validation_metrics(log, 5) == {"loss": 1.0, "step": 4}
+    assert last_validation_metrics(log, 1) == {}
 
 
 # However it is cut up
@@ -277,7 +277,7 @@ def test_the_best_state_is_what_the_checkpoint_is_made_from(folder, stopped):
     weights = load_file(best / "model.safetensors")
     kept = {path.name for path in best.iterdir()}
     assert not kept & {"optimizer.pt", "scheduler.pt", "rng_state.pth"} and "trainer_state.json" in kept
-    whole = open_state(best)
+    whole = open_training_checkpoint(best)
     assert whole.step == stopped.state.best_global_step
     assert all(torch.equal(whole.read(name, WEIGHT), weights[name]) for name in whole.names)
     source = ModelConfig(path=str(folder / "model"))
@@ -313,12 +313,12 @@ def test_a_state_that_was_kept_for_its_weights_is_not_gone_on_from(folder, stopp
 
 def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_two_processes):
     states = folder / "full-3/states"
-    before = open_state(states / "checkpoint-2")
+    before = open_training_checkpoint(states / "checkpoint-2")
     weights = {name: before.read(name, WEIGHT).clone() for name in before.names}
-    retire_states(states, 1, best=2)
+    prune(states, 1, best=2)
     assert listing(states) == {"checkpoint-2": False, "checkpoint-3": True}
     assert not list((states / "checkpoint-2").glob("global_step*"))
-    after = open_state(states / "checkpoint-2")
+    after = open_training_checkpoint(states / "checkpoint-2")
     assert all(torch.equal(after.read(name, WEIGHT), value) for name, value in weights.items())
 
 
@@ -341,23 +341,23 @@ def test_what_cannot_be_measured_is_refused(overrides, message):
 
 
 def test_measurements_go_with_the_saved_states_unless_asked_otherwise():
-    assert HeldOutConfig().interval(TrainerConfig(save_every=7)) == 7
-    assert HeldOutConfig(every=3).interval(TrainerConfig(save_every=7)) == 3
-    assert HeldOutConfig().interval(TrainerConfig(save_every=0)) == 0
+    assert ValidationConfig().interval(TrainerConfig(save_every=7)) == 7
+    assert ValidationConfig(every=3).interval(TrainerConfig(save_every=7)) == 3
+    assert ValidationConfig().interval(TrainerConfig(save_every=0)) == 0
     with pytest.raises(InputError, match=r"^trainer\.save_every=0: say by held_out"):
-        HeldOutConfig(keep="best").interval(TrainerConfig(save_every=0))
+        ValidationConfig(keep="best").interval(TrainerConfig(save_every=0))
 
 
 # What follows a training
 
 
 def test_what_follows_is_checked_before_the_training():
-    assert then_arguments(ThenConfig(), Path("runs/x")) == []
+    assert on_finish_arguments(OnFinishConfig(), Path("runs/x")) == []
     config = compose("sft", ["then=evaluate", "then.overrides=['data=rolecs','evaluation.base=false']"])
     arguments = ["checkpoint=runs/x/checkpoint", "run.directory=runs/x/evaluation", "run.existing=reuse"]
-    assert then_arguments(config.then, Path("runs/x")) == [*arguments, "data=rolecs", "evaluation.base=false"]
+    assert on_finish_arguments(config.then, Path("runs/x")) == [*arguments, "data=rolecs", "evaluation.base=false"]
     with pytest.raises(InputError, match=r"Did you mean 'evaluation\.batch_size'"):
-        then_arguments(ThenConfig("evaluate", ["evaluation.batchsize=1"]), Path("runs/x"))
+        on_finish_arguments(OnFinishConfig("evaluate", ["evaluation.batchsize=1"]), Path("runs/x"))
 
 
 def start(

@@ -19,17 +19,17 @@ from csc_train.models.attention.flex import (
     flex_document_attention,
     flex_documents,
 )
-from csc_train.models.attention.varlen import ATTENTION, dense_mask, document_attention, row_documents
-from csc_train.models.loading import batch_layout, choose_attention
+from csc_train.models.attention.varlen import VARLEN_ATTENTION, build_varlen_metadata, document_mask, varlen_attention
+from csc_train.models.loading import batch_layout, select_attention
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import pack_examples
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
 VOCABULARY = 97
 PATHS = {
-    "documents": (ATTENTION, "documents"),
+    "documents": (VARLEN_ATTENTION, "documents"),
     "flex": (FLEX_ATTENTION, "flex"),
     "sdpa-mask": ("sdpa", "mask"),
     "eager-mask": ("eager", "mask"),
@@ -191,12 +191,12 @@ def test_what_is_not_isolated_is_seen(architecture, path, change):
 
 
 def test_the_documents_and_the_mask_of_a_row():
-    documents, positions = row_documents([[2, 1, 2], [2]], [2, 0])
+    documents, positions = build_varlen_metadata([[2, 1, 2], [2]], [2, 0])
     assert documents.query_lengths.tolist() == [2, 1, 2, 2]
     assert documents.key_lengths.tolist() == [2, 3, 4, 2]
     assert documents.key_index.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6]
     assert positions.tolist() == [0, 1, 2, 2, 3, 0, 1]
-    assert dense_mask(documents)[0, 0].int().tolist() == [
+    assert document_mask(documents)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0],
@@ -218,11 +218,11 @@ def test_flex_documents_say_what_the_dense_mask_says_in_blocks_that_torch_would_
         prefixes.append(prefix)
     lengths.append([BLOCK - sum(map(sum, lengths)) % BLOCK])
     prefixes.append(0)
-    documents, _ = row_documents(lengths, prefixes)
+    documents, _ = build_varlen_metadata(lengths, prefixes)
     length = sum(map(sum, lengths))
     mask = flex_documents(documents).block_mask()
     dense = torch_flex.create_mask(mask.mask_mod, 1, 1, length, length, "cpu")
-    assert torch.equal(dense, dense_mask(documents))
+    assert torch.equal(dense, document_mask(documents))
     expected = torch_flex.create_block_mask(mask.mask_mod, None, None, length, length, "cpu")
     for name in FlexDocuments._fields[3:]:
         assert torch.equal(getattr(mask, name), getattr(expected, name)), name
@@ -248,7 +248,7 @@ def test_dialogues_share_one_copy_of_their_system_prompt():
     examples = list(template.encode_all(generate_sample(30, 0)))
     prefix = template.prefix_ids
     longest = max(len(example.input_ids) for example in examples)
-    packs, report = pack_examples(examples, PackingConfig("shared_prefix", max_length=3 * longest))
+    packs, report = pack_dialogues(examples, PackingConfig("shared_prefix", max_length=3 * longest))
     bodies = []
     for pack in packs:
         assert pack["prefix"] == pack["lengths"][0] == len(prefix)
@@ -273,7 +273,7 @@ def test_dialogues_with_other_prompts_do_not_share_a_pack():
     zh, en = (DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig(language=language)) for language in ("zh", "en"))
     dialogues = generate_sample(6, 0)
     examples = [*zh.encode_all(dialogues[:3]), *en.encode_all(dialogues[3:])]
-    packs, _ = pack_examples(examples, PackingConfig("shared_prefix", max_length=20000))
+    packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", max_length=20000))
     assert [pack["input_ids"][: pack["prefix"]].tolist() for pack in packs] == [zh.prefix_ids, en.prefix_ids]
     assert [len(pack["lengths"]) for pack in packs] == [4, 4]
 
@@ -281,7 +281,7 @@ def test_dialogues_with_other_prompts_do_not_share_a_pack():
 @pytest.mark.parametrize("path", ["documents", "flex"])
 def test_our_attention_refuses_what_it_cannot_keep_apart(path):
     name, layout = PATHS[path]
-    attend = {"documents": document_attention, "flex": flex_document_attention}[path]
+    attend = {"documents": varlen_attention, "flex": flex_document_attention}[path]
     batch = PackCollator(layout, 0)(make_packs(SHAPES["one-prefix"])[0])
     query = torch.zeros(1, 2, batch["input_ids"].shape[1], 4)
     attend(None, query, query, query, None, documents=batch["documents"])
@@ -306,22 +306,22 @@ def test_flex_attention_refuses_dropout():
         ("flash_attention_2", "shared_prefix"),
         ("flex_attention", "off"),
         (FLEX_ATTENTION, "off"),
-        (ATTENTION, "off"),
+        (VARLEN_ATTENTION, "off"),
         ("paged|sdpa", "shared_prefix"),
     ],
 )
 def test_an_attention_not_known_to_isolate_is_refused(attention, packing):
     with pytest.raises(InputError, match="not known to keep documents apart"):
-        choose_attention(attention, packing)
+        select_attention(attention, packing)
 
 
 @pytest.mark.parametrize("packing", ["shared_prefix", "best_fit"])
 @pytest.mark.parametrize(
     ("gpu", "bf16", "flash", "precision", "chosen"),
     [
-        (False, False, False, "auto", ATTENTION),
-        (False, False, True, "auto", ATTENTION),
-        (True, True, True, "auto", ATTENTION),
+        (False, False, False, "auto", VARLEN_ATTENTION),
+        (False, False, True, "auto", VARLEN_ATTENTION),
+        (True, True, True, "auto", VARLEN_ATTENTION),
         (True, True, True, "fp32", FLEX_ATTENTION),  # which flash-attention does not take
         (True, False, True, "auto", FLEX_ATTENTION),
         (True, True, False, "auto", FLEX_ATTENTION),
@@ -331,24 +331,24 @@ def test_auto_takes_the_attention_of_the_device(monkeypatch, gpu, bf16, flash, p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if flash else None)
-    assert choose_attention("auto", packing, precision) == chosen
-    assert choose_attention("auto", "off", precision) == "sdpa"
+    assert select_attention("auto", packing, precision) == chosen
+    assert select_attention("auto", "off", precision) == "sdpa"
 
 
 def test_flex_attention_on_packs_is_our_call_of_it_on_a_gpu(monkeypatch):
     for gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         if gpu:
-            assert choose_attention("flex_attention", "shared_prefix") == FLEX_ATTENTION
+            assert select_attention("flex_attention", "shared_prefix") == FLEX_ATTENTION
         else:
             with pytest.raises(InputError, match="trains on a GPU alone"):
-                choose_attention("flex_attention", "shared_prefix")
+                select_attention("flex_attention", "shared_prefix")
 
 
 def test_the_layout_follows_attention_and_packing():
-    assert choose_attention("eager", "shared_prefix") == "eager"
+    assert select_attention("eager", "shared_prefix") == "eager"
     for packing in ("shared_prefix", "best_fit"):
-        assert batch_layout(ATTENTION, packing) == "documents"
+        assert batch_layout(VARLEN_ATTENTION, packing) == "documents"
         assert batch_layout(FLEX_ATTENTION, packing) == "flex"
     assert batch_layout("sdpa", "shared_prefix") == "mask"
     assert batch_layout("sdpa", "best_fit") == "rows"

@@ -14,16 +14,16 @@ from csc_train.chat.config import ChatConfig
 from csc_train.data.dialogue import Dialogue, Speaker, Turn, write_dialogues
 from csc_train.data.strategies import GREETING, OTHERS, STRATEGIES, Strategy
 from csc_train.errors import InputError
-from csc_train.inference.hf import HFPolicy
+from csc_train.inference.hf import HFGenerator
 from csc_train.template.likelihood import cached_log_likelihoods
 from csc_train.template.reply import Reply
 
-LIKELIEST = 3
+NUM_ALTERNATIVES = 3
 """How many strategies are shown with their probabilities."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChatReply:
     """What the supporter says at a turn, as far as it is known.
 
     Attributes:
@@ -54,8 +54,8 @@ class Conversation:
         template: through which the model talks.
     """
 
-    def __init__(self, policy: HFPolicy, config: ChatConfig):
-        self.turns: list[Answer | str] = []
+    def __init__(self, policy: HFGenerator, config: ChatConfig):
+        self.turns: list[ChatReply | str] = []
         self.template = policy.template
         self._model = policy.model
         self._stops = policy.stops
@@ -70,7 +70,7 @@ class Conversation:
         self._saved: set[Path] = set()
 
     @torch.inference_mode()
-    def reply(self, said: str | None = None, strategy: Strategy | None = None) -> Iterator[Answer]:
+    def reply(self, said: str | None = None, strategy: Strategy | None = None) -> Iterator[ChatReply]:
         """Let the supporter speak, and hear the reply grow; each response begins with the one before.
 
         When the iterator ends, is closed or fails, what was heard stays in the conversation. If that is nothing, what
@@ -89,7 +89,7 @@ class Conversation:
             strategy = strategy or GREETING
         self._check_strategy(strategy)
         self._hear(said)
-        heard = Answer(strategy, "", (), strategy is not None, ())
+        heard = ChatReply(strategy, "", (), strategy is not None, ())
         try:
             prompt = self._prompt()
             handed_in = self._prompt(strategy)[len(prompt) :]
@@ -214,7 +214,7 @@ class Conversation:
 
     def _likeliest(self, logits: torch.Tensor) -> tuple[tuple[Strategy, float], ...]:
         likelihoods = cached_log_likelihoods(self._model, self.template, self._cache, logits)
-        values, order = likelihoods.softmax(0).topk(LIKELIEST)
+        values, order = likelihoods.softmax(0).topk(NUM_ALTERNATIVES)
         return tuple((STRATEGIES[index], value) for index, value in zip(order.tolist(), values.tolist(), strict=True))
 
     def _generate(self, logits: torch.Tensor) -> Iterator[tuple[list[int], bool]]:

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from csc_train.chat.config import ChatConfig
-from csc_train.chat.conversation import Answer, Conversation
+from csc_train.chat.conversation import ChatReply, Conversation
 from csc_train.data.dialogue import Dialogue, write_dialogues
 from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
 from csc_train.errors import InputError, suggestion
-from csc_train.inference.hf import HFPolicy
+from csc_train.inference.hf import HFGenerator
 
 SPEAKERS = {"zh": ("客服", "客户"), "en": ("Supporter", "Customer")}
 """Supporter and customer, by the language of the model's labels."""
@@ -31,7 +31,7 @@ HELP = {
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
 
 
-def talk(policy: HFPolicy, config: ChatConfig) -> None:
+def talk(policy: HFGenerator, config: ChatConfig) -> None:
     """Talk until the customer leaves.
 
     Raises:
@@ -136,7 +136,7 @@ class Terminal:
         self._forced = None
         self._keep()
 
-    def _header(self, answer: Answer) -> Text:
+    def _header(self, answer: ChatReply) -> Text:
         """Who speaks, by which strategy, and what the model would choose."""
         strategy = answer.strategy.name(self._language) if answer.strategy else ""
         shares = "  ".join(f"{each.name(self._language)} {share:.0%}" for each, share in answer.likeliest)

@@ -13,11 +13,11 @@ from importlib import resources
 import jinja2
 
 from csc_train.chat.config import ChatConfig
-from csc_train.chat.conversation import Answer, Conversation
+from csc_train.chat.conversation import ChatReply, Conversation
 from csc_train.chat.terminal import SPEAKERS
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.inference.hf import HFPolicy
+from csc_train.inference.hf import HFGenerator
 
 # Read when gradio is imported: it would report every start of a page to its makers.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -39,7 +39,7 @@ _ENVIRONMENT = jinja2.Environment(
 _CSS = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
 
 
-def talk(policy: HFPolicy, config: ChatConfig) -> None:
+def talk(policy: HFGenerator, config: ChatConfig) -> None:
     """Serve the page until the process is interrupted; prints where it is.
 
     Raises:
@@ -82,7 +82,7 @@ def listen(host: str, port: int) -> socket.socket:
     raise InputError(f"port={port}: this and the {PORTS - 1} ports after it are in use; choose another")
 
 
-def page(policy: HFPolicy, config: ChatConfig) -> gradio.Blocks:
+def page(policy: HFGenerator, config: ChatConfig) -> gradio.Blocks:
     """The page, not yet served."""
     template = policy.template.config
     choices = [("the model chooses" if template.mode == "joint" else "none", 0)]
@@ -129,7 +129,7 @@ def page(policy: HFPolicy, config: ChatConfig) -> gradio.Blocks:
     return blocks
 
 
-def transcript(conversation: Conversation, heard: Answer | None = None) -> str:
+def transcript(conversation: Conversation, heard: ChatReply | None = None) -> str:
     """The HTML of a conversation, and of a reply that is still growing; when it has ended, with a link to save it."""
     file = ""
     if heard is None and conversation.turns:

@@ -12,16 +12,16 @@ from csc_train.checkpoints.manifest import Manifest, model_directory, tokenizer_
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.data.strategies import STRATEGIES
 from csc_train.models.loading import load_model
-from csc_train.runs.directory import Run, processes, provenance
+from csc_train.runs.directory import Run, distributed_state, provenance
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.config import ModelConfig
 from csc_train.training.deepspeed import unsharded
 
-BASE = "base"
+BASE_FOLDER = "base"
 """Where in a run directory random weights are kept."""
 
 
-def keep_base(
+def save_base_model(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int, run: Run
 ) -> ModelConfig:
     """The model to start from, as one whose weights can be loaded, now and again.
@@ -34,24 +34,24 @@ def keep_base(
     if config.init == "pretrained":
         return config
     if run.main:
-        with unsharded(), model_directory(run.directory / BASE) as temporary:
+        with unsharded(), model_directory(run.directory / BASE_FOLDER) as temporary:
             load_model(config, tokenizer, dtype, seed).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-    processes().wait_for_everyone()
-    return dataclasses.replace(config, init="pretrained", path=str(run.directory / BASE))
+    distributed_state().wait_for_everyone()
+    return dataclasses.replace(config, init="pretrained", path=str(run.directory / BASE_FOLDER))
 
 
-def describe_origin(
+def build_manifest(
     config: ModelConfig, model: PreTrainedModel, template: DialogueTemplate, training: Iterable[Dialogue], run: Run
 ) -> Manifest:
     """The manifest of a checkpoint trained on the dialogues `training`.
 
     Args:
-        config: where its training started from (see `keep_base`).
+        config: where its training started from (see `save_base_model`).
         model: as it was loaded from there.
     """
-    kept = Path(config.path) == run.directory / BASE
-    base = os.path.join("..", BASE) if kept else config.path
+    kept = Path(config.path) == run.directory / BASE_FOLDER
+    base = os.path.join("..", BASE_FOLDER) if kept else config.path
     return Manifest(
         base_model=os.path.abspath(base) if not kept and Path(base).is_dir() else base,
         base_revision=getattr(model.config, "_commit_hash", None) or config.revision,

@@ -11,16 +11,16 @@ import peft
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from csc_train.checkpoints.base_model import BASE
-from csc_train.checkpoints.manifest import MANIFEST, Manifest, read_manifest, save_checkpoint
-from csc_train.checkpoints.reshard import WEIGHT, open_state
+from csc_train.checkpoints.base_model import BASE_FOLDER
+from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifest, save_final_model
+from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
 from csc_train.errors import InputError
 from csc_train.files import write_text
-from csc_train.models.hub import causal_model
+from csc_train.models.hub import load_causal_lm
 from csc_train.models.loading import load_model, lora_config, resolve_dtype
 from csc_train.template.dialogue_template import chat_template
 from csc_train.training.config import AdapterConfig, ExportConfig, ModelConfig
-from csc_train.training.deepspeed import is_sharded, unsharded, whole_weights
+from csc_train.training.deepspeed import consolidated_weights, is_sharded, unsharded
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """By the dtype of the exported weights: the largest difference of a logit from the trained model's, over the largest
@@ -29,7 +29,7 @@ PROBE_LENGTH = 64
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """What is exported.
 
     Attributes:
@@ -84,7 +84,7 @@ def trained_model(
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapted = isinstance(model, peft.PeftModel)
     if state or is_sharded(model) or getattr(model, "is_loaded_in_4bit", False):
-        weights = {} if state else whole_weights(model, trained_only=adapted)
+        weights = {} if state else consolidated_weights(model, trained_only=adapted)
         if not trainer.is_world_process_zero():
             return None
         adapter = model.peft_config["default"] if adapted else None
@@ -101,9 +101,9 @@ def read_weights(state: Path) -> dict[str, torch.Tensor]:
     """What a saved state changed, by name, in fp32.
 
     Raises:
-        InputError: as `reshard.open_state`.
+        InputError: as `reshard.open_training_checkpoint`.
     """
-    whole = open_state(state)
+    whole = open_training_checkpoint(state)
     return {name: whole.read(name, WEIGHT) for name in whole.names}
 
 
@@ -111,10 +111,10 @@ def whole_model(path: str, revision: str | None, dtype: torch.dtype | str) -> Pr
     """A model on the CPU, whole whatever the ZeRO stage.
 
     Raises:
-        InputError: as `causal_model`.
+        InputError: as `load_causal_lm`.
     """
     with unsharded():
-        return causal_model(path, revision=revision, dtype=dtype)
+        return load_causal_lm(path, revision=revision, dtype=dtype)
 
 
 def with_weights(
@@ -144,7 +144,7 @@ def merged(
     return model if adapter is None else model.merge_and_unload()
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str) -> ExportSource:
     """Find what is to be exported.
 
     Args:
@@ -156,21 +156,21 @@ def open_source(path: str) -> Source:
     directory = Path(path)
     if not directory.is_dir():
         raise InputError(f"{path}: no such directory")
-    if (directory / MANIFEST).is_file() and (directory / "config.json").is_file():
-        return Source(directory, read_manifest(directory), path, finished=True)
+    if (directory / MANIFEST_FILE).is_file() and (directory / "config.json").is_file():
+        return ExportSource(directory, read_manifest(directory), path, finished=True)
     whole = [file.parent for file in directory.glob("states/checkpoint-*/trainer_state.json")]
     if not whole and not (directory / "trainer_state.json").is_file():
         raise InputError(f"{path}: neither a checkpoint, nor a saved state of training, nor a run directory with one")
     state = max(whole, key=lambda state: int(state.name.split("-")[1])) if whole else directory
     run = state.absolute().parent.parent
-    if not (run / MANIFEST).is_file():
-        raise InputError(f"{run}: no {MANIFEST}, so not a run of recipes/sft.py")
+    if not (run / MANIFEST_FILE).is_file():
+        raise InputError(f"{run}: no {MANIFEST_FILE}, so not a run of recipes/sft.py")
     manifest = read_manifest(run)
-    kept = manifest.base_model == os.path.join("..", BASE)
-    return Source(state, manifest, str(run / BASE) if kept else manifest.base_model)
+    kept = manifest.base_model == os.path.join("..", BASE_FOLDER)
+    return ExportSource(state, manifest, str(run / BASE_FOLDER) if kept else manifest.base_model)
 
 
-def export(source: Source, config: ExportConfig, say: Callable[[str], None]) -> float:
+def export(source: ExportSource, config: ExportConfig, say: Callable[[str], None]) -> float:
     """Write a plain directory of the trained model; it is there only if it computes what was trained.
 
     Returns:
@@ -203,27 +203,27 @@ def export(source: Source, config: ExportConfig, say: Callable[[str], None]) -> 
         write_text(directory / "README.md", model_card(source, config, difference))
 
     template = chat_template(source.manifest.chat_template)
-    save_checkpoint(
+    save_final_model(
         config.output, model, tokenizer, template, source.manifest, shard_size=config.shard_size, check=check
     )
     say(f"exported {source.state} to {config.output}: largest difference of a logit {difference:.1e} of the largest")
     return difference
 
 
-def _unquantized(source: Source, tokenizer: PreTrainedTokenizerBase, config: ExportConfig) -> PreTrainedModel:
+def _unquantized(source: ExportSource, tokenizer: PreTrainedTokenizerBase, config: ExportConfig) -> PreTrainedModel:
     """The model that trained weights go into: the base in its own dtype, or what 4 bits left of it."""
     if source.adapter.kind == "qlora" and config.base == "dequantized":
         return _in_4_bits(source, tokenizer).dequantize()
     return whole_model(source.base, source.revision, "auto")
 
 
-def _in_4_bits(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _in_4_bits(source: ExportSource, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     settings = ModelConfig(path=source.base, revision=source.revision)
     return load_model(settings, tokenizer, torch.float32, 0, in_4_bits=True)
 
 
 def _as_trained(
-    source: Source,
+    source: ExportSource,
     tokenizer: PreTrainedTokenizerBase,
     weights: dict[str, torch.Tensor],
     lora: peft.LoraConfig | None,
@@ -243,7 +243,7 @@ def _logits(model: torch.nn.Module) -> torch.Tensor:
     return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
 
 
-def model_card(source: Source, config: ExportConfig, difference: float) -> str:
+def model_card(source: ExportSource, config: ExportConfig, difference: float) -> str:
     """The README.md of an exported directory: what it is, where it comes from, how it is used."""
     manifest = source.manifest
     kept = manifest.base_model.startswith("..")
@@ -261,7 +261,7 @@ def model_card(source: Source, config: ExportConfig, difference: float) -> str:
         f"- Training data: SHA-256 {manifest.data_hash}",
         *([] if source.finished else [f"- Step: {source.state.name.rpartition('-')[2]}"]),
         f"- Largest difference of a logit from the trained model's, over the largest logit: {difference:.1e}",
-        "", f"`{MANIFEST}` holds the whole configuration of the run.", "",
+        "", f"`{MANIFEST_FILE}` holds the whole configuration of the run.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

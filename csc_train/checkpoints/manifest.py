@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, read_json, write_json
 
-MANIFEST = "csc_manifest.json"
+MANIFEST_FILE = "csc_manifest.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def model_directory(path: str | os.PathLike) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error}") from error
 
 
-def save_checkpoint(
+def save_final_model(
     directory: str | os.PathLike,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -112,7 +112,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
     """Write a manifest into a directory."""
-    write_json(Path(directory) / MANIFEST, asdict(manifest))
+    write_json(Path(directory) / MANIFEST_FILE, asdict(manifest))
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:
@@ -124,12 +124,12 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"{directory}: no such checkpoint directory")
-    if not (directory / MANIFEST).is_file():
-        raise InputError(f"{directory}: no {MANIFEST}, so not a checkpoint that recipes/sft.py wrote")
+    if not (directory / MANIFEST_FILE).is_file():
+        raise InputError(f"{directory}: no {MANIFEST_FILE}, so not a checkpoint that recipes/sft.py wrote")
     try:
-        return Manifest(**read_json(directory / MANIFEST))
+        return Manifest(**read_json(directory / MANIFEST_FILE))
     except TypeError as error:
-        raise InputError(f"{directory / MANIFEST}: {error}") from error
+        raise InputError(f"{directory / MANIFEST_FILE}: {error}") from error
 
 
 def check_manifest(directory: str | os.PathLike, manifest: Manifest, template_hash: str, tokenizer: str) -> None:

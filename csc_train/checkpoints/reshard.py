@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import Trainer, TrainerState
 
-from csc_train.checkpoints.training_checkpoint import TRAINER_STATE, StateRecord, can_resume, read_record
+from csc_train.checkpoints.training_checkpoint import TRAINER_STATE, CheckpointRecord, can_resume, read_record
 from csc_train.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,7 +23,7 @@ WEIGHT = "fp32"
 
 
 @dataclass(frozen=True)
-class WholeState:
+class ConsolidatedState:
     """What training has changed, one whole tensor at a time.
 
     Attributes:
@@ -38,7 +38,7 @@ class WholeState:
     read: Callable[[str, str], torch.Tensor]
 
 
-def open_state(state: Path, order: Sequence[str] = ()) -> WholeState:
+def open_training_checkpoint(state: Path, order: Sequence[str] = ()) -> ConsolidatedState:
     """Open a saved state.
 
     Args:
@@ -64,7 +64,7 @@ def _load(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
-def _plain(state: Path, order: Sequence[str]) -> WholeState:
+def _plain(state: Path, order: Sequence[str]) -> ConsolidatedState:
     files = sorted([*state.glob("adapter_model.safetensors"), *state.glob("model*.safetensors")])
     where = {}
     for file in files:
@@ -84,10 +84,10 @@ def _plain(state: Path, order: Sequence[str]) -> WholeState:
             return tensors.get_tensor(stored[name]).float()
 
     step = TrainerState.load_from_json(str(state / TRAINER_STATE)).global_step
-    return WholeState(list(order) or names, step, read)
+    return ConsolidatedState(list(order) or names, step, read)
 
 
-def _stage_0(folder: Path, record: StateRecord, order: Sequence[str]) -> WholeState:
+def _stage_0(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:
     saved = _load(folder / "mp_rank_00_model_states.pt")
     optimizer = saved["optimizer"]["state"]
     numbers = {name: number for number, name in enumerate(order)}
@@ -95,10 +95,10 @@ def _stage_0(folder: Path, record: StateRecord, order: Sequence[str]) -> WholeSt
     def read(name: str, key: str) -> torch.Tensor:
         return (saved["module"][name] if key == WEIGHT else optimizer[numbers[name]][key]).float()
 
-    return WholeState(list(order) or list(saved["module"]), int(optimizer[0]["step"]), read)
+    return ConsolidatedState(list(order) or list(saved["module"]), int(optimizer[0]["step"]), read)
 
 
-def _stages_1_and_2(folder: Path, record: StateRecord, order: Sequence[str]) -> WholeState:
+def _stages_1_and_2(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:
     groups = _load(folder / "mp_rank_00_model_states.pt")["param_shapes"]
     shapes = {name: shape for group in groups for name, shape in group.items()}
     ranks = list(_shards(folder, record))
@@ -114,10 +114,10 @@ def _stages_1_and_2(folder: Path, record: StateRecord, order: Sequence[str]) -> 
     def read(name: str, key: str) -> torch.Tensor:
         return torch.cat(list(pieces(name, key))).float().view(shapes[name])
 
-    return WholeState(list(shapes), int(moments[0][0]["step"]), read)
+    return ConsolidatedState(list(shapes), int(moments[0][0]["step"]), read)
 
 
-def _stage_3(folder: Path, record: StateRecord, order: Sequence[str]) -> WholeState:
+def _stage_3(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:
     groups = _load(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
     ranks = list(_shards(folder, record))
     places = {}
@@ -137,10 +137,10 @@ def _stage_3(folder: Path, record: StateRecord, order: Sequence[str]) -> WholeSt
         ]
         return torch.cat([part.narrow(0, start, each) for part in flat])[: shape.numel()].float().view(shape)
 
-    return WholeState(list(places), int(ranks[0]["optimizer_state_dict"]["state"][0]["step"]), read)
+    return ConsolidatedState(list(places), int(ranks[0]["optimizer_state_dict"]["state"][0]["step"]), read)
 
 
-def _shards(folder: Path, record: StateRecord) -> Iterator[dict[str, Any]]:
+def _shards(folder: Path, record: CheckpointRecord) -> Iterator[dict[str, Any]]:
     for rank in range(record.processes):
         found = list(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
         if len(found) != 1:
@@ -156,13 +156,13 @@ def optimizer_order(trainer: Trainer) -> list[str]:
 
 
 @torch.no_grad()
-def lay_out(trainer: Trainer, state: Path) -> None:
+def load_resharded(trainer: Trainer, state: Path) -> None:
     """Load a saved state into a trainer that is ready to train, over whatever processes and by whatever stage.
 
     Raises:
         InputError: the state is torn, or of another model.
     """
-    whole = open_state(state, optimizer_order(trainer))
+    whole = open_training_checkpoint(state, optimizer_order(trainer))
     names = {parameter: name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     if missing := sorted(set(names.values()) - set(whole.names)):
         raise InputError(f"{state} holds no {missing[0]}: it is of another model or adapter")
@@ -186,7 +186,7 @@ def lay_out(trainer: Trainer, state: Path) -> None:
 Names = dict[torch.nn.Parameter, str]
 
 
-def _into_plain(trainer: Trainer, whole: WholeState, names: Names, step: torch.Tensor) -> None:
+def _into_plain(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
     optimizer = trainer.optimizer.optimizer
     for parameter, name in names.items():
         parameter.copy_(whole.read(name, WEIGHT))
@@ -194,7 +194,7 @@ def _into_plain(trainer: Trainer, whole: WholeState, names: Names, step: torch.T
         optimizer.state[parameter] = {"step": step.to(parameter.device, copy=True), **moments}
 
 
-def _into_stages_1_and_2(trainer: Trainer, whole: WholeState, names: Names, step: torch.Tensor) -> None:
+def _into_stages_1_and_2(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
     optimizer = trainer.model_wrapped.optimizer
     if hasattr(optimizer, "bit16_groups"):
         groups = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
@@ -214,7 +214,7 @@ def _into_stages_1_and_2(trainer: Trainer, whole: WholeState, names: Names, step
     optimizer.update_lp_params()
 
 
-def _into_stage_3(trainer: Trainer, whole: WholeState, names: Names, step: torch.Tensor) -> None:
+def _into_stage_3(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
     optimizer = trainer.model_wrapped.optimizer
     rank, processes = trainer.args.process_index, trainer.args.world_size
     optimizer.checkpoint_event_prologue()

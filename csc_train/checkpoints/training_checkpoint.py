@@ -10,17 +10,17 @@ from transformers.trainer_utils import sort_checkpoints
 from csc_train.errors import InputError
 from csc_train.files import flush_to_disk, read_json, write_json
 
-RECORD = "csc_state.json"
-WRITING = "writing"
+RECORD_FILE = "csc_state.json"
+PARTIAL_FOLDER = "writing"
 """Where a state stands until it is whole, beside the others."""
 TRAINER_STATE = "trainer_state.json"
-RESUMING = ("scheduler.pt", "optimizer.pt", "scaler.pt", "rng_state*.pth", "latest", "global_step*")
+RESUME_FILES = ("scheduler.pt", "optimizer.pt", "scaler.pt", "rng_state*.pth", "latest", "global_step*")
 """What only going on needs: everything but the weights, of which DeepSpeed has a copy of its own. The first one's
 absence says that a state cannot be gone on from."""
 
 
 @dataclass(frozen=True)
-class StateRecord:
+class CheckpointRecord:
     """How a state of training was saved."""
 
     packs_per_step: int
@@ -31,28 +31,28 @@ class StateRecord:
     """The id of the run in the tracker; None where it was not tracked."""
 
 
-def record_of(trainer: Trainer) -> StateRecord:
+def build_record(trainer: Trainer) -> CheckpointRecord:
     """What a state that `trainer` saves says of itself."""
     arguments = trainer.args
     each = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     plugin = arguments.deepspeed_plugin
     stage = plugin.zero_stage if plugin else None
-    return StateRecord(each * arguments.world_size, arguments.world_size, stage, getattr(trainer, "tracked", None))
+    return CheckpointRecord(each * arguments.world_size, arguments.world_size, stage, getattr(trainer, "tracked", None))
 
 
-def read_record(state: Path) -> StateRecord:
+def read_record(state: Path) -> CheckpointRecord:
     """The record of a saved state.
 
     Raises:
         InputError: there is none, so the state was not saved by this project.
     """
     try:
-        return StateRecord(**read_json(state / RECORD))
+        return CheckpointRecord(**read_json(state / RECORD_FILE))
     except TypeError as error:
-        raise InputError(f"{state / RECORD}: {error}") from error
+        raise InputError(f"{state / RECORD_FILE}: {error}") from error
 
 
-def check_steps(state: Path, saved: StateRecord, now: StateRecord) -> None:
+def check_steps(state: Path, saved: CheckpointRecord, now: CheckpointRecord) -> None:
     """Refuse to go on with other steps: which packs are done would be undefined.
 
     Raises:
@@ -65,19 +65,19 @@ def check_steps(state: Path, saved: StateRecord, now: StateRecord) -> None:
         )
 
 
-def begin_state(trainer: Trainer, directory: Path) -> None:
+def start_save(trainer: Trainer, directory: Path) -> None:
     """Clear away what a killed process left half written."""
     if trainer.is_world_process_zero():
-        shutil.rmtree(directory / WRITING, ignore_errors=True)
+        shutil.rmtree(directory / PARTIAL_FOLDER, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 
-def state_at(directory: Path, step: int) -> Path:
+def checkpoint_dir(directory: Path, step: int) -> Path:
     """Where the state after an optimizer step is saved."""
     return directory / f"checkpoint-{step}"
 
 
-def end_state(trainer: Trainer, directory: Path, best: int | None = None) -> None:
+def commit(trainer: Trainer, directory: Path, best: int | None = None) -> None:
     """Give the state that all processes have written its name, in one step, and retire older ones.
 
     Args:
@@ -88,26 +88,26 @@ def end_state(trainer: Trainer, directory: Path, best: int | None = None) -> Non
     """
     trainer.accelerator.wait_for_everyone()
     # The Trainer has looked for it where this one was written.
-    trainer.state.best_model_checkpoint = str(state_at(directory, best)) if best else None
+    trainer.state.best_model_checkpoint = str(checkpoint_dir(directory, best)) if best else None
     if trainer.is_world_process_zero():
-        whole = state_at(directory, trainer.state.global_step)
-        written = directory / WRITING / whole.name
+        whole = checkpoint_dir(directory, trainer.state.global_step)
+        written = directory / PARTIAL_FOLDER / whole.name
         trainer.state.save_to_json(str(written / TRAINER_STATE))
-        write_json(written / RECORD, asdict(record_of(trainer)))
+        write_json(written / RECORD_FILE, asdict(build_record(trainer)))
         flush_to_disk(written)
         shutil.rmtree(whole, ignore_errors=True)
         written.rename(whole)
         written.parent.rmdir()
-        retire_states(directory, trainer.args.save_total_limit, best)
+        prune(directory, trainer.args.save_total_limit, best)
     trainer.accelerator.wait_for_everyone()
 
 
-def retire_states(directory: Path, keep: int, best: int | None = None) -> None:
+def prune(directory: Path, keep: int, best: int | None = None) -> None:
     """Remove all but the last `keep` states and the one after step `best`, of which the weights are kept if it is
     older than these."""
     for state in map(Path, sort_checkpoints(str(directory))[:-keep]):
-        if best and state == state_at(directory, best):
-            for each in (path for pattern in RESUMING for path in state.glob(pattern)):
+        if best and state == checkpoint_dir(directory, best):
+            for each in (path for pattern in RESUME_FILES for path in state.glob(pattern)):
                 shutil.rmtree(each) if each.is_dir() else each.unlink()
         else:
             shutil.rmtree(state, ignore_errors=True)
@@ -115,4 +115,4 @@ def retire_states(directory: Path, keep: int, best: int | None = None) -> None:
 
 def can_resume(state: Path) -> bool:
     """Whether a saved state is more than weights."""
-    return (state / RESUMING[0]).exists()
+    return (state / RESUME_FILES[0]).exists()

@@ -44,7 +44,7 @@ class SlurmConfig:
 
 
 @dataclass
-class TopologyConfig:
+class ClusterConfig:
     """The machines that a job runs on (the `topology` group); one process for each GPU."""
 
     name: str = "cpu2"
@@ -108,7 +108,7 @@ class PreflightConfig:
 
 
 @dataclass
-class ThenConfig:
+class OnFinishConfig:
     """What is started when a training has ended."""
 
     recipe: str | None = None

@@ -19,14 +19,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from csc_train.chat.config import ChatConfig
-from csc_train.config.cluster import PreflightConfig, SweepConfig, ThenConfig, TopologyConfig
-from csc_train.data.splits import DataConfig, SetConfig
+from csc_train.config.cluster import ClusterConfig, OnFinishConfig, PreflightConfig, SweepConfig
+from csc_train.data.splits import DataConfig, DialogueSourceConfig
 from csc_train.errors import InputError, check_choice, check_range, suggestion
 from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConfig
 from csc_train.evaluation.metrics.profiles import MetricsConfig
 from csc_train.llm.config import LLMConfig
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.runs.directory import RESOLVED, RunConfig, end_with_launcher, fail, record_failure
+from csc_train.runs.directory import RESOLVED_FILE, RunConfig, exit_with_launcher, mark_failed, record_failure
 from csc_train.synthesis.config import BatchConfig, BudgetConfig, SynthesisConfig
 from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
 from csc_train.synthesis.filters.rules import CallConfig, DuplicatesConfig, RewriteConfig
@@ -34,10 +34,10 @@ from csc_train.template.config import LANGUAGES, PrepareConfig, TemplateConfig
 from csc_train.training.config import (
     AdapterConfig,
     ExportConfig,
-    HeldOutConfig,
     ModelConfig,
     TrackingConfig,
     TrainerConfig,
+    ValidationConfig,
     ZeroConfig,
 )
 
@@ -66,10 +66,10 @@ class SftRecipe:
     loss: LossConfig = field(default_factory=LossConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    held_out: ValidationConfig = field(default_factory=ValidationConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    then: ThenConfig = field(default_factory=ThenConfig)
+    then: OnFinishConfig = field(default_factory=OnFinishConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
@@ -88,7 +88,7 @@ class PrepareRecipe(SftRecipe):
 class PreflightRecipe(SftRecipe):
     """Configuration of recipes/preflight.py: a training, and the machines it is meant for."""
 
-    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    topology: ClusterConfig = field(default_factory=ClusterConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
 
@@ -225,7 +225,7 @@ class SynthesizeRolecsRecipe:
     duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    reference: SetConfig = field(default_factory=SetConfig)
+    reference: DialogueSourceConfig = field(default_factory=DialogueSourceConfig)
     """Dialogues to put beside these in the report, such as CSConv."""
     llm: LLMConfig = MISSING
     run: RunConfig = field(default_factory=RunConfig)
@@ -258,7 +258,7 @@ class BuildCsconvRecipe:
     call: CallConfig = field(default_factory=CallConfig)
     rewrite: RewriteConfig = field(default_factory=RewriteConfig)
     duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
-    reference: SetConfig = field(default_factory=SetConfig)
+    reference: DialogueSourceConfig = field(default_factory=DialogueSourceConfig)
     """Dialogues to put beside these in the report."""
     llm: LLMConfig = MISSING
     run: RunConfig = field(default_factory=RunConfig)
@@ -274,7 +274,7 @@ class LaunchRecipe:
 
     recipe: str = "sft"
     """The recipe to start."""
-    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    topology: ClusterConfig = field(default_factory=ClusterConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     dry_run: bool = False
     """Print what would be started, start nothing and write nothing."""
@@ -346,24 +346,24 @@ def compose(recipe: str, overrides: list[str]) -> Any:
     score_only = recipe == "evaluate" and "score_only=true" in map(str.lower, values)
     if score_only and recorded.keys() == {"run"}:
         directory = recorded["run"].split("=", 1)[1]
-        return compose_recorded(recipe, Path(directory) / RESOLVED, [*values, f"run.directory={directory}"])
+        return compose_recorded(recipe, Path(directory) / RESOLVED_FILE, [*values, f"run.directory={directory}"])
     if score_only:
         raise InputError("score_only=true: say which run's predictions to score, by run=DIR")
     if "run" in recorded or "resume" in recorded:
         directory = _resumed_directory(recorded, values)
-        config = compose_recorded(recipe, directory / RESOLVED, [])
+        config = compose_recorded(recipe, directory / RESOLVED_FILE, [])
         config.run = RunConfig(str(directory), "resume")
         return config
     if "from" in recorded:
         unnamed = ["run.directory=null", "run.existing=refuse"]
-        return compose_recorded(recipe, Path(recorded["from"].split("=", 1)[1]) / RESOLVED, unnamed + values)
+        return compose_recorded(recipe, Path(recorded["from"].split("=", 1)[1]) / RESOLVED_FILE, unnamed + values)
     if recipe == "evaluate":
         _check_data_group(overrides)
     return _compose(recipe, CONF, recipe, overrides)
 
 
 def compose_recorded(recipe: str, file: Path, values: list[str]) -> Any:
-    """The configuration that a file holds in full, such as a run directory's `resolved.yaml`, with other `values`.
+    """The configuration that a file holds in full, such as a run directory's `to_container.yaml`, with other `values`.
 
     Raises:
         InputError: there is no such file, it is not `recipe`'s, or what `compose` refuses.
@@ -407,7 +407,7 @@ def _compose(recipe: str, folder: Path, root: str, overrides: list[str]) -> Any:
         raise InputError(_explain(error, recipe)) from error
 
 
-def data_of(config: dict[str, Any]) -> DataConfig:
+def recorded_data_config(config: dict[str, Any]) -> DataConfig:
     """The `data` section of a resolved configuration, such as a checkpoint's manifest holds."""
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config["data"]))
 
@@ -477,7 +477,7 @@ def _register_schemas() -> None:
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
-def resolved(config: Any) -> dict[str, Any]:
+def to_container(config: Any) -> dict[str, Any]:
     """A configuration as plain values."""
     return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
 
@@ -488,7 +488,7 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
     Flags that only show something (`--help`, `--cfg job`, `--info`) are Hydra's own. An InputError is printed as one
     line, with exit status 2; an interrupt (Ctrl-C) ends with status 130.
     """
-    end_with_launcher()
+    exit_with_launcher()
     arguments = sys.argv[1:]
     flags = {argument.split("=")[0] for argument in arguments if argument.startswith("-")}
     try:
@@ -502,17 +502,17 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             main(compose(recipe, arguments))
     except InputError as error:
-        fail(error)
+        mark_failed(error)
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         else:  # most often it would only repeat that; where it does not, torchrun's report says it
             record_failure(error)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        fail(error)
+        mark_failed(error)
         sys.exit(130)
     except Exception as error:
-        fail(error)
+        mark_failed(error)
         record_failure(error)
         raise
     finally:

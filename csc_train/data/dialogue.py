@@ -21,8 +21,8 @@ from csc_train.data.strategies import Strategy, parse_strategy
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-SUFFIXES = (".json", ".jsonl", ".parquet")
+HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 SURROGATE = "lone surrogate, which UTF-8 cannot hold"
 
 
@@ -96,7 +96,7 @@ def data_digest(dialogues: Iterable[Dialogue]) -> str:
 
 
 @dataclass(frozen=True)
-class Problem:
+class ValidationIssue:
     """Why a row is refused. `turn` counts from 1; None where the problem is the row's own."""
 
     turn: int | None
@@ -110,12 +110,12 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Reject:
+class RejectedRow:
     """A refused row: its file, row (from 1; the line of a JSONL file), what is wrong, and the row as it was read."""
 
     file: str
     row: int
-    problems: tuple[Problem, ...]
+    problems: tuple[ValidationIssue, ...]
     record: Any
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ class ReadReport:
     accepted: int = 0
     unselected: Counter = field(default_factory=Counter)
     """Rows of other sources, counted by source."""
-    rejects: list[Reject] = field(default_factory=list)
+    rejects: list[RejectedRow] = field(default_factory=list)
 
     def summary(self) -> str:
         """The account as a few lines of text, with a table of reasons."""
@@ -153,7 +153,7 @@ class ReadReport:
 
 
 @dataclass(frozen=True)
-class _Unreadable:
+class _UnreadableRow:
     """Stands for a row whose bytes are not a JSON value."""
 
     raw: str
@@ -185,8 +185,8 @@ def iter_dialogues(
             continue
         dialogue, problems = _check(record, seen)
         if problems:
-            reject = Reject(
-                str(path), number, tuple(problems), record.raw if isinstance(record, _Unreadable) else record
+            reject = RejectedRow(
+                str(path), number, tuple(problems), record.raw if isinstance(record, _UnreadableRow) else record
             )
             report.rejects.append(reject)
             if strict:
@@ -261,7 +261,7 @@ def write_dialogues(path: str | os.PathLike, dialogues: Iterable[Dialogue]) -> N
 
 
 def _records(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1, decoded row or `_Unreadable`)."""
+    """Yield (row number from 1, decoded row or `_UnreadableRow`)."""
     file = Path(path)
     readers = {".json": _json_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
     if file.suffix in readers:
@@ -269,10 +269,10 @@ def _records(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
             yield from readers[file.suffix](file)
         except OSError as error:
             raise InputError(f"cannot read {file}: {error.strerror or _first_line(error)}") from error
-    elif HUB_ID.fullmatch(str(path)) and not file.is_file():
+    elif HUB_ID_PATTERN.fullmatch(str(path)) and not file.is_file():
         yield from _hub_records(str(path))
     elif file.exists():
-        raise InputError(f"{file}: not a dialogue file; known are {', '.join(SUFFIXES)}")
+        raise InputError(f"{file}: not a dialogue file; known are {', '.join(FILE_SUFFIXES)}")
     else:
         raise InputError(f"{path}: no such file, nor the id of a Hugging Face data set")
 
@@ -310,7 +310,7 @@ def _jsonl_records(file: Path) -> Iterator[tuple[int, Any]]:
             else:
                 yield number, record
                 continue
-            yield number, _Unreadable(line.decode("utf-8", "replace"), reason)
+            yield number, _UnreadableRow(line.decode("utf-8", "replace"), reason)
 
 
 def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
@@ -351,24 +351,24 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _check(record: Any, seen: Counter[str]) -> tuple[Dialogue | None, list[Problem]]:
+def _check(record: Any, seen: Counter[str]) -> tuple[Dialogue | None, list[ValidationIssue]]:
     """Turn a row into a dialogue, or say everything that is wrong with it. `seen` counts the ids given so far."""
-    if isinstance(record, _Unreadable):
-        return None, [Problem(None, "row", "broken JSON", record.reason)]
+    if isinstance(record, _UnreadableRow):
+        return None, [ValidationIssue(None, "row", "broken JSON", record.reason)]
     if not isinstance(record, dict):
-        return None, [Problem(None, "row", "not an object", type(record).__name__)]
+        return None, [ValidationIssue(None, "row", "not an object", type(record).__name__)]
     rows = record.get("dialogue")
     if not isinstance(rows, list):
-        return None, [Problem(None, "dialogue", "missing" if rows is None else "not a list")]
-    problems: list[Problem] = []
+        return None, [ValidationIssue(None, "dialogue", "missing" if rows is None else "not a list")]
+    problems: list[ValidationIssue] = []
     turns = [_check_turn(number, row, problems) for number, row in enumerate(rows, start=1)]
     if not problems:
         problems += _check_order(turns)
     for name, value in record.items():
         if name in ("id", "source") and not isinstance(value, str | int | None):
-            problems.append(Problem(None, name, "not a text", type(value).__name__))
+            problems.append(ValidationIssue(None, name, "not a text", type(value).__name__))
         elif name != "dialogue" and has_surrogate(json.dumps([name, value], ensure_ascii=False, default=str)):
-            problems.append(Problem(None, ascii(name)[1:-1], SURROGATE))
+            problems.append(ValidationIssue(None, ascii(name)[1:-1], SURROGATE))
     if problems:
         return None, problems
     extra = {key: value for key, value in record.items() if key not in ("id", "dialogue", "source")}
@@ -378,41 +378,41 @@ def _check(record: Any, seen: Counter[str]) -> tuple[Dialogue | None, list[Probl
     seen[name] += 1
     if seen[name] > 1:
         if given:
-            return None, [Problem(None, "id", "used by an earlier row", repr(name))]
+            return None, [ValidationIssue(None, "id", "used by an earlier row", repr(name))]
         name = f"{name}-{seen[name]}"
         seen[name] += 1
     return Dialogue(name, dialogue.turns, dialogue.source, extra), []
 
 
-def _check_turn(number: int, row: Any, problems: list[Problem]) -> Turn | None:
+def _check_turn(number: int, row: Any, problems: list[ValidationIssue]) -> Turn | None:
     if not isinstance(row, dict):
-        problems.append(Problem(number, "turn", "not an object", type(row).__name__))
+        problems.append(ValidationIssue(number, "turn", "not an object", type(row).__name__))
         return None
     before = len(problems)
     speaker = strategy = None
     try:
         speaker = Speaker.parse(row.get("speaker"))
     except ValueError:
-        problems.append(Problem(number, "speaker", "unknown speaker", repr(row.get("speaker"))))
+        problems.append(ValidationIssue(number, "speaker", "unknown speaker", repr(row.get("speaker"))))
     text = row.get("text")
     if not isinstance(text, str):
-        problems.append(Problem(number, "text", "not a text", type(text).__name__))
+        problems.append(ValidationIssue(number, "text", "not a text", type(text).__name__))
     elif not (text := text.strip()):
-        problems.append(Problem(number, "text", "empty"))
+        problems.append(ValidationIssue(number, "text", "empty"))
     elif has_surrogate(text):
-        problems.append(Problem(number, "text", SURROGATE))
+        problems.append(ValidationIssue(number, "text", SURROGATE))
     label = _text(row.get("strategy")).strip()
     if speaker is Speaker.SUPPORTER:
         try:
             strategy = parse_strategy(label) if label else None
         except ValueError as error:
             kind = "two strategies" if str(error).startswith("more than one") else "unknown strategy"
-            problems.append(Problem(number, "strategy", kind, repr(label)))
+            problems.append(ValidationIssue(number, "strategy", kind, repr(label)))
         else:
             if strategy is None:
-                problems.append(Problem(number, "strategy", "missing on a supporter turn"))
+                problems.append(ValidationIssue(number, "strategy", "missing on a supporter turn"))
     elif speaker is Speaker.CUSTOMER and label:
-        problems.append(Problem(number, "strategy", "given on a customer turn", repr(label)))
+        problems.append(ValidationIssue(number, "strategy", "given on a customer turn", repr(label)))
     return Turn(speaker, text, strategy) if len(problems) == before else None
 
 
@@ -425,12 +425,12 @@ def has_surrogate(text: str) -> bool:
     return False
 
 
-def _check_order(turns: list[Turn]) -> Iterator[Problem]:
+def _check_order(turns: list[Turn]) -> Iterator[ValidationIssue]:
     if not any(turn.speaker is Speaker.SUPPORTER for turn in turns):
-        yield Problem(None, "dialogue", "no supporter turn")
+        yield ValidationIssue(None, "dialogue", "no supporter turn")
         return
     if turns[0].speaker is Speaker.CUSTOMER:
-        yield Problem(1, "speaker", "the customer speaks first")
+        yield ValidationIssue(1, "speaker", "the customer speaks first")
     for number, (turn, following) in enumerate(itertools.pairwise(turns), start=2):
         if turn.speaker is following.speaker:
-            yield Problem(number, "speaker", "the same speaker twice running", following.speaker.value)
+            yield ValidationIssue(number, "speaker", "the same speaker twice running", following.speaker.value)

@@ -9,7 +9,7 @@ import numpy
 if TYPE_CHECKING:
     from datasketch import MinHash
 
-SHINGLE = 5
+SHINGLE_LENGTH = 5
 """Characters in a shingle: about three Chinese words."""
 PERMUTATIONS = 128
 """Length of a MinHash signature."""
@@ -17,7 +17,7 @@ RECALL = 0.99
 """Least chance that a pair at the threshold itself becomes a candidate; more similar pairs have a higher one."""
 
 
-class Signed(NamedTuple):
+class MinHashedText(NamedTuple):
     """A text with what it is compared by."""
 
     text: str
@@ -47,14 +47,14 @@ class NearDuplicates:
         # millions.
         self._least = threshold - 3 * math.sqrt(threshold * (1 - threshold) / PERMUTATIONS)
 
-    def sign(self, text: str) -> Signed:
+    def sign(self, text: str) -> MinHashedText:
         """Make a text ready to be remembered or looked for."""
         own = shingles(text)
         signature = self._empty.copy()
         signature.update_batch([shingle.encode() for shingle in own])
-        return Signed(text, own, signature)
+        return MinHashedText(text, own, signature)
 
-    def add(self, signed: Signed) -> None:
+    def add(self, signed: MinHashedText) -> None:
         """Remember a text; its place is the number of texts before it."""
         place = len(self._texts)
         if place == len(self._values):
@@ -63,7 +63,7 @@ class NearDuplicates:
         self._index.insert(place, signed.signature)
         self._texts.append(signed.text)
 
-    def matches(self, signed: Signed) -> Iterator[tuple[int, float]]:
+    def matches(self, signed: MinHashedText) -> Iterator[tuple[int, float]]:
         """(place, similarity) of every remembered text that this one nearly repeats, in the order of their places."""
         candidates = numpy.array(sorted(self._index.query(signed.signature)), dtype=numpy.int64)
         agreement = (self._values[candidates] == signed.signature.hashvalues).mean(axis=1)
@@ -73,8 +73,8 @@ class NearDuplicates:
 
 
 def shingles(text: str) -> set[str]:
-    """All runs of `SHINGLE` characters of a text; a shorter text is one shingle."""
-    return {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
+    """All runs of `SHINGLE_LENGTH` characters of a text; a shorter text is one shingle."""
+    return {text[start : start + SHINGLE_LENGTH] for start in range(max(1, len(text) - SHINGLE_LENGTH + 1))}
 
 
 def _jaccard(one: set[str], other: set[str]) -> float:

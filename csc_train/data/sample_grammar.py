@@ -3,7 +3,7 @@
 Everything is our own wording; nothing is taken from the published data. A dialogue alternates two tables. `FOLLOWS`
 draws what the customer does next (an act), given the supporter's last strategy. The rule (`CERTAIN`, `RULE`) draws
 the supporter's strategy, given that act and whether the earlier turns hold the problem, the identity and a
-restatement. A model that has learnt to read the acts and to remember these facts reaches `ceiling`; the previous
+restatement. A model that has learnt to read the acts and to remember these facts reaches `accuracy_ceiling`; the previous
 strategy alone is a poor guide, because the acts vary.
 """
 
@@ -20,12 +20,12 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn, read_dialogues, wri
 from csc_train.data.strategies import CLOSURE, GREETING, STRATEGIES
 from csc_train.errors import InputError
 
-SOURCE = "synthetic-sample"
+SAMPLE_SOURCE = "synthetic-sample"
 NAME = "sample-"
 """What the id of a sample dialogue begins with."""
 
 
-class Problem(NamedTuple):
+class ServiceProblem(NamedTuple):
     """What a customer may call about."""
 
     topic: str
@@ -42,107 +42,107 @@ class Problem(NamedTuple):
 
 # fmt: off
 PROBLEMS = (
-    Problem("产品咨询", "年费", ("白金信用卡", "联名信用卡", "旅行信用卡"),
+    ServiceProblem("产品咨询", "年费", ("白金信用卡", "联名信用卡", "旅行信用卡"),
             ("{who}的{item}要收{amount}元年费", "{who}的账单里多出{amount}元{item}年费"),
             (("这张卡今年刷了几次", "今年刷了{k}次"), ("这张卡是什么时候办的", "是{day}办下来的")),
             ("{item}一年刷满12次就免年费", "{item}的年费在开卡的月份收取"),
             ("先刷满次数再申请免年费", "换成不收年费的普通卡"), ("申请减免{amount}元年费", "登记{item}的年费减免")),
-    Problem("产品咨询", "保修", ("智能手表", "扫地机器人", "空气净化器"),
+    ServiceProblem("产品咨询", "保修", ("智能手表", "扫地机器人", "空气净化器"),
             ("{who}的{item}用了{n}个月就坏了", "{who}买的{item}才{n}个月就不能开机"),
             (("机身上的指示灯亮不亮", "指示灯一直不亮"), ("您是从哪里买的", "在官网买的")),
             ("{item}从签收那天起保修12个月", "人为损坏不在{item}的保修范围内"),
             ("先充电两小时再开机试试", "带上发票到服务点检测"), ("登记{item}的保修单", "安排{item}上门取件")),
-    Problem("产品咨询", "套餐", ("流量套餐", "家庭宽带", "亲情套餐"),
+    ServiceProblem("产品咨询", "套餐", ("流量套餐", "家庭宽带", "亲情套餐"),
             ("{who}的{item}每月{amount}元还不够用", "{who}那个{amount}元的{item}总是不够用"),
             (("您每个月大概用多少", "大概超出{k}成"), ("家里有几个人一起用", "有{k}个人一起用")),
             ("{item}每月可以更换一次", "新的{item}从下月一日生效"),
             ("选高一档的{item}", "先加一个临时加油包"), ("更换{item}", "开通{item}的加油包")),
-    Problem("营销与推广活动", "优惠券", ("满减券", "新人券", "生日券"),
+    ServiceProblem("营销与推广活动", "优惠券", ("满减券", "新人券", "生日券"),
             ("{who}那张{amount}元的{item}用不了", "{who}结账时{amount}元{item}没有抵扣"),
             (("券上写的到期日是哪天", "写的是{day}到期"), ("您买的是哪一类商品", "买的是生活用品")),
             ("{item}只能用在自营商品上", "{item}过期以后不能再用"),
             ("换一件自营商品再下单", "把几件商品放在一起结账"), ("补发一张{amount}元的{item}", "延长{item}的有效期")),
-    Problem("营销与推广活动", "积分", ("航空积分", "会员积分", "消费积分"),
+    ServiceProblem("营销与推广活动", "积分", ("航空积分", "会员积分", "消费积分"),
             ("{who}的{item}少了{amount}分", "{who}有{amount}分{item}没有到账"),
             (("是哪天的订单", "是{day}的订单"), ("您是在哪里兑换的", "在手机商城兑换的")),
             ("{item}在收货后{days}天内入账", "{item}每年年底清零一次"),
             ("在会员中心查看积分明细", "保留订单截图以便核对"), ("补录{amount}分{item}", "提交{item}的核查单")),
-    Problem("营销与推广活动", "返现", ("开学活动", "周年活动", "邀请活动"),
+    ServiceProblem("营销与推广活动", "返现", ("开学活动", "周年活动", "邀请活动"),
             ("{who}参加{item}的{amount}元返现没收到", "{who}做完了{item}却没有{amount}元返现"),
             (("您是哪天报的名", "{day}报的名"), ("您一共完成了几项任务", "完成了{k}项任务")),
             ("{item}的返现在结束后{days}天发放", "{item}每个账户只返现一次"),
             ("先在活动页面核对任务进度", "绑定一个本人的收款账号"), ("核发{amount}元返现", "登记{item}的返现申请")),
-    Problem("账户和交易管理", "转账", ("跨行转账", "手机转账", "实时转账"),
+    ServiceProblem("账户和交易管理", "转账", ("跨行转账", "手机转账", "实时转账"),
             ("{who}做的一笔{amount}元{item}没到账", "{who}用{item}转的{amount}元对方没收到"),
             (("这笔钱是哪天转的", "是{day}转的"), ("收款的是哪家银行", "是外地的一家银行")),
             ("{item}遇到节假日会顺延到账", "收款信息有误的{item}会在{days}天内退回"),
             ("跟收款人再核对一次账号", "等下一个工作日再查余额"), ("查询这笔{item}的去向", "催办这笔{amount}元的转账")),
-    Problem("账户和交易管理", "重复扣款", ("水电费", "停车费", "会员费"),
+    ServiceProblem("账户和交易管理", "重复扣款", ("水电费", "停车费", "会员费"),
             ("{who}的{item}被扣了两次{amount}元", "{who}交{item}时多扣了{amount}元"),
             (("两笔扣款隔了多久", "前后隔了{k}分钟"), ("您是用哪种方式付的", "用手机扫码付的")),
             ("重复的{item}会在{days}天内原路退回", "网络中断时{item}可能会重复记账"),
             ("保存好两笔扣款的截图", "先关闭{item}的自动扣款"), ("退回多扣的{amount}元", "提交{item}的退款申请")),
-    Problem("账户和交易管理", "冻结", ("工资卡", "储蓄卡", "社保卡"),
+    ServiceProblem("账户和交易管理", "冻结", ("工资卡", "储蓄卡", "社保卡"),
             ("{who}的{item}被冻结了取不出{amount}元", "{who}的{item}里{amount}元突然不能用了"),
             (("最后一次用卡是哪天", "{day}用过一次"), ("您输错过几次密码", "输错过{k}次")),
             ("{item}连续输错密码就会冻结", "{item}冻结后需要本人来解除"),
             ("带证件到就近的网点办理", "在自助机上重新设置密码"), ("解除{item}的冻结", "恢复{item}的交易")),
-    Problem("财务咨询与规划", "提前还款", ("房贷", "车贷", "装修贷款"),
+    ServiceProblem("财务咨询与规划", "提前还款", ("房贷", "车贷", "装修贷款"),
             ("{who}想提前还{amount}万元{item}", "{who}有{amount}万元想先还掉{item}"),
             (("这笔贷款还了多少期", "已经还了{k}年"), ("您想缩短年限还是少还月供", "想缩短年限")),
             ("{item}还满一年才能提前还款", "提前还{item}要预约{days}天"),
             ("留足半年的生活费再还款", "先比较利息再定金额"), ("预约{amount}万元的提前还款", "试算{item}的剩余利息")),
-    Problem("财务咨询与规划", "赎回", ("稳健理财", "养老基金", "定期存款"),
+    ServiceProblem("财务咨询与规划", "赎回", ("稳健理财", "养老基金", "定期存款"),
             ("{who}买的{amount}万元{item}想取出来", "{who}想把{amount}万元{item}取出来"),
             (("您打算用在什么地方", "打算给孩子交学费"), ("您是什么时候买的", "{day}买的")),
             ("{item}没有到期会损失一部分收益", "{item}赎回后{days}天到账"),
             ("只取一部分，其余继续持有", "等到期以后再全部取出"), ("提交{item}的赎回", "预约取出{amount}万元")),
-    Problem("财务咨询与规划", "分期", ("账单分期", "现金分期", "购物分期"),
+    ServiceProblem("财务咨询与规划", "分期", ("账单分期", "现金分期", "购物分期"),
             ("{who}的{item}每期手续费要{amount}元", "{who}办的{item}一期就收{amount}元手续费"),
             (("您一共分了多少期", "一共分了{k}期"), ("您每个月几号还款", "每月{k}号还款")),
             ("{item}的手续费按本金每期收取", "{item}提前结清不再收后面的手续费"),
             ("有余钱时提前结清", "下次选期数短一些的方案"), ("结清{item}", "减免{amount}元手续费")),
-    Problem("风险管理与安全", "盗刷", ("信用卡", "银行卡", "电子钱包"),
+    ServiceProblem("风险管理与安全", "盗刷", ("信用卡", "银行卡", "电子钱包"),
             ("{who}的{item}被人刷走了{amount}元", "{who}没用过{item}却少了{amount}元"),
             (("这笔消费是在哪里发生的", "显示是在外地商场"), ("您的密码告诉过别人吗", "没有告诉过别人")),
             ("{item}被盗刷可以在{days}天内申诉", "挂失以后{item}的损失由我们核查"),
             ("马上修改支付密码", "到派出所报案并留好回执"), ("冻结{item}", "提交{amount}元的盗刷申诉")),
-    Problem("风险管理与安全", "诈骗", ("中奖短信", "退款电话", "贷款短信"),
+    ServiceProblem("风险管理与安全", "诈骗", ("中奖短信", "退款电话", "贷款短信"),
             ("{who}收到{item}要先交{amount}元", "有个{item}让{who}先交{amount}元"),
             (("对方让您点链接了吗", "点开看了{k}分钟"), ("对方的号码是多少", "号码是[手机号码]")),
             ("我们不会用{item}要求您转账", "{item}里的链接会盗取您的资料"),
             ("先删掉对方发来的链接", "把对方的号码拉进黑名单"), ("举报这条{item}", "打开账户的转账保护")),
-    Problem("风险管理与安全", "异地登录", ("网银账户", "手机银行", "交易账户"),
+    ServiceProblem("风险管理与安全", "异地登录", ("网银账户", "手机银行", "交易账户"),
             ("{who}的{item}在外地登录了{n}次", "{who}收到{item}的{n}条异地登录提醒"),
             (("您最近出过差吗", "最近没有出过门"), ("提醒是几点发来的", "晚上{k}点发来的")),
             ("{item}换设备登录时会发提醒", "{item}的登录记录保存{days}天"),
             ("退出所有设备并修改密码", "打开登录时的二次验证"), ("下线陌生的登录设备", "锁定{item}")),
-    Problem("投诉与纠纷解决", "物流", ("生鲜包裹", "家电订单", "图书订单"),
+    ServiceProblem("投诉与纠纷解决", "物流", ("生鲜包裹", "家电订单", "图书订单"),
             ("{who}的{item}晚了{n}天还没送到", "{who}等了{n}天{item}还在路上"),
             (("物流停在哪一站", "停在中转站"), ("您是哪天下的单", "{day}下的单")),
             ("{item}超时送达可以申请补偿", "天气不好时{item}会晚到"),
             ("先留意快递员的来电", "改成到附近的站点自提"), ("联系快递加急送{item}", "登记{item}的超时补偿")),
-    Problem("投诉与纠纷解决", "退货", ("玻璃餐具", "实木书桌", "台灯"),
+    ServiceProblem("投诉与纠纷解决", "退货", ("玻璃餐具", "实木书桌", "台灯"),
             ("{who}收到的{item}是破的，花了{amount}元", "{who}花{amount}元买的{item}有裂痕"),
             (("外包装有没有压坏", "外包装压扁了一角"), ("您是哪天签收的", "{day}签收的")),
             ("破损的{item}{days}天内可以退换", "{item}退货的运费由商家承担"),
             ("给破损的地方拍几张照片", "把原来的包装盒留好"), ("办理{amount}元退款", "寄出一件新的{item}")),
-    Problem("投诉与纠纷解决", "爽约", ("空调安装", "家电维修", "保洁服务"),
+    ServiceProblem("投诉与纠纷解决", "爽约", ("空调安装", "家电维修", "保洁服务"),
             ("{who}约的{item}师傅{n}次都没来", "{who}等了{n}次{item}的师傅都没见到"),
             (("您约的是哪一天", "约的是{day}"), ("师傅给您打过电话吗", "一个电话也没打")),
             ("{item}爽约可以获得{amount}元补偿", "{item}改时间要提前一天通知客户"),
             ("另选一个方便的上门时间", "换一家近一点的服务站"), ("重新预约{item}", "上报这次{item}的爽约")),
-    Problem("技术支持与在线服务", "登录", ("手机客户端", "网上商城", "会员网站"),
+    ServiceProblem("技术支持与在线服务", "登录", ("手机客户端", "网上商城", "会员网站"),
             ("{who}登录{item}失败了{n}次", "{who}试了{n}次都登不上{item}"),
             (("页面上显示什么文字", "显示网络异常"), ("您用的是哪种手机", "用的是三年前的旧手机")),
             ("{item}每晚零点到一点要维护", "{item}的旧版本已经停用"),
             ("把{item}更新到最新版本", "清除缓存后重新启动"), ("重置{item}的登录状态", "解锁{item}的账号")),
-    Problem("技术支持与在线服务", "验证码", ("注册验证码", "支付验证码", "登录验证码"),
+    ServiceProblem("技术支持与在线服务", "验证码", ("注册验证码", "支付验证码", "登录验证码"),
             ("{who}试了{n}次也没收到{item}", "{who}点了{n}次都没有{item}"),
             (("手机信号有几格", "信号是满格的"), ("您装过拦截软件吗", "装过一个拦截软件")),
             ("{item}一天最多发送十次", "{item}五分钟内有效"),
             ("检查短信的拦截名单", "改用语音方式接收"), ("重新发送{item}", "解除{item}的发送限制")),
-    Problem("技术支持与在线服务", "闪退", ("支付页面", "直播页面", "发票页面"),
+    ServiceProblem("技术支持与在线服务", "闪退", ("支付页面", "直播页面", "发票页面"),
             ("{who}打开{item}就闪退，试了{n}次", "{who}试了{n}次，{item}都自己关掉"),
             (("手机还剩多少空间", "只剩{k}成空间"), ("是哪天开始这样的", "{day}开始的")),
             ("{item}在旧系统上会不稳定", "{item}的修复版本{days}天内上线"),
@@ -328,7 +328,7 @@ def ensure_sample(path: str | os.PathLike, count: int, seed: int) -> bool:
         with contextlib.suppress(InputError):
             kept = read_dialogues(path, strict=True)
         # By their names: scripted roles speak by the same grammar, and their dialogues are no sample to write again.
-        if not kept or not all(dialogue.id.startswith(NAME) and dialogue.source == SOURCE for dialogue in kept):
+        if not kept or not all(dialogue.id.startswith(NAME) and dialogue.source == SAMPLE_SOURCE for dialogue in kept):
             raise InputError(
                 f"{path} exists and is no sample: for your own dialogues give data=files data.train.path={path} "
                 "data.sample_dialogues=null"
@@ -339,7 +339,7 @@ def ensure_sample(path: str | os.PathLike, count: int, seed: int) -> bool:
     return True
 
 
-def ceiling(dialogues: Iterable[Dialogue]) -> float:
+def accuracy_ceiling(dialogues: Iterable[Dialogue]) -> float:
     """The oracle's actual hits on these dialogues, in percent of all their supporter turns.
 
     The oracle knows the rule and sees the earlier turns; it always names the most probable strategy. Its accuracy on
@@ -356,12 +356,12 @@ def ceiling(dialogues: Iterable[Dialogue]) -> float:
 
 
 def expected_ceiling(dialogues: Iterable[Dialogue]) -> float:
-    """The hits that the oracle of `ceiling` should expect on these histories, in percent: free of the luck of the draw.
+    """The hits that the oracle of `accuracy_ceiling` should expect on these histories, in percent: free of the luck of the draw.
 
     Source: issue 2.
 
     Raises:
-        InputError: as `ceiling`.
+        InputError: as `accuracy_ceiling`.
     """
     return _percent([max(chances.values()) for d in dialogues for _, chances in _replay(d)])
 
@@ -403,10 +403,10 @@ def _write_dialogue(seed: int, index: int) -> Dialogue:
     acts, turns = write_turns(rng, problem, mood)
     outcome = next(OUTCOMES[act] for act in acts if act in OUTCOMES)
     extra = {"topic": problem.topic, "problem": problem.name, "mood": mood, "outcome": outcome}
-    return Dialogue(f"{NAME}{seed}-{index:05d}", tuple(turns), SOURCE, extra)
+    return Dialogue(f"{NAME}{seed}-{index:05d}", tuple(turns), SAMPLE_SOURCE, extra)
 
 
-def write_turns(rng: random.Random, problem: Problem, mood: str) -> tuple[list[str], list[Turn]]:
+def write_turns(rng: random.Random, problem: ServiceProblem, mood: str) -> tuple[list[str], list[Turn]]:
     """Draw a conversation about `problem` with a customer in `mood` (a key of `FEELINGS`).
 
     Returns:
@@ -447,7 +447,7 @@ def _draw(rng: random.Random, weights: Mapping) -> str | int:
 class _Writer:
     """Puts acts and strategies into words that suit one dialogue; wordings come again only when all have been used."""
 
-    def __init__(self, rng: random.Random, problem: Problem, mood: str):
+    def __init__(self, rng: random.Random, problem: ServiceProblem, mood: str):
         self.rng, self.problem, self.mood = rng, problem, mood
         self.unused: dict[tuple, list] = {}
         self.slots = {slot: rng.choice(values) for slot, values in SLOTS.items()}

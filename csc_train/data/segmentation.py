@@ -21,11 +21,11 @@ def _segmenter() -> "jieba.Tokenizer":
     return segmenter
 
 
-def words(text: str) -> list[str]:
+def segment_words(text: str) -> list[str]:
     """The jieba words of `text` (default dictionary, HMM on), white space left out."""
     return [word for word in _segmenter().lcut(text) if not word.isspace()]
 
 
-def word_ends(text: str) -> set[int]:
+def word_end_offsets(text: str) -> set[int]:
     """The places in `text` at which jieba words of the dictionary end (HMM off: it would make words such as 元起)."""
     return {end for _, _, end in _segmenter().tokenize(text, HMM=False)}

@@ -25,7 +25,7 @@ _PLACEHOLDER = re.compile(r"\[[^\[\]\n]*\]")
 
 
 @dataclass
-class SetConfig:
+class DialogueSourceConfig:
     """Where a set of dialogues is read from."""
 
     path: str | None = None
@@ -43,8 +43,8 @@ class DataConfig:
             the data are loaded, so that a recipe may fill it in first.
     """
 
-    train: SetConfig = field(default_factory=SetConfig)
-    evaluation: SetConfig = field(default_factory=SetConfig)
+    train: DialogueSourceConfig = field(default_factory=DialogueSourceConfig)
+    evaluation: DialogueSourceConfig = field(default_factory=DialogueSourceConfig)
     """With no path, the evaluation set is held out of the training file."""
     held_out_fraction: float = 0.1
     """Share of the training file that is held out, where the evaluation set has no path of its own."""
@@ -268,7 +268,9 @@ def _part(
     return train, other
 
 
-def _read(name: str, where: SetConfig, config: DataConfig, rejects_directory: Path | None, say) -> list[Dialogue]:
+def _read(
+    name: str, where: DialogueSourceConfig, config: DataConfig, rejects_directory: Path | None, say
+) -> list[Dialogue]:
     if where.path is None:
         raise InputError(f"data.{name}.path is not set: give a dialogue file or the id of a Hugging Face data set")
     rejects = None if rejects_directory is None else Path(rejects_directory) / f"rejects-{name}.jsonl"

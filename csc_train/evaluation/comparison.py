@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 from csc_train.errors import InputError
 from csc_train.evaluation.metrics import strategy as strategy_metrics
-from csc_train.evaluation.metrics.base import Figure
-from csc_train.evaluation.metrics.profiles import MetricsConfig, figures, same_turns
-from csc_train.evaluation.table import Turns
+from csc_train.evaluation.metrics.base import Metric
+from csc_train.evaluation.metrics.profiles import MetricsConfig, compute_metrics, same_turns
+from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.predictions import Prediction, read_run, system_of
 from csc_train.stats import LEVEL, holm, mcnemar, sign_flip_test
 
 ALIKE = "cannot be told apart"
 
 
-def _require_turns(found: Iterable[tuple[Turns, Turns]], names: Sequence[str]) -> None:
+def _require_turns(found: Iterable[tuple[PredictionTable, PredictionTable]], names: Sequence[str]) -> None:
     if not any(len(sides[0]) for sides in found):
         raise InputError(f"{names[0]} and {names[1]} have no turn in common")
 
@@ -26,7 +26,7 @@ def left_out_note(count: int) -> str:
 
 def reference_sides(
     directories: tuple[str, str], systems: tuple[str | None, str | None]
-) -> tuple[tuple[str, str], tuple[Turns, Turns], int]:
+) -> tuple[tuple[str, str], tuple[PredictionTable, PredictionTable], int]:
     """What to call the systems of two runs, their predictions in reference context, row by row of the same turns, and
     how many turns are left out because only one of the two has them.
 
@@ -120,14 +120,14 @@ def compare(
     return [Difference(**row) for row in rows]
 
 
-def _metrics(turns: Turns, config: MetricsConfig) -> dict[str, Figure]:
+def _metrics(turns: PredictionTable, config: MetricsConfig) -> dict[str, Metric]:
     """Each metric once, whichever profiles have it, and on one scale: to test it rescaled would be to test it twice."""
     found = {
         "ACC": strategy_metrics.accuracy(turns),
         "macro-F1": strategy_metrics.macro_f1(turns),
         "stage ACC": strategy_metrics.stage_accuracy(turns),
     }
-    for profile, cells in figures(turns, config).items():
+    for profile, cells in compute_metrics(turns, config).items():
         shared = ("ACC", "BS")
         found |= {
             name if name in shared else f"{profile} {name}": figure
@@ -137,7 +137,9 @@ def _metrics(turns: Turns, config: MetricsConfig) -> dict[str, Figure]:
     return found
 
 
-def _difference(name: str, a: Figure, b: Figure, sides: tuple[Turns, Turns], draws: int, flips: int) -> dict:
+def _difference(
+    name: str, a: Metric, b: Metric, sides: tuple[PredictionTable, PredictionTable], draws: int, flips: int
+) -> dict:
     dialogues = sides[0].dialogue
     row = {"metric": name, "unit": a.unit, "signature": a.signature, "p_value": None}
     score = a.minus(b, dialogues, draws)

@@ -9,7 +9,7 @@ from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from csc_train.data.near_duplicates import SHINGLE
+from csc_train.data.near_duplicates import SHINGLE_LENGTH
 from csc_train.data.splits import NGRAM, Overlap, Splits, find_shared_text
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
@@ -55,7 +55,7 @@ def find_contamination(splits: Splits, near: float) -> Contamination:
     overlaps += find_shared_text(splits.train, splits.evaluation, SHARED)
     definition = (
         f"A dialogue is flagged where one of the {len(splits.train)} training dialogues is equal or nearly equal to it "
-        f"(Jaccard similarity of character {SHINGLE}-grams of {near} or more, found by MinHash), or holds at least "
+        f"(Jaccard similarity of character {SHINGLE_LENGTH}-grams of {near} or more, found by MinHash), or holds at least "
         f"{100 * SHARED:.0f} % of its {NGRAM}-grams (of characters, within turns; white space left out, a placeholder "
         f"such as [手机号码] counts as one character, turns shorter than {NGRAM} characters not at all)."
     )

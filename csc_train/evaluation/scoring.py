@@ -10,7 +10,7 @@ from csc_train.errors import InputError
 from csc_train.evaluation.contamination import Contamination, read_contamination
 from csc_train.evaluation.metrics.profiles import MetricsConfig, drift, score
 from csc_train.evaluation.report.tables import Drifts, Results
-from csc_train.inference.predictions import Outcome, Prediction, expected_turns, read_failures, read_run
+from csc_train.inference.predictions import Prediction, TurnOutcome, expected_turns, read_failures, read_run
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig) -> Scored:
 def check_complete(
     directory: str | os.PathLike,
     dialogues: Sequence[Dialogue],
-    predicted: Mapping[str, Mapping[str, Sequence[Outcome]]],
-    failed: Mapping[str, Mapping[str, Sequence[Outcome]]],
+    predicted: Mapping[str, Mapping[str, Sequence[TurnOutcome]]],
+    failed: Mapping[str, Mapping[str, Sequence[TurnOutcome]]],
 ) -> None:
     """Refuse a run in which predicted and failed turns of a system in a context are not together what was expected.
 

@@ -15,7 +15,7 @@ from csc_train.inference.predictions import Prediction
 TextPairs = list[tuple[str, str]]
 
 
-class Turns:
+class PredictionTable:
     """Predicted turns, sorted by dialogue and turn.
 
     Attributes:

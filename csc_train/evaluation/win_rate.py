@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from csc_train.evaluation.metrics.base import Figure, Score
+from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.stats import mean, sign_flip_test, weighted_interval
 
 RIDGE = 0.01
@@ -19,15 +19,15 @@ class WinRate:
     Attributes:
         wins, ties, losses: turns, as A sees it.
         rate: A's share of the wins, a tie being half a win of each, in percent.
-        length_controlled: the same if both replies were always equally long (see `at_equal_length`), in percent.
+        length_controlled: the same if both replies were always equally long (see `length_controlled`), in percent.
         p_value: that neither is preferred, by a sign-flip test over dialogues; None for no turns.
     """
 
     wins: int
     ties: int
     losses: int
-    rate: Score
-    length_controlled: Score
+    rate: MetricResult
+    length_controlled: MetricResult
     p_value: float | None
 
 
@@ -43,9 +43,9 @@ def win_rate(
         draws: resamples of the dialogues for the intervals.
         flips: random exchanges of the two systems for the p-value.
     """
-    figure = Figure(mean(100 * preferences), "turns", "A preferred, ties half", "no turns were judged")
+    figure = Metric(mean(100 * preferences), "turns", "A preferred, ties half", "no turns were judged")
     if not len(preferences):
-        nothing = Score(None, "turns", _CONTROLLED, figure.reason)
+        nothing = MetricResult(None, "turns", _CONTROLLED, figure.reason)
         return WinRate(0, 0, 0, figure.score(dialogues, draws), nothing, None)
     wins, losses = int((preferences == 1).sum()), int((preferences == 0).sum())
     return WinRate(
@@ -60,19 +60,19 @@ def win_rate(
 
 def _length_controlled(
     preferences: numpy.ndarray, longer: numpy.ndarray, dialogues: numpy.ndarray, draws: int
-) -> Score:
+) -> MetricResult:
     if longer.any() and not numpy.ptp(longer):
-        return Score(None, "turns", _CONTROLLED, f"A's reply is {longer[0]:+g} characters longer in every turn")
+        return MetricResult(None, "turns", _CONTROLLED, f"A's reply is {longer[0]:+g} characters longer in every turn")
 
     def controlled(weights: numpy.ndarray) -> numpy.ndarray:
-        return 100 * at_equal_length(preferences, longer, weights)
+        return 100 * length_controlled(preferences, longer, weights)
 
     bounds = weighted_interval(controlled, dialogues, draws) or (None, None)
     value = float(controlled(numpy.ones((1, len(preferences))))[0])
-    return Score(value, "turns", _CONTROLLED, None, *bounds)
+    return MetricResult(value, "turns", _CONTROLLED, None, *bounds)
 
 
-def at_equal_length(preferences: numpy.ndarray, longer: numpy.ndarray, weights: numpy.ndarray) -> numpy.ndarray:
+def length_controlled(preferences: numpy.ndarray, longer: numpy.ndarray, weights: numpy.ndarray) -> numpy.ndarray:
     """The win rate, float [n] in 0..1, that replies of equal length would have, for `weights`, float [n, turns].
 
     The model is P(A is preferred) = s(a + b tanh(d / 2 D)) with s the logistic function, d the difference in length of

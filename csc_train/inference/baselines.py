@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
 from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.files import digest
-from csc_train.inference.generator import Request, Said, Schedule
+from csc_train.inference.generator import Generation, TurnQueue, TurnRequest
 from csc_train.template.reply import Reply, format_reply
 
 
@@ -40,23 +40,23 @@ class StrategyBaseline:
             for strategy, counter in replies.items()
         }
 
-    def run(self, schedule: Schedule) -> None:
+    def run(self, schedule: TurnQueue) -> None:
         """Answer every turn."""
         while requests := schedule.take(1000):
             for request in requests:
                 schedule.answer(request, self.reply(request))
 
-    def reply(self, request: Request) -> Said:
+    def reply(self, request: TurnRequest) -> Generation:
         """Answer a request; what was not seen in training falls back to the most frequent strategy."""
         previous = _previous_strategy(request) if self.order else None
         strategy = self._next.get(previous, self._most_frequent)
         reply = Reply(strategy, self._stock[strategy])
-        return Said(format_reply(reply, "zh"), reply, digest(previous.number if previous else None))
+        return Generation(format_reply(reply, "zh"), reply, digest(previous.number if previous else None))
 
 
-def _previous_strategy(request: Request) -> Strategy | None:
+def _previous_strategy(request: TurnRequest) -> Strategy | None:
     for turn in reversed(request.history):
-        if isinstance(turn, Said):
+        if isinstance(turn, Generation):
             return turn.reply.strategy
         if isinstance(turn, Turn) and turn.speaker is Speaker.SUPPORTER:
             return turn.strategy

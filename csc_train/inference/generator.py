@@ -9,16 +9,16 @@ from tqdm import tqdm
 from csc_train.data.dialogue import Dialogue, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.inference.prediction_store import Store
-from csc_train.inference.predictions import Failure, Outcome, Prediction, expected_turns
+from csc_train.inference.prediction_store import PredictionStore
+from csc_train.inference.predictions import FailedTurn, Prediction, TurnOutcome, expected_turns
 from csc_train.template.reply import Reply
 
 EARLIER_TURN_FAILED = "earlier_turn_failed"
-"""The `Failed.kind` of turns in generated context whose history could not be generated."""
+"""The `GenerationError.kind` of turns in generated context whose history could not be generated."""
 
 
 @dataclass(frozen=True)
-class Said:
+class Generation:
     """What a system said at a supporter turn; fields as in `Prediction`."""
 
     raw_text: str
@@ -33,7 +33,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Failed:
+class GenerationError:
     """That a system did not answer at a supporter turn: `kind` is the class of what went wrong, for counting."""
 
     kind: str
@@ -41,7 +41,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Request:
+class TurnRequest:
     """A supporter turn to predict: `turn` indexes `dialogue.turns`; `history` is all that was said before it.
 
     In generated context the supporter's turns in `history` are the system's own.
@@ -49,10 +49,10 @@ class Request:
 
     dialogue: Dialogue
     turn: int
-    history: tuple[Turn | Said, ...]
+    history: tuple[Turn | Generation, ...]
 
 
-class Policy(Protocol):
+class Generator(Protocol):
     """A system under evaluation."""
 
     strategies_apply: bool
@@ -60,11 +60,11 @@ class Policy(Protocol):
     config_hash: str
     """SHA-256 (hex) of all that decides what it says: model, template, decoding settings."""
 
-    def run(self, schedule: "Schedule") -> None:
+    def run(self, schedule: "TurnQueue") -> None:
         """Answer every turn of a schedule: take requests until it is finished, and answer each."""
 
 
-class Schedule:
+class TurnQueue:
     """The supporter turns that a system has yet to answer, and where its answers go.
 
     In context `reference` each turn is predicted from the gold history, so that all are ready from the start. In
@@ -87,9 +87,9 @@ class Schedule:
     def __init__(
         self,
         dialogues: Sequence[Dialogue],
-        policy: Policy,
+        policy: Generator,
         context: str,
-        store: Store | None = None,
+        store: PredictionStore | None = None,
         bar: tqdm | None = None,
     ):
         self.dialogues, self.context = dialogues, context
@@ -97,7 +97,7 @@ class Schedule:
         self._by_id = {dialogue.id: dialogue for dialogue in dialogues}
         if len(self._by_id) < len(dialogues):
             raise InputError(f"{len(dialogues) - len(self._by_id)} dialogues have the id of another one")
-        self._outcomes: dict[tuple[str, int], Outcome] = {}
+        self._outcomes: dict[tuple[str, int], TurnOutcome] = {}
         self._out: dict[str, set[int]] = {dialogue.id: set() for dialogue in dialogues}
         for key, prediction in (store.earlier if store else {}).items():
             if key[0] in self._by_id:
@@ -115,7 +115,7 @@ class Schedule:
         """Whether every turn is predicted or failed."""
         return all(self._remaining(dialogue) == [] for dialogue in self.dialogues)
 
-    def take(self, count: int) -> list[Request]:
+    def take(self, count: int) -> list[TurnRequest]:
         """Up to `count` turns that are ready now and not yet taken; none when all are taken or wait for answers.
 
         Dialogues that were begun come first, and each has a turn out before any has two. In reference context the last
@@ -133,31 +133,31 @@ class Schedule:
             requests.append(self._request(dialogue, turn))
         return requests
 
-    def answer(self, request: Request, outcome: Said | Failed) -> None:
+    def answer(self, request: TurnRequest, outcome: Generation | GenerationError) -> None:
         """Keep what the system said to a request that it took, or that it failed."""
         dialogue, turn = request.dialogue, request.turn
         self._out[dialogue.id].remove(turn)
-        if isinstance(outcome, Said):
+        if isinstance(outcome, Generation):
             self._keep((dialogue.id, turn), self._prediction(dialogue, turn, outcome))
         else:
             self._fail(dialogue, turn, outcome)
             if self.context == "generated":
-                after = Failed(EARLIER_TURN_FAILED, f"turn {turn} failed: {outcome.kind}")
+                after = GenerationError(EARLIER_TURN_FAILED, f"turn {turn} failed: {outcome.kind}")
                 for later in self._remaining(dialogue):
                     self._fail(dialogue, later, after)
         self._queue(dialogue.id)
 
-    def said(self, dialogue: Dialogue) -> dict[int, Said]:
+    def said(self, dialogue: Dialogue) -> dict[int, Generation]:
         """By turn, what the system has said in a dialogue so far."""
         found = {turn: self._outcomes.get((dialogue.id, turn)) for turn in dialogue.supporter_turns}
         return {turn: _said(outcome) for turn, outcome in found.items() if isinstance(outcome, Prediction)}
 
-    def amend(self, dialogue: Dialogue, turn: int, said: Said) -> None:
+    def amend(self, dialogue: Dialogue, turn: int, said: Generation) -> None:
         """Replace what is kept of an answer by the same answer of which more is known, such as likelihoods."""
         self._outcomes.pop((dialogue.id, turn))
         self._keep((dialogue.id, turn), self._prediction(dialogue, turn, said), moves=0)
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[TurnOutcome]:
         """An outcome per supporter turn, ordered by dialogue and turn.
 
         Raises:
@@ -187,25 +187,25 @@ class Schedule:
             queue = self._busy if self._out[name] else self._begun if begun else self._fresh
             queue[name] = None
 
-    def _request(self, dialogue: Dialogue, turn: int) -> Request:
-        history: tuple[Turn | Said, ...] = dialogue.turns[:turn]
+    def _request(self, dialogue: Dialogue, turn: int) -> TurnRequest:
+        history: tuple[Turn | Generation, ...] = dialogue.turns[:turn]
         if self.context == "generated":
             own = self.said(dialogue)
             history = tuple(own.get(earlier, gold) for earlier, gold in enumerate(history))
-        return Request(dialogue, turn, history)
+        return TurnRequest(dialogue, turn, history)
 
-    def _fail(self, dialogue: Dialogue, turn: int, failed: Failed) -> None:
-        failure = Failure(dialogue.id, turn, self.context, failed.kind, failed.message, self._policy.config_hash)
+    def _fail(self, dialogue: Dialogue, turn: int, failed: GenerationError) -> None:
+        failure = FailedTurn(dialogue.id, turn, self.context, failed.kind, failed.message, self._policy.config_hash)
         self._keep((dialogue.id, turn), failure)
 
-    def _keep(self, key: tuple[str, int], outcome: Outcome, written: bool = False, moves: int = 1) -> None:
+    def _keep(self, key: tuple[str, int], outcome: TurnOutcome, written: bool = False, moves: int = 1) -> None:
         self._outcomes[key] = outcome
         if self._store and not written:
             self._store.add(outcome)
         if self._bar is not None:
             self._bar.update(moves)
 
-    def _prediction(self, dialogue: Dialogue, turn: int, said: Said) -> Prediction:
+    def _prediction(self, dialogue: Dialogue, turn: int, said: Generation) -> Prediction:
         return Prediction(
             dialogue_id=dialogue.id,
             turn=turn,
@@ -227,10 +227,10 @@ class Schedule:
         )
 
 
-def _said(prediction: Prediction) -> Said:
-    """The inverse of `Schedule._prediction`."""
+def _said(prediction: Prediction) -> Generation:
+    """The inverse of `TurnQueue._prediction`."""
     strategy = STRATEGIES[prediction.strategy - 1] if prediction.strategy else None
-    return Said(
+    return Generation(
         raw_text=prediction.raw_text,
         reply=Reply(strategy, prediction.response),
         prompt_hash=prediction.prompt_hash,
@@ -244,9 +244,13 @@ def _said(prediction: Prediction) -> Said:
 
 
 def predict(
-    dialogues: Sequence[Dialogue], policy: Policy, context: str, store: Store | None = None, progress: str | None = None
-) -> list[Outcome]:
-    """Let a system predict every supporter turn of every dialogue (see `Schedule`).
+    dialogues: Sequence[Dialogue],
+    policy: Generator,
+    context: str,
+    store: PredictionStore | None = None,
+    progress: str | None = None,
+) -> list[TurnOutcome]:
+    """Let a system predict every supporter turn of every dialogue (see `TurnQueue`).
 
     Args:
         progress: what a progress bar says; None shows none.
@@ -256,12 +260,12 @@ def predict(
     """
     total = sum(len(dialogue.supporter_turns) for dialogue in dialogues)
     with tqdm(total=total, desc=progress, unit="turn", disable=True if progress is None else None) as bar:
-        schedule = Schedule(dialogues, policy, context, store, bar)
+        schedule = TurnQueue(dialogues, policy, context, store, bar)
         policy.run(schedule)
     return schedule.outcomes()
 
 
-def share(dialogues: Sequence[Dialogue], process: int, processes: int) -> list[Dialogue]:
+def shard(dialogues: Sequence[Dialogue], process: int, processes: int) -> list[Dialogue]:
     """The dialogues that are one process's to predict: every process has about as many supporter turns."""
     shares: list[list[Dialogue]] = [[] for _ in range(processes)]
     turns = [0] * processes

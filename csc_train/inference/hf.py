@@ -14,9 +14,9 @@ from csc_train.data.strategies import Strategy
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
-from csc_train.inference.generator import Request, Said, Schedule
+from csc_train.inference.generator import Generation, TurnQueue, TurnRequest
 from csc_train.inference.kv_cache import DialogueCache
-from csc_train.models.hub import causal_model, readable
+from csc_train.models.hub import hub_errors, load_causal_lm
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import dialogue_log_likelihoods
@@ -24,7 +24,7 @@ from csc_train.template.likelihood import dialogue_log_likelihoods
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class HFPolicy:
+class HFGenerator:
     """Replies with a model that plain `from_pretrained` loads.
 
     What is computed of a dialogue is kept from turn to turn (see `DialogueCache`). When all turns are answered, one
@@ -59,10 +59,10 @@ class HFPolicy:
         self.stops = {template.end_of_turn_id, *stops}
 
     @torch.inference_mode()
-    def run(self, schedule: Schedule) -> None:
+    def run(self, schedule: TurnQueue) -> None:
         """Answer every turn, batch by batch, then add likelihoods."""
         cache = DialogueCache(self.model, self.template.prefix_ids, self.stops, self._config.max_new_tokens)
-        asked: dict[int, tuple[Request, list[int]]] = {}  # by row of the cache
+        asked: dict[int, tuple[TurnRequest, list[int]]] = {}  # by row of the cache
         while True:
             requests = schedule.take(self._config.batch_size - len(asked))
             prompts = [self._prompt(request) for request in requests]
@@ -78,20 +78,20 @@ class HFPolicy:
             for dialogue in tqdm(schedule.dialogues, "likelihoods", unit="dialogue", disable=None):
                 self._add_likelihoods(schedule, dialogue)
 
-    def _prompt(self, request: Request) -> list[int]:
+    def _prompt(self, request: TurnRequest) -> list[int]:
         history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
         return self.template.prompt_ids(history, self._given(request))
 
-    def _given(self, request: Request) -> Strategy | None:
+    def _given(self, request: TurnRequest) -> Strategy | None:
         return request.dialogue.turns[request.turn].strategy if self.template.config.mode == "given" else None
 
-    def _said(self, request: Request, prompt: list[int], ids: list[int]) -> Said:
+    def _said(self, request: TurnRequest, prompt: list[int], ids: list[int]) -> Generation:
         text = self.template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         # A later prompt shows this turn as training did: with the strategy that was handed in.
         handed_in = self.template.prompt_ids([], self._given(request))[len(self.template.prompt_ids([])) :]
-        return Said(text, self.template.parse(text), digest(prompt), (*handed_in, *ids))
+        return Generation(text, self.template.parse(text), digest(prompt), (*handed_in, *ids))
 
-    def _add_likelihoods(self, schedule: Schedule, dialogue: Dialogue) -> None:
+    def _add_likelihoods(self, schedule: TurnQueue, dialogue: Dialogue) -> None:
         """Of the turns of a dialogue that were predicted."""
         said = schedule.said(dialogue)
         reference = schedule.context == "reference"
@@ -129,7 +129,7 @@ def open_checkpoint(checkpoint: str) -> tuple[DialogueTemplate, Manifest]:
     if not (Path(checkpoint) / "tokenizer.json").is_file():
         # transformers would make up an empty one.
         raise InputError(f"{checkpoint}: the directory holds no tokenizer (tokenizer.json)")
-    with readable(checkpoint, "tokenizer"):
+    with hub_errors(checkpoint, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
     template = DialogueTemplate(tokenizer, manifest.chat_template, settings)
@@ -143,25 +143,25 @@ def base_of(checkpoint: str, manifest: Manifest) -> str:
     return str(beside) if manifest.base_model.startswith(".") and beside.is_dir() else manifest.base_model
 
 
-def load_policy(
+def load_generator(
     path: str,
     template: DialogueTemplate,
     config: EvaluationConfig,
     origin: str = "",
     device: torch.device | None = None,
     revision: str | None = None,
-) -> HFPolicy:
+) -> HFGenerator:
     """The policy of the model at a path or hub id, talking through `template`.
 
     Args:
-        origin: see `HFPolicy`.
+        origin: see `HFGenerator`.
         device: where the whole model goes, such as the one GPU of this process; if not given it is spread over the
             GPUs of this machine, if there are any.
 
     Raises:
-        InputError: as `causal_model`.
+        InputError: as `load_causal_lm`.
     """
     spread = "auto" if torch.cuda.is_available() else None
     placed = {"": device} if device else spread
-    model = causal_model(path, revision=revision, dtype=_DTYPES[config.dtype], device_map=placed)
-    return HFPolicy(model, template, config, origin)
+    model = load_causal_lm(path, revision=revision, dtype=_DTYPES[config.dtype], device_map=placed)
+    return HFGenerator(model, template, config, origin)

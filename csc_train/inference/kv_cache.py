@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROOM = 64
+GROWTH = 64
 """Columns by which a cache grows beyond what is needed, since growing it copies all of it."""
-FREED = 8
+REFILL_DIVISOR = 8
 """New prompts wait until one row in so many is free: each batch of them is a forward of its own."""
 
 
@@ -163,7 +163,7 @@ class DialogueCache:
             Those, by row.
         """
         going = {number for number, row in enumerate(self._rows) if row.going}
-        enough = max(1, len(going) // FREED)
+        enough = max(1, len(going) // REFILL_DIVISOR)
         fed = [number for number in sorted(going) if len(self._rows[number].ids) - self._rows[number].computed > 1]
         ended = {}
         while len(ended) < enough:
@@ -218,7 +218,7 @@ class DialogueCache:
     def _reserve(self, columns: int) -> None:
         """Have room for all rows, of so many columns."""
         if columns > self._columns:
-            self._columns = columns + max(ROOM, columns // 2)
+            self._columns = columns + max(GROWTH, columns // 2)
         for layer in self._cache.layers:
             layer.resize(len(self._rows), self._columns)
 

@@ -9,16 +9,16 @@ from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
-from csc_train.inference.generator import Failed, Request, Said, Schedule
+from csc_train.inference.generator import Generation, GenerationError, TurnQueue, TurnRequest
 from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, Message
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, messages
+from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
 from csc_train.template.reply import Reply, format_reply, read_reply
 from csc_train.template.system_prompt import OPENING
 
 
-class OpenAIPolicy:
+class OpenAIGenerator:
     """Replies of a served model.
 
     With the template of a checkpoint, the server is asked by token ids where it takes them: a text would turn what
@@ -40,7 +40,7 @@ class OpenAIPolicy:
         self._template = template if isinstance(template, DialogueTemplate) else None
         self._settings = self._template.config if self._template else template
         self.strategies_apply = self._settings.mode == "joint"
-        prompt = self._template.fingerprint if self._template else digest(messages([], self._settings))
+        prompt = self._template.fingerprint if self._template else digest(chat_messages([], self._settings))
         asked = [self._settings.mode, self._settings.language, llm.user_first]
         decoding = [llm.temperature, llm.top_p, llm.max_tokens, llm.extra_body, config.max_new_tokens, config.seed]
         self.config_hash = digest([origin, llm.model, prompt, *asked, *decoding])
@@ -48,7 +48,7 @@ class OpenAIPolicy:
         self._by_ids: bool | None = None
         self._likelihoods_told: bool | None = None
 
-    def run(self, schedule: Schedule) -> None:
+    def run(self, schedule: TurnQueue) -> None:
         """Answer every turn, as many at a time as the server bears.
 
         Raises:
@@ -57,12 +57,12 @@ class OpenAIPolicy:
         """
         asyncio.run(self._run(schedule))
 
-    async def _run(self, schedule: Schedule) -> None:
+    async def _run(self, schedule: TurnQueue) -> None:
         async with Client(self._llm) as client:
             await self._ask_abilities(client)
             if self._settings.mode == "given" and not self._by_ids:
                 raise InputError("template.mode=given: a strategy is handed in by token ids, and the server takes none")
-            under_way: dict[asyncio.Task, Request] = {}
+            under_way: dict[asyncio.Task, TurnRequest] = {}
             refused: AuthenticationFailure | None = None
             try:
                 while True:
@@ -120,7 +120,7 @@ class OpenAIPolicy:
             return False
         return True
 
-    async def _reply(self, client: Client, request: Request, context: str) -> Said | Failed:
+    async def _reply(self, client: Client, request: TurnRequest, context: str) -> Generation | GenerationError:
         """What the model says, and how likely it finds what else could be said, where the server tells that."""
         seed = int(digest([self._config.seed, request.dialogue.id, request.turn])[:7], 16)
         decoding = {"seed": seed, "temperature": 0, "max_tokens": self._config.max_new_tokens}
@@ -139,8 +139,8 @@ class OpenAIPolicy:
         except AuthenticationFailure:
             raise
         except LLMFailure as failure:
-            return Failed(failure.kind, failure.message)
-        return Said(
+            return GenerationError(failure.kind, failure.message)
+        return Generation(
             answer.text,
             read_reply(answer.text, self._settings.mode),
             digest(prompt),
@@ -151,9 +151,9 @@ class OpenAIPolicy:
         )
 
     async def _likelihoods(
-        self, client: Client, request: Request, prompt: Sequence[int], context: str
+        self, client: Client, request: TurnRequest, prompt: Sequence[int], context: str
     ) -> dict[str, Any]:
-        """How likely the model finds the 12 labels and the reference's turn, as fields of `Said`."""
+        """How likely the model finds the 12 labels and the reference's turn, as fields of `Generation`."""
         facts: dict[str, Any] = {}
         if self.strategies_apply:
             labelled = [[*prompt, *self._template.label_ids[strategy.number]] for strategy in STRATEGIES]
@@ -176,13 +176,13 @@ class OpenAIPolicy:
         return (*handed_in, *(own[: own.index(end)] if end in own else own))
 
 
-def chat_of(history: Sequence[Turn | Said], config: TemplateConfig, user_first: bool = False) -> list[Message]:
+def chat_of(history: Sequence[Turn | Generation], config: TemplateConfig, user_first: bool = False) -> list[Message]:
     """A history as chat messages of role and content, which is all that a server hands to its chat template.
 
     Args:
         user_first: see `LLMConfig.user_first`.
     """
-    chat = messages([], config)
+    chat = chat_messages([], config)
     if user_first:
         chat.append({"role": "user", "content": OPENING[config.language]})
     for turn in history:

@@ -9,9 +9,9 @@ from typing import Self
 from csc_train.data.dialogue import Dialogue
 from csc_train.errors import InputError
 from csc_train.inference.predictions import (
-    Failure,
-    Outcome,
+    FailedTurn,
     Prediction,
+    TurnOutcome,
     as_line,
     expected_turns,
     read_outcomes,
@@ -19,7 +19,7 @@ from csc_train.inference.predictions import (
 )
 
 
-class Store:
+class PredictionStore:
     """The outcomes of one system in one context, kept in `path` and in parts beside it.
 
     Each process appends to a part of its own, a line per outcome that is written at once. What was known of a turn
@@ -63,7 +63,7 @@ class Store:
         """Close this process's part."""
         self._file.close()
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: TurnOutcome) -> None:
         """Keep an outcome; it is on disk when this returns, unless the machine itself fails.
 
         Raises:
@@ -74,7 +74,7 @@ class Store:
         except OSError as error:
             raise InputError(f"cannot write {self._file.name}: {error.strerror or error}") from error
 
-    def finish(self, dialogues: Sequence[Dialogue]) -> list[Failure]:
+    def finish(self, dialogues: Sequence[Dialogue]) -> list[FailedTurn]:
         """Put all parts together, once every process has closed its own; for one process to do.
 
         Args:
@@ -90,11 +90,11 @@ class Store:
         write_predictions(self.path, [outcomes[key] for key in expected])
         for part in _parts(self.path):
             part.unlink()
-        return [outcomes[key] for key in expected if isinstance(outcomes[key], Failure)]
+        return [outcomes[key] for key in expected if isinstance(outcomes[key], FailedTurn)]
 
-    def _outcomes(self) -> dict[tuple[str, int], Outcome]:
+    def _outcomes(self) -> dict[tuple[str, int], TurnOutcome]:
         """What is known of each turn; that it was predicted is known for good."""
-        outcomes: dict[tuple[str, int], Outcome] = {}
+        outcomes: dict[tuple[str, int], TurnOutcome] = {}
         for outcome in self._lines():
             if outcome.config_hash != self._config_hash:
                 raise InputError(
@@ -106,14 +106,14 @@ class Store:
                 outcomes[key] = outcome
         return outcomes
 
-    def _lines(self) -> Iterator[Outcome]:
+    def _lines(self) -> Iterator[TurnOutcome]:
         if self.path.exists():
             yield from read_outcomes(self.path)
         for part in _parts(self.path):
             yield from read_outcomes(part)
 
 
-def complete(path: Path, dialogues: Sequence[Dialogue]) -> bool:
+def is_complete(path: Path, dialogues: Sequence[Dialogue]) -> bool:
     """Whether a file holds every supporter turn of these dialogues, none of them failed, and no parts are left."""
     if not path.exists() or _parts(path):
         return False

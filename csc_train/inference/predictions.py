@@ -58,7 +58,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedTurn:
     """One supporter turn that could not be predicted: `kind` is the class of what went wrong, for counting."""
 
     dialogue_id: str
@@ -69,15 +69,15 @@ class Failure:
     config_hash: str = ""
 
 
-Outcome = Prediction | Failure
+TurnOutcome = Prediction | FailedTurn
 
 
-def as_line(outcome: Outcome) -> str:
+def as_line(outcome: TurnOutcome) -> str:
     """An outcome as a line of JSONL."""
     return json.dumps(asdict(outcome), ensure_ascii=False) + "\n"
 
 
-def write_predictions(path: str | os.PathLike, outcomes: Iterable[Outcome]) -> None:
+def write_predictions(path: str | os.PathLike, outcomes: Iterable[TurnOutcome]) -> None:
     """Write one JSONL line per turn, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(map(as_line, outcomes))
@@ -88,7 +88,7 @@ def expected_turns(dialogues: Iterable[Dialogue]) -> list[tuple[str, int]]:
     return [(dialogue.id, turn) for dialogue in dialogues for turn in dialogue.supporter_turns]
 
 
-def read_outcomes(path: str | os.PathLike) -> list[Outcome]:
+def read_outcomes(path: str | os.PathLike) -> list[TurnOutcome]:
     """Read the lines of a predictions file, failed turns included; a last line that was not written to its end is not.
 
     Raises:
@@ -100,7 +100,7 @@ def read_outcomes(path: str | os.PathLike) -> list[Outcome]:
             if isinstance(row.get(name), list):
                 row[name] = tuple(row[name])
         try:
-            outcomes.append(Failure(**row) if "kind" in row else Prediction(**row))
+            outcomes.append(FailedTurn(**row) if "kind" in row else Prediction(**row))
         except TypeError as error:
             raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
     return outcomes
@@ -123,9 +123,9 @@ def read_run(directory: str | os.PathLike) -> dict[str, dict[str, list[Predictio
     return found
 
 
-def read_failures(directory: str | os.PathLike) -> dict[str, dict[str, list[Failure]]]:
+def read_failures(directory: str | os.PathLike) -> dict[str, dict[str, list[FailedTurn]]]:
     """As `read_run`, the turns that failed."""
-    return _read_run(directory, Failure)
+    return _read_run(directory, FailedTurn)
 
 
 def failed_turns(directory: str | os.PathLike) -> str:
@@ -137,7 +137,7 @@ def failed_turns(directory: str | os.PathLike) -> str:
     return f"{kinds.total()} turns failed ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"
 
 
-def _read_run(directory: str | os.PathLike, kind: type[Outcome]) -> dict[str, dict[str, list]]:
+def _read_run(directory: str | os.PathLike, kind: type[TurnOutcome]) -> dict[str, dict[str, list]]:
     folder = Path(directory) / "predictions"
     order = (*BASELINES, BASE)
     names = {path.stem.rpartition("-")[0] for path in folder.glob("*-*.jsonl")}

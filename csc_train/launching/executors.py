@@ -9,21 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from csc_train.config.cluster import TopologyConfig
+from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError, suggestion
 from csc_train.files import read_json
 from csc_train.launching import supervise
-from csc_train.launching.job import SCRIPT, Job
+from csc_train.launching.job import SCRIPT_FILE, Job
 from csc_train.launching.launchers.slurm import cancel, queued, submit
 from csc_train.launching.preflight.checks import probe_gpus
-from csc_train.runs.comparison import HISTORY, METRICS, last_figures
-from csc_train.runs.directory import RECORD, end_with_parent
+from csc_train.runs.comparison import HISTORY_FILE, METRICS_FILE, last_metrics
+from csc_train.runs.directory import RECORD_FILE, set_parent_death_signal
 
 OUTPUT = "output.log"
 """In a run directory: what the trial's processes printed."""
-FREE = 0.05
+MAX_USED_FRACTION = 0.05
 """The share of a GPU's memory that may be in use for it to count as free, as in a preflight."""
-LAST_WORDS = (
+ERROR_PATTERNS = (
     r"^error: (.+)$",
     r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w+(?:Error|Exception): .+)$",
     r"(Signal \d+ \(\w+\) received by PID \d+)",
@@ -61,7 +61,7 @@ class LocalTrial:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in a terminal reaches the sweep alone
-                preexec_fn=end_with_parent,
+                preexec_fn=set_parent_death_signal,
                 pass_fds=(lock,),
             )
 
@@ -74,14 +74,14 @@ class LocalTrial:
         self.process.terminate()
 
 
-class LocalPlaces:
+class LocalExecutor:
     """Places for trials on this machine.
 
     Attributes:
         count: how many trials run at a time.
     """
 
-    def __init__(self, topology: TopologyConfig, parallel: int | None, lock: int):
+    def __init__(self, topology: ClusterConfig, parallel: int | None, lock: int):
         """Find the places.
 
         Args:
@@ -140,7 +140,7 @@ class SlurmTrial:
         cancel(self.number)
 
 
-class SlurmPlaces:
+class SlurmExecutor:
     """Places for trials in SLURM's queue.
 
     Attributes:
@@ -159,9 +159,9 @@ class SlurmPlaces:
             InputError: it cannot be submitted.
         """
         if "job" not in attributes:
-            answer = submit(job.directory / SCRIPT)
+            answer = submit(job.directory / SCRIPT_FILE)
             if not (number := re.search(r"\d+", answer)):
-                raise InputError(f"sbatch {job.directory / SCRIPT}: {answer!r} names no job")
+                raise InputError(f"sbatch {job.directory / SCRIPT_FILE}: {answer!r} names no job")
             attributes["job"] = number.group()
         return SlurmTrial(job.directory, attributes["job"])
 
@@ -174,10 +174,10 @@ def free_gpus() -> list[str]:
     gpus = probe_gpus() or []
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.isdigit()]
     names = visible or [str(number) for number in range(len(gpus))]
-    return [name for name, gpu in zip(names, gpus, strict=False) if gpu.used <= FREE * gpu.memory]
+    return [name for name, gpu in zip(names, gpus, strict=False) if gpu.used <= MAX_USED_FRACTION * gpu.memory]
 
 
-class Figures:
+class MetricTail:
     """The values of one figure in the history of a run, as they come."""
 
     def __init__(self, directory: Path, name: str):
@@ -187,7 +187,7 @@ class Figures:
             directory: the run's.
             name: of the figure.
         """
-        self.path, self.name, self._read = directory / HISTORY, name, 0
+        self.path, self.name, self._read = directory / HISTORY_FILE, name, 0
 
     def new(self) -> list[tuple[int, float]]:
         """(optimizer step, value) of the lines that are new; all of them again where the history was cut."""
@@ -203,7 +203,7 @@ class Figures:
         return [(line["step"], line[self.name]) for line in lines if self.name in line]
 
 
-def result(directory: Path, metric: str) -> float:
+def trial_result(directory: Path, metric: str) -> float:
     """What a trial that has ended is judged by.
 
     Raises:
@@ -212,10 +212,10 @@ def result(directory: Path, metric: str) -> float:
     """
     if not _record(directory).get("finished"):
         raise FailedTrialError(why_failed(directory))
-    logged = last_figures(read_json(directory / METRICS))
+    logged = last_metrics(read_json(directory / METRICS_FILE))
     if metric not in logged:
         raise NoSuchMetricError(
-            f"sweep.metric={metric}: {directory} logged no such figure.{suggestion(metric, logged)} See its {METRICS}"
+            f"sweep.metric={metric}: {directory} logged no such figure.{suggestion(metric, logged)} See its {METRICS_FILE}"
         )
     if not isinstance(logged[metric], int | float) or not math.isfinite(logged[metric]):
         raise FailedTrialError(f"{metric} is {logged[metric]}")
@@ -229,10 +229,10 @@ def why_failed(directory: Path) -> str:
         return "stopped from outside before its end"
     outputs = [directory / OUTPUT, *sorted(directory.glob("slurm-*.out"))]
     text = "\n".join(path.read_text("utf-8", "replace") for path in outputs if path.is_file())
-    found = (matches[-1] for pattern in LAST_WORDS if (matches := re.findall(pattern, text, re.MULTILINE)))
+    found = (matches[-1] for pattern in ERROR_PATTERNS if (matches := re.findall(pattern, text, re.MULTILINE)))
     reason = record.get("error") or next(found, "ended without a word; it may have been killed")
     return f"out of memory: {reason}" if re.search(r"out of memory|OutOfMemory|can't allocate", reason) else reason
 
 
 def _record(directory: Path) -> dict[str, Any]:
-    return read_json(directory / RECORD) if (directory / RECORD).is_file() else {}
+    return read_json(directory / RECORD_FILE) if (directory / RECORD_FILE).is_file() else {}

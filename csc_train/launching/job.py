@@ -14,21 +14,21 @@ from csc_train.config.compose import (
     compose,
     compose_recorded,
     known_keys,
-    resolved,
+    to_container,
 )
 from csc_train.errors import InputError, suggestion
 from csc_train.files import write_text
 from csc_train.launching.launch_commands import local_command, node_command
 from csc_train.launching.launchers.slurm import job_script, submit
-from csc_train.launching.on_finish import then_arguments
-from csc_train.launching.preflight.checks import Outcome, preflight
+from csc_train.launching.on_finish import on_finish_arguments
+from csc_train.launching.preflight.checks import PreflightReport, preflight
 from csc_train.launching.supervise import supervise
-from csc_train.runs.directory import RECORD, RESOLVED, STOPPED, RunConfig, as_yaml, default_directory
+from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, RESOLVED_FILE, RunConfig, as_yaml, default_directory
 
 ROOT = Path(__file__).parent.parent.parent
-LAUNCHED = "launch.yaml"
+LAUNCH_FILE = "launch.yaml"
 """In a run directory: how the run was launched last."""
-SCRIPT = "job.sbatch"
+SCRIPT_FILE = "job.sbatch"
 """In a run directory: the job that was submitted last."""
 
 
@@ -74,13 +74,13 @@ class Job:
         return [f"run={self.directory}", "resume=true"]
 
 
-def plan(arguments: list[str]) -> Job:
+def plan_job(arguments: list[str]) -> Job:
     """The job that the arguments of launch/launch.py ask for; checked, nothing written.
 
     Those that begin with a key of `LaunchRecipe` are the launcher's, the others the recipe's.
 
     Raises:
-        InputError: an argument is wrong, or the job cannot run (see `check`).
+        InputError: an argument is wrong, or the job cannot run (see `check_job`).
     """
     own, others = split_arguments(arguments, LaunchRecipe)
     new = not any(text.startswith("run=") for text in others)
@@ -95,13 +95,13 @@ def plan(arguments: list[str]) -> Job:
             )
         config.run = RunConfig(config.run.directory or default_directory(launch.recipe), "resume")
         directory = Path(config.run.directory)
-        if held := [name for name in (RECORD, RESOLVED) if (directory / name).exists()]:
+        if held := [name for name in (RECORD_FILE, RESOLVED_FILE) if (directory / name).exists()]:
             raise InputError(
                 f"{directory} holds a run ({held[0]}): choose another run.directory, "
                 f"or go on by run={directory} resume=true"
             )
     job = Job(launch, config, new)
-    check(job)
+    check_job(job)
     return job
 
 
@@ -128,15 +128,15 @@ def refuse_misspelt(others: list[str], launch: LaunchRecipe) -> None:
 
 def _launched(directory: Path, own: list[str]) -> LaunchRecipe:
     """How a run was launched, with changes; its topology may be chosen anew."""
-    file = directory / LAUNCHED
+    file = directory / LAUNCH_FILE
     if any(text.startswith("topology=") for text in own):
         return compose("launch", own)
     if not file.is_file():
-        raise InputError(f"{directory} holds no {LAUNCHED}: say what to run it on by topology=...")
+        raise InputError(f"{directory} holds no {LAUNCH_FILE}: say what to run it on by topology=...")
     return compose_recorded("launch", file, own)
 
 
-def check(job: Job) -> None:
+def check_job(job: Job) -> None:
     """What can be known before anything is started.
 
     Raises:
@@ -144,65 +144,65 @@ def check(job: Job) -> None:
     """
     topology = job.launch.topology
     job.config.trainer.accumulation(topology.processes)
-    then_arguments(job.config.then, job.directory)
+    on_finish_arguments(job.config.then, job.directory)
     if job.local and topology.nodes > 1:
         raise InputError(f"topology.nodes={topology.nodes}: several nodes are started by topology.scheduler=slurm")
     if not job.local:
         job.script()
 
 
-def inspect(job: Job) -> Outcome:
+def run_preflight(job: Job) -> PreflightReport:
     """What a preflight of the job finds."""
     chosen = {field.name: getattr(job.config, field.name) for field in fields(job.config)}
     recipe = PreflightRecipe(**chosen, topology=job.launch.topology, preflight=job.launch.preflight)
     return preflight(recipe, launching=not job.launch.dry_run)
 
 
-def freeze(job: Job) -> None:
+def write_job(job: Job) -> None:
     """Record in the run directory what is run and how; the ranks read it there.
 
     Raises:
         InputError: it cannot be written.
     """
     if job.new:
-        write_text(job.directory / RESOLVED, as_yaml(resolved(job.config)))
-    write_text(job.directory / LAUNCHED, as_yaml(resolved(job.launch)))
+        write_text(job.directory / RESOLVED_FILE, as_yaml(to_container(job.config)))
+    write_text(job.directory / LAUNCH_FILE, as_yaml(to_container(job.launch)))
     if not job.local:
-        write_text(job.directory / SCRIPT, job.script())
+        write_text(job.directory / SCRIPT_FILE, job.script())
 
 
-def describe(job: Job) -> str:
+def describe_job(job: Job) -> str:
     """All that a launch would do, as text."""
-    parts = [f"run directory: {job.directory}", "", as_yaml(resolved(job.config))]
+    parts = [f"run directory: {job.directory}", "", as_yaml(to_container(job.config))]
     if job.local:
         variables = [f"{name}={shlex.quote(value)}" for name, value in job.environment().items()]
         parts.append(" ".join([*variables, shlex.join(job.command())]))
     else:
-        parts.append(f"sbatch {job.directory / SCRIPT}, which is:\n\n{job.script()}")
+        parts.append(f"sbatch {job.directory / SCRIPT_FILE}, which is:\n\n{job.script()}")
     return "\n".join(parts)
 
 
 def launch(arguments: list[str]) -> int:
     """What launch/launch.py does; returns its exit status: that of `supervise`, or 2 after an InputError."""
     try:
-        job = plan(arguments)
-        outcome = inspect(job)
+        job = plan_job(arguments)
+        outcome = run_preflight(job)
         if job.launch.dry_run:
             outcome.show()
-            print(describe(job))
+            print(describe_job(job))
             return 0
         if outcome.failed and not job.launch.preflight.force:
             outcome.show()
             names = ", ".join(check.name for check in outcome.failed)
             raise InputError(f"preflight: {names} failed (see above); preflight.force=true starts the job all the same")
-        freeze(job)
+        write_job(job)
         print(f"run directory: {job.directory}", flush=True)
         if job.local:
             status = supervise(job.directory, job.command(), job.environment())
-            if status == STOPPED:  # once more, below torchrun's report that its processes did not end with 0
+            if status == EXIT_STOPPED:  # once more, below torchrun's report that its processes did not end with 0
                 print(f"stopped; to go on: run={job.directory} resume=true")
             return status
-        print(submit(job.directory / SCRIPT))
+        print(submit(job.directory / SCRIPT_FILE))
         return 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

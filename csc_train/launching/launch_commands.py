@@ -1,9 +1,9 @@
 """The command that starts a recipe's processes on one node."""
 
-from csc_train.config.cluster import TopologyConfig
+from csc_train.config.cluster import ClusterConfig
 
 
-def local_command(topology: TopologyConfig, python: str, script: str, arguments: list[str]) -> list[str]:
+def local_command(topology: ClusterConfig, python: str, script: str, arguments: list[str]) -> list[str]:
     """The command for a job that is this machine alone.
 
     Args:
@@ -16,7 +16,7 @@ def local_command(topology: TopologyConfig, python: str, script: str, arguments:
     return [python, "-m", *_launcher(topology), *meeting[topology.launcher], script, *arguments]
 
 
-def node_command(topology: TopologyConfig, python: str, script: str, arguments: list[str]) -> str:
+def node_command(topology: ClusterConfig, python: str, script: str, arguments: list[str]) -> str:
     """The command for each node of a SLURM job, as a line of shell that reads `head`, `port` and SLURM_NODEID."""
     if topology.launcher == "accelerate":
         meeting = [
@@ -35,7 +35,7 @@ def node_command(topology: TopologyConfig, python: str, script: str, arguments: 
     return " ".join([python, "-m", *_launcher(topology), *meeting, script, *arguments])
 
 
-def _launcher(topology: TopologyConfig) -> list[str]:
+def _launcher(topology: ClusterConfig) -> list[str]:
     if topology.launcher == "torchrun":
         return ["torch.distributed.run", f"--nproc_per_node={topology.processes_per_node}"]
     several = ["--multi_gpu"] if topology.processes > 1 else []  # its name for several processes, on a CPU as well

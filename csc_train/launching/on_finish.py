@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from csc_train.config.cluster import ThenConfig
+from csc_train.config.cluster import OnFinishConfig
 from csc_train.config.compose import compose
 
 ROOT = Path(__file__).parent.parent.parent
@@ -14,7 +14,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTE
 """By which torchrun tells a process that it is one of several; what accelerate adds begins with ACCELERATE_."""
 
 
-def then_arguments(then: ThenConfig, directory: Path) -> list[str]:
+def on_finish_arguments(then: OnFinishConfig, directory: Path) -> list[str]:
     """The arguments of the recipe that follows the training in a run directory; none where nothing follows.
 
     Raises:
@@ -28,14 +28,14 @@ def then_arguments(then: ThenConfig, directory: Path) -> list[str]:
     return arguments
 
 
-def follow(then: ThenConfig, arguments: list[str]) -> None:
+def run_on_finish(then: OnFinishConfig, arguments: list[str]) -> None:
     """Become the process of the recipe that follows; called on the main process when nothing is left to do.
 
     The program is replaced, not started beside this one: so the memory of the training is free, and whoever waits for
     this process (a shell, torchrun, the launcher) gets the recipe's exit status and sends it his signals.
 
     Args:
-        arguments: as `then_arguments` returns them; nothing happens where there are none.
+        arguments: as `on_finish_arguments` returns them; nothing happens where there are none.
     """
     if not arguments:
         return

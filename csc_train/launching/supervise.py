@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from csc_train.files import read_json
-from csc_train.runs.directory import RECORD, STOPPED, end_with_parent
+from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, set_parent_death_signal
 
 INTERRUPT_GRACE = 10.0
 """Seconds that the ranks have to clean up after Ctrl-C."""
@@ -32,13 +32,13 @@ def supervise(directory: Path, command: list[str], environment: dict[str, str] |
         environment: variables to add.
 
     Returns:
-        The exit status: 0 where the command's is, `STOPPED` where the ranks saved a state of training and stopped, 128
+        The exit status: 0 where the command's is, `EXIT_STOPPED` where the ranks saved a state of training and stopped, 128
         and the number of the signal where one ended them otherwise, else the command's.
     """
     stopped_before = _stopped(directory)
     received, deadline = [], float("inf")
     if sys.platform == "linux":
-        _adopt_orphans()
+        _set_child_subreaper()
 
     def forward(signum, frame):
         nonlocal deadline
@@ -55,7 +55,7 @@ def supervise(directory: Path, command: list[str], environment: dict[str, str] |
         command,
         env=os.environ | (environment or {}),
         start_new_session=True,  # Ctrl-C in a terminal reaches this process alone
-        preexec_fn=end_with_parent,
+        preexec_fn=set_parent_death_signal,
     )
     handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     previous = {signum: signal.signal(signum, forward) for signum in handled}
@@ -71,7 +71,7 @@ def supervise(directory: Path, command: list[str], environment: dict[str, str] |
             signal.signal(signum, handler)
     status = agent.returncode
     if status and _stopped(directory) != stopped_before:
-        return STOPPED
+        return EXIT_STOPPED
     if status and received:
         return 128 + received[0]
     return status if status >= 0 else 128 - status
@@ -79,11 +79,11 @@ def supervise(directory: Path, command: list[str], environment: dict[str, str] |
 
 def _stopped(directory: Path) -> str | None:
     """When the run was last stopped with a state to go on from."""
-    record = directory / RECORD
+    record = directory / RECORD_FILE
     return read_json(record).get("stopped") if record.exists() else None
 
 
-def _adopt_orphans() -> None:
+def _set_child_subreaper() -> None:
     """Become the parent of whoever loses his below this process, so that `_kill_all` finds him."""
     import ctypes
 

@@ -21,23 +21,31 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from csc_train.config.cluster import ParameterConfig, PrunerConfig, SweepConfig
-from csc_train.config.compose import LaunchRecipe, SweepRecipe, compose, resolved
+from csc_train.config.compose import LaunchRecipe, SweepRecipe, compose, to_container
 from csc_train.errors import InputError
 from csc_train.files import write_text
 from csc_train.launching.executors import (
     FailedTrialError,
-    Figures,
-    LocalPlaces,
+    LocalExecutor,
     LocalTrial,
+    MetricTail,
     NoSuchMetricError,
-    SlurmPlaces,
+    SlurmExecutor,
     SlurmTrial,
-    result,
+    trial_result,
 )
-from csc_train.launching.job import Job, check, describe, freeze, inspect, refuse_misspelt, split_arguments
+from csc_train.launching.job import (
+    Job,
+    check_job,
+    describe_job,
+    refuse_misspelt,
+    run_preflight,
+    split_arguments,
+    write_job,
+)
 from csc_train.launching.preflight.checks import probe_gpus
 from csc_train.launching.sweep_summary import describe_trial, show_summary, write_summary
-from csc_train.runs.directory import RunConfig, as_yaml, flat
+from csc_train.runs.directory import RunConfig, as_yaml, flatten_keys
 
 STUDY, LOCK = "study.log", "lock"
 CONFIGURATION = "sweep.yaml"
@@ -82,7 +90,7 @@ class Sweep:
         config.run = RunConfig(str(self.directory / f"trial-{number}"), "resume")
         common = {field.name: getattr(self.launch, field.name) for field in fields(LaunchRecipe)}
         job = Job(LaunchRecipe(**common), config, new=True)
-        check(job)
+        check_job(job)
         return job
 
 
@@ -91,7 +99,7 @@ def override(key: str, value: Any) -> str:
     return f"{key}={yaml.safe_dump(value).splitlines()[0] if value is None or isinstance(value, bool) else value}"
 
 
-def plan(arguments: list[str]) -> Sweep:
+def plan_trial(arguments: list[str]) -> Sweep:
     """The sweep that the arguments of launch/sweep.py ask for; checked, nothing written.
 
     Raises:
@@ -104,7 +112,7 @@ def plan(arguments: list[str]) -> Sweep:
     refuse_misspelt(others, asked.launch)
     if taken := [text for text in others if text.split("=")[0] in OWN]:
         raise InputError(f"{taken[0]}: a sweep names the directories of its runs; its own is sweep.directory")
-    for point in corners(asked.config):
+    for point in extreme_trials(asked.config):
         try:
             asked.job(0, point)
         except InputError as error:
@@ -112,7 +120,7 @@ def plan(arguments: list[str]) -> Sweep:
     return asked
 
 
-def corners(config: SweepConfig) -> list[dict[str, Any]]:
+def extreme_trials(config: SweepConfig) -> list[dict[str, Any]]:
     """Points in which every extreme and every choice of every parameter occurs; of a list, all of it."""
     if config.kind == "list":
         return config.points
@@ -162,12 +170,12 @@ def open_study(asked: Sweep) -> optuna.Study:
         InputError: the directory holds another sweep, or cannot be written.
     """
     config, file = asked.config, asked.directory / CONFIGURATION
-    judged = {name: resolved(config)[name] for name in ("kind", "space", "points", "metric", "direction")}
-    training = resolved(asked.job(0, corners(config)[0]).config)
+    judged = {name: to_container(config)[name] for name in ("kind", "space", "points", "metric", "direction")}
+    training = to_container(asked.job(0, extreme_trials(config)[0]).config)
     del training["run"]
     what = {"sweep": judged, "training": training}
     if file.exists():
-        began, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(what)
+        began, now = flatten_keys(yaml.safe_load(file.read_text(encoding="utf-8"))), flatten_keys(what)
         # A training's key that one of them does not know is that of other code.
         known = {key for key in {**began, **now} if key.startswith("sweep.") or (key in began and key in now)}
         if keys := sorted(key for key in known if began.get(key) != now.get(key)):
@@ -216,7 +224,7 @@ def only_one(directory: Path) -> Iterator[int]:
 class Trials:
     """The trials of a sweep that are running, from start to result."""
 
-    def __init__(self, asked: Sweep, study: optuna.Study, places: LocalPlaces | SlurmPlaces):
+    def __init__(self, asked: Sweep, study: optuna.Study, places: LocalExecutor | SlurmExecutor):
         """Nothing is started yet.
 
         Args:
@@ -268,12 +276,12 @@ class Trials:
         attributes = dict(trial.user_attrs)
         try:
             job = self.asked.job(trial.number, trial.params)
-            running = _Running(trial, job, Figures(job.directory, self.asked.config.metric), time.monotonic())
+            running = _Running(trial, job, MetricTail(job.directory, self.asked.config.metric), time.monotonic())
             running.reported = self.study.trials[trial.number].last_step or 0
             with contextlib.suppress(FailedTrialError):  # it ended while nobody looked
-                self._tell(running, result(job.directory, self.asked.config.metric))
+                self._tell(running, trial_result(job.directory, self.asked.config.metric))
                 return
-            freeze(job)
+            write_job(job)
             running.process = self.places.start(job, attributes)
         except InputError as error:
             self._fail(trial, str(error))
@@ -300,7 +308,7 @@ class Trials:
         self.places.release(running.process)
         running.keep_time()
         try:
-            value = result(running.job.directory, self.asked.config.metric)
+            value = trial_result(running.job.directory, self.asked.config.metric)
         except FailedTrialError as error:
             if running.pruned:
                 self._say(self.study.tell(trial, state=TrialState.PRUNED))
@@ -346,7 +354,7 @@ class Trials:
 class _Running:
     trial: Trial
     job: Job
-    figures: Figures
+    figures: MetricTail
     began: float
     process: LocalTrial | SlurmTrial | None = None
     pruned: bool = False
@@ -366,7 +374,7 @@ def sweep(arguments: list[str]) -> int:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        asked = plan(arguments)
+        asked = plan_trial(arguments)
         if asked.launch.dry_run:
             print(_description(asked))
             return 0
@@ -380,9 +388,9 @@ def _run(asked: Sweep) -> int:
     topology, config = asked.launch.topology, asked.config
     with only_one(asked.directory) as lock:
         places = (
-            LocalPlaces(topology, config.parallel, lock)
+            LocalExecutor(topology, config.parallel, lock)
             if topology.scheduler == "local"
-            else SlurmPlaces(config.parallel)
+            else SlurmExecutor(config.parallel)
         )
         if not (asked.directory / CONFIGURATION).exists():
             _preflight(asked, places)
@@ -415,10 +423,10 @@ def _signals() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _preflight(asked: Sweep, places: LocalPlaces | SlurmPlaces) -> None:
+def _preflight(asked: Sweep, places: LocalExecutor | SlurmExecutor) -> None:
     """Check the first point on the first place as any job is checked; the others differ in what is varied alone."""
     os.environ.update(places.first)
-    outcome = inspect(asked.job(0, corners(asked.config)[0]))
+    outcome = run_preflight(asked.job(0, extreme_trials(asked.config)[0]))
     if outcome.failed and not asked.launch.preflight.force:
         outcome.show()
         names = ", ".join(each.name for each in outcome.failed)
@@ -428,7 +436,9 @@ def _preflight(asked: Sweep, places: LocalPlaces | SlurmPlaces) -> None:
 def _description(asked: Sweep) -> str:
     """All that a sweep would do, as text: its trials where they are known ahead, and the job of the first."""
     config = asked.config
-    parts = [f"sweep: {asked.directory}, {config.size} trials", "", as_yaml(resolved(config))]
+    parts = [f"sweep: {asked.directory}, {config.size} trials", "", as_yaml(to_container(config))]
     if config.kind != "optuna":
         parts += [describe_trial(config, number, point) for number, point in enumerate(config.grid()[: config.size])]
-    return "\n".join([*parts, "", "the first trial, or one like it:", describe(asked.job(0, corners(config)[0]))])
+    return "\n".join(
+        [*parts, "", "the first trial, or one like it:", describe_job(asked.job(0, extreme_trials(config)[0]))]
+    )

@@ -14,15 +14,15 @@ from typing import Any
 import openai
 
 from csc_train.errors import InputError
-from csc_train.llm.config import RUNGS, LLMConfig
-from csc_train.llm.limits import Limits
+from csc_train.llm.config import JSON_MODES, LLMConfig
+from csc_train.llm.limits import RequestLimits
 
-KINDS = (
+ERROR_KINDS = (
     "connection", "timeout", "rate_limit", "server_error", "bad_request", "authentication", "garbage", "refused",
 )  # fmt: skip
 """Classes of failure. garbage: an answer that is not of the form that was asked for. refused: the model, or a filter
 before it, declines."""
-AGAIN = ("connection", "timeout", "rate_limit", "server_error", "garbage")
+RETRYABLE = ("connection", "timeout", "rate_limit", "server_error", "garbage")
 """Failures that the same request may not meet again."""
 FIRST_WAIT_S = 0.5
 """Before a request is sent a second time, where the server names no time; each further wait is twice as long."""
@@ -37,7 +37,7 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Attempt:
+class RequestAttempt:
     """One request as it was sent, and what came of it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Attempt:
     latency_s: float
 
 
-Observer = Callable[[Attempt], None]
+Observer = Callable[[RequestAttempt], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class LLMFailure(Exception):
     """A call that came to nothing within its budget.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `ERROR_KINDS`.
         message: one line; the key does not appear in it.
         attempts, prompt_tokens, completion_tokens: of all requests that were made for it.
     """
@@ -121,12 +121,12 @@ class _Refusal(Exception):
     @property
     def hopeless(self) -> bool:
         """Whether the same request would fail again."""
-        return self.kind not in AGAIN or (self.wait_s or 0) > LONGEST_RETRY_AFTER_S
+        return self.kind not in RETRYABLE or (self.wait_s or 0) > LONGEST_RETRY_AFTER_S
 
 
 @dataclass
-class Ladder:
-    """How JSON is asked of a server: the way that works, once `proven` (see `structured.ask`)."""
+class FallbackChain:
+    """How JSON is asked of a server: the way that works, once `proven` (see `structured.ask_structured`)."""
 
     rung: str
     proven: bool = False
@@ -148,9 +148,9 @@ class Client:
         if config.backend != "openai":
             raise InputError(f"llm.backend={config.backend}: this needs a model on a server")
         self.config = config
-        self.limits = Limits(config)
+        self.limits = RequestLimits(config)
         auto = config.structured == "auto"
-        self.ladder = Ladder(RUNGS[0] if auto else config.structured, proven=not auto)
+        self.ladder = FallbackChain(JSON_MODES[0] if auto else config.structured, proven=not auto)
         # Not left out where there is none: the library would send OPENAI_API_KEY to whatever server this is.
         self._key = api_key(config) or "none"
         # None of the library's retries: they are silent, so attempts could neither be counted nor lower the
@@ -255,7 +255,7 @@ class Client:
             spent = [before + now for before, now in zip(spent, tokens, strict=True)]
             if observe is not None:
                 kind, message = (refusal.kind, refusal.message) if refusal else (None, "")
-                observe(Attempt(body, number, kind, message, answer["text"], *tokens, latency))
+                observe(RequestAttempt(body, number, kind, message, answer["text"], *tokens, latency))
             if refusal is None:
                 return Completion(**answer, latency_s=latency, attempts=number)
             if refusal.kind == "authentication":

@@ -9,8 +9,8 @@ from omegaconf import MISSING
 from csc_train.errors import InputError, check_choice, check_range
 
 BACKENDS = ("openai", "scripted")
-RUNGS = ("json_schema", "json_object", "text")
-"""Ways to ask for JSON, the strictest first (see `structured.ask`)."""
+JSON_MODES = ("json_schema", "json_object", "text")
+"""Ways to ask for JSON, the strictest first (see `structured.ask_structured`)."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class LLMConfig:
                 raise InputError(f"llm.base_url={self.base_url}: give an address such as http://localhost:8000/v1")
             if address.username or address.password:
                 raise InputError("llm.base_url: holds a user or password, and is recorded; use llm.api_key_env")
-        check_choice("llm.structured", self.structured, ("auto", *RUNGS))
+        check_choice("llm.structured", self.structured, ("auto", *JSON_MODES))
         check_range("llm.timeout_s", self.timeout_s, 0.01)
         check_range("llm.retries", self.retries, 0)
         check_range("llm.concurrency", self.concurrency, 1)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from csc_train.llm.config import LLMConfig
 
 
-class Rate:
+class RateLimiter:
     """So many units a minute, spread evenly: there is no burst after a pause.
 
     A request goes when those before it have been paid for, whatever it costs itself, so one that is larger than a
@@ -31,7 +31,7 @@ class Rate:
         self._paid_at += difference * self._seconds
 
 
-class Limits:
+class RequestLimits:
     """The limits of one server, shared by all requests to it.
 
     Requests under way are bounded by `concurrency`. A rate limit of the server halves the bound, once for all requests
@@ -44,8 +44,8 @@ class Limits:
     def __init__(self, config: LLMConfig):
         self._most = config.concurrency
         self.concurrency = float(config.concurrency)
-        self._requests = Rate(config.requests_per_minute) if config.requests_per_minute else None
-        self._tokens = Rate(config.tokens_per_minute) if config.tokens_per_minute else None
+        self._requests = RateLimiter(config.requests_per_minute) if config.requests_per_minute else None
+        self._tokens = RateLimiter(config.tokens_per_minute) if config.tokens_per_minute else None
         self._permits = config.concurrency
         self._free = asyncio.Semaphore(config.concurrency)
         self._round = 0

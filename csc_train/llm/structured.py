@@ -13,18 +13,18 @@ from typing import Any, Generic, TypeVar
 import openai
 import pydantic
 
-from csc_train.llm.client import Attempt, Client, Completion, LLMFailure, Message, Observer
-from csc_train.llm.config import RUNGS
+from csc_train.llm.client import Client, Completion, LLMFailure, Message, Observer, RequestAttempt
+from csc_train.llm.config import JSON_MODES
 
 REPAIRS = 2
 """How often the model is shown what is wrong with its answer, before one fresh sample."""
 _DECODER = json.JSONDecoder(strict=False)
 
-Form = TypeVar("Form", bound=pydantic.BaseModel)
+AnswerSchema = TypeVar("Form", bound=pydantic.BaseModel)
 
 
 @dataclass(frozen=True)
-class Answer(Generic[Form]):
+class StructuredAnswer(Generic[AnswerSchema]):
     """A checked answer.
 
     Attributes:
@@ -34,7 +34,7 @@ class Answer(Generic[Form]):
         model: what the server says answered.
     """
 
-    value: Form
+    value: AnswerSchema
     text: str
     attempts: int
     prompt_tokens: int
@@ -43,16 +43,16 @@ class Answer(Generic[Form]):
     model: str
 
 
-async def ask(
+async def ask_structured(
     client: Client,
     messages: Sequence[Message],
-    form: type[Form],
+    form: type[AnswerSchema],
     *,
     seed: int | None = None,
     temperature: float | None = None,
     max_tokens: int | None = None,
     observe: Observer | None = None,
-) -> Answer[Form]:
+) -> StructuredAnswer[AnswerSchema]:
     """Ask for an answer of the form `form`.
 
     The first calls of a client find out how the server lets itself be asked: with a JSON schema, else for a JSON
@@ -68,9 +68,9 @@ async def ask(
         LLMFailure: of kind `garbage` where no answer was of the form, or another one of `Client.chat`; counts the
             requests and tokens of all answers.
     """
-    made: list[Attempt] = []
+    made: list[RequestAttempt] = []
 
-    def note(attempt: Attempt) -> None:
+    def note(attempt: RequestAttempt) -> None:
         made.append(attempt)
         if observe is not None:
             observe(attempt)
@@ -84,7 +84,7 @@ async def ask(
             repair = len(chat) > len(messages)
             completion = await _request(client, chat, form, repair, seed if seed is None else seed + fresh, settings)
             try:
-                value = read(completion.text, form)
+                value = parse_answer(completion.text, form)
             except ValueError as error:
                 problem = str(error) if completion.finish_reason != "length" else "It was cut off for its length."
                 complaint = f"That answer cannot be used. {problem}"
@@ -92,14 +92,14 @@ async def ask(
                 continue
             client.ladder.proven = True
             latency = sum(each.latency_s for each in made)
-            return Answer(value, completion.text, **_totals(made), latency_s=latency, model=completion.model)
+            return StructuredAnswer(value, completion.text, **_totals(made), latency_s=latency, model=completion.model)
         raise LLMFailure("garbage", f"no answer of the form {form.__name__}: {problem}")
     except LLMFailure as failure:
         vars(failure).update(_totals(made))
         raise
 
 
-def read(text: str, form: type[Form]) -> Form:
+def parse_answer(text: str, form: type[AnswerSchema]) -> AnswerSchema:
     """The last JSON object in a text that is of the form.
 
     Raises:
@@ -134,29 +134,34 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 async def _request(
-    client: Client, chat: list[Message], form: type[Form], repair: bool, seed: int | None, settings: dict[str, Any]
+    client: Client,
+    chat: list[Message],
+    form: type[AnswerSchema],
+    repair: bool,
+    seed: int | None,
+    settings: dict[str, Any],
 ) -> Completion:
     """One answer, asked for in the strictest way that the server accepts; a repair spells the form out in any case."""
     ladder = client.ladder
-    for rung in RUNGS[RUNGS.index(ladder.rung) :]:
+    for rung in JSON_MODES[JSON_MODES.index(ladder.rung) :]:
         asked = chat if rung == "json_schema" and not repair else [*chat[:-1], _with_schema(chat[-1], form)]
         try:
             completion = await client.chat(asked, seed=seed, response_format=response_format(rung, form), **settings)
         except LLMFailure as failure:
             # Once a way has worked, what the server refuses is something else than the way.
-            if failure.kind != "bad_request" or ladder.proven or rung == RUNGS[-1]:
+            if failure.kind != "bad_request" or ladder.proven or rung == JSON_MODES[-1]:
                 raise
             continue
         if not ladder.proven:
             # Some servers accept a format and do not look at it; words say at least what is wanted.
             ignored = completion.finish_reason != "length" and not any(_objects(completion.text))
-            ladder.rung = RUNGS[-1] if ignored else rung
+            ladder.rung = JSON_MODES[-1] if ignored else rung
         return completion
     raise AssertionError("the last rung returns or raises")
 
 
-def response_format(rung: str, form: type[Form]) -> dict[str, Any] | None:
-    """What a request says about the form of its answer, for a way of asking (one of `RUNGS`)."""
+def response_format(rung: str, form: type[AnswerSchema]) -> dict[str, Any] | None:
+    """What a request says about the form of its answer, for a way of asking (one of `JSON_MODES`)."""
     if rung == "text":
         return None
     if rung == "json_object":
@@ -164,17 +169,17 @@ def response_format(rung: str, form: type[Form]) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": {"name": form.__name__, "strict": True, "schema": _schema(form)}}
 
 
-def _schema(form: type[Form]) -> dict[str, Any]:
+def _schema(form: type[AnswerSchema]) -> dict[str, Any]:
     """The JSON schema in the dialect of strict servers: every property required, no others allowed."""
     return openai.pydantic_function_tool(form)["function"]["parameters"]
 
 
-def _with_schema(message: Message, form: type[Form]) -> Message:
+def _with_schema(message: Message, form: type[AnswerSchema]) -> Message:
     schema = json.dumps(_schema(form), ensure_ascii=False)
     return message | {"content": f"{message['content']}\n\nAnswer with one JSON object of this JSON schema:\n{schema}"}
 
 
-def _totals(attempts: list[Attempt]) -> dict[str, int]:
+def _totals(attempts: list[RequestAttempt]) -> dict[str, int]:
     return {
         "attempts": len(attempts),
         "prompt_tokens": sum(each.prompt_tokens for each in attempts),

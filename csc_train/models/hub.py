@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def readable(path: str, what: str) -> Iterator[None]:
+def hub_errors(path: str, what: str) -> Iterator[None]:
     """Turn the failures of reading `what` ("model", "tokenizer") at `path` into an InputError of one line."""
     local = Path(path)
-    if looks_local(path) and not local.is_dir():
+    if is_local_path(path) and not local.is_dir():
         raise InputError(f"{path}: no such model directory")
     try:
         yield
@@ -44,35 +44,35 @@ def readable(path: str, what: str) -> Iterator[None]:
         raise InputError(f"{path}: cannot load the {what}: {why}; give a local directory, or download it") from error
 
 
-def causal_model(path: str, **options: Any) -> "PreTrainedModel":
+def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
     """The causal model at a path or hub id; `options` are those of `from_pretrained`.
 
     Raises:
-        InputError: it cannot be read (see `readable`), or lacks weights, which transformers would draw at random.
+        InputError: it cannot be read (see `hub_errors`), or lacks weights, which transformers would draw at random.
     """
     from transformers import AutoModelForCausalLM  # takes seconds
 
-    with readable(path, "model"):
+    with hub_errors(path, "model"):
         model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{path}: lacks {len(missing)} of the model's tensors, the first is {missing[0]}")
     return model
 
 
-def looks_local(path: str) -> bool:
+def is_local_path(path: str) -> bool:
     """Whether `path` can only be meant as a directory: it exists, or no hub id is written like it."""
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
 @functools.cache
-def local_copy(path: str, what: str) -> Path:
+def snapshot(path: str, what: str) -> Path:
     """The directory of a model's files: `path` itself, or the cache that the hub's are downloaded to.
 
     Raises:
         InputError: there is no such directory, or the hub does not give the model; `what` is what the error calls it.
     """
-    with readable(path, what):
-        if looks_local(path):
+    with hub_errors(path, what):
+        if is_local_path(path):
             return Path(path)
         found = Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
         if not any(found.glob("*.safetensors")):

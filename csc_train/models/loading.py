@@ -18,12 +18,12 @@ from transformers import set_seed as set_all_seeds
 
 from csc_train.errors import InputError
 from csc_train.models.attention.flex import FLEX_ATTENTION, flex_document_attention
-from csc_train.models.attention.varlen import ATTENTION as DOCUMENT_ATTENTION
-from csc_train.models.attention.varlen import document_attention
-from csc_train.models.hub import causal_model, readable
+from csc_train.models.attention.varlen import VARLEN_ATTENTION as DOCUMENT_ATTENTION
+from csc_train.models.attention.varlen import varlen_attention
+from csc_train.models.hub import hub_errors, load_causal_lm
 from csc_train.training.config import AdapterConfig, ArchitectureConfig, ModelConfig
 
-AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
+AttentionInterface.register(DOCUMENT_ATTENTION, varlen_attention)
 AttentionInterface.register(FLEX_ATTENTION, flex_document_attention)
 
 
@@ -38,7 +38,7 @@ def load_model(
     """The model that `config` names, in `dtype`; random weights depend on `seed` alone.
 
     Args:
-        attention: the attention implementation (see `choose_attention`).
+        attention: the attention implementation (see `select_attention`).
         in_4_bits: hold the weights of linear layers in 4 bits (NF4, their scales quantized as well) and compute in
             `dtype`, as in Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023).
 
@@ -52,9 +52,9 @@ def load_model(
         )
     if config.init == "random":
         set_all_seeds(seed)
-        model = AutoModelForCausalLM.from_config(model_config(config.architecture, tokenizer), **options)
+        model = AutoModelForCausalLM.from_config(build_model_config(config.architecture, tokenizer), **options)
     else:
-        model = causal_model(config.path, revision=config.revision, **options)
+        model = load_causal_lm(config.path, revision=config.revision, **options)
     if in_4_bits:
         _compute_as_trained(model)
     rows = model.get_input_embeddings().num_embeddings
@@ -75,18 +75,18 @@ def _compute_as_trained(model: PreTrainedModel) -> None:
             module.register_forward_pre_hook(stay)
 
 
-def check_reachable(config: ModelConfig) -> None:
+def check_base_available(config: ModelConfig) -> None:
     """Refuse a gated, misspelt or missing model by its smallest file, before any work is done for it.
 
     Raises:
-        InputError: its configuration cannot be read (see `hub.readable`).
+        InputError: its configuration cannot be read (see `hub.hub_errors`).
     """
     if config.init == "pretrained":
-        with readable(config.path, "model"):
+        with hub_errors(config.path, "model"):
             AutoConfig.from_pretrained(config.path, revision=config.revision)
 
 
-def model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
+def build_model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
     """The transformers configuration of an architecture; the tokenizer gives the vocabulary size where it is open."""
     dimensions = {name: value for name, value in asdict(architecture).items() if value is not None}
     dimensions["rope_parameters"] = dimensions.pop("rope")
@@ -100,7 +100,7 @@ def model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenize
     return AutoConfig.for_model(dimensions.pop("model_type"), **dimensions)
 
 
-def choose_attention(name: str, packing: str, precision: str = "auto") -> str:
+def select_attention(name: str, packing: str, precision: str = "auto") -> str:
     """The attention that `name` stands for on this machine under a `PackingConfig.strategy`.
 
     `auto`: with packs our own attention, document by document on a CPU, and on a GPU by flash-attention where that is

@@ -6,13 +6,13 @@ import numpy
 
 from csc_train.packing.best_fit import best_fit_decreasing
 
-SUBSETS = (2, 3, 4)
+MAX_SUBSETS = (2, 3, 4)
 """How many items may end a pack; each is tried, since which serves best depends on the lengths."""
-ATTEMPTS = 32
+MAX_ATTEMPTS = 32
 """Items tried as the longest of three or more before their sum is given up."""
 
 
-def tight_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def subset_sum_packing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put items into packs of at most `capacity`, in as few packs as a quick search finds.
 
     Best-fit decreasing lets a room wait for the item that happens to come: long items meet long ones, and the short
@@ -45,13 +45,13 @@ def tight_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     packs = best_fit_decreasing(lengths, capacity)
     fewest = -(-sum(map(int, lengths)) // capacity)
     for shuffled in (False, True):
-        for most in SUBSETS:
+        for most in MAX_SUBSETS:
             if shuffled or len(packs) > fewest:
-                packs = min(_Stock(lengths, capacity, most, shuffled).packs(), packs, key=len)
+                packs = min(_ItemPool(lengths, capacity, most, shuffled).packs(), packs, key=len)
     return packs
 
 
-class _Stock:
+class _ItemPool:
     """The items not yet packed, by length. In a bit set of lengths, bit n stands for length n."""
 
     def __init__(self, lengths: Sequence[int], capacity: int, most: int, shuffled: bool):
@@ -111,7 +111,7 @@ class _Stock:
             return [first, total - first]
         shortest = (self.present & -self.present).bit_length() - 1
         first = total - (count - 1) * shortest
-        for _ in range(ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             first = _highest(self.present, first)
             if first * count < total:
                 return None

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from csc_train.models.attention.flex import BLOCK, flex_documents
-from csc_train.models.attention.varlen import Documents, dense_mask, row_documents
+from csc_train.models.attention.varlen import VarlenMetadata, build_varlen_metadata, document_mask
 from csc_train.packing.global_batches import pack_cost
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a token that is not trained."""
 
 SHARING = ("documents", "flex", "mask")
@@ -30,7 +30,7 @@ class PackCollator:
       model runs with `use_cache=False` (TRL's trainer does), transformers 5 derives the block mask. What pads a row is
       a document of its own.
     - `joined`: as `rows`, but all packs in one row, as flash-attention's variable-length kernel wants it.
-    - `documents`: all packs in one row, with the `Documents` that our own attention needs. Takes shared prefixes.
+    - `documents`: all packs in one row, with the `VarlenMetadata` that our own attention needs. Takes shared prefixes.
     - `flex`: the same with `FlexDocuments`; what pads the row to whole blocks is a document of its own.
     - `mask`: all packs in one row, with a dense four-dimensional mask. Takes shared prefixes; the plain path, whose
       cost grows with the square of the row.
@@ -57,7 +57,7 @@ class PackCollator:
 
         Returns:
             `input_ids` and `labels`, int64 [rows, length], `weights`, float32 [rows, length], and what the layout adds
-            of `position_ids` (int64 [rows, length]), `attention_mask` and `documents` (the fields of `Documents` or
+            of `position_ids` (int64 [rows, length]), `attention_mask` and `documents` (the fields of `VarlenMetadata` or
             `FlexDocuments`). Where measured, also `cells`, uint8 [rows, length], and `work`: how many tokens there are
             without padding, and how many pairs of tokens, as `pack_cost` counts them.
 
@@ -77,10 +77,10 @@ class PackCollator:
                 lengths.append([BLOCK - longest % BLOCK])
                 prefixes.append(0)
                 longest += lengths[-1][0]
-            documents, rows[0]["position_ids"] = row_documents(lengths, prefixes)
+            documents, rows[0]["position_ids"] = build_varlen_metadata(lengths, prefixes)
             extra = self._describe(documents)
         batch = {name: torch.stack([self._pad(name, row[name], longest) for row in rows]) for name in rows[0]}
-        if (batch["labels"] == IGNORED).all() and not all("empty" in pack for pack in packs):
+        if (batch["labels"] == IGNORE_INDEX).all() and not all("empty" in pack for pack in packs):
             raise ValueError("a batch has no trained token")
         if self.measured:
             extra["work"] = tuple(
@@ -97,7 +97,7 @@ class PackCollator:
             raise ValueError("the first token of a document has a loss weight")
         if pack["prefix"] and self.layout not in SHARING:
             raise ValueError(f"layout {self.layout} cannot share a prefix")
-        row = {"input_ids": input_ids, "labels": input_ids.masked_fill(weights == 0, IGNORED), "weights": weights}
+        row = {"input_ids": input_ids, "labels": input_ids.masked_fill(weights == 0, IGNORE_INDEX), "weights": weights}
         if self.measured:
             row["cells"] = torch.as_tensor(pack["cells"])
         if self.layout == "padded":
@@ -106,13 +106,13 @@ class PackCollator:
             row["position_ids"] = torch.arange(len(input_ids)) - starts.repeat_interleave(lengths)
         return row
 
-    def _describe(self, documents: Documents) -> dict[str, Any]:
+    def _describe(self, documents: VarlenMetadata) -> dict[str, Any]:
         # Plain dictionaries, which the trainer can move to a device.
         if self.layout == "documents":
             return {"documents": documents._asdict()}
         if self.layout == "flex":
             return {"documents": flex_documents(documents)._asdict()}
-        mask = dense_mask(documents)
+        mask = document_mask(documents)
         if self.additive:
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         return {"attention_mask": mask}
@@ -122,6 +122,8 @@ class PackCollator:
         if name == "position_ids":
             padding = torch.arange(missing)
         else:
-            fill = {"input_ids": self.pad_id, "labels": IGNORED, "weights": 0, "cells": 0, "attention_mask": 0}[name]
+            fill = {"input_ids": self.pad_id, "labels": IGNORE_INDEX, "weights": 0, "cells": 0, "attention_mask": 0}[
+                name
+            ]
             padding = torch.full((missing,), fill, dtype=values.dtype)
         return torch.cat([values, padding])

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from csc_train.errors import InputError, check_choice, check_range
 
-STRATEGIES = ("shared_prefix", "best_fit", "off")
-LENGTH_POLICIES = ("drop", "trim", "raise")
+PACKING_STRATEGIES = ("shared_prefix", "best_fit", "off")
+OVERFLOW_POLICIES = ("drop", "trim", "raise")
 WEIGHTINGS = ("tokens", "turns", "inverse_frequency", "table")
 
 
@@ -23,8 +23,8 @@ class PackingConfig:
     stops (raise)."""
 
     def __post_init__(self):
-        check_choice("packing.strategy", self.strategy, STRATEGIES)
-        check_choice("packing.too_long", self.too_long, LENGTH_POLICIES)
+        check_choice("packing.strategy", self.strategy, PACKING_STRATEGIES)
+        check_choice("packing.too_long", self.too_long, OVERFLOW_POLICIES)
         check_range("packing.max_length", self.max_length, 1)
 
 

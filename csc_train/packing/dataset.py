@@ -9,13 +9,13 @@ import torch
 
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.packing.bin_packing import tight_fit
+from csc_train.packing.bin_packing import subset_sum_packing
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.packing.global_batches import Part
+from csc_train.packing.global_batches import PackSlice
 from csc_train.packing.loss_weights import LossWeights, count_turns
-from csc_train.packing.token_groups import cells_of
-from csc_train.packing.truncation import leading_turns_to_cut, without_leading_turns
-from csc_train.template.dialogue_template import Example
+from csc_train.packing.token_groups import token_group_ids
+from csc_train.packing.truncation import drop_leading_turns, num_turns_to_truncate
+from csc_train.template.dialogue_template import TokenizedDialogue
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class PackingReport:
         )
 
 
-class Member(NamedTuple):
+class PackedItem(NamedTuple):
     """A dialogue of a pack: the number of its example, and its first turn that is kept."""
 
     example: int
     first_turn: int
 
 
-class Packs(torch.utils.data.Dataset):
+class PackedDataset(torch.utils.data.Dataset):
     """Packs of encoded dialogues, put together when they are asked for.
 
     Attributes:
@@ -65,7 +65,11 @@ class Packs(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, examples: Sequence[Example], members: list[list[Member]], prefixes: list[int], weigh: LossWeights
+        self,
+        examples: Sequence[TokenizedDialogue],
+        members: list[list[PackedItem]],
+        prefixes: list[int],
+        weigh: LossWeights,
     ):
         self.examples, self.members, self.prefixes, self.weigh = examples, members, prefixes, weigh
         self.lengths = []
@@ -76,7 +80,7 @@ class Packs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.members)
 
-    def __getitem__(self, part: Part | int | None) -> dict[str, Any]:
+    def __getitem__(self, part: PackSlice | int | None) -> dict[str, Any]:
         """A pack, the documents of it that `part` names, or, for None, a row of one token that is not trained.
 
         Returns:
@@ -93,14 +97,15 @@ class Packs(torch.utils.data.Dataset):
                 "prefix": 0,
                 "empty": True,
             }
-        if not isinstance(part, Part):
-            part = Part(range(len(self))[part], 0, len(self.members[part]))
+        if not isinstance(part, PackSlice):
+            part = PackSlice(range(len(self))[part], 0, len(self.members[part]))
         prefix, members = self.prefixes[part.pack], self.members[part.pack][part.first : part.last]
-        examples = [without_leading_turns(self.examples[number], first) for number, first in members]
+        examples = [drop_leading_turns(self.examples[number], first) for number, first in members]
         ids = [example.input_ids[prefix:] for example in examples]
         weights = [self.weigh(example)[prefix:] for example in examples]
         cells = [
-            cells_of(example, member.first_turn)[prefix:] for example, member in zip(examples, members, strict=True)
+            token_group_ids(example, member.first_turn)[prefix:]
+            for example, member in zip(examples, members, strict=True)
         ]
         if prefix:
             ids.insert(0, examples[0].input_ids[:prefix])
@@ -116,9 +121,9 @@ class Packs(torch.utils.data.Dataset):
         }
 
 
-def pack_examples(
-    examples: Sequence[Example], config: PackingConfig, loss: LossConfig | LossWeights | None = None
-) -> tuple[Packs, PackingReport]:
+def pack_dialogues(
+    examples: Sequence[TokenizedDialogue], config: PackingConfig, loss: LossConfig | LossWeights | None = None
+) -> tuple[PackedDataset, PackingReport]:
     """Fit examples to `config.max_length`, weight their tokens by `loss` (all the same by default) and pack them.
 
     Args:
@@ -130,21 +135,21 @@ def pack_examples(
         train counts as dropped.
 
     Raises:
-        InputError: as `leading_turns_to_cut`; or nothing is left to train on.
+        InputError: as `num_turns_to_truncate`; or nothing is left to train on.
     """
-    cuts = [leading_turns_to_cut(example, config, number) for number, example in enumerate(examples, start=1)]
-    members = [Member(number, first) for number, first in enumerate(cuts) if first is not None]
+    cuts = [num_turns_to_truncate(example, config, number) for number, example in enumerate(examples, start=1)]
+    members = [PackedItem(number, first) for number, first in enumerate(cuts) if first is not None]
     if not members:
         raise InputError(f"none of the {len(cuts)} dialogues fits packing.max_length={config.max_length}")
-    kept = (without_leading_turns(examples[number], first) for number, first in members)
+    kept = (drop_leading_turns(examples[number], first) for number, first in members)
     turns = sum((count_turns(example) for example in kept), start=numpy.zeros(len(STRATEGIES) + 1, numpy.int64))
     weigh = loss if isinstance(loss, LossWeights) else LossWeights(loss or LossConfig(), turns)
 
-    groups: dict[bytes, list[Member]] = {}
+    groups: dict[bytes, list[PackedItem]] = {}
     tokens = trained_tokens = 0
     weight = numpy.zeros(len(STRATEGIES) + 1)
     for member in members:
-        example = without_leading_turns(examples[member.example], member.first_turn)
+        example = drop_leading_turns(examples[member.example], member.first_turn)
         weights = weigh(example)
         if not weights.any():
             continue
@@ -163,7 +168,7 @@ def pack_examples(
         made = _pack([_length(examples[number], first) - shared for number, first in group], shared, config)
         packs += [[group[index] for index in pack] for pack in made]
         prefixes += [shared] * len(made)
-    result = Packs(examples, packs, prefixes, weigh)
+    result = PackedDataset(examples, packs, prefixes, weigh)
     packed_tokens = sum(map(sum, result.lengths))
     left = sum(map(len, packs))
     return result, PackingReport(
@@ -183,9 +188,9 @@ def _pack(bodies: Sequence[int], shared: int, config: PackingConfig) -> list[lis
     """The packs of one group, as indices of its members."""
     if config.strategy == "off":
         return [[index] for index in range(len(bodies))]
-    return tight_fit(bodies, config.max_length - shared)
+    return subset_sum_packing(bodies, config.max_length - shared)
 
 
-def _length(example: Example, first_turn: int) -> int:
+def _length(example: TokenizedDialogue, first_turn: int) -> int:
     """Tokens of an example without its turns before `first_turn`."""
     return int(example.boundaries[0] + example.boundaries[-1] - example.boundaries[first_turn])

@@ -1,8 +1,8 @@
 """Which packs make each optimizer step, and which process takes which part of a step.
 
 Two decisions that do not touch. What a step holds follows from the packs' costs, the packs per step, the seed and the
-epoch, and from nothing else (`epoch_steps`). How many processes there are and how many packs one forward pass takes
-only distribute it (`distribute`). A loss that is summed over the trained tokens of a step and divided by their number
+epoch, and from nothing else (`global_batches`). How many processes there are and how many packs one forward pass takes
+only distribute it (`assign_to_ranks`). A loss that is summed over the trained tokens of a step and divided by their number
 is therefore the same however the step is distributed.
 
 A step takes as long as its slowest process, so packs that cost the same should meet in a step. But packs that cost the
@@ -43,7 +43,7 @@ class PackCost:
 
 
 @dataclass(frozen=True)
-class Part:
+class PackSlice:
     """Documents `first` to `last` (exclusive) of a pack, not counting a shared prefix: mostly all of them."""
 
     pack: int
@@ -80,7 +80,7 @@ def pack_cost(lengths: Sequence[int], prefix: int, linear: float, attention: flo
     )
 
 
-def epoch_steps(packs: Sequence[PackCost], packs_per_step: int, seed: int, epoch: int) -> list[list[int]]:
+def global_batches(packs: Sequence[PackCost], packs_per_step: int, seed: int, epoch: int) -> list[list[int]]:
     """The packs of each optimizer step of an epoch, in an order of its own for each seed and epoch.
 
     Each `WINDOW` packs of a random order are sorted by cost, where packs that cost about the median count as equal and
@@ -96,14 +96,16 @@ def epoch_steps(packs: Sequence[PackCost], packs_per_step: int, seed: int, epoch
     """
     cost = numpy.array([pack.total for pack in packs])
     for tolerance in TOLERANCES:
-        groups, rest = _groups(cost, tolerance, numpy.random.default_rng([seed, epoch]))
+        groups, rest = _cost_buckets(cost, tolerance, numpy.random.default_rng([seed, epoch]))
         if not len(groups) or (cost[groups].max(axis=1) / cost[groups].mean(axis=1)).mean() <= BALANCED:
             break
     order = [*groups.ravel().tolist(), *rest.tolist()]
     return [order[start : start + packs_per_step] for start in range(0, len(order), packs_per_step)]
 
 
-def _groups(cost: numpy.ndarray, tolerance: float, rng: numpy.random.Generator) -> tuple[numpy.ndarray, numpy.ndarray]:
+def _cost_buckets(
+    cost: numpy.ndarray, tolerance: float, rng: numpy.random.Generator
+) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Packs by group [groups, GROUP], and random ones that fill no group."""
     median = numpy.median(cost)
     key = numpy.where(abs(cost - median) <= tolerance * median, median, cost)
@@ -113,14 +115,14 @@ def _groups(cost: numpy.ndarray, tolerance: float, rng: numpy.random.Generator) 
     return numpy.concatenate([order[:0].reshape(-1, GROUP), *map(rng.permutation, windows)]), rest
 
 
-def micro_batches(packs: int, processes: int, micro_batch_size: int) -> int:
+def num_micro_batches(packs: int, processes: int, micro_batch_size: int) -> int:
     """Forward passes that each process makes in a step of `packs` packs."""
     return -(-packs // (processes * micro_batch_size))
 
 
-def distribute(
+def assign_to_ranks(
     step: Sequence[int], packs: Sequence[PackCost], processes: int, micro_batch_size: int, *, joined: bool
-) -> list[list[list[Part]]]:
+) -> list[list[list[PackSlice]]]:
     """Deal the packs of a step out to processes, so that all do about the same work in as many forward passes.
 
     Where the packs can be divided evenly, they go, costliest first, to the process that has the least to do. Elsewhere
@@ -137,54 +139,54 @@ def distribute(
             are no longer than a pack of the step.
 
     Returns:
-        By process, by forward pass, the parts: `micro_batches(...)` passes on each process.
+        By process, by forward pass, the parts: `num_micro_batches(...)` passes on each process.
     """
-    passes = micro_batches(len(step), processes, micro_batch_size)
+    passes = num_micro_batches(len(step), processes, micro_batch_size)
     if len(step) % processes:
-        shares = _cut(step, packs, processes, passes * micro_batch_size, joined)
+        shares = _split_across_ranks(step, packs, processes, passes * micro_batch_size, joined)
     else:
-        shares = _deal(step, packs, processes)
+        shares = _greedy_assign(step, packs, processes)
     return [[[part for place in share[start::passes] for part in place] for start in range(passes)] for share in shares]
 
 
-def _deal(step: Sequence[int], packs: Sequence[PackCost], processes: int) -> list[list[list[Part]]]:
+def _greedy_assign(step: Sequence[int], packs: Sequence[PackCost], processes: int) -> list[list[list[PackSlice]]]:
     """By process, its places, each with a whole pack; the costliest first."""
     load = [0.0] * processes
-    shares: list[list[list[Part]]] = [[] for _ in range(processes)]
+    shares: list[list[list[PackSlice]]] = [[] for _ in range(processes)]
     for pack in sorted(step, key=lambda pack: -packs[pack].total):
         open_to = [rank for rank in range(processes) if len(shares[rank]) < len(step) // processes]
         rank = min(open_to, key=lambda rank: load[rank])
         load[rank] += packs[pack].total
-        shares[rank].append([Part(pack, 0, len(packs[pack].tokens))])
+        shares[rank].append([PackSlice(pack, 0, len(packs[pack].tokens))])
     return shares
 
 
-def _cut(
+def _split_across_ranks(
     step: Sequence[int], packs: Sequence[PackCost], processes: int, places: int, joined: bool
-) -> list[list[list[Part]]]:
+) -> list[list[list[PackSlice]]]:
     """By process, its places: the stretches of the lowest limit on their cost that takes in all documents."""
-    documents = [Part(pack, number, number + 1) for pack in step for number in range(len(packs[pack].tokens))]
-    longest = max(Part(pack, 0, len(packs[pack].tokens)).tokens(packs) for pack in step)
+    documents = [PackSlice(pack, number, number + 1) for pack in step for number in range(len(packs[pack].tokens))]
+    longest = max(PackSlice(pack, 0, len(packs[pack].tokens)).tokens(packs) for pack in step)
 
-    def placed(parts: list[Part]) -> list[list[Part]]:
+    def placed(parts: list[PackSlice]) -> list[list[PackSlice]]:
         ends = [parts[0], parts[-1]] if len(parts) > places else []
         return [ends, *([part] for part in parts[1:-1])] if ends else [[part] for part in parts]
 
-    def fits(parts: list[Part]) -> bool:
+    def fits(parts: list[PackSlice]) -> bool:
         shared = placed(parts)
         return len(shared) <= places and (
             len(shared) == len(parts) or (joined and sum(part.tokens(packs) for part in shared[0]) <= longest)
         )
 
-    def stretches(limit: float) -> list[list[Part]] | None:
+    def stretches(limit: float) -> list[list[PackSlice]] | None:
         found, done = [], 0
         for others in reversed(range(processes)):
-            parts: list[Part] = []
+            parts: list[PackSlice] = []
             load = 0.0
             while len(documents) - done > (others if parts else 0):
                 new = documents[done]
                 if parts and parts[-1].pack == new.pack:
-                    more = [*parts[:-1], Part(new.pack, parts[-1].first, new.last)]
+                    more = [*parts[:-1], PackSlice(new.pack, parts[-1].first, new.last)]
                     load += packs[new.pack].flops[new.first]
                 else:
                     more = [*parts, new]

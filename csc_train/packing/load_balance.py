@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy
 
-from csc_train.packing.global_batches import PackCost, distribute, epoch_steps
+from csc_train.packing.global_batches import PackCost, assign_to_ranks, global_batches
 
 
 @dataclass(frozen=True)
-class Balance:
+class LoadBalance:
     """Account of a schedule over whole epochs, the last steps included."""
 
     imbalance: float
@@ -31,7 +31,7 @@ class Balance:
         )
 
 
-def measure_balance(
+def measure_load_balance(
     packs: Sequence[PackCost],
     packs_per_step: int,
     seed: int,
@@ -40,7 +40,7 @@ def measure_balance(
     processes: int,
     micro_batch_size: int,
     joined: bool,
-) -> Balance:
+) -> LoadBalance:
     """Measure the first epochs of a schedule (see `schedule.epoch_steps` and `schedule.distribute`).
 
     The spreads are 1 where random steps do not differ.
@@ -51,16 +51,16 @@ def measure_balance(
     for epoch in range(epochs):
         order = numpy.random.default_rng([seed, epoch, 1]).permutation(len(packs))
         random += numpy.reshape(order[: full * packs_per_step], (full, packs_per_step)).tolist()
-        steps = epoch_steps(packs, packs_per_step, seed, epoch)
+        steps = global_batches(packs, packs_per_step, seed, epoch)
         scheduled += steps[:full]
         for step in steps:
-            shares = distribute(step, packs, processes, micro_batch_size, joined=joined)
+            shares = assign_to_ranks(step, packs, processes, micro_batch_size, joined=joined)
             load = [sum(part.flops(packs) for parts in share for part in parts) for share in shares]
             ratios.append(max(load) * processes / sum(load))
             useful += sum(packs[pack].total for pack in step)
             spent += max(load) * processes
     spreads = map(_spread, _samples(packs, scheduled), _samples(packs, random))
-    return Balance(float(numpy.mean(ratios)), useful / spent, *spreads)
+    return LoadBalance(float(numpy.mean(ratios)), useful / spent, *spreads)
 
 
 def _samples(packs: Sequence[PackCost], steps: list[list[int]]) -> tuple[list[float], list[int]]:

@@ -5,7 +5,7 @@ import numpy
 from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
 from csc_train.packing.config import LossConfig
-from csc_train.template.dialogue_template import Example
+from csc_train.template.dialogue_template import TokenizedDialogue
 
 
 class LossWeights:
@@ -42,7 +42,7 @@ class LossWeights:
             for number, factor in _by_number(config.table).items():
                 self.factors[number] = factor
 
-    def __call__(self, example: Example) -> numpy.ndarray:
+    def __call__(self, example: TokenizedDialogue) -> numpy.ndarray:
         """float32 [length]: the weight of predicting each token, 0 where it is context only."""
         weights = numpy.array([0, self.config.strategy, self.config.reply])[example.kinds]
         lengths = numpy.diff(example.boundaries)
@@ -55,7 +55,7 @@ class LossWeights:
         return weights.astype(numpy.float32)
 
 
-def count_turns(example: Example) -> numpy.ndarray:
+def count_turns(example: TokenizedDialogue) -> numpy.ndarray:
     """int64 [13]: the trained turns of an example by number of strategy."""
     trained = numpy.logical_or.reduceat(example.trained, example.boundaries[:-1])
     return numpy.bincount(example.strategies[trained], minlength=len(STRATEGIES) + 1)

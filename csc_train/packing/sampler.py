@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from csc_train.packing.dataset import Packs
-from csc_train.packing.global_batches import PackCost, Part, distribute, epoch_steps, micro_batches
-from csc_train.packing.load_balance import Balance, measure_balance
+from csc_train.packing.dataset import PackedDataset
+from csc_train.packing.global_batches import PackCost, PackSlice, assign_to_ranks, global_batches, num_micro_batches
+from csc_train.packing.load_balance import LoadBalance, measure_load_balance
 
 
-class RankBatches:
+class PackBatchSampler:
     """A batch sampler: the parts that one process takes, a list for each forward pass.
 
     An epoch has the same number of them on every process, and whatever the epoch.
@@ -40,15 +40,15 @@ class RankBatches:
         """Choose the epoch that the next iteration goes through."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[list[Part | None]]:
-        for step in epoch_steps(self.packs, self.packs_per_step, self.seed, self.epoch):
-            shares = distribute(step, self.packs, self.processes, self.micro_batch_size, joined=self.joined)
+    def __iter__(self) -> Iterator[list[PackSlice | None]]:
+        for step in global_batches(self.packs, self.packs_per_step, self.seed, self.epoch):
+            shares = assign_to_ranks(step, self.packs, self.processes, self.micro_batch_size, joined=self.joined)
             for parts in shares[self.rank]:
                 yield parts or [None]
 
-    def balance(self) -> Balance:
+    def balance(self) -> LoadBalance:
         """How evenly the first epoch spreads its work over the processes, and how fair its steps are."""
-        return measure_balance(
+        return measure_load_balance(
             self.packs,
             self.packs_per_step,
             self.seed,
@@ -60,14 +60,14 @@ class RankBatches:
 
     def __len__(self) -> int:
         steps, rest = divmod(len(self.packs), self.packs_per_step)
-        full = micro_batches(self.packs_per_step, self.processes, self.micro_batch_size)
-        return steps * full + micro_batches(rest, self.processes, self.micro_batch_size)
+        full = num_micro_batches(self.packs_per_step, self.processes, self.micro_batch_size)
+        return steps * full + num_micro_batches(rest, self.processes, self.micro_batch_size)
 
 
-class PackLoader(torch.utils.data.DataLoader):
+class PackDataLoader(torch.utils.data.DataLoader):
     """A loader whose `set_epoch` reaches its batch sampler, which is how the Trainer says what epoch it is."""
 
-    def __init__(self, packs: Packs, batches: RankBatches, collate: Callable, **options):
+    def __init__(self, packs: PackedDataset, batches: PackBatchSampler, collate: Callable, **options):
         super().__init__(packs, batch_sampler=batches, collate_fn=collate, **options)
 
     def set_epoch(self, epoch: int) -> None:

@@ -5,23 +5,23 @@ import itertools
 import numpy
 
 from csc_train.data.strategies import STRATEGIES
-from csc_train.template.dialogue_template import Example, TokenKind
+from csc_train.template.dialogue_template import TokenizedDialogue, TokenType
 
-PARTS = {TokenKind.STRATEGY: "strategy", TokenKind.REPLY: "reply"}
+REPLY_PARTS = {TokenType.STRATEGY: "strategy", TokenType.REPLY: "reply"}
 """The trained parts of a supporter's turn, by what they are called in figures."""
 FIRST_TURNS = (1, 5, 9, 17, 33)
 """The first turn of each stretch of a dialogue, counted from 1 over both speakers."""
-STRETCHES = (
+TURN_BUCKETS = (
     *(f"{first}-{after - 1}" for first, after in itertools.pairwise(FIRST_TURNS)),
     f"{FIRST_TURNS[-1]}+",
 )
-SHAPE = (len(PARTS), len(STRATEGIES), len(STRETCHES))
+GROUP_SHAPE = (len(REPLY_PARTS), len(STRATEGIES), len(TURN_BUCKETS))
 """The cells by part, strategy and stretch, once the one of what is not trained is left out."""
-CELLS = 1 + len(PARTS) * len(STRATEGIES) * len(STRETCHES)
+NUM_GROUPS = 1 + len(REPLY_PARTS) * len(STRATEGIES) * len(TURN_BUCKETS)
 """How many there are; 0 is that of what is not trained."""
 
 
-def cells_of(example: Example, first_turn: int = 0) -> numpy.ndarray:
+def token_group_ids(example: TokenizedDialogue, first_turn: int = 0) -> numpy.ndarray:
     """uint8 [length]: the cell of each token.
 
     Args:
@@ -32,8 +32,8 @@ def cells_of(example: Example, first_turn: int = 0) -> numpy.ndarray:
     lengths = numpy.diff(example.boundaries)
     cells = numpy.zeros(len(example.kinds), numpy.uint8)
     body = slice(int(example.boundaries[0]), None)
-    place = ((example.strategies.astype(int) - 1) * len(STRETCHES) + stretches).repeat(lengths)
+    place = ((example.strategies.astype(int) - 1) * len(TURN_BUCKETS) + stretches).repeat(lengths)
     kinds = example.kinds[body].astype(int)
-    part = (kinds - min(PARTS)) * len(STRATEGIES) * len(STRETCHES)
-    cells[body] = numpy.where(kinds == TokenKind.CONTEXT, 0, 1 + part + place)
+    part = (kinds - min(REPLY_PARTS)) * len(STRATEGIES) * len(TURN_BUCKETS)
+    cells[body] = numpy.where(kinds == TokenType.CONTEXT, 0, 1 + part + place)
     return cells

@@ -4,10 +4,10 @@ import numpy
 
 from csc_train.errors import InputError
 from csc_train.packing.config import PackingConfig
-from csc_train.template.dialogue_template import Example
+from csc_train.template.dialogue_template import TokenizedDialogue
 
 
-def leading_turns_to_cut(example: Example, config: PackingConfig, number: int) -> int | None:
+def num_turns_to_truncate(example: TokenizedDialogue, config: PackingConfig, number: int) -> int | None:
     """How many leading turns of an example must go so that it fits `config.max_length`: 0 where it fits as it is.
 
     Whole turns go, as few as possible; the prefix stays. What is left starts with a customer turn, so that no supporter
@@ -44,13 +44,13 @@ def leading_turns_to_cut(example: Example, config: PackingConfig, number: int) -
     return None
 
 
-def without_leading_turns(example: Example, first: int) -> Example:
+def drop_leading_turns(example: TokenizedDialogue, first: int) -> TokenizedDialogue:
     """The example from turn `first` on, behind its prefix."""
     if first == 0:
         return example
     prefix, start = int(example.boundaries[0]), int(example.boundaries[first])
     kept = numpy.r_[0:prefix, start : len(example.input_ids)]
-    return Example(
+    return TokenizedDialogue(
         example.input_ids[kept],
         example.kinds[kept],
         example.boundaries[first:] - (start - prefix),

@@ -14,15 +14,15 @@ import yaml
 
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json, write_text
-from csc_train.runs.directory import RECORD, RESOLVED, flat
+from csc_train.runs.directory import RECORD_FILE, RESOLVED_FILE, flatten_keys
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-HISTORY, METRICS, RESULTS = "history.jsonl", "metrics.json", "results.json"
+HISTORY_FILE, METRICS_FILE, RESULTS_FILE = "history.jsonl", "metrics.json", "results.json"
 INSIDE = ("states", "checkpoint", "base", "tokenizer", "wandb", "predictions")
 """In a run directory: where no other run is looked for."""
-ASIDE = ("run", "prepare", "tracking", "then")
+IGNORED_GROUPS = ("run", "prepare", "tracking", "then")
 """Groups of a configuration that do not change what a training comes to."""
 SPEED = "trained_tokens_per_second"
 UNKNOWN = "n/a"
@@ -37,9 +37,9 @@ class TrainingRun:
     """finished, stopped, failed or running, as the run recorded it (one that was killed could not, and is still said to
     be running); `not started` where a launch was frozen and never ran."""
     settings: dict[str, Any]
-    """By dotted key, without those of `ASIDE`."""
+    """By dotted key, without those of `IGNORED_GROUPS`."""
     figures: dict[str, float]
-    """The last that was logged of each (see `last_figures`)."""
+    """The last that was logged of each (see `last_metrics`)."""
     speed: float | None
     """Trained tokens a second of all processes, median over the log."""
     error: str | None
@@ -50,7 +50,7 @@ class TrainingRun:
     """Of an evaluation of its checkpoint: by context, profile and metric."""
 
 
-def last_figures(metrics: dict[str, Any]) -> dict[str, Any]:
+def last_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     """The last value of each figure in a run's `metrics.json`.
 
     Of what is measured on held-out dialogues it is the checkpoint's, which may be made from an earlier state than the
@@ -73,14 +73,14 @@ def find_runs(folder: Path) -> tuple[list[TrainingRun], list[str]]:
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in INSIDE and not name.startswith("."))
         directory = Path(place)
-        if RESOLVED not in files:
+        if RESOLVED_FILE not in files:
             continue
         try:
-            record = read_json(directory / RECORD) if RECORD in files else {}
+            record = read_json(directory / RECORD_FILE) if RECORD_FILE in files else {}
             if record.get("recipe", "sft" if "launch.yaml" in files else None) == "sft":
                 runs[directory.resolve()] = read_run(directory, record)
-            elif record.get("recipe") == "evaluate" and RESULTS in files:
-                evaluations.append((_settings(directory).get("checkpoint"), read_json(directory / RESULTS)))
+            elif record.get("recipe") == "evaluate" and RESULTS_FILE in files:
+                evaluations.append((_settings(directory).get("checkpoint"), read_json(directory / RESULTS_FILE)))
         except (InputError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
             broken.append(f"{directory}: {' '.join(str(error).split()) or type(error).__name__}")
     if not runs and not broken:
@@ -100,14 +100,14 @@ def read_run(directory: Path, record: dict[str, Any]) -> TrainingRun:
     Raises:
         InputError: a file of it is broken.
     """
-    metrics = read_json(directory / METRICS) if (directory / METRICS).is_file() else None
+    metrics = read_json(directory / METRICS_FILE) if (directory / METRICS_FILE).is_file() else None
     history = read_history(directory)
     if metrics is None:
         figures = {name: value for line in history for name, value in line.items()}
     else:
-        figures = last_figures(metrics)
+        figures = last_metrics(metrics)
     speeds = [line[SPEED] for line in history if SPEED in line]
-    settings = {key: value for key, value in _settings(directory).items() if key.split(".")[0] not in ASIDE}
+    settings = {key: value for key, value in _settings(directory).items() if key.split(".")[0] not in IGNORED_GROUPS}
     return TrainingRun(
         directory=str(directory),
         status=record.get("status", "finished" if record.get("finished") else "running") if record else "not started",
@@ -125,7 +125,7 @@ def read_history(directory: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: a line is not JSON; names it.
     """
-    path = directory / HISTORY
+    path = directory / HISTORY_FILE
     if not path.is_file():
         return []
     lines = []
@@ -138,7 +138,7 @@ def read_history(directory: Path) -> list[dict[str, Any]]:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    return flat(yaml.safe_load((directory / RESOLVED).read_text(encoding="utf-8")))
+    return flatten_keys(yaml.safe_load((directory / RESOLVED_FILE).read_text(encoding="utf-8")))
 
 
 def _scores(results: dict[str, Any]) -> dict[str, float]:
@@ -153,7 +153,7 @@ def _scores(results: dict[str, Any]) -> dict[str, float]:
     return scores
 
 
-def differing(runs: Iterable[TrainingRun]) -> list[str]:
+def differing_settings(runs: Iterable[TrainingRun]) -> list[str]:
     """The keys of the settings that are not the same in all runs; of models that differ by name, not what follows."""
     runs = list(runs)
     keys = dict.fromkeys(key for run in runs for key in run.settings)
@@ -163,7 +163,7 @@ def differing(runs: Iterable[TrainingRun]) -> list[str]:
     return found
 
 
-def ordered(runs: Iterable[TrainingRun], metric: str, direction: str) -> list[TrainingRun]:
+def sort_runs(runs: Iterable[TrainingRun], metric: str, direction: str) -> list[TrainingRun]:
     """The finished runs by their `metric`, the best first, then the others by directory."""
     sign = 1 if direction == "minimize" else -1
 
@@ -188,7 +188,7 @@ def write_comparison(directory: Path, runs: list[TrainingRun], broken: list[str]
     """
     kept = [{name: value for name, value in asdict(run).items() if name != "history"} for run in runs]
     write_json(
-        directory / "runs.json", {"metric": metric, "differing": differing(runs), "runs": kept, "broken": broken}
+        directory / "runs.json", {"metric": metric, "differing": differing_settings(runs), "runs": kept, "broken": broken}
     )
     header, rows = _rows(runs, metric)
     lines = [header, ["---"] * len(header), *rows]
@@ -220,7 +220,7 @@ def _table(runs: list[TrainingRun], metric: str) -> "Table":
 
 
 def _rows(runs: list[TrainingRun], metric: str) -> tuple[list[str], list[list[str]]]:
-    settings = differing(runs)
+    settings = differing_settings(runs)
     figures = [name for name in dict.fromkeys((metric, "eval_loss", "eval_strategy_accuracy", "loss"))
                if any(name in run.figures for run in runs)]  # fmt: skip
     scores = list(dict.fromkeys(name for run in runs for name in run.scores))

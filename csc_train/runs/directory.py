@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "hydra-core")
-EXISTING = ("refuse", "reuse", "resume", "extend", "replace")
-RESOLVED = "resolved.yaml"
-RECORD = "run.json"
-CHANGES = "code.diff"
+IF_EXISTS = ("refuse", "reuse", "resume", "extend", "replace")
+RESOLVED_FILE = "resolved.yaml"
+RECORD_FILE = "run.json"
+CODE_DIFF_FILE = "code.diff"
 """In a run directory: what the code differed in from the commit that `run.json` names."""
-STOPPED = 75
+EXIT_STOPPED = 75
 """Exit status of a run that was asked to stop, and saved a state of training to go on from: sysexits' EX_TEMPFAIL."""
 OUTPUTS = (
     "states", "base", "tokenizer", "csc_manifest.json", "checkpoint", "metrics.json", "samples.jsonl", "predictions",
@@ -38,7 +38,7 @@ OUTPUTS = (
     "sheet.html", "key.json", "human.json", "human.md",
     "answers.jsonl", "dialogues.parquet", "rejected.jsonl", "waterfall.json", "quality.json", "quality.html",
     "runs.json", "runs.md", "runs.svg",
-    "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb", CHANGES,
+    "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb", CODE_DIFF_FILE,
     "synthesis.json", "batch",
 )  # fmt: skip
 """What the recipes write into a run directory besides `run.json`, `resolved.yaml` and refused rows."""
@@ -57,7 +57,7 @@ class RunConfig:
     the one before. replace: start over."""
 
     def __post_init__(self):
-        check_choice("run.existing", self.existing, EXISTING)
+        check_choice("run.existing", self.existing, IF_EXISTS)
 
 
 class Run:
@@ -82,11 +82,11 @@ class Run:
         """
         self.recipe = recipe
         self.config = config
-        self.main = processes().is_main_process
+        self.main = distributed_state().is_main_process
         # Each process has its own clock: the main one's counts.
-        self.directory = Path(config["run"]["directory"] or shared(default_directory(recipe)))
+        self.directory = Path(config["run"]["directory"] or broadcast_object(default_directory(recipe)))
         self.states = self.directory / "states"
-        self._record_path = self.directory / RECORD
+        self._record_path = self.directory / RECORD_FILE
         self._refuse_foreign(config["run"]["existing"])
 
     def _refuse_foreign(self, existing: str) -> None:
@@ -113,7 +113,7 @@ class Run:
             "finished" or "unfinished" where `run.existing` is reuse and the directory holds this very run (then
             nothing is rewritten), "unfinished" where it is extend and the directory holds any, else "new".
         """
-        return shared(self._begin(inputs) if self.main else None)
+        return broadcast_object(self._begin(inputs) if self.main else None)
 
     def _begin(self, inputs: dict[str, str]) -> str:
         # Where a run is kept and followed, what is prepared for it and what is sharded do not change its results.
@@ -122,7 +122,7 @@ class Run:
         key = digest([self.recipe, what, inputs, code_digest(), provenance()["versions"]])
         existing = self.config["run"]["existing"]
         if existing == "extend" and self._record_path.exists():
-            write_text(self.directory / RESOLVED, as_yaml(self.config))
+            write_text(self.directory / RESOLVED_FILE, as_yaml(self.config))
             self._go_on(read_json(self._record_path) | {"finished": None})
             return "unfinished"
         if existing in ("reuse", "resume") and self._record_path.exists():
@@ -144,9 +144,9 @@ class Run:
         for name in OUTPUTS:  # what an earlier run left here would pass for this one's
             shutil.rmtree(self.directory / name, ignore_errors=True)
             (self.directory / name).unlink(missing_ok=True)
-        write_text(self.directory / RESOLVED, as_yaml(self.config))
+        write_text(self.directory / RESOLVED_FILE, as_yaml(self.config))
         if changed := changes():
-            write_text(self.directory / CHANGES, changed)
+            write_text(self.directory / CODE_DIFF_FILE, changed)
         record = {"recipe": self.recipe, "key": key, "command": sys.argv, "inputs": inputs, "provenance": provenance()}
         write_json(self._record_path, record | {"status": "running", "started": _now(), "finished": None})
         self._begun()
@@ -154,8 +154,8 @@ class Run:
 
     def _differences(self, aside: tuple[str, ...]) -> list[str]:
         """What the run began with and has otherwise now, by key; of keys that it knew, and not of groups in `aside`."""
-        began = flat(yaml.safe_load((self.directory / RESOLVED).read_text(encoding="utf-8")))
-        now = flat(self.config)
+        began = flatten_keys(yaml.safe_load((self.directory / RESOLVED_FILE).read_text(encoding="utf-8")))
+        now = flatten_keys(self.config)
         return [
             f"{key}={value}, not {now[key]}"
             for key, value in began.items()
@@ -186,18 +186,18 @@ class Run:
         # A state has its name when it is whole; one that is kept for its weights has no scheduler.
         whole = [path.parent for path in self.states.glob("checkpoint-*/trainer_state.json")] if self.main else []
         whole = [state for state in whole if (state / "scheduler.pt").exists()]
-        return shared(str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None)
+        return broadcast_object(str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None)
 
     def finish(self) -> None:
         """Mark the run as finished."""
         self._end("finished", finished=_now())
 
     def stop(self) -> NoReturn:
-        """Mark the run as stopped, with a state of training to go on from, and end every process with `STOPPED`."""
+        """Mark the run as stopped, with a state of training to go on from, and end every process with `EXIT_STOPPED`."""
         self._end("stopped", stopped=_now())
         self.say(f"stopped; to go on: run={self.directory} resume=true")
-        processes().wait_for_everyone()  # the first to end makes torchrun end the others
-        sys.exit(STOPPED)
+        distributed_state().wait_for_everyone()  # the first to end makes torchrun end the others
+        sys.exit(EXIT_STOPPED)
 
     def incomplete(self, why: str) -> NoReturn:
         """Mark the run as failed, say why, and end with status 1; what it has made is kept, and can be gone on from."""
@@ -216,11 +216,11 @@ def default_directory(recipe: str) -> str:
     return time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of nested mappings by dotted key."""
     values = {}
     for key, value in config.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        values |= flatten_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return values
 
 
@@ -229,23 +229,23 @@ def as_yaml(config: dict[str, Any]) -> str:
     return yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
 
 
-def end_with_parent(signum: int = signal.SIGTERM) -> None:
+def set_parent_death_signal(signum: int = signal.SIGTERM) -> None:
     """Let the system send this process `signum` when the process that started it ends, however it ends (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signum)  # PR_SET_PDEATHSIG
 
 
-def end_with_launcher() -> None:
+def exit_with_launcher() -> None:
     """Where torchrun started this process: do not outlive it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
+        set_parent_death_signal()
 
 
 _running: Run | None = None
 """The run that this process has begun and not ended, on the main process."""
 
 
-def fail(error: BaseException) -> None:
+def mark_failed(error: BaseException) -> None:
     """Mark the run that this process has begun, if any, as failed."""
     if _running is not None:
         with contextlib.suppress(InputError):  # where the disk is full, this cannot be written either
@@ -260,7 +260,7 @@ def record_failure(error: Exception) -> None:
         get_error_handler().record_exception(error)
 
 
-def processes() -> "PartialState":
+def distributed_state() -> "PartialState":
     """The processes that run this recipe together; the first call starts their process group."""
     import torch
     from accelerate import PartialState
@@ -287,15 +287,15 @@ def single_process(recipe: str) -> None:
     Raises:
         InputError: the recipe was started by torchrun or accelerate with more than one process.
     """
-    if processes().num_processes > 1:
+    if distributed_state().num_processes > 1:
         raise InputError(f"recipes/{recipe}.py runs as one process: start it with python")
 
 
-def shared(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The main process's `value`, on every process."""
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([value])[0] if processes().num_processes > 1 else value
+    return broadcast_object_list([value])[0] if distributed_state().num_processes > 1 else value
 
 
 def _now() -> str:

@@ -14,7 +14,7 @@ import jinja2
 import numpy
 
 from csc_train.data.dialogue import Dialogue, Speaker
-from csc_train.data.segmentation import words
+from csc_train.data.segmentation import segment_words
 from csc_train.data.strategies import STRATEGIES, Stage
 from csc_train.files import write_json, write_text
 
@@ -202,7 +202,7 @@ def _sample(dialogues: Sequence[Dialogue], speaker: Speaker, seed: int) -> list[
     for text in texts:
         if count >= MATCHED_WORDS:
             break
-        sample.append(words(text))
+        sample.append(segment_words(text))
         count += len(sample[-1])
     return sample
 
@@ -306,7 +306,7 @@ def _profile_overlap(dialogues: Sequence[Dialogue], profiles: Mapping[str, str],
 
 
 def _content(text: str) -> set[str]:
-    return {word for word in words(text) if len(word) > 1}
+    return {word for word in segment_words(text) if len(word) > 1}
 
 
 def _share(profile: set[str], said: set[str]) -> float:

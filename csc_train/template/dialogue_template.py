@@ -21,7 +21,7 @@ from csc_train.template.reply import Reply, format_reply, read_reply
 from csc_train.template.system_prompt import system_prompt
 
 
-class TokenKind(enum.IntEnum):
+class TokenType(enum.IntEnum):
     """What a token is to the loss: context that is not trained, or part of a trained strategy or reply."""
 
     CONTEXT = 0
@@ -31,12 +31,12 @@ class TokenKind(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class Example:
+class TokenizedDialogue:
     """A dialogue ready for training.
 
     Attributes:
         input_ids: int32 [length].
-        kinds: uint8 [length]; the `TokenKind` of each token.
+        kinds: uint8 [length]; the `TokenType` of each token.
         boundaries: int32 [turns + 1]; where each turn starts, then the length. `boundaries[0]` is the length of the
             prefix (everything up to the end of the system prompt).
         strategies: uint8 [turns]; the number of each turn's strategy, 0 for a customer's turn.
@@ -50,7 +50,7 @@ class Example:
     @property
     def trained(self) -> numpy.ndarray:
         """bool [length]; which tokens the model learns to predict."""
-        return self.kinds != TokenKind.CONTEXT
+        return self.kinds != TokenType.CONTEXT
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def chat_template(name: str) -> str:
     return resources.files(__package__).joinpath(f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def messages(turns: Iterable[Turn], config: TemplateConfig) -> list[dict[str, str]]:
+def chat_messages(turns: Iterable[Turn], config: TemplateConfig) -> list[dict[str, str]]:
     """The chat messages of a dialogue: the system prompt, then `{"role", "content"[, "strategy"]}` for each turn."""
     result = [{"role": "system", "content": system_prompt(config.mode, config.language)}]
     for turn in turns:
@@ -133,11 +133,13 @@ class DialogueTemplate:
         prompt = system_prompt(self.config.mode, self.config.language)
         return digest([self.chat_template, prompt, self.config.mode, self.config.language])
 
-    def encode(self, dialogue: Dialogue, targets: Sequence[int] | None = None) -> Example:
+    def encode(self, dialogue: Dialogue, targets: Sequence[int] | None = None) -> TokenizedDialogue:
         """Encode one dialogue; `targets` as in `encode_all`."""
         return next(self.encode_all([dialogue], targets))
 
-    def encode_all(self, dialogues: Iterable[Dialogue], targets: Sequence[int] | None = None) -> Iterator[Example]:
+    def encode_all(
+        self, dialogues: Iterable[Dialogue], targets: Sequence[int] | None = None
+    ) -> Iterator[TokenizedDialogue]:
         """Encode dialogues, in order.
 
         The trained tokens are those of the strategy, the reply and the end-of-turn token of each target turn; in mode
@@ -185,7 +187,7 @@ class DialogueTemplate:
     def render(self, turns: Iterable[Turn], **options) -> str:
         """The turns as one text, by the Jinja chat template; `options` go to `apply_chat_template`."""
         return self.tokenizer.apply_chat_template(
-            messages(turns, self.config), chat_template=self.chat_template, tokenize=False, **options
+            chat_messages(turns, self.config), chat_template=self.chat_template, tokenize=False, **options
         )
 
     def _content(self, turn: Turn) -> str:
@@ -194,7 +196,9 @@ class DialogueTemplate:
             return turn.text
         return format_reply(Reply(turn.strategy, turn.text), self.config.language)
 
-    def _assemble(self, dialogue: Dialogue, contents: list[list[int]], targets: Sequence[int] | None) -> Example:
+    def _assemble(
+        self, dialogue: Dialogue, contents: list[list[int]], targets: Sequence[int] | None
+    ) -> TokenizedDialogue:
         """Put a dialogue together from the ids of its turns' contents."""
         ids = list(self.prefix_ids)
         boundaries = [len(ids)]
@@ -215,9 +219,9 @@ class DialogueTemplate:
             boundaries.append(len(ids))
         kinds = numpy.zeros(len(ids), dtype=numpy.uint8)  # TokenKind.CONTEXT
         for start, reply, end in trained:
-            kinds[start:reply] = TokenKind.CONTEXT if self.config.mode == "given" else TokenKind.STRATEGY
-            kinds[reply:end] = TokenKind.REPLY
-        return Example(
+            kinds[start:reply] = TokenType.CONTEXT if self.config.mode == "given" else TokenType.STRATEGY
+            kinds[reply:end] = TokenType.REPLY
+        return TokenizedDialogue(
             numpy.array(ids, dtype=numpy.int32),
             kinds,
             numpy.array(boundaries, dtype=numpy.int32),

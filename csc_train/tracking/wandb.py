@@ -25,9 +25,9 @@ from csc_train.checkpoints.manifest import Manifest
 from csc_train.checkpoints.training_checkpoint import read_record
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json
-from csc_train.jsonl import Lines, keep_table
+from csc_train.jsonl import JsonlLog, keep_table
 from csc_train.packing.dataset import PackingReport
-from csc_train.runs.directory import CHANGES, RESOLVED, Run, processes
+from csc_train.runs.directory import CODE_DIFF_FILE, RESOLVED_FILE, Run, distributed_state
 from csc_train.tracking.curves import plot_curves
 from csc_train.training.config import TrackingConfig
 from csc_train.training.trainer import PackTrainer
@@ -88,7 +88,7 @@ class Tracking(TrainerCallback):
         """
         self.config, self.run, self.trainer, self.manifest, self.state = config, run, trainer, manifest, state
         self.packing = packing
-        self.history = Lines(run.directory / HISTORY)
+        self.history = JsonlLog(run.directory / HISTORY)
         if trainer.held_out is not None:
             trainer.held_out.log_table = self.log_table
         self._wandb: wandb.Run | None = None
@@ -110,7 +110,7 @@ class Tracking(TrainerCallback):
         offline = self._wandb.offline
         where = {"mode": "offline", "url": None} if offline else {"mode": "wandb", "url": self._wandb.url}
         write_json(self.run.directory / RECORD, earlier | {"id": self._wandb.id} | where)
-        if (changes := self.run.directory / CHANGES).exists():
+        if (changes := self.run.directory / CODE_DIFF_FILE).exists():
             self._wandb.log_artifact(changes, f"code-{self._wandb.id}", "code")
         self.trainer.add_callback(WandbSteps())
 
@@ -175,7 +175,7 @@ class Tracking(TrainerCallback):
         finally:
             # Where all processes come here, the others wait: the first to end makes torchrun end the main one.
             if error is None or isinstance(error, SystemExit):
-                processes().wait_for_everyone()
+                distributed_state().wait_for_everyone()
 
     def _close(self, error: BaseException | None) -> None:
         try:
@@ -283,7 +283,7 @@ def attach_evaluation(trained: Path, evaluation: Path) -> None:
         return
     import wandb
 
-    settings = yaml.safe_load((trained / RESOLVED).read_text(encoding="utf-8"))["tracking"]
+    settings = yaml.safe_load((trained / RESOLVED_FILE).read_text(encoding="utf-8"))["tracking"]
     run = open_run(TrackingConfig(**settings), trained, record["mode"], record["id"])
     artifact = wandb.Artifact(f"evaluation-{run.id}", "evaluation", metadata={"checkpoint": f"checkpoint-{run.id}"})
     for path in (evaluation / name for name in REPORTS):
@@ -294,7 +294,7 @@ def attach_evaluation(trained: Path, evaluation: Path) -> None:
     run.log_artifact(artifact)
     # A step of its own, behind those of the training and of earlier evaluations: W&B takes none twice.
     attached = record.get("evaluations", 0) + 1
-    last = max((line["step"] for line in Lines(trained / HISTORY).read()), default=0)
+    last = max((line["step"] for line in JsonlLog(trained / HISTORY).read()), default=0)
     run.log({"evaluation/results": table}, step=last + attached)
     run.finish()
     write_json(trained / RECORD, record | {"evaluations": attached})

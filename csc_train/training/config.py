@@ -9,7 +9,7 @@ from csc_train.template.config import CHAT_TEMPLATES
 
 TRAINED_TOKENIZER = "train"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
-HELD_OUT_METRICS = ("loss", "strategy_accuracy")
+VALIDATION_METRICS = ("loss", "strategy_accuracy")
 """What the best state of a training may be chosen by."""
 
 
@@ -214,7 +214,7 @@ class TrackingConfig:
 
 
 @dataclass
-class HeldOutConfig:
+class ValidationConfig:
     """What is measured on held-out dialogues while training, and what follows from it.
 
     They are the validation dialogues, or those of the evaluation (see `data.validation_fraction`)."""
@@ -237,7 +237,7 @@ class HeldOutConfig:
     """What the checkpoint is made from: the last state or the best, which is then saved and kept however old it is."""
 
     def __post_init__(self):
-        check_choice("held_out.metric", self.metric, HELD_OUT_METRICS)
+        check_choice("held_out.metric", self.metric, VALIDATION_METRICS)
         check_choice("held_out.keep", self.keep, ("last", "best"))
         check_range("held_out.samples", self.samples, 0)
         check_range("held_out.max_new_tokens", self.max_new_tokens, 1)

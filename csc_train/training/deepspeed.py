@@ -138,7 +138,7 @@ def _sharded(parameter: torch.nn.Parameter, processes: int) -> bool:
     return parameter.ds_tensor.numel() == shard and (parameter.numel() == 0 or parameter.ds_persist)
 
 
-def whole_weights(model: torch.nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
+def consolidated_weights(model: torch.nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
     """The parameters of a model by name, on the CPU of the main process; sharded ones are gathered one by one.
 
     Called on every process; the others get an empty dictionary.

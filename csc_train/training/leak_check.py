@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from csc_train.errors import InputError
 from csc_train.models.attention.flex import FLEX_ATTENTION
-from csc_train.models.attention.varlen import ATTENTION
+from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.packing.collator import SHARING, PackCollator
 from csc_train.training.config import AdapterConfig
 
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """How far logits may differ, over the largest of them; a leak moves a probe's by a good part of what they are."""
 
 
-def check_isolation(
+def check_no_leaks(
     model: PreTrainedModel, collator: PackCollator, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> None:
     """Refuse a model that does not keep the documents of `collator`'s rows apart, or changes them otherwise.
@@ -46,7 +46,7 @@ def check_isolation(
         return
     attention = model.config._attn_implementation
     refusal = f"{type(model).__name__} with {attention} attention cannot be trained on packs"
-    without_dropout = attention == FLEX_ATTENTION or (attention == ATTENTION and device.type == "cpu")
+    without_dropout = attention == FLEX_ATTENTION or (attention == VARLEN_ATTENTION and device.type == "cpu")
     if without_dropout and getattr(model.config, "attention_dropout", 0):
         raise InputError(f"{refusal}: it has no dropout, the model has attention_dropout")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
@@ -70,7 +70,7 @@ def check_isolation(
         )
 
 
-def guard_rows(model: PreTrainedModel) -> None:
+def forbid_kv_cache(model: PreTrainedModel) -> None:
     """Refuse, at every training step of `model`, what makes it lose the documents of a row.
 
     Position ids are what packed rows have and others do not. With them alone transformers tells documents apart, but

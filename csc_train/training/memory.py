@@ -23,7 +23,7 @@ HEAD_TILE = (4096, 32768)
 """Tokens and vocabulary entries whose logits TRL's fused head holds at once."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of a parameter in bitsandbytes NF4: four bits, and a doubly quantized scale for each 64."""
-CONTEXT = int(0.75 * GIB)
+CUDA_CONTEXT_BYTES = int(0.75 * GIB)
 """CUDA's context, kernels and workspaces and NCCL's channels: a convention, not a measurement."""
 FRAGMENTATION = 0.04
 """Share of what is allocated that the allocator holds without using it: a convention as well."""
@@ -32,7 +32,7 @@ HOST_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelDims:
     """A decoder's dimensions with all of them known.
 
     Attributes:
@@ -76,7 +76,7 @@ class Shape:
         return self.layers * block + self.hidden + self.embedding * (1 if self.tied else 2)
 
 
-def shape_of(architecture: ArchitectureConfig, vocabulary: int | None = None) -> Shape:
+def model_dims(architecture: ArchitectureConfig, vocabulary: int | None = None) -> ModelDims:
     """The dimensions of an architecture; `vocabulary` is its size where the architecture leaves it open.
 
     Raises:
@@ -87,7 +87,7 @@ def shape_of(architecture: ArchitectureConfig, vocabulary: int | None = None) ->
     hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
     head = architecture.head_dim or hidden // architecture.num_attention_heads
     queries, keys = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
-    return Shape(
+    return ModelDims(
         hidden=hidden,
         layers=architecture.num_hidden_layers,
         heads=architecture.num_attention_heads,
@@ -110,7 +110,7 @@ def shape_of(architecture: ArchitectureConfig, vocabulary: int | None = None) ->
     )
 
 
-def adapter_parameters(shape: Shape, rank: int, target_modules: str = "all-linear") -> int:
+def adapter_parameters(shape: ModelDims, rank: int, target_modules: str = "all-linear") -> int:
     """Weights of low-rank adapters: rank x (inputs + outputs) for each linear layer that `target_modules` names, as
     PEFT reads it: all of the blocks, or those whose full name the regular expression matches."""
     return sum(
@@ -122,7 +122,7 @@ def adapter_parameters(shape: Shape, rank: int, target_modules: str = "all-linea
 
 
 @dataclass(frozen=True)
-class Setting:
+class MemoryScenario:
     """One way to train a model.
 
     Attributes:
@@ -138,7 +138,7 @@ class Setting:
         live_parameters: the most elements that stage 3 keeps gathered at a time.
     """
 
-    shape: Shape
+    shape: ModelDims
     adapter: str = "full"
     adapter_parameters: int = 0
     stage: str = "off"
@@ -212,7 +212,7 @@ class MemoryPlan:
         return f"{self.total / GIB:.1f} GiB ({sizes})"
 
 
-def plan(setting: Setting) -> MemoryPlan:
+def estimate_memory(setting: MemoryScenario) -> MemoryPlan:
     """The memory of a setting."""
     states = model_states(setting)
     activations = activation_bytes(setting)
@@ -222,11 +222,11 @@ def plan(setting: Setting) -> MemoryPlan:
         states,
         activations=activations,
         communication=communication,
-        reserve=CONTEXT + FRAGMENTATION * allocated,
+        reserve=CUDA_CONTEXT_BYTES + FRAGMENTATION * allocated,
     )
 
 
-def model_states(setting: Setting) -> MemoryPlan:
+def model_states(setting: MemoryScenario) -> MemoryPlan:
     """Parameters, gradients and optimizer states, and nothing else; P parameters are trained on N processes.
 
     - off (DDP): 4 P of weights, 4 P of gradients, 8 P of moments. With adapters, P are theirs; QLoRA's are in bf16.
@@ -263,7 +263,7 @@ def model_states(setting: Setting) -> MemoryPlan:
     return MemoryPlan(parameters, gradient, optimizer, 0, 0, 0, host)
 
 
-def communication_bytes(setting: Setting) -> float:
+def communication_bytes(setting: MemoryScenario) -> float:
     """Buffers in which processes exchange gradients and weights.
 
     DDP keeps every gradient a second time in its buckets. DeepSpeed has one bucket of `reduce_bucket` elements, and
@@ -282,7 +282,7 @@ def communication_bytes(setting: Setting) -> float:
     return bucket
 
 
-def layer_bytes(setting: Setting) -> float:
+def layer_bytes(setting: MemoryScenario) -> float:
     """What one block keeps of one token for its backward pass.
 
     With h hidden, i intermediate, q query and k key-value entries, c bytes of a number in the computation, r of one in
@@ -313,12 +313,12 @@ def layer_bytes(setting: Setting) -> float:
     return norms + inputs + attention + swiglu + head_norms
 
 
-def residual_bytes(setting: Setting) -> int:
+def residual_bytes(setting: MemoryScenario) -> int:
     """Bytes of a number in the residual stream: embeddings in fp32 keep it in fp32 under autocast."""
     return 4 if setting.adapter == "full" and setting.cast_by_autocast else setting.compute
 
 
-def activation_bytes(setting: Setting) -> float:
+def activation_bytes(setting: MemoryScenario) -> float:
     """What a forward and backward pass holds besides the states, at the worst of three moments.
 
     Throughout: what the blocks keep (all of `layer_bytes`, or with checkpointing one hidden state each), the final
@@ -360,7 +360,7 @@ def activation_bytes(setting: Setting) -> float:
     return kept + final + mask + max(moments)
 
 
-def state_bytes(setting: Setting) -> float:
+def state_bytes(setting: MemoryScenario) -> float:
     """Bytes on disk of a saved state of training, of all processes together: the weights that are trained in the dtype
     in which they are held, and the optimizer's states."""
     if setting.stage == "off":
@@ -368,16 +368,18 @@ def state_bytes(setting: Setting) -> float:
     return (setting.compute + 12) * setting.trained
 
 
-def candidates(setting: Setting) -> list[Setting]:
+def alternatives(setting: MemoryScenario) -> list[MemoryScenario]:
     """The stages and offloads that a setting could be run with instead, from the least sharding to the most."""
     choices = [(stage, "none") for stage in STAGES] + [("3", "optimizer"), ("3", "all")]
     return [replace(setting, stage=stage, offload=offload) for stage, offload in choices]
 
 
-def smallest_fit(settings: Iterable[Setting], memory: float, host_memory: float = math.inf) -> Setting | None:
+def smallest_fit(
+    settings: Iterable[MemoryScenario], memory: float, host_memory: float = math.inf
+) -> MemoryScenario | None:
     """The first of `settings` that fits in `memory` bytes of a GPU and `host_memory` of a node; None if none does."""
     for setting in settings:
-        planned = plan(setting)
+        planned = estimate_memory(setting)
         if planned.total <= memory and planned.host <= host_memory:
             return setting
     return None
@@ -393,20 +395,22 @@ def world_sizes(per_node: int, most: int = 1024) -> list[tuple[int, int]]:
     return sizes
 
 
-def fitting_world_size(setting: Setting, per_node: int, memory: float, host_memory: float = math.inf) -> Setting | None:
+def fitting_world_size(
+    setting: MemoryScenario, per_node: int, memory: float, host_memory: float = math.inf
+) -> MemoryScenario | None:
     """The setting on the fewest processes (see `world_sizes`) on which it fits, or None."""
     sizes = (replace(setting, processes=processes, nodes=nodes) for processes, nodes in world_sizes(per_node))
     return smallest_fit(sizes, memory, host_memory)
 
 
-def remedies(setting: Setting, rows: int, memory: float, host_memory: float = math.inf) -> list[str]:
+def suggest_fixes(setting: MemoryScenario, rows: int, memory: float, host_memory: float = math.inf) -> list[str]:
     """What would make a setting fit on as many processes, as overrides, the mildest first; empty where nothing does.
 
     Args:
         rows: `trainer.micro_batch_size`, to which the setting's tokens are proportional.
     """
 
-    def fits(other: Setting) -> bool:
+    def fits(other: MemoryScenario) -> bool:
         return smallest_fit([other], memory, host_memory) is not None
 
     found = []
@@ -419,7 +423,7 @@ def remedies(setting: Setting, rows: int, memory: float, host_memory: float = ma
     if override and fits(saving):
         found.append(override)
     # Offloads are slow: only where no stage is enough.
-    if (sharded := smallest_fit(candidates(saving), memory, host_memory)) and sharded != saving:
+    if (sharded := smallest_fit(alternatives(saving), memory, host_memory)) and sharded != saving:
         stage = "zero=off" if sharded.stage == "off" else f"zero=zero{sharded.stage}"
         offload = {
             "none": "",
@@ -430,16 +434,16 @@ def remedies(setting: Setting, rows: int, memory: float, host_memory: float = ma
     return found
 
 
-def advice(setting: Setting, rows: int, per_node: int, memory: float, host_memory: float = math.inf) -> str:
-    """What fits instead of a setting that does not, in one sentence (see `remedies` and `fitting_world_size`)."""
-    found = remedies(setting, rows, memory, host_memory)
+def advice(setting: MemoryScenario, rows: int, per_node: int, memory: float, host_memory: float = math.inf) -> str:
+    """What fits instead of a setting that does not, in one sentence (see `suggest_fixes` and `fitting_world_size`)."""
+    found = suggest_fixes(setting, rows, memory, host_memory)
     larger = fitting_world_size(setting, per_node, memory, host_memory)
     if larger and larger.processes > setting.processes:
         found.append(f"{larger.processes} GPUs")
     return f"what fits: {', or '.join(found)}" if found else "nothing tried fits: take shorter packs or an adapter"
 
 
-def training_flops(setting: Setting, tokens: float, document: float) -> float:
+def training_flops(setting: MemoryScenario, tokens: float, document: float) -> float:
     """FLOPs of the model in training on `tokens` tokens of documents of `document` tokens, recomputation not counted.
 
     Forward: 2 for each weight of a linear layer, the head included, and token, and 2 x layers x q x `document` for

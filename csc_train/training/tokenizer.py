@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from csc_train.data.dialogue import Dialogue
 from csc_train.errors import InputError
-from csc_train.models.hub import readable
+from csc_train.models.hub import hub_errors
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import messages
+from csc_train.template.dialogue_template import chat_messages
 from csc_train.training.config import TRAINED_TOKENIZER, ModelConfig
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -84,9 +84,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     """Load a tokenizer from a local directory or the hub; a missing padding token is filled in.
 
     Raises:
-        InputError: there is none at `path`, or it cannot be reached (see `hub.readable`).
+        InputError: there is none at `path`, or it cannot be reached (see `hub.hub_errors`).
     """
-    with readable(path, "tokenizer"):
+    with hub_errors(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{path}: the tokenizer has no fast version (tokenizer.json), which the template needs")
@@ -121,7 +121,7 @@ def obtain_tokenizer(
         texts = (
             text
             for dialogue in dialogues
-            for message in messages(dialogue.turns, template)
+            for message in chat_messages(dialogue.turns, template)
             for text in (message["role"], f"[{message.get('strategy', '')}]", message["content"])
         )
         train_tokenizer(texts, config.tokenizer_vocab_size, family).save_pretrained(directory)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from csc_train.data.strategies import STRATEGIES
-from csc_train.packing.token_groups import CELLS, PARTS, SHAPE, STRETCHES
+from csc_train.packing.token_groups import GROUP_SHAPE, NUM_GROUPS, REPLY_PARTS, TURN_BUCKETS
 
 GIB = 1024**3
 PEAK_TFLOPS = (
@@ -21,7 +21,7 @@ PEAK_TFLOPS = (
 """Dense bf16 TFLOP/s by the data sheets, for the first part of a device's name that fits."""
 
 
-class Measures:
+class TrainMetrics:
     """The figures of the steps since they were last read, of this process.
 
     - `loss_*` and `accuracy_*`: mean negative log-likelihood, and share of tokens that are the model's first choice,
@@ -55,7 +55,7 @@ class Measures:
     def forget(self) -> None:
         """Begin anew."""
         # By cell: tokens, sum of their negative log-likelihoods, and how many are the model's first choice.
-        self._sums = torch.zeros(3, CELLS, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(3, NUM_GROUPS, dtype=torch.float64, device=self.device)
         self._work = [0.0, 0.0]
         self._steps, self._waited, self._forward = 0, 0.0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -118,10 +118,10 @@ class Measures:
         peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if cuda else [0, 0]
         own = torch.tensor([*self._work, seconds, self._waited, forward, *peaks], dtype=torch.float64)
         rows = gather(torch.cat([self._sums.flatten(), own.to(self.device)])[None]).cpu()
-        sums = rows[:, : 3 * CELLS].sum(dim=0).view(3, CELLS)[:, 1:].view(3, *SHAPE)
-        tokens, pairs, seconds_of, waited, forward, allocated, reserved = rows[:, 3 * CELLS :].unbind(dim=1)
+        sums = rows[:, : 3 * NUM_GROUPS].sum(dim=0).view(3, NUM_GROUPS)[:, 1:].view(3, *GROUP_SHAPE)
+        tokens, pairs, seconds_of, waited, forward, allocated, reserved = rows[:, 3 * NUM_GROUPS :].unbind(dim=1)
         seconds, steps, trained = seconds_of.max().item(), max(self._steps, 1), sums[0].sum().item()
-        figures = token_figures(sums)
+        figures = token_metrics(sums)
         figures |= {
             "trained_tokens_per_second": trained / seconds,
             "tokens_per_second": tokens.sum().item() / seconds,
@@ -140,7 +140,7 @@ class Measures:
         return figures
 
 
-def token_figures(sums: torch.Tensor) -> dict[str, float]:
+def token_metrics(sums: torch.Tensor) -> dict[str, float]:
     """Mean losses and accuracies by name; those of kinds that did not occur are left out.
 
     Args:
@@ -156,11 +156,11 @@ def token_figures(sums: torch.Tensor) -> dict[str, float]:
             if accuracy:
                 figures[f"accuracy_{name}"] = first / count
 
-    for index, part in enumerate(PARTS.values()):
+    for index, part in enumerate(REPLY_PARTS.values()):
         add(f"{part}_tokens", sums[:, index], accuracy=True)
     for strategy in STRATEGIES:
         add(f"by_strategy/{strategy.en}", sums[:, :, strategy.number - 1])
-    for index, stretch in enumerate(STRETCHES):
+    for index, stretch in enumerate(TURN_BUCKETS):
         add(f"by_turn/{stretch}", sums[..., index])
     return figures
 

@@ -12,29 +12,29 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from csc_train.checkpoints.reshard import lay_out
+from csc_train.checkpoints.reshard import load_resharded
 from csc_train.checkpoints.training_checkpoint import (
-    WRITING,
-    begin_state,
+    PARTIAL_FOLDER,
+    build_record,
     can_resume,
     check_steps,
-    end_state,
+    checkpoint_dir,
+    commit,
     read_record,
-    record_of,
-    state_at,
+    start_save,
 )
 from csc_train.errors import InputError
 from csc_train.models.loading import batch_layout, lora_config, resolve_dtype
 from csc_train.packing.collator import PackCollator
-from csc_train.packing.dataset import Packs
+from csc_train.packing.dataset import PackedDataset
 from csc_train.packing.global_batches import pack_cost
-from csc_train.packing.sampler import PackLoader, RankBatches
-from csc_train.training.config import AdapterConfig, HeldOutConfig, TrainerConfig, ZeroConfig
+from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
+from csc_train.training.config import AdapterConfig, TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, start_deepspeed
-from csc_train.training.leak_check import check_isolation, guard_rows
+from csc_train.training.leak_check import check_no_leaks, forbid_kv_cache
 from csc_train.training.progress import Progress
-from csc_train.training.train_metrics import Measures, training_flops
-from csc_train.training.validation import EarlyStop, HeldOut
+from csc_train.training.train_metrics import TrainMetrics, training_flops
+from csc_train.training.validation import EarlyStopping, Validator
 from csc_train.training.worst_first import WorstFirst
 
 
@@ -51,8 +51,8 @@ class PackTrainer(SFTTrainer):
         self,
         model: PreTrainedModel,
         arguments: SFTConfig,
-        packs: Packs,
-        held_out: HeldOut | None = None,
+        packs: PackedDataset,
+        held_out: Validator | None = None,
         **options,
     ):
         # TRL takes a `datasets.Dataset` alone, so it gets those of the packs' numbers.
@@ -62,7 +62,7 @@ class PackTrainer(SFTTrainer):
         ]
         super().__init__(model, arguments, train_dataset=numbers[0], eval_dataset=numbers[1], **options)
         self.packs = packs
-        self.measures = Measures(
+        self.measures = TrainMetrics(
             training_flops(self.model, forward_flops(self.model)[1]), arguments.device, arguments.bf16
         )
         self.tracked: str | None = None
@@ -76,7 +76,7 @@ class PackTrainer(SFTTrainer):
         """
         moved = False
         if resume_from_checkpoint is not None:
-            state, now = Path(resume_from_checkpoint), record_of(self)
+            state, now = Path(resume_from_checkpoint), build_record(self)
             if not can_resume(state):
                 raise InputError(f"{state} was kept for its weights: only a later state can be gone on from")
             saved = read_record(state)
@@ -85,22 +85,22 @@ class PackTrainer(SFTTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None if moved else resume_from_checkpoint)
         check_engine(self)
         if moved:
-            lay_out(self, state)
+            load_resharded(self, state)
         return prepared
 
     def _run_epoch(self, **options):
-        """Train for an epoch, unless the state that was gone on from had reached its end (see `EarlyStop`)."""
+        """Train for an epoch, unless the state that was gone on from had reached its end (see `EarlyStopping`)."""
         if not self.control.should_training_stop:
             super()._run_epoch(**options)
 
-    def batches(self) -> RankBatches:
+    def batches(self) -> PackBatchSampler:
         """This process's share of the packs."""
         return self._share(self.packs, self.args.gradient_accumulation_steps)
 
-    def _share(self, packs: Packs, accumulation: int) -> RankBatches:
+    def _share(self, packs: PackedDataset, accumulation: int) -> PackBatchSampler:
         linear, attention = forward_flops(self.model)
         arguments = self.args
-        return RankBatches(
+        return PackBatchSampler(
             [
                 pack_cost(lengths, prefix, linear, attention)
                 for lengths, prefix in zip(packs.lengths, packs.prefixes, strict=True)
@@ -113,14 +113,14 @@ class PackTrainer(SFTTrainer):
             joined=self.data_collator.joins,
         )
 
-    def get_train_dataloader(self) -> PackLoader:
+    def get_train_dataloader(self) -> PackDataLoader:
         """The loader of `batches`.
 
         The Trainer takes `gradient_accumulation_steps` batches for an optimizer step and, for the last of an epoch,
         what is left; it counts trained tokens over what it took. The loader is not passed to accelerate, which would
         deal the batches out again, and repeat some for want of a full last step.
         """
-        return PackLoader(
+        return PackDataLoader(
             self.packs,
             self.batches(),
             self.data_collator,
@@ -132,9 +132,9 @@ class PackTrainer(SFTTrainer):
         """The batches of an optimizer step, whose waiting time is measured."""
         return super().get_batch_samples(self.measures.step(epoch_iterator), num_batches, device)
 
-    def get_eval_dataloader(self, eval_dataset=None) -> PackLoader:
+    def get_eval_dataloader(self, eval_dataset=None) -> PackDataLoader:
         """The loader of the held-out packs: as many batches on each process, those without a pack included."""
-        return PackLoader(
+        return PackDataLoader(
             self.held_out.packs,
             self._share(self.held_out.packs, accumulation=1),
             self.data_collator,
@@ -150,7 +150,7 @@ class PackTrainer(SFTTrainer):
             return self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(total)), None, None
 
     def evaluation_loop(self, *arguments, metric_key_prefix="eval", **options):
-        """Measure the held-out loss, then what else is measured (see `HeldOut.measure`)."""
+        """Measure the held-out loss, then what else is measured (see `Validator.measure`)."""
         output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
         measured = self.held_out.measure(self)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
@@ -165,7 +165,7 @@ class PackTrainer(SFTTrainer):
     def best_state(self) -> Path | None:
         """The saved state to make the checkpoint from; None where that is the last."""
         best = self._best_step()
-        return None if best in (None, self.state.global_step) else state_at(Path(self.args.output_dir), best)
+        return None if best in (None, self.state.global_step) else checkpoint_dir(Path(self.args.output_dir), best)
 
     def _best_step(self) -> int | None:
         if self.held_out is None or self.held_out.config.keep == "last":
@@ -209,7 +209,7 @@ class PackTrainer(SFTTrainer):
 
     def _get_output_dir(self, trial) -> str:
         """Where the Trainer writes states of training (see `states.end_state`)."""
-        return str(Path(super()._get_output_dir(trial)) / WRITING)
+        return str(Path(super()._get_output_dir(trial)) / PARTIAL_FOLDER)
 
     def _save_checkpoint(self, model, trial):
         """Save a state of training, which is there when it is whole.
@@ -219,9 +219,9 @@ class PackTrainer(SFTTrainer):
         """
         directory = Path(self.args.output_dir)
         try:
-            begin_state(self, directory)
+            start_save(self, directory)
             super()._save_checkpoint(model, trial)
-            end_state(self, directory, self._best_step())
+            commit(self, directory, self._best_step())
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
                 raise
@@ -256,7 +256,7 @@ def training_arguments(
     directory: Path,
     processes: int,
     zero: ZeroConfig | None = None,
-    held_out: HeldOutConfig | None = None,
+    held_out: ValidationConfig | None = None,
 ) -> SFTConfig:
     """The arguments of a training. Made before the model, which ZeRO stage 3 shards while it is loaded.
 
@@ -267,7 +267,7 @@ def training_arguments(
         held_out: what is measured while training; nothing by default.
 
     Raises:
-        InputError: as `TrainerConfig.accumulation`, `HeldOutConfig.interval` and `zero.deepspeed_config`.
+        InputError: as `TrainerConfig.accumulation`, `ValidationConfig.interval` and `zero.deepspeed_config`.
     """
     dtype = resolve_dtype(config.precision)
     interval = held_out.interval(config) if held_out else 0
@@ -314,13 +314,13 @@ def training_arguments(
 def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    packs: Packs,
+    packs: PackedDataset,
     *,
     packing: str,
     arguments: SFTConfig,
     adapter: AdapterConfig,
     worst_first: bool = True,
-    held_out: HeldOut | None = None,
+    held_out: Validator | None = None,
 ) -> PackTrainer:
     """The trainer of one run.
 
@@ -341,8 +341,8 @@ def build_trainer(
     attention = model.config._attn_implementation
     layout = batch_layout(attention, packing)
     collator = PackCollator(layout, tokenizer.pad_token_id, attention == "eager")
-    check_isolation(model, collator, arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
-    guard_rows(model)
+    check_no_leaks(model, collator, arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
+    forbid_kv_cache(model)
     trainer = PackTrainer(
         model,
         arguments,
@@ -363,7 +363,7 @@ def build_trainer(
     if worst_first:
         trainer.add_callback(WorstFirst(trainer))
     if held_out and held_out.config.patience:
-        trainer.add_callback(EarlyStop(held_out.config.patience))
+        trainer.add_callback(EarlyStopping(held_out.config.patience))
     return trainer
 
 

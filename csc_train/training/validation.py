@@ -22,29 +22,29 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.jsonl import keep_table
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import pack_examples
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.loss_weights import LossWeights
-from csc_train.template.dialogue_template import DialogueTemplate, Example
+from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
 from csc_train.template.likelihood import dialogue_log_likelihoods
-from csc_train.training.config import HeldOutConfig
+from csc_train.training.config import ValidationConfig
 from csc_train.training.deepspeed import is_sharded
 
 if TYPE_CHECKING:
     from csc_train.training.trainer import PackTrainer
 
-SAMPLES = "samples"
+SAMPLES_FILE = "samples"
 """The table of replies to the same held-out turns, by step."""
 NUMBERS = [strategy.number for strategy in STRATEGIES]
 
 
-class HeldOutTurn(NamedTuple):
+class ValidationTurn(NamedTuple):
     """A supporter turn: the number of its dialogue, and its place in `Dialogue.turns`."""
 
     dialogue: int
     turn: int
 
 
-class HeldOut:
+class Validator:
     """Held-out dialogues as a training measures itself on them.
 
     Attributes:
@@ -58,9 +58,9 @@ class HeldOut:
     def __init__(
         self,
         dialogues: Sequence[Dialogue],
-        examples: Sequence[Example],
+        examples: Sequence[TokenizedDialogue],
         template: DialogueTemplate,
-        config: HeldOutConfig,
+        config: ValidationConfig,
         packing: PackingConfig,
         weigh: LossWeights,
         directory: Path,
@@ -80,13 +80,13 @@ class HeldOut:
         self.config = config
         self.log_table = functools.partial(keep_table, directory)
         try:
-            self.packs, _ = pack_examples(examples, packing, weigh)
+            self.packs, _ = pack_dialogues(examples, packing, weigh)
         except InputError as error:
             raise InputError(f"held-out dialogues: {error}; held_out.every=0 trains without them") from error
         self.weight = sum(float(self.packs[number]["weights"].sum(dtype=float)) for number in range(len(self.packs)))
         fitting = [
             [
-                HeldOutTurn(number, turn)
+                ValidationTurn(number, turn)
                 for turn in example.strategies.nonzero()[0].tolist()
                 if example.boundaries[turn + 1] <= packing.max_length
             ]
@@ -115,10 +115,10 @@ class HeldOut:
                 if trainer.is_world_process_zero():
                     columns = list(replies[0])
                     rows = [list(reply.values()) for reply in replies]
-                    self.log_table(SAMPLES, columns, rows, trainer.state.global_step)
+                    self.log_table(SAMPLES_FILE, columns, rows, trainer.state.global_step)
         return measured
 
-    def prompt(self, turn: HeldOutTurn) -> list[int]:
+    def prompt(self, turn: ValidationTurn) -> list[int]:
         """The ids from which the model predicts a turn, the gold history before it."""
         example, template = self.examples[turn.dialogue], self.template
         before = example.input_ids[: example.boundaries[turn.turn]].tolist()
@@ -151,7 +151,7 @@ class HeldOut:
         answers = dict(gather_object([*zip(mine, texts, strict=False)]))
         return [self._row(turn, answers[turn]) for turn in self.samples]
 
-    def _row(self, turn: HeldOutTurn, text: str) -> dict[str, Any]:
+    def _row(self, turn: ValidationTurn, text: str) -> dict[str, Any]:
         dialogue = self.dialogues[turn.dialogue]
         gold, reply, language = dialogue.turns[turn.turn], self.template.parse(text), self.template.config.language
         return {
@@ -187,7 +187,7 @@ def generate(trainer: "PackTrainer", template: DialogueTemplate, prompts: list[l
     return [decode(list(row), skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
 
 
-def last_measured(history: list[dict[str, float]], step: int) -> dict[str, float]:
+def last_validation_metrics(history: list[dict[str, float]], step: int) -> dict[str, float]:
     """What was measured at a step, or at the last step before it at which anything was, and `step`.
 
     Args:
@@ -198,7 +198,7 @@ def last_measured(history: list[dict[str, float]], step: int) -> dict[str, float
     return {name: measured[-1][key] for key, name in names.items() if key in measured[-1]} if measured else {}
 
 
-class EarlyStop(EarlyStoppingCallback):
+class EarlyStopping(EarlyStoppingCallback):
     """Ends the training when the best measurement has not been bettered for as many as `patience` asks.
 
     The count is kept in saved states, the one at the end included.

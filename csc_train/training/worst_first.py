@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PretrainedConfig, TrainerCallback
 
 from csc_train.errors import InputError
-from csc_train.packing.global_batches import Part, distribute, epoch_steps
-from csc_train.packing.sampler import RankBatches
+from csc_train.packing.global_batches import PackSlice, assign_to_ranks, global_batches
+from csc_train.packing.sampler import PackBatchSampler
 from csc_train.training.config import ArchitectureConfig
-from csc_train.training.memory import GIB, Setting, advice, plan, shape_of
+from csc_train.training.memory import GIB, MemoryScenario, advice, estimate_memory, model_dims
 
 if TYPE_CHECKING:
     from csc_train.training.trainer import PackTrainer
@@ -60,11 +60,11 @@ class WorstFirst(TrainerCallback):
             raise InputError(message) from error
 
 
-def largest_batch(batches: RankBatches, epochs: range) -> tuple[list[Part], int]:
+def largest_batch(batches: PackBatchSampler, epochs: range) -> tuple[list[PackSlice], int]:
     """The batch of all processes and epochs that has the most tokens, padding included, and how many it has; the
     costliest of several."""
 
-    def size(parts: list[Part]) -> tuple[int, float]:
+    def size(parts: list[PackSlice]) -> tuple[int, float]:
         lengths = [part.tokens(batches.packs) for part in parts]
         tokens = sum(lengths) if batches.joined else len(lengths) * max(lengths)
         return tokens, sum(part.flops(batches.packs) for part in parts)
@@ -72,8 +72,8 @@ def largest_batch(batches: RankBatches, epochs: range) -> tuple[list[Part], int]
     candidates = (
         parts
         for epoch in epochs
-        for step in epoch_steps(batches.packs, batches.packs_per_step, batches.seed, epoch)
-        for process in distribute(
+        for step in global_batches(batches.packs, batches.packs_per_step, batches.seed, epoch)
+        for process in assign_to_ranks(
             step, batches.packs, batches.processes, batches.micro_batch_size, joined=batches.joined
         )
         for parts in process
@@ -83,15 +83,15 @@ def largest_batch(batches: RankBatches, epochs: range) -> tuple[list[Part], int]
     return largest, size(largest)[0]
 
 
-def setting_of(trainer: "PackTrainer", tokens: int) -> Setting:
+def setting_of(trainer: "PackTrainer", tokens: int) -> MemoryScenario:
     """A training that has been set up, as the memory plan sees it."""
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     # Under ZeRO-3 a parameter's own size is that of its part on this process.
     trained = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
     adapter = "full" if not hasattr(model, "peft_config") else "qlora" if _quantized(model) else "lora"
     plugin, layout = args.deepspeed_plugin, trainer.data_collator.layout
-    return Setting(
-        shape_of(_architecture(model.config)),
+    return MemoryScenario(
+        model_dims(_architecture(model.config)),
         adapter=adapter,
         adapter_parameters=0 if adapter == "full" else trained,
         stage="off" if plugin is None else str(plugin.zero_stage),
@@ -115,9 +115,9 @@ def _architecture(config: PretrainedConfig) -> ArchitectureConfig:
     return ArchitectureConfig(**facts, head_dim=getattr(config, "head_dim", None))
 
 
-def out_of_memory(setting: Setting, args, tokens: int) -> str:
+def out_of_memory(setting: MemoryScenario, args, tokens: int) -> str:
     """What to say when the largest batch does not fit: the plan, and what would."""
-    planned = plan(setting)
+    planned = estimate_memory(setting)
     # Memory ran out, whatever the plan says: less than was planned has to be enough.
     limit, having = 0.9 * planned.total, ""
     if torch.cuda.is_available():

@@ -24,27 +24,27 @@ from trl import SFTTrainer
 
 from csc_train.checkpoints.manifest import Manifest
 from csc_train.files import digest
-from csc_train.models.attention.varlen import ATTENTION
+from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.loading import load_model
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackingReport
-from csc_train.runs.directory import Run, processes
+from csc_train.runs.directory import Run, distributed_state
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tracking.wandb import Tracking
 from csc_train.training.config import (
     AdapterConfig,
-    HeldOutConfig,
     ModelConfig,
     TrackingConfig,
     TrainerConfig,
+    ValidationConfig,
     ZeroConfig,
 )
-from csc_train.training.deepspeed import whole_weights
+from csc_train.training.deepspeed import consolidated_weights
 from csc_train.training.graceful_stop import StopOnSignal
 from csc_train.training.tokenizer import load_tokenizer
 from csc_train.training.trainer import build_trainer, training_arguments
-from csc_train.training.validation import HeldOut, last_measured
+from csc_train.training.validation import Validator, last_validation_metrics
 
 PACKS_PER_STEP = 4
 EPOCHS = 2
@@ -88,7 +88,7 @@ def train(
     worst_first: bool = True,
     tracked: str | None = None,
     ends: tuple[str, int] | None = None,
-    held_out: HeldOutConfig | None = None,
+    held_out: ValidationConfig | None = None,
     **options,
 ) -> SFTTrainer:
     """Train the model of `folder` on its packs.
@@ -118,18 +118,20 @@ def train(
             **(defaults | options),
         ),
         folder / states,
-        processes().num_processes,
+        distributed_state().num_processes,
         zero,
         held_out,
     )
-    default, packing = (ATTENTION, "shared_prefix") if packs == "shared" else ("sdpa", "best_fit")
+    default, packing = (VARLEN_ATTENTION, "shared_prefix") if packs == "shared" else ("sdpa", "best_fit")
     training = pickle.loads((folder / packs).read_bytes())
     if held_out is not None:
         dialogues = pickle.loads((folder / "held_out").read_bytes())
         template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
         encoded = [template.encode(dialogue) for dialogue in dialogues]
         packed = PackingConfig(packing, max_length=1800)
-        held_out = HeldOut(dialogues, encoded, template, held_out, packed, training.weigh, folder / Path(states).parent)
+        held_out = Validator(
+            dialogues, encoded, template, held_out, packed, training.weigh, folder / Path(states).parent
+        )
     adapter = adapter or AdapterConfig()
     source = ModelConfig(path=str(folder / "model"))
     trainer = build_trainer(
@@ -220,13 +222,13 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
     steps = [entry for entry in log if "loss" in entry]
     parameters = list(trainer.model.parameters())
     empty = [parameter.numel() == 0 for parameter in parameters]
-    weights = {name: value.flatten().tolist() for name, value in whole_weights(trainer.model).items()}
+    weights = {name: value.flatten().tolist() for name, value in consolidated_weights(trainer.model).items()}
     engine = trainer.model_wrapped
     steps_of_all = gather_object([trainer.documents])
     weighted = trainer._prepare_inputs(trainer.data_collator([trainer.packs[0]]))["weights"]
     return {
         "losses": [entry["loss"] for entry in steps],
-        "measured": [last_measured([entry], entry["step"]) for entry in log if "eval_loss" in entry],
+        "measured": [last_validation_metrics([entry], entry["step"]) for entry in log if "eval_loss" in entry],
         "grad_norms": [entry.get("grad_norm") for entry in steps],
         "learning_rates": [entry["learning_rate"] for entry in steps],
         "documents": [sorted(itertools.chain(*parts)) for parts in zip(*steps_of_all, strict=True)],
@@ -248,12 +250,12 @@ if __name__ == "__main__":
     folder, cases, output = sys.argv[1:]
     trained = {}
     for name, options in json.loads(cases).items():
-        kinds = {"adapter": AdapterConfig, "zero": ZeroConfig, "held_out": HeldOutConfig}
+        kinds = {"adapter": AdapterConfig, "zero": ZeroConfig, "held_out": ValidationConfig}
         made = {kind: make(**options.pop(kind)) for kind, make in kinds.items() if kind in options}
         gc.collect()  # a trainer refers to itself, and while one of ZeRO-3 lives, models are loaded in shards
         trained[name] = curve(train(Path(folder), **options, **made))
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what DeepSpeed leaves behind for the next
-    if processes().is_main_process:
+    if distributed_state().is_main_process:
         Path(output).write_text(json.dumps(trained), encoding="utf-8")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

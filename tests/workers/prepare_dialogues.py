@@ -43,6 +43,6 @@ if __name__ == "__main__":
     if pause:
         encode = prepared._encode
         prepared._encode = lambda *arguments: pausing(encode(*arguments))
-    prepared.prepare(
+    prepared.tokenize(
         dialogues(), template(), PrepareConfig(cache, int(processes)), lambda text: print(text, flush=True)
     )

@@ -23,10 +23,10 @@ from csc_train.evaluation.comparison import ALIKE, left_out_note
 from csc_train.evaluation.config import HumanConfig
 from csc_train.evaluation.judges.agreement import cohen_kappa, fleiss_kappa, observed_agreement
 from csc_train.evaluation.judges.criteria import CRITERIA
-from csc_train.evaluation.metrics.base import Figure, Score
+from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.report.page import render
 from csc_train.evaluation.report.tables import INTERVALS, Section
-from csc_train.evaluation.table import Turns
+from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest, read_json
 from csc_train.inference.predictions import Prediction, as_line
@@ -39,7 +39,7 @@ MAJORITY = "most raters"
 
 Preferences = dict[str, float]
 """By item: 1 where A is preferred, 0 where B is, 0.5 where neither."""
-Votes = dict[str, dict[str, Preferences]]
+Ratings = dict[str, dict[str, Preferences]]
 """By question, then by rater."""
 
 
@@ -47,7 +47,7 @@ class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
-class Item(_Strict):
+class AnnotationItem(_Strict):
     """What the key says of an item: its turn, the system whose reply is number 1, and how much longer A's reply is."""
 
     item: str
@@ -57,7 +57,7 @@ class Item(_Strict):
     longer: int
 
 
-class Key(_Strict):
+class UnblindingKey(_Strict):
     """What undoes the blinding of a sheet.
 
     Attributes:
@@ -76,11 +76,11 @@ class Key(_Strict):
     turns: int
     differing: int
     strategies: str
-    items: list[Item]
+    items: list[AnnotationItem]
     left_out: int = 0
 
 
-class Answer(_Strict):
+class ItemRating(_Strict):
     """What a rater says of one item: by question, the better reply."""
 
     item: str
@@ -88,21 +88,21 @@ class Answer(_Strict):
     comment: str = ""
 
 
-class AnswerSheet(_Strict):
+class RatingFile(_Strict):
     """The file that a sheet exports."""
 
     sheet: str
     rater: str
-    answers: list[Answer]
+    answers: list[ItemRating]
 
 
-def draw_sheet(
-    sides: tuple[Turns, Turns],
+def draw_annotation_form(
+    sides: tuple[PredictionTable, PredictionTable],
     dialogues: Mapping[str, Dialogue],
     names: tuple[str, str],
     config: HumanConfig,
     left_out: int = 0,
-) -> tuple[str, Key]:
+) -> tuple[str, UnblindingKey]:
     """Draw the items; the sheet as an HTML page, and its key.
 
     Order, sides and the items' ids follow from the seed and all that the two systems predicted: the same runs give the
@@ -145,12 +145,12 @@ def draw_sheet(
         ordered = (a, b) if first == "A" else (b, a)
         shown.append({"id": item, **_shown(dialogues[a.dialogue_id], ordered, config)})
         longer = len(a.response) - len(b.response)
-        items.append(Item(item=item, dialogue_id=a.dialogue_id, turn=a.turn, first=first, longer=longer))
+        items.append(AnnotationItem(item=item, dialogue_id=a.dialogue_id, turn=a.turn, first=first, longer=longer))
     questions = [OVERALL, *config.criteria]
     data = {"questions": _questions(config), "items": shown}
     sheet = digest(data)[:16]
     page = render("sheet.html.jinja", language=config.language, data=data | {"sheet": sheet})
-    key = Key(
+    key = UnblindingKey(
         sheet=sheet, a=names[0], b=names[1], questions=questions, turns=len(pairs), differing=len(differing),
         strategies=config.strategies, items=items, left_out=left_out,
     )  # fmt: skip
@@ -194,16 +194,16 @@ def _questions(config: HumanConfig) -> list[dict[str, str]]:
     ]
 
 
-def read_key(path: str | os.PathLike) -> Key:
+def read_key(path: str | os.PathLike) -> UnblindingKey:
     """Read the key of a sheet.
 
     Raises:
         InputError: the file cannot be read or is not a key; names the field.
     """
-    return _read(path, Key, "the key of a sheet")
+    return _read(path, UnblindingKey, "the key of a sheet")
 
 
-def read_votes(paths: Sequence[str | os.PathLike], key: Key) -> tuple[Votes, list[dict[str, Any]]]:
+def read_ratings(paths: Sequence[str | os.PathLike], key: UnblindingKey) -> tuple[Ratings, list[dict[str, Any]]]:
     """What the raters answered, unblinded; and their comments, each with its `rater`, `dialogue_id`, `turn`, `text`.
 
     Raises:
@@ -211,10 +211,10 @@ def read_votes(paths: Sequence[str | os.PathLike], key: Key) -> tuple[Votes, lis
             is there twice; names file, item and field.
     """
     items = {each.item: each for each in key.items}
-    votes: Votes = {question: {} for question in key.questions}
+    votes: Ratings = {question: {} for question in key.questions}
     comments, files = [], {}
     for path in paths:
-        sheet = _read(path, AnswerSheet, "the answers to a sheet")
+        sheet = _read(path, RatingFile, "the answers to a sheet")
         if sheet.sheet != key.sheet:
             raise InputError(f"{path}: answers sheet {sheet.sheet}, and the key is that of sheet {key.sheet}")
         rater = sheet.rater.strip()
@@ -260,7 +260,7 @@ def _read(path: str | os.PathLike, form: type[pydantic.BaseModel], what: str) ->
         raise InputError(f"{path}{item}{field}: {first['msg']} (expected {what})") from error
 
 
-def read_judge(directory: str | os.PathLike, key: Key) -> tuple[str, dict[str, Preferences]]:
+def read_judge(directory: str | os.PathLike, key: UnblindingKey) -> tuple[str, dict[str, Preferences]]:
     """The name of the judge of a run of recipes/judge.py, and by question what it prefers on the items of a sheet.
 
     Raises:
@@ -294,7 +294,7 @@ def _place(system: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Pair:
+class RaterPair:
     """How far two raters agree on one question, over the items that both answered.
 
     Attributes:
@@ -305,12 +305,12 @@ class Pair:
     one: str
     other: str
     items: int
-    agreement: Score
-    kappa: Score
+    agreement: MetricResult
+    kappa: MetricResult
 
 
 @dataclass(frozen=True)
-class Opinion:
+class RaterResult:
     """What people say to one question.
 
     Attributes:
@@ -327,13 +327,13 @@ class Opinion:
     verdict: str | None
     raters: dict[str, WinRate]
     shared: int
-    fleiss: Score
-    pairs: list[Pair]
+    fleiss: MetricResult
+    pairs: list[RaterPair]
 
 
-def opinions(
-    votes: Votes, key: Key, config: HumanConfig, judge: tuple[str, dict[str, Preferences]] | None = None
-) -> dict[str, Opinion]:
+def rater_results(
+    votes: Ratings, key: UnblindingKey, config: HumanConfig, judge: tuple[str, dict[str, Preferences]] | None = None
+) -> dict[str, RaterResult]:
     """What the answers say, by question."""
     items = {each.item: each for each in key.items}
     found = {}
@@ -355,7 +355,7 @@ def opinions(
     tested = {question: each["win_rate"] for question, each in found.items() if each["win_rate"].p_value is not None}
     adjusted = dict(zip(tested, holm([each.p_value for each in tested.values()]), strict=True))
     return {
-        question: Opinion(
+        question: RaterResult(
             adjusted=adjusted.get(question), verdict=_verdict(each["win_rate"], adjusted.get(question)), **each
         )
         for question, each in found.items()
@@ -370,12 +370,12 @@ def _verdict(rates: WinRate, adjusted: float | None) -> str | None:
     return "A is preferred" if rates.rate.value > 50 else "B is preferred"
 
 
-def _dialogues(names: Sequence[str], items: Mapping[str, Item]) -> numpy.ndarray:
+def _dialogues(names: Sequence[str], items: Mapping[str, AnnotationItem]) -> numpy.ndarray:
     """int [names]: the dialogue of each item, counted from 0."""
     return numpy.unique([items[name].dialogue_id for name in names], return_inverse=True)[1]
 
 
-def _win_rate(ratings: Mapping[str, Preferences], items: Mapping[str, Item], config: HumanConfig) -> WinRate:
+def _win_rate(ratings: Mapping[str, Preferences], items: Mapping[str, AnnotationItem], config: HumanConfig) -> WinRate:
     rows = [(name, value) for given in ratings.values() for name, value in given.items()]
     names = [name for name, _ in rows]
     preferences = numpy.array([value for _, value in rows], float)
@@ -398,31 +398,36 @@ def _categories(given: Preferences, names: Sequence[str]) -> numpy.ndarray:
 
 
 def _pair(
-    one: str, first: Preferences, other: str, second: Preferences, items: Mapping[str, Item], config: HumanConfig
-) -> Pair:
+    one: str,
+    first: Preferences,
+    other: str,
+    second: Preferences,
+    items: Mapping[str, AnnotationItem],
+    config: HumanConfig,
+) -> RaterPair:
     names = sorted(first.keys() & second.keys())
     sides, dialogues = [_categories(given, names) for given in (first, second)], _dialogues(names, items)
-    same = Figure(observed_agreement(*sides), "items", "equal answers of A, tie, B", "no items in common")
-    kappa = Figure(cohen_kappa(*sides, 3), "kappa", "Cohen 1960, A, tie, B", _UNDEFINED if names else same.reason)
-    return Pair(one, other, len(names), same.score(dialogues, config.draws), kappa.score(dialogues, config.draws))
+    same = Metric(observed_agreement(*sides), "items", "equal answers of A, tie, B", "no items in common")
+    kappa = Metric(cohen_kappa(*sides, 3), "kappa", "Cohen 1960, A, tie, B", _UNDEFINED if names else same.reason)
+    return RaterPair(one, other, len(names), same.score(dialogues, config.draws), kappa.score(dialogues, config.draws))
 
 
 def _fleiss(
-    ratings: Mapping[str, Preferences], shared: Sequence[str], items: Mapping[str, Item], config: HumanConfig
-) -> Score:
+    ratings: Mapping[str, Preferences], shared: Sequence[str], items: Mapping[str, AnnotationItem], config: HumanConfig
+) -> MetricResult:
     unit, signature = "kappa", "Fleiss 1971, A, tie, B"
     if len(ratings) < 2:
-        return Score(None, unit, signature, "one rater")
+        return MetricResult(None, unit, signature, "one rater")
     categories = numpy.stack([_categories(given, shared) for given in ratings.values()], axis=1)
     counts = numpy.eye(3)[categories].sum(axis=1)
-    figure = Figure(fleiss_kappa(counts), unit, signature, _UNDEFINED if shared else "no item was answered by all")
+    figure = Metric(fleiss_kappa(counts), unit, signature, _UNDEFINED if shared else "no item was answered by all")
     return figure.score(_dialogues(shared, items), config.draws)
 
 
 _UNDEFINED = "all answers are the same"
 
 
-def sections(found: Mapping[str, Opinion], key: Key) -> list[Section]:
+def sections(found: Mapping[str, RaterResult], key: UnblindingKey) -> list[Section]:
     """The results as tables."""
     some = found[OVERALL]
     rates = [
@@ -472,6 +477,6 @@ def sections(found: Mapping[str, Opinion], key: Key) -> list[Section]:
     return [preference, raters, agreement]
 
 
-def as_json(found: Mapping[str, Opinion], comments: list[dict[str, Any]]) -> dict[str, Any]:
+def as_json(found: Mapping[str, RaterResult], comments: list[dict[str, Any]]) -> dict[str, Any]:
     """The results as plain values."""
     return {"questions": {question: asdict(each) for question, each in found.items()}, "comments": comments}

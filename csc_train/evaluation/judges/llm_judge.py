@@ -24,14 +24,14 @@ from csc_train.errors import InputError
 from csc_train.evaluation.comparison import left_out_note
 from csc_train.evaluation.config import JudgeConfig
 from csc_train.evaluation.judges.criteria import CRITERIA
-from csc_train.evaluation.metrics.base import Figure, Score
-from csc_train.evaluation.table import Turns
+from csc_train.evaluation.metrics.base import Metric, MetricResult
+from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest, write_text
 from csc_train.inference.predictions import Prediction
 from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, Message
 from csc_train.llm.config import LLMConfig
-from csc_train.llm.structured import ask
+from csc_train.llm.structured import ask_structured
 from csc_train.stats import mean
 from csc_train.template.reply import Reply, format_reply
 
@@ -60,11 +60,11 @@ class Rubric(pydantic.BaseModel):
     faithfulness: _Points
 
 
-FORMS = {"pairwise": Preference, "rubric": Rubric}
+ANSWER_SCHEMAS = {"pairwise": Preference, "rubric": Rubric}
 
 
 @dataclass(frozen=True)
-class Question:
+class JudgeQuestion:
     """What is asked about the reply, or the pair of replies, at one turn; `side` is one of `SIDES[task]`."""
 
     task: str
@@ -80,7 +80,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgeReport:
     """What a judge made of a list of questions: every one is answered, or failed.
 
     Attributes:
@@ -90,21 +90,21 @@ class Judged:
             failures.
     """
 
-    answers: dict[Question, dict[str, Any]]
-    failures: dict[Question, LLMFailure]
+    answers: dict[JudgeQuestion, dict[str, Any]]
+    failures: dict[JudgeQuestion, LLMFailure]
     spent: dict[str, int]
 
 
-def chosen_turns(turns: Turns, config: JudgeConfig) -> numpy.ndarray:
+def chosen_turns(turns: PredictionTable, config: JudgeConfig) -> numpy.ndarray:
     """int [chosen]: which of the turns are judged, in order."""
     if config.turns is None:
         return numpy.arange(len(turns))
     return numpy.array(sorted(turns.shuffled(config.seed)[: config.turns]), int)
 
 
-def questions(
+def judge_questions(
     a: Sequence[Prediction], b: Sequence[Prediction], dialogues: Mapping[str, Dialogue], config: JudgeConfig
-) -> list[Question]:
+) -> list[JudgeQuestion]:
     """What to ask about the replies of two systems, `a` and `b`, to the same turns.
 
     Strategies are shown where both systems name them. Two replies that read the same are not compared.
@@ -129,7 +129,7 @@ def questions(
                     {"role": "system", "content": _render(config.language, part="instructions", **facts)},
                     {"role": "user", "content": _render(config.language, part="question", **facts)},
                 )
-                asked.append(Question(task, dialogue.id, turn, side, messages))
+                asked.append(JudgeQuestion(task, dialogue.id, turn, side, messages))
     return asked
 
 
@@ -148,7 +148,7 @@ def _render(language: str, **facts: Any) -> str:
     return _template(language).render(CRITERIA=CRITERIA, **facts).strip()
 
 
-def judge(asked: Sequence[Question], llm: LLMConfig, config: JudgeConfig, cache: str | os.PathLike) -> Judged:
+def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, cache: str | os.PathLike) -> JudgeReport:
     """Ask a model, and keep each answer in the JSONL file `cache` as it comes; what is there is not asked again.
 
     An answer belongs to the text of its question, the model, its settings and the seed. A question that fails within
@@ -167,7 +167,9 @@ def judge(asked: Sequence[Question], llm: LLMConfig, config: JudgeConfig, cache:
             question = todo[key]
             try:
                 seed = int(key[:7], 16)
-                answer = await ask(client, question.messages, FORMS[question.task], seed=seed, temperature=0)
+                answer = await ask_structured(
+                    client, question.messages, ANSWER_SCHEMAS[question.task], seed=seed, temperature=0
+                )
             except AuthenticationFailure:
                 raise
             except LLMFailure as failure:
@@ -192,7 +194,7 @@ def judge(asked: Sequence[Question], llm: LLMConfig, config: JudgeConfig, cache:
         except OSError as error:
             raise InputError(f"cannot write {cache}: {error.strerror or error}") from error
     counted = [known[key] if key in known else vars(failures[key]) for key in dict.fromkeys(keys.values())]
-    return Judged(
+    return JudgeReport(
         {question: known[key]["answer"] for question, key in keys.items() if key in known},
         {question: failures[key] for question, key in keys.items() if key in failures},
         {name: sum(each[name] for each in counted) for name in _SPENT},
@@ -202,7 +204,7 @@ def judge(asked: Sequence[Question], llm: LLMConfig, config: JudgeConfig, cache:
 _SPENT = ("attempts", "prompt_tokens", "completion_tokens")
 
 
-def _key(question: Question, llm: LLMConfig, config: JudgeConfig) -> str:
+def _key(question: JudgeQuestion, llm: LLMConfig, config: JudgeConfig) -> str:
     settings = [llm.model, llm.temperature, llm.top_p, llm.max_tokens, llm.extra_body, config.seed]
     return digest([question.task, *question.messages, *settings])
 
@@ -218,7 +220,7 @@ def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(whole.split("\n") if whole else [], start=1):
         try:
             row = json.loads(line)
-            FORMS[row["task"]].model_validate(row["answer"])
+            ANSWER_SCHEMAS[row["task"]].model_validate(row["answer"])
             rows[row["key"]] = row
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number}: not an answer of a judge: {error!r}") from error
@@ -226,7 +228,7 @@ def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class JudgeSummary:
     """Two systems before a judge.
 
     Attributes:
@@ -244,14 +246,16 @@ class Judgement:
     identical: int
     disagreements: int
     first: float | None
-    scores: dict[str, dict[str, Score]]
+    scores: dict[str, dict[str, MetricResult]]
     judged: dict[str, int]
     expected: int
     by_turn: list[dict[str, Any]]
 
 
-def judgement(a: Sequence[Prediction], b: Sequence[Prediction], judged: Judged, config: JudgeConfig) -> Judgement:
-    """What the answers to `questions` say about two systems. A turn with a failed question does not count."""
+def summarize(
+    a: Sequence[Prediction], b: Sequence[Prediction], judged: JudgeReport, config: JudgeConfig
+) -> JudgeSummary:
+    """What the answers to `judge_questions` say about two systems. A turn with a failed question does not count."""
     answers = {(each.task, each.dialogue_id, each.turn, each.side): answer for each, answer in judged.answers.items()}
     failed = {(each.task, each.dialogue_id, each.turn) for each in judged.failures}
     counts: dict[str, int] = {}
@@ -272,13 +276,13 @@ def judgement(a: Sequence[Prediction], b: Sequence[Prediction], judged: Judged, 
         turns = [a[index] for index, _ in rows]
         longer = [len(each.response) - len(b[index].response) for each, (index, _) in zip(turns, rows, strict=True)]
         preferences = numpy.array([preference for _, preference in rows])
-        rates = win_rate(preferences, numpy.array(longer), Turns(turns).dialogue, config.draws, config.flips)
+        rates = win_rate(preferences, numpy.array(longer), PredictionTable(turns).dialogue, config.draws, config.flips)
         first = 100 * sum(firsts) / len(firsts) if firsts else None
         counts["pairwise"] = len(rows)
     if "rubric" in config.tasks:
         rated = [index for index, each in enumerate(a) if ("rubric", each.dialogue_id, each.turn) not in failed]
         turns = [a[index] for index in rated]
-        dialogues = Turns(turns).dialogue
+        dialogues = PredictionTable(turns).dialogue
         for criterion in CRITERIA:
             sides = {
                 side: [answers["rubric", each.dialogue_id, each.turn, side][criterion] for each in turns]
@@ -286,7 +290,7 @@ def judgement(a: Sequence[Prediction], b: Sequence[Prediction], judged: Judged, 
             }
             for index, one, other in zip(rated, *sides.values(), strict=True):
                 preferred[index][criterion] = 0.5 if one == other else float(one > other)
-            figures = {side: Figure(mean(points), "points", "mean of 1 to 5") for side, points in sides.items()}
+            figures = {side: Metric(mean(points), "points", "mean of 1 to 5") for side, points in sides.items()}
             scores[criterion] = {side: figure.score(dialogues, config.draws) for side, figure in figures.items()}
             scores[criterion]["A - B"] = figures["A"].minus(figures["B"], dialogues, config.draws)
         counts["rubric"] = len(turns)
@@ -295,16 +299,18 @@ def judgement(a: Sequence[Prediction], b: Sequence[Prediction], judged: Judged, 
         for index, each in enumerate(a)
         if preferred[index]
     ]
-    return Judgement(rates, identical, disagreements, first, scores, counts, len(a), by_turn)
+    return JudgeSummary(rates, identical, disagreements, first, scores, counts, len(a), by_turn)
 
 
-def as_json(result: Judgement, judged: Judged) -> dict[str, Any]:
+def as_json(result: JudgeSummary, judged: JudgeReport) -> dict[str, Any]:
     """A judgement with its failures and what it took, as plain values."""
     failures = [each.place | {"kind": why.kind, "message": why.message} for each, why in judged.failures.items()]
     return asdict(result) | {"failures": failures, "spent": judged.spent}
 
 
-def markdown(result: Judgement, judged: Judged, names: tuple[str, str], judge_name: str, left_out: int = 0) -> str:
+def markdown(
+    result: JudgeSummary, judged: JudgeReport, names: tuple[str, str], judge_name: str, left_out: int = 0
+) -> str:
     """A judgement as Markdown; `left_out` turns are those that only one of the systems has."""
     lines = [f"A: {names[0]}  ", f"B: {names[1]}  ", f"judge: {judge_name}, reference context", ""]
     if result.win_rate:
@@ -330,7 +336,7 @@ def markdown(result: Judgement, judged: Judged, names: tuple[str, str], judge_na
     return "\n".join(lines) + "\n"
 
 
-def _cell(score: Score) -> str:
+def _cell(score: MetricResult) -> str:
     if score.value is None:
         return f"n/a ({score.reason})"
     return f"{score.value:.2f}" + ("" if score.low is None else f" [{score.low:.2f}, {score.high:.2f}]")

@@ -9,7 +9,7 @@ from csc_train.stats import Statistic, difference_interval, interval
 
 
 @dataclass(frozen=True)
-class Score:
+class MetricResult:
     """One cell of a table, and what its number means.
 
     `value` is in percent unless `unit` says otherwise, or None where there is none, and then `reason` says why.
@@ -27,7 +27,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A figure before it is computed; `statistic` is None where it is not defined, and then `reason` says why.
 
     `reason` also stands for a statistic without a value, such as a mean over no turns.
@@ -45,25 +45,25 @@ class Figure:
             return self.reason
         return "it is infinite" if math.isinf(self.statistic.value) else None
 
-    def score(self, dialogues: numpy.ndarray, draws: int) -> Score:
+    def score(self, dialogues: numpy.ndarray, draws: int) -> MetricResult:
         """The figure's value and interval; `dialogues`, int [turns], is the dialogue of each turn."""
         if (missing := self._missing) is not None:
-            return Score(None, self.unit, self.signature, missing)
+            return MetricResult(None, self.unit, self.signature, missing)
         value = self.statistic.value
         bounds = interval(self.statistic, dialogues, draws) or (None, None)
-        return Score(value, self.unit, self.signature, None, *bounds)
+        return MetricResult(value, self.unit, self.signature, None, *bounds)
 
-    def only(self, where: numpy.ndarray) -> "Figure":
+    def only(self, where: numpy.ndarray) -> "Metric":
         """The figure over the turns that `where`, bool [turns], selects."""
         if self.statistic is None or not where.any():
             return replace(self, statistic=None)
         return replace(self, statistic=replace(self.statistic, terms=self.statistic.terms * where[:, None]))
 
-    def minus(self, other: "Figure", dialogues: numpy.ndarray, draws: int) -> Score:
+    def minus(self, other: "Metric", dialogues: numpy.ndarray, draws: int) -> MetricResult:
         """The difference to the same figure of another system, or another context, on the same turns."""
         for each in (self, other):
             if (missing := each._missing) is not None:
-                return Score(None, self.unit, self.signature, missing)
+                return MetricResult(None, self.unit, self.signature, missing)
         value = self.statistic.value - other.statistic.value
         bounds = difference_interval(self.statistic, other.statistic, dialogues, draws) or (None, None)
-        return Score(value, self.unit, self.signature, None, *bounds)
+        return MetricResult(value, self.unit, self.signature, None, *bounds)

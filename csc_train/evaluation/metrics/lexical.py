@@ -14,7 +14,7 @@ from rapidfuzz.distance import LCSseq
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from csc_train.data.segmentation import words
+from csc_train.data.segmentation import segment_words
 
 TextPair = tuple[str, str]
 TokenPair = tuple[Sequence[Hashable], Sequence[Hashable]]
@@ -30,7 +30,7 @@ def characters(text: str) -> str:
 
 def word_pairs(pairs: Sequence[TextPair]) -> list[TokenPair]:
     """Both sides of each pair in jieba words; a text that occurs more than once is segmented once."""
-    segment = functools.cache(words)
+    segment = functools.cache(segment_words)
     return [(segment(reply), segment(reference)) for reply, reference in pairs]
 
 

@@ -2,9 +2,9 @@
 
 import numpy
 
-from csc_train.evaluation.metrics.base import Figure, Score
+from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.metrics.strategy import NO_CHOICE
-from csc_train.evaluation.table import Turns
+from csc_train.evaluation.table import PredictionTable
 from csc_train.stats import Statistic, mean, ratio
 
 UNKNOWN_LABELS = "the system tells no likelihood of the labels"
@@ -14,7 +14,7 @@ BINS = 10
 """Bins of equal width that confidences are put into."""
 
 
-def likelihoods(turns: Turns) -> dict[str, Figure]:
+def likelihoods(turns: PredictionTable) -> dict[str, Metric]:
     """Top-2 ACC of the labels, loss and perplexity of the reference's turns.
 
     A system's probability of a label is the softmax over the 12 log-likelihoods. Turns without likelihoods, or that
@@ -27,15 +27,15 @@ def likelihoods(turns: Turns) -> dict[str, Figure]:
     sums = numpy.stack([nll, tokens], axis=1)
     teacher = "of the reference's turns in the reference's history: strategy where predicted, reply, end of turn"
     return {
-        "top-2 ACC": Figure(
+        "top-2 ACC": Metric(
             top_2, "turns", f"the reference strategy is one of the two likeliest, {_TWELVE}", _why_unknown(turns)
         ),
-        "NLL": Figure(Statistic(sums, ratio), "nats per token", f"mean {teacher}", UNKNOWN_REFERENCE),
-        "perplexity": Figure(Statistic(sums, _perplexity), "tokens", f"exp of the NLL {teacher}", UNKNOWN_REFERENCE),
+        "NLL": Metric(Statistic(sums, ratio), "nats per token", f"mean {teacher}", UNKNOWN_REFERENCE),
+        "perplexity": Metric(Statistic(sums, _perplexity), "tokens", f"exp of the NLL {teacher}", UNKNOWN_REFERENCE),
     }
 
 
-def calibration_error(turns: Turns) -> Score:
+def calibration_error(turns: PredictionTable) -> MetricResult:
     """ECE: over `BINS` of confidence, the mean of how far it is from the accuracy there, weighted by turns, in percent.
 
     It has no interval: chance alone puts the accuracy of a bin off its confidence, on either side, and the distance
@@ -47,12 +47,12 @@ def calibration_error(turns: Turns) -> Score:
     )
     bins = calibration(turns)
     if bins is None:
-        return Score(None, "turns", signature, _why_unknown(turns))
+        return MetricResult(None, "turns", signature, _why_unknown(turns))
     gaps = [each["turns"] * abs(each["confidence"] - each["ACC"]) for each in bins]
-    return Score(sum(gaps) / sum(each["turns"] for each in bins), "turns", signature)
+    return MetricResult(sum(gaps) / sum(each["turns"] for each in bins), "turns", signature)
 
 
-def calibration(turns: Turns) -> list[dict[str, float]] | None:
+def calibration(turns: PredictionTable) -> list[dict[str, float]] | None:
     """How often the likeliest label is right, by its probability, in `BINS` equally wide bins; None where no turn has
     likelihoods.
 
@@ -70,7 +70,7 @@ def calibration(turns: Turns) -> list[dict[str, float]] | None:
     ]
 
 
-def _labels(turns: Turns) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+def _labels(turns: PredictionTable) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     """By turn: whether its likelihoods are known (bool [turns]), the labels' probabilities (float [turns, 12]), and
     whether each label, the likeliest first, is the reference's (bool [turns, 12]). A label may have probability 0."""
     told = [each.label_log_likelihoods or [-numpy.inf] * 12 for each in turns.predictions]
@@ -82,7 +82,7 @@ def _labels(turns: Turns) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     return known, probabilities, order == turns.reference[:, None]
 
 
-def _why_unknown(turns: Turns) -> str:
+def _why_unknown(turns: PredictionTable) -> str:
     return UNKNOWN_LABELS if turns.predicts_strategy else NO_CHOICE
 
 

@@ -31,10 +31,10 @@ from csc_train.evaluation.metrics import (
 from csc_train.evaluation.metrics import (
     strategy as strategy_metrics,
 )
-from csc_train.evaluation.metrics.base import Figure, Score
-from csc_train.evaluation.table import Turns
+from csc_train.evaluation.metrics.base import Metric, MetricResult
+from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.predictions import CONTEXTS, Prediction
-from csc_train.models.hub import local_copy, looks_local
+from csc_train.models.hub import is_local_path, snapshot
 from csc_train.stats import Statistic, mean
 
 PROFILES: dict[str, tuple[str, ...]] = {
@@ -86,7 +86,7 @@ class MetricsConfig:
         # Looked for here, before hours are spent on the predictions.
         for name in ("bertscore_model", "bleurt_model"):
             path = getattr(self, name)
-            if path is not None and looks_local(path) and not (Path(path) / "config.json").is_file():
+            if path is not None and is_local_path(path) and not (Path(path) / "config.json").is_file():
                 raise InputError(
                     f"metrics.{name}={path}: neither a model directory (it has no config.json) nor a hub id"
                 )
@@ -98,7 +98,7 @@ def fetch_models(config: MetricsConfig) -> None:
     """Download the models that are read from the hub, so that one that cannot be had is known before hours of work.
 
     Raises:
-        InputError: as `hub.local_copy`, or a file is missing that the model is read from.
+        InputError: as `hub.snapshot`, or a file is missing that the model is read from.
     """
     if config.bertscore_model is None and config.bleurt_model is None:
         return
@@ -107,7 +107,7 @@ def fetch_models(config: MetricsConfig) -> None:
     models = (config.bertscore_model, learned.BERTSCORE_FILES), (config.bleurt_model, learned.BLEURT_FILES)
     for path, groups in models:
         if path is not None:
-            learned.check_files(local_copy(path, "metric model"), groups)
+            learned.check_files(snapshot(path, "metric model"), groups)
 
 
 def score(
@@ -130,19 +130,19 @@ def score(
         name; `calibration`: see `likelihood_metrics`; `by_strategy`: by label, its `turns` and Scores; `confusion` and
         `transitions`: see `strategy_metrics`; `by_position`: ACC and character ROUGE-L by the how many-th supporter
         turn it is. `process` and `reply`: by name, a Score of the `system` and one of the `reference`; `lengths` and
-        `worst`: see `reply_metrics`. `without_flagged`: `dialogues`, `turns` and `profiles` of the rest, or None where
+        `lowest_scoring`: see `reply_metrics`. `without_flagged`: `dialogues`, `turns` and `profiles` of the rest, or None where
         nothing is flagged. `counts`: `dialogues`; `turns`; `failed`; `unparsed`, the turns whose strategy could not be
         read (None where the system predicts none); `empty_replies`, which score 0 in every text metric.
 
     Raises:
         InputError: a metric model cannot be loaded, or a turn is predicted twice.
     """
-    turns = Turns(predictions, dialogues)
+    turns = PredictionTable(predictions, dialogues)
 
-    def shown(figure: Figure) -> Score:
+    def shown(figure: Metric) -> MetricResult:
         return figure.score(turns.dialogue, config.draws)
 
-    def sides(figures: tuple[Figure, Figure]) -> dict[str, Score]:
+    def sides(figures: tuple[Metric, Metric]) -> dict[str, MetricResult]:
         return dict(zip(("system", "reference"), map(shown, figures), strict=True))
 
     strategy = {
@@ -155,7 +155,7 @@ def score(
         distinct = reply_metrics.distinct(turns, order)
         reply[f"distinct-{order}"] = dict(zip(("system", "reference"), distinct, strict=True))
     chosen = turns.predicts_strategy
-    profiles = figures(turns, config)
+    profiles = compute_metrics(turns, config)
     return {
         "profiles": {
             profile: {column: shown(figure) for column, figure in cells.items()} for profile, cells in profiles.items()
@@ -182,7 +182,7 @@ def score(
         "process": {name: sides(pair) for name, pair in strategy_metrics.process(turns).items()},
         "reply": reply,
         "lengths": reply_metrics.length_histogram(turns),
-        "worst": reply_metrics.worst(turns),
+        "worst": reply_metrics.lowest_scoring(turns),
         "counts": {
             "dialogues": len(set(turns.dialogue.tolist())),
             "turns": len(turns),
@@ -194,7 +194,7 @@ def score(
 
 
 def _without(
-    flagged: Collection[str], turns: Turns, profiles: dict[str, dict[str, Figure]], draws: int
+    flagged: Collection[str], turns: PredictionTable, profiles: dict[str, dict[str, Metric]], draws: int
 ) -> dict[str, Any] | None:
     """The profiles over the dialogues that are not flagged."""
     if not flagged:
@@ -252,7 +252,7 @@ def same_turns(
     name: str,
     other_name: str,
     dialogues: Mapping[str, Dialogue] | None = None,
-) -> tuple[tuple[Turns, Turns], int]:
+) -> tuple[tuple[PredictionTable, PredictionTable], int]:
     """Both predictions as columns whose rows are the same turns with the same references; and how many turns are left
     out because only one of the two has them, as where one failed.
 
@@ -262,7 +262,8 @@ def same_turns(
     keys = [{(each.dialogue_id, each.turn) for each in side} for side in (one, other)]
     shared = keys[0] & keys[1]
     sides = tuple(
-        Turns([each for each in side if (each.dialogue_id, each.turn) in shared], dialogues) for side in (one, other)
+        PredictionTable([each for each in side if (each.dialogue_id, each.turn) in shared], dialogues)
+        for side in (one, other)
     )
     for key, first, second in zip(sides[0].keys, *(side.predictions for side in sides), strict=True):
         if (first.reference_strategy, first.reference_response) != (
@@ -273,7 +274,7 @@ def same_turns(
     return sides, len(keys[0] ^ keys[1])
 
 
-def figures(turns: Turns, config: MetricsConfig) -> dict[str, dict[str, Figure]]:
+def compute_metrics(turns: PredictionTable, config: MetricsConfig) -> dict[str, dict[str, Metric]]:
     """The figures of each profile: profiles as the config orders them, columns as `PROFILES` does."""
     raw, rescaled = _bertscores(turns, config)
     shared = {"BS": raw, "BS rescaled": rescaled, "ACC": strategy_metrics.accuracy(turns)}
@@ -284,38 +285,38 @@ def figures(turns: Turns, config: MetricsConfig) -> dict[str, dict[str, Figure]]
     return profiles
 
 
-def _paper_cells(turns: Turns, config: MetricsConfig) -> dict[str, Figure]:
+def _paper_cells(turns: PredictionTable, config: MetricsConfig) -> dict[str, Metric]:
     bleu_2, bleu_4 = lexical.sentence_bleu(turns.words).T
     nltk = f"nltk {version('nltk')} sentence BLEU on jieba {version('jieba')} words, smoothing method1, mean over turns"
     rouge = f"rouge_score {version('rouge-score')} rougeL F1, default tokenizer, no stemming, mean over turns"
     return {
-        "B-2": Figure(mean(bleu_2), "jieba words", f"{nltk}, orders 1-2"),
-        "B-4": Figure(mean(bleu_4), "jieba words", f"{nltk}, orders 1-4"),
-        "R-L": Figure(mean(lexical.rouge_l_latin(turns.pairs)), "digits and Latin only", rouge),
+        "B-2": Metric(mean(bleu_2), "jieba words", f"{nltk}, orders 1-2"),
+        "B-4": Metric(mean(bleu_4), "jieba words", f"{nltk}, orders 1-4"),
+        "R-L": Metric(mean(lexical.rouge_l_latin(turns.pairs)), "digits and Latin only", rouge),
         "BR": _bleurt(turns, config),
     }
 
 
-def _zh_cells(turns: Turns) -> dict[str, Figure]:
+def _zh_cells(turns: PredictionTable) -> dict[str, Metric]:
     counts = lexical.corpus_bleu_zh_counts(turns.pairs)
     return {
         "B-2": _zh_bleu(counts, 2),
         "B-4": _zh_bleu(counts, 4),
         "R-L char": _zh_rouge(turns),
-        "R-L word": Figure(
+        "R-L word": Metric(
             mean(lexical.rouge_l(turns.words)), "jieba words", f"{_rouge_signature()}, jieba {version('jieba')}"
         ),
     }
 
 
-def _zh_bleu(counts: numpy.ndarray, order: int) -> Figure:
+def _zh_bleu(counts: numpy.ndarray, order: int) -> Metric:
     signature = f"sacrebleu corpus BLEU, effective order off, {lexical.corpus_bleu_zh_signature(order)}"
     statistic = Statistic(counts, lambda sums: lexical.corpus_bleu_zh(sums, order)) if len(counts) else None
-    return Figure(statistic, "Chinese characters and Latin words", signature)
+    return Metric(statistic, "Chinese characters and Latin words", signature)
 
 
-def _zh_rouge(turns: Turns) -> Figure:
-    return Figure(mean(turns.rouge), "characters", f"{_rouge_signature()}, white space left out")
+def _zh_rouge(turns: PredictionTable) -> Metric:
+    return Metric(mean(turns.rouge), "characters", f"{_rouge_signature()}, white space left out")
 
 
 def _rouge_signature() -> str:
@@ -325,31 +326,31 @@ def _rouge_signature() -> str:
 # `learned` is imported where it is used: it brings in transformers, and most runs give no metric model.
 
 
-def _bertscores(turns: Turns, config: MetricsConfig) -> tuple[Figure, Figure]:
+def _bertscores(turns: PredictionTable, config: MetricsConfig) -> tuple[Metric, Metric]:
     """BERTScore as it is, and rescaled."""
     unit, name = "contextual token vectors", f"bert-score {version('bert-score')} F1, layer {config.bertscore_layers}"
     if config.bertscore_model is None:
         reason = "no BERTScore model given"
-        return Figure(None, unit, f"{name}, not rescaled", reason), Figure(None, unit, f"{name}, rescaled", reason)
+        return Metric(None, unit, f"{name}, not rescaled", reason), Metric(None, unit, f"{name}, rescaled", reason)
     from csc_train.evaluation.metrics import model_based as learned
 
     model, unverified = Path(config.bertscore_model).resolve().name, "unverified on real weights"
-    directory = local_copy(config.bertscore_model, "metric model")
+    directory = snapshot(config.bertscore_model, "metric model")
     values = learned.bertscore(turns.pairs, directory, config.bertscore_layers, config.batch_size)
-    raw = Figure(mean(values), unit, f"{name} of {model}, not rescaled, {unverified}")
+    raw = Metric(mean(values), unit, f"{name} of {model}, not rescaled, {unverified}")
     baseline = learned.bertscore_baseline(model, config.bertscore_layers, config.bertscore_baseline)
     if baseline is None:
         reason = f"bert-score has no baseline for a model named {model}; give metrics.bertscore_baseline"
-        return raw, Figure(None, unit, f"{name}, rescaled", reason)
+        return raw, Metric(None, unit, f"{name}, rescaled", reason)
     signature = f"{name} of {model}, rescaled with the baseline {baseline:.2f}, {unverified}"
-    return raw, Figure(mean(learned.rescaled(values, baseline)), unit, signature)
+    return raw, Metric(mean(learned.rescaled(values, baseline)), unit, signature)
 
 
-def _bleurt(turns: Turns, config: MetricsConfig) -> Figure:
+def _bleurt(turns: PredictionTable, config: MetricsConfig) -> Metric:
     unit, name = "learned score of the pair", "BLEURT by our own loader, unverified on real weights"
     if config.bleurt_model is None:
-        return Figure(None, unit, name, "no BLEURT model given")
+        return Metric(None, unit, name, "no BLEURT model given")
     from csc_train.evaluation.metrics import model_based as learned
 
-    values = learned.bleurt(turns.pairs, local_copy(config.bleurt_model, "metric model"), config.batch_size)
-    return Figure(mean(values), unit, f"{name}, weights {Path(config.bleurt_model).resolve().name}")
+    values = learned.bleurt(turns.pairs, snapshot(config.bleurt_model, "metric model"), config.batch_size)
+    return Metric(mean(values), unit, f"{name}, weights {Path(config.bleurt_model).resolve().name}")

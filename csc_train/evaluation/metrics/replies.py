@@ -8,10 +8,10 @@ from decimal import Decimal
 import numpy
 
 from csc_train.data.dialogue import Dialogue, Speaker
-from csc_train.data.segmentation import word_ends
+from csc_train.data.segmentation import word_end_offsets
 from csc_train.evaluation.metrics import lexical
-from csc_train.evaluation.metrics.base import Figure, Score
-from csc_train.evaluation.table import Turns
+from csc_train.evaluation.metrics.base import Metric, MetricResult
+from csc_train.evaluation.table import PredictionTable
 from csc_train.stats import mean
 
 _BINS = 30
@@ -51,7 +51,7 @@ def _is_amount(text: str, start: int, end: int) -> bool:
         return True
     unit = _AMOUNT.match(text, end)
     # Not where the unit is the beginning of another word, as in 一折腾 and 一角落.
-    return unit is not None and unit.end() in word_ends(text)
+    return unit is not None and unit.end() in word_end_offsets(text)
 
 
 def _in_digits(numeral: str) -> str:
@@ -72,7 +72,7 @@ def _value(numeral: str) -> Decimal:
     return Decimal(numeral.translate(_TO_DIGITS))
 
 
-def new_numbers(turns: Turns, dialogues: Mapping[str, Dialogue]) -> tuple[numpy.ndarray, numpy.ndarray]:
+def new_numbers(turns: PredictionTable, dialogues: Mapping[str, Dialogue]) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Two bool [turns]: whether the system's, and the reference's, reply has a number that was not said before.
 
     What was said before is what each was given: the gold turns, or, for a system in generated context, the customer's
@@ -94,12 +94,12 @@ def new_numbers(turns: Turns, dialogues: Mapping[str, Dialogue]) -> tuple[numpy.
     return system, reference
 
 
-def _lengths(turns: Turns) -> numpy.ndarray:
+def _lengths(turns: PredictionTable) -> numpy.ndarray:
     """int [turns, 2]: characters of the system's and of the reference's reply, white space left out."""
     return numpy.array([[len(lexical.characters(text)) for text in pair] for pair in turns.pairs], int).reshape(-1, 2)
 
 
-def length_histogram(turns: Turns) -> dict[str, list[int]]:
+def length_histogram(turns: PredictionTable) -> dict[str, list[int]]:
     """How many replies are how long, of the system and of the reference.
 
     Returns:
@@ -114,7 +114,7 @@ def length_histogram(turns: Turns) -> dict[str, list[int]]:
     return {"from": [width * number for number in range(bins)], "system": counts[0], "reference": counts[1]}
 
 
-def worst(turns: Turns, count: int = 30) -> list[dict[str, str | int | float]]:
+def lowest_scoring(turns: PredictionTable, count: int = 30) -> list[dict[str, str | int | float]]:
     """The turns whose replies are least like the reference's, one a dialogue, the worst first.
 
     By character ROUGE-L; of equal ones, a wrong strategy comes first, then the longer reference.
@@ -132,7 +132,7 @@ def worst(turns: Turns, count: int = 30) -> list[dict[str, str | int | float]]:
     ]
 
 
-def replies(turns: Turns, dialogues: Mapping[str, Dialogue]) -> dict[str, tuple[Figure, Figure]]:
+def replies(turns: PredictionTable, dialogues: Mapping[str, Dialogue]) -> dict[str, tuple[Metric, Metric]]:
     """Length and numbers that are new, of the system's replies and of the reference's."""
     meanings = {
         "length": ("characters", "mean over turns, white space left out"),
@@ -143,12 +143,12 @@ def replies(turns: Turns, dialogues: Mapping[str, Dialogue]) -> dict[str, tuple[
     }
     values = {"length": _lengths(turns).T, "new numbers": [100 * flags for flags in new_numbers(turns, dialogues)]}
     return {
-        name: (Figure(mean(values[name][0]), *meaning), Figure(mean(values[name][1]), *meaning))
+        name: (Metric(mean(values[name][0]), *meaning), Metric(mean(values[name][1]), *meaning))
         for name, meaning in meanings.items()
     }
 
 
-def distinct(turns: Turns, order: int) -> tuple[Score, Score]:
+def distinct(turns: PredictionTable, order: int) -> tuple[MetricResult, MetricResult]:
     """Distinct-n of the system's replies and of the reference's: different n-grams over all n-grams, in percent.
 
     It has no interval: a resample holds dialogues twice, and so fewer different n-grams. It falls with the number of
@@ -158,8 +158,8 @@ def distinct(turns: Turns, order: int) -> tuple[Score, Score]:
     return tuple(_distinct([pair[side] for pair in turns.words], order, signature) for side in (0, 1))
 
 
-def _distinct(texts: Sequence[Sequence[str]], order: int, signature: str) -> Score:
+def _distinct(texts: Sequence[Sequence[str]], order: int, signature: str) -> MetricResult:
     grams = [tuple(text[start : start + order]) for text in texts for start in range(len(text) - order + 1)]
     if not grams:
-        return Score(None, "jieba words", signature, f"no reply has {order} words")
-    return Score(100 * len(set(grams)) / len(grams), "jieba words", signature)
+        return MetricResult(None, "jieba words", signature, f"no reply has {order} words")
+    return MetricResult(100 * len(set(grams)) / len(grams), "jieba words", signature)

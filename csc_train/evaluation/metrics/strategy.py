@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy
 
 from csc_train.data.strategies import CLOSURE, GREETING, STRATEGIES, Stage
-from csc_train.evaluation.metrics.base import Figure
-from csc_train.evaluation.table import Turns
+from csc_train.evaluation.metrics.base import Metric
+from csc_train.evaluation.table import PredictionTable
 from csc_train.stats import Statistic, mean, ratio
 
 NO_CHOICE = "this mode predicts no strategy"
@@ -24,43 +24,45 @@ _STAGE = numpy.array(
 """Of each strategy number, its stage in typical order; 0 is a strategy that was not read."""
 
 
-def _figure(turns: Turns, statistic: Statistic, unit: str, signature: str, reason: str | None = None) -> Figure:
+def _figure(
+    turns: PredictionTable, statistic: Statistic, unit: str, signature: str, reason: str | None = None
+) -> Metric:
     if not turns.predicts_strategy:
-        return Figure(None, unit, signature, NO_CHOICE)
-    return Figure(statistic, unit, signature, *filter(None, [reason]))
+        return Metric(None, unit, signature, NO_CHOICE)
+    return Metric(statistic, unit, signature, *filter(None, [reason]))
 
 
-def accuracy(turns: Turns, where: numpy.ndarray | None = None) -> Figure:
+def accuracy(turns: PredictionTable, where: numpy.ndarray | None = None) -> Metric:
     """ACC, in percent, over the turns that `where`, bool [turns], selects."""
     signature = "predicted strategy equals the reference strategy; an unparsed one counts as wrong"
     return _figure(turns, mean(100 * turns.correct, where), "turns", signature)
 
 
-def stage_accuracy(turns: Turns) -> Figure:
+def stage_accuracy(turns: PredictionTable) -> Metric:
     """How often the strategy is of the reference's stage, in percent."""
     signature = "predicted stage equals the reference stage; Others is a stage of its own, an unparsed one is wrong"
     right = _STAGE[turns.predicted] == _STAGE[turns.reference]
     return _figure(turns, mean(100 * right), "turns", signature)
 
 
-def parse_rate(turns: Turns) -> Figure:
+def parse_rate(turns: PredictionTable) -> Metric:
     """How often a known strategy could be read, in percent."""
     return _figure(turns, mean(100 * (turns.predicted > 0)), "turns", "the text starts with one known [strategy]")
 
 
-def confusion(turns: Turns) -> numpy.ndarray:
+def confusion(turns: PredictionTable) -> numpy.ndarray:
     """int [12, 13]: turns by reference strategy (row 0 is strategy 1) and predicted one (column 0: none was read)."""
     return _cells(turns).sum(axis=0).reshape(len(STRATEGIES), -1).astype(int)
 
 
-def _cells(turns: Turns) -> numpy.ndarray:
+def _cells(turns: PredictionTable) -> numpy.ndarray:
     """float [turns, 12 x 13]: 1 in the cell of `confusion` that a turn falls into."""
     cells = numpy.zeros((len(turns), len(STRATEGIES) * (len(STRATEGIES) + 1)))
     cells[numpy.arange(len(turns)), (turns.reference - 1) * (len(STRATEGIES) + 1) + turns.predicted] = 1
     return cells
 
 
-def macro_f1(turns: Turns) -> Figure:
+def macro_f1(turns: PredictionTable) -> Metric:
     """The mean over strategies of their F1, in percent."""
     signature = "mean of the F1 of the strategies that occur in the reference or the predictions"
     return _figure(turns, Statistic(_cells(turns), _macro_f1), "strategies", signature)
@@ -75,7 +77,7 @@ def _macro_f1(sums: numpy.ndarray) -> numpy.ndarray:
     return numpy.divide(f1.sum(axis=-1), count, out=numpy.full(count.shape, numpy.nan), where=count > 0)
 
 
-def by_strategy(turns: Turns) -> Iterator[tuple[str, int, dict[str, Figure]]]:
+def by_strategy(turns: PredictionTable) -> Iterator[tuple[str, int, dict[str, Metric]]]:
     """(label, turns in the reference, precision, recall and F1 in percent) of each of the 12 strategies."""
     for strategy in STRATEGIES:
         predicted, actual = turns.predicted == strategy.number, turns.reference == strategy.number
@@ -96,14 +98,14 @@ def by_strategy(turns: Turns) -> Iterator[tuple[str, int, dict[str, Figure]]]:
         )
 
 
-def by_position(turns: Turns) -> Iterator[tuple[int, int, Figure]]:
+def by_position(turns: PredictionTable) -> Iterator[tuple[int, int, Metric]]:
     """(position counted from 1, turns there, ACC) of the first, second, ... supporter turn of the dialogues."""
     for position in range(turns.longest):
         here = turns.position == position
         yield position + 1, int(here.sum()), accuracy(turns, here)
 
 
-def transitions(turns: Turns, strategy: numpy.ndarray) -> numpy.ndarray:
+def transitions(turns: PredictionTable, strategy: numpy.ndarray) -> numpy.ndarray:
     """int [12, 12]: how often a strategy (row 0 is strategy 1) is followed by which in the supporter's next turn.
 
     `strategy`, int [turns], is `turns.predicted` or `turns.reference`. A strategy that was not read is in no pair, and
@@ -115,7 +117,7 @@ def transitions(turns: Turns, strategy: numpy.ndarray) -> numpy.ndarray:
     return table
 
 
-def process(turns: Turns) -> dict[str, tuple[Figure, Figure]]:
+def process(turns: PredictionTable) -> dict[str, tuple[Metric, Metric]]:
     """How the choices of a dialogue hang together, in percent: of the system, and of the reference itself.
 
     A strategy that was not read is no greeting and no farewell, ends a run of the same one, and is passed over where
@@ -123,13 +125,13 @@ def process(turns: Turns) -> dict[str, tuple[Figure, Figure]]:
     """
     sides = [_process(turns, turns.predicted), _process(turns, turns.reference)]
     return {
-        name: (_figure(turns, system, *meaning), Figure(reference, *meaning))
+        name: (_figure(turns, system, *meaning), Metric(reference, *meaning))
         for name, (system, meaning) in sides[0].items()
         for reference, _ in [sides[1][name]]
     }
 
 
-def _process(turns: Turns, strategy: numpy.ndarray) -> dict[str, tuple[Statistic, tuple[str, str]]]:
+def _process(turns: PredictionTable, strategy: numpy.ndarray) -> dict[str, tuple[Statistic, tuple[str, str]]]:
     first = numpy.append(True, turns.last[:-1])[: len(turns)]
     run = numpy.zeros(len(turns), int)
     repeated = numpy.zeros(len(turns), bool)

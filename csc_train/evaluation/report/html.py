@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from csc_train.checkpoints.manifest import MANIFEST, read_manifest
+from csc_train.checkpoints.manifest import MANIFEST_FILE, read_manifest
 from csc_train.data.strategies import STRATEGIES
-from csc_train.evaluation.metrics.base import Score
+from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.report import tables as report
 from csc_train.evaluation.report.page import render
 from csc_train.evaluation.scoring import Scored
@@ -45,11 +45,11 @@ def write_html(directory: str | os.PathLike, scored: Scored, config: dict[str, A
         strategies=STRATEGIES,
         profiles=report.profiles(results),
         contamination=contamination,
-        without_flagged=report.without_flagged(results, contamination),
+        without_flagged=report.decontaminated(results, contamination),
         behaviour=report.behaviour(results),
         counts=report.counts(results),
         reasons=report.reasons,
-        is_score=lambda cell: isinstance(cell, Score),
+        is_score=lambda cell: isinstance(cell, MetricResult),
         drift=report.DRIFT,
         intervals=report.INTERVALS,
         data={
@@ -71,7 +71,7 @@ def _facts(scored: Scored, config: dict[str, Any], record: dict[str, Any]) -> di
     facts = {"evaluated": checkpoint or config["predictions"] or f"{served['model']}, asked in words"}
     if checkpoint is not None and served:
         facts["served as"] = served["model"]
-    if checkpoint is not None and (Path(checkpoint) / MANIFEST).is_file():
+    if checkpoint is not None and (Path(checkpoint) / MANIFEST_FILE).is_file():
         manifest = read_manifest(checkpoint)
         place = " beside the checkpoint" if manifest.base_model.startswith(".") else ""
         revision = f", revision {manifest.base_revision}" if manifest.base_revision else ""

@@ -18,7 +18,7 @@ from rich.text import Text
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.comparison import Difference, left_out_note
 from csc_train.evaluation.contamination import Contamination
-from csc_train.evaluation.metrics.base import Score
+from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.metrics.profiles import PROFILE_NOTES, PROFILES
 from csc_train.files import write_json, write_text
 from csc_train.inference.predictions import CONTEXTS
@@ -49,7 +49,7 @@ class Section:
 
     title: str
     header: Sequence[str]
-    rows: list[list[str | int | Score]]
+    rows: list[list[str | int | MetricResult]]
     labels: int = 1
     meanings: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def markdown_table(results: Results, drifts: Drifts, contamination: Contaminatio
     blocks = [_markdown_section(section, footnotes) for section in profiles(results)]
     if contamination is not None:
         blocks.append(f"Training overlap: {contamination}")
-    sections = [*without_flagged(results, contamination), *behaviour(results)]
+    sections = [*decontaminated(results, contamination), *behaviour(results)]
     last = list(results)[-1]
     for context, scores in results[last].items():
         sections.append(_by_strategy(last, context, scores))
@@ -133,7 +133,7 @@ def profiles(results: Results) -> list[Section]:
     return [_profile(results, profile) for profile in _profiles(results)]
 
 
-def without_flagged(results: Results, contamination: Contamination | None) -> list[Section]:
+def decontaminated(results: Results, contamination: Contamination | None) -> list[Section]:
     """The same without the dialogues that the training data hold; nothing where there are none, or none were sought."""
     if contamination is None or not contamination.flagged:
         return []
@@ -182,18 +182,18 @@ def _profiles(results: Results) -> list[str]:
     return list(dict.fromkeys(scored))
 
 
-def _row(contexts: dict[str, dict], profile: str) -> Iterator[Score]:
+def _row(contexts: dict[str, dict], profile: str) -> Iterator[MetricResult]:
     for context in CONTEXTS:
         cells = contexts.get(context, {"profiles": {}})["profiles"].get(profile, {})
         for column in PROFILES[profile]:
-            yield cells.get(column) or Score(None, "", "", NOT_EVALUATED)
+            yield cells.get(column) or MetricResult(None, "", "", NOT_EVALUATED)
 
 
-def _number(cell: Score) -> str | None:
+def _number(cell: MetricResult) -> str | None:
     return None if cell.value is None else f"{cell.value:.2f}"
 
 
-def _half_width(cell: Score) -> str:
+def _half_width(cell: MetricResult) -> str:
     """A second line that is no wider than the number."""
     if cell.low is None or cell.high is None:
         return ""
@@ -202,7 +202,7 @@ def _half_width(cell: Score) -> str:
 
 def _cell(cell: object, footnotes: dict[str, int]) -> str:
     """A number with its interval, or a reference to the reason why there is none."""
-    if not isinstance(cell, Score):
+    if not isinstance(cell, MetricResult):
         return str(cell)
     if cell.value is None:
         return f"n/a[^{footnotes.setdefault(cell.reason, len(footnotes) + 1)}]"
@@ -220,7 +220,7 @@ def _lines(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], lab
 
 def reasons(cells: Iterable[object]) -> list[str]:
     """Why there is no number in those of the cells that have none, each reason once."""
-    return list(dict.fromkeys(cell.reason for cell in cells if isinstance(cell, Score) and cell.value is None))
+    return list(dict.fromkeys(cell.reason for cell in cells if isinstance(cell, MetricResult) and cell.value is None))
 
 
 def _markdown_section(section: Section, footnotes: dict[str, int]) -> str:
@@ -233,7 +233,7 @@ def _units(meanings: dict[str, str]) -> str:
     return f"Units: {'; '.join(f'**{name}** {text}' for name, text in meanings.items())}." if meanings else ""
 
 
-def _meanings(scores: Iterable[tuple[str, Score]]) -> dict[str, str]:
+def _meanings(scores: Iterable[tuple[str, MetricResult]]) -> dict[str, str]:
     """What each name counts, and by which implementation: each variant where systems were scored differently."""
     texts: dict[str, dict[str, None]] = {}
     for name, score in scores:

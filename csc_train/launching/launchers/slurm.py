@@ -7,13 +7,13 @@ from pathlib import Path
 
 import jinja2
 
-from csc_train.config.cluster import TopologyConfig
+from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError
 
 TEMPLATE = Path(__file__).parent.parent.parent.parent / "launch" / "slurm.sbatch.jinja"
 
 
-def job_script(topology: TopologyConfig, name: str, directory: Path, command: str) -> str:
+def job_script(topology: ClusterConfig, name: str, directory: Path, command: str) -> str:
     """The sbatch script that runs `command` on every node of a topology.
 
     Args:

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 from csc_train.config.cluster import PreflightConfig
 from csc_train.errors import InputError
 from csc_train.files import read_json
-from csc_train.models.hub import looks_local
+from csc_train.models.hub import is_local_path
 from csc_train.training.compatibility import check_supported
 from csc_train.training.config import TRAINED_TOKENIZER, ZeroConfig
 from csc_train.training.memory import (
     GIB,
     MemoryPlan,
-    Setting,
+    MemoryScenario,
     adapter_parameters,
     advice,
-    candidates,
+    alternatives,
+    estimate_memory,
     fitting_world_size,
-    plan,
-    shape_of,
+    model_dims,
     smallest_fit,
     state_bytes,
     training_flops,
@@ -56,7 +56,7 @@ class NotCheckedError(Exception):
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     """The outcome of one check."""
 
     name: str
@@ -66,7 +66,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class JobEstimate:
     """The size of a training job."""
 
     dialogues: int
@@ -91,7 +91,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PreflightReport:
     """What a preflight found.
 
     Attributes:
@@ -101,16 +101,16 @@ class Outcome:
         chosen: the one of them that is configured; None where the launcher brings its own.
     """
 
-    checks: list[Check]
-    settings: list[Setting]
-    chosen: Setting | None
+    checks: list[CheckResult]
+    settings: list[MemoryScenario]
+    chosen: MemoryScenario | None
     per_node: int
     memory: float | None
     host_memory: float
-    estimate: Estimate | None
+    estimate: JobEstimate | None
 
     @property
-    def failed(self) -> list[Check]:
+    def failed(self) -> list[CheckResult]:
         """The checks that failed."""
         return [check for check in self.checks if check.status == "failed"]
 
@@ -130,7 +130,7 @@ class Outcome:
             console.print(memory_table(self))
             console.print(world_size_table(self))
         elif self.chosen is not None:
-            console.print(f"memory plan of each process: {plan(self.chosen)}")
+            console.print(f"memory plan of each process: {estimate_memory(self.chosen)}")
         console.print(f"estimate: {self.estimate or 'none: see the check of the data'}")
         failed = self.failed
         console.print(
@@ -143,7 +143,7 @@ def preflight(
     *,
     launching: bool = True,
     free_disk: int | None = None,
-) -> Outcome:
+) -> PreflightReport:
     """Check a training.
 
     Args:
@@ -178,15 +178,15 @@ def preflight(
             raise NotCheckedError("which dialogues data.on_overlap=drop leaves is found by the run")
         if len(loaded) < 2:
             raise NotCheckedError("needs the tokenizer and the data")
-        from csc_train.tokenized_cache import prepared_at
+        from csc_train.tokenized_cache import find_cached
 
-        found = prepared_at(loaded["dialogues"], loaded["template"], config.prepare)
+        found = find_cached(loaded["dialogues"], loaded["template"], config.prepare)
         return f"{found}: hit" if found else "no hit: the run encodes them first, or recipes/prepare.py ahead of it"
 
     checks = [
         _outcome("batch", lambda: check_batch(config)),
         _outcome("world size", lambda: check_world_size(config)),
-        _outcome("ZeRO", lambda: check_pair(config)),
+        _outcome("ZeRO", lambda: check_zero_support(config)),
         _outcome("model files", lambda: check_model_files(config, absent)),
         _outcome("tokenizer and template", load_template),
         _outcome("data", load_data),
@@ -200,16 +200,18 @@ def preflight(
         _outcome("W&B", check_tracking),
     ]
     estimate = estimate_job(config, options, setting, loaded.get("template"), loaded.get("dialogues"))
-    return Outcome(checks, candidates(setting), chosen, topology.processes_per_node, memory, host_memory, estimate)
+    return PreflightReport(
+        checks, alternatives(setting), chosen, topology.processes_per_node, memory, host_memory, estimate
+    )
 
 
-def _outcome(name: str, check: Callable[[], str]) -> Check:
+def _outcome(name: str, check: Callable[[], str]) -> CheckResult:
     try:
-        return Check(name, "ok", check())
+        return CheckResult(name, "ok", check())
     except NotCheckedError as reason:
-        return Check(name, "not checked", str(reason))
+        return CheckResult(name, "not checked", str(reason))
     except InputError as error:
-        return Check(name, "failed", str(error))
+        return CheckResult(name, "failed", str(error))
 
 
 # What there is to run
@@ -236,7 +238,7 @@ def check_world_size(config: "PreflightRecipe") -> str:
     return f"{topology.nodes} nodes x {topology.processes_per_node} processes = {topology.processes}"
 
 
-def check_pair(config: "PreflightRecipe") -> str:
+def check_zero_support(config: "PreflightRecipe") -> str:
     """Adapter, stage, offload and precision go together (see `training.compatibility`)."""
     precision = "bf16" if _in_bf16(config) else "fp32"
     check_supported(config.zero, config.adapter.kind, precision)
@@ -275,7 +277,7 @@ def check_model_files(config: "PreflightRecipe", absent: type[Exception]) -> str
 
 def _finder(path: str, revision: str | None) -> Callable[[str], str | None]:
     """A function from a file's name to where it is, in a directory or in the hub's cache; None where it is not."""
-    if looks_local(path):
+    if is_local_path(path):
         return lambda name: str(Path(path, name)) if Path(path, name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
@@ -287,7 +289,7 @@ def _finder(path: str, revision: str | None) -> Callable[[str], str | None]:
 
 
 def _where(path: str) -> str:
-    return f"{path}: no such model directory" if looks_local(path) else f"{path}: not in the hub's cache; download it"
+    return f"{path}: no such model directory" if is_local_path(path) else f"{path}: not in the hub's cache; download it"
 
 
 def check_template(config: "PreflightRecipe", absent: type[Exception]) -> "DialogueTemplate":
@@ -297,7 +299,7 @@ def check_template(config: "PreflightRecipe", absent: type[Exception]) -> "Dialo
         raise NotCheckedError("the tokenizer is trained by the run")
     path = model.tokenizer or model.path
     if _finder(path, None if model.tokenizer else model.revision)("tokenizer.json") is None:
-        raise absent(f"{path}: no tokenizer.json" if looks_local(path) else _where(path))
+        raise absent(f"{path}: no tokenizer.json" if is_local_path(path) else _where(path))
     from csc_train.template.dialogue_template import DialogueTemplate
     from csc_train.training.tokenizer import load_tokenizer
 
@@ -378,13 +380,15 @@ def check_gpus(config: "PreflightRecipe", gpus: list[Gpu] | None, probe: bool, a
     return f"{len(gpus)} x {gpus[0].name}, {gpus[0].memory / GIB:.1f} GiB"
 
 
-def check_memory(config: "PreflightRecipe", chosen: Setting | None, memory: float | None, host_memory: float) -> str:
+def check_memory(
+    config: "PreflightRecipe", chosen: MemoryScenario | None, memory: float | None, host_memory: float
+) -> str:
     """The job fits into the GPUs' memory and the nodes', by the plan."""
     if chosen is None:
         raise NotCheckedError("the launcher brings its own DeepSpeed configuration")
     if memory is None:
         raise NotCheckedError("the memory of a GPU is not known (topology.gpu_memory_gib)")
-    planned = plan(chosen)
+    planned = estimate_memory(chosen)
     sizes = f"{planned.total / GIB:.1f} of {memory / GIB:.1f} GiB a GPU"
     if planned.host:
         sizes += f", {planned.host / GIB:.0f} of {host_memory / GIB:.0f} GiB a node"
@@ -394,7 +398,7 @@ def check_memory(config: "PreflightRecipe", chosen: Setting | None, memory: floa
     raise InputError(f"{sizes}: does not fit; {advice(chosen, rows, per_node, memory, host_memory)}")
 
 
-def check_disk(config: "PreflightRecipe", setting: Setting, free: int | None = None) -> str:
+def check_disk(config: "PreflightRecipe", setting: MemoryScenario, free: int | None = None) -> str:
     """The saved states of training and the checkpoint find room in the run directory's file system."""
     parent = Path(config.run.directory or "runs").absolute()
     while not parent.exists():
@@ -499,13 +503,13 @@ def _in_bf16(config: "PreflightRecipe") -> bool:
     )
 
 
-def setting_of(config: "PreflightRecipe") -> Setting:
+def setting_of(config: "PreflightRecipe") -> MemoryScenario:
     """The job as the memory plan sees it: the longest packs that the configuration allows."""
     model, adapter, packing, topology = config.model, config.adapter, config.packing, config.topology
-    shape = shape_of(model.architecture, model.tokenizer_vocab_size)
+    shape = model_dims(model.architecture, model.tokenizer_vocab_size)
     stage, offload = zero_of(config.zero)
     tokens = config.trainer.micro_batch_size * packing.max_length
-    return Setting(
+    return MemoryScenario(
         shape,
         adapter=adapter.kind,
         adapter_parameters=(
@@ -533,17 +537,17 @@ def _mask_columns(config: "PreflightRecipe", tokens: int) -> int:
 def estimate_job(
     config: "PreflightRecipe",
     options: PreflightConfig,
-    setting: Setting,
+    setting: MemoryScenario,
     template: "DialogueTemplate | None",
     dialogues: list | None,
-) -> Estimate | None:
+) -> JobEstimate | None:
     """Tokens, steps, FLOPs and hours: from dialogues where they and a tokenizer can be read, else from the lengths
     that `options` give; None without either."""
     if template is not None and dialogues:
-        from csc_train.packing.dataset import pack_examples
+        from csc_train.packing.dataset import pack_dialogues
 
         sample = dialogues[:: -(-len(dialogues) // SAMPLE)]
-        _, report = pack_examples(list(template.encode_all(sample)), config.packing, config.loss)
+        _, report = pack_dialogues(list(template.encode_all(sample)), config.packing, config.loss)
         count, scale = len(dialogues), len(dialogues) / len(sample)
         tokens, packs = report.tokens * scale, report.packs * scale
         document = report.separate_tokens / max(1, report.dialogues - report.dropped)
@@ -566,18 +570,18 @@ def estimate_job(
     if config.topology.gpu_tflops:
         hours = flops / (options.mfu * config.topology.gpu_tflops * 1e12 * config.topology.processes) / 3600
         basis += f", MFU {options.mfu} assumed"
-    return Estimate(count, round(tokens), packs, steps, flops, hours, basis)
+    return JobEstimate(count, round(tokens), packs, steps, flops, hours, basis)
 
 
 # Tables
 
 
-def _name(setting: Setting) -> str:
+def _name(setting: MemoryScenario) -> str:
     stage = "off (DDP)" if setting.stage == "off" else f"ZeRO-{setting.stage}"
     return stage + {"none": "", "optimizer": ", optimizer offloaded", "all": ", all offloaded"}[setting.offload]
 
 
-def _adapters(outcome: Outcome) -> Iterator[tuple[str, list[Setting]]]:
+def _adapters(outcome: PreflightReport) -> Iterator[tuple[str, list[MemoryScenario]]]:
     """The settings of the chosen adapter, then of the others, with adapters of rank 16 where none are configured."""
     settings = outcome.settings
     own = settings[0].adapter
@@ -590,11 +594,11 @@ def _adapters(outcome: Outcome) -> Iterator[tuple[str, list[Setting]]]:
             yield adapter, [replace(setting, adapter=adapter, adapter_parameters=count) for setting in settings]
 
 
-def _fits(outcome: Outcome, setting: Setting, planned: MemoryPlan) -> bool:
+def _fits(outcome: PreflightReport, setting: MemoryScenario, planned: MemoryPlan) -> bool:
     return outcome.memory is not None and planned.total <= outcome.memory and planned.host <= outcome.host_memory
 
 
-def memory_table(outcome: Outcome):
+def memory_table(outcome: PreflightReport):
     """GiB of every stage and adapter on the topology's processes, and the number of GPUs from which it fits.
 
     The chosen row is marked with >, and of each adapter the first that fits with *.
@@ -618,7 +622,7 @@ def memory_table(outcome: Outcome):
     for adapter, settings in _adapters(outcome):
         smallest = smallest_fit(settings, outcome.memory, outcome.host_memory) if outcome.memory else None
         for setting in settings:
-            planned = plan(setting)
+            planned = estimate_memory(setting)
             parts = (planned.parameters, planned.gradients, planned.optimizer, planned.activations,
                      planned.communication, planned.reserve, planned.total)  # fmt: skip
             larger = None
@@ -637,7 +641,7 @@ def memory_table(outcome: Outcome):
     return table
 
 
-def world_size_table(outcome: Outcome):
+def world_size_table(outcome: PreflightReport):
     """Total GiB on a GPU by world size, for every stage and adapter; those that fit are green."""
     from rich.table import Table
 
@@ -649,7 +653,7 @@ def world_size_table(outcome: Outcome):
         for setting in settings:
             cells = []
             for processes, nodes in sizes:
-                planned = plan(other := replace(setting, processes=processes, nodes=nodes))
+                planned = estimate_memory(other := replace(setting, processes=processes, nodes=nodes))
                 total = f"{planned.total / GIB:.0f}"
                 cells.append(f"[green]{total}[/]" if _fits(outcome, other, planned) else total)
             table.add_row(adapter, _name(setting), *cells, end_section=setting is settings[-1])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from csc_train.models.attention.varlen import Documents, refuse_leaks, same_dtype
+from csc_train.models.attention.varlen import VarlenMetadata, check_varlen_inputs, same_dtype
 
 FLEX_ATTENTION = "flex_documents"
 """Name under which `flex_document_attention` stands in transformers' attention registry."""
@@ -52,7 +52,7 @@ class FlexDocuments(NamedTuple):
         return BlockMask((length, length), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
 
 
-def flex_documents(documents: Documents) -> FlexDocuments:
+def flex_documents(documents: VarlenMetadata) -> FlexDocuments:
     """What FlexAttention needs of a row's `documents`; the row's length is a multiple of `BLOCK`.
 
     torch's `create_block_mask` would evaluate every pair of tokens. What a token sees is two spans, so the pairs of a
@@ -105,9 +105,9 @@ def flex_document_attention(
         [1, length, heads, head_dim], and no weights.
 
     Raises:
-        ValueError: see `refuse_leaks`; or there is dropout, which FlexAttention does not have.
+        ValueError: see `check_varlen_inputs`; or there is dropout, which FlexAttention does not have.
     """
-    refuse_leaks(FLEX_ATTENTION, query, attention_mask, documents)
+    check_varlen_inputs(FLEX_ATTENTION, query, attention_mask, documents)
     if dropout:
         raise ValueError("FlexAttention has no dropout: set the model's attention_dropout to 0, or use another one")
     query, key, value = same_dtype(query, key, value)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-ATTENTION = "documents"
-"""Name under which `document_attention` stands in transformers' attention registry."""
+VARLEN_ATTENTION = "documents"
+"""Name under which `varlen_attention` stands in transformers' attention registry."""
 
 
-class Documents(NamedTuple):
+class VarlenMetadata(NamedTuple):
     """The documents of a row, in order. A document's last query sees its last key, the one before sees one less, ...
 
     Attributes:
@@ -28,7 +28,7 @@ class Documents(NamedTuple):
     key_index: torch.Tensor
 
 
-def row_documents(lengths: list[list[int]], prefixes: list[int]) -> tuple[Documents, torch.Tensor]:
+def build_varlen_metadata(lengths: list[list[int]], prefixes: list[int]) -> tuple[VarlenMetadata, torch.Tensor]:
     """The documents of a row that joins packs, and the row's position ids.
 
     Args:
@@ -52,10 +52,10 @@ def row_documents(lengths: list[list[int]], prefixes: list[int]) -> tuple[Docume
             queries.append(length)
             keys.append(len(index[-1]))
             start += length
-    return Documents(torch.tensor(queries), torch.tensor(keys), torch.cat(index)), torch.cat(positions)
+    return VarlenMetadata(torch.tensor(queries), torch.tensor(keys), torch.cat(index)), torch.cat(positions)
 
 
-def dense_mask(documents: Documents) -> torch.Tensor:
+def document_mask(documents: VarlenMetadata) -> torch.Tensor:
     """What `documents` say as a boolean mask [1, 1, length, length]: the plain path, and the oracle of the others."""
     length = int(documents.query_lengths.sum())
     mask = torch.zeros(length, length, dtype=torch.bool)
@@ -67,7 +67,7 @@ def dense_mask(documents: Documents) -> torch.Tensor:
     return mask[None, None]
 
 
-def refuse_leaks(
+def check_varlen_inputs(
     attention: str,
     query: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -92,7 +92,7 @@ def same_dtype(*states: torch.Tensor) -> list[torch.Tensor]:
     return [each.to(dtype) for each in states]
 
 
-def document_attention(
+def varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -106,43 +106,45 @@ def document_attention(
     """Attention of a row, one document at a time, for transformers' attention registry.
 
     On a GPU one call of flash-attention's variable-length kernel, which takes different query and key lengths and
-    aligns the causal mask bottom right (not run yet: no test reaches it); elsewhere block by block (`_Blocks`).
+    aligns the causal mask bottom right (not run yet: no test reaches it); elsewhere block by block (`_BlockwiseAttention`).
 
     Args:
         query: [1, heads, length, head_dim]; key and value have the key-value heads.
-        documents: the fields of `Documents`, handed through the model as a keyword argument.
+        documents: the fields of `VarlenMetadata`, handed through the model as a keyword argument.
 
     Returns:
         [1, length, heads, head_dim], and no weights.
 
     Raises:
-        ValueError: see `refuse_leaks`; or there is dropout on a CPU, whose kernel has none.
+        ValueError: see `check_varlen_inputs`; or there is dropout on a CPU, whose kernel has none.
     """
-    refuse_leaks(ATTENTION, query, attention_mask, documents)
-    documents = Documents(**documents)
+    check_varlen_inputs(VARLEN_ATTENTION, query, attention_mask, documents)
+    documents = VarlenMetadata(**documents)
     query, key, value = same_dtype(query, key, value)
     if query.is_cuda:
         return _flash_attention(query, key, value, dropout, scaling, documents), None
     if dropout:
-        raise ValueError(f"{ATTENTION} attention has no dropout on a CPU: set the model's attention_dropout to 0")
+        raise ValueError(
+            f"{VARLEN_ATTENTION} attention has no dropout on a CPU: set the model's attention_dropout to 0"
+        )
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    output = _Blocks.apply(query, key, value, _squares(documents), _oblongs(documents), scaling)
+    output = _BlockwiseAttention.apply(query, key, value, _causal_blocks(documents), _prefix_blocks(documents), scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _squares(documents: Documents) -> list[slice]:
+def _causal_blocks(documents: VarlenMetadata) -> list[slice]:
     """Where in the row each document stands: it sees itself, causally."""
     ends = documents.query_lengths.cumsum(0).tolist()
     return [slice(end - queries, end) for end, queries in zip(ends, documents.query_lengths.tolist(), strict=True)]
 
 
-def _oblongs(documents: Documents) -> list[tuple[slice, slice]]:
+def _prefix_blocks(documents: VarlenMetadata) -> list[tuple[slice, slice]]:
     """Stretches of documents and the prefix that they share: all of the one sees all of the other."""
     found: list[tuple[slice, slice]] = []
     first_keys = documents.key_index[documents.key_lengths.cumsum(0) - documents.key_lengths]
     shared = documents.key_lengths - documents.query_lengths
-    for own, start, length in zip(_squares(documents), first_keys.tolist(), shared.tolist(), strict=True):
+    for own, start, length in zip(_causal_blocks(documents), first_keys.tolist(), shared.tolist(), strict=True):
         prefix = slice(start, start + length)
         if length and found and found[-1] == (slice(found[-1][0].start, own.start), prefix):
             found[-1] = (slice(found[-1][0].start, own.stop), prefix)
@@ -151,7 +153,7 @@ def _oblongs(documents: Documents) -> list[tuple[slice, slice]]:
     return found
 
 
-class _Blocks(torch.autograd.Function):
+class _BlockwiseAttention(torch.autograd.Function):
     """Attention of a row by blocks of queries and keys, each by PyTorch's flash-attention for the CPU.
 
     A prefix is so multiplied with all that share it at once, and no causal mask is ever larger than a document. The
@@ -211,7 +213,7 @@ def _flash_attention(
     value: torch.Tensor,
     dropout: float,
     scaling: float | None,
-    documents: Documents,
+    documents: VarlenMetadata,
 ) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 

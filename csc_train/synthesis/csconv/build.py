@@ -14,20 +14,20 @@ import pydantic
 from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.errors import InputError
 from csc_train.files import digest
-from csc_train.llm.client import Attempt, AuthenticationFailure, Client, LLMFailure
-from csc_train.llm.structured import ask as ask_server
-from csc_train.synthesis.filters.llm_checks import Ask, Form, check_call_manners, check_quality
+from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, RequestAttempt
+from csc_train.llm.structured import ask_structured as ask_server
+from csc_train.synthesis.filters.llm_checks import AskFn, Form, check_call_manners, check_quality
 from csc_train.synthesis.filters.rules import (
     CallConfig,
     DuplicateFilter,
     DuplicatesConfig,
+    FilterVerdict,
     RewriteConfig,
     Utterance,
-    Verdict,
     check_call,
     check_rewrite,
     merge_turns,
-    strip_notices,
+    strip_boilerplate,
     turns_of,
 )
 from csc_train.synthesis.prompting import as_text, messages
@@ -52,14 +52,14 @@ class RewrittenTurn(pydantic.BaseModel):
     text: str
 
 
-class Rewrite(pydantic.BaseModel):
+class RewrittenCall(pydantic.BaseModel):
     """A rewritten call."""
 
     turns: list[RewrittenTurn]
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """A recorded call: who said what, in whatever order."""
 
     id: str
@@ -67,7 +67,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CallOutcome:
     """What became of a call.
 
     Attributes:
@@ -77,7 +77,7 @@ class Outcome:
     """
 
     id: str
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[FilterVerdict, ...]
     rewritten: tuple[Utterance, ...] | None = None
     failure: str | None = None
 
@@ -101,13 +101,13 @@ class Outcome:
         return row
 
 
-def read_calls(path: str | os.PathLike) -> list[Call]:
+def read_calls(path: str | os.PathLike) -> list[RecordedCall]:
     """Read calls from a JSONL of `{"id", "turns": [{"speaker", "text"}]}`; `id` is optional.
 
     Raises:
         InputError: the file cannot be read, a row is not such an object, an id comes twice, or there are no rows.
     """
-    calls: dict[str, Call] = {}
+    calls: dict[str, RecordedCall] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -124,7 +124,7 @@ def read_calls(path: str | os.PathLike) -> list[Call]:
     return list(calls.values())
 
 
-def _call(line: str, place: str) -> Call:
+def _call(line: str, place: str) -> RecordedCall:
     try:
         row = json.loads(line)
         turns = row["turns"]
@@ -136,20 +136,20 @@ def _call(line: str, place: str) -> Call:
         raise InputError(f"{place}: not of the form {{'id', 'turns': [{{'speaker', 'text'}}]}} ({error})") from error
     if not all(isinstance(each.text, str) for each in said):
         raise InputError(f"{place}, field text: not a text")
-    return Call(str(row.get("id") or digest(turns)[:16]), said)
+    return RecordedCall(str(row.get("id") or digest(turns)[:16]), said)
 
 
 async def build(
-    calls: Sequence[Call],
-    ask: Ask,
+    calls: Sequence[RecordedCall],
+    ask: AskFn,
     *,
     call: CallConfig,
     rewrite: RewriteConfig,
     duplicates: DuplicatesConfig,
     language: str,
     concurrency: int,
-    done: Callable[[Outcome], None] = lambda outcome: None,
-) -> list[Outcome]:
+    done: Callable[[CallOutcome], None] = lambda outcome: None,
+) -> list[CallOutcome]:
     """Filter and rewrite calls, at most `concurrency` at a time; their outcomes in the order of the calls.
 
     `done` hears of each as it ends. Near-duplicates are looked for at the end, in the order of the calls, so that what
@@ -160,7 +160,7 @@ async def build(
     """
     places = asyncio.Semaphore(concurrency)
 
-    async def one(each: Call) -> Outcome:
+    async def one(each: RecordedCall) -> CallOutcome:
         async with places:
             try:
                 outcome = await _build_one(each, ask, call, rewrite, language)
@@ -183,41 +183,43 @@ async def build(
     return [_with_repeats(outcome, repeats) for outcome in outcomes]
 
 
-async def _build_one(each: Call, ask: Ask, call: CallConfig, rewrite: RewriteConfig, language: str) -> Outcome:
+async def _build_one(
+    each: RecordedCall, ask: AskFn, call: CallConfig, rewrite: RewriteConfig, language: str
+) -> CallOutcome:
     verdicts, rewritten = check_call(each.utterances, call), None
     try:
         if verdicts[-1].keep:
             verdicts.append(await check_call_manners(merge_turns(each.utterances), ask, language))
         if verdicts[-1].keep:
-            rewritten = strip_notices(await _rewrite(each, ask, rewrite, language))
+            rewritten = strip_boilerplate(await _rewrite(each, ask, rewrite, language))
             verdicts += check_rewrite(rewritten, rewrite)
             if verdicts[-1].keep:
                 verdicts.append(await check_quality(rewritten, ask, language))
     except AuthenticationFailure:
         raise
     except LLMFailure as error:
-        return Outcome(each.id, tuple(verdicts), failure=str(error))
-    return Outcome(each.id, tuple(verdicts), None if rewritten is None else tuple(rewritten))
+        return CallOutcome(each.id, tuple(verdicts), failure=str(error))
+    return CallOutcome(each.id, tuple(verdicts), None if rewritten is None else tuple(rewritten))
 
 
-async def _rewrite(each: Call, ask: Ask, config: RewriteConfig, language: str) -> list[Utterance]:
+async def _rewrite(each: RecordedCall, ask: AskFn, config: RewriteConfig, language: str) -> list[Utterance]:
     transcript = as_text(merge_turns(each.utterances), language)
-    answer = await ask("rewrite", messages("rewrite", language, transcript=transcript, config=config), Rewrite)
+    answer = await ask("rewrite", messages("rewrite", language, transcript=transcript, config=config), RewrittenCall)
     return _rewritten(answer)
 
 
-def _rewritten(answer: Rewrite) -> list[Utterance]:
+def _rewritten(answer: RewrittenCall) -> list[Utterance]:
     return [Utterance(Speaker.parse(turn.speaker), turn.text, turn.strategy.strip()) for turn in answer.turns]
 
 
-def _with_repeats(outcome: Outcome, repeats: DuplicateFilter) -> Outcome:
+def _with_repeats(outcome: CallOutcome, repeats: DuplicateFilter) -> CallOutcome:
     if not outcome.accepted:
         return outcome
     verdicts = (*outcome.verdicts, repeats.check(outcome.dialogue("")))
-    return Outcome(outcome.id, verdicts, outcome.rewritten)
+    return CallOutcome(outcome.id, verdicts, outcome.rewritten)
 
 
-def ask_model(client: Client, seed: int, log: "AnswerLog") -> Ask:
+def ask_model(client: Client, seed: int, log: "AnswerLog") -> AskFn:
     """Ask a model on a server, at temperature 0 unless its configuration says otherwise; requests go to the log."""
 
     async def ask(task: str, prompt: list[dict[str, str]], form: type[Form]) -> Form:
@@ -227,7 +229,7 @@ def ask_model(client: Client, seed: int, log: "AnswerLog") -> Ask:
     return ask
 
 
-def ask_script(language: str) -> Ask:
+def ask_script(language: str) -> AskFn:
     """Answers of ours about the bundled calls, in the place of a model's.
 
     Raises:
@@ -239,7 +241,7 @@ def ask_script(language: str) -> Ask:
         row, text = answers.get(each.id, {}), as_text(merge_turns(each.utterances), language)
         script |= {(task, text): row[task] for task in ("call_check", "rewrite") if task in row}
         if "quality" in row:
-            rewritten = strip_notices(_rewritten(Rewrite.model_validate(row["rewrite"])))
+            rewritten = strip_boilerplate(_rewritten(RewrittenCall.model_validate(row["rewrite"])))
             script["quality", as_text(rewritten, language)] = row["quality"]
 
     async def ask(task: str, prompt: list[dict[str, str]], form: type[Form]) -> Form:
@@ -278,7 +280,7 @@ class AnswerLog:
                 break
             self._take(json.loads(line))
 
-    def first(self, ask: Ask) -> Ask:
+    def first(self, ask: AskFn) -> AskFn:
         """Ask only what has not been answered yet: the same task, prompt and form."""
 
         async def answered(task: str, prompt: list[dict[str, str]], form: type[Form]) -> Form:
@@ -290,7 +292,7 @@ class AnswerLog:
 
         return answered
 
-    def observe(self, attempt: Attempt) -> None:
+    def observe(self, attempt: RequestAttempt) -> None:
         """Note a request to a server, answered or not."""
         self._add(
             {"failure": attempt.kind, "prompt_tokens": attempt.prompt_tokens,

@@ -7,10 +7,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from csc_train.synthesis.filters.rules import Verdict
+from csc_train.synthesis.filters.rules import FilterVerdict
 
 
-def waterfall(conversations: Iterable[Sequence[Verdict]], rules: Sequence[str] = ()) -> list[dict[str, Any]]:
+def filter_funnel(conversations: Iterable[Sequence[FilterVerdict]], rules: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Counts by rule, in the order in which rules were applied.
 
     A conversation counts for every rule up to the first that dropped it.
@@ -38,8 +38,8 @@ def waterfall(conversations: Iterable[Sequence[Verdict]], rules: Sequence[str] =
     return rows
 
 
-def waterfall_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The rows of `waterfall` for the terminal."""
+def funnel_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """The rows of `filter_funnel` for the terminal."""
     table = Table(title=title, box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("rule", no_wrap=True)
     for column in ("entered", "dropped", "kept"):

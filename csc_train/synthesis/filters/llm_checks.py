@@ -14,11 +14,11 @@ import numpy
 import pydantic
 
 from csc_train.errors import check_range
-from csc_train.synthesis.filters.rules import Utterance, Verdict
+from csc_train.synthesis.filters.rules import FilterVerdict, Utterance
 from csc_train.synthesis.prompting import as_text, messages
 
 Form = TypeVar("Form", bound=pydantic.BaseModel)
-Ask = Callable[[str, list[dict[str, str]], type[Form]], Awaitable[Form]]
+AskFn = Callable[[str, list[dict[str, str]], type[Form]], Awaitable[Form]]
 Point = Annotated[int, pydantic.Field(ge=0, le=1)]
 
 CRITERIA = ("strategy_followed", "unreasonable_requests", "natural", "varied", "roles_kept")
@@ -34,7 +34,7 @@ class CallCheck(pydantic.BaseModel):
     disrespectful: bool
 
 
-class Quality(pydantic.BaseModel):
+class QualityCheck(pydantic.BaseModel):
     """Whether a rewritten call may go into a data set."""
 
     reason: str
@@ -44,7 +44,7 @@ class Quality(pydantic.BaseModel):
     quality: Literal["high", "low"]
 
 
-class Points(pydantic.BaseModel):
+class RoleCSPoints(pydantic.BaseModel):
     """One judge's points for a RoleCS dialogue, by criterion."""
 
     reason: str
@@ -70,7 +70,7 @@ class RoleCSCheckConfig:
         check_range("rolecs_check.judges", self.judges, 1)
 
 
-async def check_call_manners(utterances: Sequence[Utterance], ask: Ask, language: str) -> Verdict:
+async def check_call_manners(utterances: Sequence[Utterance], ask: AskFn, language: str) -> FilterVerdict:
     """Drops a recorded call with abusive language, or an impatient, cold or disrespectful supporter."""
     prompt = messages("call_check", language, transcript=as_text(utterances, language))
     answer = await ask("call_check", prompt, CallCheck)
@@ -80,13 +80,13 @@ async def check_call_manners(utterances: Sequence[Utterance], ask: Ask, language
         "a disrespectful supporter": answer.disrespectful,
     }
     found = next((reason for reason, holds in reasons.items() if holds), "")
-    return Verdict("manners", not found, found, answer.reason if found else "")
+    return FilterVerdict("manners", not found, found, answer.reason if found else "")
 
 
-async def check_quality(utterances: Sequence[Utterance], ask: Ask, language: str) -> Verdict:
+async def check_quality(utterances: Sequence[Utterance], ask: AskFn, language: str) -> FilterVerdict:
     """Keeps a rewritten call of high quality: finished, strategies followed, nobody else speaking."""
     prompt = messages("quality", language, transcript=as_text(utterances, language))
-    answer = await ask("quality", prompt, Quality)
+    answer = await ask("quality", prompt, QualityCheck)
     reasons = {
         "unfinished": not answer.finished,
         "strategies not followed": not answer.strategies_followed,
@@ -94,30 +94,30 @@ async def check_quality(utterances: Sequence[Utterance], ask: Ask, language: str
         "low quality": answer.quality == "low",
     }
     found = next((reason for reason, holds in reasons.items() if holds), "")
-    return Verdict("quality", not found, found, answer.reason if found else "")
+    return FilterVerdict("quality", not found, found, answer.reason if found else "")
 
 
 async def check_rolecs(
-    utterances: Sequence[Utterance], scenario: str, ask: Ask, language: str, config: RoleCSCheckConfig
-) -> tuple[Verdict, list[Points]]:
+    utterances: Sequence[Utterance], scenario: str, ask: AskFn, language: str, config: RoleCSCheckConfig
+) -> tuple[FilterVerdict, list[RoleCSPoints]]:
     """Keeps a RoleCS dialogue that is given enough points; with it, every judge's points."""
     prompt = messages("rolecs_check", language, transcript=as_text(utterances, language), scenario=scenario)
     tasks = ["rolecs_check", *(f"rolecs_check_{number}" for number in range(2, config.judges + 1))]
-    panel = await asyncio.gather(*(ask(task, prompt, Points) for task in tasks))
+    panel = await asyncio.gather(*(ask(task, prompt, RoleCSPoints) for task in tasks))
     return rolecs_verdict(panel, config), panel
 
 
-def rolecs_verdict(panel: Sequence[Points], config: RoleCSCheckConfig) -> Verdict:
+def rolecs_verdict(panel: Sequence[RoleCSPoints], config: RoleCSCheckConfig) -> FilterVerdict:
     """What the judges' points come to."""
     given = {name: sum(getattr(points, name) for points in panel) for name in CRITERIA}
     lost = [name for name, points in given.items() if 2 * points <= len(panel)]
     if len(CRITERIA) - len(lost) >= config.points:
-        return Verdict("five criteria", True)
+        return FilterVerdict("five criteria", True)
     against = next((points.reason for points in panel if not getattr(points, lost[0])), "")
-    return Verdict("five criteria", False, f"no point for {', '.join(lost)}", against)
+    return FilterVerdict("five criteria", False, f"no point for {', '.join(lost)}", against)
 
 
-def agreement(panels: Sequence[Sequence[Points]]) -> dict[str, dict[str, Any]]:
+def agreement(panels: Sequence[Sequence[RoleCSPoints]]) -> dict[str, dict[str, Any]]:
     """How far the judges of a panel agree, over dialogues, by criterion.
 
     Returns:

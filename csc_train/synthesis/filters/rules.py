@@ -1,6 +1,6 @@
 """Rules that keep or drop a conversation, and what they say about it.
 
-A rule looks at utterances, whatever they are, and answers with a `Verdict`; it never raises. Thresholds are those of
+A rule looks at utterances, whatever they are, and answers with a `FilterVerdict`; it never raises. Thresholds are those of
 the paper where it has them.
 """
 
@@ -21,7 +21,7 @@ OPENING = 4
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FilterVerdict:
     """What a rule says about a conversation.
 
     `reason` is the same for all that are dropped alike, so that it can be counted; `detail` is about this one.
@@ -128,7 +128,7 @@ def merge_turns(utterances: Sequence[Utterance]) -> list[Utterance]:
     return merged
 
 
-def check_call(utterances: Sequence[Utterance], config: CallConfig) -> list[Verdict]:
+def check_call(utterances: Sequence[Utterance], config: CallConfig) -> list[FilterVerdict]:
     """What the rules say about a recorded call, in their order, up to the first that drops it.
 
     The turns of the two speakers are compared as they were recorded: merged, they alternate, and no call of three
@@ -143,7 +143,7 @@ def check_call(utterances: Sequence[Utterance], config: CallConfig) -> list[Verd
     )
 
 
-def check_rewrite(utterances: Sequence[Utterance], config: RewriteConfig) -> list[Verdict]:
+def check_rewrite(utterances: Sequence[Utterance], config: RewriteConfig) -> list[FilterVerdict]:
     """What the rules say about a rewritten call, in their order, up to the first that drops it.
 
     What they keep makes a `Dialogue`.
@@ -159,7 +159,7 @@ def check_rewrite(utterances: Sequence[Utterance], config: RewriteConfig) -> lis
     )
 
 
-def _first_drop(*rules: Callable[[], Verdict]) -> list[Verdict]:
+def _first_drop(*rules: Callable[[], FilterVerdict]) -> list[FilterVerdict]:
     verdicts = []
     for rule in rules:
         verdicts.append(rule())
@@ -168,89 +168,89 @@ def _first_drop(*rules: Callable[[], Verdict]) -> list[Verdict]:
     return verdicts
 
 
-def _between(rule: str, unit: str, count: int, low: int, high: int) -> Verdict:
+def _between(rule: str, unit: str, count: int, low: int, high: int) -> FilterVerdict:
     if count < low:
-        return Verdict(rule, False, f"fewer than {low} {unit}", f"{count} {unit}")
+        return FilterVerdict(rule, False, f"fewer than {low} {unit}", f"{count} {unit}")
     if count > high:
-        return Verdict(rule, False, f"more than {high} {unit}", f"{count} {unit}")
-    return Verdict(rule, True)
+        return FilterVerdict(rule, False, f"more than {high} {unit}", f"{count} {unit}")
+    return FilterVerdict(rule, True)
 
 
-def _rounds(merged: Sequence[Utterance], config: CallConfig) -> Verdict:
+def _rounds(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
     return _between("rounds", "rounds", len(merged) // 2, config.min_rounds, config.max_rounds)
 
 
-def _longest(merged: Sequence[Utterance], config: CallConfig) -> Verdict:
+def _longest(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
     longest = max((len(each.text) for each in merged), default=0)
     if longest > config.max_characters:
         reason = f"a turn of more than {config.max_characters} characters"
-        return Verdict("turn length", False, reason, f"{longest} characters")
-    return Verdict("turn length", True)
+        return FilterVerdict("turn length", False, reason, f"{longest} characters")
+    return FilterVerdict("turn length", True)
 
 
-def _customer_share(utterances: Sequence[Utterance], config: CallConfig) -> Verdict:
+def _customer_share(utterances: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
     count = Counter(each.speaker for each in utterances if each.text.strip())
     customer, supporter = count[Speaker.CUSTOMER], count[Speaker.SUPPORTER]
     if customer > config.customer_share * supporter:
-        return Verdict("customer's turns", True)
+        return FilterVerdict("customer's turns", True)
     reason = f"the customer has at most {config.customer_share:g} of the supporter's turns"
-    return Verdict("customer's turns", False, reason, f"{customer} to {supporter}")
+    return FilterVerdict("customer's turns", False, reason, f"{customer} to {supporter}")
 
 
-def _long_share(merged: Sequence[Utterance], config: CallConfig) -> Verdict:
+def _long_share(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
     own = [each.text for each in merged if each.speaker is Speaker.CUSTOMER]
     long = sum(len(text) > config.short_characters for text in own)
     if own and long / len(own) >= config.long_share:
-        return Verdict("customer's words", True)
+        return FilterVerdict("customer's words", True)
     reason = (
         f"under {config.long_share:.0%} of the customer's turns are longer than {config.short_characters} characters"
     )
-    return Verdict("customer's words", False, reason, f"{long} of {len(own)}")
+    return FilterVerdict("customer's words", False, reason, f"{long} of {len(own)}")
 
 
-def _texts(utterances: Sequence[Utterance]) -> Verdict:
+def _texts(utterances: Sequence[Utterance]) -> FilterVerdict:
     for number, each in enumerate(utterances, start=1):
         if not each.text.strip():
-            return Verdict("texts", False, "an empty text", f"turn {number}")
+            return FilterVerdict("texts", False, "an empty text", f"turn {number}")
         # What JSON can write and a file in UTF-8 cannot hold.
         if any("\ud800" <= character <= "\udfff" for character in each.text + each.label):
-            return Verdict("texts", False, "half a character", f"turn {number}")
-    return Verdict("texts", True)
+            return FilterVerdict("texts", False, "half a character", f"turn {number}")
+    return FilterVerdict("texts", True)
 
 
-def _utterances(utterances: Sequence[Utterance], config: RewriteConfig) -> Verdict:
+def _utterances(utterances: Sequence[Utterance], config: RewriteConfig) -> FilterVerdict:
     return _between("utterances", "utterances", len(utterances), config.min_utterances, config.max_utterances)
 
 
-def _alternation(utterances: Sequence[Utterance]) -> Verdict:
+def _alternation(utterances: Sequence[Utterance]) -> FilterVerdict:
     for number, each in enumerate(utterances, start=1):
         if each.speaker is not (Speaker.SUPPORTER if number % 2 else Speaker.CUSTOMER):
             reason = "the supporter does not speak first" if number == 1 else "one speaker twice running"
-            return Verdict("alternation", False, reason, f"turn {number}")
-    return Verdict("alternation", True)
+            return FilterVerdict("alternation", False, reason, f"turn {number}")
+    return FilterVerdict("alternation", True)
 
 
-def _one_strategy(utterances: Sequence[Utterance]) -> Verdict:
+def _one_strategy(utterances: Sequence[Utterance]) -> FilterVerdict:
     for number, each in enumerate(utterances, start=1):
         if each.speaker is Speaker.SUPPORTER and ("+" in each.label or "＋" in each.label):
-            return Verdict("one strategy", False, "a turn with two strategies", f"turn {number}: {each.label}")
-    return Verdict("one strategy", True)
+            return FilterVerdict("one strategy", False, "a turn with two strategies", f"turn {number}: {each.label}")
+    return FilterVerdict("one strategy", True)
 
 
-def _known_strategies(utterances: Sequence[Utterance]) -> Verdict:
+def _known_strategies(utterances: Sequence[Utterance]) -> FilterVerdict:
     for number, each in enumerate(utterances, start=1):
         if each.speaker is Speaker.SUPPORTER and _strategy(each) is None:
-            return Verdict("known strategies", False, "an unknown strategy", f"turn {number}: {each.label!r}")
-    return Verdict("known strategies", True)
+            return FilterVerdict("known strategies", False, "an unknown strategy", f"turn {number}: {each.label!r}")
+    return FilterVerdict("known strategies", True)
 
 
-def _required_strategies(utterances: Sequence[Utterance], config: RewriteConfig) -> Verdict:
+def _required_strategies(utterances: Sequence[Utterance], config: RewriteConfig) -> FilterVerdict:
     there = {_strategy(each) for each in utterances if each.speaker is Speaker.SUPPORTER}
     missing = [number for number in config.required_strategies if number not in there]
     if missing:
         reason = f"without {STRATEGIES[missing[0] - 1].label}"
-        return Verdict("required strategies", False, reason, f"missing: {', '.join(map(str, missing))}")
-    return Verdict("required strategies", True)
+        return FilterVerdict("required strategies", False, reason, f"missing: {', '.join(map(str, missing))}")
+    return FilterVerdict("required strategies", True)
 
 
 def _strategy(utterance: Utterance) -> int | None:
@@ -260,13 +260,13 @@ def _strategy(utterance: Utterance) -> int | None:
         return None
 
 
-def check_private_data(utterances: Sequence[Utterance]) -> Verdict:
+def check_private_data(utterances: Sequence[Utterance]) -> FilterVerdict:
     """Whether no text holds a phone number, an identity card number, a bank card number or an e-mail address."""
     for number, each in enumerate(utterances, start=1):
         if found := private_data(each.text):
             # What was found is not repeated: a list of what was dropped is passed on more freely than the calls.
-            return Verdict("private data", False, f"{_article(found[0].kind)} {found[0].kind}", f"turn {number}")
-    return Verdict("private data", True)
+            return FilterVerdict("private data", False, f"{_article(found[0].kind)} {found[0].kind}", f"turn {number}")
+    return FilterVerdict("private data", True)
 
 
 def _article(noun: str) -> str:
@@ -279,7 +279,7 @@ _NOTICE = re.compile(
 )
 
 
-def strip_notices(utterances: Sequence[Utterance]) -> list[Utterance]:
+def strip_boilerplate(utterances: Sequence[Utterance]) -> list[Utterance]:
     """The utterances without the system's notices at their end, such as `（通话结束）`.
 
     A last turn that is nothing but brackets goes, and a bracketed notice at the end of the last turn; placeholders for
@@ -310,7 +310,7 @@ class DuplicateFilter:
         self._seen = {part: NearDuplicates(threshold, seed) for part, threshold in looked_at.items()}
         self._kept: dict[str, list[str]] = {part: [] for part in looked_at}
 
-    def check(self, dialogue: Dialogue, scenario: str = "") -> Verdict:
+    def check(self, dialogue: Dialogue, scenario: str = "") -> FilterVerdict:
         """Whether a dialogue repeats none of those before; it is remembered if so."""
         opening = "\n".join(turn.text for turn in dialogue.turns[:OPENING])
         texts = {"scenario": scenario, "opening": opening, "dialogue": dialogue.text}
@@ -318,8 +318,8 @@ class DuplicateFilter:
         for part, text in signed.items():
             for place, similarity in self._seen[part].matches(text):
                 detail = f"{similarity:.2f} like {self._kept[part][place]}"
-                return Verdict("near-duplicates", False, f"repeats {_PARTS[part]}another", detail)
+                return FilterVerdict("near-duplicates", False, f"repeats {_PARTS[part]}another", detail)
         for part, text in signed.items():
             self._seen[part].add(text)
             self._kept[part].append(dialogue.id)
-        return Verdict("near-duplicates", True)
+        return FilterVerdict("near-duplicates", True)

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from csc_train.files import digest
-from csc_train.llm.client import Attempt, Client, Message
+from csc_train.llm.client import Client, Message, RequestAttempt
 from csc_train.llm.config import LLMConfig
-from csc_train.llm.structured import ask
+from csc_train.llm.structured import ask_structured
 from csc_train.synthesis.config import RolesConfig
-from csc_train.synthesis.rolecs.personas import Unit
+from csc_train.synthesis.rolecs.personas import DialogueSlot
 
 WRITING_TEMPERATURE = 0.8
 """The paper's, for every role that writes."""
@@ -20,7 +20,7 @@ MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class Call:
+class RoleCall:
     """One question to a role.
 
     Attributes:
@@ -38,7 +38,7 @@ class Call:
     form: type[BaseModel]
     seed: int
     fields: dict[str, Any]
-    unit: Unit | None = None
+    unit: DialogueSlot | None = None
 
     @property
     def prompt(self) -> str:
@@ -65,7 +65,7 @@ class Backend(Protocol):
     def cost(self, role: str, prompt_tokens: int, completion_tokens: int) -> float | None:
         """What tokens of a role's model cost; None where no price is known."""
 
-    async def ask(self, call: Call, observe: Callable[[Attempt], None]) -> BaseModel:
+    async def ask(self, call: RoleCall, observe: Callable[[RequestAttempt], None]) -> BaseModel:
         """The answer to a call; every attempt at it is told to `observe` as soon as it is over.
 
         Raises:
@@ -113,12 +113,14 @@ class ServedModels:
         """What tokens of a role's model cost; None where no price is known."""
         return self._models[role].cost(prompt_tokens, completion_tokens)
 
-    async def ask(self, call: Call, observe: Callable[[Attempt], None]) -> BaseModel:
+    async def ask(self, call: RoleCall, observe: Callable[[RequestAttempt], None]) -> BaseModel:
         """The answer to a call (see `Backend`)."""
         settings = self._settings(call)
-        return (await ask(self._client(call.role), call.messages, call.form, observe=observe, **settings)).value
+        return (
+            await ask_structured(self._client(call.role), call.messages, call.form, observe=observe, **settings)
+        ).value
 
-    def request(self, call: Call) -> dict[str, Any]:
+    def request(self, call: RoleCall) -> dict[str, Any]:
         """The body of a request for a call, for who sends it in another way."""
         return self._client(call.role).body(**self._settings(call)) | {"messages": list(call.messages)}
 
@@ -129,6 +131,6 @@ class ServedModels:
     def _client(self, role: str) -> Client:
         return next(client for client in self._clients if client.config == self._server(role))
 
-    def _settings(self, call: Call) -> dict[str, Any]:
+    def _settings(self, call: RoleCall) -> dict[str, Any]:
         model = self._models[call.role]
         return {"seed": call.seed, "temperature": model.temperature, "max_tokens": model.max_tokens}

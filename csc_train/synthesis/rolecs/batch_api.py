@@ -14,13 +14,13 @@ from pydantic import BaseModel
 
 from csc_train.errors import InputError
 from csc_train.files import write_text
-from csc_train.llm.client import Attempt, LLMFailure
-from csc_train.llm.structured import read, response_format
+from csc_train.llm.client import LLMFailure, RequestAttempt
+from csc_train.llm.structured import parse_answer, response_format
 from csc_train.synthesis.config import BatchConfig
-from csc_train.synthesis.rolecs.backends import Call, ServedModels
+from csc_train.synthesis.rolecs.backends import RoleCall, ServedModels
 
 
-class Waiting(Exception):
+class PendingBatch(Exception):
     """An answer that a batch has yet to bring."""
 
 
@@ -44,7 +44,7 @@ class BatchedModels:
         self.concurrency = models.concurrency
         self.model = models.model
         self.cost = models.cost
-        self.waiting: dict[str, Call] = {}
+        self.waiting: dict[str, RoleCall] = {}
 
     async def __aenter__(self) -> "BatchedModels":
         await self._models.__aenter__()
@@ -53,7 +53,7 @@ class BatchedModels:
     async def __aexit__(self, *error) -> None:
         await self._models.__aexit__(*error)
 
-    async def ask(self, call: Call, observe: Callable[[Attempt], None]) -> BaseModel:
+    async def ask(self, call: RoleCall, observe: Callable[[RequestAttempt], None]) -> BaseModel:
         """The answer to a call (see `backends.Backend`).
 
         Raises:
@@ -64,12 +64,12 @@ class BatchedModels:
         result = self._results.get(custom_id(call))
         if result is None:
             self.waiting[custom_id(call)] = call
-            raise Waiting
+            raise PendingBatch
         text, tokens = result
         request = {"model": self.model(call.role)}
-        observe(Attempt(request, 1, None, "", text, *tokens, 0.0))
+        observe(RequestAttempt(request, 1, None, "", text, *tokens, 0.0))
         try:
-            return read(text, call.form)
+            return parse_answer(text, call.form)
         except ValueError as error:
             raise LLMFailure("garbage", str(error), 1, *tokens) from error
 
@@ -88,7 +88,7 @@ class BatchedModels:
         return paths
 
 
-def custom_id(call: Call) -> str:
+def custom_id(call: RoleCall) -> str:
     """The id by which a result is joined to its call: never a place in a file."""
     return f"{call.owner}.{call.key}"
 

@@ -33,7 +33,7 @@ class Behaviour:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scenario:
     """What a dialogue begins with.
 
     Attributes:
@@ -49,7 +49,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DialoguePlan:
     """The planner's answer: what happened before the call, and what the customer wants of it."""
 
     scenario: str
@@ -57,7 +57,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class State:
+class DialogueState:
     """A dialogue up to the last answer.
 
     Attributes:
@@ -69,9 +69,9 @@ class State:
         stuck: no strategy was left to choose.
     """
 
-    scene: Scene
+    scene: Scenario
     most_utterances: int = MOST_UTTERANCES
-    plan: Plan | None = None
+    plan: DialoguePlan | None = None
     turns: tuple[Turn, ...] = ()
     strategy: Strategy | None = None
     direction: str | None = None
@@ -89,7 +89,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Question:
+class RoleQuestion:
     """What is asked next, of whom, and all that this role may see.
 
     `fields` of the customer and its assistant hold no strategy anywhere.
@@ -99,7 +99,7 @@ class Question:
     fields: dict[str, Any]
 
 
-def stop_reason(state: State) -> str | None:
+def stop_reason(state: DialogueState) -> str | None:
     """Why the dialogue is over, one of `STOPS`, or None; asked after every utterance, and the first reason wins.
 
     A customer who has finished gets exactly one farewell turn, unless there is no utterance left for it: no dialogue is
@@ -115,19 +115,19 @@ def stop_reason(state: State) -> str | None:
     return "no_strategy" if state.stuck else None
 
 
-def next_question(state: State) -> Question | None:
+def next_question(state: DialogueState) -> RoleQuestion | None:
     """What is asked next; None once the dialogue is over."""
     if stop_reason(state):
         return None
     scene = state.scene
     if state.plan is None:
-        return Question("planner", {"persona": scene.persona, "topic": scene.topic, "mood": scene.mood})
+        return RoleQuestion("planner", {"persona": scene.persona, "topic": scene.topic, "mood": scene.mood})
     if len(state.turns) % 2 == 0:
         known = {"topic": scene.topic, "history": state.turns}
         if state.strategy is None:
             choice = {"spent": state.spent, "refused": state.refused}
-            return Question("supporter_assistant", known | choice)
-        return Question("supporter", known | {"strategy": state.strategy})
+            return RoleQuestion("supporter_assistant", known | choice)
+        return RoleQuestion("supporter", known | {"strategy": state.strategy})
     known = {
         "persona": scene.persona,
         "mood": scene.mood,
@@ -137,15 +137,15 @@ def next_question(state: State) -> Question | None:
         "history": tuple(Turn(turn.speaker, turn.text) for turn in state.turns),
     }
     if state.direction is None:
-        return Question("customer_assistant", known)
-    return Question("customer", known | {"direction": state.direction})
+        return RoleQuestion("customer_assistant", known)
+    return RoleQuestion("customer", known | {"direction": state.direction})
 
 
-def advance(state: State, answer: BaseModel) -> State:
+def advance(state: DialogueState, answer: BaseModel) -> DialogueState:
     """The state after `answer` (an instance of the asked role's schema, see `roles`) to `next_question(state)`."""
     match next_question(state).role:
         case "planner":
-            return replace(state, plan=Plan(answer.scenario, answer.goal))
+            return replace(state, plan=DialoguePlan(answer.scenario, answer.goal))
         case "supporter_assistant":
             return _choose(state, answer.strategy)
         case "supporter":
@@ -159,7 +159,7 @@ def advance(state: State, answer: BaseModel) -> State:
             return replace(state, finished=True, strategy=CLOSURE) if answer.finished else state
 
 
-def _choose(state: State, label: str) -> State:
+def _choose(state: DialogueState, label: str) -> DialogueState:
     """Take the strategy that `label` names, ask once more, or fall back to 其它 and count why."""
     try:
         strategy = parse_strategy(label)
@@ -175,7 +175,7 @@ def _choose(state: State, label: str) -> State:
     return replace(state, strategy=OTHERS, refused=(), **count)
 
 
-def outcome(state: State) -> dict[str, Any]:
+def dialogue_outcome(state: DialogueState) -> dict[str, Any]:
     """What a finished dialogue's row says besides its turns."""
     known = {"scenario": state.plan.scenario, "goal": state.plan.goal, "stop": stop_reason(state)}
     counts = {"unknown_strategies": state.unknown, "overused_strategies": state.overused}

@@ -11,10 +11,10 @@ from csc_train.synthesis.config import BudgetConfig, SynthesisConfig
 from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
 from csc_train.synthesis.filters.rules import DuplicatesConfig
 from csc_train.synthesis.rolecs.backends import model_of
-from csc_train.synthesis.rolecs.mock_backend import Script
+from csc_train.synthesis.rolecs.mock_backend import MockBackend
 from csc_train.synthesis.rolecs.personas import make_profiles
 from csc_train.synthesis.rolecs.runner import Runner
-from csc_train.synthesis.rolecs.store import Store
+from csc_train.synthesis.rolecs.store import SynthesisStore
 
 DIALOGUES = 30
 """Dialogues that the estimate is made from."""
@@ -24,7 +24,7 @@ Qwen2.5's counts 0.63 and 0.44."""
 
 
 @dataclass(frozen=True)
-class Share:
+class RoleEstimate:
     """What one role is expected to take, over the whole synthesis; `cost` is None where its price is not known."""
 
     role: str
@@ -37,7 +37,7 @@ class Share:
 
 def estimate(
     config: SynthesisConfig, rolecs_check: RoleCSCheckConfig, llm: LLMConfig, target: int, personas: int
-) -> list[Share]:
+) -> list[RoleEstimate]:
     """What `target` accepted dialogues are expected to take, by role.
 
     The script's dialogues are of about 23 utterances, and about one in nine is rejected; a model's may differ in both.
@@ -45,9 +45,9 @@ def estimate(
     """
     short = replace(config, language="zh", topics=[], moods=[])
     places = min(target, DIALOGUES)
-    store = Store(":memory:", {})
+    store = SynthesisStore(":memory:", {})
     profiles = make_profiles(min(personas, places), config.seed, "zh")
-    arguments = (short, rolecs_check, DuplicatesConfig(), profiles, Script("zh"), store, places, BudgetConfig())
+    arguments = (short, rolecs_check, DuplicatesConfig(), profiles, MockBackend("zh"), store, places, BudgetConfig())
     asyncio.run(_run(arguments))
     shares = []
     for role, spent in store.spent().items():
@@ -59,12 +59,12 @@ def estimate(
             for count, rate in ((spent.prompt_tokens, PROMPT_TOKENS), (spent.completion_tokens, ANSWER_TOKENS))
         )
         cost = model.cost(prompt, completion)
-        shares.append(Share(role, model.model, round(spent.calls * scale), prompt, completion, cost))
+        shares.append(RoleEstimate(role, model.model, round(spent.calls * scale), prompt, completion, cost))
     store.close()
     return shares
 
 
-def estimate_table(shares: Sequence[Share]) -> Table:
+def estimate_table(shares: Sequence[RoleEstimate]) -> Table:
     """An estimate for the terminal."""
     table = Table(title="estimate", box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name in ("role", "model"):
@@ -73,7 +73,7 @@ def estimate_table(shares: Sequence[Share]) -> Table:
         table.add_column(name, justify="right")
     costs = [share.cost for share in shares]
     sums = [sum(getattr(share, name) for share in shares) for name in ("calls", "prompt_tokens", "completion_tokens")]
-    total = Share("all", "", *sums, None if None in costs else sum(costs))
+    total = RoleEstimate("all", "", *sums, None if None in costs else sum(costs))
     for share in (*shares, total):
         counts = (f"{count:,}" for count in (share.calls, share.prompt_tokens, share.completion_tokens))
         table.add_row(share.role, share.model, *counts, "n/a" if share.cost is None else f"{share.cost:,.2f}")

@@ -16,12 +16,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from csc_train.data.dialogue import Turn
-from csc_train.data.sample_grammar import PROBLEMS, SOURCE, Problem, write_turns
+from csc_train.data.sample_grammar import PROBLEMS, SAMPLE_SOURCE, ServiceProblem, write_turns
 from csc_train.errors import InputError
-from csc_train.llm.client import Attempt, LLMFailure
+from csc_train.llm.client import LLMFailure, RequestAttempt
 from csc_train.synthesis.filters.llm_checks import CRITERIA
-from csc_train.synthesis.rolecs.backends import Call
-from csc_train.synthesis.rolecs.personas import Unit
+from csc_train.synthesis.rolecs.backends import RoleCall
+from csc_train.synthesis.rolecs.personas import DialogueSlot
 
 FLAWS = ("unknown_strategy", "overused_strategy", "private_data", "copy", "judged_down", "garbage")
 """What may be wrong with a dialogue: the assistant keeps naming a strategy that does not exist, or the same one a third
@@ -47,7 +47,7 @@ DIRECTIONS = {
 class _Drawn:
     """A conversation drawn for one dialogue; `spoilt` is the supporter turn, from 0, that its flaw is about."""
 
-    problem: Problem
+    problem: ServiceProblem
     acts: tuple[str, ...]
     turns: tuple[Turn, ...]
     flaw: str | None
@@ -55,7 +55,7 @@ class _Drawn:
 
 
 @functools.lru_cache(maxsize=4096)
-def _drawn(unit: Unit) -> _Drawn:
+def _drawn(unit: DialogueSlot) -> _Drawn:
     rng = random.Random(f"script:{unit.id}")
     flaw = rng.choice(FLAWS) if rng.random() < FLAWED else None
     problem = rng.choice([problem for problem in PROBLEMS if problem.topic == unit.topic])
@@ -65,17 +65,17 @@ def _drawn(unit: Unit) -> _Drawn:
     return _Drawn(problem, tuple(acts), tuple(turns), flaw, rng.randrange(2, len(acts) - 1))
 
 
-class Script:
+class MockBackend:
     """The backend. It counts a character as a token, so that budgets and progress have something to count."""
 
-    source = SOURCE
+    source = SAMPLE_SOURCE
     concurrency = 8
 
     def __init__(self, language: str):
         if language != "zh":
             raise InputError(f"synthesis.language={language}: llm=scripted speaks zh only")
 
-    async def __aenter__(self) -> "Script":
+    async def __aenter__(self) -> "MockBackend":
         return self
 
     async def __aexit__(self, *_) -> None:
@@ -89,19 +89,19 @@ class Script:
         """Nothing."""
         return 0.0
 
-    async def ask(self, call: Call, observe: Callable[[Attempt], None]) -> BaseModel:
+    async def ask(self, call: RoleCall, observe: Callable[[RequestAttempt], None]) -> BaseModel:
         """The answer to a call (see `backends.Backend`)."""
         await asyncio.sleep(0)  # as a server would: lets others go on
         value = _persona(call) if call.unit is None else getattr(_Answers(call), call.role.rstrip("_0123456789"))()
         text = "" if value is None else json.dumps(value, ensure_ascii=False)
         tokens = sum(len(message["content"]) for message in call.messages), len(text)
-        observe(Attempt({"model": "scripted"}, 1, None, "", text, *tokens, 0.0))
+        observe(RequestAttempt({"model": "scripted"}, 1, None, "", text, *tokens, 0.0))
         if value is None:
             raise LLMFailure("garbage", "the script spoils this answer", 1, *tokens)
         return call.form.model_validate(value)
 
 
-def _persona(call: Call) -> dict[str, Any]:
+def _persona(call: RoleCall) -> dict[str, Any]:
     return {
         "description": "你的情况是："
         + "，".join(f"{name}{value}" for name, value in call.fields["profile"].items())
@@ -112,7 +112,7 @@ def _persona(call: Call) -> dict[str, Any]:
 class _Answers:
     """What each role says to a call; None where the answer is spoilt."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: RoleCall):
         self.fields = call.fields
         self.form = call.form
         self.drawn = _drawn(call.unit)

@@ -169,7 +169,7 @@ def draw_behaviour(config: BehaviourConfig, seed: str) -> Behaviour:
 
 
 @dataclass(frozen=True)
-class Cell:
+class QuotaSlot:
     """One place of the quotas: whom, about what, in which mood; `round` counts how often the pair was there before."""
 
     persona: str
@@ -179,7 +179,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Unit:
+class DialogueSlot:
     """A dialogue to be: the `attempt`-th try at a place of the quotas.
 
     Attributes:
@@ -194,14 +194,16 @@ class Unit:
     replicate: int
 
 
-def unit_of(cell: Cell, profile: Profile, attempt: int, attempts: int, seed: int, recipe: str) -> Unit:
+def dialogue_slot(
+    cell: QuotaSlot, profile: Profile, attempt: int, attempts: int, seed: int, recipe: str
+) -> DialogueSlot:
     """The `attempt`-th try, of `attempts`, at a cell under a recipe (its hash); `profile` is the cell's persona."""
     replicate = cell.round * attempts + attempt
     name = digest([profile.digest, cell.topic, cell.mood, replicate, seed, recipe])[:16]
-    return Unit(name, cell.persona, cell.topic, cell.mood, replicate)
+    return DialogueSlot(name, cell.persona, cell.topic, cell.mood, replicate)
 
 
-def cells(personas: list[str], topics: tuple[str, ...], moods: tuple[str, ...]) -> Iterator[Cell]:
+def quota_slots(personas: list[str], topics: tuple[str, ...], moods: tuple[str, ...]) -> Iterator[QuotaSlot]:
     """The places of the quotas without end, in the order in which they are filled.
 
     Every persona meets every topic before any does so again, and the mood changes each time, so the beginning of
@@ -212,5 +214,5 @@ def cells(personas: list[str], topics: tuple[str, ...], moods: tuple[str, ...]) 
         rest, topic = divmod(number, len(topics))
         round_, persona = divmod(rest, len(personas))
         mood = moods[(topic + persona + round_) % len(moods)]
-        yield Cell(personas[persona], topics[topic], mood, round_)
+        yield QuotaSlot(personas[persona], topics[topic], mood, round_)
         number += 1

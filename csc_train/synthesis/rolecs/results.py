@@ -10,25 +10,25 @@ from typing import Any
 
 from csc_train.data.dialogue import Dialogue, write_dialogues
 from csc_train.files import write_json, write_text
-from csc_train.synthesis.filters.funnel import waterfall
-from csc_train.synthesis.filters.llm_checks import Points, agreement
+from csc_train.synthesis.filters.funnel import filter_funnel
+from csc_train.synthesis.filters.llm_checks import RoleCSPoints, agreement
 from csc_train.synthesis.quality_report import quality_report, write_quality_report
 from csc_train.synthesis.rolecs.backends import Backend
 from csc_train.synthesis.rolecs.runner import RULES, Runner
-from csc_train.synthesis.rolecs.store import Store
+from csc_train.synthesis.rolecs.store import SynthesisStore
 
 
 def write_results(
     directory: str | os.PathLike,
     runner: Runner,
-    store: Store,
+    store: SynthesisStore,
     backend: Backend,
     reference: Sequence[Dialogue],
     seed: int,
 ) -> list[dict[str, Any]]:
     """Write what a store holds of a recipe: the same store and target give the same files, byte by byte.
 
-    `dialogues.jsonl` and `.parquet` (the accepted ones in the order of the quotas), `rejected.jsonl`, `waterfall.json`,
+    `dialogues.jsonl` and `.parquet` (the accepted ones in the order of the quotas), `rejected.jsonl`, `filter_funnel.json`,
     `synthesis.json` (counts and cost), `quality.json` and `quality.html`; without dialogues, neither they nor a report.
 
     Returns:
@@ -36,7 +36,7 @@ def write_results(
     """
     directory = Path(directory)
     dialogues = [store.dialogue(unit, backend.source) for unit in runner.accepted]
-    rows = waterfall(store.verdicts(), RULES)
+    rows = filter_funnel(store.verdicts(), RULES)
     write_text(directory / "rejected.jsonl", "".join(_line(row) for row in store.rejected()))
     write_json(directory / "waterfall.json", rows)
     usage = _usage(store, backend)
@@ -57,7 +57,7 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _usage(store: Store, backend: Backend) -> dict[str, dict[str, float | None]]:
+def _usage(store: SynthesisStore, backend: Backend) -> dict[str, dict[str, float | None]]:
     """Calls, tokens, seconds of waiting and cost, by role and of all."""
     roles = {
         role: asdict(spent) | {"cost": backend.cost(role, spent.prompt_tokens, spent.completion_tokens)}
@@ -69,7 +69,7 @@ def _usage(store: Store, backend: Backend) -> dict[str, dict[str, float | None]]
     return roles | {"all": total}
 
 
-def _account(runner: Runner, store: Store, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+def _account(runner: Runner, store: SynthesisStore, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     """How the quotas were filled, how dialogues ended, and how far judges agree."""
     counted = {name: dict(Counter(each.extra[name] for each in dialogues)) for name in ("topic", "mood", "stop")}
     corrected = {
@@ -77,6 +77,6 @@ def _account(runner: Runner, store: Store, dialogues: Sequence[Dialogue]) -> dic
     }
     progress = runner.progress
     places = {"target": progress.target, "accepted": progress.accepted, "empty": progress.empty}
-    panels = [[Points.model_validate(points) for points in panel] for panel in store.panels()]
+    panels = [[RoleCSPoints.model_validate(points) for points in panel] for panel in store.panels()]
     judged = {"agreement": agreement(panels)} if panels and len(panels[0]) > 1 else {}
     return places | {"dialogues": store.counts(), **counted, **corrected} | judged

@@ -15,7 +15,7 @@ from csc_train.data.dialogue import Speaker, Turn
 from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
 from csc_train.files import digest
 from csc_train.synthesis.rolecs.engine import ROLES as SPEAKING_ROLES
-from csc_train.synthesis.rolecs.engine import Question
+from csc_train.synthesis.rolecs.engine import RoleQuestion
 
 ROLES = ("persona", *SPEAKING_ROLES)
 """Whoever writes a part of a dialogue: the five roles of the engine, and the writer of personas before them."""
@@ -113,7 +113,7 @@ class Prompts:
         self._shared = {"strategies": STRATEGIES, "compact": compact}
         self._layout = layout
 
-    def messages(self, question: Question) -> list[dict[str, str]]:
+    def messages(self, question: RoleQuestion) -> list[dict[str, str]]:
         """The chat messages of a question.
 
         Raises:
@@ -142,7 +142,7 @@ class Prompts:
             lines.append(f"{speaker}{strategy}: {turn.text}")
         return "\n".join(lines)
 
-    def schema(self, question: Question) -> type[BaseModel]:
+    def schema(self, question: RoleQuestion) -> type[BaseModel]:
         """The form of the answer to a question."""
         return answer_schema(question.role, self.language, self.compact, question.fields.get("spent"))
 

@@ -20,33 +20,41 @@ from pydantic import BaseModel
 from csc_train.data.dialogue import Dialogue
 from csc_train.errors import InputError
 from csc_train.files import digest
-from csc_train.llm.client import Attempt, AuthenticationFailure, LLMFailure, Message
+from csc_train.llm.client import AuthenticationFailure, LLMFailure, Message, RequestAttempt
 from csc_train.llm.config import LLMConfig
 from csc_train.synthesis.config import BudgetConfig, SynthesisConfig
 from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig, check_rolecs
 from csc_train.synthesis.filters.rules import (
     DuplicateFilter,
     DuplicatesConfig,
-    Verdict,
+    FilterVerdict,
     check_private_data,
     utterances_of,
 )
-from csc_train.synthesis.rolecs.backends import Backend, Call, call_seed, model_of
-from csc_train.synthesis.rolecs.batch_api import Waiting
-from csc_train.synthesis.rolecs.engine import Question, Scene, State, advance, next_question, outcome, stop_reason
+from csc_train.synthesis.rolecs.backends import Backend, RoleCall, call_seed, model_of
+from csc_train.synthesis.rolecs.batch_api import PendingBatch
+from csc_train.synthesis.rolecs.engine import (
+    DialogueState,
+    RoleQuestion,
+    Scenario,
+    advance,
+    dialogue_outcome,
+    next_question,
+    stop_reason,
+)
 from csc_train.synthesis.rolecs.personas import (
     MOODS,
     TOPICS,
-    Cell,
+    DialogueSlot,
     Profile,
-    Unit,
-    cells,
+    QuotaSlot,
     chosen,
+    dialogue_slot,
     draw_behaviour,
-    unit_of,
+    quota_slots,
 )
 from csc_train.synthesis.rolecs.roles import Prompts
-from csc_train.synthesis.rolecs.store import ACCEPTED, FAILED, FINISHED, REJECTED, SETTLED, Store
+from csc_train.synthesis.rolecs.store import ACCEPTED, FAILED, FINISHED, REJECTED, SETTLED, SynthesisStore
 
 RULES = ("answers", "ended", "private data", "five criteria", "near-duplicates")
 """What a dialogue goes through, in order; the first two are whether every answer could be had, and an end was found."""
@@ -126,7 +134,7 @@ class Runner:
         duplicates: DuplicatesConfig,
         profiles: list[Profile],
         backend: Backend,
-        store: Store,
+        store: SynthesisStore,
         target: int,
         budget: BudgetConfig,
     ):
@@ -160,14 +168,14 @@ class Runner:
                 f"budget.money={budget.money}: needs llm.price_per_million_input and ..._output of each role"
             )
 
-    def places(self) -> Iterator[Cell]:
+    def places(self) -> Iterator[QuotaSlot]:
         """The places of the quotas that are to be filled, in order."""
-        return itertools.islice(cells(list(self._profiles), self._topics, self._moods), self.progress.target)
+        return itertools.islice(quota_slots(list(self._profiles), self._topics, self._moods), self.progress.target)
 
-    def unit(self, cell: Cell, attempt: int) -> Unit:
+    def unit(self, cell: QuotaSlot, attempt: int) -> DialogueSlot:
         """The `attempt`-th try at a place."""
         config, profile = self._config, self._profiles[cell.persona]
-        return unit_of(cell, profile, attempt, config.attempts, config.seed, self._store.recipe)
+        return dialogue_slot(cell, profile, attempt, config.attempts, config.seed, self._store.recipe)
 
     async def run(self) -> None:
         """Fill the places, until they are filled or `progress.stopped` says why not.
@@ -215,7 +223,7 @@ class Runner:
             for task in self._tasks:
                 task.cancel()
 
-    async def _place(self, cell: Cell, previous: asyncio.Task | None) -> bool:
+    async def _place(self, cell: QuotaSlot, previous: asyncio.Task | None) -> bool:
         """Try dialogues for one place until one is accepted; False where it was stopped before it was settled."""
         try:
             for attempt in range(self._config.attempts):
@@ -235,7 +243,7 @@ class Runner:
                 return False
             self.progress.empty += 1
             return True
-        except (Stopped, Waiting):
+        except (Stopped, PendingBatch):
             return False
 
     def _settle(self, unit: str, status: str) -> bool:
@@ -251,7 +259,7 @@ class Runner:
             self.progress.accepted += 1
         return verdict.keep
 
-    async def _converse(self, unit: Unit) -> str:
+    async def _converse(self, unit: DialogueSlot) -> str:
         """Bring a dialogue to its end and let rules look at it; the state that it is in then."""
         self.progress.running += 1
         try:
@@ -267,7 +275,7 @@ class Runner:
                     before, known = known, self._store.count_answers(unit.id)
                     tries = 1 if known > before else tries + 1
                     if failure.kind not in PASSING or tries == TRIES:
-                        verdict = Verdict("answers", False, failure.kind, failure.message)
+                        verdict = FilterVerdict("answers", False, failure.kind, failure.message)
                         return self._judged(unit.id, FAILED, [verdict])
         finally:
             self.progress.running -= 1
@@ -280,12 +288,12 @@ class Runner:
                 self._stop("server", str(failure))
                 raise Stopped from failure
 
-    async def _talk(self, unit: Unit) -> State:
+    async def _talk(self, unit: DialogueSlot) -> DialogueState:
         """Ask the roles until the dialogue is over; what was answered before is not asked again."""
         if self._store.status(unit.id) is None:
             self._store.begin_unit(unit)
-        state = State(
-            Scene(
+        state = DialogueState(
+            Scenario(
                 await self._persona(unit.persona), unit.topic, unit.mood,
                 draw_behaviour(self._config.behaviour, unit.id),
             ),
@@ -311,10 +319,12 @@ class Runner:
             new = state.turns[len(before.turns) :]
             self._store.answered(call, answer.model_dump(), *new, number=len(before.turns))
 
-    def _call(self, owner: str, key: str, question: Question, form: type[BaseModel], unit: Unit | None) -> Call:
+    def _call(
+        self, owner: str, key: str, question: RoleQuestion, form: type[BaseModel], unit: DialogueSlot | None
+    ) -> RoleCall:
         messages = self._prompts.messages(question)
         seed = call_seed(owner, key, self._config.seed)
-        return Call(owner, key, question.role, messages, form, seed, question.fields, unit)
+        return RoleCall(owner, key, question.role, messages, form, seed, question.fields, unit)
 
     def _persona_owner(self, name: str) -> str:
         return f"persona-{digest([self._profiles[name].digest, self._store.recipe])[:16]}"
@@ -329,27 +339,27 @@ class Runner:
         async with self._persona_locks[name]:
             saved = self._store.answer(owner, "persona")
             if saved is None:
-                question = Question("persona", {"profile": self._profiles[name].values})
+                question = RoleQuestion("persona", {"profile": self._profiles[name].values})
                 call = self._call(owner, "persona", question, self._prompts.schema(question), None)
                 saved = (await self._ask(call)).model_dump()
                 self._store.answered(call, saved)
         return saved["description"]
 
-    async def _finish(self, unit: Unit, state: State) -> str:
+    async def _finish(self, unit: DialogueSlot, state: DialogueState) -> str:
         """Let the rules look at a dialogue that is over, the one that costs something last."""
-        verdicts = [Verdict("answers", True), _ended(stop_reason(state))]
+        verdicts = [FilterVerdict("answers", True), _ended(stop_reason(state))]
         dialogue = Dialogue(unit.id, state.turns)
         if verdicts[-1].keep:
             verdicts.append(check_private_data(utterances_of(dialogue)))
         if verdicts[-1].keep:
             verdicts.append(await self._check_rolecs(unit, dialogue, state.plan.scenario))
-        return self._judged(unit.id, FINISHED if verdicts[-1].keep else REJECTED, verdicts, outcome(state))
+        return self._judged(unit.id, FINISHED if verdicts[-1].keep else REJECTED, verdicts, dialogue_outcome(state))
 
-    async def _check_rolecs(self, unit: Unit, dialogue: Dialogue, scenario: str) -> Verdict:
+    async def _check_rolecs(self, unit: DialogueSlot, dialogue: Dialogue, scenario: str) -> FilterVerdict:
         async def ask(task: str, messages: list[Message], form: type[BaseModel]) -> BaseModel:
             if (saved := self._store.answer(unit.id, task)) is not None:
                 return form.model_validate(saved)
-            call = Call(unit.id, task, task, messages, form, call_seed(unit.id, task, self._config.seed), {}, unit)
+            call = RoleCall(unit.id, task, task, messages, form, call_seed(unit.id, task, self._config.seed), {}, unit)
             answer = await self._ask(call)
             self._store.answered(call, answer.model_dump())
             return answer
@@ -357,15 +367,17 @@ class Runner:
         verdict, _ = await check_rolecs(utterances_of(dialogue), scenario, ask, self._config.language, self._check)
         return verdict
 
-    def _judged(self, unit: str, status: str, verdicts: list[Verdict], extra: dict[str, Any] | None = None) -> str:
+    def _judged(
+        self, unit: str, status: str, verdicts: list[FilterVerdict], extra: dict[str, Any] | None = None
+    ) -> str:
         self._store.judged(unit, status, verdicts, extra)
         self._dropped(verdicts)
         return status
 
-    def _dropped(self, verdicts: list[Verdict]) -> None:
+    def _dropped(self, verdicts: list[FilterVerdict]) -> None:
         self.progress.dropped.update((each.rule, each.reason) for each in verdicts if not each.keep)
 
-    async def _ask(self, call: Call) -> BaseModel:
+    async def _ask(self, call: RoleCall) -> BaseModel:
         """The answer to a call, each attempt recorded as it comes.
 
         Raises:
@@ -376,7 +388,7 @@ class Runner:
             raise Stopped
         model = self._backend.model(call.role)
 
-        def observe(attempt: Attempt) -> None:
+        def observe(attempt: RequestAttempt) -> None:
             self._store.attempted(call, model, attempt)
             self._count(call.role, attempt.prompt_tokens, attempt.completion_tokens)
 
@@ -397,6 +409,8 @@ class Runner:
                 self._stop("budget", f"budget.{name}={limit:g} is used up")
 
 
-def _ended(reason: str) -> Verdict:
+def _ended(reason: str) -> FilterVerdict:
     """Whether a dialogue came to an end of its own."""
-    return Verdict("ended", False, "no strategy left") if reason == "no_strategy" else Verdict("ended", True)
+    return (
+        FilterVerdict("ended", False, "no strategy left") if reason == "no_strategy" else FilterVerdict("ended", True)
+    )

@@ -18,10 +18,10 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.files import digest
-from csc_train.llm.client import Attempt
-from csc_train.synthesis.filters.rules import Verdict
-from csc_train.synthesis.rolecs.backends import Call
-from csc_train.synthesis.rolecs.personas import Unit
+from csc_train.llm.client import RequestAttempt
+from csc_train.synthesis.filters.rules import FilterVerdict
+from csc_train.synthesis.rolecs.backends import RoleCall
+from csc_train.synthesis.rolecs.personas import DialogueSlot
 
 OPEN, FINISHED, ACCEPTED, REJECTED, FAILED = "open", "finished", "accepted", "rejected", "failed"
 """States of a dialogue. finished: every rule that looks at it alone keeps it; whether it repeats another is decided in
@@ -54,7 +54,7 @@ CREATE TABLE verdicts (
 
 
 @dataclass(frozen=True)
-class Spent:
+class TokenUsage:
     """What calls took; failed attempts are among them."""
 
     calls: int
@@ -69,7 +69,7 @@ class Spent:
         return self.prompt_tokens + self.completion_tokens
 
 
-class Store:
+class SynthesisStore:
     """The file of a synthesis, opened for one recipe.
 
     Attributes:
@@ -145,7 +145,7 @@ class Store:
                 self._db.execute("ROLLBACK")
             raise
 
-    def attempted(self, call: Call, model: str, attempt: Attempt) -> None:
+    def attempted(self, call: RoleCall, model: str, attempt: RequestAttempt) -> None:
         """Record one request, answered or not."""
         # Numbered by what is there: a call that was interrupted and is made again has earlier attempts.
         statement = (
@@ -158,7 +158,7 @@ class Store:
         )  # fmt: skip
         self._write((statement, values))
 
-    def answered(self, call: Call, answer: dict[str, Any], turn: Turn | None = None, number: int = 0) -> None:
+    def answered(self, call: RoleCall, answer: dict[str, Any], turn: Turn | None = None, number: int = 0) -> None:
         """Record the answer to a call, and the turn (from 0) that it made."""
         values = (call.owner, call.key, call.role, json.dumps(answer, ensure_ascii=False))
         statements = [("INSERT INTO answers VALUES (?, ?, ?, ?)", values)]
@@ -190,12 +190,14 @@ class Store:
         row = self._db.execute("SELECT status FROM units WHERE id = ?", (unit,)).fetchone()
         return row[0] if row else None
 
-    def begin_unit(self, unit: Unit) -> None:
+    def begin_unit(self, unit: DialogueSlot) -> None:
         """Record that a dialogue is begun."""
         values = (unit.id, self.recipe, unit.persona, unit.topic, unit.mood, unit.replicate, OPEN)
         self._write(("INSERT INTO units VALUES (?, ?, ?, ?, ?, ?, ?, NULL)", values))
 
-    def judged(self, unit: str, status: str, verdicts: Sequence[Verdict], extra: dict[str, Any] | None = None) -> None:
+    def judged(
+        self, unit: str, status: str, verdicts: Sequence[FilterVerdict], extra: dict[str, Any] | None = None
+    ) -> None:
         """Record what rules said about a dialogue, the state that it is in now, and what is known of it besides."""
         (before,) = self._db.execute("SELECT count(*) FROM verdicts WHERE unit = ?", (unit,)).fetchone()
         statements = [
@@ -212,22 +214,22 @@ class Store:
         known = dict(zip(("persona", "topic", "mood"), row[:3], strict=True))
         return Dialogue(unit, self.turns(unit), source, known | json.loads(row[3]))
 
-    def verdicts(self) -> list[list[Verdict]]:
+    def verdicts(self) -> list[list[FilterVerdict]]:
         """What rules said about each dialogue of the recipe that is not under way."""
         rows = self._db.execute(
             "SELECT unit, rule, keep, reason, detail FROM verdicts JOIN units ON units.id = unit "
             "WHERE recipe = ? ORDER BY unit, number", (self.recipe,)
         )  # fmt: skip
         grouped = itertools.groupby(rows, key=lambda row: row[0])
-        return [[Verdict(rule, bool(keep), *why) for _, rule, keep, *why in verdicts] for _, verdicts in grouped]
+        return [[FilterVerdict(rule, bool(keep), *why) for _, rule, keep, *why in verdicts] for _, verdicts in grouped]
 
-    def spent(self) -> dict[str, Spent]:
+    def spent(self) -> dict[str, TokenUsage]:
         """What the calls of the recipe took, by role."""
         rows = self._db.execute(
             "SELECT role, count(*), sum(failure IS NOT NULL), sum(prompt_tokens), sum(completion_tokens), "
             "sum(latency_s) FROM calls WHERE recipe = ? GROUP BY role ORDER BY role", (self.recipe,)
         )  # fmt: skip
-        return {role: Spent(*sums) for role, *sums in rows}
+        return {role: TokenUsage(*sums) for role, *sums in rows}
 
     def counts(self) -> dict[str, int]:
         """How many dialogues of the recipe are in which state."""
