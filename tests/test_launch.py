@@ -26,7 +26,7 @@ from csc_train.runs.directory import EXIT_STOPPED, Run
 
 SLURM = ROOT / "tests" / "data" / "slurm"
 LAUNCH = [sys.executable, str(ROOT / "launch" / "launch.py")]
-PAGE = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "launching.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.split("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
@@ -185,7 +185,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
     [
         (["topolgy=node8"], "unknown key 'topolgy'. Did you mean 'topology'?"),
         (["dry_rn=true"], "unknown key 'dry_rn'. Did you mean 'dry_run'?"),
-        (["--multirun"], "--multirun: everything is key=value, as launch/README.md shows"),
+        (["--multirun"], "--multirun: everything is key=value, as docs/launching.md shows"),
         (["topology=nod8"], "topology=nod8: not in conf/topology. Did you mean 'node8'? Known: cpu1, cpu2, gpu1, "
          "node8, slurm_4x8"),
         (["topology.slurm.partion=x"], "unknown key 'topology.slurm.partion' for recipe launch. Did you mean "

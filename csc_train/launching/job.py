@@ -112,7 +112,7 @@ def split_arguments(arguments: list[str], schema: type[LaunchRecipe]) -> tuple[l
         InputError: one is a flag.
     """
     if flags := [text for text in arguments if text.startswith("-")]:
-        raise InputError(f"{flags[0]}: everything is key=value, as launch/README.md shows")
+        raise InputError(f"{flags[0]}: everything is key=value, as docs/launching.md shows")
     keys = {field.name for field in fields(schema)}
     own = [text for text in arguments if re.match(r"[+~]*([^.=]*)", text).group(1) in keys]
     return own, [text for text in arguments if text not in own]
