@@ -10,9 +10,7 @@ from csc_train.config.compose import compose
 from csc_train.launching.job import launch
 from csc_train.launching.sweep import sweep
 
-PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]
-)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 PROGRAMS = (
     "python",
