@@ -25,7 +25,7 @@ from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.metrics import lexical
 from csc_train.evaluation.metrics.profiles import MetricsConfig, compute_metrics
 from csc_train.evaluation.table import PredictionTable
-from csc_train.inference.generator import TurnQueue, predict
+from csc_train.inference.generator import TurnQueue, generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
 from csc_train.runs.directory import distributed_state
@@ -98,15 +98,15 @@ def generation(
     words = len(template.tokenizer)
     model.eval().generation_config.eos_token_id = random.Random(0).sample(range(256, words), words // 10)
     settings = EvaluationConfig(batch_size=batch, max_new_tokens=LONGEST)
-    policies = {"alone": Alone, "together": Generation, "with likelihoods": HFGenerator}
-    policies = {name: kind(model, template, settings) for name, kind in policies.items()}
+    generators = {"alone": Alone, "together": Generation, "with likelihoods": HFGenerator}
+    generators = {name: kind(model, template, settings) for name, kind in generators.items()}
     few = dialogues[:compared]
     predictions = {}
 
     def side(name: str) -> None:
-        predictions[name] = predict(few if name == "alone" else dialogues, policies[name], "generated")
+        predictions[name] = generate_predictions(few if name == "alone" else dialogues, generators[name], "generated")
 
-    taken = side_by_side({name: functools.partial(side, name) for name in policies}, repeats, warm_up=0)
+    taken = side_by_side({name: functools.partial(side, name) for name in generators}, repeats, warm_up=0)
     ids = {name: {(each.dialogue_id, each.turn): each.ids for each in some} for name, some in predictions.items()}
     lengths = [len(each) for each in ids["together"].values()]
     report.section(
@@ -146,9 +146,9 @@ class Generation(HFGenerator):
 class Alone(Generation):
     """A turn at a time, from nothing."""
 
-    def run(self, schedule: TurnQueue) -> None:
+    def run(self, queue: TurnQueue) -> None:
         """Answer every turn."""
-        while requests := schedule.take(1):
+        while requests := queue.pop(1):
             prompt = self._prompt(requests[0])
             output = self.model.generate(
                 torch.tensor([prompt], device=self.model.device),
@@ -158,7 +158,7 @@ class Alone(Generation):
                 ),
             )
             ids = output[0, len(prompt) :].tolist()
-            schedule.answer(requests[0], self._said(requests[0], prompt, ids[:-1] if ids[-1] in self.stops else ids))
+            queue.complete(requests[0], self._said(requests[0], prompt, ids[:-1] if ids[-1] in self.stops else ids))
 
 
 def scoring(report: Report, count: int, repeats: int) -> None:

@@ -17,19 +17,19 @@ def main(config: ChatConfig) -> None:
 
     from transformers.utils import logging
 
-    from csc_train.evaluation.config import EvaluationConfig
-    from csc_train.inference.hf import load_generator, open_checkpoint
+    from csc_train.inference.config import InferenceConfig
+    from csc_train.inference.hf import load_generator, open_final_model
     from csc_train.runs.directory import single_process
 
     single_process("chat")
     logging.disable_progress_bar()
 
     # Model
-    template, _ = open_checkpoint(config.checkpoint)
-    policy = load_generator(config.checkpoint, template, EvaluationConfig(dtype=config.dtype))
+    template, _ = open_final_model(config.checkpoint)
+    generator = load_generator(config.checkpoint, template, InferenceConfig(dtype=config.dtype))
 
     # Conversation
-    talk(policy, config)
+    talk(generator, config)
 
 
 if __name__ == "__main__":

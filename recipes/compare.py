@@ -15,7 +15,7 @@ def main(config: CompareRecipe) -> None:
     from csc_train.evaluation.comparison import compare
     from csc_train.evaluation.report.tables import comparison_markdown, comparison_table
     from csc_train.files import write_json, write_text
-    from csc_train.inference.predictions import read_run, system_of
+    from csc_train.inference.predictions import read_run, select_system
     from csc_train.runs.directory import Run, provenance, single_process
 
     single_process("compare")
@@ -24,7 +24,7 @@ def main(config: CompareRecipe) -> None:
     # Predictions
     runs = read_run(config.a), read_run(config.b)
     systems = [
-        system_of(saved, directory, name)
+        select_system(saved, directory, name)
         for saved, directory, name in zip(runs, (config.a, config.b), (config.system_a, config.system_b), strict=True)
     ]
     names = [f"{name} of {directory}" for name, directory in zip(systems, (config.a, config.b), strict=True)]

@@ -22,15 +22,15 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.evaluation.metrics.profiles import fetch_models
     from csc_train.files import digest, file_digest
     from csc_train.inference.baselines import StrategyBaseline
-    from csc_train.inference.generator import predict, shard
-    from csc_train.inference.hf import base_of, load_generator, open_checkpoint
+    from csc_train.inference.generator import generate_predictions, shard_dialogues
+    from csc_train.inference.hf import base_model_path, load_generator, open_final_model
     from csc_train.inference.prediction_store import PredictionStore, is_complete
     from csc_train.inference.predictions import (
-        BASE,
-        BASELINES,
-        TRAINED,
+        BASE_MODEL,
+        BASELINE_NAMES,
+        TRAINED_MODEL,
         failed_turns,
-        read_replies,
+        read_external_replies,
         write_predictions,
     )
     from csc_train.runs.directory import Run, distributed_state, single_process
@@ -47,7 +47,7 @@ def main(config: EvaluateRecipe) -> None:
     # Checkpoint
     if run.main:
         fetch_models(config.metrics)
-    template, manifest = open_checkpoint(config.checkpoint) if config.checkpoint else (None, None)
+    template, manifest = open_final_model(config.checkpoint) if config.checkpoint else (None, None)
 
     # Dialogues
     data = config.data or recorded_data_config(manifest.config)
@@ -66,21 +66,23 @@ def main(config: EvaluateRecipe) -> None:
     status = run.begin(inputs)
 
     # Systems
-    systems = {name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINES)}
+    systems = {
+        name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINE_NAMES)
+    }
     if config.llm:
         from csc_train.inference.openai import OpenAIGenerator
 
-        name = TRAINED if config.checkpoint else config.llm.model.replace("/", "_")
+        name = TRAINED_MODEL if config.checkpoint else config.llm.model.replace("/", "_")
         asked = template or config.template or TemplateConfig()
         systems[name] = lambda: OpenAIGenerator(config.llm, config.evaluation, asked, inputs["system"])
     elif config.checkpoint:
         origin, device = inputs["system"], job.device if job.num_processes > 1 else None
         if config.evaluation.base:
-            base, revision = base_of(config.checkpoint, manifest), manifest.base_revision
-            systems[BASE] = lambda: load_generator(
+            base, revision = base_model_path(config.checkpoint, manifest), manifest.base_revision
+            systems[BASE_MODEL] = lambda: load_generator(
                 base, template, config.evaluation, digest([origin, "base"]), device, revision
             )
-        systems[TRAINED] = lambda: load_generator(config.checkpoint, template, config.evaluation, origin, device)
+        systems[TRAINED_MODEL] = lambda: load_generator(config.checkpoint, template, config.evaluation, origin, device)
 
     # Predictions
     def path_of(name: str, context: str) -> Path:
@@ -97,23 +99,25 @@ def main(config: EvaluateRecipe) -> None:
     if run.main:
         write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
         write_contamination(run.directory, find_contamination(splits, data.overlap_threshold))
-    mine = shard(splits.evaluation, job.process_index, job.num_processes)
+    mine = shard_dialogues(splits.evaluation, job.process_index, job.num_processes)
     for name, load in systems.items():
         contexts = missing(name)
-        policy = load() if contexts else None
+        generator = load() if contexts else None
         for context in contexts:
-            with PredictionStore(path_of(name, context), policy.config_hash, job.process_index) as store:
-                predict(mine, policy, context, store, f"{name}, {context} context" if run.main else None)
+            with PredictionStore(path_of(name, context), generator.config_hash, job.process_index) as store:
+                generate_predictions(
+                    mine, generator, context, store, f"{name}, {context} context" if run.main else None
+                )
             job.wait_for_everyone()
             if run.main:
                 store.finish(splits.evaluation)
             job.wait_for_everyone()
-        del policy  # one model in memory at a time
+        del generator  # one model in memory at a time
     if not run.main:
         return None
     if config.predictions:
         (context,) = config.evaluation.contexts
-        replies = read_replies(config.predictions, splits.evaluation, context)
+        replies = read_external_replies(config.predictions, splits.evaluation, context)
         write_predictions(path_of(Path(config.predictions).stem, context), replies)
 
     # Metrics, table

@@ -8,7 +8,7 @@ from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
 from csc_train.data.splits import load_splits
 from csc_train.errors import InputError
 from csc_train.inference.baselines import StrategyBaseline
-from csc_train.inference.generator import predict
+from csc_train.inference.generator import generate_predictions
 
 
 def main(config: WriteSampleRecipe) -> None:
@@ -18,7 +18,7 @@ def main(config: WriteSampleRecipe) -> None:
     written = ensure_sample(path, count, seed)
     print(f"{'wrote' if written else 'reused'} {path}: {count} dialogues, seed {seed}, source=synthetic-sample")
     splits = load_splits(config.data)
-    bigram = predict(splits.evaluation, StrategyBaseline(splits.train, order=1), "reference")
+    bigram = generate_predictions(splits.evaluation, StrategyBaseline(splits.train, order=1), "reference")
     hits = sum(prediction.strategy == prediction.reference_strategy for prediction in bigram)
     print(
         f"strategy accuracy on the {len(splits.evaluation)} held-out dialogues: ceiling (the generating rule) "

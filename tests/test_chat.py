@@ -30,8 +30,8 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn, read_dialogues
 from csc_train.data.strategies import OTHERS, STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
-from csc_train.inference.generator import predict
-from csc_train.inference.hf import HFGenerator, load_generator, open_checkpoint
+from csc_train.inference.generator import generate_predictions
+from csc_train.inference.hf import HFGenerator, load_generator, open_final_model
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -65,14 +65,14 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def policy(checkpoint):
-    template, _ = open_checkpoint(str(checkpoint))
+def generator(checkpoint):
+    template, _ = open_final_model(str(checkpoint))
     return load_generator(str(checkpoint), template, EvaluationConfig(max_new_tokens=LIMIT))
 
 
-def begin(policy, **options):
+def begin(generator, **options):
     """A conversation in which nothing was said yet."""
-    return Conversation(policy, ChatConfig(checkpoint="", **{"max_new_tokens": LIMIT} | options))
+    return Conversation(generator, ChatConfig(checkpoint="", **{"max_new_tokens": LIMIT} | options))
 
 
 def last(answers):
@@ -85,11 +85,11 @@ def talk(conversation, *said):
     return [last(conversation.reply(text)) for text in (None, *said)]
 
 
-def generated(policy, prompt, most):
+def generated(generator, prompt, most):
     """What the model's own `generate` adds to a prompt, without what ends it."""
-    options = {"max_new_tokens": most, "do_sample": False, "eos_token_id": sorted(policy.stops)}
-    ids = policy.model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-    return ids[:-1] if ids[-1] in policy.stops else ids
+    options = {"max_new_tokens": most, "do_sample": False, "eos_token_id": sorted(generator.stops)}
+    ids = generator.model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+    return ids[:-1] if ids[-1] in generator.stops else ids
 
 
 def rough(answers):
@@ -107,12 +107,12 @@ def turns_of(conversation):
 # The conversation
 
 
-def test_replies_and_likelihoods_are_those_of_an_evaluation_in_generated_context(policy):
+def test_replies_and_likelihoods_are_those_of_an_evaluation_in_generated_context(generator):
     other = next(each for seed in range(99) if len((each := random_dialogue(random.Random(seed))).turns) == 7)
     for dialogue in (TAUGHT, other):
-        conversation = begin(policy)
+        conversation = begin(generator)
         answers = talk(conversation, *(turn.text for turn in dialogue.turns[1::2]))
-        expected = predict([dialogue], policy, "generated")
+        expected = generate_predictions([dialogue], generator, "generated")
         for answer, own in zip(answers, expected, strict=True):
             assert (answer.strategy and answer.strategy.number, answer.response) == (own.strategy, own.response)
             assert answer.ids == own.ids and not answer.forced
@@ -125,8 +125,8 @@ def test_replies_and_likelihoods_are_those_of_an_evaluation_in_generated_context
             assert turns_of(conversation) == TAUGHT.turns
 
 
-def test_a_reply_grows_by_whole_characters_without_its_label(policy):
-    conversation = begin(policy)
+def test_a_reply_grows_by_whole_characters_without_its_label(generator):
+    conversation = begin(generator)
     talk(conversation)
     answers = list(conversation.reply(FIRST.text))
     texts = [answer.response for answer in answers]
@@ -138,30 +138,30 @@ def test_a_reply_grows_by_whole_characters_without_its_label(policy):
     assert strategies[texts.index("非")] is EMOTION
     assert all(answer.likeliest == answers[0].likeliest != () for answer in answers)
     # Characters of several tokens are in this reply, so the above could have gone wrong.
-    decoded = [policy.template.tokenizer.decode(answer.ids) for answer in answers]
+    decoded = [generator.template.tokenizer.decode(answer.ids) for answer in answers]
     assert any(text.endswith("\N{REPLACEMENT CHARACTER}") for text in decoded)
 
 
-def test_a_forced_strategy_is_what_the_reply_continues(policy):
-    conversation = begin(policy)
+def test_a_forced_strategy_is_what_the_reply_continues(generator):
+    conversation = begin(generator)
     talk(conversation)
     chosen = last(conversation.reply(FIRST.text))
     conversation.undo()
     for strategy in (STRATEGIES[6], STRATEGIES[7]):
         answer = last(conversation.reply(FIRST.text, strategy))
-        prompt = policy.template.prompt_ids(TAUGHT.turns[:2], strategy)
-        continued = generated(policy, prompt, LIMIT)
-        label = policy.template.label_ids[strategy.number]
+        prompt = generator.template.prompt_ids(TAUGHT.turns[:2], strategy)
+        continued = generated(generator, prompt, LIMIT)
+        label = generator.template.label_ids[strategy.number]
         assert answer.ids == (*label, *continued) and answer.ids != chosen.ids
-        assert answer.response == policy.template.tokenizer.decode(continued).strip()
+        assert answer.response == generator.template.tokenizer.decode(continued).strip()
         assert (answer.strategy, answer.forced) == (strategy, True)
         assert [answer.likeliest] == [each.likeliest for each in rough([chosen])]
         conversation.undo()
     assert [last(conversation.reply(FIRST.text))] == rough([chosen])
 
 
-def test_what_is_taken_back_leaves_no_trace(policy):
-    conversation = begin(policy)
+def test_what_is_taken_back_leaves_no_trace(generator):
+    conversation = begin(generator)
     expected = rough(talk(conversation, FIRST.text, SECOND.text))
     for said in ("别的事", "退款！" * 20):
         last(conversation.reply(said, EMOTION))
@@ -179,8 +179,8 @@ def test_what_is_taken_back_leaves_no_trace(policy):
     assert turns_of(conversation) == TAUGHT.turns[:1]
 
 
-def test_a_stopped_reply_stays_as_far_as_it_was_heard(policy):
-    conversation = begin(policy)
+def test_a_stopped_reply_stays_as_far_as_it_was_heard(generator):
+    conversation = begin(generator)
     talk(conversation, FIRST.text)
     for answer in conversation.reply(SECOND.text):
         if len(answer.response) >= 5:
@@ -205,29 +205,29 @@ def test_a_stopped_reply_stays_as_far_as_it_was_heard(policy):
     assert turns_of(conversation) == before
 
 
-def test_after_a_failure_the_conversation_goes_on(policy, monkeypatch):
-    conversation = begin(policy)
+def test_after_a_failure_the_conversation_goes_on(generator, monkeypatch):
+    conversation = begin(generator)
     expected = rough(talk(conversation, FIRST.text, SECOND.text))
     conversation.restart()
     talk(conversation)
-    forward, left = policy.model.model.layers[1].forward, iter([None, None, None, MemoryError("planted")])
+    forward, left = generator.model.model.layers[1].forward, iter([None, None, None, MemoryError("planted")])
 
     def failing(*args, **options):
         if error := next(left, None):
             raise error
         return forward(*args, **options)
 
-    monkeypatch.setattr(policy.model.model.layers[1], "forward", failing)
+    monkeypatch.setattr(generator.model.model.layers[1], "forward", failing)
     with pytest.raises(MemoryError, match="planted"):
         last(conversation.reply(FIRST.text))
     assert turns_of(conversation) == TAUGHT.turns[:1]
     assert [last(conversation.reply(said)) for said in (FIRST.text, SECOND.text)] == expected[1:]
 
 
-def test_sampling(policy):
+def test_sampling(generator):
     def sampled(seed, **options):
         torch.manual_seed(seed)
-        return [answer.ids for answer in talk(begin(policy, **options), FIRST.text)]
+        return [answer.ids for answer in talk(begin(generator, **options), FIRST.text)]
 
     greedy = sampled(0)
     assert sampled(0, temperature=5.0, top_p=0.01) == greedy
@@ -239,10 +239,10 @@ def test_sampling(policy):
 @pytest.mark.parametrize("mode", ["given", "reply_only"])
 def test_a_model_that_chooses_no_strategies(mode):
     model, _ = tiny("qwen2")
-    policy = HFGenerator(
+    generator = HFGenerator(
         model, DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode)), EvaluationConfig()
     )
-    conversation = begin(policy, max_new_tokens=20)
+    conversation = begin(generator, max_new_tokens=20)
     answers = talk(conversation)
     wrong, right, message = {
         "given": (None, EMOTION, "choose one for each reply"),
@@ -255,14 +255,14 @@ def test_a_model_that_chooses_no_strategies(mode):
     strategies = [STRATEGIES[0], EMOTION] if mode == "given" else [None, None]
     histories = [], [answers[0].ids, FIRST]
     for answer, strategy, history in zip(answers, strategies, histories, strict=True):
-        label = policy.template.label_ids[strategy.number] if strategy else []
-        assert answer.ids == (*label, *generated(policy, policy.template.prompt_ids(history, strategy), 20))
+        label = generator.template.label_ids[strategy.number] if strategy else []
+        assert answer.ids == (*label, *generated(generator, generator.template.prompt_ids(history, strategy), 20))
         assert (answer.strategy, answer.forced, answer.likeliest) == (strategy, bool(strategy), ())
     assert [turn.strategy for turn in turns_of(conversation)[::2]] == [strategy or OTHERS for strategy in strategies]
 
 
-def test_what_cannot_be_said(policy):
-    conversation = begin(policy)
+def test_what_cannot_be_said(generator):
+    conversation = begin(generator)
     with pytest.raises(InputError, match=r"^the supporter speaks first: start again$"):
         last(conversation.reply("喂"))
     with pytest.raises(InputError, match=r"^nothing was said yet$"):
@@ -272,7 +272,7 @@ def test_what_cannot_be_said(policy):
         last(conversation.reply())
     with pytest.raises(InputError, match=r"^say something$"):
         last(conversation.reply(" \n"))
-    most = policy.model.config.max_position_embeddings
+    most = generator.model.config.max_position_embeddings
     with pytest.raises(InputError, match=rf"^the conversation is \d+ tokens long, .* longer than the {most} that"):
         last(conversation.reply("很长" * most))
     assert turns_of(conversation) == TAUGHT.turns[:1]
@@ -280,8 +280,8 @@ def test_what_cannot_be_said(policy):
     assert turns_of(conversation)[1] == Turn(Speaker.CUSTOMER, "lone ? surrogate")
 
 
-def test_a_saved_conversation_reads_back_and_nothing_else_is_overwritten(policy, tmp_path):
-    conversation = begin(policy)
+def test_a_saved_conversation_reads_back_and_nothing_else_is_overwritten(generator, tmp_path):
+    conversation = begin(generator)
     talk(conversation)
     file = tmp_path / "new" / "dialogue.jsonl"
     for said in (FIRST, SECOND):
@@ -333,8 +333,8 @@ def piped(conversation, monkeypatch, capsys, lines, save=None):
     return capsys.readouterr().out
 
 
-def test_commands_through_a_pipe(policy, monkeypatch, capsys, tmp_path):
-    conversation = begin(policy)
+def test_commands_through_a_pipe(generator, monkeypatch, capsys, tmp_path):
+    conversation = begin(generator)
     kept = tmp_path / "kept.jsonl"
     lines = [
         FIRST.text,
@@ -367,16 +367,16 @@ def test_commands_through_a_pipe(policy, monkeypatch, capsys, tmp_path):
         Terminal(conversation, str(kept))
 
 
-def test_every_conversation_of_a_session_is_kept(policy, monkeypatch, capsys, tmp_path):
+def test_every_conversation_of_a_session_is_kept(generator, monkeypatch, capsys, tmp_path):
     kept = tmp_path / "kept.jsonl"
     lines = [FIRST.text, "/restart", "/quit", SECOND.text]
-    output = piped(begin(policy), monkeypatch, capsys, lines, str(kept))
+    output = piped(begin(generator), monkeypatch, capsys, lines, str(kept))
     assert output.count(GREETING.text) == 2 and SECOND.text not in output
     assert [each.turns for each in read_dialogues(kept)] == [TAUGHT.turns[:3], TAUGHT.turns[:1]]
 
 
-def test_a_text_cannot_take_over_the_terminal(policy, monkeypatch, capsys):
-    output = piped(begin(policy), monkeypatch, capsys, [FIRST.text, SECOND.text, "红\x1b[31m[red]\x07", "/undo"])
+def test_a_text_cannot_take_over_the_terminal(generator, monkeypatch, capsys):
+    output = piped(begin(generator), monkeypatch, capsys, [FIRST.text, SECOND.text, "红\x1b[31m[red]\x07", "/undo"])
     assert SHOWN in output
     assert "taken back: 红\N{REPLACEMENT CHARACTER}[31m[red]\N{REPLACEMENT CHARACTER}\n" in output
     assert "\x1b" not in output and "\x07" not in output
@@ -393,14 +393,14 @@ class Interrupter(io.StringIO):
         return written
 
 
-def test_an_interrupt_stops_the_reply_not_the_program(policy, monkeypatch):
+def test_an_interrupt_stops_the_reply_not_the_program(generator, monkeypatch):
     output = Interrupter()
     monkeypatch.setattr(sys, "stdout", output)
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join([FIRST.text, SECOND.text, "/undo"]).encode()))
     )
     handler = signal.getsignal(signal.SIGINT)
-    Terminal(begin(policy)).run()
+    Terminal(begin(generator)).run()
     assert signal.getsignal(signal.SIGINT) is handler
     (heard,) = re.findall(r"\n(请稍等.*)\n", output.getvalue())
     assert SHOWN.startswith(heard) and "，正在查询，" in heard and len(heard) < len(SHOWN) / 2

@@ -17,7 +17,7 @@ from csc_train.evaluation.comparison import ALIKE, compare
 from csc_train.evaluation.contamination import read_contamination
 from csc_train.evaluation.metrics.profiles import MetricsConfig
 from csc_train.files import file_digest
-from csc_train.inference.predictions import Prediction, read_replies, read_run, system_of
+from csc_train.inference.predictions import Prediction, read_external_replies, read_run, select_system
 
 
 def answers(right, seed, dialogues=60, turns=8, context="reference"):
@@ -143,12 +143,12 @@ def rows_of(dialogues, share=1.0):
 def test_replies_made_elsewhere_are_read_in_dialogue_order(tmp_path):
     dialogues = generate_sample(3, seed=0)
     rows = rows_of(dialogues)
-    read = read_replies(write_lines(tmp_path / "r.jsonl", reversed(rows)), dialogues, "reference")
+    read = read_external_replies(write_lines(tmp_path / "r.jsonl", reversed(rows)), dialogues, "reference")
     assert [(each.dialogue_id, each.turn) for each in read] == [(row["dialogue_id"], row["turn"]) for row in rows]
     assert all(each.strategy == each.reference_strategy for each in read)
     assert all(each.response == each.reference_response for each in read)
     plain = [row | {"text": "好的"} for row in rows]
-    read = read_replies(write_lines(tmp_path / "p.jsonl", plain), dialogues, "generated")
+    read = read_external_replies(write_lines(tmp_path / "p.jsonl", plain), dialogues, "generated")
     assert {(each.predicts_strategy, each.strategy, each.context) for each in read} == {(False, None, "generated")}
 
 
@@ -158,7 +158,7 @@ def test_replies_made_elsewhere_are_read_as_dialogue_files_are(tmp_path):
     rows = rows_of(dialogues)
     path = write_lines(tmp_path / "r.jsonl", [row | {"dialogue_id": int(row["dialogue_id"])} for row in rows])
     path.write_text("\ufeff" + path.read_text("utf-8").replace("\n", "\n\n", 1) + " \n", encoding="utf-8")
-    read = read_replies(path, dialogues, "reference")
+    read = read_external_replies(path, dialogues, "reference")
     assert [(each.dialogue_id, each.turn, each.raw_text) for each in read] == [tuple(row.values()) for row in rows]
     assert {each.config_hash for each in read} == {file_digest(path)}
 
@@ -177,13 +177,13 @@ def test_replies_made_elsewhere_must_be_whole(tmp_path):
         ([[]], "line 1: not a prediction: no object"),
     ):
         with pytest.raises(InputError, match=message):
-            read_replies(write_lines(tmp_path / "r.jsonl", changed), dialogues, "reference")
+            read_external_replies(write_lines(tmp_path / "r.jsonl", changed), dialogues, "reference")
     half = json.dumps(rows[0] | {"text": "好\ud83d"})
     (tmp_path / "r.jsonl").write_text(half + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"r\.jsonl, line 1, text: lone surrogate"):
-        read_replies(tmp_path / "r.jsonl", dialogues, "reference")
+        read_external_replies(tmp_path / "r.jsonl", dialogues, "reference")
     with pytest.raises(InputError, match="a baseline has that name"):
-        read_replies(write_lines(tmp_path / "strategy bigram.jsonl", rows), dialogues, "reference")
+        read_external_replies(write_lines(tmp_path / "strategy bigram.jsonl", rows), dialogues, "reference")
 
 
 # --- as they are started ---
@@ -269,8 +269,8 @@ def test_compare_writes_and_prints_what_it_finds(workplace):
 def test_a_system_that_a_run_has_not_is_named(workplace, tmp_path):
     directory, _ = workplace
     saved = read_run(directory / "runs/elsewhere")
-    assert system_of(saved, "runs/elsewhere", None) == "elsewhere"
+    assert select_system(saved, "runs/elsewhere", None) == "elsewhere"
     with pytest.raises(InputError, match="runs/elsewhere: has no system 'other'"):
-        system_of(saved, "runs/elsewhere", "other")
+        select_system(saved, "runs/elsewhere", "other")
     with pytest.raises(InputError, match="holds no predictions"):
         read_run(tmp_path)

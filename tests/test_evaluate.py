@@ -21,7 +21,7 @@ from csc_train.checkpoints.manifest import read_manifest, save_final_model
 from csc_train.config.compose import compose
 from csc_train.data.dialogue import data_digest, write_dialogues
 from csc_train.errors import InputError
-from csc_train.inference import hf as hf_policy
+from csc_train.inference import hf as hf_generator
 from csc_train.inference.generator import GenerationError
 from csc_train.inference.predictions import read_outcomes
 from csc_train.template.config import TemplateConfig
@@ -87,10 +87,10 @@ def test_likelihoods_are_kept_with_the_predictions(whole):
 def answers(monkeypatch):
     """The turns that a model is asked, and whose likelihoods are added, as they come."""
     turns = {"asked": 0, "amended": 0}
-    run = hf_policy.HFGenerator.run
+    run = hf_generator.HFGenerator.run
 
-    def counted(policy, schedule):
-        answer, amend = schedule.answer, schedule.amend
+    def counted(generator, queue):
+        complete, update = queue.complete, queue.update
 
         def count(name, do):
             def call(*arguments):
@@ -99,10 +99,10 @@ def answers(monkeypatch):
 
             return call
 
-        schedule.answer, schedule.amend = count("asked", answer), count("amended", amend)
-        run(policy, schedule)
+        queue.complete, queue.update = count("asked", complete), count("amended", update)
+        run(generator, queue)
 
-    monkeypatch.setattr(hf_policy.HFGenerator, "run", counted)
+    monkeypatch.setattr(hf_generator.HFGenerator, "run", counted)
     return turns
 
 
@@ -158,22 +158,22 @@ def test_other_weights_are_another_system(workplace):
     assert len(manifests[0].weights_hash) == 64
 
 
-class Flaky(hf_policy.HFGenerator):
+class Flaky(hf_generator.HFGenerator):
     """A model whose answers are lost at the third supporter turn."""
 
-    def run(self, schedule):
-        answer = schedule.answer
+    def run(self, queue):
+        complete = queue.complete
 
         def lose(request, outcome):
             lost = request.dialogue.supporter_turns[2:3]
-            answer(request, GenerationError("timeout", "60 s") if request.turn in lost else outcome)
+            complete(request, GenerationError("timeout", "60 s") if request.turn in lost else outcome)
 
-        schedule.answer = lose
-        super().run(schedule)
+        queue.complete = lose
+        super().run(queue)
 
 
 def test_failed_turns_are_counted_end_with_status_1_and_are_tried_again(workplace, whole, monkeypatch, capsys):
-    monkeypatch.setattr(hf_policy, "HFGenerator", Flaky)
+    monkeypatch.setattr(hf_generator, "HFGenerator", Flaky)
     with pytest.raises(SystemExit) as stop:
         recipe().main(compose("evaluate", [*SETTINGS, "run.directory=runs/flaky"]))
     monkeypatch.undo()

@@ -16,8 +16,15 @@ from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
 from csc_train.inference.baselines import StrategyBaseline
-from csc_train.inference.generator import Generation, GenerationError, TurnQueue, TurnRequest, predict, shard
-from csc_train.inference.hf import HFGenerator, base_of, load_generator, open_checkpoint
+from csc_train.inference.generator import (
+    Generation,
+    GenerationError,
+    TurnQueue,
+    TurnRequest,
+    generate_predictions,
+    shard_dialogues,
+)
+from csc_train.inference.hf import HFGenerator, base_model_path, load_generator, open_final_model
 from csc_train.inference.prediction_store import PredictionStore
 from csc_train.inference.predictions import FailedTurn, Prediction, read_outcomes, read_predictions, write_predictions
 from csc_train.template.config import TemplateConfig
@@ -50,18 +57,18 @@ TURNS = [("middle", 0), ("middle", 2), ("short", 0), ("long", 0), ("long", 2), (
 class Recorder:
     """Says something else at every turn, and keeps what it was asked, batch by batch."""
 
-    strategies_apply = True
+    predicts_strategy = True
     config_hash = "recorder"
 
     def __init__(self, batch_size):
         self.batch_size = batch_size
         self.batches = []
 
-    def run(self, schedule):
-        while requests := schedule.take(self.batch_size):
+    def run(self, queue):
+        while requests := queue.pop(self.batch_size):
             self.batches.append(requests)
             for request in requests:
-                schedule.answer(request, self.words(request.dialogue.id, request.turn))
+                queue.complete(request, self.words(request.dialogue.id, request.turn))
 
     @staticmethod
     def words(name, turn):
@@ -76,13 +83,13 @@ class Recorder:
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 @pytest.mark.parametrize("context", ["reference", "generated"])
 def test_every_supporter_turn_once_in_order(context, batch_size):
-    policy = Recorder(batch_size)
-    predictions = predict(DIALOGUES, policy, context)
+    generator = Recorder(batch_size)
+    predictions = generate_predictions(DIALOGUES, generator, context)
     assert [(p.dialogue_id, p.turn) for p in predictions] == TURNS
-    assert sorted((r.dialogue.id, r.turn) for batch in policy.batches for r in batch) == sorted(TURNS)
+    assert sorted((r.dialogue.id, r.turn) for batch in generator.batches for r in batch) == sorted(TURNS)
     golds = {name.id: name for name in DIALOGUES}
     for prediction in predictions:
-        words = policy.words(prediction.dialogue_id, prediction.turn)
+        words = generator.words(prediction.dialogue_id, prediction.turn)
         gold = golds[prediction.dialogue_id].turns[prediction.turn]
         assert prediction == Prediction(
             dialogue_id=prediction.dialogue_id,
@@ -99,30 +106,30 @@ def test_every_supporter_turn_once_in_order(context, batch_size):
 
 
 def test_reference_context_is_gold_throughout():
-    policy = Recorder(2)
-    predict(DIALOGUES, policy, "reference")
-    for request in policy.requests.values():
+    generator = Recorder(2)
+    generate_predictions(DIALOGUES, generator, "reference")
+    for request in generator.requests.values():
         assert request.history == request.dialogue.turns[: request.turn]
 
 
 def test_generated_context_holds_the_systems_own_words_between_the_gold_customers():
-    policy = Recorder(2)
-    predict(DIALOGUES, policy, "generated")
-    assert policy.requests["long", 6].history == (
+    generator = Recorder(2)
+    generate_predictions(DIALOGUES, generator, "generated")
+    assert generator.requests["long", 6].history == (
         Recorder.words("long", 0), Turn(Speaker.CUSTOMER, "退款"),
         Recorder.words("long", 2), Turn(Speaker.CUSTOMER, "昨天那单"),
         Recorder.words("long", 4), Turn(Speaker.CUSTOMER, "谢谢"),
     )  # fmt: skip
-    assert policy.requests["middle", 2].history == (Recorder.words("middle", 0), Turn(Speaker.CUSTOMER, "订单没到"))
+    assert generator.requests["middle", 2].history == (Recorder.words("middle", 0), Turn(Speaker.CUSTOMER, "订单没到"))
     for name in ("long", "middle", "short"):
-        assert policy.requests[name, 0].history == ()
+        assert generator.requests[name, 0].history == ()
 
 
 def test_dialogues_that_were_begun_come_first_and_one_turn_of_each_at_a_time():
     def batches(context, batch_size):
-        policy = Recorder(batch_size)
-        predict(DIALOGUES, policy, context)
-        return [[(request.dialogue.id, request.turn) for request in batch] for batch in policy.batches]
+        generator = Recorder(batch_size)
+        generate_predictions(DIALOGUES, generator, context)
+        return [[(request.dialogue.id, request.turn) for request in batch] for batch in generator.batches]
 
     # The n-th reply of a dialogue waits for its own n-1st; long dialogues begin first.
     assert batches("generated", 100) == [
@@ -143,29 +150,29 @@ def test_dialogues_that_were_begun_come_first_and_one_turn_of_each_at_a_time():
 
 @pytest.mark.parametrize("context", ["reference", "generated"])
 def test_many_requests_can_wait_for_answers_that_come_in_any_order(context):
-    policy = Recorder(1)
-    schedule = TurnQueue(DIALOGUES, policy, context)
+    generator = Recorder(1)
+    queue = TurnQueue(DIALOGUES, generator, context)
     rng, waiting, seen = random.Random(3), [], []
-    while not schedule.finished:
-        while taken := schedule.take(1):
+    while not queue.finished:
+        while taken := queue.pop(1):
             waiting += taken
             seen += taken
         request = waiting.pop(rng.randrange(len(waiting)))
-        schedule.answer(request, policy.words(request.dialogue.id, request.turn))
-    assert waiting == [] and schedule.take(1) == []
-    assert schedule.outcomes() == predict(DIALOGUES, policy, context)
+        queue.complete(request, generator.words(request.dialogue.id, request.turn))
+    assert waiting == [] and queue.pop(1) == []
+    assert queue.outcomes() == generate_predictions(DIALOGUES, generator, context)
     assert len(seen) == 7
 
 
 class Flaky(Recorder):
     """Fails at one turn."""
 
-    def run(self, schedule):
-        while requests := schedule.take(self.batch_size):
+    def run(self, queue):
+        while requests := queue.pop(self.batch_size):
             for request in requests:
                 failed = (request.dialogue.id, request.turn) == ("long", 2)
                 words = self.words(request.dialogue.id, request.turn)
-                schedule.answer(request, GenerationError("timeout", "60 s") if failed else words)
+                queue.complete(request, GenerationError("timeout", "60 s") if failed else words)
 
 
 def test_a_turn_that_fails_takes_the_rest_of_its_dialogue_along_in_generated_context_alone():
@@ -173,30 +180,30 @@ def test_a_turn_that_fails_takes_the_rest_of_its_dialogue_along_in_generated_con
         "reference": {("long", 2): "timeout"},
         "generated": {("long", 2): "timeout", ("long", 4): "earlier_turn_failed", ("long", 6): "earlier_turn_failed"},
     }.items():
-        outcomes = predict(DIALOGUES, Flaky(2), context)
+        outcomes = generate_predictions(DIALOGUES, Flaky(2), context)
         assert [(o.dialogue_id, o.turn) for o in outcomes] == TURNS
         assert {(o.dialogue_id, o.turn): o.kind for o in outcomes if isinstance(o, FailedTurn)} == kinds
 
 
 def test_a_system_that_leaves_turns_out_is_found_out():
     class Lazy(Recorder):
-        def run(self, schedule):
-            schedule.take(2)
+        def run(self, queue):
+            queue.pop(2)
 
     with pytest.raises(RuntimeError, match="7 of 7 turns are neither predicted nor failed"):
-        predict(DIALOGUES, Lazy(1), "reference")
+        generate_predictions(DIALOGUES, Lazy(1), "reference")
     with pytest.raises(InputError, match="1 dialogues have the id of another one"):
-        predict([LONG, LONG], Recorder(1), "reference")
+        generate_predictions([LONG, LONG], Recorder(1), "reference")
 
 
 def test_every_process_gets_its_share_and_all_shares_are_about_as_long():
     rng = random.Random(0)
     many = [replace(random_dialogue(rng), id=str(number)) for number in range(40)]
-    shares = [shard(many, process, 3) for process in range(3)]
+    shares = [shard_dialogues(many, process, 3) for process in range(3)]
     assert sorted(d.id for each in shares for d in each) == sorted(d.id for d in many)
     turns = [sum(len(d.supporter_turns) for d in each) for each in shares]
     assert max(turns) - min(turns) <= 1
-    assert shard(many[:1], 1, 2) == []
+    assert shard_dialogues(many[:1], 1, 2) == []
 
 
 def test_a_reply_without_a_strategy_is_kept_as_unparsed():
@@ -205,14 +212,14 @@ def test_a_reply_without_a_strategy_is_kept_as_unparsed():
         def words(name, turn):
             return Generation("嗯", Reply(None, "嗯"), "hash")
 
-    assert [p.strategy for p in predict(DIALOGUES, Silent(4), "generated")] == [None] * 7
+    assert [p.strategy for p in generate_predictions(DIALOGUES, Silent(4), "generated")] == [None] * 7
 
 
 def test_no_dialogues_no_predictions():
     for context in ("reference", "generated"):
-        policy = Recorder(4)
-        assert predict([], policy, context) == []
-        assert policy.batches == []
+        generator = Recorder(4)
+        assert generate_predictions([], generator, context) == []
+        assert generator.batches == []
 
 
 # Strategies by turn: 1 4 8, 1 4 11, 1 5 8, 2 4 8. Most frequent: 1, 4 and 8 three times each, so the first of them.
@@ -228,15 +235,15 @@ def said(strategy, text="我的话"):
     return Generation(text, Reply(strategy and STRATEGIES[strategy - 1], text), "hash")
 
 
-def chosen(policy, *histories):
-    answers = [policy.reply(TurnRequest(LONG, 2 * len(history), tuple(history))) for history in histories]
+def chosen(generator, *histories):
+    answers = [generator.reply(TurnRequest(LONG, 2 * len(history), tuple(history))) for history in histories]
     return [(answer.reply.strategy.number, answer.reply.response) for answer in answers]
 
 
 def test_most_frequent_strategy_with_its_stock_reply():
-    policy = StrategyBaseline(TRAINING, order=0)
-    assert chosen(policy, (), LONG.turns[:2], LONG.turns[:4]) == [(1, "您好")] * 3
-    assert policy.strategies_apply
+    generator = StrategyBaseline(TRAINING, order=0)
+    assert chosen(generator, (), LONG.turns[:2], LONG.turns[:4]) == [(1, "您好")] * 3
+    assert generator.predicts_strategy
     # One more of strategy 4 settles it; its replies are then 哪个？ twice and 哪一个？ twice: the smaller text.
     more = [*TRAINING, dialogue("e", (4, "哪一个？"))]
     assert chosen(StrategyBaseline(more, order=0), ()) == [(4, "哪一个？")]
@@ -244,37 +251,37 @@ def test_most_frequent_strategy_with_its_stock_reply():
 
 
 def test_bigram_follows_the_previous_strategy():
-    policy = StrategyBaseline(TRAINING, order=1)
+    generator = StrategyBaseline(TRAINING, order=1)
     opening, question, customer = LONG.turns[0], LONG.turns[2], LONG.turns[1]
-    assert chosen(policy, (), (opening, customer), (opening, customer, question, customer)) == [
+    assert chosen(generator, (), (opening, customer), (opening, customer, question, customer)) == [
         (1, "您好"),  # openings: 1 three times, 2 once
         (4, "哪个？"),  # after 1: 4 twice, 5 once
         (8, "已办"),  # after 4: 8 twice, 11 once
     ]
     never_followed = (Turn(Speaker.SUPPORTER, "再见", STRATEGIES[10]), customer)
     never_seen = (Turn(Speaker.SUPPORTER, "评价", STRATEGIES[8]), customer)
-    assert chosen(policy, never_followed, never_seen) == [(1, "您好")] * 2
+    assert chosen(generator, never_followed, never_seen) == [(1, "您好")] * 2
 
 
 def test_bigram_believes_the_systems_own_strategy():
-    policy = StrategyBaseline(TRAINING, order=1)
+    generator = StrategyBaseline(TRAINING, order=1)
     customer = LONG.turns[1]
-    assert chosen(policy, (said(1), customer), (said(4), customer), (said(5), customer)) == [
+    assert chosen(generator, (said(1), customer), (said(4), customer), (said(5), customer)) == [
         (4, "哪个？"),
         (8, "已办"),
         (8, "已办"),
     ]
     # A reply without a strategy is followed like the start of a talk: nothing is known of what came before.
-    assert chosen(policy, (LONG.turns[2], customer, said(None), customer)) == [(1, "您好")]
+    assert chosen(generator, (LONG.turns[2], customer, said(None), customer)) == [(1, "您好")]
 
 
 def test_bigram_in_both_contexts():
-    policy = StrategyBaseline(TRAINING, order=1)
-    gold = [p.strategy for p in predict([LONG], policy, "reference")]
+    generator = StrategyBaseline(TRAINING, order=1)
+    gold = [p.strategy for p in generate_predictions([LONG], generator, "reference")]
     assert gold == [1, 4, 8, 1]  # after the gold 8, which nothing follows in training: the most frequent
     off_course = dialogue("x", (2, "贵姓"), "问", (11, "再见"), "好", (5, "抱歉"))
-    assert [p.strategy for p in predict([off_course], policy, "reference")] == [1, 4, 1]
-    generated = predict([off_course], policy, "generated")
+    assert [p.strategy for p in generate_predictions([off_course], generator, "reference")] == [1, 4, 1]
+    generated = generate_predictions([off_course], generator, "generated")
     assert [p.strategy for p in generated] == [1, 4, 8]
     assert [p.raw_text for p in generated] == ["[礼貌问候]您好", "[细化问题]哪个？", "[解决实施]已办"]
 
@@ -297,7 +304,7 @@ def odd_dialogues():
     return [each for each in drawn if len(each.turns) in (1, 3, 5)][:3]
 
 
-def policy_of(model, tokenizer, mode="joint", **settings):
+def generator_of(model, tokenizer, mode="joint", **settings):
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig(mode=mode))
     return HFGenerator(model, template, EvaluationConfig(**{"max_new_tokens": STEPS, "batch_size": 5} | settings))
 
@@ -310,24 +317,24 @@ def is_greedy(model, prompt, answer, steps, stops):
     return tuple(best[:-1]) == answer and (len(answer) == steps or best[-1] in stops)
 
 
-def asked(policy, dialogues, context):
+def asked(generator, dialogues, context):
     """The predictions, with the (request, answer) pairs that led to them by dialogue and turn."""
     exchanges = {}
 
     class Listening(TurnQueue):
-        def answer(self, request, outcome):
+        def complete(self, request, outcome):
             exchanges[request.dialogue.id, request.turn] = request, outcome
-            super().answer(request, outcome)
+            super().complete(request, outcome)
 
-    schedule = Listening(dialogues, policy, context)
-    policy.run(schedule)
-    return schedule.outcomes(), exchanges
+    queue = Listening(dialogues, generator, context)
+    generator.run(queue)
+    return queue.outcomes(), exchanges
 
 
 @pytest.mark.parametrize("context", ["reference", "generated"])
 def test_batched_generation_equals_one_by_one(model, tokenizer, odd_dialogues, context):
-    batched, exchanges = asked(policy_of(model, tokenizer), odd_dialogues, context)
-    single = predict(odd_dialogues, policy_of(model, tokenizer, batch_size=1), context)
+    batched, exchanges = asked(generator_of(model, tokenizer), odd_dialogues, context)
+    single = generate_predictions(odd_dialogues, generator_of(model, tokenizer, batch_size=1), context)
     assert batched == single
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
     prompts = {}
@@ -342,9 +349,9 @@ def test_batched_generation_equals_one_by_one(model, tokenizer, odd_dialogues, c
 
 def test_likelihoods_that_are_not_wanted_are_left_out_and_added_later(model, tokenizer, odd_dialogues, tmp_path):
     def run(name, **settings):
-        policy = policy_of(model, tokenizer, **settings)
-        with PredictionStore(tmp_path / name, policy.config_hash) as store:
-            return predict(odd_dialogues, policy, "reference", store)
+        generator = generator_of(model, tokenizer, **settings)
+        with PredictionStore(tmp_path / name, generator.config_hash) as store:
+            return generate_predictions(odd_dialogues, generator, "reference", store)
 
     full = run("full.jsonl")
     without = [replace(each, label_log_likelihoods=None, reference_nll=None, reference_tokens=None) for each in full]
@@ -355,7 +362,7 @@ def test_likelihoods_that_are_not_wanted_are_left_out_and_added_later(model, tok
 def test_prompts_in_reference_context(model, tokenizer, odd_dialogues):
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
     golds = {each.id: each for each in odd_dialogues}
-    for prediction in predict(odd_dialogues, policy_of(model, tokenizer), "reference"):
+    for prediction in generate_predictions(odd_dialogues, generator_of(model, tokenizer), "reference"):
         gold = golds[prediction.dialogue_id]
         assert prediction.prompt_hash == digest(template.prompt_ids(gold.turns[: prediction.turn]))
         # The ids that training puts before this turn's reply.
@@ -366,7 +373,7 @@ def test_prompts_in_reference_context(model, tokenizer, odd_dialogues):
 
 def test_prompts_in_generated_context_hold_the_generated_ids(model, tokenizer, odd_dialogues):
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
-    predictions, exchanges = asked(policy_of(model, tokenizer), odd_dialogues, "generated")
+    predictions, exchanges = asked(generator_of(model, tokenizer), odd_dialogues, "generated")
     split_differently = 0
     for prediction in predictions:
         gold = next(each for each in odd_dialogues if each.id == prediction.dialogue_id)
@@ -386,17 +393,17 @@ def test_prompts_in_generated_context_hold_the_generated_ids(model, tokenizer, o
 
 
 def test_generation_stops_at_the_end_of_turn(model, tokenizer, odd_dialogues):
-    def first(policy):
-        _, exchanges = asked(policy, odd_dialogues[:1], "generated")
+    def first(generator):
+        _, exchanges = asked(generator, odd_dialogues[:1], "generated")
         return exchanges[odd_dialogues[0].id, 0][1]
 
-    answer = first(policy_of(model, tokenizer))
+    answer = first(generator_of(model, tokenizer))
     assert len(answer.ids) == STEPS
     # Some token that comes up on the way now ends the turn; what was before it is the whole reply.
     place = next(i for i in range(2, STEPS) if answer.ids[i] not in answer.ids[:i])
     original = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, answer.ids[place]])
-    stopped = first(policy_of(model, tokenizer))
+    stopped = first(generator_of(model, tokenizer))
     assert stopped.ids == answer.ids[:place]
     assert stopped.raw_text == tokenizer.decode(answer.ids[:place])
     # The template's end-of-turn token stops it too, where the model's own configuration knows of no end.
@@ -410,29 +417,29 @@ def test_generation_stops_at_the_end_of_turn(model, tokenizer, odd_dialogues):
 
 def test_greedy_whatever_the_model_ships(model, tokenizer, odd_dialogues):
     """Qwen2.5-Instruct ships sampling and a repetition penalty; they must not leak into greedy decoding."""
-    plain = predict(odd_dialogues, policy_of(model, tokenizer), "reference")
+    plain = generate_predictions(odd_dialogues, generator_of(model, tokenizer), "reference")
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.7, top_k=20, repetition_penalty=5.0, eos_token_id=tokenizer.eos_token_id
     )
     try:
-        assert predict(odd_dialogues, policy_of(model, tokenizer), "reference") == plain
+        assert generate_predictions(odd_dialogues, generator_of(model, tokenizer), "reference") == plain
     finally:
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
 
 
 def test_mode_given_hands_in_the_gold_strategy(model, tokenizer, odd_dialogues):
-    policy = policy_of(model, tokenizer, mode="given")
-    assert not policy.strategies_apply
+    generator = generator_of(model, tokenizer, mode="given")
+    assert not generator.predicts_strategy
     golds = {each.id: each for each in odd_dialogues}
-    encode = policy.template.tokenizer.backend_tokenizer.encode
+    encode = generator.template.tokenizer.backend_tokenizer.encode
     for context in ("reference", "generated"):
-        predictions, exchanges = asked(policy, odd_dialogues, context)
+        predictions, exchanges = asked(generator, odd_dialogues, context)
         for prediction in predictions:
             gold = golds[prediction.dialogue_id]
             request, answer = exchanges[gold.id, prediction.turn]
             history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
             label = encode(f"[{gold.turns[prediction.turn].strategy.zh}]", add_special_tokens=False).ids
-            prompt = policy.template.prompt_ids(history) + label
+            prompt = generator.template.prompt_ids(history) + label
             assert prediction.prompt_hash == digest(prompt)
             # A later turn of generated context sees the strategy as well, as it did in training.
             assert list(answer.ids[: len(label)]) == label
@@ -440,8 +447,8 @@ def test_mode_given_hands_in_the_gold_strategy(model, tokenizer, odd_dialogues):
             assert is_greedy(model, prompt, generated, STEPS, {tokenizer.eos_token_id})
             assert answer.raw_text == tokenizer.decode(generated)
             assert prediction.strategy is None and prediction.response == prediction.raw_text.strip()
-    assert policy_of(model, tokenizer, mode="joint").strategies_apply
-    assert not policy_of(model, tokenizer, mode="reply_only").strategies_apply
+    assert generator_of(model, tokenizer, mode="joint").predicts_strategy
+    assert not generator_of(model, tokenizer, mode="reply_only").predicts_strategy
 
 
 @pytest.fixture
@@ -456,19 +463,19 @@ def checkpoint(model, tokenizer, tmp_path):
 def test_a_saved_checkpoint_answers_as_the_model_did(model, tokenizer, checkpoint, odd_dialogues):
     few = odd_dialogues[:2]
     settings = EvaluationConfig(max_new_tokens=STEPS)
-    template, manifest = open_checkpoint(str(checkpoint))
+    template, manifest = open_final_model(str(checkpoint))
     # On the same device, since answers are compared to the last digit.
-    policy = load_generator(str(checkpoint), template, settings, device=model.device)
-    expected = predict(few, policy_of(model, tokenizer), "generated")
-    assert predict(few, policy, "generated") == expected
+    generator = load_generator(str(checkpoint), template, settings, device=model.device)
+    expected = generate_predictions(few, generator_of(model, tokenizer), "generated")
+    assert generate_predictions(few, generator, "generated") == expected
     # The base stands beside the checkpoint; another seed, so that one is not taken for the other.
     torch.manual_seed(2)
     base = Qwen2ForCausalLM(model.config)
     base.save_pretrained(checkpoint.parent / "base")
-    untrained = load_generator(base_of(str(checkpoint), manifest), template, settings, device=model.device)
-    answers = predict(few, untrained, "reference")
-    assert answers == predict(few, policy_of(base, tokenizer), "reference")
-    assert [p.raw_text for p in answers] != [p.raw_text for p in predict(few, policy, "reference")]
+    untrained = load_generator(base_model_path(str(checkpoint), manifest), template, settings, device=model.device)
+    answers = generate_predictions(few, untrained, "reference")
+    assert answers == generate_predictions(few, generator_of(base, tokenizer), "reference")
+    assert [p.raw_text for p in answers] != [p.raw_text for p in generate_predictions(few, generator, "reference")]
 
 
 def test_a_checkpoint_without_tokenizer_or_of_another_one_is_refused(checkpoint):
@@ -477,12 +484,12 @@ def test_a_checkpoint_without_tokenizer_or_of_another_one_is_refused(checkpoint)
     for what in ("tokenizer", "template"):
         manifest_file.write_text(json.dumps(manifest | {f"{what}_hash": "0" * 64}), encoding="utf-8")
         with pytest.raises(InputError, match=f"the {what} is not the one the checkpoint was trained with"):
-            open_checkpoint(str(checkpoint))
+            open_final_model(str(checkpoint))
     manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
     for file in checkpoint.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(InputError, match=r"holds no tokenizer \(tokenizer\.json\)") as caught:
-        open_checkpoint(str(checkpoint))
+        open_final_model(str(checkpoint))
     assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -21,7 +21,8 @@ from csc_train.evaluation.report.html import write_html
 from csc_train.evaluation.report.page import render
 from csc_train.evaluation.report.tables import write_results
 from csc_train.evaluation.scoring import score_run
-from csc_train.inference.predictions import CONTEXTS, FailedTurn, Prediction, write_predictions
+from csc_train.inference.config import CONTEXTS
+from csc_train.inference.predictions import FailedTurn, Prediction, write_predictions
 from csc_train.llm.config import LLMConfig
 
 SYSTEM, GIVEN = "a <b>model<b>", "GPT, strategy given"

@@ -49,10 +49,10 @@ def ended(model, rounds=12, rows=5, seed=0):
             kept = said[name][: rng.choice([len(PREFIX), len(said[name]), len(said[name])])]
             # Now and then longer than a whole other prompt.
             prompts.append(kept + draw(rng.choice([2, 9, 60])))
-        taken = cache.begin(names, prompts)
+        taken = cache.add(names, prompts)
         assert len({*taken, *asked}) == rows
         asked |= zip(taken, zip(names, prompts, strict=True), strict=True)
-        for row, ids in cache.advance().items():
+        for row, ids in cache.step().items():
             name, prompt = asked.pop(row)
             said[name] = prompt + ids
             found.append((prompt, ids))
@@ -107,17 +107,17 @@ def test_what_is_cached_is_not_computed_again():
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(tuple(args[0].shape)))
     cache = DialogueCache(model, PREFIX, [], most=1)
     a, b, c = [*PREFIX, 500, 501, 502], [*PREFIX, 510, 511], [*PREFIX, 520, 521, 522, 523]
-    rows = cache.begin("ab", [a, b])
-    first = cache.advance()
+    rows = cache.add("ab", [a, b])
+    first = cache.step()
     assert sorted(first) == sorted(rows) == [0, 1]
     # The answers, which are not cached yet, and what comes after them; a new dialogue in a row that is new.
     a += first[0] + [503, 504]
     b += first[1] + [512]
-    assert cache.begin("bca", [b, c, a]) == [1, 2, 0]
-    cache.advance()
+    assert cache.add("bca", [b, c, a]) == [1, 2, 0]
+    cache.step()
     # Asked twice, once at an earlier place: what the one row has is copied to the other one.
-    assert cache.begin("aa", [[*a, 505], a[:-2]]) == [0, 1]
-    cache.advance()
+    assert cache.add("aa", [[*a, 505], a[:-2]]) == [0, 1]
+    cache.step()
     hook.remove()
     #      the prefix  a, b of 3, 2  of 2, 4, 3  of 1, and the last one
     assert fed == [(1, 12), (2, 3), (3, 4), (2, 1)]
@@ -126,12 +126,12 @@ def test_what_is_cached_is_not_computed_again():
 def test_few_rows_that_go_on_are_not_computed_with_all():
     model = model_of("qwen2")
     cache = DialogueCache(model, PREFIX, [], most=30)
-    cache.begin(range(8), [[*PREFIX, 500 + row] for row in range(8)])
-    assert len(cache.advance()) == 8
-    assert cache.begin([6, 3], [[*PREFIX, 506], [*PREFIX, 503]]) == [6, 3]
+    cache.add(range(8), [[*PREFIX, 500 + row] for row in range(8)])
+    assert len(cache.step()) == 8
+    assert cache.add([6, 3], [[*PREFIX, 506], [*PREFIX, 503]]) == [6, 3]
     fed = []
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(tuple(args[0].shape)))
-    assert sorted(cache.advance()) == [3, 6]
+    assert sorted(cache.step()) == [3, 6]
     hook.remove()
     assert fed == [(2, 1)] * 30
 
@@ -151,7 +151,7 @@ def test_no_more_memory_is_held_than_the_buffers():
             assert held(layer._buffers) == held([*layer._buffers, *tensors]) != {}
 
     for names, length in ((range(8), 1), ([3, 6], 2), ([8], 400)):  # all rows, few of them, one that makes all grow
-        cache.begin(names, [[*PREFIX, *range(100, 100 + length)] for _ in names])
+        cache.add(names, [[*PREFIX, *range(100, 100 + length)] for _ in names])
         check()
-        cache.advance()
+        cache.step()
         check()

@@ -19,7 +19,7 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
-from csc_train.inference.generator import predict
+from csc_train.inference.generator import generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.openai import OpenAIGenerator
 from csc_train.inference.prediction_store import PredictionStore
@@ -44,7 +44,7 @@ def template_of(mode="joint"):
     return DialogueTemplate(small_tokenizer("llama3_1"), "llama3_1", TemplateConfig(mode=mode))
 
 
-def policy_of(server, template, **settings):
+def generator_of(server, template, **settings):
     llm = LLMConfig(base_url=server.base_url, model="served", **{"retries": 0, "concurrency": 3} | settings)
     return OpenAIGenerator(llm, EvaluationConfig(max_new_tokens=20, seed=7), template)
 
@@ -57,9 +57,9 @@ def echo(body):
     return Say(text, usage=(len(prompt), 5))
 
 
-def outcomes_of(server, policy, context, store=None, dialogues=DIALOGUES):
+def outcomes_of(server, generator, context, store=None, dialogues=DIALOGUES):
     """The outcomes, by dialogue and turn."""
-    found = predict(dialogues, policy, context, store)
+    found = generate_predictions(dialogues, generator, context, store)
     assert len(found) == sum(len(each.supporter_turns) for each in dialogues)
     return {(each.dialogue_id, each.turn): each for each in found}
 
@@ -69,7 +69,7 @@ def test_a_served_checkpoint_is_asked_by_token_ids(fault_server):
     template = template_of()
     for context in ("reference", "generated"):
         fault_server.requests.clear()
-        found = outcomes_of(fault_server, policy_of(fault_server, template), context)
+        found = outcomes_of(fault_server, generator_of(fault_server, template), context)
         assert {path for path, *_ in fault_server.requests} == {"/v1/completions"}
         probe, other_probe, *asked = fault_server.bodies
         assert (probe["max_tokens"], other_probe["echo"], len(asked)) == (1, True, TURNS)
@@ -83,7 +83,7 @@ def test_a_served_checkpoint_is_asked_by_token_ids(fault_server):
                     body = sent[prediction.prompt_hash]
                     assert body["prompt"] == prompt and prompt.count(template.tokenizer.bos_token_id) == 1
                     assert (body["temperature"], body["max_tokens"]) == (0, 20)
-                    assert prediction.raw_text == echo(body).text and prediction.prompt_form == "ids"
+                    assert prediction.raw_text == echo(body).text and prediction.prompt_format == "ids"
                     assert prediction.strategy == len(prompt) % 12 + 1
                     assert prediction.label_log_likelihoods is prediction.reference_nll is None
                 own = turn.speaker is Speaker.SUPPORTER and context == "generated"
@@ -95,7 +95,9 @@ def test_seeds_are_those_of_the_configuration_and_the_turn(fault_server):
     def seeds(seed):
         fault_server.requests.clear()
         llm = LLMConfig(base_url=fault_server.base_url, model="served")
-        predict(DIALOGUES, OpenAIGenerator(llm, EvaluationConfig(seed=seed), TemplateConfig()), "reference")
+        generate_predictions(
+            DIALOGUES, OpenAIGenerator(llm, EvaluationConfig(seed=seed), TemplateConfig()), "reference"
+        )
         # Requests come in any order, and several dialogues begin with the same messages.
         return {(digest(body["messages"]), body["seed"]) for body in fault_server.bodies}
 
@@ -110,7 +112,7 @@ def test_the_ids_that_a_server_tells_are_the_history(fault_server):
     told = [*(token for character in text for token in template.literal_ids(character)), template.end_of_turn_id]
     assert told[:-1] != template.literal_ids(text)
     fault_server.answer = lambda body: Say(text, usage=(len(body["prompt"]), 3), token_ids=tuple(told))
-    found = outcomes_of(fault_server, policy_of(fault_server, template), "generated")
+    found = outcomes_of(fault_server, generator_of(fault_server, template), "generated")
     assert {each.ids for each in found.values()} == {tuple(told[:-1])}
     dialogue = DIALOGUES[0]
     second = template.prompt_ids([told[:-1], dialogue.turns[1]])
@@ -141,10 +143,10 @@ def test_a_server_tells_likelihoods_as_the_model_itself_does(mode, context, loca
     fault_server.echoes = True
     template, settings = template_of(mode), EvaluationConfig(max_new_tokens=2)
     dialogues = DIALOGUES[:1]
-    policy = policy_of(fault_server, template, max_tokens=500)
-    found = outcomes_of(fault_server, policy, context, dialogues=dialogues)
+    generator = generator_of(fault_server, template, max_tokens=500)
+    found = outcomes_of(fault_server, generator, context, dialogues=dialogues)
     assert all(body["max_tokens"] == 1 and body["temperature"] == 0 for body in fault_server.bodies if "echo" in body)
-    own = predict(dialogues, HFGenerator(model, template, settings), "reference")
+    own = generate_predictions(dialogues, HFGenerator(model, template, settings), "reference")
     for expected in own if context == "reference" else ():
         told = found[expected.dialogue_id, expected.turn]
         assert told.reference_nll == pytest.approx(expected.reference_nll, abs=2e-3)
@@ -176,8 +178,8 @@ def tell(body):
 def test_likelihoods_that_are_not_wanted_are_not_asked_for(fault_server):
     fault_server.answer, fault_server.echoes = tell, True
     llm = LLMConfig(base_url=fault_server.base_url, model="served")
-    policy = OpenAIGenerator(llm, EvaluationConfig(likelihoods=False), template_of())
-    assert {each.label_log_likelihoods for each in predict(DIALOGUES, policy, "reference")} == {None}
+    generator = OpenAIGenerator(llm, EvaluationConfig(likelihoods=False), template_of())
+    assert {each.label_log_likelihoods for each in generate_predictions(DIALOGUES, generator, "reference")} == {None}
     assert len(fault_server.requests) == 1 + TURNS
 
 
@@ -191,7 +193,7 @@ def test_a_server_that_tells_no_likelihoods_of_the_prompt(told, fault_server):
         return Say("x", log_likelihoods=lists.get(told, told)) if "echo" in body else echo(body)
 
     fault_server.answer, fault_server.echoes = answer, True
-    found = outcomes_of(fault_server, policy_of(fault_server, template_of()), "reference")
+    found = outcomes_of(fault_server, generator_of(fault_server, template_of()), "reference")
     assert {(each.label_log_likelihoods, each.reference_nll) for each in found.values()} == {(None, None)}
     assert len(fault_server.requests) == 2 + TURNS
 
@@ -204,11 +206,11 @@ def test_a_turn_whose_likelihoods_fail_is_tried_again(fault_server, tmp_path):
         return Fault(500) if failing.count(True) in (5, 40) and failing[-1] else tell(body)
 
     fault_server.echoes = True
-    policy = policy_of(fault_server, template_of(), concurrency=1)
+    generator = generator_of(fault_server, template_of(), concurrency=1)
 
     def run(name):
-        with PredictionStore(tmp_path / name, policy.config_hash) as store:
-            predict(DIALOGUES, policy, "reference", store)
+        with PredictionStore(tmp_path / name, generator.config_hash) as store:
+            generate_predictions(DIALOGUES, generator, "reference", store)
         return store.finish(DIALOGUES)
 
     fault_server.answer = tell
@@ -227,8 +229,8 @@ def test_a_server_that_takes_no_ids_is_asked_by_messages(refusal, fault_server):
     fault_server.completions = {"no path": None, "text only": "text", "other ids": "ids"}[refusal]
     fault_server.answer = lambda body: Say("1 2 3", usage=(3, 1)) if "prompt" in body else echo(body)
     template = template_of()
-    found = outcomes_of(fault_server, policy_of(fault_server, template), "generated")
-    assert {(each.prompt_form, each.answered_by) for each in found.values()} == {("messages", "served")}
+    found = outcomes_of(fault_server, generator_of(fault_server, template), "generated")
+    assert {(each.prompt_format, each.served_model) for each in found.values()} == {("messages", "served")}
     (probe, *asked) = fault_server.requests
     assert probe[0] == "/v1/completions" and {path for path, *_ in asked} == {"/v1/chat/completions"}
     dialogue = DIALOGUES[0]
@@ -245,8 +247,8 @@ def test_a_server_that_takes_no_ids_is_asked_by_messages(refusal, fault_server):
 def test_a_foreign_model_is_asked_in_words(mode, labelled, fault_server):
     fault_server.answer = lambda body: "[情感管理]非常抱歉"
     settings = TemplateConfig(mode=mode, language="en")
-    policy = policy_of(fault_server, settings, temperature=0.5, max_tokens=900)
-    found = outcomes_of(fault_server, policy, "reference")
+    generator = generator_of(fault_server, settings, temperature=0.5, max_tokens=900)
+    found = outcomes_of(fault_server, generator, "reference")
     assert {path for path, *_ in fault_server.requests} == {"/v1/chat/completions"}
     assert {(body["temperature"], body["max_tokens"]) for body in fault_server.bodies} == {(0.5, 900)}
     expected = (5, "非常抱歉", True) if labelled else (None, "[情感管理]非常抱歉", False)
@@ -264,7 +266,7 @@ def test_a_foreign_model_is_asked_in_words(mode, labelled, fault_server):
 def test_a_strategy_is_handed_in_by_ids_or_not_at_all(fault_server):
     fault_server.answer = lambda body: Say("好的", usage=(len(body["prompt"]), 1))
     template = template_of("given")
-    found = outcomes_of(fault_server, policy_of(fault_server, template), "generated")
+    found = outcomes_of(fault_server, generator_of(fault_server, template), "generated")
     dialogue = DIALOGUES[0]
     label = template.label_ids[dialogue.turns[0].strategy.number]
     first = found[dialogue.id, 0]
@@ -273,7 +275,7 @@ def test_a_strategy_is_handed_in_by_ids_or_not_at_all(fault_server):
     fault_server.completions = None
     for asked in (template, TemplateConfig(mode="given")):
         with pytest.raises(InputError, match=r"^template\.mode=given: "):
-            predict(DIALOGUES, policy_of(fault_server, asked), "reference")
+            generate_predictions(DIALOGUES, generator_of(fault_server, asked), "reference")
 
 
 FAULTS = {
@@ -290,12 +292,12 @@ FAULTS = {
 def test_turns_that_failed_are_recorded_and_only_they_are_tried_again(context, fault_server, tmp_path):
     """Whatever the failures, the second run ends with the file of a run that met none."""
     fault_server.answer = echo
-    policy = policy_of(fault_server, TemplateConfig(), timeout_s=0.3)
+    generator = generator_of(fault_server, TemplateConfig(), timeout_s=0.3)
 
     def run(name):
         fault_server.requests.clear()
-        with PredictionStore(tmp_path / name, policy.config_hash) as store:
-            outcomes = predict(DIALOGUES, policy, context, store)
+        with PredictionStore(tmp_path / name, generator.config_hash) as store:
+            outcomes = generate_predictions(DIALOGUES, generator, context, store)
         return outcomes, store.finish(DIALOGUES), len(fault_server.requests)
 
     run("flawless.jsonl")
@@ -319,7 +321,7 @@ def test_within_the_budget_nothing_fails(fault_server):
     fault_server.answer = echo
     fault_server.script += [FAULTS[kind] for kind in ("rate_limit", "server_error", "connection", "garbage")]
     fault_server.script += [HTML]
-    found = outcomes_of(fault_server, policy_of(fault_server, TemplateConfig(), retries=5), "reference")
+    found = outcomes_of(fault_server, generator_of(fault_server, TemplateConfig(), retries=5), "reference")
     assert not any(isinstance(each, FailedTurn) for each in found.values())
     assert len(fault_server.requests) == TURNS + 5
 
@@ -327,14 +329,14 @@ def test_within_the_budget_nothing_fails(fault_server):
 def test_a_key_that_is_refused_ends_the_run_and_loses_nothing(fault_server, tmp_path):
     fault_server.answer = echo
     fault_server.script += [echo({"messages": [1]}), echo({"messages": [1]}), Fault(401)]
-    policy = policy_of(fault_server, TemplateConfig(), concurrency=1)
+    generator = generator_of(fault_server, TemplateConfig(), concurrency=1)
     with (
-        PredictionStore(tmp_path / "kept.jsonl", policy.config_hash) as store,
+        PredictionStore(tmp_path / "kept.jsonl", generator.config_hash) as store,
         pytest.raises(InputError, match=r"^authentication: llm\.api_key_env=None: .* refuses it: HTTP 401"),
     ):
-        predict(DIALOGUES, policy, "reference", store)
+        generate_predictions(DIALOGUES, generator, "reference", store)
     assert len(fault_server.requests) == 3
-    assert len(PredictionStore(tmp_path / "kept.jsonl", policy.config_hash).earlier) == 2
+    assert len(PredictionStore(tmp_path / "kept.jsonl", generator.config_hash).earlier) == 2
 
 
 def test_a_key_that_is_refused_in_the_middle_loses_no_answer(fault_server, tmp_path, caplog):
@@ -349,13 +351,13 @@ def test_a_key_that_is_refused_in_the_middle_loses_no_answer(fault_server, tmp_p
         return echo(body)
 
     fault_server.answer = until_then
-    policy = policy_of(fault_server, TemplateConfig(), concurrency=8)
+    generator = generator_of(fault_server, TemplateConfig(), concurrency=8)
     with (
-        PredictionStore(tmp_path / "kept.jsonl", policy.config_hash) as store,
+        PredictionStore(tmp_path / "kept.jsonl", generator.config_hash) as store,
         pytest.raises(InputError, match="refuses it"),
     ):
-        predict(DIALOGUES, policy, "reference", store)
-    assert len(PredictionStore(tmp_path / "kept.jsonl", policy.config_hash).earlier) == 20
+        generate_predictions(DIALOGUES, generator, "reference", store)
+    assert len(PredictionStore(tmp_path / "kept.jsonl", generator.config_hash).earlier) == 20
     gc.collect()
     assert "never retrieved" not in caplog.text
 
@@ -363,11 +365,11 @@ def test_a_key_that_is_refused_in_the_middle_loses_no_answer(fault_server, tmp_p
 def test_a_server_that_goes_away_between_the_contexts_fails_its_turns(fault_server):
     """What the server can do is asked once, so that all turns are asked for in one way."""
     fault_server.answer = echo
-    policy = policy_of(fault_server, template_of())
-    found = outcomes_of(fault_server, policy, "reference")
+    generator = generator_of(fault_server, template_of())
+    found = outcomes_of(fault_server, generator, "reference")
     assert {type(each) for each in found.values()} == {Prediction}
     fault_server.__exit__()
-    found = outcomes_of(fault_server, policy, "generated")
+    found = outcomes_of(fault_server, generator, "generated")
     assert {type(each) for each in found.values()} == {FailedTurn}
 
 
@@ -375,7 +377,7 @@ def test_a_server_that_fails_when_asked_for_likelihoods_is_not_one_that_cannot_t
     fault_server.echoes = True
     fault_server.answer = lambda body: Fault(500) if body.get("echo") else tell(body)
     with pytest.raises(InputError, match=r"\(server_error\); evaluation\.likelihoods=false does without"):
-        predict(DIALOGUES, policy_of(fault_server, template_of()), "reference")
+        generate_predictions(DIALOGUES, generator_of(fault_server, template_of()), "reference")
 
 
 def test_a_model_whose_chats_begin_with_the_user(fault_server):
@@ -388,14 +390,14 @@ def test_a_model_whose_chats_begin_with_the_user(fault_server):
 
     def both(asked):
         """Without and with the user's message first; they are not the same system."""
-        policies = [policy_of(fault_server, asked, user_first=user_first) for user_first in (False, True)]
-        assert policies[0].config_hash != policies[1].config_hash
-        return policies
+        generators = [generator_of(fault_server, asked, user_first=user_first) for user_first in (False, True)]
+        assert generators[0].config_hash != generators[1].config_hash
+        return generators
 
     both(template_of())
-    policies = both(TemplateConfig())
+    generators = both(TemplateConfig())
     for context in ("reference", "generated"):
-        kinds = [{type(each) for each in outcomes_of(fault_server, each, context).values()} for each in policies]
+        kinds = [{type(each) for each in outcomes_of(fault_server, each, context).values()} for each in generators]
         assert kinds == [{FailedTurn}, {Prediction}]
     assert compose("evaluate", ["llm=deepseek_r1", "data=sample"]).llm.user_first
 
@@ -403,7 +405,7 @@ def test_a_model_whose_chats_begin_with_the_user(fault_server):
 def test_a_server_that_is_not_there_is_said_at_once(fault_server):
     fault_server.__exit__()
     with pytest.raises(InputError, match=rf"^llm: {fault_server.base_url}: .* \(connection\)$"):
-        predict(DIALOGUES, policy_of(fault_server, template_of()), "reference")
+        generate_predictions(DIALOGUES, generator_of(fault_server, template_of()), "reference")
 
 
 def test_evaluate_with_a_server_that_fails_now_and_then(fault_server, tmp_path, monkeypatch, capsys):

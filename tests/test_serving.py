@@ -24,8 +24,8 @@ from csc_train.checkpoints.manifest import save_final_model
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.config import EvaluationConfig
-from csc_train.inference.generator import predict
-from csc_train.inference.hf import load_generator, open_checkpoint
+from csc_train.inference.generator import generate_predictions
+from csc_train.inference.hf import load_generator, open_final_model
 from csc_train.inference.openai import OpenAIGenerator
 from csc_train.llm.config import LLMConfig
 from csc_train.models.loading import lora_config
@@ -152,12 +152,12 @@ def chat_of(turns, template):
 
 def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, server):
     for architecture in FAMILIES:
-        template, _ = open_checkpoint(str(checkpoints / architecture))
-        policy = load_generator(str(checkpoints / architecture), template, EvaluationConfig(max_new_tokens=LIMIT))
+        template, _ = open_final_model(str(checkpoints / architecture))
+        generator = load_generator(str(checkpoints / architecture), template, EvaluationConfig(max_new_tokens=LIMIT))
         # Temperature 0 leaves a repetition penalty of the checkpoint on; a frequency penalty of 0 takes it off.
         greedy = {"temperature": 0, "frequency_penalty": 0, "max_tokens": LIMIT}
         other = random_dialogue(random.Random(5))
-        for own in predict([TAUGHT, other], policy, "reference"):
+        for own in generate_predictions([TAUGHT, other], generator, "reference"):
             dialogue, turn = TAUGHT if own.dialogue_id == TAUGHT.id else other, own.turn
             history = dialogue.turns[:turn]
             text, why, length = ask(server, checkpoints / architecture, chat_of(history, template), **greedy)
@@ -180,15 +180,15 @@ def test_a_served_checkpoint_is_evaluated_as_a_local_one(checkpoints, server):
     dialogues = [TAUGHT, *(random_dialogue(random.Random(seed)) for seed in (5, 6))]
     for architecture in FAMILIES:
         path = str(checkpoints / architecture)
-        template, _ = open_checkpoint(path)
+        template, _ = open_final_model(path)
         config = EvaluationConfig(max_new_tokens=LIMIT)
         llm = LLMConfig(base_url=f"{server}/v1", model=path, concurrency=2, extra_body={"frequency_penalty": 0})
         for context in ("reference", "generated"):
-            served = predict(dialogues, OpenAIGenerator(llm, config, template), context)
-            local = predict(dialogues, load_generator(path, template, config), context)
+            served = generate_predictions(dialogues, OpenAIGenerator(llm, config, template), context)
+            local = generate_predictions(dialogues, load_generator(path, template, config), context)
             assert [each.raw_text for each in served] == [each.raw_text for each in local]
             assert [each.strategy for each in served] == [each.strategy for each in local]
-            assert {each.prompt_form for each in served} == {"messages"}
+            assert {each.prompt_format for each in served} == {"messages"}
 
 
 # vLLM

@@ -6,7 +6,7 @@ import pytest
 from test_generator import DIALOGUES, LONG, TURNS, Flaky, Recorder
 
 from csc_train.errors import InputError
-from csc_train.inference.generator import predict, shard
+from csc_train.inference.generator import generate_predictions, shard_dialogues
 from csc_train.inference.prediction_store import PredictionStore, is_complete
 from csc_train.inference.predictions import FailedTurn, read_failures, read_outcomes, read_run
 
@@ -18,10 +18,10 @@ def path(tmp_path):
     return tmp_path / "predictions" / NAME
 
 
-def run(path, policy, dialogues=DIALOGUES, process=0, context="generated"):
+def run(path, generator, dialogues=DIALOGUES, process=0, context="generated"):
     """Predict with a store, which is left as a process leaves it that was killed after its last answer."""
     with PredictionStore(path, "recorder", process) as store:
-        predict(dialogues, policy, context, store)
+        generate_predictions(dialogues, generator, context, store)
     return store
 
 
@@ -40,13 +40,13 @@ class Killed(Recorder):
         super().__init__(2)
         self.answers = answers
 
-    def run(self, schedule):
-        while requests := schedule.take(self.batch_size):
+    def run(self, queue):
+        while requests := queue.pop(self.batch_size):
             for request in requests:
                 if self.answers == 0:
                     raise KeyboardInterrupt
                 self.answers -= 1
-                schedule.answer(request, self.words(request.dialogue.id, request.turn))
+                queue.complete(request, self.words(request.dialogue.id, request.turn))
 
 
 @pytest.mark.parametrize("torn", [0, 1, 9])
@@ -118,7 +118,7 @@ def test_what_failed_is_listed_and_alone_tried_again(path, whole):
 
 def test_processes_write_parts_that_are_put_together_whoever_goes_on(path, whole):
     for process in range(3):
-        run(path, Recorder(2), shard(DIALOGUES, process, 3), process)
+        run(path, Recorder(2), shard_dialogues(DIALOGUES, process, 3), process)
     # Killed before they were put together; one process goes on, with nothing left to do.
     again = Recorder(2)
     store = run(path, again)
@@ -135,7 +135,7 @@ def test_a_turn_that_nobody_predicted_is_found_out(path):
 
 def test_a_later_line_about_a_turn_counts(path):
     with PredictionStore(path, "recorder") as store:
-        for outcome in predict([LONG], Recorder(2), "generated"):
+        for outcome in generate_predictions([LONG], Recorder(2), "generated"):
             store.add(outcome)
             store.add(replace(outcome, reference_nll=2.5))
             store.add(FailedTurn(outcome.dialogue_id, outcome.turn, "generated", "timeout", "", "recorder"))

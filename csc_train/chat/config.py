@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from csc_train.errors import InputError, check_choice, check_range
-from csc_train.evaluation.config import DTYPES
+from csc_train.inference.config import DTYPES
 
-UIS = ("terminal", "web")
+USER_INTERFACES = ("terminal", "web")
 
 
 @dataclass
@@ -34,7 +34,7 @@ class ChatConfig:
     """Web: the first port to try; the next free one is taken."""
 
     def __post_init__(self):
-        check_choice("ui", self.ui, UIS)
+        check_choice("ui", self.ui, USER_INTERFACES)
         check_range("temperature", self.temperature, 0, 10)
         check_range("top_p", self.top_p, 0.01, 1)
         check_range("max_new_tokens", self.max_new_tokens, 1)

@@ -54,11 +54,11 @@ class Conversation:
         template: through which the model talks.
     """
 
-    def __init__(self, policy: HFGenerator, config: ChatConfig):
+    def __init__(self, generator: HFGenerator, config: ChatConfig):
         self.turns: list[ChatReply | str] = []
-        self.template = policy.template
-        self._model = policy.model
-        self._stops = policy.stops
+        self.template = generator.template
+        self._model = generator.model
+        self._stops = generator.stops
         self._config = config
         self._warpers = LogitsProcessorList([TopPLogitsWarper(config.top_p)])
         if config.temperature > 0:

@@ -31,13 +31,13 @@ HELP = {
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
 
 
-def talk(policy: HFGenerator, config: ChatConfig) -> None:
+def talk(generator: HFGenerator, config: ChatConfig) -> None:
     """Talk until the customer leaves.
 
     Raises:
         InputError: as `Terminal`.
     """
-    Terminal(Conversation(policy, config), config.save).run()
+    Terminal(Conversation(generator, config), config.save).run()
 
 
 class Terminal:

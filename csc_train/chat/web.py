@@ -39,7 +39,7 @@ _ENVIRONMENT = jinja2.Environment(
 _CSS = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
 
 
-def talk(policy: HFGenerator, config: ChatConfig) -> None:
+def talk(generator: HFGenerator, config: ChatConfig) -> None:
     """Serve the page until the process is interrupted; prints where it is.
 
     Raises:
@@ -48,7 +48,7 @@ def talk(policy: HFGenerator, config: ChatConfig) -> None:
     listener = listen(config.host, config.port)
     app = gradio.mount_gradio_app(
         FastAPI(),
-        page(policy, config),
+        page(generator, config),
         path="/",
         css=_CSS,
         theme=gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("monospace",)),
@@ -82,15 +82,15 @@ def listen(host: str, port: int) -> socket.socket:
     raise InputError(f"port={port}: this and the {PORTS - 1} ports after it are in use; choose another")
 
 
-def page(policy: HFGenerator, config: ChatConfig) -> gradio.Blocks:
+def page(generator: HFGenerator, config: ChatConfig) -> gradio.Blocks:
     """The page, not yet served."""
-    template = policy.template.config
+    template = generator.template.config
     choices = [("the model chooses" if template.mode == "joint" else "none", 0)]
     if template.mode != "reply_only":
         choices += [(each.name(template.language), each.number) for each in STRATEGIES]
 
     def begin() -> Iterator[tuple]:
-        conversation = Conversation(policy, config)
+        conversation = Conversation(generator, config)
         yield conversation, *[gradio.skip()] * 2
         for shown in _speak(conversation, None, 0):
             yield gradio.skip(), *shown
@@ -109,7 +109,7 @@ def page(policy: HFGenerator, config: ChatConfig) -> gradio.Blocks:
         yield from _speak(conversation, None, 0)
 
     with gradio.Blocks(title="CSC Train: chat", analytics_enabled=False) as blocks:
-        gradio.Markdown(f"Talking to `{policy.model.name_or_path}`")
+        gradio.Markdown(f"Talking to `{generator.model.name_or_path}`")
         conversation = gradio.State()
         said_so_far = gradio.HTML(autoscroll=True, max_height="65vh")
         label = f"Write as the customer ({SPEAKERS[template.language][1]})"

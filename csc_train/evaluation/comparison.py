@@ -8,7 +8,7 @@ from csc_train.evaluation.metrics import strategy as strategy_metrics
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.profiles import MetricsConfig, compute_metrics, same_turns
 from csc_train.evaluation.table import PredictionTable
-from csc_train.inference.predictions import Prediction, read_run, system_of
+from csc_train.inference.predictions import Prediction, read_run, select_system
 from csc_train.stats import LEVEL, holm, mcnemar, sign_flip_test
 
 ALIKE = "cannot be told apart"
@@ -40,7 +40,7 @@ def reference_sides(
     names, predictions = [], []
     for directory, name in zip(directories, systems, strict=True):
         saved = read_run(directory)
-        system = system_of(saved, directory, name)
+        system = select_system(saved, directory, name)
         if "reference" not in saved[system]:
             raise InputError(f"{directory}: {system} was not evaluated in reference context")
         names.append(f"{system} of {directory}")

@@ -4,40 +4,24 @@ from dataclasses import dataclass, field
 
 from csc_train.errors import InputError, check_choice, check_range
 from csc_train.evaluation.judges.criteria import CRITERIA
-from csc_train.inference.predictions import CONTEXTS
+from csc_train.inference.config import CONTEXTS, InferenceConfig
 from csc_train.template.config import LANGUAGES
-
-DTYPES = ("auto", "bf16", "fp32")
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(InferenceConfig):
     """How replies are generated and scored."""
 
     contexts: list[str] = field(default_factory=lambda: list(CONTEXTS))
     base: bool = True
     """Evaluate the model that training started from as well."""
-    batch_size: int = 32
-    """Prompts generated from at a time."""
-    max_new_tokens: int = 256
-    """The longest reply, strategy included."""
-    dtype: str = "auto"
-    """auto: as the checkpoint is stored. Or bf16, fp32. In bf16 a reply can depend on what else stands in the batch, so
-    that an evaluation that is gone on with, or done by other processes, may differ in a few turns."""
-    likelihoods: bool = True
-    """Ask how likely the 12 labels are at each turn, and the reference's own turns in reference context. A server that
-    tells it (vLLM and SGLang do) computes up to 13 more prompts a turn for that."""
-    seed: int = 0
-    """Of the sampling of a served model that does not decode greedily; each turn has its own, made of it."""
 
     def __post_init__(self):
         if not self.contexts:
             raise InputError(f"evaluation.contexts=[]: give one or more of {', '.join(CONTEXTS)}")
         for context in self.contexts:
             check_choice("evaluation.contexts", context, CONTEXTS)
-        check_range("evaluation.batch_size", self.batch_size, 1)
-        check_range("evaluation.max_new_tokens", self.max_new_tokens, 1)
-        check_choice("evaluation.dtype", self.dtype, DTYPES)
+        super().__post_init__()
 
 
 TASKS = ("pairwise", "rubric")

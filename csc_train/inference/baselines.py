@@ -20,7 +20,7 @@ class StrategyBaseline:
         order: 0 for the most frequent strategy, 1 for a strategy bigram.
     """
 
-    strategies_apply = True
+    predicts_strategy = True
 
     def __init__(self, training: Sequence[Dialogue], order: int):
         self.order = order
@@ -40,11 +40,11 @@ class StrategyBaseline:
             for strategy, counter in replies.items()
         }
 
-    def run(self, schedule: TurnQueue) -> None:
+    def run(self, queue: TurnQueue) -> None:
         """Answer every turn."""
-        while requests := schedule.take(1000):
+        while requests := queue.pop(1000):
             for request in requests:
-                schedule.answer(request, self.reply(request))
+                queue.complete(request, self.reply(request))
 
     def reply(self, request: TurnRequest) -> Generation:
         """Answer a request; what was not seen in training falls back to the most frequent strategy."""

@@ -28,8 +28,8 @@ class Generation:
     label_log_likelihoods: tuple[float, ...] | None = None
     reference_nll: float | None = None
     reference_tokens: int | None = None
-    prompt_form: str | None = None
-    answered_by: str | None = None
+    prompt_format: str | None = None
+    served_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class TurnRequest:
 class Generator(Protocol):
     """A system under evaluation."""
 
-    strategies_apply: bool
+    predicts_strategy: bool
     """Whether it chooses strategies itself, so that their accuracy means something."""
     config_hash: str
     """SHA-256 (hex) of all that decides what it says: model, template, decoding settings."""
 
-    def run(self, schedule: "TurnQueue") -> None:
-        """Answer every turn of a schedule: take requests until it is finished, and answer each."""
+    def run(self, queue: "TurnQueue") -> None:
+        """Answer every turn of a queue: take requests until it is finished, and answer each."""
 
 
 class TurnQueue:
@@ -76,7 +76,7 @@ class TurnQueue:
         context: one of `CONTEXTS`.
 
     Args:
-        policy: the system.
+        generator: the system.
         store: where outcomes are kept as they come, and taken from if they are there already; None keeps none.
         bar: moves on with each outcome.
 
@@ -87,13 +87,13 @@ class TurnQueue:
     def __init__(
         self,
         dialogues: Sequence[Dialogue],
-        policy: Generator,
+        generator: Generator,
         context: str,
         store: PredictionStore | None = None,
         bar: tqdm | None = None,
     ):
         self.dialogues, self.context = dialogues, context
-        self._policy, self._store, self._bar = policy, store, bar
+        self._generator, self._store, self._bar = generator, store, bar
         self._by_id = {dialogue.id: dialogue for dialogue in dialogues}
         if len(self._by_id) < len(dialogues):
             raise InputError(f"{len(dialogues) - len(self._by_id)} dialogues have the id of another one")
@@ -115,7 +115,7 @@ class TurnQueue:
         """Whether every turn is predicted or failed."""
         return all(self._remaining(dialogue) == [] for dialogue in self.dialogues)
 
-    def take(self, count: int) -> list[TurnRequest]:
+    def pop(self, count: int) -> list[TurnRequest]:
         """Up to `count` turns that are ready now and not yet taken; none when all are taken or wait for answers.
 
         Dialogues that were begun come first, and each has a turn out before any has two. In reference context the last
@@ -123,17 +123,17 @@ class TurnQueue:
         """
         requests = []
         while len(requests) < count:
-            queue = next(filter(None, (self._begun, self._fresh, self._busy)), None)
-            if queue is None:
+            ready = next(filter(None, (self._begun, self._fresh, self._busy)), None)
+            if ready is None:
                 break
-            dialogue = self._by_id[next(iter(queue))]
+            dialogue = self._by_id[next(iter(ready))]
             turn = self._ready(dialogue)[0]
             self._out[dialogue.id].add(turn)
             self._queue(dialogue.id)
             requests.append(self._request(dialogue, turn))
         return requests
 
-    def answer(self, request: TurnRequest, outcome: Generation | GenerationError) -> None:
+    def complete(self, request: TurnRequest, outcome: Generation | GenerationError) -> None:
         """Keep what the system said to a request that it took, or that it failed."""
         dialogue, turn = request.dialogue, request.turn
         self._out[dialogue.id].remove(turn)
@@ -147,12 +147,12 @@ class TurnQueue:
                     self._fail(dialogue, later, after)
         self._queue(dialogue.id)
 
-    def said(self, dialogue: Dialogue) -> dict[int, Generation]:
+    def completed(self, dialogue: Dialogue) -> dict[int, Generation]:
         """By turn, what the system has said in a dialogue so far."""
         found = {turn: self._outcomes.get((dialogue.id, turn)) for turn in dialogue.supporter_turns}
         return {turn: _said(outcome) for turn, outcome in found.items() if isinstance(outcome, Prediction)}
 
-    def amend(self, dialogue: Dialogue, turn: int, said: Generation) -> None:
+    def update(self, dialogue: Dialogue, turn: int, said: Generation) -> None:
         """Replace what is kept of an answer by the same answer of which more is known, such as likelihoods."""
         self._outcomes.pop((dialogue.id, turn))
         self._keep((dialogue.id, turn), self._prediction(dialogue, turn, said), moves=0)
@@ -179,23 +179,23 @@ class TurnQueue:
 
     def _queue(self, name: str) -> None:
         """Put a dialogue where it belongs now."""
-        for queue in (self._begun, self._fresh, self._busy):
-            queue.pop(name, None)
+        for ready in (self._begun, self._fresh, self._busy):
+            ready.pop(name, None)
         dialogue = self._by_id[name]
         if self._ready(dialogue):
             begun = len(self._remaining(dialogue)) < len(dialogue.supporter_turns)
-            queue = self._busy if self._out[name] else self._begun if begun else self._fresh
-            queue[name] = None
+            ready = self._busy if self._out[name] else self._begun if begun else self._fresh
+            ready[name] = None
 
     def _request(self, dialogue: Dialogue, turn: int) -> TurnRequest:
         history: tuple[Turn | Generation, ...] = dialogue.turns[:turn]
         if self.context == "generated":
-            own = self.said(dialogue)
+            own = self.completed(dialogue)
             history = tuple(own.get(earlier, gold) for earlier, gold in enumerate(history))
         return TurnRequest(dialogue, turn, history)
 
     def _fail(self, dialogue: Dialogue, turn: int, failed: GenerationError) -> None:
-        failure = FailedTurn(dialogue.id, turn, self.context, failed.kind, failed.message, self._policy.config_hash)
+        failure = FailedTurn(dialogue.id, turn, self.context, failed.kind, failed.message, self._generator.config_hash)
         self._keep((dialogue.id, turn), failure)
 
     def _keep(self, key: tuple[str, int], outcome: TurnOutcome, written: bool = False, moves: int = 1) -> None:
@@ -216,14 +216,14 @@ class TurnQueue:
             response=said.reply.response,
             reference_strategy=dialogue.turns[turn].strategy.number,
             reference_response=dialogue.turns[turn].text,
-            predicts_strategy=self._policy.strategies_apply,
-            config_hash=self._policy.config_hash,
+            predicts_strategy=self._generator.predicts_strategy,
+            config_hash=self._generator.config_hash,
             ids=said.ids,
             label_log_likelihoods=said.label_log_likelihoods,
             reference_nll=said.reference_nll,
             reference_tokens=said.reference_tokens,
-            prompt_form=said.prompt_form,
-            answered_by=said.answered_by,
+            prompt_format=said.prompt_format,
+            served_model=said.served_model,
         )
 
 
@@ -238,14 +238,14 @@ def _said(prediction: Prediction) -> Generation:
         label_log_likelihoods=prediction.label_log_likelihoods,
         reference_nll=prediction.reference_nll,
         reference_tokens=prediction.reference_tokens,
-        prompt_form=prediction.prompt_form,
-        answered_by=prediction.answered_by,
+        prompt_format=prediction.prompt_format,
+        served_model=prediction.served_model,
     )
 
 
-def predict(
+def generate_predictions(
     dialogues: Sequence[Dialogue],
-    policy: Generator,
+    generator: Generator,
     context: str,
     store: PredictionStore | None = None,
     progress: str | None = None,
@@ -260,12 +260,12 @@ def predict(
     """
     total = sum(len(dialogue.supporter_turns) for dialogue in dialogues)
     with tqdm(total=total, desc=progress, unit="turn", disable=True if progress is None else None) as bar:
-        schedule = TurnQueue(dialogues, policy, context, store, bar)
-        policy.run(schedule)
-    return schedule.outcomes()
+        queue = TurnQueue(dialogues, generator, context, store, bar)
+        generator.run(queue)
+    return queue.outcomes()
 
 
-def shard(dialogues: Sequence[Dialogue], process: int, processes: int) -> list[Dialogue]:
+def shard_dialogues(dialogues: Sequence[Dialogue], process: int, processes: int) -> list[Dialogue]:
     """The dialogues that are one process's to predict: every process has about as many supporter turns."""
     shares: list[list[Dialogue]] = [[] for _ in range(processes)]
     turns = [0] * processes

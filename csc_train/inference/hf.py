@@ -12,8 +12,8 @@ from csc_train.checkpoints.manifest import Manifest, check_manifest, read_manife
 from csc_train.data.dialogue import Dialogue, Turn
 from csc_train.data.strategies import Strategy
 from csc_train.errors import InputError
-from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
+from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import Generation, TurnQueue, TurnRequest
 from csc_train.inference.kv_cache import DialogueCache
 from csc_train.models.hub import hub_errors, load_causal_lm
@@ -42,12 +42,12 @@ class HFGenerator:
         InputError: the model has sliding-window attention.
     """
 
-    def __init__(self, model: PreTrainedModel, template: DialogueTemplate, config: EvaluationConfig, origin: str = ""):
+    def __init__(self, model: PreTrainedModel, template: DialogueTemplate, config: InferenceConfig, origin: str = ""):
         if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
             raise InputError(f"{model.name_or_path}: a model with sliding-window attention cannot be evaluated here")
         self.model = model.eval()
         self.template = template
-        self.strategies_apply = template.config.mode == "joint"
+        self.predicts_strategy = template.config.mode == "joint"
         self.config_hash = digest(
             [origin, template.fingerprint, tokenizer_hash(template.tokenizer), config.max_new_tokens, config.dtype]
         )
@@ -59,24 +59,24 @@ class HFGenerator:
         self.stops = {template.end_of_turn_id, *stops}
 
     @torch.inference_mode()
-    def run(self, schedule: TurnQueue) -> None:
+    def run(self, queue: TurnQueue) -> None:
         """Answer every turn, batch by batch, then add likelihoods."""
         cache = DialogueCache(self.model, self.template.prefix_ids, self.stops, self._config.max_new_tokens)
         asked: dict[int, tuple[TurnRequest, list[int]]] = {}  # by row of the cache
         while True:
-            requests = schedule.take(self._config.batch_size - len(asked))
+            requests = queue.pop(self._config.batch_size - len(asked))
             prompts = [self._prompt(request) for request in requests]
-            rows = cache.begin([request.dialogue.id for request in requests], prompts)
+            rows = cache.add([request.dialogue.id for request in requests], prompts)
             asked |= zip(rows, zip(requests, prompts, strict=True), strict=True)
             if not asked:
                 break
-            for row, ids in cache.advance().items():
+            for row, ids in cache.step().items():
                 request, prompt = asked.pop(row)
-                schedule.answer(request, self._said(request, prompt, ids))
+                queue.complete(request, self._said(request, prompt, ids))
         del cache
-        if self._config.likelihoods and (schedule.context == "reference" or self.strategies_apply):
-            for dialogue in tqdm(schedule.dialogues, "likelihoods", unit="dialogue", disable=None):
-                self._add_likelihoods(schedule, dialogue)
+        if self._config.likelihoods and (queue.context == "reference" or self.predicts_strategy):
+            for dialogue in tqdm(queue.dialogues, "likelihoods", unit="dialogue", disable=None):
+                self._add_likelihoods(queue, dialogue)
 
     def _prompt(self, request: TurnRequest) -> list[int]:
         history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
@@ -91,10 +91,10 @@ class HFGenerator:
         handed_in = self.template.prompt_ids([], self._given(request))[len(self.template.prompt_ids([])) :]
         return Generation(text, self.template.parse(text), digest(prompt), (*handed_in, *ids))
 
-    def _add_likelihoods(self, schedule: TurnQueue, dialogue: Dialogue) -> None:
+    def _add_likelihoods(self, queue: TurnQueue, dialogue: Dialogue) -> None:
         """Of the turns of a dialogue that were predicted."""
-        said = schedule.said(dialogue)
-        reference = schedule.context == "reference"
+        said = queue.completed(dialogue)
+        reference = queue.context == "reference"
         if all(each.reference_nll is not None if reference else each.label_log_likelihoods for each in said.values()):
             return  # by an earlier run
         targets = []
@@ -107,7 +107,7 @@ class HFGenerator:
             history = [said[turn].ids if turn in said else gold for turn, gold in enumerate(dialogue.turns)]
             starts = [len(self.template.prompt_ids(history[:turn])) for turn in said]
             ids = self.template.prompt_ids(history[: max(said)])
-        if not self.strategies_apply:
+        if not self.predicts_strategy:
             starts = []
         own, labels = dialogue_log_likelihoods(self.model, self.template, ids, starts, targets)
         for (turn, words), row in itertools.zip_longest(said.items(), labels.tolist()):
@@ -116,10 +116,10 @@ class HFGenerator:
                 first, end = example.boundaries[turn], example.boundaries[turn + 1]
                 here = [-value for target, value in zip(targets, own.tolist(), strict=True) if first <= target < end]
                 facts |= {"reference_nll": round(sum(here), 4), "reference_tokens": len(here)}
-            schedule.amend(dialogue, turn, replace(words, **facts))
+            queue.update(dialogue, turn, replace(words, **facts))
 
 
-def open_checkpoint(checkpoint: str) -> tuple[DialogueTemplate, Manifest]:
+def open_final_model(checkpoint: str) -> tuple[DialogueTemplate, Manifest]:
     """The template of a checkpoint that recipes/sft.py wrote, and its manifest; the model is not loaded yet.
 
     Raises:
@@ -137,7 +137,7 @@ def open_checkpoint(checkpoint: str) -> tuple[DialogueTemplate, Manifest]:
     return template, manifest
 
 
-def base_of(checkpoint: str, manifest: Manifest) -> str:
+def base_model_path(checkpoint: str, manifest: Manifest) -> str:
     """Where the model that a checkpoint's training started from is: a path or a hub id."""
     beside = Path(checkpoint) / manifest.base_model
     return str(beside) if manifest.base_model.startswith(".") and beside.is_dir() else manifest.base_model
@@ -146,12 +146,12 @@ def base_of(checkpoint: str, manifest: Manifest) -> str:
 def load_generator(
     path: str,
     template: DialogueTemplate,
-    config: EvaluationConfig,
+    config: InferenceConfig,
     origin: str = "",
     device: torch.device | None = None,
     revision: str | None = None,
 ) -> HFGenerator:
-    """The policy of the model at a path or hub id, talking through `template`.
+    """The generator of the model at a path or hub id, talking through `template`.
 
     Args:
         origin: see `HFGenerator`.

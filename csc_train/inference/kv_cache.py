@@ -113,7 +113,7 @@ class DialogueCache:
         self._rows = [_Row(None, self._prefix, len(prefix))]
         self._columns = len(prefix)
 
-    def begin(self, names: Sequence[Hashable], prompts: Sequence[list[int]]) -> list[int]:
+    def add(self, names: Sequence[Hashable], prompts: Sequence[list[int]]) -> list[int]:
         """Put prompts into free rows, and into new ones where there are too few.
 
         Args:
@@ -156,7 +156,7 @@ class DialogueCache:
                 layer.copy(source, number, kept)
         self._rows[number] = _Row(name, list(prompt), kept, len(prompt), True)
 
-    def advance(self) -> dict[int, list[int]]:
+    def step(self) -> dict[int, list[int]]:
         """Generate until a share of the continuations has ended.
 
         Returns:

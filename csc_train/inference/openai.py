@@ -7,8 +7,8 @@ from typing import Any
 from csc_train.data.dialogue import Speaker, Turn
 from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
-from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
+from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import Generation, GenerationError, TurnQueue, TurnRequest
 from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, Message
 from csc_train.llm.config import LLMConfig
@@ -34,12 +34,12 @@ class OpenAIGenerator:
     """
 
     def __init__(
-        self, llm: LLMConfig, config: EvaluationConfig, template: DialogueTemplate | TemplateConfig, origin: str = ""
+        self, llm: LLMConfig, config: InferenceConfig, template: DialogueTemplate | TemplateConfig, origin: str = ""
     ):
         self._llm, self._config = llm, config
         self._template = template if isinstance(template, DialogueTemplate) else None
         self._settings = self._template.config if self._template else template
-        self.strategies_apply = self._settings.mode == "joint"
+        self.predicts_strategy = self._settings.mode == "joint"
         prompt = self._template.fingerprint if self._template else digest(chat_messages([], self._settings))
         asked = [self._settings.mode, self._settings.language, llm.user_first]
         decoding = [llm.temperature, llm.top_p, llm.max_tokens, llm.extra_body, config.max_new_tokens, config.seed]
@@ -48,16 +48,16 @@ class OpenAIGenerator:
         self._by_ids: bool | None = None
         self._likelihoods_told: bool | None = None
 
-    def run(self, schedule: TurnQueue) -> None:
+    def run(self, queue: TurnQueue) -> None:
         """Answer every turn, as many at a time as the server bears.
 
         Raises:
             InputError: the server is not there when the work begins, does not serve the key, or takes no token ids
                 where a strategy is to be handed in.
         """
-        asyncio.run(self._run(schedule))
+        asyncio.run(self._run(queue))
 
-    async def _run(self, schedule: TurnQueue) -> None:
+    async def _run(self, queue: TurnQueue) -> None:
         async with Client(self._llm) as client:
             await self._ask_abilities(client)
             if self._settings.mode == "given" and not self._by_ids:
@@ -66,15 +66,15 @@ class OpenAIGenerator:
             refused: AuthenticationFailure | None = None
             try:
                 while True:
-                    for request in schedule.take(0 if refused else self._llm.concurrency - len(under_way)):
-                        under_way[asyncio.create_task(self._reply(client, request, schedule.context))] = request
+                    for request in queue.pop(0 if refused else self._llm.concurrency - len(under_way)):
+                        under_way[asyncio.create_task(self._reply(client, request, queue.context))] = request
                     if not under_way:
                         break
                     done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         request = under_way.pop(task)
                         try:
-                            schedule.answer(request, task.result())
+                            queue.complete(request, task.result())
                         except AuthenticationFailure as failure:  # what is under way was asked, and may be answered
                             refused = failure
             finally:
@@ -145,8 +145,8 @@ class OpenAIGenerator:
             read_reply(answer.text, self._settings.mode),
             digest(prompt),
             self._ids(answer.text, answer.token_ids, given) if self._by_ids else (),
-            prompt_form="ids" if self._by_ids else "messages",
-            answered_by=answer.model,
+            prompt_format="ids" if self._by_ids else "messages",
+            served_model=answer.model,
             **told,
         )
 
@@ -155,7 +155,7 @@ class OpenAIGenerator:
     ) -> dict[str, Any]:
         """How likely the model finds the 12 labels and the reference's turn, as fields of `Generation`."""
         facts: dict[str, Any] = {}
-        if self.strategies_apply:
+        if self.predicts_strategy:
             labelled = [[*prompt, *self._template.label_ids[strategy.number]] for strategy in STRATEGIES]
             found = await asyncio.gather(*map(client.log_likelihoods, labelled))
             facts["label_log_likelihoods"] = tuple(round(sum(each[len(prompt) - 1 :]), 4) for each in found)

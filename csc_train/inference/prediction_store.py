@@ -12,8 +12,8 @@ from csc_train.inference.predictions import (
     FailedTurn,
     Prediction,
     TurnOutcome,
-    as_line,
     expected_turns,
+    outcome_line,
     read_outcomes,
     write_predictions,
 )
@@ -31,7 +31,7 @@ class PredictionStore:
         earlier: what is known of each (dialogue id, turn) from before; failures are not, so that they are tried again.
 
     Args:
-        config_hash: of the system; see `Policy.config_hash`.
+        config_hash: of the system; see `Generator.config_hash`.
         process: the number of this process.
 
     Raises:
@@ -70,7 +70,7 @@ class PredictionStore:
             InputError: it cannot be written.
         """
         try:
-            self._file.write(as_line(outcome).encode())
+            self._file.write(outcome_line(outcome).encode())
         except OSError as error:
             raise InputError(f"cannot write {self._file.name}: {error.strerror or error}") from error
 

@@ -10,14 +10,12 @@ from pathlib import Path
 from csc_train.data.dialogue import SURROGATE, Dialogue, has_surrogate
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest
+from csc_train.inference.config import CONTEXTS
 from csc_train.template.reply import parse_reply
 
-CONTEXTS = ("reference", "generated")
-"""Histories a turn is predicted from: the gold one, or the system's own earlier turns between the gold customer's."""
-
-BASELINES = ("most frequent strategy", "strategy bigram")
-BASE = "untrained base"
-TRAINED = "trained"
+BASELINE_NAMES = ("most frequent strategy", "strategy bigram")
+BASE_MODEL = "untrained base"
+TRAINED_MODEL = "trained"
 """Names of systems. In tables the baselines come first, then the base model, then what is evaluated."""
 
 
@@ -29,13 +27,13 @@ class Prediction:
     parsed, or where the mode asks for none. `response` is the reply without its strategy label. `predicts_strategy` is
     False where the system does not choose the strategy itself: it is handed in, or left out.
 
-    `config_hash` is the `Policy.config_hash` of the system. `ids` are the tokens of the turn, where the system works on
-    tokens: those it generated, after those of a strategy that was handed in. `label_log_likelihoods` are those of the
-    12 labels at this turn, in their order, in nats (see `template.likelihood`). `reference_nll` is what the system
-    makes of the reference's turn in the reference's own history: the sum over `reference_tokens` tokens (the strategy's
-    where it predicts one, the reply's, the end of the turn) of -log p in nats. `prompt_form` says what a server was
-    sent, of which `prompt_hash` is the hash: token `ids` or chat `messages`; `answered_by` is the model that it
-    says answered, such as the version behind a name. Each is None where it is not known.
+    `config_hash` is the `Generator.config_hash` of the system. `ids` are the tokens of the turn, where the system works
+    on tokens: those it generated, after those of a strategy that was handed in. `label_log_likelihoods` are those of
+    the 12 labels at this turn, in their order, in nats (see `template.likelihood`). `reference_nll` is the sum of
+    -log p in nats over the `reference_tokens` tokens of the reference turn in its own history (the strategy's where the
+    system predicts one, the reply's, the end of the turn). `prompt_format` says what a server was sent, of which
+    `prompt_hash` is the hash: token `ids` or chat `messages`; `served_model` is the model that it says answered, such
+    as the version behind a name. Each is None where it is not known.
     """
 
     dialogue_id: str
@@ -53,8 +51,8 @@ class Prediction:
     label_log_likelihoods: tuple[float, ...] | None = None
     reference_nll: float | None = None
     reference_tokens: int | None = None
-    prompt_form: str | None = None
-    answered_by: str | None = None
+    prompt_format: str | None = None
+    served_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class FailedTurn:
 TurnOutcome = Prediction | FailedTurn
 
 
-def as_line(outcome: TurnOutcome) -> str:
+def outcome_line(outcome: TurnOutcome) -> str:
     """An outcome as a line of JSONL."""
     return json.dumps(asdict(outcome), ensure_ascii=False) + "\n"
 
@@ -80,7 +78,7 @@ def as_line(outcome: TurnOutcome) -> str:
 def write_predictions(path: str | os.PathLike, outcomes: Iterable[TurnOutcome]) -> None:
     """Write one JSONL line per turn, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(map(as_line, outcomes))
+        file.writelines(map(outcome_line, outcomes))
 
 
 def expected_turns(dialogues: Iterable[Dialogue]) -> list[tuple[str, int]]:
@@ -139,7 +137,7 @@ def failed_turns(directory: str | os.PathLike) -> str:
 
 def _read_run(directory: str | os.PathLike, kind: type[TurnOutcome]) -> dict[str, dict[str, list]]:
     folder = Path(directory) / "predictions"
-    order = (*BASELINES, BASE)
+    order = (*BASELINE_NAMES, BASE_MODEL)
     names = {path.stem.rpartition("-")[0] for path in folder.glob("*-*.jsonl")}
     names = sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
     return {
@@ -152,7 +150,7 @@ def _read_run(directory: str | os.PathLike, kind: type[TurnOutcome]) -> dict[str
     }
 
 
-def system_of(saved: Mapping[str, object], directory: str, name: str | None) -> str:
+def select_system(saved: Mapping[str, object], directory: str, name: str | None) -> str:
     """The system called `name` among those that a run saved; the one that was evaluated, the last, if not given.
 
     Raises:
@@ -163,7 +161,7 @@ def system_of(saved: Mapping[str, object], directory: str, name: str | None) -> 
     return name or list(saved)[-1]
 
 
-def read_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context: str) -> list[Prediction]:
+def read_external_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context: str) -> list[Prediction]:
     """Replies made elsewhere to the supporter turns of these dialogues, in dialogue order.
 
     Each line is an object with `dialogue_id` (of dialogues without one a part of their fingerprint, as in the run's
@@ -174,7 +172,7 @@ def read_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context
         InputError: a line is not of this form, the file does not hold every supporter turn exactly once, or it is named
             like a baseline, whose predictions it would replace.
     """
-    if Path(path).stem in BASELINES:
+    if Path(path).stem in BASELINE_NAMES:
         raise InputError(f"{path}: the system is named after the file, and a baseline has that name: rename it")
     texts: dict[tuple[str, int], str] = {}
     known = set(expected_turns(dialogues))

@@ -29,7 +29,7 @@ from csc_train.evaluation.report.tables import INTERVALS, Section
 from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest, read_json
-from csc_train.inference.predictions import Prediction, as_line
+from csc_train.inference.predictions import Prediction, outcome_line
 from csc_train.stats import LEVEL, holm
 
 SHEET, KEY = "sheet.html", "key.json"
@@ -132,7 +132,7 @@ def draw_annotation_form(
         if config.per_dialogue is None or taken[dialogue] < config.per_dialogue:
             taken[dialogue] += 1
             chosen.append(index)
-    secret = digest([config.seed, [[as_line(each) for each in pair] for pair in pairs]])
+    secret = digest([config.seed, [[outcome_line(each) for each in pair] for pair in pairs]])
     rng = random.Random(secret)
     chosen = chosen[: config.items]
     rng.shuffle(chosen)

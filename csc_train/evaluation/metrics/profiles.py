@@ -33,7 +33,8 @@ from csc_train.evaluation.metrics import (
 )
 from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.table import PredictionTable
-from csc_train.inference.predictions import CONTEXTS, Prediction
+from csc_train.inference.config import CONTEXTS
+from csc_train.inference.predictions import Prediction
 from csc_train.models.hub import is_local_path, snapshot
 from csc_train.stats import Statistic, mean
 

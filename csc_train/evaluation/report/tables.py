@@ -21,7 +21,7 @@ from csc_train.evaluation.contamination import Contamination
 from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.metrics.profiles import PROFILE_NOTES, PROFILES
 from csc_train.files import write_json, write_text
-from csc_train.inference.predictions import CONTEXTS
+from csc_train.inference.config import CONTEXTS
 
 Results = dict[str, dict[str, dict]]
 Drifts = dict[str, list[dict]]

@@ -1,0 +1,36 @@
+"""Settings of generating replies, shared by evaluation and chat."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from csc_train.errors import check_choice, check_range
+
+CONTEXTS = ("reference", "generated")
+"""Histories that a turn is predicted from: the gold one, or the system's own turns between the gold customer's."""
+DTYPES = ("auto", "bf16", "fp32")
+"""Precisions of a model's weights."""
+
+
+@dataclass
+class InferenceConfig:
+    """How replies are generated."""
+
+    _group: ClassVar[str] = "evaluation"
+
+    batch_size: int = 32
+    """Prompts in a batch of a local model."""
+    max_new_tokens: int = 256
+    """Maximum tokens of a reply, strategy included."""
+    dtype: str = "auto"
+    """Precision of the weights: auto keeps that of the saved model. In bf16 a reply can depend on the other prompts of
+    its batch, so a resumed or distributed evaluation may differ in a few turns."""
+    likelihoods: bool = True
+    """Compute likelihoods of the 12 strategies at each turn, and of the reference turns in reference context. On a
+    server that supports it (vLLM, SGLang) this adds up to 13 prompts per turn."""
+    seed: int = 0
+    """Seed of a served model that samples. Each turn derives a seed from it."""
+
+    def __post_init__(self):
+        check_range(f"{self._group}.batch_size", self.batch_size, 1)
+        check_range(f"{self._group}.max_new_tokens", self.max_new_tokens, 1)
+        check_choice(f"{self._group}.dtype", self.dtype, DTYPES)
