@@ -241,7 +241,7 @@ def test_the_recipe_shows_the_waterfall_without_a_model(tmp_path, recipe):
     # A finished run is left as it is; another directory is not asked for twice.
     assert recipe("run.directory=run")[0] == 2
     assert recipe("run=run", "resume=true") == (0, "run is finished; nothing to do\n")
-    assert recipe("run.directory=run", "run.existing=reuse") == (0, "run is finished; nothing to do\n")
+    assert recipe("run.directory=run", "run.if_exists=reuse") == (0, "run is finished; nothing to do\n")
 
 
 def test_the_recipe_keeps_to_thresholds_and_refuses_wrong_ones(tmp_path, recipe):

@@ -423,7 +423,7 @@ def test_what_cannot_be_exported_is_refused(folder, path, message):
 # The recipe
 
 
-TINY = ["debug=cpu_tiny", "zero.persistence_threshold=0", "trainer.save_every=2", "run.existing=reuse"]
+TINY = ["debug=cpu_tiny", "zero.persistence_threshold=0", "trainer.save_every=2", "run.if_exists=reuse"]
 
 
 def begin(directory: Path, module: list[str], *overrides: str) -> subprocess.Popen:

@@ -30,7 +30,7 @@ from csc_train.template.dialogue_template import DialogueTemplate
 SETTINGS = [
     "checkpoint=checkpoint", "data=files", "data.train.path=train.jsonl", "data.evaluation.path=evaluation.jsonl",
     "evaluation.base=false", "evaluation.batch_size=3", "evaluation.max_new_tokens=24",
-    "metrics.profiles=[zh]", "metrics.draws=100", "run.existing=resume",
+    "metrics.profiles=[zh]", "metrics.draws=100", "run.if_exists=resume",
 ]  # fmt: skip
 FILE = "trained-{}.jsonl"
 CONTEXTS = ("reference", "generated")

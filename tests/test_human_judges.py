@@ -169,7 +169,7 @@ def opened(runs, browser):
     asked, said, contexts = [], [], []
 
     def open_sheet(*options, script=None):
-        run_recipe("export", "run0", "run1", "run.directory=sheet", "run.existing=replace", *options)
+        run_recipe("export", "run0", "run1", "run.directory=sheet", "run.if_exists=replace", *options)
         context = browser.new_context()
         contexts.append(context)
         if script:

@@ -201,7 +201,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["topology.slurm.time=soon"], "topology.slurm.time=soon: write hours as 24:00:00, days as 2-00:00:00"),
         (["topology.slurm.options=['qos=high']"], "topology.slurm.options: qos=high is no option; options "
          "start with -"),
-        (["run.existing=reuse"], "run.existing=reuse: a launch is a new run; continue one by run=DIR resume=true"),
+        (["run.if_exists=reuse"], "run.if_exists=reuse: a launch is a new run; continue one by run=DIR resume=true"),
         (["topology=slurm_4x8", "trainer.packs_per_step=32", "run.directory='runs/my run;'"], "runs/my run;: ';' has "
          "a meaning in a job script; choose plainer paths"),
         (["run=runs/first", "topology=cpu1"], "run=runs/first: add resume=true to go on with it, or start a new run "
@@ -237,11 +237,11 @@ def test_what_is_frozen_is_what_the_ranks_read(tmp_path, monkeypatch):
         job = plan_job([f"experiment={file.stem}", "topology=cpu1", f"run.directory=runs/{file.stem}"])
         write_job(job)
         assert compose("sft", [f"run={job.directory}", "resume=true"]) == job.config
-        assert (job.config.run.directory, job.config.run.existing) == (str(job.directory), "resume")
+        assert (job.config.run.directory, job.config.run.if_exists) == (str(job.directory), "resume")
         again = compose("sft", [f"from={job.directory}", "trainer.epochs=7", "data.train.path=other.jsonl"])
         expected = to_container(job.config)
         expected["trainer"]["epochs"], expected["data"]["train"]["path"] = 7.0, "other.jsonl"
-        expected["run"] = {"directory": None, "existing": "refuse"}
+        expected["run"] = {"directory": None, "if_exists": "error"}
         assert to_container(again) == expected
 
 

@@ -26,7 +26,7 @@ SMALL = [
     "trainer.packs_per_step=1",
     "trainer.micro_batch_size=1",
     "trainer.learning_rate=4e-3",
-    "run.existing=reuse",
+    "run.if_exists=reuse",
 ]
 
 
@@ -60,7 +60,7 @@ def workplace(tmp_path_factory):
 
 def evaluate(directory: Path) -> subprocess.CompletedProcess:
     return start(
-        "evaluate.py", "checkpoint=runs/demo/checkpoint", "run.directory=runs/evaluation", "run.existing=reuse",
+        "evaluate.py", "checkpoint=runs/demo/checkpoint", "run.directory=runs/evaluation", "run.if_exists=reuse",
         "evaluation.max_new_tokens=24", "evaluation.batch_size=64", cwd=directory,
     )  # fmt: skip
 
@@ -130,10 +130,10 @@ def test_an_existing_run_is_not_overwritten_unasked(workplace):
     assert (workplace / "runs/demo/checkpoint/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("existing", ["reuse", "replace"])
-def test_a_directory_that_is_not_the_recipes_own_is_left_alone(workplace, tmp_path, existing):
+@pytest.mark.parametrize("if_exists", ["reuse", "replace"])
+def test_a_directory_that_is_not_the_recipes_own_is_left_alone(workplace, tmp_path, if_exists):
     """Replacing it would delete what another recipe, or the user, keeps there: here the checkpoint to be evaluated."""
-    settings = {"run": {"directory": str(workplace / "runs" / "demo"), "existing": existing}}
+    settings = {"run": {"directory": str(workplace / "runs" / "demo"), "if_exists": if_exists}}
     with pytest.raises(InputError, match=r"runs/demo holds a run of sft: choose another run\.directory"):
         Run("evaluate", settings)
     (tmp_path / "checkpoint").mkdir()
@@ -233,7 +233,7 @@ def test_a_state_of_training_that_cannot_be_written_is_refused_in_one_line(tmp_p
 
 
 def test_a_run_killed_after_a_saved_state_goes_on_from_it(tmp_path):
-    arguments = ["debug=cpu_tiny", "run.directory=runs/killed", "run.existing=reuse", "trainer.save_every=2"]
+    arguments = ["debug=cpu_tiny", "run.directory=runs/killed", "run.if_exists=reuse", "trainer.save_every=2"]
     whole = start("sft.py", *arguments, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     run = tmp_path / "runs" / "killed"

@@ -447,8 +447,8 @@ def test_figures_of_a_step_become_one_row_of_the_table(tmp_path):
 # The run's own record
 
 
-def begun(directory: Path, existing: str = "reuse", **values) -> tuple[Run, str]:
-    run = Run("sft", {"trainer": values, "run": {"directory": str(directory), "existing": existing}})
+def begun(directory: Path, if_exists: str = "reuse", **values) -> tuple[Run, str]:
+    run = Run("sft", {"trainer": values, "run": {"directory": str(directory), "if_exists": if_exists}})
     return run, run.begin({"train": "0"})
 
 

@@ -354,7 +354,7 @@ def test_measurements_go_with_the_saved_states_unless_asked_otherwise():
 def test_what_follows_is_checked_before_the_training():
     assert on_finish_arguments(OnFinishConfig(), Path("runs/x")) == []
     config = compose("sft", ["then=evaluate", "then.overrides=['data=rolecs','evaluation.base=false']"])
-    arguments = ["checkpoint=runs/x/checkpoint", "run.directory=runs/x/evaluation", "run.existing=reuse"]
+    arguments = ["checkpoint=runs/x/checkpoint", "run.directory=runs/x/evaluation", "run.if_exists=reuse"]
     assert on_finish_arguments(config.then, Path("runs/x")) == [*arguments, "data=rolecs", "evaluation.base=false"]
     with pytest.raises(InputError, match=r"Did you mean 'evaluation\.batch_size'"):
         on_finish_arguments(OnFinishConfig("evaluate", ["evaluation.batchsize=1"]), Path("runs/x"))
@@ -368,7 +368,7 @@ def start(
     return subprocess.run(
         [
             sys.executable, *launcher, str(ROOT / "recipes" / "sft.py"), "debug=cpu_tiny", "data.sample_dialogues=40",
-            *settings, "run.existing=reuse", "held_out.every=2", "held_out.keep=best", "held_out.turns=6",
+            *settings, "run.if_exists=reuse", "held_out.every=2", "held_out.keep=best", "held_out.turns=6",
             "held_out.samples=1", "held_out.max_new_tokens=4", "then=evaluate", f"then.overrides={list(then)}",
         ],
         cwd=directory, capture_output=True, text=True, timeout=300, check=False,

@@ -355,7 +355,7 @@ def compose(recipe: str, overrides: list[str]) -> Any:
         config.run = RunConfig(str(directory), "resume")
         return config
     if "from" in recorded:
-        unnamed = ["run.directory=null", "run.existing=refuse"]
+        unnamed = ["run.directory=null", "run.if_exists=error"]
         return compose_recorded(recipe, Path(recorded["from"].split("=", 1)[1]) / RESOLVED_FILE, unnamed + values)
     if recipe == "evaluate":
         _check_data_group(overrides)

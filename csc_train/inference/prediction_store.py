@@ -99,7 +99,7 @@ class PredictionStore:
             if outcome.config_hash != self._config_hash:
                 raise InputError(
                     f"{self.path}: holds turns of a system under other settings ({outcome.config_hash[:12]}, now "
-                    f"{self._config_hash[:12]}): choose another run.directory, or run.existing=replace"
+                    f"{self._config_hash[:12]}): choose another run.directory, or run.if_exists=replace"
                 )
             key = outcome.dialogue_id, outcome.turn
             if isinstance(outcome, Prediction) or not isinstance(outcomes.get(key), Prediction):

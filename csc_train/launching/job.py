@@ -89,9 +89,9 @@ def plan_job(arguments: list[str]) -> Job:
     refuse_misspelt(others, launch)
     config = compose(launch.recipe, others)
     if new:
-        if config.run.existing != "refuse":
+        if config.run.if_exists != "error":
             raise InputError(
-                f"run.existing={config.run.existing}: a launch is a new run; continue one by run=DIR resume=true"
+                f"run.if_exists={config.run.if_exists}: a launch is a new run; continue one by run=DIR resume=true"
             )
         config.run = RunConfig(config.run.directory or default_directory(launch.recipe), "resume")
         directory = Path(config.run.directory)

@@ -50,7 +50,7 @@ from csc_train.runs.directory import RunConfig, as_yaml, flatten_keys
 STUDY, LOCK = "study.log", "lock"
 CONFIGURATION = "sweep.yaml"
 """In a sweep's directory: what its trials have in common, and what is varied."""
-OWN = ("run", "resume", "run.directory", "run.existing")
+OWN = ("run", "resume", "run.directory", "run.if_exists")
 """Keys of the recipe that a sweep sets itself."""
 
 

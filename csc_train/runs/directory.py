@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "hydra-core")
-IF_EXISTS = ("refuse", "reuse", "resume", "extend", "replace")
+IF_EXISTS = ("error", "reuse", "resume", "extend", "replace")
 RESOLVED_FILE = "resolved.yaml"
 RECORD_FILE = "run.json"
 CODE_DIFF_FILE = "code.diff"
@@ -50,14 +50,14 @@ class RunConfig:
 
     directory: str | None = None
     """The run directory; runs/<recipe>-<time> where not given."""
-    existing: str = "refuse"
-    """What to do when the directory holds a run. refuse: stop. reuse: keep it if configuration, data and code are the
+    if_exists: str = "error"
+    """What to do when the directory holds a run. error: stop. reuse: keep it if configuration, data and code are the
     same (an unfinished run of the same is continued), else replace it. resume: continue it, under whatever code; with
     other data it is refused. extend: go on with it under this configuration, as far as the recipe lets it differ from
     the one before. replace: start over."""
 
     def __post_init__(self):
-        check_choice("run.existing", self.existing, IF_EXISTS)
+        check_choice("run.if_exists", self.if_exists, IF_EXISTS)
 
 
 class Run:
@@ -77,7 +77,7 @@ class Run:
             config: the resolved configuration, with its `run` section.
 
         Raises:
-            InputError: the directory holds a run and `run.existing` is refuse, a run of another recipe, or files that
+            InputError: the directory holds a run and `run.if_exists` is error, a run of another recipe, or files that
                 a run would write but that no run of this project left there.
         """
         self.recipe = recipe
@@ -87,9 +87,9 @@ class Run:
         self.directory = Path(config["run"]["directory"] or broadcast_object(default_directory(recipe)))
         self.states = self.directory / "states"
         self._record_path = self.directory / RECORD_FILE
-        self._refuse_foreign(config["run"]["existing"])
+        self._refuse_foreign(config["run"]["if_exists"])
 
-    def _refuse_foreign(self, existing: str) -> None:
+    def _refuse_foreign(self, if_exists: str) -> None:
         """Refuse a directory whose content is not this recipe's to replace."""
         if not self._record_path.exists():
             if found := [name for name in OUTPUTS if (self.directory / name).exists()]:
@@ -98,9 +98,9 @@ class Run:
         earlier = read_json(self._record_path).get("recipe")
         if earlier != self.recipe:
             raise InputError(f"{self.directory} holds a run of {earlier}: choose another run.directory")
-        if existing == "refuse":
+        if if_exists == "error":
             raise InputError(
-                f"{self.directory} holds a run: choose another run.directory, or run.existing=reuse|replace"
+                f"{self.directory} holds a run: choose another run.directory, or run.if_exists=reuse|replace"
             )
 
     def begin(self, inputs: dict[str, str]) -> str:
@@ -110,7 +110,7 @@ class Run:
             inputs: hashes of what the run reads; with configuration and code they decide whether two runs are the same.
 
         Returns:
-            "finished" or "unfinished" where `run.existing` is reuse and the directory holds this very run (then
+            "finished" or "unfinished" where `run.if_exists` is reuse and the directory holds this very run (then
             nothing is rewritten), "unfinished" where it is extend and the directory holds any, else "new".
         """
         return broadcast_object(self._begin(inputs) if self.main else None)
@@ -120,23 +120,23 @@ class Run:
         aside = ("run", "prepare", "zero", "tracking", "then")
         what = {name: value for name, value in self.config.items() if name not in aside}
         key = digest([self.recipe, what, inputs, code_digest(), provenance()["versions"]])
-        existing = self.config["run"]["existing"]
-        if existing == "extend" and self._record_path.exists():
+        if_exists = self.config["run"]["if_exists"]
+        if if_exists == "extend" and self._record_path.exists():
             write_text(self.directory / RESOLVED_FILE, as_yaml(self.config))
             self._go_on(read_json(self._record_path) | {"finished": None})
             return "unfinished"
-        if existing in ("reuse", "resume") and self._record_path.exists():
+        if if_exists in ("reuse", "resume") and self._record_path.exists():
             earlier = read_json(self._record_path)
-            if existing == "resume" and (differing := self._differences(aside)):
+            if if_exists == "resume" and (differing := self._differences(aside)):
                 raise InputError(
                     f"{self.directory} began otherwise: {'; '.join(differing)}; go on as it began by "
                     f"run={self.directory} resume=true, or start a new run by from={self.directory}"
                 )
-            if existing == "resume" and earlier["inputs"] != inputs:
+            if if_exists == "resume" and earlier["inputs"] != inputs:
                 raise InputError(f"{self.directory}: the data are not those that the run began with")
-            if existing == "resume" and earlier.get("key") != key:
+            if if_exists == "resume" and earlier.get("key") != key:
                 self.say("note: code or package versions are not those that the run began with")
-            if existing == "resume" or earlier.get("key") == key:
+            if if_exists == "resume" or earlier.get("key") == key:
                 if earlier.get("finished"):
                     return "finished"
                 self._go_on(earlier)

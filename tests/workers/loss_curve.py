@@ -172,7 +172,7 @@ def train(
 
 def run_in(directory: Path) -> Run:
     """A run in a directory, which goes on with what it finds there."""
-    settings = {"run": {"directory": str(directory), "existing": "reuse"}}
+    settings = {"run": {"directory": str(directory), "if_exists": "reuse"}}
     return Run("sft", settings | {"tracking": {"mode": "offline"}, "data": {"train": {"path": "none.jsonl"}}})
 
 
