@@ -49,9 +49,9 @@ def compare(
     lengths = [PREFIX, *bodies]
     pack = {
         "input_ids": torch.randint(4096, (sum(lengths),)),
-        "weights": [0.0] * PREFIX + [0.0, *[1.0] * (BODY - 1)] * len(bodies),
-        "lengths": lengths,
-        "prefix": PREFIX,
+        "loss_weights": [0.0] * PREFIX + [0.0, *[1.0] * (BODY - 1)] * len(bodies),
+        "document_lengths": lengths,
+        "prefix_length": PREFIX,
     }
 
     def passes(attention: str, repeats: int, autocast: bool) -> tuple[list[torch.Tensor], list[float]]:
@@ -61,7 +61,7 @@ def compare(
         collator = PackCollator(batch_layout(attention, "shared_prefix"), 0, additive=attention == "eager")
         batch = send_to_device(collator([pack]), device)
         labels = batch.pop("labels")
-        del batch["weights"]  # all 0 or 1
+        del batch["loss_weights"]  # all 0 or 1
         seconds = []
         for _ in range(repeats):
             model.zero_grad()

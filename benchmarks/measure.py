@@ -90,13 +90,13 @@ def random_examples(bodies: Iterable[int], prefix: int, vocabulary: int) -> list
     shared = rng.integers(vocabulary, size=prefix)
     examples = []
     for body in bodies:
-        boundaries = prefix + body * numpy.arange(2 * EXCHANGES + 1) // (2 * EXCHANGES)
-        kinds = numpy.zeros(prefix + body, numpy.uint8)
-        for start, end in zip(boundaries[1::2], boundaries[2::2], strict=True):
-            kinds[start:end] = TokenType.REPLY
+        turn_offsets = prefix + body * numpy.arange(2 * EXCHANGES + 1) // (2 * EXCHANGES)
+        token_types = numpy.zeros(prefix + body, numpy.uint8)
+        for start, end in zip(turn_offsets[1::2], turn_offsets[2::2], strict=True):
+            token_types[start:end] = TokenType.REPLY
         ids = numpy.concatenate([shared, rng.integers(vocabulary, size=body)]).astype(numpy.int32)
         strategies = numpy.tile(numpy.array([0, 1], numpy.uint8), EXCHANGES)
-        examples.append(TokenizedDialogue(ids, kinds, boundaries.astype(numpy.int32), strategies))
+        examples.append(TokenizedDialogue(ids, token_types, turn_offsets.astype(numpy.int32), strategies))
     return examples
 
 
@@ -104,12 +104,17 @@ def turn_samples(examples: Iterable[TokenizedDialogue]) -> list[TokenizedDialogu
     """A sample for each supporter turn: all that comes before it, and it alone trained."""
     samples = []
     for example in examples:
-        for turn in range(1, len(example.boundaries), 2):
-            start, end = example.boundaries[turn], example.boundaries[turn + 1]
-            kinds = numpy.where(numpy.arange(end) < start, TokenType.CONTEXT, example.kinds[:end]).astype(numpy.uint8)
+        for turn in range(1, len(example.turn_offsets), 2):
+            start, end = example.turn_offsets[turn], example.turn_offsets[turn + 1]
+            token_types = numpy.where(numpy.arange(end) < start, TokenType.CONTEXT, example.token_types[:end]).astype(
+                numpy.uint8
+            )
             samples.append(
                 TokenizedDialogue(
-                    example.input_ids[:end], kinds, example.boundaries[: turn + 2], example.strategies[: turn + 1]
+                    example.input_ids[:end],
+                    token_types,
+                    example.turn_offsets[: turn + 2],
+                    example.strategies[: turn + 1],
                 )
             )
     return samples

@@ -64,13 +64,13 @@ def cases() -> dict[str, Case]:
 def random_examples(count: int) -> list[TokenizedDialogue]:
     """Dialogues of random tokens, of which every second turn is trained."""
     rng = numpy.random.default_rng(0)
-    boundaries = numpy.arange(DOCUMENT // 4, DOCUMENT + 1, DOCUMENT // 8, dtype=numpy.int32)
-    kinds = numpy.zeros(DOCUMENT, numpy.uint8)
-    for start in boundaries[:-1:2]:
-        kinds[start + 4 : start + DOCUMENT // 8] = 2
+    turn_offsets = numpy.arange(DOCUMENT // 4, DOCUMENT + 1, DOCUMENT // 8, dtype=numpy.int32)
+    token_types = numpy.zeros(DOCUMENT, numpy.uint8)
+    for start in turn_offsets[:-1:2]:
+        token_types[start + 4 : start + DOCUMENT // 8] = 2
     strategies = numpy.array([1, 0] * 3, numpy.uint8)
     return [
-        TokenizedDialogue(rng.integers(0, 290, DOCUMENT, dtype=numpy.int32), kinds, boundaries, strategies)
+        TokenizedDialogue(rng.integers(0, 290, DOCUMENT, dtype=numpy.int32), token_types, turn_offsets, strategies)
         for _ in range(count)
     ]
 

@@ -289,7 +289,7 @@ def balance(report: Report, settings: Settings, capacity: int) -> None:
 def our_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[list[PackSlice]]]:
     """By step, by rank, its parts."""
     steps = global_batches(packs, per_step, 0, epoch)
-    return [[list(itertools.chain(*passes)) for passes in assign_to_ranks(step, packs, RANKS, 1, joined=True)]
+    return [[list(itertools.chain(*passes)) for passes in assign_to_ranks(step, packs, RANKS, 1, single_row=True)]
             for step in steps]  # fmt: skip
 
 
@@ -406,7 +406,7 @@ def training(report: Report, settings: Settings, directory: str) -> None:
     def ours(examples: list[TokenizedDialogue], packing: str) -> Steps:
         packs, _ = pack_dialogues(examples, PackingConfig(packing, length))
         trainer = pack_trainer(random_model(settings.model, VARLEN_ATTENTION), packs, packing, directory)
-        return Steps(trainer, full_packs(packs.lengths, length))
+        return Steps(trainer, full_packs(packs.document_lengths, length))
 
     def theirs() -> Steps:
         trainer = trl_trainer(random_model(settings.model, "sdpa"), examples, length, directory)
@@ -449,8 +449,8 @@ def same_steps(report: Report, settings: Settings, directory: str) -> None:
     """The same dialogues in each step with and without a shared prefix: equal losses, less time."""
     examples = training_examples(settings)
     shared, _ = pack_dialogues(examples, PackingConfig("shared_prefix", settings.max_length))
-    plain = PackedDataset(shared.examples, shared.members, [0] * len(shared), shared.weigh)
-    order = list(itertools.islice(full_packs(shared.lengths, settings.max_length), settings.rounds + 1))
+    plain = PackedDataset(shared.dialogues, shared.pack_items, [0] * len(shared), shared.loss_weights)
+    order = list(itertools.islice(full_packs(shared.document_lengths, settings.max_length), settings.rounds + 1))
     sides = {
         packing: Steps(pack_trainer(random_model(settings.model, VARLEN_ATTENTION), packs, packing, directory), order)
         for packing, packs in {"shared_prefix": shared, "best_fit": plain}.items()
@@ -483,8 +483,8 @@ def exactness(report: Report, settings: Settings) -> None:
     """Hidden states of packs against those of the same dialogues one by one."""
     examples = training_examples(settings)
     packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", settings.max_length))
-    number = next(iter(full_packs(packs.lengths, settings.max_length)))
-    members = [examples[member.example] for member in packs.members[number]]
+    number = next(iter(full_packs(packs.document_lengths, settings.max_length)))
+    members = [examples[member.dialogue] for member in packs.pack_items[number]]
     report.section(
         "exactness",
         "Largest absolute difference of a hidden state behind the last layer from that of the dialogue run alone, over "
@@ -498,9 +498,7 @@ def exactness(report: Report, settings: Settings) -> None:
     ids = [torch.tensor(example.input_ids, dtype=torch.int64) for example in members]
     alone = [hidden(plain, {"input_ids": each[None]}) for each in ids]
     expected = torch.cat([alone[0][: settings.prefix], *(states[settings.prefix :] for states in alone)])
-    states = hidden(
-        random_model(settings.model, VARLEN_ATTENTION), PackCollator("documents", pad_id=0)([packs[number]])
-    )
+    states = hidden(random_model(settings.model, VARLEN_ATTENTION), PackCollator("varlen", pad_id=0)([packs[number]]))
     report.add("shared prefix", float((states - expected).abs().max()), most=1e-5)
     packed = {"input_ids": torch.cat(ids).tolist(), "seq_lengths": list(map(len, ids))}
     states = hidden(plain, DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([packed]))
@@ -511,7 +509,7 @@ def exactness(report: Report, settings: Settings) -> None:
 @torch.no_grad()
 def hidden(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """[length, hidden]: the last layer's states of a batch of one row."""
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "weights")}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "loss_weights")}
     return model.eval().model(**inputs, use_cache=False).last_hidden_state[0]
 
 

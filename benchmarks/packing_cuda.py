@@ -118,7 +118,7 @@ def sides(
             trainer = pack_trainer(
                 random_model(model, attention, torch.bfloat16), packs, packing, directory, options.checkpointing
             )
-            return Steps(trainer, full_packs(packs.lengths, options.max_length))
+            return Steps(trainer, full_packs(packs.document_lengths, options.max_length))
 
         return prepare
 
@@ -169,7 +169,7 @@ def measure_side(report: Report, name: str, prepare: Callable[[], Steps], option
 def layout(steps: Steps) -> tuple[list[list[int]], list[int]]:
     """By pack, the lengths of its documents and that of the prefix that they share, ours or TRL's."""
     if hasattr(steps.trainer, "packs"):
-        return steps.packs.lengths, steps.packs.prefixes
+        return steps.packs.document_lengths, steps.packs.prefix_lengths
     lengths = list(steps.packs["seq_lengths"])
     return lengths, [0] * len(lengths)
 

@@ -4,12 +4,12 @@ A set of encoded dialogues is a directory of flat arrays, which training maps in
 
     prefix.bin      int32 [prefix]             the ids before the first turn, which all the dialogues share
     input_ids.bin   int32 [tokens]             what follows them, one dialogue after the other
-    kinds.bin       uint8 [tokens]             `TokenKind` of each of these
-    boundaries.bin  int32 [turns + dialogues]  `TokenizedDialogue.boundaries`
+    token_types.bin       uint8 [tokens]             `TokenKind` of each of these
+    turn_offsets.bin  int32 [turns + dialogues]  `TokenizedDialogue.turn_offsets`
     strategies.bin  uint8 [turns]              `TokenizedDialogue.strategies`
     offsets.bin     int64 [dialogues + 1, 2]   where each dialogue starts in `input_ids` and in `strategies`
 
-Loss weights are not kept: they follow from kinds and strategies as a row is put together, so that changing them costs
+Loss weights are not kept: they follow from token_types and strategies as a row is put together, so that changing them costs
 nothing.
 """
 
@@ -35,14 +35,14 @@ from csc_train.data import strategies
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, read_json, write_json
-from csc_train.template.config import PrepareConfig
+from csc_train.template.config import TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
 
 ARRAYS = {
     "prefix": numpy.int32,
     "input_ids": numpy.int32,
-    "kinds": numpy.uint8,
-    "boundaries": numpy.int32,
+    "token_types": numpy.uint8,
+    "turn_offsets": numpy.int32,
     "strategies": numpy.uint8,
     "offsets": numpy.int64,
 }
@@ -67,7 +67,7 @@ class TokenizedDataset(Sequence[TokenizedDialogue]):
         }
         self._prefix, self._ids, self._kinds, self._boundaries, self._strategies, offsets = arrays.values()
         self._offsets = offsets.reshape(-1, 2)
-        self._context = numpy.zeros(len(self._prefix), ARRAYS["kinds"])
+        self._context = numpy.zeros(len(self._prefix), ARRAYS["token_types"])
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -86,7 +86,7 @@ class TokenizedDataset(Sequence[TokenizedDialogue]):
 def tokenize(
     dialogues: Sequence[Dialogue],
     template: DialogueTemplate,
-    config: PrepareConfig,
+    config: TokenizationConfig,
     say: Callable[[str], None] = print,
 ) -> TokenizedDataset:
     """The dialogues encoded by `template`, in order: found in the cache, or encoded and put there.
@@ -114,20 +114,20 @@ def tokenize(
             fault = _fault(directory, inputs)  # once more: another process may have been at it
             if fault is not None:
                 if directory.exists():
-                    print(f"prepared {directory}: {fault}, so it is built again", flush=True)
-                return _build(directory, inputs, dialogues, template, config.processes)
-    say(f"prepared {directory}: hit, {len(dialogues):,} dialogues")
+                    print(f"tokenized {directory}: {fault}, so it is built again", flush=True)
+                return _build(directory, inputs, dialogues, template, config.num_workers)
+    say(f"tokenized {directory}: hit, {len(dialogues):,} dialogues")
     return TokenizedDataset(directory)
 
 
-def find_cached(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: PrepareConfig) -> Path | None:
+def find_cached(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: TokenizationConfig) -> Path | None:
     """Where `tokenize` will find these dialogues encoded; None where it will encode them."""
     directory, inputs = _entry(dialogues, template, config)
     return directory if _fault(directory, inputs) is None else None
 
 
 def _entry(
-    dialogues: Sequence[Dialogue], template: DialogueTemplate, config: PrepareConfig
+    dialogues: Sequence[Dialogue], template: DialogueTemplate, config: TokenizationConfig
 ) -> tuple[Path, dict[str, str]]:
     """The directory of the cache for these dialogues, and the hashes of all that decides what it holds."""
     inputs = {
@@ -136,7 +136,7 @@ def _entry(
         "template": template.fingerprint,
         "code": _code_digest(),
     }
-    return Path(config.cache) / digest(inputs)[:KEY], inputs
+    return Path(config.cache_dir) / digest(inputs)[:KEY], inputs
 
 
 def _build(
@@ -159,7 +159,7 @@ def _build(
         write_json(temporary / MANIFEST, _manifest(temporary, inputs))
     seconds = time.perf_counter() - start
     print(
-        f"prepared {directory}: {len(dialogues):,} dialogues encoded in {seconds:.1f} s "
+        f"tokenized {directory}: {len(dialogues):,} dialogues encoded in {seconds:.1f} s "
         f"({len(dialogues) / seconds:,.0f} a second, processes: {processes})",
         flush=True,
     )
@@ -211,10 +211,13 @@ def _encode(dialogues: Sequence[Dialogue], template: DialogueTemplate, processes
 
 
 def _flatten(examples: Iterable[TokenizedDialogue]) -> list[numpy.ndarray]:
-    """Examples as `input_ids`, `kinds`, `boundaries` and `strategies` end to end, and int64 [examples, 2]: how many
-    ids and turns each has. Ids and kinds are those behind the prefix."""
+    """Examples as `input_ids`, `token_types`, `turn_offsets` and `strategies` end to end, and int64 [examples, 2]: how many
+    ids and turns each has. Ids and token_types are those behind the prefix."""
     examples = list(examples)
-    parts = [(e.input_ids[e.boundaries[0] :], e.kinds[e.boundaries[0] :], e.boundaries, e.strategies) for e in examples]
+    parts = [
+        (e.input_ids[e.turn_offsets[0] :], e.token_types[e.turn_offsets[0] :], e.turn_offsets, e.strategies)
+        for e in examples
+    ]
     sizes = numpy.array([(len(ids), len(strategies)) for ids, _, _, strategies in parts])
     return [*map(numpy.concatenate, zip(*parts, strict=True)), sizes]
 

@@ -32,9 +32,9 @@ def main(config: PrepareRecipe) -> None:
     template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
 
     # Packs
-    examples = tokenize(splits.train, template, config.prepare)
+    examples = tokenize(splits.train, template, config.tokenization)
     if config.held_out.interval(config.trainer):
-        tokenize(splits.held_out, template, config.prepare)
+        tokenize(splits.held_out, template, config.tokenization)
     _, report = pack_dialogues(examples, config.packing, config.loss)
     print(f"training will see {report}")
 

@@ -65,18 +65,18 @@ def main(config: SftRecipe) -> None:
     template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
 
     # Packs
-    examples = tokenize(splits.train, template, config.prepare, run.say)
+    examples = tokenize(splits.train, template, config.tokenization, run.say)
     packs, packing_report = pack_dialogues(examples, config.packing, config.loss)
     run.say(f"training on {packing_report}")
     held_out = None
     if config.held_out.interval(config.trainer):
         held_out = Validator(
             splits.held_out,
-            tokenize(splits.held_out, template, config.prepare, run.say),
+            tokenize(splits.held_out, template, config.tokenization, run.say),
             template,
             config.held_out,
             config.packing,
-            packs.weigh,
+            packs.loss_weights,
             run.directory,
         )
     if config.held_out.chooses and not splits.validation:

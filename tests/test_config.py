@@ -271,7 +271,7 @@ def nested_key(recipe):
     """A key two levels down that `recipe` has."""
     return {
         "sft": "packing.max_length",
-        "prepare": "prepare.processes",
+        "prepare": "tokenization.num_workers",
         "preflight": "topology.nodes",
         "evaluate": "evaluation.batch_size",
         "compare": "metrics.batch_size",
@@ -400,8 +400,12 @@ def test_help_and_cfg_show_and_write_nothing(tmp_path):
 
 
 def test_a_table_of_weights_is_given_by_strategy():
-    loss = compose("sft", ["experiment=demo", "loss=by_strategy", "loss.table.EM=2", "loss.table.OT=0"]).loss
-    assert loss.weighting == "table"
-    assert loss.table == {strategy.code: {"EM": 2.0, "OT": 0.0}.get(strategy.code, 1.0) for strategy in STRATEGIES}
-    with pytest.raises(InputError, match=r"loss\.table\.EN' for recipe sft\. Did you mean 'loss\.table"):
-        compose("sft", ["experiment=demo", "loss=by_strategy", "loss.table.EN=2"])
+    loss = compose(
+        "sft", ["experiment=demo", "loss=by_strategy", "loss.strategy_factors.EM=2", "loss.strategy_factors.OT=0"]
+    ).loss
+    assert loss.weighting == "by_strategy"
+    assert loss.strategy_factors == {
+        strategy.code: {"EM": 2.0, "OT": 0.0}.get(strategy.code, 1.0) for strategy in STRATEGIES
+    }
+    with pytest.raises(InputError, match=r"loss\.strategy_factors\.EN' for recipe sft\. Did you mean 'loss\.strategy_factors"):
+        compose("sft", ["experiment=demo", "loss=by_strategy", "loss.strategy_factors.EN=2"])

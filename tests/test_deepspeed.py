@@ -91,8 +91,8 @@ def folder(template, tmp_path_factory) -> Path:
     examples = [template.encode(random_dialogue(rng)) for _ in range(40)]
     packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=1000))
     number = 2 * PACKS_PER_STEP + 1
-    packs = PackedDataset(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
-    assert min(map(len, packs.lengths)) > 1
+    packs = PackedDataset(packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights)
+    assert min(map(len, packs.document_lengths)) > 1
     (folder / "packs").write_bytes(pickle.dumps(packs))
     torch.manual_seed(0)
     config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)

@@ -45,7 +45,7 @@ class Case:
         self.packs, _ = pack_dialogues(self.examples, PackingConfig("best_fit", max_length=1100))
         # Several packs, of several documents, of unequal length: else nothing could leak, and nothing would be padded.
         assert 2 <= len(self.packs) <= 3
-        assert sum(len(row["lengths"]) > 1 for row in self.packs) >= 2
+        assert sum(len(row["document_lengths"]) > 1 for row in self.packs) >= 2
         assert len({len(row["input_ids"]) for row in self.packs}) > 1
         config = tiny_config(architecture, tokenizer, 0.2, max_position_embeddings=4096, tie_word_embeddings=False)
         torch.manual_seed(0)
@@ -68,9 +68,9 @@ class Case:
 
     def packed(self, one_row: bool, **changes) -> tuple[float, dict[str, torch.Tensor]]:
         """Loss sum and gradients of the packs in one batch; `changes` go into the model's call, None takes out."""
-        batch = PackCollator("joined" if one_row else "rows", self.tokenizer.pad_token_id)(list(self.packs))
+        batch = PackCollator("padding_free" if one_row else "rows", self.tokenizer.pad_token_id)(list(self.packs))
         labels = batch.pop("labels")
-        del batch["weights"]
+        del batch["loss_weights"]
         self.model.zero_grad()
         inputs = batch | {"use_cache": False} | {name: make(batch) for name, make in changes.items()}
         logits = self.model(**inputs).logits
@@ -144,7 +144,7 @@ def test_a_padded_batch_equals_its_documents(model, case_of):
     rows, _ = pack_dialogues(case.examples, PackingConfig(strategy="off", max_length=1100))
     batch = PackCollator("padded", case.tokenizer.pad_token_id)(list(rows))
     labels = batch.pop("labels")
-    del batch["weights"]
+    del batch["loss_weights"]
     case.model.zero_grad()
     logits = case.model(**batch, use_cache=False).logits
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")

@@ -47,9 +47,9 @@ def random_packs(packs: int, seed: int, most: int = 9) -> list[PackCost]:
     ]
 
 
-def sampler(packs, processes, rank, micro, seed=3, packs_per_step=PACKS_PER_STEP, joined=True):
+def sampler(packs, processes, rank, micro, seed=3, packs_per_step=PACKS_PER_STEP, single_row=True):
     return PackBatchSampler(
-        packs, packs_per_step, seed, processes=processes, rank=rank, micro_batch_size=micro, joined=joined
+        packs, packs_per_step, seed, world_size=processes, rank=rank, micro_batch_size=micro, single_row=single_row
     )
 
 
@@ -110,7 +110,9 @@ def test_odd_packs_meet_and_those_that_cost_about_the_median_stay_in_random_orde
 def test_the_goals_for_equal_work_are_met_on_real_lengths(prefix, max_length, spread, packs_per_step):
     """Of whole epochs, their last steps included, on eight processes; and steps are about as fair as random ones."""
     packs = rolecs_like_packs(prefix, max_length)
-    balance = measure_load_balance(packs, packs_per_step, 0, epochs=3, processes=8, micro_batch_size=1, joined=True)
+    balance = measure_load_balance(
+        packs, packs_per_step, 0, epochs=3, world_size=8, micro_batch_size=1, single_row=True
+    )
     assert 1 <= balance.imbalance <= 1.005
     assert 0.995 <= balance.efficiency < 1
     assert 0.8 < balance.length_spread <= spread
@@ -120,20 +122,22 @@ def test_the_goals_for_equal_work_are_met_on_real_lengths(prefix, max_length, sp
 def test_the_account_of_a_schedule_by_hand():
     packs = [PackCost((5, 5), (4.0, 4.0), 2, 1.0)] * 3
     # A full step of two packs on two processes; then one pack, cut in two, whose prefix is run twice.
-    balance = measure_load_balance(packs, 2, 0, epochs=2, processes=2, micro_batch_size=1, joined=True)
+    balance = measure_load_balance(packs, 2, 0, epochs=2, world_size=2, micro_batch_size=1, single_row=True)
     assert balance == LoadBalance(1.0, 27 / (2 * 9 + 2 * 5), 1.0, 1.0)
     # All on one process: nobody waits, and nothing is repeated.
-    assert measure_load_balance(packs, 2, 0, epochs=2, processes=1, micro_batch_size=2, joined=True).efficiency == 1
+    assert (
+        measure_load_balance(packs, 2, 0, epochs=2, world_size=1, micro_batch_size=2, single_row=True).efficiency == 1
+    )
     # Two documents cannot keep three processes busy.
     packs = [PackCost((5, 5), (6.0, 3.0))]
-    balance = measure_load_balance(packs, 3, 0, epochs=1, processes=3, micro_batch_size=1, joined=True)
+    balance = measure_load_balance(packs, 3, 0, epochs=1, world_size=3, micro_batch_size=1, single_row=True)
     assert balance == LoadBalance(2.0, 0.5, 1.0, 1.0)
 
 
 def test_steps_that_are_sorted_by_length_would_be_seen():
     rng = random.Random(5)
     packs = [cost_of(*[rng.randint(100, 2000)] * 4) for _ in range(800)]
-    balance = measure_load_balance(packs, 8, 0, epochs=1, processes=8, micro_batch_size=1, joined=True)
+    balance = measure_load_balance(packs, 8, 0, epochs=1, world_size=8, micro_batch_size=1, single_row=True)
     # Packs so unlike can only be balanced by meeting their like.
     assert balance.length_spread > 2
     assert balance.imbalance < 1.03
@@ -142,10 +146,10 @@ def test_steps_that_are_sorted_by_length_would_be_seen():
 # How a step is distributed
 
 
-@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("single_row", [True, False])
 @pytest.mark.parametrize("most", [1, 9], ids=["a-document-a-pack", "several"])
 @pytest.mark.parametrize("number", [1, 5, 24, 48, 49, 50, 59, 71])
-def test_processes_and_micro_batches_only_distribute_the_steps(number, most, joined):
+def test_processes_and_micro_batches_only_distribute_the_steps(number, most, single_row):
     packs = random_packs(number, seed=number, most=most)
     for epoch in (0, 1):
         steps = global_batches(packs, PACKS_PER_STEP, 3, epoch)
@@ -155,7 +159,7 @@ def test_processes_and_micro_batches_only_distribute_the_steps(number, most, joi
             accumulation = PACKS_PER_STEP // (processes * micro)
             ranks = []
             for rank in range(processes):
-                batches = sampler(packs, processes, rank, micro, joined=joined)
+                batches = sampler(packs, processes, rank, micro, single_row=single_row)
                 batches.set_epoch(epoch)
                 ranks.append(list(batches))
                 assert len(ranks[-1]) == len(batches)
@@ -166,28 +170,29 @@ def test_processes_and_micro_batches_only_distribute_the_steps(number, most, joi
             ]
             assert [sorted(documents(chain(*chain(*step)))) for step in taken] == [sorted(step) for step in expected]
             for step, whole in zip(taken, steps, strict=True):
-                check_room(step, [packs[pack] for pack in whole], packs, micro, joined)
+                check_room(step, [packs[pack] for pack in whole], packs, micro, single_row)
             working = sum(any(documents(parts) for parts in rank) for rank in taken[-1])
             assert working == min(processes, len(expected[-1]))
 
 
-def check_room(step, whole, packs, micro, joined):
+def check_room(step, whole, packs, micro, single_row):
     """No forward pass holds more than `micro` of the longest packs of the step, or, unjoined, more than that many."""
     longest = max(pack.prefix_tokens + sum(pack.tokens) for pack in whole)
     for parts in chain(*step):
         parts = [part for part in parts if part]
-        assert len(parts) <= micro + joined * micro
+        assert len(parts) <= micro + single_row * micro
         assert sum(part.tokens(packs) for part in parts) <= micro * longest
 
 
-@pytest.mark.parametrize("joined", [True, False])
-def test_an_epoch_that_is_cut_off_after_any_step_goes_on_with_the_next_under_another_distribution(joined):
+@pytest.mark.parametrize("single_row", [True, False])
+def test_an_epoch_that_is_cut_off_after_any_step_goes_on_with_the_next_under_another_distribution(single_row):
     packs = random_packs(53, seed=2)
     for epoch in (0, 1, 2):
         steps = global_batches(packs, 4, 3, epoch)
         for processes, micro in ((4, 1), (2, 1), (2, 2), (1, 4)):
             ranks = [
-                sampler(packs, processes, rank, micro, packs_per_step=4, joined=joined) for rank in range(processes)
+                sampler(packs, processes, rank, micro, packs_per_step=4, single_row=single_row)
+                for rank in range(processes)
             ]
             for batches in ranks:
                 batches.set_epoch(epoch)
@@ -201,10 +206,10 @@ def test_an_epoch_that_is_cut_off_after_any_step_goes_on_with_the_next_under_ano
 
 def test_packs_that_can_be_divided_evenly_stay_whole():
     packs = [PackCost((1,), (cost,)) for cost in (9.0, 4.0, 5.0, 8.0)]
-    assert assign_to_ranks([0, 1, 2, 3], packs, 1, 4, joined=True) == [
+    assert assign_to_ranks([0, 1, 2, 3], packs, 1, 4, single_row=True) == [
         [[PackSlice(pack, 0, 1) for pack in (0, 3, 2, 1)]]
     ]
-    assert assign_to_ranks([0, 1, 2, 3], packs, 2, 1, joined=True) == [
+    assert assign_to_ranks([0, 1, 2, 3], packs, 2, 1, single_row=True) == [
         [[PackSlice(0, 0, 1)], [PackSlice(1, 0, 1)]], [[PackSlice(3, 0, 1)], [PackSlice(2, 0, 1)]],
     ]  # fmt: skip
 
@@ -212,35 +217,35 @@ def test_packs_that_can_be_divided_evenly_stay_whole():
 def test_packs_that_cannot_are_cut_between_documents():
     packs = [PackCost((4, 3, 3), (4.0, 3.0, 3.0)), PackCost((1, 1), (1.0, 1.0)), PackCost((2,), (2.0,))]
     # 14 in all, best cut into 7 and 7: the second process takes the end of one pack and two others, in two places.
-    assert assign_to_ranks([0, 1, 2], packs, 2, 2, joined=True) == [
+    assert assign_to_ranks([0, 1, 2], packs, 2, 2, single_row=True) == [
         [[PackSlice(0, 0, 2)]],
         [[PackSlice(0, 2, 3), PackSlice(2, 0, 1), PackSlice(1, 0, 2)]],
     ]
     # Unjoined, three parts do not fit two places, so the first process takes a whole pack.
-    assert assign_to_ranks([0, 1, 2], packs, 2, 2, joined=False) == [
+    assert assign_to_ranks([0, 1, 2], packs, 2, 2, single_row=False) == [
         [[PackSlice(0, 0, 3)]],
         [[PackSlice(1, 0, 2), PackSlice(2, 0, 1)]],
     ]
-    assert assign_to_ranks([1], packs, 2, 1, joined=True) == [[[PackSlice(1, 0, 1)]], [[PackSlice(1, 1, 2)]]]
-    assert assign_to_ranks([2], packs, 2, 1, joined=True) == [[[PackSlice(2, 0, 1)]], [[]]]
+    assert assign_to_ranks([1], packs, 2, 1, single_row=True) == [[[PackSlice(1, 0, 1)]], [[PackSlice(1, 1, 2)]]]
+    assert assign_to_ranks([2], packs, 2, 1, single_row=True) == [[[PackSlice(2, 0, 1)]], [[]]]
     # Each part runs its prefix: two thirds of a pack are not half the work of four thirds.
     packs = [PackCost((1, 1, 1), (1.0, 1.0, 1.0), 5, 5.0)]
-    assert [share[0][0].flops(packs) for share in assign_to_ranks([0], packs, 2, 1, joined=True)] == [7, 6]
+    assert [share[0][0].flops(packs) for share in assign_to_ranks([0], packs, 2, 1, single_row=True)] == [7, 6]
 
 
-def stretch_cost(stretch, packs, places, joined, longest):
+def stretch_cost(stretch, packs, places, single_row, longest):
     """FLOPs of consecutive (pack, document) pairs as parts of packs; infinite where they have not places enough."""
     runs = [[*run] for _, run in itertools.groupby(stretch, lambda document: document[0])]
     parts = [PackSlice(run[0][0], run[0][1], run[-1][1] + 1) for run in runs]
     fits = len(parts) <= places or (
-        joined and len(parts) == places + 1 and parts[0].tokens(packs) + parts[-1].tokens(packs) <= longest
+        single_row and len(parts) == places + 1 and parts[0].tokens(packs) + parts[-1].tokens(packs) <= longest
     )
     return sum(part.flops(packs) for part in parts) if fits else float("inf")
 
 
-@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("single_row", [True, False])
 @pytest.mark.parametrize("seed", range(12))
-def test_no_other_cut_of_the_line_of_documents_has_a_cheaper_costliest_process(seed, joined):
+def test_no_other_cut_of_the_line_of_documents_has_a_cheaper_costliest_process(seed, single_row):
     packs = random_packs(3, seed, most=3)
     for number, processes in ((1, 2), (2, 3), (3, 2), (3, 4)):
         line = [(pack, one) for pack in range(number) for one in range(len(packs[pack].tokens))]
@@ -248,12 +253,12 @@ def test_no_other_cut_of_the_line_of_documents_has_a_cheaper_costliest_process(s
         longest = max(pack.prefix_tokens + sum(pack.tokens) for pack in packs[:number])
         cheapest = min(
             max(
-                stretch_cost(line[start:end], packs, places, joined, longest)
+                stretch_cost(line[start:end], packs, places, single_row, longest)
                 for start, end in itertools.pairwise((0, *cuts, len(line)))
             )
             for cuts in itertools.combinations_with_replacement(range(len(line) + 1), processes - 1)
         )
-        shares = assign_to_ranks(range(number), packs, processes, 1, joined=joined)
+        shares = assign_to_ranks(range(number), packs, processes, 1, single_row=single_row)
         assert max(sum(part.flops(packs) for parts in share for part in parts) for share in shares) == cheapest
 
 
@@ -290,19 +295,19 @@ def test_a_part_is_the_documents_it_names():
     packs = packs_of(0, 3, 4, 2)
     assert plain(packs[0]) == {
         "input_ids": [0, 1, 2, 100, 101, 102, 103, 200, 201],
-        "weights": [0, 1, 1, 0, 1, 1, 1, 0, 1],
-        "cells": [0, CELL, CELL, 0, CELL, CELL, CELL, 0, CELL],
-        "lengths": [3, 4, 2],
-        "prefix": 0,
+        "loss_weights": [0, 1, 1, 0, 1, 1, 1, 0, 1],
+        "token_groups": [0, CELL, CELL, 0, CELL, CELL, CELL, 0, CELL],
+        "document_lengths": [3, 4, 2],
+        "prefix_length": 0,
     }
     assert plain(packs[PackSlice(0, 0, 3)]) == plain(packs[0])
     assert plain(packs[PackSlice(0, 1, 2)]) == {
-        "input_ids": [100, 101, 102, 103], "weights": [0, 1, 1, 1], "cells": [0, CELL, CELL, CELL], "lengths": [4],
-        "prefix": 0,
+        "input_ids": [100, 101, 102, 103], "loss_weights": [0, 1, 1, 1], "token_groups": [0, CELL, CELL, CELL], "document_lengths": [4],
+        "prefix_length": 0,
     }  # fmt: skip
-    assert packs[PackSlice(0, 1, 3)]["lengths"].tolist() == [4, 2]
+    assert packs[PackSlice(0, 1, 3)]["document_lengths"].tolist() == [4, 2]
     assert plain(packs[None]) == {
-        "input_ids": [0], "weights": [0], "cells": [0], "lengths": [1], "prefix": 0, "empty": True
+        "input_ids": [0], "loss_weights": [0], "token_groups": [0], "document_lengths": [1], "prefix_length": 0, "empty": True
     }  # fmt: skip
 
 
@@ -323,12 +328,12 @@ def test_a_part_of_a_pack_takes_the_shared_prefix_along():
     packs = packs_of(3, 3, 2, 1)
     assert plain(packs[PackSlice(0, 1, 3)]) == {
         "input_ids": [100, 101, 102, 103, 104, 203],
-        "weights": [0, 0, 0, 0, 1, 0],
-        "cells": [0, 0, 0, 0, CELL, 0],
-        "lengths": [3, 2, 1],
-        "prefix": 3,
+        "loss_weights": [0, 0, 0, 0, 1, 0],
+        "token_groups": [0, 0, 0, 0, CELL, 0],
+        "document_lengths": [3, 2, 1],
+        "prefix_length": 3,
     }
-    assert packs[PackSlice(0, 0, 3)]["lengths"].tolist() == [3, 3, 2, 1]
+    assert packs[PackSlice(0, 0, 3)]["document_lengths"].tolist() == [3, 3, 2, 1]
 
 
 def test_the_cost_of_a_pack():

@@ -108,7 +108,7 @@ class DropsPositions(Drops):
 
 
 class DropsDocuments(Drops):
-    dropped = "documents"
+    dropped = "varlen_metadata"
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ class DropsDocuments(Drops):
         (DropsMask, "eager", SHARED, "logits differ"),
         (DropsPositions, "sdpa", BEST, "logits differ"),
         (DropsPositions, VARLEN_ATTENTION, SHARED, "logits differ"),
-        (DropsDocuments, VARLEN_ATTENTION, SHARED, "documents attention was called without documents"),
-        (DropsDocuments, FLEX_ATTENTION, SHARED, "flex_documents attention was called without documents"),
+        (DropsDocuments, VARLEN_ATTENTION, SHARED, "varlen attention was called without varlen_metadata"),
+        (DropsDocuments, FLEX_ATTENTION, SHARED, "flex_varlen attention was called without varlen_metadata"),
     ],
 )
 def test_a_model_that_drops_what_says_where_documents_end_is_refused(kind, attention, packing, reason):
@@ -150,7 +150,7 @@ ROW = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.tensor([
         ({}, "use_cache=True"),  # the model's own default
         ({"use_cache": False, "attention_mask": torch.ones(1, 4)}, "a mask of 2 dimensions"),
     ],
-    ids=["cache", "cache-by-default", "mask"],
+    ids=["cache", "cache-by-default", "dense_mask"],
 )
 def test_a_packed_row_with_a_cache_or_a_plain_mask_is_refused_in_training(adapter, inputs, reason):
     model = make("qwen2", "sdpa")

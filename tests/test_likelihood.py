@@ -30,9 +30,9 @@ def scene(request):
     dialogue = next(each for each in iter(lambda: random_dialogue(rng), None) if len(each.turns) == 5)
     example = template.encode(dialogue)
     # Without most of the system prompt, which would only take time.
-    cut = int(example.boundaries[0]) - 20
+    cut = int(example.turn_offsets[0]) - 20
     header = len(template.supporter_header_ids)
-    starts = [int(example.boundaries[turn]) + header - cut for turn in dialogue.supporter_turns]
+    starts = [int(example.turn_offsets[turn]) + header - cut for turn in dialogue.supporter_turns]
     return model, template, example.input_ids[cut:].tolist(), example.trained[cut:], starts
 
 

@@ -25,12 +25,12 @@ C, S, R = TokenType
 
 
 def example(*turns: tuple[int, list[TokenType]]) -> TokenizedDialogue:
-    """A prefix of two tokens, then turns of (number of strategy, kinds of tokens)."""
-    kinds = [C, C, *itertools.chain.from_iterable(kinds for _, kinds in turns)]
+    """A prefix of two tokens, then turns of (number of strategy, token_types of tokens)."""
+    token_types = [C, C, *itertools.chain.from_iterable(token_types for _, token_types in turns)]
     return TokenizedDialogue(
-        numpy.arange(len(kinds), dtype=numpy.int32),
-        numpy.array(kinds, dtype=numpy.uint8),
-        numpy.cumsum([2, *(len(kinds) for _, kinds in turns)]).astype(numpy.int32),
+        numpy.arange(len(token_types), dtype=numpy.int32),
+        numpy.array(token_types, dtype=numpy.uint8),
+        numpy.cumsum([2, *(len(token_types) for _, token_types in turns)]).astype(numpy.int32),
         numpy.array([number for number, _ in turns], dtype=numpy.uint8),
     )
 
@@ -44,14 +44,14 @@ TURNS = numpy.bincount([1] * 6 + [5] * 2 + [6] * 1, minlength=13)  # mean of the
     ("config", "weights"),
     [
         ({}, [1, 1, 1, 1, 1, 1]),
-        ({"strategy": 3.0}, [3, 1, 3, 1, 1, 1]),
-        ({"reply": 0.0}, [1, 0, 1, 0, 0, 0]),
+        ({"strategy_weight": 3.0}, [3, 1, 3, 1, 1, 1]),
+        ({"reply_weight": 0.0}, [1, 0, 1, 0, 0, 0]),
         ({"weighting": "turns"}, [1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 4, 1 / 4]),
-        ({"weighting": "turns", "strategy": 3.0}, [3 / 4, 1 / 4, 3 / 6, 1 / 6, 1 / 6, 1 / 6]),
+        ({"weighting": "turns", "strategy_weight": 3.0}, [3 / 4, 1 / 4, 3 / 6, 1 / 6, 1 / 6, 1 / 6]),
         ({"weighting": "inverse_frequency"}, [0.5, 0.5, 1.5, 1.5, 1.5, 1.5]),
-        ({"weighting": "inverse_frequency", "cap": 1.25, "reply": 2.0}, [0.5, 1, 1.25, 2.5, 2.5, 2.5]),
-        ({"weighting": "table", "table": {"情感管理": 2.5}}, [1, 1, 2.5, 2.5, 2.5, 2.5]),
-        ({"weighting": "table", "table": {"1": 0.0, "策略5 情感管理": 4.0}}, [0, 0, 4, 4, 4, 4]),
+        ({"weighting": "inverse_frequency", "max_factor": 1.25, "reply_weight": 2.0}, [0.5, 1, 1.25, 2.5, 2.5, 2.5]),
+        ({"weighting": "by_strategy", "strategy_factors": {"情感管理": 2.5}}, [1, 1, 2.5, 2.5, 2.5, 2.5]),
+        ({"weighting": "by_strategy", "strategy_factors": {"1": 0.0, "策略5 情感管理": 4.0}}, [0, 0, 4, 4, 4, 4]),
     ],
 )
 def test_weights_are_those_of_the_formula(config, weights):
@@ -77,12 +77,21 @@ def test_only_trained_turns_are_counted():
     ("config", "message"),
     [
         ({"weighting": "turn"}, r"^loss\.weighting=turn: .* Did you mean 'turns'\?"),
-        ({"cap": 0.5}, r"^loss\.cap=0\.5: must be at least 1"),
-        ({"weighting": "table", "table": {"1": -1.0}}, r"^loss\.table\.1=-1\.0: must be at least 0"),
-        ({"table": {"1": 2.0}}, r"^loss\.table is given, but loss\.weighting is tokens"),
-        ({"strategy": 0.0, "reply": 0.0}, "nothing would be trained"),
-        ({"weighting": "table", "table": {"情感": 2.0}}, r"^loss\.table: unknown strategy '情感'"),
-        ({"weighting": "table", "table": {"5": 2.0, "情感管理": 1.0}}, r"^loss\.table names strategy 5 twice"),
+        ({"max_factor": 0.5}, r"^loss\.max_factor=0\.5: must be at least 1"),
+        (
+            {"weighting": "by_strategy", "strategy_factors": {"1": -1.0}},
+            r"^loss\.strategy_factors\.1=-1\.0: must be at least 0",
+        ),
+        ({"strategy_factors": {"1": 2.0}}, r"^loss\.strategy_factors is given, but loss\.weighting is tokens"),
+        ({"strategy_weight": 0.0, "reply_weight": 0.0}, "nothing would be trained"),
+        (
+            {"weighting": "by_strategy", "strategy_factors": {"情感": 2.0}},
+            r"^loss\.strategy_factors: unknown strategy '情感'",
+        ),
+        (
+            {"weighting": "by_strategy", "strategy_factors": {"5": 2.0, "情感管理": 1.0}},
+            r"^loss\.strategy_factors names strategy 5 twice",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(config, message):
@@ -100,19 +109,19 @@ def test_the_kinds_of_tokens_of_each_mode():
     for mode, strategy in (("joint", ["[礼貌问候]", "[情感管理]"]), ("given", None), ("reply_only", None)):
         template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode=mode))
         one = template.encode(Dialogue("d", turns))
-        of = {kind: one.input_ids[one.kinds == kind].tolist() for kind in TokenType}
+        of = {kind: one.input_ids[one.token_types == kind].tolist() for kind in TokenType}
         assert template.tokenizer.decode(of[S]) == "".join(strategy or [])
         assert template.tokenizer.decode(of[R]) == "您好<|im_end|>请放心<|im_end|>"
         assert one.strategies.tolist() == [1, 0, 5]
-        by_turn = [one.kinds[start:end].any() for start, end in itertools.pairwise(one.boundaries)]
+        by_turn = [one.token_types[start:end].any() for start, end in itertools.pairwise(one.turn_offsets)]
         assert by_turn == [True, False, True]
 
 
 def test_a_dialogue_without_weight_is_dropped_and_the_shares_are_of_weights():
     other = example((5, [C, S, R]))
-    config = LossConfig("table", table={"5": 0.0, "1": 2.0})
+    config = LossConfig("by_strategy", strategy_factors={"5": 0.0, "1": 2.0})
     packs, report = pack_dialogues([other, ONE, other], PackingConfig("best_fit", max_length=30), config)
-    assert packs.members == [[(1, 0)]]
+    assert packs.pack_items == [[(1, 0)]]
     assert (report.dropped, report.trained_tokens, report.strategies) == (2, 2, {"礼貌问候": 1.0})
     _, report = pack_dialogues([other, ONE], PackingConfig("best_fit", max_length=30), LossConfig("turns"))
     assert report.strategies == {"礼貌问候": pytest.approx(1 / 3), "情感管理": pytest.approx(2 / 3)}
@@ -157,9 +166,9 @@ def test_one_forward_and_no_logits_of_all_tokens(tmp_path):
     calls = []
     model.model.register_forward_hook(lambda *_: calls.append("body"))
     model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
-    batch = PackCollator("joined", 0)([packs[index] for index in range(len(packs))])
+    batch = PackCollator("padding_free", 0)([packs[index] for index in range(len(packs))])
     with LogitRows(model.config.vocab_size) as logits:
-        trainer.training_step(model, dict(batch), num_items_in_batch=batch["weights"].sum())
+        trainer.training_step(model, dict(batch), num_items_in_batch=batch["loss_weights"].sum())
     assert calls == ["body"]
     assert 0 < logits.most < batch["input_ids"].numel()
     with LogitRows(model.config.vocab_size) as logits, torch.no_grad():

@@ -33,20 +33,20 @@ def template():
 def example(prefix: int, *turns: int, first_id: int = 0) -> TokenizedDialogue:
     """Turns of the given lengths after a prefix; the ids count up from `first_id`, so that each token is known by its
     id. Supporter turns, the first included, are trained but for their first token."""
-    boundaries = numpy.cumsum([prefix, *turns]).astype(numpy.int32)
-    kinds = numpy.full(boundaries[-1], TokenType.CONTEXT, dtype=numpy.uint8)
-    for start, end in list(itertools.pairwise(boundaries))[::2]:
-        kinds[start + 1 : end] = TokenType.REPLY
+    turn_offsets = numpy.cumsum([prefix, *turns]).astype(numpy.int32)
+    token_types = numpy.full(turn_offsets[-1], TokenType.CONTEXT, dtype=numpy.uint8)
+    for start, end in list(itertools.pairwise(turn_offsets))[::2]:
+        token_types[start + 1 : end] = TokenType.REPLY
     strategies = numpy.array([index % 2 == 0 for index in range(len(turns))], dtype=numpy.uint8)
     return TokenizedDialogue(
-        numpy.arange(first_id, first_id + boundaries[-1], dtype=numpy.int32), kinds, boundaries, strategies
+        numpy.arange(first_id, first_id + turn_offsets[-1], dtype=numpy.int32), token_types, turn_offsets, strategies
     )
 
 
 def same(one: TokenizedDialogue, other: TokenizedDialogue) -> bool:
     return all(
         numpy.array_equal(getattr(one, name), getattr(other, name))
-        for name in ("input_ids", "kinds", "boundaries", "strategies")
+        for name in ("input_ids", "token_types", "turn_offsets", "strategies")
     )
 
 
@@ -238,18 +238,18 @@ def fit(examples: list[TokenizedDialogue], **config) -> list[int | None]:
 
 def test_an_example_that_just_fits_is_left_alone():
     one = example(4, 3, 2, 5)
-    assert fit([one], max_length=14, too_long="raise") == [0]
+    assert fit([one], max_length=14, overflow="error") == [0]
     assert drop_leading_turns(one, 0) is one
 
 
 def test_policy_drop_leaves_out_what_is_too_long():
     long, short = example(4, 3, 2, 6), example(4, 3)
-    assert fit([long, short, long], max_length=14, too_long="drop") == [None, 0, None]
+    assert fit([long, short, long], max_length=14, overflow="drop") == [None, 0, None]
 
 
 def test_policy_raise_names_the_dialogue_and_its_length():
     with pytest.raises(InputError, match=r"^dialogue 2 has 15 tokens, more than packing\.max_length=14; "):
-        fit([example(4, 3), example(4, 3, 2, 6)], max_length=14, too_long="raise")
+        fit([example(4, 3), example(4, 3, 2, 6)], max_length=14, overflow="error")
 
 
 @pytest.mark.parametrize(
@@ -258,18 +258,18 @@ def test_policy_raise_names_the_dialogue_and_its_length():
 )
 def test_policy_trim_cuts_the_fewest_whole_leading_turns(max_length, first):
     whole = example(4, 3, 2, 5, 2, 6)
-    assert fit([whole], max_length=max_length, too_long="trim") == [first]
+    assert fit([whole], max_length=max_length, overflow="truncate") == [first]
     kept = drop_leading_turns(whole, first)
     expected = {
         1: ([*range(4), *range(7, 22)], [4, 6, 11, 13, 19], [*range(7, 11), *range(14, 19)], [0, 1, 0, 1]),
         3: ([*range(4), *range(14, 22)], [4, 6, 12], [*range(7, 12)], [0, 1]),
     }[first]
     assert kept.input_ids.tolist() == expected[0]
-    assert kept.boundaries.tolist() == expected[1]
+    assert kept.turn_offsets.tolist() == expected[1]
     assert numpy.flatnonzero(kept.trained).tolist() == expected[2]
     assert kept.strategies.tolist() == expected[3]
     assert kept.input_ids.dtype == numpy.int32
-    assert kept.kinds.dtype == numpy.uint8
+    assert kept.token_types.dtype == numpy.uint8
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_policy_trim_cuts_the_fewest_whole_leading_turns(max_length, first):
     ids=["greeting", "exchange", "customer-last"],
 )
 def test_policy_trim_drops_what_cannot_be_trimmed(one):
-    assert fit([one], max_length=12, too_long="trim") == [None]
+    assert fit([one], max_length=12, overflow="truncate") == [None]
 
 
 def test_a_trimmed_dialogue_is_the_encoding_of_its_last_turns(template):
@@ -302,23 +302,23 @@ def test_a_trimmed_dialogue_is_the_encoding_of_its_last_turns(template):
             first = num_turns_to_truncate(whole, PackingConfig(max_length=max_length), 1)
             if fitting and rest[min(fitting)].trained.any():
                 assert first == min(fitting)
-                trimmed = drop_leading_turns(whole, first)
-                assert same(trimmed, rest[first])
-                assert trimmed.input_ids[:prefix].tolist() == template.prefix_ids
+                truncated = drop_leading_turns(whole, first)
+                assert same(truncated, rest[first])
+                assert truncated.input_ids[:prefix].tolist() == template.prefix_ids
                 cuts.add(min(fitting))
             else:
                 assert first is None
     assert {1, 3, 5} <= cuts
 
 
-@pytest.mark.parametrize("policy", ["drop", "trim", "raise"])
+@pytest.mark.parametrize("policy", ["drop", "truncate", "error"])
 @pytest.mark.parametrize("room", [0, -1])
 def test_max_length_without_room_beside_the_system_prompt_is_refused(template, policy, room):
     one = template.encode(random_dialogue(random.Random(0)))
     prefix = len(template.prefix_ids)
     expected = rf"^packing\.max_length={prefix + room} leaves no room beside the system prompt, which takes {prefix} "
     with pytest.raises(InputError, match=expected) as caught:
-        fit([one], max_length=prefix + room, too_long=policy)
+        fit([one], max_length=prefix + room, overflow=policy)
     assert "\n" not in str(caught.value)
 
 
@@ -329,10 +329,10 @@ def documents(packs) -> list[tuple[list[int], list[float]]]:
     """The (ids, weights) of each document of a packed data set, in order."""
     found = []
     for row in packs:
-        assert sum(row["lengths"]) == len(row["input_ids"]) == len(row["weights"])
-        ends = numpy.cumsum(row["lengths"]).tolist()
+        assert sum(row["document_lengths"]) == len(row["input_ids"]) == len(row["loss_weights"])
+        ends = numpy.cumsum(row["document_lengths"]).tolist()
         for start, end in itertools.pairwise([0, *ends]):
-            found.append((row["input_ids"][start:end].tolist(), row["weights"][start:end].tolist()))
+            found.append((row["input_ids"][start:end].tolist(), row["loss_weights"][start:end].tolist()))
     return found
 
 
@@ -340,21 +340,25 @@ def test_rows_are_the_joined_documents_of_each_pack():
     # Lengths 7, 9, 12 and 3 in packs of 12: 3 and 9, 7, 12 alone.
     examples = [example(4, 3), example(4, 3, 2, first_id=100), example(4, 3, 2, 3, first_id=200), example(1, 2)]
     packs, report = pack_dialogues(examples, PackingConfig("best_fit", max_length=12))
-    assert packs.lengths == [[3, 9], [7], [12]]
+    assert packs.document_lengths == [[3, 9], [7], [12]]
     assert [row["input_ids"].tolist() for row in packs] == [
         [0, 1, 2, *range(100, 109)],
         list(range(7)),
         list(range(200, 212)),
     ]
-    assert [row["weights"].tolist() for row in packs] == [
+    assert [row["loss_weights"].tolist() for row in packs] == [
         [0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0],
         [0, 0, 0, 0, 0, 1, 1],
         [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1],
     ]
-    assert [packs[0][name].dtype for name in ("input_ids", "weights", "lengths")] == ["int32", "float32", "int32"]
+    assert [packs[0][name].dtype for name in ("input_ids", "loss_weights", "document_lengths")] == [
+        "int32",
+        "float32",
+        "int32",
+    ]
     assert report == PackingReport(
         dialogues=4,
-        trimmed=0,
+        truncated=0,
         dropped=0,
         packs=3,
         tokens=31,
@@ -370,7 +374,7 @@ def test_the_report_counts_what_was_trimmed_and_dropped():
     packs, report = pack_dialogues(examples, PackingConfig("best_fit", max_length=12))
     assert report == PackingReport(
         dialogues=3,
-        trimmed=1,
+        truncated=1,
         dropped=1,
         packs=2,
         tokens=18,
@@ -379,9 +383,9 @@ def test_the_report_counts_what_was_trimmed_and_dropped():
         utilisation=18 / 24,
         strategies={"礼貌问候": 1.0},
     )
-    assert packs.lengths == [[7], [11]]
+    assert packs.document_lengths == [[7], [11]]
     assert str(report) == (
-        "2 dialogues (1 trimmed, 1 dropped) in 2 packs, 18 tokens (1.000 of what they have apart), 6 trained (33.3%), "
+        "2 dialogues (1 truncated, 1 dropped) in 2 packs, 18 tokens (1.000 of what they have apart), 6 trained (33.3%), "
         "utilisation 0.7500; share of the loss by strategy: 礼貌问候 100.0%"
     )
 
@@ -402,7 +406,7 @@ def test_every_dialogue_is_in_the_packs_exactly_once(template, strategy):
         assert max(len(row["input_ids"]) for row in packs) <= 1200
     assert report == PackingReport(
         dialogues=50,
-        trimmed=0,
+        truncated=0,
         dropped=0,
         packs=len(packs),
         tokens=sum(len(ids) for ids, _ in expected),
@@ -421,8 +425,13 @@ def test_nothing_left_to_train_on_is_refused():
 # Batches
 
 PACKS = [
-    {"input_ids": [10, 11, 12, 20, 21], "weights": [0.0, 0, 1, 0, 1], "lengths": [3, 2], "prefix": 0},
-    {"input_ids": [30, 31], "weights": [0.0, 1], "lengths": [2], "prefix": 0},
+    {
+        "input_ids": [10, 11, 12, 20, 21],
+        "loss_weights": [0.0, 0, 1, 0, 1],
+        "document_lengths": [3, 2],
+        "prefix_length": 0,
+    },
+    {"input_ids": [30, 31], "loss_weights": [0.0, 1], "document_lengths": [2], "prefix_length": 0},
 ]
 NO = IGNORE_INDEX
 
@@ -431,20 +440,20 @@ NO = IGNORE_INDEX
     ("collator", "batch"),
     [
         (
-            PackCollator("joined", PAD),
+            PackCollator("padding_free", PAD),
             {
                 "input_ids": [[10, 11, 12, 20, 21, 30, 31]],
                 "labels": [[NO, NO, 12, NO, 21, NO, 31]],
-                "weights": [[0, 0, 1, 0, 1, 0, 1]],
+                "loss_weights": [[0, 0, 1, 0, 1, 0, 1]],
                 "position_ids": [[0, 1, 2, 0, 1, 0, 1]],
             },
         ),
         (
-            PackCollator("rows", PAD),
+            PackCollator("position_ids", PAD),
             {
                 "input_ids": [[10, 11, 12, 20, 21], [30, 31, PAD, PAD, PAD]],
                 "labels": [[NO, NO, 12, NO, 21], [NO, 31, NO, NO, NO]],
-                "weights": [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]],
+                "loss_weights": [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]],
                 "position_ids": [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]],
             },
         ),
@@ -455,22 +464,25 @@ def test_a_packed_batch(collator, batch):
     made = collator(PACKS)
     assert {name: values.tolist() for name, values in made.items()} == batch
     assert {name: values.dtype for name, values in made.items() if values.dtype != torch.int64} == {
-        "weights": torch.float32
+        "loss_weights": torch.float32
     }
 
 
 def test_an_unpacked_batch_has_a_mask_and_a_row_for_each_document():
-    packs = [{"input_ids": [10, 11, PAD], "weights": [0.0, 1, 0], "lengths": [3], "prefix": 0}, PACKS[1]]
+    packs = [
+        {"input_ids": [10, 11, PAD], "loss_weights": [0.0, 1, 0], "document_lengths": [3], "prefix_length": 0},
+        PACKS[1],
+    ]
     made = PackCollator("padded", PAD)(packs)
     assert {name: values.tolist() for name, values in made.items()} == {
         "input_ids": [[10, 11, PAD], [30, 31, PAD]],
         "labels": [[NO, 11, NO], [NO, 31, NO]],
-        "weights": [[0, 1, 0], [0, 1, 0]],
+        "loss_weights": [[0, 1, 0], [0, 1, 0]],
         # A padding token that is a document's own is seen.
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
     }
     assert {name: values.dtype for name, values in made.items() if values.dtype != torch.int64} == {
-        "weights": torch.float32
+        "loss_weights": torch.float32
     }
 
 
@@ -478,7 +490,7 @@ def test_a_row_of_a_packed_data_set_collates_to_its_own_ids(template):
     rng = random.Random(7)
     examples = [template.encode(random_dialogue(rng)) for _ in range(6)]
     packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=1500))
-    batch = PackCollator("joined", PAD)([packs[index] for index in range(len(packs))])
+    batch = PackCollator("padding_free", PAD)([packs[index] for index in range(len(packs))])
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     pieces = {
         (tuple(ids.tolist()), tuple(labels.tolist()))
@@ -492,10 +504,10 @@ def test_a_row_of_a_packed_data_set_collates_to_its_own_ids(template):
     }
 
 
-@pytest.mark.parametrize("layout", ["padded", "rows", "joined", "documents", "mask"])
+@pytest.mark.parametrize("layout", ["padded", "position_ids", "padding_free", "varlen", "dense_mask"])
 def test_a_batch_without_a_trained_token_is_an_error(layout):
     collator = PackCollator(layout, PAD)
-    untrained = {"input_ids": [1, 2], "weights": [0.0, 0], "lengths": [2], "prefix": 0}
+    untrained = {"input_ids": [1, 2], "loss_weights": [0.0, 0], "document_lengths": [2], "prefix_length": 0}
     with pytest.raises(ValueError, match="no trained token"):
         collator([untrained, untrained])
     assert (collator([untrained, PACKS[1]])["labels"] != IGNORE_INDEX).sum() == 1
@@ -504,18 +516,18 @@ def test_a_batch_without_a_trained_token_is_an_error(layout):
 @pytest.mark.parametrize(
     "pack",
     [
-        {"input_ids": [1, 2], "weights": [1.0, 1], "lengths": [2], "prefix": 0},
-        {"input_ids": [1, 2, 3, 4], "weights": [0.0, 1, 1, 1], "lengths": [2, 2], "prefix": 0},
+        {"input_ids": [1, 2], "loss_weights": [1.0, 1], "document_lengths": [2], "prefix_length": 0},
+        {"input_ids": [1, 2, 3, 4], "loss_weights": [0.0, 1, 1, 1], "document_lengths": [2, 2], "prefix_length": 0},
     ],
     ids=["first-document", "second-document"],
 )
 def test_a_weight_on_the_first_token_of_a_document_is_an_error(pack):
     """What precedes it in the row belongs to another document, and predicts it."""
     with pytest.raises(ValueError, match="first token of a document"):
-        PackCollator("joined", PAD)([pack])
+        PackCollator("padding_free", PAD)([pack])
 
 
 def test_no_template_puts_a_weight_on_a_first_token(template):
     one = template.encode(Dialogue("d", (Turn(Speaker.SUPPORTER, "您好", STRATEGIES[0]),)))
     assert not one.trained[0]
-    assert not one.trained[one.boundaries[0]]
+    assert not one.trained[one.turn_offsets[0]]

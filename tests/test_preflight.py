@@ -232,14 +232,16 @@ def test_the_recipe_ends_with_status_1_and_writes_nothing(tmp_path):
 
 
 def test_it_says_whether_the_dialogues_are_encoded_already(job, tmp_path):
-    config = composed(job, f"prepare.cache={tmp_path}")
-    assert message(preflight(config), "prepared data").startswith("no hit: the run encodes them first")
+    config = composed(job, f"tokenization.cache_dir={tmp_path}")
+    assert message(preflight(config), "tokenized data").startswith("no hit: the run encodes them first")
     template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", config.template)
     train = load_splits(config.data, say=lambda _: None).train
-    tokenize(train, template, config.prepare)
+    tokenize(train, template, config.tokenization)
     (entry,) = tmp_path.glob("[0-9a-f]*")
-    assert message(preflight(config), "prepared data") == f"{entry}: hit"
+    assert message(preflight(config), "tokenized data") == f"{entry}: hit"
     assert data_digest(train)[:12] in message(preflight(config), "data")
-    assert "no hit" in message(preflight(composed(job, f"prepare.cache={tmp_path}", "data.seed=1")), "prepared data")
-    dropping = composed(job, f"prepare.cache={tmp_path}", "data.on_overlap=drop")
-    assert statuses(preflight(dropping))["prepared data"] == "not checked"
+    assert "no hit" in message(
+        preflight(composed(job, f"tokenization.cache_dir={tmp_path}", "data.seed=1")), "tokenized data"
+    )
+    dropping = composed(job, f"tokenization.cache_dir={tmp_path}", "data.on_overlap=drop")
+    assert statuses(preflight(dropping))["tokenized data"] == "not checked"

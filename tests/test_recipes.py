@@ -114,11 +114,11 @@ def test_a_second_run_reuses_what_is_unchanged_and_says_so(workplace, evaluation
 
 def test_prepare_makes_what_training_asks_for_and_reports_the_same(workplace):
     """A tokenizer trained anew included: where sft has been there before, prepare finds its files."""
-    entries = [path for path in (workplace / "runs/prepared").iterdir() if path.is_dir()]
+    entries = [path for path in (workplace / "runs/tokenized").iterdir() if path.is_dir()]
     assert len(entries) == 2  # the training dialogues and those held out
     done = start("prepare.py", *SMALL, cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert all(f"prepared runs/prepared/{entry.name}: hit, " in done.stdout for entry in entries)
+    assert all(f"tokenized runs/tokenized/{entry.name}: hit, " in done.stdout for entry in entries)
     report = json.loads((workplace / "runs/demo/metrics.json").read_text())["packing"]
     assert f"training will see {PackingReport(**report)}\n" in done.stdout
 
@@ -179,7 +179,7 @@ def history(run: Path) -> list[dict]:
 
 
 def test_two_processes_make_one_run_directory(tmp_path):
-    weights = ["loss=by_strategy", "loss.table.GT=0"]
+    weights = ["loss=by_strategy", "loss.strategy_factors.GT=0"]
     done = start("sft.py", "debug=cpu_tiny", *weights, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").glob("sft-*")

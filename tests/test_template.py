@@ -50,7 +50,7 @@ def weighted_tokens(template: DialogueTemplate, dialogue: Dialogue, **options) -
     """What follows the prefix, as (decoded token, 1.0 where it is trained and 0.0 elsewhere)."""
     example = template.encode(dialogue, **options)
     start = len(template.prefix_ids)
-    assert example.boundaries[0] == start
+    assert example.turn_offsets[0] == start
     assert not example.trained[:start].any()
     return [
         (template.tokenizer.decode([token]), weight)
@@ -77,7 +77,9 @@ def test_ids_and_weights_of_a_hand_written_dialogue_qwen():
     example = template.encode(hand_written())
     assert example.input_ids[0] == control[1]
     assert template.end_of_turn_id == control[2]
-    assert example.boundaries.tolist()[1:] == [template.encode(hand_written()).boundaries[0] + n for n in (8, 14, 22)]
+    assert example.turn_offsets.tolist()[1:] == [
+        template.encode(hand_written()).turn_offsets[0] + n for n in (8, 14, 22)
+    ]
 
 
 def test_ids_and_weights_of_a_hand_written_dialogue_llama():
@@ -154,7 +156,7 @@ def test_the_strategys_tokens_are_those_that_start_in_its_label(kind, name, lang
             expected = sum(start < len(label) for start, _ in encoding.offsets)
             example = template.encode(Dialogue("d", (Turn(Speaker.SUPPORTER, text, strategy),)))
             assert example.input_ids[example.trained].tolist() == [*encoding.ids, template.end_of_turn_id]
-            assert (example.kinds == TokenType.STRATEGY).sum() == expected, (label, text)
+            assert (example.token_types == TokenType.STRATEGY).sum() == expected, (label, text)
             label_ids = template._literal.encode(label, add_special_tokens=False).ids
             found += encoding.ids[: len(label_ids)] != label_ids
     if kind == "real":
@@ -233,7 +235,7 @@ def test_qwen3_equals_stock_without_thinking_turn_by_turn_and_differs_from_it_as
             )
             header = prompt[prompt.rindex("<|im_start|>assistant") :]
             expected = tokenizer(header + chat[index + 1]["content"] + "<|im_end|>\n", add_special_tokens=False)
-            start, end = example.boundaries[index], example.boundaries[index + 1]
+            start, end = example.turn_offsets[index], example.turn_offsets[index + 1]
             assert ids[start:end] == expected["input_ids"]
             assert stock.endswith(chat[index + 1]["content"] + "<|im_end|>\n")
         whole = tokenizer.apply_chat_template(chat, return_dict=False)
@@ -274,7 +276,7 @@ def test_every_control_string_in_a_text_is_encoded_literally(kind, name, tokeniz
         ids = example.input_ids.tolist()
         assert [token for token in ids if token in controls.values()] == expected, control
         for index, (turn, text) in enumerate(zip(turns, texts, strict=True)):
-            piece = tokenizer.decode(ids[example.boundaries[index] : example.boundaries[index + 1]])
+            piece = tokenizer.decode(ids[example.turn_offsets[index] : example.turn_offsets[index + 1]])
             content = text if turn.speaker is Speaker.CUSTOMER else format_reply(Reply(turn.strategy, text), "zh")
             assert content in piece
 
@@ -303,7 +305,7 @@ def test_ids_of_a_turn_do_not_depend_on_later_turns(kind, name, tokenizer_of):
         whole = template.encode(dialogue)
         for length in range(len(dialogue.turns)):
             part = template.encode(Dialogue("part", dialogue.turns[:length]))
-            assert part.input_ids.tolist() == whole.input_ids[: whole.boundaries[length]].tolist()
+            assert part.input_ids.tolist() == whole.input_ids[: whole.turn_offsets[length]].tolist()
             if dialogue.turns[length].speaker is Speaker.SUPPORTER:
                 prompt = template.prompt_ids(dialogue.turns[:length])
                 assert prompt == whole.input_ids[: len(prompt)].tolist()

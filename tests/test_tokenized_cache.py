@@ -19,7 +19,7 @@ from csc_train.data.dialogue import Dialogue, Turn
 from csc_train.errors import InputError
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import pack_dialogues
-from csc_train.template.config import PrepareConfig
+from csc_train.template.config import TokenizationConfig
 from csc_train.tokenized_cache import ARRAYS, tokenize
 
 
@@ -32,13 +32,13 @@ def small_chunks(monkeypatch):
 def expected() -> dict[str, bytes]:
     """The arrays of `dialogues()`, by name, put together without the cache."""
     examples = list(template().encode_all(dialogues()))
-    prefix = examples[0].boundaries[0]
+    prefix = examples[0].turn_offsets[0]
     sizes = [(0, 0), *((len(e.input_ids) - prefix, len(e.strategies)) for e in examples)]
     arrays = {
         "prefix": examples[0].input_ids[:prefix],
         "input_ids": numpy.concatenate([e.input_ids[prefix:] for e in examples]),
-        "kinds": numpy.concatenate([e.kinds[prefix:] for e in examples]),
-        "boundaries": numpy.concatenate([e.boundaries for e in examples]),
+        "token_types": numpy.concatenate([e.token_types[prefix:] for e in examples]),
+        "turn_offsets": numpy.concatenate([e.turn_offsets for e in examples]),
         "strategies": numpy.concatenate([e.strategies for e in examples]),
         "offsets": numpy.cumsum(sizes, axis=0, dtype=numpy.int64),
     }
@@ -65,7 +65,7 @@ def same(one, other) -> bool:
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "given"}, {"mode": "reply_only", "language": "en"}], ids=str)
 def test_examples_equal_those_of_the_template(tmp_path, settings):
-    examples = tokenize(dialogues(), template(**settings), PrepareConfig(str(tmp_path)))
+    examples = tokenize(dialogues(), template(**settings), TokenizationConfig(str(tmp_path)))
     fresh = list(template(**settings).encode_all(dialogues()))
     assert len(examples) == len(fresh) == 40
     assert all(map(same, examples, fresh))
@@ -76,7 +76,7 @@ def test_examples_equal_those_of_the_template(tmp_path, settings):
 
 
 def test_the_files_hold_the_dialogues_end_to_end(tmp_path, expected):
-    tokenize(dialogues(), template(), PrepareConfig(str(tmp_path)))
+    tokenize(dialogues(), template(), TokenizationConfig(str(tmp_path)))
     assert contents(tmp_path) == expected
 
 
@@ -100,13 +100,13 @@ def test_two_processes_write_the_same_and_get_chunks_as_they_are_wanted(tmp_path
 
 
 def test_packs_of_the_cache_are_those_of_the_template(tmp_path):
-    examples = tokenize(dialogues(), template(), PrepareConfig(str(tmp_path)))
+    examples = tokenize(dialogues(), template(), TokenizationConfig(str(tmp_path)))
     for packing in (PackingConfig(max_length=1300), PackingConfig("best_fit", max_length=1300)):
         for loss in (LossConfig(), LossConfig("turns", strategy=2)):
             packs, report = pack_dialogues(examples, packing, loss)
             fresh, fresh_report = pack_dialogues(list(template().encode_all(dialogues())), packing, loss)
             assert report == fresh_report
-            assert packs.members == fresh.members
+            assert packs.pack_items == fresh.pack_items
             for row, fresh_row in zip(packs, fresh, strict=True):
                 assert all(numpy.array_equal(row[name], fresh_row[name]) for name in fresh_row)
 
@@ -115,19 +115,19 @@ def test_a_second_call_finds_the_first_ones_files_and_writes_nothing(tmp_path, c
     def state():
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in [tmp_path, *tmp_path.rglob("*")]}
 
-    settings = PrepareConfig(str(tmp_path))
+    settings = TokenizationConfig(str(tmp_path))
     tokenize(dialogues(), template(), settings)
-    assert f"prepared {entry(tmp_path)}: 40 dialogues encoded in " in capsys.readouterr().out
+    assert f"tokenized {entry(tmp_path)}: 40 dialogues encoded in " in capsys.readouterr().out
     before, said = state(), []
     tokenize(dialogues(), template(), settings, said.append)
-    assert said == [f"prepared {entry(tmp_path)}: hit, 40 dialogues"]
+    assert said == [f"tokenized {entry(tmp_path)}: hit, 40 dialogues"]
     assert capsys.readouterr().out == ""
     assert state() == before
 
 
 def test_whatever_decides_the_ids_leads_to_another_entry(tmp_path, monkeypatch):
     def entries(*arguments):
-        tokenize(*arguments, PrepareConfig(str(tmp_path)), lambda text: None)
+        tokenize(*arguments, TokenizationConfig(str(tmp_path)), lambda text: None)
         return sum(path.is_dir() for path in tmp_path.iterdir())
 
     first, *rest = dialogues()
@@ -158,7 +158,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, capsys, kind):
-    settings = PrepareConfig(str(tmp_path))
+    settings = TokenizationConfig(str(tmp_path))
     tokenize(dialogues(), template(), settings)
     for name in (*(f"{array}.bin" for array in ARRAYS), prepared.MANIFEST):
         file = entry(tmp_path) / name
@@ -172,7 +172,7 @@ def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, caps
         tokenize(dialogues(), template(), settings, said.append)
         assert said == []
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith(f"prepared {entry(tmp_path)}: ") and lines[0].endswith(", so it is built again")
+        assert lines[0].startswith(f"tokenized {entry(tmp_path)}: ") and lines[0].endswith(", so it is built again")
         assert " 40 dialogues encoded in " in lines[1]
         assert file.read_bytes() == whole
         assert contents(tmp_path) == expected
@@ -204,7 +204,7 @@ def test_what_ends_half_way_leaves_no_process_and_is_built_again(tmp_path, expec
     assert rest == ""
     assert one.returncode != 0
     assert half.exists() == (end == signal.SIGKILL)
-    tokenize(dialogues(), template(), PrepareConfig(str(tmp_path)))
+    tokenize(dialogues(), template(), TokenizationConfig(str(tmp_path)))
     assert not half.exists()
     assert contents(tmp_path) == expected
 
@@ -217,7 +217,7 @@ def test_of_two_at_once_one_encodes_and_the_other_waits_for_it(tmp_path, expecte
     first, _ = one.communicate("go on\n", timeout=60)
     second, _ = two.communicate(timeout=60)
     assert " 40 dialogues encoded in " in first
-    assert second == f"prepared {entry(tmp_path)}: hit, 40 dialogues\n"
+    assert second == f"tokenized {entry(tmp_path)}: hit, 40 dialogues\n"
     assert contents(tmp_path) == expected
 
 
@@ -246,6 +246,6 @@ def test_what_is_written_is_forgotten(tmp_path):
 def test_a_cache_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*cache: File exists"):
-        tokenize(dialogues(), template(), PrepareConfig(str(tmp_path / "cache")))
-    with pytest.raises(InputError, match=r"prepare\.processes=0: must be at least 1"):
-        PrepareConfig(processes=0)
+        tokenize(dialogues(), template(), TokenizationConfig(str(tmp_path / "cache")))
+    with pytest.raises(InputError, match=r"tokenization.num_workers=0: must be at least 1"):
+        TokenizationConfig(num_workers=0)

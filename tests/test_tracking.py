@@ -56,8 +56,8 @@ def folder(tmp_path_factory) -> Path:
     examples = [without_prompt(template.encode(random_dialogue(rng)), 8) for _ in range(60)]
     packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", max_length=700))
     number = 2 * PACKS_PER_STEP + 1
-    packs = PackedDataset(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
-    members = [member for pack in packs.members for member in pack]
+    packs = PackedDataset(packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights)
+    members = [member for pack in packs.pack_items for member in pack]
     assert len(packs) == number and len(members) > 2 * number and not any(each.first_turn for each in members)
     (folder / "shared").write_bytes(pickle.dumps(packs))
     torch.manual_seed(0)
@@ -69,8 +69,10 @@ def folder(tmp_path_factory) -> Path:
 
 def without_prompt(example: TokenizedDialogue, kept: int) -> TokenizedDialogue:
     """The example with only the last tokens of its prefix."""
-    cut = int(example.boundaries[0]) - kept
-    return TokenizedDialogue(example.input_ids[cut:], example.kinds[cut:], example.boundaries - cut, example.strategies)
+    cut = int(example.turn_offsets[0]) - kept
+    return TokenizedDialogue(
+        example.input_ids[cut:], example.token_types[cut:], example.turn_offsets - cut, example.strategies
+    )
 
 
 def history(run: Path) -> list[dict]:
@@ -119,18 +121,18 @@ def by_hand(folder: Path) -> dict[str, tuple[float, int, int]]:
     """Summed negative log-likelihood, tokens, and tokens that are the first choice, by name; dialogue by dialogue."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     packs, sums = pickle.loads((folder / "shared").read_bytes()), {}
-    for example in (packs.examples[member.example] for pack in packs.members for member in pack):
+    for example in (packs.dialogues[member.dialogue] for pack in packs.pack_items for member in pack):
         ids = torch.tensor(example.input_ids, dtype=torch.int64)
         scores = log_softmax(model(ids[None], use_cache=False).logits[0, :-1], dim=-1)
-        for turn, (start, end) in enumerate(zip(example.boundaries[:-1], example.boundaries[1:], strict=True)):
+        for turn, (start, end) in enumerate(zip(example.turn_offsets[:-1], example.turn_offsets[1:], strict=True)):
             for place in range(start, end):
-                if example.kinds[place] == TokenType.CONTEXT:
+                if example.token_types[place] == TokenType.CONTEXT:
                     continue
                 first = scores[place - 1].argmax() == ids[place]
                 loss = -scores[place - 1, ids[place]].item()
                 stretch = next(name for last, name in zip((4, 8, 16, 32), TURN_BUCKETS, strict=False) if turn < last)
                 strategy = STRATEGIES[example.strategies[turn] - 1].en
-                part = TokenType(example.kinds[place]).name.lower()
+                part = TokenType(example.token_types[place]).name.lower()
                 for name in (f"{part}_tokens", f"by_strategy/{strategy}", f"by_turn/{stretch}"):
                     total, count, right = sums.get(name, (0.0, 0, 0))
                     sums[name] = (total + loss, count + 1, right + int(first))
@@ -140,7 +142,9 @@ def by_hand(folder: Path) -> dict[str, tuple[float, int, int]]:
 def test_losses_by_strategy_turn_and_part_are_those_computed_by_hand(folder, tmp_path):
     # A step takes all the packs, so that their order does not matter.
     packs = pickle.loads((folder / "shared").read_bytes())
-    packs = PackedDataset(packs.examples, packs.members[:PACKS_PER_STEP], packs.prefixes[:PACKS_PER_STEP], packs.weigh)
+    packs = PackedDataset(
+        packs.dialogues, packs.pack_items[:PACKS_PER_STEP], packs.prefix_lengths[:PACKS_PER_STEP], packs.loss_weights
+    )
     (tmp_path / "shared").write_bytes(pickle.dumps(packs))
     (tmp_path / "model").symlink_to(folder / "model")
     (line,) = [entry for entry in train(tmp_path, packs="shared", max_steps=1).state.log_history if "loss" in entry]
@@ -153,9 +157,9 @@ def test_losses_by_strategy_turn_and_part_are_those_computed_by_hand(folder, tmp
         assert line[f"accuracy_{part}"] == pytest.approx(sums[part][2] / sums[part][1])
     assert sums["strategy_tokens"][2] + sums["reply_tokens"][2] > 0
     counted = sum(sums[f"{part}_tokens"][1] for part in ("strategy", "reply"))
-    assert line["trained_share"] == pytest.approx(counted / sum(map(sum, packs.lengths)))
+    assert line["trained_share"] == pytest.approx(counted / sum(map(sum, packs.document_lengths)))
     assert line["rank_skew"] == 1
-    assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(sum(map(sum, packs.lengths)))
+    assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(sum(map(sum, packs.document_lengths)))
     assert 0 < line["data_wait_seconds"] < line["step_seconds"]
     assert not {"mfu", "memory_allocated_gib"} & set(line)  # a CPU has none
 
@@ -173,10 +177,12 @@ def test_what_is_measured_of_the_steps_is_not_of_an_evaluation(folder):
 def an_example(strategies: list[int]) -> TokenizedDialogue:
     """A prefix of two tokens, then turns of a header, a strategy, a reply and a footer, the latter three trained."""
     turn = [TokenType.CONTEXT, TokenType.STRATEGY, TokenType.REPLY, TokenType.REPLY]
-    kinds = [0, 0] + [kind if strategy else 0 for strategy in strategies for kind in turn]
-    boundaries = 2 + 4 * numpy.arange(len(strategies) + 1)
-    ids = numpy.arange(len(kinds), dtype=numpy.int32)
-    return TokenizedDialogue(ids, numpy.array(kinds, numpy.uint8), boundaries, numpy.array(strategies, numpy.uint8))
+    token_types = [0, 0] + [kind if strategy else 0 for strategy in strategies for kind in turn]
+    turn_offsets = 2 + 4 * numpy.arange(len(strategies) + 1)
+    ids = numpy.arange(len(token_types), dtype=numpy.int32)
+    return TokenizedDialogue(
+        ids, numpy.array(token_types, numpy.uint8), turn_offsets, numpy.array(strategies, numpy.uint8)
+    )
 
 
 def test_a_token_counts_for_its_part_its_strategy_and_its_turn():
@@ -198,10 +204,10 @@ def test_a_token_counts_for_its_part_its_strategy_and_its_turn():
 
 def test_what_has_no_weight_counts_nowhere():
     examples = [an_example([1, 0, 12])] * 2
-    packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=100), LossConfig(strategy=0.0))
+    packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=100), LossConfig(strategy_weight=0.0))
     (row,) = list(packs)
-    assert ((row["cells"] > 0) == (row["weights"] > 0)).all()
-    assert (row["cells"] > 0).sum() == 8
+    assert ((row["token_groups"] > 0) == (row["loss_weights"] > 0)).all()
+    assert (row["token_groups"] > 0).sum() == 8
 
 
 def test_figures_of_kinds_that_did_not_occur_are_left_out():

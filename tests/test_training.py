@@ -48,7 +48,7 @@ def template():
 
 
 def first_packs(packs: PackedDataset, number: int) -> PackedDataset:
-    return PackedDataset(packs.examples, packs.members[:number], packs.prefixes[:number], packs.weigh)
+    return PackedDataset(packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights)
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +62,27 @@ def folder(template, tmp_path_factory) -> Path:
     examples = [template.encode(random_dialogue(rng)) for _ in range(30)]
     packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=1000))
     packs = first_packs(packs, 2 * PACKS_PER_STEP + 1)
-    assert min(map(len, packs.lengths)) > 1
+    assert min(map(len, packs.document_lengths)) > 1
     alone, _ = pack_dialogues(examples[: len(packs)], PackingConfig("off", max_length=1000))
     (folder / "alone").write_bytes(pickle.dumps(alone))
     more = [*examples, *(template.encode(random_dialogue(rng)) for _ in range(30))]
     shared, _ = pack_dialogues(more, PackingConfig("shared_prefix", max_length=1000))
     shared = first_packs(shared, len(packs))
-    assert min(map(len, shared.lengths)) > 2  # the prefix and more than one dialogue
+    assert min(map(len, shared.document_lengths)) > 2  # the prefix and more than one dialogue
     (folder / "shared").write_bytes(pickle.dumps(shared))
     # Packs with different numbers of trained tokens: else a mean of means would pass for the mean over tokens.
-    assert len({sum(row["weights"]) for row in list(packs)}) > len(packs) / 2
+    assert len({sum(row["loss_weights"]) for row in list(packs)}) > len(packs) / 2
     (folder / "packs").write_bytes(pickle.dumps(packs))
     turns = sum(map(count_turns, examples))
     for name, config in {
         "weighted": LossConfig("inverse_frequency"),
         # Weights that add up to less than one, by which TRL would not divide.
-        "faint": LossConfig(reply=1e-4),
+        "faint": LossConfig(reply_weight=1e-4),
     }.items():
         weigh = LossWeights(config, turns)
-        (folder / name).write_bytes(pickle.dumps(PackedDataset(examples, packs.members, packs.prefixes, weigh)))
+        (folder / name).write_bytes(
+            pickle.dumps(PackedDataset(examples, packs.pack_items, packs.prefix_lengths, weigh))
+        )
     config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
@@ -233,8 +235,8 @@ def by_hand(folder: Path) -> tuple[float, float]:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     total, weight = 0.0, 0.0
     for row in list(pickle.loads((folder / "packs").read_bytes())):
-        ids, weights, start = torch.tensor(row["input_ids"], dtype=torch.int64), torch.tensor(row["weights"]), 0
-        for length in row["lengths"]:
+        ids, weights, start = torch.tensor(row["input_ids"], dtype=torch.int64), torch.tensor(row["loss_weights"]), 0
+        for length in row["document_lengths"]:
             document = slice(start, start + length)
             logits = model(ids[document][None], use_cache=False).logits[0]
             each = cross_entropy(logits[:-1], ids[document][1:], reduction="none")
@@ -353,7 +355,7 @@ def test_running_out_of_memory_says_what_was_planned_and_what_fits(folder, batch
 
 def test_a_batch_without_a_trained_token_stops_the_training(folder, tmp_path):
     packs = pickle.loads((folder / "packs").read_bytes())
-    packs.weigh.factors[:] = 0
+    packs.loss_weights.factors[:] = 0
     (tmp_path / "packs").write_bytes(pickle.dumps(packs))
     shutil.copytree(folder / "model", tmp_path / "model")
     with pytest.raises(ValueError, match="no trained token"):
@@ -367,7 +369,7 @@ def test_a_model_whose_attention_packs_would_change_is_refused_before_training(f
     )
     model.save_pretrained(tmp_path / "model")
     small_tokenizer("qwen2_5").save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="Qwen2ForCausalLM with documents attention cannot be trained on packs"):
+    with pytest.raises(InputError, match="Qwen2ForCausalLM with varlen attention cannot be trained on packs"):
         train(tmp_path, packs="shared")
     assert not (tmp_path / "states").exists()
 
@@ -558,7 +560,7 @@ def test_a_template_does_not_mind_how_its_tokenizer_was_used_before(name):
     dialogue = random_dialogue(random.Random(12))
     one, other = (DialogueTemplate(tokenizer, name, TemplateConfig()).encode(dialogue) for tokenizer in (fresh, used))
     assert one.input_ids.tolist() == other.input_ids.tolist()
-    assert one.kinds.tolist() == other.kinds.tolist()
+    assert one.token_types.tolist() == other.token_types.tolist()
 
 
 @pytest.mark.parametrize(

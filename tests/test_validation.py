@@ -79,8 +79,8 @@ def folder(template, dialogues, tmp_path_factory) -> Path:
     rng = random.Random(10)
     examples = [template.encode(random_dialogue(rng)) for _ in range(45)]
     packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", 1800), LossConfig("inverse_frequency"))
-    packs = PackedDataset(packs.examples, packs.members[:9], packs.prefixes[:9], packs.weigh)
-    assert len(set(packs.weigh.factors)) > 3
+    packs = PackedDataset(packs.dialogues, packs.pack_items[:9], packs.prefix_lengths[:9], packs.loss_weights)
+    assert len(set(packs.loss_weights.factors)) > 3
     (folder / "shared").write_bytes(pickle.dumps(packs))
     (folder / "held_out").write_bytes(pickle.dumps(dialogues))
     config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
@@ -137,7 +137,7 @@ def test_the_held_out_loss_is_that_of_separate_sequences(trainer, references, pl
     total = weight = 0.0
     for dialogue in dialogues:
         example = template.encode(dialogue)
-        ids, weights = example.input_ids.tolist(), torch.tensor(trainer.packs.weigh(example))
+        ids, weights = example.input_ids.tolist(), torch.tensor(trainer.packs.loss_weights(example))
         each = cross_entropy(logits_of(plain, ids)[:-1], torch.tensor(ids[1:]), reduction="none")
         total += (each * weights[1:]).sum().item()
         weight += weights.sum().item()
@@ -176,7 +176,7 @@ def test_the_same_turns_are_drawn_every_time(folder, trainer):
         again = type(held_out)(
             held_out.dialogues, held_out.examples, held_out.template,
             dataclasses.replace(held_out.config, turns=number), PackingConfig("shared_prefix", 1800),
-            trainer.packs.weigh, folder,
+            trainer.packs.loss_weights, folder,
         )  # fmt: skip
         assert again.samples == held_out.samples == sorted(held_out.samples)
         assert again.turns[:5] == held_out.turns[:5]

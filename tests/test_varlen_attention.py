@@ -29,10 +29,10 @@ from csc_train.template.dialogue_template import DialogueTemplate
 
 VOCABULARY = 97
 PATHS = {
-    "documents": (VARLEN_ATTENTION, "documents"),
+    "varlen": (VARLEN_ATTENTION, "varlen"),
     "flex": (FLEX_ATTENTION, "flex"),
-    "sdpa-mask": ("sdpa", "mask"),
-    "eager-mask": ("eager", "mask"),
+    "sdpa-dense_mask": ("sdpa", "dense_mask"),
+    "eager-dense_mask": ("eager", "dense_mask"),
 }
 
 # (prefix length, body lengths) of each pack in a batch.
@@ -67,9 +67,9 @@ def make_packs(shape: list[tuple[int, tuple[int, ...]]]) -> tuple[list[dict], li
         packs.append(
             {
                 "input_ids": [token for tokens, _ in first + documents for token in tokens],
-                "weights": [weight for _, weights in first + documents for weight in weights],
-                "lengths": [len(tokens) for tokens, _ in first + documents],
-                "prefix": prefix_length,
+                "loss_weights": [weight for _, weights in first + documents for weight in weights],
+                "document_lengths": [len(tokens) for tokens, _ in first + documents],
+                "prefix_length": prefix_length,
             }
         )
         separate += [(prefix + tokens, [0.0] * prefix_length + weights) for tokens, weights in documents]
@@ -113,7 +113,7 @@ def run_packed(model, packs, layout: str, change=None) -> tuple[torch.Tensor, li
     model.zero_grad()
     batch = PackCollator(layout, 0, additive=model.config._attn_implementation == "eager")(packs)
     labels = batch.pop("labels")
-    del batch["weights"]
+    del batch["loss_weights"]
     if change:
         change(batch)
     logits = model(**batch, use_cache=False).logits
@@ -152,28 +152,28 @@ def positions_that_go_on(batch):
 
 def prefix_unseen(batch):
     """As if the bodies were documents of their own."""
-    documents = batch["documents"]
+    documents = batch["varlen_metadata"]
     starts = documents["query_lengths"].cumsum(0) - documents["query_lengths"]
     documents["key_lengths"] = documents["query_lengths"]
     documents["key_index"] = torch.arange(int(starts[-1] + documents["query_lengths"][-1]))
 
 
 def flex_prefix_unseen(batch):
-    batch["documents"]["prefix_ends"] = batch["documents"]["prefix_starts"]
+    batch["varlen_metadata"]["prefix_ends"] = batch["varlen_metadata"]["prefix_starts"]
 
 
 def flex_leak(batch):
-    batch["documents"]["starts"] = torch.zeros_like(batch["documents"]["starts"])
+    batch["varlen_metadata"]["starts"] = torch.zeros_like(batch["varlen_metadata"]["starts"])
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 @pytest.mark.parametrize(
     ("path", "change"),
     [
-        ("sdpa-mask", leaky_mask),
-        ("sdpa-mask", positions_that_go_on),
-        ("documents", positions_that_go_on),
-        ("documents", prefix_unseen),
+        ("sdpa-dense_mask", leaky_mask),
+        ("sdpa-dense_mask", positions_that_go_on),
+        ("varlen", positions_that_go_on),
+        ("varlen", prefix_unseen),
         ("flex", flex_leak),
         ("flex", positions_that_go_on),
         ("flex", flex_prefix_unseen),
@@ -231,16 +231,16 @@ def test_flex_documents_say_what_the_dense_mask_says_in_blocks_that_torch_would_
 
 def test_a_flex_row_is_padded_to_whole_blocks_by_a_document_of_its_own():
     packs, _ = make_packs(SHAPES["several-prefixes"])
-    plain, batch = (PackCollator(layout, 9)(packs) for layout in ("documents", "flex"))
+    plain, batch = (PackCollator(layout, 9)(packs) for layout in ("varlen", "flex"))
     length = plain["input_ids"].shape[1]
     assert batch["input_ids"].shape == (1, BLOCK)
-    for name in ("input_ids", "labels", "weights", "position_ids"):
+    for name in ("input_ids", "labels", "loss_weights", "position_ids"):
         assert torch.equal(batch[name][:, :length], plain[name])
     assert (batch["input_ids"][0, length:] == 9).all()
     assert (batch["labels"][0, length:] == -100).all()
-    assert not batch["weights"][0, length:].any()
+    assert not batch["loss_weights"][0, length:].any()
     assert batch["position_ids"][0, length:].tolist() == list(range(BLOCK - length))
-    assert (batch["documents"]["starts"][length:] == length).all()
+    assert (batch["varlen_metadata"]["starts"][length:] == length).all()
 
 
 def test_dialogues_share_one_copy_of_their_system_prompt():
@@ -251,12 +251,12 @@ def test_dialogues_share_one_copy_of_their_system_prompt():
     packs, report = pack_dialogues(examples, PackingConfig("shared_prefix", max_length=3 * longest))
     bodies = []
     for pack in packs:
-        assert pack["prefix"] == pack["lengths"][0] == len(prefix)
+        assert pack["prefix_length"] == pack["document_lengths"][0] == len(prefix)
         assert pack["input_ids"][: len(prefix)].tolist() == prefix
-        assert not any(pack["weights"][: len(prefix)])
-        ids, weights = pack["input_ids"].tolist(), pack["weights"].tolist()
+        assert not any(pack["loss_weights"][: len(prefix)])
+        ids, weights = pack["input_ids"].tolist(), pack["loss_weights"].tolist()
         start = len(prefix)
-        for length in pack["lengths"][1:]:
+        for length in pack["document_lengths"][1:]:
             bodies.append((ids[start : start + length], weights[start : start + length]))
             start += length
         assert start == len(pack["input_ids"]) <= 3 * longest
@@ -274,30 +274,30 @@ def test_dialogues_with_other_prompts_do_not_share_a_pack():
     dialogues = generate_sample(6, 0)
     examples = [*zh.encode_all(dialogues[:3]), *en.encode_all(dialogues[3:])]
     packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", max_length=20000))
-    assert [pack["input_ids"][: pack["prefix"]].tolist() for pack in packs] == [zh.prefix_ids, en.prefix_ids]
-    assert [len(pack["lengths"]) for pack in packs] == [4, 4]
+    assert [pack["input_ids"][: pack["prefix_length"]].tolist() for pack in packs] == [zh.prefix_ids, en.prefix_ids]
+    assert [len(pack["document_lengths"]) for pack in packs] == [4, 4]
 
 
-@pytest.mark.parametrize("path", ["documents", "flex"])
+@pytest.mark.parametrize("path", ["varlen", "flex"])
 def test_our_attention_refuses_what_it_cannot_keep_apart(path):
     name, layout = PATHS[path]
-    attend = {"documents": varlen_attention, "flex": flex_document_attention}[path]
+    attend = {"varlen": varlen_attention, "flex": flex_document_attention}[path]
     batch = PackCollator(layout, 0)(make_packs(SHAPES["one-prefix"])[0])
     query = torch.zeros(1, 2, batch["input_ids"].shape[1], 4)
-    attend(None, query, query, query, None, documents=batch["documents"])
-    with pytest.raises(ValueError, match=f"{name} attention was called without documents"):
+    attend(None, query, query, query, None, varlen_metadata=batch["varlen_metadata"])
+    with pytest.raises(ValueError, match=f"{name} attention was called without varlen_metadata"):
         attend(None, query, query, query, None)
     with pytest.raises(ValueError, match="one row and no attention mask"):
-        attend(None, query, query, query, torch.ones(1, 3), documents=batch["documents"])
+        attend(None, query, query, query, torch.ones(1, 3), varlen_metadata=batch["varlen_metadata"])
     rows = query.repeat(2, 1, 1, 1)
     with pytest.raises(ValueError, match="one row and no attention mask"):
-        attend(None, rows, rows, rows, None, documents=batch["documents"])
+        attend(None, rows, rows, rows, None, varlen_metadata=batch["varlen_metadata"])
 
 
 def test_flex_attention_refuses_dropout():
     query = torch.zeros(1, 2, BLOCK, 4)
     with pytest.raises(ValueError, match="FlexAttention has no dropout"):
-        flex_document_attention(None, query, query, query, None, dropout=0.1, documents={})
+        flex_document_attention(None, query, query, query, None, dropout=0.1, varlen_metadata={})
 
 
 @pytest.mark.parametrize(
@@ -348,10 +348,10 @@ def test_flex_attention_on_packs_is_our_call_of_it_on_a_gpu(monkeypatch):
 def test_the_layout_follows_attention_and_packing():
     assert select_attention("eager", "shared_prefix") == "eager"
     for packing in ("shared_prefix", "best_fit"):
-        assert batch_layout(VARLEN_ATTENTION, packing) == "documents"
+        assert batch_layout(VARLEN_ATTENTION, packing) == "varlen"
         assert batch_layout(FLEX_ATTENTION, packing) == "flex"
-    assert batch_layout("sdpa", "shared_prefix") == "mask"
-    assert batch_layout("sdpa", "best_fit") == "rows"
-    assert batch_layout("flash_attention_2", "best_fit") == "joined"
+    assert batch_layout("sdpa", "shared_prefix") == "dense_mask"
+    assert batch_layout("sdpa", "best_fit") == "position_ids"
+    assert batch_layout("flash_attention_2", "best_fit") == "padding_free"
     with pytest.raises(ValueError, match="cannot share a prefix"):
-        PackCollator("rows", 0)(make_packs(SHAPES["one-prefix"])[0])
+        PackCollator("position_ids", 0)(make_packs(SHAPES["one-prefix"])[0])

@@ -30,7 +30,7 @@ from csc_train.runs.directory import RESOLVED_FILE, RunConfig, exit_with_launche
 from csc_train.synthesis.config import BatchConfig, BudgetConfig, SynthesisConfig
 from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
 from csc_train.synthesis.filters.rules import CallConfig, DuplicatesConfig, RewriteConfig
-from csc_train.template.config import LANGUAGES, PrepareConfig, TemplateConfig
+from csc_train.template.config import LANGUAGES, TemplateConfig, TokenizationConfig
 from csc_train.training.config import (
     AdapterConfig,
     ExportConfig,
@@ -64,7 +64,7 @@ class SftRecipe:
     template: TemplateConfig = field(default_factory=TemplateConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    tokenization: TokenizationConfig = field(default_factory=TokenizationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     held_out: ValidationConfig = field(default_factory=ValidationConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)

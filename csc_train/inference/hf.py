@@ -102,7 +102,7 @@ class HFGenerator:
             example = self.template.encode(dialogue)
             ids, targets = example.input_ids.tolist(), example.trained.nonzero()[0].tolist()
             headed = len(self.template.supporter_header_ids)
-            starts = [int(example.boundaries[turn]) + headed for turn in said]
+            starts = [int(example.turn_offsets[turn]) + headed for turn in said]
         else:
             history = [said[turn].ids if turn in said else gold for turn, gold in enumerate(dialogue.turns)]
             starts = [len(self.template.prompt_ids(history[:turn])) for turn in said]
@@ -113,7 +113,7 @@ class HFGenerator:
         for (turn, words), row in itertools.zip_longest(said.items(), labels.tolist()):
             facts = {"label_log_likelihoods": row and tuple(round(value, 4) for value in row)}
             if reference:
-                first, end = example.boundaries[turn], example.boundaries[turn + 1]
+                first, end = example.turn_offsets[turn], example.turn_offsets[turn + 1]
                 here = [-value for target, value in zip(targets, own.tolist(), strict=True) if first <= target < end]
                 facts |= {"reference_nll": round(sum(here), 4), "reference_tokens": len(here)}
             queue.update(dialogue, turn, replace(words, **facts))

@@ -14,7 +14,7 @@ from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, Mess
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
-from csc_train.template.reply import Reply, format_reply, read_reply
+from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import OPENING
 
 
@@ -142,7 +142,7 @@ class OpenAIGenerator:
             return GenerationError(failure.kind, failure.message)
         return Generation(
             answer.text,
-            read_reply(answer.text, self._settings.mode),
+            parse_reply(answer.text, self._settings.mode),
             digest(prompt),
             self._ids(answer.text, answer.token_ids, given) if self._by_ids else (),
             prompt_format="ids" if self._by_ids else "messages",
@@ -161,7 +161,7 @@ class OpenAIGenerator:
             facts["label_log_likelihoods"] = tuple(round(sum(each[len(prompt) - 1 :]), 4) for each in found)
         if context == "reference":
             example = self._template.encode(request.dialogue)
-            start, end = example.boundaries[request.turn : request.turn + 2]
+            start, end = example.turn_offsets[request.turn : request.turn + 2]
             (trained,) = example.trained[start:end].nonzero()
             found = await client.log_likelihoods(example.input_ids[:end].tolist())
             own = [-found[place - 1] for place in (start + trained).tolist()]

@@ -129,10 +129,10 @@ def batch_layout(attention: str, packing: str) -> str:
         InputError: it is not known to keep them apart, so that training would leak in silence.
     """
     flash = ("flash_attention_2", "flash_attention_3")
-    own = {DOCUMENT_ATTENTION: "documents", FLEX_ATTENTION: "flex"}
+    own = {DOCUMENT_ATTENTION: "varlen", FLEX_ATTENTION: "flex"}
     layouts = {
-        "shared_prefix": own | {"sdpa": "mask", "eager": "mask"},
-        "best_fit": own | {"sdpa": "rows", "eager": "rows"} | dict.fromkeys(flash, "joined"),
+        "shared_prefix": own | {"sdpa": "dense_mask", "eager": "dense_mask"},
+        "best_fit": own | {"sdpa": "position_ids", "eager": "position_ids"} | dict.fromkeys(flash, "padding_free"),
         "off": dict.fromkeys(("sdpa", "eager", *flash), "padded"),
     }[packing]
     if attention not in layouts:

@@ -12,7 +12,7 @@ from csc_train.packing.global_batches import pack_cost
 IGNORE_INDEX = -100
 """The label of a token that is not trained."""
 
-SHARING = ("documents", "flex", "mask")
+SHARING = ("varlen", "flex", "dense_mask")
 """The layouts that take shared prefixes."""
 
 WORK = ((1, 0), (0, 1))
@@ -26,19 +26,19 @@ class PackCollator:
     How that is said depends on the layout:
 
     - `padded`: a row is one document, padded, with a two-dimensional attention mask.
-    - `rows`: a row is a pack. Position ids restart at each document, and there is no mask: from that, and while the
+    - `position_ids`: a row is a pack. Position ids restart at each document, and there is no mask: from that, and while the
       model runs with `use_cache=False` (TRL's trainer does), transformers 5 derives the block mask. What pads a row is
       a document of its own.
-    - `joined`: as `rows`, but all packs in one row, as flash-attention's variable-length kernel wants it.
-    - `documents`: all packs in one row, with the `VarlenMetadata` that our own attention needs. Takes shared prefixes.
+    - `padding_free`: as `position_ids`, but all packs in one row, as flash-attention's variable-length kernel wants it.
+    - `varlen`: all packs in one row, with the `VarlenMetadata` that our own attention needs. Takes shared prefixes.
     - `flex`: the same with `FlexDocuments`; what pads the row to whole blocks is a document of its own.
-    - `mask`: all packs in one row, with a dense four-dimensional mask. Takes shared prefixes; the plain path, whose
+    - `dense_mask`: all packs in one row, with a dense four-dimensional mask. Takes shared prefixes; the plain path, whose
       cost grows with the square of the row.
 
     Attributes:
         layout: one of the above.
         pad_id: the token that pads.
-        additive: in layout `mask`, give the mask as numbers to add (eager attention) instead of booleans.
+        additive: in layout `dense_mask`, give the mask as numbers to add (eager attention) instead of booleans.
         measured: add what a training's figures are computed from (see `training.measures`).
     """
 
@@ -48,17 +48,17 @@ class PackCollator:
     measured: bool = False
 
     @property
-    def joins(self) -> bool:
+    def single_row(self) -> bool:
         """Whether all packs of a batch lie in one row, so that they take no more room than their tokens."""
-        return self.layout == "joined" or self.layout in SHARING
+        return self.layout == "padding_free" or self.layout in SHARING
 
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate packs of `pack_examples`, or one that is marked as `empty`.
 
         Returns:
-            `input_ids` and `labels`, int64 [rows, length], `weights`, float32 [rows, length], and what the layout adds
-            of `position_ids` (int64 [rows, length]), `attention_mask` and `documents` (the fields of `VarlenMetadata` or
-            `FlexDocuments`). Where measured, also `cells`, uint8 [rows, length], and `work`: how many tokens there are
+            `input_ids` and `labels`, int64 [rows, length], `loss_weights`, float32 [rows, length], and what the layout adds
+            of `position_ids` (int64 [rows, length]), `attention_mask` and `varlen_metadata` (the fields of `VarlenMetadata` or
+            `FlexDocuments`). Where measured, also `token_groups`, uint8 [rows, length], and `token_and_pair_counts`: how many tokens there are
             without padding, and how many pairs of tokens, as `pack_cost` counts them.
 
         Raises:
@@ -67,12 +67,12 @@ class PackCollator:
         """
         rows = [self._row(pack) for pack in packs]
         extra = {}
-        if self.joins:
+        if self.single_row:
             rows = [{name: torch.cat([row[name] for row in rows]) for name in rows[0]}]
         longest = max(len(row["input_ids"]) for row in rows)
         if self.layout in SHARING:
-            lengths = [[int(length) for length in pack["lengths"]] for pack in packs]
-            prefixes = [int(pack["prefix"]) for pack in packs]
+            lengths = [[int(length) for length in pack["document_lengths"]] for pack in packs]
+            prefixes = [int(pack["prefix_length"]) for pack in packs]
             if self.layout == "flex" and longest % BLOCK:
                 lengths.append([BLOCK - longest % BLOCK])
                 prefixes.append(0)
@@ -83,23 +83,28 @@ class PackCollator:
         if (batch["labels"] == IGNORE_INDEX).all() and not all("empty" in pack for pack in packs):
             raise ValueError("a batch has no trained token")
         if self.measured:
-            extra["work"] = tuple(
-                sum(pack_cost(pack["lengths"], pack["prefix"], *what).total for pack in packs) for what in WORK
+            extra["token_and_pair_counts"] = tuple(
+                sum(pack_cost(pack["document_lengths"], pack["prefix_length"], *what).total for pack in packs)
+                for what in WORK
             )
         return batch | extra
 
     def _row(self, pack: dict[str, Any]) -> dict[str, torch.Tensor]:
         input_ids = torch.as_tensor(pack["input_ids"], dtype=torch.int64)
-        weights = torch.as_tensor(pack["weights"], dtype=torch.float32)
-        lengths = torch.as_tensor(pack["lengths"], dtype=torch.int64)
+        weights = torch.as_tensor(pack["loss_weights"], dtype=torch.float32)
+        lengths = torch.as_tensor(pack["document_lengths"], dtype=torch.int64)
         starts = lengths.cumsum(0) - lengths
         if (weights[starts] > 0).any():
             raise ValueError("the first token of a document has a loss weight")
-        if pack["prefix"] and self.layout not in SHARING:
+        if pack["prefix_length"] and self.layout not in SHARING:
             raise ValueError(f"layout {self.layout} cannot share a prefix")
-        row = {"input_ids": input_ids, "labels": input_ids.masked_fill(weights == 0, IGNORE_INDEX), "weights": weights}
+        row = {
+            "input_ids": input_ids,
+            "labels": input_ids.masked_fill(weights == 0, IGNORE_INDEX),
+            "loss_weights": weights,
+        }
         if self.measured:
-            row["cells"] = torch.as_tensor(pack["cells"])
+            row["token_groups"] = torch.as_tensor(pack["token_groups"])
         if self.layout == "padded":
             row["attention_mask"] = torch.ones_like(input_ids)
         else:
@@ -108,10 +113,10 @@ class PackCollator:
 
     def _describe(self, documents: VarlenMetadata) -> dict[str, Any]:
         # Plain dictionaries, which the trainer can move to a device.
-        if self.layout == "documents":
-            return {"documents": documents._asdict()}
+        if self.layout == "varlen":
+            return {"varlen_metadata": documents._asdict()}
         if self.layout == "flex":
-            return {"documents": flex_documents(documents)._asdict()}
+            return {"varlen_metadata": flex_documents(documents)._asdict()}
         mask = document_mask(documents)
         if self.additive:
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -122,8 +127,12 @@ class PackCollator:
         if name == "position_ids":
             padding = torch.arange(missing)
         else:
-            fill = {"input_ids": self.pad_id, "labels": IGNORE_INDEX, "weights": 0, "cells": 0, "attention_mask": 0}[
-                name
-            ]
+            fill = {
+                "input_ids": self.pad_id,
+                "labels": IGNORE_INDEX,
+                "loss_weights": 0,
+                "token_groups": 0,
+                "attention_mask": 0,
+            }[name]
             padding = torch.full((missing,), fill, dtype=values.dtype)
         return torch.cat([values, padding])

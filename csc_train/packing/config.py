@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from csc_train.errors import InputError, check_choice, check_range
 
 PACKING_STRATEGIES = ("shared_prefix", "best_fit", "off")
-OVERFLOW_POLICIES = ("drop", "trim", "raise")
-WEIGHTINGS = ("tokens", "turns", "inverse_frequency", "table")
+OVERFLOW_POLICIES = ("drop", "truncate", "error")
+WEIGHTINGS = ("tokens", "turns", "inverse_frequency", "by_strategy")
 
 
 @dataclass
@@ -18,13 +18,13 @@ class PackingConfig:
     dialogues a row, each with its own. off: one dialogue a row, padded."""
     max_length: int = 8192
     """Tokens in a pack, and the most that one dialogue may have."""
-    too_long: str = "trim"
-    """A dialogue over max_length is dropped, trimmed (whole leading turns go, the system prompt stays), or the run
+    overflow: str = "truncate"
+    """A dialogue over max_length is dropped, truncated (whole leading turns go, the system prompt stays), or the run
     stops (raise)."""
 
     def __post_init__(self):
         check_choice("packing.strategy", self.strategy, PACKING_STRATEGIES)
-        check_choice("packing.too_long", self.too_long, OVERFLOW_POLICIES)
+        check_choice("packing.overflow", self.overflow, OVERFLOW_POLICIES)
         check_range("packing.max_length", self.max_length, 1)
 
 
@@ -34,25 +34,27 @@ class LossConfig:
 
     weighting: str = "tokens"
     """tokens: every trained token the same. turns: every supporter turn the same, long or short. inverse_frequency:
-    turns of rare strategies more. table: as `table` says."""
-    cap: float = 5.0
+    turns of rare strategies more. by_strategy: as `strategy_factors` says."""
+    max_factor: float = 5.0
     """Under inverse_frequency, the most that a strategy's turns are raised by."""
-    table: dict[str, float] = field(default_factory=dict)
-    """Under table, a factor by strategy (its name in either language, or its number); 1 where none is given, and 0 for
+    strategy_factors: dict[str, float] = field(default_factory=dict)
+    """Under by_strategy, a factor by strategy (its name in either language, or its number); 1 where none is given, and 0 for
     context only."""
-    strategy: float = 1.0
+    strategy_weight: float = 1.0
     """Weight of the tokens of `[strategy]`, beside the factor of its turn."""
-    reply: float = 1.0
+    reply_weight: float = 1.0
     """Weight of the tokens of the reply, its end-of-turn token included, beside the factor of its turn."""
 
     def __post_init__(self):
         check_choice("loss.weighting", self.weighting, WEIGHTINGS)
-        check_range("loss.cap", self.cap, 1)
-        for name, factor in self.table.items():
-            check_range(f"loss.table.{name}", factor, 0)
-        check_range("loss.strategy", self.strategy, 0)
-        check_range("loss.reply", self.reply, 0)
-        if self.table and self.weighting != "table":
-            raise InputError(f"loss.table is given, but loss.weighting is {self.weighting}: choose loss=by_strategy")
-        if not (self.strategy or self.reply):
-            raise InputError("loss.strategy and loss.reply are both 0: nothing would be trained")
+        check_range("loss.max_factor", self.max_factor, 1)
+        for name, factor in self.strategy_factors.items():
+            check_range(f"loss.strategy_factors.{name}", factor, 0)
+        check_range("loss.strategy_weight", self.strategy_weight, 0)
+        check_range("loss.reply_weight", self.reply_weight, 0)
+        if self.strategy_factors and self.weighting != "by_strategy":
+            raise InputError(
+                f"loss.strategy_factors is given, but loss.weighting is {self.weighting}: choose loss=by_strategy"
+            )
+        if not (self.strategy_weight or self.reply_weight):
+            raise InputError("loss.strategy_weight and loss.reply_weight are both 0: nothing would be trained")

@@ -23,7 +23,7 @@ class PackingReport:
     """Account of packed dialogues; lengths in tokens."""
 
     dialogues: int
-    trimmed: int
+    truncated: int
     dropped: int
     packs: int
     tokens: int
@@ -39,7 +39,7 @@ class PackingReport:
     def __str__(self) -> str:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.strategies.items())
         return (
-            f"{self.dialogues - self.dropped} dialogues ({self.trimmed} trimmed, {self.dropped} dropped) in "
+            f"{self.dialogues - self.dropped} dialogues ({self.truncated} truncated, {self.dropped} dropped) in "
             f"{self.packs} packs, {self.tokens:,} tokens ({self.tokens / self.separate_tokens:.3f} of what they have "
             f"apart), {self.trained_tokens:,} trained ({self.trained_tokens / self.tokens:.1%}), utilisation "
             f"{self.utilisation:.4f}; share of the loss by strategy: {shares}"
@@ -49,7 +49,7 @@ class PackingReport:
 class PackedItem(NamedTuple):
     """A dialogue of a pack: the number of its example, and its first turn that is kept."""
 
-    example: int
+    dialogue: int
     first_turn: int
 
 
@@ -57,28 +57,33 @@ class PackedDataset(torch.utils.data.Dataset):
     """Packs of encoded dialogues, put together when they are asked for.
 
     Attributes:
-        examples: the encoded dialogues.
-        members: by pack, its dialogues in order.
-        prefixes: by pack, the length of the ids that its dialogues share as their prefix; 0 where they share none.
-        lengths: by pack, the lengths of its documents in order; a shared prefix is the first of them.
-        weigh: the loss weights.
+        dialogues: the encoded dialogues.
+        pack_items: by pack, its dialogues in order.
+        prefix_lengths: by pack, the length of the ids that its dialogues share as their prefix; 0 where they share none.
+        document_lengths: by pack, the lengths of its documents in order; a shared prefix is the first of them.
+        loss_weights: the loss weights.
     """
 
     def __init__(
         self,
-        examples: Sequence[TokenizedDialogue],
-        members: list[list[PackedItem]],
-        prefixes: list[int],
-        weigh: LossWeights,
+        dialogues: Sequence[TokenizedDialogue],
+        pack_items: list[list[PackedItem]],
+        prefix_lengths: list[int],
+        loss_weights: LossWeights,
     ):
-        self.examples, self.members, self.prefixes, self.weigh = examples, members, prefixes, weigh
-        self.lengths = []
-        for pack, prefix in zip(members, prefixes, strict=True):
-            bodies = [_length(examples[member.example], member.first_turn) - prefix for member in pack]
-            self.lengths.append([prefix, *bodies] if prefix else bodies)
+        self.dialogues, self.pack_items, self.prefix_lengths, self.loss_weights = (
+            dialogues,
+            pack_items,
+            prefix_lengths,
+            loss_weights,
+        )
+        self.document_lengths = []
+        for pack, prefix in zip(pack_items, prefix_lengths, strict=True):
+            bodies = [_length(dialogues[member.dialogue], member.first_turn) - prefix for member in pack]
+            self.document_lengths.append([prefix, *bodies] if prefix else bodies)
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.pack_items)
 
     def __getitem__(self, part: PackSlice | int | None) -> dict[str, Any]:
         """A pack, the documents of it that `part` names, or, for None, a row of one token that is not trained.
@@ -90,19 +95,19 @@ class PackedDataset(torch.utils.data.Dataset):
         """
         if part is None:
             return {
-                "input_ids": self.examples[0].input_ids[:1],
-                "weights": numpy.zeros(1, numpy.float32),
-                "cells": numpy.zeros(1, numpy.uint8),
-                "lengths": [1],
-                "prefix": 0,
+                "input_ids": self.dialogues[0].input_ids[:1],
+                "loss_weights": numpy.zeros(1, numpy.float32),
+                "token_groups": numpy.zeros(1, numpy.uint8),
+                "document_lengths": [1],
+                "prefix_length": 0,
                 "empty": True,
             }
         if not isinstance(part, PackSlice):
-            part = PackSlice(range(len(self))[part], 0, len(self.members[part]))
-        prefix, members = self.prefixes[part.pack], self.members[part.pack][part.first : part.last]
-        examples = [drop_leading_turns(self.examples[number], first) for number, first in members]
+            part = PackSlice(range(len(self))[part], 0, len(self.pack_items[part]))
+        prefix, members = self.prefix_lengths[part.pack], self.pack_items[part.pack][part.first : part.last]
+        examples = [drop_leading_turns(self.dialogues[number], first) for number, first in members]
         ids = [example.input_ids[prefix:] for example in examples]
-        weights = [self.weigh(example)[prefix:] for example in examples]
+        weights = [self.loss_weights(example)[prefix:] for example in examples]
         cells = [
             token_group_ids(example, member.first_turn)[prefix:]
             for example, member in zip(examples, members, strict=True)
@@ -114,10 +119,10 @@ class PackedDataset(torch.utils.data.Dataset):
         weight = numpy.concatenate(weights)
         return {
             "input_ids": numpy.concatenate(ids),
-            "weights": weight,
-            "cells": numpy.where(weight > 0, numpy.concatenate(cells), 0),
-            "lengths": numpy.array([len(each) for each in ids], dtype=numpy.int32),
-            "prefix": prefix,
+            "loss_weights": weight,
+            "token_groups": numpy.where(weight > 0, numpy.concatenate(cells), 0),
+            "document_lengths": numpy.array([len(each) for each in ids], dtype=numpy.int32),
+            "prefix_length": prefix,
         }
 
 
@@ -149,15 +154,15 @@ def pack_dialogues(
     tokens = trained_tokens = 0
     weight = numpy.zeros(len(STRATEGIES) + 1)
     for member in members:
-        example = drop_leading_turns(examples[member.example], member.first_turn)
+        example = drop_leading_turns(examples[member.dialogue], member.first_turn)
         weights = weigh(example)
         if not weights.any():
             continue
-        shared = example.boundaries[0] if config.strategy == "shared_prefix" else 0
+        shared = example.turn_offsets[0] if config.strategy == "shared_prefix" else 0
         groups.setdefault(example.input_ids[:shared].tobytes(), []).append(member)
         tokens += len(example.input_ids)
         trained_tokens += int((weights > 0).sum())
-        by_turn = numpy.add.reduceat(weights, example.boundaries[:-1])
+        by_turn = numpy.add.reduceat(weights, example.turn_offsets[:-1])
         weight += numpy.bincount(example.strategies, by_turn, minlength=len(weight))
     if not groups:
         raise InputError("the loss weights leave nothing to train")
@@ -169,11 +174,11 @@ def pack_dialogues(
         packs += [[group[index] for index in pack] for pack in made]
         prefixes += [shared] * len(made)
     result = PackedDataset(examples, packs, prefixes, weigh)
-    packed_tokens = sum(map(sum, result.lengths))
+    packed_tokens = sum(map(sum, result.document_lengths))
     left = sum(map(len, packs))
     return result, PackingReport(
         dialogues=len(cuts),
-        trimmed=sum(member.first_turn > 0 for pack in packs for member in pack),
+        truncated=sum(member.first_turn > 0 for pack in packs for member in pack),
         dropped=len(cuts) - left,
         packs=len(packs),
         tokens=packed_tokens,
@@ -193,4 +198,4 @@ def _pack(bodies: Sequence[int], shared: int, config: PackingConfig) -> list[lis
 
 def _length(example: TokenizedDialogue, first_turn: int) -> int:
     """Tokens of an example without its turns before `first_turn`."""
-    return int(example.boundaries[0] + example.boundaries[-1] - example.boundaries[first_turn])
+    return int(example.turn_offsets[0] + example.turn_offsets[-1] - example.turn_offsets[first_turn])

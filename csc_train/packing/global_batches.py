@@ -61,22 +61,24 @@ class PackSlice:
         return pack.prefix_tokens + sum(pack.tokens[self.first : self.last])
 
 
-def pack_cost(lengths: Sequence[int], prefix: int, linear: float, attention: float) -> PackCost:
-    """FLOPs of a pack: `linear` for each token, `attention` for each pair of tokens that see each other.
+def pack_cost(
+    document_lengths: Sequence[int], prefix_length: int, flops_per_token: float, flops_per_pair: float
+) -> PackCost:
+    """FLOPs of a pack: `flops_per_token` for each token, `flops_per_pair` for each pair of tokens that see each other.
 
     A document of n tokens has n² pairs, and one behind a prefix of p tokens n² + 2 p n: each of its tokens sees the
     prefix as well, twice in a square of pairs, of which causal attention takes half.
 
     Args:
-        lengths: of the documents in tokens, the shared prefix first where there is one.
-        prefix: the prefix's length, 0 for none.
+        document_lengths: of the documents in tokens, the shared prefix first where there is one.
+        prefix_length: the prefix's length, 0 for none.
     """
-    tokens = tuple(map(int, lengths[1:] if prefix else lengths))
+    tokens = tuple(map(int, document_lengths[1:] if prefix_length else document_lengths))
     return PackCost(
         tokens,
-        tuple(linear * n + attention * (n**2 + 2 * prefix * n) for n in tokens),
-        prefix,
-        linear * prefix + attention * prefix**2,
+        tuple(flops_per_token * n + flops_per_pair * (n**2 + 2 * prefix_length * n) for n in tokens),
+        prefix_length,
+        flops_per_token * prefix_length + flops_per_pair * prefix_length**2,
     )
 
 
@@ -115,13 +117,13 @@ def _cost_buckets(
     return numpy.concatenate([order[:0].reshape(-1, GROUP), *map(rng.permutation, windows)]), rest
 
 
-def num_micro_batches(packs: int, processes: int, micro_batch_size: int) -> int:
+def num_micro_batches(packs: int, world_size: int, micro_batch_size: int) -> int:
     """Forward passes that each process makes in a step of `packs` packs."""
-    return -(-packs // (processes * micro_batch_size))
+    return -(-packs // (world_size * micro_batch_size))
 
 
 def assign_to_ranks(
-    step: Sequence[int], packs: Sequence[PackCost], processes: int, micro_batch_size: int, *, joined: bool
+    step: Sequence[int], packs: Sequence[PackCost], world_size: int, micro_batch_size: int, *, single_row: bool
 ) -> list[list[list[PackSlice]]]:
     """Deal the packs of a step out to processes, so that all do about the same work in as many forward passes.
 
@@ -133,28 +135,28 @@ def assign_to_ranks(
     Args:
         step: pack indices.
         packs: all packs.
-        processes: how many share the step.
+        world_size: how many share the step.
         micro_batch_size: packs in a forward pass. A pass has that many places, each for one pack or part of a pack.
-        joined: a batch is one row (see `PackCollator`), so that the two ends of a stretch may share a place where they
+        single_row: a batch is one row (see `PackCollator`), so that the two ends of a stretch may share a place where they
             are no longer than a pack of the step.
 
     Returns:
         By process, by forward pass, the parts: `num_micro_batches(...)` passes on each process.
     """
-    passes = num_micro_batches(len(step), processes, micro_batch_size)
-    if len(step) % processes:
-        shares = _split_across_ranks(step, packs, processes, passes * micro_batch_size, joined)
+    passes = num_micro_batches(len(step), world_size, micro_batch_size)
+    if len(step) % world_size:
+        shares = _split_across_ranks(step, packs, world_size, passes * micro_batch_size, single_row)
     else:
-        shares = _greedy_assign(step, packs, processes)
+        shares = _greedy_assign(step, packs, world_size)
     return [[[part for place in share[start::passes] for part in place] for start in range(passes)] for share in shares]
 
 
-def _greedy_assign(step: Sequence[int], packs: Sequence[PackCost], processes: int) -> list[list[list[PackSlice]]]:
+def _greedy_assign(step: Sequence[int], packs: Sequence[PackCost], world_size: int) -> list[list[list[PackSlice]]]:
     """By process, its places, each with a whole pack; the costliest first."""
-    load = [0.0] * processes
-    shares: list[list[list[PackSlice]]] = [[] for _ in range(processes)]
+    load = [0.0] * world_size
+    shares: list[list[list[PackSlice]]] = [[] for _ in range(world_size)]
     for pack in sorted(step, key=lambda pack: -packs[pack].total):
-        open_to = [rank for rank in range(processes) if len(shares[rank]) < len(step) // processes]
+        open_to = [rank for rank in range(world_size) if len(shares[rank]) < len(step) // world_size]
         rank = min(open_to, key=lambda rank: load[rank])
         load[rank] += packs[pack].total
         shares[rank].append([PackSlice(pack, 0, len(packs[pack].tokens))])
@@ -162,7 +164,7 @@ def _greedy_assign(step: Sequence[int], packs: Sequence[PackCost], processes: in
 
 
 def _split_across_ranks(
-    step: Sequence[int], packs: Sequence[PackCost], processes: int, places: int, joined: bool
+    step: Sequence[int], packs: Sequence[PackCost], world_size: int, places: int, single_row: bool
 ) -> list[list[list[PackSlice]]]:
     """By process, its places: the stretches of the lowest limit on their cost that takes in all documents."""
     documents = [PackSlice(pack, number, number + 1) for pack in step for number in range(len(packs[pack].tokens))]
@@ -175,12 +177,12 @@ def _split_across_ranks(
     def fits(parts: list[PackSlice]) -> bool:
         shared = placed(parts)
         return len(shared) <= places and (
-            len(shared) == len(parts) or (joined and sum(part.tokens(packs) for part in shared[0]) <= longest)
+            len(shared) == len(parts) or (single_row and sum(part.tokens(packs) for part in shared[0]) <= longest)
         )
 
     def stretches(limit: float) -> list[list[PackSlice]] | None:
         found, done = [], 0
-        for others in reversed(range(processes)):
+        for others in reversed(range(world_size)):
             parts: list[PackSlice] = []
             load = 0.0
             while len(documents) - done > (others if parts else 0):

@@ -37,9 +37,9 @@ def measure_load_balance(
     seed: int,
     *,
     epochs: int,
-    processes: int,
+    world_size: int,
     micro_batch_size: int,
-    joined: bool,
+    single_row: bool,
 ) -> LoadBalance:
     """Measure the first epochs of a schedule (see `schedule.epoch_steps` and `schedule.distribute`).
 
@@ -54,11 +54,11 @@ def measure_load_balance(
         steps = global_batches(packs, packs_per_step, seed, epoch)
         scheduled += steps[:full]
         for step in steps:
-            shares = assign_to_ranks(step, packs, processes, micro_batch_size, joined=joined)
+            shares = assign_to_ranks(step, packs, world_size, micro_batch_size, single_row=single_row)
             load = [sum(part.flops(packs) for parts in share for part in parts) for share in shares]
-            ratios.append(max(load) * processes / sum(load))
+            ratios.append(max(load) * world_size / sum(load))
             useful += sum(packs[pack].total for pack in step)
-            spent += max(load) * processes
+            spent += max(load) * world_size
     spreads = map(_spread, _samples(packs, scheduled), _samples(packs, random))
     return LoadBalance(float(numpy.mean(ratios)), useful / spent, *spreads)
 

@@ -21,19 +21,19 @@ class PackBatchSampler:
         packs_per_step: int,
         seed: int,
         *,
-        processes: int,
+        world_size: int,
         rank: int,
         micro_batch_size: int,
-        joined: bool,
+        single_row: bool,
     ):
         """See `schedule.epoch_steps` and `schedule.distribute`."""
         self.packs = packs
         self.packs_per_step = packs_per_step
         self.seed = seed
-        self.processes = processes
+        self.world_size = world_size
         self.rank = rank
         self.micro_batch_size = micro_batch_size
-        self.joined = joined
+        self.single_row = single_row
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -42,7 +42,9 @@ class PackBatchSampler:
 
     def __iter__(self) -> Iterator[list[PackSlice | None]]:
         for step in global_batches(self.packs, self.packs_per_step, self.seed, self.epoch):
-            shares = assign_to_ranks(step, self.packs, self.processes, self.micro_batch_size, joined=self.joined)
+            shares = assign_to_ranks(
+                step, self.packs, self.world_size, self.micro_batch_size, single_row=self.single_row
+            )
             for parts in shares[self.rank]:
                 yield parts or [None]
 
@@ -53,15 +55,15 @@ class PackBatchSampler:
             self.packs_per_step,
             self.seed,
             epochs=1,
-            processes=self.processes,
+            world_size=self.world_size,
             micro_batch_size=self.micro_batch_size,
-            joined=self.joined,
+            single_row=self.single_row,
         )
 
     def __len__(self) -> int:
         steps, rest = divmod(len(self.packs), self.packs_per_step)
-        full = num_micro_batches(self.packs_per_step, self.processes, self.micro_batch_size)
-        return steps * full + num_micro_batches(rest, self.processes, self.micro_batch_size)
+        full = num_micro_batches(self.packs_per_step, self.world_size, self.micro_batch_size)
+        return steps * full + num_micro_batches(rest, self.world_size, self.micro_batch_size)
 
 
 class PackDataLoader(torch.utils.data.DataLoader):

@@ -29,11 +29,11 @@ def token_group_ids(example: TokenizedDialogue, first_turn: int = 0) -> numpy.nd
     """
     turns = first_turn + 1 + numpy.arange(len(example.strategies))
     stretches = numpy.searchsorted(FIRST_TURNS, turns, side="right") - 1
-    lengths = numpy.diff(example.boundaries)
-    cells = numpy.zeros(len(example.kinds), numpy.uint8)
-    body = slice(int(example.boundaries[0]), None)
+    lengths = numpy.diff(example.turn_offsets)
+    cells = numpy.zeros(len(example.token_types), numpy.uint8)
+    body = slice(int(example.turn_offsets[0]), None)
     place = ((example.strategies.astype(int) - 1) * len(TURN_BUCKETS) + stretches).repeat(lengths)
-    kinds = example.kinds[body].astype(int)
-    part = (kinds - min(REPLY_PARTS)) * len(STRATEGIES) * len(TURN_BUCKETS)
-    cells[body] = numpy.where(kinds == TokenType.CONTEXT, 0, 1 + part + place)
+    token_types = example.token_types[body].astype(int)
+    part = (token_types - min(REPLY_PARTS)) * len(STRATEGIES) * len(TURN_BUCKETS)
+    cells[body] = numpy.where(token_types == TokenType.CONTEXT, 0, 1 + part + place)
     return cells

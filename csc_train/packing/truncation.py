@@ -22,7 +22,7 @@ def num_turns_to_truncate(example: TokenizedDialogue, config: PackingConfig, num
     Raises:
         InputError: `max_length` is shorter than the system prompt, or the example is too long under policy `raise`.
     """
-    prefix, length = int(example.boundaries[0]), len(example.input_ids)
+    prefix, length = int(example.turn_offsets[0]), len(example.input_ids)
     if config.max_length <= prefix:
         raise InputError(
             f"packing.max_length={config.max_length} leaves no room beside the system prompt, "
@@ -30,15 +30,15 @@ def num_turns_to_truncate(example: TokenizedDialogue, config: PackingConfig, num
         )
     if length <= config.max_length:
         return 0
-    if config.too_long == "raise":
+    if config.overflow == "error":
         raise InputError(
             f"dialogue {number} has {length} tokens, more than packing.max_length={config.max_length}; "
-            "packing.too_long=trim or drop would go on"
+            "set packing.overflow=truncate or packing.overflow=drop"
         )
-    if config.too_long == "trim":
+    if config.overflow == "truncate":
         # Turns alternate from the supporter's greeting on: customer turns have odd indices.
-        for first in range(1, len(example.boundaries) - 1, 2):
-            start = int(example.boundaries[first])
+        for first in range(1, len(example.turn_offsets) - 1, 2):
+            start = int(example.turn_offsets[first])
             if prefix + length - start <= config.max_length:
                 return first if example.trained[start:].any() else None
     return None
@@ -48,11 +48,11 @@ def drop_leading_turns(example: TokenizedDialogue, first: int) -> TokenizedDialo
     """The example from turn `first` on, behind its prefix."""
     if first == 0:
         return example
-    prefix, start = int(example.boundaries[0]), int(example.boundaries[first])
+    prefix, start = int(example.turn_offsets[0]), int(example.turn_offsets[first])
     kept = numpy.r_[0:prefix, start : len(example.input_ids)]
     return TokenizedDialogue(
         example.input_ids[kept],
-        example.kinds[kept],
-        example.boundaries[first:] - (start - prefix),
+        example.token_types[kept],
+        example.turn_offsets[first:] - (start - prefix),
         example.strategies[first:],
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HISTORY_FILE, METRICS_FILE, RESULTS_FILE = "history.jsonl", "metrics.json", "results.json"
 INSIDE = ("states", "checkpoint", "base", "tokenizer", "wandb", "predictions")
 """In a run directory: where no other run is looked for."""
-IGNORED_GROUPS = ("run", "prepare", "tracking", "then")
+IGNORED_GROUPS = ("run", "tokenization", "tracking", "then")
 """Groups of a configuration that do not change what a training comes to."""
 SPEED = "trained_tokens_per_second"
 UNKNOWN = "n/a"
@@ -188,7 +188,8 @@ def write_comparison(directory: Path, runs: list[TrainingRun], broken: list[str]
     """
     kept = [{name: value for name, value in asdict(run).items() if name != "history"} for run in runs]
     write_json(
-        directory / "runs.json", {"metric": metric, "differing": differing_settings(runs), "runs": kept, "broken": broken}
+        directory / "runs.json",
+        {"metric": metric, "differing": differing_settings(runs), "runs": kept, "broken": broken},
     )
     header, rows = _rows(runs, metric)
     lines = [header, ["---"] * len(header), *rows]

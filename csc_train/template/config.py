@@ -26,16 +26,16 @@ class TemplateConfig:
 
 
 @dataclass
-class PrepareConfig:
+class TokenizationConfig:
     """How dialogues are encoded ahead of training (see `prepared.prepare`)."""
 
-    cache: str = "runs/prepared"
+    cache_dir: str = "runs/tokenized"
     """Where encoded dialogues are kept, each set in a directory named by a hash of all that decides it. Nothing else
     goes there, and it may be deleted."""
-    processes: int | None = None
+    num_workers: int | None = None
     """How many processes encode; 1 is this one alone. As many as the machine has cores where not given, fewer where
     starting them would take longer than the work."""
 
     def __post_init__(self):
-        if self.processes is not None:
-            check_range("prepare.processes", self.processes, 1)
+        if self.num_workers is not None:
+            check_range("tokenization.num_workers", self.num_workers, 1)

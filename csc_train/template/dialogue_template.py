@@ -17,7 +17,7 @@ from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
-from csc_train.template.reply import Reply, format_reply, read_reply
+from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import system_prompt
 
 
@@ -36,21 +36,21 @@ class TokenizedDialogue:
 
     Attributes:
         input_ids: int32 [length].
-        kinds: uint8 [length]; the `TokenType` of each token.
-        boundaries: int32 [turns + 1]; where each turn starts, then the length. `boundaries[0]` is the length of the
+        token_types: uint8 [length]; the `TokenType` of each token.
+        turn_offsets: int32 [turns + 1]; where each turn starts, then the length. `turn_offsets[0]` is the length of the
             prefix (everything up to the end of the system prompt).
         strategies: uint8 [turns]; the number of each turn's strategy, 0 for a customer's turn.
     """
 
     input_ids: numpy.ndarray
-    kinds: numpy.ndarray
-    boundaries: numpy.ndarray
+    token_types: numpy.ndarray
+    turn_offsets: numpy.ndarray
     strategies: numpy.ndarray
 
     @property
     def trained(self) -> numpy.ndarray:
         """bool [length]; which tokens the model learns to predict."""
-        return self.kinds != TokenType.CONTEXT
+        return self.token_types != TokenType.CONTEXT
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class DialogueTemplate:
 
     def parse(self, text: str) -> Reply:
         """The reply that a model's text holds: no strategy is looked for in modes `given` and `reply_only`."""
-        return read_reply(text, self.config.mode)
+        return parse_reply(text, self.config.mode)
 
     def render(self, turns: Iterable[Turn], **options) -> str:
         """The turns as one text, by the Jinja chat template; `options` go to `apply_chat_template`."""
@@ -201,7 +201,7 @@ class DialogueTemplate:
     ) -> TokenizedDialogue:
         """Put a dialogue together from the ids of its turns' contents."""
         ids = list(self.prefix_ids)
-        boundaries = [len(ids)]
+        turn_offsets = [len(ids)]
         trained = []
         for index, (turn, content) in enumerate(zip(dialogue.turns, contents, strict=True)):
             if turn.speaker is Speaker.CUSTOMER:
@@ -216,15 +216,15 @@ class DialogueTemplate:
                     trained.append((start, reply, end))
                 ids += content
                 ids += self.supporter_footer_ids
-            boundaries.append(len(ids))
-        kinds = numpy.zeros(len(ids), dtype=numpy.uint8)  # TokenKind.CONTEXT
+            turn_offsets.append(len(ids))
+        token_types = numpy.zeros(len(ids), dtype=numpy.uint8)  # TokenKind.CONTEXT
         for start, reply, end in trained:
-            kinds[start:reply] = TokenType.CONTEXT if self.config.mode == "given" else TokenType.STRATEGY
-            kinds[reply:end] = TokenType.REPLY
+            token_types[start:reply] = TokenType.CONTEXT if self.config.mode == "given" else TokenType.STRATEGY
+            token_types[reply:end] = TokenType.REPLY
         return TokenizedDialogue(
             numpy.array(ids, dtype=numpy.int32),
-            kinds,
-            numpy.array(boundaries, dtype=numpy.int32),
+            token_types,
+            numpy.array(turn_offsets, dtype=numpy.int32),
             numpy.array([turn.strategy.number if turn.strategy else 0 for turn in dialogue.turns], dtype=numpy.uint8),
         )
 

@@ -24,22 +24,17 @@ def format_reply(reply: Reply, language: str) -> str:
     return (f"[{reply.strategy.name(language)}]" if reply.strategy else "") + reply.response
 
 
-def parse_reply(text: str) -> Reply:
-    """The inverse of `format_reply`, for text that a model wrote.
+def parse_reply(text: str, mode: str = "joint") -> Reply:
+    """Split text that a model generated into strategy and response: the inverse of `format_reply`.
 
-    A text that does not start with one known strategy in square brackets is all response: a placeholder such as
-    `[手机号码]` at its head stays where it is.
+    Only mode `joint` has a strategy to parse. A text that does not start with one known strategy in square brackets is
+    all response: a placeholder such as `[手机号码]` at its start stays.
     """
     text = text.strip()
-    if match := _LABELLED.fullmatch(text):
+    if mode == "joint" and (match := _LABELLED.fullmatch(text)):
         label, response = match.groups()
         try:
             return Reply(parse_strategy(label), response.strip())
         except ValueError:
             pass
     return Reply(None, text)
-
-
-def read_reply(text: str, mode: str) -> Reply:
-    """The reply that a model's text holds: no strategy is looked for in modes `given` and `reply_only`."""
-    return parse_reply(text) if mode == "joint" else Reply(None, text.strip())

@@ -54,7 +54,7 @@ def check_no_leaks(
         probe = _probe(model, device)
         pack, alone = _documents(5 if collator.layout in SHARING else 0)
         batch = send_to_device(dataclasses.replace(collator, pad_id=0)([pack]), device)
-        del batch["labels"], batch["weights"]
+        del batch["labels"], batch["loss_weights"]
         try:
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                 row = probe(**batch, use_cache=False).logits.float()
@@ -130,9 +130,9 @@ def _documents(prefix: int) -> tuple[dict[str, Any], list[tuple[torch.Tensor, in
     documents = [torch.randint(VOCABULARY, (1, length)) for length in lengths]
     pack = {
         "input_ids": torch.cat(documents, dim=1)[0],
-        "weights": [weight for length in lengths for weight in [0.0] + [1.0] * (length - 1)],
-        "lengths": lengths,
-        "prefix": prefix,
+        "loss_weights": [weight for length in lengths for weight in [0.0] + [1.0] * (length - 1)],
+        "document_lengths": lengths,
+        "prefix_length": prefix,
     }
     shared = documents[0][:, :prefix]
     alone = [

@@ -103,14 +103,14 @@ class PackTrainer(SFTTrainer):
         return PackBatchSampler(
             [
                 pack_cost(lengths, prefix, linear, attention)
-                for lengths, prefix in zip(packs.lengths, packs.prefixes, strict=True)
+                for lengths, prefix in zip(packs.document_lengths, packs.prefix_lengths, strict=True)
             ],
             arguments.per_device_train_batch_size * accumulation * arguments.world_size,
             arguments.seed,
-            processes=arguments.world_size,
+            world_size=arguments.world_size,
             rank=arguments.process_index,
             micro_batch_size=arguments.per_device_train_batch_size,
-            joined=self.data_collator.joins,
+            single_row=self.data_collator.single_row,
         )
 
     def get_train_dataloader(self) -> PackDataLoader:
@@ -181,14 +181,16 @@ class PackTrainer(SFTTrainer):
             num_items_in_batch: the sum of weights over the global batch (see `_get_num_items_in_batch`); where there
                 is none, over this batch.
         """
-        weights, cells, work = (inputs.pop(name, None) for name in ("weights", "cells", "work"))
+        weights, groups, counts = (
+            inputs.pop(name, None) for name in ("loss_weights", "token_groups", "token_and_pair_counts")
+        )
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
 
         def weighted(**arguments):
-            if self.model.training and cells is not None:
+            if self.model.training and groups is not None:
                 with self.measures.forward():
                     outputs = model(**arguments)
-                self.measures.count(outputs, cells, work)
+                self.measures.count(outputs, groups, counts)
             else:  # held-out dialogues are no step's
                 outputs = model(**arguments)
             outputs.log_probs = outputs.log_probs * weights[:, 1:]
@@ -200,11 +202,11 @@ class PackTrainer(SFTTrainer):
 
     def _prepare_inputs(self, inputs):
         """Under DeepSpeed the Trainer casts every float to the engine's dtype; loss weights stay as they are."""
-        return super()._prepare_inputs(inputs) | {"weights": inputs["weights"].to(self.args.device)}
+        return super()._prepare_inputs(inputs) | {"loss_weights": inputs["loss_weights"].to(self.args.device)}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """The sum of loss weights over the batches of an optimizer step, of all processes."""
-        total = sum(batch["weights"].sum(dtype=torch.float64) for batch in batch_samples).to(device, torch.float32)
+        total = sum(batch["loss_weights"].sum(dtype=torch.float64) for batch in batch_samples).to(device, torch.float32)
         return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
 
     def _get_output_dir(self, trial) -> str:

@@ -83,12 +83,14 @@ class Validator:
             self.packs, _ = pack_dialogues(examples, packing, weigh)
         except InputError as error:
             raise InputError(f"held-out dialogues: {error}; held_out.every=0 trains without them") from error
-        self.weight = sum(float(self.packs[number]["weights"].sum(dtype=float)) for number in range(len(self.packs)))
+        self.weight = sum(
+            float(self.packs[number]["loss_weights"].sum(dtype=float)) for number in range(len(self.packs))
+        )
         fitting = [
             [
                 ValidationTurn(number, turn)
                 for turn in example.strategies.nonzero()[0].tolist()
-                if example.boundaries[turn + 1] <= packing.max_length
+                if example.turn_offsets[turn + 1] <= packing.max_length
             ]
             for number, example in enumerate(examples)
         ]
@@ -121,7 +123,7 @@ class Validator:
     def prompt(self, turn: ValidationTurn) -> list[int]:
         """The ids from which the model predicts a turn, the gold history before it."""
         example, template = self.examples[turn.dialogue], self.template
-        before = example.input_ids[: example.boundaries[turn.turn]].tolist()
+        before = example.input_ids[: example.turn_offsets[turn.turn]].tolist()
         given = template.label_ids[int(example.strategies[turn.turn])] if template.config.mode == "given" else []
         return [*before, *template.supporter_header_ids, *given]
 

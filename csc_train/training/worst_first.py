@@ -50,7 +50,7 @@ class WorstFirst(TrainerCallback):
                 moments = _stand_ins(trainer)
                 for _ in range(min(2, args.gradient_accumulation_steps)):
                     batch = trainer.data_collator([trainer.packs[part] for part in parts])
-                    weight = batch["weights"].sum().to(args.device)
+                    weight = batch["loss_weights"].sum().to(args.device)
                     trainer.training_step(trainer.model_wrapped, batch, num_items_in_batch=weight)
                 del moments
         except torch.OutOfMemoryError as error:
@@ -74,7 +74,7 @@ def largest_batch(batches: PackBatchSampler, epochs: range) -> tuple[list[PackSl
         for epoch in epochs
         for step in global_batches(batches.packs, batches.packs_per_step, batches.seed, epoch)
         for process in assign_to_ranks(
-            step, batches.packs, batches.processes, batches.micro_batch_size, joined=batches.joined
+            step, batches.packs, batches.world_size, batches.micro_batch_size, single_row=batches.single_row
         )
         for parts in process
         if parts
@@ -99,7 +99,7 @@ def setting_of(trainer: "PackTrainer", tokens: int) -> MemoryScenario:
         nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         tokens=tokens,
         checkpointing=args.gradient_checkpointing,
-        mask_columns={"mask": tokens, "rows": tokens // args.per_device_train_batch_size}.get(layout, 0),
+        mask_columns={"dense_mask": tokens, "position_ids": tokens // args.per_device_train_batch_size}.get(layout, 0),
         bf16=args.bf16,
     )
 

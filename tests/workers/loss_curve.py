@@ -130,7 +130,7 @@ def train(
         encoded = [template.encode(dialogue) for dialogue in dialogues]
         packed = PackingConfig(packing, max_length=1800)
         held_out = Validator(
-            dialogues, encoded, template, held_out, packed, training.weigh, folder / Path(states).parent
+            dialogues, encoded, template, held_out, packed, training.loss_weights, folder / Path(states).parent
         )
     adapter = adapter or AdapterConfig()
     source = ModelConfig(path=str(folder / "model"))
@@ -210,7 +210,7 @@ def documents_of(batch: dict[str, Any]) -> list[str]:
     """A digest for each trained document of a batch of rows, whose position ids start again at each."""
     if "position_ids" not in batch:
         return []
-    ids, weights, positions = (batch[name].flatten() for name in ("input_ids", "weights", "position_ids"))
+    ids, weights, positions = (batch[name].flatten() for name in ("input_ids", "loss_weights", "position_ids"))
     starts = (positions == 0).nonzero().flatten().tolist()
     spans = [slice(start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
     return [digest([ids[span].tolist(), weights[span].tolist()])[:12] for span in spans if weights[span].any()]
@@ -225,7 +225,7 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
     weights = {name: value.flatten().tolist() for name, value in consolidated_weights(trainer.model).items()}
     engine = trainer.model_wrapped
     steps_of_all = gather_object([trainer.documents])
-    weighted = trainer._prepare_inputs(trainer.data_collator([trainer.packs[0]]))["weights"]
+    weighted = trainer._prepare_inputs(trainer.data_collator([trainer.packs[0]]))["loss_weights"]
     return {
         "losses": [entry["loss"] for entry in steps],
         "measured": [last_validation_metrics([entry], entry["step"]) for entry in log if "eval_loss" in entry],

@@ -11,7 +11,7 @@ from conftest import random_dialogue, small_tokenizer
 
 from csc_train import tokenized_cache as prepared
 from csc_train.data.dialogue import Dialogue
-from csc_train.template.config import PrepareConfig, TemplateConfig
+from csc_train.template.config import TemplateConfig, TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
 CHUNK = 7
@@ -44,5 +44,5 @@ if __name__ == "__main__":
         encode = prepared._encode
         prepared._encode = lambda *arguments: pausing(encode(*arguments))
     prepared.tokenize(
-        dialogues(), template(), PrepareConfig(cache, int(processes)), lambda text: print(text, flush=True)
+        dialogues(), template(), TokenizationConfig(cache, int(processes)), lambda text: print(text, flush=True)
     )

@@ -180,7 +180,7 @@ def preflight(
             raise NotCheckedError("needs the tokenizer and the data")
         from csc_train.tokenized_cache import find_cached
 
-        found = find_cached(loaded["dialogues"], loaded["template"], config.prepare)
+        found = find_cached(loaded["dialogues"], loaded["template"], config.tokenization)
         return f"{found}: hit" if found else "no hit: the run encodes them first, or recipes/prepare.py ahead of it"
 
     checks = [
@@ -190,7 +190,7 @@ def preflight(
         _outcome("model files", lambda: check_model_files(config, absent)),
         _outcome("tokenizer and template", load_template),
         _outcome("data", load_data),
-        _outcome("prepared data", look_for_prepared),
+        _outcome("tokenized data", look_for_prepared),
         _outcome("GPUs", lambda: check_gpus(config, gpus, options.probe, absent)),
         _outcome("memory", lambda: check_memory(config, chosen, memory, host_memory)),
         _outcome("disk", lambda: check_disk(config, setting, free_disk)),

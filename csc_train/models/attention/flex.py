@@ -90,7 +90,7 @@ def flex_document_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    documents: dict[str, torch.Tensor] | None = None,
+    varlen_metadata: dict[str, torch.Tensor] | None = None,
     **_,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a row by FlexAttention, for transformers' attention registry.
@@ -99,7 +99,7 @@ def flex_document_attention(
 
     Args:
         query: [1, heads, length, head_dim]; key and value have the key-value heads.
-        documents: the fields of `FlexDocuments`, handed through the model as a keyword argument.
+        varlen_metadata: the fields of `FlexDocuments`, handed through the model as a keyword argument.
 
     Returns:
         [1, length, heads, head_dim], and no weights.
@@ -107,12 +107,12 @@ def flex_document_attention(
     Raises:
         ValueError: see `check_varlen_inputs`; or there is dropout, which FlexAttention does not have.
     """
-    check_varlen_inputs(FLEX_ATTENTION, query, attention_mask, documents)
+    check_varlen_inputs(FLEX_ATTENTION, query, attention_mask, varlen_metadata)
     if dropout:
         raise ValueError("FlexAttention has no dropout: set the model's attention_dropout to 0, or use another one")
     query, key, value = same_dtype(query, key, value)
     attend = _compiled if query.is_cuda else flex_attention
-    mask = FlexDocuments(**documents).block_mask()
+    mask = FlexDocuments(**varlen_metadata).block_mask()
     output = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2).contiguous(), None
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-VARLEN_ATTENTION = "documents"
+VARLEN_ATTENTION = "varlen"
 """Name under which `varlen_attention` stands in transformers' attention registry."""
 
 
@@ -71,15 +71,17 @@ def check_varlen_inputs(
     attention: str,
     query: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    documents: dict[str, torch.Tensor] | None,
+    varlen_metadata: dict[str, torch.Tensor] | None,
 ) -> None:
     """Refuse a call of our own attention that does not say which documents a row has, or says it twice.
 
     Raises:
         ValueError: there are no documents, or there is a mask or another row besides: documents would leak.
     """
-    if documents is None:
-        raise ValueError(f"{attention} attention was called without documents: use it on batches of PackCollator alone")
+    if varlen_metadata is None:
+        raise ValueError(
+            f"{attention} attention was called without varlen_metadata: use it on batches of PackCollator alone"
+        )
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError(f"{attention} attention takes one row and no attention mask")
 
@@ -100,7 +102,7 @@ def varlen_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    documents: dict[str, torch.Tensor] | None = None,
+    varlen_metadata: dict[str, torch.Tensor] | None = None,
     **_,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a row, one document at a time, for transformers' attention registry.
@@ -110,7 +112,7 @@ def varlen_attention(
 
     Args:
         query: [1, heads, length, head_dim]; key and value have the key-value heads.
-        documents: the fields of `VarlenMetadata`, handed through the model as a keyword argument.
+        varlen_metadata: the fields of `VarlenMetadata`, handed through the model as a keyword argument.
 
     Returns:
         [1, length, heads, head_dim], and no weights.
@@ -118,8 +120,8 @@ def varlen_attention(
     Raises:
         ValueError: see `check_varlen_inputs`; or there is dropout on a CPU, whose kernel has none.
     """
-    check_varlen_inputs(VARLEN_ATTENTION, query, attention_mask, documents)
-    documents = VarlenMetadata(**documents)
+    check_varlen_inputs(VARLEN_ATTENTION, query, attention_mask, varlen_metadata)
+    documents = VarlenMetadata(**varlen_metadata)
     query, key, value = same_dtype(query, key, value)
     if query.is_cuda:
         return _flash_attention(query, key, value, dropout, scaling, documents), None
