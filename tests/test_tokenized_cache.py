@@ -102,7 +102,7 @@ def test_two_processes_write_the_same_and_get_chunks_as_they_are_wanted(tmp_path
 def test_packs_of_the_cache_are_those_of_the_template(tmp_path):
     examples = tokenize(dialogues(), template(), TokenizationConfig(str(tmp_path)))
     for packing in (PackingConfig(max_length=1300), PackingConfig("best_fit", max_length=1300)):
-        for loss in (LossConfig(), LossConfig("turns", strategy=2)):
+        for loss in (LossConfig(), LossConfig("turns", strategy_weight=2)):
             packs, report = pack_dialogues(examples, packing, loss)
             fresh, fresh_report = pack_dialogues(list(template().encode_all(dialogues())), packing, loss)
             assert report == fresh_report

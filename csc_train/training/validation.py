@@ -62,7 +62,7 @@ class Validator:
         template: DialogueTemplate,
         config: ValidationConfig,
         packing: PackingConfig,
-        weigh: LossWeights,
+        loss_weights: LossWeights,
         directory: Path,
     ):
         """Pack the dialogues and draw turns from them.
@@ -70,7 +70,7 @@ class Validator:
         Args:
             examples: the dialogues, encoded by `template`.
             packing: as the training's; turns that end behind its `max_length` are not drawn.
-            weigh: the loss weights of the training's packs.
+            loss_weights: the loss weights of the training's packs.
             directory: for the table of `samples`.
 
         Raises:
@@ -80,7 +80,7 @@ class Validator:
         self.config = config
         self.log_table = functools.partial(keep_table, directory)
         try:
-            self.packs, _ = pack_dialogues(examples, packing, weigh)
+            self.packs, _ = pack_dialogues(examples, packing, loss_weights)
         except InputError as error:
             raise InputError(f"held-out dialogues: {error}; held_out.every=0 trains without them") from error
         self.weight = sum(
