@@ -66,7 +66,7 @@ def largest_batch(batches: PackBatchSampler, epochs: range) -> tuple[list[PackSl
 
     def size(parts: list[PackSlice]) -> tuple[int, float]:
         lengths = [part.tokens(batches.packs) for part in parts]
-        tokens = sum(lengths) if batches.joined else len(lengths) * max(lengths)
+        tokens = sum(lengths) if batches.single_row else len(lengths) * max(lengths)
         return tokens, sum(part.flops(batches.packs) for part in parts)
 
     candidates = (
