@@ -21,7 +21,7 @@ $(VENV)/installed-dev: requirements-dev.txt requirements-web.txt $(VENV)/install
 demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> trained checkpoint -> evaluated table
 	$(PYTHON) recipes/write_sample.py
 	$(PYTHON) recipes/sft.py experiment=demo run.directory=runs/demo run.if_exists=reuse
-	$(PYTHON) recipes/evaluate.py checkpoint=runs/demo/checkpoint evaluation.max_new_tokens=40 \
+	$(PYTHON) recipes/evaluate.py checkpoint=runs/demo/model evaluation.max_new_tokens=40 \
 		run.directory=runs/demo/evaluation run.if_exists=reuse
 
 test: lint ## Set up what tests need, then pass them

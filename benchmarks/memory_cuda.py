@@ -85,7 +85,7 @@ def measure(case: Case) -> dict:
     config = ModelConfig(init="random", tokenizer="train", architecture=case.architecture)
     with tempfile.TemporaryDirectory() as states:
         settings = TrainerConfig(
-            packs_per_step=2, max_steps=STEPS, precision="bf16", save_every=10**6,
+            packs_per_step=2, max_steps=STEPS, precision="bf16", save_steps=10**6,
             gradient_checkpointing=case.checkpointing,
         )  # fmt: skip
         arguments = training_arguments(settings, Path(states), processes=1)

@@ -1,7 +1,7 @@
 """Talk to a trained model, as the customer: in a terminal, or on a web page of this machine.
 
-python recipes/chat.py checkpoint=runs/demo/checkpoint
-python recipes/chat.py checkpoint=runs/demo/checkpoint ui=web
+python recipes/chat.py checkpoint=runs/demo/model
+python recipes/chat.py checkpoint=runs/demo/model ui=web
 """
 
 from csc_train.chat.config import ChatConfig

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on held-out dialogues, beside its base model and two trivial baselines.
 
-python recipes/evaluate.py checkpoint=runs/demo/checkpoint
-torchrun --nproc_per_node 8 recipes/evaluate.py checkpoint=runs/rolecs/checkpoint data=rolecs
+python recipes/evaluate.py checkpoint=runs/demo/model
+torchrun --nproc_per_node 8 recipes/evaluate.py checkpoint=runs/rolecs/model data=rolecs
 python recipes/evaluate.py run=runs/demo/evaluation score_only=true
 python recipes/evaluate.py predictions=replies.jsonl data=rolecs evaluation.contexts=[reference]
 python recipes/evaluate.py llm=gpt_4o data=rolecs

@@ -33,7 +33,7 @@ def main(config: PrepareRecipe) -> None:
 
     # Packs
     examples = tokenize(splits.train, template, config.tokenization)
-    if config.held_out.interval(config.trainer):
+    if config.validation.interval(config.trainer):
         tokenize(splits.held_out, template, config.tokenization)
     _, report = pack_dialogues(examples, config.packing, config.loss)
     print(f"training will see {report}")

@@ -2,7 +2,7 @@
 
 python recipes/sft.py experiment=demo
 torchrun --nproc_per_node 8 recipes/sft.py experiment=qwen2_5_7b_lora
-python recipes/sft.py experiment=demo then=evaluate held_out.keep=best held_out.metric=strategy_accuracy
+python recipes/sft.py experiment=demo then=evaluate validation.save_best=true
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def main(config: SftRecipe) -> None:
     splits = load_splits(config.data, run.directory if run.main else None, say=run.say)
     status = run.begin({"train": data_digest(splits.train)})
     if status == "finished":
-        run.say(f"reused {run.directory}/checkpoint: same configuration, data and code")
+        run.say(f"reused {run.directory}/model: same configuration, data and code")
         if run.main:
             run_on_finish(config.then, following)
         return
@@ -68,25 +68,25 @@ def main(config: SftRecipe) -> None:
     examples = tokenize(splits.train, template, config.tokenization, run.say)
     packs, packing_report = pack_dialogues(examples, config.packing, config.loss)
     run.say(f"training on {packing_report}")
-    held_out = None
-    if config.held_out.interval(config.trainer):
-        held_out = Validator(
+    validator = None
+    if config.validation.interval(config.trainer):
+        validator = Validator(
             splits.held_out,
             tokenize(splits.held_out, template, config.tokenization, run.say),
             template,
-            config.held_out,
+            config.validation,
             config.packing,
             packs.loss_weights,
             run.directory,
         )
-    if config.held_out.chooses and not splits.validation:
+    if config.validation.chooses and not splits.validation:
         run.say(
-            f"note: {config.held_out.metric} on the evaluation dialogues chooses the checkpoint: test it on others, or "
+            f"note: {config.validation.metric_for_best_model} on the evaluation dialogues chooses the checkpoint: test it on others, or "
             "set training dialogues aside to choose on (data.validation_fraction=0.02)"
         )
 
     # Model: the arguments come first, since ZeRO stage 3 shards it while it is loaded
-    arguments = training_arguments(config.trainer, run.states, job.num_processes, config.zero, config.held_out)
+    arguments = training_arguments(config.trainer, run.checkpoints, job.num_processes, config.zero, config.validation)
     dtype = weight_dtype(config.trainer.precision, config.adapter.kind)
     source = save_base_model(config.model, tokenizer, dtype, config.trainer.seed, run)
     in_4_bits = config.adapter.kind == "qlora"
@@ -106,12 +106,12 @@ def main(config: SftRecipe) -> None:
         arguments=arguments,
         adapter=config.adapter,
         worst_first=config.trainer.worst_first,
-        held_out=held_out,
+        validator=validator,
     )
     run.say(f"steps: {trainer.batches().balance()}")
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    state = run.last_state() if status == "unfinished" else None
+    state = run.latest_checkpoint() if status == "unfinished" else None
     with Tracking(config.tracking, run, trainer, manifest, packing_report, state) as tracking:
         trainer.train(resume_from_checkpoint=state)
         if stop.before_the_end:
@@ -125,13 +125,13 @@ def main(config: SftRecipe) -> None:
             measured = last_validation_metrics(
                 log, trainer.state.best_global_step if best else trainer.state.global_step
             )
-            metrics = {"packing": dataclasses.asdict(packing_report), "held_out": measured, "log": log}
+            metrics = {"packing": dataclasses.asdict(packing_report), "validation": measured, "log": log}
             write_json(run.directory / "metrics.json", metrics)
-            save_final_model(run.directory / "checkpoint", trained, tokenizer, template.chat_template, manifest)
-            tracking.keep_checkpoint(run.directory / "checkpoint")
+            save_final_model(run.directory / "model", trained, tokenizer, template.chat_template, manifest)
+            tracking.keep_checkpoint(run.directory / "model")
     job.wait_for_everyone()
     run.finish()
-    run.say(f"checkpoint: {run.directory}/checkpoint" + (f", made from {best.name}" if best else ""))
+    run.say(f"checkpoint: {run.directory}/model" + (f", made from {best.name}" if best else ""))
     if run.main:
         run_on_finish(config.then, following)
 

@@ -51,14 +51,14 @@ def case(stage: str, *, resume: str | None = None, states: str | None = None, of
     if stage == "3":
         made["zero"]["persistence_threshold"] = 0  # the whole model is below the usual one
     if states:
-        made |= {"states": f"{states}/states", "save_every": 2, "keep_states": 9}
-    return made | ({"resume": f"{resume[:-1]}/states/checkpoint-{resume[-1]}"} if resume else {})
+        made |= {"checkpoints": f"{states}/checkpoints", "save_steps": 2, "save_total_limit": 9}
+    return made | ({"resume": f"{resume[:-1]}/checkpoints/checkpoint-{resume[-1]}"} if resume else {})
 
 
 # Steps 2 and 4 of two epochs of three steps: in the middle of either.
 TWO_PROCESSES = {
-    **{f"full {stage}": case(stage, states=f"full-{stage}") for stage in STAGES},
-    **{f"lora {stage}": case(stage, states=f"lora-{stage}", **LORA) for stage in STAGES if stage != "0"},
+    **{f"full {stage}": case(stage, checkpoints=f"full-{stage}") for stage in STAGES},
+    **{f"lora {stage}": case(stage, checkpoints=f"lora-{stage}", **LORA) for stage in STAGES if stage != "0"},
     **{f"qlora {stage}": case(stage, **QLORA) for stage in ("1", "2", "3")},
     **{f"bf16 {stage}": case(stage, precision="bf16") for stage in ("off", "2", "3")},
     **{f"offload {stage}": case(stage, offload=True) for stage in OFFLOAD},
@@ -115,11 +115,11 @@ def on_one(folder, on_two):
 @pytest.fixture(scope="module")
 def references(folder) -> dict[str, dict]:
     """One process, all packs of a step in one pass; the states of the adapters are kept."""
-    kept = {"save_every": 4, "keep_states": 1}
+    kept = {"save_steps": 4, "save_total_limit": 1}
     trained = {"full": train(folder, micro_batch_size=4)}
     for kind, options in (("lora", LORA), ("qlora", QLORA)):
         changed = {**options, "adapter": AdapterConfig(**options["adapter"])}
-        trained[kind] = train(folder, micro_batch_size=4, states=f"{kind}-one/states", **kept, **changed)
+        trained[kind] = train(folder, micro_batch_size=4, checkpoints=f"{kind}-one/checkpoints", **kept, **changed)
     return {kind: curve(trainer) for kind, trainer in trained.items()}
 
 
@@ -218,7 +218,7 @@ def test_a_run_goes_on_by_another_stage_or_adapter_on_one_process(on_one, refere
 
 
 def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_path):
-    state = folder / "full-3/states/checkpoint-4"
+    state = folder / "full-3/checkpoints/checkpoint-4"
     assert json.loads((state / RECORD_FILE).read_text()) == {
         "packs_per_step": 4,
         "processes": 2,
@@ -234,7 +234,7 @@ def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_a_sharded_state_is_read_whole(folder, on_two, stage):
-    state = folder / f"full-{stage}/states/checkpoint-4"
+    state = folder / f"full-{stage}/checkpoints/checkpoint-4"
     whole = open_training_checkpoint(state)
     theirs = get_fp32_state_dict_from_zero_checkpoint(str(state))
     gathered = load_file(state / "model.safetensors")
@@ -243,7 +243,7 @@ def test_a_sharded_state_is_read_whole(folder, on_two, stage):
     for name in whole.names:
         assert torch.equal(whole.read(name, WEIGHT), theirs[name])
         assert torch.equal(whole.read(name, WEIGHT), gathered[name])
-    reference = open_training_checkpoint(folder / "full-off/states/checkpoint-4", _order(whole.names))
+    reference = open_training_checkpoint(folder / "full-off/checkpoints/checkpoint-4", _order(whole.names))
     for name in whole.names:
         for key in MOMENTS:
             difference = (whole.read(name, key) - reference.read(name, key)).abs().max()
@@ -257,14 +257,14 @@ def _order(names: list[str]) -> list[str]:
 
 def test_a_state_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
     state = tmp_path / "checkpoint-4"
-    shutil.copytree(folder / "full-3/states/checkpoint-4", state)
+    shutil.copytree(folder / "full-3/checkpoints/checkpoint-4", state)
     next(state.glob("global_step*/*pp_rank_1*optim_states.pt")).unlink()
     with pytest.raises(InputError, match=r"checkpoint-4: the state cannot be read \(no shard of process 1 among 2\)"):
         open_training_checkpoint(state)
 
 
 def test_states_are_kept_by_number_and_nothing_half_written_is_left(folder, on_two):
-    states = folder / "full-1/states"
+    states = folder / "full-1/checkpoints"
     assert {path.name for path in states.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
     assert not (states / "writing").exists()
 
@@ -339,7 +339,7 @@ def test_a_fallback_is_refused(folder, monkeypatch):
 @pytest.fixture(scope="module")
 def runs(folder, template, on_two, references) -> Path:
     """The folder with a manifest in each of its run directories."""
-    for run in folder.glob("*/states"):
+    for run in folder.glob("*/checkpoints"):
         kind = run.parent.name.split("-")[0]
         adapter = {**LORA["adapter"], "kind": kind} if kind != "full" else {"kind": kind}
         config = {"adapter": adapter, "trainer": {"precision": "fp32"}}
@@ -423,7 +423,7 @@ def test_what_cannot_be_exported_is_refused(folder, path, message):
 # The recipe
 
 
-TINY = ["debug=cpu_tiny", "zero.persistence_threshold=0", "trainer.save_every=2", "run.if_exists=reuse"]
+TINY = ["debug=cpu_tiny", "zero.persistence_threshold=0", "trainer.save_steps=2", "run.if_exists=reuse"]
 
 
 def begin(directory: Path, module: list[str], *overrides: str) -> subprocess.Popen:
@@ -462,19 +462,21 @@ def test_a_sharded_run_killed_goes_on_where_it_was(workplace):
     run = workplace / "killed"
     process = begin(workplace, TORCHRUN, "zero=zero3", "run.directory=killed")
     deadline = time.monotonic() + 240
-    while not (run / "states" / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (run / "checkpoints" / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
     process.communicate()
-    assert not (run / "checkpoint").exists()
+    assert not (run / "model").exists()
     text = finish(begin(workplace, TORCHRUN, "zero=zero3", "run.directory=killed"))
     (steps,) = re.findall(r"trained (\d+) steps in ", text)
     assert int(steps) <= 4  # steps 1 and 2 are not done again
     assert losses(run) == pytest.approx(losses(workplace / "one"), rel=TOLERANCE)
     ours, theirs = (load_file(path / "checkpoint" / "model.safetensors") for path in (run, workplace / "one"))
     assert all((ours[name] - theirs[name]).abs().max() < TOLERANCE for name in theirs)
-    record = json.loads((run / "states" / "checkpoint-6" / RECORD_FILE).read_text())
+    record = json.loads((run / "checkpoints" / "checkpoint-6" / RECORD_FILE).read_text())
     assert (record["processes"], record["stage"]) == (2, 3)
 
 

@@ -28,7 +28,7 @@ from csc_train.llm.config import LLMConfig
 SYSTEM, GIVEN = "a <b>model<b>", "GPT, strategy given"
 MARKUP = '</script><script>document.title = "taken over"</script><b>粗</b>'
 DATA = DataConfig(train=DialogueSourceConfig("train.jsonl"), evaluation=DialogueSourceConfig("csconv.jsonl"))
-CONFIG = to_container(EvaluateRecipe("runs/x/checkpoint", data=DATA, evaluation=EvaluationConfig(max_new_tokens=40)))
+CONFIG = to_container(EvaluateRecipe("runs/x/model", data=DATA, evaluation=EvaluationConfig(max_new_tokens=40)))
 RECORD = {
     "started": "2026-01-02T03:04:05+0000",
     "provenance": {"commit": "c0ffee" * 8, "dirty": True, "versions": {"torch": "2.13.0"}},
@@ -130,7 +130,7 @@ def test_the_page_says_what_was_evaluated(run, page):
     text = page.inner_text("#about")
     assert "31 customer-support dialogues" in page.inner_text("header")
     assert "the system first chooses one of 12 support strategies" in page.inner_text("header")
-    for fact in ("runs/x/checkpoint", "csconv.jsonl", "CSConv (1)", "greedy, at most 40 new tokens", "torch 2.13.0"):
+    for fact in ("runs/x/model", "csconv.jsonl", "CSConv (1)", "greedy, at most 40 new tokens", "torch 2.13.0"):
         assert fact in text
     assert "commit c0ffeec0ffee with uncommitted changes" in text
     assert page.inner_text("h1") == f"How well does “{SYSTEM}” support customers?"

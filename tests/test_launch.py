@@ -33,7 +33,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
 ]
-SMALL = ["recipe=sft", "debug=cpu_tiny", "trainer.max_steps=12", "trainer.save_every=4"]
+SMALL = ["recipe=sft", "debug=cpu_tiny", "trainer.max_steps=12", "trainer.save_steps=4"]
 TWO_NODES = [
     *SMALL, "topology=slurm_4x8", "topology.nodes=2", "topology.processes_per_node=1", "topology.device=cpu",
     "topology.slurm.cpus=1", "run.directory=runs/two_nodes",
@@ -351,11 +351,11 @@ def test_two_nodes_are_stopped_requeued_broken_and_come_to_the_same_end(place, r
     warned.process.send_signal(signal.SIGUSR1)
     assert warned.end() == EXIT_STOPPED, warned.output
     assert len((place / "requeued").read_text().split()) == 1
-    (state,) = [path.name for path in (run / "states").glob("checkpoint-*")]
+    (state,) = [path.name for path in (run / "checkpoints").glob("checkpoint-*")]
     done = int(state.split("-")[1])
     assert 1 <= done < 12
     assert record(run)["stopped"] and not record(run)["finished"]
-    assert not (run / "checkpoint").exists()
+    assert not (run / "model").exists()
     assert left_in(place) == []
 
     # A node dies
@@ -377,7 +377,7 @@ def test_two_nodes_are_stopped_requeued_broken_and_come_to_the_same_end(place, r
     assert trained(again.output) <= 12 - done
     assert record(run)["finished"]
     assert losses(run) == pytest.approx(reference, abs=1e-6)
-    assert (run / "checkpoint" / "model.safetensors").exists()
+    assert (run / "model" / "model.safetensors").exists()
 
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(place, reference):
@@ -389,9 +389,9 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(place, reference):
     assert started.end() == EXIT_STOPPED, started.output
     assert started.output.endswith("stopped; to go on: run=runs/stopped resume=true\n")
     assert left_in(place) == []
-    assert not record(run)["finished"] and not (run / "checkpoint").exists()
+    assert not record(run)["finished"] and not (run / "model").exists()
     assert yaml.safe_load((run / LAUNCH_FILE).read_text())["topology"]["launcher"] == "accelerate"
-    (state,) = [path.name for path in (run / "states").glob("checkpoint-*")]
+    (state,) = [path.name for path in (run / "checkpoints").glob("checkpoint-*")]
 
     again = Started([*LAUNCH, "run=runs/stopped", "resume=true", "topology=cpu2"], place)
     assert again.end() == 0, again.output
@@ -407,7 +407,7 @@ def test_ctrl_c_leaves_nothing_running(place, reference):
     assert started.end() == 128 + signal.SIGINT
     assert left_in(place) == []
     run = place / "runs/interrupted"
-    assert not (run / "checkpoint").exists() and not record(run)["finished"]
+    assert not (run / "model").exists() and not record(run)["finished"]
 
 
 def idle(directory: Path, *behaviour: str) -> Started:

@@ -143,7 +143,7 @@ def test_what_is_absent_is_an_error_only_at_the_launch(job):
 def test_a_disk_that_is_too_small_for_the_states_is_refused(job):
     outcome = preflight(composed(job), free_disk=1000)
     name, message = failure(outcome)
-    assert name == "disk" and "0.0 GiB free" in message and "trainer.keep_states" in message
+    assert name == "disk" and "0.0 GiB free" in message and "trainer.save_total_limit" in message
     # States of 12 bytes a parameter, one more than are kept, and a checkpoint of 4 bytes a parameter.
     parameters = outcome.settings[0].shape.parameters
     assert not preflight(composed(job), free_disk=(3 * 12 + 4) * parameters).failed

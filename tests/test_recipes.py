@@ -60,7 +60,7 @@ def workplace(tmp_path_factory):
 
 def evaluate(directory: Path) -> subprocess.CompletedProcess:
     return start(
-        "evaluate.py", "checkpoint=runs/demo/checkpoint", "run.directory=runs/evaluation", "run.if_exists=reuse",
+        "evaluate.py", "checkpoint=runs/demo/model", "run.directory=runs/evaluation", "run.if_exists=reuse",
         "evaluation.max_new_tokens=24", "evaluation.batch_size=64", cwd=directory,
     )  # fmt: skip
 
@@ -102,11 +102,11 @@ def test_the_table_is_printed_and_every_turn_is_kept(workplace, evaluation):
 
 
 def test_a_second_run_reuses_what_is_unchanged_and_says_so(workplace, evaluation):
-    before = (workplace / "runs/demo/checkpoint/model.safetensors").stat().st_mtime_ns
+    before = (workplace / "runs/demo/model/model.safetensors").stat().st_mtime_ns
     trained = start("sft.py", *SMALL, "run.directory=runs/demo", cwd=workplace)
     assert trained.returncode == 0
-    assert "reused runs/demo/checkpoint" in trained.stdout
-    assert (workplace / "runs/demo/checkpoint/model.safetensors").stat().st_mtime_ns == before
+    assert "reused runs/demo/model" in trained.stdout
+    assert (workplace / "runs/demo/model/model.safetensors").stat().st_mtime_ns == before
     again = evaluate(workplace)
     assert "reused runs/evaluation" in again.stdout
     assert "| trained |" in again.stdout
@@ -127,7 +127,7 @@ def test_an_existing_run_is_not_overwritten_unasked(workplace):
     refused = start("sft.py", *SMALL[:-1], "run.directory=runs/demo", cwd=workplace)
     assert refused.returncode == 2
     assert "runs/demo holds a run" in refused.stderr
-    assert (workplace / "runs/demo/checkpoint/model.safetensors").exists()
+    assert (workplace / "runs/demo/model/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("if_exists", ["reuse", "replace"])
@@ -140,7 +140,7 @@ def test_a_directory_that_is_not_the_recipes_own_is_left_alone(workplace, tmp_pa
     settings["run"]["directory"] = str(tmp_path)
     with pytest.raises(InputError, match=r"holds checkpoint but no run\.json"):
         Run("sft", settings)
-    assert (workplace / "runs/demo/checkpoint/model.safetensors").exists()
+    assert (workplace / "runs/demo/model/model.safetensors").exists()
     assert (tmp_path / "checkpoint").exists()
 
 
@@ -155,17 +155,17 @@ def test_the_run_directory_says_what_was_done(workplace):
     assert record["finished"]
     assert set(record["provenance"]) == {"commit", "dirty", "python", "versions"}
     assert "packs_per_step: 1" in (workplace / "runs/demo/resolved.yaml").read_text()
-    manifest = json.loads((workplace / "runs/demo/checkpoint/csc_manifest.json").read_text())
+    manifest = json.loads((workplace / "runs/demo/model/csc_manifest.json").read_text())
     assert manifest["data_hash"] == record["inputs"]["train"]
     assert manifest["config"]["data"]["sample_dialogues"] == 420
 
 
 def test_a_checkpoint_with_another_template_is_refused(workplace):
-    path = workplace / "runs/demo/checkpoint/csc_manifest.json"
+    path = workplace / "runs/demo/model/csc_manifest.json"
     original = path.read_text()
     path.write_text(original.replace('"mode": "joint"', '"mode": "given"', 1))
     try:
-        refused = start("evaluate.py", "checkpoint=runs/demo/checkpoint", cwd=workplace)
+        refused = start("evaluate.py", "checkpoint=runs/demo/model", cwd=workplace)
     finally:
         path.write_text(original)
     assert refused.returncode == 2
@@ -185,7 +185,7 @@ def test_two_processes_make_one_run_directory(tmp_path):
     (run,) = (tmp_path / "runs").glob("sft-*")
     trained = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["packing"]["strategies"]
     assert "礼貌问候" not in trained and "感谢与告别" in trained
-    assert (run / "checkpoint" / "model.safetensors").exists()
+    assert (run / "model" / "model.safetensors").exists()
     assert done.stdout.count("checkpoint: ") == 1
     assert done.stdout.count("trained 6 steps in ") == 1
     assert [line["step"] for line in history(run)] == [1, 2, 3, 4, 5, 6]
@@ -227,28 +227,28 @@ def test_a_state_of_training_that_cannot_be_written_is_refused_in_one_line(tmp_p
     done = start("sft.py", "debug=cpu_tiny", "run.directory=runs/full", cwd=tmp_path, largest_file=600_000)
     assert done.returncode == 2, done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "cannot write runs/full/states" in error
+    assert "cannot write runs/full/checkpoints" in error
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs" / "full" / "checkpoint").exists()
 
 
 def test_a_run_killed_after_a_saved_state_goes_on_from_it(tmp_path):
-    arguments = ["debug=cpu_tiny", "run.directory=runs/killed", "run.if_exists=reuse", "trainer.save_every=2"]
+    arguments = ["debug=cpu_tiny", "run.directory=runs/killed", "run.if_exists=reuse", "trainer.save_steps=2"]
     whole = start("sft.py", *arguments, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     run = tmp_path / "runs" / "killed"
-    first = (run / "checkpoint" / "model.safetensors").read_bytes()
+    first = (run / "model" / "model.safetensors").read_bytes()
     # As a kill at step 5 leaves it, in the middle of writing a state: no end, no checkpoint, a torn last state.
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(record | {"finished": None, "status": "running"}))
-    shutil.rmtree(run / "checkpoint")
-    (run / "states" / "checkpoint-6" / "trainer_state.json").unlink()
+    shutil.rmtree(run / "model")
+    (run / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()
     again = start("sft.py", *arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "trained 2 steps in " in again.stdout  # steps 5 and 6
     assert [line["step"] for line in history(run)] == [1, 2, 3, 4, 5, 6]
     assert "runs/killed crashed" in again.stdout
-    assert (run / "checkpoint" / "model.safetensors").read_bytes() == first
+    assert (run / "model" / "model.safetensors").read_bytes() == first
 
 
 def test_a_file_of_ones_own_is_never_overwritten_by_the_sample(tmp_path):

@@ -27,8 +27,8 @@ from csc_train.runs.comparison import find_runs, sort_runs
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
 SMALL = ["debug=cpu_tiny", "sweep.poll=0.2", "topology=cpu1"]
 FOUR = [
-    *SMALL, "sweep=lr", "sweep.trials=4", "trainer.max_steps=3", "trainer.save_every=0",
-    "data.sample_dialogues=20", "packing.max_length=512", "held_out.every=1", "held_out.turns=0", "held_out.samples=0",
+    *SMALL, "sweep=lr", "sweep.trials=4", "trainer.max_steps=3", "trainer.save_steps=0",
+    "data.sample_dialogues=20", "packing.max_length=512", "validation.eval_steps=1", "validation.num_turns=0", "validation.num_samples=0",
 ]  # fmt: skip
 
 
@@ -405,7 +405,7 @@ def test_what_a_trial_came_to(tmp_path):
     log = [{"loss": 3, "eval_loss": 2.0}, {"loss": 1.5, "eval_loss": 4.0}, {"train_runtime": 1}]
     write("metrics.json", {"log": log})
     assert (trial_result(tmp_path, "loss"), trial_result(tmp_path, "eval_loss")) == (1.5, 4.0)
-    write("metrics.json", {"log": log, "held_out": {"loss": 2.0, "step": 1}})  # of the checkpoint
+    write("metrics.json", {"log": log, "validation": {"loss": 2.0, "step": 1}})  # of the checkpoint
     assert trial_result(tmp_path, "eval_loss") == 2.0
     with pytest.raises(NoSuchMetricError, match=r"^sweep.metric=evl_loss: .* Did you mean 'eval_loss'\? See"):
         trial_result(tmp_path, "evl_loss")

@@ -85,7 +85,15 @@ def steps_of(run: Path) -> list[int]:
 
 def trained(folder: Path, name: str, **options):
     """A tracked training; states of it are saved after every other step."""
-    return train(folder, packs="shared", tracked=name, states=f"{name}/states", save_every=2, keep_states=9, **options)
+    return train(
+        folder,
+        packs="shared",
+        tracked=name,
+        checkpoints=f"{name}/checkpoints",
+        save_steps=2,
+        save_total_limit=9,
+        **options,
+    )
 
 
 @pytest.fixture
@@ -284,7 +292,7 @@ def test_a_training_that_fails_closes_its_run_and_goes_on_in_it(folder, whole, s
     with pytest.raises(RuntimeError, match="as planned"):
         trained(folder, "failed", ends=("error", 5))
     assert steps_of(run) == [1, 2, 3, 4, 5]
-    again = trained(folder, "failed", resume="failed/states/checkpoint-4")
+    again = trained(folder, "failed", resume="failed/checkpoints/checkpoint-4")
     first, second = offline_runs(run)
     assert first.exit_code == 1 and second.exit_code == 0
     assert first.id == second.id
@@ -303,12 +311,18 @@ def test_a_training_that_is_told_to_stop_closes_its_run_with_its_status(folder, 
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
     (kept,) = offline_runs(run)
     assert (kept.exit_code, sorted(kept.rows), steps_of(run)) == (EXIT_STOPPED, [1, 2, 3], [1, 2, 3])
-    assert json.loads((run / "states/checkpoint-3/csc_state.json").read_text())["tracked"] == kept.id
+    assert json.loads((run / "checkpoints/checkpoint-3/csc_state.json").read_text())["tracked"] == kept.id
 
 
 def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(folder, whole, signals, capfd):
     run = folder / "killed"
-    case = {"packs": "shared", "tracked": "killed", "states": "killed/states", "save_every": 2, "ends": ["kill", 4]}
+    case = {
+        "packs": "shared",
+        "tracked": "killed",
+        "checkpoints": "killed/checkpoints",
+        "save_steps": 2,
+        "ends": ["kill", 4],
+    }
     tests = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, loss_curve.__file__, str(folder), json.dumps({"killed": case}), str(folder / "none")],
@@ -324,7 +338,7 @@ def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(fol
     assert json.loads((run / "run.json").read_text())["status"] == "running"
     with (run / HISTORY).open("a") as file:
         file.write('{"step": 5, "lo')  # torn
-    trained(folder, "killed", resume="killed/states/checkpoint-4")
+    trained(folder, "killed", resume="killed/checkpoints/checkpoint-4")
     assert "killed crashed: it was killed before it could say so" in capfd.readouterr().out
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "finished" and len(record["crashed"]) == 1

@@ -102,7 +102,9 @@ def whole(folder):
 @pytest.fixture(scope="module")
 def halves(folder):
     """The same in two passes; states of training are saved after each step."""
-    return curve(train(folder, micro_batch_size=2, states="kept", save_every=1, keep_states=EPOCHS * STEPS_PER_EPOCH))
+    return curve(
+        train(folder, micro_batch_size=2, checkpoints="kept", save_steps=1, save_total_limit=EPOCHS * STEPS_PER_EPOCH)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +373,7 @@ def test_a_model_whose_attention_packs_would_change_is_refused_before_training(f
     small_tokenizer("qwen2_5").save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="Qwen2ForCausalLM with varlen attention cannot be trained on packs"):
         train(tmp_path, packs="shared")
-    assert not (tmp_path / "states").exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_trainers_model_refuses_packed_rows_with_a_cache(folder):

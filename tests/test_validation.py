@@ -37,15 +37,15 @@ from csc_train.training.validation import last_validation_metrics
 
 TOLERANCE = 1e-5
 # Three turns to reply to, so that one of two processes has more of them.
-MEASURED = {"every": 1, "turns": None, "samples": 3, "max_new_tokens": 4}
+MEASURED = {"eval_steps": 1, "num_turns": None, "num_samples": 3, "max_new_tokens": 4}
 SHORT = {"packs": "shared", "max_steps": 3, "micro_batch_size": 1}
 LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}, "learning_rate": 2e-2}
 SHARDED = {"stage": "3", "persistence_threshold": 0}
 TWO_PROCESSES = {
-    "full off": {**SHORT, "held_out": MEASURED, "states": "full-off/states"},
-    "full 2": {**SHORT, "held_out": MEASURED, "states": "full-2/states", "zero": {"stage": "2"}},
-    "full 3": {**SHORT, "held_out": MEASURED, "states": "full-3/states", "zero": SHARDED, "save_every": 1},
-    "lora 3": {**SHORT, **LORA, "held_out": MEASURED, "states": "lora-3/states", "zero": SHARDED},
+    "full off": {**SHORT, "validation": MEASURED, "checkpoints": "full-off/checkpoints"},
+    "full 2": {**SHORT, "validation": MEASURED, "checkpoints": "full-2/checkpoints", "zero": {"stage": "2"}},
+    "full 3": {**SHORT, "validation": MEASURED, "checkpoints": "full-3/checkpoints", "zero": SHARDED, "save_steps": 1},
+    "lora 3": {**SHORT, **LORA, "validation": MEASURED, "checkpoints": "lora-3/checkpoints", "zero": SHARDED},
 }
 
 
@@ -82,7 +82,7 @@ def folder(template, dialogues, tmp_path_factory) -> Path:
     packs = PackedDataset(packs.dialogues, packs.pack_items[:9], packs.prefix_lengths[:9], packs.loss_weights)
     assert len(set(packs.loss_weights.factors)) > 3
     (folder / "shared").write_bytes(pickle.dumps(packs))
-    (folder / "held_out").write_bytes(pickle.dumps(dialogues))
+    (folder / "validation").write_bytes(pickle.dumps(dialogues))
     config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
@@ -90,21 +90,24 @@ def folder(template, dialogues, tmp_path_factory) -> Path:
     return folder
 
 
-def measured(folder: Path, held_out: dict, **options):
+def measured(folder: Path, validation: dict, **options):
     """A training of one process that measures itself, all held-out packs in one forward pass."""
-    return train(folder, **{**SHORT, "micro_batch_size": 4, **options}, held_out=ValidationConfig(**held_out))
+    return train(folder, **{**SHORT, "micro_batch_size": 4, **options}, validation=ValidationConfig(**validation))
 
 
 @pytest.fixture(scope="module")
 def trainer(folder):
     """After a training on one process."""
-    return measured(folder, MEASURED, states="one/states")
+    return measured(folder, MEASURED, checkpoints="one/checkpoints")
 
 
 @pytest.fixture(scope="module")
 def references(folder, trainer):
     adapter = {**LORA, "adapter": AdapterConfig(**LORA["adapter"])}
-    return {"full": curve(trainer), "lora": curve(measured(folder, MEASURED, states="one-lora/states", **adapter))}
+    return {
+        "full": curve(trainer),
+        "lora": curve(measured(folder, MEASURED, checkpoints="one-lora/checkpoints", **adapter)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +145,8 @@ def test_the_held_out_loss_is_that_of_separate_sequences(trainer, references, pl
         total += (each * weights[1:]).sum().item()
         weight += weights.sum().item()
     assert references["full"]["measured"][-1]["loss"] == pytest.approx(total / weight, rel=TOLERANCE)
-    assert trainer.held_out.weight == pytest.approx(weight, rel=TOLERANCE)
-    assert len(trainer.held_out.packs) == 3
+    assert trainer.validator.weight == pytest.approx(weight, rel=TOLERANCE)
+    assert len(trainer.validator.packs) == 3
 
 
 @torch.no_grad()
@@ -170,23 +173,23 @@ def test_strategies_are_predicted_by_the_likelihood_of_their_labels(trainer, ref
 
 
 def test_the_same_turns_are_drawn_every_time(folder, trainer):
-    held_out = trainer.held_out
-    every = [(n, i) for n, each in enumerate(held_out.dialogues) for i, turn in enumerate(each.turns) if turn.strategy]
+    validator = trainer.validator
+    every = [(n, i) for n, each in enumerate(validator.dialogues) for i, turn in enumerate(each.turns) if turn.strategy]
     for number in (None, 5):
-        again = type(held_out)(
-            held_out.dialogues, held_out.examples, held_out.template,
-            dataclasses.replace(held_out.config, turns=number), PackingConfig("shared_prefix", 1800),
+        again = type(validator)(
+            validator.dialogues, validator.examples, validator.template,
+            dataclasses.replace(validator.config, num_turns=number), PackingConfig("shared_prefix", 1800),
             trainer.packs.loss_weights, folder,
         )  # fmt: skip
-        assert again.samples == held_out.samples == sorted(held_out.samples)
-        assert again.turns[:5] == held_out.turns[:5]
+        assert again.samples == validator.samples == sorted(validator.samples)
+        assert again.turns[:5] == validator.turns[:5]
         assert len(again.turns) == number or sorted(again.turns) == every
 
 
 def test_replies_are_greedy_and_stand_beside_what_was_said(folder, trainer, plain, template, dialogues):
     rows = [row for row in samples(folder, "one") if row.pop("step") == 3]
     assert len(rows) == 3
-    for row, (number, index) in zip(rows, trainer.held_out.samples, strict=True):
+    for row, (number, index) in zip(rows, trainer.validator.samples, strict=True):
         dialogue = dialogues[number]
         ids = template.prompt_ids(dialogue.turns[:index])
         length = len(ids)
@@ -238,7 +241,9 @@ def test_two_processes_measure_what_one_does(folder, on_two_processes, reference
 def test_measuring_changes_nothing(folder, kind):
     # Dropout draws random numbers, so weights tell whether the generators stand where they stood.
     options = {"adapter": AdapterConfig(kind=kind, dropout=0.3), "learning_rate": 2e-2, "max_steps": 2}
-    with_it = curve(measured(folder, {**MEASURED, "turns": 4}, states=f"dropout-{kind}/states", **options))
+    with_it = curve(
+        measured(folder, {**MEASURED, "num_turns": 4}, checkpoints=f"dropout-{kind}/checkpoints", **options)
+    )
     without = curve(train(folder, **{**SHORT, "micro_batch_size": 4, **options}))
     assert len(with_it["measured"]) == 2
     assert (with_it["losses"], with_it["digest"]) == (without["losses"], without["digest"])
@@ -246,8 +251,8 @@ def test_measuring_changes_nothing(folder, kind):
 
 # What follows from it
 
-WORSE = {"max_steps": 9, "learning_rate": 0.3, "lr_scheduler": "constant", "save_every": 1, "keep_states": 2}
-STOPPING = {"every": 1, "turns": 0, "samples": 0, "patience": 2, "keep": "best"}
+WORSE = {"max_steps": 9, "learning_rate": 0.3, "lr_scheduler": "constant", "save_steps": 1, "save_total_limit": 2}
+STOPPING = {"eval_steps": 1, "num_turns": 0, "num_samples": 0, "early_stopping_patience": 2, "save_best": True}
 
 
 def listing(states: Path) -> dict[str, bool]:
@@ -258,7 +263,7 @@ def listing(states: Path) -> dict[str, bool]:
 @pytest.fixture(scope="module")
 def stopped(folder):
     """A training that gets worse and worse."""
-    return measured(folder, STOPPING, states="stopped/states", **WORSE)
+    return measured(folder, STOPPING, checkpoints="stopped/checkpoints", **WORSE)
 
 
 def test_a_training_that_gets_no_better_ends_and_keeps_the_best_and_the_last(folder, stopped):
@@ -266,9 +271,9 @@ def test_a_training_that_gets_no_better_ends_and_keeps_the_best_and_the_last(fol
     best = losses.index(min(losses)) + 1
     assert len(losses) == best + 2 < 9
     names = [f"checkpoint-{step}" for step in range(best, best + 3)]
-    assert listing(folder / "stopped/states") == {names[0]: False, names[1]: True, names[2]: True}
+    assert listing(folder / "stopped/checkpoints") == {names[0]: False, names[1]: True, names[2]: True}
     assert stopped.state.best_metric == min(losses)
-    assert stopped.best_state() == folder / "stopped/states" / names[0]
+    assert stopped.best_state() == folder / "stopped/checkpoints" / names[0]
     assert stopped.state.best_model_checkpoint == str(stopped.best_state())
 
 
@@ -289,11 +294,15 @@ def test_the_best_state_is_what_the_checkpoint_is_made_from(folder, stopped):
 
 @pytest.mark.parametrize("back", [1, 0])
 def test_a_resumed_training_knows_the_best_and_how_long_ago_it_was(folder, stopped, back, tmp_path):
-    for name in ("model", "shared", "held_out", "stopped"):
+    for name in ("model", "shared", "validation", "stopped"):
         (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, tmp_path / name)
     end = stopped.state.global_step
     again = measured(
-        tmp_path, STOPPING, states="stopped/states", resume=f"stopped/states/checkpoint-{end - back}", **WORSE
+        tmp_path,
+        STOPPING,
+        checkpoints="stopped/checkpoints",
+        resume=f"stopped/checkpoints/checkpoint-{end - back}",
+        **WORSE,
     )
     assert (again.state.global_step, again._initial_global_step) == (end, end - back)
     assert (again.state.best_metric, again.state.best_global_step) == (
@@ -302,17 +311,17 @@ def test_a_resumed_training_knows_the_best_and_how_long_ago_it_was(folder, stopp
     )
     assert curve(again)["measured"] == curve(stopped)["measured"]
     assert curve(again)["digest"] == curve(stopped)["digest"]
-    assert listing(tmp_path / "stopped/states") == listing(folder / "stopped/states")
+    assert listing(tmp_path / "stopped/checkpoints") == listing(folder / "stopped/checkpoints")
 
 
 def test_a_state_that_was_kept_for_its_weights_is_not_gone_on_from(folder, stopped):
     best = stopped.best_state().relative_to(folder)
     with pytest.raises(InputError, match=rf"{best.name} was kept for its weights: only a later state can be"):
-        measured(folder, STOPPING, states="stopped/states", resume=str(best), **WORSE)
+        measured(folder, STOPPING, checkpoints="stopped/checkpoints", resume=str(best), **WORSE)
 
 
 def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_two_processes):
-    states = folder / "full-3/states"
+    states = folder / "full-3/checkpoints"
     before = open_training_checkpoint(states / "checkpoint-2")
     weights = {name: before.read(name, WEIGHT).clone() for name in before.names}
     prune(states, 1, best=2)
@@ -325,12 +334,27 @@ def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["held_out.every=0", "held_out.keep=best"], "held_out.every=0 measures nothing to choose the best state"),
-        (["held_out.every=0", "held_out.patience=2"], "held_out.every=0 measures nothing to choose the best state"),
-        (["held_out.every=1.5"], "held_out.every=1.5: a whole number of steps, or a share below 1"),
-        (["held_out.metric=strategy_accuracy", "held_out.turns=0"], "held_out.metric=strategy_accuracy with held_out"),
-        (["held_out.metric=strategy_accuracy", "template=given"], "held_out.metric=strategy_accuracy with template.m"),
-        (["held_out.metric=accuracy"], "held_out.metric=accuracy: choose one of loss, strategy_accuracy."),
+        (
+            ["validation.eval_steps=0", "validation.save_best=true"],
+            "validation.eval_steps=0 measures nothing to choose the best state",
+        ),
+        (
+            ["validation.eval_steps=0", "validation.early_stopping_patience=2"],
+            "validation.eval_steps=0 measures nothing to choose the best state",
+        ),
+        (["validation.eval_steps=1.5"], "validation.eval_steps=1.5: a whole number of steps, or a share below 1"),
+        (
+            ["validation.metric_for_best_model=strategy_accuracy", "validation.num_turns=0"],
+            "validation.metric_for_best_model=strategy_accuracy with validation",
+        ),
+        (
+            ["validation.metric_for_best_model=strategy_accuracy", "template=given"],
+            "validation.metric_for_best_model=strategy_accuracy: the model chooses no strategy under template.mode=given",
+        ),
+        (
+            ["validation.metric_for_best_model=accuracy"],
+            "validation.metric_for_best_model=accuracy: choose one of loss, strategy_accuracy.",
+        ),
         (["then.overrides=['data=files']"], "then.overrides=['data=files']: say of which recipe, by then=evaluate"),
     ],
 )
@@ -341,11 +365,11 @@ def test_what_cannot_be_measured_is_refused(overrides, message):
 
 
 def test_measurements_go_with_the_saved_states_unless_asked_otherwise():
-    assert ValidationConfig().interval(TrainerConfig(save_every=7)) == 7
-    assert ValidationConfig(every=3).interval(TrainerConfig(save_every=7)) == 3
-    assert ValidationConfig().interval(TrainerConfig(save_every=0)) == 0
-    with pytest.raises(InputError, match=r"^trainer\.save_every=0: say by held_out"):
-        ValidationConfig(keep="best").interval(TrainerConfig(save_every=0))
+    assert ValidationConfig().interval(TrainerConfig(save_steps=7)) == 7
+    assert ValidationConfig(eval_steps=3).interval(TrainerConfig(save_steps=7)) == 3
+    assert ValidationConfig().interval(TrainerConfig(save_steps=0)) == 0
+    with pytest.raises(InputError, match=r"^trainer\.save_steps=0: say by validation"):
+        ValidationConfig(save_best=True).interval(TrainerConfig(save_steps=0))
 
 
 # What follows a training
@@ -354,7 +378,7 @@ def test_measurements_go_with_the_saved_states_unless_asked_otherwise():
 def test_what_follows_is_checked_before_the_training():
     assert on_finish_arguments(OnFinishConfig(), Path("runs/x")) == []
     config = compose("sft", ["then=evaluate", "then.overrides=['data=rolecs','evaluation.base=false']"])
-    arguments = ["checkpoint=runs/x/checkpoint", "run.directory=runs/x/evaluation", "run.if_exists=reuse"]
+    arguments = ["checkpoint=runs/x/model", "run.directory=runs/x/evaluation", "run.if_exists=reuse"]
     assert on_finish_arguments(config.then, Path("runs/x")) == [*arguments, "data=rolecs", "evaluation.base=false"]
     with pytest.raises(InputError, match=r"Did you mean 'evaluation\.batch_size'"):
         on_finish_arguments(OnFinishConfig("evaluate", ["evaluation.batchsize=1"]), Path("runs/x"))
@@ -368,8 +392,8 @@ def start(
     return subprocess.run(
         [
             sys.executable, *launcher, str(ROOT / "recipes" / "sft.py"), "debug=cpu_tiny", "data.sample_dialogues=40",
-            *settings, "run.if_exists=reuse", "held_out.every=2", "held_out.keep=best", "held_out.turns=6",
-            "held_out.samples=1", "held_out.max_new_tokens=4", "then=evaluate", f"then.overrides={list(then)}",
+            *settings, "run.if_exists=reuse", "validation.eval_steps=2", "validation.save_best=true", "validation.num_turns=6",
+            "validation.num_samples=1", "validation.max_new_tokens=4", "then=evaluate", f"then.overrides={list(then)}",
         ],
         cwd=directory, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
@@ -381,13 +405,13 @@ def test_an_evaluation_follows_the_training_and_its_exit_status_is_carried(tmp_p
     assert json.loads((run / "run.json").read_text())["finished"], failed.stderr[-4000:]
     assert failed.returncode != 0 and "nowhere.jsonl" in failed.stderr
     assert failed.stdout.count("note: loss on the evaluation dialogues chooses the checkpoint: test it on others") == 1
-    found = json.loads((run / "metrics.json").read_text())["held_out"]
+    found = json.loads((run / "metrics.json").read_text())["validation"]
     steps = {row["step"] for row in samples(tmp_path, "run")}
     assert steps == {2, 4, 6} and found["step"] in steps and found["loss"] > 0
     # The training is not repeated for another evaluation.
     done = start(tmp_path, 1, "evaluation.max_new_tokens=4", "evaluation.base=false", "evaluation.contexts=[reference]")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "reused run/checkpoint" in done.stdout
+    assert "reused run/model" in done.stdout
     assert "trained" in json.loads((run / "evaluation/results.json").read_text())["results"]
 
 

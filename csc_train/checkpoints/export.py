@@ -158,7 +158,7 @@ def open_source(path: str) -> ExportSource:
         raise InputError(f"{path}: no such directory")
     if (directory / MANIFEST_FILE).is_file() and (directory / "config.json").is_file():
         return ExportSource(directory, read_manifest(directory), path, finished=True)
-    whole = [file.parent for file in directory.glob("states/checkpoint-*/trainer_state.json")]
+    whole = [file.parent for file in directory.glob("checkpoints/checkpoint-*/trainer_state.json")]
     if not whole and not (directory / "trainer_state.json").is_file():
         raise InputError(f"{path}: neither a checkpoint, nor a saved state of training, nor a run directory with one")
     state = max(whole, key=lambda state: int(state.name.split("-")[1])) if whole else directory

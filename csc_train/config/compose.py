@@ -66,16 +66,17 @@ class SftRecipe:
     loss: LossConfig = field(default_factory=LossConfig)
     tokenization: TokenizationConfig = field(default_factory=TokenizationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    held_out: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     then: OnFinishConfig = field(default_factory=OnFinishConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        if self.held_out.metric == "strategy_accuracy" and self.template.mode != "joint":
+        if self.validation.metric_for_best_model == "strategy_accuracy" and self.template.mode != "joint":
             raise InputError(
-                f"held_out.metric=strategy_accuracy with template.mode={self.template.mode}: the model chooses none"
+                "validation.metric_for_best_model=strategy_accuracy: the model chooses no strategy under "
+                f"template.mode={self.template.mode}"
             )
 
 

@@ -22,7 +22,7 @@ def on_finish_arguments(then: OnFinishConfig, directory: Path) -> list[str]:
     """
     if then.recipe is None:
         return []
-    arguments = [f"checkpoint={directory}/checkpoint", f"run.directory={directory}/evaluation"]
+    arguments = [f"checkpoint={directory}/model", f"run.directory={directory}/evaluation"]
     arguments += ["run.if_exists=reuse", *then.overrides]
     compose(then.recipe, arguments)
     return arguments

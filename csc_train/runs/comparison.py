@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HISTORY_FILE, METRICS_FILE, RESULTS_FILE = "history.jsonl", "metrics.json", "results.json"
-INSIDE = ("states", "checkpoint", "base", "tokenizer", "wandb", "predictions")
+INSIDE = ("checkpoints", "model", "base", "tokenizer", "wandb", "predictions")
 """In a run directory: where no other run is looked for."""
 IGNORED_GROUPS = ("run", "tokenization", "tracking", "then")
 """Groups of a configuration that do not change what a training comes to."""
@@ -57,7 +57,7 @@ def last_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     last.
     """
     last = {name: value for line in metrics["log"] for name, value in line.items()}
-    return last | {f"eval_{name}": value for name, value in metrics.get("held_out", {}).items() if name != "step"}
+    return last | {f"eval_{name}": value for name, value in metrics.get("validation", {}).items() if name != "step"}
 
 
 def find_runs(folder: Path) -> tuple[list[TrainingRun], list[str]]:

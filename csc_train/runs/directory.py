@@ -31,7 +31,7 @@ CODE_DIFF_FILE = "code.diff"
 EXIT_STOPPED = 75
 """Exit status of a run that was asked to stop, and saved a state of training to go on from: sysexits' EX_TEMPFAIL."""
 OUTPUTS = (
-    "states", "base", "tokenizer", "csc_manifest.json", "checkpoint", "metrics.json", "samples.jsonl", "predictions",
+    "checkpoints", "base", "tokenizer", "csc_manifest.json", "model", "metrics.json", "samples.jsonl", "predictions",
     "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html", "comparison.json",
     "comparison.md",
     "judgements.jsonl", "judge.json", "judge.md",
@@ -66,7 +66,7 @@ class Run:
     Attributes:
         directory: its path; the same on all ranks.
         main: whether this process is the one that writes there.
-        states: where states of training are saved.
+        checkpoints: where training checkpoints are saved.
     """
 
     def __init__(self, recipe: str, config: dict[str, Any]):
@@ -85,7 +85,7 @@ class Run:
         self.main = distributed_state().is_main_process
         # Each process has its own clock: the main one's counts.
         self.directory = Path(config["run"]["directory"] or broadcast_object(default_directory(recipe)))
-        self.states = self.directory / "states"
+        self.checkpoints = self.directory / "checkpoints"
         self._record_path = self.directory / RECORD_FILE
         self._refuse_foreign(config["run"]["if_exists"])
 
@@ -181,10 +181,10 @@ class Run:
         if self.main:
             write_json(self._record_path, read_json(self._record_path) | {"status": status} | facts)
 
-    def last_state(self) -> str | None:
+    def latest_checkpoint(self) -> str | None:
         """The latest state of training that can be gone on from, on every process; None where there is none."""
         # A state has its name when it is whole; one that is kept for its weights has no scheduler.
-        whole = [path.parent for path in self.states.glob("checkpoint-*/trainer_state.json")] if self.main else []
+        whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")] if self.main else []
         whole = [state for state in whole if (state / "scheduler.pt").exists()]
         return broadcast_object(str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None)
 

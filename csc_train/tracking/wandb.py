@@ -89,8 +89,8 @@ class Tracking(TrainerCallback):
         self.config, self.run, self.trainer, self.manifest, self.state = config, run, trainer, manifest, state
         self.packing = packing
         self.history = JsonlLog(run.directory / HISTORY)
-        if trainer.held_out is not None:
-            trainer.held_out.log_table = self.log_table
+        if trainer.validator is not None:
+            trainer.validator.log_table = self.log_table
         self._wandb: wandb.Run | None = None
 
     def __enter__(self) -> "Tracking":

@@ -148,11 +148,11 @@ class TrainerConfig:
     """Of the computation and the checkpoint. auto: bf16 where the GPU has it, else fp32. Or bf16, fp32."""
     gradient_checkpointing: bool = True
     seed: int = 0
-    log_every: int = 1
+    logging_steps: int = 1
     """Optimizer steps between log lines."""
-    save_every: float = 0.5
+    save_steps: float = 0.5
     """Optimizer steps between saved states of training; below 1, a share of the run's steps."""
-    keep_states: int = 2
+    save_total_limit: int = 2
     """How many saved states to keep."""
     worst_first: bool = True
     """Run the largest batch forward and backward before the first step, so that memory runs out at once or never."""
@@ -165,12 +165,12 @@ class TrainerConfig:
         check_range("trainer.epochs", self.epochs, 0.001)
         check_range("trainer.packs_per_step", self.packs_per_step, 1)
         check_range("trainer.micro_batch_size", self.micro_batch_size, 1)
-        check_range("trainer.save_every", self.save_every, 0)
-        check_range("trainer.log_every", self.log_every, 1)
-        check_range("trainer.keep_states", self.keep_states, 1)
+        check_range("trainer.save_steps", self.save_steps, 0)
+        check_range("trainer.logging_steps", self.logging_steps, 1)
+        check_range("trainer.save_total_limit", self.save_total_limit, 1)
         check_range("trainer.seed", self.seed, 0, 2**32 - 1)
         check_choice("trainer.lr_scheduler", self.lr_scheduler, SCHEDULERS)
-        check_steps("trainer.save_every", self.save_every)
+        check_steps("trainer.save_steps", self.save_steps)
         if self.max_steps == 0:
             raise InputError("trainer.max_steps=0: must be at least 1, or -1 for as many as `epochs` makes")
         check_choice("trainer.precision", self.precision, ("auto", "bf16", "fp32"))
@@ -219,44 +219,47 @@ class ValidationConfig:
 
     They are the validation dialogues, or those of the evaluation (see `data.validation_fraction`)."""
 
-    every: float | None = None
-    """Optimizer steps between measurements; below 1, a share of the run's steps. As `trainer.save_every` where not
+    eval_steps: float | None = None
+    """Optimizer steps between measurements; below 1, a share of the run's steps. As `trainer.save_steps` where not
     given; 0: nothing is measured."""
-    turns: int | None = 256
+    num_turns: int | None = 256
     """Supporter turns whose strategy is predicted, by the likelihood of the 12 labels: those of dialogues drawn at
     random, the same ones each time. null: all; 0: none."""
-    samples: int = 8
+    num_samples: int = 8
     """Supporter turns that are replied to, into `samples.jsonl`: the same ones each time."""
     max_new_tokens: int = 96
     """The longest of these replies, strategy included."""
-    metric: str = "loss"
+    metric_for_best_model: str = "loss"
     """By which the best state is chosen: loss or strategy_accuracy."""
-    patience: int | None = None
+    early_stopping_patience: int | None = None
     """Stop after this many measurements in a row that are no better than the best before them."""
-    keep: str = "last"
-    """What the checkpoint is made from: the last state or the best, which is then saved and kept however old it is."""
+    save_best: bool = False
+    """Make the final model from the best checkpoint, which is then kept however old it is, not from the last one."""
 
     def __post_init__(self):
-        check_choice("held_out.metric", self.metric, VALIDATION_METRICS)
-        check_choice("held_out.keep", self.keep, ("last", "best"))
-        check_range("held_out.samples", self.samples, 0)
-        check_range("held_out.max_new_tokens", self.max_new_tokens, 1)
-        if self.every is not None:
-            check_range("held_out.every", self.every, 0)
-            check_steps("held_out.every", self.every)
-        if self.turns is not None:
-            check_range("held_out.turns", self.turns, 0)
-        if self.patience is not None:
-            check_range("held_out.patience", self.patience, 1)
-        if self.every == 0 and self.chooses:
-            raise InputError("held_out.every=0 measures nothing to choose the best state or the end of training by")
-        if self.turns == 0 and self.metric == "strategy_accuracy":
-            raise InputError("held_out.metric=strategy_accuracy with held_out.turns=0: there is nothing to measure")
+        check_choice("validation.metric_for_best_model", self.metric_for_best_model, VALIDATION_METRICS)
+        check_range("validation.num_samples", self.num_samples, 0)
+        check_range("validation.max_new_tokens", self.max_new_tokens, 1)
+        if self.eval_steps is not None:
+            check_range("validation.eval_steps", self.eval_steps, 0)
+            check_steps("validation.eval_steps", self.eval_steps)
+        if self.num_turns is not None:
+            check_range("validation.num_turns", self.num_turns, 0)
+        if self.early_stopping_patience is not None:
+            check_range("validation.early_stopping_patience", self.early_stopping_patience, 1)
+        if self.eval_steps == 0 and self.chooses:
+            raise InputError(
+                "validation.eval_steps=0 measures nothing to choose the best state or the end of training by"
+            )
+        if self.num_turns == 0 and self.metric_for_best_model == "strategy_accuracy":
+            raise InputError(
+                "validation.metric_for_best_model=strategy_accuracy with validation.num_turns=0: there is nothing to measure"
+            )
 
     @property
     def chooses(self) -> bool:
         """Whether the measurements decide what the checkpoint is, so that these dialogues are no test of it."""
-        return self.patience is not None or self.keep == "best"
+        return self.early_stopping_patience is not None or self.save_best
 
     def interval(self, trainer: TrainerConfig) -> float:
         """Steps, or the share of them, between measurements; 0 where there are none.
@@ -264,9 +267,9 @@ class ValidationConfig:
         Raises:
             InputError: the best state or the end of training depends on measurements, and there are none.
         """
-        interval = trainer.save_every if self.every is None else self.every
+        interval = trainer.save_steps if self.eval_steps is None else self.eval_steps
         if not interval and self.chooses:
-            raise InputError("trainer.save_every=0: say by held_out.every when the best state is looked for")
+            raise InputError("trainer.save_steps=0: say by validation.eval_steps when the best state is looked for")
         return interval
 
 

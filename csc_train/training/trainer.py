@@ -52,13 +52,13 @@ class PackTrainer(SFTTrainer):
         model: PreTrainedModel,
         arguments: SFTConfig,
         packs: PackedDataset,
-        held_out: Validator | None = None,
+        validator: Validator | None = None,
         **options,
     ):
         # TRL takes a `datasets.Dataset` alone, so it gets those of the packs' numbers.
         numbers = [
             each and datasets.Dataset.from_dict({"pack": range(len(each))})
-            for each in (packs, held_out and held_out.packs)
+            for each in (packs, validator and validator.packs)
         ]
         super().__init__(model, arguments, train_dataset=numbers[0], eval_dataset=numbers[1], **options)
         self.packs = packs
@@ -66,7 +66,7 @@ class PackTrainer(SFTTrainer):
             training_flops(self.model, forward_flops(self.model)[1]), arguments.device, arguments.bf16
         )
         self.tracked: str | None = None
-        self.held_out = held_out
+        self.validator = validator
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Wrap the model and load the state to go on from, over however many processes it was saved.
@@ -135,8 +135,8 @@ class PackTrainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset=None) -> PackDataLoader:
         """The loader of the held-out packs: as many batches on each process, those without a pack included."""
         return PackDataLoader(
-            self.held_out.packs,
-            self._share(self.held_out.packs, accumulation=1),
+            self.validator.packs,
+            self._share(self.validator.packs, accumulation=1),
             self.data_collator,
             generator=torch.Generator(),  # else it would draw from the one that dropout draws from
         )
@@ -145,21 +145,21 @@ class PackTrainer(SFTTrainer):
         """The loss of a held-out batch, scaled so that its mean over all batches of all processes, which is what the
         Trainer takes, is sum(weight * nll) / sum(weight) over the whole set."""
         inputs = self._prepare_inputs(inputs)
-        total = self.held_out.weight / len(self.callback_handler.eval_dataloader)
+        total = self.validator.weight / len(self.callback_handler.eval_dataloader)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(total)), None, None
 
     def evaluation_loop(self, *arguments, metric_key_prefix="eval", **options):
         """Measure the held-out loss, then what else is measured (see `Validator.measure`)."""
         output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
-        measured = self.held_out.measure(self)
+        measured = self.validator.measure(self)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return output
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Whether this is the best state so far; it is saved where the checkpoint is made from the best."""
         best = super()._determine_best_metric(metrics, trial)
-        self.control.should_save |= best and self.held_out.config.keep == "best"
+        self.control.should_save |= best and self.validator.config.save_best
         return best
 
     def best_state(self) -> Path | None:
@@ -168,7 +168,7 @@ class PackTrainer(SFTTrainer):
         return None if best in (None, self.state.global_step) else checkpoint_dir(Path(self.args.output_dir), best)
 
     def _best_step(self) -> int | None:
-        if self.held_out is None or self.held_out.config.keep == "last":
+        if self.validator is None or not self.validator.config.save_best:
             return None
         return self.state.best_global_step
 
@@ -258,7 +258,7 @@ def training_arguments(
     directory: Path,
     processes: int,
     zero: ZeroConfig | None = None,
-    held_out: ValidationConfig | None = None,
+    validation: ValidationConfig | None = None,
 ) -> SFTConfig:
     """The arguments of a training. Made before the model, which ZeRO stage 3 shards while it is loaded.
 
@@ -266,13 +266,13 @@ def training_arguments(
         directory: where states of training are saved.
         processes: how many processes train together.
         zero: what is sharded over them; nothing by default.
-        held_out: what is measured while training; nothing by default.
+        validation: what is measured while training; nothing by default.
 
     Raises:
         InputError: as `TrainerConfig.accumulation`, `ValidationConfig.interval` and `zero.deepspeed_config`.
     """
     dtype = resolve_dtype(config.precision)
-    interval = held_out.interval(config) if held_out else 0
+    interval = validation.interval(config) if validation else 0
     deepspeed = deepspeed_config(zero or ZeroConfig())
     if deepspeed or launcher_stage():
         start_deepspeed()
@@ -293,16 +293,16 @@ def training_arguments(
         activation_checkpointing=config.gradient_checkpointing,
         disable_tqdm=not sys.stderr.isatty(),
         seed=config.seed,
-        logging_steps=config.log_every,
+        logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=config.save_every,
-        save_total_limit=config.keep_states,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
         eval_strategy="steps" if interval else "no",
         eval_steps=interval or None,
         per_device_eval_batch_size=config.micro_batch_size,
-        metric_for_best_model=held_out.metric if interval else None,
+        metric_for_best_model=validation.metric_for_best_model if interval else None,
         restore_callback_states_from_checkpoint=True,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
@@ -322,7 +322,7 @@ def build_trainer(
     arguments: SFTConfig,
     adapter: AdapterConfig,
     worst_first: bool = True,
-    held_out: Validator | None = None,
+    validator: Validator | None = None,
 ) -> PackTrainer:
     """The trainer of one run.
 
@@ -335,7 +335,7 @@ def build_trainer(
         packing: the `PackingConfig.strategy` by which `packs` were made.
         arguments: as `training_arguments` returns them.
         worst_first: run the largest batch before the first step (see `WorstFirst`).
-        held_out: what is measured as often as `arguments` say; packed as `packs` are.
+        validator: what is measured as often as `arguments` say; packed as `packs` are.
 
     Raises:
         InputError: the model would not keep the documents of a pack apart.
@@ -349,7 +349,7 @@ def build_trainer(
         model,
         arguments,
         packs,
-        held_out,
+        validator,
         data_collator=dataclasses.replace(collator, measured=True),
         processing_class=tokenizer,
         peft_config=None if adapter.kind == "full" else lora_config(adapter),
@@ -364,8 +364,8 @@ def build_trainer(
                 parameter.data = parameter.data.float()
     if worst_first:
         trainer.add_callback(WorstFirst(trainer))
-    if held_out and held_out.config.patience:
-        trainer.add_callback(EarlyStopping(held_out.config.patience))
+    if validator and validator.config.early_stopping_patience:
+        trainer.add_callback(EarlyStopping(validator.config.early_stopping_patience))
     return trainer
 
 

@@ -82,7 +82,7 @@ class Validator:
         try:
             self.packs, _ = pack_dialogues(examples, packing, loss_weights)
         except InputError as error:
-            raise InputError(f"held-out dialogues: {error}; held_out.every=0 trains without them") from error
+            raise InputError(f"held-out dialogues: {error}; validation.eval_steps=0 trains without them") from error
         self.weight = sum(
             float(self.packs[number]["loss_weights"].sum(dtype=float)) for number in range(len(self.packs))
         )
@@ -98,10 +98,12 @@ class Validator:
         # forward pass predicts all of a dialogue's.
         draw = numpy.random.default_rng(0)
         drawn = [turn for number in draw.permutation(len(fitting)).tolist() for turn in fitting[number]]
-        self.turns = drawn[: config.turns] if template.config.mode == "joint" else []
-        if config.metric == "strategy_accuracy" and not self.turns:
-            raise InputError("held_out.metric=strategy_accuracy: no supporter turn ends within packing.max_length")
-        self.samples = sorted(drawn[place] for place in draw.permutation(len(drawn))[: config.samples].tolist())
+        self.turns = drawn[: config.num_turns] if template.config.mode == "joint" else []
+        if config.metric_for_best_model == "strategy_accuracy" and not self.turns:
+            raise InputError(
+                "validation.metric_for_best_model=strategy_accuracy: no supporter turn ends within packing.max_length"
+            )
+        self.samples = sorted(drawn[place] for place in draw.permutation(len(drawn))[: config.num_samples].tolist())
 
     def measure(self, trainer: "PackTrainer") -> dict[str, float]:
         """Measure all but the loss, and write `samples`; called on every process, which all return the same.
@@ -177,7 +179,7 @@ def generate(trainer: "PackTrainer", template: DialogueTemplate, prompts: list[l
         input_ids=ids.to(trainer.args.device),
         attention_mask=mask.to(trainer.args.device),
         do_sample=False,
-        max_new_tokens=trainer.held_out.config.max_new_tokens,
+        max_new_tokens=trainer.validator.config.max_new_tokens,
         eos_token_id=template.end_of_turn_id,
         pad_token_id=pad,
         use_cache=True,

@@ -2,7 +2,7 @@
 `train_all`).
 
 FOLDER holds `model` (a model directory with its tokenizer), `packs` and, where a training measures itself on them,
-`held_out` dialogues (both pickled), so that however many processes there are, all start from the same.
+`validation` dialogues (both pickled), so that however many processes there are, all start from the same.
 """
 
 import gc
@@ -83,12 +83,12 @@ def train(
     *,
     packs: str = "packs",
     attention: str | None = None,
-    states: str = "states",
+    checkpoints: str = "checkpoints",
     resume: str | None = None,
     worst_first: bool = True,
     tracked: str | None = None,
     ends: tuple[str, int] | None = None,
-    held_out: ValidationConfig | None = None,
+    validation: ValidationConfig | None = None,
     **options,
 ) -> SFTTrainer:
     """Train the model of `folder` on its packs.
@@ -96,11 +96,11 @@ def train(
     Args:
         packs: which packs in `folder`; those called `shared` share a prefix.
         attention: `documents` for packs that share a prefix, else sdpa, where not given.
-        states: where in `folder` to save states of training.
+        checkpoints: where in `folder` to save training checkpoints.
         resume: a state of training in `folder` to go on from.
         tracked: a run directory in `folder`, in which the training is tracked by W&B offline.
         ends: how it ends before its time, and after which step (see `Ends`).
-        held_out: what to measure while training; the packs are then of mode `joint`.
+        validation: what to measure while training; the packs are then of mode `joint`.
         options: go to `TrainerConfig`.
     """
     if tracked is not None:
@@ -109,7 +109,7 @@ def train(
     # One thread: what is summed in which order must not depend on the machine.
     torch.set_num_threads(1)
     defaults = {"epochs": EPOCHS, "learning_rate": 3e-3, "warmup_ratio": 0.0, "weight_decay": 0.01}
-    defaults |= {"precision": "fp32", "save_every": 1000}
+    defaults |= {"precision": "fp32", "save_steps": 1000}
     tokenizer = load_tokenizer(str(folder / "model"))
     arguments = training_arguments(
         TrainerConfig(
@@ -117,20 +117,21 @@ def train(
             micro_batch_size=micro_batch_size,
             **(defaults | options),
         ),
-        folder / states,
+        folder / checkpoints,
         distributed_state().num_processes,
         zero,
-        held_out,
+        validation,
     )
     default, packing = (VARLEN_ATTENTION, "shared_prefix") if packs == "shared" else ("sdpa", "best_fit")
     training = pickle.loads((folder / packs).read_bytes())
-    if held_out is not None:
-        dialogues = pickle.loads((folder / "held_out").read_bytes())
+    validator = None
+    if validation is not None:
+        dialogues = pickle.loads((folder / "validation").read_bytes())
         template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
         encoded = [template.encode(dialogue) for dialogue in dialogues]
         packed = PackingConfig(packing, max_length=1800)
-        held_out = Validator(
-            dialogues, encoded, template, held_out, packed, training.loss_weights, folder / Path(states).parent
+        validator = Validator(
+            dialogues, encoded, template, validation, packed, training.loss_weights, folder / Path(checkpoints).parent
         )
     adapter = adapter or AdapterConfig()
     source = ModelConfig(path=str(folder / "model"))
@@ -142,7 +143,7 @@ def train(
         arguments=arguments,
         adapter=adapter,
         worst_first=worst_first,
-        held_out=held_out,
+        validator=validator,
     )
     trainer.documents = []
     weigh = trainer._get_num_items_in_batch
@@ -250,7 +251,7 @@ if __name__ == "__main__":
     folder, cases, output = sys.argv[1:]
     trained = {}
     for name, options in json.loads(cases).items():
-        kinds = {"adapter": AdapterConfig, "zero": ZeroConfig, "held_out": ValidationConfig}
+        kinds = {"adapter": AdapterConfig, "zero": ZeroConfig, "validation": ValidationConfig}
         made = {kind: make(**options.pop(kind)) for kind, make in kinds.items() if kind in options}
         gc.collect()  # a trainer refers to itself, and while one of ZeRO-3 lives, models are loaded in shards
         trained[name] = curve(train(Path(folder), **options, **made))

@@ -405,15 +405,15 @@ def check_disk(config: "PreflightRecipe", setting: MemoryScenario, free: int | N
         parent = parent.parent
     free = shutil.disk_usage(parent).free if free is None else free
     # A new state is written before the oldest is removed.
-    states = (config.trainer.keep_states + 1) * state_bytes(setting)
+    states = (config.trainer.save_total_limit + 1) * state_bytes(setting)
     weights = setting.compute * setting.shape.parameters * (2 if config.model.init == "random" else 1)
     need = states + weights
     text = (
-        f"{need / GIB:.1f} GiB for {config.trainer.keep_states + 1} states of {state_bytes(setting) / GIB:.1f} GiB and "
+        f"{need / GIB:.1f} GiB for {config.trainer.save_total_limit + 1} states of {state_bytes(setting) / GIB:.1f} GiB and "
         f"the checkpoint, {free / GIB:.1f} GiB free at {parent}"
     )
     if need > free:
-        raise InputError(f"{text}: fewer with trainer.keep_states, or another run.directory")
+        raise InputError(f"{text}: fewer with trainer.save_total_limit, or another run.directory")
     return text
 
 
