@@ -1,6 +1,6 @@
 """Try out settings of a recipe: trials drawn by Optuna, a grid or a list, here or as SLURM jobs.
 
-python launch/sweep.py sweep=lr experiment=qwen2_5_7b_lora topology=gpu1
+python launch/sweep.py sweep=lr experiment=qwen2_5_7b_lora cluster=gpu1
 python launch/sweep.py sweep=lr debug=cpu_tiny sweep.trials=4
 """
 

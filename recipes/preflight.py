@@ -1,6 +1,6 @@
 """Check a training before it is started, and plan its memory, disk and time.
 
-python recipes/preflight.py model=qwen2_5_72b adapter=full topology=node8 zero=zero3
+python recipes/preflight.py model=qwen2_5_72b adapter=full cluster=node8 zero=zero3
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 python recipes/sft.py experiment=demo
 torchrun --nproc_per_node 8 recipes/sft.py experiment=qwen2_5_7b_lora
-python recipes/sft.py experiment=demo then=evaluate validation.save_best=true
+python recipes/sft.py experiment=demo on_finish=evaluate validation.save_best=true
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def main(config: SftRecipe) -> None:
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, config.trainer.precision)
     check_base_available(config.model)
     run = Run("sft", to_container(config))
-    following = on_finish_arguments(config.then, run.directory)
+    following = on_finish_arguments(config.on_finish, run.directory)
 
     # Dialogues
     if config.data.sample_dialogues and job.is_main_process:
@@ -57,7 +57,7 @@ def main(config: SftRecipe) -> None:
     if status == "finished":
         run.say(f"reused {run.directory}/model: same configuration, data and code")
         if run.main:
-            run_on_finish(config.then, following)
+            run_on_finish(config.on_finish, following)
         return
 
     # Template
@@ -133,7 +133,7 @@ def main(config: SftRecipe) -> None:
     run.finish()
     run.say(f"checkpoint: {run.directory}/model" + (f", made from {best.name}" if best else ""))
     if run.main:
-        run_on_finish(config.then, following)
+        run_on_finish(config.on_finish, following)
 
 
 if __name__ == "__main__":

@@ -272,11 +272,11 @@ def nested_key(recipe):
     return {
         "sft": "packing.max_length",
         "prepare": "tokenization.num_workers",
-        "preflight": "topology.nodes",
+        "preflight": "cluster.nodes",
         "evaluate": "evaluation.batch_size",
         "compare": "metrics.batch_size",
         "write_sample": "data.seed",
-        "launch": "topology.nodes",
+        "launch": "cluster.nodes",
     }[recipe]
 
 
@@ -407,5 +407,7 @@ def test_a_table_of_weights_is_given_by_strategy():
     assert loss.strategy_factors == {
         strategy.code: {"EM": 2.0, "OT": 0.0}.get(strategy.code, 1.0) for strategy in STRATEGIES
     }
-    with pytest.raises(InputError, match=r"loss\.strategy_factors\.EN' for recipe sft\. Did you mean 'loss\.strategy_factors"):
+    with pytest.raises(
+        InputError, match=r"loss\.strategy_factors\.EN' for recipe sft\. Did you mean 'loss\.strategy_factors"
+    ):
         compose("sft", ["experiment=demo", "loss=by_strategy", "loss.strategy_factors.EN=2"])

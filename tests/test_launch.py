@@ -35,17 +35,17 @@ COMMANDS = [
 ]
 SMALL = ["recipe=sft", "debug=cpu_tiny", "trainer.max_steps=12", "trainer.save_steps=4"]
 TWO_NODES = [
-    *SMALL, "topology=slurm_4x8", "topology.nodes=2", "topology.processes_per_node=1", "topology.device=cpu",
-    "topology.slurm.cpus=1", "run.directory=runs/two_nodes",
+    *SMALL, "cluster=slurm_4x8", "cluster.nodes=2", "cluster.gpus_per_node=1", "cluster.device=cpu",
+    "cluster.slurm.cpus=1", "run.directory=runs/two_nodes",
 ]  # fmt: skip
 CLUSTER = [
-    "recipe=sft", "experiment=qwen2_5_7b_lora", "trainer.packs_per_step=32", "topology=slurm_4x8",
-    "topology.slurm.partition=gpu", "topology.slurm.account=support", "topology.slurm.options=['--qos=high']",
-    "topology.slurm.prologue=['module load cuda','export NCCL_SOCKET_IFNAME=ib0']",
-    "topology.slurm.srun_options=['--container-image=csc.sqsh']", "run.directory=runs/cluster",
+    "recipe=sft", "experiment=qwen2_5_7b_lora", "trainer.packs_per_step=32", "cluster=slurm_4x8",
+    "cluster.slurm.partition=gpu", "cluster.slurm.account=support", "cluster.slurm.options=['--qos=high']",
+    "cluster.slurm.prologue=['module load cuda','export NCCL_SOCKET_IFNAME=ib0']",
+    "cluster.slurm.srun_options=['--container-image=csc.sqsh']", "run.directory=runs/cluster",
 ]  # fmt: skip
 GOLDEN = {"cluster.sbatch": CLUSTER, "two_nodes.sbatch": TWO_NODES,
-          "accelerate.sbatch": [*CLUSTER, "topology.launcher=accelerate", "topology.slurm.requeue=false"]}  # fmt: skip
+          "accelerate.sbatch": [*CLUSTER, "cluster.launcher=accelerate", "cluster.slurm.requeue=false"]}  # fmt: skip
 STEP = ": loss "
 """In the line that the first step of a training prints, and few others."""
 
@@ -124,7 +124,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(place):
     """The losses of a launch on two ranks of one node that nothing befell."""
-    started = Started([*LAUNCH, *SMALL, "topology=cpu2", "run.directory=runs/whole"], place)
+    started = Started([*LAUNCH, *SMALL, "cluster=cpu2", "run.directory=runs/whole"], place)
     assert started.end() == 0, started.output
     assert started.output.startswith("run directory: runs/whole\n")
     assert left_in(place) == []
@@ -141,7 +141,7 @@ def frozen(tmp_path_factory):
     directory = tmp_path_factory.mktemp("frozen")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
-        two_ranks = ["topology=cpu2", "topology.launcher=accelerate", "trainer.micro_batch_size=1"]
+        two_ranks = ["cluster=cpu2", "cluster.launcher=accelerate", "trainer.micro_batch_size=1"]
         write_job(plan_job(["experiment=demo", *two_ranks, "run.directory=runs/first"]))
     return directory
 
@@ -159,7 +159,7 @@ def test_the_job_script_is_the_golden_one_and_shell(name, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("topology", "launcher", "command"),
+    ("cluster", "launcher", "command"),
     [
         ("cpu2", "torchrun", "CUDA_VISIBLE_DEVICES='' {} -m torch.distributed.run --nproc_per_node=2 --standalone"),
         ("node8", "torchrun", "{} -m torch.distributed.run --nproc_per_node=8 --standalone"),
@@ -169,9 +169,9 @@ def test_the_job_script_is_the_golden_one_and_shell(name, monkeypatch, capsys):
          "--mixed_precision=no --dynamo_backend=no --num_processes=2 --num_machines=1 --main_process_port=0"),
     ],
 )  # fmt: skip
-def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, topology, launcher, command):
+def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, cluster, launcher, command):
     monkeypatch.chdir(tmp_path)
-    asked = [f"topology={topology}", f"topology.launcher={launcher}", "run.directory=runs/x", "dry_run=true"]
+    asked = [f"cluster={cluster}", f"cluster.launcher={launcher}", "run.directory=runs/x", "dry_run=true"]
     assert launch(["experiment=demo", "trainer.packs_per_step=8", "trainer.micro_batch_size=1", *asked]) == 0
     printed = capsys.readouterr().out
     expected = f"{command.format(sys.executable)} {ROOT}/recipes/sft.py run=runs/x resume=true"
@@ -183,34 +183,34 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["topolgy=node8"], "unknown key 'topolgy'. Did you mean 'topology'?"),
+        (["clustr=node8"], "unknown key 'topolgy'. Did you mean 'cluster'?"),
         (["dry_rn=true"], "unknown key 'dry_rn'. Did you mean 'dry_run'?"),
         (["--multirun"], "--multirun: everything is key=value, as docs/launching.md shows"),
-        (["topology=nod8"], "topology=nod8: not in conf/topology. Did you mean 'node8'? Known: cpu1, cpu2, gpu1, "
+        (["cluster=nod8"], "cluster=nod8: not in conf/cluster. Did you mean 'node8'? Known: cpu1, cpu2, gpu1, "
          "node8, slurm_4x8"),
-        (["topology.slurm.partion=x"], "unknown key 'topology.slurm.partion' for recipe launch. Did you mean "
-         "'topology.slurm.partition'?"),
+        (["cluster.slurm.partion=x"], "unknown key 'cluster.slurm.partion' for recipe launch. Did you mean "
+         "'cluster.slurm.partition'?"),
         (["trainer.lerning_rate=1"], "unknown key 'trainer.lerning_rate' for recipe sft. Did you mean "
          "'trainer.learning_rate'?"),
         (["recipe=sfft"], "recipe=sfft: choose one of sft. Did you mean 'sft'?"),
         (["recipe=evaluate"], "recipe=evaluate: choose one of sft."),
-        (["topology=node8", "trainer.packs_per_step=12"], "trainer.packs_per_step=12 is not a multiple of "
+        (["cluster=node8", "trainer.packs_per_step=12"], "trainer.packs_per_step=12 is not a multiple of "
          "trainer.micro_batch_size=1 x 8 processes"),
-        (["topology=node8", "topology.nodes=2", "trainer.packs_per_step=16"], "topology.nodes=2: several nodes are "
-         "started by topology.scheduler=slurm"),
-        (["topology.slurm.time=soon"], "topology.slurm.time=soon: write hours as 24:00:00, days as 2-00:00:00"),
-        (["topology.slurm.options=['qos=high']"], "topology.slurm.options: qos=high is no option; options "
+        (["cluster=node8", "cluster.nodes=2", "trainer.packs_per_step=16"], "cluster.nodes=2: several nodes are "
+         "started by cluster.scheduler=slurm"),
+        (["cluster.slurm.time=soon"], "cluster.slurm.time=soon: write hours as 24:00:00, days as 2-00:00:00"),
+        (["cluster.slurm.options=['qos=high']"], "cluster.slurm.options: qos=high is no option; options "
          "start with -"),
         (["run.if_exists=reuse"], "run.if_exists=reuse: a launch is a new run; continue one by run=DIR resume=true"),
-        (["topology=slurm_4x8", "trainer.packs_per_step=32", "run.directory='runs/my run;'"], "runs/my run;: ';' has "
+        (["cluster=slurm_4x8", "trainer.packs_per_step=32", "run.directory='runs/my run;'"], "runs/my run;: ';' has "
          "a meaning in a job script; choose plainer paths"),
-        (["run=runs/first", "topology=cpu1"], "run=runs/first: add resume=true to go on with it, or start a new run "
+        (["run=runs/first", "cluster=cpu1"], "run=runs/first: add resume=true to go on with it, or start a new run "
          "by from=DIR"),
         (["resume=true"], "resume=true: say which run to go on with, by run=DIR"),
         (["run=runs/first", "resume=true", "trainer.epochs=2"], "trainer.epochs=2: a run goes on as it began; for a "
          "new run with other values use from=DIR"),
-        (["run=runs/none", "resume=true"], "runs/none holds no launch.yaml: say what to run it on by topology=..."),
-        (["run=runs/none", "resume=true", "topology=cpu1"], "runs/none holds no resolved.yaml: not the directory of a "
+        (["run=runs/none", "resume=true"], "runs/none holds no launch.yaml: say what to run it on by cluster=..."),
+        (["run=runs/none", "resume=true", "cluster=cpu1"], "runs/none holds no resolved.yaml: not the directory of a "
          "run"),
         (["from=runs/first", "model=qwen3_8b"], "model=qwen3_8b: the configuration of runs/first is made; only single "
          "values can be changed"),
@@ -234,7 +234,7 @@ def test_what_is_frozen_is_what_the_ranks_read(tmp_path, monkeypatch):
     """For every shipped experiment, and once more for a new run that is made from it."""
     monkeypatch.chdir(tmp_path)
     for file in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
-        job = plan_job([f"experiment={file.stem}", "topology=cpu1", f"run.directory=runs/{file.stem}"])
+        job = plan_job([f"experiment={file.stem}", "cluster=cpu1", f"run.directory=runs/{file.stem}"])
         write_job(job)
         assert compose("sft", [f"run={job.directory}", "resume=true"]) == job.config
         assert (job.config.run.directory, job.config.run.if_exists) == (str(job.directory), "resume")
@@ -245,25 +245,25 @@ def test_what_is_frozen_is_what_the_ranks_read(tmp_path, monkeypatch):
         assert to_container(again) == expected
 
 
-def test_a_run_goes_on_as_it_was_launched_or_on_another_topology(frozen, monkeypatch):
+def test_a_run_goes_on_as_it_was_launched_or_on_another_cluster(frozen, monkeypatch):
     monkeypatch.chdir(frozen)
     same = plan_job(["run=runs/first", "resume=true"])
-    assert (same.launch.topology.name, same.launch.topology.launcher, same.new) == ("cpu2", "accelerate", False)
+    assert (same.launch.cluster.name, same.launch.cluster.launcher, same.new) == ("cpu2", "accelerate", False)
     assert (
-        plan_job(["run=runs/first", "resume=true", "topology.launcher=torchrun"]).launch.topology.launcher == "torchrun"
+        plan_job(["run=runs/first", "resume=true", "cluster.launcher=torchrun"]).launch.cluster.launcher == "torchrun"
     )
-    assert plan_job(["run=runs/first", "resume=true", "topology=cpu1"]).launch.topology.processes == 1
+    assert plan_job(["run=runs/first", "resume=true", "cluster=cpu1"]).launch.cluster.world_size == 1
     with pytest.raises(InputError, match="not a multiple"):
-        plan_job(["run=runs/first", "resume=true", "topology=node8"])
+        plan_job(["run=runs/first", "resume=true", "cluster=node8"])
     new = plan_job(["from=runs/first"])
     assert (new.new, new.launch) == (True, same.launch)
-    assert plan_job(["from=runs/first", "topology=cpu1"]).launch.topology.processes == 1
+    assert plan_job(["from=runs/first", "cluster=cpu1"]).launch.cluster.world_size == 1
     assert re.fullmatch(r"runs/sft-\d{8}-\d{6}", str(new.directory))
 
 
 def test_a_run_goes_on_under_changed_code_but_not_with_changed_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    job = plan_job(["experiment=demo", "topology=cpu1", "run.directory=runs/first"])
+    job = plan_job(["experiment=demo", "cluster=cpu1", "run.directory=runs/first"])
     write_job(job)
     run = Run("sft", to_container(job.config))
     assert run.begin({"train": "a"}) == "new"
@@ -310,8 +310,8 @@ def test_a_command_of_the_page_runs_dry(frozen, monkeypatch, capsys, command):
         compose("sft", words[words.index("recipes/sft.py") + 1 :])
 
 
-def test_the_page_names_every_topology():
-    shipped = {path.stem for path in (ROOT / "conf" / "topology").glob("*.yaml")}
+def test_the_page_names_every_cluster():
+    shipped = {path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml")}
     assert {name for name in shipped if f"`{name}`" not in PAGE} == set()
 
 
@@ -383,17 +383,17 @@ def test_two_nodes_are_stopped_requeued_broken_and_come_to_the_same_end(place, r
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(place, reference):
     """With accelerate as the launcher of the first part."""
     run = place / "runs/stopped"
-    accelerate = ["topology=cpu2", "topology.launcher=accelerate", "run.directory=runs/stopped"]
+    accelerate = ["cluster=cpu2", "cluster.launcher=accelerate", "run.directory=runs/stopped"]
     started = Started([*LAUNCH, *SMALL, *accelerate], place).until(STEP)
     started.process.send_signal(signal.SIGTERM)
     assert started.end() == EXIT_STOPPED, started.output
     assert started.output.endswith("stopped; to go on: run=runs/stopped resume=true\n")
     assert left_in(place) == []
     assert not record(run)["finished"] and not (run / "model").exists()
-    assert yaml.safe_load((run / LAUNCH_FILE).read_text())["topology"]["launcher"] == "accelerate"
+    assert yaml.safe_load((run / LAUNCH_FILE).read_text())["cluster"]["launcher"] == "accelerate"
     (state,) = [path.name for path in (run / "checkpoints").glob("checkpoint-*")]
 
-    again = Started([*LAUNCH, "run=runs/stopped", "resume=true", "topology=cpu2"], place)
+    again = Started([*LAUNCH, "run=runs/stopped", "resume=true", "cluster=cpu2"], place)
     assert again.end() == 0, again.output
     assert trained(again.output) == 12 - int(state.split("-")[1])
     assert losses(run) == pytest.approx(reference, abs=1e-6)
@@ -401,7 +401,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(place, reference):
 
 
 def test_ctrl_c_leaves_nothing_running(place, reference):
-    started = Started([*LAUNCH, *SMALL, "topology=cpu2", "run.directory=runs/interrupted"], place).until(STEP)
+    started = Started([*LAUNCH, *SMALL, "cluster=cpu2", "run.directory=runs/interrupted"], place).until(STEP)
     assert len(left_in(place)) >= 4  # launcher, torchrun, two ranks
     started.process.send_signal(signal.SIGINT)
     assert started.end() == 128 + signal.SIGINT

@@ -273,7 +273,7 @@ def test_every_remedy_fits_and_is_an_override(seven):
     found = suggest_fixes(setting, 4, memory)
     assert found
     for remedy in found:
-        config = compose("preflight", ["model=qwen2_5_7b", "topology=node8", "zero=zero2", *remedy.split()])
+        config = compose("preflight", ["model=qwen2_5_7b", "cluster=node8", "zero=zero2", *remedy.split()])
         changed = replace(
             setting,
             **dict(zip(("stage", "offload"), zero_of(config.zero), strict=True)),

@@ -82,7 +82,7 @@ def test_a_sound_job_passes_and_is_estimated(job):
     estimate = outcome.estimate
     assert (estimate.dialogues, estimate.steps) == (8, 3)  # one step an epoch
     assert estimate.hours is None and estimate.flops > 0
-    given = composed(job, "topology=node8", "preflight.dialogues=1000", "preflight.tokens_per_dialogue=1024",
+    given = composed(job, "cluster=node8", "preflight.dialogues=1000", "preflight.tokens_per_dialogue=1024",
                      "data.train.path=absent.jsonl", "preflight.probe=false", "trainer.epochs=2")  # fmt: skip
     estimate = preflight(given, launching=False).estimate
     # 1,024,000 tokens are 125 packs of 8192: 16 steps of 8, twice.
@@ -100,7 +100,7 @@ FAULTS = {
     "model files": (["model.architecture.num_hidden_layers=3"], "num_hidden_layers is 2, model.architecture."),
     "data": (["data.train.source=nobody"], "no row has source 'nobody'"),
     "memory": (
-        ["topology.gpu_memory_gib=0.5"],
+        ["cluster.gpu_memory_gib=0.5"],
         "of 0.5 GiB a GPU: does not fit; nothing tried fits: take shorter packs or an adapter",
     ),
 }
@@ -150,9 +150,9 @@ def test_a_disk_that_is_too_small_for_the_states_is_refused(job):
     assert preflight(composed(job), free_disk=(3 * 12 + 4) * parameters - 1).failed
 
 
-def test_another_world_size_than_the_topologys_is_refused(job, monkeypatch):
+def test_another_world_size_than_the_clusters_is_refused(job, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    expected = "WORLD_SIZE=4, but topology=cpu2 has 1 nodes x 2 processes = 2"
+    expected = "WORLD_SIZE=4, but cluster=cpu2 has 1 nodes x 2 processes = 2"
     assert failure(preflight(composed(job))) == ("world size", expected)
 
 
@@ -161,7 +161,7 @@ def test_a_port_in_use_is_refused(job):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        overrides = ("topology.nodes=2", "trainer.packs_per_step=4", f"preflight.port={port}")
+        overrides = ("cluster.nodes=2", "trainer.packs_per_step=4", f"preflight.port={port}")
         name, message = failure(preflight(composed(job, *overrides)))
     assert name == "rendezvous" and message.startswith(f"preflight.port={port}: ")
 
@@ -184,25 +184,25 @@ def driver(folder: Path, monkeypatch, *rows: str) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def test_the_gpus_are_those_of_the_topology(job, tmp_path, monkeypatch):
+def test_the_gpus_are_those_of_the_cluster(job, tmp_path, monkeypatch):
     row = "NVIDIA H100, 81559, {}, 580.1"
 
     def gpus(*used: int, **options) -> tuple[str, str]:
         driver(tmp_path, monkeypatch, *(row.format(mib) for mib in used))
-        config = composed(job, "topology=node8", *(f"{key}={value}" for key, value in options.items()))
+        config = composed(job, "cluster=node8", *(f"{key}={value}" for key, value in options.items()))
         (check,) = (check for check in preflight(config, launching=False).checks if check.name == "GPUs")
         return check.status, check.message
 
     assert gpus(*[4] * 8) == ("ok", "8 x NVIDIA H100, 79.6 GiB")
-    assert gpus(4) == ("failed", "topology.processes_per_node=8, but there are 1 GPUs")
+    assert gpus(4) == ("failed", "cluster.gpus_per_node=8, but there are 1 GPUs")
     assert gpus(*[4] * 7, 50_000) == ("failed", "GPU 7 (NVIDIA H100): 48.8 GiB are in use by others")
-    assert gpus(*[4] * 8, **{"topology.gpu_memory_gib": 140})[1].endswith("has 79.6 GiB, topology.gpu_memory_gib=140.0")
+    assert gpus(*[4] * 8, **{"cluster.gpu_memory_gib": 140})[1].endswith("has 79.6 GiB, cluster.gpu_memory_gib=140.0")
     assert gpus(4, **{"preflight.probe": "false"}) == ("not checked", "preflight.probe=false")
-    assert gpus(4, **{"topology.scheduler": "slurm"}) == ("not checked", "another machine's")
+    assert gpus(4, **{"cluster.scheduler": "slurm"}) == ("not checked", "another machine's")
 
 
 def test_a_plan_that_does_not_fit_says_what_does(job):
-    config = compose("preflight", ["model=qwen2_5_72b", "topology=node8", "zero=zero3", "preflight.probe=false"])
+    config = compose("preflight", ["model=qwen2_5_72b", "cluster=node8", "zero=zero3", "preflight.probe=false"])
     outcome = preflight(config, launching=False, free_disk=10**15)
     name, message = failure(outcome)
     assert name == "memory" and "of 79.6 GiB a GPU: does not fit; what fits: " in message
@@ -223,7 +223,7 @@ def test_the_recipe_ends_with_status_1_and_writes_nothing(tmp_path):
             cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
 
-    done = started("experiment=demo", "topology.processes_per_node=1")
+    done = started("experiment=demo", "cluster.gpus_per_node=1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing failed" in done.stdout
     done = started("experiment=demo", "trainer.packs_per_step=3")

@@ -25,7 +25,7 @@ from csc_train.launching.sweep import extreme_trials, only_one, plan_trial, swee
 from csc_train.runs.comparison import find_runs, sort_runs
 
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
-SMALL = ["debug=cpu_tiny", "sweep.poll=0.2", "topology=cpu1"]
+SMALL = ["debug=cpu_tiny", "sweep.poll=0.2", "cluster=cpu1"]
 FOUR = [
     *SMALL, "sweep=lr", "sweep.trials=4", "trainer.max_steps=3", "trainer.save_steps=0",
     "data.sample_dialogues=20", "packing.max_length=512", "validation.eval_steps=1", "validation.num_turns=0", "validation.num_samples=0",
@@ -244,7 +244,7 @@ def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     asked = [
-        *SMALL[:-1], "sweep=adapters_list", "topology=slurm_4x8", "topology.nodes=1", "topology.processes_per_node=2",
+        *SMALL[:-1], "sweep=adapters_list", "cluster=slurm_4x8", "cluster.nodes=1", "cluster.gpus_per_node=2",
         "sweep.parallel=2", "preflight.force=true",
     ]  # fmt: skip
     assert sweep(asked) == 0, capsys.readouterr().err
@@ -290,7 +290,7 @@ def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
 )  # fmt: skip
 def test_what_cannot_be_tried_is_refused_before_the_first_trial(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert sweep(["debug=cpu_tiny", "topology=cpu1", *arguments]) == 2
+    assert sweep(["debug=cpu_tiny", "cluster=cpu1", *arguments]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -304,7 +304,7 @@ def test_a_failed_preflight_ends_a_sweep(tmp_path, monkeypatch, capsys):
 
 
 def test_every_extreme_of_every_parameter_is_checked():
-    config = plan_trial(["debug=cpu_tiny", "topology=cpu1", "sweep=full"]).config
+    config = plan_trial(["debug=cpu_tiny", "cluster=cpu1", "sweep=full"]).config
     points = extreme_trials(config)
     for name, parameter in config.space.items():
         ends = parameter.choices or [parameter.low, parameter.high]
@@ -322,32 +322,32 @@ def driver(folder: Path, monkeypatch, *used: int) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def placed(topology: ClusterConfig, parallel: int | None, monkeypatch) -> list[str]:
+def placed(cluster: ClusterConfig, parallel: int | None, monkeypatch) -> list[str]:
     """What CUDA_VISIBLE_DEVICES is for each trial that is started until all places are taken."""
     started = []
     monkeypatch.setattr(trials, "LocalTrial", lambda job, variables, lock: started.append(variables))
-    places = LocalExecutor(topology, parallel, lock=0)
+    places = LocalExecutor(cluster, parallel, lock=0)
     for _ in range(places.count):
         places.start(None, {})
     return [variables["CUDA_VISIBLE_DEVICES"] for variables in started]
 
 
 def test_trials_are_placed_on_the_free_gpus(tmp_path, monkeypatch):
-    two = ClusterConfig("two", processes_per_node=2, device="cuda")
+    two = ClusterConfig("two", gpus_per_node=2, device="cuda")
     driver(tmp_path, monkeypatch, 4, 50_000, 4, 4, 4, 4)
     assert placed(two, None, monkeypatch) == ["0,2", "3,4"]
     assert placed(two, 1, monkeypatch) == ["0,2"]
-    with pytest.raises(InputError, match=r"^3 trials of topology.processes_per_node=2 need 6 GPUs; 5 are free"):
+    with pytest.raises(InputError, match=r"^3 trials of cluster.gpus_per_node=2 need 6 GPUs; 5 are free"):
         placed(two, 3, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5")
     assert placed(two, None, monkeypatch) == ["3,5"]
 
 
 def test_one_gpu_a_trial_where_there_is_one_and_a_cpu_else(tmp_path, monkeypatch):
-    assert plan_trial(["debug=cpu_tiny", "sweep=lr"]).launch.topology.name == "cpu1"
+    assert plan_trial(["debug=cpu_tiny", "sweep=lr"]).launch.cluster.name == "cpu1"
     driver(tmp_path, monkeypatch, 4)
-    assert plan_trial(["debug=cpu_tiny", "sweep=lr"]).launch.topology.name == "gpu1"
-    assert plan_trial(["debug=cpu_tiny", "sweep=lr", "topology=cpu2"]).launch.topology.name == "cpu2"
+    assert plan_trial(["debug=cpu_tiny", "sweep=lr"]).launch.cluster.name == "gpu1"
+    assert plan_trial(["debug=cpu_tiny", "sweep=lr", "cluster=cpu2"]).launch.cluster.name == "cpu2"
 
 
 def test_a_trial_holds_the_lock_of_its_sweep(tmp_path):
@@ -434,7 +434,7 @@ def test_finished_runs_come_first_by_their_figure(tmp_path):
 
 
 def test_the_command_of_a_wandb_agent_is_a_launch(tmp_path, capfd, monkeypatch):
-    """By the agent's own code, without its service; on a topology that is at hand, and dry."""
+    """By the agent's own code, without its service; on a cluster that is at hand, and dry."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -443,7 +443,7 @@ def test_the_command_of_a_wandb_agent_is_a_launch(tmp_path, capfd, monkeypatch):
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     described = yaml.safe_load((ROOT / "launch" / "wandb_sweep.yaml").read_text())
     agent = wandb.wandb_agent.Agent(api=None, queue=None, sweep_id="s")
-    agent._sweep_command = [*described["command"], "dry_run=true", "topology=cpu2"]
+    agent._sweep_command = [*described["command"], "dry_run=true", "cluster=cpu2"]
     chosen = {"trainer.learning_rate": {"value": 0.00025}, "adapter.rank": {"value": 64}}
     assert chosen.keys() == described["parameters"].keys()
     agent._command_run({"run_id": "r", "program": described["program"], "args": chosen})

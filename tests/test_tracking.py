@@ -274,7 +274,7 @@ def test_wandb_gets_the_same_figures_settings_and_origins(whole):
     assert kept.config["tracking"] == {"mode": "offline"}
     assert kept.config["origin"]["data_hash"] == MANIFEST.data_hash
     assert kept.config["packing_report"]["token_ratio"] == 0.9
-    assert kept.config["topology"]["processes"] == 1
+    assert kept.config["cluster"]["world_size"] == 1
     assert kept.config["learning_rate"] == 3e-3  # by the Trainer's own integration
     assert kept.exit_code == 0
     assert kept.artifacts[f"checkpoint-{kept.id}"] == "model"

@@ -328,7 +328,7 @@ def test_two_processes_are_measured_as_one_and_make_one_run(folder, whole_shared
         assert line["rank_skew"] > 1
     (kept,) = offline_runs(run)
     assert sorted(kept.rows) == [line["step"] for line in lines]
-    assert (kept.exit_code, kept.config["topology"]["processes"]) == (0, 2)
+    assert (kept.exit_code, kept.config["cluster"]["world_size"]) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,7 @@ def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_
             ["validation.metric_for_best_model=accuracy"],
             "validation.metric_for_best_model=accuracy: choose one of loss, strategy_accuracy.",
         ),
-        (["then.overrides=['data=files']"], "then.overrides=['data=files']: say of which recipe, by then=evaluate"),
+        (["on_finish.overrides=['data=files']"], "on_finish.overrides=['data=files']: say of which recipe, by on_finish=evaluate"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(overrides, message):
@@ -377,15 +377,15 @@ def test_measurements_go_with_the_saved_states_unless_asked_otherwise():
 
 def test_what_follows_is_checked_before_the_training():
     assert on_finish_arguments(OnFinishConfig(), Path("runs/x")) == []
-    config = compose("sft", ["then=evaluate", "then.overrides=['data=rolecs','evaluation.base=false']"])
+    config = compose("sft", ["on_finish=evaluate", "on_finish.overrides=['data=rolecs','evaluation.base=false']"])
     arguments = ["checkpoint=runs/x/model", "run.directory=runs/x/evaluation", "run.if_exists=reuse"]
-    assert on_finish_arguments(config.then, Path("runs/x")) == [*arguments, "data=rolecs", "evaluation.base=false"]
+    assert on_finish_arguments(config.on_finish, Path("runs/x")) == [*arguments, "data=rolecs", "evaluation.base=false"]
     with pytest.raises(InputError, match=r"Did you mean 'evaluation\.batch_size'"):
         on_finish_arguments(OnFinishConfig("evaluate", ["evaluation.batchsize=1"]), Path("runs/x"))
 
 
 def start(
-    directory: Path, processes: int, *then: str, settings: Sequence[str] = ("run.directory=run",)
+    directory: Path, processes: int, *on_finish: str, settings: Sequence[str] = ("run.directory=run",)
 ) -> subprocess.CompletedProcess:
     """A training that keeps the best, and what follows it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
@@ -393,7 +393,7 @@ def start(
         [
             sys.executable, *launcher, str(ROOT / "recipes" / "sft.py"), "debug=cpu_tiny", "data.sample_dialogues=40",
             *settings, "run.if_exists=reuse", "validation.eval_steps=2", "validation.save_best=true", "validation.num_turns=6",
-            "validation.num_samples=1", "validation.max_new_tokens=4", "then=evaluate", f"then.overrides={list(then)}",
+            "validation.num_samples=1", "validation.max_new_tokens=4", "on_finish=evaluate", f"on_finish.overrides={list(on_finish)}",
         ],
         cwd=directory, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

@@ -34,22 +34,22 @@ class SlurmConfig:
 
     def __post_init__(self):
         if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time):
-            raise InputError(f"topology.slurm.time={self.time}: write hours as 24:00:00, days as 2-00:00:00")
-        check_range("topology.slurm.cpus", self.cpus or 1, 1)
-        check_range("topology.slurm.save_before", self.save_before, 0, 65535)
+            raise InputError(f"cluster.slurm.time={self.time}: write hours as 24:00:00, days as 2-00:00:00")
+        check_range("cluster.slurm.cpus", self.cpus or 1, 1)
+        check_range("cluster.slurm.save_before", self.save_before, 0, 65535)
         for key in ("options", "srun_options"):
             for option in getattr(self, key):
                 if not option.startswith("-"):
-                    raise InputError(f"topology.slurm.{key}: {option} is no option; options start with -")
+                    raise InputError(f"cluster.slurm.{key}: {option} is no option; options start with -")
 
 
 @dataclass
 class ClusterConfig:
-    """The machines that a job runs on (the `topology` group); one process for each GPU."""
+    """The machines that a job runs on (the `cluster` group); one process for each GPU."""
 
     name: str = "cpu2"
     nodes: int = 1
-    processes_per_node: int = 2
+    gpus_per_node: int = 2
     device: str = "cpu"
     """cpu or cuda."""
     gpu: str | None = None
@@ -69,17 +69,17 @@ class ClusterConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self):
-        check_range("topology.nodes", self.nodes, 1)
-        check_range("topology.processes_per_node", self.processes_per_node, 1)
-        check_choice("topology.device", self.device, ("cpu", "cuda"))
-        check_choice("topology.scheduler", self.scheduler, ("local", "slurm"))
-        check_choice("topology.launcher", self.launcher, ("torchrun", "accelerate"))
-        check_range("topology.port", self.port, 1024, 64535)
+        check_range("cluster.nodes", self.nodes, 1)
+        check_range("cluster.gpus_per_node", self.gpus_per_node, 1)
+        check_choice("cluster.device", self.device, ("cpu", "cuda"))
+        check_choice("cluster.scheduler", self.scheduler, ("local", "slurm"))
+        check_choice("cluster.launcher", self.launcher, ("torchrun", "accelerate"))
+        check_range("cluster.port", self.port, 1024, 64535)
 
     @property
-    def processes(self) -> int:
-        """All processes of the job."""
-        return self.nodes * self.processes_per_node
+    def world_size(self) -> int:
+        """Number of processes of the job, over all nodes."""
+        return self.nodes * self.gpus_per_node
 
 
 @dataclass
@@ -114,13 +114,14 @@ class OnFinishConfig:
     recipe: str | None = None
     """evaluate: the evaluation of its checkpoint, into the run directory's `evaluation`."""
     overrides: list[str] = field(default_factory=list)
-    """Settings of that recipe, each in quotes: `then.overrides=['data=rolecs','evaluation.base=false']`. Checked before
+    """Settings of that recipe, each in quotes: `on_finish.overrides=['data=rolecs','evaluation.base=false']`. Checked
+    before
     the training starts."""
 
     def __post_init__(self):
-        check_choice("then.recipe", self.recipe or "evaluate", ("evaluate",))
+        check_choice("on_finish.recipe", self.recipe or "evaluate", ("evaluate",))
         if self.overrides and not self.recipe:
-            raise InputError(f"then.overrides={self.overrides}: say of which recipe, by then=evaluate")
+            raise InputError(f"on_finish.overrides={self.overrides}: say of which recipe, by on_finish=evaluate")
 
 
 @dataclass

@@ -69,7 +69,7 @@ class SftRecipe:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    then: OnFinishConfig = field(default_factory=OnFinishConfig)
+    on_finish: OnFinishConfig = field(default_factory=OnFinishConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
@@ -89,7 +89,7 @@ class PrepareRecipe(SftRecipe):
 class PreflightRecipe(SftRecipe):
     """Configuration of recipes/preflight.py: a training, and the machines it is meant for."""
 
-    topology: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
 
@@ -275,7 +275,7 @@ class LaunchRecipe:
 
     recipe: str = "sft"
     """The recipe to start."""
-    topology: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     dry_run: bool = False
     """Print what would be started, start nothing and write nothing."""

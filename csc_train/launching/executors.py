@@ -81,7 +81,7 @@ class LocalExecutor:
         count: how many trials run at a time.
     """
 
-    def __init__(self, topology: ClusterConfig, parallel: int | None, lock: int):
+    def __init__(self, cluster: ClusterConfig, parallel: int | None, lock: int):
         """Find the places.
 
         Args:
@@ -92,14 +92,14 @@ class LocalExecutor:
             InputError: fewer GPUs are free than the trials need.
         """
         self._lock = lock
-        if topology.device == "cpu":
+        if cluster.device == "cpu":
             self._free: list[dict[str, str]] = [{}] * (parallel or 1)
         else:
-            gpus, each = free_gpus(), topology.processes_per_node
+            gpus, each = free_gpus(), cluster.gpus_per_node
             groups = [gpus[first : first + each] for first in range(0, len(gpus) - each + 1, each)]
             if len(groups) < (parallel or 1):
                 raise InputError(
-                    f"{parallel or 1} trials of topology.processes_per_node={each} need {(parallel or 1) * each} GPUs; "
+                    f"{parallel or 1} trials of cluster.gpus_per_node={each} need {(parallel or 1) * each} GPUs; "
                     f"{len(gpus)} are free on this machine"
                 )
             self._free = [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups[:parallel]]

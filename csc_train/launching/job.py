@@ -50,21 +50,21 @@ class Job:
     @property
     def local(self) -> bool:
         """Whether the job runs here and now."""
-        return self.launch.topology.scheduler == "local"
+        return self.launch.cluster.scheduler == "local"
 
     def command(self) -> list[str]:
         """The command that starts the ranks of a local job, here."""
-        return local_command(self.launch.topology, sys.executable, self._script(), self._arguments())
+        return local_command(self.launch.cluster, sys.executable, self._script(), self._arguments())
 
     def script(self) -> str:
         """The sbatch script of a SLURM job."""
-        topology = self.launch.topology
-        command = node_command(topology, topology.slurm.python, self._script(), self._arguments())
-        return job_script(topology, self.directory.name, self.directory, command)
+        cluster = self.launch.cluster
+        command = node_command(cluster, cluster.slurm.python, self._script(), self._arguments())
+        return job_script(cluster, self.directory.name, self.directory, command)
 
     def environment(self) -> dict[str, str]:
         """Variables of the ranks of a local job."""
-        return {"CUDA_VISIBLE_DEVICES": ""} if self.launch.topology.device == "cpu" else {}
+        return {"CUDA_VISIBLE_DEVICES": ""} if self.launch.cluster.device == "cpu" else {}
 
     def _script(self) -> str:
         path = Path("recipes") / f"{self.launch.recipe}.py"
@@ -127,12 +127,12 @@ def refuse_misspelt(others: list[str], launch: LaunchRecipe) -> None:
 
 
 def _launched(directory: Path, own: list[str]) -> LaunchRecipe:
-    """How a run was launched, with changes; its topology may be chosen anew."""
+    """How a run was launched, with changes; its cluster may be chosen anew."""
     file = directory / LAUNCH_FILE
-    if any(text.startswith("topology=") for text in own):
+    if any(text.startswith("cluster=") for text in own):
         return compose("launch", own)
     if not file.is_file():
-        raise InputError(f"{directory} holds no {LAUNCH_FILE}: say what to run it on by topology=...")
+        raise InputError(f"{directory} holds no {LAUNCH_FILE}: say what to run it on by cluster=...")
     return compose_recorded("launch", file, own)
 
 
@@ -142,11 +142,11 @@ def check_job(job: Job) -> None:
     Raises:
         InputError: the job would fail, and why.
     """
-    topology = job.launch.topology
-    job.config.trainer.accumulation(topology.processes)
-    on_finish_arguments(job.config.then, job.directory)
-    if job.local and topology.nodes > 1:
-        raise InputError(f"topology.nodes={topology.nodes}: several nodes are started by topology.scheduler=slurm")
+    cluster = job.launch.cluster
+    job.config.trainer.accumulation(cluster.world_size)
+    on_finish_arguments(job.config.on_finish, job.directory)
+    if job.local and cluster.nodes > 1:
+        raise InputError(f"cluster.nodes={cluster.nodes}: several nodes are started by cluster.scheduler=slurm")
     if not job.local:
         job.script()
 
@@ -154,7 +154,7 @@ def check_job(job: Job) -> None:
 def run_preflight(job: Job) -> PreflightReport:
     """What a preflight of the job finds."""
     chosen = {field.name: getattr(job.config, field.name) for field in fields(job.config)}
-    recipe = PreflightRecipe(**chosen, topology=job.launch.topology, preflight=job.launch.preflight)
+    recipe = PreflightRecipe(**chosen, cluster=job.launch.cluster, preflight=job.launch.preflight)
     return preflight(recipe, launching=not job.launch.dry_run)
 
 

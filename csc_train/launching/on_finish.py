@@ -14,21 +14,21 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTE
 """By which torchrun tells a process that it is one of several; what accelerate adds begins with ACCELERATE_."""
 
 
-def on_finish_arguments(then: OnFinishConfig, directory: Path) -> list[str]:
+def on_finish_arguments(on_finish: OnFinishConfig, directory: Path) -> list[str]:
     """The arguments of the recipe that follows the training in a run directory; none where nothing follows.
 
     Raises:
         InputError: the recipe refuses them. So that it is known before the training, ask there.
     """
-    if then.recipe is None:
+    if on_finish.recipe is None:
         return []
     arguments = [f"checkpoint={directory}/model", f"run.directory={directory}/evaluation"]
-    arguments += ["run.if_exists=reuse", *then.overrides]
-    compose(then.recipe, arguments)
+    arguments += ["run.if_exists=reuse", *on_finish.overrides]
+    compose(on_finish.recipe, arguments)
     return arguments
 
 
-def run_on_finish(then: OnFinishConfig, arguments: list[str]) -> None:
+def run_on_finish(on_finish: OnFinishConfig, arguments: list[str]) -> None:
     """Become the process of the recipe that follows; called on the main process when nothing is left to do.
 
     The program is replaced, not started beside this one: so the memory of the training is free, and whoever waits for
@@ -46,7 +46,7 @@ def run_on_finish(then: OnFinishConfig, arguments: list[str]) -> None:
         for name, value in os.environ.items()
         if name not in RANK_VARIABLES and not name.startswith("ACCELERATE_")
     }
-    script = str(ROOT / "recipes" / f"{then.recipe}.py")
-    print(f"then: {script} {' '.join(arguments)}", flush=True)
+    script = str(ROOT / "recipes" / f"{on_finish.recipe}.py")
+    print(f"on_finish: {script} {' '.join(arguments)}", flush=True)
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, script, *arguments], environment)

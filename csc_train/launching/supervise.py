@@ -32,7 +32,7 @@ def supervise(directory: Path, command: list[str], environment: dict[str, str] |
         environment: variables to add.
 
     Returns:
-        The exit status: 0 where the command's is, `EXIT_STOPPED` where the ranks saved a state of training and stopped, 128
+        The exit status: 0 where the command's is, `EXIT_STOPPED` where the ranks saved a checkpoint and stopped, 128
         and the number of the signal where one ended them otherwise, else the command's.
     """
     stopped_before = _stopped(directory)
@@ -84,7 +84,7 @@ def _stopped(directory: Path) -> str | None:
 
 
 def _set_child_subreaper() -> None:
-    """Become the parent of whoever loses his below this process, so that `_kill_all` finds him."""
+    """Become a child subreaper, so `_kill_all` also sees orphaned descendants."""
     import ctypes
 
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER

@@ -83,7 +83,7 @@ class Sweep:
             values: by parameter (see `SweepConfig.key_of`).
 
         Raises:
-            InputError: the recipe refuses the values, or the topology does not go with them.
+            InputError: the recipe refuses the values, or the cluster does not go with them.
         """
         overrides = [override(self.config.key_of(name), value) for name, value in values.items()]
         config = compose(self.launch.recipe, [*self.others, *overrides])
@@ -106,8 +106,8 @@ def plan_trial(arguments: list[str]) -> Sweep:
         InputError: an argument is wrong, or the recipe does not know what is varied, or refuses a value of it.
     """
     own, others = split_arguments(arguments, SweepRecipe)
-    if not any(text.startswith("topology=") for text in own) and probe_gpus():
-        own.append("topology=gpu1")
+    if not any(text.startswith("cluster=") for text in own) and probe_gpus():
+        own.append("cluster=gpu1")
     asked = Sweep(compose("sweep", own), others)
     refuse_misspelt(others, asked.launch)
     if taken := [text for text in others if text.split("=")[0] in OWN]:
@@ -385,11 +385,11 @@ def sweep(arguments: list[str]) -> int:
 
 
 def _run(asked: Sweep) -> int:
-    topology, config = asked.launch.topology, asked.config
+    cluster, config = asked.launch.cluster, asked.config
     with only_one(asked.directory) as lock:
         places = (
-            LocalExecutor(topology, config.parallel, lock)
-            if topology.scheduler == "local"
+            LocalExecutor(cluster, config.parallel, lock)
+            if cluster.scheduler == "local"
             else SlurmExecutor(config.parallel)
         )
         if not (asked.directory / CONFIGURATION).exists():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HISTORY_FILE, METRICS_FILE, RESULTS_FILE = "history.jsonl", "metrics.json", "results.json"
 INSIDE = ("checkpoints", "model", "base", "tokenizer", "wandb", "predictions")
 """In a run directory: where no other run is looked for."""
-IGNORED_GROUPS = ("run", "tokenization", "tracking", "then")
+IGNORED_GROUPS = ("run", "tokenization", "tracking", "on_finish")
 """Groups of a configuration that do not change what a training comes to."""
 SPEED = "trained_tokens_per_second"
 UNKNOWN = "n/a"

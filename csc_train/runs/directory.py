@@ -117,7 +117,7 @@ class Run:
 
     def _begin(self, inputs: dict[str, str]) -> str:
         # Where a run is kept and followed, what is prepared for it and what is sharded do not change its results.
-        aside = ("run", "tokenization", "zero", "tracking", "then")
+        aside = ("run", "tokenization", "zero", "tracking", "on_finish")
         what = {name: value for name, value in self.config.items() if name not in aside}
         key = digest([self.recipe, what, inputs, code_digest(), provenance()["versions"]])
         if_exists = self.config["run"]["if_exists"]

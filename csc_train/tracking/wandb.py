@@ -117,15 +117,15 @@ class Tracking(TrainerCallback):
     def _settings(self) -> dict[str, Any]:
         """The W&B run's configuration: what was asked for, made of what, and run on what."""
         device = self.trainer.args.device
-        topology = {
-            "processes": self.trainer.args.world_size,
+        cluster = {
+            "world_size": self.trainer.args.world_size,
             "nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "cpus_per_node": os.cpu_count(),
         }
         origin = {name: getattr(self.manifest, name) for name in ("base_model", "base_revision", *HASHES, "provenance")}
         packing = dataclasses.asdict(self.packing) | {"token_ratio": self.packing.tokens / self.packing.separate_tokens}
-        made = {"overrides": sys.argv[1:], "origin": origin, "packing_report": packing, "topology": topology}
+        made = {"overrides": sys.argv[1:], "origin": origin, "packing_report": packing, "cluster": cluster}
         return self.run.config | made
 
     def on_train_begin(self, args, state, control, **_) -> None:

@@ -13,8 +13,8 @@ from csc_train.errors import InputError
 TEMPLATE = Path(__file__).parent.parent.parent.parent / "launch" / "slurm.sbatch.jinja"
 
 
-def job_script(topology: ClusterConfig, name: str, directory: Path, command: str) -> str:
-    """The sbatch script that runs `command` on every node of a topology.
+def job_script(cluster: ClusterConfig, name: str, directory: Path, command: str) -> str:
+    """The sbatch script that runs `command` on every node of a cluster.
 
     Args:
         name: of the job.
@@ -31,7 +31,7 @@ def job_script(topology: ClusterConfig, name: str, directory: Path, command: str
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(topology=topology, slurm=topology.slurm, name=name, directory=directory, command=command)
+    return template.render(cluster=cluster, slurm=cluster.slurm, name=name, directory=directory, command=command)
 
 
 def submit(script: Path) -> str:

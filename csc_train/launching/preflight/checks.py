@@ -97,7 +97,7 @@ class PreflightReport:
     Attributes:
         memory: bytes of one GPU; None where they are not known.
         host_memory: bytes of one node; infinite where they are not known.
-        settings: the job under every stage and offload, for the topology's processes.
+        settings: the job under every stage and offload, for the cluster's processes.
         chosen: the one of them that is configured; None where the launcher brings its own.
     """
 
@@ -147,20 +147,20 @@ def preflight(
     """Check a training.
 
     Args:
-        config: a composed training with its `topology` and `zero` sections.
+        config: a composed training with its `cluster` and `zero` sections.
         launching: whether the training is about to start: then what is absent fails, and is not just not checked.
         free_disk: bytes that are free for the run; asked of the file system where not given.
     """
     options = config.preflight
-    topology = config.topology
+    cluster = config.cluster
     absent = InputError if launching else NotCheckedError
-    gpus = probe_gpus() if options.probe and topology.device == "cuda" and topology.scheduler == "local" else None
+    gpus = probe_gpus() if options.probe and cluster.device == "cuda" and cluster.scheduler == "local" else None
     setting = setting_of(config)
     chosen = None if config.zero.stage == "from_launcher" else setting
-    memory = topology.gpu_memory_gib * GIB if topology.gpu_memory_gib else None
+    memory = cluster.gpu_memory_gib * GIB if cluster.gpu_memory_gib else None
     if memory is None and gpus:
         memory = min(gpu.memory for gpu in gpus)
-    host_memory = topology.host_memory_gib * GIB if topology.host_memory_gib else math.inf
+    host_memory = cluster.host_memory_gib * GIB if cluster.host_memory_gib else math.inf
     loaded: dict[str, Any] = {}
 
     def load_template() -> str:
@@ -200,9 +200,7 @@ def preflight(
         _outcome("W&B", check_tracking),
     ]
     estimate = estimate_job(config, options, setting, loaded.get("template"), loaded.get("dialogues"))
-    return PreflightReport(
-        checks, alternatives(setting), chosen, topology.processes_per_node, memory, host_memory, estimate
-    )
+    return PreflightReport(checks, alternatives(setting), chosen, cluster.gpus_per_node, memory, host_memory, estimate)
 
 
 def _outcome(name: str, check: Callable[[], str]) -> CheckResult:
@@ -219,23 +217,23 @@ def _outcome(name: str, check: Callable[[], str]) -> CheckResult:
 
 def check_batch(config: "PreflightRecipe") -> str:
     """The packs of a step can be divided among the processes."""
-    accumulation = config.trainer.accumulation(config.topology.processes)
+    accumulation = config.trainer.accumulation(config.cluster.world_size)
     return (
-        f"{config.trainer.packs_per_step} packs a step = {config.topology.processes} processes x "
+        f"{config.trainer.packs_per_step} packs a step = {config.cluster.world_size} processes x "
         f"{config.trainer.micro_batch_size} x {accumulation} forward passes"
     )
 
 
 def check_world_size(config: "PreflightRecipe") -> str:
-    """Whoever started this process started as many as the topology says."""
-    topology = config.topology
+    """Whoever started this process started as many as the cluster says."""
+    cluster = config.cluster
     started = os.environ.get("WORLD_SIZE")
-    if started is not None and int(started) != topology.processes:
+    if started is not None and int(started) != cluster.world_size:
         raise InputError(
-            f"WORLD_SIZE={started}, but topology={topology.name} has {topology.nodes} nodes x "
-            f"{topology.processes_per_node} processes = {topology.processes}"
+            f"WORLD_SIZE={started}, but cluster={cluster.name} has {cluster.nodes} nodes x "
+            f"{cluster.gpus_per_node} processes = {cluster.world_size}"
         )
-    return f"{topology.nodes} nodes x {topology.processes_per_node} processes = {topology.processes}"
+    return f"{cluster.nodes} nodes x {cluster.gpus_per_node} processes = {cluster.world_size}"
 
 
 def check_zero_support(config: "PreflightRecipe") -> str:
@@ -357,23 +355,23 @@ def probe_gpus() -> list[Gpu] | None:
 
 
 def check_gpus(config: "PreflightRecipe", gpus: list[Gpu] | None, probe: bool, absent: type[Exception]) -> str:
-    """This machine has the GPUs that the topology says, with the memory it says, and nobody uses them."""
-    topology = config.topology
-    if topology.device == "cpu":
-        return "none needed: topology.device=cpu"
-    if topology.scheduler != "local":
+    """This machine has the GPUs that the cluster says, with the memory it says, and nobody uses them."""
+    cluster = config.cluster
+    if cluster.device == "cpu":
+        return "none needed: cluster.device=cpu"
+    if cluster.scheduler != "local":
         raise NotCheckedError("another machine's")
     if not probe:
         raise NotCheckedError("preflight.probe=false")
     if not gpus:
         raise absent("nvidia-smi finds none on this machine")
-    if len(gpus) < topology.processes_per_node:
-        raise InputError(f"topology.processes_per_node={topology.processes_per_node}, but there are {len(gpus)} GPUs")
-    for number, gpu in enumerate(gpus[: topology.processes_per_node]):
-        if topology.gpu_memory_gib and gpu.memory < 0.98 * topology.gpu_memory_gib * GIB:
+    if len(gpus) < cluster.gpus_per_node:
+        raise InputError(f"cluster.gpus_per_node={cluster.gpus_per_node}, but there are {len(gpus)} GPUs")
+    for number, gpu in enumerate(gpus[: cluster.gpus_per_node]):
+        if cluster.gpu_memory_gib and gpu.memory < 0.98 * cluster.gpu_memory_gib * GIB:
             raise InputError(
-                f"GPU {number} ({gpu.name}) has {gpu.memory / GIB:.1f} GiB, topology.gpu_memory_gib="
-                f"{topology.gpu_memory_gib}"
+                f"GPU {number} ({gpu.name}) has {gpu.memory / GIB:.1f} GiB, cluster.gpu_memory_gib="
+                f"{cluster.gpu_memory_gib}"
             )
         if gpu.used > 0.05 * gpu.memory:
             raise InputError(f"GPU {number} ({gpu.name}): {gpu.used / GIB:.1f} GiB are in use by others")
@@ -387,14 +385,14 @@ def check_memory(
     if chosen is None:
         raise NotCheckedError("the launcher brings its own DeepSpeed configuration")
     if memory is None:
-        raise NotCheckedError("the memory of a GPU is not known (topology.gpu_memory_gib)")
+        raise NotCheckedError("the memory of a GPU is not known (cluster.gpu_memory_gib)")
     planned = estimate_memory(chosen)
     sizes = f"{planned.total / GIB:.1f} of {memory / GIB:.1f} GiB a GPU"
     if planned.host:
         sizes += f", {planned.host / GIB:.0f} of {host_memory / GIB:.0f} GiB a node"
     if planned.total <= memory and planned.host <= host_memory:
         return sizes
-    rows, per_node = config.trainer.micro_batch_size, config.topology.processes_per_node
+    rows, per_node = config.trainer.micro_batch_size, config.cluster.gpus_per_node
     raise InputError(f"{sizes}: does not fit; {advice(chosen, rows, per_node, memory, host_memory)}")
 
 
@@ -440,8 +438,8 @@ def check_packages() -> str:
 
 def check_cuda(config: "PreflightRecipe", gpus: list[Gpu] | None, absent: type[Exception]) -> str:
     """The installed torch is built for CUDA, and the driver is new enough for it."""
-    if config.topology.device == "cpu":
-        return "none needed: topology.device=cpu"
+    if config.cluster.device == "cpu":
+        return "none needed: cluster.device=cpu"
     version = importlib.metadata.version("torch")
     if "+cpu" in version:
         raise absent(f"torch {version} is built without CUDA")
@@ -463,8 +461,8 @@ def check_cuda(config: "PreflightRecipe", gpus: list[Gpu] | None, absent: type[E
 
 def check_port(config: "PreflightRecipe", port: int) -> str:
     """The processes of a node can meet over loopback; those of several nodes at `port`, which is free here."""
-    number = 0 if config.topology.nodes == 1 else port
-    if config.topology.scheduler != "local":
+    number = 0 if config.cluster.nodes == 1 else port
+    if config.cluster.scheduler != "local":
         raise NotCheckedError("another machine's")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -499,13 +497,13 @@ def zero_of(zero: ZeroConfig) -> tuple[str, str]:
 
 def _in_bf16(config: "PreflightRecipe") -> bool:
     return config.trainer.precision == "bf16" or (
-        config.trainer.precision == "auto" and config.topology.device == "cuda"
+        config.trainer.precision == "auto" and config.cluster.device == "cuda"
     )
 
 
 def setting_of(config: "PreflightRecipe") -> MemoryScenario:
     """The job as the memory plan sees it: the longest packs that the configuration allows."""
-    model, adapter, packing, topology = config.model, config.adapter, config.packing, config.topology
+    model, adapter, packing, cluster = config.model, config.adapter, config.packing, config.cluster
     shape = model_dims(model.architecture, model.tokenizer_vocab_size)
     stage, offload = zero_of(config.zero)
     tokens = config.trainer.micro_batch_size * packing.max_length
@@ -517,8 +515,8 @@ def setting_of(config: "PreflightRecipe") -> MemoryScenario:
         ),
         stage=stage,
         offload=offload,
-        processes=topology.processes,
-        nodes=topology.nodes,
+        processes=cluster.world_size,
+        nodes=cluster.nodes,
         tokens=tokens,
         checkpointing=config.trainer.gradient_checkpointing,
         mask_columns=_mask_columns(config, tokens),
@@ -529,7 +527,7 @@ def setting_of(config: "PreflightRecipe") -> MemoryScenario:
 def _mask_columns(config: "PreflightRecipe", tokens: int) -> int:
     """Columns of the dense mask that sdpa needs on a GPU to keep the documents of a pack apart."""
     dense = config.model.attn_implementation in ("sdpa", "eager")
-    if config.packing.strategy == "off" or config.topology.device == "cpu" or not dense:
+    if config.packing.strategy == "off" or config.cluster.device == "cpu" or not dense:
         return 0
     return tokens if config.packing.strategy == "shared_prefix" else config.packing.max_length
 
@@ -567,8 +565,8 @@ def estimate_job(
         steps = config.trainer.max_steps
     flops = training_flops(setting, epochs * tokens, document)
     hours = None
-    if config.topology.gpu_tflops:
-        hours = flops / (options.mfu * config.topology.gpu_tflops * 1e12 * config.topology.processes) / 3600
+    if config.cluster.gpu_tflops:
+        hours = flops / (options.mfu * config.cluster.gpu_tflops * 1e12 * config.cluster.world_size) / 3600
         basis += f", MFU {options.mfu} assumed"
     return JobEstimate(count, round(tokens), packs, steps, flops, hours, basis)
 
@@ -599,7 +597,7 @@ def _fits(outcome: PreflightReport, setting: MemoryScenario, planned: MemoryPlan
 
 
 def memory_table(outcome: PreflightReport):
-    """GiB of every stage and adapter on the topology's processes, and the number of GPUs from which it fits.
+    """GiB of every stage and adapter on the cluster's processes, and the number of GPUs from which it fits.
 
     The chosen row is marked with >, and of each adapter the first that fits with *.
     """
