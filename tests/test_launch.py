@@ -183,7 +183,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["clustr=node8"], "unknown key 'topolgy'. Did you mean 'cluster'?"),
+        (["clustr=node8"], "unknown key 'clustr'. Did you mean 'cluster'?"),
         (["dry_rn=true"], "unknown key 'dry_rn'. Did you mean 'dry_run'?"),
         (["--multirun"], "--multirun: everything is key=value, as docs/launching.md shows"),
         (["cluster=nod8"], "cluster=nod8: not in conf/cluster. Did you mean 'node8'? Known: cpu1, cpu2, gpu1, "

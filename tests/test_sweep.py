@@ -200,7 +200,7 @@ def test_a_misspelt_metric_ends_a_sweep_with_its_first_trial(tmp_path, monkeypat
     assert sweep([*SMALL, "sweep=lr", "sweep.metric=evl_loss"]) == 2
     shown = capsys.readouterr()
     assert shown.err == (
-        "error: sweep.metric=evl_loss: runs/sweeps/lr/trial-0 logged no such figure. Did you mean 'eval_loss'? See "
+        "error: sweep.metric=evl_loss: runs/sweeps/lr/trial-0 logged no such metric. Did you mean 'eval_loss'? See "
         "its metrics.json\n"
     )
     assert shown.out.count("started") == 1

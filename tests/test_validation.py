@@ -355,7 +355,10 @@ def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_
             ["validation.metric_for_best_model=accuracy"],
             "validation.metric_for_best_model=accuracy: choose one of loss, strategy_accuracy.",
         ),
-        (["on_finish.overrides=['data=files']"], "on_finish.overrides=['data=files']: say of which recipe, by on_finish=evaluate"),
+        (
+            ["on_finish.overrides=['data=files']"],
+            "on_finish.overrides=['data=files']: say of which recipe, by on_finish=evaluate",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(overrides, message):
@@ -393,7 +396,8 @@ def start(
         [
             sys.executable, *launcher, str(ROOT / "recipes" / "sft.py"), "debug=cpu_tiny", "data.sample_dialogues=40",
             *settings, "run.if_exists=reuse", "validation.eval_steps=2", "validation.save_best=true", "validation.num_turns=6",
-            "validation.num_samples=1", "validation.max_new_tokens=4", "on_finish=evaluate", f"on_finish.overrides={list(on_finish)}",
+            "validation.num_samples=1", "validation.max_new_tokens=4", "on_finish=evaluate",
+            f"on_finish.overrides={list(on_finish)}",
         ],
         cwd=directory, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

@@ -215,7 +215,8 @@ def trial_result(directory: Path, metric: str) -> float:
     logged = last_metrics(read_json(directory / METRICS_FILE))
     if metric not in logged:
         raise NoSuchMetricError(
-            f"sweep.metric={metric}: {directory} logged no such figure.{suggestion(metric, logged)} See its {METRICS_FILE}"
+            f"sweep.metric={metric}: {directory} logged no such metric.{suggestion(metric, logged)} "
+            f"See its {METRICS_FILE}"
         )
     if not isinstance(logged[metric], int | float) or not math.isfinite(logged[metric]):
         raise FailedTrialError(f"{metric} is {logged[metric]}")

@@ -407,8 +407,8 @@ def check_disk(config: "PreflightRecipe", setting: MemoryScenario, free: int | N
     weights = setting.compute * setting.shape.parameters * (2 if config.model.init == "random" else 1)
     need = states + weights
     text = (
-        f"{need / GIB:.1f} GiB for {config.trainer.save_total_limit + 1} states of {state_bytes(setting) / GIB:.1f} GiB and "
-        f"the checkpoint, {free / GIB:.1f} GiB free at {parent}"
+        f"{need / GIB:.1f} GiB for {config.trainer.save_total_limit + 1} checkpoints of "
+        f"{state_bytes(setting) / GIB:.1f} GiB and the final model, {free / GIB:.1f} GiB free at {parent}"
     )
     if need > free:
         raise InputError(f"{text}: fewer with trainer.save_total_limit, or another run.directory")
