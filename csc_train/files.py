@@ -14,6 +14,25 @@ from csc_train.errors import InputError
 
 
 @contextlib.contextmanager
+def os_errors(place: str | os.PathLike, what: str) -> Iterator[None]:
+    """Turn errors of the operating system, and text that is not UTF-8, into an InputError.
+
+    Args:
+        place: what cannot be used; the message begins with it. Usually a path.
+        what: what went wrong, such as "cannot read".
+
+    Raises:
+        InputError: `place: what: reason`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{place}: {what}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: {what}: not UTF-8 at byte {error.start}") from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path`, on failure it is removed.
 
@@ -25,28 +44,25 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             there is a directory).
     """
     path = Path(path)
-    try:
+    with os_errors(path, "cannot write"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Not TemporaryDirectory: it would raise where the removal fails.
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    temporary = staging / path.name
-    try:
-        yield temporary
-        flush_to_disk(temporary)
-        if temporary.is_dir() and path.is_dir() and not path.is_symlink():
-            replaced = path.rename(staging / f"{path.name}.replaced")
-            try:
+        try:
+            temporary = staging / path.name
+            yield temporary
+            flush_to_disk(temporary)
+            if temporary.is_dir() and path.is_dir() and not path.is_symlink():
+                replaced = path.rename(staging / f"{path.name}.replaced")
+                try:
+                    temporary.replace(path)
+                except OSError:
+                    replaced.rename(path)
+                    raise
+            else:
                 temporary.replace(path)
-            except OSError:
-                replaced.rename(path)
-                raise
-        else:
-            temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -76,14 +92,12 @@ def read_json(path: str | os.PathLike) -> Any:
     Raises:
         InputError: the file is missing, is not UTF-8 or is not JSON; names the file and the place in it.
     """
+    with os_errors(path, "cannot read"):
+        text = Path(path).read_text(encoding="utf-8")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def digest(value: Any) -> str:
@@ -98,8 +112,5 @@ def file_digest(path: str | os.PathLike) -> str:
     Raises:
         InputError: the file cannot be read.
     """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    with os_errors(path, "cannot read"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from csc_train.errors import InputError
-from csc_train.files import write_text
+from csc_train.files import os_errors, write_text
 
 
 class JsonlLog:
@@ -21,11 +20,8 @@ class JsonlLog:
         Raises:
             InputError: it cannot be written.
         """
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step} | values, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
+        with os_errors(self.path, "cannot write"), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | values, ensure_ascii=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """The lines; one that was torn by a kill, which can only be the last, is left out."""

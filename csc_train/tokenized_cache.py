@@ -34,7 +34,7 @@ from csc_train.checkpoints.manifest import tokenizer_hash
 from csc_train.data import strategies
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, digest, file_digest, read_json, write_json
+from csc_train.files import atomic_path, digest, file_digest, os_errors, read_json, write_json
 from csc_train.template.config import TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
 
@@ -267,15 +267,13 @@ def _fault(directory: Path, inputs: dict[str, str]) -> str | None:
 def _lock(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the cache's lock. The operating system lets go of it when its holder ends, killed or not."""
     lock = filelock.FileLock(cache / ".lock")
-    try:
+    with os_errors(cache, "cannot write"):
         cache.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             say(f"waiting for another process that prepares dialogues in {cache}")
             lock.acquire()
-    except OSError as error:
-        raise InputError(f"cannot write {cache}: {error.strerror or error}") from error
     try:
         yield
     finally:

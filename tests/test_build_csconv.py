@@ -150,7 +150,7 @@ def test_calls_are_read(tmp_path):
     (call,) = read_calls(path)
     assert [(each.speaker, each.text) for each in call.utterances] == [(Speaker.CUSTOMER, " 在吗 ")]
     assert len(call.id) == 16
-    with pytest.raises(InputError, match=r"cannot read .*missing\.jsonl"):
+    with pytest.raises(InputError, match=r"missing\.jsonl: cannot read"):
         read_calls(tmp_path / "missing.jsonl")
 
 
@@ -202,7 +202,7 @@ def test_another_prompt_or_form_is_another_question(tmp_path):
 
 def test_a_log_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"^cannot write"):
+    with pytest.raises(InputError, match="cannot write"):
         AnswerLog(tmp_path / "file" / "answers.jsonl")
 
 
@@ -253,7 +253,7 @@ def test_the_recipe_keeps_to_thresholds_and_refuses_wrong_ones(tmp_path, recipe)
     status, said = recipe("call.min_round=4")
     assert status == 2 and "Did you mean 'call.min_rounds'?" in said
     status, said = recipe("calls=missing.jsonl")
-    assert status == 2 and "cannot read missing.jsonl" in said
+    assert status == 2 and "missing.jsonl: cannot read" in said
 
 
 def reply(body):

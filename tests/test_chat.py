@@ -632,5 +632,5 @@ def test_the_next_free_port_is_taken():
     with web.listen("127.0.0.1", 20000) as one, web.listen("127.0.0.1", one.getsockname()[1]) as other:
         first, second = one.getsockname(), other.getsockname()
         assert second[1] > first[1] and first[0] == second[0] == "127.0.0.1"
-    with pytest.raises(InputError, match=r"^cannot listen on host=192\.0\.2\.1 port=20000: "):
+    with pytest.raises(InputError, match=r"^host=192\.0\.2\.1 port=20000: cannot listen: "):
         web.listen("192.0.2.1", 20000)

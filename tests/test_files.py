@@ -14,9 +14,9 @@ from csc_train.files import atomic_path, digest, file_digest, read_json, write_j
 
 LIMITED = """
 import resource, sys
-from csc_train.dialogue import Dialogue, Speaker, Turn, write_dialogues
+from csc_train.data.dialogue import Dialogue, Speaker, Turn, write_dialogues
 from csc_train.errors import InputError
-from csc_train.strategies import GREETING
+from csc_train.data.strategies import GREETING
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 text = "".join(chr(0x4E00 + i * 7919 % 20000) for i in range(500))
@@ -41,7 +41,7 @@ def test_a_file_size_limit_leaves_nothing_half_written(tmp_path, name, older):
     )
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"cannot write {path}: ") and "too large" in line
+    assert line.startswith(f"{path}: cannot write: ") and "too large" in line
     left = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     assert left == ({} if older is None else {name: older})
 
@@ -60,13 +60,13 @@ def test_a_directory_without_write_permission():
         finally:
             if root:
                 os.seteuid(0)
-        assert str(refusal.value) == f"cannot write {path}: Permission denied"
+        assert str(refusal.value) == f"{path}: cannot write: Permission denied"
         assert os.listdir(directory) == []
 
 
 def test_a_parent_that_is_a_file_cannot_be_written_into(tmp_path):
     (tmp_path / "parent").write_text("a file")
-    with pytest.raises(InputError, match=r"cannot write .*/parent/a\.txt: "):
+    with pytest.raises(InputError, match=r"/parent/a\.txt: cannot write: "):
         write_text(tmp_path / "parent" / "a.txt", "x")
     assert (tmp_path / "parent").read_text() == "a file"
 
@@ -128,7 +128,7 @@ def test_a_file_never_takes_the_place_of_a_directory(tmp_path):
     path = tmp_path / "runs"
     path.mkdir()
     (path / "weights").write_text("precious")
-    with pytest.raises(InputError, match=r"cannot write .*/runs: Is a directory"):
+    with pytest.raises(InputError, match=r"/runs: cannot write: Is a directory"):
         write_text(path, "x")
     assert (path / "weights").read_text() == "precious"
     assert list(tmp_path.iterdir()) == [path]
@@ -161,7 +161,7 @@ def test_a_missing_file_is_named(tmp_path):
     for read in (read_json, file_digest):
         with pytest.raises(InputError) as refusal:
             read(tmp_path / "none.json")
-        assert str(refusal.value) == f"cannot read {tmp_path / 'none.json'}: No such file or directory"
+        assert str(refusal.value) == f"{tmp_path / 'none.json'}: cannot read: No such file or directory"
 
 
 def test_digests():

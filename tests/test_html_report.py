@@ -18,12 +18,12 @@ from csc_train.evaluation.config import EvaluationConfig
 from csc_train.evaluation.contamination import find_contamination, write_contamination
 from csc_train.evaluation.metrics.profiles import MetricsConfig
 from csc_train.evaluation.report.html import write_html
-from csc_train.evaluation.report.page import render
 from csc_train.evaluation.report.tables import write_results
 from csc_train.evaluation.scoring import score_run
 from csc_train.inference.config import CONTEXTS
 from csc_train.inference.predictions import FailedTurn, Prediction, write_predictions
 from csc_train.llm.config import LLMConfig
+from csc_train.templates import render
 
 SYSTEM, GIVEN = "a <b>model<b>", "GPT, strategy given"
 MARKUP = '</script><script>document.title = "taken over"</script><b>粗</b>'
@@ -348,7 +348,8 @@ def test_calibration_is_shown_where_it_is_known(run, page, tmp_path, browser):
 
 def test_a_page_is_not_written_with_numbers_that_no_browser_reads():
     with pytest.raises(ValueError, match="not JSON compliant"):
-        render("sheet.html.jinja", language="en", data={"sheet": "s", "questions": [], "items": [float("nan")]})
+        data = {"sheet": "s", "questions": [], "items": [float("nan")]}
+        render("csc_train.evaluation.report", "sheet.html.jinja", language="en", data=data)
 
 
 def test_the_page_could_not_reach_a_network_even_if_it_tried(run, browser, tmp_path):

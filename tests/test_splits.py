@@ -353,7 +353,7 @@ def test_sets_that_end_up_empty_name_their_key(tmp_path):
     path = tmp_path / "a.jsonl"
     with pytest.raises(InputError, match=r"^data\.train\.path is not set"):
         load_splits(DataConfig())
-    with pytest.raises(InputError, match=r"^data\.train: cannot read .*a\.jsonl: No such file"):
+    with pytest.raises(InputError, match=r"^data\.train: .*a\.jsonl: cannot read: No such file"):
         load_splits(DataConfig(DialogueSourceConfig(str(path))))
     path.write_text("")
     with pytest.raises(InputError, match=r"^data\.train: .*a\.jsonl: no rows"):

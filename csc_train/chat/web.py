@@ -8,9 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from importlib import resources
-
-import jinja2
 
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import ChatReply, Conversation
@@ -18,6 +15,7 @@ from csc_train.chat.terminal import SPEAKERS
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.inference.hf import HFGenerator
+from csc_train.templates import read_text, render
 
 # Read when gradio is imported: it would report every start of a page to its makers.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -33,10 +31,6 @@ PORTS = 100
 """How many ports are tried."""
 REFRESH = 0.05
 """Seconds between two states of a growing reply, which would pile up in front of a browser that is slower."""
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("csc_train.chat", "."), undefined=jinja2.StrictUndefined, autoescape=True
-)
-_CSS = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
 
 
 def talk(generator: HFGenerator, config: ChatConfig) -> None:
@@ -50,7 +44,7 @@ def talk(generator: HFGenerator, config: ChatConfig) -> None:
         FastAPI(),
         page(generator, config),
         path="/",
-        css=_CSS,
+        css=read_text(__package__, "page.css"),
         theme=gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("monospace",)),
         footer_links=[],
         run_history=False,
@@ -78,7 +72,7 @@ def listen(host: str, port: int) -> socket.socket:
             return socket.create_server((host, candidate), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise InputError(f"cannot listen on host={host} port={candidate}: {error.strerror or error}") from error
+                raise InputError(f"host={host} port={candidate}: cannot listen: {error.strerror or error}") from error
     raise InputError(f"port={port}: this and the {PORTS - 1} ports after it are in use; choose another")
 
 
@@ -135,9 +129,8 @@ def transcript(conversation: Conversation, heard: ChatReply | None = None) -> st
     if heard is None and conversation.turns:
         file = json.dumps(conversation.dialogue().row(), ensure_ascii=False) + "\n"
     language = conversation.template.config.language
-    return _ENVIRONMENT.get_template("transcript.html.jinja").render(
-        turns=conversation.turns, heard=heard, file=file, speakers=SPEAKERS[language], language=language
-    )
+    values = {"turns": conversation.turns, "heard": heard, "file": file}
+    return render(__package__, "transcript.html.jinja", **values, speakers=SPEAKERS[language], language=language)
 
 
 def _speak(conversation: Conversation, said: str | None, number: int) -> Iterator[tuple[str, int]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from csc_train.data.strategies import Strategy, parse_strategy
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, digest
+from csc_train.files import atomic_path, digest, os_errors
 
 HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -255,7 +255,7 @@ def write_dialogues(path: str | os.PathLike, dialogues: Iterable[Dialogue]) -> N
             with atomic_path(path) as temporary:
                 pyarrow.parquet.write_table(table, temporary)
         except (pyarrow.ArrowException, OverflowError) as error:
-            raise InputError(f"cannot write {path}: {_first_line(error)}") from error
+            raise InputError(f"{path}: cannot write: {_first_line(error)}") from error
     else:
         raise InputError(f"{path}: dialogues are written as .jsonl or .parquet")
 
@@ -265,10 +265,8 @@ def _records(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
     file = Path(path)
     readers = {".json": _json_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
     if file.suffix in readers:
-        try:
+        with os_errors(file, "cannot read"):
             yield from readers[file.suffix](file)
-        except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror or _first_line(error)}") from error
     elif HUB_ID_PATTERN.fullmatch(str(path)) and not file.is_file():
         yield from _hub_records(str(path))
     elif file.exists():
@@ -336,7 +334,7 @@ def _hub_records(name: str) -> Iterator[tuple[int, Any]]:
         rows = datasets.load_dataset(name, split="train", streaming=not datasets.config.HF_HUB_OFFLINE)
         yield from enumerate(rows, start=1)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"cannot load data set {name} from the Hugging Face hub: {_first_line(error)}") from error
+        raise InputError(f"{name}: cannot load the data set from the Hugging Face hub: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

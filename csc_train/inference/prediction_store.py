@@ -8,6 +8,7 @@ from typing import Self
 
 from csc_train.data.dialogue import Dialogue
 from csc_train.errors import InputError
+from csc_train.files import os_errors
 from csc_train.inference.predictions import (
     FailedTurn,
     Prediction,
@@ -46,12 +47,10 @@ class PredictionStore:
             key: outcome for key, outcome in self._outcomes().items() if isinstance(outcome, Prediction)
         }
         part = self.path.with_name(f"{self.path.name}.part-{process:05}")
-        try:
+        with os_errors(part, "cannot write"):
             part.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(part, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
             _cut_torn_line(part)
-        except OSError as error:
-            raise InputError(f"cannot write {part}: {error.strerror or error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -69,10 +68,8 @@ class PredictionStore:
         Raises:
             InputError: it cannot be written.
         """
-        try:
+        with os_errors(self._file.name, "cannot write"):
             self._file.write(outcome_line(outcome).encode())
-        except OSError as error:
-            raise InputError(f"cannot write {self._file.name}: {error.strerror or error}") from error
 
     def finish(self, dialogues: Sequence[Dialogue]) -> list[FailedTurn]:
         """Put all parts together, once every process has closed its own; for one process to do.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, has_surrogate
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, digest, file_digest
+from csc_train.files import atomic_path, digest, file_digest, os_errors
 from csc_train.inference.config import CONTEXTS
 from csc_train.template.reply import parse_reply
 
@@ -221,19 +221,16 @@ def read_external_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue]
 
 def _rows(path: str | os.PathLike, ends: str = "") -> Iterator[tuple[int, dict]]:
     """(line number, object) of a JSONL file; blank lines, and those that do not end so, are left out."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip() or not line.endswith(ends.encode()):
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{path}, line {number}: not UTF-8 at byte {error.start} of the line") from error
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}: not a prediction: no object")
-                yield number, row
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    with os_errors(path, "cannot read"), open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip() or not line.endswith(ends.encode()):
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}, line {number}: not UTF-8 at byte {error.start} of the line") from error
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: not a prediction: no object")
+            yield number, row

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from csc_train.config.cluster import ParameterConfig, PrunerConfig, SweepConfig
 from csc_train.config.compose import LaunchRecipe, SweepRecipe, compose, to_container
 from csc_train.errors import InputError
-from csc_train.files import write_text
+from csc_train.files import os_errors, write_text
 from csc_train.launching.executors import (
     FailedTrialError,
     LocalExecutor,
@@ -205,11 +205,9 @@ def only_one(directory: Path) -> Iterator[int]:
     Raises:
         InputError: the sweep, or a trial that it left, is running; or the directory cannot be written.
     """
-    try:
+    with os_errors(directory, "cannot write"):
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise InputError(f"cannot write {directory}: {error.strerror or error}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -6,17 +6,16 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy
 
 from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.data.segmentation import segment_words
 from csc_train.data.strategies import STRATEGIES, Stage
 from csc_train.files import write_json, write_text
+from csc_train.templates import render
 
 ORDERS = (1, 2, 3)
 """Of distinct-n."""
@@ -86,11 +85,8 @@ def write_quality_report(directory: str | os.PathLike, report: dict[str, Any], t
         InputError: the directory cannot be written.
     """
     write_json(Path(directory) / "quality.json", report)
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True)
-    page = resources.files(__package__).joinpath("quality_report.html.jinja").read_text(encoding="utf-8")
-    template = environment.from_string(page)
-    text = template.render(report=report, title=title, strategies=STRATEGIES, reached=_REACHED, plain=_plain)
-    write_text(Path(directory) / "quality.html", text)
+    values = {"report": report, "title": title, "strategies": STRATEGIES, "reached": _REACHED, "plain": _plain}
+    write_text(Path(directory) / "quality.html", render(__package__, "quality_report.html.jinja", **values))
 
 
 def _plain(value: float | None) -> str:

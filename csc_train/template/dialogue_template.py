@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 import numpy
 import tokenizers
@@ -19,6 +18,7 @@ from csc_train.files import digest
 from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
 from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import system_prompt
+from csc_train.templates import read_text
 
 
 class TokenType(enum.IntEnum):
@@ -73,7 +73,7 @@ def chat_template(name: str) -> str:
     """
     if name not in CHAT_TEMPLATES:
         raise InputError(f"model.chat_template={name}: choose one of {', '.join(CHAT_TEMPLATES)}")
-    return resources.files(__package__).joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+    return read_text(__package__, f"{name}.jinja")
 
 
 def chat_messages(turns: Iterable[Turn], config: TemplateConfig) -> list[dict[str, str]]:

@@ -1,16 +1,12 @@
 """The system prompt, built from the taxonomy."""
 
 from functools import cache
-from importlib import resources
-
-import jinja2
 
 from csc_train.data.strategies import STRATEGIES, Stage
+from csc_train.templates import render
 
 OPENING = {"zh": "（客户接通了客服。）", "en": "(The customer is connected to support.)"}
 """What a model hears before the supporter's greeting, by language, where its chats must begin with the user."""
-
-_ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
 
 
 @cache
@@ -19,5 +15,5 @@ def system_prompt(mode: str, language: str) -> str:
 
     It has no outer white space. Source: `system_prompt.{zh,en}.jinja` beside this file.
     """
-    text = resources.files(__package__).joinpath(f"system_prompt.{language}.jinja").read_text(encoding="utf-8")
-    return _ENVIRONMENT.from_string(text).render(mode=mode, strategies=STRATEGIES, stages=list(Stage)).strip()
+    values = {"mode": mode, "strategies": STRATEGIES, "stages": list(Stage)}
+    return render(__package__, f"system_prompt.{language}.jinja", **values).strip()

@@ -227,7 +227,7 @@ class PackTrainer(SFTTrainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
                 raise
-            raise InputError(f"cannot write {self.args.output_dir}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{self.args.output_dir}: cannot write: {str(error).splitlines()[0]}") from error
 
     def create_model_card(self, *_, **__) -> None:
         """Write none: TRL's says of a saved state what is not so, and asks the tracker for an address."""

@@ -24,13 +24,13 @@ from csc_train.evaluation.config import HumanConfig
 from csc_train.evaluation.judges.agreement import cohen_kappa, fleiss_kappa, observed_agreement
 from csc_train.evaluation.judges.criteria import CRITERIA
 from csc_train.evaluation.metrics.base import Metric, MetricResult
-from csc_train.evaluation.report.page import render
 from csc_train.evaluation.report.tables import INTERVALS, Section
 from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest, read_json
 from csc_train.inference.predictions import Prediction, outcome_line
 from csc_train.stats import LEVEL, holm
+from csc_train.templates import render
 
 SHEET, KEY = "sheet.html", "key.json"
 OVERALL = "overall"
@@ -149,7 +149,8 @@ def draw_annotation_form(
     questions = [OVERALL, *config.criteria]
     data = {"questions": _questions(config), "items": shown}
     sheet = digest(data)[:16]
-    page = render("sheet.html.jinja", language=config.language, data=data | {"sheet": sheet})
+    values = {"language": config.language, "data": data | {"sheet": sheet}}
+    page = render("csc_train.evaluation.report", "sheet.html.jinja", **values)
     key = UnblindingKey(
         sheet=sheet, a=names[0], b=names[1], questions=questions, turns=len(pairs), differing=len(differing),
         strategies=config.strategies, items=items, left_out=left_out,

@@ -4,16 +4,13 @@ Replies are judged in the reference context, where both systems answer the same 
 """
 
 import asyncio
-import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
-import jinja2
 import numpy
 import pydantic
 from tqdm import tqdm
@@ -27,18 +24,18 @@ from csc_train.evaluation.judges.criteria import CRITERIA
 from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
-from csc_train.files import digest, write_text
+from csc_train.files import digest, os_errors, write_text
 from csc_train.inference.predictions import Prediction
 from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, Message
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import ask_structured
 from csc_train.stats import mean
 from csc_train.template.reply import Reply, format_reply
+from csc_train.templates import render
 
 SIDES = {"pairwise": ("AB", "BA"), "rubric": ("A", "B")}
 """What is asked of a turn: the pair in both orders, or each reply."""
 
-_ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
 _Points = Annotated[int, pydantic.Field(ge=1, le=5)]
 
 
@@ -138,14 +135,8 @@ def _shown(prediction: Prediction, labelled: bool, language: str) -> str:
     return format_reply(Reply(strategy, prediction.response), language)
 
 
-@functools.cache
-def _template(language: str) -> jinja2.Template:
-    source = resources.files(__package__).joinpath(f"judge.{language}.jinja").read_text(encoding="utf-8")
-    return _ENVIRONMENT.from_string(source)
-
-
 def _render(language: str, **facts: Any) -> str:
-    return _template(language).render(CRITERIA=CRITERIA, **facts).strip()
+    return render(__package__, f"judge.{language}.jinja", CRITERIA=CRITERIA, **facts).strip()
 
 
 def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, cache: str | os.PathLike) -> JudgeReport:
@@ -188,11 +179,8 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
                 await asyncio.gather(*(work(client, pending, file, bar) for _ in range(llm.concurrency)))
 
     if todo:
-        try:
-            with open(cache, "a", encoding="utf-8") as file:
-                asyncio.run(ask_all(file))
-        except OSError as error:
-            raise InputError(f"cannot write {cache}: {error.strerror or error}") from error
+        with os_errors(cache, "cannot write"), open(cache, "a", encoding="utf-8") as file:
+            asyncio.run(ask_all(file))
     counted = [known[key] if key in known else vars(failures[key]) for key in dict.fromkeys(keys.values())]
     return JudgeReport(
         {question: known[key]["answer"] for question, key in keys.items() if key in known},

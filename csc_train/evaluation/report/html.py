@@ -16,9 +16,9 @@ from csc_train.checkpoints.manifest import MANIFEST_FILE, read_manifest
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.report import tables as report
-from csc_train.evaluation.report.page import render
 from csc_train.evaluation.scoring import Scored
 from csc_train.files import write_text
+from csc_train.templates import render
 
 FILE = "report.html"
 
@@ -36,6 +36,7 @@ def write_html(directory: str | os.PathLike, scored: Scored, config: dict[str, A
     results, contamination = scored.results, scored.contamination
     system = list(results)[-1]
     page = render(
+        __package__,
         "report.html.jinja",
         system=system,
         chooses=any(scores["counts"]["unparsed"] is not None for scores in results[system].values()),

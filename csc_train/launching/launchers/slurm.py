@@ -5,12 +5,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import jinja2
-
 from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError
-
-TEMPLATE = Path(__file__).parent.parent.parent.parent / "launch" / "slurm.sbatch.jinja"
+from csc_train.templates import render
 
 
 def job_script(cluster: ClusterConfig, name: str, directory: Path, command: str) -> str:
@@ -27,11 +24,8 @@ def job_script(cluster: ClusterConfig, name: str, directory: Path, command: str)
     for text in (str(directory), command):
         if odd := re.search(r"[^\w./=:,$@% +-]", text):
             raise InputError(f"{odd.string}: {odd.group()!r} has a meaning in a job script; choose plainer paths")
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(cluster=cluster, slurm=cluster.slurm, name=name, directory=directory, command=command)
+    values = {"cluster": cluster, "slurm": cluster.slurm, "name": name, "directory": directory, "command": command}
+    return render(__package__, "slurm.sbatch.jinja", **values)
 
 
 def submit(script: Path) -> str:

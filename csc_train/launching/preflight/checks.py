@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from csc_train.config.cluster import PreflightConfig
 from csc_train.errors import InputError
-from csc_train.files import read_json
+from csc_train.files import os_errors, read_json
 from csc_train.models.hub import is_local_path
 from csc_train.training.compatibility import check_supported
 from csc_train.training.config import TRAINED_TOKENIZER, ZeroConfig
@@ -466,10 +466,8 @@ def check_port(config: "PreflightRecipe", port: int) -> str:
         raise NotCheckedError("another machine's")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with os_errors(f"preflight.port={number}", "choose another port"):
             listener.bind(("127.0.0.1" if number == 0 else "", number))
-        except OSError as error:
-            raise InputError(f"preflight.port={number}: {error.strerror}; choose another") from error
     return "loopback" if number == 0 else f"port {number} is free"
 
 

@@ -13,7 +13,7 @@ import pydantic
 
 from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.errors import InputError
-from csc_train.files import digest
+from csc_train.files import digest, os_errors
 from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, RequestAttempt
 from csc_train.llm.structured import ask_structured as ask_server
 from csc_train.synthesis.filters.llm_checks import AskFn, Form, check_call_manners, check_quality
@@ -108,10 +108,8 @@ def read_calls(path: str | os.PathLike) -> list[RecordedCall]:
         InputError: the file cannot be read, a row is not such an object, an id comes twice, or there are no rows.
     """
     calls: dict[str, RecordedCall] = {}
-    try:
+    with os_errors(path, "cannot read"):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -268,11 +266,9 @@ class AnswerLog:
         self.usage = {"requests": 0, "failed": 0, "prompt_tokens": 0, "completion_tokens": 0}
         """Requests, those of them that failed, and the tokens of all."""
         self._answers: dict[str, Any] = {}
-        try:
+        with os_errors(path, "cannot write"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b")  # noqa: SIM115 - for the life of the log
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         self._file.seek(0)
         for line in self._file.read().splitlines(keepends=True):
             if not line.endswith(b"\n"):

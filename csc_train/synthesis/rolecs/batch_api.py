@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from csc_train.errors import InputError
-from csc_train.files import write_text
+from csc_train.files import os_errors, write_text
 from csc_train.llm.client import LLMFailure, RequestAttempt
 from csc_train.llm.structured import parse_answer, response_format
 from csc_train.synthesis.config import BatchConfig
@@ -103,10 +103,8 @@ def read_results(paths: Iterable[str | os.PathLike]) -> dict[str, tuple[str, tup
     """
     results = {}
     for path in paths:
-        try:
+        with os_errors(f"batch.results: {path}", "cannot read"):
             lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"batch.results: cannot read {path}: {error}") from error
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)

@@ -6,10 +6,11 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from csc_train.errors import InputError, suggestion
-from csc_train.files import digest
+from csc_train.files import digest, os_errors
 from csc_train.synthesis.config import BehaviourConfig
 from csc_train.synthesis.rolecs.engine import Behaviour
 
@@ -98,11 +99,8 @@ def read_profiles(path: str | os.PathLike) -> list[Profile]:
     Raises:
         InputError: the file cannot be read, a line is no such object, or two have the same id; names file and line.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    with os_errors(path, "cannot read"):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     profiles: dict[str, Profile] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -5,10 +5,8 @@ A prompt file is made of blocks (task, scene, rules, history, turn, answer), of 
 
 import functools
 import re
-from importlib import resources
 from typing import Annotated, Any
 
-import jinja2
 from pydantic import AfterValidator, BaseModel, Field, create_model
 
 from csc_train.data.dialogue import Speaker, Turn
@@ -16,6 +14,7 @@ from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
 from csc_train.files import digest
 from csc_train.synthesis.rolecs.engine import ROLES as SPEAKING_ROLES
 from csc_train.synthesis.rolecs.engine import RoleQuestion
+from csc_train.templates import load_template, read_text
 
 ROLES = ("persona", *SPEAKING_ROLES)
 """Whoever writes a part of a dialogue: the five roles of the engine, and the writer of personas before them."""
@@ -86,17 +85,6 @@ def answer_schema(role: str, language: str, compact: bool, spent: Strategy | Non
     return create_model(name, **{field: (kind, ...) for field, kind in fields.items()})
 
 
-@functools.cache
-def _templates(language: str) -> dict[str, jinja2.Template]:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("csc_train.synthesis", f"prompts/{language}"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        auto_reload=False,
-    )
-    return {role: environment.get_template(f"{role}.jinja") for role in ROLES}
-
-
 class Prompts:
     """The prompts of all roles in one language, layout and profile.
 
@@ -109,7 +97,6 @@ class Prompts:
         self.language = language
         self.compact = compact
         self._parts = LAYOUTS[layout]
-        self._templates = _templates(language)
         self._shared = {"strategies": STRATEGIES, "compact": compact}
         self._layout = layout
 
@@ -119,7 +106,7 @@ class Prompts:
         Raises:
             jinja2.UndefinedError: the question lacks what its prompt names.
         """
-        template = self._templates[question.role]
+        template = load_template("csc_train.synthesis", f"prompts/{self.language}/{question.role}.jinja")
         fields = self._shared | question.fields
         if "history" in fields:
             fields["history"] = self._history(fields["history"])
@@ -149,8 +136,7 @@ class Prompts:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the prompts' texts, their layout and profile: what else decides an answer is in the call."""
-        folder = resources.files("csc_train.synthesis") / "prompts" / self.language
         names = (*ROLES, "history", "behaviour", "rolecs_check")
-        files = [(folder / f"{name}.jinja").read_text(encoding="utf-8") for name in names]
+        files = [read_text("csc_train.synthesis", f"prompts/{self.language}/{name}.jinja") for name in names]
         definitions = [[strategy.name(self.language), strategy.definition(self.language)] for strategy in STRATEGIES]
         return digest([files, definitions, self._layout, self.compact])

@@ -1,0 +1,55 @@
+"""Jinja templates and other text files that are stored in the packages."""
+
+import posixpath
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+_ONE_TAG_PER_LINE = (".html.jinja", ".sbatch.jinja")
+
+
+class _Environment(jinja2.Environment):
+    def join_path(self, template: str, parent: str) -> str:
+        """The path of an included template, relative to the template that includes it."""
+        return posixpath.join(posixpath.dirname(parent), template)
+
+
+@cache
+def _environment(package: str, html: bool, trim: bool) -> jinja2.Environment:
+    environment = _Environment(
+        loader=jinja2.PackageLoader(package, "."),
+        undefined=jinja2.StrictUndefined,
+        autoescape=html,
+        trim_blocks=trim,
+        lstrip_blocks=trim,
+        keep_trailing_newline=trim,
+        auto_reload=False,
+    )
+    # The default policy sorts the keys and writes NaN and Infinity, which no browser reads.
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
+    return environment
+
+
+def load_template(package: str, name: str) -> jinja2.Template:
+    """A Jinja template of a package; a variable without a value is an error.
+
+    HTML templates (`*.html.jinja`) escape their values. In HTML templates and job scripts (`*.sbatch.jinja`), a line
+    that holds only a tag leaves no blank line. `include` takes paths relative to the including file.
+
+    Args:
+        package: the Python package that stores the file, such as `__package__`.
+        name: path of the file below the package.
+    """
+    return _environment(package, name.endswith(".html.jinja"), name.endswith(_ONE_TAG_PER_LINE)).get_template(name)
+
+
+def render(package: str, name: str, **values: Any) -> str:
+    """The text of a Jinja template of a package, filled with `values`. See `load_template`."""
+    return load_template(package, name).render(**values)
+
+
+def read_text(package: str, name: str) -> str:
+    """The text of a UTF-8 file that is stored in a package."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
