@@ -28,7 +28,7 @@ from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.generator import TurnQueue, generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
-from csc_train.runs.directory import distributed_state
+from csc_train.runs.distributed import distributed_state
 from csc_train.stats import interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.tokenizer import obtain_tokenizer

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from csc_train.files import write_json, write_text
 from csc_train.packing.collator import IGNORE_INDEX
 from csc_train.packing.dataset import PackedDataset
-from csc_train.runs.directory import provenance
+from csc_train.runs.provenance import provenance
 from csc_train.template.dialogue_template import TokenizedDialogue, TokenType
 from csc_train.training.config import AdapterConfig, TrainerConfig
 from csc_train.training.trainer import PackTrainer, build_trainer, training_arguments

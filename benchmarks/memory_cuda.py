@@ -25,7 +25,7 @@ from csc_train.files import write_json
 from csc_train.models.loading import load_model, select_attention, weight_dtype
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
-from csc_train.runs.directory import provenance
+from csc_train.runs.provenance import provenance
 from csc_train.template.dialogue_template import TokenizedDialogue
 from csc_train.training.config import AdapterConfig, ArchitectureConfig, ModelConfig, TrainerConfig
 from csc_train.training.memory import GIB, estimate_memory, training_flops

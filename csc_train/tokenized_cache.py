@@ -15,6 +15,7 @@ nothing.
 
 import collections
 import contextlib
+import logging
 import multiprocessing
 import os
 import shutil
@@ -37,6 +38,10 @@ from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, os_errors, read_json, write_json
 from csc_train.template.config import TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
+
+logger = logging.getLogger(__name__)
+ANY_RANK = {"any_rank": True}
+"""Marks a log record that is shown although its process is not the main one (see `config.cli`)."""
 
 ARRAYS = {
     "prefix": numpy.int32,
@@ -87,7 +92,6 @@ def tokenize(
     dialogues: Sequence[Dialogue],
     template: DialogueTemplate,
     config: TokenizationConfig,
-    say: Callable[[str], None] = print,
 ) -> TokenizedDataset:
     """The dialogues encoded by `template`, in order: found in the cache, or encoded and put there.
 
@@ -98,25 +102,21 @@ def tokenize(
     and then find the entry, whether they share a file system or each machine has its own. None of them waits in a
     collective operation, which would time out.
 
-    Args:
-        say: gets one line, except where the dialogues are encoded: the process that does so, which need not be the
-            main one, prints its line itself.
-
     Raises:
         InputError: the cache cannot be written.
     """
     directory, inputs = _entry(dialogues, template, config)
     if _fault(directory, inputs) is not None:
-        with _lock(directory.parent, say):
+        with _lock(directory.parent):
             # A process that is killed leaves its temporary directory behind; none is in use while we hold the lock.
             for leftover in directory.parent.glob(f".{'[0-9a-f]' * KEY}.*/"):
                 shutil.rmtree(leftover, ignore_errors=True)
             fault = _fault(directory, inputs)  # once more: another process may have been at it
             if fault is not None:
                 if directory.exists():
-                    print(f"tokenized {directory}: {fault}, so it is built again", flush=True)
+                    logger.info("tokenized %s: %s, so it is built again", directory, fault, extra=ANY_RANK)
                 return _build(directory, inputs, dialogues, template, config.num_workers)
-    say(f"tokenized {directory}: hit, {len(dialogues):,} dialogues")
+    logger.info(f"tokenized {directory}: hit, {len(dialogues):,} dialogues")
     return TokenizedDataset(directory)
 
 
@@ -158,10 +158,10 @@ def _build(
         _write(temporary, template.prefix_ids, chunks, bar.update)
         write_json(temporary / MANIFEST, _manifest(temporary, inputs))
     seconds = time.perf_counter() - start
-    print(
+    logger.info(
         f"tokenized {directory}: {len(dialogues):,} dialogues encoded in {seconds:.1f} s "
         f"({len(dialogues) / seconds:,.0f} a second, processes: {processes})",
-        flush=True,
+        extra=ANY_RANK,
     )
     return TokenizedDataset(directory)
 
@@ -264,7 +264,7 @@ def _fault(directory: Path, inputs: dict[str, str]) -> str | None:
 
 
 @contextlib.contextmanager
-def _lock(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _lock(cache: Path) -> Iterator[None]:
     """Hold the cache's lock. The operating system lets go of it when its holder ends, killed or not."""
     lock = filelock.FileLock(cache / ".lock")
     with os_errors(cache, "cannot write"):
@@ -272,7 +272,7 @@ def _lock(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            say(f"waiting for another process that prepares dialogues in {cache}")
+            logger.info("waiting for another process that prepares dialogues in %s", cache)
             lock.acquire()
     try:
         yield

@@ -5,7 +5,16 @@ python recipes/build_csconv.py calls=calls.jsonl llm=deepseek_r1
 python recipes/build_csconv.py run=runs/build_csconv-20260101-120000 resume=true    # goes on where it was stopped
 """
 
+import logging
+
 from csc_train.config.compose import BuildCsconvRecipe, run_recipe, to_container
+
+logger = logging.getLogger("csc_train.recipes.build_csconv")
+OUTPUTS = (
+    "answers.jsonl", "dialogues.jsonl", "dialogues.parquet", "rejected.jsonl", "waterfall.json", "quality.json",
+    "quality.html",
+)  # fmt: skip
+"""What the recipe writes into the run directory."""
 
 
 def main(config: BuildCsconvRecipe) -> None:
@@ -20,21 +29,22 @@ def main(config: BuildCsconvRecipe) -> None:
     from csc_train.data.sample_grammar import SAMPLE_SOURCE
     from csc_train.files import file_digest, write_json, write_text
     from csc_train.llm.client import AuthenticationFailure, Client
-    from csc_train.runs.directory import Run, single_process
+    from csc_train.runs.directory import Run
+    from csc_train.runs.distributed import require_single_process
     from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, ask_model, ask_script, build, read_calls
     from csc_train.synthesis.filters.funnel import filter_funnel, funnel_table
     from csc_train.synthesis.quality_report import quality_report, write_quality_report
 
-    single_process("build_csconv")
-    run = Run("build_csconv", to_container(config))
+    require_single_process("build_csconv")
+    run = Run("build_csconv", to_container(config), OUTPUTS)
 
     # Calls
     path = config.calls or BUNDLED
     calls = read_calls(path)
     where = config.reference
-    reference = read_dialogues(where.path, source=where.source, say=run.say) if where.path else []
-    if run.begin({"calls": file_digest(path)}) == "finished":
-        run.say(f"{run.directory} is finished; nothing to do")
+    reference = read_dialogues(where.path, source=where.source) if where.path else []
+    if run.start({"calls": file_digest(path)}) == "finished":
+        logger.info(f"{run.directory} is finished; nothing to do")
         return
 
     # Filters and rewriting; what is answered is kept as it comes
@@ -53,9 +63,9 @@ def main(config: BuildCsconvRecipe) -> None:
     try:
         outcomes = asyncio.run(go())
     except AuthenticationFailure as error:
-        run.incomplete(f"stopped: {error}")
+        run.fail(f"stopped: {error}")
     except KeyboardInterrupt:
-        run.say(f"stopped\nto go on: run={run.directory} resume=true")
+        logger.info(f"stopped\nto go on: run={run.directory} resume=true")
         raise
 
     # Dialogues, what was dropped and why
@@ -73,10 +83,10 @@ def main(config: BuildCsconvRecipe) -> None:
     report = quality_report(dialogues, reference=reference, waterfall=rows, usage=usage, seed=config.seed)
     write_quality_report(run.directory, report, f"Dialogues from {len(calls)} calls ({source})")
     Console().print(funnel_table(rows, f"{len(dialogues)} of {len(calls)} calls are kept"))
-    run.say(f"dialogues: {run.directory}/dialogues.jsonl, .parquet (source={source})")
-    run.say(f"dropped calls: {run.directory}/rejected.jsonl; report: {run.directory}/quality.html, quality.json")
+    logger.info(f"dialogues: {run.directory}/dialogues.jsonl, .parquet (source={source})")
+    logger.info(f"dropped calls: {run.directory}/rejected.jsonl; report: {run.directory}/quality.html, quality.json")
     if failed:
-        run.incomplete(f"{len(failed)} calls got no answer, the first: {failed[0].id}: {failed[0].failure}")
+        run.fail(f"{len(failed)} calls got no answer, the first: {failed[0].id}: {failed[0].failure}")
     run.finish()
 
 

@@ -19,9 +19,9 @@ def main(config: ChatConfig) -> None:
 
     from csc_train.inference.config import InferenceConfig
     from csc_train.inference.hf import load_generator, open_final_model
-    from csc_train.runs.directory import single_process
+    from csc_train.runs.distributed import require_single_process
 
-    single_process("chat")
+    require_single_process("chat")
     logging.disable_progress_bar()
 
     # Model

@@ -3,7 +3,13 @@
 python recipes/compare.py runs/one/evaluation runs/other/evaluation
 """
 
+import logging
+
 from csc_train.config.compose import CompareRecipe, run_recipe, to_container
+
+logger = logging.getLogger("csc_train.recipes.compare")
+OUTPUTS = ("comparison.json", "comparison.md")
+"""What the recipe writes into the run directory."""
 
 
 def main(config: CompareRecipe) -> None:
@@ -16,10 +22,12 @@ def main(config: CompareRecipe) -> None:
     from csc_train.evaluation.report.tables import comparison_markdown, comparison_table
     from csc_train.files import write_json, write_text
     from csc_train.inference.predictions import read_run, select_system
-    from csc_train.runs.directory import Run, provenance, single_process
+    from csc_train.runs.directory import Run
+    from csc_train.runs.distributed import require_single_process
+    from csc_train.runs.provenance import provenance
 
-    single_process("compare")
-    run = Run("compare", to_container(config))
+    require_single_process("compare")
+    run = Run("compare", to_container(config), OUTPUTS)
 
     # Predictions
     runs = read_run(config.a), read_run(config.b)
@@ -33,7 +41,7 @@ def main(config: CompareRecipe) -> None:
     rows = compare(runs[0][systems[0]], runs[1][systems[1]], config.metrics, config.flips, names)
 
     # Table
-    run.begin({})
+    run.start({})
     write_json(
         run.directory / "comparison.json",
         {"provenance": provenance(), "a": names[0], "b": names[1], "flips": config.flips,
@@ -41,9 +49,9 @@ def main(config: CompareRecipe) -> None:
     )  # fmt: skip
     write_text(run.directory / "comparison.md", comparison_markdown(rows, *names))
     run.finish()
-    run.say(f"A: {names[0]}\nB: {names[1]}")
+    logger.info(f"A: {names[0]}\nB: {names[1]}")
     Console().print(comparison_table(rows))
-    run.say(f"report: {run.directory}/comparison.md, {run.directory}/comparison.json")
+    logger.info(f"report: {run.directory}/comparison.md, {run.directory}/comparison.json")
 
 
 if __name__ == "__main__":

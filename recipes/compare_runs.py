@@ -4,7 +4,13 @@ python recipes/compare_runs.py runs/sweeps/lr
 python recipes/compare_runs.py runs metric=eval_strategy_accuracy direction=maximize
 """
 
+import logging
+
 from csc_train.config.compose import CompareRunsRecipe, run_recipe, to_container
+
+logger = logging.getLogger("csc_train.recipes.compare_runs")
+OUTPUTS = ("runs.json", "runs.md", "runs.svg")
+"""What the recipe writes into the run directory."""
 
 
 def main(config: CompareRunsRecipe) -> None:
@@ -12,19 +18,20 @@ def main(config: CompareRunsRecipe) -> None:
     from pathlib import Path
 
     from csc_train.runs.comparison import find_runs, show_comparison, sort_runs, write_comparison
-    from csc_train.runs.directory import Run, single_process
+    from csc_train.runs.directory import Run
+    from csc_train.runs.distributed import require_single_process
 
-    single_process("compare_runs")
-    run = Run("compare_runs", to_container(config))
+    require_single_process("compare_runs")
+    run = Run("compare_runs", to_container(config), OUTPUTS)
     runs, broken = find_runs(Path(config.folder))
     runs = sort_runs(runs, config.metric, config.direction)
 
     # Table and plot
-    run.begin({})
+    run.start({})
     write_comparison(run.directory, runs, broken, config.metric)
     run.finish()
     show_comparison(runs, broken, config.metric)
-    run.say(f"report: {run.directory}/runs.md, {run.directory}/runs.json, {run.directory}/runs.svg")
+    logger.info(f"report: {run.directory}/runs.md, {run.directory}/runs.json, {run.directory}/runs.svg")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,14 @@ python recipes/evaluate.py predictions=replies.jsonl data=rolecs evaluation.cont
 python recipes/evaluate.py llm=gpt_4o data=rolecs
 """
 
+import logging
 from pathlib import Path
 
 from csc_train.config.compose import EvaluateRecipe, recorded_data_config, run_recipe, to_container
+
+logger = logging.getLogger("csc_train.recipes.evaluate")
+OUTPUTS = ("predictions", "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html")
+"""What the recipe writes into the run directory."""
 
 
 def main(config: EvaluateRecipe) -> None:
@@ -33,28 +38,29 @@ def main(config: EvaluateRecipe) -> None:
         read_external_replies,
         write_predictions,
     )
-    from csc_train.runs.directory import Run, distributed_state, single_process
+    from csc_train.runs.directory import Run
+    from csc_train.runs.distributed import distributed_state, require_single_process
     from csc_train.template.config import TemplateConfig
     from csc_train.tracking.wandb import attach_evaluation
 
     if config.score_only or config.llm:
-        single_process("evaluate")
+        require_single_process("evaluate")
     if config.score_only:
         return score_and_show(Path(config.run.directory), config)
     job = distributed_state()
-    run = Run("evaluate", to_container(config))
+    run = Run("evaluate", to_container(config), OUTPUTS)
 
     # Checkpoint
-    if run.main:
+    if run.is_main:
         fetch_models(config.metrics)
     template, manifest = open_final_model(config.checkpoint) if config.checkpoint else (None, None)
 
     # Dialogues
     data = config.data or recorded_data_config(manifest.config)
-    if data.sample_dialogues and run.main:
+    if data.sample_dialogues and run.is_main:
         ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
     job.wait_for_everyone()
-    splits = load_splits(data, run.directory if run.main else None, say=run.say)
+    splits = load_splits(data, run.directory if run.is_main else None)
     system = f"{config.checkpoint}/{MANIFEST_FILE}" if config.checkpoint else config.predictions
     inputs = {
         "train": data_digest(splits.train),
@@ -62,8 +68,8 @@ def main(config: EvaluateRecipe) -> None:
         "system": file_digest(system) if system else digest(config.llm.model),
     }
     if manifest and manifest.data_hash != inputs["train"]:
-        run.say("note: the baselines are fitted on other training data than the checkpoint's")
-    status = run.begin(inputs)
+        logger.info("note: the baselines are fitted on other training data than the checkpoint's")
+    status = run.start(inputs)
 
     # Systems
     systems = {
@@ -92,11 +98,11 @@ def main(config: EvaluateRecipe) -> None:
         return [each for each in config.evaluation.contexts if not is_complete(path_of(name, each), splits.evaluation)]
 
     if status == "finished" and not any(map(missing, systems)):
-        run.say(f"reused {run.directory}: same checkpoint, configuration, data and code")
-        run.say((run.directory / "table.md").read_text(encoding="utf-8"))
-        run.say(f"report: {run.directory}/report.html")
+        logger.info(f"reused {run.directory}: same checkpoint, configuration, data and code")
+        logger.info((run.directory / "table.md").read_text(encoding="utf-8"))
+        logger.info(f"report: {run.directory}/report.html")
         return None
-    if run.main:
+    if run.is_main:
         write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
         write_contamination(run.directory, find_contamination(splits, data.overlap_threshold))
     mine = shard_dialogues(splits.evaluation, job.process_index, job.num_processes)
@@ -106,14 +112,14 @@ def main(config: EvaluateRecipe) -> None:
         for context in contexts:
             with PredictionStore(path_of(name, context), generator.config_hash, job.process_index) as store:
                 generate_predictions(
-                    mine, generator, context, store, f"{name}, {context} context" if run.main else None
+                    mine, generator, context, store, f"{name}, {context} context" if run.is_main else None
                 )
             job.wait_for_everyone()
-            if run.main:
+            if run.is_main:
                 store.finish(splits.evaluation)
             job.wait_for_everyone()
         del generator  # one model in memory at a time
-    if not run.main:
+    if not run.is_main:
         return None
     if config.predictions:
         (context,) = config.evaluation.contexts
@@ -125,11 +131,11 @@ def main(config: EvaluateRecipe) -> None:
     if config.checkpoint:
         attach_evaluation(Path(config.checkpoint).parent, run.directory)
     if data.sample_dialogues:
-        run.say(
+        logger.info(
             f"ceiling of ACC, by the rule that wrote the sample dialogues: {accuracy_ceiling(splits.evaluation):.2f}"
         )
     if failed := failed_turns(run.directory):
-        run.incomplete(failed)
+        run.fail(failed)
     run.finish()
     return None
 
@@ -142,7 +148,8 @@ def score_and_show(directory: Path, config: EvaluateRecipe) -> None:
     from csc_train.evaluation.report.tables import console_table, write_results
     from csc_train.evaluation.scoring import score_run
     from csc_train.files import read_json
-    from csc_train.runs.directory import RECORD_FILE, provenance
+    from csc_train.runs.directory import RECORD_FILE
+    from csc_train.runs.provenance import provenance
 
     scored, settings = score_run(directory, config.metrics), to_container(config)
     facts = provenance() | {"metrics": settings["metrics"]}

@@ -10,10 +10,10 @@ from csc_train.training.config import ExportConfig
 def main(config: ExportConfig) -> None:
     # After the configuration is checked: these imports take seconds.
     from csc_train.checkpoints.export import export, open_source, push
-    from csc_train.runs.directory import single_process
+    from csc_train.runs.distributed import require_single_process
 
-    single_process("export")
-    export(open_source(config.source), config, print)
+    require_single_process("export")
+    export(open_source(config.source), config)
     if config.push_to_hub:
         push(config)
         print(f"uploaded to {config.push_to_hub}")

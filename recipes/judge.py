@@ -3,7 +3,13 @@
 python recipes/judge.py runs/one/evaluation runs/other/evaluation llm=gpt_4o
 """
 
+import logging
+
 from csc_train.config.compose import JudgeRecipe, run_recipe, to_container
+
+logger = logging.getLogger("csc_train.recipes.judge")
+OUTPUTS = ("judgements.jsonl", "judge.json", "judge.md")
+"""What the recipe writes into the run directory."""
 
 
 def main(config: JudgeRecipe) -> None:
@@ -14,10 +20,12 @@ def main(config: JudgeRecipe) -> None:
     from csc_train.evaluation.comparison import reference_sides
     from csc_train.evaluation.judges.llm_judge import as_json, chosen_turns, judge, judge_questions, markdown, summarize
     from csc_train.files import digest, write_json, write_text
-    from csc_train.runs.directory import Run, provenance, single_process
+    from csc_train.runs.directory import Run
+    from csc_train.runs.distributed import require_single_process
+    from csc_train.runs.provenance import provenance
 
-    single_process("judge")
-    run = Run("judge", to_container(config))
+    require_single_process("judge")
+    run = Run("judge", to_container(config), OUTPUTS)
 
     # Predictions
     names, sides, left_out = reference_sides((config.a, config.b), (config.system_a, config.system_b))
@@ -27,11 +35,11 @@ def main(config: JudgeRecipe) -> None:
     asked = judge_questions(a, b, dialogues, config.judge)
 
     # Answers
-    status = run.begin({"questions": digest([question.messages for question in asked])})
+    status = run.start({"questions": digest([question.messages for question in asked])})
     if status == "finished":
-        run.say((run.directory / "judge.md").read_text(encoding="utf-8"))
+        logger.info((run.directory / "judge.md").read_text(encoding="utf-8"))
         return
-    run.say(f"{len(a)} turns, {len(asked)} questions to {config.llm.model}")
+    logger.info(f"{len(a)} turns, {len(asked)} questions to {config.llm.model}")
     judged = judge(asked, config.llm, config.judge, run.directory / "judgements.jsonl")
 
     # Table
@@ -40,9 +48,9 @@ def main(config: JudgeRecipe) -> None:
     facts = {"provenance": provenance(), "a": names[0], "b": names[1], "judge": config.llm.model, "left_out": left_out}
     write_json(run.directory / "judge.json", facts | as_json(result, judged))
     write_text(run.directory / "judge.md", table)
-    run.say(f"{table}\nreport: {run.directory}/judge.md, {run.directory}/judge.json")
+    logger.info(f"{table}\nreport: {run.directory}/judge.md, {run.directory}/judge.json")
     if judged.failures:
-        run.incomplete(f"{len(judged.failures)} questions failed")
+        run.fail(f"{len(judged.failures)} questions failed")
     run.finish()
 
 

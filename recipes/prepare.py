@@ -14,12 +14,12 @@ def main(config: PrepareRecipe) -> None:
     from csc_train.data.sample_grammar import ensure_sample
     from csc_train.data.splits import load_splits
     from csc_train.packing.dataset import pack_dialogues
-    from csc_train.runs.directory import distributed_state, single_process
+    from csc_train.runs.distributed import distributed_state, require_single_process
     from csc_train.template.dialogue_template import DialogueTemplate
     from csc_train.tokenized_cache import tokenize
     from csc_train.training.tokenizer import obtain_tokenizer
 
-    single_process("prepare")
+    require_single_process("prepare")
 
     # Dialogues
     if config.data.sample_dialogues:

@@ -6,8 +6,16 @@ python recipes/sft.py experiment=demo on_finish=evaluate validation.save_best=tr
 """
 
 import dataclasses
+import logging
 
 from csc_train.config.compose import SftRecipe, run_recipe, to_container
+
+logger = logging.getLogger("csc_train.recipes.sft")
+OUTPUTS = (
+    "checkpoints", "base", "tokenizer", "csc_manifest.json", "model", "metrics.json", "samples.jsonl",
+    "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb",
+)  # fmt: skip
+"""What the recipe writes into the run directory."""
 
 
 def main(config: SftRecipe) -> None:
@@ -29,7 +37,8 @@ def main(config: SftRecipe) -> None:
         weight_dtype,
     )
     from csc_train.packing.dataset import pack_dialogues
-    from csc_train.runs.directory import Run, distributed_state
+    from csc_train.runs.directory import Run
+    from csc_train.runs.distributed import distributed_state
     from csc_train.template.dialogue_template import DialogueTemplate
     from csc_train.tokenized_cache import tokenize
     from csc_train.tracking.wandb import Tracking
@@ -45,18 +54,18 @@ def main(config: SftRecipe) -> None:
     check_supported(config.zero, config.adapter.kind, resolve_precision(config.trainer.precision))
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, config.trainer.precision)
     check_base_available(config.model)
-    run = Run("sft", to_container(config))
+    run = Run("sft", to_container(config), OUTPUTS)
     following = on_finish_arguments(config.on_finish, run.directory)
 
     # Dialogues
     if config.data.sample_dialogues and job.is_main_process:
         ensure_sample(config.data.train.path, config.data.sample_dialogues, config.data.sample_seed)
     job.wait_for_everyone()
-    splits = load_splits(config.data, run.directory if run.main else None, say=run.say)
-    status = run.begin({"train": data_digest(splits.train)})
+    splits = load_splits(config.data, run.directory if run.is_main else None)
+    status = run.start({"train": data_digest(splits.train)})
     if status == "finished":
-        run.say(f"reused {run.directory}/model: same configuration, data and code")
-        if run.main:
+        logger.info(f"reused {run.directory}/model: same configuration, data and code")
+        if run.is_main:
             run_on_finish(config.on_finish, following)
         return
 
@@ -65,14 +74,14 @@ def main(config: SftRecipe) -> None:
     template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
 
     # Packs
-    examples = tokenize(splits.train, template, config.tokenization, run.say)
+    examples = tokenize(splits.train, template, config.tokenization)
     packs, packing_report = pack_dialogues(examples, config.packing, config.loss)
-    run.say(f"training on {packing_report}")
+    logger.info(f"training on {packing_report}")
     validator = None
     if config.validation.interval(config.trainer):
         validator = Validator(
             splits.held_out,
-            tokenize(splits.held_out, template, config.tokenization, run.say),
+            tokenize(splits.held_out, template, config.tokenization),
             template,
             config.validation,
             config.packing,
@@ -80,9 +89,9 @@ def main(config: SftRecipe) -> None:
             run.directory,
         )
     if config.validation.chooses and not splits.validation:
-        run.say(
-            f"note: {config.validation.metric_for_best_model} on the evaluation dialogues chooses the checkpoint: test it on others, or "
-            "set training dialogues aside to choose on (data.validation_fraction=0.02)"
+        logger.info(
+            f"note: {config.validation.metric_for_best_model} on the evaluation dialogues chooses the checkpoint: "
+            "test it on others, or set training dialogues aside to choose on (data.validation_fraction=0.02)"
         )
 
     # Model: the arguments come first, since ZeRO stage 3 shards it while it is loaded
@@ -92,10 +101,10 @@ def main(config: SftRecipe) -> None:
     in_4_bits = config.adapter.kind == "qlora"
     model = load_model(source, tokenizer, dtype, config.trainer.seed, attention, in_4_bits)
     manifest = build_manifest(source, model, template, splits.train, run)
-    if run.main:
+    if run.is_main:
         write_manifest(run.directory, manifest)
     if warning := dropout_warning(model.config, config.adapter, config.packing.strategy):
-        run.say(warning)
+        logger.info(warning)
 
     # Training
     trainer = build_trainer(
@@ -108,7 +117,7 @@ def main(config: SftRecipe) -> None:
         worst_first=config.trainer.worst_first,
         validator=validator,
     )
-    run.say(f"steps: {trainer.batches().balance()}")
+    logger.info(f"steps: {trainer.batches().balance()}")
     stop = StopOnSignal()
     trainer.add_callback(stop)
     state = run.latest_checkpoint() if status == "unfinished" else None
@@ -120,7 +129,7 @@ def main(config: SftRecipe) -> None:
         # Checkpoint
         best = trainer.best_state()
         trained = trained_model(trainer, source, resolve_dtype(config.trainer.precision), best)
-        if run.main:
+        if run.is_main:
             log = trainer.state.log_history
             measured = last_validation_metrics(
                 log, trainer.state.best_global_step if best else trainer.state.global_step
@@ -131,8 +140,8 @@ def main(config: SftRecipe) -> None:
             tracking.keep_checkpoint(run.directory / "model")
     job.wait_for_everyone()
     run.finish()
-    run.say(f"checkpoint: {run.directory}/model" + (f", made from {best.name}" if best else ""))
-    if run.main:
+    logger.info(f"checkpoint: {run.directory}/model" + (f", made from {best.name}" if best else ""))
+    if run.is_main:
         run_on_finish(config.on_finish, following)
 
 

@@ -5,7 +5,16 @@ python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 dry_run=true   
 python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 budget.tokens=500000000
 """
 
+import logging
+
 from csc_train.config.compose import SynthesizeRolecsRecipe, run_recipe, to_container
+
+logger = logging.getLogger("csc_train.recipes.synthesize_rolecs")
+OUTPUTS = (
+    "dialogues.jsonl", "dialogues.parquet", "rejected.jsonl", "waterfall.json", "quality.json", "quality.html",
+    "synthesis.json", "batch",
+)  # fmt: skip
+"""What the recipe writes into the run directory."""
 
 
 def main(config: SynthesizeRolecsRecipe) -> None:
@@ -18,7 +27,8 @@ def main(config: SynthesizeRolecsRecipe) -> None:
 
     from csc_train.data.dialogue import read_dialogues
     from csc_train.errors import InputError
-    from csc_train.runs.directory import Run, single_process
+    from csc_train.runs.directory import Run
+    from csc_train.runs.distributed import require_single_process
     from csc_train.synthesis.filters.funnel import funnel_table
     from csc_train.synthesis.rolecs.backends import ServedModels
     from csc_train.synthesis.rolecs.batch_api import BatchedModels
@@ -39,10 +49,10 @@ def main(config: SynthesizeRolecsRecipe) -> None:
     if config.dry_run:
         console.print(estimate_table(estimate(settings, checks[0], config.llm, config.target, len(profiles))))
         return
-    single_process("synthesize_rolecs")
-    run = Run("synthesize_rolecs", to_container(config))
+    require_single_process("synthesize_rolecs")
+    run = Run("synthesize_rolecs", to_container(config), OUTPUTS)
     where = config.reference
-    reference = read_dialogues(where.path, source=where.source, say=run.say) if where.path else []
+    reference = read_dialogues(where.path, source=where.source) if where.path else []
 
     # Dialogues; every answer is kept as it comes
     if config.llm.backend == "scripted":
@@ -53,7 +63,7 @@ def main(config: SynthesizeRolecsRecipe) -> None:
         SynthesisStore(run.directory / "synthesis.db", recipe_of(settings, *checks, config.llm), config.new_run)
     ) as store:
         runner = Runner(settings, *checks, profiles, backend, store, config.target, config.budget)
-        run.begin({})
+        run.start({})
 
         async def go() -> None:
             async with shown(runner.progress, console):
@@ -65,18 +75,20 @@ def main(config: SynthesizeRolecsRecipe) -> None:
         rows = write_results(run.directory, runner, store, backend, reference, settings.seed)
     progress = runner.progress
     console.print(funnel_table(rows, f"{progress.accepted} of {config.target} dialogues (source={backend.source})"))
-    run.say(f"dialogues: {run.directory}/dialogues.jsonl, .parquet; report: {run.directory}/quality.html, quality.json")
+    logger.info(
+        f"dialogues: {run.directory}/dialogues.jsonl, .parquet; report: {run.directory}/quality.html, quality.json"
+    )
     if progress.empty:
-        run.say(f"{progress.empty} places stay empty: {settings.attempts} dialogues were tried for each, in vain")
+        logger.info(f"{progress.empty} places stay empty: {settings.attempts} dialogues were tried for each, in vain")
     if isinstance(backend, BatchedModels) and backend.waiting:
         files = ", ".join(map(str, backend.write_requests(run.directory / "batch")))
-        run.say(f"{len(backend.waiting)} calls wait for a batch: {files}; go on with batch.results=[...]")
+        logger.info(f"{len(backend.waiting)} calls wait for a batch: {files}; go on with batch.results=[...]")
         run.stop()
     if progress.stopped:
         reason, message = progress.stopped
         if reason == "authentication":
             raise InputError(message)
-        run.say(f"stopped: {message}; the same command goes on")
+        logger.info(f"stopped: {message}; the same command goes on")
         if reason == "interrupted":
             raise KeyboardInterrupt
         run.stop()

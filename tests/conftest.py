@@ -1,6 +1,7 @@
 """What several test modules share: small and real tokenizers, and seeded random dialogues."""
 
 import importlib.util
+import logging
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from servers.faults import FaultServer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from csc_train.checkpoints.manifest import Manifest, tokenizer_hash
+from csc_train.config.compose import log_to_stdout
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -25,6 +27,7 @@ from csc_train.template.dialogue_template import DialogueTemplate
 # A script that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+log_to_stdout()
 ROOT = Path(__file__).parent.parent
 SMALL_TOKENIZERS = Path(__file__).parent / "data" / "tokenizers"
 REAL_TOKENIZERS = {
@@ -138,6 +141,17 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def said():
+    """The lines that the package logs during the test."""
+    lines = []
+    handler, logger = logging.Handler(), logging.getLogger("csc_train")
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
 
 
 def load_recipe(name: str) -> ModuleType:

@@ -164,7 +164,7 @@ def test_a_file_unusable_as_a_whole(tmp_path, name, content, reason, strict):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(InputError) as refusal:
-        read_dialogues(path, strict=strict, say=lambda line: None)
+        read_dialogues(path, strict=strict)
     assert str(refusal.value).startswith(f"{path}: {reason}")
     assert "\n" not in str(refusal.value)
 
@@ -172,7 +172,7 @@ def test_a_file_unusable_as_a_whole(tmp_path, name, content, reason, strict):
 def test_a_file_whose_rows_are_all_refused_is_an_error(tmp_path):
     path, rejects = write_file(tmp_path / "a.jsonl", [[], b"{"]), tmp_path / "rejects.jsonl"
     with pytest.raises(InputError) as refusal:
-        read_dialogues(path, rejects_path=rejects, say=lambda line: None)
+        read_dialogues(path, rejects_path=rejects)
     assert str(refusal.value) == (
         f"{path}: every row is refused; the first: {path}, row 1, field row: not an object (list)"
     )
@@ -220,21 +220,21 @@ def test_rows_are_selected_by_source(tmp_path, suffix):
 def test_an_unknown_source_is_said_even_where_a_line_is_broken(tmp_path):
     path = write_file(tmp_path / "a.jsonl", [*make_rows(2, source="RoleCS"), b"{"])
     with pytest.raises(InputError, match=r"no row has source 'x'; found: 'RoleCS' \(2\)"):
-        read_dialogues(path, source="x", say=lambda line: None)
+        read_dialogues(path, source="x")
 
 
-def test_collecting_counts_every_row_and_keeps_each_refused_one(tmp_path):
+def test_collecting_counts_every_row_and_keeps_each_refused_one(tmp_path, said):
     bad = [row for row, *_ in BAD.values()] + [line for line, _ in UNREADABLE.values()]
     rows = [*make_rows(7, source="a"), *make_rows(5, source="b"), *bad]
     random.Random(0).shuffle(rows)
     path = write_file(tmp_path / "a.jsonl", rows)
-    report, said = ReadReport(str(path)), []
+    report = ReadReport(str(path))
     accepted = list(iter_dialogues(path, report=report))
     assert len(accepted) == report.accepted == 12
     assert report.rows == len(rows) == report.accepted + len(report.rejects)
 
     rejects = tmp_path / "out" / "rejects.jsonl"
-    assert read_dialogues(path, rejects_path=rejects, say=said.append) == accepted
+    assert read_dialogues(path, rejects_path=rejects) == accepted
     lines = [json.loads(line) for line in rejects.read_text(encoding="ascii").splitlines()]
     assert [line["row"] for line in lines] == [i for i, row in enumerate(rows, start=1) if row in bad]
     for line in lines:
@@ -260,14 +260,14 @@ def test_all_problems_of_a_row_are_listed(tmp_path):
     assert [(p.turn, p.field) for p in report.rejects[0].problems] == [(1, "text"), (1, "strategy"), (2, "speaker")]
 
 
-def test_strict_reading_counts_the_row_it_stops_at_and_writes_nothing(tmp_path):
+def test_strict_reading_counts_the_row_it_stops_at_and_writes_nothing(tmp_path, said):
     path = write_file(tmp_path / "a.jsonl", [make_row(), b"{", make_row()])
-    report, said = ReadReport(str(path)), []
+    report = ReadReport(str(path))
     with pytest.raises(InputError):
         list(iter_dialogues(path, strict=True, report=report))
     assert (report.rows, report.accepted, len(report.rejects)) == (2, 1, 1)
     with pytest.raises(InputError):
-        read_dialogues(path, strict=True, rejects_path=tmp_path / "rejects.jsonl", say=said.append)
+        read_dialogues(path, strict=True, rejects_path=tmp_path / "rejects.jsonl")
     assert said == [] and not (tmp_path / "rejects.jsonl").exists()
 
 
@@ -412,7 +412,7 @@ def test_ids_given_twice_are_refused(tmp_path):
     with pytest.raises(InputError) as refusal:
         read_dialogues(path, strict=True)
     assert str(refusal.value) == f"{path}, row 3, field id: used by an earlier row ('x')"
-    assert [dialogue.id for dialogue in read_dialogues(path, say=lambda line: None)] == ["x", "y"]
+    assert [dialogue.id for dialogue in read_dialogues(path)] == ["x", "y"]
 
 
 def test_numbers_from_zero_are_ids(tmp_path):

@@ -261,23 +261,23 @@ def test_a_run_goes_on_as_it_was_launched_or_on_another_cluster(frozen, monkeypa
     assert re.fullmatch(r"runs/sft-\d{8}-\d{6}", str(new.directory))
 
 
-def test_a_run_goes_on_under_changed_code_but_not_with_changed_data(tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_under_changed_code_but_not_with_changed_data(tmp_path, monkeypatch, said):
     monkeypatch.chdir(tmp_path)
     job = plan_job(["experiment=demo", "cluster=cpu1", "run.directory=runs/first"])
     write_job(job)
     run = Run("sft", to_container(job.config))
-    assert run.begin({"train": "a"}) == "new"
-    assert run.begin({"train": "a"}) == "unfinished"
-    crashed = "note: runs/first crashed: it was killed before it could say so\n"
-    assert capsys.readouterr().out == crashed
+    assert run.start({"train": "a"}) == "new"
+    assert run.start({"train": "a"}) == "unfinished"
+    crashed = "note: runs/first crashed: the process was killed before it recorded its end"
+    assert said == [crashed]
     (tmp_path / "runs/first/run.json").write_text(json.dumps(record(run.directory) | {"key": "of other code"}))
-    assert run.begin({"train": "a"}) == "unfinished"
-    changed = "note: code or package versions are not those that the run began with\n"
-    assert sorted(capsys.readouterr().out.splitlines(True)) == sorted([changed, crashed])
-    with pytest.raises(InputError, match="the data are not those that the run began with"):
-        run.begin({"train": "b"})
+    assert run.start({"train": "a"}) == "unfinished"
+    changed = "note: code or package versions differ from those that the run started with"
+    assert said[1:] == [changed, crashed]
+    with pytest.raises(InputError, match="the run started with other data"):
+        run.start({"train": "b"})
     run.finish()
-    assert run.begin({"train": "a"}) == "finished"
+    assert run.start({"train": "a"}) == "finished"
 
 
 def test_sbatch_that_is_missing_or_refuses_is_named(tmp_path, monkeypatch, capsys):
@@ -387,7 +387,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(place, reference):
     started = Started([*LAUNCH, *SMALL, *accelerate], place).until(STEP)
     started.process.send_signal(signal.SIGTERM)
     assert started.end() == EXIT_STOPPED, started.output
-    assert started.output.endswith("stopped; to go on: run=runs/stopped resume=true\n")
+    assert started.output.endswith("stopped; to resume: run=runs/stopped resume=true\n")
     assert left_in(place) == []
     assert not record(run)["finished"] and not (run / "model").exists()
     assert yaml.safe_load((run / LAUNCH_FILE).read_text())["cluster"]["launcher"] == "accelerate"

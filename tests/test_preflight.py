@@ -235,7 +235,7 @@ def test_it_says_whether_the_dialogues_are_encoded_already(job, tmp_path):
     config = composed(job, f"tokenization.cache_dir={tmp_path}")
     assert message(preflight(config), "tokenized data").startswith("no hit: the run encodes them first")
     template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", config.template)
-    train = load_splits(config.data, say=lambda _: None).train
+    train = load_splits(config.data).train
     tokenize(train, template, config.tokenization)
     (entry,) = tmp_path.glob("[0-9a-f]*")
     assert message(preflight(config), "tokenized data") == f"{entry}: hit"

@@ -204,9 +204,8 @@ def files(tmp_path):
     }
 
 
-def test_warn_keeps_everything_and_says_so(files):
-    said = []
-    splits = load_splits(DataConfig(**files), say=said.append)
+def test_warn_keeps_everything_and_says_so(files, said):
+    splits = load_splits(DataConfig(**files))
     assert (len(splits.train), len(splits.evaluation)) == (40, 4)
     assert [(o.train_id, o.evaluation_id, o.kind) for o in splits.overlaps] == [
         ("t0", "e0", "exact"),
@@ -217,9 +216,8 @@ def test_warn_keeps_everything_and_says_so(files):
     assert "2 evaluation dialogues are also in the training data (1 exact, 1 near at 0.8); kept" in line
 
 
-def test_drop_removes_every_training_dialogue_that_gives_an_evaluation_dialogue_away(files):
-    said = []
-    splits = load_splits(DataConfig(**files, on_overlap="drop"), say=said.append)
+def test_drop_removes_every_training_dialogue_that_gives_an_evaluation_dialogue_away(files, said):
+    splits = load_splits(DataConfig(**files, on_overlap="drop"))
     assert ids(splits.train) == [f"t{i}" for i in range(4, 40)]
     assert ids(splits.evaluation) == ["e0", "e1", "e2", "e3"]
     assert len(splits.overlaps) == 2 and find_overlap(splits.train, splits.evaluation) == []
@@ -231,10 +229,9 @@ def test_raise_names_the_first_pair(files):
         load_splits(DataConfig(**files, on_overlap="raise"))
 
 
-def test_raise_passes_disjoint_sets(files):
-    said = []
+def test_raise_passes_disjoint_sets(files, said):
     config = DataConfig(train=files["train"], on_overlap="raise", held_out_fraction=0.2, seed=1, overlap_threshold=1.0)
-    splits = load_splits(config, say=said.append)
+    splits = load_splits(config)
     assert splits.overlaps == [] and len(splits.train) + len(splits.evaluation) == 40
     assert "0 evaluation dialogues are also in the training data" in said[0]
 
@@ -245,27 +242,25 @@ def test_dropping_everything_is_an_error(files):
         load_splits(config)
 
 
-def test_without_an_evaluation_file_the_split_is_that_of_the_training_file(tmp_path):
-    said = []
+def test_without_an_evaluation_file_the_split_is_that_of_the_training_file(tmp_path, said):
     for name, dialogues in {"a.jsonl": MANY[:300], "b.parquet": MANY[299::-1]}.items():
         path = tmp_path / name
         write_dialogues(path, dialogues)
         splits = load_splits(
-            DataConfig(DialogueSourceConfig(str(path)), held_out_fraction=0.3, seed=4), say=said.append
+            DataConfig(DialogueSourceConfig(str(path)), held_out_fraction=0.3, seed=4)
         )
         kept, held_out = split(dialogues, 0.3, seed=4)
         assert (splits.train, splits.evaluation) == (kept, held_out)
         assert set(ids(held_out)) == set(ids(split(MANY, 0.3, seed=4)[1])) & set(ids(dialogues))
 
 
-def test_the_validation_set_is_drawn_from_the_training_set_alone_and_independently(tmp_path):
+def test_the_validation_set_is_drawn_from_the_training_set_alone_and_independently(tmp_path, said):
     path = tmp_path / "a.jsonl"
     write_dialogues(path, MANY)
 
     def read(**settings):
-        return read_splits(DataConfig(DialogueSourceConfig(str(path)), seed=4, **settings), say=said.append)
+        return read_splits(DataConfig(DialogueSourceConfig(str(path)), seed=4, **settings))
 
-    said = []
     without, with_it = read(held_out_fraction=0.3), read(held_out_fraction=0.3, validation_fraction=0.3)
     assert (without.validation, without.held_out) == ([], without.evaluation)
     assert with_it.evaluation == without.evaluation and with_it.held_out == with_it.validation
@@ -274,7 +269,7 @@ def test_the_validation_set_is_drawn_from_the_training_set_alone_and_independent
     assert 0.2 < len(with_it.validation) / len(without.train) < 0.4
     more = read(held_out_fraction=0.3, validation_fraction=0.5)
     assert set(ids(with_it.validation)) < set(ids(more.validation))
-    assert load_splits(DataConfig(DialogueSourceConfig(str(path)), validation_fraction=0.3), say=said.append).validation
+    assert load_splits(DataConfig(DialogueSourceConfig(str(path)), validation_fraction=0.3)).validation
     assert re.search(r"data: \d+ training, \d+ validation and \d+ evaluation dialogues;", said[-1])
 
 
@@ -304,7 +299,7 @@ def test_limit_keeps_the_same_dialogues_whatever_their_order(tmp_path):
     for seed, dialogues in [(0, MANY[:200]), (0, MANY[199::-1]), (1, MANY[:200])]:
         write_dialogues(tmp_path / "a.jsonl", dialogues)
         config = DataConfig(DialogueSourceConfig(str(tmp_path / "a.jsonl")), held_out_fraction=0.5, limit=20, seed=seed)
-        splits = load_splits(config, say=lambda line: None)
+        splits = load_splits(config)
         assert (len(splits.train), len(splits.evaluation)) == (20, 20)
         for side in (splits.train, splits.evaluation):
             assert ids(side) == [d.id for d in dialogues if d.id in ids(side)]
@@ -321,12 +316,12 @@ def test_limit_is_not_tied_to_the_split():
     assert len(nearly & set(ids(_first(kept, 100, seed=0)))) < 40
 
 
-def test_refused_rows_of_each_set_go_to_their_own_file(files, tmp_path):
-    train, said = files["train"].path, []
+def test_refused_rows_of_each_set_go_to_their_own_file(files, tmp_path, said):
+    train = files["train"].path
     with open(train, "a", encoding="utf-8") as file:
         file.write("{\n")
     config = DataConfig(train=files["train"], evaluation=DialogueSourceConfig(train))
-    load_splits(config, rejects_directory=tmp_path / "run", say=said.append)
+    load_splits(config, rejects_directory=tmp_path / "run")
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
         "rejects-evaluation.jsonl",
         "rejects-train.jsonl",
@@ -340,7 +335,7 @@ def test_a_source_is_selected_for_each_set(tmp_path):
     path = tmp_path / "all.jsonl"
     write_dialogues(path, [Dialogue(d.id, d.turns, "RoleCS" if i % 3 else "CSConv") for i, d in enumerate(MANY[:30])])
     config = DataConfig(DialogueSourceConfig(str(path), "RoleCS"), DialogueSourceConfig(str(path), "CSConv"))
-    splits = load_splits(config, say=lambda line: None)
+    splits = load_splits(config)
     assert {d.source for d in splits.train} == {"RoleCS"} and {d.source for d in splits.evaluation} == {"CSConv"}
     assert (len(splits.train), len(splits.evaluation)) == (20, 10)
     with pytest.raises(

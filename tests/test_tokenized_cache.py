@@ -111,23 +111,23 @@ def test_packs_of_the_cache_are_those_of_the_template(tmp_path):
                 assert all(numpy.array_equal(row[name], fresh_row[name]) for name in fresh_row)
 
 
-def test_a_second_call_finds_the_first_ones_files_and_writes_nothing(tmp_path, capsys):
+def test_a_second_call_finds_the_first_ones_files_and_writes_nothing(tmp_path, said):
     def state():
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in [tmp_path, *tmp_path.rglob("*")]}
 
     settings = TokenizationConfig(str(tmp_path))
     tokenize(dialogues(), template(), settings)
-    assert f"tokenized {entry(tmp_path)}: 40 dialogues encoded in " in capsys.readouterr().out
-    before, said = state(), []
-    tokenize(dialogues(), template(), settings, said.append)
-    assert said == [f"tokenized {entry(tmp_path)}: hit, 40 dialogues"]
-    assert capsys.readouterr().out == ""
+    (line,) = said
+    assert f"tokenized {entry(tmp_path)}: 40 dialogues encoded in " in line
+    before = state()
+    tokenize(dialogues(), template(), settings)
+    assert said[1:] == [f"tokenized {entry(tmp_path)}: hit, 40 dialogues"]
     assert state() == before
 
 
 def test_whatever_decides_the_ids_leads_to_another_entry(tmp_path, monkeypatch):
     def entries(*arguments):
-        tokenize(*arguments, TokenizationConfig(str(tmp_path)), lambda text: None)
+        tokenize(*arguments, TokenizationConfig(str(tmp_path)))
         return sum(path.is_dir() for path in tmp_path.iterdir())
 
     first, *rest = dialogues()
@@ -157,7 +157,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, capsys, kind):
+def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, said, kind):
     settings = TokenizationConfig(str(tmp_path))
     tokenize(dialogues(), template(), settings)
     for name in (*(f"{array}.bin" for array in ARRAYS), prepared.MANIFEST):
@@ -167,13 +167,11 @@ def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, caps
             file.unlink()
         else:
             file.write_bytes(DAMAGE[kind](whole))
-        capsys.readouterr()
-        said = []
-        tokenize(dialogues(), template(), settings, said.append)
-        assert said == []
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith(f"tokenized {entry(tmp_path)}: ") and lines[0].endswith(", so it is built again")
-        assert " 40 dialogues encoded in " in lines[1]
+        said.clear()
+        tokenize(dialogues(), template(), settings)
+        first, second = said
+        assert first.startswith(f"tokenized {entry(tmp_path)}: ") and first.endswith(", so it is built again")
+        assert " 40 dialogues encoded in " in second
         assert file.read_bytes() == whole
         assert contents(tmp_path) == expected
 

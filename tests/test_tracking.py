@@ -314,7 +314,7 @@ def test_a_training_that_is_told_to_stop_closes_its_run_with_its_status(folder, 
     assert json.loads((run / "checkpoints/checkpoint-3/csc_state.json").read_text())["tracked"] == kept.id
 
 
-def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(folder, whole, signals, capfd):
+def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(folder, whole, signals, said):
     run = folder / "killed"
     case = {
         "packs": "shared",
@@ -339,7 +339,7 @@ def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(fol
     with (run / HISTORY).open("a") as file:
         file.write('{"step": 5, "lo')  # torn
     trained(folder, "killed", resume="killed/checkpoints/checkpoint-4")
-    assert "killed crashed: it was killed before it could say so" in capfd.readouterr().out
+    assert any("killed crashed: the process was killed before it recorded its end" in line for line in said)
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "finished" and len(record["crashed"]) == 1
     first, second = offline_runs(run)
@@ -469,7 +469,7 @@ def test_figures_of_a_step_become_one_row_of_the_table(tmp_path):
 
 def begun(directory: Path, if_exists: str = "reuse", **values) -> tuple[Run, str]:
     run = Run("sft", {"trainer": values, "run": {"directory": str(directory), "if_exists": if_exists}})
-    return run, run.begin({"train": "0"})
+    return run, run.start({"train": "0"})
 
 
 def test_a_run_that_goes_on_with_other_settings_is_refused_with_the_differences(tmp_path):
@@ -477,20 +477,21 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_with_the_differences(
     with pytest.raises(InputError) as caught:
         begun(tmp_path, "resume", learning_rate=2e-5, epochs=3)
     assert str(caught.value) == (
-        f"{tmp_path} began otherwise: trainer.learning_rate=1e-05, not 2e-05; go on as it began by run={tmp_path} "
-        f"resume=true, or start a new run by from={tmp_path}"
+        f"{tmp_path}: the run started with other settings: trainer.learning_rate=1e-05, not 2e-05; "
+        "resume it as it was by "
+        f"run={tmp_path} resume=true, or start a new run by from={tmp_path}"
     )
     assert begun(tmp_path, "resume", learning_rate=1e-5, epochs=3)[1] == "unfinished"
 
 
-def test_a_run_that_ended_with_a_word_did_not_crash(tmp_path, capsys):
+def test_a_run_that_ended_with_a_word_did_not_crash(tmp_path, said):
     run, _ = begun(tmp_path / "stopped")
     with pytest.raises(SystemExit):
         run.stop()
     begun(tmp_path / "stopped")
-    assert "crashed" not in capsys.readouterr().out
+    assert not any("crashed" in line for line in said)
     begun(tmp_path / "stopped")
-    assert "crashed" in capsys.readouterr().out
+    assert "crashed" in said[-1]
 
 
 # Progress

@@ -12,7 +12,9 @@ from csc_train.checkpoints.manifest import Manifest, model_directory, tokenizer_
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.data.strategies import STRATEGIES
 from csc_train.models.loading import load_model
-from csc_train.runs.directory import Run, distributed_state, provenance
+from csc_train.runs.directory import Run
+from csc_train.runs.distributed import distributed_state
+from csc_train.runs.provenance import provenance
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.config import ModelConfig
 from csc_train.training.deepspeed import unsharded
@@ -33,7 +35,7 @@ def save_base_model(
     """
     if config.init == "pretrained":
         return config
-    if run.main:
+    if run.is_main:
         with unsharded(), model_directory(run.directory / BASE_FOLDER) as temporary:
             load_model(config, tokenizer, dtype, seed).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)

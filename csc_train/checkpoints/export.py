@@ -1,7 +1,7 @@
 """A trained model to a plain Hugging Face directory: gathered, adapters merged, and compared with what was trained."""
 
+import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from csc_train.models.loading import load_model, lora_config, resolve_dtype
 from csc_train.template.dialogue_template import chat_template
 from csc_train.training.config import AdapterConfig, ExportConfig, ModelConfig
 from csc_train.training.deepspeed import consolidated_weights, is_sharded, unsharded
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """By the dtype of the exported weights: the largest difference of a logit from the trained model's, over the largest
@@ -170,7 +172,7 @@ def open_source(path: str) -> ExportSource:
     return ExportSource(state, manifest, str(run / BASE_FOLDER) if kept else manifest.base_model)
 
 
-def export(source: ExportSource, config: ExportConfig, say: Callable[[str], None]) -> float:
+def export(source: ExportSource, config: ExportConfig) -> float:
     """Write a plain directory of the trained model; it is there only if it computes what was trained.
 
     Returns:
@@ -206,7 +208,9 @@ def export(source: ExportSource, config: ExportConfig, say: Callable[[str], None
     save_final_model(
         config.output, model, tokenizer, template, source.manifest, shard_size=config.shard_size, check=check
     )
-    say(f"exported {source.state} to {config.output}: largest difference of a logit {difference:.1e} of the largest")
+    logger.info(
+        f"exported {source.state} to {config.output}: largest difference of a logit {difference:.1e} of the largest"
+    )
     return difference
 
 

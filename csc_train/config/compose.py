@@ -26,7 +26,9 @@ from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConf
 from csc_train.evaluation.metrics.profiles import MetricsConfig
 from csc_train.llm.config import LLMConfig
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.runs.directory import RESOLVED_FILE, RunConfig, exit_with_launcher, mark_failed, record_failure
+from csc_train.runs.config import RESOLVED_FILE, RunConfig
+from csc_train.runs.directory import mark_failed
+from csc_train.runs.distributed import exit_with_launcher, record_failure
 from csc_train.synthesis.config import BatchConfig, BudgetConfig, SynthesisConfig
 from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
 from csc_train.synthesis.filters.rules import CallConfig, DuplicatesConfig, RewriteConfig
@@ -483,6 +485,22 @@ def to_container(config: Any) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
 
 
+class _StdoutHandler(logging.Handler):
+    """Prints the log records of the main process, and those of another one that ask for it by `any_rank`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.environ.get("RANK", "0") == "0" or getattr(record, "any_rank", False):
+            print(self.format(record), flush=True)
+
+
+def log_to_stdout() -> None:
+    """Print the package's log records, once a process calls this."""
+    logger = logging.getLogger("csc_train")
+    if not any(isinstance(handler, _StdoutHandler) for handler in logger.handlers):
+        logger.setLevel(logging.INFO)
+        logger.addHandler(_StdoutHandler())
+
+
 def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
     """Run a recipe's `main` on the configuration that the command line asks for.
 
@@ -490,6 +508,7 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
     line, with exit status 2; an interrupt (Ctrl-C) ends with status 130.
     """
     exit_with_launcher()
+    log_to_stdout()
     arguments = sys.argv[1:]
     flags = {argument.split("=")[0] for argument in arguments if argument.startswith("-")}
     try:

@@ -7,6 +7,7 @@ columns are kept in `Dialogue.extra`.
 
 import itertools
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -20,6 +21,8 @@ from typing import Any
 from csc_train.data.strategies import Strategy, parse_strategy
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, os_errors
+
+logger = logging.getLogger(__name__)
 
 HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -209,11 +212,10 @@ def read_dialogues(
     source: str | None = None,
     strict: bool = False,
     rejects_path: str | os.PathLike | None = None,
-    say=print,
 ) -> list[Dialogue]:
     """Read all dialogues of `path` (see `iter_dialogues`).
 
-    Unless `strict`, bad rows are said, counted and kept in `rejects_path`.
+    Unless `strict`, bad rows are logged, counted and kept in `rejects_path`.
 
     Raises:
         InputError: as `iter_dialogues`.
@@ -223,10 +225,10 @@ def read_dialogues(
         return list(iter_dialogues(path, source=source, strict=strict, report=report))
     finally:
         if report.rejects and not strict:
-            say(report.summary())
+            logger.info(report.summary())
             if rejects_path is not None:
                 report.write_rejects(rejects_path)
-                say(f"  refused rows are in {rejects_path}")
+                logger.info("  refused rows are in %s", rejects_path)
 
 
 def write_dialogues(path: str | os.PathLike, dialogues: Iterable[Dialogue]) -> None:

@@ -6,6 +6,7 @@ or reordering rows moves no other dialogue from one side to the other.
 
 import hashlib
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from tqdm import tqdm
 from csc_train.data.dialogue import Dialogue, read_dialogues
 from csc_train.data.near_duplicates import NearDuplicates
 from csc_train.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 NGRAM = 13
 """Characters in an n-gram of `find_shared_text`: about eight Chinese words, more than a stock phrase has."""
@@ -195,7 +198,7 @@ def find_shared_text(train: list[Dialogue], evaluation: list[Dialogue], threshol
     return overlaps
 
 
-def read_splits(config: DataConfig, rejects_directory: Path | None = None, say=print) -> Splits:
+def read_splits(config: DataConfig, rejects_directory: Path | None = None) -> Splits:
     """Read the dialogues of a run; whether they overlap is not looked for.
 
     Refused rows go to `rejects-train.jsonl` and `rejects-evaluation.jsonl` in `rejects_directory`.
@@ -203,11 +206,11 @@ def read_splits(config: DataConfig, rejects_directory: Path | None = None, say=p
     Raises:
         InputError: a file cannot be read or has no usable row, or a set ends up empty. The message names the key.
     """
-    train = _read("train", config.train, config, rejects_directory, say)
+    train = _read("train", config.train, config, rejects_directory)
     if config.evaluation.path is None:
         train, evaluation = _part(train, "held_out_fraction", "split", "evaluation", config)
     else:
-        evaluation = _read("evaluation", config.evaluation, config, rejects_directory, say)
+        evaluation = _read("evaluation", config.evaluation, config, rejects_directory)
     if config.limit is not None:
         train, evaluation = (_first(side, config.limit, config.seed) for side in (train, evaluation))
     validation = []
@@ -216,13 +219,13 @@ def read_splits(config: DataConfig, rejects_directory: Path | None = None, say=p
     return Splits(train, evaluation, validation=validation)
 
 
-def load_splits(config: DataConfig, rejects_directory: Path | None = None, say=print) -> Splits:
-    """As `read_splits`, and check them for overlap. `say` gets one line with the sizes and the outcome of that.
+def load_splits(config: DataConfig, rejects_directory: Path | None = None) -> Splits:
+    """As `read_splits`, and check them for overlap. One line with the sizes and the overlap is logged.
 
     Raises:
         InputError: as `read_splits`, or the sets overlap and `on_overlap` is "raise". The message names the key.
     """
-    splits = read_splits(config, rejects_directory, say)
+    splits = read_splits(config, rejects_directory)
     known = [*splits.train, *splits.validation]
     matches = list(_overlaps(known, splits.evaluation, config.overlap_threshold, config.seed))
     # A closer match that was set aside must not hide one that is trained on.
@@ -249,7 +252,9 @@ def load_splits(config: DataConfig, rejects_directory: Path | None = None, say=p
     elif overlaps:
         finding += f"; kept (data.on_overlap=warn); the first: {overlaps[0]}"
     aside = f", {len(splits.validation)} validation" if splits.validation else ""
-    say(f"data: {len(splits.train)} training{aside} and {len(splits.evaluation)} evaluation dialogues; {finding}")
+    logger.info(
+        f"data: {len(splits.train)} training{aside} and {len(splits.evaluation)} evaluation dialogues; {finding}"
+    )
     return splits
 
 
@@ -268,14 +273,12 @@ def _part(
     return train, other
 
 
-def _read(
-    name: str, where: DialogueSourceConfig, config: DataConfig, rejects_directory: Path | None, say
-) -> list[Dialogue]:
+def _read(name: str, where: DialogueSourceConfig, config: DataConfig, rejects_directory: Path | None) -> list[Dialogue]:
     if where.path is None:
         raise InputError(f"data.{name}.path is not set: give a dialogue file or the id of a Hugging Face data set")
     rejects = None if rejects_directory is None else Path(rejects_directory) / f"rejects-{name}.jsonl"
     try:
-        return read_dialogues(where.path, source=where.source, strict=config.strict, rejects_path=rejects, say=say)
+        return read_dialogues(where.path, source=where.source, strict=config.strict, rejects_path=rejects)
     except InputError as error:
         raise InputError(f"data.{name}: {error}") from error
 

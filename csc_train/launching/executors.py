@@ -17,7 +17,8 @@ from csc_train.launching.job import SCRIPT_FILE, Job
 from csc_train.launching.launchers.slurm import cancel, queued, submit
 from csc_train.launching.preflight.checks import probe_gpus
 from csc_train.runs.comparison import HISTORY_FILE, METRICS_FILE, last_metrics
-from csc_train.runs.directory import RECORD_FILE, set_parent_death_signal
+from csc_train.runs.directory import RECORD_FILE
+from csc_train.runs.distributed import set_parent_death_signal
 
 OUTPUT = "output.log"
 """In a run directory: what the trial's processes printed."""

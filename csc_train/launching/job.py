@@ -23,7 +23,8 @@ from csc_train.launching.launchers.slurm import job_script, submit
 from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.launching.preflight.checks import PreflightReport, preflight
 from csc_train.launching.supervise import supervise
-from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, RESOLVED_FILE, RunConfig, as_yaml, default_directory
+from csc_train.runs.config import RESOLVED_FILE, RunConfig
+from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, as_yaml, default_directory
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH_FILE = "launch.yaml"
@@ -200,7 +201,7 @@ def launch(arguments: list[str]) -> int:
         if job.local:
             status = supervise(job.directory, job.command(), job.environment())
             if status == EXIT_STOPPED:  # once more, below torchrun's report that its processes did not end with 0
-                print(f"stopped; to go on: run={job.directory} resume=true")
+                print(f"stopped; to resume: run={job.directory} resume=true")
             return status
         print(submit(job.directory / SCRIPT_FILE))
         return 0

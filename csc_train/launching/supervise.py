@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 from csc_train.files import read_json
-from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, set_parent_death_signal
+from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE
+from csc_train.runs.distributed import set_parent_death_signal
 
 INTERRUPT_GRACE = 10.0
 """Seconds that the ranks have to clean up after Ctrl-C."""

@@ -45,7 +45,8 @@ from csc_train.launching.job import (
 )
 from csc_train.launching.preflight.checks import probe_gpus
 from csc_train.launching.sweep_summary import describe_trial, show_summary, write_summary
-from csc_train.runs.directory import RunConfig, as_yaml, flatten_keys
+from csc_train.runs.config import RunConfig
+from csc_train.runs.directory import as_yaml, flatten_keys
 
 STUDY, LOCK = "study.log", "lock"
 CONFIGURATION = "sweep.yaml"

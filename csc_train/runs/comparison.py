@@ -14,7 +14,8 @@ import yaml
 
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json, write_text
-from csc_train.runs.directory import RECORD_FILE, RESOLVED_FILE, flatten_keys
+from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
+from csc_train.runs.directory import RECORD_FILE, flatten_keys
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 HISTORY_FILE, METRICS_FILE, RESULTS_FILE = "history.jsonl", "metrics.json", "results.json"
 INSIDE = ("checkpoints", "model", "base", "tokenizer", "wandb", "predictions")
 """In a run directory: where no other run is looked for."""
-IGNORED_GROUPS = ("run", "tokenization", "tracking", "on_finish")
-"""Groups of a configuration that do not change what a training comes to."""
 SPEED = "trained_tokens_per_second"
 UNKNOWN = "n/a"
 

@@ -7,6 +7,7 @@ keeps the values that it got first, since it takes no step twice.
 
 import csv
 import dataclasses
+import logging
 import os
 import platform
 import secrets
@@ -27,7 +28,9 @@ from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json
 from csc_train.jsonl import JsonlLog, keep_table
 from csc_train.packing.dataset import PackingReport
-from csc_train.runs.directory import CODE_DIFF_FILE, RESOLVED_FILE, Run, distributed_state
+from csc_train.runs.config import RESOLVED_FILE
+from csc_train.runs.directory import CODE_DIFF_FILE, Run
+from csc_train.runs.distributed import distributed_state
 from csc_train.tracking.curves import plot_curves
 from csc_train.training.config import TrackingConfig
 from csc_train.training.trainer import PackTrainer
@@ -35,6 +38,7 @@ from csc_train.training.trainer import PackTrainer
 if TYPE_CHECKING:
     import wandb
 
+logger = logging.getLogger(__name__)
 HISTORY, CURVES = "history.jsonl", "curves.png"
 REPORTS = ("results.json", "table.md", "report.html", "resolved.yaml")
 """Of an evaluation's run directory: what is attached to the W&B run of the training."""
@@ -94,7 +98,7 @@ class Tracking(TrainerCallback):
         self._wandb: wandb.Run | None = None
 
     def __enter__(self) -> "Tracking":
-        if self.run.main:
+        if self.run.is_main:
             self.trainer.add_callback(self)
             mode = resolve_mode(self.config)
             if mode != "off":
@@ -142,7 +146,7 @@ class Tracking(TrainerCallback):
 
         Called on any process; the main one's table counts.
         """
-        if not self.run.main:
+        if not self.run.is_main:
             return
         keep_table(self.run.directory, name, columns, rows, step)
         if self._wandb is not None:
@@ -170,7 +174,7 @@ class Tracking(TrainerCallback):
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         try:
-            if self.run.main:
+            if self.run.is_main:
                 self._close(error)
         finally:
             # Where all processes come here, the others wait: the first to end makes torchrun end the main one.
@@ -186,7 +190,7 @@ class Tracking(TrainerCallback):
         finally:
             if self._wandb is not None:
                 self._wandb.finish(exit_code=exit_code(error))
-        self.run.say(f"figures: {self.run.directory}/{HISTORY}, history.csv, {CURVES}; {_tracker(self._wandb)}")
+        logger.info(f"figures: {self.run.directory}/{HISTORY}, history.csv, {CURVES}; {_tracker(self._wandb)}")
 
 
 def resolve_mode(config: TrackingConfig) -> str:

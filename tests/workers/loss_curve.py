@@ -28,7 +28,8 @@ from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.loading import load_model
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackingReport
-from csc_train.runs.directory import Run, distributed_state
+from csc_train.runs.directory import Run
+from csc_train.runs.distributed import distributed_state
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tracking.wandb import Tracking
@@ -105,7 +106,7 @@ def train(
     """
     if tracked is not None:
         run = run_in(folder / tracked)
-        run.begin({})
+        run.start({})
     # One thread: what is summed in which order must not depend on the machine.
     torch.set_num_threads(1)
     defaults = {"epochs": EPOCHS, "learning_rate": 3e-3, "warmup_ratio": 0.0, "weight_decay": 0.01}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from conftest import random_dialogue, small_tokenizer
 
 from csc_train import tokenized_cache as prepared
+from csc_train.config.compose import log_to_stdout
 from csc_train.data.dialogue import Dialogue
 from csc_train.template.config import TemplateConfig, TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -38,11 +39,10 @@ def pausing(chunks: Iterator) -> Iterator:
 
 
 if __name__ == "__main__":
+    log_to_stdout()
     cache, processes, *pause = sys.argv[1:]
     prepared.CHUNK = CHUNK
     if pause:
         encode = prepared._encode
         prepared._encode = lambda *arguments: pausing(encode(*arguments))
-    prepared.tokenize(
-        dialogues(), template(), TokenizationConfig(cache, int(processes)), lambda text: print(text, flush=True)
-    )
+    prepared.tokenize(dialogues(), template(), TokenizationConfig(cache, int(processes)))

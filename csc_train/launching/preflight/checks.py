@@ -323,7 +323,7 @@ def check_data(config: "PreflightRecipe", absent: type[Exception]) -> list:
             if not Path(where.path).suffix and where.path.count("/") == 1:
                 raise NotCheckedError(f"{where.path}: a data set of the hub, read by the run")
             raise absent(f"data.{name}: {where.path}: no such file")
-    return read_splits(data, say=lambda _: None).train
+    return read_splits(data).train
 
 
 # What there is to run it on
