@@ -15,8 +15,8 @@ from accelerate.utils import send_to_device
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from csc_train.models.attention.flex import FLEX_ATTENTION
+from csc_train.models.attention.select import batch_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
-from csc_train.models.loading import batch_layout
 from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 
 PREFIX, BODY = 568, 752

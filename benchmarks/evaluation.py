@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy
 import torch
+from csc_train.runs.distributed import distributed_state
 from measure import Report, random_model, ratios, seconds, side_by_side, spread
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -28,10 +29,10 @@ from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.generator import TurnQueue, generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
-from csc_train.runs.distributed import distributed_state
+from csc_train.models.families import chat_template_name
 from csc_train.stats import interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.training.tokenizer import obtain_tokenizer
+from csc_train.template.tokenizer_training import get_tokenizer
 
 TURNS = 24115
 """Supporter turns of CSConv's 1,855 conversations."""
@@ -68,7 +69,7 @@ def demo() -> tuple[DialogueTemplate, dict[str, Any]]:
     """The template of the demo, with a tokenizer trained as there, and the dimensions of its model."""
     config = compose("sft", ["experiment=demo"])
     with tempfile.TemporaryDirectory() as directory:
-        tokenizer = obtain_tokenizer(
+        tokenizer = get_tokenizer(
             config.model,
             config.template,
             generate_sample(700, seed=0),
@@ -78,7 +79,7 @@ def demo() -> tuple[DialogueTemplate, dict[str, Any]]:
     architecture = {key: value for key, value in to_container(config)["model"]["architecture"].items() if value}
     del architecture["model_type"]
     # Weights drawn wide enough for replies to depend on what was said.
-    return DialogueTemplate(tokenizer, config.model.chat_template, config.template), architecture | {
+    return DialogueTemplate(tokenizer, chat_template_name(config.model), config.template), architecture | {
         "vocab_size": len(tokenizer), "initializer_range": 0.3,
     }  # fmt: skip
 

@@ -17,19 +17,22 @@ from pathlib import Path
 
 import numpy
 import torch
+from csc_train.runs.provenance import provenance
 from transformers.trainer_utils import SaveStrategy
 
 from csc_train.config.compose import compose
 from csc_train.errors import InputError
 from csc_train.files import write_json
-from csc_train.models.loading import load_model, select_attention, weight_dtype
+from csc_train.models.attention.select import select_attention
+from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
+from csc_train.models.loading import load_model
+from csc_train.models.precision import weight_dtype
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
-from csc_train.runs.provenance import provenance
 from csc_train.template.dialogue_template import TokenizedDialogue
-from csc_train.training.config import AdapterConfig, ArchitectureConfig, ModelConfig, TrainerConfig
+from csc_train.template.tokenizer_training import train_tokenizer
+from csc_train.training.config import TrainerConfig
 from csc_train.training.memory import GIB, estimate_memory, training_flops
-from csc_train.training.tokenizer import train_tokenizer
 from csc_train.training.trainer import build_trainer, training_arguments
 from csc_train.training.worst_first import setting_of
 

@@ -51,6 +51,7 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.files import read_json
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.families import forward_flops
 from csc_train.packing.best_fit import best_fit_decreasing
 from csc_train.packing.bin_packing import subset_sum_packing
 from csc_train.packing.collator import IGNORE_INDEX, PackCollator
@@ -59,7 +60,6 @@ from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.packing.global_batches import PackCost, PackSlice, assign_to_ranks, global_batches, pack_cost
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, chat_messages
-from csc_train.training.trainer import forward_flops
 
 CPU_MODEL = {
     "hidden_size": 256,

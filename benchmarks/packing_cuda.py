@@ -34,12 +34,12 @@ from measure import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from csc_train.models.loading import select_attention
+from csc_train.models.attention.select import select_attention
+from csc_train.models.families import forward_flops
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.global_batches import pack_cost
 from csc_train.template.dialogue_template import TokenizedDialogue
-from csc_train.training.trainer import forward_flops
 
 DIALOGUES = 500
 

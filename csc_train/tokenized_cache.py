@@ -31,11 +31,11 @@ import numpy
 import tokenizers
 from tqdm import tqdm
 
-from csc_train.checkpoints.manifest import tokenizer_hash
 from csc_train.data import strategies
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, os_errors, read_json, write_json
+from csc_train.models.tokenizer import tokenizer_hash
 from csc_train.template.config import TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
 

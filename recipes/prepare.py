@@ -13,11 +13,12 @@ def main(config: PrepareRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from csc_train.data.sample_grammar import ensure_sample
     from csc_train.data.splits import load_splits
+    from csc_train.models.families import chat_template_name
     from csc_train.packing.dataset import pack_dialogues
     from csc_train.runs.distributed import distributed_state, require_single_process
     from csc_train.template.dialogue_template import DialogueTemplate
+    from csc_train.template.tokenizer_training import get_tokenizer
     from csc_train.tokenized_cache import tokenize
-    from csc_train.training.tokenizer import obtain_tokenizer
 
     require_single_process("prepare")
 
@@ -28,8 +29,8 @@ def main(config: PrepareRecipe) -> None:
 
     # Template
     with tempfile.TemporaryDirectory() as directory:  # training will train the same tokenizer again
-        tokenizer = obtain_tokenizer(config.model, config.template, splits.train, Path(directory), distributed_state())
-    template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
+        tokenizer = get_tokenizer(config.model, config.template, splits.train, Path(directory), distributed_state())
+    template = DialogueTemplate(tokenizer, chat_template_name(config.model), config.template)
 
     # Packs
     examples = tokenize(splits.train, template, config.tokenization)

@@ -28,24 +28,20 @@ def main(config: SftRecipe) -> None:
     from csc_train.data.splits import load_splits
     from csc_train.files import write_json
     from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
-    from csc_train.models.loading import (
-        check_base_available,
-        load_model,
-        resolve_dtype,
-        resolve_precision,
-        select_attention,
-        weight_dtype,
-    )
+    from csc_train.models.attention.select import select_attention
+    from csc_train.models.families import chat_template_name
+    from csc_train.models.loading import check_base_available, load_model
+    from csc_train.models.precision import resolve_dtype, resolve_precision, weight_dtype
     from csc_train.packing.dataset import pack_dialogues
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import distributed_state
     from csc_train.template.dialogue_template import DialogueTemplate
+    from csc_train.template.tokenizer_training import get_tokenizer
     from csc_train.tokenized_cache import tokenize
     from csc_train.tracking.wandb import Tracking
     from csc_train.training.compatibility import check_supported
     from csc_train.training.graceful_stop import StopOnSignal
     from csc_train.training.leak_check import dropout_warning
-    from csc_train.training.tokenizer import obtain_tokenizer
     from csc_train.training.trainer import build_trainer, training_arguments
     from csc_train.training.validation import Validator, last_validation_metrics
 
@@ -70,8 +66,8 @@ def main(config: SftRecipe) -> None:
         return
 
     # Template
-    tokenizer = obtain_tokenizer(config.model, config.template, splits.train, run.directory / "tokenizer", job)
-    template = DialogueTemplate(tokenizer, config.model.chat_template, config.template)
+    tokenizer = get_tokenizer(config.model, config.template, splits.train, run.directory / "tokenizer", job)
+    template = DialogueTemplate(tokenizer, chat_template_name(config.model), config.template)
 
     # Packs
     examples = tokenize(splits.train, template, config.tokenization)

@@ -18,10 +18,11 @@ import pytest
 from servers.faults import FaultServer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from csc_train.checkpoints.manifest import Manifest, tokenizer_hash
+from csc_train.checkpoints.manifest import Manifest
 from csc_train.config.compose import log_to_stdout
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
+from csc_train.models.tokenizer import tokenizer_hash
 from csc_train.template.dialogue_template import DialogueTemplate
 
 # A script that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.

@@ -340,10 +340,14 @@ def test_an_evaluation_without_a_model_says_what_it_needs(overrides, message):
 
 
 def test_a_mapping_takes_whole_numbers():
-    config = compose("sft", ["model.architecture.rope.rope_theta=5000", "+model.architecture.rope.factor=2.5"])
-    assert config.model.architecture.rope["rope_theta"] == 5000
-    assert config.model.architecture.rope["factor"] == 2.5
-    assert refusal("sft", "+model.architecture.rope.factor=[1]").startswith("model.architecture.rope.factor: ")
+    config = compose(
+        "sft", ["model.architecture.rope_parameters.rope_theta=5000", "+model.architecture.rope_parameters.factor=2.5"]
+    )
+    assert config.model.architecture.rope_parameters["rope_theta"] == 5000
+    assert config.model.architecture.rope_parameters["factor"] == 2.5
+    assert refusal("sft", "+model.architecture.rope_parameters.factor=[1]").startswith(
+        "model.architecture.rope_parameters.factor: "
+    )
 
 
 def recipe_process(cwd, *arguments):

@@ -28,12 +28,13 @@ from csc_train.checkpoints.reshard import MOMENTS, WEIGHT, open_training_checkpo
 from csc_train.checkpoints.training_checkpoint import RECORD_FILE, CheckpointRecord, check_steps
 from csc_train.config.compose import compose
 from csc_train.errors import InputError
+from csc_train.models.config import AdapterConfig
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.compatibility import LAUNCHED, REFUSED, check_supported
-from csc_train.training.config import AdapterConfig, ExportConfig, ZeroConfig
+from csc_train.training.config import ExportConfig, ZeroConfig
 from csc_train.training.deepspeed import check_engine, deepspeed_config
 
 TOLERANCE = 1e-5

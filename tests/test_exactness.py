@@ -14,12 +14,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from csc_train.data.dialogue import Dialogue
+from csc_train.models.config import AdapterConfig
 from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
-from csc_train.training.config import AdapterConfig, TrainerConfig
+from csc_train.training.config import TrainerConfig
 from csc_train.training.trainer import build_trainer, training_arguments
 
 TOLERANCE = 1e-5

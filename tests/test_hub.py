@@ -19,7 +19,7 @@ from transformers import Qwen2ForCausalLM
 
 from csc_train.errors import InputError
 from csc_train.models.hub import hub_errors, is_local_path, load_causal_lm
-from csc_train.training.tokenizer import load_tokenizer
+from csc_train.models.tokenizer import load_tokenizer
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 REFUSALS = {

@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from csc_train.errors import InputError
 from csc_train.models.attention.flex import FLEX_ATTENTION
+from csc_train.models.attention.select import batch_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
-from csc_train.models.loading import batch_layout
+from csc_train.models.config import AdapterConfig
 from csc_train.packing.collator import PackCollator
-from csc_train.training.config import AdapterConfig
 from csc_train.training.leak_check import check_no_leaks, dropout_warning, forbid_kv_cache
 
 SHARED, BEST = "shared_prefix", "best_fit"

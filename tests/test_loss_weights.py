@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.models.config import AdapterConfig
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.loss_weights import LossWeights, count_turns
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
-from csc_train.training.config import AdapterConfig, TrainerConfig
+from csc_train.training.config import TrainerConfig
 from csc_train.training.trainer import build_trainer, training_arguments
 
 C, S, R = TokenType

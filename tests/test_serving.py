@@ -28,11 +28,11 @@ from csc_train.inference.generator import generate_predictions
 from csc_train.inference.hf import load_generator, open_final_model
 from csc_train.inference.openai import OpenAIGenerator
 from csc_train.llm.config import LLMConfig
+from csc_train.models.config import AdapterConfig
 from csc_train.models.loading import lora_config
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
 from csc_train.template.reply import Reply, format_reply
-from csc_train.training.config import AdapterConfig
 
 FAMILIES = {"qwen2": "qwen2_5", "llama": "llama3_1"}
 """Chat templates by architecture."""
@@ -254,7 +254,7 @@ def test_a_checkpoint_holds_what_vllm_reads(architecture, kind, tied, tmp_path):
     model = model.to(torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     if kind == "lora":
-        adapter = lora_config(AdapterConfig("lora", rank=2, alpha=4))
+        adapter = lora_config(AdapterConfig("lora", rank=2, alpha=4), model.config.model_type)
         adapted = peft.get_peft_model(copy.deepcopy(model), adapter)
         pairs = {name: torch.rand_like(value) for name, value in adapted.named_parameters() if value.requires_grad}
         model = merged(model, pairs, adapter)

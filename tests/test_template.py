@@ -9,7 +9,8 @@ from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
-from csc_train.template.config import CHAT_TEMPLATES, LANGUAGES, MODES, TemplateConfig
+from csc_train.template.chat_templates import chat_template_names
+from csc_train.template.config import LANGUAGES, MODES, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenType, chat_messages
 from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import system_prompt
@@ -19,7 +20,10 @@ GREETING = parse_strategy("礼貌问候")
 
 TOKENIZERS = [
     *(pytest.param("small", name, id=f"small-{name}") for name in SMALL_OF),
-    *(pytest.param("real", name, id=f"real-{name}", marks=pytest.mark.real_tokenizer) for name in CHAT_TEMPLATES),
+    *(
+        pytest.param("real", name, id=f"real-{name}", marks=pytest.mark.real_tokenizer)
+        for name in chat_template_names()
+    ),
 ]
 
 

@@ -26,6 +26,8 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.files import write_json
 from csc_train.jsonl import JsonlLog
+from csc_train.models.config import AdapterConfig
+from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
 from csc_train.models.loading import lora_config
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
@@ -36,10 +38,9 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.tracking import wandb as tracking
 from csc_train.tracking.wandb import HISTORY, attach_evaluation, exit_code, open_run, resolve_mode, write_csv
-from csc_train.training.config import AdapterConfig, TrackingConfig
+from csc_train.training.config import TrackingConfig
 from csc_train.training.progress import Progress
-from csc_train.training.train_metrics import TrainMetrics, peak_flops, token_metrics, training_flops
-from csc_train.training.trainer import forward_flops
+from csc_train.training.train_metrics import TrainMetrics, peak_flops, token_metrics
 
 STEPS = list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
 RUNTIME = {"time", "trained_tokens_per_second", "tokens_per_second", "step_seconds", "data_wait_seconds", "rank_skew"}
@@ -226,17 +227,29 @@ def test_figures_of_kinds_that_did_not_occur_are_left_out():
     assert token_metrics(sums) == expected | {f"loss_by_strategy/{strategy}": 1.5, "loss_by_turn/9-16": 1.5}
 
 
+def linear_flops(model):
+    return sum(
+        2 * each.in_features * each.out_features for each in model.modules() if isinstance(each, torch.nn.Linear)
+    )
+
+
 def test_flops_follow_the_convention(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     linear, attention = forward_flops(model)
-    head = 2 * 32 * model.config.vocab_size
-    assert training_flops(model, attention) == (3 * (linear - head), 3 * head, 3 * attention)
+    assert linear == linear_flops(model)
+    head, dims = 2 * 32 * model.config.vocab_size, model_dims(model.config)
+    assert training_flops(dims) == (3 * (linear - head), 3 * head, 3 * attention)
     # Frozen weights need no gradient of their own.
     import peft
 
-    adapted = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4)))
+    adapted = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), model.config.model_type))
     more = forward_flops(adapted)[0] - linear
-    assert training_flops(adapted, attention) == (2 * (linear - head) + 3 * more, 2 * head, 3 * attention)
+    assert forward_flops(adapted) == (linear_flops(adapted), attention)
+    assert training_flops(dims, count_adapter_parameters(adapted)) == (
+        2 * (linear - head) + 3 * more,
+        2 * head,
+        3 * attention,
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,25 +18,21 @@ from wandb_file import offline_runs
 from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
 
 from csc_train.checkpoints.export import trained_model
-from csc_train.checkpoints.manifest import (
-    MANIFEST_FILE,
-    check_manifest,
-    read_manifest,
-    save_final_model,
-    tokenizer_hash,
-)
+from csc_train.checkpoints.manifest import MANIFEST_FILE, check_manifest, read_manifest, save_final_model
 from csc_train.errors import InputError
 from csc_train.files import digest, file_digest
 from csc_train.models.attention.flex import FLEX_ATTENTION
+from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.models.loading import load_model
+from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.packing.loss_weights import LossWeights, count_turns
-from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, chat_template
+from csc_train.template.chat_templates import chat_template_names, load_chat_template
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training import memory as memory_plan
-from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig
-from csc_train.training.tokenizer import load_tokenizer
+from csc_train.training.config import TrainerConfig
 from csc_train.training.trainer import PackTrainer
 
 TOLERANCE = 1e-5
@@ -425,7 +421,7 @@ def checkpoint(folder, template):
     return folder / "checkpoint", logits
 
 
-@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+@pytest.mark.parametrize("name", chat_template_names())
 def test_a_checkpoint_stops_at_the_end_of_a_turn_whatever_its_base_did(name, tmp_path):
     template = DialogueTemplate(small_tokenizer(name), name, TemplateConfig())
     model = AutoModelForCausalLM.from_config(tiny_config("qwen2", template.tokenizer, 0.1))
@@ -538,7 +534,10 @@ def test_a_tampered_tokenizer_is_refused_with_both_hashes(checkpoint, template, 
     ("kind", "name"),
     [
         *(pytest.param("small", name, id=f"small-{name}") for name in SMALL_OF),
-        *(pytest.param("real", name, id=f"real-{name}", marks=pytest.mark.real_tokenizer) for name in CHAT_TEMPLATES),
+        *(
+            pytest.param("real", name, id=f"real-{name}", marks=pytest.mark.real_tokenizer)
+            for name in chat_template_names()
+        ),
     ],
 )
 def test_a_tokenizer_keeps_its_hash_when_it_is_used_saved_and_loaded(kind, name, tmp_path):
@@ -548,7 +547,7 @@ def test_a_tokenizer_keeps_its_hash_when_it_is_used_saved_and_loaded(kind, name,
         tokenizer.pad_token = tokenizer.eos_token
     # Leaves its padding and truncation behind in the tokenizer, and in what is saved of it.
     tokenizer(["短", "长一点的文字"], padding=True, truncation=True, max_length=4)
-    tokenizer.chat_template = chat_template(name)
+    tokenizer.chat_template = load_chat_template(name)
     tokenizer.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["truncation"]["max_length"] == 4
     assert tokenizer_hash(load_tokenizer(str(tmp_path))) == before

@@ -28,11 +28,12 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.jsonl import keep_table
 from csc_train.launching.on_finish import on_finish_arguments
+from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.training.config import AdapterConfig, ModelConfig, TrainerConfig, ValidationConfig
+from csc_train.training.config import TrainerConfig, ValidationConfig
 from csc_train.training.validation import last_validation_metrics
 
 TOLERANCE = 1e-5

@@ -19,8 +19,8 @@ from csc_train.models.attention.flex import (
     flex_document_attention,
     flex_documents,
 )
+from csc_train.models.attention.select import batch_layout, select_attention
 from csc_train.models.attention.varlen import VARLEN_ATTENTION, build_varlen_metadata, document_mask, varlen_attention
-from csc_train.models.loading import batch_layout, select_attention
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues

@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from csc_train.checkpoints.manifest import Manifest, model_directory, tokenizer_hash
+from csc_train.checkpoints.manifest import Manifest, model_directory
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.data.strategies import STRATEGIES
+from csc_train.models.config import ModelConfig
 from csc_train.models.loading import load_model
+from csc_train.models.tokenizer import tokenizer_hash
 from csc_train.runs.directory import Run
 from csc_train.runs.distributed import distributed_state
 from csc_train.runs.provenance import provenance
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.training.config import ModelConfig
 from csc_train.training.deepspeed import unsharded
 
 BASE_FOLDER = "base"

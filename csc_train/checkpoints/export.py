@@ -16,10 +16,12 @@ from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifes
 from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
 from csc_train.errors import InputError
 from csc_train.files import write_text
+from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.models.hub import load_causal_lm
-from csc_train.models.loading import load_model, lora_config, resolve_dtype
-from csc_train.template.dialogue_template import chat_template
-from csc_train.training.config import AdapterConfig, ExportConfig, ModelConfig
+from csc_train.models.loading import load_model, lora_config
+from csc_train.models.precision import resolve_dtype
+from csc_train.template.chat_templates import load_chat_template
+from csc_train.training.config import ExportConfig
 from csc_train.training.deepspeed import consolidated_weights, is_sharded, unsharded
 
 logger = logging.getLogger(__name__)
@@ -183,9 +185,9 @@ def export(source: ExportSource, config: ExportConfig) -> float:
     """
     weights = source.weights()
     adapter = source.adapter
-    lora = None if adapter.kind == "full" else lora_config(adapter)
     tokenizer = AutoTokenizer.from_pretrained(source.state)
     model = _unquantized(source, tokenizer, config)
+    lora = None if adapter.kind == "full" else lora_config(adapter, model.config.model_type)
     if config.dtype != "auto" or adapter.kind == "full":
         precision = source.manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
         model = model.to(resolve_dtype(precision))
@@ -204,7 +206,7 @@ def export(source: ExportSource, config: ExportConfig) -> float:
             raise InputError(f"{source.state}: exported, its logits differ by {difference:.1e}, over {tolerance:.0e}")
         write_text(directory / "README.md", model_card(source, config, difference))
 
-    template = chat_template(source.manifest.chat_template)
+    template = load_chat_template(source.manifest.chat_template)
     save_final_model(
         config.output, model, tokenizer, template, source.manifest, shard_size=config.shard_size, check=check
     )
@@ -223,7 +225,7 @@ def _unquantized(source: ExportSource, tokenizer: PreTrainedTokenizerBase, confi
 
 def _in_4_bits(source: ExportSource, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     settings = ModelConfig(path=source.base, revision=source.revision)
-    return load_model(settings, tokenizer, torch.float32, 0, in_4_bits=True)
+    return load_model(settings, tokenizer, torch.float32, 0, load_in_4bit=True)
 
 
 def _as_trained(

@@ -1,7 +1,6 @@
 """The hand-off between training and evaluation: a Hugging Face model directory with a manifest of its origin."""
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -40,17 +39,6 @@ class Manifest:
     """Commit, whether the tree had changes, package versions."""
     weights_hash: str = ""
     """Of the checkpoint's files of weights, by name; empty where there are none yet, as in the run that makes them."""
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of what decides a tokenizer's ids: vocabulary, merges, normalisation, added tokens.
-
-    Padding and truncation do not count: whoever used the tokenizer last leaves his own behind. Nor does the difference
-    between an option that is off and one that is not there, which depends on the class that loaded the tokenizer.
-    """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = {name: backend[name] for name in ("normalizer", "pre_tokenizer", "added_tokens")}
-    return digest(parts | {"model": {name: value for name, value in backend["model"].items() if value}})
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from csc_train.errors import InputError, check_choice, check_range, suggestion
 from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConfig
 from csc_train.evaluation.metrics.profiles import MetricsConfig
 from csc_train.llm.config import LLMConfig
+from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.runs.config import RESOLVED_FILE, RunConfig
 from csc_train.runs.directory import mark_failed
@@ -33,15 +34,7 @@ from csc_train.synthesis.config import BatchConfig, BudgetConfig, SynthesisConfi
 from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
 from csc_train.synthesis.filters.rules import CallConfig, DuplicatesConfig, RewriteConfig
 from csc_train.template.config import LANGUAGES, TemplateConfig, TokenizationConfig
-from csc_train.training.config import (
-    AdapterConfig,
-    ExportConfig,
-    ModelConfig,
-    TrackingConfig,
-    TrainerConfig,
-    ValidationConfig,
-    ZeroConfig,
-)
+from csc_train.training.config import ExportConfig, TrackingConfig, TrainerConfig, ValidationConfig, ZeroConfig
 
 CONF = Path(__file__).parent.parent.parent / "conf"
 RECORDED = ("run", "resume", "from")

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from csc_train.checkpoints.manifest import Manifest, check_manifest, read_manifest, tokenizer_hash
+from csc_train.checkpoints.manifest import Manifest, check_manifest, read_manifest
 from csc_train.data.dialogue import Dialogue, Turn
 from csc_train.data.strategies import Strategy
 from csc_train.errors import InputError
@@ -16,7 +16,9 @@ from csc_train.files import digest
 from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import Generation, TurnQueue, TurnRequest
 from csc_train.inference.kv_cache import DialogueCache
+from csc_train.models.families import cache_kinds
 from csc_train.models.hub import hub_errors, load_causal_lm
+from csc_train.models.tokenizer import tokenizer_hash
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import dialogue_log_likelihoods
@@ -43,7 +45,7 @@ class HFGenerator:
     """
 
     def __init__(self, model: PreTrainedModel, template: DialogueTemplate, config: InferenceConfig, origin: str = ""):
-        if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+        if cache_kinds(model.config) != {"full"}:
             raise InputError(f"{model.name_or_path}: a model with sliding-window attention cannot be evaluated here")
         self.model = model.eval()
         self.template = template
@@ -132,7 +134,9 @@ def open_final_model(checkpoint: str) -> tuple[DialogueTemplate, Manifest]:
     with hub_errors(checkpoint, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
-    template = DialogueTemplate(tokenizer, manifest.chat_template, settings)
+    own = manifest.chat_template.endswith(".jinja")  # a user's file, of which the tokenizer's directory has a copy
+    name = f"{checkpoint}/chat_template.jinja" if own else manifest.chat_template
+    template = DialogueTemplate(tokenizer, name, settings)
     check_manifest(checkpoint, manifest, template.fingerprint, tokenizer_hash(tokenizer))
     return template, manifest
 

@@ -1,12 +1,10 @@
-"""The model to train: loaded, or built with random weights from its dimensions."""
+"""Load the model to train, or build it with random weights; the configuration of its LoRA adapters."""
 
-import importlib.util
 from dataclasses import asdict
 
 import peft
 import torch
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -17,14 +15,10 @@ from transformers import (
 from transformers import set_seed as set_all_seeds
 
 from csc_train.errors import InputError
-from csc_train.models.attention.flex import FLEX_ATTENTION, flex_document_attention
-from csc_train.models.attention.varlen import VARLEN_ATTENTION as DOCUMENT_ATTENTION
-from csc_train.models.attention.varlen import varlen_attention
+from csc_train.models.attention import select  # noqa: F401  registers our attention implementations
+from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
+from csc_train.models.families import get_family, lora_targets
 from csc_train.models.hub import hub_errors, load_causal_lm
-from csc_train.training.config import AdapterConfig, ArchitectureConfig, ModelConfig
-
-AttentionInterface.register(DOCUMENT_ATTENTION, varlen_attention)
-AttentionInterface.register(FLEX_ATTENTION, flex_document_attention)
 
 
 def load_model(
@@ -33,143 +27,99 @@ def load_model(
     dtype: torch.dtype,
     seed: int,
     attention: str = "sdpa",
-    in_4_bits: bool = False,
+    load_in_4bit: bool = False,
 ) -> PreTrainedModel:
-    """The model that `config` names, in `dtype`; random weights depend on `seed` alone.
+    """Load or build the model of `config` in `dtype`.
 
     Args:
+        seed: decides random weights, and nothing else.
         attention: the attention implementation (see `select_attention`).
-        in_4_bits: hold the weights of linear layers in 4 bits (NF4, their scales quantized as well) and compute in
-            `dtype`, as in Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023).
+        load_in_4bit: hold the weights of linear layers in 4 bits (NF4, double quantization) and compute in `dtype`.
+            Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023).
 
     Raises:
-        InputError: it cannot be found or read, is gated, or has fewer embeddings than the tokenizer has tokens.
+        InputError: the model cannot be read (see `hub.hub_errors`), its family is unknown, or it has fewer embeddings
+            than the tokenizer has tokens.
     """
     options = {"dtype": dtype, "attn_implementation": attention}
-    if in_4_bits:
+    if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(get_family(_base_model_type(config)[0]).unquantized_modules),
         )
     if config.init == "random":
         set_all_seeds(seed)
         model = AutoModelForCausalLM.from_config(build_model_config(config.architecture, tokenizer), **options)
     else:
         model = load_causal_lm(config.path, revision=config.revision, **options)
-    if in_4_bits:
-        _compute_as_trained(model)
+    if load_in_4bit:
+        _keep_training_mode(model)
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
         raise InputError(f"{config.name}: the model embeds {rows} tokens, the tokenizer has {len(tokenizer)}")
     return model
 
 
-def _compute_as_trained(model: PreTrainedModel) -> None:
-    """Keep layers in 4 bits in training mode: out of it, some CPUs repack their weights for a kernel in bf16."""
+def _keep_training_mode(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers in training mode: in evaluation mode, some CPUs repack their weights for a bf16 kernel."""
     import bitsandbytes
 
-    def stay(layer: torch.nn.Module, _) -> None:
+    def keep(layer: torch.nn.Module, _) -> None:
         layer.train()
 
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.register_forward_pre_hook(stay)
+            module.register_forward_pre_hook(keep)
 
 
 def check_base_available(config: ModelConfig) -> None:
-    """Refuse a gated, misspelt or missing model by its smallest file, before any work is done for it.
+    """Check that the base model can be read and is of a known family, by its config.json only.
 
     Raises:
-        InputError: its configuration cannot be read (see `hub.hub_errors`).
+        InputError: the configuration cannot be read (see `hub.hub_errors`), its family is unknown, or it is not that
+            of a causal language model.
     """
-    if config.init == "pretrained":
-        with hub_errors(config.path, "model"):
-            AutoConfig.from_pretrained(config.path, revision=config.revision)
+    model_type, classes = _base_model_type(config)
+    expected = get_family(model_type).causal_lm_class
+    if classes and expected not in classes:
+        raise InputError(f"{config.path}: its config.json names {classes[0]}; choose a model of class {expected}")
+
+
+def _base_model_type(config: ModelConfig) -> tuple[str, list[str] | None]:
+    """The model family of the base, and the classes that its config.json names."""
+    if config.init == "random":
+        return config.architecture.model_type, None
+    with hub_errors(config.path, "model"):
+        found = AutoConfig.from_pretrained(config.path, revision=config.revision)
+    return found.model_type, found.architectures
 
 
 def build_model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
-    """The transformers configuration of an architecture; the tokenizer gives the vocabulary size where it is open."""
-    dimensions = {name: value for name, value in asdict(architecture).items() if value is not None}
-    dimensions["rope_parameters"] = dimensions.pop("rope")
+    """The transformers configuration of an architecture.
+
+    Args:
+        tokenizer: gives the special tokens, and the vocabulary size if the architecture has none.
+
+    Raises:
+        InputError: the model family is unknown.
+    """
+    get_family(architecture.model_type)
+    facts = {name: value for name, value in asdict(architecture).items() if value is not None}
     if tokenizer is not None:
-        dimensions.setdefault("vocab_size", len(tokenizer))
-        dimensions |= {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-    return AutoConfig.for_model(dimensions.pop("model_type"), **dimensions)
+        facts.setdefault("vocab_size", len(tokenizer))
+        facts |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return AutoConfig.for_model(facts.pop("model_type"), **facts)
 
 
-def select_attention(name: str, packing: str, precision: str = "auto") -> str:
-    """The attention that `name` stands for on this machine under a `PackingConfig.strategy`.
-
-    `auto`: with packs our own attention, document by document on a CPU, and on a GPU by flash-attention where that is
-    installed and the precision is bf16, else by FlexAttention; without packs sdpa. `flex_attention` with packs is our
-    call of it. Other names are themselves.
-
-    Raises:
-        InputError: it is not known to keep documents apart.
-    """
-    if name == "auto":
-        flash = importlib.util.find_spec("flash_attn") is not None and resolve_dtype(precision) is torch.bfloat16
-        name = DOCUMENT_ATTENTION if flash or not torch.cuda.is_available() else FLEX_ATTENTION
-        return name if packing != "off" else "sdpa"
-    if name == "flex_attention" and packing != "off":
-        if not torch.cuda.is_available():
-            raise InputError("model.attn_implementation=flex_attention: it trains on a GPU alone; use auto on a CPU")
-        return FLEX_ATTENTION
-    batch_layout(name, packing)
-    return name
-
-
-def batch_layout(attention: str, packing: str) -> str:
-    """The `PackCollator.layout` in which `attention` keeps the documents of a row apart.
-
-    Raises:
-        InputError: it is not known to keep them apart, so that training would leak in silence.
-    """
-    flash = ("flash_attention_2", "flash_attention_3")
-    own = {DOCUMENT_ATTENTION: "varlen", FLEX_ATTENTION: "flex"}
-    layouts = {
-        "shared_prefix": own | {"sdpa": "dense_mask", "eager": "dense_mask"},
-        "best_fit": own | {"sdpa": "position_ids", "eager": "position_ids"} | dict.fromkeys(flash, "padding_free"),
-        "off": dict.fromkeys(("sdpa", "eager", *flash), "padded"),
-    }[packing]
-    if attention not in layouts:
-        raise InputError(
-            f"model.attn_implementation={attention} is not known to keep documents apart under packing.strategy="
-            f"{packing}; use auto or one of {', '.join(layouts)}"
-        )
-    return layouts[attention]
-
-
-def lora_config(adapter: AdapterConfig) -> peft.LoraConfig:
-    """PEFT's configuration of a LoRA adapter."""
+def lora_config(adapter: AdapterConfig, model_type: str) -> peft.LoraConfig:
+    """PEFT's configuration of LoRA adapters on a model of a family."""
     return peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
+        target_modules=lora_targets(model_type, adapter.target_modules),
         task_type="CAUSAL_LM",
     )
-
-
-def weight_dtype(precision: str, adapter: str) -> torch.dtype:
-    """The dtype in which the weights are held while training.
-
-    Weights that are trained are held in fp32 whatever the precision of the computation: at learning rate 1e-5 most
-    updates would round to nothing in bf16. Weights under an adapter are only read.
-    """
-    return torch.float32 if adapter == "full" else resolve_dtype(precision)
-
-
-def resolve_precision(precision: str) -> str:
-    """bf16 or fp32: what a `TrainerConfig.precision` stands for on this machine."""
-    if precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    return precision
-
-
-def resolve_dtype(precision: str) -> torch.dtype:
-    """The dtype of the computation that a `TrainerConfig.precision` stands for on this machine."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[resolve_precision(precision)]

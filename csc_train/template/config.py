@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from csc_train.errors import check_choice, check_range
 
-CHAT_TEMPLATES = ("qwen2_5", "qwen3", "llama3_1")
-"""The `.jinja` chat templates beside this file; the model decides which one fits."""
 MODES = ("joint", "given", "reply_only")
 LANGUAGES = ("zh", "en")
 

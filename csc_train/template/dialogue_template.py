@@ -4,6 +4,7 @@ import enum
 import functools
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,10 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.files import digest
-from csc_train.template.config import CHAT_TEMPLATES, TemplateConfig
+from csc_train.template.chat_templates import load_chat_template
+from csc_train.template.config import TemplateConfig
 from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import system_prompt
-from csc_train.templates import read_text
 
 
 class TokenType(enum.IntEnum):
@@ -65,17 +66,6 @@ class Segments:
     customer_footer: str
 
 
-def chat_template(name: str) -> str:
-    """The Jinja source of a chat template in `CHAT_TEMPLATES`.
-
-    Raises:
-        InputError: there is no such template.
-    """
-    if name not in CHAT_TEMPLATES:
-        raise InputError(f"model.chat_template={name}: choose one of {', '.join(CHAT_TEMPLATES)}")
-    return read_text(__package__, f"{name}.jinja")
-
-
 def chat_messages(turns: Iterable[Turn], config: TemplateConfig) -> list[dict[str, str]]:
     """The chat messages of a dialogue: the system prompt, then `{"role", "content"[, "strategy"]}` for each turn."""
     result = [{"role": "system", "content": system_prompt(config.mode, config.language)}]
@@ -105,8 +95,10 @@ class DialogueTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_name: str, config: TemplateConfig):
         self.config = config
-        self.chat_template_name = chat_template_name
-        self.chat_template = chat_template(chat_template_name)
+        # An absolute path, since a manifest names it.
+        own = chat_template_name.endswith(".jinja")
+        self.chat_template_name = os.path.abspath(chat_template_name) if own else chat_template_name
+        self.chat_template = load_chat_template(chat_template_name)
         self.tokenizer = tokenizer
         self._literal = _literal_encoder(tokenizer)
         segments = self._read_segments()

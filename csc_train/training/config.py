@@ -1,13 +1,11 @@
-"""What a user may choose about the model, the adapter and the trainer."""
+"""What a user may choose about the trainer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from omegaconf import MISSING
 
 from csc_train.errors import InputError, check_choice, check_range
-from csc_train.template.config import CHAT_TEMPLATES
 
-TRAINED_TOKENIZER = "train"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 VALIDATION_METRICS = ("loss", "strategy_accuracy")
 """What the best state of a training may be chosen by."""
@@ -21,81 +19,6 @@ def check_steps(key: str, value: float) -> None:
     """
     if value > 1 and value % 1:
         raise InputError(f"{key}={value}: a whole number of steps, or a share below 1")
-
-
-@dataclass
-class ArchitectureConfig:
-    """A decoder's dimensions, so that it can be built or planned for without its weights."""
-
-    model_type: str = "qwen2"
-    """The transformers model type: qwen2, qwen3 or llama."""
-    hidden_size: int = 256
-    intermediate_size: int = 768
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int | None = None
-    """hidden_size / num_attention_heads where not given."""
-    vocab_size: int | None = None
-    """The tokenizer's size where not given."""
-    tie_word_embeddings: bool = True
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-6
-    rope: dict[str, int | float | str] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    """transformers' `rope_parameters`."""
-
-    def __post_init__(self):
-        check_choice("model.architecture.model_type", self.model_type, ("qwen2", "qwen3", "llama"))
-
-
-@dataclass
-class ModelConfig:
-    """The model to start from."""
-
-    name: str = "demo_qwen2"
-    path: str | None = None
-    """A local directory or a hub id; none where init=random and the tokenizer is trained."""
-    revision: str | None = None
-    """A branch, tag or commit of the hub repository."""
-    init: str = "pretrained"
-    """pretrained: the weights at `path`. random: seeded weights of `architecture`."""
-    tokenizer: str | None = None
-    """A local directory or hub id; `path` where not given. `train`: a byte-level BPE of `tokenizer_vocab_size` is
-    trained on the training dialogues."""
-    tokenizer_vocab_size: int = 1500
-    chat_template: str = "qwen2_5"
-    attn_implementation: str = "auto"
-    """auto: what runs fastest on packs (see `model.choose_attention`). Or a name that transformers knows, of those that
-    keep the documents of a pack apart."""
-    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
-
-    def __post_init__(self):
-        check_choice("model.init", self.init, ("pretrained", "random"))
-        check_choice("model.chat_template", self.chat_template, CHAT_TEMPLATES)
-        check_range("model.tokenizer_vocab_size", self.tokenizer_vocab_size, 300)
-        if self.init == "pretrained" and not self.path:
-            raise InputError("model.path is not set: give a local directory or a hub id, or model.init=random")
-        if not (self.tokenizer or self.path):
-            raise InputError("model.tokenizer is not set: give a local directory or a hub id, or `train`")
-
-
-@dataclass
-class AdapterConfig:
-    """Which weights are trained."""
-
-    kind: str = "full"
-    """full: all of them. lora: low-rank adapters, merged into the weights when the checkpoint is written. qlora: the
-    same over weights held in 4 bits (NF4, quantized twice), merged into the weights as they were before."""
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-
-    def __post_init__(self):
-        check_choice("adapter.kind", self.kind, ("full", "lora", "qlora"))
-        check_range("adapter.rank", self.rank, 1)
-        check_range("adapter.alpha", self.alpha, 1)
-        check_range("adapter.dropout", self.dropout, 0, 1)
 
 
 @dataclass

@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from csc_train.errors import InputError
 from csc_train.models.attention.flex import FLEX_ATTENTION
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.config import AdapterConfig
 from csc_train.packing.collator import SHARING, PackCollator
-from csc_train.training.config import AdapterConfig
 
 VOCABULARY = 64
 WINDOW = 4

@@ -7,12 +7,12 @@ there all the time, which is so from the second forward pass of an optimizer ste
 """
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from csc_train.errors import check_choice
-from csc_train.training.config import ArchitectureConfig
+from csc_train.models import families
+from csc_train.models.dims import ModelDims
 
 GIB = 2**30
 STAGES = ("off", "0", "1", "2", "3")
@@ -29,96 +29,6 @@ FRAGMENTATION = 0.04
 """Share of what is allocated that the allocator holds without using it: a convention as well."""
 HOST_FACTOR = 1.5
 """What DeepSpeed's estimators allow for buffers of the host on top of the states that it holds."""
-
-
-@dataclass(frozen=True)
-class ModelDims:
-    """A decoder's dimensions with all of them known.
-
-    Attributes:
-        linears: (inputs, outputs) of the linear layers of one block, by name.
-        biases: how many biases a block's linear layers have; Qwen2's q, k and v alone have them.
-        head_norms: entries of a block's norms over heads, and the width of what they normalise; only Qwen3 has them.
-        tied: whether input and output embeddings are one matrix.
-    """
-
-    hidden: int
-    layers: int
-    heads: int
-    queries: int
-    keys: int
-    intermediate: int
-    vocabulary: int
-    linears: dict[str, tuple[int, int]]
-    biases: int
-    head_norms: tuple[int, int]
-    tied: bool
-
-    @property
-    def block_linear(self) -> int:
-        """Weights of the linear layers of one block."""
-        return sum(inputs * outputs for inputs, outputs in self.linears.values())
-
-    @property
-    def embedding(self) -> int:
-        """Weights of one embedding matrix, the largest layer of all."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the model, each counted once.
-
-        layers x (linear weights + biases + two norms + norms over heads) + final norm + embeddings, where biases are
-        those of q, k and v (Qwen2) and norms over heads two of `head_dim` entries (Qwen3): neither is stated in the
-        architecture, both follow from its `model_type`.
-        """
-        block = self.block_linear + self.biases + 2 * self.hidden + self.head_norms[0]
-        return self.layers * block + self.hidden + self.embedding * (1 if self.tied else 2)
-
-
-def model_dims(architecture: ArchitectureConfig, vocabulary: int | None = None) -> ModelDims:
-    """The dimensions of an architecture; `vocabulary` is its size where the architecture leaves it open.
-
-    Raises:
-        ValueError: neither says how large the vocabulary is.
-    """
-    if not (vocabulary := architecture.vocab_size or vocabulary):
-        raise ValueError("the architecture leaves the vocabulary's size open: give it")
-    hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
-    head = architecture.head_dim or hidden // architecture.num_attention_heads
-    queries, keys = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
-    return ModelDims(
-        hidden=hidden,
-        layers=architecture.num_hidden_layers,
-        heads=architecture.num_attention_heads,
-        queries=queries,
-        keys=keys,
-        intermediate=intermediate,
-        vocabulary=vocabulary,
-        linears={
-            "self_attn.q_proj": (hidden, queries),
-            "self_attn.k_proj": (hidden, keys),
-            "self_attn.v_proj": (hidden, keys),
-            "self_attn.o_proj": (queries, hidden),
-            "mlp.gate_proj": (hidden, intermediate),
-            "mlp.up_proj": (hidden, intermediate),
-            "mlp.down_proj": (intermediate, hidden),
-        },
-        biases=queries + 2 * keys if architecture.model_type == "qwen2" else 0,
-        head_norms=(2 * head, queries + keys) if architecture.model_type == "qwen3" else (0, 0),
-        tied=architecture.tie_word_embeddings,
-    )
-
-
-def adapter_parameters(shape: ModelDims, rank: int, target_modules: str = "all-linear") -> int:
-    """Weights of low-rank adapters: rank x (inputs + outputs) for each linear layer that `target_modules` names, as
-    PEFT reads it: all of the blocks, or those whose full name the regular expression matches."""
-    return sum(
-        rank * (inputs + outputs)
-        for layer in range(shape.layers)
-        for name, (inputs, outputs) in shape.linears.items()
-        if target_modules == "all-linear" or re.fullmatch(target_modules, f"model.layers.{layer}.{name}")
-    )
 
 
 @dataclass(frozen=True)
@@ -444,13 +354,7 @@ def advice(setting: MemoryScenario, rows: int, per_node: int, memory: float, hos
 
 
 def training_flops(setting: MemoryScenario, tokens: float, document: float) -> float:
-    """FLOPs of the model in training on `tokens` tokens of documents of `document` tokens, recomputation not counted.
-
-    Forward: 2 for each weight of a linear layer, the head included, and token, and 2 x layers x q x `document` for
-    causal attention. Backward: as much for the gradients of activations and, where they are trained, of weights.
-    """
-    shape = setting.shape
-    weights = shape.layers * shape.block_linear + shape.embedding
-    attention = 2 * shape.layers * shape.queries * document
-    passes = 3 if setting.adapter == "full" else 2
-    return tokens * (2 * weights * passes + attention * 3)
+    """FLOPs of training on `tokens` tokens in documents of `document` tokens (see `families.training_flops`)."""
+    adapters = 0 if setting.adapter == "full" else setting.adapter_parameters
+    layers, head, pairs = families.training_flops(setting.shape, adapters)
+    return tokens * (layers + head + pairs * document)

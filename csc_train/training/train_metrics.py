@@ -165,25 +165,6 @@ def token_metrics(sums: torch.Tensor) -> dict[str, float]:
     return figures
 
 
-def training_flops(model: torch.nn.Module, pair: float) -> tuple[float, float, float]:
-    """FLOPs of a forward and backward pass for each token, for each trained token, and for each pair of tokens.
-
-    The convention: a backward pass takes twice its forward pass, half of that for the gradient of the weights, which
-    frozen weights do not need. What gradient checkpointing repeats does not count. The head is applied to trained
-    tokens alone.
-
-    Args:
-        pair: FLOPs of a forward pass for each pair of tokens (see `trainer.forward_flops`).
-    """
-    head = model.get_output_embeddings()
-
-    def passes(layer: torch.nn.Linear) -> float:
-        return (6 if layer.weight.requires_grad else 4) * layer.in_features * layer.out_features
-
-    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    return sum(passes(layer) for layer in layers if layer is not head), passes(head), 3 * pair
-
-
 def peak_flops(device: str) -> float | None:
     """The most FLOP/s of a device in bf16, by its name; None for one that is not known."""
     return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS if name in device), None)

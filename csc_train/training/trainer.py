@@ -24,16 +24,20 @@ from csc_train.checkpoints.training_checkpoint import (
     start_save,
 )
 from csc_train.errors import InputError
-from csc_train.models.loading import batch_layout, lora_config, resolve_dtype
+from csc_train.models.attention.select import batch_layout
+from csc_train.models.config import AdapterConfig
+from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
+from csc_train.models.loading import lora_config
+from csc_train.models.precision import resolve_dtype
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.dataset import PackedDataset
 from csc_train.packing.global_batches import pack_cost
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
-from csc_train.training.config import AdapterConfig, TrainerConfig, ValidationConfig, ZeroConfig
+from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, start_deepspeed
 from csc_train.training.leak_check import check_no_leaks, forbid_kv_cache
 from csc_train.training.progress import Progress
-from csc_train.training.train_metrics import TrainMetrics, training_flops
+from csc_train.training.train_metrics import TrainMetrics
 from csc_train.training.validation import EarlyStopping, Validator
 from csc_train.training.worst_first import WorstFirst
 
@@ -63,7 +67,9 @@ class PackTrainer(SFTTrainer):
         super().__init__(model, arguments, train_dataset=numbers[0], eval_dataset=numbers[1], **options)
         self.packs = packs
         self.measures = TrainMetrics(
-            training_flops(self.model, forward_flops(self.model)[1]), arguments.device, arguments.bf16
+            training_flops(model_dims(self.model.config), count_adapter_parameters(self.model)),
+            arguments.device,
+            arguments.bf16,
         )
         self.tracked: str | None = None
         self.validator = validator
@@ -98,11 +104,11 @@ class PackTrainer(SFTTrainer):
         return self._share(self.packs, self.args.gradient_accumulation_steps)
 
     def _share(self, packs: PackedDataset, accumulation: int) -> PackBatchSampler:
-        linear, attention = forward_flops(self.model)
+        flops_per_token, flops_per_pair = forward_flops(self.model)
         arguments = self.args
         return PackBatchSampler(
             [
-                pack_cost(lengths, prefix, linear, attention)
+                pack_cost(lengths, prefix, flops_per_token, flops_per_pair)
                 for lengths, prefix in zip(packs.document_lengths, packs.prefix_lengths, strict=True)
             ],
             arguments.per_device_train_batch_size * accumulation * arguments.world_size,
@@ -341,7 +347,7 @@ def build_trainer(
         InputError: the model would not keep the documents of a pack apart.
     """
     attention = model.config._attn_implementation
-    layout = batch_layout(attention, packing)
+    layout = batch_layout(attention, packing, model.config.model_type)
     collator = PackCollator(layout, tokenizer.pad_token_id, attention == "eager")
     check_no_leaks(model, collator, arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     forbid_kv_cache(model)
@@ -352,7 +358,7 @@ def build_trainer(
         validator,
         data_collator=dataclasses.replace(collator, measured=True),
         processing_class=tokenizer,
-        peft_config=None if adapter.kind == "full" else lora_config(adapter),
+        peft_config=None if adapter.kind == "full" else lora_config(adapter, model.config.model_type),
     )
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
@@ -367,14 +373,3 @@ def build_trainer(
     if validator and validator.config.early_stopping_patience:
         trainer.add_callback(EarlyStopping(validator.config.early_stopping_patience))
     return trainer
-
-
-def forward_flops(model: torch.nn.Module) -> tuple[float, float]:
-    """What a decoder's forward pass takes for each token in its linear layers, and in its attention for each pair of
-    tokens of a document, of which causal attention needs half."""
-    linear = sum(
-        2 * layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, torch.nn.Linear)
-    )
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return linear, 2 * config.num_hidden_layers * config.num_attention_heads * head_dim

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PretrainedConfig, TrainerCallback
+from transformers import TrainerCallback
 
 from csc_train.errors import InputError
+from csc_train.models.families import model_dims
 from csc_train.packing.global_batches import PackSlice, assign_to_ranks, global_batches
 from csc_train.packing.sampler import PackBatchSampler
-from csc_train.training.config import ArchitectureConfig
-from csc_train.training.memory import GIB, MemoryScenario, advice, estimate_memory, model_dims
+from csc_train.training.memory import GIB, MemoryScenario, advice, estimate_memory
 
 if TYPE_CHECKING:
     from csc_train.training.trainer import PackTrainer
@@ -91,7 +91,7 @@ def setting_of(trainer: "PackTrainer", tokens: int) -> MemoryScenario:
     adapter = "full" if not hasattr(model, "peft_config") else "qlora" if _quantized(model) else "lora"
     plugin, layout = args.deepspeed_plugin, trainer.data_collator.layout
     return MemoryScenario(
-        model_dims(_architecture(model.config)),
+        model_dims(model.config),
         adapter=adapter,
         adapter_parameters=0 if adapter == "full" else trained,
         stage="off" if plugin is None else str(plugin.zero_stage),
@@ -106,13 +106,6 @@ def setting_of(trainer: "PackTrainer", tokens: int) -> MemoryScenario:
 
 def _quantized(model: torch.nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))
-
-
-def _architecture(config: PretrainedConfig) -> ArchitectureConfig:
-    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "vocab_size", "tie_word_embeddings")  # fmt: skip
-    facts = {name: getattr(config, name) for name in names}
-    return ArchitectureConfig(**facts, head_dim=getattr(config, "head_dim", None))
 
 
 def out_of_memory(setting: MemoryScenario, args, tokens: int) -> str:

@@ -19,31 +19,25 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from csc_train.runs.distributed import distributed_state
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from csc_train.checkpoints.manifest import Manifest
 from csc_train.files import digest
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.models.loading import load_model
+from csc_train.models.tokenizer import load_tokenizer
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackingReport
 from csc_train.runs.directory import Run
-from csc_train.runs.distributed import distributed_state
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tracking.wandb import Tracking
-from csc_train.training.config import (
-    AdapterConfig,
-    ModelConfig,
-    TrackingConfig,
-    TrainerConfig,
-    ValidationConfig,
-    ZeroConfig,
-)
+from csc_train.training.config import TrackingConfig, TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.deepspeed import consolidated_weights
 from csc_train.training.graceful_stop import StopOnSignal
-from csc_train.training.tokenizer import load_tokenizer
 from csc_train.training.trainer import build_trainer, training_arguments
 from csc_train.training.validation import Validator, last_validation_metrics
 
@@ -137,7 +131,7 @@ def train(
     adapter = adapter or AdapterConfig()
     source = ModelConfig(path=str(folder / "model"))
     trainer = build_trainer(
-        load_model(source, tokenizer, torch.float32, 0, attention or default, in_4_bits=adapter.kind == "qlora"),
+        load_model(source, tokenizer, torch.float32, 0, attention or default, load_in_4bit=adapter.kind == "qlora"),
         tokenizer,
         training,
         packing=packing,

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 from csc_train.config.cluster import PreflightConfig
 from csc_train.errors import InputError
 from csc_train.files import os_errors, read_json
+from csc_train.models.config import TRAINED_TOKENIZER
+from csc_train.models.families import adapter_parameters, chat_template_name, model_dims
 from csc_train.models.hub import is_local_path
 from csc_train.training.compatibility import check_supported
-from csc_train.training.config import TRAINED_TOKENIZER, ZeroConfig
+from csc_train.training.config import ZeroConfig
 from csc_train.training.memory import (
     GIB,
     MemoryPlan,
     MemoryScenario,
-    adapter_parameters,
     advice,
     alternatives,
     estimate_memory,
     fitting_world_size,
-    model_dims,
     smallest_fit,
     state_bytes,
     training_flops,
@@ -165,7 +165,9 @@ def preflight(
 
     def load_template() -> str:
         loaded["template"] = check_template(config, absent)
-        return f"{config.model.chat_template} fits the tokenizer, {len(loaded['template'].tokenizer):,} tokens"
+        return (
+            f"{loaded['template'].chat_template_name} fits the tokenizer, {len(loaded['template'].tokenizer):,} tokens"
+        )
 
     def load_data() -> str:
         from csc_train.data.dialogue import data_digest
@@ -298,13 +300,13 @@ def check_template(config: "PreflightRecipe", absent: type[Exception]) -> "Dialo
     path = model.tokenizer or model.path
     if _finder(path, None if model.tokenizer else model.revision)("tokenizer.json") is None:
         raise absent(f"{path}: no tokenizer.json" if is_local_path(path) else _where(path))
+    from csc_train.models.tokenizer import load_tokenizer
     from csc_train.template.dialogue_template import DialogueTemplate
-    from csc_train.training.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path, None if model.tokenizer else model.revision)
     if model.architecture.vocab_size and len(tokenizer) > model.architecture.vocab_size:
         raise InputError(f"{path}: {len(tokenizer)} tokens, but the model embeds {model.architecture.vocab_size}")
-    return DialogueTemplate(tokenizer, model.chat_template, config.template)
+    return DialogueTemplate(tokenizer, chat_template_name(model), config.template)
 
 
 def check_data(config: "PreflightRecipe", absent: type[Exception]) -> list:

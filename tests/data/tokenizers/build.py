@@ -4,7 +4,7 @@ from pathlib import Path
 
 from csc_train.data.strategies import STRATEGIES
 from csc_train.template.config import LANGUAGES
-from csc_train.training.tokenizer import train_tokenizer
+from csc_train.template.tokenizer_training import train_tokenizer
 
 WORDS = [
     *("\n\n", "assistant", "user", "system", "您好", "我很着急", "请放心", "手机号码", "已登记", "订单", "客服"),

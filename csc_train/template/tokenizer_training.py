@@ -1,4 +1,4 @@
-"""Tokenizers: loaded, or trained from scratch for a model that starts from random weights."""
+"""Train a tokenizer from scratch, for a model that starts from random weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,19 +6,19 @@ from pathlib import Path
 import tokenizers
 from accelerate import PartialState
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from csc_train.data.dialogue import Dialogue
-from csc_train.errors import InputError
-from csc_train.models.hub import hub_errors
+from csc_train.models.config import TRAINED_TOKENIZER, ModelConfig
+from csc_train.models.families import get_family
+from csc_train.models.tokenizer import load_tokenizer
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import chat_messages
-from csc_train.training.config import TRAINED_TOKENIZER, ModelConfig
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-FAMILIES = {
+TOKENIZER_STYLES = {
     # Digits one by one; turns between <|im_start|> and <|im_end|>.
     "qwen2": {
         "pattern": rf"{_LETTERS}|\p{{N}}|{_REST}",
@@ -43,18 +43,18 @@ FAMILIES = {
         "pad": "<|finetune_right_pad_id|>",
     },
 }  # fmt: skip
-"""Pre-tokenizer, normalizer and control tokens of the model families: facts of their published tokenizers."""
+"""Pre-tokenizer, normalizer and control tokens of published tokenizers, by style (`ModelFamily.tokenizer_style`)."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, family: str = "qwen2") -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE with the pre-tokenizer and control tokens of a model family.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, style: str = "qwen2") -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with the pre-tokenizer and control tokens of a published tokenizer.
 
     Args:
-        texts: what to train on.
-        vocab_size: size of the result, at least 256 bytes and the control tokens.
-        family: a key of `FAMILIES`.
+        texts: the training texts.
+        vocab_size: tokens of the result: at least the 256 bytes and the control tokens.
+        style: a key of `TOKENIZER_STYLES`.
     """
-    facts = FAMILIES[family]
+    facts = TOKENIZER_STYLES[style]
     controls = [*facts["special"], *facts["plain"]]
     tokenizer = tokenizers.Tokenizer(models.BPE())
     if facts["normalizer"]:
@@ -80,32 +80,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, family: str = "qwen2"
     )
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local directory or the hub; a missing padding token is filled in.
-
-    Raises:
-        InputError: there is none at `path`, or it cannot be reached (see `hub.hub_errors`).
-    """
-    with hub_errors(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"{path}: the tokenizer has no fast version (tokenizer.json), which the template needs")
-    if len(tokenizer) < 256:
-        # For some model types transformers makes an empty tokenizer up where a directory holds none.
-        raise InputError(
-            f"{path}: there is no tokenizer (or one of {len(tokenizer)} tokens, too few to spell any text)"
-        )
-    if tokenizer.pad_token is None:
-        # Llama 3.1 names a token for padding on the right but does not set it.
-        named = "<|finetune_right_pad_id|>"
-        tokenizer.pad_token = named if named in tokenizer.get_vocab() else tokenizer.eos_token
-    return tokenizer
-
-
-def obtain_tokenizer(
+def get_tokenizer(
     config: ModelConfig, template: TemplateConfig, dialogues: Iterable[Dialogue], directory: Path, job: PartialState
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that `config` asks for: loaded, or trained on `dialogues` and kept in `directory`.
+    """Load the tokenizer of `config`, or train it on `dialogues` and save it in `directory`.
 
     Args:
         job: the processes of this job; the main one trains while the others wait.
@@ -116,14 +94,14 @@ def obtain_tokenizer(
     if config.tokenizer != TRAINED_TOKENIZER:
         return load_tokenizer(config.tokenizer or config.path, None if config.tokenizer else config.revision)
     if job.is_main_process:
-        family = "llama3" if config.chat_template == "llama3_1" else "qwen2"
-        # All that a rendering holds, as often as it holds it: what stands in every dialogue becomes few tokens.
+        # Every text as often as it is rendered: so what stands in every dialogue becomes few tokens.
         texts = (
             text
             for dialogue in dialogues
             for message in chat_messages(dialogue.turns, template)
             for text in (message["role"], f"[{message.get('strategy', '')}]", message["content"])
         )
-        train_tokenizer(texts, config.tokenizer_vocab_size, family).save_pretrained(directory)
+        style = get_family(config.architecture.model_type).tokenizer_style
+        train_tokenizer(texts, config.tokenizer_vocab_size, style).save_pretrained(directory)
     job.wait_for_everyone()
     return load_tokenizer(str(directory))

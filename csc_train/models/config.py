@@ -1,0 +1,98 @@
+"""Settings of the base model and of its adapter."""
+
+from dataclasses import dataclass, field
+
+from csc_train.errors import InputError, check_choice, check_range
+
+TRAINED_TOKENIZER = "train"
+"""The value of `model.tokenizer` that trains a tokenizer on the training dialogues."""
+
+
+@dataclass
+class ArchitectureConfig:
+    """A decoder's dimensions: to build it from random weights, and to plan memory without its weights.
+
+    Each field is named as in the transformers configuration.
+    """
+
+    model_type: str = "qwen2"
+    """The model family (see `csc_train.models.families`): qwen2, qwen3, llama or a registered one."""
+    hidden_size: int = 256
+    """Width of the hidden states."""
+    intermediate_size: int = 768
+    """Width of the MLP."""
+    num_hidden_layers: int = 4
+    """Decoder layers."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_key_value_heads: int = 2
+    """Key-value heads."""
+    head_dim: int | None = None
+    """Width of a head; defaults to hidden_size / num_attention_heads."""
+    vocab_size: int | None = None
+    """Rows of the embedding; defaults to the tokenizer's size."""
+    tie_word_embeddings: bool = True
+    """Use one matrix for the input and output embeddings."""
+    max_position_embeddings: int = 4096
+    """The longest sequence in tokens."""
+    rms_norm_eps: float = 1e-6
+    """Added to the variance in RMSNorm."""
+    rope_parameters: dict[str, int | float | str] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    """Rotary position embedding: type, base and scaling."""
+
+
+@dataclass
+class ModelConfig:
+    """The model to start from."""
+
+    name: str = "demo_qwen2"
+    """A label for tables and error messages."""
+    path: str | None = None
+    """A local directory or hub id; not needed with init=random and tokenizer=train."""
+    revision: str | None = None
+    """A branch, tag or commit of the hub repository."""
+    init: str = "pretrained"
+    """pretrained: the weights at `path`. random: seeded random weights of `architecture`."""
+    tokenizer: str | None = None
+    """A local directory or hub id; defaults to `path`. train: train a byte-level BPE on the training dialogues."""
+    tokenizer_vocab_size: int = 1500
+    """Tokens of the trained tokenizer."""
+    chat_template: str | None = None
+    """A name (qwen2_5, qwen3, llama3_1) or the path of a .jinja file; defaults to that of the model family."""
+    attn_implementation: str = "auto"
+    """auto: the fastest one for the packing strategy. Or a transformers name that keeps packed documents apart: sdpa,
+    eager, flash_attention_2, flash_attention_3, flex_attention."""
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+
+    def __post_init__(self):
+        check_choice("model.init", self.init, ("pretrained", "random"))
+        check_range("model.tokenizer_vocab_size", self.tokenizer_vocab_size, 300)
+        if self.init == "pretrained" and not self.path:
+            raise InputError("model.path is not set: give a local directory or a hub id, or model.init=random")
+        if not (self.tokenizer or self.path):
+            raise InputError("model.tokenizer is not set: give a local directory, a hub id, or train")
+
+
+@dataclass
+class AdapterConfig:
+    """Which weights are trained."""
+
+    kind: str = "full"
+    """full: all weights. lora: low-rank adapters, merged into the final model. qlora: low-rank adapters over 4-bit
+    weights (NF4, double quantization), merged into the weights before quantization."""
+    rank: int = 16
+    """Rank of the adapters."""
+    alpha: int = 32
+    """Scale of the adapters: alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    target_modules: str = "all-linear"
+    """all-linear: the linear layers that the model family names. Or a regular expression on full module names."""
+
+    def __post_init__(self):
+        check_choice("adapter.kind", self.kind, ("full", "lora", "qlora"))
+        check_range("adapter.rank", self.rank, 1)
+        check_range("adapter.alpha", self.alpha, 1)
+        check_range("adapter.dropout", self.dropout, 0, 1)

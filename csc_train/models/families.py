@@ -1,0 +1,225 @@
+"""The table of model families: one row per transformers `model_type` with every fact that other modules need."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from csc_train.errors import InputError, check_choice, suggestion
+from csc_train.models.config import ModelConfig
+from csc_train.models.dims import ModelDims, dense_decoder_dims
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """FLOPs of a forward pass through one decoder layer, and its cache when decoding."""
+
+    flops_per_token: Callable[[ModelDims], int]
+    flops_per_pair: Callable[[ModelDims], int]
+    """For each pair of tokens of a document; of the n² pairs, causal attention computes half."""
+    cache: str
+    """full: keys and values of every token. window: those of the last tokens only."""
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What the project must know of a model family."""
+
+    model_type: str
+    """The name in transformers and in `model.architecture.model_type`."""
+    causal_lm_class: str
+    """The class that an export's config.json names under `architectures`; servers choose their code by it."""
+    read_dims: Callable[[Any, int | None], ModelDims]
+    """From an `ArchitectureConfig` or transformers configuration, and the vocabulary size if that leaves it open."""
+    layer_kinds: Mapping[str, LayerKind]
+    """The kinds of layers that a model may have, named as in transformers' `layer_types`."""
+    lora_targets: tuple[str, ...]
+    """Names of the linear layers that `adapter.target_modules=all-linear` adapts."""
+    unquantized_modules: tuple[str, ...]
+    """Modules that QLoRA keeps out of 4 bits."""
+    packing_layouts: tuple[str, ...]
+    """The layouts (see `PackCollator`) in which the documents of a pack stay apart."""
+    chat_template: str
+    """The default of `model.chat_template`."""
+    tokenizer_style: str
+    """Pre-tokenizer and control tokens for a trained tokenizer (see `template.tokenizer_training.TOKENIZER_STYLES`)."""
+
+
+class FlopCounts(NamedTuple):
+    """FLOPs for each token, for each token that the output head is applied to, and for each pair of tokens."""
+
+    per_token: int
+    per_head_token: int
+    per_pair: int
+
+
+_ATTENTION_FLOPS = (lambda dims: 2 * dims.block_linear, lambda dims: 2 * dims.queries)
+_FULL = {"full_attention": LayerKind(*_ATTENTION_FLOPS, cache="full")}
+_WINDOW = {"sliding_attention": LayerKind(*_ATTENTION_FLOPS, cache="window")}
+_DENSE_DECODER = {
+    "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "unquantized_modules": ("lm_head",),
+    "packing_layouts": ("padded", "position_ids", "padding_free", "varlen", "flex", "dense_mask"),
+}
+
+MODEL_FAMILIES = {
+    family.model_type: family
+    for family in (
+        ModelFamily(
+            model_type="qwen2",  # Qwen2.5
+            causal_lm_class="Qwen2ForCausalLM",
+            read_dims=functools.partial(dense_decoder_dims, qkv_bias=True),
+            layer_kinds=_FULL | _WINDOW,
+            chat_template="qwen2_5",
+            tokenizer_style="qwen2",
+            **_DENSE_DECODER,
+        ),
+        ModelFamily(
+            model_type="qwen3",
+            causal_lm_class="Qwen3ForCausalLM",
+            read_dims=functools.partial(dense_decoder_dims, head_norms=True),
+            layer_kinds=_FULL | _WINDOW,
+            chat_template="qwen3",
+            tokenizer_style="qwen2",
+            **_DENSE_DECODER,
+        ),
+        ModelFamily(
+            model_type="llama",  # Llama 3.1
+            causal_lm_class="LlamaForCausalLM",
+            read_dims=dense_decoder_dims,
+            layer_kinds=_FULL,
+            chat_template="llama3_1",
+            tokenizer_style="llama3",
+            **_DENSE_DECODER,
+        ),
+    )
+}
+"""The known families by `model_type`; `register_family` adds one."""
+
+
+def register_family(based_on: str | None = None, **fields: Any) -> ModelFamily:
+    """Add a model family to the table.
+
+    Args:
+        based_on: a known family, whose fields are the defaults.
+        fields: those of `ModelFamily`.
+
+    Raises:
+        InputError: a field is unknown or missing, or the `model_type` is taken.
+    """
+    names = [field.name for field in dataclasses.fields(ModelFamily)]
+    for name in fields:
+        if name not in names:
+            raise InputError(f"model family: unknown field {name!r}.{suggestion(name, names)}")
+    if based_on is not None:
+        fields = {**vars(get_family(based_on)), "model_type": None} | fields
+    if missing := [name for name in names if fields.get(name) is None]:
+        raise InputError(f"model family: the field {missing[0]!r} is missing; give {', '.join(missing)}")
+    family = ModelFamily(**fields)
+    if family.model_type in MODEL_FAMILIES:
+        taken = ", ".join(MODEL_FAMILIES)
+        raise InputError(f"model family: the model_type {family.model_type!r} is taken; taken are {taken}")
+    MODEL_FAMILIES[family.model_type] = family
+    return family
+
+
+def get_family(model_type: str) -> ModelFamily:
+    """The family of a `model_type`.
+
+    Raises:
+        InputError: it is not in the table; the message names the nearest one.
+    """
+    check_choice("model.architecture.model_type", model_type, MODEL_FAMILIES)
+    return MODEL_FAMILIES[model_type]
+
+
+def chat_template_name(config: ModelConfig) -> str:
+    """The chat template that a configuration asks for, or else the default of its model family."""
+    return config.chat_template or get_family(config.architecture.model_type).chat_template
+
+
+def model_dims(config: Any, vocab_size: int | None = None) -> ModelDims:
+    """The dimensions in an `ArchitectureConfig` or a transformers configuration (see `ModelFamily.read_dims`).
+
+    Raises:
+        InputError: the model family or a kind of layer is unknown.
+        ValueError: the vocabulary's size is unknown.
+    """
+    family = get_family(config.model_type)
+    dims = family.read_dims(config, vocab_size)
+    for kind in dims.layer_kinds:
+        check_choice(f"{family.model_type} layer_types", kind, family.layer_kinds)
+    return dims
+
+
+def cache_kinds(config: Any) -> set[str]:
+    """The `LayerKind.cache` of every layer of a model with this configuration."""
+    kinds = get_family(config.model_type).layer_kinds
+    return {kinds[kind].cache for kind in model_dims(config).layer_kinds}
+
+
+def lora_targets(model_type: str, target_modules: str) -> str | list[str]:
+    """What PEFT adapts under `AdapterConfig.target_modules`: a regular expression, or names of linear layers."""
+    return list(get_family(model_type).lora_targets) if target_modules == "all-linear" else target_modules
+
+
+def adapter_parameters(dims: ModelDims, rank: int, target_modules: str | Collection[str] = "all-linear") -> int:
+    """Weights of low-rank adapters: rank x (inputs + outputs) for each linear layer that they adapt.
+
+    Args:
+        target_modules: as in `AdapterConfig`, or the names of the adapted layers.
+    """
+    if isinstance(target_modules, str):
+        target_modules = lora_targets(dims.model_type, target_modules)
+
+    def adapted(layer: int, name: str) -> bool:
+        if isinstance(target_modules, str):
+            return re.fullmatch(target_modules, f"model.layers.{layer}.{name}") is not None
+        return name.rpartition(".")[2] in target_modules
+
+    return sum(
+        rank * (inputs + outputs)
+        for layer in range(dims.layers)
+        for name, (inputs, outputs) in dims.linears.items()
+        if adapted(layer, name)
+    )
+
+
+def count_adapter_parameters(model: Any) -> int:
+    """Weights of a model's low-rank adapters; 0 without PEFT."""
+    if (adapters := getattr(model, "peft_config", None)) is None:
+        return 0
+    adapter = adapters["default"]
+    return adapter_parameters(model_dims(model.config), adapter.r, adapter.target_modules)
+
+
+def forward_flops(model: Any) -> tuple[int, int]:
+    """FLOPs of a model's forward pass for each token (output head and adapters included) and each pair of tokens."""
+    layers, head, pairs = _forward_flops(model_dims(model.config))
+    return layers + head + 2 * count_adapter_parameters(model), pairs
+
+
+def training_flops(dims: ModelDims, adapter_parameters: int = 0) -> FlopCounts:
+    """FLOPs of a forward and backward pass; what activation checkpointing recomputes is not counted.
+
+    A backward pass costs one forward pass for the gradients of activations, and another one for those of trained
+    weights. Frozen weights have no gradient; attention has no weights but two factors.
+
+    Args:
+        adapter_parameters: weights of the adapters, which are trained instead of the model; 0 trains the whole model.
+    """
+    layers, head, pairs = _forward_flops(dims)
+    passes = 2 if adapter_parameters else 3
+    return FlopCounts(passes * layers + 6 * adapter_parameters, passes * head, 3 * pairs)
+
+
+def _forward_flops(dims: ModelDims) -> FlopCounts:
+    """A forward pass: 2 FLOPs for each weight of a linear layer and token, and attention for each pair of tokens."""
+    kinds = [(get_family(dims.model_type).layer_kinds[kind], count) for kind, count in dims.layer_kinds.items()]
+    return FlopCounts(
+        sum(count * kind.flops_per_token(dims) for kind, count in kinds),
+        2 * dims.embedding,
+        sum(count * kind.flops_per_pair(dims) for kind, count in kinds),
+    )

@@ -1,0 +1,42 @@
+"""Load a tokenizer, and hash what decides its token ids."""
+
+import json
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from csc_train.errors import InputError
+from csc_train.files import digest
+from csc_train.models.hub import hub_errors
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local directory or the hub, and set its padding token if it has none.
+
+    Raises:
+        InputError: there is none at `path`, or it cannot be reached (see `hub.hub_errors`).
+    """
+    with hub_errors(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"{path}: the tokenizer has no fast version (tokenizer.json), which the template needs")
+    if len(tokenizer) < 256:
+        # For some model types, transformers makes up an empty tokenizer where a directory has none.
+        raise InputError(
+            f"{path}: there is no tokenizer (or one of {len(tokenizer)} tokens, too few to spell any text)"
+        )
+    if tokenizer.pad_token is None:
+        # Llama 3.1 has a token for padding but does not set it.
+        named = "<|finetune_right_pad_id|>"
+        tokenizer.pad_token = named if named in tokenizer.get_vocab() else tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of what decides a tokenizer's ids: vocabulary, merges, normalisation, added tokens.
+
+    Padding and truncation settings depend on the last caller and are ignored. So is the difference between an option
+    that is off and one that is absent, which depends on the class that loaded the tokenizer.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: backend[name] for name in ("normalizer", "pre_tokenizer", "added_tokens")}
+    return digest(parts | {"model": {name: value for name, value in backend["model"].items() if value}})
