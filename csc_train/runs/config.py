@@ -1,0 +1,26 @@
+"""Settings of the run directory, the `run` group."""
+
+from dataclasses import dataclass
+
+from csc_train.errors import check_choice
+
+IF_EXISTS = ("error", "reuse", "resume", "extend", "replace")
+IGNORED_GROUPS = ("run", "tokenization", "tracking", "on_finish")
+"""Groups of a configuration that do not change the results of a run."""
+RESOLVED_FILE = "resolved.yaml"
+"""In a run directory: the whole configuration of the run."""
+
+
+@dataclass
+class RunConfig:
+    """Where a run is kept."""
+
+    directory: str | None = None
+    """The run directory; defaults to runs/<recipe>-<time>."""
+    if_exists: str = "error"
+    """What to do if the directory holds a run. error: stop. reuse: keep a run of the same configuration, data and code
+    (continue it if it is unfinished), replace any other. resume: continue it, also under other code, but not on other
+    data. extend: continue it under this configuration, within the limits of the recipe. replace: start over."""
+
+    def __post_init__(self):
+        check_choice("run.if_exists", self.if_exists, IF_EXISTS)

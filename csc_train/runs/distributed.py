@@ -1,0 +1,68 @@
+"""The processes (ranks) of a run: their state, and how they end with each other."""
+
+import ctypes
+import datetime
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+from csc_train.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def distributed_state() -> "PartialState":
+    """Rank and world size of this process; the first call starts the process group."""
+    import torch
+    from accelerate import PartialState
+
+    gpu = torch.cuda.is_available()
+    _quiet_libraries(gpu)
+    # Without `cpu`, ranks on a machine without a GPU would not find each other and would train apart.
+    # Two hours: all ranks wait while the main process writes up to hundreds of gigabytes.
+    return PartialState(cpu=not gpu, timeout=datetime.timedelta(hours=2))
+
+
+def _quiet_libraries(gpu: bool) -> None:
+    """Silence start-up warnings of libraries that need no action (see also `config.cli.run_recipe`)."""
+    from transformers.utils import logging as transformers_logging
+
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def require_single_process(recipe: str) -> None:
+    """Raise an InputError if torchrun or accelerate started the recipe with more than one process."""
+    if distributed_state().num_processes > 1:
+        raise InputError(f"recipes/{recipe}.py runs as one process: start it with python")
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main process's `value`, on every process."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0] if distributed_state().num_processes > 1 else value
+
+
+def set_parent_death_signal(signum: int = signal.SIGTERM) -> None:
+    """Let the system send this process `signum` when its parent process ends, for any reason (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signum)  # PR_SET_PDEATHSIG
+
+
+def exit_with_launcher() -> None:
+    """End this process when the torchrun that started it ends."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        set_parent_death_signal()
+
+
+def record_failure(error: Exception) -> None:
+    """Pass the traceback to the torchrun that started this process; it reports the rank that failed first."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
