@@ -1,50 +1,128 @@
-"""Files of JSON lines that grow with a training, each line of an optimizer step."""
+"""Append-only JSONL files: one JSON object a line, and a last line that a kill tore is cut off."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
-from csc_train.files import os_errors, write_text
+from csc_train.errors import InputError
+from csc_train.files import atomic_path, os_errors
 
 
 class JsonlLog:
-    """A file of JSON lines, each of an optimizer step; a line is written out at once."""
+    """An append-only JSONL file; each row is written out at once, so a killed process loses none.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        path: the file; its folder is created with the first row.
+        ascii_only: escape all other characters, for texts that UTF-8 cannot encode.
+    """
 
-    def append(self, step: int, values: dict[str, Any]) -> None:
-        """Add a line.
+    def __init__(self, path: str | os.PathLike, ascii_only: bool = False):
+        self.path = Path(path)
+        self._ascii_only = ascii_only
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Open the file for appending and cut off a torn last line; `append` does so where needed.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: the file cannot be written.
         """
-        with os_errors(self.path, "cannot write"), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | values, ensure_ascii=False) + "\n")
+        if self._file is None:
+            with os_errors(self.path, "cannot write"):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  # closed by `close`
+                self._file.seek(0)
+                self._file.truncate(self._file.read().rfind(b"\n") + 1)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        self.open()
+        with os_errors(self.path, "cannot write"):
+            self._file.write(to_line(row, self._ascii_only).encode())
 
     def read(self) -> list[dict[str, Any]]:
-        """The lines; one that was torn by a kill, which can only be the last, is left out."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        """All whole rows; none where there is no file.
 
-    def forget_after(self, step: int) -> None:
-        """Leave out the lines of later steps."""
+        Raises:
+            InputError: as `read_jsonl`.
+        """
+        return [row for _, row in read_jsonl(self.path, allow_torn=True)] if self.path.exists() else []
+
+    def truncate_after(self, step: int) -> None:
+        """Remove the rows whose `step` is later.
+
+        Raises:
+            InputError: the file cannot be read or written.
+        """
         if self.path.exists():
-            kept = [line for line in self.read() if line["step"] <= step]
-            write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+            self.close()
+            write_jsonl(self.path, [row for row in self.read() if row["step"] <= step])
+
+    def close(self) -> None:
+        """Close the file; `append` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def to_line(row: dict[str, Any], ascii_only: bool = False) -> str:
+    """A row as a line of JSONL."""
+    return json.dumps(row, ensure_ascii=ascii_only) + "\n"
+
+
+def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows to a new file in UTF-8, atomically.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(map(to_line, rows))
+
+
+def read_jsonl(path: str | os.PathLike, allow_torn: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, row) of each line that is not blank.
+
+    Args:
+        allow_torn: skip a last line without a line break, which a killed process left.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not a JSON object in UTF-8; names the file and the line.
+    """
+    with os_errors(path, "cannot read"), open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip() or (allow_torn and not line.endswith(b"\n")):
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}, line {number}: not UTF-8 at byte {error.start} of the line") from error
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: not a JSON object")
+            yield number, row
 
 
 def keep_table(directory: Path, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-    """Add a table of a step to `<name>.jsonl`, a line a row. What the file holds of this step or later ones is
-    replaced: they were done before a state of training was gone back to.
+    """Add a table of a step to `<name>.jsonl`, a line a row; rows of this step and later ones are replaced.
 
     Raises:
         InputError: it cannot be written.
     """
-    lines = JsonlLog(directory / f"{name}.jsonl")
-    lines.forget_after(step - 1)
-    for row in rows:
-        lines.append(step, dict(zip(columns, row, strict=True)))
+    with JsonlLog(directory / f"{name}.jsonl") as log:
+        log.truncate_after(step - 1)
+        for row in rows:
+            log.append({"step": step} | dict(zip(columns, row, strict=True)))

@@ -174,7 +174,7 @@ def test_replies_made_elsewhere_must_be_whole(tmp_path):
         ([rows[0] | {"turn": "0"}], "line 1: not an object with dialogue_id, turn"),
         ([rows[0] | {"text": None}], "line 1: not an object with dialogue_id, turn"),
         ([rows[0] | {"dialogue_id": True}], "line 1: not an object with dialogue_id, turn"),
-        ([[]], "line 1: not a prediction: no object"),
+        ([[]], "line 1: not a JSON object"),
     ):
         with pytest.raises(InputError, match=message):
             read_external_replies(write_lines(tmp_path / "r.jsonl", changed), dialogues, "reference")

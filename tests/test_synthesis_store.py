@@ -77,7 +77,7 @@ def test_a_line_that_is_broken_elsewhere_is_named(path):
     part = path.with_name(f"{NAME}.part-00000")
     lines = part.read_bytes().split(b"\n")
     part.write_bytes(b"\n".join([lines[0], lines[1][:20], *lines[2:]]))
-    with pytest.raises(InputError, match=r"part-00000, line 2: not a prediction"):
+    with pytest.raises(InputError, match=r"part-00000, line 2: not JSON"):
         PredictionStore(path, "recorder")
 
 

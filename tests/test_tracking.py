@@ -454,22 +454,26 @@ def test_a_run_is_closed_with_the_status_of_its_process(error, status):
 
 def test_lines_are_kept_up_to_a_step_and_a_torn_one_is_not(tmp_path):
     lines = JsonlLog(tmp_path / "lines.jsonl")
-    lines.forget_after(3)
+    lines.truncate_after(3)
     assert lines.read() == []
     for step in (1, 2, 2, 3):
-        lines.append(step, {"名": step / 2})
+        lines.append({"step": step, "名": step / 2})
+    lines.close()
     with lines.path.open("a") as file:
         file.write('{"step": 4')
-    lines.forget_after(2)
+    assert [line["step"] for line in lines.read()] == [1, 2, 2, 3]
+    lines.append({"step": 4})
+    assert [line["step"] for line in lines.read()] == [1, 2, 2, 3, 4]
+    lines.truncate_after(2)
     assert lines.path.read_text() == '{"step": 1, "名": 0.5}\n{"step": 2, "名": 1.0}\n{"step": 2, "名": 1.0}\n'
-    lines.append(3, {})
+    lines.append({"step": 3})
     assert [line["step"] for line in lines.read()] == [1, 2, 2, 3]
 
 
 def test_a_history_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / HISTORY).mkdir()
     with pytest.raises(InputError, match=rf"{HISTORY}: cannot write: Is a directory"):
-        JsonlLog(tmp_path / HISTORY).append(1, {})
+        JsonlLog(tmp_path / HISTORY).append({"step": 1})
 
 
 def test_figures_of_a_step_become_one_row_of_the_table(tmp_path):

@@ -3,21 +3,21 @@
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
 from csc_train.data.dialogue import Dialogue
 from csc_train.errors import InputError
-from csc_train.files import os_errors
 from csc_train.inference.predictions import (
     FailedTurn,
     Prediction,
     TurnOutcome,
     expected_turns,
-    outcome_line,
     read_outcomes,
     write_predictions,
 )
+from csc_train.jsonl import JsonlLog
 
 
 class PredictionStore:
@@ -46,11 +46,8 @@ class PredictionStore:
         self.earlier: dict[tuple[str, int], Prediction] = {
             key: outcome for key, outcome in self._outcomes().items() if isinstance(outcome, Prediction)
         }
-        part = self.path.with_name(f"{self.path.name}.part-{process:05}")
-        with os_errors(part, "cannot write"):
-            part.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(part, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
-            _cut_torn_line(part)
+        self._log = JsonlLog(self.path.with_name(f"{self.path.name}.part-{process:05}"))
+        self._log.open()
 
     def __enter__(self) -> Self:
         return self
@@ -60,7 +57,7 @@ class PredictionStore:
 
     def close(self) -> None:
         """Close this process's part."""
-        self._file.close()
+        self._log.close()
 
     def add(self, outcome: TurnOutcome) -> None:
         """Keep an outcome; it is on disk when this returns, unless the machine itself fails.
@@ -68,8 +65,7 @@ class PredictionStore:
         Raises:
             InputError: it cannot be written.
         """
-        with os_errors(self._file.name, "cannot write"):
-            self._file.write(outcome_line(outcome).encode())
+        self._log.append(asdict(outcome))
 
     def finish(self, dialogues: Sequence[Dialogue]) -> list[FailedTurn]:
         """Put all parts together, once every process has closed its own; for one process to do.
@@ -121,9 +117,3 @@ def is_complete(path: Path, dialogues: Sequence[Dialogue]) -> bool:
 def _parts(path: Path) -> list[Path]:
     """Where the processes append what is put together in `path`."""
     return sorted(path.parent.glob(f"{glob.escape(path.name)}.part-*"))
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Cut off a last line that was not written to its end."""
-    content = path.read_bytes()
-    os.truncate(path, content.rfind(b"\n") + 1)

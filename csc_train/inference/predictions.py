@@ -1,16 +1,16 @@
 """What a system said at each supporter turn, next to what the reference says there."""
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, has_surrogate
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, digest, file_digest, os_errors
+from csc_train.files import digest, file_digest
 from csc_train.inference.config import CONTEXTS
+from csc_train.jsonl import read_jsonl, write_jsonl
 from csc_train.template.reply import parse_reply
 
 BASELINE_NAMES = ("most frequent strategy", "strategy bigram")
@@ -70,15 +70,9 @@ class FailedTurn:
 TurnOutcome = Prediction | FailedTurn
 
 
-def outcome_line(outcome: TurnOutcome) -> str:
-    """An outcome as a line of JSONL."""
-    return json.dumps(asdict(outcome), ensure_ascii=False) + "\n"
-
-
 def write_predictions(path: str | os.PathLike, outcomes: Iterable[TurnOutcome]) -> None:
     """Write one JSONL line per turn, atomically."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(map(outcome_line, outcomes))
+    write_jsonl(path, map(asdict, outcomes))
 
 
 def expected_turns(dialogues: Iterable[Dialogue]) -> list[tuple[str, int]]:
@@ -93,7 +87,7 @@ def read_outcomes(path: str | os.PathLike) -> list[TurnOutcome]:
         InputError: the file cannot be read, or a line is not a prediction; names the file and line.
     """
     outcomes = []
-    for number, row in _rows(path, ends="\n"):
+    for number, row in read_jsonl(path, allow_torn=True):
         for name in ("ids", "label_log_likelihoods"):
             if isinstance(row.get(name), list):
                 row[name] = tuple(row[name])
@@ -176,7 +170,7 @@ def read_external_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue]
         raise InputError(f"{path}: the system is named after the file, and a baseline has that name: rename it")
     texts: dict[tuple[str, int], str] = {}
     known = set(expected_turns(dialogues))
-    for number, row in _rows(path):
+    for number, row in read_jsonl(path):
         name, turn = row.get("dialogue_id"), row.get("turn")
         if type(name) not in (str, int) or type(turn) is not int or not isinstance(row.get("text"), str):
             raise InputError(f"{path}, line {number}: not an object with dialogue_id, turn (a number) and text")
@@ -217,20 +211,3 @@ def read_external_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue]
         for turn in dialogue.supporter_turns
         for reply in [replies[dialogue.id, turn]]
     ]
-
-
-def _rows(path: str | os.PathLike, ends: str = "") -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a JSONL file; blank lines, and those that do not end so, are left out."""
-    with os_errors(path, "cannot read"), open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip() or not line.endswith(ends.encode()):
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}, line {number}: not UTF-8 at byte {error.start} of the line") from error
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: not a prediction: no object")
-            yield number, row

@@ -16,6 +16,7 @@ from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json, write_text
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
 from csc_train.runs.directory import RECORD_FILE, flatten_keys
+from csc_train.jsonl import JsonlLog
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,7 +101,7 @@ def read_run(directory: Path, record: dict[str, Any]) -> TrainingRun:
         InputError: a file of it is broken.
     """
     metrics = read_json(directory / METRICS_FILE) if (directory / METRICS_FILE).is_file() else None
-    history = read_history(directory)
+    history = JsonlLog(directory / HISTORY_FILE).read()
     if metrics is None:
         figures = {name: value for line in history for name, value in line.items()}
     else:
@@ -116,24 +117,6 @@ def read_run(directory: Path, record: dict[str, Any]) -> TrainingRun:
         error=record.get("error"),
         history=history,
     )
-
-
-def read_history(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's history; one that is being written, which can only be the last, is left out.
-
-    Raises:
-        InputError: a line is not JSON; names it.
-    """
-    path = directory / HISTORY_FILE
-    if not path.is_file():
-        return []
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
-    return lines
 
 
 def _settings(directory: Path) -> dict[str, Any]:

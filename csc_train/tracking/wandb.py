@@ -134,12 +134,12 @@ class Tracking(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_) -> None:
         """Forget what is going to be trained again."""
-        self.history.forget_after(state.global_step if state.global_step else -1)
+        self.history.truncate_after(state.global_step if state.global_step else -1)
 
     def on_log(self, args, state, control, logs: dict[str, Any], **_) -> None:
         """Add a line to the history."""
         if not any(name in logs for name in ONCE):
-            self.history.append(state.global_step, {"time": time.time()} | logs)
+            self.history.append({"step": state.global_step, "time": time.time()} | logs)
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Keep a table of a step: as lines of `<name>.jsonl` in the run directory, and in W&B.

@@ -28,7 +28,8 @@ from csc_train.evaluation.report.tables import INTERVALS, Section
 from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest, read_json
-from csc_train.inference.predictions import Prediction, outcome_line
+from csc_train.inference.predictions import Prediction
+from csc_train.jsonl import to_line
 from csc_train.stats import LEVEL, holm
 from csc_train.templates import render
 
@@ -132,7 +133,7 @@ def draw_annotation_form(
         if config.per_dialogue is None or taken[dialogue] < config.per_dialogue:
             taken[dialogue] += 1
             chosen.append(index)
-    secret = digest([config.seed, [[outcome_line(each) for each in pair] for pair in pairs]])
+    secret = digest([config.seed, [[to_line(asdict(each)) for each in pair] for pair in pairs]])
     rng = random.Random(secret)
     chosen = chosen[: config.items]
     rng.shuffle(chosen)

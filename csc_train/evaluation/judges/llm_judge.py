@@ -4,12 +4,11 @@ Replies are judged in the reference context, where both systems answer the same 
 """
 
 import asyncio
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import numpy
 import pydantic
@@ -24,8 +23,9 @@ from csc_train.evaluation.judges.criteria import CRITERIA
 from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
-from csc_train.files import digest, os_errors, write_text
+from csc_train.files import digest
 from csc_train.inference.predictions import Prediction
+from csc_train.jsonl import JsonlLog, read_jsonl
 from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, Message
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import ask_structured
@@ -153,7 +153,7 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
     todo = {key: question for question, key in keys.items() if key not in known}  # equal questions once
     failures: dict[str, LLMFailure] = {}
 
-    async def work(client: Client, pending: Iterator[str], file: TextIO, bar: tqdm) -> None:
+    async def work(client: Client, pending: Iterator[str], log: JsonlLog, bar: tqdm) -> None:
         for key in pending:
             question = todo[key]
             try:
@@ -168,19 +168,19 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
             else:
                 spent = {name: getattr(answer, name) for name in _SPENT}
                 known[key] = {"key": key, **question.place, "answer": answer.value.model_dump(), **spent}
-                file.write(json.dumps(known[key] | {"model": answer.model}, ensure_ascii=False) + "\n")
-                file.flush()
+                log.append(known[key] | {"model": answer.model})
             bar.update()
 
-    async def ask_all(file: TextIO) -> None:
+    async def ask_all(log: JsonlLog) -> None:
         pending = iter(todo)
         with tqdm(total=len(todo), desc="judging", unit="question", disable=None) as bar:
             async with Client(llm) as client:
-                await asyncio.gather(*(work(client, pending, file, bar) for _ in range(llm.concurrency)))
+                await asyncio.gather(*(work(client, pending, log, bar) for _ in range(llm.concurrency)))
 
     if todo:
-        with os_errors(cache, "cannot write"), open(cache, "a", encoding="utf-8") as file:
-            asyncio.run(ask_all(file))
+        with JsonlLog(cache) as log:
+            log.open()
+            asyncio.run(ask_all(log))
     counted = [known[key] if key in known else vars(failures[key]) for key in dict.fromkeys(keys.values())]
     return JudgeReport(
         {question: known[key]["answer"] for question, key in keys.items() if key in known},
@@ -198,16 +198,10 @@ def _key(question: JudgeQuestion, llm: LLMConfig, config: JudgeConfig) -> str:
 
 
 def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
-    """The answers in a cache by key; a last line that was not written to its end is cut off."""
-    if not path.exists():
-        return {}
-    whole, end, torn = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
-    if torn:
-        write_text(path, whole + end)
+    """The answers in a cache, by key."""
     rows = {}
-    for number, line in enumerate(whole.split("\n") if whole else [], start=1):
+    for number, row in read_jsonl(path, allow_torn=True) if path.exists() else ():
         try:
-            row = json.loads(line)
             ANSWER_SCHEMAS[row["task"]].model_validate(row["answer"])
             rows[row["key"]] = row
         except (ValueError, KeyError, TypeError) as error:

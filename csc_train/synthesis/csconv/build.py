@@ -14,6 +14,7 @@ import pydantic
 from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.errors import InputError
 from csc_train.files import digest, os_errors
+from csc_train.jsonl import JsonlLog
 from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, RequestAttempt
 from csc_train.llm.structured import ask_structured as ask_server
 from csc_train.synthesis.filters.llm_checks import AskFn, Form, check_call_manners, check_quality
@@ -266,15 +267,10 @@ class AnswerLog:
         self.usage = {"requests": 0, "failed": 0, "prompt_tokens": 0, "completion_tokens": 0}
         """Requests, those of them that failed, and the tokens of all."""
         self._answers: dict[str, Any] = {}
-        with os_errors(path, "cannot write"):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115 - for the life of the log
-        self._file.seek(0)
-        for line in self._file.read().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                self._file.truncate(self._file.seek(0, os.SEEK_END) - len(line))
-                break
-            self._take(json.loads(line))
+        self._log = JsonlLog(path, ascii_only=True)  # an answer may hold what UTF-8 cannot
+        self._log.open()
+        for row in self._log.read():
+            self._take(row)
 
     def first(self, ask: AskFn) -> AskFn:
         """Ask only what has not been answered yet: the same task, prompt and form."""
@@ -297,9 +293,7 @@ class AnswerLog:
 
     def _add(self, row: dict[str, Any]) -> None:
         self._take(row)
-        # Escaped, because an answer may hold what UTF-8 cannot.
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
+        self._log.append(row)
 
     def _take(self, row: dict[str, Any]) -> None:
         if "key" in row:
