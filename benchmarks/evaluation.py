@@ -30,7 +30,7 @@ from csc_train.inference.generator import TurnQueue, generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
 from csc_train.models.families import chat_template_name
-from csc_train.stats import interval, sign_flip_test
+from csc_train.stats import bootstrap_interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.tokenizer_training import get_tokenizer
 
@@ -193,8 +193,8 @@ def scoring(report: Report, count: int, repeats: int) -> None:
         compute_metrics(each, MetricsConfig(profiles=["paper"]))["paper"]["B-4"].statistic
         for each in (turns, PredictionTable(other))
     ]
-    report.add("interval: first figure, seconds", seconds(lambda: interval(paper[0], turns.dialogue, 1000)))
-    taken = side_by_side({"next": lambda: interval(paper[0], turns.dialogue, 1000)}, 5)
+    report.add("interval: first figure, seconds", seconds(lambda: bootstrap_interval(paper[0], turns.dialogue, 1000)))
+    taken = side_by_side({"next": lambda: bootstrap_interval(paper[0], turns.dialogue, 1000)}, 5)
     report.add("interval: every other figure, seconds", spread(taken["next"]), most=0.1)
     taken = side_by_side({"test": lambda: sign_flip_test(*paper, turns.dialogue, 10_000)}, repeats, warm_up=0)
     report.add("sign-flip test: seconds", spread(taken["test"]))

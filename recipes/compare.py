@@ -38,13 +38,13 @@ def main(config: CompareRecipe) -> None:
     names = [f"{name} of {directory}" for name, directory in zip(systems, (config.a, config.b), strict=True)]
 
     # Differences
-    rows = compare(runs[0][systems[0]], runs[1][systems[1]], config.metrics, config.flips, names)
+    rows = compare(runs[0][systems[0]], runs[1][systems[1]], config.metrics, config.permutations, names)
 
     # Table
     run.start({})
     write_json(
         run.directory / "comparison.json",
-        {"provenance": provenance(), "a": names[0], "b": names[1], "flips": config.flips,
+        {"provenance": provenance(), "a": names[0], "b": names[1], "permutations": config.permutations,
          "differences": [asdict(row) for row in rows]},
     )  # fmt: skip
     write_text(run.directory / "comparison.md", comparison_markdown(rows, *names))

@@ -83,7 +83,7 @@ def main(config: EvaluateRecipe) -> None:
         systems[name] = lambda: OpenAIGenerator(config.llm, config.evaluation, asked, inputs["system"])
     elif config.checkpoint:
         origin, device = inputs["system"], job.device if job.num_processes > 1 else None
-        if config.evaluation.base:
+        if config.evaluation.include_base:
             base, revision = base_model_path(config.checkpoint, manifest), manifest.base_revision
             systems[BASE_MODEL] = lambda: load_generator(
                 base, template, config.evaluation, digest([origin, "base"]), device, revision

@@ -42,11 +42,11 @@ def by_metric(rows):
 
 
 def test_a_clear_difference_is_told_and_a_small_one_is_not():
-    clear = compare({"reference": answers(0.7, 0)}, {"reference": answers(0.4, 1)}, LEXICAL, flips=1000)
+    clear = compare({"reference": answers(0.7, 0)}, {"reference": answers(0.4, 1)}, LEXICAL, permutations=1000)
     assert {row.verdict for row in clear if row.p_value is not None} == {"A is higher"}
-    mirrored = compare({"reference": answers(0.4, 1)}, {"reference": answers(0.7, 0)}, LEXICAL, flips=1000)
+    mirrored = compare({"reference": answers(0.4, 1)}, {"reference": answers(0.7, 0)}, LEXICAL, permutations=1000)
     assert {row.verdict for row in mirrored if row.p_value is not None} == {"B is higher"}
-    small = compare({"reference": answers(0.5, 0)}, {"reference": answers(0.5, 1)}, LEXICAL, flips=1000)
+    small = compare({"reference": answers(0.5, 0)}, {"reference": answers(0.5, 1)}, LEXICAL, permutations=1000)
     assert {row.verdict for row in small if row.p_value is not None} == {ALIKE}
     accuracy = by_metric(clear)["ACC"]
     assert accuracy.difference == pytest.approx(accuracy.a - accuracy.b)
@@ -61,7 +61,7 @@ def test_systems_without_a_common_context_are_refused():
 
 def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     both = [{context: answers(0.5, seed, context=context) for context in ("reference", "generated")} for seed in (0, 1)]
-    rows = compare(*both, LEXICAL, flips=1000)
+    rows = compare(*both, LEXICAL, permutations=1000)
     names = ["ACC", "macro-F1", "stage ACC", "paper B-2", "paper B-4", "paper R-L", "BS", "paper BR"]
     names += ["zh B-2", "zh B-4", "zh R-L char", "zh R-L word"]
     assert [(row.context, row.metric) for row in rows] == [
@@ -75,14 +75,14 @@ def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
 
 
 def test_a_verdict_is_by_the_p_value_after_the_correction():
-    rows = compare({"reference": answers(0.56, 3)}, {"reference": answers(0.5, 103)}, LEXICAL, flips=1000)
+    rows = compare({"reference": answers(0.56, 3)}, {"reference": answers(0.5, 103)}, LEXICAL, permutations=1000)
     doubtful = [row for row in rows if row.p_value is not None and row.p_value < 0.05 <= row.adjusted]
     assert doubtful and {row.verdict for row in doubtful} == {ALIKE}
 
 
 def test_where_one_system_predicts_no_strategy_its_choices_are_not_compared():
     handed_in = [dataclasses.replace(each, predicts_strategy=False, strategy=None) for each in answers(0.5, 0)]
-    rows = by_metric(compare({"reference": handed_in}, {"reference": answers(0.5, 1)}, LEXICAL, flips=1000))
+    rows = by_metric(compare({"reference": handed_in}, {"reference": answers(0.5, 1)}, LEXICAL, permutations=1000))
     for name in ("ACC", "macro-F1", "stage ACC"):
         assert (rows[name].a, rows[name].verdict, rows[name].reason) == (None, None, "this mode predicts no strategy")
     assert rows["zh B-2"].verdict is not None
@@ -90,14 +90,16 @@ def test_where_one_system_predicts_no_strategy_its_choices_are_not_compared():
 
 def test_turns_that_one_system_lacks_are_left_out_of_both_and_counted():
     a, b = answers(0.7, 0), answers(0.4, 1)
-    rows = by_metric(compare({"reference": a[2:]}, {"reference": b[:-1]}, LEXICAL, flips=1000))
-    expected = by_metric(compare({"reference": a[2:-1]}, {"reference": b[2:-1]}, LEXICAL, flips=1000))
+    rows = by_metric(compare({"reference": a[2:]}, {"reference": b[:-1]}, LEXICAL, permutations=1000))
+    expected = by_metric(compare({"reference": a[2:-1]}, {"reference": b[2:-1]}, LEXICAL, permutations=1000))
     assert {(row.turns, row.left_out) for row in rows.values()} == {(len(a) - 3, 3)}
     assert {(row.turns, row.left_out) for row in expected.values()} == {(len(a) - 3, 0)}
     assert {name: dataclasses.replace(row, left_out=0) for name, row in rows.items()} == expected
     # A context in which all of one system's turns failed hides no other.
     generated = answers(0.5, 2, context="generated")
-    both = compare({"reference": a, "generated": generated}, {"reference": b, "generated": []}, LEXICAL, flips=1000)
+    both = compare(
+        {"reference": a, "generated": generated}, {"reference": b, "generated": []}, LEXICAL, permutations=1000
+    )
     assert {row.verdict for row in both if row.context == "reference"} >= {"A is higher"}
     assert {(row.verdict, row.turns, row.left_out) for row in both if row.context == "generated"} == {
         (None, 0, len(generated))
@@ -117,7 +119,7 @@ def test_no_common_turns_or_other_references_are_refused():
         ),
     ):
         with pytest.raises(InputError, match=message):
-            compare({"reference": whole}, {"reference": changed}, LEXICAL, flips=1000)
+            compare({"reference": whole}, {"reference": changed}, LEXICAL, permutations=1000)
 
 
 # --- replies made elsewhere ---
@@ -257,7 +259,7 @@ def test_a_run_is_scored_again_without_a_model(workplace):
 def test_compare_writes_and_prints_what_it_finds(workplace):
     directory, _ = workplace
     shown = start(
-        "compare.py", "runs/elsewhere", "runs/elsewhere", "system_b=strategy bigram", "flips=1000",
+        "compare.py", "runs/elsewhere", "runs/elsewhere", "system_b=strategy bigram", "permutations=1000",
         "run.directory=runs/compared", cwd=directory,
     )  # fmt: skip
     assert "A: elsewhere of runs/elsewhere\nB: strategy bigram of runs/elsewhere" in shown

@@ -254,7 +254,7 @@ def refusal(recipe, *overrides):
             "evaluation.contexts=referense: choose one of reference, generated. Did you mean 'reference'?",
         ),
         ("evaluate", "evaluation.contexts=[]", "evaluation.contexts=[]: give one or more of reference, generated"),
-        ("evaluate", "metrics=learned", "metrics.bertscore_model is required: give metrics.bertscore_model=..."),
+        ("evaluate", "metrics=model_based", "metrics.bertscore_model is required: give metrics.bertscore_model=..."),
         ("evaluate", "checkpoint=???", "checkpoint is required: give checkpoint=..."),
         (
             "write_sample",
@@ -316,8 +316,8 @@ def test_required_values_are_named_for_every_recipe():
 
 
 def test_compare_takes_its_two_runs_as_bare_words():
-    config = compose("compare", ["runs/x", "runs/y", "flips=2000"])
-    assert (config.a, config.b, config.flips) == ("runs/x", "runs/y", 2000)
+    config = compose("compare", ["runs/x", "runs/y", "permutations=2000"])
+    assert (config.a, config.b, config.permutations) == ("runs/x", "runs/y", 2000)
     assert compose("compare", ["runs/x", "b=runs/y"]).b == "runs/y"
     with pytest.raises(InputError, match=r"^b is required"):
         compose("compare", ["runs/x"])

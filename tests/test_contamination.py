@@ -69,12 +69,12 @@ def said(dialogues, right):
 def test_scores_without_the_flagged_dialogues_are_those_of_the_rest(found):
     by_id = {dialogue.id: dialogue for dialogue in HELD_OUT}
     right = {"copy", *(dialogue.id for dialogue in EVALUATION[:8])}
-    config = MetricsConfig(draws=200)
+    config = MetricsConfig(bootstrap_resamples=200)
     whole = score(said(HELD_OUT, right), by_id, config, flagged=found.flagged)
     rest = [dialogue for dialogue in HELD_OUT if dialogue.id not in found.flagged]
     alone = score(said(rest, right), by_id, config)
-    assert alone["without_flagged"] is None
-    without = whole["without_flagged"]
+    assert alone["decontaminated"] is None
+    without = whole["decontaminated"]
     assert (without["dialogues"], without["turns"]) == (len(rest), alone["counts"]["turns"])
     for profile, cells in alone["profiles"].items():
         for column, cell in cells.items():
@@ -87,7 +87,9 @@ def test_scores_without_the_flagged_dialogues_are_those_of_the_rest(found):
 
 def test_where_every_dialogue_is_flagged_no_figure_remains():
     by_id = {dialogue.id: dialogue for dialogue in EVALUATION}
-    everything = score(said(EVALUATION, by_id), by_id, MetricsConfig(draws=100), flagged=set(by_id))["without_flagged"]
+    everything = score(said(EVALUATION, by_id), by_id, MetricsConfig(bootstrap_resamples=100), flagged=set(by_id))[
+        "decontaminated"
+    ]
     assert (everything["dialogues"], everything["turns"]) == (0, 0)
     cells = [cell for profile in everything["profiles"].values() for cell in profile.values()]
     assert {cell.value for cell in cells} == {None} and all(
@@ -97,7 +99,12 @@ def test_where_every_dialogue_is_flagged_no_figure_remains():
 
 def test_the_table_says_what_was_found_and_shows_both_scores(found):
     by_id = {dialogue.id: dialogue for dialogue in HELD_OUT}
-    scores = score(said(HELD_OUT, {"copy"}), by_id, MetricsConfig(draws=100, profiles=["paper"]), flagged=found.flagged)
+    scores = score(
+        said(HELD_OUT, {"copy"}),
+        by_id,
+        MetricsConfig(bootstrap_resamples=100, profiles=["paper"]),
+        flagged=found.flagged,
+    )
     text = markdown_table({"system": {"reference": scores}}, {}, found)
     assert f"Training overlap: {found}" in text
     rest = len(HELD_OUT) - len(found.flagged)

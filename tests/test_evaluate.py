@@ -29,8 +29,8 @@ from csc_train.template.dialogue_template import DialogueTemplate
 
 SETTINGS = [
     "checkpoint=checkpoint", "data=files", "data.train.path=train.jsonl", "data.evaluation.path=evaluation.jsonl",
-    "evaluation.base=false", "evaluation.batch_size=3", "evaluation.max_new_tokens=24",
-    "metrics.profiles=[zh]", "metrics.draws=100", "run.if_exists=resume",
+    "evaluation.include_base=false", "evaluation.batch_size=3", "evaluation.max_new_tokens=24",
+    "metrics.profiles=[zh]", "metrics.bootstrap_resamples=100", "run.if_exists=resume",
 ]  # fmt: skip
 FILE = "trained-{}.jsonl"
 CONTEXTS = ("reference", "generated")

@@ -68,7 +68,7 @@ def run(tmp_path_factory):
         for context in contexts:
             path = directory / "predictions" / f"{name}-{context}.jsonl"
             write_predictions(path, answers(dialogues, context, right))
-    scored = score_run(directory, MetricsConfig(draws=200))
+    scored = score_run(directory, MetricsConfig(bootstrap_resamples=200))
     write_results(directory, scored.results, scored.drifts, {}, scored.contamination)
     write_html(directory, scored, CONFIG, RECORD)
     return directory, scored
@@ -171,7 +171,7 @@ def test_the_training_overlap_is_listed_with_the_scores_of_the_rest(run, page):
     text = page.inner_text("#overlap")
     assert str(run[1].contamination) in text
     assert "copy </script>" in text and "equal texts" in text
-    score = results_of(run)[SYSTEM]["reference"]["without_flagged"]["profiles"]["paper"]["ACC"]["value"]
+    score = results_of(run)[SYSTEM]["reference"]["decontaminated"]["profiles"]["paper"]["ACC"]["value"]
     row = page.locator("#overlap table.scores").first.locator("tbody tr").last
     assert row.locator("td").nth(5).inner_text().split("\n")[0] == f"{score:.2f}"
 
@@ -213,7 +213,7 @@ def failing(tmp_path_factory):
                     for each in outcomes
                 ]
             write_predictions(directory / "predictions" / f"{name}-{context}.jsonl", outcomes)
-    scored = score_run(directory, MetricsConfig(profiles=["zh"], draws=200))
+    scored = score_run(directory, MetricsConfig(profiles=["zh"], bootstrap_resamples=200))
     write_results(directory, scored.results, scored.drifts, {}, scored.contamination)
     write_html(directory, scored, CONFIG, RECORD)
     return directory, scored
@@ -322,12 +322,12 @@ def test_the_list_is_walked_with_the_keyboard(run, page):
 
 def test_the_worst_turns_lead_to_their_dialogues(run, page):
     page.check("#wrong")
-    worst = results_of(run)[SYSTEM]["reference"]["worst"][0]
-    button = page.locator("#worst button").first
-    assert button.inner_text() == f"{worst['dialogue_id']}, turn {worst['turn'] + 1}"
+    lowest = results_of(run)[SYSTEM]["reference"]["lowest_scoring"][0]
+    button = page.locator("#lowest-scoring button").first
+    assert button.inner_text() == f"{lowest['dialogue_id']}, turn {lowest['turn'] + 1}"
     button.click()
-    assert page.inner_text("#talk caption") == worst["dialogue_id"]
-    assert page.locator("#talk tr.found th").all_inner_texts() == [str(worst["turn"] + 1)]
+    assert page.inner_text("#talk caption") == lowest["dialogue_id"]
+    assert page.locator("#talk tr.found th").all_inner_texts() == [str(lowest["turn"] + 1)]
 
 
 def test_calibration_is_shown_where_it_is_known(run, page, tmp_path, browser):

@@ -37,7 +37,7 @@ PLACES = [(name, turn) for name in sorted(DIALOGUES) for turn in DIALOGUES[name]
 NAMES = ("secret-alpha", "secret-omega")
 MARKUP = '</script><script>document.title = "taken over"</script><b>粗</b>'
 QUESTIONS = ["overall", *CRITERIA]
-CONFIG = HumanConfig(draws=200, flips=1000)
+CONFIG = HumanConfig(bootstrap_resamples=200, permutations=1000)
 
 
 def quality(system, n):
@@ -114,10 +114,10 @@ def test_the_same_runs_give_the_same_sheet_and_others_none_of_its_ids():
 
 def test_items_are_those_that_a_judge_is_given_first():
     turns = PredictionTable(predictions(0))
-    _, key = drawn(HumanConfig(items=10, per_dialogue=None))
-    judged = {turns.keys[index] for index in chosen_turns(turns, JudgeConfig(turns=10))}
+    _, key = drawn(HumanConfig(num_items=10, max_items_per_dialogue=None))
+    judged = {turns.keys[index] for index in chosen_turns(turns, JudgeConfig(num_turns=10))}
     assert {(item.dialogue_id, item.turn) for item in key.items} == judged
-    _, key = drawn(HumanConfig(items=20, per_dialogue=2))
+    _, key = drawn(HumanConfig(num_items=20, max_items_per_dialogue=2))
     dialogues = [item.dialogue_id for item in key.items]
     assert len(dialogues) == 20 and max(map(dialogues.count, dialogues)) == 2
 
@@ -125,38 +125,40 @@ def test_items_are_those_that_a_judge_is_given_first():
 def test_replies_that_read_the_same_are_left_out():
     a, b = predictions(0), predictions(1)
     b[3:] = [replace(each, response=a[n].response) for n, each in enumerate(b)][3:]
-    _, key = draw_annotation_form(same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, HumanConfig(per_dialogue=None))
+    _, key = draw_annotation_form(
+        same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, HumanConfig(max_items_per_dialogue=None)
+    )
     assert {(item.dialogue_id, item.turn) for item in key.items} == set(PLACES[:3])
     assert (key.turns, key.differing) == (len(PLACES), 3)
     with pytest.raises(InputError, match="differ nowhere: there is nothing to compare"):
         draw_annotation_form(same_turns(a, a, *NAMES)[0], DIALOGUES, NAMES, CONFIG)
     # Where strategies are shown, another strategy is a difference.
-    own = HumanConfig(strategies="own", per_dialogue=None)
+    own = HumanConfig(show_strategies="own", max_items_per_dialogue=None)
     assert draw_annotation_form(same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, own)[1].differing == len(PLACES)
 
 
 def test_strategies_are_shown_as_asked():
-    page, key = drawn(HumanConfig(strategies="own", language="en"))
+    page, key = drawn(HumanConfig(show_strategies="own", language="en"))
     for item, shown in zip(key.items, data_of(page)["items"], strict=True):
         names = [each["strategy"][0] for each in shown["replies"]]
         assert names == [STRATEGIES[n - 1].en for n in ((5, 6) if item.first == "A" else (6, 5))]
-    page, key = drawn(HumanConfig(strategies="reference"))
+    page, key = drawn(HumanConfig(show_strategies="reference"))
     for item, shown in zip(key.items, data_of(page)["items"], strict=True):
         strategy = DIALOGUES[item.dialogue_id].turns[item.turn].strategy
         assert shown["strategy"] == [strategy.zh, strategy.definition_zh]
     with pytest.raises(InputError, match=r"human\.strategies=own: secret-alpha names no strategies"):
-        drawn(HumanConfig(strategies="own"), predicts=False)
+        drawn(HumanConfig(show_strategies="own"), predicts=False)
 
 
 def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, capsys):
     write_predictions("run1/predictions/secret-omega-reference.jsonl", predictions(1)[4:])
-    run_recipe("export", "run0", "run1", "run.directory=sheet", "human.per_dialogue=null")
+    run_recipe("export", "run0", "run1", "run.directory=sheet", "human.max_items_per_dialogue=null")
     assert "Left out: 4 turns that only one of the two systems has." in capsys.readouterr().out
     key = read_key("sheet/key.json")
     assert {(item.dialogue_id, item.turn) for item in key.items} == set(PLACES[4:])
     assert (key.turns, key.left_out) == (len(PLACES) - 4, 4)
     write_json("anna.json", answers(key, "Anna", "A" * len(key.items)))
-    run_recipe("import", "anna.json", "key=sheet/key.json", "run.directory=read", "human.draws=200")
+    run_recipe("import", "anna.json", "key=sheet/key.json", "run.directory=read", "human.bootstrap_resamples=200")
     assert "Left out: 4 turns" in (runs / "read/human.md").read_text(encoding="utf-8")
 
 
@@ -238,7 +240,7 @@ def test_answers_survive_a_reload_and_come_back_as_they_were_planted(opened, run
     content = exported(page, runs / "李雷.json")
     assert [set(answer["choices"]) for answer in content["answers"]] == [set(QUESTIONS)] * count
 
-    run_recipe("import", "李雷.json", "key=sheet/key.json", "run.directory=read", "human.draws=200")
+    run_recipe("import", "李雷.json", "key=sheet/key.json", "run.directory=read", "human.bootstrap_resamples=200")
     key = read_key("sheet/key.json")
     placed = [PLACES.index((item.dialogue_id, item.turn)) % 4 for item in key.items]
     wins, losses = sum(n < 2 for n in placed), placed.count(2)
@@ -396,7 +398,7 @@ def test_most_raters_prefer_what_more_of_them_do():
 
 def judged_run(directory, a, b, better, points, swapped=False):
     """What recipes/judge.py writes where the judge's answers are planted: by index of the turn."""
-    config = JudgeConfig(turns=None, draws=200, flips=1000)
+    config = JudgeConfig(num_turns=None, bootstrap_resamples=200, permutations=1000)
     systems = (b, a) if swapped else (a, b)
     asked = judge_questions(*systems, DIALOGUES, config)
     planted = {}

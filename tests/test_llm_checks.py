@@ -2,7 +2,6 @@
 
 import asyncio
 
-import numpy
 import pydantic
 import pytest
 
@@ -19,7 +18,6 @@ from csc_train.synthesis.filters.llm_checks import (
     check_call_manners,
     check_quality,
     check_rolecs,
-    fleiss_kappa,
     rolecs_verdict,
 )
 from csc_train.synthesis.filters.rules import FilterVerdict, RewriteConfig, Utterance
@@ -127,21 +125,6 @@ def test_a_panel_gives_a_point_by_more_than_half_of_its_judges():
 def test_judging_out_of_range_is_refused(values, key):
     with pytest.raises(InputError, match=rf"^rolecs_check\.{key}="):
         RoleCSCheckConfig(**values)
-
-
-def test_fleiss_kappa_by_hand():
-    # 4 dialogues, 3 judges; agreeing pairs 1, 1/3, 1/3, 1: mean 2/3. Ones are 6 of 12: by chance 1/2.
-    given = numpy.array([[1, 1, 1], [1, 1, 0], [0, 1, 0], [0, 0, 0]])
-    assert fleiss_kappa(given) == pytest.approx((2 / 3 - 1 / 2) / (1 - 1 / 2))
-    assert fleiss_kappa(numpy.array([[1, 1], [0, 0], [1, 1]])) == 1
-    assert fleiss_kappa(numpy.array([[1, 0], [0, 1]])) == -1
-    assert fleiss_kappa(numpy.array([[1, 1], [1, 1]])) is None
-    assert fleiss_kappa(numpy.array([[1], [0]])) is None
-
-
-def test_independent_judges_agree_by_chance_alone():
-    given = (numpy.random.default_rng(0).random((20_000, 3)) < 0.8).astype(int)
-    assert abs(fleiss_kappa(given)) < 0.02
 
 
 def test_agreement_of_a_panel_by_criterion():

@@ -33,7 +33,7 @@ from csc_train.llm.structured import parse_answer
 
 DIALOGUES = {dialogue.id: dialogue for dialogue in generate_sample(12, seed=3)}
 PLACES = [(name, turn) for name in sorted(DIALOGUES) for turn in DIALOGUES[name].supporter_turns[:2]]
-CONFIG = JudgeConfig(turns=None, draws=200, flips=1000)
+CONFIG = JudgeConfig(num_turns=None, bootstrap_resamples=200, permutations=1000)
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_planted_preferences_are_found(fault_server, tmp_path):
 def test_both_orders_are_asked_and_a_judge_that_looks_at_the_place_only_gives_ties(fault_server, tmp_path):
     fault_server.answer = lambda body: '{"reason": "-", "better": "1"}'
     a, b = system(lambda n: f"甲的第{n}句"), system(lambda n: f"乙的第{n}句呀")
-    config = JudgeConfig(tasks=["pairwise"], turns=None, draws=200, flips=1000)
+    config = JudgeConfig(tasks=["pairwise"], num_turns=None, bootstrap_resamples=200, permutations=1000)
     result, judged = judged_by(fault_server, a, b, tmp_path / "cache.jsonl", config)
     assert (result.win_rate.wins, result.win_rate.losses) == (0, 0)
     assert result.win_rate.rate.value == 50 and result.win_rate.p_value == 1
@@ -166,7 +166,14 @@ def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_
     assert again.win_rate.wins == len(PLACES)
     judged_by(fault_server, a, b, cache, structured="text")
     assert len(fault_server.requests) == 5
-    judged_by(fault_server, a, b, cache, JudgeConfig(turns=None, seed=1, draws=200, flips=1000), structured="text")
+    judged_by(
+        fault_server,
+        a,
+        b,
+        cache,
+        JudgeConfig(num_turns=None, seed=1, bootstrap_resamples=200, permutations=1000),
+        structured="text",
+    )
     assert len(fault_server.requests) == 5 + total
 
     cache.write_text("{}\n" + kept, encoding="utf-8")
@@ -177,7 +184,10 @@ def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_
 def test_an_answer_is_kept_for_all_that_decides_it_and_asked_for_without_chance(fault_server, tmp_path):
     fault_server.answer = planted
     a, b = system(lambda n: f"品质3，第{n}句"), system(lambda n: f"品质2，第{n}句")
-    cache, rubric = tmp_path / "cache.jsonl", JudgeConfig(tasks=["rubric"], turns=None, draws=200, flips=1000)
+    cache, rubric = (
+        tmp_path / "cache.jsonl",
+        JudgeConfig(tasks=["rubric"], num_turns=None, bootstrap_resamples=200, permutations=1000),
+    )
     seeds = []
     for settings in (
         {}, {"model": "other"}, {"temperature": 0.5}, {"top_p": 0.9}, {"max_tokens": 99}, {"extra_body": {"think": 1}}
@@ -207,11 +217,11 @@ def test_a_key_that_is_refused_ends_it(fault_server, tmp_path):
 
 def test_the_turns_are_drawn_by_the_seed_and_not_by_which_others_there_are():
     turns = PredictionTable(system(lambda n: "甲"))
-    few = JudgeConfig(turns=10)
+    few = JudgeConfig(num_turns=10)
     chosen = chosen_turns(turns, few)
     assert len(chosen) == 10 and sorted(set(chosen)) == list(chosen)
-    assert list(chosen_turns(turns, JudgeConfig(turns=10, seed=1))) != list(chosen)
-    assert list(chosen_turns(turns, JudgeConfig(turns=None))) == list(range(len(turns)))
+    assert list(chosen_turns(turns, JudgeConfig(num_turns=10, seed=1))) != list(chosen)
+    assert list(chosen_turns(turns, JudgeConfig(num_turns=None))) == list(range(len(turns)))
     keys = {turns.keys[index] for index in chosen}
     without = PredictionTable(
         [each for each in turns.predictions if (each.dialogue_id, each.turn) in keys or each.turn == 0]
@@ -318,7 +328,7 @@ def test_the_recipe_judges_goes_on_and_reports(runs, fault_server, capsys):
     fault_server.script += [Fault(500)]
     command = [
         "one", "other", "llm=openai", "llm.model=judge", f"llm.base_url={fault_server.base_url}",
-        "llm.api_key_env=null", "llm.retries=0", "judge.turns=20", "run.directory=judged",
+        "llm.api_key_env=null", "llm.retries=0", "judge.num_turns=20", "run.directory=judged",
     ]  # fmt: skip
     recipe = load_recipe("judge")
     with pytest.raises(SystemExit) as ended:
@@ -345,7 +355,7 @@ def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, fault_
     fault_server.answer = planted
     write_predictions("one/predictions/trained-reference.jsonl", system(lambda n: f"品质3，第{n}句")[3:])
     command = ["one", "other", "llm=openai", "llm.model=judge", f"llm.base_url={fault_server.base_url}"]
-    command += ["llm.api_key_env=null", "judge.turns=null", "judge.tasks=[rubric]", "run.directory=judged"]
+    command += ["llm.api_key_env=null", "judge.num_turns=null", "judge.tasks=[rubric]", "run.directory=judged"]
     load_recipe("judge").main(compose("judge", command))
     assert len(fault_server.requests) == 2 * (len(PLACES) - 3)
     assert json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))["left_out"] == 3

@@ -575,7 +575,7 @@ def test_config_is_a_structured_config_and_checks_itself(tmp_path):
     for change, message in (
         ({"profiles": ["papr"]}, "metrics.profiles=papr: choose one of paper, zh"),
         ({"batch_size": 0}, "metrics.batch_size=0"),
-        ({"draws": 10}, "metrics.draws=10"),
+        ({"bootstrap_resamples": 10}, "metrics.bootstrap_resamples=10"),
         ({"bertscore_layers": 0}, "metrics.bertscore_layers=0"),
         ({"bertscore_model": str(tmp_path)}, "metrics.bertscore_model=.*no config.json"),
         ({"bleurt_model": str(tmp_path / "none")}, "metrics.bleurt_model=.*no config.json"),

@@ -114,8 +114,8 @@ class OnFinishConfig:
     recipe: str | None = None
     """evaluate: the evaluation of its checkpoint, into the run directory's `evaluation`."""
     overrides: list[str] = field(default_factory=list)
-    """Settings of that recipe, each in quotes: `on_finish.overrides=['data=rolecs','evaluation.base=false']`. Checked
-    before
+    """Settings of that recipe, each in quotes: `on_finish.overrides=['data=rolecs','evaluation.include_base=false']`.
+    Checked before
     the training starts."""
 
     def __post_init__(self):

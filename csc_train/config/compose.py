@@ -142,13 +142,13 @@ class CompareRecipe:
     """The system of run A; the one that it evaluated where not given."""
     system_b: str | None = None
     """The system of run B; as `system_a`."""
-    flips: int = 10000
+    permutations: int = 10000
     """Random exchanges of the two systems for each p-value."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        check_range("flips", self.flips, 1000)
+        check_range("permutations", self.permutations, 1000)
 
 
 @dataclass

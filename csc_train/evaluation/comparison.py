@@ -9,7 +9,7 @@ from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.profiles import MetricsConfig, compute_metrics, same_turns
 from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.predictions import Prediction, read_run, select_system
-from csc_train.stats import LEVEL, holm, mcnemar, sign_flip_test
+from csc_train.stats import CONFIDENCE_LEVEL, holm_correction, mcnemar_test, sign_flip_test
 
 ALIKE = "cannot be told apart"
 
@@ -86,14 +86,14 @@ def compare(
     a: dict[str, Sequence[Prediction]],
     b: dict[str, Sequence[Prediction]],
     config: MetricsConfig,
-    flips: int,
+    permutations: int,
     names: tuple[str, str] = ("A", "B"),
 ) -> list[Difference]:
     """Every metric in every context that both systems have.
 
     Args:
         a, b: their predictions by context.
-        flips: random exchanges of the two systems for each p-value.
+        permutations: random exchanges of the two systems for each p-value.
         names: what to call them in errors.
 
     Raises:
@@ -111,12 +111,12 @@ def compare(
     for context, (sides, left_out) in shared.items():
         metrics = [_metrics(turns, config) for turns in sides]
         for name, figure in metrics[0].items():
-            row = _difference(name, figure, metrics[1][name], sides, config.draws, flips)
+            row = _difference(name, figure, metrics[1][name], sides, config.bootstrap_resamples, permutations)
             rows.append({"context": context, "turns": len(sides[0]), "left_out": left_out} | row)
     tested = [row for row in rows if row["p_value"] is not None]
-    for row, adjusted in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
+    for row, adjusted in zip(tested, holm_correction([row["p_value"] for row in tested]), strict=True):
         higher = "A is higher" if row["difference"] > 0 else "B is higher"
-        row |= {"adjusted": adjusted, "verdict": higher if adjusted < 1 - LEVEL else ALIKE}
+        row |= {"adjusted": adjusted, "verdict": higher if adjusted < 1 - CONFIDENCE_LEVEL else ALIKE}
     return [Difference(**row) for row in rows]
 
 
@@ -138,16 +138,16 @@ def _metrics(turns: PredictionTable, config: MetricsConfig) -> dict[str, Metric]
 
 
 def _difference(
-    name: str, a: Metric, b: Metric, sides: tuple[PredictionTable, PredictionTable], draws: int, flips: int
+    name: str, a: Metric, b: Metric, sides: tuple[PredictionTable, PredictionTable], resamples: int, permutations: int
 ) -> dict:
     dialogues = sides[0].dialogue
     row = {"metric": name, "unit": a.unit, "signature": a.signature, "p_value": None}
-    score = a.minus(b, dialogues, draws)
+    score = a.minus(b, dialogues, resamples)
     if score.value is None:
         return row | {"reason": score.reason}
     row |= {"a": a.statistic.value, "b": b.statistic.value, "difference": score.value}
     row |= {"low": score.low, "high": score.high}
-    row["p_value"] = sign_flip_test(a.statistic, b.statistic, dialogues, flips)
+    row["p_value"] = sign_flip_test(a.statistic, b.statistic, dialogues, permutations)
     if name == "ACC":
-        row["mcnemar"] = mcnemar(sides[0].correct, sides[1].correct)
+        row["mcnemar"] = mcnemar_test(sides[0].correct, sides[1].correct)
     return row

@@ -13,7 +13,7 @@ class EvaluationConfig(InferenceConfig):
     """How replies are generated and scored."""
 
     contexts: list[str] = field(default_factory=lambda: list(CONTEXTS))
-    base: bool = True
+    include_base: bool = True
     """Evaluate the model that training started from as well."""
 
     def __post_init__(self):
@@ -33,15 +33,15 @@ class JudgeConfig:
 
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     """pairwise: which of two replies is better, asked in both orders. rubric: five scores for each reply."""
-    turns: int | None = 500
+    num_turns: int | None = 500
     """Turns to judge, drawn at random; all where null."""
     seed: int = 0
     """Of the draw, and of the judge's sampling."""
     language: str = "zh"
     """Language of the questions: zh or en."""
-    draws: int = 1000
+    bootstrap_resamples: int = 1000
     """Resamples of the dialogues that the 95 % intervals are taken from."""
-    flips: int = 10000
+    permutations: int = 10000
     """Random exchanges of the two systems for the p-value."""
 
     def __post_init__(self):
@@ -49,11 +49,11 @@ class JudgeConfig:
             raise InputError(f"judge.tasks=[]: give one or more of {', '.join(TASKS)}")
         for task in self.tasks:
             check_choice("judge.tasks", task, TASKS)
-        if self.turns is not None:
-            check_range("judge.turns", self.turns, 1)
+        if self.num_turns is not None:
+            check_range("judge.num_turns", self.num_turns, 1)
         check_choice("judge.language", self.language, LANGUAGES)
-        check_range("judge.draws", self.draws, 100)
-        check_range("judge.flips", self.flips, 1000)
+        check_range("judge.bootstrap_resamples", self.bootstrap_resamples, 100)
+        check_range("judge.permutations", self.permutations, 1000)
 
 
 STRATEGIES_SHOWN = ("hidden", "own", "reference")
@@ -63,31 +63,31 @@ STRATEGIES_SHOWN = ("hidden", "own", "reference")
 class HumanConfig:
     """How people compare replies."""
 
-    items: int = 100
+    num_items: int = 100
     """Turns on the sheet, drawn at random among those where the replies differ; with one seed, the first of those that
     a judge is given."""
-    per_dialogue: int | None = 1
+    max_items_per_dialogue: int | None = 1
     """Turns of one dialogue, at most; any number where null."""
     seed: int = 0
     """Of the draw, of the order of the items and of which reply stands first."""
     language: str = "zh"
     """Language of the sheet: zh or en."""
-    strategies: str = "hidden"
+    show_strategies: str = "hidden"
     """Whether strategies are shown. own: each reply's. reference: that of the reference at this turn, to both."""
     criteria: list[str] = field(default_factory=lambda: list(CRITERIA))
     """What is asked besides which reply is better overall."""
-    draws: int = 1000
+    bootstrap_resamples: int = 1000
     """Resamples of the dialogues that the 95 % intervals are taken from."""
-    flips: int = 10000
+    permutations: int = 10000
     """Random exchanges of the two systems for each p-value."""
 
     def __post_init__(self):
-        check_range("human.items", self.items, 1)
-        if self.per_dialogue is not None:
-            check_range("human.per_dialogue", self.per_dialogue, 1)
+        check_range("human.num_items", self.num_items, 1)
+        if self.max_items_per_dialogue is not None:
+            check_range("human.max_items_per_dialogue", self.max_items_per_dialogue, 1)
         check_choice("human.language", self.language, LANGUAGES)
-        check_choice("human.strategies", self.strategies, STRATEGIES_SHOWN)
+        check_choice("human.show_strategies", self.show_strategies, STRATEGIES_SHOWN)
         for criterion in self.criteria:
             check_choice("human.criteria", criterion, CRITERIA)
-        check_range("human.draws", self.draws, 100)
-        check_range("human.flips", self.flips, 1000)
+        check_range("human.bootstrap_resamples", self.bootstrap_resamples, 100)
+        check_range("human.permutations", self.permutations, 1000)

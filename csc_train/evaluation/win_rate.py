@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy
 
 from csc_train.evaluation.metrics.base import Metric, MetricResult
-from csc_train.stats import mean, sign_flip_test, weighted_interval
+from csc_train.stats import mean, sign_flip_test, weighted_bootstrap_interval
 
 RIDGE = 0.01
 """Of the logistic regression: keeps its coefficients finite where one system always wins."""
@@ -32,7 +32,7 @@ class WinRate:
 
 
 def win_rate(
-    preferences: numpy.ndarray, longer: numpy.ndarray, dialogues: numpy.ndarray, draws: int, flips: int
+    preferences: numpy.ndarray, longer: numpy.ndarray, dialogues: numpy.ndarray, resamples: int, permutations: int
 ) -> WinRate:
     """The win rates of A.
 
@@ -40,26 +40,26 @@ def win_rate(
         preferences: float [turns]; 1 where A is preferred, 0 where B is, 0.5 for a tie.
         longer: float [turns]; by how many characters A's reply is longer.
         dialogues: int [turns]; the dialogue of each, counted from 0.
-        draws: resamples of the dialogues for the intervals.
-        flips: random exchanges of the two systems for the p-value.
+        resamples: resamples of the dialogues for the intervals.
+        permutations: random exchanges of the two systems for the p-value.
     """
     figure = Metric(mean(100 * preferences), "turns", "A preferred, ties half", "no turns were judged")
     if not len(preferences):
         nothing = MetricResult(None, "turns", _CONTROLLED, figure.reason)
-        return WinRate(0, 0, 0, figure.score(dialogues, draws), nothing, None)
+        return WinRate(0, 0, 0, figure.score(dialogues, resamples), nothing, None)
     wins, losses = int((preferences == 1).sum()), int((preferences == 0).sum())
     return WinRate(
         wins,
         len(preferences) - wins - losses,
         losses,
-        figure.score(dialogues, draws),
-        _length_controlled(preferences, longer, dialogues, draws),
-        sign_flip_test(mean(preferences), mean(1 - preferences), dialogues, flips),
+        figure.score(dialogues, resamples),
+        _length_controlled(preferences, longer, dialogues, resamples),
+        sign_flip_test(mean(preferences), mean(1 - preferences), dialogues, permutations),
     )
 
 
 def _length_controlled(
-    preferences: numpy.ndarray, longer: numpy.ndarray, dialogues: numpy.ndarray, draws: int
+    preferences: numpy.ndarray, longer: numpy.ndarray, dialogues: numpy.ndarray, resamples: int
 ) -> MetricResult:
     if longer.any() and not numpy.ptp(longer):
         return MetricResult(None, "turns", _CONTROLLED, f"A's reply is {longer[0]:+g} characters longer in every turn")
@@ -67,7 +67,7 @@ def _length_controlled(
     def controlled(weights: numpy.ndarray) -> numpy.ndarray:
         return 100 * length_controlled(preferences, longer, weights)
 
-    bounds = weighted_interval(controlled, dialogues, draws) or (None, None)
+    bounds = weighted_bootstrap_interval(controlled, dialogues, resamples) or (None, None)
     value = float(controlled(numpy.ones((1, len(preferences))))[0])
     return MetricResult(value, "turns", _CONTROLLED, None, *bounds)
 

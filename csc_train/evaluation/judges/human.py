@@ -21,7 +21,6 @@ from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.evaluation.comparison import ALIKE, left_out_note
 from csc_train.evaluation.config import HumanConfig
-from csc_train.evaluation.judges.agreement import cohen_kappa, fleiss_kappa, observed_agreement
 from csc_train.evaluation.judges.criteria import CRITERIA
 from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.report.tables import INTERVALS, Section
@@ -30,7 +29,7 @@ from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest, read_json
 from csc_train.inference.predictions import Prediction
 from csc_train.jsonl import to_line
-from csc_train.stats import LEVEL, holm
+from csc_train.stats import CONFIDENCE_LEVEL, cohen_kappa, fleiss_kappa, holm_correction, observed_agreement
 from csc_train.templates import render
 
 SHEET, KEY = "sheet.html", "key.json"
@@ -67,7 +66,7 @@ class UnblindingKey(_Strict):
         questions: `OVERALL` and the criteria.
         turns, differing: turns that both systems answered, and those of them where the replies differ.
         left_out: turns that only one of them answered.
-        strategies: what the sheet shows of them (see `HumanConfig`).
+        strategies: what the sheet shows of them (see `HumanConfig.show_strategies`).
     """
 
     sheet: str
@@ -120,22 +119,22 @@ def draw_annotation_form(
             to be shown.
     """
     pairs = list(zip(*(side.predictions for side in sides), strict=True))
-    if config.strategies == "own":
+    if config.show_strategies == "own":
         for side, name in zip(sides, names, strict=True):
             if not side.predicts_strategy:
-                raise InputError(f"human.strategies=own: {name} names no strategies")
+                raise InputError(f"human.show_strategies=own: {name} names no strategies")
     differing = [index for index in sides[0].shuffled(config.seed) if _differ(*pairs[index], config)]
     if not differing:
         raise InputError(f"the replies of {names[0]} and {names[1]} differ nowhere: there is nothing to compare")
     chosen, taken = [], Counter()
     for index in differing:
         dialogue = pairs[index][0].dialogue_id
-        if config.per_dialogue is None or taken[dialogue] < config.per_dialogue:
+        if config.max_items_per_dialogue is None or taken[dialogue] < config.max_items_per_dialogue:
             taken[dialogue] += 1
             chosen.append(index)
     secret = digest([config.seed, [[to_line(asdict(each)) for each in pair] for pair in pairs]])
     rng = random.Random(secret)
-    chosen = chosen[: config.items]
+    chosen = chosen[: config.num_items]
     rng.shuffle(chosen)
     shown, items = [], []
     for number, index in enumerate(chosen):
@@ -154,21 +153,21 @@ def draw_annotation_form(
     page = render("csc_train.evaluation.report", "sheet.html.jinja", **values)
     key = UnblindingKey(
         sheet=sheet, a=names[0], b=names[1], questions=questions, turns=len(pairs), differing=len(differing),
-        strategies=config.strategies, items=items, left_out=left_out,
+        strategies=config.show_strategies, items=items, left_out=left_out,
     )  # fmt: skip
     return page, key
 
 
 def _differ(a: Prediction, b: Prediction, config: HumanConfig) -> bool:
     """Whether a reader of the sheet sees two different replies."""
-    return a.response != b.response or (config.strategies == "own" and a.strategy != b.strategy)
+    return a.response != b.response or (config.show_strategies == "own" and a.strategy != b.strategy)
 
 
 def _shown(dialogue: Dialogue, replies: Sequence[Prediction], config: HumanConfig) -> dict[str, Any]:
     """What the sheet shows of an item: the turns before, as (whether the supporter's, text), and the replies."""
     turn = replies[0].turn
-    own = [each.strategy if config.strategies == "own" else None for each in replies]
-    reference = replies[0].reference_strategy if config.strategies == "reference" else None
+    own = [each.strategy if config.show_strategies == "own" else None for each in replies]
+    reference = replies[0].reference_strategy if config.show_strategies == "reference" else None
     return {
         "history": [[each.strategy is not None, each.text] for each in dialogue.turns[:turn]],
         "strategy": _strategy(reference, config.language),
@@ -355,7 +354,7 @@ def rater_results(
             "pairs": [_pair(*one, *other, items, config) for one, other in pairs],
         }
     tested = {question: each["win_rate"] for question, each in found.items() if each["win_rate"].p_value is not None}
-    adjusted = dict(zip(tested, holm([each.p_value for each in tested.values()]), strict=True))
+    adjusted = dict(zip(tested, holm_correction([each.p_value for each in tested.values()]), strict=True))
     return {
         question: RaterResult(
             adjusted=adjusted.get(question), verdict=_verdict(each["win_rate"], adjusted.get(question)), **each
@@ -367,7 +366,7 @@ def rater_results(
 def _verdict(rates: WinRate, adjusted: float | None) -> str | None:
     if adjusted is None:
         return None
-    if adjusted >= 1 - LEVEL:
+    if adjusted >= 1 - CONFIDENCE_LEVEL:
         return ALIKE
     return "A is preferred" if rates.rate.value > 50 else "B is preferred"
 
@@ -382,7 +381,7 @@ def _win_rate(ratings: Mapping[str, Preferences], items: Mapping[str, Annotation
     names = [name for name, _ in rows]
     preferences = numpy.array([value for _, value in rows], float)
     longer = numpy.array([items[name].longer for name in names], float)
-    return win_rate(preferences, longer, _dialogues(names, items), config.draws, config.flips)
+    return win_rate(preferences, longer, _dialogues(names, items), config.bootstrap_resamples, config.permutations)
 
 
 def majority(ratings: Mapping[str, Preferences]) -> Preferences:
@@ -411,7 +410,13 @@ def _pair(
     sides, dialogues = [_categories(given, names) for given in (first, second)], _dialogues(names, items)
     same = Metric(observed_agreement(*sides), "items", "equal answers of A, tie, B", "no items in common")
     kappa = Metric(cohen_kappa(*sides, 3), "kappa", "Cohen 1960, A, tie, B", _UNDEFINED if names else same.reason)
-    return RaterPair(one, other, len(names), same.score(dialogues, config.draws), kappa.score(dialogues, config.draws))
+    return RaterPair(
+        one,
+        other,
+        len(names),
+        same.score(dialogues, config.bootstrap_resamples),
+        kappa.score(dialogues, config.bootstrap_resamples),
+    )
 
 
 def _fleiss(
@@ -423,7 +428,7 @@ def _fleiss(
     categories = numpy.stack([_categories(given, shared) for given in ratings.values()], axis=1)
     counts = numpy.eye(3)[categories].sum(axis=1)
     figure = Metric(fleiss_kappa(counts), unit, signature, _UNDEFINED if shared else "no item was answered by all")
-    return figure.score(_dialogues(shared, items), config.draws)
+    return figure.score(_dialogues(shared, items), config.bootstrap_resamples)
 
 
 _UNDEFINED = "all answers are the same"

@@ -94,9 +94,9 @@ class JudgeReport:
 
 def chosen_turns(turns: PredictionTable, config: JudgeConfig) -> numpy.ndarray:
     """int [chosen]: which of the turns are judged, in order."""
-    if config.turns is None:
+    if config.num_turns is None:
         return numpy.arange(len(turns))
-    return numpy.array(sorted(turns.shuffled(config.seed)[: config.turns]), int)
+    return numpy.array(sorted(turns.shuffled(config.seed)[: config.num_turns]), int)
 
 
 def judge_questions(
@@ -258,7 +258,13 @@ def summarize(
         turns = [a[index] for index, _ in rows]
         longer = [len(each.response) - len(b[index].response) for each, (index, _) in zip(turns, rows, strict=True)]
         preferences = numpy.array([preference for _, preference in rows])
-        rates = win_rate(preferences, numpy.array(longer), PredictionTable(turns).dialogue, config.draws, config.flips)
+        rates = win_rate(
+            preferences,
+            numpy.array(longer),
+            PredictionTable(turns).dialogue,
+            config.bootstrap_resamples,
+            config.permutations,
+        )
         first = 100 * sum(firsts) / len(firsts) if firsts else None
         counts["pairwise"] = len(rows)
     if "rubric" in config.tasks:
@@ -273,8 +279,10 @@ def summarize(
             for index, one, other in zip(rated, *sides.values(), strict=True):
                 preferred[index][criterion] = 0.5 if one == other else float(one > other)
             figures = {side: Metric(mean(points), "points", "mean of 1 to 5") for side, points in sides.items()}
-            scores[criterion] = {side: figure.score(dialogues, config.draws) for side, figure in figures.items()}
-            scores[criterion]["A - B"] = figures["A"].minus(figures["B"], dialogues, config.draws)
+            scores[criterion] = {
+                side: figure.score(dialogues, config.bootstrap_resamples) for side, figure in figures.items()
+            }
+            scores[criterion]["A - B"] = figures["A"].minus(figures["B"], dialogues, config.bootstrap_resamples)
         counts["rubric"] = len(turns)
     by_turn = [
         {"dialogue_id": each.dialogue_id, "turn": each.turn, **preferred[index]}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy
 
-from csc_train.stats import Statistic, difference_interval, interval
+from csc_train.stats import Statistic, bootstrap_interval, paired_bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Metric:
             return self.reason
         return "it is infinite" if math.isinf(self.statistic.value) else None
 
-    def score(self, dialogues: numpy.ndarray, draws: int) -> MetricResult:
+    def score(self, dialogues: numpy.ndarray, resamples: int) -> MetricResult:
         """The figure's value and interval; `dialogues`, int [turns], is the dialogue of each turn."""
         if (missing := self._missing) is not None:
             return MetricResult(None, self.unit, self.signature, missing)
         value = self.statistic.value
-        bounds = interval(self.statistic, dialogues, draws) or (None, None)
+        bounds = bootstrap_interval(self.statistic, dialogues, resamples) or (None, None)
         return MetricResult(value, self.unit, self.signature, None, *bounds)
 
     def only(self, where: numpy.ndarray) -> "Metric":
@@ -59,11 +59,11 @@ class Metric:
             return replace(self, statistic=None)
         return replace(self, statistic=replace(self.statistic, terms=self.statistic.terms * where[:, None]))
 
-    def minus(self, other: "Metric", dialogues: numpy.ndarray, draws: int) -> MetricResult:
+    def minus(self, other: "Metric", dialogues: numpy.ndarray, resamples: int) -> MetricResult:
         """The difference to the same figure of another system, or another context, on the same turns."""
         for each in (self, other):
             if (missing := each._missing) is not None:
                 return MetricResult(None, self.unit, self.signature, missing)
         value = self.statistic.value - other.statistic.value
-        bounds = difference_interval(self.statistic, other.statistic, dialogues, draws) or (None, None)
+        bounds = paired_bootstrap_interval(self.statistic, other.statistic, dialogues, resamples) or (None, None)
         return MetricResult(value, self.unit, self.signature, None, *bounds)

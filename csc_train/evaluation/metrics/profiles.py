@@ -75,7 +75,7 @@ class MetricsConfig:
     there is a SentencePiece model alone, that is to be made first, in a directory."""
     batch_size: int = 64
     """Pairs per forward pass of BERTScore and BLEURT."""
-    draws: int = 1000
+    bootstrap_resamples: int = 1000
     """Resamples of the dialogues that the 95 % intervals are taken from."""
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class MetricsConfig:
             check_choice("metrics.profiles", profile, PROFILES)
         check_range("metrics.bertscore_layers", self.bertscore_layers, 1)
         check_range("metrics.batch_size", self.batch_size, 1)
-        check_range("metrics.draws", self.draws, 100)
+        check_range("metrics.bootstrap_resamples", self.bootstrap_resamples, 100)
         # Looked for here, before hours are spent on the predictions.
         for name in ("bertscore_model", "bleurt_model"):
             path = getattr(self, name)
@@ -131,7 +131,7 @@ def score(
         name; `calibration`: see `likelihood_metrics`; `by_strategy`: by label, its `turns` and Scores; `confusion` and
         `transitions`: see `strategy_metrics`; `by_position`: ACC and character ROUGE-L by the how many-th supporter
         turn it is. `process` and `reply`: by name, a Score of the `system` and one of the `reference`; `lengths` and
-        `lowest_scoring`: see `reply_metrics`. `without_flagged`: `dialogues`, `turns` and `profiles` of the rest, or None where
+        `lowest_scoring`: see `reply_metrics`. `decontaminated`: `dialogues`, `turns` and `profiles` of the rest, or None where
         nothing is flagged. `counts`: `dialogues`; `turns`; `failed`; `unparsed`, the turns whose strategy could not be
         read (None where the system predicts none); `empty_replies`, which score 0 in every text metric.
 
@@ -141,7 +141,7 @@ def score(
     turns = PredictionTable(predictions, dialogues)
 
     def shown(figure: Metric) -> MetricResult:
-        return figure.score(turns.dialogue, config.draws)
+        return figure.score(turns.dialogue, config.bootstrap_resamples)
 
     def sides(figures: tuple[Metric, Metric]) -> dict[str, MetricResult]:
         return dict(zip(("system", "reference"), map(shown, figures), strict=True))
@@ -161,7 +161,7 @@ def score(
         "profiles": {
             profile: {column: shown(figure) for column, figure in cells.items()} for profile, cells in profiles.items()
         },
-        "without_flagged": _without(flagged, turns, profiles, config.draws),
+        "decontaminated": _without(flagged, turns, profiles, config.bootstrap_resamples),
         "strategy": {name: shown(figure) for name, figure in strategy.items()},
         "likelihood": {name: shown(figure) for name, figure in likelihood_metrics.likelihoods(turns).items()}
         | {"ECE": likelihood_metrics.calibration_error(turns)},
@@ -183,7 +183,7 @@ def score(
         "process": {name: sides(pair) for name, pair in strategy_metrics.process(turns).items()},
         "reply": reply,
         "lengths": reply_metrics.length_histogram(turns),
-        "worst": reply_metrics.lowest_scoring(turns),
+        "lowest_scoring": reply_metrics.lowest_scoring(turns),
         "counts": {
             "dialogues": len(set(turns.dialogue.tolist())),
             "turns": len(turns),
@@ -195,7 +195,7 @@ def score(
 
 
 def _without(
-    flagged: Collection[str], turns: PredictionTable, profiles: dict[str, dict[str, Metric]], draws: int
+    flagged: Collection[str], turns: PredictionTable, profiles: dict[str, dict[str, Metric]], resamples: int
 ) -> dict[str, Any] | None:
     """The profiles over the dialogues that are not flagged."""
     if not flagged:
@@ -205,7 +205,7 @@ def _without(
         "dialogues": len(set(turns.dialogue[kept].tolist())),
         "turns": int(kept.sum()),
         "profiles": {
-            profile: {column: figure.only(kept).score(turns.dialogue, draws) for column, figure in cells.items()}
+            profile: {column: figure.only(kept).score(turns.dialogue, resamples) for column, figure in cells.items()}
             for profile, cells in profiles.items()
         },
     }
@@ -239,10 +239,10 @@ def drift(
             "R-L char": [_zh_rouge(turns).only(here) for turns in sides],
         }
         by_context = {
-            context: {name: pair[index].score(dialogue, config.draws) for name, pair in pairs.items()}
+            context: {name: pair[index].score(dialogue, config.bootstrap_resamples) for name, pair in pairs.items()}
             for index, context in enumerate(CONTEXTS)
         }
-        lost = {name: one.minus(other, dialogue, config.draws) for name, (one, other) in pairs.items()}
+        lost = {name: one.minus(other, dialogue, config.bootstrap_resamples) for name, (one, other) in pairs.items()}
         rows.append({"position": number + 1, "turns": int(here.sum()), **by_context, **lost})
     return rows
 

@@ -46,7 +46,7 @@ def write_html(directory: str | os.PathLike, scored: Scored, config: dict[str, A
         strategies=STRATEGIES,
         profiles=report.profiles(results),
         contamination=contamination,
-        without_flagged=report.decontaminated(results, contamination),
+        decontaminated=report.decontaminated(results, contamination),
         behaviour=report.behaviour(results),
         counts=report.counts(results),
         reasons=report.reasons,

@@ -138,7 +138,7 @@ def decontaminated(results: Results, contamination: Contamination | None) -> lis
     if contamination is None or not contamination.flagged:
         return []
     rest = {
-        system: {context: scores["without_flagged"] for context, scores in contexts.items()}
+        system: {context: scores["decontaminated"] for context, scores in contexts.items()}
         for system, contexts in results.items()
     }
     return [_profile(rest, profile, contamination) for profile in _profiles(results)]

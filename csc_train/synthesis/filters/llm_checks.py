@@ -14,6 +14,7 @@ import numpy
 import pydantic
 
 from csc_train.errors import check_range
+from csc_train.stats import fleiss_kappa
 from csc_train.synthesis.filters.rules import FilterVerdict, Utterance
 from csc_train.synthesis.prompting import as_text, messages
 
@@ -131,21 +132,6 @@ def agreement(panels: Sequence[Sequence[RoleCSPoints]]) -> dict[str, dict[str, A
     for name in CRITERIA:
         given = numpy.array([[getattr(points, name) for points in panel] for panel in panels])
         same = (given == given[:, :1]).all(axis=1).mean()
-        found[name] = {"unanimous": float(same), "fleiss_kappa": fleiss_kappa(given)}
+        kappa = fleiss_kappa(numpy.stack([(given == point).sum(axis=1) for point in (0, 1)], axis=1)).value
+        found[name] = {"unanimous": float(same), "fleiss_kappa": None if numpy.isnan(kappa) else kappa}
     return found
-
-
-def fleiss_kappa(given: numpy.ndarray) -> float | None:
-    """Agreement beyond chance of judges who give 0 or 1; `given` is int [dialogues, judges].
-
-    Source: J. L. Fleiss, Measuring nominal scale agreement among many raters, 1971.
-    """
-    judges = given.shape[1]
-    ones = given.sum(axis=1)
-    share = ones.sum() / given.size
-    by_chance = share**2 + (1 - share) ** 2
-    if judges < 2 or by_chance == 1:
-        return None
-    pairs = ones * (ones - 1) + (judges - ones) * (judges - ones - 1)
-    observed = (pairs / (judges * (judges - 1))).mean()
-    return float((observed - by_chance) / (1 - by_chance))
