@@ -22,9 +22,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from csc_train.config.compose import compose, to_container
 from csc_train.data.dialogue import Speaker
 from csc_train.data.sample_grammar import generate_sample
-from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.config import EvaluationConfig, MetricsConfig
 from csc_train.evaluation.metrics import lexical
-from csc_train.evaluation.metrics.profiles import MetricsConfig, compute_metrics
+from csc_train.evaluation.metrics.profiles import compute_metrics
 from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.generator import TurnQueue, generate_predictions
 from csc_train.inference.hf import HFGenerator

@@ -1,7 +1,7 @@
-"""How sure a figure is, and whether two systems differ, where the turns of a dialogue are alike.
+"""Bootstrap intervals, significance tests and rater agreement for turns that are clustered in dialogues.
 
-What is resampled, or exchanged between two systems, is always a whole dialogue: turns of one dialogue stand and fall
-together, and treating them as independent makes intervals too narrow and tests reject too often.
+Resampling and permutation act on whole dialogues. Turns of one dialogue are correlated: treating them as independent
+makes intervals too narrow and tests reject too often.
 """
 
 import functools
@@ -11,110 +11,116 @@ from dataclasses import dataclass
 import numpy
 
 CONFIDENCE_LEVEL = 0.95
-"""Of all intervals, how often they are to hold the truth."""
+"""Nominal coverage of the intervals; tests reject below 1 minus this level."""
 MIN_DIALOGUES = 10
-"""Dialogues below which there is no interval: a bootstrap of so few is far too narrow."""
+"""Minimum dialogues for an interval; a bootstrap of fewer is far too narrow."""
 SEED = 0
 _CHUNK = 1000
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A figure that is a function of sums over turns: a mean, a ratio, an F1, corpus BLEU.
+    """A function of sums over turns: a mean, a ratio, an F1, corpus BLEU.
 
     Attributes:
-        terms: float [turns, terms], what each turn adds to the sums.
-        of: the figure, float [...], of such sums, float [..., terms]; NaN where it is not defined.
+        terms: float [turns, terms], the contribution of each turn to the sums.
+        function: maps sums, float [..., terms], to values, float [...]; NaN means undefined.
     """
 
     terms: numpy.ndarray
-    of: Callable[[numpy.ndarray], numpy.ndarray]
+    function: Callable[[numpy.ndarray], numpy.ndarray]
 
     @property
     def value(self) -> float:
-        """The figure over all turns."""
-        return float(self.of(self.terms.sum(axis=0)))
+        """The value over all turns."""
+        return float(self.function(self.terms.sum(axis=0)))
 
     def by_dialogue(self, dialogues: numpy.ndarray) -> numpy.ndarray:
-        """float [dialogues, terms]: the sums over each dialogue; `dialogues`, int [turns], counts them from 0."""
+        """float [dialogues, terms]: the sums of each dialogue; `dialogues`, int [turns], counts dialogues from 0."""
         columns = [numpy.bincount(dialogues, column) for column in self.terms.T]
         return numpy.stack(columns, axis=1)
 
 
 def mean(values: Sequence[float] | numpy.ndarray, where: numpy.ndarray | None = None) -> Statistic:
-    """The mean of a value per turn, over the turns that `where`, bool [turns], selects; over all if not given."""
+    """The mean of a value per turn, over the turns that `where`, bool [turns], selects; `where` defaults to all."""
     values = numpy.asarray(values, float)
     counted = numpy.ones(len(values)) if where is None else where.astype(float)
     return Statistic(numpy.stack([values * counted, counted], axis=1), ratio)
 
 
 def ratio(sums: numpy.ndarray) -> numpy.ndarray:
-    """The first of two sums, float [..., 2], over the second; NaN where that is 0."""
-    above, below = sums[..., 0], sums[..., 1]
-    return numpy.divide(above, below, out=numpy.full(below.shape, numpy.nan), where=below != 0)
+    """The first of two sums, float [..., 2], divided by the second; NaN for a divisor of 0."""
+    numerator, divisor = sums[..., 0], sums[..., 1]
+    return numpy.divide(numerator, divisor, out=numpy.full(divisor.shape, numpy.nan), where=divisor != 0)
 
 
-def bootstrap_interval(statistic: Statistic, dialogues: numpy.ndarray, resamples: int) -> tuple[float, float] | None:
-    """The percentile bootstrap interval of a figure, over `resamples` resamples of dialogues.
+def bootstrap_interval(statistic: Statistic, dialogues: numpy.ndarray, resamples: int) -> Interval | None:
+    """The percentile bootstrap interval over `resamples` resamples of dialogues.
 
-    None where fewer than `MIN_DIALOGUES` dialogues have a turn that counts. A draw for which the figure is not defined is left
-    out.
+    Resamples without a value are ignored. None if fewer than `MIN_DIALOGUES` dialogues contribute.
 
     Args:
         dialogues: int [turns], the dialogue of each turn, counted from 0.
     """
-    return _percentiles(statistic.of, [statistic.by_dialogue(dialogues)], resamples)
+    return _percentile_interval(statistic.function, [statistic.by_dialogue(dialogues)], resamples)
 
 
 def paired_bootstrap_interval(
     one: Statistic, other: Statistic, dialogues: numpy.ndarray, resamples: int
-) -> tuple[float, float] | None:
-    """As `bootstrap_interval`, of the difference `one` - `other` of a figure on the same turns: both see the same resamples."""
-    return _percentiles(one.of, [each.by_dialogue(dialogues) for each in (one, other)], resamples)
+) -> Interval | None:
+    """As `bootstrap_interval`, for the difference `one` - `other` on the same turns and the same resamples."""
+    return _percentile_interval(one.function, [each.by_dialogue(dialogues) for each in (one, other)], resamples)
 
 
 def weighted_bootstrap_interval(
-    of: Callable[[numpy.ndarray], numpy.ndarray], dialogues: numpy.ndarray, resamples: int
-) -> tuple[float, float] | None:
-    """As `bootstrap_interval`, of a figure that is no function of sums: `of`, float [n, turns] -> float [n], gets weights."""
+    function: Callable[[numpy.ndarray], numpy.ndarray], dialogues: numpy.ndarray, resamples: int
+) -> Interval | None:
+    """As `bootstrap_interval`, for values that are no function of sums.
+
+    Args:
+        function: maps weights of the turns, float [n, turns], to values, float [n].
+    """
     count = int(dialogues.max(initial=-1)) + 1
     if count < MIN_DIALOGUES:
         return None
-    weights = _resamples(count, resamples)
-    chunks = range(0, resamples, _CHUNK // 10)
-    return _bounds(numpy.concatenate([of(weights[start : start + _CHUNK // 10, dialogues]) for start in chunks]))
+    weights, step = _resample_counts(count, resamples), _CHUNK // 10
+    return _quantiles(
+        numpy.concatenate([function(weights[i : i + step, dialogues]) for i in range(0, resamples, step)])
+    )
 
 
-def _percentiles(of: Callable, sides: list[numpy.ndarray], resamples: int) -> tuple[float, float] | None:
+def _percentile_interval(function: Callable, sides: list[numpy.ndarray], resamples: int) -> Interval | None:
     count = len(sides[0])
     if any(each.any(axis=1).sum() < MIN_DIALOGUES for each in sides):
         return None
-    figures = [of(_resamples(count, resamples) @ sums) for sums in sides]
-    return _bounds(figures[0] - figures[1] if len(figures) == 2 else figures[0])
+    values = [function(_resample_counts(count, resamples) @ sums) for sums in sides]
+    return _quantiles(values[0] - values[1] if len(values) == 2 else values[0])
 
 
-def _bounds(drawn: numpy.ndarray) -> tuple[float, float] | None:
-    drawn = drawn[~numpy.isnan(drawn)]
-    if not len(drawn):
+def _quantiles(values: numpy.ndarray) -> Interval | None:
+    values = values[~numpy.isnan(values)]
+    if not len(values):
         return None
-    low, high = numpy.quantile(drawn, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
+    low, high = numpy.quantile(values, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return float(low), float(high)
 
 
 @functools.lru_cache(maxsize=2)
-def _resamples(count: int, resamples: int) -> numpy.ndarray:
-    """float [resamples, count]: how often each of `count` dialogues is drawn; the same for every figure of a table."""
+def _resample_counts(count: int, resamples: int) -> numpy.ndarray:
+    """float [resamples, count]: draws of each dialogue in each resample; the same for every metric of a table."""
     chosen = numpy.random.default_rng(SEED).integers(count, size=(resamples, count))
     chosen += numpy.arange(resamples)[:, None] * count
     return numpy.bincount(chosen.ravel(), minlength=resamples * count).reshape(resamples, count).astype(float)
 
 
 def sign_flip_test(one: Statistic, other: Statistic, dialogues: numpy.ndarray, permutations: int) -> float:
-    """The two-sided p-value that two systems are alike in a figure, by exchanging them in random dialogues.
+    """The two-sided p-value of the hypothesis that two systems are equal, by a permutation test over dialogues.
 
-    Where they are alike, it is chance which of the two gave which of the two answers to a dialogue. The p-value is the
-    share of `permutations` exchanges, the actual assignment counted in, whose difference is at least as large. For a mean
-    this permutations the signs of the dialogues' differences. 1 where neither figure is defined.
+    Each permutation exchanges the two systems in random dialogues. The p-value is the share of permutations, the actual
+    assignment included, with a difference at least as large as the actual one. For a mean this flips the signs of the
+    differences per dialogue. 1 if neither statistic is defined.
     """
     first, second = (each.by_dialogue(dialogues) for each in (one, other))
     middle, half = (first + second).sum(axis=0) / 2, (first - second) / 2
@@ -124,13 +130,13 @@ def sign_flip_test(one: Statistic, other: Statistic, dialogues: numpy.ndarray, p
     for start in range(0, permutations, _CHUNK):
         signs = rng.integers(2, size=(min(_CHUNK, permutations - start), len(half))) * 2.0 - 1.0
         shift = signs @ half
-        apart = numpy.abs(one.of(middle + shift) - one.of(middle - shift))
-        as_large += int((~(apart < actual - 1e-9)).sum())  # equal but for rounding counts, and so does undefined
+        difference = numpy.abs(one.function(middle + shift) - one.function(middle - shift))
+        as_large += int((~(difference < actual - 1e-9)).sum())  # counts values equal up to rounding, and NaN
     return (1 + as_large) / (1 + permutations)
 
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment of the p-values of a family of tests: rejecting those below 5 % errs at all in 5 % of families.
+    """Holm's adjusted p-values of a family of tests; rejecting those below 5 % keeps the family-wise error below 5 %.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
@@ -143,10 +149,10 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 
 
 def mcnemar_test(one: numpy.ndarray, other: numpy.ndarray) -> float:
-    """The exact two-sided p-value of McNemar's test that two systems are right on equally many turns.
+    """The exact two-sided p-value of McNemar's test that two systems have equal accuracy.
 
-    It takes turns for independent, so on dialogues it rejects more often than it should. `one` and `other`, bool
-    [turns], say where each system is right.
+    It assumes independent turns, so on dialogues it rejects too often. `one` and `other`, bool [turns], mark the
+    correct turns of each system.
     """
     from scipy.stats import binomtest  # takes half a second to import
 
@@ -160,10 +166,10 @@ def observed_agreement(one: numpy.ndarray, other: numpy.ndarray) -> Statistic:
 
 
 def cohen_kappa(one: numpy.ndarray, other: numpy.ndarray, categories: int) -> Statistic:
-    """Cohen's kappa of two raters: int [items] each, the category of every item, counted from 0.
+    """Cohen's kappa of two raters: int [items] each, the category of each item, counted from 0.
 
-    (p - e) / (1 - e), where p is the share of items on which they agree, and e what it would be if each chose at
-    random with the frequencies of all that rater's choices. Not defined where both chose one category throughout.
+    (p - e) / (1 - e) with the observed agreement p and the agreement e expected from both raters' category frequencies.
+    Undefined if both raters chose the same category for all items.
 
     Source: J. Cohen, A coefficient of agreement for nominal scales, 1960.
     """
@@ -172,17 +178,17 @@ def cohen_kappa(one: numpy.ndarray, other: numpy.ndarray, categories: int) -> St
     def kappa(sums: numpy.ndarray) -> numpy.ndarray:
         agreed, items = sums[..., 0], sums[..., -1]
         first, second = sums[..., 1 : 1 + categories], sums[..., 1 + categories : -1]
-        by_chance = (first * second).sum(axis=-1)  # times the square of the items, so that 0 is exact
-        return ratio(numpy.stack([agreed * items - by_chance, items**2 - by_chance], axis=-1))
+        expected = (first * second).sum(axis=-1)  # times the square of the items, so that 0 is exact
+        return ratio(numpy.stack([agreed * items - expected, items**2 - expected], axis=-1))
 
     return Statistic(numpy.column_stack([one == other, *sides, numpy.ones(len(one))]).astype(float), kappa)
 
 
 def fleiss_kappa(counts: numpy.ndarray) -> Statistic:
-    """Fleiss' kappa of several raters: int [items, categories], how many chose each; all rated every item, at least 2.
+    """Fleiss' kappa of several raters: int [items, categories], the number of raters who chose each category.
 
-    (p - e) / (1 - e), where p is the mean over items of the share of pairs of raters who agree, and e the sum of
-    squares of the categories' shares in all choices. Not defined where all choices are of one category.
+    (p - e) / (1 - e) with p the mean share of agreeing pairs of raters per item, and e the sum of squared shares of the
+    categories. Every rater must rate every item. Undefined for one rater, or if all ratings are equal.
 
     Source: J. L. Fleiss, Measuring nominal scale agreement among many raters, 1971.
     """
@@ -192,9 +198,9 @@ def fleiss_kappa(counts: numpy.ndarray) -> Statistic:
 
     def kappa(sums: numpy.ndarray) -> numpy.ndarray:
         chosen, items = sums[..., 1:-1], sums[..., -1]
-        choices = chosen.sum(axis=-1)
-        by_chance = (chosen**2).sum(axis=-1)
-        above = ratio(numpy.stack([sums[..., 0], items], axis=-1)) * choices**2 - by_chance
-        return ratio(numpy.stack([above, choices**2 - by_chance], axis=-1))
+        total = chosen.sum(axis=-1)
+        expected = (chosen**2).sum(axis=-1)
+        above = ratio(numpy.stack([sums[..., 0], items], axis=-1)) * total**2 - expected
+        return ratio(numpy.stack([above, total**2 - expected], axis=-1))
 
     return Statistic(numpy.column_stack([agreeing, counts, numpy.ones(len(counts))]), kappa)

@@ -14,8 +14,8 @@ from csc_train.data.dialogue import read_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.errors import InputError
 from csc_train.evaluation.comparison import ALIKE, compare
+from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import read_contamination
-from csc_train.evaluation.metrics.profiles import MetricsConfig
 from csc_train.files import file_digest
 from csc_train.inference.predictions import Prediction, read_external_replies, read_run, select_system
 

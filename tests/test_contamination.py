@@ -6,6 +6,7 @@ from csc_train.data.dialogue import Dialogue
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.splits import Overlap, Splits, find_overlap
 from csc_train.errors import InputError
+from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import (
     FILE,
     find_contamination,
@@ -13,7 +14,7 @@ from csc_train.evaluation.contamination import (
     write_contamination,
 )
 from csc_train.evaluation.metrics.base import MetricResult
-from csc_train.evaluation.metrics.profiles import MetricsConfig, score
+from csc_train.evaluation.metrics.profiles import score
 from csc_train.evaluation.report.tables import markdown_table
 from csc_train.inference.predictions import Prediction
 

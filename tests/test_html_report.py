@@ -14,9 +14,8 @@ from csc_train.data.dialogue import Dialogue, write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.splits import DataConfig, DialogueSourceConfig, Splits, find_overlap
 from csc_train.data.strategies import STRATEGIES
-from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.config import EvaluationConfig, MetricsConfig
 from csc_train.evaluation.contamination import find_contamination, write_contamination
-from csc_train.evaluation.metrics.profiles import MetricsConfig
 from csc_train.evaluation.report.html import write_html
 from csc_train.evaluation.report.tables import write_results
 from csc_train.evaluation.scoring import score_run

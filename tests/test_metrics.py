@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, RemBertConfig
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.metrics import (
     lexical,
 )
@@ -36,7 +37,7 @@ from csc_train.evaluation.metrics import (
     strategy as strategy_metrics,
 )
 from csc_train.evaluation.metrics.base import MetricResult
-from csc_train.evaluation.metrics.profiles import PROFILES, MetricsConfig, drift, fetch_models, score
+from csc_train.evaluation.metrics.profiles import PROFILE_COLUMNS, drift, fetch_models, score
 from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.predictions import Prediction
 
@@ -571,7 +572,7 @@ def test_bleu_of_resampled_sums_equals_sacrebleu_of_the_resample():
 
 def test_config_is_a_structured_config_and_checks_itself(tmp_path):
     schema = OmegaConf.structured(MetricsConfig)
-    assert list(OmegaConf.to_object(schema).profiles) == list(PROFILES)
+    assert list(OmegaConf.to_object(schema).profiles) == list(PROFILE_COLUMNS)
     for change, message in (
         ({"profiles": ["papr"]}, "metrics.profiles=papr: choose one of paper, zh"),
         ({"batch_size": 0}, "metrics.batch_size=0"),

@@ -9,7 +9,7 @@ from rich.console import Console
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.comparison import ALIKE, Difference
 from csc_train.evaluation.metrics.base import MetricResult
-from csc_train.evaluation.metrics.profiles import PROFILES
+from csc_train.evaluation.metrics.profiles import PROFILE_COLUMNS
 from csc_train.evaluation.report.tables import (
     comparison_markdown,
     comparison_table,
@@ -30,7 +30,7 @@ def scores(first, unparsed=0, **missing):
 
     profiles = {
         profile: {column: cell(column, first + index) for index, column in enumerate(columns)}
-        for profile, columns in PROFILES.items()
+        for profile, columns in PROFILE_COLUMNS.items()
     }
     both = {"system": cell("length", first), "reference": cell("length", 10.0)}
     return {

@@ -22,8 +22,7 @@ from csc_train.chat.config import ChatConfig
 from csc_train.config.cluster import ClusterConfig, OnFinishConfig, PreflightConfig, SweepConfig
 from csc_train.data.splits import DataConfig, DialogueSourceConfig
 from csc_train.errors import InputError, check_choice, check_range, suggestion
-from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConfig
-from csc_train.evaluation.metrics.profiles import MetricsConfig
+from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConfig, MetricsConfig
 from csc_train.llm.config import LLMConfig
 from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.packing.config import LossConfig, PackingConfig

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from csc_train.errors import InputError
+from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.metrics import strategy as strategy_metrics
 from csc_train.evaluation.metrics.base import Metric
-from csc_train.evaluation.metrics.profiles import MetricsConfig, compute_metrics, same_turns
+from csc_train.evaluation.metrics.profiles import compute_metrics, same_turns
 from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.predictions import Prediction, read_run, select_system
 from csc_train.stats import CONFIDENCE_LEVEL, holm_correction, mcnemar_test, sign_flip_test

@@ -1,20 +1,22 @@
-"""What a user may choose about an evaluation."""
+"""Settings of evaluation: contexts, metrics, the LLM judge and human evaluation."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from csc_train.errors import InputError, check_choice, check_range
-from csc_train.evaluation.judges.criteria import CRITERIA
 from csc_train.inference.config import CONTEXTS, InferenceConfig
 from csc_train.template.config import LANGUAGES
 
 
 @dataclass
 class EvaluationConfig(InferenceConfig):
-    """How replies are generated and scored."""
+    """How replies are generated."""
 
     contexts: list[str] = field(default_factory=lambda: list(CONTEXTS))
+    """Dialogue history before each turn. reference: the gold dialogue. generated: the system's own earlier replies with
+    the gold customer turns."""
     include_base: bool = True
-    """Evaluate the model that training started from as well."""
+    """Evaluate the base model of the checkpoint as well."""
 
     def __post_init__(self):
         if not self.contexts:
@@ -22,6 +24,62 @@ class EvaluationConfig(InferenceConfig):
         for context in self.contexts:
             check_choice("evaluation.contexts", context, CONTEXTS)
         super().__post_init__()
+
+
+PROFILES = {
+    "paper": "B-2, B-4, R-L, BS and BR are reconstructions: the paper does not publish its metric code. "
+    "R-L sees digits and Latin letters only.",
+    "zh": "Our own choice of metrics for Chinese; the paper does not report these.",
+}
+"""Metric profiles, each with the note below its table."""
+
+
+@dataclass
+class MetricsConfig:
+    """Which metrics are computed.
+
+    Raises:
+        InputError: an unknown profile, a number out of range, or a path that is no model directory.
+    """
+
+    profiles: list[str] = field(default_factory=lambda: list(PROFILES))
+    """Tables of metrics. paper: a reconstruction of the paper's metrics. zh: metrics for Chinese text."""
+    plugins: list[str] = field(default_factory=list)
+    """Your own metrics: importable modules or paths of .py files that define functions with `@metric`."""
+    bertscore_model: str | None = None
+    """Directory or hub id of the BERTScore model, such as google-bert/bert-base-chinese. null prints n/a."""
+    bertscore_layers: int = 8
+    """Model layer that BERTScore compares; 8 is the bert-score package's choice for bert-base-chinese."""
+    bertscore_baseline: str | None = None
+    """Baseline table (LAYER,P,R,F) for rescaling BERTScore. Defaults to the bert-score package's table for Chinese, if
+    it has one for a model of this name."""
+    bleurt_model: str | None = None
+    """Directory or hub id of a PyTorch conversion of BLEURT-20 with a tokenizer.json. null prints n/a."""
+    batch_size: int = 64
+    """Pairs per forward pass of BERTScore and BLEURT."""
+    bootstrap_resamples: int = 1000
+    """Bootstrap resamples of the dialogues for the 95 % intervals."""
+
+    def __post_init__(self):
+        for profile in self.profiles:
+            check_choice("metrics.profiles", profile, PROFILES)
+        check_range("metrics.bertscore_layers", self.bertscore_layers, 1)
+        check_range("metrics.batch_size", self.batch_size, 1)
+        check_range("metrics.bootstrap_resamples", self.bootstrap_resamples, 100)
+        # Checked here, before hours of generating.
+        for name in ("bertscore_model", "bleurt_model"):
+            path = getattr(self, name)
+            if path is not None and _is_local(path) and not (Path(path) / "config.json").is_file():
+                raise InputError(f"metrics.{name}={path}: no config.json: give a model directory or a hub id")
+        if self.bertscore_baseline is not None and not Path(self.bertscore_baseline).is_file():
+            raise InputError(f"metrics.bertscore_baseline={self.bertscore_baseline}: no such file")
+        for plugin in self.plugins:
+            if plugin.endswith(".py") and not Path(plugin).is_file():
+                raise InputError(f"metrics.plugins={plugin}: no such file")
+
+
+def _is_local(path: str) -> bool:
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
 TASKS = ("pairwise", "rubric")
@@ -32,17 +90,17 @@ class JudgeConfig:
     """How a language model judges replies."""
 
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
-    """pairwise: which of two replies is better, asked in both orders. rubric: five scores for each reply."""
+    """pairwise: choose the better of two replies, in both orders. rubric: score each reply by five criteria."""
     num_turns: int | None = 500
-    """Turns to judge, drawn at random; all where null."""
+    """Turns to judge, drawn at random; null judges all."""
     seed: int = 0
-    """Of the draw, and of the judge's sampling."""
+    """Seed of the random draw and of the judge's sampling."""
     language: str = "zh"
-    """Language of the questions: zh or en."""
+    """Language of the judge's prompts: zh or en."""
     bootstrap_resamples: int = 1000
-    """Resamples of the dialogues that the 95 % intervals are taken from."""
+    """Bootstrap resamples of the dialogues for the 95 % intervals."""
     permutations: int = 10000
-    """Random exchanges of the two systems for the p-value."""
+    """Permutations of the sign-flip test."""
 
     def __post_init__(self):
         if not self.tasks:
@@ -56,7 +114,9 @@ class JudgeConfig:
         check_range("judge.permutations", self.permutations, 1000)
 
 
-STRATEGIES_SHOWN = ("hidden", "own", "reference")
+CRITERIA_NAMES = ("strategy", "helpfulness", "empathy", "wording", "faithfulness")
+"""Criteria of the LLM judge's rubric and of human evaluation; `judges/criteria.py` has their definitions."""
+STRATEGY_DISPLAY = ("hidden", "own", "reference")
 
 
 @dataclass
@@ -64,30 +124,30 @@ class HumanConfig:
     """How people compare replies."""
 
     num_items: int = 100
-    """Turns on the sheet, drawn at random among those where the replies differ; with one seed, the first of those that
-    a judge is given."""
+    """Items on the annotation form: turns drawn at random among those with different replies. With the same seed, they
+    are the first turns that the LLM judge draws."""
     max_items_per_dialogue: int | None = 1
-    """Turns of one dialogue, at most; any number where null."""
+    """Maximum items from one dialogue; null sets no limit."""
     seed: int = 0
-    """Of the draw, of the order of the items and of which reply stands first."""
+    """Seed of the random draw, of the order of items and of the order of replies."""
     language: str = "zh"
-    """Language of the sheet: zh or en."""
+    """Language of the annotation form: zh or en."""
     show_strategies: str = "hidden"
-    """Whether strategies are shown. own: each reply's. reference: that of the reference at this turn, to both."""
-    criteria: list[str] = field(default_factory=lambda: list(CRITERIA))
-    """What is asked besides which reply is better overall."""
+    """Strategies on the annotation form. hidden: none. own: that of each reply. reference: that of the gold turn."""
+    criteria: list[str] = field(default_factory=lambda: list(CRITERIA_NAMES))
+    """Criteria to ask besides the overall preference."""
     bootstrap_resamples: int = 1000
-    """Resamples of the dialogues that the 95 % intervals are taken from."""
+    """Bootstrap resamples of the dialogues for the 95 % intervals."""
     permutations: int = 10000
-    """Random exchanges of the two systems for each p-value."""
+    """Permutations of the sign-flip test."""
 
     def __post_init__(self):
         check_range("human.num_items", self.num_items, 1)
         if self.max_items_per_dialogue is not None:
             check_range("human.max_items_per_dialogue", self.max_items_per_dialogue, 1)
         check_choice("human.language", self.language, LANGUAGES)
-        check_choice("human.show_strategies", self.show_strategies, STRATEGIES_SHOWN)
+        check_choice("human.show_strategies", self.show_strategies, STRATEGY_DISPLAY)
         for criterion in self.criteria:
-            check_choice("human.criteria", criterion, CRITERIA)
+            check_choice("human.criteria", criterion, CRITERIA_NAMES)
         check_range("human.bootstrap_resamples", self.bootstrap_resamples, 100)
         check_range("human.permutations", self.permutations, 1000)

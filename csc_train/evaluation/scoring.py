@@ -7,8 +7,9 @@ from pathlib import Path
 
 from csc_train.data.dialogue import Dialogue, read_dialogues
 from csc_train.errors import InputError
+from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import Contamination, read_contamination
-from csc_train.evaluation.metrics.profiles import MetricsConfig, drift, score
+from csc_train.evaluation.metrics.profiles import drift, score
 from csc_train.evaluation.report.tables import Drifts, Results
 from csc_train.inference.predictions import Prediction, TurnOutcome, expected_turns, read_failures, read_run
 

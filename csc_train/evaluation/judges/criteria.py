@@ -1,4 +1,4 @@
-"""The five criteria by which replies are judged, by a model and by people alike. The wording is ours."""
+"""The five criteria by which replies are judged, by a model and by people alike. The wording is ours; `evaluation/config.py` lists their names."""
 
 from dataclasses import dataclass
 

@@ -10,7 +10,6 @@ Two profiles, because the paper does not publish its metric code:
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import numpy
 
 from csc_train.data.dialogue import Dialogue
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError
+from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.metrics import (
     lexical,
 )
@@ -35,64 +35,14 @@ from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.config import CONTEXTS
 from csc_train.inference.predictions import Prediction
-from csc_train.models.hub import is_local_path, snapshot
+from csc_train.models.hub import snapshot
 from csc_train.stats import Statistic, mean
 
-PROFILES: dict[str, tuple[str, ...]] = {
+PROFILE_COLUMNS: dict[str, tuple[str, ...]] = {
     "paper": ("B-2", "B-4", "R-L", "BS", "BR", "ACC"),
     "zh": ("B-2", "B-4", "R-L char", "R-L word", "BS", "BS rescaled", "ACC"),
 }
 """The columns of each profile, in the order in which tables show them."""
-
-PROFILE_NOTES: dict[str, str] = {
-    "paper": "B-2, B-4, R-L, BS and BR are reconstructions: the paper does not publish its metric code. "
-    "R-L sees digits and Latin letters only.",
-    "zh": "Our own choice of metrics for Chinese; the paper does not report these.",
-}
-"""What a reader must know before comparing a profile's figures with published ones."""
-
-
-@dataclass
-class MetricsConfig:
-    """Which metrics to compute.
-
-    Raises:
-        InputError: an unknown profile, a number out of range, or a model directory that is none.
-    """
-
-    profiles: list[str] = field(default_factory=lambda: ["paper", "zh"])
-    """Names out of `PROFILES`."""
-    bertscore_model: str | None = None
-    """Directory or hub id of the BERTScore model (the paper's figures fit google-bert/bert-base-chinese); None prints
-    n/a."""
-    bertscore_layers: int = 8
-    """The layer that BERTScore compares; 8 is the bert-score package's choice for bert-base-chinese."""
-    bertscore_baseline: str | None = None
-    """A baseline table of the bert-score package (LAYER,P,R,F) to rescale BERTScore with; None takes the package's own
-    for Chinese, where it has one under the name of the model (such as bert-base-chinese)."""
-    bleurt_model: str | None = None
-    """Directory or hub id of a PyTorch conversion of BLEURT-20; None prints n/a. It must have a tokenizer.json: where
-    there is a SentencePiece model alone, that is to be made first, in a directory."""
-    batch_size: int = 64
-    """Pairs per forward pass of BERTScore and BLEURT."""
-    bootstrap_resamples: int = 1000
-    """Resamples of the dialogues that the 95 % intervals are taken from."""
-
-    def __post_init__(self):
-        for profile in self.profiles:
-            check_choice("metrics.profiles", profile, PROFILES)
-        check_range("metrics.bertscore_layers", self.bertscore_layers, 1)
-        check_range("metrics.batch_size", self.batch_size, 1)
-        check_range("metrics.bootstrap_resamples", self.bootstrap_resamples, 100)
-        # Looked for here, before hours are spent on the predictions.
-        for name in ("bertscore_model", "bleurt_model"):
-            path = getattr(self, name)
-            if path is not None and is_local_path(path) and not (Path(path) / "config.json").is_file():
-                raise InputError(
-                    f"metrics.{name}={path}: neither a model directory (it has no config.json) nor a hub id"
-                )
-        if self.bertscore_baseline is not None and not Path(self.bertscore_baseline).is_file():
-            raise InputError(f"metrics.bertscore_baseline={self.bertscore_baseline}: no such file")
 
 
 def fetch_models(config: MetricsConfig) -> None:
@@ -127,12 +77,12 @@ def score(
         flagged: ids of dialogues whose text is in the training data too (see `contamination`).
 
     Returns:
-        `profiles`: by profile and column, a Score, in the order of `PROFILES`. `strategy`, `likelihood`: Scores by
+        `profiles`: by profile and column, a Score, in the order of `PROFILE_COLUMNS`. `strategy`, `likelihood`: Scores by
         name; `calibration`: see `likelihood_metrics`; `by_strategy`: by label, its `turns` and Scores; `confusion` and
         `transitions`: see `strategy_metrics`; `by_position`: ACC and character ROUGE-L by the how many-th supporter
         turn it is. `process` and `reply`: by name, a Score of the `system` and one of the `reference`; `lengths` and
-        `lowest_scoring`: see `reply_metrics`. `decontaminated`: `dialogues`, `turns` and `profiles` of the rest, or None where
-        nothing is flagged. `counts`: `dialogues`; `turns`; `failed`; `unparsed`, the turns whose strategy could not be
+        `lowest_scoring`: see `reply_metrics`. `decontaminated`: `dialogues`, `turns` and `profiles` of the rest, or None
+        if nothing is flagged. `counts`: `dialogues`; `turns`; `failed`; `unparsed`, the turns whose strategy could not be
         read (None where the system predicts none); `empty_replies`, which score 0 in every text metric.
 
     Raises:
@@ -276,13 +226,13 @@ def same_turns(
 
 
 def compute_metrics(turns: PredictionTable, config: MetricsConfig) -> dict[str, dict[str, Metric]]:
-    """The figures of each profile: profiles as the config orders them, columns as `PROFILES` does."""
+    """The figures of each profile: profiles as the config orders them, columns as `PROFILE_COLUMNS` does."""
     raw, rescaled = _bertscores(turns, config)
     shared = {"BS": raw, "BS rescaled": rescaled, "ACC": strategy_metrics.accuracy(turns)}
     profiles = {}
     for name in config.profiles:
         cells = shared | (_paper_cells(turns, config) if name == "paper" else _zh_cells(turns))
-        profiles[name] = {column: cells[column] for column in PROFILES[name]}
+        profiles[name] = {column: cells[column] for column in PROFILE_COLUMNS[name]}
     return profiles
 
 

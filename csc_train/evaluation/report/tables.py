@@ -17,9 +17,10 @@ from rich.text import Text
 
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.comparison import Difference, left_out_note
+from csc_train.evaluation.config import PROFILES
 from csc_train.evaluation.contamination import Contamination
 from csc_train.evaluation.metrics.base import MetricResult
-from csc_train.evaluation.metrics.profiles import PROFILE_NOTES, PROFILES
+from csc_train.evaluation.metrics.profiles import PROFILE_COLUMNS
 from csc_train.files import write_json, write_text
 from csc_train.inference.config import CONTEXTS
 
@@ -159,7 +160,7 @@ def console_table(results: Results, profile: str = "paper") -> Table:
     title = f"Strategy-conditioned replies, percent, profile {profile}"
     table = Table(title=title, padding=(0, 1, 0, 0), box=None, header_style="bold")
     table.add_column("\nsystem", overflow="fold")
-    headings = [(context, column) for context in CONTEXTS for column in PROFILES[profile]]
+    headings = [(context, column) for context in CONTEXTS for column in PROFILE_COLUMNS[profile]]
     rows = [list(_row(contexts, profile)) for contexts in results.values()]
     shown = [place for place in range(len(headings)) if any(row[place].value is not None for row in rows)]
     for context, column in (headings[place] for place in shown):
@@ -170,7 +171,7 @@ def console_table(results: Results, profile: str = "paper") -> Table:
         table.add_row(Text(system), *cells)  # as text: a name may hold brackets, which rich would read as markup
     absent = reasons(cell for row in rows for cell in row)
     intervals = "±: half the width of the 95 % interval, bootstrap over dialogues."
-    table.caption = "\n".join([PROFILE_NOTES[profile], intervals, *(f"n/a: {reason}" for reason in absent)])
+    table.caption = "\n".join([PROFILES[profile], intervals, *(f"n/a: {reason}" for reason in absent)])
     table.caption_justify = "left"
     return table
 
@@ -185,7 +186,7 @@ def _profiles(results: Results) -> list[str]:
 def _row(contexts: dict[str, dict], profile: str) -> Iterator[MetricResult]:
     for context in CONTEXTS:
         cells = contexts.get(context, {"profiles": {}})["profiles"].get(profile, {})
-        for column in PROFILES[profile]:
+        for column in PROFILE_COLUMNS[profile]:
             yield cells.get(column) or MetricResult(None, "", "", NOT_EVALUATED)
 
 
@@ -242,7 +243,7 @@ def _meanings(scores: Iterable[tuple[str, MetricResult]]) -> dict[str, str]:
 
 
 def _profile(results: Results, profile: str, without: Contamination | None = None) -> Section:
-    columns = [f"{SHORT_CONTEXT[context]} {column}" for context in CONTEXTS for column in PROFILES[profile]]
+    columns = [f"{SHORT_CONTEXT[context]} {column}" for context in CONTEXTS for column in PROFILE_COLUMNS[profile]]
     rows = [[system, *_row(contexts, profile)] for system, contexts in results.items()]
     if without is not None:
         rest = without.evaluation - len(without.flagged)
@@ -250,7 +251,7 @@ def _profile(results: Results, profile: str, without: Contamination | None = Non
         return Section(title, ["system", *columns], rows)
     title = f"Profile `{profile}` (percent; ref = reference context, gen = generated context)"
     cells = [cell for _, _, scores in _each(results) for cell in scores["profiles"].get(profile, {}).items()]
-    return Section(title, ["system", *columns], rows, 1, _meanings(cells), (PROFILE_NOTES[profile], INTERVALS))
+    return Section(title, ["system", *columns], rows, 1, _meanings(cells), (PROFILES[profile], INTERVALS))
 
 
 def _each(results: Results) -> Iterator[tuple[str, str, dict]]:
