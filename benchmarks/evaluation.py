@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy
 import torch
-from csc_train.runs.distributed import distributed_state
 from measure import Report, random_model, ratios, seconds, side_by_side, spread
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -30,6 +29,7 @@ from csc_train.inference.generator import TurnQueue, generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
 from csc_train.models.families import chat_template_name
+from csc_train.runs.distributed import distributed_state
 from csc_train.stats import bootstrap_interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.tokenizer_training import get_tokenizer
