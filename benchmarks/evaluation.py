@@ -25,10 +25,11 @@ from csc_train.evaluation.config import EvaluationConfig, MetricsConfig
 from csc_train.evaluation.metrics import lexical
 from csc_train.evaluation.metrics.profiles import compute_metrics
 from csc_train.evaluation.table import PredictionTable
-from csc_train.inference.generator import TurnQueue, generate_predictions
+from csc_train.inference.generator import generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
 from csc_train.models.families import chat_template_name
+from csc_train.inference.turn_queue import TurnQueue
 from csc_train.runs.distributed import distributed_state
 from csc_train.stats import bootstrap_interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -99,7 +100,7 @@ def generation(
     words = len(template.tokenizer)
     model.eval().generation_config.eos_token_id = random.Random(0).sample(range(256, words), words // 10)
     settings = EvaluationConfig(batch_size=batch, max_new_tokens=LONGEST)
-    generators = {"alone": Alone, "together": Generation, "with likelihoods": HFGenerator}
+    generators = {"alone": Alone, "together": WithoutLikelihoods, "with likelihoods": HFGenerator}
     generators = {name: kind(model, template, settings) for name, kind in generators.items()}
     few = dialogues[:compared]
     predictions = {}
@@ -108,7 +109,7 @@ def generation(
         predictions[name] = generate_predictions(few if name == "alone" else dialogues, generators[name], "generated")
 
     taken = side_by_side({name: functools.partial(side, name) for name in generators}, repeats, warm_up=0)
-    ids = {name: {(each.dialogue_id, each.turn): each.ids for each in some} for name, some in predictions.items()}
+    ids = {name: {each.key: each.token_ids for each in some} for name, some in predictions.items()}
     lengths = [len(each) for each in ids["together"].values()]
     report.section(
         name,
@@ -137,14 +138,14 @@ def generation(
         report.add("turns with equal tokens, percent", 100 * sum(same) / len(same))
 
 
-class Generation(HFGenerator):
+class WithoutLikelihoods(HFGenerator):
     """Without the likelihoods that come after it."""
 
     def _add_likelihoods(self, *_) -> None:
         pass
 
 
-class Alone(Generation):
+class Alone(WithoutLikelihoods):
     """A turn at a time, from nothing."""
 
     def run(self, queue: TurnQueue) -> None:
@@ -155,11 +156,12 @@ class Alone(Generation):
                 torch.tensor([prompt], device=self.model.device),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=self.model.device),
                 generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=LONGEST, eos_token_id=sorted(self.stops), pad_token_id=0
+                    do_sample=False, max_new_tokens=LONGEST, eos_token_id=sorted(self.stop_ids), pad_token_id=0
                 ),
             )
             ids = output[0, len(prompt) :].tolist()
-            queue.complete(requests[0], self._said(requests[0], prompt, ids[:-1] if ids[-1] in self.stops else ids))
+            reply = ids[:-1] if ids[-1] in self.stop_ids else ids
+            queue.complete(requests[0], self._prediction(requests[0], prompt, reply))
 
 
 def scoring(report: Report, count: int, repeats: int) -> None:

@@ -21,7 +21,7 @@ def main(config: CompareRecipe) -> None:
     from csc_train.evaluation.comparison import compare
     from csc_train.evaluation.report.tables import comparison_markdown, comparison_table
     from csc_train.files import write_json, write_text
-    from csc_train.inference.predictions import read_run, select_system
+    from csc_train.inference.predictions import read_run_predictions
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
     from csc_train.runs.provenance import provenance
@@ -30,15 +30,13 @@ def main(config: CompareRecipe) -> None:
     run = Run("compare", to_container(config), OUTPUTS)
 
     # Predictions
-    runs = read_run(config.a), read_run(config.b)
-    systems = [
-        select_system(saved, directory, name)
-        for saved, directory, name in zip(runs, (config.a, config.b), (config.system_a, config.system_b), strict=True)
-    ]
+    runs = read_run_predictions(config.a), read_run_predictions(config.b)
+    systems = runs[0].select_system(config.system_a), runs[1].select_system(config.system_b)
     names = [f"{name} of {directory}" for name, directory in zip(systems, (config.a, config.b), strict=True)]
 
     # Differences
-    rows = compare(runs[0][systems[0]], runs[1][systems[1]], config.metrics, config.permutations, names)
+    a, b = (run.predictions[system] for run, system in zip(runs, systems, strict=True))
+    rows = compare(a, b, config.metrics, config.permutations, names)
 
     # Table
     run.start({})

@@ -34,7 +34,6 @@ def main(config: EvaluateRecipe) -> None:
         BASE_MODEL,
         BASELINE_NAMES,
         TRAINED_MODEL,
-        failed_turns,
         read_external_replies,
         write_predictions,
     )
@@ -46,7 +45,8 @@ def main(config: EvaluateRecipe) -> None:
     if config.score_only or config.llm:
         require_single_process("evaluate")
     if config.score_only:
-        return score_and_show(Path(config.run.directory), config)
+        score_and_show(Path(config.run.directory), config)
+        return None
     job = distributed_state()
     run = Run("evaluate", to_container(config), OUTPUTS)
 
@@ -116,7 +116,7 @@ def main(config: EvaluateRecipe) -> None:
                 )
             job.wait_for_everyone()
             if run.is_main:
-                store.finish(splits.evaluation)
+                store.merge(splits.evaluation)
             job.wait_for_everyone()
         del generator  # one model in memory at a time
     if not run.is_main:
@@ -127,21 +127,21 @@ def main(config: EvaluateRecipe) -> None:
         write_predictions(path_of(Path(config.predictions).stem, context), replies)
 
     # Metrics, table
-    score_and_show(run.directory, config)
+    failures = score_and_show(run.directory, config)
     if config.checkpoint:
         attach_evaluation(Path(config.checkpoint).parent, run.directory)
     if data.sample_dialogues:
         logger.info(
             f"ceiling of ACC, by the rule that wrote the sample dialogues: {accuracy_ceiling(splits.evaluation):.2f}"
         )
-    if failed := failed_turns(run.directory):
-        run.fail(failed)
+    if failures:
+        run.fail(failures)
     run.finish()
     return None
 
 
-def score_and_show(directory: Path, config: EvaluateRecipe) -> None:
-    """Score the predictions that a run directory holds."""
+def score_and_show(directory: Path, config: EvaluateRecipe) -> str:
+    """Score the predictions in a run directory, write and print the report, and return a summary of failed turns."""
     from rich.console import Console
 
     from csc_train.evaluation.report.html import write_html
@@ -161,6 +161,7 @@ def score_and_show(directory: Path, config: EvaluateRecipe) -> None:
         f"report: {directory}/report.html (also table.md, results.json); predictions: {directory}/predictions",
         flush=True,
     )
+    return scored.run.failure_summary()
 
 
 if __name__ == "__main__":

@@ -87,9 +87,9 @@ def talk(conversation, *said):
 
 def generated(generator, prompt, most):
     """What the model's own `generate` adds to a prompt, without what ends it."""
-    options = {"max_new_tokens": most, "do_sample": False, "eos_token_id": sorted(generator.stops)}
+    options = {"max_new_tokens": most, "do_sample": False, "eos_token_id": sorted(generator.stop_ids)}
     ids = generator.model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-    return ids[:-1] if ids[-1] in generator.stops else ids
+    return ids[:-1] if ids[-1] in generator.stop_ids else ids
 
 
 def rough(answers):
@@ -115,7 +115,7 @@ def test_replies_and_likelihoods_are_those_of_an_evaluation_in_generated_context
         expected = generate_predictions([dialogue], generator, "generated")
         for answer, own in zip(answers, expected, strict=True):
             assert (answer.strategy and answer.strategy.number, answer.response) == (own.strategy, own.response)
-            assert answer.ids == own.ids and not answer.forced
+            assert answer.ids == own.token_ids and not answer.forced
             shares = torch.tensor(own.label_log_likelihoods).softmax(0)
             likeliest = sorted(STRATEGIES, key=lambda each: -shares[each.number - 1])[:3]
             assert [strategy for strategy, _ in answer.likeliest] == likeliest

@@ -17,7 +17,7 @@ from csc_train.evaluation.comparison import ALIKE, compare
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import read_contamination
 from csc_train.files import file_digest
-from csc_train.inference.predictions import Prediction, read_external_replies, read_run, select_system
+from csc_train.inference.predictions import Prediction, read_external_replies, read_run_predictions
 
 
 def answers(right, seed, dialogues=60, turns=8, context="reference"):
@@ -170,9 +170,9 @@ def test_replies_made_elsewhere_must_be_whole(tmp_path):
     rows = rows_of(dialogues)
     name, count = rows[0]["dialogue_id"], len(rows)
     for changed, message in (
-        (rows[1:], f"lacks 1 of {count} turns, the first is turn 0 of dialogue {name}"),
+        (rows[1:], f"1 of {count} turns are missing, first turn 0 of dialogue {name}"),
         ([*rows, rows[0]], f"line {count + 1}: turn 0 of dialogue {name} is there twice"),
-        ([rows[0] | {"turn": 1}], f"line 1: turn 1 of dialogue {name} is no supporter turn"),
+        ([rows[0] | {"turn": 1}], f"line 1: turn 1 of dialogue {name} is not a supporter turn"),
         ([rows[0] | {"turn": "0"}], "line 1: not an object with dialogue_id, turn"),
         ([rows[0] | {"text": None}], "line 1: not an object with dialogue_id, turn"),
         ([rows[0] | {"dialogue_id": True}], "line 1: not an object with dialogue_id, turn"),
@@ -184,7 +184,7 @@ def test_replies_made_elsewhere_must_be_whole(tmp_path):
     (tmp_path / "r.jsonl").write_text(half + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"r\.jsonl, line 1, text: lone surrogate"):
         read_external_replies(tmp_path / "r.jsonl", dialogues, "reference")
-    with pytest.raises(InputError, match="a baseline has that name"):
+    with pytest.raises(InputError, match="a baseline has it"):
         read_external_replies(write_lines(tmp_path / "strategy bigram.jsonl", rows), dialogues, "reference")
 
 
@@ -270,9 +270,9 @@ def test_compare_writes_and_prints_what_it_finds(workplace):
 
 def test_a_system_that_a_run_has_not_is_named(workplace, tmp_path):
     directory, _ = workplace
-    saved = read_run(directory / "runs/elsewhere")
-    assert select_system(saved, "runs/elsewhere", None) == "elsewhere"
-    with pytest.raises(InputError, match="runs/elsewhere: has no system 'other'"):
-        select_system(saved, "runs/elsewhere", "other")
-    with pytest.raises(InputError, match="holds no predictions"):
-        read_run(tmp_path)
+    run = read_run_predictions(directory / "runs/elsewhere")
+    assert run.select_system(None) == "elsewhere"
+    with pytest.raises(InputError, match="runs/elsewhere: no system 'other'"):
+        run.select_system("other")
+    with pytest.raises(InputError, match="no predictions here"):
+        read_run_predictions(tmp_path)

@@ -22,7 +22,6 @@ from csc_train.config.compose import compose
 from csc_train.data.dialogue import data_digest, write_dialogues
 from csc_train.errors import InputError
 from csc_train.inference import hf as hf_generator
-from csc_train.inference.generator import GenerationError
 from csc_train.inference.predictions import read_outcomes
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -166,7 +165,7 @@ class Flaky(hf_generator.HFGenerator):
 
         def lose(request, outcome):
             lost = request.dialogue.supporter_turns[2:3]
-            complete(request, GenerationError("timeout", "60 s") if request.turn in lost else outcome)
+            complete(request, request.failure("timeout", "60 s") if request.turn in lost else outcome)
 
         queue.complete = lose
         super().run(queue)

@@ -16,17 +16,11 @@ from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
 from csc_train.inference.baselines import StrategyBaseline
-from csc_train.inference.generator import (
-    Generation,
-    GenerationError,
-    TurnQueue,
-    TurnRequest,
-    generate_predictions,
-    shard_dialogues,
-)
-from csc_train.inference.hf import HFGenerator, base_model_path, load_generator, open_final_model
+from csc_train.inference.generator import generate_predictions, shard_dialogues
+from csc_train.inference.hf import HFGenerator, base_model_path, load_final_model, load_generator, open_final_model
 from csc_train.inference.prediction_store import PredictionStore
-from csc_train.inference.predictions import FailedTurn, Prediction, read_outcomes, read_predictions, write_predictions
+from csc_train.inference.predictions import FailedTurn, Prediction, build_prediction, read_outcomes, write_predictions
+from csc_train.inference.turn_queue import TurnQueue, TurnRequest
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply
@@ -68,12 +62,16 @@ class Recorder:
         while requests := queue.pop(self.batch_size):
             self.batches.append(requests)
             for request in requests:
-                queue.complete(request, self.words(request.dialogue.id, request.turn))
+                queue.complete(request, self.predict(request))
+
+    def predict(self, request):
+        return request.prediction(*self.words(request.dialogue.id, request.turn))
 
     @staticmethod
     def words(name, turn):
+        """Raw text, reply and prompt hash."""
         reply = Reply(STRATEGIES[(len(name) + turn) % 12], f"我在{name}的第{turn}句")
-        return Generation(f"raw {name} {turn}", reply, digest([name, turn]))
+        return f"raw {name} {turn}", reply, digest([name, turn])
 
     @property
     def requests(self):
@@ -89,16 +87,16 @@ def test_every_supporter_turn_once_in_order(context, batch_size):
     assert sorted((r.dialogue.id, r.turn) for batch in generator.batches for r in batch) == sorted(TURNS)
     golds = {name.id: name for name in DIALOGUES}
     for prediction in predictions:
-        words = generator.words(prediction.dialogue_id, prediction.turn)
+        raw_text, reply, prompt_hash = generator.words(prediction.dialogue_id, prediction.turn)
         gold = golds[prediction.dialogue_id].turns[prediction.turn]
         assert prediction == Prediction(
             dialogue_id=prediction.dialogue_id,
             turn=prediction.turn,
             context=context,
-            prompt_hash=words.prompt_hash,
-            raw_text=words.raw_text,
-            strategy=words.reply.strategy.number,
-            response=words.reply.response,
+            prompt_hash=prompt_hash,
+            raw_text=raw_text,
+            strategy=reply.strategy.number,
+            response=reply.response,
             reference_strategy=gold.strategy.number,
             reference_response=gold.text,
             config_hash="recorder",
@@ -114,13 +112,14 @@ def test_reference_context_is_gold_throughout():
 
 def test_generated_context_holds_the_systems_own_words_between_the_gold_customers():
     generator = Recorder(2)
-    generate_predictions(DIALOGUES, generator, "generated")
+    own = {each.key: each for each in generate_predictions(DIALOGUES, generator, "generated")}
+    assert all(own[key].raw_text == Recorder.words(*key)[0] for key in TURNS)
     assert generator.requests["long", 6].history == (
-        Recorder.words("long", 0), Turn(Speaker.CUSTOMER, "退款"),
-        Recorder.words("long", 2), Turn(Speaker.CUSTOMER, "昨天那单"),
-        Recorder.words("long", 4), Turn(Speaker.CUSTOMER, "谢谢"),
+        own["long", 0], Turn(Speaker.CUSTOMER, "退款"),
+        own["long", 2], Turn(Speaker.CUSTOMER, "昨天那单"),
+        own["long", 4], Turn(Speaker.CUSTOMER, "谢谢"),
     )  # fmt: skip
-    assert generator.requests["middle", 2].history == (Recorder.words("middle", 0), Turn(Speaker.CUSTOMER, "订单没到"))
+    assert generator.requests["middle", 2].history == (own["middle", 0], Turn(Speaker.CUSTOMER, "订单没到"))
     for name in ("long", "middle", "short"):
         assert generator.requests[name, 0].history == ()
 
@@ -151,14 +150,14 @@ def test_dialogues_that_were_begun_come_first_and_one_turn_of_each_at_a_time():
 @pytest.mark.parametrize("context", ["reference", "generated"])
 def test_many_requests_can_wait_for_answers_that_come_in_any_order(context):
     generator = Recorder(1)
-    queue = TurnQueue(DIALOGUES, generator, context)
+    queue = TurnQueue(DIALOGUES, context, generator.config_hash, generator.predicts_strategy)
     rng, waiting, seen = random.Random(3), [], []
     while not queue.finished:
         while taken := queue.pop(1):
             waiting += taken
             seen += taken
         request = waiting.pop(rng.randrange(len(waiting)))
-        queue.complete(request, generator.words(request.dialogue.id, request.turn))
+        queue.complete(request, generator.predict(request))
     assert waiting == [] and queue.pop(1) == []
     assert queue.outcomes() == generate_predictions(DIALOGUES, generator, context)
     assert len(seen) == 7
@@ -171,8 +170,7 @@ class Flaky(Recorder):
         while requests := queue.pop(self.batch_size):
             for request in requests:
                 failed = (request.dialogue.id, request.turn) == ("long", 2)
-                words = self.words(request.dialogue.id, request.turn)
-                queue.complete(request, GenerationError("timeout", "60 s") if failed else words)
+                queue.complete(request, request.failure("timeout", "60 s") if failed else self.predict(request))
 
 
 def test_a_turn_that_fails_takes_the_rest_of_its_dialogue_along_in_generated_context_alone():
@@ -192,7 +190,7 @@ def test_a_system_that_leaves_turns_out_is_found_out():
 
     with pytest.raises(RuntimeError, match="7 of 7 turns are neither predicted nor failed"):
         generate_predictions(DIALOGUES, Lazy(1), "reference")
-    with pytest.raises(InputError, match="1 dialogues have the id of another one"):
+    with pytest.raises(InputError, match="1 have the id of another one"):
         generate_predictions([LONG, LONG], Recorder(1), "reference")
 
 
@@ -210,7 +208,7 @@ def test_a_reply_without_a_strategy_is_kept_as_unparsed():
     class Silent(Recorder):
         @staticmethod
         def words(name, turn):
-            return Generation("嗯", Reply(None, "嗯"), "hash")
+            return "嗯", Reply(None, "嗯"), "hash"
 
     assert [p.strategy for p in generate_predictions(DIALOGUES, Silent(4), "generated")] == [None] * 7
 
@@ -232,12 +230,12 @@ TRAINING = [
 
 
 def said(strategy, text="我的话"):
-    return Generation(text, Reply(strategy and STRATEGIES[strategy - 1], text), "hash")
+    return build_prediction(LONG, 0, "generated", text, Reply(strategy and STRATEGIES[strategy - 1], text), "hash")
 
 
 def chosen(generator, *histories):
-    answers = [generator.reply(TurnRequest(LONG, 2 * len(history), tuple(history))) for history in histories]
-    return [(answer.reply.strategy.number, answer.reply.response) for answer in answers]
+    answers = [generator.predict(TurnRequest(LONG, 0, "generated", tuple(history))) for history in histories]
+    return [(answer.strategy, answer.response) for answer in answers]
 
 
 def test_most_frequent_strategy_with_its_stock_reply():
@@ -326,7 +324,7 @@ def asked(generator, dialogues, context):
             exchanges[request.dialogue.id, request.turn] = request, outcome
             super().complete(request, outcome)
 
-    queue = Listening(dialogues, generator, context)
+    queue = Listening(dialogues, context, generator.config_hash, generator.predicts_strategy)
     generator.run(queue)
     return queue.outcomes(), exchanges
 
@@ -339,12 +337,14 @@ def test_batched_generation_equals_one_by_one(model, tokenizer, odd_dialogues, c
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
     prompts = {}
     for place, (request, answer) in exchanges.items():
-        prompts[place] = template.prompt_ids([turn if isinstance(turn, Turn) else turn.ids for turn in request.history])
-        assert is_greedy(model, prompts[place], answer.ids, STEPS, {tokenizer.eos_token_id})
-        assert answer.raw_text == tokenizer.decode(answer.ids)
+        prompts[place] = template.prompt_ids(
+            [turn if isinstance(turn, Turn) else turn.token_ids for turn in request.history]
+        )
+        assert is_greedy(model, prompts[place], answer.token_ids, STEPS, {tokenizer.eos_token_id})
+        assert answer.raw_text == tokenizer.decode(answer.token_ids)
     # Otherwise nothing above was padded, or every prompt got the same answer.
     assert len(set(map(len, prompts.values()))) > 2
-    assert len({answer.ids for _, answer in exchanges.values()}) > len(exchanges) / 2
+    assert len({answer.token_ids for _, answer in exchanges.values()}) > len(exchanges) / 2
 
 
 def test_likelihoods_that_are_not_wanted_are_left_out_and_added_later(model, tokenizer, odd_dialogues, tmp_path):
@@ -367,7 +367,7 @@ def test_prompts_in_reference_context(model, tokenizer, odd_dialogues):
         assert prediction.prompt_hash == digest(template.prompt_ids(gold.turns[: prediction.turn]))
         # The ids that training puts before this turn's reply.
         example = template.encode(gold)
-        start = example.turn_offsets[prediction.turn] + len(template.supporter_header_ids)
+        start = example.boundaries[prediction.turn] + len(template.supporter_header_ids)
         assert prediction.prompt_hash == digest(example.input_ids[:start].tolist())
 
 
@@ -381,9 +381,9 @@ def test_prompts_in_generated_context_hold_the_generated_ids(model, tokenizer, o
         ids = list(template.prefix_ids)
         for index, turn in enumerate(gold.turns[: prediction.turn]):
             if index in own:
-                ids += [*template.supporter_header_ids, *own[index].ids, *template.supporter_footer_ids]
+                ids += [*template.supporter_header_ids, *own[index].token_ids, *template.supporter_footer_ids]
                 again = tokenizer(own[index].raw_text, add_special_tokens=False)["input_ids"]
-                split_differently += tuple(again) != own[index].ids
+                split_differently += tuple(again) != own[index].token_ids
             else:
                 ids += template.customer_header_ids + tokenizer(turn.text)["input_ids"] + template.customer_footer_ids
         ids += template.supporter_header_ids
@@ -398,21 +398,21 @@ def test_generation_stops_at_the_end_of_turn(model, tokenizer, odd_dialogues):
         return exchanges[odd_dialogues[0].id, 0][1]
 
     answer = first(generator_of(model, tokenizer))
-    assert len(answer.ids) == STEPS
+    assert len(answer.token_ids) == STEPS
     # Some token that comes up on the way now ends the turn; what was before it is the whole reply.
-    place = next(i for i in range(2, STEPS) if answer.ids[i] not in answer.ids[:i])
+    place = next(i for i in range(2, STEPS) if answer.token_ids[i] not in answer.token_ids[:i])
     original = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, answer.ids[place]])
+    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, answer.token_ids[place]])
     stopped = first(generator_of(model, tokenizer))
-    assert stopped.ids == answer.ids[:place]
-    assert stopped.raw_text == tokenizer.decode(answer.ids[:place])
+    assert stopped.token_ids == answer.token_ids[:place]
+    assert stopped.raw_text == tokenizer.decode(answer.token_ids[:place])
     # The template's end-of-turn token stops it too, where the model's own configuration knows of no end.
     model.generation_config = GenerationConfig()
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
-    template.end_of_turn_id = answer.ids[place]
+    template.end_of_turn_id = answer.token_ids[place]
     ending = HFGenerator(model, template, EvaluationConfig(max_new_tokens=STEPS))
     model.generation_config = original
-    assert first(ending).ids == answer.ids[:place]
+    assert first(ending).token_ids == answer.token_ids[:place]
 
 
 def test_greedy_whatever_the_model_ships(model, tokenizer, odd_dialogues):
@@ -437,13 +437,13 @@ def test_mode_given_hands_in_the_gold_strategy(model, tokenizer, odd_dialogues):
         for prediction in predictions:
             gold = golds[prediction.dialogue_id]
             request, answer = exchanges[gold.id, prediction.turn]
-            history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
+            history = [turn if isinstance(turn, Turn) else turn.token_ids for turn in request.history]
             label = encode(f"[{gold.turns[prediction.turn].strategy.zh}]", add_special_tokens=False).ids
             prompt = generator.template.prompt_ids(history) + label
             assert prediction.prompt_hash == digest(prompt)
             # A later turn of generated context sees the strategy as well, as it did in training.
-            assert list(answer.ids[: len(label)]) == label
-            generated = answer.ids[len(label) :]
+            assert list(answer.token_ids[: len(label)]) == label
+            generated = answer.token_ids[len(label) :]
             assert is_greedy(model, prompt, generated, STEPS, {tokenizer.eos_token_id})
             assert answer.raw_text == tokenizer.decode(generated)
             assert prediction.strategy is None and prediction.response == prediction.raw_text.strip()
@@ -468,6 +468,15 @@ def test_a_saved_checkpoint_answers_as_the_model_did(model, tokenizer, checkpoin
     generator = load_generator(str(checkpoint), template, settings, device=model.device)
     expected = generate_predictions(few, generator_of(model, tokenizer), "generated")
     assert generate_predictions(few, generator, "generated") == expected
+    # One call loads the same system, which also replies to a history.
+    loaded = load_final_model(str(checkpoint), settings, model.device)
+    assert generate_predictions(few, loaded, "generated") == [
+        replace(each, config_hash=loaded.config_hash) for each in expected
+    ]
+    for prediction in generate_predictions(few, generator, "reference"):
+        history = next(each for each in few if each.id == prediction.dialogue_id).turns[: prediction.turn]
+        reply = loaded.reply(history)
+        assert (reply.strategy and reply.strategy.number, reply.response) == (prediction.strategy, prediction.response)
     # The base stands beside the checkpoint; another seed, so that one is not taken for the other.
     torch.manual_seed(2)
     base = Qwen2ForCausalLM(model.config)
@@ -488,7 +497,7 @@ def test_a_checkpoint_without_tokenizer_or_of_another_one_is_refused(checkpoint)
     manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
     for file in checkpoint.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(InputError, match=r"holds no tokenizer \(tokenizer\.json\)") as caught:
+    with pytest.raises(InputError, match=r"no tokenizer here \(tokenizer\.json\)") as caught:
         open_final_model(str(checkpoint))
     assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -498,17 +507,18 @@ PREDICTION = Prediction("行\u20281", 2, "generated", "ab" * 32, "[其它]\n“�
 
 def test_predictions_file_round_trip(tmp_path):
     path = tmp_path / "predictions" / "a.jsonl"
-    known = replace(PREDICTION, ids=(3, 5), label_log_likelihoods=(-0.5,) * 12, reference_nll=1.5, reference_tokens=4)
+    known = replace(
+        PREDICTION, token_ids=(3, 5), label_log_likelihoods=(-0.5,) * 12, reference_nll=1.5, reference_tokens=4
+    )
     predictions = [PREDICTION, replace(known, turn=4, strategy=3)]
     failure = FailedTurn("行\u20281", 6, "generated", "timeout", "60 s")
     write_predictions(path, [*predictions, failure])
-    assert read_predictions(path) == predictions
     assert read_outcomes(path) == [*predictions, failure]
     lines = path.read_bytes().split(b"\n")
     assert len(lines) == 4 and lines[3] == b""
     assert json.loads(lines[0])["raw_text"] == PREDICTION.raw_text
     write_predictions(path, [])
-    assert read_predictions(path) == []
+    assert read_outcomes(path) == []
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "3", '{"turn": 1}', '{"unknown": 1}'])
@@ -517,12 +527,12 @@ def test_a_broken_line_is_named(tmp_path, line):
     write_predictions(path, [PREDICTION])
     path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"a\.jsonl, line 2: not (JSON|a JSON object|a prediction)"):
-        read_predictions(path)
+        read_outcomes(path)
 
 
 def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.jsonl: cannot read: No such file"):
-        read_predictions(tmp_path / "nowhere.jsonl")
+        read_outcomes(tmp_path / "nowhere.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
     with pytest.raises(InputError, match=r"latin\.jsonl, line 1: not UTF-8 at byte 7"):
-        read_predictions(tmp_path / "latin.jsonl")
+        read_outcomes(tmp_path / "latin.jsonl")

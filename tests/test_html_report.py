@@ -263,7 +263,7 @@ def test_a_system_that_was_handed_its_strategies_shows_none(run, page):
 
 def counted(run, system, keep):
     """(dialogues, turns) of those supporter turns for which `keep` says so, given both contexts' predictions."""
-    columns = [run[1].predictions[system][context] for context in CONTEXTS]
+    columns = [run[1].run.predictions[system][context] for context in CONTEXTS]
     kept = [both[0].dialogue_id for both in zip(*columns, strict=True) if keep(*both)]
     return len(set(kept)), len(kept)
 
@@ -373,7 +373,7 @@ def test_texts_are_embedded_once_and_turns_that_failed_are_marked(run, tmp_path)
     packed = json.loads(gzip.decompress(base64.b64decode(text[start : text.index("<", start)])))
     assert len(packed["texts"]) == len(set(packed["texts"]))
     said = packed["said"][SYSTEM]["reference"]
-    predictions = scored.predictions[SYSTEM]["reference"]
+    predictions = scored.run.predictions[SYSTEM]["reference"]
     assert [packed["texts"][place] for place in said["texts"]] == [each.response for each in predictions]
     assert said["strategies"] == [each.strategy for each in predictions]
     predictions.pop(0)

@@ -105,7 +105,7 @@ def test_what_is_cached_is_not_computed_again():
     model = model_of("qwen2")
     fed = []
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(tuple(args[0].shape)))
-    cache = DialogueCache(model, PREFIX, [], most=1)
+    cache = DialogueCache(model, PREFIX, [], max_new_tokens=1)
     a, b, c = [*PREFIX, 500, 501, 502], [*PREFIX, 510, 511], [*PREFIX, 520, 521, 522, 523]
     rows = cache.add("ab", [a, b])
     first = cache.step()
@@ -125,7 +125,7 @@ def test_what_is_cached_is_not_computed_again():
 
 def test_few_rows_that_go_on_are_not_computed_with_all():
     model = model_of("qwen2")
-    cache = DialogueCache(model, PREFIX, [], most=30)
+    cache = DialogueCache(model, PREFIX, [], max_new_tokens=30)
     cache.add(range(8), [[*PREFIX, 500 + row] for row in range(8)])
     assert len(cache.step()) == 8
     assert cache.add([6, 3], [[*PREFIX, 506], [*PREFIX, 503]]) == [6, 3]
@@ -139,7 +139,7 @@ def test_few_rows_that_go_on_are_not_computed_with_all():
 def test_no_more_memory_is_held_than_the_buffers():
     """What a layer looked at last would keep its old buffers while those of all layers grow."""
     model = model_of("qwen2")
-    cache = DialogueCache(model, PREFIX, [], most=2)
+    cache = DialogueCache(model, PREFIX, [], max_new_tokens=2)
 
     def held(tensors):
         found = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}

@@ -83,7 +83,7 @@ def test_a_served_checkpoint_is_asked_by_token_ids(fault_server):
                     body = sent[prediction.prompt_hash]
                     assert body["prompt"] == prompt and prompt.count(template.tokenizer.bos_token_id) == 1
                     assert (body["temperature"], body["max_tokens"]) == (0, 20)
-                    assert prediction.raw_text == echo(body).text and prediction.prompt_format == "ids"
+                    assert prediction.raw_text == echo(body).text and prediction.prompt_format == "token_ids"
                     assert prediction.strategy == len(prompt) % 12 + 1
                     assert prediction.label_log_likelihoods is prediction.reference_nll is None
                 own = turn.speaker is Speaker.SUPPORTER and context == "generated"
@@ -113,7 +113,7 @@ def test_the_ids_that_a_server_tells_are_the_history(fault_server):
     assert told[:-1] != template.literal_ids(text)
     fault_server.answer = lambda body: Say(text, usage=(len(body["prompt"]), 3), token_ids=tuple(told))
     found = outcomes_of(fault_server, generator_of(fault_server, template), "generated")
-    assert {each.ids for each in found.values()} == {tuple(told[:-1])}
+    assert {each.token_ids for each in found.values()} == {tuple(told[:-1])}
     dialogue = DIALOGUES[0]
     second = template.prompt_ids([told[:-1], dialogue.turns[1]])
     assert found[dialogue.id, 2].prompt_hash == digest(second)
@@ -155,7 +155,7 @@ def test_a_server_tells_likelihoods_as_the_model_itself_does(mode, context, loca
         if mode == "joint":
             assert told.label_log_likelihoods == pytest.approx(expected.label_log_likelihoods, abs=2e-3)
     for dialogue in dialogues if context == "generated" else ():
-        history = [found[dialogue.id, 0].ids, dialogue.turns[1]]
+        history = [found[dialogue.id, 0].token_ids, dialogue.turns[1]]
         with torch.inference_mode():
             (expected,) = label_log_likelihoods(model, template, [template.prompt_ids(history)]).tolist()
         assert found[dialogue.id, 2].label_log_likelihoods == pytest.approx(expected, abs=2e-3)
@@ -211,7 +211,7 @@ def test_a_turn_whose_likelihoods_fail_is_tried_again(fault_server, tmp_path):
     def run(name):
         with PredictionStore(tmp_path / name, generator.config_hash) as store:
             generate_predictions(DIALOGUES, generator, "reference", store)
-        return store.finish(DIALOGUES)
+        return store.merge(DIALOGUES)
 
     fault_server.answer = tell
     assert run("flawless.jsonl") == []
@@ -271,7 +271,7 @@ def test_a_strategy_is_handed_in_by_ids_or_not_at_all(fault_server):
     label = template.label_ids[dialogue.turns[0].strategy.number]
     first = found[dialogue.id, 0]
     assert first.prompt_hash == digest([*template.prompt_ids([]), *label])
-    assert first.ids == (*label, *template.literal_ids("好的")) and first.strategy is None
+    assert first.token_ids == (*label, *template.literal_ids("好的")) and first.strategy is None
     fault_server.completions = None
     for asked in (template, TemplateConfig(mode="given")):
         with pytest.raises(InputError, match=r"^template\.mode=given: "):
@@ -298,7 +298,7 @@ def test_turns_that_failed_are_recorded_and_only_they_are_tried_again(context, f
         fault_server.requests.clear()
         with PredictionStore(tmp_path / name, generator.config_hash) as store:
             outcomes = generate_predictions(DIALOGUES, generator, context, store)
-        return outcomes, store.finish(DIALOGUES), len(fault_server.requests)
+        return outcomes, store.merge(DIALOGUES), len(fault_server.requests)
 
     run("flawless.jsonl")
     fault_server.script += FAULTS.values()
@@ -376,7 +376,7 @@ def test_a_server_that_goes_away_between_the_contexts_fails_its_turns(fault_serv
 def test_a_server_that_fails_when_asked_for_likelihoods_is_not_one_that_cannot_tell_them(fault_server):
     fault_server.echoes = True
     fault_server.answer = lambda body: Fault(500) if body.get("echo") else tell(body)
-    with pytest.raises(InputError, match=r"\(server_error\); evaluation\.likelihoods=false does without"):
+    with pytest.raises(InputError, match=r"\(server_error\); evaluation\.likelihoods=false skips"):
         generate_predictions(DIALOGUES, generator_of(fault_server, template_of()), "reference")
 
 

@@ -58,7 +58,7 @@ class Conversation:
         self.turns: list[ChatReply | str] = []
         self.template = generator.template
         self._model = generator.model
-        self._stops = generator.stops
+        self._stops = generator.stop_ids
         self._config = config
         self._warpers = LogitsProcessorList([TopPLogitsWarper(config.top_p)])
         if config.temperature > 0:

@@ -9,7 +9,7 @@ from csc_train.evaluation.metrics import strategy as strategy_metrics
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.profiles import compute_metrics, same_turns
 from csc_train.evaluation.table import PredictionTable
-from csc_train.inference.predictions import Prediction, read_run, select_system
+from csc_train.inference.predictions import Prediction, read_run_predictions
 from csc_train.stats import CONFIDENCE_LEVEL, holm_correction, mcnemar_test, sign_flip_test
 
 ALIKE = "cannot be told apart"
@@ -40,12 +40,12 @@ def reference_sides(
     """
     names, predictions = [], []
     for directory, name in zip(directories, systems, strict=True):
-        saved = read_run(directory)
-        system = select_system(saved, directory, name)
-        if "reference" not in saved[system]:
+        run = read_run_predictions(directory)
+        system = run.select_system(name)
+        if "reference" not in run.predictions[system]:
             raise InputError(f"{directory}: {system} was not evaluated in reference context")
         names.append(f"{system} of {directory}")
-        predictions.append(saved[system]["reference"])
+        predictions.append(run.predictions[system]["reference"])
     sides, left_out = same_turns(*predictions, *names)
     _require_turns([sides], names)
     return tuple(names), sides, left_out

@@ -1,7 +1,7 @@
 """A run directory with predictions -> the scores of every system in every context."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import Contamination, read_contamination
 from csc_train.evaluation.metrics.profiles import drift, score
 from csc_train.evaluation.report.tables import Drifts, Results
-from csc_train.inference.predictions import Prediction, TurnOutcome, expected_turns, read_failures, read_run
+from csc_train.inference.predictions import RunPredictions, expected_turns, read_run_predictions
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Scored:
 
     Attributes:
         results, drifts: see `report`.
-        predictions: by system and context.
+        run: predictions and failed turns.
         dialogues: those that were predicted.
         contamination: None where the run did not look for it.
     """
 
     results: Results
     drifts: Drifts
-    predictions: dict[str, dict[str, list[Prediction]]]
+    run: RunPredictions
     dialogues: list[Dialogue]
     contamination: Contamination | None
 
@@ -41,42 +41,38 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig) -> Scored:
     """
     dialogues = read_dialogues(Path(directory) / "dialogues.jsonl")
     by_id = {dialogue.id: dialogue for dialogue in dialogues}
-    systems, failures = read_run(directory), read_failures(directory)
-    check_complete(directory, dialogues, systems, failures)
+    run = read_run_predictions(directory)
+    check_complete(run, dialogues)
     contamination = read_contamination(directory)
     flagged = contamination.flagged if contamination else ()
     results = {
         name: {
-            context: score(predictions, by_id, config, failed=len(failures[name][context]), flagged=flagged)
+            context: score(predictions, by_id, config, failed=len(run.failures[name][context]), flagged=flagged)
             for context, predictions in contexts.items()
         }
-        for name, contexts in systems.items()
+        for name, contexts in run.predictions.items()
     }
     drifts = {
         name: drift(contexts["reference"], contexts["generated"], by_id, config)
-        for name, contexts in systems.items()
+        for name, contexts in run.predictions.items()
         if len(contexts) == 2
     }
-    return Scored(results, drifts, systems, dialogues, contamination)
+    return Scored(results, drifts, run, dialogues, contamination)
 
 
-def check_complete(
-    directory: str | os.PathLike,
-    dialogues: Sequence[Dialogue],
-    predicted: Mapping[str, Mapping[str, Sequence[TurnOutcome]]],
-    failed: Mapping[str, Mapping[str, Sequence[TurnOutcome]]],
-) -> None:
-    """Refuse a run in which predicted and failed turns of a system in a context are not together what was expected.
+def check_complete(run: RunPredictions, dialogues: Sequence[Dialogue]) -> None:
+    """Check that every system has a prediction or a failed turn for each expected turn of its contexts.
 
     Raises:
         InputError: a turn is missing.
     """
     expected = expected_turns(dialogues)
-    for name, contexts in predicted.items():
+    for name, contexts in run.predictions.items():
         for context, predictions in contexts.items():
-            found = {(each.dialogue_id, each.turn) for each in [*predictions, *failed[name][context]]}
+            found = {each.key for each in [*predictions, *run.failures[name][context]]}
             if missing := [key for key in expected if key not in found]:
                 raise InputError(
-                    f"{directory}: {name}, {context} context lacks {len(missing)} of {len(expected)} turns, the first "
-                    f"is turn {missing[0][1]} of dialogue {missing[0][0]}; to predict them: run={directory} resume=true"
+                    f"{run.directory}: {name}, {context} context: {len(missing)} of {len(expected)} turns are missing, "
+                    f"first turn {missing[0][1]} of dialogue {missing[0][0]}: predict them with run={run.directory} "
+                    "resume=true"
                 )

@@ -1,4 +1,4 @@
-"""Trivial systems that any trained model must beat."""
+"""Baselines without a model: the most frequent strategy, and a strategy bigram."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
 from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.files import digest
-from csc_train.inference.generator import Generation, TurnQueue, TurnRequest
+from csc_train.inference.predictions import Prediction
+from csc_train.inference.turn_queue import TurnQueue, TurnRequest
 from csc_train.template.reply import Reply, format_reply
 
 
 class StrategyBaseline:
-    """Predicts the strategy from the supporter's previous one, or from nothing; replies with a stock sentence.
+    """Predicts the strategy that most often follows the supporter's previous one in the training dialogues.
 
-    The stock sentence of a strategy is its most frequent reply in the training dialogues.
+    The reply is the most frequent training reply of the strategy.
 
     Args:
-        training: the dialogues to count in.
-        order: 0 for the most frequent strategy, 1 for a strategy bigram.
+        training: dialogues to count in.
+        order: 0 ignores the previous strategy; 1 is a strategy bigram.
     """
 
     predicts_strategy = True
@@ -35,29 +36,29 @@ class StrategyBaseline:
                 previous = turn.strategy if order else None
         self._most_frequent = _most_frequent(sum(counts.values(), Counter()))
         self._next = {previous: _most_frequent(counter) for previous, counter in counts.items()}
-        self._stock = {
+        self._replies = {
             strategy: min(counter, key=lambda text, counter=counter: (-counter[text], text))
             for strategy, counter in replies.items()
         }
 
     def run(self, queue: TurnQueue) -> None:
-        """Answer every turn."""
+        """Reply at every turn."""
         while requests := queue.pop(1000):
             for request in requests:
-                queue.complete(request, self.reply(request))
+                queue.complete(request, self.predict(request))
 
-    def reply(self, request: TurnRequest) -> Generation:
-        """Answer a request; what was not seen in training falls back to the most frequent strategy."""
+    def predict(self, request: TurnRequest) -> Prediction:
+        """Predict one turn; an unseen previous strategy falls back to the most frequent strategy."""
         previous = _previous_strategy(request) if self.order else None
         strategy = self._next.get(previous, self._most_frequent)
-        reply = Reply(strategy, self._stock[strategy])
-        return Generation(format_reply(reply, "zh"), reply, digest(previous.number if previous else None))
+        reply = Reply(strategy, self._replies[strategy])
+        return request.prediction(format_reply(reply, "zh"), reply, digest(previous.number if previous else None))
 
 
 def _previous_strategy(request: TurnRequest) -> Strategy | None:
     for turn in reversed(request.history):
-        if isinstance(turn, Generation):
-            return turn.reply.strategy
+        if isinstance(turn, Prediction):
+            return STRATEGIES[turn.strategy - 1] if turn.strategy else None
         if isinstance(turn, Turn) and turn.speaker is Speaker.SUPPORTER:
             return turn.strategy
     return None

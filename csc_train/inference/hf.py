@@ -1,6 +1,7 @@
-"""A local model as the system under evaluation: greedy decoding, batched over dialogues."""
+"""Replies of a Hugging Face model that runs in this process: greedy decoding in batches of dialogues."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,142 +9,172 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from csc_train.checkpoints.manifest import Manifest, check_manifest, read_manifest
+from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest, check_manifest, read_manifest
 from csc_train.data.dialogue import Dialogue, Turn
 from csc_train.data.strategies import Strategy
 from csc_train.errors import InputError
-from csc_train.files import digest
+from csc_train.files import digest, file_digest
 from csc_train.inference.config import InferenceConfig
-from csc_train.inference.generator import Generation, TurnQueue, TurnRequest
 from csc_train.inference.kv_cache import DialogueCache
+from csc_train.inference.predictions import Prediction
+from csc_train.inference.turn_queue import TurnQueue, TurnRequest
 from csc_train.models.families import cache_kinds
 from csc_train.models.hub import hub_errors, load_causal_lm
 from csc_train.models.tokenizer import tokenizer_hash
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import dialogue_log_likelihoods
+from csc_train.template.reply import Reply
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class HFGenerator:
-    """Replies with a model that plain `from_pretrained` loads.
+    """A model that `from_pretrained` loads, with a dialogue template.
 
-    What is computed of a dialogue is kept from turn to turn (see `DialogueCache`). When all turns are answered, one
-    forward of each dialogue gives the likelihoods of the 12 labels at all of its turns, where the model chooses
-    strategies, and in reference context those of the reference's own turns. They are computed dialogue by dialogue, so
-    that they do not depend on what else was answered at the time, and kept to four decimals.
+    The key-value cache of a dialogue is kept from turn to turn (see `DialogueCache`). After all replies, one forward
+    pass per dialogue computes likelihoods, rounded to four decimals: those of the 12 strategies if the model chooses
+    strategies, and in reference context those of the reference turns. They do not depend on other dialogues.
 
     Attributes:
-        stops: tokens that end a reply.
+        stop_ids: tokens that end a reply.
 
     Args:
-        origin: SHA-256 (hex) of what says which model it is, such as its manifest.
+        model_hash: SHA-256 (hex) that identifies the weights, such as that of the manifest.
 
     Raises:
         InputError: the model has sliding-window attention.
     """
 
-    def __init__(self, model: PreTrainedModel, template: DialogueTemplate, config: InferenceConfig, origin: str = ""):
+    def __init__(
+        self, model: PreTrainedModel, template: DialogueTemplate, config: InferenceConfig, model_hash: str = ""
+    ):
         if cache_kinds(model.config) != {"full"}:
-            raise InputError(f"{model.name_or_path}: a model with sliding-window attention cannot be evaluated here")
+            raise InputError(f"{model.name_or_path}: sliding-window attention is not supported: use another model")
         self.model = model.eval()
         self.template = template
         self.predicts_strategy = template.config.mode == "joint"
         self.config_hash = digest(
-            [origin, template.fingerprint, tokenizer_hash(template.tokenizer), config.max_new_tokens, config.dtype]
+            [model_hash, template.fingerprint, tokenizer_hash(template.tokenizer), config.max_new_tokens, config.dtype]
         )
         self._config = config
-        # Of the model's own generation configuration only the end counts: Qwen2.5-Instruct ships a repetition penalty
-        # and sampling, which is not greedy decoding.
+        # Only the end tokens of the model's generation configuration count. Qwen2.5-Instruct also sets sampling and a
+        # repetition penalty, which would not be greedy decoding.
         stops = model.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
-        self.stops = {template.end_of_turn_id, *stops}
+        self.stop_ids = {template.end_of_turn_id, *stops}
+
+    def new_cache(self) -> DialogueCache:
+        """An empty cache for batched decoding."""
+        return DialogueCache(self.model, self.template.prefix_ids, self.stop_ids, self._config.max_new_tokens)
+
+    @torch.inference_mode()
+    def reply(self, history: Sequence[Turn], strategy: Strategy | None = None) -> Reply:
+        """Reply to one dialogue.
+
+        Args:
+            history: the turns so far; the last one is usually the customer's.
+            strategy: the strategy to reply with; required in mode `given`, otherwise the model chooses.
+        """
+        cache = self.new_cache()
+        (row,) = cache.add(["dialogue"], [self.template.prompt_ids(history, strategy)])
+        text = self.decode(cache.step()[row])
+        return self.template.parse(text) if strategy is None else Reply(strategy, text.strip())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of generated tokens, special tokens included."""
+        return self.template.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     @torch.inference_mode()
     def run(self, queue: TurnQueue) -> None:
-        """Answer every turn, batch by batch, then add likelihoods."""
-        cache = DialogueCache(self.model, self.template.prefix_ids, self.stops, self._config.max_new_tokens)
-        asked: dict[int, tuple[TurnRequest, list[int]]] = {}  # by row of the cache
+        """Reply at every turn, batch by batch, then add likelihoods."""
+        cache = self.new_cache()
+        in_flight: dict[int, tuple[TurnRequest, list[int]]] = {}  # by row of the cache
         while True:
-            requests = queue.pop(self._config.batch_size - len(asked))
+            requests = queue.pop(self._config.batch_size - len(in_flight))
             prompts = [self._prompt(request) for request in requests]
             rows = cache.add([request.dialogue.id for request in requests], prompts)
-            asked |= zip(rows, zip(requests, prompts, strict=True), strict=True)
-            if not asked:
+            in_flight |= zip(rows, zip(requests, prompts, strict=True), strict=True)
+            if not in_flight:
                 break
             for row, ids in cache.step().items():
-                request, prompt = asked.pop(row)
-                queue.complete(request, self._said(request, prompt, ids))
+                request, prompt = in_flight.pop(row)
+                queue.complete(request, self._prediction(request, prompt, ids))
         del cache
         if self._config.likelihoods and (queue.context == "reference" or self.predicts_strategy):
             for dialogue in tqdm(queue.dialogues, "likelihoods", unit="dialogue", disable=None):
                 self._add_likelihoods(queue, dialogue)
 
     def _prompt(self, request: TurnRequest) -> list[int]:
-        history = [turn if isinstance(turn, Turn) else turn.ids for turn in request.history]
-        return self.template.prompt_ids(history, self._given(request))
+        history = [turn if isinstance(turn, Turn) else turn.token_ids for turn in request.history]
+        return self.template.prompt_ids(history, self._given_strategy(request))
 
-    def _given(self, request: TurnRequest) -> Strategy | None:
+    def _given_strategy(self, request: TurnRequest) -> Strategy | None:
         return request.dialogue.turns[request.turn].strategy if self.template.config.mode == "given" else None
 
-    def _said(self, request: TurnRequest, prompt: list[int], ids: list[int]) -> Generation:
-        text = self.template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        # A later prompt shows this turn as training did: with the strategy that was handed in.
-        handed_in = self.template.prompt_ids([], self._given(request))[len(self.template.prompt_ids([])) :]
-        return Generation(text, self.template.parse(text), digest(prompt), (*handed_in, *ids))
+    def _prediction(self, request: TurnRequest, prompt: list[int], ids: list[int]) -> Prediction:
+        text = self.decode(ids)
+        # Later prompts show this turn as training did: with the given strategy.
+        given = self.template.prompt_ids([], self._given_strategy(request))[len(self.template.prompt_ids([])) :]
+        return request.prediction(text, self.template.parse(text), digest(prompt), token_ids=(*given, *ids))
 
     def _add_likelihoods(self, queue: TurnQueue, dialogue: Dialogue) -> None:
-        """Of the turns of a dialogue that were predicted."""
-        said = queue.completed(dialogue)
+        """Compute the likelihoods of all predicted turns of a dialogue."""
+        predictions = queue.completed(dialogue)
         reference = queue.context == "reference"
-        if all(each.reference_nll is not None if reference else each.label_log_likelihoods for each in said.values()):
-            return  # by an earlier run
+        if all(
+            (each.reference_nll is not None) if reference else each.label_log_likelihoods
+            for each in predictions.values()
+        ):
+            return  # an earlier run did it
         targets = []
         if reference:
             example = self.template.encode(dialogue)
             ids, targets = example.input_ids.tolist(), example.trained.nonzero()[0].tolist()
-            headed = len(self.template.supporter_header_ids)
-            starts = [int(example.turn_offsets[turn]) + headed for turn in said]
+            header = len(self.template.supporter_header_ids)
+            starts = [int(example.turn_offsets[turn]) + header for turn in predictions]
         else:
-            history = [said[turn].ids if turn in said else gold for turn, gold in enumerate(dialogue.turns)]
-            starts = [len(self.template.prompt_ids(history[:turn])) for turn in said]
-            ids = self.template.prompt_ids(history[: max(said)])
+            history = [
+                predictions[turn].token_ids if turn in predictions else customer
+                for turn, customer in enumerate(dialogue.turns)
+            ]
+            starts = [len(self.template.prompt_ids(history[:turn])) for turn in predictions]
+            ids = self.template.prompt_ids(history[: max(predictions)])
         if not self.predicts_strategy:
             starts = []
         own, labels = dialogue_log_likelihoods(self.model, self.template, ids, starts, targets)
-        for (turn, words), row in itertools.zip_longest(said.items(), labels.tolist()):
-            facts = {"label_log_likelihoods": row and tuple(round(value, 4) for value in row)}
+        for prediction, row in itertools.zip_longest(predictions.values(), labels.tolist()):
+            details = {"label_log_likelihoods": row and tuple(round(value, 4) for value in row)}
             if reference:
-                first, end = example.turn_offsets[turn], example.turn_offsets[turn + 1]
-                here = [-value for target, value in zip(targets, own.tolist(), strict=True) if first <= target < end]
-                facts |= {"reference_nll": round(sum(here), 4), "reference_tokens": len(here)}
-            queue.update(dialogue, turn, replace(words, **facts))
+                first, end = example.turn_offsets[prediction.turn], example.turn_offsets[prediction.turn + 1]
+                nll = [-value for target, value in zip(targets, own.tolist(), strict=True) if first <= target < end]
+                details |= {"reference_nll": round(sum(nll), 4), "reference_tokens": len(nll)}
+            queue.update(replace(prediction, **details))
 
 
-def open_final_model(checkpoint: str) -> tuple[DialogueTemplate, Manifest]:
-    """The template of a checkpoint that recipes/sft.py wrote, and its manifest; the model is not loaded yet.
+def open_final_model(directory: str) -> tuple[DialogueTemplate, Manifest]:
+    """Read the template and the manifest of a final model that recipes/sft.py wrote, without its weights.
 
     Raises:
-        InputError: it is no checkpoint, or its template or tokenizer is not what this code would use.
+        InputError: it is no final model, or its template or tokenizer differs from the one of this code.
     """
-    manifest = read_manifest(checkpoint)
-    if not (Path(checkpoint) / "tokenizer.json").is_file():
+    manifest = read_manifest(directory)
+    if not (Path(directory) / "tokenizer.json").is_file():
         # transformers would make up an empty one.
-        raise InputError(f"{checkpoint}: the directory holds no tokenizer (tokenizer.json)")
-    with hub_errors(checkpoint, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        raise InputError(f"{directory}: no tokenizer here (tokenizer.json): export the model again")
+    with hub_errors(directory, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
-    own = manifest.chat_template.endswith(".jinja")  # a user's file, of which the tokenizer's directory has a copy
-    name = f"{checkpoint}/chat_template.jinja" if own else manifest.chat_template
+    is_file = manifest.chat_template.endswith(".jinja")  # a user's template; the model directory has a copy
+    name = f"{directory}/chat_template.jinja" if is_file else manifest.chat_template
     template = DialogueTemplate(tokenizer, name, settings)
-    check_manifest(checkpoint, manifest, template.fingerprint, tokenizer_hash(tokenizer))
+    check_manifest(directory, manifest, template.fingerprint, tokenizer_hash(tokenizer))
     return template, manifest
 
 
-def base_model_path(checkpoint: str, manifest: Manifest) -> str:
-    """Where the model that a checkpoint's training started from is: a path or a hub id."""
-    beside = Path(checkpoint) / manifest.base_model
+def base_model_path(directory: str, manifest: Manifest) -> str:
+    """Path or hub id of the model that the training of a final model started from."""
+    beside = Path(directory) / manifest.base_model
     return str(beside) if manifest.base_model.startswith(".") and beside.is_dir() else manifest.base_model
 
 
@@ -151,21 +182,32 @@ def load_generator(
     path: str,
     template: DialogueTemplate,
     config: InferenceConfig,
-    origin: str = "",
+    model_hash: str = "",
     device: torch.device | None = None,
     revision: str | None = None,
 ) -> HFGenerator:
-    """The generator of the model at a path or hub id, talking through `template`.
+    """Load the model at a path or hub id.
 
     Args:
-        origin: see `HFGenerator`.
-        device: where the whole model goes, such as the one GPU of this process; if not given it is spread over the
-            GPUs of this machine, if there are any.
+        model_hash: see `HFGenerator`.
+        device: device of the whole model, such as this process's GPU; None spreads it over the machine's GPUs, if any.
 
     Raises:
         InputError: as `load_causal_lm`.
     """
-    spread = "auto" if torch.cuda.is_available() else None
-    placed = {"": device} if device else spread
-    model = load_causal_lm(path, revision=revision, dtype=_DTYPES[config.dtype], device_map=placed)
-    return HFGenerator(model, template, config, origin)
+    device_map = {"": device} if device else "auto" if torch.cuda.is_available() else None
+    model = load_causal_lm(path, revision=revision, dtype=_DTYPES[config.dtype], device_map=device_map)
+    return HFGenerator(model, template, config, model_hash)
+
+
+def load_final_model(
+    directory: str, config: InferenceConfig | None = None, device: torch.device | None = None
+) -> HFGenerator:
+    """Load a final model of recipes/sft.py or recipes/export.py with its template, ready to reply.
+
+    Raises:
+        InputError: as `open_final_model` and `load_causal_lm`.
+    """
+    template, _ = open_final_model(directory)
+    manifest = file_digest(Path(directory) / MANIFEST_FILE)
+    return load_generator(directory, template, config or InferenceConfig(), manifest, device)

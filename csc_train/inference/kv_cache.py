@@ -1,4 +1,4 @@
-"""Greedy decoding of dialogues that grow, each by other tokens, and share their beginning."""
+"""Batched greedy decoding with a key-value cache that keeps each dialogue from turn to turn."""
 
 import itertools
 from collections import defaultdict
@@ -10,36 +10,36 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 GROWTH = 64
-"""Columns by which a cache grows beyond what is needed, since growing it copies all of it."""
+"""Minimum columns that a full cache grows by. Growing copies the whole cache."""
 REFILL_DIVISOR = 8
-"""New prompts wait until one row in so many is free: each batch of them is a forward of its own."""
+"""`DialogueCache.step` returns once this fraction (1/8) of the rows is done, since each refill costs a forward pass."""
 
 
 @dataclass(frozen=True)
-class _Step:
-    """Where the tokens of a forward stand.
+class _ForwardLayout:
+    """Where the tokens of a forward pass stand in the cache.
 
     Attributes:
-        rows: int64 [batch]; those of the cache.
-        positions: int64 [batch, width].
-        columns: how many columns any token looks at.
-        first: whether the rows are the first ones in order, which are then not copied.
+        rows: int64 [batch]; cache rows.
+        positions: int64 [batch, width]; cache columns.
+        columns: number of columns that attention reads.
+        contiguous: whether `rows` is 0, 1, ..., batch - 1, so that a slice replaces a copy.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
     columns: int
-    first: bool
+    contiguous: bool
 
 
 class _RowsLayer(DynamicLayer):
-    """A layer in whose buffers, [rows, heads, columns, head size], column p holds a row's token at position p.
+    """A cache layer with buffers [rows, heads, columns, head size]; column p of a row holds its token at position p.
 
-    Rows may thus be of any lengths; what is left over behind the end of one is masked. The first forward makes row 0.
-    Only the buffers are kept: what a forward looked at would hold on to the old ones when they grow.
+    Rows have different lengths; the attention mask hides columns after a row's end. The first forward pass fills row 0.
+    The layer keeps no tensor but its buffers: a view of old buffers would hold their memory after a resize.
     """
 
-    step: _Step
+    layout: _ForwardLayout
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, ...]:
         states = key_states, value_states
@@ -47,161 +47,162 @@ class _RowsLayer(DynamicLayer):
             self.lazy_initialization(*states)
             self._buffers = list(states)
             return states
-        step = self.step
-        rows, positions = (each.to(self.device) for each in (step.rows, step.positions))
+        layout = self.layout
+        rows, positions = layout.rows.to(self.device), layout.positions.to(self.device)
         for buffer, new in zip(self._buffers, states, strict=True):
             buffer[rows[:, None], :, positions] = new.transpose(1, 2)
-        shown = slice(0, len(rows)) if step.first else rows
-        return tuple(buffer[shown, :, : step.columns] for buffer in self._buffers)
+        selected = slice(0, len(rows)) if layout.contiguous else rows
+        return tuple(buffer[selected, :, : layout.columns] for buffer in self._buffers)
 
     def resize(self, rows: int, columns: int) -> None:
-        """Grow to so many; a new row begins as a copy of row 0."""
+        """Grow the buffers; a new row is a copy of row 0."""
         if self._buffers[0].shape[0] == rows and self._buffers[0].shape[2] == columns:
             return
         for number, old in enumerate(self._buffers):
-            # Zeros, since what stands in a masked column must be a number.
+            # Zeros, since masked columns must hold finite numbers.
             new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
             new[:, :, : old.shape[2]] = old[:1]
             new[: len(old), :, : old.shape[2]] = old
             self._buffers[number] = new
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let a row begin as another one does."""
+        """Copy the first columns of a row to another row."""
         for buffer in self._buffers:
             buffer[target, :, :length] = buffer[source, :, :length]
 
 
 @dataclass
 class _Row:
-    """What a row of the cache holds.
+    """The state of a cache row.
 
     Attributes:
-        name: of the dialogue.
-        ids: its prompt and what is generated so far.
-        computed: how many of the ids are cached.
-        start: where the continuation begins in `ids`.
-        going: whether it has yet to end.
+        dialogue: key of the dialogue.
+        ids: prompt and generated tokens.
+        num_cached: how many of `ids` are in the cache.
+        prompt_length: where the generated tokens start in `ids`.
+        active: whether generation is in progress.
     """
 
-    name: Hashable
+    dialogue: Hashable
     ids: list[int]
-    computed: int
-    start: int = 0
-    going: bool = False
+    num_cached: int
+    prompt_length: int = 0
+    active: bool = False
 
 
 class DialogueCache:
-    """Continues prompts greedily, many at a time, each in a row of its own of one key-value cache.
+    """Greedy decoding of many prompts at a time; each has a row of one key-value cache.
 
-    What a prompt has in common with what is cached of its dialogue is kept, the rest is computed. A row whose
-    continuation has ended holds its dialogue until it is needed for another one.
+    A prompt reuses what is cached of its dialogue: only new tokens are computed. A finished row keeps its dialogue
+    until another one needs the row.
 
-    The attention of every layer must reach back to the first token and take a mask of four dimensions.
+    The attention of every layer must reach back to the first token and accept a four-dimensional mask.
 
     Args:
-        model: a causal model; nothing of it is changed.
-        prefix: ids with which every prompt begins; they are computed once.
-        stops: tokens that end a continuation; they are left out.
-        most: the largest number of tokens to generate.
+        model: a causal language model; it is not changed.
+        prefix_ids: first tokens of every prompt, computed once.
+        stop_ids: tokens that end a reply; replies do not include them.
+        max_new_tokens: maximum tokens of a reply.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: Sequence[int], stops: Collection[int], most: int):
-        self._model, self._prefix, self._stops, self._most = model, list(prefix), stops, most
+    def __init__(
+        self, model: PreTrainedModel, prefix_ids: Sequence[int], stop_ids: Collection[int], max_new_tokens: int
+    ):
+        self._model, self._prefix_ids = model, list(prefix_ids)
+        self._stop_ids, self._max_new_tokens = stop_ids, max_new_tokens
         self._cache = Cache(layer_class_to_replicate=_RowsLayer)
-        ids = torch.tensor([self._prefix], device=model.device)
+        ids = torch.tensor([self._prefix_ids], device=model.device)
         model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._rows = [_Row(None, self._prefix, len(prefix))]
-        self._columns = len(prefix)
+        self._rows = [_Row(None, self._prefix_ids, len(prefix_ids))]
+        self._columns = len(prefix_ids)
 
-    def add(self, names: Sequence[Hashable], prompts: Sequence[list[int]]) -> list[int]:
-        """Put prompts into free rows, and into new ones where there are too few.
+    def add(self, dialogues: Sequence[Hashable], prompts: Sequence[list[int]]) -> list[int]:
+        """Assign each prompt to an inactive row, or to a new row if there are too few.
 
         Args:
-            names: of the dialogue of each prompt.
+            dialogues: key of each prompt's dialogue.
 
         Returns:
             The row of each prompt.
         """
-        free = [number for number, row in enumerate(self._rows) if not row.going]
-        while len(free) < len(names):
+        free = [number for number, row in enumerate(self._rows) if not row.active]
+        while len(free) < len(dialogues):
             free.append(len(self._rows))
-            self._rows.append(_Row(None, self._prefix, len(self._prefix)))
+            self._rows.append(_Row(None, self._prefix_ids, len(self._prefix_ids)))
         holders = defaultdict(list)
         for number, row in enumerate(self._rows):
-            holders[row.name].append(number)
-        own = {}
-        for place, name in enumerate(names):
-            own[place] = next((number for number in holders[name] if number in free), None)
-            if own[place] is not None:
-                free.remove(own[place])
+            holders[row.dialogue].append(number)
+        own: list[int | None] = []
+        for dialogue in dialogues:
+            own.append(next((number for number in holders[dialogue] if number in free), None))
+            if own[-1] is not None:
+                free.remove(own[-1])
         self._reserve(max(map(len, prompts), default=0))
         taken = []
-        for place, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-            number = source = own[place]
+        for row, dialogue, prompt in zip(own, dialogues, prompts, strict=True):
+            number = source = row
             if number is None:
                 number = free.pop(0)
-                # What a dialogue has in other rows, all of them going, is copied from the longest.
-                source = max(holders[name], key=lambda holder: self._rows[holder].computed, default=number)
-            self._take(number, source, name, prompt)
+                # All rows of the dialogue are active: copy the longest.
+                source = max(holders[dialogue], key=lambda holder: self._rows[holder].num_cached, default=number)
+            held = self._rows[source]
+            # The last token is always computed, for the next token's logits.
+            kept = min(common_prefix_length(held.ids[: held.num_cached], prompt), len(prompt) - 1)
+            if source != number:
+                for layer in self._cache.layers:
+                    layer.copy(source, number, kept)
+            self._rows[number] = _Row(dialogue, list(prompt), kept, len(prompt), True)
             taken.append(number)
         return taken
 
-    def _take(self, number: int, source: int, name: Hashable, prompt: list[int]) -> None:
-        """Put a prompt into a row, with what it has in common with a row."""
-        held = self._rows[source]
-        # The last token is always computed, for what comes next.
-        kept = min(_common(held.ids[: held.computed], prompt), len(prompt) - 1)
-        if source != number:
-            for layer in self._cache.layers:
-                layer.copy(source, number, kept)
-        self._rows[number] = _Row(name, list(prompt), kept, len(prompt), True)
-
     def step(self) -> dict[int, list[int]]:
-        """Generate until a share of the continuations has ended.
+        """Generate tokens until a fraction of the active rows is done (see `REFILL_DIVISOR`).
 
         Returns:
-            Those, by row.
+            The reply of each row that is done.
         """
-        going = {number for number, row in enumerate(self._rows) if row.going}
-        enough = max(1, len(going) // REFILL_DIVISOR)
-        fed = [number for number in sorted(going) if len(self._rows[number].ids) - self._rows[number].computed > 1]
-        ended = {}
-        while len(ended) < enough:
-            fed = fed or self._together(going)
-            for number, token in zip(fed, self._feed(fed), strict=True):
+        active = {number for number, row in enumerate(self._rows) if row.active}
+        enough = max(1, len(active) // REFILL_DIVISOR)
+        # First only the rows with a new prompt.
+        fed = [number for number in sorted(active) if len(self._rows[number].ids) - self._rows[number].num_cached > 1]
+        done = {}
+        while len(done) < enough:
+            fed = fed or self._rows_to_feed(active)
+            for number, token in zip(fed, self._forward(fed), strict=True):
                 row = self._rows[number]
-                if not row.going:
+                if not row.active:
                     continue
-                if token not in self._stops:
+                if token not in self._stop_ids:
                     row.ids.append(token)
-                if token in self._stops or len(row.ids) - row.start == self._most:
-                    row.going = False
-                    going.discard(number)
-                    ended[number] = row.ids[row.start :]
+                if token in self._stop_ids or len(row.ids) - row.prompt_length == self._max_new_tokens:
+                    row.active = False
+                    active.discard(number)
+                    done[number] = row.ids[row.prompt_length :]
             fed = []
-        return ended
+        return done
 
-    def _together(self, going: set[int]) -> list[int]:
-        """The rows to feed for the next token of some: all up to the last one, which are not copied, unless few go."""
-        rows = max(going) + 1
-        return list(range(rows)) if 2 * len(going) >= rows else sorted(going)
+    def _rows_to_feed(self, active: set[int]) -> list[int]:
+        """All rows up to the last active one, which avoids a copy; only the active ones if those are under half."""
+        rows = max(active) + 1
+        return list(range(rows)) if 2 * len(active) >= rows else sorted(active)
 
-    def _feed(self, rows: Sequence[int]) -> list[int]:
-        """Compute what is not yet cached of rows. Returns the likeliest next token of each."""
+    def _forward(self, rows: Sequence[int]) -> list[int]:
+        """Compute all tokens of these rows that are not cached. Returns the likeliest next token of each."""
         held = [self._rows[number] for number in rows]
         device = self._model.device
-        width = max(1, *(len(row.ids) - row.computed for row in held))
+        width = max(1, *(len(row.ids) - row.num_cached for row in held))
         ends = [len(row.ids) for row in held]
         self._reserve(max(ends))
-        # Nothing is padded: where fewer tokens are new, the ones before them are computed again, to no effect; in a row
-        # that is shorter altogether the first one is.
+        # No padding: a row with fewer new tokens computes cached ones again, with the same result. A row shorter than
+        # `width` repeats its first token.
         offsets = torch.arange(-width, 0, device=device)
         positions = (torch.tensor(ends, device=device)[:, None] + offsets).clamp(min=0)
         ids = [row.ids[:1] * (width - len(row.ids)) + row.ids[-width:] for row in held]
-        step = _Step(torch.tensor(rows, device=device), positions, max(ends), rows == list(range(len(rows))))
+        contiguous = rows == list(range(len(rows)))
+        layout = _ForwardLayout(torch.tensor(rows, device=device), positions, max(ends), contiguous)
         for layer in self._cache.layers:
-            layer.step = step
-        hidden = torch.arange(step.columns, device=device) > positions[:, None, :, None]
+            layer.layout = layout
+        hidden = torch.arange(layout.columns, device=device) > positions[:, None, :, None]
         mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=device)
         logits = self._model(
             input_ids=torch.tensor(ids, device=device),
@@ -212,20 +213,20 @@ class DialogueCache:
             logits_to_keep=1,
         ).logits[:, -1]
         for row in held:
-            row.computed = len(row.ids)
+            row.num_cached = len(row.ids)
         return logits.argmax(-1).tolist()
 
     def _reserve(self, columns: int) -> None:
-        """Have room for all rows, of so many columns."""
+        """Make room for all rows with this many columns."""
         if columns > self._columns:
             self._columns = columns + max(GROWTH, columns // 2)
         for layer in self._cache.layers:
             layer.resize(len(self._rows), self._columns)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of tokens at the start that two sequences share."""
     length = min(len(one), len(other))
-    if one[:length] == other[:length]:  # nearly always, and much faster
+    if one[:length] == other[:length]:  # the usual case, and much faster
         return length
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

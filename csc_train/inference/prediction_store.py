@@ -1,8 +1,8 @@
-"""Outcomes on disk as they come, so that an evaluation that was stopped at any point goes on from there."""
+"""A store of predictions on disk, from which a stopped evaluation resumes."""
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -21,32 +21,29 @@ from csc_train.jsonl import JsonlLog
 
 
 class PredictionStore:
-    """The outcomes of one system in one context, kept in `path` and in parts beside it.
+    """The outcomes of one system in one context: the file `path`, and part files beside it.
 
-    Each process appends to a part of its own, a line per outcome that is written at once. What was known of a turn
-    before is superseded by a later line. `finish` puts the parts together in `path`, in the order of the dialogues, so
-    that it does not matter how often the work was interrupted, nor how many processes did it.
+    Each process appends outcomes to its own part, one line each; the last line of a turn counts. `merge` joins the
+    parts into `path` in the order of the dialogues. The result does not depend on interruptions or process numbers.
 
     Attributes:
-        path: the file of all outcomes.
-        earlier: what is known of each (dialogue id, turn) from before; failures are not, so that they are tried again.
+        path: file of all outcomes.
+        earlier: predictions of earlier runs, by (dialogue id, turn). Failed turns are left out, to be tried again.
 
     Args:
-        config_hash: of the system; see `Generator.config_hash`.
-        process: the number of this process.
+        config_hash: see `Generator.config_hash`.
+        rank: number of this process.
 
     Raises:
-        InputError: a file cannot be read or written, a line is broken (a last one aside, which is left out where it was
-            not written to its end), or the outcomes are of a system under other settings.
+        InputError: a file cannot be read or written, a line other than an incomplete last one is broken, or the
+            outcomes come from other settings.
     """
 
-    def __init__(self, path: str | os.PathLike, config_hash: str, process: int = 0):
+    def __init__(self, path: str | os.PathLike, config_hash: str, rank: int = 0):
         self.path = Path(path)
         self._config_hash = config_hash
-        self.earlier: dict[tuple[str, int], Prediction] = {
-            key: outcome for key, outcome in self._outcomes().items() if isinstance(outcome, Prediction)
-        }
-        self._log = JsonlLog(self.path.with_name(f"{self.path.name}.part-{process:05}"))
+        self.earlier = {key: outcome for key, outcome in self._read().items() if isinstance(outcome, Prediction)}
+        self._log = JsonlLog(self.path.with_name(f"{self.path.name}.part-{rank:05}"))
         self._log.open()
 
     def __enter__(self) -> Self:
@@ -60,60 +57,55 @@ class PredictionStore:
         self._log.close()
 
     def add(self, outcome: TurnOutcome) -> None:
-        """Keep an outcome; it is on disk when this returns, unless the machine itself fails.
+        """Append an outcome. It survives the end of this process, but not a loss of power.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: the part cannot be written.
         """
         self._log.append(asdict(outcome))
 
-    def finish(self, dialogues: Sequence[Dialogue]) -> list[FailedTurn]:
-        """Put all parts together, once every process has closed its own; for one process to do.
+    def merge(self, dialogues: Sequence[Dialogue]) -> list[FailedTurn]:
+        """Join all parts into `path`. One process calls this after every process closed its part.
 
         Args:
-            dialogues: all that were to be predicted, by all processes.
+            dialogues: the dialogues of all processes.
 
         Returns:
-            The turns that failed.
+            The failed turns.
         """
-        outcomes = self._outcomes()
+        outcomes = self._read()
         expected = expected_turns(dialogues)
         missing = [key for key in expected if key not in outcomes]
         assert not missing, f"{len(missing)} of {len(expected)} turns are neither predicted nor failed: {missing[0]}"
-        write_predictions(self.path, [outcomes[key] for key in expected])
+        merged = [outcomes[key] for key in expected]
+        write_predictions(self.path, merged)
         for part in _parts(self.path):
             part.unlink()
-        return [outcomes[key] for key in expected if isinstance(outcomes[key], FailedTurn)]
+        return [outcome for outcome in merged if isinstance(outcome, FailedTurn)]
 
-    def _outcomes(self) -> dict[tuple[str, int], TurnOutcome]:
-        """What is known of each turn; that it was predicted is known for good."""
+    def _read(self) -> dict[tuple[str, int], TurnOutcome]:
+        """The latest outcome of each turn; a failure never replaces a prediction."""
         outcomes: dict[tuple[str, int], TurnOutcome] = {}
-        for outcome in self._lines():
-            if outcome.config_hash != self._config_hash:
-                raise InputError(
-                    f"{self.path}: holds turns of a system under other settings ({outcome.config_hash[:12]}, now "
-                    f"{self._config_hash[:12]}): choose another run.directory, or run.if_exists=replace"
-                )
-            key = outcome.dialogue_id, outcome.turn
-            if isinstance(outcome, Prediction) or not isinstance(outcomes.get(key), Prediction):
-                outcomes[key] = outcome
+        for file in [self.path, *_parts(self.path)] if self.path.exists() else _parts(self.path):
+            for outcome in read_outcomes(file):
+                if outcome.config_hash != self._config_hash:
+                    raise InputError(
+                        f"{self.path}: holds predictions of other settings ({outcome.config_hash[:12]}, now "
+                        f"{self._config_hash[:12]}): choose another run.directory, or run.if_exists=replace"
+                    )
+                if isinstance(outcome, Prediction) or not isinstance(outcomes.get(outcome.key), Prediction):
+                    outcomes[outcome.key] = outcome
         return outcomes
-
-    def _lines(self) -> Iterator[TurnOutcome]:
-        if self.path.exists():
-            yield from read_outcomes(self.path)
-        for part in _parts(self.path):
-            yield from read_outcomes(part)
 
 
 def is_complete(path: Path, dialogues: Sequence[Dialogue]) -> bool:
-    """Whether a file holds every supporter turn of these dialogues, none of them failed, and no parts are left."""
+    """Whether a file has a prediction for every supporter turn of these dialogues, and no parts are left."""
     if not path.exists() or _parts(path):
         return False
-    found = {(each.dialogue_id, each.turn) for each in read_outcomes(path) if isinstance(each, Prediction)}
-    return found.issuperset(expected_turns(dialogues))
+    return {each.key for each in read_outcomes(path) if isinstance(each, Prediction)}.issuperset(
+        expected_turns(dialogues)
+    )
 
 
 def _parts(path: Path) -> list[Path]:
-    """Where the processes append what is put together in `path`."""
     return sorted(path.parent.glob(f"{glob.escape(path.name)}.part-*"))

@@ -127,7 +127,7 @@ def _transcripts(scored: Scored) -> str:
     ]
     keys = [(each.id, turn) for each in scored.dialogues for turn in each.supporter_turns]
     said: dict[str, dict[str, dict[str, list[int]]]] = {}
-    for system, contexts in scored.predictions.items():
+    for system, contexts in scored.run.predictions.items():
         said[system] = {}
         for context, predictions in contexts.items():
             by_key = {(each.dialogue_id, each.turn): each for each in predictions}

@@ -8,7 +8,7 @@ from test_generator import DIALOGUES, LONG, TURNS, Flaky, Recorder
 from csc_train.errors import InputError
 from csc_train.inference.generator import generate_predictions, shard_dialogues
 from csc_train.inference.prediction_store import PredictionStore, is_complete
-from csc_train.inference.predictions import FailedTurn, read_failures, read_outcomes, read_run
+from csc_train.inference.predictions import FailedTurn, read_outcomes, read_run_predictions
 
 NAME = "system-generated.jsonl"
 
@@ -29,7 +29,7 @@ def run(path, generator, dialogues=DIALOGUES, process=0, context="generated"):
 def whole(tmp_path):
     """The bytes of a run that nothing interrupted."""
     path = tmp_path / "whole" / NAME
-    assert run(path, Recorder(2)).finish(DIALOGUES) == []
+    assert run(path, Recorder(2)).merge(DIALOGUES) == []
     return path.read_bytes()
 
 
@@ -46,7 +46,7 @@ class Killed(Recorder):
                 if self.answers == 0:
                     raise KeyboardInterrupt
                 self.answers -= 1
-                queue.complete(request, self.words(request.dialogue.id, request.turn))
+                queue.complete(request, self.predict(request))
 
 
 @pytest.mark.parametrize("torn", [0, 1, 9])
@@ -66,7 +66,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_file(path, whole, answers
     store = run(path, again)
     assert sum(map(len, again.batches)) == 7 - answers + (torn > 0 and answers > 0)
     assert not is_complete(path, DIALOGUES)
-    assert store.finish(DIALOGUES) == []
+    assert store.merge(DIALOGUES) == []
     assert path.read_bytes() == whole
     assert [each.name for each in path.parent.iterdir()] == [NAME]
     assert is_complete(path, DIALOGUES)
@@ -83,7 +83,7 @@ def test_a_line_that_is_broken_elsewhere_is_named(path):
 
 def test_another_system_is_not_mixed_in(path):
     run(path, Recorder(2))
-    with pytest.raises(InputError, match=r"under other settings \(recorder, now other\): choose another run.directory"):
+    with pytest.raises(InputError, match=r"of other settings \(recorder, now other\): choose another run.directory"):
         PredictionStore(path, "other")
 
 
@@ -94,22 +94,22 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_what_failed_is_listed_and_alone_tried_again(path, whole):
-    failures = run(path, Flaky(2)).finish(DIALOGUES)
+    failures = run(path, Flaky(2)).merge(DIALOGUES)
     assert [(each.turn, each.kind) for each in failures] == [
         (2, "timeout"), (4, "earlier_turn_failed"), (6, "earlier_turn_failed"),
     ]  # fmt: skip
     outcomes = read_outcomes(path)
     assert [(each.dialogue_id, each.turn) for each in outcomes] == TURNS
     assert not is_complete(path, DIALOGUES)
-    directory = path.parent.parent
-    assert read_failures(directory) == {"system": {"generated": failures}}
-    assert read_run(directory) == {
+    run_predictions = read_run_predictions(path.parent.parent)
+    assert run_predictions.failures == {"system": {"generated": failures}}
+    assert run_predictions.predictions == {
         "system": {"generated": [each for each in outcomes if not isinstance(each, FailedTurn)]}
     }
     # Once more in vain, then with success.
-    assert run(path, Flaky(2)).finish(DIALOGUES) == failures
+    assert run(path, Flaky(2)).merge(DIALOGUES) == failures
     again = Recorder(2)
-    assert run(path, again).finish(DIALOGUES) == []
+    assert run(path, again).merge(DIALOGUES) == []
     assert [(each.dialogue.id, each.turn) for batch in again.batches for each in batch] == [
         ("long", 2), ("long", 4), ("long", 6),
     ]  # fmt: skip
@@ -123,14 +123,14 @@ def test_processes_write_parts_that_are_put_together_whoever_goes_on(path, whole
     again = Recorder(2)
     store = run(path, again)
     assert again.batches == []
-    assert store.finish(DIALOGUES) == []
+    assert store.merge(DIALOGUES) == []
     assert path.read_bytes() == whole
 
 
 def test_a_turn_that_nobody_predicted_is_found_out(path):
     store = run(path, Recorder(2), [LONG])
     with pytest.raises(AssertionError, match="3 of 7 turns are neither predicted nor failed"):
-        store.finish(DIALOGUES)
+        store.merge(DIALOGUES)
 
 
 def test_a_later_line_about_a_turn_counts(path):
@@ -139,20 +139,20 @@ def test_a_later_line_about_a_turn_counts(path):
             store.add(outcome)
             store.add(replace(outcome, reference_nll=2.5))
             store.add(FailedTurn(outcome.dialogue_id, outcome.turn, "generated", "timeout", "", "recorder"))
-    assert store.finish([LONG]) == []
+    assert store.merge([LONG]) == []
     assert {outcome.reference_nll for outcome in read_outcomes(path)} == {2.5}
 
 
 @pytest.mark.parametrize("cut", [1, 5, 2000])
 def test_what_was_lost_of_a_finished_file_is_predicted_again(path, whole, cut):
-    run(path, Recorder(2)).finish(DIALOGUES)
+    run(path, Recorder(2)).merge(DIALOGUES)
     path.write_bytes(whole[:-cut])
     assert not is_complete(path, DIALOGUES)
     again = Recorder(2)
     store = run(path, again)
     lost = len(TURNS) - whole[:-cut].count(b"\n")
     assert sum(map(len, again.batches)) == lost > (1 if cut == 2000 else 0)
-    store.finish(DIALOGUES)
+    store.merge(DIALOGUES)
     assert path.read_bytes() == whole
 
 
@@ -162,11 +162,11 @@ def test_killed_before_the_parts_were_removed(path, whole):
     assert not is_complete(path, DIALOGUES)
     again = Recorder(2)
     store = run(path, again)
-    assert again.batches == [] and store.finish(DIALOGUES) == []
+    assert again.batches == [] and store.merge(DIALOGUES) == []
     assert path.read_bytes() == whole and is_complete(path, DIALOGUES)
 
 
 def test_a_name_may_look_like_a_pattern(tmp_path, whole):
     path = tmp_path / "predictions" / "model[awq]-generated.jsonl"
-    assert run(path, Recorder(2)).finish(DIALOGUES) == []
+    assert run(path, Recorder(2)).merge(DIALOGUES) == []
     assert path.read_bytes() == whole
