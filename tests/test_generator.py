@@ -367,7 +367,7 @@ def test_prompts_in_reference_context(model, tokenizer, odd_dialogues):
         assert prediction.prompt_hash == digest(template.prompt_ids(gold.turns[: prediction.turn]))
         # The ids that training puts before this turn's reply.
         example = template.encode(gold)
-        start = example.boundaries[prediction.turn] + len(template.supporter_header_ids)
+        start = example.turn_offsets[prediction.turn] + len(template.supporter_header_ids)
         assert prediction.prompt_hash == digest(example.input_ids[:start].tolist())
 
 
