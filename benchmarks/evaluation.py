@@ -28,8 +28,8 @@ from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.generator import generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
-from csc_train.models.families import chat_template_name
 from csc_train.inference.turn_queue import TurnQueue
+from csc_train.models.families import chat_template_name
 from csc_train.runs.distributed import distributed_state
 from csc_train.stats import bootstrap_interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
