@@ -146,7 +146,7 @@ def test_json_round_trip_keeps_chinese_readable(tmp_path):
     [
         (b'{"a": 1,\n "b": }', "broken JSON at line 2, column 7: Expecting value"),
         (b"", "broken JSON at line 1, column 1: Expecting value"),
-        ('"情'.encode()[:-1], "not UTF-8 at byte 1"),
+        ('"情'.encode()[:-1], "cannot read: not UTF-8 at byte 1"),
     ],
 )
 def test_an_unreadable_json_file_is_named_with_the_place(tmp_path, content, reason):
