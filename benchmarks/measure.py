@@ -18,7 +18,6 @@ import datasets
 import numpy
 import torch
 import transformers
-from csc_train.runs.provenance import provenance
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
@@ -26,6 +25,7 @@ from csc_train.files import write_json, write_text
 from csc_train.models.config import AdapterConfig
 from csc_train.packing.collator import IGNORE_INDEX
 from csc_train.packing.dataset import PackedDataset
+from csc_train.runs.provenance import provenance
 from csc_train.template.dialogue_template import TokenizedDialogue, TokenType
 from csc_train.training.config import TrainerConfig
 from csc_train.training.trainer import PackTrainer, build_trainer, training_arguments

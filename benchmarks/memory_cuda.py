@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy
 import torch
-from csc_train.runs.provenance import provenance
 from transformers.trainer_utils import SaveStrategy
 
 from csc_train.config.compose import compose
@@ -29,6 +28,7 @@ from csc_train.models.loading import load_model
 from csc_train.models.precision import weight_dtype
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
+from csc_train.runs.provenance import provenance
 from csc_train.template.dialogue_template import TokenizedDialogue
 from csc_train.template.tokenizer_training import train_tokenizer
 from csc_train.training.config import TrainerConfig

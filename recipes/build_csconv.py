@@ -11,7 +11,7 @@ from csc_train.config.compose import BuildCsconvRecipe, run_recipe, to_container
 
 logger = logging.getLogger("csc_train.recipes.build_csconv")
 OUTPUTS = (
-    "answers.jsonl", "dialogues.jsonl", "dialogues.parquet", "rejected.jsonl", "waterfall.json", "quality.json",
+    "answers.jsonl", "dialogues.jsonl", "dialogues.parquet", "rejected.jsonl", "filter_funnel.json", "quality.json",
     "quality.html",
 )  # fmt: skip
 """What the recipe writes into the run directory."""
@@ -25,13 +25,13 @@ def main(config: BuildCsconvRecipe) -> None:
     from rich.console import Console
     from tqdm import tqdm
 
-    from csc_train.data.dialogue import read_dialogues, write_dialogues
+    from csc_train.data.readers import read_dialogues, write_dialogues
     from csc_train.data.sample_grammar import SAMPLE_SOURCE
     from csc_train.files import file_digest, write_json, write_text
-    from csc_train.llm.client import AuthenticationFailure, Client
+    from csc_train.llm.client import AuthenticationError, Client
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
-    from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, ask_model, ask_script, build, read_calls
+    from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, ask_mock, ask_model, build, read_calls
     from csc_train.synthesis.filters.funnel import filter_funnel, funnel_table
     from csc_train.synthesis.quality_report import quality_report, write_quality_report
 
@@ -55,14 +55,14 @@ def main(config: BuildCsconvRecipe) -> None:
         settings |= {"language": config.language, "concurrency": config.llm.concurrency}
         with tqdm(total=len(calls), desc="calls", unit="call", disable=None) as bar:
             settings["done"] = lambda outcome: bar.update()
-            if config.llm.backend == "scripted":
-                return await build(calls, log.first(ask_script(config.language)), **settings)
+            if config.llm.backend == "mock":
+                return await build(calls, log.first(ask_mock(config.language)), **settings)
             async with Client(config.llm) as client:
                 return await build(calls, log.first(ask_model(client, config.seed, log)), **settings)
 
     try:
         outcomes = asyncio.run(go())
-    except AuthenticationFailure as error:
+    except AuthenticationError as error:
         run.fail(f"stopped: {error}")
     except KeyboardInterrupt:
         logger.info(f"stopped\nto go on: run={run.directory} resume=true")
@@ -77,10 +77,10 @@ def main(config: BuildCsconvRecipe) -> None:
     for name in ("dialogues.jsonl", "dialogues.parquet"):
         write_dialogues(run.directory / name, dialogues)
     write_text(run.directory / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
-    write_json(run.directory / "waterfall.json", rows)
+    write_json(run.directory / "filter_funnel.json", rows)
     usage = log.usage | {"cost": config.llm.cost(log.usage["prompt_tokens"], log.usage["completion_tokens"])}
     usage = {name: value for name, value in usage.items() if value is not None} if log.usage["requests"] else None
-    report = quality_report(dialogues, reference=reference, waterfall=rows, usage=usage, seed=config.seed)
+    report = quality_report(dialogues, reference=reference, funnel=rows, usage=usage, seed=config.seed)
     write_quality_report(run.directory, report, f"Dialogues from {len(calls)} calls ({source})")
     Console().print(funnel_table(rows, f"{len(dialogues)} of {len(calls)} calls are kept"))
     logger.info(f"dialogues: {run.directory}/dialogues.jsonl, .parquet (source={source})")

@@ -20,7 +20,8 @@ OUTPUTS = ("predictions", "dialogues.jsonl", "contamination.json", "results.json
 def main(config: EvaluateRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from csc_train.checkpoints.manifest import MANIFEST_FILE
-    from csc_train.data.dialogue import data_digest, write_dialogues
+    from csc_train.data.dialogue import data_digest
+    from csc_train.data.readers import write_dialogues
     from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
     from csc_train.data.splits import load_splits
     from csc_train.evaluation.contamination import find_contamination, write_contamination

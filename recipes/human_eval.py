@@ -28,7 +28,7 @@ def export_sheet(config: HumanEvalRecipe, run) -> None:
     """Write the sheet, and its key beside it."""
     from pathlib import Path
 
-    from csc_train.data.dialogue import read_dialogues
+    from csc_train.data.readers import read_dialogues
     from csc_train.evaluation.comparison import left_out_note, reference_sides
     from csc_train.evaluation.judges.human import KEY, SHEET, draw_annotation_form
     from csc_train.files import file_digest, write_json, write_text

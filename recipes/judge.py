@@ -16,7 +16,7 @@ def main(config: JudgeRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from pathlib import Path
 
-    from csc_train.data.dialogue import read_dialogues
+    from csc_train.data.readers import read_dialogues
     from csc_train.evaluation.comparison import reference_sides
     from csc_train.evaluation.judges.llm_judge import as_json, chosen_turns, judge, judge_questions, markdown, summarize
     from csc_train.files import digest, write_json, write_text

@@ -1,6 +1,6 @@
 """Synthesise RoleCS: personas, topics and moods -> five roles -> filters -> dialogues.
 
-python recipes/synthesize_rolecs.py llm=scripted target=2000                    # no model: the sample grammar speaks
+python recipes/synthesize_rolecs.py llm=mock target=2000                    # no model: the sample grammar speaks
 python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 dry_run=true   # what it would take
 python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 budget.tokens=500000000
 """
@@ -11,7 +11,7 @@ from csc_train.config.compose import SynthesizeRolecsRecipe, run_recipe, to_cont
 
 logger = logging.getLogger("csc_train.recipes.synthesize_rolecs")
 OUTPUTS = (
-    "dialogues.jsonl", "dialogues.parquet", "rejected.jsonl", "waterfall.json", "quality.json", "quality.html",
+    "dialogues.jsonl", "dialogues.parquet", "rejected.jsonl", "filter_funnel.json", "quality.json", "quality.html",
     "synthesis.json", "batch",
 )  # fmt: skip
 """What the recipe writes into the run directory."""
@@ -25,7 +25,7 @@ def main(config: SynthesizeRolecsRecipe) -> None:
 
     from rich.console import Console
 
-    from csc_train.data.dialogue import read_dialogues
+    from csc_train.data.readers import read_dialogues
     from csc_train.errors import InputError
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
@@ -55,7 +55,7 @@ def main(config: SynthesizeRolecsRecipe) -> None:
     reference = read_dialogues(where.path, source=where.source) if where.path else []
 
     # Dialogues; every answer is kept as it comes
-    if config.llm.backend == "scripted":
+    if config.llm.backend == "mock":
         backend = MockBackend(settings.language)
     else:
         backend = BatchedModels(ServedModels(config.llm, settings.roles), config.batch)

@@ -17,16 +17,17 @@ import pytest
 from conftest import ROOT
 from servers.faults import Fault
 
-from csc_train.data.dialogue import Speaker, read_dialogues
+from csc_train.data.dialogue import Speaker
+from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
 from csc_train.llm import client as client_module
-from csc_train.llm.client import AuthenticationFailure, LLMFailure
-from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, RewrittenCall, ask_script, build, read_calls
+from csc_train.llm.client import AuthenticationError, LLMError
+from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, RewrittenCall, ask_mock, build, read_calls
 from csc_train.synthesis.filters.funnel import filter_funnel
 from csc_train.synthesis.filters.llm_checks import CallCheck, QualityCheck
 from csc_train.synthesis.filters.rules import CallConfig, DuplicatesConfig, RewriteConfig
 
-CALLS, SCRIPT = read_calls(BUNDLED), ask_script("zh")
+CALLS, SCRIPT = read_calls(BUNDLED), ask_mock("zh")
 FORMS = {"call_check": CallCheck, "rewrite": RewrittenCall, "quality": QualityCheck}
 ANSWERS = 34
 """Questions that the bundled calls take."""
@@ -40,7 +41,7 @@ def built(ask, calls=CALLS, language="zh", concurrency=4, **settings):
 
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_the_bundled_calls_meet_every_rule_and_each_drops_one(language):
-    outcomes = built(ask_script(language), language=language)
+    outcomes = built(ask_mock(language), language=language)
     rows = filter_funnel((outcome.verdicts for outcome in outcomes), RULES)
     assert [row["rule"] for row in rows] == list(RULES)
     assert {row["rule"] for row in rows if not row["dropped"]} == set()
@@ -51,7 +52,7 @@ def test_the_bundled_calls_meet_every_rule_and_each_drops_one(language):
 
 
 def test_a_dropped_call_is_told_with_its_reason_and_without_its_private_data():
-    rows = {outcome.id: outcome.row() for outcome in built(ask_script("zh")) if not outcome.accepted}
+    rows = {outcome.id: outcome.row() for outcome in built(ask_mock("zh")) if not outcome.accepted}
     assert rows["wrong-number"] == {
         "id": "wrong-number", "rule": "rounds", "reason": "fewer than 3 rounds", "detail": "2 rounds",
     }  # fmt: skip
@@ -61,7 +62,7 @@ def test_a_dropped_call_is_told_with_its_reason_and_without_its_private_data():
 
 
 def test_outcomes_do_not_depend_on_who_answers_first():
-    script, rng = ask_script("zh"), random.Random(0)
+    script, rng = ask_mock("zh"), random.Random(0)
 
     async def late(task, prompt, form):
         await asyncio.sleep(rng.random() / 100)
@@ -71,7 +72,7 @@ def test_outcomes_do_not_depend_on_who_answers_first():
 
 
 def test_no_more_than_so_many_are_asked_at_a_time():
-    script, running, most = ask_script("zh"), [0], [0]
+    script, running, most = ask_mock("zh"), [0], [0]
 
     async def watched(task, prompt, form):
         running[0] += 1
@@ -85,11 +86,11 @@ def test_no_more_than_so_many_are_asked_at_a_time():
 
 
 def test_a_call_without_an_answer_is_neither_kept_nor_dropped_and_the_others_go_on():
-    script = ask_script("zh")
+    script = ask_mock("zh")
 
     async def failing(task, prompt, form):
         if task == "rewrite" and "年费" in prompt[-1]["content"]:
-            raise LLMFailure("timeout", "no answer within 1 s")
+            raise LLMError("timeout", "no answer within 1 s")
         return await script(task, prompt, form)
 
     outcomes = {outcome.id: outcome for outcome in built(failing)}
@@ -106,9 +107,9 @@ def test_a_refused_key_ends_it_at_once():
     async def refused(task, prompt, form):
         asked.append(task)
         await asyncio.sleep(0)
-        raise AuthenticationFailure("authentication", "HTTP 401")
+        raise AuthenticationError("authentication", "HTTP 401")
 
-    with pytest.raises(AuthenticationFailure):
+    with pytest.raises(AuthenticationError):
         built(refused, concurrency=2)
     assert len(asked) == 2
 
@@ -117,8 +118,8 @@ def test_the_script_knows_the_bundled_calls_only(tmp_path):
     path = tmp_path / "calls.jsonl"
     turns = [{"speaker": "客服", "text": "您好请讲"}, {"speaker": "客户", "text": "我想问一下"}] * 4
     path.write_text(json.dumps({"turns": turns}), encoding="utf-8")
-    with pytest.raises(InputError, match=r"^llm=scripted answers about the bundled calls only"):
-        built(ask_script("zh"), read_calls(path))
+    with pytest.raises(InputError, match=r"^llm=mock answers about the bundled calls only"):
+        built(ask_mock("zh"), read_calls(path))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def counted(ask, asked, crash_after=None):
 
 
 def test_after_a_crash_at_any_answer_nothing_is_asked_twice_and_the_outcome_is_the_same(tmp_path):
-    script = ask_script("zh")
+    script = ask_mock("zh")
     expected = built(script)
     for crash_after in range(ANSWERS):
         path, first, second = tmp_path / f"{crash_after}.jsonl", [], []
@@ -180,7 +181,7 @@ def test_after_a_crash_at_any_answer_nothing_is_asked_twice_and_the_outcome_is_t
 
 
 def test_a_log_that_ends_within_a_line_is_good_up_to_there(tmp_path):
-    path, script = tmp_path / "answers.jsonl", ask_script("zh")
+    path, script = tmp_path / "answers.jsonl", ask_mock("zh")
     built(AnswerLog(path).first(script))
     whole = path.read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
@@ -225,7 +226,7 @@ def recipe(tmp_path, monkeypatch, capsys):
     return start
 
 
-def test_the_recipe_shows_the_waterfall_without_a_model(tmp_path, recipe):
+def test_the_recipe_shows_the_filter_funnel_without_a_model(tmp_path, recipe):
     status, said = recipe("run.directory=run")
     assert status == 0, said
     assert "4 of 19 calls are kept" in said and "source=synthetic-sample" in said
@@ -234,9 +235,9 @@ def test_the_recipe_shows_the_waterfall_without_a_model(tmp_path, recipe):
     assert dialogues == read_dialogues(run / "dialogues.parquet", strict=True)
     assert {each.source for each in dialogues} == {"synthetic-sample"} and len(dialogues) == 4
     rejected = [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]
-    rows = json.loads((run / "waterfall.json").read_text())
+    rows = json.loads((run / "filter_funnel.json").read_text())
     assert Counter(row["rule"] for row in rejected) == {row["rule"]: row["dropped"] for row in rows}
-    assert json.loads((run / "quality.json").read_text())["waterfall"] == rows
+    assert json.loads((run / "quality.json").read_text())["filter_funnel"] == rows
     assert (run / "quality.html").read_text().count("<svg") == 2
     # A finished run is left as it is; another directory is not asked for twice.
     assert recipe("run.directory=run")[0] == 2
@@ -265,7 +266,7 @@ def reply(body):
 
 def on_server(server, *more):
     return (
-        "llm=openai", f"llm.base_url={server.base_url}", "llm.model=small", "llm.api_key_env=null", "llm.retries=2",
+        "llm=openai", f"llm.base_url={server.base_url}", "llm.model=small", "llm.api_key_env=null", "llm.max_retries=2",
         "llm.price_per_million_input=1", "llm.price_per_million_output=2", "run.directory=run", *more,
     )  # fmt: skip
 
@@ -275,7 +276,7 @@ def test_the_recipe_on_a_server_that_fails_then_answers(tmp_path, recipe, fault_
     fault_server.answer = lambda body: "不知道" if deaf and deaf in body["messages"][0]["content"] else reply(body)
     fault_server.script += [Fault(500), Fault(429, retry_after=0.01), "{torn", "抱歉"]
     status, said = recipe(*on_server(fault_server, "llm.concurrency=2"))
-    assert status == 1 and "1 calls got no answer, the first: annual-fee: garbage" in said, said
+    assert status == 1 and "1 calls got no answer, the first: annual-fee: malformed" in said, said
     assert "3 of 19 calls are kept" in said
     before = len(fault_server.requests)
     deaf = None
@@ -335,7 +336,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, recipe, fau
     # At most the two that were under way are asked again.
     assert len(asked) == ANSWERS and ANSWERS <= sum(asked.values()) <= ANSWERS + 2
     assert recipe("run.directory=whole")[0] == 0
-    for name in ("dialogues.jsonl", "rejected.jsonl", "waterfall.json"):
+    for name in ("dialogues.jsonl", "rejected.jsonl", "filter_funnel.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 

@@ -26,7 +26,8 @@ from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import Conversation
 from csc_train.chat.terminal import Terminal
 from csc_train.config.compose import compose
-from csc_train.data.dialogue import Dialogue, Speaker, Turn, read_dialogues
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.readers import read_dialogues
 from csc_train.data.strategies import OTHERS, STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from csc_train.data.dialogue import read_dialogues
+from csc_train.data.readers import read_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.errors import InputError
 from csc_train.evaluation.comparison import ALIKE, compare

@@ -3,8 +3,9 @@
 import pytest
 
 from csc_train.data.dialogue import Dialogue
+from csc_train.data.overlap import Overlap, best_overlaps, find_overlaps
 from csc_train.data.sample_grammar import generate_sample
-from csc_train.data.splits import Overlap, Splits, find_overlap
+from csc_train.data.splits import Splits
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import (
@@ -26,7 +27,7 @@ HELD_OUT = [*EVALUATION, COPY]
 @pytest.fixture(scope="module")
 def found():
     """Of 21 evaluation dialogues the last stands in the training data."""
-    return find_contamination(Splits(TRAIN, HELD_OUT, find_overlap(TRAIN, HELD_OUT)), near=0.8)
+    return find_contamination(Splits(TRAIN, HELD_OUT, best_overlaps(find_overlaps(TRAIN, HELD_OUT))), near=0.8)
 
 
 def test_both_checks_list_a_copy_and_flag_it_once(found):
@@ -42,7 +43,7 @@ def test_both_checks_list_a_copy_and_flag_it_once(found):
 
 def test_what_was_dropped_from_the_training_data_counts_no_more(found):
     kept = [dialogue for dialogue in TRAIN if dialogue.id != TRAIN[3].id]
-    splits = Splits(kept, HELD_OUT, find_overlap(TRAIN, HELD_OUT))
+    splits = Splits(kept, HELD_OUT, best_overlaps(find_overlaps(TRAIN, HELD_OUT)))
     assert [overlap.evaluation_id for overlap in splits.overlaps] == ["copy"]
     assert "copy" not in find_contamination(splits, near=0.8).flagged
 

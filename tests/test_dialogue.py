@@ -13,16 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from csc_train.data.dialogue import (
-    Dialogue,
-    ReadReport,
-    Speaker,
-    Turn,
-    data_digest,
-    iter_dialogues,
-    read_dialogues,
-    write_dialogues,
-)
+from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
+from csc_train.data.readers import ReadReport, iter_dialogues, read_dialogues, write_dialogues
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 
@@ -85,8 +77,8 @@ BAD = {
     "supporter without strategy": (changed(3, strategy=""), 3, "strategy", "missing on a supporter turn"),
     "customer with strategy": (changed(2, strategy="5"), 2, "strategy", "given on a customer turn ('5')"),
     "customer first": (make_row(GOOD[1:]), 1, "speaker", "the customer speaks first"),
-    "supporter twice": (make_row([GOOD[0], GOOD[2]]), 2, "speaker", "the same speaker twice running (客服)"),
-    "customer twice": (make_row([*GOOD[:2], *GOOD[1:]]), 3, "speaker", "the same speaker twice running (客户)"),
+    "supporter twice": (make_row([GOOD[0], GOOD[2]]), 2, "speaker", "the same speaker twice in a row (客服)"),
+    "customer twice": (make_row([*GOOD[:2], *GOOD[1:]]), 3, "speaker", "the same speaker twice in a row (客户)"),
     "no supporter turn": (make_row([GOOD[1]]), None, "dialogue", "no supporter turn"),
     "no turns": (make_row([]), None, "dialogue", "no supporter turn"),
     "no dialogue": ({"id": "a"}, None, "dialogue", "missing"),
@@ -126,8 +118,8 @@ def test_a_bad_row_is_refused_with_its_place(tmp_path, case, suffix):
 
     report = ReadReport(str(path))
     assert len(list(iter_dialogues(path, report=report))) == 3
-    assert [str(reject) for reject in report.rejects] == [expected]
-    assert report.rejects[0].record == row
+    assert [str(reject) for reject in report.rejected] == [expected]
+    assert report.rejected[0].record == row
     assert (report.rows, report.accepted) == (4, 3)
 
 
@@ -141,7 +133,7 @@ def test_a_broken_line_of_jsonl_is_refused_alone(tmp_path, case):
     assert str(refusal.value).startswith(expected)
     report = ReadReport(str(path))
     assert len(list(iter_dialogues(path, report=report))) == 3
-    (reject,) = report.rejects
+    (reject,) = report.rejected
     assert reject.row == 2 and str(reject).startswith(expected)
     assert reject.record == line.decode("utf-8", "replace")
 
@@ -157,7 +149,7 @@ def test_a_broken_line_of_jsonl_is_refused_alone(tmp_path, case):
         ("a.json", b"[]", "no rows"),
         ("a.jsonl", b"\n \n", "no rows"),
         ("a.parquet", b"PAR1, but no Parquet", "not a Parquet file: "),
-        ("a.csv", b"speaker,text", "not a dialogue file; known are .json, .jsonl, .parquet"),
+        ("a.csv", b"speaker,text", "not a dialogue file: use one of .json, .jsonl, .parquet"),
     ],
 )
 def test_a_file_unusable_as_a_whole(tmp_path, name, content, reason, strict):
@@ -172,9 +164,9 @@ def test_a_file_unusable_as_a_whole(tmp_path, name, content, reason, strict):
 def test_a_file_whose_rows_are_all_refused_is_an_error(tmp_path):
     path, rejects = write_file(tmp_path / "a.jsonl", [[], b"{"]), tmp_path / "rejects.jsonl"
     with pytest.raises(InputError) as refusal:
-        read_dialogues(path, rejects_path=rejects)
+        read_dialogues(path, rejected_path=rejects)
     assert str(refusal.value) == (
-        f"{path}: every row is refused; the first: {path}, row 1, field row: not an object (list)"
+        f"{path}: every row is rejected; the first: {path}, row 1, field row: not an object (list)"
     )
     assert len(rejects.read_text().splitlines()) == 2
 
@@ -183,7 +175,7 @@ def test_a_parquet_text_that_is_not_utf8_is_refused(tmp_path):
     texts = pyarrow.array(["情".encode()[:2]], pyarrow.binary()).cast(pyarrow.string(), safe=False)
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"dialogue": texts}), path)
-    with pytest.raises(InputError, match=r"a\.parquet: holds a text that is not UTF-8"):
+    with pytest.raises(InputError, match=r"a\.parquet: a text is not UTF-8"):
         read_dialogues(path)
 
 
@@ -196,7 +188,7 @@ def test_a_missing_file(tmp_path, name):
 
 def test_a_missing_path_and_a_local_file_are_not_taken_for_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no such file, nor the id of a Hugging Face data set"):
+    with pytest.raises(InputError, match="no such file: give a file or the id of a Hugging Face data set"):
         read_dialogues("some/where/none")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dialogues.txt").write_text("您好")
@@ -211,7 +203,7 @@ def test_rows_are_selected_by_source(tmp_path, suffix):
     report = ReadReport(str(path))
     selected = list(iter_dialogues(path, source="CSConv", report=report))
     assert [dialogue.source for dialogue in selected] == ["CSConv", "CSConv"]
-    assert report.unselected == {"RoleCS": 3, "": 1} and report.rows == 6
+    assert report.other_sources == {"RoleCS": 3, "": 1} and report.rows == 6
     with pytest.raises(InputError) as refusal:
         read_dialogues(path, source="rolecs")
     assert str(refusal.value) == f"{path}: no row has source 'rolecs'; found: 'RoleCS' (3), 'CSConv' (2), '' (1)"
@@ -231,24 +223,24 @@ def test_collecting_counts_every_row_and_keeps_each_refused_one(tmp_path, said):
     report = ReadReport(str(path))
     accepted = list(iter_dialogues(path, report=report))
     assert len(accepted) == report.accepted == 12
-    assert report.rows == len(rows) == report.accepted + len(report.rejects)
+    assert report.rows == len(rows) == report.accepted + len(report.rejected)
 
     rejects = tmp_path / "out" / "rejects.jsonl"
-    assert read_dialogues(path, rejects_path=rejects) == accepted
+    assert read_dialogues(path, rejected_path=rejects) == accepted
     lines = [json.loads(line) for line in rejects.read_text(encoding="ascii").splitlines()]
     assert [line["row"] for line in lines] == [i for i, row in enumerate(rows, start=1) if row in bad]
     for line in lines:
         row = rows[line["row"] - 1]
         assert line["record"] == (row.decode("utf-8", "replace") if isinstance(row, bytes) else row)
-        assert line["file"] == str(path) and line["problems"][0]["reason"]
+        assert line["file"] == str(path) and line["issues"][0]["reason"]
     table = "\n".join(said).splitlines()
-    assert table[0] == f"{path}: {len(rows)} rows, 12 accepted, {len(bad)} refused"
+    assert table[0] == f"{path}: {len(rows)} rows, 12 accepted, {len(bad)} rejected"
     assert sum(int(line.split()[0]) for line in table[1:-1]) == len(bad)
     assert str(rejects) in table[-1]
 
     report = ReadReport(str(path))
     assert len(list(iter_dialogues(path, source="b", report=report))) == 5
-    assert report.rows == report.accepted + len(report.rejects) + sum(report.unselected.values())
+    assert report.rows == report.accepted + len(report.rejected) + sum(report.other_sources.values())
     assert "of other sources" in report.summary()
 
 
@@ -257,7 +249,7 @@ def test_all_problems_of_a_row_are_listed(tmp_path):
     path = write_file(tmp_path / "a.jsonl", [row, make_row()])
     report = ReadReport(str(path))
     list(iter_dialogues(path, report=report))
-    assert [(p.turn, p.field) for p in report.rejects[0].problems] == [(1, "text"), (1, "strategy"), (2, "speaker")]
+    assert [(p.turn, p.field) for p in report.rejected[0].issues] == [(1, "text"), (1, "strategy"), (2, "speaker")]
 
 
 def test_strict_reading_counts_the_row_it_stops_at_and_writes_nothing(tmp_path, said):
@@ -265,9 +257,9 @@ def test_strict_reading_counts_the_row_it_stops_at_and_writes_nothing(tmp_path, 
     report = ReadReport(str(path))
     with pytest.raises(InputError):
         list(iter_dialogues(path, strict=True, report=report))
-    assert (report.rows, report.accepted, len(report.rejects)) == (2, 1, 1)
+    assert (report.rows, report.accepted, len(report.rejected)) == (2, 1, 1)
     with pytest.raises(InputError):
-        read_dialogues(path, strict=True, rejects_path=tmp_path / "rejects.jsonl")
+        read_dialogues(path, strict=True, rejected_path=tmp_path / "rejects.jsonl")
     assert said == [] and not (tmp_path / "rejects.jsonl").exists()
 
 
@@ -363,7 +355,7 @@ def test_columns_without_a_parquet_type_are_refused_and_nothing_is_left(tmp_path
 
 
 def test_an_unknown_suffix_is_not_written(tmp_path):
-    with pytest.raises(InputError, match=r"a\.csv: dialogues are written as \.jsonl or \.parquet"):
+    with pytest.raises(InputError, match=r"a\.csv: cannot write this file type: use \.jsonl or \.parquet"):
         write_dialogues(tmp_path / "a.csv", random_dialogues(1))
     assert list(tmp_path.iterdir()) == []
 
@@ -459,7 +451,7 @@ LOAD = """
 import os
 import sys
 import datasets
-from csc_train.dialogue import ReadReport, iter_dialogues
+from csc_train.data.readers import ReadReport, iter_dialogues
 from csc_train.errors import InputError
 
 for name, source in zip(sys.argv[1::2], sys.argv[2::2]):
@@ -467,7 +459,7 @@ for name, source in zip(sys.argv[1::2], sys.argv[2::2]):
     try:
         rows = list(iter_dialogues(name, source=source, report=report))
         print([(row.id, row.source, row.turns[0].strategy.code, row.extra) for row in rows], end=" ")
-        print(report.rows, report.accepted, dict(report.unselected), datasets.config.HF_HUB_OFFLINE)
+        print(report.rows, report.accepted, dict(report.other_sources), datasets.config.HF_HUB_OFFLINE)
     except InputError as error:
         print(error)
 sys.stdout.flush()

@@ -19,7 +19,8 @@ from transformers import Qwen2ForCausalLM
 
 from csc_train.checkpoints.manifest import read_manifest, save_final_model
 from csc_train.config.compose import compose
-from csc_train.data.dialogue import data_digest, write_dialogues
+from csc_train.data.dialogue import data_digest
+from csc_train.data.readers import write_dialogues
 from csc_train.errors import InputError
 from csc_train.inference import hf as hf_generator
 from csc_train.inference.predictions import read_outcomes

@@ -14,7 +14,8 @@ from csc_train.files import atomic_path, digest, file_digest, read_json, write_j
 
 LIMITED = """
 import resource, sys
-from csc_train.data.dialogue import Dialogue, Speaker, Turn, write_dialogues
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.readers import write_dialogues
 from csc_train.errors import InputError
 from csc_train.data.strategies import GREETING
 

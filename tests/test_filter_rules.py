@@ -6,7 +6,8 @@ import random
 import pytest
 from conftest import random_dialogue
 
-from csc_train.data.dialogue import Dialogue, Speaker, read_dialogues, write_dialogues
+from csc_train.data.dialogue import Dialogue, Speaker
+from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.synthesis.filters.funnel import filter_funnel, funnel_table
@@ -316,7 +317,7 @@ KEPT, TOO_FEW, TOO_MANY = (
 )
 
 
-def test_the_waterfall_counts_up_to_the_first_drop():
+def test_the_filter_funnel_counts_up_to_the_first_drop():
     late = FilterVerdict("b", False, "late")
     rows = filter_funnel(
         [[KEPT, late], [TOO_FEW], [TOO_FEW], [TOO_MANY], [KEPT, FilterVerdict("b", True)], [KEPT]], "abc"

@@ -10,9 +10,12 @@ import re
 import pytest
 
 from csc_train.config.compose import EvaluateRecipe, to_container
-from csc_train.data.dialogue import Dialogue, write_dialogues
+from csc_train.data.config import DataConfig, DialogueSourceConfig
+from csc_train.data.dialogue import Dialogue
+from csc_train.data.overlap import best_overlaps, find_overlaps
+from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
-from csc_train.data.splits import DataConfig, DialogueSourceConfig, Splits, find_overlap
+from csc_train.data.splits import Splits
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.config import EvaluationConfig, MetricsConfig
 from csc_train.evaluation.contamination import find_contamination, write_contamination
@@ -59,7 +62,7 @@ def run(tmp_path_factory):
     train, dialogues = generate_sample(30, seed=1), generate_sample(30, seed=2)
     dialogues.append(Dialogue("copy </script>", train[0].turns, "CSConv"))
     write_dialogues(directory / "dialogues.jsonl", dialogues)
-    splits = Splits(train, dialogues, find_overlap(train, dialogues))
+    splits = Splits(train, dialogues, best_overlaps(find_overlaps(train, dialogues)))
     write_contamination(directory, find_contamination(splits, 0.8))
     for name, right, contexts in (
         ("most frequent strategy", 0.2, CONTEXTS), (GIVEN, 0, CONTEXTS[:1]), (SYSTEM, 0.7, CONTEXTS)

@@ -8,7 +8,7 @@ import pytest
 from conftest import load_recipe
 
 from csc_train.config.compose import compose
-from csc_train.data.dialogue import write_dialogues
+from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError

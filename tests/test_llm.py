@@ -11,7 +11,7 @@ from servers.faults import DRIP, DROP, HANG, HTML, TORN, Fault, Say
 
 from csc_train.errors import InputError
 from csc_train.llm import client as client_module
-from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure
+from csc_train.llm.client import AuthenticationError, Client, LLMError
 from csc_train.llm.config import JSON_MODES, LLMConfig
 from csc_train.llm.limits import RateLimiter, RequestLimits
 from csc_train.llm.structured import ask_structured, parse_answer
@@ -26,7 +26,7 @@ def short_waits(monkeypatch):
 
 
 def config_of(server, **settings):
-    return LLMConfig(base_url=server.base_url, model="small", **{"retries": 2, "timeout_s": 30} | settings)
+    return LLMConfig(base_url=server.base_url, model="small", **{"max_retries": 2, "timeout_s": 30} | settings)
 
 
 def run(config, call):
@@ -39,7 +39,7 @@ def run(config, call):
 
     try:
         return asyncio.run(main()), attempts
-    except LLMFailure as failure:
+    except LLMError as failure:
         return failure, attempts
 
 
@@ -64,7 +64,7 @@ FAULTS = {
     "timeout": HANG,
     "rate_limit": Fault(429, retry_after=SOON),
     "server_error": Fault(500),
-    "garbage": TORN,
+    "malformed": TORN,
 }
 
 
@@ -79,7 +79,7 @@ def test_what_may_pass_is_tried_again_within_the_budget(kind, fault_server):
 
     fault_server.script += [FAULTS[kind]] * 3
     failure, attempts = chat(config)
-    assert (type(failure), failure.kind, failure.attempts) == (LLMFailure, kind, 3)
+    assert (type(failure), failure.kind, failure.attempts) == (LLMError, kind, 3)
     assert len(fault_server.requests) == 6
     assert "\n" not in failure.message
 
@@ -97,7 +97,7 @@ def test_what_may_pass_is_tried_again_within_the_budget(kind, fault_server):
 def test_what_stays_is_not_tried_again(reply, kind, words, fault_server):
     fault_server.script.append(reply)
     failure, attempts = chat(config_of(fault_server))
-    assert (type(failure), failure.kind, failure.attempts) == (LLMFailure, kind, 1)
+    assert (type(failure), failure.kind, failure.attempts) == (LLMError, kind, 1)
     assert words in failure.message
     used = (10, 5) if isinstance(reply, Say) else (0, 0)  # a refusal is paid for
     assert (failure.prompt_tokens, failure.completion_tokens) == used
@@ -109,7 +109,7 @@ def test_what_stays_is_not_tried_again(reply, kind, words, fault_server):
 def test_a_key_that_is_not_served_is_its_own_failure(fault, fault_server):
     fault_server.script.append(fault)
     failure, _ = chat(config_of(fault_server))
-    assert (type(failure), failure.kind) == (AuthenticationFailure, "authentication")
+    assert (type(failure), failure.kind) == (AuthenticationError, "authentication")
     assert len(fault_server.requests) == 1
 
 
@@ -340,7 +340,7 @@ def test_messages_that_no_file_could_hold(fault_server, monkeypatch):
 def test_a_count_of_tokens_that_is_none(usage, fault_server):
     fault_server.script.append(Say("您好", usage=usage))
     _, attempts = chat(config_of(fault_server))
-    assert [each.kind for each in attempts] == ["garbage", None]
+    assert [each.kind for each in attempts] == ["malformed", None]
 
 
 def test_a_likelihood_that_is_no_finite_number(fault_server):
@@ -351,14 +351,14 @@ def test_a_likelihood_that_is_no_finite_number(fault_server):
         config_of(fault_server), lambda client, observe: client.log_likelihoods([1, 2, 3], observe=observe)
     )
     assert answer == (-1.5, -2.5)
-    assert [each.kind for each in attempts] == ["garbage", None]
+    assert [each.kind for each in attempts] == ["malformed", None]
 
 
 @pytest.mark.parametrize("reply", [HTML, TORN, Say("\ud83d"), Say(["您好"])])
 def test_a_reply_that_is_none_of_this_api(reply, fault_server):
     fault_server.script.append(reply)
     _, attempts = chat(config_of(fault_server))
-    assert [each.kind for each in attempts] == ["garbage", None]
+    assert [each.kind for each in attempts] == ["malformed", None]
 
 
 def test_a_message_without_content_is_an_empty_answer(fault_server):
@@ -375,11 +375,11 @@ def test_wrong_settings_are_refused():
     assert refusal(base_url="localhost:8000").startswith("llm.base_url=localhost:8000: give an address such as")
     assert "password" not in refusal(base_url="http://me:hush@localhost/v1").replace("user or password", "")
     assert "hush" not in refusal(base_url="http://me:hush@localhost/v1")
-    assert refusal(structured="yaml").startswith("llm.structured=yaml: choose one of auto, json_schema")
+    assert refusal(json_mode="yaml").startswith("llm.json_mode=yaml: choose one of auto, json_schema")
     assert refusal(temperature=-1) == "llm.temperature=-1: must be at least 0"
     assert refusal(requests_per_minute=0) == "llm.requests_per_minute=0: must be at least 1"
-    with pytest.raises(InputError, match=r"^llm\.backend=scripted: this needs a model on a server$"):
-        Client(LLMConfig(backend="scripted"))
+    with pytest.raises(InputError, match=r"^llm\.backend=mock: this needs a model on a server$"):
+        Client(LLMConfig(backend="mock"))
 
 
 def test_cost():
@@ -517,10 +517,10 @@ def test_a_bad_request_is_not_blamed_on_the_format_that_worked(fault_server):
 
 def test_the_configured_way_is_the_only_one(fault_server):
     fault_server.script += [Fault(400)]
-    failure, _ = verdict(config_of(fault_server, structured="json_schema"))
+    failure, _ = verdict(config_of(fault_server, json_mode="json_schema"))
     assert (failure.kind, len(fault_server.requests)) == ("bad_request", 1)
     fault_server.script += [GOOD]
-    verdict(config_of(fault_server, structured="text"))
+    verdict(config_of(fault_server, json_mode="text"))
     assert formats(fault_server) == ["json_schema", None]
 
 
@@ -542,14 +542,14 @@ def test_two_repairs_that_say_what_is_wrong(fault_server):
 
 def test_then_one_fresh_sample_then_failure(fault_server):
     fault_server.script += ["不", "行", "啊", GOOD]
-    answer, _ = verdict(config_of(fault_server, structured="json_object"), seed=7)
+    answer, _ = verdict(config_of(fault_server, json_mode="json_object"), seed=7)
     assert (answer.value, answer.attempts) == (READ, 4)
     assert [body["seed"] for body in fault_server.bodies] == [7, 7, 7, 8]
     assert len(fault_server.bodies[3]["messages"]) == 2
 
     fault_server.answer = lambda body: Say("不", usage=(100, 20))
     failure, attempts = verdict(config_of(fault_server), seed=7)
-    assert (type(failure), failure.kind) == (LLMFailure, "garbage")
+    assert (type(failure), failure.kind) == (LLMError, "malformed")
     assert failure.message == "no answer of the form Verdict: There is no complete JSON object in it."
     assert (failure.attempts, failure.prompt_tokens, failure.completion_tokens) == (4, 400, 80)
     assert [each.text for each in attempts] == ["不"] * 4
@@ -557,6 +557,6 @@ def test_then_one_fresh_sample_then_failure(fault_server):
 
 def test_a_failure_counts_the_answers_before_it(fault_server):
     fault_server.script += ["不", Fault(401)]
-    failure, _ = verdict(config_of(fault_server, structured="text"))
-    assert type(failure) is AuthenticationFailure
+    failure, _ = verdict(config_of(fault_server, json_mode="text"))
+    assert type(failure) is AuthenticationError
     assert (failure.attempts, failure.prompt_tokens, failure.completion_tokens) == (2, 10, 5)

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from servers.faults import Fault, Say
 
 from csc_train.config.compose import compose
-from csc_train.data.dialogue import write_dialogues
+from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.errors import InputError
 from csc_train.evaluation.config import JudgeConfig
@@ -66,7 +66,7 @@ def planted(body):
 
 
 def llm_of(server, **settings):
-    return LLMConfig(base_url=server.base_url, **{"model": "judge", "retries": 0, "concurrency": 4} | settings)
+    return LLMConfig(base_url=server.base_url, **{"model": "judge", "max_retries": 0, "concurrency": 4} | settings)
 
 
 def judged_by(server, a, b, cache, config=CONFIG, **settings):
@@ -145,8 +145,8 @@ def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_
     a, b = system(lambda n: f"品质3，第{n}句"), system(lambda n: f"品质2，第{n}句")
     fault_server.answer = planted
     fault_server.script += [Fault(500), Fault(400), Say("", refusal="no"), *["不"] * 4]
-    result, judged = judged_by(fault_server, a, b, cache, structured="text", concurrency=1)
-    assert [why.kind for why in judged.failures.values()] == ["server_error", "bad_request", "refused", "garbage"]
+    result, judged = judged_by(fault_server, a, b, cache, json_mode="text", concurrency=1)
+    assert [why.kind for why in judged.failures.values()] == ["server_error", "bad_request", "refused", "malformed"]
     spoilt = {(each.task, each.dialogue_id, each.turn) for each in judged.failures}
     assert result.judged == {
         task: len(PLACES) - sum(each[0] == task for each in spoilt) for task in ("pairwise", "rubric")
@@ -161,10 +161,10 @@ def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_
     # A line that was cut in the middle is asked again, and so is what failed; another seed asks all anew.
     cache.write_text(kept[:-20], encoding="utf-8")
     fault_server.requests.clear()
-    again, judged = judged_by(fault_server, a, b, cache, structured="text")
+    again, judged = judged_by(fault_server, a, b, cache, json_mode="text")
     assert len(fault_server.requests) == 5 and judged.failures == {}
     assert again.win_rate.wins == len(PLACES)
-    judged_by(fault_server, a, b, cache, structured="text")
+    judged_by(fault_server, a, b, cache, json_mode="text")
     assert len(fault_server.requests) == 5
     judged_by(
         fault_server,
@@ -172,7 +172,7 @@ def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_
         b,
         cache,
         JudgeConfig(num_turns=None, seed=1, bootstrap_resamples=200, permutations=1000),
-        structured="text",
+        json_mode="text",
     )
     assert len(fault_server.requests) == 5 + total
 
@@ -328,7 +328,7 @@ def test_the_recipe_judges_goes_on_and_reports(runs, fault_server, capsys):
     fault_server.script += [Fault(500)]
     command = [
         "one", "other", "llm=openai", "llm.model=judge", f"llm.base_url={fault_server.base_url}",
-        "llm.api_key_env=null", "llm.retries=0", "judge.num_turns=20", "run.directory=judged",
+        "llm.api_key_env=null", "llm.max_retries=0", "judge.num_turns=20", "run.directory=judged",
     ]  # fmt: skip
     recipe = load_recipe("judge")
     with pytest.raises(SystemExit) as ended:

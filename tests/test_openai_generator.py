@@ -13,7 +13,8 @@ from servers.faults import DROP, HANG, HTML, TORN, Fault, Say
 from transformers import AutoModelForCausalLM
 
 from csc_train.config.compose import compose
-from csc_train.data.dialogue import Speaker, write_dialogues
+from csc_train.data.dialogue import Speaker
+from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
@@ -45,7 +46,7 @@ def template_of(mode="joint"):
 
 
 def generator_of(server, template, **settings):
-    llm = LLMConfig(base_url=server.base_url, model="served", **{"retries": 0, "concurrency": 3} | settings)
+    llm = LLMConfig(base_url=server.base_url, model="served", **{"max_retries": 0, "concurrency": 3} | settings)
     return OpenAIGenerator(llm, EvaluationConfig(max_new_tokens=20, seed=7), template)
 
 
@@ -283,7 +284,7 @@ FAULTS = {
     "server_error": Fault(500),
     "timeout": HANG,
     "connection": DROP,
-    "garbage": TORN,
+    "malformed": TORN,
     "bad_request": Fault(400),
 }
 
@@ -319,9 +320,9 @@ def test_turns_that_failed_are_recorded_and_only_they_are_tried_again(context, f
 
 def test_within_the_budget_nothing_fails(fault_server):
     fault_server.answer = echo
-    fault_server.script += [FAULTS[kind] for kind in ("rate_limit", "server_error", "connection", "garbage")]
+    fault_server.script += [FAULTS[kind] for kind in ("rate_limit", "server_error", "connection", "malformed")]
     fault_server.script += [HTML]
-    found = outcomes_of(fault_server, generator_of(fault_server, TemplateConfig(), retries=5), "reference")
+    found = outcomes_of(fault_server, generator_of(fault_server, TemplateConfig(), max_retries=5), "reference")
     assert not any(isinstance(each, FailedTurn) for each in found.values())
     assert len(fault_server.requests) == TURNS + 5
 
@@ -421,7 +422,7 @@ def test_evaluate_with_a_server_that_fails_now_and_then(fault_server, tmp_path, 
             compose(
                 "evaluate",
                 [
-                    "llm=openai", "llm.model=some/model", f"llm.base_url={fault_server.base_url}", "llm.retries=0",
+                    "llm=openai", "llm.model=some/model", f"llm.base_url={fault_server.base_url}", "llm.max_retries=0",
                     "llm.api_key_env=null", "data=files", "data.train.path=train.jsonl",
                     "data.evaluation.path=held_out.jsonl", "evaluation.contexts=[reference]", "run.directory=run",
                 ],
@@ -429,7 +430,7 @@ def test_evaluate_with_a_server_that_fails_now_and_then(fault_server, tmp_path, 
         )  # fmt: skip
     assert ended.value.code == 1
     shown = capsys.readouterr().out
-    assert "3 turns failed (2 garbage, 1 server_error)" in shown and "run=run resume=true" in shown
+    assert "3 turns failed (2 malformed, 1 server_error)" in shown and "run=run resume=true" in shown
     assert len(fault_server.requests) == TURNS
     evaluate.main(compose("evaluate", ["run=run", "resume=true"]))
     assert len(fault_server.requests) == TURNS + 3

@@ -15,7 +15,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from csc_train.config.compose import compose
-from csc_train.data.dialogue import data_digest, write_dialogues
+from csc_train.data.dialogue import data_digest
+from csc_train.data.readers import write_dialogues
 from csc_train.data.splits import load_splits
 from csc_train.launching.preflight.checks import PreflightReport, preflight
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -46,7 +47,7 @@ def composed(job: Path, *overrides: str):
         "preflight",
         [
             "model=qwen2_5_0_5b", f"model.path={job / 'model'}", "data=files",
-            f"data.train.path={job / 'dialogues.jsonl'}", "data.held_out_fraction=0.3",
+            f"data.train.path={job / 'dialogues.jsonl'}", "data.evaluation_fraction=0.3",
             f"run.directory={job / 'runs' / 'new'}",
             *(f"model.architecture.{name}={value}" for name, value in sizes.items()), *overrides,
         ],

@@ -158,7 +158,7 @@ def test_the_page_and_the_figures_are_written_whole(tmp_path):
         dialogues,
         reference=generate_sample(5, 0),
         profiles=profiles,
-        waterfall=rows,
+        funnel=rows,
         usage={"cost": 1.5},
         agreement={"roles_kept": {"unanimous": 0.75, "fleiss_kappa": None}},
     )

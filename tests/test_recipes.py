@@ -256,7 +256,7 @@ def test_a_file_of_ones_own_is_never_overwritten_by_the_sample(tmp_path):
     (tmp_path / "mine.jsonl").write_text("{}\n")
     refused = start("write_sample.py", "data.train.path=mine.jsonl", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "mine.jsonl exists and is no sample" in refused.stderr
+    assert "mine.jsonl: exists and is no sample" in refused.stderr
     assert (tmp_path / "mine.jsonl").read_text() == "{}\n"
 
 

@@ -19,14 +19,15 @@ import pytest
 from conftest import ROOT
 
 from csc_train.config.compose import compose
-from csc_train.data.dialogue import Speaker, read_dialogues, write_dialogues
+from csc_train.data.dialogue import Speaker
+from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.sample_grammar import SAMPLE_SOURCE, accuracy_ceiling
 from csc_train.errors import InputError
-from csc_train.llm.client import AuthenticationFailure, LLMFailure, RequestAttempt
+from csc_train.llm.client import AuthenticationError, LLMError, RequestAttempt
 from csc_train.synthesis.config import BudgetConfig, SynthesisConfig
 from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
 from csc_train.synthesis.filters.rules import DuplicatesConfig
-from csc_train.synthesis.rolecs import mock_backend as scripted
+from csc_train.synthesis.rolecs import mock_backend
 from csc_train.synthesis.rolecs.mock_backend import MockBackend
 from csc_train.synthesis.rolecs.personas import MOODS, TOPICS, make_profiles
 from csc_train.synthesis.rolecs.results import write_results
@@ -105,13 +106,13 @@ def test_the_grammar_speaks_through_the_engine(whole):
         with contextlib.suppress(InputError):
             own.append(accuracy_ceiling([dialogue]))
     assert 0.9 * 150 < len(own) < 150  # an unknown or overused strategy is not the grammar's
-    with pytest.raises(InputError, match="llm=scripted speaks zh only"):
+    with pytest.raises(InputError, match="llm=mock speaks zh only"):
         MockBackend("en")
 
 
 def test_what_cannot_be_is_refused():
     for overrides, message in (
-        (["batch.roles=[planner]"], "batch.roles: llm=scripted answers at once"),
+        (["batch.roles=[planner]"], "batch.roles: llm=mock answers at once"),
         (
             ["llm=gpt_4o", "batch.roles=[customer]"],
             "batch.roles=customer: choose one of persona, planner, rolecs_check",
@@ -126,18 +127,16 @@ def test_what_cannot_be_is_refused():
 
 def test_every_rule_finds_something(whole):
     directory, _ = whole
-    waterfall = {row["rule"]: row for row in json.loads((directory / "waterfall.json").read_text())}
-    assert list(waterfall) == list(RULES)
-    assert {rule for rule, row in waterfall.items() if row["dropped"]} == set(RULES) - {"ended"}
-    assert waterfall["near-duplicates"]["kept"] == 150
+    funnel = {row["rule"]: row for row in json.loads((directory / "filter_funnel.json").read_text())}
+    assert list(funnel) == list(RULES)
+    assert {rule for rule, row in funnel.items() if row["dropped"]} == set(RULES) - {"ended"}
+    assert funnel["near-duplicates"]["kept"] == 150
     account = json.loads((directory / "synthesis.json").read_text())
     assert account["unknown_strategies"] > 0
     assert (account["target"], account["accepted"], account["empty"]) == (150, 150, 0)
     assert account["dialogues"]["accepted"] == 150
     rejected = [json.loads(line) for line in (directory / "rejected.jsonl").read_text().splitlines()]
-    assert (
-        len(rejected) == sum(row["dropped"] for row in waterfall.values()) == sum(account["dialogues"].values()) - 150
-    )
+    assert len(rejected) == sum(row["dropped"] for row in funnel.values()) == sum(account["dialogues"].values()) - 150
 
 
 def test_an_overused_strategy_is_asked_again(whole):
@@ -155,7 +154,7 @@ def test_an_overused_strategy_is_asked_again(whole):
 def test_everything_is_on_record(whole):
     directory, _ = whole
     database = directory / "synthesis.db"
-    assert rows(database, "SELECT count(*) FROM calls WHERE failure IS NULL AND model = 'scripted'") == rows(
+    assert rows(database, "SELECT count(*) FROM calls WHERE failure IS NULL AND model = 'mock'") == rows(
         database, "SELECT count(*) + (SELECT count(*) FROM units WHERE status = 'failed') FROM answers"
     )
     assert rows(database, "SELECT count(*) FROM calls WHERE length(prompt) != 64 OR prompt_tokens = 0") == [(0,)]
@@ -182,10 +181,10 @@ class Jittery(MockBackend):
 
 
 def test_timing_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(scripted, "FLAWED", 0.7)
-    monkeypatch.setattr(scripted, "FLAWS", ("copy", "judged_down", "garbage"))
+    monkeypatch.setattr(mock_backend, "FLAWED", 0.7)
+    monkeypatch.setattr(mock_backend, "FLAWS", ("copy", "judged_down", "malformed"))
     # Not those that other tests have drawn, and these not for others.
-    monkeypatch.setattr(scripted, "_drawn", functools.lru_cache(scripted._drawn.__wrapped__))
+    monkeypatch.setattr(mock_backend, "_drawn", functools.lru_cache(mock_backend._drawn.__wrapped__))
     config = SynthesisConfig(max_utterances=8, topics=["产品咨询"], moods=["平静"], attempts=30)
     found = set()
     for seed, concurrency in ((0, 1), (1, 2), (2, 7)):
@@ -239,7 +238,7 @@ from csc_train.synthesis.filters import DuplicatesConfig
 from csc_train.synthesis.llm_filters import RoleCSCheckConfig
 from csc_train.synthesis.personas import make_profiles
 from csc_train.synthesis.runner import Runner
-from csc_train.synthesis.scripted import Script
+from csc_train.synthesis.rolecs.mock_backend import MockBackend
 from csc_train.synthesis.store import Store
 store = Store(sys.argv[1], {"made": "for tests"})
 rest = RoleCSCheckConfig(), DuplicatesConfig(), make_profiles(3, 0, "zh"), Script("zh"), store, 12, BudgetConfig()
@@ -328,7 +327,7 @@ class Failing(MockBackend):
         if kind := self.plan(self.made):
             await asyncio.sleep(0)
             observe(RequestAttempt({}, 1, kind, "planned", "", 7, 0, 0.0))
-            raise (AuthenticationFailure if kind == "authentication" else LLMFailure)(kind, "planned", 1, 7, 0)
+            raise (AuthenticationError if kind == "authentication" else LLMError)(kind, "planned", 1, 7, 0)
         return await super().ask(call, observe)
 
 
@@ -372,7 +371,7 @@ def test_an_answer_that_cannot_be_had_fails_its_dialogue_only(tmp_path):
 
 def test_a_place_that_nothing_fits_stays_empty(tmp_path, monkeypatch):
     monkeypatch.setattr(MockBackend, "concurrency", 2)
-    monkeypatch.setattr(scripted._Answers, "rolecs_check", lambda self: {"reason": "", **dict.fromkeys(
+    monkeypatch.setattr(mock_backend._Answers, "rolecs_check", lambda self: {"reason": "", **dict.fromkeys(
         ("strategy_followed", "unreasonable_requests", "natural", "varied", "roles_kept"), 0)})  # fmt: skip
     progress, accepted, _ = run(tmp_path / "s.db", 3, config=SynthesisConfig(max_utterances=4, attempts=2))
     assert (progress.empty, accepted) == (3, [])

@@ -9,12 +9,12 @@ from collections import Counter
 import pytest
 
 from csc_train.data import sample_grammar as sample
-from csc_train.data.dialogue import Dialogue, Speaker, data_digest, read_dialogues
+from csc_train.data.dialogue import Dialogue, Speaker, data_digest
+from csc_train.data.readers import read_dialogues
 from csc_train.data.sample_grammar import (
     SAMPLE_SOURCE,
     accuracy_ceiling,
     ensure_sample,
-    expected_ceiling,
     generate_sample,
 )
 from csc_train.data.strategies import STRATEGIES
@@ -95,7 +95,7 @@ def test_every_strategy_topic_and_problem_is_used(dialogues):
     assert shares.keys() == {s.number for s in STRATEGIES}
     assert min(shares.values()) > 0.03 * shares.total() and max(shares.values()) < 0.2 * shares.total()
     assert {d.extra["topic"] for d in dialogues} == set(TOPICS.split())
-    assert len({(d.extra["topic"], d.extra["problem"]) for d in dialogues}) == len(sample.PROBLEMS)
+    assert len({(d.extra["topic"], d.extra["problem"]) for d in dialogues}) == len(sample.SERVICE_PROBLEMS)
     assert all(isinstance(d.extra[key], str) for d in dialogues for key in ("topic", "problem", "mood", "outcome"))
 
 
@@ -114,6 +114,12 @@ def test_the_previous_strategy_is_a_poor_guide_and_the_rule_is_not(dialogues):
     assert bigram < 50
     assert 85 < accuracy_ceiling(held_out) < 94
     assert accuracy_ceiling(held_out) > bigram + 30
+
+
+def expected_ceiling(dialogues):
+    """The hits that the oracle should expect, in percent: free of the luck of the draw."""
+    likeliest = [max(chances.values()) for dialogue in dialogues for _, chances in sample._replay(dialogue)]
+    return 100 * sum(likeliest) / len(likeliest)
 
 
 def test_the_oracle_hits_as_often_as_it_expects(dialogues):
@@ -139,9 +145,9 @@ def test_the_ceiling_refuses_what_the_grammar_cannot_have_written(dialogues):
         accuracy_ceiling([])
 
 
-@pytest.mark.parametrize("act", [*sample.WORDINGS, "upset"])
+@pytest.mark.parametrize("act", [*sample.CUSTOMER_WORDINGS, "upset"])
 def test_each_wording_belongs_to_one_act(act):
-    for problem, mood in itertools.product(sample.PROBLEMS, sample.FEELINGS):
+    for problem, mood in itertools.product(sample.SERVICE_PROBLEMS, sample.FEELINGS):
         writer = sample._Writer(random.Random(act), problem, mood)
         for past in [set()] * 4 + [{"stated"}] * 12:
             text = writer.utterance(act, past)
@@ -149,11 +155,11 @@ def test_each_wording_belongs_to_one_act(act):
 
 
 def test_the_tables_cover_the_same_acts():
-    acts = {*sample.WORDINGS, "upset"}
-    assert sample.CERTAIN.keys() | sample.RULE.keys() == acts == sample.NEEDS.keys()
-    assert not sample.CERTAIN.keys() & sample.RULE.keys()
-    assert set().union(*sample.FOLLOWS.values()) == acts
-    assert all(sum(chances.values()) == 1 for rows in sample.RULE.values() for _, chances in rows)
+    acts = {*sample.CUSTOMER_WORDINGS, "upset"}
+    assert sample.FIXED_STRATEGIES.keys() | sample.STRATEGY_CHANCES.keys() == acts == sample.PRECONDITIONS.keys()
+    assert not sample.FIXED_STRATEGIES.keys() & sample.STRATEGY_CHANCES.keys()
+    assert set().union(*sample.NEXT_ACTS.values()) == acts
+    assert all(sum(chances.values()) == 1 for rows in sample.STRATEGY_CHANCES.values() for _, chances in rows)
 
 
 def test_a_feeling_wins_over_the_question_beside_it(dialogues):
@@ -191,13 +197,13 @@ def test_a_restatement_adds_nothing_new(dialogues):
                 assert "您" in turn.text and "我的" not in turn.text
                 assert set(re.findall("[0-9]+", turn.text)) <= set(re.findall("[0-9]+", said)), turn.text
             said += turn.text
-    for problem in sample.PROBLEMS:
+    for problem in sample.SERVICE_PROBLEMS:
         first, second = (sorted(re.findall(r"\{\w+\}", case)) for case in problem.cases)
         assert first == second, problem.name
 
 
 def test_both_speak_about_the_product_that_the_customer_named(dialogues):
-    items = {(p.topic, p.name): p.items for p in sample.PROBLEMS}
+    items = {(p.topic, p.name): p.items for p in sample.SERVICE_PROBLEMS}
     every = {item for own in items.values() for item in own}
     for dialogue in dialogues:
         own = items[dialogue.extra["topic"], dialogue.extra["problem"]]

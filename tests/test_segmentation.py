@@ -35,7 +35,7 @@ def test_words_equal_jieba_as_it_comes(tmp_path):
 
 
 def test_segmenter_is_silent_and_leaves_no_file(tmp_path):
-    code = "from csc_train.words import words; print(len(words('账户余额')))"
+    code = "from csc_train.data.segmentation import segment_words; print(len(segment_words('账户余额')))"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (run.stdout, run.stderr, list(tmp_path.iterdir())) == ("2\n", "", [])

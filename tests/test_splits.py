@@ -7,18 +7,11 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from csc_train.data.dialogue import Dialogue, Speaker, Turn, write_dialogues
-from csc_train.data.splits import (
-    NGRAM,
-    DataConfig,
-    DialogueSourceConfig,
-    Overlap,
-    find_overlap,
-    find_shared_text,
-    load_splits,
-    read_splits,
-    split,
-)
+from csc_train.data.config import DataConfig, DialogueSourceConfig
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.overlap import NGRAM, Overlap, best_overlaps, find_overlaps, find_shared_text
+from csc_train.data.readers import write_dialogues
+from csc_train.data.splits import load_splits, read_splits, split
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 
@@ -110,7 +103,7 @@ def test_overlaps_are_found_and_unrelated_dialogues_are_not():
         edited(train[5], "one turn edited", 1),
         edited(train[6], "half edited", 10),
     ]
-    exact, relabelled, near = find_overlap(train, evaluation)
+    exact, relabelled, near = best_overlaps(find_overlaps(train, evaluation))
     assert exact == Overlap("t3", "copy", "exact", 1.0)
     assert relabelled == Overlap("t4", "other strategies", "exact", 1.0)
     assert (near.train_id, near.evaluation_id, near.kind) == ("t5", "one turn edited", "near")
@@ -128,7 +121,10 @@ def test_near_duplicates_at_the_threshold_are_not_missed_and_none_is_reported_wr
         if jaccard(original, variant) >= 0.7:
             expected.add((f"t{i}", f"e{i}"))
     assert 50 < len(expected) < 200
-    found = {(overlap.train_id, overlap.evaluation_id) for overlap in find_overlap(train, evaluation, 0.7, seed=3)}
+    found = {
+        (overlap.train_id, overlap.evaluation_id)
+        for overlap in best_overlaps(find_overlaps(train, evaluation, 0.7, seed=3))
+    }
     assert found <= expected
     assert len(found) >= 0.97 * len(expected)
 
@@ -136,22 +132,24 @@ def test_near_duplicates_at_the_threshold_are_not_missed_and_none_is_reported_wr
 def test_an_evaluation_dialogue_reports_its_best_match():
     base = make_dialogue("base", 0, turns=20)
     train = [edited(base, "far", 2), edited(base, "close", 1), base, Dialogue("second copy", base.turns)]
-    assert find_overlap(train, [Dialogue("e", base.turns)]) == [Overlap("base", "e", "exact", 1.0)]
-    (best,) = find_overlap(train[:2], [base])
+    assert best_overlaps(find_overlaps(train, [Dialogue("e", base.turns)])) == [Overlap("base", "e", "exact", 1.0)]
+    (best,) = best_overlaps(find_overlaps(train[:2], [base]))
     assert best.train_id == "close" and best.kind == "near"
 
 
 def test_texts_shorter_than_a_shingle_and_empty_sets():
     short = from_texts("s", ["好"])
-    assert find_overlap([short], [from_texts("e", ["好"])]) == [Overlap("s", "e", "exact", 1.0)]
-    assert find_overlap([short], [from_texts("e", ["行"])]) == []
-    assert find_overlap([], [short]) == find_overlap([short], []) == []
+    assert best_overlaps(find_overlaps([short], [from_texts("e", ["好"])])) == [Overlap("s", "e", "exact", 1.0)]
+    assert best_overlaps(find_overlaps([short], [from_texts("e", ["行"])])) == []
+    assert best_overlaps(find_overlaps([], [short])) == best_overlaps(find_overlaps([short], [])) == []
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.5, 0.95, 1.0])
 def test_equal_texts_are_found_at_any_threshold(threshold):
     train = [make_dialogue(f"t{i}", i) for i in range(5)]
-    assert Overlap("t2", "e", "exact", 1.0) in find_overlap(train, [Dialogue("e", train[2].turns)], threshold)
+    assert Overlap("t2", "e", "exact", 1.0) in best_overlaps(
+        find_overlaps(train, [Dialogue("e", train[2].turns)], threshold)
+    )
 
 
 def containment(train, evaluation):
@@ -170,7 +168,7 @@ def test_shared_text_is_found_whatever_else_a_training_dialogue_says():
     train[5] = from_texts("longer", [turn.text for turn in train[5].turns] * 3 + own[:6])
     train[7] = from_texts("shorter", own[:5])
     evaluation[280] = from_texts("no n-gram", ["您好", "好的"])
-    assert find_overlap(train, evaluation) == []
+    assert best_overlaps(find_overlaps(train, evaluation)) == []
     assert find_shared_text(train, evaluation) == [Overlap("longer", "e270", "shared", 0.75)]
     assert containment(train[5], evaluation[270]) == 0.75
     assert find_shared_text(train, evaluation, threshold=0.76) == []
@@ -220,17 +218,19 @@ def test_drop_removes_every_training_dialogue_that_gives_an_evaluation_dialogue_
     splits = load_splits(DataConfig(**files, on_overlap="drop"))
     assert ids(splits.train) == [f"t{i}" for i in range(4, 40)]
     assert ids(splits.evaluation) == ["e0", "e1", "e2", "e3"]
-    assert len(splits.overlaps) == 2 and find_overlap(splits.train, splits.evaluation) == []
+    assert len(splits.overlaps) == 2 and best_overlaps(find_overlaps(splits.train, splits.evaluation)) == []
     assert len(said) == 1 and "4 training dialogues dropped" in said[0]
 
 
 def test_raise_names_the_first_pair(files):
-    with pytest.raises(InputError, match=r"on_overlap=raise: 2 .*\(1 exact, 1 near .*training t0 ~ evaluation e0"):
-        load_splits(DataConfig(**files, on_overlap="raise"))
+    with pytest.raises(InputError, match=r"on_overlap=error: 2 .*\(1 exact, 1 near .*training t0 ~ evaluation e0"):
+        load_splits(DataConfig(**files, on_overlap="error"))
 
 
 def test_raise_passes_disjoint_sets(files, said):
-    config = DataConfig(train=files["train"], on_overlap="raise", held_out_fraction=0.2, seed=1, overlap_threshold=1.0)
+    config = DataConfig(
+        train=files["train"], on_overlap="error", evaluation_fraction=0.2, seed=1, overlap_threshold=1.0
+    )
     splits = load_splits(config)
     assert splits.overlaps == [] and len(splits.train) + len(splits.evaluation) == 40
     assert "0 evaluation dialogues are also in the training data" in said[0]
@@ -246,9 +246,7 @@ def test_without_an_evaluation_file_the_split_is_that_of_the_training_file(tmp_p
     for name, dialogues in {"a.jsonl": MANY[:300], "b.parquet": MANY[299::-1]}.items():
         path = tmp_path / name
         write_dialogues(path, dialogues)
-        splits = load_splits(
-            DataConfig(DialogueSourceConfig(str(path)), held_out_fraction=0.3, seed=4)
-        )
+        splits = load_splits(DataConfig(DialogueSourceConfig(str(path)), evaluation_fraction=0.3, seed=4))
         kept, held_out = split(dialogues, 0.3, seed=4)
         assert (splits.train, splits.evaluation) == (kept, held_out)
         assert set(ids(held_out)) == set(ids(split(MANY, 0.3, seed=4)[1])) & set(ids(dialogues))
@@ -261,13 +259,13 @@ def test_the_validation_set_is_drawn_from_the_training_set_alone_and_independent
     def read(**settings):
         return read_splits(DataConfig(DialogueSourceConfig(str(path)), seed=4, **settings))
 
-    without, with_it = read(held_out_fraction=0.3), read(held_out_fraction=0.3, validation_fraction=0.3)
+    without, with_it = read(evaluation_fraction=0.3), read(evaluation_fraction=0.3, validation_fraction=0.3)
     assert (without.validation, without.held_out) == ([], without.evaluation)
     assert with_it.evaluation == without.evaluation and with_it.held_out == with_it.validation
     assert sorted(ids(with_it.train) + ids(with_it.validation)) == sorted(ids(without.train))
     # By the number that held dialogues out, none of what is left is below 0.3, and nothing would be set aside.
     assert 0.2 < len(with_it.validation) / len(without.train) < 0.4
-    more = read(held_out_fraction=0.3, validation_fraction=0.5)
+    more = read(evaluation_fraction=0.3, validation_fraction=0.5)
     assert set(ids(with_it.validation)) < set(ids(more.validation))
     assert load_splits(DataConfig(DialogueSourceConfig(str(path)), validation_fraction=0.3)).validation
     assert re.search(r"data: \d+ training, \d+ validation and \d+ evaluation dialogues;", said[-1])
@@ -298,7 +296,9 @@ def test_limit_keeps_the_same_dialogues_whatever_their_order(tmp_path):
     chosen = []
     for seed, dialogues in [(0, MANY[:200]), (0, MANY[199::-1]), (1, MANY[:200])]:
         write_dialogues(tmp_path / "a.jsonl", dialogues)
-        config = DataConfig(DialogueSourceConfig(str(tmp_path / "a.jsonl")), held_out_fraction=0.5, limit=20, seed=seed)
+        config = DataConfig(
+            DialogueSourceConfig(str(tmp_path / "a.jsonl")), evaluation_fraction=0.5, limit=20, seed=seed
+        )
         splits = load_splits(config)
         assert (len(splits.train), len(splits.evaluation)) == (20, 20)
         for side in (splits.train, splits.evaluation):
@@ -309,11 +309,11 @@ def test_limit_keeps_the_same_dialogues_whatever_their_order(tmp_path):
 
 def test_limit_is_not_tied_to_the_split():
     """Were both drawn from one number, the kept side's first by hash would be the ones next to be held out."""
-    from csc_train.data.splits import _first
+    from csc_train.data.splits import _limited
 
     nearly = set(ids(split(MANY, 0.2, seed=0)[1])) - set(ids(split(MANY, 0.1, seed=0)[1]))
     kept = split(MANY, 0.1, seed=0)[0]
-    assert len(nearly & set(ids(_first(kept, 100, seed=0)))) < 40
+    assert len(nearly & set(ids(_limited(kept, 100, seed=0)))) < 40
 
 
 def test_refused_rows_of_each_set_go_to_their_own_file(files, tmp_path, said):
@@ -321,12 +321,12 @@ def test_refused_rows_of_each_set_go_to_their_own_file(files, tmp_path, said):
     with open(train, "a", encoding="utf-8") as file:
         file.write("{\n")
     config = DataConfig(train=files["train"], evaluation=DialogueSourceConfig(train))
-    load_splits(config, rejects_directory=tmp_path / "run")
+    load_splits(config, rejected_directory=tmp_path / "run")
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
-        "rejects-evaluation.jsonl",
-        "rejects-train.jsonl",
+        "rejected-evaluation.jsonl",
+        "rejected-train.jsonl",
     ]
-    assert "41 rows, 40 accepted, 1 refused" in said[0]
+    assert "41 rows, 40 accepted, 1 rejected" in said[0]
     with pytest.raises(InputError, match=r"^data\.train: .*train\.jsonl, row 41, field row: broken JSON"):
         load_splits(DataConfig(train=files["train"], strict=True))
 
@@ -356,9 +356,9 @@ def test_sets_that_end_up_empty_name_their_key(tmp_path):
     write_dialogues(path, MANY[:1])
     for fraction, name in [(1e-9, "evaluation"), (1 - 1e-9, "training")]:
         with pytest.raises(
-            InputError, match=rf"^data.held_out_fraction={fraction} .* leaves no {name} dialogue of 1 in"
+            InputError, match=rf"^data.evaluation_fraction={fraction} .* leaves no {name} dialogue of 1 in"
         ):
-            load_splits(DataConfig(DialogueSourceConfig(str(path)), held_out_fraction=fraction))
+            load_splits(DataConfig(DialogueSourceConfig(str(path)), evaluation_fraction=fraction))
     for fraction, name in [(1e-9, "validation"), (1 - 1e-9, "training")]:
         with pytest.raises(
             InputError, match=rf"^data.validation_fraction={fraction} .* leaves no {name} dialogue of 1 "
@@ -373,7 +373,7 @@ def test_sets_that_end_up_empty_name_their_key(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("held_out_fraction", value) for value in (0, 1, -0.1, 1.5, float("nan"))],
+        *[("evaluation_fraction", value) for value in (0, 1, -0.1, 1.5, float("nan"))],
         *[("validation_fraction", value) for value in (1, -0.1, float("nan"))],
         *[("overlap_threshold", value) for value in (0, 1.01, -1, float("nan"))],
         *[("on_overlap", value) for value in ("Drop", "", "ignore")],
@@ -384,7 +384,7 @@ def test_sets_that_end_up_empty_name_their_key(tmp_path):
     ],
 )
 def test_a_value_out_of_range_names_its_key(key, value):
-    with pytest.raises(InputError, match=rf"^data\.{key}={value} must "):
+    with pytest.raises(InputError, match=rf"^data\.{key}={value}: "):
         DataConfig(**{key: value})
 
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from servers.faults import DROP, TORN, Fault, Say
 
-from csc_train.data.dialogue import read_dialogues
+from csc_train.data.readers import read_dialogues
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.llm import client
@@ -136,7 +136,7 @@ def test_whatever_a_server_does_the_dialogues_are_made(here, fault_server, capsy
     assert any("https://example.com//a?b=1" in dialogue.extra["scenario"] for dialogue in dialogues)
     assert {turn.strategy.number for dialogue in dialogues for turn in dialogue.turns if turn.strategy} == {1, 2, 11}
     counted = dict(rows("r/synthesis.db", "SELECT failure, count(*) FROM calls GROUP BY failure"))
-    assert {"rate_limit", "server_error", "connection", "garbage"} < set(counted)
+    assert {"rate_limit", "server_error", "connection", "malformed"} < set(counted)
     assert sum(counted.values()) == len(fault_server.requests)
     # What could not be used was paid for.
     paid = "SELECT prompt_tokens, completion_tokens FROM calls WHERE prompt_tokens = 100"
@@ -244,7 +244,7 @@ def test_interrupted_by_the_user_it_goes_on(here, capsys):
     said = process.communicate()[0]
     assert process.returncode == 130 and "stopped: interrupted; the same command goes on" in said
     assert main("target=30") == 0
-    for name in ("dialogues.parquet", "dialogues.jsonl", "waterfall.json", "rejected.jsonl"):
+    for name in ("dialogues.parquet", "dialogues.jsonl", "filter_funnel.json", "rejected.jsonl"):
         assert Path("runs/rolecs", name).read_bytes() == Path("whole", name).read_bytes(), name
     with pytest.raises(InputError, match=r"synthesis\.seed: 0 then, 1 now"):
         main("target=30", "synthesis.seed=1")

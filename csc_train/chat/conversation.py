@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from csc_train.chat.config import ChatConfig
-from csc_train.data.dialogue import Dialogue, Speaker, Turn, write_dialogues
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.readers import write_dialogues
 from csc_train.data.strategies import GREETING, OTHERS, STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.inference.hf import HFGenerator

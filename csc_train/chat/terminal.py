@@ -12,7 +12,8 @@ from rich.text import Text
 
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import ChatReply, Conversation
-from csc_train.data.dialogue import Dialogue, write_dialogues
+from csc_train.data.dialogue import Dialogue
+from csc_train.data.readers import write_dialogues
 from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
 from csc_train.errors import InputError, suggestion
 from csc_train.inference.hf import HFGenerator

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from csc_train.chat.config import ChatConfig
 from csc_train.config.cluster import ClusterConfig, OnFinishConfig, PreflightConfig, SweepConfig
-from csc_train.data.splits import DataConfig, DialogueSourceConfig
+from csc_train.data.config import DataConfig, DialogueSourceConfig
 from csc_train.errors import InputError, check_choice, check_range, suggestion
 from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConfig, MetricsConfig
 from csc_train.llm.config import LLMConfig
@@ -227,8 +227,8 @@ class SynthesizeRolecsRecipe:
 
     def __post_init__(self):
         check_range("target", self.target, 1)
-        if self.batch.roles and self.llm.backend == "scripted":
-            raise InputError("batch.roles: llm=scripted answers at once; choose a model on a server")
+        if self.batch.roles and self.llm.backend == "mock":
+            raise InputError("batch.roles: llm=mock answers at once; choose a model on a server")
         check_range("rolecs_check.judges", self.rolecs_check.judges, 1, 3)  # synthesis.roles has as many
 
 

@@ -1,10 +1,13 @@
-"""A seeded grammar that writes customer support dialogues in the form of RoleCS, for the demo and the tests.
+"""A seeded grammar that generates sample dialogues in the form of RoleCS, for the demo and the tests.
 
-Everything is our own wording; nothing is taken from the published data. A dialogue alternates two tables. `FOLLOWS`
-draws what the customer does next (an act), given the supporter's last strategy. The rule (`CERTAIN`, `RULE`) draws
-the supporter's strategy, given that act and whether the earlier turns hold the problem, the identity and a
-restatement. A model that has learnt to read the acts and to remember these facts reaches `accuracy_ceiling`; the previous
-strategy alone is a poor guide, because the acts vary.
+All wordings are our own; nothing is taken from the published data. Two tables alternate:
+
+- `NEXT_ACTS` draws the customer's next act, given the supporter's last strategy.
+- The strategy rule (`FIXED_STRATEGIES`, `STRATEGY_CHANCES`) draws the supporter's strategy, given that act and facts of
+  the earlier turns: whether the problem was stated, the identity verified, the problem restated.
+
+A model that reads the acts and remembers these facts reaches `accuracy_ceiling`. The previous strategy alone is a poor
+predictor, because the acts vary.
 """
 
 import contextlib
@@ -16,23 +19,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from csc_train.data.dialogue import Dialogue, Speaker, Turn, read_dialogues, write_dialogues
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.strategies import CLOSURE, GREETING, STRATEGIES
 from csc_train.errors import InputError
 
 SAMPLE_SOURCE = "synthetic-sample"
-NAME = "sample-"
-"""What the id of a sample dialogue begins with."""
+ID_PREFIX = "sample-"
+"""Prefix of the ids of sample dialogues."""
 
 
 class ServiceProblem(NamedTuple):
-    """What a customer may call about."""
+    """A problem that a customer calls about."""
 
     topic: str
     name: str
     items: tuple[str, ...]
     cases: tuple[str, str]
-    """The same thing said in two ways; `{who}` is 我 or 您, so that the supporter can restate it."""
+    """The problem in two wordings; `{who}` is 我 or 您, so that the supporter can restate it."""
     details: tuple[tuple[str, str], ...]
     """Pairs of the supporter's question and the customer's answer."""
     facts: tuple[str, str]
@@ -41,7 +45,7 @@ class ServiceProblem(NamedTuple):
 
 
 # fmt: off
-PROBLEMS = (
+SERVICE_PROBLEMS = (
     ServiceProblem("产品咨询", "年费", ("白金信用卡", "联名信用卡", "旅行信用卡"),
             ("{who}的{item}要收{amount}元年费", "{who}的账单里多出{amount}元{item}年费"),
             (("这张卡今年刷了几次", "今年刷了{k}次"), ("这张卡是什么时候办的", "是{day}办下来的")),
@@ -150,7 +154,7 @@ PROBLEMS = (
 )
 
 FEELINGS = {
-    # mood: what the customer says, what the supporter answers
+    # mood: wordings of the customer, wordings of the supporter's answer
     "平静": (("说实话有点郁闷", "心里多少有些烦", "弄得我挺为难的"),
            ("{item}的事给您添麻烦了，抱歉。", "让您为难了，我们一起来处理{item}的事。")),
     "着急": (("我真的很着急", "急得我睡不着", "这事拖不起了"),
@@ -163,8 +167,8 @@ FEELINGS = {
            ("辜负了您的信任，{item}的事我向您道歉。", "听您这么说我很难过，{item}的事对不起您。")),
 }
 
-WORDINGS = {
-    # customer act: its wordings
+CUSTOMER_WORDINGS = {
+    # customer act: wordings
     "problem": ("{case}，麻烦您看看。", "是这样的，{case}。", "{case}，想问一下。", "我遇到的情况是{case}。"),
     "vague": ("我想问问{item}的事。", "{item}好像不太对。", "{item}有点问题。", "我是为{item}打来的。"),
     "account": ("请查一下{item}的登记情况。", "想看看我的{item}记录。", "帮我调一下{item}的资料。"),
@@ -194,8 +198,8 @@ WORDINGS = {
     "bye": ("没有了，谢谢，再见。", "不用了，就这样吧。", "暂时不用，谢谢您。", "好的，没别的事了。", "行，那我挂了。"),
 }
 
-REPLIES = {
-    # strategy, and the act it answers where the wording depends on it: the supporter's wordings
+SUPPORTER_WORDINGS = {
+    # strategy, or (strategy, customer act) if the wording depends on the act: the supporter's wordings
     1: ("您好，我是{badge}号客服，很高兴为您服务。", "您好，欢迎来电，{badge}号客服为您服务。",
         "{hello}，这里是客户服务中心，请问有什么可以帮您？", "{hello}，我是客服{badge}，请讲。"),
     2: ("请您提供一下姓名和手机号。", "查{item}要先核对身份，请报一下证件尾号。",
@@ -221,13 +225,13 @@ REPLIES = {
     (12, "hold"): ("我在听，您说。", "好的，不着急，我在线等您。", "我一直都在，您请讲。"),
 }
 
-CERTAIN = {
+FIXED_STRATEGIES = {
     # customer act: the strategy that always answers it
     "vague": 4, "account": 2, "smalltalk": 12, "hold": 12, "upset": 5, "question_identity": 7, "correct": 4,
     "recheck": 3, "why": 7, "wait": 8, "bad": 5, "interest": 10, "join": 7, "bye": 11,
 }
-RULE = {
-    # other acts: a fact of the past with the chances of the strategies where it holds, then the chances elsewhere
+STRATEGY_CHANCES = {
+    # other acts: (fact, chances of the strategies if it holds), tried in order; the empty fact always holds
     "problem": (("verified", {3: 1.0}), ("", {2: 1.0})),
     "doit": (("verified", {8: 1.0}), ("", {2: 1.0})),
     "agree": (("verified", {8: 1.0}), ("", {2: 1.0})),
@@ -243,8 +247,8 @@ RULE = {
 }
 
 OPENING, ASIDE, MATTER = "!stated", "!settled !late", "stated !settled"
-NEEDS = {
-    # customer act: the facts that must hold (with "!": must not hold) before the customer does it
+PRECONDITIONS = {
+    # customer act: its preconditions, facts that must hold (with "!": must not hold)
     "problem": OPENING, "vague": OPENING, "account": "!stated !asked",
     "smalltalk": ASIDE, "hold": ASIDE, "upset": ASIDE,
     "identity": "asked !verified", "question_identity": "!verified !late",
@@ -254,8 +258,8 @@ NEEDS = {
     "good": "settled", "bad": "settled", "interest": "settled", "join": "settled", "bye": "settled",
 }
 
-FOLLOWS = {
-    # the supporter's last strategy: weights of the customer's next act, of which those count whose NEEDS are met
+NEXT_ACTS = {
+    # the supporter's last strategy: weights of the customer's next acts, of those whose preconditions are met
     1: {"problem": 6, "account": 3, "vague": 4, "upset": 4, "smalltalk": 2, "hold": 1},
     2: {"identity": 14, "question_identity": 4, "hold": 3, "upset": 2},
     3: {"confirm": 8, "correct": 4, "how": 2, "upset": 3, "doit": 3},
@@ -269,13 +273,13 @@ FOLLOWS = {
     12: {"problem": 5, "upset": 2, "why": 3, "how": 3, "doit": 3, "recheck": 2, "detail": 5, "vague": 2},
 }
 
-# What the customer may put before an act. The words belong to other acts, so that single words do not settle the act.
+# Words that may precede an act. They belong to other acts, so that no single word identifies the act.
 OPENERS = ("好的，", "谢谢，", "我不着急，", "可以了，", "对了，")
 OPENED = ("why", "how", "doit", "recheck")
 
 GENERAL_DETAILS = (("您之前联系过我们吗", "之前没有联系过"), ("这种情况是第几次了", "是第{k}次了"))
 
-SLOTS = {
+SLOT_VALUES = {
     "amount": ("30", "50", "60", "80", "90", "120", "150", "180", "200", "260", "300", "500"),
     "n": tuple("23456789"),
     "k": tuple("23456789"),
@@ -287,25 +291,23 @@ SLOTS = {
 OUTCOMES = {"done": "已解决", "await": "待跟进", "self": "自行处理"}
 # fmt: on
 
-# Long enough to need every stage, short enough for a demo: an end is possible after READY supporter turns, and after
-# LATE of them the customer hurries towards it.
-READY, LATE = 6, 8
-HURRY = {"problem": 12, "identity": 12, "doit": 6, "done": 12, "await": 12, "bye": 6}
+# Supporter turns after which a dialogue may end, and after which the customer hurries to the end: long enough for every
+# stage, short enough for a demo.
+MIN_TURNS, HURRY_AFTER = 6, 8
+HURRY_WEIGHTS = {"problem": 12, "identity": 12, "doit": 6, "done": 12, "await": 12, "bye": 6}
 
 
 def generate_sample(count: int, seed: int) -> list[Dialogue]:
-    """Write `count` dialogues of about 11 supporter turns.
+    """Generate `count` dialogues of about 11 supporter turns.
 
-    Dialogue `i` depends only on `seed` and `i`, so a smaller sample is the beginning of a larger one. Ids read
+    Dialogue `i` depends only on `seed` and `i`, so a smaller sample is a prefix of a larger one. Ids read
     `sample-{seed}-{index:05d}`; `extra` holds the texts `topic`, `problem`, `mood` and `outcome`.
-
-    Source: issue 2.
 
     Raises:
         InputError: `count` is less than 1.
     """
     if count < 1:
-        raise InputError(f"a sample needs at least 1 dialogue, not {count}")
+        raise InputError(f"sample of {count} dialogues: must be at least 1")
     return [_write_dialogue(seed, index) for index in range(count)]
 
 
@@ -313,24 +315,24 @@ def ensure_sample(path: str | os.PathLike, count: int, seed: int) -> bool:
     """Write the sample to `path` (`.jsonl` or `.parquet`) unless the file already holds exactly that sample.
 
     Returns:
-        True if the file was written (another sample gives way), False if it was kept.
-
-    Source: issue 2.
+        True if the file was written (replacing another sample), False if it was kept.
 
     Raises:
-        InputError: `count` is less than 1, another suffix, the file holds anything but a sample (it is left as it is),
-            or cannot be written.
+        InputError: `count` is less than 1, the suffix is another, the file holds anything but a sample (it is kept), or
+            it cannot be written.
     """
     dialogues = generate_sample(count, seed)
-    # The suffix is looked at first, because other paths could be taken for data sets of the hub.
+    # The suffix comes first, because other paths could be read as data sets of the hub.
     if Path(path).suffix in (".jsonl", ".parquet") and Path(path).is_file():
         kept = []
         with contextlib.suppress(InputError):
             kept = read_dialogues(path, strict=True)
-        # By their names: scripted roles speak by the same grammar, and their dialogues are no sample to write again.
-        if not kept or not all(dialogue.id.startswith(NAME) and dialogue.source == SAMPLE_SOURCE for dialogue in kept):
+        # Checked by id as well: the mock backend uses the same grammar, and its dialogues must not be overwritten.
+        if not kept or not all(
+            dialogue.id.startswith(ID_PREFIX) and dialogue.source == SAMPLE_SOURCE for dialogue in kept
+        ):
             raise InputError(
-                f"{path} exists and is no sample: for your own dialogues give data=files data.train.path={path} "
+                f"{path}: exists and is no sample: for your own dialogues give data=files data.train.path={path} "
                 "data.sample_dialogues=null"
             )
         if [dialogue.row() for dialogue in kept] == [dialogue.row() for dialogue in dialogues]:
@@ -340,40 +342,22 @@ def ensure_sample(path: str | os.PathLike, count: int, seed: int) -> bool:
 
 
 def accuracy_ceiling(dialogues: Iterable[Dialogue]) -> float:
-    """The oracle's actual hits on these dialogues, in percent of all their supporter turns.
+    """The strategy accuracy of an oracle on these dialogues, in percent of all supporter turns.
 
-    The oracle knows the rule and sees the earlier turns; it always names the most probable strategy. Its accuracy on
-    many dialogues is the most that a model can reach. Only the turns are looked at, so dialogues that were read from
-    a file do as well.
-
-    Source: issue 2.
+    The oracle knows the strategy rule and the earlier turns, and always predicts the most probable strategy. On many
+    dialogues no model can reach more. Works on dialogues from a file as well.
 
     Raises:
         InputError: a dialogue is not from this grammar, or there are none.
     """
     hits = [actual == max(chances, key=chances.get) for d in dialogues for actual, chances in _replay(d)]
-    return _percent(hits)
+    if not hits:
+        raise InputError("accuracy ceiling: there are no dialogues")
+    return 100.0 * sum(hits) / len(hits)
 
 
-def expected_ceiling(dialogues: Iterable[Dialogue]) -> float:
-    """The hits that the oracle of `accuracy_ceiling` should expect on these histories, in percent: free of the luck of the draw.
-
-    Source: issue 2.
-
-    Raises:
-        InputError: as `accuracy_ceiling`.
-    """
-    return _percent([max(chances.values()) for d in dialogues for _, chances in _replay(d)])
-
-
-def _percent(values: list[float]) -> float:
-    if not values:
-        raise InputError("no dialogues to find the ceiling of")
-    return 100.0 * sum(values) / len(values)
-
-
-def _past(acts: list[str], strategies: list[int]) -> set[str]:
-    """The facts that NEEDS and RULE ask for, read off the acts and strategies so far."""
+def _facts(acts: list[str], strategies: list[int]) -> set[str]:
+    """The facts that `PRECONDITIONS` and `STRATEGY_CHANCES` name, from the acts and strategies so far."""
     question = max((index for index, strategy in enumerate(strategies) if strategy == 4), default=0)
     facts = {
         "stated": "problem" in acts,
@@ -383,34 +367,34 @@ def _past(acts: list[str], strategies: list[int]) -> set[str]:
         "questioned": 4 in strategies and {"detail", "problem"}.isdisjoint(acts[question:]),
         "solved": 8 in strategies,
         "settled": bool(OUTCOMES.keys() & {*acts}),
-        "ready": len(strategies) >= READY,
-        "late": len(strategies) >= LATE,
+        "ready": len(strategies) >= MIN_TURNS,
+        "late": len(strategies) >= HURRY_AFTER,
     }
     return {fact for fact, holds in facts.items() if holds}
 
 
-def _chances(act: str, past: set[str]) -> dict[int, float]:
+def _chances(act: str, facts: set[str]) -> dict[int, float]:
     """The chance of each strategy as the answer to `act`."""
-    if act in CERTAIN:
-        return {CERTAIN[act]: 1.0}
-    return next(chances for fact, chances in RULE[act] if not fact or fact in past)
+    if act in FIXED_STRATEGIES:
+        return {FIXED_STRATEGIES[act]: 1.0}
+    return next(chances for fact, chances in STRATEGY_CHANCES[act] if not fact or fact in facts)
 
 
 def _write_dialogue(seed: int, index: int) -> Dialogue:
-    # Seeding with a string is the same on every platform and does not correlate neighbouring dialogues.
+    # A string seed is the same on every platform and does not correlate neighbouring dialogues.
     rng = random.Random(f"{seed}:{index}")
-    problem, mood = rng.choice(PROBLEMS), rng.choice(list(FEELINGS))
+    problem, mood = rng.choice(SERVICE_PROBLEMS), rng.choice(list(FEELINGS))
     acts, turns = write_turns(rng, problem, mood)
     outcome = next(OUTCOMES[act] for act in acts if act in OUTCOMES)
     extra = {"topic": problem.topic, "problem": problem.name, "mood": mood, "outcome": outcome}
-    return Dialogue(f"{NAME}{seed}-{index:05d}", tuple(turns), SAMPLE_SOURCE, extra)
+    return Dialogue(f"{ID_PREFIX}{seed}-{index:05d}", tuple(turns), SAMPLE_SOURCE, extra)
 
 
 def write_turns(rng: random.Random, problem: ServiceProblem, mood: str) -> tuple[list[str], list[Turn]]:
     """Draw a conversation about `problem` with a customer in `mood` (a key of `FEELINGS`).
 
     Returns:
-        The customer's acts (see `WORDINGS`) in order, and the turns of both.
+        The customer's acts (see `CUSTOMER_WORDINGS`) in order, and the turns of both speakers.
     """
     writer = _Writer(rng, problem, mood)
     acts, strategies, turns = [], [GREETING.number], []
@@ -420,22 +404,22 @@ def write_turns(rng: random.Random, problem: ServiceProblem, mood: str) -> tuple
         if strategies[-1] == CLOSURE.number:
             return acts, turns
         acts.append(_next_act(rng, acts, strategies, mood))
-        past = _past(acts, strategies)
-        turns.append(Turn(Speaker.CUSTOMER, writer.utterance(acts[-1], past)))
-        strategies.append(_draw(rng, _chances(acts[-1], past)))
+        facts = _facts(acts, strategies)
+        turns.append(Turn(Speaker.CUSTOMER, writer.utterance(acts[-1], facts)))
+        strategies.append(_draw(rng, _chances(acts[-1], facts)))
 
 
 def _next_act(rng: random.Random, acts: list[str], strategies: list[int], mood: str) -> str:
-    past = _past(acts, strategies)
-    # A request for the identity stays open until it is answered, whatever came between.
-    weights = {"identity": 6} | FOLLOWS[strategies[-1]] | (HURRY if "late" in past else {})
+    facts = _facts(acts, strategies)
+    # A request for the identity stays open until it is answered.
+    weights = {"identity": 6} | NEXT_ACTS[strategies[-1]] | (HURRY_WEIGHTS if "late" in facts else {})
     if "upset" in weights and mood == "平静":
         weights["upset"] /= 2
 
     def possible(act: str) -> bool:
-        needs_met = all((need.lstrip("!") in past) != need.startswith("!") for need in NEEDS[act].split())
+        needs_met = all((need.lstrip("!") in facts) != need.startswith("!") for need in PRECONDITIONS[act].split())
         twice = strategies[-1] if strategies[-2:-1] == strategies[-1:] else None
-        return needs_met and twice not in _chances(act, past)
+        return needs_met and twice not in _chances(act, facts)
 
     return _draw(rng, {act: weight for act, weight in weights.items() if possible(act)})
 
@@ -445,12 +429,12 @@ def _draw(rng: random.Random, weights: Mapping) -> str | int:
 
 
 class _Writer:
-    """Puts acts and strategies into words that suit one dialogue; wordings come again only when all have been used."""
+    """Renders the acts and strategies of one dialogue as text; wordings repeat only after all were used."""
 
     def __init__(self, rng: random.Random, problem: ServiceProblem, mood: str):
         self.rng, self.problem, self.mood = rng, problem, mood
         self.unused: dict[tuple, list] = {}
-        self.slots = {slot: rng.choice(values) for slot, values in SLOTS.items()}
+        self.slots = {slot: rng.choice(values) for slot, values in SLOT_VALUES.items()}
         self.slots |= {"item": rng.choice(problem.items), "badge": f"{rng.randrange(100, 1000)}"}
         self.slots["tail"] = f"{rng.randrange(10_000):04d}"
         self._ask()
@@ -460,19 +444,19 @@ class _Writer:
             self._ask()
         if act == "upset":
             return self._fill(FEELINGS[self.mood][1], who="您")
-        return self._fill(REPLIES.get((strategy, act)) or REPLIES[strategy], who="您")
+        return self._fill(SUPPORTER_WORDINGS.get((strategy, act)) or SUPPORTER_WORDINGS[strategy], who="您")
 
-    def utterance(self, act: str, past: set[str]) -> str:
+    def utterance(self, act: str, facts: set[str]) -> str:
         if act == "upset":
             feeling = self._pick(FEELINGS[self.mood][0])
-            # Before the problem is known, only a feeling with the product says what the talk is about.
-            other = "vague" if "stated" not in past else self.rng.choice(("why", "how", "doit", ""))
+            # Before the problem is stated, the product is named with the feeling, so that the topic is clear.
+            other = "vague" if "stated" not in facts else self.rng.choice(("why", "how", "doit", ""))
             if not other:
                 return f"{feeling}。"
-            text = self._fill(WORDINGS[other], who="我")
+            text = self._fill(CUSTOMER_WORDINGS[other], who="我")
             return f"{feeling}，{text}" if self.rng.random() < 0.5 else f"{text}{feeling}。"
         opener = self.rng.choice(OPENERS) if act in OPENED and self.rng.random() < 0.4 else ""
-        return opener + self._fill(WORDINGS[act], who="我")
+        return opener + self._fill(CUSTOMER_WORDINGS[act], who="我")
 
     def _ask(self) -> None:
         self.slots["question"], self.slots["answer"] = self._pick(self.problem.details + GENERAL_DETAILS)
@@ -483,7 +467,7 @@ class _Writer:
         used = [slot for slot in clauses if f"{{{slot}}}" in template]
         inner = {slot: self._pick(getattr(self.problem, clauses[slot])) for slot in used}
         slots = self.slots | {"who": who} | inner
-        # Twice, because a clause has slots of its own.
+        # Twice, because a clause has slots itself.
         return template.format_map(slots).format_map(slots)
 
     def _pick(self, choices: tuple):
@@ -494,7 +478,7 @@ class _Writer:
 
 
 def _replay(dialogue: Dialogue) -> Iterator[tuple[int, dict[int, float]]]:
-    """For each supporter turn its strategy's number and the chances that the rule gave the strategies."""
+    """For each supporter turn: its strategy's number, and the chance of each strategy by the strategy rule."""
     acts, strategies = [], []
     for number, turn in enumerate(dialogue.turns, start=1):
         place = f"dialogue {dialogue.id}, turn {number}"
@@ -504,7 +488,7 @@ def _replay(dialogue: Dialogue) -> Iterator[tuple[int, dict[int, float]]]:
                 raise InputError(f"{place}: not an utterance of the sample grammar")
             acts += matches
         else:
-            chances = _chances(acts[-1], _past(acts, strategies)) if acts else {GREETING.number: 1.0}
+            chances = _chances(acts[-1], _facts(acts, strategies)) if acts else {GREETING.number: 1.0}
             if turn.strategy.number not in chances:
                 raise InputError(f"{place}: not a strategy that the sample grammar allows here")
             yield turn.strategy.number, chances
@@ -512,7 +496,7 @@ def _replay(dialogue: Dialogue) -> Iterator[tuple[int, dict[int, float]]]:
 
 
 def _matching_acts(text: str) -> list[str]:
-    """The acts that `text` can be a wording of: exactly one for a customer's utterance of this grammar."""
+    """The acts that `text` may express: exactly one for a customer's utterance of this grammar."""
     if any(feeling in text for said, _ in FEELINGS.values() for feeling in said):
         return ["upset"]
     return [act for act, pattern in _patterns().items() if pattern.fullmatch(text)]
@@ -520,19 +504,21 @@ def _matching_acts(text: str) -> list[str]:
 
 @functools.cache
 def _patterns() -> dict[str, re.Pattern]:
-    """For each act but `upset` an expression for its wordings with every filling of their slots."""
-    values = {slot: _any(map(re.escape, choices)) for slot, choices in SLOTS.items()}
-    values |= {"who": "[我您]", "tail": "[0-9]{4}", "item": _any(i for p in PROBLEMS for i in p.items)}
+    """For each act except `upset`, a pattern of its wordings with every filling of their slots."""
+    values = {slot: _any(map(re.escape, choices)) for slot, choices in SLOT_VALUES.items()}
+    values |= {"who": "[我您]", "tail": "[0-9]{4}", "item": _any(i for p in SERVICE_PROBLEMS for i in p.items)}
 
     def expand(template: str) -> str:
         parts = re.split(r"\{(\w+)\}", template)
         return "".join(values[part] if index % 2 else re.escape(part) for index, part in enumerate(parts))
 
-    details = [pair for p in PROBLEMS for pair in p.details] + list(GENERAL_DETAILS)
-    values["case"] = _any(expand(case) for p in PROBLEMS for case in p.cases)
+    details = [pair for p in SERVICE_PROBLEMS for pair in p.details] + list(GENERAL_DETAILS)
+    values["case"] = _any(expand(case) for p in SERVICE_PROBLEMS for case in p.cases)
     values["answer"] = _any(expand(answer) for _, answer in details)
     openers = {act: _any(OPENERS) + "?" for act in OPENED}
-    return {act: re.compile(openers.get(act, "") + _any(map(expand, texts))) for act, texts in WORDINGS.items()}
+    return {
+        act: re.compile(openers.get(act, "") + _any(map(expand, texts))) for act, texts in CUSTOMER_WORDINGS.items()
+    }
 
 
 def _any(expressions: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The words of a Chinese text."""
+"""Segmentation of Chinese text into words, by jieba."""
 
 import functools
 import warnings
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 @functools.cache
 def _segmenter() -> "jieba.Tokenizer":
-    # Loading the dictionary by hand (about a second) keeps jieba's own start-up from logging to stderr and from
-    # leaving a cache file in the system's temporary directory that every user of the machine would share.
+    # jieba's own start-up logs to stderr and leaves a cache file in the shared temporary directory. So the dictionary
+    # is loaded here, which takes about a second.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in jieba's source, which newer Pythons print
         import jieba
@@ -22,10 +22,10 @@ def _segmenter() -> "jieba.Tokenizer":
 
 
 def segment_words(text: str) -> list[str]:
-    """The jieba words of `text` (default dictionary, HMM on), white space left out."""
+    """The jieba words of `text` (default dictionary, HMM on), without white space."""
     return [word for word in _segmenter().lcut(text) if not word.isspace()]
 
 
 def word_end_offsets(text: str) -> set[int]:
-    """The places in `text` at which jieba words of the dictionary end (HMM off: it would make words such as 元起)."""
+    """The offsets in `text` at which dictionary words end (HMM off: it would make words such as 元起)."""
     return {end for _, _, end in _segmenter().tokenize(text, HMM=False)}

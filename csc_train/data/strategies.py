@@ -1,6 +1,6 @@
-"""The 12 support strategies and 5 stages of a customer support conversation: the only taxonomy in the project.
+"""The taxonomy of the project: 12 support strategies and 5 stages of a customer support conversation.
 
-Numbers, names, codes and stages are those of the paper (figure 2) and its data; the definitions are our wording.
+Numbers, names, codes and stages are those of the paper (figure 2) and its data; the definitions are our own.
 """
 
 import re
@@ -24,10 +24,7 @@ class Stage(Enum):
 
 @dataclass(frozen=True)
 class Strategy:
-    """One support strategy.
-
-    `stage` is None for the one strategy that may appear in any stage.
-    """
+    """One support strategy. `stage` is None for the one strategy (Others) that may appear in any stage."""
 
     number: int
     zh: str
@@ -38,11 +35,11 @@ class Strategy:
     definition_en: str
 
     def name(self, language: str) -> str:
-        """The label in `language` ("zh" or "en"), as it stands between the brackets of a reply."""
+        """The name in `language` ("zh" or "en"), as between the brackets of a reply."""
         return {"zh": self.zh, "en": self.en}[language]
 
     def definition(self, language: str) -> str:
-        """What the strategy is for, in `language` ("zh" or "en")."""
+        """The definition in `language` ("zh" or "en")."""
         return {"zh": self.definition_zh, "en": self.definition_en}[language]
 
     @property
@@ -125,14 +122,14 @@ _NUMBERED = re.compile(r"策略([0-9]+)(?:(?:\s*[:：]\s*|\s+)(.+))?")
 
 
 def parse_strategy(label: str) -> Strategy:
-    """The strategy that `label` names.
+    """Parse the label of a strategy.
 
-    Accepted, with outer white space ignored: `策略5 情感管理`, `策略5: 情感管理`, `策略5`, `5`, and the exact Chinese
+    Accepts, with outer white space ignored: `策略5 情感管理`, `策略5: 情感管理`, `策略5`, `5`, and the exact Chinese
     name, English name or code.
 
     Raises:
-        ValueError: anything else: an unknown name, a number outside 1..12, a number that contradicts its name,
-            or two strategies joined by `+`.
+        ValueError: an unknown name, a number outside 1..12, a number that contradicts its name, or two strategies
+            joined by `+`.
     """
     text = label.strip()
     if "+" in text or "＋" in text:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from csc_train.data.near_duplicates import SHINGLE_LENGTH
-from csc_train.data.splits import NGRAM, Overlap, Splits, find_shared_text
+from csc_train.data.overlap import NGRAM, Overlap, find_shared_text
+from csc_train.data.splits import Splits
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from csc_train.data.dialogue import Dialogue, read_dialogues
+from csc_train.data.dialogue import Dialogue
+from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import Contamination, read_contamination

@@ -11,7 +11,7 @@ from csc_train.files import digest
 from csc_train.inference.config import InferenceConfig
 from csc_train.inference.predictions import Prediction, TurnOutcome
 from csc_train.inference.turn_queue import TurnQueue, TurnRequest
-from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, Message
+from csc_train.llm.client import AuthenticationError, Client, LLMError, Message
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
@@ -62,7 +62,7 @@ class OpenAIGenerator:
             if self._settings.mode == "given" and not self._takes_token_ids:
                 raise InputError("template.mode=given: needs a server that takes token ids, and this one does not")
             in_flight: dict[asyncio.Task, TurnRequest] = {}
-            refused: AuthenticationFailure | None = None
+            refused: AuthenticationError | None = None
             try:
                 while True:
                     for request in queue.pop(0 if refused else self._llm.concurrency - len(in_flight)):
@@ -74,7 +74,7 @@ class OpenAIGenerator:
                         request = in_flight.pop(task)
                         try:
                             queue.complete(request, task.result())
-                        except AuthenticationFailure as failure:  # requests in flight may still succeed
+                        except AuthenticationError as failure:  # requests in flight may still succeed
                             refused = failure
             finally:
                 for task in in_flight:
@@ -113,9 +113,9 @@ class OpenAIGenerator:
             else:
                 prompt = build_messages(request.history, self._settings, self._llm.user_first)
                 answer = await client.chat(prompt, **decoding)
-        except AuthenticationFailure:
+        except AuthenticationError:
             raise
-        except LLMFailure as failure:
+        except LLMError as failure:
             return request.failure(failure.kind, failure.message)
         reply = parse_reply(answer.text, self._settings.mode)
         return request.prediction(answer.text, reply, digest(prompt), served_model=answer.model, **details)
@@ -148,9 +148,9 @@ async def _supported(request: Coroutine, advice: str = "") -> Any:
     """The answer to a probe; None if the server refuses this kind of request."""
     try:
         return await request
-    except AuthenticationFailure:
+    except AuthenticationError:
         raise
-    except LLMFailure as failure:
+    except LLMError as failure:
         if failure.kind != "bad_request":
             raise InputError(f"llm: {failure.message} ({failure.kind}){advice}") from failure
         return None

@@ -18,11 +18,11 @@ from csc_train.llm.config import JSON_MODES, LLMConfig
 from csc_train.llm.limits import RequestLimits
 
 ERROR_KINDS = (
-    "connection", "timeout", "rate_limit", "server_error", "bad_request", "authentication", "garbage", "refused",
+    "connection", "timeout", "rate_limit", "server_error", "bad_request", "authentication", "malformed", "refused",
 )  # fmt: skip
-"""Classes of failure. garbage: an answer that is not of the form that was asked for. refused: the model, or a filter
+"""Classes of failure. malformed: an answer that is not of the form that was asked for. refused: the model, or a filter
 before it, declines."""
-RETRYABLE = ("connection", "timeout", "rate_limit", "server_error", "garbage")
+RETRYABLE = ("connection", "timeout", "rate_limit", "server_error", "malformed")
 """Failures that the same request may not meet again."""
 FIRST_WAIT_S = 0.5
 """Before a request is sent a second time, where the server names no time; each further wait is twice as long."""
@@ -86,7 +86,7 @@ class Completion:
     log_likelihoods: tuple[float, ...] | None = None
 
 
-class LLMFailure(Exception):
+class LLMError(Exception):
     """A call that came to nothing within its budget.
 
     Attributes:
@@ -104,7 +104,7 @@ class LLMFailure(Exception):
         self.completion_tokens = completion_tokens
 
 
-class AuthenticationFailure(LLMFailure, InputError):
+class AuthenticationError(LLMError, InputError):
     """The server does not serve this key, or no longer: every other call would fail as well, so a run ends."""
 
 
@@ -149,8 +149,8 @@ class Client:
             raise InputError(f"llm.backend={config.backend}: this needs a model on a server")
         self.config = config
         self.limits = RequestLimits(config)
-        auto = config.structured == "auto"
-        self.ladder = FallbackChain(JSON_MODES[0] if auto else config.structured, proven=not auto)
+        auto = config.json_mode == "auto"
+        self.ladder = FallbackChain(JSON_MODES[0] if auto else config.json_mode, proven=not auto)
         # Not left out where there is none: the library would send OPENAI_API_KEY to whatever server this is.
         self._key = api_key(config) or "none"
         # None of the library's retries: they are silent, so attempts could neither be counted nor lower the
@@ -183,8 +183,8 @@ class Client:
             observe: told of every request, as soon as it is over.
 
         Raises:
-            AuthenticationFailure: the server does not serve this key.
-            LLMFailure: no answer within the budget.
+            AuthenticationError: the server does not serve this key.
+            LLMError: no answer within the budget.
         """
         body = self.body(seed, temperature, max_tokens) | {"messages": list(messages)}
         if response_format is not None:
@@ -209,8 +209,8 @@ class Client:
         """How likely each token of a prompt but the first is after those before it, in nats; [length - 1].
 
         Raises:
-            AuthenticationFailure: the server does not serve this key.
-            LLMFailure: no answer within the budget; `bad_request` where the server does not tell.
+            AuthenticationError: the server does not serve this key.
+            LLMError: no answer within the budget; `bad_request` where the server does not tell.
         """
         echoed = {"prompt": list(prompt), "max_tokens": 1, "echo": True, "logprobs": 1}
         read = functools.partial(_read_echo, len(prompt))
@@ -237,7 +237,7 @@ class Client:
         estimate = len(prompt) // (CHARACTERS_PER_TOKEN if isinstance(prompt, str) else 1)
         estimate += body.get("max_tokens", body.get("max_completion_tokens", 0))
         spent = [0, 0]
-        for number in range(1, self.config.retries + 2):
+        for number in range(1, self.config.max_retries + 2):
             async with self.limits.slot(estimate) as sent_in:
                 start = time.perf_counter()
                 refusal = None
@@ -259,9 +259,9 @@ class Client:
             if refusal is None:
                 return Completion(**answer, latency_s=latency, attempts=number)
             if refusal.kind == "authentication":
-                raise AuthenticationFailure(refusal.kind, refusal.message, number, *spent)
-            if refusal.hopeless or number > self.config.retries:
-                raise LLMFailure(refusal.kind, refusal.message, number, *spent)
+                raise AuthenticationError(refusal.kind, refusal.message, number, *spent)
+            if refusal.hopeless or number > self.config.max_retries:
+                raise LLMError(refusal.kind, refusal.message, number, *spent)
             backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (number - 1)) * random.uniform(0.75, 1)
             await asyncio.sleep(max(backoff, refusal.wait_s or 0))
         raise AssertionError("the last try returns or raises")
@@ -288,7 +288,7 @@ class Client:
                 message = f"llm.api_key_env={self.config.api_key_env}: {self.config.base_url} refuses it: {message}"
             raise _Refusal(kind, message, wait_s) from error
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise _Refusal("garbage", self._clean(f"not an answer of this API: {error!r}")) from error
+            raise _Refusal("malformed", self._clean(f"not an answer of this API: {error!r}")) from error
         if refusal := answer.pop("refusal"):
             raise _Refusal("refused", self._clean(refusal), **counted)
         return answer | counted | {"model": model}

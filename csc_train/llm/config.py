@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from csc_train.errors import InputError, check_choice, check_range
 
-BACKENDS = ("openai", "scripted")
+BACKENDS = ("openai", "mock")
 JSON_MODES = ("json_schema", "json_object", "text")
 """Ways to ask for JSON, the strictest first (see `structured.ask_structured`)."""
 
@@ -32,7 +32,7 @@ class LLMConfig:
     """The longest answer, a reasoning model's thoughts included; what the task asks for where not given."""
     timeout_s: float = 120.0
     """Seconds that a request may take."""
-    retries: int = 5
+    max_retries: int = 5
     """How often a request that failed is sent again."""
     concurrency: int = 16
     """Requests under way at a time, at most; fewer while the server says that it is too many."""
@@ -42,7 +42,7 @@ class LLMConfig:
     price_per_million_input: float | None = None
     """Of prompt tokens, in whatever currency."""
     price_per_million_output: float | None = None
-    structured: str = "auto"
+    json_mode: str = "auto"
     """How JSON is asked for: json_schema, json_object or text; auto: the strictest that the server accepts."""
     extra_body: dict[str, Any] = field(default_factory=dict)
     """What else goes into every request; null leaves out what would go into it, such as max_tokens."""
@@ -57,9 +57,9 @@ class LLMConfig:
                 raise InputError(f"llm.base_url={self.base_url}: give an address such as http://localhost:8000/v1")
             if address.username or address.password:
                 raise InputError("llm.base_url: holds a user or password, and is recorded; use llm.api_key_env")
-        check_choice("llm.structured", self.structured, ("auto", *JSON_MODES))
+        check_choice("llm.json_mode", self.json_mode, ("auto", *JSON_MODES))
         check_range("llm.timeout_s", self.timeout_s, 0.01)
-        check_range("llm.retries", self.retries, 0)
+        check_range("llm.max_retries", self.max_retries, 0)
         check_range("llm.concurrency", self.concurrency, 1)
         lowest = {
             "temperature": 0,

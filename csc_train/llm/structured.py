@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import openai
 import pydantic
 
-from csc_train.llm.client import Client, Completion, LLMFailure, Message, Observer, RequestAttempt
+from csc_train.llm.client import Client, Completion, LLMError, Message, Observer, RequestAttempt
 from csc_train.llm.config import JSON_MODES
 
 REPAIRS = 2
@@ -64,8 +64,8 @@ async def ask_structured(
         seed, temperature, max_tokens, observe: as of `Client.chat`.
 
     Raises:
-        AuthenticationFailure: the server does not serve this key.
-        LLMFailure: of kind `garbage` where no answer was of the form, or another one of `Client.chat`; counts the
+        AuthenticationError: the server does not serve this key.
+        LLMError: of kind `malformed` where no answer was of the form, or another one of `Client.chat`; counts the
             requests and tokens of all answers.
     """
     made: list[RequestAttempt] = []
@@ -93,8 +93,8 @@ async def ask_structured(
             client.ladder.proven = True
             latency = sum(each.latency_s for each in made)
             return StructuredAnswer(value, completion.text, **_totals(made), latency_s=latency, model=completion.model)
-        raise LLMFailure("garbage", f"no answer of the form {form.__name__}: {problem}")
-    except LLMFailure as failure:
+        raise LLMError("malformed", f"no answer of the form {form.__name__}: {problem}")
+    except LLMError as failure:
         vars(failure).update(_totals(made))
         raise
 
@@ -147,7 +147,7 @@ async def _request(
         asked = chat if rung == "json_schema" and not repair else [*chat[:-1], _with_schema(chat[-1], form)]
         try:
             completion = await client.chat(asked, seed=seed, response_format=response_format(rung, form), **settings)
-        except LLMFailure as failure:
+        except LLMError as failure:
             # Once a way has worked, what the server refuses is something else than the way.
             if failure.kind != "bad_request" or ladder.proven or rung == JSON_MODES[-1]:
                 raise

@@ -1,6 +1,5 @@
 """Training runs beside each other: what they differ in, what came of them, and how fast they were."""
 
-import json
 import math
 import os
 import statistics
@@ -14,9 +13,9 @@ import yaml
 
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json, write_text
+from csc_train.jsonl import JsonlLog
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
 from csc_train.runs.directory import RECORD_FILE, flatten_keys
-from csc_train.jsonl import JsonlLog
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -41,7 +41,7 @@ def quality_report(
     *,
     reference: Sequence[Dialogue] = (),
     profiles: Mapping[str, str] | None = None,
-    waterfall: Sequence[dict[str, Any]] = (),
+    funnel: Sequence[dict[str, Any]] = (),
     usage: Mapping[str, float] | None = None,
     agreement: Mapping[str, dict[str, float | None]] | None = None,
     seed: int = 0,
@@ -52,7 +52,7 @@ def quality_report(
         dialogues: those that were accepted.
         reference: dialogues to put beside them, such as CSConv.
         profiles: the customer's profile by dialogue id; topics are read from `extra["topic"]`.
-        waterfall: rows of `waterfall.waterfall`.
+        funnel: the rows of `funnel.filter_funnel`.
         usage: what was spent, such as `{"requests": .., "prompt_tokens": .., "cost": ..}`.
         agreement: of a panel of judges, as `llm_filters.agreement` tells it.
         seed: of the samples and resamples.
@@ -71,7 +71,7 @@ def quality_report(
         "lengths": {name: _lengths(side) for name, side in sides.items()},
         "variety": _variety(sides, seed),
         "profiles": _profile_overlap(dialogues, profiles, seed) if profiles else None,
-        "waterfall": list(waterfall),
+        "filter_funnel": list(funnel),
         "agreement": dict(agreement or {}),
         "usage": dict(usage or {}),
         "per_accepted": {name: value / len(dialogues) for name, value in (usage or {}).items() if dialogues},

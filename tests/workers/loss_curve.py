@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from csc_train.runs.distributed import distributed_state
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -32,6 +31,7 @@ from csc_train.models.tokenizer import load_tokenizer
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackingReport
 from csc_train.runs.directory import Run
+from csc_train.runs.distributed import distributed_state
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tracking.wandb import Tracking

@@ -26,7 +26,7 @@ from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest
 from csc_train.inference.predictions import Prediction
 from csc_train.jsonl import JsonlLog, read_jsonl
-from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, Message
+from csc_train.llm.client import AuthenticationError, Client, LLMError, Message
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import ask_structured
 from csc_train.stats import mean
@@ -88,7 +88,7 @@ class JudgeReport:
     """
 
     answers: dict[JudgeQuestion, dict[str, Any]]
-    failures: dict[JudgeQuestion, LLMFailure]
+    failures: dict[JudgeQuestion, LLMError]
     spent: dict[str, int]
 
 
@@ -151,7 +151,7 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
     known = _read_cache(Path(cache))
     keys = {question: _key(question, llm, config) for question in asked}
     todo = {key: question for question, key in keys.items() if key not in known}  # equal questions once
-    failures: dict[str, LLMFailure] = {}
+    failures: dict[str, LLMError] = {}
 
     async def work(client: Client, pending: Iterator[str], log: JsonlLog, bar: tqdm) -> None:
         for key in pending:
@@ -161,9 +161,9 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
                 answer = await ask_structured(
                     client, question.messages, ANSWER_SCHEMAS[question.task], seed=seed, temperature=0
                 )
-            except AuthenticationFailure:
+            except AuthenticationError:
                 raise
-            except LLMFailure as failure:
+            except LLMError as failure:
                 failures[key] = failure
             else:
                 spent = {name: getattr(answer, name) for name in _SPENT}

@@ -84,7 +84,7 @@ def _facts(scored: Scored, config: dict[str, Any], record: dict[str, Any]) -> di
         facts["trained on"] = f"data hash {manifest.data_hash[:12]}, {_code(manifest.provenance)}"
         data = data or manifest.config["data"]
     if data is not None:
-        held_out = f"held out of {data['train']['path']}, share {data['held_out_fraction']}, seed {data['seed']}"
+        held_out = f"held out of {data['train']['path']}, share {data['evaluation_fraction']}, seed {data['seed']}"
         facts["dialogues"] = data["evaluation"]["path"] or held_out
     sources = Counter(dialogue.source or "not named" for dialogue in scored.dialogues)
     facts["their source"] = ", ".join(f"{source} ({count})" for source, count in sources.most_common())

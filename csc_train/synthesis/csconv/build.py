@@ -15,7 +15,7 @@ from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.errors import InputError
 from csc_train.files import digest, os_errors
 from csc_train.jsonl import JsonlLog
-from csc_train.llm.client import AuthenticationFailure, Client, LLMFailure, RequestAttempt
+from csc_train.llm.client import AuthenticationError, Client, LLMError, RequestAttempt
 from csc_train.llm.structured import ask_structured as ask_server
 from csc_train.synthesis.filters.llm_checks import AskFn, Form, check_call_manners, check_quality
 from csc_train.synthesis.filters.rules import (
@@ -155,7 +155,7 @@ async def build(
     is kept does not depend on who answered first.
 
     Raises:
-        AuthenticationFailure: the model's server does not serve this key; all else that fails is an outcome.
+        AuthenticationError: the model's server does not serve this key; all else that fails is an outcome.
     """
     places = asyncio.Semaphore(concurrency)
 
@@ -163,7 +163,7 @@ async def build(
         async with places:
             try:
                 outcome = await _build_one(each, ask, call, rewrite, language)
-            except AuthenticationFailure:
+            except AuthenticationError:
                 # Before this place is free, and the next call takes it.
                 for task in tasks:
                     if task is not asyncio.current_task():
@@ -194,9 +194,9 @@ async def _build_one(
             verdicts += check_rewrite(rewritten, rewrite)
             if verdicts[-1].keep:
                 verdicts.append(await check_quality(rewritten, ask, language))
-    except AuthenticationFailure:
+    except AuthenticationError:
         raise
-    except LLMFailure as error:
+    except LLMError as error:
         return CallOutcome(each.id, tuple(verdicts), failure=str(error))
     return CallOutcome(each.id, tuple(verdicts), None if rewritten is None else tuple(rewritten))
 
@@ -228,7 +228,7 @@ def ask_model(client: Client, seed: int, log: "AnswerLog") -> AskFn:
     return ask
 
 
-def ask_script(language: str) -> AskFn:
+def ask_mock(language: str) -> AskFn:
     """Answers of ours about the bundled calls, in the place of a model's.
 
     Raises:
@@ -247,7 +247,7 @@ def ask_script(language: str) -> AskFn:
         for (about, text), answer in script.items():
             if about == task and text in prompt[-1]["content"]:
                 return form.model_validate(answer)
-        raise InputError("llm=scripted answers about the bundled calls only: choose a model, such as llm=vllm")
+        raise InputError("llm=mock answers about the bundled calls only: choose a model, such as llm=vllm")
 
     return ask
 

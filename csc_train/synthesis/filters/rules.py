@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
-from csc_train.data.near_duplicates import NearDuplicates
+from csc_train.data.near_duplicates import NearDuplicateIndex
 from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError, check_range
 from csc_train.synthesis.filters.privacy import PLACEHOLDERS, private_data
@@ -307,14 +307,14 @@ class DuplicateFilter:
 
     def __init__(self, config: DuplicatesConfig, seed: int = 0):
         looked_at = {part: threshold for part, threshold in vars(config).items() if threshold is not None}
-        self._seen = {part: NearDuplicates(threshold, seed) for part, threshold in looked_at.items()}
+        self._seen = {part: NearDuplicateIndex(threshold, seed) for part, threshold in looked_at.items()}
         self._kept: dict[str, list[str]] = {part: [] for part in looked_at}
 
     def check(self, dialogue: Dialogue, scenario: str = "") -> FilterVerdict:
         """Whether a dialogue repeats none of those before; it is remembered if so."""
         opening = "\n".join(turn.text for turn in dialogue.turns[:OPENING])
         texts = {"scenario": scenario, "opening": opening, "dialogue": dialogue.text}
-        signed = {part: seen.sign(texts[part]) for part, seen in self._seen.items() if texts[part]}
+        signed = {part: seen.minhash(texts[part]) for part, seen in self._seen.items() if texts[part]}
         for part, text in signed.items():
             for place, similarity in self._seen[part].matches(text):
                 detail = f"{similarity:.2f} like {self._kept[part][place]}"

@@ -69,8 +69,8 @@ class Backend(Protocol):
         """The answer to a call; every attempt at it is told to `observe` as soon as it is over.
 
         Raises:
-            AuthenticationFailure: the server does not serve this key.
-            LLMFailure: no answer within the budget of attempts.
+            AuthenticationError: the server does not serve this key.
+            LLMError: no answer within the budget of attempts.
         """
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from csc_train.errors import InputError
 from csc_train.files import os_errors, write_text
-from csc_train.llm.client import LLMFailure, RequestAttempt
+from csc_train.llm.client import LLMError, RequestAttempt
 from csc_train.llm.structured import parse_answer, response_format
 from csc_train.synthesis.config import BatchConfig
 from csc_train.synthesis.rolecs.backends import RoleCall, ServedModels
@@ -71,7 +71,7 @@ class BatchedModels:
         try:
             return parse_answer(text, call.form)
         except ValueError as error:
-            raise LLMFailure("garbage", str(error), 1, *tokens) from error
+            raise LLMError("malformed", str(error), 1, *tokens) from error
 
     def write_requests(self, directory: str | os.PathLike) -> list[Path]:
         """Write the calls that wait, a file for each model, as batch services want it; the files."""

@@ -16,14 +16,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from csc_train.data.dialogue import Turn
-from csc_train.data.sample_grammar import PROBLEMS, SAMPLE_SOURCE, ServiceProblem, write_turns
+from csc_train.data.sample_grammar import SAMPLE_SOURCE, SERVICE_PROBLEMS, ServiceProblem, write_turns
 from csc_train.errors import InputError
-from csc_train.llm.client import LLMFailure, RequestAttempt
+from csc_train.llm.client import LLMError, RequestAttempt
 from csc_train.synthesis.filters.llm_checks import CRITERIA
 from csc_train.synthesis.rolecs.backends import RoleCall
 from csc_train.synthesis.rolecs.personas import DialogueSlot
 
-FLAWS = ("unknown_strategy", "overused_strategy", "private_data", "copy", "judged_down", "garbage")
+FLAWS = ("unknown_strategy", "overused_strategy", "private_data", "copy", "judged_down", "malformed")
 """What may be wrong with a dialogue: the assistant keeps naming a strategy that does not exist, or the same one a third
 time; a phone number is left in a text; the dialogue repeats another; the judge finds a criterion unmet; an answer has
 no form that can be read."""
@@ -58,7 +58,7 @@ class _Drawn:
 def _drawn(unit: DialogueSlot) -> _Drawn:
     rng = random.Random(f"script:{unit.id}")
     flaw = rng.choice(FLAWS) if rng.random() < FLAWED else None
-    problem = rng.choice([problem for problem in PROBLEMS if problem.topic == unit.topic])
+    problem = rng.choice([problem for problem in SERVICE_PROBLEMS if problem.topic == unit.topic])
     if flaw == "copy":
         rng = random.Random(f"copy:{problem.name}:{unit.mood}")
     acts, turns = write_turns(rng, problem, unit.mood)
@@ -73,7 +73,7 @@ class MockBackend:
 
     def __init__(self, language: str):
         if language != "zh":
-            raise InputError(f"synthesis.language={language}: llm=scripted speaks zh only")
+            raise InputError(f"synthesis.language={language}: llm=mock speaks zh only")
 
     async def __aenter__(self) -> "MockBackend":
         return self
@@ -83,7 +83,7 @@ class MockBackend:
 
     def model(self, role: str) -> str:
         """The name under which the script's answers are recorded."""
-        return "scripted"
+        return "mock"
 
     def cost(self, role: str, prompt_tokens: int, completion_tokens: int) -> float | None:
         """Nothing."""
@@ -95,9 +95,9 @@ class MockBackend:
         value = _persona(call) if call.unit is None else getattr(_Answers(call), call.role.rstrip("_0123456789"))()
         text = "" if value is None else json.dumps(value, ensure_ascii=False)
         tokens = sum(len(message["content"]) for message in call.messages), len(text)
-        observe(RequestAttempt({"model": "scripted"}, 1, None, "", text, *tokens, 0.0))
+        observe(RequestAttempt({"model": "mock"}, 1, None, "", text, *tokens, 0.0))
         if value is None:
-            raise LLMFailure("garbage", "the script spoils this answer", 1, *tokens)
+            raise LLMError("malformed", "the script spoils this answer", 1, *tokens)
         return call.form.model_validate(value)
 
 
@@ -138,7 +138,7 @@ class _Answers:
         return {"strategy": own.zh}
 
     def supporter(self) -> dict[str, Any] | None:
-        return None if self._flawed("garbage") else {"text": self.drawn.turns[2 * self.turn].text}
+        return None if self._flawed("malformed") else {"text": self.drawn.turns[2 * self.turn].text}
 
     def customer_assistant(self) -> dict[str, Any]:
         return {"direction": DIRECTIONS[self.drawn.acts[self.turn]]}

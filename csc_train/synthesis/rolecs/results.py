@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from csc_train.data.dialogue import Dialogue, write_dialogues
+from csc_train.data.dialogue import Dialogue
+from csc_train.data.readers import write_dialogues
 from csc_train.files import write_json, write_text
 from csc_train.synthesis.filters.funnel import filter_funnel
 from csc_train.synthesis.filters.llm_checks import RoleCSPoints, agreement
@@ -32,13 +33,13 @@ def write_results(
     `synthesis.json` (counts and cost), `quality.json` and `quality.html`; without dialogues, neither they nor a report.
 
     Returns:
-        The rows of the waterfall.
+        The rows of the filter funnel.
     """
     directory = Path(directory)
     dialogues = [store.dialogue(unit, backend.source) for unit in runner.accepted]
     rows = filter_funnel(store.verdicts(), RULES)
     write_text(directory / "rejected.jsonl", "".join(_line(row) for row in store.rejected()))
-    write_json(directory / "waterfall.json", rows)
+    write_json(directory / "filter_funnel.json", rows)
     usage = _usage(store, backend)
     write_json(directory / "synthesis.json", _account(runner, store, dialogues) | {"usage": usage})
     if dialogues:
@@ -47,7 +48,7 @@ def write_results(
         told = {dialogue.id: runner.description(dialogue.extra["persona"]) for dialogue in dialogues}
         total = {name: value for name, value in usage["all"].items() if value is not None}
         report = quality_report(
-            dialogues, reference=reference, profiles=told, waterfall=rows, usage=total, seed=seed
+            dialogues, reference=reference, profiles=told, funnel=rows, usage=total, seed=seed
         )  # fmt: skip
         write_quality_report(directory, report, f"{len(dialogues)} synthetic dialogues (source={backend.source})")
     return rows

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from csc_train.data.dialogue import Dialogue
 from csc_train.errors import InputError
 from csc_train.files import digest
-from csc_train.llm.client import AuthenticationFailure, LLMFailure, Message, RequestAttempt
+from csc_train.llm.client import AuthenticationError, LLMError, Message, RequestAttempt
 from csc_train.llm.config import LLMConfig
 from csc_train.synthesis.config import BudgetConfig, SynthesisConfig
 from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig, check_rolecs
@@ -267,10 +267,10 @@ class Runner:
             while True:
                 try:
                     return await self._finish(unit, await self._talk(unit))
-                except AuthenticationFailure as failure:
+                except AuthenticationError as failure:
                     self._stop("authentication", str(failure), at_once=True)
                     raise Stopped from failure
-                except LLMFailure as failure:
+                except LLMError as failure:
                     self._failed(failure)
                     before, known = known, self._store.count_answers(unit.id)
                     tries = 1 if known > before else tries + 1
@@ -280,7 +280,7 @@ class Runner:
         finally:
             self.progress.running -= 1
 
-    def _failed(self, failure: LLMFailure) -> None:
+    def _failed(self, failure: LLMError) -> None:
         """Stop when nothing but failures comes any more: what is tried in vain would count against dialogues."""
         if failure.kind in PASSING:
             self._failures_in_a_row += 1
@@ -382,7 +382,7 @@ class Runner:
 
         Raises:
             Stopped: nothing more is to be asked.
-            LLMFailure: there was no answer.
+            LLMError: there was no answer.
         """
         if self.progress.stopped:
             raise Stopped

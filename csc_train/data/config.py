@@ -1,0 +1,69 @@
+"""Settings of the data: where dialogues are read from and how they are split."""
+
+from dataclasses import dataclass, field
+
+from csc_train.errors import InputError, check_choice, check_range
+
+
+@dataclass
+class DialogueSourceConfig:
+    """Where a set of dialogues is read from."""
+
+    path: str | None = None
+    """A `.json`, `.jsonl` or `.parquet` file, or the id of a Hugging Face data set."""
+    source: str | None = None
+    """Keep only the rows with this `source`; null keeps all rows."""
+
+
+@dataclass
+class DataConfig:
+    """The dialogues of a run (the `data` group).
+
+    Raises:
+        InputError: a value is out of range; the message names its key. `train.path` is checked when the data are
+            loaded, so that a recipe may fill it in first.
+    """
+
+    train: DialogueSourceConfig = field(default_factory=DialogueSourceConfig)
+    evaluation: DialogueSourceConfig = field(default_factory=DialogueSourceConfig)
+    """Without a path, the evaluation set is split off the training file."""
+    evaluation_fraction: float = 0.1
+    """Share of the training file that becomes the evaluation set, if `evaluation.path` is not set."""
+    validation_fraction: float = 0.0
+    """Share of the training dialogues set aside for validation and for the choice of the best checkpoint. 0: validation
+    uses the evaluation set, which is then no independent test of the chosen checkpoint."""
+    seed: int = 0
+    """Seed of the splits, of the choice by `limit`, and of the hash functions of the overlap check."""
+    strict: bool = False
+    """Stop at the first bad row instead of collecting the bad rows."""
+    on_overlap: str = "warn"
+    """What to do about training dialogues that are also in the evaluation set: `warn`, `drop` them from the training
+    set, or `error`."""
+    overlap_threshold: float = 0.8
+    """Jaccard similarity of character 5-grams from which two dialogues count as near-duplicates."""
+    limit: int | None = None
+    """Keep at most this many dialogues of each set, for debugging."""
+    sample_dialogues: int | None = None
+    """Number of synthetic sample dialogues: a recipe writes them to `train.path` before it loads the data. null: the
+    file is the user's own."""
+    sample_seed: int = 0
+    """Seed of the sample dialogues."""
+
+    def __post_init__(self):
+        bounds = {
+            "evaluation_fraction": (0 < self.evaluation_fraction < 1, "above 0 and below 1"),
+            "validation_fraction": (0 <= self.validation_fraction < 1, "at least 0 and below 1"),
+            "overlap_threshold": (0 < self.overlap_threshold <= 1, "above 0 and at most 1"),
+        }
+        for name, (passed, bound) in bounds.items():
+            if not passed:
+                raise InputError(f"data.{name}={getattr(self, name)}: must be {bound}")
+        check_choice("data.on_overlap", self.on_overlap, ("warn", "drop", "error"))
+        for name in ("seed", "sample_seed"):
+            check_range(f"data.{name}", getattr(self, name), 0, 2**32 - 1)
+        for name in ("limit", "sample_dialogues"):
+            if getattr(self, name) is not None:
+                check_range(f"data.{name}", getattr(self, name), 1)
+        if self.evaluation.source is not None and self.evaluation.path is None:
+            # The evaluation set is split off the training rows, so this source would be ignored.
+            raise InputError("data.evaluation.source is set, but data.evaluation.path is not; set both or neither")

@@ -1,0 +1,113 @@
+"""Overlap of training and evaluation data: equal, nearly equal and partly shared dialogues."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy
+from tqdm import tqdm
+
+from csc_train.data.dialogue import Dialogue
+from csc_train.data.near_duplicates import NearDuplicateIndex
+
+NGRAM = 13
+"""Characters in an n-gram of `find_shared_text`: about eight Chinese words, more than a stock phrase has."""
+_BATCH = 256
+_PLACEHOLDER = re.compile(r"\[[^\[\]\n]*\]")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A training dialogue and an evaluation dialogue that are too much alike.
+
+    Attributes:
+        kind: "exact" for equal texts (strategies may differ), "near" for near-duplicates, "shared" for an evaluation
+            dialogue whose text is mostly contained in the training dialogue.
+        similarity: 0..1, the Jaccard similarity of the two sets of character 5-grams; for "shared", the share of the
+            evaluation dialogue's n-grams (see `find_shared_text`).
+    """
+
+    train_id: str
+    evaluation_id: str
+    kind: str
+    similarity: float
+
+    def __str__(self) -> str:
+        return f"training {self.train_id} ~ evaluation {self.evaluation_id}: {self.kind}, {self.similarity:.2f}"
+
+
+def find_overlaps(
+    train: list[Dialogue], evaluation: list[Dialogue], threshold: float = 0.8, seed: int = 0
+) -> Iterator[Overlap]:
+    """Every exact or near pair, in the order of `evaluation`, then of `train`; see `NearDuplicateIndex`."""
+
+    def progress(dialogues: list[Dialogue], name: str) -> Iterator[Dialogue]:
+        # disable=None: silent unless the output is a terminal.
+        return tqdm(dialogues, desc=f"overlap check, {name}", unit="dialogue", disable=None)
+
+    index = NearDuplicateIndex(threshold, seed)
+    for dialogue in progress(train, "training"):
+        index.add(index.minhash(dialogue.text))
+    for dialogue in progress(evaluation, "evaluation"):
+        for position, similarity in index.matches(index.minhash(dialogue.text)):
+            other = train[position]
+            kind = "exact" if _texts(other) == _texts(dialogue) else "near"
+            yield Overlap(other.id, dialogue.id, kind, similarity)
+
+
+def best_overlaps(overlaps: Iterable[Overlap]) -> list[Overlap]:
+    """The best overlap of each evaluation dialogue: exact before near, then by similarity, then the earliest."""
+    best: dict[str, Overlap] = {}
+    for overlap in overlaps:
+        rival = best.setdefault(overlap.evaluation_id, overlap)
+        if (overlap.kind == "exact", overlap.similarity) > (rival.kind == "exact", rival.similarity):
+            best[overlap.evaluation_id] = overlap
+    return list(best.values())
+
+
+def find_shared_text(train: list[Dialogue], evaluation: list[Dialogue], threshold: float = 0.5) -> list[Overlap]:
+    """The training dialogue that contains most of each evaluation dialogue, in the order of `evaluation`.
+
+    Compares the distinct n-grams of `NGRAM` characters within turns. White space is ignored, and every placeholder such
+    as `[手机号码]` counts as the same one character. Turns shorter than an n-gram, such as greetings, are ignored.
+
+    Args:
+        threshold: least share (0..1) of the evaluation dialogue's n-grams; among equal shares the earliest wins.
+    """
+    from scipy.sparse import csr_array
+
+    wanted = [_ngrams(dialogue) for dialogue in evaluation]
+    columns: dict[str, int] = {}
+    for gram in itertools.chain.from_iterable(wanted):
+        columns.setdefault(gram, len(columns))
+    if not columns or not train:
+        return []
+
+    def incidence(sets: Iterable[set[str]]) -> csr_array:
+        """int [dialogues, n-grams of the evaluation]: 1 if the dialogue has the n-gram."""
+        hits = [[columns[gram] for gram in grams if gram in columns] for grams in sets]
+        ends = numpy.cumsum([0, *map(len, hits)])
+        indices = numpy.fromiter(itertools.chain.from_iterable(hits), numpy.int32, ends[-1])
+        return csr_array((numpy.ones(ends[-1], numpy.int32), indices, ends), shape=(len(hits), len(columns)))
+
+    train_incidence = incidence(map(_ngrams, train)).T.tocsr()
+    overlaps = []
+    for start in range(0, len(evaluation), _BATCH):
+        batch = wanted[start : start + _BATCH]
+        common = (incidence(batch) @ train_incidence).toarray()
+        shares = common.max(axis=1) / numpy.maximum([len(grams) for grams in batch], 1)
+        for row in numpy.flatnonzero(shares >= threshold):
+            source = train[common[row].argmax()]
+            overlaps.append(Overlap(source.id, evaluation[start + row].id, "shared", float(shares[row])))
+    return overlaps
+
+
+def _texts(dialogue: Dialogue) -> tuple[str, ...]:
+    return tuple(turn.text for turn in dialogue.turns)
+
+
+def _ngrams(dialogue: Dialogue) -> set[str]:
+    """All runs of `NGRAM` characters within the dialogue's turns; see `find_shared_text`."""
+    texts = ("".join(_PLACEHOLDER.sub("□", text).split()) for text in _texts(dialogue))
+    return {text[start : start + NGRAM] for text in texts for start in range(len(text) - NGRAM + 1)}

@@ -1,0 +1,349 @@
+"""Reading, checking and writing of dialogue files.
+
+A row of a dialogue file is an object with a `dialogue` list of `{"speaker", "strategy", "text"}` turns, as in the
+published data (speakers `客服` and `客户`, a strategy on supporter turns only). `id` and `source` are optional; other
+columns are kept in `Dialogue.extra`.
+"""
+
+import itertools
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surrogate
+from csc_train.data.strategies import parse_strategy
+from csc_train.errors import InputError
+from csc_train.files import atomic_path, os_errors
+
+logger = logging.getLogger(__name__)
+
+HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class ValidationIssue:
+    """A reason why a row is rejected. `turn` counts from 1; None for an issue of the whole row."""
+
+    turn: int | None
+    field: str
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        place = f"turn {self.turn}, " if self.turn else ""
+        return f"{place}field {self.field}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """A rejected row: its file, its number (from 1; the line of a JSONL file), its issues, and the row as read."""
+
+    file: str
+    row: int
+    issues: tuple[ValidationIssue, ...]
+    record: Any
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}, {self.issues[0]}"
+
+
+@dataclass
+class ReadReport:
+    """The counts of one reading: `rows == accepted + len(rejected) + sum(other_sources.values())`."""
+
+    path: str
+    rows: int = 0
+    accepted: int = 0
+    other_sources: Counter = field(default_factory=Counter)
+    """Rows of other sources, counted by source."""
+    rejected: list[RejectedRow] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """The counts as a few lines of text, with a table of reasons."""
+        lines = [f"{self.path}: {self.rows} rows, {self.accepted} accepted, {len(self.rejected)} rejected"]
+        if self.other_sources:
+            lines[0] += f", {sum(self.other_sources.values())} of other sources"
+        reasons = Counter((row.issues[0].field, row.issues[0].kind) for row in self.rejected)
+        lines += [f"  {count:>6}  {name}: {kind}" for (name, kind), count in reasons.most_common()]
+        return "\n".join(lines)
+
+    def write_rejected(self, path: str | os.PathLike) -> None:
+        """Write the rejected rows to `path` as JSONL, each with its file, row, issues and the row itself."""
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for rejected in self.rejected:
+                issues = [{**vars(issue), "reason": str(issue)} for issue in rejected.issues]
+                # Escaped, because a rejected row may hold what UTF-8 cannot.
+                file.write(json.dumps(vars(rejected) | {"issues": issues}, default=str) + "\n")
+
+
+@dataclass(frozen=True)
+class _UnreadableRow:
+    """Stands for a row whose bytes are not a JSON value."""
+
+    raw: str
+    reason: str
+
+
+def iter_dialogues(
+    path: str | os.PathLike, *, source: str | None = None, strict: bool = False, report: ReadReport | None = None
+) -> Iterator[Dialogue]:
+    """Read dialogues one by one from a `.json` list, a `.jsonl` or `.parquet` file, or a Hugging Face data set.
+
+    Args:
+        path: a file, or the id of a data set (`owner/name`), whose `train` split is read. JSONL, Parquet and hub data
+            sets are streamed.
+        source: keep only the rows with this `source`.
+        strict: stop at the first bad row; otherwise bad rows are collected in `report`.
+        report: filled while reading.
+
+    Raises:
+        InputError: the file is missing or unreadable as a whole; no row has the wanted source (the message lists the
+            sources found); no row is left; or `strict` and a row is bad.
+    """
+    report = report if report is not None else ReadReport(str(path))
+    seen: Counter[str] = Counter()
+    for number, record in _records(path):
+        report.rows += 1
+        if source is not None and isinstance(record, dict) and _text(record.get("source")) != source:
+            report.other_sources[_text(record.get("source"))] += 1
+            continue
+        dialogue, issues = _check(record, seen)
+        if issues:
+            raw = record.raw if isinstance(record, _UnreadableRow) else record
+            rejected = RejectedRow(str(path), number, tuple(issues), raw)
+            report.rejected.append(rejected)
+            if strict:
+                raise InputError(str(rejected))
+            continue
+        report.accepted += 1
+        yield dialogue
+    if report.accepted == 0:
+        if report.other_sources and not any(isinstance(row.record, dict) for row in report.rejected):
+            found = ", ".join(f"{name!r} ({count})" for name, count in report.other_sources.most_common())
+            raise InputError(f"{path}: no row has source {source!r}; found: {found}")
+        if report.rejected:
+            raise InputError(f"{path}: every row is rejected; the first: {report.rejected[0]}")
+        raise InputError(f"{path}: no rows")
+
+
+def read_dialogues(
+    path: str | os.PathLike,
+    *,
+    source: str | None = None,
+    strict: bool = False,
+    rejected_path: str | os.PathLike | None = None,
+) -> list[Dialogue]:
+    """Read all dialogues of `path` (see `iter_dialogues`).
+
+    Unless `strict`, bad rows are counted in the log and written to `rejected_path`.
+
+    Raises:
+        InputError: as `iter_dialogues`.
+    """
+    report = ReadReport(str(path))
+    try:
+        return list(iter_dialogues(path, source=source, strict=strict, report=report))
+    finally:
+        if report.rejected and not strict:
+            logger.info(report.summary())
+            if rejected_path is not None:
+                report.write_rejected(rejected_path)
+                logger.info(f"  rejected rows are in {rejected_path}")
+
+
+def write_dialogues(path: str | os.PathLike, dialogues: Iterable[Dialogue]) -> None:
+    """Write dialogues to a `.jsonl` or `.parquet` file, atomically.
+
+    Extra values that JSON does not know, such as dates, become text in JSONL. In Parquet, missing columns are null.
+
+    Raises:
+        InputError: another suffix, the file cannot be written, or a column's values have no common Parquet type.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for dialogue in dialogues:
+                file.write(json.dumps(dialogue.row(), ensure_ascii=False, default=str) + "\n")
+    elif path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        rows = [dialogue.row() for dialogue in dialogues]
+        # Arrow takes the columns from the first row only.
+        columns = dict.fromkeys(name for row in rows for name in row)
+        try:
+            table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
+            with atomic_path(path) as temporary:
+                pyarrow.parquet.write_table(table, temporary)
+        except (pyarrow.ArrowException, OverflowError) as error:
+            raise InputError(f"{path}: cannot write: {_first_line(error)}") from error
+    else:
+        raise InputError(f"{path}: cannot write this file type: use .jsonl or .parquet")
+
+
+def _records(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+    """Yield (row number from 1, decoded row or `_UnreadableRow`)."""
+    file = Path(path)
+    readers = {".json": _json_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
+    if file.suffix in readers:
+        with os_errors(file, "cannot read"):
+            yield from readers[file.suffix](file)
+    elif HUB_ID_PATTERN.fullmatch(str(path)) and not file.is_file():
+        yield from _hub_records(str(path))
+    elif file.exists():
+        raise InputError(f"{file}: not a dialogue file: use one of {', '.join(FILE_SUFFIXES)}")
+    else:
+        raise InputError(f"{path}: no such file: give a file or the id of a Hugging Face data set (owner/name)")
+
+
+def _json_records(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        rows = json.loads(file.read_bytes())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: broken JSON: {_first_line(error)}") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{file}: expected a JSON list of dialogues, found {type(rows).__name__}")
+    yield from enumerate(rows, start=1)
+
+
+def _jsonl_records(file: Path) -> Iterator[tuple[int, Any]]:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            # Without the line end, so that the error of a truncated line is at its last column.
+            line = line.rstrip(b"\r\n")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                reason = f"column {error.colno}: {error.msg}"
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8 at byte {error.start}"
+            except (ValueError, RecursionError) as error:
+                # Python's own limits: numbers of thousands of digits, deep nesting.
+                reason = _first_line(error)
+            else:
+                yield number, record
+                continue
+            yield number, _UnreadableRow(line.decode("utf-8", "replace"), reason)
+
+
+def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Opened here, so that a missing file gives the same message as elsewhere.
+        with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
+            rows = (row for batch in table.iter_batches(batch_size=1000) for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{file}: not a Parquet file: {_first_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: a text is not UTF-8") from error
+
+
+def _hub_records(name: str) -> Iterator[tuple[int, Any]]:
+    import datasets
+
+    try:
+        # A cached copy cannot be streamed, so offline it is read whole.
+        rows = datasets.load_dataset(name, split="train", streaming=not datasets.config.HF_HUB_OFFLINE)
+        yield from enumerate(rows, start=1)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{name}: cannot load the data set from the Hugging Face hub: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _check(record: Any, seen: Counter[str]) -> tuple[Dialogue | None, list[ValidationIssue]]:
+    """Turn a row into a dialogue, or list its issues. `seen` counts the ids given so far."""
+    if isinstance(record, _UnreadableRow):
+        return None, [ValidationIssue(None, "row", "broken JSON", record.reason)]
+    if not isinstance(record, dict):
+        return None, [ValidationIssue(None, "row", "not an object", type(record).__name__)]
+    rows = record.get("dialogue")
+    if not isinstance(rows, list):
+        return None, [ValidationIssue(None, "dialogue", "missing" if rows is None else "not a list")]
+    issues: list[ValidationIssue] = []
+    turns = [_check_turn(number, row, issues) for number, row in enumerate(rows, start=1)]
+    if not issues:
+        issues += _check_order(turns)
+    for name, value in record.items():
+        if name in ("id", "source") and not isinstance(value, str | int | None):
+            issues.append(ValidationIssue(None, name, "not a text", type(value).__name__))
+        elif name != "dialogue" and has_surrogate(json.dumps([name, value], ensure_ascii=False, default=str)):
+            issues.append(ValidationIssue(None, ascii(name)[1:-1], SURROGATE))
+    if issues:
+        return None, issues
+    extra = {key: value for key, value in record.items() if key not in ("id", "dialogue", "source")}
+    dialogue = Dialogue(_text(record.get("id")), tuple(turns), _text(record.get("source")), extra)
+    given = bool(dialogue.id)
+    name = dialogue.id or dialogue.fingerprint[:16]
+    seen[name] += 1
+    if seen[name] > 1:
+        if given:
+            return None, [ValidationIssue(None, "id", "used by an earlier row", repr(name))]
+        name = f"{name}-{seen[name]}"
+        seen[name] += 1
+    return Dialogue(name, dialogue.turns, dialogue.source, extra), []
+
+
+def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | None:
+    if not isinstance(row, dict):
+        issues.append(ValidationIssue(number, "turn", "not an object", type(row).__name__))
+        return None
+    before = len(issues)
+    speaker = strategy = None
+    try:
+        speaker = Speaker.parse(row.get("speaker"))
+    except ValueError:
+        issues.append(ValidationIssue(number, "speaker", "unknown speaker", repr(row.get("speaker"))))
+    text = row.get("text")
+    if not isinstance(text, str):
+        issues.append(ValidationIssue(number, "text", "not a text", type(text).__name__))
+    elif not (text := text.strip()):
+        issues.append(ValidationIssue(number, "text", "empty"))
+    elif has_surrogate(text):
+        issues.append(ValidationIssue(number, "text", SURROGATE))
+    label = _text(row.get("strategy")).strip()
+    if speaker is Speaker.SUPPORTER:
+        try:
+            strategy = parse_strategy(label) if label else None
+        except ValueError as error:
+            kind = "two strategies" if str(error).startswith("more than one") else "unknown strategy"
+            issues.append(ValidationIssue(number, "strategy", kind, repr(label)))
+        else:
+            if strategy is None:
+                issues.append(ValidationIssue(number, "strategy", "missing on a supporter turn"))
+    elif speaker is Speaker.CUSTOMER and label:
+        issues.append(ValidationIssue(number, "strategy", "given on a customer turn", repr(label)))
+    return Turn(speaker, text, strategy) if len(issues) == before else None
+
+
+def _check_order(turns: list[Turn]) -> Iterator[ValidationIssue]:
+    if not any(turn.speaker is Speaker.SUPPORTER for turn in turns):
+        yield ValidationIssue(None, "dialogue", "no supporter turn")
+        return
+    if turns[0].speaker is Speaker.CUSTOMER:
+        yield ValidationIssue(1, "speaker", "the customer speaks first")
+    for number, (turn, following) in enumerate(itertools.pairwise(turns), start=2):
+        if turn.speaker is following.speaker:
+            yield ValidationIssue(number, "speaker", "the same speaker twice in a row", following.speaker.value)
