@@ -3,8 +3,8 @@
 python recipes/export.py source=runs/demo output=exported/demo
 """
 
+from csc_train.checkpoints.config import ExportConfig
 from csc_train.config.compose import run_recipe
-from csc_train.training.config import ExportConfig
 
 
 def main(config: ExportConfig) -> None:

@@ -20,9 +20,8 @@ OUTPUTS = (
 
 def main(config: SftRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.checkpoints.base_model import build_manifest, save_base_model
     from csc_train.checkpoints.export import trained_model
-    from csc_train.checkpoints.manifest import save_final_model, write_manifest
+    from csc_train.checkpoints.manifest import build_manifest, save_base_model, save_final_model, write_manifest
     from csc_train.data.dialogue import data_digest
     from csc_train.data.sample_grammar import ensure_sample
     from csc_train.data.splits import load_splits

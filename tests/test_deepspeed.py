@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
 
 from csc_train.checkpoints import export as exporting
+from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.export import export, open_source
 from csc_train.checkpoints.manifest import write_manifest
 from csc_train.checkpoints.reshard import MOMENTS, WEIGHT, open_training_checkpoint
@@ -34,7 +35,7 @@ from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.compatibility import LAUNCHED, REFUSED, check_supported
-from csc_train.training.config import ExportConfig, ZeroConfig
+from csc_train.training.config import ZeroConfig
 from csc_train.training.deepspeed import check_engine, deepspeed_config
 
 TOLERANCE = 1e-5

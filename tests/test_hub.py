@@ -46,7 +46,7 @@ for model in sys.argv[1:]:
 PUSH = """
 import sys
 from csc_train.errors import InputError
-from csc_train.training.config import ExportConfig
+from csc_train.checkpoints.config import ExportConfig
 from csc_train.training.export import push
 try:
     push(ExportConfig(source="unused", output=sys.argv[1], push_to_hub=sys.argv[2]))

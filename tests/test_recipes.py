@@ -170,7 +170,7 @@ def test_a_checkpoint_with_another_template_is_refused(workplace):
     finally:
         path.write_text(original)
     assert refused.returncode == 2
-    assert "template is not the one the checkpoint was trained with" in refused.stderr
+    assert "the model was trained with another template" in refused.stderr
 
 
 def history(run: Path) -> list[dict]:

@@ -37,8 +37,8 @@ from csc_train.runs.directory import EXIT_STOPPED, Run
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.tracking import wandb as tracking
+from csc_train.tracking.config import TrackingConfig
 from csc_train.tracking.wandb import HISTORY, attach_evaluation, exit_code, open_run, resolve_mode, write_csv
-from csc_train.training.config import TrackingConfig
 from csc_train.training.progress import Progress
 from csc_train.training.train_metrics import TrainMetrics, peak_flops, token_metrics
 

@@ -484,8 +484,9 @@ def test_another_template_is_refused_with_both_hashes(checkpoint, template):
     with pytest.raises(InputError) as caught:
         check_manifest(directory, manifest, other, manifest.tokenizer_hash)
     assert str(caught.value) == (
-        f"{directory}: the template is not the one the checkpoint was trained with "
-        f"(trained {template.fingerprint[:12]}, now {other[:12]})"
+        f"{directory}: the model was trained with another template "
+        f"(trained {template.fingerprint[:12]}, now {other[:12]}): "
+        "use the code version that its manifest names, or train again"
     )
 
 
@@ -525,8 +526,9 @@ def test_a_tampered_tokenizer_is_refused_with_both_hashes(checkpoint, template, 
     with pytest.raises(InputError) as caught:
         check_manifest(tmp_path / "checkpoint", manifest, manifest.template_hash, now)
     assert str(caught.value) == (
-        f"{tmp_path / 'checkpoint'}: the tokenizer is not the one the checkpoint was trained with "
-        f"(trained {trained[:12]}, now {now[:12]})"
+        f"{tmp_path / 'checkpoint'}: the model was trained with another tokenizer "
+        f"(trained {trained[:12]}, now {now[:12]}): "
+        "use the code version that its manifest names, or train again"
     )
 
 
@@ -567,10 +569,10 @@ def test_a_template_does_not_mind_how_its_tokenizer_was_used_before(name):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (shutil.rmtree, "no such checkpoint directory"),
+        (shutil.rmtree, "no such model directory"),
         (
             lambda path: (path / MANIFEST_FILE).unlink(),
-            f"no {MANIFEST_FILE}, so not a checkpoint that recipes/sft.py wrote",
+            f"no {MANIFEST_FILE}: choose a model that recipes/sft.py trained",
         ),
         (lambda path: (path / MANIFEST_FILE).write_text("{"), "broken JSON at line 1, column 2"),
         (

@@ -11,8 +11,8 @@ import peft
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from csc_train.checkpoints.base_model import BASE_FOLDER
-from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifest, save_final_model
+from csc_train.checkpoints.config import ExportConfig
+from csc_train.checkpoints.manifest import BASE_FOLDER, MANIFEST_FILE, Manifest, read_manifest, save_final_model
 from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
 from csc_train.errors import InputError
 from csc_train.files import write_text
@@ -20,9 +20,8 @@ from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.models.hub import load_causal_lm
 from csc_train.models.loading import load_model, lora_config
 from csc_train.models.precision import resolve_dtype
+from csc_train.models.sharded_parameters import consolidated_weights, is_sharded, unsharded
 from csc_train.template.chat_templates import load_chat_template
-from csc_train.training.config import ExportConfig
-from csc_train.training.deepspeed import consolidated_weights, is_sharded, unsharded
 
 logger = logging.getLogger(__name__)
 

@@ -1,32 +1,48 @@
-"""The hand-off between training and evaluation: a Hugging Face model directory with a manifest of its origin."""
+"""The final model: a plain Hugging Face model directory with a manifest of what it was trained from and on."""
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from csc_train.data.dialogue import Dialogue, data_digest
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, read_json, write_json
+from csc_train.models.config import ModelConfig
+from csc_train.models.loading import load_model
+from csc_train.models.sharded_parameters import unsharded
+from csc_train.models.tokenizer import tokenizer_hash
+from csc_train.runs.directory import Run
+from csc_train.runs.distributed import distributed_state
+from csc_train.runs.provenance import provenance
+from csc_train.template.dialogue_template import DialogueTemplate
 
 MANIFEST_FILE = "csc_manifest.json"
+BASE_FOLDER = "base"
+"""In a run directory: the random weights that training started from."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint was made of. Hashes are SHA-256 (hex)."""
+    """What a model was trained from and on. Hashes are SHA-256 (hex)."""
 
     base_model: str
-    """Hub id or path of the weights that training started from; a relative path is relative to the checkpoint."""
+    """Hub id or path of the base model; a relative path is relative to the model directory."""
     base_revision: str | None
+    """Commit of the base model on the hub."""
     chat_template: str
     """Name of the chat template."""
     mode: str
+    """The `TemplateConfig.mode`."""
     language: str
+    """The `TemplateConfig.language`."""
     template_hash: str
     tokenizer_hash: str
     strategies: list[str]
@@ -38,7 +54,54 @@ class Manifest:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Commit, whether the tree had changes, package versions."""
     weights_hash: str = ""
-    """Of the checkpoint's files of weights, by name; empty where there are none yet, as in the run that makes them."""
+    """Of the weight files by name; empty in the run directory, whose manifest is written before training."""
+
+
+def build_manifest(
+    base: ModelConfig, model: PreTrainedModel, template: DialogueTemplate, training: Iterable[Dialogue], run: Run
+) -> Manifest:
+    """The manifest of a model that is trained on the dialogues `training`.
+
+    Args:
+        base: the base model (see `save_base_model`).
+        model: as it was loaded from there.
+    """
+    saved = Path(base.path) == run.directory / BASE_FOLDER
+    path = os.path.join("..", BASE_FOLDER) if saved else base.path
+    return Manifest(
+        base_model=os.path.abspath(path) if not saved and Path(path).is_dir() else path,
+        base_revision=getattr(model.config, "_commit_hash", None) or base.revision,
+        chat_template=template.chat_template_name,
+        mode=template.config.mode,
+        language=template.config.language,
+        template_hash=template.fingerprint,
+        tokenizer_hash=tokenizer_hash(template.tokenizer),
+        strategies=[strategy.label for strategy in STRATEGIES],
+        data_hash=data_digest(training),
+        config=run.config,
+        provenance=provenance(),
+    )
+
+
+def save_base_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int, run: Run
+) -> ModelConfig:
+    """Save random weights in `dtype` to the run directory, so that an export can load them again.
+
+    Returns:
+        The settings of a base model with weights on disk or on the hub.
+
+    Raises:
+        InputError: the weights cannot be written.
+    """
+    if config.init == "pretrained":
+        return config
+    if run.is_main:
+        with unsharded(), model_directory(run.directory / BASE_FOLDER) as temporary:
+            load_model(config, tokenizer, dtype, seed).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    distributed_state().wait_for_everyone()
+    return replace(config, init="pretrained", path=str(run.directory / BASE_FOLDER))
 
 
 @contextlib.contextmanager
@@ -46,7 +109,7 @@ def model_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary directory for model files; on success it takes the place of `path` (see `files.atomic_path`).
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the directory cannot be written.
     """
     try:
         with atomic_path(path) as temporary:
@@ -54,7 +117,7 @@ def model_directory(path: str | os.PathLike) -> Iterator[Path]:
             for file in temporary.glob("*.safetensors"):
                 file.chmod((temporary / "config.json").stat().st_mode)  # safetensors lets only the owner read
     except SafetensorError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+        raise InputError(f"{path}: cannot write: {error}") from error
 
 
 def save_final_model(
@@ -66,17 +129,17 @@ def save_final_model(
     shard_size: str = "50GB",
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a directory that plain `from_pretrained` loads, with the tokenizer, its chat template and the manifest.
+    """Write a directory that plain `from_pretrained` loads: weights, tokenizer, chat template and manifest.
 
-    The directory is whole or not there. Its generation configuration stops at the end of a turn: a base model that was
-    never taught to chat stops elsewhere, and would talk on wherever it is served.
+    The directory appears only when it is complete. Its generation configuration stops at the end of a turn, which a
+    base model without chat training does not.
 
     Args:
-        shard_size: the largest file of weights.
-        check: gets the written directory before it takes its place; what it raises keeps it from doing so.
+        shard_size: size limit of a weight file.
+        check: is called with the written directory before it is moved to `directory`; an error prevents the move.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the directory cannot be written.
     """
     tokenizer.chat_template = chat_template
     stops = model.generation_config.eos_token_id
@@ -92,7 +155,7 @@ def save_final_model(
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The control token that ends a reply, by the tokenizer's chat template."""
+    """The control token that ends a reply in the tokenizer's chat template."""
     chat = [{"role": "system", "content": "-"}, {"role": "assistant", "content": "-"}]
     ids = tokenizer.apply_chat_template(chat, return_dict=False)
     return next(token for token in reversed(ids) if token in tokenizer.added_tokens_decoder)
@@ -104,16 +167,16 @@ def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:
-    """Read the manifest of a checkpoint.
+    """Read the manifest of a model directory or a run directory.
 
     Raises:
-        InputError: the directory does not exist or is no checkpoint of this project.
+        InputError: the directory or its manifest is missing or broken.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such checkpoint directory")
+        raise InputError(f"{directory}: no such model directory")
     if not (directory / MANIFEST_FILE).is_file():
-        raise InputError(f"{directory}: no {MANIFEST_FILE}, so not a checkpoint that recipes/sft.py wrote")
+        raise InputError(f"{directory}: no {MANIFEST_FILE}: choose a model that recipes/sft.py trained")
     try:
         return Manifest(**read_json(directory / MANIFEST_FILE))
     except TypeError as error:
@@ -121,11 +184,11 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
 
 
 def check_manifest(directory: str | os.PathLike, manifest: Manifest, template_hash: str, tokenizer: str) -> None:
-    """Refuse a checkpoint whose template or tokenizer is not the one it was trained with.
+    """Refuse a model whose template or tokenizer changed since training.
 
     Args:
-        template_hash: of the template that would be used now.
-        tokenizer: hash of the tokenizer that would be used now (see `tokenizer_hash`).
+        template_hash: of the present template.
+        tokenizer: hash of the present tokenizer (see `tokenizer_hash`).
 
     Raises:
         InputError: a hash differs; names both.
@@ -136,6 +199,6 @@ def check_manifest(directory: str | os.PathLike, manifest: Manifest, template_ha
     ):
         if trained != now:
             raise InputError(
-                f"{directory}: the {what} is not the one the checkpoint was trained with "
-                f"(trained {trained[:12]}, now {now[:12]})"
+                f"{directory}: the model was trained with another {what} (trained {trained[:12]}, now {now[:12]}): "
+                "use the code version that its manifest names, or train again"
             )

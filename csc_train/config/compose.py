@@ -19,6 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from csc_train.chat.config import ChatConfig
+from csc_train.checkpoints.config import ExportConfig
 from csc_train.config.cluster import ClusterConfig, OnFinishConfig, PreflightConfig, SweepConfig
 from csc_train.data.config import DataConfig, DialogueSourceConfig
 from csc_train.errors import InputError, check_choice, check_range, suggestion
@@ -33,7 +34,8 @@ from csc_train.synthesis.config import BatchConfig, BudgetConfig, SynthesisConfi
 from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
 from csc_train.synthesis.filters.rules import CallConfig, DuplicatesConfig, RewriteConfig
 from csc_train.template.config import LANGUAGES, TemplateConfig, TokenizationConfig
-from csc_train.training.config import ExportConfig, TrackingConfig, TrainerConfig, ValidationConfig, ZeroConfig
+from csc_train.tracking.config import TrackingConfig
+from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
 
 CONF = Path(__file__).parent.parent.parent / "conf"
 RECORDED = ("run", "resume", "from")

@@ -31,8 +31,8 @@ from csc_train.packing.dataset import PackingReport
 from csc_train.runs.config import RESOLVED_FILE
 from csc_train.runs.directory import CODE_DIFF_FILE, Run
 from csc_train.runs.distributed import distributed_state
+from csc_train.tracking.config import TrackingConfig
 from csc_train.tracking.curves import plot_curves
-from csc_train.training.config import TrackingConfig
 from csc_train.training.trainer import PackTrainer
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
-
 from csc_train.errors import InputError, check_choice, check_range
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -113,28 +111,6 @@ class TrainerConfig:
         return self.packs_per_step // each
 
 
-@dataclass
-class TrackingConfig:
-    """Where the figures of a run go, beside the history in its run directory."""
-
-    mode: str = "auto"
-    """wandb: to Weights & Biases. offline: to files of Weights & Biases in the run directory, to be uploaded by
-    `wandb sync`. off: nowhere else. auto: wandb where there is a key or a login, else offline; WANDB_MODE=offline and
-    WANDB_MODE=disabled hold."""
-    project: str = "csc-train"
-    """The W&B project."""
-    entity: str | None = None
-    """The W&B user or team; the login's own where not given."""
-    init_timeout: float = 30.0
-    """Seconds that W&B has to answer before the run is kept offline."""
-    finish_timeout: float = 300.0
-    """Seconds that W&B has at the end to upload what is left; files that are not uploaded stay in the run directory."""
-
-    def __post_init__(self):
-        check_choice("tracking.mode", self.mode, ("auto", "wandb", "offline", "off"))
-        check_range("tracking.init_timeout", self.init_timeout, 1)
-        check_range("tracking.finish_timeout", self.finish_timeout, 1)
-
 
 @dataclass
 class ValidationConfig:
@@ -194,26 +170,3 @@ class ValidationConfig:
         if not interval and self.chooses:
             raise InputError("trainer.save_steps=0: say by validation.eval_steps when the best state is looked for")
         return interval
-
-
-@dataclass
-class ExportConfig:
-    """What recipes/export.py writes."""
-
-    source: str = MISSING
-    """A saved state of training, a run directory, whose last state is meant, or a finished checkpoint."""
-    output: str = MISSING
-    """The directory to write."""
-    base: str = "original"
-    """For QLoRA, the weights that the adapter is merged into. original: those before they were quantized, which the
-    adapter has never seen. dequantized: those it was trained on."""
-    dtype: str = "auto"
-    """Of the weights. auto: the base's own where an adapter is merged, else the run's precision. Or bf16, fp32."""
-    shard_size: str = "5GB"
-    """The largest file of weights."""
-    push_to_hub: str | None = None
-    """The hub repository to upload to."""
-
-    def __post_init__(self):
-        check_choice("base", self.base, ("original", "dequantized"))
-        check_choice("dtype", self.dtype, ("auto", "bf16", "fp32"))

@@ -4,16 +4,13 @@ Stages by Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trilli
 the optimizer's states, 2 the gradients as well, 3 the weights as well.
 """
 
-import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer
-from transformers.integrations import deepspeed as integration
+from transformers import Trainer
 
 from csc_train.errors import InputError
 from csc_train.training.config import ZeroConfig
@@ -136,45 +133,3 @@ def _sharded(parameter: torch.nn.Parameter, processes: int) -> bool:
         return False
     shard = -(-parameter.ds_numel // processes)
     return parameter.ds_tensor.numel() == shard and (parameter.numel() == 0 or parameter.ds_persist)
-
-
-def consolidated_weights(model: torch.nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
-    """The parameters of a model by name, on the CPU of the main process; sharded ones are gathered one by one.
-
-    Called on every process; the others get an empty dictionary.
-
-    Args:
-        trained_only: leave out what is frozen.
-    """
-    weights = {}
-    for name, parameter in model.named_parameters():
-        if trained_only and not parameter.requires_grad:
-            continue
-        with _gathered(parameter):
-            if int(os.environ.get("RANK", "0")) == 0:
-                weights[name] = parameter.detach().to("cpu", copy=True)
-    return weights
-
-
-def _gathered(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager:
-    if not hasattr(parameter, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter])
-
-
-def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether the weights themselves are sharded, so that this process holds none of them whole."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-@contextlib.contextmanager
-def unsharded() -> Iterator[None]:
-    """Models that are built or loaded inside are whole, whatever the ZeRO stage."""
-    reference = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = reference

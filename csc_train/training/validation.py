@@ -21,13 +21,13 @@ from csc_train.data.dialogue import Dialogue
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.jsonl import keep_table
+from csc_train.models.sharded_parameters import is_sharded
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.loss_weights import LossWeights
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
 from csc_train.template.likelihood import dialogue_log_likelihoods
 from csc_train.training.config import ValidationConfig
-from csc_train.training.deepspeed import is_sharded
 
 if TYPE_CHECKING:
     from csc_train.training.trainer import PackTrainer

@@ -27,6 +27,7 @@ from csc_train.files import digest
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.models.loading import load_model
+from csc_train.models.sharded_parameters import consolidated_weights
 from csc_train.models.tokenizer import load_tokenizer
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackingReport
@@ -34,9 +35,9 @@ from csc_train.runs.directory import Run
 from csc_train.runs.distributed import distributed_state
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.tracking.config import TrackingConfig
 from csc_train.tracking.wandb import Tracking
-from csc_train.training.config import TrackingConfig, TrainerConfig, ValidationConfig, ZeroConfig
-from csc_train.training.deepspeed import consolidated_weights
+from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.graceful_stop import StopOnSignal
 from csc_train.training.trainer import build_trainer, training_arguments
 from csc_train.training.validation import Validator, last_validation_metrics

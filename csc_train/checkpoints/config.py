@@ -1,0 +1,30 @@
+"""Settings of recipes/export.py."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from csc_train.errors import check_choice
+
+
+@dataclass
+class ExportConfig:
+    """What recipes/export.py exports, and how."""
+
+    source: str = MISSING
+    """A training checkpoint, a run directory (its latest checkpoint) or a final model."""
+    output: str = MISSING
+    """The directory to write."""
+    base: str = "original"
+    """The weights that a QLoRA adapter is merged into. original: the weights before quantization, which the adapter has
+    never seen. dequantized: the weights that it was trained on."""
+    dtype: str = "auto"
+    """Dtype of the weights: bf16 or fp32. auto: the base model's for adapters, else the run's precision."""
+    shard_size: str = "5GB"
+    """Size limit of a weight file."""
+    push_to_hub: str | None = None
+    """The hub repository to upload to."""
+
+    def __post_init__(self):
+        check_choice("base", self.base, ("original", "dequantized"))
+        check_choice("dtype", self.dtype, ("auto", "bf16", "fp32"))

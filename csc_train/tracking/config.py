@@ -1,0 +1,27 @@
+"""Settings of the tracker, the `tracking` group."""
+
+from dataclasses import dataclass
+
+from csc_train.errors import check_choice, check_range
+
+
+@dataclass
+class TrackingConfig:
+    """Where the metrics of a run go besides the history in its run directory."""
+
+    mode: str = "auto"
+    """wandb: to Weights & Biases (W&B). offline: to W&B files in the run directory, which `wandb sync` uploads. off:
+    nowhere. auto: wandb with a key or login, else offline; WANDB_MODE=offline and WANDB_MODE=disabled are obeyed."""
+    project: str = "csc-train"
+    """The W&B project."""
+    entity: str | None = None
+    """The W&B user or team; defaults to the login's."""
+    init_timeout: float = 30.0
+    """Seconds to wait for W&B at the start; then the run is kept offline."""
+    finish_timeout: float = 300.0
+    """Seconds for W&B's upload at the end; the rest stays in the run directory."""
+
+    def __post_init__(self):
+        check_choice("tracking.mode", self.mode, ("auto", "wandb", "offline", "off"))
+        check_range("tracking.init_timeout", self.init_timeout, 1)
+        check_range("tracking.finish_timeout", self.finish_timeout, 1)
