@@ -1,0 +1,171 @@
+"""Python scripts in processes that tests fork from one which has imported the libraries.
+
+Most of the time of a short training is imports. A fork server (one for each pytest worker) pays for them once; each
+script is still a process with its own arguments, environment, directory, output and exit status.
+"""
+
+import atexit
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import resource
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+
+TIMEOUT_S = 900
+"""How long a test waits for anything, in seconds of wall: long enough for a machine that is busy with other work."""
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["workers.preload"])
+atexit.register(lambda: multiprocessing.forkserver._forkserver._stop())  # so that its time counts as the tests'
+
+
+class Script:
+    """A Python script that runs in a process of its own.
+
+    Args:
+        command: the path of the script (or `-m` and a module), and its arguments.
+        cwd: the directory to run in; defaults to the test's own.
+        env: the whole environment; defaults to the test's own.
+        largest_file: no file may be written that is larger, in bytes.
+    """
+
+    def __init__(
+        self,
+        *command: str | Path,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        largest_file: int | None = None,
+    ):
+        self.command = [str(word) for word in command]
+        self._output = tempfile.TemporaryDirectory()
+        files = [str(Path(self._output.name) / name) for name in ("stdout", "stderr")]
+        environment = dict(os.environ if env is None else env)
+        arguments = (self.command, str(cwd or Path.cwd()), environment, files, largest_file)
+        self._process = _CONTEXT.Process(target=_run, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+        self._files = [Path(file) for file in files]
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to a process that may have ended."""
+        if self._process.is_alive():
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it and everything that it started."""
+        if self._process.is_alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in [*psutil.Process(self.pid).children(recursive=True), self._process]:
+                    process.kill()
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return self._read(0)
+
+    @property
+    def stderr(self) -> str:
+        """What it has printed to standard error so far."""
+        return self._read(1)
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """Wait for the end; the exit status with the output."""
+        self._process.join(TIMEOUT_S)
+        if self._process.is_alive():
+            self.kill()
+            raise subprocess.TimeoutExpired(self.command, TIMEOUT_S, self.stdout, self.stderr)
+        return subprocess.CompletedProcess(self.command, self._process.exitcode, self.stdout, self.stderr)
+
+    def _read(self, number: int) -> str:
+        file = self._files[number]
+        return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+
+def start_ranks(*command: str | Path, ranks: int, env: dict[str, str] | None = None, **options) -> list[Script]:
+    """Start a script as torchrun does on one machine, without its agent."""
+    environment = dict(os.environ if env is None else env)
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GROUP_RANK": "0"}
+    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [
+        Script(*command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
+        for rank in range(ranks)
+    ]
+
+
+def run_script(*command: str | Path, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    """Run a script to its end, as `Script` says; with several `ranks`, as torchrun does.
+
+    Returns:
+        The exit status of a rank that failed, else 0, and the output of all ranks.
+    """
+    if ranks == 1:
+        return Script(*command, **options).wait()
+    scripts = start_ranks(*command, ranks=ranks, **options)
+    end = time.monotonic() + TIMEOUT_S
+    while not any(codes := [script.poll() for script in scripts]) and None in codes and time.monotonic() < end:
+        time.sleep(0.02)
+    for script in scripts:  # the others would wait for a rank that failed
+        script.kill()
+    done = [script.wait() for script in scripts]
+    output = ["".join(getattr(each, stream) for each in done) for stream in ("stdout", "stderr")]
+    if not any(codes) and None in codes:
+        raise subprocess.TimeoutExpired(scripts[0].command, TIMEOUT_S, *output)
+    return subprocess.CompletedProcess(scripts[0].command, next(filter(None, codes), 0), *output)
+
+
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _run(command: list[str], cwd: str, environment: dict[str, str], files: list[str], largest_file: int | None) -> None:
+    """What the forked process does: as `python COMMAND` would, up to the exit status."""
+    for stream, file in zip((1, 2), files, strict=True):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, stream)
+        os.close(descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[0:0] = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)
+    status = 0
+    try:
+        if command[0] == "-m":
+            sys.argv = command[1:]
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = command
+            sys.path.insert(0, str(Path(command[0]).parent))
+            runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        sys.exit(status)

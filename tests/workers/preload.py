@@ -1,0 +1,20 @@
+"""What the fork server imports before tests fork scripts from it (see `processes`)."""
+
+import gc
+import importlib
+
+for name in (
+    "accelerate", "bitsandbytes", "datasets", "datasketch", "deepspeed", "hydra", "jieba",
+    "matplotlib.backends.backend_agg", "matplotlib.figure", "nltk", "openai", "optuna", "pandas", "peft",
+    "rouge_score.rouge_scorer", "sacrebleu", "scipy.stats", "torch.distributed.tensor", "torch.utils.data", "transformers", "trl",
+    "wandb",
+):  # fmt: skip
+    importlib.import_module(name)
+# These libraries import a class when it is first asked for.
+for name, attributes in {
+    "transformers": ("AutoModelForCausalLM", "AutoTokenizer", "Qwen2ForCausalLM", "Trainer"),
+    "trl": ("SFTConfig", "SFTTrainer"),
+}.items():
+    for attribute in attributes:
+        getattr(importlib.import_module(name), attribute)
+gc.freeze()  # a collection would copy the pages that a fork shares with the server
