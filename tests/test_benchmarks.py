@@ -2,13 +2,13 @@
 
 import os
 import runpy
-import subprocess
 import sys
 
 import numpy
 import pytest
 import torch
 from conftest import ROOT
+from processes import run_script
 
 from csc_train.files import read_json
 
@@ -29,13 +29,7 @@ def quick(tmp_path_factory):
     """The report of a quick run."""
     path = tmp_path_factory.mktemp("benchmarks") / "packing.json"
     environment = {name: value for name, value in os.environ.items() if name != "CSC_TOKENIZERS"}
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "packing.py", "--quick", "--output", path],
-        capture_output=True,
-        text=True,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    done = run_script(BENCHMARKS / "packing.py", "--quick", "--output", path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return read_json(path)
 
@@ -145,13 +139,7 @@ def test_a_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(name, op
 
 def test_a_quick_run_of_evaluation_reports_every_figure(tmp_path):
     path = tmp_path / "evaluation.json"
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "evaluation.py", "--quick", "--output", path],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    done = run_script(BENCHMARKS / "evaluation.py", "--quick", "--output", path)
     assert done.returncode == 0, done.stderr[-2000:]
     report = read_json(path)
     assert figure(report, "generated context", "tokens equal") is True

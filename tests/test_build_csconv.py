@@ -7,7 +7,6 @@ import os
 import random
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
+from processes import TIMEOUT_S, Script
 from servers.faults import Fault
 
 from csc_train.data.dialogue import Speaker
@@ -322,14 +322,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, recipe, fau
 
     fault_server.answer = slow
     answers = tmp_path / "run" / "answers.jsonl"
-    command = [sys.executable, str(ROOT / "recipes" / "build_csconv.py"), *on_server(fault_server, "llm.concurrency=2")]
-    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
-        for _ in range(6000):
-            if process.poll() is not None or (answers.exists() and answers.read_bytes().count(b"\n") >= 20):
-                break
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -9
+    process = Script(
+        ROOT / "recipes" / "build_csconv.py", *on_server(fault_server, "llm.concurrency=2"), cwd=tmp_path
+    )
+    for _ in range(100 * TIMEOUT_S):
+        if process.poll() is not None or (answers.exists() and answers.read_bytes().count(b"\n") >= 20):
+            break
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait().returncode == -9
     fault_server.answer = reply
     assert recipe("run=run", "resume=true")[0] == 0
     asked = Counter(body["messages"][0]["content"] for body in fault_server.bodies)

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, random_dialogue, small_tokenizer
+from processes import TIMEOUT_S, Script
 from test_serving import save, teach, tiny
 
 from csc_train.chat.config import ChatConfig
@@ -424,7 +425,7 @@ class Screen:
     def type(self, text):
         os.write(self._terminal, text.encode())
 
-    def read(self, until, seconds=60):
+    def read(self, until, seconds=TIMEOUT_S):
         """What is printed up to and including `until`, without colours."""
         end = time.monotonic() + seconds
         while until not in (text := plain(self._unread)):
@@ -438,7 +439,7 @@ class Screen:
         self._unread = after.encode()
         return before + until
 
-    def rest(self, seconds=60):
+    def rest(self, seconds=TIMEOUT_S):
         """Wait until the line editor waits for a key: a signal that comes just before that it sees with the next."""
         end = time.monotonic() + seconds
         while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
@@ -487,7 +488,7 @@ def test_a_terminal(checkpoint, tmp_path):
         screen.type(f"/save {saved}\n")
         screen.read(f"saved: {saved}\n\n客户> ")
         screen.type("\x04")
-        assert screen.process.wait(30) == 0
+        assert screen.process.wait(TIMEOUT_S) == 0
     finally:
         screen.close()
     (dialogue,) = read_dialogues(saved)
@@ -501,16 +502,12 @@ def test_a_terminal(checkpoint, tmp_path):
 @contextlib.contextmanager
 def served(checkpoint, *options):
     """The process of a page, and the lines that it prints, which end with its address."""
-    process = subprocess.Popen(
-        [sys.executable, "recipes/chat.py", f"checkpoint={checkpoint}", "ui=web", *options],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    process = Script(ROOT / "recipes" / "chat.py", f"checkpoint={checkpoint}", "ui=web", *options, cwd=ROOT)
     try:
-        lines = [process.stdout.readline().strip()]
-        while not lines[-1].startswith("http"):
-            assert process.poll() is None
-            lines.append(process.stdout.readline().strip())
-        yield process, lines
+        while not re.search("^http.*\n", said := process.stdout, re.MULTILINE):
+            assert process.poll() is None, process.stderr
+            time.sleep(0.05)
+        yield process, said.splitlines()
     finally:
         process.kill()
         process.wait()
@@ -528,7 +525,7 @@ def test_a_page(checkpoint, browser, tmp_path):
             connections = psutil.Process(process.pid).net_connections()
             assert {each.laddr.ip for each in connections} == {"127.0.0.1"}
             process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 130
+            assert process.wait().returncode == 130
 
 
 def converse(browser, address, folder):

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+from processes import run_script
 
 from csc_train.data.readers import read_dialogues
 from csc_train.data.sample_grammar import generate_sample
@@ -192,14 +190,7 @@ def test_replies_made_elsewhere_must_be_whole(tmp_path):
 
 
 def start(*arguments, cwd):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / arguments[0]), *arguments[1:]],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_script(ROOT / "recipes" / arguments[0], *arguments[1:], cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,14 +1,13 @@
 """Every shipped configuration composes, means what its file says, and wrong ones are refused with a remedy."""
 
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
 from omegaconf import OmegaConf
+from processes import run_script
 from transformers import AutoModelForCausalLM
 
 from csc_train.config.compose import CONF, SCHEMAS, compose, run_recipe, to_container
@@ -351,14 +350,7 @@ def test_a_mapping_takes_whole_numbers():
 
 
 def recipe_process(cwd, *arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "sft.py"), *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run_script(ROOT / "recipes" / "sft.py", *arguments, cwd=cwd)
 
 
 def test_misspelt_override_on_the_command_line(tmp_path):

@@ -1,22 +1,19 @@
 """Every ZeRO stage trains the same model as one process, really shards it, and goes on from what any other saved."""
 
 import json
-import os
 import pickle
 import random
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from accelerate.utils import DeepSpeedPlugin
 from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_config
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from processes import TIMEOUT_S, Script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
@@ -428,23 +425,16 @@ def test_what_cannot_be_exported_is_refused(folder, path, message):
 TINY = ["debug=cpu_tiny", "zero.persistence_threshold=0", "trainer.save_steps=2", "run.if_exists=reuse"]
 
 
-def begin(directory: Path, module: list[str], *overrides: str) -> subprocess.Popen:
+def begin(directory: Path, module: list[str], *overrides: str) -> Script:
     """Start recipes/sft.py by a launcher, or by python itself."""
-    command = [sys.executable, *(["-m", *module] if module else []), str(ROOT / "recipes" / "sft.py")]
-    return subprocess.Popen(
-        [*command, *TINY, *overrides],
-        cwd=directory,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    launcher = ["-m", *module] if module else []
+    return Script(*launcher, ROOT / "recipes" / "sft.py", *TINY, *overrides, cwd=directory)
 
 
-def finish(process: subprocess.Popen) -> str:
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text[-4000:]
-    return text
+def finish(script: Script) -> str:
+    done = script.wait()
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def losses(run: Path) -> list[float]:
@@ -463,14 +453,13 @@ def workplace(tmp_path_factory) -> Path:
 def test_a_sharded_run_killed_goes_on_where_it_was(workplace):
     run = workplace / "killed"
     process = begin(workplace, TORCHRUN, "zero=zero3", "run.directory=killed")
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + TIMEOUT_S
     while (
         not (run / "checkpoints" / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < deadline
     ):
         time.sleep(0.02)
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
-    process.communicate()
+    process.kill()
+    process.wait()
     assert not (run / "model").exists()
     text = finish(begin(workplace, TORCHRUN, "zero=zero3", "run.directory=killed"))
     (steps,) = re.findall(r"trained (\d+) steps in ", text)

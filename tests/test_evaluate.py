@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_config
+from processes import Script, run_script
 from transformers import Qwen2ForCausalLM
 
 from csc_train.checkpoints.manifest import read_manifest, save_final_model
@@ -109,14 +108,13 @@ def answers(monkeypatch):
 @pytest.mark.parametrize("stage", ["replies", "likelihoods"])
 def test_killed_and_resumed_it_goes_on_and_ends_with_the_same_file(stage, workplace, whole, answers):
     name, turns = f"killed_{stage}", whole["generated"].count(b"\n")
-    command = [sys.executable, ROOT / "recipes" / "evaluate.py", *SETTINGS, f"run.directory=runs/{name}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = Script(ROOT / "recipes" / "evaluate.py", *SETTINGS, f"run.directory=runs/{name}")
     part = Path(f"runs/{name}/predictions") / f"{FILE.format('generated')}.part-00000"
     while not (part.exists() and part.read_bytes().count(b"\n") >= (5 if stage == "replies" else turns + 5)):
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.stderr
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     kept = part.read_bytes()
     lines = kept.count(b"\n")
     assert 5 <= lines < turns if stage == "replies" else turns + 5 <= lines < 2 * turns
@@ -199,13 +197,7 @@ def test_failed_turns_are_counted_end_with_status_1_and_are_tried_again(workplac
 
 
 def test_two_processes_write_the_file_of_one(workplace, whole):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, ROOT / "recipes" / "evaluate.py", *SETTINGS, "run.directory=runs/two"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(ROOT / "recipes" / "evaluate.py", *SETTINGS, "run.directory=runs/two", ranks=2)
     assert done.returncode == 0, done.stderr
     assert predictions("two") == whole
     assert done.stdout.count("report: ") == 1

@@ -5,12 +5,11 @@ import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
+from processes import run_script
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -218,16 +217,11 @@ def test_a_plan_that_does_not_fit_says_what_does(job):
 
 
 def test_the_recipe_ends_with_status_1_and_writes_nothing(tmp_path):
-    def started(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "recipes" / "preflight.py"), *arguments],
-            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-
-    done = started("experiment=demo", "cluster.gpus_per_node=1")
+    recipe = ROOT / "recipes" / "preflight.py"
+    done = run_script(recipe, "experiment=demo", "cluster.gpus_per_node=1", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing failed" in done.stdout
-    done = started("experiment=demo", "trainer.packs_per_step=3")
+    done = run_script(recipe, "experiment=demo", "trainer.packs_per_step=3", cwd=tmp_path)
     assert done.returncode == 1 and "1 failed: batch" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

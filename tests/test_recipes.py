@@ -1,16 +1,14 @@
 """The recipes as a user starts them: whole runs in processes of their own."""
 
 import json
-import os
 import re
-import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from processes import run_script
 
 from csc_train.data.sample_grammar import accuracy_ceiling, generate_sample
 from csc_train.errors import InputError
@@ -35,18 +33,8 @@ def start(
     *arguments: str, cwd: Path, processes: int = 1, largest_file: int | None = None
 ) -> subprocess.CompletedProcess:
     """Run a recipe to its end; `arguments` start with its file name."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(
-        [*launcher, str(ROOT / "recipes" / arguments[0]), *arguments[1:]],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)) if largest_file else None,
-    )
+    recipe = ROOT / "recipes" / arguments[0]
+    return run_script(recipe, *arguments[1:], cwd=cwd, ranks=processes, largest_file=largest_file)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +45,12 @@ def workplace(tmp_path_factory):
     assert trained.returncode == 0, trained.stderr
     assert " dialogues encoded in " in trained.stdout
     return directory
+
+
+def start_by_torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a recipe on two ranks as the README says."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return run_script(*torchrun, ROOT / "recipes" / arguments[0], *arguments[1:], cwd=cwd)
 
 
 def evaluate(directory: Path) -> subprocess.CompletedProcess:
@@ -181,7 +175,7 @@ def history(run: Path) -> list[dict]:
 
 def test_two_processes_make_one_run_directory(tmp_path):
     weights = ["loss=by_strategy", "loss.strategy_factors.GT=0"]
-    done = start("sft.py", "debug=cpu_tiny", *weights, cwd=tmp_path, processes=2)
+    done = start_by_torchrun("sft.py", "debug=cpu_tiny", *weights, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").glob("sft-*")
     trained = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["packing"]["strategies"]

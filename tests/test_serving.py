@@ -6,8 +6,6 @@ import json
 import os
 import random
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +14,7 @@ import peft
 import pytest
 import torch
 from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
+from processes import TIMEOUT_S, Script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -95,22 +94,18 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server():
     """The address of `transformers serve` on this machine's CPU."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env=os.environ | {"HF_HUB_DISABLE_UPDATE_CHECK": "1"},
-            stdout=output,
-            stderr=output,
-        )
+    address = f"http://127.0.0.1:{port}"
+    process = Script(
+        "-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--host", "127.0.0.1", "--port", port,
+        env=os.environ | {"HF_HUB_DISABLE_UPDATE_CHECK": "1"},
+    )  # fmt: skip
     try:
-        for _ in range(600):
+        for _ in range(10 * TIMEOUT_S):
             if process.poll() is not None:
                 break
             try:
@@ -120,8 +115,8 @@ def server(tmp_path_factory):
             except urllib.error.URLError:
                 time.sleep(0.1)
         else:
-            pytest.fail(f"the server does not start:\n{log.read_text()}")
-        assert process.poll() is None, log.read_text()
+            pytest.fail(f"the server does not start:\n{process.stderr}")
+        assert process.poll() is None, process.stderr
         yield address
     finally:
         process.kill()

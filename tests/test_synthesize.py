@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from processes import Script, run_script
 from servers.faults import DROP, TORN, Fault, Say
 
 from csc_train.data.readers import read_dialogues
@@ -55,14 +56,7 @@ def play(body):
 
 def recipe(*arguments, cwd=None, **environment):
     """Run the recipe in a process of its own."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "synthesize_rolecs.py"), *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_script(ROOT / "recipes" / "synthesize_rolecs.py", *arguments, cwd=cwd, env=os.environ | environment)
 
 
 def served(server, **more):
@@ -233,16 +227,13 @@ def test_an_estimate_asks_nothing(here, fault_server, capsys):
 def test_interrupted_by_the_user_it_goes_on(here, capsys):
     assert main("target=30", "run.directory=whole") == 0
     assert "30 of 30 dialogues (source=synthetic-sample)" in capsys.readouterr().out
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "recipes" / "synthesize_rolecs.py"), "target=30"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = Script(ROOT / "recipes" / "synthesize_rolecs.py", "target=30")
     log = Path("runs/rolecs/synthesis.db-wal")
     while process.poll() is None and not (log.exists() and log.stat().st_size > 200_000):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said = process.communicate()[0]
-    assert process.returncode == 130 and "stopped: interrupted; the same command goes on" in said
+    done = process.wait()
+    assert done.returncode == 130 and "stopped: interrupted; the same command goes on" in done.stdout
     assert main("target=30") == 0
     for name in ("dialogues.parquet", "dialogues.jsonl", "filter_funnel.json", "rejected.jsonl"):
         assert Path("runs/rolecs", name).read_bytes() == Path("whole", name).read_bytes(), name

@@ -6,7 +6,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 import wandb
 from conftest import random_dialogue, small_tokenizer, tiny_config
+from processes import run_script
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, TrainerState
 from wandb_file import offline_runs
@@ -336,17 +336,11 @@ def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(fol
         "save_steps": 2,
         "ends": ["kill", 4],
     }
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, loss_curve.__file__, str(folder), json.dumps({"killed": case}), str(folder / "none")],
+    done = run_script(
+        loss_curve.__file__, folder, json.dumps({"killed": case}), folder / "none",
         # Else it would share this process's W&B service, which outlives it.
-        env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-        | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+        env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
+    )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     assert json.loads((run / "run.json").read_text())["status"] == "running"
     with (run / HISTORY).open("a") as file:

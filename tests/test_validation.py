@@ -7,13 +7,13 @@ import pickle
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
+from processes import run_script
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -392,15 +392,12 @@ def start(
     directory: Path, processes: int, *on_finish: str, settings: Sequence[str] = ("run.directory=run",)
 ) -> subprocess.CompletedProcess:
     """A training that keeps the best, and what follows it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
-    return subprocess.run(
-        [
-            sys.executable, *launcher, str(ROOT / "recipes" / "sft.py"), "debug=cpu_tiny", "data.sample_dialogues=40",
+    return run_script(
+            ROOT / "recipes" / "sft.py", "debug=cpu_tiny", "data.sample_dialogues=40",
             *settings, "run.if_exists=reuse", "validation.eval_steps=2", "validation.save_best=true", "validation.num_turns=6",
             "validation.num_samples=1", "validation.max_new_tokens=4", "on_finish=evaluate",
             f"on_finish.overrides={list(on_finish)}",
-        ],
-        cwd=directory, capture_output=True, text=True, timeout=300, check=False,
+        cwd=directory, ranks=processes,
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from processes import run_script
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -57,16 +57,7 @@ def train_all(folder: Path, cases: dict[str, dict], processes: int) -> dict[str,
         cases: options of `train` by name; `adapter` and `zero` as mappings.
     """
     output = folder / f"{processes}.json"
-    tests = Path(__file__).parent.parent
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), __file__, str(folder), json.dumps(cases), str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_script(__file__, folder, json.dumps(cases), output, ranks=processes)
     assert done.returncode == 0, done.stderr[-9000:]
     return json.loads(output.read_text(encoding="utf-8"))
 

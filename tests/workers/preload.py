@@ -6,8 +6,8 @@ import importlib
 for name in (
     "accelerate", "bitsandbytes", "datasets", "datasketch", "deepspeed", "hydra", "jieba",
     "matplotlib.backends.backend_agg", "matplotlib.figure", "nltk", "openai", "optuna", "pandas", "peft",
-    "rouge_score.rouge_scorer", "sacrebleu", "scipy.stats", "torch.distributed.tensor", "torch.utils.data", "transformers", "trl",
-    "wandb",
+    "rouge_score.rouge_scorer", "sacrebleu", "scipy.stats", "torch.distributed.tensor", "torch.utils.data",
+    "transformers", "trl", "wandb",
 ):  # fmt: skip
     importlib.import_module(name)
 # These libraries import a class when it is first asked for.
