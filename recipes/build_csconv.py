@@ -31,7 +31,15 @@ def main(config: BuildCsconvRecipe) -> None:
     from csc_train.llm.client import AuthenticationError, Client
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
-    from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, ask_mock, ask_model, build, read_calls
+    from csc_train.synthesis.csconv.build import (
+        BUNDLED_CALLS,
+        CSCONV_RULES,
+        AnswerLog,
+        ask_mock,
+        ask_model,
+        build_csconv,
+        read_calls,
+    )
     from csc_train.synthesis.filters.funnel import filter_funnel, funnel_table
     from csc_train.synthesis.quality_report import quality_report, write_quality_report
 
@@ -39,7 +47,7 @@ def main(config: BuildCsconvRecipe) -> None:
     run = Run("build_csconv", to_container(config), OUTPUTS)
 
     # Calls
-    path = config.calls or BUNDLED
+    path = config.calls or BUNDLED_CALLS
     calls = read_calls(path)
     where = config.reference
     reference = read_dialogues(where.path, source=where.source) if where.path else []
@@ -54,11 +62,11 @@ def main(config: BuildCsconvRecipe) -> None:
         settings = {"call": config.call, "rewrite": config.rewrite, "duplicates": config.duplicates}
         settings |= {"language": config.language, "concurrency": config.llm.concurrency}
         with tqdm(total=len(calls), desc="calls", unit="call", disable=None) as bar:
-            settings["done"] = lambda outcome: bar.update()
+            settings["on_outcome"] = lambda outcome: bar.update()
             if config.llm.backend == "mock":
-                return await build(calls, log.first(ask_mock(config.language)), **settings)
+                return await build_csconv(calls, log.cached(ask_mock(config.language)), **settings)
             async with Client(config.llm) as client:
-                return await build(calls, log.first(ask_model(client, config.seed, log)), **settings)
+                return await build_csconv(calls, log.cached(ask_model(client, config.seed, log)), **settings)
 
     try:
         outcomes = asyncio.run(go())
@@ -73,7 +81,7 @@ def main(config: BuildCsconvRecipe) -> None:
     dialogues = [outcome.dialogue(source) for outcome in outcomes if outcome.accepted]
     failed = [outcome for outcome in outcomes if outcome.failure]
     rejected = [outcome.row() for outcome in outcomes if not outcome.accepted and not outcome.failure]
-    rows = filter_funnel((outcome.verdicts for outcome in outcomes), RULES)
+    rows = filter_funnel((outcome.verdicts for outcome in outcomes), CSCONV_RULES)
     for name in ("dialogues.jsonl", "dialogues.parquet"):
         write_dialogues(run.directory / name, dialogues)
     write_text(run.directory / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))

@@ -22,12 +22,20 @@ from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
 from csc_train.llm import client as client_module
 from csc_train.llm.client import AuthenticationError, LLMError
-from csc_train.synthesis.csconv.build import BUNDLED, RULES, AnswerLog, RewrittenCall, ask_mock, build, read_calls
+from csc_train.synthesis.config import CallConfig, DuplicatesConfig, RewriteConfig
+from csc_train.synthesis.csconv.build import (
+    BUNDLED_CALLS,
+    CSCONV_RULES,
+    AnswerLog,
+    RewrittenCall,
+    ask_mock,
+    build_csconv,
+    read_calls,
+)
 from csc_train.synthesis.filters.funnel import filter_funnel
 from csc_train.synthesis.filters.llm_checks import CallCheck, QualityCheck
-from csc_train.synthesis.filters.rules import CallConfig, DuplicatesConfig, RewriteConfig
 
-CALLS, SCRIPT = read_calls(BUNDLED), ask_mock("zh")
+CALLS, SCRIPT = read_calls(BUNDLED_CALLS), ask_mock("zh")
 FORMS = {"call_check": CallCheck, "rewrite": RewrittenCall, "quality": QualityCheck}
 ANSWERS = 34
 """Questions that the bundled calls take."""
@@ -36,14 +44,14 @@ ANSWERS = 34
 def built(ask, calls=CALLS, language="zh", concurrency=4, **settings):
     defaults = {"call": CallConfig(), "rewrite": RewriteConfig(), "duplicates": DuplicatesConfig()}
     settings = defaults | {"language": language, "concurrency": concurrency} | settings
-    return asyncio.run(build(calls, ask, **settings))
+    return asyncio.run(build_csconv(calls, ask, **settings))
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_the_bundled_calls_meet_every_rule_and_each_drops_one(language):
     outcomes = built(ask_mock(language), language=language)
-    rows = filter_funnel((outcome.verdicts for outcome in outcomes), RULES)
-    assert [row["rule"] for row in rows] == list(RULES)
+    rows = filter_funnel((outcome.verdicts for outcome in outcomes), CSCONV_RULES)
+    assert [row["rule"] for row in rows] == list(CSCONV_RULES)
     assert {row["rule"] for row in rows if not row["dropped"]} == set()
     assert rows[0]["entered"] == len(CALLS) == 19 and rows[-1]["kept"] == 4
     kept = [outcome.dialogue("x") for outcome in outcomes if outcome.accepted]
@@ -118,23 +126,23 @@ def test_the_script_knows_the_bundled_calls_only(tmp_path):
     path = tmp_path / "calls.jsonl"
     turns = [{"speaker": "客服", "text": "您好请讲"}, {"speaker": "客户", "text": "我想问一下"}] * 4
     path.write_text(json.dumps({"turns": turns}), encoding="utf-8")
-    with pytest.raises(InputError, match=r"^llm=mock answers about the bundled calls only"):
+    with pytest.raises(InputError, match=r"^llm=mock: answers about the bundled calls only"):
         built(ask_mock("zh"), read_calls(path))
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (['{"turns": []}', "{"], r"calls\.jsonl, row 2: Expecting"),
-        (["[1]"], r"row 1: not of the form"),
-        (['{"id": "a"}'], r"row 1: not of the form .*turns"),
-        (['{"turns": [{"speaker": "客服"}]}'], r"row 1: not of the form .*text"),
-        (['{"turns": [{"speaker": "经理", "text": "x"}]}'], "row 1: 经理"),
-        (['{"turns": [{"speaker": "客服", "text": 5}]}'], "row 1, field text: not a text"),
-        (['{"turns": [{"speaker": "客服", "text": "\\ud83d"}]}'], "row 1: .*surrogates"),
+        (['{"turns": []}', "{"], r"calls\.jsonl, line 2: not JSON \(Expecting"),
+        (["[1]"], r"line 1: not a JSON object"),
+        (['{"id": "a"}'], r"line 1: not of the form .*turns"),
+        (['{"turns": [{"speaker": "客服"}]}'], r"line 1: not of the form .*text"),
+        (['{"turns": [{"speaker": "经理", "text": "x"}]}'], "line 1: 经理"),
+        (['{"turns": [{"speaker": "客服", "text": 5}]}'], "line 1, field text: not a text"),
+        (['{"turns": [{"speaker": "客服", "text": "\\ud83d"}]}'], "line 1: .*surrogates"),
         (
             ['{"id": "a", "turns": []}', "", '{"id": "a", "turns": []}'],
-            "row 3, field id: 'a' is used by an earlier row",
+            "line 3, field id: 'a' is used by an earlier line",
         ),
         ([""], "no rows"),
     ],
@@ -175,26 +183,26 @@ def test_after_a_crash_at_any_answer_nothing_is_asked_twice_and_the_outcome_is_t
     for crash_after in range(ANSWERS):
         path, first, second = tmp_path / f"{crash_after}.jsonl", [], []
         with pytest.raises(Crash):
-            built(AnswerLog(path).first(counted(script, first, crash_after)))
-        assert built(AnswerLog(path).first(counted(script, second))) == expected
+            built(AnswerLog(path).cached(counted(script, first, crash_after)))
+        assert built(AnswerLog(path).cached(counted(script, second))) == expected
         assert len(first) == crash_after and len(first + second) == len(set(first + second)) == ANSWERS
 
 
 def test_a_log_that_ends_within_a_line_is_good_up_to_there(tmp_path):
     path, script = tmp_path / "answers.jsonl", ask_mock("zh")
-    built(AnswerLog(path).first(script))
+    built(AnswerLog(path).cached(script))
     whole = path.read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
     for end in (last, last + 1, (last + len(whole)) // 2, len(whole) - 1):
         path.write_bytes(whole[:end])
         asked = []
-        built(AnswerLog(path).first(counted(script, asked)))
+        built(AnswerLog(path).cached(counted(script, asked)))
         assert len(asked) == 1 and path.read_bytes() == whole
 
 
 def test_another_prompt_or_form_is_another_question(tmp_path):
     log, asked = AnswerLog(tmp_path / "answers.jsonl"), []
-    ask = log.first(counted(lambda task, prompt, form: asyncio.sleep(0, form(turns=[])), asked))
+    ask = log.cached(counted(lambda task, prompt, form: asyncio.sleep(0, form(turns=[])), asked))
     other = type("Other", (RewrittenCall,), {"__annotations__": {"reason": str}, "reason": ""})
     for prompt, form in itertools.product(("a", "b", "a"), (RewrittenCall, other)):
         asyncio.run(ask("rewrite", [{"role": "user", "content": prompt}], form))

@@ -10,22 +10,16 @@ from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.synthesis.config import CallConfig, DuplicatesConfig, RewriteConfig
 from csc_train.synthesis.filters.funnel import filter_funnel, funnel_table
 from csc_train.synthesis.filters.rules import (
-    CallConfig,
     DuplicateFilter,
-    DuplicatesConfig,
     FilterVerdict,
-    RewriteConfig,
-    Utterance,
     check_call,
     check_private_data,
     check_rewrite,
-    merge_turns,
-    strip_boilerplate,
-    turns_of,
-    utterances_of,
 )
+from csc_train.synthesis.utterances import Utterance, merge_turns, strip_boilerplate, turns_of, utterances_of
 
 S, C = Speaker.SUPPORTER, Speaker.CUSTOMER
 CALL, REWRITE = CallConfig(), RewriteConfig()
@@ -145,10 +139,10 @@ def replaced(place, **changes):
     ("said", "verdict"),
     [
         (replaced(3, text=" \n"), ("texts", "an empty text")),
-        (replaced(3, text="好\ud83d"), ("texts", "half a character")),
-        (replaced(0, label="策略1\udc00"), ("texts", "half a character")),
+        (replaced(3, text="好\ud83d"), ("texts", "a lone surrogate")),
+        (replaced(0, label="策略1\udc00"), ("texts", "a lone surrogate")),
         (rewritten(12)[1:], ("alternation", "the supporter does not speak first")),
-        (replaced(3, speaker=S), ("alternation", "one speaker twice running")),
+        (replaced(3, speaker=S), ("alternation", "one speaker twice in a row")),
         (replaced(4, label="策略5 情感管理+策略6 提供建议"), ("one strategy", "a turn with two strategies")),
         (replaced(4, label="情感管理＋提供建议"), ("one strategy", "a turn with two strategies")),
         (replaced(4, label="安抚客户"), ("known strategies", "an unknown strategy")),

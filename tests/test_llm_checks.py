@@ -8,20 +8,20 @@ import pytest
 from csc_train.data.dialogue import Speaker
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.synthesis.config import CRITERIA, RewriteConfig, RoleCSCheckConfig
 from csc_train.synthesis.filters.llm_checks import (
-    CRITERIA,
     CallCheck,
     QualityCheck,
-    RoleCSCheckConfig,
     RoleCSPoints,
-    agreement,
     check_call_manners,
     check_quality,
     check_rolecs,
+    panel_agreement,
     rolecs_verdict,
 )
-from csc_train.synthesis.filters.rules import FilterVerdict, RewriteConfig, Utterance
-from csc_train.synthesis.prompting import as_text, messages
+from csc_train.synthesis.filters.rules import FilterVerdict
+from csc_train.synthesis.prompting import task_messages
+from csc_train.synthesis.utterances import Utterance, as_text
 
 SAID = [
     Utterance(Speaker.SUPPORTER, "您好", "策略1 礼貌问候"),
@@ -132,11 +132,11 @@ def test_agreement_of_a_panel_by_criterion():
         [points([1, 1, 1, 1, 1]), points([1, 1, 1, 1, 0])],
         [points([0, 1, 1, 1, 1]), points([0, 1, 1, 1, 0])],
     ]
-    found = agreement(panels)
+    found = panel_agreement(panels)
     assert found["strategy_followed"] == {"unanimous": 1.0, "fleiss_kappa": 1.0}
     assert found["natural"] == {"unanimous": 1.0, "fleiss_kappa": None}
     assert found["roles_kept"] == {"unanimous": 0.0, "fleiss_kappa": -1.0}
-    assert agreement([]) == {}
+    assert panel_agreement([]) == {}
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
@@ -144,7 +144,9 @@ def test_agreement_of_a_panel_by_criterion():
 def test_prompts_hold_the_taxonomy_their_form_and_the_text_last(task, language):
     forms = {"call_check": CallCheck, "quality": QualityCheck, "rolecs_check": RoleCSPoints}
     fields = {"rewrite": {"config": RewriteConfig()}, "rolecs_check": {"scenario": "场景<1>"}}.get(task, {})
-    ((role, text),) = (each.values() for each in messages(task, language, transcript=as_text(SAID, language), **fields))
+    ((role, text),) = (
+        each.values() for each in task_messages(task, language, transcript=as_text(SAID, language), **fields)
+    )
     assert role == "user" and text.endswith(as_text(SAID, language))
     # Nothing in a text is taken for a template or for HTML, and no text can begin another speaker's line.
     assert "{{ config }} <b>&" in text and "\n客服: 已经退了" not in text
@@ -162,4 +164,4 @@ def test_a_prompt_without_a_field_is_an_error():
     import jinja2
 
     with pytest.raises(jinja2.UndefinedError):
-        messages("rewrite", "zh", transcript="x")
+        task_messages("rewrite", "zh", transcript="x")

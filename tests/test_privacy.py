@@ -4,19 +4,15 @@ import random
 
 import pytest
 
-from csc_train.synthesis.filters.privacy import (
-    PLACEHOLDERS,
-    is_bank_card_number,
-    is_identity_card_number,
-    private_data,
-)
+from csc_train.synthesis.filters.privacy import find_private_data, is_bank_card_number, is_identity_card_number
+from csc_train.synthesis.utterances import PLACEHOLDERS
 
 # Made up; the check digits are right.
 CARD, IDENTITY = "6222021234567890128", "11010119900307109X"
 
 
 def kinds(text):
-    return [found.kind for found in private_data(text)]
+    return [found.kind for found in find_private_data(text)]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +78,7 @@ def test_other_numbers_are_left_alone(text):
 
 def test_places_are_those_of_the_text_as_it_is():
     text = "手机１３８１２３４５６７８，邮箱a@b.cn，证件" + IDENTITY
-    found = private_data(text)
+    found = find_private_data(text)
     assert [each.kind for each in found] == ["phone number", "e-mail address", "identity card number"]
     assert [text[each.start : each.end] for each in found] == ["１３８１２３４５６７８", "a@b.cn", IDENTITY]
 
@@ -142,6 +138,6 @@ def test_any_text_is_looked_at_without_an_error_and_what_is_planted_is_found():
     pieces = ["1", "13", "-", " ", "@", ".", "元", "号", "单号", "零", "幺", "Ｘ", "\n", "😀", "[", "]", "\ud83d", "x"]
     for _ in range(2000):
         noise = "".join(rng.choices(pieces, k=rng.randint(0, 30)))
-        private_data(noise)
+        find_private_data(noise)
         phone = f"1{rng.choice('3456789')}{rng.randrange(10**9):09d}"
         assert "phone number" in kinds(f"{noise}，手机{phone}。{noise}")

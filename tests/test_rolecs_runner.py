@@ -24,9 +24,7 @@ from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.sample_grammar import SAMPLE_SOURCE, accuracy_ceiling
 from csc_train.errors import InputError
 from csc_train.llm.client import AuthenticationError, LLMError, RequestAttempt
-from csc_train.synthesis.config import BudgetConfig, SynthesisConfig
-from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
-from csc_train.synthesis.filters.rules import DuplicatesConfig
+from csc_train.synthesis.config import BudgetConfig, DuplicatesConfig, RoleCSCheckConfig, SynthesisConfig
 from csc_train.synthesis.rolecs import mock_backend
 from csc_train.synthesis.rolecs.mock_backend import MockBackend
 from csc_train.synthesis.rolecs.personas import MOODS, TOPICS, make_profiles
@@ -234,14 +232,14 @@ def test_killed_at_every_commit_it_comes_to_the_same(tmp_path, monkeypatch):
 CHILD = """
 import asyncio, sys
 from csc_train.synthesis.config import BudgetConfig, SynthesisConfig
-from csc_train.synthesis.filters import DuplicatesConfig
-from csc_train.synthesis.llm_filters import RoleCSCheckConfig
-from csc_train.synthesis.personas import make_profiles
-from csc_train.synthesis.runner import Runner
+from csc_train.synthesis.config import DuplicatesConfig
+from csc_train.synthesis.config import RoleCSCheckConfig
+from csc_train.synthesis.rolecs.personas import make_profiles
+from csc_train.synthesis.rolecs.runner import Runner
 from csc_train.synthesis.rolecs.mock_backend import MockBackend
-from csc_train.synthesis.store import Store
-store = Store(sys.argv[1], {"made": "for tests"})
-rest = RoleCSCheckConfig(), DuplicatesConfig(), make_profiles(3, 0, "zh"), Script("zh"), store, 12, BudgetConfig()
+from csc_train.synthesis.rolecs.store import SynthesisStore
+store = SynthesisStore(sys.argv[1], {"made": "for tests"})
+rest = RoleCSCheckConfig(), DuplicatesConfig(), make_profiles(3, 0, "zh"), MockBackend("zh"), store, 12, BudgetConfig()
 runner = Runner(SynthesisConfig(max_utterances=6), *rest)
 print("begun", flush=True)
 asyncio.run(runner.run())

@@ -30,9 +30,15 @@ from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.runs.config import RESOLVED_FILE, RunConfig
 from csc_train.runs.directory import mark_failed
 from csc_train.runs.distributed import exit_with_launcher, record_failure
-from csc_train.synthesis.config import BatchConfig, BudgetConfig, SynthesisConfig
-from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
-from csc_train.synthesis.filters.rules import CallConfig, DuplicatesConfig, RewriteConfig
+from csc_train.synthesis.config import (
+    BatchConfig,
+    BudgetConfig,
+    CallConfig,
+    DuplicatesConfig,
+    RewriteConfig,
+    RoleCSCheckConfig,
+    SynthesisConfig,
+)
 from csc_train.template.config import LANGUAGES, TemplateConfig, TokenizationConfig
 from csc_train.tracking.config import TrackingConfig
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig

@@ -1,14 +1,19 @@
-"""What a user may choose about the synthesis of dialogues."""
+"""Settings of the synthesis: RoleCS dialogues by roles, CSConv dialogues from recorded calls, and their filters."""
 
 from dataclasses import dataclass, field
 
 from csc_train.errors import InputError, check_choice, check_range
 from csc_train.llm.config import LLMConfig
-from csc_train.synthesis.rolecs.engine import MOST_UTTERANCES
-from csc_train.synthesis.rolecs.roles import LANGUAGES, LAYOUTS
 
+LANGUAGES = ("zh", "en")
+PROMPT_LAYOUTS = ("faithful", "cache_friendly")
+MAX_UTTERANCES = 50
+"""Utterances of the longest dialogue."""
+NUM_STRATEGIES = 12
+CRITERIA = ("strategy_followed", "unreasonable_requests", "natural", "varied", "roles_kept")
+"""The criteria by which judges check a RoleCS dialogue, one point each."""
 BATCH_ROLES = ("persona", "planner", "rolecs_check", "rolecs_check_2", "rolecs_check_3")
-"""The roles that nobody answers back to."""
+"""Roles whose answers no other role of the same conversation waits for."""
 
 
 @dataclass
@@ -16,11 +21,11 @@ class RoleConfig:
     """The model behind one role."""
 
     llm: LLMConfig | None = None
-    """A model and server of its own, by +llm@synthesis.roles.<role>.llm=...; the recipe's llm where not given."""
+    """Model and server of this role (+llm@synthesis.roles.<role>.llm=...); defaults to the recipe's llm."""
     temperature: float | None = None
-    """0.8 for whoever writes, 0 for judges, where neither this nor the llm's own is given."""
+    """Defaults to the llm's temperature, else 0.8 for writers and 0 for judges."""
     max_tokens: int | None = None
-    """The longest answer in tokens; that of the llm, else 1024, where not given."""
+    """Longest answer in tokens; defaults to the llm's, else 1024."""
 
     def __post_init__(self):
         if self.temperature is not None:
@@ -31,7 +36,7 @@ class RoleConfig:
 
 @dataclass
 class RolesConfig:
-    """The models behind the roles: the writer of personas, the five of the paper, the judges."""
+    """The models behind the roles: the persona writer, the five roles of the paper, the judges."""
 
     persona: RoleConfig = field(default_factory=RoleConfig)
     planner: RoleConfig = field(default_factory=RoleConfig)
@@ -47,7 +52,7 @@ class RolesConfig:
 
 @dataclass
 class BehaviourConfig:
-    """How often a dialogue's customer is difficult, as shares of the dialogues (0..1). The paper has none of this."""
+    """Shares (0..1) of the dialogues with a difficult customer. The paper has no such settings."""
 
     short_patience: float = 0.25
     long_patience: float = 0.15
@@ -58,7 +63,7 @@ class BehaviourConfig:
     misunderstands_once: float = 0.2
     misunderstands_often: float = 0.1
     unreasonable: float = 0.15
-    """Asks for what the rules do not allow, and insists."""
+    """Insists on something that the rules do not allow."""
 
     def __post_init__(self):
         for name, share in vars(self).items():
@@ -69,17 +74,17 @@ class BehaviourConfig:
             ("misunderstands_once", "misunderstands_often"),
         ):
             if getattr(self, first) + getattr(self, second) > 1:
-                raise InputError(f"synthesis.behaviour.{first} and {second} are more than 1 together")
+                raise InputError(f"synthesis.behaviour.{first} and {second}: must be at most 1 together")
 
 
 @dataclass
 class PersonasConfig:
-    """Who the customers are."""
+    """The profiles of the customers."""
 
     path: str | None = None
-    """A JSONL of profiles, an object of plain values a line, with an optional `id`; made-up ones where not given."""
+    """A JSONL of profiles: one object of plain values per line, with an optional `id`. Defaults to generated ones."""
     count: int = 200
-    """How many profiles are made up."""
+    """Number of generated profiles."""
 
     def __post_init__(self):
         check_range("synthesis.personas.count", self.count, 1)
@@ -87,44 +92,43 @@ class PersonasConfig:
 
 @dataclass
 class SynthesisConfig:
-    """How dialogues are made; a change of any value makes other dialogues."""
+    """How dialogues are generated; a change of any value gives other dialogues."""
 
     language: str = "zh"
-    """Of prompts and dialogues: zh or en."""
+    """Language of prompts and dialogues: zh or en."""
     layout: str = "cache_friendly"
-    """faithful: one message, fields in the paper's order. cache_friendly: the history last, for servers that keep
-    prefixes."""
+    """faithful: one message, fields in the paper's order. cache_friendly: the history comes last, for servers with a
+    prefix cache."""
     compact: bool = False
     """Short prompts and answers, for small models."""
-    max_utterances: int = MOST_UTTERANCES
+    max_utterances: int = MAX_UTTERANCES
     seed: int = 0
     attempts: int = 8
-    """How many dialogues are tried for one place of the quotas before it stays empty."""
+    """Dialogues that are tried for one quota slot before it stays empty."""
     topics: list[str] = field(default_factory=list)
-    """The topics in the order in which they take turns; all seven where none is given."""
+    """Topics in the order of their turns; defaults to all seven."""
     moods: list[str] = field(default_factory=list)
-    """The moods in the order in which they take turns, so one that is named twice comes twice as often; all five where
-    none is given."""
+    """Moods in the order of their turns; one that is listed twice comes twice as often. Defaults to all five."""
     personas: PersonasConfig = field(default_factory=PersonasConfig)
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
     roles: RolesConfig = field(default_factory=RolesConfig)
 
     def __post_init__(self):
         check_choice("synthesis.language", self.language, LANGUAGES)
-        check_choice("synthesis.layout", self.layout, LAYOUTS)
-        check_range("synthesis.max_utterances", self.max_utterances, 2, MOST_UTTERANCES)
+        check_choice("synthesis.layout", self.layout, PROMPT_LAYOUTS)
+        check_range("synthesis.max_utterances", self.max_utterances, 2, MAX_UTTERANCES)
         check_range("synthesis.seed", self.seed, 0, 2**32 - 1)
         check_range("synthesis.attempts", self.attempts, 1)
 
 
 @dataclass
 class BudgetConfig:
-    """When to stop paying; failed attempts count, and so does what earlier starts of the same run spent."""
+    """Limits of what a run may use; failed attempts and earlier starts of the same run count."""
 
     tokens: int | None = None
-    """Of prompts and answers together."""
+    """Tokens of prompts and answers together."""
     money: float | None = None
-    """In the currency of the llm's prices."""
+    """Cost, in the currency of the llm's prices."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -134,13 +138,89 @@ class BudgetConfig:
 
 @dataclass
 class BatchConfig:
-    """Which roles are asked by batch files."""
+    """Roles that are answered by batch files."""
 
     roles: list[str] = field(default_factory=list)
-    """Of persona, planner, rolecs_check, rolecs_check_2, rolecs_check_3."""
+    """Any of persona, planner, rolecs_check, rolecs_check_2, rolecs_check_3."""
     results: list[str] = field(default_factory=list)
-    """Files of results, as the batch service returns them."""
+    """Result files of the batch service."""
 
     def __post_init__(self):
         for role in self.roles:
             check_choice("batch.roles", role, BATCH_ROLES)
+
+
+@dataclass
+class RoleCSCheckConfig:
+    """How judges check RoleCS dialogues."""
+
+    points: int = 5
+    """Points of 5 that a dialogue needs."""
+    judges: int = 1
+    """Number of judges; a criterion's point is given by a majority. The second and third judge are the roles
+    `rolecs_check_2` and `rolecs_check_3`, so each may be another model."""
+
+    def __post_init__(self):
+        check_range("rolecs_check.points", self.points, 0, len(CRITERIA))
+        check_range("rolecs_check.judges", self.judges, 1)
+
+
+@dataclass
+class CallConfig:
+    """Which recorded calls are kept."""
+
+    min_rounds: int = 3
+    """Fewest rounds; a round is one turn of each speaker."""
+    max_rounds: int = 30
+    """Most rounds."""
+    max_characters: int = 500
+    """Characters of the longest turn."""
+    customer_share: float = 0.5
+    """The customer has more turns than this share of the supporter's."""
+    short_characters: int = 3
+    """A customer turn of at most this many characters is short."""
+    long_share: float = 0.7
+    """At least this share of the customer's turns is not short."""
+
+    def __post_init__(self):
+        check_range("call.min_rounds", self.min_rounds, 1)
+        check_range("call.max_rounds", self.max_rounds, self.min_rounds)
+        check_range("call.max_characters", self.max_characters, 1)
+        check_range("call.customer_share", self.customer_share, 0)
+        check_range("call.short_characters", self.short_characters, 0)
+        check_range("call.long_share", self.long_share, 0, 1)
+
+
+@dataclass
+class RewriteConfig:
+    """Which rewritten calls are kept."""
+
+    min_utterances: int = 10
+    """Fewest utterances."""
+    max_utterances: int = MAX_UTTERANCES
+    """Most utterances."""
+    required_strategies: list[int] = field(default_factory=lambda: [1, 2, 11])
+    """Numbers of the strategies that occur at least once."""
+
+    def __post_init__(self):
+        check_range("rewrite.min_utterances", self.min_utterances, 1)
+        check_range("rewrite.max_utterances", self.max_utterances, self.min_utterances)
+        for number in self.required_strategies:
+            check_range("rewrite.required_strategies", number, 1, NUM_STRATEGIES)
+
+
+@dataclass
+class DuplicatesConfig:
+    """Jaccard similarity of character 5-grams from which a dialogue repeats an earlier one; null skips the check."""
+
+    dialogue: float | None = 0.8
+    """Similarity of all turns."""
+    opening: float | None = 0.9
+    """Similarity of the first two turns of each speaker."""
+    scenario: float | None = 0.8
+    """Similarity of the scenarios, if dialogues have one."""
+
+    def __post_init__(self):
+        for name, threshold in vars(self).items():
+            if threshold is not None and not 0 < threshold <= 1:
+                raise InputError(f"duplicates.{name}={threshold}: must be above 0 and at most 1, or null")

@@ -1,1 +1,1 @@
-"""CSConv: dialogues rewritten from recorded calls."""
+"""CSConv: dialogues rewritten by a language model from recorded calls."""

@@ -1,4 +1,4 @@
-"""Real calls -> CSConv: rules, a model's judgement, its rewriting into labelled turns, and rules for what it wrote."""
+"""The CSConv pipeline: recorded calls are filtered, rewritten into labelled turns by a model, and filtered again."""
 
 import asyncio
 import json
@@ -6,47 +6,36 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
 from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.errors import InputError
-from csc_train.files import digest, os_errors
-from csc_train.jsonl import JsonlLog
+from csc_train.files import digest
+from csc_train.jsonl import JsonlLog, read_jsonl
 from csc_train.llm.client import AuthenticationError, Client, LLMError, RequestAttempt
-from csc_train.llm.structured import ask_structured as ask_server
-from csc_train.synthesis.filters.llm_checks import AskFn, Form, check_call_manners, check_quality
-from csc_train.synthesis.filters.rules import (
-    CallConfig,
-    DuplicateFilter,
-    DuplicatesConfig,
-    FilterVerdict,
-    RewriteConfig,
-    Utterance,
-    check_call,
-    check_rewrite,
-    merge_turns,
-    strip_boilerplate,
-    turns_of,
-)
-from csc_train.synthesis.prompting import as_text, messages
+from csc_train.llm.structured import ask_structured
+from csc_train.synthesis.config import CallConfig, DuplicatesConfig, RewriteConfig
+from csc_train.synthesis.filters.llm_checks import AskFn, Schema, check_call_manners, check_quality
+from csc_train.synthesis.filters.rules import DuplicateFilter, FilterVerdict, check_call, check_rewrite
+from csc_train.synthesis.prompting import task_messages
+from csc_train.synthesis.utterances import Utterance, as_text, merge_turns, strip_boilerplate, turns_of
 
-RULES = (
+CSCONV_RULES = (
     "rounds", "turn length", "customer's turns", "customer's words", "manners", "texts", "utterances", "alternation",
     "one strategy", "known strategies", "required strategies", "private data", "quality", "near-duplicates",
 )  # fmt: skip
-"""What a call goes through, in order. The paper asks for the quality before it counts; what is kept is the same, and a
-rule costs nothing."""
-BUNDLED = resources.files(__package__).joinpath("data", "calls.jsonl")
-"""A handful of calls that we made up, on which every rule drops one."""
+"""The rules in order of application. The paper checks the quality before it counts; the result is the same, and rules
+are cheaper than a model."""
+BUNDLED_CALLS = resources.files(__package__).joinpath("data", "calls.jsonl")
+"""A few calls of our own; every rule drops one of them."""
 BUNDLED_ANSWERS = resources.files(__package__).joinpath("data", "call_answers.jsonl")
-"""What a model might answer about them, by call and task."""
+"""Our own answers about the bundled calls, by call and task, in the place of a model's."""
 
 
 class RewrittenTurn(pydantic.BaseModel):
-    """A turn as the model writes it; `strategy` is whatever it says, so that a bad label is seen, not bent."""
+    """A turn as the model writes it; `strategy` is any text, so that the rules can reject unknown labels."""
 
     speaker: Literal["客服", "客户"]
     strategy: str
@@ -58,10 +47,16 @@ class RewrittenCall(pydantic.BaseModel):
 
     turns: list[RewrittenTurn]
 
+    def utterances(self) -> list[Utterance]:
+        """The turns as utterances, without system notices at the end."""
+        return strip_boilerplate(
+            [Utterance(Speaker.parse(turn.speaker), turn.text, turn.strategy.strip()) for turn in self.turns]
+        )
+
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A recorded call: who said what, in whatever order."""
+    """A recorded call: utterances in any order of speakers."""
 
     id: str
     utterances: tuple[Utterance, ...]
@@ -69,12 +64,12 @@ class RecordedCall:
 
 @dataclass(frozen=True)
 class CallOutcome:
-    """What became of a call.
+    """The result of the pipeline for one call.
 
     Attributes:
-        verdicts: in order, up to the first that drops it.
-        rewritten: as the model wrote it, without system notices; None where it was not asked.
-        failure: why the model gave no answer; then it is not decided what becomes of the call.
+        verdicts: in order, up to the first that drops the call.
+        rewritten: the model's rewriting; None if the call was dropped before.
+        failure: the error of the model, which leaves the call undecided.
     """
 
     id: str
@@ -84,7 +79,7 @@ class CallOutcome:
 
     @property
     def accepted(self) -> bool:
-        """Whether it was kept by everything that it came to."""
+        """Whether every rule kept the call."""
         return self.failure is None and self.verdicts[-1].keep
 
     def dialogue(self, source: str) -> Dialogue:
@@ -92,7 +87,7 @@ class CallOutcome:
         return Dialogue(self.id, turns_of(self.rewritten), source)
 
     def row(self) -> dict[str, Any]:
-        """Why it was dropped, and what the model had written; the call itself, with its private data, is left out."""
+        """The reason for dropping the call, and its rewriting. The call itself is left out: it holds private data."""
         last = self.verdicts[-1]
         row = {"id": self.id, "rule": last.rule, "reason": last.reason, "detail": last.detail}
         if self.rewritten is not None:
@@ -106,39 +101,34 @@ def read_calls(path: str | os.PathLike) -> list[RecordedCall]:
     """Read calls from a JSONL of `{"id", "turns": [{"speaker", "text"}]}`; `id` is optional.
 
     Raises:
-        InputError: the file cannot be read, a row is not such an object, an id comes twice, or there are no rows.
+        InputError: the file cannot be read, a row has another form, an id is used twice, or there are no rows.
     """
     calls: dict[str, RecordedCall] = {}
-    with os_errors(path, "cannot read"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        call = _call(line, f"{path}, row {number}")
+    for number, row in read_jsonl(path):
+        call = _parse_call(row, f"{path}, line {number}")
         if call.id in calls:
-            raise InputError(f"{path}, row {number}, field id: {call.id!r} is used by an earlier row")
+            raise InputError(f"{path}, line {number}, field id: {call.id!r} is used by an earlier line")
         calls[call.id] = call
     if not calls:
         raise InputError(f"{path}: no rows")
     return list(calls.values())
 
 
-def _call(line: str, place: str) -> RecordedCall:
+def _parse_call(row: dict[str, Any], place: str) -> RecordedCall:
     try:
-        row = json.loads(line)
         turns = row["turns"]
-        said = tuple(Utterance(Speaker.parse(turn["speaker"]), turn["text"]) for turn in turns)
-        json.dumps(turns, ensure_ascii=False).encode()  # half a character cannot be sent
+        utterances = tuple(Utterance(Speaker.parse(turn["speaker"]), turn["text"]) for turn in turns)
+        json.dumps(turns, ensure_ascii=False).encode()  # a lone surrogate cannot be sent
     except ValueError as error:
         raise InputError(f"{place}: {error}") from error
     except (KeyError, TypeError) as error:
         raise InputError(f"{place}: not of the form {{'id', 'turns': [{{'speaker', 'text'}}]}} ({error})") from error
-    if not all(isinstance(each.text, str) for each in said):
+    if not all(isinstance(each.text, str) for each in utterances):
         raise InputError(f"{place}, field text: not a text")
-    return RecordedCall(str(row.get("id") or digest(turns)[:16]), said)
+    return RecordedCall(str(row.get("id") or digest(turns)[:16]), utterances)
 
 
-async def build(
+async def build_csconv(
     calls: Sequence[RecordedCall],
     ask: AskFn,
     *,
@@ -147,50 +137,56 @@ async def build(
     duplicates: DuplicatesConfig,
     language: str,
     concurrency: int,
-    done: Callable[[CallOutcome], None] = lambda outcome: None,
+    on_outcome: Callable[[CallOutcome], None] = lambda outcome: None,
 ) -> list[CallOutcome]:
-    """Filter and rewrite calls, at most `concurrency` at a time; their outcomes in the order of the calls.
+    """Filter and rewrite calls, at most `concurrency` at a time; the outcomes are in the order of the calls.
 
-    `done` hears of each as it ends. Near-duplicates are looked for at the end, in the order of the calls, so that what
-    is kept does not depend on who answered first.
+    `on_outcome` is called for each call that ends. Near-duplicates are dropped last, in the order of the calls, so that
+    the result does not depend on timing.
 
     Raises:
-        AuthenticationError: the model's server does not serve this key; all else that fails is an outcome.
+        AuthenticationError: the model's server rejects the key; every other error becomes an outcome.
     """
-    places = asyncio.Semaphore(concurrency)
+    slots = asyncio.Semaphore(concurrency)
 
-    async def one(each: RecordedCall) -> CallOutcome:
-        async with places:
+    async def run(each: RecordedCall) -> CallOutcome:
+        async with slots:
             try:
-                outcome = await _build_one(each, ask, call, rewrite, language)
+                outcome = await _process_call(each, ask, call, rewrite, language)
             except AuthenticationError:
-                # Before this place is free, and the next call takes it.
+                # Before the next call takes this slot.
                 for task in tasks:
                     if task is not asyncio.current_task():
                         task.cancel()
                 raise
-        done(outcome)
+        on_outcome(outcome)
         return outcome
 
-    tasks = [asyncio.create_task(one(each)) for each in calls]
+    tasks = [asyncio.create_task(run(each)) for each in calls]
     try:
         outcomes = await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
     repeats = DuplicateFilter(duplicates)
-    return [_with_repeats(outcome, repeats) for outcome in outcomes]
+    return [
+        CallOutcome(each.id, (*each.verdicts, repeats.check(each.dialogue(""))), each.rewritten)
+        if each.accepted
+        else each
+        for each in outcomes
+    ]
 
 
-async def _build_one(
+async def _process_call(
     each: RecordedCall, ask: AskFn, call: CallConfig, rewrite: RewriteConfig, language: str
 ) -> CallOutcome:
-    verdicts, rewritten = check_call(each.utterances, call), None
+    verdicts, rewritten, merged = check_call(each.utterances, call), None, merge_turns(each.utterances)
     try:
         if verdicts[-1].keep:
-            verdicts.append(await check_call_manners(merge_turns(each.utterances), ask, language))
+            verdicts.append(await check_call_manners(merged, ask, language))
         if verdicts[-1].keep:
-            rewritten = strip_boilerplate(await _rewrite(each, ask, rewrite, language))
+            prompt = task_messages("rewrite", language, transcript=as_text(merged, language), config=rewrite)
+            rewritten = tuple((await ask("rewrite", prompt, RewrittenCall)).utterances())
             verdicts += check_rewrite(rewritten, rewrite)
             if verdicts[-1].keep:
                 verdicts.append(await check_quality(rewritten, ask, language))
@@ -198,108 +194,89 @@ async def _build_one(
         raise
     except LLMError as error:
         return CallOutcome(each.id, tuple(verdicts), failure=str(error))
-    return CallOutcome(each.id, tuple(verdicts), None if rewritten is None else tuple(rewritten))
-
-
-async def _rewrite(each: RecordedCall, ask: AskFn, config: RewriteConfig, language: str) -> list[Utterance]:
-    transcript = as_text(merge_turns(each.utterances), language)
-    answer = await ask("rewrite", messages("rewrite", language, transcript=transcript, config=config), RewrittenCall)
-    return _rewritten(answer)
-
-
-def _rewritten(answer: RewrittenCall) -> list[Utterance]:
-    return [Utterance(Speaker.parse(turn.speaker), turn.text, turn.strategy.strip()) for turn in answer.turns]
-
-
-def _with_repeats(outcome: CallOutcome, repeats: DuplicateFilter) -> CallOutcome:
-    if not outcome.accepted:
-        return outcome
-    verdicts = (*outcome.verdicts, repeats.check(outcome.dialogue("")))
-    return CallOutcome(outcome.id, verdicts, outcome.rewritten)
+    return CallOutcome(each.id, tuple(verdicts), rewritten)
 
 
 def ask_model(client: Client, seed: int, log: "AnswerLog") -> AskFn:
-    """Ask a model on a server, at temperature 0 unless its configuration says otherwise; requests go to the log."""
+    """Answers from a model on a server, by default at temperature 0; `log` records the requests."""
 
-    async def ask(task: str, prompt: list[dict[str, str]], form: type[Form]) -> Form:
-        answer = await ask_server(client, prompt, form, seed=seed, temperature=0.0, observe=log.observe)
+    async def ask(task: str, prompt: list[dict[str, str]], schema: type[Schema]) -> Schema:
+        answer = await ask_structured(client, prompt, schema, seed=seed, temperature=0.0, observe=log.record_attempt)
         return answer.value
 
     return ask
 
 
 def ask_mock(language: str) -> AskFn:
-    """Answers of ours about the bundled calls, in the place of a model's.
+    """Our own answers about the bundled calls, in the place of a model's.
 
     Raises:
-        InputError: (when asked) about anything else.
+        InputError: (when asked) about any other call.
     """
     script: dict[tuple[str, str], dict[str, Any]] = {}
-    answers = {row["id"]: row for row in map(json.loads, BUNDLED_ANSWERS.read_text(encoding="utf-8").splitlines())}
-    for each in read_calls(BUNDLED):
+    answers = {row["id"]: row for _, row in read_jsonl(BUNDLED_ANSWERS)}
+    for each in read_calls(BUNDLED_CALLS):
         row, text = answers.get(each.id, {}), as_text(merge_turns(each.utterances), language)
         script |= {(task, text): row[task] for task in ("call_check", "rewrite") if task in row}
         if "quality" in row:
-            rewritten = strip_boilerplate(_rewritten(RewrittenCall.model_validate(row["rewrite"])))
+            rewritten = RewrittenCall.model_validate(row["rewrite"]).utterances()
             script["quality", as_text(rewritten, language)] = row["quality"]
 
-    async def ask(task: str, prompt: list[dict[str, str]], form: type[Form]) -> Form:
+    async def ask(task: str, prompt: list[dict[str, str]], schema: type[Schema]) -> Schema:
         for (about, text), answer in script.items():
             if about == task and text in prompt[-1]["content"]:
-                return form.model_validate(answer)
-        raise InputError("llm=mock answers about the bundled calls only: choose a model, such as llm=vllm")
+                return schema.model_validate(answer)
+        raise InputError("llm=mock: answers about the bundled calls only; choose a model, such as llm=vllm")
 
     return ask
 
 
 class AnswerLog:
-    """Answers and requests in an append-only JSONL, each written as it comes: what was paid for once is kept.
+    """An append-only JSONL of answers and requests, so that no answer is paid for twice.
 
-    A last line that was cut off by the end of a process is dropped.
+    Attributes:
+        usage: `requests`, the `failed` ones among them, and their `prompt_tokens` and `completion_tokens`.
     """
 
     def __init__(self, path: str | os.PathLike):
-        """Read what an earlier process left.
+        """Read the rows of earlier processes; a torn last line is cut off.
 
         Raises:
             InputError: the file cannot be read or written.
         """
         self.usage = {"requests": 0, "failed": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        """Requests, those of them that failed, and the tokens of all."""
         self._answers: dict[str, Any] = {}
-        self._log = JsonlLog(path, ascii_only=True)  # an answer may hold what UTF-8 cannot
+        self._log = JsonlLog(path, ascii_only=True)  # an answer may hold a lone surrogate
         self._log.open()
         for row in self._log.read():
-            self._take(row)
+            self._count(row)
 
-    def first(self, ask: AskFn) -> AskFn:
-        """Ask only what has not been answered yet: the same task, prompt and form."""
+    def cached(self, ask: AskFn) -> AskFn:
+        """`ask` with a cache by task, prompt and schema."""
 
-        async def answered(task: str, prompt: list[dict[str, str]], form: type[Form]) -> Form:
-            key = digest([task, prompt, form.model_json_schema()])
+        async def answered(task: str, prompt: list[dict[str, str]], schema: type[Schema]) -> Schema:
+            key = digest([task, prompt, schema.model_json_schema()])
             if key not in self._answers:
-                answer = await ask(task, prompt, form)
+                answer = await ask(task, prompt, schema)
                 self._add({"key": key, "task": task, "answer": answer.model_dump()})
-            return form.model_validate(self._answers[key])
+            return schema.model_validate(self._answers[key])
 
         return answered
 
-    def observe(self, attempt: RequestAttempt) -> None:
-        """Note a request to a server, answered or not."""
-        self._add(
-            {"failure": attempt.kind, "prompt_tokens": attempt.prompt_tokens,
-             "completion_tokens": attempt.completion_tokens, "latency_s": round(attempt.latency_s, 3)}
-        )  # fmt: skip
+    def record_attempt(self, attempt: RequestAttempt) -> None:
+        """Record a request to a server, answered or not."""
+        tokens = {"prompt_tokens": attempt.prompt_tokens, "completion_tokens": attempt.completion_tokens}
+        self._add({"failure": attempt.kind, **tokens, "latency_s": round(attempt.latency_s, 3)})
 
     def _add(self, row: dict[str, Any]) -> None:
-        self._take(row)
+        self._count(row)
         self._log.append(row)
 
-    def _take(self, row: dict[str, Any]) -> None:
+    def _count(self, row: dict[str, Any]) -> None:
         if "key" in row:
             self._answers[row["key"]] = row["answer"]
         else:
             self.usage["requests"] += 1
             self.usage["failed"] += row["failure"] is not None
-            self.usage["prompt_tokens"] += row["prompt_tokens"]
-            self.usage["completion_tokens"] += row["completion_tokens"]
+            for name in ("prompt_tokens", "completion_tokens"):
+                self.usage[name] += row[name]

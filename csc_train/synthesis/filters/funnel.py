@@ -1,4 +1,4 @@
-"""How many conversations each rule dropped, and why."""
+"""The filter funnel: how many conversations each rule dropped, and why."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,16 +11,16 @@ from csc_train.synthesis.filters.rules import FilterVerdict
 
 
 def filter_funnel(conversations: Iterable[Sequence[FilterVerdict]], rules: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Counts by rule, in the order in which rules were applied.
+    """Counts by rule, in the order of application.
 
     A conversation counts for every rule up to the first that dropped it.
 
     Args:
-        conversations: of each, the verdicts in the order in which they were given.
-        rules: which rules there are, in order; those that nobody reached are listed as well.
+        conversations: the verdicts about each conversation, in order.
+        rules: all rules in order, so that rules which no conversation reached are listed as well.
 
     Returns:
-        A row per rule: `rule`, how many it `entered`, `dropped` and `kept`, and `reasons` with their counts.
+        A row per rule: `rule`, the counts `entered`, `dropped` and `kept`, and `reasons` with their counts.
     """
     entered: Counter[str] = Counter(dict.fromkeys(rules, 0))
     reasons: dict[str, Counter[str]] = {}
@@ -39,7 +39,7 @@ def filter_funnel(conversations: Iterable[Sequence[FilterVerdict]], rules: Seque
 
 
 def funnel_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The rows of `filter_funnel` for the terminal."""
+    """The rows of `filter_funnel` as a table for the terminal."""
     table = Table(title=title, box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("rule", no_wrap=True)
     for column in ("entered", "dropped", "kept"):

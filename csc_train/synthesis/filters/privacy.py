@@ -1,7 +1,7 @@
-"""Private data that was left in a text: phone numbers, identity card numbers, bank card numbers and e-mail addresses.
+"""Detection of private data in text: phone, identity card and bank card numbers, and e-mail addresses.
 
-Digits may be full-width, spoken as Chinese numerals (幺三八...), and parted by single spaces or hyphens. A number that
-is called an order number or the like, and an amount, are not private.
+Digits may be full-width, Chinese numerals (幺三八...), and separated by single spaces or hyphens. Amounts, and numbers
+that are called an order number or the like, are not private.
 """
 
 import datetime
@@ -9,20 +9,15 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-PLACEHOLDERS = (
-    "姓名", "手机号码", "身份证号", "银行卡号", "邮箱", "地址", "订单号", "日期", "金额", "公司名称", "工号",
-)  # fmt: skip
-"""What a text says, in square brackets, instead of private data."""
-
 _WIDE = str.maketrans("０１２３４５６７８９－＋．＠Ｘ", "0123456789-+.@X")
 _SPOKEN = re.compile("[〇零一二三四五六七八九幺]{7,}")
-"""Fewer numerals in a row are a number as people say it, such as 一五 of 一五一十."""
+"""Fewer numerals in a row are ordinary words, such as 一五 of 一五一十."""
 _NUMERALS = str.maketrans("〇零一二三四五六七八九幺", "001234567891")
 
 _CALLED = re.compile(r"(?:单|流水|交易|参考|序列|机身|合同|券|编)号(?:码)?(?:是|为)?\s*[:：#]?\s*$")
-"""What stands right before a number that is not private."""
+"""Text right before a number that is not private."""
 _AMOUNT = re.compile(r"\s*(?:元|块|万|亿|美元|积分|分|[.]\d)")
-"""What stands right after an amount."""
+"""Text right after an amount."""
 
 _PATTERNS = {
     "e-mail address": re.compile(r"(?<![\w.+-])\w[\w.+-]*@[a-z\d-]+(?:[.][a-z\d-]+)*[.][a-z]{2,}", re.ASCII | re.I),
@@ -33,19 +28,19 @@ _PATTERNS = {
         r"|(?<!\d)0(?:10|2\d|[3-9]\d\d)[ -]?[2-8]\d{2,3}[ -]?\d{4}(?!\d)"
     ),
 }
-"""What each kind looks like."""
+"""Pattern of each kind of private data."""
 
 
 class PrivateData(NamedTuple):
-    """Something private in a text, at the characters `start` up to `end`."""
+    """Private data in a text, at the characters `start` up to `end`."""
 
     kind: str
     start: int
     end: int
 
 
-def private_data(text: str) -> list[PrivateData]:
-    """The private data in a text, in its order. Kinds do not overlap."""
+def find_private_data(text: str) -> list[PrivateData]:
+    """The private data in a text, in order and without overlaps."""
     text = text.translate(_WIDE)
     text = _SPOKEN.sub(lambda run: run.group().translate(_NUMERALS), text)
     found = sorted(_found(text), key=lambda each: each.start)
@@ -66,7 +61,7 @@ def _found(text: str) -> Iterator[PrivateData]:
 
 
 def is_identity_card_number(number: str) -> bool:
-    """Whether 18 characters are an identity card number: a date of birth and the check digit of GB 11643-1999."""
+    """Whether 18 characters have the date of birth and the check digit of an identity card number (GB 11643-1999)."""
     if not re.fullmatch(r"[1-9][0-9]{16}[0-9Xx]", number):
         return False
     try:
@@ -78,7 +73,7 @@ def is_identity_card_number(number: str) -> bool:
 
 
 def is_bank_card_number(number: str) -> bool:
-    """Whether 13 to 19 digits are a payment card's number: an issuer's first digits and the check digit of Luhn."""
+    """Whether 13 to 19 digits have an issuer's first digits and the Luhn check digit of a payment card."""
     if not re.fullmatch(r"(?:[34569]|2[2-7])[0-9]{12,18}", number):
         return False
     doubled = [int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(number))]

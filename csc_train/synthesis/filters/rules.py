@@ -1,30 +1,30 @@
-"""Rules that keep or drop a conversation, and what they say about it.
+"""Filter rules that keep or drop a conversation by its form, and the near-duplicate filter.
 
-A rule looks at utterances, whatever they are, and answers with a `FilterVerdict`; it never raises. Thresholds are those of
-the paper where it has them.
+A rule takes utterances and returns a `FilterVerdict`; it never raises. Thresholds are the paper's, if it names them.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.dialogue import Dialogue, Speaker, has_surrogate
 from csc_train.data.near_duplicates import NearDuplicateIndex
 from csc_train.data.strategies import STRATEGIES, parse_strategy
-from csc_train.errors import InputError, check_range
-from csc_train.synthesis.filters.privacy import PLACEHOLDERS, private_data
+from csc_train.synthesis.config import CallConfig, DuplicatesConfig, RewriteConfig
+from csc_train.synthesis.filters.privacy import find_private_data
+from csc_train.synthesis.utterances import Utterance, merge_turns
 
-OPENING = 4
-"""Turns that are a dialogue's opening."""
+OPENING_TURNS = 4
+"""Turns of a dialogue's opening."""
 
 
 @dataclass(frozen=True)
 class FilterVerdict:
-    """What a rule says about a conversation.
+    """The decision of one rule about one conversation.
 
-    `reason` is the same for all that are dropped alike, so that it can be counted; `detail` is about this one.
+    Attributes:
+        reason: a category that can be counted; empty if the conversation is kept.
+        detail: facts about this conversation.
     """
 
     rule: str
@@ -33,124 +33,29 @@ class FilterVerdict:
     detail: str = ""
 
 
-class Utterance(NamedTuple):
-    """What somebody said, before it is known to be a turn of a dialogue; `label` is the strategy as it was written."""
-
-    speaker: Speaker
-    text: str
-    label: str = ""
-
-
-@dataclass
-class CallConfig:
-    """Which recorded calls are kept."""
-
-    min_rounds: int = 3
-    """Least number of rounds: a turn of each speaker, one answering the other."""
-    max_rounds: int = 30
-    """Most rounds."""
-    max_characters: int = 500
-    """Longest turn."""
-    customer_share: float = 0.5
-    """The customer has more turns than this share of the supporter's."""
-    short_characters: int = 3
-    """A customer's turn of up to so many characters is short."""
-    long_share: float = 0.7
-    """At least this share of the customer's turns is not short."""
-
-    def __post_init__(self):
-        check_range("call.min_rounds", self.min_rounds, 1)
-        check_range("call.max_rounds", self.max_rounds, self.min_rounds)
-        check_range("call.max_characters", self.max_characters, 1)
-        check_range("call.customer_share", self.customer_share, 0)
-        check_range("call.short_characters", self.short_characters, 0)
-        check_range("call.long_share", self.long_share, 0, 1)
-
-
-@dataclass
-class RewriteConfig:
-    """Which rewritten calls are kept."""
-
-    min_utterances: int = 10
-    """Fewest utterances."""
-    max_utterances: int = 50
-    """Most utterances."""
-    required_strategies: list[int] = field(default_factory=lambda: [1, 2, 11])
-    """Numbers of the strategies that occur at least once."""
-
-    def __post_init__(self):
-        check_range("rewrite.min_utterances", self.min_utterances, 1)
-        check_range("rewrite.max_utterances", self.max_utterances, self.min_utterances)
-        for number in self.required_strategies:
-            check_range("rewrite.required_strategies", number, 1, len(STRATEGIES))
-
-
-@dataclass
-class DuplicatesConfig:
-    """From which Jaccard similarity of character 5-grams on a dialogue repeats an earlier one; null does not look."""
-
-    dialogue: float | None = 0.8
-    """Of all turns."""
-    opening: float | None = 0.9
-    """Of the first two turns of each speaker."""
-    scenario: float | None = 0.8
-    """Of the scenarios, where dialogues have one."""
-
-    def __post_init__(self):
-        for name, threshold in vars(self).items():
-            if threshold is not None and not 0 < threshold <= 1:
-                raise InputError(f"duplicates.{name}={threshold}: must be above 0 and at most 1, or null")
-
-
-def utterances_of(dialogue: Dialogue) -> list[Utterance]:
-    """A dialogue's turns as rules look at them."""
-    return [Utterance(turn.speaker, turn.text, turn.strategy.label if turn.strategy else "") for turn in dialogue.turns]
-
-
-def turns_of(utterances: Sequence[Utterance]) -> tuple[Turn, ...]:
-    """The turns that utterances are once every rule of `check_rewrite` keeps them."""
-    return tuple(
-        Turn(each.speaker, each.text.strip(), parse_strategy(each.label) if each.speaker is Speaker.SUPPORTER else None)
-        for each in utterances
-    )
-
-
-def merge_turns(utterances: Sequence[Utterance]) -> list[Utterance]:
-    """Consecutive utterances of one speaker made one, parted by a space; empty ones are left out."""
-    merged: list[Utterance] = []
-    for each in utterances:
-        if not (text := each.text.strip()):
-            continue
-        if merged and merged[-1].speaker is each.speaker:
-            merged[-1] = merged[-1]._replace(text=f"{merged[-1].text} {text}")
-        else:
-            merged.append(each._replace(text=text))
-    return merged
-
-
 def check_call(utterances: Sequence[Utterance], config: CallConfig) -> list[FilterVerdict]:
-    """What the rules say about a recorded call, in their order, up to the first that drops it.
+    """The verdicts of the rules for recorded calls, in order, up to the first that drops the call.
 
-    The turns of the two speakers are compared as they were recorded: merged, they alternate, and no call of three
-    rounds could have half as many of the customer's. The other rules see merged turns.
+    Turn counts of the two speakers are compared before merging, because merged turns alternate. The other rules see
+    merged turns.
     """
     merged = merge_turns(utterances)
-    return _first_drop(
-        lambda: _rounds(merged, config),
-        lambda: _longest(merged, config),
-        lambda: _customer_share(utterances, config),
-        lambda: _long_share(merged, config),
+    return _until_dropped(
+        lambda: _between("rounds", "rounds", len(merged) // 2, config.min_rounds, config.max_rounds),
+        lambda: _turn_length(merged, config),
+        lambda: _customer_turns(utterances, config),
+        lambda: _customer_words(merged, config),
     )
 
 
 def check_rewrite(utterances: Sequence[Utterance], config: RewriteConfig) -> list[FilterVerdict]:
-    """What the rules say about a rewritten call, in their order, up to the first that drops it.
+    """The verdicts of the rules for rewritten calls, in order, up to the first that drops the call.
 
-    What they keep makes a `Dialogue`.
+    Utterances that pass make a valid `Dialogue`.
     """
-    return _first_drop(
+    return _until_dropped(
         lambda: _texts(utterances),
-        lambda: _utterances(utterances, config),
+        lambda: _between("utterances", "utterances", len(utterances), config.min_utterances, config.max_utterances),
         lambda: _alternation(utterances),
         lambda: _one_strategy(utterances),
         lambda: _known_strategies(utterances),
@@ -159,7 +64,7 @@ def check_rewrite(utterances: Sequence[Utterance], config: RewriteConfig) -> lis
     )
 
 
-def _first_drop(*rules: Callable[[], FilterVerdict]) -> list[FilterVerdict]:
+def _until_dropped(*rules: Callable[[], FilterVerdict]) -> list[FilterVerdict]:
     verdicts = []
     for rule in rules:
         verdicts.append(rule())
@@ -176,11 +81,7 @@ def _between(rule: str, unit: str, count: int, low: int, high: int) -> FilterVer
     return FilterVerdict(rule, True)
 
 
-def _rounds(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
-    return _between("rounds", "rounds", len(merged) // 2, config.min_rounds, config.max_rounds)
-
-
-def _longest(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
+def _turn_length(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
     longest = max((len(each.text) for each in merged), default=0)
     if longest > config.max_characters:
         reason = f"a turn of more than {config.max_characters} characters"
@@ -188,7 +89,7 @@ def _longest(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
     return FilterVerdict("turn length", True)
 
 
-def _customer_share(utterances: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
+def _customer_turns(utterances: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
     count = Counter(each.speaker for each in utterances if each.text.strip())
     customer, supporter = count[Speaker.CUSTOMER], count[Speaker.SUPPORTER]
     if customer > config.customer_share * supporter:
@@ -197,7 +98,7 @@ def _customer_share(utterances: Sequence[Utterance], config: CallConfig) -> Filt
     return FilterVerdict("customer's turns", False, reason, f"{customer} to {supporter}")
 
 
-def _long_share(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
+def _customer_words(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
     own = [each.text for each in merged if each.speaker is Speaker.CUSTOMER]
     long = sum(len(text) > config.short_characters for text in own)
     if own and long / len(own) >= config.long_share:
@@ -212,20 +113,15 @@ def _texts(utterances: Sequence[Utterance]) -> FilterVerdict:
     for number, each in enumerate(utterances, start=1):
         if not each.text.strip():
             return FilterVerdict("texts", False, "an empty text", f"turn {number}")
-        # What JSON can write and a file in UTF-8 cannot hold.
-        if any("\ud800" <= character <= "\udfff" for character in each.text + each.label):
-            return FilterVerdict("texts", False, "half a character", f"turn {number}")
+        if has_surrogate(each.text + each.label):
+            return FilterVerdict("texts", False, "a lone surrogate", f"turn {number}")
     return FilterVerdict("texts", True)
-
-
-def _utterances(utterances: Sequence[Utterance], config: RewriteConfig) -> FilterVerdict:
-    return _between("utterances", "utterances", len(utterances), config.min_utterances, config.max_utterances)
 
 
 def _alternation(utterances: Sequence[Utterance]) -> FilterVerdict:
     for number, each in enumerate(utterances, start=1):
         if each.speaker is not (Speaker.SUPPORTER if number % 2 else Speaker.CUSTOMER):
-            reason = "the supporter does not speak first" if number == 1 else "one speaker twice running"
+            reason = "the supporter does not speak first" if number == 1 else "one speaker twice in a row"
             return FilterVerdict("alternation", False, reason, f"turn {number}")
     return FilterVerdict("alternation", True)
 
@@ -245,8 +141,8 @@ def _known_strategies(utterances: Sequence[Utterance]) -> FilterVerdict:
 
 
 def _required_strategies(utterances: Sequence[Utterance], config: RewriteConfig) -> FilterVerdict:
-    there = {_strategy(each) for each in utterances if each.speaker is Speaker.SUPPORTER}
-    missing = [number for number in config.required_strategies if number not in there]
+    used = {_strategy(each) for each in utterances if each.speaker is Speaker.SUPPORTER}
+    missing = [number for number in config.required_strategies if number not in used]
     if missing:
         reason = f"without {STRATEGIES[missing[0] - 1].label}"
         return FilterVerdict("required strategies", False, reason, f"missing: {', '.join(map(str, missing))}")
@@ -261,65 +157,38 @@ def _strategy(utterance: Utterance) -> int | None:
 
 
 def check_private_data(utterances: Sequence[Utterance]) -> FilterVerdict:
-    """Whether no text holds a phone number, an identity card number, a bank card number or an e-mail address."""
+    """Drop a conversation with a phone, identity card or bank card number, or an e-mail address."""
     for number, each in enumerate(utterances, start=1):
-        if found := private_data(each.text):
-            # What was found is not repeated: a list of what was dropped is passed on more freely than the calls.
-            return FilterVerdict("private data", False, f"{_article(found[0].kind)} {found[0].kind}", f"turn {number}")
+        if found := find_private_data(each.text):
+            # The private data themselves are not repeated: lists of dropped calls are shared more freely than calls.
+            kind = found[0].kind
+            reason = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+            return FilterVerdict("private data", False, reason, f"turn {number}")
     return FilterVerdict("private data", True)
 
 
-def _article(noun: str) -> str:
-    return "an" if noun[0] in "aeiou" else "a"
-
-
-_BRACKETED = re.compile(r"\s*[（(【\[]([^（(【\[）)】\]]*)[）)】\]][。.!！]?\s*$")
-_NOTICE = re.compile(
-    "系统|提示|通话|挂断|挂机|结束|断开|会话|对话|录音|转接|评价|system|call|hang|hung|disconnect|ended", re.I
-)
-
-
-def strip_boilerplate(utterances: Sequence[Utterance]) -> list[Utterance]:
-    """The utterances without the system's notices at their end, such as `（通话结束）`.
-
-    A last turn that is nothing but brackets goes, and a bracketed notice at the end of the last turn; placeholders for
-    private data stay.
-    """
-    kept = list(utterances)
-    while kept and (match := _BRACKETED.search(kept[-1].text)):
-        content, before = match.group(1).strip(), kept[-1].text[: match.start()]
-        if content in PLACEHOLDERS or (before and not _NOTICE.search(content)):
-            break
-        kept.pop()
-        if before.strip():
-            kept.append(utterances[len(kept)]._replace(text=before))
-    return kept
-
-
-_PARTS = {"dialogue": "", "opening": "the opening of ", "scenario": "the scenario of "}
-
-
 class DuplicateFilter:
-    """Drops a dialogue whose text, opening or scenario nearly repeats that of one it has kept before.
+    """Drops a dialogue whose text, opening or scenario nearly repeats that of one it kept before.
 
-    Which one of two is kept depends on their order, so ask in an order that is always the same.
+    The result depends on the order of the dialogues, so check them in a fixed order.
     """
 
     def __init__(self, config: DuplicatesConfig, seed: int = 0):
-        looked_at = {part: threshold for part, threshold in vars(config).items() if threshold is not None}
-        self._seen = {part: NearDuplicateIndex(threshold, seed) for part, threshold in looked_at.items()}
-        self._kept: dict[str, list[str]] = {part: [] for part in looked_at}
+        thresholds = {part: threshold for part, threshold in vars(config).items() if threshold is not None}
+        self._indexes = {part: NearDuplicateIndex(threshold, seed) for part, threshold in thresholds.items()}
+        self._kept: dict[str, list[str]] = {part: [] for part in thresholds}
 
     def check(self, dialogue: Dialogue, scenario: str = "") -> FilterVerdict:
-        """Whether a dialogue repeats none of those before; it is remembered if so."""
-        opening = "\n".join(turn.text for turn in dialogue.turns[:OPENING])
+        """The verdict about a dialogue; one that is kept is added to the index."""
+        opening = "\n".join(turn.text for turn in dialogue.turns[:OPENING_TURNS])
         texts = {"scenario": scenario, "opening": opening, "dialogue": dialogue.text}
-        signed = {part: seen.minhash(texts[part]) for part, seen in self._seen.items() if texts[part]}
-        for part, text in signed.items():
-            for place, similarity in self._seen[part].matches(text):
-                detail = f"{similarity:.2f} like {self._kept[part][place]}"
-                return FilterVerdict("near-duplicates", False, f"repeats {_PARTS[part]}another", detail)
-        for part, text in signed.items():
-            self._seen[part].add(text)
+        hashed = {part: index.minhash(texts[part]) for part, index in self._indexes.items() if texts[part]}
+        for part, text in hashed.items():
+            for position, similarity in self._indexes[part].matches(text):
+                what = "another" if part == "dialogue" else f"the {part} of another"
+                detail = f"{similarity:.2f} like {self._kept[part][position]}"
+                return FilterVerdict("near-duplicates", False, f"repeats {what}", detail)
+        for part, text in hashed.items():
+            self._indexes[part].add(text)
             self._kept[part].append(dialogue.id)
         return FilterVerdict("near-duplicates", True)

@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from rich.table import Table
 
 from csc_train.llm.config import LLMConfig
-from csc_train.synthesis.config import BudgetConfig, SynthesisConfig
-from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig
-from csc_train.synthesis.filters.rules import DuplicatesConfig
+from csc_train.synthesis.config import BudgetConfig, DuplicatesConfig, RoleCSCheckConfig, SynthesisConfig
 from csc_train.synthesis.rolecs.backends import model_of
 from csc_train.synthesis.rolecs.mock_backend import MockBackend
 from csc_train.synthesis.rolecs.personas import make_profiles

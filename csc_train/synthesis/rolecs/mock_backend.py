@@ -19,7 +19,7 @@ from csc_train.data.dialogue import Turn
 from csc_train.data.sample_grammar import SAMPLE_SOURCE, SERVICE_PROBLEMS, ServiceProblem, write_turns
 from csc_train.errors import InputError
 from csc_train.llm.client import LLMError, RequestAttempt
-from csc_train.synthesis.filters.llm_checks import CRITERIA
+from csc_train.synthesis.config import CRITERIA
 from csc_train.synthesis.rolecs.backends import RoleCall
 from csc_train.synthesis.rolecs.personas import DialogueSlot
 

@@ -12,7 +12,7 @@ from csc_train.data.dialogue import Dialogue
 from csc_train.data.readers import write_dialogues
 from csc_train.files import write_json, write_text
 from csc_train.synthesis.filters.funnel import filter_funnel
-from csc_train.synthesis.filters.llm_checks import RoleCSPoints, agreement
+from csc_train.synthesis.filters.llm_checks import RoleCSPoints, panel_agreement
 from csc_train.synthesis.quality_report import quality_report, write_quality_report
 from csc_train.synthesis.rolecs.backends import Backend
 from csc_train.synthesis.rolecs.runner import RULES, Runner
@@ -79,5 +79,5 @@ def _account(runner: Runner, store: SynthesisStore, dialogues: Sequence[Dialogue
     progress = runner.progress
     places = {"target": progress.target, "accepted": progress.accepted, "empty": progress.empty}
     panels = [[RoleCSPoints.model_validate(points) for points in panel] for panel in store.panels()]
-    judged = {"agreement": agreement(panels)} if panels and len(panels[0]) > 1 else {}
+    judged = {"panel_agreement": panel_agreement(panels)} if panels and len(panels[0]) > 1 else {}
     return places | {"dialogues": store.counts(), **counted, **corrected} | judged

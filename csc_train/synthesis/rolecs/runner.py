@@ -22,15 +22,9 @@ from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.llm.client import AuthenticationError, LLMError, Message, RequestAttempt
 from csc_train.llm.config import LLMConfig
-from csc_train.synthesis.config import BudgetConfig, SynthesisConfig
-from csc_train.synthesis.filters.llm_checks import RoleCSCheckConfig, check_rolecs
-from csc_train.synthesis.filters.rules import (
-    DuplicateFilter,
-    DuplicatesConfig,
-    FilterVerdict,
-    check_private_data,
-    utterances_of,
-)
+from csc_train.synthesis.config import BudgetConfig, DuplicatesConfig, RoleCSCheckConfig, SynthesisConfig
+from csc_train.synthesis.filters.llm_checks import check_rolecs
+from csc_train.synthesis.filters.rules import DuplicateFilter, FilterVerdict, check_private_data
 from csc_train.synthesis.rolecs.backends import Backend, RoleCall, call_seed, model_of
 from csc_train.synthesis.rolecs.batch_api import PendingBatch
 from csc_train.synthesis.rolecs.engine import (
@@ -55,6 +49,7 @@ from csc_train.synthesis.rolecs.personas import (
 )
 from csc_train.synthesis.rolecs.roles import Prompts
 from csc_train.synthesis.rolecs.store import ACCEPTED, FAILED, FINISHED, REJECTED, SETTLED, SynthesisStore
+from csc_train.synthesis.utterances import utterances_of
 
 RULES = ("answers", "ended", "private data", "five criteria", "near-duplicates")
 """What a dialogue goes through, in order; the first two are whether every answer could be had, and an end was found."""

@@ -1,0 +1,82 @@
+"""Utterances: the turns of a conversation before it is checked to be a dialogue, and their text in prompts."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.strategies import parse_strategy
+
+PLACEHOLDERS = (
+    "姓名", "手机号码", "身份证号", "银行卡号", "邮箱", "地址", "订单号", "日期", "金额", "公司名称", "工号",
+)  # fmt: skip
+"""The words in square brackets that stand for private data."""
+SPEAKER_NAMES = {
+    "zh": {speaker: speaker.value for speaker in Speaker},
+    "en": {speaker: speaker.name.title() for speaker in Speaker},
+}
+_BRACKETED = re.compile(r"\s*[（(【\[]([^（(【\[）)】\]]*)[）)】\]][。.!！]?\s*$")
+_NOTICE = re.compile(
+    "系统|提示|通话|挂断|挂机|结束|断开|会话|对话|录音|转接|评价|system|call|hang|hung|disconnect|ended", re.I
+)
+
+
+class Utterance(NamedTuple):
+    """One utterance; `label` is its strategy as it was written, possibly unknown or empty."""
+
+    speaker: Speaker
+    text: str
+    label: str = ""
+
+
+def utterances_of(dialogue: Dialogue) -> list[Utterance]:
+    """The utterances of a dialogue."""
+    return [Utterance(turn.speaker, turn.text, turn.strategy.label if turn.strategy else "") for turn in dialogue.turns]
+
+
+def turns_of(utterances: Sequence[Utterance]) -> tuple[Turn, ...]:
+    """The turns of utterances that passed `filters.rules.check_rewrite`."""
+    return tuple(
+        Turn(each.speaker, each.text.strip(), parse_strategy(each.label) if each.speaker is Speaker.SUPPORTER else None)
+        for each in utterances
+    )
+
+
+def as_text(utterances: Sequence[Utterance], language: str) -> str:
+    """Utterances for a prompt: one line each, with the speaker and the label, if there is one."""
+    lines = []
+    for each in utterances:
+        label = f"[{each.label}]" if each.label else ""
+        # On one line, so that a text cannot imitate another speaker's turn.
+        lines.append(f"{SPEAKER_NAMES[language][each.speaker]}{label}: {' '.join(each.text.split())}")
+    return "\n".join(lines)
+
+
+def merge_turns(utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Join consecutive utterances of one speaker with a space; empty ones are removed."""
+    merged: list[Utterance] = []
+    for each in utterances:
+        if not (text := each.text.strip()):
+            continue
+        if merged and merged[-1].speaker is each.speaker:
+            merged[-1] = merged[-1]._replace(text=f"{merged[-1].text} {text}")
+        else:
+            merged.append(each._replace(text=text))
+    return merged
+
+
+def strip_boilerplate(utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Remove system notices such as `（通话结束）` from the end.
+
+    Removes last turns of nothing but brackets, and a bracketed notice at the end of the last turn. Placeholders for
+    private data stay.
+    """
+    kept = list(utterances)
+    while kept and (match := _BRACKETED.search(kept[-1].text)):
+        content, before = match.group(1).strip(), kept[-1].text[: match.start()]
+        if content in PLACEHOLDERS or (before and not _NOTICE.search(content)):
+            break
+        last = kept.pop()
+        if before.strip():
+            kept.append(last._replace(text=before))
+    return kept
