@@ -1,4 +1,4 @@
-"""Talk to a trained model, as the customer: in a terminal, or on a web page of this machine.
+"""Chat with a trained model as the customer: in a terminal, or on a web page of this machine.
 
 python recipes/chat.py checkpoint=runs/demo/model
 python recipes/chat.py checkpoint=runs/demo/model ui=web
@@ -11,25 +11,24 @@ from csc_train.config.compose import run_recipe
 def main(config: ChatConfig) -> None:
     # After the configuration is checked: these imports take seconds.
     if config.ui == "web":
-        from csc_train.chat.web import talk
+        from csc_train.chat.web import serve_page as chat
     else:
-        from csc_train.chat.terminal import talk
+        from csc_train.chat.terminal import run_terminal as chat
 
     from transformers.utils import logging
 
     from csc_train.inference.config import InferenceConfig
-    from csc_train.inference.hf import load_generator, open_final_model
+    from csc_train.inference.hf import load_final_model
     from csc_train.runs.distributed import require_single_process
 
     require_single_process("chat")
     logging.disable_progress_bar()
 
     # Model
-    template, _ = open_final_model(config.checkpoint)
-    generator = load_generator(config.checkpoint, template, InferenceConfig(dtype=config.dtype))
+    generator = load_final_model(config.checkpoint, InferenceConfig(dtype=config.dtype))
 
     # Conversation
-    talk(generator, config)
+    chat(generator, config)
 
 
 if __name__ == "__main__":

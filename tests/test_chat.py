@@ -97,7 +97,10 @@ def generated(generator, prompt, most):
 def rough(answers):
     """Answers for a comparison: what is computed behind another part of a cache differs in the last digits."""
     return [
-        replace(answer, likeliest=tuple((each, pytest.approx(share, abs=1e-4)) for each, share in answer.likeliest))
+        replace(
+            answer,
+            top_strategies=tuple((each, pytest.approx(share, abs=1e-4)) for each, share in answer.top_strategies),
+        )
         for answer in answers
     ]
 
@@ -117,11 +120,11 @@ def test_replies_and_likelihoods_are_those_of_an_evaluation_in_generated_context
         expected = generate_predictions([dialogue], generator, "generated")
         for answer, own in zip(answers, expected, strict=True):
             assert (answer.strategy and answer.strategy.number, answer.response) == (own.strategy, own.response)
-            assert answer.ids == own.token_ids and not answer.forced
+            assert answer.token_ids == own.token_ids and not answer.forced
             shares = torch.tensor(own.label_log_likelihoods).softmax(0)
             likeliest = sorted(STRATEGIES, key=lambda each: -shares[each.number - 1])[:3]
-            assert [strategy for strategy, _ in answer.likeliest] == likeliest
-            for strategy, share in answer.likeliest:
+            assert [strategy for strategy, _ in answer.top_strategies] == likeliest
+            for strategy, share in answer.top_strategies:
                 assert share == pytest.approx(shares[strategy.number - 1].item(), abs=1e-3)
         if dialogue is TAUGHT:
             assert turns_of(conversation) == TAUGHT.turns
@@ -138,9 +141,9 @@ def test_a_reply_grows_by_whole_characters_without_its_label(generator):
     strategies = [answer.strategy for answer in answers]
     assert strategies[0] is None and set(strategies) == {None, EMOTION}
     assert strategies[texts.index("非")] is EMOTION
-    assert all(answer.likeliest == answers[0].likeliest != () for answer in answers)
+    assert all(answer.top_strategies == answers[0].top_strategies != () for answer in answers)
     # Characters of several tokens are in this reply, so the above could have gone wrong.
-    decoded = [generator.template.tokenizer.decode(answer.ids) for answer in answers]
+    decoded = [generator.template.tokenizer.decode(answer.token_ids) for answer in answers]
     assert any(text.endswith("\N{REPLACEMENT CHARACTER}") for text in decoded)
 
 
@@ -154,10 +157,10 @@ def test_a_forced_strategy_is_what_the_reply_continues(generator):
         prompt = generator.template.prompt_ids(TAUGHT.turns[:2], strategy)
         continued = generated(generator, prompt, LIMIT)
         label = generator.template.label_ids[strategy.number]
-        assert answer.ids == (*label, *continued) and answer.ids != chosen.ids
+        assert answer.token_ids == (*label, *continued) and answer.token_ids != chosen.token_ids
         assert answer.response == generator.template.tokenizer.decode(continued).strip()
         assert (answer.strategy, answer.forced) == (strategy, True)
-        assert [answer.likeliest] == [each.likeliest for each in rough([chosen])]
+        assert [answer.top_strategies] == [each.top_strategies for each in rough([chosen])]
         conversation.undo()
     assert [last(conversation.reply(FIRST.text))] == rough([chosen])
 
@@ -173,10 +176,10 @@ def test_what_is_taken_back_leaves_no_trace(generator):
     conversation.restart()
     assert talk(conversation, FIRST.text, SECOND.text) == expected
     conversation.restart()
-    with pytest.raises(InputError, match=r"^there is nothing to take back$"):
+    with pytest.raises(InputError, match=r"^nothing to undo: there is no customer message$"):
         conversation.undo()
     talk(conversation)
-    with pytest.raises(InputError, match=r"^there is nothing to take back$"):
+    with pytest.raises(InputError, match=r"^nothing to undo: there is no customer message$"):
         conversation.undo()
     assert turns_of(conversation) == TAUGHT.turns[:1]
 
@@ -196,7 +199,7 @@ def test_a_stopped_reply_stays_as_far_as_it_was_heard(generator):
     conversation.undo()
     answers = conversation.reply(SECOND.text)
     for answer in answers:
-        if answer.ids == heard.ids:
+        if answer.token_ids == heard.token_ids:
             answers.close()
     assert [last(conversation.reply("好"))] == rough([after])
     # Of a reply of which nothing was heard nothing stays.
@@ -229,7 +232,7 @@ def test_after_a_failure_the_conversation_goes_on(generator, monkeypatch):
 def test_sampling(generator):
     def sampled(seed, **options):
         torch.manual_seed(seed)
-        return [answer.ids for answer in talk(begin(generator, **options), FIRST.text)]
+        return [answer.token_ids for answer in talk(begin(generator, **options), FIRST.text)]
 
     greedy = sampled(0)
     assert sampled(0, temperature=5.0, top_p=0.01) == greedy
@@ -247,7 +250,7 @@ def test_a_model_that_chooses_no_strategies(mode):
     conversation = begin(generator, max_new_tokens=20)
     answers = talk(conversation)
     wrong, right, message = {
-        "given": (None, EMOTION, "choose one for each reply"),
+        "given": (None, EMOTION, "needs a strategy for each reply"),
         "reply_only": (EMOTION, None, "none can be chosen"),
     }[mode]
     with pytest.raises(InputError, match=message):
@@ -255,27 +258,29 @@ def test_a_model_that_chooses_no_strategies(mode):
     assert len(conversation.turns) == 1
     answers.append(last(conversation.reply(FIRST.text, right)))
     strategies = [STRATEGIES[0], EMOTION] if mode == "given" else [None, None]
-    histories = [], [answers[0].ids, FIRST]
+    histories = [], [answers[0].token_ids, FIRST]
     for answer, strategy, history in zip(answers, strategies, histories, strict=True):
         label = generator.template.label_ids[strategy.number] if strategy else []
-        assert answer.ids == (*label, *generated(generator, generator.template.prompt_ids(history, strategy), 20))
-        assert (answer.strategy, answer.forced, answer.likeliest) == (strategy, bool(strategy), ())
+        assert answer.token_ids == (*label, *generated(generator, generator.template.prompt_ids(history, strategy), 20))
+        assert (answer.strategy, answer.forced, answer.top_strategies) == (strategy, bool(strategy), ())
     assert [turn.strategy for turn in turns_of(conversation)[::2]] == [strategy or OTHERS for strategy in strategies]
 
 
 def test_what_cannot_be_said(generator):
     conversation = begin(generator)
-    with pytest.raises(InputError, match=r"^the supporter speaks first: start again$"):
+    with pytest.raises(InputError, match=r"^the supporter speaks first: restart the conversation$"):
         last(conversation.reply("喂"))
-    with pytest.raises(InputError, match=r"^nothing was said yet$"):
+    with pytest.raises(InputError, match=r"^the conversation is empty$"):
         conversation.save("x.jsonl")
     talk(conversation)
-    with pytest.raises(InputError, match=r"^it is the customer's turn$"):
+    with pytest.raises(InputError, match=r"^it is the customer's turn: write a message$"):
         last(conversation.reply())
-    with pytest.raises(InputError, match=r"^say something$"):
+    with pytest.raises(InputError, match=r"^the message is empty: write something$"):
         last(conversation.reply(" \n"))
     most = generator.model.config.max_position_embeddings
-    with pytest.raises(InputError, match=rf"^the conversation is \d+ tokens long, .* longer than the {most} that"):
+    with pytest.raises(
+        InputError, match=rf"^the conversation has \d+ tokens; .* exceeds the model\'s context of {most}: "
+    ):
         last(conversation.reply("很长" * most))
     assert turns_of(conversation) == TAUGHT.turns[:1]
     last(conversation.reply(" lone \udc80 surrogate\n"))
@@ -294,7 +299,7 @@ def test_a_saved_conversation_reads_back_and_nothing_else_is_overwritten(generat
     assert dialogue.turns == TAUGHT.turns
     conversation.restart()
     talk(conversation)
-    with pytest.raises(InputError, match=r"^.*dialogue\.jsonl exists: choose another file$"):
+    with pytest.raises(InputError, match=r"^.*dialogue\.jsonl: exists: choose another file$"):
         conversation.save(file)
     with pytest.raises(InputError, match=r"dialogue\.txt: dialogues are written as"):
         conversation.save(tmp_path / "dialogue.txt")
@@ -319,7 +324,7 @@ def test_a_wrong_setting_is_refused(override, message):
 
 
 def test_what_does_not_fit_the_page_is_refused():
-    with pytest.raises(InputError, match=r"^save=x\.jsonl: the page has a button to save; leave it out with ui=web$"):
+    with pytest.raises(InputError, match=r"^save=x\.jsonl: not available with ui=web: use the page's save link$"):
         compose("chat", ["checkpoint=x", "ui=web", "save=x.jsonl"])
     with pytest.raises(InputError, match=r"^checkpoint is required: give checkpoint=\.\.\.$"):
         compose("chat", [])
@@ -355,17 +360,17 @@ def test_commands_through_a_pipe(generator, monkeypatch, capsys, tmp_path):
     first, emotion, forced, undo, listed, unknown, command, unnamed, helped = parts[1::2]
     assert head.startswith("客服 [礼貌问候]   礼貌问候 ") and head.endswith(f"%\n{GREETING.text}\n\n")
     assert re.fullmatch(rf"\n客服 \[情感管理\](   .* \d+%){{1}}\n{SORRY.text}\n\n", first)
-    assert emotion == "\nthe next reply: 策略5 情感管理\n\n"
+    assert emotion == "\nstrategy of the next reply: 策略5 情感管理\n\n"
     assert f"客户 [情感管理]> {SECOND.text}" in output
     assert forced.startswith("\n客服 [情感管理] forced   解决实施 ")
-    assert undo == f"\ntaken back: {SECOND.text}\n\n"
+    assert undo == f"\nremoved: {SECOND.text}\n\n"
     assert all(f"{each.zh}  " in listed and each.en in listed for each in STRATEGIES)
     assert unknown == "\nunknown strategy '情感'. Did you mean '情感管理'? /strategy lists them\n\n"
     assert command == "\n/savee: no such command. Did you mean '/save'? /help lists them\n\n"
-    assert unnamed == "\n/save FILE: say which file, such as dialogue.jsonl\n\n"
+    assert unnamed == "\n/save FILE: the file name is missing: give one, such as dialogue.jsonl\n\n"
     assert "/restart" in helped
     assert [each.turns for each in read_dialogues(kept)] == [TAUGHT.turns[:3]]
-    with pytest.raises(InputError, match="there is such a file already"):
+    with pytest.raises(InputError, match="the file exists"):
         Terminal(conversation, str(kept))
 
 
@@ -380,7 +385,7 @@ def test_every_conversation_of_a_session_is_kept(generator, monkeypatch, capsys,
 def test_a_text_cannot_take_over_the_terminal(generator, monkeypatch, capsys):
     output = piped(begin(generator), monkeypatch, capsys, [FIRST.text, SECOND.text, "红\x1b[31m[red]\x07", "/undo"])
     assert SHOWN in output
-    assert "taken back: 红\N{REPLACEMENT CHARACTER}[31m[red]\N{REPLACEMENT CHARACTER}\n" in output
+    assert "removed: 红\N{REPLACEMENT CHARACTER}[31m[red]\N{REPLACEMENT CHARACTER}\n" in output
     assert "\x1b" not in output and "\x07" not in output
 
 
@@ -406,7 +411,7 @@ def test_an_interrupt_stops_the_reply_not_the_program(generator, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is handler
     (heard,) = re.findall(r"\n(请稍等.*)\n", output.getvalue())
     assert SHOWN.startswith(heard) and "，正在查询，" in heard and len(heard) < len(SHOWN) / 2
-    assert f"taken back: {SECOND.text}\n" in output.getvalue()
+    assert f"removed: {SECOND.text}\n" in output.getvalue()
 
 
 class Screen:
@@ -477,9 +482,9 @@ def test_a_terminal(checkpoint, tmp_path):
         screen.read("half a line")
         screen.rest()
         screen.type("\x03")
-        screen.read("Ctrl-D or /quit ends\n\n客户> ")
+        screen.read("Ctrl-D or /quit quits\n\n客户> ")
         screen.type("/undo\n")
-        screen.read(f"taken back: {SECOND.text}\n\n客户> ")
+        screen.read(f"removed: {SECOND.text}\n\n客户> ")
         screen.type("/strategy 信息传达\n")
         screen.read("客户 [信息传达]> ")
         screen.type("查到了吗？\n")
@@ -593,7 +598,7 @@ def converse(browser, address, folder):
     tab.get_by_role("button", name="Restart").click()
     assert supporter(1)[:2] == ("礼貌问候", GREETING.text)
     tab.get_by_role("button", name="Undo").click()
-    tab.get_by_text("there is nothing to take back").wait_for()
+    tab.get_by_text("nothing to undo: there is no customer message").wait_for()
 
     assert errors == []
     assert requested and [url for url in requested if not url.startswith(f"{address}/")] == []

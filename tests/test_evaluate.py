@@ -133,7 +133,7 @@ def test_what_was_lost_of_a_finished_run_is_found_out_and_predicted_again(workpl
         file.write_text(file.read_text("utf-8").replace("runs/whole", "runs/lost"), "utf-8")
     path = directory / "predictions" / FILE.format("reference")
     path.write_bytes(b"".join(whole["reference"].splitlines(keepends=True)[:-3])[:-9])
-    with pytest.raises(InputError, match=r"trained, reference context lacks 4 of .* run=runs/lost resume=true$"):
+    with pytest.raises(InputError, match=r"trained, reference context: 4 of .* run=runs/lost resume=true$"):
         recipe().main(compose("evaluate", ["run=runs/lost", "score_only=True"]))
     recipe().main(compose("evaluate", ["run=runs/lost", "resume=true"]))
     assert answers["asked"] == 4

@@ -1,1 +1,1 @@
-"""Talking to a trained model, in a terminal or on a web page."""
+"""Chat with a trained model as the customer, in a terminal or on a web page."""

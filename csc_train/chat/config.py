@@ -1,4 +1,4 @@
-"""What a user may choose about talking to a model."""
+"""Settings of recipes/chat.py."""
 
 from dataclasses import dataclass
 
@@ -12,26 +12,26 @@ USER_INTERFACES = ("terminal", "web")
 
 @dataclass
 class ChatConfig:
-    """Configuration of recipes/chat.py."""
+    """Settings of a chat with a trained model."""
 
     checkpoint: str = MISSING
     """The directory of a checkpoint, as recipes/sft.py or recipes/export.py wrote it."""
     ui: str = "terminal"
-    """terminal, or web: a page that this machine alone can open (see `host`)."""
+    """User interface: terminal, or web for a page that only this machine can open (see `host`)."""
     temperature: float = 0.0
-    """0 takes the likeliest token, as recipes/evaluate.py does; above it tokens are drawn."""
+    """Sampling temperature. 0 selects greedy decoding, as recipes/evaluate.py does."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that have this share of the probability together."""
+    """Nucleus sampling: sample from the likeliest tokens that reach this probability together."""
     max_new_tokens: int = 256
-    """The longest reply, strategy included."""
+    """Maximum tokens of a reply, strategy included."""
     dtype: str = "auto"
-    """auto: as the checkpoint is stored. Or bf16, fp32."""
+    """Precision of the weights: auto (as saved), bf16 or fp32."""
     save: str | None = None
-    """Terminal: a new dialogue file that is kept up to date from turn to turn."""
+    """Terminal: a new dialogue file, updated after each turn."""
     host: str = "127.0.0.1"
-    """Web: the address to listen on. Anyone who reaches it can use the page."""
+    """Web: the address to listen on. Anyone who can reach it can use the page."""
     port: int = 7860
-    """Web: the first port to try; the next free one is taken."""
+    """Web: the first port to try; if it is in use, the next free one."""
 
     def __post_init__(self):
         check_choice("ui", self.ui, USER_INTERFACES)
@@ -41,4 +41,4 @@ class ChatConfig:
         check_choice("dtype", self.dtype, DTYPES)
         check_range("port", self.port, 1, 65535)
         if self.save is not None and self.ui == "web":
-            raise InputError(f"save={self.save}: the page has a button to save; leave it out with ui=web")
+            raise InputError(f"save={self.save}: not available with ui=web: use the page's save link")

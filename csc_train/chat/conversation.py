@@ -1,6 +1,5 @@
-"""A conversation with a model: the supporter speaks first, then the customer and the supporter in turns."""
+"""The state of a chat: turns, key-value cache, and the model's replies as they grow."""
 
-import itertools
 import os
 import uuid
 from collections.abc import Iterator
@@ -16,133 +15,132 @@ from csc_train.data.readers import write_dialogues
 from csc_train.data.strategies import GREETING, OTHERS, STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.inference.hf import HFGenerator
+from csc_train.inference.kv_cache import common_prefix_length
 from csc_train.template.likelihood import cached_log_likelihoods
 from csc_train.template.reply import Reply
 
 NUM_ALTERNATIVES = 3
-"""How many strategies are shown with their probabilities."""
+"""Strategies shown with their probabilities."""
 
 
 @dataclass(frozen=True)
 class ChatReply:
-    """What the supporter says at a turn, as far as it is known.
+    """A supporter's turn, complete or still growing.
 
     Attributes:
-        strategy: None where it is not known yet, and where the reply names none.
+        strategy: None if the reply names none, or not yet.
         response: the reply without its strategy.
-        likeliest: strategies and their probabilities among the 12, the likeliest first; empty where the model chooses
-            none.
-        forced: whether the strategy was handed in.
-        ids: the turn in later prompts, without header and end.
+        top_strategies: the likeliest strategies with their probabilities; empty if the model chooses none.
+        forced: whether the user chose the strategy.
+        token_ids: tokens of the turn, without header and end.
     """
 
     strategy: Strategy | None
     response: str
-    likeliest: tuple[tuple[Strategy, float], ...]
+    top_strategies: tuple[tuple[Strategy, float], ...]
     forced: bool
-    ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
 
 
 class Conversation:
-    """What was said so far, and the model's cache of it.
+    """A chat that the supporter opens; customer and supporter then take turns.
 
-    The same texts get the same replies as in an evaluation in generated context, as long as no strategy is forced and
-    the temperature is 0.
+    At temperature 0 and without forced strategies, replies equal those of an evaluation in generated context.
 
     Attributes:
-        turns: an Answer and a customer's text in turns, an Answer first. Whoever lets the model speak reads them only
-            after it has ended.
-        template: through which the model talks.
+        turns: supporter turns (`ChatReply`) and customer turns (`str`), alternating. Read them between replies only.
+        template: the model's dialogue template.
     """
 
     def __init__(self, generator: HFGenerator, config: ChatConfig):
         self.turns: list[ChatReply | str] = []
         self.template = generator.template
-        self._model = generator.model
-        self._stops = generator.stop_ids
+        self._generator, self._model = generator, generator.model
         self._config = config
-        self._warpers = LogitsProcessorList([TopPLogitsWarper(config.top_p)])
+        self._samplers = LogitsProcessorList([TopPLogitsWarper(config.top_p)])
         if config.temperature > 0:
-            self._warpers.insert(0, TemperatureLogitsWarper(config.temperature))
+            self._samplers.insert(0, TemperatureLogitsWarper(config.temperature))
         self._cache = DynamicCache()
-        self._cached: list[int] = []
-        self._stopping = False
+        self._cached_ids: list[int] = []
+        self._stopped = False
         self._id = _new_id()
         self._saved: set[Path] = set()
 
     @torch.inference_mode()
-    def reply(self, said: str | None = None, strategy: Strategy | None = None) -> Iterator[ChatReply]:
-        """Let the supporter speak, and hear the reply grow; each response begins with the one before.
+    def reply(self, message: str | None = None, strategy: Strategy | None = None) -> Iterator[ChatReply]:
+        """Yield the supporter's reply as it grows.
 
-        When the iterator ends, is closed or fails, what was heard stays in the conversation. If that is nothing, what
-        the customer said is taken back as well.
+        When the iterator ends, is closed or fails, the reply so far becomes a turn. If it is empty, the customer's
+        message is removed too.
 
         Args:
-            said: by the customer; None where the supporter opens the conversation.
-            strategy: to reply with, instead of the one that the model would choose. A model that was trained with
-                strategies handed in opens with the greeting, and needs one for every other reply.
+            message: the customer's message; None opens the conversation.
+            strategy: strategy to reply with; None lets the model choose. A model of mode `given` needs one for every
+                reply but the opening, which is a greeting.
 
         Raises:
-            InputError: it is not the supporter's turn, nothing was said, the strategy does not fit the mode in which
-                the model was trained, or the conversation is longer than the model can read.
+            InputError: it is not the supporter's turn, the message is empty, the strategy does not fit the model's
+                mode, or the conversation is longer than the model's context.
         """
-        if self.template.config.mode == "given" and said is None:
+        mode = self.template.config.mode
+        if mode == "given" and message is None:
             strategy = strategy or GREETING
-        self._check_strategy(strategy)
-        self._hear(said)
-        heard = ChatReply(strategy, "", (), strategy is not None, ())
+        if mode == "given" and strategy is None:
+            raise InputError("this model needs a strategy for each reply: choose one")
+        if mode == "reply_only" and strategy is not None:
+            raise InputError("this model was trained without strategies: none can be chosen")
+        self._add_message(message)
+        reply = ChatReply(strategy, "", (), strategy is not None, ())
         try:
             prompt = self._prompt()
-            handed_in = self._prompt(strategy)[len(prompt) :]
+            strategy_ids = self._prompt(strategy)[len(prompt) :]
             self._check_length(len(prompt))
-            self._stopping = False
-            logits = self._reach(prompt)
-            if self.template.config.mode == "joint":
-                heard = replace(heard, likeliest=self._likeliest(logits))
-            if handed_in:
-                logits = self._feed(handed_in)
-            yield heard
-            for ids, whole in self._generate(logits):
-                reply = self._read(ids, strategy, whole)
-                heard = replace(heard, strategy=reply.strategy, response=reply.response, ids=(*handed_in, *ids))
-                yield heard
+            self._stopped = False
+            logits = self._prefill(prompt)
+            if mode == "joint":
+                reply = replace(reply, top_strategies=self._top_strategies(logits))
+            if strategy_ids:
+                logits = self._forward(strategy_ids)
+            yield reply
+            for ids, complete in self._generate(logits):
+                text = self._parse(ids, strategy, complete)
+                reply = replace(reply, strategy=text.strategy, response=text.response, token_ids=(*strategy_ids, *ids))
+                yield reply
         finally:
-            if heard.response:
-                self.turns.append(heard)
-            elif said is not None:
+            if reply.response:
+                self.turns.append(reply)
+            elif message is not None:
                 self.turns.pop()
 
     def stop(self) -> None:
-        """End the reply that is being made at its next token. May be called from a signal handler or a thread."""
-        self._stopping = True
+        """End the current reply at its next token. Safe in signal handlers and other threads."""
+        self._stopped = True
 
     def undo(self) -> str:
-        """Take back the last reply and what the customer said before it; returns that.
-
-        What the cache holds of them is dropped when the model speaks next.
+        """Remove the last reply and the customer's message before it; return that message.
 
         Raises:
-            InputError: the customer has said nothing.
+            InputError: there is no customer message.
         """
         if len(self.turns) < 2:
-            raise InputError("there is nothing to take back")
-        *self.turns, said, _ = self.turns
-        return said
+            raise InputError("nothing to undo: there is no customer message")
+        *self.turns, message, _ = self.turns
+        return message
 
     def restart(self) -> None:
-        """Begin a new conversation."""
+        """Start a new conversation."""
         self.turns = []
         self._id = _new_id()
         self._saved = set()
 
     def dialogue(self) -> Dialogue:
-        """The conversation so far. A reply that names no strategy has `其它`, since a dialogue needs one.
+        """The conversation so far. A reply without a strategy gets `其它`, since a dialogue needs one.
 
         Raises:
-            InputError: nothing was said.
+            InputError: the conversation is empty.
         """
         if not self.turns:
-            raise InputError("nothing was said yet")
+            raise InputError("the conversation is empty")
         turns = [
             Turn(Speaker.CUSTOMER, turn)
             if isinstance(turn, str)
@@ -152,97 +150,88 @@ class Conversation:
         return Dialogue(self._id, tuple(turns), "chat", {"checkpoint": self._model.name_or_path})
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the conversation to a `.jsonl` or `.parquet` dialogue file; a later state of it may take its place.
+        """Write the conversation to a `.jsonl` or `.parquet` file; only its own earlier file is overwritten.
 
         Raises:
-            InputError: nothing was said, there is such a file already, or it cannot be written.
+            InputError: the conversation is empty, the file exists, or it cannot be written.
         """
-        dialogue, path = self.dialogue(), Path(path)
-        if path.resolve() not in self._saved and path.exists():
-            raise InputError(f"{path} exists: choose another file")
+        dialogue, path = self.dialogue(), Path(path).resolve()
+        if path not in self._saved and path.exists():
+            raise InputError(f"{path}: exists: choose another file")
         write_dialogues(path, [dialogue])
-        self._saved.add(path.resolve())
+        self._saved.add(path)
 
-    def _check_strategy(self, strategy: Strategy | None) -> None:
-        mode = self.template.config.mode
-        if mode == "given" and strategy is None:
-            raise InputError("this model was trained with strategies handed in: choose one for each reply")
-        if mode == "reply_only" and strategy is not None:
-            raise InputError("this model was trained without strategies: none can be chosen")
-
-    def _hear(self, said: str | None) -> None:
-        if said is None:
+    def _add_message(self, message: str | None) -> None:
+        if message is None:
             if self.turns:
-                raise InputError("it is the customer's turn")
+                raise InputError("it is the customer's turn: write a message")
             return
         if not self.turns:
-            raise InputError("the supporter speaks first: start again")
-        text = said.encode(errors="replace").decode().strip()  # a terminal and a browser may send lone surrogates
+            raise InputError("the supporter speaks first: restart the conversation")
+        text = message.encode(errors="replace").decode().strip()  # a terminal and a browser may send lone surrogates
         if not text:
-            raise InputError("say something")
+            raise InputError("the message is empty: write something")
         self.turns.append(text)
 
     def _prompt(self, strategy: Strategy | None = None) -> list[int]:
-        history = [Turn(Speaker.CUSTOMER, turn) if isinstance(turn, str) else turn.ids for turn in self.turns]
+        history = [Turn(Speaker.CUSTOMER, turn) if isinstance(turn, str) else turn.token_ids for turn in self.turns]
         return self.template.prompt_ids(history, strategy)
 
     def _check_length(self, length: int) -> None:
-        most = getattr(self._model.config, "max_position_embeddings", None)
-        if most is not None and length + self._config.max_new_tokens > most:
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        if limit is not None and length + self._config.max_new_tokens > limit:
             raise InputError(
-                f"the conversation is {length} tokens long, and with a reply of {self._config.max_new_tokens} "
-                f"longer than the {most} that the model reads: take something back, or start again"
+                f"the conversation has {length} tokens; with a reply of {self._config.max_new_tokens} it exceeds the "
+                f"model's context of {limit}: undo a turn or restart"
             )
 
-    def _reach(self, prompt: list[int]) -> torch.Tensor:
-        """Make the cache hold a prompt; what they have in common is kept. Returns the logits, [vocabulary]."""
-        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._cached, prompt, strict=False))
-        kept = min(sum(1 for _ in pairs), len(prompt) - 1)  # the last token is always computed, for its logits
+    def _prefill(self, prompt: list[int]) -> torch.Tensor:
+        """Bring the cache to a prompt, reusing their common prefix. Returns the next token's logits, [vocabulary]."""
+        # The last token is always computed, for its logits.
+        kept = min(common_prefix_length(self._cached_ids, prompt), len(prompt) - 1)
         if kept:
-            self._cache.crop(kept - len(self._cached))
+            self._cache.crop(kept - len(self._cached_ids))
         else:
             self._cache = DynamicCache()
-        self._cached = self._cached[:kept]
-        return self._feed(prompt[kept:])
+        self._cached_ids = self._cached_ids[:kept]
+        return self._forward(prompt[kept:])
 
-    def _feed(self, ids: list[int]) -> torch.Tensor:
-        """Append ids to the cache. Returns the logits behind them, [vocabulary]."""
-        cached, self._cached = self._cached, []  # where the model fails, nothing is known of the cache
+    def _forward(self, ids: list[int]) -> torch.Tensor:
+        """Append tokens to the cache. Returns the next token's logits, [vocabulary]."""
+        cached, self._cached_ids = self._cached_ids, []  # if the model fails, the cache's content is unknown
         input_ids = torch.tensor([ids], device=self._model.device)
         logits = self._model(input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-        self._cached = cached + ids
+        self._cached_ids = cached + ids
         return logits
 
-    def _likeliest(self, logits: torch.Tensor) -> tuple[tuple[Strategy, float], ...]:
+    def _top_strategies(self, logits: torch.Tensor) -> tuple[tuple[Strategy, float], ...]:
         likelihoods = cached_log_likelihoods(self._model, self.template, self._cache, logits)
         values, order = likelihoods.softmax(0).topk(NUM_ALTERNATIVES)
         return tuple((STRATEGIES[index], value) for index, value in zip(order.tolist(), values.tolist(), strict=True))
 
     def _generate(self, logits: torch.Tensor) -> Iterator[tuple[list[int], bool]]:
-        """Yield the ids of a reply each time it has grown, and whether it is whole."""
+        """Yield a reply's tokens after each new one, and whether the reply is complete."""
         ids: list[int] = []
-        while len(ids) < self._config.max_new_tokens and not self._stopping:
-            token = self._choose(logits)
-            if token in self._stops:
+        while len(ids) < self._config.max_new_tokens and not self._stopped:
+            if self._config.temperature == 0:
+                token = logits.argmax().item()
+            else:
+                token = torch.multinomial(self._samplers(None, logits[None].float()).softmax(-1)[0], 1).item()
+            if token in self._generator.stop_ids:
                 break
             ids.append(token)
             yield ids, False
-            logits = self._feed([token])
+            logits = self._forward([token])
         yield ids, True
 
-    def _choose(self, logits: torch.Tensor) -> int:
-        if self._config.temperature == 0:
-            return logits.argmax().item()
-        return torch.multinomial(self._warpers(None, logits[None].float()).softmax(-1)[0], 1).item()
-
-    def _read(self, ids: list[int], strategy: Strategy | None, whole: bool) -> Reply:
-        """What a reply says so far, without what may still turn out otherwise."""
-        text = self.template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if not whole:
+    def _parse(self, ids: list[int], strategy: Strategy | None, complete: bool) -> Reply:
+        """The reply so far, without an incomplete character or strategy label at its end."""
+        text = self._generator.decode(ids)
+        if not complete:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character
         if strategy is not None:
             return Reply(strategy, text.strip())
-        if not whole and self.template.config.mode == "joint" and text.lstrip().startswith("[") and "]" not in text:
+        if not complete and self.template.config.mode == "joint" and text.lstrip().startswith("[") and "]" not in text:
             return Reply(None, "")
         return self.template.parse(text)
 

@@ -1,4 +1,4 @@
-"""A conversation on a web page: each page that is opened is a conversation of its own with the one model."""
+"""Chat on a web page; each open page has its own conversation with the one model."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ from csc_train.errors import InputError
 from csc_train.inference.hf import HFGenerator
 from csc_train.templates import read_text, render
 
-# Read when gradio is imported: it would report every start of a page to its makers.
+# Gradio reads this on import; by default it reports each start of a page to its makers.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 try:
@@ -27,22 +27,22 @@ try:
 except ImportError as missing:
     raise InputError("ui=web needs gradio: pip install -r requirements-web.txt") from missing
 
-PORTS = 100
-"""How many ports are tried."""
-REFRESH = 0.05
-"""Seconds between two states of a growing reply, which would pile up in front of a browser that is slower."""
+MAX_PORTS = 100
+"""Number of ports to try."""
+REFRESH_SECONDS = 0.05
+"""Minimum time between two updates of a growing reply, which would pile up in front of a slow browser."""
 
 
-def talk(generator: HFGenerator, config: ChatConfig) -> None:
-    """Serve the page until the process is interrupted; prints where it is.
+def serve_page(generator: HFGenerator, config: ChatConfig) -> None:
+    """Print the page's address and serve it until the process is interrupted.
 
     Raises:
-        InputError: the address cannot be listened on, or none of the ports is free.
+        InputError: the host is not an address of this machine, or no port is free.
     """
     listener = listen(config.host, config.port)
     app = gradio.mount_gradio_app(
         FastAPI(),
-        page(generator, config),
+        build_page(generator, config),
         path="/",
         css=read_text(__package__, "page.css"),
         theme=gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("monospace",)),
@@ -55,98 +55,100 @@ def talk(generator: HFGenerator, config: ChatConfig) -> None:
         print(f"port {config.port} is in use")
     print(f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    # Told to end, it would wait for open pages, whose connections never close; a daemon ends with this thread.
-    serving = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    serving.start()
-    serving.join()
+    # On shutdown uvicorn waits for open pages, whose connections never close. A daemon thread ends with this one.
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    thread.join()
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket on the first free port from `port` on.
+    """A socket on the first free port, starting at `port`.
 
     Raises:
-        InputError: as `talk`.
+        InputError: as `serve_page`.
     """
-    for candidate in range(port, min(port + PORTS, 65536)):
+    for candidate in range(port, min(port + MAX_PORTS, 65536)):
         try:
             return socket.create_server((host, candidate), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise InputError(f"host={host} port={candidate}: cannot listen: {error.strerror or error}") from error
-    raise InputError(f"port={port}: this and the {PORTS - 1} ports after it are in use; choose another")
+    raise InputError(f"port={port}: it and the {MAX_PORTS - 1} ports after it are in use: choose another one")
 
 
-def page(generator: HFGenerator, config: ChatConfig) -> gradio.Blocks:
-    """The page, not yet served."""
+def build_page(generator: HFGenerator, config: ChatConfig) -> gradio.Blocks:
+    """The page: transcript, message box, strategy choice, and buttons."""
     template = generator.template.config
     choices = [("the model chooses" if template.mode == "joint" else "none", 0)]
     if template.mode != "reply_only":
         choices += [(each.name(template.language), each.number) for each in STRATEGIES]
 
-    def begin() -> Iterator[tuple]:
+    def open_page() -> Iterator[tuple]:
         conversation = Conversation(generator, config)
-        yield conversation, *[gradio.skip()] * 2
-        for shown in _speak(conversation, None, 0):
-            yield gradio.skip(), *shown
+        yield conversation, gradio.skip(), gradio.skip()
+        for update in _reply(conversation, None, 0):
+            yield gradio.skip(), *update
 
-    def send(conversation: Conversation, said: str, number: int) -> Iterator[tuple]:
-        for shown in _speak(conversation, said, number):
-            yield *shown, ""
+    def send(conversation: Conversation, message: str, number: int) -> Iterator[tuple]:
+        for update in _reply(conversation, message, number):
+            yield *update, ""
 
     def undo(conversation: Conversation) -> tuple:
-        with _shown_errors():
-            said = conversation.undo()
-        return transcript(conversation), gradio.skip(), said
+        with _page_errors():
+            message = conversation.undo()
+        return transcript_html(conversation), gradio.skip(), message
 
     def restart(conversation: Conversation) -> Iterator[tuple]:
         conversation.restart()
-        yield from _speak(conversation, None, 0)
+        yield from _reply(conversation, None, 0)
 
     with gradio.Blocks(title="CSC Train: chat", analytics_enabled=False) as blocks:
-        gradio.Markdown(f"Talking to `{generator.model.name_or_path}`")
+        gradio.Markdown(f"Chat with `{generator.model.name_or_path}`")
         conversation = gradio.State()
-        said_so_far = gradio.HTML(autoscroll=True, max_height="65vh")
+        transcript = gradio.HTML(autoscroll=True, max_height="65vh")
         label = f"Write as the customer ({SPEAKERS[template.language][1]})"
         box = gradio.Textbox(label=label, max_lines=6, submit_btn="Send", autofocus=True)
         choice = gradio.Dropdown(choices, value=0, label="Strategy of the next reply")
         with gradio.Row():
-            stop, back, again = (gradio.Button(name, size="sm", min_width=80) for name in ("Stop", "Undo", "Restart"))
-        unlisted = {"api_visibility": "private"}
+            buttons = (gradio.Button(name, size="sm", min_width=80) for name in ("Stop", "Undo", "Restart"))
+            stop_button, undo_button, restart_button = buttons
+        private = {"api_visibility": "private"}
         # One reply at a time: all pages share the model.
-        turn = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden", **unlisted}
-        shown = [said_so_far, choice]
-        blocks.load(begin, None, [conversation, *shown], **turn)
-        box.submit(send, [conversation, box, choice], [*shown, box], **turn)
-        back.click(undo, conversation, [*shown, box], **turn)
-        again.click(restart, conversation, shown, **turn)
-        stop.click(Conversation.stop, conversation, queue=False, **unlisted)
+        options = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden", **private}
+        outputs = [transcript, choice]
+        blocks.load(open_page, None, [conversation, *outputs], **options)
+        box.submit(send, [conversation, box, choice], [*outputs, box], **options)
+        undo_button.click(undo, conversation, [*outputs, box], **options)
+        restart_button.click(restart, conversation, outputs, **options)
+        stop_button.click(Conversation.stop, conversation, queue=False, **private)
     return blocks
 
 
-def transcript(conversation: Conversation, heard: ChatReply | None = None) -> str:
-    """The HTML of a conversation, and of a reply that is still growing; when it has ended, with a link to save it."""
+def transcript_html(conversation: Conversation, growing: ChatReply | None = None) -> str:
+    """The HTML of a conversation with a growing reply, or else with a link to save it."""
     file = ""
-    if heard is None and conversation.turns:
+    if growing is None and conversation.turns:
         file = json.dumps(conversation.dialogue().row(), ensure_ascii=False) + "\n"
     language = conversation.template.config.language
-    values = {"turns": conversation.turns, "heard": heard, "file": file}
+    values = {"turns": conversation.turns, "growing": growing, "file": file}
     return render(__package__, "transcript.html.jinja", **values, speakers=SPEAKERS[language], language=language)
 
 
-def _speak(conversation: Conversation, said: str | None, number: int) -> Iterator[tuple[str, int]]:
-    """Let the supporter reply. Yields the transcript as it grows, and the chosen strategy, which then is none again."""
+def _reply(conversation: Conversation, message: str | None, number: int) -> Iterator[tuple[str, int]]:
+    """Let the supporter reply. Yields the growing transcript and the strategy choice, which the end resets to 0."""
     strategy = STRATEGIES[number - 1] if number else None
-    with _shown_errors():
-        due = 0.0
-        for heard in conversation.reply(said, strategy):
-            if time.monotonic() >= due:
-                yield transcript(conversation, heard), gradio.skip()
-                due = time.monotonic() + REFRESH
-    yield transcript(conversation), 0
+    with _page_errors():
+        next_update = 0.0
+        for reply in conversation.reply(message, strategy):
+            if time.monotonic() >= next_update:
+                yield transcript_html(conversation, reply), gradio.skip()
+                next_update = time.monotonic() + REFRESH_SECONDS
+    yield transcript_html(conversation), 0
 
 
 @contextlib.contextmanager
-def _shown_errors() -> Iterator[None]:
+def _page_errors() -> Iterator[None]:
+    """Show errors of the user's input on the page."""
     try:
         yield
     except InputError as error:
