@@ -7,7 +7,8 @@ python recipes/build_csconv.py run=runs/build_csconv-20260101-120000 resume=true
 
 import logging
 
-from csc_train.config.compose import BuildCsconvRecipe, run_recipe, to_container
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.synthesis import BuildCsconvRecipe
 
 logger = logging.getLogger("csc_train.recipes.build_csconv")
 OUTPUTS = (
@@ -25,6 +26,7 @@ def main(config: BuildCsconvRecipe) -> None:
     from rich.console import Console
     from tqdm import tqdm
 
+    from csc_train.config.compose import to_container
     from csc_train.data.readers import read_dialogues, write_dialogues
     from csc_train.data.sample_grammar import SAMPLE_SOURCE
     from csc_train.files import file_digest, write_json, write_text

@@ -5,7 +5,7 @@ python recipes/chat.py checkpoint=runs/demo/model ui=web
 """
 
 from csc_train.chat.config import ChatConfig
-from csc_train.config.compose import run_recipe
+from csc_train.config.cli import run_recipe
 
 
 def main(config: ChatConfig) -> None:

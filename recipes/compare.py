@@ -5,7 +5,8 @@ python recipes/compare.py runs/one/evaluation runs/other/evaluation
 
 import logging
 
-from csc_train.config.compose import CompareRecipe, run_recipe, to_container
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.evaluation import CompareRecipe
 
 logger = logging.getLogger("csc_train.recipes.compare")
 OUTPUTS = ("comparison.json", "comparison.md")
@@ -18,6 +19,7 @@ def main(config: CompareRecipe) -> None:
 
     from rich.console import Console
 
+    from csc_train.config.compose import to_container
     from csc_train.evaluation.comparison import compare
     from csc_train.evaluation.report.tables import comparison_markdown, comparison_table
     from csc_train.files import write_json, write_text

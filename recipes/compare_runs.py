@@ -6,7 +6,8 @@ python recipes/compare_runs.py runs metric=eval_strategy_accuracy direction=maxi
 
 import logging
 
-from csc_train.config.compose import CompareRunsRecipe, run_recipe, to_container
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.training import CompareRunsRecipe
 
 logger = logging.getLogger("csc_train.recipes.compare_runs")
 OUTPUTS = ("runs.json", "runs.md", "runs.svg")
@@ -17,6 +18,7 @@ def main(config: CompareRunsRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from pathlib import Path
 
+    from csc_train.config.compose import to_container
     from csc_train.runs.comparison import find_runs, show_comparison, sort_runs, write_comparison
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process

@@ -10,7 +10,8 @@ python recipes/evaluate.py llm=gpt_4o data=rolecs
 import logging
 from pathlib import Path
 
-from csc_train.config.compose import EvaluateRecipe, recorded_data_config, run_recipe, to_container
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.evaluation import EvaluateRecipe
 
 logger = logging.getLogger("csc_train.recipes.evaluate")
 OUTPUTS = ("predictions", "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html")
@@ -20,6 +21,8 @@ OUTPUTS = ("predictions", "dialogues.jsonl", "contamination.json", "results.json
 def main(config: EvaluateRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from csc_train.checkpoints.manifest import MANIFEST_FILE
+    from csc_train.config.compose import from_container, to_container
+    from csc_train.data.config import DataConfig
     from csc_train.data.dialogue import data_digest
     from csc_train.data.readers import write_dialogues
     from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
@@ -57,7 +60,7 @@ def main(config: EvaluateRecipe) -> None:
     template, manifest = open_final_model(config.checkpoint) if config.checkpoint else (None, None)
 
     # Dialogues
-    data = config.data or recorded_data_config(manifest.config)
+    data = config.data or from_container(DataConfig, manifest.config["data"])
     if data.sample_dialogues and run.is_main:
         ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
     job.wait_for_everyone()
@@ -145,6 +148,7 @@ def score_and_show(directory: Path, config: EvaluateRecipe) -> str:
     """Score the predictions in a run directory, write and print the report, and return a summary of failed turns."""
     from rich.console import Console
 
+    from csc_train.config.compose import to_container
     from csc_train.evaluation.report.html import write_html
     from csc_train.evaluation.report.tables import console_table, write_results
     from csc_train.evaluation.scoring import score_run

@@ -4,7 +4,7 @@ python recipes/export.py source=runs/demo output=exported/demo
 """
 
 from csc_train.checkpoints.config import ExportConfig
-from csc_train.config.compose import run_recipe
+from csc_train.config.cli import run_recipe
 
 
 def main(config: ExportConfig) -> None:

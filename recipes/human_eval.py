@@ -6,7 +6,8 @@ python recipes/human_eval.py import answers-anna.json answers-ben.json key=runs/
 
 import logging
 
-from csc_train.config.compose import HumanEvalRecipe, run_recipe, to_container
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.evaluation import HumanEvalRecipe
 
 logger = logging.getLogger("csc_train.recipes.human_eval")
 OUTPUTS = ("sheet.html", "key.json", "human.json", "human.md")
@@ -15,6 +16,7 @@ OUTPUTS = ("sheet.html", "key.json", "human.json", "human.md")
 
 def main(config: HumanEvalRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
+    from csc_train.config.compose import to_container
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
 

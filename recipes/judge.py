@@ -5,7 +5,8 @@ python recipes/judge.py runs/one/evaluation runs/other/evaluation llm=gpt_4o
 
 import logging
 
-from csc_train.config.compose import JudgeRecipe, run_recipe, to_container
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.evaluation import JudgeRecipe
 
 logger = logging.getLogger("csc_train.recipes.judge")
 OUTPUTS = ("judgements.jsonl", "judge.json", "judge.md")
@@ -16,6 +17,7 @@ def main(config: JudgeRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from pathlib import Path
 
+    from csc_train.config.compose import to_container
     from csc_train.data.readers import read_dialogues
     from csc_train.evaluation.comparison import reference_sides
     from csc_train.evaluation.judges.llm_judge import as_json, chosen_turns, judge, judge_questions, markdown, summarize

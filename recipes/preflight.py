@@ -5,7 +5,8 @@ python recipes/preflight.py model=qwen2_5_72b adapter=full cluster=node8 zero=ze
 
 import sys
 
-from csc_train.config.compose import PreflightRecipe, run_recipe
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.training import PreflightRecipe
 
 
 def main(config: PreflightRecipe) -> None:

@@ -6,7 +6,8 @@ python recipes/prepare.py experiment=qwen2_5_7b_lora
 import tempfile
 from pathlib import Path
 
-from csc_train.config.compose import PrepareRecipe, run_recipe
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.training import PrepareRecipe
 
 
 def main(config: PrepareRecipe) -> None:

@@ -8,7 +8,8 @@ python recipes/sft.py experiment=demo on_finish=evaluate validation.save_best=tr
 import dataclasses
 import logging
 
-from csc_train.config.compose import SftRecipe, run_recipe, to_container
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.training import SftRecipe
 
 logger = logging.getLogger("csc_train.recipes.sft")
 OUTPUTS = (
@@ -22,6 +23,7 @@ def main(config: SftRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from csc_train.checkpoints.export import trained_model
     from csc_train.checkpoints.manifest import build_manifest, save_base_model, save_final_model, write_manifest
+    from csc_train.config.compose import to_container
     from csc_train.data.dialogue import data_digest
     from csc_train.data.sample_grammar import ensure_sample
     from csc_train.data.splits import load_splits

@@ -7,7 +7,8 @@ python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 budget.tokens=5
 
 import logging
 
-from csc_train.config.compose import SynthesizeRolecsRecipe, run_recipe, to_container
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.synthesis import SynthesizeRolecsRecipe
 
 logger = logging.getLogger("csc_train.recipes.synthesize_rolecs")
 OUTPUTS = (
@@ -25,6 +26,7 @@ def main(config: SynthesizeRolecsRecipe) -> None:
 
     from rich.console import Console
 
+    from csc_train.config.compose import to_container
     from csc_train.data.readers import read_dialogues
     from csc_train.errors import InputError
     from csc_train.runs.directory import Run

@@ -3,7 +3,8 @@
 python recipes/write_sample.py data.sample_dialogues=900 data.sample_seed=0
 """
 
-from csc_train.config.compose import WriteSampleRecipe, run_recipe
+from csc_train.config.cli import run_recipe
+from csc_train.config.recipes.training import WriteSampleRecipe
 from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
 from csc_train.data.splits import load_splits
 from csc_train.errors import InputError

@@ -19,7 +19,7 @@ from servers.faults import FaultServer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from csc_train.checkpoints.manifest import Manifest
-from csc_train.config.compose import log_to_stdout
+from csc_train.config.cli import log_to_stdout
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.models.tokenizer import tokenizer_hash

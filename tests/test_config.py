@@ -10,7 +10,11 @@ from omegaconf import OmegaConf
 from processes import run_script
 from transformers import AutoModelForCausalLM
 
-from csc_train.config.compose import CONF, SCHEMAS, compose, run_recipe, to_container
+from csc_train.config.cli import run_recipe
+from csc_train.config.compose import compose, to_container
+from csc_train.config.explain import groups_of
+from csc_train.config.paths import CONF
+from csc_train.config.recipes import SCHEMAS, schema_of
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.models.loading import build_model_config
@@ -48,19 +52,8 @@ INSTEAD = {("evaluate", "template"): ["llm=gpt_4o", "data=rolecs"]}
 """The same, where a group goes with something else."""
 
 
-WITH_DATA = [recipe for recipe in SCHEMAS if "data" in SCHEMAS[recipe].__dataclass_fields__]
+WITH_DATA = [recipe for recipe in SCHEMAS if "data" in schema_of(recipe).__dataclass_fields__]
 """The recipes that read dialogues."""
-
-
-def groups_of(recipe):
-    """The groups that a recipe's root configuration chooses from, each with its default choice."""
-    groups = {}
-    for entry in load(f"{recipe}.yaml")["defaults"]:
-        if isinstance(entry, dict):
-            groups |= entry
-        elif entry in SCHEMAS:  # another recipe's root, taken over
-            groups |= groups_of(entry)
-    return groups
 
 
 def recipes_of(file):
@@ -329,8 +322,8 @@ def test_compare_takes_its_two_runs_as_bare_words():
         (["predictions=x.jsonl", "checkpoint=y"], "predictions=x.jsonl: give it or checkpoint=..., not both"),
         (["predictions=x.jsonl"], "predictions=x.jsonl: say what they answer, such as data=rolecs"),
         (["predictions=x.jsonl", "data=sample"], "predictions=x.jsonl: say in which context they were made"),
-        (["score_only=true"], "score_only=true: say which run's predictions to score, by run=DIR"),
-        (["score_only=True"], "score_only=true: say which run's predictions to score, by run=DIR"),
+        (["score_only=true"], "score_only=true: name the run whose predictions to score, by run=DIR"),
+        (["score_only=True"], "score_only=true: name the run whose predictions to score, by run=DIR"),
     ],
 )
 def test_an_evaluation_without_a_model_says_what_it_needs(overrides, message):
@@ -391,7 +384,7 @@ def test_help_and_cfg_show_and_write_nothing(tmp_path):
     helped = recipe_process(tmp_path, "--help")
     assert helped.returncode == 0, helped.stderr
     options = ", ".join(sorted(file.split("/")[1].removesuffix(".yaml") for file in FILES if file.startswith("model/")))
-    assert f"model: {options}" in helped.stdout
+    assert f"model: {options}" in " ".join(helped.stdout.split())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,8 @@ import re
 
 import pytest
 
-from csc_train.config.compose import EvaluateRecipe, to_container
+from csc_train.config.compose import to_container
+from csc_train.config.recipes.evaluation import EvaluateRecipe
 from csc_train.data.config import DataConfig, DialogueSourceConfig
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.overlap import best_overlaps, find_overlaps

@@ -204,16 +204,16 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["run.if_exists=reuse"], "run.if_exists=reuse: a launch is a new run; continue one by run=DIR resume=true"),
         (["cluster=slurm_4x8", "trainer.packs_per_step=32", "run.directory='runs/my run;'"], "runs/my run;: ';' has "
          "a meaning in a job script; choose plainer paths"),
-        (["run=runs/first", "cluster=cpu1"], "run=runs/first: add resume=true to go on with it, or start a new run "
+        (["run=runs/first", "cluster=cpu1"], "run=runs/first: add resume=true to resume the run, or start a new run "
          "by from=DIR"),
-        (["resume=true"], "resume=true: say which run to go on with, by run=DIR"),
-        (["run=runs/first", "resume=true", "trainer.epochs=2"], "trainer.epochs=2: a run goes on as it began; for a "
-         "new run with other values use from=DIR"),
+        (["resume=true"], "resume=true: name the run to resume, by run=DIR"),
+        (["run=runs/first", "resume=true", "trainer.epochs=2"], "trainer.epochs=2: a run resumes with its own "
+         "values; start a new run with others by from=DIR"),
         (["run=runs/none", "resume=true"], "runs/none holds no launch.yaml: say what to run it on by cluster=..."),
         (["run=runs/none", "resume=true", "cluster=cpu1"], "runs/none holds no resolved.yaml: not the directory of a "
          "run"),
-        (["from=runs/first", "model=qwen3_8b"], "model=qwen3_8b: the configuration of runs/first is made; only single "
-         "values can be changed"),
+        (["from=runs/first", "model=qwen3_8b"], "model=qwen3_8b: runs/first has a complete configuration; change "
+         "single values only"),
         (["from=runs/first", "trainer.epoch=2"], "unknown key 'trainer.epoch' for recipe sft. Did you mean "
          "'trainer.epochs'?"),
         (["run.directory=runs/first"], "runs/first holds a run (resolved.yaml): choose another run.directory, or go "

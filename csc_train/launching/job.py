@@ -7,15 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from csc_train.config.compose import (
-    RECORDED,
-    LaunchRecipe,
-    PreflightRecipe,
-    compose,
-    compose_recorded,
-    known_keys,
-    to_container,
-)
+from csc_train.config.compose import RECORDED, compose, compose_recorded, to_container
+from csc_train.config.explain import known_keys
+from csc_train.config.recipes.training import LaunchRecipe, PreflightRecipe
 from csc_train.errors import InputError, suggestion
 from csc_train.files import write_text
 from csc_train.launching.launch_commands import local_command, node_command

@@ -21,7 +21,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from csc_train.config.cluster import ParameterConfig, PrunerConfig, SweepConfig
-from csc_train.config.compose import LaunchRecipe, SweepRecipe, compose, to_container
+from csc_train.config.compose import compose, to_container
+from csc_train.config.recipes.training import LaunchRecipe, SweepRecipe
 from csc_train.errors import InputError
 from csc_train.files import os_errors, write_text
 from csc_train.launching.executors import (

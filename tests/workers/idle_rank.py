@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-from csc_train.config.compose import run_recipe
+from csc_train.config.cli import run_recipe
 
 
 def main(config):

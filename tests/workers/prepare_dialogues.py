@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from conftest import random_dialogue, small_tokenizer
 
 from csc_train import tokenized_cache as prepared
-from csc_train.config.compose import log_to_stdout
+from csc_train.config.cli import log_to_stdout
 from csc_train.data.dialogue import Dialogue
 from csc_train.template.config import TemplateConfig, TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate

@@ -41,7 +41,7 @@ from csc_train.training.memory import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from csc_train.config.compose import PreflightRecipe
+    from csc_train.config.recipes.training import PreflightRecipe
     from csc_train.template.dialogue_template import DialogueTemplate
 
 REQUIREMENTS = Path(__file__).parent.parent.parent.parent / "requirements.txt"

@@ -1,0 +1,120 @@
+"""Schemas of the recipes around a training: data, preparation, checks, launching, comparison."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from csc_train.config.cluster import ClusterConfig, OnFinishConfig, PreflightConfig, SweepConfig
+from csc_train.data.config import DataConfig
+from csc_train.errors import InputError, check_choice
+from csc_train.models.config import AdapterConfig, ModelConfig
+from csc_train.packing.config import LossConfig, PackingConfig
+from csc_train.runs.config import RunConfig
+from csc_train.template.config import TemplateConfig, TokenizationConfig
+from csc_train.tracking.config import TrackingConfig
+from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
+
+
+@dataclass
+class SftRecipe:
+    """Configuration of recipes/sft.py."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The training and evaluation dialogues."""
+    # No default instance: placeholder values would leak into groups that do not set the field.
+    model: ModelConfig = MISSING
+    """The model to train: its directory or hub id, its tokenizer and its architecture."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """The trained weights: all, LoRA or QLoRA."""
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    """The system prompt and the form of a reply."""
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    """The packs: length, strategy, truncation."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The weights of the trained tokens."""
+    tokenization: TokenizationConfig = field(default_factory=TokenizationConfig)
+    """The cache of tokenized dialogues."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Optimizer, schedule, precision and checkpoints."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The evaluation during training."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """Sharding by DeepSpeed ZeRO."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Logging to Weights & Biases."""
+    on_finish: OnFinishConfig = field(default_factory=OnFinishConfig)
+    """The recipe to run after the training."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """The run directory."""
+
+    def __post_init__(self):
+        if self.validation.metric_for_best_model == "strategy_accuracy" and self.template.mode != "joint":
+            raise InputError(
+                "validation.metric_for_best_model=strategy_accuracy: the model chooses no strategy under "
+                f"template.mode={self.template.mode}"
+            )
+
+
+@dataclass
+class PrepareRecipe(SftRecipe):
+    """Configuration of recipes/prepare.py: that of the training."""
+
+
+@dataclass
+class PreflightRecipe(SftRecipe):
+    """Configuration of recipes/preflight.py: a training and the machines that it runs on."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The machines of the job."""
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    """The checks before the start."""
+
+
+@dataclass
+class WriteSampleRecipe:
+    """Configuration of recipes/write_sample.py."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The training and evaluation dialogues."""
+
+
+@dataclass
+class CompareRunsRecipe:
+    """Configuration of recipes/compare_runs.py."""
+
+    folder: str = "runs"
+    """The folder of the runs; subfolders are included."""
+    metric: str = "eval_loss"
+    """The metric that orders the runs. Its curves are drawn beside the training loss."""
+    direction: str = "minimize"
+    """minimize: the smallest value comes first. maximize: the largest."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """The run directory."""
+
+    def __post_init__(self):
+        check_choice("direction", self.direction, ("minimize", "maximize"))
+
+
+@dataclass
+class LaunchRecipe:
+    """Configuration of launch/launch.py; it passes all other settings to the recipe."""
+
+    recipe: str = "sft"
+    """The recipe to start."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The machines of the job."""
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    """The checks before the start."""
+    dry_run: bool = False
+    """Print the job; start nothing and write nothing."""
+
+    def __post_init__(self):
+        check_choice("recipe", self.recipe, ("sft",))  # all others run as one process
+
+
+@dataclass
+class SweepRecipe(LaunchRecipe):
+    """Configuration of launch/sweep.py; it passes all other settings to the recipe."""
+
+    sweep: SweepConfig = MISSING
+    """The trials: what they vary and how they are judged."""
