@@ -32,7 +32,7 @@ COMMIT = "1" * 40
 PROGRAM = """
 import sys, time
 from csc_train.errors import InputError
-from csc_train.training.tokenizer import load_tokenizer
+from csc_train.models.tokenizer import load_tokenizer
 for model in sys.argv[1:]:
     start = time.monotonic()
     try:
@@ -47,7 +47,7 @@ PUSH = """
 import sys
 from csc_train.errors import InputError
 from csc_train.checkpoints.config import ExportConfig
-from csc_train.training.export import push
+from csc_train.checkpoints.export import push
 try:
     push(ExportConfig(source="unused", output=sys.argv[1], push_to_hub=sys.argv[2]))
 except InputError as error:
@@ -58,9 +58,9 @@ except InputError as error:
 FETCH = """
 import sys
 from csc_train.errors import InputError
-from csc_train.hub import local_copy
+from csc_train.models.hub import snapshot
 try:
-    print(local_copy(sys.argv[1], "metric model"))
+    print(snapshot(sys.argv[1], "metric model"))
 except InputError as error:
     print(error)
 """
