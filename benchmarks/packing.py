@@ -52,12 +52,12 @@ from csc_train.data.sample_grammar import generate_sample
 from csc_train.files import read_json
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.families import forward_flops
-from csc_train.packing.best_fit import best_fit_decreasing
-from csc_train.packing.bin_packing import subset_sum_packing
+from csc_train.packing.bin_packing import best_fit_decreasing, subset_sum_packing
 from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
-from csc_train.packing.global_batches import PackCost, PackSlice, assign_to_ranks, global_batches, pack_cost
+from csc_train.packing.global_batches import assign_to_ranks, global_batches
+from csc_train.packing.pack_cost import PackCost, PackSlice, pack_cost
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, chat_messages
 
@@ -306,7 +306,7 @@ def unfairness(steps: list[list[list[PackSlice]]], packs: list[PackCost]) -> flo
     """Spread of the steps' mean dialogue length, over that of random dialogues; 1 is as fair as random."""
     samples = [
         [packs[part.pack].prefix_tokens + body for part in itertools.chain(*step)
-         for body in packs[part.pack].tokens[part.first : part.last]]
+         for body in packs[part.pack].tokens[part.start : part.stop]]
         for step in steps
     ]  # fmt: skip
     expected = numpy.std(numpy.concatenate(samples)) * numpy.sqrt(numpy.mean([1 / len(each) for each in samples]))

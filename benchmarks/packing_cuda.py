@@ -38,7 +38,7 @@ from csc_train.models.attention.select import select_attention
 from csc_train.models.families import forward_flops
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
-from csc_train.packing.global_batches import pack_cost
+from csc_train.packing.pack_cost import pack_cost
 from csc_train.template.dialogue_template import TokenizedDialogue
 
 DIALOGUES = 500

@@ -114,7 +114,7 @@ def main(config: SftRecipe) -> None:
         worst_first=config.trainer.worst_first,
         validator=validator,
     )
-    logger.info(f"steps: {trainer.batches().balance()}")
+    logger.info(f"steps: {trainer.batches().load_balance()}")
     stop = StopOnSignal()
     trainer.add_callback(stop)
     state = run.latest_checkpoint() if status == "unfinished" else None

@@ -12,17 +12,10 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.packing.bin_packing import subset_sum_packing
 from csc_train.packing.config import LossConfig
 from csc_train.packing.dataset import PackedDataset, PackedItem
-from csc_train.packing.global_batches import (
-    PackCost,
-    PackSlice,
-    assign_to_ranks,
-    global_batches,
-    num_micro_batches,
-    pack_cost,
-)
-from csc_train.packing.load_balance import LoadBalance, measure_load_balance
+from csc_train.packing.global_batches import assign_to_ranks, global_batches, num_micro_batches
 from csc_train.packing.loss_weights import LossWeights
-from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
+from csc_train.packing.pack_cost import PackCost, PackSlice, pack_cost
+from csc_train.packing.sampler import LoadBalance, PackBatchSampler, PackDataLoader
 from csc_train.packing.token_groups import TURN_BUCKETS
 from csc_train.template.dialogue_template import TokenizedDialogue
 
@@ -54,7 +47,7 @@ def sampler(packs, processes, rank, micro, seed=3, packs_per_step=PACKS_PER_STEP
 
 
 def documents(parts):
-    return [(part.pack, document) for part in parts if part for document in range(part.first, part.last)]
+    return [(part.pack, document) for part in parts if part for document in range(part.start, part.stop)]
 
 
 def rolecs_like_packs(prefix: int, max_length: int) -> list[PackCost]:
@@ -110,9 +103,7 @@ def test_odd_packs_meet_and_those_that_cost_about_the_median_stay_in_random_orde
 def test_the_goals_for_equal_work_are_met_on_real_lengths(prefix, max_length, spread, packs_per_step):
     """Of whole epochs, their last steps included, on eight processes; and steps are about as fair as random ones."""
     packs = rolecs_like_packs(prefix, max_length)
-    balance = measure_load_balance(
-        packs, packs_per_step, 0, epochs=3, world_size=8, micro_batch_size=1, single_row=True
-    )
+    balance = sampler(packs, 8, 0, 1, seed=0, packs_per_step=packs_per_step).load_balance(epochs=3)
     assert 1 <= balance.imbalance <= 1.005
     assert 0.995 <= balance.efficiency < 1
     assert 0.8 < balance.length_spread <= spread
@@ -122,22 +113,20 @@ def test_the_goals_for_equal_work_are_met_on_real_lengths(prefix, max_length, sp
 def test_the_account_of_a_schedule_by_hand():
     packs = [PackCost((5, 5), (4.0, 4.0), 2, 1.0)] * 3
     # A full step of two packs on two processes; then one pack, cut in two, whose prefix is run twice.
-    balance = measure_load_balance(packs, 2, 0, epochs=2, world_size=2, micro_batch_size=1, single_row=True)
+    balance = sampler(packs, 2, 0, 1, seed=0, packs_per_step=2).load_balance(epochs=2)
     assert balance == LoadBalance(1.0, 27 / (2 * 9 + 2 * 5), 1.0, 1.0)
     # All on one process: nobody waits, and nothing is repeated.
-    assert (
-        measure_load_balance(packs, 2, 0, epochs=2, world_size=1, micro_batch_size=2, single_row=True).efficiency == 1
-    )
+    assert sampler(packs, 1, 0, 2, seed=0, packs_per_step=2).load_balance(epochs=2).efficiency == 1
     # Two documents cannot keep three processes busy.
     packs = [PackCost((5, 5), (6.0, 3.0))]
-    balance = measure_load_balance(packs, 3, 0, epochs=1, world_size=3, micro_batch_size=1, single_row=True)
+    balance = sampler(packs, 3, 0, 1, seed=0, packs_per_step=3).load_balance()
     assert balance == LoadBalance(2.0, 0.5, 1.0, 1.0)
 
 
 def test_steps_that_are_sorted_by_length_would_be_seen():
     rng = random.Random(5)
     packs = [cost_of(*[rng.randint(100, 2000)] * 4) for _ in range(800)]
-    balance = measure_load_balance(packs, 8, 0, epochs=1, world_size=8, micro_batch_size=1, single_row=True)
+    balance = sampler(packs, 8, 0, 1, seed=0, packs_per_step=8).load_balance()
     # Packs so unlike can only be balanced by meeting their like.
     assert balance.length_spread > 2
     assert balance.imbalance < 1.03
@@ -277,9 +266,12 @@ def packs_of(prefix: int, *lengths: int, packs: int = 1) -> PackedDataset:
         for number, length in enumerate(lengths * packs)
     ]
     members = numpy.arange(len(examples)).reshape(packs, -1)
-    weigh = LossWeights(LossConfig(), numpy.zeros(13, numpy.int64))
+    loss_weights = LossWeights(LossConfig(), numpy.zeros(13, numpy.int64))
     return PackedDataset(
-        examples, [[PackedItem(number, 0) for number in pack] for pack in members.tolist()], [prefix] * packs, weigh
+        examples,
+        [[PackedItem(number, 0, len(examples[number].input_ids)) for number in pack] for pack in members.tolist()],
+        [prefix] * packs,
+        loss_weights,
     )
 
 
@@ -287,8 +279,8 @@ def plain(row: dict) -> dict:
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
 
 
-CELL = 1 + len(STRATEGIES) * len(TURN_BUCKETS)
-"""The cell of a reply by strategy 1 in the first turns: behind those of what is not trained, and of all strategies."""
+GROUP = 1 + len(STRATEGIES) * len(TURN_BUCKETS)
+"""The token group of a reply by strategy 1 in the first turns."""
 
 
 def test_a_part_is_the_documents_it_names():
@@ -296,19 +288,27 @@ def test_a_part_is_the_documents_it_names():
     assert plain(packs[0]) == {
         "input_ids": [0, 1, 2, 100, 101, 102, 103, 200, 201],
         "loss_weights": [0, 1, 1, 0, 1, 1, 1, 0, 1],
-        "token_groups": [0, CELL, CELL, 0, CELL, CELL, CELL, 0, CELL],
+        "token_groups": [0, GROUP, GROUP, 0, GROUP, GROUP, GROUP, 0, GROUP],
         "document_lengths": [3, 4, 2],
         "prefix_length": 0,
     }
     assert plain(packs[PackSlice(0, 0, 3)]) == plain(packs[0])
     assert plain(packs[PackSlice(0, 1, 2)]) == {
-        "input_ids": [100, 101, 102, 103], "loss_weights": [0, 1, 1, 1], "token_groups": [0, CELL, CELL, CELL], "document_lengths": [4],
+        "input_ids": [100, 101, 102, 103],
+        "loss_weights": [0, 1, 1, 1],
+        "token_groups": [0, GROUP, GROUP, GROUP],
+        "document_lengths": [4],
         "prefix_length": 0,
-    }  # fmt: skip
+    }
     assert packs[PackSlice(0, 1, 3)]["document_lengths"].tolist() == [4, 2]
     assert plain(packs[None]) == {
-        "input_ids": [0], "loss_weights": [0], "token_groups": [0], "document_lengths": [1], "prefix_length": 0, "empty": True
-    }  # fmt: skip
+        "input_ids": [0],
+        "loss_weights": [0],
+        "token_groups": [0],
+        "document_lengths": [1],
+        "prefix_length": 0,
+        "empty": True,
+    }
 
 
 def test_a_loader_takes_the_order_of_the_epoch_it_is_set_to():
@@ -329,7 +329,7 @@ def test_a_part_of_a_pack_takes_the_shared_prefix_along():
     assert plain(packs[PackSlice(0, 1, 3)]) == {
         "input_ids": [100, 101, 102, 103, 104, 203],
         "loss_weights": [0, 0, 0, 0, 1, 0],
-        "token_groups": [0, 0, 0, 0, CELL, 0],
+        "token_groups": [0, 0, 0, 0, GROUP, 0],
         "document_lengths": [3, 2, 1],
         "prefix_length": 3,
     }

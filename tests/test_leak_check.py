@@ -119,7 +119,7 @@ class DropsDocuments(Drops):
         (DropsPositions, "sdpa", BEST, "logits differ"),
         (DropsPositions, VARLEN_ATTENTION, SHARED, "logits differ"),
         (DropsDocuments, VARLEN_ATTENTION, SHARED, "varlen attention was called without varlen_metadata"),
-        (DropsDocuments, FLEX_ATTENTION, SHARED, "flex_varlen attention was called without varlen_metadata"),
+        (DropsDocuments, FLEX_ATTENTION, SHARED, "flex_documents attention was called without varlen_metadata"),
     ],
 )
 def test_a_model_that_drops_what_says_where_documents_end_is_refused(kind, attention, packing, reason):

@@ -16,7 +16,7 @@ from csc_train.models.config import AdapterConfig
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import pack_dialogues
-from csc_train.packing.loss_weights import LossWeights, count_turns
+from csc_train.packing.loss_weights import LossWeights, count_trained_turns
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.training.config import TrainerConfig
@@ -70,8 +70,8 @@ def test_a_strategy_that_never_occurs_has_no_part_in_the_mean():
 
 def test_only_trained_turns_are_counted():
     untrained = example((1, [C, S, R]), (0, [C]), (5, [C, C]))
-    assert count_turns(untrained).tolist() == [0, 1] + [0] * 11
-    assert count_turns(ONE).tolist() == [0, 1, 0, 0, 0, 1] + [0] * 7
+    assert count_trained_turns(untrained).tolist() == [0, 1] + [0] * 11
+    assert count_trained_turns(ONE).tolist() == [0, 1, 0, 0, 0, 1] + [0] * 7
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_only_trained_turns_are_counted():
             {"weighting": "by_strategy", "strategy_factors": {"1": -1.0}},
             r"^loss\.strategy_factors\.1=-1\.0: must be at least 0",
         ),
-        ({"strategy_factors": {"1": 2.0}}, r"^loss\.strategy_factors is given, but loss\.weighting is tokens"),
+        ({"strategy_factors": {"1": 2.0}}, r"^loss\.strategy_factors is set, but loss\.weighting=tokens"),
         ({"strategy_weight": 0.0, "reply_weight": 0.0}, "nothing would be trained"),
         (
             {"weighting": "by_strategy", "strategy_factors": {"情感": 2.0}},
@@ -122,7 +122,7 @@ def test_a_dialogue_without_weight_is_dropped_and_the_shares_are_of_weights():
     other = example((5, [C, S, R]))
     config = LossConfig("by_strategy", strategy_factors={"5": 0.0, "1": 2.0})
     packs, report = pack_dialogues([other, ONE, other], PackingConfig("best_fit", max_length=30), config)
-    assert packs.pack_items == [[(1, 0)]]
+    assert packs.pack_items == [[(1, 0, len(ONE.input_ids))]]
     assert (report.dropped, report.trained_tokens, report.strategies) == (2, 2, {"礼貌问候": 1.0})
     _, report = pack_dialogues([other, ONE], PackingConfig("best_fit", max_length=30), LossConfig("turns"))
     assert report.strategies == {"礼貌问候": pytest.approx(1 / 3), "情感管理": pytest.approx(2 / 3)}

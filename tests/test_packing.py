@@ -13,8 +13,7 @@ from conftest import random_dialogue, small_tokenizer
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.packing.best_fit import best_fit_decreasing
-from csc_train.packing.bin_packing import subset_sum_packing
+from csc_train.packing.bin_packing import best_fit_decreasing, subset_sum_packing
 from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackingReport, pack_dialogues
@@ -385,7 +384,7 @@ def test_the_report_counts_what_was_trimmed_and_dropped():
     )
     assert packs.document_lengths == [[7], [11]]
     assert str(report) == (
-        "2 dialogues (1 truncated, 1 dropped) in 2 packs, 18 tokens (1.000 of what they have apart), 6 trained (33.3%), "
+        "2 dialogues (1 truncated, 1 dropped) in 2 packs, 18 tokens (1.000 of the unpacked), 6 trained (33.3%), "
         "utilisation 0.7500; share of the loss by strategy: 礼貌问候 100.0%"
     )
 

@@ -341,7 +341,7 @@ def test_flex_attention_on_packs_is_our_call_of_it_on_a_gpu(monkeypatch):
         if gpu:
             assert select_attention("flex_attention", "shared_prefix") == FLEX_ATTENTION
         else:
-            with pytest.raises(InputError, match="trains on a GPU alone"):
+            with pytest.raises(InputError, match="trains only on a GPU"):
                 select_attention("flex_attention", "shared_prefix")
 
 

@@ -1,4 +1,4 @@
-"""Packs to model inputs."""
+"""Collate packs into model inputs in which no document sees another."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,39 +7,34 @@ import torch
 
 from csc_train.models.attention.flex import BLOCK, flex_documents
 from csc_train.models.attention.varlen import VarlenMetadata, build_varlen_metadata, document_mask
-from csc_train.packing.global_batches import pack_cost
+from csc_train.packing.pack_cost import pack_cost
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained."""
 
-SHARING = ("varlen", "flex", "dense_mask")
-"""The layouts that take shared prefixes."""
+SHARED_PREFIX_LAYOUTS = ("varlen", "flex", "dense_mask")
+"""The layouts that can express a shared prefix."""
 
-WORK = ((1, 0), (0, 1))
-"""What `pack_cost` counts: tokens, then pairs of tokens."""
+_PADDING = {"labels": IGNORE_INDEX, "loss_weights": 0, "token_groups": 0, "attention_mask": 0}
 
 
 @dataclass(frozen=True)
 class PackCollator:
-    """Turns packs into a batch in which no document sees another.
+    """Collates packs into a batch; the layout tells the model which tokens belong to one document.
 
-    How that is said depends on the layout:
-
-    - `padded`: a row is one document, padded, with a two-dimensional attention mask.
-    - `position_ids`: a row is a pack. Position ids restart at each document, and there is no mask: from that, and while the
-      model runs with `use_cache=False` (TRL's trainer does), transformers 5 derives the block mask. What pads a row is
-      a document of its own.
-    - `padding_free`: as `position_ids`, but all packs in one row, as flash-attention's variable-length kernel wants it.
-    - `varlen`: all packs in one row, with the `VarlenMetadata` that our own attention needs. Takes shared prefixes.
-    - `flex`: the same with `FlexDocuments`; what pads the row to whole blocks is a document of its own.
-    - `dense_mask`: all packs in one row, with a dense four-dimensional mask. Takes shared prefixes; the plain path, whose
-      cost grows with the square of the row.
+    - `padded`: each row is one document, padded, with a two-dimensional attention mask.
+    - `position_ids`: each row is a pack. Position ids restart at each document, and there is no mask: transformers
+      derives the block mask from them, while the model runs with `use_cache=False`. Padding is its own document.
+    - `padding_free`: as `position_ids`, with all packs in one row, as flash-attention's varlen kernel needs it.
+    - `varlen`: all packs in one row, with `VarlenMetadata` for our own attention.
+    - `flex`: all packs in one row, padded to whole blocks, with `FlexDocuments`. Padding is its own document.
+    - `dense_mask`: all packs in one row, with a four-dimensional mask, whose size grows with the square of the row.
 
     Attributes:
         layout: one of the above.
-        pad_id: the token that pads.
-        additive: in layout `dense_mask`, give the mask as numbers to add (eager attention) instead of booleans.
-        measured: add what a training's figures are computed from (see `training.measures`).
+        pad_id: the padding token.
+        additive: in layout `dense_mask`, make the mask numbers to add (eager attention) instead of booleans.
+        measured: add the fields that training metrics need (see `training.train_metrics`).
     """
 
     layout: str
@@ -49,43 +44,43 @@ class PackCollator:
 
     @property
     def single_row(self) -> bool:
-        """Whether all packs of a batch lie in one row, so that they take no more room than their tokens."""
-        return self.layout == "padding_free" or self.layout in SHARING
+        """Whether all packs of a batch are in one row, without padding between them."""
+        return self.layout == "padding_free" or self.layout in SHARED_PREFIX_LAYOUTS
 
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate packs of `pack_examples`, or one that is marked as `empty`.
+        """Collate packs of a `PackedDataset`, the `empty` one included.
 
         Returns:
-            `input_ids` and `labels`, int64 [rows, length], `loss_weights`, float32 [rows, length], and what the layout adds
-            of `position_ids` (int64 [rows, length]), `attention_mask` and `varlen_metadata` (the fields of `VarlenMetadata` or
-            `FlexDocuments`). Where measured, also `token_groups`, uint8 [rows, length], and `token_and_pair_counts`: how many tokens there are
-            without padding, and how many pairs of tokens, as `pack_cost` counts them.
+            `input_ids` and `labels`, int64 [rows, length]; `loss_weights`, float32 [rows, length]; by layout
+            `position_ids`, int64 [rows, length], `attention_mask`, and `varlen_metadata`, the fields of
+            `VarlenMetadata` or `FlexDocuments`. If measured, also `token_groups`, uint8 [rows, length], and
+            `token_and_pair_counts`: the tokens without padding, and the pairs of tokens that `pack_cost` counts.
 
         Raises:
-            ValueError: nothing in the batch is trained, the first token of a document is (what precedes it in the
-                row belongs to another document), or the layout cannot express a shared prefix.
+            ValueError: the batch has no trained token, the first token of a document is trained (the token before it
+                belongs to another document), or the layout cannot express a shared prefix.
         """
         rows = [self._row(pack) for pack in packs]
         extra = {}
         if self.single_row:
             rows = [{name: torch.cat([row[name] for row in rows]) for name in rows[0]}]
         longest = max(len(row["input_ids"]) for row in rows)
-        if self.layout in SHARING:
+        if self.layout in SHARED_PREFIX_LAYOUTS:
             lengths = [[int(length) for length in pack["document_lengths"]] for pack in packs]
             prefixes = [int(pack["prefix_length"]) for pack in packs]
             if self.layout == "flex" and longest % BLOCK:
                 lengths.append([BLOCK - longest % BLOCK])
                 prefixes.append(0)
                 longest += lengths[-1][0]
-            documents, rows[0]["position_ids"] = build_varlen_metadata(lengths, prefixes)
-            extra = self._describe(documents)
+            metadata, rows[0]["position_ids"] = build_varlen_metadata(lengths, prefixes)
+            extra = self._describe(metadata)
         batch = {name: torch.stack([self._pad(name, row[name], longest) for row in rows]) for name in rows[0]}
         if (batch["labels"] == IGNORE_INDEX).all() and not all("empty" in pack for pack in packs):
             raise ValueError("a batch has no trained token")
         if self.measured:
             extra["token_and_pair_counts"] = tuple(
-                sum(pack_cost(pack["document_lengths"], pack["prefix_length"], *what).total for pack in packs)
-                for what in WORK
+                sum(pack_cost(pack["document_lengths"], pack["prefix_length"], *unit).total for pack in packs)
+                for unit in ((1, 0), (0, 1))
             )
         return batch | extra
 
@@ -96,13 +91,10 @@ class PackCollator:
         starts = lengths.cumsum(0) - lengths
         if (weights[starts] > 0).any():
             raise ValueError("the first token of a document has a loss weight")
-        if pack["prefix_length"] and self.layout not in SHARING:
+        if pack["prefix_length"] and self.layout not in SHARED_PREFIX_LAYOUTS:
             raise ValueError(f"layout {self.layout} cannot share a prefix")
-        row = {
-            "input_ids": input_ids,
-            "labels": input_ids.masked_fill(weights == 0, IGNORE_INDEX),
-            "loss_weights": weights,
-        }
+        labels = input_ids.masked_fill(weights == 0, IGNORE_INDEX)
+        row = {"input_ids": input_ids, "labels": labels, "loss_weights": weights}
         if self.measured:
             row["token_groups"] = torch.as_tensor(pack["token_groups"])
         if self.layout == "padded":
@@ -111,13 +103,13 @@ class PackCollator:
             row["position_ids"] = torch.arange(len(input_ids)) - starts.repeat_interleave(lengths)
         return row
 
-    def _describe(self, documents: VarlenMetadata) -> dict[str, Any]:
+    def _describe(self, metadata: VarlenMetadata) -> dict[str, Any]:
         # Plain dictionaries, which the trainer can move to a device.
         if self.layout == "varlen":
-            return {"varlen_metadata": documents._asdict()}
+            return {"varlen_metadata": metadata._asdict()}
         if self.layout == "flex":
-            return {"varlen_metadata": flex_documents(documents)._asdict()}
-        mask = document_mask(documents)
+            return {"varlen_metadata": flex_documents(metadata)._asdict()}
+        mask = document_mask(metadata)
         if self.additive:
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         return {"attention_mask": mask}
@@ -127,12 +119,5 @@ class PackCollator:
         if name == "position_ids":
             padding = torch.arange(missing)
         else:
-            fill = {
-                "input_ids": self.pad_id,
-                "labels": IGNORE_INDEX,
-                "loss_weights": 0,
-                "token_groups": 0,
-                "attention_mask": 0,
-            }[name]
-            padding = torch.full((missing,), fill, dtype=values.dtype)
+            padding = torch.full((missing,), _PADDING.get(name, self.pad_id), dtype=values.dtype)
         return torch.cat([values, padding])

@@ -1,4 +1,4 @@
-"""What a user may choose about packing."""
+"""Settings of packing and of the loss weights."""
 
 from dataclasses import dataclass, field
 
@@ -11,16 +11,16 @@ WEIGHTINGS = ("tokens", "turns", "inverse_frequency", "by_strategy")
 
 @dataclass
 class PackingConfig:
-    """How dialogues share the rows of a batch."""
+    """How dialogues are packed into sequences."""
 
     strategy: str = "shared_prefix"
-    """shared_prefix: several dialogues a row, kept apart, that share one copy of their system prompt. best_fit: several
-    dialogues a row, each with its own. off: one dialogue a row, padded."""
+    """shared_prefix: several dialogues a pack, which share one copy of their system prompt. best_fit: several dialogues
+    a pack, each with its own system prompt. off: one dialogue a row, padded."""
     max_length: int = 8192
-    """Tokens in a pack, and the most that one dialogue may have."""
+    """The longest pack, and the longest dialogue, in tokens."""
     overflow: str = "truncate"
-    """A dialogue over max_length is dropped, truncated (whole leading turns go, the system prompt stays), or the run
-    stops (raise)."""
+    """A dialogue longer than max_length: drop it; truncate it (remove whole leading turns, keep the system prompt); or
+    stop with an error."""
 
     def __post_init__(self):
         check_choice("packing.strategy", self.strategy, PACKING_STRATEGIES)
@@ -30,20 +30,19 @@ class PackingConfig:
 
 @dataclass
 class LossConfig:
-    """How much each trained token counts (see `loss_weights.LossWeights`)."""
+    """The weight of each trained token in the loss."""
 
     weighting: str = "tokens"
-    """tokens: every trained token the same. turns: every supporter turn the same, long or short. inverse_frequency:
-    turns of rare strategies more. by_strategy: as `strategy_factors` says."""
+    """tokens: all trained tokens weigh the same. turns: all supporter turns weigh the same. inverse_frequency: turns of
+    rare strategies weigh more. by_strategy: turns weigh as `strategy_factors` says."""
     max_factor: float = 5.0
-    """Under inverse_frequency, the most that a strategy's turns are raised by."""
+    """The largest factor of a strategy under inverse_frequency."""
     strategy_factors: dict[str, float] = field(default_factory=dict)
-    """Under by_strategy, a factor by strategy (its name in either language, or its number); 1 where none is given, and 0 for
-    context only."""
+    """Factors under by_strategy, by the strategy's name, code or number; each defaults to 1. 0: context only."""
     strategy_weight: float = 1.0
-    """Weight of the tokens of `[strategy]`, beside the factor of its turn."""
+    """Weight of the tokens of `[strategy]`; multiplied by the factor of the turn."""
     reply_weight: float = 1.0
-    """Weight of the tokens of the reply, its end-of-turn token included, beside the factor of its turn."""
+    """Weight of the tokens of the reply and its end-of-turn token; multiplied by the factor of the turn."""
 
     def __post_init__(self):
         check_choice("loss.weighting", self.weighting, WEIGHTINGS)
@@ -53,8 +52,6 @@ class LossConfig:
         check_range("loss.strategy_weight", self.strategy_weight, 0)
         check_range("loss.reply_weight", self.reply_weight, 0)
         if self.strategy_factors and self.weighting != "by_strategy":
-            raise InputError(
-                f"loss.strategy_factors is given, but loss.weighting is {self.weighting}: choose loss=by_strategy"
-            )
+            raise InputError(f"loss.strategy_factors is set, but loss.weighting={self.weighting}: set loss=by_strategy")
         if not (self.strategy_weight or self.reply_weight):
             raise InputError("loss.strategy_weight and loss.reply_weight are both 0: nothing would be trained")

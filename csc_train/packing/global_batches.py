@@ -1,97 +1,42 @@
-"""Which packs make each optimizer step, and which process takes which part of a step.
+"""Which packs form each global batch (one optimizer step), and which rank takes which slice of it.
 
-Two decisions that do not touch. What a step holds follows from the packs' costs, the packs per step, the seed and the
-epoch, and from nothing else (`global_batches`). How many processes there are and how many packs one forward pass takes
-only distribute it (`assign_to_ranks`). A loss that is summed over the trained tokens of a step and divided by their number
-is therefore the same however the step is distributed.
+The two decisions are independent. The packs of a global batch follow only from the packs' costs, the packs per step,
+the seed and the epoch (`global_batches`). The world size and the micro batch size only distribute it
+(`assign_to_ranks`), so a loss that is averaged over the trained tokens of a global batch does not depend on them.
 
-A step takes as long as its slowest process, so packs that cost the same should meet in a step. But packs that cost the
-same hold dialogues of like lengths, and a step should be a fair sample. Most packs are full and cost within a percent
-of each other: a random order of these is nearly balanced, and only as many of the others as need be are kept together.
+A step takes as long as its slowest rank, so packs of equal cost should meet in a step. But packs of equal cost hold
+dialogues of similar lengths, and a step should be a fair sample. Most packs are full, and their costs differ by less
+than a percent: in random order they are nearly balanced. So only packs of unusual cost are grouped together.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy
 
+from csc_train.packing.pack_cost import PackCost, PackSlice
+
 GROUP = 8
-"""Packs of about the same cost that stand together in an epoch's order."""
+"""Packs of similar cost that stand together in an epoch's order."""
 WINDOW = 64 * GROUP
-"""Packs of a random order among which those groups are formed, so that a pack meets others in each epoch."""
+"""Packs of a random order that are grouped at a time, so that a pack meets others in each epoch."""
 TOLERANCES = tuple(number / 2000 for number in range(40, -1, -1))
-"""How far from the median's a pack's cost may be, as a share of it, to count as equal: from 2 % down to nothing."""
+"""Relative differences from the median cost that count as equal, widest first: from 2 % down to nothing."""
 BALANCED = 1.004
-"""Mean over the groups of the costliest pack over the mean pack from which on an order counts as balanced."""
+"""An order is balanced if the costliest pack of a group costs at most this times the mean pack, on average."""
 
-
-@dataclass(frozen=True)
-class PackCost:
-    """What the schedule knows of a pack. A shared prefix stands apart: each part of the pack repeats it."""
-
-    tokens: tuple[int, ...]
-    """By document."""
-    flops: tuple[float, ...]
-    """By document."""
-    prefix_tokens: int = 0
-    prefix_flops: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """FLOPs of the whole pack."""
-        return self.prefix_flops + sum(self.flops)
-
-
-@dataclass(frozen=True)
-class PackSlice:
-    """Documents `first` to `last` (exclusive) of a pack, not counting a shared prefix: mostly all of them."""
-
-    pack: int
-    first: int
-    last: int
-
-    def flops(self, packs: Sequence[PackCost]) -> float:
-        """What the part costs, with the prefix that it repeats."""
-        pack = packs[self.pack]
-        return pack.prefix_flops + sum(pack.flops[self.first : self.last])
-
-    def tokens(self, packs: Sequence[PackCost]) -> int:
-        """The part's length, with the prefix that it repeats."""
-        pack = packs[self.pack]
-        return pack.prefix_tokens + sum(pack.tokens[self.first : self.last])
-
-
-def pack_cost(
-    document_lengths: Sequence[int], prefix_length: int, flops_per_token: float, flops_per_pair: float
-) -> PackCost:
-    """FLOPs of a pack: `flops_per_token` for each token, `flops_per_pair` for each pair of tokens that see each other.
-
-    A document of n tokens has n² pairs, and one behind a prefix of p tokens n² + 2 p n: each of its tokens sees the
-    prefix as well, twice in a square of pairs, of which causal attention takes half.
-
-    Args:
-        document_lengths: of the documents in tokens, the shared prefix first where there is one.
-        prefix_length: the prefix's length, 0 for none.
-    """
-    tokens = tuple(map(int, document_lengths[1:] if prefix_length else document_lengths))
-    return PackCost(
-        tokens,
-        tuple(flops_per_token * n + flops_per_pair * (n**2 + 2 * prefix_length * n) for n in tokens),
-        prefix_length,
-        flops_per_token * prefix_length + flops_per_pair * prefix_length**2,
-    )
+Slots = list[list[PackSlice]]
+"""The slots of one rank in a step: each holds one pack, a slice of one, or two slices that fit together."""
 
 
 def global_batches(packs: Sequence[PackCost], packs_per_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """The packs of each optimizer step of an epoch, in an order of its own for each seed and epoch.
+    """The packs of each optimizer step of an epoch, in an order that depends on seed and epoch.
 
-    Each `WINDOW` packs of a random order are sorted by cost, where packs that cost about the median count as equal and
-    stay in their random order, and cut into groups of `GROUP`: odd packs get their like for company, the other groups
-    are random. Then the groups of the window are shuffled. Of `TOLERANCES` the widest is taken by which the groups are
-    `BALANCED`.
+    Packs in random order are cut into windows of `WINDOW`. A window is sorted by cost, where costs near the median
+    count as equal and keep their random order, and cut into groups of `GROUP`, which are then shuffled. The widest of
+    `TOLERANCES` whose groups are `BALANCED` is used.
 
     Args:
-        packs_per_step: packs in a step; the last step has what is left.
+        packs_per_step: packs in a step; the last step has the rest.
 
     Returns:
         Pack indices by step; every pack exactly once.
@@ -118,78 +63,78 @@ def _cost_buckets(
 
 
 def num_micro_batches(packs: int, world_size: int, micro_batch_size: int) -> int:
-    """Forward passes that each process makes in a step of `packs` packs."""
+    """Forward passes of each rank in a step of `packs` packs."""
     return -(-packs // (world_size * micro_batch_size))
 
 
 def assign_to_ranks(
     step: Sequence[int], packs: Sequence[PackCost], world_size: int, micro_batch_size: int, *, single_row: bool
 ) -> list[list[list[PackSlice]]]:
-    """Deal the packs of a step out to processes, so that all do about the same work in as many forward passes.
+    """Distribute the packs of a step over the ranks, so that all do similar work in equally many forward passes.
 
-    Where the packs can be divided evenly, they go, costliest first, to the process that has the least to do. Elsewhere
-    (in the last step of an epoch) they are laid end to end and cut between documents into a stretch for each process,
-    so that the costliest stretch costs as little as it can. Every process has work while there are documents; with
-    few of them, some of its forward passes may be empty.
+    If the packs divide evenly, they are assigned greedily, costliest first (longest processing time first). Otherwise,
+    as in the last step of an epoch, they are laid end to end and cut between documents into one segment for each rank,
+    so that the costliest segment costs as little as possible. Every rank has work while there are documents; with few
+    documents, some of its forward passes are empty.
 
     Args:
         step: pack indices.
         packs: all packs.
-        world_size: how many share the step.
-        micro_batch_size: packs in a forward pass. A pass has that many places, each for one pack or part of a pack.
-        single_row: a batch is one row (see `PackCollator`), so that the two ends of a stretch may share a place where they
-            are no longer than a pack of the step.
+        micro_batch_size: packs in a forward pass. A pass has that many slots, each for one pack or slice of a pack.
+        single_row: whether a batch is one row (see `PackCollator`). Then the two ends of a segment may share a slot, if
+            they are together no longer than a pack of the step.
 
     Returns:
-        By process, by forward pass, the parts: `num_micro_batches(...)` passes on each process.
+        By rank, by forward pass, the slices: `num_micro_batches(...)` passes on each rank.
     """
     passes = num_micro_batches(len(step), world_size, micro_batch_size)
     if len(step) % world_size:
-        shares = _split_across_ranks(step, packs, world_size, passes * micro_batch_size, single_row)
+        shards = _split_across_ranks(step, packs, world_size, passes * micro_batch_size, single_row)
     else:
-        shares = _greedy_assign(step, packs, world_size)
-    return [[[part for place in share[start::passes] for part in place] for start in range(passes)] for share in shares]
+        shards = _greedy_assign(step, packs, world_size)
+    return [[[part for slot in slots[start::passes] for part in slot] for start in range(passes)] for slots in shards]
 
 
-def _greedy_assign(step: Sequence[int], packs: Sequence[PackCost], world_size: int) -> list[list[list[PackSlice]]]:
-    """By process, its places, each with a whole pack; the costliest first."""
+def _greedy_assign(step: Sequence[int], packs: Sequence[PackCost], world_size: int) -> list[Slots]:
+    """By rank, its slots with a whole pack each: the costliest pack goes to the rank with the least work."""
     load = [0.0] * world_size
-    shares: list[list[list[PackSlice]]] = [[] for _ in range(world_size)]
+    shards: list[Slots] = [[] for _ in range(world_size)]
     for pack in sorted(step, key=lambda pack: -packs[pack].total):
-        open_to = [rank for rank in range(world_size) if len(shares[rank]) < len(step) // world_size]
-        rank = min(open_to, key=lambda rank: load[rank])
+        open_ranks = [rank for rank in range(world_size) if len(shards[rank]) < len(step) // world_size]
+        rank = min(open_ranks, key=lambda rank: load[rank])
         load[rank] += packs[pack].total
-        shares[rank].append([PackSlice(pack, 0, len(packs[pack].tokens))])
-    return shares
+        shards[rank].append([PackSlice(pack, 0, len(packs[pack].tokens))])
+    return shards
 
 
 def _split_across_ranks(
-    step: Sequence[int], packs: Sequence[PackCost], world_size: int, places: int, single_row: bool
-) -> list[list[list[PackSlice]]]:
-    """By process, its places: the stretches of the lowest limit on their cost that takes in all documents."""
+    step: Sequence[int], packs: Sequence[PackCost], world_size: int, num_slots: int, single_row: bool
+) -> list[Slots]:
+    """By rank, its slots: bisect the lowest limit on a segment's cost at which the segments hold all documents."""
     documents = [PackSlice(pack, number, number + 1) for pack in step for number in range(len(packs[pack].tokens))]
     longest = max(PackSlice(pack, 0, len(packs[pack].tokens)).tokens(packs) for pack in step)
 
-    def placed(parts: list[PackSlice]) -> list[list[PackSlice]]:
-        ends = [parts[0], parts[-1]] if len(parts) > places else []
-        return [ends, *([part] for part in parts[1:-1])] if ends else [[part] for part in parts]
+    def into_slots(parts: list[PackSlice]) -> Slots:
+        if len(parts) > num_slots:
+            return [[parts[0], parts[-1]], *([part] for part in parts[1:-1])]
+        return [[part] for part in parts]
 
     def fits(parts: list[PackSlice]) -> bool:
-        shared = placed(parts)
-        return len(shared) <= places and (
-            len(shared) == len(parts) or (single_row and sum(part.tokens(packs) for part in shared[0]) <= longest)
+        slots = into_slots(parts)
+        return len(slots) <= num_slots and (
+            len(slots) == len(parts) or (single_row and sum(part.tokens(packs) for part in slots[0]) <= longest)
         )
 
-    def stretches(limit: float) -> list[list[PackSlice]] | None:
+    def segments(limit: float) -> list[list[PackSlice]] | None:
         found, done = [], 0
-        for others in reversed(range(world_size)):
+        for ranks_after in reversed(range(world_size)):
             parts: list[PackSlice] = []
             load = 0.0
-            while len(documents) - done > (others if parts else 0):
+            while len(documents) - done > (ranks_after if parts else 0):
                 new = documents[done]
                 if parts and parts[-1].pack == new.pack:
-                    more = [*parts[:-1], PackSlice(new.pack, parts[-1].first, new.last)]
-                    load += packs[new.pack].flops[new.first]
+                    more = [*parts[:-1], PackSlice(new.pack, parts[-1].start, new.stop)]
+                    load += packs[new.pack].flops[new.start]
                 else:
                     more = [*parts, new]
                     load += new.flops(packs)
@@ -199,11 +144,11 @@ def _split_across_ranks(
             found.append(parts)
         return found if done == len(documents) else None
 
-    # Without a limit each process takes at least as many packs as it has places, or ends of such.
-    best = stretches(float("inf"))
+    # Without a limit, each rank takes at least as many packs (or ends of packs) as it has slots.
+    best = segments(float("inf"))
     low, high = 0.0, sum(packs[pack].total for pack in step)
     for _ in range(40):
         limit = (low + high) / 2
-        found = stretches(limit)
+        found = segments(limit)
         best, low, high = (found, low, limit) if found else (best, limit, high)
-    return [placed(parts) for parts in best]
+    return [into_slots(parts) for parts in best]

@@ -1,36 +1,40 @@
-"""How much each trained token counts in the loss."""
+"""The loss weight of each trained token."""
 
 import numpy
 
 from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
 from csc_train.packing.config import LossConfig
-from csc_train.template.dialogue_template import TokenizedDialogue
+from csc_train.template.dialogue_template import TokenizedDialogue, TokenType
 
 
 class LossWeights:
-    """The loss weight of every token of an example (issue 3, "Loss weights").
+    """Computes the loss weight of every token of a dialogue.
 
-    A trained token's weight is `factor[strategy of its turn] * part`, where `part` is `LossConfig.strategy_weight` or
-    `LossConfig.reply_weight`. The factor is 1 under `tokens`; under `turns` one over the sum of `part` in the turn, so that
-    each turn's weights add up to 1; under `inverse_frequency` the mean number of trained turns a strategy has over the
-    number that this one has, at most `max_factor`; under `by_strategy` its entry in `strategy_factors`, which defaults to 1.
+    A trained token's weight is `factor * part`, where `part` is `LossConfig.strategy_weight` or `reply_weight`, and
+    the factor is that of its turn:
 
-    The loss of an optimizer step is `sum(weight * nll) / sum(weight)` over the whole global batch, so only the ratios
-    of weights matter.
+    - `tokens`: 1.
+    - `turns`: 1 / the sum of `part` over the turn, so that each turn's weights add up to 1.
+    - `inverse_frequency`: the mean number of trained turns per strategy / that of the turn's strategy, at most
+      `max_factor`.
+    - `by_strategy`: the strategy's entry in `strategy_factors`, which defaults to 1.
+
+    The loss of an optimizer step is `sum(weight * nll) / sum(weight)` over the global batch, so only the ratios of
+    weights matter.
 
     Attributes:
-        factors: float64 [13]; by number of strategy, index 0 unused.
+        factors: float64 [13]; by strategy number, index 0 unused.
     """
 
     def __init__(self, config: LossConfig, turns: numpy.ndarray):
-        """Fit the factors.
+        """Compute the factors.
 
         Args:
-            turns: int64 [13]; how many trained turns of each strategy the training set has, index 0 unused.
+            turns: int64 [13]; trained turns in the training set by strategy number, index 0 unused.
 
         Raises:
-            InputError: the table names an unknown strategy, or one of them twice.
+            InputError: `strategy_factors` names an unknown strategy, or one strategy twice.
         """
         self.config = config
         self.factors = numpy.ones(len(STRATEGIES) + 1)
@@ -42,28 +46,49 @@ class LossWeights:
             for number, factor in _by_number(config.strategy_factors).items():
                 self.factors[number] = factor
 
-    def __call__(self, example: TokenizedDialogue) -> numpy.ndarray:
-        """float32 [length]: the weight of predicting each token, 0 where it is context only."""
-        weights = numpy.array([0, self.config.strategy_weight, self.config.reply_weight])[example.token_types]
-        lengths = numpy.diff(example.turn_offsets)
-        if self.config.weighting == "turns":
-            sums = numpy.add.reduceat(weights, example.turn_offsets[:-1]) if len(lengths) else numpy.empty(0)
-            factors = numpy.divide(1, sums, out=numpy.zeros(len(sums)), where=sums > 0)
-        else:
-            factors = self.factors[example.strategies]
-        weights[example.turn_offsets[0] :] *= factors.repeat(lengths)
+    def __call__(self, dialogue: TokenizedDialogue) -> numpy.ndarray:
+        """float32 [length]: the weight of predicting each token; 0 for context."""
+        weights = self._parts[dialogue.token_types]
+        sums = numpy.add.reduceat(weights, dialogue.turn_offsets[:-1])
+        factors = self._turn_factors(sums, dialogue.strategies)
+        weights[dialogue.turn_offsets[0] :] *= factors.repeat(numpy.diff(dialogue.turn_offsets))
         return weights.astype(numpy.float32)
 
+    def by_turn(self, token_types: numpy.ndarray, strategies: numpy.ndarray) -> numpy.ndarray:
+        """float64 [turns, 3]: the weight of a token of each `TokenType` in each turn.
 
-def count_turns(example: TokenizedDialogue) -> numpy.ndarray:
-    """int64 [13]: the trained turns of an example by number of strategy."""
-    trained = numpy.logical_or.reduceat(example.trained, example.turn_offsets[:-1])
-    return numpy.bincount(example.strategies[trained], minlength=len(STRATEGIES) + 1)
+        Args:
+            token_types: int64 [turns, 3], as `count_token_types` returns them.
+            strategies: uint8 [turns]; as in `TokenizedDialogue`.
+        """
+        return self._turn_factors(token_types @ self._parts, strategies)[:, None] * self._parts
+
+    @property
+    def _parts(self) -> numpy.ndarray:
+        """float64 [3]: the weight by `TokenType`, without the factor of the turn."""
+        return numpy.array([0, self.config.strategy_weight, self.config.reply_weight])
+
+    def _turn_factors(self, sums: numpy.ndarray, strategies: numpy.ndarray) -> numpy.ndarray:
+        if self.config.weighting == "turns":
+            return numpy.divide(1, sums, out=numpy.zeros(len(sums)), where=sums > 0)
+        return self.factors[strategies]
 
 
-def _by_number(table: dict[str, float]) -> dict[int, float]:
+def count_token_types(dialogue: TokenizedDialogue) -> numpy.ndarray:
+    """int64 [turns, 3]: the tokens of each `TokenType` in each turn."""
+    types = dialogue.token_types[:, None] == numpy.arange(len(TokenType))
+    return numpy.add.reduceat(types, dialogue.turn_offsets[:-1], axis=0, dtype=numpy.int64)
+
+
+def count_trained_turns(dialogue: TokenizedDialogue) -> numpy.ndarray:
+    """int64 [13]: the trained turns by strategy number."""
+    trained = numpy.logical_or.reduceat(dialogue.trained, dialogue.turn_offsets[:-1])
+    return numpy.bincount(dialogue.strategies[trained], minlength=len(STRATEGIES) + 1)
+
+
+def _by_number(factors_by_name: dict[str, float]) -> dict[int, float]:
     factors: dict[int, float] = {}
-    for name, factor in table.items():
+    for name, factor in factors_by_name.items():
         try:
             number = parse_strategy(name).number
         except ValueError as error:

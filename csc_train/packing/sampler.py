@@ -1,18 +1,43 @@
-"""Packs to the batches of one process, in the order that the schedule gives."""
+"""The batch sampler and data loader of packed data, and how evenly they spread the work over the ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy
 import torch
 
 from csc_train.packing.dataset import PackedDataset
-from csc_train.packing.global_batches import PackCost, PackSlice, assign_to_ranks, global_batches, num_micro_batches
-from csc_train.packing.load_balance import LoadBalance, measure_load_balance
+from csc_train.packing.global_batches import assign_to_ranks, global_batches, num_micro_batches
+from csc_train.packing.pack_cost import PackCost, PackSlice
+
+
+@dataclass(frozen=True)
+class LoadBalance:
+    """Load balance over whole epochs, their last steps included."""
+
+    imbalance: float
+    """FLOPs of a step's costliest rank over those of its mean rank; mean over the steps. 1 is even."""
+    efficiency: float
+    """FLOPs of the packs, each prefix counted once, over world size x FLOPs of the costliest rank; both summed over the
+    steps. 1 minus the share of the time in which ranks wait or repeat a prefix."""
+    length_spread: float
+    """Standard deviation over the full steps of the mean length of a step's dialogues (each with its prefix), over the
+    same of packs in random order. 1 is as fair as random."""
+    count_spread: float
+    """The same of the number of a step's dialogues."""
+
+    def __str__(self) -> str:
+        return (
+            f"slowest over mean rank {self.imbalance:.4f}, efficiency {self.efficiency:.4f}; steps differ "
+            f"{self.length_spread:.2f} times as much as random ones in mean dialogue length, {self.count_spread:.2f} "
+            "times in number of dialogues"
+        )
 
 
 class PackBatchSampler:
-    """A batch sampler: the parts that one process takes, a list for each forward pass.
+    """Yields the micro batches of one rank as lists of pack slices, or `[None]` for an empty forward pass.
 
-    An epoch has the same number of them on every process, and whatever the epoch.
+    Every rank has the same number of them, in every epoch.
     """
 
     def __init__(
@@ -26,7 +51,7 @@ class PackBatchSampler:
         micro_batch_size: int,
         single_row: bool,
     ):
-        """See `schedule.epoch_steps` and `schedule.distribute`."""
+        """See `global_batches.global_batches` and `global_batches.assign_to_ranks`."""
         self.packs = packs
         self.packs_per_step = packs_per_step
         self.seed = seed
@@ -37,41 +62,65 @@ class PackBatchSampler:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[list[PackSlice | None]]:
-        for step in global_batches(self.packs, self.packs_per_step, self.seed, self.epoch):
-            shares = assign_to_ranks(
-                step, self.packs, self.world_size, self.micro_batch_size, single_row=self.single_row
+    def assigned(self, epoch: int) -> Iterator[tuple[list[int], list[list[list[PackSlice]]]]]:
+        """The packs of each step of an epoch, and their slices by rank and forward pass."""
+        for step in global_batches(self.packs, self.packs_per_step, self.seed, epoch):
+            yield (
+                step,
+                assign_to_ranks(step, self.packs, self.world_size, self.micro_batch_size, single_row=self.single_row),
             )
-            for parts in shares[self.rank]:
-                yield parts or [None]
 
-    def balance(self) -> LoadBalance:
-        """How evenly the first epoch spreads its work over the processes, and how fair its steps are."""
-        return measure_load_balance(
-            self.packs,
-            self.packs_per_step,
-            self.seed,
-            epochs=1,
-            world_size=self.world_size,
-            micro_batch_size=self.micro_batch_size,
-            single_row=self.single_row,
-        )
+    def __iter__(self) -> Iterator[list[PackSlice | None]]:
+        for _, ranks in self.assigned(self.epoch):
+            for parts in ranks[self.rank]:
+                yield parts or [None]
 
     def __len__(self) -> int:
         steps, rest = divmod(len(self.packs), self.packs_per_step)
         full = num_micro_batches(self.packs_per_step, self.world_size, self.micro_batch_size)
         return steps * full + num_micro_batches(rest, self.world_size, self.micro_batch_size)
 
+    def load_balance(self, epochs: int = 1) -> LoadBalance:
+        """Measure the load balance of the first epochs; the spreads are 1 if random steps do not differ."""
+        full = len(self.packs) // self.packs_per_step
+        ratios, useful, spent = [], 0.0, 0.0
+        scheduled, random = [], []
+        for epoch in range(epochs):
+            order = numpy.random.default_rng([self.seed, epoch, 1]).permutation(len(self.packs))
+            random += numpy.reshape(order[: full * self.packs_per_step], (full, self.packs_per_step)).tolist()
+            assigned = list(self.assigned(epoch))
+            scheduled += [step for step, _ in assigned[:full]]
+            for step, ranks in assigned:
+                load = [sum(part.flops(self.packs) for parts in passes for part in parts) for passes in ranks]
+                ratios.append(max(load) * self.world_size / sum(load))
+                useful += sum(self.packs[pack].total for pack in step)
+                spent += max(load) * self.world_size
+        spreads = map(_spread, self._means_and_counts(scheduled), self._means_and_counts(random))
+        return LoadBalance(float(numpy.mean(ratios)), useful / spent, *spreads)
+
+    def _means_and_counts(self, steps: list[list[int]]) -> tuple[list[float], list[int]]:
+        """Mean length and number of the dialogues of each step."""
+        lengths = [
+            [pack.prefix_tokens + n for pack in (self.packs[index] for index in step) for n in pack.tokens]
+            for step in steps
+        ]
+        return [sum(each) / len(each) for each in lengths], [len(each) for each in lengths]
+
+
+def _spread(scheduled: list[float], random: list[float]) -> float:
+    expected = numpy.std(random) if random else 0
+    return float(numpy.std(scheduled) / expected) if expected else 1.0
+
 
 class PackDataLoader(torch.utils.data.DataLoader):
-    """A loader whose `set_epoch` reaches its batch sampler, which is how the Trainer says what epoch it is."""
+    """A data loader whose `set_epoch`, which the Trainer calls, reaches its batch sampler."""
 
     def __init__(self, packs: PackedDataset, batches: PackBatchSampler, collate: Callable, **options):
         super().__init__(packs, batch_sampler=batches, collate_fn=collate, **options)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
+        """Set the epoch of the next iteration."""
         self.batch_sampler.set_epoch(epoch)

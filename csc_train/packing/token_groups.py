@@ -1,4 +1,4 @@
-"""Which figures a trained token counts in: part of the reply, strategy, and place in the dialogue."""
+"""Groups of trained tokens for metrics: by part of the reply, strategy, and place in the dialogue."""
 
 import itertools
 
@@ -8,32 +8,32 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.template.dialogue_template import TokenizedDialogue, TokenType
 
 REPLY_PARTS = {TokenType.STRATEGY: "strategy", TokenType.REPLY: "reply"}
-"""The trained parts of a supporter's turn, by what they are called in figures."""
+"""The trained parts of a supporter turn, by their names in metrics."""
 FIRST_TURNS = (1, 5, 9, 17, 33)
-"""The first turn of each stretch of a dialogue, counted from 1 over both speakers."""
+"""The first turn of each bucket, counted from 1 over both speakers."""
 TURN_BUCKETS = (
     *(f"{first}-{after - 1}" for first, after in itertools.pairwise(FIRST_TURNS)),
     f"{FIRST_TURNS[-1]}+",
 )
 GROUP_SHAPE = (len(REPLY_PARTS), len(STRATEGIES), len(TURN_BUCKETS))
-"""The cells by part, strategy and stretch, once the one of what is not trained is left out."""
+"""The groups of trained tokens: part, strategy, turn bucket."""
 NUM_GROUPS = 1 + len(REPLY_PARTS) * len(STRATEGIES) * len(TURN_BUCKETS)
-"""How many there are; 0 is that of what is not trained."""
+"""All groups; group 0 holds the tokens that are not trained."""
 
 
-def token_group_ids(example: TokenizedDialogue, first_turn: int = 0) -> numpy.ndarray:
-    """uint8 [length]: the cell of each token.
+def token_group_ids(dialogue: TokenizedDialogue, first_turn: int = 0) -> numpy.ndarray:
+    """uint8 [length]: the group of each token.
 
     Args:
-        example: without its turns before `first_turn`, which count for the place of the others.
+        dialogue: without its turns before `first_turn`, which still count for the place of the others.
     """
-    turns = first_turn + 1 + numpy.arange(len(example.strategies))
-    stretches = numpy.searchsorted(FIRST_TURNS, turns, side="right") - 1
-    lengths = numpy.diff(example.turn_offsets)
-    cells = numpy.zeros(len(example.token_types), numpy.uint8)
-    body = slice(int(example.turn_offsets[0]), None)
-    place = ((example.strategies.astype(int) - 1) * len(TURN_BUCKETS) + stretches).repeat(lengths)
-    token_types = example.token_types[body].astype(int)
-    part = (token_types - min(REPLY_PARTS)) * len(STRATEGIES) * len(TURN_BUCKETS)
-    cells[body] = numpy.where(token_types == TokenType.CONTEXT, 0, 1 + part + place)
-    return cells
+    turns = first_turn + 1 + numpy.arange(len(dialogue.strategies))
+    buckets = numpy.searchsorted(FIRST_TURNS, turns, side="right") - 1
+    by_turn = (dialogue.strategies.astype(int) - 1) * len(TURN_BUCKETS) + buckets
+    groups = numpy.zeros(len(dialogue.token_types), numpy.uint8)
+    body = slice(int(dialogue.turn_offsets[0]), None)
+    types = dialogue.token_types[body].astype(int)
+    part = (types - min(REPLY_PARTS)) * len(STRATEGIES) * len(TURN_BUCKETS)
+    trained = 1 + part + by_turn.repeat(numpy.diff(dialogue.turn_offsets))
+    groups[body] = numpy.where(types == TokenType.CONTEXT, 0, trained)
+    return groups

@@ -1,4 +1,4 @@
-"""What happens to a dialogue that is longer than a pack."""
+"""Fit a dialogue that is longer than a pack: drop it, or remove leading turns."""
 
 import numpy
 
@@ -7,22 +7,22 @@ from csc_train.packing.config import PackingConfig
 from csc_train.template.dialogue_template import TokenizedDialogue
 
 
-def num_turns_to_truncate(example: TokenizedDialogue, config: PackingConfig, number: int) -> int | None:
-    """How many leading turns of an example must go so that it fits `config.max_length`: 0 where it fits as it is.
+def num_turns_to_truncate(dialogue: TokenizedDialogue, config: PackingConfig, number: int) -> int | None:
+    """The number of leading turns to remove so that a dialogue fits `config.max_length`; 0 if it fits.
 
-    Whole turns go, as few as possible; the prefix stays. What is left starts with a customer turn, so that no supporter
-    turn is trained without what it answers.
+    Whole turns are removed, as few as possible; the prefix stays. The rest starts with a customer turn, so that no
+    supporter turn is trained without the turn that it answers.
 
     Args:
-        number: the dialogue's place in the data, for the error message.
+        number: the dialogue's number in the data, for error messages.
 
     Returns:
-        None where the example is to be dropped: by the policy, or since nothing trained would be left.
+        None to drop the dialogue: by `config.overflow`, or because nothing trained would be left.
 
     Raises:
-        InputError: `max_length` is shorter than the system prompt, or the example is too long under policy `raise`.
+        InputError: `max_length` has no room beside the system prompt, or the dialogue is too long under `error`.
     """
-    prefix, length = int(example.turn_offsets[0]), len(example.input_ids)
+    prefix, length = int(dialogue.turn_offsets[0]), len(dialogue.input_ids)
     if config.max_length <= prefix:
         raise InputError(
             f"packing.max_length={config.max_length} leaves no room beside the system prompt, "
@@ -37,22 +37,22 @@ def num_turns_to_truncate(example: TokenizedDialogue, config: PackingConfig, num
         )
     if config.overflow == "truncate":
         # Turns alternate from the supporter's greeting on: customer turns have odd indices.
-        for first in range(1, len(example.turn_offsets) - 1, 2):
-            start = int(example.turn_offsets[first])
+        for first in range(1, len(dialogue.turn_offsets) - 1, 2):
+            start = int(dialogue.turn_offsets[first])
             if prefix + length - start <= config.max_length:
-                return first if example.trained[start:].any() else None
+                return first if dialogue.trained[start:].any() else None
     return None
 
 
-def drop_leading_turns(example: TokenizedDialogue, first: int) -> TokenizedDialogue:
-    """The example from turn `first` on, behind its prefix."""
+def drop_leading_turns(dialogue: TokenizedDialogue, first: int) -> TokenizedDialogue:
+    """The dialogue's prefix, and its turns from `first` on."""
     if first == 0:
-        return example
-    prefix, start = int(example.turn_offsets[0]), int(example.turn_offsets[first])
-    kept = numpy.r_[0:prefix, start : len(example.input_ids)]
+        return dialogue
+    prefix, start = int(dialogue.turn_offsets[0]), int(dialogue.turn_offsets[first])
+    kept = numpy.r_[0:prefix, start : len(dialogue.input_ids)]
     return TokenizedDialogue(
-        example.input_ids[kept],
-        example.token_types[kept],
-        example.turn_offsets[first:] - (start - prefix),
-        example.strategies[first:],
+        dialogue.input_ids[kept],
+        dialogue.token_types[kept],
+        dialogue.turn_offsets[first:] - (start - prefix),
+        dialogue.strategies[first:],
     )

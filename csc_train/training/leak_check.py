@@ -15,7 +15,7 @@ from csc_train.errors import InputError
 from csc_train.models.attention.flex import FLEX_ATTENTION
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig
-from csc_train.packing.collator import SHARING, PackCollator
+from csc_train.packing.collator import SHARED_PREFIX_LAYOUTS, PackCollator
 
 VOCABULARY = 64
 WINDOW = 4
@@ -52,7 +52,7 @@ def check_no_leaks(
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
         probe = _probe(model, device)
-        pack, alone = _documents(5 if collator.layout in SHARING else 0)
+        pack, alone = _documents(5 if collator.layout in SHARED_PREFIX_LAYOUTS else 0)
         batch = send_to_device(dataclasses.replace(collator, pad_id=0)([pack]), device)
         del batch["labels"], batch["loss_weights"]
         try:

@@ -31,7 +31,7 @@ from csc_train.models.loading import lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.dataset import PackedDataset
-from csc_train.packing.global_batches import pack_cost
+from csc_train.packing.pack_cost import pack_cost
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, start_deepspeed

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 
 from csc_train.errors import InputError
 from csc_train.models.families import model_dims
-from csc_train.packing.global_batches import PackSlice, assign_to_ranks, global_batches
+from csc_train.packing.global_batches import assign_to_ranks, global_batches
+from csc_train.packing.pack_cost import PackSlice
 from csc_train.packing.sampler import PackBatchSampler
 from csc_train.training.memory import GIB, MemoryScenario, advice, estimate_memory
 
