@@ -219,7 +219,7 @@ def test_a_log_that_cannot_be_written_is_said(tmp_path):
 def recipe(tmp_path, monkeypatch, capsys):
     """Start the recipe in this process: its exit status, and what it says."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(client_module, "INITIAL_BACKOFF_S", 0.01)
 
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["build_csconv.py", *arguments])

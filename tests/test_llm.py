@@ -22,7 +22,7 @@ SOON = 0.01
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", SOON)
+    monkeypatch.setattr(client_module, "INITIAL_BACKOFF_S", SOON)
 
 
 def config_of(server, **settings):
@@ -163,7 +163,7 @@ def test_a_rate_limit_is_waited_out_by_all_requests():
         limits = RequestLimits(LLMConfig(base_url="http://localhost/v1", model="small", concurrency=4))
         loop = asyncio.get_running_loop()
         async with limits.slot(1) as sent_in:
-            limits.rate_limited(sent_in, 0.05)
+            limits.on_rate_limit(sent_in, 0.05)
             refused = loop.time()
 
         async def send():
@@ -191,9 +191,9 @@ def test_concurrency_falls_on_a_rate_limit_and_recovers():
                 most = max(most, under_way)
                 await asyncio.sleep(0)
                 if index < 5:  # five of the first eight are refused together
-                    limits.rate_limited(sent_in, 0)
+                    limits.on_rate_limit(sent_in, 0)
                 elif index >= 8:
-                    limits.answered()
+                    limits.on_success()
                 under_way -= 1
             if index == 7:
                 refused.set()
@@ -214,10 +214,10 @@ def test_concurrency_falls_on_a_rate_limit_and_recovers():
         # However often it is refused, one request at a time goes on.
         for _ in range(10):
             async with limits.slot(1) as sent_in:
-                limits.rate_limited(sent_in, 0)
+                limits.on_rate_limit(sent_in, 0)
         assert limits.concurrency == 1
         most = 0
-        limits.answered = lambda *_: None
+        limits.on_success = lambda *_: None
         await asyncio.gather(*(send(8) for _ in range(6)))
         assert most == 1
 
@@ -265,20 +265,20 @@ def test_requests_and_tokens_a_minute():
         for amount in amounts:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(asyncio, "sleep", sleep)
-                await rate.take(amount)
+                await rate.acquire(amount)
         return slept
 
     assert asyncio.run(waits(RateLimiter(60), [1, 1, 1])) == [0, 1, 2]
     # A request that is larger than a minute's share goes; the next ones wait for it.
     assert asyncio.run(waits(RateLimiter(600), [1200, 1, 1])) == [0, 120, 120.1]
     corrected = RateLimiter(600)
-    corrected.correct(-100)
+    corrected.adjust(-100)
     assert asyncio.run(waits(corrected, [10, 10])) == [0, 1]
 
     async def used():
         rate = RateLimiter(600)
         first = await waits(rate, [100, 0])
-        rate.correct(-50)
+        rate.adjust(-50)
         return first + await waits(rate, [0])
 
     assert asyncio.run(used()) == [0, 10, 5]
@@ -320,7 +320,7 @@ def test_null_leaves_out_what_a_model_does_not_take(fault_server, monkeypatch):
 
 
 def test_a_server_that_asks_for_no_wait_is_given_time_all_the_same(fault_server, monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.2)
+    monkeypatch.setattr(client_module, "INITIAL_BACKOFF_S", 0.2)
     fault_server.script += [Fault(429, retry_after=0)] * 2
     started = time.monotonic()
     assert chat(config_of(fault_server))[0].attempts == 3
@@ -378,7 +378,7 @@ def test_wrong_settings_are_refused():
     assert refusal(json_mode="yaml").startswith("llm.json_mode=yaml: choose one of auto, json_schema")
     assert refusal(temperature=-1) == "llm.temperature=-1: must be at least 0"
     assert refusal(requests_per_minute=0) == "llm.requests_per_minute=0: must be at least 1"
-    with pytest.raises(InputError, match=r"^llm\.backend=mock: this needs a model on a server$"):
+    with pytest.raises(InputError, match=r"^llm\.backend=mock: not a server: choose one"):
         Client(LLMConfig(backend="mock"))
 
 
@@ -438,7 +438,7 @@ def test_false_as_a_string_is_false():
         (GOOD.replace("false", '"maybe"'), "keep: Input should be a valid boolean, unable to interpret input"),
         (GOOD.replace("生气", "愤怒"), "mood: Input should be '平静' or '生气'"),
         ('{"keep": true}', "mood: Field required; score: Field required; link: Field required"),
-        (GOOD.replace("https", "\\ud83d"), "It holds half a character (a lone surrogate)."),
+        (GOOD.replace("https", "\\ud83d"), "It contains a lone surrogate."),
         ('{"keep":' * 1500, "There is no complete JSON object in it."),
     ],
 )
@@ -550,7 +550,7 @@ def test_then_one_fresh_sample_then_failure(fault_server):
     fault_server.answer = lambda body: Say("不", usage=(100, 20))
     failure, attempts = verdict(config_of(fault_server), seed=7)
     assert (type(failure), failure.kind) == (LLMError, "malformed")
-    assert failure.message == "no answer of the form Verdict: There is no complete JSON object in it."
+    assert failure.message == "no answer matches the schema Verdict: There is no complete JSON object in it."
     assert (failure.attempts, failure.prompt_tokens, failure.completion_tokens) == (4, 400, 80)
     assert [each.text for each in attempts] == ["不"] * 4
 

@@ -38,7 +38,7 @@ CONFIG = JudgeConfig(num_turns=None, bootstrap_resamples=200, permutations=1000)
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(client_module, "INITIAL_BACKOFF_S", 0.01)
 
 
 def system(reply, strategy=5, predicts=True):
@@ -210,7 +210,7 @@ def test_an_answer_is_kept_for_all_that_decides_it_and_asked_for_without_chance(
 
 def test_a_key_that_is_refused_ends_it(fault_server, tmp_path):
     fault_server.script += [Fault(401)]
-    with pytest.raises(InputError, match="refuses it: HTTP 401"):
+    with pytest.raises(InputError, match="rejects it: HTTP 401"):
         judged_by(fault_server, system(lambda n: "甲"), system(lambda n: "乙"), tmp_path / "cache.jsonl", concurrency=1)
     assert len(fault_server.requests) == 1
 

@@ -38,7 +38,7 @@ TURNS = sum(len(dialogue.supporter_turns) for dialogue in DIALOGUES)
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(client_module, "INITIAL_BACKOFF_S", 0.01)
 
 
 def template_of(mode="joint"):
@@ -333,7 +333,7 @@ def test_a_key_that_is_refused_ends_the_run_and_loses_nothing(fault_server, tmp_
     generator = generator_of(fault_server, TemplateConfig(), concurrency=1)
     with (
         PredictionStore(tmp_path / "kept.jsonl", generator.config_hash) as store,
-        pytest.raises(InputError, match=r"^authentication: llm\.api_key_env=None: .* refuses it: HTTP 401"),
+        pytest.raises(InputError, match=r"^authentication: llm\.api_key_env=None: .* rejects it: HTTP 401"),
     ):
         generate_predictions(DIALOGUES, generator, "reference", store)
     assert len(fault_server.requests) == 3
@@ -355,7 +355,7 @@ def test_a_key_that_is_refused_in_the_middle_loses_no_answer(fault_server, tmp_p
     generator = generator_of(fault_server, TemplateConfig(), concurrency=8)
     with (
         PredictionStore(tmp_path / "kept.jsonl", generator.config_hash) as store,
-        pytest.raises(InputError, match="refuses it"),
+        pytest.raises(InputError, match="rejects it"),
     ):
         generate_predictions(DIALOGUES, generator, "reference", store)
     assert len(PredictionStore(tmp_path / "kept.jsonl", generator.config_hash).earlier) == 20

@@ -83,7 +83,7 @@ def here(tmp_path, monkeypatch):
     """An empty directory to run in, in this process, with the key set and no time lost between attempts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TEST_KEY", KEY)
-    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(client, "INITIAL_BACKOFF_S", 0.01)
     return tmp_path
 
 

@@ -1,4 +1,4 @@
-"""Requests to one OpenAI-compatible server: sent again where that can help, counted whatever becomes of them."""
+"""Client of one OpenAI-compatible server: rate limits, retries, and a count of every request."""
 
 import asyncio
 import email.utils
@@ -20,32 +20,32 @@ from csc_train.llm.limits import RequestLimits
 ERROR_KINDS = (
     "connection", "timeout", "rate_limit", "server_error", "bad_request", "authentication", "malformed", "refused",
 )  # fmt: skip
-"""Classes of failure. malformed: an answer that is not of the form that was asked for. refused: the model, or a filter
-before it, declines."""
+"""Kinds of failed requests. malformed: the answer does not match the required format. refused: the model, or a content
+filter, declines."""
 RETRYABLE = ("connection", "timeout", "rate_limit", "server_error", "malformed")
-"""Failures that the same request may not meet again."""
-FIRST_WAIT_S = 0.5
-"""Before a request is sent a second time, where the server names no time; each further wait is twice as long."""
-LONGEST_WAIT_S = 30.0
-LONGEST_RETRY_AFTER_S = 120.0
-"""A server that asks for more than this means another day, not another try."""
+"""Kinds that a retry of the same request may cure."""
+INITIAL_BACKOFF_S = 0.5
+"""Wait before the first retry, unless the server names a time; doubled for each further retry."""
+MAX_BACKOFF_S = 30.0
+MAX_RETRY_AFTER_S = 120.0
+"""A server that asks for a longer wait gets no retry."""
 CHARACTERS_PER_TOKEN = 2
-"""To estimate a prompt before the server has counted it; between Chinese (about 1.5) and English (about 4)."""
+"""Estimates prompts before the server has counted them; between Chinese (about 1.5) and English (about 4)."""
 
 Message = dict[str, str]
-"""`{"role", "content"}` of a chat."""
+"""A chat message: `{"role", "content"}`."""
 
 
 @dataclass(frozen=True)
 class RequestAttempt:
-    """One request as it was sent, and what came of it.
+    """One request and its result.
 
     Attributes:
-        request: its body; the key is not part of it.
-        number: how many-th try of a call it is, from 1.
-        kind: the class of failure, None for an answer; then `message` says more.
+        request: the body, without the key.
+        number: the attempt's number within its call, from 1.
+        kind: one of `ERROR_KINDS`, explained by `message`; None for an answer.
         text: the answer.
-        prompt_tokens, completion_tokens: as the server counted them; 0 where it did not.
+        prompt_tokens, completion_tokens: as counted by the server; 0 if it did not count.
     """
 
     request: dict[str, Any]
@@ -63,16 +63,16 @@ Observer = Callable[[RequestAttempt], None]
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer.
+    """An answer of the model.
 
     Attributes:
         text: without the thoughts of a reasoning model.
-        finish_reason: `stop`, or `length` where it was cut off.
-        latency_s: seconds from sending the request that was answered.
-        attempts: requests that it took, the failed ones included.
-        model: what the server says answered.
-        token_ids: of the text and the token that ended it, where the server tells them (vLLM's `return_token_ids`).
-        log_likelihoods: of the prompt's tokens but the first, where they were asked for.
+        finish_reason: `stop`, or `length` if it was cut off.
+        latency_s: seconds of the request that was answered.
+        attempts: number of requests, the failed ones included.
+        model: the model's name by the server.
+        token_ids: ids of the text and its end token, if the server returns them (vLLM's `return_token_ids`).
+        log_likelihoods: of the prompt's tokens except the first, if requested.
     """
 
     text: str
@@ -87,12 +87,12 @@ class Completion:
 
 
 class LLMError(Exception):
-    """A call that came to nothing within its budget.
+    """A call without a usable answer after all retries.
 
     Attributes:
         kind: one of `ERROR_KINDS`.
-        message: one line; the key does not appear in it.
-        attempts, prompt_tokens, completion_tokens: of all requests that were made for it.
+        message: one line, without the key.
+        attempts, prompt_tokens, completion_tokens: totals of all its requests.
     """
 
     def __init__(self, kind: str, message: str, attempts: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0):
@@ -105,12 +105,12 @@ class LLMError(Exception):
 
 
 class AuthenticationError(LLMError, InputError):
-    """The server does not serve this key, or no longer: every other call would fail as well, so a run ends."""
+    """The server rejects the key. Every other call would fail as well, so the run ends."""
 
 
 @dataclass(eq=False)
-class _Refusal(Exception):
-    """Why one request failed; `wait_s` is the time that the server asked for, if it did."""
+class _RequestError(Exception):
+    """The failure of one request; `wait_s` is the wait that the server asked for, if any."""
 
     kind: str
     message: str
@@ -119,42 +119,49 @@ class _Refusal(Exception):
     completion_tokens: int = 0
 
     @property
-    def hopeless(self) -> bool:
-        """Whether the same request would fail again."""
-        return self.kind not in RETRYABLE or (self.wait_s or 0) > LONGEST_RETRY_AFTER_S
+    def permanent(self) -> bool:
+        """Whether a retry would fail as well."""
+        return self.kind not in RETRYABLE or (self.wait_s or 0) > MAX_RETRY_AFTER_S
 
 
 @dataclass
 class FallbackChain:
-    """How JSON is asked of a server: the way that works, once `proven` (see `structured.ask_structured`)."""
+    """The JSON mode that a server supports, found by trying `JSON_MODES` in order (see `structured.ask_structured`).
 
-    rung: str
-    proven: bool = False
+    Attributes:
+        mode: the current mode.
+        confirmed: the mode has given a valid answer, so it is kept.
+    """
+
+    mode: str
+    confirmed: bool = False
 
 
 class Client:
-    """A model on a server. Use it as an async context, in one event loop.
+    """A model on a server; an async context, for one event loop.
 
     Attributes:
         config: the model, the server and the limits.
-        limits: what they are at the moment.
-        ladder: how JSON is asked for.
+        limits: the limits' current state.
+        fallback: the JSON mode that the server supports.
 
     Raises:
-        InputError: there is no server to ask, or the environment variable of its key is not set.
+        InputError: the backend is not a server, or the environment variable of its key is not set.
     """
 
     def __init__(self, config: LLMConfig):
         if config.backend != "openai":
-            raise InputError(f"llm.backend={config.backend}: this needs a model on a server")
+            raise InputError(
+                f"llm.backend={config.backend}: not a server: choose a model on a server, such as llm=vllm"
+            )
         self.config = config
         self.limits = RequestLimits(config)
         auto = config.json_mode == "auto"
-        self.ladder = FallbackChain(JSON_MODES[0] if auto else config.json_mode, proven=not auto)
-        # Not left out where there is none: the library would send OPENAI_API_KEY to whatever server this is.
+        self.fallback = FallbackChain(JSON_MODES[0] if auto else config.json_mode, confirmed=not auto)
+        # Never None: the library would send OPENAI_API_KEY to any server.
         self._key = api_key(config) or "none"
-        # None of the library's retries: they are silent, so attempts could neither be counted nor lower the
-        # concurrency. Nor its timeout: it starts anew with every byte that arrives.
+        # Without the library's retries, which could neither be counted nor lower the concurrency, and without its
+        # timeout, which restarts with every byte that arrives.
         self._api = openai.AsyncOpenAI(base_url=config.base_url, api_key=self._key, timeout=None, max_retries=0)
 
     async def __aenter__(self) -> "Client":
@@ -178,13 +185,13 @@ class Client:
         Args:
             messages: the chat so far.
             seed: of the sampling.
-            temperature, max_tokens: the task's; what the configuration says comes first.
-            response_format: as the API has it.
-            observe: told of every request, as soon as it is over.
+            temperature, max_tokens: defaults of the task; the configuration takes precedence.
+            response_format: as in the API.
+            observe: called with every attempt as soon as it ends.
 
         Raises:
-            AuthenticationError: the server does not serve this key.
-            LLMError: no answer within the budget.
+            AuthenticationError: the server rejects the key.
+            LLMError: no usable answer after all retries.
         """
         body = self.body(seed, temperature, max_tokens) | {"messages": list(messages)}
         if response_format is not None:
@@ -200,17 +207,17 @@ class Client:
         max_tokens: int | None = None,
         observe: Observer | None = None,
     ) -> Completion:
-        """How a prompt, as text or as token ids, goes on; arguments and errors as of `chat`."""
+        """The continuation of a prompt, given as text or token ids; arguments and errors as in `chat`."""
         prompt = prompt if isinstance(prompt, str) else list(prompt)
         body = self.body(seed, temperature, max_tokens) | {"prompt": prompt}
         return await self._call("/completions", body, _read_text, observe)
 
     async def log_likelihoods(self, prompt: Sequence[int], *, observe: Observer | None = None) -> tuple[float, ...]:
-        """How likely each token of a prompt but the first is after those before it, in nats; [length - 1].
+        """The log-likelihood of each token of a prompt except the first, in nats; [length - 1].
 
         Raises:
-            AuthenticationError: the server does not serve this key.
-            LLMError: no answer within the budget; `bad_request` where the server does not tell.
+            AuthenticationError: the server rejects the key.
+            LLMError: no usable answer after all retries; `bad_request` if the server returns no likelihoods.
         """
         echoed = {"prompt": list(prompt), "max_tokens": 1, "echo": True, "logprobs": 1}
         read = functools.partial(_read_echo, len(prompt))
@@ -218,7 +225,7 @@ class Client:
         return answer.log_likelihoods
 
     def body(self, seed: int | None, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
-        """What every request to the model holds; arguments as of `chat`. What `extra_body` has as null is left out."""
+        """The common body of all requests; arguments as in `chat`. A null in `extra_body` removes a field."""
         config = self.config
         settings = {
             "temperature": temperature if config.temperature is None else config.temperature,
@@ -232,42 +239,42 @@ class Client:
     async def _call(
         self, path: str, body: dict[str, Any], read: Callable[[dict], dict], observe: Observer | None
     ) -> Completion:
-        """Send a request until it is answered or the budget is used up."""
+        """Send a request until it is answered or all retries have failed."""
         prompt = body.get("prompt") or "".join(message["content"] for message in body["messages"])
         estimate = len(prompt) // (CHARACTERS_PER_TOKEN if isinstance(prompt, str) else 1)
         estimate += body.get("max_tokens", body.get("max_completion_tokens", 0))
-        spent = [0, 0]
+        usage = [0, 0]
         for number in range(1, self.config.max_retries + 2):
             async with self.limits.slot(estimate) as sent_in:
                 start = time.perf_counter()
-                refusal = None
+                failure = None
                 try:
                     answer = await self._send(path, body, read)
-                except _Refusal as error:
-                    refusal, answer = error, {"text": ""} | _usage(error.prompt_tokens, error.completion_tokens)
+                except _RequestError as error:
+                    failure, answer = error, {"text": ""} | _usage(error.prompt_tokens, error.completion_tokens)
                 latency = time.perf_counter() - start
                 tokens = answer["prompt_tokens"], answer["completion_tokens"]
-                self.limits.used(estimate, sum(tokens))
-                if refusal is None:
-                    self.limits.answered()
-                elif refusal.kind == "rate_limit":
-                    self.limits.rate_limited(sent_in, 0 if refusal.hopeless else refusal.wait_s or 0)
-            spent = [before + now for before, now in zip(spent, tokens, strict=True)]
+                self.limits.adjust_tokens(sum(tokens) - estimate)
+                if failure is None:
+                    self.limits.on_success()
+                elif failure.kind == "rate_limit":
+                    self.limits.on_rate_limit(sent_in, 0 if failure.permanent else failure.wait_s or 0)
+            usage = [before + now for before, now in zip(usage, tokens, strict=True)]
             if observe is not None:
-                kind, message = (refusal.kind, refusal.message) if refusal else (None, "")
+                kind, message = (failure.kind, failure.message) if failure else (None, "")
                 observe(RequestAttempt(body, number, kind, message, answer["text"], *tokens, latency))
-            if refusal is None:
+            if failure is None:
                 return Completion(**answer, latency_s=latency, attempts=number)
-            if refusal.kind == "authentication":
-                raise AuthenticationError(refusal.kind, refusal.message, number, *spent)
-            if refusal.hopeless or number > self.config.max_retries:
-                raise LLMError(refusal.kind, refusal.message, number, *spent)
-            backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (number - 1)) * random.uniform(0.75, 1)
-            await asyncio.sleep(max(backoff, refusal.wait_s or 0))
-        raise AssertionError("the last try returns or raises")
+            if failure.kind == "authentication":
+                raise AuthenticationError(failure.kind, failure.message, number, *usage)
+            if failure.permanent or number > self.config.max_retries:
+                raise LLMError(failure.kind, failure.message, number, *usage)
+            backoff = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2 ** (number - 1)) * random.uniform(0.75, 1)
+            await asyncio.sleep(max(backoff, failure.wait_s or 0))
+        raise AssertionError("the last attempt returns or raises")
 
     async def _send(self, path: str, body: dict[str, Any], read: Callable[[dict], dict]) -> dict[str, Any]:
-        """One request; the fields of its `Completion`."""
+        """Send one request; returns the fields of its `Completion`."""
         try:
             async with asyncio.timeout(self.config.timeout_s):
                 data = await self._api.post(path, body=body, cast_to=object)
@@ -276,25 +283,25 @@ class Client:
             answer = read(data["choices"][0])
             model = data.get("model") or self.config.model
         except TimeoutError as error:
-            raise _Refusal("timeout", f"no answer within {self.config.timeout_s:g} s") from error
+            raise _RequestError("timeout", f"no answer within {self.config.timeout_s:g} s") from error
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
             message = f"{self.config.base_url}: {type(reason).__name__} {reason}"
-            raise _Refusal("connection", self._clean(message)) from error
+            raise _RequestError("connection", self._clean(message)) from error
         except openai.APIStatusError as error:
             kind, wait_s = _kind_of(error), _retry_after(error.response.headers)
             message = self._clean(f"HTTP {error.status_code}: {error.message}")
             if kind == "authentication":
-                message = f"llm.api_key_env={self.config.api_key_env}: {self.config.base_url} refuses it: {message}"
-            raise _Refusal(kind, message, wait_s) from error
+                message = f"llm.api_key_env={self.config.api_key_env}: {self.config.base_url} rejects it: {message}"
+            raise _RequestError(kind, message, wait_s) from error
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise _Refusal("malformed", self._clean(f"not an answer of this API: {error!r}")) from error
+            raise _RequestError("malformed", self._clean(f"not an answer of this API: {error!r}")) from error
         if refusal := answer.pop("refusal"):
-            raise _Refusal("refused", self._clean(refusal), **counted)
+            raise _RequestError("refused", self._clean(refusal), **counted)
         return answer | counted | {"model": model}
 
     def _clean(self, message: str) -> str:
-        """A server's message as one line without the key, which some servers repeat, that any file can hold."""
+        """A server's message as one line of valid UTF-8, without the key, which some servers repeat."""
         line = " ".join(str(message).split())
         if self.config.api_key_env:
             line = line.replace(self._key, "***")
@@ -302,7 +309,7 @@ class Client:
 
 
 def api_key(config: LLMConfig) -> str | None:
-    """The key of a server, from the environment; None where it needs none.
+    """The key of a server, from the environment; None if it needs none.
 
     Raises:
         InputError: the variable is not set.
@@ -319,10 +326,10 @@ def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 def _read_message(choice: dict[str, Any]) -> dict[str, Any]:
-    """A choice of /v1/chat/completions."""
+    """Parse a choice of /v1/chat/completions."""
     message, reason = choice["message"], choice.get("finish_reason")
     filtered = "stopped by a content filter" if reason == "content_filter" else None
-    # Some servers leave the thoughts in front of the answer.
+    # Some servers leave the thoughts before the answer.
     _, ended, answer = _text(message.get("content") or "").rpartition("</think>")
     return {
         "text": answer.lstrip() if ended else answer,
@@ -332,7 +339,7 @@ def _read_message(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_text(choice: dict[str, Any]) -> dict[str, Any]:
-    """A choice of /v1/completions."""
+    """Parse a choice of /v1/completions."""
     ids = choice.get("token_ids")
     return {
         "text": _text(choice["text"]),
@@ -343,20 +350,20 @@ def _read_text(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_echo(length: int, choice: dict[str, Any]) -> dict[str, Any]:
-    """A choice of /v1/completions that repeats its prompt, of `length` tokens."""
+    """Parse a choice of /v1/completions that repeats its prompt of `length` tokens."""
     told = (choice.get("logprobs") or {}).get("token_logprobs") or []
-    # One more is the token that was generated; of the first one nothing is known.
+    # The generated token may follow; the first token has no likelihood.
     if len(told) not in (length, length + 1) or not all(isinstance(each, float | int) for each in told[1:length]):
-        raise _Refusal("bad_request", "the server does not tell how likely the tokens of a prompt are")
+        raise _RequestError("bad_request", "the server returns no likelihoods of prompt tokens")
     if not all(map(math.isfinite, told[1:length])):
-        raise ValueError("a log-likelihood that is no finite number")
+        raise ValueError("a log-likelihood is not finite")
     return _read_text(choice) | {"log_likelihoods": tuple(told[1:length])}
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{type(value).__name__} where there should be a text")
-    value.encode()  # refuses half a character, which no file could hold
+        raise TypeError(f"expected a text, found {type(value).__name__}")
+    value.encode()  # raises on a lone surrogate, which no file could hold
     return value
 
 
@@ -370,7 +377,7 @@ def _kind_of(error: openai.APIStatusError) -> str:
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds that a server asks to wait, by `retry-after-ms` or `Retry-After` (seconds or a date)."""
+    """The wait in seconds that a server asks for, by `retry-after-ms` or `Retry-After` (seconds or a date)."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             return max(0.0, float(headers[name]) * unit)

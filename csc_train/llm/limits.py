@@ -1,4 +1,4 @@
-"""How much is asked of a server at a time: requests under way, requests and tokens a minute."""
+"""Limits of the requests to one server: requests in flight, requests per minute and tokens per minute."""
 
 import asyncio
 import contextlib
@@ -8,41 +8,40 @@ from csc_train.llm.config import LLMConfig
 
 
 class RateLimiter:
-    """So many units a minute, spread evenly: there is no burst after a pause.
+    """A number of units per minute, spread evenly, without a burst after a pause.
 
-    A request goes when those before it have been paid for, whatever it costs itself, so one that is larger than a
-    minute's share waits for nobody's but its own predecessors. aiolimiter's bucket refuses such a request, and cannot
-    take back a wrong estimate.
+    A request waits for the units of the requests before it, not for its own, so a request larger than a minute's units
+    is possible. aiolimiter's bucket refuses such a request, and cannot correct an estimate.
     """
 
     def __init__(self, per_minute: float):
-        self._seconds = 60 / per_minute
-        self._paid_at = 0.0
+        self._seconds_per_unit = 60 / per_minute
+        self._next_start = 0.0
 
-    async def take(self, amount: float) -> None:
-        """Wait until `amount` more may be used, and use it."""
+    async def acquire(self, amount: float) -> None:
+        """Wait until `amount` more units may be used, and use them."""
         now = asyncio.get_running_loop().time()
-        start = max(now, self._paid_at)
-        self._paid_at = start + amount * self._seconds
+        start = max(now, self._next_start)
+        self._next_start = start + amount * self._seconds_per_unit
         await asyncio.sleep(start - now)
 
-    def correct(self, difference: float) -> None:
-        """Account for `difference` more than was taken, or less where it is negative."""
-        self._paid_at += difference * self._seconds
+    def adjust(self, difference: float) -> None:
+        """Use `difference` more units; negative: return units."""
+        self._next_start += difference * self._seconds_per_unit
 
 
 class RequestLimits:
     """The limits of one server, shared by all requests to it.
 
-    Requests under way are bounded by `concurrency`. A rate limit of the server halves the bound, once for all requests
-    that were under way by then, and every answer raises it by its reciprocal, so by one for every full round.
+    `concurrency` bounds the requests in flight. A rate limit error of the server halves the bound, once for all
+    requests in flight. Every answer raises it by its reciprocal, so by one per full round.
 
     Attributes:
-        concurrency: the bound as it is now; at least 1.
+        concurrency: the current bound; at least 1.
     """
 
     def __init__(self, config: LLMConfig):
-        self._most = config.concurrency
+        self._max_concurrency = config.concurrency
         self.concurrency = float(config.concurrency)
         self._requests = RateLimiter(config.requests_per_minute) if config.requests_per_minute else None
         self._tokens = RateLimiter(config.tokens_per_minute) if config.tokens_per_minute else None
@@ -53,51 +52,45 @@ class RequestLimits:
 
     @contextlib.asynccontextmanager
     async def slot(self, tokens: int) -> AsyncIterator[int]:
-        """Wait until a request of about so many tokens may be sent; hold its place until it is answered.
+        """Wait until a request of about `tokens` tokens may be sent; holds its slot until the block ends.
 
         Yields:
-            What `rate_limited` wants to know.
+            The round, for `on_rate_limit`.
         """
-        await self._acquire()
+        await self._free.acquire()
+        while self._permits > int(self.concurrency):  # the bound has fallen: this permit is void
+            self._permits -= 1
+            await self._free.acquire()
         try:
             if self._requests:
-                await self._requests.take(1)
+                await self._requests.acquire(1)
             if self._tokens:
-                await self._tokens.take(tokens)
+                await self._tokens.acquire(tokens)
             loop = asyncio.get_running_loop()
             while (wait := self._paused_until - loop.time()) > 0:
                 await asyncio.sleep(wait)
             yield self._round
         finally:
-            self._release()
+            if self._permits > int(self.concurrency):
+                self._permits -= 1
+            else:
+                self._free.release()
 
-    def used(self, estimated: int, tokens: int) -> None:
-        """A request took so many tokens where `estimated` were taken into account."""
+    def adjust_tokens(self, difference: int) -> None:
+        """Correct the estimate of a request by `difference` tokens."""
         if self._tokens:
-            self._tokens.correct(tokens - estimated)
+            self._tokens.adjust(difference)
 
-    def answered(self) -> None:
-        """A request was answered: the bound rises."""
-        self.concurrency = min(self._most, self.concurrency + 1 / self.concurrency)
+    def on_success(self) -> None:
+        """A request was answered: raise the bound."""
+        self.concurrency = min(self._max_concurrency, self.concurrency + 1 / self.concurrency)
         while self._permits < int(self.concurrency):
             self._permits += 1
             self._free.release()
 
-    def rate_limited(self, sent_in: int, wait_s: float) -> None:
-        """The server refused a request that `slot` let go in round `sent_in`; nothing is sent for `wait_s` seconds."""
+    def on_rate_limit(self, sent_in: int, wait_s: float) -> None:
+        """The server rejected a request of round `sent_in`: halve the bound and send nothing for `wait_s` seconds."""
         self._paused_until = max(self._paused_until, asyncio.get_running_loop().time() + wait_s)
         if sent_in == self._round:
             self._round += 1
             self.concurrency = max(1.0, self.concurrency / 2)
-
-    async def _acquire(self) -> None:
-        await self._free.acquire()
-        while self._permits > int(self.concurrency):  # the bound has fallen: this place is gone
-            self._permits -= 1
-            await self._free.acquire()
-
-    def _release(self) -> None:
-        if self._permits > int(self.concurrency):
-            self._permits -= 1
-        else:
-            self._free.release()
