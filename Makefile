@@ -3,10 +3,10 @@ PYTHON := $(VENV)/bin/python
 # Threads that wait without spinning: on a shared machine spinning makes small models many times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test bench lint
+.PHONY: help demo test test-fast bench lint
 
 help: ## Show what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	python3 -m venv $(VENV)
@@ -24,12 +24,14 @@ demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> traine
 	$(PYTHON) recipes/evaluate.py checkpoint=runs/demo/model evaluation.max_new_tokens=40 \
 		run.directory=runs/demo/evaluation run.if_exists=reuse
 
-test: lint ## Set up what tests need, then pass them
+test: lint ## Set up what tests need, then pass them all
 	$(PYTHON) -m pytest
+
+test-fast: $(VENV)/installed-dev ## The tests of less than two minutes: no training in processes, no browser
+	$(PYTHON) -m pytest -m "not slow and not distributed and not browser"
 
 bench: $(VENV)/installed ## Measure packing beside TRL's own; six minutes on two cores
 	$(PYTHON) benchmarks/packing.py
 
-lint: $(VENV)/installed-dev ## Check style and format
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+lint: $(VENV)/installed-dev ## Check style, format, types and the word list
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PYTHON) -m pre_commit run --all-files

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from processes import TIMEOUT_S
 from servers.faults import FaultServer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -140,6 +142,8 @@ def browser():
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium on this machine")
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox
+        for name in ("new_page", "new_context"):
+            setattr(chromium, name, _patient(getattr(chromium, name)))
         yield chromium
         chromium.close()
 
@@ -155,6 +159,17 @@ def said():
     logger.removeHandler(handler)
 
 
+def _patient(make: Callable) -> Callable:
+    """What makes pages or contexts that wait as long as any test."""
+
+    def patient(**options):
+        made = make(**options)
+        made.set_default_timeout(1000 * TIMEOUT_S)
+        return made
+
+    return patient
+
+
 def load_recipe(name: str) -> ModuleType:
     """A recipe as a module, to call its `main` without starting a process."""
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
@@ -168,10 +183,6 @@ def fault_server():
     """A running OpenAI-compatible server that says what the test tells it to, faults included."""
     with FaultServer() as server:
         yield server
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "real_tokenizer: runs on a published tokenizer")
 
 
 def pytest_collection_modifyitems(items):

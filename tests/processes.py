@@ -6,8 +6,7 @@ script is still a process with its own arguments, environment, directory, output
 
 import atexit
 import contextlib
-import multiprocessing
-import multiprocessing.forkserver
+import multiprocessing.context
 import os
 import resource
 import runpy
@@ -18,16 +17,31 @@ import sys
 import tempfile
 import time
 import traceback
+from multiprocessing import forkserver, popen_forkserver
 from pathlib import Path
+from unittest import mock
 
 import psutil
 
 TIMEOUT_S = 900
 """How long a test waits for anything, in seconds of wall: long enough for a machine that is busy with other work."""
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["workers.preload"])
-atexit.register(lambda: multiprocessing.forkserver._forkserver._stop())  # so that its time counts as the tests'
+# Apart from the one that the project's own code may start in the test's process, which imports less.
+_SERVER = forkserver.ForkServer()
+_SERVER.set_forkserver_preload(["workers.preload"])
+atexit.register(_SERVER._stop)  # waits for its end, so that its CPU time counts as the tests'
+
+
+class _Popen(popen_forkserver.Popen):
+    def _launch(self, process_obj):
+        with mock.patch.object(forkserver, "connect_to_new_process", _SERVER.connect_to_new_process):
+            super()._launch(process_obj)
+
+
+class _Process(multiprocessing.context.ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj):
+        return _Popen(process_obj)
 
 
 class Script:
@@ -52,7 +66,7 @@ class Script:
         files = [str(Path(self._output.name) / name) for name in ("stdout", "stderr")]
         environment = dict(os.environ if env is None else env)
         arguments = (self.command, str(cwd or Path.cwd()), environment, files, largest_file)
-        self._process = _CONTEXT.Process(target=_run, args=arguments)
+        self._process = _Process(target=_run, args=arguments)
         self._process.start()
         self.pid = self._process.pid
         self._files = [Path(file) for file in files]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from processes import TIMEOUT_S
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
 from csc_train.data.readers import ReadReport, iter_dialogues, read_dialogues, write_dialogues
@@ -486,7 +487,7 @@ def test_a_data_set_id_is_loaded_by_datasets(tmp_path, offline):
         "PYTHONIOENCODING": "utf-8",
     }
     command = [sys.executable, "-c", LOAD, *wanted]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr
     selected, unknown, *missing = done.stdout.splitlines()
     assert selected == f"{[('z', 'CSConv', 'GT', {'topic': 'b'})]} 3 1 {{'RoleCS': 2}} {offline}"

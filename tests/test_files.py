@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from processes import TIMEOUT_S
 
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, read_json, write_json, write_text
@@ -38,7 +39,7 @@ def test_a_file_size_limit_leaves_nothing_half_written(tmp_path, name, older):
         path.write_bytes(older)
     root = str(Path(__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, cwd=root, timeout=60
+        [sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, cwd=root, timeout=TIMEOUT_S
     )
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()

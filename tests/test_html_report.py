@@ -277,7 +277,6 @@ def found(page, pair):
     page.wait_for_function(
         "text => document.getElementById('found').textContent === text",
         arg=f"{pair[0]} of 31 dialogues, {pair[1]} turns found",
-        timeout=5000,
     )
     return True
 

@@ -301,7 +301,7 @@ def test_keys_answer_as_soon_as_a_rater_has_begun(opened):
         }"""
     )
     assert focused == ""
-    assert page.locator("input:checked").get_attribute("value", timeout=1000) == "2"
+    assert page.locator("input:checked").get_attribute("value") == "2"
 
 
 def test_without_a_store_the_sheet_says_so_and_works(opened, runs):

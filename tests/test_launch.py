@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
+from processes import TIMEOUT_S
 
 from csc_train.config.compose import compose, to_container
 from csc_train.errors import InputError
@@ -59,7 +60,7 @@ def trained(output: str) -> int:
 class Started:
     """A process group of its own in `directory`, whose output is read as it comes; killed after `limit` seconds."""
 
-    def __init__(self, command: list[str], directory: Path, limit: float = 240, **variables: str):
+    def __init__(self, command: list[str], directory: Path, limit: float = TIMEOUT_S, **variables: str):
         path = os.pathsep.join([str(SLURM), str(Path(sys.executable).parent), os.environ["PATH"]])
         variables = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PATH": path, **variables}
         self.directory, self.output = directory, ""
@@ -359,7 +360,7 @@ def test_two_nodes_are_stopped_requeued_broken_and_come_to_the_same_end(place, r
     assert left_in(place) == []
 
     # A node dies
-    broken = run_script(place, limit=120).until(STEP)
+    broken = run_script(place).until(STEP)
     (node,) = [
         process for process in left_in(place)
         if "csc_train.launching.supervise" in process.cmdline() and process.environ()["SLURM_NODEID"] == "1"
@@ -415,7 +416,7 @@ def idle(directory: Path, *behaviour: str) -> Started:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     worker = str(ROOT / "tests" / "workers" / "idle_rank.py")
     return Started(
-        [sys.executable, "-m", supervise.__name__, ".", *torchrun, worker, *behaviour], directory.resolve(), limit=120
+        [sys.executable, "-m", supervise.__name__, ".", *torchrun, worker, *behaviour], directory.resolve()
     )
 
 
@@ -443,4 +444,4 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path):
     ranks = left_in(tmp_path.resolve())
     started.process.kill()
     started.end()
-    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    assert psutil.wait_procs(ranks, timeout=TIMEOUT_S)[1] == []

@@ -7,6 +7,7 @@ import time
 
 import pydantic
 import pytest
+from processes import TIMEOUT_S
 from servers.faults import DRIP, DROP, HANG, HTML, TORN, Fault, Say
 
 from csc_train.errors import InputError
@@ -26,7 +27,7 @@ def short_waits(monkeypatch):
 
 
 def config_of(server, **settings):
-    return LLMConfig(base_url=server.base_url, model="small", **{"max_retries": 2, "timeout_s": 30} | settings)
+    return LLMConfig(base_url=server.base_url, model="small", **{"max_retries": 2, "timeout_s": TIMEOUT_S} | settings)
 
 
 def run(config, call):
@@ -71,7 +72,7 @@ FAULTS = {
 @pytest.mark.parametrize("kind", FAULTS)
 def test_what_may_pass_is_tried_again_within_the_budget(kind, fault_server):
     fault_server.script += [FAULTS[kind]] * 2
-    config = config_of(fault_server, timeout_s=0.2 if kind == "timeout" else 30)
+    config = config_of(fault_server, timeout_s=3 if kind == "timeout" else TIMEOUT_S)
     answer, attempts = chat(config)
     assert (answer.text, answer.attempts) == ("您好", 3)
     assert [(each.number, each.kind) for each in attempts] == [(1, kind), (2, kind), (3, None)]
@@ -132,7 +133,7 @@ def test_the_key_is_sent_and_shown_nowhere(fault_server, monkeypatch):
 
 def test_an_answer_that_drips_in_is_waited_for_no_longer_than_one_that_does_not_come(fault_server):
     fault_server.script.append(DRIP)
-    answer, attempts = chat(config_of(fault_server, timeout_s=0.3))
+    answer, attempts = chat(config_of(fault_server, timeout_s=3))
     assert answer.text == "您好"
     assert [each.kind for each in attempts] == ["timeout", None]
 
@@ -234,7 +235,7 @@ def test_a_client_asks_no_more_at_a_time_than_it_may(fault_server):
             counts.append(len(under_way))
             arrived = len(counts)
         if arrived <= 4:
-            all_there.wait(20)
+            all_there.wait(TIMEOUT_S)
         # The refusal is known long before the three others are answered.
         time.sleep(0.5 if arrived < 4 else 0 if arrived == 4 else 0.02)
         with lock:

@@ -7,6 +7,7 @@ import re
 import numpy
 import pytest
 from conftest import load_recipe
+from processes import TIMEOUT_S
 from scipy.optimize import minimize
 from servers.faults import Fault, Say
 
@@ -201,7 +202,7 @@ def test_an_answer_is_kept_for_all_that_decides_it_and_asked_for_without_chance(
         }
         seeds.append({body["seed"] for body in bodies})
         assert len(seeds[-1]) == len(bodies)  # one for each question
-        judged_by(fault_server, a, b, cache, rubric, timeout_s=60, **settings)
+        judged_by(fault_server, a, b, cache, rubric, timeout_s=TIMEOUT_S, **settings)
         assert len(fault_server.requests) == 2 * len(PLACES)
     fault_server.requests.clear()
     judged_by(fault_server, a, b, tmp_path / "anew.jsonl", rubric)

@@ -293,7 +293,7 @@ FAULTS = {
 def test_turns_that_failed_are_recorded_and_only_they_are_tried_again(context, fault_server, tmp_path):
     """Whatever the failures, the second run ends with the file of a run that met none."""
     fault_server.answer = echo
-    generator = generator_of(fault_server, TemplateConfig(), timeout_s=0.3)
+    generator = generator_of(fault_server, TemplateConfig(), timeout_s=3)
 
     def run(name):
         fault_server.requests.clear()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from processes import Script, run_script
+from processes import TIMEOUT_S, Script, run_script
 from servers.faults import DROP, TORN, Fault, Say
 
 from csc_train.data.readers import read_dialogues
@@ -64,7 +64,7 @@ def served(server, **more):
     given = {"llm": "openai", "llm.base_url": server.base_url, "llm.model": "m", "llm.api_key_env": "TEST_KEY"}
     given |= {
         "llm.concurrency": 2,
-        "llm.timeout_s": 5,
+        "llm.timeout_s": TIMEOUT_S,
         "synthesis.personas.count": 2,
         "target": 3,
         "run.directory": "r",

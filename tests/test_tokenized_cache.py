@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 from conftest import ROOT
+from processes import TIMEOUT_S
 from workers import prepare_dialogues
 from workers.prepare_dialogues import CHUNK, dialogues, template
 
@@ -198,7 +199,7 @@ def test_what_ends_half_way_leaves_no_process_and_is_built_again(tmp_path, expec
     else:
         one.kill()
     # To the end of the output, which its two workers hold open as long as they live.
-    rest, _ = one.communicate(timeout=60)
+    rest, _ = one.communicate(timeout=TIMEOUT_S)
     assert rest == ""
     assert one.returncode != 0
     assert half.exists() == (end == signal.SIGKILL)
@@ -212,8 +213,8 @@ def test_of_two_at_once_one_encodes_and_the_other_waits_for_it(tmp_path, expecte
     assert one.stdout.readline() == "half-way\n"
     two = builder(tmp_path, "1")
     assert two.stdout.readline() == f"waiting for another process that prepares dialogues in {tmp_path}\n"
-    first, _ = one.communicate("go on\n", timeout=60)
-    second, _ = two.communicate(timeout=60)
+    first, _ = one.communicate("go on\n", timeout=TIMEOUT_S)
+    second, _ = two.communicate(timeout=TIMEOUT_S)
     assert " 40 dialogues encoded in " in first
     assert second == f"tokenized {entry(tmp_path)}: hit, 40 dialogues\n"
     assert contents(tmp_path) == expected

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from processes import TIMEOUT_S
 from wandb.proto.wandb_internal_pb2 import Record
 
 BLOCK, BEGINNING, HEADER = 32768, 7, 7
@@ -84,7 +85,7 @@ def offline_runs(directory: Path) -> list[OfflineRun]:
 
     The last one is waited for: on a busy machine W&B's service writes its end out after `finish` has returned.
     """
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT_S
     while True:
         runs = [OfflineRun(folder) for folder in sorted((directory / "wandb").glob("offline-run-*"))]
         if runs[-1].exit_code is not None or time.monotonic() > deadline:
