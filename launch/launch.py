@@ -6,7 +6,10 @@ python launch/launch.py run=runs/sft-20260101-120000 resume=true
 
 import sys
 
-from csc_train.launching.job import launch
+try:
+    from csc_train.launching.job import launch
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 if __name__ == "__main__":
     sys.exit(launch(sys.argv[1:]))

@@ -6,7 +6,10 @@ python launch/sweep.py sweep=lr debug=cpu_tiny sweep.trials=4
 
 import sys
 
-from csc_train.launching.sweep import sweep
+try:
+    from csc_train.launching.sweep import sweep
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 if __name__ == "__main__":
     sys.exit(sweep(sys.argv[1:]))

@@ -7,8 +7,11 @@ python recipes/build_csconv.py run=runs/build_csconv-20260101-120000 resume=true
 
 import logging
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.synthesis import BuildCsconvRecipe
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.synthesis import BuildCsconvRecipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.build_csconv")
 OUTPUTS = (

@@ -4,8 +4,11 @@ python recipes/chat.py checkpoint=runs/demo/model
 python recipes/chat.py checkpoint=runs/demo/model ui=web
 """
 
-from csc_train.chat.config import ChatConfig
-from csc_train.config.cli import run_recipe
+try:
+    from csc_train.chat.config import ChatConfig
+    from csc_train.config.cli import run_recipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 
 def main(config: ChatConfig) -> None:

@@ -5,8 +5,11 @@ python recipes/compare.py runs/one/evaluation runs/other/evaluation
 
 import logging
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.evaluation import CompareRecipe
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.evaluation import CompareRecipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.compare")
 OUTPUTS = ("comparison.json", "comparison.md")

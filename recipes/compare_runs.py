@@ -6,8 +6,11 @@ python recipes/compare_runs.py runs metric=eval_strategy_accuracy direction=maxi
 
 import logging
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.training import CompareRunsRecipe
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.training import CompareRunsRecipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.compare_runs")
 OUTPUTS = ("runs.json", "runs.md", "runs.svg")

@@ -10,8 +10,11 @@ python recipes/evaluate.py llm=gpt_4o data=rolecs
 import logging
 from pathlib import Path
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.evaluation import EvaluateRecipe
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.evaluation import EvaluateRecipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.evaluate")
 OUTPUTS = ("predictions", "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html")

@@ -3,8 +3,11 @@
 python recipes/export.py source=runs/demo output=exported/demo
 """
 
-from csc_train.checkpoints.config import ExportConfig
-from csc_train.config.cli import run_recipe
+try:
+    from csc_train.checkpoints.config import ExportConfig
+    from csc_train.config.cli import run_recipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 
 def main(config: ExportConfig) -> None:

@@ -6,8 +6,11 @@ python recipes/human_eval.py import answers-anna.json answers-ben.json key=runs/
 
 import logging
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.evaluation import HumanEvalRecipe
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.evaluation import HumanEvalRecipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.human_eval")
 OUTPUTS = ("sheet.html", "key.json", "human.json", "human.md")

@@ -5,8 +5,11 @@ python recipes/judge.py runs/one/evaluation runs/other/evaluation llm=gpt_4o
 
 import logging
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.evaluation import JudgeRecipe
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.evaluation import JudgeRecipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.judge")
 OUTPUTS = ("judgements.jsonl", "judge.json", "judge.md")

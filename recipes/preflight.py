@@ -5,8 +5,11 @@ python recipes/preflight.py model=qwen2_5_72b adapter=full cluster=node8 zero=ze
 
 import sys
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.training import PreflightRecipe
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.training import PreflightRecipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 
 def main(config: PreflightRecipe) -> None:

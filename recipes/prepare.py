@@ -6,8 +6,11 @@ python recipes/prepare.py experiment=qwen2_5_7b_lora
 import tempfile
 from pathlib import Path
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.training import PrepareRecipe
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.training import PrepareRecipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 
 def main(config: PrepareRecipe) -> None:

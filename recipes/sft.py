@@ -8,8 +8,11 @@ python recipes/sft.py experiment=demo on_finish=evaluate validation.save_best=tr
 import dataclasses
 import logging
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.training import SftRecipe
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.training import SftRecipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.sft")
 OUTPUTS = (

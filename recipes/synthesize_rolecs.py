@@ -7,8 +7,11 @@ python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 budget.tokens=5
 
 import logging
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.synthesis import SynthesizeRolecsRecipe
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.synthesis import SynthesizeRolecsRecipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.synthesize_rolecs")
 OUTPUTS = (

@@ -3,13 +3,16 @@
 python recipes/write_sample.py data.sample_dialogues=900 data.sample_seed=0
 """
 
-from csc_train.config.cli import run_recipe
-from csc_train.config.recipes.training import WriteSampleRecipe
-from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
-from csc_train.data.splits import load_splits
-from csc_train.errors import InputError
-from csc_train.inference.baselines import StrategyBaseline
-from csc_train.inference.generator import generate_predictions
+try:
+    from csc_train.config.cli import run_recipe
+    from csc_train.config.recipes.training import WriteSampleRecipe
+    from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
+    from csc_train.data.splits import load_splits
+    from csc_train.errors import InputError
+    from csc_train.inference.baselines import StrategyBaseline
+    from csc_train.inference.generator import generate_predictions
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 
 def main(config: WriteSampleRecipe) -> None:

@@ -626,7 +626,7 @@ def test_a_reply_is_stopped_on_the_page(browser, tmp_path):
 def test_a_page_without_gradio_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "csc_train.chat.web", raising=False)
-    with pytest.raises(InputError, match=r"^ui=web needs gradio: pip install -r requirements-web\.txt$"):
+    with pytest.raises(InputError, match=r"^ui=web needs gradio: pip install 'csc-train\[web\]'$"):
         importlib.import_module("csc_train.chat.web")
 
 

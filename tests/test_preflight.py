@@ -167,9 +167,9 @@ def test_a_port_in_use_is_refused(job):
 
 
 def test_packages_outside_their_ranges_are_named(job, tmp_path, monkeypatch):
-    requirements = tmp_path / "requirements.txt"
-    requirements.write_text("# ours\ntorch<1\nno-such-package>=1\nrich>=1\n")
-    monkeypatch.setattr("csc_train.launching.preflight.checks.REQUIREMENTS", requirements)
+    project = tmp_path / "pyproject.toml"
+    project.write_text('[project]\ndependencies = ["torch<1", "no-such-package>=1", "rich>=1"]\n')
+    monkeypatch.setattr("csc_train.launching.preflight.checks.PYPROJECT", project)
     name, message = failure(preflight(composed(job)))
     assert name == "packages"
     assert "torch<1 (" in message and "no-such-package>=1 (not installed)" in message and "rich" not in message

@@ -25,7 +25,7 @@ try:
     import uvicorn
     from fastapi import FastAPI
 except ImportError as missing:
-    raise InputError("ui=web needs gradio: pip install -r requirements-web.txt") from missing
+    raise InputError("ui=web needs gradio: pip install 'csc-train[web]'") from missing
 
 MAX_PORTS = 100
 """Number of ports to try."""

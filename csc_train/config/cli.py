@@ -128,6 +128,6 @@ def main() -> None:
 
 
 def _summary(command: str) -> str:
-    """The first line of a script's docstring."""
+    """The purpose of a script: the start of its docstring."""
     first = script_of(command).read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.strip('"')
+    return first.strip('"').partition(":")[0]

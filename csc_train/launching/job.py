@@ -9,6 +9,7 @@ from typing import Any
 
 from csc_train.config.compose import RECORDED, compose, compose_recorded, to_container
 from csc_train.config.explain import known_keys
+from csc_train.config.paths import script_of
 from csc_train.config.recipes.training import LaunchRecipe, PreflightRecipe
 from csc_train.errors import InputError, suggestion
 from csc_train.files import write_text
@@ -20,7 +21,6 @@ from csc_train.launching.supervise import supervise
 from csc_train.runs.config import RESOLVED_FILE, RunConfig
 from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, as_yaml, default_directory
 
-ROOT = Path(__file__).parent.parent.parent
 LAUNCH_FILE = "launch.yaml"
 """In a run directory: how the run was launched last."""
 SCRIPT_FILE = "job.sbatch"
@@ -62,8 +62,8 @@ class Job:
         return {"CUDA_VISIBLE_DEVICES": ""} if self.launch.cluster.device == "cpu" else {}
 
     def _script(self) -> str:
-        path = Path("recipes") / f"{self.launch.recipe}.py"
-        return str(path if path.exists() and path.samefile(ROOT / path) else ROOT / path)
+        script, relative = script_of(self.launch.recipe), Path("recipes") / f"{self.launch.recipe}.py"
+        return str(relative if relative.exists() and relative.samefile(script) else script)
 
     def _arguments(self) -> list[str]:
         return [f"run={self.directory}", "resume=true"]

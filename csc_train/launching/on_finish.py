@@ -8,8 +8,8 @@ import torch
 
 from csc_train.config.cluster import OnFinishConfig
 from csc_train.config.compose import compose
+from csc_train.config.paths import script_of
 
-ROOT = Path(__file__).parent.parent.parent
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """By which torchrun tells a process that it is one of several; what accelerate adds begins with ACCELERATE_."""
 
@@ -46,7 +46,7 @@ def run_on_finish(on_finish: OnFinishConfig, arguments: list[str]) -> None:
         for name, value in os.environ.items()
         if name not in RANK_VARIABLES and not name.startswith("ACCELERATE_")
     }
-    script = str(ROOT / "recipes" / f"{on_finish.recipe}.py")
+    script = str(script_of(on_finish.recipe))
     print(f"on_finish: {script} {' '.join(arguments)}", flush=True)
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, script, *arguments], environment)

@@ -35,6 +35,8 @@ def uncommitted_diff() -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    if not (PACKAGE.parent / ".git").exists():  # installed: a repository around it is not ours
+        return None
     try:
         done = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, check=False)
     except FileNotFoundError:

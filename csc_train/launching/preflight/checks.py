@@ -11,12 +11,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csc_train.config.cluster import PreflightConfig
+from csc_train.config.paths import PACKAGE
 from csc_train.errors import InputError
 from csc_train.files import os_errors, read_json
 from csc_train.models.config import TRAINED_TOKENIZER
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from csc_train.config.recipes.training import PreflightRecipe
     from csc_train.template.dialogue_template import DialogueTemplate
 
-REQUIREMENTS = Path(__file__).parent.parent.parent.parent / "requirements.txt"
+PYPROJECT = PACKAGE.parent / "pyproject.toml"
 DRIVERS = {12: (525, 60), 13: (580, 0)}
 """The oldest NVIDIA driver for Linux on which a CUDA major version runs, by NVIDIA's compatibility guide."""
 SAMPLE = 500
@@ -418,13 +420,14 @@ def check_disk(config: "PreflightRecipe", setting: MemoryScenario, free: int | N
 
 
 def check_packages() -> str:
-    """What is installed is what requirements.txt asks for."""
+    """The installed packages are in the ranges that pyproject.toml asks for."""
     from packaging.requirements import Requirement
 
-    if not REQUIREMENTS.is_file():
-        raise NotCheckedError("there is no requirements.txt beside the package")
-    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
-    wanted = [Requirement(line) for line in lines if line and not line.startswith(("#", "-"))]
+    if PYPROJECT.is_file():  # a checkout
+        lines = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
+    else:
+        lines = importlib.metadata.requires("csc-train") or []
+    wanted = [requirement for requirement in map(Requirement, lines) if requirement.marker is None]
     wrong = []
     for requirement in wanted:
         try:
@@ -434,8 +437,8 @@ def check_packages() -> str:
         if version == "not installed" or not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement} ({version})")
     if wrong:
-        raise InputError(f"requirements.txt asks for {', '.join(wrong)}")
-    return f"{len(wanted)} in the ranges of requirements.txt"
+        raise InputError(f"csc-train asks for {', '.join(wrong)}")
+    return f"{len(wanted)} in the ranges of csc-train"
 
 
 def check_cuda(config: "PreflightRecipe", gpus: list[Gpu] | None, absent: type[Exception]) -> str:

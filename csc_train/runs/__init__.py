@@ -1,0 +1,1 @@
+"""Run directories: their files, their processes, their provenance and their comparison."""

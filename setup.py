@@ -1,0 +1,14 @@
+"""Put conf/, recipes/ and launch/ into the installed package; all other metadata is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+FOLDERS = ("conf", "recipes", "launch")
+setup(
+    packages=[*find_packages(include=["csc_train*"]), *(f"csc_train.{folder}" for folder in FOLDERS)],
+    package_dir={f"csc_train.{folder}": folder for folder in FOLDERS},
+    package_data={
+        "csc_train": ["**/*.jinja", "**/*.css", "**/*.js", "**/*.json", "**/*.jsonl"],
+        "csc_train.conf": ["**/*.yaml"],
+        "csc_train.launch": ["**/*"],
+    },
+)
