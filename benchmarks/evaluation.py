@@ -151,7 +151,7 @@ class Alone(WithoutLikelihoods):
     def run(self, queue: TurnQueue) -> None:
         """Answer every turn."""
         while requests := queue.pop(1):
-            prompt = self._prompt(requests[0])
+            prompt = requests[0].prompt_ids(self.template)
             output = self.model.generate(
                 torch.tensor([prompt], device=self.model.device),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=self.model.device),

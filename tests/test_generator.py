@@ -497,7 +497,7 @@ def test_a_checkpoint_without_tokenizer_or_of_another_one_is_refused(checkpoint)
     manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
     for file in checkpoint.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(InputError, match=r"no tokenizer here \(tokenizer\.json\)") as caught:
+    with pytest.raises(InputError, match="there is no tokenizer") as caught:
         open_final_model(str(checkpoint))
     assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
 

@@ -29,7 +29,7 @@ from csc_train.llm import client as client_module
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.template.likelihood import label_log_likelihoods
+from csc_train.template.likelihood import dialogue_log_likelihoods
 from csc_train.template.system_prompt import system_prompt
 
 DIALOGUES = generate_sample(4, seed=3)
@@ -158,7 +158,8 @@ def test_a_server_tells_likelihoods_as_the_model_itself_does(mode, context, loca
     for dialogue in dialogues if context == "generated" else ():
         history = [found[dialogue.id, 0].token_ids, dialogue.turns[1]]
         with torch.inference_mode():
-            (expected,) = label_log_likelihoods(model, template, [template.prompt_ids(history)]).tolist()
+            prompt = template.prompt_ids(history)
+            (expected,) = dialogue_log_likelihoods(model, template, prompt, [len(prompt)])[1].tolist()
         assert found[dialogue.id, 2].label_log_likelihoods == pytest.approx(expected, abs=2e-3)
     # The labels are not equally likely, and in mode given nobody chooses among them.
     labels = [each.label_log_likelihoods for each in found.values()]

@@ -92,8 +92,9 @@ class Conversation:
         self._add_message(message)
         reply = ChatReply(strategy, "", (), strategy is not None, ())
         try:
-            prompt = self._prompt()
-            strategy_ids = self._prompt(strategy)[len(prompt) :]
+            history = [Turn(Speaker.CUSTOMER, turn) if isinstance(turn, str) else turn.token_ids for turn in self.turns]
+            prompt = self.template.prompt_ids(history)
+            strategy_ids = self.template.label_ids[strategy.number] if strategy else []
             self._check_length(len(prompt))
             self._stopped = False
             logits = self._prefill(prompt)
@@ -172,10 +173,6 @@ class Conversation:
         if not text:
             raise InputError("the message is empty: write something")
         self.turns.append(text)
-
-    def _prompt(self, strategy: Strategy | None = None) -> list[int]:
-        history = [Turn(Speaker.CUSTOMER, turn) if isinstance(turn, str) else turn.token_ids for turn in self.turns]
-        return self.template.prompt_ids(history, strategy)
 
     def _check_length(self, length: int) -> None:
         limit = getattr(self._model.config, "max_position_embeddings", None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest, check_manifest, read_manifest
 from csc_train.data.dialogue import Dialogue, Turn
@@ -19,8 +19,8 @@ from csc_train.inference.kv_cache import DialogueCache
 from csc_train.inference.predictions import Prediction
 from csc_train.inference.turn_queue import TurnQueue, TurnRequest
 from csc_train.models.families import cache_kinds
-from csc_train.models.hub import hub_errors, load_causal_lm
-from csc_train.models.tokenizer import tokenizer_hash
+from csc_train.models.hub import load_causal_lm
+from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import dialogue_log_likelihoods
@@ -92,7 +92,7 @@ class HFGenerator:
         in_flight: dict[int, tuple[TurnRequest, list[int]]] = {}  # by row of the cache
         while True:
             requests = queue.pop(self._config.batch_size - len(in_flight))
-            prompts = [self._prompt(request) for request in requests]
+            prompts = [request.prompt_ids(self.template) for request in requests]
             rows = cache.add([request.dialogue.id for request in requests], prompts)
             in_flight |= zip(rows, zip(requests, prompts, strict=True), strict=True)
             if not in_flight:
@@ -105,27 +105,19 @@ class HFGenerator:
             for dialogue in tqdm(queue.dialogues, "likelihoods", unit="dialogue", disable=None):
                 self._add_likelihoods(queue, dialogue)
 
-    def _prompt(self, request: TurnRequest) -> list[int]:
-        history = [turn if isinstance(turn, Turn) else turn.token_ids for turn in request.history]
-        return self.template.prompt_ids(history, self._given_strategy(request))
-
-    def _given_strategy(self, request: TurnRequest) -> Strategy | None:
-        return request.dialogue.turns[request.turn].strategy if self.template.config.mode == "given" else None
-
     def _prediction(self, request: TurnRequest, prompt: list[int], ids: list[int]) -> Prediction:
         text = self.decode(ids)
         # Later prompts show this turn as training did: with the given strategy.
-        given = self.template.prompt_ids([], self._given_strategy(request))[len(self.template.prompt_ids([])) :]
-        return request.prediction(text, self.template.parse(text), digest(prompt), token_ids=(*given, *ids))
+        given = request.given_strategy(self.template.config.mode)
+        token_ids = (*(self.template.label_ids[given.number] if given else ()), *ids)
+        return request.prediction(text, self.template.parse(text), digest(prompt), token_ids=token_ids)
 
     def _add_likelihoods(self, queue: TurnQueue, dialogue: Dialogue) -> None:
         """Compute the likelihoods of all predicted turns of a dialogue."""
         predictions = queue.completed(dialogue)
         reference = queue.context == "reference"
-        if all(
-            (each.reference_nll is not None) if reference else each.label_log_likelihoods
-            for each in predictions.values()
-        ):
+        computed = "reference_nll" if reference else "label_log_likelihoods"
+        if all(getattr(prediction, computed) is not None for prediction in predictions.values()):
             return  # an earlier run did it
         targets = []
         if reference:
@@ -134,20 +126,19 @@ class HFGenerator:
             header = len(self.template.supporter_header_ids)
             starts = [int(example.turn_offsets[turn]) + header for turn in predictions]
         else:
-            history = [
-                predictions[turn].token_ids if turn in predictions else customer
-                for turn, customer in enumerate(dialogue.turns)
-            ]
+            own_ids = {turn: prediction.token_ids for turn, prediction in predictions.items()}
+            history = [own_ids.get(turn, customer) for turn, customer in enumerate(dialogue.turns)]
             starts = [len(self.template.prompt_ids(history[:turn])) for turn in predictions]
             ids = self.template.prompt_ids(history[: max(predictions)])
         if not self.predicts_strategy:
             starts = []
-        own, labels = dialogue_log_likelihoods(self.model, self.template, ids, starts, targets)
+        token_likelihoods, labels = dialogue_log_likelihoods(self.model, self.template, ids, starts, targets)
         for prediction, row in itertools.zip_longest(predictions.values(), labels.tolist()):
             details = {"label_log_likelihoods": row and tuple(round(value, 4) for value in row)}
             if reference:
                 first, end = example.turn_offsets[prediction.turn], example.turn_offsets[prediction.turn + 1]
-                nll = [-value for target, value in zip(targets, own.tolist(), strict=True) if first <= target < end]
+                values = zip(targets, token_likelihoods.tolist(), strict=True)
+                nll = [-value for target, value in values if first <= target < end]
                 details |= {"reference_nll": round(sum(nll), 4), "reference_tokens": len(nll)}
             queue.update(replace(prediction, **details))
 
@@ -159,11 +150,7 @@ def open_final_model(directory: str) -> tuple[DialogueTemplate, Manifest]:
         InputError: it is no final model, or its template or tokenizer differs from the one of this code.
     """
     manifest = read_manifest(directory)
-    if not (Path(directory) / "tokenizer.json").is_file():
-        # transformers would make up an empty one.
-        raise InputError(f"{directory}: no tokenizer here (tokenizer.json): export the model again")
-    with hub_errors(directory, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
     is_file = manifest.chat_template.endswith(".jinja")  # a user's template; the model directory has a copy
     name = f"{directory}/chat_template.jinja" if is_file else manifest.chat_template

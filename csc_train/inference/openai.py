@@ -100,12 +100,11 @@ class OpenAIGenerator:
         """The model's reply, with likelihoods if the server returns them."""
         seed = int(digest([self._config.seed, request.dialogue.id, request.turn])[:7], 16)
         decoding = {"seed": seed, "temperature": 0, "max_tokens": self._config.max_new_tokens}
-        given = request.dialogue.turns[request.turn].strategy if self._settings.mode == "given" else None
+        given = request.given_strategy(self._settings.mode)
         details: dict[str, Any] = {"prompt_format": "token_ids" if self._takes_token_ids else "messages"}
         try:
             if self._takes_token_ids:
-                history = [turn if isinstance(turn, Turn) else turn.token_ids for turn in request.history]
-                prompt = self._template.prompt_ids(history, given)
+                prompt = request.prompt_ids(self._template)
                 answer = await client.complete(prompt, **decoding)
                 details["token_ids"] = self._turn_ids(answer.text, answer.token_ids, given)
                 if self._returns_likelihoods:

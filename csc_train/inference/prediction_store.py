@@ -1,11 +1,11 @@
 """A store of predictions on disk, from which a stopped evaluation resumes."""
 
+import contextlib
 import glob
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
 
 from csc_train.data.dialogue import Dialogue
 from csc_train.errors import InputError
@@ -20,7 +20,7 @@ from csc_train.inference.predictions import (
 from csc_train.jsonl import JsonlLog
 
 
-class PredictionStore:
+class PredictionStore(contextlib.AbstractContextManager):
     """The outcomes of one system in one context: the file `path`, and part files beside it.
 
     Each process appends outcomes to its own part, one line each; the last line of a turn counts. `merge` joins the
@@ -46,14 +46,7 @@ class PredictionStore:
         self._log = JsonlLog(self.path.with_name(f"{self.path.name}.part-{rank:05}"))
         self._log.open()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close this process's part."""
         self._log.close()
 
     def add(self, outcome: TurnOutcome) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 from tqdm import tqdm
 
 from csc_train.data.dialogue import Dialogue, Turn
+from csc_train.data.strategies import Strategy
 from csc_train.errors import InputError
 from csc_train.inference.prediction_store import PredictionStore
 from csc_train.inference.predictions import FailedTurn, Prediction, TurnOutcome, build_prediction, expected_turns
+from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply
 
 EARLIER_TURN_FAILED = "earlier_turn_failed"
@@ -30,6 +32,15 @@ class TurnRequest:
     turn: int
     context: str
     history: tuple[Turn | Prediction, ...]
+
+    def given_strategy(self, mode: str) -> Strategy | None:
+        """The reference strategy in mode `given`, else None."""
+        return self.dialogue.turns[self.turn].strategy if mode == "given" else None
+
+    def prompt_ids(self, template: DialogueTemplate) -> list[int]:
+        """Token ids of the prompt, the given strategy included."""
+        history = [turn if isinstance(turn, Turn) else turn.token_ids for turn in self.history]
+        return template.prompt_ids(history, self.given_strategy(template.config.mode))
 
     def prediction(self, raw_text: str, reply: Reply, prompt_hash: str, **details: Any) -> Prediction:
         """The outcome of a turn that got a reply; `details` are further fields of `Prediction`."""

@@ -14,42 +14,6 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.template.dialogue_template import DialogueTemplate
 
 
-def label_log_likelihoods(
-    model: torch.nn.Module, template: DialogueTemplate, prompts: Sequence[Sequence[int]]
-) -> torch.Tensor:
-    """The log-likelihoods of the labels behind prompts, in one forward pass without a cache.
-
-    Each label of each prompt is a row of the batch, padded on the left, so any causal model will do, also one that is
-    wrapped to train on several processes. `dialogue_log_likelihoods` takes far fewer tokens where it applies.
-
-    Args:
-        prompts: ids from which a supporter turn would be generated (see `DialogueTemplate.prompt_ids`).
-
-    Returns:
-        float32 [prompts, 12], in nats, in the order of `STRATEGIES`, on the model's device.
-    """
-    labels = _labels(template)
-    longest, rest = max(map(len, prompts)), max(map(len, labels)) - 1
-    rows, masks, targets = [], [], []
-    for prompt in prompts:
-        for label in labels:
-            before, after = longest - len(prompt), rest + 1 - len(label)
-            rows.append([0] * before + [*prompt, *label[:-1]] + [0] * after)  # masked, so any token will do
-            masks.append([0] * before + [1] * (len(prompt) + len(label) - 1) + [0] * after)
-            targets.append([*label, *[-1] * after])
-    device = next(model.parameters()).device
-    mask, target = torch.tensor(masks, device=device), torch.tensor(targets, device=device)
-    logits = model(
-        input_ids=torch.tensor(rows, device=device),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=rest + 1,
-    ).logits
-    likelihoods = _log_likelihoods(logits, target.clamp(min=0)) * (target >= 0)
-    return likelihoods.sum(1).view(len(prompts), len(labels))
-
-
 def dialogue_log_likelihoods(
     model: torch.nn.Module,
     template: DialogueTemplate,
