@@ -1,4 +1,4 @@
-"""Jinja templates and other text files that are stored in the packages."""
+"""Jinja templates, tables in YAML and other text files that are stored in the packages."""
 
 import posixpath
 from functools import cache
@@ -6,6 +6,7 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+import yaml
 
 _ONE_TAG_PER_LINE = (".html.jinja", ".sbatch.jinja")
 
@@ -53,3 +54,14 @@ def render(package: str, name: str, **values: Any) -> str:
 def read_text(package: str, name: str) -> str:
     """The text of a UTF-8 file that is stored in a package."""
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")
+
+
+def read_yaml(package: str, name: str) -> Any:
+    """The content of a YAML file that is stored in a package, lists as tuples."""
+
+    def frozen(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: frozen(inner) for key, inner in value.items()}
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return frozen(yaml.safe_load(read_text(package, name)))

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+from csc_train.templates import read_yaml
+
 
 class Stage(Enum):
     """A phase of the conversation, in its typical (not obligatory) order."""
@@ -51,68 +53,11 @@ class Strategy:
         return self.label
 
 
-STRATEGIES: tuple[Strategy, ...] = (
-    Strategy(
-        1, "礼貌问候", "Greeting", "GT", Stage.CONNECTING,
-        "开场时友好地打招呼，报出身份，并表示愿意帮忙。",
-        "Open the talk with a friendly welcome, say who is speaking and offer help.",
-    ),
-    Strategy(
-        2, "确认身份", "Identity Verification", "IV", Stage.CONNECTING,
-        "问候之后，请客户提供安全核验所需的个人资料。",
-        "Right after the greeting, ask for the personal details that a safety check needs.",
-    ),
-    Strategy(
-        3, "重述或转述", "Restatement or Paraphrasing", "RP", Stage.IDENTIFYING,
-        "用自己的话复述客户的问题来核对理解，不添加新内容。",
-        "Say the customer's problem back in other words to check the understanding, adding nothing new.",
-    ),
-    Strategy(
-        4, "细化问题", "Problem Refinement", "PR", Stage.IDENTIFYING,
-        "针对缺少的细节提出一个具体的问题。",
-        "Ask one concrete question about a detail that is still missing.",
-    ),
-    Strategy(
-        5, "情感管理", "Emotional Management", "EM", Stage.IDENTIFYING,
-        "客户明显不满、着急或担心时，先共情安抚，再谈别的。",
-        "When the customer is clearly upset or worried, answer the feeling with empathy before anything else.",
-    ),
-    Strategy(
-        6, "提供建议", "Providing Suggestions", "PS", Stage.EXPLORING,
-        "提出客户可以采取的具体步骤或方案。",
-        "Propose concrete steps that the customer can take.",
-    ),
-    Strategy(
-        7, "信息传达", "Information Delivery", "ID", Stage.EXPLORING,
-        "说明规则、政策、流程或事实。",
-        "Explain a rule, a policy, a process or a fact.",
-    ),
-    Strategy(
-        8, "解决实施", "Resolution Implementation", "RI", Stage.RESOLVING,
-        "动手办理双方同意的方案，或说明办理进度。",
-        "Carry out the agreed solution, or report how far it has come.",
-    ),
-    Strategy(
-        9, "反馈请求", "Feedback Request", "FR", Stage.RESOLVING,
-        "事情办妥之后，请客户评价结果或服务。",
-        "Once the matter is settled, ask how the customer rates the result or the service.",
-    ),
-    Strategy(
-        10, "关系延续", "Relationship Continuation", "RC", Stage.MAINTAINING,
-        "引向今后的服务、产品或联系方式。",
-        "Point to future service, products or ways to stay in touch.",
-    ),
-    Strategy(
-        11, "感谢与告别", "Appreciation and Closure", "AC", Stage.MAINTAINING,
-        "只表示感谢并道别。",
-        "Thank the customer and say goodbye, nothing else.",
-    ),
-    Strategy(
-        12, "其它", "Others", "OT", None,
-        "以上各项都不适用时使用。",
-        "Use it when none of the others fits.",
-    ),
-)  # fmt: skip
+STRATEGIES = tuple(
+    Strategy(**row | {"stage": row["stage"] and Stage[row["stage"]]})
+    for row in read_yaml("csc_train.data", "strategies.yaml")
+)
+"""The 12 strategies in the order of their numbers, from `strategies.yaml`."""
 
 GREETING, CLOSURE, OTHERS = STRATEGIES[0], STRATEGIES[10], STRATEGIES[11]
 

@@ -25,7 +25,7 @@ def provenance() -> dict[str, Any]:
 
 def code_digest() -> str:
     """SHA-256 (hex) of the package's source, templates included."""
-    files = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".jinja"))
+    files = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".jinja", ".yaml"))
     return digest([[str(path.relative_to(PACKAGE)), file_digest(path)] for path in files])
 
 

@@ -1,6 +1,8 @@
-"""The five criteria by which replies are judged, by a model and by people alike. The wording is ours; `evaluation/config.py` lists their names."""
+"""The five criteria by which replies are judged, by a model and by people; `evaluation/config.py` lists their names."""
 
 from dataclasses import dataclass
+
+from csc_train.templates import read_yaml
 
 
 @dataclass(frozen=True)
@@ -21,31 +23,5 @@ class Criterion:
         return {"zh": self.definition_zh, "en": self.definition_en}[language]
 
 
-CRITERIA: dict[str, Criterion] = {
-    "strategy": Criterion(
-        "策略", "Strategy",
-        "选对了此刻该做的事，并且真的做到了。",
-        "chose what is right to do at this moment, and really did it.",
-    ),
-    "helpfulness": Criterion(
-        "帮助", "Helpfulness",
-        "让客户的问题向解决推进，具体、可执行。",
-        "moves the customer's problem towards a solution, concretely.",
-    ),
-    "empathy": Criterion(
-        "共情", "Empathy",
-        "看到并回应客户的情绪，语气尊重。",
-        "sees the customer's feelings and answers them, respectfully.",
-    ),
-    "wording": Criterion(
-        "表达", "Wording",
-        "自然、简洁，像真人客服，不重复、不啰嗦。",
-        "natural and short, as a person would write; no repetition, no padding.",
-    ),
-    "faithfulness": Criterion(
-        "忠实", "Faithfulness",
-        "只用上文已有的事实，不编造订单、金额或规定。",
-        "uses only facts from the conversation; invents no order, amount or rule.",
-    ),
-}  # fmt: skip
-"""By the name that answers give them."""
+CRITERIA = {name: Criterion(**row) for name, row in read_yaml("csc_train.evaluation.judges", "criteria.yaml").items()}
+"""The criteria by the names that answers give them, from `criteria.yaml`."""

@@ -13,58 +13,11 @@ from csc_train.errors import InputError, suggestion
 from csc_train.files import digest, os_errors
 from csc_train.synthesis.config import BehaviourConfig
 from csc_train.synthesis.rolecs.engine import Behaviour
+from csc_train.templates import read_yaml
 
-# fmt: off
-TOPICS = {
-    "zh": ("产品咨询", "营销与推广活动", "账户和交易管理", "财务咨询与规划", "风险管理与安全", "投诉与纠纷解决",
-           "技术支持与在线服务"),
-    "en": ("product enquiries", "marketing and promotions", "accounts and transactions",
-           "financial advice and planning", "risk and security", "complaints and disputes",
-           "technical support and online services"),
-}
-"""The paper's seven topics; the English names are ours."""
-MOODS = {
-    "zh": ("平静", "着急", "不满", "担心", "失望"),
-    "en": ("calm", "in a hurry", "annoyed", "worried", "disappointed"),
-}
-"""How a customer may feel at the start; ours, as the paper names none."""
-
-_PARTS = {
-    "zh": {
-        "性别": ("男", "女"),
-        "年龄": tuple(f"{age}岁" for age in range(19, 76, 3)),
-        "职业": ("小学教师", "货车司机", "会计", "退休工人", "大学生", "外卖骑手", "护士", "程序员", "餐馆老板",
-                 "自由插画师", "建筑工人", "家庭主妇", "销售经理", "农场主", "公务员", "理发师", "摄影师",
-                 "仓库管理员"),
-        "所在地": ("一线城市", "省会城市", "沿海小城", "县城", "乡镇", "山区农村"),
-        "家庭": ("独居", "与父母同住", "新婚不久", "有一个上小学的孩子", "有两个孩子", "子女都在外地", "与室友合租"),
-        "性格": ("直爽", "内向", "谨慎", "急躁", "随和", "爱较真", "健谈", "多疑", "乐观"),
-        "说话习惯": ("爱用短句", "喜欢从头说起", "常说口头语“那个”", "用词很正式", "带一点方言", "爱打比方"),
-        "上网熟练程度": ("很熟练", "一般", "只会基本操作", "几乎不会"),
-        "收入": ("不固定", "较低", "中等", "较高"),
-        "最看重": ("省钱", "省时间", "安全", "被尊重", "说话算数", "手续简单"),
-    },
-    "en": {
-        "gender": ("male", "female"),
-        "age": tuple(str(age) for age in range(19, 76, 3)),
-        "occupation": ("primary school teacher", "lorry driver", "accountant", "retired worker", "student",
-                       "delivery rider", "nurse", "programmer", "restaurant owner", "freelance illustrator",
-                       "builder", "homemaker", "sales manager", "farmer", "civil servant", "hairdresser",
-                       "photographer", "warehouse keeper"),
-        "home": ("a big city", "a provincial capital", "a small town by the sea", "a county town", "a village"),
-        "family": ("lives alone", "lives with parents", "just married", "has a child at primary school",
-                   "has two children", "the children have moved away", "shares a flat"),
-        "character": ("outspoken", "reserved", "careful", "impatient", "easy-going", "exacting", "talkative",
-                      "suspicious", "cheerful"),
-        "way of speaking": ("short sentences", "tells stories from the beginning", "says 'you know' a lot",
-                            "formal words", "likes comparisons", "speaks fast"),
-        "skill online": ("very skilled", "average", "only the basics", "hardly any"),
-        "income": ("irregular", "low", "middling", "high"),
-        "cares most about": ("saving money", "saving time", "safety", "being respected", "promises being kept",
-                             "simple procedures"),
-    },
-}
-# fmt: on
+_TABLES = read_yaml("csc_train.synthesis.rolecs", "personas.yaml")
+TOPICS, MOODS = _TABLES["topics"], _TABLES["moods"]
+"""By language."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +38,7 @@ def make_profiles(count: int, seed: int, language: str) -> list[Profile]:
     rng = random.Random(f"profiles:{seed}:{language}")
     profiles: dict[str, Profile] = {}
     while len(profiles) < count:
-        values = {name: rng.choice(choices) for name, choices in _PARTS[language].items()}
+        values = {name: rng.choice(choices) for name, choices in _TABLES["profile_attributes"][language].items()}
         profile = _profile(values)
         profiles.setdefault(profile.id, profile)
     return list(profiles.values())
