@@ -1,16 +1,15 @@
-"""Dialogues encoded ahead of training: once for all processes and runs, kept under a hash of all that decides them.
+"""A cache of tokenized dialogues on disk: tokenized once for all ranks and runs, and memory-mapped by training.
 
-A set of encoded dialogues is a directory of flat arrays, which training maps into memory, and a manifest:
+An entry is a directory of flat arrays and a manifest:
 
-    prefix.bin      int32 [prefix]             the ids before the first turn, which all the dialogues share
-    input_ids.bin   int32 [tokens]             what follows them, one dialogue after the other
-    token_types.bin       uint8 [tokens]             `TokenKind` of each of these
+    prefix.bin        int32 [prefix]             the ids before the first turn, which all dialogues share
+    input_ids.bin     int32 [tokens]             the ids behind the prefix, one dialogue after the other
+    token_types.bin   uint8 [tokens]             the `TokenType` of each of them
     turn_offsets.bin  int32 [turns + dialogues]  `TokenizedDialogue.turn_offsets`
-    strategies.bin  uint8 [turns]              `TokenizedDialogue.strategies`
-    offsets.bin     int64 [dialogues + 1, 2]   where each dialogue starts in `input_ids` and in `strategies`
+    strategies.bin    uint8 [turns]              `TokenizedDialogue.strategies`
+    offsets.bin       int64 [dialogues + 1, 2]   where each dialogue starts in `input_ids` and in `strategies`
 
-Loss weights are not kept: they follow from token_types and strategies as a row is put together, so that changing them costs
-nothing.
+Loss weights are not stored: they follow from token types and strategies, so changing them costs nothing.
 """
 
 import collections
@@ -31,7 +30,6 @@ import numpy
 import tokenizers
 from tqdm import tqdm
 
-from csc_train.data import strategies
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, os_errors, read_json, write_json
@@ -52,19 +50,21 @@ ARRAYS = {
     "offsets": numpy.int64,
 }
 MANIFEST = "manifest.json"
+ENCODING_VERSION = 1
+"""Raise it with every change of the code that changes token ids, token types or offsets: it is part of the key."""
 KEY = 16
-"""Hexadecimal digits of the hash that a directory is named by."""
+"""Hexadecimal digits of an entry's name, a hash of its key."""
 CHUNK = 500
 """Dialogues that are encoded, sent between processes and written at a time."""
 MIN_DIALOGUES_PER_WORKER = 10_000
-"""Dialogues that take longer to encode than a process takes to start."""
+"""Encoding fewer dialogues takes less time than starting a process."""
 
 
 class TokenizedDataset(Sequence[TokenizedDialogue]):
-    """The encoded dialogues of a directory, mapped into memory and read as they are asked for."""
+    """The tokenized dialogues of a cache entry, memory-mapped."""
 
     def __init__(self, directory: str | os.PathLike):
-        """Map the arrays; whether they are whole is checked by `tokenize`."""
+        """Map the arrays without checking them; `tokenize` does."""
         arrays = {
             # As plain arrays: slicing a numpy.memmap takes many times longer.
             name: numpy.memmap(_file(directory, name), dtype, "r").view(numpy.ndarray)
@@ -93,14 +93,13 @@ def tokenize(
     template: DialogueTemplate,
     config: TokenizationConfig,
 ) -> TokenizedDataset:
-    """The dialogues encoded by `template`, in order: found in the cache, or encoded and put there.
+    """Tokenize dialogues by `template`, in order, or find them in the cache.
 
-    The cache is keyed by the dialogues, the tokenizer, the template (mode and language with it) and the code that
-    encodes. An entry is whole, by the hash of each of its files, or built again.
+    The key holds the dialogues, the tokenizer, the template (with mode and language) and `ENCODING_VERSION`. A damaged
+    entry, by the hashes of its files, is built again.
 
-    All processes of a job may call this at once. The first one to lock the cache encodes; the others wait for the lock
-    and then find the entry, whether they share a file system or each machine has its own. None of them waits in a
-    collective operation, which would time out.
+    All ranks of a job may call this at once. The first one to lock the cache encodes; the others wait for the lock and
+    then find the entry, on one file system or on many. None waits in a collective operation, which would time out.
 
     Raises:
         InputError: the cache cannot be written.
@@ -121,7 +120,7 @@ def tokenize(
 
 
 def find_cached(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: TokenizationConfig) -> Path | None:
-    """Where `tokenize` will find these dialogues encoded; None where it will encode them."""
+    """The cache entry of these dialogues; None if `tokenize` would have to encode them."""
     directory, inputs = _entry(dialogues, template, config)
     return directory if _fault(directory, inputs) is None else None
 
@@ -129,12 +128,12 @@ def find_cached(dialogues: Sequence[Dialogue], template: DialogueTemplate, confi
 def _entry(
     dialogues: Sequence[Dialogue], template: DialogueTemplate, config: TokenizationConfig
 ) -> tuple[Path, dict[str, str]]:
-    """The directory of the cache for these dialogues, and the hashes of all that decides what it holds."""
+    """The cache entry for these dialogues, and the parts of its key."""
     inputs = {
         "data": data_digest(dialogues),
         "tokenizer": tokenizer_hash(template.tokenizer),
         "template": template.fingerprint,
-        "code": _code_digest(),
+        "encoding": f"version {ENCODING_VERSION}, tokenizers {tokenizers.__version__}",
     }
     return Path(config.cache_dir) / digest(inputs)[:KEY], inputs
 
@@ -152,7 +151,7 @@ def _build(
     with (
         atomic_path(directory) as temporary,
         contextlib.closing(_encode(dialogues, template, processes)) as chunks,
-        tqdm(desc="preparing", total=len(dialogues), unit="dialogue", disable=None) as bar,
+        tqdm(desc="tokenizing", total=len(dialogues), unit="dialogue", disable=None) as bar,
     ):
         temporary.mkdir()
         _write(temporary, template.prefix_ids, chunks, bar.update)
@@ -169,10 +168,10 @@ def _build(
 def _write(
     directory: Path, prefix_ids: list[int], chunks: Iterable[list[numpy.ndarray]], done: Callable[[int], object]
 ) -> None:
-    """Append chunks, as `_flatten` makes them, to the files of a directory, and forget them.
+    """Append chunks, as `_flatten` makes them, to the files of a directory, and release them.
 
     Args:
-        done: is told after each chunk how many dialogues it held.
+        done: called after each chunk with its number of dialogues.
     """
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(_file(directory, name), "wb")) for name in ARRAYS}
@@ -188,7 +187,7 @@ def _write(
 
 
 def _encode(dialogues: Sequence[Dialogue], template: DialogueTemplate, processes: int) -> Iterator[list[numpy.ndarray]]:
-    """The dialogues, encoded and flattened by the chunk, in order."""
+    """Encode and flatten the dialogues chunk by chunk, in order."""
     chunks = (dialogues[start : start + CHUNK] for start in range(0, len(dialogues), CHUNK))
     if processes == 1:
         yield from (_flatten(template.encode_all(chunk)) for chunk in chunks)
@@ -211,8 +210,10 @@ def _encode(dialogues: Sequence[Dialogue], template: DialogueTemplate, processes
 
 
 def _flatten(examples: Iterable[TokenizedDialogue]) -> list[numpy.ndarray]:
-    """Examples as `input_ids`, `token_types`, `turn_offsets` and `strategies` end to end, and int64 [examples, 2]: how many
-    ids and turns each has. Ids and token_types are those behind the prefix."""
+    """Join dialogues into `input_ids`, `token_types`, `turn_offsets` and `strategies`, without their prefix.
+
+    The fifth array is int64 [dialogues, 2]: the number of ids and of turns of each.
+    """
     examples = list(examples)
     parts = [
         (e.input_ids[e.turn_offsets[0] :], e.token_types[e.turn_offsets[0] :], e.turn_offsets, e.strategies)
@@ -223,7 +224,7 @@ def _flatten(examples: Iterable[TokenizedDialogue]) -> list[numpy.ndarray]:
 
 
 _worker_template: DialogueTemplate
-"""Of a worker process: sent once, not with every chunk."""
+"""The template of a worker process: sent once, not with every chunk."""
 
 
 def _begin_worker(template: DialogueTemplate) -> None:
@@ -235,7 +236,7 @@ def _begin_worker(template: DialogueTemplate) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker would wait for work for ever if its parent were killed."""
+    """Exit when the parent ends: a worker of a killed parent would wait for work for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -249,38 +250,32 @@ def _file(directory: str | os.PathLike, name: str) -> Path:
 
 
 def _manifest(directory: Path, inputs: dict[str, str]) -> dict[str, dict[str, str]]:
-    """What the manifest of a directory must say: what it was made of, and the hash of each of its files."""
+    """The manifest of an entry: the parts of its key, and the hash of each of its files."""
     return {"inputs": inputs, "files": {name: file_digest(_file(directory, name)) for name in ARRAYS}}
 
 
 def _fault(directory: Path, inputs: dict[str, str]) -> str | None:
-    """Why a directory is not the whole of what was made of `inputs`; None where it is."""
+    """Why a directory is not a whole entry of these `inputs`; None if it is one."""
     try:
         # The manifest first: mostly there is none, and nothing to hash.
         same = read_json(directory / MANIFEST) == _manifest(directory, inputs)
     except InputError as error:
         return str(error)
-    return None if same else "its files are not those of its manifest"
+    return None if same else "its files do not match its manifest"
 
 
 @contextlib.contextmanager
 def _lock(cache: Path) -> Iterator[None]:
-    """Hold the cache's lock. The operating system lets go of it when its holder ends, killed or not."""
+    """Hold the cache's lock. The operating system releases it when its holder ends, even if killed."""
     lock = filelock.FileLock(cache / ".lock")
     with os_errors(cache, "cannot write"):
         cache.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            logger.info("waiting for another process that prepares dialogues in %s", cache)
+            logger.info("waiting for another process that tokenizes dialogues in %s", cache)
             lock.acquire()
     try:
         yield
     finally:
         lock.release()
-
-
-def _code_digest() -> str:
-    """SHA-256 (hex) of the code that decides the encoding; the tokenizer's backend by its version."""
-    sources = [*sorted((Path(__file__).parent / "template").glob("*.py")), Path(strategies.__file__)]
-    return digest([tokenizers.__version__, *map(file_digest, sources)])

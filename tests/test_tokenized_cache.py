@@ -1,5 +1,6 @@
 """The cache of encoded dialogues: what it returns, when it is found, and what becomes of a broken one."""
 
+import hashlib
 import itertools
 import os
 import signal
@@ -10,23 +11,24 @@ from pathlib import Path
 
 import numpy
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL_OF
 from processes import TIMEOUT_S
-from workers import prepare_dialogues
-from workers.prepare_dialogues import CHUNK, dialogues, template
+from workers import tokenize_dialogues
+from workers.tokenize_dialogues import CHUNK, dialogues, template
 
-from csc_train import tokenized_cache as prepared
-from csc_train.data.dialogue import Dialogue, Turn
+from csc_train import tokenized_cache
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import pack_dialogues
-from csc_train.template.config import TokenizationConfig
+from csc_train.template.config import LANGUAGES, MODES, TokenizationConfig
 from csc_train.tokenized_cache import ARRAYS, tokenize
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(prepared, "CHUNK", CHUNK)
+    monkeypatch.setattr(tokenized_cache, "CHUNK", CHUNK)
 
 
 @pytest.fixture(scope="module")
@@ -84,18 +86,20 @@ def test_the_files_hold_the_dialogues_end_to_end(tmp_path, expected):
 def test_two_processes_write_the_same_and_get_chunks_as_they_are_wanted(tmp_path, expected, monkeypatch):
     submitted = []
 
-    class Pool(prepared.ProcessPoolExecutor):
+    class Pool(tokenized_cache.ProcessPoolExecutor):
         def submit(self, function, chunk):
             submitted.append(len(chunk))
             return super().submit(function, chunk)
 
-    monkeypatch.setattr(prepared, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(prepared, "CHUNK", 1)
-    chunks = prepared._encode(dialogues(), template(), 2)
+    monkeypatch.setattr(tokenized_cache, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(tokenized_cache, "CHUNK", 1)
+    chunks = tokenized_cache._encode(dialogues(), template(), 2)
     first = next(chunks)
     assert len(submitted) == 5  # two for each process, and the one that came back
     (tmp_path / "entry").mkdir()
-    prepared._write(tmp_path / "entry", template().prefix_ids, itertools.chain([first], chunks), lambda count: None)
+    tokenized_cache._write(
+        tmp_path / "entry", template().prefix_ids, itertools.chain([first], chunks), lambda count: None
+    )
     assert submitted == [1] * 40
     assert contents(tmp_path) == expected
 
@@ -147,6 +151,31 @@ def test_whatever_decides_the_ids_leads_to_another_entry(tmp_path, monkeypatch):
     assert entries([first, *rest], template()) == 8
 
 
+PINNED = {1: "05102c8bdcc538c543c0e7865ec1dbbc053757063608aeef681aaa17c28c6397"}
+"""SHA-256 of what `FIXED` is tokenized into, by ENCODING_VERSION."""
+FIXED = Dialogue(
+    "fixed",
+    (
+        Turn(Speaker.SUPPORTER, "您好，很高兴为您服务！", STRATEGIES[0]),
+        Turn(Speaker.CUSTOMER, "Hi, 我的订单123还没到<|im_end|>!"),
+        Turn(Speaker.SUPPORTER, "[订单号]已查到，请放心。", STRATEGIES[4]),
+    ),
+)
+
+
+def test_a_changed_encoding_needs_a_new_version():
+    found = hashlib.sha256()
+    for name in sorted(SMALL_OF):
+        for mode in MODES:
+            for language in LANGUAGES:
+                one = template(name, mode=mode, language=language).encode(FIXED)
+                for array in vars(one).values():
+                    found.update(array.tobytes())
+    assert {tokenized_cache.ENCODING_VERSION: found.hexdigest()} == PINNED, (
+        "raise ENCODING_VERSION, and pin the new hash"
+    )
+
+
 DAMAGE = {
     "truncated": lambda data: data[:-2],
     "empty": lambda data: b"",
@@ -161,7 +190,7 @@ DAMAGE = {
 def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, said, kind):
     settings = TokenizationConfig(str(tmp_path))
     tokenize(dialogues(), template(), settings)
-    for name in (*(f"{array}.bin" for array in ARRAYS), prepared.MANIFEST):
+    for name in (*(f"{array}.bin" for array in ARRAYS), tokenized_cache.MANIFEST):
         file = entry(tmp_path) / name
         whole = file.read_bytes()
         if kind == "removed":
@@ -179,7 +208,7 @@ def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, said
 
 def builder(cache: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, prepare_dialogues.__file__, str(cache), *arguments],
+        [sys.executable, tokenize_dialogues.__file__, str(cache), *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -212,7 +241,7 @@ def test_of_two_at_once_one_encodes_and_the_other_waits_for_it(tmp_path, expecte
     one = builder(tmp_path, "1", "pause")
     assert one.stdout.readline() == "half-way\n"
     two = builder(tmp_path, "1")
-    assert two.stdout.readline() == f"waiting for another process that prepares dialogues in {tmp_path}\n"
+    assert two.stdout.readline() == f"waiting for another process that tokenizes dialogues in {tmp_path}\n"
     first, _ = one.communicate("go on\n", timeout=TIMEOUT_S)
     second, _ = two.communicate(timeout=TIMEOUT_S)
     assert " 40 dialogues encoded in " in first
@@ -231,20 +260,20 @@ def test_what_is_written_is_forgotten(tmp_path):
 
     def chunks():
         for _ in range(20):
-            chunk = [array.view(Array) for array in prepared._flatten(maker.encode_all(dialogues()[:3]))]
+            chunk = [array.view(Array) for array in tokenized_cache._flatten(maker.encode_all(dialogues()[:3]))]
             alive.update(chunk)
             counts.append(len(alive))
             yield chunk
             del chunk
 
-    prepared._write(tmp_path, maker.prefix_ids, chunks(), lambda count: None)
+    tokenized_cache._write(tmp_path, maker.prefix_ids, chunks(), lambda count: None)
     assert counts == [5, *[10] * 19]  # a chunk as it comes, and the one before it
-    assert len(prepared.TokenizedDataset(tmp_path)) == 60
+    assert len(tokenized_cache.TokenizedDataset(tmp_path)) == 60
 
 
 def test_a_cache_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(InputError, match=r"cache: cannot write: File exists"):
         tokenize(dialogues(), template(), TokenizationConfig(str(tmp_path / "cache")))
-    with pytest.raises(InputError, match=r"tokenization.num_workers=0: must be at least 1"):
+    with pytest.raises(InputError, match=r"tokenization\.num_workers=0: must be at least 1"):
         TokenizationConfig(num_workers=0)

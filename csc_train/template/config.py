@@ -1,4 +1,4 @@
-"""What a user may choose about the template and about encoding with it."""
+"""Settings of the prompt and of tokenization."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ LANGUAGES = ("zh", "en")
 
 @dataclass
 class TemplateConfig:
-    """How a supporter turn is presented to the model, and what of it is trained."""
+    """How the prompt presents a supporter turn, and which part of the turn is trained."""
 
     mode: str = "joint"
-    """joint: predict the strategy, then the reply. given: the strategy is handed in, the reply trained.
-    reply_only: no strategies anywhere (the ablation)."""
+    """joint: predict the strategy, then the reply. given: the strategy is part of the prompt, and the reply is trained.
+    reply_only: no strategies (the ablation)."""
     language: str = "zh"
     """Language of the system prompt and of the strategy labels: zh or en."""
 
@@ -25,14 +25,12 @@ class TemplateConfig:
 
 @dataclass
 class TokenizationConfig:
-    """How dialogues are encoded ahead of training (see `prepared.prepare`)."""
+    """How dialogues are tokenized before training (see `tokenized_cache.tokenize`)."""
 
     cache_dir: str = "runs/tokenized"
-    """Where encoded dialogues are kept, each set in a directory named by a hash of all that decides it. Nothing else
-    goes there, and it may be deleted."""
+    """Directory of the cache; it may be deleted. Each entry is named by a hash of dialogues, tokenizer and template."""
     num_workers: int | None = None
-    """How many processes encode; 1 is this one alone. As many as the machine has cores where not given, fewer where
-    starting them would take longer than the work."""
+    """Processes that tokenize; 1 is the calling one. Defaults to the number of cores, fewer for few dialogues."""
 
     def __post_init__(self):
         if self.num_workers is not None:

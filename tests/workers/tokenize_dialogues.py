@@ -1,4 +1,4 @@
-"""Prepares `dialogues()` in a process of its own: `prepare_dialogues.py CACHE PROCESSES [pause]`.
+"""Tokenizes `dialogues()` in a process of its own: `tokenize_dialogues.py CACHE PROCESSES [pause]`.
 
 With `pause` it says so when half of the chunks are written, and goes on at a line on its standard input.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from conftest import random_dialogue, small_tokenizer
 
-from csc_train import tokenized_cache as prepared
+from csc_train import tokenized_cache
 from csc_train.config.cli import log_to_stdout
 from csc_train.data.dialogue import Dialogue
 from csc_train.template.config import TemplateConfig, TokenizationConfig
@@ -41,8 +41,8 @@ def pausing(chunks: Iterator) -> Iterator:
 if __name__ == "__main__":
     log_to_stdout()
     cache, processes, *pause = sys.argv[1:]
-    prepared.CHUNK = CHUNK
+    tokenized_cache.CHUNK = CHUNK
     if pause:
-        encode = prepared._encode
-        prepared._encode = lambda *arguments: pausing(encode(*arguments))
-    prepared.tokenize(dialogues(), template(), TokenizationConfig(cache, int(processes)))
+        encode = tokenized_cache._encode
+        tokenized_cache._encode = lambda *arguments: pausing(encode(*arguments))
+    tokenized_cache.tokenize(dialogues(), template(), TokenizationConfig(cache, int(processes)))

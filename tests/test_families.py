@@ -1,0 +1,129 @@
+"""The table of model families, and a family that is added from outside the package."""
+
+import dataclasses
+import functools
+
+import peft
+import pytest
+import torch
+from conftest import SMALL_OF, small_tokenizer
+from transformers import AutoModelForCausalLM
+
+from csc_train.errors import InputError
+from csc_train.models import families
+from csc_train.models.attention.select import batch_layout
+from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
+from csc_train.models.dims import dense_decoder_dims
+from csc_train.models.families import (
+    MODEL_FAMILIES,
+    cache_kinds,
+    chat_template_name,
+    forward_flops,
+    get_family,
+    model_dims,
+    register_family,
+)
+from csc_train.models.loading import build_model_config, check_base_available, load_model, lora_config
+from csc_train.template.chat_templates import chat_template_names
+from csc_train.template.tokenizer_training import TOKENIZER_STYLES
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch):
+    monkeypatch.setattr(families, "MODEL_FAMILIES", dict(MODEL_FAMILIES))
+
+
+def architecture(model_type: str) -> ArchitectureConfig:
+    return ArchitectureConfig(model_type, hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=2100)
+
+
+@pytest.mark.parametrize("family", MODEL_FAMILIES.values(), ids=MODEL_FAMILIES)
+def test_every_row_fits_the_model_that_transformers_builds(family):
+    config = build_model_config(architecture(family.model_type), None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__ == family.causal_lm_class
+    assert model_dims(config).parameters == sum(each.numel() for each in model.parameters())
+    assert cache_kinds(config) == {"full"}
+    linear = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    assert linear == {*family.lora_targets, *family.unquantized_modules}
+    # PEFT's own reading of all-linear.
+    theirs, ours = (
+        peft.get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
+        for adapter in (
+            peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+            lora_config(AdapterConfig("lora"), family.model_type),
+        )
+    )
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    assert family.chat_template in chat_template_names()
+    assert family.tokenizer_style in TOKENIZER_STYLES
+    assert chat_template_name(ModelConfig(path="a/b", architecture=architecture(family.model_type))) in SMALL_OF
+
+
+def test_a_family_from_outside_is_built_measured_and_adapted():
+    with pytest.raises(InputError, match=r"model_type=mistral: choose one of qwen2, qwen3, llama\."):
+        build_model_config(architecture("mistral"), None)
+    added = register_family(
+        based_on="llama",
+        model_type="mistral",
+        causal_lm_class="MistralForCausalLM",
+        lora_targets=("q_proj", "v_proj"),
+        packing_layouts=("padded", "dense_mask"),
+        read_dims=functools.partial(dense_decoder_dims, qkv_bias=False),
+    )
+    assert get_family("mistral") == added
+    assert added.chat_template == "llama3_1"
+    config = ModelConfig(init="random", tokenizer="train", architecture=architecture("mistral"))
+    check_base_available(config)
+    model = load_model(config, small_tokenizer("llama3_1"), torch.float32, 0)
+    assert type(model).__name__ == added.causal_lm_class
+    assert model_dims(model.config).parameters == sum(each.numel() for each in model.parameters())
+    linear = [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
+    assert forward_flops(model)[0] == sum(2 * each.in_features * each.out_features for each in linear)
+    adapted = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), "mistral"))
+    trained = {name.split(".")[-4] for name, each in adapted.named_parameters() if each.requires_grad}
+    assert trained == {"q_proj", "v_proj"}
+    assert families.count_adapter_parameters(adapted) == sum(
+        each.numel() for each in adapted.parameters() if each.requires_grad
+    )
+    assert batch_layout("sdpa", "shared_prefix", "mistral") == "dense_mask"
+    with pytest.raises(InputError, match="mistral does not keep documents apart in layout position_ids"):
+        batch_layout("sdpa", "best_fit", "mistral")
+
+
+FIELDS = {field.name: "" for field in dataclasses.fields(families.ModelFamily)}
+
+
+@pytest.mark.parametrize(
+    ("based_on", "fields", "message"),
+    [
+        (None, FIELDS | {"model_type": "llama"}, "the model_type 'llama' is taken; taken are qwen2, qwen3, llama"),
+        ("llama", {"model_type": "qwen2"}, "the model_type 'qwen2' is taken"),
+        ("llama", {}, "the field 'model_type' is missing; give model_type"),
+        (None, {"model_type": "new"}, "the field 'causal_lm_class' is missing; give causal_lm_class, read_dims, "),
+        (
+            "llama",
+            {"model_type": "new", "lora_target": ()},
+            r"unknown field 'lora_target'\. Did you mean 'lora_targets'",
+        ),
+        ("lama", {"model_type": "new"}, r"lama: choose one of qwen2, qwen3, llama\. Did you mean 'llama'"),
+    ],
+)
+def test_a_row_that_is_taken_or_incomplete_is_refused_in_one_line(based_on, fields, message):
+    with pytest.raises(InputError, match=message) as caught:
+        register_family(based_on, **fields)
+    assert "\n" not in str(caught.value)
+    assert list(families.MODEL_FAMILIES) == ["qwen2", "qwen3", "llama"]
+
+
+def test_a_base_of_an_unknown_family_or_class_is_refused(tmp_path):
+    config = build_model_config(architecture("qwen2"), None)
+    config.architectures = ["Qwen2ForSequenceClassification"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match="names Qwen2ForSequenceClassification; choose a model of class Qwen2ForCausal"
+    ):
+        check_base_available(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(InputError, match=r"model_type=qwen: choose one of .* Did you mean 'qwen3'|'qwen2'"):
+        check_base_available(ModelConfig(init="random", tokenizer="train", architecture=architecture("qwen")))
