@@ -14,11 +14,11 @@ except ModuleNotFoundError as error:
 
 def main(config: PreflightRecipe) -> None:
     # After the configuration is checked: these imports take time.
-    from csc_train.launching.preflight.checks import preflight
+    from csc_train.launching.preflight.checks import run_preflight
 
-    outcome = preflight(config, launching=False)
-    outcome.show()
-    if outcome.failed:
+    report = run_preflight(config, launching=False)
+    report.show()
+    if report.failed:
         sys.exit(1)
 
 

@@ -21,7 +21,8 @@ from processes import TIMEOUT_S
 from csc_train.config.compose import compose, to_container
 from csc_train.errors import InputError
 from csc_train.launching import supervise
-from csc_train.launching.job import LAUNCH_FILE, SCRIPT_FILE, launch, plan_job, write_job
+from csc_train.launching.job import LAUNCH_FILE, launch, plan_job
+from csc_train.launching.launchers.slurm import SCRIPT_FILE
 from csc_train.launching.sweep import sweep
 from csc_train.runs.directory import EXIT_STOPPED, Run
 
@@ -46,7 +47,9 @@ CLUSTER = [
     "cluster.slurm.srun_options=['--container-image=csc.sqsh']", "run.directory=runs/cluster",
 ]  # fmt: skip
 GOLDEN = {"cluster.sbatch": CLUSTER, "two_nodes.sbatch": TWO_NODES,
-          "accelerate.sbatch": [*CLUSTER, "cluster.launcher=accelerate", "cluster.slurm.requeue=false"]}  # fmt: skip
+          "accelerate.sbatch": [
+              *CLUSTER, "cluster.process_launcher=accelerate", "cluster.slurm.requeue=false"
+          ]}  # fmt: skip
 STEP = ": loss "
 """In the line that the first step of a training prints, and few others."""
 
@@ -142,8 +145,8 @@ def frozen(tmp_path_factory):
     directory = tmp_path_factory.mktemp("frozen")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
-        two_ranks = ["cluster=cpu2", "cluster.launcher=accelerate", "trainer.micro_batch_size=1"]
-        write_job(plan_job(["experiment=demo", *two_ranks, "run.directory=runs/first"]))
+        two_ranks = ["cluster=cpu2", "cluster.process_launcher=accelerate", "trainer.micro_batch_size=1"]
+        plan_job(["experiment=demo", *two_ranks, "run.directory=runs/first"]).write()
     return directory
 
 
@@ -172,7 +175,7 @@ def test_the_job_script_is_the_golden_one_and_shell(name, monkeypatch, capsys):
 )  # fmt: skip
 def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, cluster, launcher, command):
     monkeypatch.chdir(tmp_path)
-    asked = [f"cluster={cluster}", f"cluster.launcher={launcher}", "run.directory=runs/x", "dry_run=true"]
+    asked = [f"cluster={cluster}", f"cluster.process_launcher={launcher}", "run.directory=runs/x", "dry_run=true"]
     assert launch(["experiment=demo", "trainer.packs_per_step=8", "trainer.micro_batch_size=1", *asked]) == 0
     printed = capsys.readouterr().out
     expected = f"{command.format(sys.executable)} {ROOT}/recipes/sft.py run=runs/x resume=true"
@@ -186,7 +189,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
     [
         (["clustr=node8"], "unknown key 'clustr'. Did you mean 'cluster'?"),
         (["dry_rn=true"], "unknown key 'dry_rn'. Did you mean 'dry_run'?"),
-        (["--multirun"], "--multirun: everything is key=value, as docs/launching.md shows"),
+        (["--multirun"], "--multirun: flags are not supported: use key=value (see docs/launching.md)"),
         (["cluster=nod8"], "cluster=nod8: not in conf/cluster. Did you mean 'node8'? Known: cpu1, cpu2, gpu1, "
          "node8, slurm_4x8"),
         (["cluster.slurm.partion=x"], "unknown key 'cluster.slurm.partion' for recipe launch. Did you mean "
@@ -197,12 +200,12 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["recipe=evaluate"], "recipe=evaluate: choose one of sft."),
         (["cluster=node8", "trainer.packs_per_step=12"], "trainer.packs_per_step=12 is not a multiple of "
          "trainer.micro_batch_size=1 x 8 processes"),
-        (["cluster=node8", "cluster.nodes=2", "trainer.packs_per_step=16"], "cluster.nodes=2: several nodes are "
-         "started by cluster.scheduler=slurm"),
+        (["cluster=node8", "cluster.nodes=2", "trainer.packs_per_step=16"], "cluster.nodes=2: several nodes "
+         "need cluster.scheduler=slurm"),
         (["cluster.slurm.time=soon"], "cluster.slurm.time=soon: write hours as 24:00:00, days as 2-00:00:00"),
         (["cluster.slurm.options=['qos=high']"], "cluster.slurm.options: qos=high is no option; options "
          "start with -"),
-        (["run.if_exists=reuse"], "run.if_exists=reuse: a launch is a new run; continue one by run=DIR resume=true"),
+        (["run.if_exists=reuse"], "run.if_exists=reuse: a launch is a new run; resume one by run=DIR resume=true"),
         (["cluster=slurm_4x8", "trainer.packs_per_step=32", "run.directory='runs/my run;'"], "runs/my run;: ';' has "
          "a meaning in a job script; choose plainer paths"),
         (["run=runs/first", "cluster=cpu1"], "run=runs/first: add resume=true to resume the run, or start a new run "
@@ -210,15 +213,15 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["resume=true"], "resume=true: name the run to resume, by run=DIR"),
         (["run=runs/first", "resume=true", "trainer.epochs=2"], "trainer.epochs=2: a run resumes with its own "
          "values; start a new run with others by from=DIR"),
-        (["run=runs/none", "resume=true"], "runs/none holds no launch.yaml: say what to run it on by cluster=..."),
+        (["run=runs/none", "resume=true"], "runs/none holds no launch.yaml: name the machines by cluster=..."),
         (["run=runs/none", "resume=true", "cluster=cpu1"], "runs/none holds no resolved.yaml: not the directory of a "
          "run"),
         (["from=runs/first", "model=qwen3_8b"], "model=qwen3_8b: runs/first has a complete configuration; change "
          "single values only"),
         (["from=runs/first", "trainer.epoch=2"], "unknown key 'trainer.epoch' for recipe sft. Did you mean "
          "'trainer.epochs'?"),
-        (["run.directory=runs/first"], "runs/first holds a run (resolved.yaml): choose another run.directory, or go "
-         "on by run=runs/first resume=true"),
+        (["run.directory=runs/first"], "runs/first holds a run (resolved.yaml): choose another run.directory, or "
+         "resume by run=runs/first resume=true"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_before_anything_is_written(frozen, monkeypatch, capsys, arguments, message):
@@ -236,7 +239,7 @@ def test_what_is_frozen_is_what_the_ranks_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
         job = plan_job([f"experiment={file.stem}", "cluster=cpu1", f"run.directory=runs/{file.stem}"])
-        write_job(job)
+        job.write()
         assert compose("sft", [f"run={job.directory}", "resume=true"]) == job.config
         assert (job.config.run.directory, job.config.run.if_exists) == (str(job.directory), "resume")
         again = compose("sft", [f"from={job.directory}", "trainer.epochs=7", "data.train.path=other.jsonl"])
@@ -249,10 +252,9 @@ def test_what_is_frozen_is_what_the_ranks_read(tmp_path, monkeypatch):
 def test_a_run_goes_on_as_it_was_launched_or_on_another_cluster(frozen, monkeypatch):
     monkeypatch.chdir(frozen)
     same = plan_job(["run=runs/first", "resume=true"])
-    assert (same.launch.cluster.name, same.launch.cluster.launcher, same.new) == ("cpu2", "accelerate", False)
-    assert (
-        plan_job(["run=runs/first", "resume=true", "cluster.launcher=torchrun"]).launch.cluster.launcher == "torchrun"
-    )
+    assert (same.launch.cluster.name, same.launch.cluster.process_launcher, same.new) == ("cpu2", "accelerate", False)
+    torchrun = plan_job(["run=runs/first", "resume=true", "cluster.process_launcher=torchrun"])
+    assert torchrun.launch.cluster.process_launcher == "torchrun"
     assert plan_job(["run=runs/first", "resume=true", "cluster=cpu1"]).launch.cluster.world_size == 1
     with pytest.raises(InputError, match="not a multiple"):
         plan_job(["run=runs/first", "resume=true", "cluster=node8"])
@@ -265,7 +267,7 @@ def test_a_run_goes_on_as_it_was_launched_or_on_another_cluster(frozen, monkeypa
 def test_a_run_goes_on_under_changed_code_but_not_with_changed_data(tmp_path, monkeypatch, said):
     monkeypatch.chdir(tmp_path)
     job = plan_job(["experiment=demo", "cluster=cpu1", "run.directory=runs/first"])
-    write_job(job)
+    job.write()
     run = Run("sft", to_container(job.config))
     assert run.start({"train": "a"}) == "new"
     assert run.start({"train": "a"}) == "unfinished"
@@ -384,14 +386,14 @@ def test_two_nodes_are_stopped_requeued_broken_and_come_to_the_same_end(place, r
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(place, reference):
     """With accelerate as the launcher of the first part."""
     run = place / "runs/stopped"
-    accelerate = ["cluster=cpu2", "cluster.launcher=accelerate", "run.directory=runs/stopped"]
+    accelerate = ["cluster=cpu2", "cluster.process_launcher=accelerate", "run.directory=runs/stopped"]
     started = Started([*LAUNCH, *SMALL, *accelerate], place).until(STEP)
     started.process.send_signal(signal.SIGTERM)
     assert started.end() == EXIT_STOPPED, started.output
     assert started.output.endswith("stopped; to resume: run=runs/stopped resume=true\n")
     assert left_in(place) == []
     assert not record(run)["finished"] and not (run / "model").exists()
-    assert yaml.safe_load((run / LAUNCH_FILE).read_text())["cluster"]["launcher"] == "accelerate"
+    assert yaml.safe_load((run / LAUNCH_FILE).read_text())["cluster"]["process_launcher"] == "accelerate"
     (state,) = [path.name for path in (run / "checkpoints").glob("checkpoint-*")]
 
     again = Started([*LAUNCH, "run=runs/stopped", "resume=true", "cluster=cpu2"], place)

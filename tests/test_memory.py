@@ -15,7 +15,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 from csc_train.config.compose import compose
-from csc_train.launching.preflight.checks import zero_of
+from csc_train.launching.preflight.size import zero_of
 from csc_train.models.config import ArchitectureConfig
 from csc_train.models.families import adapter_parameters, forward_flops, model_dims
 from csc_train.models.loading import build_model_config

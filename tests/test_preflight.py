@@ -4,7 +4,6 @@ import io
 import os
 import random
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from csc_train.config.compose import compose
 from csc_train.data.dialogue import data_digest
 from csc_train.data.readers import write_dialogues
 from csc_train.data.splits import load_splits
-from csc_train.launching.preflight.checks import PreflightReport, preflight
+from csc_train.launching.preflight.checks import run_preflight
+from csc_train.launching.preflight.report import PreflightReport
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tokenized_cache import tokenize
 
@@ -74,7 +74,7 @@ def _quiet(monkeypatch):
 
 
 def test_a_sound_job_passes_and_is_estimated(job):
-    outcome = preflight(composed(job), launching=True)
+    outcome = run_preflight(composed(job), launching=True)
     expected = dict.fromkeys(statuses(outcome), "ok") | {
         "memory": "not checked"
     }  # on a CPU there is nothing to plan for
@@ -84,7 +84,7 @@ def test_a_sound_job_passes_and_is_estimated(job):
     assert estimate.hours is None and estimate.flops > 0
     given = composed(job, "cluster=node8", "preflight.dialogues=1000", "preflight.tokens_per_dialogue=1024",
                      "data.train.path=absent.jsonl", "preflight.probe=false", "trainer.epochs=2")  # fmt: skip
-    estimate = preflight(given, launching=False).estimate
+    estimate = run_preflight(given, launching=False).estimate
     # 1,024,000 tokens are 125 packs of 8192: 16 steps of 8, twice.
     assert (estimate.tokens, estimate.packs, estimate.steps) == (1_024_000, 125, 32)
     assert estimate.hours == pytest.approx(estimate.flops / (0.4 * 989e12 * 8 * 3600))
@@ -101,7 +101,7 @@ FAULTS = {
     "data": (["data.train.source=nobody"], "no row has source 'nobody'"),
     "memory": (
         ["cluster.gpu_memory_gib=0.5"],
-        "of 0.5 GiB a GPU: does not fit; nothing tried fits: take shorter packs or an adapter",
+        "of 0.5 GiB per GPU: does not fit; nothing tried fits: take shorter packs or an adapter",
     ),
 }
 
@@ -109,7 +109,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_fails_its_own_check_and_no_other(job, name):
     overrides, message = FAULTS[name]
-    found, said = failure(preflight(composed(job, *overrides)))
+    found, said = failure(run_preflight(composed(job, *overrides)))
     assert found == name
     assert message in said and "\n" not in said
 
@@ -119,7 +119,7 @@ def test_a_missing_shard_is_named(job, tmp_path):
     shards = sorted((tmp_path / "model").glob("*.safetensors"))
     shards[1].unlink()
     for launching in (True, False):
-        outcome = preflight(composed(job, f"model.path={tmp_path / 'model'}"), launching=launching)
+        outcome = run_preflight(composed(job, f"model.path={tmp_path / 'model'}"), launching=launching)
         expected = f"{tmp_path / 'model'}: 1 of {len(shards)} shards are missing, the first {shards[1].name}"
         assert failure(outcome) == ("model files", expected)
 
@@ -127,50 +127,40 @@ def test_a_missing_shard_is_named(job, tmp_path):
 def test_a_broken_data_file_is_named_with_its_line(job, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{\n")
-    name, message = failure(preflight(composed(job, f"data.train.path={broken}")))
+    name, message = failure(run_preflight(composed(job, f"data.train.path={broken}")))
     assert name == "data" and str(broken) in message
 
 
 def test_what_is_absent_is_an_error_only_at_the_launch(job):
     absent = composed(job, "model.path=./nowhere", "data.train.path=./nowhere.jsonl")
     names = ("model files", "tokenizer and template", "data")
-    assert [statuses(preflight(absent, launching=True))[name] for name in names] == ["failed"] * 3
-    outcome = preflight(absent, launching=False)
+    assert [statuses(run_preflight(absent, launching=True))[name] for name in names] == ["failed"] * 3
+    outcome = run_preflight(absent, launching=False)
     assert [statuses(outcome)[name] for name in names] == ["not checked"] * 3
     assert not outcome.failed
 
 
 def test_a_disk_that_is_too_small_for_the_states_is_refused(job):
-    outcome = preflight(composed(job), free_disk=1000)
+    outcome = run_preflight(composed(job), free_disk=1000)
     name, message = failure(outcome)
     assert name == "disk" and "0.0 GiB free" in message and "trainer.save_total_limit" in message
     # States of 12 bytes a parameter, one more than are kept, and a checkpoint of 4 bytes a parameter.
-    parameters = outcome.settings[0].shape.parameters
-    assert not preflight(composed(job), free_disk=(3 * 12 + 4) * parameters).failed
-    assert preflight(composed(job), free_disk=(3 * 12 + 4) * parameters - 1).failed
+    parameters = outcome.scenarios[0].shape.parameters
+    assert not run_preflight(composed(job), free_disk=(3 * 12 + 4) * parameters).failed
+    assert run_preflight(composed(job), free_disk=(3 * 12 + 4) * parameters - 1).failed
 
 
 def test_another_world_size_than_the_clusters_is_refused(job, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     expected = "WORLD_SIZE=4, but cluster=cpu2 has 1 nodes x 2 processes = 2"
-    assert failure(preflight(composed(job))) == ("world size", expected)
-
-
-def test_a_port_in_use_is_refused(job):
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        overrides = ("cluster.nodes=2", "trainer.packs_per_step=4", f"preflight.port={port}")
-        name, message = failure(preflight(composed(job, *overrides)))
-    assert name == "rendezvous" and message.startswith(f"preflight.port={port}: ")
+    assert failure(run_preflight(composed(job))) == ("world size", expected)
 
 
 def test_packages_outside_their_ranges_are_named(job, tmp_path, monkeypatch):
     project = tmp_path / "pyproject.toml"
     project.write_text('[project]\ndependencies = ["torch<1", "no-such-package>=1", "rich>=1"]\n')
     monkeypatch.setattr("csc_train.launching.preflight.checks.PYPROJECT", project)
-    name, message = failure(preflight(composed(job)))
+    name, message = failure(run_preflight(composed(job)))
     assert name == "packages"
     assert "torch<1 (" in message and "no-such-package>=1 (not installed)" in message and "rich" not in message
 
@@ -190,27 +180,29 @@ def test_the_gpus_are_those_of_the_cluster(job, tmp_path, monkeypatch):
     def gpus(*used: int, **options) -> tuple[str, str]:
         driver(tmp_path, monkeypatch, *(row.format(mib) for mib in used))
         config = composed(job, "cluster=node8", *(f"{key}={value}" for key, value in options.items()))
-        (check,) = (check for check in preflight(config, launching=False).checks if check.name == "GPUs")
+        (check,) = (check for check in run_preflight(config, launching=False).checks if check.name == "GPUs")
         return check.status, check.message
 
     assert gpus(*[4] * 8) == ("ok", "8 x NVIDIA H100, 79.6 GiB")
     assert gpus(4) == ("failed", "cluster.gpus_per_node=8, but there are 1 GPUs")
-    assert gpus(*[4] * 7, 50_000) == ("failed", "GPU 7 (NVIDIA H100): 48.8 GiB are in use by others")
-    assert gpus(*[4] * 8, **{"cluster.gpu_memory_gib": 140})[1].endswith("has 79.6 GiB, cluster.gpu_memory_gib=140.0")
+    assert gpus(*[4] * 7, 50_000) == ("failed", "GPU 7 (NVIDIA H100): others use 48.8 GiB")
+    assert gpus(*[4] * 8, **{"cluster.gpu_memory_gib": 140})[1].endswith(
+        "has 79.6 GiB, but cluster.gpu_memory_gib=140.0"
+    )
     assert gpus(4, **{"preflight.probe": "false"}) == ("not checked", "preflight.probe=false")
-    assert gpus(4, **{"cluster.scheduler": "slurm"}) == ("not checked", "another machine's")
+    assert gpus(4, **{"cluster.scheduler": "slurm"}) == ("not checked", "on another machine")
 
 
 def test_a_plan_that_does_not_fit_says_what_does(job):
     config = compose("preflight", ["model=qwen2_5_72b", "cluster=node8", "zero=zero3", "preflight.probe=false"])
-    outcome = preflight(config, launching=False, free_disk=10**15)
+    outcome = run_preflight(config, launching=False, free_disk=10**15)
     name, message = failure(outcome)
-    assert name == "memory" and "of 79.6 GiB a GPU: does not fit; what fits: " in message
+    assert name == "memory" and "of 79.6 GiB per GPU: does not fit; what fits: " in message
     assert message.endswith("GPUs")
     console = Console(width=180, record=True, file=io.StringIO())
     outcome.show(console)
     text = console.export_text()
-    assert "Memory plan: GiB on each of 8 GPUs of 79.6 GiB; 8,192 tokens a forward pass" in text
+    assert "Memory estimate: GiB on each of 8 GPUs of 79.6 GiB; 8,192 tokens per forward pass" in text
     rows = [line for line in text.splitlines() if "ZeRO-3" in line and ">" in line]
     assert len(rows) == 1 and "full" in rows[0]
     assert text.rstrip().endswith("1 failed: memory")
@@ -228,15 +220,15 @@ def test_the_recipe_ends_with_status_1_and_writes_nothing(tmp_path):
 
 def test_it_says_whether_the_dialogues_are_encoded_already(job, tmp_path):
     config = composed(job, f"tokenization.cache_dir={tmp_path}")
-    assert message(preflight(config), "tokenized data").startswith("no hit: the run encodes them first")
+    assert message(run_preflight(config), "tokenized data").startswith("no hit: the run tokenizes first")
     template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", config.template)
     train = load_splits(config.data).train
     tokenize(train, template, config.tokenization)
     (entry,) = tmp_path.glob("[0-9a-f]*")
-    assert message(preflight(config), "tokenized data") == f"{entry}: hit"
-    assert data_digest(train)[:12] in message(preflight(config), "data")
+    assert message(run_preflight(config), "tokenized data") == f"{entry}: hit"
+    assert data_digest(train)[:12] in message(run_preflight(config), "data")
     assert "no hit" in message(
-        preflight(composed(job, f"tokenization.cache_dir={tmp_path}", "data.seed=1")), "tokenized data"
+        run_preflight(composed(job, f"tokenization.cache_dir={tmp_path}", "data.seed=1")), "tokenized data"
     )
     dropping = composed(job, f"tokenization.cache_dir={tmp_path}", "data.on_overlap=drop")
-    assert statuses(preflight(dropping))["tokenized data"] == "not checked"
+    assert statuses(run_preflight(dropping))["tokenized data"] == "not checked"

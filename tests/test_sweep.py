@@ -18,17 +18,18 @@ from test_launch import Started, left_in, record
 
 from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError
-from csc_train.launching import executors as trials
-from csc_train.launching.executors import FailedTrialError, LocalExecutor, MetricTail, NoSuchMetricError, trial_result
-from csc_train.launching.job import Job
-from csc_train.launching.sweep import extreme_trials, only_one, plan_trial, sweep
+from csc_train.launching.launchers.local import LocalLauncher
+from csc_train.launching.search_space import extreme_points
+from csc_train.launching.sweep import plan_sweep, sweep, sweep_lock
+from csc_train.launching.trial_result import FailedTrialError, MetricTail, NoSuchMetricError, trial_result
 from csc_train.runs.comparison import find_runs, sort_runs
 
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
 SMALL = ["debug=cpu_tiny", "sweep.poll=0.2", "cluster=cpu1"]
 FOUR = [
     *SMALL, "sweep=lr", "sweep.trials=4", "trainer.max_steps=3", "trainer.save_steps=0",
-    "data.sample_dialogues=20", "packing.max_length=512", "validation.eval_steps=1", "validation.num_turns=0", "validation.num_samples=0",
+    "data.sample_dialogues=20", "packing.max_length=512", "validation.eval_steps=1",
+    "validation.num_turns=0", "validation.num_samples=0",
 ]  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def interrupted(place):
     """A sweep of four trials, one of which cannot but fail, until Ctrl-C after a step of its first."""
     planted = place / "runs/sweeps/lr/trial-2"
     planted.mkdir(parents=True)
-    (planted / "checkpoint").mkdir()  # what no run left: the recipe will not touch it
+    (planted / "model").mkdir()  # what no run left: the recipe will not touch it
     started = Started([*SWEEP, *FOUR], place)
     while not steps(place / "runs/sweeps/lr/trial-0"):
         assert started.process.poll() is None, started.end() or started.output
@@ -75,7 +76,7 @@ def summary(place, interrupted):
 def test_ctrl_c_lets_trials_save_and_leaves_nothing_running(interrupted):
     output, left, first = interrupted
     assert left == []
-    assert "interrupted after 0 of 4 trials; the same command goes on\n" in output
+    assert "interrupted after 0 of 4 trials; the same command resumes\n" in output
     assert first["stopped"] and not first["finished"]
 
 
@@ -86,7 +87,7 @@ def test_an_interrupted_sweep_ends_with_as_many_trials_as_were_asked_for(place, 
         (0, "complete"), (1, "complete"), (2, "fail"), (3, "complete"),
     ]  # fmt: skip
     assert facts["trials"][2]["reason"].endswith(
-        "runs/sweeps/lr/trial-2 holds checkpoint but no run.json: choose another run.directory"
+        "runs/sweeps/lr/trial-2 holds model but no run.json: choose another run.directory"
     )
     # Each was trained with the values that the study holds, and judged by its own last held-out loss.
     values = set()
@@ -116,7 +117,7 @@ def test_a_summary_is_printed_and_kept_with_plots(place, summary):
     runs = place / "runs/sweeps/lr"
     text = (runs / "summary.md").read_text()
     assert f"4 trials: 3 complete, 1 fail; best: trial {facts['best']}, eval_loss " in text
-    assert f"| {facts['best']}* |" in text and "holds checkpoint but no run.json" in text
+    assert f"| {facts['best']}* |" in text and "holds model but no run.json" in text
     assert "Sweep lr (* best)" in output
     for plot in ("history", "parallel_coordinates", "importances"):
         assert f"]({plot}.svg)" in text
@@ -170,7 +171,7 @@ def test_a_bad_trial_of_a_grid_is_pruned(tmp_path, monkeypatch, capsys):
     """The second point learns nothing; its process is told to stop, and does."""
     monkeypatch.chdir(tmp_path)
     worker = str(ROOT / "tests" / "workers" / "short_trial.py")
-    monkeypatch.setattr(Job, "command", lambda job: [sys.executable, worker, str(job.directory)])
+    monkeypatch.setattr(LocalLauncher, "command", lambda self: [sys.executable, worker, str(self.job.directory)])
     asked = [
         *SMALL, "sweep=loss_grid", "sweep.space.learning_rate.choices=[1e-2,0]", "sweep.space.loss.choices=[tokens]",
         "sweep.pruner.kind=median", "sweep.pruner.startup_trials=1", "sweep.pruner.first_step=5",
@@ -196,7 +197,7 @@ def test_a_bad_trial_of_a_grid_is_pruned(tmp_path, monkeypatch, capsys):
 def test_a_misspelt_metric_ends_a_sweep_with_its_first_trial(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     worker = str(ROOT / "tests" / "workers" / "short_trial.py")
-    monkeypatch.setattr(Job, "command", lambda job: [sys.executable, worker, str(job.directory)])
+    monkeypatch.setattr(LocalLauncher, "command", lambda self: [sys.executable, worker, str(self.job.directory)])
     assert sweep([*SMALL, "sweep=lr", "sweep.metric=evl_loss"]) == 2
     shown = capsys.readouterr()
     assert shown.err == (
@@ -282,8 +283,7 @@ def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
         (["swep=lr"], "unknown key 'swep'. Did you mean 'sweep'?"),
         (["trainer.lerning_rate=1"], "sweep.space: unknown key 'trainer.lerning_rate' for recipe sft. Did you mean "
          "'trainer.learning_rate'?"),
-        (["run.directory=x"], "run.directory=x: a sweep names the directories of its runs; its own is "
-         "sweep.directory"),
+        (["run.directory=x"], "run.directory=x: a sweep names its runs itself: use sweep.directory"),
         (["sweep.pruner.kind=hyperbad"], "sweep.pruner.kind=hyperbad: choose one of none, median, hyperband. Did you "
          "mean 'hyperband'?"),
     ],
@@ -304,8 +304,8 @@ def test_a_failed_preflight_ends_a_sweep(tmp_path, monkeypatch, capsys):
 
 
 def test_every_extreme_of_every_parameter_is_checked():
-    config = plan_trial(["debug=cpu_tiny", "cluster=cpu1", "sweep=full"]).config
-    points = extreme_trials(config)
+    config = plan_sweep(["debug=cpu_tiny", "cluster=cpu1", "sweep=full"]).config
+    points = extreme_points(config)
     for name, parameter in config.space.items():
         ends = parameter.choices or [parameter.low, parameter.high]
         assert {point[name] for point in points} == set(ends)
@@ -322,67 +322,62 @@ def driver(folder: Path, monkeypatch, *used: int) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def placed(cluster: ClusterConfig, parallel: int | None, monkeypatch) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES is for each trial that is started until all places are taken."""
-    started = []
-    monkeypatch.setattr(trials, "LocalTrial", lambda job, variables, lock: started.append(variables))
-    places = LocalExecutor(cluster, parallel, lock=0)
-    for _ in range(places.count):
-        places.start(None, {})
-    return [variables["CUDA_VISIBLE_DEVICES"] for variables in started]
+def slots(cluster: ClusterConfig, parallel: int | None) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each trial that may run at the same time."""
+    return [variables["CUDA_VISIBLE_DEVICES"] for variables in LocalLauncher.slots(cluster, parallel)]
 
 
 def test_trials_are_placed_on_the_free_gpus(tmp_path, monkeypatch):
     two = ClusterConfig("two", gpus_per_node=2, device="cuda")
     driver(tmp_path, monkeypatch, 4, 50_000, 4, 4, 4, 4)
-    assert placed(two, None, monkeypatch) == ["0,2", "3,4"]
-    assert placed(two, 1, monkeypatch) == ["0,2"]
+    assert slots(two, None) == ["0,2", "3,4"]
+    assert slots(two, 1) == ["0,2"]
     with pytest.raises(InputError, match=r"^3 trials of cluster.gpus_per_node=2 need 6 GPUs; 5 are free"):
-        placed(two, 3, monkeypatch)
+        slots(two, 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5")
-    assert placed(two, None, monkeypatch) == ["3,5"]
+    assert slots(two, None) == ["3,5"]
 
 
 def test_one_gpu_a_trial_where_there_is_one_and_a_cpu_else(tmp_path, monkeypatch):
-    assert plan_trial(["debug=cpu_tiny", "sweep=lr"]).launch.cluster.name == "cpu1"
+    assert plan_sweep(["debug=cpu_tiny", "sweep=lr"]).launch.cluster.name == "cpu1"
     driver(tmp_path, monkeypatch, 4)
-    assert plan_trial(["debug=cpu_tiny", "sweep=lr"]).launch.cluster.name == "gpu1"
-    assert plan_trial(["debug=cpu_tiny", "sweep=lr", "cluster=cpu2"]).launch.cluster.name == "cpu2"
+    assert plan_sweep(["debug=cpu_tiny", "sweep=lr"]).launch.cluster.name == "gpu1"
+    assert plan_sweep(["debug=cpu_tiny", "sweep=lr", "cluster=cpu2"]).launch.cluster.name == "cpu2"
 
 
 def test_a_trial_holds_the_lock_of_its_sweep(tmp_path):
     """As long as it runs: also where the sweep itself was killed."""
-    with only_one(tmp_path) as lock:
+    with sweep_lock(tmp_path) as lock:
         trial = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
     with (
-        pytest.raises(InputError, match="the sweep is running, or its last trials are still ending"),
-        only_one(tmp_path),
+        pytest.raises(InputError, match="the sweep or one of its trials is still running"),
+        sweep_lock(tmp_path),
     ):
         pass
     trial.kill()
     trial.wait()
-    with only_one(tmp_path):
+    with sweep_lock(tmp_path):
         pass
 
 
 def test_figures_come_as_they_are_written_and_again_when_the_history_is_cut(tmp_path):
-    figures = MetricTail(tmp_path, "loss")
-    assert figures.new() == []
+    metric = MetricTail(tmp_path, "loss")
+    assert metric.read_new() == []
     history = tmp_path / "history.jsonl"
     lines = [json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in (1, 2, 3)]
     history.write_text(lines[0] + lines[1] + lines[2][:7])
-    assert figures.new() == [(1, 1.0), (2, 0.5)]
+    assert metric.read_new() == [(1, 1.0), (2, 0.5)]
     history.write_text("".join(lines) + '{"step": 3, "eval_loss": 2}\n')
-    assert figures.new() == [(3, 1 / 3)]
+    assert metric.read_new() == [(3, 1 / 3)]
     history.write_text(lines[0])
-    assert figures.new() == [(1, 1.0)]
+    assert metric.read_new() == [(1, 1.0)]
 
 
 def test_what_a_trial_came_to(tmp_path):
     def write(name: str, facts: dict) -> None:
         (tmp_path / name).write_text(json.dumps(facts))
 
-    with pytest.raises(FailedTrialError, match=r"^ended without a word; it may have been killed$"):
+    with pytest.raises(FailedTrialError, match=r"^ended without output: it may have been killed$"):
         trial_result(tmp_path, "loss")
     report = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n====\n  error_file: <N/A>\n"
     for printed, reason in (
@@ -399,7 +394,7 @@ def test_what_a_trial_came_to(tmp_path):
     with pytest.raises(FailedTrialError, match=r"^out of memory: OutOfMemoryError: 20 GiB$"):
         trial_result(tmp_path, "loss")
     write("run.json", {"finished": None, "status": "stopped"})
-    with pytest.raises(FailedTrialError, match=r"^stopped from outside before its end$"):
+    with pytest.raises(FailedTrialError, match=r"^stopped from outside$"):
         trial_result(tmp_path, "loss")
     write("run.json", {"finished": "now"})
     log = [{"loss": 3, "eval_loss": 2.0}, {"loss": 1.5, "eval_loss": 4.0}, {"train_runtime": 1}]

@@ -358,7 +358,7 @@ def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_
         ),
         (
             ["on_finish.overrides=['data=files']"],
-            "on_finish.overrides=['data=files']: say of which recipe, by on_finish=evaluate",
+            "on_finish.overrides=['data=files']: name the recipe too: on_finish=evaluate",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a user may choose about the machines that a job runs on, and about what is checked before it starts."""
+"""Settings of the cluster, the preflight, sweeps and the recipe that follows a training."""
 
 import itertools
 import re
@@ -10,27 +10,28 @@ from csc_train.errors import InputError, check_choice, check_range
 
 @dataclass
 class SlurmConfig:
-    """How a job is submitted to SLURM; what is not given is left to the cluster's own defaults."""
+    """How a job is submitted to SLURM. Unset values default to those of the SLURM installation."""
 
     partition: str | None = None
+    """SLURM partition."""
     account: str | None = None
+    """SLURM account."""
     time: str | None = None
-    """Limit of the job's time, such as `24:00:00` or `2-00:00:00`."""
+    """Time limit of the job, such as `24:00:00` or `2-00:00:00`."""
     cpus: int | None = None
-    """CPU cores of each node; the whole node with all its memory where not given."""
+    """CPU cores per node; defaults to the whole node with all its memory."""
     options: list[str] = field(default_factory=list)
-    """Further options of sbatch, such as `--qos=high`."""
+    """More options of sbatch, such as `--qos=high`."""
     srun_options: list[str] = field(default_factory=list)
-    """Further options of srun, such as `--container-image=...`."""
+    """More options of srun, such as `--container-image=...`."""
     prologue: list[str] = field(default_factory=list)
-    """Lines of shell that come first: modules, an environment to activate, NCCL variables."""
+    """Lines of shell at the start of the job: modules, an environment to activate, NCCL variables."""
     python: str = "python"
-    """The Python of the nodes, as it is called after the prologue."""
+    """Python interpreter on the nodes, after the prologue."""
     requeue: bool = True
-    """Queue the job again when its time is up before the training's end, or when a node fails; it goes on from the last
-    saved state."""
+    """Queue the job again after its time limit or a node failure; it resumes from the last checkpoint."""
     save_before: int = 300
-    """Seconds before the time limit at which a state of training is saved and the job ends."""
+    """Seconds before the time limit at which the job saves a checkpoint and ends."""
 
     def __post_init__(self):
         if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time):
@@ -45,35 +46,41 @@ class SlurmConfig:
 
 @dataclass
 class ClusterConfig:
-    """The machines that a job runs on (the `cluster` group); one process for each GPU."""
+    """The machines of a job (the `cluster` group)."""
 
     name: str = "cpu2"
+    """Name of the cluster in messages."""
     nodes: int = 1
+    """Number of machines."""
     gpus_per_node: int = 2
+    """GPUs of each node, with one process per GPU; the number of processes per node on CPUs."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """Device of the training: cpu or cuda."""
     gpu: str | None = None
-    """What the GPU is called, for the memory plan; None on a CPU."""
+    """Name of the GPU; null on CPUs."""
     gpu_memory_gib: float | None = None
-    """GiB of memory of one GPU."""
+    """Memory of one GPU, in GiB."""
     gpu_tflops: float | None = None
-    """Dense bf16 TFLOP/s of one GPU, by its data sheet."""
+    """Dense bf16 TFLOP/s of one GPU, from its data sheet."""
     host_memory_gib: float | None = None
-    """GiB of memory of one node."""
+    """Memory of one node, in GiB."""
     scheduler: str = "local"
-    """local: start here. slurm: submit a job."""
-    launcher: str = "torchrun"
-    """What starts the processes of a node: torchrun or accelerate."""
+    """local: start the job on this machine. slurm: submit it. Or the name of a launcher from `launcher_module`."""
+    launcher_module: str | None = None
+    """Python module that registers another launcher (see docs/extending.md); it must be on PYTHONPATH."""
+    launcher_options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that launcher."""
+    process_launcher: str = "torchrun"
+    """Program that starts the processes of a node: torchrun or accelerate."""
     port: int = 29500
-    """First of the thousand ports of which a SLURM job's nodes meet at one, by the job's number."""
+    """First of 1000 rendezvous ports; a SLURM job takes `port` + job number modulo 1000."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self):
         check_range("cluster.nodes", self.nodes, 1)
         check_range("cluster.gpus_per_node", self.gpus_per_node, 1)
         check_choice("cluster.device", self.device, ("cpu", "cuda"))
-        check_choice("cluster.scheduler", self.scheduler, ("local", "slurm"))
-        check_choice("cluster.launcher", self.launcher, ("torchrun", "accelerate"))
+        check_choice("cluster.process_launcher", self.process_launcher, ("torchrun", "accelerate"))
         check_range("cluster.port", self.port, 1024, 64535)
 
     @property
@@ -84,23 +91,20 @@ class ClusterConfig:
 
 @dataclass
 class PreflightConfig:
-    """How a training is checked before it starts."""
+    """Checks of a training before it starts."""
 
     force: bool = False
-    """Launch although a check failed."""
+    """Launch even if a check failed."""
     probe: bool = True
-    """Ask the driver (nvidia-smi) which GPUs this machine has and how much of their memory is free."""
-    port: int = 29500
-    """The port at which the processes of several nodes meet."""
+    """Ask nvidia-smi for this machine's GPUs and their free memory."""
     mfu: float = 0.4
-    """Share of the GPU's dense bf16 FLOP/s that training is assumed to reach: an assumption, for the hours alone."""
+    """Assumed model FLOPs utilization: fraction of `cluster.gpu_tflops`. Only the estimate of hours uses it."""
     dialogues: int | None = None
-    """How many dialogues there will be, for the estimate where the data cannot be read yet."""
+    """Number of dialogues for the estimate if the data cannot be read yet."""
     tokens_per_dialogue: int | None = None
-    """Their mean length in tokens, likewise."""
+    """Mean tokens per dialogue for the estimate if the data cannot be read yet."""
 
     def __post_init__(self):
-        check_range("preflight.port", self.port, 1, 65535)
         check_range("preflight.mfu", self.mfu, 0.01, 1)
         for key in ("dialogues", "tokens_per_dialogue"):
             if getattr(self, key) is not None:
@@ -109,19 +113,18 @@ class PreflightConfig:
 
 @dataclass
 class OnFinishConfig:
-    """What is started when a training has ended."""
+    """The recipe that starts when the training ends (the `on_finish` group)."""
 
     recipe: str | None = None
-    """evaluate: the evaluation of its checkpoint, into the run directory's `evaluation`."""
+    """evaluate: evaluate the final model, into the run directory's `evaluation`."""
     overrides: list[str] = field(default_factory=list)
-    """Settings of that recipe, each in quotes: `on_finish.overrides=['data=rolecs','evaluation.include_base=false']`.
-    Checked before
-    the training starts."""
+    """Overrides of that recipe, each in quotes: `on_finish.overrides=['data=rolecs','evaluation.include_base=false']`.
+    They are checked before the training starts."""
 
     def __post_init__(self):
         check_choice("on_finish.recipe", self.recipe or "evaluate", ("evaluate",))
         if self.overrides and not self.recipe:
-            raise InputError(f"on_finish.overrides={self.overrides}: say of which recipe, by on_finish=evaluate")
+            raise InputError(f"on_finish.overrides={self.overrides}: name the recipe too: on_finish=evaluate")
 
 
 @dataclass
@@ -129,26 +132,28 @@ class ParameterConfig:
     """A setting that a sweep varies."""
 
     key: str = ""
-    """The recipe's key or group, such as `trainer.learning_rate` or `adapter`."""
+    """Key or group of the recipe, such as `trainer.learning_rate` or `adapter`."""
     type: str = "float"
     """float, int: from `low` to `high`. categorical: one of `choices`."""
     low: float | None = None
+    """Smallest value."""
     high: float | None = None
+    """Greatest value."""
     log: bool = False
-    """Draw from the logarithm of the range."""
+    """Sample uniformly in the logarithm of the value."""
     step: float | None = None
-    """Draw multiples of this above `low` alone."""
+    """Only sample `low` plus multiples of this step."""
     choices: list[Any] = field(default_factory=list)
-    """Numbers, booleans, or texts as they would stand on the command line after `key=`."""
+    """Values of a categorical parameter: numbers, booleans, or text as it stands on the command line after `key=`."""
 
     def check(self, name: str) -> None:
-        """Refuse what is no range and no choice.
+        """Check the range or the choices.
 
         Args:
-            name: where it stands, for the message.
+            name: place of the parameter, for the message.
 
         Raises:
-            InputError: says what is wrong.
+            InputError: they are missing or contradict each other.
         """
         if not self.key:
             raise InputError(f"{name}.key is required: give {name}.key=...")
@@ -161,25 +166,24 @@ class ParameterConfig:
         if self.low is None or self.high is None or not self.low < self.high or self.choices:
             raise InputError(f"{name}: type={self.type} goes from low to a greater high, and has no choices")
         if self.log and (self.low <= 0 or self.step is not None):
-            raise InputError(f"{name}: log=true goes with a low above 0 and without a step")
+            raise InputError(f"{name}: log=true needs low above 0 and no step")
         if self.step is not None and self.step <= 0:
             raise InputError(f"{name}.step={self.step}: must be above 0")
-        whole = (self.low, self.high, self.step or 1)
-        if self.type == "int" and any(value % 1 for value in whole):
-            raise InputError(f"{name}: type=int goes from a whole number to another by whole steps")
+        if self.type == "int" and any(value % 1 for value in (self.low, self.high, self.step or 1)):
+            raise InputError(f"{name}: type=int needs whole numbers for low, high and step")
 
 
 @dataclass
 class PrunerConfig:
-    """When a trial is ended early, by what it has logged so far."""
+    """When a trial ends early because of its metric so far."""
 
     kind: str = "none"
-    """none. median: when it is worse than the median of the earlier trials at the same step. hyperband: by brackets of
-    successive halving."""
+    """none. median: if it is worse than the median of earlier trials at the same step. hyperband: by successive
+    halving."""
     startup_trials: int = 5
-    """median: trials that come to their end first."""
+    """median: number of trials that are never pruned."""
     first_step: int = 1
-    """Optimizer steps before which none is ended."""
+    """First optimizer step at which a trial may be pruned."""
 
     def __post_init__(self):
         check_choice("sweep.pruner.kind", self.kind, ("none", "median", "hyperband"))
@@ -189,34 +193,34 @@ class PrunerConfig:
 
 @dataclass
 class SweepConfig:
-    """What a sweep tries out, and by what it judges (the `sweep` group)."""
+    """Search space, trials and metric of a sweep (the `sweep` group)."""
 
     name: str = "sweep"
+    """Name of the sweep."""
     directory: str | None = None
-    """Of the sweep: its study, its summary, and a run directory `trial-N` for each trial. runs/sweeps/<name> where not
-    given. What it holds is gone on with."""
+    """Directory of the study, the summary and the run directories `trial-N`; defaults to runs/sweeps/<name>. A sweep
+    that it holds is resumed."""
     kind: str = "optuna"
-    """optuna: trials drawn from `space`, by Optuna's TPE sampler. grid: every combination of the choices in `space`.
-    list: `points`."""
+    """optuna: sample `space` with Optuna's TPE sampler. grid: all combinations of the choices in `space`. list:
+    `points`."""
     space: dict[str, ParameterConfig] = field(default_factory=dict)
-    """What is varied, by the names of the summary's columns."""
+    """Parameters of the search space, by name."""
     points: list[dict[str, Any]] = field(default_factory=list)
-    """For a list: the values of each trial, by the recipe's keys and groups; values as `ParameterConfig.choices`."""
+    """list: the values of each trial by key or group of the recipe, written as in `ParameterConfig.choices`."""
     trials: int | None = None
-    """How many trials there are in all, failed ones included; those of a grid or list are all of its points where not
-    given."""
+    """Total number of trials, including failed ones; defaults to all points of a grid or list."""
     metric: str = "eval_loss"
-    """A figure that the training logs: trials are pruned by its values, and judged by the last, or by the one of the
-    checkpoint where that is made from an earlier state."""
+    """A logged metric of the training. It prunes trials while they run; its final value ranks them."""
     direction: str = "minimize"
-    """minimize or maximize."""
+    """minimize or maximize the metric."""
     seed: int = 0
+    """Seed of the sampler."""
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
     parallel: int | None = None
-    """Trials at a time. On GPUs as many as fit on the free ones where not given, else 1; under SLURM, jobs in the
-    queue."""
+    """Number of trials at the same time, or of SLURM jobs in the queue; defaults to as many as fit on the free GPUs,
+    else 1."""
     poll: float = 5.0
-    """Seconds between looks at the trials."""
+    """Seconds between two looks at the running trials."""
 
     def __post_init__(self):
         check_choice("sweep.kind", self.kind, ("optuna", "grid", "list"))
@@ -228,44 +232,37 @@ class SweepConfig:
                 check_range(f"sweep.{key}", getattr(self, key), 1)
         for name, parameter in self.space.items():
             parameter.check(f"sweep.space.{name}")
-        if self.kind == "list":
-            self._check_list()
-        elif not self.space or self.points:
-            raise InputError(f"sweep.kind={self.kind}: give what is varied by sweep.space, and no sweep.points")
+            if self.kind == "grid" and parameter.type != "categorical":
+                raise InputError(f"sweep.space.{name}.type={parameter.type}: a grid needs categorical parameters")
+        for number, point in enumerate(self.points):
+            check_scalars(f"sweep.points, number {number}", point.values())
+        wanted, other = ("points", "space") if self.kind == "list" else ("space", "points")
+        if not getattr(self, wanted) or getattr(self, other):
+            raise InputError(f"sweep.kind={self.kind}: give the values by sweep.{wanted}, and no sweep.{other}")
         if self.kind == "optuna" and self.trials is None:
             raise InputError("sweep.trials is required: give sweep.trials=...")
-        if self.kind == "grid":
-            for name, parameter in self.space.items():
-                if parameter.type != "categorical":
-                    raise InputError(f"sweep.space.{name}.type={parameter.type}: a grid is made of categorical choices")
         if self.kind != "optuna" and (self.trials or 0) > len(self.grid()):
             raise InputError(f"sweep.trials={self.trials}: the {self.kind} has {len(self.grid())} points")
 
-    def _check_list(self) -> None:
-        if not self.points or self.space:
-            raise InputError("sweep.kind=list: give the trials by sweep.points, and no sweep.space")
-        for number, point in enumerate(self.points):
-            check_scalars(f"sweep.points, number {number}", point.values())
-
     @property
     def size(self) -> int:
-        """How many trials there are in all."""
+        """Total number of trials."""
         return self.trials if self.trials is not None else len(self.grid())
 
     def grid(self) -> list[dict[str, Any]]:
-        """The points of a grid or list in order: the values of each, by parameter (see `key_of`)."""
+        """The points of a grid or list in order, each with its values by parameter name (see `key_of`)."""
         if self.kind == "list":
             return self.points
         choices = (parameter.choices for parameter in self.space.values())
         return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*choices)]
 
     def key_of(self, parameter: str) -> str:
-        """The recipe's key or group that a parameter stands for."""
+        """The recipe's key or group of a parameter name."""
         return self.space[parameter].key if parameter in self.space else parameter
 
 
 def check_scalars(name: str, values: Any) -> None:
-    """Raise an InputError unless `values` are numbers, booleans, texts or null."""
+    """Raise an InputError unless all `values` are numbers, booleans, text or null."""
     for value in values:
         if not isinstance(value, bool | int | float | str | None):
-            raise InputError(f"{name}: {value}: write a list or mapping as a text, such as '[1,2]'")
+            raise InputError(f"{name}: {value}: write a list or mapping as text, such as '[1,2]'")

@@ -1,8 +1,8 @@
-"""A job: a recipe's configuration, the machines to run it on and its run directory; checked, frozen and started."""
+"""Launch a recipe: compose its configuration, check it, freeze it in the run directory and start it."""
 
 import re
-import shlex
 import sys
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,192 +13,180 @@ from csc_train.config.paths import script_of
 from csc_train.config.recipes.training import LaunchRecipe, PreflightRecipe
 from csc_train.errors import InputError, suggestion
 from csc_train.files import write_text
-from csc_train.launching.launch_commands import local_command, node_command
-from csc_train.launching.launchers.slurm import job_script, submit
+from csc_train.launching.launchers.base import JobSpec, Launcher
+from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.on_finish import on_finish_arguments
-from csc_train.launching.preflight.checks import PreflightReport, preflight
-from csc_train.launching.supervise import supervise
+from csc_train.launching.preflight.checks import run_preflight
+from csc_train.launching.supervise import FORWARDED, signal_handler
 from csc_train.runs.config import RESOLVED_FILE, RunConfig
 from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, as_yaml, default_directory
 
 LAUNCH_FILE = "launch.yaml"
-"""In a run directory: how the run was launched last."""
-SCRIPT_FILE = "job.sbatch"
-"""In a run directory: the job that was submitted last."""
+"""The last launch configuration, in the run directory."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What launch/launch.py was asked for."""
+    """A checked launch.
+
+    Attributes:
+        launch: configuration of the launch.
+        config: configuration of the recipe, with its run directory.
+        new: whether the run directory does not exist yet.
+    """
 
     launch: LaunchRecipe
     config: Any
-    """The recipe's, with its run directory named."""
     new: bool
-    """Whether the run directory is yet to be made."""
 
     @property
     def directory(self) -> Path:
         """The run directory."""
         return Path(self.config.run.directory)
 
-    @property
-    def local(self) -> bool:
-        """Whether the job runs here and now."""
-        return self.launch.cluster.scheduler == "local"
+    def launcher(self, **options: Any) -> Launcher:
+        """The launcher of this job.
 
-    def command(self) -> list[str]:
-        """The command that starts the ranks of a local job, here."""
-        return local_command(self.launch.cluster, sys.executable, self._script(), self._arguments())
-
-    def script(self) -> str:
-        """The sbatch script of a SLURM job."""
+        Args:
+            options: `environment`, `output` and `inherited` of `JobSpec`.
+        """
+        short, path = Path("recipes") / f"{self.launch.recipe}.py", script_of(self.launch.recipe)
+        script = str(short if short.exists() and short.samefile(path) else path)
+        arguments = (f"run={self.directory}", "resume=true")
         cluster = self.launch.cluster
-        command = node_command(cluster, cluster.slurm.python, self._script(), self._arguments())
-        return job_script(cluster, self.directory.name, self.directory, command)
+        return launcher_class(cluster)(JobSpec(cluster, self.directory, script, arguments, **options))
 
-    def environment(self) -> dict[str, str]:
-        """Variables of the ranks of a local job."""
-        return {"CUDA_VISIBLE_DEVICES": ""} if self.launch.cluster.device == "cpu" else {}
+    def check(self) -> None:
+        """Check what is known before a preflight.
 
-    def _script(self) -> str:
-        script, relative = script_of(self.launch.recipe), Path("recipes") / f"{self.launch.recipe}.py"
-        return str(relative if relative.exists() and relative.samefile(script) else script)
+        Raises:
+            InputError: the job would fail, and why.
+        """
+        self.config.trainer.accumulation(self.launch.cluster.world_size)
+        on_finish_arguments(self.config.on_finish, self.directory)
+        self.launcher().check()
 
-    def _arguments(self) -> list[str]:
-        return [f"run={self.directory}", "resume=true"]
+    def preflight(self) -> None:
+        """Run the preflight. Its report is printed on failure and in a dry run.
+
+        Raises:
+            InputError: a check failed, unless `preflight.force=true` or in a dry run.
+        """
+        chosen = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        recipe = PreflightRecipe(**chosen, cluster=self.launch.cluster, preflight=self.launch.preflight)
+        report = run_preflight(recipe, launching=not self.launch.dry_run)
+        refused = report.failed and not self.launch.preflight.force and not self.launch.dry_run
+        if refused or self.launch.dry_run:
+            report.show()
+        if refused:
+            names = ", ".join(check.name for check in report.failed)
+            raise InputError(f"preflight: {names} failed (see above): fix it, or launch with preflight.force=true")
+
+    def write(self) -> None:
+        """Freeze the configurations in the run directory, where the ranks read them.
+
+        Raises:
+            InputError: the directory cannot be written.
+        """
+        if self.new:
+            write_text(self.directory / RESOLVED_FILE, as_yaml(to_container(self.config)))
+        write_text(self.directory / LAUNCH_FILE, as_yaml(to_container(self.launch)))
+
+    def describe(self) -> str:
+        """The run directory, the configuration, and the command or job script, as text."""
+        parts = [f"run directory: {self.directory}", "", as_yaml(to_container(self.config))]
+        return "\n".join([*parts, self.launcher().describe()])
 
 
 def plan_job(arguments: list[str]) -> Job:
-    """The job that the arguments of launch/launch.py ask for; checked, nothing written.
+    """Compose and check the job of a launch command line; nothing is written.
 
-    Those that begin with a key of `LaunchRecipe` are the launcher's, the others the recipe's.
+    Args:
+        arguments: those that begin with a key of `LaunchRecipe` configure the launch, the others the recipe.
 
     Raises:
-        InputError: an argument is wrong, or the job cannot run (see `check_job`).
+        InputError: an argument is wrong, or the job cannot run (see `Job.check`).
     """
     own, others = split_arguments(arguments, LaunchRecipe)
     new = not any(text.startswith("run=") for text in others)
     earlier = [text.split("=", 1)[1] for text in others if text.startswith(("run=", "from="))]
-    launch = _launched(Path(earlier[0]), own) if earlier else compose("launch", own)
+    launch = _earlier_launch(Path(earlier[0]), own) if earlier else compose("launch", own)
     refuse_misspelt(others, launch)
     config = compose(launch.recipe, others)
     if new:
         if config.run.if_exists != "error":
             raise InputError(
-                f"run.if_exists={config.run.if_exists}: a launch is a new run; continue one by run=DIR resume=true"
+                f"run.if_exists={config.run.if_exists}: a launch is a new run; resume one by run=DIR resume=true"
             )
         config.run = RunConfig(config.run.directory or default_directory(launch.recipe), "resume")
         directory = Path(config.run.directory)
         if held := [name for name in (RECORD_FILE, RESOLVED_FILE) if (directory / name).exists()]:
             raise InputError(
                 f"{directory} holds a run ({held[0]}): choose another run.directory, "
-                f"or go on by run={directory} resume=true"
+                f"or resume by run={directory} resume=true"
             )
     job = Job(launch, config, new)
-    check_job(job)
+    job.check()
     return job
 
 
 def split_arguments(arguments: list[str], schema: type[LaunchRecipe]) -> tuple[list[str], list[str]]:
-    """The arguments that begin with a key of a launcher's schema, and the others, which are the recipe's.
+    """The arguments that begin with a key of `schema`, and the others, which belong to the recipe.
 
     Raises:
-        InputError: one is a flag.
+        InputError: an argument is a flag.
     """
     if flags := [text for text in arguments if text.startswith("-")]:
-        raise InputError(f"{flags[0]}: everything is key=value, as docs/launching.md shows")
+        raise InputError(f"{flags[0]}: flags are not supported: use key=value (see docs/launching.md)")
     keys = {field.name for field in fields(schema)}
     own = [text for text in arguments if re.match(r"[+~]*([^.=]*)", text).group(1) in keys]
     return own, [text for text in arguments if text not in own]
 
 
 def refuse_misspelt(others: list[str], launch: LaunchRecipe) -> None:
-    """Raise an InputError where a key of the recipe's arguments is not its own, but nearly one of the launcher's."""
+    """Raise an InputError if an unknown recipe key resembles a key of the launch configuration."""
     known, own_keys = {*known_keys(launch.recipe), *RECORDED}, [field.name for field in fields(launch)]
     for key in (text.split("=")[0] for text in others):
         if key not in known and suggestion(key, own_keys):
             raise InputError(f"unknown key {key!r}.{suggestion(key, own_keys)}")
 
 
-def _launched(directory: Path, own: list[str]) -> LaunchRecipe:
-    """How a run was launched, with changes; its cluster may be chosen anew."""
-    file = directory / LAUNCH_FILE
+def _earlier_launch(directory: Path, own: list[str]) -> LaunchRecipe:
+    """The recorded launch configuration of a run, with changes; `cluster=` replaces it."""
     if any(text.startswith("cluster=") for text in own):
         return compose("launch", own)
+    file = directory / LAUNCH_FILE
     if not file.is_file():
-        raise InputError(f"{directory} holds no {LAUNCH_FILE}: say what to run it on by cluster=...")
+        raise InputError(f"{directory} holds no {LAUNCH_FILE}: name the machines by cluster=...")
     return compose_recorded("launch", file, own)
 
 
-def check_job(job: Job) -> None:
-    """What can be known before anything is started.
-
-    Raises:
-        InputError: the job would fail, and why.
-    """
-    cluster = job.launch.cluster
-    job.config.trainer.accumulation(cluster.world_size)
-    on_finish_arguments(job.config.on_finish, job.directory)
-    if job.local and cluster.nodes > 1:
-        raise InputError(f"cluster.nodes={cluster.nodes}: several nodes are started by cluster.scheduler=slurm")
-    if not job.local:
-        job.script()
-
-
-def run_preflight(job: Job) -> PreflightReport:
-    """What a preflight of the job finds."""
-    chosen = {field.name: getattr(job.config, field.name) for field in fields(job.config)}
-    recipe = PreflightRecipe(**chosen, cluster=job.launch.cluster, preflight=job.launch.preflight)
-    return preflight(recipe, launching=not job.launch.dry_run)
-
-
-def write_job(job: Job) -> None:
-    """Record in the run directory what is run and how; the ranks read it there.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    if job.new:
-        write_text(job.directory / RESOLVED_FILE, as_yaml(to_container(job.config)))
-    write_text(job.directory / LAUNCH_FILE, as_yaml(to_container(job.launch)))
-    if not job.local:
-        write_text(job.directory / SCRIPT_FILE, job.script())
-
-
-def describe_job(job: Job) -> str:
-    """All that a launch would do, as text."""
-    parts = [f"run directory: {job.directory}", "", as_yaml(to_container(job.config))]
-    if job.local:
-        variables = [f"{name}={shlex.quote(value)}" for name, value in job.environment().items()]
-        parts.append(" ".join([*variables, shlex.join(job.command())]))
-    else:
-        parts.append(f"sbatch {job.directory / SCRIPT_FILE}, which is:\n\n{job.script()}")
-    return "\n".join(parts)
-
-
 def launch(arguments: list[str]) -> int:
-    """What launch/launch.py does; returns its exit status: that of `supervise`, or 2 after an InputError."""
+    """Run launch/launch.py.
+
+    Returns:
+        The exit status: of the job if the launcher is attached (see `supervise`), 0 after a submission or a dry run, 2
+        after an InputError.
+    """
     try:
         job = plan_job(arguments)
-        outcome = run_preflight(job)
+        job.preflight()
         if job.launch.dry_run:
-            outcome.show()
-            print(describe_job(job))
+            print(job.describe())
             return 0
-        if outcome.failed and not job.launch.preflight.force:
-            outcome.show()
-            names = ", ".join(check.name for check in outcome.failed)
-            raise InputError(f"preflight: {names} failed (see above); preflight.force=true starts the job all the same")
-        write_job(job)
+        job.write()
         print(f"run directory: {job.directory}", flush=True)
-        if job.local:
-            status = supervise(job.directory, job.command(), job.environment())
-            if status == EXIT_STOPPED:  # once more, below torchrun's report that its processes did not end with 0
-                print(f"stopped; to resume: run={job.directory} resume=true")
-            return status
-        print(submit(job.directory / SCRIPT_FILE))
-        return 0
+        launcher = job.launcher()
+        launcher.start()
+        if not launcher.attached:
+            print(f"Submitted batch job {launcher.job_id}")
+            return 0
+        with signal_handler(lambda signum, frame: launcher.stop(signum), FORWARDED):
+            while (status := launcher.poll()) is None:
+                time.sleep(0.1)
+        if status == EXIT_STOPPED:  # repeated below torchrun's own report of the stopped processes
+            print(f"stopped; to resume: run={job.directory} resume=true")
+        return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""What follows a training, in a process of its own: the evaluation of its checkpoint."""
+"""Start another recipe when a training ends: the evaluation of its final model."""
 
 import os
 import sys
@@ -11,14 +11,14 @@ from csc_train.config.compose import compose
 from csc_train.config.paths import script_of
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""By which torchrun tells a process that it is one of several; what accelerate adds begins with ACCELERATE_."""
+"""Environment variables that torchrun sets for each rank; accelerate adds others that begin with ACCELERATE_."""
 
 
 def on_finish_arguments(on_finish: OnFinishConfig, directory: Path) -> list[str]:
-    """The arguments of the recipe that follows the training in a run directory; none where nothing follows.
+    """The command line of the next recipe, for the training in a run directory; empty if there is no next recipe.
 
     Raises:
-        InputError: the recipe refuses them. So that it is known before the training, ask there.
+        InputError: the next recipe refuses these arguments. Call this before the training to learn it early.
     """
     if on_finish.recipe is None:
         return []
@@ -29,13 +29,12 @@ def on_finish_arguments(on_finish: OnFinishConfig, directory: Path) -> list[str]
 
 
 def run_on_finish(on_finish: OnFinishConfig, arguments: list[str]) -> None:
-    """Become the process of the recipe that follows; called on the main process when nothing is left to do.
+    """Replace this process by the next recipe. Call it last, on the main process.
 
-    The program is replaced, not started beside this one: so the memory of the training is free, and whoever waits for
-    this process (a shell, torchrun, the launcher) gets the recipe's exit status and sends it his signals.
+    `exec` frees the training's memory, and the parent (a shell, torchrun, a launcher) gets the recipe's exit status.
 
     Args:
-        arguments: as `on_finish_arguments` returns them; nothing happens where there are none.
+        arguments: the result of `on_finish_arguments`; nothing happens if it is empty.
     """
     if not arguments:
         return

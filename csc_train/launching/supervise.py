@@ -1,15 +1,17 @@
-"""Watching over the processes of one node: signals reach them, and none is left behind.
+"""Supervise the processes of one node: forward signals to the ranks and leave no process behind.
 
 python -m csc_train.launching.supervise RUN_DIRECTORY COMMAND...
 """
 
 import contextlib
-import os
+import ctypes
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -19,83 +21,85 @@ from csc_train.runs.distributed import set_parent_death_signal
 
 INTERRUPT_GRACE = 10.0
 """Seconds that the ranks have to clean up after Ctrl-C."""
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that reach the ranks."""
 
 
-def supervise(directory: Path, command: list[str], environment: dict[str, str] | None = None) -> int:
-    """Run torchrun or accelerate to its end.
+def supervise(directory: Path, command: list[str]) -> int:
+    """Run torchrun or accelerate until it ends.
 
-    SIGTERM and SIGUSR1 go to the ranks, not to torchrun: that would give them 30 seconds, and saving a state of
-    training may take longer. SIGINT (Ctrl-C) goes to them too, and after `INTERRUPT_GRACE` all that is left is killed.
-    A second signal kills at once. If this process is killed, torchrun is told to end, and with it the ranks.
+    - SIGTERM and SIGUSR1 go directly to the ranks: torchrun would kill them after 30 seconds, before a large checkpoint
+      is saved.
+    - SIGINT (Ctrl-C) goes to the ranks too; `INTERRUPT_GRACE` seconds later all remaining processes are killed.
+    - A second signal kills all processes at once.
+    - If this process is killed, torchrun receives SIGTERM and ends the ranks.
 
     Args:
-        directory: the run's.
-        environment: variables to add.
+        directory: the run directory.
+        command: the torchrun or accelerate command.
 
     Returns:
-        The exit status: 0 where the command's is, `EXIT_STOPPED` where the ranks saved a checkpoint and stopped, 128
-        and the number of the signal where one ended them otherwise, else the command's.
+        The exit status: `EXIT_STOPPED` if the ranks saved a checkpoint and stopped; 128 + signal number if a signal
+        ended them; else the command's own.
     """
-    stopped_before = _stopped(directory)
+    stopped_before = read_run_record(directory).get("stopped")
     received, deadline = [], float("inf")
-    if sys.platform == "linux":
-        _set_child_subreaper()
+    set_child_subreaper()
 
-    def forward(signum, frame):
+    def forward(signum: int, frame: Any) -> None:
         nonlocal deadline
         received.append(signum)
         if len(received) > 1:
             deadline = 0.0
-        elif signum == signal.SIGINT:
+            return
+        if signum == signal.SIGINT:
             deadline = time.monotonic() + INTERRUPT_GRACE
-        if len(received) == 1:
-            for rank in _children(agent.pid) or [agent]:
-                _send(rank, signum)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(agent.pid).children() or [agent]:
+                _send(process, signum)
 
     agent = subprocess.Popen(
         command,
-        env=os.environ | (environment or {}),
-        start_new_session=True,  # Ctrl-C in a terminal reaches this process alone
+        start_new_session=True,  # Ctrl-C in a terminal only reaches this process
         preexec_fn=set_parent_death_signal,
     )
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    previous = {signum: signal.signal(signum, forward) for signum in handled}
-    try:
-        while agent.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-    finally:
-        if agent.poll() is None:
-            agent.kill()
-            agent.wait()
-        _kill_all()
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+    with signal_handler(forward, FORWARDED):
+        try:
+            while agent.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+        finally:
+            if agent.poll() is None:
+                agent.kill()
+                agent.wait()
+            _kill_all()
     status = agent.returncode
-    if status and _stopped(directory) != stopped_before:
+    if status and read_run_record(directory).get("stopped") != stopped_before:
         return EXIT_STOPPED
     if status and received:
         return 128 + received[0]
     return status if status >= 0 else 128 - status
 
 
-def _stopped(directory: Path) -> str | None:
-    """When the run was last stopped with a state to go on from."""
-    record = directory / RECORD_FILE
-    return read_json(record).get("stopped") if record.exists() else None
-
-
-def _set_child_subreaper() -> None:
-    """Become a child subreaper, so `_kill_all` also sees orphaned descendants."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
-
-
-def _children(pid: int) -> list[psutil.Process]:
+@contextlib.contextmanager
+def signal_handler(handler: Callable[[int, Any], None], signums: Iterable[int]) -> Iterator[None]:
+    """Install a handler for some signals, and restore the previous handlers at the end."""
+    previous = {signum: signal.signal(signum, handler) for signum in signums}
     try:
-        return psutil.Process(pid).children()
-    except psutil.NoSuchProcess:
-        return []
+        yield
+    finally:
+        for signum, earlier in previous.items():
+            signal.signal(signum, earlier)
+
+
+def read_run_record(directory: Path) -> dict[str, Any]:
+    """The run record (`run.json`) of a run directory; empty if the run has not begun."""
+    return read_json(directory / RECORD_FILE) if (directory / RECORD_FILE).is_file() else {}
+
+
+def set_child_subreaper() -> None:
+    """Become a child subreaper, so `_kill_all` also sees orphaned descendants (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 
 
 def _send(process: psutil.Process | subprocess.Popen, signum: int) -> None:
@@ -104,7 +108,7 @@ def _send(process: psutil.Process | subprocess.Popen, signum: int) -> None:
 
 
 def _kill_all() -> None:
-    """Kill every process below this one."""
+    """Kill every descendant of this process."""
     while left := psutil.Process().children(recursive=True):
         for process in left:
             _send(process, signal.SIGKILL)

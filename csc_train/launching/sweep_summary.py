@@ -1,39 +1,37 @@
-"""What came of a sweep: a table, and plots of its history, its parameters and their importance."""
+"""The summary of a sweep: a table of its trials, and plots of history, parameters and importances."""
 
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
 
 from csc_train.config.cluster import SweepConfig
 from csc_train.files import atomic_path, write_json, write_text
 
-if TYPE_CHECKING:
-    import optuna
-    from rich.table import Table
-
-SUMMARY = ("summary.json", "summary.md")
 PLOTS = {
     "history.svg": "plot_optimization_history",
     "parallel_coordinates.svg": "plot_parallel_coordinate",
     "importances.svg": "plot_param_importances",
 }
-"""File names, and the functions of optuna.visualization.matplotlib that draw them."""
+"""Plot files, and the functions of optuna.visualization.matplotlib that draw them."""
 
 
 def describe_trial(config: SweepConfig, number: int, values: dict[str, Any]) -> str:
-    """A trial and its values in one line."""
+    """A trial and its parameter values in one line."""
     shown = (f"{config.key_of(name)}={_short(value)}" for name, value in values.items())
     return f"trial {number} ({', '.join(shown)})"
 
 
-def summary(directory: Path, study: "optuna.Study", config: SweepConfig) -> dict[str, Any]:
+def summarize_sweep(directory: Path, study: optuna.Study, config: SweepConfig) -> dict[str, Any]:
     """The trials with their values and outcomes, and the best.
 
     `importances` are shares of the metric's variance among good trials, by Optuna's PED-ANOVA; None for fewer than two
-    results that differ.
+    different results.
     """
     trials = [
         {
@@ -49,45 +47,49 @@ def summary(directory: Path, study: "optuna.Study", config: SweepConfig) -> dict
         for trial in study.trials
     ]
     complete = study.get_trials(states=(TrialState.COMPLETE,))
+    importances = None
+    if len({trial.value for trial in complete}) > 1:
+        with warnings.catch_warnings(action="ignore"):  # about few trials
+            shares = optuna.importance.get_param_importances(study)
+        importances = {config.key_of(name): share for name, share in shares.items()}
     return {
         "sweep": config.name,
         "kind": config.kind,
         "metric": config.metric,
         "direction": config.direction,
         "best": study.best_trial.number if complete else None,
-        "importances": _importances(study, config),
+        "importances": importances,
         "trials": trials,
     }
 
 
-def _importances(study: "optuna.Study", config: SweepConfig) -> dict[str, float] | None:
-    import optuna
-
-    values = {trial.value for trial in study.get_trials(states=(TrialState.COMPLETE,))}
-    if len(values) < 2:
-        return None
-    with warnings.catch_warnings(action="ignore"):  # that trials are few
-        shares = optuna.importance.get_param_importances(study)
-    return {config.key_of(name): share for name, share in shares.items()}
-
-
-def write_summary(directory: Path, study: "optuna.Study", config: SweepConfig) -> None:
-    """Write `summary.json`, `summary.md` and `PLOTS`; what cannot be drawn from so few results is left out.
+def report_sweep(directory: Path, study: optuna.Study, config: SweepConfig) -> None:
+    """Write `summary.json`, `summary.md` and, if two results differ, the plots; print the table and where they are.
 
     Raises:
         InputError: the directory cannot be written.
     """
-    facts = summary(directory, study, config)
-    write_json(directory / SUMMARY[0], facts)
+    facts = summarize_sweep(directory, study, config)
+    write_json(directory / "summary.json", facts)
     header, rows = _rows(facts)
     lines = [header, ["---"] * len(header), *rows]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     plots = _draw(directory, study, config) if facts["importances"] else []
-    pictures = "".join(f"![{name.removesuffix('.svg').replace('_', ' ')}]({name})\n\n" for name in plots)
-    write_text(directory / SUMMARY[1], f"# Sweep {config.name}\n\n{_headline(facts)}\n\n{table}\n\n{pictures}")
+    images = "".join(f"![{name.removesuffix('.svg').replace('_', ' ')}]({name})\n\n" for name in plots)
+    headline = _headline(facts)
+    write_text(directory / "summary.md", f"# Sweep {config.name}\n\n{headline}\n\n{text}\n\n{images}")
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    table = Table(*header, title=f"Sweep {config.name} (* best)", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(headline, highlight=False)
+    written = ", ".join(["summary.json", "summary.md", *plots])
+    console.print(f"summary: {directory}: {written}", highlight=False, soft_wrap=True)
 
 
-def _draw(directory: Path, study: "optuna.Study", config: SweepConfig) -> list[str]:
+def _draw(directory: Path, study: optuna.Study, config: SweepConfig) -> list[str]:
     import matplotlib
 
     matplotlib.use("agg")  # needs no display
@@ -95,9 +97,8 @@ def _draw(directory: Path, study: "optuna.Study", config: SweepConfig) -> list[s
     from optuna.visualization import matplotlib as plots
 
     for name, function in PLOTS.items():
-        with warnings.catch_warnings(action="ignore"):  # that trials are few, and that the function is experimental
-            axes = getattr(plots, function)(study, target_name=config.metric)
-        figure = axes.figure
+        with warnings.catch_warnings(action="ignore"):  # about few trials and experimental functions
+            figure = getattr(plots, function)(study, target_name=config.metric).figure
         figure.set_size_inches(10, 5)
         with atomic_path(directory / name) as temporary:
             figure.savefig(temporary, format="svg", bbox_inches="tight")
@@ -105,33 +106,11 @@ def _draw(directory: Path, study: "optuna.Study", config: SweepConfig) -> list[s
     return list(PLOTS)
 
 
-def show_summary(directory: Path, study: "optuna.Study", config: SweepConfig) -> None:
-    """Print the table, and where it and the plots are."""
-    from rich.console import Console
-
-    facts = summary(directory, study, config)
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(_table(facts))
-    console.print(_headline(facts), highlight=False)
-    written = [name for name in (*SUMMARY, *PLOTS) if (directory / name).exists()]
-    console.print(f"summary: {directory}: {', '.join(written)}", highlight=False, soft_wrap=True)
-
-
-def _table(facts: dict[str, Any]) -> "Table":
-    from rich.table import Table
-
-    header, rows = _rows(facts)
-    table = Table(*header, title=f"Sweep {facts['sweep']} (* best)", title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def _headline(facts: dict[str, Any]) -> str:
     states = [trial["state"] for trial in facts["trials"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     if facts["best"] is None:
-        return f"{len(states)} trials: {counts}; none came to a result"
+        return f"{len(states)} trials: {counts}; no trial has a result"
     best = facts["trials"][facts["best"]]
     values = " ".join(f"{key}={_short(value)}" for key, value in best["parameters"].items())
     return (
@@ -140,28 +119,20 @@ def _headline(facts: dict[str, Any]) -> str:
 
 
 def _rows(facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, best results first, then in order."""
+    """Header and rows: complete trials from best to worst, then the others by number."""
     keys = list(dict.fromkeys(key for trial in facts["trials"] for key in trial["parameters"]))
-    header = ["trial", facts["metric"], *keys, "outcome", "steps", "seconds", "reason"]
     sign = 1 if facts["direction"] == "minimize" else -1
 
-    def place(trial: dict[str, Any]) -> tuple:
-        done = trial["state"] == "complete"
-        return (not done, sign * trial["value"] if done else 0, trial["number"])
+    def rank(trial: dict[str, Any]) -> tuple:
+        complete = trial["state"] == "complete"
+        return (not complete, sign * trial["value"] if complete else 0, trial["number"])
 
-    rows = [
-        [
-            f"{trial['number']}{'*' if trial['number'] == facts['best'] else ''}",
-            _short(trial["value"]),
-            *(_short(trial["parameters"].get(key)) for key in keys),
-            trial["state"],
-            _short(trial["steps"]),
-            _short(trial["seconds"]),
-            trial["reason"] or "",
-        ]
-        for trial in sorted(facts["trials"], key=place)
-    ]
-    return header, rows
+    rows = []
+    for trial in sorted(facts["trials"], key=rank):
+        mark = "*" if trial["number"] == facts["best"] else ""
+        cells = [trial["value"], *map(trial["parameters"].get, keys), *map(trial.get, ("state", "steps", "seconds"))]
+        rows.append([f"{trial['number']}{mark}", *map(_short, cells), trial["reason"] or ""])
+    return ["trial", facts["metric"], *keys, "outcome", "steps", "seconds", "reason"], rows
 
 
 def _short(value: Any) -> str:

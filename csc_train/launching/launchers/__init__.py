@@ -1,1 +1,1 @@
-"""Where a job runs: this machine or a scheduler."""
+"""Launchers: start, watch and stop jobs on this machine or through a scheduler."""

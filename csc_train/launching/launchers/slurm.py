@@ -1,59 +1,82 @@
-"""A job for SLURM: its script, and handing it in."""
+"""The SLURM launcher: writes a job script, submits it with sbatch and watches it with squeue."""
 
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
-from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError
+from csc_train.files import write_text
+from csc_train.launching.launch_commands import node_command
+from csc_train.launching.launchers.base import Launcher, register_launcher
+from csc_train.launching.supervise import read_run_record
 from csc_train.templates import render
 
-
-def job_script(cluster: ClusterConfig, name: str, directory: Path, command: str) -> str:
-    """The sbatch script that runs `command` on every node of a cluster.
-
-    Args:
-        name: of the job.
-        directory: the run's; its path must mean the same on all nodes.
-        command: see `commands.node_command`.
-
-    Raises:
-        InputError: a path in it needs quoting, which it would lose on its way through srun.
-    """
-    for text in (str(directory), command):
-        if odd := re.search(r"[^\w./=:,$@% +-]", text):
-            raise InputError(f"{odd.string}: {odd.group()!r} has a meaning in a job script; choose plainer paths")
-    values = {"cluster": cluster, "slurm": cluster.slurm, "name": name, "directory": directory, "command": command}
-    return render(__package__, "slurm.sbatch.jinja", **values)
+SCRIPT_FILE = "job.sbatch"
+"""The last submitted job script, in the run directory."""
 
 
-def submit(script: Path) -> str:
-    """Hand a job script to sbatch, and return what it says.
+@register_launcher("slurm")
+class SlurmLauncher(Launcher):
+    """Submits a job script that runs a supervisor on each node; the job outlives this process."""
 
-    Raises:
-        InputError: there is no sbatch here, or it refuses the job; says why.
-    """
-    if shutil.which("sbatch") is None:
-        raise InputError(f"there is no sbatch on this machine: submit {script} where there is one")
-    done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"sbatch {script}: {' '.join(done.stderr.split())}")
-    return done.stdout.strip()
+    @property
+    def path(self) -> Path:
+        """Where the job script is written."""
+        return self.job.directory / SCRIPT_FILE
 
+    def script(self) -> str:
+        """The job script. The run directory must have the same path on all nodes.
 
-def queued(number: str) -> bool:
-    """Whether a job waits or runs; also where SLURM cannot be asked just now.
+        Raises:
+            InputError: a path needs shell quoting, which srun would lose.
+        """
+        cluster, directory = self.job.cluster, self.job.directory
+        command = node_command(cluster, cluster.slurm.python, [self.job.script, *self.job.arguments])
+        for text in (str(directory), command):
+            if odd := re.search(r"[^\w./=:,$@% +-]", text):
+                raise InputError(f"{odd.string}: {odd.group()!r} has a meaning in a job script; choose plainer paths")
+        values = {"cluster": cluster, "slurm": cluster.slurm, "directory": directory, "command": command}
+        return render(__package__, "slurm.sbatch.jinja", **values)
 
-    Args:
-        number: the job's.
-    """
-    done = subprocess.run(
-        ["squeue", "--noheader", "--format=%T", f"--jobs={number}"], capture_output=True, text=True, check=False
-    )
-    return bool(done.stdout.strip()) if done.returncode == 0 else "Invalid job id" not in done.stderr
+    def check(self) -> None:
+        """Refuse paths that need quoting."""
+        self.script()
 
+    def describe(self) -> str:
+        """The sbatch command and the job script."""
+        return f"sbatch {self.path}, which is:\n\n{self.script()}"
 
-def cancel(number: str) -> None:
-    """End a job; its ranks save a state of training if the cluster leaves them the time."""
-    subprocess.run(["scancel", number], capture_output=True, check=False)
+    def start(self) -> None:
+        """Write the job script and submit it.
+
+        Raises:
+            InputError: sbatch is missing or refuses the job.
+        """
+        write_text(self.path, self.script())
+        if shutil.which("sbatch") is None:
+            raise InputError(f"there is no sbatch on this machine: submit {self.path} where there is one")
+        done = subprocess.run(["sbatch", str(self.path)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise InputError(f"sbatch {self.path}: {' '.join(done.stderr.split())}")
+        if not (number := re.search(r"\d+", done.stdout)):
+            raise InputError(f"sbatch {self.path}: {done.stdout.strip()!r} names no job")
+        self.job_id = number.group()
+
+    def poll(self) -> int | None:
+        """0 if the run is finished, 1 if the job left the queue before; None while it waits or runs.
+
+        A job counts as running while SLURM does not answer.
+        """
+        if read_run_record(self.job.directory).get("finished"):
+            return 0
+        query = ["squeue", "--noheader", "--format=%T", f"--jobs={self.job_id}"]
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return None if done.stdout.strip() else 1
+        return 1 if "Invalid job id" in done.stderr else None
+
+    def stop(self, signum: int = signal.SIGTERM) -> None:
+        """Cancel the job; its ranks save a checkpoint if SLURM leaves them the time."""
+        subprocess.run(["scancel", self.job_id], capture_output=True, check=False)

@@ -1,1 +1,1 @@
-"""Checks and plans of a training before it starts."""
+"""Checks, memory estimates and time estimates of a training before it starts."""

@@ -1,0 +1,123 @@
+"""The size of a training: its memory scenario, tokens, steps, FLOPs and hours."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from csc_train.config.recipes.training import PreflightRecipe
+from csc_train.models.families import adapter_parameters, model_dims
+from csc_train.training.config import ZeroConfig
+from csc_train.training.memory import MemoryScenario, training_flops
+
+if TYPE_CHECKING:
+    from csc_train.template.dialogue_template import DialogueTemplate
+
+SAMPLE_SIZE = 500
+"""Dialogues that are tokenized and packed for an estimate."""
+
+
+@dataclass(frozen=True)
+class JobEstimate:
+    """The size of a training job.
+
+    Attributes:
+        tokens: tokens of one epoch; a shared prefix counts once per pack.
+        packs: packs of one epoch.
+        steps: optimizer steps of the whole job.
+        flops: model FLOPs of the whole job, without recomputation.
+        hours: wall time at the assumed MFU; None if the GPU's FLOP/s are unknown.
+        basis: what the estimate rests on.
+    """
+
+    dialogues: int
+    tokens: int
+    packs: int
+    steps: int
+    flops: float
+    hours: float | None
+    basis: str
+
+    def __str__(self) -> str:
+        hours = "hours unknown" if self.hours is None else f"{self.hours:.1f} h"
+        return (
+            f"{self.dialogues:,} dialogues; {self.tokens:,} tokens in {self.packs:,} packs per epoch; {self.steps:,} "
+            f"steps, {self.flops:.2e} FLOPs, {hours} ({self.basis})"
+        )
+
+
+def zero_of(zero: ZeroConfig) -> tuple[str, str]:
+    """(stage, offload) as `MemoryScenario` names them; a launcher's own DeepSpeed configuration counts as stage 3."""
+    offload = "all" if zero.offload_parameters else "optimizer" if zero.offload_optimizer else "none"
+    return {"from_launcher": "3", "auto": "off"}.get(zero.stage, zero.stage), offload
+
+
+def computes_in_bf16(config: PreflightRecipe) -> bool:
+    """Whether the training computes in bf16 on the cluster's devices."""
+    precision = config.trainer.precision
+    return precision == "bf16" or (precision == "auto" and config.cluster.device == "cuda")
+
+
+def memory_scenario(config: PreflightRecipe) -> MemoryScenario:
+    """The training as the memory estimate sees it, with packs of the greatest length that the configuration allows."""
+    model, adapter, packing = config.model, config.adapter, config.packing
+    dims = model_dims(model.architecture, model.tokenizer_vocab_size)
+    weights = 0 if adapter.kind == "full" else adapter_parameters(dims, adapter.rank, adapter.target_modules)
+    stage, offload = zero_of(config.zero)
+    tokens = config.trainer.micro_batch_size * packing.max_length
+    # On a GPU, sdpa and eager attention separate the documents of a pack by a dense mask of this many columns.
+    dense = model.attn_implementation in ("sdpa", "eager") and config.cluster.device == "cuda"
+    columns = {"off": 0, "shared_prefix": tokens}.get(packing.strategy, packing.max_length)
+    return MemoryScenario(
+        dims,
+        adapter=adapter.kind,
+        adapter_parameters=weights,
+        stage=stage,
+        offload=offload,
+        processes=config.cluster.world_size,
+        nodes=config.cluster.nodes,
+        tokens=tokens,
+        checkpointing=config.trainer.gradient_checkpointing,
+        mask_columns=columns if dense else 0,
+        bf16=computes_in_bf16(config),
+    )
+
+
+def estimate_job(
+    config: PreflightRecipe, scenario: MemoryScenario, template: "DialogueTemplate | None", dialogues: list | None
+) -> JobEstimate | None:
+    """Tokens, steps, FLOPs and hours of a training.
+
+    Args:
+        template: with `dialogues`, tokenizes a sample; else the estimate uses `preflight.dialogues` and
+            `preflight.tokens_per_dialogue`.
+
+    Returns:
+        None if neither is known.
+    """
+    options, trainer = config.preflight, config.trainer
+    if template is not None and dialogues:
+        from csc_train.packing.dataset import pack_dialogues
+
+        sample = dialogues[:: -(-len(dialogues) // SAMPLE_SIZE)]
+        _, report = pack_dialogues(list(template.encode_all(sample)), config.packing, config.loss)
+        count, scale = len(dialogues), len(dialogues) / len(sample)
+        tokens, packs = report.tokens * scale, report.packs * scale
+        document_length = report.separate_tokens / max(1, report.dialogues - report.dropped)
+        basis = f"{len(sample):,} dialogues tokenized"
+    elif options.dialogues and options.tokens_per_dialogue:
+        count, document_length = options.dialogues, options.tokens_per_dialogue
+        tokens = count * document_length
+        packs = tokens / config.packing.max_length if config.packing.strategy != "off" else count
+        basis = "given lengths, full packs assumed"
+    else:
+        return None
+    packs = math.ceil(packs)
+    steps, epochs = math.ceil(trainer.epochs * math.ceil(packs / trainer.packs_per_step)), trainer.epochs
+    if trainer.max_steps > 0:
+        steps, epochs = trainer.max_steps, trainer.max_steps * trainer.packs_per_step / packs
+    flops = training_flops(scenario, epochs * tokens, document_length)
+    hours = None
+    if config.cluster.gpu_tflops:
+        hours = flops / (options.mfu * config.cluster.gpu_tflops * 1e12 * config.cluster.world_size) / 3600
+        basis += f", MFU {options.mfu} assumed"
+    return JobEstimate(count, round(tokens), packs, steps, flops, hours, basis)

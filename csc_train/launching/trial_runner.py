@@ -1,0 +1,180 @@
+"""Run the trials of a sweep: start them through a launcher, prune them, and tell Optuna their results."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import Trial, TrialState
+
+from csc_train.config.cluster import SweepConfig
+from csc_train.errors import InputError
+from csc_train.launching.job import Job
+from csc_train.launching.launchers.base import Launcher
+from csc_train.launching.search_space import distributions
+from csc_train.launching.sweep_summary import describe_trial
+from csc_train.launching.trial_result import (
+    OUTPUT_FILE,
+    FailedTrialError,
+    MetricTail,
+    NoSuchMetricError,
+    trial_result,
+)
+
+
+class Interrupted(BaseException):
+    """This process received the signal that the exception holds, and shall end."""
+
+
+@dataclass
+class _RunningTrial:
+    trial: Trial
+    launcher: Launcher
+    slot: dict[str, str]
+    metric: MetricTail
+    started: float
+    reported: int
+    pruned: bool = False
+
+    def add_time(self) -> None:
+        seconds = self.trial.user_attrs.get("seconds", 0) + time.monotonic() - self.started
+        self.trial.set_user_attr("seconds", round(seconds, 1))
+
+
+class TrialRunner:
+    """Runs the trials of a study in parallel slots, from start to result."""
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        study: optuna.Study,
+        job_of: Callable[[int, dict[str, Any]], Job],
+        slots: list[dict[str, str]],
+        lock: int,
+    ):
+        """Prepare to run; nothing is started.
+
+        Args:
+            job_of: makes the job of a trial from its number and parameter values.
+            slots: environment variables of each trial that may run at the same time.
+            lock: file descriptor that attached trials keep open.
+        """
+        self.config, self.study, self.job_of, self.slots, self.lock = config, study, job_of, list(slots), lock
+        self.running: list[_RunningTrial] = []
+        # Trials of an interrupted sweep; Optuna offers no public way to continue a trial.
+        interrupted = study.get_trials(states=(TrialState.RUNNING,))
+        self._interrupted = [Trial(study, each._trial_id) for each in interrupted]
+
+    def run(self) -> None:
+        """Run trials until the study has `config.size` of them.
+
+        Raises:
+            NoSuchMetricError: a trial did not log the metric.
+            Interrupted: a signal came; attached trials have saved a checkpoint and ended.
+        """
+        try:
+            while True:
+                while self.slots and (trial := self._next()):
+                    self._start(trial)
+                if not self.running:
+                    return
+                time.sleep(self.config.poll)
+                for each in list(self.running):
+                    self._update(each)
+        except (Interrupted, NoSuchMetricError):
+            self._stop()
+            raise
+
+    def _next(self) -> Trial | None:
+        if self._interrupted:
+            return self._interrupted.pop(0)
+        space, config = distributions(self.config), self.config
+        trials = self.study.get_trials(deepcopy=False)
+        waiting = [each for each in trials if each.state == TrialState.WAITING]
+        if len(trials) - len(waiting) >= config.size:
+            return None
+        if config.kind == "optuna":
+            return self.study.ask(space)
+        point = config.grid()[len(trials) - len(waiting)]
+        if not waiting:
+            self.study.enqueue_trial(point)
+        return self.study.ask({name: space[name] for name in point})
+
+    def _start(self, trial: Trial) -> None:
+        self._print(trial, "started")
+        try:
+            job = self.job_of(trial.number, trial.params)
+            with contextlib.suppress(FailedTrialError):  # it finished while no sweep ran
+                self._tell(trial, trial_result(job.directory, self.config.metric))
+                return
+            job.write()
+            output = job.directory / OUTPUT_FILE
+            launcher = job.launcher(environment=self.slots[0], output=output, inherited=(self.lock,))
+            launcher.job_id = trial.user_attrs.get("job")
+            if launcher.job_id is None:
+                launcher.start()
+        except InputError as error:
+            self._tell(trial, str(error))
+            return
+        if launcher.job_id is not None:
+            trial.set_user_attr("job", launcher.job_id)
+        metric = MetricTail(job.directory, self.config.metric)
+        reported = self.study.trials[trial.number].last_step or 0
+        self.running.append(_RunningTrial(trial, launcher, self.slots.pop(0), metric, time.monotonic(), reported))
+
+    def _update(self, running: _RunningTrial) -> None:
+        """Report a trial's new metric values, prune it, or take its result."""
+        ended = running.launcher.poll() is not None  # before the metrics: later values would be missed
+        trial, pruner = running.trial, self.config.pruner
+        for step, value in running.metric.read_new():
+            if step <= running.reported:  # a resumed trial repeats some steps
+                continue
+            running.reported = step
+            trial.report(value, step)
+            if pruner.kind != "none" and step >= pruner.first_step and not running.pruned:
+                running.pruned = trial.should_prune()
+                if running.pruned and not ended:
+                    running.launcher.stop()
+        if not ended:
+            return
+        self.running.remove(running)
+        self.slots.append(running.slot)
+        running.add_time()
+        try:
+            self._tell(trial, trial_result(running.launcher.job.directory, self.config.metric))
+        except FailedTrialError as error:
+            self._tell(trial, None if running.pruned else str(error))
+        except NoSuchMetricError as error:
+            self._tell(trial, str(error))
+            raise
+
+    def _tell(self, trial: Trial, outcome: float | str | None) -> None:
+        """Tell Optuna a trial's value, the reason of its failure, or None for a pruned trial; print it."""
+        if isinstance(outcome, float):
+            state, text = TrialState.COMPLETE, f", {self.config.metric} {outcome:.6g}"
+        elif outcome is None:
+            state, text = TrialState.PRUNED, ""
+        else:
+            trial.set_user_attr("reason", outcome)
+            state, text = TrialState.FAIL, f", {outcome}"
+        self.study.tell(trial, outcome if isinstance(outcome, float) else None, state=state)
+        self._print(trial, state.name.lower() + text)
+
+    def _print(self, trial: Trial, text: str) -> None:
+        print(f"{describe_trial(self.config, trial.number, trial.params)}: {text}", flush=True)
+
+    def _stop(self) -> None:
+        """Let attached trials save a checkpoint and end; another signal kills them."""
+        attached = [each.launcher for each in self.running if each.launcher.attached]
+        for launcher in attached:
+            launcher.stop()
+        for each in self.running:
+            each.add_time()
+        while any(launcher.poll() is None for launcher in attached):
+            try:
+                time.sleep(0.1)
+            except Interrupted:
+                for launcher in attached:
+                    launcher.stop()
