@@ -20,6 +20,7 @@ def main(config: ChatConfig) -> None:
 
     from transformers.utils import logging
 
+    from csc_train.checkpoints.export import usable_model
     from csc_train.inference.config import InferenceConfig
     from csc_train.inference.hf import load_final_model
     from csc_train.runs.distributed import require_single_process
@@ -28,7 +29,7 @@ def main(config: ChatConfig) -> None:
     logging.disable_progress_bar()
 
     # Model
-    generator = load_final_model(config.checkpoint, InferenceConfig(dtype=config.dtype))
+    generator = load_final_model(usable_model(config.checkpoint), InferenceConfig(dtype=config.dtype))
 
     # Conversation
     chat(generator, config)

@@ -23,6 +23,7 @@ OUTPUTS = ("predictions", "dialogues.jsonl", "contamination.json", "results.json
 
 def main(config: EvaluateRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
+    from csc_train.checkpoints.export import usable_model
     from csc_train.checkpoints.manifest import MANIFEST_FILE
     from csc_train.config.compose import from_container, to_container
     from csc_train.data.config import DataConfig
@@ -55,6 +56,8 @@ def main(config: EvaluateRecipe) -> None:
         score_and_show(Path(config.run.directory), config)
         return None
     job = distributed_state()
+    if config.checkpoint:
+        config.checkpoint = usable_model(config.checkpoint)
     run = Run("evaluate", to_container(config), OUTPUTS)
 
     # Checkpoint

@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger("csc_train.recipes.sft")
 OUTPUTS = (
     "checkpoints", "base", "tokenizer", "csc_manifest.json", "model", "metrics.json", "samples.jsonl",
-    "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb",
+    "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb", "exported-*",
 )  # fmt: skip
 """What the recipe writes into the run directory."""
 

@@ -411,7 +411,7 @@ def test_an_export_in_bf16_is_sharded_as_asked_or_refused(runs, tmp_path, monkey
     ("path", "message"),
     [
         ("nowhere", "no such directory"),
-        ("model", "neither a checkpoint, nor a saved state of training, nor a run directory"),
+        ("model", "no csc_manifest.json: choose a model that recipes/sft.py trained"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(folder, path, message):

@@ -15,7 +15,7 @@ class ChatConfig:
     """Settings of a chat with a trained model."""
 
     checkpoint: str = MISSING
-    """The directory of a checkpoint, as recipes/sft.py or recipes/export.py wrote it."""
+    """A run directory, a final model, an exported directory or a training checkpoint."""
     ui: str = "terminal"
     """User interface: terminal, or web for a page that only this machine can open (see `host`)."""
     temperature: float = 0.0

@@ -12,7 +12,7 @@ class ExportConfig:
     """What recipes/export.py exports, and how."""
 
     source: str = MISSING
-    """A training checkpoint, a run directory (its latest checkpoint) or a final model."""
+    """A training checkpoint, a run directory (its latest checkpoint), a final model or an exported directory."""
     output: str = MISSING
     """The directory to write."""
     base: str = "original"

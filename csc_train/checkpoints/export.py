@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from csc_train.checkpoints.config import ExportConfig
+from csc_train.checkpoints.locate import is_model, locate_checkpoint
 from csc_train.checkpoints.manifest import BASE_FOLDER, MANIFEST_FILE, Manifest, read_manifest, save_final_model
 from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
 from csc_train.errors import InputError
@@ -21,6 +22,7 @@ from csc_train.models.hub import load_causal_lm
 from csc_train.models.loading import load_model, lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.models.sharded_parameters import consolidated_weights, is_sharded, unsharded
+from csc_train.runs.distributed import distributed_state
 from csc_train.template.chat_templates import load_chat_template
 
 logger = logging.getLogger(__name__)
@@ -148,29 +150,45 @@ def merged(
 
 
 def open_source(path: str) -> ExportSource:
-    """Find what is to be exported.
+    """Find the source of an export.
 
     Args:
-        path: a saved state of training, a run directory, whose last state is meant, or a finished checkpoint.
+        path: as of `locate_checkpoint`; of a run directory, the latest training checkpoint.
 
     Raises:
-        InputError: there is no whole state, or no manifest of its run.
+        InputError: there is no checkpoint and no model, or no manifest of the run.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise InputError(f"{path}: no such directory")
-    if (directory / MANIFEST_FILE).is_file() and (directory / "config.json").is_file():
-        return ExportSource(directory, read_manifest(directory), path, finished=True)
-    whole = [file.parent for file in directory.glob("checkpoints/checkpoint-*/trainer_state.json")]
-    if not whole and not (directory / "trainer_state.json").is_file():
-        raise InputError(f"{path}: neither a checkpoint, nor a saved state of training, nor a run directory with one")
-    state = max(whole, key=lambda state: int(state.name.split("-")[1])) if whole else directory
-    run = state.absolute().parent.parent
+    found = locate_checkpoint(path, training=True)
+    if is_model(found):
+        return ExportSource(found, read_manifest(found), str(found), finished=True)
+    run = found.absolute().parent.parent
     if not (run / MANIFEST_FILE).is_file():
         raise InputError(f"{run}: no {MANIFEST_FILE}, so not a run of recipes/sft.py")
     manifest = read_manifest(run)
     kept = manifest.base_model == os.path.join("..", BASE_FOLDER)
-    return ExportSource(state, manifest, str(run / BASE_FOLDER) if kept else manifest.base_model)
+    return ExportSource(found, manifest, str(run / BASE_FOLDER) if kept else manifest.base_model)
+
+
+def usable_model(path: str) -> str:
+    """The model directory that `checkpoint=` means; a training checkpoint is exported beside the final model.
+
+    All processes of a job may call this at once: the main one exports, the others wait.
+
+    Args:
+        path: as of `locate_checkpoint`.
+
+    Raises:
+        InputError: as `locate_checkpoint`, `open_source` and `export`.
+    """
+    found = locate_checkpoint(path)
+    if is_model(found):
+        return str(found)
+    output = found.parent.parent / f"exported-{found.name}"
+    job = distributed_state()
+    if job.is_main_process and not is_model(output):
+        export(open_source(str(found)), ExportConfig(source=str(found), output=str(output)))
+    job.wait_for_everyone()
+    return str(output)
 
 
 def export(source: ExportSource, config: ExportConfig) -> float:

@@ -31,6 +31,7 @@ def log_to_stdout() -> None:
     logger = logging.getLogger("csc_train")
     if not any(isinstance(handler, _StdoutHandler) for handler in logger.handlers):
         logger.setLevel(logging.INFO)
+        logger.propagate = False  # some libraries print the root logger's records
         logger.addHandler(_StdoutHandler())
 
 

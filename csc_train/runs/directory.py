@@ -40,8 +40,8 @@ class Run:
         Args:
             recipe: name of the recipe, such as `sft`.
             config: the resolved configuration, with its `run` section.
-            outputs: names of the files and folders that the recipe writes there. A new run deletes those of the run
-                that it replaces.
+            outputs: glob patterns of the files and folders that the recipe writes there. A new run deletes those of
+                the run that it replaces.
 
         Raises:
             InputError: the directory holds a run and `run.if_exists` is error, a run of another recipe, or outputs
@@ -60,8 +60,10 @@ class Run:
     def _refuse_foreign(self, if_exists: str) -> None:
         """Refuse a directory that this recipe must not replace."""
         if not self._record_path.exists():
-            if found := [name for name in self.outputs if (self.directory / name).exists()]:
-                raise InputError(f"{self.directory} holds {found[0]} but no run.json: choose another run.directory")
+            if found := self._found_outputs():
+                raise InputError(
+                    f"{self.directory} holds {found[0].name} but no run.json: choose another run.directory"
+                )
             return
         earlier = read_json(self._record_path).get("recipe")
         if earlier != self.recipe:
@@ -70,6 +72,9 @@ class Run:
             raise InputError(
                 f"{self.directory} holds a run: choose another run.directory, or run.if_exists=reuse|replace"
             )
+
+    def _found_outputs(self) -> list[Path]:
+        return [path for pattern in self.outputs for path in self.directory.glob(pattern)]
 
     def start(self, inputs: dict[str, str]) -> str:
         """Open the directory for writing and record the run.
@@ -105,9 +110,9 @@ class Run:
             return self._resume(earlier)
         if earlier and if_exists == "reuse" and earlier.get("key") == key:
             return self._resume(earlier)
-        for name in self.outputs:  # those of an earlier run would pass for this run's
-            shutil.rmtree(self.directory / name, ignore_errors=True)
-            (self.directory / name).unlink(missing_ok=True)
+        for path in self._found_outputs():  # those of an earlier run would pass for this run's
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
         write_text(self.directory / RESOLVED_FILE, as_yaml(self.config))
         if diff := uncommitted_diff():
             write_text(self.directory / CODE_DIFF_FILE, diff)
