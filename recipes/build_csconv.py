@@ -1,8 +1,8 @@
-"""Build CSConv: recorded calls, filtered by rules and a model, rewritten by it, and filtered again -> dialogues.
+"""Build CSConv: recorded calls -> filters -> rewriting by a model -> filters -> dialogues.
 
-python recipes/build_csconv.py                                                  # a handful of made-up calls, no model
+python recipes/build_csconv.py                                                  # bundled sample calls, no model
 python recipes/build_csconv.py calls=calls.jsonl llm=deepseek_r1
-python recipes/build_csconv.py run=runs/build_csconv-20260101-120000 resume=true    # goes on where it was stopped
+python recipes/build_csconv.py run=runs/build_csconv-20260101-120000 resume=true    # resumes
 """
 
 import logging
@@ -18,13 +18,12 @@ OUTPUTS = (
     "answers.jsonl", "dialogues.jsonl", "dialogues.parquet", "rejected.jsonl", "filter_funnel.json", "quality.json",
     "quality.html",
 )  # fmt: skip
-"""What the recipe writes into the run directory."""
+"""Files of the recipe in the run directory."""
 
 
 def main(config: BuildCsconvRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     import asyncio
-    import json
 
     from rich.console import Console
     from tqdm import tqdm
@@ -33,6 +32,7 @@ def main(config: BuildCsconvRecipe) -> None:
     from csc_train.data.readers import read_dialogues, write_dialogues
     from csc_train.data.sample_grammar import SAMPLE_SOURCE
     from csc_train.files import file_digest, write_json, write_text
+    from csc_train.jsonl import to_line
     from csc_train.llm.client import AuthenticationError, Client
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
@@ -60,10 +60,10 @@ def main(config: BuildCsconvRecipe) -> None:
         logger.info(f"{run.directory} is finished; nothing to do")
         return
 
-    # Filters and rewriting; what is answered is kept as it comes
+    # Filters and rewriting; every answer is stored at once
     log = AnswerLog(run.directory / "answers.jsonl")
 
-    async def go():
+    async def build():
         settings = {"call": config.call, "rewrite": config.rewrite, "duplicates": config.duplicates}
         settings |= {"language": config.language, "concurrency": config.llm.concurrency}
         with tqdm(total=len(calls), desc="calls", unit="call", disable=None) as bar:
@@ -74,14 +74,14 @@ def main(config: BuildCsconvRecipe) -> None:
                 return await build_csconv(calls, log.cached(ask_model(client, config.seed, log)), **settings)
 
     try:
-        outcomes = asyncio.run(go())
+        outcomes = asyncio.run(build())
     except AuthenticationError as error:
         run.fail(f"stopped: {error}")
     except KeyboardInterrupt:
-        logger.info(f"stopped\nto go on: run={run.directory} resume=true")
+        logger.info(f"stopped\nto resume: run={run.directory} resume=true")
         raise
 
-    # Dialogues, what was dropped and why
+    # Result files
     source = "CSConv" if config.calls else SAMPLE_SOURCE
     dialogues = [outcome.dialogue(source) for outcome in outcomes if outcome.accepted]
     failed = [outcome for outcome in outcomes if outcome.failure]
@@ -89,7 +89,7 @@ def main(config: BuildCsconvRecipe) -> None:
     rows = filter_funnel((outcome.verdicts for outcome in outcomes), CSCONV_RULES)
     for name in ("dialogues.jsonl", "dialogues.parquet"):
         write_dialogues(run.directory / name, dialogues)
-    write_text(run.directory / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
+    write_text(run.directory / "rejected.jsonl", "".join(to_line(row, ascii_only=True) for row in rejected))
     write_json(run.directory / "filter_funnel.json", rows)
     usage = log.usage | {"cost": config.llm.cost(log.usage["prompt_tokens"], log.usage["completion_tokens"])}
     usage = {name: value for name, value in usage.items() if value is not None} if log.usage["requests"] else None

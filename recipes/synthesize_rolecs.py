@@ -1,7 +1,7 @@
-"""Synthesise RoleCS: personas, topics and moods -> five roles -> filters -> dialogues.
+"""Generate RoleCS: personas, topics and moods -> five roles -> filters -> dialogues.
 
-python recipes/synthesize_rolecs.py llm=mock target=2000                    # no model: the sample grammar speaks
-python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 dry_run=true   # what it would take
+python recipes/synthesize_rolecs.py llm=mock target=2000                        # no model: the sample grammar
+python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 dry_run=true   # estimate only
 python recipes/synthesize_rolecs.py llm=deepseek_v3 target=11232 budget.tokens=500000000
 """
 
@@ -18,7 +18,7 @@ OUTPUTS = (
     "dialogues.jsonl", "dialogues.parquet", "rejected.jsonl", "filter_funnel.json", "quality.json", "quality.html",
     "synthesis.json", "batch",
 )  # fmt: skip
-"""What the recipe writes into the run directory."""
+"""Files of the recipe in the run directory."""
 
 
 def main(config: SynthesizeRolecsRecipe) -> None:
@@ -35,65 +35,66 @@ def main(config: SynthesizeRolecsRecipe) -> None:
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
     from csc_train.synthesis.filters.funnel import funnel_table
-    from csc_train.synthesis.rolecs.backends import ServedModels
-    from csc_train.synthesis.rolecs.batch_api import BatchedModels
-    from csc_train.synthesis.rolecs.estimate import estimate, estimate_table
+    from csc_train.synthesis.rolecs.backends import ServerBackend
+    from csc_train.synthesis.rolecs.batch_api import BatchBackend
+    from csc_train.synthesis.rolecs.estimate import estimate_table, estimate_usage
     from csc_train.synthesis.rolecs.mock_backend import MockBackend
-    from csc_train.synthesis.rolecs.personas import make_profiles, read_profiles
-    from csc_train.synthesis.rolecs.progress import shown
-    from csc_train.synthesis.rolecs.results import write_results
-    from csc_train.synthesis.rolecs.runner import Runner, recipe_of
+    from csc_train.synthesis.rolecs.personas import generate_profiles, read_profiles
+    from csc_train.synthesis.rolecs.progress import show_progress
+    from csc_train.synthesis.rolecs.results import write_synthesis
+    from csc_train.synthesis.rolecs.runner import SynthesisRunner, generation_settings
     from csc_train.synthesis.rolecs.store import SynthesisStore
 
     settings, people, console = config.synthesis, config.synthesis.personas, Console()
     checks = config.rolecs_check, config.duplicates
 
     # Personas
-    made_up = people.path is None
-    profiles = make_profiles(people.count, settings.seed, settings.language) if made_up else read_profiles(people.path)
+    if people.path is None:
+        profiles = generate_profiles(people.count, settings.seed, settings.language)
+    else:
+        profiles = read_profiles(people.path)
     if config.dry_run:
-        console.print(estimate_table(estimate(settings, checks[0], config.llm, config.target, len(profiles))))
+        console.print(estimate_table(estimate_usage(settings, checks[0], config.llm, config.target, len(profiles))))
         return
     require_single_process("synthesize_rolecs")
     run = Run("synthesize_rolecs", to_container(config), OUTPUTS)
     where = config.reference
     reference = read_dialogues(where.path, source=where.source) if where.path else []
 
-    # Dialogues; every answer is kept as it comes
+    # Dialogues; every answer is stored at once
     if config.llm.backend == "mock":
         backend = MockBackend(settings.language)
     else:
-        backend = BatchedModels(ServedModels(config.llm, settings.roles), config.batch)
-    with closing(
-        SynthesisStore(run.directory / "synthesis.db", recipe_of(settings, *checks, config.llm), config.new_run)
-    ) as store:
-        runner = Runner(settings, *checks, profiles, backend, store, config.target, config.budget)
+        backend = BatchBackend(ServerBackend(config.llm, settings.roles), config.batch)
+    determining = generation_settings(settings, *checks, config.llm)
+    with closing(SynthesisStore(run.directory / "synthesis.db", determining, config.new_run)) as store:
+        runner = SynthesisRunner(settings, *checks, profiles, backend, store, config.target, config.budget)
         run.start({})
 
-        async def go() -> None:
-            async with shown(runner.progress, console):
+        async def generate() -> None:
+            async with show_progress(runner.progress, console):
                 await runner.run()
 
-        asyncio.run(go())
+        asyncio.run(generate())
 
-        # What was accepted, what became of the rest, what it took
-        rows = write_results(run.directory, runner, store, backend, reference, settings.seed)
+        # Result files
+        rows = write_synthesis(run.directory, runner, store, backend, reference, settings.seed)
     progress = runner.progress
     console.print(funnel_table(rows, f"{progress.accepted} of {config.target} dialogues (source={backend.source})"))
     logger.info(
         f"dialogues: {run.directory}/dialogues.jsonl, .parquet; report: {run.directory}/quality.html, quality.json"
     )
     if progress.empty:
-        logger.info(f"{progress.empty} places stay empty: {settings.attempts} dialogues were tried for each, in vain")
-    if isinstance(backend, BatchedModels) and backend.waiting:
+        logger.info(f"{progress.empty} quota slots stay empty after {settings.attempts} dialogues each")
+    if isinstance(backend, BatchBackend) and backend.pending:
         files = ", ".join(map(str, backend.write_requests(run.directory / "batch")))
-        logger.info(f"{len(backend.waiting)} calls wait for a batch: {files}; go on with batch.results=[...]")
+        logger.info(f"{len(backend.pending)} calls wait for a batch: {files}; resume with batch.results=[...]")
         run.stop()
     if progress.stopped:
         reason, message = progress.stopped
         if reason == "authentication":
             raise InputError(message)
-        logger.info(f"stopped: {message}; the same command goes on")
+        logger.info(f"stopped: {message}; the same command resumes")
         if reason == "interrupted":
             raise KeyboardInterrupt
         run.stop()

@@ -1,4 +1,4 @@
-"""Write the synthetic sample dialogues (source=synthetic-sample) and print how predictable they are.
+"""Write the sample dialogues of our own grammar and print how predictable their strategies are.
 
 python recipes/write_sample.py data.sample_dialogues=900 data.sample_seed=0
 """
@@ -18,14 +18,14 @@ except ModuleNotFoundError as error:
 def main(config: WriteSampleRecipe) -> None:
     path, count, seed = config.data.train.path, config.data.sample_dialogues, config.data.sample_seed
     if not count:
-        raise InputError("data.sample_dialogues is not set: this recipe writes the data of data=sample")
+        raise InputError("data.sample_dialogues is not set: use data=sample")
     written = ensure_sample(path, count, seed)
     print(f"{'wrote' if written else 'reused'} {path}: {count} dialogues, seed {seed}, source=synthetic-sample")
     splits = load_splits(config.data)
     bigram = generate_predictions(splits.evaluation, StrategyBaseline(splits.train, order=1), "reference")
     hits = sum(prediction.strategy == prediction.reference_strategy for prediction in bigram)
     print(
-        f"strategy accuracy on the {len(splits.evaluation)} held-out dialogues: ceiling (the generating rule) "
+        f"strategy accuracy on the {len(splits.evaluation)} evaluation dialogues: ceiling (the generating rule) "
         f"{accuracy_ceiling(splits.evaluation):.2f}, strategy bigram {100 * hits / len(bigram):.2f}"
     )
 

@@ -14,21 +14,21 @@ from csc_train.synthesis.rolecs.personas import (
     MOODS,
     TOPICS,
     Profile,
-    chosen,
     dialogue_slot,
     draw_behaviour,
-    make_profiles,
+    generate_profiles,
     quota_slots,
     read_profiles,
+    select_names,
 )  # fmt: skip
 
 
 def test_profiles_are_made_up_the_same_each_time():
     for language in TOPICS:
-        many = make_profiles(50, 0, language)
-        assert many[:20] == make_profiles(20, 0, language)
+        many = generate_profiles(50, 0, language)
+        assert many[:20] == generate_profiles(20, 0, language)
         assert len({profile.id for profile in many}) == 50
-        assert {profile.id for profile in many}.isdisjoint(profile.id for profile in make_profiles(50, 1, language))
+        assert {profile.id for profile in many}.isdisjoint(profile.id for profile in generate_profiles(50, 1, language))
 
 
 def test_the_grammar_knows_the_topics_and_moods():
@@ -50,7 +50,7 @@ def test_profiles_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: broken JSON"), ("[1]", "line 2: not an object"), ('{"id": "b"}', "line 2: not an object"),
+        ("{", "line 2: not JSON"), ("[1]", "line 2: not a JSON object"), ('{"id": "b"}', "line 2: no values besides the id"),
         ('{"id": "a", "x": 1}', "line 2: the id 'a' is used"), ('{"x": {"y": 1}}', "line 2: x is neither"),
         ('{"x": null}', "line 2: x is neither"),
     ],
@@ -86,16 +86,16 @@ def test_quotas_are_even_over_topics_moods_and_personas():
 
 
 def test_topics_and_moods_are_chosen_by_name():
-    assert chosen("synthesis.topics", [], TOPICS["en"]) == TOPICS["en"]
-    assert chosen("synthesis.moods", ["不满", "平静", "不满"], MOODS["zh"]) == ("不满", "平静", "不满")
+    assert select_names("synthesis.topics", [], TOPICS["en"]) == TOPICS["en"]
+    assert select_names("synthesis.moods", ["不满", "平静", "不满"], MOODS["zh"]) == ("不满", "平静", "不满")
     with pytest.raises(InputError, match=r"synthesis\.topics: 产品咨讯: not one of .* Did you mean '产品咨询'"):
-        chosen("synthesis.topics", ["产品咨讯"], TOPICS["zh"])
+        select_names("synthesis.topics", ["产品咨讯"], TOPICS["zh"])
     places = itertools.islice(quota_slots(["p"], TOPICS["zh"], ("不满", "平静", "不满")), 63)
     assert Counter(cell.mood for cell in places) == {"不满": 42, "平静": 21}
 
 
 def test_a_unit_is_named_after_what_it_is_and_not_where_it_stands():
-    profiles = make_profiles(3, 0, "zh")
+    profiles = generate_profiles(3, 0, "zh")
     named = {}
     for people in (profiles, profiles[::-1]):
         for place in itertools.islice(quota_slots([profile.id for profile in people], TOPICS["zh"], ("平静",)), 21):
@@ -112,7 +112,7 @@ def test_a_unit_is_named_after_what_it_is_and_not_where_it_stands():
 
 
 def test_replicates_of_rounds_do_not_meet():
-    people = make_profiles(1, 0, "zh")
+    people = generate_profiles(1, 0, "zh")
     places = itertools.islice(quota_slots([people[0].id], ("产品咨询",), ("平静",)), 4)
     replicates = [
         dialogue_slot(place, people[0], attempt, 8, 0, "r").replicate for place in places for attempt in range(8)
@@ -134,7 +134,7 @@ def test_behaviour_follows_its_shares():
 
 
 def test_shares_above_one_are_refused():
-    with pytest.raises(InputError, match="short_patience and long_patience are more than 1"):
+    with pytest.raises(InputError, match="short_patience and long_patience: must be at most 1"):
         BehaviourConfig(short_patience=0.7, long_patience=0.4)
     with pytest.raises(InputError, match="between 0 and 1"):
         BehaviourConfig(unreasonable=1.2)

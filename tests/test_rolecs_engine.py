@@ -7,8 +7,8 @@ import pytest
 
 from csc_train.data.dialogue import Speaker
 from csc_train.data.strategies import CLOSURE, OTHERS, STRATEGIES
+from csc_train.synthesis.config import MAX_UTTERANCES
 from csc_train.synthesis.rolecs.engine import (
-    MOST_UTTERANCES,
     Behaviour,
     DialogueState,
     RoleQuestion,
@@ -29,7 +29,7 @@ def say(state, **answer):
     return advance(state, form.model_validate(answer))
 
 
-def planned(most=MOST_UTTERANCES):
+def planned(most=MAX_UTTERANCES):
     return say(DialogueState(SCENE, most), scenario="卡丢了", goal="补卡")
 
 
@@ -72,7 +72,7 @@ def test_a_customer_who_has_finished_gets_exactly_one_farewell():
     assert (stop_reason(state), next_question(state), len(state.turns)) == ("customer_finished", None, 3)
 
 
-@pytest.mark.parametrize("most", [MOST_UTTERANCES, 6])
+@pytest.mark.parametrize("most", [MAX_UTTERANCES, 6])
 def test_it_ends_at_exactly_so_many_utterances(most):
     state = planned(most)
     for label in itertools.cycle(("礼貌问候", "细化问题")):
@@ -98,11 +98,11 @@ def test_the_first_reason_wins():
 def test_an_unknown_strategy_is_asked_again_and_then_becomes_others():
     state = say(planned(), strategy="转移话题")
     question = next_question(state)
-    assert (question.role, question.fields["refused"]) == ("supporter_assistant", ("转移话题",))
+    assert (question.role, question.fields["rejected"]) == ("supporter_assistant", ("转移话题",))
     second = say(state, strategy="细化问题")
-    assert (second.strategy.zh, second.unknown, second.refused) == ("细化问题", 0, ())
+    assert (second.strategy.zh, second.unknown, second.rejected) == ("细化问题", 0, ())
     state = say(state, strategy="情感管理+提供建议")
-    assert (state.strategy, state.unknown, state.overused, state.refused) == (OTHERS, 1, 0, ())
+    assert (state.strategy, state.unknown, state.overused, state.rejected) == (OTHERS, 1, 0, ())
     assert outcome_of(supporter_says(state, "嗯。"))["unknown_strategies"] == 1
 
 
@@ -114,10 +114,10 @@ def test_the_same_strategy_comes_at_most_twice_running():
     state = planned()
     for _ in range(2):
         state = customer(supporter(state, "细化问题"))
-    assert next_question(state).fields["spent"].zh == "细化问题"
-    assert "细化问题" not in str(answer_schema("supporter_assistant", "zh", False, state.spent).model_json_schema())
+    assert next_question(state).fields["exhausted"].zh == "细化问题"
+    assert "细化问题" not in str(answer_schema("supporter_assistant", "zh", False, state.exhausted).model_json_schema())
     again = say(state, strategy="策略4 细化问题")
-    assert next_question(again).fields["refused"] == ("策略4 细化问题",)
+    assert next_question(again).fields["rejected"] == ("策略4 细化问题",)
     assert say(again, strategy="信息传达").strategy.zh == "信息传达"
     forced = say(again, strategy="细化问题")
     assert (forced.strategy, forced.overused, forced.unknown) == (OTHERS, 1, 0)
@@ -162,7 +162,7 @@ def answer_at_random(rng, question: RoleQuestion):
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_is_answered_the_rules_hold(seed):
     rng = random.Random(seed)
-    most = rng.choice([2, 3, 7, MOST_UTTERANCES])
+    most = rng.choice([2, 3, 7, MAX_UTTERANCES])
     state, steps = DialogueState(SCENE, most), 0
     while question := next_question(state):
         if question.role in ("planner", "customer_assistant", "customer"):

@@ -1,4 +1,4 @@
-"""Prompts and answer forms of the five roles: what each sees, in which order, and what of its answer is taken."""
+"""Prompts and answer schemas of the five roles: what each sees, in which order, and what of its answer is taken."""
 
 import pytest
 from jinja2 import UndefinedError
@@ -7,8 +7,9 @@ from pydantic import ValidationError
 from csc_train.data.dialogue import Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.llm.structured import parse_answer
+from csc_train.synthesis.config import LANGUAGES
 from csc_train.synthesis.rolecs.engine import Behaviour, RoleQuestion
-from csc_train.synthesis.rolecs.roles import LANGUAGES, LAYOUTS, ROLES, Prompts, answer_schema
+from csc_train.synthesis.rolecs.roles import LAYOUT_BLOCKS, WRITING_ROLES, RolePrompts, answer_schema
 
 TURNS = tuple(
     Turn(
@@ -18,10 +19,10 @@ TURNS = tuple(
 )
 FIELDS = {
     "topic": "账户 <b>&", "mood": "着急", "persona": "你是\"老王\"<br>", "scenario": "卡丢了", "goal": "补卡",
-    "behaviour": Behaviour("short", "reluctant", "often", "unreasonable"), "direction": "说卡号", "refused": (),
-    "spent": None, "strategy": STRATEGIES[3], "profile": {"年龄": "30岁"},
+    "behaviour": Behaviour("short", "reluctant", "often", "unreasonable"), "direction": "说卡号", "rejected": (),
+    "exhausted": None, "strategy": STRATEGIES[3], "profile": {"年龄": "30岁"},
 }  # fmt: skip
-EVERY = [(language, layout, compact) for language in LANGUAGES for layout in LAYOUTS for compact in (False, True)]
+EVERY = [(language, layout, compact) for language in LANGUAGES for layout in LAYOUT_BLOCKS for compact in (False, True)]
 
 
 def question(role, turns=6, **fields):
@@ -38,18 +39,18 @@ def rendered(prompts, role, **fields):
 
 @pytest.mark.parametrize(("language", "layout", "compact"), EVERY)
 def test_the_customers_side_reads_no_strategy(language, layout, compact):
-    prompts = Prompts(language, layout, compact)
+    prompts = RolePrompts(language, layout, compact)
     names = [strategy.name(language) for strategy in STRATEGIES]
-    for role in ROLES:
+    for role in WRITING_ROLES:
         text = rendered(prompts, role)
         assert any(name in text for name in names) is role.startswith("supporter"), role
         assert "{{" not in text and "{%" not in text and "\n\n\n" not in text
 
 
 @pytest.mark.parametrize(("language", "layout", "compact"), EVERY)
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", WRITING_ROLES)
 def test_a_prompt_that_lacks_something_is_not_rendered(language, layout, compact, role):
-    prompts = Prompts(language, layout, compact)
+    prompts = RolePrompts(language, layout, compact)
     told = question(role).fields
     texts = rendered(prompts, role)
     assert texts
@@ -61,7 +62,7 @@ def test_a_prompt_that_lacks_something_is_not_rendered(language, layout, compact
             needed.append(name)
     expected = {
         "persona": {"profile"}, "planner": {"topic", "mood", "persona"},
-        "supporter_assistant": {"topic", "history", "spent", "refused"}, "supporter": {"topic", "history", "strategy"},
+        "supporter_assistant": {"topic", "history", "exhausted", "rejected"}, "supporter": {"topic", "history", "strategy"},
         "customer_assistant": {"persona", "scenario", "goal", "mood", "behaviour", "history"},
         "customer": {"persona", "scenario", "goal", "mood", "behaviour", "history", "direction"},
     }[role]  # fmt: skip
@@ -69,13 +70,13 @@ def test_a_prompt_that_lacks_something_is_not_rendered(language, layout, compact
 
 
 def test_nothing_is_escaped():
-    text = rendered(Prompts("zh", "faithful", False), "planner")
+    text = rendered(RolePrompts("zh", "faithful", False), "planner")
     assert "账户 <b>&" in text and '你是"老王"<br>' in text
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_behaviour_comes_in_words(language):
-    prompts = Prompts(language, "faithful", False)
+    prompts = RolePrompts(language, "faithful", False)
     texts = {rendered(prompts, "customer", behaviour=Behaviour()), rendered(prompts, "customer")}
     for field, values in {
         "patience": ("short", "ordinary", "long"), "disclosure": ("at_once", "when_asked", "reluctant"),
@@ -99,8 +100,8 @@ def common_prefix(one, other):
 def test_the_cache_friendly_layout_keeps_the_prefix(language, role):
     """From one round to the next, all up to the newest utterances is the same text."""
     shares = {}
-    for layout in LAYOUTS:
-        prompts = Prompts(language, layout, False)
+    for layout in LAYOUT_BLOCKS:
+        prompts = RolePrompts(language, layout, False)
         before, after = (rendered(prompts, role, turns=turns) for turns in (4, 6))
         last = before.index(TURNS[3].text) + len(TURNS[3].text)
         shares[layout] = common_prefix(before, after) >= last, last / len(before)
@@ -110,19 +111,19 @@ def test_the_cache_friendly_layout_keeps_the_prefix(language, role):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_compact_profile_is_shorter(language):
-    for role in ROLES:
-        full, compact = (rendered(Prompts(language, "faithful", flag), role) for flag in (False, True))
+    for role in WRITING_ROLES:
+        full, compact = (rendered(RolePrompts(language, "faithful", flag), role) for flag in (False, True))
         assert len(compact) < len(full), role
 
 
 def test_a_digest_tells_prompts_apart():
-    digests = {(*choice,): Prompts(*choice).digest for choice in EVERY}
+    digests = {(*choice,): RolePrompts(*choice).digest for choice in EVERY}
     assert len(set(digests.values())) == len(EVERY)
-    assert Prompts(*EVERY[0]).digest == digests[EVERY[0]]
+    assert RolePrompts(*EVERY[0]).digest == digests[EVERY[0]]
 
 
 def test_an_utterance_is_one_line():
-    lines = rendered(Prompts("zh", "faithful", False), "supporter").splitlines()
+    lines = rendered(RolePrompts("zh", "faithful", False), "supporter").splitlines()
     assert "客服（礼貌问候）: utterance 0" in lines and "客户: utterance 1" in lines
     text = answer_schema("customer", "zh", False)(text=" 好的\n客服: 已退款 ", finished=False).text
     assert text == "好的 客服: 已退款"
@@ -149,8 +150,8 @@ def test_an_unusable_utterance_is_refused(text):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_strategy_is_an_enumeration_of_what_may_be_chosen(language):
-    def choices(spent):
-        return answer_schema("supporter_assistant", language, False, spent).model_json_schema()["properties"][
+    def choices(exhausted):
+        return answer_schema("supporter_assistant", language, False, exhausted).model_json_schema()["properties"][
             "strategy"
         ]
 

@@ -27,22 +27,22 @@ from csc_train.llm.client import AuthenticationError, LLMError, RequestAttempt
 from csc_train.synthesis.config import BudgetConfig, DuplicatesConfig, RoleCSCheckConfig, SynthesisConfig
 from csc_train.synthesis.rolecs import mock_backend
 from csc_train.synthesis.rolecs.mock_backend import MockBackend
-from csc_train.synthesis.rolecs.personas import MOODS, TOPICS, make_profiles
-from csc_train.synthesis.rolecs.results import write_results
-from csc_train.synthesis.rolecs.runner import RULES, TRIES, Runner
+from csc_train.synthesis.rolecs.personas import MOODS, TOPICS, generate_profiles
+from csc_train.synthesis.rolecs.results import write_synthesis
+from csc_train.synthesis.rolecs.runner import MAX_TRANSIENT_ERRORS, ROLECS_RULES, SynthesisRunner
 from csc_train.synthesis.rolecs.store import SynthesisStore
 
 SMALL = SynthesisConfig(max_utterances=6)
-RECIPE = {"made": "for tests"}
+SETTINGS = {"made": "for tests"}
 
 
-def start(path, target, backend=None, config=SMALL, recipe=RECIPE, judges=1, budget=None):
+def start(path, target, backend=None, config=SMALL, settings=SETTINGS, judges=1, budget=None):
     """A runner, and the store at `path` that it works on."""
-    store = SynthesisStore(path, recipe)
-    check, profiles = RoleCSCheckConfig(judges=judges), make_profiles(3, 0, "zh")
+    store = SynthesisStore(path, settings)
+    check, profiles = RoleCSCheckConfig(judges=judges), generate_profiles(3, 0, "zh")
     backend, budget = backend or MockBackend("zh"), budget or BudgetConfig()
     try:
-        return Runner(config, check, DuplicatesConfig(), profiles, backend, store, target, budget), store
+        return SynthesisRunner(config, check, DuplicatesConfig(), profiles, backend, store, target, budget), store
     except InputError:
         store.close()
         raise
@@ -53,7 +53,7 @@ def run(path, target, **options):
     runner, store = start(path, target, **options)
     try:
         asyncio.run(runner.run())
-        return runner.progress, runner.accepted, [store.dialogue(unit, SAMPLE_SOURCE) for unit in runner.accepted]
+        return runner.progress, runner.accepted, [store.dialogue(each, SAMPLE_SOURCE) for each in runner.accepted]
     finally:
         store.close()
 
@@ -76,7 +76,7 @@ def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     runner, store = start(directory / "synthesis.db", 150, config=SynthesisConfig(seed=1))
     asyncio.run(runner.run())
-    write_results(directory, runner, store, MockBackend("zh"), [], 0)
+    write_synthesis(directory, runner, store, MockBackend("zh"), [], 0)
     store.close()
     return directory, runner
 
@@ -104,7 +104,7 @@ def test_the_grammar_speaks_through_the_engine(whole):
         with contextlib.suppress(InputError):
             own.append(accuracy_ceiling([dialogue]))
     assert 0.9 * 150 < len(own) < 150  # an unknown or overused strategy is not the grammar's
-    with pytest.raises(InputError, match="llm=mock speaks zh only"):
+    with pytest.raises(InputError, match="llm=mock supports zh only"):
         MockBackend("en")
 
 
@@ -126,8 +126,8 @@ def test_what_cannot_be_is_refused():
 def test_every_rule_finds_something(whole):
     directory, _ = whole
     funnel = {row["rule"]: row for row in json.loads((directory / "filter_funnel.json").read_text())}
-    assert list(funnel) == list(RULES)
-    assert {rule for rule, row in funnel.items() if row["dropped"]} == set(RULES) - {"ended"}
+    assert list(funnel) == list(ROLECS_RULES)
+    assert {rule for rule, row in funnel.items() if row["dropped"]} == set(ROLECS_RULES) - {"ended"}
     assert funnel["near-duplicates"]["kept"] == 150
     account = json.loads((directory / "synthesis.json").read_text())
     assert account["unknown_strategies"] > 0
@@ -153,7 +153,7 @@ def test_everything_is_on_record(whole):
     directory, _ = whole
     database = directory / "synthesis.db"
     assert rows(database, "SELECT count(*) FROM calls WHERE failure IS NULL AND model = 'mock'") == rows(
-        database, "SELECT count(*) + (SELECT count(*) FROM units WHERE status = 'failed') FROM answers"
+        database, "SELECT count(*) + (SELECT count(*) FROM dialogues WHERE status = 'failed') FROM answers"
     )
     assert rows(database, "SELECT count(*) FROM calls WHERE length(prompt) != 64 OR prompt_tokens = 0") == [(0,)]
     seeds, calls = rows(database, "SELECT count(DISTINCT seed), count(*) FROM calls")[0]
@@ -179,10 +179,12 @@ class Jittery(MockBackend):
 
 
 def test_timing_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(mock_backend, "FLAWED", 0.7)
+    monkeypatch.setattr(mock_backend, "FLAW_SHARE", 0.7)
     monkeypatch.setattr(mock_backend, "FLAWS", ("copy", "judged_down", "malformed"))
     # Not those that other tests have drawn, and these not for others.
-    monkeypatch.setattr(mock_backend, "_drawn", functools.lru_cache(mock_backend._drawn.__wrapped__))
+    monkeypatch.setattr(
+        mock_backend, "_draw_conversation", functools.lru_cache(mock_backend._draw_conversation.__wrapped__)
+    )
     config = SynthesisConfig(max_utterances=8, topics=["产品咨询"], moods=["平静"], attempts=30)
     found = set()
     for seed, concurrency in ((0, 1), (1, 2), (2, 7)):
@@ -234,13 +236,14 @@ import asyncio, sys
 from csc_train.synthesis.config import BudgetConfig, SynthesisConfig
 from csc_train.synthesis.config import DuplicatesConfig
 from csc_train.synthesis.config import RoleCSCheckConfig
-from csc_train.synthesis.rolecs.personas import make_profiles
-from csc_train.synthesis.rolecs.runner import Runner
+from csc_train.synthesis.rolecs.personas import generate_profiles
+from csc_train.synthesis.rolecs.runner import SynthesisRunner
 from csc_train.synthesis.rolecs.mock_backend import MockBackend
 from csc_train.synthesis.rolecs.store import SynthesisStore
 store = SynthesisStore(sys.argv[1], {"made": "for tests"})
-rest = RoleCSCheckConfig(), DuplicatesConfig(), make_profiles(3, 0, "zh"), MockBackend("zh"), store, 12, BudgetConfig()
-runner = Runner(SynthesisConfig(max_utterances=6), *rest)
+profiles = generate_profiles(3, 0, "zh")
+rest = RoleCSCheckConfig(), DuplicatesConfig(), profiles, MockBackend("zh"), store, 12, BudgetConfig()
+runner = SynthesisRunner(SynthesisConfig(max_utterances=6), *rest)
 print("begun", flush=True)
 asyncio.run(runner.run())
 """
@@ -335,7 +338,7 @@ def test_a_key_that_is_refused_stops_it_at_once(tmp_path):
     progress, _, _ = run(tmp_path / "s.db", 5, backend=backend)
     assert progress.stopped == ("authentication", "authentication: planned")
     assert backend.made < 20 + 4
-    assert rows(tmp_path / "s.db", "SELECT count(*) FROM units WHERE status = 'failed'") == [(0,)]
+    assert rows(tmp_path / "s.db", "SELECT count(*) FROM dialogues WHERE status = 'failed'") == [(0,)]
     assert run(tmp_path / "s.db", 5)[1] == expected
 
 
@@ -354,9 +357,9 @@ def test_a_server_that_only_fails_stops_it(tmp_path):
     backend = Failing(lambda number: "connection" if number > 30 else None)
     progress, _, _ = run(tmp_path / "s.db", 3, backend=backend)
     assert progress.stopped == ("server", "connection: planned")
-    assert backend.made == 30 + backend.concurrency + TRIES
+    assert backend.made == 30 + backend.concurrency + MAX_TRANSIENT_ERRORS
     # One dialogue was tried often enough to fail; the next one is taken up where it stopped.
-    assert rows(tmp_path / "s.db", "SELECT count(*) FROM units WHERE status = 'failed'") == [(1,)]
+    assert rows(tmp_path / "s.db", "SELECT count(*) FROM dialogues WHERE status = 'failed'") == [(1,)]
     assert len(run(tmp_path / "s.db", 3)[1]) == 3
 
 
@@ -364,7 +367,7 @@ def test_an_answer_that_cannot_be_had_fails_its_dialogue_only(tmp_path):
     backend = Failing(lambda number: "refused" if number in (3, 40) else None)
     progress, accepted, _ = run(tmp_path / "s.db", 3, backend=backend)
     assert len(accepted) == 3 and progress.dropped["answers", "refused"] == 2
-    assert rows(tmp_path / "s.db", "SELECT count(*) FROM units WHERE status = 'failed'")[0][0] >= 2
+    assert rows(tmp_path / "s.db", "SELECT count(*) FROM dialogues WHERE status = 'failed'")[0][0] >= 2
 
 
 def test_a_place_that_nothing_fits_stays_empty(tmp_path, monkeypatch):
@@ -373,7 +376,7 @@ def test_a_place_that_nothing_fits_stays_empty(tmp_path, monkeypatch):
         ("strategy_followed", "unreasonable_requests", "natural", "varied", "roles_kept"), 0)})  # fmt: skip
     progress, accepted, _ = run(tmp_path / "s.db", 3, config=SynthesisConfig(max_utterances=4, attempts=2))
     assert (progress.empty, accepted) == (3, [])
-    assert rows(tmp_path / "s.db", "SELECT count(*) FROM units") == [(6,)]
+    assert rows(tmp_path / "s.db", "SELECT count(*) FROM dialogues") == [(6,)]
 
 
 def test_a_panel_judges(tmp_path):
@@ -405,58 +408,58 @@ def test_interrupted_it_goes_on(tmp_path):
     assert rows(tmp_path / "s.db", "SELECT count(*) FROM calls WHERE number > 0") == [(0,)]
 
 
-def test_another_recipe_is_refused_unless_asked_for(tmp_path):
+def test_other_settings_are_refused_unless_asked_for(tmp_path):
     path = tmp_path / "s.db"
     _, first, _ = run(path, 3)
     with pytest.raises(
-        InputError, match=r"\(made: 'for tests' then, 'anew' now\): choose another run\.directory, or new_"
+        InputError, match=r"\(made: 'for tests' then, 'anew' now\): choose another run\.directory, or set new_"
     ):
         SynthesisStore(path, {"made": "anew"})
     SynthesisStore(path, {"made": "anew"}, new_run=True).close()
-    _, second, _ = run(path, 3, recipe={"made": "anew"})
+    _, second, _ = run(path, 3, settings={"made": "anew"})
     assert not set(first) & set(second)
     with pytest.raises(InputError, match="'anew' then, 'for tests' now"):
-        SynthesisStore(path, RECIPE)
-    SynthesisStore(path, RECIPE, new_run=True).close()
+        SynthesisStore(path, SETTINGS)
+    SynthesisStore(path, SETTINGS, new_run=True).close()
     assert run(path, 3)[1] == first
     assert rows(path, "SELECT count(*) FROM calls WHERE number > 0") == [(0,)]  # it was all there
 
 
-def test_the_recipe_is_what_decides_the_dialogues():
+def test_the_settings_are_what_decides_the_dialogues():
     from dataclasses import replace
 
     from csc_train.llm.config import LLMConfig
-    from csc_train.synthesis.rolecs.runner import recipe_of
+    from csc_train.synthesis.rolecs.runner import generation_settings
 
     llm = LLMConfig(base_url="http://one/v1", model="m", api_key_env="ONE_KEY")
     check, duplicates = RoleCSCheckConfig(), DuplicatesConfig()
-    recipe = recipe_of(SMALL, check, duplicates, llm)
+    settings = generation_settings(SMALL, check, duplicates, llm)
     elsewhere = replace(llm, base_url="http://two/v1", api_key_env="TWO_KEY", concurrency=2, price_per_million_input=1)
-    assert recipe_of(SMALL, check, duplicates, elsewhere) == recipe
+    assert generation_settings(SMALL, check, duplicates, elsewhere) == settings
     others = [
-        recipe_of(replace(SMALL, seed=1), check, duplicates, llm),
-        recipe_of(replace(SMALL, layout="faithful"), check, duplicates, llm),
-        recipe_of(SMALL, RoleCSCheckConfig(points=4), duplicates, llm),
-        recipe_of(SMALL, check, DuplicatesConfig(opening=None), llm),
-        recipe_of(SMALL, check, duplicates, replace(llm, model="n")),
-        recipe_of(SMALL, check, duplicates, replace(llm, temperature=0.1)),
+        generation_settings(replace(SMALL, seed=1), check, duplicates, llm),
+        generation_settings(replace(SMALL, layout="faithful"), check, duplicates, llm),
+        generation_settings(SMALL, RoleCSCheckConfig(points=4), duplicates, llm),
+        generation_settings(SMALL, check, DuplicatesConfig(opening=None), llm),
+        generation_settings(SMALL, check, duplicates, replace(llm, model="n")),
+        generation_settings(SMALL, check, duplicates, replace(llm, temperature=0.1)),
     ]
-    assert len({json.dumps(each) for each in [recipe, *others]}) == 7
+    assert len({json.dumps(each) for each in [settings, *others]}) == 7
 
 
 def test_one_process_at_a_time(tmp_path):
-    store = SynthesisStore(tmp_path / "s.db", RECIPE)
-    with pytest.raises(InputError, match="another process is at work on it"):
-        SynthesisStore(tmp_path / "s.db", RECIPE)
+    store = SynthesisStore(tmp_path / "s.db", SETTINGS)
+    with pytest.raises(InputError, match="another process uses it"):
+        SynthesisStore(tmp_path / "s.db", SETTINGS)
     store.close()
-    SynthesisStore(tmp_path / "s.db", RECIPE).close()
+    SynthesisStore(tmp_path / "s.db", SETTINGS).close()
 
 
 def test_another_file_is_left_alone(tmp_path):
     path = tmp_path / "s.db"
     path.write_text("not a database, but somebody's text " * 50)
-    with pytest.raises(InputError, match="is not a synthesis store"):
-        SynthesisStore(path, RECIPE)
+    with pytest.raises(InputError, match="not a synthesis store"):
+        SynthesisStore(path, SETTINGS)
     assert path.read_text().startswith("not a database")
 
 
@@ -466,11 +469,12 @@ def test_turns_that_other_code_made_are_noticed(tmp_path):
     store.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as connection:
         changed = connection.execute(
-            "UPDATE turns SET text = '别的' WHERE number = 0 AND unit IN (SELECT id FROM units WHERE status = 'open')"
+            "UPDATE turns SET text = '别的' WHERE number = 0 "
+            "AND dialogue IN (SELECT id FROM dialogues WHERE status = 'open')"
         ).rowcount
         connection.commit()
     assert changed
-    with pytest.raises(InputError, match="other code made its turns"):
+    with pytest.raises(InputError, match="recorded answers give other turns"):
         run(tmp_path / "s.db", 2)
 
 
@@ -485,7 +489,7 @@ def test_the_customer_is_never_told_a_strategy(tmp_path):
             answer = await super().ask(call, observe)
             if call.role == "supporter":
                 said = f"[{call.fields['strategy'].zh}]{answer.text}"
-                return call.form(text=said)
+                return call.schema(text=said)
             return answer
 
     _, _, dialogues = run(tmp_path / "s.db", 3, backend=Loose("zh"))

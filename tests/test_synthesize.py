@@ -233,7 +233,7 @@ def test_interrupted_by_the_user_it_goes_on(here, capsys):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     done = process.wait()
-    assert done.returncode == 130 and "stopped: interrupted; the same command goes on" in done.stdout
+    assert done.returncode == 130 and "stopped: interrupted; the same command resumes" in done.stdout
     assert main("target=30") == 0
     for name in ("dialogues.parquet", "dialogues.jsonl", "filter_funnel.json", "rejected.jsonl"):
         assert Path("runs/rolecs", name).read_bytes() == Path("whole", name).read_bytes(), name

@@ -152,7 +152,7 @@ class Client:
     def __init__(self, config: LLMConfig):
         if config.backend != "openai":
             raise InputError(
-                f"llm.backend={config.backend}: not a server: choose a model on a server, such as llm=vllm"
+                f"llm.backend={config.backend}: not a server: choose one, such as llm=vllm"
             )
         self.config = config
         self.limits = RequestLimits(config)

@@ -1,7 +1,7 @@
-"""One RoleCS dialogue as a pure state machine: `state -> question`, `state + answer -> state`, nothing else.
+"""One RoleCS dialogue as a pure state machine: `next_question(state)` and `advance(state, answer)`.
 
-planner -> supporter assistant -> supporter -> customer assistant -> customer -> supporter assistant -> ... No I/O and
-no chance: the same answers always give the same dialogue, which is what lets a restart replay committed answers.
+planner -> supporter assistant -> supporter -> customer assistant -> customer -> supporter assistant -> ... The engine
+does no I/O and draws no random numbers. Equal answers give equal dialogues, so a restart can replay recorded answers.
 """
 
 from dataclasses import dataclass, replace
@@ -11,20 +11,20 @@ from pydantic import BaseModel
 
 from csc_train.data.dialogue import Speaker, Turn
 from csc_train.data.strategies import CLOSURE, OTHERS, Strategy, parse_strategy
+from csc_train.synthesis.config import MAX_UTTERANCES
 
-ROLES = ("planner", "supporter_assistant", "supporter", "customer_assistant", "customer")
-"""Who is asked, in the order of a round."""
-MOST_UTTERANCES = 50
-RUN_LENGTH = 2
-"""How often the same strategy may be used running."""
-STRATEGY_ATTEMPTS = 2
-"""How often the supporter assistant is asked for one turn's strategy before it becomes 其它."""
-STOPS = ("farewell", "customer_finished", "length", "no_strategy")
+DIALOGUE_ROLES = ("planner", "supporter_assistant", "supporter", "customer_assistant", "customer")
+"""The roles of a dialogue, in the order of a round."""
+MAX_CONSECUTIVE = 2
+"""Most consecutive supporter turns with the same strategy."""
+MAX_STRATEGY_ATTEMPTS = 2
+"""Most answers of the supporter assistant for one turn; then the strategy becomes 其它."""
+STOP_REASONS = ("farewell", "customer_finished", "length", "no_strategy")
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How the customer of one dialogue behaves; each knob is a name that the prompts put into words."""
+    """The behaviour of a dialogue's customer; the prompts put each value into words."""
 
     patience: str = "ordinary"
     disclosure: str = "when_asked"
@@ -34,12 +34,12 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What a dialogue begins with.
+    """The start of a dialogue.
 
     Attributes:
-        persona: who the customer is, told to them in the second person.
-        topic: what the call is about, in the dialogue's language.
-        mood: how the customer feels at the start, in the dialogue's language.
+        persona: description of the customer in the second person.
+        topic: topic of the call, in the dialogue's language.
+        mood: the customer's mood at the start, in the dialogue's language.
     """
 
     persona: str
@@ -50,7 +50,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class DialoguePlan:
-    """The planner's answer: what happened before the call, and what the customer wants of it."""
+    """The planner's answer: the events before the call, and the customer's goal."""
 
     scenario: str
     goal: str
@@ -61,38 +61,38 @@ class DialogueState:
     """A dialogue up to the last answer.
 
     Attributes:
-        strategy: what the supporter is to say next, once chosen.
-        direction: where the customer's next utterance goes, once given.
-        refused: the labels that were refused for the strategy now asked for.
-        unknown, overused: how many strategies became 其它 because none was known, or the same came a third time.
-        finished: the customer has ended the talk.
-        stuck: no strategy was left to choose.
+        strategy: strategy of the supporter's next turn, once chosen.
+        direction: direction of the customer's next utterance, once given.
+        rejected: labels that were rejected for the strategy of the next turn.
+        unknown, overused: number of strategies that became 其它 because the label was unknown, or came a third time.
+        finished: the customer has ended the conversation.
+        stuck: no strategy is left.
     """
 
-    scene: Scenario
-    most_utterances: int = MOST_UTTERANCES
+    start: Scenario
+    max_utterances: int = MAX_UTTERANCES
     plan: DialoguePlan | None = None
     turns: tuple[Turn, ...] = ()
     strategy: Strategy | None = None
     direction: str | None = None
-    refused: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
     unknown: int = 0
     overused: int = 0
     finished: bool = False
     stuck: bool = False
 
     @property
-    def spent(self) -> Strategy | None:
-        """The strategy that may not be used now, because the last `RUN_LENGTH` supporter turns all had it."""
-        last = [turn.strategy for turn in self.turns if turn.strategy][-RUN_LENGTH:]
-        return last[0] if len(last) == RUN_LENGTH and len(set(last)) == 1 else None
+    def exhausted(self) -> Strategy | None:
+        """The strategy of all last `MAX_CONSECUTIVE` supporter turns, which the next turn may not use."""
+        last = [turn.strategy for turn in self.turns if turn.strategy][-MAX_CONSECUTIVE:]
+        return last[0] if len(last) == MAX_CONSECUTIVE and len(set(last)) == 1 else None
 
 
 @dataclass(frozen=True)
 class RoleQuestion:
-    """What is asked next, of whom, and all that this role may see.
+    """A question to a role; `fields` hold everything that the role may see.
 
-    `fields` of the customer and its assistant hold no strategy anywhere.
+    The fields of the customer and its assistant contain no strategy.
     """
 
     role: str
@@ -100,14 +100,13 @@ class RoleQuestion:
 
 
 def stop_reason(state: DialogueState) -> str | None:
-    """Why the dialogue is over, one of `STOPS`, or None; asked after every utterance, and the first reason wins.
+    """Why the dialogue is over: the first of `STOP_REASONS` that holds, or None.
 
-    A customer who has finished gets exactly one farewell turn, unless there is no utterance left for it: no dialogue is
-    longer than `most_utterances`.
+    A customer who has finished gets exactly one farewell turn, unless `max_utterances` is reached.
     """
     if state.turns and state.turns[-1].strategy is CLOSURE and not state.finished:
         return "farewell"
-    full = len(state.turns) >= state.most_utterances
+    full = len(state.turns) >= state.max_utterances
     if state.finished and (full or state.turns[-1].speaker is Speaker.SUPPORTER):
         return "customer_finished"
     if full:
@@ -116,22 +115,22 @@ def stop_reason(state: DialogueState) -> str | None:
 
 
 def next_question(state: DialogueState) -> RoleQuestion | None:
-    """What is asked next; None once the dialogue is over."""
+    """The next question; None once the dialogue is over."""
     if stop_reason(state):
         return None
-    scene = state.scene
+    start = state.start
     if state.plan is None:
-        return RoleQuestion("planner", {"persona": scene.persona, "topic": scene.topic, "mood": scene.mood})
+        return RoleQuestion("planner", {"persona": start.persona, "topic": start.topic, "mood": start.mood})
     if len(state.turns) % 2 == 0:
-        known = {"topic": scene.topic, "history": state.turns}
+        known = {"topic": start.topic, "history": state.turns}
         if state.strategy is None:
-            choice = {"spent": state.spent, "refused": state.refused}
+            choice = {"exhausted": state.exhausted, "rejected": state.rejected}
             return RoleQuestion("supporter_assistant", known | choice)
         return RoleQuestion("supporter", known | {"strategy": state.strategy})
     known = {
-        "persona": scene.persona,
-        "mood": scene.mood,
-        "behaviour": scene.behaviour,
+        "persona": start.persona,
+        "mood": start.mood,
+        "behaviour": start.behaviour,
         "scenario": state.plan.scenario,
         "goal": state.plan.goal,
         "history": tuple(Turn(turn.speaker, turn.text) for turn in state.turns),
@@ -142,7 +141,7 @@ def next_question(state: DialogueState) -> RoleQuestion | None:
 
 
 def advance(state: DialogueState, answer: BaseModel) -> DialogueState:
-    """The state after `answer` (an instance of the asked role's schema, see `roles`) to `next_question(state)`."""
+    """The state after the answer to `next_question(state)`; `answer` matches the role's schema (see `roles`)."""
     match next_question(state).role:
         case "planner":
             return replace(state, plan=DialoguePlan(answer.scenario, answer.goal))
@@ -155,28 +154,28 @@ def advance(state: DialogueState, answer: BaseModel) -> DialogueState:
             return replace(state, direction=answer.direction)
         case "customer":
             state = replace(state, turns=(*state.turns, Turn(Speaker.CUSTOMER, answer.text)), direction=None)
-            # The farewell is not a choice any more, so nobody is asked for it.
+            # The farewell is fixed, so the supporter assistant is not asked.
             return replace(state, finished=True, strategy=CLOSURE) if answer.finished else state
 
 
 def _choose(state: DialogueState, label: str) -> DialogueState:
-    """Take the strategy that `label` names, ask once more, or fall back to 其它 and count why."""
+    """Take the strategy of `label`, or reject it; after the last attempt fall back to 其它 and count the reason."""
     try:
         strategy = parse_strategy(label)
     except ValueError:
         strategy = None
-    if strategy is not None and strategy is not state.spent:
-        return replace(state, strategy=strategy, refused=())
-    if len(state.refused) + 1 < STRATEGY_ATTEMPTS:
-        return replace(state, refused=(*state.refused, label))
+    if strategy is not None and strategy is not state.exhausted:
+        return replace(state, strategy=strategy, rejected=())
+    if len(state.rejected) + 1 < MAX_STRATEGY_ATTEMPTS:
+        return replace(state, rejected=(*state.rejected, label))
     count = {"unknown": state.unknown + 1} if strategy is None else {"overused": state.overused + 1}
-    if state.spent is OTHERS:
+    if state.exhausted is OTHERS:
         return replace(state, stuck=True, **count)
-    return replace(state, strategy=OTHERS, refused=(), **count)
+    return replace(state, strategy=OTHERS, rejected=(), **count)
 
 
 def dialogue_outcome(state: DialogueState) -> dict[str, Any]:
-    """What a finished dialogue's row says besides its turns."""
+    """The extra columns of a finished dialogue."""
     known = {"scenario": state.plan.scenario, "goal": state.plan.goal, "stop": stop_reason(state)}
     counts = {"unknown_strategies": state.unknown, "overused_strategies": state.overused}
-    return known | vars(state.scene.behaviour) | counts
+    return known | vars(state.start.behaviour) | counts

@@ -1,8 +1,7 @@
-"""A backend without a model: the sample grammar speaks for the roles, through the same engine, schemas and filters.
+"""The mock backend: the sample grammar answers for the roles, through the same engine, schemas and filters.
 
-The whole conversation of a dialogue is drawn at its first question, from its id alone, and each question is answered
-from its place in it; so an answer depends on nothing but the question. A share of the dialogues is spoilt on purpose,
-in a different way each, so that every rule has something to find.
+The whole conversation of a dialogue is drawn from its id, and each answer is read off it, so answers depend on the
+question only. A share of the dialogues gets a flaw on purpose, so that every filter rule has something to drop.
 """
 
 import asyncio
@@ -24,13 +23,12 @@ from csc_train.synthesis.rolecs.backends import RoleCall
 from csc_train.synthesis.rolecs.personas import DialogueSlot
 
 FLAWS = ("unknown_strategy", "overused_strategy", "private_data", "copy", "judged_down", "malformed")
-"""What may be wrong with a dialogue: the assistant keeps naming a strategy that does not exist, or the same one a third
-time; a phone number is left in a text; the dialogue repeats another; the judge finds a criterion unmet; an answer has
-no form that can be read."""
-FLAWED = 0.12
+"""The flaws of dialogues: the assistant names an unknown strategy, or one a third time; a text has a phone number; the
+dialogue copies another; the judge withholds a point; an answer is malformed."""
+FLAW_SHARE = 0.12
 """Share of the dialogues with a flaw."""
 DIRECTIONS = {
-    # customer act of the grammar: the direction that the customer's assistant gives
+    # customer act of the grammar: direction by the customer assistant
     "problem": "说出遇到的问题", "vague": "先笼统地提一下来意", "account": "请客服查看登记情况",
     "smalltalk": "说一句闲话",
     "hold": "请客服等一等", "identity": "报出身份资料", "question_identity": "问为什么要核对身份",
@@ -44,36 +42,36 @@ DIRECTIONS = {
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """A conversation drawn for one dialogue; `spoilt` is the supporter turn, from 0, that its flaw is about."""
+class _Conversation:
+    """The conversation drawn for a dialogue; `flawed_turn` is the supporter turn, from 0, with the flaw."""
 
     problem: ServiceProblem
     acts: tuple[str, ...]
     turns: tuple[Turn, ...]
     flaw: str | None
-    spoilt: int
+    flawed_turn: int
 
 
 @functools.lru_cache(maxsize=4096)
-def _drawn(unit: DialogueSlot) -> _Drawn:
-    rng = random.Random(f"script:{unit.id}")
-    flaw = rng.choice(FLAWS) if rng.random() < FLAWED else None
-    problem = rng.choice([problem for problem in SERVICE_PROBLEMS if problem.topic == unit.topic])
+def _draw_conversation(slot: DialogueSlot) -> _Conversation:
+    rng = random.Random(f"script:{slot.id}")
+    flaw = rng.choice(FLAWS) if rng.random() < FLAW_SHARE else None
+    problem = rng.choice([problem for problem in SERVICE_PROBLEMS if problem.topic == slot.topic])
     if flaw == "copy":
-        rng = random.Random(f"copy:{problem.name}:{unit.mood}")
-    acts, turns = write_turns(rng, problem, unit.mood)
-    return _Drawn(problem, tuple(acts), tuple(turns), flaw, rng.randrange(2, len(acts) - 1))
+        rng = random.Random(f"copy:{problem.name}:{slot.mood}")
+    acts, turns = write_turns(rng, problem, slot.mood)
+    return _Conversation(problem, tuple(acts), tuple(turns), flaw, rng.randrange(2, len(acts) - 1))
 
 
 class MockBackend:
-    """The backend. It counts a character as a token, so that budgets and progress have something to count."""
+    """A backend without a model. It counts each character as a token, for budgets and progress."""
 
     source = SAMPLE_SOURCE
     concurrency = 8
 
     def __init__(self, language: str):
         if language != "zh":
-            raise InputError(f"synthesis.language={language}: llm=mock speaks zh only")
+            raise InputError(f"synthesis.language={language}: llm=mock supports zh only")
 
     async def __aenter__(self) -> "MockBackend":
         return self
@@ -82,23 +80,23 @@ class MockBackend:
         pass
 
     def model(self, role: str) -> str:
-        """The name under which the script's answers are recorded."""
+        """The model name of recorded answers."""
         return "mock"
 
     def cost(self, role: str, prompt_tokens: int, completion_tokens: int) -> float | None:
-        """Nothing."""
+        """Always free."""
         return 0.0
 
     async def ask(self, call: RoleCall, observe: Callable[[RequestAttempt], None]) -> BaseModel:
         """The answer to a call (see `backends.Backend`)."""
-        await asyncio.sleep(0)  # as a server would: lets others go on
-        value = _persona(call) if call.unit is None else getattr(_Answers(call), call.role.rstrip("_0123456789"))()
+        await asyncio.sleep(0)  # lets other tasks run, as a server would
+        value = _persona(call) if call.slot is None else getattr(_Answers(call), call.role.rstrip("_0123456789"))()
         text = "" if value is None else json.dumps(value, ensure_ascii=False)
         tokens = sum(len(message["content"]) for message in call.messages), len(text)
         observe(RequestAttempt({"model": "mock"}, 1, None, "", text, *tokens, 0.0))
         if value is None:
-            raise LLMError("malformed", "the script spoils this answer", 1, *tokens)
-        return call.form.model_validate(value)
+            raise LLMError("malformed", "a flaw on purpose", 1, *tokens)
+        return call.schema.model_validate(value)
 
 
 def _persona(call: RoleCall) -> dict[str, Any]:
@@ -110,30 +108,29 @@ def _persona(call: RoleCall) -> dict[str, Any]:
 
 
 class _Answers:
-    """What each role says to a call; None where the answer is spoilt."""
+    """The answer of each role to a call; None for a malformed one."""
 
     def __init__(self, call: RoleCall):
         self.fields = call.fields
-        self.form = call.form
-        self.drawn = _drawn(call.unit)
-        self.unit = call.unit
+        self.drawn = _draw_conversation(call.slot)
+        self.slot = call.slot
         self.turn = len(self.fields.get("history", ())) // 2
 
     def _flawed(self, flaw: str, turn: int = 0) -> bool:
-        """Whether the conversation has this flaw at this turn, counted from the spoilt one."""
-        return self.drawn.flaw == flaw and self.turn == self.drawn.spoilt + turn
+        """Whether the conversation has this flaw at this turn, counted from the flawed turn."""
+        return self.drawn.flaw == flaw and self.turn == self.drawn.flawed_turn + turn
 
     def planner(self) -> dict[str, Any]:
         said = [turn.text for turn in self.drawn.turns[1::2]]
         told = [text for act, text in zip(self.drawn.acts, said, strict=True) if act in ("problem", "detail")]
-        scenario = f"客户为{self.drawn.problem.name}的事来电，心情{self.unit.mood}。客户会这样说：{''.join(told)}"
+        scenario = f"客户为{self.drawn.problem.name}的事来电，心情{self.slot.mood}。客户会这样说：{''.join(told)}"
         return {"scenario": scenario, "goal": f"弄清{self.drawn.problem.name}的问题并得到处理。"}
 
     def supporter_assistant(self) -> dict[str, Any]:
         own = self.drawn.turns[2 * self.turn].strategy
         if self._flawed("unknown_strategy"):
             return {"strategy": "转移话题"}
-        if self._flawed("overused_strategy") or (self._flawed("overused_strategy", 1) and not self.fields["refused"]):
+        if self._flawed("overused_strategy") or (self._flawed("overused_strategy", 1) and not self.fields["rejected"]):
             own = self.fields["history"][-2].strategy
         return {"strategy": own.zh}
 
@@ -146,11 +143,11 @@ class _Answers:
     def customer(self) -> dict[str, Any]:
         text = self.drawn.turns[2 * self.turn + 1].text
         if self._flawed("private_data"):
-            text += f"我的手机是1380000{int(self.unit.id[:4], 16) % 10_000:04d}。"
+            text += f"我的手机是1380000{int(self.slot.id[:4], 16) % 10_000:04d}。"
         return {"text": text, "finished": self.drawn.acts[self.turn] == "bye"}
 
     def rolecs_check(self) -> dict[str, Any]:
         points = dict.fromkeys(CRITERIA, 1)
         if self.drawn.flaw == "judged_down":
-            points[CRITERIA[self.drawn.spoilt % len(CRITERIA)]] = 0
+            points[CRITERIA[self.drawn.flawed_turn % len(CRITERIA)]] = 0
         return {"reason": "", **points}

@@ -1,16 +1,15 @@
-"""Who calls, about what and in which mood: profiles, the seven topics, and how difficult a dialogue's customer is."""
+"""The customers: profiles, topics, moods, behaviour, and the quotas of their combinations."""
 
 import functools
-import json
 import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from csc_train.errors import InputError, suggestion
-from csc_train.files import digest, os_errors
+from csc_train.files import digest
+from csc_train.jsonl import read_jsonl
 from csc_train.synthesis.config import BehaviourConfig
 from csc_train.synthesis.rolecs.engine import Behaviour
 from csc_train.templates import read_yaml
@@ -22,19 +21,19 @@ TOPICS, MOODS = _TABLES["topics"], _TABLES["moods"]
 
 @dataclass(frozen=True)
 class Profile:
-    """A customer: an id and named plain values, in the order in which the prompt lists them."""
+    """The profile of a customer: an id, and named plain values in the order of the prompt."""
 
     id: str
     values: dict[str, Any]
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of id and values, so that a profile that is changed is another one."""
+        """SHA-256 (hex) of id and values."""
         return digest([self.id, list(self.values.items())])
 
 
-def make_profiles(count: int, seed: int, language: str) -> list[Profile]:
-    """Make up `count` different profiles; a smaller number is the beginning of a larger one."""
+def generate_profiles(count: int, seed: int, language: str) -> list[Profile]:
+    """Generate `count` distinct profiles; fewer profiles are a prefix of more."""
     rng = random.Random(f"profiles:{seed}:{language}")
     profiles: dict[str, Profile] = {}
     while len(profiles) < count:
@@ -45,28 +44,20 @@ def make_profiles(count: int, seed: int, language: str) -> list[Profile]:
 
 
 def read_profiles(path: str | os.PathLike) -> list[Profile]:
-    """Read profiles from a JSONL: an object a line, its values texts, numbers, truth values or lists of these.
+    """Read profiles from a JSONL: one object per line, its values texts, numbers, booleans or lists of these.
 
-    `id` is optional; else a profile is named after its content.
+    `id` is optional and defaults to a hash of the values.
 
     Raises:
-        InputError: the file cannot be read, a line is no such object, or two have the same id; names file and line.
+        InputError: the file cannot be read, a line is no such object, or an id is used twice; names file and line.
     """
-    with os_errors(path, "cannot read"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
     profiles: dict[str, Profile] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, values in read_jsonl(path):
         place = f"{path}, line {number}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{place}: broken JSON: {error}") from error
-        if not isinstance(values, dict) or not values.keys() - {"id"}:
-            raise InputError(f"{place}: not an object with values")
+        if not values.keys() - {"id"}:
+            raise InputError(f"{place}: no values besides the id")
         if wrong := [name for name, value in values.items() if not _plain(value)]:
-            raise InputError(f"{place}: {wrong[0]} is neither a text, a number, a truth value nor a list of these")
+            raise InputError(f"{place}: {wrong[0]} is neither a text, a number, a boolean nor a list of these")
         profile = _profile(values)
         if profile.id in profiles:
             raise InputError(f"{place}: the id {profile.id!r} is used by an earlier line")
@@ -87,11 +78,11 @@ def _plain(value: Any) -> bool:
     return isinstance(value, str | int | float | bool)
 
 
-def chosen(key: str, names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
-    """The `names` that the configuration's `key` gives, or all that are known.
+def select_names(key: str, names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The `names` of the configuration's `key`; defaults to all known ones.
 
     Raises:
-        InputError: a name is not known.
+        InputError: a name is unknown.
     """
     for name in names:
         if name not in known:
@@ -100,7 +91,7 @@ def chosen(key: str, names: list[str], known: tuple[str, ...]) -> tuple[str, ...
 
 
 def draw_behaviour(config: BehaviourConfig, seed: str) -> Behaviour:
-    """How the customer of the dialogue that `seed` names behaves."""
+    """The behaviour of a dialogue's customer, drawn from `seed`, the dialogue's id."""
     rng = random.Random(f"behaviour:{seed}")
 
     def draw(default: str, *shares: tuple[str, float]) -> str:
@@ -121,7 +112,7 @@ def draw_behaviour(config: BehaviourConfig, seed: str) -> Behaviour:
 
 @dataclass(frozen=True)
 class QuotaSlot:
-    """One place of the quotas: whom, about what, in which mood; `round` counts how often the pair was there before."""
+    """A slot of the quotas; `round` is the number of earlier slots with this persona and topic."""
 
     persona: str
     topic: str
@@ -131,11 +122,11 @@ class QuotaSlot:
 
 @dataclass(frozen=True)
 class DialogueSlot:
-    """A dialogue to be: the `attempt`-th try at a place of the quotas.
+    """A dialogue to generate: one attempt at a quota slot.
 
     Attributes:
-        id: a hash of persona, topic, mood, replicate, seed and recipe, never of a place in a list.
-        replicate: tells the dialogues of one persona and topic apart.
+        id: a hash of persona, topic, mood, replicate, seed and settings, independent of the position in a list.
+        replicate: distinguishes the dialogues of one persona and topic.
     """
 
     id: str
@@ -146,19 +137,19 @@ class DialogueSlot:
 
 
 def dialogue_slot(
-    cell: QuotaSlot, profile: Profile, attempt: int, attempts: int, seed: int, recipe: str
+    quota: QuotaSlot, profile: Profile, attempt: int, attempts: int, seed: int, settings_hash: str
 ) -> DialogueSlot:
-    """The `attempt`-th try, of `attempts`, at a cell under a recipe (its hash); `profile` is the cell's persona."""
-    replicate = cell.round * attempts + attempt
-    name = digest([profile.digest, cell.topic, cell.mood, replicate, seed, recipe])[:16]
-    return DialogueSlot(name, cell.persona, cell.topic, cell.mood, replicate)
+    """The attempt number `attempt`, of `attempts`, at a quota slot; `profile` is the slot's persona."""
+    replicate = quota.round * attempts + attempt
+    name = digest([profile.digest, quota.topic, quota.mood, replicate, seed, settings_hash])[:16]
+    return DialogueSlot(name, quota.persona, quota.topic, quota.mood, replicate)
 
 
 def quota_slots(personas: list[str], topics: tuple[str, ...], moods: tuple[str, ...]) -> Iterator[QuotaSlot]:
-    """The places of the quotas without end, in the order in which they are filled.
+    """An endless sequence of quota slots, in the order of filling.
 
-    Every persona meets every topic before any does so again, and the mood changes each time, so the beginning of
-    whatever length is as even over topics, moods and personas as its length allows.
+    Every persona meets every topic once per round, and the mood changes each time. So every prefix is as even over
+    topics, moods and personas as its length allows.
     """
     number = 0
     while True:

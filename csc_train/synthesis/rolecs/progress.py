@@ -1,4 +1,4 @@
-"""What a synthesis shows while it runs: a live table on a terminal, a line now and then elsewhere."""
+"""The progress display of a synthesis: a live table on a terminal, a line every ten seconds elsewhere."""
 
 import asyncio
 import contextlib
@@ -9,38 +9,38 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from csc_train.synthesis.rolecs.runner import Progress
+from csc_train.synthesis.rolecs.runner import SynthesisProgress
 
 REFRESH_S = 0.25
-LINE_S = 10.0
-"""Between two lines, where the output is no terminal."""
+LINE_INTERVAL_S = 10.0
+"""Interval of lines, if the output is not a terminal."""
 
 
-def figures(progress: Progress, now: float) -> dict[str, str]:
-    """What there is to say about a synthesis at the time `now` (of `time.monotonic`)."""
+def progress_fields(progress: SynthesisProgress, now: float) -> dict[str, str]:
+    """The displayed fields at the time `now` (of `time.monotonic`)."""
     seconds = max(now - progress.started, 1e-9)
     left = progress.target - progress.accepted - progress.empty
-    pace = progress.fresh_accepted / seconds
+    pace = progress.new_accepted / seconds
     return {
         "accepted": f"{progress.accepted} of {progress.target}",
         "running": str(progress.running),
         "rejected": str(progress.dropped.total()),
-        "tokens": f"{progress.tokens:,} ({progress.fresh_tokens / seconds:,.0f}/s)",
+        "tokens": f"{progress.tokens:,} ({progress.new_tokens / seconds:,.0f}/s)",
         "cost": "n/a" if progress.cost is None else f"{progress.cost:,.2f}",
         "time left": _clock(left / pace) if pace else "n/a",
     }
 
 
-def line(progress: Progress, now: float) -> str:
-    """The figures in one line."""
+def progress_line(progress: SynthesisProgress, now: float) -> str:
+    """The fields in one line."""
     stopping = f", stopping: {progress.stopped[1]}" if progress.stopped else ""
-    return ", ".join(f"{name} {value}" for name, value in figures(progress, now).items()) + stopping
+    return ", ".join(f"{name} {value}" for name, value in progress_fields(progress, now).items()) + stopping
 
 
-def table(progress: Progress, now: float) -> Table:
-    """The figures, and why dialogues were rejected."""
+def progress_table(progress: SynthesisProgress, now: float) -> Table:
+    """The fields, and the reasons of rejected dialogues."""
     grid = Table.grid(padding=(0, 2))
-    for name, value in figures(progress, now).items():
+    for name, value in progress_fields(progress, now).items():
         grid.add_row(name, value)
     for (rule, reason), count in progress.dropped.most_common(8):
         grid.add_row("", f"{count:>6}  {rule}: {reason}", style="dim")
@@ -50,21 +50,21 @@ def table(progress: Progress, now: float) -> Table:
 
 
 @contextlib.asynccontextmanager
-async def shown(progress: Progress, console: Console) -> AsyncIterator[None]:
-    """Show `progress` for as long as the block runs, and a last time at its end."""
+async def show_progress(progress: SynthesisProgress, console: Console) -> AsyncIterator[None]:
+    """Display `progress` while the block runs, and once at its end."""
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     async def refresh() -> None:
         while True:
-            await asyncio.sleep(REFRESH_S if live else LINE_S)
+            await asyncio.sleep(REFRESH_S if live else LINE_INTERVAL_S)
             show()
 
     def show() -> None:
         now = time.monotonic()
         if live:
-            live.update(table(progress, now), refresh=True)
+            live.update(progress_table(progress, now), refresh=True)
         else:
-            print(line(progress, now), flush=True)
+            print(progress_line(progress, now), flush=True)
 
     with live or contextlib.nullcontext():
         task = asyncio.create_task(refresh())

@@ -1,6 +1,6 @@
-"""What each role is asked, by `prompts/<language>/<role>.jinja`, and the form of its answer, by pydantic.
+"""The roles' prompts, from `prompts/<language>/<role>.jinja`, and the pydantic schemas of their answers.
 
-A prompt file is made of blocks (task, scene, rules, history, turn, answer), of which a layout decides the order.
+A prompt file consists of blocks (task, scenario, rules, history, turn, answer); a layout orders the blocks.
 """
 
 import functools
@@ -9,35 +9,34 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, create_model
 
-from csc_train.data.dialogue import Speaker, Turn
+from csc_train.data.dialogue import Turn, has_surrogate
 from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
 from csc_train.files import digest
-from csc_train.synthesis.rolecs.engine import ROLES as SPEAKING_ROLES
-from csc_train.synthesis.rolecs.engine import RoleQuestion
+from csc_train.synthesis.rolecs.engine import DIALOGUE_ROLES, RoleQuestion
+from csc_train.synthesis.utterances import SPEAKER_NAMES
 from csc_train.templates import load_template, read_text
 
-ROLES = ("persona", *SPEAKING_ROLES)
-"""Whoever writes a part of a dialogue: the five roles of the engine, and the writer of personas before them."""
-LANGUAGES = ("zh", "en")
-LAYOUTS = {
-    "faithful": ((), ("task", "scene", "history", "turn", "rules", "answer")),
-    "cache_friendly": (("task", "rules", "answer", "scene"), ("history", "turn")),
+WRITING_ROLES = ("persona", *DIALOGUE_ROLES)
+"""The roles that write: the persona writer and the five roles of the engine."""
+LAYOUT_BLOCKS = {
+    "faithful": ((), ("task", "scenario", "history", "turn", "rules", "answer")),
+    "cache_friendly": (("task", "rules", "answer", "scenario"), ("history", "turn")),
 }
-"""The blocks of the system message and of the user message. faithful: one message, the fields in the paper's order.
-cache_friendly: nothing that stays the same comes after the history, so that a server's prefix cache holds all but the
-newest utterances."""
+"""Blocks of the system message and of the user message, by layout. faithful: one message, fields in the paper's order.
+cache_friendly: constant blocks precede the history, so that a server's prefix cache covers all but the newest
+utterances."""
 
-_LINES = {"zh": ("客服", "客户", "（{}）"), "en": ("Supporter", "Customer", " ({})")}
+_STRATEGY_LABEL = {"zh": "（{}）", "en": " ({})"}
 _LABEL = re.compile(r"[\[【(（]([^\]】)）]{1,40})[\]】)）][:：\s]*")
 
 
-def _checked(text: str, longest: int | None = None, spoken: bool = False) -> str:
-    """A text as one line and, where it is `spoken`, without a strategy's label, which all would see.
+def _clean_text(text: str, longest: int | None = None, spoken: bool = False) -> str:
+    """A text on one line; a `spoken` one without a leading strategy label, which the customer must not see.
 
-    One line, because a prompt shows an utterance a line: what follows a line break would pass for another's.
+    One line, because prompts show one utterance per line, and a second line could imitate another speaker.
 
     Raises:
-        ValueError: nothing is left, it is too long, or it holds half of a surrogate pair, which UTF-8 cannot hold.
+        ValueError: the text is empty, longer than `longest` characters, or holds a lone surrogate.
     """
     text = " ".join(text.split())
     while spoken and (match := _LABEL.match(text)):
@@ -49,30 +48,28 @@ def _checked(text: str, longest: int | None = None, spoken: bool = False) -> str
     if not text:
         raise ValueError("the text is empty")
     if longest is not None and len(text) > longest:
-        raise ValueError(f"the text has {len(text)} characters, {longest} are the most")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text holds a lone surrogate") from None
+        raise ValueError(f"the text has {len(text)} characters, at most {longest} are allowed")
+    if has_surrogate(text):
+        raise ValueError("the text holds a lone surrogate")
     return text
 
 
 @functools.cache
-def answer_schema(role: str, language: str, compact: bool, spent: Strategy | None = None) -> type[BaseModel]:
-    """The form of a role's answer, with lengths in characters.
+def answer_schema(role: str, language: str, compact: bool, exhausted: Strategy | None = None) -> type[BaseModel]:
+    """The schema of a role's answer; lengths are in characters.
 
-    The strategy is an enumeration of the names in `language` but that of `spent`, for servers that hold a model to its
-    schema. What comes from others is not checked here but by the engine, whose rule for unknown labels is its own.
+    The strategy is an enumeration of the names in `language` except `exhausted`, for servers that enforce the schema.
+    Answers of other servers are checked by the engine, which has a rule for unknown labels.
     """
 
     def text(longest: int, short: int, spoken: bool = False) -> Any:
         short *= 1 if language == "zh" else 3
-        check = functools.partial(_checked, longest=short if compact else longest, spoken=spoken)
-        # Only where small models need it: not every server takes a length in a schema.
+        check = functools.partial(_clean_text, longest=short if compact else longest, spoken=spoken)
+        # For small models only: not every server supports lengths in a schema.
         hint = [Field(json_schema_extra={"minLength": 1, "maxLength": short})] if compact else []
         return Annotated[str, AfterValidator(check), *hint]
 
-    names = [strategy.name(language) for strategy in STRATEGIES if strategy is not spent]
+    names = [strategy.name(language) for strategy in STRATEGIES if strategy is not exhausted]
     fields = {
         "persona": {"description": text(1000, 60)},
         "planner": {"scenario": text(800, 60), "goal": text(300, 30)},
@@ -85,18 +82,18 @@ def answer_schema(role: str, language: str, compact: bool, spent: Strategy | Non
     return create_model(name, **{field: (kind, ...) for field, kind in fields.items()})
 
 
-class Prompts:
-    """The prompts of all roles in one language, layout and profile.
+class RolePrompts:
+    """The prompts of all roles.
 
     Attributes:
-        language: "zh" or "en", of prompts and dialogues.
-        compact: the short profile for small models: fewer rules, one sentence each, short answers.
+        language: language of prompts and dialogues, "zh" or "en".
+        compact: short prompts and answers, for small models.
     """
 
     def __init__(self, language: str, layout: str, compact: bool):
         self.language = language
         self.compact = compact
-        self._parts = LAYOUTS[layout]
+        self._blocks = LAYOUT_BLOCKS[layout]
         self._shared = {"strategies": STRATEGIES, "compact": compact}
         self._layout = layout
 
@@ -104,7 +101,7 @@ class Prompts:
         """The chat messages of a question.
 
         Raises:
-            jinja2.UndefinedError: the question lacks what its prompt names.
+            jinja2.UndefinedError: a variable of the prompt is not in the question.
         """
         template = load_template("csc_train.synthesis", f"prompts/{self.language}/{question.role}.jinja")
         fields = self._shared | question.fields
@@ -115,28 +112,27 @@ class Prompts:
             "\n\n".join(
                 "".join(template.blocks[block](context)).strip() for block in blocks if block in template.blocks
             )
-            for blocks in self._parts
+            for blocks in self._blocks
         ]
         return [{"role": role, "content": text} for role, text in zip(("system", "user"), texts, strict=True) if text]
 
     def _history(self, turns: tuple[Turn, ...]) -> str:
-        """What was said, a line an utterance; the strategy where a turn has one, so where the role may see it."""
-        supporter, customer, label = _LINES[self.language]
+        """The turns, one line each; with the strategy, if the role may see it."""
         lines = []
         for turn in turns:
-            speaker = customer if turn.speaker is Speaker.CUSTOMER else supporter
-            strategy = label.format(turn.strategy.name(self.language)) if turn.strategy else ""
-            lines.append(f"{speaker}{strategy}: {turn.text}")
+            name = turn.strategy.name(self.language) if turn.strategy else ""
+            label = _STRATEGY_LABEL[self.language].format(name) if name else ""
+            lines.append(f"{SPEAKER_NAMES[self.language][turn.speaker]}{label}: {turn.text}")
         return "\n".join(lines)
 
     def schema(self, question: RoleQuestion) -> type[BaseModel]:
-        """The form of the answer to a question."""
-        return answer_schema(question.role, self.language, self.compact, question.fields.get("spent"))
+        """The schema of the answer to a question."""
+        return answer_schema(question.role, self.language, self.compact, question.fields.get("exhausted"))
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of the prompts' texts, their layout and profile: what else decides an answer is in the call."""
-        names = (*ROLES, "history", "behaviour", "rolecs_check")
+        """SHA-256 (hex) of all prompt texts, the strategies, the layout and `compact`."""
+        names = (*WRITING_ROLES, "history", "behaviour", "rolecs_check")
         files = [read_text("csc_train.synthesis", f"prompts/{self.language}/{name}.jinja") for name in names]
         definitions = [[strategy.name(self.language), strategy.definition(self.language)] for strategy in STRATEGIES]
         return digest([files, definitions, self._layout, self.compact])

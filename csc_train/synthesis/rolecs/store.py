@@ -1,7 +1,7 @@
-"""All that a synthesis has paid for, in one SQLite file: calls, answers, turns, verdicts, each committed as it comes.
+"""The SQLite file of a synthesis: calls, answers, turns and verdicts, each committed as soon as it exists.
 
-In WAL mode with synchronous=NORMAL a committed row survives the end of the process, however it ends; a loss of power
-may take the last moments, never the file. No key is ever written: requests are kept as checksums of their prompts.
+In WAL mode with synchronous=NORMAL, a committed row survives any end of the process. A loss of power may take the last
+moments, but does not break the file. Keys are never stored, and prompts only as hashes.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ from csc_train.synthesis.rolecs.backends import RoleCall
 from csc_train.synthesis.rolecs.personas import DialogueSlot
 
 OPEN, FINISHED, ACCEPTED, REJECTED, FAILED = "open", "finished", "accepted", "rejected", "failed"
-"""States of a dialogue. finished: every rule that looks at it alone keeps it; whether it repeats another is decided in
-the order of the quotas. failed: an answer could not be had."""
+"""Statuses of a dialogue. finished: passed every rule except near-duplicates, which follows the order of the quotas.
+failed: an answer is missing."""
 SETTLED = (ACCEPTED, REJECTED, FAILED)
 
 _TABLES = """
-CREATE TABLE recipes (id TEXT PRIMARY KEY, content TEXT NOT NULL, number INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE units (
-    id TEXT PRIMARY KEY, recipe TEXT NOT NULL, persona TEXT NOT NULL, topic TEXT NOT NULL, mood TEXT NOT NULL,
+CREATE TABLE settings (hash TEXT PRIMARY KEY, content TEXT NOT NULL, number INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE dialogues (
+    id TEXT PRIMARY KEY, settings TEXT NOT NULL, persona TEXT NOT NULL, topic TEXT NOT NULL, mood TEXT NOT NULL,
     replicate INTEGER NOT NULL, status TEXT NOT NULL, extra TEXT
 ) WITHOUT ROWID;
 CREATE TABLE calls (
-    owner TEXT NOT NULL, key TEXT NOT NULL, number INTEGER NOT NULL, recipe TEXT NOT NULL, role TEXT NOT NULL,
+    owner TEXT NOT NULL, key TEXT NOT NULL, number INTEGER NOT NULL, settings TEXT NOT NULL, role TEXT NOT NULL,
     model TEXT NOT NULL, prompt TEXT NOT NULL, seed INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL,
     completion_tokens INTEGER NOT NULL, latency_s REAL NOT NULL, failure TEXT, PRIMARY KEY (owner, key, number)
 ) WITHOUT ROWID;
@@ -43,19 +43,19 @@ CREATE TABLE answers (
     owner TEXT NOT NULL, key TEXT NOT NULL, role TEXT NOT NULL, answer TEXT NOT NULL, PRIMARY KEY (owner, key)
 ) WITHOUT ROWID;
 CREATE TABLE turns (
-    unit TEXT NOT NULL, number INTEGER NOT NULL, speaker TEXT NOT NULL, strategy INTEGER, text TEXT NOT NULL,
-    PRIMARY KEY (unit, number)
+    dialogue TEXT NOT NULL, number INTEGER NOT NULL, speaker TEXT NOT NULL, strategy INTEGER, text TEXT NOT NULL,
+    PRIMARY KEY (dialogue, number)
 ) WITHOUT ROWID;
 CREATE TABLE verdicts (
-    unit TEXT NOT NULL, number INTEGER NOT NULL, rule TEXT NOT NULL, keep INTEGER NOT NULL, reason TEXT NOT NULL,
-    detail TEXT NOT NULL, PRIMARY KEY (unit, number)
+    dialogue TEXT NOT NULL, number INTEGER NOT NULL, rule TEXT NOT NULL, keep INTEGER NOT NULL, reason TEXT NOT NULL,
+    detail TEXT NOT NULL, PRIMARY KEY (dialogue, number)
 ) WITHOUT ROWID;
 """
 
 
 @dataclass(frozen=True)
 class TokenUsage:
-    """What calls took; failed attempts are among them."""
+    """Totals of calls, failed attempts included."""
 
     calls: int
     failed: int
@@ -63,32 +63,27 @@ class TokenUsage:
     completion_tokens: int
     latency_s: float
 
-    @property
-    def tokens(self) -> int:
-        """Of prompts and answers together."""
-        return self.prompt_tokens + self.completion_tokens
-
 
 class SynthesisStore:
-    """The file of a synthesis, opened for one recipe.
+    """The file of a synthesis, opened for one group of settings.
 
     Attributes:
-        recipe: the hash of the recipe, which is part of every unit's id.
+        settings_hash: the hash of the settings, which is part of every dialogue's id.
     """
 
-    def __init__(self, path: str | os.PathLike, recipe: dict[str, Any], new_run: bool = False):
-        """Open the file, or begin it.
+    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], new_run: bool = False):
+        """Open or create the file.
 
         Args:
             path: the file, or `:memory:`.
-            recipe: all that decides which dialogues come about, as plain values.
-            new_run: begin anew under a recipe that is not the file's; what was made under others stays in the file.
+            settings: everything that determines the dialogues, as plain values.
+            new_run: accept settings other than the file's; its earlier dialogues stay in the file.
 
         Raises:
-            InputError: the file holds another recipe and `new_run` is false, another process writes to it, or it is
-                not such a file.
+            InputError: the file has other settings and `new_run` is false, another process uses it, or it is no such
+                file.
         """
-        self.recipe = digest(recipe)
+        self.settings_hash = digest(settings)
         with contextlib.suppress(OSError):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -96,42 +91,41 @@ class SynthesisStore:
                 self._db = stack.enter_context(
                     contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=0.2))
                 )
-                # One process at a time: two would ask, and pay for, the same questions.
+                # One process at a time: two would pay for the same answers.
                 self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=NORMAL")
                 self._db.execute("PRAGMA wal_autocheckpoint=10000")
-                self._begin(recipe, new_run)
+                self._create(settings, new_run)
             except sqlite3.OperationalError as error:
-                if "locked" in str(error):
-                    raise InputError(f"{path}: another process is at work on it") from error
-                raise InputError(f"cannot open {path}: {error}") from error
+                reason = "another process uses it" if "locked" in str(error) else f"cannot open: {error}"
+                raise InputError(f"{path}: {reason}") from error
             except sqlite3.DatabaseError as error:
-                raise InputError(f"{path} is not a synthesis store: {error}") from error
+                raise InputError(f"{path}: not a synthesis store: {error}") from error
             stack.pop_all()
 
-    def _begin(self, recipe: dict[str, Any], new_run: bool) -> None:
-        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'recipes'").fetchone():
+    def _create(self, settings: dict[str, Any], new_run: bool) -> None:
+        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
             self._write(*((statement, ()) for statement in _TABLES.split(";") if statement.strip()))
-        rows = self._db.execute("SELECT id, content FROM recipes ORDER BY number").fetchall()
-        if rows and rows[-1][0] == self.recipe:
+        rows = self._db.execute("SELECT hash, content FROM settings ORDER BY number").fetchall()
+        if rows and rows[-1][0] == self.settings_hash:
             return
         if rows and not new_run:
             raise InputError(
-                f"the recipe is not the one that this run began with ({_changed(json.loads(rows[-1][1]), recipe)}): "
-                "choose another run.directory, or new_run=true to begin anew in this one"
+                f"the settings differ from those of this run ({_first_difference(json.loads(rows[-1][1]), settings)}): "
+                "choose another run.directory, or set new_run=true to start again in this one"
             )
-        content = json.dumps(recipe, ensure_ascii=False, sort_keys=True)
-        # A recipe that comes back is the last one again.
-        insert = "INSERT OR REPLACE INTO recipes SELECT ?, ?, coalesce(max(number), 0) + 1 FROM recipes"
-        self._write((insert, (self.recipe, content)))
+        content = json.dumps(settings, ensure_ascii=False, sort_keys=True)
+        # Settings that return become the last ones again.
+        insert = "INSERT OR REPLACE INTO settings SELECT ?, ?, coalesce(max(number), 0) + 1 FROM settings"
+        self._write((insert, (self.settings_hash, content)))
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
 
     def _write(self, *statements: tuple[str, tuple]) -> None:
-        """Execute statements, all of them or none; they are committed when this returns."""
+        """Execute all statements or none; they are committed on return."""
         if len(statements) == 1:
             self._db.execute(*statements[0])
             return
@@ -145,21 +139,21 @@ class SynthesisStore:
                 self._db.execute("ROLLBACK")
             raise
 
-    def attempted(self, call: RoleCall, model: str, attempt: RequestAttempt) -> None:
+    def record_attempt(self, call: RoleCall, model: str, attempt: RequestAttempt) -> None:
         """Record one request, answered or not."""
-        # Numbered by what is there: a call that was interrupted and is made again has earlier attempts.
+        # Numbered by the rows so far: an interrupted call that is repeated has earlier attempts.
         statement = (
             "INSERT INTO calls SELECT ?1, ?2, (SELECT count(*) FROM calls WHERE owner = ?1 AND key = ?2), "
             "?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11"
         )
         values = (
-            call.owner, call.key, self.recipe, call.role, model, call.prompt, call.seed,
+            call.owner, call.key, self.settings_hash, call.role, model, call.prompt_digest, call.seed,
             attempt.prompt_tokens, attempt.completion_tokens, attempt.latency_s, attempt.kind,
         )  # fmt: skip
         self._write((statement, values))
 
-    def answered(self, call: RoleCall, answer: dict[str, Any], turn: Turn | None = None, number: int = 0) -> None:
-        """Record the answer to a call, and the turn (from 0) that it made."""
+    def record_answer(self, call: RoleCall, answer: dict[str, Any], turn: Turn | None = None, number: int = 0) -> None:
+        """Record the answer to a call, and the turn (counted from 0) that it gives, if any."""
         values = (call.owner, call.key, call.role, json.dumps(answer, ensure_ascii=False))
         statements = [("INSERT INTO answers VALUES (?, ?, ?, ?)", values)]
         if turn is not None:
@@ -169,94 +163,97 @@ class SynthesisStore:
         self._write(*statements)
 
     def answer(self, owner: str, key: str) -> dict[str, Any] | None:
-        """A recorded answer."""
+        """A recorded answer, or None."""
         row = self._db.execute("SELECT answer FROM answers WHERE owner = ? AND key = ?", (owner, key)).fetchone()
         return json.loads(row[0]) if row else None
 
     def count_answers(self, owner: str) -> int:
-        """How many answers are recorded for a dialogue or persona."""
+        """The number of recorded answers of a dialogue or persona."""
         return self._db.execute("SELECT count(*) FROM answers WHERE owner = ?", (owner,)).fetchone()[0]
 
-    def turns(self, unit: str) -> tuple[Turn, ...]:
+    def turns(self, dialogue_id: str) -> tuple[Turn, ...]:
         """The recorded turns of a dialogue."""
-        rows = self._db.execute("SELECT speaker, strategy, text FROM turns WHERE unit = ? ORDER BY number", (unit,))
+        rows = self._db.execute(
+            "SELECT speaker, strategy, text FROM turns WHERE dialogue = ? ORDER BY number", (dialogue_id,)
+        )
         return tuple(
             Turn(Speaker(speaker), text, STRATEGIES[strategy - 1] if strategy else None)
             for speaker, strategy, text in rows
         )
 
-    def status(self, unit: str) -> str | None:
-        """The state of a dialogue; None where it was never begun."""
-        row = self._db.execute("SELECT status FROM units WHERE id = ?", (unit,)).fetchone()
+    def status(self, dialogue_id: str) -> str | None:
+        """The status of a dialogue; None before its start."""
+        row = self._db.execute("SELECT status FROM dialogues WHERE id = ?", (dialogue_id,)).fetchone()
         return row[0] if row else None
 
-    def begin_unit(self, unit: DialogueSlot) -> None:
-        """Record that a dialogue is begun."""
-        values = (unit.id, self.recipe, unit.persona, unit.topic, unit.mood, unit.replicate, OPEN)
-        self._write(("INSERT INTO units VALUES (?, ?, ?, ?, ?, ?, ?, NULL)", values))
+    def add_dialogue(self, slot: DialogueSlot) -> None:
+        """Record the start of a dialogue."""
+        values = (slot.id, self.settings_hash, slot.persona, slot.topic, slot.mood, slot.replicate, OPEN)
+        self._write(("INSERT INTO dialogues VALUES (?, ?, ?, ?, ?, ?, ?, NULL)", values))
 
-    def judged(
-        self, unit: str, status: str, verdicts: Sequence[FilterVerdict], extra: dict[str, Any] | None = None
+    def record_verdicts(
+        self, dialogue_id: str, status: str, verdicts: Sequence[FilterVerdict], extra: dict[str, Any] | None = None
     ) -> None:
-        """Record what rules said about a dialogue, the state that it is in now, and what is known of it besides."""
-        (before,) = self._db.execute("SELECT count(*) FROM verdicts WHERE unit = ?", (unit,)).fetchone()
+        """Record verdicts about a dialogue, its status, and its extra columns."""
+        (before,) = self._db.execute("SELECT count(*) FROM verdicts WHERE dialogue = ?", (dialogue_id,)).fetchone()
         statements = [
-            ("INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?)", (unit, number, *vars(verdict).values()))
+            ("INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?)", (dialogue_id, number, *vars(verdict).values()))
             for number, verdict in enumerate(verdicts, start=before)
         ]
-        known = None if extra is None else json.dumps(extra, ensure_ascii=False)
-        values = (status, known, unit)
-        self._write(*statements, ("UPDATE units SET status = ?, extra = coalesce(?, extra) WHERE id = ?", values))
+        values = (status, None if extra is None else json.dumps(extra, ensure_ascii=False), dialogue_id)
+        self._write(*statements, ("UPDATE dialogues SET status = ?, extra = coalesce(?, extra) WHERE id = ?", values))
 
-    def dialogue(self, unit: str, source: str) -> Dialogue:
-        """A dialogue that rules have looked at."""
-        row = self._db.execute("SELECT persona, topic, mood, extra FROM units WHERE id = ?", (unit,)).fetchone()
-        known = dict(zip(("persona", "topic", "mood"), row[:3], strict=True))
-        return Dialogue(unit, self.turns(unit), source, known | json.loads(row[3]))
+    def dialogue(self, dialogue_id: str, source: str) -> Dialogue:
+        """A dialogue that has verdicts."""
+        row = self._db.execute(
+            "SELECT persona, topic, mood, extra FROM dialogues WHERE id = ?", (dialogue_id,)
+        ).fetchone()
+        extra = dict(zip(("persona", "topic", "mood"), row[:3], strict=True)) | json.loads(row[3])
+        return Dialogue(dialogue_id, self.turns(dialogue_id), source, extra)
 
     def verdicts(self) -> list[list[FilterVerdict]]:
-        """What rules said about each dialogue of the recipe that is not under way."""
+        """The verdicts about each dialogue of the settings."""
         rows = self._db.execute(
-            "SELECT unit, rule, keep, reason, detail FROM verdicts JOIN units ON units.id = unit "
-            "WHERE recipe = ? ORDER BY unit, number", (self.recipe,)
+            "SELECT dialogue, rule, keep, reason, detail FROM verdicts JOIN dialogues ON dialogues.id = dialogue "
+            "WHERE settings = ? ORDER BY dialogue, number", (self.settings_hash,)
         )  # fmt: skip
         grouped = itertools.groupby(rows, key=lambda row: row[0])
         return [[FilterVerdict(rule, bool(keep), *why) for _, rule, keep, *why in verdicts] for _, verdicts in grouped]
 
-    def spent(self) -> dict[str, TokenUsage]:
-        """What the calls of the recipe took, by role."""
+    def usage(self) -> dict[str, TokenUsage]:
+        """The usage of the settings' calls, by role."""
         rows = self._db.execute(
             "SELECT role, count(*), sum(failure IS NOT NULL), sum(prompt_tokens), sum(completion_tokens), "
-            "sum(latency_s) FROM calls WHERE recipe = ? GROUP BY role ORDER BY role", (self.recipe,)
+            "sum(latency_s) FROM calls WHERE settings = ? GROUP BY role ORDER BY role", (self.settings_hash,)
         )  # fmt: skip
         return {role: TokenUsage(*sums) for role, *sums in rows}
 
-    def counts(self) -> dict[str, int]:
-        """How many dialogues of the recipe are in which state."""
-        rows = self._db.execute("SELECT status, count(*) FROM units WHERE recipe = ? GROUP BY status", (self.recipe,))
-        return dict(rows.fetchall())
+    def count_by_status(self) -> dict[str, int]:
+        """The number of the settings' dialogues, by status."""
+        query = "SELECT status, count(*) FROM dialogues WHERE settings = ? GROUP BY status"
+        return dict(self._db.execute(query, (self.settings_hash,)).fetchall())
 
-    def rejected(self) -> list[dict[str, Any]]:
-        """The dialogues of the recipe that did not pass, with the rule that says so, in the order of their ids."""
+    def rejected_rows(self) -> list[dict[str, Any]]:
+        """The settings' dialogues that were dropped, with the rule that dropped them, in the order of their ids."""
         rows = self._db.execute(
-            "SELECT id, persona, topic, mood, status, rule, reason, detail FROM units JOIN verdicts ON id = unit "
-            "WHERE recipe = ? AND NOT keep ORDER BY id, number", (self.recipe,)
+            "SELECT id, persona, topic, mood, status, rule, reason, detail FROM dialogues JOIN verdicts "
+            "ON id = dialogue WHERE settings = ? AND NOT keep ORDER BY id, number", (self.settings_hash,)
         )  # fmt: skip
         names = [column[0] for column in rows.description]
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     def panels(self) -> list[list[dict[str, Any]]]:
-        """What judges answered about each dialogue of the recipe."""
+        """The judges' answers about each dialogue of the settings."""
         rows = self._db.execute(
-            "SELECT owner, answer FROM answers JOIN units ON id = owner "
-            "WHERE recipe = ? AND role LIKE 'rolecs_check%' ORDER BY owner, role", (self.recipe,)
+            "SELECT owner, answer FROM answers JOIN dialogues ON id = owner "
+            "WHERE settings = ? AND role LIKE 'rolecs_check%' ORDER BY owner, role", (self.settings_hash,)
         )  # fmt: skip
         return [[json.loads(answer) for _, answer in panel] for _, panel in itertools.groupby(rows, key=lambda r: r[0])]
 
 
-def _changed(before: Any, now: Any, name: str = "") -> str:
-    """The first value in which two recipes differ."""
+def _first_difference(before: Any, now: Any, name: str = "") -> str:
+    """The first value in which two groups of settings differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         key = next(key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
-        return _changed(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return _first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     return f"{name}: {before!r} then, {now!r} now"
