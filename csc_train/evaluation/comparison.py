@@ -1,38 +1,37 @@
-"""Two systems on the same turns: which differences are more than chance."""
+"""Paired comparison of two systems on the same turns, metric by metric, with significance tests."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from csc_train.errors import InputError
-from csc_train.evaluation.config import MetricsConfig
-from csc_train.evaluation.metrics import strategy as strategy_metrics
+from csc_train.evaluation.config import PROFILES, MetricsConfig
 from csc_train.evaluation.metrics.base import Metric
-from csc_train.evaluation.metrics.profiles import compute_metrics, same_turns
-from csc_train.evaluation.table import PredictionTable
+from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, load_plugins, metrics_of
+from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.predictions import Prediction, read_run_predictions
 from csc_train.stats import CONFIDENCE_LEVEL, holm_correction, mcnemar_test, sign_flip_test
 
-ALIKE = "cannot be told apart"
+NOT_SIGNIFICANT = "not significant"
 
 
 def _require_turns(found: Iterable[tuple[PredictionTable, PredictionTable]], names: Sequence[str]) -> None:
     if not any(len(sides[0]) for sides in found):
-        raise InputError(f"{names[0]} and {names[1]} have no turn in common")
+        raise InputError(f"{names[0]} and {names[1]} have no turn in common: evaluate the same dialogues")
 
 
 def left_out_note(count: int) -> str:
-    """What a reader is told of turns that were left out; nothing where there are none."""
+    """A note on turns that were left out; empty for none."""
     return f"Left out: {count} turns that only one of the two systems has." if count else ""
 
 
 def reference_sides(
     directories: tuple[str, str], systems: tuple[str | None, str | None]
 ) -> tuple[tuple[str, str], tuple[PredictionTable, PredictionTable], int]:
-    """What to call the systems of two runs, their predictions in reference context, row by row of the same turns, and
-    how many turns are left out because only one of the two has them.
+    """Names of the systems of two runs, their tables of the same turns in reference context, and the number of turns
+    that only one of them has.
 
     Args:
-        systems: names of systems; those that the runs evaluated where None.
+        systems: names of systems; None selects the evaluated system of the run.
 
     Raises:
         InputError: a run cannot be read, lacks the system or the context, or the two share no turn or differ in a
@@ -43,10 +42,10 @@ def reference_sides(
         run = read_run_predictions(directory)
         system = run.select_system(name)
         if "reference" not in run.predictions[system]:
-            raise InputError(f"{directory}: {system} was not evaluated in reference context")
+            raise InputError(f"{directory}: {system} was not evaluated in reference context: evaluate it there")
         names.append(f"{system} of {directory}")
         predictions.append(run.predictions[system]["reference"])
-    sides, left_out = same_turns(*predictions, *names)
+    sides, left_out = align_tables(*predictions, *names)
     _require_turns([sides], names)
     return tuple(names), sides, left_out
 
@@ -56,13 +55,14 @@ class Difference:
     """One metric of two systems A and B in one context.
 
     Attributes:
-        turns, left_out: turns that both systems have, over which it is taken, and those that only one has.
-        a, b: its values; `difference` is `a` - `b`, and `low` and `high` are its 95 % interval,
-            None for too few dialogues.
-        p_value: of the sign-flip test over dialogues; None where the metric is n/a, and then `reason` says why.
-        adjusted: Holm's adjustment of it over all metrics and contexts that were compared.
-        mcnemar: of accuracies only, for comparison: it ignores that turns cluster in dialogues, and decides nothing.
-        verdict: `A is higher`, `B is higher` or `cannot be told apart`, by `adjusted`.
+        turns: turns that both systems have, over which the metric is taken.
+        left_out: turns that only one of them has.
+        a, b, difference: the values, and `a` - `b`.
+        low, high: the 95 % interval of the difference; None for too few dialogues.
+        p_value: of the sign-flip test over dialogues; None if the metric is n/a for the `reason`.
+        adjusted: `p_value` after Holm's correction over all compared metrics and contexts.
+        mcnemar: p-value of McNemar's test, for ACC only; it ignores dialogues and decides nothing.
+        verdict: `A is higher`, `B is higher` or `not significant`, by `adjusted`.
     """
 
     context: str
@@ -81,6 +81,7 @@ class Difference:
     mcnemar: float | None = None
     verdict: str | None = None
     reason: str | None = None
+    direction: str = "none"
 
 
 def compare(
@@ -90,64 +91,60 @@ def compare(
     permutations: int,
     names: tuple[str, str] = ("A", "B"),
 ) -> list[Difference]:
-    """Every metric in every context that both systems have.
+    """Compare two systems in every metric and context that both have.
 
     Args:
         a, b: their predictions by context.
-        permutations: random exchanges of the two systems for each p-value.
-        names: what to call them in errors.
+        permutations: permutations of the sign-flip test.
+        names: what errors call the two.
 
     Raises:
-        InputError: the two have no context in common, or no turn in any of those, or differ in a reference.
+        InputError: the two have no context or no turn in common, or differ in a reference.
     """
+    load_plugins(config)
     contexts = [each for each in a if each in b]
     if not contexts:
         has = [
             f"{name} was evaluated in {' and '.join(each)} context" for name, each in zip(names, (a, b), strict=True)
         ]
         raise InputError(f"there is nothing to compare: {', '.join(has)}")
-    shared = {context: same_turns(a[context], b[context], *names) for context in contexts}
+    shared = {context: align_tables(a[context], b[context], *names) for context in contexts}
     _require_turns((sides for sides, _ in shared.values()), names)
     rows = []
     for context, (sides, left_out) in shared.items():
-        metrics = [_metrics(turns, config) for turns in sides]
-        for name, figure in metrics[0].items():
-            row = _difference(name, figure, metrics[1][name], sides, config.bootstrap_resamples, permutations)
-            rows.append({"context": context, "turns": len(sides[0]), "left_out": left_out} | row)
+        for spec in metrics_of((*config.profiles, *SECTIONS)):
+            if spec.compare:
+                row = {"context": context, "metric": _metric_name(spec), "turns": len(sides[0]), "left_out": left_out}
+                pair = [spec.function(table, config) for table in sides]
+                rows.append(row | _difference(spec.name, *pair, sides, config.bootstrap_resamples, permutations))
     tested = [row for row in rows if row["p_value"] is not None]
     for row, adjusted in zip(tested, holm_correction([row["p_value"] for row in tested]), strict=True):
         higher = "A is higher" if row["difference"] > 0 else "B is higher"
-        row |= {"adjusted": adjusted, "verdict": higher if adjusted < 1 - CONFIDENCE_LEVEL else ALIKE}
+        row |= {"adjusted": adjusted, "verdict": higher if adjusted < 1 - CONFIDENCE_LEVEL else NOT_SIGNIFICANT}
     return [Difference(**row) for row in rows]
 
 
-def _metrics(turns: PredictionTable, config: MetricsConfig) -> dict[str, Metric]:
-    """Each metric once, whichever profiles have it, and on one scale: to test it rescaled would be to test it twice."""
-    found = {
-        "ACC": strategy_metrics.accuracy(turns),
-        "macro-F1": strategy_metrics.macro_f1(turns),
-        "stage ACC": strategy_metrics.stage_accuracy(turns),
-    }
-    for profile, cells in compute_metrics(turns, config).items():
-        shared = ("ACC", "BS")
-        found |= {
-            name if name in shared else f"{profile} {name}": figure
-            for name, figure in cells.items()
-            if name != "BS rescaled"
-        }
-    return found
+def _metric_name(spec: MetricSpec) -> str:
+    """The metric's name, after the profile if it is of one only: names are unique within a profile."""
+    (first, *others) = spec.profiles
+    return spec.name if others or first not in PROFILES else f"{first} {spec.name}"
 
 
 def _difference(
-    name: str, a: Metric, b: Metric, sides: tuple[PredictionTable, PredictionTable], resamples: int, permutations: int
+    name: str,
+    a: Metric,
+    b: Metric,
+    sides: tuple[PredictionTable, PredictionTable],
+    resamples: int,
+    permutations: int,
 ) -> dict:
     dialogues = sides[0].dialogue
-    row = {"metric": name, "unit": a.unit, "signature": a.signature, "p_value": None}
-    score = a.minus(b, dialogues, resamples)
-    if score.value is None:
-        return row | {"reason": score.reason}
-    row |= {"a": a.statistic.value, "b": b.statistic.value, "difference": score.value}
-    row |= {"low": score.low, "high": score.high}
+    row = {"unit": a.unit, "signature": a.signature, "direction": a.direction, "p_value": None}
+    found = a.difference(b, dialogues, resamples)
+    if found.value is None:
+        return row | {"reason": found.reason}
+    row |= {"a": a.statistic.value, "b": b.statistic.value, "difference": found.value}
+    row |= {"low": found.low, "high": found.high}
     row["p_value"] = sign_flip_test(a.statistic, b.statistic, dialogues, permutations)
     if name == "ACC":
         row["mcnemar"] = mcnemar_test(sides[0].correct, sides[1].correct)

@@ -1,7 +1,7 @@
-"""Evaluation dialogues whose text the training data holds as well: listed, so that a run is scored without them too.
+"""Contamination: evaluation dialogues whose text is in the training data; runs are also scored without them.
 
-Two checks of whole dialogues (see `splits`): equal or nearly equal ones, by MinHash and the Jaccard similarity of
-character 5-grams, and those of whose n-grams one training dialogue holds a large share, whatever else stands in it.
+Two checks of whole dialogues (see `data/splits.py`): equal or nearly equal texts, by MinHash and the Jaccard similarity
+of character 5-grams; and a large share of the n-grams in one training dialogue.
 """
 
 import os
@@ -15,20 +15,20 @@ from csc_train.data.splits import Splits
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
 
-FILE = "contamination.json"
-SHARED = 0.5
-"""Share of an evaluation dialogue's n-grams in one training dialogue from which it is flagged."""
+CONTAMINATION_FILE = "contamination.json"
+MIN_SHARED = 0.5
+"""Minimum share of a dialogue's n-grams in one training dialogue for a flag."""
 
 
 @dataclass(frozen=True)
 class Contamination:
-    """What was found between the training and the evaluation dialogues of a run.
+    """Overlaps of the evaluation dialogues of a run with its training dialogues.
 
     Attributes:
-        definition: how it was searched for, in a sentence or two.
+        definition: the criteria in words.
         training: number of training dialogues.
         evaluation: number of evaluation dialogues.
-        overlaps: the best match of each evaluation dialogue by each of the two checks, the most alike first.
+        overlaps: the best match of each evaluation dialogue by each check, the most similar first.
     """
 
     definition: str
@@ -38,7 +38,7 @@ class Contamination:
 
     @property
     def flagged(self) -> Set[str]:
-        """Ids of the evaluation dialogues with an overlap of either kind."""
+        """Ids of the evaluation dialogues with an overlap."""
         return {overlap.evaluation_id for overlap in self.overlaps}
 
     def __str__(self) -> str:
@@ -46,40 +46,40 @@ class Contamination:
 
 
 def find_contamination(splits: Splits, near: float) -> Contamination:
-    """Compare the dialogues of a run; what `splits` dropped from the training data counts no more.
+    """Search for overlaps; those with dropped training dialogues do not count.
 
     Args:
-        near: the Jaccard similarity from which `splits` holds dialogues for nearly equal.
+        near: the minimum Jaccard similarity of nearly equal dialogues in `splits`.
     """
     kept = {dialogue.id for dialogue in splits.train}
     overlaps = [overlap for overlap in splits.overlaps if overlap.train_id in kept]
-    overlaps += find_shared_text(splits.train, splits.evaluation, SHARED)
+    overlaps += find_shared_text(splits.train, splits.evaluation, MIN_SHARED)
     definition = (
-        f"A dialogue is flagged where one of the {len(splits.train)} training dialogues is equal or nearly equal to it "
-        f"(Jaccard similarity of character {SHINGLE_LENGTH}-grams of {near} or more, found by MinHash), or holds at least "
-        f"{100 * SHARED:.0f} % of its {NGRAM}-grams (of characters, within turns; white space left out, a placeholder "
-        f"such as [手机号码] counts as one character, turns shorter than {NGRAM} characters not at all)."
+        f"A dialogue is flagged if one of the {len(splits.train)} training dialogues is equal or nearly equal to it "
+        f"(Jaccard similarity of character {SHINGLE_LENGTH}-grams of {near} or more, found by MinHash), or has at "
+        f"least {100 * MIN_SHARED:.0f} % of its {NGRAM}-grams (of characters, within turns; white space is ignored, a "
+        f"placeholder such as [手机号码] counts as one character, turns below {NGRAM} characters do not count)."
     )
     overlaps.sort(key=lambda overlap: (-overlap.similarity, overlap.evaluation_id))
     return Contamination(definition, len(splits.train), len(splits.evaluation), tuple(overlaps))
 
 
 def write_contamination(directory: str | os.PathLike, contamination: Contamination) -> None:
-    """Keep the list in a run directory.
+    """Write the overlaps to a run directory.
 
     Raises:
         InputError: it cannot be written.
     """
-    write_json(Path(directory) / FILE, asdict(contamination))
+    write_json(Path(directory) / CONTAMINATION_FILE, asdict(contamination))
 
 
 def read_contamination(directory: str | os.PathLike) -> Contamination | None:
-    """The list that a run directory holds; None where the run was made without one.
+    """The overlaps in a run directory; None if the run did not search for them.
 
     Raises:
-        InputError: the file cannot be read, or is no such list.
+        InputError: the file cannot be read, or is not a list of overlaps.
     """
-    path = Path(directory) / FILE
+    path = Path(directory) / CONTAMINATION_FILE
     if not path.exists():
         return None
     values = read_json(path)

@@ -1,29 +1,40 @@
-"""A run directory with predictions -> the scores of every system in every context."""
+"""Score the predictions of a run: every metric of every system in every context."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy
 
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import Contamination, read_contamination
-from csc_train.evaluation.metrics.profiles import drift, score
-from csc_train.evaluation.report.tables import Drifts, Results
-from csc_train.inference.predictions import RunPredictions, expected_turns, read_run_predictions
+from csc_train.evaluation.metrics import likelihood, replies, strategy
+from csc_train.evaluation.metrics.base import Metric, MetricResult
+from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, load_plugins, metrics_of
+from csc_train.evaluation.table import PredictionTable, align_tables
+from csc_train.inference.config import CONTEXTS
+from csc_train.inference.predictions import Prediction, RunPredictions, expected_turns, read_run_predictions
+
+Results = dict[str, dict[str, dict[str, Any]]]
+"""By system and context, the results of `score_predictions`, in the order of table rows; the last is the evaluated
+system."""
+Drifts = dict[str, list[dict[str, Any]]]
+"""By system, the rows of `context_drift`, if it was evaluated in both contexts."""
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What a run predicted, and how it scores.
+class ScoredRun:
+    """The predictions of a run and their scores.
 
     Attributes:
-        results, drifts: see `report`.
         run: predictions and failed turns.
-        dialogues: those that were predicted.
-        contamination: None where the run did not look for it.
+        dialogues: the evaluation dialogues.
+        contamination: None if the run did not search for it.
     """
 
     results: Results
@@ -33,12 +44,12 @@ class Scored:
     contamination: Contamination | None
 
 
-def score_run(directory: str | os.PathLike, config: MetricsConfig) -> Scored:
-    """Score the predictions that a run directory of recipes/evaluate.py holds.
+def score_run(directory: str | os.PathLike, config: MetricsConfig) -> ScoredRun:
+    """Score the predictions in a run directory of recipes/evaluate.py.
 
     Raises:
-        InputError: a file of it is missing or cannot be read, turns are neither predicted nor failed, or a metric model
-            cannot be loaded.
+        InputError: a file is missing or cannot be read, a turn is neither predicted nor failed, or a metric model or
+            plugin cannot be loaded.
     """
     dialogues = read_dialogues(Path(directory) / "dialogues.jsonl")
     by_id = {dialogue.id: dialogue for dialogue in dialogues}
@@ -48,17 +59,19 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig) -> Scored:
     flagged = contamination.flagged if contamination else ()
     results = {
         name: {
-            context: score(predictions, by_id, config, failed=len(run.failures[name][context]), flagged=flagged)
+            context: score_predictions(
+                predictions, by_id, config, failed=len(run.failures[name][context]), flagged=flagged
+            )
             for context, predictions in contexts.items()
         }
         for name, contexts in run.predictions.items()
     }
     drifts = {
-        name: drift(contexts["reference"], contexts["generated"], by_id, config)
+        name: context_drift(contexts["reference"], contexts["generated"], by_id, config)
         for name, contexts in run.predictions.items()
         if len(contexts) == 2
     }
-    return Scored(results, drifts, run, dialogues, contamination)
+    return ScoredRun(results, drifts, run, dialogues, contamination)
 
 
 def check_complete(run: RunPredictions, dialogues: Sequence[Dialogue]) -> None:
@@ -77,3 +90,139 @@ def check_complete(run: RunPredictions, dialogues: Sequence[Dialogue]) -> None:
                     f"first turn {missing[0][1]} of dialogue {missing[0][0]}: predict them with run={run.directory} "
                     "resume=true"
                 )
+
+
+def score_predictions(
+    predictions: Sequence[Prediction],
+    dialogues: Mapping[str, Dialogue],
+    config: MetricsConfig,
+    *,
+    failed: int = 0,
+    flagged: Collection[str] = (),
+) -> dict[str, Any]:
+    """Score one system's predictions in one context.
+
+    Args:
+        dialogues: by id, those to predict.
+        failed: turns that could not be predicted; they are counted, not scored.
+        flagged: ids of contaminated dialogues (see `contamination`).
+
+    Returns:
+        `profiles`: by profile and name, a `MetricResult`. `strategy`, `likelihood`: results by name. `process`,
+        `reply`: by name, the result of the `system` and of the `reference` replies. `by_strategy`: by label, its
+        `turns` and results. `by_position`: by supporter turn, its `position` from 1, `turns` and results.
+        `confusion`, `transitions`, `calibration`, `lengths`, `lowest_scoring`: see the functions of these names.
+        `decontaminated`: `dialogues`, `turns` and `profiles` without flagged dialogues; None if none are flagged.
+        `counts`: `dialogues`, `turns`, `failed`, `unparsed` strategies (None if the system predicts none), and
+        `empty_replies`, which score 0 in every text metric.
+
+    Raises:
+        InputError: a metric model or plugin cannot be loaded, or a turn is predicted twice.
+    """
+    load_plugins(config)
+    table = PredictionTable(predictions, dialogues)
+
+    def result(metric: Metric) -> MetricResult:
+        return metric.compute(table.dialogue, config.bootstrap_resamples)
+
+    metrics = compute_metrics(table, config, (*config.profiles, *SECTIONS))
+    gold = compute_metrics(table.gold, config, ("process", "reply"))
+    profiles = {profile: metrics[profile] for profile in config.profiles}
+    by_position = _position_metrics(table, config)
+    chosen = table.predicts_strategy
+    return {
+        "profiles": {profile: {name: result(each) for name, each in row.items()} for profile, row in profiles.items()},
+        "decontaminated": _decontaminated(flagged, table, profiles, config.bootstrap_resamples),
+        **{
+            section: {name: result(each) for name, each in metrics[section].items()}
+            for section in ("strategy", "likelihood")
+        },
+        "by_strategy": {
+            label: {"turns": count} | {name: result(each) for name, each in cells.items()}
+            for label, count, cells in strategy.by_strategy(table)
+        },
+        "confusion": strategy.confusion(table).tolist() if chosen else None,
+        "transitions": {
+            "system": strategy.transitions(table, table.predicted).tolist() if chosen else None,
+            "reference": strategy.transitions(table, table.reference).tolist(),
+        },
+        "by_position": [
+            {"position": position + 1, "turns": int(here.sum())}
+            | {name: result(each.restrict(here)) for name, each in by_position.items()}
+            for position in range(table.longest)
+            for here in [table.position == position]
+        ],
+        "calibration": likelihood.calibration(table) if chosen else None,
+        **{
+            section: {
+                name: {"system": result(each), "reference": result(gold[section][name])}
+                for name, each in metrics[section].items()
+            }
+            for section in gold
+        },
+        "lengths": replies.length_histogram(table),
+        "lowest_scoring": replies.lowest_scoring(table),
+        "counts": {
+            "dialogues": len(set(table.dialogue.tolist())),
+            "turns": len(table),
+            "failed": failed,
+            "unparsed": int((table.predicted == 0).sum()) if chosen else None,
+            "empty_replies": sum(not reply.strip() for reply, _ in table.pairs),
+        },
+    }
+
+
+def _position_metrics(table: PredictionTable, config: MetricsConfig) -> dict[str, Metric]:
+    """The metrics that are shown by supporter turn: ACC first, then those of earlier columns."""
+    specs = [spec for spec in metrics_of((*config.profiles, *SECTIONS)) if spec.by_position]
+    return {spec.name: spec.function(table, config) for spec in reversed(specs)}
+
+
+def _decontaminated(
+    flagged: Collection[str], table: PredictionTable, profiles: dict[str, dict[str, Metric]], resamples: int
+) -> dict[str, Any] | None:
+    """The profiles over the dialogues that are not flagged."""
+    if not flagged:
+        return None
+    kept = numpy.array([each.dialogue_id not in flagged for each in table.predictions], bool)
+    return {
+        "dialogues": len(set(table.dialogue[kept].tolist())),
+        "turns": int(kept.sum()),
+        "profiles": {
+            profile: {name: metric.restrict(kept).compute(table.dialogue, resamples) for name, metric in row.items()}
+            for profile, row in profiles.items()
+        },
+    }
+
+
+def context_drift(
+    reference: Sequence[Prediction],
+    generated: Sequence[Prediction],
+    dialogues: Mapping[str, Dialogue],
+    config: MetricsConfig,
+) -> list[dict[str, Any]]:
+    """The loss of a system that continues from its own turns, by supporter turn.
+
+    Turns that failed in one context are left out of both, so that both curves are of the same turns.
+
+    Returns:
+        For each `position`, from 1: its `turns`; by context, the results of the metrics by position; by name, the
+        results in reference context minus generated context. Empty if the contexts have no turn in common.
+
+    Raises:
+        InputError: the references of the two differ.
+    """
+    sides, _ = align_tables(reference, generated, "reference context", "generated context", dialogues)
+    dialogue, resamples = sides[0].dialogue, config.bootstrap_resamples
+    metrics = [_position_metrics(table, config) for table in sides]
+    rows = []
+    for position in range(sides[0].longest if len(sides[0]) else 0):
+        here = sides[0].position == position
+        pairs = {name: [side[name].restrict(here) for side in metrics] for name in metrics[0]}
+        by_context = {
+            context: {name: pair[index].compute(dialogue, resamples) for name, pair in pairs.items()}
+            for index, context in enumerate(CONTEXTS)
+        }
+        drifts = {name: one.difference(other, dialogue, resamples) for name, (one, other) in pairs.items()}
+        rows.append({"position": position + 1, "turns": int(here.sum()), **by_context, **drifts})
+    return rows

@@ -1,18 +1,20 @@
 """The predictions of one system in one context, as columns."""
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy
 
 from csc_train.data.dialogue import Dialogue
+from csc_train.data.segmentation import segment_words
 from csc_train.errors import InputError
-from csc_train.evaluation.metrics import lexical
 from csc_train.files import digest
 from csc_train.inference.predictions import Prediction
 
-TextPairs = list[tuple[str, str]]
+_segment = functools.lru_cache(maxsize=2**16)(segment_words)
 
 
 class PredictionTable:
@@ -20,25 +22,30 @@ class PredictionTable:
 
     Attributes:
         predictions: the turns themselves.
-        dialogue: int [turns], the dialogue of each, counted from 0.
-        position: int [turns], the how many-th supporter turn of its dialogue each is, counted from 0.
+        dialogues: by id; None if not known.
+        dialogue: int [turns], the dialogue of each turn, counted from 0.
+        position: int [turns], the index of each turn among the supporter turns of its dialogue, from 0.
         longest: supporter turns of the longest dialogue.
-        last: bool [turns], whether it is the last predicted of its dialogue.
-        whole: bool [turns], whether all supporter turns of its dialogue are there; turns that failed are not.
-        predicted: int [turns], the strategy's number, 0 where none was read.
-        reference: int [turns], the reference strategy's number.
+        last: bool [turns], whether a turn is the last predicted one of its dialogue.
+        whole: bool [turns], whether all supporter turns of the dialogue are predicted; failed turns are not.
+        predicted: int [turns], the number of the predicted strategy; 0 if none was parsed.
+        reference: int [turns], the number of the reference strategy.
     """
+
+    NO_CHOICE = "this mode predicts no strategy"
+    """Why metrics of strategies are n/a, unless `predicts_strategy`."""
 
     def __init__(self, predictions: Sequence[Prediction], dialogues: Mapping[str, Dialogue] | None = None):
         """Sort the predictions.
 
         Args:
-            dialogues: by id, those that were to be predicted. Where not given, they are taken to be `whole`.
+            dialogues: by id, those to predict. Without them, every dialogue counts as `whole`.
 
         Raises:
-            InputError: a turn is predicted twice, or is none of its dialogue's.
+            InputError: a turn is predicted twice, or is no supporter turn of its dialogue.
         """
         self.predictions = sorted(predictions, key=lambda each: (each.dialogue_id, each.turn))
+        self.dialogues = dialogues
         keys = self.keys
         for key, following in itertools.pairwise(keys):
             if key == following:
@@ -46,21 +53,21 @@ class PredictionTable:
         names = numpy.array([dialogue for dialogue, _ in keys], dtype=object)
         first = numpy.append(True, names[1:] != names[:-1])[: len(names)].astype(bool)
         self.dialogue = numpy.cumsum(first) - 1
-        counted = numpy.arange(len(names)) - numpy.flatnonzero(first)[self.dialogue]
         self.last = numpy.append(first[1:], True)[: len(names)]
         if dialogues is None:
-            self.position, self.longest = counted, int(counted.max(initial=-1)) + 1
+            self.position = numpy.arange(len(names)) - numpy.flatnonzero(first)[self.dialogue]
+            self.longest = int(self.position.max(initial=-1)) + 1
             self.whole = numpy.ones(len(names), bool)
         else:
-            places = {
-                (name, turn): place
+            positions = {
+                (name, turn): position
                 for name, each in dialogues.items()
-                for place, turn in enumerate(each.supporter_turns)
+                for position, turn in enumerate(each.supporter_turns)
             }
-            if unknown := [key for key in keys if key not in places]:
+            if unknown := [key for key in keys if key not in positions]:
                 raise InputError(f"dialogue {unknown[0][0]} has no supporter turn {unknown[0][1]}, but it is predicted")
-            self.position = numpy.array([places[key] for key in keys], int)
-            self.longest = max(places.values(), default=-1) + 1
+            self.position = numpy.array([positions[key] for key in keys], int)
+            self.longest = max(positions.values(), default=-1) + 1
             expected = numpy.array([len(dialogues[name].supporter_turns) for name in names], int)
             self.whole = expected == numpy.bincount(self.dialogue)[self.dialogue]
         self.predicted = numpy.array([each.strategy or 0 for each in self.predictions], int)
@@ -71,35 +78,74 @@ class PredictionTable:
 
     @property
     def keys(self) -> list[tuple[str, int]]:
-        """(dialogue id, turn) of each."""
+        """(dialogue id, turn) of each turn."""
         return [(each.dialogue_id, each.turn) for each in self.predictions]
 
     def shuffled(self, seed: int) -> list[int]:
-        """Indices of all turns in a random order, in which two turns stand whatever other turns there are."""
+        """Indices of all turns in a random order; the order of two turns does not depend on the other turns."""
         hashes = [digest([seed, *key]) for key in self.keys]
         return sorted(range(len(self)), key=hashes.__getitem__)
 
     @property
     def predicts_strategy(self) -> bool:
-        """Whether the system chose the strategies itself, so that their accuracy means something."""
+        """Whether the system chose the strategies itself."""
         return all(each.predicts_strategy for each in self.predictions)
 
     @property
-    def pairs(self) -> TextPairs:
-        """(reply, reference reply) of each."""
+    def pairs(self) -> list[tuple[str, str]]:
+        """(reply, reference reply) of each turn."""
         return [(each.response, each.reference_response) for each in self.predictions]
 
     @cached_property
-    def words(self) -> list[lexical.TokenPair]:
-        """The pairs in jieba words."""
-        return lexical.word_pairs(self.pairs)
-
-    @cached_property
-    def rouge(self) -> numpy.ndarray:
-        """float [turns]: ROUGE-L F1 on characters, white space left out, in percent."""
-        return lexical.rouge_l([(lexical.characters(reply), lexical.characters(text)) for reply, text in self.pairs])
+    def words(self) -> list[tuple[list[str], list[str]]]:
+        """`pairs` in jieba words."""
+        return [(_segment(reply), _segment(reference)) for reply, reference in self.pairs]
 
     @cached_property
     def correct(self) -> numpy.ndarray:
-        """bool [turns]: whether the strategy is the reference's; one that was not read is wrong."""
+        """bool [turns]: whether the strategy equals the reference's; an unparsed one is wrong."""
         return self.predicted == self.reference
+
+    @cached_property
+    def gold(self) -> "PredictionTable":
+        """The same turns with the reference's strategies and replies as predictions."""
+        predictions = [
+            replace(
+                each,
+                strategy=each.reference_strategy,
+                response=each.reference_response,
+                predicts_strategy=True,
+                context="reference",
+            )
+            for each in self.predictions
+        ]
+        return PredictionTable(predictions, self.dialogues)
+
+
+def align_tables(
+    one: Sequence[Prediction],
+    other: Sequence[Prediction],
+    name: str,
+    other_name: str,
+    dialogues: Mapping[str, Dialogue] | None = None,
+) -> tuple[tuple[PredictionTable, PredictionTable], int]:
+    """Two tables of the same turns in the same order, and the number of turns that only one of them has.
+
+    Args:
+        name, other_name: what errors call the two.
+
+    Raises:
+        InputError: the references of a turn differ, or a turn is predicted twice.
+    """
+    keys = [{(each.dialogue_id, each.turn) for each in side} for side in (one, other)]
+    shared = keys[0] & keys[1]
+    sides = tuple(
+        PredictionTable([each for each in side if (each.dialogue_id, each.turn) in shared], dialogues)
+        for side in (one, other)
+    )
+    for first, second in zip(*(side.predictions for side in sides), strict=True):
+        references = {(each.reference_strategy, each.reference_response) for each in (first, second)}
+        if len(references) > 1:
+            place = f"turn {first.turn} of dialogue {first.dialogue_id}"
+            raise InputError(f"{name} and {other_name}: the references of {place} differ: evaluate the same dialogues")
+    return sides, len(keys[0] ^ keys[1])

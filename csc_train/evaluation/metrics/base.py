@@ -1,4 +1,4 @@
-"""A figure of a table: what it is computed from, and what is shown of it."""
+"""The value of a metric before and after it is computed: `Metric` and `MetricResult`."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,60 +10,76 @@ from csc_train.stats import Statistic, bootstrap_interval, paired_bootstrap_inte
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One cell of a table, and what its number means.
+    """A metric's value, as tables and `results.json` show it.
 
-    `value` is in percent unless `unit` says otherwise, or None where there is none, and then `reason` says why.
-    `unit` is what the metric counts (words, characters, ...); `signature` names the implementation and its settings.
-    `low` and `high` bound the 95 % interval, and are None where there is none, such as for fewer than
-    `uncertainty.FEWEST` dialogues.
+    Attributes:
+        value: in percent unless `unit` says otherwise; None if there is none.
+        unit: what the metric counts, such as words or characters.
+        signature: the implementation and its settings.
+        reason: why `value` is None.
+        low, high: the 95 % interval; None if there is none, such as below `stats.MIN_DIALOGUES` dialogues.
+        direction: "higher" or "lower" is better, or "none".
     """
 
     value: float | None
-    unit: str
-    signature: str
+    unit: str = ""
+    signature: str = ""
     reason: str | None = None
     low: float | None = None
     high: float | None = None
+    direction: str = "none"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure before it is computed; `statistic` is None where it is not defined, and then `reason` says why.
+    """A metric over the turns of a table, not yet computed.
 
-    `reason` also stands for a statistic without a value, such as a mean over no turns.
+    Attributes:
+        statistic: a number has no interval and no test; None if the metric is undefined.
+        reason: why there is no value, if `statistic` is None or has no value.
+        unit, signature, direction: see `MetricResult`.
     """
 
-    statistic: Statistic | None
-    unit: str
-    signature: str
+    statistic: Statistic | float | None
+    signature: str = ""
     reason: str = "no turns to score"
+    unit: str = ""
+    direction: str = "none"
 
     @property
     def _missing(self) -> str | None:
-        """Why there is no number; None where there is one."""
-        if self.statistic is None or math.isnan(self.statistic.value):
+        """Why there is no number; None if there is one."""
+        value = self.statistic.value if isinstance(self.statistic, Statistic) else self.statistic
+        if value is None or math.isnan(value):
             return self.reason
-        return "it is infinite" if math.isinf(self.statistic.value) else None
+        return "it is infinite" if math.isinf(value) else None
 
-    def score(self, dialogues: numpy.ndarray, resamples: int) -> MetricResult:
-        """The figure's value and interval; `dialogues`, int [turns], is the dialogue of each turn."""
+    def _result(self, value: float | None, reason: str | None, bounds: tuple[float, float] | None) -> MetricResult:
+        low, high = bounds or (None, None)
+        return MetricResult(value, self.unit, self.signature, reason, low, high, self.direction)
+
+    def compute(self, dialogues: numpy.ndarray, resamples: int) -> MetricResult:
+        """The value and its interval; `dialogues`, int [turns], is the dialogue of each turn."""
         if (missing := self._missing) is not None:
-            return MetricResult(None, self.unit, self.signature, missing)
-        value = self.statistic.value
-        bounds = bootstrap_interval(self.statistic, dialogues, resamples) or (None, None)
-        return MetricResult(value, self.unit, self.signature, None, *bounds)
+            return self._result(None, missing, None)
+        if not isinstance(self.statistic, Statistic):
+            return self._result(float(self.statistic), None, None)
+        return self._result(self.statistic.value, None, bootstrap_interval(self.statistic, dialogues, resamples))
 
-    def only(self, where: numpy.ndarray) -> "Metric":
-        """The figure over the turns that `where`, bool [turns], selects."""
-        if self.statistic is None or not where.any():
+    def restrict(self, where: numpy.ndarray) -> "Metric":
+        """The metric over the turns that `where`, bool [turns], selects."""
+        if not isinstance(self.statistic, Statistic) or not where.any():
             return replace(self, statistic=None)
         return replace(self, statistic=replace(self.statistic, terms=self.statistic.terms * where[:, None]))
 
-    def minus(self, other: "Metric", dialogues: numpy.ndarray, resamples: int) -> MetricResult:
-        """The difference to the same figure of another system, or another context, on the same turns."""
+    def difference(self, other: "Metric", dialogues: numpy.ndarray, resamples: int) -> MetricResult:
+        """This metric minus that of another system or context on the same turns."""
         for each in (self, other):
             if (missing := each._missing) is not None:
-                return MetricResult(None, self.unit, self.signature, missing)
+                return self._result(None, missing, None)
+            if not isinstance(each.statistic, Statistic):
+                return self._result(None, "the metric has no statistic over turns to test", None)
         value = self.statistic.value - other.statistic.value
-        bounds = paired_bootstrap_interval(self.statistic, other.statistic, dialogues, resamples) or (None, None)
-        return MetricResult(value, self.unit, self.signature, None, *bounds)
+        return self._result(
+            value, None, paired_bootstrap_interval(self.statistic, other.statistic, dialogues, resamples)
+        )

@@ -1,11 +1,14 @@
-"""BLEU and ROUGE-L between replies and their references, in percent, turn by turn.
+"""BLEU and ROUGE-L between replies and their references, in percent.
 
-Every function takes pairs (reply, reference), as text or as tokens, and returns a row per pair: its score, or what it
-adds to a score over the whole corpus. An empty reply scores 0.
+The functions of pairs (reply, reference), as text or as tokens, return a row per pair: its score, or its terms of a
+corpus score. An empty reply scores 0. The `paper` metrics reconstruct unpublished metric code: the paper's ROUGE-L is
+below its BLEU-2 throughout, which fits rouge_score's default tokenizer (digits and Latin letters only); its BLEU cannot
+be identified fully, and nltk's sentence BLEU on jieba words with method1 is a candidate.
 """
 
 import functools
 from collections.abc import Hashable, Sequence
+from importlib.metadata import version
 
 import numpy
 from nltk.translate.bleu_score import SmoothingFunction
@@ -14,7 +17,10 @@ from rapidfuzz.distance import LCSseq
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from csc_train.data.segmentation import segment_words
+from csc_train.evaluation.metrics.base import Metric
+from csc_train.evaluation.metrics.registry import metric
+from csc_train.evaluation.table import PredictionTable
+from csc_train.stats import Statistic, mean
 
 TextPair = tuple[str, str]
 TokenPair = tuple[Sequence[Hashable], Sequence[Hashable]]
@@ -24,14 +30,8 @@ _ORDERS = 4
 
 
 def characters(text: str) -> str:
-    """The characters of `text`, white space left out."""
+    """The characters of `text` without white space."""
     return "".join(text.split())
-
-
-def word_pairs(pairs: Sequence[TextPair]) -> list[TokenPair]:
-    """Both sides of each pair in jieba words; a text that occurs more than once is segmented once."""
-    segment = functools.cache(segment_words)
-    return [(segment(reply), segment(reference)) for reply, reference in pairs]
 
 
 def sentence_bleu(pairs: Sequence[TokenPair]) -> numpy.ndarray:
@@ -54,23 +54,23 @@ def _sacrebleu_zh() -> BLEU:
 
 
 def corpus_bleu_zh_counts(pairs: Sequence[TextPair]) -> numpy.ndarray:
-    """float [pairs, 10]: what each pair adds to sacrebleu's corpus BLEU with its `zh` tokenizer.
+    """float [pairs, 10]: the terms of each pair in sacrebleu's corpus BLEU with the `zh` tokenizer.
 
-    Lengths of reply and reference, then matching n-grams and all n-grams of the reply for n = 1..4. The tokenizer makes
-    each Chinese character a token and keeps Latin words and numbers whole.
+    Lengths of reply and reference, then matching n-grams and all n-grams of the reply for n = 1..4. Tokens are Chinese
+    characters, Latin words and numbers.
     """
     if not pairs:
         return numpy.zeros((0, 2 + 2 * _ORDERS))
     replies, references = zip(*pairs, strict=True)
-    # What sacrebleu itself resamples in its significance tests; there is no public name for it.
+    # sacrebleu's own significance tests resample these; they have no public name.
     return numpy.array(_sacrebleu_zh()._extract_corpus_statistics(replies, [references]), float)
 
 
 def corpus_bleu_zh(sums: numpy.ndarray, order: int) -> numpy.ndarray:
     """float [...]: sacrebleu's BLEU up to n-grams of `order`, of sums over `corpus_bleu_zh_counts`, float [..., 10].
 
-    As sacrebleu's `compute_bleu` with smoothing `exp`, for many sums at a time: the k-th order without a match counts
-    1 / 2^k of one. Without any match, or without any n-gram of an order, BLEU is 0; without any reply, too.
+    As sacrebleu's `compute_bleu` with smoothing `exp`, vectorized: the k-th order without a match counts 1 / 2^k
+    matches. BLEU is 0 without any match, without any n-gram of an order, and without any reply.
     """
     ours, theirs = sums[..., 0], sums[..., 1]
     matches, total = sums[..., 2 : 2 + order], sums[..., 2 + _ORDERS : 2 + _ORDERS + order]
@@ -83,7 +83,7 @@ def corpus_bleu_zh(sums: numpy.ndarray, order: int) -> numpy.ndarray:
 
 
 def corpus_bleu_zh_signature(order: int) -> str:
-    """sacrebleu's reproducibility signature, plus the largest n-gram order, which sacrebleu leaves out."""
+    """sacrebleu's reproducibility signature, plus the largest n-gram order, which it omits."""
     metric = _sacrebleu_zh()
     metric.num_refs = 1
     return f"{metric.get_signature()}|order:{order}"
@@ -102,8 +102,88 @@ def _rouge_l_f1(reply: Sequence[Hashable], reference: Sequence[Hashable]) -> flo
 def rouge_l_latin(pairs: Sequence[TextPair]) -> numpy.ndarray:
     """float [pairs]: ROUGE-L F1 of rouge_score with its default tokenizer.
 
-    That tokenizer keeps ASCII letters and digits alone. On Chinese text this compares amounts, dates and Latin names,
-    and a pair where either side has none of them scores 0.
+    That tokenizer keeps ASCII letters and digits only. On Chinese text this compares amounts, dates and Latin names; a
+    pair without them on either side scores 0.
     """
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     return 100 * numpy.array([scorer.score(reference, reply)["rougeL"].fmeasure for reply, reference in pairs], float)
+
+
+# Metrics of one table share these.
+
+
+@functools.lru_cache(maxsize=2)
+def _sentence_bleu_scores(table: PredictionTable) -> numpy.ndarray:
+    return sentence_bleu(table.words)
+
+
+@functools.lru_cache(maxsize=2)
+def _corpus_bleu_counts(table: PredictionTable) -> numpy.ndarray:
+    return corpus_bleu_zh_counts(table.pairs)
+
+
+@functools.lru_cache(maxsize=2)
+def rouge_l_char_scores(table: PredictionTable) -> numpy.ndarray:
+    """float [turns]: ROUGE-L F1 on characters without white space, in percent."""
+    return rouge_l([(characters(reply), characters(reference)) for reply, reference in table.pairs])
+
+
+def _paper_bleu(table: PredictionTable, column: int) -> Metric:
+    signature = (
+        f"nltk {version('nltk')} sentence BLEU on jieba {version('jieba')} words, smoothing method1, mean over turns, "
+        f"orders 1-{(2, 4)[column]}"
+    )
+    return Metric(mean(_sentence_bleu_scores(table)[:, column]), signature)
+
+
+@metric(name="B-2", unit="jieba words", direction="higher", profiles=["paper"])
+def paper_bleu_2(table: PredictionTable) -> Metric:
+    """The paper's BLEU-2, reconstructed."""
+    return _paper_bleu(table, 0)
+
+
+@metric(name="B-4", unit="jieba words", direction="higher", profiles=["paper"])
+def paper_bleu_4(table: PredictionTable) -> Metric:
+    """The paper's BLEU-4, reconstructed."""
+    return _paper_bleu(table, 1)
+
+
+@metric(name="R-L", unit="digits and Latin only", direction="higher", profiles=["paper"])
+def paper_rouge_l(table: PredictionTable) -> Metric:
+    """The paper's ROUGE-L, reconstructed."""
+    signature = f"rouge_score {version('rouge-score')} rougeL F1, default tokenizer, no stemming, mean over turns"
+    return Metric(mean(rouge_l_latin(table.pairs)), signature)
+
+
+def _zh_bleu(table: PredictionTable, order: int) -> Metric:
+    counts = _corpus_bleu_counts(table)
+    statistic = Statistic(counts, lambda sums: corpus_bleu_zh(sums, order)) if len(counts) else None
+    return Metric(statistic, f"sacrebleu corpus BLEU, effective order off, {corpus_bleu_zh_signature(order)}")
+
+
+@metric(name="B-2", unit="Chinese characters and Latin words", direction="higher", profiles=["zh"])
+def zh_bleu_2(table: PredictionTable) -> Metric:
+    """Corpus BLEU-2 with sacrebleu's Chinese tokenizer."""
+    return _zh_bleu(table, 2)
+
+
+@metric(name="B-4", unit="Chinese characters and Latin words", direction="higher", profiles=["zh"])
+def zh_bleu_4(table: PredictionTable) -> Metric:
+    """Corpus BLEU-4 with sacrebleu's Chinese tokenizer."""
+    return _zh_bleu(table, 4)
+
+
+def _rouge_signature() -> str:
+    return f"ROUGE-L F1, longest common subsequence by rapidfuzz {version('rapidfuzz')}, mean over turns"
+
+
+@metric(name="R-L char", unit="characters", direction="higher", profiles=["zh"], by_position=True)
+def zh_rouge_l_char(table: PredictionTable) -> Metric:
+    """ROUGE-L on characters."""
+    return Metric(mean(rouge_l_char_scores(table)), f"{_rouge_signature()}, without white space")
+
+
+@metric(name="R-L word", unit="jieba words", direction="higher", profiles=["zh"])
+def zh_rouge_l_word(table: PredictionTable) -> Metric:
+    """ROUGE-L on words."""
+    return Metric(mean(rouge_l(table.words)), f"{_rouge_signature()}, jieba {version('jieba')}")

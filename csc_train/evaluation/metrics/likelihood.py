@@ -1,94 +1,98 @@
-"""How much a system believes in what it should say: of the 12 strategy labels, and of the reference's turns."""
+"""Likelihoods of the 12 strategy labels and of the reference turns: top-2 accuracy, calibration, perplexity."""
+
+import functools
 
 import numpy
 
-from csc_train.evaluation.metrics.base import Metric, MetricResult
-from csc_train.evaluation.metrics.strategy import NO_CHOICE
+from csc_train.evaluation.metrics.base import Metric
+from csc_train.evaluation.metrics.registry import metric
 from csc_train.evaluation.table import PredictionTable
 from csc_train.stats import Statistic, mean, ratio
 
-UNKNOWN_LABELS = "the system tells no likelihood of the labels"
+UNKNOWN_LABELS = "the system reports no likelihoods of the labels"
 UNKNOWN_REFERENCE = "the likelihood of the reference is not known here"
-_TWELVE = "softmax over the log-likelihoods of the 12 labels"
+_SOFTMAX = "softmax over the log-likelihoods of the 12 labels"
+_NLL_TOKENS = "of the reference turns in reference context: strategy if predicted, reply, end of turn"
 BINS = 10
-"""Bins of equal width that confidences are put into."""
+"""Bins of equal width for the confidences."""
 
 
-def likelihoods(turns: PredictionTable) -> dict[str, Metric]:
-    """Top-2 ACC of the labels, loss and perplexity of the reference's turns.
-
-    A system's probability of a label is the softmax over the 12 log-likelihoods. Turns without likelihoods, or that
-    hold every label impossible, do not count.
-    """
-    known, _, hits = _labels(turns)
-    top_2 = mean(100 * hits[:, :2].any(axis=1), known)
-    nll = numpy.array([each.reference_nll or 0 for each in turns.predictions], float)
-    tokens = numpy.array([each.reference_tokens or 0 for each in turns.predictions], float)
-    sums = numpy.stack([nll, tokens], axis=1)
-    teacher = "of the reference's turns in the reference's history: strategy where predicted, reply, end of turn"
-    return {
-        "top-2 ACC": Metric(
-            top_2, "turns", f"the reference strategy is one of the two likeliest, {_TWELVE}", _why_unknown(turns)
-        ),
-        "NLL": Metric(Statistic(sums, ratio), "nats per token", f"mean {teacher}", UNKNOWN_REFERENCE),
-        "perplexity": Metric(Statistic(sums, _perplexity), "tokens", f"exp of the NLL {teacher}", UNKNOWN_REFERENCE),
-    }
+@metric(name="top-2 ACC", unit="turns", direction="higher", profiles=["likelihood"], compare=False)
+def top_2_accuracy(table: PredictionTable) -> Metric:
+    """The reference strategy is one of the two likeliest; turns without likelihoods do not count."""
+    known, _, hits = _labels(table)
+    signature = f"the reference strategy is one of the two likeliest, {_SOFTMAX}"
+    return Metric(mean(100 * hits[:, :2].any(axis=1), known), signature, _why_unknown(table))
 
 
-def calibration_error(turns: PredictionTable) -> MetricResult:
-    """ECE: over `BINS` of confidence, the mean of how far it is from the accuracy there, weighted by turns, in percent.
+def _reference_sums(table: PredictionTable) -> numpy.ndarray:
+    """float [turns, 2]: negative log-likelihood in nats, and tokens."""
+    return numpy.array(
+        [(each.reference_nll or 0, each.reference_tokens or 0) for each in table.predictions], float
+    ).reshape(-1, 2)
 
-    It has no interval: chance alone puts the accuracy of a bin off its confidence, on either side, and the distance
-    counts. So the figure lies above the truth, that of a resample above the figure, and resamples bound neither.
+
+@metric(name="NLL", unit="nats per token", direction="lower", profiles=["likelihood"], compare=False)
+def reference_nll(table: PredictionTable) -> Metric:
+    """Mean negative log-likelihood of the reference turns."""
+    return Metric(Statistic(_reference_sums(table), ratio), f"mean {_NLL_TOKENS}", UNKNOWN_REFERENCE)
+
+
+@metric(name="perplexity", unit="tokens", direction="lower", profiles=["likelihood"], compare=False)
+def perplexity(table: PredictionTable) -> Metric:
+    """Perplexity of the reference turns."""
+    statistic = Statistic(_reference_sums(table), lambda sums: numpy.exp(ratio(sums)))
+    return Metric(statistic, f"exp of the NLL {_NLL_TOKENS}", UNKNOWN_REFERENCE)
+
+
+@metric(name="ECE", unit="turns", direction="lower", profiles=["likelihood"], compare=False)
+def calibration_error(table: PredictionTable) -> Metric:
+    """Expected calibration error: the mean distance of confidence and accuracy over bins, weighted by turns.
+
+    It has no interval. Chance moves the accuracy of a bin off its confidence in either direction, so the value is above
+    the truth, and resamples are above the value.
     """
     signature = (
-        f"expected calibration error of the likeliest label: {BINS} bins of equal width, {_TWELVE}; "
-        "chance raises it, and so it has no interval"
+        f"expected calibration error of the likeliest label: {BINS} bins of equal width, {_SOFTMAX}; "
+        "chance raises it, so it has no interval"
     )
-    bins = calibration(turns)
+    bins = calibration(table)
     if bins is None:
-        return MetricResult(None, "turns", signature, _why_unknown(turns))
-    gaps = [each["turns"] * abs(each["confidence"] - each["ACC"]) for each in bins]
-    return MetricResult(sum(gaps) / sum(each["turns"] for each in bins), "turns", signature)
+        return Metric(None, signature, _why_unknown(table))
+    distances = [each["turns"] * abs(each["confidence"] - each["ACC"]) for each in bins]
+    return Metric(sum(distances) / sum(each["turns"] for each in bins), signature)
 
 
-def calibration(turns: PredictionTable) -> list[dict[str, float]] | None:
-    """How often the likeliest label is right, by its probability, in `BINS` equally wide bins; None where no turn has
-    likelihoods.
+def calibration(table: PredictionTable) -> list[dict[str, float]] | None:
+    """Accuracy of the likeliest label by its probability, in `BINS` bins; None if no turn has likelihoods.
 
     Returns:
-        For each bin that is not empty its `turns`, their mean `confidence` and their `ACC`, in percent.
+        For each non-empty bin its `turns`, their mean `confidence` and their `ACC`, in percent.
     """
-    known, probabilities, hits = _labels(turns)
+    known, probabilities, hits = _labels(table)
     if not known.any():
         return None
     confidence, right = probabilities.max(axis=1)[known], hits[known, 0]
-    bins = _bins(confidence)
+    bins = numpy.minimum((confidence * BINS).astype(int), BINS - 1)
     return [
         {"turns": int(here.sum()), "confidence": 100 * confidence[here].mean(), "ACC": 100 * right[here].mean()}
         for here in (bins == number for number in numpy.unique(bins))
     ]
 
 
-def _labels(turns: PredictionTable) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """By turn: whether its likelihoods are known (bool [turns]), the labels' probabilities (float [turns, 12]), and
-    whether each label, the likeliest first, is the reference's (bool [turns, 12]). A label may have probability 0."""
-    told = [each.label_log_likelihoods or [-numpy.inf] * 12 for each in turns.predictions]
-    labels = numpy.array(told, float).reshape(-1, 12)
+@functools.lru_cache(maxsize=2)
+def _labels(table: PredictionTable) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """By turn: whether likelihoods are known (bool [turns]), probabilities of the labels (float [turns, 12]), and
+    whether each label, the likeliest first, is the reference's (bool [turns, 12]). Labels may have probability 0; a
+    turn with 12 such labels is not known."""
+    likelihoods = [each.label_log_likelihoods or [-numpy.inf] * 12 for each in table.predictions]
+    labels = numpy.array(likelihoods, float).reshape(-1, 12)
     known = numpy.isfinite(labels).any(axis=1)
     labels[~known] = 0
     probabilities = numpy.exp(labels - numpy.logaddexp.reduce(labels, axis=1, keepdims=True))
     order = numpy.argsort(-probabilities, axis=1, kind="stable") + 1
-    return known, probabilities, order == turns.reference[:, None]
+    return known, probabilities, order == table.reference[:, None]
 
 
-def _why_unknown(turns: PredictionTable) -> str:
-    return UNKNOWN_LABELS if turns.predicts_strategy else NO_CHOICE
-
-
-def _bins(confidence: numpy.ndarray) -> numpy.ndarray:
-    return numpy.minimum((confidence * BINS).astype(int), BINS - 1)
-
-
-def _perplexity(sums: numpy.ndarray) -> numpy.ndarray:
-    return numpy.exp(ratio(sums))
+def _why_unknown(table: PredictionTable) -> str:
+    return UNKNOWN_LABELS if table.predicts_strategy else table.NO_CHOICE

@@ -1,86 +1,52 @@
-"""BERTScore and BLEURT between replies and their references, from model directories, times 100.
-
-Both take text pairs (reply, reference) and return a score per pair, float [pairs]. A pair with an empty side scores 0:
-neither metric is defined there. A model stays loaded until another one is asked for.
-"""
+"""BERTScore and BLEURT of replies, computed by models of their own; n/a without a model directory."""
 
 import csv
 import functools
 import importlib.util
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy
-import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
-from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, RemBertConfig, RemBertModel
 
 from csc_train.errors import InputError
-from csc_train.files import read_json
+from csc_train.evaluation.config import MetricsConfig
+from csc_train.evaluation.metrics.base import Metric
+from csc_train.evaluation.metrics.registry import metric
+from csc_train.evaluation.table import PredictionTable
+from csc_train.models.hub import snapshot
+from csc_train.stats import mean
 
-TextPair = tuple[str, str]
-
-BERTSCORE_FILES = (("config.json",), ("tokenizer.json", "vocab.txt"), ("*.safetensors", "*.bin"))
-BLEURT_FILES = (("config.json",), ("tokenizer.json",), ("model.safetensors", "pytorch_model.bin"))
-"""What each model is read from: of every group one file at least."""
-_ADVICE = {
-    ("tokenizer.json",): "; with sentencepiece installed, transformers' RemBertTokenizer makes one from the "
-    "SentencePiece model (from_pretrained with vocab_file=..., then save_pretrained)"
-}
+# `metric_models` is imported in functions: it imports torch and transformers, and most runs have no metric model.
+_NO_BERTSCORE = "no BERTScore model given"
 
 
-def check_files(directory: str | os.PathLike, groups: Sequence[tuple[str, ...]]) -> None:
-    """See that a model directory has a file of each of the groups.
+def fetch_models(config: MetricsConfig) -> None:
+    """Download the metric models from the hub and check their files, before hours of generating.
 
     Raises:
-        InputError: of a group there is none.
+        InputError: a model cannot be downloaded (see `hub.snapshot`), or lacks a file.
     """
-    for patterns in groups:
-        if not any(any(Path(directory).glob(pattern)) for pattern in patterns):
-            raise InputError(f"{directory}: has no {' or '.join(patterns)}{_ADVICE.get(patterns, '')}")
+    if config.bertscore_model is None and config.bleurt_model is None:
+        return
+    from csc_train.evaluation.metrics import metric_models
 
-
-def bertscore(
-    pairs: Sequence[TextPair], directory: str | os.PathLike, layers: int = 8, batch_size: int = 64
-) -> numpy.ndarray:
-    """BERTScore F1 of the bert-score package, raw (see `rescaled`), without IDF weights.
-
-    `layers` is the layer whose output is compared; 8 is the package's choice for bert-base-chinese. Raw values are
-    high: unrelated Chinese replies score about 55.
-
-    Raises:
-        InputError: `directory` is not a model directory, lacks weights, or has fewer than `layers` layers.
-    """
-    if not pairs:
-        return numpy.zeros(0)
-    # Imported here because it pulls in matplotlib and pandas, which nothing else needs.
-    from bert_score.utils import bert_cos_score_idf
-
-    model, tokenizer = _load_bert(os.fspath(directory), layers)
-    weights = defaultdict(lambda: 1.0, {tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0})
-
-    def f1(batch: Sequence[TextPair]) -> torch.Tensor:
-        replies, references = map(list, zip(*batch, strict=True))
-        scores = bert_cos_score_idf(
-            model, references, replies, tokenizer, weights, batch_size=batch_size, device=model.device
-        )
-        return scores[:, 2]
-
-    return _scores(pairs, f1, batch_size, "BERTScore")
+    files = (
+        (config.bertscore_model, metric_models.BERTSCORE_FILES),
+        (config.bleurt_model, metric_models.BLEURT_FILES),
+    )
+    for path, groups in files:
+        if path is not None:
+            metric_models.check_files(snapshot(path, "metric model"), groups)
 
 
 def bertscore_baseline(model: str, layers: int, table: str | os.PathLike | None = None) -> float | None:
-    """What unrelated texts score in BERTScore F1, times 100; None where that is not known.
+    """BERTScore F1 of unrelated texts, times 100; None if not known.
 
     Args:
-        model: name of the model; the bert-score package has measured bert-base-chinese, among others, on Chinese text.
-        layers: the layer that is compared.
-        table: a file such as the package's (LAYER,P,R,F), to be used instead.
+        model: name of the model; the bert-score package has Chinese baselines of bert-base-chinese and others.
+        layers: the layer that BERTScore compares.
+        table: a file to use instead of the package's (LAYER,P,R,F).
 
     Raises:
         InputError: `table` cannot be read, or has no such layer.
@@ -91,146 +57,62 @@ def bertscore_baseline(model: str, layers: int, table: str | os.PathLike | None 
         return None
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            rows = {int(row["LAYER"]): 100 * float(row["F"]) for row in csv.DictReader(file)}
-        return rows[layers]
+            return {int(row["LAYER"]): 100 * float(row["F"]) for row in csv.DictReader(file)}[layers]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a baseline table (LAYER,P,R,F) with layer {layers}: {error!r}") from error
 
 
 def rescaled(scores: numpy.ndarray, baseline: float) -> numpy.ndarray:
-    """BERTScores, float [pairs], stretched as the bert-score package does, so that unrelated texts score about 0.
+    """BERTScores, float [pairs], rescaled as the bert-score package does: unrelated texts score about 0.
 
-    A pair with an empty side stays at 0, which is what unrelated texts get.
+    A pair with an empty side keeps its 0, the score of unrelated texts.
     """
     return numpy.where(scores == 0, 0.0, 100 * (scores - baseline) / (100 - baseline))
 
 
-def bleurt(pairs: Sequence[TextPair], directory: str | os.PathLike, batch_size: int = 64) -> numpy.ndarray:
-    """BLEURT-20: a RemBERT encoder reads reference and reply together, a linear head on its pooled output scores them.
+@functools.lru_cache(maxsize=2)
+def _bertscores(table: PredictionTable, model: str, layers: int, batch_size: int) -> numpy.ndarray:
+    from csc_train.evaluation.metrics import metric_models
 
-    `directory` holds a PyTorch conversion: `config.json`, `tokenizer.json`, and `model.safetensors` or
-    `pytorch_model.bin` with the encoder under a prefix such as `bleurt.` and the head as `classifier.weight`, shape
-    (1, hidden), and `classifier.bias`, shape (1,). Written from the published architecture and not yet compared with
-    scores of the real weights.
-
-    Raises:
-        InputError: a file is missing, or the weights are not exactly those that the model needs.
-    """
-    if not pairs:
-        return numpy.zeros(0)
-    model, head, tokenizer = _load_bleurt(os.fspath(directory))
-
-    def regress(batch: Sequence[TextPair]) -> torch.Tensor:
-        encodings = tokenizer.encode_batch([(reference, reply) for reply, reference in batch])
-        pooled = model(
-            input_ids=torch.tensor([encoding.ids for encoding in encodings], device=model.device),
-            attention_mask=torch.tensor([encoding.attention_mask for encoding in encodings], device=model.device),
-            token_type_ids=torch.tensor([encoding.type_ids for encoding in encodings], device=model.device),
-        ).pooler_output
-        return head(pooled).squeeze(-1)
-
-    return _scores(pairs, regress, batch_size, "BLEURT")
+    return metric_models.bertscore(table.pairs, snapshot(model, "metric model"), layers, batch_size)
 
 
-def _scores(
-    pairs: Sequence[TextPair], score_batch: Callable[[Sequence[TextPair]], torch.Tensor], batch_size: int, label: str
-) -> numpy.ndarray:
-    scores = numpy.zeros(len(pairs))
-    scorable = [index for index, (reply, reference) in enumerate(pairs) if reply.strip() and reference.strip()]
-    scorable.sort(key=lambda index: sum(map(len, pairs[index])))  # little padding within a batch
-    with torch.inference_mode():
-        for start in tqdm(range(0, len(scorable), batch_size), desc=label, leave=False, disable=None):
-            batch = scorable[start : start + batch_size]
-            scores[batch] = score_batch([pairs[index] for index in batch]).double().cpu().numpy()
-    return 100 * scores
+def _bertscore(table: PredictionTable, config: MetricsConfig, rescale: bool) -> Metric:
+    kind = "rescaled" if rescale else "not rescaled"
+    name = f"bert-score {version('bert-score')} F1, layer {config.bertscore_layers}"
+    if config.bertscore_model is None:
+        return Metric(None, f"{name}, {kind}", _NO_BERTSCORE)
+    model, unverified = Path(config.bertscore_model).resolve().name, "unverified on real weights"
+    scores = _bertscores(table, config.bertscore_model, config.bertscore_layers, config.batch_size)
+    if not rescale:
+        return Metric(mean(scores), f"{name} of {model}, not rescaled, {unverified}")
+    baseline = bertscore_baseline(model, config.bertscore_layers, config.bertscore_baseline)
+    if baseline is None:
+        reason = f"bert-score has no baseline for a model named {model}: give metrics.bertscore_baseline"
+        return Metric(None, f"{name}, rescaled", reason)
+    signature = f"{name} of {model}, rescaled with the baseline {baseline:.2f}, {unverified}"
+    return Metric(mean(rescaled(scores, baseline)), signature)
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@metric(name="BS", unit="contextual token vectors", direction="higher", profiles=["paper", "zh"])
+def bertscore_raw(table: PredictionTable, config: MetricsConfig) -> Metric:
+    """BERTScore F1, not rescaled; the paper's 55 to 67 fit bert-base-chinese, layer 8."""
+    return _bertscore(table, config, rescale=False)
 
 
-def _names(keys: Iterable[str]) -> str:
-    keys = sorted(keys)
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+@metric(name="BS rescaled", unit="contextual token vectors", direction="higher", profiles=["zh"], compare=False)
+def bertscore_rescaled(table: PredictionTable, config: MetricsConfig) -> Metric:
+    """BERTScore F1, rescaled by the score of unrelated texts; not compared, since BS is."""
+    return _bertscore(table, config, rescale=True)
 
 
-@functools.lru_cache(maxsize=1)
-def _load_bert(directory: str, layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path = Path(directory)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model, report = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot load the BERTScore model: {str(error).strip().splitlines()[0]}") from error
-    # Weights that a file lacks are initialised at random; only the pooler goes unused here.
-    if missing := [key for key in report["missing_keys"] if "pooler" not in key]:
-        raise InputError(f"{path}: weights missing for the BERTScore model: {_names(missing)}")
-    stack = getattr(getattr(model, "encoder", None), "layer", None)
-    if stack is None or not 1 <= layers <= len(stack):
-        depth = "no layers as BERT has them" if stack is None else f"{len(stack)} layers"
-        raise InputError(f"{path}: layer {layers} is wanted for BERTScore, but the model has {depth}")
-    model.encoder.layer = stack[:layers]
-    # The package truncates to this number, and one left unset is too large for the tokenizer (OverflowError).
-    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    return model.float().eval().to(_device()), tokenizer
+@metric(name="BR", unit="learned score of the pair", direction="higher", profiles=["paper"])
+def bleurt_20(table: PredictionTable, config: MetricsConfig) -> Metric:
+    """BLEURT-20."""
+    name = "BLEURT by our own loader, unverified on real weights"
+    if config.bleurt_model is None:
+        return Metric(None, name, "no BLEURT model given")
+    from csc_train.evaluation.metrics import metric_models
 
-
-@functools.lru_cache(maxsize=1)
-def _load_bleurt(directory: str) -> tuple[RemBertModel, torch.nn.Linear, Tokenizer]:
-    path = Path(directory)
-    check_files(path, BLEURT_FILES)
-    values = read_json(path / "config.json")
-    values.setdefault("input_embedding_size", values.get("embedding_size"))  # the name conversions give it
-    if values["input_embedding_size"] is None:
-        raise InputError(f"{path}: config.json gives no embedding size; only RemBERT-based BLEURT (BLEURT-20) is read")
-    shape = ("vocab_size", "input_embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-             "intermediate_size", "hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps",
-             "pad_token_id")  # fmt: skip
-    config = RemBertConfig(**{name: values[name] for name in shape if name in values})
-    model, head = RemBertModel(config), torch.nn.Linear(config.hidden_size, 1)
-
-    weights = _bleurt_weights(path)
-    expected = {*model.state_dict(), *(f"classifier.{name}" for name in head.state_dict())}
-    if weights.keys() != expected:
-        missing, unexpected = _names(expected - weights.keys()), _names(weights.keys() - expected)
-        raise InputError(
-            f"{path}: not the weights of BLEURT-20: missing {missing or 'none'}; unexpected {unexpected or 'none'}"
-        )
-    try:
-        head.load_state_dict({name: weights.pop(f"classifier.{name}") for name in head.state_dict()})
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{path}: weights do not fit config.json: {' '.join(str(error).split())}") from error
-    device = _device()
-    return model.eval().to(device), head.eval().to(device), _bleurt_tokenizer(path, config)
-
-
-def _bleurt_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in `path` under the names that RemBertModel uses, and the head's."""
-    if (path / "model.safetensors").is_file():
-        stored = load_file(path / "model.safetensors")
-    else:
-        stored = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    anchor = "embeddings.word_embeddings.weight"
-    prefix = next((key.removesuffix(anchor) for key in stored if key.endswith(anchor)), "")
-    renamed = {
-        key.removeprefix(prefix).replace("encoder.embedding_projection.", "encoder.embedding_hidden_mapping_in."): value
-        for key, value in stored.items()
-    }
-    renamed.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: a constant that older versions stored
-    return renamed
-
-
-def _bleurt_tokenizer(path: Path, config: RemBertConfig) -> Tokenizer:
-    file = path / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file))
-    markers = [(marker, tokenizer.token_to_id(marker)) for marker in ("[CLS]", "[SEP]")]
-    if any(number is None for _, number in markers):
-        raise InputError(f"{file}: has no [CLS] and [SEP] tokens")
-    # Set here because a file converted from a SentencePiece model may carry no template for pairs.
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=markers
-    )
-    tokenizer.enable_truncation(config.max_position_embeddings)
-    tokenizer.enable_padding(pad_id=config.pad_token_id)
-    return tokenizer
+    scores = metric_models.bleurt(table.pairs, snapshot(config.bleurt_model, "metric model"), config.batch_size)
+    return Metric(mean(scores), f"{name}, weights {Path(config.bleurt_model).resolve().name}")

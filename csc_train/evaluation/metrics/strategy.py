@@ -1,71 +1,72 @@
-"""How well a system chooses strategies, turn by turn and over a whole dialogue.
+"""Accuracy of strategy choices, turn by turn and over a dialogue.
 
-Where a system chooses none (they are handed in, or left out), every figure of its choices is n/a: never 0, never 100.
+For a system that chooses no strategies (they are given or omitted), these metrics are n/a: never 0, never 100.
 """
 
+import functools
 from collections.abc import Iterator
 
 import numpy
 
 from csc_train.data.strategies import CLOSURE, GREETING, STRATEGIES, Stage
 from csc_train.evaluation.metrics.base import Metric
+from csc_train.evaluation.metrics.registry import metric
 from csc_train.evaluation.table import PredictionTable
 from csc_train.stats import Statistic, mean, ratio
 
-NO_CHOICE = "this mode predicts no strategy"
-LONGEST_RUN = 2
-"""How many turns running one strategy may be used before it counts as repeated."""
+MAX_REPETITIONS = 2
+"""Consecutive supporter turns with one strategy that do not yet count as repeated."""
 
-_UNREAD, _ANY_STAGE = -1, len(Stage)
+_UNPARSED, _ANY_STAGE = -1, len(Stage)
 _STAGES = list(Stage)
 _STAGE = numpy.array(
-    [_UNREAD, *(_ANY_STAGE if each.stage is None else _STAGES.index(each.stage) for each in STRATEGIES)]
+    [_UNPARSED, *(_ANY_STAGE if each.stage is None else _STAGES.index(each.stage) for each in STRATEGIES)]
 )
-"""Of each strategy number, its stage in typical order; 0 is a strategy that was not read."""
+"""The stage of each strategy number, in typical order; 0 is an unparsed strategy."""
 
 
-def _figure(
-    turns: PredictionTable, statistic: Statistic, unit: str, signature: str, reason: str | None = None
-) -> Metric:
-    if not turns.predicts_strategy:
-        return Metric(None, unit, signature, NO_CHOICE)
-    return Metric(statistic, unit, signature, *filter(None, [reason]))
+def _choice(table: PredictionTable, values: numpy.ndarray | Statistic, signature: str = "", reason: str = "") -> Metric:
+    """A metric of the system's choices; n/a if it makes none."""
+    if not table.predicts_strategy:
+        return Metric(None, signature, table.NO_CHOICE)
+    statistic = values if isinstance(values, Statistic) else mean(100 * values)
+    return Metric(statistic, signature, reason or Metric.reason)
 
 
-def accuracy(turns: PredictionTable, where: numpy.ndarray | None = None) -> Metric:
-    """ACC, in percent, over the turns that `where`, bool [turns], selects."""
-    signature = "predicted strategy equals the reference strategy; an unparsed one counts as wrong"
-    return _figure(turns, mean(100 * turns.correct, where), "turns", signature)
+@metric(name="ACC", unit="turns", direction="higher", profiles=["paper", "zh"], by_position=True)
+def accuracy(table: PredictionTable) -> Metric:
+    """Predicted strategy equals the reference strategy; an unparsed one counts as wrong."""
+    return _choice(table, table.correct)
 
 
-def stage_accuracy(turns: PredictionTable) -> Metric:
-    """How often the strategy is of the reference's stage, in percent."""
-    signature = "predicted stage equals the reference stage; Others is a stage of its own, an unparsed one is wrong"
-    right = _STAGE[turns.predicted] == _STAGE[turns.reference]
-    return _figure(turns, mean(100 * right), "turns", signature)
+@metric(name="macro-F1", unit="strategies", direction="higher", profiles=["strategy"])
+def macro_f1(table: PredictionTable) -> Metric:
+    """Mean of the F1 of the strategies that occur in the reference or the predictions."""
+    return _choice(table, Statistic(_confusion_cells(table), _macro_f1))
 
 
-def parse_rate(turns: PredictionTable) -> Metric:
-    """How often a known strategy could be read, in percent."""
-    return _figure(turns, mean(100 * (turns.predicted > 0)), "turns", "the text starts with one known [strategy]")
+@metric(name="stage ACC", unit="turns", direction="higher", profiles=["strategy"])
+def stage_accuracy(table: PredictionTable) -> Metric:
+    """Predicted stage equals the reference stage; Others is a separate stage, an unparsed one is wrong."""
+    return _choice(table, _STAGE[table.predicted] == _STAGE[table.reference])
 
 
-def confusion(turns: PredictionTable) -> numpy.ndarray:
-    """int [12, 13]: turns by reference strategy (row 0 is strategy 1) and predicted one (column 0: none was read)."""
-    return _cells(turns).sum(axis=0).reshape(len(STRATEGIES), -1).astype(int)
+@metric(name="parse rate", unit="turns", direction="higher", profiles=["strategy"], compare=False)
+def parse_rate(table: PredictionTable) -> Metric:
+    """The text starts with one known [strategy]."""
+    return _choice(table, table.predicted > 0)
 
 
-def _cells(turns: PredictionTable) -> numpy.ndarray:
-    """float [turns, 12 x 13]: 1 in the cell of `confusion` that a turn falls into."""
-    cells = numpy.zeros((len(turns), len(STRATEGIES) * (len(STRATEGIES) + 1)))
-    cells[numpy.arange(len(turns)), (turns.reference - 1) * (len(STRATEGIES) + 1) + turns.predicted] = 1
+def confusion(table: PredictionTable) -> numpy.ndarray:
+    """int [12, 13]: turns by reference strategy (row 0 is strategy 1) and predicted one (column 0 is unparsed)."""
+    return _confusion_cells(table).sum(axis=0).reshape(len(STRATEGIES), -1).astype(int)
+
+
+def _confusion_cells(table: PredictionTable) -> numpy.ndarray:
+    """float [turns, 12 x 13]: one-hot, the cell of `confusion` of each turn."""
+    cells = numpy.zeros((len(table), len(STRATEGIES) * (len(STRATEGIES) + 1)))
+    cells[numpy.arange(len(table)), (table.reference - 1) * (len(STRATEGIES) + 1) + table.predicted] = 1
     return cells
-
-
-def macro_f1(turns: PredictionTable) -> Metric:
-    """The mean over strategies of their F1, in percent."""
-    signature = "mean of the F1 of the strategies that occur in the reference or the predictions"
-    return _figure(turns, Statistic(_cells(turns), _macro_f1), "strategies", signature)
 
 
 def _macro_f1(sums: numpy.ndarray) -> numpy.ndarray:
@@ -77,89 +78,83 @@ def _macro_f1(sums: numpy.ndarray) -> numpy.ndarray:
     return numpy.divide(f1.sum(axis=-1), count, out=numpy.full(count.shape, numpy.nan), where=count > 0)
 
 
-def by_strategy(turns: PredictionTable) -> Iterator[tuple[str, int, dict[str, Metric]]]:
+def by_strategy(table: PredictionTable) -> Iterator[tuple[str, int, dict[str, Metric]]]:
     """(label, turns in the reference, precision, recall and F1 in percent) of each of the 12 strategies."""
     for strategy in STRATEGIES:
-        predicted, actual = turns.predicted == strategy.number, turns.reference == strategy.number
-        hits = 200 * (predicted & actual)
-        either = Statistic(numpy.stack([hits, 1.0 * predicted + actual], axis=1), ratio)
+        predicted, actual = table.predicted == strategy.number, table.reference == strategy.number
+        f1 = Statistic(numpy.stack([200 * (predicted & actual), 1.0 * predicted + actual], axis=1), ratio)
         yield (
             strategy.label,
             int(actual.sum()),
             {
-                "precision": _figure(
-                    turns, mean(100 * actual, predicted), "turns", "hits / predicted", "never predicted"
-                ),
-                "recall": _figure(
-                    turns, mean(100 * predicted, actual), "turns", "hits / occurrences", "not in the reference"
-                ),
-                "F1": _figure(turns, either, "turns", "2 hits / (predicted + occurrences)", "never occurs"),
+                "precision": _choice(table, mean(100 * actual, predicted), "hits / predicted", "never predicted"),
+                "recall": _choice(table, mean(100 * predicted, actual), "hits / occurrences", "not in the reference"),
+                "F1": _choice(table, f1, "2 hits / (predicted + occurrences)", "never occurs"),
             },
         )
 
 
-def by_position(turns: PredictionTable) -> Iterator[tuple[int, int, Metric]]:
-    """(position counted from 1, turns there, ACC) of the first, second, ... supporter turn of the dialogues."""
-    for position in range(turns.longest):
-        here = turns.position == position
-        yield position + 1, int(here.sum()), accuracy(turns, here)
+def transitions(table: PredictionTable, strategy: numpy.ndarray) -> numpy.ndarray:
+    """int [12, 12]: how often a strategy (row 0 is strategy 1) is followed by each strategy in the next supporter turn.
 
-
-def transitions(turns: PredictionTable, strategy: numpy.ndarray) -> numpy.ndarray:
-    """int [12, 12]: how often a strategy (row 0 is strategy 1) is followed by which in the supporter's next turn.
-
-    `strategy`, int [turns], is `turns.predicted` or `turns.reference`. A strategy that was not read is in no pair, and
-    dialogues with turns that failed are left out.
+    `strategy`, int [turns], is `table.predicted` or `table.reference`. Pairs with an unparsed strategy and dialogues
+    with failed turns are left out.
     """
-    pairs = ~turns.last[:-1] & turns.whole[:-1] & (strategy[:-1] > 0) & (strategy[1:] > 0)
-    table = numpy.zeros((len(STRATEGIES), len(STRATEGIES)), int)
-    numpy.add.at(table, (strategy[:-1][pairs] - 1, strategy[1:][pairs] - 1), 1)
-    return table
+    pairs = ~table.last[:-1] & table.whole[:-1] & (strategy[:-1] > 0) & (strategy[1:] > 0)
+    counts = numpy.zeros((len(STRATEGIES), len(STRATEGIES)), int)
+    numpy.add.at(counts, (strategy[:-1][pairs] - 1, strategy[1:][pairs] - 1), 1)
+    return counts
 
 
-def process(turns: PredictionTable) -> dict[str, tuple[Metric, Metric]]:
-    """How the choices of a dialogue hang together, in percent: of the system, and of the reference itself.
-
-    A strategy that was not read is no greeting and no farewell, ends a run of the same one, and is passed over where
-    stages are compared, as is Others. Dialogues with turns that failed are left out.
-    """
-    sides = [_process(turns, turns.predicted), _process(turns, turns.reference)]
-    return {
-        name: (_figure(turns, system, *meaning), Metric(reference, *meaning))
-        for name, (system, meaning) in sides[0].items()
-        for reference, _ in [sides[1][name]]
-    }
+# Process metrics leave out dialogues with failed turns. An unparsed strategy is neither greeting nor farewell and ends
+# a repetition; stages are compared across unparsed strategies and Others.
 
 
-def _process(turns: PredictionTable, strategy: numpy.ndarray) -> dict[str, tuple[Statistic, tuple[str, str]]]:
-    first = numpy.append(True, turns.last[:-1])[: len(turns)]
-    run = numpy.zeros(len(turns), int)
-    repeated = numpy.zeros(len(turns), bool)
-    stage, reached = _STAGE[strategy], numpy.full(len(turns), _UNREAD)
-    for index in range(len(turns)):
+@functools.lru_cache(maxsize=2)
+def _history(table: PredictionTable) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """Of each turn: whether it is its dialogue's first (bool), whether the dialogue has repeated a strategy so far
+    (bool), and the last stage before it (int, -1 for none)."""
+    strategy, stage = table.predicted, _STAGE[table.predicted]
+    first = numpy.append(True, table.last[:-1])[: len(table)]
+    run = numpy.zeros(len(table), int)
+    repeated = numpy.zeros(len(table), bool)
+    reached = numpy.full(len(table), _UNPARSED)
+    for index in range(len(table)):
         before = None if first[index] else index - 1
         same = before is not None and strategy[index] and strategy[index] == strategy[before]
         run[index] = run[before] + 1 if same else 1
-        repeated[index] = run[index] > LONGEST_RUN or (before is not None and repeated[before])
-        # The stage that was last seen before this turn.
+        repeated[index] = run[index] > MAX_REPETITIONS or (before is not None and repeated[before])
         if before is not None:
-            reached[index] = stage[before] if _UNREAD < stage[before] < _ANY_STAGE else reached[before]
-    compared = turns.whole & (reached > _UNREAD) & (stage > _UNREAD) & (stage < _ANY_STAGE)
-    return {
-        "greeting first": (
-            mean(100 * (strategy == GREETING.number), first & turns.whole),
-            ("dialogues", f"the first supporter turn is {GREETING.en}"),
-        ),
-        "farewell last": (
-            mean(100 * (strategy == CLOSURE.number), turns.last & turns.whole),
-            ("dialogues", f"the last supporter turn is {CLOSURE.en}"),
-        ),
-        "same strategy thrice": (
-            mean(100 * repeated, turns.last & turns.whole),
-            ("dialogues", f"one strategy more than {LONGEST_RUN} supporter turns running"),
-        ),
-        "stage regressions": (
-            mean(100 * (stage < reached), compared),
-            ("turns", "the stage lies before that of the supporter's last turn that has one"),
-        ),
-    }
+            reached[index] = stage[before] if _UNPARSED < stage[before] < _ANY_STAGE else reached[before]
+    return first, repeated, reached
+
+
+@metric(name="greeting first", unit="dialogues", direction="none", profiles=["process"], compare=False)
+def greeting_first(table: PredictionTable) -> Metric:
+    """The strategy of the first supporter turn is a greeting."""
+    first, _, _ = _history(table)
+    greets = mean(100 * (table.predicted == GREETING.number), first & table.whole)
+    return _choice(table, greets, f"the first supporter turn is {GREETING.en}")
+
+
+@metric(name="farewell last", unit="dialogues", direction="none", profiles=["process"], compare=False)
+def farewell_last(table: PredictionTable) -> Metric:
+    """The strategy of the last supporter turn is a farewell."""
+    farewell = mean(100 * (table.predicted == CLOSURE.number), table.last & table.whole)
+    return _choice(table, farewell, f"the last supporter turn is {CLOSURE.en}")
+
+
+@metric(name="repeated strategy", unit="dialogues", direction="lower", profiles=["process"], compare=False)
+def repeated_strategy(table: PredictionTable) -> Metric:
+    """One strategy in three or more consecutive supporter turns."""
+    _, repeated, _ = _history(table)
+    return _choice(table, mean(100 * repeated, table.last & table.whole))
+
+
+@metric(name="stage regressions", unit="turns", direction="lower", profiles=["process"], compare=False)
+def stage_regressions(table: PredictionTable) -> Metric:
+    """The stage is earlier than that of the last supporter turn with a stage."""
+    _, _, reached = _history(table)
+    stage = _STAGE[table.predicted]
+    compared = table.whole & (reached > _UNPARSED) & (stage > _UNPARSED) & (stage < _ANY_STAGE)
+    return _choice(table, mean(100 * (stage < reached), compared))

@@ -1,0 +1,143 @@
+"""The metric registry: `@metric` adds a function to tables, comparison, HTML report, W&B and JSON."""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy
+
+from csc_train.errors import InputError, check_choice, suggestion
+from csc_train.evaluation.config import PROFILES, MetricsConfig
+from csc_train.evaluation.metrics.base import Metric
+from csc_train.evaluation.table import PredictionTable
+from csc_train.stats import mean
+
+DIRECTIONS = ("higher", "lower", "none")
+SECTIONS = ("strategy", "likelihood", "process", "reply")
+"""Tables that every report has; `process` and `reply` also have a row for the reference dialogues."""
+_FIELDS = ("name", "unit", "direction", "profiles", "compare", "by_position")
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """A registered metric: the fields of `@metric`, and the function that computes it."""
+
+    name: str
+    unit: str
+    direction: str
+    profiles: tuple[str, ...]
+    compare: bool
+    by_position: bool
+    function: Callable[..., Metric]
+
+
+METRICS: list[MetricSpec] = []
+"""All registered metrics, in the order of table columns."""
+
+
+def metric(
+    *,
+    name: str = "",
+    unit: str = "",
+    direction: str = "",
+    profiles: Sequence[str] = (),
+    compare: bool = True,
+    by_position: bool = False,
+    **unknown: object,
+) -> Callable[[Callable], Callable[..., Metric]]:
+    """Register a function as a metric.
+
+    The function takes a `PredictionTable`, and the `MetricsConfig` if it has a second parameter. It returns a
+    `Statistic`, float [turns] (the metric is their mean), or a `Metric` to give a signature or a reason. The signature
+    defaults to the first line of the docstring.
+
+    Args:
+        name: the column; unique within a profile.
+        unit: what the metric counts; values are percentages unless the unit says otherwise.
+        direction: "higher" or "lower" is better, or "none".
+        profiles: tables with this column: a profile of `metrics.profiles`, or one of `SECTIONS`.
+        compare: whether recipes/compare.py tests it.
+        by_position: whether it is also shown by supporter turn, with the difference between the contexts.
+
+    Raises:
+        InputError: a field is unknown, missing or has an unknown value, or the name is taken.
+    """
+
+    def register(function: Callable) -> Callable[..., Metric]:
+        place = f"@metric of {function.__module__}.{function.__qualname__}"
+        for field in unknown:
+            raise InputError(f"{place}: unknown field {field!r}.{suggestion(field, _FIELDS)}")
+        given = {"name": name, "unit": unit, "direction": direction, "profiles": profiles}
+        if missing := [field for field, value in given.items() if not value]:
+            raise InputError(f"{place}: field {missing[0]!r} is missing: give {missing[0]}=...")
+        check_choice(f"{place}: direction", direction, DIRECTIONS)
+        for profile in profiles:
+            check_choice(f"{place}: profiles", profile, (*PROFILES, *SECTIONS))
+            if taken := [spec for spec in metrics_of([profile]) if spec.name == name]:
+                owner = f"{taken[0].function.__module__}.{taken[0].function.__qualname__}"
+                raise InputError(
+                    f"{place}: name {name!r} is taken in profile {profile} by {owner}: choose another name"
+                )
+        summary = (inspect.getdoc(function) or name).splitlines()[0].removesuffix(".")
+        takes_config = len(inspect.signature(function).parameters) > 1
+
+        @functools.wraps(function)
+        def compute(table: PredictionTable, config: MetricsConfig | None = None) -> Metric:
+            found = function(table, config) if takes_config else function(table)
+            if isinstance(found, numpy.ndarray):
+                found = mean(found)
+            found = found if isinstance(found, Metric) else Metric(found)
+            return replace(found, signature=found.signature or summary, unit=unit, direction=direction)
+
+        METRICS.append(MetricSpec(name, unit, direction, tuple(profiles), compare, by_position, compute))
+        return compute
+
+    return register
+
+
+def metrics_of(profiles: Iterable[str]) -> list[MetricSpec]:
+    """The metrics of any of these profiles or sections."""
+    wanted = set(profiles)
+    return [spec for spec in METRICS if wanted & set(spec.profiles)]
+
+
+def compute_metrics(
+    table: PredictionTable, config: MetricsConfig, profiles: Iterable[str]
+) -> dict[str, dict[str, Metric]]:
+    """The metrics of a table by profile or section and name; a metric of several profiles is computed once."""
+    found = {spec: spec.function(table, config) for spec in metrics_of(profiles)}
+    return {
+        profile: {spec.name: value for spec, value in found.items() if profile in spec.profiles} for profile in profiles
+    }
+
+
+def load_plugins(config: MetricsConfig) -> None:
+    """Import the modules of `metrics.plugins`, so that their metrics are registered.
+
+    Raises:
+        InputError: a module cannot be imported or defines no metric, or a metric is invalid (see `metric`).
+    """
+    for plugin in config.plugins:
+        module = _import_plugin(plugin)
+        if not any(spec.function.__module__ == module.__name__ for spec in METRICS):
+            raise InputError(f"metrics.plugins={plugin}: defines no metric: decorate a function with @metric")
+
+
+@functools.cache
+def _import_plugin(plugin: str) -> ModuleType:
+    try:
+        if not plugin.endswith(".py"):
+            return importlib.import_module(plugin)
+        spec = importlib.util.spec_from_file_location(Path(plugin).stem, plugin)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except InputError:
+        raise
+    except Exception as error:  # a user's code can raise anything
+        raise InputError(f"metrics.plugins={plugin}: cannot be imported: {type(error).__name__}: {error}") from error
