@@ -1,4 +1,4 @@
-"""Compare two evaluations of the same dialogues: which differences are more than chance.
+"""Compare two evaluations of the same dialogues with paired significance tests.
 
 python recipes/compare.py runs/one/evaluation runs/other/evaluation
 """
@@ -13,18 +13,18 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("csc_train.recipes.compare")
 OUTPUTS = ("comparison.json", "comparison.md")
-"""What the recipe writes into the run directory."""
+"""Files that the recipe writes into the run directory."""
 
 
 def main(config: CompareRecipe) -> None:
-    # After the configuration is checked: these imports take seconds.
+    # Imported after the configuration is checked: these imports take seconds.
     from dataclasses import asdict
 
     from rich.console import Console
 
     from csc_train.config.compose import to_container
     from csc_train.evaluation.comparison import compare
-    from csc_train.evaluation.report.tables import comparison_markdown, comparison_table
+    from csc_train.evaluation.report.tables import comparison_table, markdown_tables, rich_table
     from csc_train.files import write_json, write_text
     from csc_train.inference.predictions import read_run_predictions
     from csc_train.runs.directory import Run
@@ -50,10 +50,12 @@ def main(config: CompareRecipe) -> None:
         {"provenance": provenance(), "a": names[0], "b": names[1], "permutations": config.permutations,
          "differences": [asdict(row) for row in rows]},
     )  # fmt: skip
-    write_text(run.directory / "comparison.md", comparison_markdown(rows, *names))
+    write_text(
+        run.directory / "comparison.md", markdown_tables([f"A: {names[0]}  \nB: {names[1]}", comparison_table(rows)])
+    )
     run.finish()
     logger.info(f"A: {names[0]}\nB: {names[1]}")
-    Console().print(comparison_table(rows))
+    Console().print(rich_table(comparison_table(rows, brief=True)))
     logger.info(f"report: {run.directory}/comparison.md, {run.directory}/comparison.json")
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on held-out dialogues, beside its base model and two trivial baselines.
+"""Evaluate a model on held-out dialogues, beside its base model and two baselines: predictions, scores, report.
 
 python recipes/evaluate.py checkpoint=runs/demo/model
 torchrun --nproc_per_node 8 recipes/evaluate.py checkpoint=runs/rolecs/model data=rolecs
@@ -18,11 +18,11 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("csc_train.recipes.evaluate")
 OUTPUTS = ("predictions", "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html")
-"""What the recipe writes into the run directory."""
+"""Files that the recipe writes into the run directory."""
 
 
 def main(config: EvaluateRecipe) -> None:
-    # After the configuration is checked: these imports take seconds.
+    # Imported after the configuration is checked: these imports take seconds.
     from csc_train.checkpoints.export import usable_model
     from csc_train.checkpoints.manifest import MANIFEST_FILE
     from csc_train.config.compose import from_container, to_container
@@ -31,20 +31,13 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.data.readers import write_dialogues
     from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
     from csc_train.data.splits import load_splits
+    from csc_train.evaluation import systems
     from csc_train.evaluation.contamination import find_contamination, write_contamination
-    from csc_train.evaluation.metrics.profiles import fetch_models
+    from csc_train.evaluation.metrics.model_based import fetch_models
+    from csc_train.evaluation.metrics.registry import load_plugins
     from csc_train.files import digest, file_digest
-    from csc_train.inference.baselines import StrategyBaseline
-    from csc_train.inference.generator import generate_predictions, shard_dialogues
-    from csc_train.inference.hf import base_model_path, load_generator, open_final_model
-    from csc_train.inference.prediction_store import PredictionStore, is_complete
-    from csc_train.inference.predictions import (
-        BASE_MODEL,
-        BASELINE_NAMES,
-        TRAINED_MODEL,
-        read_external_replies,
-        write_predictions,
-    )
+    from csc_train.inference.hf import open_final_model
+    from csc_train.inference.predictions import read_external_replies, write_predictions
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import distributed_state, require_single_process
     from csc_train.template.config import TemplateConfig
@@ -54,14 +47,15 @@ def main(config: EvaluateRecipe) -> None:
         require_single_process("evaluate")
     if config.score_only:
         score_and_show(Path(config.run.directory), config)
-        return None
-    job = distributed_state()
+        return
+    state = distributed_state()
     if config.checkpoint:
         config.checkpoint = usable_model(config.checkpoint)
     run = Run("evaluate", to_container(config), OUTPUTS)
 
-    # Checkpoint
+    # Metrics, checkpoint
     if run.is_main:
+        load_plugins(config.metrics)
         fetch_models(config.metrics)
     template, manifest = open_final_model(config.checkpoint) if config.checkpoint else (None, None)
 
@@ -69,7 +63,7 @@ def main(config: EvaluateRecipe) -> None:
     data = config.data or from_container(DataConfig, manifest.config["data"])
     if data.sample_dialogues and run.is_main:
         ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
-    job.wait_for_everyone()
+    state.wait_for_everyone()
     splits = load_splits(data, run.directory if run.is_main else None)
     system = f"{config.checkpoint}/{MANIFEST_FILE}" if config.checkpoint else config.predictions
     inputs = {
@@ -78,76 +72,48 @@ def main(config: EvaluateRecipe) -> None:
         "system": file_digest(system) if system else digest(config.llm.model),
     }
     if manifest and manifest.data_hash != inputs["train"]:
-        logger.info("note: the baselines are fitted on other training data than the checkpoint's")
+        logger.info("note: the baselines are fitted on other training data than the checkpoint")
     status = run.start(inputs)
 
     # Systems
-    systems = {
-        name: lambda order=order: StrategyBaseline(splits.train, order) for order, name in enumerate(BASELINE_NAMES)
-    }
+    evaluated = systems.baseline_systems(splits.train)
     if config.llm:
-        from csc_train.inference.openai import OpenAIGenerator
-
-        name = TRAINED_MODEL if config.checkpoint else config.llm.model.replace("/", "_")
         asked = template or config.template or TemplateConfig()
-        systems[name] = lambda: OpenAIGenerator(config.llm, config.evaluation, asked, inputs["system"])
+        served = bool(config.checkpoint)
+        evaluated |= systems.served_system(config.llm, config.evaluation, asked, inputs["system"], trained=served)
     elif config.checkpoint:
-        origin, device = inputs["system"], job.device if job.num_processes > 1 else None
-        if config.evaluation.include_base:
-            base, revision = base_model_path(config.checkpoint, manifest), manifest.base_revision
-            systems[BASE_MODEL] = lambda: load_generator(
-                base, template, config.evaluation, digest([origin, "base"]), device, revision
-            )
-        systems[TRAINED_MODEL] = lambda: load_generator(config.checkpoint, template, config.evaluation, origin, device)
+        device = state.device if state.num_processes > 1 else None
+        evaluated |= systems.local_systems(
+            config.checkpoint, template, manifest, config.evaluation, inputs["system"], device
+        )
 
     # Predictions
-    def path_of(name: str, context: str) -> Path:
-        return run.directory / "predictions" / f"{name}-{context}.jsonl"
-
-    def missing(name: str) -> list[str]:
-        return [each for each in config.evaluation.contexts if not is_complete(path_of(name, each), splits.evaluation)]
-
-    if status == "finished" and not any(map(missing, systems)):
+    place = run.directory, evaluated, config.evaluation.contexts, splits.evaluation
+    if status == "finished" and not systems.any_missing(*place):
         logger.info(f"reused {run.directory}: same checkpoint, configuration, data and code")
         logger.info((run.directory / "table.md").read_text(encoding="utf-8"))
         logger.info(f"report: {run.directory}/report.html")
-        return None
+        return
     if run.is_main:
         write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
         write_contamination(run.directory, find_contamination(splits, data.overlap_threshold))
-    mine = shard_dialogues(splits.evaluation, job.process_index, job.num_processes)
-    for name, load in systems.items():
-        contexts = missing(name)
-        generator = load() if contexts else None
-        for context in contexts:
-            with PredictionStore(path_of(name, context), generator.config_hash, job.process_index) as store:
-                generate_predictions(
-                    mine, generator, context, store, f"{name}, {context} context" if run.is_main else None
-                )
-            job.wait_for_everyone()
-            if run.is_main:
-                store.merge(splits.evaluation)
-            job.wait_for_everyone()
-        del generator  # one model in memory at a time
+    systems.predict_missing(*place, state)
     if not run.is_main:
-        return None
+        return
     if config.predictions:
         (context,) = config.evaluation.contexts
         replies = read_external_replies(config.predictions, splits.evaluation, context)
-        write_predictions(path_of(Path(config.predictions).stem, context), replies)
+        write_predictions(systems.predictions_path(run.directory, Path(config.predictions).stem, context), replies)
 
-    # Metrics, table
+    # Scores, report
     failures = score_and_show(run.directory, config)
     if config.checkpoint:
         attach_evaluation(Path(config.checkpoint).parent, run.directory)
     if data.sample_dialogues:
-        logger.info(
-            f"ceiling of ACC, by the rule that wrote the sample dialogues: {accuracy_ceiling(splits.evaluation):.2f}"
-        )
+        logger.info(f"ceiling of ACC by the rule of the sample dialogues: {accuracy_ceiling(splits.evaluation):.2f}")
     if failures:
         run.fail(failures)
     run.finish()
-    return None
 
 
 def score_and_show(directory: Path, config: EvaluateRecipe) -> str:

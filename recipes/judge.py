@@ -1,4 +1,4 @@
-"""Let a language model judge two evaluations of the same dialogues: pairs in both orders, and five criteria.
+"""Judge two evaluations of the same dialogues by a language model: pairwise in both orders, and by five criteria.
 
 python recipes/judge.py runs/one/evaluation runs/other/evaluation llm=gpt_4o
 """
@@ -13,17 +13,24 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("csc_train.recipes.judge")
 OUTPUTS = ("judgements.jsonl", "judge.json", "judge.md")
-"""What the recipe writes into the run directory."""
+"""Files that the recipe writes into the run directory."""
 
 
 def main(config: JudgeRecipe) -> None:
-    # After the configuration is checked: these imports take seconds.
+    # Imported after the configuration is checked: these imports take seconds.
     from pathlib import Path
 
     from csc_train.config.compose import to_container
     from csc_train.data.readers import read_dialogues
     from csc_train.evaluation.comparison import reference_sides
-    from csc_train.evaluation.judges.llm_judge import as_json, chosen_turns, judge, judge_questions, markdown, summarize
+    from csc_train.evaluation.judges.llm_judge import (
+        judge,
+        judge_json,
+        judge_markdown,
+        judge_questions,
+        sample_turns,
+        summarize,
+    )
     from csc_train.files import digest, write_json, write_text
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
@@ -34,8 +41,8 @@ def main(config: JudgeRecipe) -> None:
 
     # Predictions
     names, sides, left_out = reference_sides((config.a, config.b), (config.system_a, config.system_b))
-    chosen = chosen_turns(sides[0], config.judge)
-    a, b = ([side.predictions[index] for index in chosen] for side in sides)
+    sampled = sample_turns(sides[0], config.judge)
+    a, b = ([side.predictions[index] for index in sampled] for side in sides)
     dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(Path(config.a) / "dialogues.jsonl")}
     asked = judge_questions(a, b, dialogues, config.judge)
 
@@ -45,17 +52,17 @@ def main(config: JudgeRecipe) -> None:
         logger.info((run.directory / "judge.md").read_text(encoding="utf-8"))
         return
     logger.info(f"{len(a)} turns, {len(asked)} questions to {config.llm.model}")
-    judged = judge(asked, config.llm, config.judge, run.directory / "judgements.jsonl")
+    report = judge(asked, config.llm, config.judge, run.directory / "judgements.jsonl")
 
     # Table
-    result = summarize(a, b, judged, config.judge)
-    table = markdown(result, judged, names, config.llm.model, left_out)
+    summary = summarize(a, b, report, config.judge)
+    table = judge_markdown(summary, report, names, config.llm.model, left_out)
     facts = {"provenance": provenance(), "a": names[0], "b": names[1], "judge": config.llm.model, "left_out": left_out}
-    write_json(run.directory / "judge.json", facts | as_json(result, judged))
+    write_json(run.directory / "judge.json", facts | judge_json(summary, report))
     write_text(run.directory / "judge.md", table)
     logger.info(f"{table}\nreport: {run.directory}/judge.md, {run.directory}/judge.json")
-    if judged.failures:
-        run.fail(f"{len(judged.failures)} questions failed")
+    if report.failures:
+        run.fail(f"{len(report.failures)} questions failed")
     run.finish()
 
 

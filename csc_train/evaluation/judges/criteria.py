@@ -1,4 +1,4 @@
-"""The five criteria by which replies are judged, by a model and by people; `evaluation/config.py` lists their names."""
+"""The five criteria of the LLM judge and of human evaluation, in Chinese and English; the wording is ours."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from csc_train.templates import read_yaml
 
 @dataclass(frozen=True)
 class Criterion:
-    """One criterion: its name and what makes a reply good by it, in Chinese and English."""
+    """A criterion: its name and definition in Chinese and English."""
 
     zh: str
     en: str
@@ -19,9 +19,9 @@ class Criterion:
         return {"zh": self.zh, "en": self.en}[language]
 
     def definition(self, language: str) -> str:
-        """What makes a reply good, in `language` ("zh" or "en")."""
+        """The definition in `language` ("zh" or "en")."""
         return {"zh": self.definition_zh, "en": self.definition_en}[language]
 
 
 CRITERIA = {name: Criterion(**row) for name, row in read_yaml("csc_train.evaluation.judges", "criteria.yaml").items()}
-"""The criteria by the names that answers give them, from `criteria.yaml`."""
+"""By the name in answers, from `criteria.yaml`; `evaluation.config.CRITERIA_NAMES` lists the names."""

@@ -1,6 +1,6 @@
-"""A language model as the judge of replies: which of two is better, and how good each is by five criteria.
+"""LLM judge: pairwise preferences between two systems, and scores of replies by five criteria.
 
-Replies are judged in the reference context, where both systems answer the same history.
+Replies are judged in reference context, in which both systems answer the same history.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from csc_train.evaluation.comparison import left_out_note
 from csc_train.evaluation.config import JudgeConfig
 from csc_train.evaluation.judges.criteria import CRITERIA
 from csc_train.evaluation.metrics.base import Metric, MetricResult
+from csc_train.evaluation.report.tables import INTERVAL_NOTE, ReportTable, markdown_tables
 from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest
@@ -34,7 +35,7 @@ from csc_train.template.reply import Reply, format_reply
 from csc_train.templates import render
 
 SIDES = {"pairwise": ("AB", "BA"), "rubric": ("A", "B")}
-"""What is asked of a turn: the pair in both orders, or each reply."""
+"""Questions per turn: the pair in both orders, or each reply."""
 
 _Points = Annotated[int, pydantic.Field(ge=1, le=5)]
 
@@ -43,7 +44,7 @@ class Preference(pydantic.BaseModel):
     """Which of two replies is better."""
 
     reason: str
-    better: Annotated[Literal["1", "2", "tie"], pydantic.BeforeValidator(str)]  # many write the number 1
+    better: Annotated[Literal["1", "2", "tie"], pydantic.BeforeValidator(str)]  # some models write the number 1
 
 
 class Rubric(pydantic.BaseModel):
@@ -62,7 +63,7 @@ ANSWER_SCHEMAS = {"pairwise": Preference, "rubric": Rubric}
 
 @dataclass(frozen=True)
 class JudgeQuestion:
-    """What is asked about the reply, or the pair of replies, at one turn; `side` is one of `SIDES[task]`."""
+    """A question about the reply, or the pair of replies, at one turn; `side` is one of `SIDES[task]`."""
 
     task: str
     dialogue_id: str
@@ -72,42 +73,42 @@ class JudgeQuestion:
 
     @property
     def place(self) -> dict[str, Any]:
-        """All but the messages."""
+        """The fields without the messages."""
         return {"task": self.task, "dialogue_id": self.dialogue_id, "turn": self.turn, "side": self.side}
 
 
 @dataclass(frozen=True)
 class JudgeReport:
-    """What a judge made of a list of questions: every one is answered, or failed.
+    """The answers of a judge; each question is answered or failed.
 
     Attributes:
-        answers: by question, in the fields of its form.
+        answers: by question, the fields of its schema in `ANSWER_SCHEMAS`.
         failures: by question.
-        spent: requests, prompt tokens and completion tokens of all answers, earlier runs' included, and of this run's
-            failures.
+        usage: requests, prompt tokens and completion tokens of all answers, including those of earlier runs, and of
+            this run's failures.
     """
 
     answers: dict[JudgeQuestion, dict[str, Any]]
     failures: dict[JudgeQuestion, LLMError]
-    spent: dict[str, int]
+    usage: dict[str, int]
 
 
-def chosen_turns(turns: PredictionTable, config: JudgeConfig) -> numpy.ndarray:
-    """int [chosen]: which of the turns are judged, in order."""
+def sample_turns(table: PredictionTable, config: JudgeConfig) -> numpy.ndarray:
+    """int [sampled]: indices of the turns to judge, in order."""
     if config.num_turns is None:
-        return numpy.arange(len(turns))
-    return numpy.array(sorted(turns.shuffled(config.seed)[: config.num_turns]), int)
+        return numpy.arange(len(table))
+    return numpy.array(sorted(table.shuffled(config.seed)[: config.num_turns]), int)
 
 
 def judge_questions(
     a: Sequence[Prediction], b: Sequence[Prediction], dialogues: Mapping[str, Dialogue], config: JudgeConfig
 ) -> list[JudgeQuestion]:
-    """What to ask about the replies of two systems, `a` and `b`, to the same turns.
+    """The questions about the replies of two systems, `a` and `b`, to the same turns.
 
-    Strategies are shown where both systems name them. Two replies that read the same are not compared.
+    Strategies are shown if both systems predict them. Pairs of equal replies are not compared.
 
     Raises:
-        InputError: a dialogue is not there.
+        InputError: a dialogue is missing.
     """
     labelled = all(each.predicts_strategy for each in (*a, *b))
     asked = []
@@ -140,17 +141,17 @@ def _render(language: str, **facts: Any) -> str:
 
 
 def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, cache: str | os.PathLike) -> JudgeReport:
-    """Ask a model, and keep each answer in the JSONL file `cache` as it comes; what is there is not asked again.
+    """Ask a model, and append each answer to the JSONL file `cache`; cached questions are not asked again.
 
-    An answer belongs to the text of its question, the model, its settings and the seed. A question that fails within
-    its budget is recorded, and the others go on.
+    The cache key is a hash of the question's text, the model, its settings and the seed. A failed question is recorded
+    and the others continue.
 
     Raises:
-        InputError: the cache cannot be read or written, or the server does not serve the key.
+        InputError: the cache cannot be read or written, or the server rejects the API key.
     """
     known = _read_cache(Path(cache))
     keys = {question: _key(question, llm, config) for question in asked}
-    todo = {key: question for question, key in keys.items() if key not in known}  # equal questions once
+    todo = {key: question for question, key in keys.items() if key not in known}  # equal questions are asked once
     failures: dict[str, LLMError] = {}
 
     async def work(client: Client, pending: Iterator[str], log: JsonlLog, bar: tqdm) -> None:
@@ -163,11 +164,11 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
                 )
             except AuthenticationError:
                 raise
-            except LLMError as failure:
-                failures[key] = failure
+            except LLMError as error:
+                failures[key] = error
             else:
-                spent = {name: getattr(answer, name) for name in _SPENT}
-                known[key] = {"key": key, **question.place, "answer": answer.value.model_dump(), **spent}
+                usage = {name: getattr(answer, name) for name in _USAGE}
+                known[key] = {"key": key, **question.place, "answer": answer.value.model_dump(), **usage}
                 log.append(known[key] | {"model": answer.model})
             bar.update()
 
@@ -185,11 +186,11 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
     return JudgeReport(
         {question: known[key]["answer"] for question, key in keys.items() if key in known},
         {question: failures[key] for question, key in keys.items() if key in failures},
-        {name: sum(each[name] for each in counted) for name in _SPENT},
+        {name: sum(each[name] for each in counted) for name in _USAGE},
     )
 
 
-_SPENT = ("attempts", "prompt_tokens", "completion_tokens")
+_USAGE = ("attempts", "prompt_tokens", "completion_tokens")
 
 
 def _key(question: JudgeQuestion, llm: LLMConfig, config: JudgeConfig) -> str:
@@ -205,23 +206,24 @@ def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
             ANSWER_SCHEMAS[row["task"]].model_validate(row["answer"])
             rows[row["key"]] = row
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not an answer of a judge: {error!r}") from error
+            raise InputError(f"{path}, line {number}: not an answer of a judge: {error!r}: delete the line") from error
     return rows
 
 
 @dataclass(frozen=True)
 class JudgeSummary:
-    """Two systems before a judge.
+    """The results of two systems with a judge.
 
     Attributes:
-        win_rate: None where pairs were not compared.
-        identical: of its ties, those of replies that read the same, about which nothing was asked.
-        disagreements: of its ties, those where the judge preferred either reply for its place.
-        first: share of the answers that prefer one reply which prefer the first, in percent; None for no such answer.
-        scores: by criterion, the mean points of A, of B and their difference; empty where none were asked for.
-        judged, expected: turns whose questions of a task were all answered, and turns that there were, by task.
-        by_turn: `dialogue_id`, `turn` and, by what was asked, who is preferred: 1 for A, 0 for B, 0.5 for neither;
-            `overall` in pairs, by each criterion as the points say.
+        win_rate: None if pairs were not compared.
+        identical: ties between equal replies, which were not asked about.
+        disagreements: ties in which the judge preferred the same position in both orders.
+        first: percentage of the preferences that are for the first reply; None without preferences.
+        scores: by criterion, the mean points of A, of B and their difference; empty if not asked for.
+        judged: by task, turns with answers to all questions.
+        expected: turns that were to be judged.
+        by_turn: `dialogue_id`, `turn` and preferences: 1 for A, 0 for B, 0.5 for neither; `overall` from pairs, and by
+            criterion from the points.
     """
 
     win_rate: WinRate | None
@@ -235,98 +237,83 @@ class JudgeSummary:
 
 
 def summarize(
-    a: Sequence[Prediction], b: Sequence[Prediction], judged: JudgeReport, config: JudgeConfig
+    a: Sequence[Prediction], b: Sequence[Prediction], report: JudgeReport, config: JudgeConfig
 ) -> JudgeSummary:
-    """What the answers to `judge_questions` say about two systems. A turn with a failed question does not count."""
-    answers = {(each.task, each.dialogue_id, each.turn, each.side): answer for each, answer in judged.answers.items()}
-    failed = {(each.task, each.dialogue_id, each.turn) for each in judged.failures}
+    """Win rates and scores of two systems. A turn with a failed question does not count."""
+    answers = {(each.task, each.dialogue_id, each.turn, each.side): answer for each, answer in report.answers.items()}
+    failed = {(each.task, each.dialogue_id, each.turn) for each in report.failures}
     counts: dict[str, int] = {}
-    preferred: dict[int, dict[str, float]] = {index: {} for index in range(len(a))}
+    preferred: list[dict[str, float]] = [{} for _ in a]
     rates, identical, disagreements, first, scores = None, 0, 0, None, {}
+    resamples = config.bootstrap_resamples
     if "pairwise" in config.tasks:
-        rows, firsts = [], []
-        for index, one in enumerate(a):
-            place = "pairwise", one.dialogue_id, one.turn
+        judged, firsts = [], []
+        for index, each in enumerate(a):
+            place = "pairwise", each.dialogue_id, each.turn
             if place in failed:
                 continue
             pair = [answers[*place, side]["better"] if (*place, side) in answers else None for side in ("AB", "BA")]
             identical += pair == [None, None]
             firsts += [better == "1" for better in pair if better in ("1", "2")]
             disagreements += pair in (["1", "1"], ["2", "2"])
-            rows.append((index, {("1", "2"): 1.0, ("2", "1"): 0.0}.get(tuple(pair), 0.5)))
-            preferred[index]["overall"] = rows[-1][1]
-        turns = [a[index] for index, _ in rows]
-        longer = [len(each.response) - len(b[index].response) for each, (index, _) in zip(turns, rows, strict=True)]
-        preferences = numpy.array([preference for _, preference in rows])
-        rates = win_rate(
-            preferences,
-            numpy.array(longer),
-            PredictionTable(turns).dialogue,
-            config.bootstrap_resamples,
-            config.permutations,
-        )
+            preferred[index]["overall"] = {("1", "2"): 1.0, ("2", "1"): 0.0}.get(tuple(pair), 0.5)
+            judged.append(index)
+        preferences = numpy.array([preferred[index]["overall"] for index in judged])
+        longer = numpy.array([len(a[index].response) - len(b[index].response) for index in judged])
+        dialogues = PredictionTable([a[index] for index in judged]).dialogue
+        rates = win_rate(preferences, longer, dialogues, resamples, config.permutations)
         first = 100 * sum(firsts) / len(firsts) if firsts else None
-        counts["pairwise"] = len(rows)
+        counts["pairwise"] = len(judged)
     if "rubric" in config.tasks:
-        rated = [index for index, each in enumerate(a) if ("rubric", each.dialogue_id, each.turn) not in failed]
-        turns = [a[index] for index in rated]
-        dialogues = PredictionTable(turns).dialogue
+        judged = [index for index, each in enumerate(a) if ("rubric", each.dialogue_id, each.turn) not in failed]
+        places = [("rubric", a[index].dialogue_id, a[index].turn) for index in judged]
+        dialogues = PredictionTable([a[index] for index in judged]).dialogue
         for criterion in CRITERIA:
-            sides = {
-                side: [answers["rubric", each.dialogue_id, each.turn, side][criterion] for each in turns]
-                for side in "AB"
-            }
-            for index, one, other in zip(rated, *sides.values(), strict=True):
+            points = {side: [answers[*place, side][criterion] for place in places] for side in "AB"}
+            for index, one, other in zip(judged, *points.values(), strict=True):
                 preferred[index][criterion] = 0.5 if one == other else float(one > other)
-            figures = {side: Metric(mean(points), "points", "mean of 1 to 5") for side, points in sides.items()}
-            scores[criterion] = {
-                side: figure.score(dialogues, config.bootstrap_resamples) for side, figure in figures.items()
-            }
-            scores[criterion]["A - B"] = figures["A"].minus(figures["B"], dialogues, config.bootstrap_resamples)
-        counts["rubric"] = len(turns)
+            metrics = {side: Metric(mean(each), "mean of 1 to 5", unit="points") for side, each in points.items()}
+            scores[criterion] = {side: metric.compute(dialogues, resamples) for side, metric in metrics.items()}
+            scores[criterion]["A - B"] = metrics["A"].difference(metrics["B"], dialogues, resamples)
+        counts["rubric"] = len(judged)
     by_turn = [
-        {"dialogue_id": each.dialogue_id, "turn": each.turn, **preferred[index]}
-        for index, each in enumerate(a)
-        if preferred[index]
+        {"dialogue_id": each.dialogue_id, "turn": each.turn, **values}
+        for each, values in zip(a, preferred, strict=True)
+        if values
     ]
     return JudgeSummary(rates, identical, disagreements, first, scores, counts, len(a), by_turn)
 
 
-def as_json(result: JudgeSummary, judged: JudgeReport) -> dict[str, Any]:
-    """A judgement with its failures and what it took, as plain values."""
-    failures = [each.place | {"kind": why.kind, "message": why.message} for each, why in judged.failures.items()]
-    return asdict(result) | {"failures": failures, "spent": judged.spent}
+def judge_json(summary: JudgeSummary, report: JudgeReport) -> dict[str, Any]:
+    """The results with failures and usage, as plain values."""
+    failures = [each.place | {"kind": why.kind, "message": why.message} for each, why in report.failures.items()]
+    return asdict(summary) | {"failures": failures, "usage": report.usage}
 
 
-def markdown(
-    result: JudgeSummary, judged: JudgeReport, names: tuple[str, str], judge_name: str, left_out: int = 0
+def judge_markdown(
+    summary: JudgeSummary, report: JudgeReport, names: tuple[str, str], judge_name: str, left_out: int = 0
 ) -> str:
-    """A judgement as Markdown; `left_out` turns are those that only one of the systems has."""
-    lines = [f"A: {names[0]}  ", f"B: {names[1]}  ", f"judge: {judge_name}, reference context", ""]
-    if result.win_rate:
-        rates = result.win_rate
-        lines += ["| | A preferred (percent) |", "|---|---:|"]
-        lines += [f"| as judged | {_cell(rates.rate)} |", f"| at equal length | {_cell(rates.length_controlled)} |", ""]
-        lines += [
+    """The results as Markdown; `left_out` is the number of turns that only one of the systems has."""
+    blocks: list[ReportTable | str] = [f"A: {names[0]}  \nB: {names[1]}  \njudge: {judge_name}, reference context"]
+    if summary.win_rate:
+        rates = summary.win_rate
+        rows = [["win rate", rates.rate], ["length-controlled win rate", rates.length_controlled]]
+        first = "n/a" if summary.first is None else f"{summary.first:.1f} %"
+        p_value = "n/a" if rates.p_value is None else f"{rates.p_value:.4f}"
+        note = (
             f"Turns: A preferred {rates.wins}, B preferred {rates.losses}, ties {rates.ties}, of which "
-            f"{result.disagreements} changed with the order of the replies and {result.identical} read the same. "
-            f"First place preferred: {'n/a' if result.first is None else f'{result.first:.1f} %'}. "
-            f"Sign-flip test over dialogues: p = {'n/a' if rates.p_value is None else f'{rates.p_value:.4f}'}.",
-            "",
-        ]
-    if result.scores:
-        lines += ["| criterion (1 to 5 points) | A | B | A - B |", "|---|---:|---:|---:|"]
-        lines += [f"| {name} | {' | '.join(map(_cell, cells.values()))} |" for name, cells in result.scores.items()]
-        lines += [""]
-    lines += ["In brackets: 95 % interval, percentile bootstrap over dialogues; none for fewer than 10 dialogues.", ""]
-    judged_turns = ", ".join(f"{task} {count} of {result.expected}" for task, count in result.judged.items())
-    spent = f"{judged.spent['prompt_tokens']} + {judged.spent['completion_tokens']} tokens"
-    lines += [f"Turns judged: {judged_turns}. Questions that failed: {len(judged.failures)}. Spent: {spent}."]
-    lines += filter(None, [left_out_note(left_out)])
-    return "\n".join(lines) + "\n"
-
-
-def _cell(score: MetricResult) -> str:
-    if score.value is None:
-        return f"n/a ({score.reason})"
-    return f"{score.value:.2f}" + ("" if score.low is None else f" [{score.low:.2f}, {score.high:.2f}]")
+            f"{summary.disagreements} changed with the order of replies and {summary.identical} have equal replies. "
+            f"First reply preferred: {first}. Sign-flip test over dialogues: p = {p_value}."
+        )
+        blocks.append(ReportTable("Preferred replies (percent)", ["", "A preferred"], rows, notes=(note,)))
+    if summary.scores:
+        rows = [[name, *cells.values()] for name, cells in summary.scores.items()]
+        blocks.append(ReportTable("Scores (1 to 5 points)", ["criterion", "A", "B", "A - B"], rows))
+    judged = ", ".join(f"{task} {count} of {summary.expected}" for task, count in summary.judged.items())
+    usage = f"{report.usage['prompt_tokens']} + {report.usage['completion_tokens']} tokens"
+    blocks += [
+        INTERVAL_NOTE,
+        f"Turns judged: {judged}. Failed questions: {len(report.failures)}. Usage: {usage} (prompt + completion).",
+        *filter(None, [left_out_note(left_out)]),
+    ]
+    return markdown_tables(blocks)

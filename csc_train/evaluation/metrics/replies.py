@@ -29,8 +29,8 @@ _SIZES = {"亿": 10**8, "万": 10**4, "千": 1000, "百": 100, "十": 10}
 def numbers(text: str, words: bool = True) -> set[str]:
     """The numbers of a text in digits: numbers in digits of any width and in Chinese numerals.
 
-    `1,200元`, `１２００．００`, `一千二百元` and `1千2` are all 1200, `3.5万元` is 35000, `百分之二十` is 20. Digits joined by
-    colons, such as `12:30`, are one number.
+    `1,200元`, `１２００．００`, `一千二百元` and `1千2` are all 1200, `3.5万元` is 35000, `百分之二十` is 20.
+    Digits joined by colons, such as `12:30`, are one number.
 
     Args:
         words: whether to count Chinese numerals that are no amount, as in `三天` and in words such as `一下`. An amount

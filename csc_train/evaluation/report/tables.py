@@ -288,21 +288,23 @@ def _confusion(system: str, context: str, confusion: list[list[int]]) -> ReportT
     return ReportTable(f"Confusion (turns): {system}, {context} context", header, rows)
 
 
+def position_metrics(results: Results) -> list[str]:
+    """The names of the metrics by supporter turn."""
+    rows = (row for _, _, scores in _each(results) for row in scores["by_position"])
+    return [name for name in next(rows, {}) if name not in ("position", "turns")]
+
+
 def _by_position(system: str, contexts: dict[str, dict], drift: list[dict] | None) -> ReportTable:
     """Results by supporter turn; with `drift`, on the turns of both contexts."""
-    context_rows = [
+    names = position_metrics({system: contexts})
+    sides = [
         [row[context] for row in drift] if drift else scores["by_position"] for context, scores in contexts.items()
     ]
-    counts = drift or [max(rows, key=lambda row: row["turns"]) for rows in zip(*context_rows, strict=True)]
-    names = [name for name, cell in (counts or [{}])[0].items() if isinstance(cell, MetricResult)]
+    turns = drift or [max(rows, key=lambda row: row["turns"]) for rows in zip(*sides, strict=True)]
     rows = [
-        [
-            count["position"],
-            count["turns"],
-            *(row[name] for name in names for row in sides),
-            *_drift(count, drift, names),
-        ]
-        for count, *sides in zip(counts, *context_rows, strict=True)
+        [row["position"], row["turns"], *(side[name] for name in names for side in by_context)]
+        + [row[name] for name in names if drift]
+        for row, *by_context in zip(turns, *sides, strict=True)
     ]
     header = [
         "supporter turn",
@@ -312,10 +314,6 @@ def _by_position(system: str, contexts: dict[str, dict], drift: list[dict] | Non
     header += [f"drift of {name}" for name in names if drift]
     notes = (f"{DRIFT_NOTE} {INTERVAL_NOTE}",) if drift else ()
     return ReportTable(f"Results by supporter turn (percent): {system}", header, rows, notes=notes)
-
-
-def _drift(row: dict, drift: list[dict] | None, names: Sequence[str]) -> list[MetricResult]:
-    return [row[name] for name in names] if drift else []
 
 
 def turn_counts(results: Results) -> list[str]:
