@@ -17,7 +17,7 @@ import transformers
 from evaluation import TURNS, demo, generation, made_up
 from measure import SHAPES, Report, random_model, seconds
 
-from csc_train.evaluation.metrics import model_based as learned
+from csc_train.evaluation.metrics import metric_models
 
 SECTIONS = ("demo", "bertscore", "7b")
 
@@ -71,7 +71,7 @@ def bertscore(report: Report) -> None:
         transformers.BertTokenizer(str(vocabulary), model_max_length=512).save_pretrained(directory)
         transformers.set_seed(0)
         transformers.BertModel(transformers.BertConfig(vocab_size=5 + len(characters))).save_pretrained(directory)
-        taken = seconds(lambda: learned.bertscore(pairs, directory, 8, 256))
+        taken = seconds(lambda: metric_models.bertscore(pairs, directory, 8, 256))
     report.add("all pairs: seconds", taken)
 
 

@@ -11,7 +11,7 @@ from processes import run_script
 from csc_train.data.readers import read_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.errors import InputError
-from csc_train.evaluation.comparison import ALIKE, compare
+from csc_train.evaluation.comparison import NOT_SIGNIFICANT, compare
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import read_contamination
 from csc_train.files import file_digest
@@ -45,7 +45,7 @@ def test_a_clear_difference_is_told_and_a_small_one_is_not():
     mirrored = compare({"reference": answers(0.4, 1)}, {"reference": answers(0.7, 0)}, LEXICAL, permutations=1000)
     assert {row.verdict for row in mirrored if row.p_value is not None} == {"B is higher"}
     small = compare({"reference": answers(0.5, 0)}, {"reference": answers(0.5, 1)}, LEXICAL, permutations=1000)
-    assert {row.verdict for row in small if row.p_value is not None} == {ALIKE}
+    assert {row.verdict for row in small if row.p_value is not None} == {NOT_SIGNIFICANT}
     accuracy = by_metric(clear)["ACC"]
     assert accuracy.difference == pytest.approx(accuracy.a - accuracy.b)
     assert accuracy.low < accuracy.difference < accuracy.high
@@ -60,8 +60,8 @@ def test_systems_without_a_common_context_are_refused():
 def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     both = [{context: answers(0.5, seed, context=context) for context in ("reference", "generated")} for seed in (0, 1)]
     rows = compare(*both, LEXICAL, permutations=1000)
-    names = ["ACC", "macro-F1", "stage ACC", "paper B-2", "paper B-4", "paper R-L", "BS", "paper BR"]
-    names += ["zh B-2", "zh B-4", "zh R-L char", "zh R-L word"]
+    names = ["paper B-2", "paper B-4", "paper R-L", "zh B-2", "zh B-4", "zh R-L char", "zh R-L word", "BS", "paper BR"]
+    names += ["ACC", "macro-F1", "stage ACC"]
     assert [(row.context, row.metric) for row in rows] == [
         (context, name) for context in ("reference", "generated") for name in names
     ]
@@ -75,7 +75,7 @@ def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
 def test_a_verdict_is_by_the_p_value_after_the_correction():
     rows = compare({"reference": answers(0.56, 3)}, {"reference": answers(0.5, 103)}, LEXICAL, permutations=1000)
     doubtful = [row for row in rows if row.p_value is not None and row.p_value < 0.05 <= row.adjusted]
-    assert doubtful and {row.verdict for row in doubtful} == {ALIKE}
+    assert doubtful and {row.verdict for row in doubtful} == {NOT_SIGNIFICANT}
 
 
 def test_where_one_system_predicts_no_strategy_its_choices_are_not_compared():
@@ -113,7 +113,7 @@ def test_no_common_turns_or_other_references_are_refused():
         ([*whole, whole[0]], "dialogue d0, turn 0 is predicted twice"),
         (
             [dataclasses.replace(whole[0], reference_response="另"), *whole[1:]],
-            "other references at turn 0 of dialogue d0",
+            "the references of turn 0 of dialogue d0 differ",
         ),
     ):
         with pytest.raises(InputError, match=message):

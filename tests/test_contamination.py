@@ -9,14 +9,14 @@ from csc_train.data.splits import Splits
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import (
-    FILE,
+    CONTAMINATION_FILE,
     find_contamination,
     read_contamination,
     write_contamination,
 )
 from csc_train.evaluation.metrics.base import MetricResult
-from csc_train.evaluation.metrics.profiles import score
-from csc_train.evaluation.report.tables import markdown_table
+from csc_train.evaluation.report.tables import results_markdown
+from csc_train.evaluation.scoring import score_predictions
 from csc_train.inference.predictions import Prediction
 
 TRAIN, EVALUATION = generate_sample(40, seed=1), generate_sample(20, seed=2)
@@ -52,7 +52,7 @@ def test_the_list_is_kept_with_the_run(found, tmp_path):
     assert read_contamination(tmp_path) is None
     write_contamination(tmp_path, found)
     assert read_contamination(tmp_path) == found
-    (tmp_path / FILE).write_text('{"overlaps": [{"kind": "near"}]}')
+    (tmp_path / CONTAMINATION_FILE).write_text('{"overlaps": [{"kind": "near"}]}')
     with pytest.raises(InputError, match=r"contamination\.json: not a list of overlaps"):
         read_contamination(tmp_path)
 
@@ -72,9 +72,9 @@ def test_scores_without_the_flagged_dialogues_are_those_of_the_rest(found):
     by_id = {dialogue.id: dialogue for dialogue in HELD_OUT}
     right = {"copy", *(dialogue.id for dialogue in EVALUATION[:8])}
     config = MetricsConfig(bootstrap_resamples=200)
-    whole = score(said(HELD_OUT, right), by_id, config, flagged=found.flagged)
+    whole = score_predictions(said(HELD_OUT, right), by_id, config, flagged=found.flagged)
     rest = [dialogue for dialogue in HELD_OUT if dialogue.id not in found.flagged]
-    alone = score(said(rest, right), by_id, config)
+    alone = score_predictions(said(rest, right), by_id, config)
     assert alone["decontaminated"] is None
     without = whole["decontaminated"]
     assert (without["dialogues"], without["turns"]) == (len(rest), alone["counts"]["turns"])
@@ -89,9 +89,9 @@ def test_scores_without_the_flagged_dialogues_are_those_of_the_rest(found):
 
 def test_where_every_dialogue_is_flagged_no_figure_remains():
     by_id = {dialogue.id: dialogue for dialogue in EVALUATION}
-    everything = score(said(EVALUATION, by_id), by_id, MetricsConfig(bootstrap_resamples=100), flagged=set(by_id))[
-        "decontaminated"
-    ]
+    everything = score_predictions(
+        said(EVALUATION, by_id), by_id, MetricsConfig(bootstrap_resamples=100), flagged=set(by_id)
+    )["decontaminated"]
     assert (everything["dialogues"], everything["turns"]) == (0, 0)
     cells = [cell for profile in everything["profiles"].values() for cell in profile.values()]
     assert {cell.value for cell in cells} == {None} and all(
@@ -101,14 +101,14 @@ def test_where_every_dialogue_is_flagged_no_figure_remains():
 
 def test_the_table_says_what_was_found_and_shows_both_scores(found):
     by_id = {dialogue.id: dialogue for dialogue in HELD_OUT}
-    scores = score(
+    scores = score_predictions(
         said(HELD_OUT, {"copy"}),
         by_id,
         MetricsConfig(bootstrap_resamples=100, profiles=["paper"]),
         flagged=found.flagged,
     )
-    text = markdown_table({"system": {"reference": scores}}, {}, found)
+    text = results_markdown({"system": {"reference": scores}}, {}, found)
     assert f"Training overlap: {found}" in text
     rest = len(HELD_OUT) - len(found.flagged)
     assert f"### Profile `paper` without the flagged dialogues (percent; {rest} of 21 dialogues)" in text
-    assert "without the flagged" not in markdown_table({"system": {"reference": scores}}, {})
+    assert "without the flagged" not in results_markdown({"system": {"reference": scores}}, {})

@@ -1,4 +1,4 @@
-"""A blinded sheet as a browser shows it, and what its answers say."""
+"""The blinded annotation form in a browser, and the results of its ratings."""
 
 import json
 import re
@@ -13,22 +13,18 @@ from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import HumanConfig, JudgeConfig
+from csc_train.evaluation.judges.annotation_form import AnnotationItem, UnblindingKey, draw_annotation_form, read_key
 from csc_train.evaluation.judges.criteria import CRITERIA
-from csc_train.evaluation.judges.human import (
+from csc_train.evaluation.judges.human_ratings import (
     MAJORITY,
-    AnnotationItem,
-    UnblindingKey,
-    draw_annotation_form,
     majority,
     rater_results,
-    read_judge,
-    read_key,
+    rating_tables,
+    read_judge_preferences,
     read_ratings,
-    sections,
-)  # fmt: skip
-from csc_train.evaluation.judges.llm_judge import JudgeReport, as_json, chosen_turns, judge_questions, summarize
-from csc_train.evaluation.metrics.profiles import same_turns
-from csc_train.evaluation.table import PredictionTable
+)
+from csc_train.evaluation.judges.llm_judge import JudgeReport, judge_json, judge_questions, sample_turns, summarize
+from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.files import write_json
 from csc_train.inference.predictions import Prediction, write_predictions
 
@@ -57,7 +53,7 @@ def predictions(system, predicts=True):
 
 
 def drawn(config=CONFIG, **changes):
-    sides, _ = same_turns(predictions(0, **changes), predictions(1), *NAMES)
+    sides, _ = align_tables(predictions(0, **changes), predictions(1), *NAMES)
     return draw_annotation_form(sides, DIALOGUES, NAMES, config)
 
 
@@ -79,10 +75,10 @@ def run_recipe(*words):
     load_recipe("human_eval").main(compose("human_eval", list(words)))
 
 
-# The sheet
+# The form
 
 
-def test_a_sheet_does_not_tell_the_systems_apart():
+def test_a_form_does_not_tell_the_systems_apart():
     page, key = drawn()
     assert [private for private in (*NAMES, *DIALOGUES, "prompt") if private in page] == []
     assert {name for shown in data_of(page)["items"] for name in shown} == {"id", "history", "strategy", "replies"}
@@ -98,13 +94,13 @@ def test_a_sheet_does_not_tell_the_systems_apart():
         assert shown["strategy"] is None and [each["strategy"] for each in shown["replies"]] == [None, None]
 
 
-def test_the_same_runs_give_the_same_sheet_and_others_none_of_its_ids():
+def test_the_same_runs_give_the_same_form_and_others_none_of_its_ids():
     page, key = drawn()
     assert drawn() == (page, key)
     assert [item.first for item in drawn(HumanConfig(seed=1))[1].items] != [item.first for item in key.items]
-    # What no sheet shows changes ids, order and sides: they cannot be computed from the sheet.
+    # What no form shows changes ids, order and sides: they cannot be computed from the form.
     *others, last = predictions(0)
-    sides, _ = same_turns([*others, replace(last, prompt_hash="?")], predictions(1), *NAMES)
+    sides, _ = align_tables([*others, replace(last, prompt_hash="?")], predictions(1), *NAMES)
     other = draw_annotation_form(sides, DIALOGUES, NAMES, CONFIG)[1]
     assert not {item.item for item in other.items} & {item.item for item in key.items}
     place = {(item.dialogue_id, item.turn): item.first for item in key.items}
@@ -115,7 +111,7 @@ def test_the_same_runs_give_the_same_sheet_and_others_none_of_its_ids():
 def test_items_are_those_that_a_judge_is_given_first():
     turns = PredictionTable(predictions(0))
     _, key = drawn(HumanConfig(num_items=10, max_items_per_dialogue=None))
-    judged = {turns.keys[index] for index in chosen_turns(turns, JudgeConfig(num_turns=10))}
+    judged = {turns.keys[index] for index in sample_turns(turns, JudgeConfig(num_turns=10))}
     assert {(item.dialogue_id, item.turn) for item in key.items} == judged
     _, key = drawn(HumanConfig(num_items=20, max_items_per_dialogue=2))
     dialogues = [item.dialogue_id for item in key.items]
@@ -126,15 +122,15 @@ def test_replies_that_read_the_same_are_left_out():
     a, b = predictions(0), predictions(1)
     b[3:] = [replace(each, response=a[n].response) for n, each in enumerate(b)][3:]
     _, key = draw_annotation_form(
-        same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, HumanConfig(max_items_per_dialogue=None)
+        align_tables(a, b, *NAMES)[0], DIALOGUES, NAMES, HumanConfig(max_items_per_dialogue=None)
     )
     assert {(item.dialogue_id, item.turn) for item in key.items} == set(PLACES[:3])
     assert (key.turns, key.differing) == (len(PLACES), 3)
-    with pytest.raises(InputError, match="differ nowhere: there is nothing to compare"):
-        draw_annotation_form(same_turns(a, a, *NAMES)[0], DIALOGUES, NAMES, CONFIG)
+    with pytest.raises(InputError, match="all replies are equal: there is nothing to compare"):
+        draw_annotation_form(align_tables(a, a, *NAMES)[0], DIALOGUES, NAMES, CONFIG)
     # Where strategies are shown, another strategy is a difference.
     own = HumanConfig(show_strategies="own", max_items_per_dialogue=None)
-    assert draw_annotation_form(same_turns(a, b, *NAMES)[0], DIALOGUES, NAMES, own)[1].differing == len(PLACES)
+    assert draw_annotation_form(align_tables(a, b, *NAMES)[0], DIALOGUES, NAMES, own)[1].differing == len(PLACES)
 
 
 def test_strategies_are_shown_as_asked():
@@ -146,19 +142,19 @@ def test_strategies_are_shown_as_asked():
     for item, shown in zip(key.items, data_of(page)["items"], strict=True):
         strategy = DIALOGUES[item.dialogue_id].turns[item.turn].strategy
         assert shown["strategy"] == [strategy.zh, strategy.definition_zh]
-    with pytest.raises(InputError, match=r"human\.strategies=own: secret-alpha names no strategies"):
+    with pytest.raises(InputError, match=r"human\.show_strategies=own: secret-alpha predicts none"):
         drawn(HumanConfig(show_strategies="own"), predicts=False)
 
 
 def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, capsys):
     write_predictions("run1/predictions/secret-omega-reference.jsonl", predictions(1)[4:])
-    run_recipe("export", "run0", "run1", "run.directory=sheet", "human.max_items_per_dialogue=null")
+    run_recipe("export", "run0", "run1", "run.directory=form", "human.max_items_per_dialogue=null")
     assert "Left out: 4 turns that only one of the two systems has." in capsys.readouterr().out
-    key = read_key("sheet/key.json")
+    key = read_key("form/key.json")
     assert {(item.dialogue_id, item.turn) for item in key.items} == set(PLACES[4:])
     assert (key.turns, key.left_out) == (len(PLACES) - 4, 4)
-    write_json("anna.json", answers(key, "Anna", "A" * len(key.items)))
-    run_recipe("import", "anna.json", "key=sheet/key.json", "run.directory=read", "human.bootstrap_resamples=200")
+    write_json("anna.json", rating_file(key, "Anna", "A" * len(key.items)))
+    run_recipe("import", "anna.json", "key=form/key.json", "run.directory=read", "human.bootstrap_resamples=200")
     assert "Left out: 4 turns" in (runs / "read/human.md").read_text(encoding="utf-8")
 
 
@@ -167,11 +163,11 @@ def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, capsys
 
 @pytest.fixture
 def opened(runs, browser):
-    """Opens the sheet that the recipe exports; what was asked for, and said to the console, is checked at the end."""
+    """Opens the form that the recipe exports; what was asked for, and said to the console, is checked at the end."""
     asked, said, contexts = [], [], []
 
-    def open_sheet(*options, script=None):
-        run_recipe("export", "run0", "run1", "run.directory=sheet", "run.if_exists=replace", *options)
+    def open_form(*options, script=None):
+        run_recipe("export", "run0", "run1", "run.directory=form", "run.if_exists=replace", *options)
         context = browser.new_context()
         contexts.append(context)
         if script:
@@ -180,12 +176,12 @@ def opened(runs, browser):
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto((runs / "sheet/sheet.html").as_uri())
+        page.goto((runs / "form/form.html").as_uri())
         return page
 
-    yield open_sheet
+    yield open_form
     assert said == []
-    assert {url for url in asked if not url.startswith("blob:")} == {(runs / "sheet/sheet.html").as_uri()}
+    assert {url for url in asked if not url.startswith("blob:")} == {(runs / "form/form.html").as_uri()}
     for context in contexts:
         context.close()
 
@@ -238,10 +234,10 @@ def test_answers_survive_a_reload_and_come_back_as_they_were_planted(opened, run
         page.focus("#asked summary")
         page.keyboard.press("ArrowRight")
     content = exported(page, runs / "李雷.json")
-    assert [set(answer["choices"]) for answer in content["answers"]] == [set(QUESTIONS)] * count
+    assert [set(answer["choices"]) for answer in content["ratings"]] == [set(QUESTIONS)] * count
 
-    run_recipe("import", "李雷.json", "key=sheet/key.json", "run.directory=read", "human.bootstrap_resamples=200")
-    key = read_key("sheet/key.json")
+    run_recipe("import", "李雷.json", "key=form/key.json", "run.directory=read", "human.bootstrap_resamples=200")
+    key = read_key("form/key.json")
     placed = [PLACES.index((item.dialogue_id, item.turn)) % 4 for item in key.items]
     wins, losses = sum(n < 2 for n in placed), placed.count(2)
     assert 0 < losses < wins < count
@@ -277,11 +273,11 @@ def test_each_rater_on_a_computer_has_answers_of_their_own(opened, runs):
     page.click("#change")
     begin(page, "Anna")
     anna = exported(page, runs / "anna.json")
-    key = read_key("sheet/key.json")
+    key = read_key("form/key.json")
     first = key.items[0].item
     assert (anna["rater"], ben["rater"]) == ("Anna", "Ben")
-    assert anna["answers"] == [{"item": first, "choices": {"overall": "1", "empathy": "2"}, "comment": ""}]
-    assert ben["answers"] == [{"item": first, "choices": {"empathy": "tie"}, "comment": ""}]
+    assert anna["ratings"] == [{"item": first, "choices": {"overall": "1", "empathy": "2"}, "comment": ""}]
+    assert ben["ratings"] == [{"item": first, "choices": {"empathy": "tie"}, "comment": ""}]
     votes, _ = read_ratings(["anna.json", "ben.json"], key)
     assert votes["overall"] == {"Anna": {first: float(key.items[0].first == "A")}, "Ben": {}}
     assert votes["empathy"]["Ben"] == {first: 0.5}
@@ -304,7 +300,7 @@ def test_keys_answer_as_soon_as_a_rater_has_begun(opened):
     assert page.locator("input:checked").get_attribute("value") == "2"
 
 
-def test_without_a_store_the_sheet_says_so_and_works(opened, runs):
+def test_without_a_store_the_form_says_so_and_works(opened, runs):
     denied = (
         "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
     )
@@ -313,12 +309,12 @@ def test_without_a_store_the_sheet_says_so_and_works(opened, runs):
     begin(page, "甲")
     assert page.is_visible("#unkept")
     page.keyboard.press("2")
-    assert len(exported(page, runs / "a.json")["answers"]) == 1
+    assert len(exported(page, runs / "a.json")["ratings"]) == 1
     allowed = opened()
     assert not allowed.is_visible("#unkept") and allowed.is_visible("#kept")
 
 
-# The answers
+# The ratings
 
 
 def key_of(firsts="ABABABABABAB"):
@@ -328,24 +324,24 @@ def key_of(firsts="ABABABABABAB"):
         for n, first in enumerate(firsts)
     ]
     return UnblindingKey(
-        sheet="s1", a="one of x", b="other of y", questions=QUESTIONS, turns=40, differing=30, strategies="hidden",
+        form="s1", a="one of x", b="other of y", questions=QUESTIONS, turns=40, differing=30, strategies="hidden",
         items=items,
     )  # fmt: skip
 
 
-def answers(key, rater, preferences, question="overall"):
+def rating_file(key, rater, preferences, question="overall"):
     """The file in which a rater prefers "A", "B" or "=" at each item; a blank is no answer."""
     given = [
         {"item": item.item, "choices": {question: "tie" if each == "=" else "1" if each == item.first else "2"}}
         for item, each in zip(key.items, preferences, strict=False)
         if each != " "
     ]
-    return {"sheet": key.sheet, "rater": rater, "answers": given}
+    return {"form": key.form, "rater": rater, "ratings": given}
 
 
 def results(tmp_path, key, raters, judge=None):
     for rater, preferences in raters.items():
-        write_json(tmp_path / f"{rater}.json", answers(key, rater, preferences))
+        write_json(tmp_path / f"{rater}.json", rating_file(key, rater, preferences))
     votes, _ = read_ratings([tmp_path / f"{rater}.json" for rater in raters], key)
     return rater_results(votes, key, CONFIG, judge)
 
@@ -360,7 +356,7 @@ def test_answers_are_unblinded_counted_and_told_apart(tmp_path):
     assert found.verdict == "A is preferred" and found.adjusted < 0.05
     assert results(tmp_path, key, {"Anna": "BBBBBBBBBBBB"})["overall"].verdict == "B is preferred"
     level = results(tmp_path, key, {"Anna": "ABABABABABAB"})
-    assert level["overall"].verdict == "cannot be told apart" and level["overall"].win_rate.rate.value == 50
+    assert level["overall"].verdict == "not significant" and level["overall"].win_rate.rate.value == 50
     # One question was answered: the correction is for one, and the others are n/a.
     assert level["overall"].adjusted == level["overall"].win_rate.p_value
     assert level["empathy"].adjusted is level["empathy"].verdict is level["empathy"].win_rate.rate.value is None
@@ -385,9 +381,9 @@ def test_agreement_of_raters_by_hand(tmp_path):
     alone = results(tmp_path, key_of(), {"Anna": raters["Anna"]})["overall"]
     assert (alone.fleiss.value, alone.fleiss.reason, alone.pairs) == (None, "one rater", [])
     same = results(tmp_path, key_of(), {"Anna": "A" * 12, "Ben": "A" * 12})["overall"]
-    assert same.fleiss.reason == same.pairs[0].kappa.reason == "all answers are the same"
+    assert same.fleiss.reason == same.pairs[0].kappa.reason == "all ratings are equal"
     apart = results(tmp_path, key_of(), {"Anna": "AAAA", "Ben": "    BBBB"})["overall"]
-    assert apart.fleiss.reason == "no item was answered by all"
+    assert apart.fleiss.reason == "no item was rated by all"
     assert apart.pairs[0].agreement.reason == apart.pairs[0].kappa.reason == "no items in common"
 
 
@@ -414,14 +410,14 @@ def judged_run(directory, a, b, better, points, swapped=False):
     judged = JudgeReport(planted, {}, {"attempts": 0, "prompt_tokens": 0, "completion_tokens": 0})
     names = [f"{NAMES[0]} of ./run0/", f"{NAMES[1]} of run1"]
     facts = dict(zip("ab", reversed(names) if swapped else names, strict=True)) | {"judge": "m"}
-    write_json(directory / "judge.json", facts | as_json(summarize(*systems, judged, config), judged))
+    write_json(directory / "judge.json", facts | judge_json(summarize(*systems, judged, config), judged))
 
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_judge_is_a_rater_beside_the_people(runs, swapped):
     """The judge agrees with Anna on every item but those of two dialogues, whichever system it calls A."""
-    run_recipe("export", "run0", "run1", "run.directory=sheet")
-    key = read_key("sheet/key.json")
+    run_recipe("export", "run0", "run1", "run.directory=form")
+    key = read_key("form/key.json")
     by_place = {(item.dialogue_id, item.turn): n for n, item in enumerate(key.items)}
     wanted = "AABB=AABB=AABB"
 
@@ -432,9 +428,9 @@ def test_a_judge_is_a_rater_beside_the_people(runs, swapped):
     judged_run(
         runs / "judged", *map(predictions, (0, 1)), better, lambda n, side: 4 if side == "A" else 2, swapped=swapped
     )
-    (runs / "anna.json").write_text(json.dumps(answers(key, "Anna", wanted)), encoding="utf-8")
+    (runs / "anna.json").write_text(json.dumps(rating_file(key, "Anna", wanted)), encoding="utf-8")
     votes, _ = read_ratings(["anna.json"], key)
-    name, preferences = read_judge("judged", key)
+    name, preferences = read_judge_preferences("judged", key)
     (pair,) = rater_results(votes, key, CONFIG, (name, preferences))["overall"].pairs
     assert (pair.one, pair.other, pair.items) == ("Anna", "judge m", len(wanted))
     assert pair.agreement.value == pytest.approx(100 * 12 / 14)
@@ -444,22 +440,22 @@ def test_a_judge_is_a_rater_beside_the_people(runs, swapped):
     assert pair.kappa.low < pair.kappa.value < pair.kappa.high
     assert set(preferences["empathy"].values()) == {1.0}
 
-    run_recipe("import", "anna.json", "key=sheet/key.json", "judge=judged", "run.directory=read")
+    run_recipe("import", "anna.json", "key=form/key.json", "judge=judged", "run.directory=read")
     assert "| Anna / judge m | 14 | 85.71 [" in (runs / "read/human.md").read_text(encoding="utf-8")
     two = {"overall": {"Anna": votes["overall"]["Anna"], "Ben": {}}}
     assert rater_results(two, key, CONFIG, (name, preferences))["overall"].pairs[-1].one == MAJORITY
 
     other = key.model_copy(update={"b": "another of z"})
-    with pytest.raises(InputError, match=r"judge\.json: judges .*, and the sheet compares .* and another of z$"):
-        read_judge("judged", other)
+    with pytest.raises(InputError, match=r"judge\.json: judges .*, but the form compares .* and another of z$"):
+        read_judge_preferences("judged", other)
     write_json(runs / "judged/judge.json", {"a": "x"})
-    with pytest.raises(InputError, match=r"judge\.json: not what recipes/judge\.py writes"):
-        read_judge("judged", key)
+    with pytest.raises(InputError, match=r"judge\.json: not a result of recipes/judge\.py"):
+        read_judge_preferences("judged", key)
 
 
 def test_tables_say_what_was_asked_of_whom(tmp_path):
     key = key_of()
-    preference, raters, agreement = sections(results(tmp_path, key, {"Anna": "A" * 12, "Ben": "B" * 12}), key)
+    preference, raters, agreement = rating_tables(results(tmp_path, key, {"Anna": "A" * 12, "Ben": "B" * 12}), key)
     assert [row[0] for row in preference.rows] == QUESTIONS and preference.rows[1][-2:] == ["n/a", "n/a"]
     assert "2 raters, 12 items, drawn among the 30 of 40 turns" in preference.notes[0]
     assert raters.header == ["rater", "items", "overall"]  # no other question was answered
@@ -471,25 +467,25 @@ def test_tables_say_what_was_asked_of_whom(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(sheet="s2"), "answers sheet s2, and the key is that of sheet s1"),
+        (lambda c: c.update(form="s2"), "rates form s2, but the key is of form s1"),
         (lambda c: c.update(rater=" "), "field rater: empty"),
-        (lambda c: c.update(rater=3), "field rater: Input should be a valid string (expected the answers to a sheet)"),
-        (lambda c: c.pop("answers"), "field answers: Field required (expected the answers to a sheet)"),
-        (lambda c: c.update(more=1), "field more: Extra inputs are not permitted (expected the answers to a sheet)"),
-        (lambda c: c["answers"][1].update(item="i0"), "item i0: answered twice"),
-        (lambda c: c["answers"][1].update(item="x"), "item x: not on sheet s1"),
-        (lambda c: c["answers"][1]["choices"].update(overall="3"),
-         "item i1, field choices.overall: Input should be '1', '2' or 'tie' (expected the answers to a sheet)"),
-        (lambda c: c["answers"][1]["choices"].update(taste="1"),
-         "item i1, field choices.taste: not asked on this sheet"),
-        (lambda c: c["answers"][1].pop("item"),
-         "item number 2, field item: Field required (expected the answers to a sheet)"),
-        (lambda c: c["answers"].append(7), "item number 13: Input should be"),
+        (lambda c: c.update(rater=3), "field rater: Input should be a valid string: give a file that a form exported"),
+        (lambda c: c.pop("ratings"), "field ratings: Field required: give a file that a form exported"),
+        (lambda c: c.update(more=1), "field more: Extra inputs are not permitted: give a file that a form exported"),
+        (lambda c: c["ratings"][1].update(item="i0"), "item i0: rated twice"),
+        (lambda c: c["ratings"][1].update(item="x"), "item x: not in form s1"),
+        (lambda c: c["ratings"][1]["choices"].update(overall="3"),
+         "item i1, field choices.overall: Input should be '1', '2' or 'tie': give a file that a form exported"),
+        (lambda c: c["ratings"][1]["choices"].update(taste="1"),
+         "item i1, field choices.taste: not asked in this form"),
+        (lambda c: c["ratings"][1].pop("item"),
+         "item number 2, field item: Field required: give a file that a form exported"),
+        (lambda c: c["ratings"].append(7), "item number 13: Input should be"),
     ],
 )  # fmt: skip
 def test_answers_that_cannot_be_right_are_refused(tmp_path, change, message):
     key = key_of()
-    content = answers(key, "Anna", "A" * 12)
+    content = rating_file(key, "Anna", "A" * 12)
     path = tmp_path / "anna.json"
     write_json(path, content)
     assert read_ratings([path], key)[0]["overall"]["Anna"] == {item.item: 1.0 for item in key.items}
@@ -504,8 +500,8 @@ def test_answers_that_cannot_be_right_are_refused(tmp_path, change, message):
 def test_a_rater_counts_once_and_a_key_is_a_key(tmp_path):
     key = key_of()
     for name, rater in (("x", "Anna"), ("y", "anna ")):
-        write_json(tmp_path / f"{name}.json", answers(key, rater, "A" * 12))
-    with pytest.raises(InputError, match=r"y\.json: rater anna has answered in .*x\.json already"):
+        write_json(tmp_path / f"{name}.json", rating_file(key, rater, "A" * 12))
+    with pytest.raises(InputError, match=r"y\.json: rater anna is also in .*x\.json"):
         read_ratings([tmp_path / "x.json", tmp_path / "y.json"], key)
     content = key.model_dump()
     content["items"][3]["first"] = "C"
@@ -519,7 +515,7 @@ def test_a_rater_counts_once_and_a_key_is_a_key(tmp_path):
     [
         (["export", "x"], "export takes two run directories, not 1"),
         (["export", "x", "y", "key=z"], "key: export takes none, import does"),
-        (["import", "x.json"], "key is required: give the key.json of the sheet by key=..."),
+        (["import", "x.json"], "key is required: give the key.json of the annotation form by key=..."),
         (["import", "x.json", "key=k", "system_a=z"], "system_a: the key knows the systems; leave it out"),
         (["exprot", "x", "y"], "action=exprot: choose one of export, import. Did you mean 'export'?"),
         ([], "action is required: give action=..."),

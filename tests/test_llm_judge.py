@@ -19,10 +19,10 @@ from csc_train.evaluation.config import JudgeConfig
 from csc_train.evaluation.judges.llm_judge import (
     CRITERIA,
     Preference,
-    chosen_turns,
     judge,
+    judge_markdown,
     judge_questions,
-    markdown,
+    sample_turns,
     summarize,
 )
 from csc_train.evaluation.table import PredictionTable
@@ -98,7 +98,9 @@ def test_planted_preferences_are_found(fault_server, tmp_path):
     assert points["A"].value == pytest.approx((3 * wins + losses + 2 * result.identical) / count)
     assert points["A - B"].value == pytest.approx(points["A"].value - 2)
     assert result.judged == {"pairwise": count, "rubric": count} and judged.failures == {}
-    assert f"A preferred {wins}, B preferred {losses}, ties {rates.ties}" in markdown(result, judged, "AB", "judge")
+    assert f"A preferred {wins}, B preferred {losses}, ties {rates.ties}" in judge_markdown(
+        result, judged, "AB", "judge"
+    )
 
 
 def test_both_orders_are_asked_and_a_judge_that_looks_at_the_place_only_gives_ties(fault_server, tmp_path):
@@ -110,8 +112,9 @@ def test_both_orders_are_asked_and_a_judge_that_looks_at_the_place_only_gives_ti
     assert result.win_rate.rate.value == 50 and result.win_rate.p_value == 1
     assert (result.disagreements, result.first) == (len(PLACES), 100)
     assert result.scores == {}
-    table = markdown(result, judged, "AB", "judge")
-    assert "| at equal length | n/a (A's reply is -1 characters longer in every turn) |" in table
+    table = judge_markdown(result, judged, "AB", "judge")
+    assert "| length-controlled win rate | n/a[^1] |" in table
+    assert "[^1]: A's reply is -1 characters longer in every turn" in table
     texts = [body["messages"][1]["content"] for body in fault_server.bodies]
     orders = [text.index("甲的第") < text.index("乙的第") for text in texts]
     assert orders.count(True) == orders.count(False) == len(PLACES)
@@ -156,8 +159,8 @@ def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_
     kept = cache.read_text(encoding="utf-8")
     total = 4 * len(PLACES)
     assert len(kept.splitlines()) == total - 4
-    assert judged.spent["attempts"] == len(fault_server.requests) == total + 3
-    assert judged.spent["completion_tokens"] == 5 * (total + 3 - 2)  # the two HTTP errors took none
+    assert judged.usage["attempts"] == len(fault_server.requests) == total + 3
+    assert judged.usage["completion_tokens"] == 5 * (total + 3 - 2)  # the two HTTP errors took none
 
     # A line that was cut in the middle is asked again, and so is what failed; another seed asks all anew.
     cache.write_text(kept[:-20], encoding="utf-8")
@@ -219,15 +222,15 @@ def test_a_key_that_is_refused_ends_it(fault_server, tmp_path):
 def test_the_turns_are_drawn_by_the_seed_and_not_by_which_others_there_are():
     turns = PredictionTable(system(lambda n: "甲"))
     few = JudgeConfig(num_turns=10)
-    chosen = chosen_turns(turns, few)
+    chosen = sample_turns(turns, few)
     assert len(chosen) == 10 and sorted(set(chosen)) == list(chosen)
-    assert list(chosen_turns(turns, JudgeConfig(num_turns=10, seed=1))) != list(chosen)
-    assert list(chosen_turns(turns, JudgeConfig(num_turns=None))) == list(range(len(turns)))
+    assert list(sample_turns(turns, JudgeConfig(num_turns=10, seed=1))) != list(chosen)
+    assert list(sample_turns(turns, JudgeConfig(num_turns=None))) == list(range(len(turns)))
     keys = {turns.keys[index] for index in chosen}
     without = PredictionTable(
         [each for each in turns.predictions if (each.dialogue_id, each.turn) in keys or each.turn == 0]
     )
-    assert {without.keys[index] for index in chosen_turns(without, few)} == keys
+    assert {without.keys[index] for index in sample_turns(without, few)} == keys
 
 
 def test_a_place_may_be_written_as_a_number():
@@ -335,7 +338,7 @@ def test_the_recipe_judges_goes_on_and_reports(runs, fault_server, capsys):
     with pytest.raises(SystemExit) as ended:
         recipe.main(compose("judge", command))
     assert ended.value.code == 1 and len(fault_server.requests) == 80
-    assert "1 questions failed; to try again what failed: run=judged resume=true" in capsys.readouterr().out
+    assert "1 questions failed; to retry the failed part: run=judged resume=true" in capsys.readouterr().out
     (failure,) = json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))["failures"]
     assert failure["kind"] == "server_error" and failure["dialogue_id"] in DIALOGUES
 
@@ -346,7 +349,7 @@ def test_the_recipe_judges_goes_on_and_reports(runs, fault_server, capsys):
     assert (written["a"], written["judge"]) == ("trained of one", "judge")
     assert written["scores"]["strategy"]["A - B"]["value"] == 1
     table = (runs / "judged/judge.md").read_text(encoding="utf-8")
-    assert "| as judged | 100.00" in table and "Turns judged: pairwise 20 of 20, rubric 20 of 20." in table
+    assert "| win rate | 100.00" in table and "Turns judged: pairwise 20 of 20, rubric 20 of 20." in table
     assert table in capsys.readouterr().out
     recipe.main(compose("judge", ["run=judged", "resume=true"]))
     assert len(fault_server.requests) == 81 and table.strip() in capsys.readouterr().out
@@ -362,13 +365,15 @@ def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, fault_
     assert json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))["left_out"] == 3
     assert "Left out: 3 turns that only one of the two" in (runs / "judged/judge.md").read_text(encoding="utf-8")
     write_predictions("one/predictions/trained-reference.jsonl", [])
-    with pytest.raises(InputError, match=r"^trained of one and trained of other have no turn in common$"):
+    with pytest.raises(
+        InputError, match=r"^trained of one and trained of other have no turn in common: evaluate the same dialogues$"
+    ):
         load_recipe("judge").main(compose("judge", [*command[:-1], "run.directory=none"]))
 
 
 def test_a_run_without_the_reference_context_is_refused(runs):
     (runs / "other/predictions/trained-reference.jsonl").rename(runs / "other/predictions/trained-generated.jsonl")
     config = compose("judge", ["one", "other", "llm=vllm", "llm.model=judge"])
-    with pytest.raises(InputError, match=r"^other: trained was not evaluated in reference context$"):
+    with pytest.raises(InputError, match=r"^other: trained was not evaluated in reference context: evaluate it there$"):
         load_recipe("judge").main(config)
     assert not (runs / "runs").exists()

@@ -18,28 +18,21 @@ from tokenizers.models import Unigram
 from transformers import BertConfig, BertModel, BertTokenizerFast, RemBertConfig, RemBertModel
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.segmentation import segment_words
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.evaluation.config import MetricsConfig
-from csc_train.evaluation.metrics import (
-    lexical,
-)
-from csc_train.evaluation.metrics import (
-    likelihood as likelihood_metrics,
-)
-from csc_train.evaluation.metrics import (
-    model_based as learned,
-)
-from csc_train.evaluation.metrics import (
-    replies as reply_metrics,
-)
-from csc_train.evaluation.metrics import (
-    strategy as strategy_metrics,
-)
+from csc_train.evaluation.config import PROFILES, MetricsConfig
+from csc_train.evaluation.metrics import lexical, metric_models, model_based
+from csc_train.evaluation.metrics import likelihood as likelihood_metrics
+from csc_train.evaluation.metrics import replies as reply_metrics
+from csc_train.evaluation.metrics import strategy as strategy_metrics
 from csc_train.evaluation.metrics.base import MetricResult
-from csc_train.evaluation.metrics.profiles import PROFILE_COLUMNS, drift, fetch_models, score
+from csc_train.evaluation.metrics.model_based import fetch_models
+from csc_train.evaluation.metrics.registry import metrics_of
+from csc_train.evaluation.scoring import context_drift, score_predictions
 from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.predictions import Prediction
+from csc_train.stats import Statistic
 
 ODD_PAIRS = [
     ("您好，请问有什么可以帮您？", "您好，有什么可以帮您的吗？"),
@@ -51,6 +44,10 @@ ODD_PAIRS = [
 
 
 # --- BLEU ---
+
+
+def word_pairs(pairs):
+    return [(segment_words(reply), segment_words(reference)) for reply, reference in pairs]
 
 
 def corpus_bleu_zh(pairs, order):
@@ -129,15 +126,15 @@ def test_default_tokenizer_of_rouge_score_ignores_chinese():
 def test_no_pairs_give_no_score():
     for metric in (lexical.sentence_bleu, lexical.corpus_bleu_zh_counts, lexical.rouge_l, lexical.rouge_l_latin):
         assert len(metric([])) == 0
-    assert len(learned.bertscore([], "nowhere")) == len(learned.bleurt([], "nowhere")) == 0
+    assert len(metric_models.bertscore([], "nowhere")) == len(metric_models.bleurt([], "nowhere")) == 0
 
 
 @pytest.mark.parametrize("reply", ["", "  "])
 def test_an_empty_reply_scores_zero(reply):
     good, empty = ("卡号 6222", "卡号 6222"), (reply, "卡号 6222")
     for metric, prepare in (
-        (lambda pairs: lexical.sentence_bleu(pairs)[:, 0], lexical.word_pairs),
-        (lexical.rouge_l, lexical.word_pairs),
+        (lambda pairs: lexical.sentence_bleu(pairs)[:, 0], word_pairs),
+        (lexical.rouge_l, word_pairs),
         (lexical.rouge_l_latin, list),
     ):
         assert metric(prepare([good, empty])) == pytest.approx([100, 0])
@@ -164,7 +161,7 @@ DIALOGUES = {"d1": Dialogue("d1", SAID * 4)}
 
 
 def test_score_has_every_column_in_order():
-    result = score(FOUR_TURNS, DIALOGUES, MetricsConfig())
+    result = score_predictions(FOUR_TURNS, DIALOGUES, MetricsConfig())
     assert list(result["profiles"]) == ["paper", "zh"]
     assert list(result["profiles"]["paper"]) == ["B-2", "B-4", "R-L", "BS", "BR", "ACC"]
     assert list(result["profiles"]["zh"]) == ["B-2", "B-4", "R-L char", "R-L word", "BS", "BS rescaled", "ACC"]
@@ -174,9 +171,9 @@ def test_score_has_every_column_in_order():
 
 
 def test_score_puts_each_metric_into_its_column():
-    paper, zh = score(FOUR_TURNS, DIALOGUES, MetricsConfig())["profiles"].values()
+    paper, zh = score_predictions(FOUR_TURNS, DIALOGUES, MetricsConfig())["profiles"].values()
     pairs = [(turn.response, turn.reference_response) for turn in FOUR_TURNS]
-    words = lexical.word_pairs(pairs)
+    words = word_pairs(pairs)
     assert [paper["B-2"].value, paper["B-4"].value] == pytest.approx(lexical.sentence_bleu(words).mean(axis=0))
     assert paper["R-L"].value == 25  # the one reply that has the 12
     assert (zh["B-2"].value, zh["B-4"].value) == (corpus_bleu_zh(pairs, 2), corpus_bleu_zh(pairs, 4))
@@ -186,14 +183,14 @@ def test_score_puts_each_metric_into_its_column():
 
 
 def test_unparsed_strategies_count_as_wrong_and_are_counted():
-    result = score(FOUR_TURNS, DIALOGUES, MetricsConfig())
+    result = score_predictions(FOUR_TURNS, DIALOGUES, MetricsConfig())
     assert result["profiles"]["paper"]["ACC"].value == result["profiles"]["zh"]["ACC"].value == 50
     assert result["counts"] == {"dialogues": 1, "turns": 4, "failed": 0, "unparsed": 1, "empty_replies": 1}
 
 
 def test_accuracy_is_not_applicable_where_no_strategy_is_predicted():
     dialogues = {"d1": Dialogue("d1", SAID)}
-    result = score([prediction(None, "好的", predicts_strategy=False)], dialogues, MetricsConfig())
+    result = score_predictions([prediction(None, "好的", predicts_strategy=False)], dialogues, MetricsConfig())
     assert result["profiles"]["paper"]["ACC"].value is None
     assert result["profiles"]["paper"]["ACC"].reason == "this mode predicts no strategy"
     figures = [
@@ -210,20 +207,20 @@ def test_accuracy_is_not_applicable_where_no_strategy_is_predicted():
 
 
 def test_missing_metric_models_are_reasons():
-    paper = score(FOUR_TURNS, DIALOGUES, MetricsConfig(profiles=["paper"]))["profiles"]["paper"]
+    paper = score_predictions(FOUR_TURNS, DIALOGUES, MetricsConfig(profiles=["paper"]))["profiles"]["paper"]
     assert (paper["BS"].value, paper["BS"].reason) == (None, "no BERTScore model given")
     assert (paper["BR"].value, paper["BR"].reason) == (None, "no BLEURT model given")
     assert "unverified on real weights" in paper["BR"].signature
 
 
 def test_no_turns_give_reasons_not_numbers():
-    result = score([], {}, MetricsConfig())
+    result = score_predictions([], {}, MetricsConfig())
     assert {cell.value for profile in result["profiles"].values() for cell in profile.values()} == {None}
     assert result["profiles"]["paper"]["ACC"].reason == "no turns to score"
 
 
 def test_scores_serialise():
-    result = score(FOUR_TURNS, DIALOGUES, MetricsConfig())
+    result = score_predictions(FOUR_TURNS, DIALOGUES, MetricsConfig())
     plain = json.loads(json.dumps(result, default=dataclasses.asdict))
     assert MetricResult(**plain["profiles"]["zh"]["R-L char"]) == result["profiles"]["zh"]["R-L char"]
 
@@ -243,8 +240,23 @@ def chosen(*rows):
     )  # fmt: skip
 
 
-def value(figure):
-    return figure.score(numpy.zeros(0, int), 100).value if figure.statistic is None else figure.statistic.value
+def value(metric):
+    return metric.statistic.value if isinstance(metric.statistic, Statistic) else metric.statistic
+
+
+def sides(table, section):
+    """By name, the values of a section's metrics for a system and for the reference."""
+    return {
+        spec.name: (value(spec.function(table)), value(spec.function(table.gold))) for spec in metrics_of([section])
+    }
+
+
+def accuracy_by_position(table):
+    return [
+        (position + 1, int(here.sum()), value(strategy_metrics.accuracy(table).restrict(here)))
+        for position in range(table.longest)
+        for here in [table.position == position]
+    ]
 
 
 EIGHT = chosen([(1, 1), (5, 5), (5, 4), (11, 11)], [(2, 1), (4, 4), (0, 5), (11, 12)])
@@ -255,8 +267,7 @@ def test_accuracy_by_hand():
     assert value(strategy_metrics.parse_rate(EIGHT)) == 100 * 7 / 8
     # Of the wrong ones, 5 for 4 and 2 for 1 are in the right stage; 11 for 12 is not.
     assert value(strategy_metrics.stage_accuracy(EIGHT)) == 100 * 6 / 8
-    by_position = [(position, count, value(figure)) for position, count, figure in strategy_metrics.by_position(EIGHT)]
-    assert by_position == [(1, 2, 50), (2, 2, 100), (3, 2, 0), (4, 2, 50)]
+    assert accuracy_by_position(EIGHT) == [(1, 2, 50), (2, 2, 100), (3, 2, 0), (4, 2, 50)]
 
 
 def test_f1_by_hand():
@@ -274,7 +285,7 @@ def test_f1_by_hand():
     # Over the six strategies that occur on either side; the turn that was not read counts against strategy 5.
     assert value(strategy_metrics.macro_f1(EIGHT)) == pytest.approx(100 * sum(f1.values()) / 6)
     never = rows[STRATEGIES[6].label][1]
-    scores = {name: figure.score(EIGHT.dialogue, 100) for name, figure in never.items()}
+    scores = {name: figure.compute(EIGHT.dialogue, 100) for name, figure in never.items()}
     assert {name: (each.value, each.reason) for name, each in scores.items()} == {
         "precision": (None, "never predicted"), "recall": (None, "not in the reference"), "F1": (None, "never occurs"),
     }  # fmt: skip
@@ -288,7 +299,7 @@ def believing(turn, reference, *probabilities, **changes):
 
 
 def believed(predictions):
-    return score(predictions, {"d1": Dialogue("d1", SAID * 5)}, MetricsConfig(profiles=[]))["likelihood"]
+    return score_predictions(predictions, {"d1": Dialogue("d1", SAID * 5)}, MetricsConfig(profiles=[]))["likelihood"]
 
 
 def test_likelihoods_by_hand():
@@ -308,7 +319,7 @@ def test_likelihoods_by_hand():
     known += [prediction(1, "好", 2, reference_nll=1.0, reference_tokens=6)]
     scores = believed(known)
     assert (scores["NLL"].value, scores["perplexity"].value) == (0.5, pytest.approx(math.exp(0.5)))
-    assert scores["ECE"].reason == "the system tells no likelihood of the labels"
+    assert scores["ECE"].reason == "the system reports no likelihoods of the labels"
 
 
 def test_labels_that_a_system_holds_impossible_are_wrong_and_a_reference_that_it_does_is_infinitely_unlikely():
@@ -329,7 +340,7 @@ def test_labels_that_a_system_holds_impossible_are_wrong_and_a_reference_that_it
 def test_the_calibration_error_has_no_interval_and_accuracy_has_one():
     dialogues = {f"d{number}": Dialogue(f"d{number}", SAID) for number in range(20)}
     rows = [dataclasses.replace(believing(0, 1, 0.92), dialogue_id=name) for name in dialogues]
-    scores = score(rows, dialogues, MetricsConfig(profiles=[]))["likelihood"]
+    scores = score_predictions(rows, dialogues, MetricsConfig(profiles=[]))["likelihood"]
     assert (scores["ECE"].low, scores["ECE"].high) == (None, None) and scores["top-2 ACC"].low == 100
 
 
@@ -370,7 +381,7 @@ def test_calibration_by_hand():
     assert high == {"turns": 2, "confidence": pytest.approx(82), "ACC": 50}
 
 
-def test_the_worst_turns_come_one_a_dialogue_and_the_longest_of_equals_first():
+def test_the_lowest_scoring_turns_come_one_a_dialogue_and_the_longest_of_equals_first():
     def said(dialogue, turn, response, reference, **changes):
         return dataclasses.replace(
             prediction(7, response, turn=turn, reference_response=reference, **changes), dialogue_id=dialogue
@@ -409,11 +420,10 @@ def test_process_by_hand():
         [(1, 1), (5, 3), (5, 5), (5, 11)],
         [(11, 1), (2, 2), (12, 8), (7, 4), (7, 12), (0, 11), (7, 11)],
     )
-    figures = {name: (value(one), value(other)) for name, (one, other) in strategy_metrics.process(turns).items()}
-    assert figures == {
+    assert sides(turns, "process") == {
         "greeting first": (50, 100),
         "farewell last": (0, 100),
-        "same strategy thrice": (50, 0),  # 5 5 5; the 7 that was not read ends its run
+        "repeated strategy": (50, 0),  # 5 5 5; the 7 that was not read ends its run
         # System: 1-2, 2-2, 2-2 | 5-1, 1-3, 3-3, 3-3. Reference: 1-2, 2-2, 2-5 | 1-1, 1-4, 4-2, 2-5, 5-5.
         "stage regressions": (pytest.approx(100 / 7), pytest.approx(100 / 8)),
     }
@@ -460,6 +470,12 @@ def test_whatever_looks_like_a_number_is_read():
         assert reply_metrics.numbers(text)
 
 
+def new_numbers(table):
+    """[turns] of the system and of the reference: whether a reply has a new number."""
+    found = [reply_metrics.new_numbers(side).statistic.terms[:, 0] for side in (table, table.gold)]
+    return [(side == 100).tolist() for side in found]
+
+
 @pytest.mark.parametrize(
     ("said", "reply", "new"),
     [
@@ -476,8 +492,8 @@ def test_whatever_looks_like_a_number_is_read():
 )
 def test_a_number_was_said_before_however_it_was_written(said, reply, new):
     dialogue = Dialogue("d1", (Turn(Speaker.CUSTOMER, said), Turn(Speaker.SUPPORTER, reply, STRATEGIES[6])))
-    turns = PredictionTable([prediction(7, reply, turn=1, reference_response=reply)])
-    assert [side.tolist() for side in reply_metrics.new_numbers(turns, {"d1": dialogue})] == [[new], [new]]
+    table = PredictionTable([prediction(7, reply, turn=1, reference_response=reply)], {"d1": dialogue})
+    assert new_numbers(table) == [[new], [new]]
 
 
 def test_new_numbers_are_those_that_nobody_said_before():
@@ -496,7 +512,7 @@ def test_new_numbers_are_those_that_nobody_said_before():
             )
             for index, reply in enumerate(replies)
         ]
-        return [side.tolist() for side in reply_metrics.new_numbers(PredictionTable(made), dialogues)]
+        return new_numbers(PredictionTable(made, dialogues))
 
     # 7 is new; again in reference context, where the system's own 7 was never said. 80 was said by the reference's
     # supporter alone, and so never in generated context.
@@ -506,13 +522,14 @@ def test_new_numbers_are_those_that_nobody_said_before():
 
 def test_length_and_distinct_by_hand():
     turns = PredictionTable([prediction(7, "好 的\n😀"), prediction(7, "", turn=2)])
-    length = reply_metrics.replies(turns, DIALOGUES)["length"]
-    assert [value(side) for side in length] == [1.5, 8]
+    assert [value(reply_metrics.reply_length(side)) for side in (turns, turns.gold)] == [1.5, 8]
     turns = PredictionTable([prediction(7, "您好 您好 您好"), prediction(7, "您好 您好", turn=2)])
-    one, two = (reply_metrics.distinct(turns, order)[0] for order in (1, 2))
+    one, two = (
+        metric(turns).compute(turns.dialogue, 100) for metric in (reply_metrics.distinct_1, reply_metrics.distinct_2)
+    )
     assert (one.value, two.value) == (20, pytest.approx(100 / 3))
     assert one.low is None
-    empty = reply_metrics.distinct(PredictionTable([prediction(7, "")]), 1)[0]
+    empty = reply_metrics.distinct_1(PredictionTable([prediction(7, "")])).compute(numpy.zeros(1, int), 100)
     assert (empty.value, empty.reason) == (None, "no reply has 1 words")
 
 
@@ -520,28 +537,27 @@ def test_drift_is_reference_minus_generated_turn_by_turn():
     reference = [*EIGHT.predictions]
     generated = [dataclasses.replace(each, context="generated", strategy=4) for each in reference]
     dialogues = {"d0": Dialogue("d0", SAID * 4), "d1": Dialogue("d1", SAID * 4)}
-    rows = drift(reference, generated, dialogues, MetricsConfig())
+    rows = context_drift(reference, generated, dialogues, MetricsConfig())
     assert [(row["position"], row["turns"]) for row in rows] == [(1, 2), (2, 2), (3, 2), (4, 2)]
     # Right in reference context: 1, 2, 0, 1 of two; with 4 throughout: 0, 1, 1, 0.
     assert [row["ACC"].value for row in rows] == [50, 50, -50, 50]
     assert [row["R-L char"].value for row in rows] == [0, 0, 0, 0]
     # A turn that failed in one context is left out of both, and the others stay where they are in their dialogues.
-    without = drift(reference[1:], generated[:-1], dialogues, MetricsConfig())
+    without = context_drift(reference[1:], generated[:-1], dialogues, MetricsConfig())
     assert [(row["position"], row["turns"]) for row in without] == [(1, 1), (2, 2), (3, 2), (4, 1)]
     assert without[1:3] == rows[1:3] and without[3]["ACC"].value == 100
     # Each context's own figures are of the same turns.
     for row, expected in zip((rows[0], without[0], without[3]), ((50, 0), (0, 0), (100, 0)), strict=True):
         assert (row["reference"]["ACC"].value, row["generated"]["ACC"].value) == expected
         assert [row[context]["R-L char"].value for context in ("reference", "generated")] == [0, 0]
-    assert drift(reference, [], dialogues, MetricsConfig()) == []
+    assert context_drift(reference, [], dialogues, MetricsConfig()) == []
 
 
 def test_turns_that_failed_move_no_other_turn():
     dialogues = {name: Dialogue(name, SAID * 4) for name in ("d0", "d1", "d2")}
     rest = [each for each in EIGHT.predictions if (each.dialogue_id, each.turn) not in {("d0", 0), ("d0", 4)}]
     turns = PredictionTable(rest, dialogues)
-    by_position = [(position, count, value(figure)) for position, count, figure in strategy_metrics.by_position(turns)]
-    assert by_position == [(1, 1, 0), (2, 2, 100), (3, 1, 0), (4, 2, 50)]
+    assert accuracy_by_position(turns) == [(1, 1, 0), (2, 2, 100), (3, 1, 0), (4, 2, 50)]
     with pytest.raises(InputError, match="dialogue d1 has no supporter turn 7, but it is predicted"):
         PredictionTable([dataclasses.replace(rest[-1], turn=7)], dialogues)
     # d1 alone is whole, and d2 failed altogether.
@@ -550,11 +566,8 @@ def test_turns_that_failed_move_no_other_turn():
     assert strategy_metrics.transitions(turns, turns.reference).tolist() == [
         [int((row, column) in {(1, 4), (4, 5), (5, 12)}) for column in range(1, 13)] for row in range(1, 13)
     ]
-    found, expected = (
-        {name: [value(figure) for figure in pair] for name, pair in strategy_metrics.process(each).items()}
-        for each in (turns, alone)
-    )
-    assert found == expected and found["greeting first"] == [0, 100]
+    found, expected = (sides(each, "process") for each in (turns, alone))
+    assert found == expected and found["greeting first"] == (0, 100)
 
 
 def test_bleu_of_resampled_sums_equals_sacrebleu_of_the_resample():
@@ -572,7 +585,7 @@ def test_bleu_of_resampled_sums_equals_sacrebleu_of_the_resample():
 
 def test_config_is_a_structured_config_and_checks_itself(tmp_path):
     schema = OmegaConf.structured(MetricsConfig)
-    assert list(OmegaConf.to_object(schema).profiles) == list(PROFILE_COLUMNS)
+    assert list(OmegaConf.to_object(schema).profiles) == list(PROFILES)
     for change, message in (
         ({"profiles": ["papr"]}, "metrics.profiles=papr: choose one of paper, zh"),
         ({"batch_size": 0}, "metrics.batch_size=0"),
@@ -624,14 +637,14 @@ def test_bertscore_equals_the_package(bert):
     scorable = [pair for pair in LONG_PAIRS if pair[0]]
     expected = package_f1(scorable, bert, layers=2)
     assert expected.max() - expected.min() > 0.2  # the random model tells these pairs apart
-    assert learned.bertscore(scorable, bert, 2, batch_size=3) == pytest.approx(100 * expected.numpy(), abs=1e-4)
-    assert abs(learned.bertscore(scorable, bert, 1) - learned.bertscore(scorable, bert, 2)).max() > 0.1
+    assert metric_models.bertscore(scorable, bert, 2, batch_size=3) == pytest.approx(100 * expected.numpy(), abs=1e-4)
+    assert abs(metric_models.bertscore(scorable, bert, 1) - metric_models.bertscore(scorable, bert, 2)).max() > 0.1
 
 
 def test_bertscore_counts_an_empty_reply_as_zero(bert):
     pair = ("您好，请问", "您好，请进")
-    alone = learned.bertscore([pair], bert, 2).item()
-    assert learned.bertscore([(" ", "您好"), pair], bert, 2) == pytest.approx([0, alone])
+    alone = metric_models.bertscore([pair], bert, 2).item()
+    assert metric_models.bertscore([(" ", "您好"), pair], bert, 2) == pytest.approx([0, alone])
 
 
 def test_bertscore_survives_a_tokenizer_without_a_maximum_length(bert, tmp_path):
@@ -639,14 +652,16 @@ def test_bertscore_survives_a_tokenizer_without_a_maximum_length(bert, tmp_path)
     edit_json(unlimited / "tokenizer_config.json", model_max_length=None)
     with pytest.raises(OverflowError):
         package_f1(LONG_PAIRS[:1], unlimited, layers=2)
-    assert learned.bertscore(LONG_PAIRS, unlimited, 2) == pytest.approx(learned.bertscore(LONG_PAIRS, bert, 2))
+    assert metric_models.bertscore(LONG_PAIRS, unlimited, 2) == pytest.approx(
+        metric_models.bertscore(LONG_PAIRS, bert, 2)
+    )
 
 
 def test_bertscore_reaches_the_table(bert):
     config = MetricsConfig(bertscore_model=str(bert), bertscore_layers=2)
-    cell = score(FOUR_TURNS, DIALOGUES, config)["profiles"]["paper"]["BS"]
+    cell = score_predictions(FOUR_TURNS, DIALOGUES, config)["profiles"]["paper"]["BS"]
     pairs = [(turn.response, turn.reference_response) for turn in FOUR_TURNS]
-    assert cell.value == pytest.approx(learned.bertscore(pairs, bert, 2).mean()) and cell.reason is None
+    assert cell.value == pytest.approx(metric_models.bertscore(pairs, bert, 2).mean()) and cell.reason is None
     assert f"layer 2 of {bert.name}, not rescaled" in cell.signature
 
 
@@ -660,21 +675,27 @@ def test_rescaled_bertscore_equals_the_package(bert, tmp_path):
         replies, references, model_type=str(bert), num_layers=2, device="cpu", lang="zh",
         rescale_with_baseline=True, baseline_path=str(table),
     )[2]  # fmt: skip
-    baseline = learned.bertscore_baseline("whatever", 2, table)
+    baseline = model_based.bertscore_baseline("whatever", 2, table)
     assert baseline == pytest.approx(33)
-    raw = learned.bertscore(scorable, bert, 2)
-    assert learned.rescaled(raw, baseline) == pytest.approx(100 * expected.numpy(), abs=1e-4)
-    assert learned.rescaled(numpy.array([0.0, 33.0, 100.0]), 33).tolist() == [0, 0, 100]  # the first: an empty reply
+    raw = metric_models.bertscore(scorable, bert, 2)
+    assert model_based.rescaled(raw, baseline) == pytest.approx(100 * expected.numpy(), abs=1e-4)
+    assert model_based.rescaled(numpy.array([0.0, 33.0, 100.0]), 33).tolist() == [
+        0,
+        0,
+        100,
+    ]  # the first: an empty reply
     with pytest.raises(InputError, match=r"baseline\.tsv: not a baseline table .* with layer 3"):
-        learned.bertscore_baseline("whatever", 3, table)
+        model_based.bertscore_baseline("whatever", 3, table)
 
 
 def test_the_baseline_is_the_packages_where_it_has_one(bert, tmp_path):
-    assert learned.bertscore_baseline("bert-base-chinese", 8) == pytest.approx(54.755783)
-    assert learned.bertscore_baseline(bert.name, 2) is None
+    assert model_based.bertscore_baseline("bert-base-chinese", 8) == pytest.approx(54.755783)
+    assert model_based.bertscore_baseline(bert.name, 2) is None
     named = shutil.copytree(bert, tmp_path / "bert-base-chinese")
     cells = [
-        score(FOUR_TURNS, DIALOGUES, MetricsConfig(bertscore_model=str(path), bertscore_layers=2))["profiles"]["zh"]
+        score_predictions(FOUR_TURNS, DIALOGUES, MetricsConfig(bertscore_model=str(path), bertscore_layers=2))[
+            "profiles"
+        ]["zh"]
         for path in (bert, named)
     ]
     assert cells[0]["BS rescaled"].value is None
@@ -684,16 +705,16 @@ def test_the_baseline_is_the_packages_where_it_has_one(bert, tmp_path):
 
 
 def test_bertscore_refuses_models_that_it_cannot_score_with(bert, tmp_path):
-    with pytest.raises(InputError, match="layer 8 is wanted for BERTScore, but the model has 3 layers"):
-        learned.bertscore(ODD_PAIRS, bert, 8)
+    with pytest.raises(InputError, match="BERTScore needs layer 8, but the model has 3 layers"):
+        metric_models.bertscore(ODD_PAIRS, bert, 8)
     with pytest.raises(InputError, match="cannot load the BERTScore model"):
-        learned.bertscore(ODD_PAIRS, tmp_path / "none", 2)
+        metric_models.bertscore(ODD_PAIRS, tmp_path / "none", 2)
     partial = shutil.copytree(bert, tmp_path / "partial")
     weights = load_file(partial / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, partial / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"weights missing.*encoder\.layer\.1\.output\.dense\.weight"):
-        learned.bertscore(ODD_PAIRS, partial, 2)
+        metric_models.bertscore(ODD_PAIRS, partial, 2)
 
 
 # --- BLEURT on a random RemBERT ---
@@ -747,27 +768,27 @@ def test_bleurt_equals_a_forward_by_hand(bleurt_directory):
     for reply, reference in BLEURT_PAIRS:
         expected = bleurt_by_hand(reply, reference)
         assert abs(expected - bleurt_by_hand(reference, reply)) > 1  # the order of the two matters
-        assert learned.bleurt([(reply, reference)], bleurt_directory) == pytest.approx(expected, abs=1e-3)
+        assert metric_models.bleurt([(reply, reference)], bleurt_directory) == pytest.approx(expected, abs=1e-3)
 
 
 def test_bleurt_batches_do_not_change_scores(bleurt_directory):
     expected = [0, *(bleurt_by_hand(*pair) for pair in BLEURT_PAIRS)]  # an empty reply counts as 0
     pairs = [("", "您好"), *BLEURT_PAIRS]
     for batch_size in (1, 2, 64):
-        assert learned.bleurt(pairs, bleurt_directory, batch_size) == pytest.approx(expected, abs=1e-3)
+        assert metric_models.bleurt(pairs, bleurt_directory, batch_size) == pytest.approx(expected, abs=1e-3)
 
 
 def test_bleurt_truncates_long_pairs(bleurt_directory):
-    long = learned.bleurt([("手" * 90, "费" * 200)], bleurt_directory)
+    long = metric_models.bleurt([("手" * 90, "费" * 200)], bleurt_directory)
     assert long == pytest.approx(bleurt_by_hand("手" * 30, "费" * 31), abs=1e-3)  # 64 positions less 3 markers
 
 
 def test_bleurt_reads_pytorch_files(bleurt_directory):
-    expected = learned.bleurt(BLEURT_PAIRS, bleurt_directory)
+    expected = metric_models.bleurt(BLEURT_PAIRS, bleurt_directory)
     other = shutil.copytree(bleurt_directory, bleurt_directory / "other")
     torch.save(load_file(other / "model.safetensors"), other / "pytorch_model.bin")
     (other / "model.safetensors").unlink()
-    assert learned.bleurt(BLEURT_PAIRS, other) == pytest.approx(expected)
+    assert metric_models.bleurt(BLEURT_PAIRS, other) == pytest.approx(expected)
 
 
 def test_bleurt_refuses_weights_that_are_not_its_own(bleurt_directory):
@@ -776,13 +797,13 @@ def test_bleurt_refuses_weights_that_are_not_its_own(bleurt_directory):
     headless = {name: value for name, value in weights.items() if not name.startswith("classifier")}
     save_file(headless, file)
     with pytest.raises(InputError, match=r"missing classifier\.bias, classifier\.weight; unexpected none"):
-        learned.bleurt(BLEURT_PAIRS, bleurt_directory)
+        metric_models.bleurt(BLEURT_PAIRS, bleurt_directory)
     save_file(weights | {"bleurt.encoder.layer.2.output.dense.bias": torch.zeros(HIDDEN)}, file)
     with pytest.raises(InputError, match=r"missing none; unexpected encoder\.layer\.2\.output\.dense\.bias"):
-        learned.bleurt(BLEURT_PAIRS, bleurt_directory)
+        metric_models.bleurt(BLEURT_PAIRS, bleurt_directory)
     save_file(weights | {"classifier.weight": torch.zeros(2, HIDDEN)}, file)
     with pytest.raises(InputError, match=r"weights do not fit config\.json"):
-        learned.bleurt(BLEURT_PAIRS, bleurt_directory)
+        metric_models.bleurt(BLEURT_PAIRS, bleurt_directory)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -790,7 +811,7 @@ def test_bleurt_names_the_file_that_is_missing_before_it_is_needed(bleurt_direct
     config = MetricsConfig(bleurt_model=str(bleurt_directory))
     fetch_models(config)
     (bleurt_directory / name).unlink()
-    for read in (lambda: fetch_models(config), lambda: learned.bleurt(BLEURT_PAIRS, bleurt_directory)):
+    for read in (lambda: fetch_models(config), lambda: metric_models.bleurt(BLEURT_PAIRS, bleurt_directory)):
         with pytest.raises(InputError, match=f"has no {name}"):
             read()
 

@@ -7,16 +7,21 @@ import pytest
 from rich.console import Console
 
 from csc_train.data.strategies import STRATEGIES
-from csc_train.evaluation.comparison import ALIKE, Difference
+from csc_train.evaluation.comparison import NOT_SIGNIFICANT, Difference
 from csc_train.evaluation.metrics.base import MetricResult
-from csc_train.evaluation.metrics.profiles import PROFILE_COLUMNS
 from csc_train.evaluation.report.tables import (
-    comparison_markdown,
     comparison_table,
     console_table,
-    markdown_table,
+    markdown_tables,
+    results_markdown,
+    rich_table,
     write_results,
 )
+
+COLUMNS = {
+    "paper": ("B-2", "B-4", "R-L", "BS", "BR", "ACC"),
+    "zh": ("B-2", "B-4", "R-L char", "R-L word", "BS", "BS rescaled", "ACC"),
+}
 
 
 def scores(first, unparsed=0, **missing):
@@ -24,13 +29,13 @@ def scores(first, unparsed=0, **missing):
 
     def cell(column, value):
         bounds = (None, None) if column in missing else (value - 0.5, value + 1)
-        return MetricResult(
-            None if column in missing else value, f"{column} unit", "made up", missing.get(column), *bounds
-        )
+        direction = "lower" if column == "NLL" else "none"
+        shown = None if column in missing else value
+        return MetricResult(shown, f"{column} unit", "made up", missing.get(column), *bounds, direction)
 
     profiles = {
         profile: {column: cell(column, first + index) for index, column in enumerate(columns)}
-        for profile, columns in PROFILE_COLUMNS.items()
+        for profile, columns in COLUMNS.items()
     }
     both = {"system": cell("length", first), "reference": cell("length", 10.0)}
     return {
@@ -42,7 +47,9 @@ def scores(first, unparsed=0, **missing):
             for strategy in STRATEGIES
         },
         "confusion": None if unparsed is None else [[5, *range(12)] for _ in STRATEGIES],
-        "by_position": [{"position": 1, "turns": 60, "ACC": cell("ACC", first)}],
+        "by_position": [
+            {"position": 1, "turns": 60, "ACC": cell("ACC", first), "R-L char": cell("R-L char", first + 1)}
+        ],
         "process": {"greeting first": both},
         "reply": {"length": both},
         "counts": {"turns": 120, "failed": 0, "unparsed": unparsed, "empty_replies": 2},
@@ -63,7 +70,7 @@ def rows(text):
 
 
 def test_markdown_has_the_paper_columns_reference_first():
-    header, untrained, partial = rows(markdown_table(RESULTS, {}))[:3]
+    header, untrained, partial = rows(results_markdown(RESULTS, {}))[:3]
     names = ["B-2", "B-4", "R-L", "BS", "BR", "ACC"]
     assert header == ["system", *(f"ref {name}" for name in names), *(f"gen {name}" for name in names)]
     reference = ["1.00 [0.50, 2.00]", "2.00 [1.50, 3.00]", "3.00 [2.50, 4.00]", "n/a[^1]", "n/a[^1]"]
@@ -77,18 +84,18 @@ def test_markdown_has_the_paper_columns_reference_first():
 
 
 def test_markdown_has_a_table_per_profile():
-    zh = rows(markdown_table(RESULTS, {}))[3:]
+    zh = rows(results_markdown(RESULTS, {}))[3:]
     assert zh[0][1:7] == ["ref B-2", "ref B-4", "ref R-L char", "ref R-L word", "ref BS", "ref BS rescaled"]
     assert [cell.split()[0] for cell in zh[1][1:7]] == ["1.00", "2.00", "3.00", "4.00", "n/a[^1]", "6.00"]
 
 
 def test_each_reason_is_a_footnote_once():
-    footnotes = [line for line in markdown_table(RESULTS, {}).splitlines() if line.startswith("[^")]
+    footnotes = [line for line in results_markdown(RESULTS, {}).splitlines() if line.startswith("[^")]
     assert footnotes == ["[^1]: no model", "[^2]: no strategies", "[^3]: not evaluated in this context"]
 
 
 def test_markdown_names_units_counts_and_reconstructions():
-    text = markdown_table(RESULTS, {})
+    text = results_markdown(RESULTS, {})
     assert "**B-2** B-2 unit (made up); **B-4** B-4 unit (made up)" in text
     assert "**R-L char** R-L char unit (made up)" in text
     assert "B-2, B-4, R-L, BS and BR are reconstructions" in text
@@ -99,7 +106,7 @@ def test_markdown_names_units_counts_and_reconstructions():
 
 def test_no_footnotes_where_everything_is_known():
     full = {"trained": {"reference": scores(1.0), "generated": scores(2.0)}}
-    assert "n/a" not in markdown_table(full, {}) and "[^" not in markdown_table(full, {})
+    assert "n/a" not in results_markdown(full, {}) and "[^" not in results_markdown(full, {})
 
 
 def test_results_are_written(tmp_path):
@@ -110,8 +117,9 @@ def test_results_are_written(tmp_path):
     cell = written["results"]["untrained"]["generated"]["profiles"]["paper"]["B-4"]
     assert cell == {
         "value": 11.5, "unit": "B-4 unit", "signature": "made up", "reason": None, "low": 11, "high": 12.5,
+        "direction": "none",
     }  # fmt: skip
-    assert (tmp_path / "run" / "table.md").read_text(encoding="utf-8") == markdown_table(RESULTS, {})
+    assert (tmp_path / "run" / "table.md").read_text(encoding="utf-8") == results_markdown(RESULTS, {})
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["results.json", "table.md"]
 
 
@@ -156,25 +164,25 @@ def test_console_table_wraps_names_before_it_cuts_numbers():
 
 
 def test_the_sides_of_a_dialogue_stand_beside_the_reference():
-    text = markdown_table(RESULTS, {})
+    text = results_markdown(RESULTS, {})
     assert "| untrained | generated | 10.50 [10.00, 11.50] |" in text
-    assert text.count("| the reference itself |  | 10.00 [9.50, 11.00] |") == 2  # in process and in replies
-    assert text.count("the reference itself |") == 2 and "for each set of turns" not in text
+    assert text.count("| reference dialogues |  | 10.00 [9.50, 11.00] |") == 2  # in process and in replies
+    assert text.count("reference dialogues |") == 2 and "per set of turns" not in text
     # Where turns failed, the reference has other figures.
     fewer = scores(10.5)
     for table in ("process", "reply"):
         fewer[table] = {
             name: sides | {"reference": MetricResult(8.0, "u", "s")} for name, sides in fewer[table].items()
         }
-    text = markdown_table(RESULTS | {"fails": {"generated": fewer}}, {})
+    text = results_markdown(RESULTS | {"fails": {"generated": fewer}}, {})
     rows = (
-        "| the reference itself |  | 10.00 [9.50, 11.00] |\n| the reference itself | turns of fails, generated | 8.00 |"
+        "| reference dialogues |  | 10.00 [9.50, 11.00] |\n| reference dialogues | turns of fails, generated | 8.00 |"
     )
-    assert text.count(rows) == 2 and "for each set of turns" in text
+    assert text.count(rows) == 2 and "per set of turns" in text
 
 
 def test_columns_in_which_lower_is_better_are_marked():
-    text = markdown_table(RESULTS, {})
+    text = results_markdown(RESULTS, {})
     assert "| system | context | NLL ↓ |" in text and "| system | context | macro-F1 |" in text
     assert "| system | context | greeting first |" in text
     assert text.count("↓: lower is better.") == 1
@@ -186,30 +194,33 @@ def test_drift_is_shown_of_the_last_system_turn_by_turn():
         name: MetricResult(10.0, "u", "s", None, 8.0, 12.0) for name in ("ACC", "R-L char")
     }
     for context, value in (("reference", 42.0), ("generated", 32.0)):  # of the turns that both contexts have
-        lost[context] = {"ACC": MetricResult(value, "u", "s", None, value - 1, value + 1)}
-    text = markdown_table(full, {"trained": [lost]})
-    row = "| 1 | 55 | 42.00 [41.00, 43.00] | 32.00 [31.00, 33.00] | 10.00 [8.00, 12.00] | 10.00 [8.00, 12.00] |"
-    assert row in text
-    alone = "| supporter turn | turns | ref ACC | gen ACC |\n|---|---:|---:|---:|\n| 1 | 60 | 40.00 [39.50, 41.00] |"
-    assert alone in markdown_table(full, {"trained": []})
+        lost[context] = dict.fromkeys(("ACC", "R-L char"), MetricResult(value, "u", "s", None, value - 1, value + 1))
+    text = results_markdown(full, {"trained": [lost]})
+    pair = " 42.00 [41.00, 43.00] | 32.00 [31.00, 33.00] |"
+    assert f"| 1 | 55 |{pair}{pair} 10.00 [8.00, 12.00] | 10.00 [8.00, 12.00] |" in text
+    header = (
+        "| supporter turn | turns | ref ACC | gen ACC | ref R-L char | gen R-L char |\n|---|---:|---:|---:|---:|---:|"
+    )
+    alone = f"{header}\n| 1 | 60 | 40.00 [39.50, 41.00] |"
+    assert alone in results_markdown(full, {"trained": []})
     assert f"| {STRATEGIES[0].label} | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 5 |" in text  # unparsed last
 
 
-def test_a_comparison_says_plainly_what_cannot_be_told_apart():
+def test_a_comparison_says_plainly_what_is_not_significant():
     facts = {"context": "reference", "unit": "turns", "signature": "made up", "turns": 97, "left_out": 3}
     rows = [
         Difference(metric="ACC", a=43.0, b=42.0, difference=1.0, low=-0.5, high=2.5, p_value=0.04, adjusted=0.08,
-                   mcnemar=0.01, verdict=ALIKE, **facts),
+                   mcnemar=0.01, verdict=NOT_SIGNIFICANT, **facts),
         Difference(metric="BS", reason="no model", **facts),
     ]  # fmt: skip
-    text = comparison_markdown(rows, "one", "other")
+    text = markdown_tables([comparison_table(rows)])
     assert (
-        "| reference | ACC | 43.00 | 42.00 | +1.00 [-0.50, +2.50] | 0.0400 | 0.0800 | 0.0100 | cannot be told apart |"
+        "| reference | ACC | 43.00 | 42.00 | +1.00 [-0.50, +2.50] | 0.0400 | 0.0800 | 0.0100 | not significant |"
     ) in text
     assert "| reference | BS | n/a | n/a | n/a | n/a | n/a | n/a | no model |" in text
-    assert "after Holm's correction for the 1 tests" in text
+    assert "with Holm's correction for the 1 tests" in text
     assert text.count("In reference context: Left out: 3 turns that only one of the two systems has.") == 1
-    assert "McNemar's test ignores that the turns of a dialogue cluster" in text
+    assert "McNemar's test ignores dialogues" in text
     console = Console(width=100, file=io.StringIO())
-    console.print(comparison_table(rows))
-    assert "cannot be told apart" in console.file.getvalue()
+    console.print(rich_table(comparison_table(rows, brief=True)))
+    assert "not significant" in console.file.getvalue()

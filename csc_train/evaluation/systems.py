@@ -9,12 +9,11 @@ from csc_train.data.dialogue import Dialogue
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
 from csc_train.inference.baselines import StrategyBaseline
-from csc_train.inference.generator import generate_predictions, shard_dialogues
+from csc_train.inference.generator import Generator, generate_predictions, shard_dialogues
 from csc_train.inference.hf import base_model_path, load_generator
 from csc_train.inference.openai import OpenAIGenerator
 from csc_train.inference.prediction_store import PredictionStore, is_complete
 from csc_train.inference.predictions import BASE_MODEL, BASELINE_NAMES, TRAINED_MODEL
-from csc_train.inference.turn_queue import Generator
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate

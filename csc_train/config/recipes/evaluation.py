@@ -125,7 +125,7 @@ class HumanEvalRecipe:
         check_choice("action", self.action, ("export", "import"))
         if self.action == "import":
             if self.key is None:
-                raise InputError("key is required: give the key.json of the sheet by key=...")
+                raise InputError("key is required: give the key.json of the annotation form by key=...")
             if not self.inputs:
                 raise InputError("import takes the files that raters exported")
             for name in ("system_a", "system_b"):

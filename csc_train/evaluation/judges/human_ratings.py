@@ -63,7 +63,7 @@ def read_ratings(paths: Sequence[str | os.PathLike], key: UnblindingKey) -> tupl
     ratings: Ratings = {question: {} for question in key.questions}
     comments, files = [], {}
     for path in paths:
-        file = read_strict_json(path, RatingFile, "a file that an annotation form exported")
+        file = read_strict_json(path, RatingFile, "a file that a form exported")
         if file.form != key.form:
             raise InputError(f"{path}: rates form {file.form}, but the key is of form {key.form}")
         rater = file.rater.strip()
