@@ -1,4 +1,4 @@
-"""Start a recipe on the processes of a cluster, here or as a SLURM job.
+"""Launch a recipe on a cluster: on this machine or as a SLURM job.
 
 python launch/launch.py recipe=sft experiment=qwen2_5_7b_lora cluster=node8
 python launch/launch.py run=runs/sft-20260101-120000 resume=true

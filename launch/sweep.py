@@ -1,4 +1,4 @@
-"""Try out settings of a recipe: trials drawn by Optuna, a grid or a list, here or as SLURM jobs.
+"""Sweep over settings of a recipe: sampled by Optuna, a grid or a list, on this machine or as SLURM jobs.
 
 python launch/sweep.py sweep=lr experiment=qwen2_5_7b_lora cluster=gpu1
 python launch/sweep.py sweep=lr debug=cpu_tiny sweep.trials=4

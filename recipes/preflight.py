@@ -1,4 +1,4 @@
-"""Check a training before it is started, and plan its memory, disk and time.
+"""Check a training before it starts, and estimate its memory, disk space and time.
 
 python recipes/preflight.py model=qwen2_5_72b adapter=full cluster=node8 zero=zero3
 """
@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
 
 
 def main(config: PreflightRecipe) -> None:
-    # After the configuration is checked: these imports take time.
+    # Imported after the configuration is checked, since this takes seconds.
     from csc_train.launching.preflight.checks import run_preflight
 
     report = run_preflight(config, launching=False)

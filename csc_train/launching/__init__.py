@@ -1,1 +1,1 @@
-"""From one machine to a cluster: what there is to run on, whether a job fits, and how it is started."""
+"""Launch jobs: preflight checks, launchers for this machine and SLURM, and sweeps."""
