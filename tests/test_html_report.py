@@ -350,8 +350,8 @@ def test_calibration_is_shown_where_it_is_known(run, page, tmp_path, browser):
 
 def test_a_page_is_not_written_with_numbers_that_no_browser_reads():
     with pytest.raises(ValueError, match="not JSON compliant"):
-        data = {"sheet": "s", "questions": [], "items": [float("nan")]}
-        render("csc_train.evaluation.report", "sheet.html.jinja", language="en", data=data)
+        data = {"form": "s", "questions": [], "items": [float("nan")]}
+        render("csc_train.evaluation.report", "form.html.jinja", language="en", data=data)
 
 
 def test_the_page_could_not_reach_a_network_even_if_it_tried(run, browser, tmp_path):

@@ -131,12 +131,7 @@ def _metric_name(spec: MetricSpec) -> str:
 
 
 def _difference(
-    name: str,
-    a: Metric,
-    b: Metric,
-    sides: tuple[PredictionTable, PredictionTable],
-    resamples: int,
-    permutations: int,
+    name: str, a: Metric, b: Metric, sides: tuple[PredictionTable, PredictionTable], resamples: int, permutations: int
 ) -> dict:
     dialogues = sides[0].dialogue
     row = {"unit": a.unit, "signature": a.signature, "direction": a.direction, "p_value": None}

@@ -76,11 +76,7 @@ def _missing(directory: Path, system: str, contexts: Sequence[str], dialogues: S
 
 
 def predict_missing(
-    directory: Path,
-    systems: Systems,
-    contexts: Sequence[str],
-    dialogues: Sequence[Dialogue],
-    state: "PartialState",
+    directory: Path, systems: Systems, contexts: Sequence[str], dialogues: Sequence[Dialogue], state: "PartialState"
 ) -> None:
     """Predict the missing turns of all systems, one system in memory at a time; each process predicts a shard.
 

@@ -31,10 +31,7 @@ def fetch_models(config: MetricsConfig) -> None:
         return
     from csc_train.evaluation.metrics import metric_models
 
-    files = (
-        (config.bertscore_model, metric_models.BERTSCORE_FILES),
-        (config.bleurt_model, metric_models.BLEURT_FILES),
-    )
+    files = ((config.bertscore_model, metric_models.BERTSCORE_FILES), (config.bleurt_model, metric_models.BLEURT_FILES))
     for path, groups in files:
         if path is not None:
             metric_models.check_files(snapshot(path, "metric model"), groups)
