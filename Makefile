@@ -3,7 +3,7 @@ PYTHON := $(VENV)/bin/python
 # Threads that wait without spinning: on a shared machine spinning makes small models many times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test test-fast bench lint
+.PHONY: help demo settings test test-fast bench lint
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ test-fast: $(VENV)/installed-dev ## The tests of less than two minutes: no train
 
 bench: $(VENV)/installed ## Measure packing beside TRL's own; six minutes on two cores
 	$(PYTHON) benchmarks/packing.py
+
+settings: $(VENV)/installed ## Write docs/settings.md from the docstrings of the settings
+	$(PYTHON) -m csc_train.config.explain > docs/settings.md
 
 lint: $(VENV)/installed-dev ## Check style, format, types and the word list
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PYTHON) -m pre_commit run --all-files

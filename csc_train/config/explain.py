@@ -126,7 +126,7 @@ def _checks(node: ast.AST, names: dict[str, Any], loops: dict[str, list[str]]) -
         with contextlib.suppress(NameError, AttributeError):  # limits that depend on other fields
             limits = [eval(compile(ast.Expression(part), "", "eval"), dict(names)) for part in node.args[2:]]
             text = ", ".join(map(str, limits[0])) if called == "check_choice" else _range_text(*limits)
-            yield from ((field, text) for field in _fields_in(node.args[1], loops))
+            yield from ((field, text) for field in _fields_in(node.args[1], loops) if text)
     for child in ast.iter_child_nodes(node):
         yield from _checks(child, names, loops)
 
