@@ -32,9 +32,8 @@ from csc_train.runs.provenance import provenance
 from csc_train.template.dialogue_template import TokenizedDialogue
 from csc_train.template.tokenizer_training import train_tokenizer
 from csc_train.training.config import TrainerConfig
-from csc_train.training.memory import GIB, estimate_memory, training_flops
+from csc_train.training.memory import GIB, estimate_memory, scenario_flops, scenario_of
 from csc_train.training.trainer import build_trainer, training_arguments
-from csc_train.training.worst_first import setting_of
 
 STEPS, WARM_UP = 8, 3
 LENGTH = 8192
@@ -103,7 +102,7 @@ def measure(case: Case) -> dict:
             arguments=arguments,
             adapter=case.adapter,
         )
-        setting, ends, real = setting_of(trainer, LENGTH), [], trainer.log
+        scenario, ends, real = scenario_of(trainer, LENGTH), [], trainer.log
 
         def log(logs, start_time=None):
             torch.cuda.synchronize()
@@ -113,7 +112,7 @@ def measure(case: Case) -> dict:
         trainer.log = log
         trainer.train()
     free, total = torch.cuda.mem_get_info()
-    measured, planned = torch.cuda.max_memory_allocated(), estimate_memory(setting)
+    measured, planned = torch.cuda.max_memory_allocated(), estimate_memory(scenario)
     # The last line that is logged is the summary.
     seconds = (ends[STEPS - 1] - ends[WARM_UP - 1]) / (STEPS - WARM_UP)
     tokens = report.tokens / STEPS
@@ -131,7 +130,7 @@ def measure(case: Case) -> dict:
         "used_gib": (total - free) / GIB,
         "tokens_a_second": tokens / seconds,
         "trained_tokens_a_second": report.trained_tokens / STEPS / seconds,
-        "mfu": None if peak is None else training_flops(setting, tokens, DOCUMENT) / seconds / (peak * 1e12),
+        "mfu": None if peak is None else scenario_flops(scenario, tokens, DOCUMENT) / seconds / (peak * 1e12),
     }
 
 

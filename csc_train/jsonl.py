@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -114,15 +114,3 @@ def read_jsonl(path: str | os.PathLike, allow_torn: bool = False) -> Iterator[tu
             if not isinstance(row, dict):
                 raise InputError(f"{path}, line {number}: not a JSON object")
             yield number, row
-
-
-def keep_table(directory: Path, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-    """Add a table of a step to `<name>.jsonl`, a line a row; rows of this step and later ones are replaced.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    with JsonlLog(directory / f"{name}.jsonl") as log:
-        log.truncate_after(step - 1)
-        for row in rows:
-            log.append({"step": step} | dict(zip(columns, row, strict=True)))

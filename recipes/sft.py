@@ -1,12 +1,13 @@
-"""Train a model to choose a strategy and reply with it: dialogues -> template -> packs -> checkpoint.
+"""Train a model to choose a strategy and reply with it: dialogues -> template -> packs -> final model.
 
 python recipes/sft.py experiment=demo
 torchrun --nproc_per_node 8 recipes/sft.py experiment=qwen2_5_7b_lora
 python recipes/sft.py experiment=demo on_finish=evaluate validation.save_best=true
 """
 
-import dataclasses
 import logging
+from dataclasses import asdict
+from pathlib import Path
 
 try:
     from csc_train.config.cli import run_recipe
@@ -42,23 +43,25 @@ def main(config: SftRecipe) -> None:
     from csc_train.template.dialogue_template import DialogueTemplate
     from csc_train.template.tokenizer_training import get_tokenizer
     from csc_train.tokenized_cache import tokenize
-    from csc_train.tracking.wandb import Tracking
+    from csc_train.tracking.tracker import Tracker
+    from csc_train.training.callbacks import StopOnSignal, track
     from csc_train.training.compatibility import check_supported
-    from csc_train.training.graceful_stop import StopOnSignal
     from csc_train.training.leak_check import dropout_warning
     from csc_train.training.trainer import build_trainer, training_arguments
     from csc_train.training.validation import Validator, last_validation_metrics
 
+    # Checks
     job = distributed_state()
-    config.trainer.accumulation(job.num_processes)  # refuses what cannot be divided
-    check_supported(config.zero, config.adapter.kind, resolve_precision(config.trainer.precision))
-    attention = select_attention(config.model.attn_implementation, config.packing.strategy, config.trainer.precision)
+    precision, seed = config.trainer.precision, config.trainer.seed
+    config.trainer.accumulation(job.num_processes)
+    check_supported(config.zero, config.adapter.kind, resolve_precision(precision))
+    attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision)
     check_base_available(config.model)
     run = Run("sft", to_container(config), OUTPUTS)
-    following = on_finish_arguments(config.on_finish, run.directory)
+    on_finish = on_finish_arguments(config.on_finish, run.directory)
 
     # Dialogues
-    if config.data.sample_dialogues and job.is_main_process:
+    if config.data.sample_dialogues and run.is_main:
         ensure_sample(config.data.train.path, config.data.sample_dialogues, config.data.sample_seed)
     job.wait_for_everyone()
     splits = load_splits(config.data, run.directory if run.is_main else None)
@@ -66,41 +69,36 @@ def main(config: SftRecipe) -> None:
     if status == "finished":
         logger.info(f"reused {run.directory}/model: same configuration, data and code")
         if run.is_main:
-            run_on_finish(config.on_finish, following)
+            run_on_finish(config.on_finish, on_finish)
         return
 
-    # Template
+    # Template and packs
     tokenizer = get_tokenizer(config.model, config.template, splits.train, run.directory / "tokenizer", job)
     template = DialogueTemplate(tokenizer, chat_template_name(config.model), config.template)
-
-    # Packs
-    examples = tokenize(splits.train, template, config.tokenization)
-    packs, packing_report = pack_dialogues(examples, config.packing, config.loss)
+    dialogues = tokenize(splits.train, template, config.tokenization)
+    packs, packing_report = pack_dialogues(dialogues, config.packing, config.loss)
     logger.info(f"training on {packing_report}")
-    validator = None
+
+    # Validation
+    tracker, validator = Tracker(config.tracking, run.directory), None
     if config.validation.interval(config.trainer):
+        validation = tokenize(splits.held_out, template, config.tokenization)
         validator = Validator(
-            splits.held_out,
-            tokenize(splits.held_out, template, config.tokenization),
-            template,
-            config.validation,
-            config.packing,
-            packs.loss_weights,
-            run.directory,
-        )
-    if config.validation.chooses and not splits.validation:
+            splits.held_out, validation, template, config.validation, config.packing, packs.loss_weights,
+            tracker.log_table,
+        )  # fmt: skip
+    if config.validation.selects_model and not splits.validation:
         logger.info(
-            f"note: {config.validation.metric_for_best_model} on the evaluation dialogues chooses the checkpoint: "
-            "test it on others, or set training dialogues aside to choose on (data.validation_fraction=0.02)"
+            f"note: {config.validation.metric_for_best_model} on the evaluation dialogues selects the model: evaluate "
+            "it on others, or select it on training dialogues that are set aside (data.validation_fraction=0.02)"
         )
 
-    # Model: the arguments come first, since ZeRO stage 3 shards it while it is loaded
+    # Model: after the arguments, since ZeRO stage 3 shards it while it is loaded
     arguments = training_arguments(config.trainer, run.checkpoints, job.num_processes, config.zero, config.validation)
-    dtype = weight_dtype(config.trainer.precision, config.adapter.kind)
-    source = save_base_model(config.model, tokenizer, dtype, config.trainer.seed, run)
-    in_4_bits = config.adapter.kind == "qlora"
-    model = load_model(source, tokenizer, dtype, config.trainer.seed, attention, in_4_bits)
-    manifest = build_manifest(source, model, template, splits.train, run)
+    dtype = weight_dtype(precision, config.adapter.kind)
+    base = save_base_model(config.model, tokenizer, dtype, seed, run)
+    model = load_model(base, tokenizer, dtype, seed, attention, load_in_4bit=config.adapter.kind == "qlora")
+    manifest = build_manifest(base, model, template, splits.train, run)
     if run.is_main:
         write_manifest(run.directory, manifest)
     if warning := dropout_warning(model.config, config.adapter, config.packing.strategy):
@@ -108,41 +106,37 @@ def main(config: SftRecipe) -> None:
 
     # Training
     trainer = build_trainer(
-        model,
-        tokenizer,
-        packs,
-        packing=config.packing.strategy,
-        arguments=arguments,
-        adapter=config.adapter,
-        worst_first=config.trainer.worst_first,
+        model, tokenizer, packs, packing=config.packing.strategy, arguments=arguments, adapter=config.adapter,
         validator=validator,
-    )
-    logger.info(f"steps: {trainer.batches().load_balance()}")
+    )  # fmt: skip
+    logger.info(f"steps: {trainer.batch_sampler().load_balance()}")
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    state = run.latest_checkpoint() if status == "unfinished" else None
-    with Tracking(config.tracking, run, trainer, manifest, packing_report, state) as tracking:
-        trainer.train(resume_from_checkpoint=state)
-        if stop.before_the_end:
+    checkpoint = run.latest_checkpoint() if status == "unfinished" else None
+    with tracker:
+        track(trainer, tracker, run.config, manifest, packing_report, checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.interrupted:
             run.stop()
 
-        # Checkpoint
-        best = trainer.best_state()
-        trained = trained_model(trainer, source, resolve_dtype(config.trainer.precision), best)
+        # Final model
+        best = trainer.best_checkpoint()
+        trained = trained_model(trainer, base, resolve_dtype(precision), best)
         if run.is_main:
-            log = trainer.state.log_history
-            measured = last_validation_metrics(
-                log, trainer.state.best_global_step if best else trainer.state.global_step
+            log, state = trainer.state.log_history, trainer.state
+            metrics = last_validation_metrics(log, state.best_global_step if best else state.global_step)
+            write_json(
+                run.directory / "metrics.json", {"packing": asdict(packing_report), "validation": metrics, "log": log}
             )
-            metrics = {"packing": dataclasses.asdict(packing_report), "validation": measured, "log": log}
-            write_json(run.directory / "metrics.json", metrics)
             save_final_model(run.directory / "model", trained, tokenizer, template.chat_template, manifest)
-            tracking.keep_checkpoint(run.directory / "model")
+            tracker.log_model(
+                run.directory / "model", manifest.hashes, Path(config.data.train.path), run.config["data"]
+            )
     job.wait_for_everyone()
     run.finish()
-    logger.info(f"checkpoint: {run.directory}/model" + (f", made from {best.name}" if best else ""))
+    logger.info(f"model: {run.directory}/model" + (f", from {best.name}" if best else ""))
     if run.is_main:
-        run_on_finish(config.on_finish, following)
+        run_on_finish(config.on_finish, on_finish)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.export import export, open_source
 from csc_train.checkpoints.manifest import write_manifest
 from csc_train.checkpoints.reshard import MOMENTS, WEIGHT, open_training_checkpoint
-from csc_train.checkpoints.training_checkpoint import RECORD_FILE, CheckpointRecord, check_steps
+from csc_train.checkpoints.training_checkpoint import CHECKPOINT_FILE, CheckpointRecord, check_resumable
 from csc_train.config.compose import compose
 from csc_train.errors import InputError
 from csc_train.models.config import AdapterConfig
@@ -218,14 +218,14 @@ def test_a_run_goes_on_by_another_stage_or_adapter_on_one_process(on_one, refere
 
 def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_path):
     state = folder / "full-3/checkpoints/checkpoint-4"
-    assert json.loads((state / RECORD_FILE).read_text()) == {
+    assert json.loads((state / CHECKPOINT_FILE).read_text()) == {
         "packs_per_step": 4,
         "processes": 2,
         "stage": 3,
-        "tracked": None,
+        "wandb_run_id": None,
     }
-    with pytest.raises(InputError, match=r"saved with trainer.packs_per_step=4, this run has 8: go on with 4"):
-        check_steps(state, CheckpointRecord(4, 2, 3), CheckpointRecord(8, 2, 3))
+    with pytest.raises(InputError, match=r"saved with trainer.packs_per_step=4, this run has 8: resume with 4"):
+        check_resumable(state, CheckpointRecord(8, 2, 3))
 
 
 # What a state holds
@@ -467,7 +467,7 @@ def test_a_sharded_run_killed_goes_on_where_it_was(workplace):
     assert losses(run) == pytest.approx(losses(workplace / "one"), rel=TOLERANCE)
     ours, theirs = (load_file(path / "checkpoint" / "model.safetensors") for path in (run, workplace / "one"))
     assert all((ours[name] - theirs[name]).abs().max() < TOLERANCE for name in theirs)
-    record = json.loads((run / "checkpoints" / "checkpoint-6" / RECORD_FILE).read_text())
+    record = json.loads((run / "checkpoints" / "checkpoint-6" / CHECKPOINT_FILE).read_text())
     assert (record["processes"], record["stage"]) == (2, 3)
 
 
@@ -477,5 +477,7 @@ def test_accelerates_own_configuration_is_followed(workplace, stage):
     launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
     finish(begin(workplace, [*launcher, "--main_process_port", "0"], f"run.directory=launched-{stage}"))
     assert losses(workplace / f"launched-{stage}") == pytest.approx(losses(workplace / "one"), rel=TOLERANCE)
-    record = json.loads((workplace / f"launched-{stage}" / "states" / "checkpoint-6" / RECORD_FILE).read_text())
+    record = json.loads(
+        (workplace / f"launched-{stage}" / "checkpoints" / "checkpoint-6" / CHECKPOINT_FILE).read_text()
+    )
     assert (record["processes"], record["stage"]) == (2, stage)

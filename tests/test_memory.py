@@ -29,10 +29,10 @@ from csc_train.training.memory import (
     fitting_world_size,
     layer_bytes,
     model_states,
+    scenario_flops,
     smallest_fit,
     state_bytes,
     suggest_fixes,
-    training_flops,
     world_sizes,
 )
 
@@ -96,7 +96,7 @@ def test_a_vocabulary_that_nobody_states_is_asked_for():
 
 @pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (8, 1), (64, 8)])
 def test_model_states_are_those_of_deepspeeds_estimators(seven, processes, nodes):
-    shape = seven.shape
+    shape = seven.dims
     per_node = processes // nodes
 
     def states(stage: str, offload: str) -> tuple[float, float]:
@@ -257,7 +257,7 @@ def test_the_smallest_fit_is_the_least_sharded_one(seven):
 
 
 def test_the_fewest_processes_that_fit(seven):
-    large = replace(seven, shape=model_dims(architecture_of("qwen2_5_72b")))
+    large = replace(seven, dims=model_dims(architecture_of("qwen2_5_72b")))
     fit = fitting_world_size(large, 8, 79.6 * GIB)
     assert estimate_memory(fit).total <= 79.6 * GIB < estimate_memory(replace(fit, processes=fit.processes // 2)).total
     assert fit.nodes == fit.processes // 8 > 1
@@ -285,7 +285,7 @@ def test_every_remedy_fits_and_is_an_override(seven):
 
 
 def test_flops_are_six_a_weight_and_token_and_four_with_adapters(seven):
-    weights = seven.shape.layers * seven.shape.block_linear + seven.shape.embedding
-    assert training_flops(seven, 1000, 0) == 6 * weights * 1000
-    assert training_flops(replace(seven, adapter="lora", adapter_parameters=1), 1000, 0) == (4 * weights + 6) * 1000
-    assert training_flops(seven, 1000, 100) > training_flops(seven, 1000, 0)
+    weights = seven.dims.layers * seven.dims.block_linear + seven.dims.embedding
+    assert scenario_flops(seven, 1000, 0) == 6 * weights * 1000
+    assert scenario_flops(replace(seven, adapter="lora", adapter_parameters=1), 1000, 0) == (4 * weights + 6) * 1000
+    assert scenario_flops(seven, 1000, 100) > scenario_flops(seven, 1000, 0)

@@ -145,7 +145,7 @@ def test_a_disk_that_is_too_small_for_the_states_is_refused(job):
     name, message = failure(outcome)
     assert name == "disk" and "0.0 GiB free" in message and "trainer.save_total_limit" in message
     # States of 12 bytes a parameter, one more than are kept, and a checkpoint of 4 bytes a parameter.
-    parameters = outcome.scenarios[0].shape.parameters
+    parameters = outcome.scenarios[0].dims.parameters
     assert not run_preflight(composed(job), free_disk=(3 * 12 + 4) * parameters).failed
     assert run_preflight(composed(job), free_disk=(3 * 12 + 4) * parameters - 1).failed
 

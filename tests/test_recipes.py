@@ -181,7 +181,7 @@ def test_two_processes_make_one_run_directory(tmp_path):
     trained = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["packing"]["strategies"]
     assert "礼貌问候" not in trained and "感谢与告别" in trained
     assert (run / "model" / "model.safetensors").exists()
-    assert done.stdout.count("checkpoint: ") == 1
+    assert done.stdout.count("\nmodel: ") == 1
     assert done.stdout.count("trained 6 steps in ") == 1
     assert [line["step"] for line in history(run)] == [1, 2, 3, 4, 5, 6]
     assert done.stdout.count(" dialogues encoded in ") == 2  # those that are trained on, and those held out

@@ -33,13 +33,14 @@ from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.packing.token_groups import GROUP_SHAPE, NUM_GROUPS, TURN_BUCKETS, token_group_ids
 from csc_train.packing.truncation import drop_leading_turns
+from csc_train.runs.comparison import HISTORY_FILE
 from csc_train.runs.directory import EXIT_STOPPED, Run
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
-from csc_train.tracking import wandb as tracking
 from csc_train.tracking.config import TrackingConfig
-from csc_train.tracking.wandb import HISTORY, attach_evaluation, exit_code, open_run, resolve_mode, write_csv
-from csc_train.training.progress import Progress
+from csc_train.tracking.history import write_csv
+from csc_train.tracking.wandb import attach_evaluation, exit_code, open_run, resolve_mode, result_rows
+from csc_train.training.callbacks import ProgressReporter
 from csc_train.training.train_metrics import TrainMetrics, peak_flops, token_metrics
 
 STEPS = list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
@@ -77,7 +78,7 @@ def without_prompt(example: TokenizedDialogue, kept: int) -> TokenizedDialogue:
 
 
 def history(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / HISTORY).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (run / HISTORY_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def steps_of(run: Path) -> list[int]:
@@ -121,8 +122,8 @@ def whole(folder):
 
 
 def test_losses_are_bitwise_those_of_a_training_that_is_neither_measured_nor_tracked(folder, whole, monkeypatch):
-    monkeypatch.setattr(TrainMetrics, "count", lambda *_: None)
-    monkeypatch.setattr(TrainMetrics, "read", lambda *_: {})
+    monkeypatch.setattr(TrainMetrics, "update", lambda *_: None)
+    monkeypatch.setattr(TrainMetrics, "compute", lambda *_: {})
     assert curve(train(folder, packs="shared")) == whole[0]
 
 
@@ -180,7 +181,7 @@ def test_what_is_measured_of_the_steps_is_not_of_an_evaluation(folder):
         mode()
         with torch.no_grad():
             trainer.compute_loss(trainer.model, dict(batch))
-        assert bool(trainer.measures._sums.any()) == (trainer.measures._forward > 0) == counted
+        assert bool(trainer.metrics._sums.any()) == (trainer.metrics._forward > 0) == counted
 
 
 def an_example(strategies: list[int]) -> TokenizedDialogue:
@@ -285,12 +286,12 @@ def test_wandb_gets_the_same_figures_settings_and_origins(whole):
         assert {name: row[f"train/{name}"] for name in line} == line
     assert kept.summary["train_loss"] == pytest.approx(sum(done["losses"]) / len(STEPS))
     assert kept.config["tracking"] == {"mode": "offline"}
-    assert kept.config["origin"]["data_hash"] == MANIFEST.data_hash
+    assert kept.config["manifest"]["data_hash"] == MANIFEST.data_hash
     assert kept.config["packing_report"]["token_ratio"] == 0.9
     assert kept.config["cluster"]["world_size"] == 1
     assert kept.config["learning_rate"] == 3e-3  # by the Trainer's own integration
     assert kept.exit_code == 0
-    assert kept.artifacts[f"checkpoint-{kept.id}"] == "model"
+    assert kept.artifacts[f"model-{kept.id}"] == "model"
     assert kept.rows[2]["samples.nrows"] == 1
     assert (run / "samples.jsonl").read_text() == '{"step": 2, "prompt": "a", "reply": "b"}\n'
 
@@ -324,7 +325,7 @@ def test_a_training_that_is_told_to_stop_closes_its_run_with_its_status(folder, 
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
     (kept,) = offline_runs(run)
     assert (kept.exit_code, sorted(kept.rows), steps_of(run)) == (EXIT_STOPPED, [1, 2, 3], [1, 2, 3])
-    assert json.loads((run / "checkpoints/checkpoint-3/csc_state.json").read_text())["tracked"] == kept.id
+    assert json.loads((run / "checkpoints/checkpoint-3/csc_checkpoint.json").read_text())["wandb_run_id"] == kept.id
 
 
 def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(folder, whole, signals, said):
@@ -343,7 +344,7 @@ def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(fol
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     assert json.loads((run / "run.json").read_text())["status"] == "running"
-    with (run / HISTORY).open("a") as file:
+    with (run / HISTORY_FILE).open("a") as file:
         file.write('{"step": 5, "lo')  # torn
     trained(folder, "killed", resume="killed/checkpoints/checkpoint-4")
     assert any("killed crashed: the process was killed before it recorded its end" in line for line in said)
@@ -364,7 +365,7 @@ def test_an_evaluation_is_attached_to_the_run_that_trained(folder, whole, tmp_pa
     (tmp_path / "table.md").write_text("| ours |")
     run = folder / "attached"
     (run / "wandb").mkdir(parents=True)
-    for name in ("tracking.json", HISTORY):
+    for name in ("tracking.json", HISTORY_FILE):
         (run / name).write_text((whole[1] / name).read_text())
     (run / "resolved.yaml").write_text("tracking: {mode: offline}")
     for number in (1, 2):
@@ -382,7 +383,7 @@ def test_an_evaluation_is_attached_to_the_run_that_trained(folder, whole, tmp_pa
 def test_rows_of_scores():
     score = {"value": 1, "low": None, "high": 2, "unit": "words", "signature": "s"}
     results = {"a": {"reference": {"profiles": {"zh": {"B-2": score}}}}}
-    assert tracking.scores(results) == [["a", "reference", "zh", "B-2", 1, None, 2, "words"]]
+    assert result_rows(results) == [["a", "reference", "zh", "B-2", 1, None, 2, "words"]]
 
 
 # The tracker
@@ -465,9 +466,9 @@ def test_lines_are_kept_up_to_a_step_and_a_torn_one_is_not(tmp_path):
 
 
 def test_a_history_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / HISTORY).mkdir()
-    with pytest.raises(InputError, match=rf"{HISTORY}: cannot write: Is a directory"):
-        JsonlLog(tmp_path / HISTORY).append({"step": 1})
+    (tmp_path / HISTORY_FILE).mkdir()
+    with pytest.raises(InputError, match=rf"{HISTORY_FILE}: cannot write: Is a directory"):
+        JsonlLog(tmp_path / HISTORY_FILE).append({"step": 1})
 
 
 def test_figures_of_a_step_become_one_row_of_the_table(tmp_path):
@@ -509,7 +510,7 @@ def test_a_run_that_ended_with_a_word_did_not_crash(tmp_path, said):
 
 
 def progress(state: TrainerState, logs: list[tuple[int, dict]]) -> None:
-    shown = Progress()
+    shown = ProgressReporter()
     shown.on_train_begin(None, state, None)
     for step, values in logs:
         state.global_step = step

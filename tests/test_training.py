@@ -137,7 +137,6 @@ TWO_PROCESSES = {
     "two_processes_shared": {"micro_batch_size": 2, "packs": "shared"},
     "two_processes_weighted": {"micro_batch_size": 1, "packs": "weighted"},
     "two_processes_resumed": {"micro_batch_size": 2, "resume": "kept/checkpoint-4"},
-    "two_processes_at_once": {"micro_batch_size": 1, "worst_first": False},
     "two_processes_tracked": {"micro_batch_size": 1, "packs": "shared", "tracked": "tracked"},
 }
 
@@ -264,7 +263,7 @@ def test_the_logged_loss_and_gradient_norm_are_those_computed_by_hand(
     assert loss == pytest.approx(math.log(597), rel=0.2)  # about as good as guessing
 
 
-# The largest batch first
+# Out of memory
 
 
 @pytest.fixture
@@ -278,35 +277,6 @@ def batches(monkeypatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(PackTrainer, "training_step", spy)
     return seen
-
-
-@pytest.mark.parametrize("packs", ["packs", "shared"])
-def test_the_largest_batch_runs_first_and_leaves_no_trace(folder, batches, packs):
-    # Dropout draws random numbers, so losses tell whether the generators stand where they stood.
-    adapter = AdapterConfig(kind="lora", dropout=0.3)
-    options = {"micro_batch_size": 2, "packs": packs, "adapter": adapter, "gradient_checkpointing": False}
-    without = train(folder, **options, worst_first=False)
-    passes = list(batches)
-    batches.clear()
-    with_it = train(folder, **options)
-    # Twice, as for a step of two micro batches; then what is run without it.
-    assert batches[2:] == passes
-    assert batches[:2] == [(0, max(tokens for _, tokens in passes))] * 2
-    assert len({tokens for _, tokens in passes}) > 1
-    figures = ("loss", "grad_norm", "entropy", "mean_token_accuracy")
-
-    def logged(trainer) -> list[list[float]]:
-        return [[entry[name] for name in figures] for entry in trainer.state.log_history if "loss" in entry]
-
-    assert logged(with_it) == logged(without)
-    assert curve(with_it)["digest"] == curve(without)["digest"]
-
-
-def test_two_processes_train_the_same_with_the_largest_batch_first_as_without(on_two_processes):
-    first, without = on_two_processes["two_processes_in_quarters"], on_two_processes["two_processes_at_once"]
-    assert first["engine"] == without["engine"] == "DistributedDataParallel"
-    assert (first["losses"], first["grad_norms"]) == (without["losses"], without["grad_norms"])
-    assert first["digest"] == without["digest"]
 
 
 def test_two_processes_are_measured_as_one_and_make_one_run(folder, whole_shared, on_two_processes):
@@ -346,8 +316,8 @@ def test_running_out_of_memory_says_what_was_planned_and_what_fits(folder, batch
     ((step, tokens),) = batches
     message = str(caught.value)
     assert step == 0 and "\n" not in message
-    assert message.startswith(f"out of memory on process 0 in the largest batch ({tokens:,} tokens), before the first ")
-    assert "planned: 0.0 GiB (parameters 0.0, gradients 0.0, optimizer 0.0, activations 0.0" in message
+    assert message.startswith(f"out of memory on process 0 in step 1 ({tokens:,} tokens in a batch); ")
+    assert "estimated: 0.0 GiB (parameters 0.0, gradients 0.0, optimizer 0.0, activations 0.0" in message
     assert remedy in message
 
 

@@ -26,13 +26,13 @@ from csc_train.config.cluster import OnFinishConfig
 from csc_train.config.compose import compose
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.jsonl import keep_table
 from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.tracking.history import History
 from csc_train.training.config import TrainerConfig, ValidationConfig
 from csc_train.training.validation import last_validation_metrics
 
@@ -146,7 +146,7 @@ def test_the_held_out_loss_is_that_of_separate_sequences(trainer, references, pl
         total += (each * weights[1:]).sum().item()
         weight += weights.sum().item()
     assert references["full"]["measured"][-1]["loss"] == pytest.approx(total / weight, rel=TOLERANCE)
-    assert trainer.validator.weight == pytest.approx(weight, rel=TOLERANCE)
+    assert trainer.validator.total_weight == pytest.approx(weight, rel=TOLERANCE)
     assert len(trainer.validator.packs) == 3
 
 
@@ -178,9 +178,9 @@ def test_the_same_turns_are_drawn_every_time(folder, trainer):
     every = [(n, i) for n, each in enumerate(validator.dialogues) for i, turn in enumerate(each.turns) if turn.strategy]
     for number in (None, 5):
         again = type(validator)(
-            validator.dialogues, validator.examples, validator.template,
+            validator.dialogues, validator.tokenized, validator.template,
             dataclasses.replace(validator.config, num_turns=number), PackingConfig("shared_prefix", 1800),
-            trainer.packs.loss_weights, folder,
+            trainer.packs.loss_weights, History(folder).log_table,
         )  # fmt: skip
         assert again.samples == validator.samples == sorted(validator.samples)
         assert again.turns[:5] == validator.turns[:5]
@@ -209,7 +209,7 @@ def test_replies_are_greedy_and_stand_beside_what_was_said(folder, trainer, plai
 
 def test_a_turn_that_was_sampled_again_is_written_once(tmp_path):
     for step, text in ((2, "a"), (4, "b"), (6, "c"), (4, "d")):
-        keep_table(tmp_path, "samples", ["response"], [[text], ["好"]], step)
+        History(tmp_path).log_table("samples", [{"response": text}, {"response": "好"}], step)
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["step"], row["response"]) for row in rows] == [(2, "a"), (2, "好"), (4, "d"), (4, "好")]
 
@@ -274,12 +274,12 @@ def test_a_training_that_gets_no_better_ends_and_keeps_the_best_and_the_last(fol
     names = [f"checkpoint-{step}" for step in range(best, best + 3)]
     assert listing(folder / "stopped/checkpoints") == {names[0]: False, names[1]: True, names[2]: True}
     assert stopped.state.best_metric == min(losses)
-    assert stopped.best_state() == folder / "stopped/checkpoints" / names[0]
-    assert stopped.state.best_model_checkpoint == str(stopped.best_state())
+    assert stopped.best_checkpoint() == folder / "stopped/checkpoints" / names[0]
+    assert stopped.state.best_model_checkpoint == str(stopped.best_checkpoint())
 
 
 def test_the_best_state_is_what_the_checkpoint_is_made_from(folder, stopped):
-    best = stopped.best_state()
+    best = stopped.best_checkpoint()
     weights = load_file(best / "model.safetensors")
     kept = {path.name for path in best.iterdir()}
     assert not kept & {"optimizer.pt", "scheduler.pt", "rng_state.pth"} and "trainer_state.json" in kept
@@ -316,8 +316,8 @@ def test_a_resumed_training_knows_the_best_and_how_long_ago_it_was(folder, stopp
 
 
 def test_a_state_that_was_kept_for_its_weights_is_not_gone_on_from(folder, stopped):
-    best = stopped.best_state().relative_to(folder)
-    with pytest.raises(InputError, match=rf"{best.name} was kept for its weights: only a later state can be"):
+    best = stopped.best_checkpoint().relative_to(folder)
+    with pytest.raises(InputError, match=rf"{best.name} holds weights only: resume from a later checkpoint"):
         measured(folder, STOPPING, checkpoints="stopped/checkpoints", resume=str(best), **WORSE)
 
 
@@ -325,7 +325,7 @@ def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_
     states = folder / "full-3/checkpoints"
     before = open_training_checkpoint(states / "checkpoint-2")
     weights = {name: before.read(name, WEIGHT).clone() for name in before.names}
-    prune(states, 1, best=2)
+    prune(states, 1, best_step=2)
     assert listing(states) == {"checkpoint-2": False, "checkpoint-3": True}
     assert not list((states / "checkpoint-2").glob("global_step*"))
     after = open_training_checkpoint(states / "checkpoint-2")
@@ -337,20 +337,23 @@ def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_
     [
         (
             ["validation.eval_steps=0", "validation.save_best=true"],
-            "validation.eval_steps=0 measures nothing to choose the best state",
+            "validation.eval_steps=0: save_best and early_stopping_patience need validations",
         ),
         (
             ["validation.eval_steps=0", "validation.early_stopping_patience=2"],
-            "validation.eval_steps=0 measures nothing to choose the best state",
+            "validation.eval_steps=0: save_best and early_stopping_patience need validations",
         ),
-        (["validation.eval_steps=1.5"], "validation.eval_steps=1.5: a whole number of steps, or a share below 1"),
+        (
+            ["validation.eval_steps=1.5"],
+            "validation.eval_steps=1.5: choose a whole number of steps, or a share below 1",
+        ),
         (
             ["validation.metric_for_best_model=strategy_accuracy", "validation.num_turns=0"],
-            "validation.metric_for_best_model=strategy_accuracy with validation",
+            "validation.metric_for_best_model=strategy_accuracy: choose validation.num_turns above 0",
         ),
         (
             ["validation.metric_for_best_model=strategy_accuracy", "template=given"],
-            "validation.metric_for_best_model=strategy_accuracy: the model chooses no strategy under template.mode=given",
+            "validation.metric_for_best_model=strategy_accuracy: the model chooses no strategy under template.mode=",
         ),
         (
             ["validation.metric_for_best_model=accuracy"],
@@ -372,7 +375,7 @@ def test_measurements_go_with_the_saved_states_unless_asked_otherwise():
     assert ValidationConfig().interval(TrainerConfig(save_steps=7)) == 7
     assert ValidationConfig(eval_steps=3).interval(TrainerConfig(save_steps=7)) == 3
     assert ValidationConfig().interval(TrainerConfig(save_steps=0)) == 0
-    with pytest.raises(InputError, match=r"^trainer\.save_steps=0: say by validation"):
+    with pytest.raises(InputError, match=r"^trainer\.save_steps=0: set validation\.eval_steps"):
         ValidationConfig(save_best=True).interval(TrainerConfig(save_steps=0))
 
 
@@ -381,9 +384,15 @@ def test_measurements_go_with_the_saved_states_unless_asked_otherwise():
 
 def test_what_follows_is_checked_before_the_training():
     assert on_finish_arguments(OnFinishConfig(), Path("runs/x")) == []
-    config = compose("sft", ["on_finish=evaluate", "on_finish.overrides=['data=rolecs','evaluation.include_base=false']"])
+    config = compose(
+        "sft", ["on_finish=evaluate", "on_finish.overrides=['data=rolecs','evaluation.include_base=false']"]
+    )
     arguments = ["checkpoint=runs/x/model", "run.directory=runs/x/evaluation", "run.if_exists=reuse"]
-    assert on_finish_arguments(config.on_finish, Path("runs/x")) == [*arguments, "data=rolecs", "evaluation.include_base=false"]
+    assert on_finish_arguments(config.on_finish, Path("runs/x")) == [
+        *arguments,
+        "data=rolecs",
+        "evaluation.include_base=false",
+    ]
     with pytest.raises(InputError, match=r"Did you mean 'evaluation\.batch_size'"):
         on_finish_arguments(OnFinishConfig("evaluate", ["evaluation.batchsize=1"]), Path("runs/x"))
 
@@ -394,8 +403,8 @@ def start(
     """A training that keeps the best, and what follows it."""
     return run_script(
             ROOT / "recipes" / "sft.py", "debug=cpu_tiny", "data.sample_dialogues=40",
-            *settings, "run.if_exists=reuse", "validation.eval_steps=2", "validation.save_best=true", "validation.num_turns=6",
-            "validation.num_samples=1", "validation.max_new_tokens=4", "on_finish=evaluate",
+            *settings, "run.if_exists=reuse", "validation.eval_steps=2", "validation.save_best=true",
+            "validation.num_turns=6", "validation.num_samples=1", "validation.max_new_tokens=4", "on_finish=evaluate",
             f"on_finish.overrides={list(on_finish)}",
         cwd=directory, ranks=processes,
     )  # fmt: skip
@@ -406,7 +415,7 @@ def test_an_evaluation_follows_the_training_and_its_exit_status_is_carried(tmp_p
     run = tmp_path / "run"
     assert json.loads((run / "run.json").read_text())["finished"], failed.stderr[-4000:]
     assert failed.returncode != 0 and "nowhere.jsonl" in failed.stderr
-    assert failed.stdout.count("note: loss on the evaluation dialogues chooses the checkpoint: test it on others") == 1
+    assert failed.stdout.count("note: loss on the evaluation dialogues selects the model: evaluate it on others") == 1
     found = json.loads((run / "metrics.json").read_text())["validation"]
     steps = {row["step"] for row in samples(tmp_path, "run")}
     assert steps == {2, 4, 6} and found["step"] in steps and found["loss"] > 0

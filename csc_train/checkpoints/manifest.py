@@ -56,6 +56,11 @@ class Manifest:
     weights_hash: str = ""
     """Of the weight files by name; empty in the run directory, whose manifest is written before training."""
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The hashes of data, template and tokenizer, by name."""
+        return {name: getattr(self, name) for name in ("data_hash", "template_hash", "tokenizer_hash")}
+
 
 def build_manifest(
     base: ModelConfig, model: PreTrainedModel, template: DialogueTemplate, training: Iterable[Dialogue], run: Run

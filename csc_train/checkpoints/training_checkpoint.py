@@ -1,4 +1,4 @@
-"""Saved states of training: written whole, kept for a while, and gone on from only with the same steps."""
+"""Training checkpoints: weights, optimizer and data order of a step, to resume from; complete or absent on disk."""
 
 import shutil
 from dataclasses import asdict, dataclass
@@ -10,109 +10,114 @@ from transformers.trainer_utils import sort_checkpoints
 from csc_train.errors import InputError
 from csc_train.files import flush_to_disk, read_json, write_json
 
-RECORD_FILE = "csc_state.json"
+CHECKPOINT_FILE = "csc_checkpoint.json"
 PARTIAL_FOLDER = "writing"
-"""Where a state stands until it is whole, beside the others."""
+"""Where a checkpoint is written until it is complete, beside the others."""
 TRAINER_STATE = "trainer_state.json"
 RESUME_FILES = ("scheduler.pt", "optimizer.pt", "scaler.pt", "rng_state*.pth", "latest", "global_step*")
-"""What only going on needs: everything but the weights, of which DeepSpeed has a copy of its own. The first one's
-absence says that a state cannot be gone on from."""
+"""Files that are needed only to resume: all but the weights, of which DeepSpeed writes a second copy. A checkpoint
+without the first of them holds weights only."""
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """How a state of training was saved."""
+    """How a training checkpoint was saved."""
 
     packs_per_step: int
     processes: int
     stage: int | None
     """DeepSpeed's ZeRO stage; None for DDP or one process."""
-    tracked: str | None = None
-    """The id of the run in the tracker; None where it was not tracked."""
+    wandb_run_id: str | None = None
+    """The W&B run; None if the training was not tracked."""
 
 
 def build_record(trainer: Trainer) -> CheckpointRecord:
-    """What a state that `trainer` saves says of itself."""
-    arguments = trainer.args
-    each = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    plugin = arguments.deepspeed_plugin
-    stage = plugin.zero_stage if plugin else None
-    return CheckpointRecord(each * arguments.world_size, arguments.world_size, stage, getattr(trainer, "tracked", None))
+    """The record of a checkpoint that `trainer` saves."""
+    args = trainer.args
+    packs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
+    return CheckpointRecord(packs_per_step, args.world_size, stage, getattr(trainer, "wandb_run_id", None))
 
 
-def read_record(state: Path) -> CheckpointRecord:
-    """The record of a saved state.
+def read_record(checkpoint: Path) -> CheckpointRecord:
+    """The record of a training checkpoint.
 
     Raises:
-        InputError: there is none, so the state was not saved by this project.
+        InputError: there is none, or it is not by this project.
     """
     try:
-        return CheckpointRecord(**read_json(state / RECORD_FILE))
+        return CheckpointRecord(**read_json(checkpoint / CHECKPOINT_FILE))
     except TypeError as error:
-        raise InputError(f"{state / RECORD_FILE}: {error}") from error
+        raise InputError(f"{checkpoint / CHECKPOINT_FILE}: {error}") from error
 
 
-def check_steps(state: Path, saved: CheckpointRecord, now: CheckpointRecord) -> None:
-    """Refuse to go on with other steps: which packs are done would be undefined.
+def check_resumable(checkpoint: Path, now: CheckpointRecord) -> CheckpointRecord:
+    """Check that a training can resume from a checkpoint with the same packs in each step.
+
+    Returns:
+        The checkpoint's record.
 
     Raises:
-        InputError: the packs of an optimizer step are not as many as they were; names both numbers.
+        InputError: the checkpoint holds weights only, or its packs per step differ; names both numbers.
     """
+    if not can_resume(checkpoint):
+        raise InputError(f"{checkpoint} holds weights only: resume from a later checkpoint")
+    saved = read_record(checkpoint)
     if saved.packs_per_step != now.packs_per_step:
         raise InputError(
-            f"{state} was saved with trainer.packs_per_step={saved.packs_per_step}, this run has "
-            f"{now.packs_per_step}: go on with {saved.packs_per_step}, or start a new run"
+            f"{checkpoint} was saved with trainer.packs_per_step={saved.packs_per_step}, this run has "
+            f"{now.packs_per_step}: resume with {saved.packs_per_step}, or start a new run"
         )
+    return saved
+
+
+def can_resume(checkpoint: Path) -> bool:
+    """Whether a training checkpoint holds more than weights."""
+    return (checkpoint / RESUME_FILES[0]).exists()
+
+
+def checkpoint_dir(directory: Path, step: int) -> Path:
+    """The directory of the checkpoint after an optimizer step."""
+    return directory / f"checkpoint-{step}"
 
 
 def start_save(trainer: Trainer, directory: Path) -> None:
-    """Clear away what a killed process left half written."""
+    """Remove what a killed process left of an incomplete checkpoint."""
     if trainer.is_world_process_zero():
         shutil.rmtree(directory / PARTIAL_FOLDER, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 
-def checkpoint_dir(directory: Path, step: int) -> Path:
-    """Where the state after an optimizer step is saved."""
-    return directory / f"checkpoint-{step}"
-
-
-def commit(trainer: Trainer, directory: Path, best: int | None = None) -> None:
-    """Give the state that all processes have written its name, in one step, and retire older ones.
+def commit(trainer: Trainer, directory: Path, best_step: int | None = None) -> None:
+    """Move a checkpoint that all processes have written to its final name, and prune older ones.
 
     Args:
-        best: the step of a state that is kept as well, however old it is.
+        best_step: the step of the best checkpoint, whose weights are kept at any age.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the checkpoint cannot be written.
     """
     trainer.accelerator.wait_for_everyone()
-    # The Trainer has looked for it where this one was written.
-    trainer.state.best_model_checkpoint = str(checkpoint_dir(directory, best)) if best else None
+    # The Trainer looked for the best checkpoint in the folder of incomplete ones.
+    trainer.state.best_model_checkpoint = str(checkpoint_dir(directory, best_step)) if best_step else None
     if trainer.is_world_process_zero():
-        whole = checkpoint_dir(directory, trainer.state.global_step)
-        written = directory / PARTIAL_FOLDER / whole.name
+        final = checkpoint_dir(directory, trainer.state.global_step)
+        written = directory / PARTIAL_FOLDER / final.name
         trainer.state.save_to_json(str(written / TRAINER_STATE))
-        write_json(written / RECORD_FILE, asdict(build_record(trainer)))
+        write_json(written / CHECKPOINT_FILE, asdict(build_record(trainer)))
         flush_to_disk(written)
-        shutil.rmtree(whole, ignore_errors=True)
-        written.rename(whole)
+        shutil.rmtree(final, ignore_errors=True)
+        written.rename(final)
         written.parent.rmdir()
-        prune(directory, trainer.args.save_total_limit, best)
+        prune(directory, trainer.args.save_total_limit, best_step)
     trainer.accelerator.wait_for_everyone()
 
 
-def prune(directory: Path, keep: int, best: int | None = None) -> None:
-    """Remove all but the last `keep` states and the one after step `best`, of which the weights are kept if it is
-    older than these."""
-    for state in map(Path, sort_checkpoints(str(directory))[:-keep]):
-        if best and state == checkpoint_dir(directory, best):
-            for each in (path for pattern in RESUME_FILES for path in state.glob(pattern)):
-                shutil.rmtree(each) if each.is_dir() else each.unlink()
+def prune(directory: Path, save_total_limit: int, best_step: int | None = None) -> None:
+    """Remove all but the latest `save_total_limit` checkpoints; of an older best one, keep the weights."""
+    for checkpoint in map(Path, sort_checkpoints(str(directory))[:-save_total_limit]):
+        if best_step and checkpoint == checkpoint_dir(directory, best_step):
+            for path in (path for pattern in RESUME_FILES for path in checkpoint.glob(pattern)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         else:
-            shutil.rmtree(state, ignore_errors=True)
-
-
-def can_resume(state: Path) -> bool:
-    """Whether a saved state is more than weights."""
-    return (state / RESUME_FILES[0]).exists()
+            shutil.rmtree(checkpoint, ignore_errors=True)

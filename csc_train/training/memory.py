@@ -1,18 +1,24 @@
-"""What a training holds in the memory of one GPU, and how much it computes, from dimensions alone.
+"""Estimate the GPU memory of a training from the model's dimensions, and suggest what would fit.
 
-Sizes are bytes unless a name says otherwise. Weights of a full fine-tuning without DeepSpeed are held in fp32 and cast
-to bf16 by autocast (`training.model.weight_dtype`); DeepSpeed in bf16 holds weights in bf16 and an fp32 copy beside the
-two moments. Attention keeps no matrix of all pairs of tokens but its mask, where it needs one. Gradients are counted as
-there all the time, which is so from the second forward pass of an optimizer step on.
+Sizes are in bytes unless a name says otherwise.
+
+- Full fine-tuning without DeepSpeed holds fp32 weights, which autocast casts to bf16.
+- DeepSpeed in bf16 holds bf16 weights, and an fp32 copy beside the two moments.
+- Attention keeps no matrix of all token pairs except a dense mask, if it needs one.
+- Gradients count at all times, as from the second forward pass of an optimizer step on.
 """
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
+from transformers import Trainer
+
 from csc_train.errors import check_choice
-from csc_train.models import families
 from csc_train.models.dims import ModelDims
+from csc_train.models.families import model_dims, training_flops
 
 GIB = 2**30
 STAGES = ("off", "0", "1", "2", "3")
@@ -20,15 +26,15 @@ OFFLOADS = ("none", "optimizer", "all")
 ADAPTERS = ("full", "lora", "qlora")
 
 HEAD_TILE = (4096, 32768)
-"""Tokens and vocabulary entries whose logits TRL's fused head holds at once."""
+"""Tokens and vocabulary entries of the logits that TRL's fused head holds at once."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Of a parameter in bitsandbytes NF4: four bits, and a doubly quantized scale for each 64."""
+"""Per parameter in bitsandbytes NF4: four bits, and a doubly quantized scale per 64 parameters."""
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
-"""CUDA's context, kernels and workspaces and NCCL's channels: a convention, not a measurement."""
+"""CUDA's context, kernels and workspaces, and NCCL's channels: a convention, not a measurement."""
 FRAGMENTATION = 0.04
-"""Share of what is allocated that the allocator holds without using it: a convention as well."""
+"""Unused memory of the allocator, as a share of the allocated memory: a convention."""
 HOST_FACTOR = 1.5
-"""What DeepSpeed's estimators allow for buffers of the host on top of the states that it holds."""
+"""DeepSpeed's estimators multiply the host's states by this to allow for buffers."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,18 @@ class MemoryScenario:
     Attributes:
         adapter: one of `ADAPTERS`.
         adapter_parameters: weights of the adapters; 0 under full.
-        stage: one of `STAGES`; off is DDP, the rest DeepSpeed.
-        offload: one of `OFFLOADS`: what is kept in the host's memory, the optimizer's states or the weights besides.
-        nodes: over which the processes are spread evenly.
+        stage: one of `STAGES`; off is DDP, the others are DeepSpeed's ZeRO stages.
+        offload: one of `OFFLOADS`, to the host's memory; optimizer: the optimizer states, all: the weights too.
+        nodes: number of machines that share the processes evenly.
         tokens: in one forward pass of one process.
-        mask_columns: keys that a dense attention mask has for each token, 0 where attention needs no mask.
-        bf16: whether the computation is in bf16; else in fp32.
-        reduce_bucket: elements of DeepSpeed's bucket for gradients.
-        live_parameters: the most elements that stage 3 keeps gathered at a time.
+        checkpointing: whether gradient checkpointing is on.
+        mask_columns: keys per token in a dense attention mask; 0 without a mask.
+        bf16: whether the computation is in bf16; otherwise it is in fp32.
+        reduce_bucket: elements of DeepSpeed's gradient bucket.
+        live_parameters: limit of the elements that stage 3 keeps gathered.
     """
 
-    shape: ModelDims
+    dims: ModelDims
     adapter: str = "full"
     adapter_parameters: int = 0
     stage: str = "off"
@@ -69,18 +76,17 @@ class MemoryScenario:
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained."""
-        return self.shape.parameters if self.adapter == "full" else self.adapter_parameters
+        """Number of trained parameters."""
+        return self.dims.parameters if self.adapter == "full" else self.adapter_parameters
 
     @property
     def frozen_bytes(self) -> float:
-        """Bytes of the weights that are only read: in the dtype of the computation, or NF4 for the blocks' linear
-        layers under QLoRA."""
+        """Bytes of the frozen weights in the dtype of the computation; QLoRA holds the blocks' linear layers in NF4."""
         if self.adapter == "full":
             return 0
-        parameters, quantized = self.shape.parameters, 0
+        parameters, quantized = self.dims.parameters, 0
         if self.adapter == "qlora":
-            quantized = self.shape.layers * self.shape.block_linear
+            quantized = self.dims.layers * self.dims.block_linear
         return NF4_BYTES * quantized + self.compute * (parameters - quantized)
 
     @property
@@ -90,13 +96,13 @@ class MemoryScenario:
 
     @property
     def cast_by_autocast(self) -> bool:
-        """Whether trained weights are fp32 and the computation is not."""
+        """Whether autocast casts fp32 weights to bf16."""
         return self.stage == "off" and self.bf16 and self.adapter != "qlora"
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a process holds on its GPU at its peak, and a node in its own memory."""
+    """Peak memory in bytes: of a process on its GPU, and of a node (`host`)."""
 
     parameters: float
     gradients: float
@@ -108,7 +114,7 @@ class MemoryPlan:
 
     @property
     def allocated(self) -> float:
-        """Bytes that tensors take on the GPU."""
+        """Bytes of all tensors on the GPU."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.communication
 
     @property
@@ -122,11 +128,11 @@ class MemoryPlan:
         return f"{self.total / GIB:.1f} GiB ({sizes})"
 
 
-def estimate_memory(setting: MemoryScenario) -> MemoryPlan:
-    """The memory of a setting."""
-    states = model_states(setting)
-    activations = activation_bytes(setting)
-    communication = communication_bytes(setting)
+def estimate_memory(scenario: MemoryScenario) -> MemoryPlan:
+    """Estimate the memory of a scenario."""
+    states = model_states(scenario)
+    activations = activation_bytes(scenario)
+    communication = communication_bytes(scenario)
     allocated = states.parameters + states.gradients + states.optimizer + activations + communication
     return replace(
         states,
@@ -136,167 +142,165 @@ def estimate_memory(setting: MemoryScenario) -> MemoryPlan:
     )
 
 
-def model_states(setting: MemoryScenario) -> MemoryPlan:
-    """Parameters, gradients and optimizer states, and nothing else; P parameters are trained on N processes.
+def model_states(scenario: MemoryScenario) -> MemoryPlan:
+    """The bytes of parameters, gradients and optimizer states only, for P trained parameters on N processes.
 
-    - off (DDP): 4 P of weights, 4 P of gradients, 8 P of moments. With adapters, P are theirs; QLoRA's are in bf16.
+    - off (DDP): 4 P of weights, 4 P of gradients, 8 P of moments. QLoRA's adapters are in bf16.
     - stage 0: 2 P of weights, 2 P + 4 P of gradients in bf16 and in fp32, 4 P + 8 P of fp32 weights and moments.
     - stage 1: as 0, with the fp32 weights and moments divided by N; gradients are summed whole, in fp32.
     - stage 2: all but the weights divided by N: 2 P + 18 P / N.
-    - stage 3: 18 P / N, and 4 bytes for each weight of the largest layer, which is gathered whole with its gradient.
-    - offload: what the GPU keeps of it is 2 P under stages 1 and 2 and nothing but the largest layer's weights and
-      gradient under 3, with 2 P / N of weights unless those are offloaded too.
+    - stage 3: 18 P / N, and 4 bytes per weight of the largest layer, which is gathered whole with its gradient.
+    - offload: the GPU keeps 2 P under stages 1 and 2. Under stage 3 it keeps the largest layer's weights and gradient,
+      and 2 P / N of weights unless they are offloaded too.
 
-    Under stages 2 and 3 these are the figures of DeepSpeed's `estimate_zero{2,3}_model_states_mem_needs`. Frozen
-    weights are replicated but under stage 3. The host's bytes are DeepSpeed's estimate where there is one node.
+    Stages 2 and 3 follow DeepSpeed's `estimate_zero{2,3}_model_states_mem_needs`. Frozen weights are replicated except
+    under stage 3. The host's bytes are DeepSpeed's estimate for one node.
     """
-    trained, share, compute = setting.trained, 1 / setting.processes, setting.compute
-    largest = setting.shape.embedding
-    if setting.stage == "off":
-        held = 2 if setting.adapter == "qlora" and setting.bf16 else 4
-        return MemoryPlan(held * trained + setting.frozen_bytes, held * trained, 2 * held * trained, 0, 0, 0, 0)
+    trained, share, compute = scenario.trained, 1 / scenario.processes, scenario.compute
+    largest = scenario.dims.embedding
+    if scenario.stage == "off":
+        held = 2 if scenario.adapter == "qlora" and scenario.bf16 else 4
+        return MemoryPlan(held * trained + scenario.frozen_bytes, held * trained, 2 * held * trained, 0, 0, 0, 0)
     weights, gradients = float(compute * trained), {"0": 6, "1": 6, "2": 6 * share, "3": 4 * share}
-    parameters, optimizer = weights + setting.frozen_bytes, 12 * trained * (1 if setting.stage == "0" else share)
-    gradient = gradients[setting.stage] * trained
-    if setting.stage == "3":
-        kept = 0 if setting.offload == "all" else share
-        parameters = (weights + setting.frozen_bytes) * kept + 4 * largest
+    parameters, optimizer = weights + scenario.frozen_bytes, 12 * trained * (1 if scenario.stage == "0" else share)
+    gradient = gradients[scenario.stage] * trained
+    if scenario.stage == "3":
+        kept = 0 if scenario.offload == "all" else share
+        parameters = (weights + scenario.frozen_bytes) * kept + 4 * largest
     host = 0.0
-    if setting.offload != "none":
+    if scenario.offload != "none":
         gradient = optimizer = 0
-        local = setting.processes / setting.nodes
-        if setting.stage == "3":
-            offloaded = (16 if setting.offload == "optimizer" else 18) * trained
-            host = HOST_FACTOR * (offloaded + (setting.offload == "all") * setting.frozen_bytes) / setting.nodes
+        local = scenario.processes / scenario.nodes
+        if scenario.stage == "3":
+            offloaded = (16 if scenario.offload == "optimizer" else 18) * trained
+            host = HOST_FACTOR * (offloaded + (scenario.offload == "all") * scenario.frozen_bytes) / scenario.nodes
         else:
-            host = HOST_FACTOR * trained * max(4 * local, 16 / setting.nodes)
+            host = HOST_FACTOR * trained * max(4 * local, 16 / scenario.nodes)
     return MemoryPlan(parameters, gradient, optimizer, 0, 0, 0, host)
 
 
-def communication_bytes(setting: MemoryScenario) -> float:
-    """Buffers in which processes exchange gradients and weights.
+def communication_bytes(scenario: MemoryScenario) -> float:
+    """Bytes of the buffers in which processes exchange gradients and weights.
 
-    DDP keeps every gradient a second time in its buckets. DeepSpeed has one bucket of `reduce_bucket` elements, and
-    under stage 3 the gathered weights, at most `live_parameters` elements, of which the largest layer's are already
-    among the parameters (see `model_states`).
+    DDP keeps a second copy of every gradient in its buckets. DeepSpeed has one bucket of `reduce_bucket` elements.
+    Stage 3 also holds at most `live_parameters` gathered weights; `model_states` counts those of the largest layer.
     """
-    if setting.stage == "off":
-        return (2 if setting.adapter == "qlora" else 4) * setting.trained if setting.processes > 1 else 0
-    bucket = setting.compute * setting.reduce_bucket
-    if setting.stage == "0":
-        bucket = min(bucket, setting.compute * setting.trained)
-    if setting.stage == "3":
-        whole = setting.compute * setting.shape.parameters if setting.adapter == "full" else setting.frozen_bytes
-        live = min(whole, setting.compute * setting.live_parameters)
-        bucket += max(0, live - 4 * setting.shape.embedding)
+    if scenario.stage == "off":
+        return (2 if scenario.adapter == "qlora" else 4) * scenario.trained if scenario.processes > 1 else 0
+    bucket = scenario.compute * scenario.reduce_bucket
+    if scenario.stage == "0":
+        bucket = min(bucket, scenario.compute * scenario.trained)
+    if scenario.stage == "3":
+        whole = scenario.compute * scenario.dims.parameters if scenario.adapter == "full" else scenario.frozen_bytes
+        live = min(whole, scenario.compute * scenario.live_parameters)
+        bucket += max(0, live - 4 * scenario.dims.embedding)
     return bucket
 
 
-def layer_bytes(setting: MemoryScenario) -> float:
-    """What one block keeps of one token for its backward pass.
+def layer_bytes(scenario: MemoryScenario) -> float:
+    """Bytes that one block keeps of one token for its backward pass.
 
-    With h hidden, i intermediate, q query and k key-value entries, c bytes of a number in the computation, r of one in
-    the residual stream (4 where autocast casts trained fp32 weights, else c), and n heads:
+    Let h, i, q and k be the widths of hidden states, MLP, queries and keys, and n the number of heads. Let c be the
+    bytes of a number in the computation, and r in the residual stream (see `residual_bytes`).
 
-    - two norms: the input in fp32 and, where the norm is trained, the normalised input: 2 x (4 h + r h).
-    - the inputs of q, k, v and of gate, up, if they are trained: 2 c h in one copy each, or 5 c h where every layer
-      casts for itself. A LoRA layer casts its input to its own dtype, so each of them keeps a copy: c x (5 h + q + i).
-    - attention: queries, keys, values and output, and a logarithm for each head: c x (2 q + 2 k) + 4 n.
-    - SwiGLU: gate, its activation, up and their product: 4 c i; 3 c i where a LoRA layer keeps a copy of the last.
-    - norms over heads (Qwen3): fp32 copies, and normalised where trained: (4 + c) x (q + k).
+    - Two norms: the input in fp32 and, if the norm is trained, the normalised input: 2 x (4 h + r h).
+    - Inputs of trained q, k, v and gate, up: 2 c h in one copy each, 5 c h if every layer casts for itself. LoRA layers
+      cast to their own dtype, so each keeps a copy: c x (5 h + q + i).
+    - Attention: queries, keys, values, output, and a logarithm per head: c x (2 q + 2 k) + 4 n.
+    - SwiGLU: gate, its activation, up and their product: 4 c i; 3 c i if a LoRA layer keeps a copy of the last.
+    - Norms over heads (Qwen3): fp32 copies, and normalised ones if trained: (4 + c) x (q + k).
     """
-    shape, c = setting.shape, setting.compute
-    h, i, q, k = shape.hidden, shape.intermediate, shape.queries, shape.keys
-    full = setting.adapter == "full"
-    casts = setting.cast_by_autocast
-    r = residual_bytes(setting)
+    dims, c = scenario.dims, scenario.compute
+    h, i, q, k = dims.hidden, dims.intermediate, dims.queries, dims.keys
+    full = scenario.adapter == "full"
+    casts = scenario.cast_by_autocast
+    r = residual_bytes(scenario)
     norms = 2 * (4 * h + (r * h if full else 0))
     inputs = 2 * c * h
     if casts:
         inputs = c * (5 * h + (0 if full else q + i))
-    attention = c * (2 * q + 2 * k) + 4 * shape.heads
-    if setting.mask_columns:
+    attention = c * (2 * q + 2 * k) + 4 * dims.heads
+    if scenario.mask_columns:
         # Keys and values are repeated for every query head, and the mask is kept as numbers to add.
-        attention = c * 4 * q + 4 * shape.heads + c * setting.mask_columns
+        attention = c * 4 * q + 4 * dims.heads + c * scenario.mask_columns
     swiglu = c * (4 if full or not casts else 3) * i
-    head_norms = (4 + (c if full else 0)) * shape.head_norms[1]
+    head_norms = (4 + (c if full else 0)) * dims.head_norms[1]
     return norms + inputs + attention + swiglu + head_norms
 
 
-def residual_bytes(setting: MemoryScenario) -> int:
-    """Bytes of a number in the residual stream: embeddings in fp32 keep it in fp32 under autocast."""
-    return 4 if setting.adapter == "full" and setting.cast_by_autocast else setting.compute
+def residual_bytes(scenario: MemoryScenario) -> int:
+    """Bytes of a number in the residual stream: fp32 embeddings keep it in fp32 under autocast."""
+    return 4 if scenario.adapter == "full" and scenario.cast_by_autocast else scenario.compute
 
 
-def activation_bytes(setting: MemoryScenario) -> float:
-    """What a forward and backward pass holds besides the states, at the worst of three moments.
+def activation_bytes(scenario: MemoryScenario) -> float:
+    """Bytes that a forward and backward pass holds besides the states, at its peak.
 
-    Throughout: what the blocks keep (all of `layer_bytes`, or with checkpointing one hidden state each), the final
-    norm, the embeddings and the mask. On top of it the most of
+    Throughout: the blocks' activations (all of `layer_bytes`; with checkpointing one hidden state each), the final
+    norm, the embeddings and the mask. On top comes the largest of three:
 
-    - the end of the forward pass: the bf16 copies that autocast caches of all blocks' weights, and a tile of logits.
-      TRL's fused head never holds logits of all tokens.
-    - the head's backward pass: gradients of the hidden states in fp32 and, where the head is trained, of its weights in
-      fp32, cast once more where they are held in bf16; a tile of logits.
-    - a block's backward pass: with checkpointing what `layer_bytes` says; gradients of what its MLP computes and of
-      the residual stream; where it is trained, the gradient of its largest layer, in bf16 and in fp32.
+    - End of the forward pass: autocast's bf16 copies of all blocks' weights, and a tile of logits. TRL's fused head
+      never holds all logits.
+    - Backward pass of the head: fp32 gradients of the hidden states and, if the head is trained, of its weights, with a
+      bf16 copy if they are held in bf16; a tile of logits.
+    - Backward pass of a block: `layer_bytes` with checkpointing; gradients of its MLP and of the residual stream; if it
+      is trained, the gradient of its largest layer, in bf16 and in fp32.
 
-    Without checkpointing the casts stay until the block's own backward pass.
+    Without checkpointing, autocast's copies stay until the block's own backward pass.
     """
-    shape, c, tokens = setting.shape, setting.compute, setting.tokens
-    r = residual_bytes(setting)
-    full = setting.adapter == "full"
-    layer = layer_bytes(setting) * tokens
-    kept = shape.layers * (r * shape.hidden * tokens if setting.checkpointing else layer)
-    head_weight_gradient = (4 + (c if setting.stage != "off" else 0)) * shape.embedding if full else 0
-    final = (4 + 2 * r) * shape.hidden * tokens
-    mask = tokens * setting.mask_columns
+    dims, c, tokens = scenario.dims, scenario.compute, scenario.tokens
+    r = residual_bytes(scenario)
+    full = scenario.adapter == "full"
+    layer = layer_bytes(scenario) * tokens
+    kept = dims.layers * (r * dims.hidden * tokens if scenario.checkpointing else layer)
+    head_weight_gradient = (4 + (c if scenario.stage != "off" else 0)) * dims.embedding if full else 0
+    final = (4 + 2 * r) * dims.hidden * tokens
+    mask = tokens * scenario.mask_columns
     casts = 0.0
-    if setting.cast_by_autocast:
-        casts = 2.0 * (shape.layers * shape.block_linear if full else setting.trained)
-    tile = c * min(tokens, HEAD_TILE[0]) * min(shape.vocabulary, HEAD_TILE[1])
-    weight = max(inputs * outputs for inputs, outputs in shape.linears.values())
-    passing = (3 * c * shape.intermediate + (2 * r + 8) * shape.hidden) * tokens
-    lasting = 0 if setting.checkpointing else casts
+    if scenario.cast_by_autocast:
+        casts = 2.0 * (dims.layers * dims.block_linear if full else scenario.trained)
+    tile = c * min(tokens, HEAD_TILE[0]) * min(dims.vocabulary, HEAD_TILE[1])
+    weight = max(inputs * outputs for inputs, outputs in dims.linears.values())
+    passing = (3 * c * dims.intermediate + (2 * r + 8) * dims.hidden) * tokens
+    lasting = 0 if scenario.checkpointing else casts
     moments = (
         casts + tile,
-        lasting + tile + (4 + r) * shape.hidden * tokens + head_weight_gradient,
+        lasting + tile + (4 + r) * dims.hidden * tokens + head_weight_gradient,
         lasting
         + passing
-        + (layer + casts / shape.layers if setting.checkpointing else 0)
+        + (layer + casts / dims.layers if scenario.checkpointing else 0)
         + ((c + 4) * weight if full else 0)
-        + (c * weight if setting.adapter == "qlora" else 0),
+        + (c * weight if scenario.adapter == "qlora" else 0),
     )
     return kept + final + mask + max(moments)
 
 
-def state_bytes(setting: MemoryScenario) -> float:
-    """Bytes on disk of a saved state of training, of all processes together: the weights that are trained in the dtype
-    in which they are held, and the optimizer's states."""
-    if setting.stage == "off":
-        return (6 if setting.adapter == "qlora" and setting.bf16 else 12) * setting.trained
-    return (setting.compute + 12) * setting.trained
+def state_bytes(scenario: MemoryScenario) -> float:
+    """Bytes of a training checkpoint of all processes: trained weights in their own dtype, and optimizer states."""
+    if scenario.stage == "off":
+        return (6 if scenario.adapter == "qlora" and scenario.bf16 else 12) * scenario.trained
+    return (scenario.compute + 12) * scenario.trained
 
 
-def alternatives(setting: MemoryScenario) -> list[MemoryScenario]:
-    """The stages and offloads that a setting could be run with instead, from the least sharding to the most."""
+def alternatives(scenario: MemoryScenario) -> list[MemoryScenario]:
+    """The scenario under every stage and offload, from the least sharding to the most."""
     choices = [(stage, "none") for stage in STAGES] + [("3", "optimizer"), ("3", "all")]
-    return [replace(setting, stage=stage, offload=offload) for stage, offload in choices]
+    return [replace(scenario, stage=stage, offload=offload) for stage, offload in choices]
 
 
 def smallest_fit(
-    settings: Iterable[MemoryScenario], memory: float, host_memory: float = math.inf
+    scenarios: Iterable[MemoryScenario], memory: float, host_memory: float = math.inf
 ) -> MemoryScenario | None:
-    """The first of `settings` that fits in `memory` bytes of a GPU and `host_memory` of a node; None if none does."""
-    for setting in settings:
-        planned = estimate_memory(setting)
+    """The first scenario that fits in `memory` bytes of a GPU and `host_memory` of a node; None if none fits."""
+    for scenario in scenarios:
+        planned = estimate_memory(scenario)
         if planned.total <= memory and planned.host <= host_memory:
-            return setting
+            return scenario
     return None
 
 
 def world_sizes(per_node: int, most: int = 1024) -> list[tuple[int, int]]:
-    """(processes, nodes) to try: parts of a node, one node, and ever twice as many nodes."""
+    """(processes, nodes) to try: parts of a node, one node, two, four, and so on."""
     sizes = [(count, 1) for count in range(1, per_node) if per_node % count == 0]
     nodes = 1
     while nodes * per_node <= most:
@@ -306,18 +310,18 @@ def world_sizes(per_node: int, most: int = 1024) -> list[tuple[int, int]]:
 
 
 def fitting_world_size(
-    setting: MemoryScenario, per_node: int, memory: float, host_memory: float = math.inf
+    scenario: MemoryScenario, per_node: int, memory: float, host_memory: float = math.inf
 ) -> MemoryScenario | None:
-    """The setting on the fewest processes (see `world_sizes`) on which it fits, or None."""
-    sizes = (replace(setting, processes=processes, nodes=nodes) for processes, nodes in world_sizes(per_node))
+    """The scenario on the smallest world size (see `world_sizes`) that fits, or None."""
+    sizes = (replace(scenario, processes=processes, nodes=nodes) for processes, nodes in world_sizes(per_node))
     return smallest_fit(sizes, memory, host_memory)
 
 
-def suggest_fixes(setting: MemoryScenario, rows: int, memory: float, host_memory: float = math.inf) -> list[str]:
-    """What would make a setting fit on as many processes, as overrides, the mildest first; empty where nothing does.
+def suggest_fixes(scenario: MemoryScenario, rows: int, memory: float, host_memory: float = math.inf) -> list[str]:
+    """Overrides that make a scenario fit on the same number of processes, the mildest first; empty if none does.
 
     Args:
-        rows: `trainer.micro_batch_size`, to which the setting's tokens are proportional.
+        rows: `trainer.micro_batch_size`; the scenario's tokens are proportional to it.
     """
 
     def fits(other: MemoryScenario) -> bool:
@@ -325,11 +329,11 @@ def suggest_fixes(setting: MemoryScenario, rows: int, memory: float, host_memory
 
     found = []
     for fewer in (fewer for fewer in range(rows - 1, 0, -1) if rows % fewer == 0):
-        if fits(replace(setting, tokens=setting.tokens * fewer // rows)):
+        if fits(replace(scenario, tokens=scenario.tokens * fewer // rows)):
             found.append(f"trainer.micro_batch_size={fewer}")
             break
-    saving = replace(setting, checkpointing=True)
-    override = "" if setting.checkpointing else "trainer.gradient_checkpointing=true"
+    saving = replace(scenario, checkpointing=True)
+    override = "" if scenario.checkpointing else "trainer.gradient_checkpointing=true"
     if override and fits(saving):
         found.append(override)
     # Offloads are slow: only where no stage is enough.
@@ -344,17 +348,63 @@ def suggest_fixes(setting: MemoryScenario, rows: int, memory: float, host_memory
     return found
 
 
-def advice(setting: MemoryScenario, rows: int, per_node: int, memory: float, host_memory: float = math.inf) -> str:
-    """What fits instead of a setting that does not, in one sentence (see `suggest_fixes` and `fitting_world_size`)."""
-    found = suggest_fixes(setting, rows, memory, host_memory)
-    larger = fitting_world_size(setting, per_node, memory, host_memory)
-    if larger and larger.processes > setting.processes:
+def advice(scenario: MemoryScenario, rows: int, per_node: int, memory: float, host_memory: float = math.inf) -> str:
+    """What fits instead of a scenario, as text (see `suggest_fixes` and `fitting_world_size`)."""
+    found = suggest_fixes(scenario, rows, memory, host_memory)
+    larger = fitting_world_size(scenario, per_node, memory, host_memory)
+    if larger and larger.processes > scenario.processes:
         found.append(f"{larger.processes} GPUs")
     return f"what fits: {', or '.join(found)}" if found else "nothing tried fits: take shorter packs or an adapter"
 
 
-def training_flops(setting: MemoryScenario, tokens: float, document: float) -> float:
-    """FLOPs of training on `tokens` tokens in documents of `document` tokens (see `families.training_flops`)."""
-    adapters = 0 if setting.adapter == "full" else setting.adapter_parameters
-    layers, head, pairs = families.training_flops(setting.shape, adapters)
-    return tokens * (layers + head + pairs * document)
+def scenario_flops(scenario: MemoryScenario, tokens: float, document_length: float) -> float:
+    """FLOPs of training on `tokens` tokens in documents of equal length (see `families.training_flops`)."""
+    adapters = 0 if scenario.adapter == "full" else scenario.adapter_parameters
+    per_token, per_trained_token, per_pair = training_flops(scenario.dims, adapters)
+    return tokens * (per_token + per_trained_token + per_pair * document_length)
+
+
+def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
+    """The scenario of a `PackTrainer`.
+
+    Args:
+        tokens: in one forward pass of one process.
+    """
+    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    # Under ZeRO stage 3 a parameter's own size is that of its shard.
+    trained = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
+    quantized = getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None)
+    adapter = "full" if not hasattr(model, "peft_config") else "qlora" if quantized else "lora"
+    plugin, layout = args.deepspeed_plugin, trainer.data_collator.layout
+    return MemoryScenario(
+        model_dims(model.config),
+        adapter=adapter,
+        adapter_parameters=0 if adapter == "full" else trained,
+        stage="off" if plugin is None else str(plugin.zero_stage),
+        processes=args.world_size,
+        nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+        tokens=tokens,
+        checkpointing=args.gradient_checkpointing,
+        mask_columns={"dense_mask": tokens, "position_ids": tokens // args.per_device_train_batch_size}.get(layout, 0),
+        bf16=args.bf16,
+    )
+
+
+def out_of_memory_advice(trainer: Trainer, tokens: int) -> str:
+    """The error message when a `PackTrainer` runs out of memory: the estimate, and what would fit.
+
+    Args:
+        tokens: in the forward pass in which memory ran out.
+    """
+    args, scenario = trainer.args, scenario_of(trainer, tokens)
+    estimate = estimate_memory(scenario)
+    # Memory ran out whatever the estimate is: only less than the estimate can fit.
+    limit, available = 0.9 * estimate.total, ""
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(args.device).total_memory
+        limit, available = min(limit, memory), f" of {memory / GIB:.1f} GiB"
+    fixes = advice(scenario, args.per_device_train_batch_size, scenario.processes // scenario.nodes, limit)
+    return (
+        f"out of memory on process {args.process_index} in step {trainer.state.global_step + 1} ({tokens:,} tokens in "
+        f"a batch); estimated: {estimate}{available}; {fixes}"
+    )

@@ -1,26 +1,23 @@
-"""What is measured on held-out dialogues while training: the loss, the accuracy of strategies, and a few replies.
+"""Validation while training: loss, strategy accuracy, and replies to a fixed set of turns.
 
-Every process takes part in every forward pass and makes as many of them as the others: under ZeRO-3 each one gathers
-weights from all, so one that ran alone, or once more than the others, would wait for ever.
+Every process makes the same number of forward passes: under ZeRO stage 3 each pass gathers weights from all processes,
+so a process with one pass more would wait forever.
 """
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy
 import peft
 import torch
 from accelerate.utils import gather_object
-from transformers import EarlyStoppingCallback, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, Trainer
 
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.jsonl import keep_table
 from csc_train.models.sharded_parameters import is_sharded
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
@@ -29,200 +26,174 @@ from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDial
 from csc_train.template.likelihood import dialogue_log_likelihoods
 from csc_train.training.config import ValidationConfig
 
-if TYPE_CHECKING:
-    from csc_train.training.trainer import PackTrainer
-
-SAMPLES_FILE = "samples"
-"""The table of replies to the same held-out turns, by step."""
-NUMBERS = [strategy.number for strategy in STRATEGIES]
+SAMPLES_TABLE = "samples"
+"""The table of replies to a fixed set of turns, by step."""
 
 
 class ValidationTurn(NamedTuple):
-    """A supporter turn: the number of its dialogue, and its place in `Dialogue.turns`."""
+    """A supporter turn: the index of its dialogue, and its index in `Dialogue.turns`."""
 
     dialogue: int
     turn: int
 
 
 class Validator:
-    """Held-out dialogues as a training measures itself on them.
+    """Evaluates a model on the validation dialogues while it is trained.
 
     Attributes:
-        packs: for the loss; weighted as those that are trained on.
-        weight: the sum of their loss weights.
-        turns: whose strategies are predicted; none where the template leaves the model no choice.
-        samples: turns that are replied to.
-        log_table: keeps a table: its name, columns, rows and step.
+        packs: for the loss, weighted as the training data.
+        total_weight: the sum of their loss weights.
+        turns: whose strategies are predicted; empty if the template leaves the model no choice.
+        samples: turns that get a generated reply.
     """
 
     def __init__(
         self,
         dialogues: Sequence[Dialogue],
-        examples: Sequence[TokenizedDialogue],
+        tokenized: Sequence[TokenizedDialogue],
         template: DialogueTemplate,
         config: ValidationConfig,
         packing: PackingConfig,
         loss_weights: LossWeights,
-        directory: Path,
+        log_table: Callable[[str, list[dict[str, Any]], int], None],
     ):
         """Pack the dialogues and draw turns from them.
 
         Args:
-            examples: the dialogues, encoded by `template`.
-            packing: as the training's; turns that end behind its `max_length` are not drawn.
-            loss_weights: the loss weights of the training's packs.
-            directory: for the table of `samples`.
+            tokenized: the dialogues, tokenized by `template`.
+            packing: that of the training data; turns that end after its `max_length` are not drawn.
+            loss_weights: those of the training data.
+            log_table: takes the name, the rows and the step of a table.
 
         Raises:
-            InputError: nothing is left to measure a loss on, or the metric that the best state is chosen by.
+            InputError: no dialogue is left for the loss, or no turn for `metric_for_best_model`.
         """
-        self.dialogues, self.examples, self.template = dialogues, examples, template
-        self.config = config
-        self.log_table = functools.partial(keep_table, directory)
+        self.dialogues, self.tokenized, self.template = dialogues, tokenized, template
+        self.config, self.log_table = config, log_table
         try:
-            self.packs, _ = pack_dialogues(examples, packing, loss_weights)
+            self.packs, _ = pack_dialogues(tokenized, packing, loss_weights)
         except InputError as error:
-            raise InputError(f"held-out dialogues: {error}; validation.eval_steps=0 trains without them") from error
-        self.weight = sum(
-            float(self.packs[number]["loss_weights"].sum(dtype=float)) for number in range(len(self.packs))
+            raise InputError(f"validation dialogues: {error}; validation.eval_steps=0 trains without them") from error
+        self.total_weight = sum(
+            float(self.packs[index]["loss_weights"].sum(dtype=float)) for index in range(len(self.packs))
         )
-        fitting = [
+        candidates = [
             [
-                ValidationTurn(number, turn)
-                for turn in example.strategies.nonzero()[0].tolist()
-                if example.turn_offsets[turn + 1] <= packing.max_length
+                ValidationTurn(index, turn)
+                for turn in dialogue.strategies.nonzero()[0].tolist()
+                if dialogue.turn_offsets[turn + 1] <= packing.max_length
             ]
-            for number, example in enumerate(examples)
+            for index, dialogue in enumerate(tokenized)
         ]
-        # The same turns every time, in every run on these dialogues. Whole dialogues are drawn for the strategies: one
-        # forward pass predicts all of a dialogue's.
-        draw = numpy.random.default_rng(0)
-        drawn = [turn for number in draw.permutation(len(fitting)).tolist() for turn in fitting[number]]
+        # The same turns each time and in each run on these dialogues. Strategies are predicted for whole dialogues: one
+        # forward pass predicts all those of a dialogue.
+        rng = numpy.random.default_rng(0)
+        drawn = [turn for index in rng.permutation(len(candidates)).tolist() for turn in candidates[index]]
         self.turns = drawn[: config.num_turns] if template.config.mode == "joint" else []
         if config.metric_for_best_model == "strategy_accuracy" and not self.turns:
             raise InputError(
-                "validation.metric_for_best_model=strategy_accuracy: no supporter turn ends within packing.max_length"
+                "validation.metric_for_best_model=strategy_accuracy: no supporter turn ends within packing.max_length: "
+                "raise packing.max_length"
             )
-        self.samples = sorted(drawn[place] for place in draw.permutation(len(drawn))[: config.num_samples].tolist())
+        self.samples = sorted(drawn[index] for index in rng.permutation(len(drawn))[: config.num_samples].tolist())
 
-    def measure(self, trainer: "PackTrainer") -> dict[str, float]:
-        """Measure all but the loss, and write `samples`; called on every process, which all return the same.
+    def evaluate(self, trainer: Trainer) -> dict[str, float]:
+        """Compute all metrics but the loss, and log the table of samples; every process calls this.
 
         Returns:
-            `strategy_accuracy`: the share of `turns` at whose place the label of the turn's own strategy is the most
-            likely of the 12. Nothing where there are no turns.
+            On every process `strategy_accuracy`: the share of `turns` whose reference strategy has the most likely of
+            the 12 labels. Empty without turns.
         """
-        with _plain(trainer.model), torch.no_grad():
-            measured = {"strategy_accuracy": self._accuracy(trainer)} if self.turns else {}
+        with _plain_inference(trainer.model), torch.no_grad():
+            metrics = {"strategy_accuracy": self._strategy_accuracy(trainer)} if self.turns else {}
             if self.samples:
-                replies = self._replies(trainer)
+                rows = self._sample_rows(trainer)
                 if trainer.is_world_process_zero():
-                    columns = list(replies[0])
-                    rows = [list(reply.values()) for reply in replies]
-                    self.log_table(SAMPLES_FILE, columns, rows, trainer.state.global_step)
-        return measured
+                    self.log_table(SAMPLES_TABLE, rows, trainer.state.global_step)
+        return metrics
 
     def prompt(self, turn: ValidationTurn) -> list[int]:
-        """The ids from which the model predicts a turn, the gold history before it."""
-        example, template = self.examples[turn.dialogue], self.template
-        before = example.input_ids[: example.turn_offsets[turn.turn]].tolist()
-        given = template.label_ids[int(example.strategies[turn.turn])] if template.config.mode == "given" else []
+        """The token ids that the model predicts a turn from, with the reference history."""
+        dialogue, template = self.tokenized[turn.dialogue], self.template
+        before = dialogue.input_ids[: dialogue.turn_offsets[turn.turn]].tolist()
+        given = template.label_ids[int(dialogue.strategies[turn.turn])] if template.config.mode == "given" else []
         return [*before, *template.supporter_header_ids, *given]
 
-    def _accuracy(self, trainer: "PackTrainer") -> float:
-        """A dialogue a forward pass; a process that has fewer than others takes the first again, uncounted."""
+    def _strategy_accuracy(self, trainer: Trainer) -> float:
+        """One dialogue per forward pass; a process with fewer dialogues repeats the first one, uncounted."""
         rank, processes = trainer.args.process_index, trainer.args.world_size
         dialogues = [list(turns) for _, turns in itertools.groupby(self.turns, lambda turn: turn.dialogue)]
-        right = torch.tensor(0, device=trainer.args.device)
-        for place in range(rank, -(-len(dialogues) // processes) * processes, processes):
-            turns = dialogues[place] if place < len(dialogues) else dialogues[0]
-            example = self.examples[turns[0].dialogue]
+        numbers = torch.tensor([strategy.number for strategy in STRATEGIES], device=trainer.args.device)
+        hits = torch.tensor(0, device=trainer.args.device)
+        for index in range(rank, -(-len(dialogues) // processes) * processes, processes):
+            turns = dialogues[index] if index < len(dialogues) else dialogues[0]
+            dialogue = self.tokenized[turns[0].dialogue]
             starts = [len(self.prompt(turn)) for turn in turns]
-            ids = example.input_ids[: starts[-1]].tolist()
+            ids = dialogue.input_ids[: starts[-1]].tolist()
             _, likelihoods = dialogue_log_likelihoods(trainer.model, self.template, ids, starts)
-            gold = torch.tensor([int(example.strategies[turn.turn]) for turn in turns], device=right.device)
-            predicted = torch.tensor(NUMBERS, device=right.device)[likelihoods.argmax(dim=1)]
-            if place < len(dialogues):
-                right += (predicted == gold).sum()
-        return trainer.accelerator.reduce(right).item() / len(self.turns)
+            reference = torch.tensor([int(dialogue.strategies[turn.turn]) for turn in turns], device=hits.device)
+            if index < len(dialogues):
+                hits += (numbers[likelihoods.argmax(dim=1)] == reference).sum()
+        return trainer.accelerator.reduce(hits).item() / len(self.turns)
 
-    def _replies(self, trainer: "PackTrainer") -> list[dict[str, Any]]:
-        """The rows of the table, on every process."""
-        rank, processes = trainer.args.process_index, trainer.args.world_size
-        mine = self.samples[rank::processes]
-        # A process without a turn of its own takes part all the same.
-        texts = generate(trainer, self.template, [self.prompt(turn) for turn in mine or self.samples[:1]])
-        answers = dict(gather_object([*zip(mine, texts, strict=False)]))
+    def _sample_rows(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """The rows of the table of samples, on every process."""
+        own = self.samples[trainer.args.process_index :: trainer.args.world_size]
+        # A process without a sample takes part with the first one.
+        texts = self._generate(trainer, [self.prompt(turn) for turn in own or self.samples[:1]])
+        answers = dict(gather_object([*zip(own, texts, strict=False)]))
         return [self._row(turn, answers[turn]) for turn in self.samples]
 
     def _row(self, turn: ValidationTurn, text: str) -> dict[str, Any]:
         dialogue = self.dialogues[turn.dialogue]
-        gold, reply, language = dialogue.turns[turn.turn], self.template.parse(text), self.template.config.language
+        reference, reply, language = dialogue.turns[turn.turn], self.template.parse(text), self.template.config.language
         return {
             "dialogue_id": dialogue.id,
             "turn": turn.turn,
-            "reference_strategy": gold.strategy.name(language),
+            "reference_strategy": reference.strategy.name(language),
             "strategy": reply.strategy and reply.strategy.name(language),
-            "reference_response": gold.text,
+            "reference_response": reference.text,
             "response": reply.response,
         }
 
-
-def generate(trainer: "PackTrainer", template: DialogueTemplate, prompts: list[list[int]]) -> list[str]:
-    """Greedy replies to prompts, as text; every process calls this together, with prompts of its own."""
-    longest = max(map(len, prompts))
-    pad = template.tokenizer.pad_token_id
-    # Padding on the left, so that every reply starts in the same column.
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    generated = trainer.model.generate(
-        input_ids=ids.to(trainer.args.device),
-        attention_mask=mask.to(trainer.args.device),
-        do_sample=False,
-        max_new_tokens=trainer.validator.config.max_new_tokens,
-        eos_token_id=template.end_of_turn_id,
-        pad_token_id=pad,
-        use_cache=True,
-        synced_gpus=is_sharded(trainer.model) and trainer.args.world_size > 1,
-    )
-    end = template.end_of_turn_id
-    rows = (itertools.takewhile(lambda token: token != end, row) for row in generated[:, longest:].tolist())
-    decode = template.tokenizer.decode
-    return [decode(list(row), skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
+    def _generate(self, trainer: Trainer, prompts: list[list[int]]) -> list[str]:
+        """Greedy replies to prompts, as text; every process calls this, with its own prompts."""
+        longest, end = max(map(len, prompts)), self.template.end_of_turn_id
+        tokenizer = self.template.tokenizer
+        # Padding on the left, so that every reply starts in the same column.
+        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        generated = trainer.model.generate(
+            input_ids=ids.to(trainer.args.device),
+            attention_mask=mask.to(trainer.args.device),
+            do_sample=False,
+            max_new_tokens=self.config.max_new_tokens,
+            eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            synced_gpus=is_sharded(trainer.model) and trainer.args.world_size > 1,
+        )
+        replies = (itertools.takewhile(lambda token: token != end, row) for row in generated[:, longest:].tolist())
+        return [
+            tokenizer.decode(list(reply), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            for reply in replies
+        ]
 
 
 def last_validation_metrics(history: list[dict[str, float]], step: int) -> dict[str, float]:
-    """What was measured at a step, or at the last step before it at which anything was, and `step`.
+    """The metrics of the last validation up to a step, and its `step`; empty without one.
 
     Args:
-        history: a trainer's log.
+        history: a trainer's `log_history`.
     """
     names = {"eval_loss": "loss", "eval_strategy_accuracy": "strategy_accuracy", "step": "step"}
-    measured = [entry for entry in history if "eval_loss" in entry and entry["step"] <= step]
-    return {name: measured[-1][key] for key, name in names.items() if key in measured[-1]} if measured else {}
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """Ends the training when the best measurement has not been bettered for as many as `patience` asks.
-
-    The count is kept in saved states, the one at the end included.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Train no further from a state that was saved at the end. (transformers would warn here that the best model
-        is not loaded, which `export.trained_model` does.)"""
-        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        """Count, and save the state at the end."""
-        super().on_evaluate(args, state, control, metrics, **kwargs)
-        control.should_save |= control.should_training_stop
+    entries = [entry for entry in history if "eval_loss" in entry and entry["step"] <= step]
+    return {name: entries[-1][key] for key, name in names.items() if key in entries[-1]} if entries else {}
 
 
 @contextlib.contextmanager
-def _plain(model: PreTrainedModel | peft.PeftModel) -> Iterator[None]:
-    """A model with attention that needs no packs and takes any mask, and greedy generation without the penalties that
-    some models' configurations ask for."""
+def _plain_inference(model: PreTrainedModel | peft.PeftModel) -> Iterator[None]:
+    """Switch to sdpa attention, which needs no packs, and to greedy generation without the model's own penalties."""
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     attention, generation = base.config._attn_implementation, base.generation_config
     base.set_attn_implementation("sdpa")

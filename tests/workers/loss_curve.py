@@ -36,9 +36,10 @@ from csc_train.runs.distributed import distributed_state
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tracking.config import TrackingConfig
-from csc_train.tracking.wandb import Tracking
+from csc_train.tracking.history import History
+from csc_train.tracking.tracker import Tracker
+from csc_train.training.callbacks import StopOnSignal, track
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
-from csc_train.training.graceful_stop import StopOnSignal
 from csc_train.training.trainer import build_trainer, training_arguments
 from csc_train.training.validation import Validator, last_validation_metrics
 
@@ -72,7 +73,6 @@ def train(
     attention: str | None = None,
     checkpoints: str = "checkpoints",
     resume: str | None = None,
-    worst_first: bool = True,
     tracked: str | None = None,
     ends: tuple[str, int] | None = None,
     validation: ValidationConfig | None = None,
@@ -118,7 +118,13 @@ def train(
         encoded = [template.encode(dialogue) for dialogue in dialogues]
         packed = PackingConfig(packing, max_length=1800)
         validator = Validator(
-            dialogues, encoded, template, validation, packed, training.loss_weights, folder / Path(checkpoints).parent
+            dialogues,
+            encoded,
+            template,
+            validation,
+            packed,
+            training.loss_weights,
+            History(folder / Path(checkpoints).parent).log_table,
         )
     adapter = adapter or AdapterConfig()
     source = ModelConfig(path=str(folder / "model"))
@@ -129,7 +135,6 @@ def train(
         packing=packing,
         arguments=arguments,
         adapter=adapter,
-        worst_first=worst_first,
         validator=validator,
     )
     trainer.documents = []
@@ -148,12 +153,13 @@ def train(
         return trainer
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with Tracking(TrackingConfig("offline"), run, trainer, MANIFEST, REPORT, state) as tracking:
-        trainer.add_callback(Samples(tracking))
+    with Tracker(TrackingConfig("offline"), run.directory) as tracker:
+        track(trainer, tracker, run.config, MANIFEST, REPORT, state)
+        trainer.add_callback(Samples(tracker))
         trainer.train(resume_from_checkpoint=state)
-        if stop.before_the_end:
+        if stop.interrupted:
             run.stop()
-        tracking.keep_checkpoint(folder / "model")
+        tracker.log_model(folder / "model", MANIFEST.hashes, Path("none.jsonl"), {})
     run.finish()
     return trainer
 
@@ -186,12 +192,12 @@ class Ends(TrainerCallback):
 class Samples(TrainerCallback):
     """Keeps a table of step 2."""
 
-    def __init__(self, tracking: Tracking):
-        self.tracking = tracking
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker
 
     def on_log(self, args, state, control, **_):
         if state.global_step == 2:
-            self.tracking.log_table("samples", ["prompt", "reply"], [["a", "b"]], 2)
+            self.tracker.log_table("samples", [{"prompt": "a", "reply": "b"}], 2)
 
 
 def documents_of(batch: dict[str, Any]) -> list[str]:

@@ -280,7 +280,7 @@ def check_disk(config: PreflightRecipe, scenario: MemoryScenario, free: int | No
     count = config.trainer.save_total_limit + 1  # a checkpoint is written before the oldest is removed
     each = state_bytes(scenario)
     copies = 2 if config.model.init == "random" else 1  # a random base model is saved too
-    need = count * each + copies * scenario.compute * scenario.shape.parameters
+    need = count * each + copies * scenario.compute * scenario.dims.parameters
     text = (
         f"{need / GIB:.1f} GiB for {count} checkpoints of {each / GIB:.1f} GiB and the final model, "
         f"{free / GIB:.1f} GiB free at {parent}"

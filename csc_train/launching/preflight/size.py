@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from csc_train.config.recipes.training import PreflightRecipe
 from csc_train.models.families import adapter_parameters, model_dims
 from csc_train.training.config import ZeroConfig
-from csc_train.training.memory import MemoryScenario, training_flops
+from csc_train.training.memory import MemoryScenario, scenario_flops
 
 if TYPE_CHECKING:
     from csc_train.template.dialogue_template import DialogueTemplate
@@ -115,7 +115,7 @@ def estimate_job(
     steps, epochs = math.ceil(trainer.epochs * math.ceil(packs / trainer.packs_per_step)), trainer.epochs
     if trainer.max_steps > 0:
         steps, epochs = trainer.max_steps, trainer.max_steps * trainer.packs_per_step / packs
-    flops = training_flops(scenario, epochs * tokens, document_length)
+    flops = scenario_flops(scenario, epochs * tokens, document_length)
     hours = None
     if config.cluster.gpu_tflops:
         hours = flops / (options.mfu * config.cluster.gpu_tflops * 1e12 * config.cluster.world_size) / 3600

@@ -1,0 +1,72 @@
+"""The metrics of a run in its directory: history.jsonl and tables, then history.csv and curves.png at its end."""
+
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from csc_train.files import atomic_path
+from csc_train.jsonl import JsonlLog
+from csc_train.runs.comparison import HISTORY_FILE
+from csc_train.tracking.curves import plot_curves
+
+CURVES_FILE, CSV_FILE = "curves.png", "history.csv"
+
+
+class History:
+    """The history of a run directory: one row for each call of `log`; steps are optimizer steps."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._log = JsonlLog(directory / HISTORY_FILE)
+
+    def truncate_after(self, step: int) -> None:
+        """Remove the rows of later steps, which a resumed training repeats."""
+        self._log.truncate_after(step)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Add a row.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        self._log.append({"step": step, "time": time.time()} | metrics)
+
+    def log_table(self, name: str, rows: Sequence[dict[str, Any]], step: int) -> None:
+        """Add the rows of a table to `<name>.jsonl`; they replace those of this step and later ones.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        with JsonlLog(self.directory / f"{name}.jsonl") as table:
+            table.truncate_after(step - 1)
+            for row in rows:
+                table.append({"step": step} | row)
+
+    def close(self) -> None:
+        """Write the history as a table and as curves.
+
+        Raises:
+            InputError: a file cannot be written.
+        """
+        self._log.close()
+        if rows := self._log.read():
+            write_csv(self.directory / CSV_FILE, rows)
+            plot_curves(self.directory / CURVES_FILE, rows)
+
+
+def write_csv(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write a history as a table: a row for each step, a column for each metric.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for row in history:
+        rows.setdefault(row["step"], {}).update(row)
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows.values())
