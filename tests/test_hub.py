@@ -194,12 +194,12 @@ def test_a_refusal_of_the_hub_comes_at_once_with_what_to_do(tmp_path):
     with Hub() as hub:
         answers, stderr = load_elsewhere(REFUSALS, hub, tmp_path, offline="0")
     assert "Retrying" not in stderr
-    gated = "accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`, or give a local directory"
+    gated = "accept its licence on its hub page, and set HF_TOKEN or run `hf auth login`, or give a local directory"
     messages = {
-        MODEL: f" is gated: {gated}",
-        "owner/not-granted": f" is gated: {gated}",
-        "owner/absent": ": no such model on the hub, or a private one without HF_TOKEN",
-        "owner/revised": ": its hub page has no such branch, tag or commit; check the revision",
+        MODEL: f": the model is gated: {gated}",
+        "owner/not-granted": f": the model is gated: {gated}",
+        "owner/absent": ": no such model on the hub: check the name; a private model needs HF_TOKEN",
+        "owner/revised": ": the hub repository has no such branch, tag or commit: check the revision",
     }
     for model, (seconds, message) in answers.items():
         assert ("HEAD", f"/{model}/resolve/main/config.json") in hub.asked
@@ -237,7 +237,7 @@ def test_a_model_of_the_hub_is_downloaded_once_in_one_form_of_its_weights(tmp_pa
             assert Path(run_elsewhere(FETCH, [model], hub, tmp_path, HF_HUB_OFFLINE=offline).stdout.strip()) == found
         assert not [path for command, path in hub.asked if command == "GET" and "resolve" in path]
         refused = run_elsewhere(FETCH, ["owner/absent"], hub, tmp_path).stdout
-    assert refused == "owner/absent: no such model on the hub, or a private one without HF_TOKEN\n"
+    assert refused == "owner/absent: no such model on the hub: check the name; a private model needs HF_TOKEN\n"
 
 
 def test_offline_with_an_empty_cache_asks_nobody(tmp_path):
@@ -291,10 +291,10 @@ def test_a_model_that_lacks_weights_is_refused_not_made_up(tmp_path):
     assert all(torch.equal(whole[name], value) for name, value in model.state_dict().items())
     lost = [name for name in weights if "layers.1.mlp" in name]
     save_file({name: value for name, value in weights.items() if name not in lost}, file, {"format": "pt"})
-    with pytest.raises(InputError, match=rf"lacks {len(lost)} of the model's tensors, the first is .*layers\.1\.mlp"):
+    with pytest.raises(InputError, match=rf"{len(lost)} tensors of the model are missing, the first .*layers\.1\.mlp"):
         load_causal_lm(str(tmp_path))
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(InputError, match="holds no model that can be read"):
+    with pytest.raises(InputError, match="has no readable model"):
         load_causal_lm(str(tmp_path))
 
 
@@ -302,6 +302,6 @@ def test_only_failures_to_read_are_explained():
     """A bug in what runs inside must not be reported as a missing model."""
     with pytest.raises(ZeroDivisionError), hub_errors(str(SMALL_TOKENIZERS), "model"):
         raise ZeroDivisionError
-    reason = r"holds no model that can be read \(OSError\)"
+    reason = r"has no readable model \(OSError\)"
     with pytest.raises(InputError, match=reason), hub_errors(str(SMALL_TOKENIZERS), "model"):
         raise OSError

@@ -626,13 +626,13 @@ def _config_only(model_type: str):
     [
         ("tokenizer", None, "{path}: no such model directory"),
         ("model", None, "{path}: no such model directory"),
-        ("tokenizer", _empty, "{path}: the directory holds no tokenizer that can be read ("),
-        ("tokenizer", _config_only("llama"), "{path}: the directory holds no tokenizer that can be read ("),
+        ("tokenizer", _empty, "{path}: the directory has no readable tokenizer ("),
+        ("tokenizer", _config_only("llama"), "{path}: the directory has no readable tokenizer ("),
         # For this type transformers would make an empty tokenizer up.
         ("tokenizer", _config_only("qwen2"), "{path}: there is no tokenizer (or one of 1 tokens, "),
-        ("model", _empty, "{path}: the directory holds no model that can be read ("),
-        ("model", _tokenizer_only, "{path}: the directory holds no model that can be read ("),
-        ("model", _config_only("qwen2"), "{path}: the directory holds no model that can be read ("),
+        ("model", _empty, "{path}: the directory has no readable model ("),
+        ("model", _tokenizer_only, "{path}: the directory has no readable model ("),
+        ("model", _config_only("qwen2"), "{path}: the directory has no readable model ("),
     ],
 )
 def test_a_directory_that_cannot_be_read_is_named_in_one_line(what, make, message, tmp_path):

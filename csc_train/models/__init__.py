@@ -1,1 +1,1 @@
-"""Base models: where they come from, how they are loaded, and their attention."""
+"""Model families, loading of models and tokenizers, and attention over packed documents."""

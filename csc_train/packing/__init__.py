@@ -1,1 +1,1 @@
-"""Encoded dialogues to packs of at most `max_length` tokens, and packs to batches."""
+"""Packing: tokenized dialogues to packs, packs to global batches, and batches to model inputs."""

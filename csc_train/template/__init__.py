@@ -1,1 +1,1 @@
-"""Dialogues to token ids and per-token loss weights, and reply text back to (strategy, response)."""
+"""Prompts and chat templates: dialogues to token ids, and generated text back to strategy and response."""

@@ -1,4 +1,4 @@
-"""A dialogue as token ids with a loss weight on each, for one tokenizer, chat template, mode and language."""
+"""Tokenize dialogues by a chat template, and mark which tokens are trained."""
 
 import enum
 import functools
@@ -23,12 +23,12 @@ from csc_train.template.system_prompt import system_prompt
 
 
 class TokenType(enum.IntEnum):
-    """What a token is to the loss: context that is not trained, or part of a trained strategy or reply."""
+    """The role of a token in the loss: context, which is not trained, or part of a trained strategy or reply."""
 
     CONTEXT = 0
     STRATEGY = 1
     REPLY = 2
-    """The end-of-turn token included."""
+    """Includes the end-of-turn token."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class TokenizedDialogue:
     Attributes:
         input_ids: int32 [length].
         token_types: uint8 [length]; the `TokenType` of each token.
-        turn_offsets: int32 [turns + 1]; where each turn starts, then the length. `turn_offsets[0]` is the length of the
-            prefix (everything up to the end of the system prompt).
-        strategies: uint8 [turns]; the number of each turn's strategy, 0 for a customer's turn.
+        turn_offsets: int32 [turns + 1]; the start of each turn, then the length. `turn_offsets[0]` is the length of the
+            prefix (the system prompt with its header and footer).
+        strategies: uint8 [turns]; the strategy number of each turn, 0 for a customer turn.
     """
 
     input_ids: numpy.ndarray
@@ -50,24 +50,12 @@ class TokenizedDialogue:
 
     @property
     def trained(self) -> numpy.ndarray:
-        """bool [length]; which tokens the model learns to predict."""
+        """bool [length]; the tokens that the model is trained to predict."""
         return self.token_types != TokenType.CONTEXT
 
 
-@dataclass(frozen=True)
-class Segments:
-    """The text around each kind of message, read off a chat template by rendering marks through it."""
-
-    system_header: str
-    system_footer: str
-    supporter_header: str
-    supporter_footer: str
-    customer_header: str
-    customer_footer: str
-
-
 def chat_messages(turns: Iterable[Turn], config: TemplateConfig) -> list[dict[str, str]]:
-    """The chat messages of a dialogue: the system prompt, then `{"role", "content"[, "strategy"]}` for each turn."""
+    """Chat messages of a dialogue: the system prompt, then `{"role", "content"[, "strategy"]}` for each turn."""
     result = [{"role": "system", "content": system_prompt(config.mode, config.language)}]
     for turn in turns:
         if turn.speaker is Speaker.CUSTOMER:
@@ -81,13 +69,19 @@ def chat_messages(turns: Iterable[Turn], config: TemplateConfig) -> list[dict[st
 
 
 class DialogueTemplate:
-    """Renders dialogues segment by segment: what repeats is encoded once, and texts are encoded literally.
+    """Tokenizes dialogues segment by segment: repeated segments are encoded once, and texts are encoded literally.
 
-    The ids equal those of the Jinja chat template, rendered as one text and tokenized, for any dialogue whose texts
-    contain no control string. A control string inside a text (`<|im_end|>`, `</think>`, ...) is encoded as the plain
-    characters it is made of, so that a customer cannot end a turn.
+    The ids equal those of the rendered chat template for any dialogue whose texts contain no control string. A control
+    string inside a text (`<|im_end|>`, `</think>`) is encoded as plain characters, so a customer cannot end a turn.
 
-    Rendering is prefix-stable: the ids of a turn do not depend on later turns.
+    Tokenization is prefix-stable: the ids of a turn do not depend on later turns.
+
+    Attributes:
+        chat_template_name: a name, or the absolute path of a user's file.
+        chat_template: the Jinja source.
+        prefix_ids: the ids of the system prompt, with its header and footer.
+        label_ids: the ids of `[strategy]`, by strategy number.
+        end_of_turn_id: the control token that ends a reply.
 
     Raises:
         InputError: the chat template cannot be rendered by segments, or does not fit the tokenizer.
@@ -101,27 +95,23 @@ class DialogueTemplate:
         self.chat_template = load_chat_template(chat_template_name)
         self.tokenizer = tokenizer
         self._literal = _literal_encoder(tokenizer)
-        segments = self._read_segments()
-        self.prefix_ids = self._control_ids(segments.system_header)
-        self.prefix_ids += self.literal_ids(system_prompt(config.mode, config.language))
-        self.prefix_ids += self._control_ids(segments.system_footer)
-        self.supporter_header_ids = self._control_ids(segments.supporter_header)
-        self.supporter_footer_ids = self._control_ids(segments.supporter_footer)
-        self.customer_header_ids = self._control_ids(segments.customer_header)
-        self.customer_footer_ids = self._control_ids(segments.customer_footer)
+        system, supporter, customer = ([*map(self._control_ids, each)] for each in self._headers_and_footers())
+        self.prefix_ids = [*system[0], *self.literal_ids(system_prompt(config.mode, config.language)), *system[1]]
+        self.supporter_header_ids, self.supporter_footer_ids = supporter
+        self.customer_header_ids, self.customer_footer_ids = customer
         self._labels = {s.number: format_reply(Reply(s, ""), config.language) for s in STRATEGIES}
         self.label_ids = {number: self.literal_ids(label) for number, label in self._labels.items()}
         self.end_of_turn_id = self.supporter_footer_ids[0]
         if self.end_of_turn_id not in tokenizer.added_tokens_decoder:
             raise InputError(
-                f"chat template {chat_template_name} ends a turn with {segments.supporter_footer!r}, "
-                "which is no control token of this tokenizer"
+                f"chat template {chat_template_name} ends a turn with {tokenizer.decode(self.supporter_footer_ids)!r}, "
+                "which is no control token of this tokenizer: choose the template of the tokenizer's model family"
             )
         self._check_against_jinja()
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that decides the text of a rendering: chat template, system prompt, mode, language."""
+        """SHA-256 (hex) of chat template, system prompt, mode and language."""
         prompt = system_prompt(self.config.mode, self.config.language)
         return digest([self.chat_template, prompt, self.config.mode, self.config.language])
 
@@ -134,30 +124,28 @@ class DialogueTemplate:
     ) -> Iterator[TokenizedDialogue]:
         """Encode dialogues, in order.
 
-        The trained tokens are those of the strategy, the reply and the end-of-turn token of each target turn; in mode
-        `given` the strategy's are not. Where a token spans the closing bracket and the first characters of the reply
-        (`]"`, `][`), it counts as the strategy's.
+        In each target turn, strategy, reply and end-of-turn token are trained; in mode `given`, the strategy is not. A
+        token that spans the closing bracket and the first characters of the reply (`]"`, `][`) belongs to the strategy.
 
         Args:
-            dialogues: what to encode; consumed in batches.
-            targets: indices into `Dialogue.turns` of the supporter turns to train on; all by default.
+            dialogues: consumed in batches.
+            targets: indices into `Dialogue.turns` of the supporter turns to train; defaults to all.
         """
         for batch in _batches(dialogues, 256):
             contents = [content for dialogue in batch for content in map(self._content, dialogue.turns)]
-            # Without offsets, which take a quarter of the time and are looked at for few turns.
+            # Offsets take a quarter of the time, and few turns need them.
             encodings = iter(self._literal.encode_batch_fast(contents, add_special_tokens=False))
             for dialogue in batch:
                 ids = [encoding.ids for encoding in itertools.islice(encodings, len(dialogue.turns))]
                 yield self._assemble(dialogue, ids, targets)
 
     def prompt_ids(self, history: Sequence[Turn | Sequence[int]], given: Strategy | None = None) -> list[int]:
-        """The ids from which the next supporter turn is generated.
+        """The prompt for the next supporter turn.
 
         Args:
-            history: the turns so far. A supporter turn may be the ids that a model generated for it (without header
-                and end-of-turn token): they enter as they are, since rendering their text again could split it
-                differently.
-            given: the strategy to hand in, in mode `given`.
+            history: the turns so far. A supporter turn may be the ids that a model generated, without header and
+                end-of-turn token: they are used as they are, since their text could be tokenized differently.
+            given: the strategy of the turn, in mode `given`.
         """
         ids = list(self.prefix_ids)
         for turn in history:
@@ -173,17 +161,17 @@ class DialogueTemplate:
         return ids
 
     def parse(self, text: str) -> Reply:
-        """The reply that a model's text holds: no strategy is looked for in modes `given` and `reply_only`."""
+        """Parse the text that a model generated (see `reply.parse_reply`)."""
         return parse_reply(text, self.config.mode)
 
     def render(self, turns: Iterable[Turn], **options) -> str:
-        """The turns as one text, by the Jinja chat template; `options` go to `apply_chat_template`."""
+        """Render the turns by the Jinja chat template; `options` go to `apply_chat_template`."""
         return self.tokenizer.apply_chat_template(
             chat_messages(turns, self.config), chat_template=self.chat_template, tokenize=False, **options
         )
 
     def _content(self, turn: Turn) -> str:
-        """The content of a turn's message, as the chat template writes it."""
+        """The content of a turn's message in the chat template."""
         if turn.speaker is Speaker.CUSTOMER or self.config.mode == "reply_only":
             return turn.text
         return format_reply(Reply(turn.strategy, turn.text), self.config.language)
@@ -191,7 +179,7 @@ class DialogueTemplate:
     def _assemble(
         self, dialogue: Dialogue, contents: list[list[int]], targets: Sequence[int] | None
     ) -> TokenizedDialogue:
-        """Put a dialogue together from the ids of its turns' contents."""
+        """Assemble a dialogue from the ids of its turns' contents."""
         ids = list(self.prefix_ids)
         turn_offsets = [len(ids)]
         trained = []
@@ -209,7 +197,7 @@ class DialogueTemplate:
                 ids += content
                 ids += self.supporter_footer_ids
             turn_offsets.append(len(ids))
-        token_types = numpy.zeros(len(ids), dtype=numpy.uint8)  # TokenKind.CONTEXT
+        token_types = numpy.zeros(len(ids), dtype=numpy.uint8)  # TokenType.CONTEXT
         for start, reply, end in trained:
             token_types[start:reply] = TokenType.CONTEXT if self.config.mode == "given" else TokenType.STRATEGY
             token_types[reply:end] = TokenType.REPLY
@@ -221,57 +209,48 @@ class DialogueTemplate:
         )
 
     def _strategy_length(self, turn: Turn, content: list[int]) -> int:
-        """How many leading tokens of a supporter turn's content belong to its `[strategy]`."""
+        """The number of leading tokens of a supporter turn's content that belong to its `[strategy]`."""
         if self.config.mode == "reply_only":
             return 0
         label_ids = self.label_ids[turn.strategy.number]
         if content[: len(label_ids)] == label_ids:
-            # These tokens spell the label, so the next one starts behind it: no need to ask where each token starts.
+            # These tokens spell the label, so the next one starts behind it: offsets are not needed.
             return len(label_ids)
         label = self._labels[turn.strategy.number]
         encoding = self._literal.encode(self._content(turn), add_special_tokens=False)
         return sum(start < len(label) for start, _ in encoding.offsets)
 
     def literal_ids(self, text: str) -> list[int]:
-        """The ids of a text in which a control string is plain characters."""
+        """The ids of a text, with control strings as plain characters."""
         return self._literal.encode(text, add_special_tokens=False).ids
 
     def _control_ids(self, text: str) -> list[int]:
-        # Not by the backend itself: it would truncate or pad as whoever used the tokenizer last wanted.
+        # The backend itself would truncate or pad by the settings of the last caller.
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _read_segments(self) -> Segments:
-        system, reply, question = "⟦system⟧", "⟦reply⟧", "⟦question⟧"
-        chat = [
-            {"role": "system", "content": system},
-            {"role": "assistant", "content": reply},
-            {"role": "user", "content": question},
-        ]
+    def _headers_and_footers(self) -> list[list[str]]:
+        """The text before and behind the content of a system, supporter and customer message."""
+        chat = [{"role": role, "content": f"⟦{role}⟧"} for role in ("system", "assistant", "user")]
 
         def render(length: int, **options) -> str:
             return self.tokenizer.apply_chat_template(
                 chat[:length], chat_template=self.chat_template, tokenize=False, **options
             )
 
-        def added(shorter: str, longer: str) -> str:
-            if not longer.startswith(shorter):
-                raise InputError(f"chat template {self.chat_template_name} is not prefix-stable")
-            return longer[len(shorter) :]
-
-        one, two, three = render(1), render(2), render(3)
-        system_header, system_footer = one.split(system)
-        supporter_header, supporter_footer = added(one, two).split(reply)
-        customer_header, customer_footer = added(two, three).split(question)
-        if added(one, render(1, add_generation_prompt=True)) != supporter_header:
+        texts = ["", *(render(length) for length in (1, 2, 3))]
+        found = []
+        for before, after, message in zip(texts[:-1], texts[1:], chat, strict=True):
+            if not after.startswith(before):
+                raise InputError(f"chat template {self.chat_template_name} is not prefix-stable: use another one")
+            found.append(after[len(before) :].split(message["content"]))
+        if render(1, add_generation_prompt=True) != texts[1] + found[1][0]:
             raise InputError(
-                f"chat template {self.chat_template_name}: the generation prompt is not the reply's header"
+                f"chat template {self.chat_template_name}: the generation prompt differs from the header of a reply"
             )
-        return Segments(
-            system_header, system_footer, supporter_header, supporter_footer, customer_header, customer_footer
-        )
+        return found
 
     def _check_against_jinja(self) -> None:
-        """Refuse a tokenizer on which segments and whole text part ways, before anything is trained on it."""
+        """Check on a sample that ids by segments equal ids of the whole rendered text."""
         turns = (
             Turn(Speaker.SUPPORTER, "您好", STRATEGIES[0]),
             Turn(Speaker.CUSTOMER, "Hi, 我的订单123还没到!"),
@@ -287,7 +266,7 @@ class DialogueTemplate:
 
 @functools.lru_cache(maxsize=4)
 def _literal_encoder(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
-    """A copy of the tokenizer's backend that knows no added tokens: control strings are plain text to it."""
+    """A copy of the tokenizer's backend without added tokens, to which control strings are plain text."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     return tokenizers.Tokenizer.from_str(json.dumps(backend))

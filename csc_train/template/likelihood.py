@@ -1,8 +1,8 @@
-"""How likely a model finds each of the 12 strategy labels at a supporter turn.
+"""Log-likelihoods of the 12 strategy labels at a supporter turn.
 
-The likelihood of a label is that of all its tokens, up to and including `]`, after the header of the supporter's turn.
-The tokens are those of the bare label, `[情感管理]`: in a reply the tokenizers of Qwen and Llama can fuse the bracket
-with what follows it, and then a little of the label's probability goes to the fused tokens and is not counted.
+The likelihood of a label is that of its tokens, up to and including `]`, after the header of the supporter turn. These
+are the tokens of the bare label, `[情感管理]`. In a reply, a tokenizer can merge the bracket with the text behind it;
+the probability of such merged tokens is not counted.
 """
 
 from collections.abc import Sequence
@@ -21,26 +21,26 @@ def dialogue_log_likelihoods(
     starts: Sequence[int],
     targets: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-likelihoods of the labels at several turns of one dialogue, and of some of its tokens, in one forward.
+    """Log-likelihoods of the labels at several turns of one dialogue, and of some of its tokens, in one forward pass.
 
-    Behind the dialogue stand the 12 labels of each turn, each of which sees the dialogue up to its turn and itself.
+    The 12 labels of each turn are appended to the dialogue. Each sees the dialogue up to its turn, and itself.
 
     Args:
-        ids: of the dialogue.
-        starts: how many of the ids stand before each label.
-        targets: indices into `ids`, from 1, of the tokens whose own likelihood is wanted.
+        ids: those of the dialogue.
+        starts: by turn, the number of ids before its label.
+        targets: indices into `ids`, from 1, of the tokens to score.
 
     Returns:
         float32 [targets] and float32 [starts, 12], in nats, on the model's device.
 
     Raises:
-        ValueError: the model's attention does not take a mask of its own making (sdpa and eager do).
+        ValueError: the model's attention does not take a mask for each token (sdpa and eager do).
     """
     _check_attention(model)
     labels = _labels(template)
     tokens, positions = list(ids), list(range(len(ids)))
     branches, ends = [0] * len(ids), list(range(1, len(ids) + 1))
-    # Where the logits of each wanted token stand, and the token itself.
+    # The place of the logits that predict each wanted token, and the token itself.
     places, wanted = [target - 1 for target in targets], [ids[target] for target in targets]
     for start in starts:
         for label in labels:
@@ -59,8 +59,8 @@ def dialogue_log_likelihoods(
         attention_mask=_mask(model, sees),
         position_ids=torch.tensor([positions], device=device),
         use_cache=False,
-        # A list and no tensor: of a model that is spread over GPUs, a tensor would be moved to the first of them, while
-        # the hidden states that it selects from are on the last.
+        # A list, not a tensor: in a model spread over GPUs, a tensor would be moved to the first GPU, while the hidden
+        # states are on the last.
         logits_to_keep=places,
     ).logits[0]
     likelihoods = _log_likelihoods(logits, torch.tensor(wanted, device=device))
@@ -73,11 +73,11 @@ def dialogue_log_likelihoods(
 def cached_log_likelihoods(
     model: torch.nn.Module, template: DialogueTemplate, cache: Cache, logits: torch.Tensor
 ) -> torch.Tensor:
-    """The log-likelihoods of the labels behind a prompt that a cache holds; only the labels' own tokens are computed.
+    """Log-likelihoods of the labels behind a cached prompt; only the labels' own tokens are computed.
 
     Args:
-        cache: of one prompt; it is left as it was.
-        logits: the model's behind the prompt, [vocabulary].
+        cache: the cache of one prompt; it is restored.
+        logits: the model's logits behind the prompt, [vocabulary].
 
     Returns:
         float32 [12], in nats, on the model's device.
@@ -90,7 +90,7 @@ def cached_log_likelihoods(
     tokens: list[int] = []
     positions: list[int] = []
     branches: list[int] = []
-    # Of each wanted token the place of its logits, those of the prompt first.
+    # The place of the logits that predict each wanted token; those of the prompt come first.
     places: list[int] = []
     for number, label in enumerate(labels):
         places += [0, *range(len(tokens) + 1, len(tokens) + len(label))]
@@ -120,7 +120,7 @@ def _check_attention(model: torch.nn.Module) -> None:
 
 
 def _mask(model: torch.nn.Module, sees: torch.Tensor) -> torch.Tensor:
-    """What each token sees, bool [tokens, keys], as numbers to add, which both sdpa and eager attention understand."""
+    """An additive mask, for sdpa and eager attention, from bool [tokens, keys]: the keys that each token sees."""
     dtype = next(model.parameters()).dtype
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)[
         None, None
@@ -132,6 +132,6 @@ def _labels(template: DialogueTemplate) -> list[list[int]]:
 
 
 def _log_likelihoods(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """float32: the log-likelihood of each token by logits [..., vocabulary] that predict it."""
+    """float32 [...]: the log-likelihood of each token under the logits [..., vocabulary] that predict it."""
     logits = logits.float()
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)

@@ -1,4 +1,4 @@
-"""Reply text, as a model writes it, to (strategy, response), and back."""
+"""Format a reply as text, `[strategy]response`, and parse the text that a model generated."""
 
 import re
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ _LABELLED = re.compile(r"\[([^\[\]]*)\](.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Reply:
-    """A supporter's reply. `strategy` is None where the text names none that is known."""
+    """A supporter's reply; `strategy` is None if the text names no known one."""
 
     strategy: Strategy | None
     response: str
 
 
 def format_reply(reply: Reply, language: str) -> str:
-    """The message content: `[情感管理]回复`, or the bare response when there is no strategy.
+    """The message content: `[情感管理]回复`, or only the response without a strategy.
 
-    There is no space after the bracket: it would fuse with the first bytes of the response.
+    No space follows the bracket: it would merge with the first bytes of the response.
     """
     return (f"[{reply.strategy.name(language)}]" if reply.strategy else "") + reply.response
 

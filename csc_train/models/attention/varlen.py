@@ -1,8 +1,10 @@
-"""Which tokens of a row see which: documents that share the row, and may share a prefix.
+"""Attention over the documents of a row, which may share a prefix.
 
-The hidden states of a prompt do not depend on what follows it, so dialogues that start with the same ids can share one
-copy of them: each attends to the prefix and to itself, with positions going on from the prefix's end (issue 3). Loss
-and gradients are those of separate sequences.
+The hidden states of a prompt do not depend on what follows it. So dialogues that start with the same ids can share one
+copy of them: each attends to the prefix and to itself, and its positions continue from the prefix's end. Loss and
+gradients are those of separate sequences.
+
+Shape suffixes: B batch (1), H heads, T tokens of the row, D head dimension.
 """
 
 from typing import NamedTuple
@@ -15,12 +17,12 @@ VARLEN_ATTENTION = "varlen"
 
 
 class VarlenMetadata(NamedTuple):
-    """The documents of a row, in order. A document's last query sees its last key, the one before sees one less, ...
+    """The documents of a row, in order; the causal mask of each is aligned bottom right.
 
     Attributes:
         query_lengths: int64 [documents]; they add up to the row's length.
-        key_lengths: int64 [documents]; a query length, or that plus the prefix's.
-        key_index: int64 [sum of key_lengths]; where in the row each key stands.
+        key_lengths: int64 [documents]; the query length, plus the prefix's if the document shares it.
+        key_index: int64 [sum of key_lengths]; the place in the row of each key.
     """
 
     query_lengths: torch.Tensor
@@ -29,16 +31,15 @@ class VarlenMetadata(NamedTuple):
 
 
 def build_varlen_metadata(lengths: list[list[int]], prefixes: list[int]) -> tuple[VarlenMetadata, torch.Tensor]:
-    """The documents of a row that joins packs, and the row's position ids.
+    """The documents of a row that concatenates packs, and the row's position ids.
 
     Args:
-        lengths: of each pack, the lengths of its documents.
-        prefixes: of each pack, how many of its leading tokens its other documents share; 0 for none. Otherwise the
-            pack's first document is that prefix.
+        lengths: by pack, the lengths of its documents.
+        prefixes: by pack, the length of its first document if the others share it as their prefix, else 0.
 
     Returns:
-        The documents, and int64 [length] position ids: from 0 in a prefix or a document that shares none, else from
-        the prefix's length.
+        The metadata, and int64 [length] position ids. They start at the prefix's length in a document that shares a
+        prefix, else at 0.
     """
     queries, keys, index, positions = [], [], [], []
     start = 0
@@ -55,13 +56,13 @@ def build_varlen_metadata(lengths: list[list[int]], prefixes: list[int]) -> tupl
     return VarlenMetadata(torch.tensor(queries), torch.tensor(keys), torch.cat(index)), torch.cat(positions)
 
 
-def document_mask(documents: VarlenMetadata) -> torch.Tensor:
-    """What `documents` say as a boolean mask [1, 1, length, length]: the plain path, and the oracle of the others."""
-    length = int(documents.query_lengths.sum())
+def document_mask(metadata: VarlenMetadata) -> torch.Tensor:
+    """The dense boolean mask [1, 1, length, length]: the reference for the other implementations."""
+    length = int(metadata.query_lengths.sum())
     mask = torch.zeros(length, length, dtype=torch.bool)
     start = key_start = 0
-    for queries, keys in zip(documents.query_lengths.tolist(), documents.key_lengths.tolist(), strict=True):
-        index = documents.key_index[key_start : key_start + keys]
+    for queries, keys in zip(metadata.query_lengths.tolist(), metadata.key_lengths.tolist(), strict=True):
+        index = metadata.key_index[key_start : key_start + keys]
         mask[start : start + queries, index] = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
         start, key_start = start + queries, key_start + keys
     return mask[None, None]
@@ -73,22 +74,21 @@ def check_varlen_inputs(
     attention_mask: torch.Tensor | None,
     varlen_metadata: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Refuse a call of our own attention that does not say which documents a row has, or says it twice.
+    """Check that a call of our attention has metadata, one row, and no mask besides.
 
     Raises:
-        ValueError: there are no documents, or there is a mask or another row besides: documents would leak.
+        ValueError: it does not, so documents would see each other.
     """
     if varlen_metadata is None:
         raise ValueError(
-            f"{attention} attention was called without varlen_metadata: use it on batches of PackCollator alone"
+            f"{attention} attention was called without varlen_metadata: use it only on PackCollator batches"
         )
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError(f"{attention} attention takes one row and no attention mask")
 
 
 def same_dtype(*states: torch.Tensor) -> list[torch.Tensor]:
-    """Queries, keys and values as autocast wants them: kernels called by hand get what rotary embeddings leave in fp32
-    beside what linear layers make in bf16."""
+    """Cast queries, keys and values to autocast's dtype: rotary embeddings leave fp32, linear layers make bf16."""
     device = states[0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states[0].dtype
     return [each.to(dtype) for each in states]
@@ -105,48 +105,47 @@ def varlen_attention(
     varlen_metadata: dict[str, torch.Tensor] | None = None,
     **_,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a row, one document at a time, for transformers' attention registry.
+    """Attention over a row document by document, for transformers' attention registry.
 
-    On a GPU one call of flash-attention's variable-length kernel, which takes different query and key lengths and
-    aligns the causal mask bottom right (not run yet: no test reaches it); elsewhere block by block (`_BlockwiseAttention`).
+    On a GPU one call of flash-attention's variable-length kernel (no test reaches it), elsewhere `_BlockwiseAttention`.
 
     Args:
-        query: [1, heads, length, head_dim]; key and value have the key-value heads.
-        varlen_metadata: the fields of `VarlenMetadata`, handed through the model as a keyword argument.
+        query: [B, H, T, D]; key and value have the key-value heads.
+        varlen_metadata: the fields of `VarlenMetadata`, passed through the model as a keyword argument.
 
     Returns:
-        [1, length, heads, head_dim], and no weights.
+        [B, T, H, D], and no attention weights.
 
     Raises:
         ValueError: see `check_varlen_inputs`; or there is dropout on a CPU, whose kernel has none.
     """
     check_varlen_inputs(VARLEN_ATTENTION, query, attention_mask, varlen_metadata)
-    documents = VarlenMetadata(**varlen_metadata)
+    metadata = VarlenMetadata(**varlen_metadata)
     query, key, value = same_dtype(query, key, value)
     if query.is_cuda:
-        return _flash_attention(query, key, value, dropout, scaling, documents), None
+        return _flash_attention(query, key, value, dropout, scaling, metadata), None
     if dropout:
         raise ValueError(
             f"{VARLEN_ATTENTION} attention has no dropout on a CPU: set the model's attention_dropout to 0"
         )
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    output = _BlockwiseAttention.apply(query, key, value, _causal_blocks(documents), _prefix_blocks(documents), scaling)
+    output = _BlockwiseAttention.apply(query, key, value, _causal_blocks(metadata), _prefix_blocks(metadata), scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _causal_blocks(documents: VarlenMetadata) -> list[slice]:
-    """Where in the row each document stands: it sees itself, causally."""
-    ends = documents.query_lengths.cumsum(0).tolist()
-    return [slice(end - queries, end) for end, queries in zip(ends, documents.query_lengths.tolist(), strict=True)]
+def _causal_blocks(metadata: VarlenMetadata) -> list[slice]:
+    """The place of each document in the row, in which it sees itself causally."""
+    ends = metadata.query_lengths.cumsum(0).tolist()
+    return [slice(end - queries, end) for end, queries in zip(ends, metadata.query_lengths.tolist(), strict=True)]
 
 
-def _prefix_blocks(documents: VarlenMetadata) -> list[tuple[slice, slice]]:
-    """Stretches of documents and the prefix that they share: all of the one sees all of the other."""
+def _prefix_blocks(metadata: VarlenMetadata) -> list[tuple[slice, slice]]:
+    """Runs of documents, and the prefix that they share: every token of the run sees the whole prefix."""
     found: list[tuple[slice, slice]] = []
-    first_keys = documents.key_index[documents.key_lengths.cumsum(0) - documents.key_lengths]
-    shared = documents.key_lengths - documents.query_lengths
-    for own, start, length in zip(_causal_blocks(documents), first_keys.tolist(), shared.tolist(), strict=True):
+    first_keys = metadata.key_index[metadata.key_lengths.cumsum(0) - metadata.key_lengths]
+    shared = metadata.key_lengths - metadata.query_lengths
+    for own, start, length in zip(_causal_blocks(metadata), first_keys.tolist(), shared.tolist(), strict=True):
         prefix = slice(start, start + length)
         if length and found and found[-1] == (slice(found[-1][0].start, own.start), prefix):
             found[-1] = (slice(found[-1][0].start, own.stop), prefix)
@@ -156,48 +155,53 @@ def _prefix_blocks(documents: VarlenMetadata) -> list[tuple[slice, slice]]:
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """Attention of a row by blocks of queries and keys, each by PyTorch's flash-attention for the CPU.
+    """Attention over blocks of queries and keys, each by PyTorch's flash-attention for the CPU.
 
-    A prefix is so multiplied with all that share it at once, and no causal mask is ever larger than a document. The
-    parts of a query's softmax are joined by their log-sum-exp; the kernel's backward pass, given the joined output and
-    log-sum-exp, returns each block's share of the gradients (as in ring attention, Liu et al. 2023).
+    A prefix is multiplied once with all documents that share it, and no causal mask is larger than a document. The
+    parts of a query's softmax are joined by their log-sum-exp. From the joined output and log-sum-exp, the kernel's
+    backward pass returns each block's part of the gradients. Source: Liu et al., "Ring Attention with Blockwise
+    Transformers" (2023).
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, squares, oblongs, scale):
-        output, total = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_sum_dtype(query.dtype))
-        for own in squares:
-            output[:, :, own], total[:, :, own] = _flash(
-                query[:, :, own], key[:, :, own], value[:, :, own], 0.0, True, scale=scale
+    def forward(ctx, query, key, value, causal_blocks, prefix_blocks, scale):
+        q_BHTD, k_BHTD, v_BHTD = query, key, value
+        o_BHTD, lse_BHT = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_sum_dtype(query.dtype))
+        for own in causal_blocks:
+            o_BHTD[:, :, own], lse_BHT[:, :, own] = _flash(
+                q_BHTD[:, :, own], k_BHTD[:, :, own], v_BHTD[:, :, own], 0.0, True, scale=scale
             )
-        for own, prefix in oblongs:
-            part, part_total = _flash(query[:, :, own], key[:, :, prefix], value[:, :, prefix], 0.0, False, scale=scale)
-            joined = torch.logaddexp(total[:, :, own], part_total)
-            weight = (part_total - joined).exp()[..., None].to(query.dtype)
-            output[:, :, own] = torch.lerp(output[:, :, own], part, weight)
-            total[:, :, own] = joined
-        ctx.save_for_backward(query, key, value, output, total)
-        ctx.blocks, ctx.scale = [(own, own, True) for own in squares] + [(*block, False) for block in oblongs], scale
-        return output
+        for own, prefix in prefix_blocks:
+            part, part_lse = _flash(
+                q_BHTD[:, :, own], k_BHTD[:, :, prefix], v_BHTD[:, :, prefix], 0.0, False, scale=scale
+            )
+            joined = torch.logaddexp(lse_BHT[:, :, own], part_lse)
+            weight = (part_lse - joined).exp()[..., None].to(query.dtype)
+            o_BHTD[:, :, own] = torch.lerp(o_BHTD[:, :, own], part, weight)
+            lse_BHT[:, :, own] = joined
+        ctx.save_for_backward(q_BHTD, k_BHTD, v_BHTD, o_BHTD, lse_BHT)
+        ctx.blocks = [(own, own, True) for own in causal_blocks] + [(*block, False) for block in prefix_blocks]
+        ctx.scale = scale
+        return o_BHTD
 
     @staticmethod
-    def backward(ctx, gradient):
-        query, key, value, output, total = ctx.saved_tensors
-        gradients = [torch.zeros_like(each) for each in (query, key, value)]
+    def backward(ctx, grad_BHTD):
+        q_BHTD, k_BHTD, v_BHTD, o_BHTD, lse_BHT = ctx.saved_tensors
+        gradients = [torch.zeros_like(each) for each in (q_BHTD, k_BHTD, v_BHTD)]
         for own, seen, causal in ctx.blocks:
-            shares = _flash_backward(
-                gradient[:, :, own],
-                query[:, :, own],
-                key[:, :, seen],
-                value[:, :, seen],
-                output[:, :, own],
-                total[:, :, own],
+            parts = _flash_backward(
+                grad_BHTD[:, :, own],
+                q_BHTD[:, :, own],
+                k_BHTD[:, :, seen],
+                v_BHTD[:, :, seen],
+                o_BHTD[:, :, own],
+                lse_BHT[:, :, own],
                 0.0,
                 causal,
                 scale=ctx.scale,
             )
-            for sum_, share, where in zip(gradients, shares, (own, seen, seen), strict=True):
-                sum_[:, :, where] += share
+            for gradient, part, where in zip(gradients, parts, (own, seen, seen), strict=True):
+                gradient[:, :, where] += part
         return (*gradients, None, None, None)
 
 
@@ -215,7 +219,7 @@ def _flash_attention(
     value: torch.Tensor,
     dropout: float,
     scaling: float | None,
-    documents: VarlenMetadata,
+    metadata: VarlenMetadata,
 ) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
@@ -225,12 +229,12 @@ def _flash_attention(
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     output = flash_attn_varlen_func(
         query,
-        key[documents.key_index],
-        value[documents.key_index],
-        bounds(documents.query_lengths),
-        bounds(documents.key_lengths),
-        int(documents.query_lengths.max()),
-        int(documents.key_lengths.max()),
+        key[metadata.key_index],
+        value[metadata.key_index],
+        bounds(metadata.query_lengths),
+        bounds(metadata.key_lengths),
+        int(metadata.query_lengths.max()),
+        int(metadata.key_lengths.max()),
         dropout_p=dropout,
         softmax_scale=scaling,
         causal=True,
