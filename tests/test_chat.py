@@ -301,7 +301,7 @@ def test_a_saved_conversation_reads_back_and_nothing_else_is_overwritten(generat
     talk(conversation)
     with pytest.raises(InputError, match=r"^.*dialogue\.jsonl: exists: choose another file$"):
         conversation.save(file)
-    with pytest.raises(InputError, match=r"dialogue\.txt: dialogues are written as"):
+    with pytest.raises(InputError, match=r"dialogue\.txt: cannot write this file type"):
         conversation.save(tmp_path / "dialogue.txt")
     assert read_dialogues(file) == [dialogue]
 
