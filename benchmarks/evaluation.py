@@ -1,9 +1,9 @@
-"""How long an evaluation takes on a CPU: generation in generated context, and scoring.
+"""Time of an evaluation on a CPU: generation in generated context, and scoring.
 
-python benchmarks/evaluation.py            # some minutes
-python benchmarks/evaluation.py --quick    # on next to nothing, in seconds: the figures mean nothing
+python benchmarks/evaluation.py            # a few minutes
+python benchmarks/evaluation.py --quick    # a smoke test in seconds; its figures have no meaning
 
-Prints each figure as it comes and writes benchmarks/results/evaluation.json.
+Prints each figure and writes benchmarks/results/evaluation.json.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from csc_train.config.compose import compose, to_container
 from csc_train.data.dialogue import Speaker
 from csc_train.data.sample_grammar import generate_sample
+from csc_train.data.segmentation import segment_words
 from csc_train.evaluation.config import EvaluationConfig, MetricsConfig
 from csc_train.evaluation.metrics import lexical
 from csc_train.evaluation.metrics.registry import compute_metrics
@@ -37,21 +38,22 @@ from csc_train.template.tokenizer_training import get_tokenizer
 
 TURNS = 24115
 """Supporter turns of CSConv's 1,855 conversations."""
-EXCHANGES = 13
-LONGEST = 40
-"""Tokens of a reply, as in the demo."""
-BATCH = 128
+TURNS_PER_DIALOGUE = 13
+"""Supporter turns of a synthetic dialogue."""
+MAX_NEW_TOKENS = 40
+"""Maximum tokens of a reply, as in the demo."""
+BATCH_SIZE = 128
 DIMENSIONS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
     "vocab_size", "initializer_range",
 )  # fmt: skip
-"""What is recorded of a model."""
+"""Model settings that the report records."""
 
 
 def main() -> None:
-    """Measure every section and write the report."""
+    """Run all sections and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="on next to nothing, in seconds")
+    parser.add_argument("--quick", action="store_true", help="a smoke test in seconds")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "evaluation.json")
     options = parser.parse_args()
     turns = TURNS // 100 if options.quick else TURNS
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def demo() -> tuple[DialogueTemplate, dict[str, Any]]:
-    """The template of the demo, with a tokenizer trained as there, and the dimensions of its model."""
+    """The demo's template, with a tokenizer trained as in the demo, and its model's dimensions."""
     config = compose("sft", ["experiment=demo"])
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = get_tokenizer(
@@ -79,7 +81,7 @@ def demo() -> tuple[DialogueTemplate, dict[str, Any]]:
         )
     architecture = {key: value for key, value in to_container(config)["model"]["architecture"].items() if value}
     del architecture["model_type"]
-    # Weights drawn wide enough for replies to depend on what was said.
+    # A wide initialization, so that replies depend on the prompt.
     return DialogueTemplate(tokenizer, chat_template_name(config.model), config.template), architecture | {
         "vocab_size": len(tokenizer), "initializer_range": 0.3,
     }  # fmt: skip
@@ -93,14 +95,14 @@ def generation(
     count: int,
     compared: int,
     repeats: int,
-    batch: int = BATCH,
+    batch: int = BATCH_SIZE,
 ) -> None:
-    """Generated context as evaluation does it, beside one dialogue at a time with each prompt computed anew."""
+    """Compare batched generation with a cache to one prompt at a time without one, in generated context."""
     dialogues = generate_sample(count, seed=0)
     words = len(template.tokenizer)
     model.eval().generation_config.eos_token_id = random.Random(0).sample(range(256, words), words // 10)
-    settings = EvaluationConfig(batch_size=batch, max_new_tokens=LONGEST)
-    generators = {"alone": Alone, "together": WithoutLikelihoods, "with likelihoods": HFGenerator}
+    settings = EvaluationConfig(batch_size=batch, max_new_tokens=MAX_NEW_TOKENS)
+    generators = {"alone": SequentialGenerator, "together": WithoutLikelihoods, "with likelihoods": HFGenerator}
     generators = {name: kind(model, template, settings) for name, kind in generators.items()}
     few = dialogues[:compared]
     predictions = {}
@@ -113,10 +115,10 @@ def generation(
     lengths = [len(each) for each in ids["together"].values()]
     report.section(
         name,
-        "Sample dialogues with the demo's tokenizer; the model's weights are random, and it stops at any of a tenth "
-        "of its tokens, so that replies are of all lengths. Alone: one dialogue at a time, each prompt computed anew, "
-        "by `generate`. Together: the dialogues of a batch at a time, each going on from what is cached of it. Alone "
-        "is timed on the first dialogues, and per turn.",
+        "Sample dialogues with the demo's tokenizer. The model has random weights and stops at any of a tenth of its "
+        "tokens, so that replies vary in length. Alone: `generate`, one prompt at a time, without a cache between "
+        "turns; timed on the first dialogues. Together: batches of dialogues with a cache that is kept from turn to "
+        "turn.",
         dialogues=count,
         alone=compared,
         batch=batch,
@@ -139,24 +141,24 @@ def generation(
 
 
 class WithoutLikelihoods(HFGenerator):
-    """Without the likelihoods that come after it."""
+    """Generates without computing likelihoods."""
 
     def _add_likelihoods(self, *_) -> None:
         pass
 
 
-class Alone(WithoutLikelihoods):
-    """A turn at a time, from nothing."""
+class SequentialGenerator(WithoutLikelihoods):
+    """Generates one turn at a time, without a cache between turns."""
 
     def run(self, queue: TurnQueue) -> None:
-        """Answer every turn."""
+        """Reply at every turn."""
         while requests := queue.pop(1):
             prompt = requests[0].prompt_ids(self.template)
             output = self.model.generate(
                 torch.tensor([prompt], device=self.model.device),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=self.model.device),
                 generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=LONGEST, eos_token_id=sorted(self.stop_ids), pad_token_id=0
+                    do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=sorted(self.stop_ids), pad_token_id=0
                 ),
             )
             ids = output[0, len(prompt) :].tolist()
@@ -165,20 +167,20 @@ class Alone(WithoutLikelihoods):
 
 
 def scoring(report: Report, count: int, repeats: int) -> None:
-    """Seconds from predictions to figures, to an interval and to a p-value."""
-    one, other = made_up(count, seed=1), made_up(count, seed=2)
+    """Time metrics, intervals and tests on synthetic predictions."""
+    one, other = synthetic_predictions(count, seed=1), synthetic_predictions(count, seed=2)
     lengths = [len(lexical.characters(text)) for each in one for text in (each.response, each.reference_response)]
     report.section(
         "scoring",
-        "Each reply and each reference is one to three sentences of the sample grammar, joined at random. All lexical "
-        "metrics: nltk BLEU and rouge_score's ROUGE-L of the profile `paper`, sacrebleu's BLEU and ROUGE-L on "
-        "characters and words of the profile `zh`, ACC; each text segmented anew in each repeat. Interval: 1,000 "
-        "resamples of dialogues of one figure, drawing them included. Test: 10,000 exchanges of one figure.",
+        "Each reply and reference joins one to three random sentences of the sample grammar. All lexical metrics: "
+        "nltk BLEU and rouge_score's ROUGE-L of profile `paper`; sacrebleu's BLEU and ROUGE-L on characters and words "
+        "of profile `zh`; ACC. Each repeat segments all texts. Interval: 1,000 bootstrap samples of dialogues for one "
+        "metric, drawing included. Test: 10,000 permutations for one metric.",
         turns=count,
         dialogues=len({each.dialogue_id for each in one}),
         mean_characters=round(float(numpy.mean(lengths)), 1),
     )
-    lexical.words("您好")  # loads the dictionary
+    segment_words("您好")  # loads the dictionary
     taken = side_by_side(
         {"all": lambda: compute_metrics(PredictionTable(one), MetricsConfig(), ("paper", "zh"))}, repeats, warm_up=0
     )
@@ -204,8 +206,8 @@ def scoring(report: Report, count: int, repeats: int) -> None:
     report.add("sign-flip test: seconds", spread(taken["test"]))
 
 
-def made_up(count: int, seed: int) -> list[Prediction]:
-    """Predictions whose replies and references differ, hardly a text twice."""
+def synthetic_predictions(count: int, seed: int) -> list[Prediction]:
+    """Predictions with random replies and references, nearly all distinct."""
     rng = random.Random(seed)
     sample = generate_sample(1000, seed=0)
     pool = [turn.text for each in sample for turn in each.turns if turn.speaker is Speaker.SUPPORTER]
@@ -216,8 +218,8 @@ def made_up(count: int, seed: int) -> list[Prediction]:
 
     return [
         Prediction(
-            dialogue_id=f"{number // EXCHANGES:05}",
-            turn=number % EXCHANGES * 2,
+            dialogue_id=f"{number // TURNS_PER_DIALOGUE:05}",
+            turn=number % TURNS_PER_DIALOGUE * 2,
             context="reference",
             prompt_hash="",
             raw_text="",

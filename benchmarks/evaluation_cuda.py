@@ -1,9 +1,9 @@
-"""How long an evaluation takes on a GPU: generation in generated context, and BERTScore.
+"""Time of an evaluation on a GPU: generation in generated context, and BERTScore.
 
-python benchmarks/evaluation_cuda.py       # one GPU of 80 GB, less than five minutes
+python benchmarks/evaluation_cuda.py       # one GPU with 80 GB, less than five minutes
 
-The demo's model in float32, whose tokens must equal those of one dialogue at a time, then Qwen2.5-7B's dimensions with
-random weights in bf16. Writes evaluation_cuda.json to the directory that OUT names, else to benchmarks/results.
+First the demo's model in float32, whose tokens must equal those of one prompt at a time. Then a model with Qwen2.5-7B's
+dimensions and random weights in bf16. Writes evaluation_cuda.json to the directory $OUT, or to benchmarks/results.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from evaluation import TURNS, demo, generation, made_up
+from evaluation import TURNS, demo, generation, synthetic_predictions
 from measure import SHAPES, Report, random_model, seconds
 
 from csc_train.evaluation.metrics import metric_models
@@ -23,9 +23,9 @@ SECTIONS = ("demo", "bertscore", "7b")
 
 
 def main() -> None:
-    """Measure every section, and write after each what there is."""
+    """Run the sections and write the report after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
     parser.add_argument("--dialogues", type=int, default=512, help="dialogues of the demo's model")
     parser.add_argument("--large-dialogues", type=int, default=384, help="dialogues of the 7B")
     parser.add_argument("--batch", type=int, default=384, help="dialogues of the 7B at a time")
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=folder / "evaluation_cuda.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("evaluation_cuda.py measures a CUDA GPU, and torch finds none here; evaluation.py measures a CPU")
+        sys.exit("evaluation_cuda.py: needs a CUDA GPU, and torch finds none here: run evaluation.py on a CPU")
     transformers.logging.set_verbosity_error()
     report = Report({name: value for name, value in vars(options).items() if name != "output"}, {})
 
@@ -57,11 +57,11 @@ def main() -> None:
 
 
 def bertscore(report: Report) -> None:
-    """Seconds to score as many pairs as CSConv has, by a model of bert-base's dimensions."""
-    pairs = [(each.response, each.reference_response) for each in made_up(TURNS, seed=1)]
+    """Time BERTScore on as many pairs as CSConv has, with a model of bert-base's dimensions."""
+    pairs = [(each.response, each.reference_response) for each in synthetic_predictions(TURNS, seed=1)]
     report.section(
         "BERTScore",
-        "A BERT of bert-base-chinese's dimensions with random weights and a vocabulary of the characters that occur.",
+        "A BERT with bert-base-chinese's dimensions, random weights and a vocabulary of all characters in the texts.",
         turns=TURNS,
     )
     with tempfile.TemporaryDirectory() as directory:
