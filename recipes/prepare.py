@@ -1,4 +1,4 @@
-"""Encode dialogues ahead of training, and print what training on them will see: dialogues -> template -> packs.
+"""Tokenize the dialogues before training, and print the statistics of their packs: dialogues -> template -> packs.
 
 python recipes/prepare.py experiment=qwen2_5_7b_lora
 """
@@ -32,7 +32,7 @@ def main(config: PrepareRecipe) -> None:
     splits = load_splits(config.data)
 
     # Template
-    with tempfile.TemporaryDirectory() as directory:  # training will train the same tokenizer again
+    with tempfile.TemporaryDirectory() as directory:  # the training trains the same tokenizer again
         tokenizer = get_tokenizer(config.model, config.template, splits.train, Path(directory), distributed_state())
     template = DialogueTemplate(tokenizer, chat_template_name(config.model), config.template)
 
@@ -41,7 +41,7 @@ def main(config: PrepareRecipe) -> None:
     if config.validation.interval(config.trainer):
         tokenize(splits.held_out, template, config.tokenization)
     _, report = pack_dialogues(examples, config.packing, config.loss)
-    print(f"training will see {report}")
+    print(f"packs of the training: {report}")
 
 
 if __name__ == "__main__":

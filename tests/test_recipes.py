@@ -115,7 +115,7 @@ def test_prepare_makes_what_training_asks_for_and_reports_the_same(workplace):
     assert done.returncode == 0, done.stderr
     assert all(f"tokenized runs/tokenized/{entry.name}: hit, " in done.stdout for entry in entries)
     report = json.loads((workplace / "runs/demo/metrics.json").read_text())["packing"]
-    assert f"training will see {PackingReport(**report)}\n" in done.stdout
+    assert f"packs of the training: {PackingReport(**report)}\n" in done.stdout
 
 
 def test_an_existing_run_is_not_overwritten_unasked(workplace):

@@ -66,7 +66,8 @@ class TrainerConfig:
     max_steps: int = -1
     """Optimizer steps to train instead of `epochs`; -1: train `epochs`."""
     packs_per_step: int = 8
-    """Global batch size: packs per optimizer step, over all processes. The last step of an epoch takes the rest."""
+    """The global batch size in packs, over all ranks; the last step of an epoch has the rest. Gradient accumulation
+    follows from it."""
     micro_batch_size: int = 1
     """Packs per forward pass of one process. Gradient accumulation follows from it."""
     precision: str = "auto"
