@@ -1,19 +1,19 @@
-"""The one error that users are meant to read, and the checks that configuration schemas share."""
+"""InputError, the error that users see without a traceback, and checks shared by the configuration schemas."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the user gave (data, configuration, a path) cannot be used.
+    """An input of the user (data, configuration, a path) cannot be used.
 
-    The message is one line that names the place and says what to do; recipes print it without a traceback
-    and exit with status 2.
+    The message is one line: `place: what is wrong: what to do`. Recipes print it without a traceback and exit with
+    status 2.
     """
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the known name nearest to `name`, or an empty text."""
+    """` Did you mean 'x'?` with the known name nearest to `name`, or an empty text."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and their content hashes."""
+"""Atomic writing of files, content hashes, and InputErrors in the place of OSErrors."""
 
 import contextlib
 import hashlib
@@ -34,14 +34,12 @@ def os_errors(place: str | os.PathLike, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the place of `path`, on failure it is removed.
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
 
-    Works for a file or a directory, whichever the caller creates at the temporary path. An existing file is replaced
-    by a file, an existing directory by a directory.
+    The caller creates a file or a directory at the temporary path. A file replaces a file, a directory a directory.
 
     Raises:
-        InputError: the operating system refused the write (no permission, disk full, file-size limit, a file where
-            there is a directory).
+        InputError: the write failed (no permission, disk full, file-size limit, a file in the place of a directory).
     """
     path = Path(path)
     with os_errors(path, "cannot write"):
@@ -66,7 +64,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or a directory with all that is in it, would survive a loss of power."""
+    """Flush a file, or a directory with its content, so that it survives a loss of power."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
         descriptor = os.open(entry, os.O_RDONLY)
         try:
@@ -90,7 +88,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: the file is missing, is not UTF-8 or is not JSON; names the file and the place in it.
+        InputError: the file is missing, not UTF-8 or not JSON; names the file and the place in it.
     """
     with os_errors(path, "cannot read"):
         text = Path(path).read_text(encoding="utf-8")
@@ -101,7 +99,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (hex, 64 characters) of bytes, or of the canonical JSON of anything else."""
+    """SHA-256 (hex, 64 characters) of bytes, or of the canonical JSON of another value."""
     data = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()
 

@@ -1,6 +1,6 @@
 """A seeded grammar that generates sample dialogues in the form of RoleCS, for the demo and the tests.
 
-Its tables stand in `sample_grammar.yaml`. All wordings are our own; nothing is taken from the published data. Two
+Its tables are in `sample_grammar.yaml`. All wordings are our own; nothing is taken from the published data. Two
 tables alternate:
 
 - `NEXT_ACTS` draws the customer's next act, given the supporter's last strategy.

@@ -151,9 +151,7 @@ class Client:
 
     def __init__(self, config: LLMConfig):
         if config.backend != "openai":
-            raise InputError(
-                f"llm.backend={config.backend}: not a server: choose one, such as llm=vllm"
-            )
+            raise InputError(f"llm.backend={config.backend}: not a server: choose one, such as llm=vllm")
         self.config = config
         self.limits = RequestLimits(config)
         auto = config.json_mode == "auto"

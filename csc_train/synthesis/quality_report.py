@@ -1,4 +1,4 @@
-"""What a set of dialogues is like, as JSON and as one HTML page: strategies, lengths, variety, profiles, cost."""
+"""The quality report of a set of dialogues, as JSON and HTML: strategies, lengths, variety, profiles, usage."""
 
 import gzip
 import os
@@ -17,23 +17,23 @@ from csc_train.data.strategies import STRATEGIES, Stage
 from csc_train.files import write_json, write_text
 from csc_train.templates import render
 
-ORDERS = (1, 2, 3)
-"""Of distinct-n."""
-MATCHED_WORDS = 20_000
-"""Most words that variety is measured on."""
-SELF_BLEU_TEXTS = 1000
-"""Most texts that are compared with one another."""
-PROFILE_DIALOGUES = 300
-"""Most dialogues that are compared with profiles."""
-OTHER_PROFILES = 5
-"""Random profiles of the same topic that a dialogue is compared with, beside its own."""
-RESAMPLES = 1000
-PROGRESS_PARTS = 5
+DISTINCT_ORDERS = (1, 2, 3)
+"""Orders n of distinct-n."""
+MAX_WORDS = 20_000
+"""Most words of a sample for variety."""
+MAX_SELF_BLEU_TEXTS = 1000
+"""Most texts of a sample for self-BLEU."""
+MAX_PROFILE_DIALOGUES = 300
+"""Most dialogues of a sample for the overlap with profiles."""
+NUM_OTHER_PROFILES = 5
+"""Random profiles of the same topic that a dialogue is compared with, besides its own."""
+NUM_RESAMPLES = 1000
+NUM_PARTS = 5
 """Parts of equal length of a dialogue."""
-FEWEST = 10
-"""Dialogues below which no interval is given."""
+MIN_DIALOGUES = 10
+"""Fewest dialogues for an interval."""
 
-_REACHED = ["none yet", *(stage.en for stage in Stage)]
+_REACHED = ["none", *(stage.en for stage in Stage)]
 
 
 def quality_report(
@@ -49,16 +49,16 @@ def quality_report(
     """Measure a set of dialogues.
 
     Args:
-        dialogues: those that were accepted.
-        reference: dialogues to put beside them, such as CSConv.
+        dialogues: the accepted dialogues.
+        reference: dialogues to compare with, such as CSConv.
         profiles: the customer's profile by dialogue id; topics are read from `extra["topic"]`.
         funnel: the rows of `funnel.filter_funnel`.
-        usage: what was spent, such as `{"requests": .., "prompt_tokens": .., "cost": ..}`.
-        agreement: of a panel of judges, as `llm_filters.agreement` tells it.
+        usage: totals such as `{"requests": .., "prompt_tokens": .., "cost": ..}`.
+        agreement: of a panel of judges, from `llm_checks.panel_agreement`.
         seed: of the samples and resamples.
 
     Returns:
-        Plain values for JSON; a part that there is nothing to tell about is None or empty.
+        Plain values for JSON; parts without data are None or empty.
     """
     sides = {"set": dialogues} | ({"reference": reference} if reference else {})
     return {
@@ -90,14 +90,14 @@ def write_quality_report(directory: str | os.PathLike, report: dict[str, Any], t
 
 
 def _plain(value: float | None) -> str:
-    """A number as a page shows it."""
+    """A number as text for the page."""
     if value is None:
         return "n/a"
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:,.3g}"
 
 
 def _strategies(dialogue: Dialogue) -> list[int]:
-    """The supporter's strategies, counted from 0."""
+    """Indices of the supporter's strategies, from 0."""
     return [turn.strategy.number - 1 for turn in dialogue.turns if turn.strategy is not None]
 
 
@@ -110,9 +110,9 @@ def _strategy_counts(dialogues: Sequence[Dialogue]) -> numpy.ndarray:
 
 
 def _stage_by_strategy(dialogues: Sequence[Dialogue]) -> numpy.ndarray:
-    """int [6, 12]: supporter turns by the stage that the supporter's turns before had come to, and their strategy.
+    """int [6, 12]: supporter turns by the stage reached before, and by strategy.
 
-    Row 0: none yet. Others, which is of any stage, leaves it where it was.
+    Row 0 is no stage yet. The strategy Others leaves the stage unchanged.
     """
     counts = numpy.zeros((len(_REACHED), len(STRATEGIES)), int)
     for dialogue in dialogues:
@@ -125,17 +125,17 @@ def _stage_by_strategy(dialogues: Sequence[Dialogue]) -> numpy.ndarray:
 
 
 def _progress_by_strategy(dialogues: Sequence[Dialogue]) -> numpy.ndarray:
-    """int [5, 12]: supporter turns by the fifth of the dialogue in which they stand, and their strategy."""
-    counts = numpy.zeros((PROGRESS_PARTS, len(STRATEGIES)), int)
+    """int [5, 12]: supporter turns by fifth of the dialogue, and by strategy."""
+    counts = numpy.zeros((NUM_PARTS, len(STRATEGIES)), int)
     for dialogue in dialogues:
         used = _strategies(dialogue)
         for place, strategy in enumerate(used):
-            counts[PROGRESS_PARTS * place // len(used), strategy] += 1
+            counts[NUM_PARTS * place // len(used), strategy] += 1
     return counts
 
 
 def _transitions(dialogues: Sequence[Dialogue]) -> numpy.ndarray:
-    """int [12, 12]: pairs of consecutive supporter turns, by the strategy of the first and of the second."""
+    """int [12, 12]: consecutive supporter turns, by the strategies of the first and the second."""
     counts = numpy.zeros((len(STRATEGIES), len(STRATEGIES)), int)
     for dialogue in dialogues:
         used = _strategies(dialogue)
@@ -144,15 +144,12 @@ def _transitions(dialogues: Sequence[Dialogue]) -> numpy.ndarray:
 
 
 def jensen_shannon(one: numpy.ndarray, other: numpy.ndarray) -> float | None:
-    """The Jensen-Shannon divergence of two tables of counts, in bits (0: alike, 1: nothing in common).
-
-    None where a table is empty.
-    """
-    from scipy.spatial.distance import jensenshannon  # takes a quarter of a second to import
+    """The Jensen-Shannon divergence of two tables of counts, in bits (0: equal, 1: disjoint); None if one is empty."""
+    from scipy.spatial.distance import jensenshannon  # slow to import
 
     if not one.sum() or not other.sum():
         return None
-    # scipy's is the distance, its square root; rounding can take the square of alike ones below 0.
+    # scipy returns the distance, its square root; by rounding, equal tables may give NaN.
     return float(numpy.nan_to_num(jensenshannon(one.ravel(), other.ravel(), base=2)) ** 2)
 
 
@@ -162,7 +159,7 @@ def _divergence(dialogues: Sequence[Dialogue], reference: Sequence[Dialogue]) ->
 
 
 def _lengths(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    """Utterances per dialogue (with how many dialogues have how many) and characters per utterance."""
+    """Summaries of utterances per dialogue and characters per utterance, and a histogram of the former."""
     utterances = [len(dialogue.turns) for dialogue in dialogues]
     found = {"utterances per dialogue": _summary(utterances)}
     for speaker in Speaker:
@@ -179,11 +176,11 @@ def _summary(values: Sequence[int]) -> dict[str, float] | None:
 
 
 def _variety(sides: Mapping[str, Sequence[Dialogue]], seed: int) -> dict[str, dict[str, Any]]:
-    """By speaker and side: distinct-n, compression ratio and self-BLEU, of as many words on every side."""
+    """Distinct-n, compression ratio and self-BLEU by speaker and side, on equally many words of every side."""
     found = {}
     for speaker in Speaker:
         samples = {name: _sample(side, speaker, seed) for name, side in sides.items()}
-        matched = min(MATCHED_WORDS, *(sum(map(len, texts)) for texts in samples.values()))
+        matched = min(MAX_WORDS, *(sum(map(len, texts)) for texts in samples.values()))
         found[speaker.name.lower()] = {
             "words": matched, **{name: variety(_cut(texts, matched), seed) for name, texts in samples.items()}
         }  # fmt: skip
@@ -191,12 +188,12 @@ def _variety(sides: Mapping[str, Sequence[Dialogue]], seed: int) -> dict[str, di
 
 
 def _sample(dialogues: Sequence[Dialogue], speaker: Speaker, seed: int) -> list[list[str]]:
-    """A speaker's utterances in jieba words, in a random order, until there are words enough."""
+    """A random sample of a speaker's utterances as jieba words, of at least `MAX_WORDS` words if possible."""
     texts = [turn.text for dialogue in dialogues for turn in dialogue.turns if turn.speaker is speaker]
     random.Random(seed).shuffle(texts)
     sample, count = [], 0
     for text in texts:
-        if count >= MATCHED_WORDS:
+        if count >= MAX_WORDS:
             break
         sample.append(segment_words(text))
         count += len(sample[-1])
@@ -215,15 +212,15 @@ def _cut(texts: Sequence[list[str]], length: int) -> list[list[str]]:
 
 
 def variety(texts: Sequence[Sequence[str]], seed: int) -> dict[str, float | None]:
-    """How varied texts are, each a list of words.
+    """The variety of texts, each a list of words.
 
     Returns:
-        distinct-n: different n-grams over all n-grams, in percent. compression: bytes over gzipped bytes; the higher,
-        the more repeats. self-BLEU: the mean BLEU-4 of a text against all others, of at most 1,000 drawn by `seed`, in
-        percent; the lower, the more varied. None where there are too few words or texts.
+        distinct-n: distinct n-grams over all n-grams, in percent. compression: bytes over gzipped bytes; higher means
+        more repetition. self-BLEU: mean BLEU-4 of a text against all others, of at most 1,000 drawn by `seed`, in
+        percent; lower means more varied. None if there are too few words or texts.
     """
     found: dict[str, float | None] = {}
-    for order in ORDERS:
+    for order in DISTINCT_ORDERS:
         grams = [tuple(text[start : start + order]) for text in texts for start in range(len(text) - order + 1)]
         found[f"distinct-{order}"] = 100 * len(set(grams)) / len(grams) if grams else None
     data = "\n".join("".join(text) for text in texts).encode()
@@ -233,26 +230,26 @@ def variety(texts: Sequence[Sequence[str]], seed: int) -> dict[str, float | None
 
 
 def _self_bleu(texts: Sequence[Sequence[str]], seed: int) -> float | None:
-    drawn = random.Random(seed).sample(list(texts), min(len(texts), SELF_BLEU_TEXTS))
+    drawn = random.Random(seed).sample(list(texts), min(len(texts), MAX_SELF_BLEU_TEXTS))
     return 100 * float(self_bleu(drawn).mean()) if len(drawn) > 1 else None
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> numpy.ndarray:
-    """float [texts] (0..1): BLEU-4 of each of at least two texts, with all others for references.
+    """float [texts] (0..1): BLEU-4 of each of at least two texts, with all others as references.
 
-    As nltk's `sentence_bleu` with smoothing method1, which would count every reference anew for every text.
+    Equals nltk's `sentence_bleu` with smoothing method1, but counts every reference only once.
     """
     lengths = Counter(map(len, texts))
     scores = numpy.zeros(len(texts))
     for order in range(1, 5):
         counts = [Counter(tuple(text[at : at + order]) for at in range(len(text) - order + 1)) for text in texts]
-        # The two largest counts of each n-gram: of the others' counts, the largest is one of them.
+        # The two largest counts of each n-gram, because the largest count of the other texts is one of them.
         largest: dict[tuple[str, ...], list[int]] = {}
         for count in counts:
             for gram, times in count.items():
                 largest[gram] = sorted([*largest.get(gram, [0, 0]), times])[1:]
         for place, count in enumerate(counts):
-            # A text that has the largest count itself is clipped by the second largest, which is as large in a tie.
+            # A text with the largest count itself is clipped by the second largest, which is equal in a tie.
             clipped = (min(times, largest[gram][times < largest[gram][1]]) for gram, times in count.items())
             matched = sum(clipped)
             if order == 1 and not matched:
@@ -267,12 +264,12 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> numpy.ndarray:
 
 
 def _profile_overlap(dialogues: Sequence[Dialogue], profiles: Mapping[str, str], seed: int) -> list[dict[str, Any]]:
-    """How much of a customer's profile the customer has said by each of the customer's turns (the paper's figure 5).
+    """The share of a profile's words that the customer has said by each customer turn (the paper's figure 5).
 
-    A row per turn: the mean share (0..1) of the different words of a profile that are among the customer's words so
-    far, of the dialogue's own profile and of random other profiles of its topic, each with the bounds of its 95 %
-    interval (bootstrap over dialogues; None for fewer than 10), and the number of dialogues that have so many turns.
-    Words of one character are left out.
+    A row per turn: the mean share (0..1) of distinct profile words among the customer's words so far, for the own
+    profile and for random other profiles of the topic. Each has the bounds of its 95 % interval (bootstrap over
+    dialogues; None for fewer than 10). `dialogues` is the number of dialogues with that turn. Words of one character
+    are ignored.
     """
     rng = random.Random(seed)
     described = [dialogue for dialogue in dialogues if dialogue.id in profiles]
@@ -281,10 +278,12 @@ def _profile_overlap(dialogues: Sequence[Dialogue], profiles: Mapping[str, str],
         by_topic.setdefault(dialogue.extra.get("topic"), {})[profiles[dialogue.id]] = None
     vocabulary = cache(_content)
     curves = []
-    for dialogue in rng.sample(described, min(len(described), PROFILE_DIALOGUES)):
+    for dialogue in rng.sample(described, min(len(described), MAX_PROFILE_DIALOGUES)):
         own = profiles[dialogue.id]
         others = [text for text in by_topic[dialogue.extra.get("topic")] if text != own]
-        drawn = [vocabulary(text) for text in rng.sample(others, min(len(others), OTHER_PROFILES)) if vocabulary(text)]
+        drawn = [
+            vocabulary(text) for text in rng.sample(others, min(len(others), NUM_OTHER_PROFILES)) if vocabulary(text)
+        ]
         if not drawn or not vocabulary(own):
             continue
         said: set[str] = set()
@@ -310,11 +309,11 @@ def _share(profile: set[str], said: set[str]) -> float:
 
 
 def _means(values: numpy.ndarray, seed: int) -> dict[str, float | None]:
-    """Means and bounds of the columns `own` and `other` of float [dialogues, 2]."""
+    """Means and interval bounds of the columns `own` and `other` of float [dialogues, 2]."""
     found: dict[str, float | None] = {}
-    drawn = numpy.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    drawn = numpy.random.default_rng(seed).integers(len(values), size=(NUM_RESAMPLES, len(values)))
     for name, column in zip(("own", "other"), values.T, strict=True):
         low, high = numpy.quantile(column[drawn].mean(axis=1), [0.025, 0.975]).tolist()
-        bounds = {f"{name}_low": low, f"{name}_high": high} if len(values) >= FEWEST else {}
+        bounds = {f"{name}_low": low, f"{name}_high": high} if len(values) >= MIN_DIALOGUES else {}
         found |= {name: float(column.mean()), f"{name}_low": None, f"{name}_high": None} | bounds
     return found
