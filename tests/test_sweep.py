@@ -148,7 +148,7 @@ def test_runs_are_compared_by_what_they_differ_in(place, summary):
     expected = [*(trial["directory"] for trial in done), "runs/sweeps/lr/trial-2"]
     assert [row["directory"] for row in rows] == expected
     assert [row["status"] for row in rows] == ["finished"] * 3 + ["not started"]
-    assert [row["figures"]["eval_loss"] for row in rows[:3]] == [trial["value"] for trial in done]
+    assert [row["metrics"]["eval_loss"] for row in rows[:3]] == [trial["value"] for trial in done]
     assert all(row["speed"] > 0 for row in rows[:3]) and rows[3]["speed"] is None
     assert compared["broken"] == [
         "runs/sweeps/lr/broken: runs/sweeps/lr/broken/run.json: broken JSON at line 1, column 2: Expecting property "

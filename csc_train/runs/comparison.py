@@ -1,5 +1,6 @@
-"""Training runs beside each other: what they differ in, what came of them, and how fast they were."""
+"""Compare training runs: the settings that differ, the last metrics, the speed and the curves."""
 
+import itertools
 import math
 import os
 import statistics
@@ -7,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -17,14 +18,10 @@ from csc_train.jsonl import JsonlLog
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
 from csc_train.runs.directory import RECORD_FILE, flatten_keys
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 HISTORY_FILE, METRICS_FILE, RESULTS_FILE = "history.jsonl", "metrics.json", "results.json"
-INSIDE = ("checkpoints", "model", "base", "tokenizer", "wandb", "predictions")
-"""In a run directory: where no other run is looked for."""
+SKIPPED_FOLDERS = ("checkpoints", "model", "base", "tokenizer", "wandb", "predictions")
+"""Folders of a run directory that hold no other run."""
 SPEED = "trained_tokens_per_second"
-UNKNOWN = "n/a"
 
 
 @dataclass(frozen=True)
@@ -33,34 +30,33 @@ class TrainingRun:
 
     directory: str
     status: str
-    """finished, stopped, failed or running, as the run recorded it (one that was killed could not, and is still said to
-    be running); `not started` where a launch was frozen and never ran."""
+    """finished, stopped, failed or running, as recorded (a killed run still says running); `not started` if a launch
+    prepared it and it never ran."""
     settings: dict[str, Any]
     """By dotted key, without those of `IGNORED_GROUPS`."""
-    figures: dict[str, float]
-    """The last that was logged of each (see `last_metrics`)."""
+    metrics: dict[str, float]
+    """The last logged value of each (see `last_metrics`)."""
     speed: float | None
-    """Trained tokens a second of all processes, median over the log."""
+    """Trained tokens per second of all processes, median over the log."""
     error: str | None
-    """What a failed run ended with."""
+    """The error of a failed run."""
     history: list[dict[str, Any]] = field(repr=False)
-    """The figures of each log line, with its `step`."""
+    """The metrics of each log line, with its `step`."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Of an evaluation of its checkpoint: by context, profile and metric."""
+    """Scores of an evaluation of its final model, by context, profile and metric."""
 
 
 def last_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The last value of each figure in a run's `metrics.json`.
+    """The last value of each metric in a run's `metrics.json`.
 
-    Of what is measured on held-out dialogues it is the checkpoint's, which may be made from an earlier state than the
-    last.
+    Validation metrics are those of the final model, which may be an earlier checkpoint.
     """
     last = {name: value for line in metrics["log"] for name, value in line.items()}
     return last | {f"eval_{name}": value for name, value in metrics.get("validation", {}).items() if name != "step"}
 
 
 def find_runs(folder: Path) -> tuple[list[TrainingRun], list[str]]:
-    """The training runs in a folder and its subfolders, and what is wrong with those that cannot be read.
+    """The training runs in a folder and its subfolders, and the errors of those that cannot be read.
 
     Raises:
         InputError: there is no such folder, or it holds no training run.
@@ -70,7 +66,7 @@ def find_runs(folder: Path) -> tuple[list[TrainingRun], list[str]]:
     runs: dict[Path, TrainingRun] = {}
     evaluations, broken = [], []
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in INSIDE and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
         directory = Path(place)
         if RESOLVED_FILE not in files:
             continue
@@ -91,27 +87,22 @@ def find_runs(folder: Path) -> tuple[list[TrainingRun], list[str]]:
 
 
 def read_run(directory: Path, record: dict[str, Any]) -> TrainingRun:
-    """What a run directory says.
+    """Read a run directory.
 
     Args:
-        record: its `run.json`; empty for a run that never began.
+        record: its `run.json`; empty if the run never started.
 
     Raises:
-        InputError: a file of it is broken.
+        InputError: a file is broken.
     """
-    metrics = read_json(directory / METRICS_FILE) if (directory / METRICS_FILE).is_file() else None
-    history = JsonlLog(directory / HISTORY_FILE).read()
-    if metrics is None:
-        figures = {name: value for line in history for name, value in line.items()}
-    else:
-        figures = last_metrics(metrics)
+    file, history = directory / METRICS_FILE, JsonlLog(directory / HISTORY_FILE).read()
+    metrics = last_metrics(read_json(file) if file.is_file() else {"log": history})
     speeds = [line[SPEED] for line in history if SPEED in line]
-    settings = {key: value for key, value in _settings(directory).items() if key.split(".")[0] not in IGNORED_GROUPS}
     return TrainingRun(
         directory=str(directory),
         status=record.get("status", "finished" if record.get("finished") else "running") if record else "not started",
-        settings=settings,
-        figures={name: value for name, value in figures.items() if isinstance(value, int | float)},
+        settings={key: value for key, value in _settings(directory).items() if key.split(".")[0] not in IGNORED_GROUPS},
+        metrics={name: value for name, value in metrics.items() if isinstance(value, int | float)},
         speed=statistics.median(speeds) if speeds else None,
         error=record.get("error"),
         history=history,
@@ -123,19 +114,18 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def _scores(results: dict[str, Any]) -> dict[str, float]:
-    """Those of the first profile, of the system that was evaluated: the last."""
-    contexts = results[list(results)[-1]]
+    """Scores of the evaluated system, which is the last one, in the first profile."""
     scores = {}
-    for context, each in contexts.items():
-        profile = next(iter(each["profiles"]))
-        for metric, score in each["profiles"][profile].items():
+    for context, each in results[list(results)[-1]].items():
+        profile, metrics = next(iter(each["profiles"].items()))
+        for name, score in metrics.items():
             if score["value"] is not None:
-                scores[f"{context} {profile} {metric}"] = score["value"]
+                scores[f"{context} {profile} {name}"] = score["value"]
     return scores
 
 
 def differing_settings(runs: Iterable[TrainingRun]) -> list[str]:
-    """The keys of the settings that are not the same in all runs; of models that differ by name, not what follows."""
+    """The keys whose values differ between runs; of models with different names, the name only."""
     runs = list(runs)
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     found = [key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1]
@@ -145,88 +135,70 @@ def differing_settings(runs: Iterable[TrainingRun]) -> list[str]:
 
 
 def sort_runs(runs: Iterable[TrainingRun], metric: str, direction: str) -> list[TrainingRun]:
-    """The finished runs by their `metric`, the best first, then the others by directory."""
+    """The finished runs by their `metric`, best first, then the others by directory."""
     sign = 1 if direction == "minimize" else -1
 
-    def place(run: TrainingRun) -> tuple:
-        value = run.figures.get(metric, math.nan)
-        counts = run.status == "finished" and math.isfinite(value)
-        return (not counts, sign * value if counts else 0, run.directory)
+    def key(run: TrainingRun) -> tuple:
+        value = run.metrics.get(metric, math.nan)
+        ranked = run.status == "finished" and math.isfinite(value)
+        return (not ranked, sign * value if ranked else 0, run.directory)
 
-    return sorted(runs, key=place)
+    return sorted(runs, key=key)
 
 
 def write_comparison(directory: Path, runs: list[TrainingRun], broken: list[str], metric: str) -> None:
     """Write `runs.json`, `runs.md` and `runs.svg`.
 
     Args:
-        directory: to write them to.
-        runs: in the order in which they are to appear.
-        broken: what could not be read.
+        runs: in the order of the table.
+        broken: errors of the runs that cannot be read.
 
     Raises:
         InputError: they cannot be written.
     """
-    kept = [{name: value for name, value in asdict(run).items() if name != "history"} for run in runs]
-    write_json(
-        directory / "runs.json",
-        {"metric": metric, "differing": differing_settings(runs), "runs": kept, "broken": broken},
-    )
-    header, rows = _rows(runs, metric)
+    facts = [{name: value for name, value in asdict(run).items() if name != "history"} for run in runs]
+    comparison = {"metric": metric, "differing": differing_settings(runs), "runs": facts, "broken": broken}
+    write_json(directory / "runs.json", comparison)
+    header, *rows = _table(runs, metric)
     lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    unread = "".join(f"- {line}\n" for line in broken)
-    text += "\n\n![loss curves](runs.svg)\n" + (f"\nNot read:\n\n{unread}" if broken else "")
-    write_text(directory / "runs.md", f"# Runs\n\n{text}")
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    errors = "\nNot read:\n\n" + "".join(f"- {line}\n" for line in broken) if broken else ""
+    write_text(directory / "runs.md", f"# Runs\n\n{table}\n\n![loss curves](runs.svg)\n{errors}")
     _plot(directory / "runs.svg", runs, metric)
 
 
 def show_comparison(runs: list[TrainingRun], broken: list[str], metric: str) -> None:
-    """Print the table, and what could not be read."""
+    """Print the table, and the errors of the runs that cannot be read."""
     from rich.console import Console
+    from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(_table(runs, metric))
+    header, *rows = _table(runs, metric)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
     for line in broken:
         console.print(f"not read: {line}", highlight=False, soft_wrap=True)
 
 
-def _table(runs: list[TrainingRun], metric: str) -> "Table":
-    from rich.table import Table
-
-    header, rows = _rows(runs, metric)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _rows(runs: list[TrainingRun], metric: str) -> tuple[list[str], list[list[str]]]:
-    settings = differing_settings(runs)
-    figures = [name for name in dict.fromkeys((metric, "eval_loss", "eval_strategy_accuracy", "loss"))
-               if any(name in run.figures for run in runs)]  # fmt: skip
-    scores = list(dict.fromkeys(name for run in runs for name in run.scores))
-    header = ["run", "status", *settings, *figures, *scores, "steps", "trained tokens/s", "error"]
-    if not any(run.error for run in runs):
-        header.pop()
-    rows = [
-        [
-            run.directory,
-            run.status,
-            *(_short(run.settings.get(key)) for key in settings),
-            *(_short(run.figures.get(name)) for name in figures),
-            *(_short(run.scores.get(name)) for name in scores),
-            _short(max((line["step"] for line in run.history), default=None)),
-            UNKNOWN if run.speed is None else f"{run.speed:,.0f}",
-            run.error or "",
-        ][: len(header)]
-        for run in runs
-    ]
-    return header, rows
+def _table(runs: list[TrainingRun], metric: str) -> list[list[str]]:
+    """The header and a row for each run."""
+    columns: dict[str, list[Any]] = {"run": [run.directory for run in runs], "status": [run.status for run in runs]}
+    columns |= {key: [run.settings.get(key) for run in runs] for key in differing_settings(runs)}
+    for name in (metric, "eval_loss", "eval_strategy_accuracy", "loss"):
+        if any(name in run.metrics for run in runs):
+            columns[name] = [run.metrics.get(name) for run in runs]
+    columns |= {name: [each.scores.get(name) for each in runs] for run in runs for name in run.scores}
+    columns["steps"] = [max((line["step"] for line in run.history), default=None) for run in runs]
+    columns["trained tokens/s"] = [None if run.speed is None else f"{run.speed:,.0f}" for run in runs]
+    if any(run.error for run in runs):
+        columns["error"] = [run.error or "" for run in runs]
+    return [list(columns), *([_short(value) for value in row] for row in zip(*columns.values(), strict=True))]
 
 
 def _short(value: Any) -> str:
-    return UNKNOWN if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "n/a" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _plot(path: Path, runs: list[TrainingRun], metric: str) -> None:
@@ -234,30 +206,23 @@ def _plot(path: Path, runs: list[TrainingRun], metric: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 5), layout="constrained")
-    colours = matplotlib.colormaps["tab20"].colors
+    colours = itertools.cycle(matplotlib.colormaps["tab20"].colors)
     panels = list(dict.fromkeys(("loss", metric)))
     *curves, bars = figure.subplots(1, len(panels) + 1)
-    labels = _labels(runs)
-    for axes, name in zip(curves, panels, strict=True):
-        for number, run in enumerate(runs):
+    common = os.path.commonpath([Path(run.directory).parent for run in runs])
+    values = []
+    for run, colour in zip(runs, colours, strict=False):
+        for axes, name in zip(curves, panels, strict=True):
             points = [(line["step"], line[name]) for line in run.history if name in line]
             if points:
-                axes.plot(*zip(*points, strict=True), color=colours[number % len(colours)], marker=".")
-        axes.set(title=name, xlabel="optimizer step")
-    values = [(number, run.figures[metric]) for number, run in enumerate(runs) if metric in run.figures]
-    bars.barh([labels[number] for number, _ in values], [value for _, value in values],
-              color=[colours[number % len(colours)] for number, _ in values])  # fmt: skip
+                axes.plot(*zip(*points, strict=True), color=colour, marker=".")
+            axes.set(title=name, xlabel="optimizer step")
+        if metric in run.metrics:
+            values.append(run.metrics[metric])
+            bars.barh(os.path.relpath(run.directory, common), values[-1], color=colour)
     bars.invert_yaxis()
     bars.set(title=f"{metric}, last")
-    if len(values) > 1:  # from near the best, where differences can be seen
-        low, high = min(value for _, value in values), max(value for _, value in values)
-        margin = (high - low) * 0.1
-        bars.set_xlim(low - margin, high + margin) if margin else None
+    if values and (margin := (max(values) - min(values)) * 0.1):  # near the best, where differences show
+        bars.set_xlim(min(values) - margin, max(values) + margin)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="svg")
-
-
-def _labels(runs: list[TrainingRun]) -> list[str]:
-    """The directories without what they all begin with."""
-    common = os.path.commonpath([Path(run.directory).parent for run in runs])
-    return [os.path.relpath(run.directory, common) for run in runs]
