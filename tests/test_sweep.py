@@ -21,7 +21,7 @@ from csc_train.errors import InputError
 from csc_train.launching.launchers.local import LocalLauncher
 from csc_train.launching.search_space import extreme_points
 from csc_train.launching.sweep import plan_sweep, sweep, sweep_lock
-from csc_train.launching.trial_result import FailedTrialError, MetricTail, NoSuchMetricError, trial_result
+from csc_train.launching.trial_result import FailedTrialError, NoSuchMetricError, metric_values, trial_result
 from csc_train.runs.comparison import find_runs, sort_runs
 
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
@@ -360,17 +360,16 @@ def test_a_trial_holds_the_lock_of_its_sweep(tmp_path):
         pass
 
 
-def test_figures_come_as_they_are_written_and_again_when_the_history_is_cut(tmp_path):
-    metric = MetricTail(tmp_path, "loss")
-    assert metric.read_new() == []
+def test_metric_values_come_as_they_are_written_and_follow_a_truncated_history(tmp_path):
+    assert metric_values(tmp_path, "loss") == []
     history = tmp_path / "history.jsonl"
     lines = [json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in (1, 2, 3)]
     history.write_text(lines[0] + lines[1] + lines[2][:7])
-    assert metric.read_new() == [(1, 1.0), (2, 0.5)]
+    assert metric_values(tmp_path, "loss") == [(1, 1.0), (2, 0.5)]
     history.write_text("".join(lines) + '{"step": 3, "eval_loss": 2}\n')
-    assert metric.read_new() == [(3, 1 / 3)]
+    assert metric_values(tmp_path, "loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     history.write_text(lines[0])
-    assert metric.read_new() == [(1, 1.0)]
+    assert metric_values(tmp_path, "loss") == [(1, 1.0)]
 
 
 def test_what_a_trial_came_to(tmp_path):

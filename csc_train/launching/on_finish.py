@@ -40,11 +40,8 @@ def run_on_finish(on_finish: OnFinishConfig, arguments: list[str]) -> None:
         return
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in RANK_VARIABLES and not name.startswith("ACCELERATE_")
-    }
+    kept = (name for name in os.environ if name not in RANK_VARIABLES and not name.startswith("ACCELERATE_"))
+    environment = {name: os.environ[name] for name in kept}
     script = str(script_of(on_finish.recipe))
     print(f"on_finish: {script} {' '.join(arguments)}", flush=True)
     sys.stderr.flush()

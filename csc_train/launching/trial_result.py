@@ -1,12 +1,12 @@
 """Read a trial's run directory: metric values while it runs, its result, and the reason of a failure."""
 
-import json
 import math
 import re
 from pathlib import Path
 
 from csc_train.errors import InputError, suggestion
 from csc_train.files import read_json
+from csc_train.jsonl import read_jsonl
 from csc_train.launching.supervise import read_run_record
 from csc_train.runs.comparison import HISTORY_FILE, METRICS_FILE, last_metrics
 
@@ -30,25 +30,11 @@ class NoSuchMetricError(InputError):
     """A finished trial never logged `sweep.metric`."""
 
 
-class MetricTail:
-    """Follows the values of one metric in a run's history while the run writes it."""
-
-    def __init__(self, directory: Path, name: str):
-        """Follow the metric `name` in a run directory."""
-        self.path, self.name, self._offset = directory / HISTORY_FILE, name, 0
-
-    def read_new(self) -> list[tuple[int, float]]:
-        """(optimizer step, value) of each new line; of all lines if the history was truncated."""
-        if not self.path.is_file():
-            return []
-        if self.path.stat().st_size < self._offset:
-            self._offset = 0
-        with open(self.path, "rb") as file:
-            file.seek(self._offset)
-            whole, end, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(end)
-        lines = [json.loads(line) for line in whole.splitlines()]
-        return [(line["step"], line[self.name]) for line in lines if self.name in line]
+def metric_values(directory: Path, metric: str) -> list[tuple[int, float]]:
+    """(optimizer step, value) of each line of a run's history that has the metric; the run may still write it."""
+    path = directory / HISTORY_FILE
+    rows = [row for _, row in read_jsonl(path, allow_torn=True)] if path.is_file() else []
+    return [(row["step"], row[metric]) for row in rows if metric in row]
 
 
 def trial_result(directory: Path, metric: str) -> float:

@@ -18,8 +18,8 @@ from csc_train.launching.sweep_summary import describe_trial
 from csc_train.launching.trial_result import (
     OUTPUT_FILE,
     FailedTrialError,
-    MetricTail,
     NoSuchMetricError,
+    metric_values,
     trial_result,
 )
 
@@ -33,7 +33,6 @@ class _RunningTrial:
     trial: Trial
     launcher: Launcher
     slot: dict[str, str]
-    metric: MetricTail
     started: float
     reported: int
     pruned: bool = False
@@ -43,29 +42,27 @@ class _RunningTrial:
         self.trial.set_user_attr("seconds", round(seconds, 1))
 
 
+@dataclass
 class TrialRunner:
-    """Runs the trials of a study in parallel slots, from start to result."""
+    """Runs the trials of a study in parallel slots, from start to result.
 
-    def __init__(
-        self,
-        config: SweepConfig,
-        study: optuna.Study,
-        job_of: Callable[[int, dict[str, Any]], Job],
-        slots: list[dict[str, str]],
-        lock: int,
-    ):
-        """Prepare to run; nothing is started.
+    Attributes:
+        job_of: makes the job of a trial from its number and parameter values.
+        slots: environment variables of each trial that may start now.
+        lock: file descriptor that attached trials keep open.
+    """
 
-        Args:
-            job_of: makes the job of a trial from its number and parameter values.
-            slots: environment variables of each trial that may run at the same time.
-            lock: file descriptor that attached trials keep open.
-        """
-        self.config, self.study, self.job_of, self.slots, self.lock = config, study, job_of, list(slots), lock
-        self.running: list[_RunningTrial] = []
+    config: SweepConfig
+    study: optuna.Study
+    job_of: Callable[[int, dict[str, Any]], Job]
+    slots: list[dict[str, str]]
+    lock: int
+
+    def __post_init__(self):
+        self._running: list[_RunningTrial] = []
         # Trials of an interrupted sweep; Optuna offers no public way to continue a trial.
-        interrupted = study.get_trials(states=(TrialState.RUNNING,))
-        self._interrupted = [Trial(study, each._trial_id) for each in interrupted]
+        interrupted = self.study.get_trials(states=(TrialState.RUNNING,))
+        self._interrupted = [Trial(self.study, each._trial_id) for each in interrupted]
 
     def run(self) -> None:
         """Run trials until the study has `config.size` of them.
@@ -78,10 +75,10 @@ class TrialRunner:
             while True:
                 while self.slots and (trial := self._next()):
                     self._start(trial)
-                if not self.running:
+                if not self._running:
                     return
                 time.sleep(self.config.poll)
-                for each in list(self.running):
+                for each in list(self._running):
                     self._update(each)
         except (Interrupted, NoSuchMetricError):
             self._stop()
@@ -120,16 +117,15 @@ class TrialRunner:
             return
         if launcher.job_id is not None:
             trial.set_user_attr("job", launcher.job_id)
-        metric = MetricTail(job.directory, self.config.metric)
         reported = self.study.trials[trial.number].last_step or 0
-        self.running.append(_RunningTrial(trial, launcher, self.slots.pop(0), metric, time.monotonic(), reported))
+        self._running.append(_RunningTrial(trial, launcher, self.slots.pop(0), time.monotonic(), reported))
 
     def _update(self, running: _RunningTrial) -> None:
         """Report a trial's new metric values, prune it, or take its result."""
         ended = running.launcher.poll() is not None  # before the metrics: later values would be missed
-        trial, pruner = running.trial, self.config.pruner
-        for step, value in running.metric.read_new():
-            if step <= running.reported:  # a resumed trial repeats some steps
+        trial, pruner, directory = running.trial, self.config.pruner, running.launcher.job.directory
+        for step, value in metric_values(directory, self.config.metric):
+            if step <= running.reported:
                 continue
             running.reported = step
             trial.report(value, step)
@@ -139,11 +135,11 @@ class TrialRunner:
                     running.launcher.stop()
         if not ended:
             return
-        self.running.remove(running)
+        self._running.remove(running)
         self.slots.append(running.slot)
         running.add_time()
         try:
-            self._tell(trial, trial_result(running.launcher.job.directory, self.config.metric))
+            self._tell(trial, trial_result(directory, self.config.metric))
         except FailedTrialError as error:
             self._tell(trial, None if running.pruned else str(error))
         except NoSuchMetricError as error:
@@ -167,10 +163,10 @@ class TrialRunner:
 
     def _stop(self) -> None:
         """Let attached trials save a checkpoint and end; another signal kills them."""
-        attached = [each.launcher for each in self.running if each.launcher.attached]
+        attached = [each.launcher for each in self._running if each.launcher.attached]
         for launcher in attached:
             launcher.stop()
-        for each in self.running:
+        for each in self._running:
             each.add_time()
         while any(launcher.poll() is None for launcher in attached):
             try:

@@ -146,7 +146,7 @@ def check_model_files(config: PreflightRecipe, absent: type[Exception]) -> str:
     model = config.model
     if model.init == "random":
         return "random weights, no files"
-    find = _finder(model.path, model.revision)
+    find = partial(_find_file, model.path, model.revision)
     if (file := find("config.json")) is None:
         raise absent(_missing(model.path))
     described = read_json(file)
@@ -169,17 +169,14 @@ def check_model_files(config: PreflightRecipe, absent: type[Exception]) -> str:
     return f"model.safetensors in {model.path}"
 
 
-def _finder(path: str, revision: str | None) -> Callable[[str], str | None]:
-    """A function that returns the path of a model file in a directory or in the hub's cache, or None."""
+def _find_file(path: str, revision: str | None, name: str) -> str | None:
+    """The path of a model file in a directory or in the hub's cache, or None."""
     if is_local_path(path):
-        return lambda name: str(Path(path, name)) if Path(path, name).is_file() else None
+        return str(Path(path, name)) if Path(path, name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
-    def cached(name: str) -> str | None:
-        found = try_to_load_from_cache(path, name, revision=revision)
-        return found if isinstance(found, str) else None
-
-    return cached
+    found = try_to_load_from_cache(path, name, revision=revision)
+    return found if isinstance(found, str) else None
 
 
 def _missing(path: str) -> str:
@@ -191,13 +188,13 @@ def check_template(config: PreflightRecipe, absent: type[Exception]) -> "Dialogu
     model = config.model
     if model.tokenizer == TRAINED_TOKENIZER:
         raise NotCheckedError("the run trains the tokenizer")
-    path = model.tokenizer or model.path
-    if _finder(path, None if model.tokenizer else model.revision)("tokenizer.json") is None:
+    path, revision = (model.tokenizer, None) if model.tokenizer else (model.path, model.revision)
+    if _find_file(path, revision, "tokenizer.json") is None:
         raise absent(f"{path}: no tokenizer.json" if is_local_path(path) else _missing(path))
     from csc_train.models.tokenizer import load_tokenizer
     from csc_train.template.dialogue_template import DialogueTemplate
 
-    tokenizer = load_tokenizer(path, None if model.tokenizer else model.revision)
+    tokenizer = load_tokenizer(path, revision)
     if model.architecture.vocab_size and len(tokenizer) > model.architecture.vocab_size:
         raise InputError(
             f"{path}: {len(tokenizer)} tokens, more than model.architecture.vocab_size={model.architecture.vocab_size}"
@@ -316,17 +313,15 @@ def check_cuda(config: PreflightRecipe, gpus: list[Gpu] | None, absent: type[Exc
     """The installed torch has CUDA, and the driver is new enough for it."""
     if config.cluster.device == "cpu":
         return "none needed: cluster.device=cpu"
-    version = importlib.metadata.version("torch")
-    if "+cpu" in version:
-        raise absent(f"torch {version} has no CUDA: install a build with CUDA")
-    if not gpus:
-        raise NotCheckedError(f"torch {version}; no NVIDIA driver here")
     import torch
 
+    build = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
     if torch.version.cuda is None:
-        raise absent(f"torch {version} has no CUDA: install a build with CUDA")
+        raise absent(f"{build}: install a build with CUDA")
+    if not gpus:
+        raise NotCheckedError(f"{build}; no NVIDIA driver here")
     oldest = MIN_DRIVERS.get(int(torch.version.cuda.split(".")[0]), (0, 0))
-    driver, build = gpus[0].driver, f"torch {version} (CUDA {torch.version.cuda})"
+    driver = gpus[0].driver
     if tuple(int(part) for part in re.findall(r"\d+", driver)[:2]) < oldest:
         raise InputError(f"driver {driver} is too old for {build}: install at least {oldest[0]}.{oldest[1]}")
     return f"{build}, driver {driver}"
