@@ -143,8 +143,8 @@ def test_the_page_says_what_was_evaluated(run, page):
 @pytest.mark.parametrize(
     ("decoding", "expected"),
     [
-        ({}, ("m, asked in words", "by a server, greedy, at most 256 new tokens")),
-        ({"temperature": 0.7, "max_tokens": 9}, ("m, asked in words", "by a server, temperature 0.7, at most 9 new")),
+        ({}, ("m, asked by chat messages", "by a server, greedy, at most 256 new tokens")),
+        ({"temperature": 0.7, "max_tokens": 9}, ("m, asked by chat messages", "by a server, temperature 0.7, at most 9 new")),
     ],
 )
 def test_a_served_system_is_named_and_so_is_its_decoding(run, tmp_path, decoding, expected):
@@ -256,7 +256,7 @@ def test_a_context_without_turns_is_not_drawn(failing, opened):
 def test_a_system_that_was_handed_its_strategies_shows_none(run, page):
     page.select_option("#system", GIVEN)
     assert page.locator("#context option").all_inner_texts() == ["reference"]
-    assert page.inner_text("#confusion") == "This system is not asked to choose strategies."
+    assert page.inner_text("#confusion") == "This system does not choose strategies."
     assert page.locator("#drift svg").count() == 1 and "ACC: n/a" in page.inner_text("#drift")
     assert page.locator("#scores table.scores").first.locator("tbody tr").nth(1).inner_text().count("n/a") == 9
     page.select_option("#speaker", GIVEN)
@@ -289,9 +289,9 @@ def test_dialogues_are_filtered_by_strategy_and_by_wrong_ones(run, page):
     assert found(page, wrong) and 0 < wrong[1] < everything[1]
     page.uncheck("#wrong")
     page.select_option("#strategy", "7")
-    page.select_option("#named", "reference")
+    page.select_option("#chooser", "reference")
     assert found(page, counted(run, SYSTEM, lambda one, _: one.reference_strategy == 7))
-    page.select_option("#named", "system")
+    page.select_option("#chooser", "system")
     assert found(page, counted(run, SYSTEM, lambda *both: 7 in [each.strategy for each in both]))
     page.select_option("#speaker", "most frequent strategy")
     other = counted(run, "most frequent strategy", lambda *both: 7 in [each.strategy for each in both])
@@ -375,7 +375,7 @@ def test_texts_are_embedded_once_and_turns_that_failed_are_marked(run, tmp_path)
     start = text.index('id="transcripts">') + len('id="transcripts">')
     packed = json.loads(gzip.decompress(base64.b64decode(text[start : text.index("<", start)])))
     assert len(packed["texts"]) == len(set(packed["texts"]))
-    said = packed["said"][SYSTEM]["reference"]
+    said = packed["replies"][SYSTEM]["reference"]
     predictions = scored.run.predictions[SYSTEM]["reference"]
     assert [packed["texts"][place] for place in said["texts"]] == [each.response for each in predictions]
     assert said["strategies"] == [each.strategy for each in predictions]
@@ -384,4 +384,4 @@ def test_texts_are_embedded_once_and_turns_that_failed_are_marked(run, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     start = text.index('id="transcripts">') + len('id="transcripts">')
     packed = json.loads(gzip.decompress(base64.b64decode(text[start : text.index("<", start)])))
-    assert packed["said"][SYSTEM]["reference"]["texts"][0] == packed["said"][SYSTEM]["reference"]["strategies"][0] == -1
+    assert packed["replies"][SYSTEM]["reference"]["texts"][0] == packed["replies"][SYSTEM]["reference"]["strategies"][0] == -1

@@ -15,6 +15,7 @@ from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import Contamination, read_contamination
 from csc_train.evaluation.metrics import likelihood, replies, strategy
 from csc_train.evaluation.metrics.base import Metric, MetricResult
+from csc_train.evaluation.metrics.model_based import fetch_models
 from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, load_plugins, metrics_of
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.config import CONTEXTS
@@ -72,6 +73,16 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig) -> ScoredRun:
         if len(contexts) == 2
     }
     return ScoredRun(results, drifts, run, dialogues, contamination)
+
+
+def prepare_metrics(config: MetricsConfig) -> None:
+    """Load plugins and download metric models, before hours of generating.
+
+    Raises:
+        InputError: a plugin or a model cannot be loaded.
+    """
+    load_plugins(config)
+    fetch_models(config)
 
 
 def check_complete(run: RunPredictions, dialogues: Sequence[Dialogue]) -> None:

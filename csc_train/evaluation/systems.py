@@ -4,59 +4,72 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csc_train.checkpoints.manifest import Manifest
+from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest
 from csc_train.data.dialogue import Dialogue
 from csc_train.evaluation.config import EvaluationConfig
-from csc_train.files import digest
+from csc_train.files import digest, file_digest
 from csc_train.inference.baselines import StrategyBaseline
 from csc_train.inference.generator import Generator, generate_predictions, shard_dialogues
 from csc_train.inference.hf import base_model_path, load_generator
 from csc_train.inference.openai import OpenAIGenerator
 from csc_train.inference.prediction_store import PredictionStore, is_complete
-from csc_train.inference.predictions import BASE_MODEL, BASELINE_NAMES, TRAINED_MODEL
+from csc_train.inference.predictions import (
+    BASE_MODEL,
+    BASELINE_NAMES,
+    TRAINED_MODEL,
+    read_external_replies,
+    write_predictions,
+)
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import PartialState
 
 Systems = dict[str, Callable[[], Generator]]
 """Functions that load a system, by its name."""
 
 
-def baseline_systems(train: Sequence[Dialogue]) -> Systems:
-    """The two strategy baselines, fitted on the training dialogues."""
-    return {name: lambda order=order: StrategyBaseline(train, order) for order, name in enumerate(BASELINE_NAMES)}
+def system_hash(model: str | None, predictions: str | None, llm: LLMConfig | None) -> str:
+    """SHA-256 (hex) of the evaluated system: the model's manifest, the predictions file, or the served model's name."""
+    file = f"{model}/{MANIFEST_FILE}" if model else predictions
+    return file_digest(file) if file else digest(llm.model)
 
 
-def served_system(
-    llm: LLMConfig,
-    config: EvaluationConfig,
-    template: DialogueTemplate | TemplateConfig,
-    model_hash: str,
-    trained: bool,
-) -> Systems:
-    """A model on a server; `trained` if it serves the checkpoint."""
-    name = TRAINED_MODEL if trained else llm.model.replace("/", "_")
-    return {name: lambda: OpenAIGenerator(llm, config, template, model_hash)}
-
-
-def local_systems(
-    directory: str,
-    template: DialogueTemplate,
-    manifest: Manifest,
+def build_systems(
+    train: Sequence[Dialogue],
     config: EvaluationConfig,
     model_hash: str,
-    device: "torch.device | None",
+    template: DialogueTemplate | TemplateConfig | None,
+    state: "PartialState",
+    model: str | None,
+    manifest: Manifest | None,
+    llm: LLMConfig | None,
 ) -> Systems:
-    """The final model in `directory`, after its base model if `evaluation.include_base`."""
-    base_hash, systems = digest([model_hash, "base"]), {}
-    if config.include_base:
-        base, revision = base_model_path(directory, manifest), manifest.base_revision
-        systems[BASE_MODEL] = lambda: load_generator(base, template, config, base_hash, device, revision)
-    return systems | {TRAINED_MODEL: lambda: load_generator(directory, template, config, model_hash, device)}
+    """The systems of an evaluation, in the order of table rows: baselines, base model, evaluated model.
+
+    Args:
+        train: training dialogues, on which the baselines are fitted.
+        model_hash: see `system_hash`.
+        state: with one process, a local model is spread over all GPUs; with several, each process has its own copy.
+        model, manifest: directory and manifest of a final model; None for a prompted model.
+        llm: the server; None loads `model` here.
+    """
+    device = state.device if state.num_processes > 1 else None
+    systems: Systems = {
+        name: lambda order=order: StrategyBaseline(train, order) for order, name in enumerate(BASELINE_NAMES)
+    }
+    if llm:
+        name = TRAINED_MODEL if model else llm.model.replace("/", "_")
+        systems[name] = lambda: OpenAIGenerator(llm, config, template or TemplateConfig(), model_hash)
+    elif model:
+        if config.include_base:
+            base, revision = base_model_path(model, manifest), manifest.base_revision
+            base_hash = digest([model_hash, "base"])
+            systems[BASE_MODEL] = lambda: load_generator(base, template, config, base_hash, device, revision)
+        systems[TRAINED_MODEL] = lambda: load_generator(model, template, config, model_hash, device)
+    return systems
 
 
 def predictions_path(directory: Path, system: str, context: str) -> Path:
@@ -96,3 +109,13 @@ def predict_missing(
                 store.merge(dialogues)
             state.wait_for_everyone()
         del generator
+
+
+def import_replies(path: str, directory: Path, context: str, dialogues: Sequence[Dialogue]) -> None:
+    """Add the replies of another program (see `read_external_replies`) to the predictions of a run.
+
+    Raises:
+        InputError: as `read_external_replies`.
+    """
+    replies = read_external_replies(path, dialogues, context)
+    write_predictions(predictions_path(directory, Path(path).stem, context), replies)

@@ -62,6 +62,19 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
     write_text(Path(directory) / REPORT_FILE, page)
 
 
+def write_report(
+    directory: str | os.PathLike,
+    scored: ScoredRun,
+    config: dict[str, Any],
+    record: dict[str, Any],
+    provenance: dict[str, Any],
+) -> None:
+    """Write `results.json`, `table.md` and `report.html`; see `write_results` and `write_html`."""
+    facts = provenance | {"metrics": config["metrics"]}
+    tables.write_results(directory, scored.results, scored.drifts, facts, scored.contamination)
+    write_html(directory, scored, config, record)
+
+
 def _facts(scored: ScoredRun, config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     """Facts about the evaluated system and data, by name."""
     checkpoint, data = config["checkpoint"], config["data"]
