@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -59,7 +60,7 @@ def compare(
         model.load_state_dict(weights)
         model.to(device).train()
         collator = PackCollator(batch_layout(attention, "shared_prefix"), 0, additive=attention == "eager")
-        batch = send_to_device(collator([pack]), device)
+        batch: Any = send_to_device(collator([pack]), device)
         labels = batch.pop("labels")
         del batch["loss_weights"]  # all 0 or 1
         seconds = []

@@ -202,7 +202,9 @@ def scoring(report: Report, count: int, repeats: int) -> None:
     report.add("interval: first figure, seconds", seconds(lambda: bootstrap_interval(paper[0], turns.dialogue, 1000)))
     taken = side_by_side({"next": lambda: bootstrap_interval(paper[0], turns.dialogue, 1000)}, 5)
     report.add("interval: every other figure, seconds", spread(taken["next"]), most=0.1)
-    taken = side_by_side({"test": lambda: sign_flip_test(*paper, turns.dialogue, 10_000)}, repeats, warm_up=0)
+    taken = side_by_side(
+        {"test": lambda: sign_flip_test(paper[0], paper[1], turns.dialogue, 10_000)}, repeats, warm_up=0
+    )
     report.add("sign-flip test: seconds", spread(taken["test"]))
 
 

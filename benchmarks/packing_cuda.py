@@ -101,7 +101,7 @@ def measure_shape(report: Report, shape: str, options: argparse.Namespace, deadl
         gc.collect()
         torch.cuda.empty_cache()
         report.write(options.output)  # should the next side not come back
-    best = max((name for name in rates if name.startswith("TRL")), key=rates.get, default=None)
+    best = max((name for name in rates if name.startswith("TRL")), key=lambda name: rates[name], default=None)
     if best and "shared prefix" in rates:
         report.add(f"shared prefix / {best}, TRL's fastest", rates["shared prefix"] / rates[best])
 

@@ -140,9 +140,9 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
-    p_values = numpy.asarray(p_values, float)
-    order = numpy.argsort(p_values, kind="stable")
-    stepped = p_values[order] * numpy.arange(len(p_values), 0, -1)
+    values = numpy.asarray(p_values, float)
+    order = numpy.argsort(values, kind="stable")
+    stepped = values[order] * numpy.arange(len(values), 0, -1)
     adjusted = numpy.empty(len(p_values))
     adjusted[order] = numpy.minimum(numpy.maximum.accumulate(stepped), 1)
     return adjusted.tolist()

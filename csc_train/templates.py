@@ -33,7 +33,7 @@ def _environment(package: str, html: bool, trim: bool) -> jinja2.Environment:
     return environment
 
 
-def load_template(package: str, name: str) -> jinja2.Template:
+def load_template(package: str | None, name: str) -> jinja2.Template:
     """A Jinja template of a package; a variable without a value is an error.
 
     HTML templates (`*.html.jinja`) escape their values. In HTML templates and job scripts (`*.sbatch.jinja`), a line
@@ -46,17 +46,17 @@ def load_template(package: str, name: str) -> jinja2.Template:
     return _environment(package, name.endswith(".html.jinja"), name.endswith(_ONE_TAG_PER_LINE)).get_template(name)
 
 
-def render(package: str, name: str, **values: Any) -> str:
+def render(package: str | None, name: str, **values: Any) -> str:
     """The text of a Jinja template of a package, filled with `values`. See `load_template`."""
     return load_template(package, name).render(**values)
 
 
-def read_text(package: str, name: str) -> str:
+def read_text(package: str | None, name: str) -> str:
     """The text of a UTF-8 file that is stored in a package."""
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
-def read_yaml(package: str, name: str) -> Any:
+def read_yaml(package: str | None, name: str) -> Any:
     """The content of a YAML file that is stored in a package, lists as tuples."""
 
     def frozen(value: Any) -> Any:

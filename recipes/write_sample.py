@@ -11,6 +11,7 @@ try:
     from csc_train.errors import InputError
     from csc_train.inference.baselines import StrategyBaseline
     from csc_train.inference.generator import generate_predictions
+    from csc_train.inference.predictions import Prediction
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
@@ -23,7 +24,7 @@ def main(config: WriteSampleRecipe) -> None:
     print(f"{'wrote' if written else 'reused'} {path}: {count} dialogues, seed {seed}, source=synthetic-sample")
     splits = load_splits(config.data)
     bigram = generate_predictions(splits.evaluation, StrategyBaseline(splits.train, order=1), "reference")
-    hits = sum(prediction.strategy == prediction.reference_strategy for prediction in bigram)
+    hits = sum(each.strategy == each.reference_strategy for each in bigram if isinstance(each, Prediction))
     print(
         f"strategy accuracy on the {len(splits.evaluation)} evaluation dialogues: ceiling (the generating rule) "
         f"{accuracy_ceiling(splits.evaluation):.2f}, strategy bigram {100 * hits / len(bigram):.2f}"

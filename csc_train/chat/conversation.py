@@ -126,7 +126,7 @@ class Conversation:
         if len(self.turns) < 2:
             raise InputError("nothing to undo: there is no customer message")
         *self.turns, message, _ = self.turns
-        return message
+        return str(message)
 
     def restart(self) -> None:
         """Start a new conversation."""

@@ -1,6 +1,7 @@
 """Chat in a terminal, or line by line through a pipe."""
 
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -74,7 +75,8 @@ class Terminal:
 
     def run(self) -> None:
         """Chat until the user quits."""
-        sys.stdin.reconfigure(errors="replace")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (enables line editing and history of `input`)
         if self._interactive:

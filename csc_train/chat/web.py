@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import ChatReply, Conversation
@@ -112,9 +113,14 @@ def build_page(generator: HFGenerator, config: ChatConfig) -> gradio.Blocks:
         with gradio.Row():
             buttons = (gradio.Button(name, size="sm", min_width=80) for name in ("Stop", "Undo", "Restart"))
             stop_button, undo_button, restart_button = buttons
-        private = {"api_visibility": "private"}
+        private: dict[str, Any] = {"api_visibility": "private"}
         # One reply at a time: all pages share the model.
-        options = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden", **private}
+        options: dict[str, Any] = {
+            "concurrency_limit": 1,
+            "concurrency_id": "model",
+            "show_progress": "hidden",
+            **private,
+        }
         outputs = [transcript, choice]
         blocks.load(open_page, None, [conversation, *outputs], **options)
         box.submit(send, [conversation, box, choice], [*outputs, box], **options)
@@ -134,7 +140,7 @@ def transcript_html(conversation: Conversation, growing: ChatReply | None = None
     return render(__package__, "transcript.html.jinja", **values, speakers=SPEAKERS[language], language=language)
 
 
-def _reply(conversation: Conversation, message: str | None, number: int) -> Iterator[tuple[str, int]]:
+def _reply(conversation: Conversation, message: str | None, number: int) -> Iterator[tuple[str, Any]]:
     """Let the supporter reply. Yields the growing transcript and the strategy choice, which the end resets to 0."""
     strategy = STRATEGIES[number - 1] if number else None
     with _page_errors():

@@ -156,7 +156,8 @@ def _typed(recipe: str, folder: Path, root: str, overrides: list[str], search: C
 
 def to_container(config: Any) -> dict[str, Any]:
     """A configuration as plain values."""
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    values: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    return values
 
 
 def from_container(schema: type, values: dict[str, Any]) -> Any:

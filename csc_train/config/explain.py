@@ -4,6 +4,7 @@ python -m csc_train.config.explain > docs/settings.md
 """
 
 import ast
+import builtins
 import contextlib
 import dataclasses
 import functools
@@ -43,7 +44,7 @@ class Setting:
     allowed: str
     """The choices or the range; empty if any value of the type is allowed."""
     doc: str
-    schema: type | None
+    schema: builtins.type | None
     """Of a section: the dataclass of its fields."""
 
 
@@ -70,7 +71,7 @@ def all_settings(schema: type, prefix: str = "") -> Iterator[Setting]:
 
 def _section(annotation: Any) -> tuple[type, str] | None:
     """The schema in a field's type, and the key between them; None if the field is a plain value."""
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return annotation, ""
     arguments = [found for each in typing.get_args(annotation) if (found := _section(each))]
     if not arguments:
@@ -105,10 +106,10 @@ def _class_source(schema: type) -> tuple[dict[str, str], dict[str, str], dict[st
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == schema.__name__)
     docs, annotations = {}, {}
     for node, following in itertools.pairwise([*body.body, None]):
-        if isinstance(node, ast.AnnAssign):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             annotations[node.target.id] = ast.unparse(node.annotation)
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                docs[node.target.id] = " ".join(following.value.value.split())
+                docs[node.target.id] = " ".join(str(following.value.value).split())
     return docs, annotations, dict(_checks(body, vars(module), {}))
 
 
@@ -121,11 +122,10 @@ def _checks(node: ast.AST, names: dict[str, Any], loops: dict[str, list[str]]) -
     """
     if isinstance(node, ast.For) and isinstance(node.target, ast.Name):
         loops = loops | {node.target.id: list(_fields_in(node.iter, loops, literal=True))}
-    called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
-    if called in ("check_choice", "check_range"):
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_choice", "check_range"):
         with contextlib.suppress(NameError, AttributeError):  # limits that depend on other fields
             limits = [eval(compile(ast.Expression(part), "", "eval"), dict(names)) for part in node.args[2:]]
-            text = ", ".join(map(str, limits[0])) if called == "check_choice" else _range_text(*limits)
+            text = ", ".join(map(str, limits[0])) if ast.unparse(node.func) == "check_choice" else _range_text(*limits)
             yield from ((field, text) for field in _fields_in(node.args[1], loops) if text)
     for child in ast.iter_child_nodes(node):
         yield from _checks(child, names, loops)

@@ -42,7 +42,7 @@ def find_overlaps(
 ) -> Iterator[Overlap]:
     """Every exact or near pair, in the order of `evaluation`, then of `train`; see `NearDuplicateIndex`."""
 
-    def progress(dialogues: list[Dialogue], name: str) -> Iterator[Dialogue]:
+    def progress(dialogues: list[Dialogue], name: str) -> Iterable[Dialogue]:
         # disable=None: silent unless the output is a terminal.
         return tqdm(dialogues, desc=f"overlap check, {name}", unit="dialogue", disable=None)
 

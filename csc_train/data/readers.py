@@ -115,7 +115,7 @@ def iter_dialogues(
             report.other_sources[_text(record.get("source"))] += 1
             continue
         dialogue, issues = _check(record, seen)
-        if issues:
+        if dialogue is None:
             raw = record.raw if isinstance(record, _UnreadableRow) else record
             rejected = RejectedRow(str(path), number, tuple(issues), raw)
             report.rejected.append(rejected)
@@ -255,7 +255,8 @@ def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _hub_records(name: str) -> Iterator[tuple[int, Any]]:
-    import datasets
+    import datasets.config
+    import datasets.exceptions
 
     try:
         # A cached copy cannot be streamed, so offline it is read whole.

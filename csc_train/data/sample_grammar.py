@@ -18,7 +18,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.readers import read_dialogues, write_dialogues
@@ -111,7 +111,9 @@ def accuracy_ceiling(dialogues: Iterable[Dialogue]) -> float:
     Raises:
         InputError: a dialogue is not from this grammar, or there are none.
     """
-    hits = [actual == max(chances, key=chances.get) for d in dialogues for actual, chances in _replay(d)]
+    hits = [
+        actual == max(chances, key=lambda number: chances[number]) for d in dialogues for actual, chances in _replay(d)
+    ]
     if not hits:
         raise InputError("accuracy ceiling: there are no dialogues")
     return 100.0 * sum(hits) / len(hits)
@@ -185,7 +187,7 @@ def _next_act(rng: random.Random, acts: list[str], strategies: list[int], mood: 
     return _draw(rng, {act: weight for act, weight in weights.items() if possible(act)})
 
 
-def _draw(rng: random.Random, weights: Mapping) -> str | int:
+def _draw(rng: random.Random, weights: Mapping[Any, float]) -> Any:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 

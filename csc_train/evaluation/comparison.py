@@ -116,7 +116,9 @@ def compare(
             if spec.compare:
                 row = {"context": context, "metric": _metric_name(spec), "turns": len(sides[0]), "left_out": left_out}
                 pair = [spec.function(table, config) for table in sides]
-                rows.append(row | _difference(spec.name, *pair, sides, config.bootstrap_resamples, permutations))
+                rows.append(
+                    row | _difference(spec.name, pair[0], pair[1], sides, config.bootstrap_resamples, permutations)
+                )
     tested = [row for row in rows if row["p_value"] is not None]
     for row, adjusted in zip(tested, holm_correction([row["p_value"] for row in tested]), strict=True):
         higher = "A is higher" if row["difference"] > 0 else "B is higher"

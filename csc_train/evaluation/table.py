@@ -139,13 +139,13 @@ def align_tables(
     """
     keys = [{(each.dialogue_id, each.turn) for each in side} for side in (one, other)]
     shared = keys[0] & keys[1]
-    sides = tuple(
+    left, right = (
         PredictionTable([each for each in side if (each.dialogue_id, each.turn) in shared], dialogues)
         for side in (one, other)
     )
-    for first, second in zip(*(side.predictions for side in sides), strict=True):
+    for first, second in zip(left.predictions, right.predictions, strict=True):
         references = {(each.reference_strategy, each.reference_response) for each in (first, second)}
         if len(references) > 1:
             place = f"turn {first.turn} of dialogue {first.dialogue_id}"
             raise InputError(f"{name} and {other_name}: the references of {place} differ: evaluate the same dialogues")
-    return sides, len(keys[0] ^ keys[1])
+    return (left, right), len(keys[0] ^ keys[1])

@@ -83,7 +83,8 @@ class HFGenerator:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of generated tokens, special tokens included."""
-        return self.template.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self.template.tokenizer.decode(list(token_ids), **options))
 
     @torch.inference_mode()
     def run(self, queue: TurnQueue) -> None:

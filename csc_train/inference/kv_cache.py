@@ -4,6 +4,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -110,7 +111,7 @@ class DialogueCache:
     ):
         self._model, self._prefix_ids = model, list(prefix_ids)
         self._stop_ids, self._max_new_tokens = stop_ids, max_new_tokens
-        self._cache = Cache(layer_class_to_replicate=_RowsLayer)
+        self._cache: Any = Cache(layer_class_to_replicate=_RowsLayer)
         ids = torch.tensor([self._prefix_ids], device=model.device)
         model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._rows = [_Row(None, self._prefix_ids, len(prefix_ids))]

@@ -37,7 +37,7 @@ class OpenAIGenerator:
     ):
         self._llm, self._config = llm, config
         self._template = template if isinstance(template, DialogueTemplate) else None
-        self._settings = self._template.config if self._template else template
+        self._settings = template.config if isinstance(template, DialogueTemplate) else template
         self.predicts_strategy = self._settings.mode == "joint"
         prompt = self._template.fingerprint if self._template else digest(chat_messages([], self._settings))
         settings = [self._settings.mode, self._settings.language, llm.user_first]
@@ -87,7 +87,7 @@ class OpenAIGenerator:
         """Find out once what the server supports, so that all turns are prompted in one format."""
         prompt = self._template.prompt_ids([]) if self._template else []
         if self._takes_token_ids is None:
-            answer = prompt and await _supported(client.complete(prompt, temperature=0, max_tokens=1))
+            answer: Any = prompt and await _supported(client.complete(prompt, temperature=0, max_tokens=1))
             self._takes_token_ids = bool(answer) and answer.prompt_tokens == len(prompt)
         if self._returns_likelihoods is None:
             wanted = self._takes_token_ids and self._config.likelihoods
@@ -99,7 +99,7 @@ class OpenAIGenerator:
     async def _predict(self, client: Client, request: TurnRequest) -> TurnOutcome:
         """The model's reply, with likelihoods if the server returns them."""
         seed = int(digest([self._config.seed, request.dialogue.id, request.turn])[:7], 16)
-        decoding = {"seed": seed, "temperature": 0, "max_tokens": self._config.max_new_tokens}
+        decoding: dict[str, Any] = {"seed": seed, "temperature": 0, "max_tokens": self._config.max_new_tokens}
         given = request.given_strategy(self._settings.mode)
         details: dict[str, Any] = {"prompt_format": "token_ids" if self._takes_token_ids else "messages"}
         try:

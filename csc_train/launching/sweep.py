@@ -16,6 +16,7 @@ from typing import Any
 
 import optuna
 import yaml
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from csc_train.config.cluster import PrunerConfig, SweepConfig
@@ -138,7 +139,7 @@ def open_study(planned: Sweep) -> optuna.Study:
             raise InputError(f"{planned.directory} holds a sweep with {differing}: choose another sweep.directory")
     else:
         write_text(file, as_yaml(facts))
-    journal = optuna.storages.journal.JournalFileBackend(str(planned.directory / STUDY_FILE))
+    journal = JournalFileBackend(str(planned.directory / STUDY_FILE))
     study = optuna.create_study(
         study_name=config.name,
         storage=optuna.storages.JournalStorage(journal),

@@ -220,7 +220,7 @@ class Client:
         echoed = {"prompt": list(prompt), "max_tokens": 1, "echo": True, "logprobs": 1}
         read = functools.partial(_read_echo, len(prompt))
         answer = await self._call("/completions", self.body(None, 0, None) | echoed, read, observe)
-        return answer.log_likelihoods
+        return answer.log_likelihoods or ()
 
     def body(self, seed: int | None, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
         """The common body of all requests; arguments as in `chat`. A null in `extra_body` removes a field."""
@@ -246,6 +246,7 @@ class Client:
             async with self.limits.slot(estimate) as sent_in:
                 start = time.perf_counter()
                 failure = None
+                answer: dict[str, Any]
                 try:
                     answer = await self._send(path, body, read)
                 except _RequestError as error:
@@ -275,7 +276,7 @@ class Client:
         """Send one request; returns the fields of its `Completion`."""
         try:
             async with asyncio.timeout(self.config.timeout_s):
-                data = await self._api.post(path, body=body, cast_to=object)
+                data: Any = await self._api.post(path, body=body, cast_to=object)
             usage = data.get("usage") or {}
             counted = _usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
             answer = read(data["choices"][0])
@@ -319,7 +320,7 @@ def api_key(config: LLMConfig) -> str | None:
     return os.environ[config.api_key_env]
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
 
 

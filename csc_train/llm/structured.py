@@ -172,7 +172,8 @@ def response_format(mode: str, schema: type[AnswerSchema]) -> dict[str, Any] | N
 
 def _json_schema(schema: type[AnswerSchema]) -> dict[str, Any]:
     """The JSON schema in the dialect of strict servers: every property required, no others allowed."""
-    return openai.pydantic_function_tool(schema)["function"]["parameters"]
+    function: dict[str, Any] = {**openai.pydantic_function_tool(schema)["function"]}
+    return function["parameters"]
 
 
 def _with_schema(message: Message, schema: type[AnswerSchema]) -> Message:
@@ -180,7 +181,7 @@ def _with_schema(message: Message, schema: type[AnswerSchema]) -> Message:
     return message | {"content": f"{message['content']}\n\nAnswer with one JSON object of this JSON schema:\n{text}"}
 
 
-def _totals(attempts: list[RequestAttempt]) -> dict[str, int]:
+def _totals(attempts: list[RequestAttempt]) -> dict[str, Any]:
     return {
         "attempts": len(attempts),
         "prompt_tokens": sum(each.prompt_tokens for each in attempts),

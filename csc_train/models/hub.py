@@ -68,7 +68,8 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM  # takes seconds
 
     with hub_errors(path, "model"):
-        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{path}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
     return model

@@ -58,7 +58,7 @@ def load_model(
     if load_in_4bit:
         _keep_training_mode(model)
     rows = model.get_input_embeddings().num_embeddings
-    if rows < len(tokenizer):
+    if int(rows) < len(tokenizer):
         raise InputError(f"{config.name}: the model embeds {rows} tokens, the tokenizer has {len(tokenizer)}")
     return model
 

@@ -1,6 +1,7 @@
 """Load a tokenizer, and hash what decides its token ids."""
 
 import json
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -37,6 +38,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     Padding and truncation settings depend on the last caller and are ignored. So is the difference between an option
     that is off and one that is absent, which depends on the class that loaded the tokenizer.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    fast: Any = tokenizer.backend_tokenizer
+    backend = json.loads(fast.to_str())
     parts = {name: backend[name] for name in ("normalizer", "pre_tokenizer", "added_tokens")}
     return digest(parts | {"model": {name: value for name, value in backend["model"].items() if value}})

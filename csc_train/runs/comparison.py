@@ -206,7 +206,7 @@ def _plot(path: Path, runs: list[TrainingRun], metric: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 5), layout="constrained")
-    colours = itertools.cycle(matplotlib.colormaps["tab20"].colors)
+    colours = itertools.cycle(matplotlib.colormaps["tab20"](range(20)))
     panels = list(dict.fromkeys(("loss", metric)))
     *curves, bars = figure.subplots(1, len(panels) + 1)
     common = os.path.commonpath([Path(run.directory).parent for run in runs])

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import tokenizers
@@ -267,7 +268,8 @@ class DialogueTemplate:
 @functools.lru_cache(maxsize=4)
 def _literal_encoder(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
     """A copy of the tokenizer's backend without added tokens, to which control strings are plain text."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    fast: Any = tokenizer.backend_tokenizer
+    backend = json.loads(fast.to_str())
     backend |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     return tokenizers.Tokenizer.from_str(json.dumps(backend))
 

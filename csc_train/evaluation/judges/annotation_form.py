@@ -95,7 +95,7 @@ def draw_annotation_form(
         for side, name in zip(sides, names, strict=True):
             if not side.predicts_strategy:
                 raise InputError(f"human.show_strategies=own: {name} predicts none: choose hidden or reference")
-    differing = [index for index in sides[0].shuffled(config.seed) if _differ(*pairs[index], config)]
+    differing = [index for index in sides[0].shuffled(config.seed) if _differ(pairs[index][0], pairs[index][1], config)]
     if not differing:
         raise InputError(f"{names[0]} and {names[1]}: all replies are equal: there is nothing to compare")
     chosen, taken = [], Counter()
@@ -190,7 +190,7 @@ def read_strict_json(path: str | os.PathLike, model: type[Model], what: str) -> 
         return model.model_validate(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        place = list(first["loc"])
+        place: list[Any] = list(first["loc"])
         item = ""
         if place[:1] in (["ratings"], ["items"]) and len(place) > 1:
             entry = content[place[0]][place[1]]

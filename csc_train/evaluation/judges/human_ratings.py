@@ -239,9 +239,12 @@ def _pair(
     config: HumanConfig,
 ) -> RaterPair:
     names = sorted(first.keys() & second.keys())
-    sides, dialogues = [_categories(given, names) for given in (first, second)], _dialogues(names, items)
-    same = Metric(observed_agreement(*sides), "equal ratings of A, tie, B", "no items in common", "items")
-    kappa = Metric(cohen_kappa(*sides, 3), "Cohen 1960, A, tie, B", _UNDEFINED if names else same.reason, "kappa")
+    one_side, other_side = (_categories(given, names) for given in (first, second))
+    dialogues = _dialogues(names, items)
+    same = Metric(observed_agreement(one_side, other_side), "equal ratings of A, tie, B", "no items in common", "items")
+    kappa = Metric(
+        cohen_kappa(one_side, other_side, 3), "Cohen 1960, A, tie, B", _UNDEFINED if names else same.reason, "kappa"
+    )
     return RaterPair(
         one,
         other,

@@ -256,7 +256,7 @@ def summarize(
             identical += pair == [None, None]
             firsts += [better == "1" for better in pair if better in ("1", "2")]
             disagreements += pair in (["1", "1"], ["2", "2"])
-            preferred[index]["overall"] = {("1", "2"): 1.0, ("2", "1"): 0.0}.get(tuple(pair), 0.5)
+            preferred[index]["overall"] = 1.0 if pair == ["1", "2"] else 0.0 if pair == ["2", "1"] else 0.5
             judged.append(index)
         preferences = numpy.array([preferred[index]["overall"] for index in judged])
         longer = numpy.array([len(a[index].response) - len(b[index].response) for index in judged])

@@ -77,8 +77,8 @@ class Metric:
         for each in (self, other):
             if (missing := each._missing) is not None:
                 return self._result(None, missing, None)
-            if not isinstance(each.statistic, Statistic):
-                return self._result(None, "the metric has no statistic over turns to test", None)
+        if not isinstance(self.statistic, Statistic) or not isinstance(other.statistic, Statistic):
+            return self._result(None, "the metric has no statistic over turns to test", None)
         value = self.statistic.value - other.statistic.value
         return self._result(
             value, None, paired_bootstrap_interval(self.statistic, other.statistic, dialogues, resamples)

@@ -15,7 +15,7 @@ from nltk.translate.bleu_score import SmoothingFunction
 from nltk.translate.bleu_score import sentence_bleu as nltk_sentence_bleu
 from rapidfuzz.distance import LCSseq
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.bleu import BLEU
 
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.registry import metric

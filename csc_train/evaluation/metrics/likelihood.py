@@ -87,7 +87,7 @@ def _labels(table: PredictionTable) -> tuple[numpy.ndarray, numpy.ndarray, numpy
     turn with 12 such labels is not known."""
     likelihoods = [each.label_log_likelihoods or [-numpy.inf] * 12 for each in table.predictions]
     labels = numpy.array(likelihoods, float).reshape(-1, 12)
-    known = numpy.isfinite(labels).any(axis=1)
+    known = numpy.array(numpy.isfinite(labels).any(axis=1))
     labels[~known] = 0
     probabilities = numpy.exp(labels - numpy.logaddexp.reduce(labels, axis=1, keepdims=True))
     order = numpy.argsort(-probabilities, axis=1, kind="stable") + 1

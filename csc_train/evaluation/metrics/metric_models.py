@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -26,7 +27,7 @@ TextPair = tuple[str, str]
 BERTSCORE_FILES = (("config.json",), ("tokenizer.json", "vocab.txt"), ("*.safetensors", "*.bin"))
 BLEURT_FILES = (("config.json",), ("tokenizer.json",), ("model.safetensors", "pytorch_model.bin"))
 """Groups of file patterns; a model directory needs a file of each group."""
-_ADVICE = {
+_ADVICE: dict[tuple[str, ...], str] = {
     ("tokenizer.json",): ": with sentencepiece installed, transformers' RemBertTokenizer converts the "
     "SentencePiece model (from_pretrained with vocab_file=..., then save_pretrained)"
 }
@@ -60,7 +61,7 @@ def bertscore(
     from bert_score.utils import bert_cos_score_idf
 
     model, tokenizer = _load_bert(os.fspath(directory), layers)
-    weights = defaultdict(lambda: 1.0, {tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0})
+    weights: Any = defaultdict(lambda: 1.0, {tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0})
 
     def f1(batch: Sequence[TextPair]) -> torch.Tensor:
         replies, references = map(list, zip(*batch, strict=True))

@@ -162,7 +162,8 @@ def _text(cell: Cell, footnotes: dict[str, int]) -> str:
 
 def na_reasons(cells: Iterable[object]) -> list[str]:
     """The reasons of the cells without a number, each once."""
-    return list(dict.fromkeys(cell.reason for cell in cells if isinstance(cell, MetricResult) and cell.value is None))
+    missing = (cell for cell in cells if isinstance(cell, MetricResult) and cell.value is None)
+    return list(dict.fromkeys(str(cell.reason) for cell in missing))
 
 
 def _meanings(results: Iterable[tuple[str, MetricResult]]) -> dict[str, str]:
@@ -345,7 +346,7 @@ _COMPARISON_COLUMNS: dict[str, Callable[[Difference], str]] = {
     "p": lambda row: f"{row.p_value:.4f}",
     "p, Holm": lambda row: f"{row.adjusted:.4f}",
     "McNemar": lambda row: "" if row.mcnemar is None else f"{row.mcnemar:.4f}",
-    "verdict": lambda row: row.verdict,
+    "verdict": lambda row: row.verdict or "",
 }
 
 

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
@@ -28,9 +28,9 @@ CSCONV_RULES = (
 )  # fmt: skip
 """The rules in order of application. The paper checks the quality before it counts; the result is the same, and rules
 are cheaper than a model."""
-BUNDLED_CALLS = resources.files(__package__).joinpath("data", "calls.jsonl")
+BUNDLED_CALLS = Path(__file__).parent / "data" / "calls.jsonl"
 """A few calls of our own; every rule drops one of them."""
-BUNDLED_ANSWERS = resources.files(__package__).joinpath("data", "call_answers.jsonl")
+BUNDLED_ANSWERS = Path(__file__).parent / "data" / "call_answers.jsonl"
 """Our own answers about the bundled calls, by call and task, in the place of a model's."""
 
 
@@ -89,7 +89,7 @@ class CallOutcome:
     def row(self) -> dict[str, Any]:
         """The reason for dropping the call, and its rewriting. The call itself is left out: it holds private data."""
         last = self.verdicts[-1]
-        row = {"id": self.id, "rule": last.rule, "reason": last.reason, "detail": last.detail}
+        row: dict[str, Any] = {"id": self.id, "rule": last.rule, "reason": last.reason, "detail": last.detail}
         if self.rewritten is not None:
             row["rewritten"] = [
                 {"speaker": each.speaker.value, "strategy": each.label, "text": each.text} for each in self.rewritten

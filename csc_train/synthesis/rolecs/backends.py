@@ -51,7 +51,7 @@ def call_seed(owner: str, key: str, seed: int) -> int:
     return int(digest([owner, key, seed])[:8], 16) >> 1
 
 
-class Backend(Protocol):
+class Backend(contextlib.AbstractAsyncContextManager, Protocol):
     """A source of answers; an async context."""
 
     source: str
@@ -61,6 +61,7 @@ class Backend(Protocol):
 
     def model(self, role: str) -> str:
         """The name of a role's model."""
+        ...
 
     def cost(self, role: str, prompt_tokens: int, completion_tokens: int) -> float | None:
         """The cost of tokens of a role's model; None without prices."""
@@ -72,6 +73,7 @@ class Backend(Protocol):
             AuthenticationError: the server rejects the key.
             LLMError: no usable answer after all retries.
         """
+        ...
 
 
 def role_llm(role: str, shared: LLMConfig, roles: RolesConfig) -> LLMConfig:

@@ -7,8 +7,6 @@ does no I/O and draws no random numbers. Equal answers give equal dialogues, so 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import BaseModel
-
 from csc_train.data.dialogue import Speaker, Turn
 from csc_train.data.strategies import CLOSURE, OTHERS, Strategy, parse_strategy
 from csc_train.synthesis.config import MAX_UTTERANCES
@@ -140,7 +138,7 @@ def next_question(state: DialogueState) -> RoleQuestion | None:
     return RoleQuestion("customer", known | {"direction": state.direction})
 
 
-def advance(state: DialogueState, answer: BaseModel) -> DialogueState:
+def advance(state: DialogueState, answer: Any) -> DialogueState:
     """The state after the answer to `next_question(state)`; `answer` matches the role's schema (see `roles`)."""
     match next_question(state).role:
         case "planner":
@@ -152,7 +150,7 @@ def advance(state: DialogueState, answer: BaseModel) -> DialogueState:
             return replace(state, turns=(*state.turns, turn), strategy=None)
         case "customer_assistant":
             return replace(state, direction=answer.direction)
-        case "customer":
+        case _:  # the customer
             state = replace(state, turns=(*state.turns, Turn(Speaker.CUSTOMER, answer.text)), direction=None)
             # The farewell is fixed, so the supporter assistant is not asked.
             return replace(state, finished=True, strategy=CLOSURE) if answer.finished else state

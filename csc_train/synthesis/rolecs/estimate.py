@@ -75,8 +75,11 @@ def estimate_table(estimates: Sequence[RoleEstimate]) -> Table:
     for name in ("calls", "prompt tokens", "answer tokens", "cost"):
         table.add_column(name, justify="right")
     costs = [each.cost for each in estimates]
-    sums = [sum(getattr(each, name) for each in estimates) for name in ("calls", "prompt_tokens", "completion_tokens")]
-    total = RoleEstimate("all", "", *sums, None if None in costs else sum(costs))
+    calls, prompt, answer = (
+        sum(getattr(each, name) for each in estimates) for name in ("calls", "prompt_tokens", "completion_tokens")
+    )
+    cost = None if None in costs else sum(filter(None, costs))
+    total = RoleEstimate("all", "", calls, prompt, answer, cost)
     for each in (*estimates, total):
         counts = (f"{count:,}" for count in (each.calls, each.prompt_tokens, each.completion_tokens))
         table.add_row(each.role, each.model, *counts, "n/a" if each.cost is None else f"{each.cost:,.2f}")

@@ -62,7 +62,9 @@ def _usage(store: SynthesisStore, backend: Backend) -> dict[str, dict[str, float
         for role, usage in store.usage().items()
     }
     columns = {name: [row[name] for row in roles.values()] for name in next(iter(roles.values()), {})}
-    return roles | {"all": {name: None if None in values else sum(values) for name, values in columns.items()}}
+    return roles | {
+        "all": {name: None if None in values else sum(filter(None, values)) for name, values in columns.items()}
+    }
 
 
 def _counts(runner: SynthesisRunner, store: SynthesisStore, dialogues: Sequence[Dialogue]) -> dict[str, Any]:

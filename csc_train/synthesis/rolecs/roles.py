@@ -79,7 +79,8 @@ def answer_schema(role: str, language: str, compact: bool, exhausted: Strategy |
         "customer": {"text": text(400, 40, spoken=True), "finished": bool},
     }[role]
     name = f"{role.title().replace('_', '')}Answer"
-    return create_model(name, **{field: (kind, ...) for field, kind in fields.items()})
+    required: dict[str, Any] = {field: (kind, ...) for field, kind in fields.items()}
+    return create_model(name, **required)
 
 
 class RolePrompts:

@@ -285,10 +285,9 @@ class SynthesisRunner:
         start = Scenario(await self._persona(slot.persona), slot.topic, slot.mood, behaviour)
         state = DialogueState(start, self._config.max_utterances)
         recorded = self._store.turns(slot.id)
-        for step in itertools.count():
-            question = next_question(state)
-            if question is None:
-                return state
+        steps = itertools.count()
+        while (question := next_question(state)) is not None:
+            step = next(steps)
             call = self._call(slot.id, f"{step:04d}", question, slot)
             if (saved := self._store.answer(call.owner, call.key)) is not None:
                 state = advance(state, call.schema.model_validate(saved))
@@ -302,6 +301,7 @@ class SynthesisRunner:
             before, state = state, advance(state, answer)
             new = state.turns[len(before.turns) :]
             self._store.record_answer(call, answer.model_dump(), *new, number=len(before.turns))
+        return state
 
     def _call(self, owner: str, key: str, question: RoleQuestion, slot: DialogueSlot | None) -> RoleCall:
         messages, schema = self._prompts.messages(question), self._prompts.schema(question)

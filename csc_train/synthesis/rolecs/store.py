@@ -155,7 +155,7 @@ class SynthesisStore:
     def record_answer(self, call: RoleCall, answer: dict[str, Any], turn: Turn | None = None, number: int = 0) -> None:
         """Record the answer to a call, and the turn (counted from 0) that it gives, if any."""
         values = (call.owner, call.key, call.role, json.dumps(answer, ensure_ascii=False))
-        statements = [("INSERT INTO answers VALUES (?, ?, ?, ?)", values)]
+        statements: list[tuple[str, tuple]] = [("INSERT INTO answers VALUES (?, ?, ?, ?)", values)]
         if turn is not None:
             strategy = turn.strategy.number if turn.strategy else None
             values = (call.owner, number, turn.speaker.value, strategy, turn.text)
