@@ -154,7 +154,8 @@ class SequentialGenerator(WithoutLikelihoods):
         """Reply at every turn."""
         while requests := queue.pop(1):
             prompt = requests[0].prompt_ids(self.template)
-            output = self.model.generate(
+            model: Any = self.model
+            output = model.generate(
                 torch.tensor([prompt], device=self.model.device),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=self.model.device),
                 generation_config=GenerationConfig(

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -148,7 +149,7 @@ def sides(
 def measure_side(report: Report, name: str, prepare: Callable[[], Steps], options: argparse.Namespace) -> float:
     """Measure one side's steps; its median of trained tokens a second."""
     torch.cuda.reset_peak_memory_stats()
-    steps = prepare()
+    steps: Any = prepare()
     report.add(f"{name}: attention", steps.trainer.model.config._attn_implementation)
     flops = forward_flops(steps.trainer.model)
     for _ in range(options.warm_up):
@@ -166,7 +167,7 @@ def measure_side(report: Report, name: str, prepare: Callable[[], Steps], option
     return rate["median"]
 
 
-def layout(steps: Steps) -> tuple[list[list[int]], list[int]]:
+def layout(steps: Any) -> tuple[list[list[int]], list[int]]:
     """By pack, the lengths of its documents and that of the prefix that they share, ours or TRL's."""
     if hasattr(steps.trainer, "packs"):
         return steps.packs.document_lengths, steps.packs.prefix_lengths

@@ -4,6 +4,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import huggingface_hub.errors
@@ -86,7 +87,7 @@ def trained_model(
     Raises:
         InputError: the state is torn.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     adapted = isinstance(model, peft.PeftModel)
     if state or is_sharded(model) or getattr(model, "is_loaded_in_4bit", False):
         weights = {} if state else consolidated_weights(model, trained_only=adapted)
@@ -130,23 +131,22 @@ def with_weights(
     Raises:
         ValueError: the model has no such parameter.
     """
-    if adapter is not None:
-        model = peft.get_peft_model(model, adapter)
-    places = dict(model.named_parameters())
+    adapted = model if adapter is None else peft.get_peft_model(model, adapter)
+    places = dict(adapted.named_parameters())
     if unknown := sorted(weights.keys() - places.keys()):
         raise ValueError(f"the model has no {unknown[0]}")
     with torch.no_grad():
         for name, value in weights.items():
             places[name].copy_(value)
-    return model.eval()
+    return adapted.eval()
 
 
 def merged(
     model: PreTrainedModel, weights: dict[str, torch.Tensor], adapter: peft.LoraConfig | None
 ) -> PreTrainedModel:
     """As `with_weights`, the adapter merged into the weights below it."""
-    model = with_weights(model, weights, adapter)
-    return model if adapter is None else model.merge_and_unload()
+    adapted: Any = with_weights(model, weights, adapter)
+    return adapted if adapter is None else adapted.merge_and_unload()
 
 
 def open_source(path: str) -> ExportSource:
@@ -258,7 +258,7 @@ def _as_trained(
 
 
 @torch.inference_mode()
-def _logits(model: torch.nn.Module) -> torch.Tensor:
+def _logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits on seeded random ids, float32 [2, `PROBE_LENGTH`, vocabulary]."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, PROBE_LENGTH), generator=generator)
@@ -297,7 +297,7 @@ def push(config: ExportConfig) -> None:
     """
     try:
         huggingface_hub.create_repo(config.push_to_hub, private=True, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=config.push_to_hub, folder_path=config.output)
+        huggingface_hub.upload_folder(repo_id=str(config.push_to_hub), folder_path=config.output)
     except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{config.push_to_hub}: cannot upload {config.output} ({reason})") from error

@@ -72,7 +72,7 @@ def build_manifest(
         model: as it was loaded from there.
     """
     saved = Path(base.path) == run.directory / BASE_FOLDER
-    path = os.path.join("..", BASE_FOLDER) if saved else base.path
+    path = os.path.join("..", BASE_FOLDER) if saved else str(base.path)
     return Manifest(
         base_model=os.path.abspath(path) if not saved and Path(path).is_dir() else path,
         base_revision=getattr(model.config, "_commit_hash", None) or base.revision,
@@ -162,7 +162,7 @@ def save_final_model(
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """The control token that ends a reply in the tokenizer's chat template."""
     chat = [{"role": "system", "content": "-"}, {"role": "assistant", "content": "-"}]
-    ids = tokenizer.apply_chat_template(chat, return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(chat, return_dict=False)
     return next(token for token in reversed(ids) if token in tokenizer.added_tokens_decoder)
 
 

@@ -166,7 +166,9 @@ def load_resharded(trainer: Trainer, state: Path) -> None:
     names = {parameter: name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     if missing := sorted(set(names.values()) - set(whole.names)):
         raise InputError(f"{state} holds no {missing[0]}: it is of another model or adapter")
-    engine = trainer.model_wrapped
+    engine: Any = trainer.model_wrapped
+    optimizer: Any = trainer.optimizer
+    schedule: Any = trainer.lr_scheduler
     stage = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else 0
     step = torch.tensor(float(whole.step))
     {0: _into_plain, 1: _into_stages_1_and_2, 2: _into_stages_1_and_2, 3: _into_stage_3}[stage](
@@ -177,9 +179,9 @@ def load_resharded(trainer: Trainer, state: Path) -> None:
     scheduler = torch.load(state / "scheduler.pt", weights_only=True)
     # DeepSpeed drops a group that has no parameter (an adapter has none without decay); all follow one schedule.
     for name in ("base_lrs", "_last_lr", "lr_lambdas"):
-        scheduler[name] = scheduler[name][:1] * len(trainer.lr_scheduler.base_lrs)
-    trainer.lr_scheduler.load_state_dict(scheduler)
-    for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+        scheduler[name] = scheduler[name][:1] * len(schedule.base_lrs)
+    schedule.load_state_dict(scheduler)
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate
 
 
@@ -187,7 +189,8 @@ Names = dict[torch.nn.Parameter, str]
 
 
 def _into_plain(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
-    optimizer = trainer.optimizer.optimizer
+    accelerated: Any = trainer.optimizer
+    optimizer = accelerated.optimizer
     for parameter, name in names.items():
         parameter.copy_(whole.read(name, WEIGHT))
         moments = {key: whole.read(name, key).to(parameter.device) for key in MOMENTS}
@@ -195,7 +198,8 @@ def _into_plain(trainer: Trainer, whole: ConsolidatedState, names: Names, step: 
 
 
 def _into_stages_1_and_2(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
-    optimizer = trainer.model_wrapped.optimizer
+    engine: Any = trainer.model_wrapped
+    optimizer = engine.optimizer
     if hasattr(optimizer, "bit16_groups"):
         groups = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
     else:  # DeepSpeed's own class for stage 1 in bf16
@@ -215,7 +219,8 @@ def _into_stages_1_and_2(trainer: Trainer, whole: ConsolidatedState, names: Name
 
 
 def _into_stage_3(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
-    optimizer = trainer.model_wrapped.optimizer
+    engine: Any = trainer.model_wrapped
+    optimizer = engine.optimizer
     rank, processes = trainer.args.process_index, trainer.args.world_size
     optimizer.checkpoint_event_prologue()
     for index, group in enumerate(optimizer.fp16_groups):

@@ -9,7 +9,7 @@ from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, load_plugins, metrics_of
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.predictions import Prediction, read_run_predictions
-from csc_train.stats import CONFIDENCE_LEVEL, holm_correction, mcnemar_test, sign_flip_test
+from csc_train.stats import CONFIDENCE_LEVEL, Statistic, holm_correction, mcnemar_test, sign_flip_test
 
 NOT_SIGNIFICANT = "not significant"
 
@@ -138,7 +138,7 @@ def _difference(
     dialogues = sides[0].dialogue
     row = {"unit": a.unit, "signature": a.signature, "direction": a.direction, "p_value": None}
     found = a.difference(b, dialogues, resamples)
-    if found.value is None:
+    if found.value is None or not isinstance(a.statistic, Statistic) or not isinstance(b.statistic, Statistic):
         return row | {"reason": found.reason}
     row |= {"a": a.statistic.value, "b": b.statistic.value, "difference": found.value}
     row |= {"low": found.low, "high": found.high}

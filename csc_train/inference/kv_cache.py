@@ -141,9 +141,8 @@ class DialogueCache:
         self._reserve(max(map(len, prompts), default=0))
         taken = []
         for row, dialogue, prompt in zip(own, dialogues, prompts, strict=True):
-            number = source = row
-            if number is None:
-                number = free.pop(0)
+            number = source = free.pop(0) if row is None else row
+            if row is None:
                 # All rows of the dialogue are active: copy the longest.
                 source = max(holders[dialogue], key=lambda holder: self._rows[holder].num_cached, default=number)
             held = self._rows[source]

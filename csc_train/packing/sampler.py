@@ -76,7 +76,7 @@ class PackBatchSampler:
     def __iter__(self) -> Iterator[list[PackSlice | None]]:
         for _, ranks in self.assigned(self.epoch):
             for parts in ranks[self.rank]:
-                yield parts or [None]
+                yield [*parts] or [None]
 
     def __len__(self) -> int:
         steps, rest = divmod(len(self.packs), self.packs_per_step)
@@ -119,8 +119,9 @@ class PackDataLoader(torch.utils.data.DataLoader):
     """A data loader whose `set_epoch`, which the Trainer calls, reaches its batch sampler."""
 
     def __init__(self, packs: PackedDataset, batches: PackBatchSampler, collate: Callable, **options):
+        self.batches = batches
         super().__init__(packs, batch_sampler=batches, collate_fn=collate, **options)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
-        self.batch_sampler.set_epoch(epoch)
+        self.batches.set_epoch(epoch)

@@ -167,9 +167,10 @@ class DialogueTemplate:
 
     def render(self, turns: Iterable[Turn], **options) -> str:
         """Render the turns by the Jinja chat template; `options` go to `apply_chat_template`."""
-        return self.tokenizer.apply_chat_template(
+        rendered: Any = self.tokenizer.apply_chat_template(
             chat_messages(turns, self.config), chat_template=self.chat_template, tokenize=False, **options
         )
+        return rendered
 
     def _content(self, turn: Turn) -> str:
         """The content of a turn's message in the chat template."""
@@ -234,9 +235,10 @@ class DialogueTemplate:
         chat = [{"role": role, "content": f"⟦{role}⟧"} for role in ("system", "assistant", "user")]
 
         def render(length: int, **options) -> str:
-            return self.tokenizer.apply_chat_template(
+            rendered: Any = self.tokenizer.apply_chat_template(
                 chat[:length], chat_template=self.chat_template, tokenize=False, **options
             )
+            return rendered
 
         texts = ["", *(render(length) for length in (1, 2, 3))]
         found = []

@@ -6,6 +6,7 @@ the probability of such merged tokens is not counted.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -114,7 +115,7 @@ def cached_log_likelihoods(
     return torch.stack([part.sum() for part in likelihoods.split([len(label) for label in labels])])
 
 
-def _check_attention(model: torch.nn.Module) -> None:
+def _check_attention(model: Any) -> None:
     if (attention := model.config._attn_implementation) not in ("sdpa", "eager"):
         raise ValueError(f"attention {attention} does not take a mask for each token; use sdpa or eager")
 

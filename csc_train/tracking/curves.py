@@ -31,7 +31,7 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
     """
     figure = Figure(figsize=(15, 8), layout="constrained")
     names = list(dict.fromkeys(name for row in history for name in row))
-    colors = matplotlib.colormaps["tab20"].colors
+    colors = matplotlib.colormaps["tab20"](range(20))
     for axes, (title, chosen) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         shown = [name for name in names if name.startswith(chosen)] if isinstance(chosen, str) else chosen
         for name, color in zip(shown, colors, strict=False):

@@ -191,7 +191,8 @@ def track(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "cpus_per_node": os.cpu_count(),
     }
-    settings = trainer.model.config.to_dict() | args.to_dict() | config
+    model: Any = trainer.model
+    settings = model.config.to_dict() | args.to_dict() | config
     settings |= {
         "overrides": sys.argv[1:],
         "manifest": {name: value for name, value in asdict(manifest).items() if name != "config"},

@@ -105,7 +105,7 @@ def check_engine(trainer: Trainer) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != trainer.accelerator.num_processes:
         raise InputError(f"{started} processes were started, but {trainer.accelerator.num_processes} train together")
-    engine = trainer.model_wrapped
+    engine: Any = trainer.model_wrapped
     running = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None
     if asked != running:
         raise InputError(
@@ -128,7 +128,7 @@ def _engine(stage: int | None) -> str:
     return "DDP or one process" if stage is None else f"ZeRO stage {stage}"
 
 
-def _sharded(parameter: torch.nn.Parameter, processes: int) -> bool:
+def _sharded(parameter: Any, processes: int) -> bool:
     if not hasattr(parameter, "ds_tensor"):
         return False
     shard = -(-parameter.ds_numel // processes)

@@ -53,7 +53,7 @@ def check_no_leaks(
         torch.manual_seed(0)
         probe = _probe(model, device)
         pack, alone = _documents(5 if collator.layout in SHARED_PREFIX_LAYOUTS else 0)
-        batch = send_to_device(dataclasses.replace(collator, pad_id=0)([pack]), device)
+        batch: Any = send_to_device(dataclasses.replace(collator, pad_id=0)([pack]), device)
         del batch["labels"], batch["loss_weights"]
         try:
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
@@ -77,7 +77,7 @@ def forbid_kv_cache(model: PreTrainedModel) -> None:
     not with a cache or a two-dimensional mask, and then without a word.
     """
 
-    def refuse(decoder: torch.nn.Module, _, inputs: dict[str, Any]) -> None:
+    def refuse(decoder: Any, _, inputs: dict[str, Any]) -> None:
         if not decoder.training or inputs.get("position_ids") is None:
             return
         use_cache, mask = inputs.get("use_cache"), inputs.get("attention_mask")

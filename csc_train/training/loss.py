@@ -29,4 +29,5 @@ def normalize_loss(loss: torch.Tensor, total_weight: torch.Tensor) -> torch.Tens
 
 def sum_weights(batches: Iterable[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
     """The sum of the loss weights of batches, summed in float64; float32 scalar on `device`."""
-    return sum(batch["loss_weights"].sum(dtype=torch.float64) for batch in batches).to(device, torch.float32)
+    total: Any = sum(batch["loss_weights"].sum(dtype=torch.float64) for batch in batches)
+    return total.to(device, torch.float32)

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -370,12 +371,14 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
     Args:
         tokens: in one forward pass of one process.
     """
-    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    collator: Any = trainer.data_collator
+    args = trainer.args
     # Under ZeRO stage 3 a parameter's own size is that of its shard.
     trained = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
     quantized = getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None)
     adapter = "full" if not hasattr(model, "peft_config") else "qlora" if quantized else "lora"
-    plugin, layout = args.deepspeed_plugin, trainer.data_collator.layout
+    plugin, layout = args.deepspeed_plugin, collator.layout
     return MemoryScenario(
         model_dims(model.config),
         adapter=adapter,

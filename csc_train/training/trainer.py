@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -236,7 +237,8 @@ class PackTrainer(SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """The sum of loss weights over the batches of an optimizer step, of all processes."""
         total = sum_weights(batch_samples, device)
-        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
+        gathered: Any = self.accelerator.gather(total) if self.args.world_size > 1 else total
+        return gathered.sum()
 
     def _get_output_dir(self, trial) -> str:
         """Where the Trainer writes a checkpoint (see `training_checkpoint.commit`)."""

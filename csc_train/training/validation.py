@@ -134,7 +134,8 @@ class Validator:
             reference = torch.tensor([int(dialogue.strategies[turn.turn]) for turn in turns], device=hits.device)
             if index < len(dialogues):
                 hits += (numbers[likelihoods.argmax(dim=1)] == reference).sum()
-        return trainer.accelerator.reduce(hits).item() / len(self.turns)
+        reduced: Any = trainer.accelerator.reduce(hits)
+        return reduced.item() / len(self.turns)
 
     def _sample_rows(self, trainer: Trainer) -> list[dict[str, Any]]:
         """The rows of the table of samples, on every process."""
@@ -163,7 +164,8 @@ class Validator:
         # Padding on the left, so that every reply starts in the same column.
         ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        generated = trainer.model.generate(
+        model: Any = trainer.model
+        generated = model.generate(
             input_ids=ids.to(trainer.args.device),
             attention_mask=mask.to(trainer.args.device),
             do_sample=False,
@@ -175,7 +177,7 @@ class Validator:
         )
         replies = (itertools.takewhile(lambda token: token != end, row) for row in generated[:, longest:].tolist())
         return [
-            tokenizer.decode(list(reply), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            str(tokenizer.decode(list(reply), skip_special_tokens=False, clean_up_tokenization_spaces=False))
             for reply in replies
         ]
 
@@ -194,7 +196,7 @@ def last_validation_metrics(history: list[dict[str, float]], step: int) -> dict[
 @contextlib.contextmanager
 def _plain_inference(model: PreTrainedModel | peft.PeftModel) -> Iterator[None]:
     """Switch to sdpa attention, which needs no packs, and to greedy generation without the model's own penalties."""
-    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     attention, generation = base.config._attn_implementation, base.generation_config
     base.set_attn_implementation("sdpa")
     base.generation_config = GenerationConfig()

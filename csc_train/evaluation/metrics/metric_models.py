@@ -9,7 +9,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -61,7 +60,7 @@ def bertscore(
     from bert_score.utils import bert_cos_score_idf
 
     model, tokenizer = _load_bert(os.fspath(directory), layers)
-    weights: Any = defaultdict(lambda: 1.0, {tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0})
+    weights = defaultdict(lambda: 1.0, dict.fromkeys((tokenizer.cls_token_id, tokenizer.sep_token_id), 0.0))
 
     def f1(batch: Sequence[TextPair]) -> torch.Tensor:
         replies, references = map(list, zip(*batch, strict=True))

@@ -62,7 +62,7 @@ class SlurmLauncher(Launcher):
             raise InputError(f"sbatch {self.path}: {' '.join(done.stderr.split())}")
         if not (number := re.search(r"\d+", done.stdout)):
             raise InputError(f"sbatch {self.path}: {done.stdout.strip()!r} names no job")
-        self.job_id = str(number.group())
+        self.job_id = number.group()
 
     def poll(self) -> int | None:
         """0 if the run is finished, 1 if the job left the queue before; None while it waits or runs.
@@ -79,4 +79,4 @@ class SlurmLauncher(Launcher):
 
     def stop(self, signum: int = signal.SIGTERM) -> None:
         """Cancel the job; its ranks save a checkpoint if SLURM leaves them the time."""
-        subprocess.run(["scancel", self.job_id], capture_output=True, check=False)
+        subprocess.run(["scancel", str(self.job_id)], capture_output=True, check=False)

@@ -112,7 +112,7 @@ def flex_document_attention(
         raise ValueError("FlexAttention has no dropout: set the model's attention_dropout to 0, or use another one")
     query, key, value = same_dtype(query, key, value)
     attend = _compiled if query.is_cuda else flex_attention
-    mask = FlexDocuments(**varlen_metadata).block_mask()
+    mask = FlexDocuments(**(varlen_metadata or {})).block_mask()
     output = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2).contiguous(), None
 

@@ -120,7 +120,7 @@ def varlen_attention(
         ValueError: see `check_varlen_inputs`; or there is dropout on a CPU, whose kernel has none.
     """
     check_varlen_inputs(VARLEN_ATTENTION, query, attention_mask, varlen_metadata)
-    metadata = VarlenMetadata(**varlen_metadata)
+    metadata = VarlenMetadata(**(varlen_metadata or {}))
     query, key, value = same_dtype(query, key, value)
     if query.is_cuda:
         return _flash_attention(query, key, value, dropout, scaling, metadata), None
