@@ -358,7 +358,7 @@ def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(fol
 
 
 def test_an_evaluation_is_attached_to_the_run_that_trained(folder, whole, tmp_path):
-    scores = {"value": 50.0, "low": 40.0, "high": 60.0, "unit": "percent", "signature": "x", "reason": None}
+    scores = {"value": 50.0, "low": 40.0, "high": 60.0, "unit": "percent", "direction": "higher", "signature": "x"}
     write_json(
         tmp_path / "results.json", {"results": {"ours": {"reference": {"profiles": {"paper": {"ACC": scores}}}}}}
     )
@@ -381,9 +381,9 @@ def test_an_evaluation_is_attached_to_the_run_that_trained(folder, whole, tmp_pa
 
 
 def test_rows_of_scores():
-    score = {"value": 1, "low": None, "high": 2, "unit": "words", "signature": "s"}
+    score = {"value": 1, "low": None, "high": 2, "unit": "words", "direction": "none", "signature": "s"}
     results = {"a": {"reference": {"profiles": {"zh": {"B-2": score}}}}}
-    assert result_rows(results) == [["a", "reference", "zh", "B-2", 1, None, 2, "words"]]
+    assert result_rows(results) == [["a", "reference", "zh", "B-2", 1, None, 2, "words", "none"]]
 
 
 # The tracker

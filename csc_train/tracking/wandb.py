@@ -22,7 +22,7 @@ TRACKING_FILE = "tracking.json"
 """In a run directory: the id, mode and address of its W&B run."""
 REPORTS = ("results.json", "table.md", "report.html", "resolved.yaml")
 """Files of an evaluation that are attached to the W&B run of the training."""
-RESULT_COLUMNS = ["system", "context", "profile", "metric", "value", "low", "high", "unit"]
+RESULT_COLUMNS = ["system", "context", "profile", "metric", "value", "low", "high", "unit", "direction"]
 
 
 def resolve_mode(config: TrackingConfig) -> str:
@@ -132,7 +132,7 @@ def attach_evaluation(trained: Path, evaluation: Path) -> None:
 def result_rows(results: dict[str, dict[str, dict[str, Any]]]) -> list[list[Any]]:
     """Rows of `RESULT_COLUMNS` from the results of an evaluation, by system and context."""
     return [
-        [system, context, profile, metric, *(score[name] for name in ("value", "low", "high", "unit"))]
+        [system, context, profile, metric, *(score[name] for name in RESULT_COLUMNS[4:])]
         for system, contexts in results.items()
         for context, result in contexts.items()
         for profile, metrics in result["profiles"].items()

@@ -79,7 +79,7 @@ def draw_annotation_form(
     """Draw the items and return the form, as an HTML page, and its key.
 
     The order of items and replies and the ids derive from the seed and all predictions of both systems. The same runs
-    give the same form; the form alone does not reveal them.
+    give the same form; the form does not reveal them.
 
     Args:
         sides: systems A and B on the same turns.

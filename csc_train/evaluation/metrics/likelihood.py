@@ -84,7 +84,7 @@ def calibration(table: PredictionTable) -> list[dict[str, float]] | None:
 def _labels(table: PredictionTable) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     """By turn: whether likelihoods are known (bool [turns]), probabilities of the labels (float [turns, 12]), and
     whether each label, the likeliest first, is the reference's (bool [turns, 12]). Labels may have probability 0; a
-    turn with 12 such labels is not known."""
+    turn with 12 such labels is unknown."""
     likelihoods = [each.label_log_likelihoods or [-numpy.inf] * 12 for each in table.predictions]
     labels = numpy.array(likelihoods, float).reshape(-1, 12)
     known = numpy.array(numpy.isfinite(labels).any(axis=1))

@@ -1,4 +1,4 @@
-"""BERTScore and BLEURT of replies, computed by models of their own; n/a without a model directory."""
+"""BERTScore and BLEURT of replies, computed by metric models; n/a without a model."""
 
 import csv
 import functools

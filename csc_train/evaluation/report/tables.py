@@ -217,13 +217,14 @@ def _profile_table(results: Results, profile: str, without: Contamination | None
     cells = [cell for _, _, scores in _each(results) for cell in scores["profiles"].get(profile, {}).items()]
     arrows = {name: ARROWS[cell.direction] for name, cell in cells}
     header = ["system", *(f"{SHORT_CONTEXT[context]} {name}{arrows[name]}" for context, name in columns)]
+    notes = (PROFILES[profile], *_marked(dict(cells))[1], INTERVAL_NOTE)
     rows = [[system, *_profile_row(contexts, profile, columns)] for system, contexts in results.items()]
     if without is not None:
         rest = without.evaluation - len(without.flagged)
         title = f"Profile `{profile}` without the flagged dialogues (percent; {rest} of {without.evaluation} dialogues)"
         return ReportTable(title, header, rows)
     title = f"Profile `{profile}` (percent; ref = reference context, gen = generated context)"
-    return ReportTable(title, header, rows, 1, _meanings(cells), (PROFILES[profile], INTERVAL_NOTE))
+    return ReportTable(title, header, rows, 1, _meanings(cells), notes)
 
 
 # --- behaviour ---
