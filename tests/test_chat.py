@@ -1,4 +1,4 @@
-"""Talking to a model: the same replies as in an evaluation, in a terminal and on a page."""
+"""Chat: the replies of an evaluation, the terminal and the page."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""What a system is asked, in both contexts; the trivial baselines; and a local model that answers in batches."""
+"""The turn queue in both contexts, the baselines, and batched generation by a local model."""
 
 import json
 import random
@@ -44,12 +44,12 @@ MIDDLE = dialogue("middle", (1, "您好"), "订单没到", (5, "很抱歉"), "�
 LONG = dialogue("long", (1, "欢迎"), "退款", (4, "哪一单？"), "昨天那单", (8, "已退款"), "谢谢", (11, "再见"))
 DIALOGUES = [MIDDLE, SHORT, LONG]
 STEPS = 6
-"""Tokens that a local model may generate here."""
+"""Maximum tokens of a local model's reply."""
 TURNS = [("middle", 0), ("middle", 2), ("short", 0), ("long", 0), ("long", 2), ("long", 4), ("long", 6)]
 
 
 class Recorder:
-    """Says something else at every turn, and keeps what it was asked, batch by batch."""
+    """Replies differently at every turn, and records its requests by batch."""
 
     predicts_strategy = True
     config_hash = "recorder"
@@ -183,7 +183,7 @@ def test_a_turn_that_fails_takes_the_rest_of_its_dialogue_along_in_generated_con
         assert {(o.dialogue_id, o.turn): o.kind for o in outcomes if isinstance(o, FailedTurn)} == kinds
 
 
-def test_a_system_that_leaves_turns_out_is_found_out():
+def test_a_generator_that_leaves_turns_out_is_refused():
     class Lazy(Recorder):
         def run(self, queue):
             queue.pop(2)
@@ -194,7 +194,7 @@ def test_a_system_that_leaves_turns_out_is_found_out():
         generate_predictions([LONG, LONG], Recorder(1), "reference")
 
 
-def test_every_process_gets_its_share_and_all_shares_are_about_as_long():
+def test_shards_cover_all_dialogues_and_have_about_as_many_turns():
     rng = random.Random(0)
     many = [replace(random_dialogue(rng), id=str(number)) for number in range(40)]
     shares = [shard_dialogues(many, process, 3) for process in range(3)]
@@ -308,7 +308,7 @@ def generator_of(model, tokenizer, mode="joint", **settings):
 
 
 def is_greedy(model, prompt, answer, steps, stops):
-    """Whether each token of `answer` has the highest score after what stands before it, in one unpadded pass."""
+    """Whether each token of `answer` is the likeliest one in a single unpadded forward pass."""
     with torch.inference_mode():
         scores = model(torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
     best = scores.argmax(-1)[len(prompt) - 1 :].tolist()
@@ -427,7 +427,7 @@ def test_greedy_whatever_the_model_ships(model, tokenizer, odd_dialogues):
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
 
 
-def test_mode_given_hands_in_the_gold_strategy(model, tokenizer, odd_dialogues):
+def test_mode_given_prompts_with_the_reference_strategy(model, tokenizer, odd_dialogues):
     generator = generator_of(model, tokenizer, mode="given")
     assert not generator.predicts_strategy
     golds = {each.id: each for each in odd_dialogues}

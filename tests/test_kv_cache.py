@@ -1,4 +1,4 @@
-"""Continuing prompts from a cache: the tokens are those of the model without one, and little is computed twice."""
+"""Batched decoding with a cache: its tokens equal those without a cache, and cached tokens are not computed again."""
 
 import random
 
@@ -22,7 +22,7 @@ def model_of(architecture, attention="sdpa"):
 
 
 def continued(model, prompt):
-    """The greedy continuation, each token from all that stands before it."""
+    """The greedy reply without a cache."""
     ids = list(prompt)
     while len(ids) < len(prompt) + MOST:
         token = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
@@ -33,7 +33,7 @@ def continued(model, prompt):
 
 
 def ended(model, rounds=12, rows=5, seed=0):
-    """(prompt, continuation) of dialogues that go on, are taken back, begin anew and are asked twice at a time."""
+    """(prompt, reply) pairs of dialogues that grow, are cut back, restart, and have two prompts at a time."""
     rng = random.Random(seed)
     cache = DialogueCache(model, PREFIX, STOPS, MOST)
     said = {name: list(PREFIX) for name in "abcdefg"}
@@ -76,8 +76,8 @@ def test_tokens_are_those_without_a_cache(architecture, attention):
     assert len({len(ids) for _, ids in found}) > 3
 
 
-def test_the_test_sees_what_goes_wrong(monkeypatch):
-    """What is left over in a row, and what is not copied to one, changes the tokens."""
+def test_wrong_masks_and_copies_change_the_tokens(monkeypatch):
+    """Negative control: unmasked leftovers in a row, and a missing copy, change the tokens."""
     model = model_of("qwen2")
 
     def wrong(found):
@@ -100,8 +100,8 @@ def test_the_test_sees_what_goes_wrong(monkeypatch):
     assert wrong(found) > 0
 
 
-def test_what_is_cached_is_not_computed_again():
-    """A token goes through the model once, whichever row it comes to stand in, and the prefix once for all rows."""
+def test_cached_tokens_are_not_computed_again():
+    """Each token is computed once, in any row, and the prefix once for all rows."""
     model = model_of("qwen2")
     fed = []
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(tuple(args[0].shape)))
@@ -123,7 +123,7 @@ def test_what_is_cached_is_not_computed_again():
     assert fed == [(1, 12), (2, 3), (3, 4), (2, 1)]
 
 
-def test_few_rows_that_go_on_are_not_computed_with_all():
+def test_few_active_rows_are_computed_without_the_others():
     model = model_of("qwen2")
     cache = DialogueCache(model, PREFIX, [], max_new_tokens=30)
     cache.add(range(8), [[*PREFIX, 500 + row] for row in range(8)])
@@ -137,7 +137,7 @@ def test_few_rows_that_go_on_are_not_computed_with_all():
 
 
 def test_no_more_memory_is_held_than_the_buffers():
-    """What a layer looked at last would keep its old buffers while those of all layers grow."""
+    """A kept view would hold the memory of a layer's old buffers."""
     model = model_of("qwen2")
     cache = DialogueCache(model, PREFIX, [], max_new_tokens=2)
 

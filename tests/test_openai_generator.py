@@ -1,4 +1,4 @@
-"""A served model as the system under evaluation: what it is asked, and what is kept when the server fails."""
+"""Generation by a served model: prompts, likelihoods, and turns that fail."""
 
 import gc
 import json
@@ -187,7 +187,7 @@ def test_likelihoods_that_are_not_wanted_are_not_asked_for(fault_server):
 
 @pytest.mark.parametrize("told", [None, (-0.5,), (None, -0.5), "one more", "nothing"])
 def test_a_server_that_tells_no_likelihoods_of_the_prompt(told, fault_server):
-    """llama.cpp tells those of what it generates alone; another one puts a token of its own before the prompt."""
+    """llama.cpp returns those of generated tokens only; another server adds a token before the prompt."""
 
     def answer(body):
         length = len(body["prompt"])
@@ -246,7 +246,7 @@ def test_a_server_that_takes_no_ids_is_asked_by_messages(refusal, fault_server):
 
 
 @pytest.mark.parametrize(("mode", "labelled"), [("joint", True), ("reply_only", False)])
-def test_a_foreign_model_is_asked_in_words(mode, labelled, fault_server):
+def test_another_model_gets_chat_messages(mode, labelled, fault_server):
     fault_server.answer = lambda body: "[情感管理]非常抱歉"
     settings = TemplateConfig(mode=mode, language="en")
     generator = generator_of(fault_server, settings, temperature=0.5, max_tokens=900)
@@ -292,7 +292,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("context", ["reference", "generated"])
 def test_turns_that_failed_are_recorded_and_only_they_are_tried_again(context, fault_server, tmp_path):
-    """Whatever the failures, the second run ends with the file of a run that met none."""
+    """After any failures, the second run writes the same file as a run without failures."""
     fault_server.answer = echo
     generator = generator_of(fault_server, TemplateConfig(), timeout_s=3)
 
@@ -342,7 +342,7 @@ def test_a_key_that_is_refused_ends_the_run_and_loses_nothing(fault_server, tmp_
 
 
 def test_a_key_that_is_refused_in_the_middle_loses_no_answer(fault_server, tmp_path, caplog):
-    """Whatever else is under way then is waited for."""
+    """Requests in flight are completed first."""
     told = []
 
     def until_then(body):
@@ -411,7 +411,7 @@ def test_a_server_that_is_not_there_is_said_at_once(fault_server):
 
 
 def test_evaluate_with_a_server_that_fails_now_and_then(fault_server, tmp_path, monkeypatch, capsys):
-    """The row of a foreign model: failures are counted, the run ends with 1, and is gone on with."""
+    """Evaluation of another model: failures are counted, the run exits with 1 and resumes."""
     monkeypatch.chdir(tmp_path)
     evaluate = load_recipe("evaluate")
     write_dialogues("train.jsonl", generate_sample(20, seed=6))

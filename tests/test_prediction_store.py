@@ -1,4 +1,4 @@
-"""Outcomes that are kept as they come: torn lines, what is tried again, and parts that are put together."""
+"""The prediction store: incomplete lines, retries of failed turns, and the merge of parts."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def path(tmp_path):
 
 
 def run(path, generator, dialogues=DIALOGUES, process=0, context="generated"):
-    """Predict with a store, which is left as a process leaves it that was killed after its last answer."""
+    """Predict with a store, without merging: the state after a kill at the end."""
     with PredictionStore(path, "recorder", process) as store:
         generate_predictions(dialogues, generator, context, store)
     return store
@@ -27,14 +27,14 @@ def run(path, generator, dialogues=DIALOGUES, process=0, context="generated"):
 
 @pytest.fixture
 def whole(tmp_path):
-    """The bytes of a run that nothing interrupted."""
+    """The bytes of an uninterrupted run."""
     path = tmp_path / "whole" / NAME
     assert run(path, Recorder(2)).merge(DIALOGUES) == []
     return path.read_bytes()
 
 
 class Killed(Recorder):
-    """Ends after some answers."""
+    """Is interrupted after some replies."""
 
     def __init__(self, answers):
         super().__init__(2)
@@ -93,7 +93,7 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path):
         PredictionStore(tmp_path / "predictions" / NAME, "recorder")
 
 
-def test_what_failed_is_listed_and_alone_tried_again(path, whole):
+def test_failed_turns_are_listed_and_only_they_are_tried_again(path, whole):
     failures = run(path, Flaky(2)).merge(DIALOGUES)
     assert [(each.turn, each.kind) for each in failures] == [
         (2, "timeout"), (4, "earlier_turn_failed"), (6, "earlier_turn_failed"),
@@ -116,7 +116,7 @@ def test_what_failed_is_listed_and_alone_tried_again(path, whole):
     assert path.read_bytes() == whole
 
 
-def test_processes_write_parts_that_are_put_together_whoever_goes_on(path, whole):
+def test_parts_of_several_processes_are_merged_by_one_that_resumes(path, whole):
     for process in range(3):
         run(path, Recorder(2), shard_dialogues(DIALOGUES, process, 3), process)
     # Killed before they were put together; one process goes on, with nothing left to do.
@@ -127,7 +127,7 @@ def test_processes_write_parts_that_are_put_together_whoever_goes_on(path, whole
     assert path.read_bytes() == whole
 
 
-def test_a_turn_that_nobody_predicted_is_found_out(path):
+def test_a_missing_turn_is_found(path):
     store = run(path, Recorder(2), [LONG])
     with pytest.raises(AssertionError, match="3 of 7 turns are neither predicted nor failed"):
         store.merge(DIALOGUES)
