@@ -1,4 +1,4 @@
-"""Launching: what is printed, frozen and submitted, and what becomes of a job that is stopped, broken or killed."""
+"""Launching: what is printed, frozen and submitted, and the end of a job that is stopped, broken or killed."""
 
 import json
 import os
@@ -234,7 +234,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(frozen, monkeypat
     assert sorted(frozen.rglob("*")) == before
 
 
-def test_what_is_frozen_is_what_the_ranks_read(tmp_path, monkeypatch):
+def test_the_ranks_read_the_frozen_configuration(tmp_path, monkeypatch):
     """For every shipped experiment, and once more for a new run that is made from it."""
     monkeypatch.chdir(tmp_path)
     for file in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
@@ -249,7 +249,7 @@ def test_what_is_frozen_is_what_the_ranks_read(tmp_path, monkeypatch):
         assert to_container(again) == expected
 
 
-def test_a_run_goes_on_as_it_was_launched_or_on_another_cluster(frozen, monkeypatch):
+def test_a_run_resumes_as_it_was_launched_or_on_another_cluster(frozen, monkeypatch):
     monkeypatch.chdir(frozen)
     same = plan_job(["run=runs/first", "resume=true"])
     assert (same.launch.cluster.name, same.launch.cluster.process_launcher, same.new) == ("cpu2", "accelerate", False)
@@ -264,7 +264,7 @@ def test_a_run_goes_on_as_it_was_launched_or_on_another_cluster(frozen, monkeypa
     assert re.fullmatch(r"runs/sft-\d{8}-\d{6}", str(new.directory))
 
 
-def test_a_run_goes_on_under_changed_code_but_not_with_changed_data(tmp_path, monkeypatch, said):
+def test_a_run_resumes_with_changed_code_but_not_with_changed_data(tmp_path, monkeypatch, said):
     monkeypatch.chdir(tmp_path)
     job = plan_job(["experiment=demo", "cluster=cpu1", "run.directory=runs/first"])
     job.write()
@@ -318,7 +318,7 @@ def test_the_page_names_every_cluster():
     assert {name for name in shipped if f"`{name}`" not in PAGE} == set()
 
 
-# What becomes of a job
+# The end of a job
 
 
 def submit(place: Path) -> None:
@@ -343,7 +343,7 @@ def run_script(place: Path, **options) -> Started:
     return Started(["bash", f"runs/two_nodes/{SCRIPT_FILE}"], place, **variables, **options)
 
 
-def test_two_nodes_are_stopped_requeued_broken_and_come_to_the_same_end(place, reference):
+def test_two_nodes_stopped_requeued_and_broken_have_the_same_result(place, reference):
     """As one node with two ranks, through a time limit and the death of a node."""
     submit(place)
     run = place / "runs/two_nodes"
@@ -383,7 +383,7 @@ def test_two_nodes_are_stopped_requeued_broken_and_come_to_the_same_end(place, r
     assert (run / "model" / "model.safetensors").exists()
 
 
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(place, reference):
+def test_sigterm_saves_and_the_resumed_run_has_the_same_result(place, reference):
     """With accelerate as the launcher of the first part."""
     run = place / "runs/stopped"
     accelerate = ["cluster=cpu2", "cluster.process_launcher=accelerate", "run.directory=runs/stopped"]
@@ -417,9 +417,7 @@ def idle(directory: Path, *behaviour: str) -> Started:
     """Two ranks that do nothing, or only harm, under a launcher."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     worker = str(ROOT / "tests" / "workers" / "idle_rank.py")
-    return Started(
-        [sys.executable, "-m", supervise.__name__, ".", *torchrun, worker, *behaviour], directory.resolve()
-    )
+    return Started([sys.executable, "-m", supervise.__name__, ".", *torchrun, worker, *behaviour], directory.resolve())
 
 
 def test_a_rank_that_fails_ends_the_job_with_its_traceback(tmp_path):

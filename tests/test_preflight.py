@@ -1,4 +1,4 @@
-"""Preflight finds each planted fault and says which; what cannot be checked here is not an error until the launch."""
+"""Preflight: each planted fault fails its own check, and missing files are an error only at the launch."""
 
 import io
 import os
@@ -140,11 +140,11 @@ def test_what_is_absent_is_an_error_only_at_the_launch(job):
     assert not outcome.failed
 
 
-def test_a_disk_that_is_too_small_for_the_states_is_refused(job):
+def test_a_disk_too_small_for_the_checkpoints_is_refused(job):
     outcome = run_preflight(composed(job), free_disk=1000)
     name, message = failure(outcome)
     assert name == "disk" and "0.0 GiB free" in message and "trainer.save_total_limit" in message
-    # States of 12 bytes a parameter, one more than are kept, and a checkpoint of 4 bytes a parameter.
+    # Checkpoints of 12 bytes per parameter, one more than are kept, and a final model of 4 bytes per parameter.
     parameters = outcome.scenarios[0].dims.parameters
     assert not run_preflight(composed(job), free_disk=(3 * 12 + 4) * parameters).failed
     assert run_preflight(composed(job), free_disk=(3 * 12 + 4) * parameters - 1).failed
@@ -193,7 +193,7 @@ def test_the_gpus_are_those_of_the_cluster(job, tmp_path, monkeypatch):
     assert gpus(4, **{"cluster.scheduler": "slurm"}) == ("not checked", "on another machine")
 
 
-def test_a_plan_that_does_not_fit_says_what_does(job):
+def test_an_estimate_that_does_not_fit_names_what_fits(job):
     config = compose("preflight", ["model=qwen2_5_72b", "cluster=node8", "zero=zero3", "preflight.probe=false"])
     outcome = run_preflight(config, launching=False, free_disk=10**15)
     name, message = failure(outcome)
@@ -218,7 +218,7 @@ def test_the_recipe_ends_with_status_1_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_says_whether_the_dialogues_are_encoded_already(job, tmp_path):
+def test_a_cached_tokenization_is_found(job, tmp_path):
     config = composed(job, f"tokenization.cache_dir={tmp_path}")
     assert message(run_preflight(config), "tokenized data").startswith("no hit: the run tokenizes first")
     template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", config.template)

@@ -1,4 +1,4 @@
-"""Sweeps: what is refused, where trials run, how they end, and what is kept of them."""
+"""Sweeps: refused settings, placement, results and failures of trials, and the summary."""
 
 import json
 import os
@@ -101,13 +101,13 @@ def test_an_interrupted_sweep_ends_with_as_many_trials_as_were_asked_for(place, 
         assert trial["value"] == [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
         assert sorted(set(steps(runs / f"trial-{trial['number']}"))) == [1, 2, 3]
         values.add(given["trainer.learning_rate"])
-    assert len(values) == 3  # begun anew, the sampler does not draw the same again
+    assert len(values) == 3  # the restarted sampler does not repeat its values
     best = min((trial for trial in facts["trials"] if trial["value"]), key=lambda trial: trial["value"])
     assert facts["best"] == best["number"]
     assert facts["importances"].keys() == best["parameters"].keys()
 
 
-def test_the_trial_that_was_interrupted_went_on_from_its_saved_state(place, summary):
+def test_the_interrupted_trial_resumed_from_its_checkpoint(place, summary):
     first = record(place / "runs/sweeps/lr/trial-0")
     assert first["stopped"] and first["finished"]
 
@@ -216,7 +216,7 @@ pathlib.Path("queue", str(number)).write_text(str(run))
 print("Submitted batch job", number)
 """
 SQUEUE = """#!{python}
-# Whoever asks for the second time finds the job gone: the middle one without having come to its end.
+# The second query of a job finds it gone; the middle job did not finish.
 import json, pathlib, sys
 (number,) = [text.split("=")[1] for text in sys.argv if text.startswith("--jobs=")]
 job = pathlib.Path("queue", number)
@@ -338,7 +338,7 @@ def test_trials_are_placed_on_the_free_gpus(tmp_path, monkeypatch):
     assert slots(two, None) == ["3,5"]
 
 
-def test_one_gpu_a_trial_where_there_is_one_and_a_cpu_else(tmp_path, monkeypatch):
+def test_trials_default_to_one_gpu_or_one_cpu_process(tmp_path, monkeypatch):
     assert plan_sweep(["debug=cpu_tiny", "sweep=lr"]).launch.cluster.name == "cpu1"
     driver(tmp_path, monkeypatch, 4)
     assert plan_sweep(["debug=cpu_tiny", "sweep=lr"]).launch.cluster.name == "gpu1"
@@ -372,7 +372,7 @@ def test_metric_values_come_as_they_are_written_and_follow_a_truncated_history(t
     assert metric_values(tmp_path, "loss") == [(1, 1.0)]
 
 
-def test_what_a_trial_came_to(tmp_path):
+def test_the_result_or_failure_of_a_trial(tmp_path):
     def write(name: str, facts: dict) -> None:
         (tmp_path / name).write_text(json.dumps(facts))
 
@@ -408,7 +408,7 @@ def test_what_a_trial_came_to(tmp_path):
         trial_result(tmp_path, "loss")
 
 
-def test_finished_runs_come_first_by_their_figure(tmp_path):
+def test_finished_runs_come_first_by_their_metric(tmp_path):
     for name, status, loss in (("a", "failed", 0.1), ("b", "finished", 3.0), ("c", "finished", 2.0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "resolved.yaml").write_text(f"trainer: {{seed: {loss}}}\n")

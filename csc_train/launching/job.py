@@ -118,8 +118,8 @@ def plan_job(arguments: list[str]) -> Job:
             raise InputError(
                 f"run.if_exists={config.run.if_exists}: a launch is a new run; resume one by run=DIR resume=true"
             )
-        config.run = RunConfig(config.run.directory or default_directory(launch.recipe), "resume")
-        directory = Path(config.run.directory)
+        directory = Path(config.run.directory or default_directory(launch.recipe))
+        config.run = RunConfig(str(directory), "resume")
         if held := [name for name in (RECORD_FILE, RESOLVED_FILE) if (directory / name).exists()]:
             raise InputError(
                 f"{directory} holds a run ({held[0]}): choose another run.directory, "
@@ -139,7 +139,7 @@ def split_arguments(arguments: list[str], schema: type[LaunchRecipe]) -> tuple[l
     if flags := [text for text in arguments if text.startswith("-")]:
         raise InputError(f"{flags[0]}: flags are not supported: use key=value (see docs/launching.md)")
     keys = {field.name for field in fields(schema)}
-    own = [text for text in arguments if re.match(r"[+~]*([^.=]*)", text).group(1) in keys]
+    own = [text for text in arguments if re.split("[.=]", text.lstrip("+~"))[0] in keys]
     return own, [text for text in arguments if text not in own]
 
 

@@ -36,7 +36,7 @@ def run_on_finish(on_finish: OnFinishConfig, arguments: list[str]) -> None:
     Args:
         arguments: the result of `on_finish_arguments`; nothing happens if it is empty.
     """
-    if not arguments:
+    if on_finish.recipe is None or not arguments:
         return
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

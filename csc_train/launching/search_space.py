@@ -35,6 +35,7 @@ def _extremes(parameter: ParameterConfig) -> list[Any]:
     """The choices of a parameter, or the bounds of its range."""
     if parameter.type == "categorical":
         return parameter.choices
+    assert parameter.low is not None and parameter.high is not None  # `ParameterConfig.check` requires them
     kind = int if parameter.type == "int" else float
     return [kind(parameter.low), kind(parameter.high)]
 

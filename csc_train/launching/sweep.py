@@ -16,6 +16,7 @@ from typing import Any
 
 import optuna
 import yaml
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
@@ -139,11 +140,10 @@ def open_study(planned: Sweep) -> optuna.Study:
             raise InputError(f"{planned.directory} holds a sweep with {differing}: choose another sweep.directory")
     else:
         write_text(file, as_yaml(facts))
-    journal = JournalFileBackend(str(planned.directory / STUDY_FILE))
     study = optuna.create_study(
         study_name=config.name,
-        storage=optuna.storages.JournalStorage(journal),
-        direction=config.direction,
+        storage=JournalStorage(JournalFileBackend(str(planned.directory / STUDY_FILE))),
+        direction="minimize" if config.direction == "minimize" else "maximize",
         pruner=_pruner(config.pruner),
         load_if_exists=True,
     )

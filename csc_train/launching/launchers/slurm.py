@@ -38,7 +38,7 @@ class SlurmLauncher(Launcher):
             if odd := re.search(r"[^\w./=:,$@% +-]", text):
                 raise InputError(f"{odd.string}: {odd.group()!r} has a meaning in a job script; choose plainer paths")
         values = {"cluster": cluster, "slurm": cluster.slurm, "directory": directory, "command": command}
-        return render(__package__, "slurm.sbatch.jinja", **values)
+        return render("csc_train.launching.launchers", "slurm.sbatch.jinja", **values)
 
     def check(self) -> None:
         """Refuse paths that need quoting."""

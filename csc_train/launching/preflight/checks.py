@@ -146,9 +146,10 @@ def check_model_files(config: PreflightRecipe, absent: type[Exception]) -> str:
     model = config.model
     if model.init == "random":
         return "random weights, no files"
-    find = partial(_find_file, model.path, model.revision)
+    path = str(model.path)
+    find = partial(_find_file, path, model.revision)
     if (file := find("config.json")) is None:
-        raise absent(_missing(model.path))
+        raise absent(_missing(path))
     described = read_json(file)
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                 "vocab_size", "tie_word_embeddings"):  # fmt: skip
@@ -160,13 +161,11 @@ def check_model_files(config: PreflightRecipe, absent: type[Exception]) -> str:
     if (index := find("model.safetensors.index.json")) is not None:
         shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         if missing := [shard for shard in shards if find(shard) is None]:
-            raise InputError(
-                f"{model.path}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}"
-            )
-        return f"{len(shards)} shards in {model.path}"
+            raise InputError(f"{path}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}")
+        return f"{len(shards)} shards in {path}"
     if find("model.safetensors") is None:
-        raise absent(f"{model.path}: has a config.json, but neither model.safetensors nor an index of shards")
-    return f"model.safetensors in {model.path}"
+        raise absent(f"{path}: has a config.json, but neither model.safetensors nor an index of shards")
+    return f"model.safetensors in {path}"
 
 
 def _find_file(path: str, revision: str | None, name: str) -> str | None:
@@ -188,7 +187,7 @@ def check_template(config: PreflightRecipe, absent: type[Exception]) -> "Dialogu
     model = config.model
     if model.tokenizer == TRAINED_TOKENIZER:
         raise NotCheckedError("the run trains the tokenizer")
-    path, revision = (model.tokenizer, None) if model.tokenizer else (model.path, model.revision)
+    path, revision = (model.tokenizer, None) if model.tokenizer else (str(model.path), model.revision)
     if _find_file(path, revision, "tokenizer.json") is None:
         raise absent(f"{path}: no tokenizer.json" if is_local_path(path) else _missing(path))
     from csc_train.models.tokenizer import load_tokenizer

@@ -69,7 +69,7 @@ class PreflightReport:
         rows = [(check.name, f"[{COLOURS[check.status]}]{check.status}[/]", check.message) for check in self.checks]
         console.print(_table("Preflight", ("check", "", ""), [rows]))
         if self.memory is not None:
-            console.print(memory_table(self))
+            console.print(memory_table(self, self.memory))
             console.print(world_size_table(self))
         elif self.chosen is not None:
             console.print(f"memory of each process: {estimate_memory(self.chosen)}")
@@ -78,14 +78,14 @@ class PreflightReport:
         console.print(f"{len(self.failed)} failed: {names}" if names else "nothing failed")
 
 
-def memory_table(report: PreflightReport) -> Table:
-    """GiB per GPU by adapter and sharding, and the smallest number of GPUs that fits.
+def memory_table(report: PreflightReport, memory: float) -> Table:
+    """GiB per GPU by adapter and sharding for GPUs of `memory` bytes, and the smallest number of GPUs that fits.
 
     `>` marks the chosen row, `*` the first row of each adapter that fits; rows that fit are green.
     """
     first = report.scenarios[0]
     title = (
-        f"Memory estimate: GiB on each of {first.processes} GPUs of {report.memory / GIB:.1f} GiB; {first.tokens:,} "
+        f"Memory estimate: GiB on each of {first.processes} GPUs of {memory / GIB:.1f} GiB; {first.tokens:,} "
         f"tokens per forward pass, gradient checkpointing {'on' if first.checkpointing else 'off'}"
         f"{', dense attention mask' if first.mask_columns else ''} (> chosen, * smallest that fits)"
     )
@@ -93,13 +93,13 @@ def memory_table(report: PreflightReport) -> Table:
                "total", "host", "GPUs from")  # fmt: skip
     sections = []
     for adapter, scenarios in _by_adapter(report):
-        smallest = smallest_fit(scenarios, report.memory, report.host_memory)
+        smallest = smallest_fit(scenarios, memory, report.host_memory)
         sections.append([])
         for scenario in scenarios:
             plan = estimate_memory(scenario)
             parts = (plan.parameters, plan.gradients, plan.optimizer, plan.activations, plan.communication,
                      plan.reserve, plan.total)  # fmt: skip
-            larger = fitting_world_size(scenario, report.gpus_per_node, report.memory, report.host_memory)
+            larger = fitting_world_size(scenario, report.gpus_per_node, memory, report.host_memory)
             row = (
                 (">" if scenario == report.chosen else "") + ("*" if scenario == smallest else ""),
                 adapter,
