@@ -35,7 +35,6 @@ def main(config: SynthesizeRolecsRecipe) -> None:
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
     from csc_train.synthesis.filters.funnel import funnel_table
-    from csc_train.synthesis.rolecs.backends import ServerBackend
     from csc_train.synthesis.rolecs.batch_api import BatchBackend
     from csc_train.synthesis.rolecs.estimate import estimate_table, estimate_usage
     from csc_train.synthesis.rolecs.mock_backend import MockBackend
@@ -65,7 +64,7 @@ def main(config: SynthesizeRolecsRecipe) -> None:
     if config.llm.backend == "mock":
         backend = MockBackend(settings.language)
     else:
-        backend = BatchBackend(ServerBackend(config.llm, settings.roles), config.batch)
+        backend = BatchBackend(config.llm, settings.roles, config.batch)
     determining = generation_settings(settings, *checks, config.llm)
     with closing(SynthesisStore(run.directory / "synthesis.db", determining, config.new_run)) as store:
         runner = SynthesisRunner(settings, *checks, profiles, backend, store, config.target, config.budget)

@@ -4,7 +4,7 @@ A rule takes utterances and returns a `FilterVerdict`; it never raises. Threshol
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from csc_train.data.dialogue import Dialogue, Speaker, has_surrogate
@@ -33,6 +33,10 @@ class FilterVerdict:
     detail: str = ""
 
 
+Fault = tuple[str, str]
+"""(reason, detail) of a rule that drops a conversation."""
+
+
 def check_call(utterances: Sequence[Utterance], config: CallConfig) -> list[FilterVerdict]:
     """The verdicts of the rules for recorded calls, in order, up to the first that drops the call.
 
@@ -40,12 +44,13 @@ def check_call(utterances: Sequence[Utterance], config: CallConfig) -> list[Filt
     merged turns.
     """
     merged = merge_turns(utterances)
-    return _until_dropped(
-        lambda: _between("rounds", "rounds", len(merged) // 2, config.min_rounds, config.max_rounds),
-        lambda: _turn_length(merged, config),
-        lambda: _customer_turns(utterances, config),
-        lambda: _customer_words(merged, config),
-    )
+    rules = {
+        "rounds": lambda: _count_fault("rounds", len(merged) // 2, config.min_rounds, config.max_rounds),
+        "turn length": lambda: _turn_length_fault(merged, config),
+        "customer's turns": lambda: _customer_turns_fault(utterances, config),
+        "customer's words": lambda: _customer_words_fault(merged, config),
+    }
+    return _until_dropped(rules)
 
 
 def check_rewrite(utterances: Sequence[Utterance], config: RewriteConfig) -> list[FilterVerdict]:
@@ -53,118 +58,119 @@ def check_rewrite(utterances: Sequence[Utterance], config: RewriteConfig) -> lis
 
     Utterances that pass make a valid `Dialogue`.
     """
-    return _until_dropped(
-        lambda: _texts(utterances),
-        lambda: _between("utterances", "utterances", len(utterances), config.min_utterances, config.max_utterances),
-        lambda: _alternation(utterances),
-        lambda: _one_strategy(utterances),
-        lambda: _known_strategies(utterances),
-        lambda: _required_strategies(utterances, config),
-        lambda: check_private_data(utterances),
-    )
+    low, high = config.min_utterances, config.max_utterances
+    rules = {
+        "texts": lambda: _text_fault(utterances),
+        "utterances": lambda: _count_fault("utterances", len(utterances), low, high),
+        "alternation": lambda: _alternation_fault(utterances),
+        "one strategy": lambda: _several_strategies_fault(utterances),
+        "known strategies": lambda: _unknown_strategy_fault(utterances),
+        "required strategies": lambda: _missing_strategy_fault(utterances, config),
+        "private data": lambda: _private_data_fault(utterances),
+    }
+    return _until_dropped(rules)
 
 
-def _until_dropped(*rules: Callable[[], FilterVerdict]) -> list[FilterVerdict]:
+def check_private_data(utterances: Sequence[Utterance]) -> FilterVerdict:
+    """Drop a conversation with a phone, identity card or bank card number, or an e-mail address."""
+    return _until_dropped({"private data": lambda: _private_data_fault(utterances)})[0]
+
+
+def _until_dropped(rules: Mapping[str, Callable[[], Fault | None]]) -> list[FilterVerdict]:
     verdicts = []
-    for rule in rules:
-        verdicts.append(rule())
-        if not verdicts[-1].keep:
+    for name, find_fault in rules.items():
+        fault = find_fault()
+        verdicts.append(FilterVerdict(name, fault is None, *(fault or ())))
+        if fault:
             break
     return verdicts
 
 
-def _between(rule: str, unit: str, count: int, low: int, high: int) -> FilterVerdict:
-    if count < low:
-        return FilterVerdict(rule, False, f"fewer than {low} {unit}", f"{count} {unit}")
-    if count > high:
-        return FilterVerdict(rule, False, f"more than {high} {unit}", f"{count} {unit}")
-    return FilterVerdict(rule, True)
+def _count_fault(unit: str, count: int, low: int, high: int) -> Fault | None:
+    if low <= count <= high:
+        return None
+    return f"fewer than {low} {unit}" if count < low else f"more than {high} {unit}", f"{count} {unit}"
 
 
-def _turn_length(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
+def _turn_length_fault(merged: Sequence[Utterance], config: CallConfig) -> Fault | None:
     longest = max((len(each.text) for each in merged), default=0)
-    if longest > config.max_characters:
-        reason = f"a turn of more than {config.max_characters} characters"
-        return FilterVerdict("turn length", False, reason, f"{longest} characters")
-    return FilterVerdict("turn length", True)
+    if longest <= config.max_characters:
+        return None
+    return f"a turn of more than {config.max_characters} characters", f"{longest} characters"
 
 
-def _customer_turns(utterances: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
+def _customer_turns_fault(utterances: Sequence[Utterance], config: CallConfig) -> Fault | None:
     count = Counter(each.speaker for each in utterances if each.text.strip())
     customer, supporter = count[Speaker.CUSTOMER], count[Speaker.SUPPORTER]
     if customer > config.customer_share * supporter:
-        return FilterVerdict("customer's turns", True)
+        return None
     reason = f"the customer has at most {config.customer_share:g} of the supporter's turns"
-    return FilterVerdict("customer's turns", False, reason, f"{customer} to {supporter}")
+    return reason, f"{customer} to {supporter}"
 
 
-def _customer_words(merged: Sequence[Utterance], config: CallConfig) -> FilterVerdict:
-    own = [each.text for each in merged if each.speaker is Speaker.CUSTOMER]
-    long = sum(len(text) > config.short_characters for text in own)
-    if own and long / len(own) >= config.long_share:
-        return FilterVerdict("customer's words", True)
-    reason = (
-        f"under {config.long_share:.0%} of the customer's turns are longer than {config.short_characters} characters"
-    )
-    return FilterVerdict("customer's words", False, reason, f"{long} of {len(own)}")
+def _customer_words_fault(merged: Sequence[Utterance], config: CallConfig) -> Fault | None:
+    lengths = [len(each.text) for each in merged if each.speaker is Speaker.CUSTOMER]
+    long = sum(length > config.short_characters for length in lengths)
+    if lengths and long / len(lengths) >= config.long_share:
+        return None
+    characters = f"{config.short_characters} characters"
+    reason = f"under {config.long_share:.0%} of the customer's turns are longer than {characters}"
+    return reason, f"{long} of {len(lengths)}"
 
 
-def _texts(utterances: Sequence[Utterance]) -> FilterVerdict:
+def _text_fault(utterances: Sequence[Utterance]) -> Fault | None:
     for number, each in enumerate(utterances, start=1):
         if not each.text.strip():
-            return FilterVerdict("texts", False, "an empty text", f"turn {number}")
+            return "an empty text", f"turn {number}"
         if has_surrogate(each.text + each.label):
-            return FilterVerdict("texts", False, "a lone surrogate", f"turn {number}")
-    return FilterVerdict("texts", True)
+            return "a lone surrogate", f"turn {number}"
+    return None
 
 
-def _alternation(utterances: Sequence[Utterance]) -> FilterVerdict:
+def _alternation_fault(utterances: Sequence[Utterance]) -> Fault | None:
     for number, each in enumerate(utterances, start=1):
         if each.speaker is not (Speaker.SUPPORTER if number % 2 else Speaker.CUSTOMER):
             reason = "the supporter does not speak first" if number == 1 else "one speaker twice in a row"
-            return FilterVerdict("alternation", False, reason, f"turn {number}")
-    return FilterVerdict("alternation", True)
+            return reason, f"turn {number}"
+    return None
 
 
-def _one_strategy(utterances: Sequence[Utterance]) -> FilterVerdict:
+def _several_strategies_fault(utterances: Sequence[Utterance]) -> Fault | None:
     for number, each in enumerate(utterances, start=1):
         if each.speaker is Speaker.SUPPORTER and ("+" in each.label or "＋" in each.label):
-            return FilterVerdict("one strategy", False, "a turn with two strategies", f"turn {number}: {each.label}")
-    return FilterVerdict("one strategy", True)
+            return "a turn with two strategies", f"turn {number}: {each.label}"
+    return None
 
 
-def _known_strategies(utterances: Sequence[Utterance]) -> FilterVerdict:
+def _unknown_strategy_fault(utterances: Sequence[Utterance]) -> Fault | None:
     for number, each in enumerate(utterances, start=1):
-        if each.speaker is Speaker.SUPPORTER and _strategy(each) is None:
-            return FilterVerdict("known strategies", False, "an unknown strategy", f"turn {number}: {each.label!r}")
-    return FilterVerdict("known strategies", True)
+        if each.speaker is Speaker.SUPPORTER and _strategy_number(each) is None:
+            return "an unknown strategy", f"turn {number}: {each.label!r}"
+    return None
 
 
-def _required_strategies(utterances: Sequence[Utterance], config: RewriteConfig) -> FilterVerdict:
-    used = {_strategy(each) for each in utterances if each.speaker is Speaker.SUPPORTER}
+def _missing_strategy_fault(utterances: Sequence[Utterance], config: RewriteConfig) -> Fault | None:
+    used = {_strategy_number(each) for each in utterances if each.speaker is Speaker.SUPPORTER}
     missing = [number for number in config.required_strategies if number not in used]
-    if missing:
-        reason = f"without {STRATEGIES[missing[0] - 1].label}"
-        return FilterVerdict("required strategies", False, reason, f"missing: {', '.join(map(str, missing))}")
-    return FilterVerdict("required strategies", True)
+    if not missing:
+        return None
+    return f"without {STRATEGIES[missing[0] - 1].label}", f"missing: {', '.join(map(str, missing))}"
 
 
-def _strategy(utterance: Utterance) -> int | None:
+def _strategy_number(utterance: Utterance) -> int | None:
     try:
         return parse_strategy(utterance.label).number
     except ValueError:
         return None
 
 
-def check_private_data(utterances: Sequence[Utterance]) -> FilterVerdict:
-    """Drop a conversation with a phone, identity card or bank card number, or an e-mail address."""
+def _private_data_fault(utterances: Sequence[Utterance]) -> Fault | None:
     for number, each in enumerate(utterances, start=1):
         if found := find_private_data(each.text):
             # The private data themselves are not repeated: lists of dropped calls are shared more freely than calls.
             kind = found[0].kind
-            reason = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
-            return FilterVerdict("private data", False, reason, f"turn {number}")
-    return FilterVerdict("private data", True)
+            return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}", f"turn {number}"
+    return None
 
 
 class DuplicateFilter:

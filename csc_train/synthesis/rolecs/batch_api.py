@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from csc_train.errors import InputError
 from csc_train.jsonl import read_jsonl, write_jsonl
 from csc_train.llm.client import LLMError, RequestAttempt
+from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import parse_answer, response_format
-from csc_train.synthesis.config import BatchConfig
+from csc_train.synthesis.config import BatchConfig, RolesConfig
 from csc_train.synthesis.rolecs.backends import RoleCall, ServerBackend
 
 
@@ -23,34 +24,23 @@ class PendingBatch(Exception):
     """The answer is still to come from a batch."""
 
 
-class BatchBackend:
+class BatchBackend(ServerBackend):
     """Models on servers, some roles of which are answered by batch files.
 
     Attributes:
         pending: calls without a result, by custom id.
     """
 
-    def __init__(self, server: ServerBackend, config: BatchConfig):
+    def __init__(self, shared: LLMConfig, roles: RolesConfig, config: BatchConfig):
         """Read the results.
 
         Raises:
             InputError: a file cannot be read.
         """
-        self._server = server
-        self._roles = config.roles
+        super().__init__(shared, roles)
+        self._batch_roles = config.roles
         self._results = read_batch_results(config.results)
-        self.source = server.source
-        self.concurrency = server.concurrency
-        self.model = server.model
-        self.cost = server.cost
         self.pending: dict[str, RoleCall] = {}
-
-    async def __aenter__(self) -> "BatchBackend":
-        await self._server.__aenter__()
-        return self
-
-    async def __aexit__(self, *error) -> None:
-        await self._server.__aexit__(*error)
 
     async def ask(self, call: RoleCall, observe: Callable[[RequestAttempt], None]) -> BaseModel:
         """The answer to a call (see `backends.Backend`).
@@ -58,8 +48,8 @@ class BatchBackend:
         Raises:
             PendingBatch: the role is answered by a batch, and there is no result yet.
         """
-        if call.role not in self._roles:
-            return await self._server.ask(call, observe)
+        if call.role not in self._batch_roles:
+            return await super().ask(call, observe)
         result = self._results.get(custom_id(call))
         if result is None:
             self.pending[custom_id(call)] = call
@@ -75,7 +65,7 @@ class BatchBackend:
         """Write the pending calls to one batch file per model; returns the files."""
         requests: dict[str, list[dict[str, Any]]] = {}
         for name, call in sorted(self.pending.items()):
-            body = self._server.request_body(call) | {"response_format": response_format("json_schema", call.schema)}
+            body = self.request_body(call) | {"response_format": response_format("json_schema", call.schema)}
             request = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
             requests.setdefault(body["model"], []).append(request)
         paths = []

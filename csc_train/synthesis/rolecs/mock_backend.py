@@ -21,24 +21,15 @@ from csc_train.llm.client import LLMError, RequestAttempt
 from csc_train.synthesis.config import CRITERIA
 from csc_train.synthesis.rolecs.backends import RoleCall
 from csc_train.synthesis.rolecs.personas import DialogueSlot
+from csc_train.templates import read_yaml
 
 FLAWS = ("unknown_strategy", "overused_strategy", "private_data", "copy", "judged_down", "malformed")
 """The flaws of dialogues: the assistant names an unknown strategy, or one a third time; a text has a phone number; the
 dialogue copies another; the judge withholds a point; an answer is malformed."""
 FLAW_SHARE = 0.12
 """Share of the dialogues with a flaw."""
-DIRECTIONS = {
-    # customer act of the grammar: direction by the customer assistant
-    "problem": "说出遇到的问题", "vague": "先笼统地提一下来意", "account": "请客服查看登记情况",
-    "smalltalk": "说一句闲话",
-    "hold": "请客服等一等", "identity": "报出身份资料", "question_identity": "问为什么要核对身份",
-    "confirm": "确认客服的理解",
-    "correct": "指出客服漏听了什么", "recheck": "请客服复述一遍", "detail": "回答客服问的细节", "why": "追问原因",
-    "how": "问该怎么办", "doit": "请客服直接办理", "agree": "同意客服的办法", "wait": "等客服办理并问进度",
-    "fails": "说明还没有解决", "done": "说明已经解决", "await": "表示愿意等消息", "self": "表示会自己处理",
-    "good": "给出好评", "bad": "给出差评", "interest": "问今后的服务", "join": "问怎样参加", "bye": "结束通话",
-    "upset": "表达情绪",
-}  # fmt: skip
+DIRECTIONS = read_yaml("csc_train.synthesis.rolecs", "mock_directions.yaml")
+"""Directions by the customer assistant, by customer act of the sample grammar."""
 
 
 @dataclass(frozen=True)

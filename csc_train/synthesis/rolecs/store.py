@@ -22,35 +22,12 @@ from csc_train.llm.client import RequestAttempt
 from csc_train.synthesis.filters.rules import FilterVerdict
 from csc_train.synthesis.rolecs.backends import RoleCall
 from csc_train.synthesis.rolecs.personas import DialogueSlot
+from csc_train.templates import read_text
 
 OPEN, FINISHED, ACCEPTED, REJECTED, FAILED = "open", "finished", "accepted", "rejected", "failed"
 """Statuses of a dialogue. finished: passed every rule except near-duplicates, which follows the order of the quotas.
 failed: an answer is missing."""
 SETTLED = (ACCEPTED, REJECTED, FAILED)
-
-_TABLES = """
-CREATE TABLE settings (hash TEXT PRIMARY KEY, content TEXT NOT NULL, number INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE dialogues (
-    id TEXT PRIMARY KEY, settings TEXT NOT NULL, persona TEXT NOT NULL, topic TEXT NOT NULL, mood TEXT NOT NULL,
-    replicate INTEGER NOT NULL, status TEXT NOT NULL, extra TEXT
-) WITHOUT ROWID;
-CREATE TABLE calls (
-    owner TEXT NOT NULL, key TEXT NOT NULL, number INTEGER NOT NULL, settings TEXT NOT NULL, role TEXT NOT NULL,
-    model TEXT NOT NULL, prompt TEXT NOT NULL, seed INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL,
-    completion_tokens INTEGER NOT NULL, latency_s REAL NOT NULL, failure TEXT, PRIMARY KEY (owner, key, number)
-) WITHOUT ROWID;
-CREATE TABLE answers (
-    owner TEXT NOT NULL, key TEXT NOT NULL, role TEXT NOT NULL, answer TEXT NOT NULL, PRIMARY KEY (owner, key)
-) WITHOUT ROWID;
-CREATE TABLE turns (
-    dialogue TEXT NOT NULL, number INTEGER NOT NULL, speaker TEXT NOT NULL, strategy INTEGER, text TEXT NOT NULL,
-    PRIMARY KEY (dialogue, number)
-) WITHOUT ROWID;
-CREATE TABLE verdicts (
-    dialogue TEXT NOT NULL, number INTEGER NOT NULL, rule TEXT NOT NULL, keep INTEGER NOT NULL, reason TEXT NOT NULL,
-    detail TEXT NOT NULL, PRIMARY KEY (dialogue, number)
-) WITHOUT ROWID;
-"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +83,8 @@ class SynthesisStore:
 
     def _create(self, settings: dict[str, Any], new_run: bool) -> None:
         if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
-            self._write(*((statement, ()) for statement in _TABLES.split(";") if statement.strip()))
+            tables = read_text("csc_train.synthesis.rolecs", "store.sql")
+            self._write(*((statement, ()) for statement in tables.split(";") if statement.strip()))
         rows = self._db.execute("SELECT hash, content FROM settings ORDER BY number").fetchall()
         if rows and rows[-1][0] == self.settings_hash:
             return
