@@ -143,8 +143,8 @@ def test_the_page_says_what_was_evaluated(run, page):
 @pytest.mark.parametrize(
     ("decoding", "expected"),
     [
-        ({}, ("m, asked by chat messages", "by a server, greedy, at most 256 new tokens")),
-        ({"temperature": 0.7, "max_tokens": 9}, ("m, asked by chat messages", "by a server, temperature 0.7, at most 9 new")),
+        ({}, ("m, asked by chat", "by a server, greedy, at most 256 new tokens")),
+        ({"temperature": 0.7, "max_tokens": 9}, ("m, asked by chat", "by a server, temperature 0.7, at most 9 new")),
     ],
 )
 def test_a_served_system_is_named_and_so_is_its_decoding(run, tmp_path, decoding, expected):
@@ -308,7 +308,7 @@ def test_dialogues_are_searched_and_what_was_said_is_text(run, page):
     page.wait_for_function("() => document.querySelectorAll('#list button').length === 1")
     page.fill("#search", "没有人说过这句话")
     assert found(page, (0, 0))
-    assert page.inner_text("#talk") == "No dialogue has such a turn."
+    assert page.inner_text("#talk") == "No dialogue matches."
 
 
 def test_the_list_is_walked_with_the_keyboard(run, page):
@@ -384,4 +384,5 @@ def test_texts_are_embedded_once_and_turns_that_failed_are_marked(run, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     start = text.index('id="transcripts">') + len('id="transcripts">')
     packed = json.loads(gzip.decompress(base64.b64decode(text[start : text.index("<", start)])))
-    assert packed["replies"][SYSTEM]["reference"]["texts"][0] == packed["replies"][SYSTEM]["reference"]["strategies"][0] == -1
+    replies = packed["replies"][SYSTEM]["reference"]
+    assert replies["texts"][0] == replies["strategies"][0] == -1

@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,7 +169,7 @@ def rater_results(
 ) -> dict[str, RaterResult]:
     """Win rates, tests and agreement by question."""
     items = {each.item: each for each in key.items}
-    found = {}
+    found: dict[str, RaterResult] = {}
     for question, by_rater in ratings.items():
         shared = sorted(set.intersection(*map(set, by_rater.values())))
         pairs = list(itertools.combinations(by_rater.items(), 2))
@@ -178,29 +178,22 @@ def rater_results(
             pairs += [(rating, by_judge) for rating in by_rater.items()]
             if len(by_rater) > 1:
                 pairs.append(((MAJORITY, majority(by_rater)), by_judge))
-        found[question] = {
-            "win_rate": _win_rate(by_rater, items, config),
-            "raters": {rater: _win_rate({rater: given}, items, config) for rater, given in by_rater.items()},
-            "shared": len(shared),
-            "fleiss": _fleiss(by_rater, shared, items, config),
-            "pairs": [_pair(*one, *other, items, config) for one, other in pairs],
-        }
-    tested = {question: each["win_rate"] for question, each in found.items() if each["win_rate"].p_value is not None}
-    adjusted = dict(zip(tested, holm_correction([each.p_value for each in tested.values()]), strict=True))
-    return {
-        question: RaterResult(
-            adjusted=adjusted.get(question), verdict=_verdict(each["win_rate"], adjusted.get(question)), **each
+        found[question] = RaterResult(
+            _win_rate(by_rater, items, config),
+            adjusted=None,
+            verdict=None,
+            raters={rater: _win_rate({rater: given}, items, config) for rater, given in by_rater.items()},
+            shared=len(shared),
+            fleiss=_fleiss(by_rater, shared, items, config),
+            pairs=[_pair(*one, *other, items, config) for one, other in pairs],
         )
-        for question, each in found.items()
-    }
-
-
-def _verdict(rates: WinRate, adjusted: float | None) -> str | None:
-    if adjusted is None:
-        return None
-    if adjusted >= 1 - CONFIDENCE_LEVEL:
-        return NOT_SIGNIFICANT
-    return "A is preferred" if rates.rate.value > 50 else "B is preferred"
+    tested = {question: each.win_rate for question, each in found.items() if each.win_rate.p_value is not None}
+    corrected = holm_correction([each.p_value for each in tested.values()])
+    for (question, rates), adjusted in zip(tested.items(), corrected, strict=True):
+        preferred = "A is preferred" if rates.rate.value > 50 else "B is preferred"
+        verdict = preferred if adjusted < 1 - CONFIDENCE_LEVEL else NOT_SIGNIFICANT
+        found[question] = replace(found[question], adjusted=adjusted, verdict=verdict)
+    return found
 
 
 def _dialogues(names: Sequence[str], items: Mapping[str, AnnotationItem]) -> numpy.ndarray:
