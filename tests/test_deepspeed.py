@@ -258,7 +258,7 @@ def test_a_state_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
     state = tmp_path / "checkpoint-4"
     shutil.copytree(folder / "full-3/checkpoints/checkpoint-4", state)
     next(state.glob("global_step*/*pp_rank_1*optim_states.pt")).unlink()
-    with pytest.raises(InputError, match=r"checkpoint-4: the state cannot be read \(no shard of process 1 among 2\)"):
+    with pytest.raises(InputError, match=r"checkpoint-4: cannot read the training checkpoint: no shard of process 1 among 2"):
         open_training_checkpoint(state)
 
 
@@ -292,7 +292,7 @@ def test_a_stage_that_disagrees_with_the_launcher_is_refused(monkeypatch):
     for stage in ("auto", "from_launcher", "3"):
         assert deepspeed_config(ZeroConfig(stage)) is None
     for stage in ("off", "2"):
-        with pytest.raises(InputError, match=f"zero.stage={stage}, but accelerate was launched with .* stage 3"):
+        with pytest.raises(InputError, match=f"zero.stage={stage}, but accelerate launched DeepSpeed stage 3"):
             deepspeed_config(ZeroConfig(stage))
 
 
@@ -317,7 +317,7 @@ def test_what_the_launcher_cannot_ask_for_is_refused_with_the_reason(variable, m
 
 @pytest.mark.parametrize("wrong", [{"offload_optimizer": True}, {"stage": "2", "offload_parameters": True}])
 def test_offloading_what_is_not_sharded_is_refused(wrong):
-    with pytest.raises(InputError, match=r"choose stage 2 or 3|only stage 3 shards"):
+    with pytest.raises(InputError, match=r"choose stage 2 or 3|choose stage 3, which shards"):
         ZeroConfig(**wrong)
 
 
@@ -325,10 +325,10 @@ def test_a_fallback_is_refused(folder, monkeypatch):
     trainer = train(folder, max_steps=1)
     check_engine(trainer)
     monkeypatch.setattr(trainer.args, "deepspeed_plugin", DeepSpeedPlugin(zero_stage=3))
-    with pytest.raises(InputError, match="ZeRO stage 3 was asked for, but DDP or one process runs"):
+    with pytest.raises(InputError, match="zero asks for ZeRO stage 3, but DDP or one process runs"):
         check_engine(trainer)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="2 processes were started, but 1 train together"):
+    with pytest.raises(InputError, match="2 processes were started, but 1 trains"):
         check_engine(trainer)
 
 
@@ -349,7 +349,7 @@ def runs(folder, template, on_two, references) -> Path:
 
 def exported(runs: Path, run: str, output: Path, **options) -> tuple[float, dict[str, torch.Tensor]]:
     """The difference that `export` reports, and the weights it wrote."""
-    difference = export(open_source(str(runs / run)), ExportConfig(output=str(output), **options), print)
+    difference = export(open_source(str(runs / run)), ExportConfig(output=str(output), **options))
     return difference, AutoModelForCausalLM.from_pretrained(output).state_dict()
 
 
@@ -402,7 +402,7 @@ def test_an_export_in_bf16_is_sharded_as_asked_or_refused(runs, tmp_path, monkey
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
     assert 0 < difference < exporting.TOLERANCE[torch.bfloat16]
     monkeypatch.setitem(exporting.TOLERANCE, torch.bfloat16, difference / 2)
-    with pytest.raises(InputError, match="its logits differ by"):
+    with pytest.raises(InputError, match="the logits of the exported model differ by"):
         exported(runs, "full-3", tmp_path / "other", dtype="bf16")
     assert not (tmp_path / "other").exists()
 

@@ -1,4 +1,4 @@
-"""A trained model to a plain Hugging Face directory: gathered, adapters merged, and compared with what was trained."""
+"""Export a trained model to a plain Hugging Face directory: gather, merge adapters, compare logits with the original."""
 
 import logging
 import os
@@ -29,24 +29,24 @@ from csc_train.template.chat_templates import load_chat_template
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""By the dtype of the exported weights: the largest difference of a logit from the trained model's, over the largest
-logit. In bf16 it is what rounding the weights does."""
+"""Allowed difference of the logits from the trained model's, over the largest logit, by dtype of the exported weights. In
+bf16 it allows for the rounding of the weights."""
 PROBE_LENGTH = 64
+"""Tokens in each sequence of the comparison."""
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What is exported.
+    """The source of an export.
 
     Attributes:
-        state: the saved state of training, or a finished checkpoint.
+        path: the training checkpoint or the final model.
         manifest: of its run.
-        base: where the weights are that training started from: a directory or a hub id. Those of a finished checkpoint
-            itself.
-        finished: whether `state` is a finished checkpoint, whose adapter is merged.
+        base: directory or hub id of the base model; a final model is its own base.
+        finished: whether `path` is a final model, whose adapter is merged.
     """
 
-    state: Path
+    path: Path
     manifest: Manifest
     base: str
     finished: bool = False
@@ -58,63 +58,61 @@ class ExportSource:
 
     @property
     def adapter(self) -> AdapterConfig:
-        """What is still to be merged."""
+        """The adapter to merge."""
         return AdapterConfig() if self.finished else AdapterConfig(**self.manifest.config["adapter"])
 
     @property
     def revision(self) -> str | None:
-        """Of `base`."""
+        """The revision of `base`."""
         return None if self.finished else self.manifest.base_revision
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The trained parameters that `base` does not hold yet."""
-        if self.finished:
-            return {}
-        return read_weights(self.state)
+        """The trained parameters by name, in fp32; empty for a final model."""
+        return {} if self.finished else read_weights(self.path)
 
 
 def trained_model(
-    trainer: Trainer, source: ModelConfig, dtype: torch.dtype, state: Path | None = None
+    trainer: Trainer, base: ModelConfig, dtype: torch.dtype, checkpoint: Path | None = None
 ) -> PreTrainedModel | None:
-    """The trained model in `dtype`, whole and without wrappers, adapters merged; the trainer is of no use afterwards.
+    """The trained model in `dtype`, unsharded, with adapters merged. It consumes the trainer.
 
-    Called on every process; returns None on all but the main one where the weights had to be gathered or read.
+    Every process calls this; if the weights are gathered or read, only the main process gets the model, others None.
 
     Args:
-        source: what training started from; adapters over sharded or quantized weights are merged into it.
-        state: a saved state to take instead of the last.
+        base: the base model; adapters over sharded or quantized weights are merged into it.
+        checkpoint: the training checkpoint with the weights; defaults to the trainer's present weights.
 
     Raises:
-        InputError: the state is torn.
+        InputError: the checkpoint is incomplete.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     adapted = isinstance(model, peft.PeftModel)
-    if state or is_sharded(model) or getattr(model, "is_loaded_in_4bit", False):
-        weights = {} if state else consolidated_weights(model, trained_only=adapted)
+    if checkpoint or is_sharded(model) or getattr(model, "is_loaded_in_4bit", False):
+        weights = {} if checkpoint else consolidated_weights(model, trained_only=adapted)
         if not trainer.is_world_process_zero():
             return None
         adapter = model.peft_config["default"] if adapted else None
-        if state:
-            weights = read_weights(state)
-        model = merged(whole_model(source.path, source.revision, dtype), weights, adapter)
+        if checkpoint:
+            weights = read_weights(checkpoint)
+        model = merged(load_unsharded(base.path, base.revision, dtype), weights, adapter)
     elif adapted:
         model = model.merge_and_unload()
     model.config.use_cache = True
     return model.to(dtype)
 
 
-def read_weights(state: Path) -> dict[str, torch.Tensor]:
-    """What a saved state changed, by name, in fp32.
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The trained parameters of a training checkpoint by name, in fp32.
 
     Raises:
         InputError: as `reshard.open_training_checkpoint`.
     """
-    whole = open_training_checkpoint(state)
-    return {name: whole.read(name, WEIGHT) for name in whole.names}
+    consolidated = open_training_checkpoint(checkpoint)
+    return {name: consolidated.read(name, WEIGHT) for name in consolidated.names}
 
 
-def whole_model(path: str, revision: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
-    """A model on the CPU, whole whatever the ZeRO stage.
+def load_unsharded(path: str, revision: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Load a model onto the CPU without sharding, under any ZeRO stage.
 
     Raises:
         InputError: as `load_causal_lm`.
@@ -126,11 +124,15 @@ def whole_model(path: str, revision: str | None, dtype: torch.dtype | str) -> Pr
 def with_weights(
     model: PreTrainedModel, weights: dict[str, torch.Tensor], adapter: peft.LoraConfig | None
 ) -> PreTrainedModel | peft.PeftModel:
-    """A model with trained parameters in their places, in an adapter where there is one.
+    """Copy trained parameters into a model, which gets the adapter first.
+
+    Args:
+        adapter: None without adapters.
 
     Raises:
         ValueError: the model has no such parameter.
     """
+<<<<<<< HEAD
     adapted = model if adapter is None else peft.get_peft_model(model, adapter)
     places = dict(adapted.named_parameters())
     if unknown := sorted(weights.keys() - places.keys()):
@@ -139,14 +141,31 @@ def with_weights(
         for name, value in weights.items():
             places[name].copy_(value)
     return adapted.eval()
+=======
+    if adapter is not None:
+        model = peft.get_peft_model(model, adapter)
+    parameters = dict(model.named_parameters())
+    if unknown := sorted(weights.keys() - parameters.keys()):
+        raise ValueError(f"the model has no {unknown[0]}")
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+    return model.eval()
+>>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
 
 
 def merged(
     model: PreTrainedModel, weights: dict[str, torch.Tensor], adapter: peft.LoraConfig | None
 ) -> PreTrainedModel:
+<<<<<<< HEAD
     """As `with_weights`, the adapter merged into the weights below it."""
     adapted: Any = with_weights(model, weights, adapter)
     return adapted if adapter is None else adapted.merge_and_unload()
+=======
+    """As `with_weights`, then merge the adapter."""
+    model = with_weights(model, weights, adapter)
+    return model if adapter is None else model.merge_and_unload()
+>>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
 
 
 def open_source(path: str) -> ExportSource:
@@ -163,10 +182,10 @@ def open_source(path: str) -> ExportSource:
         return ExportSource(found, read_manifest(found), str(found), finished=True)
     run = found.absolute().parent.parent
     if not (run / MANIFEST_FILE).is_file():
-        raise InputError(f"{run}: no {MANIFEST_FILE}, so not a run of recipes/sft.py")
+        raise InputError(f"{run}: no {MANIFEST_FILE}: choose a run of recipes/sft.py")
     manifest = read_manifest(run)
-    kept = manifest.base_model == os.path.join("..", BASE_FOLDER)
-    return ExportSource(found, manifest, str(run / BASE_FOLDER) if kept else manifest.base_model)
+    saved = manifest.base_model == os.path.join("..", BASE_FOLDER)
+    return ExportSource(found, manifest, str(run / BASE_FOLDER) if saved else manifest.base_model)
 
 
 def usable_model(path: str) -> str:
@@ -192,17 +211,17 @@ def usable_model(path: str) -> str:
 
 
 def export(source: ExportSource, config: ExportConfig) -> float:
-    """Write a plain directory of the trained model; it is there only if it computes what was trained.
+    """Write a plain directory of the trained model. It appears only if its logits are those of the trained model.
 
     Returns:
-        The largest difference between a logit of the written model and of the trained one, over the largest logit.
+        The largest difference between logits of the written and of the trained model, over the largest logit.
 
     Raises:
-        InputError: something cannot be read or written, or the difference is larger than `TOLERANCE`.
+        InputError: a file cannot be read or written, or the difference is above `TOLERANCE`.
     """
     weights = source.weights()
     adapter = source.adapter
-    tokenizer = AutoTokenizer.from_pretrained(source.state)
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
     model = _unquantized(source, tokenizer, config)
     lora = None if adapter.kind == "full" else lora_config(adapter, model.config.model_type)
     if config.dtype != "auto" or adapter.kind == "full":
@@ -215,12 +234,14 @@ def export(source: ExportSource, config: ExportConfig) -> float:
 
     def check(directory: Path) -> None:
         nonlocal difference
-        again = _logits(whole_model(str(directory), None, torch.float32))
+        again = _logits(load_unsharded(str(directory), None, torch.float32))
         difference = ((again - logits).abs().max() / logits.abs().max()).item()
         tolerance = TOLERANCE[model.dtype]
         exact = adapter.kind != "qlora" or config.base == "dequantized"
         if exact and not difference <= tolerance:
-            raise InputError(f"{source.state}: exported, its logits differ by {difference:.1e}, over {tolerance:.0e}")
+            raise InputError(
+                f"{source.path}: the logits of the exported model differ by {difference:.1e}, above {tolerance:.0e}"
+            )
         write_text(directory / "README.md", model_card(source, config, difference))
 
     template = load_chat_template(source.manifest.chat_template)
@@ -228,19 +249,19 @@ def export(source: ExportSource, config: ExportConfig) -> float:
         config.output, model, tokenizer, template, source.manifest, shard_size=config.shard_size, check=check
     )
     logger.info(
-        f"exported {source.state} to {config.output}: largest difference of a logit {difference:.1e} of the largest"
+        f"exported {source.path} to {config.output}: largest logit difference {difference:.1e} of the largest logit"
     )
     return difference
 
 
 def _unquantized(source: ExportSource, tokenizer: PreTrainedTokenizerBase, config: ExportConfig) -> PreTrainedModel:
-    """The model that trained weights go into: the base in its own dtype, or what 4 bits left of it."""
+    """The model to merge into: the base model in its own dtype, or dequantized from 4 bits."""
     if source.adapter.kind == "qlora" and config.base == "dequantized":
-        return _in_4_bits(source, tokenizer).dequantize()
-    return whole_model(source.base, source.revision, "auto")
+        return _load_in_4bit(source, tokenizer).dequantize()
+    return load_unsharded(source.base, source.revision, "auto")
 
 
-def _in_4_bits(source: ExportSource, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _load_in_4bit(source: ExportSource, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     settings = ModelConfig(path=source.base, revision=source.revision)
     return load_model(settings, tokenizer, torch.float32, 0, load_in_4bit=True)
 
@@ -251,15 +272,20 @@ def _as_trained(
     weights: dict[str, torch.Tensor],
     lora: peft.LoraConfig | None,
 ) -> torch.nn.Module:
-    """The model as it was trained, nothing merged, computing in fp32."""
+    """The trained model with an unmerged adapter, computing in fp32."""
     if source.adapter.kind == "qlora":
-        return with_weights(_in_4_bits(source, tokenizer), weights, lora)
-    return with_weights(whole_model(source.base, source.revision, torch.float32), weights, lora)
+        return with_weights(_load_in_4bit(source, tokenizer), weights, lora)
+    return with_weights(load_unsharded(source.base, source.revision, torch.float32), weights, lora)
 
 
 @torch.inference_mode()
+<<<<<<< HEAD
 def _logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits on seeded random ids, float32 [2, `PROBE_LENGTH`, vocabulary]."""
+=======
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    """Logits on seeded random token ids; float32 [2, `PROBE_LENGTH`, vocabulary]."""
+>>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, PROBE_LENGTH), generator=generator)
     model.eval()
@@ -267,12 +293,12 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def model_card(source: ExportSource, config: ExportConfig, difference: float) -> str:
-    """The README.md of an exported directory: what it is, where it comes from, how it is used."""
+    """The README.md of an exported directory."""
     manifest = source.manifest
-    kept = manifest.base_model.startswith("..")
-    base = "random weights" if kept else manifest.base_model
+    saved = manifest.base_model.startswith("..")
+    base = "random weights" if saved else manifest.base_model
     front = ["library_name: transformers", f"language: {manifest.language}"]
-    if not kept and not Path(manifest.base_model).is_absolute():
+    if not saved and not Path(manifest.base_model).is_absolute():
         front.append(f"base_model: {manifest.base_model}")
     lines = [
         "---", *front, "---", "", f"# {Path(config.output).name}", "",
@@ -282,18 +308,18 @@ def model_card(source: ExportSource, config: ExportConfig, difference: float) ->
         + (f", merged on the {config.base} base" if source.adapter.kind == "qlora" else ""),
         f"- Template: {manifest.chat_template}, mode {manifest.mode}, language {manifest.language}",
         f"- Training data: SHA-256 {manifest.data_hash}",
-        *([] if source.finished else [f"- Step: {source.state.name.rpartition('-')[2]}"]),
-        f"- Largest difference of a logit from the trained model's, over the largest logit: {difference:.1e}",
+        *([] if source.finished else [f"- Step: {source.path.name.rpartition('-')[2]}"]),
+        f"- Largest logit difference from the trained model, over the largest logit: {difference:.1e}",
         "", f"`{MANIFEST_FILE}` holds the whole configuration of the run.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
 def push(config: ExportConfig) -> None:
-    """Upload the exported directory to the hub, into a private repository where it is new.
+    """Upload the exported directory to the hub; a new repository is private.
 
     Raises:
-        InputError: the hub cannot be reached, or does not let us.
+        InputError: the hub cannot be reached, or refuses the upload.
     """
     try:
         huggingface_hub.create_repo(config.push_to_hub, private=True, exist_ok=True)

@@ -1,8 +1,7 @@
-"""A saved state of training read whole, whatever it was sharded over, and laid out over other processes or by another
-ZeRO stage.
+"""Consolidate a sharded training checkpoint, and load it on another number of processes or ZeRO stage.
 
-DeepSpeed loads a state on as many processes as saved it. Its universal checkpoints would lift that, but under stage 3
-they give all parameters the weight decay of the first.
+DeepSpeed loads a checkpoint only on the number of processes that saved it. Its universal checkpoints lift that, but
+under stage 3 they give all parameters the weight decay of the first one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,19 +17,20 @@ from csc_train.checkpoints.training_checkpoint import TRAINER_STATE, CheckpointR
 from csc_train.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's."""
+"""Names of Adam's moments."""
 WEIGHT = "fp32"
+"""Name of the weights, beside those of the moments."""
 
 
 @dataclass(frozen=True)
 class ConsolidatedState:
-    """What training has changed, one whole tensor at a time.
+    """The trained parameters and their moments, read one tensor at a time.
 
     Attributes:
         names: of the trained parameters.
         step: optimizer steps done.
-        read: (name, `WEIGHT` or one of `MOMENTS`) to a tensor in fp32, in the parameter's shape. A state that was kept
-            for its weights (see `states.retire_states`) has no moments.
+        read: maps (name, `WEIGHT` or one of `MOMENTS`) to a tensor in fp32, in the parameter's shape. A checkpoint that
+            holds weights only (see `training_checkpoint.prune`) has no moments.
     """
 
     names: list[str]
@@ -38,43 +38,43 @@ class ConsolidatedState:
     read: Callable[[str, str], torch.Tensor]
 
 
-def open_training_checkpoint(state: Path, order: Sequence[str] = ()) -> ConsolidatedState:
-    """Open a saved state.
+def open_training_checkpoint(checkpoint: Path, order: Sequence[str] = ()) -> ConsolidatedState:
+    """Open a training checkpoint of any number of processes and ZeRO stage.
 
     Args:
-        order: the trained parameters as the optimizer numbers them (see `optimizer_order`); needed for the moments of
-            a state that is not sharded.
+        order: the trained parameters in the optimizer's order (see `optimizer_order`); needed for the moments of a
+            checkpoint that is not sharded.
 
     Raises:
-        InputError: it is torn, or not by this project.
+        InputError: the checkpoint is incomplete, or not by this project.
     """
-    record = read_record(state)
+    record = read_record(checkpoint)
     try:
-        if record.stage is None or not can_resume(state):
-            return _plain(state, order)
-        (tag,) = (state / "latest").read_text().split()
-        open_stage = {0: _stage_0, 1: _stages_1_and_2, 2: _stages_1_and_2, 3: _stage_3}[record.stage]
-        return open_stage(state / tag, record, order)
+        if record.stage is None or not can_resume(checkpoint):
+            return _open_plain(checkpoint, order)
+        (tag,) = (checkpoint / "latest").read_text().split()
+        open_stage = {0: _open_stage_0, 1: _open_stages_1_and_2, 2: _open_stages_1_and_2, 3: _open_stage_3}
+        return open_stage[record.stage](checkpoint / tag, record, order)
     except (OSError, KeyError, IndexError, RuntimeError) as error:
-        raise InputError(f"{state}: the state cannot be read ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{checkpoint}: cannot read the training checkpoint: {str(error).splitlines()[0]}") from error
 
 
 def _load(path: Path) -> dict[str, Any]:
-    # The project's own files, in which DeepSpeed keeps objects of its own.
+    # Trusted: DeepSpeed pickles objects into the project's own files.
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
-def _plain(state: Path, order: Sequence[str]) -> ConsolidatedState:
-    files = sorted([*state.glob("adapter_model.safetensors"), *state.glob("model*.safetensors")])
+def _open_plain(checkpoint: Path, order: Sequence[str]) -> ConsolidatedState:
+    files = sorted([*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model*.safetensors")])
     where = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
             where |= dict.fromkeys(tensors.keys(), file)
-    # PEFT leaves the adapter's name out of its files.
+    # PEFT's files omit the adapter's name.
     names = [name.replace("lora_A.weight", "lora_A.default.weight") for name in where]
     names = [name.replace("lora_B.weight", "lora_B.default.weight") for name in names]
     stored = dict(zip(names, where, strict=True))
-    optimizer = _load(state / "optimizer.pt")["state"] if can_resume(state) else {}
+    optimizer = _load(checkpoint / "optimizer.pt")["state"] if can_resume(checkpoint) else {}
     numbers = {name: number for number, name in enumerate(order)}
 
     def read(name: str, key: str) -> torch.Tensor:
@@ -83,11 +83,11 @@ def _plain(state: Path, order: Sequence[str]) -> ConsolidatedState:
         with safe_open(where[stored[name]], "pt") as tensors:
             return tensors.get_tensor(stored[name]).float()
 
-    step = TrainerState.load_from_json(str(state / TRAINER_STATE)).global_step
+    step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)).global_step
     return ConsolidatedState(list(order) or names, step, read)
 
 
-def _stage_0(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:
+def _open_stage_0(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:
     saved = _load(folder / "mp_rank_00_model_states.pt")
     optimizer = saved["optimizer"]["state"]
     numbers = {name: number for number, name in enumerate(order)}
@@ -98,7 +98,7 @@ def _stage_0(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> Co
     return ConsolidatedState(list(order) or list(saved["module"]), int(optimizer[0]["step"]), read)
 
 
-def _stages_1_and_2(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:
+def _open_stages_1_and_2(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:
     groups = _load(folder / "mp_rank_00_model_states.pt")["param_shapes"]
     shapes = {name: shape for group in groups for name, shape in group.items()}
     ranks = list(_shards(folder, record))
@@ -117,14 +117,14 @@ def _stages_1_and_2(folder: Path, record: CheckpointRecord, order: Sequence[str]
     return ConsolidatedState(list(shapes), int(moments[0][0]["step"]), read)
 
 
-def _stage_3(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:
+def _open_stage_3(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:
     groups = _load(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
     ranks = list(_shards(folder, record))
     places = {}
     for group, shapes in enumerate(groups):
         start = 0
         for name, shape in shapes.items():
-            # Every process holds as many elements of a parameter; the last are padding.
+            # Each process holds the same number of elements of a parameter; the last are padding.
             each = -(-shape.numel() // record.processes)
             places[name] = group, start, each, shape
             start += each
@@ -149,35 +149,40 @@ def _shards(folder: Path, record: CheckpointRecord) -> Iterator[dict[str, Any]]:
 
 
 def optimizer_order(trainer: Trainer) -> list[str]:
-    """The trained parameters as the trainer's optimizer numbers them: those that decay come first."""
+    """The trained parameters in the order of the trainer's optimizer: those with weight decay come first."""
     decays = set(trainer.get_decay_parameter_names(trainer.model))
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     return sorted(trained, key=lambda name: name not in decays)
 
 
 @torch.no_grad()
-def load_resharded(trainer: Trainer, state: Path) -> None:
-    """Load a saved state into a trainer that is ready to train, over whatever processes and by whatever stage.
+def load_resharded(trainer: Trainer, checkpoint: Path) -> None:
+    """Load a training checkpoint into a prepared trainer with another number of processes or ZeRO stage.
 
     Raises:
-        InputError: the state is torn, or of another model.
+        InputError: the checkpoint is incomplete, or of another model.
     """
-    whole = open_training_checkpoint(state, optimizer_order(trainer))
+    saved = open_training_checkpoint(checkpoint, optimizer_order(trainer))
     names = {parameter: name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+<<<<<<< HEAD
     if missing := sorted(set(names.values()) - set(whole.names)):
         raise InputError(f"{state} holds no {missing[0]}: it is of another model or adapter")
     engine: Any = trainer.model_wrapped
     optimizer: Any = trainer.optimizer
     schedule: Any = trainer.lr_scheduler
+=======
+    if missing := sorted(set(names.values()) - set(saved.names)):
+        raise InputError(f"{checkpoint} has no {missing[0]}: resume with the model and adapter that it was saved with")
+    engine = trainer.model_wrapped
+>>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     stage = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else 0
-    step = torch.tensor(float(whole.step))
-    {0: _into_plain, 1: _into_stages_1_and_2, 2: _into_stages_1_and_2, 3: _into_stage_3}[stage](
-        trainer, whole, names, step
-    )
+    step = torch.tensor(float(saved.step))
+    load = {0: _load_plain, 1: _load_stages_1_and_2, 2: _load_stages_1_and_2, 3: _load_stage_3}
+    load[stage](trainer, saved, names, step)
     if hasattr(engine, "global_steps"):
-        engine.global_steps = whole.step
-    scheduler = torch.load(state / "scheduler.pt", weights_only=True)
-    # DeepSpeed drops a group that has no parameter (an adapter has none without decay); all follow one schedule.
+        engine.global_steps = saved.step
+    scheduler = torch.load(checkpoint / "scheduler.pt", weights_only=True)
+    # DeepSpeed drops empty groups (adapters have no parameter without decay); all groups follow one schedule.
     for name in ("base_lrs", "_last_lr", "lr_lambdas"):
         scheduler[name] = scheduler[name][:1] * len(schedule.base_lrs)
     schedule.load_state_dict(scheduler)
@@ -188,18 +193,28 @@ def load_resharded(trainer: Trainer, state: Path) -> None:
 Names = dict[torch.nn.Parameter, str]
 
 
+<<<<<<< HEAD
 def _into_plain(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
     accelerated: Any = trainer.optimizer
     optimizer = accelerated.optimizer
+=======
+def _load_plain(trainer: Trainer, saved: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
+    optimizer = trainer.optimizer.optimizer
+>>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     for parameter, name in names.items():
-        parameter.copy_(whole.read(name, WEIGHT))
-        moments = {key: whole.read(name, key).to(parameter.device) for key in MOMENTS}
+        parameter.copy_(saved.read(name, WEIGHT))
+        moments = {key: saved.read(name, key).to(parameter.device) for key in MOMENTS}
         optimizer.state[parameter] = {"step": step.to(parameter.device, copy=True), **moments}
 
 
+<<<<<<< HEAD
 def _into_stages_1_and_2(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
     engine: Any = trainer.model_wrapped
     optimizer = engine.optimizer
+=======
+def _load_stages_1_and_2(trainer: Trainer, saved: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
+    optimizer = trainer.model_wrapped.optimizer
+>>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     if hasattr(optimizer, "bit16_groups"):
         groups = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
     else:  # DeepSpeed's own class for stage 1 in bf16
@@ -208,19 +223,24 @@ def _into_stages_1_and_2(trainer: Trainer, whole: ConsolidatedState, names: Name
         targets = {key: torch.zeros_like(flat) for key in MOMENTS}
         for parameter in group:
             mapping = parameter._hp_mapping
-            if mapping is None:  # this process holds nothing of it
+            if mapping is None:  # not on this process
                 continue
             source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
             for key, values in {WEIGHT: flat, **targets}.items():
-                piece = whole.read(names[parameter], key).flatten().narrow(0, source.start, source.numel)
+                piece = saved.read(names[parameter], key).flatten().narrow(0, source.start, source.numel)
                 values.narrow(0, target.start, target.numel).copy_(piece)
         optimizer.optimizer.state[flat] = {"step": step.to(flat.device, copy=True), **targets}
     optimizer.update_lp_params()
 
 
+<<<<<<< HEAD
 def _into_stage_3(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
     engine: Any = trainer.model_wrapped
     optimizer = engine.optimizer
+=======
+def _load_stage_3(trainer: Trainer, saved: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
+    optimizer = trainer.model_wrapped.optimizer
+>>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     rank, processes = trainer.args.process_index, trainer.args.world_size
     optimizer.checkpoint_event_prologue()
     for index, group in enumerate(optimizer.fp16_groups):
@@ -230,7 +250,7 @@ def _into_stage_3(trainer: Trainer, whole: ConsolidatedState, names: Names, step
         for parameter in group:
             each = parameter.partition_numel()
             for key, values in {WEIGHT: flat, **targets}.items():
-                value = whole.read(names[parameter], key).flatten()
+                value = saved.read(names[parameter], key).flatten()
                 padded = torch.nn.functional.pad(value, (0, each * processes - value.numel()))
                 values.narrow(0, start, each).copy_(padded.narrow(0, rank * each, each))
             start += each

@@ -1,4 +1,4 @@
-"""Which ways of training go together: the compatibility matrix, checked before anything is loaded."""
+"""The compatibility matrix: refuse combinations of settings that cannot train, before the model is loaded."""
 
 import os
 from typing import NamedTuple
@@ -8,14 +8,14 @@ from csc_train.training.config import ZeroConfig
 
 
 class Refused(NamedTuple):
-    """Settings that do not go together; None stands for any value.
+    """A combination of settings that is refused; None matches any value.
 
     Attributes:
         stage: a `ZeroConfig.stage`.
         adapter: an `AdapterConfig.kind`.
         precision: of the computation, bf16 or fp32.
-        offload: whether anything is kept in the memory of the CPU.
-        why: the reason, as a user reads it.
+        offload: whether optimizer states or weights are kept in CPU memory.
+        why: the reason for the user, and a remedy.
     """
 
     stage: str | None
@@ -26,31 +26,31 @@ class Refused(NamedTuple):
 
 
 REFUSED = (
-    Refused("0", None, "bf16", None, "DeepSpeed's stage 0 cannot sum gradients in fp32 there; choose off"),
-    Refused(None, "qlora", None, True, "offloading weights in 4 bits is untested; choose stage 3 without offloading"),
+    Refused("0", None, "bf16", None, "DeepSpeed's stage 0 cannot sum gradients in fp32; choose zero=off"),
+    Refused(None, "qlora", None, True, "offloading 4-bit weights is untested; choose zero=zero3"),
 )
-"""The compatibility matrix: what is not refused here, or by `ZeroConfig`, is supported."""
+"""All other combinations that `ZeroConfig` accepts are supported."""
 
 LAUNCHED = {
-    "ACCELERATE_USE_FSDP": "FSDP is not supported (on a CPU it falls back to DDP without a word, and its saved states "
-    "cannot be read here): use zero=zero3",
-    "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism is not supported (it splits rows, and with them packs, into "
-    "equal parts, and doubles the gradient norm under ZeRO 1 and 2): shorten packing.max_length",
-    "PARALLELISM_CONFIG_CP_SIZE": "context parallelism is not supported (it needs FSDP): shorten packing.max_length",
+    "ACCELERATE_USE_FSDP": "FSDP is not supported (on a CPU it silently falls back to DDP, and its checkpoints cannot be "
+    "resharded): use zero=zero3",
+    "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism is not supported (it splits packs into equal parts, and doubles "
+    "the gradient norm under ZeRO 1 and 2): lower packing.max_length",
+    "PARALLELISM_CONFIG_CP_SIZE": "context parallelism is not supported (it needs FSDP): lower packing.max_length",
     "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism is not supported: use zero=zero3",
 }
-"""What accelerate's launcher may ask for, by environment variable, and why it is refused."""
+"""Environment variables of accelerate's launcher that are refused, and why."""
 
 
 def check_supported(zero: ZeroConfig, adapter: str, precision: str) -> None:
-    """Refuse settings that the stack cannot train with, or not as asked.
+    """Refuse settings that the libraries cannot train with, or not as requested.
 
     Args:
         adapter: an `AdapterConfig.kind`.
         precision: of the computation, bf16 or fp32.
 
     Raises:
-        InputError: `REFUSED` or `LAUNCHED` lists them; says why.
+        InputError: `REFUSED` or `LAUNCHED` lists the settings; says why.
     """
     chosen = (zero.stage, adapter, precision, zero.offload_optimizer or zero.offload_parameters)
     for *settings, why in REFUSED:

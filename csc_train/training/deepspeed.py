@@ -1,7 +1,7 @@
-"""ZeRO: DeepSpeed's configuration, and the proof that what was asked is what runs.
+"""DeepSpeed's configuration for ZeRO, its start, and the check that the requested stage runs.
 
-Stages by Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020): 1 shards
-the optimizer's states, 2 the gradients as well, 3 the weights as well.
+Stage 1 shards the optimizer states, stage 2 the gradients too, stage 3 the weights too. Source: Rajbhandari et al.,
+"ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020).
 """
 
 import os
@@ -17,7 +17,7 @@ from csc_train.training.config import ZeroConfig
 
 
 def launcher_stage() -> str | None:
-    """The ZeRO stage that accelerate's launcher asks for by its own configuration; None where it brings none."""
+    """The ZeRO stage in the configuration of accelerate's launcher; None without one."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return None
     from accelerate.utils import DeepSpeedPlugin
@@ -26,13 +26,13 @@ def launcher_stage() -> str | None:
 
 
 def deepspeed_config(zero: ZeroConfig) -> dict[str, Any] | None:
-    """DeepSpeed's configuration; None where it is not used, or comes from the launcher.
+    """DeepSpeed's configuration; None without DeepSpeed, or if the launcher configures it.
 
-    Batch sizes, accumulation, precision and clipping are the trainer's, which fills in each "auto". So is the
-    optimizer: DeepSpeed's own would decay norms and biases too.
+    The Trainer fills in each "auto": batch sizes, accumulation, precision, clipping. The optimizer is the Trainer's too:
+    DeepSpeed's would decay norms and biases.
 
     Raises:
-        InputError: accelerate's launcher brings another stage.
+        InputError: accelerate's launcher configures another stage, or none under from_launcher.
     """
     launched = launcher_stage()
     if launched is None:
@@ -44,7 +44,7 @@ def deepspeed_config(zero: ZeroConfig) -> dict[str, Any] | None:
         return None
     else:
         raise InputError(
-            f"zero.stage={zero.stage}, but accelerate was launched with DeepSpeed at stage {launched}: leave one out"
+            f"zero.stage={zero.stage}, but accelerate launched DeepSpeed stage {launched}: remove one of the two"
         )
     gpu = torch.cuda.is_available()
     stage = int(zero.stage)
@@ -67,26 +67,26 @@ def deepspeed_config(zero: ZeroConfig) -> dict[str, Any] | None:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
-        # A sum over the micro batches of a step would lose most of its low bits in bf16.
+        # In bf16 the sum over the micro batches of a step would lose most of its low bits.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
-        # DeepSpeed's optimizer for the CPU is compiled when it is first used, which takes minutes.
+        # DeepSpeed compiles its CPU optimizer at first use, which takes minutes.
         "zero_force_ds_cpu_optimizer": gpu,
         "zero_optimization": optimization,
     }
 
 
 def start_deepspeed() -> None:
-    """Tell DeepSpeed of the process group, before there is a model: stage 3 would else see a single process."""
+    """Start DeepSpeed's process group before the model is loaded: otherwise stage 3 would see one process only."""
     import deepspeed
     import deepspeed.ops
 
-    # DeepSpeed's own calls.
+    # Caused by DeepSpeed itself.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not torch.cuda.is_available():
-        # Communication through shared memory is compiled when it is first used, which takes minutes.
+        # DeepSpeed compiles communication through shared memory at first use, which takes minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:  # one process, started by python itself
+    if "RANK" not in os.environ:  # one process, without a launcher
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
@@ -96,39 +96,48 @@ def start_deepspeed() -> None:
 
 
 def check_engine(trainer: Trainer) -> None:
-    """Refuse to train otherwise than asked: several set-ups fall back to DDP, or to processes apart, without a word.
+    """Check that the requested engine runs: some set-ups silently fall back to DDP, or to separate processes.
 
     Raises:
-        InputError: the processes have not found each other, another engine or stage runs, or nothing is sharded.
+        InputError: the processes do not train together, another engine or stage runs, or nothing is sharded.
     """
     asked = trainer.args.deepspeed_plugin.zero_stage if trainer.args.deepspeed_plugin else None
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != trainer.accelerator.num_processes:
+<<<<<<< HEAD
         raise InputError(f"{started} processes were started, but {trainer.accelerator.num_processes} train together")
     engine: Any = trainer.model_wrapped
+=======
+        raise InputError(f"{started} processes were started, but {trainer.accelerator.num_processes} trains")
+    engine = trainer.model_wrapped
+>>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     running = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None
     if asked != running:
         raise InputError(
-            f"{_engine(asked)} was asked for, but {_engine(running)} runs; is ACCELERATE_USE_CPU or "
-            "ACCELERATE_USE_DEEPSPEED set?"
+            f"zero asks for {_engine(asked)}, but {_engine(running)} runs: unset ACCELERATE_USE_CPU and "
+            "ACCELERATE_USE_DEEPSPEED"
         )
     if asked is None and started > 1 and not isinstance(engine, torch.nn.parallel.DistributedDataParallel):
-        raise InputError(f"{started} processes were started, but {type(engine).__name__} does not join them")
+        raise InputError(f"{started} processes were started, but {type(engine).__name__} does not train them together")
     if asked in (1, 2):
         parts = set(engine.optimizer.partition_count)
         if parts != {started} or engine.zero_optimization_partition_gradients() != (asked == 2):
-            raise InputError(f"ZeRO stage {asked} was asked for, but the states are in {sorted(parts)} parts")
+            raise InputError(f"zero asks for ZeRO stage {asked}, but the states are in {sorted(parts)} shards")
     if asked == 3:
         for name, parameter in trainer.model.named_parameters():
-            if not _sharded(parameter, started):
-                raise InputError(f"ZeRO stage 3 was asked for, but {name} is not sharded over {started} processes")
+            if not _is_shard(parameter, started):
+                raise InputError(f"zero asks for ZeRO stage 3, but {name} is not sharded over {started} processes")
 
 
 def _engine(stage: int | None) -> str:
     return "DDP or one process" if stage is None else f"ZeRO stage {stage}"
 
 
+<<<<<<< HEAD
 def _sharded(parameter: Any, processes: int) -> bool:
+=======
+def _is_shard(parameter: torch.nn.Parameter, processes: int) -> bool:
+>>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     if not hasattr(parameter, "ds_tensor"):
         return False
     shard = -(-parameter.ds_numel // processes)

@@ -1,6 +1,6 @@
-"""Refusing to train where the documents of a row would leak into each other.
+"""Leak check: refuse a model that lets the packed documents of a row attend to each other.
 
-A leak hardly moves the loss, and spoils the gradients: it must be refused before the first step.
+A leak hardly changes the loss but spoils the gradients, so the check runs before the first step.
 """
 
 import copy
@@ -19,28 +19,28 @@ from csc_train.packing.collator import SHARED_PREFIX_LAYOUTS, PackCollator
 
 VOCABULARY = 64
 WINDOW = 4
-"""Tokens in the sliding window of a probe: less than its documents have."""
+"""Tokens in the probe's sliding window: fewer than its documents have."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""How far logits may differ, over the largest of them; a leak moves a probe's by a good part of what they are."""
+"""Allowed difference of the logits, over the largest logit; a leak changes them by far more."""
 
 
 def check_no_leaks(
     model: PreTrainedModel, collator: PackCollator, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Refuse a model that does not keep the documents of `collator`'s rows apart, or changes them otherwise.
+    """Refuse a model whose logits on a packed row differ from those on its separate documents.
 
-    Some documents go through a probe of the model's own class, once in one row as in training, and each alone with the
-    model's own (eager) attention; the logits must be the same. So a mask or keyword that the model drops, positions
-    that it makes up, a state that runs on and a sliding window that is lost are all seen. The probe has a layer of
-    each kind, few tokens and random weights that make attention sharp: the model's own weights, which may be anywhere
-    and in parts (ZeRO-3), are not touched, nor is the state of the random generators.
+    A probe of the model's class gets a few documents: packed in one row as in training, and each alone with eager
+    attention. This finds ignored masks and keywords, wrong positions, state carried across documents, and a lost sliding
+    window. The probe has one layer of each kind, a small vocabulary, and random weights that make attention sharp.
+    The model's own weights, which may be sharded, and the random generators are not touched.
 
     Args:
-        device: where the model will be trained; `dtype`: in what precision.
+        device: of the training.
+        dtype: of the computation in training.
 
     Raises:
-        InputError: they are not the same.
+        InputError: the logits differ, or the model rejects a packed row.
     """
     if collator.layout == "padded":
         return
@@ -48,7 +48,7 @@ def check_no_leaks(
     refusal = f"{type(model).__name__} with {attention} attention cannot be trained on packs"
     without_dropout = attention == FLEX_ATTENTION or (attention == VARLEN_ATTENTION and device.type == "cpu")
     if without_dropout and getattr(model.config, "attention_dropout", 0):
-        raise InputError(f"{refusal}: it has no dropout, the model has attention_dropout")
+        raise InputError(f"{refusal}: it has no dropout, the model has attention_dropout; use packing=off")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
         probe = _probe(model, device)
@@ -65,16 +65,16 @@ def check_no_leaks(
     difference = ((row[0, : len(expected)] - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCE[dtype]:
         raise InputError(
-            f"{refusal}: logits differ from those of separate documents by {difference:.1%}, so documents leak into "
-            "each other or lose what they should see; use packing=off"
+            f"{refusal}: logits differ from those of separate documents by {difference:.1%}: documents leak into each "
+            "other, or miss part of their context; use packing=off"
         )
 
 
 def forbid_kv_cache(model: PreTrainedModel) -> None:
-    """Refuse, at every training step of `model`, what makes it lose the documents of a row.
+    """Raise a ValueError in a training step with a KV cache or a two-dimensional mask on packed rows.
 
-    Position ids are what packed rows have and others do not. With them alone transformers tells documents apart, but
-    not with a cache or a two-dimensional mask, and then without a word.
+    transformers tells packed documents apart by their position ids, which other rows do not have; with a cache or such
+    a mask it silently does not.
     """
 
     def refuse(decoder: Any, _, inputs: dict[str, Any]) -> None:
@@ -86,12 +86,12 @@ def forbid_kv_cache(model: PreTrainedModel) -> None:
         if mask is not None and mask.ndim != 4:
             raise ValueError(f"a packed row with a mask of {mask.ndim} dimensions: documents would leak")
 
-    # On the decoder, which every wrapper and TRL's own forward call.
+    # The decoder: every wrapper and TRL's own forward call it.
     model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
 
 
 def dropout_warning(config: PretrainedConfig, adapter: AdapterConfig, packing: str) -> str | None:
-    """What to say where dropout makes a shared prefix differ from separate ones, else None."""
+    """A warning if dropout makes a shared prefix differ from separate ones, else None."""
     found = {"the model's attention_dropout": getattr(config, "attention_dropout", 0) or 0}
     if adapter.kind == "lora":
         found["adapter.dropout"] = adapter.dropout
@@ -99,8 +99,8 @@ def dropout_warning(config: PretrainedConfig, adapter: AdapterConfig, packing: s
     if packing != "shared_prefix" or not named:
         return None
     return (
-        f"{' and '.join(named)}: the dialogues of a pack see one dropout of their shared prefix, so training is not "
-        "exactly that of separate dialogues; packing=best_fit gives each its own"
+        f"{' and '.join(named)}: the dialogues of a pack share the dropout of their prefix, so training differs "
+        "slightly from separate dialogues; packing=best_fit gives each its own prefix"
     )
 
 
@@ -125,7 +125,7 @@ def _probe(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def _documents(prefix: int) -> tuple[dict[str, Any], list[tuple[torch.Tensor, int]]]:
-    """A pack, and of each of its documents the ids [1, length] that it has alone and how many of them are its own."""
+    """A pack, and for each of its documents the separate ids [1, length] and the number of its own ones, at the end."""
     lengths = ([prefix] if prefix else []) + [7, 9]
     documents = [torch.randint(VOCABULARY, (1, length)) for length in lengths]
     pack = {
