@@ -54,9 +54,9 @@ def settings_of(schema: type, prefix: str = "") -> Iterator[Setting]:
     for item in dataclasses.fields(schema):
         doc, annotation, allowed = _field_source(schema, item.name)
         section = _section(types[item.name])
-        yield Setting(
-            prefix + item.name, annotation, "" if section else _default_text(item), allowed, doc, section and section[0]
-        )
+        inner, default = (section[0], "") if section else (None, _default_text(item))
+        doc = doc or (inspect.getdoc(inner) or "").split("\n\n")[0].replace("\n", " ") if inner else doc
+        yield Setting(prefix + item.name, annotation, default, allowed, doc, inner)
 
 
 def all_settings(schema: type, prefix: str = "") -> Iterator[Setting]:
@@ -110,7 +110,7 @@ def _class_source(schema: type) -> tuple[dict[str, str], dict[str, str], dict[st
             annotations[node.target.id] = ast.unparse(node.annotation)
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
                 docs[node.target.id] = " ".join(str(following.value.value).split())
-    return docs, annotations, dict(_checks(body, vars(module), {}))
+    return docs, annotations, dict(_checks(body, vars(module), {"": list(annotations)}))
 
 
 def _checks(node: ast.AST, names: dict[str, Any], loops: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
@@ -118,10 +118,13 @@ def _checks(node: ast.AST, names: dict[str, Any], loops: dict[str, list[str]]) -
 
     Args:
         names: the names of the module, to evaluate the limits with.
-        loops: the fields that the variables of the surrounding loops stand for.
+        loops: the fields that the variables of the surrounding loops stand for; all fields under the empty name.
     """
-    if isinstance(node, ast.For) and isinstance(node.target, ast.Name):
-        loops = loops | {node.target.id: list(_fields_in(node.iter, loops, literal=True))}
+    if isinstance(node, ast.For):
+        if ast.unparse(node.iter) == "vars(self).items()":  # the target is `name, value`
+            loops = loops | {ast.unparse(node.target).strip("()").split(", ")[-1]: loops[""]}
+        else:
+            loops = loops | {ast.unparse(node.target): list(_fields_in(node.iter, loops, literal=True))}
     if isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_choice", "check_range"):
         with contextlib.suppress(NameError, AttributeError):  # limits that depend on other fields
             limits = [eval(compile(ast.Expression(part), "", "eval"), dict(names)) for part in node.args[2:]]

@@ -28,6 +28,7 @@ class LLMConfig:
     temperature: float | None = None
     """Sampling temperature; defaults to the task's, such as 0 for an evaluation."""
     top_p: float | None = None
+    """Nucleus sampling; defaults to the server's value."""
     max_tokens: int | None = None
     """Longest answer in tokens, including a reasoning model's thoughts; defaults to the task's."""
     timeout_s: float = 120.0
@@ -37,11 +38,13 @@ class LLMConfig:
     concurrency: int = 16
     """Most requests in flight at a time; lowered while the server reports a rate limit."""
     requests_per_minute: int | None = None
+    """Limit of requests per minute; defaults to none."""
     tokens_per_minute: int | None = None
     """Tokens of prompts and answers together."""
     price_per_million_input: float | None = None
     """Price of a million prompt tokens, in any currency."""
     price_per_million_output: float | None = None
+    """Price of a million completion tokens, in the same currency."""
     json_mode: str = "auto"
     """How JSON is requested: json_schema, json_object or text; auto: the strictest that the server supports."""
     extra_body: dict[str, Any] = field(default_factory=dict)

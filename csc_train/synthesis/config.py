@@ -55,13 +55,17 @@ class BehaviourConfig:
     """Shares (0..1) of the dialogues with a difficult customer. The paper has no such settings."""
 
     short_patience: float = 0.25
+    """Grows angry when kept waiting or asked again, and may hang up."""
     long_patience: float = 0.15
+    """Is very patient and takes the time to explain."""
     at_once: float = 0.2
     """Tells everything at the start."""
     reluctant: float = 0.2
     """Wants to hear why a detail is needed before giving it."""
     misunderstands_once: float = 0.2
+    """Misunderstands the supporter once."""
     misunderstands_often: float = 0.1
+    """Often misunderstands the supporter."""
     unreasonable: float = 0.15
     """Insists on something that the rules do not allow."""
 
@@ -102,7 +106,9 @@ class SynthesisConfig:
     compact: bool = False
     """Short prompts and answers, for small models."""
     max_utterances: int = MAX_UTTERANCES
+    """Utterances of the longest dialogue."""
     seed: int = 0
+    """Seed of the scenarios."""
     attempts: int = 8
     """Dialogues that are tried for one quota slot before it stays empty."""
     topics: list[str] = field(default_factory=list)
