@@ -6,8 +6,6 @@ python recipes/sft.py experiment=demo on_finish=evaluate validation.save_best=tr
 """
 
 import logging
-from dataclasses import asdict
-from pathlib import Path
 
 try:
     from csc_train.config.cli import run_recipe
@@ -16,22 +14,19 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.sft")
-OUTPUTS = (
-    "checkpoints", "base", "tokenizer", "csc_manifest.json", "model", "metrics.json", "samples.jsonl",
-    "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb", "exported-*",
+OUTPUTS = (  # in the run directory
+    "checkpoints", "base", "tokenizer", "csc_manifest.json", "model", "metrics.json", "samples.jsonl", "exported-*",
+    "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb",
 )  # fmt: skip
-"""What the recipe writes into the run directory."""
 
 
-def main(config: SftRecipe) -> None:
-    # After the configuration is checked: these imports take seconds.
+def main(config: SftRecipe) -> None:  # the imports take seconds: only after the configuration is checked
     from csc_train.checkpoints.export import trained_model
     from csc_train.checkpoints.manifest import build_manifest, save_base_model, save_final_model, write_manifest
     from csc_train.config.compose import to_container
     from csc_train.data.dialogue import data_digest
     from csc_train.data.sample_grammar import ensure_sample
     from csc_train.data.splits import load_splits
-    from csc_train.files import write_json
     from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
     from csc_train.models.attention.select import select_attention
     from csc_train.models.families import chat_template_name
@@ -48,7 +43,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.training.compatibility import check_supported
     from csc_train.training.leak_check import dropout_warning
     from csc_train.training.trainer import build_trainer, training_arguments
-    from csc_train.training.validation import Validator, last_validation_metrics
+    from csc_train.training.validation import Validator
 
     # Checks
     job = distributed_state()
@@ -68,29 +63,20 @@ def main(config: SftRecipe) -> None:
     status = run.start({"train": data_digest(splits.train)})
     if status == "finished":
         logger.info(f"reused {run.directory}/model: same configuration, data and code")
-        if run.is_main:
-            run_on_finish(config.on_finish, on_finish)
-        return
+        return run_on_finish(config.on_finish, on_finish) if run.is_main else None
 
     # Template and packs
     tokenizer = get_tokenizer(config.model, config.template, splits.train, run.directory / "tokenizer", job)
     template = DialogueTemplate(tokenizer, chat_template_name(config.model), config.template)
-    dialogues = tokenize(splits.train, template, config.tokenization)
-    packs, packing_report = pack_dialogues(dialogues, config.packing, config.loss)
-    logger.info(f"training on {packing_report}")
+    packs, report = pack_dialogues(tokenize(splits.train, template, config.tokenization), config.packing, config.loss)
+    logger.info(f"training on {report}")
 
     # Validation
     tracker, validator = Tracker(config.tracking, run.directory), None
     if config.validation.interval(config.trainer):
-        validation = tokenize(splits.held_out, template, config.tokenization)
+        validation = splits.held_out, tokenize(splits.held_out, template, config.tokenization)
         validator = Validator(
-            splits.held_out, validation, template, config.validation, config.packing, packs.loss_weights,
-            tracker.log_table,
-        )  # fmt: skip
-    if config.validation.selects_model and not splits.validation:
-        logger.info(
-            f"note: {config.validation.metric_for_best_model} on the evaluation dialogues selects the model: evaluate "
-            "it on others, or select it on training dialogues that are set aside (data.validation_fraction=0.02)"
+            *validation, template, config.validation, config.packing, packs.loss_weights, tracker.log_table
         )
 
     # Model: after the arguments, since ZeRO stage 3 shards it while it is loaded
@@ -101,37 +87,28 @@ def main(config: SftRecipe) -> None:
     manifest = build_manifest(base, model, template, splits.train, run)
     if run.is_main:
         write_manifest(run.directory, manifest)
-    if warning := dropout_warning(model.config, config.adapter, config.packing.strategy):
+    dropout = dropout_warning(model.config, config.adapter, config.packing.strategy)
+    for warning in filter(None, (dropout, config.validation.selection_warning(splits.validation))):
         logger.info(warning)
 
     # Training
-    trainer = build_trainer(
-        model, tokenizer, packs, packing=config.packing.strategy, arguments=arguments, adapter=config.adapter,
-        validator=validator,
-    )  # fmt: skip
+    trainer = build_trainer(model, tokenizer, packs, arguments, config.packing.strategy, config.adapter, validator)
     logger.info(f"steps: {trainer.batch_sampler().load_balance()}")
     stop = StopOnSignal()
     trainer.add_callback(stop)
     checkpoint = run.latest_checkpoint() if status == "unfinished" else None
     with tracker:
-        track(trainer, tracker, run.config, manifest, packing_report, checkpoint)
+        track(trainer, tracker, run.config, manifest, report, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
         if stop.interrupted:
             run.stop()
-
         # Final model
         best = trainer.best_checkpoint()
         trained = trained_model(trainer, base, resolve_dtype(precision), best)
         if run.is_main:
-            log, state = trainer.state.log_history, trainer.state
-            metrics = last_validation_metrics(log, state.best_global_step if best else state.global_step)
-            write_json(
-                run.directory / "metrics.json", {"packing": asdict(packing_report), "validation": metrics, "log": log}
-            )
+            trainer.write_results(run.directory / "metrics.json", report, best)
             save_final_model(run.directory / "model", trained, tokenizer, template.chat_template, manifest)
-            tracker.log_model(
-                run.directory / "model", manifest.hashes, Path(config.data.train.path), run.config["data"]
-            )
+            tracker.log_model(run.directory / "model", manifest.hashes, run.config["data"])
     job.wait_for_everyone()
     run.finish()
     logger.info(f"model: {run.directory}/model" + (f", from {best.name}" if best else ""))

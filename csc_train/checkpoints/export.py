@@ -1,4 +1,4 @@
-"""Export a trained model to a plain Hugging Face directory: gather, merge adapters, compare logits with the original."""
+"""Export a trained model to a plain Hugging Face directory: gather, merge adapters, compare the logits."""
 
 import logging
 import os
@@ -29,8 +29,8 @@ from csc_train.template.chat_templates import load_chat_template
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Allowed difference of the logits from the trained model's, over the largest logit, by dtype of the exported weights. In
-bf16 it allows for the rounding of the weights."""
+"""Allowed difference of the logits from the trained model's, over the largest logit, by dtype of the exported weights.
+In bf16 it allows for the rounding of the weights."""
 PROBE_LENGTH = 64
 """Tokens in each sequence of the comparison."""
 
@@ -132,40 +132,22 @@ def with_weights(
     Raises:
         ValueError: the model has no such parameter.
     """
-<<<<<<< HEAD
     adapted = model if adapter is None else peft.get_peft_model(model, adapter)
-    places = dict(adapted.named_parameters())
-    if unknown := sorted(weights.keys() - places.keys()):
-        raise ValueError(f"the model has no {unknown[0]}")
-    with torch.no_grad():
-        for name, value in weights.items():
-            places[name].copy_(value)
-    return adapted.eval()
-=======
-    if adapter is not None:
-        model = peft.get_peft_model(model, adapter)
-    parameters = dict(model.named_parameters())
+    parameters = dict(adapted.named_parameters())
     if unknown := sorted(weights.keys() - parameters.keys()):
         raise ValueError(f"the model has no {unknown[0]}")
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)
-    return model.eval()
->>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
+    return adapted.eval()
 
 
 def merged(
     model: PreTrainedModel, weights: dict[str, torch.Tensor], adapter: peft.LoraConfig | None
 ) -> PreTrainedModel:
-<<<<<<< HEAD
-    """As `with_weights`, the adapter merged into the weights below it."""
+    """As `with_weights`, then merge the adapter."""
     adapted: Any = with_weights(model, weights, adapter)
     return adapted if adapter is None else adapted.merge_and_unload()
-=======
-    """As `with_weights`, then merge the adapter."""
-    model = with_weights(model, weights, adapter)
-    return model if adapter is None else model.merge_and_unload()
->>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
 
 
 def open_source(path: str) -> ExportSource:
@@ -279,13 +261,8 @@ def _as_trained(
 
 
 @torch.inference_mode()
-<<<<<<< HEAD
 def _logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits on seeded random ids, float32 [2, `PROBE_LENGTH`, vocabulary]."""
-=======
-def _logits(model: torch.nn.Module) -> torch.Tensor:
     """Logits on seeded random token ids; float32 [2, `PROBE_LENGTH`, vocabulary]."""
->>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, PROBE_LENGTH), generator=generator)
     model.eval()

@@ -164,17 +164,11 @@ def load_resharded(trainer: Trainer, checkpoint: Path) -> None:
     """
     saved = open_training_checkpoint(checkpoint, optimizer_order(trainer))
     names = {parameter: name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-<<<<<<< HEAD
-    if missing := sorted(set(names.values()) - set(whole.names)):
-        raise InputError(f"{state} holds no {missing[0]}: it is of another model or adapter")
+    if missing := sorted(set(names.values()) - set(saved.names)):
+        raise InputError(f"{checkpoint} has no {missing[0]}: resume with the model and adapter that it was saved with")
     engine: Any = trainer.model_wrapped
     optimizer: Any = trainer.optimizer
     schedule: Any = trainer.lr_scheduler
-=======
-    if missing := sorted(set(names.values()) - set(saved.names)):
-        raise InputError(f"{checkpoint} has no {missing[0]}: resume with the model and adapter that it was saved with")
-    engine = trainer.model_wrapped
->>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     stage = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else 0
     step = torch.tensor(float(saved.step))
     load = {0: _load_plain, 1: _load_stages_1_and_2, 2: _load_stages_1_and_2, 3: _load_stage_3}
@@ -193,28 +187,18 @@ def load_resharded(trainer: Trainer, checkpoint: Path) -> None:
 Names = dict[torch.nn.Parameter, str]
 
 
-<<<<<<< HEAD
-def _into_plain(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
+def _load_plain(trainer: Trainer, saved: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
     accelerated: Any = trainer.optimizer
     optimizer = accelerated.optimizer
-=======
-def _load_plain(trainer: Trainer, saved: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
-    optimizer = trainer.optimizer.optimizer
->>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     for parameter, name in names.items():
         parameter.copy_(saved.read(name, WEIGHT))
         moments = {key: saved.read(name, key).to(parameter.device) for key in MOMENTS}
         optimizer.state[parameter] = {"step": step.to(parameter.device, copy=True), **moments}
 
 
-<<<<<<< HEAD
-def _into_stages_1_and_2(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
+def _load_stages_1_and_2(trainer: Trainer, saved: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
     engine: Any = trainer.model_wrapped
     optimizer = engine.optimizer
-=======
-def _load_stages_1_and_2(trainer: Trainer, saved: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
-    optimizer = trainer.model_wrapped.optimizer
->>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     if hasattr(optimizer, "bit16_groups"):
         groups = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
     else:  # DeepSpeed's own class for stage 1 in bf16
@@ -233,14 +217,9 @@ def _load_stages_1_and_2(trainer: Trainer, saved: ConsolidatedState, names: Name
     optimizer.update_lp_params()
 
 
-<<<<<<< HEAD
-def _into_stage_3(trainer: Trainer, whole: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
+def _load_stage_3(trainer: Trainer, saved: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
     engine: Any = trainer.model_wrapped
     optimizer = engine.optimizer
-=======
-def _load_stage_3(trainer: Trainer, saved: ConsolidatedState, names: Names, step: torch.Tensor) -> None:
-    optimizer = trainer.model_wrapped.optimizer
->>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
     rank, processes = trainer.args.process_index, trainer.args.world_size
     optimizer.checkpoint_event_prologue()
     for index, group in enumerate(optimizer.fp16_groups):

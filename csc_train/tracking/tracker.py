@@ -103,22 +103,22 @@ class Tracker:
             table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
             self._wandb.log({name: table}, step=max(step, self._wandb.step))  # the step's row may be closed
 
-    def log_model(self, directory: Path, hashes: dict[str, str], data: Path, data_config: dict[str, Any]) -> None:
+    def log_model(self, directory: Path, hashes: dict[str, str], data_config: dict[str, Any]) -> None:
         """Log references to the final model and its training data to W&B; no weights are uploaded.
 
         Args:
             directory: of the final model.
             hashes: of its manifest, by name.
-            data: the file of training dialogues.
-            data_config: the settings of the data.
+            data_config: the `data` group of the run's configuration.
         """
         if self._wandb is None:
             return
         import wandb
 
         dataset = wandb.Artifact(f"data-{hashes['data_hash'][:12]}", "dataset", metadata=data_config)
-        if data.is_file():
-            dataset.add_reference(data.absolute().as_uri(), checksum=False)
+        source = Path(data_config["train"]["path"])
+        if source.is_file():
+            dataset.add_reference(source.absolute().as_uri(), checksum=False)
         if not self._wandb.offline:  # W&B declares inputs online only
             self._wandb.use_artifact(dataset)
         model = wandb.Artifact(f"model-{self._wandb.id}", "model", metadata={"data": dataset.name} | hashes)

@@ -32,10 +32,10 @@ REFUSED = (
 """All other combinations that `ZeroConfig` accepts are supported."""
 
 LAUNCHED = {
-    "ACCELERATE_USE_FSDP": "FSDP is not supported (on a CPU it silently falls back to DDP, and its checkpoints cannot be "
-    "resharded): use zero=zero3",
-    "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism is not supported (it splits packs into equal parts, and doubles "
-    "the gradient norm under ZeRO 1 and 2): lower packing.max_length",
+    "ACCELERATE_USE_FSDP": "FSDP is not supported (on a CPU it silently falls back to DDP, and its checkpoints cannot "
+    "be resharded): use zero=zero3",
+    "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism is not supported (it splits packs into equal parts, and "
+    "doubles the gradient norm under ZeRO 1 and 2): lower packing.max_length",
     "PARALLELISM_CONFIG_CP_SIZE": "context parallelism is not supported (it needs FSDP): lower packing.max_length",
     "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism is not supported: use zero=zero3",
 }

@@ -1,5 +1,6 @@
 """Settings of the training: the groups `trainer`, `validation` and `zero`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from csc_train.errors import InputError, check_choice, check_range
@@ -158,6 +159,19 @@ class ValidationConfig:
     def selects_model(self) -> bool:
         """Whether validation selects the final model, so that its dialogues cannot test it."""
         return self.early_stopping_patience is not None or self.save_best
+
+    def selection_warning(self, dialogues: Sequence) -> str | None:
+        """A warning if validation selects the model on the evaluation dialogues, else None.
+
+        Args:
+            dialogues: those set aside for validation; without any it runs on the evaluation dialogues.
+        """
+        if dialogues or not self.selects_model:
+            return None
+        return (
+            f"note: {self.metric_for_best_model} on the evaluation dialogues selects the model: evaluate it on others, "
+            "or select it on training dialogues that are set aside (data.validation_fraction=0.02)"
+        )
 
     def interval(self, trainer: TrainerConfig) -> float:
         """Steps between validations, or their share of all steps; 0 for none.

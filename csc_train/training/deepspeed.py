@@ -28,8 +28,8 @@ def launcher_stage() -> str | None:
 def deepspeed_config(zero: ZeroConfig) -> dict[str, Any] | None:
     """DeepSpeed's configuration; None without DeepSpeed, or if the launcher configures it.
 
-    The Trainer fills in each "auto": batch sizes, accumulation, precision, clipping. The optimizer is the Trainer's too:
-    DeepSpeed's would decay norms and biases.
+    The Trainer fills in each "auto": batch sizes, accumulation, precision, clipping. The optimizer is the Trainer's
+    too: DeepSpeed's would decay norms and biases.
 
     Raises:
         InputError: accelerate's launcher configures another stage, or none under from_launcher.
@@ -104,13 +104,8 @@ def check_engine(trainer: Trainer) -> None:
     asked = trainer.args.deepspeed_plugin.zero_stage if trainer.args.deepspeed_plugin else None
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != trainer.accelerator.num_processes:
-<<<<<<< HEAD
-        raise InputError(f"{started} processes were started, but {trainer.accelerator.num_processes} train together")
-    engine: Any = trainer.model_wrapped
-=======
         raise InputError(f"{started} processes were started, but {trainer.accelerator.num_processes} trains")
-    engine = trainer.model_wrapped
->>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
+    engine: Any = trainer.model_wrapped
     running = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None
     if asked != running:
         raise InputError(
@@ -133,11 +128,7 @@ def _engine(stage: int | None) -> str:
     return "DDP or one process" if stage is None else f"ZeRO stage {stage}"
 
 
-<<<<<<< HEAD
-def _sharded(parameter: Any, processes: int) -> bool:
-=======
-def _is_shard(parameter: torch.nn.Parameter, processes: int) -> bool:
->>>>>>> 0e43054 (Export, resharding, DeepSpeed, leak check and configuration comments in the field's words; experiments override only what differs)
+def _is_shard(parameter: Any, processes: int) -> bool:
     if not hasattr(parameter, "ds_tensor"):
         return False
     shard = -(-parameter.ds_numel // processes)

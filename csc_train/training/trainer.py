@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from csc_train.checkpoints.training_checkpoint import (
     start_save,
 )
 from csc_train.errors import InputError
+from csc_train.files import write_json
 from csc_train.models.attention.select import batch_layout
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
 from csc_train.models.loading import lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.packing.collator import PackCollator
-from csc_train.packing.dataset import PackedDataset
+from csc_train.packing.dataset import PackedDataset, PackingReport
 from csc_train.packing.pack_cost import pack_cost
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
 from csc_train.training.callbacks import EarlyStopping, ProgressReporter
@@ -39,7 +40,7 @@ from csc_train.training.leak_check import check_no_leaks, forbid_kv_cache
 from csc_train.training.loss import normalize_loss, sum_weights, weight_log_probs
 from csc_train.training.memory import out_of_memory_advice
 from csc_train.training.train_metrics import TrainMetrics
-from csc_train.training.validation import Validator
+from csc_train.training.validation import Validator, last_validation_metrics
 
 
 @dataclass
@@ -203,6 +204,18 @@ class PackTrainer(SFTTrainer):
         best = self._best_step()
         return None if best in (None, self.state.global_step) else checkpoint_dir(Path(self.args.output_dir), best)
 
+    def write_results(self, path: Path, packing: PackingReport, best: Path | None) -> None:
+        """Write the results of the training as JSON: packing, validation metrics of the final model, and log.
+
+        Args:
+            best: as `best_checkpoint` returned it.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        log, step = self.state.log_history, self.state.best_global_step if best else self.state.global_step
+        write_json(path, {"packing": asdict(packing), "validation": last_validation_metrics(log, step), "log": log})
+
     def _best_step(self) -> int | None:
         save_best = self.validator is not None and self.validator.config.save_best
         return self.state.best_global_step if save_best else None
@@ -348,9 +361,8 @@ def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     packs: PackedDataset,
-    *,
-    packing: str,
     arguments: PackTrainingArguments,
+    packing: str,
     adapter: AdapterConfig,
     validator: Validator | None = None,
 ) -> PackTrainer:
@@ -360,8 +372,8 @@ def build_trainer(
 
     Args:
         packs: as `packing.dataset.pack_dialogues` returns them.
-        packing: the `PackingConfig.strategy` of `packs`.
         arguments: as `training_arguments` returns them.
+        packing: the `PackingConfig.strategy` of `packs`.
         validator: packed as `packs` are; runs as often as `arguments` say.
 
     Raises:

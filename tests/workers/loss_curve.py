@@ -159,7 +159,7 @@ def train(
         trainer.train(resume_from_checkpoint=state)
         if stop.interrupted:
             run.stop()
-        tracker.log_model(folder / "model", MANIFEST.hashes, Path("none.jsonl"), {})
+        tracker.log_model(folder / "model", MANIFEST.hashes, run.config["data"])
     run.finish()
     return trainer
 
