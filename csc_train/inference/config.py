@@ -6,7 +6,7 @@ from typing import ClassVar
 from csc_train.errors import check_choice, check_range
 
 CONTEXTS = ("reference", "generated")
-"""Histories that a turn is predicted from: the gold one, or the system's own turns between the gold customer's."""
+"""Histories of a predicted turn: the reference dialogue, or the system's own turns between the reference customer's."""
 DTYPES = ("auto", "bf16", "fp32")
 """Precisions of a model's weights."""
 
