@@ -1,4 +1,4 @@
-"""Which attention is fastest on this device, and is it exact: one shared-prefix pack through layers as in Qwen2.5-7B.
+"""Speed and exactness of the attention implementations on this device, on one shared-prefix pack.
 
 python benchmarks/attention.py                                     # on a GPU
 python benchmarks/attention.py --hidden 256 --heads 4 --length 2048  # small, on a CPU

@@ -1,8 +1,8 @@
-"""What the benchmarks share: dialogues of lengths like RoleCS's, optimizer steps of any trainer, timing, report.
+"""Shared by the benchmarks: dialogues with RoleCS-like lengths, optimizer steps of any trainer, timing, report.
 
 The lengths file holds the tokens of 11,232 dialogues under the Qwen2.5 tokenizer, 568 of each being the system prompt.
-It says nothing of turns, so a dialogue is taken to have 13 exchanges of equal length, of whose tokens the supporter's
-half is trained.
+It has no turns, so each dialogue is assumed to have 13 exchanges of equal length, whose second halves (the supporter's)
+are trained.
 """
 
 import itertools
@@ -102,7 +102,7 @@ def random_examples(bodies: Iterable[int], prefix: int, vocabulary: int) -> list
 
 
 def turn_samples(examples: Iterable[TokenizedDialogue]) -> list[TokenizedDialogue]:
-    """A sample for each supporter turn: all that comes before it, and it alone trained."""
+    """One sample per supporter turn: the turns before it as context, and the turn itself trained."""
     samples = []
     for example in examples:
         for turn in range(1, len(example.turn_offsets), 2):
@@ -270,8 +270,8 @@ class Report:
         """Begin a section.
 
         Args:
-            how: what is measured, and what is assumed.
-            settings: what its figures depend on.
+            how: the method and its assumptions.
+            settings: the settings that decide the results.
         """
         self.figures = {}
         self.sections[name] = {

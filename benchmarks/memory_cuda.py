@@ -2,9 +2,9 @@
 
 python benchmarks/memory_cuda.py [results.json]
 
-A 1.5B-shaped model trained whole and a 7B-shaped one with LoRA, both from random weights, on packs of random tokens, by
-the trainer of recipes/sft.py on one GPU. Every run is a process of its own. `estimate_memory` is what the plan says that tensors
-take, `measured` the peak that torch allocated; `reserved` and `used` are what its allocator and the whole process hold.
+Trains a 1.5B-shaped model fully and a 7B-shaped one with LoRA, both from random weights, on packs of random tokens, by
+the trainer of recipes/sft.py on one GPU. Each run is a separate process. `estimate_memory` is the plan's peak of tensors,
+`measured` the peak that torch allocated; `reserved` and `used` are the peaks of its allocator and of the process.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""What packing gains on a CPU: tokens, packs, balance, preparation and training, beside TRL's own in the same run.
+"""Packing against TRL's own on a CPU: tokens, packs, load balance, tokenization and training speed.
 
 python benchmarks/packing.py            # about six minutes on two cores
-python benchmarks/packing.py --quick    # every section on next to nothing, in seconds: the figures mean nothing
-python benchmarks/packing.py --sections balance     # this section again, the others' results are kept
+python benchmarks/packing.py --quick    # every section on tiny data, in seconds: a smoke test
+python benchmarks/packing.py --sections balance     # only this section; the results of the others stay
 
-Prints each figure as it comes and writes benchmarks/results/packing.json: settings, versions, commit and machine beside
-the figures. Sides that are compared take turns within one process, and a ratio is that of each turn's two sides.
+Prints each result and writes benchmarks/results/packing.json with settings, versions, commit and machine. The compared
+sides take turns in one process; a ratio compares the two sides of each turn.
 """
 
 import argparse
@@ -78,21 +78,21 @@ GENERATION_TEMPLATE = (
     "{%- if message.role == 'assistant' %}{% generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}"
     "{%- else %}{{- message.content + '<|im_end|>' }}{%- endif %}{{- '\\n' }}{%- endfor %}"
 )
-"""Qwen2.5's chat template with the marks by which TRL finds what is trained (`assistant_only_loss`)."""
+"""Qwen2.5's chat template with the marks by which TRL finds trained tokens (`assistant_only_loss`)."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured."""
+    """Sizes of the benchmark."""
 
     capacities: tuple[int, ...] = (8192, 4096)
     dialogues: int | None = None
-    """Whose lengths are packed and balanced; all where not given."""
-    prepared_dialogues: int = 2000
-    prepared_repeats: int = 3
+    """Dialogues whose lengths are packed and balanced; defaults to all."""
+    tokenized_dialogues: int = 2000
+    tokenization_repeats: int = 3
     packer_repeats: int = 5
     trained_dialogues: int = 1000
-    """From which the packs of the training sections are made."""
+    """Dialogues in the packs of the training sections."""
     epochs: int = 2
     """Over which balance is measured."""
     rounds: int = 5
@@ -117,8 +117,8 @@ class Settings:
 
 QUICK = Settings(
     dialogues=1200,
-    prepared_dialogues=20,
-    prepared_repeats=1,
+    tokenized_dialogues=20,
+    tokenization_repeats=1,
     packer_repeats=1,
     trained_dialogues=60,
     epochs=1,
@@ -179,7 +179,7 @@ def tokens(report: Report, settings: Settings, tokenizer: PreTrainedTokenizerBas
     bodies, capacity = body_lengths(settings.dialogues), settings.capacities[0]
     report.section(
         "tokens",
-        "All dialogues of the lengths file. Plain: a sequence a dialogue, prefix included, whoever packs them. Shared: "
+        "All dialogues of the lengths file. Plain: one sequence per dialogue, prefix included. Shared: "
         "bodies, and one prefix a pack. Per turn: a sample for each supporter turn with all that comes before it, "
         f"{EXCHANGES} turns at equal distances in each body (the file has no turns). For another prefix the bodies "
         "stay and the prefix is exchanged.",
@@ -205,7 +205,7 @@ def tokens(report: Report, settings: Settings, tokenizer: PreTrainedTokenizerBas
 
 
 def packer(report: Report, settings: Settings, capacity: int) -> None:
-    """How full packs are, how many, and how long packing takes."""
+    """Utilisation and number of packs, and the time of packing."""
     bodies = body_lengths(settings.dialogues)
     report.section(
         f"packer at {capacity:,}",
@@ -263,8 +263,8 @@ def balance(report: Report, settings: Settings, capacity: int) -> None:
         report.section(
             f"balance at {capacity:,}, {per_step} packs a step",
             "Forward FLOPs of Qwen2.5-7B. Slowest / mean: of the ranks, mean over all steps. Efficiency: FLOPs of the "
-            "packs over ranks x slowest rank, over all steps; what is repeated (the prefix of a pack that was cut, the "
-            "packs that fill TRL's last step up) is no use. TRL: its plain packs shuffled and dealt in order. Spread: "
+            "packs over ranks x slowest rank, over all steps; repeated work (the prefix of a split pack, the packs that "
+            "fill TRL's last step) does not count. TRL: its plain packs, shuffled and assigned in order. Spread: "
             "standard deviation over the full steps of the mean length of a step's dialogues, over what it would be "
             "for as many dialogues drawn at random.",
             max_length=capacity,
@@ -287,14 +287,14 @@ def balance(report: Report, settings: Settings, capacity: int) -> None:
 
 
 def our_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[list[PackSlice]]]:
-    """By step, by rank, its parts."""
+    """By step, by rank, the pack slices."""
     steps = global_batches(packs, per_step, 0, epoch)
     return [[list(itertools.chain(*passes)) for passes in assign_to_ranks(step, packs, RANKS, 1, single_row=True)]
             for step in steps]  # fmt: skip
 
 
 def random_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[list[PackSlice]]]:
-    """As `our_steps`, but shuffled and dealt in order; the first packs fill the last round up, as accelerate does."""
+    """As `our_steps`, but shuffled and assigned in order; the first packs fill the last step, as in accelerate."""
     order = numpy.random.default_rng([0, epoch]).permutation(len(packs)).tolist()
     order += order[: -len(order) % RANKS]
     whole = [PackSlice(pack, 0, len(packs[pack].tokens)) for pack in order]
@@ -318,7 +318,7 @@ def unfairness(steps: list[list[list[PackSlice]]], packs: list[PackCost]) -> flo
 
 def preparation(report: Report, settings: Settings, tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
     """Dialogues to ids and labels, a second, on one core."""
-    dialogues = long_dialogues(settings.prepared_dialogues)
+    dialogues = long_dialogues(settings.tokenized_dialogues)
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
     rows = datasets.Dataset.from_list([{"messages": plain_messages(dialogue)} for dialogue in dialogues])
     tokenizer.chat_template = GENERATION_TEMPLATE
@@ -344,7 +344,7 @@ def preparation(report: Report, settings: Settings, tokenizer: PreTrainedTokeniz
     def theirs() -> None:
         made["TRL"] = trainer._prepare_dataset(rows, tokenizer, trainer.args, False, None, "train")
 
-    taken = side_by_side({"ours": ours, "TRL": theirs}, settings.prepared_repeats)
+    taken = side_by_side({"ours": ours, "TRL": theirs}, settings.tokenization_repeats)
     lengths = [len(example.input_ids) for example in made["ours"]]
     report.section(
         "preparation",
@@ -423,7 +423,7 @@ def training(report: Report, settings: Settings, directory: str) -> None:
         "training",
         "Trained tokens a second of whole optimizer steps (collation, forward, backward, clipping, AdamW) of one pack, "
         "in fp32 without activation checkpointing. Random ids with the file's lengths behind one prefix; the second "
-        "half of each exchange is trained, and a token counts once, whoever trains it. Shared prefix, plain packs and "
+        "half of each exchange is trained, and a token counts once. Shared prefix, plain packs and "
         "per turn (packs of samples, a sample a supporter turn): our trainer and attention by document. TRL packs: "
         "SFTTrainer, packing=True, bfd, its own collator, sdpa with the mask that transformers derives from the "
         "positions, which keeps documents apart (see exactness). Packs under nine tenths full, of which so small a set "
@@ -458,7 +458,7 @@ def same_steps(report: Report, settings: Settings, directory: str) -> None:
     taken = side_by_side(sides, settings.rounds)
     report.section(
         "same dialogues a step",
-        "Each step holds the dialogues of one shared-prefix pack; under best_fit each of them has a prefix of its own. "
+        "Each step holds the dialogues of one shared-prefix pack; under best_fit each of them has its own prefix. "
         "Losses of consecutive optimizer steps from the same weights.",
         steps=len(order),
         learning_rate=LEARNING_RATE,
@@ -487,7 +487,7 @@ def exactness(report: Report, settings: Settings) -> None:
     members = [examples[member.dialogue] for member in packs.pack_items[number]]
     report.section(
         "exactness",
-        "Largest absolute difference of a hidden state behind the last layer from that of the dialogue run alone, over "
+        "Largest absolute difference of a hidden state behind the last layer from that of the separate dialogue, over "
         "one pack. TRL packs: what its collator makes of the same dialogues, with sdpa.",
         dialogues=len(members),
         max_length=settings.max_length,

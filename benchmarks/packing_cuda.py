@@ -1,4 +1,4 @@
-"""What packing gains on a GPU: trained tokens a second, model FLOPs utilisation and peak memory, beside TRL's packing.
+"""Packing against TRL's own on a GPU: trained tokens per second, model FLOPs utilisation and peak memory.
 
 python benchmarks/packing_cuda.py       # one GPU of 80 GB, less than ten minutes
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def measure_shape(report: Report, shape: str, options: argparse.Namespace, deadline: float) -> None:
-    """All sides on one model, one after the other, each alone on the GPU."""
+    """Measure all sides on one model, one after the other."""
     model = SHAPES[shape] | ({"num_hidden_layers": options.layers} if shape == "7b" else {})
     examples = random_examples(body_lengths(DIALOGUES).tolist(), PREFIX, model["vocab_size"])
     report.section(

@@ -165,7 +165,7 @@ def test_processes_and_micro_batches_only_distribute_the_steps(number, most, sin
 
 
 def check_room(step, whole, packs, micro, single_row):
-    """No forward pass holds more than `micro` of the longest packs of the step, or, unjoined, more than that many."""
+    """No forward pass holds more than `micro` of the longest packs of the step, or, not in one row, more than that many."""
     longest = max(pack.prefix_tokens + sum(pack.tokens) for pack in whole)
     for parts in chain(*step):
         parts = [part for part in parts if part]
@@ -210,7 +210,7 @@ def test_packs_that_cannot_are_cut_between_documents():
         [[PackSlice(0, 0, 2)]],
         [[PackSlice(0, 2, 3), PackSlice(2, 0, 1), PackSlice(1, 0, 2)]],
     ]
-    # Unjoined, three parts do not fit two places, so the first process takes a whole pack.
+    # Not in one row, three parts do not fit two places, so the first process takes a whole pack.
     assert assign_to_ranks([0, 1, 2], packs, 2, 2, single_row=False) == [
         [[PackSlice(0, 0, 3)]],
         [[PackSlice(1, 0, 2), PackSlice(2, 0, 1)]],
@@ -222,9 +222,9 @@ def test_packs_that_cannot_are_cut_between_documents():
     assert [share[0][0].flops(packs) for share in assign_to_ranks([0], packs, 2, 1, single_row=True)] == [7, 6]
 
 
-def stretch_cost(stretch, packs, places, single_row, longest):
+def segment_cost(segment, packs, places, single_row, longest):
     """FLOPs of consecutive (pack, document) pairs as parts of packs; infinite where they have not places enough."""
-    runs = [[*run] for _, run in itertools.groupby(stretch, lambda document: document[0])]
+    runs = [[*run] for _, run in itertools.groupby(segment, lambda document: document[0])]
     parts = [PackSlice(run[0][0], run[0][1], run[-1][1] + 1) for run in runs]
     fits = len(parts) <= places or (
         single_row and len(parts) == places + 1 and parts[0].tokens(packs) + parts[-1].tokens(packs) <= longest
@@ -242,7 +242,7 @@ def test_no_other_cut_of_the_line_of_documents_has_a_cheaper_costliest_process(s
         longest = max(pack.prefix_tokens + sum(pack.tokens) for pack in packs[:number])
         cheapest = min(
             max(
-                stretch_cost(line[start:end], packs, places, single_row, longest)
+                segment_cost(line[start:end], packs, places, single_row, longest)
                 for start, end in itertools.pairwise((0, *cuts, len(line)))
             )
             for cuts in itertools.combinations_with_replacement(range(len(line) + 1), processes - 1)

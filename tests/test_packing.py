@@ -246,7 +246,7 @@ def test_policy_drop_leaves_out_what_is_too_long():
     assert fit([long, short, long], max_length=14, overflow="drop") == [None, 0, None]
 
 
-def test_policy_raise_names_the_dialogue_and_its_length():
+def test_policy_error_names_the_dialogue_and_its_length():
     with pytest.raises(InputError, match=r"^dialogue 2 has 15 tokens, more than packing\.max_length=14; "):
         fit([example(4, 3), example(4, 3, 2, 6)], max_length=14, overflow="error")
 
@@ -255,7 +255,7 @@ def test_policy_raise_names_the_dialogue_and_its_length():
     ("max_length", "first"),
     [(21, 1), (19, 1), (18, 3), (12, 3)],  # 4 + 3 + (2 + 5 + (2 + 6)): 19 without the first turn, 12 without three
 )
-def test_policy_trim_cuts_the_fewest_whole_leading_turns(max_length, first):
+def test_policy_truncate_removes_the_fewest_whole_leading_turns(max_length, first):
     whole = example(4, 3, 2, 5, 2, 6)
     assert fit([whole], max_length=max_length, overflow="truncate") == [first]
     kept = drop_leading_turns(whole, first)
@@ -280,11 +280,11 @@ def test_policy_trim_cuts_the_fewest_whole_leading_turns(max_length, first):
     ],
     ids=["greeting", "exchange", "customer-last"],
 )
-def test_policy_trim_drops_what_cannot_be_trimmed(one):
+def test_policy_truncate_drops_what_cannot_be_truncated(one):
     assert fit([one], max_length=12, overflow="truncate") == [None]
 
 
-def test_a_trimmed_dialogue_is_the_encoding_of_its_last_turns(template):
+def test_a_truncated_dialogue_is_the_encoding_of_its_last_turns(template):
     rng = random.Random(5)
     prefix = len(template.prefix_ids)
     cuts = set()
@@ -335,7 +335,7 @@ def documents(packs) -> list[tuple[list[int], list[float]]]:
     return found
 
 
-def test_rows_are_the_joined_documents_of_each_pack():
+def test_rows_are_the_concatenated_documents_of_each_pack():
     # Lengths 7, 9, 12 and 3 in packs of 12: 3 and 9, 7, 12 alone.
     examples = [example(4, 3), example(4, 3, 2, first_id=100), example(4, 3, 2, 3, first_id=200), example(1, 2)]
     packs, report = pack_dialogues(examples, PackingConfig("best_fit", max_length=12))
@@ -368,7 +368,7 @@ def test_rows_are_the_joined_documents_of_each_pack():
     )
 
 
-def test_the_report_counts_what_was_trimmed_and_dropped():
+def test_the_report_counts_what_was_truncated_and_dropped():
     examples = [example(4, 3, 2, 5), example(4, 9), example(4, 3)]
     packs, report = pack_dialogues(examples, PackingConfig("best_fit", max_length=12))
     assert report == PackingReport(
