@@ -3,7 +3,7 @@
 python benchmarks/memory_cuda.py [results.json]
 
 Trains a 1.5B-shaped model fully and a 7B-shaped one with LoRA, both from random weights, on packs of random tokens, by
-the trainer of recipes/sft.py on one GPU. Each run is a separate process. `estimate_memory` is the plan's peak of tensors,
+the trainer of recipes/sft.py on one GPU. Each run is a separate process. `estimate_memory` is the planned peak,
 `measured` the peak that torch allocated; `reserved` and `used` are the peaks of its allocator and of the process.
 """
 

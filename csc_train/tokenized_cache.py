@@ -70,7 +70,7 @@ class TokenizedDataset(Sequence[TokenizedDialogue]):
             name: numpy.memmap(_file(directory, name), dtype, "r").view(numpy.ndarray)
             for name, dtype in ARRAYS.items()
         }
-        self._prefix, self._ids, self._kinds, self._boundaries, self._strategies, offsets = arrays.values()
+        self._prefix, self._ids, self._token_types, self._turn_offsets, self._strategies, offsets = arrays.values()
         self._offsets = offsets.reshape(-1, 2)
         self._context = numpy.zeros(len(self._prefix), ARRAYS["token_types"])
 
@@ -82,17 +82,13 @@ class TokenizedDataset(Sequence[TokenizedDialogue]):
         (token, turn), (last_token, last_turn) = self._offsets[number : number + 2].tolist()
         return TokenizedDialogue(
             numpy.concatenate([self._prefix, self._ids[token:last_token]]),
-            numpy.concatenate([self._context, self._kinds[token:last_token]]),
-            self._boundaries[turn + number : last_turn + number + 1],
+            numpy.concatenate([self._context, self._token_types[token:last_token]]),
+            self._turn_offsets[turn + number : last_turn + number + 1],
             self._strategies[turn:last_turn],
         )
 
 
-def tokenize(
-    dialogues: Sequence[Dialogue],
-    template: DialogueTemplate,
-    config: TokenizationConfig,
-) -> TokenizedDataset:
+def tokenize(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: TokenizationConfig) -> TokenizedDataset:
     """Tokenize dialogues by `template`, in order, or find them in the cache.
 
     The key holds the dialogues, the tokenizer, the template (with mode and language) and `ENCODING_VERSION`. A damaged
@@ -143,14 +139,14 @@ def _build(
     inputs: dict[str, str],
     dialogues: Sequence[Dialogue],
     template: DialogueTemplate,
-    processes: int | None,
+    num_workers: int | None,
 ) -> TokenizedDataset:
-    if processes is None:
-        processes = min(os.cpu_count() or 1, 1 + len(dialogues) // MIN_DIALOGUES_PER_WORKER)
+    if num_workers is None:
+        num_workers = min(os.cpu_count() or 1, 1 + len(dialogues) // MIN_DIALOGUES_PER_WORKER)
     start = time.perf_counter()
     with (
         atomic_path(directory) as temporary,
-        contextlib.closing(_encode(dialogues, template, processes)) as chunks,
+        contextlib.closing(_encode(dialogues, template, num_workers)) as chunks,
         tqdm(desc="tokenizing", total=len(dialogues), unit="dialogue", disable=None) as bar,
     ):
         temporary.mkdir()
@@ -159,7 +155,7 @@ def _build(
     seconds = time.perf_counter() - start
     logger.info(
         f"tokenized {directory}: {len(dialogues):,} dialogues encoded in {seconds:.1f} s "
-        f"({len(dialogues) / seconds:,.0f} a second, processes: {processes})",
+        f"({len(dialogues) / seconds:,.0f} a second, workers: {num_workers})",
         extra=ANY_RANK,
     )
     return TokenizedDataset(directory)
@@ -186,22 +182,24 @@ def _write(
             done(len(sizes))
 
 
-def _encode(dialogues: Sequence[Dialogue], template: DialogueTemplate, processes: int) -> Iterator[list[numpy.ndarray]]:
+def _encode(
+    dialogues: Sequence[Dialogue], template: DialogueTemplate, num_workers: int
+) -> Iterator[list[numpy.ndarray]]:
     """Encode and flatten the dialogues chunk by chunk, in order."""
     chunks = (dialogues[start : start + CHUNK] for start in range(0, len(dialogues), CHUNK))
-    if processes == 1:
+    if num_workers == 1:
         yield from (_flatten(template.encode_all(chunk)) for chunk in chunks)
         return
     # Not forked from here: a fork copies the locks of threads (torch's, the tokenizer's) but not the threads. The
     # server imports once for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(processes, context, _begin_worker, (template,))
+    pool = ProcessPoolExecutor(num_workers, context, _begin_worker, (template,))
     try:
         pending = collections.deque()
         for chunk in chunks:
             pending.append(pool.submit(_encode_in_worker, chunk))
-            if len(pending) > 2 * processes:  # enough to keep all busy, and memory flat
+            if len(pending) > 2 * num_workers:  # enough to keep all busy, and memory flat
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -165,7 +165,7 @@ def test_processes_and_micro_batches_only_distribute_the_steps(number, most, sin
 
 
 def check_room(step, whole, packs, micro, single_row):
-    """No forward pass holds more than `micro` of the longest packs of the step, or, not in one row, more than that many."""
+    """No forward pass holds more than `micro` of the longest packs of the step, or more than that many rows."""
     longest = max(pack.prefix_tokens + sum(pack.tokens) for pack in whole)
     for parts in chain(*step):
         parts = [part for part in parts if part]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
-import huggingface_hub.errors
+from huggingface_hub import errors
 from safetensors import SafetensorError
 
 from csc_train.errors import InputError
@@ -17,21 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_REFUSALS = (
-    (
-        huggingface_hub.errors.GatedRepoError,
-        "the model is gated: accept its licence on its hub page, and set HF_TOKEN or run `hf auth login`, or give a "
-        "local directory",
-    ),
-    (
-        huggingface_hub.errors.RepositoryNotFoundError,
-        "no such model on the hub: check the name; a private model needs HF_TOKEN",
-    ),
-    (
-        huggingface_hub.errors.RevisionNotFoundError,
-        "the hub repository has no such branch, tag or commit: check the revision",
-    ),
-)
+_LOG_IN = "accept its licence on its hub page, and set HF_TOKEN or run `hf auth login`, or give a local directory"
+_REFUSALS = {
+    errors.GatedRepoError: f"the model is gated: {_LOG_IN}",
+    errors.RepositoryNotFoundError: "no such model on the hub: check the name; a private model needs HF_TOKEN",
+    errors.RevisionNotFoundError: "the hub repository has no such branch, tag or commit: check the revision",
+}
 
 
 @contextlib.contextmanager
@@ -44,7 +35,7 @@ def hub_errors(path: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         causes = list(_causes(error))
-        for kind, advice in _REFUSALS:
+        for kind, advice in _REFUSALS.items():
             if any(isinstance(cause, kind) for cause in causes):
                 raise InputError(f"{path}: {advice}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,7 @@
 """The batch sampler and data loader of packed data, and how evenly they spread the work over the ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy
 import torch
@@ -34,32 +34,23 @@ class LoadBalance:
         )
 
 
+@dataclass
 class PackBatchSampler:
     """Yields the micro batches of one rank as lists of pack slices, or `[None]` for an empty forward pass.
 
-    Every rank has the same number of them, in every epoch.
+    Every rank has the same number of them, in every epoch. The fields are the arguments of
+    `global_batches.global_batches` and `global_batches.assign_to_ranks`.
     """
 
-    def __init__(
-        self,
-        packs: Sequence[PackCost],
-        packs_per_step: int,
-        seed: int,
-        *,
-        world_size: int,
-        rank: int,
-        micro_batch_size: int,
-        single_row: bool,
-    ):
-        """See `global_batches.global_batches` and `global_batches.assign_to_ranks`."""
-        self.packs = packs
-        self.packs_per_step = packs_per_step
-        self.seed = seed
-        self.world_size = world_size
-        self.rank = rank
-        self.micro_batch_size = micro_batch_size
-        self.single_row = single_row
-        self.epoch = 0
+    packs: Sequence[PackCost]
+    packs_per_step: int
+    seed: int
+    _: KW_ONLY
+    world_size: int
+    rank: int
+    micro_batch_size: int
+    single_row: bool
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
