@@ -31,6 +31,7 @@ from csc_train.template.dialogue_template import DialogueTemplate
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 log_to_stdout()
+LONGEST_FIRST = ("test_deepspeed.py", "test_launch.py", "test_recipes.py", "test_sweep.py", "test_validation.py")
 ROOT = Path(__file__).parent.parent
 SMALL_TOKENIZERS = Path(__file__).parent / "data" / "tokenizers"
 REAL_TOKENIZERS = {
@@ -186,8 +187,11 @@ def fault_server():
 
 
 def pytest_collection_modifyitems(items):
-    """The file that takes longest comes first: begun last, it would keep one process busy while the other waits."""
-    items.sort(key=lambda item: item.path.name != "test_recipes.py")
+    """Mark the tests that drive a browser. The file that takes longest comes first, so that no worker ends late."""
+    for item in items:
+        if "browser" in item.fixturenames:
+            item.add_marker("browser")
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -40,6 +40,7 @@ def figure(report, section, name):
     return found.get("median", found.get("value"))
 
 
+@pytest.mark.slow
 def test_a_quick_run_has_every_section_with_what_it_depends_on(quick):
     capacities = ("8,192", "4,096")
     assert list(quick["sections"]) == [
@@ -60,6 +61,7 @@ def test_a_quick_run_has_every_section_with_what_it_depends_on(quick):
     assert quick["settings"]["quick"] is True
 
 
+@pytest.mark.slow
 def test_the_sides_of_a_quick_run_do_the_same(quick):
     assert figure(quick, "preparation", "ids equal") is True
     assert figure(quick, "preparation", "labels equal") is True
@@ -72,6 +74,7 @@ def test_the_sides_of_a_quick_run_do_the_same(quick):
     assert figure(quick, "exactness", "largest hidden state") > 1
 
 
+@pytest.mark.slow
 def test_the_kept_results_are_of_a_whole_run_of_this_script(quick):
     kept = read_json(BENCHMARKS / "results" / "packing.json")
     assert kept["settings"]["quick"] is False
@@ -137,6 +140,7 @@ def test_a_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(name, op
         runpy.run_path(script, run_name="__main__")
 
 
+@pytest.mark.slow
 def test_a_quick_run_of_evaluation_reports_every_figure(tmp_path):
     path = tmp_path / "evaluation.json"
     done = run_script(BENCHMARKS / "evaluation.py", "--quick", "--output", path)

@@ -323,6 +323,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(recipe, fault_server):
     assert len(fault_server.requests) == ANSWERS + 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, recipe, fault_server):
     def slow(body):
         time.sleep(0.05)
@@ -330,9 +331,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, recipe, fau
 
     fault_server.answer = slow
     answers = tmp_path / "run" / "answers.jsonl"
-    process = Script(
-        ROOT / "recipes" / "build_csconv.py", *on_server(fault_server, "llm.concurrency=2"), cwd=tmp_path
-    )
+    process = Script(ROOT / "recipes" / "build_csconv.py", *on_server(fault_server, "llm.concurrency=2"), cwd=tmp_path)
     for _ in range(100 * TIMEOUT_S):
         if process.poll() is not None or (answers.exists() and answers.read_bytes().count(b"\n") >= 20):
             break

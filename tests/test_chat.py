@@ -464,6 +464,7 @@ def plain(data):
     return re.sub(r"\x1b(?:\[[0-9;?]*[a-zA-Z]|[=>])", "", text).replace("\r", "")
 
 
+@pytest.mark.slow
 def test_a_terminal(checkpoint, tmp_path):
     saved = tmp_path / "saved.jsonl"
     screen = Screen([sys.executable, "recipes/chat.py", f"checkpoint={checkpoint}", f"max_new_tokens={LIMIT}"])
@@ -518,6 +519,7 @@ def served(checkpoint, *options):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_page(checkpoint, browser, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
@@ -604,6 +606,7 @@ def converse(browser, address, folder):
     assert requested and [url for url in requested if not url.startswith(f"{address}/")] == []
 
 
+@pytest.mark.slow
 def test_a_reply_is_stopped_on_the_page(browser, tmp_path):
     model, template = tiny("qwen2")
     with torch.no_grad():

@@ -211,6 +211,7 @@ def workplace(tmp_path_factory):
     return directory, shown
 
 
+@pytest.mark.slow
 def test_replies_made_elsewhere_are_scored_beside_the_baselines(workplace):
     directory, shown = workplace
     results = json.loads((directory / "runs/elsewhere/results.json").read_text())["results"]
@@ -227,6 +228,7 @@ def test_replies_made_elsewhere_are_scored_beside_the_baselines(workplace):
     assert "<title>Evaluation: elsewhere</title>" in (directory / "runs/elsewhere/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_again_without_a_model(workplace):
     directory, _ = workplace
     run = directory / "runs/elsewhere"
@@ -247,6 +249,7 @@ def test_a_run_is_scored_again_without_a_model(workplace):
     assert (run / "run.json").read_text() == record
 
 
+@pytest.mark.slow
 def test_compare_writes_and_prints_what_it_finds(workplace):
     directory, _ = workplace
     shown = start(
@@ -259,6 +262,7 @@ def test_compare_writes_and_prints_what_it_finds(workplace):
     assert "A is higher" in (directory / "runs/compared/comparison.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_system_that_a_run_has_not_is_named(workplace, tmp_path):
     directory, _ = workplace
     run = read_run_predictions(directory / "runs/elsewhere")

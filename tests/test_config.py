@@ -346,6 +346,7 @@ def recipe_process(cwd, *arguments):
     return run_script(ROOT / "recipes" / "sft.py", *arguments, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_misspelt_override_on_the_command_line(tmp_path):
     done = recipe_process(tmp_path, "trainer.lerning_rate=1")
     assert done.returncode == 2
@@ -376,6 +377,7 @@ def test_what_one_process_of_a_job_refuses_is_said(rank, tmp_path, monkeypatch, 
     assert rank == "0" or "the disk of this machine is full" in report.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_help_and_cfg_show_and_write_nothing(tmp_path):
     shown = recipe_process(tmp_path, "--cfg", "job", "experiment=qwen2_5_7b_lora", "trainer.epochs=5")
     assert shown.returncode == 0, shown.stderr

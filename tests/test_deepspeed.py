@@ -150,6 +150,7 @@ def really(run: dict, stage: str, processes: int) -> None:
     assert run["empty"] == (1 if stage == "3" else 0)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("run", [name for name in TWO_PROCESSES if name.startswith(("full", "lora"))])
 def test_every_stage_trains_as_one_process_does(on_two, references, run):
     adapter, stage = run.split()
@@ -160,6 +161,7 @@ def test_every_stage_trains_as_one_process_does(on_two, references, run):
     assert run["losses"][-1] < 0.95 * run["losses"][0]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_qlora_trains_as_one_process_does(on_two, references, stage):
     really(on_two[f"qlora {stage}"], stage, 2)
@@ -169,6 +171,7 @@ def test_qlora_trains_as_one_process_does(on_two, references, stage):
     assert reference["losses"] != pytest.approx(references["lora"]["losses"], rel=1e-4)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_bf16_trains_as_without_deepspeed(on_two, references, stage):
     run, plain = on_two[f"bf16 {stage}"], on_two["bf16 off"]
@@ -178,11 +181,13 @@ def test_bf16_trains_as_without_deepspeed(on_two, references, stage):
     assert run["weights_dtype"] == "torch.float32"  # DeepSpeed would round them as it does the activations
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("stage", OFFLOAD)
 def test_offloading_changes_nothing(on_two, references, stage):
     agree(on_two[f"offload {stage}"], references["full"])
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("step", [2, 4])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(on_two, on_one, references, stage, step):
@@ -194,6 +199,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(on_two, on_one, refere
     agree(alone, references["full"])
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("run", [name for name in TWO_PROCESSES if name.startswith("moved")])
 def test_a_run_goes_on_by_another_stage(on_two, references, run):
     really(on_two[run], run.split()[-1], 2)
@@ -201,6 +207,7 @@ def test_a_run_goes_on_by_another_stage(on_two, references, run):
     agree(on_two[run], references["lora" if "lora" in run else "full"])
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_a_resumed_adapter_goes_on_as_if_nothing_had_happened(on_two, on_one, references, stage):
     again, alone = on_two[f"again lora {stage} 4"], on_one[f"alone lora {stage}"]
@@ -211,11 +218,13 @@ def test_a_resumed_adapter_goes_on_as_if_nothing_had_happened(on_two, on_one, re
     agree(alone, references["lora"])
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("run", "kind"), [("alone moved 2 off", "full")])
 def test_a_run_goes_on_by_another_stage_or_adapter_on_one_process(on_one, references, run, kind):
     agree(on_one[run], references[kind])
 
 
+@pytest.mark.distributed
 def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_path):
     state = folder / "full-3/checkpoints/checkpoint-4"
     assert json.loads((state / CHECKPOINT_FILE).read_text()) == {
@@ -231,6 +240,7 @@ def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_
 # What a state holds
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_a_sharded_state_is_read_whole(folder, on_two, stage):
     state = folder / f"full-{stage}/checkpoints/checkpoint-4"
@@ -254,6 +264,7 @@ def _order(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: "norm" in name or name.endswith("bias"))
 
 
+@pytest.mark.distributed
 def test_a_state_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
     state = tmp_path / "checkpoint-4"
     shutil.copytree(folder / "full-3/checkpoints/checkpoint-4", state)
@@ -262,6 +273,7 @@ def test_a_state_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
         open_training_checkpoint(state)
 
 
+@pytest.mark.distributed
 def test_states_are_kept_by_number_and_nothing_half_written_is_left(folder, on_two):
     states = folder / "full-1/checkpoints"
     assert {path.name for path in states.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
@@ -321,6 +333,7 @@ def test_offloading_what_is_not_sharded_is_refused(wrong):
         ZeroConfig(**wrong)
 
 
+@pytest.mark.slow
 def test_a_fallback_is_refused(folder, monkeypatch):
     trainer = train(folder, max_steps=1)
     check_engine(trainer)
@@ -353,6 +366,7 @@ def exported(runs: Path, run: str, output: Path, **options) -> tuple[float, dict
     return difference, AutoModelForCausalLM.from_pretrained(output).state_dict()
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("run", [f"{kind}-{stage}" for kind in ("full", "lora") for stage in ("off", "1", "2", "3")])
 def test_any_state_exports_to_the_same_plain_directory(runs, references, run, tmp_path):
     difference, weights = exported(runs, run, tmp_path / "model")
@@ -375,6 +389,7 @@ def test_any_state_exports_to_the_same_plain_directory(runs, references, run, tm
     assert (tmp_path / "model" / "csc_manifest.json").is_file()
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("run", ["full-3", "lora-2"])
 def test_what_was_exported_is_exported_again_in_another_form(runs, run, tmp_path):
     _, first = exported(runs, run, tmp_path / "model")
@@ -388,6 +403,7 @@ def test_what_was_exported_is_exported_again_in_another_form(runs, run, tmp_path
     assert {value.dtype for value in rounded.values()} == {torch.bfloat16}
 
 
+@pytest.mark.distributed
 def test_qlora_exports_on_either_base_and_says_how_far_that_is(runs, tmp_path):
     exact, _ = exported(runs, "qlora-one", tmp_path / "dequantized", base="dequantized")
     original, _ = exported(runs, "qlora-one", tmp_path / "original")
@@ -396,6 +412,7 @@ def test_qlora_exports_on_either_base_and_says_how_far_that_is(runs, tmp_path):
     assert f"{original:.1e}" in (tmp_path / "original" / "README.md").read_text()
 
 
+@pytest.mark.distributed
 def test_an_export_in_bf16_is_sharded_as_asked_or_refused(runs, tmp_path, monkeypatch):
     difference, weights = exported(runs, "full-3", tmp_path / "model", dtype="bf16", shard_size="20KB")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
@@ -450,6 +467,7 @@ def workplace(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.distributed
 def test_a_sharded_run_killed_goes_on_where_it_was(workplace):
     run = workplace / "killed"
     process = begin(workplace, TORCHRUN, "zero=zero3", "run.directory=killed")
@@ -471,6 +489,7 @@ def test_a_sharded_run_killed_goes_on_where_it_was(workplace):
     assert (record["processes"], record["stage"]) == (2, 3)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_accelerates_own_configuration_is_followed(workplace, stage):
     config = ROOT / "launch" / "accelerate" / f"zero{stage}.yaml"

@@ -105,6 +105,7 @@ def answers(monkeypatch):
     return turns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["replies", "likelihoods"])
 def test_killed_and_resumed_it_goes_on_and_ends_with_the_same_file(stage, workplace, whole, answers):
     name, turns = f"killed_{stage}", whole["generated"].count(b"\n")
@@ -196,6 +197,7 @@ def test_failed_turns_are_counted_end_with_status_1_and_are_tried_again(workplac
     assert record["finished"] and "crashed" not in record
 
 
+@pytest.mark.distributed
 def test_two_processes_write_the_file_of_one(workplace, whole):
     done = run_script(ROOT / "recipes" / "evaluate.py", *SETTINGS, "run.directory=runs/two", ranks=2)
     assert done.returncode == 0, done.stderr

@@ -190,6 +190,7 @@ def load_elsewhere(models, hub, home, offline):
     return {model: (float(time), text) for model, (time, text) in zip(models, lines, strict=True)}, done.stderr
 
 
+@pytest.mark.slow
 def test_a_refusal_of_the_hub_comes_at_once_with_what_to_do(tmp_path):
     with Hub() as hub:
         answers, stderr = load_elsewhere(REFUSALS, hub, tmp_path, offline="0")
@@ -207,6 +208,7 @@ def test_a_refusal_of_the_hub_comes_at_once_with_what_to_do(tmp_path):
         assert seconds == 0
 
 
+@pytest.mark.slow
 def test_an_exported_directory_is_uploaded_whole_into_a_private_repository(tmp_path):
     (tmp_path / "exported").mkdir()
     files = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "csc_manifest.json": b'{"a": 1}'}
@@ -224,6 +226,7 @@ def test_an_exported_directory_is_uploaded_whole_into_a_private_repository(tmp_p
         assert "Traceback" not in done.stderr and hub.files == {}
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_downloaded_once_in_one_form_of_its_weights(tmp_path):
     weights = {"model.safetensors": b"s" * 9, "pytorch_model.bin": b"b" * 9, "tf_model.h5": b"h" * 9}
     facts = {"config.json": b"{}", "vocab.txt": b"v"}
@@ -240,6 +243,7 @@ def test_a_model_of_the_hub_is_downloaded_once_in_one_form_of_its_weights(tmp_pa
     assert refused == "owner/absent: no such model on the hub: check the name; a private model needs HF_TOKEN\n"
 
 
+@pytest.mark.slow
 def test_offline_with_an_empty_cache_asks_nobody(tmp_path):
     with Hub() as hub:
         answers, _ = load_elsewhere([MODEL], hub, tmp_path, offline="1")

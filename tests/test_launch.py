@@ -343,6 +343,7 @@ def run_script(place: Path, **options) -> Started:
     return Started(["bash", f"runs/two_nodes/{SCRIPT_FILE}"], place, **variables, **options)
 
 
+@pytest.mark.distributed
 def test_two_nodes_stopped_requeued_and_broken_have_the_same_result(place, reference):
     """As one node with two ranks, through a time limit and the death of a node."""
     submit(place)
@@ -383,6 +384,7 @@ def test_two_nodes_stopped_requeued_and_broken_have_the_same_result(place, refer
     assert (run / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.distributed
 def test_sigterm_saves_and_the_resumed_run_has_the_same_result(place, reference):
     """With accelerate as the launcher of the first part."""
     run = place / "runs/stopped"
@@ -403,6 +405,7 @@ def test_sigterm_saves_and_the_resumed_run_has_the_same_result(place, reference)
     assert record(run)["finished"]
 
 
+@pytest.mark.distributed
 def test_ctrl_c_leaves_nothing_running(place, reference):
     started = Started([*LAUNCH, *SMALL, "cluster=cpu2", "run.directory=runs/interrupted"], place).until(STEP)
     assert len(left_in(place)) >= 4  # launcher, torchrun, two ranks
@@ -420,6 +423,7 @@ def idle(directory: Path, *behaviour: str) -> Started:
     return Started([sys.executable, "-m", supervise.__name__, ".", *torchrun, worker, *behaviour], directory.resolve())
 
 
+@pytest.mark.distributed
 def test_a_rank_that_fails_ends_the_job_with_its_traceback(tmp_path):
     started = idle(tmp_path, "fails")
     assert started.end() == 1
@@ -429,6 +433,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_traceback(tmp_path):
     assert left_in(tmp_path.resolve()) == []
 
 
+@pytest.mark.distributed
 def test_ranks_that_ignore_ctrl_c_are_killed(tmp_path):
     started = idle(tmp_path, "stubborn").until(" waits\n", 2)
     started.process.send_signal(signal.SIGINT)
@@ -439,6 +444,7 @@ def test_ranks_that_ignore_ctrl_c_are_killed(tmp_path):
     assert left_in(tmp_path.resolve()) == []
 
 
+@pytest.mark.distributed
 def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path):
     started = idle(tmp_path).until(" waits\n", 2)
     ranks = left_in(tmp_path.resolve())

@@ -193,6 +193,7 @@ def test_what_a_block_keeps_is_what_autograd_saves(model_type, adapter, stage, b
     assert layer_bytes(setting) == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, checkpointing):
     """Two steps of two forward passes on tensors without data, whose sizes PyTorch follows, at a 7B's width."""

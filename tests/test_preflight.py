@@ -208,6 +208,7 @@ def test_an_estimate_that_does_not_fit_names_what_fits(job):
     assert text.rstrip().endswith("1 failed: memory")
 
 
+@pytest.mark.slow
 def test_the_recipe_ends_with_status_1_and_writes_nothing(tmp_path):
     recipe = ROOT / "recipes" / "preflight.py"
     done = run_script(recipe, "experiment=demo", "cluster.gpus_per_node=1", cwd=tmp_path)

@@ -75,6 +75,7 @@ def accuracies(workplace: Path) -> dict[str, dict[str, float]]:
     }
 
 
+@pytest.mark.slow
 def test_a_small_trained_model_beats_the_untrained_one_and_the_bigram(workplace, evaluation):
     accuracy = accuracies(workplace)
     for context in ("reference", "generated"):
@@ -84,6 +85,7 @@ def test_a_small_trained_model_beats_the_untrained_one_and_the_bigram(workplace,
     assert accuracy["trained"]["reference"] < accuracy_ceiling(generate_sample(420, 0)) + 5
 
 
+@pytest.mark.slow
 def test_the_table_is_printed_and_every_turn_is_kept(workplace, evaluation):
     for name in ("most frequent", "strategy bigram", "untrained base", "trained", "ACC", "ceiling of ACC"):
         assert name in evaluation.stdout
@@ -96,6 +98,7 @@ def test_the_table_is_printed_and_every_turn_is_kept(workplace, evaluation):
     assert "| trained |" in (workplace / "runs/evaluation/table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_run_reuses_what_is_unchanged_and_says_so(workplace, evaluation):
     before = (workplace / "runs/demo/model/model.safetensors").stat().st_mtime_ns
     trained = start("sft.py", *SMALL, "run.directory=runs/demo", cwd=workplace)
@@ -107,6 +110,7 @@ def test_a_second_run_reuses_what_is_unchanged_and_says_so(workplace, evaluation
     assert "| trained |" in again.stdout
 
 
+@pytest.mark.slow
 def test_prepare_makes_what_training_asks_for_and_reports_the_same(workplace):
     """A tokenizer trained anew included: where sft has been there before, prepare finds its files."""
     entries = [path for path in (workplace / "runs/tokenized").iterdir() if path.is_dir()]
@@ -118,6 +122,7 @@ def test_prepare_makes_what_training_asks_for_and_reports_the_same(workplace):
     assert f"packs of the training: {PackingReport(**report)}\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_not_overwritten_unasked(workplace):
     refused = start("sft.py", *SMALL[:-1], "run.directory=runs/demo", cwd=workplace)
     assert refused.returncode == 2
@@ -125,6 +130,7 @@ def test_an_existing_run_is_not_overwritten_unasked(workplace):
     assert (workplace / "runs/demo/model/model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("if_exists", ["reuse", "replace"])
 def test_a_directory_that_is_not_the_recipes_own_is_left_alone(workplace, tmp_path, if_exists):
     """Replacing it would delete what another recipe, or the user, keeps there: here the checkpoint to be evaluated."""
@@ -139,11 +145,13 @@ def test_a_directory_that_is_not_the_recipes_own_is_left_alone(workplace, tmp_pa
     assert (tmp_path / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_read_by_whoever_can_read_its_configuration(workplace):
     files = [workplace / "runs/demo" / name for name in ("checkpoint/model.safetensors", "base/model.safetensors")]
     assert {file.stat().st_mode for file in files} == {(files[0].parent / "config.json").stat().st_mode}
 
 
+@pytest.mark.slow
 def test_the_run_directory_says_what_was_done(workplace):
     record = json.loads((workplace / "runs/demo/run.json").read_text())
     assert record["recipe"] == "sft"
@@ -155,6 +163,7 @@ def test_the_run_directory_says_what_was_done(workplace):
     assert manifest["config"]["data"]["sample_dialogues"] == 420
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_another_template_is_refused(workplace):
     path = workplace / "runs/demo/model/csc_manifest.json"
     original = path.read_text()
@@ -173,6 +182,7 @@ def history(run: Path) -> list[dict]:
     return [line for line in lines if "loss" in line]
 
 
+@pytest.mark.distributed
 def test_two_processes_make_one_run_directory(tmp_path):
     weights = ["loss=by_strategy", "loss.strategy_factors.GT=0"]
     done = start_by_torchrun("sft.py", "debug=cpu_tiny", *weights, cwd=tmp_path)
@@ -196,6 +206,7 @@ def test_two_processes_make_one_run_directory(tmp_path):
     assert [line["loss"] for line in history(tmp_path / "runs" / "again")] == [line["loss"] for line in history(run)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -218,6 +229,7 @@ def _own_file(overrides: list[str]) -> list[str]:
     return ["data.sample_dialogues=null"] if any("train.path" in override for override in overrides) else []
 
 
+@pytest.mark.slow
 def test_a_state_of_training_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     done = start("sft.py", "debug=cpu_tiny", "run.directory=runs/full", cwd=tmp_path, largest_file=600_000)
     assert done.returncode == 2, done.stderr
@@ -227,6 +239,7 @@ def test_a_state_of_training_that_cannot_be_written_is_refused_in_one_line(tmp_p
     assert not (tmp_path / "runs" / "full" / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_saved_state_goes_on_from_it(tmp_path):
     arguments = ["debug=cpu_tiny", "run.directory=runs/killed", "run.if_exists=reuse", "trainer.save_steps=2"]
     whole = start("sft.py", *arguments, cwd=tmp_path)
@@ -246,6 +259,7 @@ def test_a_run_killed_after_a_saved_state_goes_on_from_it(tmp_path):
     assert (run / "model" / "model.safetensors").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_file_of_ones_own_is_never_overwritten_by_the_sample(tmp_path):
     (tmp_path / "mine.jsonl").write_text("{}\n")
     refused = start("write_sample.py", "data.train.path=mine.jsonl", cwd=tmp_path)
@@ -254,6 +268,7 @@ def test_a_file_of_ones_own_is_never_overwritten_by_the_sample(tmp_path):
     assert (tmp_path / "mine.jsonl").read_text() == "{}\n"
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_written_is_named_and_not_left_half_written(tmp_path):
     done = start("sft.py", "debug=cpu_tiny", "run.directory=runs/full", cwd=tmp_path, largest_file=300_000)
     assert done.returncode == 2, done.stderr

@@ -249,6 +249,7 @@ asyncio.run(runner.run())
 """
 
 
+@pytest.mark.slow
 def test_killed_for_real_it_comes_to_the_same(tmp_path):
     _, accepted, dialogues = run(tmp_path / "whole.db", 12)
     expected = parquet(tmp_path / "whole.db", dialogues)

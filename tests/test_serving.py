@@ -145,6 +145,7 @@ def chat_of(turns, template):
     return chat
 
 
+@pytest.mark.slow
 def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, server):
     for architecture in FAMILIES:
         template, _ = open_final_model(str(checkpoints / architecture))
@@ -170,6 +171,7 @@ def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, serv
         assert shorter < len(template.prompt_ids(history))
 
 
+@pytest.mark.slow
 def test_a_served_checkpoint_is_evaluated_as_a_local_one(checkpoints, server):
     """The server takes no token ids, so it is asked by messages; texts without control strings read the same."""
     dialogues = [TAUGHT, *(random_dialogue(random.Random(seed)) for seed in (5, 6))]

@@ -73,6 +73,7 @@ def summary(place, interrupted):
     return json.loads((place / "runs/sweeps/lr/summary.json").read_text()), started.output
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_trials_save_and_leaves_nothing_running(interrupted):
     output, left, first = interrupted
     assert left == []
@@ -80,6 +81,7 @@ def test_ctrl_c_lets_trials_save_and_leaves_nothing_running(interrupted):
     assert first["stopped"] and not first["finished"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_ends_with_as_many_trials_as_were_asked_for(place, summary):
     facts, _ = summary
     runs = place / "runs/sweeps/lr"
@@ -107,11 +109,13 @@ def test_an_interrupted_sweep_ends_with_as_many_trials_as_were_asked_for(place, 
     assert facts["importances"].keys() == best["parameters"].keys()
 
 
+@pytest.mark.slow
 def test_the_interrupted_trial_resumed_from_its_checkpoint(place, summary):
     first = record(place / "runs/sweeps/lr/trial-0")
     assert first["stopped"] and first["finished"]
 
 
+@pytest.mark.slow
 def test_a_summary_is_printed_and_kept_with_plots(place, summary):
     facts, output = summary
     runs = place / "runs/sweeps/lr"
@@ -124,6 +128,7 @@ def test_a_summary_is_printed_and_kept_with_plots(place, summary):
         assert "<svg" in (runs / f"{plot}.svg").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_is_not_mixed_with_another(place, summary, monkeypatch, capsys):
     monkeypatch.chdir(place)
     assert sweep([*FOUR, "sweep.space.learning_rate.high=1", "trainer.max_steps=9"]) == 2
@@ -133,6 +138,7 @@ def test_a_sweep_is_not_mixed_with_another(place, summary, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_runs_are_compared_by_what_they_differ_in(place, summary):
     facts, _ = summary
     broken = place / "runs/sweeps/lr/broken"

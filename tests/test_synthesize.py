@@ -145,6 +145,7 @@ def test_whatever_a_server_does_the_dialogues_are_made(here, fault_server, capsy
     assert KEY.encode() not in everything_written("r") and KEY not in shown.out + shown.err
 
 
+@pytest.mark.slow
 def test_a_refused_key_ends_it_at_once_and_nothing_is_lost(here, fault_server):
     made = []
 
@@ -224,6 +225,7 @@ def test_an_estimate_asks_nothing(here, fault_server, capsys):
     assert fault_server.requests == [] and list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_interrupted_by_the_user_it_goes_on(here, capsys):
     assert main("target=30", "run.directory=whole") == 0
     assert "30 of 30 dialogues (source=synthetic-sample)" in capsys.readouterr().out
@@ -263,6 +265,7 @@ def small_model():
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_real_model_plays_all_roles(here, small_model, fault_server):
     """Plumbing, not quality: schemas, Chinese enumerations, usage and seeds; the judge is a model elsewhere."""
     fault_server.answer = play

@@ -217,6 +217,7 @@ def builder(cache: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_what_ends_half_way_leaves_no_process_and_is_built_again(tmp_path, expected, end):
     one = builder(tmp_path, "2", "pause")
@@ -237,6 +238,7 @@ def test_what_ends_half_way_leaves_no_process_and_is_built_again(tmp_path, expec
     assert contents(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_of_two_at_once_one_encodes_and_the_other_waits_for_it(tmp_path, expected):
     one = builder(tmp_path, "1", "pause")
     assert one.stdout.readline() == "half-way\n"

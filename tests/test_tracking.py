@@ -121,6 +121,7 @@ def whole(folder):
 # What is measured
 
 
+@pytest.mark.slow
 def test_losses_are_bitwise_those_of_a_training_that_is_neither_measured_nor_tracked(folder, whole, monkeypatch):
     monkeypatch.setattr(TrainMetrics, "update", lambda *_: None)
     monkeypatch.setattr(TrainMetrics, "compute", lambda *_: {})
@@ -149,6 +150,7 @@ def by_hand(folder: Path) -> dict[str, tuple[float, int, int]]:
     return sums
 
 
+@pytest.mark.slow
 def test_losses_by_strategy_turn_and_part_are_those_computed_by_hand(folder, tmp_path):
     # A step takes all the packs, so that their order does not matter.
     packs = pickle.loads((folder / "shared").read_bytes())
@@ -174,6 +176,7 @@ def test_losses_by_strategy_turn_and_part_are_those_computed_by_hand(folder, tmp
     assert not {"mfu", "memory_allocated_gib"} & set(line)  # a CPU has none
 
 
+@pytest.mark.slow
 def test_what_is_measured_of_the_steps_is_not_of_an_evaluation(folder):
     trainer = train(folder, packs="shared", max_steps=1)
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.packs[0]]))
@@ -265,6 +268,7 @@ def test_a_devices_peak_is_known_by_its_name(device, tflops):
 # Where the figures go
 
 
+@pytest.mark.slow
 def test_the_history_holds_every_step_and_so_do_its_table_and_curves(whole):
     done, run = whole
     lines = history(run)
@@ -275,6 +279,7 @@ def test_the_history_holds_every_step_and_so_do_its_table_and_curves(whole):
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_same_figures_settings_and_origins(whole):
     done, run = whole
     (kept,) = offline_runs(run)
@@ -301,6 +306,7 @@ def same_but_for_time(run: Path, other: Path) -> None:
     assert lines == others
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_closes_its_run_and_goes_on_in_it(folder, whole, signals):
     run = folder / "failed"
     with pytest.raises(RuntimeError, match="as planned"):
@@ -317,6 +323,7 @@ def test_a_training_that_fails_closes_its_run_and_goes_on_in_it(folder, whole, s
     assert curve(again)["losses"] == whole[0]["losses"]
 
 
+@pytest.mark.slow
 def test_a_training_that_is_told_to_stop_closes_its_run_with_its_status(folder, signals):
     run = folder / "stopped"
     with pytest.raises(SystemExit) as caught:
@@ -328,6 +335,7 @@ def test_a_training_that_is_told_to_stop_closes_its_run_with_its_status(folder, 
     assert json.loads((run / "checkpoints/checkpoint-3/csc_checkpoint.json").read_text())["wandb_run_id"] == kept.id
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(folder, whole, signals, said):
     run = folder / "killed"
     case = {
@@ -357,6 +365,7 @@ def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(fol
     same_but_for_time(run, whole[1])
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_attached_to_the_run_that_trained(folder, whole, tmp_path):
     scores = {"value": 50.0, "low": 40.0, "high": 60.0, "unit": "percent", "direction": "higher", "signature": "x"}
     write_json(

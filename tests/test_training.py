@@ -164,6 +164,7 @@ def worst_weight(one: dict, other: dict) -> float:
 ONE, TWO = "Qwen2ForCausalLM", "DistributedDataParallel"
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("run", "reference", "micro_batch_size", "accumulation", "processes", "engine"),
     [
@@ -196,6 +197,7 @@ def test_the_loss_curve_does_not_depend_on_how_a_step_is_cut_up(
     assert whole["losses"][-1] < 0.95 * whole["losses"][0]
 
 
+@pytest.mark.slow
 def test_flex_attention_trains_as_document_attention_does(folder, whole_shared, monkeypatch):
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # as in test_documents
     flex = curve(train(folder, micro_batch_size=1, packs="shared", attention=FLEX_ATTENTION, max_steps=1))
@@ -203,11 +205,13 @@ def test_flex_attention_trains_as_document_attention_does(folder, whole_shared, 
     assert flex["grad_norms"] == [pytest.approx(whole_shared["grad_norms"][0], rel=TOLERANCE)]
 
 
+@pytest.mark.slow
 def test_a_training_repeats_itself_bit_by_bit(folder, halves):
     again = curve(train(folder, micro_batch_size=2))
     assert again == halves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, EPOCHS * STEPS_PER_EPOCH))
 def test_a_training_resumed_after_any_step_goes_on_bit_by_bit(folder, halves, step, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "model")
@@ -217,6 +221,7 @@ def test_a_training_resumed_after_any_step_goes_on_bit_by_bit(folder, halves, st
     assert curve(resumed) == {**halves, "first_step": step, "documents": halves["documents"][step:]}
 
 
+@pytest.mark.slow
 def test_another_seed_takes_the_packs_in_another_order(folder, halves):
     other = curve(train(folder, micro_batch_size=2, seed=1))
     assert other["losses"] != halves["losses"]
@@ -246,6 +251,7 @@ def by_hand(folder: Path) -> tuple[float, float]:
     return loss.item(), norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["gradient-checkpointing", "kept"])
 @pytest.mark.parametrize("micro_batch_size", [4, 1])
 @pytest.mark.parametrize("kind", ["packs", "weighted", "faint"])
@@ -279,6 +285,7 @@ def batches(monkeypatch) -> list[tuple[int, int]]:
     return seen
 
 
+@pytest.mark.distributed
 def test_two_processes_are_measured_as_one_and_make_one_run(folder, whole_shared, on_two_processes):
     run = folder / "tracked"
     lines = [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -297,6 +304,7 @@ def test_two_processes_are_measured_as_one_and_make_one_run(folder, whole_shared
     assert (kept.exit_code, kept.config["cluster"]["world_size"]) == (0, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
@@ -321,6 +329,7 @@ def test_running_out_of_memory_says_what_was_planned_and_what_fits(folder, batch
     assert remedy in message
 
 
+@pytest.mark.slow
 def test_a_batch_without_a_trained_token_stops_the_training(folder, tmp_path):
     packs = pickle.loads((folder / "packs").read_bytes())
     packs.loss_weights.factors[:] = 0
@@ -330,6 +339,7 @@ def test_a_batch_without_a_trained_token_stops_the_training(folder, tmp_path):
         train(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_model_whose_attention_packs_would_change_is_refused_before_training(folder, tmp_path):
     shutil.copy(folder / "shared", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
@@ -342,6 +352,7 @@ def test_a_model_whose_attention_packs_would_change_is_refused_before_training(f
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_trainers_model_refuses_packed_rows_with_a_cache(folder):
     model = train(folder, max_steps=1).model
     row = {"input_ids": torch.tensor([[5, 6, 7]]), "position_ids": torch.tensor([[0, 1, 0]])}
@@ -401,6 +412,7 @@ def test_a_checkpoint_stops_at_the_end_of_a_turn_whatever_its_base_did(name, tmp
     assert stops == [template.end_of_turn_id, 3]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_with_plain_from_pretrained(checkpoint, folder, template):
     directory, logits = checkpoint
     model = AutoModelForCausalLM.from_pretrained(directory)
@@ -413,6 +425,7 @@ def test_a_checkpoint_loads_with_plain_from_pretrained(checkpoint, folder, templ
     assert not list(directory.parent.glob(".checkpoint.*"))  # nothing of the staging is left
 
 
+@pytest.mark.slow
 def test_a_checkpoint_generates_the_same_with_the_cache_as_without(checkpoint, template):
     model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
     prompt = torch.tensor([template.prompt_ids([])])
@@ -422,6 +435,7 @@ def test_a_checkpoint_generates_the_same_with_the_cache_as_without(checkpoint, t
     assert cached.shape[1] > prompt.shape[1]
 
 
+@pytest.mark.slow
 def test_a_checkpoints_chat_template_renders_the_strategy(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint[0])
     chat = [
@@ -437,6 +451,7 @@ def test_a_checkpoints_chat_template_renders_the_strategy(checkpoint):
     )
 
 
+@pytest.mark.slow
 def test_a_manifest_reads_back_as_it_was_written_and_passes_its_check(checkpoint, template):
     directory, _ = checkpoint
     manifest = read_manifest(directory)
@@ -447,6 +462,7 @@ def test_a_manifest_reads_back_as_it_was_written_and_passes_its_check(checkpoint
     check_manifest(directory, manifest, again.fingerprint, tokenizer_hash(tokenizer))
 
 
+@pytest.mark.slow
 def test_another_template_is_refused_with_both_hashes(checkpoint, template):
     directory, _ = checkpoint
     manifest = read_manifest(directory)
@@ -485,6 +501,7 @@ def _drop_last_merge(path: Path) -> None:
     _edit(path, lambda content: content["model"]["merges"].pop())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tamper", [_add_token, _swap_two_tokens, _drop_last_merge])
 def test_a_tampered_tokenizer_is_refused_with_both_hashes(checkpoint, template, tamper, tmp_path):
     shutil.copytree(checkpoint[0], tmp_path / "checkpoint")
@@ -536,6 +553,7 @@ def test_a_template_does_not_mind_how_its_tokenizer_was_used_before(name):
     assert one.token_types.tolist() == other.token_types.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -568,6 +586,7 @@ def test_what_is_no_checkpoint_is_refused(spoil, message, tmp_path):
 # LoRA
 
 
+@pytest.mark.slow
 def test_lora_trains_the_adapters_alone_and_merges_into_a_plain_checkpoint(folder, template, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
     trainer = train(folder, adapter=AdapterConfig("lora", rank=4, alpha=8), learning_rate=2e-2)

@@ -137,6 +137,7 @@ def plain(trainer):
     return model
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_that_of_separate_sequences(trainer, references, plain, template, dialogues):
     total = weight = 0.0
     for dialogue in dialogues:
@@ -161,6 +162,7 @@ def likelihoods(model, prompt: list[int], labels: torch.Tensor) -> torch.Tensor:
     ).squeeze(1)
 
 
+@pytest.mark.slow
 def test_strategies_are_predicted_by_the_likelihood_of_their_labels(trainer, references, plain, template, dialogues):
     labels = torch.tensor(list(template.label_ids.values()))
     assert labels.shape == (12, 2)
@@ -173,6 +175,7 @@ def test_strategies_are_predicted_by_the_likelihood_of_their_labels(trainer, ref
     assert 0 < sum(right) < len(right)
 
 
+@pytest.mark.slow
 def test_the_same_turns_are_drawn_every_time(folder, trainer):
     validator = trainer.validator
     every = [(n, i) for n, each in enumerate(validator.dialogues) for i, turn in enumerate(each.turns) if turn.strategy]
@@ -187,6 +190,7 @@ def test_the_same_turns_are_drawn_every_time(folder, trainer):
         assert len(again.turns) == number or sorted(again.turns) == every
 
 
+@pytest.mark.slow
 def test_replies_are_greedy_and_stand_beside_what_was_said(folder, trainer, plain, template, dialogues):
     rows = [row for row in samples(folder, "one") if row.pop("step") == 3]
     assert len(rows) == 3
@@ -224,6 +228,7 @@ def test_what_was_measured_last_is_found():
 # However it is cut up
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("run", TWO_PROCESSES)
 def test_two_processes_measure_what_one_does(folder, on_two_processes, references, run):
     kind, stage = run.split()
@@ -238,6 +243,7 @@ def test_two_processes_measure_what_one_does(folder, on_two_processes, reference
     assert one["measured"][-1]["loss"] < 0.99 * one["measured"][0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 def test_measuring_changes_nothing(folder, kind):
     # Dropout draws random numbers, so weights tell whether the generators stand where they stood.
@@ -267,6 +273,7 @@ def stopped(folder):
     return measured(folder, STOPPING, checkpoints="stopped/checkpoints", **WORSE)
 
 
+@pytest.mark.slow
 def test_a_training_that_gets_no_better_ends_and_keeps_the_best_and_the_last(folder, stopped):
     losses = [entry["loss"] for entry in curve(stopped)["measured"]]
     best = losses.index(min(losses)) + 1
@@ -278,6 +285,7 @@ def test_a_training_that_gets_no_better_ends_and_keeps_the_best_and_the_last(fol
     assert stopped.state.best_model_checkpoint == str(stopped.best_checkpoint())
 
 
+@pytest.mark.slow
 def test_the_best_state_is_what_the_checkpoint_is_made_from(folder, stopped):
     best = stopped.best_checkpoint()
     weights = load_file(best / "model.safetensors")
@@ -293,6 +301,7 @@ def test_the_best_state_is_what_the_checkpoint_is_made_from(folder, stopped):
     assert not all(torch.equal(value, last[name]) for name, value in made.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back", [1, 0])
 def test_a_resumed_training_knows_the_best_and_how_long_ago_it_was(folder, stopped, back, tmp_path):
     for name in ("model", "shared", "validation", "stopped"):
@@ -315,12 +324,14 @@ def test_a_resumed_training_knows_the_best_and_how_long_ago_it_was(folder, stopp
     assert listing(tmp_path / "stopped/checkpoints") == listing(folder / "stopped/checkpoints")
 
 
+@pytest.mark.slow
 def test_a_state_that_was_kept_for_its_weights_is_not_gone_on_from(folder, stopped):
     best = stopped.best_checkpoint().relative_to(folder)
     with pytest.raises(InputError, match=rf"{best.name} holds weights only: resume from a later checkpoint"):
         measured(folder, STOPPING, checkpoints="stopped/checkpoints", resume=str(best), **WORSE)
 
 
+@pytest.mark.distributed
 def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_two_processes):
     states = folder / "full-3/checkpoints"
     before = open_training_checkpoint(states / "checkpoint-2")
@@ -410,6 +421,7 @@ def start(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_evaluation_follows_the_training_and_its_exit_status_is_carried(tmp_path):
     failed = start(tmp_path, 2, "data=files", "data.train.path=nowhere.jsonl")
     run = tmp_path / "run"
@@ -428,6 +440,7 @@ def test_an_evaluation_follows_the_training_and_its_exit_status_is_carried(tmp_p
     assert "trained" in json.loads((run / "evaluation/results.json").read_text())["results"]
 
 
+@pytest.mark.slow
 def test_a_training_chooses_on_what_is_set_aside_and_is_tested_on_others(tmp_path):
     settings = ["run.directory=run", "data.validation_fraction=0.3"]
     done = start(tmp_path, 1, "evaluation.max_new_tokens=4", "evaluation.contexts=[reference]", settings=settings)
