@@ -1,6 +1,7 @@
 """What each token counts in the loss, by hand; and that the trainer's loss is that of the formula."""
 
 import itertools
+import pickle
 
 import numpy
 import pytest
@@ -9,6 +10,7 @@ from conftest import small_tokenizer, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from csc_train.config.compose import compose
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
@@ -175,3 +177,38 @@ def test_one_forward_and_no_logits_of_all_tokens(tmp_path):
     with LogitRows(model.config.vocab_size) as logits, torch.no_grad():
         model(**{name: batch[name] for name in ("input_ids", "position_ids")}, use_cache=False)
     assert logits.most == batch["input_ids"].numel()  # a plain forward builds them, and is seen to
+
+
+PLUGIN = """
+import numpy
+from csc_train.packing.loss_weights import loss_weighting
+
+@loss_weighting({name!r})
+def doubled(config, turns):
+    factors = numpy.ones(len(turns))
+    factors[1] = 2 * config.max_factor
+    return factors
+"""
+
+
+def test_a_loss_weighting_from_outside_the_package_is_chosen_by_name(tmp_path):
+    file = tmp_path / "my_loss.py"
+    file.write_text(PLUGIN.format(name="first_strategy_doubled"), encoding="utf-8")
+    for _ in range(2):  # a configuration is built several times
+        config = compose(
+            "sft", ["loss.weighting=first_strategy_doubled", f"loss.plugins=[{file}]", "loss.max_factor=2"]
+        )
+    weights = LossWeights(config.loss, TURNS)
+    assert weights.factors.tolist() == [1, 4, *[1] * 11]
+    assert pickle.loads(pickle.dumps(weights))(ONE).tolist() == weights(ONE).tolist()
+    with pytest.raises(InputError, match="Did you mean 'first_strategy_doubled'"):
+        LossConfig("first_strategy_double")
+
+
+def test_a_loss_weighting_that_cannot_be_added_is_named(tmp_path):
+    file = tmp_path / "taken.py"
+    file.write_text(PLUGIN.format(name="turns"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"taken\.py: cannot be imported: InputError: .* turns: the name is taken"):
+        LossConfig(plugins=[str(file)])
+    with pytest.raises(InputError, match=r"loss\.plugins=none\.py: no such Python file"):
+        LossConfig(plugins=["none.py"])

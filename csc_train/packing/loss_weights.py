@@ -1,11 +1,65 @@
-"""The loss weight of each trained token."""
+"""The loss weight of each trained token, by a registered weighting."""
+
+from collections.abc import Callable
 
 import numpy
 
 from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
-from csc_train.packing.config import LossConfig
+from csc_train.packing.config import WEIGHTINGS, LossConfig
 from csc_train.template.dialogue_template import TokenizedDialogue, TokenType
+
+FactorFunction = Callable[[LossConfig, numpy.ndarray], numpy.ndarray]
+_REGISTRY: dict[str, tuple[FactorFunction, bool]] = {}
+
+
+def loss_weighting(name: str, normalize_turns: bool = False) -> Callable[[FactorFunction], FactorFunction]:
+    """Register a function as the loss weighting `name`, for `loss.weighting=<name>`.
+
+    The function takes the settings, and the trained turns in the training set by strategy number (int64 [13], index 0
+    unused). It returns the factor of a turn by strategy number (float64 [13]).
+
+    Args:
+        normalize_turns: divide a turn's factor by the sum of its token weights.
+
+    Raises:
+        InputError: the name is taken.
+    """
+
+    def register(function: FactorFunction) -> FactorFunction:
+        if name in _REGISTRY:
+            raise InputError(f"loss weighting {name}: the name is taken: choose another")
+        _REGISTRY[name] = function, normalize_turns
+        if name not in WEIGHTINGS:
+            WEIGHTINGS.append(name)
+        return function
+
+    return register
+
+
+@loss_weighting("turns", normalize_turns=True)
+@loss_weighting("tokens")
+def equal_factors(config: LossConfig, turns: numpy.ndarray) -> numpy.ndarray:
+    """The factor 1 for every strategy."""
+    return numpy.ones(len(STRATEGIES) + 1)
+
+
+@loss_weighting("inverse_frequency")
+def inverse_frequency_factors(config: LossConfig, turns: numpy.ndarray) -> numpy.ndarray:
+    """The mean number of trained turns per strategy / that of the strategy, at most `max_factor`."""
+    factors, present = numpy.ones(len(STRATEGIES) + 1), turns[1:] > 0
+    mean = turns[1:].sum() / max(present.sum(), 1)
+    factors[1:][present] = numpy.minimum(mean / turns[1:][present], config.max_factor)
+    return factors
+
+
+@loss_weighting("by_strategy")
+def configured_factors(config: LossConfig, turns: numpy.ndarray) -> numpy.ndarray:
+    """The strategy's entry in `strategy_factors`, which defaults to 1."""
+    factors = numpy.ones(len(STRATEGIES) + 1)
+    for number, factor in _by_number(config.strategy_factors).items():
+        factors[number] = factor
+    return factors
 
 
 class LossWeights:
@@ -14,11 +68,8 @@ class LossWeights:
     A trained token's weight is `factor * part`, where `part` is `LossConfig.strategy_weight` or `reply_weight`, and
     the factor is that of its turn:
 
-    - `tokens`: 1.
-    - `turns`: 1 / the sum of `part` over the turn, so that each turn's weights add up to 1.
-    - `inverse_frequency`: the mean number of trained turns per strategy / that of the turn's strategy, at most
-      `max_factor`.
-    - `by_strategy`: the strategy's entry in `strategy_factors`, which defaults to 1.
+    `loss.weighting` names the function that computes the factors, by strategy (see `loss_weighting`). With
+    `normalize_turns`, a factor is divided by the sum of `part` over the turn: turns of any length weigh the same.
 
     The loss of an optimizer step is `sum(weight * nll) / sum(weight)` over the global batch, so only the ratios of
     weights matter.
@@ -37,14 +88,8 @@ class LossWeights:
             InputError: `strategy_factors` names an unknown strategy, or one strategy twice.
         """
         self.config = config
-        self.factors = numpy.ones(len(STRATEGIES) + 1)
-        if config.weighting == "inverse_frequency":
-            present = turns[1:] > 0
-            mean = turns[1:].sum() / max(present.sum(), 1)
-            self.factors[1:][present] = numpy.minimum(mean / turns[1:][present], config.max_factor)
-        elif config.weighting == "by_strategy":
-            for number, factor in _by_number(config.strategy_factors).items():
-                self.factors[number] = factor
+        compute_factors, self.normalize_turns = _REGISTRY[config.weighting]
+        self.factors = compute_factors(config, turns)
 
     def __call__(self, dialogue: TokenizedDialogue) -> numpy.ndarray:
         """float32 [length]: the weight of predicting each token; 0 for context."""
@@ -69,9 +114,10 @@ class LossWeights:
         return numpy.array([0, self.config.strategy_weight, self.config.reply_weight])
 
     def _turn_factors(self, sums: numpy.ndarray, strategies: numpy.ndarray) -> numpy.ndarray:
-        if self.config.weighting == "turns":
-            return numpy.divide(1, sums, out=numpy.zeros(len(sums)), where=sums > 0)
-        return self.factors[strategies]
+        factors = self.factors[strategies]
+        if self.normalize_turns:
+            return numpy.divide(factors, sums, out=numpy.zeros(len(sums)), where=sums > 0)
+        return factors
 
 
 def count_token_types(dialogue: TokenizedDialogue) -> numpy.ndarray:
