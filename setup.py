@@ -7,7 +7,7 @@ setup(
     packages=[*find_packages(include=["csc_train*"]), *(f"csc_train.{folder}" for folder in FOLDERS)],
     package_dir={f"csc_train.{folder}": folder for folder in FOLDERS},
     package_data={
-        "csc_train": ["**/*.jinja", "**/*.yaml", "**/*.css", "**/*.js", "**/*.json", "**/*.jsonl"],
+        "csc_train": ["**/*.jinja", "**/*.yaml", "**/*.css", "**/*.js", "**/*.json", "**/*.jsonl", "**/*.sql"],
         "csc_train.conf": ["**/*.yaml"],
         "csc_train.launch": ["**/*"],
     },
