@@ -1,1 +1,1 @@
-"""Language models behind OpenAI-compatible servers: requests within limits, and answers of a given form."""
+"""Client for language models on OpenAI-compatible servers: rate limits, retries and structured answers."""

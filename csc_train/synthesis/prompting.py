@@ -1,4 +1,4 @@
-"""The prompts of the tasks that a language model answers at once, from `prompts/<language>/<task>.jinja`."""
+"""Prompts of single-answer tasks (rewriting, checks), from `prompts/<language>/<task>.jinja`."""
 
 from typing import Any
 

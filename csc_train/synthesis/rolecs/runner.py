@@ -1,4 +1,4 @@
-"""The runner of a synthesis: fills the quota slots with accepted dialogues, resumable and within a budget.
+"""The RoleCS runner: fills the quota slots with accepted dialogues, resumable and within a budget.
 
 The result does not depend on timing. Quota slots have a fixed order. Each slot tries one dialogue after another until
 one passes every rule. Near-duplicates are decided in the order of the slots, however early a dialogue was finished.
