@@ -45,9 +45,9 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
     log_to_stdout()
     try:
         arguments = join_config_dir(sys.argv[1:])
-        if any(text in HELP for text in arguments):
-            print(help_text(recipe))
-        elif any(text.split("=")[0] in HYDRA_FLAGS for text in arguments):
+        if show_help(recipe, arguments):
+            return
+        if any(text.split("=")[0] in HYDRA_FLAGS for text in arguments):
             _show_config(recipe, arguments)
         else:
             if flags := [text for text in arguments if text.startswith("-") and not text.startswith("--config-dir=")]:
@@ -77,6 +77,14 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def show_help(recipe: str, arguments: list[str]) -> bool:
+    """Print the help of a recipe if the arguments ask for it; returns whether they do."""
+    asked = any(text in HELP for text in arguments)
+    if asked:
+        print(help_text(recipe))
+    return asked
 
 
 def join_config_dir(arguments: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from csc_train.config.cli import join_config_dir, show_help
 from csc_train.config.compose import RECORDED, compose, compose_recorded, to_container
 from csc_train.config.explain import known_keys
 from csc_train.config.paths import script_of
@@ -131,16 +132,18 @@ def plan_job(arguments: list[str]) -> Job:
 
 
 def split_arguments(arguments: list[str], schema: type[LaunchRecipe]) -> tuple[list[str], list[str]]:
-    """The arguments that begin with a key of `schema`, and the others, which belong to the recipe.
+    """The arguments that begin with a key of `schema`, and those of the recipe; --config-dir is in both.
 
     Raises:
         InputError: an argument is a flag.
     """
-    if flags := [text for text in arguments if text.startswith("-")]:
+    arguments = join_config_dir(arguments)
+    folders = [text for text in arguments if text.startswith("--config-dir=")]
+    if flags := [text for text in arguments if text.startswith("-") and text not in folders]:
         raise InputError(f"{flags[0]}: flags are not supported: use key=value (see docs/launching.md)")
     keys = {field.name for field in fields(schema)}
     own = [text for text in arguments if re.split("[.=]", text.lstrip("+~"))[0] in keys]
-    return own, [text for text in arguments if text not in own]
+    return own + folders, [text for text in arguments if text not in own]
 
 
 def refuse_misspelt(others: list[str], launch: LaunchRecipe) -> None:
@@ -168,6 +171,8 @@ def launch(arguments: list[str]) -> int:
         The exit status: of the job if the launcher is attached (see `supervise`), 0 after a submission or a dry run, 2
         after an InputError.
     """
+    if show_help("launch", arguments):
+        return 0
     try:
         job = plan_job(arguments)
         job.preflight()

@@ -20,6 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from csc_train.config.cli import show_help
 from csc_train.config.cluster import PrunerConfig, SweepConfig
 from csc_train.config.compose import compose, to_container
 from csc_train.config.recipes.training import LaunchRecipe, SweepRecipe
@@ -187,6 +188,8 @@ def sweep(arguments: list[str]) -> int:
         The exit status: 0 if a trial has a result, 1 if none has, 2 after an InputError, 128 + signal number after a
         signal.
     """
+    if show_help("sweep", arguments):
+        return 0
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         planned = plan_sweep(arguments)
