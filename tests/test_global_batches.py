@@ -87,6 +87,20 @@ def test_the_order_follows_from_seed_and_epoch():
     ]
 
 
+def test_the_first_step_of_a_training_has_the_most_tokens():
+    packs = random_packs(43, seed=1)
+    tokens = [pack.prefix_tokens + sum(pack.tokens) for pack in packs]
+    for seed in range(5):
+        steps = global_batches(packs, 4, seed, epoch=0)
+        totals = [sum(tokens[pack] for pack in step) for step in steps]
+        assert totals[0] == max(totals[:-1]) and len(steps[-1]) == 3
+        assert sorted(itertools.chain(*steps)) == list(range(43))
+    assert any(
+        sum(tokens[pack] for pack in steps[0]) < max(sum(tokens[pack] for pack in step) for step in steps[:-1])
+        for steps in (global_batches(packs, 4, seed, epoch=1) for seed in range(5))
+    )
+
+
 def test_odd_packs_meet_and_those_that_cost_about_the_median_stay_in_random_order():
     half_empty, longer = set(range(8)), {8, 9}
     packs = [cost_of(500 if index in half_empty else 1001 if index in longer else 1000) for index in range(64)]

@@ -33,7 +33,8 @@ def global_batches(packs: Sequence[PackCost], packs_per_step: int, seed: int, ep
 
     Packs in random order are cut into windows of `WINDOW`. A window is sorted by cost, where costs near the median
     count as equal and keep their random order, and cut into groups of `GROUP`, which are then shuffled. The widest of
-    `TOLERANCES` whose groups are `BALANCED` is used.
+    `TOLERANCES` whose groups are `BALANCED` is used. The first epoch begins with the step of most tokens, so that too
+    little memory fails at once.
 
     Args:
         packs_per_step: packs in a step; the last step has the rest.
@@ -47,7 +48,11 @@ def global_batches(packs: Sequence[PackCost], packs_per_step: int, seed: int, ep
         if not len(groups) or (cost[groups].max(axis=1) / cost[groups].mean(axis=1)).mean() <= BALANCED:
             break
     order = [*groups.ravel().tolist(), *rest.tolist()]
-    return [order[start : start + packs_per_step] for start in range(0, len(order), packs_per_step)]
+    steps = [order[start : start + packs_per_step] for start in range(0, len(order), packs_per_step)]
+    if epoch == 0 and (full := len(packs) // packs_per_step):
+        tokens = [pack.prefix_tokens + sum(pack.tokens) for pack in packs]
+        steps.insert(0, steps.pop(max(range(full), key=lambda step: sum(tokens[pack] for pack in steps[step]))))
+    return steps
 
 
 def _cost_buckets(
