@@ -193,8 +193,8 @@ def settings_page() -> str:
     parts = [
         "# Settings\n\nThe settings of every recipe, as `csc-train RECIPE --help` explains them. A choice of a group\n"
         "in `conf/` replaces defaults of its section; `--cfg job` prints the result.\n\n`--config-dir DIR` "
-        "adds the choices in a folder of your own, such as `DIR/trainer/slow.yaml` for `trainer=slow`.\nA file there must not "
-        "have the name of one in `conf/`.\n\nThis page is generated: "
+        "adds the choices in a folder of your own, such as `DIR/trainer/slow.yaml` for `trainer=slow`.\n"
+        "A file there must not have the name of one in `conf/`.\n\nThis page is generated: "
         "`python -m csc_train.config.explain > docs/settings.md`.\n"
     ]
     used: dict[type, tuple[str, list[str]]] = {}
