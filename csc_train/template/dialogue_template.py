@@ -267,7 +267,7 @@ class DialogueTemplate:
             )
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _literal_encoder(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
     """A copy of the tokenizer's backend without added tokens, to which control strings are plain text."""
     fast: Any = tokenizer.backend_tokenizer
