@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from csc_train.checkpoints.manifest import Manifest
 from csc_train.checkpoints.training_checkpoint import read_record
@@ -166,7 +166,7 @@ class TrackingCallback(TrainerCallback):
 
 
 def track(
-    trainer: Trainer,
+    trainer: Any,
     tracker: Tracker,
     config: dict[str, Any],
     manifest: Manifest,
@@ -191,8 +191,7 @@ def track(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "cpus_per_node": os.cpu_count(),
     }
-    model: Any = trainer.model
-    settings = model.config.to_dict() | args.to_dict() | config
+    settings = trainer.model.config.to_dict() | args.to_dict() | config
     settings |= {
         "overrides": sys.argv[1:],
         "manifest": {name: value for name, value in asdict(manifest).items() if name != "config"},

@@ -112,7 +112,8 @@ def check_engine(trainer: Trainer) -> None:
             f"zero asks for {_engine(asked)}, but {_engine(running)} runs: unset ACCELERATE_USE_CPU and "
             "ACCELERATE_USE_DEEPSPEED"
         )
-    if asked is None and started > 1 and not isinstance(engine, torch.nn.parallel.DistributedDataParallel):
+    joined = started == 1 or isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    if asked is None and not joined:
         raise InputError(f"{started} processes were started, but {type(engine).__name__} does not train them together")
     if asked in (1, 2):
         parts = set(engine.optimizer.partition_count)

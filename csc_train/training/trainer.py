@@ -61,6 +61,9 @@ class PackTrainer(SFTTrainer):
         wandb_run_id: the id of the W&B run, which checkpoints hold; None without one.
     """
 
+    args: PackTrainingArguments
+    data_collator: PackCollator
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -221,7 +221,7 @@ def _flash_attention(
     scaling: float | None,
     metadata: VarlenMetadata,
 ) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     def bounds(lengths: torch.Tensor) -> torch.Tensor:
         return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
