@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from csc_train.models.attention.flex import FLEX_ATTENTION
-from csc_train.models.attention.select import batch_layout
+from csc_train.models.attention.select import collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 
@@ -59,7 +59,7 @@ def compare(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         model.load_state_dict(weights)
         model.to(device).train()
-        collator = PackCollator(batch_layout(attention, "shared_prefix"), 0, additive=attention == "eager")
+        collator = PackCollator(collator_layout(attention, "shared_prefix"), 0, additive=attention == "eager")
         batch: Any = send_to_device(collator([pack]), device)
         labels = batch.pop("labels")
         del batch["loss_weights"]  # all 0 or 1

@@ -29,11 +29,11 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.data.dialogue import data_digest
     from csc_train.data.readers import write_dialogues
     from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
-    from csc_train.data.splits import load_splits
+    from csc_train.data.splits import read_and_check_splits
     from csc_train.evaluation import systems
     from csc_train.evaluation.contamination import find_contamination, write_contamination
     from csc_train.evaluation.scoring import prepare_metrics
-    from csc_train.inference.hf import open_final_model
+    from csc_train.inference.hf import read_template_and_manifest
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import distributed_state, require_single_process
     from csc_train.tracking.wandb import attach_evaluation
@@ -48,14 +48,14 @@ def main(config: EvaluateRecipe) -> None:
     run = Run("evaluate", to_container(config), OUTPUTS)
 
     # Checkpoint, dialogues
-    template, manifest = open_final_model(config.checkpoint) if config.checkpoint else (None, None)
+    template, manifest = read_template_and_manifest(config.checkpoint) if config.checkpoint else (None, None)
     data = config.data or from_container(DataConfig, manifest.config["data"])
     if run.is_main:
         prepare_metrics(config.metrics)
         if data.sample_dialogues:
             ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
     state.wait_for_everyone()
-    splits = load_splits(data, run.directory if run.is_main else None)
+    splits = read_and_check_splits(data, run.directory if run.is_main else None)
     inputs = {
         "train": data_digest(splits.train),
         "evaluation": data_digest(splits.evaluation),

@@ -34,11 +34,11 @@ def export_form(config: HumanEvalRecipe, run) -> None:
     from pathlib import Path
 
     from csc_train.data.readers import read_dialogues
-    from csc_train.evaluation.comparison import left_out_note, reference_sides
+    from csc_train.evaluation.comparison import align_reference_context, left_out_note
     from csc_train.evaluation.judges.annotation_form import FORM_FILE, KEY_FILE, draw_annotation_form
     from csc_train.files import file_digest, write_json, write_text
 
-    names, sides, left_out = reference_sides(tuple(config.inputs), (config.system_a, config.system_b))
+    names, sides, left_out = align_reference_context(tuple(config.inputs), (config.system_a, config.system_b))
     dialogues = Path(config.inputs[0]) / "dialogues.jsonl"
     by_id = {dialogue.id: dialogue for dialogue in read_dialogues(dialogues)}
     page, key = draw_annotation_form(sides, by_id, names, config.human, left_out)

@@ -22,7 +22,7 @@ def main(config: JudgeRecipe) -> None:
 
     from csc_train.config.compose import to_container
     from csc_train.data.readers import read_dialogues
-    from csc_train.evaluation.comparison import reference_sides
+    from csc_train.evaluation.comparison import align_reference_context
     from csc_train.evaluation.judges.llm_judge import (
         judge,
         judge_json,
@@ -40,7 +40,7 @@ def main(config: JudgeRecipe) -> None:
     run = Run("judge", to_container(config), OUTPUTS)
 
     # Predictions
-    names, sides, left_out = reference_sides((config.a, config.b), (config.system_a, config.system_b))
+    names, sides, left_out = align_reference_context((config.a, config.b), (config.system_a, config.system_b))
     sampled = sample_turns(sides[0], config.judge)
     a, b = ([side.predictions[index] for index in sampled] for side in sides)
     dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(Path(config.a) / "dialogues.jsonl")}

@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
 def main(config: PrepareRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from csc_train.data.sample_grammar import ensure_sample
-    from csc_train.data.splits import load_splits
+    from csc_train.data.splits import read_and_check_splits
     from csc_train.models.families import chat_template_name
     from csc_train.packing.dataset import pack_dialogues
     from csc_train.runs.distributed import distributed_state, require_single_process
@@ -29,7 +29,7 @@ def main(config: PrepareRecipe) -> None:
     # Dialogues
     if config.data.sample_dialogues:
         ensure_sample(config.data.train.path, config.data.sample_dialogues, config.data.sample_seed)
-    splits = load_splits(config.data)
+    splits = read_and_check_splits(config.data)
 
     # Template
     with tempfile.TemporaryDirectory() as directory:  # the training trains the same tokenizer again

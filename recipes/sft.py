@@ -26,7 +26,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     from csc_train.config.compose import to_container
     from csc_train.data.dialogue import data_digest
     from csc_train.data.sample_grammar import ensure_sample
-    from csc_train.data.splits import load_splits
+    from csc_train.data.splits import read_and_check_splits
     from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
     from csc_train.models.attention.select import select_attention
     from csc_train.models.families import chat_template_name
@@ -59,7 +59,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     if config.data.sample_dialogues and run.is_main:
         ensure_sample(config.data.train.path, config.data.sample_dialogues, config.data.sample_seed)
     job.wait_for_everyone()
-    splits = load_splits(config.data, run.directory if run.is_main else None)
+    splits = read_and_check_splits(config.data, run.directory if run.is_main else None)
     status = run.start({"train": data_digest(splits.train)})
     if status == "finished":
         logger.info(f"reused {run.directory}/model: same configuration, data and code")

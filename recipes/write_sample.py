@@ -7,7 +7,7 @@ try:
     from csc_train.config.cli import run_recipe
     from csc_train.config.recipes.training import WriteSampleRecipe
     from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
-    from csc_train.data.splits import load_splits
+    from csc_train.data.splits import read_and_check_splits
     from csc_train.errors import InputError
     from csc_train.inference.baselines import StrategyBaseline
     from csc_train.inference.generator import generate_predictions
@@ -22,7 +22,7 @@ def main(config: WriteSampleRecipe) -> None:
         raise InputError("data.sample_dialogues is not set: use data=sample")
     written = ensure_sample(path, count, seed)
     print(f"{'wrote' if written else 'reused'} {path}: {count} dialogues, seed {seed}, source=synthetic-sample")
-    splits = load_splits(config.data)
+    splits = read_and_check_splits(config.data)
     bigram = generate_predictions(splits.evaluation, StrategyBaseline(splits.train, order=1), "reference")
     hits = sum(each.strategy == each.reference_strategy for each in bigram if isinstance(each, Prediction))
     print(

@@ -22,7 +22,7 @@ from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
 from csc_train.llm import client as client_module
 from csc_train.llm.client import AuthenticationError, LLMError
-from csc_train.synthesis.config import CallConfig, DuplicatesConfig, RewriteConfig
+from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.csconv.build import (
     BUNDLED_CALLS,
     CSCONV_RULES,
@@ -42,7 +42,7 @@ ANSWERS = 34
 
 
 def built(ask, calls=CALLS, language="zh", concurrency=4, **settings):
-    defaults = {"call": CallConfig(), "rewrite": RewriteConfig(), "duplicates": DuplicatesConfig()}
+    defaults = {"call": CallFilterConfig(), "rewrite": RewriteFilterConfig(), "duplicates": DuplicatesConfig()}
     settings = defaults | {"language": language, "concurrency": concurrency} | settings
     return asyncio.run(build_csconv(calls, ask, **settings))
 
@@ -349,8 +349,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, recipe, fau
 
 
 def test_configurations_have_the_thresholds_of_the_paper():
-    assert asdict(CallConfig()) == {
+    assert asdict(CallFilterConfig()) == {
         "min_rounds": 3, "max_rounds": 30, "max_characters": 500, "customer_share": 0.5, "short_characters": 3,
         "long_share": 0.7,
     }  # fmt: skip
-    assert asdict(RewriteConfig()) == {"min_utterances": 10, "max_utterances": 50, "required_strategies": [1, 2, 11]}
+    assert asdict(RewriteFilterConfig()) == {
+        "min_utterances": 10,
+        "max_utterances": 50,
+        "required_strategies": [1, 2, 11],
+    }

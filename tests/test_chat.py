@@ -33,7 +33,7 @@ from csc_train.data.strategies import OTHERS, STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.inference.generator import generate_predictions
-from csc_train.inference.hf import HFGenerator, load_generator, open_final_model
+from csc_train.inference.hf import HFGenerator, load_generator, read_template_and_manifest
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -68,7 +68,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(checkpoint):
-    template, _ = open_final_model(str(checkpoint))
+    template, _ = read_template_and_manifest(str(checkpoint))
     return load_generator(str(checkpoint), template, EvaluationConfig(max_new_tokens=LIMIT))
 
 
@@ -189,7 +189,7 @@ def test_a_stopped_reply_stays_as_far_as_it_was_heard(generator):
     talk(conversation, FIRST.text)
     for answer in conversation.reply(SECOND.text):
         if len(answer.response) >= 5:
-            conversation.stop()
+            conversation.interrupt_reply()
     heard = answer
     assert 5 <= len(heard.response) < 9 and LONG.startswith(heard.response)
     assert turns_of(conversation) == (*TAUGHT.turns[:4], replace(WAIT, text=heard.response))

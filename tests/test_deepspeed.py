@@ -269,7 +269,9 @@ def test_a_state_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
     state = tmp_path / "checkpoint-4"
     shutil.copytree(folder / "full-3/checkpoints/checkpoint-4", state)
     next(state.glob("global_step*/*pp_rank_1*optim_states.pt")).unlink()
-    with pytest.raises(InputError, match=r"checkpoint-4: cannot read the training checkpoint: no shard of process 1 among 2"):
+    with pytest.raises(
+        InputError, match=r"checkpoint-4: cannot read the training checkpoint: no shard of process 1 among 2"
+    ):
         open_training_checkpoint(state)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from csc_train.errors import InputError
 from csc_train.models import families
-from csc_train.models.attention.select import batch_layout
+from csc_train.models.attention.select import collator_layout
 from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
 from csc_train.models.dims import dense_decoder_dims
 from csc_train.models.families import (
@@ -87,9 +87,9 @@ def test_a_family_from_outside_is_built_measured_and_adapted():
     assert families.count_adapter_parameters(adapted) == sum(
         each.numel() for each in adapted.parameters() if each.requires_grad
     )
-    assert batch_layout("sdpa", "shared_prefix", "mistral") == "dense_mask"
+    assert collator_layout("sdpa", "shared_prefix", "mistral") == "dense_mask"
     with pytest.raises(InputError, match="mistral does not keep documents apart in layout position_ids"):
-        batch_layout("sdpa", "best_fit", "mistral")
+        collator_layout("sdpa", "best_fit", "mistral")
 
 
 FIELDS = {field.name: "" for field in dataclasses.fields(families.ModelFamily)}

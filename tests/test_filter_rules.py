@@ -10,7 +10,7 @@ from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.synthesis.config import CallConfig, DuplicatesConfig, RewriteConfig
+from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.filters.funnel import filter_funnel, funnel_table
 from csc_train.synthesis.filters.rules import (
     DuplicateFilter,
@@ -22,7 +22,7 @@ from csc_train.synthesis.filters.rules import (
 from csc_train.synthesis.utterances import Utterance, merge_turns, strip_boilerplate, turns_of, utterances_of
 
 S, C = Speaker.SUPPORTER, Speaker.CUSTOMER
-CALL, REWRITE = CallConfig(), RewriteConfig()
+CALL, REWRITE = CallFilterConfig(), RewriteFilterConfig()
 
 
 def call(rounds=5, text="我想问一下"):
@@ -94,23 +94,29 @@ def test_seventy_percent_of_the_customers_turns_have_more_than_three_characters(
 
 
 def test_thresholds_are_the_configurations():
-    config = CallConfig(
+    config = CallFilterConfig(
         min_rounds=1, max_rounds=2, max_characters=9, customer_share=1, short_characters=1, long_share=1
     )
     assert dropped(check_call(call(1, "两字"), config)) == (
         "customer's turns", "the customer has at most 1 of the supporter's turns",
     )  # fmt: skip
     assert dropped(check_call(call(3), config)) == ("rounds", "more than 2 rounds")
-    assert dropped(check_rewrite(rewritten(3), RewriteConfig(min_utterances=3, required_strategies=[1, 2]))) is None
+    assert (
+        dropped(check_rewrite(rewritten(3), RewriteFilterConfig(min_utterances=3, required_strategies=[1, 2]))) is None
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "values", "message"),
     [
-        (CallConfig, {"max_rounds": 2}, "call.max_rounds=2: must be at least 3"),
-        (CallConfig, {"long_share": 1.1}, "call.long_share=1.1: must be between 0 and 1"),
-        (RewriteConfig, {"max_utterances": 9}, "rewrite.max_utterances=9: must be at least 10"),
-        (RewriteConfig, {"required_strategies": [1, 13]}, "rewrite.required_strategies=13: must be between 1 and 12"),
+        (CallFilterConfig, {"max_rounds": 2}, "call.max_rounds=2: must be at least 3"),
+        (CallFilterConfig, {"long_share": 1.1}, "call.long_share=1.1: must be between 0 and 1"),
+        (RewriteFilterConfig, {"max_utterances": 9}, "rewrite.max_utterances=9: must be at least 10"),
+        (
+            RewriteFilterConfig,
+            {"required_strategies": [1, 13]},
+            "rewrite.required_strategies=13: must be between 1 and 12",
+        ),
         (DuplicatesConfig, {"opening": 0}, "duplicates.opening=0: must be above 0 and at most 1, or null"),
         (DuplicatesConfig, {"dialogue": 1.01}, "duplicates.dialogue=1.01: must be above 0 and at most 1, or null"),
     ],

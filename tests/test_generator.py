@@ -17,7 +17,13 @@ from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
 from csc_train.inference.baselines import StrategyBaseline
 from csc_train.inference.generator import generate_predictions, shard_dialogues
-from csc_train.inference.hf import HFGenerator, base_model_path, load_final_model, load_generator, open_final_model
+from csc_train.inference.hf import (
+    HFGenerator,
+    base_model_path,
+    load_final_model,
+    load_generator,
+    read_template_and_manifest,
+)
 from csc_train.inference.prediction_store import PredictionStore
 from csc_train.inference.predictions import FailedTurn, Prediction, build_prediction, read_outcomes, write_predictions
 from csc_train.inference.turn_queue import TurnQueue, TurnRequest
@@ -463,7 +469,7 @@ def checkpoint(model, tokenizer, tmp_path):
 def test_a_saved_checkpoint_answers_as_the_model_did(model, tokenizer, checkpoint, odd_dialogues):
     few = odd_dialogues[:2]
     settings = EvaluationConfig(max_new_tokens=STEPS)
-    template, manifest = open_final_model(str(checkpoint))
+    template, manifest = read_template_and_manifest(str(checkpoint))
     # On the same device, since answers are compared to the last digit.
     generator = load_generator(str(checkpoint), template, settings, device=model.device)
     expected = generate_predictions(few, generator_of(model, tokenizer), "generated")
@@ -493,12 +499,12 @@ def test_a_checkpoint_without_tokenizer_or_of_another_one_is_refused(checkpoint)
     for what in ("tokenizer", "template"):
         manifest_file.write_text(json.dumps(manifest | {f"{what}_hash": "0" * 64}), encoding="utf-8")
         with pytest.raises(InputError, match=f"the model was trained with another {what}"):
-            open_final_model(str(checkpoint))
+            read_template_and_manifest(str(checkpoint))
     manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
     for file in checkpoint.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(InputError, match="there is no tokenizer") as caught:
-        open_final_model(str(checkpoint))
+        read_template_and_manifest(str(checkpoint))
     assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
 
 

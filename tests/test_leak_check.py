@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from csc_train.errors import InputError
 from csc_train.models.attention.flex import FLEX_ATTENTION
-from csc_train.models.attention.select import batch_layout
+from csc_train.models.attention.select import collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig
 from csc_train.packing.collator import PackCollator
@@ -42,7 +42,7 @@ def make(architecture: str, attention: str, **facts):
 
 def check(model, packing: str, dtype: torch.dtype = torch.float32) -> None:
     attention = model.config._attn_implementation
-    collator = PackCollator(batch_layout(attention, packing), 299, additive=attention == "eager")
+    collator = PackCollator(collator_layout(attention, packing), 299, additive=attention == "eager")
     check_no_leaks(model, collator, torch.device("cpu"), dtype)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from csc_train.data.strategies import STRATEGIES
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.template.likelihood import cached_log_likelihoods, dialogue_log_likelihoods
+from csc_train.template.likelihood import dialogue_log_likelihoods, log_likelihoods_from_kv_cache
 
 SCENES = [
     pytest.param((real_tokenizer, "qwen2_5", "qwen2"), marks=pytest.mark.real_tokenizer, id="Qwen2.5"),
@@ -73,7 +73,7 @@ def test_labels_behind_a_cache_equal_those_of_the_dialogue_and_leave_it_as_it_wa
         before = [layer.keys.clone() for layer in cache.layers]
         # Twice, since it would not be the same behind a cache that was left longer.
         for _ in range(2):
-            likelihoods = cached_log_likelihoods(model, template, cache, logits)
+            likelihoods = log_likelihoods_from_kv_cache(model, template, cache, logits)
             assert torch.allclose(likelihoods, row, atol=1e-4, rtol=0)
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
 

@@ -8,11 +8,11 @@ import pytest
 from csc_train.data.dialogue import Speaker
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.synthesis.config import CRITERIA, RewriteConfig, RoleCSCheckConfig
+from csc_train.synthesis.config import CRITERIA, RewriteFilterConfig, RoleCSCheckConfig
 from csc_train.synthesis.filters.llm_checks import (
     CallCheck,
     QualityCheck,
-    RoleCSPoints,
+    RoleCSChecklist,
     check_call_manners,
     check_quality,
     check_rolecs,
@@ -42,7 +42,7 @@ def asked(answers):
 
 
 def points(given, reason="因为"):
-    return RoleCSPoints(reason=reason, **dict(zip(CRITERIA, given, strict=True)))
+    return RoleCSChecklist(reason=reason, **dict(zip(CRITERIA, given, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_agreement_of_a_panel_by_criterion():
 @pytest.mark.parametrize("language", ["zh", "en"])
 @pytest.mark.parametrize("task", TASKS)
 def test_prompts_hold_the_taxonomy_their_form_and_the_text_last(task, language):
-    forms = {"call_check": CallCheck, "quality": QualityCheck, "rolecs_check": RoleCSPoints}
-    fields = {"rewrite": {"config": RewriteConfig()}, "rolecs_check": {"scenario": "场景<1>"}}.get(task, {})
+    forms = {"call_check": CallCheck, "quality": QualityCheck, "rolecs_check": RoleCSChecklist}
+    fields = {"rewrite": {"config": RewriteFilterConfig()}, "rolecs_check": {"scenario": "场景<1>"}}.get(task, {})
     ((role, text),) = (
         each.values() for each in task_messages(task, language, transcript=as_text(SAID, language), **fields)
     )

@@ -365,9 +365,7 @@ def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, fault_
     assert json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))["left_out"] == 3
     assert "Left out: 3 turns that only one of the two" in (runs / "judged/judge.md").read_text(encoding="utf-8")
     write_predictions("one/predictions/trained-reference.jsonl", [])
-    with pytest.raises(
-        InputError, match=r"^trained of one and trained of other have no turn in common: evaluate "
-    ):
+    with pytest.raises(InputError, match=r"^trained of one and trained of other have no turn in common: evaluate "):
         load_recipe("judge").main(compose("judge", [*command[:-1], "run.directory=none"]))
 
 

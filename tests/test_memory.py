@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 from csc_train.config.compose import compose
 from csc_train.launching.preflight.size import zero_of
 from csc_train.models.config import ArchitectureConfig
-from csc_train.models.families import adapter_parameters, forward_flops, model_dims
+from csc_train.models.families import forward_flops, lora_parameter_count, model_dims
 from csc_train.models.loading import build_model_config
 from csc_train.training.memory import (
     GIB,
@@ -85,7 +85,7 @@ def test_adapters_are_counted_exactly(model_type, target):
     configured = peft.LoraConfig(r=8, target_modules=target, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(on_meta(architecture), configured)
     trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
-    assert adapter_parameters(model_dims(architecture), 8, target) == trained
+    assert lora_parameter_count(model_dims(architecture), 8, target) == trained
 
 
 def test_a_vocabulary_that_nobody_states_is_asked_for():
@@ -138,7 +138,7 @@ def test_model_states_are_the_bytes_of_the_tensors_after_a_step(adapter):
 
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     shape = model_dims(architecture)
-    setting = MemoryScenario(shape, adapter, adapter_parameters(shape, 8) if adapter == "lora" else 0)
+    setting = MemoryScenario(shape, adapter, lora_parameter_count(shape, 8) if adapter == "lora" else 0)
     planned = model_states(setting)
     assert planned.parameters == size(model.parameters())
     assert planned.gradients == size(each.grad for each in model.parameters() if each.grad is not None)
@@ -185,7 +185,7 @@ def test_what_a_block_keeps_is_what_autograd_saves(model_type, adapter, stage, b
             adapted.enable_input_require_grads()
         sizes[layers] = saved_bytes(base, tokens, autocast=mixed)
     shape = model_dims(architecture)
-    weights = adapter_parameters(shape, rank) if adapter == "lora" else 0
+    weights = lora_parameter_count(shape, rank) if adapter == "lora" else 0
     setting = MemoryScenario(shape, adapter, weights, stage, bf16=bf16, tokens=tokens)
     # The bf16 copies of weights that autocast makes are counted apart (`activation_bytes`).
     casts = 0 if not mixed else 2 * (weights // shape.layers if adapter == "lora" else shape.block_linear)

@@ -95,7 +95,7 @@ def test_a_module_is_a_plugin_too_and_is_imported_once(run, monkeypatch):
     for _ in range(2):
         registry.load_plugins(MetricsConfig(plugins=["my_metrics"]))
     assert [spec.name for spec in registry.METRICS[-2:]] == ["polite", "questions"]
-    assert len(registry.metrics_of(["zh"])) == 8
+    assert len(registry.metrics_in_profiles(["zh"])) == 8
 
 
 def decorated(**fields):
@@ -124,7 +124,7 @@ def test_an_invalid_registration_is_refused(fields, message):
 
 def test_the_same_name_in_another_profile_is_free():
     decorated(name="R-L char", profiles=["paper"])
-    assert [spec.name for spec in registry.metrics_of(["paper"])][-1] == "R-L char"
+    assert [spec.name for spec in registry.metrics_in_profiles(["paper"])][-1] == "R-L char"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_plugin_that_cannot_be_used_is_refused(tmp_path, source, message):
 
 
 def test_every_built_in_metric_is_registered_once_in_column_order():
-    names = {profile: [spec.name for spec in registry.metrics_of([profile])] for profile in PROFILES}
+    names = {profile: [spec.name for spec in registry.metrics_in_profiles([profile])] for profile in PROFILES}
     assert names == {
         "paper": ["B-2", "B-4", "R-L", "BS", "BR", "ACC"],
         "zh": ["B-2", "B-4", "R-L char", "R-L word", "BS", "BS rescaled", "ACC"],

@@ -28,7 +28,7 @@ from csc_train.evaluation.metrics import replies as reply_metrics
 from csc_train.evaluation.metrics import strategy as strategy_metrics
 from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.metrics.model_based import fetch_models
-from csc_train.evaluation.metrics.registry import metrics_of
+from csc_train.evaluation.metrics.registry import metrics_in_profiles
 from csc_train.evaluation.scoring import context_drift, score_predictions
 from csc_train.evaluation.table import PredictionTable
 from csc_train.inference.predictions import Prediction
@@ -247,7 +247,8 @@ def value(metric):
 def sides(table, section):
     """By name, the values of a section's metrics for a system and for the reference."""
     return {
-        spec.name: (value(spec.function(table)), value(spec.function(table.gold))) for spec in metrics_of([section])
+        spec.name: (value(spec.function(table)), value(spec.function(table.gold)))
+        for spec in metrics_in_profiles([section])
     }
 
 

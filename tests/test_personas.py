@@ -14,12 +14,12 @@ from csc_train.synthesis.rolecs.personas import (
     MOODS,
     TOPICS,
     Profile,
-    dialogue_slot,
+    dialogue_attempt,
     draw_behaviour,
     generate_profiles,
-    quota_slots,
     read_profiles,
-    select_names,
+    resolve_choices,
+    scenario_quotas,
 )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_no_profiles_are_refused(tmp_path):
 
 def test_quotas_are_even_over_topics_moods_and_personas():
     people, topics, moods = [f"p{index}" for index in range(10)], TOPICS["zh"], MOODS["zh"]
-    places = list(itertools.islice(quota_slots(people, topics, moods), 700))
+    places = list(itertools.islice(scenario_quotas(people, topics, moods), 700))
     assert len(set(places)) == 700
     # The first round is every persona with every topic, once.
     assert len({(cell.persona, cell.topic) for cell in places[:70]}) == 70
@@ -86,11 +86,11 @@ def test_quotas_are_even_over_topics_moods_and_personas():
 
 
 def test_topics_and_moods_are_chosen_by_name():
-    assert select_names("synthesis.topics", [], TOPICS["en"]) == TOPICS["en"]
-    assert select_names("synthesis.moods", ["不满", "平静", "不满"], MOODS["zh"]) == ("不满", "平静", "不满")
+    assert resolve_choices("synthesis.topics", [], TOPICS["en"]) == TOPICS["en"]
+    assert resolve_choices("synthesis.moods", ["不满", "平静", "不满"], MOODS["zh"]) == ("不满", "平静", "不满")
     with pytest.raises(InputError, match=r"synthesis\.topics: 产品咨讯: not one of .* Did you mean '产品咨询'"):
-        select_names("synthesis.topics", ["产品咨讯"], TOPICS["zh"])
-    places = itertools.islice(quota_slots(["p"], TOPICS["zh"], ("不满", "平静", "不满")), 63)
+        resolve_choices("synthesis.topics", ["产品咨讯"], TOPICS["zh"])
+    places = itertools.islice(scenario_quotas(["p"], TOPICS["zh"], ("不满", "平静", "不满")), 63)
     assert Counter(cell.mood for cell in places) == {"不满": 42, "平静": 21}
 
 
@@ -98,24 +98,24 @@ def test_a_unit_is_named_after_what_it_is_and_not_where_it_stands():
     profiles = generate_profiles(3, 0, "zh")
     named = {}
     for people in (profiles, profiles[::-1]):
-        for place in itertools.islice(quota_slots([profile.id for profile in people], TOPICS["zh"], ("平静",)), 21):
+        for place in itertools.islice(scenario_quotas([profile.id for profile in people], TOPICS["zh"], ("平静",)), 21):
             profile = next(profile for profile in profiles if profile.id == place.persona)
-            unit = dialogue_slot(place, profile, 0, 8, 0, "recipe")
+            unit = dialogue_attempt(place, profile, 0, 8, 0, "recipe")
             named.setdefault((place.persona, place.topic), set()).add(unit.id)
     assert len(named) == 21 and all(len(ids) == 1 for ids in named.values())
-    place = next(quota_slots([profiles[0].id], TOPICS["zh"], ("平静",)))
+    place = next(scenario_quotas([profiles[0].id], TOPICS["zh"], ("平静",)))
     others = [
-        dialogue_slot(place, profiles[0], 1, 8, 0, "recipe"), dialogue_slot(place, profiles[1], 0, 8, 0, "recipe"),
-        dialogue_slot(place, profiles[0], 0, 8, 1, "recipe"), dialogue_slot(place, profiles[0], 0, 8, 0, "other"),
+        dialogue_attempt(place, profiles[0], 1, 8, 0, "recipe"), dialogue_attempt(place, profiles[1], 0, 8, 0, "recipe"),
+        dialogue_attempt(place, profiles[0], 0, 8, 1, "recipe"), dialogue_attempt(place, profiles[0], 0, 8, 0, "other"),
     ]  # fmt: skip
-    assert len({dialogue_slot(place, profiles[0], 0, 8, 0, "recipe").id, *(unit.id for unit in others)}) == 5
+    assert len({dialogue_attempt(place, profiles[0], 0, 8, 0, "recipe").id, *(unit.id for unit in others)}) == 5
 
 
 def test_replicates_of_rounds_do_not_meet():
     people = generate_profiles(1, 0, "zh")
-    places = itertools.islice(quota_slots([people[0].id], ("产品咨询",), ("平静",)), 4)
+    places = itertools.islice(scenario_quotas([people[0].id], ("产品咨询",), ("平静",)), 4)
     replicates = [
-        dialogue_slot(place, people[0], attempt, 8, 0, "r").replicate for place in places for attempt in range(8)
+        dialogue_attempt(place, people[0], attempt, 8, 0, "r").replicate for place in places for attempt in range(8)
     ]
     assert replicates == list(range(32))
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from csc_train.config.compose import compose
 from csc_train.data.dialogue import data_digest
 from csc_train.data.readers import write_dialogues
-from csc_train.data.splits import load_splits
+from csc_train.data.splits import read_and_check_splits
 from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.preflight.report import PreflightReport
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -223,7 +223,7 @@ def test_a_cached_tokenization_is_found(job, tmp_path):
     config = composed(job, f"tokenization.cache_dir={tmp_path}")
     assert message(run_preflight(config), "tokenized data").startswith("no hit: the run tokenizes first")
     template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", config.template)
-    train = load_splits(config.data).train
+    train = read_and_check_splits(config.data).train
     tokenize(train, template, config.tokenization)
     (entry,) = tmp_path.glob("[0-9a-f]*")
     assert message(run_preflight(config), "tokenized data") == f"{entry}: hit"

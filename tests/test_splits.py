@@ -11,7 +11,7 @@ from csc_train.data.config import DataConfig, DialogueSourceConfig
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.overlap import NGRAM, Overlap, best_overlaps, find_overlaps, find_shared_text
 from csc_train.data.readers import write_dialogues
-from csc_train.data.splits import load_splits, read_splits, split
+from csc_train.data.splits import read_and_check_splits, read_splits, split
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 
@@ -203,7 +203,7 @@ def files(tmp_path):
 
 
 def test_warn_keeps_everything_and_says_so(files, said):
-    splits = load_splits(DataConfig(**files))
+    splits = read_and_check_splits(DataConfig(**files))
     assert (len(splits.train), len(splits.evaluation)) == (40, 4)
     assert [(o.train_id, o.evaluation_id, o.kind) for o in splits.overlaps] == [
         ("t0", "e0", "exact"),
@@ -215,7 +215,7 @@ def test_warn_keeps_everything_and_says_so(files, said):
 
 
 def test_drop_removes_every_training_dialogue_that_gives_an_evaluation_dialogue_away(files, said):
-    splits = load_splits(DataConfig(**files, on_overlap="drop"))
+    splits = read_and_check_splits(DataConfig(**files, on_overlap="drop"))
     assert ids(splits.train) == [f"t{i}" for i in range(4, 40)]
     assert ids(splits.evaluation) == ["e0", "e1", "e2", "e3"]
     assert len(splits.overlaps) == 2 and best_overlaps(find_overlaps(splits.train, splits.evaluation)) == []
@@ -224,14 +224,14 @@ def test_drop_removes_every_training_dialogue_that_gives_an_evaluation_dialogue_
 
 def test_raise_names_the_first_pair(files):
     with pytest.raises(InputError, match=r"on_overlap=error: 2 .*\(1 exact, 1 near .*training t0 ~ evaluation e0"):
-        load_splits(DataConfig(**files, on_overlap="error"))
+        read_and_check_splits(DataConfig(**files, on_overlap="error"))
 
 
 def test_raise_passes_disjoint_sets(files, said):
     config = DataConfig(
         train=files["train"], on_overlap="error", evaluation_fraction=0.2, seed=1, overlap_threshold=1.0
     )
-    splits = load_splits(config)
+    splits = read_and_check_splits(config)
     assert splits.overlaps == [] and len(splits.train) + len(splits.evaluation) == 40
     assert "0 evaluation dialogues are also in the training data" in said[0]
 
@@ -239,14 +239,14 @@ def test_raise_passes_disjoint_sets(files, said):
 def test_dropping_everything_is_an_error(files):
     config = DataConfig(train=files["train"], evaluation=files["train"], on_overlap="drop")
     with pytest.raises(InputError, match=r"data\.on_overlap=drop leaves no train dialogue"):
-        load_splits(config)
+        read_and_check_splits(config)
 
 
 def test_without_an_evaluation_file_the_split_is_that_of_the_training_file(tmp_path, said):
     for name, dialogues in {"a.jsonl": MANY[:300], "b.parquet": MANY[299::-1]}.items():
         path = tmp_path / name
         write_dialogues(path, dialogues)
-        splits = load_splits(DataConfig(DialogueSourceConfig(str(path)), evaluation_fraction=0.3, seed=4))
+        splits = read_and_check_splits(DataConfig(DialogueSourceConfig(str(path)), evaluation_fraction=0.3, seed=4))
         kept, held_out = split(dialogues, 0.3, seed=4)
         assert (splits.train, splits.evaluation) == (kept, held_out)
         assert set(ids(held_out)) == set(ids(split(MANY, 0.3, seed=4)[1])) & set(ids(dialogues))
@@ -267,12 +267,14 @@ def test_the_validation_set_is_drawn_from_the_training_set_alone_and_independent
     assert 0.2 < len(with_it.validation) / len(without.train) < 0.4
     more = read(evaluation_fraction=0.3, validation_fraction=0.5)
     assert set(ids(with_it.validation)) < set(ids(more.validation))
-    assert load_splits(DataConfig(DialogueSourceConfig(str(path)), validation_fraction=0.3)).validation
+    assert read_and_check_splits(DataConfig(DialogueSourceConfig(str(path)), validation_fraction=0.3)).validation
     assert re.search(r"data: \d+ training, \d+ validation and \d+ evaluation dialogues;", said[-1])
 
 
 def test_drop_removes_what_gives_an_evaluation_dialogue_away_from_the_validation_set_too(files):
-    both = [load_splits(DataConfig(**files, validation_fraction=0.5, on_overlap=do)) for do in ("warn", "drop")]
+    both = [
+        read_and_check_splits(DataConfig(**files, validation_fraction=0.5, on_overlap=do)) for do in ("warn", "drop")
+    ]
     kept, dropped = ([set(ids(each.train)), set(ids(each.validation))] for each in both)
     flagged = {"t0", "t1", "t2", "t3"}
     assert kept[0] & flagged and kept[1] & flagged
@@ -287,7 +289,7 @@ def test_a_closer_match_that_was_set_aside_does_not_hide_one_that_is_trained_on(
     write_dialogues(tmp_path / "evaluation.jsonl", [Dialogue("e", whole.turns)])
     sets = [DialogueSourceConfig(str(tmp_path / f"{name}.jsonl")) for name in ("train", "evaluation")]
     configs = (DataConfig(*sets, validation_fraction=0.5, seed=seed) for seed in range(20))
-    splits = next(each for each in map(load_splits, configs) if "whole" in ids(each.validation))
+    splits = next(each for each in map(read_and_check_splits, configs) if "whole" in ids(each.validation))
     (overlap,) = splits.overlaps
     assert overlap.kind == "near" and overlap.train_id in ids(splits.train)
 
@@ -299,7 +301,7 @@ def test_limit_keeps_the_same_dialogues_whatever_their_order(tmp_path):
         config = DataConfig(
             DialogueSourceConfig(str(tmp_path / "a.jsonl")), evaluation_fraction=0.5, limit=20, seed=seed
         )
-        splits = load_splits(config)
+        splits = read_and_check_splits(config)
         assert (len(splits.train), len(splits.evaluation)) == (20, 20)
         for side in (splits.train, splits.evaluation):
             assert ids(side) == [d.id for d in dialogues if d.id in ids(side)]
@@ -321,49 +323,49 @@ def test_refused_rows_of_each_set_go_to_their_own_file(files, tmp_path, said):
     with open(train, "a", encoding="utf-8") as file:
         file.write("{\n")
     config = DataConfig(train=files["train"], evaluation=DialogueSourceConfig(train))
-    load_splits(config, rejected_directory=tmp_path / "run")
+    read_and_check_splits(config, rejected_directory=tmp_path / "run")
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
         "rejected-evaluation.jsonl",
         "rejected-train.jsonl",
     ]
     assert "41 rows, 40 accepted, 1 rejected" in said[0]
     with pytest.raises(InputError, match=r"^data\.train: .*train\.jsonl, row 41, field row: broken JSON"):
-        load_splits(DataConfig(train=files["train"], strict=True))
+        read_and_check_splits(DataConfig(train=files["train"], strict=True))
 
 
 def test_a_source_is_selected_for_each_set(tmp_path):
     path = tmp_path / "all.jsonl"
     write_dialogues(path, [Dialogue(d.id, d.turns, "RoleCS" if i % 3 else "CSConv") for i, d in enumerate(MANY[:30])])
     config = DataConfig(DialogueSourceConfig(str(path), "RoleCS"), DialogueSourceConfig(str(path), "CSConv"))
-    splits = load_splits(config)
+    splits = read_and_check_splits(config)
     assert {d.source for d in splits.train} == {"RoleCS"} and {d.source for d in splits.evaluation} == {"CSConv"}
     assert (len(splits.train), len(splits.evaluation)) == (20, 10)
     with pytest.raises(
         InputError, match=r"^data\.evaluation: .*no row has source 'x'; found: 'RoleCS' \(20\), 'CSConv'"
     ):
-        load_splits(DataConfig(DialogueSourceConfig(str(path)), DialogueSourceConfig(str(path), "x")))
+        read_and_check_splits(DataConfig(DialogueSourceConfig(str(path)), DialogueSourceConfig(str(path), "x")))
 
 
 def test_sets_that_end_up_empty_name_their_key(tmp_path):
     path = tmp_path / "a.jsonl"
     with pytest.raises(InputError, match=r"^data\.train\.path is not set"):
-        load_splits(DataConfig())
+        read_and_check_splits(DataConfig())
     with pytest.raises(InputError, match=r"^data\.train: .*a\.jsonl: cannot read: No such file"):
-        load_splits(DataConfig(DialogueSourceConfig(str(path))))
+        read_and_check_splits(DataConfig(DialogueSourceConfig(str(path))))
     path.write_text("")
     with pytest.raises(InputError, match=r"^data\.train: .*a\.jsonl: no rows"):
-        load_splits(DataConfig(DialogueSourceConfig(str(path))))
+        read_and_check_splits(DataConfig(DialogueSourceConfig(str(path))))
     write_dialogues(path, MANY[:1])
     for fraction, name in [(1e-9, "evaluation"), (1 - 1e-9, "training")]:
         with pytest.raises(
             InputError, match=rf"^data.evaluation_fraction={fraction} .* leaves no {name} dialogue of 1 in"
         ):
-            load_splits(DataConfig(DialogueSourceConfig(str(path)), evaluation_fraction=fraction))
+            read_and_check_splits(DataConfig(DialogueSourceConfig(str(path)), evaluation_fraction=fraction))
     for fraction, name in [(1e-9, "validation"), (1 - 1e-9, "training")]:
         with pytest.raises(
             InputError, match=rf"^data.validation_fraction={fraction} .* leaves no {name} dialogue of 1 "
         ):
-            load_splits(
+            read_and_check_splits(
                 DataConfig(
                     DialogueSourceConfig(str(path)), DialogueSourceConfig(str(path)), validation_fraction=fraction
                 )

@@ -19,7 +19,7 @@ from csc_train.models.attention.flex import (
     flex_document_attention,
     flex_documents,
 )
-from csc_train.models.attention.select import batch_layout, select_attention
+from csc_train.models.attention.select import collator_layout, select_attention
 from csc_train.models.attention.varlen import VARLEN_ATTENTION, build_varlen_metadata, document_mask, varlen_attention
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import PackingConfig
@@ -348,10 +348,10 @@ def test_flex_attention_on_packs_is_our_call_of_it_on_a_gpu(monkeypatch):
 def test_the_layout_follows_attention_and_packing():
     assert select_attention("eager", "shared_prefix") == "eager"
     for packing in ("shared_prefix", "best_fit"):
-        assert batch_layout(VARLEN_ATTENTION, packing) == "varlen"
-        assert batch_layout(FLEX_ATTENTION, packing) == "flex"
-    assert batch_layout("sdpa", "shared_prefix") == "dense_mask"
-    assert batch_layout("sdpa", "best_fit") == "position_ids"
-    assert batch_layout("flash_attention_2", "best_fit") == "padding_free"
+        assert collator_layout(VARLEN_ATTENTION, packing) == "varlen"
+        assert collator_layout(FLEX_ATTENTION, packing) == "flex"
+    assert collator_layout("sdpa", "shared_prefix") == "dense_mask"
+    assert collator_layout("sdpa", "best_fit") == "position_ids"
+    assert collator_layout("flash_attention_2", "best_fit") == "padding_free"
     with pytest.raises(ValueError, match="cannot share a prefix"):
         PackCollator("position_ids", 0)(make_packs(SHAPES["one-prefix"])[0])

@@ -16,7 +16,7 @@ from csc_train.data.strategies import GREETING, OTHERS, STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.kv_cache import common_prefix_length
-from csc_train.template.likelihood import cached_log_likelihoods
+from csc_train.template.likelihood import log_likelihoods_from_kv_cache
 from csc_train.template.reply import Reply
 
 NUM_ALTERNATIVES = 3
@@ -113,7 +113,7 @@ class Conversation:
             elif message is not None:
                 self.turns.pop()
 
-    def stop(self) -> None:
+    def interrupt_reply(self) -> None:
         """End the current reply at its next token. Safe in signal handlers and other threads."""
         self._stopped = True
 
@@ -202,7 +202,7 @@ class Conversation:
         return logits
 
     def _top_strategies(self, logits: torch.Tensor) -> tuple[tuple[Strategy, float], ...]:
-        likelihoods = cached_log_likelihoods(self._model, self.template, self._cache, logits)
+        likelihoods = log_likelihoods_from_kv_cache(self._model, self.template, self._cache, logits)
         values, order = likelihoods.softmax(0).topk(NUM_ALTERNATIVES)
         return tuple((STRATEGIES[index], value) for index, value in zip(order.tolist(), values.tolist(), strict=True))
 

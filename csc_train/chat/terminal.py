@@ -194,7 +194,7 @@ class Terminal:
 @contextlib.contextmanager
 def _stop_on_interrupt(conversation: Conversation) -> Iterator[None]:
     """Let Ctrl-C stop the reply instead of the program."""
-    before = signal.signal(signal.SIGINT, lambda *_: conversation.stop())
+    before = signal.signal(signal.SIGINT, lambda *_: conversation.interrupt_reply())
     try:
         yield
     finally:

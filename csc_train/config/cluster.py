@@ -250,13 +250,13 @@ class SweepConfig:
         return self.trials if self.trials is not None else len(self.grid())
 
     def grid(self) -> list[dict[str, Any]]:
-        """The points of a grid or list in order, each with its values by parameter name (see `key_of`)."""
+        """The points of a grid or list in order, each with its values by parameter name (see `override_key`)."""
         if self.kind == "list":
             return self.points
         choices = (parameter.choices for parameter in self.space.values())
         return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*choices)]
 
-    def key_of(self, parameter: str) -> str:
+    def override_key(self, parameter: str) -> str:
         """The recipe's key or group of a parameter name."""
         return self.space[parameter].key if parameter in self.space else parameter
 

@@ -147,13 +147,13 @@ def _write_dialogue(seed: int, index: int) -> Dialogue:
     # A string seed is the same on every platform and does not correlate neighbouring dialogues.
     rng = random.Random(f"{seed}:{index}")
     problem, mood = rng.choice(SERVICE_PROBLEMS), rng.choice(list(FEELINGS))
-    acts, turns = write_turns(rng, problem, mood)
+    acts, turns = generate_turns(rng, problem, mood)
     outcome = next(OUTCOMES[act] for act in acts if act in OUTCOMES)
     extra = {"topic": problem.topic, "problem": problem.name, "mood": mood, "outcome": outcome}
     return Dialogue(f"{ID_PREFIX}{seed}-{index:05d}", tuple(turns), SAMPLE_SOURCE, extra)
 
 
-def write_turns(rng: random.Random, problem: ServiceProblem, mood: str) -> tuple[list[str], list[Turn]]:
+def generate_turns(rng: random.Random, problem: ServiceProblem, mood: str) -> tuple[list[str], list[Turn]]:
     """Draw a conversation about `problem` with a customer in `mood` (a key of `FEELINGS`).
 
     Returns:

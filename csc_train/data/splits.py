@@ -74,7 +74,7 @@ def read_splits(config: DataConfig, rejected_directory: Path | None = None) -> S
     return Splits(train, evaluation, validation=validation)
 
 
-def load_splits(config: DataConfig, rejected_directory: Path | None = None) -> Splits:
+def read_and_check_splits(config: DataConfig, rejected_directory: Path | None = None) -> Splits:
     """Read the dialogues of a run (see `read_splits`) and check them for overlap.
 
     Logs one line with the sizes and the result of the check.

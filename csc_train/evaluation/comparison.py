@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from csc_train.errors import InputError
 from csc_train.evaluation.config import PROFILES, MetricsConfig
 from csc_train.evaluation.metrics.base import Metric
-from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, load_plugins, metrics_of
+from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, load_plugins, metrics_in_profiles
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.predictions import Prediction, read_run_predictions
 from csc_train.stats import CONFIDENCE_LEVEL, Statistic, holm_correction, mcnemar_test, sign_flip_test
@@ -24,7 +24,7 @@ def left_out_note(count: int) -> str:
     return f"Left out: {count} turns that only one of the two systems has." if count else ""
 
 
-def reference_sides(
+def align_reference_context(
     directories: tuple[str, str], systems: tuple[str | None, str | None]
 ) -> tuple[tuple[str, str], tuple[PredictionTable, PredictionTable], int]:
     """Names of the systems of two runs, their tables of the same turns in reference context, and the number of turns
@@ -112,7 +112,7 @@ def compare(
     _require_turns((sides for sides, _ in shared.values()), names)
     rows = []
     for context, (sides, left_out) in shared.items():
-        for spec in metrics_of((*config.profiles, *SECTIONS)):
+        for spec in metrics_in_profiles((*config.profiles, *SECTIONS)):
             if spec.compare:
                 row = {"context": context, "metric": _metric_name(spec), "turns": len(sides[0]), "left_out": left_out}
                 pair = [spec.function(table, config) for table in sides]

@@ -16,7 +16,7 @@ from csc_train.evaluation.contamination import Contamination, read_contamination
 from csc_train.evaluation.metrics import likelihood, replies, strategy
 from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.metrics.model_based import fetch_models
-from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, load_plugins, metrics_of
+from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, load_plugins, metrics_in_profiles
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.config import CONTEXTS
 from csc_train.inference.predictions import Prediction, RunPredictions, expected_turns, read_run_predictions
@@ -185,7 +185,7 @@ def score_predictions(
 
 def _position_metrics(table: PredictionTable, config: MetricsConfig) -> dict[str, Metric]:
     """The metrics that are shown by supporter turn: ACC first, then those of earlier columns."""
-    specs = [spec for spec in metrics_of((*config.profiles, *SECTIONS)) if spec.by_position]
+    specs = [spec for spec in metrics_in_profiles((*config.profiles, *SECTIONS)) if spec.by_position]
     return {spec.name: spec.function(table, config) for spec in reversed(specs)}
 
 

@@ -81,7 +81,7 @@ class PredictionTable:
         """(dialogue id, turn) of each turn."""
         return [(each.dialogue_id, each.turn) for each in self.predictions]
 
-    def shuffled(self, seed: int) -> list[int]:
+    def shuffled_indices(self, seed: int) -> list[int]:
         """Indices of all turns in a random order; the order of two turns does not depend on the other turns."""
         hashes = [digest([seed, *key]) for key in self.keys]
         return sorted(range(len(self)), key=hashes.__getitem__)

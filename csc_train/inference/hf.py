@@ -115,7 +115,7 @@ class HFGenerator:
 
     def _add_likelihoods(self, queue: TurnQueue, dialogue: Dialogue) -> None:
         """Compute the likelihoods of all predicted turns of a dialogue."""
-        predictions = queue.completed(dialogue)
+        predictions = queue.predictions_so_far(dialogue)
         reference = queue.context == "reference"
         computed = "reference_nll" if reference else "label_log_likelihoods"
         if all(getattr(prediction, computed) is not None for prediction in predictions.values()):
@@ -144,7 +144,7 @@ class HFGenerator:
             queue.update(replace(prediction, **details))
 
 
-def open_final_model(directory: str) -> tuple[DialogueTemplate, Manifest]:
+def read_template_and_manifest(directory: str) -> tuple[DialogueTemplate, Manifest]:
     """Read the template and the manifest of a final model that recipes/sft.py wrote, without its weights.
 
     Raises:
@@ -194,8 +194,8 @@ def load_final_model(
     """Load a final model of recipes/sft.py or recipes/export.py with its template, ready to reply.
 
     Raises:
-        InputError: as `open_final_model` and `load_causal_lm`.
+        InputError: as `read_template_and_manifest` and `load_causal_lm`.
     """
-    template, _ = open_final_model(directory)
+    template, _ = read_template_and_manifest(directory)
     manifest = file_digest(Path(directory) / MANIFEST_FILE)
     return load_generator(directory, template, config or InferenceConfig(), manifest, device)

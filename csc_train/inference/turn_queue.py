@@ -120,7 +120,7 @@ class TurnQueue:
             turn = self._ready_turns(dialogue)[0]
             history: tuple[Turn | Prediction, ...] = dialogue.turns[:turn]
             if self.context == "generated":
-                own = self.completed(dialogue)
+                own = self.predictions_so_far(dialogue)
                 history = tuple(own.get(earlier, reference) for earlier, reference in enumerate(history))
             requests.append(TurnRequest(dialogue, turn, self.context, history))
             self._in_flight[dialogue.id].add(turn)
@@ -141,7 +141,7 @@ class TurnQueue:
                 self._record(replace(outcome, turn=later, kind=EARLIER_TURN_FAILED, message=message), new=True)
         self._enqueue(dialogue)
 
-    def completed(self, dialogue: Dialogue) -> dict[int, Prediction]:
+    def predictions_so_far(self, dialogue: Dialogue) -> dict[int, Prediction]:
         """The predictions of a dialogue so far, by turn."""
         found = {turn: self._outcomes.get((dialogue.id, turn)) for turn in dialogue.supporter_turns}
         return {turn: outcome for turn, outcome in found.items() if isinstance(outcome, Prediction)}

@@ -70,12 +70,12 @@ class Sweep:
 
         Args:
             number: the trial's number.
-            values: by parameter name (see `SweepConfig.key_of`).
+            values: by parameter name (see `SweepConfig.override_key`).
 
         Raises:
             InputError: the recipe or the cluster refuses the values.
         """
-        varied = [to_override(self.config.key_of(name), value) for name, value in values.items()]
+        varied = [to_override(self.config.override_key(name), value) for name, value in values.items()]
         config = compose(self.launch.recipe, [*self.overrides, *varied])
         config.run = RunConfig(str(self.directory / f"trial-{number}"), "resume")
         common = {field.name: getattr(self.launch, field.name) for field in fields(LaunchRecipe)}

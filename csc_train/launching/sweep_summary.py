@@ -23,7 +23,7 @@ PLOTS = {
 
 def describe_trial(config: SweepConfig, number: int, values: dict[str, Any]) -> str:
     """A trial and its parameter values in one line."""
-    shown = (f"{config.key_of(name)}={_short(value)}" for name, value in values.items())
+    shown = (f"{config.override_key(name)}={_short(value)}" for name, value in values.items())
     return f"trial {number} ({', '.join(shown)})"
 
 
@@ -38,7 +38,7 @@ def summarize_sweep(directory: Path, study: optuna.Study, config: SweepConfig) -
             "number": trial.number,
             "state": trial.state.name.lower(),
             "value": trial.value,
-            "parameters": {config.key_of(name): value for name, value in trial.params.items()},
+            "parameters": {config.override_key(name): value for name, value in trial.params.items()},
             "steps": trial.last_step,
             "seconds": trial.user_attrs.get("seconds"),
             "reason": trial.user_attrs.get("reason"),
@@ -51,7 +51,7 @@ def summarize_sweep(directory: Path, study: optuna.Study, config: SweepConfig) -
     if len({trial.value for trial in complete}) > 1:
         with warnings.catch_warnings(action="ignore"):  # about few trials
             shares = optuna.importance.get_param_importances(study)
-        importances = {config.key_of(name): share for name, share in shares.items()}
+        importances = {config.override_key(name): share for name, share in shares.items()}
     return {
         "sweep": config.name,
         "kind": config.kind,

@@ -165,7 +165,7 @@ def lora_targets(model_type: str, target_modules: str) -> str | list[str]:
     return list(get_family(model_type).lora_targets) if target_modules == "all-linear" else target_modules
 
 
-def adapter_parameters(dims: ModelDims, rank: int, target_modules: str | Collection[str] = "all-linear") -> int:
+def lora_parameter_count(dims: ModelDims, rank: int, target_modules: str | Collection[str] = "all-linear") -> int:
     """Weights of low-rank adapters: rank x (inputs + outputs) for each linear layer that they adapt.
 
     Args:
@@ -192,7 +192,7 @@ def count_adapter_parameters(model: Any) -> int:
     if (adapters := getattr(model, "peft_config", None)) is None:
         return 0
     adapter = adapters["default"]
-    return adapter_parameters(model_dims(model.config), adapter.r, adapter.target_modules)
+    return lora_parameter_count(model_dims(model.config), adapter.r, adapter.target_modules)
 
 
 def forward_flops(model: Any) -> tuple[int, int]:

@@ -158,7 +158,7 @@ def pack_dialogues(
     trained_tokens = 0
     by_strategy = numpy.zeros(len(STRATEGIES) + 1)
     for item, prefix, types, strategies in kept:
-        weights = loss.by_turn(types, strategies)
+        weights = loss.token_weights_by_turn(types, strategies)
         if weights.any(where=types > 0):
             groups.setdefault(prefix, []).append(item)
             trained_tokens += int(types[weights > 0].sum())

@@ -99,7 +99,7 @@ class LossWeights:
         weights[dialogue.turn_offsets[0] :] *= factors.repeat(numpy.diff(dialogue.turn_offsets))
         return weights.astype(numpy.float32)
 
-    def by_turn(self, token_types: numpy.ndarray, strategies: numpy.ndarray) -> numpy.ndarray:
+    def token_weights_by_turn(self, token_types: numpy.ndarray, strategies: numpy.ndarray) -> numpy.ndarray:
         """float64 [turns, 3]: the weight of a token of each `TokenType` in each turn.
 
         Args:

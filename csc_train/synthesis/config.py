@@ -172,7 +172,7 @@ class RoleCSCheckConfig:
 
 
 @dataclass
-class CallConfig:
+class CallFilterConfig:
     """Which recorded calls are kept."""
 
     min_rounds: int = 3
@@ -198,7 +198,7 @@ class CallConfig:
 
 
 @dataclass
-class RewriteConfig:
+class RewriteFilterConfig:
     """Which rewritten calls are kept."""
 
     min_utterances: int = 10

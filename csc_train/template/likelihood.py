@@ -71,7 +71,7 @@ def dialogue_log_likelihoods(
     return own, summed.view(len(starts), len(labels))
 
 
-def cached_log_likelihoods(
+def log_likelihoods_from_kv_cache(
     model: torch.nn.Module, template: DialogueTemplate, cache: Cache, logits: torch.Tensor
 ) -> torch.Tensor:
     """Log-likelihoods of the labels behind a cached prompt; only the labels' own tokens are computed.

@@ -24,7 +24,7 @@ from csc_train.checkpoints.training_checkpoint import (
 )
 from csc_train.errors import InputError
 from csc_train.files import write_json
-from csc_train.models.attention.select import batch_layout
+from csc_train.models.attention.select import collator_layout
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
 from csc_train.models.loading import lora_config
@@ -383,7 +383,7 @@ def build_trainer(
         InputError: the model does not keep packed documents apart.
     """
     attention = model.config._attn_implementation
-    layout = batch_layout(attention, packing, model.config.model_type)
+    layout = collator_layout(attention, packing, model.config.model_type)
     collator = PackCollator(layout, tokenizer.pad_token_id, attention == "eager")
     check_no_leaks(model, collator, arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     forbid_kv_cache(model)

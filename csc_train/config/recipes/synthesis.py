@@ -11,9 +11,9 @@ from csc_train.runs.config import RunConfig
 from csc_train.synthesis.config import (
     BatchConfig,
     BudgetConfig,
-    CallConfig,
+    CallFilterConfig,
     DuplicatesConfig,
-    RewriteConfig,
+    RewriteFilterConfig,
     RoleCSCheckConfig,
     SynthesisConfig,
 )
@@ -30,9 +30,9 @@ class BuildCsconvRecipe:
     """Language of the calls and of the prompts."""
     seed: int = 0
     """Seed of the model's sampling and of the report's samples."""
-    call: CallConfig = field(default_factory=CallConfig)
+    call: CallFilterConfig = field(default_factory=CallFilterConfig)
     """The filter of recorded calls."""
-    rewrite: RewriteConfig = field(default_factory=RewriteConfig)
+    rewrite: RewriteFilterConfig = field(default_factory=RewriteFilterConfig)
     """The filter of rewritten calls."""
     duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     """The filter of near-duplicates."""

@@ -95,7 +95,9 @@ def draw_annotation_form(
         for side, name in zip(sides, names, strict=True):
             if not side.predicts_strategy:
                 raise InputError(f"human.show_strategies=own: {name} predicts none: choose hidden or reference")
-    differing = [index for index in sides[0].shuffled(config.seed) if _differ(pairs[index][0], pairs[index][1], config)]
+    differing = [
+        index for index in sides[0].shuffled_indices(config.seed) if _differ(pairs[index][0], pairs[index][1], config)
+    ]
     if not differing:
         raise InputError(f"{names[0]} and {names[1]}: all replies are equal: there is nothing to compare")
     chosen, taken = [], Counter()

@@ -72,7 +72,7 @@ class JudgeQuestion:
     messages: tuple[Message, ...] = field(compare=False)
 
     @property
-    def place(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """The fields without the messages."""
         return {"task": self.task, "dialogue_id": self.dialogue_id, "turn": self.turn, "side": self.side}
 
@@ -97,7 +97,7 @@ def sample_turns(table: PredictionTable, config: JudgeConfig) -> numpy.ndarray:
     """int [sampled]: indices of the turns to judge, in order."""
     if config.num_turns is None:
         return numpy.arange(len(table))
-    return numpy.array(sorted(table.shuffled(config.seed)[: config.num_turns]), int)
+    return numpy.array(sorted(table.shuffled_indices(config.seed)[: config.num_turns]), int)
 
 
 def judge_questions(
@@ -168,7 +168,7 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
                 failures[key] = error
             else:
                 usage = {name: getattr(answer, name) for name in _USAGE}
-                known[key] = {"key": key, **question.place, "answer": answer.value.model_dump(), **usage}
+                known[key] = {"key": key, **question.identity, "answer": answer.value.model_dump(), **usage}
                 log.append(known[key] | {"model": answer.model})
             bar.update()
 
@@ -286,7 +286,7 @@ def summarize(
 
 def judge_json(summary: JudgeSummary, report: JudgeReport) -> dict[str, Any]:
     """The results with failures and usage, as plain values."""
-    failures = [each.place | {"kind": why.kind, "message": why.message} for each, why in report.failures.items()]
+    failures = [each.identity | {"kind": why.kind, "message": why.message} for each, why in report.failures.items()]
     return asdict(summary) | {"failures": failures, "usage": report.usage}
 
 

@@ -78,7 +78,7 @@ def metric(
         check_choice(f"{place}: direction", direction, DIRECTIONS)
         for profile in profiles:
             check_choice(f"{place}: profiles", profile, (*PROFILES, *SECTIONS))
-            if taken := [spec for spec in metrics_of([profile]) if spec.name == name]:
+            if taken := [spec for spec in metrics_in_profiles([profile]) if spec.name == name]:
                 owner = f"{taken[0].function.__module__}.{taken[0].function.__qualname__}"
                 raise InputError(
                     f"{place}: name {name!r} is taken in profile {profile} by {owner}: choose another name"
@@ -100,7 +100,7 @@ def metric(
     return register
 
 
-def metrics_of(profiles: Iterable[str]) -> list[MetricSpec]:
+def metrics_in_profiles(profiles: Iterable[str]) -> list[MetricSpec]:
     """The metrics of any of these profiles or sections."""
     wanted = set(profiles)
     return [spec for spec in METRICS if wanted & set(spec.profiles)]
@@ -110,7 +110,7 @@ def compute_metrics(
     table: PredictionTable, config: MetricsConfig, profiles: Iterable[str]
 ) -> dict[str, dict[str, Metric]]:
     """The metrics of a table by profile or section and name; a metric of several profiles is computed once."""
-    found = {spec: spec.function(table, config) for spec in metrics_of(profiles)}
+    found = {spec: spec.function(table, config) for spec in metrics_in_profiles(profiles)}
     return {
         profile: {spec.name: value for spec, value in found.items() if profile in spec.profiles} for profile in profiles
     }

@@ -40,7 +40,7 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
         turns=sum(len(dialogue.supporter_turns) for dialogue in scored.dialogues),
         dialogues=len(scored.dialogues),
         strategies=STRATEGIES,
-        profiles=tables.profile_tables(results),
+        profiles=tables.metric_profile_tables(results),
         contamination=contamination,
         decontaminated=tables.decontaminated_tables(results, contamination),
         behaviour=tables.behaviour_tables(results),

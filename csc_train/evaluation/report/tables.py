@@ -84,7 +84,9 @@ def results_markdown(results: Results, drifts: Drifts, contamination: Contaminat
             tables.append(_confusion(last, context, scores["confusion"]))
     tables.append(_by_position(last, results[last], drifts.get(last)))
     overlap = [] if contamination is None else [f"Training overlap: {contamination}"]
-    return markdown_tables([*profile_tables(results), *overlap, *tables, f"Turns: {'; '.join(turn_counts(results))}."])
+    return markdown_tables(
+        [*metric_profile_tables(results), *overlap, *tables, f"Turns: {'; '.join(turn_counts(results))}."]
+    )
 
 
 def markdown_tables(blocks: Iterable[ReportTable | str]) -> str:
@@ -183,7 +185,7 @@ def _each(results: Results) -> Iterator[tuple[str, str, dict]]:
 # --- profiles ---
 
 
-def profile_tables(results: Results) -> list[ReportTable]:
+def metric_profile_tables(results: Results) -> list[ReportTable]:
     """A table per profile: a row per system; columns in reference context, then in generated context."""
     return [_profile_table(results, profile) for profile in _profiles(results)]
 

@@ -22,7 +22,7 @@ class SlurmLauncher(Launcher):
     """Submits a job script that runs a supervisor on each node; the job outlives this process."""
 
     @property
-    def path(self) -> Path:
+    def script_path(self) -> Path:
         """Where the job script is written."""
         return self.job.directory / SCRIPT_FILE
 
@@ -46,7 +46,7 @@ class SlurmLauncher(Launcher):
 
     def describe(self) -> str:
         """The sbatch command and the job script."""
-        return f"sbatch {self.path}, which is:\n\n{self.script()}"
+        return f"sbatch {self.script_path}, which is:\n\n{self.script()}"
 
     def start(self) -> None:
         """Write the job script and submit it.
@@ -54,14 +54,14 @@ class SlurmLauncher(Launcher):
         Raises:
             InputError: sbatch is missing or refuses the job.
         """
-        write_text(self.path, self.script())
+        write_text(self.script_path, self.script())
         if shutil.which("sbatch") is None:
-            raise InputError(f"there is no sbatch on this machine: submit {self.path} where there is one")
-        done = subprocess.run(["sbatch", str(self.path)], capture_output=True, text=True, check=False)
+            raise InputError(f"there is no sbatch on this machine: submit {self.script_path} where there is one")
+        done = subprocess.run(["sbatch", str(self.script_path)], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise InputError(f"sbatch {self.path}: {' '.join(done.stderr.split())}")
+            raise InputError(f"sbatch {self.script_path}: {' '.join(done.stderr.split())}")
         if not (number := re.search(r"\d+", done.stdout)):
-            raise InputError(f"sbatch {self.path}: {done.stdout.strip()!r} names no job")
+            raise InputError(f"sbatch {self.script_path}: {done.stdout.strip()!r} names no job")
         self.job_id = number.group()
 
     def poll(self) -> int | None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from csc_train.launching.preflight.size import JobEstimate
-from csc_train.models.families import adapter_parameters
+from csc_train.models.families import lora_parameter_count
 from csc_train.training.memory import (
     GIB,
     MemoryPlan,
@@ -152,7 +152,7 @@ def _by_adapter(report: PreflightReport) -> Iterator[tuple[str, list[MemoryScena
     """The scenarios of the chosen adapter, then of the other adapters."""
     scenarios, first = report.scenarios, report.scenarios[0]
     yield first.adapter, scenarios
-    weights = first.adapter_parameters or adapter_parameters(first.dims, DEFAULT_RANK)
+    weights = first.adapter_parameters or lora_parameter_count(first.dims, DEFAULT_RANK)
     for adapter in ("full", "lora", "qlora"):
         if adapter != first.adapter:
             count = 0 if adapter == "full" else weights

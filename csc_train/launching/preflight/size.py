@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from csc_train.config.recipes.training import PreflightRecipe
-from csc_train.models.families import adapter_parameters, model_dims
+from csc_train.models.families import lora_parameter_count, model_dims
 from csc_train.training.config import ZeroConfig
 from csc_train.training.memory import MemoryScenario, scenario_flops
 
@@ -61,7 +61,7 @@ def memory_scenario(config: PreflightRecipe) -> MemoryScenario:
     """The training as the memory estimate sees it, with packs of the greatest length that the configuration allows."""
     model, adapter, packing = config.model, config.adapter, config.packing
     dims = model_dims(model.architecture, model.tokenizer_vocab_size)
-    weights = 0 if adapter.kind == "full" else adapter_parameters(dims, adapter.rank, adapter.target_modules)
+    weights = 0 if adapter.kind == "full" else lora_parameter_count(dims, adapter.rank, adapter.target_modules)
     stage, offload = zero_of(config.zero)
     tokens = config.trainer.micro_batch_size * packing.max_length
     # On a GPU, sdpa and eager attention separate the documents of a pack by a dense mask of this many columns.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from csc_train.models.attention.varlen import VarlenMetadata, check_varlen_inputs, same_dtype
+from csc_train.models.attention.varlen import VarlenMetadata, cast_to_common_dtype, check_varlen_inputs
 
 FLEX_ATTENTION = "flex_documents"
 """Name under which `flex_document_attention` stands in transformers' attention registry."""
@@ -110,7 +110,7 @@ def flex_document_attention(
     check_varlen_inputs(FLEX_ATTENTION, query, attention_mask, varlen_metadata)
     if dropout:
         raise ValueError("FlexAttention has no dropout: set the model's attention_dropout to 0, or use another one")
-    query, key, value = same_dtype(query, key, value)
+    query, key, value = cast_to_common_dtype(query, key, value)
     attend = _compiled if query.is_cuda else flex_attention
     mask = FlexDocuments(**(varlen_metadata or {})).block_mask()
     output = attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)

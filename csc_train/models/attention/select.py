@@ -41,11 +41,11 @@ def select_attention(name: str, packing: str, precision: str = "auto") -> str:
         if not gpu:
             raise InputError("model.attn_implementation=flex_attention: it trains only on a GPU; use auto on a CPU")
         return FLEX_ATTENTION
-    batch_layout(name, packing)
+    collator_layout(name, packing)
     return name
 
 
-def batch_layout(attention: str, packing: str, model_type: str | None = None) -> str:
+def collator_layout(attention: str, packing: str, model_type: str | None = None) -> str:
     """The `PackCollator.layout` in which an attention implementation keeps the documents of a pack apart.
 
     Args:

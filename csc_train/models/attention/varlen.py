@@ -87,7 +87,7 @@ def check_varlen_inputs(
         raise ValueError(f"{attention} attention takes one row and no attention mask")
 
 
-def same_dtype(*states: torch.Tensor) -> list[torch.Tensor]:
+def cast_to_common_dtype(*states: torch.Tensor) -> list[torch.Tensor]:
     """Cast queries, keys and values to autocast's dtype: rotary embeddings leave fp32, linear layers make bf16."""
     device = states[0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states[0].dtype
@@ -121,7 +121,7 @@ def varlen_attention(
     """
     check_varlen_inputs(VARLEN_ATTENTION, query, attention_mask, varlen_metadata)
     metadata = VarlenMetadata(**(varlen_metadata or {}))
-    query, key, value = same_dtype(query, key, value)
+    query, key, value = cast_to_common_dtype(query, key, value)
     if query.is_cuda:
         return _flash_attention(query, key, value, dropout, scaling, metadata), None
     if dropout:

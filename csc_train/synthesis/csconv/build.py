@@ -16,7 +16,7 @@ from csc_train.files import digest
 from csc_train.jsonl import JsonlLog, read_jsonl
 from csc_train.llm.client import AuthenticationError, Client, LLMError, RequestAttempt
 from csc_train.llm.structured import ask_structured
-from csc_train.synthesis.config import CallConfig, DuplicatesConfig, RewriteConfig
+from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.filters.llm_checks import AskFn, Schema, check_call_manners, check_quality
 from csc_train.synthesis.filters.rules import DuplicateFilter, FilterVerdict, check_call, check_rewrite
 from csc_train.synthesis.prompting import task_messages
@@ -132,8 +132,8 @@ async def build_csconv(
     calls: Sequence[RecordedCall],
     ask: AskFn,
     *,
-    call: CallConfig,
-    rewrite: RewriteConfig,
+    call: CallFilterConfig,
+    rewrite: RewriteFilterConfig,
     duplicates: DuplicatesConfig,
     language: str,
     concurrency: int,
@@ -178,7 +178,7 @@ async def build_csconv(
 
 
 async def _process_call(
-    each: RecordedCall, ask: AskFn, call: CallConfig, rewrite: RewriteConfig, language: str
+    each: RecordedCall, ask: AskFn, call: CallFilterConfig, rewrite: RewriteFilterConfig, language: str
 ) -> CallOutcome:
     verdicts, rewritten, merged = check_call(each.utterances, call), None, merge_turns(each.utterances)
     try:

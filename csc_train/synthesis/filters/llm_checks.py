@@ -41,7 +41,7 @@ class QualityCheck(pydantic.BaseModel):
     quality: Literal["high", "low"]
 
 
-class RoleCSPoints(pydantic.BaseModel):
+class RoleCSChecklist(pydantic.BaseModel):
     """The points of one judge for a RoleCS dialogue, by criterion."""
 
     reason: str
@@ -85,15 +85,15 @@ def _first_reason(rule: str, reasons: Mapping[str, bool], detail: str) -> Filter
 
 async def check_rolecs(
     utterances: Sequence[Utterance], scenario: str, ask: AskFn, language: str, config: RoleCSCheckConfig
-) -> tuple[FilterVerdict, list[RoleCSPoints]]:
+) -> tuple[FilterVerdict, list[RoleCSChecklist]]:
     """Keep a RoleCS dialogue with enough points; returns the verdict and the points of every judge."""
     prompt = task_messages("rolecs_check", language, transcript=as_text(utterances, language), scenario=scenario)
     tasks = ["rolecs_check", *(f"rolecs_check_{number}" for number in range(2, config.judges + 1))]
-    panel = await asyncio.gather(*(ask(task, prompt, RoleCSPoints) for task in tasks))
+    panel = await asyncio.gather(*(ask(task, prompt, RoleCSChecklist) for task in tasks))
     return rolecs_verdict(panel, config), panel
 
 
-def rolecs_verdict(panel: Sequence[RoleCSPoints], config: RoleCSCheckConfig) -> FilterVerdict:
+def rolecs_verdict(panel: Sequence[RoleCSChecklist], config: RoleCSCheckConfig) -> FilterVerdict:
     """The verdict by the points of a panel of judges."""
     given = {name: sum(getattr(points, name) for points in panel) for name in CRITERIA}
     lost = [name for name, points in given.items() if 2 * points <= len(panel)]
@@ -103,7 +103,7 @@ def rolecs_verdict(panel: Sequence[RoleCSPoints], config: RoleCSCheckConfig) -> 
     return FilterVerdict("five criteria", False, f"no point for {', '.join(lost)}", against)
 
 
-def panel_agreement(panels: Sequence[Sequence[RoleCSPoints]]) -> dict[str, dict[str, Any]]:
+def panel_agreement(panels: Sequence[Sequence[RoleCSChecklist]]) -> dict[str, dict[str, Any]]:
     """The agreement of the judges over dialogues, by criterion.
 
     Returns:

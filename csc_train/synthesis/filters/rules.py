@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from csc_train.data.dialogue import Dialogue, Speaker, has_surrogate
 from csc_train.data.near_duplicates import NearDuplicateIndex
 from csc_train.data.strategies import STRATEGIES, parse_strategy
-from csc_train.synthesis.config import CallConfig, DuplicatesConfig, RewriteConfig
+from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.filters.privacy import find_private_data
 from csc_train.synthesis.utterances import Utterance, merge_turns
 
@@ -37,7 +37,7 @@ Fault = tuple[str, str]
 """(reason, detail) of a rule that drops a conversation."""
 
 
-def check_call(utterances: Sequence[Utterance], config: CallConfig) -> list[FilterVerdict]:
+def check_call(utterances: Sequence[Utterance], config: CallFilterConfig) -> list[FilterVerdict]:
     """The verdicts of the rules for recorded calls, in order, up to the first that drops the call.
 
     Turn counts of the two speakers are compared before merging, because merged turns alternate. The other rules see
@@ -53,7 +53,7 @@ def check_call(utterances: Sequence[Utterance], config: CallConfig) -> list[Filt
     return _until_dropped(rules)
 
 
-def check_rewrite(utterances: Sequence[Utterance], config: RewriteConfig) -> list[FilterVerdict]:
+def check_rewrite(utterances: Sequence[Utterance], config: RewriteFilterConfig) -> list[FilterVerdict]:
     """The verdicts of the rules for rewritten calls, in order, up to the first that drops the call.
 
     Utterances that pass make a valid `Dialogue`.
@@ -92,14 +92,14 @@ def _count_fault(unit: str, count: int, low: int, high: int) -> Fault | None:
     return f"fewer than {low} {unit}" if count < low else f"more than {high} {unit}", f"{count} {unit}"
 
 
-def _turn_length_fault(merged: Sequence[Utterance], config: CallConfig) -> Fault | None:
+def _turn_length_fault(merged: Sequence[Utterance], config: CallFilterConfig) -> Fault | None:
     longest = max((len(each.text) for each in merged), default=0)
     if longest <= config.max_characters:
         return None
     return f"a turn of more than {config.max_characters} characters", f"{longest} characters"
 
 
-def _customer_turns_fault(utterances: Sequence[Utterance], config: CallConfig) -> Fault | None:
+def _customer_turns_fault(utterances: Sequence[Utterance], config: CallFilterConfig) -> Fault | None:
     count = Counter(each.speaker for each in utterances if each.text.strip())
     customer, supporter = count[Speaker.CUSTOMER], count[Speaker.SUPPORTER]
     if customer > config.customer_share * supporter:
@@ -108,7 +108,7 @@ def _customer_turns_fault(utterances: Sequence[Utterance], config: CallConfig) -
     return reason, f"{customer} to {supporter}"
 
 
-def _customer_words_fault(merged: Sequence[Utterance], config: CallConfig) -> Fault | None:
+def _customer_words_fault(merged: Sequence[Utterance], config: CallFilterConfig) -> Fault | None:
     lengths = [len(each.text) for each in merged if each.speaker is Speaker.CUSTOMER]
     long = sum(length > config.short_characters for length in lengths)
     if lengths and long / len(lengths) >= config.long_share:
@@ -149,7 +149,7 @@ def _unknown_strategy_fault(utterances: Sequence[Utterance]) -> Fault | None:
     return None
 
 
-def _missing_strategy_fault(utterances: Sequence[Utterance], config: RewriteConfig) -> Fault | None:
+def _missing_strategy_fault(utterances: Sequence[Utterance], config: RewriteFilterConfig) -> Fault | None:
     used = {_strategy_number(each) for each in utterances if each.speaker is Speaker.SUPPORTER}
     missing = [number for number in config.required_strategies if number not in used]
     if not missing:

@@ -12,7 +12,7 @@ from csc_train.llm.client import Client, Message, RequestAttempt
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import ask_structured
 from csc_train.synthesis.config import RolesConfig
-from csc_train.synthesis.rolecs.personas import DialogueSlot
+from csc_train.synthesis.rolecs.personas import DialogueAttempt
 
 WRITING_TEMPERATURE = 0.8
 """The paper's temperature of every writing role."""
@@ -38,7 +38,7 @@ class RoleCall:
     schema: type[BaseModel]
     seed: int
     fields: dict[str, Any]
-    slot: DialogueSlot | None = None
+    slot: DialogueAttempt | None = None
 
     @property
     def prompt_digest(self) -> str:

@@ -15,12 +15,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from csc_train.data.dialogue import Turn
-from csc_train.data.sample_grammar import SAMPLE_SOURCE, SERVICE_PROBLEMS, ServiceProblem, write_turns
+from csc_train.data.sample_grammar import SAMPLE_SOURCE, SERVICE_PROBLEMS, ServiceProblem, generate_turns
 from csc_train.errors import InputError
 from csc_train.llm.client import LLMError, RequestAttempt
 from csc_train.synthesis.config import CRITERIA
 from csc_train.synthesis.rolecs.backends import RoleCall
-from csc_train.synthesis.rolecs.personas import DialogueSlot
+from csc_train.synthesis.rolecs.personas import DialogueAttempt
 from csc_train.templates import read_yaml
 
 FLAWS = ("unknown_strategy", "overused_strategy", "private_data", "copy", "judged_down", "malformed")
@@ -44,13 +44,13 @@ class _Conversation:
 
 
 @functools.lru_cache(maxsize=4096)
-def _draw_conversation(slot: DialogueSlot) -> _Conversation:
+def _draw_conversation(slot: DialogueAttempt) -> _Conversation:
     rng = random.Random(f"script:{slot.id}")
     flaw = rng.choice(FLAWS) if rng.random() < FLAW_SHARE else None
     problem = rng.choice([problem for problem in SERVICE_PROBLEMS if problem.topic == slot.topic])
     if flaw == "copy":
         rng = random.Random(f"copy:{problem.name}:{slot.mood}")
-    acts, turns = write_turns(rng, problem, slot.mood)
+    acts, turns = generate_turns(rng, problem, slot.mood)
     return _Conversation(problem, tuple(acts), tuple(turns), flaw, rng.randrange(2, len(acts) - 1))
 
 

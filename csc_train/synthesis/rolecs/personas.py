@@ -78,7 +78,7 @@ def _plain(value: Any) -> bool:
     return isinstance(value, str | int | float | bool)
 
 
-def select_names(key: str, names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
+def resolve_choices(key: str, names: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
     """The `names` of the configuration's `key`; defaults to all known ones.
 
     Raises:
@@ -111,7 +111,7 @@ def draw_behaviour(config: BehaviourConfig, seed: str) -> Behaviour:
 
 
 @dataclass(frozen=True)
-class QuotaSlot:
+class ScenarioQuota:
     """A slot of the quotas; `round` is the number of earlier slots with this persona and topic."""
 
     persona: str
@@ -121,7 +121,7 @@ class QuotaSlot:
 
 
 @dataclass(frozen=True)
-class DialogueSlot:
+class DialogueAttempt:
     """A dialogue to generate: one attempt at a quota slot.
 
     Attributes:
@@ -136,16 +136,16 @@ class DialogueSlot:
     replicate: int
 
 
-def dialogue_slot(
-    quota: QuotaSlot, profile: Profile, attempt: int, attempts: int, seed: int, settings_hash: str
-) -> DialogueSlot:
+def dialogue_attempt(
+    quota: ScenarioQuota, profile: Profile, attempt: int, attempts: int, seed: int, settings_hash: str
+) -> DialogueAttempt:
     """The attempt number `attempt`, of `attempts`, at a quota slot; `profile` is the slot's persona."""
     replicate = quota.round * attempts + attempt
     name = digest([profile.digest, quota.topic, quota.mood, replicate, seed, settings_hash])[:16]
-    return DialogueSlot(name, quota.persona, quota.topic, quota.mood, replicate)
+    return DialogueAttempt(name, quota.persona, quota.topic, quota.mood, replicate)
 
 
-def quota_slots(personas: list[str], topics: tuple[str, ...], moods: tuple[str, ...]) -> Iterator[QuotaSlot]:
+def scenario_quotas(personas: list[str], topics: tuple[str, ...], moods: tuple[str, ...]) -> Iterator[ScenarioQuota]:
     """An endless sequence of quota slots, in the order of filling.
 
     Every persona meets every topic once per round, and the mood changes each time. So every prefix is as even over
@@ -156,5 +156,5 @@ def quota_slots(personas: list[str], topics: tuple[str, ...], moods: tuple[str, 
         rest, topic = divmod(number, len(topics))
         round_, persona = divmod(rest, len(personas))
         mood = moods[(topic + persona + round_) % len(moods)]
-        yield QuotaSlot(personas[persona], topics[topic], mood, round_)
+        yield ScenarioQuota(personas[persona], topics[topic], mood, round_)
         number += 1

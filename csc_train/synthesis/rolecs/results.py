@@ -12,7 +12,7 @@ from csc_train.data.readers import write_dialogues
 from csc_train.files import write_json
 from csc_train.jsonl import write_jsonl
 from csc_train.synthesis.filters.funnel import filter_funnel
-from csc_train.synthesis.filters.llm_checks import RoleCSPoints, panel_agreement
+from csc_train.synthesis.filters.llm_checks import RoleCSChecklist, panel_agreement
 from csc_train.synthesis.quality_report import quality_report, write_quality_report
 from csc_train.synthesis.rolecs.backends import Backend
 from csc_train.synthesis.rolecs.runner import ROLECS_RULES, SynthesisRunner
@@ -46,7 +46,7 @@ def write_synthesis(
     if dialogues:
         for name in ("dialogues.jsonl", "dialogues.parquet"):
             write_dialogues(directory / name, dialogues)
-        profiles = {dialogue.id: runner.description(dialogue.extra["persona"]) for dialogue in dialogues}
+        profiles = {dialogue.id: runner.persona_description(dialogue.extra["persona"]) for dialogue in dialogues}
         total = {name: value for name, value in usage["all"].items() if value is not None}
         report = quality_report(
             dialogues, reference=reference, profiles=profiles, funnel=rows, usage=total, seed=seed
@@ -74,6 +74,6 @@ def _counts(runner: SynthesisRunner, store: SynthesisStore, dialogues: Sequence[
         counts[name] = sum(each.extra[name] for each in dialogues)
     progress = runner.progress
     slots = {"target": progress.target, "accepted": progress.accepted, "empty": progress.empty}
-    panels = [[RoleCSPoints.model_validate(points) for points in panel] for panel in store.panels()]
+    panels = [[RoleCSChecklist.model_validate(points) for points in panel] for panel in store.judge_answers()]
     agreement = {"agreement": panel_agreement(panels)} if panels and len(panels[0]) > 1 else {}
     return slots | {"dialogues": store.count_by_status()} | counts | agreement

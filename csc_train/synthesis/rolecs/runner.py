@@ -38,13 +38,13 @@ from csc_train.synthesis.rolecs.engine import (
 from csc_train.synthesis.rolecs.personas import (
     MOODS,
     TOPICS,
-    DialogueSlot,
+    DialogueAttempt,
     Profile,
-    QuotaSlot,
-    dialogue_slot,
+    ScenarioQuota,
+    dialogue_attempt,
     draw_behaviour,
-    quota_slots,
-    select_names,
+    resolve_choices,
+    scenario_quotas,
 )
 from csc_train.synthesis.rolecs.roles import RolePrompts
 from csc_train.synthesis.rolecs.store import ACCEPTED, FAILED, FINISHED, REJECTED, SETTLED, SynthesisStore
@@ -140,8 +140,8 @@ class SynthesisRunner:
         self._config = config
         self._check = rolecs_check
         self._profiles = {profile.id: profile for profile in profiles}
-        self._topics = select_names("synthesis.topics", config.topics, TOPICS[config.language])
-        self._moods = select_names("synthesis.moods", config.moods, MOODS[config.language])
+        self._topics = resolve_choices("synthesis.topics", config.topics, TOPICS[config.language])
+        self._moods = resolve_choices("synthesis.moods", config.moods, MOODS[config.language])
         self._prompts = RolePrompts(config.language, config.layout, config.compact)
         self._backend = backend
         self._store = store
@@ -162,9 +162,9 @@ class SynthesisRunner:
                 f"budget.money={budget.money}: needs llm.price_per_million_input and ..._output of each role"
             )
 
-    def quotas(self) -> Iterator[QuotaSlot]:
+    def quotas(self) -> Iterator[ScenarioQuota]:
         """The quota slots to fill, in order."""
-        return itertools.islice(quota_slots(list(self._profiles), self._topics, self._moods), self.progress.target)
+        return itertools.islice(scenario_quotas(list(self._profiles), self._topics, self._moods), self.progress.target)
 
     async def run(self) -> None:
         """Fill the slots, until all are filled or `progress.stopped` is set.
@@ -212,12 +212,14 @@ class SynthesisRunner:
             for task in self._tasks:
                 task.cancel()
 
-    async def _fill_slot(self, quota: QuotaSlot, previous: asyncio.Task | None) -> bool:
+    async def _fill_slot(self, quota: ScenarioQuota, previous: asyncio.Task | None) -> bool:
         """Try dialogues for one slot until one is accepted; False if the synthesis stops before."""
         config, profile = self._config, self._profiles[quota.persona]
         try:
             for attempt in range(config.attempts):
-                slot = dialogue_slot(quota, profile, attempt, config.attempts, config.seed, self._store.settings_hash)
+                slot = dialogue_attempt(
+                    quota, profile, attempt, config.attempts, config.seed, self._store.settings_hash
+                )
                 status = self._store.status(slot.id)
                 if status not in (FINISHED, *SETTLED):
                     async with self._permits:
@@ -248,7 +250,7 @@ class SynthesisRunner:
             self.progress.accepted += 1
         return verdict.keep
 
-    async def _generate(self, slot: DialogueSlot) -> str:
+    async def _generate(self, slot: DialogueAttempt) -> str:
         """Generate a dialogue and filter it; returns its status."""
         self.progress.running += 1
         try:
@@ -277,7 +279,7 @@ class SynthesisRunner:
                 self._stop("server", str(failure))
                 raise SynthesisStopped from failure
 
-    async def _converse(self, slot: DialogueSlot) -> DialogueState:
+    async def _converse(self, slot: DialogueAttempt) -> DialogueState:
         """Ask the roles until the dialogue is over; recorded answers are replayed."""
         if self._store.status(slot.id) is None:
             self._store.add_dialogue(slot)
@@ -303,7 +305,7 @@ class SynthesisRunner:
             self._store.record_answer(call, answer.model_dump(), *new, number=len(before.turns))
         return state
 
-    def _call(self, owner: str, key: str, question: RoleQuestion, slot: DialogueSlot | None) -> RoleCall:
+    def _call(self, owner: str, key: str, question: RoleQuestion, slot: DialogueAttempt | None) -> RoleCall:
         messages, schema = self._prompts.messages(question), self._prompts.schema(question)
         seed = call_seed(owner, key, self._config.seed)
         return RoleCall(owner, key, question.role, messages, schema, seed, question.fields, slot)
@@ -311,7 +313,7 @@ class SynthesisRunner:
     def _persona_owner(self, name: str) -> str:
         return f"persona-{digest([self._profiles[name].digest, self._store.settings_hash])[:16]}"
 
-    def description(self, persona: str) -> str:
+    def persona_description(self, persona: str) -> str:
         """The description of a profile's customer, as the roles got it."""
         return self._store.answer(self._persona_owner(persona), "persona")["description"]
 
@@ -327,7 +329,7 @@ class SynthesisRunner:
                 self._store.record_answer(call, saved)
         return saved["description"]
 
-    async def _filter(self, slot: DialogueSlot, state: DialogueState) -> str:
+    async def _filter(self, slot: DialogueAttempt, state: DialogueState) -> str:
         """Filter a dialogue that is over, the judges last; returns its status."""
         stuck = stop_reason(state) == "no_strategy"
         verdicts = [
@@ -343,7 +345,7 @@ class SynthesisRunner:
         status = FINISHED if verdicts[-1].keep else REJECTED
         return self._record_verdicts(slot.id, status, verdicts, dialogue_outcome(state))
 
-    def _judge_fn(self, slot: DialogueSlot):
+    def _judge_fn(self, slot: DialogueAttempt):
         """The function that asks judges about a dialogue; recorded answers are reused."""
 
         async def ask(task: str, messages: list[Message], schema: type[BaseModel]) -> BaseModel:

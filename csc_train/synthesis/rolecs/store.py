@@ -21,7 +21,7 @@ from csc_train.files import digest
 from csc_train.llm.client import RequestAttempt
 from csc_train.synthesis.filters.rules import FilterVerdict
 from csc_train.synthesis.rolecs.backends import RoleCall
-from csc_train.synthesis.rolecs.personas import DialogueSlot
+from csc_train.synthesis.rolecs.personas import DialogueAttempt
 from csc_train.templates import read_text
 
 OPEN, FINISHED, ACCEPTED, REJECTED, FAILED = "open", "finished", "accepted", "rejected", "failed"
@@ -164,7 +164,7 @@ class SynthesisStore:
         row = self._db.execute("SELECT status FROM dialogues WHERE id = ?", (dialogue_id,)).fetchone()
         return row[0] if row else None
 
-    def add_dialogue(self, slot: DialogueSlot) -> None:
+    def add_dialogue(self, slot: DialogueAttempt) -> None:
         """Record the start of a dialogue."""
         values = (slot.id, self.settings_hash, slot.persona, slot.topic, slot.mood, slot.replicate, OPEN)
         self._write(("INSERT INTO dialogues VALUES (?, ?, ?, ?, ?, ?, ?, NULL)", values))
@@ -220,7 +220,7 @@ class SynthesisStore:
         names = [column[0] for column in rows.description]
         return [dict(zip(names, row, strict=True)) for row in rows]
 
-    def panels(self) -> list[list[dict[str, Any]]]:
+    def judge_answers(self) -> list[list[dict[str, Any]]]:
         """The judges' answers about each dialogue of the settings."""
         rows = self._db.execute(
             "SELECT owner, answer FROM answers JOIN dialogues ON id = owner "
