@@ -234,9 +234,8 @@ def test_the_turns_are_drawn_by_the_seed_and_not_by_which_others_there_are():
 
 
 def test_a_place_may_be_written_as_a_number():
-    assert [parse_answer(f'{{"reason": "-", "better": {each}}}', Preference).better for each in ("1", '"2"', '"tie"')] == [
-        "1", "2", "tie",
-    ]  # fmt: skip
+    answers = [f'{{"reason": "-", "better": {each}}}' for each in ("1", '"2"', '"tie"')]
+    assert [parse_answer(answer, Preference).better for answer in answers] == ["1", "2", "tie"]
     for wrong in ("3", '"甲"', "null"):
         with pytest.raises(ValueError, match="better: "):
             parse_answer(f'{{"reason": "-", "better": {wrong}}}', Preference)

@@ -50,7 +50,8 @@ def test_profiles_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"), ("[1]", "line 2: not a JSON object"), ('{"id": "b"}', "line 2: no values besides the id"),
+        ("{", "line 2: not JSON"), ("[1]", "line 2: not a JSON object"),
+        ('{"id": "b"}', "line 2: no values besides the id"),
         ('{"id": "a", "x": 1}', "line 2: the id 'a' is used"), ('{"x": {"y": 1}}', "line 2: x is neither"),
         ('{"x": null}', "line 2: x is neither"),
     ],
@@ -105,7 +106,8 @@ def test_a_unit_is_named_after_what_it_is_and_not_where_it_stands():
     assert len(named) == 21 and all(len(ids) == 1 for ids in named.values())
     place = next(scenario_quotas([profiles[0].id], TOPICS["zh"], ("平静",)))
     others = [
-        dialogue_attempt(place, profiles[0], 1, 8, 0, "recipe"), dialogue_attempt(place, profiles[1], 0, 8, 0, "recipe"),
+        dialogue_attempt(place, profiles[0], 1, 8, 0, "recipe"),
+        dialogue_attempt(place, profiles[1], 0, 8, 0, "recipe"),
         dialogue_attempt(place, profiles[0], 0, 8, 1, "recipe"), dialogue_attempt(place, profiles[0], 0, 8, 0, "other"),
     ]  # fmt: skip
     assert len({dialogue_attempt(place, profiles[0], 0, 8, 0, "recipe").id, *(unit.id for unit in others)}) == 5

@@ -62,7 +62,8 @@ def test_a_prompt_that_lacks_something_is_not_rendered(language, layout, compact
             needed.append(name)
     expected = {
         "persona": {"profile"}, "planner": {"topic", "mood", "persona"},
-        "supporter_assistant": {"topic", "history", "exhausted", "rejected"}, "supporter": {"topic", "history", "strategy"},
+        "supporter_assistant": {"topic", "history", "exhausted", "rejected"},
+        "supporter": {"topic", "history", "strategy"},
         "customer_assistant": {"persona", "scenario", "goal", "mood", "behaviour", "history"},
         "customer": {"persona", "scenario", "goal", "mood", "behaviour", "history", "direction"},
     }[role]  # fmt: skip

@@ -126,7 +126,7 @@ def build_page(generator: HFGenerator, config: ChatConfig) -> gradio.Blocks:
         box.submit(send, [conversation, box, choice], [*outputs, box], **options)
         undo_button.click(undo, conversation, [*outputs, box], **options)
         restart_button.click(restart, conversation, outputs, **options)
-        stop_button.click(Conversation.stop, conversation, queue=False, **private)
+        stop_button.click(Conversation.interrupt_reply, conversation, queue=False, **private)
     return blocks
 
 

@@ -32,8 +32,8 @@ def check_no_leaks(
 
     A probe of the model's class gets a few documents: packed in one row as in training, and each alone with eager
     attention. This finds ignored masks and keywords, wrong positions, state carried across documents, and a lost
-    sliding window. The probe has one layer of each kind, a small vocabulary, and random weights that make attention sharp.
-    The model's own weights, which may be sharded, and the random generators are not touched.
+    sliding window. The probe has one layer of each kind, a small vocabulary, and random weights that make attention
+    sharp. The model's own weights, which may be sharded, and the random generators are not touched.
 
     Args:
         device: of the training.
