@@ -1,6 +1,6 @@
 """The word list: old names and phrases that the project no longer uses, each with what to write instead.
 
-`python .ci/words.py FILE...` prints each place where one is left, and exits with status 1 if there is any.
+`python .ci/words.py FILE...` prints each place with one, and exits with status 1 if there is any.
 """
 
 import re
@@ -19,6 +19,8 @@ PHRASES = {
     r"\bis what (is|was|were|are)\b": "use the noun",
     r"\bunasked\b": "name the setting",
     r"what follows from it": "name the effect",
+    r"\bwithout a word\b": "silently",
+    r"\b(he|his|him) (is|was|has|below|above|process|rank)\b": "it",
 }
 NAMES = {
     r"waterfall": "funnel",
@@ -31,7 +33,7 @@ NAMES = {
     r"\bprocesses_per_node\b": "gpus_per_node",
     r"\bleading_turns_to_cut\b": "num_turns_to_truncate",
     r"\bobtain_tokenizer\b": "load_tokenizer",
-    r"\b(HF)?Policy\b": "Generator",
+    r"\b(HF|OpenAI)Policy\b": "Generator",
     r"\bexisting=": "if_exists=",
     r"\brefuse_leaks\b|\bguard_rows\b": "check_varlen_inputs, forbid_kv_cache",
     r"\b(tight_fit|best_fit)\.py\b": "bin_packing.py",

@@ -1,4 +1,4 @@
-"""Every ZeRO stage trains the same model as one process, really shards it, and goes on from what any other saved."""
+"""Every ZeRO stage trains the same model as one process, really shards it, and resumes what any other saved."""
 
 import json
 import pickle
@@ -140,7 +140,7 @@ def agree(run: dict, reference: dict, tolerance: float = TOLERANCE) -> None:
 
 
 def really(run: dict, stage: str, processes: int) -> None:
-    """What ran is what was asked for: several set-ups fall back to another without a word."""
+    """The requested engine ran: several set-ups fall back to another silently."""
     engines = {1: "Qwen2ForCausalLM", 2: "DistributedDataParallel"}
     assert run["processes"] == processes
     if stage == "off":

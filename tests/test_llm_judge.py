@@ -162,7 +162,7 @@ def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_
     assert judged.usage["attempts"] == len(fault_server.requests) == total + 3
     assert judged.usage["completion_tokens"] == 5 * (total + 3 - 2)  # the two HTTP errors took none
 
-    # A line that was cut in the middle is asked again, and so is what failed; another seed asks all anew.
+    # A line that was cut in the middle is asked again, and so is what failed; another seed asks all again.
     cache.write_text(kept[:-20], encoding="utf-8")
     fault_server.requests.clear()
     again, judged = judged_by(fault_server, a, b, cache, json_mode="text")
@@ -208,7 +208,7 @@ def test_an_answer_is_kept_for_all_that_decides_it_and_asked_for_without_chance(
         judged_by(fault_server, a, b, cache, rubric, timeout_s=TIMEOUT_S, **settings)
         assert len(fault_server.requests) == 2 * len(PLACES)
     fault_server.requests.clear()
-    judged_by(fault_server, a, b, tmp_path / "anew.jsonl", rubric)
+    judged_by(fault_server, a, b, tmp_path / "again.jsonl", rubric)
     assert {body["seed"] for body in fault_server.bodies} == seeds[0]
 
 

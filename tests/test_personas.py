@@ -108,8 +108,9 @@ def test_a_unit_is_named_after_what_it_is_and_not_where_it_stands():
     others = [
         dialogue_attempt(place, profiles[0], 1, 8, 0, "recipe"),
         dialogue_attempt(place, profiles[1], 0, 8, 0, "recipe"),
-        dialogue_attempt(place, profiles[0], 0, 8, 1, "recipe"), dialogue_attempt(place, profiles[0], 0, 8, 0, "other"),
-    ]  # fmt: skip
+        dialogue_attempt(place, profiles[0], 0, 8, 1, "recipe"),
+        dialogue_attempt(place, profiles[0], 0, 8, 0, "other"),
+    ]
     assert len({dialogue_attempt(place, profiles[0], 0, 8, 0, "recipe").id, *(unit.id for unit in others)}) == 5
 
 

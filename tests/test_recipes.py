@@ -112,7 +112,7 @@ def test_a_second_run_reuses_what_is_unchanged_and_says_so(workplace, evaluation
 
 @pytest.mark.slow
 def test_prepare_makes_what_training_asks_for_and_reports_the_same(workplace):
-    """A tokenizer trained anew included: where sft has been there before, prepare finds its files."""
+    """A tokenizer that is trained again included: where sft has been there before, prepare finds its files."""
     entries = [path for path in (workplace / "runs/tokenized").iterdir() if path.is_dir()]
     assert len(entries) == 2  # the training dialogues and those held out
     done = start("prepare.py", *SMALL, cwd=workplace)

@@ -413,13 +413,13 @@ def test_other_settings_are_refused_unless_asked_for(tmp_path):
     path = tmp_path / "s.db"
     _, first, _ = run(path, 3)
     with pytest.raises(
-        InputError, match=r"\(made: 'for tests' then, 'anew' now\): choose another run\.directory, or set new_"
+        InputError, match=r"\(made: 'for tests' then, 'other' now\): choose another run\.directory, or set new_"
     ):
-        SynthesisStore(path, {"made": "anew"})
-    SynthesisStore(path, {"made": "anew"}, new_run=True).close()
-    _, second, _ = run(path, 3, settings={"made": "anew"})
+        SynthesisStore(path, {"made": "other"})
+    SynthesisStore(path, {"made": "other"}, new_run=True).close()
+    _, second, _ = run(path, 3, settings={"made": "other"})
     assert not set(first) & set(second)
-    with pytest.raises(InputError, match="'anew' then, 'for tests' now"):
+    with pytest.raises(InputError, match="'other' then, 'for tests' now"):
         SynthesisStore(path, SETTINGS)
     SynthesisStore(path, SETTINGS, new_run=True).close()
     assert run(path, 3)[1] == first

@@ -256,14 +256,14 @@ def test_measuring_changes_nothing(folder, kind):
     assert (with_it["losses"], with_it["digest"]) == (without["losses"], without["digest"])
 
 
-# What follows from it
+# Early stopping and the best checkpoint
 
 WORSE = {"max_steps": 9, "learning_rate": 0.3, "lr_scheduler": "constant", "save_steps": 1, "save_total_limit": 2}
 STOPPING = {"eval_steps": 1, "num_turns": 0, "num_samples": 0, "early_stopping_patience": 2, "save_best": True}
 
 
 def listing(states: Path) -> dict[str, bool]:
-    """The saved states, and whether each can be gone on from."""
+    """The saved states, and whether a run can resume from each."""
     return {path.name: can_resume(path) for path in sorted(states.glob("checkpoint-*"))}
 
 

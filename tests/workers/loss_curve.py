@@ -82,7 +82,7 @@ def train(
 
     Args:
         packs: which packs in `folder`; those called `shared` share a prefix.
-        attention: `documents` for packs that share a prefix, else sdpa, where not given.
+        attention: defaults to varlen attention for packs that share a prefix, else to sdpa.
         checkpoints: where in `folder` to save training checkpoints.
         resume: a state of training in `folder` to go on from.
         tracked: a run directory in `folder`, in which the training is tracked by W&B offline.
