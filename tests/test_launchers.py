@@ -51,7 +51,7 @@ class FolderQueueLauncher(Launcher):
     def stop(self, signum=0):
         (self.queue / self.job_id).unlink()
 '''
-QUEUE = ["cluster=cpu1", "cluster.scheduler=folder_queue", "cluster.launcher_module=folder_queue",
+QUEUE = ["cluster=cpu1", "cluster.scheduler=folder_queue", "plugins=[folder_queue]",
          "+cluster.launcher_options.queue=queue"]  # fmt: skip
 
 
@@ -95,9 +95,9 @@ def test_unknown_launchers_are_refused_with_the_nearest_name(outside, capsys):
     )
     with pytest.raises(InputError, match=r"^cluster.scheduler=slrum: choose one of .* Did you mean 'slurm'\?$"):
         launcher_class(ClusterConfig(scheduler="slrum"))
-    expected = r"^cluster.launcher_module=nowhere: No module named 'nowhere': name a module on PYTHONPATH$"
-    with pytest.raises(InputError, match=expected):
-        launcher_class(ClusterConfig(launcher_module="nowhere"))
+    assert launch(["experiment=demo", "plugins=[nowhere]"]) == 2
+    expected = "error: plugins=nowhere: cannot be imported: ModuleNotFoundError: No module named 'nowhere'\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_faulty_launchers_are_refused():

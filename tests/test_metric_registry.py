@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -15,6 +16,7 @@ from csc_train.evaluation.report.html import write_html
 from csc_train.evaluation.report.tables import console_table, results_markdown, write_results
 from csc_train.evaluation.scoring import score_run
 from csc_train.inference.predictions import Prediction, write_predictions
+from csc_train.plugins import load_plugins
 
 PLUGIN = '''
 """A user's metrics."""
@@ -51,7 +53,6 @@ def predictions(context, asks):
 def metrics(monkeypatch):
     """A registry that a test may add to."""
     monkeypatch.setattr(registry, "METRICS", list(registry.METRICS))
-    registry._import_plugin.cache_clear()
     return registry.METRICS
 
 
@@ -65,7 +66,8 @@ def run(tmp_path):
 
 
 def test_a_metric_from_outside_is_in_tables_report_json_and_comparison(run):
-    config = MetricsConfig(plugins=[str(run / "my_metrics.py")], bootstrap_resamples=100)
+    load_plugins([str(run / "my_metrics.py")])
+    config = MetricsConfig(bootstrap_resamples=100)
     scored = score_run(run, config)
     write_results(run, scored.results, scored.drifts, {})
     polite = json.loads((run / "results.json").read_text(encoding="utf-8"))["results"]["trained"]["reference"]
@@ -92,8 +94,9 @@ def test_a_metric_from_outside_is_in_tables_report_json_and_comparison(run):
 
 def test_a_module_is_a_plugin_too_and_is_imported_once(run, monkeypatch):
     monkeypatch.syspath_prepend(run)
+    monkeypatch.delitem(sys.modules, "my_metrics", raising=False)
     for _ in range(2):
-        registry.load_plugins(MetricsConfig(plugins=["my_metrics"]))
+        assert load_plugins(["my_metrics"]) == ["my_metrics"]
     assert [spec.name for spec in registry.METRICS[-2:]] == ["polite", "questions"]
     assert len(registry.metrics_in_profiles(["zh"])) == 8
 
@@ -131,18 +134,19 @@ def test_the_same_name_in_another_profile_is_free():
     ("source", "message"),
     [
         ("x = 1 / 0", "cannot be imported: ZeroDivisionError"),
-        ("x = 1", "defines no metric: decorate a function with @metric"),
+        ("x = 1", "registers nothing: follow a checklist of docs/extending.md"),
+        ("import csc_train.packing.loss_weights", "registers nothing"),
         (PLUGIN.replace('["zh"]', '["zhh"]'), "profiles=zhh: choose one of"),
     ],
 )
 def test_a_plugin_that_cannot_be_used_is_refused(tmp_path, source, message):
     (tmp_path / "plugin.py").write_text(source, encoding="utf-8")
     with pytest.raises(InputError, match=message):
-        registry.load_plugins(MetricsConfig(plugins=[str(tmp_path / "plugin.py")]))
-    with pytest.raises(InputError, match=r"metrics\.plugins=.*none\.py: no such file"):
-        MetricsConfig(plugins=[str(tmp_path / "none.py")])
-    with pytest.raises(InputError, match=r"metrics\.plugins=no_such_module: cannot be imported: ModuleNotFoundError"):
-        registry.load_plugins(MetricsConfig(plugins=["no_such_module"]))
+        load_plugins([str(tmp_path / "plugin.py")])
+    with pytest.raises(InputError, match=r"^plugins=.*none\.py: no such file"):
+        load_plugins([str(tmp_path / "none.py")])
+    with pytest.raises(InputError, match=r"^plugins=no_such_module: cannot be imported: ModuleNotFoundError"):
+        load_plugins(["no_such_module"])
 
 
 def test_every_built_in_metric_is_registered_once_in_column_order():

@@ -23,6 +23,7 @@ from csc_train.models.hub import load_causal_lm
 from csc_train.models.loading import load_model, lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.models.sharded_parameters import consolidated_weights, is_sharded, unsharded
+from csc_train.plugins import load_recorded_plugins
 from csc_train.runs.distributed import distributed_state
 from csc_train.template.chat_templates import load_chat_template
 
@@ -166,6 +167,7 @@ def open_source(path: str) -> ExportSource:
     if not (run / MANIFEST_FILE).is_file():
         raise InputError(f"{run}: no {MANIFEST_FILE}: choose a run of recipes/sft.py")
     manifest = read_manifest(run)
+    load_recorded_plugins(manifest.config.get("plugins", ()))
     saved = manifest.base_model == os.path.join("..", BASE_FOLDER)
     return ExportSource(found, manifest, str(run / BASE_FOLDER) if saved else manifest.base_model)
 

@@ -65,9 +65,7 @@ class ClusterConfig:
     host_memory_gib: float | None = None
     """Memory of one node, in GiB."""
     scheduler: str = "local"
-    """local: start the job on this machine. slurm: submit it. Or the name of a launcher from `launcher_module`."""
-    launcher_module: str | None = None
-    """Python module that registers another launcher (see docs/extending.md); it must be on PYTHONPATH."""
+    """local: start the job on this machine. slurm: submit it. Or the name of one that a plugin registers."""
     launcher_options: dict[str, Any] = field(default_factory=dict)
     """Settings of that launcher."""
     process_launcher: str = "torchrun"

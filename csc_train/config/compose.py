@@ -18,6 +18,7 @@ from csc_train.config.explain import explain_error
 from csc_train.config.paths import CONF
 from csc_train.config.recipes import SCHEMAS, schema_of
 from csc_train.errors import InputError
+from csc_train.plugins import load_plugins
 from csc_train.runs.config import RESOLVED_FILE, RunConfig
 
 RECORDED = ("run", "resume", "from")
@@ -145,6 +146,8 @@ def _typed(recipe: str, folder: Path, root: str, overrides: list[str], search: C
             chosen = composed.pop("hydra").runtime.choices
         # Hydra lets `+group.nope=1` through; merging into the bare schema does not.
         plain = OmegaConf.create(OmegaConf.to_container(composed))
+        if plain.get("plugins"):  # before the values are checked: they may name what a plugin registers
+            plain.plugins = load_plugins(plain.plugins)
         typed = OmegaConf.merge(OmegaConf.structured(schema_of(recipe)), plain)
         missing = sorted(OmegaConf.missing_keys(typed)) or list(_unfilled(typed, chosen, search))
         if missing:

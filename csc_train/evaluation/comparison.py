@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from csc_train.errors import InputError
 from csc_train.evaluation.config import PROFILES, MetricsConfig
 from csc_train.evaluation.metrics.base import Metric
-from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, load_plugins, metrics_in_profiles
+from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, metrics_in_profiles
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.predictions import Prediction, read_run_predictions
 from csc_train.stats import CONFIDENCE_LEVEL, Statistic, holm_correction, mcnemar_test, sign_flip_test
@@ -101,7 +101,6 @@ def compare(
     Raises:
         InputError: the two have no context or no turn in common, or differ in a reference.
     """
-    load_plugins(config)
     contexts = [each for each in a if each in b]
     if not contexts:
         has = [

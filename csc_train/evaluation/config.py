@@ -44,8 +44,6 @@ class MetricsConfig:
 
     profiles: list[str] = field(default_factory=lambda: list(PROFILES))
     """Tables of metrics. paper: a reconstruction of the paper's metrics. zh: metrics for Chinese text."""
-    plugins: list[str] = field(default_factory=list)
-    """Your own metrics: importable modules or paths of .py files that define functions with `@metric`."""
     bertscore_model: str | None = None
     """Directory or hub id of the BERTScore model, such as google-bert/bert-base-chinese. null prints n/a."""
     bertscore_layers: int = 8
@@ -73,9 +71,6 @@ class MetricsConfig:
                 raise InputError(f"metrics.{name}={path}: no config.json: give a model directory or a hub id")
         if self.bertscore_baseline is not None and not Path(self.bertscore_baseline).is_file():
             raise InputError(f"metrics.bertscore_baseline={self.bertscore_baseline}: no such file")
-        for plugin in self.plugins:
-            if plugin.endswith(".py") and not Path(plugin).is_file():
-                raise InputError(f"metrics.plugins={plugin}: no such file")
 
 
 def _is_local(path: str) -> bool:

@@ -16,7 +16,7 @@ from csc_train.evaluation.contamination import Contamination, read_contamination
 from csc_train.evaluation.metrics import likelihood, replies, strategy
 from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.metrics.model_based import fetch_models
-from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, load_plugins, metrics_in_profiles
+from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, metrics_in_profiles
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.config import CONTEXTS
 from csc_train.inference.predictions import Prediction, RunPredictions, expected_turns, read_run_predictions
@@ -49,8 +49,8 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig) -> ScoredRun:
     """Score the predictions in a run directory of recipes/evaluate.py.
 
     Raises:
-        InputError: a file is missing or cannot be read, a turn is neither predicted nor failed, or a metric model or
-            plugin cannot be loaded.
+        InputError: a file is missing or cannot be read, a turn is neither predicted nor failed, or a metric model
+            cannot be loaded.
     """
     dialogues = read_dialogues(Path(directory) / "dialogues.jsonl")
     by_id = {dialogue.id: dialogue for dialogue in dialogues}
@@ -76,12 +76,11 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig) -> ScoredRun:
 
 
 def prepare_metrics(config: MetricsConfig) -> None:
-    """Load plugins and download metric models, before hours of generating.
+    """Download metric models, before hours of generating.
 
     Raises:
-        InputError: a plugin or a model cannot be loaded.
+        InputError: a model cannot be loaded.
     """
-    load_plugins(config)
     fetch_models(config)
 
 
@@ -128,9 +127,8 @@ def score_predictions(
         `empty_replies`, which score 0 in every text metric.
 
     Raises:
-        InputError: a metric model or plugin cannot be loaded, or a turn is predicted twice.
+        InputError: a metric model cannot be loaded, or a turn is predicted twice.
     """
-    load_plugins(config)
     table = PredictionTable(predictions, dialogues)
 
     def result(metric: Metric) -> MetricResult:

@@ -21,6 +21,7 @@ from csc_train.inference.turn_queue import TurnQueue, TurnRequest
 from csc_train.models.families import cache_kinds
 from csc_train.models.hub import load_causal_lm
 from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
+from csc_train.plugins import load_recorded_plugins
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import dialogue_log_likelihoods
@@ -151,6 +152,7 @@ def read_template_and_manifest(directory: str) -> tuple[DialogueTemplate, Manife
         InputError: it is no final model, or its template or tokenizer differs from the one of this code.
     """
     manifest = read_manifest(directory)
+    load_recorded_plugins(manifest.config.get("plugins", ()))
     tokenizer = load_tokenizer(directory)
     settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
     is_file = manifest.chat_template.endswith(".jinja")  # a user's template; the model directory has a copy

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from csc_train.errors import InputError, check_choice, suggestion
 from csc_train.models.config import ModelConfig
 from csc_train.models.dims import ModelDims, dense_decoder_dims
+from csc_train.plugins import note_registration
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def register_family(based_on: str | None = None, **fields: Any) -> ModelFamily:
         taken = ", ".join(MODEL_FAMILIES)
         raise InputError(f"model family: the model_type {family.model_type!r} is taken; taken are {taken}")
     MODEL_FAMILIES[family.model_type] = family
+    note_registration("a plugin")  # built-in families are in the table from the start
     return family
 
 

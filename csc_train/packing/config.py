@@ -1,9 +1,5 @@
 """Settings of packing and of the loss weights."""
 
-import hashlib
-import importlib.util
-import os
-import sys
 from dataclasses import dataclass, field
 
 from csc_train.errors import InputError, check_choice, check_range
@@ -12,26 +8,6 @@ PACKING_STRATEGIES = ("shared_prefix", "best_fit", "off")
 OVERFLOW_POLICIES = ("drop", "truncate", "error")
 WEIGHTINGS = ["tokens", "turns", "inverse_frequency", "by_strategy"]
 """Names of the loss weightings; `loss_weights.loss_weighting` adds others."""
-
-
-def load_loss_plugin(path: str) -> None:
-    """Import a Python file that registers a loss weighting, once per process.
-
-    Raises:
-        InputError: there is no such file, or it cannot be imported.
-    """
-    name = f"loss_plugin_{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path) if os.path.isfile(path) else None
-    if spec is None or spec.loader is None:
-        raise InputError(f"loss.plugins={path}: no such Python file")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise InputError(f"loss.plugins={path}: cannot be imported: {type(error).__name__}: {error}") from error
 
 
 @dataclass
@@ -59,7 +35,8 @@ class LossConfig:
 
     weighting: str = "tokens"
     """tokens: all trained tokens weigh the same. turns: all supporter turns weigh the same. inverse_frequency: turns of
-    rare strategies weigh more. by_strategy: turns weigh as `strategy_factors` says. Or a name from `plugins`."""
+    rare strategies weigh more. by_strategy: turns weigh as `strategy_factors` says. Or the name of one that a
+    plugin registers."""
     max_factor: float = 5.0
     """The largest factor of a strategy under inverse_frequency."""
     strategy_factors: dict[str, float] = field(default_factory=dict)
@@ -68,12 +45,8 @@ class LossConfig:
     """Weight of the tokens of `[strategy]`; multiplied by the factor of the turn."""
     reply_weight: float = 1.0
     """Weight of the tokens of the reply and its end-of-turn token; multiplied by the factor of the turn."""
-    plugins: list[str] = field(default_factory=list)
-    """Python files that register other weightings by `@loss_weighting`."""
 
     def __post_init__(self):
-        for path in self.plugins:
-            load_loss_plugin(path)
         check_choice("loss.weighting", self.weighting, WEIGHTINGS)
         check_range("loss.max_factor", self.max_factor, 1)
         for name, factor in self.strategy_factors.items():

@@ -7,6 +7,7 @@ import numpy
 from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
 from csc_train.packing.config import WEIGHTINGS, LossConfig
+from csc_train.plugins import note_registration
 from csc_train.template.dialogue_template import TokenizedDialogue, TokenType
 
 FactorFunction = Callable[[LossConfig, numpy.ndarray], numpy.ndarray]
@@ -32,6 +33,7 @@ def loss_weighting(name: str, normalize_turns: bool = False) -> Callable[[Factor
         _REGISTRY[name] = function, normalize_turns
         if name not in WEIGHTINGS:
             WEIGHTINGS.append(name)
+        note_registration(function.__module__)
         return function
 
     return register

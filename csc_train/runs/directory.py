@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from csc_train.errors import InputError
-from csc_train.files import digest, read_json, write_json, write_text
+from csc_train.files import digest, file_digest, read_json, write_json, write_text
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
 from csc_train.runs.distributed import broadcast_object, distributed_state
 from csc_train.runs.provenance import code_digest, provenance, uncommitted_diff
@@ -91,7 +91,8 @@ class Run:
     def _start(self, inputs: dict[str, str]) -> str:
         ignored_groups = (*IGNORED_GROUPS, "zero")  # sharding does not change the results
         config = {group: values for group, values in self.config.items() if group not in ignored_groups}
-        key = digest([self.recipe, config, inputs, code_digest(), provenance()["versions"]])
+        plugins = [file_digest(name) for name in config.get("plugins") or () if Path(name).is_file()]
+        key = digest([self.recipe, config, inputs, code_digest(), provenance()["versions"], *plugins])
         if_exists = self.config["run"]["if_exists"]
         earlier = read_json(self._record_path) if self._record_path.exists() else None
         if earlier and if_exists == "extend":

@@ -32,6 +32,8 @@ class EvaluateRecipe:
     """Contexts, baselines and generation."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """The metrics and their intervals."""
+    plugins: list[str] = field(default_factory=list)
+    """Python files, or modules on PYTHONPATH, that register metrics or model families (docs/extending.md)."""
     run: RunConfig = field(default_factory=RunConfig)
     """The run directory."""
 
@@ -73,6 +75,8 @@ class CompareRecipe:
     """Random exchanges of the two systems for each p-value of the permutation test."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """The metrics and their intervals."""
+    plugins: list[str] = field(default_factory=list)
+    """Python files, or modules on PYTHONPATH, that register metrics (docs/extending.md)."""
     run: RunConfig = field(default_factory=RunConfig)
     """The run directory."""
 

@@ -44,6 +44,9 @@ class SftRecipe:
     """Logging to Weights & Biases."""
     on_finish: OnFinishConfig = field(default_factory=OnFinishConfig)
     """The recipe to run after the training."""
+    plugins: list[str] = field(default_factory=list)
+    """Python files, or modules on PYTHONPATH, that register model families, loss weightings or launchers
+    (docs/extending.md)."""
     run: RunConfig = field(default_factory=RunConfig)
     """The run directory."""
 

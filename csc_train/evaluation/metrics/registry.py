@@ -1,13 +1,9 @@
 """The metric registry: `@metric` adds a function to tables, comparison, HTML report, W&B and JSON."""
 
 import functools
-import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy
 
@@ -15,6 +11,7 @@ from csc_train.errors import InputError, check_choice, suggestion
 from csc_train.evaluation.config import PROFILES, MetricsConfig
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.table import PredictionTable
+from csc_train.plugins import note_registration
 from csc_train.stats import mean
 
 DIRECTIONS = ("higher", "lower", "none")
@@ -95,6 +92,7 @@ def metric(
             return replace(found, signature=found.signature or summary, unit=unit, direction=direction)
 
         METRICS.append(MetricSpec(name, unit, direction, tuple(profiles), compare, by_position, compute))
+        note_registration(function.__module__)
         return compute
 
     return register
@@ -114,30 +112,3 @@ def compute_metrics(
     return {
         profile: {spec.name: value for spec, value in found.items() if profile in spec.profiles} for profile in profiles
     }
-
-
-def load_plugins(config: MetricsConfig) -> None:
-    """Import the modules of `metrics.plugins`, so that their metrics are registered.
-
-    Raises:
-        InputError: a module cannot be imported or defines no metric, or a metric is invalid (see `metric`).
-    """
-    for plugin in config.plugins:
-        module = _import_plugin(plugin)
-        if not any(spec.function.__module__ == module.__name__ for spec in METRICS):
-            raise InputError(f"metrics.plugins={plugin}: defines no metric: decorate a function with @metric")
-
-
-@functools.cache
-def _import_plugin(plugin: str) -> ModuleType:
-    try:
-        if not plugin.endswith(".py"):
-            return importlib.import_module(plugin)
-        spec = importlib.util.spec_from_file_location(Path(plugin).stem, plugin)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except InputError:
-        raise
-    except Exception as error:  # a user's code can raise anything
-        raise InputError(f"metrics.plugins={plugin}: cannot be imported: {type(error).__name__}: {error}") from error

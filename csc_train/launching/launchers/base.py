@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError, suggestion
+from csc_train.plugins import note_registration
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def register_launcher(name: str) -> Callable[[type[Launcher]], type[Launcher]]:
             nearest = suggestion(missing[0], [key for key in vars(launcher) if not key.startswith("_")])
             raise InputError(f"{place}: method {missing[0]!r} is missing: define it.{nearest}")
         LAUNCHERS[name] = launcher
+        note_registration(launcher.__module__)
         return launcher
 
     return register

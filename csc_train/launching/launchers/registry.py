@@ -1,9 +1,7 @@
-"""Find the launcher of a cluster, including launchers from outside the package."""
-
-import importlib
+"""Find the launcher of a cluster, including those that plugins register."""
 
 from csc_train.config.cluster import ClusterConfig
-from csc_train.errors import InputError, check_choice
+from csc_train.errors import check_choice
 from csc_train.launching.launchers import local, slurm
 from csc_train.launching.launchers.base import LAUNCHERS, Launcher
 
@@ -12,17 +10,10 @@ BUILT_IN = (local.LocalLauncher, slurm.SlurmLauncher)
 
 
 def launcher_class(cluster: ClusterConfig) -> type[Launcher]:
-    """The launcher class of `cluster.scheduler`, after an import of `cluster.launcher_module`.
+    """The launcher class of `cluster.scheduler`.
 
     Raises:
-        InputError: the module cannot be imported, it registers a faulty launcher, or no launcher has this name.
+        InputError: no launcher has this name.
     """
-    if cluster.launcher_module:
-        try:
-            importlib.import_module(cluster.launcher_module)
-        except ImportError as error:
-            raise InputError(
-                f"cluster.launcher_module={cluster.launcher_module}: {error}: name a module on PYTHONPATH"
-            ) from error
     check_choice("cluster.scheduler", cluster.scheduler, LAUNCHERS)
     return LAUNCHERS[cluster.scheduler]
