@@ -25,8 +25,8 @@ def check_choice(key: str, value: str, allowed: Iterable[str]) -> None:
         raise InputError(f"{key}={value}: choose one of {', '.join(allowed)}.{suggestion(str(value), allowed)}")
 
 
-def check_range(key: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise an InputError unless the configuration value `value` of `key` lies in [low, high]."""
-    if not low <= value <= high:
+def check_range(key: str, value: float | None, low: float, high: float = float("inf")) -> None:
+    """Raise an InputError unless the configuration value `value` of `key` is None or lies in [low, high]."""
+    if value is not None and not low <= value <= high:
         bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise InputError(f"{key}={value}: must be {bounds}")

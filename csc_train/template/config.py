@@ -33,5 +33,4 @@ class TokenizationConfig:
     """Processes that tokenize; 1 is the calling one. Defaults to the number of cores, fewer for few dialogues."""
 
     def __post_init__(self):
-        if self.num_workers is not None:
-            check_range("tokenization.num_workers", self.num_workers, 1)
+        check_range("tokenization.num_workers", self.num_workers, 1)

@@ -10,14 +10,14 @@ VALIDATION_METRICS = ("loss", "strategy_accuracy")
 ZERO_STAGES = ("auto", "off", "0", "1", "2", "3", "from_launcher")
 
 
-def check_steps(key: str, value: float) -> None:
-    """Check a number of optimizer steps, or share of all steps.
+def check_steps(key: str, value: float | None) -> None:
+    """Check a number of optimizer steps, or share of all steps; None is accepted.
 
     Raises:
         InputError: `value` is negative, or above 1 and not whole; names `key`.
     """
     check_range(key, value, 0)
-    if value > 1 and value % 1:
+    if value is not None and value > 1 and value % 1:
         raise InputError(f"{key}={value}: choose a whole number of steps, or a share below 1")
 
 
@@ -38,8 +38,7 @@ class ZeroConfig:
 
     def __post_init__(self):
         check_choice("zero.stage", self.stage, ZERO_STAGES)
-        if self.persistence_threshold is not None:
-            check_range("zero.persistence_threshold", self.persistence_threshold, 0)
+        check_range("zero.persistence_threshold", self.persistence_threshold, 0)
         if self.offload_optimizer and self.stage not in ("2", "3"):
             raise InputError(f"zero.offload_optimizer=true with zero.stage={self.stage}: choose stage 2 or 3")
         if self.offload_parameters and self.stage != "3":
@@ -85,15 +84,12 @@ class TrainerConfig:
     """Number of training checkpoints to keep."""
 
     def __post_init__(self):
-        check_range("trainer.learning_rate", self.learning_rate, 0)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            check_range(f"trainer.{name}", getattr(self, name), 0)
+        for name in ("packs_per_step", "micro_batch_size", "logging_steps", "save_total_limit"):
+            check_range(f"trainer.{name}", getattr(self, name), 1)
         check_range("trainer.warmup_ratio", self.warmup_ratio, 0, 0.99)
-        check_range("trainer.weight_decay", self.weight_decay, 0)
-        check_range("trainer.max_grad_norm", self.max_grad_norm, 0)
         check_range("trainer.epochs", self.epochs, 0.001)
-        check_range("trainer.packs_per_step", self.packs_per_step, 1)
-        check_range("trainer.micro_batch_size", self.micro_batch_size, 1)
-        check_range("trainer.logging_steps", self.logging_steps, 1)
-        check_range("trainer.save_total_limit", self.save_total_limit, 1)
         check_range("trainer.seed", self.seed, 0, 2**32 - 1)
         check_choice("trainer.lr_scheduler", self.lr_scheduler, SCHEDULERS)
         check_choice("trainer.precision", self.precision, ("auto", "bf16", "fp32"))
@@ -144,12 +140,9 @@ class ValidationConfig:
         check_choice("validation.metric_for_best_model", self.metric_for_best_model, VALIDATION_METRICS)
         check_range("validation.num_samples", self.num_samples, 0)
         check_range("validation.max_new_tokens", self.max_new_tokens, 1)
-        if self.eval_steps is not None:
-            check_steps("validation.eval_steps", self.eval_steps)
-        if self.num_turns is not None:
-            check_range("validation.num_turns", self.num_turns, 0)
-        if self.early_stopping_patience is not None:
-            check_range("validation.early_stopping_patience", self.early_stopping_patience, 1)
+        check_steps("validation.eval_steps", self.eval_steps)
+        check_range("validation.num_turns", self.num_turns, 0)
+        check_range("validation.early_stopping_patience", self.early_stopping_patience, 1)
         if self.eval_steps == 0 and self.selects_model:
             raise InputError("validation.eval_steps=0: save_best and early_stopping_patience need validations")
         if self.num_turns == 0 and self.metric_for_best_model == "strategy_accuracy":
