@@ -1,4 +1,4 @@
-"""Speed and exactness of the attention implementations on this device, on one shared-prefix pack.
+"""Measure the speed and exactness of the attention implementations on one shared-prefix pack.
 
 python benchmarks/attention.py                                     # on a GPU
 python benchmarks/attention.py --hidden 256 --heads 4 --length 2048  # small, on a CPU

@@ -1,4 +1,4 @@
-"""Compare the losses of two training runs step by step: the proof that a change leaves training as it was.
+"""Compare the losses of two training runs step by step, to prove that a change leaves training as it was.
 
 python benchmarks/compare_losses.py A B [--tolerance 0]
 

@@ -1,9 +1,9 @@
-"""Time of an evaluation on a CPU: generation in generated context, and scoring.
+"""Measure the time of an evaluation on a CPU: generation in generated context, and scoring.
 
 python benchmarks/evaluation.py            # a few minutes
-python benchmarks/evaluation.py --quick    # a smoke test in seconds; its figures have no meaning
+python benchmarks/evaluation.py --quick    # a smoke test in seconds; its results mean nothing
 
-Prints each figure and writes benchmarks/results/evaluation.json.
+Prints each result and writes benchmarks/results/evaluation.json.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Time of an evaluation on a GPU: generation in generated context, and BERTScore.
+"""Measure the time of an evaluation on a GPU: generation in generated context, and BERTScore.
 
 python benchmarks/evaluation_cuda.py       # one GPU with 80 GB, less than five minutes
 

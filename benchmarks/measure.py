@@ -1,8 +1,7 @@
-"""Shared by the benchmarks: dialogues with RoleCS-like lengths, optimizer steps of any trainer, timing, report.
+"""Helpers of the benchmarks: dialogues with RoleCS-like lengths, optimizer steps of any trainer, timing, report.
 
-The lengths file holds the tokens of 11,232 dialogues under the Qwen2.5 tokenizer, 568 of each being the system prompt.
-It has no turns, so each dialogue is assumed to have 13 exchanges of equal length, whose second halves (the supporter's)
-are trained.
+The lengths file holds token counts of 11,232 dialogues by the Qwen2.5 tokenizer, with 568 of the system prompt in each.
+It has no turns. Each dialogue is taken to have 13 exchanges of equal length, half of each by the supporter.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Peak GPU memory of two trainings against the memory plan, with tokens a second and MFU: needs a CUDA GPU.
+"""Measure the peak GPU memory of two trainings against its estimate, and their speed and MFU; needs a CUDA GPU.
 
 python benchmarks/memory_cuda.py [results.json]
 

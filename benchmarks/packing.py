@@ -1,4 +1,4 @@
-"""Packing against TRL's own on a CPU: tokens, packs, load balance, tokenization and training speed.
+"""Compare packing with TRL's on a CPU: tokens, packs, load balance, tokenization and training speed.
 
 python benchmarks/packing.py            # about six minutes on two cores
 python benchmarks/packing.py --quick    # every section on tiny data, in seconds: a smoke test

@@ -1,9 +1,9 @@
-"""Packing against TRL's own on a GPU: trained tokens per second, model FLOPs utilisation and peak memory.
+"""Compare packing with TRL's on a GPU: trained tokens per second, model FLOPs utilization and peak memory.
 
 python benchmarks/packing_cuda.py       # one GPU of 80 GB, less than ten minutes
 
-Models of Qwen2.5's dimensions with random weights in bf16: the 1.5B whole, the 7B with fewer layers. Writes
-packing_cuda.json to the directory that OUT names, else to benchmarks/results.
+The models have Qwen2.5's dimensions and random weights in bf16: the 1.5B whole, the 7B with fewer layers. Writes
+packing_cuda.json to the directory $OUT, or to benchmarks/results.
 """
 
 import argparse

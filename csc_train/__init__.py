@@ -1,1 +1,1 @@
-"""CSC Train: teach open models to support customers strategy by strategy."""
+"""CSC Train: train open models for customer support conversation (CSC): choose a support strategy, then reply."""

@@ -1,4 +1,4 @@
-"""Atomic writing of files, content hashes, and InputErrors in the place of OSErrors."""
+"""Write files atomically, hash their contents, and turn OSErrors into InputErrors."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""Append-only JSONL files: one JSON object a line, and a last line that a kill tore is cut off."""
+"""Append-only JSONL files: one JSON object per line; an incomplete last line is cut off."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Jinja templates, tables in YAML and other text files that are stored in the packages."""
+"""Read files that the packages contain: Jinja templates, tables in YAML and other texts."""
 
 import posixpath
 from functools import cache

@@ -1,4 +1,4 @@
-"""Compare the training runs of a folder: settings that differ, final figures, speed, curves.
+"""Compare the training runs of a folder: settings that differ, last metrics, speed, curves.
 
 python recipes/compare_runs.py runs/sweeps/lr
 python recipes/compare_runs.py runs metric=eval_strategy_accuracy direction=maximize

@@ -1,4 +1,4 @@
-"""Evaluate a model on held-out dialogues, beside its base model and two baselines: predictions, scores, report.
+"""Evaluate a model, its base model and two baselines on the evaluation set: predictions, metrics, report.
 
 python recipes/evaluate.py checkpoint=runs/demo/model
 torchrun --nproc_per_node 8 recipes/evaluate.py checkpoint=runs/rolecs/model data=rolecs

@@ -1,4 +1,4 @@
-"""Export a trained model: a saved state of training, or a checkpoint -> a plain Hugging Face directory, verified.
+"""Export a training checkpoint or a final model to a plain Hugging Face directory, and verify it.
 
 python recipes/export.py source=runs/demo output=exported/demo
 """

@@ -53,7 +53,9 @@ def test_a_clear_difference_is_told_and_a_small_one_is_not():
 
 
 def test_systems_without_a_common_context_are_refused():
-    with pytest.raises(InputError, match=r"nothing to compare: A was .* reference context, B was .* generated context"):
+    with pytest.raises(
+        InputError, match=r"no context in common: A was .* reference context, B was .* generated context"
+    ):
         compare({"reference": answers(0.5, 0)}, {"generated": answers(0.5, 1, context="generated")}, LEXICAL, 1000)
 
 

@@ -343,7 +343,7 @@ def test_a_fallback_is_refused(folder, monkeypatch):
     with pytest.raises(InputError, match="zero asks for ZeRO stage 3, but DDP or one process runs"):
         check_engine(trainer)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="2 processes were started, but 1 trains"):
+    with pytest.raises(InputError, match="2 processes were started, but the trainer sees 1"):
         check_engine(trainer)
 
 

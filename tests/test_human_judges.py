@@ -513,8 +513,8 @@ def test_a_rater_counts_once_and_a_key_is_a_key(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["export", "x"], "export takes two run directories, not 1"),
-        (["export", "x", "y", "key=z"], "key: export takes none, import does"),
+        (["export", "x"], "action=export: give two run directories, not 1"),
+        (["export", "x", "y", "key=z"], "key: only action=import takes it; leave it out"),
         (["import", "x.json"], "key is required: give the key.json of the annotation form by key=..."),
         (["import", "x.json", "key=k", "system_a=z"], "system_a: the key knows the systems; leave it out"),
         (["exprot", "x", "y"], "action=exprot: choose one of export, import. Did you mean 'export'?"),

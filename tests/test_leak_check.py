@@ -132,7 +132,7 @@ def test_a_model_that_drops_what_says_where_documents_end_is_refused(kind, atten
 
 @pytest.mark.parametrize("attention", [FLEX_ATTENTION, VARLEN_ATTENTION])
 def test_an_attention_without_dropout_is_refused_where_the_model_has_it(attention):
-    with pytest.raises(InputError, match="it has no dropout, the model has attention_dropout"):
+    with pytest.raises(InputError, match="it has no dropout, but the model has attention_dropout"):
         check(make("qwen2", attention, attention_dropout=0.1), SHARED)
 
 
@@ -178,7 +178,7 @@ def test_rows_as_they_should_be_and_single_documents_are_let_through():
 @pytest.mark.parametrize(
     ("attention_dropout", "adapter", "packing", "said"),
     [
-        (0.1, AdapterConfig(), SHARED, "the model's attention_dropout=0.1: the dialogues of a pack see one"),
+        (0.1, AdapterConfig(), SHARED, "the model's attention_dropout=0.1: the dialogues of a pack share"),
         (0.0, AdapterConfig("lora", dropout=0.05), SHARED, "adapter.dropout=0.05: the dialogues"),
         (0.1, AdapterConfig("lora", dropout=0.05), SHARED, "attention_dropout=0.1 and adapter.dropout=0.05: "),
         (0.0, AdapterConfig("full", dropout=0.05), SHARED, None),  # there is no adapter

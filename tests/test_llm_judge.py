@@ -233,7 +233,7 @@ def test_the_turns_are_drawn_by_the_seed_and_not_by_which_others_there_are():
     assert {without.keys[index] for index in sample_turns(without, few)} == keys
 
 
-def test_a_place_may_be_written_as_a_number():
+def test_a_preference_may_be_written_as_a_number():
     answers = [f'{{"reason": "-", "better": {each}}}' for each in ("1", '"2"', '"tie"')]
     assert [parse_answer(answer, Preference).better for answer in answers] == ["1", "2", "tie"]
     for wrong in ("3", '"甲"', "null"):

@@ -128,7 +128,7 @@ def test_a_dialogue_without_weight_is_dropped_and_the_shares_are_of_weights():
     assert (report.dropped, report.trained_tokens, report.strategies) == (2, 2, {"礼貌问候": 1.0})
     _, report = pack_dialogues([other, ONE], PackingConfig("best_fit", max_length=30), LossConfig("turns"))
     assert report.strategies == {"礼貌问候": pytest.approx(1 / 3), "情感管理": pytest.approx(2 / 3)}
-    with pytest.raises(InputError, match="leave nothing to train"):
+    with pytest.raises(InputError, match="leave no trained token"):
         pack_dialogues([other], PackingConfig("best_fit", max_length=30), config)
 
 

@@ -417,7 +417,7 @@ def test_every_dialogue_is_in_the_packs_exactly_once(template, strategy):
 
 
 def test_nothing_left_to_train_on_is_refused():
-    with pytest.raises(InputError, match=r"^none of the 2 dialogues fits packing\.max_length=12$"):
+    with pytest.raises(InputError, match=r"^none of the 2 dialogues fits packing\.max_length=12: raise it$"):
         pack_dialogues([example(4, 9), example(4, 10)], PackingConfig("best_fit", max_length=12))
 
 

@@ -185,7 +185,7 @@ def test_the_gpus_are_those_of_the_cluster(job, tmp_path, monkeypatch):
 
     assert gpus(*[4] * 8) == ("ok", "8 x NVIDIA H100, 79.6 GiB")
     assert gpus(4) == ("failed", "cluster.gpus_per_node=8, but there are 1 GPUs")
-    assert gpus(*[4] * 7, 50_000) == ("failed", "GPU 7 (NVIDIA H100): others use 48.8 GiB")
+    assert gpus(*[4] * 7, 50_000) == ("failed", "GPU 7 (NVIDIA H100): other processes use 48.8 GiB")
     assert gpus(*[4] * 8, **{"cluster.gpu_memory_gib": 140})[1].endswith(
         "has 79.6 GiB, but cluster.gpu_memory_gib=140.0"
     )

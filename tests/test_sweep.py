@@ -280,9 +280,9 @@ def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
          "'adaptor' for recipe sft. Did you mean 'adapter'?"),
         (["sweep=loss_grid", "sweep.space.loss.choices=[tokens,turn]"], "sweep.space: loss=turn: not in conf/loss. Did "
          "you mean 'turns'? Known: by_strategy, inverse_frequency, tokens, turns"),
-        (["sweep=loss_grid", "sweep.trials=10"], "sweep.trials=10: the grid has 9 points"),
-        (["sweep.space.learning_rate.low=1"], "sweep.space.learning_rate: type=float goes from low to a greater high, "
-         "and has no choices"),
+        (["sweep=loss_grid", "sweep.trials=10"], "sweep.trials=10: the grid has 9 points: lower it"),
+        (["sweep.space.learning_rate.low=1"], "sweep.space.learning_rate: type=float needs low below high, "
+         "and no choices"),
         (["sweep.trails=3"], "unknown key 'sweep.trails' for recipe sweep. Did you mean 'sweep.trials'?"),
         (["sweep=lrr"], "sweep=lrr: not in conf/sweep. Did you mean 'lr'? Known: adapters_list, full, lora, loss_grid, "
          "lr"),

@@ -134,9 +134,9 @@ class ParameterConfig:
     type: str = "float"
     """float, int: from `low` to `high`. categorical: one of `choices`."""
     low: float | None = None
-    """Smallest value."""
+    """Smallest value of a float or int."""
     high: float | None = None
-    """Greatest value."""
+    """Largest value of a float or int."""
     log: bool = False
     """Sample uniformly in the logarithm of the value."""
     step: float | None = None
@@ -162,7 +162,7 @@ class ParameterConfig:
             check_scalars(f"{name}.choices", self.choices)
             return
         if self.low is None or self.high is None or not self.low < self.high or self.choices:
-            raise InputError(f"{name}: type={self.type} goes from low to a greater high, and has no choices")
+            raise InputError(f"{name}: type={self.type} needs low below high, and no choices")
         if self.log and (self.low <= 0 or self.step is not None):
             raise InputError(f"{name}: log=true needs low above 0 and no step")
         if self.step is not None and self.step <= 0:
@@ -176,8 +176,8 @@ class PrunerConfig:
     """When a trial ends early because of its metric so far."""
 
     kind: str = "none"
-    """none. median: if it is worse than the median of earlier trials at the same step. hyperband: by successive
-    halving."""
+    """none: prune no trial. median: prune a trial that is worse than the median of earlier ones at the same step.
+    hyperband: prune by successive halving."""
     startup_trials: int = 5
     """median: number of trials that are never pruned."""
     first_step: int = 1
@@ -218,7 +218,7 @@ class SweepConfig:
     """Number of trials at the same time, or of SLURM jobs in the queue; defaults to as many as fit on the free GPUs,
     else 1."""
     poll: float = 5.0
-    """Seconds between two looks at the running trials."""
+    """Seconds between checks of the running trials."""
 
     def __post_init__(self):
         check_choice("sweep.kind", self.kind, ("optuna", "grid", "list"))
@@ -231,7 +231,9 @@ class SweepConfig:
         for name, parameter in self.space.items():
             parameter.check(f"sweep.space.{name}")
             if self.kind == "grid" and parameter.type != "categorical":
-                raise InputError(f"sweep.space.{name}.type={parameter.type}: a grid needs categorical parameters")
+                raise InputError(
+                    f"sweep.space.{name}.type={parameter.type}: a grid needs type=categorical with choices"
+                )
         for number, point in enumerate(self.points):
             check_scalars(f"sweep.points, number {number}", point.values())
         wanted, other = ("points", "space") if self.kind == "list" else ("space", "points")
@@ -240,7 +242,7 @@ class SweepConfig:
         if self.kind == "optuna" and self.trials is None:
             raise InputError("sweep.trials is required: give sweep.trials=...")
         if self.kind != "optuna" and (self.trials or 0) > len(self.grid()):
-            raise InputError(f"sweep.trials={self.trials}: the {self.kind} has {len(self.grid())} points")
+            raise InputError(f"sweep.trials={self.trials}: the {self.kind} has {len(self.grid())} points: lower it")
 
     @property
     def size(self) -> int:

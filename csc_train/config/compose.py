@@ -80,7 +80,7 @@ def compose_recorded(recipe: str, file: Path, values: list[str]) -> Any:
         InputError: there is no such file, it is not `recipe`'s, or an error of `compose`.
     """
     if not file.is_file():
-        raise InputError(f"{file.parent} holds no {file.name}: not the directory of a run")
+        raise InputError(f"{file.parent} holds no {file.name}: give the directory of a run")
     search = ConfigSearch.of(values)
     for text in search.overrides:
         if search.options(text.split("=")[0]):

@@ -1,4 +1,4 @@
-"""Reading, checking and writing of dialogue files.
+"""Read, check and write dialogue files.
 
 A row of a dialogue file is an object with a `dialogue` list of `{"speaker", "strategy", "text"}` turns, as in the
 published data (speakers `客服` and `客户`, a strategy on supporter turns only). `id` and `source` are optional; other

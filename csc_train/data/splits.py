@@ -126,7 +126,7 @@ def _split_by(
         if not side:
             raise InputError(
                 f"data.{key}={fraction} with data.seed={config.seed} leaves no {side_name} dialogue of "
-                f"{len(dialogues)} in {config.train.path}"
+                f"{len(dialogues)} in {config.train.path}: choose another fraction"
             )
     return sides
 

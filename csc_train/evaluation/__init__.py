@@ -1,1 +1,1 @@
-"""Predictions to metrics, tables, comparisons, reports and judgements."""
+"""Evaluate predictions: metrics, tables, comparisons, reports and judgements."""

@@ -106,7 +106,7 @@ def compare(
         has = [
             f"{name} was evaluated in {' and '.join(each)} context" for name, each in zip(names, (a, b), strict=True)
         ]
-        raise InputError(f"there is nothing to compare: {', '.join(has)}")
+        raise InputError(f"no context in common: {', '.join(has)}")
     shared = {context: align_tables(a[context], b[context], *names) for context in contexts}
     _require_turns((sides for sides, _ in shared.values()), names)
     rows = []

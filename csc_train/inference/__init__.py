@@ -1,1 +1,1 @@
-"""Checkpoints, servers and baselines that reply to dialogues; evaluation and chat stand on it."""
+"""Generate replies by local models, servers and baselines, for evaluation and chat."""

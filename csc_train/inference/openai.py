@@ -60,7 +60,9 @@ class OpenAIGenerator:
         async with Client(self._llm) as client:
             await self._probe_server(client)
             if self._settings.mode == "given" and not self._takes_token_ids:
-                raise InputError("template.mode=given: needs a server that takes token ids, and this one does not")
+                raise InputError(
+                    "template.mode=given: needs a server that takes token ids, such as vLLM; this one does not"
+                )
             in_flight: dict[asyncio.Task, TurnRequest] = {}
             refused: AuthenticationError | None = None
             try:

@@ -1,4 +1,4 @@
-"""Launch a recipe: compose its configuration, check it, freeze it in the run directory and start it."""
+"""Launch a recipe: compose its configuration, check it, save it in the run directory and start it."""
 
 import re
 import sys
@@ -81,7 +81,9 @@ class Job:
             report.show()
         if refused:
             names = ", ".join(check.name for check in report.failed)
-            raise InputError(f"preflight: {names} failed (see above): fix it, or launch with preflight.force=true")
+            raise InputError(
+                f"preflight: {names} failed (see above): fix the causes, or launch with preflight.force=true"
+            )
 
     def write(self) -> None:
         """Freeze the configurations in the run directory, where the ranks read them.

@@ -40,7 +40,7 @@ class LLMConfig:
     requests_per_minute: int | None = None
     """Limit of requests per minute; defaults to none."""
     tokens_per_minute: int | None = None
-    """Tokens of prompts and answers together."""
+    """Limit of tokens per minute, prompts and answers together; defaults to none."""
     price_per_million_input: float | None = None
     """Price of a million prompt tokens, in any currency."""
     price_per_million_output: float | None = None

@@ -59,7 +59,9 @@ def load_model(
         _keep_training_mode(model)
     rows = model.get_input_embeddings().num_embeddings
     if int(rows) < len(tokenizer):
-        raise InputError(f"{config.name}: the model embeds {rows} tokens, the tokenizer has {len(tokenizer)}")
+        raise InputError(
+            f"{config.name}: the model embeds {rows} tokens, the tokenizer has {len(tokenizer)}: use its own"
+        )
     return model
 
 

@@ -1,4 +1,4 @@
-"""Load a tokenizer, and hash what decides its token ids."""
+"""Load a tokenizer, and hash the parts that decide its token ids."""
 
 import json
 from typing import Any

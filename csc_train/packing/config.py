@@ -15,8 +15,8 @@ class PackingConfig:
     """How dialogues are packed into sequences."""
 
     strategy: str = "shared_prefix"
-    """shared_prefix: several dialogues a pack, which share one copy of their system prompt. best_fit: several dialogues
-    a pack, each with its own system prompt. off: one dialogue a row, padded."""
+    """shared_prefix: several dialogues per pack, with one copy of their system prompt. best_fit: several dialogues per
+    pack, each with a system prompt. off: one dialogue per row, padded."""
     max_length: int = 8192
     """The longest pack, and the longest dialogue, in tokens."""
     overflow: str = "truncate"

@@ -150,7 +150,9 @@ def pack_dialogues(
             kept.append((item, prefix, count_token_types(dialogue), dialogue.strategies))
             turns += count_trained_turns(dialogue)
     if not kept:
-        raise InputError(f"none of the {len(dialogues)} dialogues fits packing.max_length={config.max_length}")
+        raise InputError(
+            f"none of the {len(dialogues)} dialogues fits packing.max_length={config.max_length}: raise it"
+        )
     if not isinstance(loss, LossWeights):
         loss = LossWeights(loss or LossConfig(), turns)
 
@@ -164,7 +166,9 @@ def pack_dialogues(
             trained_tokens += int(types[weights > 0].sum())
             by_strategy += numpy.bincount(strategies, (types * weights).sum(axis=1), minlength=len(by_strategy))
     if not groups:
-        raise InputError("the loss weights leave nothing to train")
+        raise InputError(
+            "the loss weights leave no trained token: raise loss.strategy_weight, reply_weight or strategy_factors"
+        )
 
     pack_items, prefix_lengths = [], []
     for prefix, items in groups.items():

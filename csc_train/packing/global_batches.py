@@ -1,4 +1,4 @@
-"""Which packs form each global batch (one optimizer step), and which rank takes which slice of it.
+"""Form global batches of packs (one per optimizer step), and assign slices of them to ranks.
 
 The two decisions are independent. The packs of a global batch follow only from the packs' costs, the packs per step,
 the seed and the epoch (`global_batches`). The world size and the micro batch size only distribute it

@@ -1,4 +1,4 @@
-"""FLOPs and tokens of a pack and of a slice of it: what balances the load of the ranks."""
+"""The cost of packs and pack slices, in FLOPs and tokens, which balances the load of the ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The processes (ranks) of a run: their state, and how they end with each other."""
+"""The processes (ranks) of a run: their state, the exchange of objects, and the end with their parent."""
 
 import ctypes
 import datetime

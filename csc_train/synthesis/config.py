@@ -23,7 +23,7 @@ class RoleConfig:
     llm: LLMConfig | None = None
     """Model and server of this role (+llm@synthesis.roles.<role>.llm=...); defaults to the recipe's llm."""
     temperature: float | None = None
-    """Defaults to the llm's temperature, else 0.8 for writers and 0 for judges."""
+    """Sampling temperature; defaults to the llm's, else 0.8 for writers and 0 for judges."""
     max_tokens: int | None = None
     """Longest answer in tokens; defaults to the llm's, else 1024."""
 
@@ -52,22 +52,22 @@ class RolesConfig:
 
 @dataclass
 class BehaviourConfig:
-    """Shares (0..1) of the dialogues with a difficult customer. The paper has no such settings."""
+    """Shares (0..1) of the customers by behaviour. The paper has no such settings."""
 
     short_patience: float = 0.25
-    """Grows angry when kept waiting or asked again, and may hang up."""
+    """Share of customers who grow angry when kept waiting or asked again, and may hang up."""
     long_patience: float = 0.15
-    """Is very patient and takes the time to explain."""
+    """Share of customers who are very patient and take the time to explain."""
     at_once: float = 0.2
-    """Tells everything at the start."""
+    """Share of customers who tell everything at the start."""
     reluctant: float = 0.2
-    """Wants to hear why a detail is needed before giving it."""
+    """Share of customers who ask why a detail is needed before they give it."""
     misunderstands_once: float = 0.2
-    """Misunderstands the supporter once."""
+    """Share of customers who misunderstand the supporter once."""
     misunderstands_often: float = 0.1
-    """Often misunderstands the supporter."""
+    """Share of customers who often misunderstand the supporter."""
     unreasonable: float = 0.15
-    """Insists on something that the rules do not allow."""
+    """Share of customers who insist on something that the rules do not allow."""
 
     def __post_init__(self):
         for name, share in vars(self).items():
@@ -106,15 +106,15 @@ class SynthesisConfig:
     compact: bool = False
     """Short prompts and answers, for small models."""
     max_utterances: int = MAX_UTTERANCES
-    """Utterances of the longest dialogue."""
+    """Most utterances of a dialogue."""
     seed: int = 0
     """Seed of the scenarios."""
     attempts: int = 8
-    """Dialogues that are tried for one quota slot before it stays empty."""
+    """Most dialogues to try for a quota slot before it stays empty."""
     topics: list[str] = field(default_factory=list)
-    """Topics in the order of their turns; defaults to all seven."""
+    """Topics, assigned to dialogues in this order; defaults to all seven."""
     moods: list[str] = field(default_factory=list)
-    """Moods in the order of their turns; one that is listed twice comes twice as often. Defaults to all five."""
+    """Moods, assigned to dialogues in this order; repeat one to make it more frequent. Defaults to all five."""
     personas: PersonasConfig = field(default_factory=PersonasConfig)
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
     roles: RolesConfig = field(default_factory=RolesConfig)
@@ -132,9 +132,9 @@ class BudgetConfig:
     """Limits of what a run may use; failed attempts and earlier starts of the same run count."""
 
     tokens: int | None = None
-    """Tokens of prompts and answers together."""
+    """Most tokens of prompts and answers together; null sets no limit."""
     money: float | None = None
-    """Cost, in the currency of the llm's prices."""
+    """Highest cost, in the currency of the llm's prices; null sets no limit."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -147,9 +147,9 @@ class BatchConfig:
     """Roles that are answered by batch files."""
 
     roles: list[str] = field(default_factory=list)
-    """Any of persona, planner, rolecs_check, rolecs_check_2, rolecs_check_3."""
+    """Roles that are answered through batch files instead of single requests."""
     results: list[str] = field(default_factory=list)
-    """Result files of the batch service."""
+    """Result files of the batch service, to read before the run continues."""
 
     def __post_init__(self):
         for role in self.roles:
@@ -161,7 +161,7 @@ class RoleCSCheckConfig:
     """How judges check RoleCS dialogues."""
 
     points: int = 5
-    """Points of 5 that a dialogue needs."""
+    """Fewest points, of 5, with which a dialogue is kept."""
     judges: int = 1
     """Number of judges; a criterion's point is given by a majority. The second and third judge are the roles
     `rolecs_check_2` and `rolecs_check_3`, so each may be another model."""
@@ -176,17 +176,17 @@ class CallFilterConfig:
     """Which recorded calls are kept."""
 
     min_rounds: int = 3
-    """Fewest rounds; a round is one turn of each speaker."""
+    """Fewest rounds of a call; a round is one turn of each speaker."""
     max_rounds: int = 30
-    """Most rounds."""
+    """Most rounds of a call."""
     max_characters: int = 500
-    """Characters of the longest turn."""
+    """Most characters of a turn."""
     customer_share: float = 0.5
-    """The customer has more turns than this share of the supporter's."""
+    """Keep a call only if its customer turns exceed this share of its supporter turns."""
     short_characters: int = 3
-    """A customer turn of at most this many characters is short."""
+    """Most characters of a short turn, for `long_share`."""
     long_share: float = 0.7
-    """At least this share of the customer's turns is not short."""
+    """Smallest share of customer turns that are longer than `short_characters`."""
 
     def __post_init__(self):
         check_range("call.min_rounds", self.min_rounds, 1)
@@ -202,11 +202,11 @@ class RewriteFilterConfig:
     """Which rewritten calls are kept."""
 
     min_utterances: int = 10
-    """Fewest utterances."""
+    """Fewest utterances of a rewritten call."""
     max_utterances: int = MAX_UTTERANCES
-    """Most utterances."""
+    """Most utterances of a rewritten call."""
     required_strategies: list[int] = field(default_factory=lambda: [1, 2, 11])
-    """Numbers of the strategies that occur at least once."""
+    """Numbers of the strategies that a rewritten call must contain."""
 
     def __post_init__(self):
         check_range("rewrite.min_utterances", self.min_utterances, 1)
@@ -220,11 +220,11 @@ class DuplicatesConfig:
     """Jaccard similarity of character 5-grams from which a dialogue repeats an earlier one; null skips the check."""
 
     dialogue: float | None = 0.8
-    """Similarity of all turns."""
+    """Jaccard similarity of all turns from which a dialogue is a duplicate; null skips the check."""
     opening: float | None = 0.9
-    """Similarity of the first two turns of each speaker."""
+    """The same for the first two turns of each speaker."""
     scenario: float | None = 0.8
-    """Similarity of the scenarios, if dialogues have one."""
+    """The same for the scenarios, if dialogues have one."""
 
     def __post_init__(self):
         for name, threshold in vars(self).items():

@@ -1,1 +1,1 @@
-"""Where a run's metrics go: history files, curves, Weights & Biases."""
+"""Track the metrics of a run: history files, curves, Weights & Biases."""

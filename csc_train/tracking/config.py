@@ -10,8 +10,9 @@ class TrackingConfig:
     """Where the metrics of a run go besides the history in its run directory."""
 
     mode: str = "auto"
-    """wandb: to Weights & Biases (W&B). offline: to W&B files in the run directory, which `wandb sync` uploads. off:
-    nowhere. auto: wandb with a key or login, else offline; WANDB_MODE=offline and WANDB_MODE=disabled are obeyed."""
+    """wandb: log to Weights & Biases (W&B). offline: write W&B files in the run directory, which `wandb sync` uploads.
+    off: use no W&B. auto: wandb with a key or login, else offline. WANDB_MODE=offline and WANDB_MODE=disabled are
+    obeyed."""
     project: str = "csc-train"
     """The W&B project."""
     entity: str | None = None

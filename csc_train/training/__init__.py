@@ -1,1 +1,1 @@
-"""Packs to a checkpoint: tokenizer, model, adapter, trainer."""
+"""Train a model on packs: trainer, loss, validation, DeepSpeed, memory estimate."""

@@ -26,9 +26,9 @@ class ZeroConfig:
     """What DeepSpeed's ZeRO shards over the processes."""
 
     stage: str = "auto"
-    """off: nothing, with PyTorch's DDP. 0: nothing, with DeepSpeed's engine. 1: optimizer states. 2: gradients too. 3:
-    weights too. from_launcher: as accelerate's configuration says. auto: from_launcher if accelerate has a DeepSpeed
-    configuration, else off."""
+    """off: PyTorch's DDP, no sharding. 0: DeepSpeed's engine, no sharding. 1: shard the optimizer states. 2: the
+    gradients too. 3: the weights too. from_launcher: as accelerate's configuration says. auto: from_launcher if
+    accelerate has a DeepSpeed configuration, else off."""
     offload_optimizer: bool = False
     """Keep the optimizer states in CPU memory and update the weights on the CPU; stages 2 and 3."""
     offload_parameters: bool = False
@@ -75,7 +75,7 @@ class TrainerConfig:
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass, to save memory."""
     seed: int = 0
-    """Decides the order of the packs, random weights and dropout."""
+    """Seed of the order of packs, of random weights and of dropout."""
     logging_steps: int = 1
     """Optimizer steps between log entries."""
     save_steps: float = 0.5
@@ -123,10 +123,10 @@ class ValidationConfig:
     """Optimizer steps between validations; below 1, a share of all steps. 0: no validation; defaults to
     `trainer.save_steps`."""
     num_turns: int | None = 256
-    """Supporter turns for the strategy accuracy, by the likelihood of the 12 labels: those of random dialogues, the
-    same each time. null: all turns. 0: none."""
+    """Number of supporter turns for the strategy accuracy, from random dialogues, the same each time. null: all turns.
+    0: none. A turn is right if the reference strategy has the most likely of the 12 labels."""
     num_samples: int = 8
-    """Supporter turns that get a generated reply in `samples.jsonl`, the same each time."""
+    """Number of supporter turns with a generated reply in `samples.jsonl`, the same each time."""
     max_new_tokens: int = 96
     """Length limit of these replies, strategy included."""
     metric_for_best_model: str = "loss"
@@ -174,5 +174,7 @@ class ValidationConfig:
         """
         interval = trainer.save_steps if self.eval_steps is None else self.eval_steps
         if not interval and self.selects_model:
-            raise InputError("trainer.save_steps=0: set validation.eval_steps, which save_best and patience need")
+            raise InputError(
+                "trainer.save_steps=0: set validation.eval_steps, which save_best and early_stopping_patience need"
+            )
         return interval

@@ -104,7 +104,7 @@ def check_engine(trainer: Trainer) -> None:
     asked = trainer.args.deepspeed_plugin.zero_stage if trainer.args.deepspeed_plugin else None
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != trainer.accelerator.num_processes:
-        raise InputError(f"{started} processes were started, but {trainer.accelerator.num_processes} trains")
+        raise InputError(f"{started} processes were started, but the trainer sees {trainer.accelerator.num_processes}")
     engine: Any = trainer.model_wrapped
     running = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None
     if asked != running:
@@ -118,7 +118,9 @@ def check_engine(trainer: Trainer) -> None:
     if asked in (1, 2):
         parts = set(engine.optimizer.partition_count)
         if parts != {started} or engine.zero_optimization_partition_gradients() != (asked == 2):
-            raise InputError(f"zero asks for ZeRO stage {asked}, but the states are in {sorted(parts)} shards")
+            raise InputError(
+                f"zero asks for ZeRO stage {asked}, but the optimizer states are in {sorted(parts)} shards"
+            )
     if asked == 3:
         for name, parameter in trainer.model.named_parameters():
             if not _is_shard(parameter, started):

@@ -48,7 +48,7 @@ def check_no_leaks(
     refusal = f"{type(model).__name__} with {attention} attention cannot be trained on packs"
     without_dropout = attention == FLEX_ATTENTION or (attention == VARLEN_ATTENTION and device.type == "cpu")
     if without_dropout and getattr(model.config, "attention_dropout", 0):
-        raise InputError(f"{refusal}: it has no dropout, the model has attention_dropout; use packing=off")
+        raise InputError(f"{refusal}: it has no dropout, but the model has attention_dropout; use packing=off")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
         probe = _probe(model, device)

@@ -1,4 +1,4 @@
-"""Validation while training: loss, strategy accuracy, and replies to a fixed set of turns.
+"""Validation during training: loss, strategy accuracy, and replies to a fixed set of turns.
 
 Every process makes the same number of forward passes: under ZeRO stage 3 each pass gathers weights from all processes,
 so a process with one pass more would wait forever.

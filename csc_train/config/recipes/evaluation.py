@@ -131,13 +131,13 @@ class HumanEvalRecipe:
             if self.key is None:
                 raise InputError("key is required: give the key.json of the annotation form by key=...")
             if not self.inputs:
-                raise InputError("import takes the files that raters exported")
+                raise InputError("inputs=[]: give the files that raters exported")
             for name in ("system_a", "system_b"):
                 if getattr(self, name) is not None:
                     raise InputError(f"{name}: the key knows the systems; leave it out")
             return
         if len(self.inputs) != 2:
-            raise InputError(f"export takes two run directories, not {len(self.inputs)}")
+            raise InputError(f"action=export: give two run directories, not {len(self.inputs)}")
         for name in ("key", "judge"):
             if getattr(self, name) is not None:
-                raise InputError(f"{name}: export takes none, import does")
+                raise InputError(f"{name}: only action=import takes it; leave it out")

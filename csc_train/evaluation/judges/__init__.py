@@ -1,1 +1,1 @@
-"""A language model and people as judges of replies."""
+"""Judge replies by a language model or by human raters."""

@@ -1,4 +1,4 @@
-"""The value of a metric before and after it is computed: `Metric` and `MetricResult`."""
+"""The types of a metric: `Metric` can compute its value and interval, `MetricResult` holds them."""
 
 import math
 from dataclasses import dataclass, replace

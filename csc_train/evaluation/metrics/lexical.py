@@ -1,6 +1,6 @@
 """BLEU and ROUGE-L between replies and their references, in percent.
 
-The functions of pairs (reply, reference), as text or as tokens, return a row per pair: its score, or its terms of a
+The functions take pairs (reply, reference) of texts or tokens, and return a row per pair: its score, or its terms of a
 corpus score. An empty reply scores 0. The `paper` metrics reconstruct unpublished metric code: the paper's ROUGE-L is
 below its BLEU-2 throughout, which fits rouge_score's default tokenizer (digits and Latin letters only); its BLEU cannot
 be identified fully, and nltk's sentence BLEU on jieba words with method1 is a candidate.

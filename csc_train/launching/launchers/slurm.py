@@ -36,7 +36,7 @@ class SlurmLauncher(Launcher):
         command = node_command(cluster, cluster.slurm.python, [self.job.script, *self.job.arguments])
         for text in (str(directory), command):
             if odd := re.search(r"[^\w./=:,$@% +-]", text):
-                raise InputError(f"{odd.string}: {odd.group()!r} has a meaning in a job script; choose plainer paths")
+                raise InputError(f"{odd.string}: a job script cannot hold {odd.group()!r}: choose a path without it")
         values = {"cluster": cluster, "slurm": cluster.slurm, "directory": directory, "command": command}
         return render("csc_train.launching.launchers", "slurm.sbatch.jinja", **values)
 
@@ -61,7 +61,7 @@ class SlurmLauncher(Launcher):
         if done.returncode:
             raise InputError(f"sbatch {self.script_path}: {' '.join(done.stderr.split())}")
         if not (number := re.search(r"\d+", done.stdout)):
-            raise InputError(f"sbatch {self.script_path}: {done.stdout.strip()!r} names no job")
+            raise InputError(f"sbatch {self.script_path}: expected a job number, got {done.stdout.strip()!r}")
         self.job_id = number.group()
 
     def poll(self) -> int | None:

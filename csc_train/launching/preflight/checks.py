@@ -245,7 +245,7 @@ def check_gpus(config: PreflightRecipe, gpus: list[Gpu] | None, here: bool, abse
                 f"cluster.gpu_memory_gib={cluster.gpu_memory_gib}"
             )
         if not gpu.free:
-            raise InputError(f"GPU {number} ({gpu.name}): others use {gpu.used / GIB:.1f} GiB")
+            raise InputError(f"GPU {number} ({gpu.name}): other processes use {gpu.used / GIB:.1f} GiB")
     return f"{len(gpus)} x {gpus[0].name}, {gpus[0].memory / GIB:.1f} GiB"
 
 
