@@ -187,6 +187,7 @@ def installed(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_composes_and_refuses(installed):
     done = installed("sft", "--cfg", "job", "experiment=demo")
     assert done.returncode == 0 and "synthetic-sample" in done.stdout, done.stderr

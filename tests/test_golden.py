@@ -57,6 +57,7 @@ def train_demo(steps: int) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
 def test_the_demo_trains_as_it_did(tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)

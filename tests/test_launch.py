@@ -234,6 +234,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(frozen, monkeypat
     assert sorted(frozen.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_ranks_read_the_frozen_configuration(tmp_path, monkeypatch):
     """For every shipped experiment, and once more for a new run that is made from it."""
     monkeypatch.chdir(tmp_path)

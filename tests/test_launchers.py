@@ -81,6 +81,7 @@ def test_a_launcher_from_outside_starts_a_job(outside, capsys):
     assert recorded["scheduler"] == "folder_queue" and recorded["launcher_options"] == {"queue": "queue"}
 
 
+@pytest.mark.slow
 def test_a_launcher_from_outside_runs_a_sweep(outside, capsys):
     asked = ["debug=cpu_tiny", "sweep.poll=0.1", *QUEUE, "sweep=lr", "sweep.trials=2", "sweep.parallel=2"]
     assert sweep(asked) == 0, capsys.readouterr().err

@@ -240,6 +240,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
     """By a queue that answers as SLURM does."""
     monkeypatch.chdir(tmp_path)
@@ -433,6 +434,7 @@ def test_finished_runs_come_first_by_their_metric(tmp_path):
     assert [run.scores for run in runs] == [{}, {"reference paper ACC": 50.0}, {}]
 
 
+@pytest.mark.slow
 def test_the_command_of_a_wandb_agent_is_a_launch(tmp_path, capfd, monkeypatch):
     """By the agent's own code, without its service; on a cluster that is at hand, and dry."""
     monkeypatch.chdir(tmp_path)
