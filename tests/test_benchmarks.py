@@ -141,7 +141,7 @@ def test_a_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(name, op
 
 
 @pytest.mark.slow
-def test_a_quick_run_of_evaluation_reports_every_figure(tmp_path):
+def test_a_quick_run_of_evaluation_reports_every_result(tmp_path):
     path = tmp_path / "evaluation.json"
     done = run_script(BENCHMARKS / "evaluation.py", "--quick", "--output", path)
     assert done.returncode == 0, done.stderr[-2000:]

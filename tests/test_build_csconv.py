@@ -59,7 +59,7 @@ def test_the_bundled_calls_meet_every_rule_and_each_drops_one(language):
     assert not any("挂断" in each.text or "通话结束" in each.text for each in kept)
 
 
-def test_a_dropped_call_is_told_with_its_reason_and_without_its_private_data():
+def test_a_dropped_call_is_recorded_with_its_reason_and_without_its_private_data():
     rows = {outcome.id: outcome.row() for outcome in built(ask_mock("zh")) if not outcome.accepted}
     assert rows["wrong-number"] == {
         "id": "wrong-number", "rule": "rounds", "reason": "fewer than 3 rounds", "detail": "2 rounds",
@@ -79,7 +79,7 @@ def test_outcomes_do_not_depend_on_who_answers_first():
     assert built(late, concurrency=19) == built(script, concurrency=1)
 
 
-def test_no_more_than_so_many_are_asked_at_a_time():
+def test_concurrency_limits_the_calls_in_flight():
     script, running, most = ask_mock("zh"), [0], [0]
 
     async def watched(task, prompt, form):
@@ -93,7 +93,7 @@ def test_no_more_than_so_many_are_asked_at_a_time():
     assert most == [3]
 
 
-def test_a_call_without_an_answer_is_neither_kept_nor_dropped_and_the_others_go_on():
+def test_a_call_without_an_answer_is_neither_kept_nor_dropped_and_the_others_continue():
     script = ask_mock("zh")
 
     async def failing(task, prompt, form):
@@ -122,7 +122,7 @@ def test_a_refused_key_ends_it_at_once():
     assert len(asked) == 2
 
 
-def test_the_script_knows_the_bundled_calls_only(tmp_path):
+def test_the_mock_model_answers_only_the_bundled_calls(tmp_path):
     path = tmp_path / "calls.jsonl"
     turns = [{"speaker": "客服", "text": "您好请讲"}, {"speaker": "客户", "text": "我想问一下"}] * 4
     path.write_text(json.dumps({"turns": turns}), encoding="utf-8")
@@ -209,7 +209,7 @@ def test_another_prompt_or_form_is_another_question(tmp_path):
     assert len(asked) == 4
 
 
-def test_a_log_that_cannot_be_written_is_said(tmp_path):
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         AnswerLog(tmp_path / "file" / "answers.jsonl")
@@ -307,7 +307,7 @@ def test_the_recipe_stops_at_a_refused_key(recipe, fault_server):
     assert len(fault_server.requests) == 1
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_does(recipe, fault_server):
+def test_an_interrupted_run_says_how_to_resume_and_resumes(recipe, fault_server):
     def interrupting(body):
         if len(fault_server.requests) == 9:
             os.kill(os.getpid(), signal.SIGINT)
@@ -324,7 +324,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(recipe, fault_server):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, recipe, fault_server):
+def test_a_killed_run_resumes_and_ends_with_the_same_files(tmp_path, recipe, fault_server):
     def slow(body):
         time.sleep(0.05)
         return reply(body)

@@ -165,7 +165,7 @@ def test_a_forced_strategy_is_what_the_reply_continues(generator):
     assert [last(conversation.reply(FIRST.text))] == rough([chosen])
 
 
-def test_what_is_taken_back_leaves_no_trace(generator):
+def test_an_undone_turn_leaves_no_trace(generator):
     conversation = begin(generator)
     expected = rough(talk(conversation, FIRST.text, SECOND.text))
     for said in ("别的事", "退款！" * 20):
@@ -184,7 +184,7 @@ def test_what_is_taken_back_leaves_no_trace(generator):
     assert turns_of(conversation) == TAUGHT.turns[:1]
 
 
-def test_a_stopped_reply_stays_as_far_as_it_was_heard(generator):
+def test_a_stopped_reply_keeps_its_generated_part(generator):
     conversation = begin(generator)
     talk(conversation, FIRST.text)
     for answer in conversation.reply(SECOND.text):
@@ -210,7 +210,7 @@ def test_a_stopped_reply_stays_as_far_as_it_was_heard(generator):
     assert turns_of(conversation) == before
 
 
-def test_after_a_failure_the_conversation_goes_on(generator, monkeypatch):
+def test_after_a_failure_the_conversation_continues(generator, monkeypatch):
     conversation = begin(generator)
     expected = rough(talk(conversation, FIRST.text, SECOND.text))
     conversation.restart()
@@ -266,7 +266,7 @@ def test_a_model_that_chooses_no_strategies(mode):
     assert [turn.strategy for turn in turns_of(conversation)[::2]] == [strategy or OTHERS for strategy in strategies]
 
 
-def test_what_cannot_be_said(generator):
+def test_messages_and_strategies_that_do_not_fit_are_refused(generator):
     conversation = begin(generator)
     with pytest.raises(InputError, match=r"^the supporter speaks first: restart the conversation$"):
         last(conversation.reply("喂"))

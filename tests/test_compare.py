@@ -39,7 +39,7 @@ def by_metric(rows):
     return {row.metric: row for row in rows}
 
 
-def test_a_clear_difference_is_told_and_a_small_one_is_not():
+def test_a_clear_difference_is_significant_and_a_small_one_is_not():
     clear = compare({"reference": answers(0.7, 0)}, {"reference": answers(0.4, 1)}, LEXICAL, permutations=1000)
     assert {row.verdict for row in clear if row.p_value is not None} == {"A is higher"}
     mirrored = compare({"reference": answers(0.4, 1)}, {"reference": answers(0.7, 0)}, LEXICAL, permutations=1000)

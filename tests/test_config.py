@@ -357,7 +357,7 @@ def test_misspelt_override_on_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_what_one_process_of_a_job_refuses_is_said(rank, tmp_path, monkeypatch, capsys):
+def test_an_error_on_one_rank_of_a_job_is_printed(rank, tmp_path, monkeypatch, capsys):
     """By the first process itself, by the others in the report that torchrun makes of the process that failed."""
 
     def refuse(config):

@@ -87,7 +87,7 @@ def test_scores_without_the_flagged_dialogues_are_those_of_the_rest(found):
     assert accuracy.value < whole["profiles"]["paper"]["ACC"].value
 
 
-def test_where_every_dialogue_is_flagged_no_figure_remains():
+def test_where_every_dialogue_is_flagged_no_metric_remains():
     by_id = {dialogue.id: dialogue for dialogue in EVALUATION}
     everything = score_predictions(
         said(EVALUATION, by_id), by_id, MetricsConfig(bootstrap_resamples=100), flagged=set(by_id)
@@ -99,7 +99,7 @@ def test_where_every_dialogue_is_flagged_no_figure_remains():
     )
 
 
-def test_the_table_says_what_was_found_and_shows_both_scores(found):
+def test_the_table_says_what_was_found_and_shows_both_sets_of_metrics(found):
     by_id = {dialogue.id: dialogue for dialogue in HELD_OUT}
     scores = score_predictions(
         said(HELD_OUT, {"copy"}),

@@ -190,7 +190,7 @@ def test_offloading_changes_nothing(on_two, references, stage):
 @pytest.mark.distributed
 @pytest.mark.parametrize("step", [2, 4])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(on_two, on_one, references, stage, step):
+def test_a_resumed_run_equals_an_uninterrupted_one(on_two, on_one, references, stage, step):
     again, alone = on_two[f"again {stage} {step}"], on_one[f"alone {stage} {step}"]
     really(again, stage, 2)
     really(alone, stage, 1)
@@ -201,7 +201,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(on_two, on_one, refere
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", [name for name in TWO_PROCESSES if name.startswith("moved")])
-def test_a_run_goes_on_by_another_stage(on_two, references, run):
+def test_a_run_resumes_under_another_stage(on_two, references, run):
     really(on_two[run], run.split()[-1], 2)
     assert on_two[run]["first_step"] == 4
     agree(on_two[run], references["lora" if "lora" in run else "full"])
@@ -209,7 +209,7 @@ def test_a_run_goes_on_by_another_stage(on_two, references, run):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_a_resumed_adapter_goes_on_as_if_nothing_had_happened(on_two, on_one, references, stage):
+def test_a_resumed_adapter_equals_an_uninterrupted_one(on_two, on_one, references, stage):
     again, alone = on_two[f"again lora {stage} 4"], on_one[f"alone lora {stage}"]
     really(again, stage, 2)
     really(alone, stage, 1)
@@ -220,7 +220,7 @@ def test_a_resumed_adapter_goes_on_as_if_nothing_had_happened(on_two, on_one, re
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("run", "kind"), [("alone moved 2 off", "full")])
-def test_a_run_goes_on_by_another_stage_or_adapter_on_one_process(on_one, references, run, kind):
+def test_a_run_resumes_under_another_stage_or_adapter_on_one_process(on_one, references, run, kind):
     agree(on_one[run], references[kind])
 
 
@@ -242,7 +242,7 @@ def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_a_sharded_state_is_read_whole(folder, on_two, stage):
+def test_a_sharded_checkpoint_is_consolidated(folder, on_two, stage):
     state = folder / f"full-{stage}/checkpoints/checkpoint-4"
     whole = open_training_checkpoint(state)
     theirs = get_fp32_state_dict_from_zero_checkpoint(str(state))
@@ -265,7 +265,7 @@ def _order(names: list[str]) -> list[str]:
 
 
 @pytest.mark.distributed
-def test_a_state_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
+def test_a_checkpoint_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
     state = tmp_path / "checkpoint-4"
     shutil.copytree(folder / "full-3/checkpoints/checkpoint-4", state)
     next(state.glob("global_step*/*pp_rank_1*optim_states.pt")).unlink()
@@ -276,7 +276,7 @@ def test_a_state_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
 
 
 @pytest.mark.distributed
-def test_states_are_kept_by_number_and_nothing_half_written_is_left(folder, on_two):
+def test_save_total_limit_prunes_checkpoints_and_nothing_incomplete_is_left(folder, on_two):
     states = folder / "full-1/checkpoints"
     assert {path.name for path in states.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
     assert not (states / "writing").exists()
@@ -370,7 +370,7 @@ def exported(runs: Path, run: str, output: Path, **options) -> tuple[float, dict
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", [f"{kind}-{stage}" for kind in ("full", "lora") for stage in ("off", "1", "2", "3")])
-def test_any_state_exports_to_the_same_plain_directory(runs, references, run, tmp_path):
+def test_any_checkpoint_exports_to_the_same_plain_directory(runs, references, run, tmp_path):
     difference, weights = exported(runs, run, tmp_path / "model")
     assert difference < TOLERANCE
     reference = references[run.split("-")[0]]["weights"]
@@ -470,7 +470,7 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @pytest.mark.distributed
-def test_a_sharded_run_killed_goes_on_where_it_was(workplace):
+def test_a_killed_sharded_run_resumes_where_it_was(workplace):
     run = workplace / "killed"
     process = begin(workplace, TORCHRUN, "zero=zero3", "run.directory=killed")
     deadline = time.monotonic() + TIMEOUT_S

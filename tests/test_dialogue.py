@@ -125,7 +125,7 @@ def test_a_bad_row_is_refused_with_its_place(tmp_path, case, suffix):
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_a_broken_line_of_jsonl_is_refused_alone(tmp_path, case):
+def test_only_the_broken_line_of_a_jsonl_is_refused(tmp_path, case):
     line, reason = UNREADABLE[case]
     path = write_file(tmp_path / "a.jsonl", [make_row(), line, *make_rows(2)])
     expected = message(f"{path}, row 2", None, "row", reason)
@@ -210,7 +210,7 @@ def test_rows_are_selected_by_source(tmp_path, suffix):
     assert str(refusal.value) == f"{path}: no row has source 'rolecs'; found: 'RoleCS' (3), 'CSConv' (2), '' (1)"
 
 
-def test_an_unknown_source_is_said_even_where_a_line_is_broken(tmp_path):
+def test_an_unknown_source_is_an_error_even_where_a_line_is_broken(tmp_path):
     path = write_file(tmp_path / "a.jsonl", [*make_rows(2, source="RoleCS"), b"{"])
     with pytest.raises(InputError, match=r"no row has source 'x'; found: 'RoleCS' \(2\)"):
         read_dialogues(path, source="x")
@@ -435,7 +435,7 @@ def test_a_made_up_id_is_never_given_twice(tmp_path):
         read_dialogues(path, strict=True)
 
 
-def test_the_fingerprint_is_of_the_conversation_alone():
+def test_the_fingerprint_depends_only_on_the_conversation():
     turns = (Turn(Speaker.SUPPORTER, "您好", BY_CODE["GT"]), Turn(Speaker.CUSTOMER, "好"))
     same = Dialogue("b", turns, "RoleCS", {"x": 1})
     assert Dialogue("a", turns).fingerprint == same.fingerprint

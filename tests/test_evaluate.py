@@ -107,7 +107,7 @@ def answers(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["replies", "likelihoods"])
-def test_killed_and_resumed_it_goes_on_and_ends_with_the_same_file(stage, workplace, whole, answers):
+def test_killed_and_resumed_it_ends_with_the_same_file(stage, workplace, whole, answers):
     name, turns = f"killed_{stage}", whole["generated"].count(b"\n")
     process = Script(ROOT / "recipes" / "evaluate.py", *SETTINGS, f"run.directory=runs/{name}")
     part = Path(f"runs/{name}/predictions") / f"{FILE.format('generated')}.part-00000"

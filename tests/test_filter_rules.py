@@ -176,7 +176,7 @@ def test_each_required_strategy_is_needed_once_only():
         assert dropped(check_rewrite(said, REWRITE))[0] == "required strategies"
 
 
-def test_private_data_is_told_by_its_kind_and_place_and_not_repeated():
+def test_private_data_is_reported_by_its_kind_and_place_and_not_repeated():
     verdict = check_private_data(replaced(5, text="我的手机是13812345678"))
     assert verdict == FilterVerdict("private data", False, "a phone number", "turn 6")
 
@@ -252,7 +252,7 @@ def alternating(rng):
     return said
 
 
-def test_whatever_is_said_gets_verdicts_and_what_is_kept_keeps_its_promises(tmp_path):
+def test_any_text_gets_verdicts_and_a_kept_one_makes_a_valid_dialogue(tmp_path):
     rng = random.Random(0)
     kept = []
     for number in range(3000):

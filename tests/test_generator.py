@@ -116,7 +116,7 @@ def test_reference_context_is_gold_throughout():
         assert request.history == request.dialogue.turns[: request.turn]
 
 
-def test_generated_context_holds_the_systems_own_words_between_the_gold_customers():
+def test_generated_context_holds_the_systems_replies_and_the_gold_customer_turns():
     generator = Recorder(2)
     own = {each.key: each for each in generate_predictions(DIALOGUES, generator, "generated")}
     assert all(own[key].raw_text == Recorder.words(*key)[0] for key in TURNS)
@@ -179,7 +179,7 @@ class Flaky(Recorder):
                 queue.complete(request, request.failure("timeout", "60 s") if failed else self.predict(request))
 
 
-def test_a_turn_that_fails_takes_the_rest_of_its_dialogue_along_in_generated_context_alone():
+def test_a_failed_turn_fails_the_rest_of_its_dialogue_only_in_generated_context():
     for context, kinds in {
         "reference": {("long", 2): "timeout"},
         "generated": {("long", 2): "timeout", ("long", 4): "earlier_turn_failed", ("long", 6): "earlier_turn_failed"},
@@ -466,7 +466,7 @@ def checkpoint(model, tokenizer, tmp_path):
     return directory
 
 
-def test_a_saved_checkpoint_answers_as_the_model_did(model, tokenizer, checkpoint, odd_dialogues):
+def test_a_saved_model_answers_as_in_memory(model, tokenizer, checkpoint, odd_dialogues):
     few = odd_dialogues[:2]
     settings = EvaluationConfig(max_new_tokens=STEPS)
     template, manifest = read_template_and_manifest(str(checkpoint))
@@ -493,7 +493,7 @@ def test_a_saved_checkpoint_answers_as_the_model_did(model, tokenizer, checkpoin
     assert [p.raw_text for p in answers] != [p.raw_text for p in generate_predictions(few, generator, "reference")]
 
 
-def test_a_checkpoint_without_tokenizer_or_of_another_one_is_refused(checkpoint):
+def test_a_final_model_without_tokenizer_or_with_another_one_is_refused(checkpoint):
     manifest_file = checkpoint / "csc_manifest.json"
     manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
     for what in ("tokenizer", "template"):

@@ -101,7 +101,7 @@ def test_the_first_step_of_a_training_has_the_most_tokens():
     )
 
 
-def test_odd_packs_meet_and_those_that_cost_about_the_median_stay_in_random_order():
+def test_packs_of_unusual_cost_are_grouped_and_all_others_stay_in_random_order():
     half_empty, longer = set(range(8)), {8, 9}
     packs = [cost_of(500 if index in half_empty else 1001 if index in longer else 1000) for index in range(64)]
     orders = [global_batches(packs, 8, seed=0, epoch=epoch) for epoch in range(8)]
@@ -124,7 +124,7 @@ def test_the_goals_for_equal_work_are_met_on_real_lengths(prefix, max_length, sp
     assert 0.8 < balance.count_spread <= spread
 
 
-def test_the_account_of_a_schedule_by_hand():
+def test_load_balance_by_hand():
     packs = [PackCost((5, 5), (4.0, 4.0), 2, 1.0)] * 3
     # A full step of two packs on two processes; then one pack, cut in two, whose prefix is run twice.
     balance = sampler(packs, 2, 0, 1, seed=0, packs_per_step=2).load_balance(epochs=2)
@@ -188,7 +188,7 @@ def check_room(step, whole, packs, micro, single_row):
 
 
 @pytest.mark.parametrize("single_row", [True, False])
-def test_an_epoch_that_is_cut_off_after_any_step_goes_on_with_the_next_under_another_distribution(single_row):
+def test_an_epoch_interrupted_after_any_step_resumes_under_another_world_size(single_row):
     packs = random_packs(53, seed=2)
     for epoch in (0, 1, 2):
         steps = global_batches(packs, 4, 3, epoch)
@@ -248,7 +248,7 @@ def segment_cost(segment, packs, places, single_row, longest):
 
 @pytest.mark.parametrize("single_row", [True, False])
 @pytest.mark.parametrize("seed", range(12))
-def test_no_other_cut_of_the_line_of_documents_has_a_cheaper_costliest_process(seed, single_row):
+def test_no_other_split_of_the_documents_has_a_cheaper_costliest_rank(seed, single_row):
     packs = random_packs(3, seed, most=3)
     for number, processes in ((1, 2), (2, 3), (3, 2), (3, 4)):
         line = [(pack, one) for pack in range(number) for one in range(len(packs[pack].tokens))]
@@ -297,7 +297,7 @@ GROUP = 1 + len(STRATEGIES) * len(TURN_BUCKETS)
 """The token group of a reply by strategy 1 in the first turns."""
 
 
-def test_a_part_is_the_documents_it_names():
+def test_a_slice_is_the_documents_it_names():
     packs = packs_of(0, 3, 4, 2)
     assert plain(packs[0]) == {
         "input_ids": [0, 1, 2, 100, 101, 102, 103, 200, 201],
@@ -338,7 +338,7 @@ def test_a_loader_takes_the_order_of_the_epoch_it_is_set_to():
         assert len(taken) == len(loader)
 
 
-def test_a_part_of_a_pack_takes_the_shared_prefix_along():
+def test_a_slice_of_a_pack_includes_the_shared_prefix():
     packs = packs_of(3, 3, 2, 1)
     assert plain(packs[PackSlice(0, 1, 3)]) == {
         "input_ids": [100, 101, 102, 103, 104, 203],

@@ -109,7 +109,7 @@ def results_of(run):
     return json.loads((run[0] / "results.json").read_text(encoding="utf-8"))["results"]
 
 
-def test_the_tables_show_the_figures_of_the_results_with_their_intervals(run, page):
+def test_the_tables_show_the_metrics_with_their_intervals(run, page):
     results = results_of(run)
     systems = list(results)
     for number, profile in enumerate(("paper", "zh")):
@@ -155,7 +155,7 @@ def test_a_served_system_is_named_and_so_is_its_decoding(run, tmp_path, decoding
         assert f'<th scope="row">{name}</th><td>{fact}' in text
 
 
-def test_a_page_of_a_system_that_is_handed_its_strategies_does_not_say_that_it_chooses_them(run, tmp_path):
+def test_a_page_of_a_system_with_given_strategies_does_not_say_that_it_chooses_them(run, tmp_path):
     scored = dataclasses.replace(run[1], results={name: run[1].results[name] for name in (SYSTEM, GIVEN)})
     write_html(tmp_path, scored, CONFIG, RECORD)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -170,7 +170,7 @@ def test_the_page_is_no_wider_than_a_phone(run, browser):
     shown.close()
 
 
-def test_the_training_overlap_is_listed_with_the_scores_of_the_rest(run, page):
+def test_the_training_overlap_is_listed_with_the_metrics_of_the_rest(run, page):
     text = page.inner_text("#overlap")
     assert str(run[1].contamination) in text
     assert "copy </script>" in text and "equal texts" in text
@@ -253,7 +253,7 @@ def test_a_context_without_turns_is_not_drawn(failing, opened):
     assert page.locator("#drift figcaption").first.inner_text().endswith("reference context")
 
 
-def test_a_system_that_was_handed_its_strategies_shows_none(run, page):
+def test_a_system_with_given_strategies_shows_none(run, page):
     page.select_option("#system", GIVEN)
     assert page.locator("#context option").all_inner_texts() == ["reference"]
     assert page.inner_text("#confusion") == "This system does not choose strategies."
@@ -299,7 +299,7 @@ def test_dialogues_are_filtered_by_strategy_and_by_wrong_ones(run, page):
     assert "most frequent strategy, generated context" in page.inner_text("#talk thead")
 
 
-def test_dialogues_are_searched_and_what_was_said_is_text(run, page):
+def test_dialogues_are_searched_and_their_texts_are_not_markup(run, page):
     page.fill("#search", "第3种说法")
     assert found(page, counted(run, SYSTEM, lambda *both: any("第3种说法" in each.response for each in both)))
     shown = page.locator("#talk tr.found").first
@@ -322,7 +322,7 @@ def test_the_list_is_walked_with_the_keyboard(run, page):
     assert turn.text in page.locator("#talk tbody tr").nth(1).inner_text()
 
 
-def test_the_worst_turns_lead_to_their_dialogues(run, page):
+def test_the_lowest_scoring_turns_link_to_their_dialogues(run, page):
     page.check("#wrong")
     lowest = results_of(run)[SYSTEM]["reference"]["lowest_scoring"][0]
     button = page.locator("#lowest-scoring button").first

@@ -244,7 +244,7 @@ def test_a_model_of_the_hub_is_downloaded_once_in_one_form_of_its_weights(tmp_pa
 
 
 @pytest.mark.slow
-def test_offline_with_an_empty_cache_asks_nobody(tmp_path):
+def test_offline_with_an_empty_cache_sends_no_request(tmp_path):
     with Hub() as hub:
         answers, _ = load_elsewhere([MODEL], hub, tmp_path, offline="1")
     seconds, message = answers[MODEL]

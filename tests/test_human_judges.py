@@ -146,7 +146,7 @@ def test_strategies_are_shown_as_asked():
         drawn(HumanConfig(show_strategies="own"), predicts=False)
 
 
-def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, capsys):
+def test_turns_that_failed_in_one_run_are_left_out_and_counted(runs, capsys):
     write_predictions("run1/predictions/secret-omega-reference.jsonl", predictions(1)[4:])
     run_recipe("export", "run0", "run1", "run.directory=form", "human.max_items_per_dialogue=null")
     assert "Left out: 4 turns that only one of the two systems has." in capsys.readouterr().out
@@ -346,7 +346,7 @@ def results(tmp_path, key, raters, judge=None):
     return rater_results(votes, key, CONFIG, judge)
 
 
-def test_answers_are_unblinded_counted_and_told_apart(tmp_path):
+def test_ratings_are_unblinded_and_counted(tmp_path):
     key = key_of()
     found = results(tmp_path, key, {"Anna": "AAAAAAAAAA=B", "Ben": "AAAAAAAAAAAA"})["overall"]
     rates = found.win_rate
@@ -453,7 +453,7 @@ def test_a_judge_is_a_rater_beside_the_people(runs, swapped):
         read_judge_preferences("judged", key)
 
 
-def test_tables_say_what_was_asked_of_whom(tmp_path):
+def test_tables_name_questions_and_raters(tmp_path):
     key = key_of()
     preference, raters, agreement = rating_tables(results(tmp_path, key, {"Anna": "A" * 12, "Ben": "B" * 12}), key)
     assert [row[0] for row in preference.rows] == QUESTIONS and preference.rows[1][-2:] == ["n/a", "n/a"]

@@ -235,7 +235,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(frozen, monkeypat
 
 
 @pytest.mark.slow
-def test_the_ranks_read_the_frozen_configuration(tmp_path, monkeypatch):
+def test_the_ranks_read_the_saved_configuration(tmp_path, monkeypatch):
     """For every shipped experiment, and once more for a new run that is made from it."""
     monkeypatch.chdir(tmp_path)
     for file in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
@@ -446,7 +446,7 @@ def test_ranks_that_ignore_ctrl_c_are_killed(tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path):
+def test_a_killed_launcher_ends_its_ranks(tmp_path):
     started = idle(tmp_path).until(" waits\n", 2)
     ranks = left_in(tmp_path.resolve())
     started.process.kill()

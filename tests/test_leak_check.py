@@ -49,7 +49,7 @@ def check(model, packing: str, dtype: torch.dtype = torch.float32) -> None:
 @pytest.mark.parametrize(("attention", "packing"), PATHS)
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_what_isolates_is_taken_and_left_as_it_was(architecture, attention, packing, dtype):
+def test_an_attention_that_isolates_is_accepted_and_left_unchanged(architecture, attention, packing, dtype):
     model = make(architecture, attention)
     weights, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     random_state = torch.get_rng_state()
@@ -78,7 +78,7 @@ def test_a_sliding_window_that_our_masks_would_lose_is_refused(architecture, fac
 
 
 @pytest.mark.parametrize(("attention", "packing"), [(VARLEN_ATTENTION, SHARED), ("eager", BEST)])
-def test_a_state_that_runs_on_from_document_to_document_is_refused(attention, packing):
+def test_a_state_carried_from_document_to_document_is_refused(attention, packing):
     config = AutoConfig.for_model("mamba", vocab_size=300, hidden_size=32, num_hidden_layers=2)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with pytest.raises(InputError) as caught:
@@ -186,6 +186,6 @@ def test_rows_as_they_should_be_and_single_documents_are_let_through():
         (0.1, AdapterConfig("lora", dropout=0.05), BEST, None),
     ],
 )
-def test_dropout_in_a_shared_prefix_is_told(attention_dropout, adapter, packing, said):
+def test_dropout_in_a_shared_prefix_gives_a_warning(attention_dropout, adapter, packing, said):
     warning = dropout_warning(AutoConfig.for_model("qwen2", attention_dropout=attention_dropout), adapter, packing)
     assert said in warning if said else warning is None

@@ -70,7 +70,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_what_may_pass_is_tried_again_within_the_budget(kind, fault_server):
+def test_passing_errors_are_retried_within_the_limit(kind, fault_server):
     fault_server.script += [FAULTS[kind]] * 2
     config = config_of(fault_server, timeout_s=3 if kind == "timeout" else TIMEOUT_S)
     answer, attempts = chat(config)
@@ -95,7 +95,7 @@ def test_what_may_pass_is_tried_again_within_the_budget(kind, fault_server):
         (Fault(429, retry_after=3600), "rate_limit", "HTTP 429"),
     ],
 )
-def test_what_stays_is_not_tried_again(reply, kind, words, fault_server):
+def test_permanent_errors_are_not_retried(reply, kind, words, fault_server):
     fault_server.script.append(reply)
     failure, attempts = chat(config_of(fault_server))
     assert (type(failure), failure.kind, failure.attempts) == (LLMError, kind, 1)
@@ -443,7 +443,7 @@ def test_false_as_a_string_is_false():
         ('{"keep":' * 1500, "There is no complete JSON object in it."),
     ],
 )
-def test_anything_else_is_said_to_be_wrong(text, problem):
+def test_anything_else_is_reported_as_wrong(text, problem):
     with pytest.raises(ValueError) as caught:
         parse_answer(text, Verdict)
     assert str(caught.value) == problem
@@ -471,7 +471,7 @@ def test_a_server_that_takes_a_schema_is_given_one(fault_server):
 
 
 @pytest.mark.parametrize(("known", "rungs"), [("json_object", JSON_MODES[:2]), ("text", JSON_MODES)])
-def test_the_ladder_goes_down_to_what_the_server_knows_and_stays_there(known, rungs, fault_server):
+def test_json_modes_fall_back_to_the_one_that_the_server_supports(known, rungs, fault_server):
     def answer(body):
         kind = body.get("response_format", {}).get("type", "text")
         return (

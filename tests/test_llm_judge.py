@@ -248,7 +248,7 @@ def logistic(x):
     return 1 / (1 + numpy.exp(-x))
 
 
-def test_a_preference_for_length_alone_is_no_preference_at_equal_length():
+def test_a_preference_for_length_only_is_no_preference_at_equal_length():
     """A's replies are longer, and the longer one is preferred: A wins, but not at equal length."""
     rng = numpy.random.default_rng(0)
     dialogues = numpy.repeat(numpy.arange(200), 10)
@@ -326,7 +326,7 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_recipe_judges_goes_on_and_reports(runs, fault_server, capsys):
+def test_the_recipe_judges_resumes_and_reports(runs, fault_server, capsys):
     fault_server.answer = planted
     fault_server.script += [Fault(500)]
     command = [
@@ -354,7 +354,7 @@ def test_the_recipe_judges_goes_on_and_reports(runs, fault_server, capsys):
     assert len(fault_server.requests) == 81 and table.strip() in capsys.readouterr().out
 
 
-def test_turns_that_failed_in_one_run_are_left_out_and_that_is_told(runs, fault_server):
+def test_turns_that_failed_in_one_run_are_left_out_and_counted(runs, fault_server):
     fault_server.answer = planted
     write_predictions("one/predictions/trained-reference.jsonl", system(lambda n: f"品质3，第{n}句")[3:])
     command = ["one", "other", "llm=openai", "llm.model=judge", f"llm.base_url={fault_server.base_url}"]

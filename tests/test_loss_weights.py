@@ -97,12 +97,12 @@ def test_only_trained_turns_are_counted():
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused(config, message):
+def test_invalid_factors_are_refused(config, message):
     with pytest.raises(InputError, match=message):
         LossWeights(LossConfig(**config), TURNS)
 
 
-def test_the_kinds_of_tokens_of_each_mode():
+def test_the_token_types_of_each_mode():
     """The label, its bracket included, is the strategy's; the reply ends with the end-of-turn token."""
     turns = (
         Turn(Speaker.SUPPORTER, "您好", STRATEGIES[0]),

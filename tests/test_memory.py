@@ -88,7 +88,7 @@ def test_adapters_are_counted_exactly(model_type, target):
     assert lora_parameter_count(model_dims(architecture), 8, target) == trained
 
 
-def test_a_vocabulary_that_nobody_states_is_asked_for():
+def test_an_unknown_vocabulary_size_is_an_error():
     with pytest.raises(ValueError, match="vocab_size"):
         model_dims(ArchitectureConfig())
     assert model_dims(ArchitectureConfig(), 300).vocabulary == 300
@@ -266,7 +266,7 @@ def test_the_fewest_processes_that_fit(seven):
     assert world_sizes(8, most=16) == [(1, 1), (2, 1), (4, 1), (8, 1), (16, 2)]
 
 
-def test_every_remedy_fits_and_is_an_override(seven):
+def test_every_suggested_fix_fits_and_is_an_override(seven):
     setting = replace(seven, stage="2", tokens=4 * 8192, checkpointing=False)
     memory = 60 * GIB
     assert estimate_memory(setting).total > memory

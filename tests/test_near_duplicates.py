@@ -19,7 +19,7 @@ def remembering(texts, threshold):
     return seen
 
 
-def test_matches_are_told_with_their_place_and_true_similarity():
+def test_matches_have_their_position_and_true_similarity():
     texts = [text_of(seed) for seed in range(200)]
     seen = remembering(texts, 0.7)
     nearly = texts[150][:-20] + text_of(999, 20)

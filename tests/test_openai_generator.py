@@ -65,7 +65,7 @@ def outcomes_of(server, generator, context, store=None, dialogues=DIALOGUES):
     return {(each.dialogue_id, each.turn): each for each in found}
 
 
-def test_a_served_checkpoint_is_asked_by_token_ids(fault_server):
+def test_a_served_final_model_is_prompted_with_token_ids(fault_server):
     fault_server.answer = echo
     template = template_of()
     for context in ("reference", "generated"):
@@ -106,7 +106,7 @@ def test_seeds_are_those_of_the_configuration_and_the_turn(fault_server):
     assert not {seed for _, seed in seeds(1)} & {seed for _, seed in seeds(2)}
 
 
-def test_the_ids_that_a_server_tells_are_the_history(fault_server):
+def test_the_ids_that_a_server_returns_are_the_history(fault_server):
     """Text may be split into other tokens than it was made of; what ended the turn is not part of it."""
     template = template_of()
     text = f"[{STRATEGIES[4].zh}]好"
@@ -139,7 +139,7 @@ def local():
 
 
 @pytest.mark.parametrize(("mode", "context"), [("joint", "reference"), ("joint", "generated"), ("given", "reference")])
-def test_a_server_tells_likelihoods_as_the_model_itself_does(mode, context, local, fault_server):
+def test_likelihoods_from_a_server_equal_those_of_the_model(mode, context, local, fault_server):
     model, fault_server.answer = local
     fault_server.echoes = True
     template, settings = template_of(mode), EvaluationConfig(max_new_tokens=2)
@@ -186,7 +186,7 @@ def test_likelihoods_that_are_not_wanted_are_not_asked_for(fault_server):
 
 
 @pytest.mark.parametrize("told", [None, (-0.5,), (None, -0.5), "one more", "nothing"])
-def test_a_server_that_tells_no_likelihoods_of_the_prompt(told, fault_server):
+def test_a_server_that_returns_no_likelihoods_of_the_prompt(told, fault_server):
     """llama.cpp returns those of generated tokens only; another server adds a token before the prompt."""
 
     def answer(body):
@@ -265,7 +265,7 @@ def test_another_model_gets_chat_messages(mode, labelled, fault_server):
     ] in [body["messages"] for body in fault_server.bodies]
 
 
-def test_a_strategy_is_handed_in_by_ids_or_not_at_all(fault_server):
+def test_a_given_strategy_needs_token_ids(fault_server):
     fault_server.answer = lambda body: Say("好的", usage=(len(body["prompt"]), 1))
     template = template_of("given")
     found = outcomes_of(fault_server, generator_of(fault_server, template), "generated")
@@ -375,7 +375,7 @@ def test_a_server_that_goes_away_between_the_contexts_fails_its_turns(fault_serv
     assert {type(each) for each in found.values()} == {FailedTurn}
 
 
-def test_a_server_that_fails_when_asked_for_likelihoods_is_not_one_that_cannot_tell_them(fault_server):
+def test_a_server_that_fails_once_on_likelihoods_still_supports_them(fault_server):
     fault_server.echoes = True
     fault_server.answer = lambda body: Fault(500) if body.get("echo") else tell(body)
     with pytest.raises(InputError, match=r"\(server_error\); evaluation\.likelihoods=false skips"):
@@ -404,7 +404,7 @@ def test_a_model_whose_chats_begin_with_the_user(fault_server):
     assert compose("evaluate", ["llm=deepseek_r1", "data=sample"]).llm.user_first
 
 
-def test_a_server_that_is_not_there_is_said_at_once(fault_server):
+def test_an_unreachable_server_is_an_error_at_once(fault_server):
     fault_server.__exit__()
     with pytest.raises(InputError, match=rf"^llm: {fault_server.base_url}: .* \(connection\)$"):
         generate_predictions(DIALOGUES, generator_of(fault_server, template_of()), "reference")

@@ -132,7 +132,7 @@ def check_packs(packs: list[list[int]], lengths: list[int], capacity: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_tight_fit_packs_each_item_once_and_never_in_more_packs_than_best_fit(seed):
+def test_subset_sum_packing_packs_each_item_once_and_never_in_more_packs_than_best_fit(seed):
     lengths, capacity = random_lengths(seed)
     packs = subset_sum_packing(lengths, capacity)
     check_packs(packs, lengths, capacity)
@@ -141,7 +141,7 @@ def test_tight_fit_packs_each_item_once_and_never_in_more_packs_than_best_fit(se
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_tight_fit_holds_on_lists_with_few_lengths(seed):
+def test_subset_sum_packing_holds_on_lists_with_few_lengths(seed):
     """Equal lengths meet in one pack here, so that it matters how many items of a length are left."""
     rng = random.Random(seed)
     capacity = rng.randint(2, 40)
@@ -170,14 +170,14 @@ def test_tight_fit_holds_on_lists_with_few_lengths(seed):
         ([8, 5, 2], 10, [7, 8]),
     ],
 )
-def test_tight_fit_known_answers(lengths, capacity, totals):
+def test_subset_sum_packing_known_answers(lengths, capacity, totals):
     packs = subset_sum_packing(lengths, capacity)
     check_packs(packs, lengths, capacity)
     assert sorted(sum(lengths[item] for item in pack) for pack in packs) == totals
 
 
 @pytest.mark.parametrize("bad", [0, -1, 11])
-def test_tight_fit_refuses_a_length_outside_the_capacity(bad):
+def test_subset_sum_packing_refuses_a_length_outside_the_capacity(bad):
     with pytest.raises(ValueError, match=rf"item 1 has length {bad}; a pack takes 1 to 10"):
         subset_sum_packing([3, bad, 4], 10)
 
@@ -195,7 +195,7 @@ def dialogue_lengths(source: str) -> list[int]:
 @pytest.mark.parametrize(
     ("prefix", "max_length", "utilisation"), [(0, 8192, 0.99), (0, 4096, 0.965), (568, 8192, 0.995), (568, 4096, 0.985)]
 )
-def test_tight_fit_leaves_little_room_among_many_dialogues(source, prefix, max_length, utilisation):
+def test_subset_sum_packing_leaves_little_room_among_many_dialogues(source, prefix, max_length, utilisation):
     """With a prefix: it stands once in each pack, and the packer sees what follows it in each dialogue."""
     lengths = [length - prefix for length in dialogue_lengths(source)]
     start = time.process_time()
@@ -235,18 +235,18 @@ def fit(examples: list[TokenizedDialogue], **config) -> list[int | None]:
     return [num_turns_to_truncate(one, PackingConfig(**config), number) for number, one in enumerate(examples, start=1)]
 
 
-def test_an_example_that_just_fits_is_left_alone():
+def test_a_dialogue_that_just_fits_is_unchanged():
     one = example(4, 3, 2, 5)
     assert fit([one], max_length=14, overflow="error") == [0]
     assert drop_leading_turns(one, 0) is one
 
 
-def test_policy_drop_leaves_out_what_is_too_long():
+def test_overflow_drop_leaves_out_too_long_dialogues():
     long, short = example(4, 3, 2, 6), example(4, 3)
     assert fit([long, short, long], max_length=14, overflow="drop") == [None, 0, None]
 
 
-def test_policy_error_names_the_dialogue_and_its_length():
+def test_overflow_error_names_the_dialogue_and_its_length():
     with pytest.raises(InputError, match=r"^dialogue 2 has 15 tokens, more than packing\.max_length=14; "):
         fit([example(4, 3), example(4, 3, 2, 6)], max_length=14, overflow="error")
 
@@ -255,7 +255,7 @@ def test_policy_error_names_the_dialogue_and_its_length():
     ("max_length", "first"),
     [(21, 1), (19, 1), (18, 3), (12, 3)],  # 4 + 3 + (2 + 5 + (2 + 6)): 19 without the first turn, 12 without three
 )
-def test_policy_truncate_removes_the_fewest_whole_leading_turns(max_length, first):
+def test_overflow_truncate_removes_the_fewest_whole_leading_turns(max_length, first):
     whole = example(4, 3, 2, 5, 2, 6)
     assert fit([whole], max_length=max_length, overflow="truncate") == [first]
     kept = drop_leading_turns(whole, first)
@@ -280,7 +280,7 @@ def test_policy_truncate_removes_the_fewest_whole_leading_turns(max_length, firs
     ],
     ids=["greeting", "exchange", "customer-last"],
 )
-def test_policy_truncate_drops_what_cannot_be_truncated(one):
+def test_overflow_truncate_drops_what_cannot_be_truncated(one):
     assert fit([one], max_length=12, overflow="truncate") == [None]
 
 

@@ -95,7 +95,7 @@ def test_topics_and_moods_are_chosen_by_name():
     assert Counter(cell.mood for cell in places) == {"不满": 42, "平静": 21}
 
 
-def test_a_unit_is_named_after_what_it_is_and_not_where_it_stands():
+def test_an_attempts_id_depends_on_its_content_and_not_on_its_position():
     profiles = generate_profiles(3, 0, "zh")
     named = {}
     for people in (profiles, profiles[::-1]):

@@ -116,7 +116,7 @@ def test_failed_turns_are_listed_and_only_they_are_tried_again(path, whole):
     assert path.read_bytes() == whole
 
 
-def test_parts_of_several_processes_are_merged_by_one_that_resumes(path, whole):
+def test_parts_of_several_ranks_are_merged_by_one_that_resumes(path, whole):
     for process in range(3):
         run(path, Recorder(2), shard_dialogues(DIALOGUES, process, 3), process)
     # Killed before they were put together; one process goes on, with nothing left to do.

@@ -131,7 +131,7 @@ def test_a_broken_data_file_is_named_with_its_line(job, tmp_path):
     assert name == "data" and str(broken) in message
 
 
-def test_what_is_absent_is_an_error_only_at_the_launch(job):
+def test_missing_files_are_an_error_only_at_the_launch(job):
     absent = composed(job, "model.path=./nowhere", "data.train.path=./nowhere.jsonl")
     names = ("model files", "tokenizer and template", "data")
     assert [statuses(run_preflight(absent, launching=True))[name] for name in names] == ["failed"] * 3

@@ -72,7 +72,7 @@ def test_private_data_is_found(text, kind):
         "https://example.com/?id=20240817",
     ],
 )
-def test_other_numbers_are_left_alone(text):
+def test_other_numbers_are_not_private(text):
     assert kinds(text) == []
 
 

@@ -117,7 +117,7 @@ def described(count):
     return dialogues, {str(place): PROFILES[name] for place, name in enumerate(names)}
 
 
-def test_customers_who_speak_of_their_own_profile_are_told_from_others():
+def test_customers_who_speak_of_their_own_profile_are_distinguished_from_others():
     dialogues, profiles = described(20)
     rows = quality_report(dialogues, profiles=profiles)["profiles"]
     assert [(row["turn"], row["dialogues"]) for row in rows] == [(1, 20), (2, 20)]
@@ -144,14 +144,14 @@ def test_profiles_need_another_of_their_topic_and_intervals_need_dialogues():
     assert quality_report(dialogues)["profiles"] is None
 
 
-def test_cost_is_told_per_accepted_dialogue():
+def test_cost_is_reported_per_accepted_dialogue():
     dialogues = [dialogue(str(place), [1, 11]) for place in range(4)]
     report = quality_report(dialogues, usage={"requests": 10, "cost": 2.0})
     assert report["per_accepted"] == {"requests": 2.5, "cost": 0.5}
     assert quality_report([], usage={"requests": 10})["per_accepted"] == {}
 
 
-def test_the_page_and_the_figures_are_written_whole(tmp_path):
+def test_the_page_and_the_numbers_are_written_whole(tmp_path):
     dialogues, profiles = described(12)
     rows = [{"rule": "rounds", "entered": 3, "dropped": 1, "kept": 2, "reasons": {"fewer than 3 <rounds>": 1}}]
     report = quality_report(
@@ -172,7 +172,7 @@ def test_the_page_and_the_figures_are_written_whole(tmp_path):
 
 
 @pytest.mark.parametrize("dialogues", [[], [dialogue("a", [1])]])
-def test_a_set_without_much_to_tell_has_a_report(tmp_path, dialogues):
+def test_a_tiny_set_has_a_report(tmp_path, dialogues):
     report = quality_report(dialogues, profiles={"a": "客户"}, usage={"cost": 1.5})
     write_quality_report(tmp_path, report, "x")
     assert f"<p>{len(dialogues)} dialogues" in (tmp_path / "quality.html").read_text()

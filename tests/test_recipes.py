@@ -123,7 +123,7 @@ def test_prepare_makes_what_training_asks_for_and_reports_the_same(workplace):
 
 
 @pytest.mark.slow
-def test_an_existing_run_is_not_overwritten_unasked(workplace):
+def test_an_existing_run_is_not_overwritten_by_default(workplace):
     refused = start("sft.py", *SMALL[:-1], "run.directory=runs/demo", cwd=workplace)
     assert refused.returncode == 2
     assert "runs/demo holds a run" in refused.stderr
@@ -132,7 +132,7 @@ def test_an_existing_run_is_not_overwritten_unasked(workplace):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("if_exists", ["reuse", "replace"])
-def test_a_directory_that_is_not_the_recipes_own_is_left_alone(workplace, tmp_path, if_exists):
+def test_a_directory_of_other_files_is_not_touched(workplace, tmp_path, if_exists):
     """Replacing it would delete what another recipe, or the user, keeps there: here the checkpoint to be evaluated."""
     settings = {"run": {"directory": str(workplace / "runs" / "demo"), "if_exists": if_exists}}
     with pytest.raises(InputError, match=r"runs/demo holds a run of sft: choose another run\.directory"):
@@ -146,7 +146,7 @@ def test_a_directory_that_is_not_the_recipes_own_is_left_alone(workplace, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_checkpoint_can_be_read_by_whoever_can_read_its_configuration(workplace):
+def test_a_final_models_weights_are_as_readable_as_its_configuration(workplace):
     files = [workplace / "runs/demo" / name for name in ("checkpoint/model.safetensors", "base/model.safetensors")]
     assert {file.stat().st_mode for file in files} == {(files[0].parent / "config.json").stat().st_mode}
 
@@ -164,7 +164,7 @@ def test_the_run_directory_says_what_was_done(workplace):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_with_another_template_is_refused(workplace):
+def test_a_final_model_with_another_template_is_refused(workplace):
     path = workplace / "runs/demo/model/csc_manifest.json"
     original = path.read_text()
     path.write_text(original.replace('"mode": "joint"', '"mode": "given"', 1))
@@ -230,7 +230,7 @@ def _own_file(overrides: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_state_of_training_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+def test_a_training_checkpoint_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     done = start("sft.py", "debug=cpu_tiny", "run.directory=runs/full", cwd=tmp_path, largest_file=600_000)
     assert done.returncode == 2, done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -240,7 +240,7 @@ def test_a_state_of_training_that_cannot_be_written_is_refused_in_one_line(tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_killed_after_a_saved_state_goes_on_from_it(tmp_path):
+def test_a_run_killed_after_a_checkpoint_resumes_from_it(tmp_path):
     arguments = ["debug=cpu_tiny", "run.directory=runs/killed", "run.if_exists=reuse", "trainer.save_steps=2"]
     whole = start("sft.py", *arguments, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -260,7 +260,7 @@ def test_a_run_killed_after_a_saved_state_goes_on_from_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_of_ones_own_is_never_overwritten_by_the_sample(tmp_path):
+def test_a_users_file_is_never_overwritten_by_the_sample(tmp_path):
     (tmp_path / "mine.jsonl").write_text("{}\n")
     refused = start("write_sample.py", "data.train.path=mine.jsonl", cwd=tmp_path)
     assert refused.returncode == 2

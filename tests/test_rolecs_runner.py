@@ -81,7 +81,7 @@ def whole(tmp_path_factory):
     return directory, runner
 
 
-def test_so_many_dialogues_are_accepted_and_train(whole):
+def test_the_target_number_of_dialogues_is_accepted_and_trains(whole):
     directory, runner = whole
     for name in ("dialogues.jsonl", "dialogues.parquet"):
         dialogues = read_dialogues(directory / name, source="synthetic-sample", strict=True)
@@ -281,7 +281,7 @@ def test_a_larger_target_adds_to_what_is_there(tmp_path):
     assert smaller == first
 
 
-def test_a_budget_stops_it_and_a_larger_one_goes_on(tmp_path):
+def test_a_budget_stops_it_and_a_larger_one_resumes(tmp_path):
     expected = run(tmp_path / "whole.db", 6)
     spent = expected[0].tokens
     path, before = tmp_path / "s.db", 0
@@ -371,7 +371,7 @@ def test_an_answer_that_cannot_be_had_fails_its_dialogue_only(tmp_path):
     assert rows(tmp_path / "s.db", "SELECT count(*) FROM dialogues WHERE status = 'failed'")[0][0] >= 2
 
 
-def test_a_place_that_nothing_fits_stays_empty(tmp_path, monkeypatch):
+def test_a_quota_slot_that_nothing_fits_stays_empty(tmp_path, monkeypatch):
     monkeypatch.setattr(MockBackend, "concurrency", 2)
     monkeypatch.setattr(mock_backend._Answers, "rolecs_check", lambda self: {"reason": "", **dict.fromkeys(
         ("strategy_followed", "unreasonable_requests", "natural", "varied", "roles_kept"), 0)})  # fmt: skip
@@ -387,7 +387,7 @@ def test_a_panel_judges(tmp_path):
     assert len({count for _, count in asked}) == 1
 
 
-def test_interrupted_it_goes_on(tmp_path):
+def test_an_interrupted_synthesis_resumes(tmp_path):
     expected = run(tmp_path / "whole.db", 6)
 
     class Interrupting(MockBackend):
@@ -456,7 +456,7 @@ def test_one_process_at_a_time(tmp_path):
     SynthesisStore(tmp_path / "s.db", SETTINGS).close()
 
 
-def test_another_file_is_left_alone(tmp_path):
+def test_another_file_is_not_touched(tmp_path):
     path = tmp_path / "s.db"
     path.write_text("not a database, but somebody's text " * 50)
     with pytest.raises(InputError, match="not a synthesis store"):

@@ -235,7 +235,7 @@ def test_a_sample_that_is_there_is_kept(tmp_path):
         lambda content: content.replace(b'"id": "sample-', b'"id": "', 1),  # of the grammar, but not its sample
     ],
 )
-def test_a_file_that_is_no_sample_is_left_alone(tmp_path, spoil):
+def test_a_file_that_is_no_sample_is_not_touched(tmp_path, spoil):
     path = tmp_path / "sample.jsonl"
     ensure_sample(path, 5, 0)
     content = path.read_bytes()
@@ -253,7 +253,7 @@ def test_a_file_that_is_no_sample_is_left_alone(tmp_path, spoil):
         lambda content: b"".join(content.splitlines(keepends=True)[:-1]),
     ],
 )
-def test_another_sample_is_written_anew(tmp_path, change):
+def test_another_sample_is_replaced(tmp_path, change):
     path = tmp_path / "sample.jsonl"
     ensure_sample(path, 5, 0)
     content = path.read_bytes()
@@ -263,7 +263,7 @@ def test_another_sample_is_written_anew(tmp_path, change):
     assert path.read_bytes() == content
 
 
-def test_another_seed_or_count_is_written_anew(tmp_path):
+def test_another_seed_or_count_replaces_the_sample(tmp_path):
     path = tmp_path / "sample.parquet"
     assert [ensure_sample(path, *size) for size in ((5, 0), (5, 1), (6, 1), (6, 1))] == [True, True, True, False]
     assert len(read_dialogues(path, strict=True)) == 6

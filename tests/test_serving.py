@@ -172,7 +172,7 @@ def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, serv
 
 
 @pytest.mark.slow
-def test_a_served_checkpoint_is_evaluated_as_a_local_one(checkpoints, server):
+def test_a_served_model_is_evaluated_as_a_local_one(checkpoints, server):
     """The server takes no token ids, so it is asked by messages; texts without control strings read the same."""
     dialogues = [TAUGHT, *(random_dialogue(random.Random(seed)) for seed in (5, 6))]
     for architecture in FAMILIES:
@@ -244,7 +244,7 @@ def faults(directory, template):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_a_checkpoint_holds_what_vllm_reads(architecture, kind, tied, tmp_path):
+def test_a_final_model_holds_what_vllm_reads(architecture, kind, tied, tmp_path):
     model, template = tiny(
         architecture, tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
     )

@@ -80,7 +80,7 @@ def test_sides_do_not_change_when_rows_are_reordered_added_or_removed():
     assert larger > {name for name, side in sides.items() if side}
 
 
-def test_equal_dialogues_are_never_parted():
+def test_equal_dialogues_are_never_separated():
     copies = [Dialogue(f"copy of {d.id}", d.turns, "other") for d in MANY[:300]]
     kept, held_out = split(MANY[:300] + copies, 0.5, seed=1)
     for side in (kept, held_out):
@@ -222,12 +222,12 @@ def test_drop_removes_every_training_dialogue_that_gives_an_evaluation_dialogue_
     assert len(said) == 1 and "4 training dialogues dropped" in said[0]
 
 
-def test_raise_names_the_first_pair(files):
+def test_error_names_the_first_pair(files):
     with pytest.raises(InputError, match=r"on_overlap=error: 2 .*\(1 exact, 1 near .*training t0 ~ evaluation e0"):
         read_and_check_splits(DataConfig(**files, on_overlap="error"))
 
 
-def test_raise_passes_disjoint_sets(files, said):
+def test_error_passes_disjoint_sets(files, said):
     config = DataConfig(
         train=files["train"], on_overlap="error", evaluation_fraction=0.2, seed=1, overlap_threshold=1.0
     )
@@ -252,7 +252,7 @@ def test_without_an_evaluation_file_the_split_is_that_of_the_training_file(tmp_p
         assert set(ids(held_out)) == set(ids(split(MANY, 0.3, seed=4)[1])) & set(ids(dialogues))
 
 
-def test_the_validation_set_is_drawn_from_the_training_set_alone_and_independently(tmp_path, said):
+def test_the_validation_set_is_drawn_only_from_the_training_set_and_independently(tmp_path, said):
     path = tmp_path / "a.jsonl"
     write_dialogues(path, MANY)
 
@@ -282,7 +282,7 @@ def test_drop_removes_what_gives_an_evaluation_dialogue_away_from_the_validation
     assert both[0].overlaps == both[1].overlaps and len(both[0].overlaps) == 2
 
 
-def test_a_closer_match_that_was_set_aside_does_not_hide_one_that_is_trained_on(tmp_path):
+def test_a_closer_match_in_the_validation_set_does_not_hide_one_in_the_training_set(tmp_path):
     whole = make_dialogue("whole", 0, turns=20)
     near = [edited(whole, f"n{i}", i) for i in range(20)]
     write_dialogues(tmp_path / "train.jsonl", [whole, *near, *MANY[:20]])

@@ -85,7 +85,7 @@ def test_a_real_difference_is_found_as_often_as_it_can_be():
     assert share(found) == pytest.approx(0.85, abs=0.04)
 
 
-def test_a_figure_that_is_no_mean_is_tested_as_exactly():
+def test_a_metric_that_is_no_mean_is_tested_as_exactly():
     """An F1 is no sum over dialogues: they are exchanged between the systems before it is computed."""
     rng = numpy.random.default_rng(4)
 

@@ -351,6 +351,6 @@ def test_no_machine_of_ours_is_baked_in():
 
 
 @pytest.mark.parametrize("text", ["/wor" + "k/x", "path: /hom" + "e/me", '"/Use' + 'rs/me"', "=/mn" + "t/disk"])
-def test_machine_paths_are_recognised(text):
+def test_machine_paths_are_recognized(text):
     assert MACHINE_PATHS.search(text)
     assert not MACHINE_PATHS.search(text.replace("/", "../shared/", 1))

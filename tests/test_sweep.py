@@ -295,7 +295,7 @@ def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
          "mean 'hyperband'?"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_tried_is_refused_before_the_first_trial(tmp_path, monkeypatch, capsys, arguments, message):
+def test_invalid_values_are_refused_before_the_first_trial(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert sweep(["debug=cpu_tiny", "cluster=cpu1", *arguments]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"

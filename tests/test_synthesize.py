@@ -165,7 +165,7 @@ def test_a_refused_key_ends_it_at_once_and_nothing_is_lost(here, fault_server):
     assert len(read_dialogues("r/dialogues.jsonl", strict=True)) == 3
 
 
-def test_each_role_may_have_a_model_of_its_own(here, fault_server):
+def test_each_role_may_have_another_model(here, fault_server):
     fault_server.answer = play
     own = "+llm@synthesis.roles.customer.llm=openai"
     values = {"base_url": fault_server.base_url, "model": "customers", "api_key_env": "TEST_KEY"}
@@ -226,7 +226,7 @@ def test_an_estimate_asks_nothing(here, fault_server, capsys):
 
 
 @pytest.mark.slow
-def test_interrupted_by_the_user_it_goes_on(here, capsys):
+def test_interrupted_by_the_user_it_resumes(here, capsys):
     assert main("target=30", "run.directory=whole") == 0
     assert "30 of 30 dialogues (source=synthetic-sample)" in capsys.readouterr().out
     process = Script(ROOT / "recipes" / "synthesize_rolecs.py", "target=30")

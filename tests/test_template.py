@@ -328,7 +328,7 @@ def test_generated_ids_enter_the_prompt_as_they_are():
     assert prompt == template.prefix_ids + header + odd_split + footer + customer + header
 
 
-def test_mode_given_hands_the_strategy_in():
+def test_mode_given_puts_the_strategy_into_the_prompt():
     template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode="given"))
     assert template.tokenizer.decode(template.prompt_ids([], EMPATHY)).endswith("<|im_start|>assistant\n[情感管理]")
 

@@ -67,7 +67,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "given"}, {"mode": "reply_only", "language": "en"}], ids=str)
-def test_examples_equal_those_of_the_template(tmp_path, settings):
+def test_cached_dialogues_equal_those_of_the_template(tmp_path, settings):
     examples = tokenize(dialogues(), template(**settings), TokenizationConfig(str(tmp_path)))
     fresh = list(template(**settings).encode_all(dialogues()))
     assert len(examples) == len(fresh) == 40
@@ -187,7 +187,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_broken_entry_is_built_again_and_that_is_said(tmp_path, expected, said, kind):
+def test_a_broken_entry_is_built_again_and_logged(tmp_path, expected, said, kind):
     settings = TokenizationConfig(str(tmp_path))
     tokenize(dialogues(), template(), settings)
     for name in (*(f"{array}.bin" for array in ARRAYS), tokenized_cache.MANIFEST):
@@ -219,7 +219,7 @@ def builder(cache: Path, *arguments: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_what_ends_half_way_leaves_no_process_and_is_built_again(tmp_path, expected, end):
+def test_an_interrupted_tokenization_leaves_no_process_and_is_built_again(tmp_path, expected, end):
     one = builder(tmp_path, "2", "pause")
     assert one.stdout.readline() == "half-way\n"
     half = entry(tmp_path)
@@ -239,7 +239,7 @@ def test_what_ends_half_way_leaves_no_process_and_is_built_again(tmp_path, expec
 
 
 @pytest.mark.slow
-def test_of_two_at_once_one_encodes_and_the_other_waits_for_it(tmp_path, expected):
+def test_of_two_processes_one_encodes_and_the_other_waits(tmp_path, expected):
     one = builder(tmp_path, "1", "pause")
     assert one.stdout.readline() == "half-way\n"
     two = builder(tmp_path, "1")
@@ -251,7 +251,7 @@ def test_of_two_at_once_one_encodes_and_the_other_waits_for_it(tmp_path, expecte
     assert contents(tmp_path) == expected
 
 
-def test_what_is_written_is_forgotten(tmp_path):
+def test_written_chunks_are_released(tmp_path):
     class Array(numpy.ndarray):
         """An array that can stand in a set."""
 

@@ -177,7 +177,7 @@ def test_losses_by_strategy_turn_and_part_are_those_computed_by_hand(folder, tmp
 
 
 @pytest.mark.slow
-def test_what_is_measured_of_the_steps_is_not_of_an_evaluation(folder):
+def test_step_metrics_exclude_the_evaluation(folder):
     trainer = train(folder, packs="shared", max_steps=1)
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.packs[0]]))
     for mode, counted in ((trainer.model.eval, False), (trainer.model.train, True)):
@@ -223,7 +223,7 @@ def test_what_has_no_weight_counts_nowhere():
     assert (row["token_groups"] > 0).sum() == 8
 
 
-def test_figures_of_kinds_that_did_not_occur_are_left_out():
+def test_metrics_of_groups_that_did_not_occur_are_left_out():
     sums = torch.zeros(3, *GROUP_SHAPE)
     sums[:, 1, 4, 2] = torch.tensor([4.0, 6.0, 1.0])
     strategy = STRATEGIES[4].en
@@ -280,7 +280,7 @@ def test_the_history_holds_every_step_and_so_do_its_table_and_curves(whole):
 
 
 @pytest.mark.slow
-def test_wandb_gets_the_same_figures_settings_and_origins(whole):
+def test_wandb_gets_the_same_metrics_settings_and_provenance(whole):
     done, run = whole
     (kept,) = offline_runs(run)
     assert json.loads((run / "tracking.json").read_text()) == {"id": kept.id, "mode": "offline", "url": None}
@@ -307,7 +307,7 @@ def same_but_for_time(run: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_that_fails_closes_its_run_and_goes_on_in_it(folder, whole, signals):
+def test_a_training_that_fails_closes_its_run_and_resumes_it(folder, whole, signals):
     run = folder / "failed"
     with pytest.raises(RuntimeError, match="as planned"):
         trained(folder, "failed", ends=("error", 5))
@@ -336,7 +336,7 @@ def test_a_training_that_is_told_to_stop_closes_its_run_with_its_status(folder, 
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_loses_no_step_and_is_said_to_have_crashed(folder, whole, signals, said):
+def test_a_training_that_is_killed_loses_no_step_and_is_recorded_as_crashed(folder, whole, signals, said):
     run = folder / "killed"
     case = {
         "packs": "shared",
@@ -410,7 +410,7 @@ def no_login(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("asked", ["auto", "wandb", "offline", "off"])
-def test_without_a_key_nobody_is_asked_for_one(no_login, asked):
+def test_without_a_key_no_prompt_asks_for_one(no_login, asked):
     if asked == "wandb":
         with pytest.raises(InputError, match="tracking=wandb: no key; run `wandb login`"):
             resolve_mode(TrackingConfig(asked))
@@ -456,7 +456,7 @@ def test_a_run_is_closed_with_the_status_of_its_process(error, status):
 # Files
 
 
-def test_lines_are_kept_up_to_a_step_and_a_torn_one_is_not(tmp_path):
+def test_rows_are_kept_up_to_a_step_and_a_torn_one_is_not(tmp_path):
     lines = JsonlLog(tmp_path / "lines.jsonl")
     lines.truncate_after(3)
     assert lines.read() == []
@@ -480,7 +480,7 @@ def test_a_history_that_cannot_be_written_is_named(tmp_path):
         JsonlLog(tmp_path / HISTORY_FILE).append({"step": 1})
 
 
-def test_figures_of_a_step_become_one_row_of_the_table(tmp_path):
+def test_metrics_of_a_step_become_one_row_of_the_table(tmp_path):
     write_csv(tmp_path / "h.csv", [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0}, {"step": 2, "loss": 1.0}])
     assert (tmp_path / "h.csv").read_text().splitlines() == ["step,loss,eval_loss", "1,2.0,3.0", "2,1.0,"]
 
@@ -493,7 +493,7 @@ def begun(directory: Path, if_exists: str = "reuse", **values) -> tuple[Run, str
     return run, run.start({"train": "0"})
 
 
-def test_a_run_that_goes_on_with_other_settings_is_refused_with_the_differences(tmp_path):
+def test_resuming_with_other_settings_is_refused_with_the_differences(tmp_path):
     begun(tmp_path, learning_rate=1e-5, epochs=3)
     with pytest.raises(InputError) as caught:
         begun(tmp_path, "resume", learning_rate=2e-5, epochs=3)
@@ -505,7 +505,7 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_with_the_differences(
     assert begun(tmp_path, "resume", learning_rate=1e-5, epochs=3)[1] == "unfinished"
 
 
-def test_a_run_that_ended_with_a_word_did_not_crash(tmp_path, said):
+def test_a_run_that_recorded_its_end_did_not_crash(tmp_path, said):
     run, _ = begun(tmp_path / "stopped")
     with pytest.raises(SystemExit):
         run.stop()

@@ -178,7 +178,7 @@ ONE, TWO = "Qwen2ForCausalLM", "DistributedDataParallel"
         ("two_processes_resumed", "whole", 2, 1, 2, TWO),
     ],
 )
-def test_the_loss_curve_does_not_depend_on_how_a_step_is_cut_up(
+def test_the_loss_curve_does_not_depend_on_ranks_and_micro_batches(
     run, reference, micro_batch_size, accumulation, processes, engine, request
 ):
     whole = request.getfixturevalue(reference)
@@ -198,7 +198,7 @@ def test_the_loss_curve_does_not_depend_on_how_a_step_is_cut_up(
 
 
 @pytest.mark.slow
-def test_flex_attention_trains_as_document_attention_does(folder, whole_shared, monkeypatch):
+def test_flex_attention_trains_as_varlen_attention_does(folder, whole_shared, monkeypatch):
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # as in test_documents
     flex = curve(train(folder, micro_batch_size=1, packs="shared", attention=FLEX_ATTENTION, max_steps=1))
     assert flex["losses"] == [pytest.approx(whole_shared["losses"][0], rel=TOLERANCE)]
@@ -213,7 +213,7 @@ def test_a_training_repeats_itself_bit_by_bit(folder, halves):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, EPOCHS * STEPS_PER_EPOCH))
-def test_a_training_resumed_after_any_step_goes_on_bit_by_bit(folder, halves, step, tmp_path):
+def test_a_training_resumed_after_any_step_continues_bit_by_bit(folder, halves, step, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "model")
     shutil.copy(folder / "packs", tmp_path / "packs")
     shutil.copytree(folder / "kept" / f"checkpoint-{step}", tmp_path / "state")
@@ -312,7 +312,7 @@ def test_two_processes_are_measured_as_one_and_make_one_run(folder, whole_shared
         ({"micro_batch_size": 1, "gradient_checkpointing": False}, "trainer.gradient_checkpointing=true"),
     ],
 )
-def test_running_out_of_memory_says_what_was_planned_and_what_fits(folder, batches, monkeypatch, options, remedy):
+def test_running_out_of_memory_shows_the_estimate_and_what_fits(folder, batches, monkeypatch, options, remedy):
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -340,7 +340,7 @@ def test_a_batch_without_a_trained_token_stops_the_training(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_whose_attention_packs_would_change_is_refused_before_training(folder, tmp_path):
+def test_a_model_that_leaks_between_packed_documents_is_refused_before_training(folder, tmp_path):
     shutil.copy(folder / "shared", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
         folder / "model", use_sliding_window=True, sliding_window=512, layer_types=["sliding_attention"] * 2
@@ -403,7 +403,7 @@ def checkpoint(folder, template):
 
 
 @pytest.mark.parametrize("name", chat_template_names())
-def test_a_checkpoint_stops_at_the_end_of_a_turn_whatever_its_base_did(name, tmp_path):
+def test_a_final_model_stops_at_the_end_of_a_turn_whatever_its_base_did(name, tmp_path):
     template = DialogueTemplate(small_tokenizer(name), name, TemplateConfig())
     model = AutoModelForCausalLM.from_config(tiny_config("qwen2", template.tokenizer, 0.1))
     model.generation_config.eos_token_id = 3
@@ -413,7 +413,7 @@ def test_a_checkpoint_stops_at_the_end_of_a_turn_whatever_its_base_did(name, tmp
 
 
 @pytest.mark.slow
-def test_a_checkpoint_loads_with_plain_from_pretrained(checkpoint, folder, template):
+def test_a_final_model_loads_with_plain_from_pretrained(checkpoint, folder, template):
     directory, logits = checkpoint
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert type(model).__name__ == "Qwen2ForCausalLM"
@@ -426,7 +426,7 @@ def test_a_checkpoint_loads_with_plain_from_pretrained(checkpoint, folder, templ
 
 
 @pytest.mark.slow
-def test_a_checkpoint_generates_the_same_with_the_cache_as_without(checkpoint, template):
+def test_a_final_model_generates_the_same_with_the_cache_as_without(checkpoint, template):
     model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
     prompt = torch.tensor([template.prompt_ids([])])
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
@@ -436,7 +436,7 @@ def test_a_checkpoint_generates_the_same_with_the_cache_as_without(checkpoint, t
 
 
 @pytest.mark.slow
-def test_a_checkpoints_chat_template_renders_the_strategy(checkpoint):
+def test_a_final_models_chat_template_renders_the_strategy(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint[0])
     chat = [
         {"role": "system", "content": "说明"},
@@ -571,7 +571,7 @@ def test_a_template_does_not_mind_how_its_tokenizer_was_used_before(name):
     ],
     ids=["no-directory", "no-manifest", "broken", "incomplete", "unknown-field"],
 )
-def test_what_is_no_checkpoint_is_refused(spoil, message, tmp_path):
+def test_a_directory_without_a_final_model_is_refused(spoil, message, tmp_path):
     directory = tmp_path / "checkpoint"
     directory.mkdir()
     (directory / MANIFEST_FILE).write_text("{}")
@@ -587,7 +587,7 @@ def test_what_is_no_checkpoint_is_refused(spoil, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_lora_trains_the_adapters_alone_and_merges_into_a_plain_checkpoint(folder, template, tmp_path):
+def test_lora_trains_only_the_adapters_and_merges_into_a_plain_model(folder, template, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
     trainer = train(folder, adapter=AdapterConfig("lora", rank=4, alpha=8), learning_rate=2e-2)
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
@@ -690,7 +690,7 @@ def test_a_model_with_fewer_embeddings_than_the_tokenizer_has_tokens_is_refused(
         load_model(config, tokenizer, torch.float32, 0)
 
 
-def test_random_weights_depend_on_the_seed_alone(template):
+def test_random_weights_depend_only_on_the_seed(template):
     config = ModelConfig(init="random", tokenizer="train")
     config.architecture.hidden_size, config.architecture.intermediate_size = 32, 64
     models = []

@@ -138,7 +138,7 @@ def plain(trainer):
 
 
 @pytest.mark.slow
-def test_the_held_out_loss_is_that_of_separate_sequences(trainer, references, plain, template, dialogues):
+def test_the_validation_loss_is_that_of_separate_sequences(trainer, references, plain, template, dialogues):
     total = weight = 0.0
     for dialogue in dialogues:
         example = template.encode(dialogue)
@@ -191,7 +191,7 @@ def test_the_same_turns_are_drawn_every_time(folder, trainer):
 
 
 @pytest.mark.slow
-def test_replies_are_greedy_and_stand_beside_what_was_said(folder, trainer, plain, template, dialogues):
+def test_samples_are_greedy_and_stand_beside_the_references(folder, trainer, plain, template, dialogues):
     rows = [row for row in samples(folder, "one") if row.pop("step") == 3]
     assert len(rows) == 3
     for row, (number, index) in zip(rows, trainer.validator.samples, strict=True):
@@ -218,7 +218,7 @@ def test_a_turn_that_was_sampled_again_is_written_once(tmp_path):
     assert [(row["step"], row["response"]) for row in rows] == [(2, "a"), (2, "好"), (4, "d"), (4, "好")]
 
 
-def test_what_was_measured_last_is_found():
+def test_the_last_validation_metrics_are_found():
     log = [{"eval_loss": 2.0, "step": 2}, {"loss": 1.0, "step": 3}, {"eval_loss": 1.0, "step": 4}, {"step": 5}]
     assert last_validation_metrics(log, 3) == {"loss": 2.0, "step": 2}
     assert last_validation_metrics(log, 5) == {"loss": 1.0, "step": 4}
@@ -230,7 +230,7 @@ def test_what_was_measured_last_is_found():
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", TWO_PROCESSES)
-def test_two_processes_measure_what_one_does(folder, on_two_processes, references, run):
+def test_two_ranks_validate_as_one_process_does(folder, on_two_processes, references, run):
     kind, stage = run.split()
     one, two = references[kind], on_two_processes[run]
     assert two["processes"] == 2 and two["stage"] == (None if stage == "off" else int(stage))
@@ -245,7 +245,7 @@ def test_two_processes_measure_what_one_does(folder, on_two_processes, reference
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_measuring_changes_nothing(folder, kind):
+def test_validation_changes_nothing(folder, kind):
     # Dropout draws random numbers, so weights tell whether the generators stand where they stood.
     options = {"adapter": AdapterConfig(kind=kind, dropout=0.3), "learning_rate": 2e-2, "max_steps": 2}
     with_it = curve(
@@ -274,7 +274,7 @@ def stopped(folder):
 
 
 @pytest.mark.slow
-def test_a_training_that_gets_no_better_ends_and_keeps_the_best_and_the_last(folder, stopped):
+def test_early_stopping_keeps_the_best_and_the_last_checkpoint(folder, stopped):
     losses = [entry["loss"] for entry in curve(stopped)["measured"]]
     best = losses.index(min(losses)) + 1
     assert len(losses) == best + 2 < 9
@@ -286,7 +286,7 @@ def test_a_training_that_gets_no_better_ends_and_keeps_the_best_and_the_last(fol
 
 
 @pytest.mark.slow
-def test_the_best_state_is_what_the_checkpoint_is_made_from(folder, stopped):
+def test_the_final_model_is_made_from_the_best_checkpoint(folder, stopped):
     best = stopped.best_checkpoint()
     weights = load_file(best / "model.safetensors")
     kept = {path.name for path in best.iterdir()}
@@ -303,7 +303,7 @@ def test_the_best_state_is_what_the_checkpoint_is_made_from(folder, stopped):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("back", [1, 0])
-def test_a_resumed_training_knows_the_best_and_how_long_ago_it_was(folder, stopped, back, tmp_path):
+def test_a_resumed_training_knows_the_best_step_and_the_patience_left(folder, stopped, back, tmp_path):
     for name in ("model", "shared", "validation", "stopped"):
         (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, tmp_path / name)
     end = stopped.state.global_step
@@ -325,14 +325,14 @@ def test_a_resumed_training_knows_the_best_and_how_long_ago_it_was(folder, stopp
 
 
 @pytest.mark.slow
-def test_a_state_that_was_kept_for_its_weights_is_not_gone_on_from(folder, stopped):
+def test_a_checkpoint_of_weights_only_is_not_resumed(folder, stopped):
     best = stopped.best_checkpoint().relative_to(folder)
     with pytest.raises(InputError, match=rf"{best.name} holds weights only: resume from a later checkpoint"):
         measured(folder, STOPPING, checkpoints="stopped/checkpoints", resume=str(best), **WORSE)
 
 
 @pytest.mark.distributed
-def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_two_processes):
+def test_a_sharded_checkpoint_of_weights_only_is_consolidated(folder, on_two_processes):
     states = folder / "full-3/checkpoints"
     before = open_training_checkpoint(states / "checkpoint-2")
     weights = {name: before.read(name, WEIGHT).clone() for name in before.names}
@@ -376,13 +376,13 @@ def test_a_sharded_state_that_was_kept_for_its_weights_is_read_whole(folder, on_
         ),
     ],
 )
-def test_what_cannot_be_measured_is_refused(overrides, message):
+def test_invalid_validation_settings_are_refused(overrides, message):
     with pytest.raises(InputError) as caught:
         compose("sft", overrides)
     assert str(caught.value).startswith(message)
 
 
-def test_measurements_go_with_the_saved_states_unless_asked_otherwise():
+def test_validations_go_with_checkpoints_by_default():
     assert ValidationConfig().interval(TrainerConfig(save_steps=7)) == 7
     assert ValidationConfig(eval_steps=3).interval(TrainerConfig(save_steps=7)) == 3
     assert ValidationConfig().interval(TrainerConfig(save_steps=0)) == 0
@@ -393,7 +393,7 @@ def test_measurements_go_with_the_saved_states_unless_asked_otherwise():
 # What follows a training
 
 
-def test_what_follows_is_checked_before_the_training():
+def test_on_finish_is_checked_before_the_training():
     assert on_finish_arguments(OnFinishConfig(), Path("runs/x")) == []
     config = compose(
         "sft", ["on_finish=evaluate", "on_finish.overrides=['data=rolecs','evaluation.include_base=false']"]
@@ -441,7 +441,7 @@ def test_an_evaluation_follows_the_training_and_its_exit_status_is_carried(tmp_p
 
 
 @pytest.mark.slow
-def test_a_training_chooses_on_what_is_set_aside_and_is_tested_on_others(tmp_path):
+def test_the_best_checkpoint_is_chosen_on_the_validation_set_and_tested_on_another(tmp_path):
     settings = ["run.directory=run", "data.validation_fraction=0.3"]
     done = start(tmp_path, 1, "evaluation.max_new_tokens=4", "evaluation.contexts=[reference]", settings=settings)
     assert done.returncode == 0, done.stderr[-4000:]

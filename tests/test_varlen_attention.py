@@ -180,7 +180,7 @@ def flex_leak(batch):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_what_is_not_isolated_is_seen(architecture, path, change):
+def test_a_leak_between_documents_is_detected(architecture, path, change):
     """The negative control: the tests above would fail by far."""
     attention, layout = PATHS[path]
     packs, separate = make_packs(SHAPES["several-prefixes"])
