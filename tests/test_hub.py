@@ -62,10 +62,11 @@ FETCH = """
 import sys
 from csc_train.errors import InputError
 from csc_train.models.hub import snapshot
-try:
-    print(snapshot(sys.argv[1], "metric model"))
-except InputError as error:
-    print(error)
+for model in sys.argv[1:]:
+    try:
+        print(snapshot(model, "metric model"))
+    except InputError as error:
+        print(error)
 """
 
 
@@ -232,14 +233,16 @@ def test_a_model_of_the_hub_is_downloaded_once_in_one_form_of_its_weights(tmp_pa
     facts = {"config.json": b"{}", "vocab.txt": b"v"}
     with Hub() as hub:
         hub.served = {"owner/both": facts | weights, "owner/old": facts | {"pytorch_model.bin": b"b" * 9}}
-        for model, expected in {"owner/both": "model.safetensors", "owner/old": "pytorch_model.bin"}.items():
-            found = Path(run_elsewhere(FETCH, [model], hub, tmp_path).stdout.strip())
-            assert {file.name: file.read_bytes() for file in found.iterdir()} == facts | {expected: weights[expected]}
+        models = {"owner/both": "model.safetensors", "owner/old": "pytorch_model.bin"}
+        printed = run_elsewhere(FETCH, [*models], hub, tmp_path).stdout.splitlines()
+        for found, expected in zip(printed, models.values(), strict=True):
+            files = {file.name: file.read_bytes() for file in Path(found).iterdir()}
+            assert files == facts | {expected: weights[expected]}
         hub.asked.clear()
-        for offline in ("0", "1"):
-            assert Path(run_elsewhere(FETCH, [model], hub, tmp_path, HF_HUB_OFFLINE=offline).stdout.strip()) == found
+        *again, refused = run_elsewhere(FETCH, [*models, "owner/absent"], hub, tmp_path).stdout.splitlines(True)
+        offline = run_elsewhere(FETCH, [*models], hub, tmp_path, HF_HUB_OFFLINE="1").stdout.splitlines()
+        assert [path.strip() for path in again] == offline == printed
         assert not [path for command, path in hub.asked if command == "GET" and "resolve" in path]
-        refused = run_elsewhere(FETCH, ["owner/absent"], hub, tmp_path).stdout
     assert refused == "owner/absent: no such model on the hub: check the name; a private model needs HF_TOKEN\n"
 
 
