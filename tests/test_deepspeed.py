@@ -485,7 +485,7 @@ def test_a_killed_sharded_run_resumes_where_it_was(workplace):
     (steps,) = re.findall(r"trained (\d+) steps in ", text)
     assert int(steps) <= 4  # steps 1 and 2 are not done again
     assert losses(run) == pytest.approx(losses(workplace / "one"), rel=TOLERANCE)
-    ours, theirs = (load_file(path / "checkpoint" / "model.safetensors") for path in (run, workplace / "one"))
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (run, workplace / "one"))
     assert all((ours[name] - theirs[name]).abs().max() < TOLERANCE for name in theirs)
     record = json.loads((run / "checkpoints" / "checkpoint-6" / CHECKPOINT_FILE).read_text())
     assert (record["processes"], record["stage"]) == (2, 3)

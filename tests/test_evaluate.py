@@ -1,4 +1,4 @@
-"""recipes/evaluate.py on a small untrained checkpoint: killed, failed, and on several processes."""
+"""recipes/evaluate.py on a small untrained model: killed, failed, and on several processes."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
 SETTINGS = [
-    "checkpoint=checkpoint", "data=files", "data.train.path=train.jsonl", "data.evaluation.path=evaluation.jsonl",
+    "checkpoint=model", "data=files", "data.train.path=train.jsonl", "data.evaluation.path=evaluation.jsonl",
     "evaluation.include_base=false", "evaluation.batch_size=3", "evaluation.max_new_tokens=24",
     "metrics.profiles=[zh]", "metrics.bootstrap_resamples=100", "run.if_exists=resume",
 ]  # fmt: skip
@@ -45,7 +45,7 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A directory with a checkpoint, dialogues, and in runs/whole an evaluation that nothing interrupted."""
+    """A directory with a final model, dialogues, and in runs/whole an evaluation that nothing interrupted."""
     directory = tmp_path_factory.mktemp("workplace")
     tokenizer = small_tokenizer("qwen2_5")
     torch.manual_seed(1)
@@ -56,7 +56,7 @@ def workplace(tmp_path_factory):
     write_dialogues(directory / "train.jsonl", dialogues[:4])
     write_dialogues(directory / "evaluation.jsonl", dialogues[4:])
     manifest = manifest_of(template, data_hash=data_digest(dialogues[:4]), config={})
-    save_final_model(directory / "checkpoint", model, tokenizer, template.chat_template, manifest)
+    save_final_model(directory / "model", model, tokenizer, template.chat_template, manifest)
     before = Path.cwd()
     os.chdir(directory)
     yield directory

@@ -114,7 +114,7 @@ def test_a_second_run_reuses_what_is_unchanged_and_says_so(workplace, evaluation
 def test_prepare_makes_what_training_asks_for_and_reports_the_same(workplace):
     """A tokenizer that is trained again included: where sft has been there before, prepare finds its files."""
     entries = [path for path in (workplace / "runs/tokenized").iterdir() if path.is_dir()]
-    assert len(entries) == 2  # the training dialogues and those held out
+    assert len(entries) == 2  # the training dialogues and the validation dialogues
     done = start("prepare.py", *SMALL, cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert all(f"tokenized runs/tokenized/{entry.name}: hit, " in done.stdout for entry in entries)
@@ -133,21 +133,21 @@ def test_an_existing_run_is_not_overwritten_by_default(workplace):
 @pytest.mark.slow
 @pytest.mark.parametrize("if_exists", ["reuse", "replace"])
 def test_a_directory_of_other_files_is_not_touched(workplace, tmp_path, if_exists):
-    """Replacing it would delete what another recipe, or the user, keeps there: here the checkpoint to be evaluated."""
+    """Replacing it would delete what another recipe, or the user, keeps there: here the final model to be evaluated."""
     settings = {"run": {"directory": str(workplace / "runs" / "demo"), "if_exists": if_exists}}
     with pytest.raises(InputError, match=r"runs/demo holds a run of sft: choose another run\.directory"):
         Run("evaluate", settings)
-    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "model").mkdir()
     settings["run"]["directory"] = str(tmp_path)
-    with pytest.raises(InputError, match=r"holds checkpoint but no run\.json"):
-        Run("sft", settings)
+    with pytest.raises(InputError, match=r"holds model but no run\.json"):
+        Run("sft", settings, ["model"])
     assert (workplace / "runs/demo/model/model.safetensors").exists()
-    assert (tmp_path / "checkpoint").exists()
+    assert (tmp_path / "model").exists()
 
 
 @pytest.mark.slow
 def test_a_final_models_weights_are_as_readable_as_its_configuration(workplace):
-    files = [workplace / "runs/demo" / name for name in ("checkpoint/model.safetensors", "base/model.safetensors")]
+    files = [workplace / "runs/demo" / name for name in ("model/model.safetensors", "base/model.safetensors")]
     assert {file.stat().st_mode for file in files} == {(files[0].parent / "config.json").stat().st_mode}
 
 
@@ -222,7 +222,7 @@ def test_bad_input_ends_with_one_line_and_status_2(tmp_path, overrides, message)
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert message in error
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.glob("runs/*/checkpoint"))
+    assert not list(tmp_path.glob("runs/*/model"))
 
 
 def _own_file(overrides: list[str]) -> list[str]:
@@ -236,7 +236,7 @@ def test_a_training_checkpoint_that_cannot_be_written_is_refused_in_one_line(tmp
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert re.search("runs/full/checkpoints.*: cannot write", error)
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "runs" / "full" / "checkpoint").exists()
+    assert not (tmp_path / "runs" / "full" / "model").exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""Training is the same however it is cut up, repeats itself, trains what it should, and leaves a checkpoint that
-anybody can load."""
+"""Training does not depend on ranks and micro batches, resumes bit by bit, and writes a final model that plain
+from_pretrained loads."""
 
 import json
 import math
@@ -392,14 +392,14 @@ def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(folder, template):
-    """A checkpoint of a fully trained model, and the logits of that model before it was saved."""
+def final_model(folder, template):
+    """The final model of a full fine-tuning, and the logits of that model before it was saved."""
     trainer = train(folder, max_steps=2)
     model = trained_model(trainer, ModelConfig(path=str(folder / "model")), torch.float32)
     logits = logits_of(model, probe(template))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    save_final_model(folder / "checkpoint", model, tokenizer, template.chat_template, manifest_of(template))
-    return folder / "checkpoint", logits
+    save_final_model(folder / "final_model", model, tokenizer, template.chat_template, manifest_of(template))
+    return folder / "final_model", logits
 
 
 @pytest.mark.parametrize("name", chat_template_names())
@@ -413,8 +413,8 @@ def test_a_final_model_stops_at_the_end_of_a_turn_whatever_its_base_did(name, tm
 
 
 @pytest.mark.slow
-def test_a_final_model_loads_with_plain_from_pretrained(checkpoint, folder, template):
-    directory, logits = checkpoint
+def test_a_final_model_loads_with_plain_from_pretrained(final_model, folder, template):
+    directory, logits = final_model
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert type(model).__name__ == "Qwen2ForCausalLM"
     assert model.dtype is torch.float32
@@ -422,12 +422,12 @@ def test_a_final_model_loads_with_plain_from_pretrained(checkpoint, folder, temp
     assert torch.equal(logits_of(model, probe(template)), logits)
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert (logits_of(base, probe(template)) - logits).abs().max() > 0.1
-    assert not list(directory.parent.glob(".checkpoint.*"))  # nothing of the staging is left
+    assert not list(directory.parent.glob(".final_model.*"))  # nothing of the staging is left
 
 
 @pytest.mark.slow
-def test_a_final_model_generates_the_same_with_the_cache_as_without(checkpoint, template):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint[0])
+def test_a_final_model_generates_the_same_with_the_cache_as_without(final_model, template):
+    model = AutoModelForCausalLM.from_pretrained(final_model[0])
     prompt = torch.tensor([template.prompt_ids([])])
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
     cached, plain = (model.generate(prompt, use_cache=use_cache, **options) for use_cache in (True, False))
@@ -436,8 +436,8 @@ def test_a_final_model_generates_the_same_with_the_cache_as_without(checkpoint, 
 
 
 @pytest.mark.slow
-def test_a_final_models_chat_template_renders_the_strategy(checkpoint):
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint[0])
+def test_a_final_models_chat_template_renders_the_strategy(final_model):
+    tokenizer = AutoTokenizer.from_pretrained(final_model[0])
     chat = [
         {"role": "system", "content": "说明"},
         {"role": "assistant", "strategy": "情感管理", "content": "请放心"},
@@ -452,8 +452,8 @@ def test_a_final_models_chat_template_renders_the_strategy(checkpoint):
 
 
 @pytest.mark.slow
-def test_a_manifest_reads_back_as_it_was_written_and_passes_its_check(checkpoint, template):
-    directory, _ = checkpoint
+def test_a_manifest_reads_back_as_it_was_written_and_passes_its_check(final_model, template):
+    directory, _ = final_model
     manifest = read_manifest(directory)
     assert manifest == manifest_of(template, weights_hash=manifest.weights_hash)
     assert manifest.weights_hash == digest({"model.safetensors": file_digest(directory / "model.safetensors")})
@@ -463,8 +463,8 @@ def test_a_manifest_reads_back_as_it_was_written_and_passes_its_check(checkpoint
 
 
 @pytest.mark.slow
-def test_another_template_is_refused_with_both_hashes(checkpoint, template):
-    directory, _ = checkpoint
+def test_another_template_is_refused_with_both_hashes(final_model, template):
+    directory, _ = final_model
     manifest = read_manifest(directory)
     other = DialogueTemplate(template.tokenizer, "qwen3", template.config).fingerprint
     with pytest.raises(InputError) as caught:
@@ -503,17 +503,17 @@ def _drop_last_merge(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tamper", [_add_token, _swap_two_tokens, _drop_last_merge])
-def test_a_tampered_tokenizer_is_refused_with_both_hashes(checkpoint, template, tamper, tmp_path):
-    shutil.copytree(checkpoint[0], tmp_path / "checkpoint")
-    tamper(tmp_path / "checkpoint")
-    manifest = read_manifest(tmp_path / "checkpoint")
-    now = tokenizer_hash(load_tokenizer(str(tmp_path / "checkpoint")))
+def test_a_tampered_tokenizer_is_refused_with_both_hashes(final_model, template, tamper, tmp_path):
+    shutil.copytree(final_model[0], tmp_path / "final_model")
+    tamper(tmp_path / "final_model")
+    manifest = read_manifest(tmp_path / "final_model")
+    now = tokenizer_hash(load_tokenizer(str(tmp_path / "final_model")))
     trained = tokenizer_hash(template.tokenizer)
     assert now != trained
     with pytest.raises(InputError) as caught:
-        check_manifest(tmp_path / "checkpoint", manifest, manifest.template_hash, now)
+        check_manifest(tmp_path / "final_model", manifest, manifest.template_hash, now)
     assert str(caught.value) == (
-        f"{tmp_path / 'checkpoint'}: the model was trained with another tokenizer "
+        f"{tmp_path / 'final_model'}: the model was trained with another tokenizer "
         f"(trained {trained[:12]}, now {now[:12]}): "
         "use the code version that its manifest names, or train again"
     )
@@ -572,7 +572,7 @@ def test_a_template_does_not_mind_how_its_tokenizer_was_used_before(name):
     ids=["no-directory", "no-manifest", "broken", "incomplete", "unknown-field"],
 )
 def test_a_directory_without_a_final_model_is_refused(spoil, message, tmp_path):
-    directory = tmp_path / "checkpoint"
+    directory = tmp_path / "final_model"
     directory.mkdir()
     (directory / MANIFEST_FILE).write_text("{}")
     spoil(directory)
@@ -606,16 +606,16 @@ def test_lora_trains_only_the_adapters_and_merges_into_a_plain_model(folder, tem
     adapted = logits_of(trainer.model, ids)
 
     save_final_model(
-        tmp_path / "checkpoint",
+        tmp_path / "final_model",
         trained_model(trainer, ModelConfig(path=str(folder / "model")), torch.float32),
         template.tokenizer,
         template.chat_template,
         manifest_of(template),
     )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final_model")
     assert type(model).__name__ == "Qwen2ForCausalLM"
     assert model.state_dict().keys() == base.keys()
-    assert not list((tmp_path / "checkpoint").glob("adapter*"))
+    assert not list((tmp_path / "final_model").glob("adapter*"))
     merged = logits_of(model, ids)
     assert (merged - adapted).abs().max() < TOLERANCE * adapted.abs().max()
     plain = logits_of(AutoModelForCausalLM.from_pretrained(folder / "model"), ids)
