@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -30,3 +31,38 @@ def check_range(key: str, value: float | None, low: float, high: float = float("
     if value is not None and not low <= value <= high:
         bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise InputError(f"{key}={value}: must be {bounds}")
+
+
+def check_fields(
+    prefix: str,
+    config: Any,
+    *names: str,
+    low: float = float("-inf"),
+    high: float = float("inf"),
+    choices: Iterable[str] | None = None,
+) -> None:
+    """Check fields of a configuration section; null passes, and of a list or mapping each value is checked.
+
+    The `--help` of the recipes reads the limits from these calls (see `csc_train.config.explain`).
+
+    Args:
+        prefix: place of the section, such as `trainer.`; messages begin with it and the field's name.
+        config: the section.
+        names: the fields.
+        low: the smallest value.
+        high: the greatest value.
+        choices: the allowed values, instead of a range.
+
+    Raises:
+        InputError: a value is not allowed.
+    """
+    for name in names:
+        value, key = getattr(config, name), prefix + name
+        entries = [(key, each) for each in (value if isinstance(value, list) else [value])]
+        if isinstance(value, dict):
+            entries = [(f"{key}.{inner}", each) for inner, each in value.items()]
+        for place, each in entries:
+            if choices is None:
+                check_range(place, each, low, high)
+            elif each is not None:
+                check_choice(place, each, choices)

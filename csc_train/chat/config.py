@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields
 from csc_train.inference.config import DTYPES
 
 USER_INTERFACES = ("terminal", "web")
@@ -34,11 +34,11 @@ class ChatConfig:
     """Web: the first port to try; if it is in use, the next free one."""
 
     def __post_init__(self):
-        check_choice("ui", self.ui, USER_INTERFACES)
-        check_range("temperature", self.temperature, 0, 10)
-        check_range("top_p", self.top_p, 0.01, 1)
-        check_range("max_new_tokens", self.max_new_tokens, 1)
-        check_choice("dtype", self.dtype, DTYPES)
-        check_range("port", self.port, 1, 65535)
+        check_fields("", self, "ui", choices=USER_INTERFACES)
+        check_fields("", self, "temperature", low=0, high=10)
+        check_fields("", self, "top_p", low=0.01, high=1)
+        check_fields("", self, "max_new_tokens", low=1)
+        check_fields("", self, "dtype", choices=DTYPES)
+        check_fields("", self, "port", low=1, high=65535)
         if self.save is not None and self.ui == "web":
             raise InputError(f"save={self.save}: not available with ui=web: use the page's save link")

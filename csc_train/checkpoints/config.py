@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from csc_train.errors import check_choice
+from csc_train.errors import check_fields
 
 
 @dataclass
@@ -26,5 +26,5 @@ class ExportConfig:
     """The hub repository to upload to."""
 
     def __post_init__(self):
-        check_choice("base", self.base, ("original", "dequantized"))
-        check_choice("dtype", self.dtype, ("auto", "bf16", "fp32"))
+        check_fields("", self, "base", choices=("original", "dequantized"))
+        check_fields("", self, "dtype", choices=("auto", "bf16", "fp32"))

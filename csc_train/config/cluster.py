@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields
 
 
 @dataclass
@@ -36,8 +36,8 @@ class SlurmConfig:
     def __post_init__(self):
         if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time):
             raise InputError(f"cluster.slurm.time={self.time}: write hours as 24:00:00, days as 2-00:00:00")
-        check_range("cluster.slurm.cpus", self.cpus or 1, 1)
-        check_range("cluster.slurm.save_before", self.save_before, 0, 65535)
+        check_fields("cluster.slurm.", self, "cpus", low=1)
+        check_fields("cluster.slurm.", self, "save_before", low=0, high=65535)
         for key in ("options", "srun_options"):
             for option in getattr(self, key):
                 if not option.startswith("-"):
@@ -75,11 +75,10 @@ class ClusterConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self):
-        check_range("cluster.nodes", self.nodes, 1)
-        check_range("cluster.gpus_per_node", self.gpus_per_node, 1)
-        check_choice("cluster.device", self.device, ("cpu", "cuda"))
-        check_choice("cluster.process_launcher", self.process_launcher, ("torchrun", "accelerate"))
-        check_range("cluster.port", self.port, 1024, 64535)
+        check_fields("cluster.", self, "nodes", "gpus_per_node", low=1)
+        check_fields("cluster.", self, "device", choices=("cpu", "cuda"))
+        check_fields("cluster.", self, "process_launcher", choices=("torchrun", "accelerate"))
+        check_fields("cluster.", self, "port", low=1024, high=64535)
 
     @property
     def world_size(self) -> int:
@@ -103,10 +102,8 @@ class PreflightConfig:
     """Mean tokens per dialogue for the estimate if the data cannot be read yet."""
 
     def __post_init__(self):
-        check_range("preflight.mfu", self.mfu, 0.01, 1)
-        for key in ("dialogues", "tokens_per_dialogue"):
-            if getattr(self, key) is not None:
-                check_range(f"preflight.{key}", getattr(self, key), 1)
+        check_fields("preflight.", self, "mfu", low=0.01, high=1)
+        check_fields("preflight.", self, "dialogues", "tokens_per_dialogue", low=1)
 
 
 @dataclass
@@ -120,7 +117,7 @@ class OnFinishConfig:
     They are checked before the training starts."""
 
     def __post_init__(self):
-        check_choice("on_finish.recipe", self.recipe or "evaluate", ("evaluate",))
+        check_fields("on_finish.", self, "recipe", choices=("evaluate",))
         if self.overrides and not self.recipe:
             raise InputError(f"on_finish.overrides={self.overrides}: name the recipe too: on_finish=evaluate")
 
@@ -155,7 +152,7 @@ class ParameterConfig:
         """
         if not self.key:
             raise InputError(f"{name}.key is required: give {name}.key=...")
-        check_choice(f"{name}.type", self.type, ("float", "int", "categorical"))
+        check_fields(f"{name}.", self, "type", choices=("float", "int", "categorical"))
         if self.type == "categorical":
             if (self.low, self.high, self.step, self.log) != (None, None, None, False) or not self.choices:
                 raise InputError(f"{name}: a categorical parameter has choices, and no low, high, step or log")
@@ -184,9 +181,8 @@ class PrunerConfig:
     """First optimizer step at which a trial may be pruned."""
 
     def __post_init__(self):
-        check_choice("sweep.pruner.kind", self.kind, ("none", "median", "hyperband"))
-        check_range("sweep.pruner.startup_trials", self.startup_trials, 1)
-        check_range("sweep.pruner.first_step", self.first_step, 1)
+        check_fields("sweep.pruner.", self, "kind", choices=("none", "median", "hyperband"))
+        check_fields("sweep.pruner.", self, "startup_trials", "first_step", low=1)
 
 
 @dataclass
@@ -221,13 +217,11 @@ class SweepConfig:
     """Seconds between checks of the running trials."""
 
     def __post_init__(self):
-        check_choice("sweep.kind", self.kind, ("optuna", "grid", "list"))
-        check_choice("sweep.direction", self.direction, ("minimize", "maximize"))
-        check_range("sweep.poll", self.poll, 0.1)
-        check_range("sweep.seed", self.seed, 0, 2**31)
-        for key in ("trials", "parallel"):
-            if getattr(self, key) is not None:
-                check_range(f"sweep.{key}", getattr(self, key), 1)
+        check_fields("sweep.", self, "kind", choices=("optuna", "grid", "list"))
+        check_fields("sweep.", self, "direction", choices=("minimize", "maximize"))
+        check_fields("sweep.", self, "poll", low=0.1)
+        check_fields("sweep.", self, "seed", low=0, high=2**31)
+        check_fields("sweep.", self, "trials", "parallel", low=1)
         for name, parameter in self.space.items():
             parameter.check(f"sweep.space.{name}")
             if self.kind == "grid" and parameter.type != "categorical":

@@ -110,39 +110,23 @@ def _class_source(schema: type) -> tuple[dict[str, str], dict[str, str], dict[st
             annotations[node.target.id] = ast.unparse(node.annotation)
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
                 docs[node.target.id] = " ".join(str(following.value.value).split())
-    return docs, annotations, dict(_checks(body, vars(module), {"": list(annotations)}))
+    return docs, annotations, dict(_checks(body, vars(module), list(annotations)))
 
 
-def _checks(node: ast.AST, names: dict[str, Any], loops: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
-    """(field, allowed values) of the calls of `check_choice` and `check_range` in the methods of a schema.
+def _checks(body: ast.ClassDef, names: dict[str, Any], fields: list[str]) -> Iterator[tuple[str, str]]:
+    """(field, allowed values) of the calls of `check_fields` in the methods of a schema.
 
     Args:
         names: the names of the module, to evaluate the limits with.
-        loops: the fields that the variables of the surrounding loops stand for; all fields under the empty name.
+        fields: all fields, for `*vars(self)`.
     """
-    if isinstance(node, ast.For):
-        if ast.unparse(node.iter) == "vars(self).items()":  # the target is `name, value`
-            loops = loops | {ast.unparse(node.target).strip("()").split(", ")[-1]: loops[""]}
-        else:
-            loops = loops | {ast.unparse(node.target): list(_fields_in(node.iter, loops, literal=True))}
-    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_choice", "check_range"):
-        with contextlib.suppress(NameError, AttributeError):  # limits that depend on other fields
-            limits = [eval(compile(ast.Expression(part), "", "eval"), dict(names)) for part in node.args[2:]]
-            text = ", ".join(map(str, limits[0])) if ast.unparse(node.func) == "check_choice" else _range_text(*limits)
-            yield from ((field, text) for field in _fields_in(node.args[1], loops) if text)
-    for child in ast.iter_child_nodes(node):
-        yield from _checks(child, names, loops)
-
-
-def _fields_in(node: ast.AST, loops: dict[str, list[str]], literal: bool = False) -> Iterator[str]:
-    """The fields of `self` that an expression reads; with `literal`, texts are names of fields as well."""
-    for part in ast.walk(node):
-        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "self":
-            yield part.attr
-        elif isinstance(part, ast.Name):
-            yield from loops.get(part.id, ())
-        elif literal and isinstance(part, ast.Constant) and isinstance(part.value, str):
-            yield part.value
+    for call in ast.walk(body):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "check_fields":
+            with contextlib.suppress(NameError):  # limits that depend on other fields
+                limits = {part.arg: eval(ast.unparse(part.value), dict(names)) for part in call.keywords}
+                text = ", ".join(limits["choices"]) if "choices" in limits else _range_text(**limits)
+                for part in call.args[2:]:
+                    yield from ((name, text) for name in (fields if isinstance(part, ast.Starred) else [part.value]))
 
 
 def _range_text(low: float, high: float = float("inf")) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields
 
 
 @dataclass
@@ -58,12 +58,9 @@ class DataConfig:
         for name, (passed, bound) in bounds.items():
             if not passed:
                 raise InputError(f"data.{name}={getattr(self, name)}: must be {bound}")
-        check_choice("data.on_overlap", self.on_overlap, ("warn", "drop", "error"))
-        for name in ("seed", "sample_seed"):
-            check_range(f"data.{name}", getattr(self, name), 0, 2**32 - 1)
-        for name in ("limit", "sample_dialogues"):
-            if getattr(self, name) is not None:
-                check_range(f"data.{name}", getattr(self, name), 1)
+        check_fields("data.", self, "on_overlap", choices=("warn", "drop", "error"))
+        check_fields("data.", self, "seed", "sample_seed", low=0, high=2**32 - 1)
+        check_fields("data.", self, "limit", "sample_dialogues", low=1)
         if self.evaluation.source is not None and self.evaluation.path is None:
             # The evaluation set is split off the training rows, so this source would be ignored.
             raise InputError("data.evaluation.source is set, but data.evaluation.path is not; set both or neither")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields
 from csc_train.inference.config import CONTEXTS, InferenceConfig
 from csc_train.template.config import LANGUAGES
 
@@ -21,8 +21,7 @@ class EvaluationConfig(InferenceConfig):
     def __post_init__(self):
         if not self.contexts:
             raise InputError(f"evaluation.contexts=[]: give one or more of {', '.join(CONTEXTS)}")
-        for context in self.contexts:
-            check_choice("evaluation.contexts", context, CONTEXTS)
+        check_fields("evaluation.", self, "contexts", choices=CONTEXTS)
         super().__post_init__()
 
 
@@ -59,11 +58,9 @@ class MetricsConfig:
     """Bootstrap resamples of the dialogues for the 95 % intervals."""
 
     def __post_init__(self):
-        for profile in self.profiles:
-            check_choice("metrics.profiles", profile, PROFILES)
-        check_range("metrics.bertscore_layers", self.bertscore_layers, 1)
-        check_range("metrics.batch_size", self.batch_size, 1)
-        check_range("metrics.bootstrap_resamples", self.bootstrap_resamples, 100)
+        check_fields("metrics.", self, "profiles", choices=PROFILES)
+        check_fields("metrics.", self, "bertscore_layers", "batch_size", low=1)
+        check_fields("metrics.", self, "bootstrap_resamples", low=100)
         # Checked here, before hours of generating.
         for name in ("bertscore_model", "bleurt_model"):
             path = getattr(self, name)
@@ -100,13 +97,11 @@ class JudgeConfig:
     def __post_init__(self):
         if not self.tasks:
             raise InputError(f"judge.tasks=[]: give one or more of {', '.join(TASKS)}")
-        for task in self.tasks:
-            check_choice("judge.tasks", task, TASKS)
-        if self.num_turns is not None:
-            check_range("judge.num_turns", self.num_turns, 1)
-        check_choice("judge.language", self.language, LANGUAGES)
-        check_range("judge.bootstrap_resamples", self.bootstrap_resamples, 100)
-        check_range("judge.permutations", self.permutations, 1000)
+        check_fields("judge.", self, "tasks", choices=TASKS)
+        check_fields("judge.", self, "num_turns", low=1)
+        check_fields("judge.", self, "language", choices=LANGUAGES)
+        check_fields("judge.", self, "bootstrap_resamples", low=100)
+        check_fields("judge.", self, "permutations", low=1000)
 
 
 CRITERIA_NAMES = ("strategy", "helpfulness", "empathy", "wording", "faithfulness")
@@ -137,12 +132,9 @@ class HumanConfig:
     """Permutations of the sign-flip test."""
 
     def __post_init__(self):
-        check_range("human.num_items", self.num_items, 1)
-        if self.max_items_per_dialogue is not None:
-            check_range("human.max_items_per_dialogue", self.max_items_per_dialogue, 1)
-        check_choice("human.language", self.language, LANGUAGES)
-        check_choice("human.show_strategies", self.show_strategies, STRATEGY_DISPLAY)
-        for criterion in self.criteria:
-            check_choice("human.criteria", criterion, CRITERIA_NAMES)
-        check_range("human.bootstrap_resamples", self.bootstrap_resamples, 100)
-        check_range("human.permutations", self.permutations, 1000)
+        check_fields("human.", self, "num_items", "max_items_per_dialogue", low=1)
+        check_fields("human.", self, "language", choices=LANGUAGES)
+        check_fields("human.", self, "show_strategies", choices=STRATEGY_DISPLAY)
+        check_fields("human.", self, "criteria", choices=CRITERIA_NAMES)
+        check_fields("human.", self, "bootstrap_resamples", low=100)
+        check_fields("human.", self, "permutations", low=1000)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from csc_train.errors import check_choice, check_range
+from csc_train.errors import check_fields
 
 CONTEXTS = ("reference", "generated")
 """Histories of a predicted turn: the reference dialogue, or the system's own turns between the reference customer's."""
@@ -31,6 +31,5 @@ class InferenceConfig:
     """Seed of a served model that samples. Each turn derives a seed from it."""
 
     def __post_init__(self):
-        check_range(f"{self._group}.batch_size", self.batch_size, 1)
-        check_range(f"{self._group}.max_new_tokens", self.max_new_tokens, 1)
-        check_choice(f"{self._group}.dtype", self.dtype, DTYPES)
+        check_fields(f"{self._group}.", self, "batch_size", "max_new_tokens", low=1)
+        check_fields(f"{self._group}.", self, "dtype", choices=DTYPES)

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields
 
 BACKENDS = ("openai", "mock")
 JSON_MODES = ("json_schema", "json_object", "text")
@@ -53,20 +53,18 @@ class LLMConfig:
     """The model's chats must begin with the user: the supporter's greeting then answers a stock message."""
 
     def __post_init__(self):
-        check_choice("llm.backend", self.backend, BACKENDS)
+        check_fields("llm.", self, "backend", choices=BACKENDS)
         if self.backend == "openai":
             address = urlsplit(self.base_url)
             if address.scheme not in ("http", "https") or not address.hostname:
                 raise InputError(f"llm.base_url={self.base_url}: give an address such as http://localhost:8000/v1")
             if address.username or address.password:
                 raise InputError("llm.base_url: holds a user or password, and is recorded; use llm.api_key_env")
-        check_choice("llm.json_mode", self.json_mode, ("auto", *JSON_MODES))
-        lowest = {"timeout_s": 0.01, "max_retries": 0, "temperature": 0, "top_p": 0}
-        lowest |= {"price_per_million_input": 0, "price_per_million_output": 0}
-        lowest |= dict.fromkeys(("concurrency", "max_tokens", "requests_per_minute", "tokens_per_minute"), 1)
-        for key, low in lowest.items():
-            if (value := getattr(self, key)) is not None:
-                check_range(f"llm.{key}", value, low)
+        check_fields("llm.", self, "json_mode", choices=("auto", *JSON_MODES))
+        check_fields("llm.", self, "timeout_s", low=0.01)
+        check_fields("llm.", self, "max_retries", "temperature", "top_p", low=0)
+        check_fields("llm.", self, "price_per_million_input", "price_per_million_output", low=0)
+        check_fields("llm.", self, "concurrency", "max_tokens", "requests_per_minute", "tokens_per_minute", low=1)
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """The cost of tokens, in the prices' currency; None without prices."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields
 
 TRAINED_TOKENIZER = "train"
 """The value of `model.tokenizer` that trains a tokenizer on the training dialogues."""
@@ -67,8 +67,8 @@ class ModelConfig:
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
 
     def __post_init__(self):
-        check_choice("model.init", self.init, ("pretrained", "random"))
-        check_range("model.tokenizer_vocab_size", self.tokenizer_vocab_size, 300)
+        check_fields("model.", self, "init", choices=("pretrained", "random"))
+        check_fields("model.", self, "tokenizer_vocab_size", low=300)
         if self.init == "pretrained" and not self.path:
             raise InputError("model.path is not set: give a local directory or a hub id, or model.init=random")
         if not (self.tokenizer or self.path):
@@ -92,7 +92,6 @@ class AdapterConfig:
     """all-linear: the linear layers that the model family names. Or a regular expression on full module names."""
 
     def __post_init__(self):
-        check_choice("adapter.kind", self.kind, ("full", "lora", "qlora"))
-        check_range("adapter.rank", self.rank, 1)
-        check_range("adapter.alpha", self.alpha, 1)
-        check_range("adapter.dropout", self.dropout, 0, 1)
+        check_fields("adapter.", self, "kind", choices=("full", "lora", "qlora"))
+        check_fields("adapter.", self, "rank", "alpha", low=1)
+        check_fields("adapter.", self, "dropout", low=0, high=1)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields
 
 PACKING_STRATEGIES = ("shared_prefix", "best_fit", "off")
 OVERFLOW_POLICIES = ("drop", "truncate", "error")
@@ -24,9 +24,9 @@ class PackingConfig:
     stop with an error."""
 
     def __post_init__(self):
-        check_choice("packing.strategy", self.strategy, PACKING_STRATEGIES)
-        check_choice("packing.overflow", self.overflow, OVERFLOW_POLICIES)
-        check_range("packing.max_length", self.max_length, 1)
+        check_fields("packing.", self, "strategy", choices=PACKING_STRATEGIES)
+        check_fields("packing.", self, "overflow", choices=OVERFLOW_POLICIES)
+        check_fields("packing.", self, "max_length", low=1)
 
 
 @dataclass
@@ -47,12 +47,9 @@ class LossConfig:
     """Weight of the tokens of the reply and its end-of-turn token; multiplied by the factor of the turn."""
 
     def __post_init__(self):
-        check_choice("loss.weighting", self.weighting, WEIGHTINGS)
-        check_range("loss.max_factor", self.max_factor, 1)
-        for name, factor in self.strategy_factors.items():
-            check_range(f"loss.strategy_factors.{name}", factor, 0)
-        check_range("loss.strategy_weight", self.strategy_weight, 0)
-        check_range("loss.reply_weight", self.reply_weight, 0)
+        check_fields("loss.", self, "weighting", choices=WEIGHTINGS)
+        check_fields("loss.", self, "max_factor", low=1)
+        check_fields("loss.", self, "strategy_factors", "strategy_weight", "reply_weight", low=0)
         if self.strategy_factors and self.weighting != "by_strategy":
             raise InputError(f"loss.strategy_factors is set, but loss.weighting={self.weighting}: set loss=by_strategy")
         if not (self.strategy_weight or self.reply_weight):

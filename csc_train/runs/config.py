@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from csc_train.errors import check_choice
+from csc_train.errors import check_fields
 
 IF_EXISTS = ("error", "reuse", "resume", "extend", "replace")
 IGNORED_GROUPS = ("run", "tokenization", "tracking", "on_finish")
@@ -23,4 +23,4 @@ class RunConfig:
     data. extend: continue it under this configuration, within the limits of the recipe. replace: start over."""
 
     def __post_init__(self):
-        check_choice("run.if_exists", self.if_exists, IF_EXISTS)
+        check_fields("run.", self, "if_exists", choices=IF_EXISTS)

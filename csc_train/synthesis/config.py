@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields
 from csc_train.llm.config import LLMConfig
 
 LANGUAGES = ("zh", "en")
@@ -28,10 +28,8 @@ class RoleConfig:
     """Longest answer in tokens; defaults to the llm's, else 1024."""
 
     def __post_init__(self):
-        if self.temperature is not None:
-            check_range("synthesis.roles: temperature", self.temperature, 0, 2)
-        if self.max_tokens is not None:
-            check_range("synthesis.roles: max_tokens", self.max_tokens, 1)
+        check_fields("synthesis.roles: ", self, "temperature", low=0, high=2)
+        check_fields("synthesis.roles: ", self, "max_tokens", low=1)
 
 
 @dataclass
@@ -70,8 +68,7 @@ class BehaviourConfig:
     """Share of customers who insist on something that the rules do not allow."""
 
     def __post_init__(self):
-        for name, share in vars(self).items():
-            check_range(f"synthesis.behaviour.{name}", share, 0, 1)
+        check_fields("synthesis.behaviour.", self, *vars(self), low=0, high=1)
         for first, second in (
             ("short_patience", "long_patience"),
             ("at_once", "reluctant"),
@@ -91,7 +88,7 @@ class PersonasConfig:
     """Number of generated profiles."""
 
     def __post_init__(self):
-        check_range("synthesis.personas.count", self.count, 1)
+        check_fields("synthesis.personas.", self, "count", low=1)
 
 
 @dataclass
@@ -120,11 +117,11 @@ class SynthesisConfig:
     roles: RolesConfig = field(default_factory=RolesConfig)
 
     def __post_init__(self):
-        check_choice("synthesis.language", self.language, LANGUAGES)
-        check_choice("synthesis.layout", self.layout, PROMPT_LAYOUTS)
-        check_range("synthesis.max_utterances", self.max_utterances, 2, MAX_UTTERANCES)
-        check_range("synthesis.seed", self.seed, 0, 2**32 - 1)
-        check_range("synthesis.attempts", self.attempts, 1)
+        check_fields("synthesis.", self, "language", choices=LANGUAGES)
+        check_fields("synthesis.", self, "layout", choices=PROMPT_LAYOUTS)
+        check_fields("synthesis.", self, "max_utterances", low=2, high=MAX_UTTERANCES)
+        check_fields("synthesis.", self, "seed", low=0, high=2**32 - 1)
+        check_fields("synthesis.", self, "attempts", low=1)
 
 
 @dataclass
@@ -137,9 +134,7 @@ class BudgetConfig:
     """Highest cost, in the currency of the llm's prices; null sets no limit."""
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value is not None:
-                check_range(f"budget.{name}", value, 0)
+        check_fields("budget.", self, *vars(self), low=0)
 
 
 @dataclass
@@ -152,8 +147,7 @@ class BatchConfig:
     """Result files of the batch service, to read before the run continues."""
 
     def __post_init__(self):
-        for role in self.roles:
-            check_choice("batch.roles", role, BATCH_ROLES)
+        check_fields("batch.", self, "roles", choices=BATCH_ROLES)
 
 
 @dataclass
@@ -167,8 +161,8 @@ class RoleCSCheckConfig:
     `rolecs_check_2` and `rolecs_check_3`, so each may be another model."""
 
     def __post_init__(self):
-        check_range("rolecs_check.points", self.points, 0, len(CRITERIA))
-        check_range("rolecs_check.judges", self.judges, 1)
+        check_fields("rolecs_check.", self, "points", low=0, high=len(CRITERIA))
+        check_fields("rolecs_check.", self, "judges", low=1)
 
 
 @dataclass
@@ -189,12 +183,10 @@ class CallFilterConfig:
     """Smallest share of customer turns that are longer than `short_characters`."""
 
     def __post_init__(self):
-        check_range("call.min_rounds", self.min_rounds, 1)
-        check_range("call.max_rounds", self.max_rounds, self.min_rounds)
-        check_range("call.max_characters", self.max_characters, 1)
-        check_range("call.customer_share", self.customer_share, 0)
-        check_range("call.short_characters", self.short_characters, 0)
-        check_range("call.long_share", self.long_share, 0, 1)
+        check_fields("call.", self, "min_rounds", "max_characters", low=1)
+        check_fields("call.", self, "max_rounds", low=self.min_rounds)
+        check_fields("call.", self, "customer_share", "short_characters", low=0)
+        check_fields("call.", self, "long_share", low=0, high=1)
 
 
 @dataclass
@@ -209,10 +201,9 @@ class RewriteFilterConfig:
     """Numbers of the strategies that a rewritten call must contain."""
 
     def __post_init__(self):
-        check_range("rewrite.min_utterances", self.min_utterances, 1)
-        check_range("rewrite.max_utterances", self.max_utterances, self.min_utterances)
-        for number in self.required_strategies:
-            check_range("rewrite.required_strategies", number, 1, NUM_STRATEGIES)
+        check_fields("rewrite.", self, "min_utterances", low=1)
+        check_fields("rewrite.", self, "max_utterances", low=self.min_utterances)
+        check_fields("rewrite.", self, "required_strategies", low=1, high=NUM_STRATEGIES)
 
 
 @dataclass

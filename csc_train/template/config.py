@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from csc_train.errors import check_choice, check_range
+from csc_train.errors import check_fields
 
 MODES = ("joint", "given", "reply_only")
 LANGUAGES = ("zh", "en")
@@ -19,8 +19,8 @@ class TemplateConfig:
     """Language of the system prompt and of the strategy labels: zh or en."""
 
     def __post_init__(self):
-        check_choice("template.mode", self.mode, MODES)
-        check_choice("template.language", self.language, LANGUAGES)
+        check_fields("template.", self, "mode", choices=MODES)
+        check_fields("template.", self, "language", choices=LANGUAGES)
 
 
 @dataclass
@@ -33,4 +33,4 @@ class TokenizationConfig:
     """Processes that tokenize; 1 is the calling one. Defaults to the number of cores, fewer for few dialogues."""
 
     def __post_init__(self):
-        check_range("tokenization.num_workers", self.num_workers, 1)
+        check_fields("tokenization.", self, "num_workers", low=1)

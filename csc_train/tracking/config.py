@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from csc_train.errors import check_choice, check_range
+from csc_train.errors import check_fields
 
 
 @dataclass
@@ -23,6 +23,5 @@ class TrackingConfig:
     """Seconds for W&B's upload at the end; the rest stays in the run directory."""
 
     def __post_init__(self):
-        check_choice("tracking.mode", self.mode, ("auto", "wandb", "offline", "off"))
-        check_range("tracking.init_timeout", self.init_timeout, 1)
-        check_range("tracking.finish_timeout", self.finish_timeout, 1)
+        check_fields("tracking.", self, "mode", choices=("auto", "wandb", "offline", "off"))
+        check_fields("tracking.", self, "init_timeout", "finish_timeout", low=1)

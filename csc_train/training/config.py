@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields, check_range
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 VALIDATION_METRICS = ("loss", "strategy_accuracy")
@@ -37,8 +37,8 @@ class ZeroConfig:
     """Under stage 3, each process keeps whole parameters with fewer elements; defaults to ten times the hidden size."""
 
     def __post_init__(self):
-        check_choice("zero.stage", self.stage, ZERO_STAGES)
-        check_range("zero.persistence_threshold", self.persistence_threshold, 0)
+        check_fields("zero.", self, "stage", choices=ZERO_STAGES)
+        check_fields("zero.", self, "persistence_threshold", low=0)
         if self.offload_optimizer and self.stage not in ("2", "3"):
             raise InputError(f"zero.offload_optimizer=true with zero.stage={self.stage}: choose stage 2 or 3")
         if self.offload_parameters and self.stage != "3":
@@ -84,15 +84,13 @@ class TrainerConfig:
     """Number of training checkpoints to keep."""
 
     def __post_init__(self):
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            check_range(f"trainer.{name}", getattr(self, name), 0)
-        for name in ("packs_per_step", "micro_batch_size", "logging_steps", "save_total_limit"):
-            check_range(f"trainer.{name}", getattr(self, name), 1)
-        check_range("trainer.warmup_ratio", self.warmup_ratio, 0, 0.99)
-        check_range("trainer.epochs", self.epochs, 0.001)
-        check_range("trainer.seed", self.seed, 0, 2**32 - 1)
-        check_choice("trainer.lr_scheduler", self.lr_scheduler, SCHEDULERS)
-        check_choice("trainer.precision", self.precision, ("auto", "bf16", "fp32"))
+        check_fields("trainer.", self, "learning_rate", "weight_decay", "max_grad_norm", low=0)
+        check_fields("trainer.", self, "warmup_ratio", low=0, high=0.99)
+        check_fields("trainer.", self, "epochs", low=0.001)
+        check_fields("trainer.", self, "packs_per_step", "micro_batch_size", "logging_steps", "save_total_limit", low=1)
+        check_fields("trainer.", self, "seed", low=0, high=2**32 - 1)
+        check_fields("trainer.", self, "lr_scheduler", choices=SCHEDULERS)
+        check_fields("trainer.", self, "precision", choices=("auto", "bf16", "fp32"))
         check_steps("trainer.save_steps", self.save_steps)
         if self.max_steps == 0:
             raise InputError("trainer.max_steps=0: choose at least 1, or -1 to train trainer.epochs")
@@ -137,12 +135,10 @@ class ValidationConfig:
     """Make the final model from the best checkpoint, which is kept at any age, instead of the last weights."""
 
     def __post_init__(self):
-        check_choice("validation.metric_for_best_model", self.metric_for_best_model, VALIDATION_METRICS)
-        check_range("validation.num_samples", self.num_samples, 0)
-        check_range("validation.max_new_tokens", self.max_new_tokens, 1)
+        check_fields("validation.", self, "metric_for_best_model", choices=VALIDATION_METRICS)
+        check_fields("validation.", self, "num_samples", "num_turns", low=0)
+        check_fields("validation.", self, "max_new_tokens", "early_stopping_patience", low=1)
         check_steps("validation.eval_steps", self.eval_steps)
-        check_range("validation.num_turns", self.num_turns, 0)
-        check_range("validation.early_stopping_patience", self.early_stopping_patience, 1)
         if self.eval_steps == 0 and self.selects_model:
             raise InputError("validation.eval_steps=0: save_best and early_stopping_patience need validations")
         if self.num_turns == 0 and self.metric_for_best_model == "strategy_accuracy":

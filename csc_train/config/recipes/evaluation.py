@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from csc_train.data.config import DataConfig
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields
 from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConfig, MetricsConfig
 from csc_train.llm.config import LLMConfig
 from csc_train.runs.config import RunConfig
@@ -81,7 +81,7 @@ class CompareRecipe:
     """The run directory."""
 
     def __post_init__(self):
-        check_range("permutations", self.permutations, 1000)
+        check_fields("", self, "permutations", low=1000)
 
 
 @dataclass
@@ -126,7 +126,7 @@ class HumanEvalRecipe:
     """The run directory."""
 
     def __post_init__(self):
-        check_choice("action", self.action, ("export", "import"))
+        check_fields("", self, "action", choices=("export", "import"))
         if self.action == "import":
             if self.key is None:
                 raise InputError("key is required: give the key.json of the annotation form by key=...")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from csc_train.data.config import DialogueSourceConfig
-from csc_train.errors import InputError, check_choice, check_range
+from csc_train.errors import InputError, check_fields, check_range
 from csc_train.llm.config import LLMConfig
 from csc_train.runs.config import RunConfig
 from csc_train.synthesis.config import (
@@ -44,8 +44,8 @@ class BuildCsconvRecipe:
     """The run directory."""
 
     def __post_init__(self):
-        check_choice("language", self.language, LANGUAGES)
-        check_range("seed", self.seed, 0, 2**32 - 1)
+        check_fields("", self, "language", choices=LANGUAGES)
+        check_fields("", self, "seed", low=0, high=2**32 - 1)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class SynthesizeRolecsRecipe:
     """The run directory."""
 
     def __post_init__(self):
-        check_range("target", self.target, 1)
+        check_fields("", self, "target", low=1)
         if self.batch.roles and self.llm.backend == "mock":
             raise InputError("batch.roles: llm=mock answers at once; choose a model on a server")
         check_range("rolecs_check.judges", self.rolecs_check.judges, 1, 3)  # synthesis.roles has three judges

@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from csc_train.config.cluster import ClusterConfig, OnFinishConfig, PreflightConfig, SweepConfig
 from csc_train.data.config import DataConfig
-from csc_train.errors import InputError, check_choice
+from csc_train.errors import InputError, check_fields
 from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.runs.config import RunConfig
@@ -95,7 +95,7 @@ class CompareRunsRecipe:
     """The run directory."""
 
     def __post_init__(self):
-        check_choice("direction", self.direction, ("minimize", "maximize"))
+        check_fields("", self, "direction", choices=("minimize", "maximize"))
 
 
 @dataclass
@@ -112,7 +112,7 @@ class LaunchRecipe:
     """Print the job; start nothing and write nothing."""
 
     def __post_init__(self):
-        check_choice("recipe", self.recipe, ("sft",))  # all others run as one process
+        check_fields("", self, "recipe", choices=("sft",))  # all others run as one process
 
 
 @dataclass
