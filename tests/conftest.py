@@ -16,7 +16,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from processes import TIMEOUT_S
+from processes import TIMEOUT_S, stop_fork_server
 from servers.faults import FaultServer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -192,6 +192,10 @@ def pytest_collection_modifyitems(items):
         if "browser" in item.fixturenames:
             item.add_marker("browser")
     items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
+
+
+def pytest_sessionfinish():
+    stop_fork_server()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -29,7 +29,6 @@ TIMEOUT_S = 900
 # Apart from the one that the project's own code may start in the test's process, which imports less.
 _SERVER = forkserver.ForkServer()
 _SERVER.set_forkserver_preload(["workers.preload"])
-atexit.register(_SERVER._stop)  # waits for its end, so that its CPU time counts as the tests'
 
 
 class _Popen(popen_forkserver.Popen):
@@ -140,6 +139,11 @@ def run_script(*command: str | Path, ranks: int = 1, **options) -> subprocess.Co
     if not any(codes) and None in codes:
         raise subprocess.TimeoutExpired(scripts[0].command, TIMEOUT_S, *output)
     return subprocess.CompletedProcess(scripts[0].command, next(filter(None, codes), 0), *output)
+
+
+def stop_fork_server() -> None:
+    """Stop it if it was started, and wait for its end: its CPU time then counts as the tests'."""
+    _SERVER._stop()
 
 
 def free_port() -> int:
