@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Two threads on two busy cores wait for each other: tiny models then run many times slower than on one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Otherwise each process would compile the project's modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import pytest
 from processes import TIMEOUT_S, stop_fork_server
