@@ -86,6 +86,7 @@ class Completion:
     log_likelihoods: tuple[float, ...] | None = None
 
 
+@dataclass(eq=False)
 class LLMError(Exception):
     """A call without a usable answer after all retries.
 
@@ -93,35 +94,27 @@ class LLMError(Exception):
         kind: one of `ERROR_KINDS`.
         message: one line, without the key.
         attempts, prompt_tokens, completion_tokens: totals of all its requests.
+        wait_s: the wait that the server asked for, if any.
     """
-
-    def __init__(self, kind: str, message: str, attempts: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0):
-        super().__init__(f"{kind}: {message}")
-        self.kind = kind
-        self.message = message
-        self.attempts = attempts
-        self.prompt_tokens = prompt_tokens
-        self.completion_tokens = completion_tokens
-
-
-class AuthenticationError(LLMError, InputError):
-    """The server rejects the key. Every other call would fail as well, so the run ends."""
-
-
-@dataclass(eq=False)
-class _RequestError(Exception):
-    """The failure of one request; `wait_s` is the wait that the server asked for, if any."""
 
     kind: str
     message: str
-    wait_s: float | None = None
+    attempts: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    wait_s: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
 
     @property
     def permanent(self) -> bool:
         """Whether a retry would fail as well."""
         return self.kind not in RETRYABLE or (self.wait_s or 0) > MAX_RETRY_AFTER_S
+
+
+class AuthenticationError(LLMError, InputError):
+    """The server rejects the key. Every other call would fail as well, so the run ends."""
 
 
 @dataclass
@@ -249,7 +242,7 @@ class Client:
                 answer: dict[str, Any]
                 try:
                     answer = await self._send(path, body, read)
-                except _RequestError as error:
+                except LLMError as error:
                     failure, answer = error, {"text": ""} | _usage(error.prompt_tokens, error.completion_tokens)
                 latency = time.perf_counter() - start
                 tokens = answer["prompt_tokens"], answer["completion_tokens"]
@@ -264,16 +257,19 @@ class Client:
                 observe(RequestAttempt(body, number, kind, message, answer["text"], *tokens, latency))
             if failure is None:
                 return Completion(**answer, latency_s=latency, attempts=number)
-            if failure.kind == "authentication":
-                raise AuthenticationError(failure.kind, failure.message, number, *usage)
             if failure.permanent or number > self.config.max_retries:
-                raise LLMError(failure.kind, failure.message, number, *usage)
+                failure.attempts, failure.prompt_tokens, failure.completion_tokens = number, *usage
+                raise failure
             backoff = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2 ** (number - 1)) * random.uniform(0.75, 1)
             await asyncio.sleep(max(backoff, failure.wait_s or 0))
         raise AssertionError("the last attempt returns or raises")
 
     async def _send(self, path: str, body: dict[str, Any], read: Callable[[dict], dict]) -> dict[str, Any]:
-        """Send one request; returns the fields of its `Completion`."""
+        """Send one request; returns the fields of its `Completion`.
+
+        Raises:
+            LLMError: the request failed; its tokens are those of this request.
+        """
         try:
             async with asyncio.timeout(self.config.timeout_s):
                 data: Any = await self._api.post(path, body=body, cast_to=object)
@@ -282,21 +278,21 @@ class Client:
             answer = read(data["choices"][0])
             model = data.get("model") or self.config.model
         except TimeoutError as error:
-            raise _RequestError("timeout", f"no answer within {self.config.timeout_s:g} s") from error
+            raise LLMError("timeout", f"no answer within {self.config.timeout_s:g} s") from error
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
             message = f"{self.config.base_url}: {type(reason).__name__} {reason}"
-            raise _RequestError("connection", self._clean(message)) from error
+            raise LLMError("connection", self._clean(message)) from error
         except openai.APIStatusError as error:
-            kind, wait_s = _kind_of(error), _retry_after(error.response.headers)
-            message = self._clean(f"HTTP {error.status_code}: {error.message}")
+            kind, message = _kind_of(error), self._clean(f"HTTP {error.status_code}: {error.message}")
             if kind == "authentication":
                 message = f"llm.api_key_env={self.config.api_key_env}: {self.config.base_url} rejects it: {message}"
-            raise _RequestError(kind, message, wait_s) from error
+                raise AuthenticationError(kind, message) from error
+            raise LLMError(kind, message, wait_s=_retry_after(error.response.headers)) from error
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise _RequestError("malformed", self._clean(f"not an answer of this API: {error!r}")) from error
+            raise LLMError("malformed", self._clean(f"not an answer of this API: {error!r}")) from error
         if refusal := answer.pop("refusal"):
-            raise _RequestError("refused", self._clean(refusal), **counted)
+            raise LLMError("refused", self._clean(refusal), **counted)
         return answer | counted | {"model": model}
 
     def _clean(self, message: str) -> str:
@@ -353,7 +349,7 @@ def _read_echo(length: int, choice: dict[str, Any]) -> dict[str, Any]:
     told = (choice.get("logprobs") or {}).get("token_logprobs") or []
     # The generated token may follow; the first token has no likelihood.
     if len(told) not in (length, length + 1) or not all(isinstance(each, float | int) for each in told[1:length]):
-        raise _RequestError("bad_request", "the server returns no likelihoods of prompt tokens")
+        raise LLMError("bad_request", "the server returns no likelihoods of prompt tokens")
     if not all(map(math.isfinite, told[1:length])):
         raise ValueError("a log-likelihood is not finite")
     return _read_text(choice) | {"log_likelihoods": tuple(told[1:length])}

@@ -1,6 +1,7 @@
 """The customers: profiles, topics, moods, behaviour, and the quotas of their combinations."""
 
 import functools
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -94,19 +95,14 @@ def draw_behaviour(config: BehaviourConfig, seed: str) -> Behaviour:
     """The behaviour of a dialogue's customer, drawn from `seed`, the dialogue's id."""
     rng = random.Random(f"behaviour:{seed}")
 
-    def draw(default: str, *shares: tuple[str, float]) -> str:
-        place = rng.random()
-        for name, share in shares:
-            place -= share
-            if place < 0:
-                return name
-        return default
+    def draw(otherwise: str, **shares: float) -> str:
+        return rng.choices([*shares, otherwise], [*shares.values(), 1 - sum(shares.values())])[0]
 
     return Behaviour(
-        patience=draw("ordinary", ("short", config.short_patience), ("long", config.long_patience)),
-        disclosure=draw("when_asked", ("at_once", config.at_once), ("reluctant", config.reluctant)),
-        misunderstanding=draw("none", ("once", config.misunderstands_once), ("often", config.misunderstands_often)),
-        demands=draw("reasonable", ("unreasonable", config.unreasonable)),
+        patience=draw("ordinary", short=config.short_patience, long=config.long_patience),
+        disclosure=draw("when_asked", at_once=config.at_once, reluctant=config.reluctant),
+        misunderstanding=draw("none", once=config.misunderstands_once, often=config.misunderstands_often),
+        demands=draw("reasonable", unreasonable=config.unreasonable),
     )
 
 
@@ -151,10 +147,8 @@ def scenario_quotas(personas: list[str], topics: tuple[str, ...], moods: tuple[s
     Every persona meets every topic once per round, and the mood changes each time. So every prefix is as even over
     topics, moods and personas as its length allows.
     """
-    number = 0
-    while True:
+    for number in itertools.count():
         rest, topic = divmod(number, len(topics))
         round_, persona = divmod(rest, len(personas))
         mood = moods[(topic + persona + round_) % len(moods)]
         yield ScenarioQuota(personas[persona], topics[topic], mood, round_)
-        number += 1

@@ -68,6 +68,7 @@ class SynthesisStore:
                 self._db = stack.enter_context(
                     contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=0.2))
                 )
+                self._db.row_factory = sqlite3.Row
                 # One process at a time: two would pay for the same answers.
                 self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
                 self._db.execute("PRAGMA journal_mode=WAL")
@@ -82,9 +83,7 @@ class SynthesisStore:
             stack.pop_all()
 
     def _create(self, settings: dict[str, Any], new_run: bool) -> None:
-        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
-            tables = read_text("csc_train.synthesis.rolecs", "store.sql")
-            self._write(*((statement, ()) for statement in tables.split(";") if statement.strip()))
+        self._db.executescript(read_text("csc_train.synthesis.rolecs", "store.sql"))
         rows = self._db.execute("SELECT hash, content FROM settings ORDER BY number").fetchall()
         if rows and rows[-1][0] == self.settings_hash:
             return
@@ -104,18 +103,10 @@ class SynthesisStore:
 
     def _write(self, *statements: tuple[str, tuple]) -> None:
         """Execute all statements or none; they are committed on return."""
-        if len(statements) == 1:
-            self._db.execute(*statements[0])
-            return
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
             for statement in statements:
                 self._db.execute(*statement)
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
 
     def record_attempt(self, call: RoleCall, model: str, attempt: RequestAttempt) -> None:
         """Record one request, answered or not."""
@@ -140,28 +131,29 @@ class SynthesisStore:
             statements.append(("INSERT INTO turns VALUES (?, ?, ?, ?, ?)", values))
         self._write(*statements)
 
+    def _first(self, query: str, *values: str) -> sqlite3.Row | None:
+        return self._db.execute(query, values).fetchone()
+
     def answer(self, owner: str, key: str) -> dict[str, Any] | None:
         """A recorded answer, or None."""
-        row = self._db.execute("SELECT answer FROM answers WHERE owner = ? AND key = ?", (owner, key)).fetchone()
+        row = self._first("SELECT answer FROM answers WHERE owner = ? AND key = ?", owner, key)
         return json.loads(row[0]) if row else None
 
     def count_answers(self, owner: str) -> int:
         """The number of recorded answers of a dialogue or persona."""
-        return self._db.execute("SELECT count(*) FROM answers WHERE owner = ?", (owner,)).fetchone()[0]
+        return self._first("SELECT count(*) FROM answers WHERE owner = ?", owner)[0]
 
     def turns(self, dialogue_id: str) -> tuple[Turn, ...]:
         """The recorded turns of a dialogue."""
-        rows = self._db.execute(
-            "SELECT speaker, strategy, text FROM turns WHERE dialogue = ? ORDER BY number", (dialogue_id,)
-        )
+        query = "SELECT speaker, strategy, text FROM turns WHERE dialogue = ? ORDER BY number"
         return tuple(
             Turn(Speaker(speaker), text, STRATEGIES[strategy - 1] if strategy else None)
-            for speaker, strategy, text in rows
+            for speaker, strategy, text in self._db.execute(query, (dialogue_id,))
         )
 
     def status(self, dialogue_id: str) -> str | None:
         """The status of a dialogue; None before its start."""
-        row = self._db.execute("SELECT status FROM dialogues WHERE id = ?", (dialogue_id,)).fetchone()
+        row = self._first("SELECT status FROM dialogues WHERE id = ?", dialogue_id)
         return row[0] if row else None
 
     def add_dialogue(self, slot: DialogueAttempt) -> None:
@@ -173,7 +165,7 @@ class SynthesisStore:
         self, dialogue_id: str, status: str, verdicts: Sequence[FilterVerdict], extra: dict[str, Any] | None = None
     ) -> None:
         """Record verdicts about a dialogue, its status, and its extra columns."""
-        (before,) = self._db.execute("SELECT count(*) FROM verdicts WHERE dialogue = ?", (dialogue_id,)).fetchone()
+        before = self._first("SELECT count(*) FROM verdicts WHERE dialogue = ?", dialogue_id)[0]
         statements = [
             ("INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?)", (dialogue_id, number, *vars(verdict).values()))
             for number, verdict in enumerate(verdicts, start=before)
@@ -183,11 +175,9 @@ class SynthesisStore:
 
     def dialogue(self, dialogue_id: str, source: str) -> Dialogue:
         """A dialogue that has verdicts."""
-        row = self._db.execute(
-            "SELECT persona, topic, mood, extra FROM dialogues WHERE id = ?", (dialogue_id,)
-        ).fetchone()
-        extra = dict(zip(("persona", "topic", "mood"), row[:3], strict=True)) | json.loads(row[3])
-        return Dialogue(dialogue_id, self.turns(dialogue_id), source, extra)
+        row = dict(self._first("SELECT persona, topic, mood, extra FROM dialogues WHERE id = ?", dialogue_id))
+        extra = json.loads(row.pop("extra"))
+        return Dialogue(dialogue_id, self.turns(dialogue_id), source, row | extra)
 
     def verdicts(self) -> list[list[FilterVerdict]]:
         """The verdicts about each dialogue of the settings."""
@@ -217,8 +207,7 @@ class SynthesisStore:
             "SELECT id, persona, topic, mood, status, rule, reason, detail FROM dialogues JOIN verdicts "
             "ON id = dialogue WHERE settings = ? AND NOT keep ORDER BY id, number", (self.settings_hash,)
         )  # fmt: skip
-        names = [column[0] for column in rows.description]
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        return [dict(row) for row in rows]
 
     def judge_answers(self) -> list[list[dict[str, Any]]]:
         """The judges' answers about each dialogue of the settings."""
