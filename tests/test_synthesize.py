@@ -28,7 +28,7 @@ ANSWERS = {
     "PlannerAnswer": {"scenario": "客户的卡丢了，见 https://example.com//a?b=1", "goal": "补卡"},
     "SupporterAnswer": {"text": "请讲。"},
     "CustomerAssistantAnswer": {"direction": "回答"},
-    "RoleCSPoints": {"reason": "", **dict.fromkeys(
+    "RoleCSChecklist": {"reason": "", **dict.fromkeys(
         ("strategy_followed", "unreasonable_requests", "natural", "varied", "roles_kept"), 1)},
 }  # fmt: skip
 
@@ -115,7 +115,7 @@ def test_whatever_a_server_does_the_dialogues_are_made(here, fault_server, capsy
         "PlannerAnswer": [TORN, "```json\n" + json.dumps(ANSWERS["PlannerAnswer"], ensure_ascii=False) + "\n```"],
         "SupporterAssistantAnswer": ['{"strategy": "礼貌', '我选 {"strategy": "礼貌问候"} 这个。'],
         "CustomerAnswer": [Say('{"text": "好", "finished": "maybe"}', usage=(100, 50))],
-        "RoleCSPoints": ["没有 JSON", "还是没有", json.dumps(ANSWERS["RoleCSPoints"])],
+        "RoleCSChecklist": ["没有 JSON", "还是没有", json.dumps(ANSWERS["RoleCSChecklist"])],
     }
 
     def faulty(body):
@@ -136,8 +136,8 @@ def test_whatever_a_server_does_the_dialogues_are_made(here, fault_server, capsy
     paid = "SELECT prompt_tokens, completion_tokens FROM calls WHERE prompt_tokens = 100"
     assert rows("r/synthesis.db", paid) == [(100, 50)]
     bodies = fault_server.bodies
-    assert {body["temperature"] for body in bodies if form_of(body) != "RoleCSPoints"} == {0.8}
-    assert {body["temperature"] for body in bodies if form_of(body) == "RoleCSPoints"} == {0.0}
+    assert {body["temperature"] for body in bodies if form_of(body) != "RoleCSChecklist"} == {0.8}
+    assert {body["temperature"] for body in bodies if form_of(body) == "RoleCSChecklist"} == {0.0}
     (choice,) = {json.dumps(body["response_format"]["json_schema"]["schema"]["properties"]["strategy"]["enum"])
                  for body in bodies if form_of(body) == "SupporterAssistantAnswer"}  # fmt: skip
     assert json.loads(choice) == [strategy.zh for strategy in STRATEGIES]
@@ -208,7 +208,8 @@ def test_batches_answer_what_is_not_asked_at_once(here, fault_server):
         assert status == 75
         files.append(answer_batch(Path("r/batch/requests-1.jsonl")))
     assert status == 0 and len(files) >= 4
-    assert {form_of(body) for body in fault_server.bodies} == asked - {"PersonaAnswer", "PlannerAnswer", "RoleCSPoints"}
+    in_batches = {"PersonaAnswer", "PlannerAnswer", "RoleCSChecklist"}
+    assert {form_of(body) for body in fault_server.bodies} == asked - in_batches
     assert Path("r/dialogues.parquet").read_bytes() == Path("direct/dialogues.parquet").read_bytes()
     answered = "SELECT role, count(*) FROM answers GROUP BY role"
     assert rows("r/synthesis.db", answered) == rows("direct/synthesis.db", answered)
