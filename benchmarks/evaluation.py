@@ -26,10 +26,9 @@ from csc_train.evaluation import table
 from csc_train.evaluation.config import EvaluationConfig, MetricsConfig
 from csc_train.evaluation.metrics import lexical
 from csc_train.evaluation.metrics.registry import compute_metrics
-from csc_train.inference.generator import generate_predictions
+from csc_train.inference.generator import TurnQueue, generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
-from csc_train.inference.turn_queue import TurnQueue
 from csc_train.models.families import chat_template_name
 from csc_train.runs.distributed import distributed_state
 from csc_train.stats import bootstrap_interval, sign_flip_test

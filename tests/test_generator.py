@@ -16,7 +16,7 @@ from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
 from csc_train.inference.baselines import StrategyBaseline
-from csc_train.inference.generator import generate_predictions, shard_dialogues
+from csc_train.inference.generator import TurnQueue, TurnRequest, generate_predictions, shard_dialogues
 from csc_train.inference.hf import (
     HFGenerator,
     base_model_path,
@@ -24,9 +24,14 @@ from csc_train.inference.hf import (
     load_generator,
     read_template_and_manifest,
 )
-from csc_train.inference.prediction_store import PredictionStore
-from csc_train.inference.predictions import FailedTurn, Prediction, build_prediction, read_outcomes, write_predictions
-from csc_train.inference.turn_queue import TurnQueue, TurnRequest
+from csc_train.inference.predictions import (
+    FailedTurn,
+    Prediction,
+    PredictionStore,
+    build_prediction,
+    read_outcomes,
+    write_predictions,
+)
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply

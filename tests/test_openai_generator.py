@@ -23,8 +23,7 @@ from csc_train.files import digest
 from csc_train.inference.generator import generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.openai import OpenAIGenerator
-from csc_train.inference.prediction_store import PredictionStore
-from csc_train.inference.predictions import FailedTurn, Prediction, read_outcomes
+from csc_train.inference.predictions import FailedTurn, Prediction, PredictionStore, read_outcomes
 from csc_train.llm import client as client_module
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig

@@ -7,8 +7,13 @@ from test_generator import DIALOGUES, LONG, TURNS, Flaky, Recorder
 
 from csc_train.errors import InputError
 from csc_train.inference.generator import generate_predictions, shard_dialogues
-from csc_train.inference.prediction_store import PredictionStore, is_complete
-from csc_train.inference.predictions import FailedTurn, read_outcomes, read_run_predictions
+from csc_train.inference.predictions import (
+    FailedTurn,
+    PredictionStore,
+    is_complete,
+    read_outcomes,
+    read_run_predictions,
+)
 
 NAME = "system-generated.jsonl"
 

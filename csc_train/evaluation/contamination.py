@@ -14,6 +14,7 @@ from csc_train.data.overlap import NGRAM, Overlap, find_shared_text
 from csc_train.data.splits import Splits
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
+from csc_train.templates import read_yaml
 
 CONTAMINATION_FILE = "contamination.json"
 MIN_SHARED = 0.5
@@ -54,11 +55,8 @@ def find_contamination(splits: Splits, near: float) -> Contamination:
     kept = {dialogue.id for dialogue in splits.train}
     overlaps = [overlap for overlap in splits.overlaps if overlap.train_id in kept]
     overlaps += find_shared_text(splits.train, splits.evaluation, MIN_SHARED)
-    definition = (
-        f"A dialogue is flagged if one of the {len(splits.train)} training dialogues is equal or nearly equal to it "
-        f"(Jaccard similarity of character {SHINGLE_LENGTH}-grams of {near} or more, found by MinHash), or has at "
-        f"least {100 * MIN_SHARED:.0f} % of its {NGRAM}-grams (of characters, within turns; white space is ignored, a "
-        f"placeholder such as [手机号码] counts as one character, turns below {NGRAM} characters do not count)."
+    definition = read_yaml(__package__, "notes.yaml")["contamination"].format(
+        training=len(splits.train), shingle=SHINGLE_LENGTH, near=near, share=100 * MIN_SHARED, ngram=NGRAM
     )
     overlaps.sort(key=lambda overlap: (-overlap.similarity, overlap.evaluation_id))
     return Contamination(definition, len(splits.train), len(splits.evaluation), tuple(overlaps))

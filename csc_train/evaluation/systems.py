@@ -12,11 +12,12 @@ from csc_train.inference.baselines import StrategyBaseline
 from csc_train.inference.generator import Generator, generate_predictions, shard_dialogues
 from csc_train.inference.hf import base_model_path, load_generator
 from csc_train.inference.openai import OpenAIGenerator
-from csc_train.inference.prediction_store import PredictionStore, is_complete
 from csc_train.inference.predictions import (
     BASE_MODEL,
     BASELINE_NAMES,
     TRAINED_MODEL,
+    PredictionStore,
+    is_complete,
     read_external_replies,
     write_predictions,
 )

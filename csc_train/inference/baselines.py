@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
 from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.files import digest
+from csc_train.inference.generator import TurnQueue, TurnRequest
 from csc_train.inference.predictions import Prediction
-from csc_train.inference.turn_queue import TurnQueue, TurnRequest
 from csc_train.template.reply import Reply, format_reply
 
 

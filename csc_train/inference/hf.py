@@ -15,9 +15,9 @@ from csc_train.data.strategies import Strategy
 from csc_train.errors import InputError
 from csc_train.files import digest, file_digest
 from csc_train.inference.config import InferenceConfig
+from csc_train.inference.generator import TurnQueue, TurnRequest
 from csc_train.inference.kv_cache import DialogueCache
 from csc_train.inference.predictions import Prediction
-from csc_train.inference.turn_queue import TurnQueue, TurnRequest
 from csc_train.models.families import cache_kinds
 from csc_train.models.hub import load_causal_lm
 from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash

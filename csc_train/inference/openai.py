@@ -9,8 +9,8 @@ from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.inference.config import InferenceConfig
+from csc_train.inference.generator import TurnQueue, TurnRequest
 from csc_train.inference.predictions import Prediction, TurnOutcome
-from csc_train.inference.turn_queue import TurnQueue, TurnRequest
 from csc_train.llm.client import AuthenticationError, Client, LLMError, Message
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig

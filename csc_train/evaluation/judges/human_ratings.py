@@ -20,7 +20,7 @@ from csc_train.evaluation.judges.annotation_form import (
     read_strict_json,
 )
 from csc_train.evaluation.metrics.base import Metric, MetricResult
-from csc_train.evaluation.report.tables import INTERVAL_NOTE, ReportTable
+from csc_train.evaluation.report.tables import NOTES, ReportTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import read_json
 from csc_train.stats import CONFIDENCE_LEVEL, cohen_kappa, fleiss_kappa, holm_correction, observed_agreement
@@ -277,13 +277,10 @@ def rating_tables(found: Mapping[str, RaterResult], key: UnblindingKey) -> list[
         ["question", "A preferred", "length-controlled", "A", "tie", "B", "p, Holm", "verdict"],
         rates,
         notes=(
-            f"{len(overall.raters)} raters, {len(key.items)} items, drawn among the {key.differing} of {key.turns} "
-            f"turns with different replies; strategies shown: {key.strategies}. Each rating counts once, a tie "
-            "as half a win of each side; A, tie and B count ratings.",
-            "Verdict: sign-flip permutation test over dialogues at 5 %, with Holm's correction for the questions. It "
-            "and the intervals generalise to other dialogues, not to other raters.",
+            NOTES["ratings"].format(raters=len(overall.raters), items=len(key.items), key=key),
+            NOTES["ratings_verdict"],
             *filter(None, [left_out_note(key.left_out)]),
-            INTERVAL_NOTE,
+            NOTES["intervals"],
         ),
     )
     rated = {question: each for question, each in found.items() if each.win_rate.rate.value is not None}
@@ -303,11 +300,7 @@ def rating_tables(found: Mapping[str, RaterResult], key: UnblindingKey) -> list[
         "Agreement: equal overall ratings (percent), and kappa by question",
         ["between", "items", "equal ratings", *rated],
         [list(row) for row in zip(names, shared, equal, *kappas, strict=True)],
-        notes=(
-            "kappa over A, tie and B: 1 is full agreement, 0 is chance. All raters: Fleiss' kappa, over the items that "
-            f"all rated. Two raters: Cohen's kappa, over the items that both rated. {MAJORITY}: the system that more "
-            "raters prefer. Items and equal ratings are those of the overall question.",
-        ),
+        notes=(NOTES["agreement"].format(majority=MAJORITY),),
     )
     return [preference, raters, agreement]
 

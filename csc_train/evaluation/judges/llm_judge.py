@@ -21,7 +21,7 @@ from csc_train.evaluation.comparison import left_out_note
 from csc_train.evaluation.config import JudgeConfig
 from csc_train.evaluation.judges.criteria import CRITERIA
 from csc_train.evaluation.metrics.base import Metric, MetricResult
-from csc_train.evaluation.report.tables import INTERVAL_NOTE, ReportTable, markdown_tables
+from csc_train.evaluation.report.tables import NOTES, cell_text
 from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest
@@ -294,26 +294,17 @@ def judge_markdown(
     summary: JudgeSummary, report: JudgeReport, names: tuple[str, str], judge_name: str, left_out: int = 0
 ) -> str:
     """The results as Markdown; `left_out` is the number of turns that only one of the systems has."""
-    blocks: list[ReportTable | str] = [f"A: {names[0]}  \nB: {names[1]}  \njudge: {judge_name}, reference context"]
-    if summary.win_rate:
-        rates = summary.win_rate
-        rows = [["win rate", rates.rate], ["length-controlled win rate", rates.length_controlled]]
-        first = "n/a" if summary.first is None else f"{summary.first:.1f} %"
-        p_value = "n/a" if rates.p_value is None else f"{rates.p_value:.4f}"
-        note = (
-            f"Turns: A preferred {rates.wins}, B preferred {rates.losses}, ties {rates.ties}, of which "
-            f"{summary.disagreements} changed with the order of replies and {summary.identical} have equal replies. "
-            f"First reply preferred: {first}. Sign-flip test over dialogues: p = {p_value}."
-        )
-        blocks.append(ReportTable("Preferred replies (percent)", ["", "A preferred"], rows, notes=(note,)))
-    if summary.scores:
-        rows = [[name, *cells.values()] for name, cells in summary.scores.items()]
-        blocks.append(ReportTable("Scores (1 to 5 points)", ["criterion", "A", "B", "A - B"], rows))
-    judged = ", ".join(f"{task} {count} of {summary.expected}" for task, count in summary.judged.items())
-    usage = f"{report.usage['prompt_tokens']} + {report.usage['completion_tokens']} tokens"
-    blocks += [
-        INTERVAL_NOTE,
-        f"Turns judged: {judged}. Failed questions: {len(report.failures)}. Usage: {usage} (prompt + completion).",
-        *filter(None, [left_out_note(left_out)]),
-    ]
-    return markdown_tables(blocks)
+    footnotes: dict[str, int] = {}
+    text = render(
+        "csc_train.evaluation.report",
+        "judge.md.jinja",
+        summary=summary,
+        report=report,
+        names=names,
+        judge_name=judge_name,
+        left_out=left_out_note(left_out),
+        intervals=NOTES["intervals"],
+        cell=lambda result: cell_text(result, footnotes),
+        footnotes=footnotes,
+    )
+    return text + "\n"

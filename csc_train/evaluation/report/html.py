@@ -30,13 +30,17 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
         InputError: it cannot be written.
     """
     results, contamination = scored.results, scored.contamination
-    system = list(results)[-1]
+    system, checkpoint = list(results)[-1], config["checkpoint"]
+    has_manifest = checkpoint is not None and (Path(checkpoint) / MANIFEST_FILE).is_file()
     page = render(
         __package__,
         "report.html.jinja",
         system=system,
         chooses=any(scores["counts"]["unparsed"] is not None for scores in results[system].values()),
-        facts=_facts(scored, config, record),
+        config=config,
+        record=record,
+        manifest=read_manifest(checkpoint) if has_manifest else None,
+        sources=Counter(dialogue.source or "unknown" for dialogue in scored.dialogues).most_common(),
         turns=sum(len(dialogue.supporter_turns) for dialogue in scored.dialogues),
         dialogues=len(scored.dialogues),
         strategies=STRATEGIES,
@@ -47,8 +51,7 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
         counts=tables.turn_counts(results),
         reasons=tables.na_reasons,
         is_result=lambda cell: isinstance(cell, MetricResult),
-        drift_note=tables.DRIFT_NOTE,
-        interval_note=tables.INTERVAL_NOTE,
+        notes=tables.NOTES,
         data={
             "results": tables.to_plain(results),
             "drift": tables.to_plain(scored.drifts),
@@ -73,50 +76,6 @@ def write_report(
     facts = provenance | {"metrics": config["metrics"]}
     tables.write_results(directory, scored.results, scored.drifts, facts, scored.contamination)
     write_html(directory, scored, config, record)
-
-
-def _facts(scored: ScoredRun, config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
-    """Facts about the evaluated system and data, by name."""
-    checkpoint, data = config["checkpoint"], config["data"]
-    served = config["llm"]
-    facts = {"evaluated": checkpoint or config["predictions"] or f"{served['model']}, asked by chat messages"}
-    if checkpoint is not None and served:
-        facts["served as"] = served["model"]
-    if checkpoint is not None and (Path(checkpoint) / MANIFEST_FILE).is_file():
-        manifest = read_manifest(checkpoint)
-        place = " in the model's directory" if manifest.base_model.startswith(".") else ""
-        revision = f", revision {manifest.base_revision}" if manifest.base_revision else ""
-        facts["base model"] = f"{manifest.base_model}{place}{revision}"
-        facts["prompts"] = (
-            f"chat template {manifest.chat_template}, mode {manifest.mode}, language {manifest.language}, "
-            f"hash {manifest.template_hash[:12]}"
-        )
-        facts["trained on"] = f"data hash {manifest.data_hash[:12]}, {_code(manifest.provenance)}"
-        data = data or manifest.config["data"]
-    if data is not None:
-        held_out = f"split from {data['train']['path']}, share {data['evaluation_fraction']}, seed {data['seed']}"
-        facts["dialogues"] = data["evaluation"]["path"] or held_out
-    sources = Counter(dialogue.source or "unknown" for dialogue in scored.dialogues)
-    facts["source of dialogues"] = ", ".join(f"{source} ({count})" for source, count in sources.most_common())
-    settings = config["evaluation"]
-    if served:
-        # The server's settings take precedence (see `llm.client`).
-        sampled = {name: served[name] for name in ("temperature", "top_p") if served[name] is not None}
-        how = "greedy" if not served["temperature"] else ", ".join(f"{name} {value}" for name, value in sampled.items())
-        longest = settings["max_new_tokens"] if served["max_tokens"] is None else served["max_tokens"]
-        facts["decoding"] = f"by a server, {how}, at most {longest} new tokens"
-    elif checkpoint is not None:
-        facts["decoding"] = f"greedy, at most {settings['max_new_tokens']} new tokens, dtype {settings['dtype']}"
-    facts["evaluation started"] = record["started"]
-    facts["code"] = _code(record["provenance"])
-    facts["versions"] = ", ".join(f"{name} {number}" for name, number in record["provenance"]["versions"].items())
-    return facts
-
-
-def _code(provenance: dict[str, Any]) -> str:
-    if not provenance.get("commit"):
-        return "commit unknown"
-    return f"commit {provenance['commit'][:12]}{' with uncommitted changes' if provenance['dirty'] else ''}"
 
 
 def _transcripts(scored: ScoredRun) -> str:

@@ -18,11 +18,12 @@ from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.scoring import Drifts, Results
 from csc_train.files import write_json, write_text
 from csc_train.inference.config import CONTEXTS
+from csc_train.templates import read_yaml
 
 NOT_EVALUATED = MetricResult(None, reason="not evaluated in this context")
 SHORT_CONTEXT = {"reference": "ref", "generated": "gen"}
-DRIFT_NOTE = "Drift: reference minus generated context. Turns that failed in one context are left out of both."
-INTERVAL_NOTE = "Intervals: 95 %, percentile bootstrap over dialogues; none for fewer than 10 dialogues."
+NOTES = read_yaml("csc_train.evaluation", "notes.yaml")
+"""Texts below tables, from `notes.yaml`."""
 ARROWS = {"lower": " ↓", "higher": "", "none": ""}
 Cell = str | int | MetricResult
 
@@ -99,7 +100,7 @@ def markdown_tables(blocks: Iterable[ReportTable | str]) -> str:
 
 
 def _markdown_table(table: ReportTable, footnotes: dict[str, int]) -> str:
-    rows = [table.header, *([_text(cell, footnotes) for cell in row] for row in table.rows)]
+    rows = [table.header, *([cell_text(cell, footnotes) for cell in row] for row in table.rows)]
     first, *others = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     rule = "|---" * table.labels + "|---:" * (len(table.header) - table.labels) + "|"
     lines = "\n".join([f"### {table.title}", "", first, rule, *others])
@@ -114,7 +115,7 @@ def rich_table(table: ReportTable) -> Table:
     for number, name in enumerate(table.header):
         found.add_column(name, justify="left" if number < table.labels else "right", overflow="fold")
     for row in table.rows:
-        found.add_row(*(Text(_text(cell, footnotes).replace("[^", " [")) for cell in row))
+        found.add_row(*(Text(cell_text(cell, footnotes).replace("[^", " [")) for cell in row))
     notes = [*table.notes, *(f"[{number}] {reason}" for reason, number in footnotes.items())]
     found.caption, found.caption_justify = Text("\n".join(notes)), "left"
     return found
@@ -153,7 +154,7 @@ def _half_width(cell: MetricResult) -> str:
     return "" if cell.low is None or cell.high is None else f"\n±{(cell.high - cell.low) / 2:.1f}"
 
 
-def _text(cell: Cell, footnotes: dict[str, int]) -> str:
+def cell_text(cell: Cell, footnotes: dict[str, int]) -> str:
     """A number with its interval, or n/a with the footnote of its reason."""
     if not isinstance(cell, MetricResult):
         return str(cell)
@@ -219,7 +220,7 @@ def _profile_table(results: Results, profile: str, without: Contamination | None
     cells = [cell for _, _, scores in _each(results) for cell in scores["profiles"].get(profile, {}).items()]
     arrows = {name: ARROWS[cell.direction] for name, cell in cells}
     header = ["system", *(f"{SHORT_CONTEXT[context]} {name}{arrows[name]}" for context, name in columns)]
-    notes = (PROFILES[profile], *_marked(dict(cells))[1], INTERVAL_NOTE)
+    notes = (PROFILES[profile], *_marked(dict(cells))[1], NOTES["intervals"])
     rows = [[system, *_profile_row(contexts, profile, columns)] for system, contexts in results.items()]
     if without is not None:
         rest = without.evaluation - len(without.flagged)
@@ -316,7 +317,7 @@ def _by_position(system: str, contexts: dict[str, dict], drift: list[dict] | Non
         *(f"{SHORT_CONTEXT[context]} {name}" for name in names for context in contexts),
     ]
     header += [f"drift of {name}" for name in names if drift]
-    notes = (f"{DRIFT_NOTE} {INTERVAL_NOTE}",) if drift else ()
+    notes = (f"{NOTES['drift']} {NOTES['intervals']}",) if drift else ()
     return ReportTable(f"Results by supporter turn (percent): {system}", header, rows, notes=notes)
 
 
@@ -335,11 +336,6 @@ def turn_counts(results: Results) -> list[str]:
 
 # --- comparison ---
 
-_COMPARISON_NOTE = (
-    "Verdict: sign-flip permutation test over dialogues at 5 %, with Holm's correction for the {tests} tests of this "
-    "table. Brackets: 95 % interval of the difference, paired bootstrap over dialogues, uncorrected. "
-    "McNemar's test ignores dialogues, rejects too often, and decides nothing."
-)
 _COMPARISON_COLUMNS: dict[str, Callable[[Difference], str]] = {
     "context": lambda row: row.context,
     "metric": lambda row: row.metric + ARROWS[row.direction],
@@ -366,7 +362,7 @@ def comparison_table(rows: Sequence[Difference], brief: bool = False) -> ReportT
             cells.append([_COMPARISON_COLUMNS[name](row) for name in columns])
         elif not brief:
             cells.append([row.context, row.metric, *["n/a"] * (len(columns) - 3), row.reason])
-    note = _COMPARISON_NOTE.format(tests=sum(row.verdict is not None for row in rows))
+    note = NOTES["comparison"].format(tests=sum(row.verdict is not None for row in rows))
     left_out = {row.context: left_out_note(row.left_out) for row in rows if row.left_out}
     note = " ".join([note, *(f"In {context} context: {each}" for context, each in left_out.items())])
     meanings = {} if brief else _meanings((row.metric, row) for row in rows)
