@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import yaml
 
-_ONE_TAG_PER_LINE = (".html.jinja", ".sbatch.jinja")
+_ONE_TAG_PER_LINE = (".html.jinja", ".md.jinja", ".sbatch.jinja", ".txt.jinja")
 
 
 class _Environment(jinja2.Environment):
@@ -36,8 +36,9 @@ def _environment(package: str, html: bool, trim: bool) -> jinja2.Environment:
 def load_template(package: str | None, name: str) -> jinja2.Template:
     """A Jinja template of a package; a variable without a value is an error.
 
-    HTML templates (`*.html.jinja`) escape their values. In HTML templates and job scripts (`*.sbatch.jinja`), a line
-    that holds only a tag leaves no blank line. `include` takes paths relative to the including file.
+    HTML templates (`*.html.jinja`) escape their values. In templates of files (`*.html.jinja`, `*.md.jinja`,
+    `*.sbatch.jinja`, `*.txt.jinja`), a line that holds only a tag leaves no blank line. `include` takes paths relative
+    to the including file.
 
     Args:
         package: the Python package that stores the file, such as `__package__`.

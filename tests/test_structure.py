@@ -44,7 +44,7 @@ RULES = {
     "chat": LEAVES | {"data", "template", "inference"},
     "synthesis": LEAVES | {"data", "llm"},
     # The root configuration is made of its owners' schemas: the modules named `config`, see `CONFIG_RULE`.
-    "config": {"errors", "files", "plugins", "runs"},
+    "config": {"errors", "files", "templates", "plugins", "runs"},
     "launching": LEAVES | {
         "config", "data", "models", "template", "tokenized_cache", "packing", "checkpoints", "training", "runs"
     },

@@ -83,7 +83,7 @@ def show_help(recipe: str, arguments: list[str]) -> bool:
     """Print the help of a recipe if the arguments ask for it; returns whether they do."""
     asked = any(text in HELP for text in arguments)
     if asked:
-        print(help_text(recipe))
+        print(help_text(recipe), end="")
     return asked
 
 

@@ -20,6 +20,7 @@ from csc_train.config.recipes import SCHEMAS, schema_of
 from csc_train.errors import InputError
 from csc_train.plugins import load_plugins
 from csc_train.runs.config import RESOLVED_FILE, RunConfig
+from csc_train.runs.directory import flatten_keys
 
 RECORDED = ("run", "resume", "from")
 """Keys that ask for the recorded configuration of an earlier run (see `compose`)."""
@@ -231,13 +232,6 @@ def _unfilled(config: DictConfig, chosen: dict[str, str | None], search: ConfigS
     for group, option in chosen.items():
         file = search.file(group, option)
         if group in config and file:
-            marked = _marked(OmegaConf.to_container(OmegaConf.load(file)), f"{group}.")
+            values = flatten_keys(OmegaConf.to_container(OmegaConf.load(file)), f"{group}.")
+            marked = (key for key, value in values.items() if value == MISSING)
             yield from (key for key in marked if OmegaConf.select(config, key) is None)
-
-
-def _marked(node: dict[str, Any], prefix: str) -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _marked(value, f"{prefix}{key}.")
-        elif value == MISSING:
-            yield prefix + key

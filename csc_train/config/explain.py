@@ -13,7 +13,7 @@ import itertools
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,8 @@ class Setting:
     doc: str
     schema: builtins.type | None
     """Of a section: the dataclass of its fields."""
+    prefix: str
+    """Of a section: what its fields' keys begin with."""
 
 
 def settings_of(schema: type, prefix: str = "") -> Iterator[Setting]:
@@ -54,19 +56,19 @@ def settings_of(schema: type, prefix: str = "") -> Iterator[Setting]:
     for item in dataclasses.fields(schema):
         doc, annotation, allowed = _field_source(schema, item.name)
         section = _section(types[item.name])
-        inner, default = (section[0], "") if section else (None, _default_text(item))
+        inner, middle = section or (None, "")
+        default = "" if section else _default_text(item)
         doc = doc or (inspect.getdoc(inner) or "").split("\n\n")[0].replace("\n", " ") if inner else doc
-        yield Setting(prefix + item.name, annotation, default, allowed, doc, inner)
+        key = prefix + item.name
+        yield Setting(key, annotation, default, allowed, doc, inner, f"{key}{middle}.")
 
 
 def all_settings(schema: type, prefix: str = "") -> Iterator[Setting]:
     """The fields of a schema and of its sections, in order."""
-    types = typing.get_type_hints(schema)
     for setting in settings_of(schema, prefix):
         yield setting
-        if section := _section(types[setting.key.removeprefix(prefix)]):
-            inner, key = section
-            yield from all_settings(inner, f"{setting.key}{key}.")
+        if setting.schema:
+            yield from all_settings(setting.schema, setting.prefix)
 
 
 def _section(annotation: Any) -> tuple[type, str] | None:
@@ -126,7 +128,9 @@ def _checks(body: ast.ClassDef, names: dict[str, Any], fields: list[str]) -> Ite
                 limits = {part.arg: eval(ast.unparse(part.value), dict(names)) for part in call.keywords}
                 text = ", ".join(limits["choices"]) if "choices" in limits else _range_text(**limits)
                 for part in call.args[2:]:
-                    yield from ((name, text) for name in (fields if isinstance(part, ast.Starred) else [part.value]))
+                    yield from (
+                        (name, text) for name in (fields if isinstance(part, ast.Starred) else [ast.literal_eval(part)])
+                    )
 
 
 def _range_text(low: float, high: float = float("inf")) -> str:
@@ -146,75 +150,40 @@ def groups_of(recipe: str) -> dict[str, str | None]:
 
 def help_text(recipe: str) -> str:
     """The `--help` of a recipe: purpose, groups, every setting with type, default and allowed values."""
-    lines = [ast.get_docstring(ast.parse(script_of(recipe).read_text(encoding="utf-8"))), ""]
-    lines += [f"usage: csc-train {recipe} [group=choice ...] [key=value ...]", ""]
-    if groups := groups_of(recipe):
-        lines.append("Groups, with their choices in conf/ (a choice sets defaults of its section):")
-        for group, default in groups.items():
-            choices = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
-            lines += _wrapped(f"{group}: {choices}" + (f" (default: {default})" if default else ""), 2)
-        lines.append("")
-    lines.append("Settings:")
-    for setting in all_settings(schema_of(recipe)):
-        indent = 2 + 2 * setting.key.count(".")
-        if setting.schema:
-            lines += _wrapped(f"{setting.key}: {setting.doc}", indent)
-            continue
-        lines.append(" " * indent + f"{setting.key}: {setting.type} = {setting.default}")
-        allowed = f" Allowed: {setting.allowed}." if setting.allowed else ""
-        lines += _wrapped((setting.doc + allowed).strip(), indent + 4)
-    return "\n".join([*lines, "", FOOTER])
+    from csc_train.templates import render  # only the help needs jinja
 
+    def wrapped(text: str, indent: int) -> str:
+        return textwrap.fill(
+            text, 118, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2), break_on_hyphens=False
+        )
 
-def _wrapped(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(
-        text, 118, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2), break_on_hyphens=False
+    return render(
+        __package__,
+        "help.txt.jinja",
+        recipe=recipe,
+        purpose=ast.get_docstring(ast.parse(script_of(recipe).read_text(encoding="utf-8"))),
+        groups=groups_of(recipe),
+        choices=lambda group: ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml"))),
+        settings=all_settings(schema_of(recipe)),
+        wrapped=wrapped,
     )
 
 
 def settings_page() -> str:
     """docs/settings.md: the settings of each recipe, and each section once."""
-    parts = [
-        "# Settings\n\nThe settings of every recipe, as `csc-train RECIPE --help` explains them. A choice of a group\n"
-        "in `conf/` replaces defaults of its section; `--cfg job` prints the result.\n\n`--config-dir DIR` "
-        "adds the choices in a folder of your own, such as `DIR/trainer/slow.yaml` for `trainer=slow`.\n"
-        "A file there must not have the name of one in `conf/`.\n\nThis page is generated: "
-        "`python -m csc_train.config.explain > docs/settings.md`.\n"
-    ]
-    used: dict[type, tuple[str, list[str]]] = {}
-    for recipe in SCHEMAS:
-        settings = list(all_settings(schema_of(recipe)))
-        sections = {setting.key: setting.schema for setting in settings if setting.schema}
-        for key, schema in sections.items():
-            used.setdefault(schema, (key, []))[1].append(recipe)
-        own = [setting for setting in settings if "." not in setting.key]
-        links = [f"[`{s.key}`](#{_anchor(used[s.schema][0], s.schema)})" for s in own if s.schema]
-        parts.append(f"## csc-train {recipe}\n")
-        if links:
-            parts.append(f"Sections: {', '.join(links)}.\n")
-        if plain := [setting for setting in own if not setting.schema]:
-            parts.append(_table(plain))
-    for schema, (key, recipes) in used.items():
-        plain = [setting for setting in settings_of(schema, f"{key}.") if not setting.schema]
-        parts.append(f"## {_title(key, schema)}\n\nOf {', '.join(dict.fromkeys(recipes))}.\n")
-        if plain:
-            parts.append(_table(plain))
-    return "\n".join(parts)
+    from csc_train.templates import render
 
-
-def _title(key: str, schema: type) -> str:
-    return f"{key} ({schema.__name__})"
-
-
-def _anchor(key: str, schema: type) -> str:
-    return re.sub(r"[^\w -]", "", _title(key, schema)).lower().replace(" ", "-")
-
-
-def _table(settings: Iterable[Setting]) -> str:
-    rows = [("key", "type", "default", "allowed", "meaning"), ("---",) * 5]
-    for each in settings:
-        rows.append((f"`{each.key}`", f"`{each.type}`", f"`{each.default}`", each.allowed, each.doc))
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    settings = {recipe: list(all_settings(schema_of(recipe))) for recipe in SCHEMAS}
+    sections: dict[type, dict[str, Any]] = {}
+    for recipe, every in settings.items():
+        for each in filter(lambda setting: setting.schema, every):
+            title = f"{each.key} ({each.schema.__name__})"
+            anchor = re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+            own = list(settings_of(each.schema, f"{each.key}."))
+            section = {"title": title, "anchor": anchor, "settings": own, "recipes": []}
+            sections.setdefault(each.schema, section)["recipes"].append(recipe)
+    recipes = {recipe: [each for each in every if "." not in each.key] for recipe, every in settings.items()}
+    return render(__package__, "settings.md.jinja", recipes=recipes, sections=sections)
 
 
 def known_keys(recipe: str) -> Iterator[str]:
