@@ -125,12 +125,11 @@ def _checks(body: ast.ClassDef, names: dict[str, Any], fields: list[str]) -> Ite
     for call in ast.walk(body):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "check_fields":
             with contextlib.suppress(NameError):  # limits that depend on other fields
-                limits = {part.arg: eval(ast.unparse(part.value), dict(names)) for part in call.keywords}
+                limits = {str(part.arg): eval(ast.unparse(part.value), dict(names)) for part in call.keywords}
                 text = ", ".join(limits["choices"]) if "choices" in limits else _range_text(**limits)
                 for part in call.args[2:]:
-                    yield from (
-                        (name, text) for name in (fields if isinstance(part, ast.Starred) else [ast.literal_eval(part)])
-                    )
+                    checked = fields if isinstance(part, ast.Starred) else [ast.literal_eval(part)]
+                    yield from ((field, text) for field in checked)
 
 
 def _range_text(low: float, high: float = float("inf")) -> str:
