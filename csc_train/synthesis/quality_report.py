@@ -15,6 +15,7 @@ from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.data.segmentation import segment_words
 from csc_train.data.strategies import STRATEGIES, Stage
 from csc_train.files import write_json, write_text
+from csc_train.stats import bootstrap_interval, mean
 from csc_train.templates import render
 
 DISTINCT_ORDERS = (1, 2, 3)
@@ -30,8 +31,6 @@ NUM_OTHER_PROFILES = 5
 NUM_RESAMPLES = 1000
 NUM_PARTS = 5
 """Parts of equal length of a dialogue."""
-MIN_DIALOGUES = 10
-"""Fewest dialogues for an interval."""
 
 _REACHED = ["none", *(stage.en for stage in Stage)]
 
@@ -55,19 +54,22 @@ def quality_report(
         funnel: the rows of `funnel.filter_funnel`.
         usage: totals such as `{"requests": .., "prompt_tokens": .., "cost": ..}`.
         agreement: of a panel of judges, from `llm_checks.panel_agreement`.
-        seed: of the samples and resamples.
+        seed: of the samples.
 
     Returns:
         Plain values for JSON; parts without data are None or empty.
     """
     sides = {"set": dialogues} | ({"reference": reference} if reference else {})
+    counts = {name: _strategy_counts(side) for name, side in sides.items()}
     return {
         "dialogues": {name: len(side) for name, side in sides.items()},
-        "strategies": {name: _strategy_counts(side).tolist() for name, side in sides.items()},
-        "stage_by_strategy": {name: _stage_by_strategy(side).tolist() for name, side in sides.items()},
-        "progress_by_strategy": {name: _progress_by_strategy(side).tolist() for name, side in sides.items()},
-        "transitions": {name: _transitions(side).tolist() for name, side in sides.items()},
-        "divergence": _divergence(dialogues, reference) if reference else None,
+        **{table: {name: side[table].tolist() for name, side in counts.items()} for table in counts["set"]},
+        "divergence": {
+            table: jensen_shannon(counts["set"][table], counts["reference"][table])
+            for table in ("strategies", "stage_by_strategy", "transitions")
+        }
+        if reference
+        else None,
         "lengths": {name: _lengths(side) for name, side in sides.items()},
         "variety": _variety(sides, seed),
         "profiles": _profile_overlap(dialogues, profiles, seed) if profiles else None,
@@ -96,51 +98,30 @@ def _plain(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:,.3g}"
 
 
-def _strategies(dialogue: Dialogue) -> list[int]:
-    """Indices of the supporter's strategies, from 0."""
-    return [turn.strategy.number - 1 for turn in dialogue.turns if turn.strategy is not None]
+def _strategy_counts(dialogues: Sequence[Dialogue]) -> dict[str, numpy.ndarray]:
+    """Tables of supporter turns, the last axis by strategy.
 
-
-def _strategy_counts(dialogues: Sequence[Dialogue]) -> numpy.ndarray:
-    """int [12]: supporter turns by strategy."""
-    counts = numpy.zeros(len(STRATEGIES), int)
-    for dialogue in dialogues:
-        numpy.add.at(counts, _strategies(dialogue), 1)
-    return counts
-
-
-def _stage_by_strategy(dialogues: Sequence[Dialogue]) -> numpy.ndarray:
-    """int [6, 12]: supporter turns by the stage reached before, and by strategy.
-
-    Row 0 is no stage yet. The strategy Others leaves the stage unchanged.
+    strategies: int [12]. stage_by_strategy: int [6, 12], by the stage reached before; row 0 is no stage yet, and the
+    strategy Others leaves the stage unchanged. progress_by_strategy: int [5, 12], by fifth of the dialogue.
+    transitions: int [12, 12], by the strategy of the turn before.
     """
-    counts = numpy.zeros((len(_REACHED), len(STRATEGIES)), int)
+    count = len(STRATEGIES)
+    stages, progress, transitions = (numpy.zeros((rows, count), int) for rows in (len(_REACHED), NUM_PARTS, count))
     for dialogue in dialogues:
+        used = [turn.strategy.number - 1 for turn in dialogue.turns if turn.strategy is not None]
         reached = 0
-        for strategy in _strategies(dialogue):
-            counts[reached, strategy] += 1
+        for place, strategy in enumerate(used):
+            stages[reached, strategy] += 1
+            progress[NUM_PARTS * place // len(used), strategy] += 1
             stage = STRATEGIES[strategy].stage
             reached = reached if stage is None else 1 + list(Stage).index(stage)
-    return counts
-
-
-def _progress_by_strategy(dialogues: Sequence[Dialogue]) -> numpy.ndarray:
-    """int [5, 12]: supporter turns by fifth of the dialogue, and by strategy."""
-    counts = numpy.zeros((NUM_PARTS, len(STRATEGIES)), int)
-    for dialogue in dialogues:
-        used = _strategies(dialogue)
-        for place, strategy in enumerate(used):
-            counts[NUM_PARTS * place // len(used), strategy] += 1
-    return counts
-
-
-def _transitions(dialogues: Sequence[Dialogue]) -> numpy.ndarray:
-    """int [12, 12]: consecutive supporter turns, by the strategies of the first and the second."""
-    counts = numpy.zeros((len(STRATEGIES), len(STRATEGIES)), int)
-    for dialogue in dialogues:
-        used = _strategies(dialogue)
-        numpy.add.at(counts, (used[:-1], used[1:]), 1)
-    return counts
+        numpy.add.at(transitions, (used[:-1], used[1:]), 1)
+    return {
+        "strategies": stages.sum(axis=0),
+        "stage_by_strategy": stages,
+        "progress_by_strategy": progress,
+        "transitions": transitions,
+    }
 
 
 def jensen_shannon(one: numpy.ndarray, other: numpy.ndarray) -> float | None:
@@ -151,11 +132,6 @@ def jensen_shannon(one: numpy.ndarray, other: numpy.ndarray) -> float | None:
         return None
     # scipy returns the distance, its square root; by rounding, equal tables may give NaN.
     return float(numpy.nan_to_num(jensenshannon(one.ravel(), other.ravel(), base=2)) ** 2)
-
-
-def _divergence(dialogues: Sequence[Dialogue], reference: Sequence[Dialogue]) -> dict[str, float | None]:
-    tables = {"strategies": _strategy_counts, "stage_by_strategy": _stage_by_strategy, "transitions": _transitions}
-    return {name: jensen_shannon(table(dialogues), table(reference)) for name, table in tables.items()}
 
 
 def _lengths(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
@@ -296,7 +272,12 @@ def _profile_overlap(dialogues: Sequence[Dialogue], profiles: Mapping[str, str],
     rows = []
     for turn in range(max(map(len, curves), default=0)):
         values = numpy.array([curve[turn] for curve in curves if len(curve) > turn])
-        rows.append({"turn": turn + 1, "dialogues": len(values)} | _means(values, seed))
+        row: dict[str, Any] = {"turn": turn + 1, "dialogues": len(values)}
+        for name, column in zip(("own", "other"), values.T, strict=True):
+            interval = bootstrap_interval(mean(column), numpy.arange(len(column)), NUM_RESAMPLES)
+            low, high = interval or (None, None)
+            row |= {name: float(column.mean()), f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
     return rows
 
 
@@ -306,14 +287,3 @@ def _content(text: str) -> set[str]:
 
 def _share(profile: set[str], said: set[str]) -> float:
     return len(profile & said) / len(profile)
-
-
-def _means(values: numpy.ndarray, seed: int) -> dict[str, float | None]:
-    """Means and interval bounds of the columns `own` and `other` of float [dialogues, 2]."""
-    found: dict[str, float | None] = {}
-    drawn = numpy.random.default_rng(seed).integers(len(values), size=(NUM_RESAMPLES, len(values)))
-    for name, column in zip(("own", "other"), values.T, strict=True):
-        low, high = numpy.quantile(column[drawn].mean(axis=1), [0.025, 0.975]).tolist()
-        bounds = {f"{name}_low": low, f"{name}_high": high} if len(values) >= MIN_DIALOGUES else {}
-        found |= {name: float(column.mean()), f"{name}_low": None, f"{name}_high": None} | bounds
-    return found

@@ -3,6 +3,7 @@
 A rule takes utterances and returns a `FilterVerdict`; it never raises. Thresholds are the paper's, if it names them.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,20 +61,20 @@ def check_rewrite(utterances: Sequence[Utterance], config: RewriteFilterConfig) 
     """
     low, high = config.min_utterances, config.max_utterances
     rules = {
-        "texts": lambda: _text_fault(utterances),
+        "texts": lambda: _first_fault(utterances, _text_fault),
         "utterances": lambda: _count_fault("utterances", len(utterances), low, high),
-        "alternation": lambda: _alternation_fault(utterances),
-        "one strategy": lambda: _several_strategies_fault(utterances),
-        "known strategies": lambda: _unknown_strategy_fault(utterances),
+        "alternation": lambda: _first_fault(utterances, _alternation_fault),
+        "one strategy": lambda: _first_fault(utterances, _several_strategies_fault),
+        "known strategies": lambda: _first_fault(utterances, _unknown_strategy_fault),
         "required strategies": lambda: _missing_strategy_fault(utterances, config),
-        "private data": lambda: _private_data_fault(utterances),
+        "private data": lambda: _first_fault(utterances, _private_data_fault),
     }
     return _until_dropped(rules)
 
 
 def check_private_data(utterances: Sequence[Utterance]) -> FilterVerdict:
     """Drop a conversation with a phone, identity card or bank card number, or an e-mail address."""
-    return _until_dropped({"private data": lambda: _private_data_fault(utterances)})[0]
+    return _until_dropped({"private data": lambda: _first_fault(utterances, _private_data_fault)})[0]
 
 
 def _until_dropped(rules: Mapping[str, Callable[[], Fault | None]]) -> list[FilterVerdict]:
@@ -118,34 +119,32 @@ def _customer_words_fault(merged: Sequence[Utterance], config: CallFilterConfig)
     return reason, f"{long} of {len(lengths)}"
 
 
-def _text_fault(utterances: Sequence[Utterance]) -> Fault | None:
-    for number, each in enumerate(utterances, start=1):
-        if not each.text.strip():
-            return "an empty text", f"turn {number}"
-        if has_surrogate(each.text + each.label):
-            return "a lone surrogate", f"turn {number}"
+def _first_fault(utterances: Sequence[Utterance], find_fault: Callable[[int, Utterance], Fault | None]) -> Fault | None:
+    """The fault of the first utterance that has one; `find_fault` gets its number, from 1, and the utterance."""
+    return next(filter(None, itertools.starmap(find_fault, enumerate(utterances, start=1))), None)
+
+
+def _text_fault(number: int, each: Utterance) -> Fault | None:
+    if not each.text.strip():
+        return "an empty text", f"turn {number}"
+    return ("a lone surrogate", f"turn {number}") if has_surrogate(each.text + each.label) else None
+
+
+def _alternation_fault(number: int, each: Utterance) -> Fault | None:
+    if each.speaker is (Speaker.SUPPORTER if number % 2 else Speaker.CUSTOMER):
+        return None
+    return "the supporter does not speak first" if number == 1 else "one speaker twice in a row", f"turn {number}"
+
+
+def _several_strategies_fault(number: int, each: Utterance) -> Fault | None:
+    if each.speaker is Speaker.SUPPORTER and ("+" in each.label or "＋" in each.label):
+        return "a turn with two strategies", f"turn {number}: {each.label}"
     return None
 
 
-def _alternation_fault(utterances: Sequence[Utterance]) -> Fault | None:
-    for number, each in enumerate(utterances, start=1):
-        if each.speaker is not (Speaker.SUPPORTER if number % 2 else Speaker.CUSTOMER):
-            reason = "the supporter does not speak first" if number == 1 else "one speaker twice in a row"
-            return reason, f"turn {number}"
-    return None
-
-
-def _several_strategies_fault(utterances: Sequence[Utterance]) -> Fault | None:
-    for number, each in enumerate(utterances, start=1):
-        if each.speaker is Speaker.SUPPORTER and ("+" in each.label or "＋" in each.label):
-            return "a turn with two strategies", f"turn {number}: {each.label}"
-    return None
-
-
-def _unknown_strategy_fault(utterances: Sequence[Utterance]) -> Fault | None:
-    for number, each in enumerate(utterances, start=1):
-        if each.speaker is Speaker.SUPPORTER and _strategy_number(each) is None:
-            return "an unknown strategy", f"turn {number}: {each.label!r}"
+def _unknown_strategy_fault(number: int, each: Utterance) -> Fault | None:
+    if each.speaker is Speaker.SUPPORTER and _strategy_number(each) is None:
+        return "an unknown strategy", f"turn {number}: {each.label!r}"
     return None
 
 
@@ -164,12 +163,11 @@ def _strategy_number(utterance: Utterance) -> int | None:
         return None
 
 
-def _private_data_fault(utterances: Sequence[Utterance]) -> Fault | None:
-    for number, each in enumerate(utterances, start=1):
-        if found := find_private_data(each.text):
-            # The private data themselves are not repeated: lists of dropped calls are shared more freely than calls.
-            kind = found[0].kind
-            return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}", f"turn {number}"
+def _private_data_fault(number: int, each: Utterance) -> Fault | None:
+    if found := find_private_data(each.text):
+        # The private data themselves are not repeated: lists of dropped calls are shared more freely than calls.
+        kind = found[0].kind
+        return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}", f"turn {number}"
     return None
 
 

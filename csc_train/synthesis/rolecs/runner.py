@@ -289,20 +289,13 @@ class SynthesisRunner:
         recorded = self._store.turns(slot.id)
         steps = itertools.count()
         while (question := next_question(state)) is not None:
-            step = next(steps)
-            call = self._call(slot.id, f"{step:04d}", question, slot)
-            if (saved := self._store.answer(call.owner, call.key)) is not None:
-                state = advance(state, call.schema.model_validate(saved))
-                if state.turns != recorded[: len(state.turns)]:
-                    raise InputError(
-                        f"dialogue {slot.id}: its recorded answers give other turns, since the code has changed: "
-                        "set new_run=true"
-                    )
-                continue
-            answer = await self._ask(call)
-            before, state = state, advance(state, answer)
-            new = state.turns[len(before.turns) :]
-            self._store.record_answer(call, answer.model_dump(), *new, number=len(before.turns))
+            call = self._call(slot.id, f"{next(steps):04d}", question, slot)
+            state = advance(state, await self._answer(call, state))
+            if state.turns[: len(recorded)] != recorded[: len(state.turns)]:
+                raise InputError(
+                    f"dialogue {slot.id}: its recorded answers give other turns, since the code has changed: "
+                    "set new_run=true"
+                )
         return state
 
     def _call(self, owner: str, key: str, question: RoleQuestion, slot: DialogueAttempt | None) -> RoleCall:
@@ -319,15 +312,10 @@ class SynthesisRunner:
 
     async def _persona(self, name: str) -> str:
         """The description of a profile's customer in the second person, written once."""
-        owner = self._persona_owner(name)
+        question = RoleQuestion("persona", {"profile": self._profiles[name].values})
+        call = self._call(self._persona_owner(name), "persona", question, None)
         async with self._persona_locks[name]:
-            saved = self._store.answer(owner, "persona")
-            if saved is None:
-                question = RoleQuestion("persona", {"profile": self._profiles[name].values})
-                call = self._call(owner, "persona", question, None)
-                saved = (await self._ask(call)).model_dump()
-                self._store.record_answer(call, saved)
-        return saved["description"]
+            return (await self._answer(call)).description
 
     async def _filter(self, slot: DialogueAttempt, state: DialogueState) -> str:
         """Filter a dialogue that is over, the judges last; returns its status."""
@@ -349,13 +337,8 @@ class SynthesisRunner:
         """The function that asks judges about a dialogue; recorded answers are reused."""
 
         async def ask(task: str, messages: list[Message], schema: type[BaseModel]) -> BaseModel:
-            if (saved := self._store.answer(slot.id, task)) is not None:
-                return schema.model_validate(saved)
             seed = call_seed(slot.id, task, self._config.seed)
-            call = RoleCall(slot.id, task, task, messages, schema, seed, {}, slot)
-            answer = await self._ask(call)
-            self._store.record_answer(call, answer.model_dump())
-            return answer
+            return await self._answer(RoleCall(slot.id, task, task, messages, schema, seed, {}, slot))
 
         return ask
 
@@ -365,6 +348,21 @@ class SynthesisRunner:
         self._store.record_verdicts(dialogue_id, status, verdicts, extra)
         self.progress.dropped.update((each.rule, each.reason) for each in verdicts if not each.keep)
         return status
+
+    async def _answer(self, call: RoleCall, state: DialogueState | None = None) -> Any:
+        """The recorded answer to a call; otherwise asks, and records the answer with the turn that it adds to `state`.
+
+        Raises:
+            SynthesisStopped: no more questions are asked.
+            LLMError: there is no usable answer.
+        """
+        if (saved := self._store.answer(call.owner, call.key)) is not None:
+            return call.schema.model_validate(saved)
+        answer = await self._ask(call)
+        before = state.turns if state else ()
+        new = advance(state, answer).turns[len(before) :] if state else ()
+        self._store.record_answer(call, answer.model_dump(), *new, number=len(before))
+        return answer
 
     async def _ask(self, call: RoleCall) -> BaseModel:
         """The answer to a call; every attempt is recorded.
