@@ -10,7 +10,14 @@ from csc_train.config.compose import compose
 from csc_train.launching.job import launch
 from csc_train.launching.sweep import sweep
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "benchmarks" / "README.md",
+        ROOT / "examples" / "README.md",
+    ]
+)
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 PROGRAMS = (
     "python",
@@ -36,8 +43,10 @@ def commands_of(text):
     return [line for line in lines if line and not line.startswith("#")] + inline
 
 
+EXTENSION = re.compile(r"plugins=|my_template")
+"""Commands that need a file of docs/extending.md are run by tests/test_extending.py."""
 COMMANDS = sorted({command for text in TEXTS.values() for command in commands_of(text)})
-RECIPE_COMMANDS = [command for command in COMMANDS if "recipes/" in command]
+RECIPE_COMMANDS = [command for command in COMMANDS if "recipes/" in command and not EXTENSION.search(command)]
 
 
 def test_every_command_is_of_a_known_program():
@@ -60,7 +69,7 @@ def test_a_recipe_command_composes(command):
 
 def starts_of(script):
     return [
-        command for command in COMMANDS if f"launch/{script}" in command and not re.search(r" (run|from)=", command)
+        command for command in COMMANDS if f"launch/{script}" in command and not re.search(r" (run|from)=|my_", command)
     ]
 
 
