@@ -21,7 +21,7 @@ from csc_train.errors import InputError
 from csc_train.launching.launchers.local import LocalLauncher
 from csc_train.launching.search_space import extreme_points
 from csc_train.launching.sweep import plan_sweep, sweep, sweep_lock
-from csc_train.launching.trial_result import FailedTrialError, NoSuchMetricError, metric_values, trial_result
+from csc_train.launching.trial_runner import FailedTrialError, NoSuchMetricError, metric_values, trial_result
 from csc_train.runs.comparison import find_runs, sort_runs
 
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]

@@ -15,8 +15,7 @@ from typing import Any
 
 import psutil
 
-from csc_train.files import read_json
-from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE
+from csc_train.runs.directory import EXIT_STOPPED, read_run_record
 from csc_train.runs.distributed import set_parent_death_signal
 
 INTERRUPT_GRACE = 10.0
@@ -89,11 +88,6 @@ def signal_handler(handler: Callable[[int, Any], None], signums: Iterable[int]) 
     finally:
         for signum, earlier in previous.items():
             signal.signal(signum, earlier)
-
-
-def read_run_record(directory: Path) -> dict[str, Any]:
-    """The run record (`run.json`) of a run directory; empty if the run has not begun."""
-    return read_json(directory / RECORD_FILE) if (directory / RECORD_FILE).is_file() else {}
 
 
 def set_child_subreaper() -> None:

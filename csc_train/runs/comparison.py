@@ -16,7 +16,7 @@ from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json, write_text
 from csc_train.jsonl import JsonlLog
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
-from csc_train.runs.directory import RECORD_FILE, flatten_keys
+from csc_train.runs.directory import flatten_keys, read_run_record
 
 HISTORY_FILE, METRICS_FILE, RESULTS_FILE = "history.jsonl", "metrics.json", "results.json"
 SKIPPED_FOLDERS = ("checkpoints", "model", "base", "tokenizer", "wandb", "predictions")
@@ -71,7 +71,7 @@ def find_runs(folder: Path) -> tuple[list[TrainingRun], list[str]]:
         if RESOLVED_FILE not in files:
             continue
         try:
-            record = read_json(directory / RECORD_FILE) if RECORD_FILE in files else {}
+            record = read_run_record(directory)
             if record.get("recipe", "sft" if "launch.yaml" in files else None) == "sft":
                 runs[directory.resolve()] = read_run(directory, record)
             elif record.get("recipe") == "evaluate" and RESULTS_FILE in files:

@@ -59,15 +59,15 @@ class Run:
 
     def _refuse_foreign(self, if_exists: str) -> None:
         """Refuse a directory that this recipe must not replace."""
-        if not self._record_path.exists():
+        earlier = read_run_record(self.directory)
+        if not earlier:
             if found := self._found_outputs():
                 raise InputError(
                     f"{self.directory} holds {found[0].name} but no run.json: choose another run.directory"
                 )
             return
-        earlier = read_json(self._record_path).get("recipe")
-        if earlier != self.recipe:
-            raise InputError(f"{self.directory} holds a run of {earlier}: choose another run.directory")
+        if earlier.get("recipe") != self.recipe:
+            raise InputError(f"{self.directory} holds a run of {earlier.get('recipe')}: choose another run.directory")
         if if_exists == "error":
             raise InputError(
                 f"{self.directory} holds a run: choose another run.directory, or run.if_exists=reuse|replace"
@@ -94,7 +94,7 @@ class Run:
         plugins = [file_digest(name) for name in config.get("plugins") or () if Path(name).is_file()]
         key = digest([self.recipe, config, inputs, code_digest(), provenance()["versions"], *plugins])
         if_exists = self.config["run"]["if_exists"]
-        earlier = read_json(self._record_path) if self._record_path.exists() else None
+        earlier = read_run_record(self.directory)
         if earlier and if_exists == "extend":
             write_text(self.directory / RESOLVED_FILE, as_yaml(self.config))
             return self._resume(earlier | {"finished": None})
@@ -193,6 +193,11 @@ def mark_failed(error: BaseException) -> None:
 def default_directory(recipe: str) -> str:
     """The run directory if `run.directory` is not set, named by this process's clock."""
     return time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")
+
+
+def read_run_record(directory: Path) -> dict[str, Any]:
+    """The run record (`run.json`) of a run directory; empty if the run has not begun."""
+    return read_json(directory / RECORD_FILE) if (directory / RECORD_FILE).is_file() else {}
 
 
 def flatten_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

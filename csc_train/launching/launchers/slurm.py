@@ -10,7 +10,7 @@ from csc_train.errors import InputError
 from csc_train.files import write_text
 from csc_train.launching.launch_commands import node_command
 from csc_train.launching.launchers.base import Launcher, register_launcher
-from csc_train.launching.supervise import read_run_record
+from csc_train.runs.directory import read_run_record
 from csc_train.templates import render
 
 SCRIPT_FILE = "job.sbatch"
