@@ -13,11 +13,11 @@ from csc_train.errors import InputError
 from csc_train.models import families
 from csc_train.models.attention.select import collator_layout
 from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
-from csc_train.models.dims import dense_decoder_dims
 from csc_train.models.families import (
     MODEL_FAMILIES,
     cache_kinds,
     chat_template_name,
+    dense_decoder_dims,
     forward_flops,
     get_family,
     model_dims,

@@ -26,6 +26,7 @@ from csc_train.models.sharded_parameters import consolidated_weights, is_sharded
 from csc_train.plugins import load_recorded_plugins
 from csc_train.runs.distributed import distributed_state
 from csc_train.template.chat_templates import load_chat_template
+from csc_train.templates import render
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,6 @@ class ExportSource:
     finished: bool = False
 
     @property
-    def trained(self) -> str:
-        """The `AdapterConfig.kind` of its run."""
-        return self.manifest.config["adapter"]["kind"]
-
-    @property
     def adapter(self) -> AdapterConfig:
         """The adapter to merge."""
         return AdapterConfig() if self.finished else AdapterConfig(**self.manifest.config["adapter"])
@@ -66,10 +62,6 @@ class ExportSource:
     def revision(self) -> str | None:
         """The revision of `base`."""
         return None if self.finished else self.manifest.base_revision
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The trained parameters by name, in fp32; empty for a final model."""
-        return {} if self.finished else read_weights(self.path)
 
 
 def trained_model(
@@ -203,17 +195,22 @@ def export(source: ExportSource, config: ExportConfig) -> float:
     Raises:
         InputError: a file cannot be read or written, or the difference is above `TOLERANCE`.
     """
-    weights = source.weights()
+    weights = {} if source.finished else read_weights(source.path)
     adapter = source.adapter
+    quantized = adapter.kind == "qlora"
+    dequantized = quantized and config.base == "dequantized"
     tokenizer = AutoTokenizer.from_pretrained(source.path)
-    model = _unquantized(source, tokenizer, config)
+    model: Any = _load_base(source, tokenizer, "auto", load_in_4bit=dequantized)
+    if dequantized:
+        model = model.dequantize()
     lora = None if adapter.kind == "full" else lora_config(adapter, model.config.model_type)
     if config.dtype != "auto" or adapter.kind == "full":
         precision = source.manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
         model = model.to(resolve_dtype(precision))
     model = merged(model, weights, lora)
     model.config.use_cache = True
-    logits = _logits(_as_trained(source, tokenizer, weights, lora))
+    # As trained: with an unmerged adapter, computing in fp32.
+    logits = _logits(with_weights(_load_base(source, tokenizer, torch.float32, quantized), weights, lora))
     difference = 0.0
 
     def check(directory: Path) -> None:
@@ -221,8 +218,7 @@ def export(source: ExportSource, config: ExportConfig) -> float:
         again = _logits(load_unsharded(str(directory), None, torch.float32))
         difference = ((again - logits).abs().max() / logits.abs().max()).item()
         tolerance = TOLERANCE[model.dtype]
-        exact = adapter.kind != "qlora" or config.base == "dequantized"
-        if exact and not difference <= tolerance:
+        if (dequantized or not quantized) and not difference <= tolerance:
             raise InputError(
                 f"{source.path}: the logits of the exported model differ by {difference:.1e}, above {tolerance:.0e}"
             )
@@ -238,28 +234,14 @@ def export(source: ExportSource, config: ExportConfig) -> float:
     return difference
 
 
-def _unquantized(source: ExportSource, tokenizer: PreTrainedTokenizerBase, config: ExportConfig) -> PreTrainedModel:
-    """The model to merge into: the base model in its own dtype, or dequantized from 4 bits."""
-    if source.adapter.kind == "qlora" and config.base == "dequantized":
-        return _load_in_4bit(source, tokenizer).dequantize()
-    return load_unsharded(source.base, source.revision, "auto")
-
-
-def _load_in_4bit(source: ExportSource, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    settings = ModelConfig(path=source.base, revision=source.revision)
-    return load_model(settings, tokenizer, torch.float32, 0, load_in_4bit=True)
-
-
-def _as_trained(
-    source: ExportSource,
-    tokenizer: PreTrainedTokenizerBase,
-    weights: dict[str, torch.Tensor],
-    lora: peft.LoraConfig | None,
-) -> torch.nn.Module:
-    """The trained model with an unmerged adapter, computing in fp32."""
-    if source.adapter.kind == "qlora":
-        return with_weights(_load_in_4bit(source, tokenizer), weights, lora)
-    return with_weights(load_unsharded(source.base, source.revision, torch.float32), weights, lora)
+def _load_base(
+    source: ExportSource, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | str, load_in_4bit: bool
+) -> PreTrainedModel:
+    """The base model in `dtype`, or in 4 bits and computing in fp32."""
+    if load_in_4bit:
+        settings = ModelConfig(path=source.base, revision=source.revision)
+        return load_model(settings, tokenizer, torch.float32, 0, load_in_4bit=True)
+    return load_unsharded(source.base, source.revision, dtype)
 
 
 @torch.inference_mode()
@@ -274,24 +256,19 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
 def model_card(source: ExportSource, config: ExportConfig, difference: float) -> str:
     """The README.md of an exported directory."""
     manifest = source.manifest
-    saved = manifest.base_model.startswith("..")
-    base = "random weights" if saved else manifest.base_model
-    front = ["library_name: transformers", f"language: {manifest.language}"]
-    if not saved and not Path(manifest.base_model).is_absolute():
-        front.append(f"base_model: {manifest.base_model}")
-    lines = [
-        "---", *front, "---", "", f"# {Path(config.output).name}", "",
-        "A customer-support model that chooses a support strategy and replies with it, trained by CSC Train.", "",
-        f"- Base: {base}" + (f" at {manifest.base_revision}" if manifest.base_revision else ""),
-        f"- Trained: {source.trained}"
-        + (f", merged on the {config.base} base" if source.adapter.kind == "qlora" else ""),
-        f"- Template: {manifest.chat_template}, mode {manifest.mode}, language {manifest.language}",
-        f"- Training data: SHA-256 {manifest.data_hash}",
-        *([] if source.finished else [f"- Step: {source.path.name.rpartition('-')[2]}"]),
-        f"- Largest logit difference from the trained model, over the largest logit: {difference:.1e}",
-        "", f"`{MANIFEST_FILE}` holds the whole configuration of the run.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    random = manifest.base_model.startswith("..")
+    return render(
+        __package__,
+        "model_card.md.jinja",
+        title=Path(config.output).name,
+        source=source,
+        manifest=manifest,
+        random=random,
+        on_hub=not random and not Path(manifest.base_model).is_absolute(),
+        merged_on=config.base if source.adapter.kind == "qlora" else None,
+        difference=f"{difference:.1e}",
+        manifest_file=MANIFEST_FILE,
+    )
 
 
 def push(config: ExportConfig) -> None:

@@ -117,7 +117,5 @@ class PackCollator:
     def _pad(self, name: str, values: torch.Tensor, length: int) -> torch.Tensor:
         missing = length - len(values)
         if name == "position_ids":
-            padding = torch.arange(missing)
-        else:
-            padding = torch.full((missing,), _PADDING.get(name, self.pad_id), dtype=values.dtype)
-        return torch.cat([values, padding])
+            return torch.cat([values, torch.arange(missing)])
+        return torch.nn.functional.pad(values, (0, missing), value=_PADDING.get(name, self.pad_id))

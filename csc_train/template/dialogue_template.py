@@ -100,6 +100,7 @@ class DialogueTemplate:
         self.prefix_ids = [*system[0], *self.literal_ids(system_prompt(config.mode, config.language)), *system[1]]
         self.supporter_header_ids, self.supporter_footer_ids = supporter
         self.customer_header_ids, self.customer_footer_ids = customer
+        self._header_and_footer = {Speaker.SUPPORTER: supporter, Speaker.CUSTOMER: customer}
         self._labels = {s.number: format_reply(Reply(s, ""), config.language) for s in STRATEGIES}
         self.label_ids = {number: self.literal_ids(label) for number, label in self._labels.items()}
         self.end_of_turn_id = self.supporter_footer_ids[0]
@@ -150,16 +151,13 @@ class DialogueTemplate:
         """
         ids = list(self.prefix_ids)
         for turn in history:
-            if not isinstance(turn, Turn):
-                ids += [*self.supporter_header_ids, *turn, *self.supporter_footer_ids]
-            elif turn.speaker is Speaker.SUPPORTER:
-                ids += [*self.supporter_header_ids, *self.literal_ids(self._content(turn)), *self.supporter_footer_ids]
+            if isinstance(turn, Turn):
+                speaker, content = turn.speaker, self.literal_ids(self._content(turn))
             else:
-                ids += [*self.customer_header_ids, *self.literal_ids(turn.text), *self.customer_footer_ids]
-        ids += self.supporter_header_ids
-        if given is not None:
-            ids += self.literal_ids(format_reply(Reply(given, ""), self.config.language))
-        return ids
+                speaker, content = Speaker.SUPPORTER, turn
+            header, footer = self._header_and_footer[speaker]
+            ids += [*header, *content, *footer]
+        return [*ids, *self.supporter_header_ids, *(self.label_ids[given.number] if given else ())]
 
     def parse(self, text: str) -> Reply:
         """Parse the text that a model generated (see `reply.parse_reply`)."""
@@ -167,10 +165,10 @@ class DialogueTemplate:
 
     def render(self, turns: Iterable[Turn], **options) -> str:
         """Render the turns by the Jinja chat template; `options` go to `apply_chat_template`."""
-        rendered: Any = self.tokenizer.apply_chat_template(
-            chat_messages(turns, self.config), chat_template=self.chat_template, tokenize=False, **options
-        )
-        return rendered
+        return self._render(chat_messages(turns, self.config), **options)
+
+    def _render(self, messages: list[dict[str, str]], **options) -> Any:
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False, **options)
 
     def _content(self, turn: Turn) -> str:
         """The content of a turn's message in the chat template."""
@@ -186,18 +184,13 @@ class DialogueTemplate:
         turn_offsets = [len(ids)]
         trained = []
         for index, (turn, content) in enumerate(zip(dialogue.turns, contents, strict=True)):
-            if turn.speaker is Speaker.CUSTOMER:
-                ids += self.customer_header_ids
-                ids += content
-                ids += self.customer_footer_ids
-            else:
-                ids += self.supporter_header_ids
-                if targets is None or index in targets:
-                    start, end = len(ids), len(ids) + len(content) + 1
-                    reply = start + self._strategy_length(turn, content)
-                    trained.append((start, reply, end))
-                ids += content
-                ids += self.supporter_footer_ids
+            header, footer = self._header_and_footer[turn.speaker]
+            ids += header
+            if turn.speaker is Speaker.SUPPORTER and (targets is None or index in targets):
+                start, end = len(ids), len(ids) + len(content) + 1
+                trained.append((start, start + self._strategy_length(turn, content), end))
+            ids += content
+            ids += footer
             turn_offsets.append(len(ids))
         token_types = numpy.zeros(len(ids), dtype=numpy.uint8)  # TokenType.CONTEXT
         for start, reply, end in trained:
@@ -233,20 +226,13 @@ class DialogueTemplate:
     def _headers_and_footers(self) -> list[list[str]]:
         """The text before and behind the content of a system, supporter and customer message."""
         chat = [{"role": role, "content": f"⟦{role}⟧"} for role in ("system", "assistant", "user")]
-
-        def render(length: int, **options) -> str:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                chat[:length], chat_template=self.chat_template, tokenize=False, **options
-            )
-            return rendered
-
-        texts = ["", *(render(length) for length in (1, 2, 3))]
+        texts = ["", *(self._render(chat[:length]) for length in (1, 2, 3))]
         found = []
         for before, after, message in zip(texts[:-1], texts[1:], chat, strict=True):
             if not after.startswith(before):
                 raise InputError(f"chat template {self.chat_template_name} is not prefix-stable: use another one")
             found.append(after[len(before) :].split(message["content"]))
-        if render(1, add_generation_prompt=True) != texts[1] + found[1][0]:
+        if self._render(chat[:1], add_generation_prompt=True) != texts[1] + found[1][0]:
             raise InputError(
                 f"chat template {self.chat_template_name}: the generation prompt differs from the header of a reply"
             )

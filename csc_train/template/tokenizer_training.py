@@ -14,35 +14,9 @@ from csc_train.models.families import get_family
 from csc_train.models.tokenizer import load_tokenizer
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import chat_messages
+from csc_train.templates import read_yaml
 
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-TOKENIZER_STYLES = {
-    # Digits one by one; turns between <|im_start|> and <|im_end|>.
-    "qwen2": {
-        "pattern": rf"{_LETTERS}|\p{{N}}|{_REST}",
-        "normalizer": normalizers.NFC(),
-        "special": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-        "plain": ("<tool_call>", "</tool_call>", "<think>", "</think>"),
-        "bos": None,
-        "eos": "<|im_end|>",
-        "pad": "<|endoftext|>",
-    },
-    # Digits by threes; turns under a header, ended by <|eot_id|>.
-    "llama3": {
-        "pattern": rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}",
-        "normalizer": None,
-        "special": (
-            "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>",
-            "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-        ),
-        "plain": (),
-        "bos": "<|begin_of_text|>",
-        "eos": "<|eot_id|>",
-        "pad": "<|finetune_right_pad_id|>",
-    },
-}  # fmt: skip
+TOKENIZER_STYLES = read_yaml(__package__, "tokenizer_styles.yaml")
 """Pre-tokenizer, normalizer and control tokens of published tokenizers, by style (`ModelFamily.tokenizer_style`)."""
 
 
@@ -58,7 +32,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, style: str = "qwen2")
     controls = [*facts["special"], *facts["plain"]]
     tokenizer = tokenizers.Tokenizer(models.BPE())
     if facts["normalizer"]:
-        tokenizer.normalizer = facts["normalizer"]
+        tokenizer.normalizer = getattr(normalizers, facts["normalizer"])()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(facts["pattern"]), "isolated"),

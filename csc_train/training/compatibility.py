@@ -4,6 +4,7 @@ import os
 from typing import NamedTuple
 
 from csc_train.errors import InputError
+from csc_train.templates import read_yaml
 from csc_train.training.config import ZeroConfig
 
 
@@ -11,34 +12,24 @@ class Refused(NamedTuple):
     """A combination of settings that is refused; None matches any value.
 
     Attributes:
+        why: the reason for the user, and a remedy.
         stage: a `ZeroConfig.stage`.
         adapter: an `AdapterConfig.kind`.
         precision: of the computation, bf16 or fp32.
         offload: whether optimizer states or weights are kept in CPU memory.
-        why: the reason for the user, and a remedy.
     """
 
-    stage: str | None
-    adapter: str | None
-    precision: str | None
-    offload: bool | None
     why: str
+    stage: str | None = None
+    adapter: str | None = None
+    precision: str | None = None
+    offload: bool | None = None
 
 
-REFUSED = (
-    Refused("0", None, "bf16", None, "DeepSpeed's stage 0 cannot sum gradients in fp32; choose zero=off"),
-    Refused(None, "qlora", None, True, "offloading 4-bit weights is untested; choose zero=zero3"),
-)
+_TABLES = read_yaml(__package__, "compatibility.yaml")
+REFUSED = tuple(Refused(**row) for row in _TABLES["settings"])
 """All other combinations that `ZeroConfig` accepts are supported."""
-
-LAUNCHED = {
-    "ACCELERATE_USE_FSDP": "FSDP is not supported (on a CPU it silently falls back to DDP, and its checkpoints cannot "
-    "be resharded): use zero=zero3",
-    "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism is not supported (it splits packs into equal parts, and "
-    "doubles the gradient norm under ZeRO 1 and 2): lower packing.max_length",
-    "PARALLELISM_CONFIG_CP_SIZE": "context parallelism is not supported (it needs FSDP): lower packing.max_length",
-    "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism is not supported: use zero=zero3",
-}
+LAUNCHED = _TABLES["environment"]
 """Environment variables of accelerate's launcher that are refused, and why."""
 
 
@@ -53,7 +44,7 @@ def check_supported(zero: ZeroConfig, adapter: str, precision: str) -> None:
         InputError: `REFUSED` or `LAUNCHED` lists the settings; says why.
     """
     chosen = (zero.stage, adapter, precision, zero.offload_optimizer or zero.offload_parameters)
-    for *settings, why in REFUSED:
+    for why, *settings in REFUSED:
         if all(value is None or value == mine for value, mine in zip(settings, chosen, strict=True)):
             raise InputError(f"zero.stage={zero.stage} with adapter.kind={adapter} in {precision}: {why}")
     for variable, why in LAUNCHED.items():

@@ -18,8 +18,7 @@ import torch
 from transformers import Trainer
 
 from csc_train.errors import check_choice
-from csc_train.models.dims import ModelDims
-from csc_train.models.families import model_dims, training_flops
+from csc_train.models.families import ModelDims, model_dims, training_flops
 
 GIB = 2**30
 STAGES = ("off", "0", "1", "2", "3")
@@ -108,15 +107,19 @@ class MemoryPlan:
     parameters: float
     gradients: float
     optimizer: float
-    activations: float
-    communication: float
-    reserve: float
-    host: float
+    host: float = 0.0
+    activations: float = 0.0
+    communication: float = 0.0
 
     @property
     def allocated(self) -> float:
         """Bytes of all tensors on the GPU."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.communication
+
+    @property
+    def reserve(self) -> float:
+        """Bytes besides the tensors: CUDA's context, and unused memory of the allocator."""
+        return CUDA_CONTEXT_BYTES + FRAGMENTATION * self.allocated
 
     @property
     def total(self) -> float:
@@ -131,16 +134,8 @@ class MemoryPlan:
 
 def estimate_memory(scenario: MemoryScenario) -> MemoryPlan:
     """Estimate the memory of a scenario."""
-    states = model_states(scenario)
-    activations = activation_bytes(scenario)
-    communication = communication_bytes(scenario)
-    allocated = states.parameters + states.gradients + states.optimizer + activations + communication
-    return replace(
-        states,
-        activations=activations,
-        communication=communication,
-        reserve=CUDA_CONTEXT_BYTES + FRAGMENTATION * allocated,
-    )
+    activations, communication = activation_bytes(scenario), communication_bytes(scenario)
+    return replace(model_states(scenario), activations=activations, communication=communication)
 
 
 def model_states(scenario: MemoryScenario) -> MemoryPlan:
@@ -161,7 +156,7 @@ def model_states(scenario: MemoryScenario) -> MemoryPlan:
     largest = scenario.dims.embedding
     if scenario.stage == "off":
         held = 2 if scenario.adapter == "qlora" and scenario.bf16 else 4
-        return MemoryPlan(held * trained + scenario.frozen_bytes, held * trained, 2 * held * trained, 0, 0, 0, 0)
+        return MemoryPlan(held * trained + scenario.frozen_bytes, held * trained, 2 * held * trained)
     weights, gradients = float(compute * trained), {"0": 6, "1": 6, "2": 6 * share, "3": 4 * share}
     parameters, optimizer = weights + scenario.frozen_bytes, 12 * trained * (1 if scenario.stage == "0" else share)
     gradient = gradients[scenario.stage] * trained
@@ -177,7 +172,7 @@ def model_states(scenario: MemoryScenario) -> MemoryPlan:
             host = HOST_FACTOR * (offloaded + (scenario.offload == "all") * scenario.frozen_bytes) / scenario.nodes
         else:
             host = HOST_FACTOR * trained * max(4 * local, 16 / scenario.nodes)
-    return MemoryPlan(parameters, gradient, optimizer, 0, 0, 0, host)
+    return MemoryPlan(parameters, gradient, optimizer, host)
 
 
 def communication_bytes(scenario: MemoryScenario) -> float:

@@ -37,10 +37,15 @@ from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, start_deepspeed
 from csc_train.training.leak_check import check_no_leaks, forbid_kv_cache
-from csc_train.training.loss import normalize_loss, sum_weights, weight_log_probs
 from csc_train.training.memory import out_of_memory_advice
 from csc_train.training.train_metrics import TrainMetrics
 from csc_train.training.validation import Validator, last_validation_metrics
+
+SAME_ARGUMENTS = (
+    "packs_per_step", "learning_rate", "weight_decay", "max_grad_norm", "max_steps", "seed", "logging_steps",
+    "save_steps", "save_total_limit",
+)  # fmt: skip
+"""Settings of `TrainerConfig` that `PackTrainingArguments` has under the same name."""
 
 
 @dataclass
@@ -224,7 +229,11 @@ class PackTrainer(SFTTrainer):
         return self.state.best_global_step if save_best else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The weighted loss of a batch (see `training.loss`), by TRL's fused head, which never holds all logits.
+        """The weighted mean of the token losses over the global batch.
+
+        It is sum(weight * nll) / sum(weight), both over the trained tokens of all micro batches and processes of an
+        optimizer step. So neither the micro batch size nor the number of processes changes the gradient. TRL's fused
+        head computes it without holding all logits.
 
         Args:
             num_items_in_batch: the sum of weights over the global batch (see `_get_num_items_in_batch`); defaults to
@@ -242,17 +251,21 @@ class PackTrainer(SFTTrainer):
                 self.metrics.update(outputs, groups, counts)
             else:  # a validation batch
                 outputs = model(**arguments)
-            return weight_log_probs(outputs, weights)
+            outputs.log_probs = outputs.log_probs * weights[:, 1:]  # TRL sums them into the loss
+            return outputs
 
-        return normalize_loss(super().compute_loss(weighted, inputs, num_items_in_batch=total), total)
+        loss = super().compute_loss(weighted, inputs, num_items_in_batch=total)
+        # TRL divides by at least one: it expects a token count, while weights may sum to less.
+        return loss * (total.clamp(min=1) / total)
 
     def _prepare_inputs(self, inputs):
         """Keep the loss weights in fp32: under DeepSpeed the Trainer casts every float to the engine's dtype."""
         return super()._prepare_inputs(inputs) | {"loss_weights": inputs["loss_weights"].to(self.args.device)}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
-        """The sum of loss weights over the batches of an optimizer step, of all processes."""
-        total = sum_weights(batch_samples, device)
+        """The sum of loss weights over the batches of an optimizer step, of all processes; added up in float64."""
+        weights: Any = sum(batch["loss_weights"].sum(dtype=torch.float64) for batch in batch_samples)
+        total = weights.to(device, torch.float32)
         gathered: Any = self.accelerator.gather(total) if self.args.world_size > 1 else total
         return gathered.sum()
 
@@ -323,15 +336,11 @@ def training_arguments(
     if deepspeed or launcher_stage():
         start_deepspeed()
     return PackTrainingArguments(
+        **{name: getattr(config, name) for name in SAME_ARGUMENTS},
         output_dir=str(directory),
-        packs_per_step=config.packs_per_step,
-        learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
         num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=config.accumulation(processes),
         average_tokens_across_devices=True,
@@ -339,13 +348,9 @@ def training_arguments(
         bf16=resolve_dtype(config.precision) is torch.bfloat16,
         activation_checkpointing=config.gradient_checkpointing,
         disable_tqdm=not sys.stderr.isatty(),
-        seed=config.seed,
-        logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
         eval_strategy="steps" if eval_steps else "no",
         eval_steps=eval_steps or None,
         per_device_eval_batch_size=config.micro_batch_size,

@@ -166,7 +166,8 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, causal_blocks, prefix_blocks, scale):
         q_BHTD, k_BHTD, v_BHTD = query, key, value
-        o_BHTD, lse_BHT = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_sum_dtype(query.dtype))
+        o_BHTD = torch.empty_like(query)
+        lse_BHT = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for own in causal_blocks:
             o_BHTD[:, :, own], lse_BHT[:, :, own] = _flash(
                 q_BHTD[:, :, own], k_BHTD[:, :, own], v_BHTD[:, :, own], 0.0, True, scale=scale
@@ -203,10 +204,6 @@ class _BlockwiseAttention(torch.autograd.Function):
             for gradient, part, where in zip(gradients, parts, (own, seen, seen), strict=True):
                 gradient[:, :, where] += part
         return (*gradients, None, None, None)
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
