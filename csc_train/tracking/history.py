@@ -12,16 +12,10 @@ from matplotlib.figure import Figure
 from csc_train.files import atomic_path
 from csc_train.jsonl import JsonlLog
 from csc_train.runs.comparison import HISTORY_FILE
+from csc_train.templates import read_yaml
 
 CURVES_FILE, CSV_FILE = "curves.png", "history.csv"
-PANELS = (
-    ("loss", ("loss", "eval_loss")),
-    ("loss by strategy, nats per token", "loss_by_strategy/"),
-    ("loss by turn of the dialogue, nats per token", "loss_by_turn/"),
-    ("top-1 accuracy of tokens", ("accuracy_strategy_tokens", "accuracy_reply_tokens")),
-    ("gradient norm", ("grad_norm",)),
-    ("trained tokens per second", ("trained_tokens_per_second",)),
-)
+PANELS = read_yaml(__package__, "curve_panels.yaml")
 """Title of each panel, and the names of its metrics or their common prefix."""
 
 
@@ -96,7 +90,7 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(15, 8), layout="constrained")
     names = list(dict.fromkeys(name for row in history for name in row))
     colors = matplotlib.colormaps["tab20"](range(20))
-    for axes, (title, chosen) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    for axes, (title, chosen) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
         shown = [name for name in names if name.startswith(chosen)] if isinstance(chosen, str) else chosen
         for name, color in zip(shown, colors, strict=False):
             if points := [(row["step"], row[name]) for row in history if name in row]:

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer
 
 from csc_train.errors import InputError
+from csc_train.templates import read_yaml
 from csc_train.training.config import ZeroConfig
 
 
@@ -47,33 +48,18 @@ def deepspeed_config(zero: ZeroConfig) -> dict[str, Any] | None:
             f"zero.stage={zero.stage}, but accelerate launched DeepSpeed stage {launched}: remove one of the two"
         )
     gpu = torch.cuda.is_available()
-    stage = int(zero.stage)
-    optimization: dict[str, Any] = {"stage": stage, "overlap_comm": gpu}
-    if stage == 3:
-        threshold = "auto" if zero.persistence_threshold is None else zero.persistence_threshold
-        optimization |= {
-            "stage3_param_persistence_threshold": threshold,
-            "stage3_prefetch_bucket_size": "auto",
-            "reduce_bucket_size": "auto",
-            "stage3_gather_16bit_weights_on_model_save": True,
-        }
+    fixed = read_yaml(__package__, "deepspeed.yaml")
+    optimization: dict[str, Any] = {"stage": int(zero.stage), "overlap_comm": gpu}
+    if zero.stage == "3":
+        optimization |= fixed["stage_3"]
+        if zero.persistence_threshold is not None:
+            optimization["stage3_param_persistence_threshold"] = zero.persistence_threshold
     if zero.offload_optimizer:
         optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
     if zero.offload_parameters:
         optimization["offload_param"] = {"device": "cpu", "pin_memory": gpu}
-    return {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
-        # In bf16 the sum over the micro batches of a step would lose most of its low bits.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
-        # DeepSpeed compiles its CPU optimizer at first use, which takes minutes.
-        "zero_force_ds_cpu_optimizer": gpu,
-        "zero_optimization": optimization,
-    }
+    # DeepSpeed compiles its CPU optimizer at first use, which takes minutes.
+    return fixed["all_stages"] | {"zero_force_ds_cpu_optimizer": gpu, "zero_optimization": optimization}
 
 
 def start_deepspeed() -> None:

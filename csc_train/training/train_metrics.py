@@ -12,12 +12,10 @@ import torch
 
 from csc_train.data.strategies import STRATEGIES
 from csc_train.packing.token_groups import GROUP_SHAPE, NUM_GROUPS, REPLY_PARTS, TURN_BUCKETS
+from csc_train.templates import read_yaml
 
 GIB = 1024**3
-PEAK_TFLOPS = (
-    ("H100 PCIe", 756), ("H100 NVL", 835), ("H200 NVL", 835), ("H100", 989), ("H200", 989), ("H800", 989),
-    ("A100", 312), ("A800", 312), ("L40S", 362), ("L4", 121), ("A10", 125), ("4090", 165),
-)  # fmt: skip
+PEAK_TFLOPS = read_yaml(__package__, "peak_tflops.yaml")
 """Dense bf16 TFLOP/s by device name, from the data sheets; the first name that is part of the device's counts."""
 
 
@@ -163,4 +161,4 @@ def token_metrics(sums: torch.Tensor) -> dict[str, float]:
 
 def peak_flops(device: str) -> float | None:
     """Peak FLOP/s of a device in bf16, by its name; None if it is unknown."""
-    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS if name in device), None)
+    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in device), None)
