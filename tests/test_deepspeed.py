@@ -44,13 +44,15 @@ QLORA = {**LORA, "adapter": {**LORA["adapter"], "kind": "qlora"}}
 OFFLOAD = {"2": {"offload_optimizer": True}, "3": {"offload_optimizer": True, "offload_parameters": True}}
 
 
-def case(stage: str, *, resume: str | None = None, states: str | None = None, offload: bool = False, **options) -> dict:
+def case(
+    stage: str, *, resume: str | None = None, checkpoints: str | None = None, offload: bool = False, **options
+) -> dict:
     """What `loss_curve.train` gets; half of a step's packs in one pass, so that its steps accumulate gradients."""
     made = {"micro_batch_size": 1, "zero": {"stage": stage, **(OFFLOAD[stage] if offload else {})}, **options}
     if stage == "3":
         made["zero"]["persistence_threshold"] = 0  # the whole model is below the usual one
-    if states:
-        made |= {"checkpoints": f"{states}/checkpoints", "save_steps": 2, "save_total_limit": 9}
+    if checkpoints:
+        made |= {"checkpoints": f"{checkpoints}/checkpoints", "save_steps": 2, "save_total_limit": 9}
     return made | ({"resume": f"{resume[:-1]}/checkpoints/checkpoint-{resume[-1]}"} if resume else {})
 
 
