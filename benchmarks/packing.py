@@ -205,7 +205,7 @@ def tokens(report: Report, settings: Settings, tokenizer: PreTrainedTokenizerBas
 
 
 def packer(report: Report, settings: Settings, capacity: int) -> None:
-    """Utilisation and number of packs, and the time of packing."""
+    """Utilization and number of packs, and the time of packing."""
     bodies = body_lengths(settings.dialogues)
     report.section(
         f"packer at {capacity:,}",
@@ -224,7 +224,7 @@ def packer(report: Report, settings: Settings, capacity: int) -> None:
         report.add(f"{name}: packs", packs)
         report.add(f"{name}: lower bound", -(-int(lengths.sum()) // room))
         report.add(f"{name}: packs by best_fit_decreasing", len(best_fit_decreasing(lengths, room)))
-        report.add(f"{name}: utilisation", (int(lengths.sum()) + packs * shared) / (packs * capacity), least=goal)
+        report.add(f"{name}: utilization", (int(lengths.sum()) + packs * shared) / (packs * capacity), least=goal)
         taken = side_by_side(
             {"ours": lambda lengths=lengths, room=room: subset_sum_packing(lengths, room)}, settings.packer_repeats
         )
@@ -233,7 +233,7 @@ def packer(report: Report, settings: Settings, capacity: int) -> None:
     taken = side_by_side({"TRL": lambda: pack_dataset(ids, capacity, "bfd")}, settings.packer_repeats, warm_up=0)
     packs = len(pack_dataset(ids, capacity, "bfd"))
     report.add("plain: packs by TRL", packs)
-    report.add("plain: utilisation by TRL", int((bodies + PREFIX).sum()) / (packs * capacity))
+    report.add("plain: utilization by TRL", int((bodies + PREFIX).sum()) / (packs * capacity))
     report.add("plain: seconds by TRL", spread(taken["TRL"]))
 
 

@@ -44,7 +44,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     with os_errors(path, "cannot write"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not TemporaryDirectory: it would raise where the removal fails.
+        # Not TemporaryDirectory: it would raise if the removal fails.
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             temporary = staging / path.name

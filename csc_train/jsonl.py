@@ -30,7 +30,7 @@ class JsonlLog:
         self.close()
 
     def open(self) -> None:
-        """Open the file for appending and cut off a torn last line; `append` does so where needed.
+        """Open the file for appending and cut off a torn last line; `append` does so if needed.
 
         Raises:
             InputError: the file cannot be written.
@@ -53,7 +53,7 @@ class JsonlLog:
             self._file.write(to_line(row, self._ascii_only).encode())
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole rows; none where there is no file.
+        """All complete rows; none if there is no file.
 
         Raises:
             InputError: as `read_jsonl`.

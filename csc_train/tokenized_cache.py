@@ -106,7 +106,7 @@ def tokenize(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: 
             # A process that is killed leaves its temporary directory behind; none is in use while we hold the lock.
             for leftover in directory.parent.glob(f".{'[0-9a-f]' * KEY}.*/"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            fault = _fault(directory, inputs)  # once more: another process may have been at it
+            fault = _fault(directory, inputs)  # again: another process may have written it
             if fault is not None:
                 if directory.exists():
                     logger.info("tokenized %s: %s, so it is built again", directory, fault, extra=ANY_RANK)
@@ -234,7 +234,7 @@ def _begin_worker(template: DialogueTemplate) -> None:
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent ends: a worker of a killed parent would wait for work for ever."""
+    """Exit when the parent ends: a worker of a killed parent would wait for work forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -253,7 +253,7 @@ def _manifest(directory: Path, inputs: dict[str, str]) -> dict[str, dict[str, st
 
 
 def _fault(directory: Path, inputs: dict[str, str]) -> str | None:
-    """Why a directory is not a whole entry of these `inputs`; None if it is one."""
+    """Why a directory is not a complete entry of these `inputs`; None if it is one."""
     try:
         # The manifest first: mostly there is none, and nothing to hash.
         same = read_json(directory / MANIFEST) == _manifest(directory, inputs)

@@ -84,7 +84,7 @@ def main(config: EvaluateRecipe) -> None:
     if config.predictions:
         systems.import_replies(config.predictions, run.directory, config.evaluation.contexts[0], splits.evaluation)
 
-    # Scores, report
+    # Metrics, report
     failures = score_and_show(run.directory, config)
     if config.checkpoint:
         attach_evaluation(Path(config.checkpoint).parent, run.directory)

@@ -193,16 +193,16 @@ def dialogue_lengths(source: str) -> list[int]:
 
 @pytest.mark.parametrize("source", ["rolecs_like", "drawn"])
 @pytest.mark.parametrize(
-    ("prefix", "max_length", "utilisation"), [(0, 8192, 0.99), (0, 4096, 0.965), (568, 8192, 0.995), (568, 4096, 0.985)]
+    ("prefix", "max_length", "utilization"), [(0, 8192, 0.99), (0, 4096, 0.965), (568, 8192, 0.995), (568, 4096, 0.985)]
 )
-def test_subset_sum_packing_leaves_little_room_among_many_dialogues(source, prefix, max_length, utilisation):
+def test_subset_sum_packing_leaves_little_room_among_many_dialogues(source, prefix, max_length, utilization):
     """With a prefix: it stands once in each pack, and the packer sees what follows it in each dialogue."""
     lengths = [length - prefix for length in dialogue_lengths(source)]
     start = time.process_time()
     packs = subset_sum_packing(lengths, max_length - prefix)
     seconds = time.process_time() - start
     check_packs(packs, lengths, max_length - prefix)
-    assert (sum(lengths) + len(packs) * prefix) / (len(packs) * max_length) >= utilisation
+    assert (sum(lengths) + len(packs) * prefix) / (len(packs) * max_length) >= utilization
     assert len(packs) < len(best_fit_decreasing(lengths, max_length - prefix))
     assert subset_sum_packing(lengths, max_length - prefix) == packs
     assert seconds < 1
@@ -363,7 +363,7 @@ def test_rows_are_the_concatenated_documents_of_each_pack():
         tokens=31,
         separate_tokens=31,
         trained_tokens=9,
-        utilisation=31 / 36,
+        utilization=31 / 36,
         strategies={"礼貌问候": 1.0},
     )
 
@@ -379,13 +379,13 @@ def test_the_report_counts_what_was_truncated_and_dropped():
         tokens=18,
         separate_tokens=18,
         trained_tokens=6,
-        utilisation=18 / 24,
+        utilization=18 / 24,
         strategies={"礼貌问候": 1.0},
     )
     assert packs.document_lengths == [[7], [11]]
     assert str(report) == (
         "2 dialogues (1 truncated, 1 dropped) in 2 packs, 18 tokens (1.000 of the unpacked), 6 trained (33.3%), "
-        "utilisation 0.7500; share of the loss by strategy: 礼貌问候 100.0%"
+        "utilization 0.7500; share of the loss by strategy: 礼貌问候 100.0%"
     )
 
 
@@ -411,7 +411,7 @@ def test_every_dialogue_is_in_the_packs_exactly_once(template, strategy):
         tokens=sum(len(ids) for ids, _ in expected),
         separate_tokens=sum(len(ids) for ids, _ in expected),
         trained_tokens=sum(int(sum(weights)) for _, weights in expected),
-        utilisation=sum(len(ids) for ids, _ in expected) / (len(packs) * 1200),
+        utilization=sum(len(ids) for ids, _ in expected) / (len(packs) * 1200),
         strategies=report.strategies,
     )
 

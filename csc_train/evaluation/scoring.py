@@ -30,7 +30,7 @@ Drifts = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """The predictions of a run and their scores.
+    """The predictions of a run and their metrics.
 
     Attributes:
         run: predictions and failed turns.
@@ -210,7 +210,7 @@ def context_drift(
     dialogues: Mapping[str, Dialogue],
     config: MetricsConfig,
 ) -> list[dict[str, Any]]:
-    """The loss of a system that continues from its own turns, by supporter turn.
+    """The drop of each metric when a system continues from its own turns, by supporter turn.
 
     Turns that failed in one context are left out of both, so that both curves are of the same turns.
 

@@ -94,7 +94,7 @@ class _Row:
 class DialogueCache:
     """Greedy decoding of many prompts at a time; each has a row of one key-value cache.
 
-    A prompt reuses what is cached of its dialogue: only new tokens are computed. A finished row keeps its dialogue
+    A prompt reuses the cached tokens of its dialogue; only new tokens are computed. A finished row keeps its dialogue
     until another one needs the row.
 
     The attention of every layer must reach back to the first token and accept a four-dimensional mask.

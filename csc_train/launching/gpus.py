@@ -19,7 +19,7 @@ class Gpu:
 
     @property
     def free(self) -> bool:
-        """Whether nobody uses the GPU."""
+        """Whether no process uses the GPU."""
         return self.used <= MAX_USED_FRACTION * self.memory
 
 

@@ -86,7 +86,7 @@ class Job:
             )
 
     def write(self) -> None:
-        """Freeze the configurations in the run directory, where the ranks read them.
+        """Save the configurations in the run directory, where the ranks read them.
 
         Raises:
             InputError: the directory cannot be written.

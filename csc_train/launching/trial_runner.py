@@ -36,7 +36,7 @@ any line. The last match in the output counts."""
 
 
 class Interrupted(BaseException):
-    """This process received the signal that the exception holds, and shall end."""
+    """A signal asks this process to end; the exception holds its number."""
 
 
 class FailedTrialError(Exception):

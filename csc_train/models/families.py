@@ -73,7 +73,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What the project must know of a model family."""
+    """The facts about a model family that the project needs."""
 
     model_type: str
     """The name in transformers and in `model.architecture.model_type`."""
@@ -255,7 +255,7 @@ def cache_kinds(config: Any) -> set[str]:
 
 
 def lora_targets(model_type: str, target_modules: str) -> str | list[str]:
-    """What PEFT adapts under `AdapterConfig.target_modules`: a regular expression, or names of linear layers."""
+    """The layers that `AdapterConfig.target_modules` means, for PEFT: a regular expression or names of linear layers."""
     return list(get_family(model_type).lora_targets) if target_modules == "all-linear" else target_modules
 
 
@@ -296,7 +296,7 @@ def forward_flops(model: Any) -> tuple[int, int]:
 
 
 def training_flops(dims: ModelDims, adapter_parameters: int = 0) -> FlopCounts:
-    """FLOPs of a forward and backward pass; what activation checkpointing recomputes is not counted.
+    """FLOPs of a forward and backward pass; recomputation by activation checkpointing is not counted.
 
     A backward pass costs one forward pass for the gradients of activations, and another one for those of trained
     weights. Frozen weights have no gradient; attention has no weights but two factors.

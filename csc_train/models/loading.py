@@ -32,7 +32,7 @@ def load_model(
     """Load or build the model of `config` in `dtype`.
 
     Args:
-        seed: decides random weights, and nothing else.
+        seed: of random weights.
         attention: the attention implementation (see `select_attention`).
         load_in_4bit: hold the weights of linear layers in 4 bits (NF4, double quantization) and compute in `dtype`.
             Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023).

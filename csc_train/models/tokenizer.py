@@ -33,7 +33,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of what decides a tokenizer's ids: vocabulary, merges, normalisation, added tokens.
+    """SHA-256 (hex) of the parts that decide a tokenizer's ids: vocabulary, merges, normalization, added tokens.
 
     Padding and truncation settings depend on the last caller and are ignored. So is the difference between an option
     that is off and one that is absent, which depends on the class that loaded the tokenizer.

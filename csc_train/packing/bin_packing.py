@@ -55,12 +55,12 @@ def subset_sum_packing(lengths: Sequence[int], capacity: int) -> list[list[int]]
     One pack at a time is filled: first with items that fit, then, once only a few more fit, with the few of all items
     left whose sum comes closest to the room. Among thousands of items with hundreds of lengths, some pair, triple or
     quadruple nearly always fills the room exactly. The most even pair is taken: on RoleCS-like lengths it left better
-    items for the last packs than the most uneven one. With few distinct lengths, or two items a pack, the search can
+    items for the last packs than the most uneven one. With few distinct lengths, or two items per pack, the search can
     lose to best-fit decreasing, whose packs are then returned.
 
     A pack starts with random items or with the longest; on a tie, the random start wins. Random starts make packs
     alike. After longest starts, the first packs hold few long items and the last many short ones, so a global batch of
-    a few packs is a poor sample; but with few items a pack, they leave better items for the last packs.
+    a few packs is a poor sample; but with few items per pack, they leave better items for the last packs.
 
     Deterministic: the random order is fixed. Each step is a few operations on `capacity`-bit integers. Items are never
     put back, so a sum that was missed once is never searched again, and all misses together cost at most one search for

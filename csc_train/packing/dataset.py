@@ -31,7 +31,7 @@ class PackingReport:
     separate_tokens: int
     """Tokens of the same dialogues, each with its own prefix."""
     trained_tokens: int
-    utilisation: float
+    utilization: float
     """Tokens over the capacity of the packs."""
     strategies: dict[str, float]
     """Share of the sum of loss weights, by strategy."""
@@ -41,8 +41,8 @@ class PackingReport:
         return (
             f"{self.dialogues - self.dropped} dialogues ({self.truncated} truncated, {self.dropped} dropped) in "
             f"{self.packs} packs, {self.tokens:,} tokens ({self.tokens / self.separate_tokens:.3f} of the unpacked), "
-            f"{self.trained_tokens:,} trained ({self.trained_tokens / self.tokens:.1%}), utilisation "
-            f"{self.utilisation:.4f}; share of the loss by strategy: {shares}"
+            f"{self.trained_tokens:,} trained ({self.trained_tokens / self.tokens:.1%}), utilization "
+            f"{self.utilization:.4f}; share of the loss by strategy: {shares}"
         )
 
 
@@ -187,7 +187,7 @@ def pack_dialogues(
         tokens=tokens,
         separate_tokens=sum(item.length for item in items),
         trained_tokens=trained_tokens,
-        utilisation=tokens / (len(packed) * config.max_length),
+        utilization=tokens / (len(packed) * config.max_length),
         strategies={
             s.zh: float(by_strategy[s.number] / by_strategy.sum()) for s in STRATEGIES if by_strategy[s.number]
         },

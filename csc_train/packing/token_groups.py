@@ -25,7 +25,7 @@ def token_group_ids(dialogue: TokenizedDialogue, first_turn: int = 0) -> numpy.n
     """uint8 [length]: the group of each token.
 
     Args:
-        dialogue: without its turns before `first_turn`, which still count for the place of the others.
+        dialogue: without its turns before `first_turn`, which still count for the position of the others.
     """
     turns = first_turn + 1 + numpy.arange(len(dialogue.strategies))
     buckets = numpy.searchsorted(FIRST_TURNS, turns, side="right") - 1

@@ -43,7 +43,7 @@ class TrainingRun:
     history: list[dict[str, Any]] = field(repr=False)
     """The metrics of each log line, with its `step`."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Scores of an evaluation of its final model, by context, profile and metric."""
+    """Metrics of an evaluation of its final model, by context, profile and name."""
 
 
 def last_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def _scores(results: dict[str, Any]) -> dict[str, float]:
-    """Scores of the evaluated system, which is the last one, in the first profile."""
+    """Metrics of the evaluated system, which is the last one, in the first profile."""
     scores = {}
     for context, each in results[list(results)[-1]].items():
         profile, metrics = next(iter(each["profiles"].items()))

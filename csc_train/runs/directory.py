@@ -51,7 +51,7 @@ class Run:
         self.config = config
         self.outputs = (*outputs, CODE_DIFF_FILE)
         self.is_main = distributed_state().is_main_process
-        # Each process has its own clock: the main one's counts.
+        # Clocks of processes differ; the main one's counts.
         self.directory = Path(config["run"]["directory"] or broadcast_object(default_directory(recipe)))
         self.checkpoints = self.directory / "checkpoints"
         self._record_path = self.directory / RECORD_FILE

@@ -68,7 +68,7 @@ def get_tokenizer(
     if config.tokenizer != TRAINED_TOKENIZER:
         return load_tokenizer(config.tokenizer or config.path, None if config.tokenizer else config.revision)
     if job.is_main_process:
-        # Every text as often as it is rendered: so what stands in every dialogue becomes few tokens.
+        # Every text as often as it is rendered, so that frequent texts become few tokens.
         texts = (
             text
             for dialogue in dialogues

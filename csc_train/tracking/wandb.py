@@ -76,7 +76,7 @@ def open_run(
                 finish_timeout=config.finish_timeout,
                 silent=True,
                 console="off",
-                x_transaction_log_flush_interval=1.0,  # seconds; a kill loses what was not written out
+                x_transaction_log_flush_interval=1.0,  # seconds; a kill loses unwritten rows
             ),
         )
 

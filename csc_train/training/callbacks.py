@@ -30,7 +30,7 @@ class ProgressReporter(TrainerCallback):
     """Reports steps, loss, speed, memory and remaining time on the main process.
 
     A terminal gets a progress bar. Otherwise the first and the last logged step are printed, and one step every
-    `PROGRESS_SECONDS`. Validation metrics are always printed on a line of their own.
+    `PROGRESS_SECONDS`. Validation metrics are always printed on a separate line.
     """
 
     def __init__(self):

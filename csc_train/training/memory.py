@@ -199,12 +199,12 @@ def layer_bytes(scenario: MemoryScenario) -> float:
     Let h, i, q and k be the widths of hidden states, MLP, queries and keys, and n the number of heads. Let c be the
     bytes of a number in the computation, and r in the residual stream (see `residual_bytes`).
 
-    - Two norms: the input in fp32 and, if the norm is trained, the normalised input: 2 x (4 h + r h).
+    - Two norms: the input in fp32 and, if the norm is trained, the normalized input: 2 x (4 h + r h).
     - Inputs of trained q, k, v and gate, up: 2 c h in one copy each, 5 c h if every layer casts for itself. LoRA layers
       cast to their own dtype, so each keeps a copy: c x (5 h + q + i).
     - Attention: queries, keys, values, output, and a logarithm per head: c x (2 q + 2 k) + 4 n.
     - SwiGLU: gate, its activation, up and their product: 4 c i; 3 c i if a LoRA layer keeps a copy of the last.
-    - Norms over heads (Qwen3): fp32 copies, and normalised ones if trained: (4 + c) x (q + k).
+    - Norms over heads (Qwen3): fp32 copies, and normalized ones if trained: (4 + c) x (q + k).
     """
     dims, c = scenario.dims, scenario.compute
     h, i, q, k = dims.hidden, dims.intermediate, dims.queries, dims.keys

@@ -128,7 +128,7 @@ def _load_bert(directory: str, layers: int) -> tuple[PreTrainedModel, PreTrained
         model, report = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot load the BERTScore model: {str(error).strip().splitlines()[0]}") from error
-    # Missing weights are initialised at random; only the pooler is unused here.
+    # Missing weights are initialized at random; only the pooler is unused here.
     if missing := [key for key in report["missing_keys"] if "pooler" not in key]:
         raise InputError(f"{path}: weights missing for the BERTScore model: {_names(missing)}")
     stack = getattr(getattr(model, "encoder", None), "layer", None)

@@ -58,7 +58,7 @@ def computes_in_bf16(config: PreflightRecipe) -> bool:
 
 
 def memory_scenario(config: PreflightRecipe) -> MemoryScenario:
-    """The training as the memory estimate sees it, with packs of the greatest length that the configuration allows."""
+    """The training as the memory estimate sees it, with packs of the configured maximum length."""
     model, adapter, packing = config.model, config.adapter, config.packing
     dims = model_dims(model.architecture, model.tokenizer_vocab_size)
     weights = 0 if adapter.kind == "full" else lora_parameter_count(dims, adapter.rank, adapter.target_modules)

@@ -31,7 +31,7 @@ are cheaper than a model."""
 BUNDLED_CALLS = Path(__file__).parent / "data" / "calls.jsonl"
 """A few calls of our own; every rule drops one of them."""
 BUNDLED_ANSWERS = Path(__file__).parent / "data" / "call_answers.jsonl"
-"""Our own answers about the bundled calls, by call and task, in the place of a model's."""
+"""Our own answers about the bundled calls, by call and task, instead of a model's answers."""
 
 
 class RewrittenTurn(pydantic.BaseModel):
@@ -208,7 +208,7 @@ def ask_model(client: Client, seed: int, log: "AnswerLog") -> AskFn:
 
 
 def ask_mock(language: str) -> AskFn:
-    """Our own answers about the bundled calls, in the place of a model's.
+    """Our own answers about the bundled calls, instead of a model's answers.
 
     Raises:
         InputError: (when asked) about any other call.
