@@ -203,9 +203,9 @@ def scoring(report: Report, count: int, repeats: int) -> None:
         compute_metrics(each, MetricsConfig(), ["paper"])["paper"]["B-4"].statistic
         for each in (turns, table.PredictionTable(other))
     ]
-    report.add("interval: first figure, seconds", seconds(lambda: bootstrap_interval(paper[0], turns.dialogue, 1000)))
+    report.add("interval: first metric, seconds", seconds(lambda: bootstrap_interval(paper[0], turns.dialogue, 1000)))
     taken = side_by_side({"next": lambda: bootstrap_interval(paper[0], turns.dialogue, 1000)}, 5)
-    report.add("interval: every other figure, seconds", spread(taken["next"]), most=0.1)
+    report.add("interval: every other metric, seconds", spread(taken["next"]), most=0.1)
     taken = side_by_side(
         {"test": lambda: sign_flip_test(paper[0], paper[1], turns.dialogue, 10_000)}, repeats, warm_up=0
     )

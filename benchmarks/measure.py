@@ -124,7 +124,7 @@ def turn_samples(examples: Iterable[TokenizedDialogue]) -> list[TokenizedDialogu
 
 
 def random_model(architecture: dict[str, Any], attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A Qwen2 of these dimensions with seeded random weights, on the device at hand."""
+    """A Qwen2 of these dimensions with seeded random weights, on this machine's device."""
     transformers.set_seed(0)
     config = AutoConfig.for_model("qwen2", **architecture)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -134,7 +134,7 @@ def random_model(architecture: dict[str, Any], attention: str, dtype: torch.dtyp
 def pack_trainer(
     model: PreTrainedModel, packs: PackedDataset, packing: str, directory: str, checkpointing: bool = False
 ) -> PackTrainer:
-    """Our trainer, one pack a step."""
+    """Our trainer, one pack per step."""
     config = TrainerConfig(learning_rate=LEARNING_RATE, packs_per_step=1, gradient_checkpointing=checkpointing)
     return build_trainer(
         model,
@@ -253,17 +253,17 @@ def ratios(above: Iterable[float], below: Iterable[float]) -> dict[str, Any]:
 
 
 class Report:
-    """Figures by section, printed as they come and written as JSON with all that they depend on."""
+    """Results by section: printed at once, and written as JSON with their settings, versions and machine."""
 
     def __init__(self, settings: dict[str, Any], sections: dict[str, Any]):
         """Begin a report.
 
         Args:
-            settings: what the script was told.
-            sections: those of an earlier report, to be kept where they are not measured again.
+            settings: the arguments of the script.
+            sections: those of an earlier report; sections that are not measured again are kept.
         """
         self.settings, self.sections = settings, sections
-        self.figures: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
 
     def section(self, name: str, how: str, **settings: Any) -> None:
         """Begin a section.
@@ -272,29 +272,29 @@ class Report:
             how: the method and its assumptions.
             settings: the settings that decide the results.
         """
-        self.figures = {}
+        self.results = {}
         self.sections[name] = {
             "how": how,
             "settings": settings,
             "provenance": provenance(),
             "machine": machine(),
-            "figures": self.figures,
+            "results": self.results,
         }
         shown = ", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict))
         print(f"\n{name}: {shown}", flush=True)
 
     def add(self, name: str, value: Any, least: float | None = None, most: float | None = None) -> None:
-        """Record a figure: a number, a flag, a note, or a `spread`, whose median the goal is for."""
-        figure = value if isinstance(value, dict) else {"value": value}
-        middle = figure.get("median", figure.get("value"))
+        """Record a result: a number, a flag, a note, or a `spread`; goals apply to the median."""
+        result = value if isinstance(value, dict) else {"value": value}
+        middle = result.get("median", result.get("value"))
         for bound, word, met in (
             (least, "at least", least is not None and middle >= least),
             (most, "at most", most is not None and middle <= most),
         ):
             if bound is not None:
-                figure = figure | {"goal": f"{word} {bound}", "met": bool(met)}
-        self.figures[name] = figure
-        print(f"  {name:<58} {'  '.join(filter(None, columns(figure)))}", flush=True)
+                result = result | {"goal": f"{word} {bound}", "met": bool(met)}
+        self.results[name] = result
+        print(f"  {name:<58} {'  '.join(filter(None, columns(result)))}", flush=True)
 
     def write(self, path: Path) -> None:
         """Write all sections to `path`, and as tables to the `.md` file beside it."""
@@ -305,28 +305,28 @@ class Report:
             commit = f"{(origin['commit'] or 'unknown')[:12]}{' with changes' if origin['dirty'] else ''}"
             machine = ", ".join(filter(None, (f"{section['machine']['cores']} cores", section["machine"]["gpu"])))
             lines += [f"## {name}", "", section["how"], f"Measured at {commit}, {machine}."]
-            lines += ["", "| figure | value | low to high | goal |", "|---|---|---|---|"]
-            lines += [f"| {label} | {' | '.join(columns(figure))} |" for label, figure in section["figures"].items()]
+            lines += ["", "| result | value | low to high | goal |", "|---|---|---|---|"]
+            lines += [f"| {label} | {' | '.join(columns(result))} |" for label, result in section["results"].items()]
             lines += [""]
         write_text(path.with_suffix(".md"), "\n".join(lines))
 
 
-def columns(figure: dict[str, Any]) -> tuple[str, str, str]:
-    """A figure as text: its value or median, its spread, and its goal."""
-    between = f"{show(figure['low'])} to {show(figure['high'])} ({figure['repeats']})" if "median" in figure else ""
-    goal = f"{figure['goal']}: {'met' if figure['met'] else 'MISSED'}" if "goal" in figure else ""
-    return show(figure.get("median", figure.get("value"))), between, goal
+def columns(result: dict[str, Any]) -> tuple[str, str, str]:
+    """A result as text: its value or median, its spread, and its goal."""
+    between = f"{show(result['low'])} to {show(result['high'])} ({result['repeats']})" if "median" in result else ""
+    goal = f"{result['goal']}: {'met' if result['met'] else 'MISSED'}" if "goal" in result else ""
+    return show(result.get("median", result.get("value"))), between, goal
 
 
 def show(value: Any) -> str:
-    """A figure as text: large numbers whole, small ones to four digits."""
+    """A result as text: large numbers whole, small ones to four digits."""
     if isinstance(value, bool | str):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 or isinstance(value, int) else f"{value:.4g}"
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine of the measurement."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),

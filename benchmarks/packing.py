@@ -264,7 +264,7 @@ def balance(report: Report, settings: Settings, capacity: int) -> None:
             f"balance at {capacity:,}, {per_step} packs a step",
             "Forward FLOPs of Qwen2.5-7B. Slowest / mean: of the ranks, mean over all steps. Efficiency: FLOPs of the "
             "packs over ranks x slowest rank, over all steps; repeats (the prefix of a split pack, packs that fill "
-            "TRL's last step) does not count. TRL: its plain packs, shuffled and assigned in order. Spread: "
+            "TRL's last step) do not count. TRL: its plain packs, shuffled and assigned in order. Spread: "
             "standard deviation over the full steps of the mean length of a step's dialogues, over what it would be "
             "for as many dialogues drawn at random.",
             max_length=capacity,

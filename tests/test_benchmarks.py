@@ -34,9 +34,9 @@ def quick(tmp_path_factory):
     return read_json(path)
 
 
-def figure(report, section, name):
-    """The value or the median of a figure."""
-    found = report["sections"][section]["figures"][name]
+def result(report, section, name):
+    """The value or the median of a result."""
+    found = report["sections"][section]["results"][name]
     return found.get("median", found.get("value"))
 
 
@@ -55,7 +55,7 @@ def test_a_quick_run_has_every_section_with_what_it_depends_on(quick):
     for section in quick["sections"].values():
         assert section["how"]
         assert section["settings"]
-        assert section["figures"]
+        assert section["results"]
         assert {"commit", "dirty", "versions"} <= set(section["provenance"])
         assert section["machine"]["cores"] >= 1
     assert quick["settings"]["quick"] is True
@@ -63,15 +63,15 @@ def test_a_quick_run_has_every_section_with_what_it_depends_on(quick):
 
 @pytest.mark.slow
 def test_the_sides_of_a_quick_run_do_the_same(quick):
-    assert figure(quick, "preparation", "ids equal") is True
-    assert figure(quick, "preparation", "labels equal") is True
-    assert figure(quick, "same dialogues a step", "same trained tokens") is True
-    assert figure(quick, "same dialogues a step", "losses apart, relative") <= 1e-5
-    losses = figure(quick, "same dialogues a step", "shared_prefix: losses").split()
+    assert result(quick, "preparation", "ids equal") is True
+    assert result(quick, "preparation", "labels equal") is True
+    assert result(quick, "same dialogues a step", "same trained tokens") is True
+    assert result(quick, "same dialogues a step", "losses apart, relative") <= 1e-5
+    losses = result(quick, "same dialogues a step", "shared_prefix: losses").split()
     assert len(set(losses)) == quick["settings"]["rounds"] + 1  # each step another pack, after another update
-    assert figure(quick, "exactness", "shared prefix") <= 1e-5
-    assert figure(quick, "exactness", "TRL packs") <= 1e-5
-    assert figure(quick, "exactness", "largest hidden state") > 1
+    assert result(quick, "exactness", "shared prefix") <= 1e-5
+    assert result(quick, "exactness", "TRL packs") <= 1e-5
+    assert result(quick, "exactness", "largest hidden state") > 1
 
 
 @pytest.mark.slow
@@ -81,9 +81,9 @@ def test_the_kept_results_are_of_a_whole_run_of_this_script(quick):
     assert kept["settings"].keys() == quick["settings"].keys()
     for name, section in quick["sections"].items():
         assert kept["sections"][name]["how"] == section["how"]
-        differ = kept["sections"][name]["figures"].keys() ^ section["figures"].keys()
-        assert all("the real prompt" in figure for figure in differ)
-    assert figure(kept, "tokens", "shared / plain, 568 ids") <= 0.62
+        differ = kept["sections"][name]["results"].keys() ^ section["results"].keys()
+        assert all("the real prompt" in result for result in differ)
+    assert result(kept, "tokens", "shared / plain, 568 ids") <= 0.62
 
 
 def test_goals_are_judged_by_the_median(measure, capsys):
@@ -92,7 +92,7 @@ def test_goals_are_judged_by_the_median(measure, capsys):
     report.add("missed", measure.spread([3, 1, 2]), most=1.5)
     report.add("met", 2, least=2)
     report.add("open", True)
-    assert report.figures == {
+    assert report.results == {
         "missed": {"median": 2, "low": 1, "high": 3, "repeats": 3, "goal": "at most 1.5", "met": False},
         "met": {"value": 2, "goal": "at least 2", "met": True},
         "open": {"value": True},
@@ -146,8 +146,8 @@ def test_a_quick_run_of_evaluation_reports_every_result(tmp_path):
     done = run_script(BENCHMARKS / "evaluation.py", "--quick", "--output", path)
     assert done.returncode == 0, done.stderr[-2000:]
     report = read_json(path)
-    assert figure(report, "generated context", "tokens equal") is True
-    assert figure(report, "generated context", "alone / together") > 0
-    figures = report["sections"]["scoring"]["figures"]
-    assert "all lexical metrics of both profiles: seconds" in figures
-    assert all(each.get("median", each.get("value")) > 0 for each in figures.values())
+    assert result(report, "generated context", "tokens equal") is True
+    assert result(report, "generated context", "alone / together") > 0
+    results = report["sections"]["scoring"]["results"]
+    assert "all lexical metrics of both profiles: seconds" in results
+    assert all(each.get("median", each.get("value")) > 0 for each in results.values())

@@ -255,7 +255,7 @@ def cache_kinds(config: Any) -> set[str]:
 
 
 def lora_targets(model_type: str, target_modules: str) -> str | list[str]:
-    """The layers that `AdapterConfig.target_modules` means, for PEFT: a regular expression or names of linear layers."""
+    """The layers that `AdapterConfig.target_modules` means, for PEFT: a regular expression or layer names."""
     return list(get_family(model_type).lora_targets) if target_modules == "all-linear" else target_modules
 
 
