@@ -21,7 +21,7 @@ class ModelDims:
         queries: width of all query heads; `keys`: of all key heads.
         linears: (inputs, outputs) of the linear layers of one block, by name.
         biases: bias entries of one block's linear layers.
-        head_norms: parameters of one block's norms over heads, and the width of what they normalise.
+        head_norms: parameters of one block's norms over heads, and the width of what they normalize.
         tied: whether input and output embeddings are one matrix.
         layer_kinds: number of layers of each kind, named as in transformers' `layer_types`.
     """
@@ -112,7 +112,7 @@ def dense_decoder_dims(
         config: an `ArchitectureConfig` or a transformers configuration.
         vocab_size: the vocabulary's size if the configuration leaves it open.
         qkv_bias: whether q, k and v have biases (Qwen2).
-        head_norms: whether each query and key head is normalised (Qwen3).
+        head_norms: whether each query and key head is normalized (Qwen3).
 
     Raises:
         ValueError: the vocabulary's size is unknown.
