@@ -131,7 +131,7 @@ class SynthesisStore:
             statements.append(("INSERT INTO turns VALUES (?, ?, ?, ?, ?)", values))
         self._write(*statements)
 
-    def _first(self, query: str, *values: str) -> sqlite3.Row | None:
+    def _first(self, query: str, *values: str) -> Any:
         return self._db.execute(query, values).fetchone()
 
     def answer(self, owner: str, key: str) -> dict[str, Any] | None:
