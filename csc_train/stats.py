@@ -56,22 +56,23 @@ def ratio(sums: numpy.ndarray) -> numpy.ndarray:
     return numpy.divide(numerator, divisor, out=numpy.full(divisor.shape, numpy.nan), where=divisor != 0)
 
 
-def bootstrap_interval(statistic: Statistic, dialogues: numpy.ndarray, resamples: int) -> Interval | None:
+def bootstrap_interval(
+    statistic: Statistic, dialogues: numpy.ndarray, resamples: int, minus: Statistic | None = None
+) -> Interval | None:
     """The percentile bootstrap interval over `resamples` resamples of dialogues.
 
     Resamples without a value are ignored. None if fewer than `MIN_DIALOGUES` dialogues contribute.
 
     Args:
         dialogues: int [turns], the dialogue of each turn, counted from 0.
+        minus: the interval is of `statistic` - `minus`, on the same turns and the same resamples.
     """
-    return _percentile_interval(statistic.function, [statistic.by_dialogue(dialogues)], resamples)
-
-
-def paired_bootstrap_interval(
-    one: Statistic, other: Statistic, dialogues: numpy.ndarray, resamples: int
-) -> Interval | None:
-    """As `bootstrap_interval`, for the difference `one` - `other` on the same turns and the same resamples."""
-    return _percentile_interval(one.function, [each.by_dialogue(dialogues) for each in (one, other)], resamples)
+    sides = [each.by_dialogue(dialogues) for each in (statistic, minus) if each]
+    if any(each.any(axis=1).sum() < MIN_DIALOGUES for each in sides):
+        return None
+    counts = _resample_counts(len(sides[0]), resamples)
+    values = [statistic.function(counts @ sums) for sums in sides]
+    return _quantiles(values[0] - values[1] if minus else values[0])
 
 
 def weighted_bootstrap_interval(
@@ -89,14 +90,6 @@ def weighted_bootstrap_interval(
     return _quantiles(
         numpy.concatenate([function(weights[i : i + step, dialogues]) for i in range(0, resamples, step)])
     )
-
-
-def _percentile_interval(function: Callable, sides: list[numpy.ndarray], resamples: int) -> Interval | None:
-    count = len(sides[0])
-    if any(each.any(axis=1).sum() < MIN_DIALOGUES for each in sides):
-        return None
-    values = [function(_resample_counts(count, resamples) @ sums) for sums in sides]
-    return _quantiles(values[0] - values[1] if len(values) == 2 else values[0])
 
 
 def _quantiles(values: numpy.ndarray) -> Interval | None:

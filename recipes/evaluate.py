@@ -102,15 +102,17 @@ def score_and_show(directory: Path, config: EvaluateRecipe) -> str:
     from rich.console import Console
 
     from csc_train.config.compose import to_container
-    from csc_train.evaluation.report.html import write_report
-    from csc_train.evaluation.report.tables import console_table
+    from csc_train.evaluation.report.html import write_html
+    from csc_train.evaluation.report.tables import console_table, write_results
     from csc_train.evaluation.scoring import score_run
     from csc_train.files import read_json
     from csc_train.runs.directory import RECORD_FILE
     from csc_train.runs.provenance import provenance
 
     scored, settings = score_run(directory, config.metrics), to_container(config)
-    write_report(directory, scored, settings, read_json(directory / RECORD_FILE), provenance())
+    facts = provenance() | {"metrics": settings["metrics"]}
+    write_results(directory, scored.results, scored.drifts, facts, scored.contamination)
+    write_html(directory, scored, settings, read_json(directory / RECORD_FILE))
     Console().print(*(console_table(scored.results, profile) for profile in config.metrics.profiles))
     logger.info(f"report: {directory}/report.html (also table.md, results.json); predictions: {directory}/predictions")
     return scored.run.failure_summary()

@@ -56,13 +56,14 @@ def export_form(config: HumanEvalRecipe, run) -> None:
 
 def import_ratings(config: HumanEvalRecipe, run) -> None:
     """Read the ratings, and report preferences and agreement."""
+    from dataclasses import asdict
+
     from rich.console import Console
 
     from csc_train.evaluation.judges.annotation_form import read_key
     from csc_train.evaluation.judges.human_ratings import (
         rater_results,
         rating_tables,
-        ratings_json,
         read_judge_preferences,
         read_ratings,
     )
@@ -78,8 +79,9 @@ def import_ratings(config: HumanEvalRecipe, run) -> None:
     run.start({path: file_digest(path) for path in (config.key, *config.inputs)})
     tables = rating_tables(found, key)
     names = f"A: {key.a}  \nB: {key.b}"
+    questions = {question: asdict(each) for question, each in found.items()}
     facts = {"provenance": provenance(), "a": key.a, "b": key.b, "form": key.form}
-    write_json(run.directory / "human.json", facts | ratings_json(found, comments))
+    write_json(run.directory / "human.json", facts | {"questions": questions, "comments": comments})
     write_text(run.directory / "human.md", markdown_tables([names, *tables]))
     logger.info(names)
     for table in tables:

@@ -16,7 +16,6 @@ from csc_train.stats import (
     mcnemar_test,
     mean,
     observed_agreement,
-    paired_bootstrap_interval,
     ratio,
     sign_flip_test,
     weighted_bootstrap_interval,
@@ -65,7 +64,7 @@ def test_equal_systems_are_rarely_told_apart_and_mcnemar_is_fooled():
         a, b = (simulated(rng, TRUTH, dialogues) for _ in range(2))
         flips.append(sign_flip_test(mean(a), mean(b), dialogues, permutations=1000) < 0.05)
         clusters_ignored.append(mcnemar_test(a, b) < 0.05)
-        low, high = paired_bootstrap_interval(mean(a), mean(b), dialogues, resamples=400)
+        low, high = bootstrap_interval(mean(a), dialogues, resamples=400, minus=mean(b))
         covered.append(low <= 0 <= high)
     assert 0.03 <= share(flips) <= 0.08
     assert 0.92 <= share(covered) <= 0.98
@@ -124,7 +123,7 @@ def test_too_few_dialogues_have_no_interval():
 def test_a_difference_of_a_system_from_itself_is_nothing():
     dialogues = numpy.arange(40).repeat(5)
     right = numpy.random.default_rng(0).random(200) < 0.5
-    assert paired_bootstrap_interval(mean(right), mean(right), dialogues, resamples=100) == (0, 0)
+    assert bootstrap_interval(mean(right), dialogues, resamples=100, minus=mean(right)) == (0, 0)
     assert sign_flip_test(mean(right), mean(right), dialogues, permutations=1000) == 1
 
 

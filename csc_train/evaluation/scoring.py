@@ -19,7 +19,7 @@ from csc_train.evaluation.metrics.model_based import fetch_models
 from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, metrics_in_profiles
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.config import CONTEXTS
-from csc_train.inference.predictions import Prediction, RunPredictions, expected_turns, read_run_predictions
+from csc_train.inference.predictions import Prediction, RunPredictions, missing_turns, read_run_predictions
 
 Results = dict[str, dict[str, dict[str, Any]]]
 """By system and context, the results of `score_predictions`, in the order of table rows; the last is the evaluated
@@ -90,16 +90,12 @@ def check_complete(run: RunPredictions, dialogues: Sequence[Dialogue]) -> None:
     Raises:
         InputError: a turn is missing.
     """
-    expected = expected_turns(dialogues)
     for name, contexts in run.predictions.items():
         for context, predictions in contexts.items():
             found = {each.key for each in [*predictions, *run.failures[name][context]]}
-            if missing := [key for key in expected if key not in found]:
-                raise InputError(
-                    f"{run.directory}: {name}, {context} context: {len(missing)} of {len(expected)} turns are missing, "
-                    f"first turn {missing[0][1]} of dialogue {missing[0][0]}: predict them with run={run.directory} "
-                    "resume=true"
-                )
+            if missing := missing_turns(dialogues, found):
+                place = f"{run.directory}: {name}, {context} context"
+                raise InputError(f"{place}: {missing}: predict them with run={run.directory} resume=true")
 
 
 def score_predictions(
@@ -129,25 +125,18 @@ def score_predictions(
     Raises:
         InputError: a metric model cannot be loaded, or a turn is predicted twice.
     """
-    table = PredictionTable(predictions, dialogues)
-
-    def result(metric: Metric) -> MetricResult:
-        return metric.compute(table.dialogue, config.bootstrap_resamples)
-
+    table, resamples = PredictionTable(predictions, dialogues), config.bootstrap_resamples
     metrics = compute_metrics(table, config, (*config.profiles, *SECTIONS))
     gold = compute_metrics(table.gold, config, ("process", "reply"))
     profiles = {profile: metrics[profile] for profile in config.profiles}
     by_position = _position_metrics(table, config)
     chosen = table.predicts_strategy
     return {
-        "profiles": {profile: {name: result(each) for name, each in row.items()} for profile, row in profiles.items()},
-        "decontaminated": _decontaminated(flagged, table, profiles, config.bootstrap_resamples),
-        **{
-            section: {name: result(each) for name, each in metrics[section].items()}
-            for section in ("strategy", "likelihood")
-        },
+        "profiles": {profile: _results(row, table, resamples) for profile, row in profiles.items()},
+        "decontaminated": _decontaminated(flagged, table, profiles, resamples),
+        **{section: _results(metrics[section], table, resamples) for section in ("strategy", "likelihood")},
         "by_strategy": {
-            label: {"turns": count} | {name: result(each) for name, each in cells.items()}
+            label: {"turns": count} | _results(cells, table, resamples)
             for label, count, cells in strategy.by_strategy(table)
         },
         "confusion": strategy.confusion(table).tolist() if chosen else None,
@@ -156,18 +145,18 @@ def score_predictions(
             "reference": strategy.transitions(table, table.reference).tolist(),
         },
         "by_position": [
-            {"position": position + 1, "turns": int(here.sum())}
-            | {name: result(each.restrict(here)) for name, each in by_position.items()}
+            {"position": position + 1, "turns": int(here.sum())} | _results(by_position, table, resamples, here)
             for position in range(table.longest)
             for here in [table.position == position]
         ],
         "calibration": likelihood.calibration(table) if chosen else None,
         **{
             section: {
-                name: {"system": result(each), "reference": result(gold[section][name])}
-                for name, each in metrics[section].items()
+                name: {"system": system[name], "reference": found}
+                for name, found in _results(row, table, resamples).items()
             }
-            for section in gold
+            for section, row in gold.items()
+            for system in [_results(metrics[section], table, resamples)]
         },
         "lengths": replies.length_histogram(table),
         "lowest_scoring": replies.lowest_scoring(table),
@@ -179,6 +168,14 @@ def score_predictions(
             "empty_replies": sum(not reply.strip() for reply, _ in table.pairs),
         },
     }
+
+
+def _results(
+    metrics: Mapping[str, Metric], table: PredictionTable, resamples: int, where: numpy.ndarray | None = None
+) -> dict[str, MetricResult]:
+    """The results over all turns of a table, or over those that `where`, bool [turns], selects."""
+    chosen = metrics if where is None else {name: each.restrict(where) for name, each in metrics.items()}
+    return {name: each.compute(table.dialogue, resamples) for name, each in chosen.items()}
 
 
 def _position_metrics(table: PredictionTable, config: MetricsConfig) -> dict[str, Metric]:
@@ -197,10 +194,7 @@ def _decontaminated(
     return {
         "dialogues": len(set(table.dialogue[kept].tolist())),
         "turns": int(kept.sum()),
-        "profiles": {
-            profile: {name: metric.restrict(kept).compute(table.dialogue, resamples) for name, metric in row.items()}
-            for profile, row in profiles.items()
-        },
+        "profiles": {profile: _results(row, table, resamples, kept) for profile, row in profiles.items()},
     }
 
 
@@ -222,16 +216,18 @@ def context_drift(
         InputError: the references of the two differ.
     """
     sides, _ = align_tables(reference, generated, "reference context", "generated context", dialogues)
-    dialogue, resamples = sides[0].dialogue, config.bootstrap_resamples
+    resamples = config.bootstrap_resamples
     metrics = [_position_metrics(table, config) for table in sides]
     rows = []
     for position in range(sides[0].longest if len(sides[0]) else 0):
         here = sides[0].position == position
-        pairs = {name: [side[name].restrict(here) for side in metrics] for name in metrics[0]}
         by_context = {
-            context: {name: pair[index].compute(dialogue, resamples) for name, pair in pairs.items()}
-            for index, context in enumerate(CONTEXTS)
+            context: _results(side, table, resamples, here)
+            for context, side, table in zip(CONTEXTS, metrics, sides, strict=True)
         }
-        drifts = {name: one.difference(other, dialogue, resamples) for name, (one, other) in pairs.items()}
+        drifts = {
+            name: one.restrict(here).difference(metrics[1][name].restrict(here), sides[0].dialogue, resamples)
+            for name, one in metrics[0].items()
+        }
         rows.append({"position": position + 1, "turns": int(here.sum()), **by_context, **drifts})
     return rows

@@ -44,7 +44,7 @@ class PredictionTable:
         Raises:
             InputError: a turn is predicted twice, or is no supporter turn of its dialogue.
         """
-        self.predictions = sorted(predictions, key=lambda each: (each.dialogue_id, each.turn))
+        self.predictions = sorted(predictions, key=lambda each: each.key)
         self.dialogues = dialogues
         keys = self.keys
         for key, following in itertools.pairwise(keys):
@@ -79,7 +79,7 @@ class PredictionTable:
     @property
     def keys(self) -> list[tuple[str, int]]:
         """(dialogue id, turn) of each turn."""
-        return [(each.dialogue_id, each.turn) for each in self.predictions]
+        return [each.key for each in self.predictions]
 
     def shuffled_indices(self, seed: int) -> list[int]:
         """Indices of all turns in a random order; the order of two turns does not depend on the other turns."""
@@ -137,12 +137,9 @@ def align_tables(
     Raises:
         InputError: the references of a turn differ, or a turn is predicted twice.
     """
-    keys = [{(each.dialogue_id, each.turn) for each in side} for side in (one, other)]
+    keys = [{each.key for each in side} for side in (one, other)]
     shared = keys[0] & keys[1]
-    left, right = (
-        PredictionTable([each for each in side if (each.dialogue_id, each.turn) in shared], dialogues)
-        for side in (one, other)
-    )
+    left, right = (PredictionTable([each for each in side if each.key in shared], dialogues) for side in (one, other))
     for first, second in zip(left.predictions, right.predictions, strict=True):
         references = {(each.reference_strategy, each.reference_response) for each in (first, second)}
         if len(references) > 1:

@@ -4,7 +4,7 @@ import contextlib
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,17 @@ def expected_turns(dialogues: Iterable[Dialogue]) -> list[tuple[str, int]]:
     return [(dialogue.id, turn) for dialogue in dialogues for turn in dialogue.supporter_turns]
 
 
+def missing_turns(dialogues: Sequence[Dialogue], found: Collection[tuple[str, int]]) -> str:
+    """The supporter turns that are not among `found`, in words; empty if there are none."""
+    expected = expected_turns(dialogues)
+    missing = [key for key in expected if key not in found]
+    if not missing:
+        return ""
+    return (
+        f"{len(missing)} of {len(expected)} turns are missing, first turn {missing[0][1]} of dialogue {missing[0][0]}"
+    )
+
+
 def read_outcomes(path: str | os.PathLike) -> list[TurnOutcome]:
     """Read the predictions and failed turns of a file; an incomplete last line is ignored.
 
@@ -205,9 +216,7 @@ def is_complete(path: Path, dialogues: Sequence[Dialogue]) -> bool:
     """Whether a file has a prediction for every supporter turn of these dialogues, and no parts are left."""
     if not path.exists() or _parts(path):
         return False
-    return {each.key for each in read_outcomes(path) if isinstance(each, Prediction)}.issuperset(
-        expected_turns(dialogues)
-    )
+    return not missing_turns(dialogues, {each.key for each in read_outcomes(path) if isinstance(each, Prediction)})
 
 
 def _parts(path: Path) -> list[Path]:
@@ -277,7 +286,6 @@ def read_external_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue]
         raise InputError(f"{path}: the file's name becomes the system's name, and a baseline has it: rename the file")
     replies: dict[tuple[str, int], Prediction] = {}
     by_id = {dialogue.id: dialogue for dialogue in dialogues}
-    expected = expected_turns(dialogues)
     details = {"prompt_hash": digest(None), "config_hash": file_digest(path)}
     for number, row in read_jsonl(path):
         place = f"{path}, line {number}"
@@ -295,10 +303,7 @@ def read_external_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue]
         if key in replies:
             raise InputError(f"{place}: turn {turn} of dialogue {name} is there twice")
         replies[key] = build_prediction(by_id[key[0]], turn, context, text, parse_reply(text), **details)
-    if missing := [key for key in expected if key not in replies]:
-        raise InputError(
-            f"{path}: {len(missing)} of {len(expected)} turns are missing, first turn {missing[0][1]} of dialogue "
-            f"{missing[0][0]}"
-        )
+    if missing := missing_turns(dialogues, replies):
+        raise InputError(f"{path}: {missing}")
     predicts_strategy = any(each.strategy for each in replies.values())
-    return [replace(replies[key], predicts_strategy=predicts_strategy) for key in expected]
+    return [replace(replies[key], predicts_strategy=predicts_strategy) for key in expected_turns(dialogues)]

@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,7 +185,7 @@ def rater_results(
             raters={rater: _win_rate({rater: given}, items, config) for rater, given in by_rater.items()},
             shared=len(shared),
             fleiss=_fleiss(by_rater, shared, items, config),
-            pairs=[_pair(*one, *other, items, config) for one, other in pairs],
+            pairs=[_pair(one, other, items, config) for one, other in pairs],
         )
     tested = {question: each.win_rate for question, each in found.items() if each.win_rate.p_value is not None}
     corrected = holm_correction([each.p_value for each in tested.values()])
@@ -224,27 +224,18 @@ def _categories(given: Preferences, names: Sequence[str]) -> numpy.ndarray:
 
 
 def _pair(
-    one: str,
-    first: Preferences,
-    other: str,
-    second: Preferences,
+    one: tuple[str, Preferences],
+    other: tuple[str, Preferences],
     items: Mapping[str, AnnotationItem],
     config: HumanConfig,
 ) -> RaterPair:
-    names = sorted(first.keys() & second.keys())
-    one_side, other_side = (_categories(given, names) for given in (first, second))
-    dialogues = _dialogues(names, items)
+    names = sorted(one[1].keys() & other[1].keys())
+    one_side, other_side = (_categories(given, names) for _, given in (one, other))
     same = Metric(observed_agreement(one_side, other_side), "equal ratings of A, tie, B", "no items in common", "items")
-    kappa = Metric(
-        cohen_kappa(one_side, other_side, 3), "Cohen 1960, A, tie, B", _UNDEFINED if names else same.reason, "kappa"
-    )
-    return RaterPair(
-        one,
-        other,
-        len(names),
-        same.compute(dialogues, config.bootstrap_resamples),
-        kappa.compute(dialogues, config.bootstrap_resamples),
-    )
+    reason = _UNDEFINED if names else same.reason
+    kappa = Metric(cohen_kappa(one_side, other_side, 3), "Cohen 1960, A, tie, B", reason, "kappa")
+    agreement, agreed = (each.compute(_dialogues(names, items), config.bootstrap_resamples) for each in (same, kappa))
+    return RaterPair(one[0], other[0], len(names), agreement, agreed)
 
 
 def _fleiss(
@@ -303,8 +294,3 @@ def rating_tables(found: Mapping[str, RaterResult], key: UnblindingKey) -> list[
         notes=(NOTES["agreement"].format(majority=MAJORITY),),
     )
     return [preference, raters, agreement]
-
-
-def ratings_json(found: Mapping[str, RaterResult], comments: list[dict[str, Any]]) -> dict[str, Any]:
-    """The results as plain values."""
-    return {"questions": {question: asdict(each) for question, each in found.items()}, "comments": comments}

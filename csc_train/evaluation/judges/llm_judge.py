@@ -47,17 +47,9 @@ class Preference(pydantic.BaseModel):
     better: Annotated[Literal["1", "2", "tie"], pydantic.BeforeValidator(str)]  # some models write the number 1
 
 
-class Rubric(pydantic.BaseModel):
-    """One to five points by each of `CRITERIA`."""
-
-    reason: str
-    strategy: _Points
-    helpfulness: _Points
-    empathy: _Points
-    wording: _Points
-    faithfulness: _Points
-
-
+Rubric = pydantic.create_model(
+    "Rubric", __doc__="One to five points by each of `CRITERIA`.", reason=str, **dict.fromkeys(CRITERIA, _Points)
+)
 ANSWER_SCHEMAS = {"pairwise": Preference, "rubric": Rubric}
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy
 
-from csc_train.stats import Statistic, bootstrap_interval, paired_bootstrap_interval
+from csc_train.stats import Statistic, bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,4 @@ class Metric:
         if not isinstance(self.statistic, Statistic) or not isinstance(other.statistic, Statistic):
             return self._result(None, "the metric has no statistic over turns to test", None)
         value = self.statistic.value - other.statistic.value
-        return self._result(
-            value, None, paired_bootstrap_interval(self.statistic, other.statistic, dialogues, resamples)
-        )
+        return self._result(value, None, bootstrap_interval(self.statistic, dialogues, resamples, other.statistic))

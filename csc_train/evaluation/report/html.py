@@ -14,6 +14,7 @@ from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.report import tables
 from csc_train.evaluation.scoring import ScoredRun
 from csc_train.files import write_text
+from csc_train.inference.predictions import expected_turns
 from csc_train.templates import render
 
 REPORT_FILE = "report.html"
@@ -65,19 +66,6 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
     write_text(Path(directory) / REPORT_FILE, page)
 
 
-def write_report(
-    directory: str | os.PathLike,
-    scored: ScoredRun,
-    config: dict[str, Any],
-    record: dict[str, Any],
-    provenance: dict[str, Any],
-) -> None:
-    """Write `results.json`, `table.md` and `report.html`; see `write_results` and `write_html`."""
-    facts = provenance | {"metrics": config["metrics"]}
-    tables.write_results(directory, scored.results, scored.drifts, facts, scored.contamination)
-    write_html(directory, scored, config, record)
-
-
 def _transcripts(scored: ScoredRun) -> str:
     """All dialogues and replies, as gzip of JSON in base64.
 
@@ -94,13 +82,12 @@ def _transcripts(scored: ScoredRun) -> str:
         [each.id, [[turn.strategy.number if turn.strategy else 0, text_index(turn.text)] for turn in each.turns]]
         for each in scored.dialogues
     ]
-    keys = [(each.id, turn) for each in scored.dialogues for turn in each.supporter_turns]
     replies: dict[str, dict[str, dict[str, list[int]]]] = {}
     for system, contexts in scored.run.predictions.items():
         replies[system] = {}
         for context, predictions in contexts.items():
-            by_key = {(each.dialogue_id, each.turn): each for each in predictions}
-            row = [by_key.get(key) for key in keys]
+            by_key = {each.key: each for each in predictions}
+            row = [by_key.get(key) for key in expected_turns(scored.dialogues)]
             replies[system][context] = {
                 "strategies": [(each.strategy or 0) if each and each.predicts_strategy else -1 for each in row],
                 "texts": [text_index(each.response) if each else -1 for each in row],
