@@ -25,24 +25,30 @@ class Stage(Enum):
 
 
 @dataclass(frozen=True)
-class Strategy:
-    """One support strategy. `stage` is None for the one strategy (Others) that may appear in any stage."""
+class BilingualTerm:
+    """A term with its name and definition in Chinese and English."""
 
-    number: int
     zh: str
     en: str
-    code: str
-    stage: Stage | None
     definition_zh: str
     definition_en: str
 
     def name(self, language: str) -> str:
-        """The name in `language` ("zh" or "en"), as between the brackets of a reply."""
+        """The name in `language` ("zh" or "en"); of a strategy, the one between the brackets of a reply."""
         return {"zh": self.zh, "en": self.en}[language]
 
     def definition(self, language: str) -> str:
         """The definition in `language` ("zh" or "en")."""
         return {"zh": self.definition_zh, "en": self.definition_en}[language]
+
+
+@dataclass(frozen=True)
+class Strategy(BilingualTerm):
+    """One support strategy. `stage` is None for the one strategy (Others) that may appear in any stage."""
+
+    number: int
+    code: str
+    stage: Stage | None
 
     @property
     def label(self) -> str:
