@@ -213,7 +213,7 @@ def test_a_kappa_has_an_interval_and_chance_is_zero():
     dialogues = numpy.repeat(numpy.arange(500), 4)
     ratings = rng.choice(3, p=[0.6, 0.3, 0.1], size=(3, 2000))
     for statistic in (cohen_kappa(*ratings[:2], 3), fleiss_kappa(counts_of(ratings))):
-        score = Metric(statistic, "kappa", "").score(dialogues, 300)
+        score = Metric(statistic, "kappa", "").compute(dialogues, 300)
         assert score.low < 0 < score.high and score.high - score.low < 0.15
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import pydantic
 
 from csc_train.data.dialogue import Dialogue
-from csc_train.data.strategies import STRATEGIES, Strategy
+from csc_train.data.strategies import STRATEGIES, BilingualTerm
 from csc_train.errors import InputError
 from csc_train.evaluation.config import HumanConfig
 from csc_train.evaluation.judges.criteria import CRITERIA
@@ -120,7 +120,9 @@ def draw_annotation_form(
         shown.append({"id": item, **_shown(dialogues[a.dialogue_id], ordered, config)})
         longer = len(a.response) - len(b.response)
         items.append(AnnotationItem(item=item, dialogue_id=a.dialogue_id, turn=a.turn, first=first, longer=longer))
-    data = {"questions": _questions(config), "items": shown}
+    described = {name: _described(CRITERIA[name], config) for name in config.criteria}
+    criteria = [{"id": name, "name": title, "definition": text} for name, (title, text) in described.items()]
+    data = {"questions": [{"id": OVERALL}, *criteria], "items": shown}
     form = digest(data)[:16]
     values = {"language": config.language, "data": data | {"form": form}}
     page = render("csc_train.evaluation.report", "form.html.jinja", **values)
@@ -138,32 +140,20 @@ def _differ(a: Prediction, b: Prediction, config: HumanConfig) -> bool:
 
 def _shown(dialogue: Dialogue, replies: Sequence[Prediction], config: HumanConfig) -> dict[str, Any]:
     """An item of the form: its history as (whether the supporter speaks, text), and the replies."""
-    turn = replies[0].turn
-    own = [each.strategy if config.show_strategies == "own" else None for each in replies]
-    reference = replies[0].reference_strategy if config.show_strategies == "reference" else None
+
+    def strategy(number: int | None, display: str) -> list[str] | None:
+        """Name and definition of a strategy; None for none, and unless the form shows strategies in this way."""
+        return _described(STRATEGIES[number - 1], config) if number and config.show_strategies == display else None
+
     return {
-        "history": [[each.strategy is not None, each.text] for each in dialogue.turns[:turn]],
-        "strategy": _strategy(reference, config.language),
-        "replies": [
-            {"strategy": _strategy(number, config.language), "text": each.response}
-            for number, each in zip(own, replies, strict=True)
-        ],
+        "history": [[each.strategy is not None, each.text] for each in dialogue.turns[: replies[0].turn]],
+        "strategy": strategy(replies[0].reference_strategy, "reference"),
+        "replies": [{"strategy": strategy(each.strategy, "own"), "text": each.response} for each in replies],
     }
 
 
-def _strategy(number: int | None, language: str) -> list[str] | None:
-    """A strategy's name and definition; None for none."""
-    strategy: Strategy | None = STRATEGIES[number - 1] if number else None
-    return [strategy.name(language), strategy.definition(language)] if strategy else None
-
-
-def _questions(config: HumanConfig) -> list[dict[str, str]]:
-    language = config.language
-    criteria = [
-        {"id": name, "name": CRITERIA[name].name(language), "definition": CRITERIA[name].definition(language)}
-        for name in config.criteria
-    ]
-    return [{"id": OVERALL}, *criteria]
+def _described(term: BilingualTerm, config: HumanConfig) -> list[str]:
+    return [term.name(config.language), term.definition(config.language)]
 
 
 def read_key(path: str | os.PathLike) -> UnblindingKey:
