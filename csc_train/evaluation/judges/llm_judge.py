@@ -47,9 +47,8 @@ class Preference(pydantic.BaseModel):
     better: Annotated[Literal["1", "2", "tie"], pydantic.BeforeValidator(str)]  # some models write the number 1
 
 
-Rubric = pydantic.create_model(
-    "Rubric", __doc__="One to five points by each of `CRITERIA`.", reason=str, **dict.fromkeys(CRITERIA, _Points)
-)
+_rubric_fields: dict[str, Any] = {"reason": str} | dict.fromkeys(CRITERIA, _Points)
+Rubric = pydantic.create_model("Rubric", __doc__="One to five points by each of `CRITERIA`.", **_rubric_fields)
 ANSWER_SCHEMAS = {"pairwise": Preference, "rubric": Rubric}
 
 
