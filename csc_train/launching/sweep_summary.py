@@ -8,10 +8,10 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 from rich.console import Console
-from rich.table import Table
 
 from csc_train.config.cluster import SweepConfig
 from csc_train.files import atomic_path, write_json, write_text
+from csc_train.runs.comparison import console_table, markdown_table
 
 PLOTS = {
     "history.svg": "plot_optimization_history",
@@ -71,19 +71,14 @@ def report_sweep(directory: Path, study: optuna.Study, config: SweepConfig) -> N
     """
     facts = summarize_sweep(directory, study, config)
     write_json(directory / "summary.json", facts)
-    header, rows = _rows(facts)
-    lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    rows = _rows(facts)
     plots = _draw(directory, study, config) if facts["importances"] else []
     images = "".join(f"![{name.removesuffix('.svg').replace('_', ' ')}]({name})\n\n" for name in plots)
     headline = _headline(facts)
-    write_text(directory / "summary.md", f"# Sweep {config.name}\n\n{headline}\n\n{text}\n\n{images}")
+    write_text(directory / "summary.md", f"# Sweep {config.name}\n\n{headline}\n\n{markdown_table(rows)}\n\n{images}")
 
     console = Console(width=None if sys.stdout.isatty() else 150)
-    table = Table(*header, title=f"Sweep {config.name} (* best)", title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(console_table(rows, title=f"Sweep {config.name} (* best)"))
     console.print(headline, highlight=False)
     written = ", ".join(["summary.json", "summary.md", *plots])
     console.print(f"summary: {directory}: {written}", highlight=False, soft_wrap=True)
@@ -118,7 +113,7 @@ def _headline(facts: dict[str, Any]) -> str:
     )
 
 
-def _rows(facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _rows(facts: dict[str, Any]) -> list[list[str]]:
     """Header and rows: complete trials from best to worst, then the others by number."""
     keys = list(dict.fromkeys(key for trial in facts["trials"] for key in trial["parameters"]))
     sign = 1 if facts["direction"] == "minimize" else -1
@@ -127,12 +122,12 @@ def _rows(facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         complete = trial["state"] == "complete"
         return (not complete, sign * trial["value"] if complete else 0, trial["number"])
 
-    rows = []
+    rows = [["trial", facts["metric"], *keys, "outcome", "steps", "seconds", "reason"]]
     for trial in sorted(facts["trials"], key=rank):
         mark = "*" if trial["number"] == facts["best"] else ""
         cells = [trial["value"], *map(trial["parameters"].get, keys), *map(trial.get, ("state", "steps", "seconds"))]
         rows.append([f"{trial['number']}{mark}", *map(_short, cells), trial["reason"] or ""])
-    return ["trial", facts["metric"], *keys, "outcome", "steps", "seconds", "reason"], rows
+    return rows
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,6 +17,9 @@ from csc_train.files import atomic_path, read_json, write_json, write_text
 from csc_train.jsonl import JsonlLog
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
 from csc_train.runs.directory import flatten_keys, read_run_record
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 HISTORY_FILE, METRICS_FILE, RESULTS_FILE = "history.jsonl", "metrics.json", "results.json"
 SKIPPED_FOLDERS = ("checkpoints", "model", "base", "tokenizer", "wandb", "predictions")
@@ -159,9 +162,7 @@ def write_comparison(directory: Path, runs: list[TrainingRun], broken: list[str]
     facts = [{name: value for name, value in asdict(run).items() if name != "history"} for run in runs]
     comparison = {"metric": metric, "differing": differing_settings(runs), "runs": facts, "broken": broken}
     write_json(directory / "runs.json", comparison)
-    header, *rows = _table(runs, metric)
-    lines = [header, ["---"] * len(header), *rows]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    table = markdown_table(_table(runs, metric))
     errors = "\nNot read:\n\n" + "".join(f"- {line}\n" for line in broken) if broken else ""
     write_text(directory / "runs.md", f"# Runs\n\n{table}\n\n![loss curves](runs.svg)\n{errors}")
     _plot(directory / "runs.svg", runs, metric)
@@ -170,16 +171,27 @@ def write_comparison(directory: Path, runs: list[TrainingRun], broken: list[str]
 def show_comparison(runs: list[TrainingRun], broken: list[str], metric: str) -> None:
     """Print the table, and the errors of the runs that cannot be read."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 180)
-    header, *rows = _table(runs, metric)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(console_table(_table(runs, metric)))
     for line in broken:
         console.print(f"not read: {line}", highlight=False, soft_wrap=True)
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """A table in Markdown; the first row is the header."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def console_table(rows: list[list[str]], title: str | None = None) -> "Table":
+    """A table for the terminal; the first row is the header."""
+    from rich.table import Table
+
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
 
 
 def _table(runs: list[TrainingRun], metric: str) -> list[list[str]]:
