@@ -39,7 +39,7 @@ def main(config: PrepareRecipe) -> None:
     # Packs
     examples = tokenize(splits.train, template, config.tokenization)
     if config.validation.interval(config.trainer):
-        tokenize(splits.held_out, template, config.tokenization)
+        tokenize(splits.validation_dialogues, template, config.tokenization)
     _, report = pack_dialogues(examples, config.packing, config.loss)
     print(f"packs of the training: {report}")
 

@@ -74,7 +74,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     # Validation
     tracker, validator = Tracker(config.tracking, run.directory), None
     if config.validation.interval(config.trainer):
-        validation = splits.held_out, tokenize(splits.held_out, template, config.tokenization)
+        validation = splits.validation_dialogues, tokenize(splits.validation_dialogues, template, config.tokenization)
         validator = Validator(
             *validation, template, config.validation, config.packing, packs.loss_weights, tracker.log_table
         )

@@ -1,4 +1,4 @@
-"""What several test modules share: small and real tokenizers, and seeded random dialogues."""
+"""Fixtures and helpers that test modules share: small and real tokenizers, and seeded random dialogues."""
 
 import importlib.util
 import logging

@@ -44,7 +44,7 @@ class _Process(multiprocessing.context.ForkServerProcess):
 
 
 class Script:
-    """A Python script that runs in a process of its own.
+    """A Python script that runs in a separate process.
 
     Args:
         command: the path of the script (or `-m` and a module), and its arguments.

@@ -203,11 +203,11 @@ def workplace(tmp_path_factory):
     directory = tmp_path_factory.mktemp("workplace")
     evaluation = generate_sample(80, seed=5)
     write_lines(directory / "train.jsonl", [each.row() for each in generate_sample(80, seed=6)])
-    write_lines(directory / "held_out.jsonl", [each.row() for each in evaluation])
+    write_lines(directory / "evaluation.jsonl", [each.row() for each in evaluation])
     write_lines(directory / "elsewhere.jsonl", rows_of(evaluation, share=0.8))
     shown = start(
         "evaluate.py", "predictions=elsewhere.jsonl", "data=files", "data.train.path=train.jsonl",
-        "data.evaluation.path=held_out.jsonl", "evaluation.contexts=[reference]", "run.directory=runs/elsewhere",
+        "data.evaluation.path=evaluation.jsonl", "evaluation.contexts=[reference]", "run.directory=runs/elsewhere",
         cwd=directory,
     )  # fmt: skip
     return directory, shown

@@ -1,4 +1,4 @@
-"""Overlap with the training data: kept with a run, and left out of a second set of scores."""
+"""Overlap with the training data: kept with a run, and left out of a second set of metrics."""
 
 import pytest
 

@@ -125,7 +125,7 @@ def references(folder) -> dict[str, dict]:
 
 
 def agree(run: dict, reference: dict, tolerance: float = TOLERANCE) -> None:
-    """Losses, gradient norms, learning rates and final weights. A saved state remembers what was logged before it."""
+    """Losses, gradient norms, learning rates and final weights. A checkpoint holds the log entries before it."""
     first = run["first_step"]
     assert len(reference["losses"]) == EPOCHS * STEPS_PER_EPOCH
     assert run["losses"] == pytest.approx(reference["losses"], rel=tolerance)

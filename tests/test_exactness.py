@@ -1,4 +1,4 @@
-"""One sequence for all that a dialogue trains, several dialogues a row: neither changes the loss or any gradient.
+"""One sequence for all that a dialogue trains, several dialogues per row: neither changes the loss or any gradient.
 
 An error is measured for each parameter as the largest absolute difference between two gradients over the largest
 absolute entry of the reference, and the worst parameter counts; for a loss as the difference over the reference.

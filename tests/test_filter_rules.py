@@ -1,4 +1,4 @@
-"""The rules for calls and rewritten calls: both sides of every threshold, any input, and what is said of it."""
+"""The rules for calls and rewritten calls: both sides of every threshold, any input, and the reasons of verdicts."""
 
 import itertools
 import random

@@ -43,7 +43,7 @@ for model in sys.argv[1:]:
     except InputError as error:
         print(f"{sum(waits)}|{error}")
 """
-"""Loads tokenizers in a process of its own: the hub's address and the offline switch are read on import."""
+"""Loads tokenizers in a separate process: the hub's address and the offline switch are read on import."""
 
 
 PUSH = """

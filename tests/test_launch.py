@@ -1,4 +1,4 @@
-"""Launching: what is printed, frozen and submitted, and the end of a job that is stopped, broken or killed."""
+"""Launching: what is printed, saved and submitted, and the end of a job that is stopped, broken or killed."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def trained(output: str) -> int:
 
 
 class Started:
-    """A process group of its own in `directory`, whose output is read as it comes; killed after `limit` seconds."""
+    """A separate process group in `directory`, whose output is read as it comes; killed after `limit` seconds."""
 
     def __init__(self, command: list[str], directory: Path, limit: float = TIMEOUT_S, **variables: str):
         path = os.pathsep.join([str(SLURM), str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -136,7 +136,7 @@ def reference(place):
     return losses(place / "runs/whole")
 
 
-# What is printed, frozen and submitted
+# What is printed, saved and submitted
 
 
 @pytest.fixture(scope="module")

@@ -212,7 +212,7 @@ def test_concurrency_falls_on_a_rate_limit_and_recovers():
         await asyncio.gather(*(send(8) for _ in range(20)))
         assert most == 8
 
-        # However often it is refused, one request at a time goes on.
+        # However often it is refused, one request at a time continues.
         for _ in range(10):
             async with limits.slot(1) as sent_in:
                 limits.on_rate_limit(sent_in, 0)

@@ -1,4 +1,4 @@
-"""What `checkpoint=` may name, and what is said of anything else."""
+"""What `checkpoint=` may name, and the errors for anything else."""
 
 import pytest
 

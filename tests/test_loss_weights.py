@@ -1,4 +1,4 @@
-"""What each token counts in the loss, by hand; and that the trainer's loss is that of the formula."""
+"""The loss weight of each token, by hand; and the trainer's loss, by its formula."""
 
 import itertools
 import pickle

@@ -1,4 +1,4 @@
-"""The memory plan: exact where the libraries can say the same, and its advice fits."""
+"""The memory estimate: exact where the libraries can say the same, and its advice fits."""
 
 from dataclasses import replace
 

@@ -414,7 +414,7 @@ def test_evaluate_with_a_server_that_fails_now_and_then(fault_server, tmp_path, 
     monkeypatch.chdir(tmp_path)
     evaluate = load_recipe("evaluate")
     write_dialogues("train.jsonl", generate_sample(20, seed=6))
-    write_dialogues("held_out.jsonl", DIALOGUES)
+    write_dialogues("evaluation.jsonl", DIALOGUES)
     fault_server.answer = echo
     fault_server.script += [TORN, Fault(500), TORN]
     with pytest.raises(SystemExit) as ended:
@@ -424,7 +424,7 @@ def test_evaluate_with_a_server_that_fails_now_and_then(fault_server, tmp_path, 
                 [
                     "llm=openai", "llm.model=some/model", f"llm.base_url={fault_server.base_url}", "llm.max_retries=0",
                     "llm.api_key_env=null", "data=files", "data.train.path=train.jsonl",
-                    "data.evaluation.path=held_out.jsonl", "evaluation.contexts=[reference]", "run.directory=run",
+                    "data.evaluation.path=evaluation.jsonl", "evaluation.contexts=[reference]", "run.directory=run",
                 ],
             )
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Best-fit and tighter packing, what becomes of long dialogues, rows of packs, and batches."""
+"""Best-fit and subset-sum packing, truncation of long dialogues, rows of packs, and batches."""
 
 import itertools
 import random

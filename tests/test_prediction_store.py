@@ -124,7 +124,7 @@ def test_failed_turns_are_listed_and_only_they_are_tried_again(path, whole):
 def test_parts_of_several_ranks_are_merged_by_one_that_resumes(path, whole):
     for process in range(3):
         run(path, Recorder(2), shard_dialogues(DIALOGUES, process, 3), process)
-    # Killed before they were put together; one process goes on, with nothing left to do.
+    # Killed before they were put together; one process resumes, with nothing left to do.
     again = Recorder(2)
     store = run(path, again)
     assert again.batches == []

@@ -1,4 +1,4 @@
-"""What is private is found in whatever form it is written, and other numbers are left alone."""
+"""Private data is found in every written form, and other numbers are not."""
 
 import random
 

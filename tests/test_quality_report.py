@@ -1,4 +1,4 @@
-"""Known answers for every figure of the quality report, and the page that shows them."""
+"""Known answers for every number of the quality report, and the page that shows them."""
 
 import json
 import random

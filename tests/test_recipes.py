@@ -1,4 +1,4 @@
-"""The recipes as a user starts them: whole runs in processes of their own."""
+"""The recipes as a user starts them: whole runs in separate processes."""
 
 import json
 import re
@@ -177,7 +177,7 @@ def test_a_final_model_with_another_template_is_refused(workplace):
 
 
 def history(run: Path) -> list[dict]:
-    """What was logged of the steps of a training, what it measured on held-out dialogues aside."""
+    """What was logged of the steps of a training, validation metrics aside."""
     lines = map(json.loads, (run / "history.jsonl").read_text(encoding="utf-8").splitlines())
     return [line for line in lines if "loss" in line]
 
@@ -194,7 +194,7 @@ def test_two_processes_make_one_run_directory(tmp_path):
     assert done.stdout.count("\nmodel: ") == 1
     assert done.stdout.count("trained 6 steps in ") == 1
     assert [line["step"] for line in history(run)] == [1, 2, 3, 4, 5, 6]
-    assert done.stdout.count(" dialogues encoded in ") == 2  # those that are trained on, and those held out
+    assert done.stdout.count(" dialogues encoded in ") == 2  # the training and the validation dialogues
     for report in (
         "training on ",
         "share of the loss by strategy",

@@ -100,20 +100,20 @@ def test_every_strategy_topic_and_problem_is_used(dialogues):
 
 
 def test_the_previous_strategy_is_a_poor_guide_and_the_rule_is_not(dialogues):
-    train, held_out = dialogues[:400], dialogues[400:]
+    train, test_set = dialogues[:400], dialogues[400:]
     following: dict[int, Counter] = {}
     for dialogue in train:
         for previous, number in itertools.pairwise([0, *numbers(dialogue)]):
             following.setdefault(previous, Counter())[number] += 1
     hits = [
         following[previous].most_common(1)[0][0] == number
-        for dialogue in held_out
+        for dialogue in test_set
         for previous, number in itertools.pairwise([0, *numbers(dialogue)])
     ]
     bigram = 100 * sum(hits) / len(hits)
     assert bigram < 50
-    assert 85 < accuracy_ceiling(held_out) < 94
-    assert accuracy_ceiling(held_out) > bigram + 30
+    assert 85 < accuracy_ceiling(test_set) < 94
+    assert accuracy_ceiling(test_set) > bigram + 30
 
 
 def expected_ceiling(dialogues):

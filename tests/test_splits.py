@@ -57,12 +57,12 @@ def ids(dialogues):
 
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5])
 def test_the_fraction_is_kept_and_every_dialogue_is_on_one_side(fraction):
-    kept, held_out = split(MANY, fraction, seed=0)
+    kept, set_aside = split(MANY, fraction, seed=0)
     # Four standard deviations of a binomial.
-    assert abs(len(held_out) / 2000 - fraction) < 4 * (fraction * (1 - fraction) / 2000) ** 0.5
-    assert sorted(ids(kept) + ids(held_out)) == sorted(ids(MANY))
-    chosen = set(ids(held_out))
-    assert ids(held_out) == [d.id for d in MANY if d.id in chosen]
+    assert abs(len(set_aside) / 2000 - fraction) < 4 * (fraction * (1 - fraction) / 2000) ** 0.5
+    assert sorted(ids(kept) + ids(set_aside)) == sorted(ids(MANY))
+    chosen = set(ids(set_aside))
+    assert ids(set_aside) == [d.id for d in MANY if d.id in chosen]
     assert ids(kept) == [d.id for d in MANY if d.id not in chosen]
 
 
@@ -82,8 +82,8 @@ def test_sides_do_not_change_when_rows_are_reordered_added_or_removed():
 
 def test_equal_dialogues_are_never_separated():
     copies = [Dialogue(f"copy of {d.id}", d.turns, "other") for d in MANY[:300]]
-    kept, held_out = split(MANY[:300] + copies, 0.5, seed=1)
-    for side in (kept, held_out):
+    kept, set_aside = split(MANY[:300] + copies, 0.5, seed=1)
+    for side in (kept, set_aside):
         assert len(side) == 2 * len({dialogue.fingerprint for dialogue in side}) > 0
 
 
@@ -247,9 +247,9 @@ def test_without_an_evaluation_file_the_split_is_that_of_the_training_file(tmp_p
         path = tmp_path / name
         write_dialogues(path, dialogues)
         splits = read_and_check_splits(DataConfig(DialogueSourceConfig(str(path)), evaluation_fraction=0.3, seed=4))
-        kept, held_out = split(dialogues, 0.3, seed=4)
-        assert (splits.train, splits.evaluation) == (kept, held_out)
-        assert set(ids(held_out)) == set(ids(split(MANY, 0.3, seed=4)[1])) & set(ids(dialogues))
+        kept, set_aside = split(dialogues, 0.3, seed=4)
+        assert (splits.train, splits.evaluation) == (kept, set_aside)
+        assert set(ids(set_aside)) == set(ids(split(MANY, 0.3, seed=4)[1])) & set(ids(dialogues))
 
 
 def test_the_validation_set_is_drawn_only_from_the_training_set_and_independently(tmp_path, said):
@@ -260,8 +260,8 @@ def test_the_validation_set_is_drawn_only_from_the_training_set_and_independentl
         return read_splits(DataConfig(DialogueSourceConfig(str(path)), seed=4, **settings))
 
     without, with_it = read(evaluation_fraction=0.3), read(evaluation_fraction=0.3, validation_fraction=0.3)
-    assert (without.validation, without.held_out) == ([], without.evaluation)
-    assert with_it.evaluation == without.evaluation and with_it.held_out == with_it.validation
+    assert (without.validation, without.validation_dialogues) == ([], without.evaluation)
+    assert with_it.evaluation == without.evaluation and with_it.validation_dialogues == with_it.validation
     assert sorted(ids(with_it.train) + ids(with_it.validation)) == sorted(ids(without.train))
     # By the number that held dialogues out, none of what is left is below 0.3, and nothing would be set aside.
     assert 0.2 < len(with_it.validation) / len(without.train) < 0.4

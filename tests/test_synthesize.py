@@ -55,7 +55,7 @@ def play(body):
 
 
 def recipe(*arguments, cwd=None, **environment):
-    """Run the recipe in a process of its own."""
+    """Run the recipe in a separate process."""
     return run_script(ROOT / "recipes" / "synthesize_rolecs.py", *arguments, cwd=cwd, env=os.environ | environment)
 
 

@@ -1,4 +1,4 @@
-"""What a training is measured by, and where the figures go: history, curves, W&B offline, through resume and death."""
+"""Training metrics and their tracking: history, curves and W&B offline, over resumes, failures and kills."""
 
 import csv
 import json

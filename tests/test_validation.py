@@ -1,4 +1,4 @@
-"""What is measured while training is exact however it is cut up, changes nothing, and decides what is kept."""
+"""Validation during training is exact on any number of ranks, does not change the training, and selects the best."""
 
 import dataclasses
 import itertools

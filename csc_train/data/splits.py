@@ -34,23 +34,23 @@ class Splits:
     validation: list[Dialogue] = field(default_factory=list)
 
     @property
-    def held_out(self) -> list[Dialogue]:
-        """The dialogues of validation during training: the validation set, or the evaluation set if that is empty."""
+    def validation_dialogues(self) -> list[Dialogue]:
+        """The dialogues for validation during training: the validation set, or the evaluation set if that is empty."""
         return self.validation or self.evaluation
 
 
 def split(
     dialogues: list[Dialogue], fraction: float, seed: int, purpose: str = "split"
 ) -> tuple[list[Dialogue], list[Dialogue]]:
-    """Split dialogues into (kept, held out), each in the order of the input.
+    """Split dialogues into (kept, set aside), each in the order of the input.
 
     The side of a dialogue depends only on `purpose`, `seed` and its fingerprint, so equal dialogues stay together.
-    `fraction` (0..1) is the expected share of distinct dialogues held out, not an exact count.
+    `fraction` (0..1) is the expected share of distinct dialogues set aside, not an exact count.
     """
-    kept, held_out = [], []
+    kept, set_aside = [], []
     for dialogue in dialogues:
-        (held_out if _uniform(purpose, seed, dialogue) < fraction else kept).append(dialogue)
-    return kept, held_out
+        (set_aside if _uniform(purpose, seed, dialogue) < fraction else kept).append(dialogue)
+    return kept, set_aside
 
 
 def read_splits(config: DataConfig, rejected_directory: Path | None = None) -> Splits:

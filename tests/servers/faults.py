@@ -39,7 +39,7 @@ class Fault:
 
 
 HANG, DRIP, DROP, TORN, HTML = "<hang>", "<drip>", "<drop>", "<torn>", "<html>"
-"""No answer until the server closes; one that goes on byte by byte until then; a connection that is closed instead; an
+"""No answer until the server closes; one that sends single bytes until then; a connection that is closed instead; an
 answer whose JSON ends in the middle; a page instead of JSON."""
 
 

@@ -84,7 +84,7 @@ def train(
         packs: which packs in `folder`; those called `shared` share a prefix.
         attention: defaults to varlen attention for packs that share a prefix, else to sdpa.
         checkpoints: where in `folder` to save training checkpoints.
-        resume: a state of training in `folder` to go on from.
+        resume: a training checkpoint in `folder` to resume from.
         tracked: a run directory in `folder`, in which the training is tracked by W&B offline.
         ends: how it ends before its time, and after which step (see `Ends`).
         validation: what to measure while training; the packs are then of mode `joint`.
@@ -165,7 +165,7 @@ def train(
 
 
 def run_in(directory: Path) -> Run:
-    """A run in a directory, which goes on with what it finds there."""
+    """A run in a directory, which resumes from the checkpoints that it finds there."""
     settings = {"run": {"directory": str(directory), "if_exists": "reuse"}}
     return Run("sft", settings | {"tracking": {"mode": "offline"}, "data": {"train": {"path": "none.jsonl"}}})
 

@@ -1,6 +1,6 @@
-"""Tokenizes `dialogues()` in a process of its own: `tokenize_dialogues.py CACHE PROCESSES [pause]`.
+"""Tokenizes `dialogues()` in a separate process: `tokenize_dialogues.py CACHE PROCESSES [pause]`.
 
-With `pause` it says so when half of the chunks are written, and goes on at a line on its standard input.
+With `pause` it says so when half of the chunks are written, and continues at a line on its standard input.
 """
 
 import random
