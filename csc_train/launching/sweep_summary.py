@@ -11,7 +11,7 @@ from rich.console import Console
 
 from csc_train.config.cluster import SweepConfig
 from csc_train.files import atomic_path, write_json, write_text
-from csc_train.runs.comparison import console_table, markdown_table
+from csc_train.runs.comparison import markdown_table, terminal_table
 
 PLOTS = {
     "history.svg": "plot_optimization_history",
@@ -78,7 +78,7 @@ def report_sweep(directory: Path, study: optuna.Study, config: SweepConfig) -> N
     write_text(directory / "summary.md", f"# Sweep {config.name}\n\n{headline}\n\n{markdown_table(rows)}\n\n{images}")
 
     console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(console_table(rows, title=f"Sweep {config.name} (* best)"))
+    console.print(terminal_table(rows, title=f"Sweep {config.name} (* best)"))
     console.print(headline, highlight=False)
     written = ", ".join(["summary.json", "summary.md", *plots])
     console.print(f"summary: {directory}: {written}", highlight=False, soft_wrap=True)

@@ -173,7 +173,7 @@ def show_comparison(runs: list[TrainingRun], broken: list[str], metric: str) -> 
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(console_table(_table(runs, metric)))
+    console.print(terminal_table(_table(runs, metric)))
     for line in broken:
         console.print(f"not read: {line}", highlight=False, soft_wrap=True)
 
@@ -184,7 +184,7 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def console_table(rows: list[list[str]], title: str | None = None) -> "Table":
+def terminal_table(rows: list[list[str]], title: str | None = None) -> "Table":
     """A table for the terminal; the first row is the header."""
     from rich.table import Table
 
