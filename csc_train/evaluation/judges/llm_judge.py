@@ -286,7 +286,7 @@ def judge_markdown(
 ) -> str:
     """The results as Markdown; `left_out` is the number of turns that only one of the systems has."""
     footnotes: dict[str, int] = {}
-    text = render(
+    return render(
         "csc_train.evaluation.report",
         "judge.md.jinja",
         summary=summary,
@@ -298,4 +298,3 @@ def judge_markdown(
         cell=lambda result: cell_text(result, footnotes),
         footnotes=footnotes,
     )
-    return text + "\n"
