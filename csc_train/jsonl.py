@@ -77,19 +77,19 @@ class JsonlLog:
             self._file = None
 
 
-def to_line(row: dict[str, Any], ascii_only: bool = False) -> str:
-    """A row as a line of JSONL."""
-    return json.dumps(row, ensure_ascii=ascii_only) + "\n"
+def to_line(row: dict[str, Any], ascii_only: bool = False, **options: Any) -> str:
+    """A row as a line of JSONL; `ascii_only` escapes all other characters, `options` are those of `json.dumps`."""
+    return json.dumps(row, ensure_ascii=ascii_only, **options) + "\n"
 
 
-def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows to a new file in UTF-8, atomically.
+def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]], **options: Any) -> None:
+    """Write rows to a new file in UTF-8, atomically; `options` as in `to_line`.
 
     Raises:
         InputError: the file cannot be written.
     """
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(map(to_line, rows))
+        file.writelines(to_line(row, **options) for row in rows)
 
 
 def read_jsonl(path: str | os.PathLike, allow_torn: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -31,8 +31,8 @@ def main(config: BuildCsconvRecipe) -> None:
     from csc_train.config.compose import to_container
     from csc_train.data.readers import read_dialogues, write_dialogues
     from csc_train.data.sample_grammar import SAMPLE_SOURCE
-    from csc_train.files import file_digest, write_json, write_text
-    from csc_train.jsonl import to_line
+    from csc_train.files import file_digest, write_json
+    from csc_train.jsonl import write_jsonl
     from csc_train.llm.client import AuthenticationError, Client
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
@@ -89,7 +89,7 @@ def main(config: BuildCsconvRecipe) -> None:
     rows = filter_funnel((outcome.verdicts for outcome in outcomes), CSCONV_RULES)
     for name in ("dialogues.jsonl", "dialogues.parquet"):
         write_dialogues(run.directory / name, dialogues)
-    write_text(run.directory / "rejected.jsonl", "".join(to_line(row, ascii_only=True) for row in rejected))
+    write_jsonl(run.directory / "rejected.jsonl", rejected, ascii_only=True)
     write_json(run.directory / "filter_funnel.json", rows)
     usage = log.usage | {"cost": config.llm.cost(log.usage["prompt_tokens"], log.usage["completion_tokens"])}
     usage = {name: value for name, value in usage.items() if value is not None} if log.usage["requests"] else None

@@ -20,6 +20,7 @@ from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surr
 from csc_train.data.strategies import parse_strategy
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, os_errors
+from csc_train.jsonl import write_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +77,11 @@ class ReadReport:
 
     def write_rejected(self, path: str | os.PathLike) -> None:
         """Write the rejected rows to `path` as JSONL, each with its file, row, issues and the row itself."""
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for rejected in self.rejected:
-                issues = [{**vars(issue), "reason": str(issue)} for issue in rejected.issues]
-                # Escaped, because a rejected row may hold what UTF-8 cannot.
-                file.write(json.dumps(vars(rejected) | {"issues": issues}, default=str) + "\n")
+        rows = (
+            vars(row) | {"issues": [{**vars(issue), "reason": str(issue)} for issue in row.issues]}
+            for row in self.rejected
+        )
+        write_jsonl(path, rows, ascii_only=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,7 @@ def write_dialogues(path: str | os.PathLike, dialogues: Iterable[Dialogue]) -> N
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for dialogue in dialogues:
-                file.write(json.dumps(dialogue.row(), ensure_ascii=False, default=str) + "\n")
+        write_jsonl(path, (dialogue.row() for dialogue in dialogues), default=str)
     elif path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet

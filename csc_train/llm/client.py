@@ -1,6 +1,7 @@
 """Client of one OpenAI-compatible server: rate limits, retries, and a count of every request."""
 
 import asyncio
+import contextlib
 import email.utils
 import functools
 import math
@@ -117,26 +118,15 @@ class AuthenticationError(LLMError, InputError):
     """The server rejects the key. Every other call would fail as well, so the run ends."""
 
 
-@dataclass
-class FallbackChain:
-    """The JSON mode that a server supports, found by trying `JSON_MODES` in order (see `structured.ask_structured`).
-
-    Attributes:
-        mode: the current mode.
-        confirmed: the mode has given a valid answer, so it is kept.
-    """
-
-    mode: str
-    confirmed: bool = False
-
-
-class Client:
+class Client(contextlib.AbstractAsyncContextManager):
     """A model on a server; an async context, for one event loop.
 
     Attributes:
         config: the model, the server and the limits.
         limits: the limits' current state.
-        fallback: the JSON mode that the server supports.
+        json_mode: the JSON mode that the server supports, found by trying `JSON_MODES` in order (see
+            `structured.ask_structured`).
+        json_mode_confirmed: the mode has given a valid answer, so it is kept.
 
     Raises:
         InputError: the backend is not a server, or the environment variable of its key is not set.
@@ -147,16 +137,13 @@ class Client:
             raise InputError(f"llm.backend={config.backend}: not a server: choose one, such as llm=vllm")
         self.config = config
         self.limits = RequestLimits(config)
-        auto = config.json_mode == "auto"
-        self.fallback = FallbackChain(JSON_MODES[0] if auto else config.json_mode, confirmed=not auto)
+        self.json_mode_confirmed = config.json_mode != "auto"
+        self.json_mode = config.json_mode if self.json_mode_confirmed else JSON_MODES[0]
         # Never None: the library would send OPENAI_API_KEY to any server.
         self._key = api_key(config) or "none"
         # Without the library's retries, which could neither be counted nor lower the concurrency, and without its
         # timeout, which restarts with every byte that arrives.
         self._api = openai.AsyncOpenAI(base_url=config.base_url, api_key=self._key, timeout=None, max_retries=0)
-
-    async def __aenter__(self) -> "Client":
-        return self
 
     async def __aexit__(self, *_) -> None:
         await self._api.close()

@@ -90,7 +90,7 @@ async def ask_structured(
                 complaint = f"That answer is not valid. {problem}"
                 chat += [{"role": "assistant", "content": completion.text}, {"role": "user", "content": complaint}]
                 continue
-            client.fallback.confirmed = True
+            client.json_mode_confirmed = True
             totals = _totals(attempts) | {"latency_s": sum(each.latency_s for each in attempts)}
             return StructuredAnswer(value, completion.text, **totals, model=completion.model)
         raise LLMError("malformed", f"no answer matches the schema {schema.__name__}: {problem}")
@@ -142,20 +142,19 @@ async def _request(
     settings: dict[str, Any],
 ) -> Completion:
     """One answer in the strictest JSON mode that the server supports; a repair always includes the schema."""
-    fallback = client.fallback
-    for mode in JSON_MODES[JSON_MODES.index(fallback.mode) :]:
+    for mode in JSON_MODES[JSON_MODES.index(client.json_mode) :]:
         prompt = chat if mode == "json_schema" and not repair else [*chat[:-1], _with_schema(chat[-1], schema)]
         try:
             completion = await client.chat(prompt, seed=seed, response_format=response_format(mode, schema), **settings)
         except LLMError as failure:
             # Once a mode is confirmed, a bad request has another cause.
-            if failure.kind != "bad_request" or fallback.confirmed or mode == JSON_MODES[-1]:
+            if failure.kind != "bad_request" or client.json_mode_confirmed or mode == JSON_MODES[-1]:
                 raise
             continue
-        if not fallback.confirmed:
+        if not client.json_mode_confirmed:
             # Some servers accept a response format and ignore it; then the prompt has to describe the schema.
             ignored = completion.finish_reason != "length" and not any(_objects(completion.text))
-            fallback.mode = JSON_MODES[-1] if ignored else mode
+            client.json_mode = JSON_MODES[-1] if ignored else mode
         return completion
     raise AssertionError("the last mode returns or raises")
 

@@ -19,7 +19,7 @@ from csc_train.data.sample_grammar import SAMPLE_SOURCE, SERVICE_PROBLEMS, Servi
 from csc_train.errors import InputError
 from csc_train.llm.client import LLMError, RequestAttempt
 from csc_train.synthesis.config import CRITERIA
-from csc_train.synthesis.rolecs.backends import RoleCall
+from csc_train.synthesis.rolecs.backends import Backend, RoleCall
 from csc_train.synthesis.rolecs.personas import DialogueAttempt
 from csc_train.templates import read_yaml
 
@@ -54,7 +54,7 @@ def _draw_conversation(slot: DialogueAttempt) -> _Conversation:
     return _Conversation(problem, tuple(acts), tuple(turns), flaw, rng.randrange(2, len(acts) - 1))
 
 
-class MockBackend:
+class MockBackend(Backend):
     """A backend without a model. It counts each character as a token, for budgets and progress."""
 
     source = SAMPLE_SOURCE
@@ -63,9 +63,6 @@ class MockBackend:
     def __init__(self, language: str):
         if language != "zh":
             raise InputError(f"synthesis.language={language}: llm=mock supports zh only")
-
-    async def __aenter__(self) -> "MockBackend":
-        return self
 
     async def __aexit__(self, *_) -> None:
         pass
@@ -91,11 +88,8 @@ class MockBackend:
 
 
 def _persona(call: RoleCall) -> dict[str, Any]:
-    return {
-        "description": "你的情况是："
-        + "，".join(f"{name}{value}" for name, value in call.fields["profile"].items())
-        + "。"
-    }
+    facts = "，".join(f"{name}{value}" for name, value in call.fields["profile"].items())
+    return {"description": f"你的情况是：{facts}。"}
 
 
 class _Answers:

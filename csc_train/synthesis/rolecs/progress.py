@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import time
 from collections.abc import AsyncIterator
 
@@ -27,7 +28,7 @@ def progress_fields(progress: SynthesisProgress, now: float) -> dict[str, str]:
         "rejected": str(progress.dropped.total()),
         "tokens": f"{progress.tokens:,} ({progress.new_tokens / seconds:,.0f}/s)",
         "cost": "n/a" if progress.cost is None else f"{progress.cost:,.2f}",
-        "time left": _clock(left / pace) if pace else "n/a",
+        "time left": str(datetime.timedelta(seconds=int(left / pace))) if pace else "n/a",
     }
 
 
@@ -73,9 +74,3 @@ async def show_progress(progress: SynthesisProgress, console: Console) -> AsyncI
         finally:
             task.cancel()
             show()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
