@@ -214,7 +214,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["run=runs/first", "resume=true", "trainer.epochs=2"], "trainer.epochs=2: a run resumes with its own "
          "values; start a new run with others by from=DIR"),
         (["run=runs/none", "resume=true"], "runs/none holds no launch.yaml: name the machines by cluster=..."),
-        (["run=runs/none", "resume=true", "cluster=cpu1"], "runs/none holds no resolved.yaml: not the directory of a "
+        (["run=runs/none", "resume=true", "cluster=cpu1"], "runs/none holds no resolved.yaml: give the directory of a "
          "run"),
         (["from=runs/first", "model=qwen3_8b"], "model=qwen3_8b: runs/first has a complete configuration; change "
          "single values only"),
