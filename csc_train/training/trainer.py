@@ -37,6 +37,7 @@ from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, start_deepspeed
 from csc_train.training.leak_check import check_no_leaks, forbid_kv_cache
+from csc_train.training.loss import normalize_loss, sum_weights, weight_log_probs
 from csc_train.training.memory import out_of_memory_advice
 from csc_train.training.train_metrics import TrainMetrics
 from csc_train.training.validation import Validator, last_validation_metrics
@@ -229,11 +230,7 @@ class PackTrainer(SFTTrainer):
         return self.state.best_global_step if save_best else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The weighted mean of the token losses over the global batch.
-
-        It is sum(weight * nll) / sum(weight), both over the trained tokens of all micro batches and processes of an
-        optimizer step. So neither the micro batch size nor the number of processes changes the gradient. TRL's fused
-        head computes it without holding all logits.
+        """The weighted loss of a batch (see `training.loss`), by TRL's fused head, which never holds all logits.
 
         Args:
             num_items_in_batch: the sum of weights over the global batch (see `_get_num_items_in_batch`); defaults to
@@ -251,21 +248,17 @@ class PackTrainer(SFTTrainer):
                 self.metrics.update(outputs, groups, counts)
             else:  # a validation batch
                 outputs = model(**arguments)
-            outputs.log_probs = outputs.log_probs * weights[:, 1:]  # TRL sums them into the loss
-            return outputs
+            return weight_log_probs(outputs, weights)
 
-        loss = super().compute_loss(weighted, inputs, num_items_in_batch=total)
-        # TRL divides by at least one: it expects a token count, while weights may sum to less.
-        return loss * (total.clamp(min=1) / total)
+        return normalize_loss(super().compute_loss(weighted, inputs, num_items_in_batch=total), total)
 
     def _prepare_inputs(self, inputs):
         """Keep the loss weights in fp32: under DeepSpeed the Trainer casts every float to the engine's dtype."""
         return super()._prepare_inputs(inputs) | {"loss_weights": inputs["loss_weights"].to(self.args.device)}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
-        """The sum of loss weights over the batches of an optimizer step, of all processes; added up in float64."""
-        weights: Any = sum(batch["loss_weights"].sum(dtype=torch.float64) for batch in batch_samples)
-        total = weights.to(device, torch.float32)
+        """The sum of loss weights over the batches of an optimizer step, of all processes."""
+        total = sum_weights(batch_samples, device)
         gathered: Any = self.accelerator.gather(total) if self.args.world_size > 1 else total
         return gathered.sum()
 
