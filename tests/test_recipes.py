@@ -198,7 +198,7 @@ def test_two_processes_make_one_run_directory(tmp_path):
     for report in (
         "training on ",
         "share of the loss by strategy",
-        "slowest over mean process",
+        "slowest over mean rank",
     ):
         assert done.stdout.count(report) == 1, report
     again = start("sft.py", f"from={run}", "run.directory=runs/again", cwd=tmp_path, processes=2)

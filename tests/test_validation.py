@@ -258,7 +258,7 @@ def test_validation_changes_nothing(folder, kind):
 
 # Early stopping and the best checkpoint
 
-WORSE = {"max_steps": 9, "learning_rate": 0.3, "lr_scheduler": "constant", "save_steps": 1, "save_total_limit": 2}
+WORSE = {"max_steps": 9, "learning_rate": 1.0, "lr_scheduler": "constant", "save_steps": 1, "save_total_limit": 2}
 STOPPING = {"eval_steps": 1, "num_turns": 0, "num_samples": 0, "early_stopping_patience": 2, "save_best": True}
 
 

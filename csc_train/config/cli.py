@@ -56,8 +56,6 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
                 )
             from csc_train.config.compose import compose
 
-            # It warns on import about a kernel that only 4-bit inference on a CPU would use.
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             main(compose(recipe, arguments))
     except InputError as error:
         mark_failed(error)
