@@ -27,7 +27,7 @@ demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> traine
 test: lint ## Set up what tests need, then pass them all
 	$(PYTHON) -m pytest
 
-test-fast: $(VENV)/installed-dev ## The tests of less than two minutes: no training in processes, no browser
+test-fast: $(VENV)/installed-dev ## The fast tests: no training in processes, no browser
 	$(PYTHON) -m pytest -m "not slow and not distributed and not browser"
 
 bench: $(VENV)/installed ## Measure packing beside TRL's own; six minutes on two cores
