@@ -98,9 +98,15 @@ def test_planted_preferences_are_found(fault_server, tmp_path):
     assert points["A"].value == pytest.approx((3 * wins + losses + 2 * result.identical) / count)
     assert points["A - B"].value == pytest.approx(points["A"].value - 2)
     assert result.judged == {"pairwise": count, "rubric": count} and judged.failures == {}
-    assert f"A preferred {wins}, B preferred {losses}, ties {rates.ties}" in judge_markdown(
-        result, judged, "AB", "judge"
-    )
+    page = judge_markdown(result, judged, "AB", "judge")
+    assert f"A preferred {wins}, B preferred {losses}, ties {rates.ties}" in page
+    blocks = page.split("\n\n")  # headings and tables are blocks of their own, or Markdown shows them as text
+    assert [block for block in blocks if "###" in block] == [
+        "### Preferred replies (percent)",
+        "### Scores (1 to 5 points)",
+    ]
+    (scores,) = [block.splitlines() for block in blocks if block.startswith("| criterion |")]
+    assert len(scores) == 2 + len(result.scores) and all(row.count("|") == 5 for row in scores)
 
 
 def test_both_orders_are_asked_and_a_judge_that_looks_at_the_place_only_gives_ties(fault_server, tmp_path):
