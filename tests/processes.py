@@ -33,6 +33,9 @@ _SERVER.set_forkserver_preload(["workers.preload"])
 
 class _Popen(popen_forkserver.Popen):
     def _launch(self, process_obj):
+        # The server passes over a module that it cannot import, and does not search the path of this process.
+        with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+            _SERVER.ensure_running()
         with mock.patch.object(forkserver, "connect_to_new_process", _SERVER.connect_to_new_process):
             super()._launch(process_obj)
 
@@ -114,6 +117,7 @@ def start_ranks(*command: str | Path, ranks: int, env: dict[str, str] | None = N
     environment = dict(os.environ if env is None else env)
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GROUP_RANK": "0"}
     environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    environment |= {"LOCAL_SIZE": str(ranks)}  # otherwise DeepSpeed starts a process at each gradient to count them
     return [
         Script(*command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
         for rank in range(ranks)
@@ -154,6 +158,7 @@ def free_port() -> int:
 
 def _run(command: list[str], cwd: str, environment: dict[str, str], files: list[str], largest_file: int | None) -> None:
     """What the forked process does: as `python COMMAND` would, up to the exit status."""
+    assert "workers.preload" in sys.modules, "the fork server imported nothing: each script would import all again"
     for stream, file in zip((1, 2), files, strict=True):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, stream)

@@ -247,6 +247,7 @@ if __name__ == "__main__":
         kinds = {"adapter": AdapterConfig, "zero": ZeroConfig, "validation": ValidationConfig}
         made = {kind: make(**options.pop(kind)) for kind, make in kinds.items() if kind in options}
         gc.collect()  # a trainer refers to itself, and while one of ZeRO-3 lives, models are loaded in shards
+        gc.freeze()  # libraries collect, too, and would look at all that was imported
         trained[name] = curve(train(Path(folder), **options, **made))
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what DeepSpeed leaves behind for the next
     if distributed_state().is_main_process:
