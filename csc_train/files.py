@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from typing import Any
 
 from csc_train.errors import InputError
 
+LIBRARY_ERRORS = r"\(os error \d+\)|PytorchStreamWriter|inline_container"
+"""In messages of safetensors and tokenizers, and of torch, for a file that cannot be read or written."""
+
 
 @contextlib.contextmanager
 def os_errors(place: str | os.PathLike, what: str) -> Iterator[None]:
-    """Turn errors of the operating system, and text that is not UTF-8, into an InputError.
+    """Turn errors of the operating system, also as libraries report them, and text not in UTF-8 into an InputError.
 
     Args:
         place: what cannot be used; the message begins with it. Usually a path.
@@ -30,6 +34,11 @@ def os_errors(place: str | os.PathLike, what: str) -> Iterator[None]:
         raise InputError(f"{place}: {what}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{place}: {what}: not UTF-8 at byte {error.start}") from error
+    except Exception as error:
+        if isinstance(error, InputError) or not re.search(LIBRARY_ERRORS, str(error)):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{place}: {what}: {reason}") from OSError(reason)
 
 
 @contextlib.contextmanager

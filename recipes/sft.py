@@ -23,6 +23,7 @@ OUTPUTS = (  # in the run directory
 def main(config: SftRecipe) -> None:  # the imports take seconds: only after the configuration is checked
     from csc_train.checkpoints.export import trained_model
     from csc_train.checkpoints.manifest import build_manifest, save_base_model, save_final_model, write_manifest
+    from csc_train.checkpoints.training_checkpoint import checkpoint_to_resume
     from csc_train.config.compose import to_container
     from csc_train.data.dialogue import data_digest
     from csc_train.data.sample_grammar import ensure_sample
@@ -96,7 +97,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     logger.info(f"steps: {trainer.batch_sampler().load_balance()}")
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    checkpoint = run.latest_checkpoint() if status == "unfinished" else None
+    checkpoint = checkpoint_to_resume(run.checkpoints) if status == "unfinished" else None
     with tracker:
         track(trainer, tracker, run.config, manifest, report, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -4,6 +4,7 @@ import pytest
 
 from csc_train.checkpoints.locate import locate_checkpoint
 from csc_train.checkpoints.manifest import MANIFEST_FILE
+from csc_train.checkpoints.training_checkpoint import CHECKPOINT_FILE
 from csc_train.errors import InputError
 
 
@@ -20,7 +21,8 @@ def run(tmp_path):
     make(tmp_path / "run", MANIFEST_FILE, "run.json")
     make(tmp_path / "run/model", MANIFEST_FILE, "config.json")
     for step in (9, 10):
-        make(tmp_path / f"run/checkpoints/checkpoint-{step}", "config.json", "trainer_state.json")
+        checkpoint = make(tmp_path / f"run/checkpoints/checkpoint-{step}", "config.json", "trainer_state.json")
+        (checkpoint / CHECKPOINT_FILE).write_text('{"packs_per_step": 1, "processes": 1, "stage": null}')
     make(tmp_path / "run/checkpoints/checkpoint-11", "config.json")  # not whole
     return tmp_path / "run"
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from csc_train.checkpoints.manifest import MANIFEST_FILE
+from csc_train.checkpoints.training_checkpoint import CHECKPOINT_FILE, TRAINER_STATE, check_whole, newest_whole
 from csc_train.errors import InputError
 
 MODEL_FOLDER, CHECKPOINTS_FOLDER = "model", "checkpoints"
@@ -17,23 +18,25 @@ def locate_checkpoint(path: str, training: bool = False) -> Path:
     """The model directory or the training checkpoint that `path` means.
 
     Args:
-        path: one of them, or a run directory: its final model, or its latest training checkpoint.
+        path: one of them, or a run directory: its final model, or its newest whole training checkpoint.
         training: prefer the training checkpoint of a run directory.
 
     Raises:
-        InputError: there is none; says what the path holds.
+        InputError: there is none, which says what the path holds; or a training checkpoint is damaged.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise InputError(f"{path}: no such directory")
-    if is_model(directory) or (directory / "trainer_state.json").is_file():
+    if is_model(directory):
         return directory
-    # A checkpoint gets its name when it is whole.
-    whole = [file.parent for file in directory.glob(f"{CHECKPOINTS_FOLDER}/checkpoint-*/trainer_state.json")]
-    latest = sorted(whole, key=lambda checkpoint: int(checkpoint.name.split("-")[1]))[-1:]
-    model = [directory / MODEL_FOLDER] if is_model(directory / MODEL_FOLDER) else []
-    if found := latest + model if training else model + latest:
-        return found[0]
+    if any((directory / name).is_file() for name in (CHECKPOINT_FILE, TRAINER_STATE)):
+        check_whole(directory)
+        return directory
+    has_model = is_model(directory / MODEL_FOLDER)
+    if (training or not has_model) and (latest := newest_whole(directory / CHECKPOINTS_FOLDER)):
+        return latest
+    if has_model:
+        return directory / MODEL_FOLDER
     held = sorted(entry.name for entry in directory.iterdir())
     if "config.json" in held:
         raise InputError(f"{path}: no {MANIFEST_FILE}: choose a model that recipes/sft.py trained")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from csc_train.data.dialogue import Dialogue, data_digest
@@ -116,13 +115,10 @@ def model_directory(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         InputError: the directory cannot be written.
     """
-    try:
-        with atomic_path(path) as temporary:
-            yield temporary
-            for file in temporary.glob("*.safetensors"):
-                file.chmod((temporary / "config.json").stat().st_mode)  # safetensors lets only the owner read
-    except SafetensorError as error:
-        raise InputError(f"{path}: cannot write: {error}") from error
+    with atomic_path(path) as temporary:
+        yield temporary
+        for file in temporary.glob("*.safetensors"):
+            file.chmod((temporary / "config.json").stat().st_mode)  # safetensors lets only the owner read
 
 
 def save_final_model(

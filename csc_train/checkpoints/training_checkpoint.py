@@ -1,14 +1,29 @@
-"""Training checkpoints: weights, optimizer and data order of a step, to resume from; complete or absent on disk."""
+"""Training checkpoints: weights, optimizer and data order of a step, to resume from; complete or absent on disk.
 
+The record of a checkpoint holds the size and the hash of each of its files, which are checked before it is used.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
-from transformers.trainer_utils import sort_checkpoints
+import xxhash
 
 from csc_train.errors import InputError
-from csc_train.files import flush_to_disk, read_json, write_json
+from csc_train.files import flush_to_disk, os_errors, read_json, write_json
+from csc_train.runs.distributed import broadcast_object, distributed_state
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 CHECKPOINT_FILE = "csc_checkpoint.json"
 PARTIAL_FOLDER = "writing"
@@ -17,6 +32,18 @@ TRAINER_STATE = "trainer_state.json"
 RESUME_FILES = ("scheduler.pt", "optimizer.pt", "scaler.pt", "rng_state*.pth", "latest", "global_step*")
 """Files that are needed only to resume: all but the weights, of which DeepSpeed writes a second copy. A checkpoint
 without the first of them holds weights only."""
+HASH = "xxh3_128"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What a file held when it was written."""
+
+    size: int
+    """In bytes."""
+    xxh3_128: str
+    """XXH3 of 128 bits (hex); it finds damage, not forgery."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +56,131 @@ class CheckpointRecord:
     """DeepSpeed's ZeRO stage; None for DDP or one process."""
     wandb_run_id: str | None = None
     """The W&B run; None if the training was not tracked."""
+    seconds: float = 0.0
+    """Training time until then, that before earlier resumes included."""
+    files: dict[str, FileStamp] = field(default_factory=dict)
+    """The other files by path in the checkpoint; empty in a checkpoint of an earlier version."""
 
 
-def build_record(trainer: Trainer) -> CheckpointRecord:
-    """The record of a checkpoint that `trainer` saves."""
+def build_record(trainer: "Trainer", seconds: float = 0.0) -> CheckpointRecord:
+    """The record of a checkpoint that `trainer` saves after `seconds` of training, as yet without its files."""
     args = trainer.args
     packs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
-    return CheckpointRecord(packs_per_step, args.world_size, stage, getattr(trainer, "wandb_run_id", None))
+    return CheckpointRecord(packs_per_step, args.world_size, stage, getattr(trainer, "wandb_run_id", None), seconds)
+
+
+def write_record(checkpoint: Path, record: CheckpointRecord) -> None:
+    """Write the record of a training checkpoint, with a hash of itself.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    content = asdict(record)
+    write_json(checkpoint / CHECKPOINT_FILE, content | {HASH: _content_hash(content)})
 
 
 def read_record(checkpoint: Path) -> CheckpointRecord:
     """The record of a training checkpoint.
 
     Raises:
-        InputError: there is none, or it is not by this project.
+        InputError: there is none, it is damaged, or it is not by this project.
     """
+    path = checkpoint / CHECKPOINT_FILE
+    content = read_json(path)
     try:
-        return CheckpointRecord(**read_json(checkpoint / CHECKPOINT_FILE))
-    except TypeError as error:
-        raise InputError(f"{checkpoint / CHECKPOINT_FILE}: {error}") from error
+        recorded = content.pop(HASH, None)
+        intact = recorded == (_content_hash(content) if "files" in content else None)
+        files = {name: FileStamp(**stamp) for name, stamp in content.pop("files", {}).items()}
+        record = CheckpointRecord(**content, files=files)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{path}: {error}") from error
+    if not intact:
+        raise InputError(f"{path}: changed since it was saved")
+    return record
+
+
+def _content_hash(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+# What a file held
+
+
+def files_written_by(rank: int, directory: Path, processes: int) -> list[str]:
+    """The files of a written checkpoint that a process wrote, by path in it; the main process has written the rest."""
+    names = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in names if _writer(name) % processes == rank)
+
+
+def _writer(name: str) -> int:
+    found = re.search(r"(?:rng_state|zero_pp_rank)_(\d+)", name)
+    return int(found[1]) if found else 0
+
+
+def stamp_files(directory: Path, names: Iterable[str]) -> dict[str, FileStamp]:
+    """Hash files that were just written, and flush them to disk meanwhile.
+
+    Raises:
+        OSError: a file cannot be read or flushed.
+    """
+    names = list(names)
+    with ThreadPoolExecutor() as pool:
+        stamps = pool.map(_stamp, (directory / name for name in names))  # in the background
+        for name in names:
+            flush_to_disk(directory / name)
+        return dict(zip(names, stamps, strict=True))
+
+
+def _stamp(path: Path) -> FileStamp:
+    facts = path.stat()
+    return FileStamp(facts.st_size, _file_hash(path, facts.st_size, facts.st_mtime_ns))
+
+
+@functools.cache
+def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
+    """The hash of a file, which a process computes once unless the file changes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def check_whole(checkpoint: Path) -> CheckpointRecord:
+    """Check that a training checkpoint holds what was saved; one of an earlier version, that no file is missing.
+
+    Returns:
+        Its record.
+
+    Raises:
+        InputError: a file is missing or differs; names it.
+    """
+    record = read_record(checkpoint)
+    if not record.files:
+        _check_unhashed(checkpoint, record)
+    for name, stamp in record.files.items():  # before the hashes: this takes no time
+        with os_errors(checkpoint / name, "cannot read"):
+            size = (checkpoint / name).stat().st_size
+        if size != stamp.size:
+            raise InputError(f"{checkpoint / name}: holds {size:,} of the {stamp.size:,} bytes that were saved")
+    with ThreadPoolExecutor() as pool, os_errors(checkpoint, "cannot read"):
+        for name, found in zip(record.files, pool.map(_stamp, map(checkpoint.joinpath, record.files)), strict=True):
+            if found != record.files[name]:
+                raise InputError(f"{checkpoint / name}: changed since it was saved")
+    return record
+
+
+def _check_unhashed(checkpoint: Path, record: CheckpointRecord) -> None:
+    read_json(checkpoint / TRAINER_STATE)
+    ranks = [f"_{rank}" for rank in range(record.processes)] if record.processes > 1 else [""]
+    needed = ["optimizer.pt" if record.stage is None else "latest", *(f"rng_state{rank}.pth" for rank in ranks)]
+    for name in needed if can_resume(checkpoint) else ():
+        if not (checkpoint / name).is_file():
+            raise InputError(f"{checkpoint / name}: no such file")
+
+
+def can_resume(checkpoint: Path) -> bool:
+    """Whether a training checkpoint was saved to resume from, and not left with weights only (see `prune`)."""
+    record = read_record(checkpoint)
+    return RESUME_FILES[0] in record.files if record.files else (checkpoint / RESUME_FILES[0]).exists()
 
 
 def check_resumable(checkpoint: Path, now: CheckpointRecord) -> CheckpointRecord:
@@ -71,9 +203,7 @@ def check_resumable(checkpoint: Path, now: CheckpointRecord) -> CheckpointRecord
     return saved
 
 
-def can_resume(checkpoint: Path) -> bool:
-    """Whether a training checkpoint holds more than weights."""
-    return (checkpoint / RESUME_FILES[0]).exists()
+# The checkpoints of a run
 
 
 def checkpoint_dir(directory: Path, step: int) -> Path:
@@ -81,43 +211,103 @@ def checkpoint_dir(directory: Path, step: int) -> Path:
     return directory / f"checkpoint-{step}"
 
 
-def start_save(trainer: Trainer, directory: Path) -> None:
-    """Remove what a killed process left of an incomplete checkpoint."""
-    if trainer.is_world_process_zero():
-        shutil.rmtree(directory / PARTIAL_FOLDER, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was saved."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
-def commit(trainer: Trainer, directory: Path, best_step: int | None = None) -> None:
-    """Move a checkpoint that all processes have written to its final name, and prune older ones.
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, by step."""
+    found = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=step_of)
+
+
+def newest_whole(directory: Path, resume: bool = False) -> Path | None:
+    """The newest checkpoint that is whole; says what is wrong with newer ones. None if there is no checkpoint.
 
     Args:
-        best_step: the step of the best checkpoint, whose weights are kept at any age.
+        directory: of the training checkpoints.
+        resume: leave out those that hold weights only.
+
+    Raises:
+        InputError: there are checkpoints, but none to use.
+    """
+    skipped = []
+    for checkpoint in reversed(list_checkpoints(directory)):
+        try:
+            record = check_whole(checkpoint)
+            if resume and not can_resume(checkpoint):
+                raise InputError(f"{checkpoint}: holds weights only")
+        except InputError as error:
+            skipped.append(str(error).removeprefix(f"{directory}/"))
+            continue
+        if skipped:
+            logger.info(f"note: using {checkpoint}; skipped {'; '.join(skipped)}")
+        if not record.files:
+            logger.info(f"note: {checkpoint} has no hashes of its files, so damage to them would not be noticed")
+        return checkpoint
+    if skipped:
+        raise InputError(
+            f"{directory}: no checkpoint can be used ({'; '.join(skipped)}): restore one from a copy, or move the "
+            "folder away to train from the start"
+        )
+    return None
+
+
+def checkpoint_to_resume(directory: Path) -> str | None:
+    """The checkpoint to resume from, on every process (see `newest_whole`)."""
+    found = newest_whole(directory, resume=True) if distributed_state().is_main_process else None
+    return broadcast_object(found and str(found))
+
+
+def commit(written: Path, record: CheckpointRecord, destination: Path) -> None:
+    """Give a written checkpoint its record and its final name; an earlier checkpoint there is replaced.
+
+    Args:
+        written: its directory in `PARTIAL_FOLDER`.
+        record: with all files that it holds (see `stamp_files`).
 
     Raises:
         OSError: the checkpoint cannot be written.
+        InputError: its record cannot be written.
     """
-    trainer.accelerator.wait_for_everyone()
-    # The Trainer looked for the best checkpoint in the folder of incomplete ones.
-    trainer.state.best_model_checkpoint = str(checkpoint_dir(directory, best_step)) if best_step else None
-    if trainer.is_world_process_zero():
-        final = checkpoint_dir(directory, trainer.state.global_step)
-        written = directory / PARTIAL_FOLDER / final.name
-        trainer.state.save_to_json(str(written / TRAINER_STATE))
-        write_json(written / CHECKPOINT_FILE, asdict(build_record(trainer)))
-        flush_to_disk(written)
-        shutil.rmtree(final, ignore_errors=True)
-        written.rename(final)
-        written.parent.rmdir()
-        prune(directory, trainer.args.save_total_limit, best_step)
-    trainer.accelerator.wait_for_everyone()
+    write_record(written, record)
+    flush_to_disk(written)
+    if destination.exists():
+        destination.rename(written.with_name(f"{destination.name}.replaced"))
+    written.rename(destination)
+    remove_partial(written.parent.parent)
 
 
-def prune(directory: Path, save_total_limit: int, best_step: int | None = None) -> None:
-    """Remove all but the latest `save_total_limit` checkpoints; of an older best one, keep the weights."""
-    for checkpoint in map(Path, sort_checkpoints(str(directory))[:-save_total_limit]):
-        if best_step and checkpoint == checkpoint_dir(directory, best_step):
-            for path in (path for pattern in RESUME_FILES for path in checkpoint.glob(pattern)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        else:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+def remove_partial(directory: Path) -> None:
+    """Remove what is left of checkpoints that were being written or removed."""
+    shutil.rmtree(directory / PARTIAL_FOLDER, ignore_errors=True)
+
+
+def prune(directory: Path, save_total_limit: int, best_step: int | None = None, step: int | None = None) -> None:
+    """Remove all but the latest `save_total_limit` checkpoints; of an older best one, keep the weights.
+
+    Args:
+        directory: of the training checkpoints.
+        step: leave out those of later steps, which the training will replace.
+    """
+    kept = [checkpoint for checkpoint in list_checkpoints(directory) if step is None or step_of(checkpoint) <= step]
+    for checkpoint in kept[:-save_total_limit]:
+        if best_step == step_of(checkpoint):
+            with contextlib.suppress(InputError):  # a damaged one is left as it is, and named when it is needed
+                _keep_weights(checkpoint)
+        else:  # renamed first: no name of a checkpoint ever stands for a part of it
+            (directory / PARTIAL_FOLDER).mkdir(exist_ok=True)
+            checkpoint.rename(directory / PARTIAL_FOLDER / checkpoint.name)
+    remove_partial(directory)
+
+
+def _keep_weights(checkpoint: Path) -> None:
+    removed = [path for pattern in RESUME_FILES for path in checkpoint.glob(pattern)]
+    record = read_record(checkpoint)
+    if record.files and removed:  # first: a record never names a file that this removes
+        names = {path.name for path in removed}
+        files = {name: stamp for name, stamp in record.files.items() if Path(name).parts[0] not in names}
+        write_record(checkpoint, replace(record, files=files))
+    for path in removed:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

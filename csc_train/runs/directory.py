@@ -152,15 +152,6 @@ class Run:
         if self.is_main:
             write_json(self._record_path, read_json(self._record_path) | {"status": status} | facts)
 
-    def latest_checkpoint(self) -> str | None:
-        """The latest training checkpoint to resume from, on every process; None if there is none."""
-        # A checkpoint gets its name when it is whole. One that holds weights only has no scheduler.
-        whole = (
-            [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")] if self.is_main else []
-        )
-        whole = [state for state in whole if (state / "scheduler.pt").exists()]
-        return broadcast_object(str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None)
-
     def finish(self) -> None:
         """Mark the run as finished."""
         self._record_end("finished", finished=_now())

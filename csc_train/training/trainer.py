@@ -1,6 +1,6 @@
 """SFTTrainer for packed data: its own batch sampler, weighted loss, checkpoints and metrics."""
 
-import re
+import itertools
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -9,21 +9,25 @@ from typing import Any
 
 import datasets
 import torch
-from safetensors import SafetensorError
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from csc_train.checkpoints.reshard import load_resharded
 from csc_train.checkpoints.training_checkpoint import (
     PARTIAL_FOLDER,
+    TRAINER_STATE,
     build_record,
     check_resumable,
     checkpoint_dir,
     commit,
-    start_save,
+    files_written_by,
+    prune,
+    remove_partial,
+    stamp_files,
 )
 from csc_train.errors import InputError
-from csc_train.files import write_json
+from csc_train.files import os_errors, write_json
 from csc_train.models.attention.select import collator_layout
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
@@ -93,6 +97,7 @@ class PackTrainer(SFTTrainer):
         self.validator = validator
         self.wandb_run_id: str | None = None
         self._batch_tokens = 0
+        self._started = time.time()
 
     def train(self, *arguments, **options):
         """Train; if memory runs out, say what would fit.
@@ -119,22 +124,41 @@ class PackTrainer(SFTTrainer):
         Raises:
             InputError: as `check_resumable` and `deepspeed.check_engine`.
         """
-        reshard = False
+        reshard, self._started = False, time.time()
         if resume_from_checkpoint is not None:
             now = build_record(self)
             saved = check_resumable(Path(resume_from_checkpoint), now)
+            self._started -= saved.seconds
             reshard = saved.stage != now.stage or (saved.stage in (1, 2, 3) and saved.processes != now.processes)
         checkpoint = None if reshard else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
         check_engine(self)
         if reshard:
             load_resharded(self, Path(resume_from_checkpoint))
+        if self.is_world_process_zero():  # what a killed process left
+            remove_partial(Path(self.args.output_dir))
+            self._prune()
         return prepared
+
+    def _prune(self) -> None:
+        directory = Path(self.args.output_dir)
+        prune(directory, self.args.save_total_limit, self._best_step(), self.state.global_step)
 
     def _run_epoch(self, **options):
         """Train for an epoch, unless the checkpoint is from the end of a training (see `EarlyStopping`)."""
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
             super()._run_epoch(**options)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        """Report loss and time of the whole training; the Trainer would report those since the resume."""
+        resumed_at, self._initial_global_step, self._total_loss_scalar = self._initial_global_step, 0, 0.0
+        steps = [(entry["step"], entry["loss"]) for entry in self.state.log_history if "loss" in entry]
+        for (before, _), (step, loss) in itertools.pairwise([(0, 0.0), *steps]):
+            self._total_loss_scalar += loss * (step - before)
+        output = super()._finalize_training(trial, num_train_samples, self._started)
+        self._initial_global_step = resumed_at
+        return output
 
     def batch_sampler(self) -> PackBatchSampler:
         """The sampler of this process's training batches."""
@@ -272,22 +296,43 @@ class PackTrainer(SFTTrainer):
         Raises:
             InputError: the checkpoint cannot be written.
         """
-        directory = Path(self.args.output_dir)
+        directory, best = Path(self.args.output_dir), self._best_step()
+        final = checkpoint_dir(directory, self.state.global_step)
+        written = directory / PARTIAL_FOLDER / final.name
+        is_main, wait = self.is_world_process_zero(), self.accelerator.wait_for_everyone
         try:
-            start_save(self, directory)
-            super()._save_checkpoint(model, trial)
-            commit(self, directory, self._best_step())
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
-                raise
-            raise InputError(f"{self.args.output_dir}: cannot write: {str(error).splitlines()[0]}") from error
+            with os_errors(directory, "cannot write"):
+                if is_main:
+                    remove_partial(directory)
+                wait()
+                super()._save_checkpoint(model, trial)
+                wait()
+                # The Trainer looked for the best checkpoint in the folder of incomplete ones.
+                self.state.best_model_checkpoint = str(checkpoint_dir(directory, best)) if best else None
+                if is_main:
+                    self.state.save_to_json(str(written / TRAINER_STATE))
+                own = files_written_by(self.args.process_index, written, self.args.world_size)
+                stamps = gather_object(list(stamp_files(written, own).items()))
+                if is_main:
+                    record = build_record(self, time.time() - self._started)
+                    commit(written, replace(record, files=dict(stamps)), final)
+                    self._prune()
+                wait()
+        except InputError:
+            if is_main:
+                remove_partial(directory)  # makes room on a full disk
+            raise
 
     def create_model_card(self, *_, **__) -> None:
         """Write no model card: TRL's is wrong for a checkpoint, and asks W&B for an address."""
 
     def _maybe_log_save_evaluate(self, *arguments, **options):
-        """Leave the time of validation and saving out of the steps' time."""
+        """Leave the time of validation and saving out of the steps' time.
+
+        The steps before a checkpoint are logged in it: a resumed training then logs the same as one without a break.
+        """
         start = time.perf_counter()
+        self.control.should_log |= self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*arguments, **options)
         self.metrics.exclude(start)
 
