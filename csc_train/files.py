@@ -100,7 +100,7 @@ def read_json(path: str | os.PathLike) -> Any:
         InputError: the file is missing, not UTF-8 or not JSON; names the file and the place in it.
     """
     with os_errors(path, "cannot read"):
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

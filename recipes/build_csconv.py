@@ -71,7 +71,7 @@ def main(config: BuildCsconvRecipe) -> None:
             if config.llm.backend == "mock":
                 return await build_csconv(calls, log.cached(ask_mock(config.language)), **settings)
             async with Client(config.llm) as client:
-                return await build_csconv(calls, log.cached(ask_model(client, config.seed, log)), **settings)
+                return await build_csconv(calls, log.cached(ask_model(client, config.seed)), **settings)
 
     try:
         outcomes = asyncio.run(build())

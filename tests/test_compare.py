@@ -171,18 +171,18 @@ def test_replies_made_elsewhere_must_be_whole(tmp_path):
     name, count = rows[0]["dialogue_id"], len(rows)
     for changed, message in (
         (rows[1:], f"1 of {count} turns are missing, first turn 0 of dialogue {name}"),
-        ([*rows, rows[0]], f"line {count + 1}: turn 0 of dialogue {name} is there twice"),
+        ([*rows, rows[0]], f"line {count + 1}: turn 0 of dialogue {name} stands in line 1 already"),
         ([rows[0] | {"turn": 1}], f"line 1: turn 1 of dialogue {name} is not a supporter turn"),
-        ([rows[0] | {"turn": "0"}], "line 1: not an object with dialogue_id, turn"),
-        ([rows[0] | {"text": None}], "line 1: not an object with dialogue_id, turn"),
-        ([rows[0] | {"dialogue_id": True}], "line 1: not an object with dialogue_id, turn"),
+        ([rows[0] | {"turn": "0"}], "line 1: field turn: Input should be a valid integer"),
+        ([rows[0] | {"text": None}], "line 1: field text: Input should be a valid string"),
+        ([rows[0] | {"dialogue_id": True}], "line 1: field dialogue_id"),
         ([[]], "line 1: not a JSON object"),
     ):
         with pytest.raises(InputError, match=message):
             read_external_replies(write_lines(tmp_path / "r.jsonl", changed), dialogues, "reference")
     half = json.dumps(rows[0] | {"text": "好\ud83d"})
     (tmp_path / "r.jsonl").write_text(half + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"r\.jsonl, line 1, text: lone surrogate"):
+    with pytest.raises(InputError, match=r"r\.jsonl, line 1: field text: lone surrogate"):
         read_external_replies(tmp_path / "r.jsonl", dialogues, "reference")
     with pytest.raises(InputError, match="a baseline has it"):
         read_external_replies(write_lines(tmp_path / "strategy bigram.jsonl", rows), dialogues, "reference")

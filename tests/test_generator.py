@@ -537,13 +537,13 @@ def test_a_broken_line_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
     write_predictions(path, [PREDICTION])
     path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"a\.jsonl, line 2: not (JSON|a JSON object|a prediction)"):
-        read_outcomes(path)
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: (not JSON|not a JSON object|field \w+).*: delete it"):
+        read_outcomes(path, "delete it")
 
 
 def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.jsonl: cannot read: No such file"):
         read_outcomes(tmp_path / "nowhere.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
-    with pytest.raises(InputError, match=r"latin\.jsonl, line 1: not UTF-8 at byte 7"):
-        read_outcomes(tmp_path / "latin.jsonl")
+    with pytest.raises(InputError, match=r"latin\.jsonl, line 1: not JSON \(not UTF-8 at byte 7\)"):
+        read_outcomes(tmp_path / "latin.jsonl", "")

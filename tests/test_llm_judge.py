@@ -187,7 +187,7 @@ def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_
     assert len(fault_server.requests) == 5 + total
 
     cache.write_text("{}\n" + kept, encoding="utf-8")
-    with pytest.raises(InputError, match=r"cache\.jsonl, line 1: not an answer of a judge"):
+    with pytest.raises(InputError, match=r"cache\.jsonl, line 1: field key: Field required: delete the line"):
         judged_by(fault_server, a, b, cache)
 
 

@@ -52,8 +52,9 @@ def test_profiles_are_read(tmp_path):
     [
         ("{", "line 2: not JSON"), ("[1]", "line 2: not a JSON object"),
         ('{"id": "b"}', "line 2: no values besides the id"),
-        ('{"id": "a", "x": 1}', "line 2: the id 'a' is used"), ('{"x": {"y": 1}}', "line 2: x is neither"),
-        ('{"x": null}', "line 2: x is neither"),
+        ('{"id": "a", "x": 1}', "line 2: id a stands in line 1 already"),
+        ('{"x": {"y": 1}}', "line 2: field x: neither"),
+        ('{"x": null}', "line 2: field x: neither"),
     ],
 )  # fmt: skip
 def test_a_bad_profile_is_named(tmp_path, line, message):

@@ -77,13 +77,15 @@ def test_a_run_that_was_interrupted_ends_with_the_same_file(path, whole, answers
     assert is_complete(path, DIALOGUES)
 
 
-def test_a_line_that_is_broken_elsewhere_is_named(path):
+def test_a_line_that_is_broken_elsewhere_is_said_and_its_turn_predicted_again(path, whole, said):
     run(path, Recorder(2))
     part = path.with_name(f"{NAME}.part-00000")
     lines = part.read_bytes().split(b"\n")
     part.write_bytes(b"\n".join([lines[0], lines[1][:20], *lines[2:]]))
-    with pytest.raises(InputError, match=r"part-00000, line 2: not JSON"):
-        PredictionStore(path, "recorder")
+    again = Recorder(2)
+    run(path, again).merge(DIALOGUES)
+    assert sum(map(len, again.batches)) == 1 and path.read_bytes() == whole
+    assert [line.split(": ")[:2] for line in said] == [[f"{part}, line 2", "not JSON (column 17"]]
 
 
 def test_another_system_is_not_mixed_in(path):

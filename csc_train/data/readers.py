@@ -20,7 +20,7 @@ from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surr
 from csc_train.data.strategies import parse_strategy
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, os_errors
-from csc_train.jsonl import write_jsonl
+from csc_train.jsonl import BadLine, iter_jsonl, write_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +84,6 @@ class ReadReport:
         write_jsonl(path, rows, ascii_only=True, default=str)
 
 
-@dataclass(frozen=True)
-class _UnreadableRow:
-    """Stands for a row whose bytes are not a JSON value."""
-
-    raw: str
-    reason: str
-
-
 def iter_dialogues(
     path: str | os.PathLike, *, source: str | None = None, strict: bool = False, report: ReadReport | None = None
 ) -> Iterator[Dialogue]:
@@ -117,7 +109,7 @@ def iter_dialogues(
             continue
         dialogue, issues = _check(record, seen)
         if dialogue is None:
-            raw = record.raw if isinstance(record, _UnreadableRow) else record
+            raw = record.text if isinstance(record, BadLine) else record
             rejected = RejectedRow(str(path), number, tuple(issues), raw)
             report.rejected.append(rejected)
             if strict:
@@ -188,9 +180,9 @@ def write_dialogues(path: str | os.PathLike, dialogues: Iterable[Dialogue]) -> N
 
 
 def _records(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1, decoded row or `_UnreadableRow`)."""
+    """Yield (row number from 1, decoded row or `BadLine`)."""
     file = Path(path)
-    readers = {".json": _json_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
+    readers = {".json": _json_records, ".jsonl": iter_jsonl, ".parquet": _parquet_records}
     if file.suffix in readers:
         with os_errors(file, "cannot read"):
             yield from readers[file.suffix](file)
@@ -214,28 +206,6 @@ def _json_records(file: Path) -> Iterator[tuple[int, Any]]:
     if not isinstance(rows, list):
         raise InputError(f"{file}: expected a JSON list of dialogues, found {type(rows).__name__}")
     yield from enumerate(rows, start=1)
-
-
-def _jsonl_records(file: Path) -> Iterator[tuple[int, Any]]:
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            # Without the line end, so that the error of a truncated line is at its last column.
-            line = line.rstrip(b"\r\n")
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                reason = f"column {error.colno}: {error.msg}"
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8 at byte {error.start}"
-            except (ValueError, RecursionError) as error:
-                # Python's own limits: numbers of thousands of digits, deep nesting.
-                reason = _first_line(error)
-            else:
-                yield number, record
-                continue
-            yield number, _UnreadableRow(line.decode("utf-8", "replace"), reason)
 
 
 def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
@@ -275,7 +245,7 @@ def _text(value: Any) -> str:
 
 def _check(record: Any, seen: Counter[str]) -> tuple[Dialogue | None, list[ValidationIssue]]:
     """Turn a row into a dialogue, or list its issues. `seen` counts the ids given so far."""
-    if isinstance(record, _UnreadableRow):
+    if isinstance(record, BadLine):
         return None, [ValidationIssue(None, "row", "broken JSON", record.reason)]
     if not isinstance(record, dict):
         return None, [ValidationIssue(None, "row", "not an object", type(record).__name__)]

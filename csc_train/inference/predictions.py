@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from csc_train.data.dialogue import SURROGATE, Dialogue, has_surrogate
 from csc_train.errors import InputError
 from csc_train.files import digest, file_digest
@@ -123,29 +125,31 @@ def missing_turns(dialogues: Sequence[Dialogue], found: Collection[tuple[str, in
     )
 
 
-def read_outcomes(path: str | os.PathLike) -> list[TurnOutcome]:
+_OUTCOMES = {failed: pydantic.TypeAdapter(FailedTurn if failed else Prediction) for failed in (False, True)}
+
+
+def read_outcomes(path: str | os.PathLike, advice: str | None = None) -> list[TurnOutcome]:
     """Read the predictions and failed turns of a file; an incomplete last line is ignored.
+
+    Args:
+        advice: the way to go on from a line that is not a prediction; None leaves such a line out (see `read_jsonl`).
 
     Raises:
         InputError: the file cannot be read, or a line is not a prediction.
     """
-    outcomes = []
-    for number, row in read_jsonl(path, allow_torn=True):
-        for name in ("token_ids", "label_log_likelihoods"):
-            if isinstance(row.get(name), list):
-                row[name] = tuple(row[name])
-        try:
-            outcomes.append(FailedTurn(**row) if "kind" in row else Prediction(**row))
-        except TypeError as error:
-            raise InputError(f"{path}, line {number}: not a prediction: {error}") from error
-    return outcomes
+
+    def parse(row: dict[str, Any]) -> TurnOutcome:
+        return _OUTCOMES["kind" in row].validate_python(row)
+
+    return [outcome for _, outcome in read_jsonl(path, parse, advice=advice, allow_torn=True)]
 
 
 class PredictionStore(contextlib.AbstractContextManager):
     """The outcomes of one system in one context: the file `path`, and part files beside it.
 
     Each process appends outcomes to its own part, one line each; the last line of a turn counts. `merge` joins the
-    parts into `path` in the order of the dialogues. The result does not depend on interruptions or process numbers.
+    parts into `path` in the order of the dialogues. The result does not depend on interruptions or process numbers. A
+    bad line is said, and its turn predicted again.
 
     Attributes:
         path: file of all outcomes.
@@ -156,8 +160,7 @@ class PredictionStore(contextlib.AbstractContextManager):
         rank: number of this process.
 
     Raises:
-        InputError: a file cannot be read or written, a line other than an incomplete last one is broken, or the
-            outcomes come from other settings.
+        InputError: a file cannot be read or written, or the outcomes come from other settings.
     """
 
     def __init__(self, path: str | os.PathLike, config_hash: str, rank: int = 0):
@@ -266,10 +269,16 @@ def read_run_predictions(directory: str | os.PathLike) -> RunPredictions:
         run.predictions[name], run.failures[name] = {}, {}
         for context in CONTEXTS:
             if (path := folder / f"{name}-{context}.jsonl").exists():
-                outcomes = read_outcomes(path)
+                outcomes = read_outcomes(path, f"delete the line; run={directory} resume=true predicts its turn again")
                 run.predictions[name][context] = [each for each in outcomes if isinstance(each, Prediction)]
                 run.failures[name][context] = [each for each in outcomes if isinstance(each, FailedTurn)]
     return run
+
+
+class _ExternalReply(pydantic.BaseModel, strict=True):
+    dialogue_id: str | int  # ids of dialogue files are read as text too
+    turn: int
+    text: str
 
 
 def read_external_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue], context: str) -> list[Prediction]:
@@ -284,25 +293,25 @@ def read_external_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue]
     """
     if Path(path).stem in BASELINE_NAMES:
         raise InputError(f"{path}: the file's name becomes the system's name, and a baseline has it: rename the file")
-    replies: dict[tuple[str, int], Prediction] = {}
     by_id = {dialogue.id: dialogue for dialogue in dialogues}
     details = {"prompt_hash": digest(None), "config_hash": file_digest(path)}
-    for number, row in read_jsonl(path):
-        place = f"{path}, line {number}"
-        name, turn, text = row.get("dialogue_id"), row.get("turn"), row.get("text")
-        if type(name) not in (str, int) or type(turn) is not int or not isinstance(text, str):
-            raise InputError(f"{place}: not an object with dialogue_id, turn (a number) and text")
+
+    def parse(row: dict[str, Any]) -> Prediction:
+        reply = _ExternalReply.model_validate(row)
+        name, turn, text = str(reply.dialogue_id), reply.turn, reply.text
         if has_surrogate(text):
-            raise InputError(f"{place}, text: {SURROGATE}")
-        key = str(name), turn  # ids of dialogue files are read as text too
-        if key[0] not in by_id or turn not in by_id[key[0]].supporter_turns:
-            raise InputError(
-                f"{place}: turn {turn} of dialogue {name} is not a supporter turn to predict: see dialogues.jsonl in "
-                "the run directory"
+            raise ValueError(f"field text: {SURROGATE}")
+        if name not in by_id or turn not in by_id[name].supporter_turns:
+            raise ValueError(
+                f"turn {turn} of dialogue {name} is not a supporter turn to predict: see dialogues.jsonl in the run "
+                "directory"
             )
-        if key in replies:
-            raise InputError(f"{place}: turn {turn} of dialogue {name} is there twice")
-        replies[key] = build_prediction(by_id[key[0]], turn, context, text, parse_reply(text), **details)
+        return build_prediction(by_id[name], turn, context, text, parse_reply(text), **details)
+
+    replies = {
+        reply.key: reply
+        for _, reply in read_jsonl(path, parse, key=lambda each: f"turn {each.turn} of dialogue {each.dialogue_id}")
+    }
     if missing := missing_turns(dialogues, replies):
         raise InputError(f"{path}: {missing}")
     predicts_strategy = any(each.strategy for each in replies.values())

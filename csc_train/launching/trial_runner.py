@@ -15,12 +15,11 @@ from optuna.trial import Trial, TrialState
 from csc_train.config.cluster import SweepConfig
 from csc_train.errors import InputError, suggestion
 from csc_train.files import read_json
-from csc_train.jsonl import read_jsonl
 from csc_train.launching.job import Job
 from csc_train.launching.launchers.base import Launcher
 from csc_train.launching.search_space import distributions
 from csc_train.launching.sweep_summary import describe_trial
-from csc_train.runs.comparison import HISTORY_FILE, METRICS_FILE, last_metrics
+from csc_train.runs.comparison import METRICS_FILE, history_log, last_metrics
 from csc_train.runs.directory import read_run_record
 
 OUTPUT_FILE = "output.log"
@@ -197,9 +196,7 @@ class TrialRunner:
 
 def metric_values(directory: Path, metric: str) -> list[tuple[int, float]]:
     """(optimizer step, value) of each line of a run's history that has the metric; the run may still write it."""
-    path = directory / HISTORY_FILE
-    rows = [row for _, row in read_jsonl(path, allow_torn=True)] if path.is_file() else []
-    return [(row["step"], row[metric]) for row in rows if metric in row]
+    return [(row["step"], row[metric]) for row in history_log(directory).read() if metric in row]
 
 
 def trial_result(directory: Path, metric: str) -> float:

@@ -14,7 +14,7 @@ import yaml
 
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json, write_text
-from csc_train.jsonl import JsonlLog
+from csc_train.jsonl import JsonlLog, parse_step
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
 from csc_train.runs.directory import flatten_keys, read_run_record
 
@@ -47,6 +47,17 @@ class TrainingRun:
     """The metrics of each log line, with its `step`."""
     scores: dict[str, float] = field(default_factory=dict)
     """Metrics of an evaluation of its final model, by context, profile and name."""
+
+
+def history_log(directory: Path) -> JsonlLog[dict[str, Any]]:
+    """The history of a run directory: one row of metrics for each call of the tracker, with its `step`."""
+    return JsonlLog(directory / HISTORY_FILE, _parse_metrics)
+
+
+def _parse_metrics(row: dict[str, Any]) -> dict[str, Any]:
+    if wrong := [name for name, value in parse_step(row).items() if not isinstance(value, int | float | None)]:
+        raise ValueError(f"field {wrong[0]}: not a number")
+    return row
 
 
 def last_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +109,7 @@ def read_run(directory: Path, record: dict[str, Any]) -> TrainingRun:
     Raises:
         InputError: a file is broken.
     """
-    file, history = directory / METRICS_FILE, JsonlLog(directory / HISTORY_FILE).read()
+    file, history = directory / METRICS_FILE, history_log(directory).read()
     metrics = last_metrics(read_json(file) if file.is_file() else {"log": history})
     speeds = [line[SPEED] for line in history if SPEED in line]
     return TrainingRun(

@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from csc_train.files import atomic_path
-from csc_train.jsonl import JsonlLog
-from csc_train.runs.comparison import HISTORY_FILE
+from csc_train.jsonl import JsonlLog, parse_step
+from csc_train.runs.comparison import history_log
 from csc_train.templates import read_yaml
 
 CURVES_FILE, CSV_FILE = "curves.png", "history.csv"
@@ -24,7 +24,7 @@ class History:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._log = JsonlLog(directory / HISTORY_FILE)
+        self._log = history_log(directory)
 
     def truncate_after(self, step: int) -> None:
         """Remove the rows of later steps, which a resumed training repeats."""
@@ -44,7 +44,7 @@ class History:
         Raises:
             InputError: the file cannot be written.
         """
-        with JsonlLog(self.directory / f"{name}.jsonl") as table:
+        with JsonlLog(self.directory / f"{name}.jsonl", parse_step) as table:
             table.truncate_after(step - 1)
             for row in rows:
                 table.append({"step": step} | row)

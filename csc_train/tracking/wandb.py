@@ -9,8 +9,7 @@ import yaml
 
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
-from csc_train.jsonl import JsonlLog
-from csc_train.runs.comparison import HISTORY_FILE
+from csc_train.runs.comparison import history_log
 from csc_train.runs.config import RESOLVED_FILE
 from csc_train.tracking.config import TrackingConfig
 
@@ -123,7 +122,7 @@ def attach_evaluation(trained: Path, evaluation: Path) -> None:
     run.log_artifact(artifact)
     # A new step after those of the training and of earlier evaluations: W&B takes no step twice.
     attached = record.get("evaluations", 0) + 1
-    last = max((row["step"] for row in JsonlLog(trained / HISTORY_FILE).read()), default=0)
+    last = max((row["step"] for row in history_log(trained).read()), default=0)
     run.log({"evaluation/results": table}, step=last + attached)
     run.finish()
     write_json(trained / TRACKING_FILE, record | {"evaluations": attached})

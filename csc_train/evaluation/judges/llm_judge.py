@@ -7,7 +7,6 @@ import asyncio
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy
@@ -26,7 +25,7 @@ from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest
 from csc_train.inference.predictions import Prediction
-from csc_train.jsonl import JsonlLog, read_jsonl
+from csc_train.jsonl import JsonlLog
 from csc_train.llm.client import AuthenticationError, Client, LLMError, Message
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import ask_structured
@@ -140,12 +139,13 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
     Raises:
         InputError: the cache cannot be read or written, or the server rejects the API key.
     """
-    known = _read_cache(Path(cache))
+    log = _judgement_log(cache)
+    known = {row["key"]: row for row in log.read()}
     keys = {question: _key(question, llm, config) for question in asked}
     todo = {key: question for question, key in keys.items() if key not in known}  # equal questions are asked once
     failures: dict[str, LLMError] = {}
 
-    async def work(client: Client, pending: Iterator[str], log: JsonlLog, bar: tqdm) -> None:
+    async def work(client: Client, pending: Iterator[str], bar: tqdm) -> None:
         for key in pending:
             question = todo[key]
             try:
@@ -163,16 +163,16 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
                 log.append(known[key] | {"model": answer.model})
             bar.update()
 
-    async def ask_all(log: JsonlLog) -> None:
+    async def ask_all() -> None:
         pending = iter(todo)
         with tqdm(total=len(todo), desc="judging", unit="question", disable=None) as bar:
             async with Client(llm) as client:
-                await asyncio.gather(*(work(client, pending, log, bar) for _ in range(llm.concurrency)))
+                await asyncio.gather(*(work(client, pending, bar) for _ in range(llm.concurrency)))
 
     if todo:
-        with JsonlLog(cache) as log:
+        with log:
             log.open()
-            asyncio.run(ask_all(log))
+            asyncio.run(ask_all())
     counted = [known[key] if key in known else vars(failures[key]) for key in dict.fromkeys(keys.values())]
     return JudgeReport(
         {question: known[key]["answer"] for question, key in keys.items() if key in known},
@@ -189,16 +189,28 @@ def _key(question: JudgeQuestion, llm: LLMConfig, config: JudgeConfig) -> str:
     return digest([question.task, *question.messages, *settings])
 
 
-def _read_cache(path: Path) -> dict[str, dict[str, Any]]:
-    """The answers in a cache, by key."""
-    rows = {}
-    for number, row in read_jsonl(path, allow_torn=True) if path.exists() else ():
-        try:
-            ANSWER_SCHEMAS[row["task"]].model_validate(row["answer"])
-            rows[row["key"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not an answer of a judge: {error!r}: delete the line") from error
-    return rows
+class _Judgement(pydantic.BaseModel):
+    """A line of a judge's answers; it also holds the rest of `JudgeQuestion.identity` and the model."""
+
+    key: str
+    task: Literal["pairwise", "rubric"]
+    answer: dict[str, Any]
+    attempts: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def _judgement_log(path: str | os.PathLike) -> JsonlLog[dict[str, Any]]:
+    """The answers of a judge, which are paid for: a bad line is refused."""
+
+    def parse(row: dict[str, Any]) -> dict[str, Any]:
+        judgement = _Judgement.model_validate(row)
+        ANSWER_SCHEMAS[judgement.task].model_validate(judgement.answer)
+        return row
+
+    return JsonlLog(
+        path, parse, key=lambda row: f"key {row['key']}", advice="delete the line: its question is asked again"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
 """The CSConv pipeline: recorded calls are filtered, rewritten into labelled turns by a model, and filtered again."""
 
 import asyncio
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
-from csc_train.data.dialogue import Dialogue, Speaker
+from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, has_surrogate
 from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.jsonl import JsonlLog, read_jsonl
-from csc_train.llm.client import AuthenticationError, Client, LLMError, RequestAttempt
+from csc_train.llm.client import AuthenticationError, Client, LLMError, Observer, RequestAttempt
 from csc_train.llm.structured import ask_structured
 from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.filters.llm_checks import AskFn, Schema, check_call_manners, check_quality
@@ -32,6 +32,10 @@ BUNDLED_CALLS = Path(__file__).parent / "data" / "calls.jsonl"
 """A few calls of our own; every rule drops one of them."""
 BUNDLED_ANSWERS = Path(__file__).parent / "data" / "call_answers.jsonl"
 """Our own answers about the bundled calls, by call and task, instead of a model's answers."""
+
+
+ObservedAskFn = Callable[..., Awaitable[Any]]
+"""An `AskFn` that also takes `observe`, which it calls with every request to a server."""
 
 
 class RewrittenTurn(pydantic.BaseModel):
@@ -103,29 +107,30 @@ def read_calls(path: str | os.PathLike) -> list[RecordedCall]:
     Raises:
         InputError: the file cannot be read, a row has another form, an id is used twice, or there are no rows.
     """
-    calls: dict[str, RecordedCall] = {}
-    for number, row in read_jsonl(path):
-        call = _parse_call(row, f"{path}, line {number}")
-        if call.id in calls:
-            raise InputError(f"{path}, line {number}, field id: {call.id!r} is used by an earlier line")
-        calls[call.id] = call
+    calls = [call for _, call in read_jsonl(path, _parse_call, key=lambda call: f"id {call.id}")]
     if not calls:
         raise InputError(f"{path}: no rows")
-    return list(calls.values())
+    return calls
 
 
-def _parse_call(row: dict[str, Any], place: str) -> RecordedCall:
-    try:
-        turns = row["turns"]
-        utterances = tuple(Utterance(Speaker.parse(turn["speaker"]), turn["text"]) for turn in turns)
-        json.dumps(turns, ensure_ascii=False).encode()  # a lone surrogate cannot be sent
-    except ValueError as error:
-        raise InputError(f"{place}: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{place}: not of the form {{'id', 'turns': [{{'speaker', 'text'}}]}} ({error})") from error
-    if not all(isinstance(each.text, str) for each in utterances):
-        raise InputError(f"{place}, field text: not a text")
-    return RecordedCall(str(row.get("id") or digest(turns)[:16]), utterances)
+class _CallTurn(pydantic.BaseModel):
+    speaker: str
+    text: str
+
+
+class _Call(pydantic.BaseModel):
+    """A line of a file of calls."""
+
+    id: Any = None
+    turns: list[_CallTurn]
+
+
+def _parse_call(row: dict[str, Any]) -> RecordedCall:
+    call = _Call.model_validate(row)
+    if any(has_surrogate(turn.text) for turn in call.turns):
+        raise ValueError(f"field turns: {SURROGATE}")
+    utterances = tuple(Utterance(Speaker.parse(turn.speaker), turn.text) for turn in call.turns)
+    return RecordedCall(str(call.id or digest(row["turns"])[:16]), utterances)
 
 
 async def build_csconv(
@@ -197,17 +202,19 @@ async def _process_call(
     return CallOutcome(each.id, tuple(verdicts), rewritten)
 
 
-def ask_model(client: Client, seed: int, log: "AnswerLog") -> AskFn:
-    """Answers from a model on a server, by default at temperature 0; `log` records the requests."""
+def ask_model(client: Client, seed: int) -> ObservedAskFn:
+    """Answers from a model on a server, by default at temperature 0."""
 
-    async def ask(task: str, prompt: list[dict[str, str]], schema: type[Schema]) -> Schema:
-        answer = await ask_structured(client, prompt, schema, seed=seed, temperature=0.0, observe=log.record_attempt)
+    async def ask(
+        task: str, prompt: list[dict[str, str]], schema: type[Schema], observe: Observer | None = None
+    ) -> Schema:
+        answer = await ask_structured(client, prompt, schema, seed=seed, temperature=0.0, observe=observe)
         return answer.value
 
     return ask
 
 
-def ask_mock(language: str) -> AskFn:
+def ask_mock(language: str) -> ObservedAskFn:
     """Our own answers about the bundled calls, instead of a model's answers.
 
     Raises:
@@ -222,7 +229,9 @@ def ask_mock(language: str) -> AskFn:
             rewritten = RewrittenCall.model_validate(row["rewrite"]).utterances()
             script["quality", as_text(rewritten, language)] = row["quality"]
 
-    async def ask(task: str, prompt: list[dict[str, str]], schema: type[Schema]) -> Schema:
+    async def ask(
+        task: str, prompt: list[dict[str, str]], schema: type[Schema], observe: Observer | None = None
+    ) -> Schema:
         for (about, text), answer in script.items():
             if about == task and text in prompt[-1]["content"]:
                 return schema.model_validate(answer)
@@ -231,8 +240,24 @@ def ask_mock(language: str) -> AskFn:
     return ask
 
 
+class _Request(pydantic.BaseModel):
+    failure: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    latency_s: float
+
+
+class _AnswerRow(pydantic.BaseModel):
+    """A question, by its hash; its answer, None if it got none; and its requests to a server."""
+
+    key: str
+    task: str
+    answer: dict[str, Any] | None
+    requests: list[_Request]
+
+
 class AnswerLog:
-    """An append-only JSONL of answers and requests, so that no answer is paid for twice.
+    """An append-only JSONL of answers with their requests, so that no answer is paid for twice.
 
     Attributes:
         usage: `requests`, the `failed` ones among them, and their `prompt_tokens` and `completion_tokens`.
@@ -242,41 +267,58 @@ class AnswerLog:
         """Read the rows of earlier processes; a torn last line is cut off.
 
         Raises:
-            InputError: the file cannot be read or written.
+            InputError: the file cannot be read or written, or a line is bad.
         """
         self.usage = {"requests": 0, "failed": 0, "prompt_tokens": 0, "completion_tokens": 0}
         self._answers: dict[str, Any] = {}
-        self._log = JsonlLog(path, ascii_only=True)  # an answer may hold a lone surrogate
+        self._locks = defaultdict(asyncio.Lock)
+        self._log = JsonlLog(
+            path,
+            _AnswerRow.model_validate,
+            key=lambda row: None if row.answer is None else f"key {row.key}",
+            advice="delete the line: its question is asked again",
+            ascii_only=True,  # an answer may hold a lone surrogate
+        )
         self._log.open()
         for row in self._log.read():
             self._count(row)
 
-    def cached(self, ask: AskFn) -> AskFn:
-        """`ask` with a cache by task, prompt and schema."""
+    def cached(self, ask: ObservedAskFn) -> AskFn:
+        """`ask` with a cache by task, prompt and schema; equal questions are asked once."""
 
         async def answered(task: str, prompt: list[dict[str, str]], schema: type[Schema]) -> Schema:
             key = digest([task, prompt, schema.model_json_schema()])
-            if key not in self._answers:
-                answer = await ask(task, prompt, schema)
-                self._add({"key": key, "task": task, "answer": answer.model_dump()})
+            async with self._locks[key]:
+                if key not in self._answers:
+                    await self._ask(ask, key, task, prompt, schema)
             return schema.model_validate(self._answers[key])
 
         return answered
 
-    def record_attempt(self, attempt: RequestAttempt) -> None:
-        """Record a request to a server, answered or not."""
-        tokens = {"prompt_tokens": attempt.prompt_tokens, "completion_tokens": attempt.completion_tokens}
-        self._add({"failure": attempt.kind, **tokens, "latency_s": round(attempt.latency_s, 3)})
+    async def _ask(
+        self, ask: ObservedAskFn, key: str, task: str, prompt: list[dict[str, str]], schema: type[Schema]
+    ) -> None:
+        """Ask, and record the answer with its requests in one row: a killed process leaves both or neither."""
+        requests: list[_Request] = []
 
-    def _add(self, row: dict[str, Any]) -> None:
-        self._count(row)
-        self._log.append(row)
+        def observe(attempt: RequestAttempt) -> None:
+            tokens = {"prompt_tokens": attempt.prompt_tokens, "completion_tokens": attempt.completion_tokens}
+            requests.append(_Request(failure=attempt.kind, **tokens, latency_s=round(attempt.latency_s, 3)))
 
-    def _count(self, row: dict[str, Any]) -> None:
-        if "key" in row:
-            self._answers[row["key"]] = row["answer"]
-        else:
-            self.usage["requests"] += 1
-            self.usage["failed"] += row["failure"] is not None
-            for name in ("prompt_tokens", "completion_tokens"):
-                self.usage[name] += row[name]
+        answer = None
+        try:
+            answer = (await ask(task, prompt, schema, observe=observe)).model_dump()
+        finally:
+            if answer is not None or requests:
+                row = _AnswerRow(key=key, task=task, answer=answer, requests=requests)
+                self._log.append(row.model_dump())
+                self._count(row)
+
+    def _count(self, row: _AnswerRow) -> None:
+        if row.answer is not None:
+            self._answers[row.key] = row.answer
+        self.usage["requests"] += len(row.requests)
+        for request in row.requests:
+            self.usage["failed"] += request.failure is not None
+            self.usage["prompt_tokens"] += request.prompt_tokens
+            self.usage["completion_tokens"] += request.completion_tokens

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from csc_train.errors import InputError
 from csc_train.jsonl import read_jsonl, write_jsonl
 from csc_train.llm.client import LLMError, RequestAttempt
 from csc_train.llm.config import LLMConfig
@@ -80,25 +79,63 @@ def custom_id(call: RoleCall) -> str:
     return f"{call.owner}.{call.key}"
 
 
-def read_batch_results(paths: Iterable[str | os.PathLike]) -> dict[str, tuple[str, tuple[int, int]]]:
-    """The answers in result files, by custom id: text, and (prompt tokens, completion tokens).
+class _BatchResponse(BaseModel):
+    status_code: int
+    body: Any = None
 
-    Failed and expired requests are skipped, so they stay pending.
+
+class _BatchResult(BaseModel):
+    """A line of a result file."""
+
+    custom_id: str
+    error: Any = None
+    response: _BatchResponse | None = None
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Completion(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Usage | None = None
+
+
+BatchAnswer = tuple[str, tuple[int, int]]
+"""Text, and (prompt tokens, completion tokens)."""
+
+
+def _parse_result(row: dict[str, Any]) -> tuple[str, BatchAnswer | None]:
+    """The custom id of a result, and its answer; None for a request that failed or expired."""
+    result = _BatchResult.model_validate(row)
+    if result.error or result.response is None or result.response.status_code != 200:
+        return result.custom_id, None
+    completion = _Completion.model_validate(result.response.body)
+    usage = completion.usage or _Usage()
+    tokens = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    return result.custom_id, (completion.choices[0].message.content or "", tokens)
+
+
+def read_batch_results(paths: Iterable[str | os.PathLike]) -> dict[str, BatchAnswer]:
+    """The answers in result files, by custom id; of several files with one id, the last counts.
+
+    Failed and expired requests are left out, so they stay pending.
 
     Raises:
         InputError: a file cannot be read, or a line is not a result; names file and line.
     """
-    results = {}
+    results: dict[str, BatchAnswer] = {}
     for path in paths:
-        for number, row in read_jsonl(path):
-            try:
-                response = row.get("response")
-                if row.get("error") or not response or response["status_code"] != 200:
-                    continue
-                body = response["body"]
-                usage = body.get("usage") or {}
-                tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-                results[row["custom_id"]] = body["choices"][0]["message"]["content"] or "", tokens
-            except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise InputError(f"batch.results: {path}, line {number}: not a batch result: {error!r}") from error
+        advice = "delete the line: its request stays pending"
+        rows = (row for _, row in read_jsonl(path, _parse_result, key=lambda row: f"custom_id {row[0]}", advice=advice))
+        results |= {name: answer for name, answer in rows if answer is not None}
     return results

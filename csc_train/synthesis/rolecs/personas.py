@@ -52,20 +52,18 @@ def read_profiles(path: str | os.PathLike) -> list[Profile]:
     Raises:
         InputError: the file cannot be read, a line is no such object, or an id is used twice; names file and line.
     """
-    profiles: dict[str, Profile] = {}
-    for number, values in read_jsonl(path):
-        place = f"{path}, line {number}"
+
+    def parse(values: dict[str, Any]) -> Profile:
         if not values.keys() - {"id"}:
-            raise InputError(f"{place}: no values besides the id")
+            raise ValueError("no values besides the id")
         if wrong := [name for name, value in values.items() if not _plain(value)]:
-            raise InputError(f"{place}: {wrong[0]} is neither a text, a number, a boolean nor a list of these")
-        profile = _profile(values)
-        if profile.id in profiles:
-            raise InputError(f"{place}: the id {profile.id!r} is used by an earlier line")
-        profiles[profile.id] = profile
+            raise ValueError(f"field {wrong[0]}: neither a text, a number, a boolean nor a list of these")
+        return _profile(values)
+
+    profiles = [profile for _, profile in read_jsonl(path, parse, key=lambda profile: f"id {profile.id}")]
     if not profiles:
         raise InputError(f"{path}: no profiles")
-    return list(profiles.values())
+    return profiles
 
 
 def _profile(values: dict[str, Any]) -> Profile:

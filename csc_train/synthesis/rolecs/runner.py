@@ -358,29 +358,25 @@ class SynthesisRunner:
         """
         if (saved := self._store.answer(call.owner, call.key)) is not None:
             return call.schema.model_validate(saved)
-        answer = await self._ask(call)
-        before = state.turns if state else ()
-        new = advance(state, answer).turns[len(before) :] if state else ()
-        self._store.record_answer(call, answer.model_dump(), *new, number=len(before))
-        return answer
-
-    async def _ask(self, call: RoleCall) -> BaseModel:
-        """The answer to a call; every attempt is recorded.
-
-        Raises:
-            SynthesisStopped: no more questions are asked.
-            LLMError: there is no usable answer.
-        """
         if self.progress.stopped:
             raise SynthesisStopped
         model = self._backend.model(call.role)
+        attempts: list[RequestAttempt] = []
 
         def observe(attempt: RequestAttempt) -> None:
-            self._store.record_attempt(call, model, attempt)
+            attempts.append(attempt)
             self._count_tokens(call.role, attempt.prompt_tokens, attempt.completion_tokens)
 
-        answer = await self._backend.ask(call, observe)
+        try:
+            answer = await self._backend.ask(call, observe)
+        except BaseException:  # cancelled ones too: their requests are paid for
+            if attempts:
+                self._store.record_call(call, model, attempts)
+            raise
         self._consecutive_errors = 0
+        before = state.turns if state else ()
+        new = advance(state, answer).turns[len(before) :] if state else ()
+        self._store.record_call(call, model, attempts, answer.model_dump(), *new, number=len(before))
         return answer
 
     def _count_tokens(self, role: str, prompt_tokens: int, completion_tokens: int) -> None:
