@@ -87,16 +87,17 @@ def main(config: SynthesizeRolecsRecipe) -> None:
         logger.info(f"{progress.empty} quota slots stay empty after {settings.attempts} dialogues each")
     if isinstance(backend, BatchBackend) and backend.pending:
         files = ", ".join(map(str, backend.write_requests(run.directory / "batch")))
-        logger.info(f"{len(backend.pending)} calls wait for a batch: {files}; resume with batch.results=[...]")
-        run.stop()
+        logger.info(f"{len(backend.pending)} calls wait for the results of a batch: {files}")
+        run.stop("batch.results=[FILE,...]")
     if progress.stopped:
         reason, message = progress.stopped
         if reason == "authentication":
             raise InputError(message)
-        logger.info(f"stopped: {message}; the same command resumes")
+        logger.info(f"stopped: {message}")
         if reason == "interrupted":
+            logger.info(f"to resume: run={run.directory} resume=true")
             raise KeyboardInterrupt
-        run.stop()
+        run.stop(f"{message.partition('=')[0]}=MORE" if reason == "budget" else "")
     run.finish()
     if progress.empty:
         sys.exit(1)

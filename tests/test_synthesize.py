@@ -215,6 +215,26 @@ def test_batches_answer_what_is_not_asked_at_once(here, fault_server):
     assert rows("r/synthesis.db", answered) == rows("direct/synthesis.db", answered)
 
 
+def test_what_a_stopped_run_says_is_the_command_that_resumes_it(here, fault_server, capsys):
+    """With results in a batch file whose texts hold line separators of Unicode, behind a byte order mark."""
+    fault_server.answer = play
+    more = {"target": 1, "synthesis.personas.count": 1, "run.directory": "ba", "budget.tokens": 50}
+    assert main(*served(fault_server, **more), "batch.roles=[persona]") == 75
+    said = capsys.readouterr().out
+    assert "\nstopped; to resume: run=ba resume=true batch.results=[FILE,...]\n" in said and said.count("resume") == 2
+    results = answer_batch(Path("ba/batch/requests-1.jsonl"))
+    row = json.loads(results.read_text())
+    row["response"]["body"]["choices"][0]["message"]["content"] = '{"description": "你是\u2028一位\x85教师"}'
+    results.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert main("run=ba", "resume=true", f"batch.results=[{results}]") == 75
+    assert "\nstopped; to resume: run=ba resume=true budget.tokens=MORE\n" in capsys.readouterr().out
+    with pytest.raises(InputError, match="a run resumes with its own values"):
+        main("run=ba", "resume=true", "target=2")
+    assert main("run=ba", "resume=true", "budget.tokens=null") == 0
+    (answer,) = rows("ba/synthesis.db", "SELECT answer FROM answers WHERE role = 'persona'")
+    assert json.loads(answer[0]) == {"description": "你是 一位 教师"}
+
+
 def test_an_estimate_asks_nothing(here, fault_server, capsys):
     prices = {"llm.price_per_million_input": 2, "llm.price_per_million_output": 8, "target": 100}
     assert main(*served(fault_server, **prices), "dry_run=true") == 0
@@ -236,7 +256,7 @@ def test_interrupted_by_the_user_it_resumes(here, capsys):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     done = process.wait()
-    assert done.returncode == 130 and "stopped: interrupted; the same command resumes" in done.stdout
+    assert done.returncode == 130 and "stopped: interrupted\nto resume: run=runs/rolecs resume=true\n" in done.stdout
     assert main("target=30") == 0
     for name in ("dialogues.parquet", "dialogues.jsonl", "filter_funnel.json", "rejected.jsonl"):
         assert Path("runs/rolecs", name).read_bytes() == Path("whole", name).read_bytes(), name

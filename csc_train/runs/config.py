@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from csc_train.errors import check_fields
 
 IF_EXISTS = ("error", "reuse", "resume", "extend", "replace")
-IGNORED_GROUPS = ("run", "tokenization", "tracking", "on_finish")
-"""Groups of a configuration that do not change the results of a run."""
+IGNORED_GROUPS = ("run", "tokenization", "tracking", "on_finish", "batch", "budget")
+"""Groups of a configuration that do not change the results of a run; a resumed run may change their values."""
 RESOLVED_FILE = "resolved.yaml"
 """In a run directory: the whole configuration of the run."""
 

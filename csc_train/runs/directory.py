@@ -156,10 +156,14 @@ class Run:
         """Mark the run as finished."""
         self._record_end("finished", finished=_now())
 
-    def stop(self) -> NoReturn:
-        """Mark the run as stopped, after it saved a training checkpoint, and end every process with `EXIT_STOPPED`."""
+    def stop(self, needs: str = "") -> NoReturn:
+        """Mark the run as stopped, after it saved what it has, and end every process with `EXIT_STOPPED`.
+
+        Args:
+            needs: the overrides that the resumed run needs, if any.
+        """
         self._record_end("stopped", stopped=_now())
-        logger.info("stopped; to resume: run=%s resume=true", self.directory)
+        logger.info("stopped; to resume: %s", " ".join(filter(None, [f"run={self.directory} resume=true", needs])))
         distributed_state().wait_for_everyone()  # the first to end makes torchrun end the others
         sys.exit(EXIT_STOPPED)
 
