@@ -4,8 +4,10 @@ import importlib.util
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -149,6 +151,23 @@ def browser():
             setattr(chromium, name, _patient(getattr(chromium, name)))
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder with room for 16 KB: a file system of its own, or a limit on every file where none can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder]
+    mounted = subprocess.run(command, capture_output=True, check=False)
+    if mounted.returncode == 0:
+        yield folder
+        subprocess.run(["umount", "-l", folder], check=True)
+    else:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, limits[1]))
+        yield folder
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ from typing import Any
 
 import optuna
 import yaml
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from csc_train.config.cli import show_help
@@ -28,6 +26,7 @@ from csc_train.errors import InputError
 from csc_train.files import os_errors, write_text
 from csc_train.launching.gpus import probe_gpus
 from csc_train.launching.job import Job, refuse_misspelt, split_arguments
+from csc_train.launching.journal import check_values, open_journal
 from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.search_space import extreme_points, to_override
 from csc_train.launching.supervise import signal_handler
@@ -125,7 +124,7 @@ def open_study(planned: Sweep) -> optuna.Study:
     """Create or load the Optuna study of a sweep.
 
     Raises:
-        InputError: the directory holds another sweep, or cannot be written.
+        InputError: the directory holds another sweep, its journal is damaged, or it cannot be written.
     """
     config, file = planned.config, planned.directory / SWEEP_FILE
     judged = {name: to_container(config)[name] for name in ("kind", "space", "points", "metric", "direction")}
@@ -141,13 +140,15 @@ def open_study(planned: Sweep) -> optuna.Study:
             raise InputError(f"{planned.directory} holds a sweep with {differing}: choose another sweep.directory")
     else:
         write_text(file, as_yaml(facts))
+    journal = planned.directory / STUDY_FILE
     study = optuna.create_study(
         study_name=config.name,
-        storage=JournalStorage(JournalFileBackend(str(planned.directory / STUDY_FILE))),
+        storage=open_journal(journal),
         direction="minimize" if config.direction == "minimize" else "maximize",
         pruner=_pruner(config.pruner),
         load_if_exists=True,
     )
+    check_values(journal, study, config)
     # With the same seed, a restarted sampler would repeat its values.
     study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials))
     return study

@@ -16,6 +16,7 @@ from csc_train.config.cluster import SweepConfig
 from csc_train.errors import InputError, suggestion
 from csc_train.files import read_json
 from csc_train.launching.job import Job
+from csc_train.launching.journal import values_of
 from csc_train.launching.launchers.base import Launcher
 from csc_train.launching.search_space import distributions
 from csc_train.launching.sweep_summary import describe_trial
@@ -81,6 +82,9 @@ class TrialRunner:
         # Trials of an interrupted sweep; Optuna offers no public way to continue a trial.
         interrupted = self.study.get_trials(states=(TrialState.RUNNING,))
         self._interrupted = [Trial(self.study, each._trial_id) for each in interrupted]
+        for each, trial in zip(interrupted, self._interrupted, strict=True):
+            for name, distribution in values_of(self.config, each).items():
+                trial._suggest(name, distribution)  # a value that a killed sweep did not record
 
     def run(self) -> None:
         """Run trials until the study has `config.size` of them.
@@ -98,7 +102,7 @@ class TrialRunner:
                 time.sleep(self.config.poll)
                 for each in list(self._running):
                     self._update(each)
-        except (Interrupted, NoSuchMetricError):
+        except (Interrupted, InputError):
             self._stop()
             raise
 

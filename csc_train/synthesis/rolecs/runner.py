@@ -357,7 +357,8 @@ class SynthesisRunner:
             LLMError: there is no usable answer.
         """
         if (saved := self._store.answer(call.owner, call.key)) is not None:
-            return call.schema.model_validate(saved)
+            with self._store.errors():
+                return call.schema.model_validate(saved)
         if self.progress.stopped:
             raise SynthesisStopped
         model = self._backend.model(call.role)

@@ -65,7 +65,7 @@ class SynthesisStore:
         with os_errors(path, "cannot write"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            with self._errors():
+            with self.errors():
                 self._db = stack.enter_context(
                     contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=0.2))
                 )
@@ -82,7 +82,7 @@ class SynthesisStore:
             stack.pop_all()
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
         """Turn errors of SQLite, and of content that this program did not write, into an InputError.
 
         Raises:
@@ -122,7 +122,7 @@ class SynthesisStore:
 
     def _write(self, *statements: tuple[str, tuple]) -> None:
         """Execute all statements or none; they are committed on return."""
-        with self._errors(), self._db:
+        with self.errors(), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             for statement in statements:
                 self._db.execute(*statement)
@@ -164,14 +164,14 @@ class SynthesisStore:
         self._write(*statements)
 
     def _rows(self, query: str, *values: str) -> list[Any]:
-        with self._errors():
+        with self.errors():
             return self._db.execute(query, values).fetchall()
 
     def _first(self, query: str, *values: str) -> Any:
         return next(iter(self._rows(query, *values)), None)
 
     def _value(self, text: str) -> Any:
-        with self._errors():
+        with self.errors():
             return json.loads(text)
 
     def answer(self, owner: str, key: str) -> dict[str, Any] | None:
@@ -187,7 +187,7 @@ class SynthesisStore:
         """The recorded turns of a dialogue."""
         query = "SELECT speaker, strategy, text FROM turns WHERE dialogue = ? ORDER BY number"
         rows = self._rows(query, dialogue_id)
-        with self._errors():
+        with self.errors():
             return tuple(
                 Turn(Speaker(speaker), text, STRATEGIES[strategy - 1] if strategy else None)
                 for speaker, strategy, text in rows
