@@ -40,9 +40,9 @@ def main(config: SynthesizeRolecsRecipe) -> None:
     from csc_train.synthesis.rolecs.mock_backend import MockBackend
     from csc_train.synthesis.rolecs.personas import generate_profiles, read_profiles
     from csc_train.synthesis.rolecs.progress import show_progress
-    from csc_train.synthesis.rolecs.results import write_synthesis
+    from csc_train.synthesis.rolecs.results import refuse_lost_store, write_synthesis
     from csc_train.synthesis.rolecs.runner import SynthesisRunner, generation_settings
-    from csc_train.synthesis.rolecs.store import SynthesisStore
+    from csc_train.synthesis.rolecs.store import STORE_FILE, SynthesisStore
 
     settings, people, console = config.synthesis, config.synthesis.personas, Console()
     checks = config.rolecs_check, config.duplicates
@@ -66,9 +66,11 @@ def main(config: SynthesizeRolecsRecipe) -> None:
     else:
         backend = BatchBackend(config.llm, settings.roles, config.batch)
     determining = generation_settings(settings, *checks, config.llm)
-    with closing(SynthesisStore(run.directory / "synthesis.db", determining, config.new_run)) as store:
+    with closing(SynthesisStore(run.directory / STORE_FILE, determining, config.new_run)) as store:
         runner = SynthesisRunner(settings, *checks, profiles, backend, store, config.target, config.budget)
         run.start({})
+        if not config.new_run:
+            refuse_lost_store(run.directory, store)
 
         async def generate() -> None:
             async with show_progress(runner.progress, console):

@@ -1,5 +1,6 @@
 """Fixtures and helpers that test modules share: small and real tokenizers, and seeded random dialogues."""
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -8,7 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -153,21 +154,23 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
-def full_disk(tmp_path):
-    """A folder with room for 16 KB: a file system of its own, or a limit on every file where none can be mounted."""
-    folder = tmp_path / "disk"
+@contextlib.contextmanager
+def full_disk(folder: Path, kilobytes: int = 16) -> Iterator[Path]:
+    """A folder with little room: a file system of its own, or a limit on every file where none can be mounted."""
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder]
-    mounted = subprocess.run(command, capture_output=True, check=False)
-    if mounted.returncode == 0:
-        yield folder
-        subprocess.run(["umount", "-l", folder], check=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder]
+    if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
     else:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, limits[1]))
-        yield folder
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, limits[1]))
+        try:
+            yield folder
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture

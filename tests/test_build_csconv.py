@@ -1,6 +1,7 @@
 """Calls -> dialogues: the bundled calls through every rule, what is kept over a crash, and the recipe on a server."""
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import os
@@ -20,8 +21,9 @@ from servers.faults import Fault
 from csc_train.data.dialogue import Speaker
 from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
+from csc_train.jsonl import JsonlLog
 from csc_train.llm import client as client_module
-from csc_train.llm.client import AuthenticationError, LLMError
+from csc_train.llm.client import AuthenticationError, LLMError, RequestAttempt
 from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.csconv.build import (
     BUNDLED_CALLS,
@@ -191,6 +193,44 @@ def test_after_a_crash_at_any_answer_nothing_is_asked_twice_and_the_outcome_is_t
             built(AnswerLog(path).cached(counted(script, first, crash_after)))
         assert built(AnswerLog(path).cached(counted(script, second))) == expected
         assert len(first) == crash_after and len(first + second) == len(set(first + second)) == ANSWERS
+
+
+def test_killed_between_a_request_and_its_record_it_counts_the_request_once(tmp_path, monkeypatch):
+    script = ask_mock("zh")
+
+    async def served(task, prompt, form, observe):
+        observe(RequestAttempt({}, 1, "malformed", "", "", 3, 2, 0.1))
+        observe(RequestAttempt({}, 2, None, "", "", 5, 4, 0.1))
+        return await script(task, prompt, form)
+
+    append = JsonlLog.append
+    for kill_at in range(0, ANSWERS, 5):
+        left = kill_at
+
+        def dying(self, row):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+            append(self, row)
+
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(JsonlLog, "append", dying)
+            built(AnswerLog(tmp_path / f"{kill_at}.jsonl").cached(served))
+        log = AnswerLog(tmp_path / f"{kill_at}.jsonl")
+        built(log.cached(served))
+        assert log.usage == {
+            "requests": 2 * ANSWERS, "failed": ANSWERS, "prompt_tokens": 8 * ANSWERS, "completion_tokens": 6 * ANSWERS,
+        }  # fmt: skip
+
+
+def test_equal_questions_at_once_are_asked_once(tmp_path):
+    asked = []
+    ask = AnswerLog(tmp_path / "answers.jsonl").cached(counted(ask_mock("zh"), asked))
+    calls = [CALLS[-1], dataclasses.replace(CALLS[-1], id="again")]
+    one, again = built(ask, calls, duplicates=DuplicatesConfig(dialogue=None, opening=None))
+    assert len(asked) == len(set(asked)) and one.verdicts == again.verdicts
+    AnswerLog(tmp_path / "answers.jsonl")
 
 
 def test_a_log_that_ends_within_a_line_is_good_up_to_there(tmp_path):

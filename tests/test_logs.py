@@ -12,15 +12,19 @@ from typing import Any
 
 import optuna
 import pytest
+from conftest import full_disk, load_recipe
 from test_build_csconv import SCRIPT, built
+from test_llm_judge import DIALOGUES as JUDGED
+from test_llm_judge import planted, system
 from test_rolecs_runner import SETTINGS, run
 from test_sweep import SMALL
 
-from csc_train.data.readers import read_dialogues
+from csc_train.config.compose import compose
+from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.errors import InputError
 from csc_train.evaluation.judges import llm_judge
-from csc_train.inference.predictions import Prediction, read_external_replies, read_outcomes
+from csc_train.inference.predictions import Prediction, read_external_replies, read_outcomes, write_predictions
 from csc_train.jsonl import JsonlLog, parse_step, to_line
 from csc_train.launching.search_space import distributions
 from csc_train.launching.sweep import STUDY_FILE, open_study, plan_sweep
@@ -35,6 +39,7 @@ PREDICTION = asdict(Prediction("d", 0, "generated", "ab", "您好", 1, "您好",
 REQUEST = {"failure": None, "prompt_tokens": 1, "completion_tokens": 1, "latency_s": 0.1}
 USAGE = {"attempts": 1, "prompt_tokens": 1, "completion_tokens": 1}
 ASKED_AGAIN = "delete the line: its question is asked again"
+FULL = "(No space left on device|File too large)"
 CORRECT = "correct or delete the line"
 
 
@@ -182,14 +187,15 @@ def test_a_later_step_is_removed_and_a_row_without_one_is_named(tmp_path, said):
     assert said == [f"{log.path}, line 2: field step: missing: left out"]
 
 
-def test_a_row_that_the_disk_takes_half_of_is_cut_off(full_disk):
+def test_a_row_that_the_disk_takes_half_of_is_cut_off(tmp_path):
     """The error is said, and the next row begins on a line of its own once there is room."""
-    log = JsonlLog(full_disk / "a.jsonl")
-    log.append({"step": 1})
-    with pytest.raises(InputError, match=r"a\.jsonl: cannot write: (No space left on device|File too large)$"):
-        log.append({"text": "x" * 50_000})
-    log.append({"step": 2})
-    assert log.read() == [{"step": 1}, {"step": 2}]
+    with full_disk(tmp_path / "disk") as disk:
+        log = JsonlLog(disk / "a.jsonl")
+        log.append({"step": 1})
+        with pytest.raises(InputError, match=rf"a\.jsonl: cannot write: {FULL}$"):
+            log.append({"text": "x" * 50_000})
+        log.append({"step": 2})
+        assert log.read() == [{"step": 1}, {"step": 2}]
 
 
 # A sweep's journal
@@ -280,20 +286,35 @@ def test_content_that_is_damaged_is_named(tmp_path, finished, change):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_store_on_a_full_disk_ends_in_one_line_and_goes_on(full_disk, tmp_path):
+def test_a_store_on_a_full_disk_ends_in_one_line_and_goes_on(tmp_path):
     _, accepted, _ = run(tmp_path / "whole.db", 3)
-    with pytest.raises(InputError, match=r"s\.db: cannot write: (database or disk is full|disk I/O error): make it wr"):
-        run(full_disk / "s.db", 3)
-    for file in full_disk.iterdir():
-        shutil.copy(file, tmp_path)
+    with full_disk(tmp_path / "disk") as disk:
+        reason = "(database or disk is full|disk I/O error)"
+        with pytest.raises(InputError, match=rf"s\.db: cannot write: {reason}: make room or make it writable, then "):
+            run(disk / "s.db", 3)
+        for file in disk.iterdir():
+            shutil.copy(file, tmp_path)
     assert run(tmp_path / "s.db", 3)[1] == accepted
 
 
-def test_answers_on_a_full_disk_end_in_one_line_and_go_on(full_disk, tmp_path):
-    with pytest.raises(InputError, match=r"answers\.jsonl: cannot write: (No space left on device|File too large)$"):
-        built(AnswerLog(full_disk / "answers.jsonl").cached(SCRIPT))
-    shutil.copy(full_disk / "answers.jsonl", tmp_path)
+def test_answers_on_a_full_disk_end_in_one_line_and_go_on(tmp_path):
+    with full_disk(tmp_path / "disk") as disk:
+        with pytest.raises(InputError, match=rf"answers\.jsonl: cannot write: {FULL}$"):
+            built(AnswerLog(disk / "answers.jsonl").cached(SCRIPT))
+        shutil.copy(disk / "answers.jsonl", tmp_path)
     assert built(AnswerLog(tmp_path / "answers.jsonl").cached(SCRIPT)) == built(SCRIPT)
+
+
+@pytest.mark.parametrize("lost", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["gone", "empty"])
+def test_a_store_that_is_gone_is_not_paid_for_again(arguments, lost):
+    main = load_recipe("synthesize_rolecs").main
+    main(compose("synthesize_rolecs", ["target=2", "run.directory=r"]))
+    before = Path("r/dialogues.jsonl").read_bytes()
+    lost(Path("r/synthesis.db"))
+    for words in (["target=2", "run.directory=r"], ["run=r", "resume=true"]):
+        with pytest.raises(InputError, match=r"r/synthesis\.db: is lost or empty, .*: restore a copy of it, or "):
+            main(compose("synthesize_rolecs", words))
+    assert Path("r/dialogues.jsonl").read_bytes() == before
 
 
 def test_a_read_only_store_is_named(tmp_path, finished):
@@ -301,3 +322,55 @@ def test_a_read_only_store_is_named(tmp_path, finished):
     folder.mkdir()
     with pytest.raises(InputError, match=r"synthesis\.db: cannot write: unable to open database file: "):
         SynthesisStore(folder, SETTINGS)
+
+
+# Recipes
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch, fault_server):
+    """The arguments of each recipe, small; two evaluations lie in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("one", 3), ("other", 2)):
+        predictions = system(lambda n, value=value: f"品质{value}，第{n}句")
+        write_predictions(tmp_path / name / "predictions" / "trained-reference.jsonl", predictions)
+        write_dialogues(tmp_path / name / "dialogues.jsonl", JUDGED.values())
+    write_dialogues("train.jsonl", DIALOGUES)
+    fault_server.answer = lambda body: "[礼貌问候]您好" if body["model"] == "m" else planted(body)
+    llm = ["llm=openai", f"llm.base_url={fault_server.base_url}", "llm.api_key_env=null"]
+    return {
+        "synthesize_rolecs": ["target=2"],
+        "build_csconv": [],
+        "judge": ["one", "other", *llm, "llm.model=judge", "judge.num_turns=3"],
+        "evaluate": [*llm, "llm.model=m", "data=files", "data.train.path=train.jsonl",
+                     "data.evaluation.path=train.jsonl", "evaluation.contexts=[reference]"],
+        "human_eval": ["export", "one", "other"],
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["synthesize_rolecs", "build_csconv", "judge", "evaluate", "human_eval"])
+def test_a_recipe_on_a_full_disk_ends_in_one_line_and_resumes(tmp_path, arguments, name):
+    """At whichever write the disk is full: nothing but the error is different from a disk with room."""
+
+    def start(directory: Path, if_exists: str) -> None:
+        more = [f"run.directory={directory}", f"run.if_exists={if_exists}"]
+        load_recipe(name).main(compose(name, [*arguments[name], *more]))
+
+    failures = []
+    for kilobytes in (4, 8, 12, 16, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448, 640, 2048):
+        kept = tmp_path / f"kept-{kilobytes}"
+        with full_disk(tmp_path / f"disk-{kilobytes}", kilobytes) as disk:
+            try:
+                start(disk / "run", "error")
+                break
+            except InputError as error:
+                failures.append(str(error))
+                shutil.copytree(disk / "run", kept)
+        assert f"disk-{kilobytes}/run" in failures[-1] and ": cannot write: " in failures[-1], failures[-1]
+        assert "\n" not in failures[-1] and not list(kept.glob(".*"))
+        if (kept / "run.json").exists():
+            start(kept, "resume")
+    else:
+        pytest.fail(f"never finished: {failures}")
+    assert len(set(failures)) > 2, failures

@@ -9,6 +9,7 @@ from typing import Any
 
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.readers import write_dialogues
+from csc_train.errors import InputError
 from csc_train.files import write_json
 from csc_train.jsonl import write_jsonl
 from csc_train.synthesis.filters.funnel import filter_funnel
@@ -16,7 +17,20 @@ from csc_train.synthesis.filters.llm_checks import RoleCSChecklist, panel_agreem
 from csc_train.synthesis.quality_report import quality_report, write_quality_report
 from csc_train.synthesis.rolecs.backends import Backend
 from csc_train.synthesis.rolecs.runner import ROLECS_RULES, SynthesisRunner
-from csc_train.synthesis.rolecs.store import SynthesisStore
+from csc_train.synthesis.rolecs.store import STORE_FILE, SynthesisStore
+
+
+def refuse_lost_store(directory: Path, store: SynthesisStore) -> None:
+    """Refuse to generate again what earlier result files report, if the store that held it is gone or empty.
+
+    Raises:
+        InputError: so it is.
+    """
+    if (directory / "synthesis.json").exists() and not store.count_by_status():
+        raise InputError(
+            f"{directory / STORE_FILE}: is lost or empty, but synthesis.json reports dialogues: restore a copy of it, "
+            "or choose another run.directory"
+        )
 
 
 def write_synthesis(

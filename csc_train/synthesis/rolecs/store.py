@@ -24,6 +24,8 @@ from csc_train.synthesis.rolecs.backends import RoleCall
 from csc_train.synthesis.rolecs.personas import DialogueAttempt
 from csc_train.templates import read_text
 
+STORE_FILE = "synthesis.db"
+"""The file, in a run directory."""
 OPEN, FINISHED, ACCEPTED, REJECTED, FAILED = "open", "finished", "accepted", "rejected", "failed"
 """Statuses of a dialogue. finished: passed every rule except near-duplicates, which follows the order of the quotas.
 failed: an answer is missing."""
@@ -96,7 +98,7 @@ class SynthesisStore:
             if kind.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
                 message = "another process uses it: wait for its end"
             elif kind.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-                message = f"cannot write: {reason}: make it writable, then resume; all earlier answers are kept"
+                message = f"cannot write: {reason}: make room or make it writable, then resume; all answers are kept"
             else:
                 message = f"is damaged: {reason[:200]}: restore a copy of it, or choose another run.directory"
             raise InputError(f"{self._path}: {message}") from error
