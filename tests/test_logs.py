@@ -263,11 +263,11 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_store_is_named(tmp_path, finished, kind):
+def test_a_damaged_store_is_named_before_anything_is_asked(tmp_path, finished, kind):
     path = tmp_path / "synthesis.db"
     path.write_bytes(DAMAGE[kind](finished.read_bytes()))
     with pytest.raises(InputError, match=r"synthesis\.db: is damaged: .*: restore a copy of it, or ") as refusal:
-        run(path, 3)
+        SynthesisStore(path, SETTINGS)
     assert "\n" not in str(refusal.value)
 
 
