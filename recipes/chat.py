@@ -4,6 +4,9 @@ python recipes/chat.py checkpoint=runs/demo/model
 python recipes/chat.py checkpoint=runs/demo/model ui=web
 """
 
+import tempfile
+from pathlib import Path
+
 try:
     from csc_train.chat.config import ChatConfig
     from csc_train.config.cli import run_recipe
@@ -21,6 +24,7 @@ def main(config: ChatConfig) -> None:
     from transformers.utils import logging
 
     from csc_train.checkpoints.export import usable_model
+    from csc_train.checkpoints.locate import open_source
     from csc_train.inference.config import InferenceConfig
     from csc_train.inference.hf import load_final_model
     from csc_train.runs.distributed import require_single_process
@@ -28,8 +32,10 @@ def main(config: ChatConfig) -> None:
     require_single_process("chat")
     logging.disable_progress_bar()
 
-    # Model
-    generator = load_final_model(usable_model(config.checkpoint), InferenceConfig(dtype=config.dtype))
+    # Model: a training checkpoint is exported, and its directory is left as it is
+    with tempfile.TemporaryDirectory(prefix="csc-chat-") as folder:
+        model = usable_model(open_source(config.checkpoint, training=False), Path(folder) / "model")
+        generator = load_final_model(model, InferenceConfig(dtype=config.dtype))
 
     # Conversation
     chat(generator, config)

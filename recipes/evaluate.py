@@ -17,7 +17,10 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.evaluate")
-OUTPUTS = ("predictions", "dialogues.jsonl", "contamination.json", "results.json", "table.md", "report.html")
+OUTPUTS = (
+    "predictions", "dialogues.jsonl", "contamination.json", "evaluated_model.json", "exported", "results.json",
+    "table.md", "report.html", "tracking.json", "wandb",
+)  # fmt: skip
 """Files that the recipe writes into the run directory."""
 
 
@@ -32,10 +35,11 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.data.splits import read_and_check_splits
     from csc_train.evaluation import systems
     from csc_train.evaluation.contamination import find_contamination, write_contamination
+    from csc_train.evaluation.evaluated_model import find_trained, open_evaluated, write_evaluated
     from csc_train.evaluation.scoring import prepare_metrics
     from csc_train.inference.hf import read_template_and_manifest
     from csc_train.runs.directory import Run
-    from csc_train.runs.distributed import distributed_state, require_single_process
+    from csc_train.runs.distributed import broadcast_object, distributed_state, require_single_process
     from csc_train.tracking.wandb import attach_evaluation
 
     if config.score_only or config.llm:
@@ -44,31 +48,33 @@ def main(config: EvaluateRecipe) -> None:
         score_and_show(Path(config.run.directory), config)
         return
     state = distributed_state()
-    config.checkpoint = usable_model(config.checkpoint) if config.checkpoint else None
     run = Run("evaluate", to_container(config), OUTPUTS)
 
     # Checkpoint, dialogues
-    template, manifest = read_template_and_manifest(config.checkpoint) if config.checkpoint else (None, None)
-    data = config.data or from_container(DataConfig, manifest.config["data"])
+    template, data, model, base = config.template, config.data, None, None
+    if config.checkpoint:
+        with_base = config.evaluation.base if config.llm is None else False
+        model = broadcast_object(open_evaluated(config.checkpoint, with_base) if run.is_main else None)
+        source, base = model.source, model.base
+        template, _ = read_template_and_manifest(str(source.path), None if source.finished else source.manifest)
+        data = data or from_container(DataConfig, source.manifest.config["data"])
     if run.is_main:
         prepare_metrics(config.metrics)
         if data.sample_dialogues:
             ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
     state.wait_for_everyone()
     splits = read_and_check_splits(data, run.directory if run.is_main else None)
-    inputs = {
-        "train": data_digest(splits.train),
-        "evaluation": data_digest(splits.evaluation),
-        "system": systems.system_hash(config.checkpoint, config.predictions, config.llm),
-    }
-    if manifest and manifest.data_hash != inputs["train"]:
-        logger.info("note: the baselines are fitted on other training data than the checkpoint")
+    trained = find_trained(model, splits, data) if model else []
+    hashes = model.hashes if model else {"system": systems.system_hash(config.predictions, config.llm)}
+    inputs = {"train": data_digest(splits.train), "evaluation": data_digest(splits.evaluation)} | hashes
     status = run.start(inputs)
 
     # Predictions
-    prompt = template or config.template
+    directory = (
+        usable_model(source, run.directory / "exported", base) if model and not config.llm else config.checkpoint
+    )
     evaluated = systems.build_systems(
-        splits.train, config.evaluation, inputs["system"], prompt, state, config.checkpoint, manifest, config.llm
+        splits.train, config.evaluation, hashes["system"], template, state, directory, base, config.llm
     )
     place = run.directory, evaluated, config.evaluation.contexts, splits.evaluation
     if status == "finished" and not systems.any_missing(*place):
@@ -77,7 +83,9 @@ def main(config: EvaluateRecipe) -> None:
         return
     if run.is_main:
         write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
-        write_contamination(run.directory, find_contamination(splits, data.overlap_threshold))
+        write_contamination(run.directory, find_contamination(splits, data.overlap_threshold, trained))
+        if model:
+            write_evaluated(run.directory, model)
     systems.predict_missing(*place, state)
     if not run.is_main:
         return
@@ -86,8 +94,9 @@ def main(config: EvaluateRecipe) -> None:
 
     # Metrics, report
     failures = score_and_show(run.directory, config)
-    if config.checkpoint:
-        attach_evaluation(Path(config.checkpoint).parent, run.directory)
+    if model:
+        manifest = model.source.manifest
+        attach_evaluation(manifest.wandb, manifest.config.get("tracking", {}), run.directory)
     if data.sample_dialogues:
         logger.info(
             f"ceiling of ACC, by the rule that wrote the sample dialogues: {accuracy_ceiling(splits.evaluation):.2f}"

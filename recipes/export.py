@@ -12,7 +12,8 @@ except ModuleNotFoundError as error:
 
 def main(config: ExportConfig) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.checkpoints.export import export, open_source, push
+    from csc_train.checkpoints.export import export, push
+    from csc_train.checkpoints.locate import open_source
     from csc_train.runs.distributed import require_single_process
 
     require_single_process("export")

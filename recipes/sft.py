@@ -6,6 +6,7 @@ python recipes/sft.py experiment=demo on_finish=evaluate validation.save_best=tr
 """
 
 import logging
+from dataclasses import replace
 
 try:
     from csc_train.config.cli import run_recipe
@@ -15,8 +16,8 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("csc_train.recipes.sft")
 OUTPUTS = (  # in the run directory
-    "checkpoints", "base", "tokenizer", "csc_manifest.json", "model", "metrics.json", "samples.jsonl", "exported-*",
-    "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb",
+    "checkpoints", "base", "tokenizer", "csc_manifest.json", "model", "metrics.json", "samples.jsonl",
+    "training_dialogues.jsonl", "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb",
 )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     model = load_model(base, tokenizer, dtype, seed, attention, load_in_4bit=config.adapter.kind == "qlora")
     manifest = build_manifest(base, model, template, splits.train, run)
     if run.is_main:
-        write_manifest(run.directory, manifest)
+        write_manifest(run.directory, manifest, splits.train)
     dropout = dropout_warning(model.config, config.adapter, config.packing.strategy)
     for warning in filter(None, (dropout, config.validation.selection_warning(splits.validation))):
         logger.info(warning)
@@ -108,7 +109,10 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
         trained = trained_model(trainer, base, resolve_dtype(precision), best)
         if run.is_main:
             trainer.write_results(run.directory / "metrics.json", report, best)
-            save_final_model(run.directory / "model", trained, tokenizer, template.chat_template, manifest)
+            tracked = replace(manifest, wandb=tracker.identity)
+            save_final_model(
+                run.directory / "model", trained, tokenizer, template.chat_template, tracked, record=run.directory
+            )
             tracker.log_model(run.directory / "model", manifest.hashes, run.config["data"])
     job.wait_for_everyone()
     run.finish()

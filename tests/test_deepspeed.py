@@ -20,7 +20,8 @@ from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, t
 
 from csc_train.checkpoints import export as exporting
 from csc_train.checkpoints.config import ExportConfig
-from csc_train.checkpoints.export import export, open_source
+from csc_train.checkpoints.export import export
+from csc_train.checkpoints.locate import open_source
 from csc_train.checkpoints.manifest import write_manifest
 from csc_train.checkpoints.reshard import MOMENTS, WEIGHT, open_training_checkpoint
 from csc_train.checkpoints.training_checkpoint import CHECKPOINT_FILE, CheckpointRecord, check_resumable

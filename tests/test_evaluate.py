@@ -28,7 +28,7 @@ from csc_train.template.dialogue_template import DialogueTemplate
 
 SETTINGS = [
     "checkpoint=model", "data=files", "data.train.path=train.jsonl", "data.evaluation.path=evaluation.jsonl",
-    "evaluation.include_base=false", "evaluation.batch_size=3", "evaluation.max_new_tokens=24",
+    "evaluation.base=false", "evaluation.batch_size=3", "evaluation.max_new_tokens=24",
     "metrics.profiles=[zh]", "metrics.bootstrap_resamples=100", "run.if_exists=resume",
 ]  # fmt: skip
 FILE = "trained-{}.jsonl"

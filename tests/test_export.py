@@ -7,7 +7,8 @@ import yaml
 from conftest import manifest_of, small_tokenizer
 
 from csc_train.checkpoints.config import ExportConfig
-from csc_train.checkpoints.export import ExportSource, model_card
+from csc_train.checkpoints.export import model_card
+from csc_train.checkpoints.locate import ModelSource
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -18,8 +19,9 @@ from csc_train.template.dialogue_template import DialogueTemplate
 )
 def test_a_model_card_is_read_as_a_card(finished, base, revision):
     template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
-    manifest = manifest_of(template, base_model=base, base_revision=revision, config={"adapter": {"kind": "full"}})
-    source = ExportSource(Path("runs/x/checkpoints/checkpoint-40"), manifest, base, finished)
+    config = {"adapter": {"kind": "full"}, "model": {"init": "random" if base.startswith("..") else "pretrained"}}
+    manifest = manifest_of(template, base_model=base, base_revision=revision, config=config)
+    source = ModelSource(Path("runs/x/checkpoints/checkpoint-40"), manifest, finished)
     _, front, body = model_card(source, ExportConfig(output="out/mine"), 1.5e-6).split("---\n", 2)
     facts = {"library_name": "transformers", "language": "zh"}
     assert yaml.safe_load(front) == facts | ({} if base.startswith("..") else {"base_model": base})

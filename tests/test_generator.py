@@ -9,6 +9,7 @@ import torch
 from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
+from csc_train.checkpoints.base_model import find_base
 from csc_train.checkpoints.manifest import save_final_model
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
@@ -19,7 +20,6 @@ from csc_train.inference.baselines import StrategyBaseline
 from csc_train.inference.generator import TurnQueue, TurnRequest, generate_predictions, shard_dialogues
 from csc_train.inference.hf import (
     HFGenerator,
-    base_model_path,
     load_final_model,
     load_generator,
     read_template_and_manifest,
@@ -492,7 +492,7 @@ def test_a_saved_model_answers_as_in_memory(model, tokenizer, checkpoint, odd_di
     torch.manual_seed(2)
     base = Qwen2ForCausalLM(model.config)
     base.save_pretrained(checkpoint.parent / "base")
-    untrained = load_generator(base_model_path(str(checkpoint), manifest), template, settings, device=model.device)
+    untrained = load_generator(find_base(checkpoint, manifest, "").path, template, settings, device=model.device)
     answers = generate_predictions(few, untrained, "reference")
     assert answers == generate_predictions(few, generator_of(base, tokenizer), "reference")
     assert [p.raw_text for p in answers] != [p.raw_text for p in generate_predictions(few, generator, "reference")]

@@ -41,7 +41,7 @@ def test_what_is_found_instead_is_named(tmp_path):
     none = "neither a model, nor a training checkpoint, nor a run directory with one; it holds"
     cases = {
         "nowhere": "no such directory",
-        "plain": f"no {MANIFEST_FILE}: choose a model that recipes/sft.py trained",
+        "plain": f"no {MANIFEST_FILE}: choose a model that recipes/sft.py trained, or copy that file as well",
         "empty": f"{none} nothing",
         "other": f"{none} a, b, c, d, e, ...",
     }

@@ -372,21 +372,24 @@ def test_an_evaluation_is_attached_to_the_run_that_trained(folder, whole, tmp_pa
         tmp_path / "results.json", {"results": {"ours": {"reference": {"profiles": {"paper": {"ACC": scores}}}}}}
     )
     (tmp_path / "table.md").write_text("| ours |")
-    run = folder / "attached"
-    (run / "wandb").mkdir(parents=True)
-    for name in ("tracking.json", HISTORY_FILE):
-        (run / name).write_text((whole[1] / name).read_text())
-    (run / "resolved.yaml").write_text("tracking: {mode: offline}")
+    training = {"id": offline_runs(whole[1])[0].id, "mode": "offline", "step": STEPS[-1]}
+    before = {path.name: path.is_file() and path.read_bytes() for path in whole[1].iterdir()}
     for number in (1, 2):
-        attach_evaluation(run, tmp_path)
+        attach_evaluation(training, {"mode": "offline"}, tmp_path)
         time.sleep(1)  # W&B names its folders by the second
-        kept = offline_runs(run)[number - 1]
-        assert kept.id == offline_runs(whole[1])[0].id
+        kept = offline_runs(tmp_path)[number - 1]
+        assert kept.id == training["id"]
         assert kept.artifacts[f"evaluation-{kept.id}"] == "evaluation"
         assert list(kept.rows) == [STEPS[-1] + number]
         assert kept.rows[STEPS[-1] + number]["evaluation/results.nrows"] == 1
-    attach_evaluation(tmp_path, tmp_path)  # was not tracked
-    assert not (tmp_path / "wandb").exists()
+    assert {path.name: path.is_file() and path.read_bytes() for path in whole[1].iterdir()} == before
+
+
+def test_an_evaluation_of_an_untracked_training_is_not_attached_and_a_failure_is_said(tmp_path, said):
+    attach_evaluation({}, {"mode": "offline"}, tmp_path)
+    assert not list(tmp_path.iterdir()) and not said
+    attach_evaluation({"id": "0123abcd", "mode": "offline"}, {"mode": "offline"}, tmp_path)  # it has no results.json
+    assert [line for line in said if "not attached to the training's W&B run 0123abcd" in line]
 
 
 def test_rows_of_scores():

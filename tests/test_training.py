@@ -455,7 +455,7 @@ def test_a_final_models_chat_template_renders_the_strategy(final_model):
 def test_a_manifest_reads_back_as_it_was_written_and_passes_its_check(final_model, template):
     directory, _ = final_model
     manifest = read_manifest(directory)
-    assert manifest == manifest_of(template, weights_hash=manifest.weights_hash)
+    assert manifest == manifest_of(template, weights_hash=manifest.weights_hash, files=manifest.files)
     assert manifest.weights_hash == digest({"model.safetensors": file_digest(directory / "model.safetensors")})
     tokenizer = load_tokenizer(str(directory))
     again = DialogueTemplate(tokenizer, manifest.chat_template, TemplateConfig(manifest.mode, manifest.language))

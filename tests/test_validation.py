@@ -395,14 +395,12 @@ def test_validations_go_with_checkpoints_by_default():
 
 def test_on_finish_is_checked_before_the_training():
     assert on_finish_arguments(OnFinishConfig(), Path("runs/x")) == []
-    config = compose(
-        "sft", ["on_finish=evaluate", "on_finish.overrides=['data=rolecs','evaluation.include_base=false']"]
-    )
+    config = compose("sft", ["on_finish=evaluate", "on_finish.overrides=['data=rolecs','evaluation.base=false']"])
     arguments = ["checkpoint=runs/x/model", "run.directory=runs/x/evaluation", "run.if_exists=reuse"]
     assert on_finish_arguments(config.on_finish, Path("runs/x")) == [
         *arguments,
         "data=rolecs",
-        "evaluation.include_base=false",
+        "evaluation.base=false",
     ]
     with pytest.raises(InputError, match=r"Did you mean 'evaluation\.batch_size'"):
         on_finish_arguments(OnFinishConfig("evaluate", ["evaluation.batchsize=1"]), Path("runs/x"))
@@ -432,9 +430,7 @@ def test_an_evaluation_follows_the_training_and_its_exit_status_is_carried(tmp_p
     steps = {row["step"] for row in samples(tmp_path, "run")}
     assert steps == {2, 4, 6} and found["step"] in steps and found["loss"] > 0
     # The training is not repeated for another evaluation.
-    done = start(
-        tmp_path, 1, "evaluation.max_new_tokens=4", "evaluation.include_base=false", "evaluation.contexts=[reference]"
-    )
+    done = start(tmp_path, 1, "evaluation.max_new_tokens=4", "evaluation.base=false", "evaluation.contexts=[reference]")
     assert done.returncode == 0, done.stderr[-4000:]
     assert "reused run/model" in done.stdout
     assert "trained" in json.loads((run / "evaluation/results.json").read_text())["results"]

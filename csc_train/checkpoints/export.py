@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import peft
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from csc_train.checkpoints.base_model import BaseModel, find_base, recorded_base
 from csc_train.checkpoints.config import ExportConfig
-from csc_train.checkpoints.locate import is_model, locate_checkpoint
-from csc_train.checkpoints.manifest import BASE_FOLDER, MANIFEST_FILE, Manifest, read_manifest, save_final_model
+from csc_train.checkpoints.locate import MODEL_FOLDER, ModelSource, is_model
+from csc_train.checkpoints.manifest import MANIFEST_FILE, save_final_model
 from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
+from csc_train.checkpoints.training_checkpoint import read_record
 from csc_train.errors import InputError
 from csc_train.files import write_text
 from csc_train.models.config import AdapterConfig, ModelConfig
@@ -35,33 +37,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 In bf16 it allows for the rounding of the weights."""
 PROBE_LENGTH = 64
 """Tokens in each sequence of the comparison."""
-
-
-@dataclass(frozen=True)
-class ExportSource:
-    """The source of an export.
-
-    Attributes:
-        path: the training checkpoint or the final model.
-        manifest: of its run.
-        base: directory or hub id of the base model; a final model is its own base.
-        finished: whether `path` is a final model, whose adapter is merged.
-    """
-
-    path: Path
-    manifest: Manifest
-    base: str
-    finished: bool = False
-
-    @property
-    def adapter(self) -> AdapterConfig:
-        """The adapter to merge."""
-        return AdapterConfig() if self.finished else AdapterConfig(**self.manifest.config["adapter"])
-
-    @property
-    def revision(self) -> str | None:
-        """The revision of `base`."""
-        return None if self.finished else self.manifest.base_revision
+BASE_ADVICE = "copy it there, or export on the machine that has it"
 
 
 def trained_model(
@@ -143,74 +119,69 @@ def merged(
     return adapted if adapter is None else adapted.merge_and_unload()
 
 
-def open_source(path: str) -> ExportSource:
-    """Find the source of an export.
-
-    Args:
-        path: as of `locate_checkpoint`; of a run directory, the latest training checkpoint.
-
-    Raises:
-        InputError: there is no checkpoint and no model, or no manifest of the run.
-    """
-    found = locate_checkpoint(path, training=True)
-    if is_model(found):
-        return ExportSource(found, read_manifest(found), str(found), finished=True)
-    run = found.absolute().parent.parent
-    if not (run / MANIFEST_FILE).is_file():
-        raise InputError(f"{run}: no {MANIFEST_FILE}: choose a run of recipes/sft.py")
-    manifest = read_manifest(run)
-    load_recorded_plugins(manifest.config.get("plugins", ()))
-    saved = manifest.base_model == os.path.join("..", BASE_FOLDER)
-    return ExportSource(found, manifest, str(run / BASE_FOLDER) if saved else manifest.base_model)
-
-
-def usable_model(path: str) -> str:
-    """The model directory that `checkpoint=` means; a training checkpoint is exported beside the final model.
+def usable_model(source: ModelSource, output: Path, base: BaseModel | None = None) -> str:
+    """The directory of a final model; a training checkpoint is exported to `output`, unless that was done before.
 
     All processes of a job may call this at once: the main one exports, the others wait.
 
     Args:
-        path: as of `locate_checkpoint`.
+        base: the base model, if the caller has found it.
 
     Raises:
-        InputError: as `locate_checkpoint`, `open_source` and `export`.
+        InputError: as `export`.
     """
-    found = locate_checkpoint(path)
-    if is_model(found):
-        return str(found)
-    output = found.parent.parent / f"exported-{found.name}"
+    if source.finished:
+        return str(source.path)
     job = distributed_state()
     if job.is_main_process and not is_model(output):
-        export(open_source(str(found)), ExportConfig(source=str(found), output=str(output)))
+        export(source, ExportConfig(source=str(source.path), output=str(output)), base)
     job.wait_for_everyone()
     return str(output)
 
 
-def export(source: ExportSource, config: ExportConfig) -> float:
+def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = None) -> float:
     """Write a plain directory of the trained model. It appears only if its logits are those of the trained model.
+
+    Args:
+        base: the base model; defaults to that of the training, wherever it is (see `find_base`).
 
     Returns:
         The largest difference between logits of the written and of the trained model, over the largest logit.
 
     Raises:
-        InputError: a file cannot be read or written, or the difference is above `TOLERANCE`.
+        InputError: the base model is not found, a file cannot be read or written, or the difference is above
+            `TOLERANCE`.
     """
-    weights = {} if source.finished else read_weights(source.path)
-    adapter = source.adapter
+    manifest = source.manifest
+    load_recorded_plugins(manifest.config.get("plugins", ()))
+    if source.finished:  # a final model is its own base
+        weights, path, revision, note = {}, str(source.path), None, source.unverified()
+        place = recorded_base(source.path, manifest)
+    else:
+        base = base or find_base(source.home / MODEL_FOLDER, manifest, BASE_ADVICE)
+        weights, path, revision, note = read_weights(source.path), base.path, base.revision, base.note
+        place = os.path.abspath(path) if Path(path).is_dir() else path
+        if run_id := read_record(source.path).wandb_run_id:
+            manifest = replace(manifest, wandb={"id": run_id})
+    # The directory may be moved, and its base stays.
+    manifest = replace(manifest, base_model=place)
+    if note:
+        logger.info(f"note: {note}")
+    adapter = adapter_of(source)
     quantized = adapter.kind == "qlora"
     dequantized = quantized and config.base == "dequantized"
     tokenizer = AutoTokenizer.from_pretrained(source.path)
-    model: Any = _load_base(source, tokenizer, "auto", load_in_4bit=dequantized)
+    model: Any = _load_base(path, revision, tokenizer, "auto", load_in_4bit=dequantized)
     if dequantized:
         model = model.dequantize()
     lora = None if adapter.kind == "full" else lora_config(adapter, model.config.model_type)
     if config.dtype != "auto" or adapter.kind == "full":
-        precision = source.manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
+        precision = manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
         model = model.to(resolve_dtype(precision))
     model = merged(model, weights, lora)
     model.config.use_cache = True
     # As trained: with an unmerged adapter, computing in fp32.
-    logits = _logits(with_weights(_load_base(source, tokenizer, torch.float32, quantized), weights, lora))
+    logits = _logits(with_weights(_load_base(path, revision, tokenizer, torch.float32, quantized), weights, lora))
     difference = 0.0
 
     def check(directory: Path) -> None:
@@ -224,9 +195,9 @@ def export(source: ExportSource, config: ExportConfig) -> float:
             )
         write_text(directory / "README.md", model_card(source, config, difference))
 
-    template = load_chat_template(source.manifest.chat_template)
+    template = load_chat_template(manifest.chat_template)
     save_final_model(
-        config.output, model, tokenizer, template, source.manifest, shard_size=config.shard_size, check=check
+        config.output, model, tokenizer, template, manifest, config.shard_size, record=source.home, check=check
     )
     logger.info(
         f"exported {source.path} to {config.output}: largest logit difference {difference:.1e} of the largest logit"
@@ -235,13 +206,22 @@ def export(source: ExportSource, config: ExportConfig) -> float:
 
 
 def _load_base(
-    source: ExportSource, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | str, load_in_4bit: bool
+    path: str,
+    revision: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype | str,
+    load_in_4bit: bool,
 ) -> PreTrainedModel:
     """The base model in `dtype`, or in 4 bits and computing in fp32."""
     if load_in_4bit:
-        settings = ModelConfig(path=source.base, revision=source.revision)
+        settings = ModelConfig(path=path, revision=revision)
         return load_model(settings, tokenizer, torch.float32, 0, load_in_4bit=True)
-    return load_unsharded(source.base, source.revision, dtype)
+    return load_unsharded(path, revision, dtype)
+
+
+def adapter_of(source: ModelSource) -> AdapterConfig:
+    """The adapter that is merged into the base model; that of a final model is merged already."""
+    return AdapterConfig() if source.finished else AdapterConfig(**source.manifest.config["adapter"])
 
 
 @torch.inference_mode()
@@ -253,10 +233,10 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
     return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
 
 
-def model_card(source: ExportSource, config: ExportConfig, difference: float) -> str:
+def model_card(source: ModelSource, config: ExportConfig, difference: float) -> str:
     """The README.md of an exported directory."""
     manifest = source.manifest
-    random = manifest.base_model.startswith("..")
+    random = manifest.config.get("model", {}).get("init") == "random"
     return render(
         __package__,
         "model_card.md.jinja",
@@ -265,7 +245,7 @@ def model_card(source: ExportSource, config: ExportConfig, difference: float) ->
         manifest=manifest,
         random=random,
         on_hub=not random and not Path(manifest.base_model).is_absolute(),
-        merged_on=config.base if source.adapter.kind == "qlora" else None,
+        merged_on=config.base if adapter_of(source).kind == "qlora" else None,
         difference=f"{difference:.1e}",
         manifest_file=MANIFEST_FILE,
     )

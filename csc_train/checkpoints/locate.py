@@ -1,17 +1,96 @@
 """Find the model that a path means: a run directory, a final model, an exported directory or a training checkpoint."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from csc_train.checkpoints.manifest import MANIFEST_FILE
-from csc_train.checkpoints.training_checkpoint import CHECKPOINT_FILE, TRAINER_STATE, check_whole, newest_whole
+from csc_train.checkpoints.content import check_complete, first_difference, hash_files
+from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifest, weights_hash
+from csc_train.checkpoints.training_checkpoint import (
+    CHECKPOINT_FILE,
+    TRAINER_STATE,
+    check_whole,
+    newest_whole,
+    read_record,
+)
 from csc_train.errors import InputError
+from csc_train.files import digest
 
 MODEL_FOLDER, CHECKPOINTS_FOLDER = "model", "checkpoints"
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
+"""The files of a model that decide its replies, and its manifest."""
+CHECKPOINT_FILES = ("*.safetensors", "*_config.json", "tokenizer.json", "*.jinja", "global_step*/**/*")
+"""The files of a training checkpoint that an export reads, for one whose record has no hashes."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A final model or a training checkpoint, with the manifest of its training.
+
+    Attributes:
+        path: its directory.
+        finished: whether it is a final model, whose adapter is merged.
+    """
+
+    path: Path
+    manifest: Manifest
+    finished: bool = False
+
+    @property
+    def home(self) -> Path:
+        """The directory that holds the manifest and the record of the training dialogues."""
+        return self.path if self.finished else self.path.absolute().parent.parent
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) over the present content of the files, whatever their place.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        if self.finished:
+            return digest(hash_files(self.path, MODEL_FILES))
+        stamps = {name: asdict(stamp) for name, stamp in read_record(self.path).files.items()}
+        return digest([stamps or hash_files(self.path, CHECKPOINT_FILES), self.manifest.template_hash])
+
+    def unverified(self) -> str:
+        """What differs from the files that the training wrote, or cannot be verified, in words; empty if nothing."""
+        manifest = self.manifest
+        if not self.finished:
+            return ""
+        if manifest.files:
+            difference = first_difference(self.path, manifest.files)
+        elif not manifest.weights_hash:
+            return f"{self.path}: the files are not verified, since the manifest has no hash of them"
+        else:
+            now = weights_hash(hash_files(self.path, MODEL_FILES[:1]))
+            difference = None if now == manifest.weights_hash else f"the weights have the hash {now[:12]}"
+        advice = "is not as it was written: what the manifest says of its base and its data may not hold"
+        return f"{self.path} {advice} ({difference})" if difference else ""
 
 
 def is_model(directory: Path) -> bool:
-    """Whether a directory is a final model or an exported one."""
-    return (directory / MANIFEST_FILE).is_file() and (directory / "config.json").is_file()
+    """Whether a directory is a final model or an exported one, or a part of one."""
+    held = (directory / "config.json").is_file() or any(directory.glob("*.safetensors"))
+    return held and (directory / MANIFEST_FILE).is_file()
+
+
+def open_source(path: str, training: bool = True) -> ModelSource:
+    """Find a model or a training checkpoint, and read its manifest.
+
+    Args:
+        path, training: as of `locate_checkpoint`.
+
+    Raises:
+        InputError: as `locate_checkpoint`; there is no manifest, or a file of the model is missing or cut.
+    """
+    found = locate_checkpoint(path, training)
+    if is_model(found):
+        manifest = read_manifest(found)
+        check_complete(found, manifest.files)
+        return ModelSource(found, manifest, finished=True)
+    run = found.absolute().parent.parent
+    if not (run / MANIFEST_FILE).is_file():
+        raise InputError(f"{run}: no {MANIFEST_FILE}: choose a run of recipes/sft.py")
+    return ModelSource(found, read_manifest(run))
 
 
 def locate_checkpoint(path: str, training: bool = False) -> Path:
@@ -39,7 +118,7 @@ def locate_checkpoint(path: str, training: bool = False) -> Path:
         return directory / MODEL_FOLDER
     held = sorted(entry.name for entry in directory.iterdir())
     if "config.json" in held:
-        raise InputError(f"{path}: no {MANIFEST_FILE}: choose a model that recipes/sft.py trained")
+        read_manifest(directory)  # there is none: it says what to do
     listed = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "")
     raise InputError(
         f"{path}: neither a model, nor a training checkpoint, nor a run directory with one; "

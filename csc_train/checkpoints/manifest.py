@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from csc_train.checkpoints.content import FileHashes, base_files, hash_files, remember
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.data.strategies import STRATEGIES
+from csc_train.data.training_record import RECORD_FILE, write_training_record
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, digest, file_digest, read_json, write_json
+from csc_train.files import atomic_path, digest, read_json, write_json
 from csc_train.models.config import ModelConfig
 from csc_train.models.loading import load_model
 from csc_train.models.sharded_parameters import unsharded
@@ -54,6 +57,12 @@ class Manifest:
     """Commit, whether the tree had changes, package versions."""
     weights_hash: str = ""
     """Of the weight files by name; empty in the run directory, whose manifest is written before training."""
+    files: FileHashes = field(default_factory=dict)
+    """Of all files that the training or the export wrote into the model directory."""
+    base_files: FileHashes = field(default_factory=dict)
+    """Of the weights and the configuration of the base model; empty if they were not on disk."""
+    wandb: dict[str, Any] = field(default_factory=dict)
+    """The W&B run of the training (see `Tracker.identity`); empty if it was not tracked."""
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -72,9 +81,10 @@ def build_manifest(
     """
     saved = Path(base.path) == run.directory / BASE_FOLDER
     path = os.path.join("..", BASE_FOLDER) if saved else str(base.path)
+    revision = getattr(model.config, "_commit_hash", None) or base.revision
     return Manifest(
         base_model=os.path.abspath(path) if not saved and Path(path).is_dir() else path,
-        base_revision=getattr(model.config, "_commit_hash", None) or base.revision,
+        base_revision=revision,
         chat_template=template.chat_template_name,
         mode=template.config.mode,
         language=template.config.language,
@@ -84,6 +94,7 @@ def build_manifest(
         data_hash=data_digest(training),
         config=run.config,
         provenance=provenance(),
+        base_files=base_files(str(base.path), revision) if run.is_main else {},
     )
 
 
@@ -128,6 +139,7 @@ def save_final_model(
     chat_template: str,
     manifest: Manifest,
     shard_size: str = "50GB",
+    record: str | os.PathLike | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a directory that plain `from_pretrained` loads: weights, tokenizer, chat template and manifest.
@@ -137,6 +149,7 @@ def save_final_model(
 
     Args:
         shard_size: size limit of a weight file.
+        record: a directory whose record of the training dialogues the model gets as well, if it has one.
         check: is called with the written directory before it is moved to `directory`; an error prevents the move.
 
     Raises:
@@ -149,10 +162,19 @@ def save_final_model(
     with model_directory(directory) as temporary:
         model.save_pretrained(temporary, max_shard_size=shard_size)
         tokenizer.save_pretrained(temporary)
-        weights = {file.name: file_digest(file) for file in temporary.glob("*.safetensors")}
-        write_manifest(temporary, replace(manifest, weights_hash=digest(weights)))
+        if record is not None and (Path(record) / RECORD_FILE).exists():
+            shutil.copyfile(Path(record) / RECORD_FILE, temporary / RECORD_FILE)
+        files = hash_files(temporary)
+        write_manifest(temporary, replace(manifest, files=files, weights_hash=weights_hash(files)))
         if check is not None:
             check(temporary)
+    for name, known in files.items():
+        remember(Path(directory) / name, known["sha256"])
+
+
+def weights_hash(files: FileHashes) -> str:
+    """SHA-256 (hex) over the hashes of weight files, by name."""
+    return digest({name: known["sha256"] for name, known in files.items() if name.endswith(".safetensors")})
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -162,9 +184,13 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(token for token in reversed(ids) if token in tokenizer.added_tokens_decoder)
 
 
-def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
-    """Write a manifest into a directory."""
+def write_manifest(
+    directory: str | os.PathLike, manifest: Manifest, training: Iterable[Dialogue] | None = None
+) -> None:
+    """Write a manifest into a directory, and the record of the training dialogues if they are given."""
     write_json(Path(directory) / MANIFEST_FILE, asdict(manifest))
+    if training is not None:
+        write_training_record(directory, training)
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:
@@ -177,7 +203,9 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such model directory")
     if not (directory / MANIFEST_FILE).is_file():
-        raise InputError(f"{directory}: no {MANIFEST_FILE}: choose a model that recipes/sft.py trained")
+        raise InputError(
+            f"{directory}: no {MANIFEST_FILE}: choose a model that recipes/sft.py trained, or copy that file as well"
+        )
     try:
         return Manifest(**read_json(directory / MANIFEST_FILE))
     except TypeError as error:

@@ -113,7 +113,7 @@ class OnFinishConfig:
     recipe: str | None = None
     """evaluate: evaluate the final model, into the run directory's `evaluation`."""
     overrides: list[str] = field(default_factory=list)
-    """Overrides of that recipe, each in quotes: `on_finish.overrides=['data=rolecs','evaluation.include_base=false']`.
+    """Overrides of that recipe, each in quotes: `on_finish.overrides=['data=rolecs','evaluation.base=false']`.
     They are checked before the training starts."""
 
     def __post_init__(self):

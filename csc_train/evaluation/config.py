@@ -15,8 +15,9 @@ class EvaluationConfig(InferenceConfig):
     contexts: list[str] = field(default_factory=lambda: list(CONTEXTS))
     """Dialogue history before each turn. reference: the gold dialogue. generated: the system's own earlier replies with
     the gold customer turns."""
-    include_base: bool = True
-    """Evaluate the base model of the checkpoint as well."""
+    base: bool | str = True
+    """Evaluate the base model of the checkpoint as well. true: the one that the training recorded, wherever it is now.
+    Or the directory or hub id of the base model."""
 
     def __post_init__(self):
         if not self.contexts:

@@ -5,7 +5,7 @@ of character 5-grams; and a large share of the n-grams in one training dialogue.
 """
 
 import os
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,11 +46,12 @@ class Contamination:
         return f"{len(self.flagged)} of {self.evaluation} evaluation dialogues are flagged. {self.definition}"
 
 
-def find_contamination(splits: Splits, near: float) -> Contamination:
+def find_contamination(splits: Splits, near: float, trained: Sequence[Overlap] = ()) -> Contamination:
     """Search for overlaps; those with dropped training dialogues do not count.
 
     Args:
         near: the minimum Jaccard similarity of nearly equal dialogues in `splits`.
+        trained: overlaps with the record of the model's training dialogues (see `evaluated_model.find_trained`).
     """
     kept = {dialogue.id for dialogue in splits.train}
     overlaps = [overlap for overlap in splits.overlaps if overlap.train_id in kept]
@@ -58,6 +59,9 @@ def find_contamination(splits: Splits, near: float) -> Contamination:
     definition = read_yaml(__package__, "notes.yaml")["contamination"].format(
         training=len(splits.train), shingle=SHINGLE_LENGTH, near=near, share=100 * MIN_SHARED, ngram=NGRAM
     )
+    if trained:
+        overlaps += trained
+        definition += " " + read_yaml(__package__, "notes.yaml")["training_record"]
     overlaps.sort(key=lambda overlap: (-overlap.similarity, overlap.evaluation_id))
     return Contamination(definition, len(splits.train), len(splits.evaluation), tuple(overlaps))
 

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest
+from csc_train.checkpoints.base_model import BaseModel
 from csc_train.data.dialogue import Dialogue
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest, file_digest
 from csc_train.inference.baselines import StrategyBaseline
 from csc_train.inference.generator import Generator, generate_predictions, shard_dialogues
-from csc_train.inference.hf import base_model_path, load_generator
+from csc_train.inference.hf import load_generator
 from csc_train.inference.openai import OpenAIGenerator
 from csc_train.inference.predictions import (
     BASE_MODEL,
@@ -32,10 +32,9 @@ Systems = dict[str, Callable[[], Generator]]
 """Functions that load a system, by its name."""
 
 
-def system_hash(model: str | None, predictions: str | None, llm: LLMConfig | None) -> str:
-    """SHA-256 (hex) of the evaluated system: the model's manifest, the predictions file, or the served model's name."""
-    file = f"{model}/{MANIFEST_FILE}" if model else predictions
-    return file_digest(file) if file else digest(llm.model)
+def system_hash(predictions: str | None, llm: LLMConfig | None) -> str:
+    """SHA-256 (hex) of a system without a model on disk: the predictions file, or the served model's name."""
+    return file_digest(predictions) if predictions else digest(llm.model)
 
 
 def build_systems(
@@ -45,16 +44,17 @@ def build_systems(
     template: DialogueTemplate | TemplateConfig | None,
     state: "PartialState",
     model: str | None,
-    manifest: Manifest | None,
+    base: BaseModel | None,
     llm: LLMConfig | None,
 ) -> Systems:
     """The systems of an evaluation, in the order of table rows: baselines, base model, evaluated model.
 
     Args:
         train: training dialogues, on which the baselines are fitted.
-        model_hash: see `system_hash`.
+        model_hash: identifies the evaluated system.
         state: with one process, a local model is spread over all GPUs; with several, each process has its own copy.
-        model, manifest: directory and manifest of a final model; None for a prompted model.
+        model: directory of a final model; None for a prompted model.
+        base: the model that its training started from; None leaves it out.
         llm: the server; None loads `model` here.
     """
     device = state.device if state.num_processes > 1 else None
@@ -65,10 +65,10 @@ def build_systems(
         name = TRAINED_MODEL if model else llm.model.replace("/", "_")
         systems[name] = lambda: OpenAIGenerator(llm, config, template or TemplateConfig(), model_hash)
     elif model:
-        if config.include_base:
-            base, revision = base_model_path(model, manifest), manifest.base_revision
-            base_hash = digest([model_hash, "base"])
-            systems[BASE_MODEL] = lambda: load_generator(base, template, config, base_hash, device, revision)
+        if base:
+            systems[BASE_MODEL] = lambda: load_generator(
+                base.path, template, config, base.content_hash, device, base.revision
+            )
         systems[TRAINED_MODEL] = lambda: load_generator(model, template, config, model_hash, device)
     return systems
 

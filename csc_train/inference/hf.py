@@ -145,27 +145,26 @@ class HFGenerator:
             queue.update(replace(prediction, **details))
 
 
-def read_template_and_manifest(directory: str) -> tuple[DialogueTemplate, Manifest]:
+def read_template_and_manifest(directory: str, manifest: Manifest | None = None) -> tuple[DialogueTemplate, Manifest]:
     """Read the template and the manifest of a final model that recipes/sft.py wrote, without its weights.
+
+    Args:
+        manifest: that of the run, if the directory is a training checkpoint.
 
     Raises:
         InputError: it is no final model, or its template or tokenizer differs from the one of this code.
     """
-    manifest = read_manifest(directory)
+    finished = manifest is None
+    manifest = manifest or read_manifest(directory)
     load_recorded_plugins(manifest.config.get("plugins", ()))
     tokenizer = load_tokenizer(directory)
     settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
-    is_file = manifest.chat_template.endswith(".jinja")  # a user's template; the model directory has a copy
-    name = f"{directory}/chat_template.jinja" if is_file else manifest.chat_template
+    # A final model has a copy of a user's template.
+    is_copied = finished and manifest.chat_template.endswith(".jinja")
+    name = f"{directory}/chat_template.jinja" if is_copied else manifest.chat_template
     template = DialogueTemplate(tokenizer, name, settings)
     check_manifest(directory, manifest, template.fingerprint, tokenizer_hash(tokenizer))
     return template, manifest
-
-
-def base_model_path(directory: str, manifest: Manifest) -> str:
-    """Path or hub id of the model that the training of a final model started from."""
-    beside = Path(directory) / manifest.base_model
-    return str(beside) if manifest.base_model.startswith(".") and beside.is_dir() else manifest.base_model
 
 
 def load_generator(

@@ -63,6 +63,14 @@ class Tracker:
         if (diff := directory / CODE_DIFF_FILE).exists():
             run.log_artifact(diff, f"code-{run.id}", "code")
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What finds the W&B run again, for the manifest of the model: id, project, entity, mode, last step."""
+        if (run := self._wandb) is None:
+            return {}
+        mode = "offline" if run.offline else "wandb"
+        return {"id": run.id, "project": run.project, "entity": run.entity, "mode": mode, "step": run.step}
+
     def truncate_after(self, step: int) -> None:
         """Drop the history after a step, since training repeats it."""
         if self._is_main:

@@ -2,15 +2,12 @@
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
-from csc_train.runs.comparison import history_log
-from csc_train.runs.config import RESOLVED_FILE
 from csc_train.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
@@ -18,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TRACKING_FILE = "tracking.json"
-"""In a run directory: the id, mode and address of its W&B run."""
+"""In a run directory: the id, mode and address of its W&B run; of an evaluation, that of the training."""
 REPORTS = ("results.json", "table.md", "report.html", "resolved.yaml")
 """Files of an evaluation that are attached to the W&B run of the training."""
 RESULT_COLUMNS = ["system", "context", "profile", "metric", "value", "low", "high", "unit", "direction"]
@@ -97,35 +94,46 @@ def exit_code(error: BaseException | None) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, InputError) else 1
 
 
-def attach_evaluation(trained: Path, evaluation: Path) -> None:
-    """Attach an evaluation to the W&B run of a training: a table of results, and an artifact of reports.
+def attach_evaluation(training: dict[str, Any], tracking: dict[str, Any], directory: Path) -> None:
+    """Attach an evaluation to the W&B run of the training: a table of results, and an artifact of reports.
 
-    Does nothing if the training was not tracked.
+    Does nothing if the training was not tracked. A failure is said and changes nothing. Files are written in the
+    directory of the evaluation only.
 
     Args:
-        trained: the run directory of the training.
-        evaluation: the run directory of the evaluation.
+        training: the `wandb` of the model's manifest (see `Tracker.identity`).
+        tracking: the tracking settings of the training.
+        directory: the run directory of the evaluation.
     """
-    record = wandb_record(trained)
-    if not record:
+    if not training:
         return
+    try:
+        _attach(training, TrackingConfig(**tracking), directory)
+    except Exception as error:  # W&B and its service raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.info(f"note: the results are not attached to the training's W&B run {training['id']}: {reason}")
+
+
+def _attach(training: dict[str, Any], config: TrackingConfig, directory: Path) -> None:
     import wandb
 
-    settings = yaml.safe_load((trained / RESOLVED_FILE).read_text(encoding="utf-8"))["tracking"]
-    run = open_run(TrackingConfig(**settings), trained, record["mode"], record["id"])
+    config = replace(config, **{name: training[name] for name in ("project", "entity") if training.get(name)})
+    if (mode := training.get("mode") or resolve_mode(config)) == "off":
+        return
+    run = open_run(config, directory, mode, training["id"])
     artifact = wandb.Artifact(f"evaluation-{run.id}", "evaluation", metadata={"model": f"model-{run.id}"})
-    for path in (evaluation / name for name in REPORTS):
+    for path in (directory / name for name in REPORTS):
         if path.exists():
             artifact.add_file(path)
-    table = wandb.Table(RESULT_COLUMNS, result_rows(read_json(evaluation / "results.json")["results"]))
+    table = wandb.Table(RESULT_COLUMNS, result_rows(read_json(directory / "results.json")["results"]))
     artifact.add(table, "results")
     run.log_artifact(artifact)
-    # A new step after those of the training and of earlier evaluations: W&B takes no step twice.
-    attached = record.get("evaluations", 0) + 1
-    last = max((row["step"] for row in history_log(trained).read()), default=0)
-    run.log({"evaluation/results": table}, step=last + attached)
+    # A new step after those of the training and of earlier attachments: W&B takes no step twice.
+    attached = wandb_record(directory).get("evaluations", 0) + 1
+    run.log({"evaluation/results": table}, step=max(run.step, training.get("step", 0)) + attached)
+    where = {"mode": "offline", "url": None} if run.offline else {"mode": "wandb", "url": run.url}
     run.finish()
-    write_json(trained / TRACKING_FILE, record | {"evaluations": attached})
+    write_json(directory / TRACKING_FILE, {"id": run.id, **where, "evaluations": attached})
 
 
 def result_rows(results: dict[str, dict[str, dict[str, Any]]]) -> list[list[Any]]:

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from csc_train.checkpoints.manifest import MANIFEST_FILE, read_manifest
 from csc_train.data.strategies import STRATEGIES
+from csc_train.evaluation.evaluated_model import read_evaluated
 from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.report import tables
 from csc_train.evaluation.scoring import ScoredRun
@@ -31,8 +31,7 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
         InputError: it cannot be written.
     """
     results, contamination = scored.results, scored.contamination
-    system, checkpoint = list(results)[-1], config["checkpoint"]
-    has_manifest = checkpoint is not None and (Path(checkpoint) / MANIFEST_FILE).is_file()
+    system, (manifest, unverified) = list(results)[-1], read_evaluated(directory)
     page = render(
         __package__,
         "report.html.jinja",
@@ -40,7 +39,8 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
         chooses=any(scores["counts"]["unparsed"] is not None for scores in results[system].values()),
         config=config,
         record=record,
-        manifest=read_manifest(checkpoint) if has_manifest else None,
+        manifest=manifest,
+        unverified=unverified,
         sources=Counter(dialogue.source or "unknown" for dialogue in scored.dialogues).most_common(),
         turns=sum(len(dialogue.supporter_turns) for dialogue in scored.dialogues),
         dialogues=len(scored.dialogues),
