@@ -100,7 +100,7 @@ def first_difference(directory: Path, recorded: FileHashes) -> str | None:
     return None
 
 
-def check_model_files(directory: Path, recorded: FileHashes) -> None:
+def check_recorded_files(directory: Path, recorded: FileHashes) -> None:
     """Check that a directory of a model is no half copy: all recorded files are there, and none is cut.
 
     Raises:

@@ -17,7 +17,7 @@ from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.locate import MODEL_FOLDER, ModelSource, is_model
 from csc_train.checkpoints.manifest import MANIFEST_FILE, save_final_model
 from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
-from csc_train.checkpoints.training_checkpoint import read_record
+from csc_train.checkpoints.training_checkpoint import check_whole, read_record
 from csc_train.errors import InputError
 from csc_train.files import write_text
 from csc_train.models.config import AdapterConfig, ModelConfig
@@ -74,8 +74,9 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The trained parameters of a training checkpoint by name, in fp32.
 
     Raises:
-        InputError: as `reshard.open_training_checkpoint`.
+        InputError: as `check_whole` and `reshard.open_training_checkpoint`.
     """
+    check_whole(checkpoint)
     consolidated = open_training_checkpoint(checkpoint)
     return {name: consolidated.read(name, WEIGHT) for name in consolidated.names}
 

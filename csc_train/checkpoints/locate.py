@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from csc_train.checkpoints.content import check_model_files, first_difference, hash_files
+from csc_train.checkpoints.content import check_recorded_files, first_difference, hash_files
 from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifest, weights_hash
 from csc_train.checkpoints.training_checkpoint import (
     CHECKPOINT_FILE,
@@ -85,7 +85,7 @@ def open_source(path: str, training: bool = True) -> ModelSource:
     found = locate_checkpoint(path, training)
     if is_model(found):
         manifest = read_manifest(found)
-        check_model_files(found, manifest.files)
+        check_recorded_files(found, manifest.files)
         return ModelSource(found, manifest, finished=True)
     run = found.absolute().parent.parent
     if not (run / MANIFEST_FILE).is_file():
