@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import DeepSpeedPlugin
 from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_config
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from faults import FAULTS
 from processes import TIMEOUT_S, Script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -24,7 +25,13 @@ from csc_train.checkpoints.export import export
 from csc_train.checkpoints.locate import open_source
 from csc_train.checkpoints.manifest import write_manifest
 from csc_train.checkpoints.reshard import MOMENTS, WEIGHT, open_training_checkpoint
-from csc_train.checkpoints.training_checkpoint import CHECKPOINT_FILE, CheckpointRecord, check_resumable
+from csc_train.checkpoints.training_checkpoint import (
+    CHECKPOINT_FILE,
+    CheckpointRecord,
+    check_resumable,
+    check_whole,
+    newest_whole,
+)
 from csc_train.config.compose import compose
 from csc_train.errors import InputError
 from csc_train.models.config import AdapterConfig
@@ -276,6 +283,28 @@ def test_a_checkpoint_with_a_shard_missing_is_refused(folder, on_two, tmp_path):
         InputError, match=r"checkpoint-4: cannot read the training checkpoint: no shard of process 1 among 2"
     ):
         open_training_checkpoint(state)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", ["full-2", "full-3", "lora-3"])
+def test_damage_to_any_file_of_any_process_is_found(folder, on_two, kind, fault, tmp_path):
+    original = folder / kind / "checkpoints"
+    newest = original / "checkpoint-6"
+    names = [str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()]
+    ranks = [name for name in names if re.search(r"pp_rank_\d_.*optim_states|rng_state_\d", name)]
+    assert len(ranks) == 4 and {"latest", "scheduler.pt", CHECKPOINT_FILE} < set(names)
+    for number, name in enumerate(names):
+        if not (newest / name).stat().st_size:
+            continue
+        states = tmp_path / str(number)
+        for checkpoint in ("checkpoint-4", "checkpoint-6"):
+            shutil.copytree(original / checkpoint, states / checkpoint)
+        FAULTS[fault](states / newest.name / name)
+        assert newest_whole(states, resume=True) == states / "checkpoint-4", name
+        with pytest.raises(InputError, match=rf"checkpoint-6/{re.escape(name)}: "):
+            check_whole(states / newest.name)
+        shutil.rmtree(states)
 
 
 @pytest.mark.distributed
