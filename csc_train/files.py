@@ -38,6 +38,8 @@ def os_errors(place: str | os.PathLike, what: str) -> Iterator[None]:
         if isinstance(error, InputError) or not re.search(LIBRARY_ERRORS, str(error)):
             raise
         reason = str(error).strip().splitlines()[0]
+        if "inline_container" in reason:  # torch names a place in its own source only
+            reason = "torch cannot write the whole file, as on a full disk"
         raise InputError(f"{place}: {what}: {reason}") from OSError(reason)
 
 

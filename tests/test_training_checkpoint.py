@@ -3,10 +3,11 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, full_disk
 from faults import FAULTS, flip_byte
 from processes import run_script
 
@@ -19,6 +20,7 @@ from csc_train.checkpoints.training_checkpoint import (
     check_whole,
     checkpoint_to_resume,
     commit,
+    list_checkpoints,
     newest_whole,
     prune,
     read_record,
@@ -204,3 +206,64 @@ def test_a_training_without_a_whole_checkpoint_is_refused_in_one_line(place, tmp
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "run/checkpoints: no checkpoint can be used (checkpoint-7/scheduler.pt: cannot read: No such file" in error
+
+
+# Writes that fail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["checkpoints/writing", "history.jsonl", "samples.jsonl", "metrics.json", "model", "history.csv"]
+)
+def test_a_write_that_fails_is_named_with_the_way_on_and_loses_nothing(place, name, tmp_path):
+    if "lora" in place.name:
+        pytest.skip("the same code")
+    run = killed(place, tmp_path, ("checkpoint-6",))
+    original, blocked = tmp_path / "original", run / name
+    if blocked.exists():
+        blocked.rename(original)
+    if name in ("checkpoints/writing", "model"):  # a file in the place of a directory, or the reverse
+        blocked.write_text("")
+    else:
+        (blocked / "folder").mkdir(parents=True)
+    done = sft("run=run", "resume=true", cwd=tmp_path)
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    place_named = str(Path(name).parent if "/" in name else name)
+    assert re.fullmatch(
+        rf"error: run/{place_named}: cannot (read|write): .*; when that is mended: run=run resume=true", error
+    )
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    assert not list(run.rglob(".*"))
+    check_whole(run / "checkpoints" / "checkpoint-6")
+    blocked.unlink() if blocked.is_file() else shutil.rmtree(blocked)
+    if original.exists():
+        original.rename(blocked)
+    done = sft("run=run", "resume=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert results(run) == results(place / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kilobytes", "left"), [(1200, 0), (2400, 1), (4100, 2)])
+def test_a_disk_that_fills_up_keeps_the_whole_checkpoints(place, kilobytes, left, tmp_path):
+    if "lora" in place.name:
+        pytest.skip("its checkpoints are small")
+    with full_disk(tmp_path / "disk", kilobytes) as disk:
+        if not disk.is_mount():
+            pytest.skip("only root can mount a small disk")
+        (tmp_path / "run").symlink_to(disk / "run")
+        (disk / "run").mkdir()
+        done = sft(*ARGUMENTS, cwd=tmp_path)
+        (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert re.fullmatch(
+            r"error: run/checkpoints: cannot write: .*; when that is mended: run=run resume=true", error
+        )
+        whole = list_checkpoints(disk / "run" / "checkpoints")
+        assert [check_whole(checkpoint).packs_per_step for checkpoint in whole] == [4] * left
+        assert not [*disk.rglob(".*"), *disk.rglob(PARTIAL_FOLDER)]
+        subprocess.run(["mount", "-o", "remount,size=40m", disk], check=True)
+        done = sft("run=run", "resume=true", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert results(disk / "run") == results(place / "run")

@@ -58,9 +58,9 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
 
             main(compose(recipe, arguments))
     except InputError as error:
-        mark_failed(error)
+        advice = mark_failed(error)
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}{advice}", file=sys.stderr)
         else:  # most often it would only repeat that; else torchrun's report says it
             record_failure(error)
         sys.exit(2)

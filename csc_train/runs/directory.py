@@ -178,11 +178,18 @@ _running: Run | None = None
 """The run that this process has started and not ended, on the main process."""
 
 
-def mark_failed(error: BaseException) -> None:
-    """Mark the run that this process has started, if any, as failed."""
-    if _running is not None:
-        with contextlib.suppress(InputError):  # on a full disk this cannot be written either
-            _running._record_end("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
+def mark_failed(error: BaseException) -> str:
+    """Mark the run that this process has started, if any, as failed.
+
+    Returns:
+        How to resume it after an error of the operating system, such as a full disk; else empty.
+    """
+    if (run := _running) is None:
+        return ""
+    with contextlib.suppress(InputError):  # on a full disk this cannot be written either
+        run._record_end("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
+    advised = not isinstance(error.__cause__, OSError) or "resume=true" in str(error)
+    return "" if advised else f"; when that is mended: run={run.directory} resume=true"
 
 
 def default_directory(recipe: str) -> str:

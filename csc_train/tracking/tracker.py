@@ -4,12 +4,14 @@ A resumed training continues its W&B run, whose id its training checkpoints hold
 again: the history drops the earlier rows, W&B keeps them, since it takes no step twice.
 """
 
+import contextlib
 import logging
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from csc_train.errors import InputError
 from csc_train.files import write_json
 from csc_train.runs.comparison import HISTORY_FILE
 from csc_train.runs.directory import CODE_DIFF_FILE
@@ -147,7 +149,9 @@ class Tracker:
 
     def _close(self, error: BaseException | None) -> None:
         try:
-            self.history.close()
+            # A second error, such as of the same full disk, would hide the first.
+            with contextlib.suppress(InputError) if isinstance(error, Exception) else contextlib.nullcontext():
+                self.history.close()
         finally:
             if self._wandb is not None:
                 self._wandb.finish(exit_code=exit_code(error))
