@@ -77,7 +77,7 @@ class TrainerConfig:
     seed: int = 0
     """Seed of the order of packs, of random weights and of dropout."""
     logging_steps: int = 1
-    """Optimizer steps between log entries."""
+    """Optimizer steps between log entries; validations and training checkpoints add theirs."""
     save_steps: float = 0.5
     """Optimizer steps between training checkpoints; below 1, a share of all steps."""
     save_total_limit: int = 2
