@@ -1,6 +1,7 @@
 """Fixtures and helpers that test modules share: small and real tokenizers, and seeded random dialogues."""
 
 import contextlib
+import gc
 import importlib.util
 import logging
 import os
@@ -216,6 +217,11 @@ def pytest_collection_modifyitems(items):
         if "browser" in item.fixturenames:
             item.add_marker("browser")
     items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # each collection would look at all that was imported, and libraries ask for many
 
 
 def pytest_sessionfinish():
