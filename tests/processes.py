@@ -159,6 +159,7 @@ def free_port() -> int:
 def _run(command: list[str], cwd: str, environment: dict[str, str], files: list[str], largest_file: int | None) -> None:
     """What the forked process does: as `python COMMAND` would, up to the exit status."""
     assert "workers.preload" in sys.modules, "the fork server imported nothing: each script would import all again"
+    sys.modules["workers.preload"].own_directories()
     for stream, file in zip((1, 2), files, strict=True):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, stream)

@@ -3,6 +3,8 @@
 import gc
 import importlib
 
+from wandb.sdk.data_types._private import MEDIA_TMP
+
 for name in (
     "accelerate", "bitsandbytes", "datasets", "datasketch", "deepspeed", "hydra", "jieba",
     "matplotlib.backends.backend_agg", "matplotlib.figure", "nltk", "openai", "optuna", "pandas", "peft",
@@ -17,4 +19,10 @@ for name, attributes in {
 }.items():
     for attribute in attributes:
         getattr(importlib.import_module(name), attribute)
+MEDIA_TMP.cleanup()  # that of the server
 gc.freeze()  # a collection would copy the pages that a fork shares with the server
+
+
+def own_directories() -> None:
+    """Give a forked script a directory for W&B's files: W&B makes it when it is imported, and a script removes it."""
+    MEDIA_TMP.__init__("wandb-media")
