@@ -170,6 +170,11 @@ def _run(command: list[str], cwd: str, environment: dict[str, str], files: list[
     os.environ.clear()
     os.environ.update(environment)
     sys.path[0:0] = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    # W&B keeps tables in a folder that it makes when it is imported; the first fork to end removes that.
+    private = sys.modules.get("wandb.sdk.data_types._private")
+    media = tempfile.TemporaryDirectory("wandb-media")
+    if private:
+        private.MEDIA_TMP.name = media.name
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)
     status = 0

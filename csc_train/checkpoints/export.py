@@ -17,7 +17,7 @@ from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.locate import MODEL_FOLDER, ModelSource, is_model
 from csc_train.checkpoints.manifest import MANIFEST_FILE, save_final_model
 from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
-from csc_train.checkpoints.training_checkpoint import check_whole, read_record
+from csc_train.checkpoints.training_checkpoint import check_whole
 from csc_train.errors import InputError
 from csc_train.files import write_text
 from csc_train.models.config import AdapterConfig, ModelConfig
@@ -162,8 +162,6 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
         base = base or find_base(source.home / MODEL_FOLDER, manifest, BASE_ADVICE)
         weights, path, revision, note = read_weights(source.path), base.path, base.revision, base.note
         place = os.path.abspath(path) if Path(path).is_dir() else path
-        if run_id := read_record(source.path).wandb_run_id:
-            manifest = replace(manifest, wandb={"id": run_id})
     # The directory may be moved, and its base stays.
     manifest = replace(manifest, base_model=place)
     if note:

@@ -1,6 +1,6 @@
 """Find the model that a path means: a run directory, a final model, an exported directory or a training checkpoint."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from csc_train.checkpoints.content import check_recorded_files, first_difference, hash_files
@@ -90,7 +90,8 @@ def open_source(path: str, training: bool = True) -> ModelSource:
     run = found.absolute().parent.parent
     if not (run / MANIFEST_FILE).is_file():
         raise InputError(f"{run}: no {MANIFEST_FILE}: choose a run of recipes/sft.py")
-    return ModelSource(found, read_manifest(run))
+    run_id = read_record(found).wandb_run_id  # the manifest was written before the training
+    return ModelSource(found, replace(read_manifest(run), wandb={"id": run_id} if run_id else {}))
 
 
 def locate_checkpoint(path: str, training: bool = False) -> Path:

@@ -208,8 +208,9 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
         )
     try:
         return Manifest(**read_json(directory / MANIFEST_FILE))
-    except TypeError as error:
-        raise InputError(f"{directory / MANIFEST_FILE}: {error}") from error
+    except (TypeError, InputError) as error:
+        reason = str(error).removeprefix(f"{directory / MANIFEST_FILE}: ")
+        raise InputError(f"{directory / MANIFEST_FILE}: not a manifest ({reason}): copy it again") from error
 
 
 def check_manifest(directory: str | os.PathLike, manifest: Manifest, template_hash: str, tokenizer: str) -> None:
