@@ -120,19 +120,19 @@ def _attach(training: dict[str, Any], config: TrackingConfig, directory: Path) -
     config = replace(config, **{name: training[name] for name in ("project", "entity") if training.get(name)})
     if (mode := training.get("mode") or resolve_mode(config)) == "off":
         return
-    run = open_run(config, directory, mode, training["id"])
-    artifact = wandb.Artifact(f"evaluation-{run.id}", "evaluation", metadata={"model": f"model-{run.id}"})
-    for path in (directory / name for name in REPORTS):
-        if path.exists():
-            artifact.add_file(path)
-    table = wandb.Table(RESULT_COLUMNS, result_rows(read_json(directory / "results.json")["results"]))
-    artifact.add(table, "results")
-    run.log_artifact(artifact)
-    # A new step after those of the training and of earlier attachments: W&B takes no step twice.
-    attached = wandb_record(directory).get("evaluations", 0) + 1
-    run.log({"evaluation/results": table}, step=max(run.step, training.get("step", 0)) + attached)
-    where = {"mode": "offline", "url": None} if run.offline else {"mode": "wandb", "url": run.url}
-    run.finish()
+    results = result_rows(read_json(directory / "results.json")["results"])
+    with open_run(config, directory, mode, training["id"]) as run:  # closes it after a failure, too
+        artifact = wandb.Artifact(f"evaluation-{run.id}", "evaluation", metadata={"model": f"model-{run.id}"})
+        for path in (directory / name for name in REPORTS):
+            if path.exists():
+                artifact.add_file(path)
+        table = wandb.Table(RESULT_COLUMNS, results)
+        artifact.add(table, "results")
+        run.log_artifact(artifact)
+        # A new step after those of the training and of earlier attachments: W&B takes no step twice.
+        attached = wandb_record(directory).get("evaluations", 0) + 1
+        run.log({"evaluation/results": table}, step=max(run.step, training.get("step", 0)) + attached)
+        where = {"mode": "offline", "url": None} if run.offline else {"mode": "wandb", "url": run.url}
     write_json(directory / TRACKING_FILE, {"id": run.id, **where, "evaluations": attached})
 
 
