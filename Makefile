@@ -2,6 +2,8 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 # Threads that wait without spinning: on a shared machine spinning makes small models many times slower.
 export OMP_WAIT_POLICY ?= passive
+# What `make demo` does with an earlier demo: reuse keeps it if it is the same, replace starts over.
+IF_EXISTS ?= reuse
 
 .PHONY: help demo settings test test-fast bench lint
 
@@ -20,9 +22,9 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 
 demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> trained checkpoint -> evaluated table
 	$(PYTHON) recipes/write_sample.py
-	$(PYTHON) recipes/sft.py experiment=demo run.directory=runs/demo run.if_exists=reuse
+	$(PYTHON) recipes/sft.py experiment=demo run.directory=runs/demo run.if_exists=$(IF_EXISTS)
 	$(PYTHON) recipes/evaluate.py checkpoint=runs/demo/model evaluation.max_new_tokens=40 \
-		run.directory=runs/demo/evaluation run.if_exists=reuse
+		run.directory=runs/demo/evaluation run.if_exists=$(IF_EXISTS)
 
 test: lint ## Set up what tests need, then pass them all
 	$(PYTHON) -m pytest

@@ -2,12 +2,13 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from csc_train.errors import InputError
 
 LIBRARY_ERRORS = r"\(os error \d+\)|PytorchStreamWriter|inline_container"
 """In messages of safetensors and tokenizers, and of torch, for a file that cannot be read or written."""
+STAGING = ".{name}.writing-"
+"""Start of the name of a temporary directory, beside the file or directory `name` that is written there."""
+STAGING_NAME = r"\.(.+)\.writing-\w{8}"
+watched: dict[str, Callable[[], Callable[[], None] | None]] = {}
+"""Weak references to checks by directory; each raises an InputError if its directory has been moved away."""
 
 
 @contextlib.contextmanager
@@ -44,19 +50,25 @@ def os_errors(place: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
 
     The caller creates a file or a directory at the temporary path. A file replaces a file, a directory a directory.
+    Files of a replaced directory that have no successor are kept beside it, since they may be somebody else's.
+
+    Args:
+        stale: glob patterns of files in a replaced directory that need no successor.
 
     Raises:
-        InputError: the write failed (no permission, disk full, file-size limit, a file in the place of a directory).
+        InputError: the write failed (no permission, disk full, file-size limit, a file in the place of a directory), or
+            the directory was moved away while this process works in it.
     """
     path = Path(path)
+    require_in_place(path)
     with os_errors(path, "cannot write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not TemporaryDirectory: it would raise if the removal fails.
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        staging = Path(tempfile.mkdtemp(prefix=STAGING.format(name=path.name), dir=path.parent))
         try:
             temporary = staging / path.name
             yield temporary
@@ -68,10 +80,48 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
                 except OSError:
                     replaced.rename(path)
                     raise
+                _keep_foreign(replaced, path, stale)
             else:
                 temporary.replace(path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _keep_foreign(replaced: Path, path: Path, stale: Sequence[str] = ()) -> None:
+    """Move a replaced directory beside `path` if it holds files that `path` has no successor of."""
+    for file in [file for file in replaced.rglob("*") if not file.is_dir() or file.is_symlink()]:
+        if os.path.lexists(path / file.relative_to(replaced)) or any(map(file.match, stale)):
+            file.unlink()
+    if any(not file.is_dir() or file.is_symlink() for file in replaced.rglob("*")):
+        replaced.rename(free_name(f"{path}.replaced-{{}}"))
+
+
+def free_name(pattern: str) -> Path:
+    """The first path of a pattern with a number, from 1, that does not exist."""
+    return next(path for number in itertools.count(1) if not os.path.lexists(path := Path(pattern.format(number))))
+
+
+def is_staging(path: Path, name: str | None = None) -> bool:
+    """Whether `atomic_path` made this temporary directory, for a file or directory of this name if one is given."""
+    found = re.fullmatch(STAGING_NAME, path.name)
+    return bool(found) and name in (None, found[1]) and path.is_dir() and not path.is_symlink()
+
+
+def remove_staging(staging: Path) -> None:
+    """Remove a temporary directory of `atomic_path` that a killed process left; what it was replacing is kept."""
+    path = staging.with_name(re.fullmatch(STAGING_NAME, staging.name)[1])
+    with os_errors(staging, "cannot remove"):
+        if (replaced := staging / f"{path.name}.replaced").exists():
+            _keep_foreign(replaced, path) if os.path.lexists(path) else replaced.rename(path)
+        shutil.rmtree(staging)
+
+
+def require_in_place(path: str | os.PathLike) -> None:
+    """Raise an InputError if `path` lies in a watched directory (see `runs.claim`) that has been moved away."""
+    place = os.path.abspath(path)
+    for directory, check in list(watched.items()):
+        if place.startswith(directory + os.sep) and (in_place := check()):
+            in_place()
 
 
 def flush_to_disk(path: Path) -> None:

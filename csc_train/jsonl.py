@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Generic, Self, TypeVar
 import pydantic
 
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, os_errors
+from csc_train.files import atomic_path, os_errors, require_in_place
 
 Row = TypeVar("Row")
 CORRECT = "correct or delete the line"
@@ -70,6 +70,7 @@ class JsonlLog(Generic[Row]):
             InputError: the file cannot be written.
         """
         if self._file is None:
+            require_in_place(self.path)
             with os_errors(self.path, "cannot write"):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  # closed by `close`

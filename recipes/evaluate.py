@@ -38,14 +38,15 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.evaluation.evaluated_model import find_trained, open_evaluated, write_evaluated
     from csc_train.evaluation.scoring import prepare_metrics
     from csc_train.inference.hf import read_template_and_manifest
-    from csc_train.runs.directory import Run
+    from csc_train.runs.directory import Run, claim_run
     from csc_train.runs.distributed import broadcast_object, distributed_state, require_single_process
     from csc_train.tracking.wandb import attach_evaluation
 
     if config.score_only or config.llm:
         require_single_process("evaluate")
     if config.score_only:
-        score_and_show(Path(config.run.directory), config)
+        with claim_run("evaluate", Path(config.run.directory)):
+            score_and_show(Path(config.run.directory), config)
         return
     state = distributed_state()
     run = Run("evaluate", to_container(config), OUTPUTS)

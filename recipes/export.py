@@ -12,15 +12,17 @@ except ModuleNotFoundError as error:
 
 def main(config: ExportConfig) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.checkpoints.export import export, push
+    from csc_train.checkpoints.export import claim_output, export, push
     from csc_train.checkpoints.locate import open_source
     from csc_train.runs.distributed import require_single_process
 
     require_single_process("export")
-    export(open_source(config.source), config)
-    if config.push_to_hub:
-        push(config)
-        print(f"uploaded to {config.push_to_hub}")
+    source = open_source(config.source)
+    with claim_output(source, config):
+        export(source, config)
+        if config.push_to_hub:
+            push(config)
+            print(f"uploaded to {config.push_to_hub}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     check_supported(config.zero, config.adapter.kind, resolve_precision(precision))
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision)
     check_base_available(config.model)
-    run = Run("sft", to_container(config), OUTPUTS)
+    run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 
     # Dialogues

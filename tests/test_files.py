@@ -104,7 +104,7 @@ def test_a_failure_while_writing_keeps_the_older_file(tmp_path, failure):
 @pytest.mark.parametrize("name", ["checkpoint", "replaced"])
 def test_a_directory_replaces_an_older_one_as_a_whole(tmp_path, name):
     for version in ("1", "2"):
-        with atomic_path(tmp_path / name) as temporary:
+        with atomic_path(tmp_path / name, stale=["[12]"]) as temporary:
             (temporary / "sub").mkdir(parents=True)
             (temporary / "sub" / version).write_text(version)
     assert [str(file.relative_to(tmp_path)) for file in sorted(tmp_path.rglob("*"))] == [
@@ -112,6 +112,19 @@ def test_a_directory_replaces_an_older_one_as_a_whole(tmp_path, name):
         f"{name}/sub",
         f"{name}/sub/2",
     ]
+
+
+def test_somebody_elses_files_in_a_replaced_directory_are_kept_beside_it(tmp_path):
+    for version in ("1", "2"):
+        with atomic_path(tmp_path / "model") as temporary:
+            temporary.mkdir()
+            (temporary / "weights").write_text(version)
+        (tmp_path / "model" / "notes").write_text(version)
+    with atomic_path(tmp_path / "model") as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("3")
+    found = {str(file.relative_to(tmp_path)): file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    assert found == {"model/weights": "3", "model.replaced-1/notes": "1", "model.replaced-2/notes": "2"}
 
 
 def test_a_failed_directory_keeps_the_older_one(tmp_path):

@@ -31,6 +31,7 @@ from csc_train.inference.predictions import Prediction, write_predictions
 from csc_train.llm import client as client_module
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import parse_answer
+from csc_train.runs.claim import release_all
 
 DIALOGUES = {dialogue.id: dialogue for dialogue in generate_sample(12, seed=3)}
 PLACES = [(name, turn) for name in sorted(DIALOGUES) for turn in DIALOGUES[name].supporter_turns[:2]]
@@ -379,4 +380,5 @@ def test_a_run_without_the_reference_context_is_refused(runs):
     config = compose("judge", ["one", "other", "llm=vllm", "llm.model=judge"])
     with pytest.raises(InputError, match=r"^other: trained was not evaluated in reference context: evaluate it there$"):
         load_recipe("judge").main(config)
+    release_all()
     assert not (runs / "runs").exists()

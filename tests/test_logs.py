@@ -28,6 +28,7 @@ from csc_train.inference.predictions import Prediction, read_external_replies, r
 from csc_train.jsonl import JsonlLog, parse_step, to_line
 from csc_train.launching.search_space import distributions
 from csc_train.launching.sweep import STUDY_FILE, open_study, plan_sweep
+from csc_train.runs.claim import release_all
 from csc_train.runs.comparison import history_log
 from csc_train.synthesis.csconv.build import AnswerLog, read_calls
 from csc_train.synthesis.rolecs.batch_api import read_batch_results
@@ -366,7 +367,9 @@ def test_a_recipe_on_a_full_disk_ends_in_one_line_and_resumes(tmp_path, argument
                 break
             except InputError as error:
                 failures.append(str(error))
-                shutil.copytree(disk / "run", kept)
+                release_all()  # as the end of the process does
+                if (disk / "run").exists():  # it goes if nothing could be written there
+                    shutil.copytree(disk / "run", kept)
         assert f"disk-{kilobytes}/run" in failures[-1] and ": cannot write: " in failures[-1], failures[-1]
         assert "\n" not in failures[-1] and not list(kept.glob(".*"))
         if (kept / "run.json").exists():

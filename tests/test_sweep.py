@@ -20,8 +20,9 @@ from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError
 from csc_train.launching.launchers.local import LocalLauncher
 from csc_train.launching.search_space import extreme_points
-from csc_train.launching.sweep import plan_sweep, sweep, sweep_lock
+from csc_train.launching.sweep import plan_sweep, sweep
 from csc_train.launching.trial_runner import FailedTrialError, NoSuchMetricError, metric_values, trial_result
+from csc_train.runs.claim import claim
 from csc_train.runs.comparison import find_runs, sort_runs
 
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
@@ -50,9 +51,6 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def interrupted(place):
     """A sweep of four trials, one of which cannot but fail, until Ctrl-C after a step of its first."""
-    planted = place / "runs/sweeps/lr/trial-2"
-    planted.mkdir(parents=True)
-    (planted / "model").mkdir()  # what no run left: the recipe will not touch it
     started = Started([*SWEEP, *FOUR], place)
     while not steps(place / "runs/sweeps/lr/trial-0"):
         assert started.process.poll() is None, started.end() or started.output
@@ -61,6 +59,7 @@ def interrupted(place):
     started.process.send_signal(signal.SIGINT)
     assert started.end() == 130, started.output
     left = left_in(place)
+    (place / "runs/sweeps/lr/trial-2/model").mkdir(parents=True)  # what no run left: the recipe will not touch it
     return started.output, left, record(place / "runs/sweeps/lr/trial-0")
 
 
@@ -89,7 +88,7 @@ def test_an_interrupted_sweep_ends_with_as_many_trials_as_were_asked_for(place, 
         (0, "complete"), (1, "complete"), (2, "fail"), (3, "complete"),
     ]  # fmt: skip
     assert facts["trials"][2]["reason"].endswith(
-        "runs/sweeps/lr/trial-2 holds model but no run.json: choose another run.directory"
+        "runs/sweeps/lr/trial-2 holds model but no run.json: choose another directory, or an empty one"
     )
     # Each was trained with the values that the study holds, and judged by its own last held-out loss.
     values = set()
@@ -110,9 +109,9 @@ def test_an_interrupted_sweep_ends_with_as_many_trials_as_were_asked_for(place, 
 
 
 @pytest.mark.slow
-def test_the_interrupted_trial_resumed_from_its_checkpoint(place, summary):
+def test_the_interrupted_trial_resumed_from_its_checkpoint(place, interrupted, summary):
     first = record(place / "runs/sweeps/lr/trial-0")
-    assert first["stopped"] and first["finished"]
+    assert interrupted[2]["stopped"] and first["finished"] and "stopped" not in first
 
 
 @pytest.mark.slow
@@ -307,7 +306,7 @@ def test_a_failed_preflight_ends_a_sweep(tmp_path, monkeypatch, capsys):
     assert sweep([*SMALL, "data.evaluation.path=nowhere.jsonl", "data.train.path=nowhere.jsonl",
                   "data.sample_dialogues=null"]) == 2  # fmt: skip
     assert "error: preflight: data" in capsys.readouterr().err
-    assert [path.name for path in Path("runs/sweeps/lr").iterdir()] == ["lock"]  # nothing that would stand in the way
+    assert not Path("runs/sweeps/lr").exists()  # nothing that would stand in the way
 
 
 def test_every_extreme_of_every_parameter_is_checked():
@@ -354,17 +353,20 @@ def test_trials_default_to_one_gpu_or_one_cpu_process(tmp_path, monkeypatch):
 
 def test_a_trial_holds_the_lock_of_its_sweep(tmp_path):
     """As long as it runs: also where the sweep itself was killed."""
-    with sweep_lock(tmp_path) as lock:
-        trial = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
-    with (
-        pytest.raises(InputError, match="the sweep or one of its trials is still running"),
-        sweep_lock(tmp_path),
-    ):
-        pass
+    start = (
+        "import pathlib, subprocess\n"
+        "from csc_train.runs.claim import claim\n"
+        "lock = claim(pathlib.Path('lr'), 'sweep lr')\n"
+        "print(subprocess.Popen(['sleep', '600'], pass_fds=(lock.descriptor,), stdout=-3).pid)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", start], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    with pytest.raises(InputError, match=r"lr: in use by sweep lr on .*: wait for its end"):
+        claim(tmp_path / "lr", "sweep lr")
+    trial = psutil.Process(int(done.stdout))
     trial.kill()
-    trial.wait()
-    with sweep_lock(tmp_path):
-        pass
+    while trial.is_running() and trial.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    claim(tmp_path / "lr", "sweep lr").release()
 
 
 def test_metric_values_come_as_they_are_written_and_follow_a_truncated_history(tmp_path):

@@ -396,7 +396,7 @@ def test_validations_go_with_checkpoints_by_default():
 def test_on_finish_is_checked_before_the_training():
     assert on_finish_arguments(OnFinishConfig(), Path("runs/x")) == []
     config = compose("sft", ["on_finish=evaluate", "on_finish.overrides=['data=rolecs','evaluation.base=false']"])
-    arguments = ["checkpoint=runs/x/model", "run.directory=runs/x/evaluation", "run.if_exists=reuse"]
+    arguments = ["checkpoint=runs/x/model", "run.directory=runs/x/evaluation", "run.if_exists=resume"]
     assert on_finish_arguments(config.on_finish, Path("runs/x")) == [
         *arguments,
         "data=rolecs",

@@ -15,6 +15,9 @@ class ExportConfig:
     """A training checkpoint, a run directory (its latest checkpoint), a final model or an exported directory."""
     output: str = MISSING
     """The directory to write."""
+    if_exists: str = "error"
+    """What to do if `output` holds an earlier export. error: stop. replace: export again. Any other directory with
+    files in it is refused."""
     base: str = "original"
     """The weights that a QLoRA adapter is merged into. original: the weights before quantization, which the adapter has
     never seen. dequantized: the weights that it was trained on."""
@@ -26,5 +29,6 @@ class ExportConfig:
     """The hub repository to upload to."""
 
     def __post_init__(self):
+        check_fields("", self, "if_exists", choices=("error", "replace"))
         check_fields("", self, "base", choices=("original", "dequantized"))
         check_fields("", self, "dtype", choices=("auto", "bf16", "fp32"))

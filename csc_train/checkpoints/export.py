@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from csc_train.checkpoints.base_model import BaseModel, find_base, recorded_base
 from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.locate import MODEL_FOLDER, ModelSource, is_model
-from csc_train.checkpoints.manifest import MANIFEST_FILE, save_final_model
+from csc_train.checkpoints.manifest import MANIFEST_FILE, read_manifest, save_final_model
 from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
 from csc_train.checkpoints.training_checkpoint import check_whole
 from csc_train.errors import InputError
@@ -26,6 +26,7 @@ from csc_train.models.loading import load_model, lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.models.sharded_parameters import consolidated_weights, is_sharded, unsharded
 from csc_train.plugins import load_recorded_plugins
+from csc_train.runs.claim import Claim, claim
 from csc_train.runs.distributed import distributed_state
 from csc_train.template.chat_templates import load_chat_template
 from csc_train.templates import render
@@ -140,6 +141,23 @@ def usable_model(source: ModelSource, output: Path, base: BaseModel | None = Non
     return str(output)
 
 
+def claim_output(source: ModelSource, config: ExportConfig) -> Claim:
+    """Claim the directory that an export writes: a new or empty one, or an earlier export that is to be replaced.
+
+    Raises:
+        InputError: the directory holds something else, or what the export reads; or another process writes it.
+    """
+    output, read = Path(config.output), source.path.resolve()
+    if output.resolve() in (read, *read.parents) or read in output.resolve().parents:
+        raise InputError(f"output={output}: {source.path}, which is read, is in the same place: choose another output")
+    if output.is_dir() and (held := sorted(path.name for path in output.iterdir())):
+        if not (is_model(output) and read_manifest(output).exported_from):
+            raise InputError(f"output={output}: holds {held[0]} and is no export: choose another output")
+        if config.if_exists == "error":
+            raise InputError(f"output={output}: holds an export: choose another output, or add if_exists=replace")
+    return claim(output, "export", output.with_name(f".{output.name}.lock"))
+
+
 def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = None) -> float:
     """Write a plain directory of the trained model. It appears only if its logits are those of the trained model.
 
@@ -163,7 +181,7 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
         weights, path, revision, note = read_weights(source.path), base.path, base.revision, base.note
         place = os.path.abspath(path) if Path(path).is_dir() else path
     # The directory may be moved, and its base stays.
-    manifest = replace(manifest, base_model=place)
+    manifest = replace(manifest, base_model=place, exported_from=str(source.path))
     if note:
         logger.info(f"note: {note}")
     adapter = adapter_of(source)

@@ -64,6 +64,9 @@ class Manifest:
     wandb: dict[str, Any] = field(default_factory=dict)
     """The W&B run of the training (see `Tracker.identity`); empty if it was not tracked."""
 
+    exported_from: str = ""
+    """The training checkpoint or model that an export was made of; empty for the model of a run."""
+
     @property
     def hashes(self) -> dict[str, str]:
         """The hashes of data, template and tokenizer, by name."""
@@ -126,7 +129,10 @@ def model_directory(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         InputError: the directory cannot be written.
     """
-    with atomic_path(path) as temporary:
+    stale = ["*.safetensors", "*.safetensors.index.json", MANIFEST_FILE]
+    if (Path(path) / MANIFEST_FILE).is_file():
+        stale += read_manifest(path).files
+    with atomic_path(path, stale) as temporary:
         yield temporary
         for file in temporary.glob("*.safetensors"):
             file.chmod((temporary / "config.json").stat().st_mode)  # safetensors lets only the owner read

@@ -11,6 +11,7 @@ from csc_train.config.explain import help_text
 from csc_train.config.paths import CONF, script_of
 from csc_train.config.recipes import SCHEMAS
 from csc_train.errors import InputError, suggestion
+from csc_train.runs.claim import keep_inherited, release_all
 from csc_train.runs.directory import mark_failed
 from csc_train.runs.distributed import exit_with_launcher, record_failure
 
@@ -42,6 +43,7 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
     An InputError is printed as one line, with exit status 2; an interrupt (Ctrl-C) ends with status 130.
     """
     exit_with_launcher()
+    keep_inherited()
     log_to_stdout()
     try:
         arguments = join_config_dir(sys.argv[1:])
@@ -72,6 +74,7 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
         record_failure(error)
         raise
     finally:
+        release_all()
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_initialized():
             distributed.destroy_process_group()

@@ -19,8 +19,9 @@ from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.supervise import FORWARDED, signal_handler
+from csc_train.runs.claim import CLAIM_VARIABLE, Claim, claim, claim_new
 from csc_train.runs.config import RESOLVED_FILE, RunConfig
-from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, as_yaml, default_directory
+from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, as_yaml, default_directory, refuse_other_files
 
 LAUNCH_FILE = "launch.yaml"
 """The last launch configuration, in the run directory."""
@@ -34,11 +35,13 @@ class Job:
         launch: configuration of the launch.
         config: configuration of the recipe, with its run directory.
         new: whether the run directory does not exist yet.
+        default: whether the run directory has a default name, which gets a number if it is taken.
     """
 
     launch: LaunchRecipe
     config: Any
     new: bool
+    default: bool = False
 
     @property
     def directory(self) -> Path:
@@ -85,6 +88,18 @@ class Job:
                 f"preflight: {names} failed (see above): fix the causes, or launch with preflight.force=true"
             )
 
+    def claim(self) -> Claim:
+        """Claim the run directory, for this process and the ranks that it starts.
+
+        Raises:
+            InputError: another process works there, or it cannot be written.
+        """
+        if self.new and not self.default:
+            _refuse_taken(self.directory)  # again: the checks took a while
+        claimed = (claim_new if self.default else claim)(self.directory, f"launch of {self.launch.recipe}")
+        self.config.run.directory = str(claimed.directory)
+        return claimed
+
     def write(self) -> None:
         """Save the configurations in the run directory, where the ranks read them.
 
@@ -111,7 +126,7 @@ def plan_job(arguments: list[str]) -> Job:
         InputError: an argument is wrong, or the job cannot run (see `Job.check`).
     """
     own, others = split_arguments(arguments, LaunchRecipe)
-    new = not any(text.startswith("run=") for text in others)
+    default, new = False, not any(text.startswith("run=") for text in others)
     earlier = [text.split("=", 1)[1] for text in others if text.startswith(("run=", "from="))]
     launch = _earlier_launch(Path(earlier[0]), own) if earlier else compose("launch", own)
     refuse_misspelt(others, launch)
@@ -121,16 +136,21 @@ def plan_job(arguments: list[str]) -> Job:
             raise InputError(
                 f"run.if_exists={config.run.if_exists}: a launch is a new run; resume one by run=DIR resume=true"
             )
-        directory = Path(config.run.directory or default_directory(launch.recipe))
-        config.run = RunConfig(str(directory), "resume")
-        if held := [name for name in (RECORD_FILE, RESOLVED_FILE) if (directory / name).exists()]:
-            raise InputError(
-                f"{directory} holds a run ({held[0]}): choose another run.directory, "
-                f"or resume by run={directory} resume=true"
-            )
-    job = Job(launch, config, new)
+        if not (default := config.run.directory is None):
+            _refuse_taken(Path(config.run.directory))
+        config.run = RunConfig(config.run.directory or default_directory(launch.recipe), "resume")
+    job = Job(launch, config, new, default)
     job.check()
     return job
+
+
+def _refuse_taken(directory: Path) -> None:
+    if held := [name for name in (RECORD_FILE, RESOLVED_FILE) if (directory / name).exists()]:
+        raise InputError(
+            f"{directory} holds a run ({held[0]}): choose another run.directory, "
+            f"or resume by run={directory} resume=true"
+        )
+    refuse_other_files(directory, f"no {RECORD_FILE}")
 
 
 def split_arguments(arguments: list[str], schema: type[LaunchRecipe]) -> tuple[list[str], list[str]]:
@@ -181,16 +201,19 @@ def launch(arguments: list[str]) -> int:
         if job.launch.dry_run:
             print(job.describe())
             return 0
-        job.write()
-        print(f"run directory: {job.directory}", flush=True)
-        launcher = job.launcher()
-        launcher.start()
-        if not launcher.attached:
-            print(f"Submitted batch job {launcher.job_id}")
-            return 0
-        with signal_handler(lambda signum, frame: launcher.stop(signum), FORWARDED):
-            while (status := launcher.poll()) is None:
-                time.sleep(0.1)
+        with job.claim() as claimed:
+            job.write()
+            print(f"run directory: {job.directory}", flush=True)
+            launcher = job.launcher(environment={CLAIM_VARIABLE: claimed.token}, inherited=(claimed.descriptor,))
+            if not launcher.attached:
+                claimed.release()  # the job may start at once, on another machine
+                launcher.start()
+                print(f"Submitted batch job {launcher.job_id}")
+                return 0
+            launcher.start()
+            with signal_handler(lambda signum, frame: launcher.stop(signum), FORWARDED):
+                while (status := launcher.poll()) is None:
+                    time.sleep(0.1)
         if status == EXIT_STOPPED:  # repeated below torchrun's own report of the stopped processes
             print(f"stopped; to resume: run={job.directory} resume=true")
         return status

@@ -9,6 +9,7 @@ import torch
 from csc_train.config.cluster import OnFinishConfig
 from csc_train.config.compose import compose
 from csc_train.config.paths import script_of
+from csc_train.runs.claim import pass_on
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets for each rank; accelerate adds others that begin with ACCELERATE_."""
@@ -23,7 +24,7 @@ def on_finish_arguments(on_finish: OnFinishConfig, directory: Path) -> list[str]
     if on_finish.recipe is None:
         return []
     arguments = [f"checkpoint={directory}/model", f"run.directory={directory}/evaluation"]
-    arguments += ["run.if_exists=reuse", *on_finish.overrides]
+    arguments += ["run.if_exists=resume", *on_finish.overrides]
     compose(on_finish.recipe, arguments)
     return arguments
 
@@ -42,6 +43,7 @@ def run_on_finish(on_finish: OnFinishConfig, arguments: list[str]) -> None:
         torch.distributed.destroy_process_group()
     kept = (name for name in os.environ if name not in RANK_VARIABLES and not name.startswith("ACCELERATE_"))
     environment = {name: os.environ[name] for name in kept}
+    pass_on(environment)
     script = str(script_of(on_finish.recipe))
     print(f"on_finish: {script} {' '.join(arguments)}", flush=True)
     sys.stderr.flush()

@@ -72,7 +72,7 @@ def supervise(directory: Path, command: list[str]) -> int:
                 agent.wait()
             _kill_all()
     status = agent.returncode
-    if status and read_run_record(directory).get("stopped") != stopped_before:
+    if status and read_run_record(directory).get("stopped") not in (None, stopped_before):
         return EXIT_STOPPED
     if status and received:
         return 128 + received[0]

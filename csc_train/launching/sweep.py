@@ -4,12 +4,9 @@ The sweep's directory holds the Optuna study. The same command resumes an interr
 their last checkpoints, with the same numbers and values.
 """
 
-import contextlib
-import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from csc_train.config.cluster import PrunerConfig, SweepConfig
 from csc_train.config.compose import compose, to_container
 from csc_train.config.recipes.training import LaunchRecipe, SweepRecipe
 from csc_train.errors import InputError
-from csc_train.files import os_errors, write_text
+from csc_train.files import write_text
 from csc_train.launching.gpus import probe_gpus
 from csc_train.launching.job import Job, refuse_misspelt, split_arguments
 from csc_train.launching.journal import check_values, open_journal
@@ -32,10 +29,11 @@ from csc_train.launching.search_space import extreme_points, to_override
 from csc_train.launching.supervise import signal_handler
 from csc_train.launching.sweep_summary import describe_trial, report_sweep
 from csc_train.launching.trial_runner import Interrupted, TrialRunner
+from csc_train.runs.claim import claim
 from csc_train.runs.config import RunConfig
-from csc_train.runs.directory import as_yaml, flatten_keys
+from csc_train.runs.directory import as_yaml, flatten_keys, refuse_other_files
 
-STUDY_FILE, LOCK_FILE = "study.log", "lock"
+STUDY_FILE = "study.log"
 SWEEP_FILE = "sweep.yaml"
 """The search space and the trials' common configuration, in the sweep's directory."""
 RESERVED_KEYS = ("run", "resume", "run.directory", "run.if_exists")
@@ -162,26 +160,6 @@ def _pruner(config: PrunerConfig) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
-@contextlib.contextmanager
-def sweep_lock(directory: Path) -> Iterator[int]:
-    """Lock a sweep's directory, and yield the lock's file descriptor: trials that inherit it hold the lock too.
-
-    Raises:
-        InputError: the sweep or one of its trials still runs, or the directory cannot be written.
-    """
-    with os_errors(directory, "cannot write"):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{directory}: the sweep or one of its trials is still running") from error
-        yield lock
-    finally:
-        os.close(lock)
-
-
 def sweep(arguments: list[str]) -> int:
     """Run launch/sweep.py.
 
@@ -205,7 +183,9 @@ def sweep(arguments: list[str]) -> int:
 
 def _run(planned: Sweep) -> int:
     cluster, config = planned.launch.cluster, planned.config
-    with sweep_lock(planned.directory) as lock:
+    if not (planned.directory / SWEEP_FILE).exists():
+        refuse_other_files(planned.directory, f"no {SWEEP_FILE}")
+    with claim(planned.directory, f"sweep {config.name}") as claimed:
         slots = launcher_class(cluster).slots(cluster, config.parallel)
         if not (planned.directory / SWEEP_FILE).exists():
             # One preflight, on the first slot: the other trials only differ in the varied values.
@@ -215,7 +195,7 @@ def _run(planned: Sweep) -> int:
         print(f"sweep: {planned.directory}, {config.size} trials, {len(slots)} at a time", flush=True)
         try:
             with signal_handler(_interrupt, (signal.SIGINT, signal.SIGTERM)):
-                TrialRunner(config, study, planned.job, slots, lock).run()
+                TrialRunner(config, study, planned.job, slots, claimed.descriptor).run()
         except Interrupted as interrupt:
             done = len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)))
             print(f"interrupted after {done} of {config.size} trials; the same command resumes", flush=True)

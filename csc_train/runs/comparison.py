@@ -15,6 +15,7 @@ import yaml
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json, write_text
 from csc_train.jsonl import JsonlLog, parse_step
+from csc_train.runs.claim import is_claimed
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
 from csc_train.runs.directory import flatten_keys, read_run_record
 
@@ -33,8 +34,8 @@ class TrainingRun:
 
     directory: str
     status: str
-    """finished, stopped, failed or running, as recorded (a killed run still says running); `not started` if a launch
-    prepared it and it never ran."""
+    """finished, stopped, failed or running; `crashed` if it was killed; `not started` if a launch prepared it and it
+    never ran."""
     settings: dict[str, Any]
     """By dotted key, without those of `IGNORED_GROUPS`."""
     metrics: dict[str, float]
@@ -112,9 +113,10 @@ def read_run(directory: Path, record: dict[str, Any]) -> TrainingRun:
     file, history = directory / METRICS_FILE, history_log(directory).read()
     metrics = last_metrics(read_json(file) if file.is_file() else {"log": history})
     speeds = [line[SPEED] for line in history if SPEED in line]
+    status = record.get("status", "finished" if record.get("finished") else "running") if record else "not started"
     return TrainingRun(
         directory=str(directory),
-        status=record.get("status", "finished" if record.get("finished") else "running") if record else "not started",
+        status="crashed" if status == "running" and not is_claimed(directory) else status,
         settings={key: value for key, value in _settings(directory).items() if key.split(".")[0] not in IGNORED_GROUPS},
         metrics={name: value for name, value in metrics.items() if isinstance(value, int | float)},
         speed=statistics.median(speeds) if speeds else None,

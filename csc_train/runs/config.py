@@ -19,8 +19,9 @@ class RunConfig:
     """The run directory; defaults to runs/<recipe>-<time>."""
     if_exists: str = "error"
     """What to do if the directory holds a run. error: stop. reuse: keep a run of the same configuration, data and code
-    (continue it if it is unfinished), replace any other. resume: continue it, also under other code, but not on other
-    data. extend: continue it under this configuration, within the limits of the recipe. replace: start over."""
+    (continue it if it is unfinished), refuse any other. resume: continue it, also under other code, but not on other
+    data. extend: continue it under this configuration, within the limits of the recipe. replace: start over;
+    the old run is moved to DIR.replaced-N until the new one has finished."""
 
     def __post_init__(self):
         check_fields("run.", self, "if_exists", choices=IF_EXISTS)

@@ -1,20 +1,22 @@
 """Run directories: one per run, written by the main process, with the configuration, the code and the status."""
 
 import contextlib
+import fnmatch
 import logging
-import shutil
+import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from csc_train.errors import InputError
-from csc_train.files import digest, file_digest, read_json, write_json, write_text
+from csc_train.files import digest, file_digest, free_name, os_errors, read_json, write_json, write_text
+from csc_train.runs.claim import LOCK_FILE, Claim, claim, claim_new
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
-from csc_train.runs.distributed import broadcast_object, distributed_state
+from csc_train.runs.distributed import distributed_state, on_main
 from csc_train.runs.provenance import code_digest, provenance, uncommitted_diff
 
 RECORD_FILE = "run.json"
@@ -22,11 +24,18 @@ CODE_DIFF_FILE = "code.diff"
 """In a run directory: the code's difference from the commit that `run.json` names."""
 EXIT_STOPPED = 75
 """Exit status of a run that was asked to stop and saved a training checkpoint: sysexits' EX_TEMPFAIL."""
+END_FACTS = ("error", "stopped", "files")
+"""Facts in `run.json` of an end that a resume takes back."""
+EARLY_FILES = (
+    f"{LOCK_FILE}*", RESOLVED_FILE, CODE_DIFF_FILE, "launch.yaml", "job.sbatch", "output.log", "slurm-*.out",
+    "rejected-*.jsonl", "synthesis.db*", ".*.writing-*",
+)  # fmt: skip
+"""Patterns of the files that may be in a run directory before its `run.json`."""
 logger = logging.getLogger(__name__)
 
 
 class Run:
-    """A run directory.
+    """A run directory, claimed by this run until the end of its processes (see `runs.claim`).
 
     Attributes:
         directory: its path; the same on all ranks.
@@ -35,101 +44,171 @@ class Run:
     """
 
     def __init__(self, recipe: str, config: dict[str, Any], outputs: Sequence[str] = ()):
-        """Name the run directory; nothing is written yet.
+        """Claim the run directory; a default name that is taken gets a number.
 
         Args:
             recipe: name of the recipe, such as `sft`.
             config: the resolved configuration, with its `run` section.
-            outputs: glob patterns of the files and folders that the recipe writes there. A new run deletes those of
-                the run that it replaces.
+            outputs: glob patterns of the files and folders that the recipe writes there. A new run moves those of the
+                run that it replaces aside, and deletes them when it has finished.
 
         Raises:
-            InputError: the directory holds a run and `run.if_exists` is error, a run of another recipe, or outputs
-                without a `run.json`.
+            InputError: another process works there, or the directory holds a run and `run.if_exists` is error, a run
+                of another recipe, files without a `run.json`, or something that a run that replaces it would read.
         """
         self.recipe = recipe
         self.config = config
         self.outputs = (*outputs, CODE_DIFF_FILE)
         self.is_main = distributed_state().is_main_process
-        # Clocks of processes differ; the main one's counts.
-        self.directory = Path(config["run"]["directory"] or broadcast_object(default_directory(recipe)))
+        self.claim: Claim | None = None
+        self.directory = Path(on_main(self._claim))
         self.checkpoints = self.directory / "checkpoints"
-        self._record_path = self.directory / RECORD_FILE
-        self._refuse_foreign(config["run"]["if_exists"])
 
-    def _refuse_foreign(self, if_exists: str) -> None:
-        """Refuse a directory that this recipe must not replace."""
-        earlier = read_run_record(self.directory)
+    def _claim(self) -> str:
+        given = self.config["run"]["directory"]
+        if given is None:
+            self.claim = claim_new(Path(default_directory(self.recipe)), self.recipe)
+            return str(self.claim.directory)
+        self.directory = Path(given)
+        self._refuse_foreign()  # before anything is written there
+        self.claim = claim(self.directory, self.recipe)
+        self._refuse_foreign()
+        return given
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a directory that this recipe must not write to."""
+        earlier, if_exists = read_run_record(self.directory), self.config["run"]["if_exists"]
         if not earlier:
-            if found := self._found_outputs():
-                raise InputError(
-                    f"{self.directory} holds {found[0].name} but no run.json: choose another run.directory"
-                )
-            return
+            return refuse_other_files(self.directory, "no run.json")
         if earlier.get("recipe") != self.recipe:
             raise InputError(f"{self.directory} holds a run of {earlier.get('recipe')}: choose another run.directory")
         if if_exists == "error":
             raise InputError(
-                f"{self.directory} holds a run: choose another run.directory, or run.if_exists=reuse|replace"
+                f"{self.directory} holds a run: choose another run.directory, keep it as it is by run.if_exists=reuse, "
+                "or start over by run.if_exists=replace"
             )
+        if if_exists == "replace":
+            self._refuse_replacing_inputs()
 
-    def _found_outputs(self) -> list[Path]:
-        return [path for pattern in self.outputs for path in self.directory.glob(pattern)]
+    def _refuse_replacing_inputs(self) -> None:
+        outputs = {path.resolve() for path in self._found_outputs(self.directory)}
+        for key, value in flatten_keys(self.config).items():
+            for text in value if isinstance(value, list) else [value]:
+                read = Path(text).resolve() if isinstance(text, str) and text else self.directory
+                if outputs & {read, *read.parents}:
+                    raise InputError(f"{self.directory} holds {key}={text}, an input: choose another run.directory")
+
+    def _found_outputs(self, directory: Path) -> list[Path]:
+        return [path for pattern in self.outputs for path in sorted(directory.glob(pattern))]
 
     def start(self, inputs: dict[str, str]) -> str:
-        """Open the directory for writing and record the run.
+        """Record the run.
 
         Args:
             inputs: hashes of the run's inputs. Two runs are the same if configuration, inputs and code are equal.
 
         Returns:
-            "finished" or "unfinished" if the directory holds this run (under `reuse` and `resume`; nothing is
-            deleted), "unfinished" if it holds any run under `extend`, else "new".
+            "finished" or "unfinished" if the directory holds this run (under `reuse` and `resume`), "unfinished" if it
+            holds any run under `extend`, else "new".
+
+        Raises:
+            InputError: the directory holds another run under `reuse` or `resume`; names what differs.
         """
-        return broadcast_object(self._start(inputs) if self.is_main else None)
+        return on_main(lambda: self._start(inputs))
 
     def _start(self, inputs: dict[str, str]) -> str:
-        ignored_groups = (*IGNORED_GROUPS, "zero")  # sharding does not change the results
-        config = {group: values for group, values in self.config.items() if group not in ignored_groups}
+        config, if_exists = self.config, self.config["run"]["if_exists"]
         plugins = [file_digest(name) for name in config.get("plugins") or () if Path(name).is_file()]
-        key = digest([self.recipe, config, inputs, code_digest(), provenance()["versions"], *plugins])
-        if_exists = self.config["run"]["if_exists"]
+        code = {"code": digest([code_digest(), *plugins])} | provenance()["versions"]
         earlier = read_run_record(self.directory)
+        if earlier.get("status") == "replaced" and if_exists != "replace":
+            raise InputError(
+                f"{self.directory}: a start with run.if_exists=replace was interrupted; the run is partly in "
+                f"{earlier['replaces'][-1]}: repeat the start, or move those files back"
+            )
         if earlier and if_exists == "extend":
-            write_text(self.directory / RESOLVED_FILE, as_yaml(self.config))
+            write_text(self.directory / RESOLVED_FILE, as_yaml(config))
             return self._resume(earlier | {"finished": None})
-        if earlier and if_exists == "resume":
-            if differing := self._differences(ignored_groups):
-                raise InputError(
-                    f"{self.directory}: the run started with other settings: {'; '.join(differing)}; resume it as it "
-                    f"was by run={self.directory} resume=true, or start a new run by from={self.directory}"
-                )
-            if earlier["inputs"] != inputs:
-                raise InputError(f"{self.directory}: the run started with other data; start a new run")
-            if earlier.get("key") != key:
-                logger.info("note: code or package versions differ from those that the run started with")
+        if earlier and if_exists in ("resume", "reuse"):
+            self._check_same(earlier, inputs, code)
             return self._resume(earlier)
-        if earlier and if_exists == "reuse" and earlier.get("key") == key:
-            return self._resume(earlier)
-        for path in self._found_outputs():  # those of an earlier run would pass for this run's
-            shutil.rmtree(path, ignore_errors=True)
-            path.unlink(missing_ok=True)
-        write_text(self.directory / RESOLVED_FILE, as_yaml(self.config))
+        replaces = self._set_aside(earlier) if earlier else []
+        write_text(self.directory / RESOLVED_FILE, as_yaml(config))
         if diff := uncommitted_diff():
             write_text(self.directory / CODE_DIFF_FILE, diff)
-        record = {"recipe": self.recipe, "key": key, "command": sys.argv, "inputs": inputs, "provenance": provenance()}
+        record = {"recipe": self.recipe, "inputs": inputs, "code": code, "provenance": provenance()}
+        record |= {"replaces": replaces} if replaces else {}
         self._record_start(record | {"started": _now(), "finished": None})
         return "new"
 
-    def _differences(self, ignored_groups: Iterable[str]) -> list[str]:
-        """Settings that differ from the recorded ones, except those of `ignored_groups` and those unknown then."""
-        recorded = flatten_keys(yaml.safe_load((self.directory / RESOLVED_FILE).read_text(encoding="utf-8")))
+    def _check_same(self, earlier: dict[str, Any], inputs: dict[str, str], code: dict[str, str]) -> None:
+        """Raise an InputError if the recorded run differs; under `resume`, other code is only noted."""
+        place, reuse = self.directory, self.config["run"]["if_exists"] == "reuse"
+        recorded = flatten_keys(_read_yaml(place / RESOLVED_FILE))
         now = flatten_keys(self.config)
-        return [
-            f"{key}={value}, not {now[key]}"
-            for key, value in recorded.items()
-            if key in now and now[key] != value and key.split(".")[0] not in ignored_groups
+        # Sharding does not change the results. A setting that only one of them has belongs to other code.
+        same = {key for key in now if key in recorded and key.split(".")[0] not in (*IGNORED_GROUPS, "zero")}
+        settings = [
+            f"{key}={recorded[key]}, not {now[key]}" for key in recorded if key in same and recorded[key] != now[key]
         ]
+        before = earlier.get("inputs", {})
+        data = [name for name in inputs | before if before.get(name) != inputs.get(name)]
+        before = earlier.get("code", code | {"code": None})
+        changed = [
+            name if name == "code" else f"{name} {before.get(name)}, not {code[name]}"
+            for name in code
+            if before.get(name) != code[name]
+        ]
+        if reuse and (differing := [*settings, *(f"input {name}" for name in data), *changed]):
+            raise InputError(
+                f"{place} holds a run that differs ({'; '.join(differing)}): choose another run.directory, "
+                f"go on with it as it is by run={place} resume=true, or start over by run.if_exists=replace"
+            )
+        if settings:
+            raise InputError(
+                f"{place}: the run started with other settings: {'; '.join(settings)}; resume it as it was by "
+                f"run={place} resume=true, or start a new run by from={place}"
+            )
+        if data:
+            raise InputError(f"{place}: the run started with other data ({', '.join(data)}); start a new run")
+        if changed:
+            what = "; ".join(changed)
+            logger.info("note: code or package versions differ from those that the run started with: %s", what)
+
+    def _set_aside(self, earlier: dict[str, Any]) -> list[str]:
+        """Move an earlier run to a directory beside, until the new one has finished.
+
+        Returns:
+            The directories of all runs that the new one replaces.
+        """
+        if earlier.get("status") != "replaced":  # else a killed process has begun to move it
+            replaces = [*earlier.get("replaces", []), str(free_name(f"{self.directory}.replaced-{{}}"))]
+            earlier = earlier | {"status": "replaced", "replaces": replaces}
+            write_json(self.directory / RECORD_FILE, earlier)
+        replaces, aside = earlier["replaces"], Path(earlier["replaces"][-1])
+        with os_errors(aside, "cannot write"):
+            for path in [*self._found_outputs(self.directory), self.directory / RESOLVED_FILE]:
+                moved = aside / path.relative_to(self.directory)
+                if os.path.lexists(path) and not os.path.lexists(moved):
+                    moved.parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(moved)
+        write_json(aside / RECORD_FILE, {**earlier, "status": "finished" if earlier.get("finished") else "unfinished"})
+        logger.info("note: moved the earlier run to %s until this one has finished", aside)
+        return replaces
+
+    def _delete_replaced(self, record: dict[str, Any]) -> None:
+        """Delete the runs that this one has replaced, except for files that they did not write."""
+        for aside in map(Path, record.pop("replaces", [])):
+            if read_run_record(aside).get("recipe") != self.recipe:
+                continue
+            for file in _written_files(aside):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+            for folder, _, _ in os.walk(aside, topdown=False):
+                with contextlib.suppress(OSError):  # one that is not empty
+                    os.rmdir(folder)
+            if aside.exists():
+                logger.info("note: kept %s: it holds files that the replaced run did not write", aside)
 
     def _resume(self, earlier: dict[str, Any]) -> str:
         """Record that a run is running again, unless it is finished; a status of "running" means that it crashed."""
@@ -138,19 +217,31 @@ class Run:
         if earlier.get("status") == "running":
             logger.info("note: %s crashed: the process was killed before it recorded its end", self.directory)
             earlier = earlier | {"crashed": [*earlier.get("crashed", []), {"noticed": _now()}]}
-        self._record_start(earlier)
+        self._record_start({key: value for key, value in earlier.items() if key not in END_FACTS})
         return "unfinished"
 
     def _record_start(self, record: dict[str, Any]) -> None:
         global _running
-        write_json(self._record_path, record | {"status": "running"})
+        commands = record.get("commands", [])
+        commands = commands if sys.argv in commands else [*commands, sys.argv]
+        write_json(self.directory / RECORD_FILE, record | {"commands": commands, "status": "running"})
         _running = self
 
     def _record_end(self, status: str, **facts: str) -> None:
         global _running
         _running = None
         if self.is_main:
-            write_json(self._record_path, read_json(self._record_path) | {"status": status} | facts)
+            # A run that was moved while it worked records its end where it is now.
+            directory = self.claim.place or self.directory
+            record = read_json(directory / RECORD_FILE) | {"status": status} | facts
+            if status == "finished":
+                self._delete_replaced(record)
+            elif "replaces" in record:
+                logger.info("note: the replaced run is kept in %s", record["replaces"][-1])
+            found = self._found_outputs(directory)
+            files = (file for path in found for file in ([path] if path.is_file() else _files(path)))
+            record["files"] = sorted({str(file.relative_to(directory)) for file in files})
+            write_json(directory / RECORD_FILE, record)
 
     def finish(self) -> None:
         """Mark the run as finished."""
@@ -192,9 +283,34 @@ def mark_failed(error: BaseException) -> str:
     return "" if advised else f"; when that is mended: run={run.directory} resume=true"
 
 
+def claim_run(recipe: str, directory: Path) -> Claim:
+    """Claim the directory of an earlier run of a recipe, to write there without running it again.
+
+    Raises:
+        InputError: the directory holds no such run, or another process works there.
+    """
+    if read_run_record(directory).get("recipe") != recipe:
+        raise InputError(f"{directory} holds no run of {recipe}: give the directory of one")
+    return claim(directory, recipe)
+
+
 def default_directory(recipe: str) -> str:
     """The run directory if `run.directory` is not set, named by this process's clock."""
     return time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")
+
+
+def refuse_other_files(directory: Path, missing: str) -> None:
+    """Raise an InputError if a directory holds anything but files that are there before a run begins.
+
+    Args:
+        missing: what would show that an earlier run wrote the files, for the message.
+    """
+    if not directory.is_dir():
+        return
+    with os_errors(directory, "cannot read"):
+        names = sorted(path.name for path in directory.iterdir())
+    if other := [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in EARLY_FILES)]:
+        raise InputError(f"{directory} holds {other[0]} but {missing}: choose another directory, or an empty one")
 
 
 def read_run_record(directory: Path) -> dict[str, Any]:
@@ -213,6 +329,30 @@ def flatten_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def as_yaml(config: dict[str, Any]) -> str:
     """A resolved configuration as the text of a YAML file."""
     return yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    with os_errors(path, "cannot read"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: broken YAML: {' '.join(str(error).split())}") from error
+
+
+def _written_files(directory: Path) -> list[Path]:
+    """The files that a run wrote, and runs in its directory; all files there if it was killed before it listed them."""
+    written: list[Path] = []
+    for record in [directory / RECORD_FILE, *directory.glob(f"*/{RECORD_FILE}")]:
+        names = read_json(record).get("files")
+        files = _files(record.parent) if names is None else [record.parent / name for name in names]
+        written += [*files, record.parent / RESOLVED_FILE, record]
+    return written
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files in a directory and its subdirectories, symbolic links included."""
+    return [Path(place) / name for place, folders, files in os.walk(directory) for name in files]
 
 
 def _now() -> str:

@@ -5,6 +5,7 @@ import datetime
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from csc_train.errors import InputError
@@ -46,6 +47,24 @@ def broadcast_object(value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0] if distributed_state().num_processes > 1 else value
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """The result of a function that the main process calls, on every process.
+
+    Raises:
+        InputError: the function raised it; every process ends with it, and none waits for the main one.
+    """
+    result: Any = None
+    if distributed_state().is_main_process:
+        try:
+            result = function()
+        except InputError as error:
+            result = error
+    result = broadcast_object(result)
+    if isinstance(result, InputError):
+        raise result
+    return result
 
 
 def set_parent_death_signal(signum: int = signal.SIGTERM) -> None:

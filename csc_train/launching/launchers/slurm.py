@@ -10,6 +10,7 @@ from csc_train.errors import InputError
 from csc_train.files import write_text
 from csc_train.launching.launch_commands import node_command
 from csc_train.launching.launchers.base import Launcher, register_launcher
+from csc_train.runs.claim import is_claimed
 from csc_train.runs.directory import read_run_record
 from csc_train.templates import render
 
@@ -67,15 +68,14 @@ class SlurmLauncher(Launcher):
     def poll(self) -> int | None:
         """0 if the run is finished, 1 if the job left the queue before; None while it waits or runs.
 
-        A job counts as running while SLURM does not answer.
+        A job counts as running while SLURM does not answer, or a process works in its directory.
         """
         if read_run_record(self.job.directory).get("finished"):
             return 0
         query = ["squeue", "--noheader", "--format=%T", f"--jobs={self.job_id}"]
         done = subprocess.run(query, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return None if done.stdout.strip() else 1
-        return 1 if "Invalid job id" in done.stderr else None
+        gone = not done.stdout.strip() if done.returncode == 0 else "Invalid job id" in done.stderr
+        return 1 if gone and not is_claimed(self.job.directory) else None
 
     def stop(self, signum: int = signal.SIGTERM) -> None:
         """Cancel the job; its ranks save a checkpoint if SLURM leaves them the time."""
