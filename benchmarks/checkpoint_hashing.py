@@ -10,6 +10,7 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -35,7 +36,8 @@ def prepared(shape: dict, directory: str) -> PackTrainer:
     trainer.create_optimizer_and_scheduler(1)
     for parameter in trainer.model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    trainer.optimizer.step()
+    optimizer: Any = trainer.optimizer
+    optimizer.step()
     return trainer
 
 
