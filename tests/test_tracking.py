@@ -5,16 +5,18 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
 import numpy
+import psutil
 import pytest
 import torch
 import wandb
-from conftest import random_dialogue, small_tokenizer, tiny_config
+from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
 from processes import run_script
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, TrainerState
@@ -39,6 +41,7 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.tracking.config import TrackingConfig
 from csc_train.tracking.history import write_csv
+from csc_train.tracking.tracker import Tracker
 from csc_train.tracking.wandb import attach_evaluation, exit_code, open_run, resolve_mode, result_rows
 from csc_train.training.callbacks import ProgressReporter
 from csc_train.training.train_metrics import TrainMetrics, peak_flops, token_metrics
@@ -403,10 +406,11 @@ def test_rows_of_scores():
 
 @pytest.fixture
 def no_login(monkeypatch, tmp_path):
-    """Neither a key nor a login, and no state of another test."""
+    """Neither a key nor a login, no variable of W&B, and no state of another test."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # W&B sets some
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
     wandb.teardown()
     yield
     wandb.teardown()
@@ -421,10 +425,177 @@ def test_without_a_key_no_prompt_asks_for_one(no_login, asked):
         assert resolve_mode(TrackingConfig(asked)) == {"auto": "offline"}.get(asked, asked)
 
 
-@pytest.mark.parametrize(("variable", "mode"), [("offline", "offline"), ("disabled", "off")])
-def test_auto_follows_the_trackers_own_variable(monkeypatch, variable, mode):
-    monkeypatch.setenv("WANDB_MODE", variable)
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        ({"WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "disabled"}, "off"),
+        ({"WANDB_MODE": "online"}, "wandb"),
+        ({"WANDB_DISABLED": "True"}, "off"),
+        ({"WANDB_DISABLED": "1", "WANDB_MODE": "online"}, "off"),
+        ({"WANDB_DISABLED": "false"}, "wandb"),
+        ({"WANDB_MODE": "sometimes"}, "offline"),  # W&B refuses it
+    ],
+)
+def test_auto_follows_the_trackers_own_variables(no_login, monkeypatch, variables, mode):
+    for name, value in (variables | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}).items():
+        monkeypatch.setenv(name, value)
     assert resolve_mode(TrackingConfig()) == mode
+    # Our setting comes first.
+    assert [resolve_mode(TrackingConfig(ours)) for ours in ("offline", "off")] == ["offline", "off"]
+    if variables == {"WANDB_MODE": "disabled"}:
+        assert resolve_mode(TrackingConfig("wandb")) == "wandb"
+
+
+OURS = {
+    "project": "csc-train", "entity": "", "display_name": "run", "notes": "", "tags": [], "run_group": "",
+    "job_type": "", "resume": "allow", "init_timeout": 30, "finish_timeout": 300, "console": "off", "silent": True,
+}  # fmt: skip
+"""What a W&B run in the directory `run` is without settings and variables."""
+THEIRS = {
+    "project": ("WANDB_PROJECT", "p"), "entity": ("WANDB_ENTITY", "e"), "display_name": ("WANDB_NAME", "n"),
+    "notes": ("WANDB_NOTES", "some notes"), "tags": ("WANDB_TAGS", "a,b"), "run_group": ("WANDB_RUN_GROUP", "g"),
+    "job_type": ("WANDB_JOB_TYPE", "j"), "id": ("WANDB_RUN_ID", "mine"), "resume": ("WANDB_RESUME", "never"),
+    "init_timeout": ("WANDB_INIT_TIMEOUT", "7"), "finish_timeout": ("WANDB_FINISH_TIMEOUT", "8"),
+    "console": ("WANDB_CONSOLE", "redirect"), "silent": ("WANDB_SILENT", "false"),
+}  # fmt: skip
+"""What W&B's variables say instead."""
+READ = {"tags": ["a", "b"], "init_timeout": 7, "finish_timeout": 8, "silent": False}
+BY_VARIABLE = {name: READ.get(name, value) for name, (_, value) in THEIRS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "config", "recorded", "expected"),
+    [
+        ({}, {}, None, OURS),
+        (dict.fromkeys(("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME", "WANDB_RUN_ID"), ""), {}, None, OURS),
+        (dict(THEIRS.values()), {}, None, BY_VARIABLE),
+        (
+            dict(THEIRS.values()) | {"WANDB_DIR": "elsewhere"},
+            {"project": "q", "entity": "f", "init_timeout": 3, "finish_timeout": 4},
+            None,
+            BY_VARIABLE | {"project": "q", "entity": "f", "init_timeout": 3, "finish_timeout": 4},
+        ),
+        # The run that a training continues is known already.
+        (dict(THEIRS.values()), {}, "theirs", BY_VARIABLE | {"id": "theirs", "resume": "allow"}),
+    ],
+    ids=["nothing", "empty", "variables", "settings first", "continued"],
+)
+def test_settings_come_before_wandbs_variables_and_those_before_defaults(
+    no_login, monkeypatch, tmp_path, variables, config, recorded, expected
+):
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if recorded:
+        write_json(tmp_path / "run" / "tracking.json", {"id": recorded})
+    with Tracker(TrackingConfig("offline", **config), tmp_path / "run") as tracker:
+        tracker.open({})
+        settings = tracker._wandb.settings
+    (kept,) = offline_runs(tmp_path / variables.get("WANDB_DIR", "run"))
+    got = {name: getattr(kept.run, name, None) for name in expected} | {"id": kept.id, "tags": list(kept.run.tags)}
+    for name in ("resume", "init_timeout", "finish_timeout", "console", "silent"):
+        got[name] = getattr(settings, name)
+    assert got == {"id": tracker.wandb_run_id} | expected
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("run", "elsewhere")]  # nor in the home
+
+
+@pytest.mark.slow
+def test_the_files_of_wandbs_own_commands_are_read(no_login, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nproject = filed\nmode = offline\n")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with Tracker(TrackingConfig(), tmp_path / "run") as tracker:
+        tracker.open({})
+    (kept,) = offline_runs(tmp_path / "run")
+    assert kept.run.project == "filed"
+
+
+# What fails in W&B
+
+
+def kill_service(*_) -> None:
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("wandb"):
+            process.kill()
+            process.wait()
+
+
+def raising(tracker: Tracker, _) -> None:
+    def log(*_, **__):
+        raise TypeError("not a number")
+
+    tracker._wandb.log = log
+
+
+FAULTS = {
+    # name: (before the start, at the second step, what is said)
+    "a home that is no folder": (
+        lambda folder: (os.environ.update(HOME=str(folder / "file" / "home")), (folder / "file").touch()), None, None
+    ),
+    "a folder that cannot be made": (lambda folder: (folder / "run" / "wandb").touch(), None, "Not a directory"),
+    "a variable that is refused": (lambda _: os.environ.update(WANDB_RESUME="sometimes"), None, "sometimes"),
+    "a service that dies": (None, kill_service, "Connection"),
+    "a call that raises": (None, raising, "not a number"),
+    "files that cannot be written": (
+        None,
+        lambda _, folder: resource.prlimit(
+            next(each for each in psutil.Process().children() if each.name() == "wandb-core").pid,
+            resource.RLIMIT_FSIZE,
+            (50_000, 50_000),
+        ),
+        "cannot write all; see ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_wandb_is_said_once_and_the_history_is_whole(no_login, tmp_path, said, fault):
+    before, during, reason = FAULTS[fault]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "code.diff").write_text("diff")
+    if before:
+        before(tmp_path)
+    with Tracker(TrackingConfig(), run) as tracker:
+        tracker.open({"a": 1})
+        for step in range(1, 5):
+            if step == 2 and during:
+                during(tracker, tmp_path)
+            tracker.log(step, {"loss": 1 / step})
+            tracker.commit(step)
+            tracker.log_table("samples", [{"prompt": "a"}], step)
+        tracker.log_summary({"train_loss": 0.5, "long": "x" * 100_000})
+        tracker.log_model(run, {"data_hash": "0" * 64}, {"train": {"path": __file__}})
+    assert steps_of(run) == [1, 2, 3, 4]
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 4
+    assert (run / "curves.png").exists()
+    failures = [line for line in said if "W&B failed" in line]
+    assert len(failures) == (reason is not None), said
+    if reason:
+        assert reason in failures[0] and said[-1].endswith("curves.png; W&B: incomplete")
+    else:
+        (kept,) = offline_runs(run)
+        assert kept.artifacts[f"model-{kept.id}"] == "model"
+
+
+@pytest.mark.slow
+def test_a_training_whose_tracker_cannot_work_ends_with_its_model(tmp_path):
+    (tmp_path / "file").touch()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"HOME": f"{tmp_path}/file/home", "WANDB_RESUME": "sometimes"}
+    done = run_script(
+        ROOT / "recipes" / "sft.py", "debug=cpu_tiny", "tracking=auto", "trainer.max_steps=1",
+        "run.directory=run", cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("W&B failed, training goes on without it") == 1
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
 
 
 def test_a_dead_network_leaves_the_run_offline_and_says_so(no_login, monkeypatch, tmp_path, capfd):

@@ -42,6 +42,7 @@ class OfflineRun:
 
     Attributes:
         id: of the run.
+        run: its record: project, entity, name, tags and the like.
         config: as it was at the end.
         rows: {step: {figure: value}}, as they were closed.
         artifacts: {name: type}.
@@ -58,7 +59,7 @@ class OfflineRun:
         for record in records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
-                self.id = record.run.run_id
+                self.run, self.id = record.run, record.run.run_id
                 self._update(self.config, record.run.config.update)
             elif kind == "config":
                 self._update(self.config, record.config.update)

@@ -11,16 +11,16 @@ class TrackingConfig:
 
     mode: str = "auto"
     """wandb: log to Weights & Biases (W&B). offline: write W&B files in the run directory, which `wandb sync` uploads.
-    off: use no W&B. auto: wandb with a key or login, else offline. WANDB_MODE=offline and WANDB_MODE=disabled are
-    obeyed."""
-    project: str = "csc-train"
-    """The W&B project."""
+    off: use no W&B. auto: as WANDB_MODE or WANDB_DISABLED say, else wandb with a key or login, else offline."""
+    project: str | None = None
+    """The W&B project; defaults to WANDB_PROJECT, else csc-train."""
     entity: str | None = None
-    """The W&B user or team; defaults to the login's."""
-    init_timeout: float = 30.0
-    """Seconds to wait for W&B at the start; then the run is kept offline."""
-    finish_timeout: float = 300.0
-    """Seconds for W&B's upload at the end; the rest stays in the run directory."""
+    """The W&B user or team; defaults to WANDB_ENTITY, else the login's."""
+    init_timeout: float | None = None
+    """Seconds to wait for W&B at the start; then the run is kept offline. Defaults to WANDB_INIT_TIMEOUT, else 30."""
+    finish_timeout: float | None = None
+    """Seconds for W&B's upload at the end; the rest stays in the run directory. Defaults to WANDB_FINISH_TIMEOUT, else
+    300."""
 
     def __post_init__(self):
         check_fields("tracking.", self, "mode", choices=("auto", "wandb", "offline", "off"))

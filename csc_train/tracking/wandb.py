@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import ENV_VARS_TRUE_VALUES
+
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
 from csc_train.tracking.config import TrackingConfig
@@ -25,64 +27,97 @@ def resolve_mode(config: TrackingConfig) -> str:
     """Resolve a `TrackingConfig.mode` to wandb, offline or off.
 
     Raises:
-        InputError: mode wandb without a key.
+        InputError: mode wandb without a key, or with variables that W&B refuses.
     """
     if config.mode in ("offline", "off"):
         return config.mode
-    if config.mode == "auto" and (asked := os.environ.get("WANDB_MODE")) in ("offline", "disabled"):
-        return {"offline": "offline", "disabled": "off"}[asked]
+    obeyed, variables = config.mode == "auto", os.environ
+    disabled = variables.get("WANDB_DISABLED", "").upper() in ENV_VARS_TRUE_VALUES  # as transformers reads it
+    if obeyed and (disabled or variables.get("WANDB_MODE") == "disabled"):
+        return "off"  # before the import, which takes a second
+    if not obeyed:
+        variables["WANDB_MODE"] = "online"  # else W&B's login would obey it
     import wandb
 
     try:
+        asked = wandb.setup().settings.mode  # also of W&B's settings files
+        if obeyed and asked in ("offline", "dryrun", "disabled"):
+            return "off" if asked == "disabled" else "offline"
         if wandb.login(prompt=False, verify=False):
             return "wandb"
         reason = "no key"
-    except wandb.Error as error:  # malformed key
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of many kinds: a malformed key or variable, no home directory, an unreadable netrc
+        reason = one_line(error)
     if config.mode == "wandb":
         raise InputError(f"tracking=wandb: {reason}; run `wandb login`, set WANDB_API_KEY, or use tracking=offline")
     return "offline"
 
 
 def open_run(
-    config: TrackingConfig, directory: Path, mode: str, run_id: str, settings: dict[str, Any] | None = None
+    config: TrackingConfig, directory: Path, mode: str, run_id: str | None, settings: dict[str, Any] | None = None
 ) -> "wandb.Run":
-    """Open or continue the W&B run `run_id` of a run directory; offline if W&B does not answer in time.
+    """Open or continue the W&B run of a run directory; offline if W&B does not answer in time.
+
+    What `config` sets comes first, then W&B's own (its environment variables and settings files), then our defaults.
 
     Args:
         mode: wandb or offline.
+        run_id: the run to continue; None for a new one.
         settings: the configuration to record.
     """
-    # Artifacts until they are uploaded; W&B would keep them in the home directory.
-    os.environ.setdefault("WANDB_DATA_DIR", str(directory.absolute() / "wandb"))
+    # Files of W&B that would lie in the home directory, which may be read-only: artifacts until they are uploaded.
+    for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        os.environ.setdefault(variable, str(Path(os.environ.get("WANDB_DIR") or directory).absolute() / "wandb"))
     import wandb
 
-    def start(mode: str, **limits: float) -> wandb.Run:
-        return wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=directory.name,
-            id=run_id,
-            dir=directory,
-            mode=mode,
-            resume="allow",
-            config=settings,
-            settings=wandb.Settings(
-                **limits,
-                finish_timeout=config.finish_timeout,
-                silent=True,
-                console="off",
-                x_transaction_log_flush_interval=1.0,  # seconds; a kill loses unwritten rows
-            ),
-        )
+    own = wandb.setup().settings
+    given = {name for name in own.model_fields_set if getattr(own, name) not in (None, "")}
+    defaults = {
+        "project": "csc-train",
+        "root_dir": str(directory),
+        "resume": "allow",
+        "init_timeout": 30.0,
+        "finish_timeout": 300.0,
+        "silent": True,
+        "console": "off",
+        "x_transaction_log_flush_interval": 1.0,  # seconds; a kill loses unwritten rows
+    }
+    ours = {name: getattr(config, name) for name in ("project", "entity", "init_timeout", "finish_timeout")}
+    if run_id:
+        ours |= {"run_id": run_id, "resume": "allow"}
+    else:
+        defaults["run_name"] = directory.name  # a continued run has its name
+    chosen = {name: value for name, value in defaults.items() if name not in given}
+    chosen |= {name: value for name, value in ours.items() if value is not None}
+
+    def start(mode: str) -> wandb.Run:
+        return wandb.init(mode=mode, config=settings, settings=wandb.Settings(**chosen))
 
     if mode == "wandb":
         try:
-            return start("online", init_timeout=config.init_timeout)
+            return start("online")
         except wandb.Error as error:
             wandb.teardown()  # else the id stays in use
-            logger.info(f"W&B does not answer ({str(error).splitlines()[0]}): the run is kept offline")
+            logger.info(f"W&B does not answer ({one_line(error)}): the run is kept offline")
     return start("offline")
+
+
+def kept_at(run: "wandb.Run") -> str:
+    """Where a finished run is.
+
+    Raises:
+        OSError: its offline file is incomplete, which W&B's service only writes to its log.
+    """
+    if not run.offline:
+        return f"W&B: {run.url}"
+    if "writer: failed" in Path(run.settings.log_internal).read_text(encoding="utf-8", errors="replace"):
+        raise OSError(f"{run.settings.sync_file}: cannot write all; see {run.settings.log_internal}")
+    return f"W&B, offline: {run.settings.sync_dir} (to upload: wandb sync {run.settings.wandb_dir}/offline-run-*)"
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of W&B or below it as one line; its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def exit_code(error: BaseException | None) -> int:
@@ -110,8 +145,7 @@ def attach_evaluation(training: dict[str, Any], tracking: dict[str, Any], direct
     try:
         _attach(training, TrackingConfig(**tracking), directory)
     except Exception as error:  # W&B and its service raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        logger.info(f"note: the results are not attached to the training's W&B run {training['id']}: {reason}")
+        logger.info(f"note: the results are not attached to the training's W&B run {training['id']}: {one_line(error)}")
 
 
 def _attach(training: dict[str, Any], config: TrackingConfig, directory: Path) -> None:

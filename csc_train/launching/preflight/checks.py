@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import ENV_VARS_TRUE_VALUES
+
 from csc_train.config.paths import PACKAGE
 from csc_train.config.recipes.training import PreflightRecipe
 from csc_train.errors import InputError
@@ -328,8 +330,10 @@ def check_cuda(config: PreflightRecipe, gpus: list[Gpu] | None, absent: type[Exc
 
 def check_tracking() -> str:
     """W&B has credentials, or is off; nothing is sent."""
-    if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled"):
+    if (mode := os.environ.get("WANDB_MODE")) in ("offline", "dryrun", "disabled"):
         return f"WANDB_MODE={mode}"
+    if (disabled := os.environ.get("WANDB_DISABLED", "")).upper() in ENV_VARS_TRUE_VALUES:
+        return f"WANDB_DISABLED={disabled}"
     if os.environ.get("WANDB_API_KEY"):
         return "WANDB_API_KEY is set"
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
