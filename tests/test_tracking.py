@@ -411,6 +411,7 @@ def no_login(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(wandb, "run", None)
     wandb.teardown()
     yield
     wandb.teardown()
@@ -470,7 +471,7 @@ BY_VARIABLE = {name: READ.get(name, value) for name, (_, value) in THEIRS.items(
     ("variables", "config", "recorded", "expected"),
     [
         ({}, {}, None, OURS),
-        (dict.fromkeys(("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME", "WANDB_RUN_ID"), ""), {}, None, OURS),
+        (dict.fromkeys(("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME"), ""), {}, None, OURS),
         (dict(THEIRS.values()), {}, None, BY_VARIABLE),
         (
             dict(THEIRS.values()) | {"WANDB_DIR": "elsewhere"},
