@@ -67,6 +67,7 @@ class Script:
         self._output = tempfile.TemporaryDirectory()
         files = [str(Path(self._output.name) / name) for name in ("stdout", "stderr")]
         environment = dict(os.environ if env is None else env)
+        environment.pop("WANDB_SERVICE", None)  # the service of this process's W&B, which ends when a test says so
         arguments = (self.command, str(cwd or Path.cwd()), environment, files, largest_file)
         self._process = _Process(target=_run, args=arguments)
         self._process.start()

@@ -348,11 +348,7 @@ def test_a_training_that_is_killed_loses_no_step_and_is_recorded_as_crashed(fold
         "save_steps": 2,
         "ends": ["kill", 4],
     }
-    done = run_script(
-        loss_curve.__file__, folder, json.dumps({"killed": case}), folder / "none",
-        # Else it would share this process's W&B service, which outlives it.
-        env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
-    )  # fmt: skip
+    done = run_script(loss_curve.__file__, folder, json.dumps({"killed": case}), folder / "none")
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     assert json.loads((run / "run.json").read_text())["status"] == "running"
     with (run / HISTORY_FILE).open("a") as file:
