@@ -39,7 +39,7 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.evaluation.scoring import prepare_metrics
     from csc_train.inference.hf import read_template_and_manifest
     from csc_train.runs.directory import Run, claim_run
-    from csc_train.runs.distributed import broadcast_object, distributed_state, require_single_process
+    from csc_train.runs.distributed import distributed_state, on_main, require_single_process
     from csc_train.tracking.wandb import attach_evaluation
 
     if config.score_only or config.llm:
@@ -55,7 +55,7 @@ def main(config: EvaluateRecipe) -> None:
     template, data, model, base = config.template, config.data, None, None
     if config.checkpoint:
         with_base = config.evaluation.base if config.llm is None else False
-        model = broadcast_object(open_evaluated(config.checkpoint, with_base) if run.is_main else None)
+        model = on_main(lambda: open_evaluated(config.checkpoint, with_base))
         source, base = model.source, model.base
         template, _ = read_template_and_manifest(str(source.path), None if source.finished else source.manifest)
         data = data or from_container(DataConfig, source.manifest.config["data"])

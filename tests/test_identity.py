@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_config
-from processes import run_script
+from processes import run_script, start_ranks
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
@@ -396,6 +396,14 @@ def test_an_evaluation_writes_into_its_own_directory_only(checkpoint, place):
         "evaluate", f"checkpoint={checkpoint}", f"run.directory={own}", "run.if_exists=reuse", *QUICK, cwd=place
     )
     assert f"reused {own}" in said
+
+
+@pytest.mark.distributed
+def test_all_ranks_end_where_the_main_one_refuses_the_model(tmp_path):
+    ranks = start_ranks(ROOT / "recipes/evaluate.py", "checkpoint=absent", "run.directory=e", ranks=2, cwd=tmp_path)
+    done = [rank.wait() for rank in ranks]
+    assert [each.returncode for each in done] == [2, 2] and not any("Traceback" in each.stderr for each in done)
+    assert "error: absent: no such directory" in done[0].stderr and "error:" not in done[1].stderr
 
 
 @pytest.mark.slow

@@ -63,7 +63,6 @@ class Manifest:
     """Of the weights and the configuration of the base model; empty if they were not on disk."""
     wandb: dict[str, Any] = field(default_factory=dict)
     """The W&B run of the training (see `Tracker.identity`); empty if it was not tracked."""
-
     exported_from: str = ""
     """The training checkpoint or model that an export was made of; empty for the model of a run."""
 

@@ -20,7 +20,7 @@ import xxhash
 
 from csc_train.errors import InputError
 from csc_train.files import flush_to_disk, os_errors, read_json, write_json
-from csc_train.runs.distributed import broadcast_object, distributed_state
+from csc_train.runs.distributed import on_main
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -255,9 +255,13 @@ def newest_whole(directory: Path, resume: bool = False) -> Path | None:
 
 
 def checkpoint_to_resume(directory: Path) -> str | None:
-    """The checkpoint to resume from, on every process (see `newest_whole`)."""
-    found = newest_whole(directory, resume=True) if distributed_state().is_main_process else None
-    return broadcast_object(found and str(found))
+    """The path of the checkpoint to resume from, on every process; None if there is no checkpoint.
+
+    Raises:
+        InputError: as `newest_whole`, on every process.
+    """
+    found = on_main(lambda: newest_whole(directory, resume=True))
+    return found and str(found)
 
 
 def commit(written: Path, record: CheckpointRecord, destination: Path) -> None:

@@ -162,7 +162,7 @@ class Run:
         if reuse and (differing := [*settings, *(f"input {name}" for name in data), *changed]):
             raise InputError(
                 f"{place} holds a run that differs ({'; '.join(differing)}): choose another run.directory, "
-                f"go on with it as it is by run={place} resume=true, or start over by run.if_exists=replace"
+                f"resume it as it was by run={place} resume=true, or start over by run.if_exists=replace"
             )
         if settings:
             raise InputError(
