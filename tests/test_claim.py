@@ -32,7 +32,6 @@ try:
 except InputError as error:
     print("error:", error, flush=True)
 """
-CHECKPOINT = "model"
 RECIPES = {
     "sft": ["debug=cpu_tiny", "trainer.max_steps=1"],
     "evaluate": ["checkpoint=model", "data=sample"],

@@ -1,5 +1,7 @@
-"""The model card of an export: its front matter and its list stay whole lines."""
+"""An export writes over nothing but an earlier export; the lines of its model card stay whole."""
 
+import fcntl
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,10 @@ import yaml
 from conftest import manifest_of, small_tokenizer
 
 from csc_train.checkpoints.config import ExportConfig
-from csc_train.checkpoints.export import model_card
+from csc_train.checkpoints.export import claim_output, model_card
 from csc_train.checkpoints.locate import ModelSource
+from csc_train.checkpoints.manifest import write_manifest
+from csc_train.errors import InputError
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -31,3 +35,53 @@ def test_a_model_card_is_read_as_a_card(finished, base, revision):
     assert ("- Step: 40" in items) is not finished
     assert len(items) == 5 + (not finished) and items[-1].endswith(": 1.5e-06")
     assert "# mine" in body.splitlines()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The final model of a run `run`, as far as `claim_output` looks at it."""
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    write_manifest(model, manifest_of(template))
+    return ModelSource(model, manifest_of(template), finished=True)
+
+
+@pytest.mark.parametrize("if_exists", ["error", "replace"])
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (".", "in the same place"), ("run", "in the same place"), ("run/model", "in the same place"),
+        ("run/model/inside", "in the same place"), ("linked", "in the same place"), ("files", "is no export"),
+        ("trained", "is no export"),
+    ],
+)  # fmt: skip
+def test_an_export_never_writes_over_what_is_no_export(source, tmp_path, output, reason, if_exists):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "model.safetensors").write_text("precious")
+    (tmp_path / "linked").symlink_to(tmp_path / "run")
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "config.json").write_text("{}")
+    write_manifest(tmp_path / "trained", source.manifest)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=rf"^output=.*: .*{reason}.*: choose another output$"):
+        claim_output(source, ExportConfig(output=str(tmp_path / output), if_exists=if_exists))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_earlier_export_is_replaced_only_on_request_and_by_one_process(source, tmp_path):
+    output = tmp_path / "out"
+    settings = {name: ExportConfig(output=str(output), if_exists=name) for name in ("error", "replace")}
+    claim_output(source, settings["error"]).release()
+    output.mkdir()
+    (output / "config.json").write_text("{}")
+    write_manifest(output, replace(source.manifest, exported_from="run/model"))
+    with pytest.raises(InputError, match=r"holds an export: choose another output, or add if_exists=replace$"):
+        claim_output(source, settings["error"])
+    with claim_output(source, settings["replace"]):
+        (lock,) = tmp_path.glob(".*")
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="out: in use by another process: wait for its end"):
+            claim_output(source, settings["replace"])
