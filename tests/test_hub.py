@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL_TOKENIZERS, small_tokenizer, tiny_config
-from processes import TIMEOUT_S
+from processes import TIMEOUT_S, free_port
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
@@ -253,10 +253,26 @@ def test_offline_with_an_empty_cache_sends_no_request(tmp_path):
     seconds, message = answers[MODEL]
     assert hub.asked == []
     assert message == (
-        f"{MODEL}: cannot load the tokenizer: HF_HUB_OFFLINE is set and the cache has no copy; "
-        "give a local directory, or download it"
+        f"{MODEL}: cannot load the tokenizer: HF_HUB_OFFLINE is set and the cache has no copy: "
+        "check the name, give a local directory, or download it"
     )
     assert seconds == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["http://127.0.0.1:{}", "http://no-such-name.invalid"])
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(address, tmp_path):
+    endpoint = address.format(free_port())
+    with Hub() as hub:
+        hub.served = {"owner/cached": {"config.json": b"{}", "model.safetensors": b"s"}}
+        (cached,) = run_elsewhere(FETCH, ["owner/cached"], hub, tmp_path).stdout.splitlines()
+    done = run_elsewhere(PROGRAM, ["owner/mistyped"], hub, tmp_path, HF_ENDPOINT=endpoint)
+    assert done.stdout == (
+        f"0|owner/mistyped: cannot load the tokenizer: {endpoint} cannot be reached and the cache has no copy: "
+        "check the name, give a local directory, or download it\n"
+    )
+    done = run_elsewhere(FETCH, ["owner/cached"], hub, tmp_path, HF_ENDPOINT=endpoint)
+    assert done.stdout.splitlines() == [cached] and "Retrying" not in done.stderr
 
 
 def test_a_directory_that_is_not_there(tmp_path, monkeypatch):

@@ -677,8 +677,8 @@ def test_a_hub_id_that_is_not_in_the_cache_is_refused_offline(what):
     with pytest.raises(InputError) as caught:
         read(what, "csc-train/no-such-model")
     assert str(caught.value) == (
-        f"csc-train/no-such-model: cannot load the {what}: HF_HUB_OFFLINE is set and the cache has no copy; "
-        "give a local directory, or download it"
+        f"csc-train/no-such-model: cannot load the {what}: HF_HUB_OFFLINE is set and the cache has no copy: "
+        "check the name, give a local directory, or download it"
     )
 
 
