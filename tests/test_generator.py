@@ -547,3 +547,89 @@ def test_an_unreadable_file_is_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
     with pytest.raises(InputError, match=r"latin\.jsonl, line 1: not JSON \(not UTF-8 at byte 7\)"):
         read_outcomes(tmp_path / "latin.jsonl", "")
+
+
+@pytest.fixture
+def wide(tokenizer):
+    """A model with room for long dialogues, and its forward passes as (rows, width, columns)."""
+    config = tiny_config("qwen2", tokenizer, 0.5)
+    config.max_position_embeddings = 20_000
+    torch.manual_seed(1)
+    model, passes = Qwen2ForCausalLM(config).eval(), []
+
+    def note(_, args, facts):
+        if args:  # the prefix of all prompts
+            return
+        cached = facts["past_key_values"].get_seq_length() if facts.get("past_key_values") else 0
+        mask = facts.get("attention_mask")
+        rows, width = facts["input_ids"].shape
+        passes.append((rows, width, mask.shape[-1] if mask is not None else cached + width))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return model, passes
+
+
+def with_long_turn(dialogue, length, turn=1):
+    """The dialogue with one more customer's text of `length` characters, behind that of a turn."""
+    turns = list(dialogue.turns)
+    turns[turn] = replace(turns[turn], text=turns[turn].text + "退款" * (length // 2))
+    return replace(dialogue, id=f"{dialogue.id} long", turns=tuple(turns))
+
+
+@pytest.mark.parametrize("context", ["reference", "generated"])
+def test_a_long_turn_costs_no_more_memory_than_a_batch_and_changes_no_other_turn(wide, tokenizer, context):
+    model, passes = wide
+    others = [LONG, MIDDLE, SHORT, replace(LONG, id="again"), replace(MIDDLE, id="too")]
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    longest = max(len(template.encode(each).input_ids) for each in others)
+    settings = {"batch_size": 5, "max_batch_tokens": 5 * (longest + 50)}
+    expected = generate_predictions(others, generator_of(model, tokenizer, **settings), context)
+    passes.clear()
+    dialogues = [with_long_turn(LONG, 1000), *others]
+    found = generate_predictions(dialogues, generator_of(model, tokenizer, **settings), context)
+    assert found[len(LONG.supporter_turns) :] == expected
+    assert max(columns for _, _, columns in passes) > 2000
+    assert max(rows * width for rows, width, _ in passes) <= settings["max_batch_tokens"]
+    labels = 12 * 7 * len(LONG.supporter_turns)
+    assert max(width for _, width, _ in passes) <= longest + 50 + labels
+    assert all(rows == 1 for rows, _, columns in passes if columns > 2 * longest)
+    whole = {"batch_size": 1, "max_batch_tokens": 10**6}
+    alone = generate_predictions(dialogues[:1], generator_of(model, tokenizer, **whole), context)
+    for one, other in zip(found, alone, strict=False):
+        assert one.token_ids == other.token_ids and one.prompt_hash == other.prompt_hash
+        assert one.label_log_likelihoods == pytest.approx(other.label_log_likelihoods, abs=1e-3)
+        assert one.reference_nll == pytest.approx(other.reference_nll, abs=1e-2)
+
+
+@pytest.mark.parametrize("context", ["reference", "generated"])
+def test_turns_beyond_the_models_positions_fail_and_all_others_are_predicted(wide, tokenizer, context, tmp_path):
+    model, _ = wide
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    long = with_long_turn(LONG, 1000, turn=3)  # its turns 0 and 2 are before it
+    dialogues = [long, dialogue("brief", (1, "您好"), "好", (5, "很抱歉")), SHORT]
+    expected = generate_predictions(dialogues, generator_of(model, tokenizer), context)
+    # The last position that turn 2 needs is that of its reply; one less, and it fails as well.
+    needed = len(template.prompt_ids(long.turns[:2])) + STEPS + 1
+    if context == "generated":
+        own = {each.turn: each for each in expected if each.dialogue_id == long.id}
+        needed = len(template.prompt_ids([own[0].token_ids, long.turns[1]])) + len(own[2].token_ids) + 1
+    for positions, failing in ((needed, [4, 6]), (needed - 1, [2, 4, 6])):
+        model.config.max_position_embeddings = positions
+        generator = generator_of(model, tokenizer)
+        with PredictionStore(tmp_path / f"{positions}.jsonl", generator.config_hash) as store:
+            found = generate_predictions(dialogues, generator, context, store)
+        failed = [each for each in found if isinstance(each, FailedTurn)]
+        assert [(each.dialogue_id, each.turn) for each in failed] == [(long.id, turn) for turn in failing]
+        assert failed[0].kind == "context_length" and f"model's {positions} positions" in failed[0].message
+        assert {each.kind for each in failed[1:]} <= {"context_length", "earlier_turn_failed"}
+        others = [each for each in found if each.dialogue_id != long.id]
+        assert others == expected[len(LONG.supporter_turns) :]
+
+
+def test_a_reference_turn_beyond_the_positions_has_no_likelihood(wide, tokenizer):
+    model, _ = wide
+    long = with_long_turn(LONG, 1000, turn=2)
+    model.config.max_position_embeddings = 1500
+    first, second, *failed = generate_predictions([long], generator_of(model, tokenizer), "reference")
+    assert first.reference_nll is not None and second.reference_nll is second.reference_tokens is None
+    assert second.label_log_likelihoods is not None and [each.kind for each in failed] == ["context_length"] * 2

@@ -47,13 +47,23 @@ def slow(model, template, prompt):
     return torch.stack(result)
 
 
+@pytest.mark.parametrize("max_width", [10**9, 9, 1])
 @torch.inference_mode()
-def test_likelihoods_equal_one_forward_for_each_label(scene):
+def test_likelihoods_equal_one_forward_for_each_label(scene, max_width):
     model, template, ids, trained, starts = scene
     expected = torch.stack([slow(model, template, ids[:start]) for start in starts])
     assert min(len(label) for label in template.label_ids.values()) > 1 and len(set(starts)) == 3
     targets = trained.nonzero()[0].tolist()
-    own, tree = dialogue_log_likelihoods(model, template, ids, starts, targets)
+    widths = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, facts: widths.append(facts["input_ids"].shape[1]), with_kwargs=True
+    )
+    own, tree = dialogue_log_likelihoods(model, template, ids, starts, targets, max_width)
+    bare, _ = dialogue_log_likelihoods(model, template, ids, [], targets, max_width)
+    hook.remove()
+    labels = sum(len(label) - 1 for label in template.label_ids.values())
+    assert max(widths) <= max(max_width, labels) or max_width > len(ids) > max(widths) - labels * len(starts) - 1
+    assert torch.allclose(bare, own, atol=1e-4, rtol=0)
     assert torch.allclose(tree, expected, atol=1e-4, rtol=0)
     scores = model(torch.tensor([ids]), use_cache=False).logits[0]
     plain = torch.stack([scores[target - 1].log_softmax(-1)[ids[target]] for target in targets])

@@ -22,6 +22,8 @@ from csc_train.template.reply import Reply
 
 EARLIER_TURN_FAILED = "earlier_turn_failed"
 """`FailedTurn.kind` of turns in generated context whose history could not be generated."""
+CONTEXT_LENGTH = "context_length"
+"""`FailedTurn.kind` of turns whose history and reply have more tokens than the model has positions."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Replies of a Hugging Face model that runs in this process: greedy decoding in batches of dialogues."""
 
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from csc_train.data.strategies import Strategy
 from csc_train.errors import InputError
 from csc_train.files import digest, file_digest
 from csc_train.inference.config import InferenceConfig
-from csc_train.inference.generator import TurnQueue, TurnRequest
+from csc_train.inference.generator import CONTEXT_LENGTH, TurnQueue, TurnRequest
 from csc_train.inference.kv_cache import DialogueCache
-from csc_train.inference.predictions import Prediction
+from csc_train.inference.predictions import TurnOutcome
 from csc_train.models.families import cache_kinds
 from csc_train.models.hub import load_causal_lm
 from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
@@ -36,6 +37,9 @@ class HFGenerator:
     The key-value cache of a dialogue is kept from turn to turn (see `DialogueCache`). After all replies, one forward
     pass per dialogue computes likelihoods, rounded to four decimals: those of the 12 strategies if the model chooses
     strategies, and in reference context those of the reference turns. They do not depend on other dialogues.
+
+    Memory is bounded: a prompt or dialogue of more than `max_batch_tokens / batch_size` tokens is computed alone, in
+    forward passes of that length. A turn that needs more positions than the model has fails.
 
     Attributes:
         stop_ids: tokens that end a reply.
@@ -59,6 +63,8 @@ class HFGenerator:
             [model_hash, template.fingerprint, tokenizer_hash(template.tokenizer), config.max_new_tokens, config.dtype]
         )
         self._config = config
+        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self._max_length = max(1, config.max_batch_tokens // config.batch_size)
         # Only the end tokens of the model's generation configuration count. Qwen2.5-Instruct also sets sampling and a
         # repetition penalty, which would not be greedy decoding.
         stops = model.generation_config.eos_token_id
@@ -67,7 +73,14 @@ class HFGenerator:
 
     def new_cache(self) -> DialogueCache:
         """An empty cache for batched decoding."""
-        return DialogueCache(self.model, self.template.prefix_ids, self.stop_ids, self._config.max_new_tokens)
+        return DialogueCache(
+            self.model,
+            self.template.prefix_ids,
+            self.stop_ids,
+            self._config.max_new_tokens,
+            max_length=self._positions,
+            max_width=self._max_length,
+        )
 
     @torch.inference_mode()
     def reply(self, history: Sequence[Turn], strategy: Strategy | None = None) -> Reply:
@@ -90,24 +103,33 @@ class HFGenerator:
     @torch.inference_mode()
     def run(self, queue: TurnQueue) -> None:
         """Reply at every turn, batch by batch, then add likelihoods."""
-        cache = self.new_cache()
+        cache, long_cache = self.new_cache(), None
         in_flight: dict[int, tuple[TurnRequest, list[int]]] = {}  # by row of the cache
-        while True:
-            requests = queue.pop(self._config.batch_size - len(in_flight))
-            prompts = [request.prompt_ids(self.template) for request in requests]
-            rows = cache.add([request.dialogue.id for request in requests], prompts)
-            in_flight |= zip(rows, zip(requests, prompts, strict=True), strict=True)
-            if not in_flight:
-                break
-            for row, ids in cache.step().items():
-                request, prompt = in_flight.pop(row)
-                queue.complete(request, self._prediction(request, prompt, ids))
-        del cache
+        while (requests := queue.pop(self._config.batch_size - len(in_flight))) or in_flight:
+            batch = []
+            for request in requests:
+                prompt = request.prompt_ids(self.template)
+                if len(prompt) >= self._positions:
+                    queue.complete(request, self._outcome(request, prompt, []))
+                elif len(prompt) > self._max_length:
+                    long_cache = long_cache or self.new_cache()
+                    long_cache.add([request.dialogue.id], [prompt])
+                    (ids,) = long_cache.step().values()
+                    queue.complete(request, self._outcome(request, prompt, ids))
+                else:
+                    batch.append((request, prompt))
+            rows = cache.add([request.dialogue.id for request, _ in batch], [prompt for _, prompt in batch])
+            in_flight |= zip(rows, batch, strict=True)
+            for row, ids in cache.step().items() if in_flight else ():
+                queue.complete(in_flight[row][0], self._outcome(*in_flight.pop(row), ids))
+        del cache, long_cache
         if self._config.likelihoods and (queue.context == "reference" or self.predicts_strategy):
             for dialogue in tqdm(queue.dialogues, "likelihoods", unit="dialogue", disable=None):
                 self._add_likelihoods(queue, dialogue)
 
-    def _prediction(self, request: TurnRequest, prompt: list[int], ids: list[int]) -> Prediction:
+    def _outcome(self, request: TurnRequest, prompt: list[int], ids: list[int]) -> TurnOutcome:
+        if len(prompt) + len(ids) >= self._positions:
+            return request.failure(CONTEXT_LENGTH, f"history and reply exceed the model's {self._positions} positions")
         text = self.decode(ids)
         # Later prompts show this turn as training did: with the given strategy.
         given = request.given_strategy(self.template.config.mode)
@@ -124,7 +146,8 @@ class HFGenerator:
         targets = []
         if reference:
             example = self.template.encode(dialogue)
-            ids, targets = example.input_ids.tolist(), example.trained.nonzero()[0].tolist()
+            ids = example.input_ids[: self._positions].tolist()
+            targets = example.trained[: len(ids)].nonzero()[0].tolist()
             header = len(self.template.supporter_header_ids)
             starts = [int(example.turn_offsets[turn]) + header for turn in predictions]
         else:
@@ -134,11 +157,13 @@ class HFGenerator:
             ids = self.template.prompt_ids(history[: max(predictions)])
         if not self.predicts_strategy:
             starts = []
-        token_likelihoods, labels = dialogue_log_likelihoods(self.model, self.template, ids, starts, targets)
+        token_likelihoods, labels = dialogue_log_likelihoods(
+            self.model, self.template, ids, starts, targets, self._max_length
+        )
         for prediction, row in itertools.zip_longest(predictions.values(), labels.tolist()):
             details = {"label_log_likelihoods": row and tuple(round(value, 4) for value in row)}
-            if reference:
-                first, end = example.turn_offsets[prediction.turn], example.turn_offsets[prediction.turn + 1]
+            first, end = example.turn_offsets[prediction.turn : prediction.turn + 2] if reference else (0, 0)
+            if first < end <= len(ids):  # else not all of the reference turn has positions
                 values = zip(targets, token_likelihoods.tolist(), strict=True)
                 nll = [-value for target, value in values if first <= target < end]
                 details |= {"reference_nll": round(sum(nll), 4), "reference_tokens": len(nll)}

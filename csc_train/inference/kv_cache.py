@@ -1,6 +1,7 @@
 """Batched greedy decoding with a key-value cache that keeps each dialogue from turn to turn."""
 
 import itertools
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,11 @@ class _Row:
     prompt_length: int = 0
     active: bool = False
 
+    @property
+    def num_missing(self) -> int:
+        """How many of `ids` are not in the cache."""
+        return len(self.ids) - self.num_cached
+
 
 class DialogueCache:
     """Greedy decoding of many prompts at a time; each has a row of one key-value cache.
@@ -104,13 +110,22 @@ class DialogueCache:
         prefix_ids: first tokens of every prompt, computed once.
         stop_ids: tokens that end a reply; replies do not include them.
         max_new_tokens: maximum tokens of a reply.
+        max_length: maximum tokens of a prompt and its reply; a prompt must be shorter.
+        max_width: maximum tokens of a row in a forward pass; more take several.
     """
 
     def __init__(
-        self, model: PreTrainedModel, prefix_ids: Sequence[int], stop_ids: Collection[int], max_new_tokens: int
+        self,
+        model: PreTrainedModel,
+        prefix_ids: Sequence[int],
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+        max_length: int = sys.maxsize,
+        max_width: int = sys.maxsize,
     ):
         self._model, self._prefix_ids = model, list(prefix_ids)
         self._stop_ids, self._max_new_tokens = stop_ids, max_new_tokens
+        self._max_length, self._max_width = max_length, max_width
         self._cache: Any = Cache(layer_class_to_replicate=_RowsLayer)
         ids = torch.tensor([self._prefix_ids], device=model.device)
         model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
@@ -163,22 +178,22 @@ class DialogueCache:
         """
         active = {number for number, row in enumerate(self._rows) if row.active}
         enough = max(1, len(active) // REFILL_DIVISOR)
-        # First only the rows with a new prompt.
-        fed = [number for number in sorted(active) if len(self._rows[number].ids) - self._rows[number].num_cached > 1]
         done = {}
         while len(done) < enough:
-            fed = fed or self._rows_to_feed(active)
-            for number, token in zip(fed, self._forward(fed), strict=True):
+            # First only the rows with a new prompt.
+            rows = [number for number in sorted(active) if self._rows[number].num_missing > 1]
+            rows = rows or self._rows_to_feed(active)
+            for number, token in zip(rows, self._forward(rows), strict=True):
                 row = self._rows[number]
-                if not row.active:
+                if not row.active or row.num_missing:
                     continue
                 if token not in self._stop_ids:
                     row.ids.append(token)
-                if token in self._stop_ids or len(row.ids) - row.prompt_length == self._max_new_tokens:
+                full = len(row.ids) == min(row.prompt_length + self._max_new_tokens, self._max_length)
+                if full or token in self._stop_ids:
                     row.active = False
                     active.discard(number)
                     done[number] = row.ids[row.prompt_length :]
-            fed = []
         return done
 
     def _rows_to_feed(self, active: set[int]) -> list[int]:
@@ -187,17 +202,24 @@ class DialogueCache:
         return list(range(rows)) if 2 * len(active) >= rows else sorted(active)
 
     def _forward(self, rows: Sequence[int]) -> list[int]:
-        """Compute all tokens of these rows that are not cached. Returns the likeliest next token of each."""
+        """Compute the next tokens of these rows that are not cached, up to `max_width` of each.
+
+        Returns:
+            The likeliest next token of each row.
+        """
         held = [self._rows[number] for number in rows]
         device = self._model.device
-        width = max(1, *(len(row.ids) - row.num_cached for row in held))
-        ends = [len(row.ids) for row in held]
+        width = min(self._max_width, max(1, *(row.num_missing for row in held)))
+        ends = [min(len(row.ids), row.num_cached + width) for row in held]
         self._reserve(max(ends))
         # No padding: a row with fewer new tokens computes cached ones again, with the same result. A row shorter than
         # `width` repeats its first token.
         offsets = torch.arange(-width, 0, device=device)
         positions = (torch.tensor(ends, device=device)[:, None] + offsets).clamp(min=0)
-        ids = [row.ids[:1] * (width - len(row.ids)) + row.ids[-width:] for row in held]
+        ids = [
+            row.ids[:1] * (width - end) + row.ids[max(0, end - width) : end]
+            for row, end in zip(held, ends, strict=True)
+        ]
         contiguous = rows == list(range(len(rows)))
         layout = _ForwardLayout(torch.tensor(rows, device=device), positions, max(ends), contiguous)
         for layer in self._cache.layers:
@@ -212,8 +234,8 @@ class DialogueCache:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        for row in held:
-            row.num_cached = len(row.ids)
+        for row, end in zip(held, ends, strict=True):
+            row.num_cached = end
         return logits.argmax(-1).tolist()
 
     def _reserve(self, columns: int) -> None:

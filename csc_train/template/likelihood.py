@@ -5,11 +5,13 @@ are the tokens of the bare label, `[情感管理]`. In a reply, a tokenizer can 
 the probability of such merged tokens is not counted.
 """
 
+import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from csc_train.data.strategies import STRATEGIES
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -21,6 +23,7 @@ def dialogue_log_likelihoods(
     ids: Sequence[int],
     starts: Sequence[int],
     targets: Sequence[int] = (),
+    max_width: int = sys.maxsize,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-likelihoods of the labels at several turns of one dialogue, and of some of its tokens, in one forward pass.
 
@@ -29,7 +32,8 @@ def dialogue_log_likelihoods(
     Args:
         ids: those of the dialogue.
         starts: by turn, the number of ids before its label.
-        targets: indices into `ids`, from 1, of the tokens to score.
+        targets: indices into `ids`, ascending from 1, of the tokens to score.
+        max_width: maximum tokens of a forward pass, labels left out; more take several, with a key-value cache.
 
     Returns:
         float32 [targets] and float32 [starts, 12], in nats, on the model's device.
@@ -38,6 +42,8 @@ def dialogue_log_likelihoods(
         ValueError: the model's attention does not take a mask for each token (sdpa and eager do).
     """
     _check_attention(model)
+    if len(ids) > max_width:
+        return _in_pieces(model, template, ids, starts, targets, max_width)
     labels = _labels(template)
     tokens, positions = list(ids), list(range(len(ids)))
     branches, ends = [0] * len(ids), list(range(1, len(ids) + 1))
@@ -69,6 +75,33 @@ def dialogue_log_likelihoods(
     lengths = [len(label) for label in labels] * len(starts)
     summed = torch.stack([part.sum() for part in branched.split(lengths)]) if lengths else branched
     return own, summed.view(len(starts), len(labels))
+
+
+def _in_pieces(
+    model: torch.nn.Module,
+    template: DialogueTemplate,
+    ids: Sequence[int],
+    starts: Sequence[int],
+    targets: Sequence[int],
+    max_width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dialogue_log_likelihoods` by forward passes that end at the labels and after each `max_width` tokens."""
+    device = next(model.parameters()).device
+    cache, own, labels = DynamicCache(), [], []
+    ends = sorted({*starts, *range(max_width, len(ids), max_width), len(ids)})
+    for first, end in itertools.pairwise([0, *ends]):
+        wanted = [target for target in targets if first < target <= end]
+        logits = model(
+            input_ids=torch.tensor([ids[first:end]], device=device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=[*(target - 1 - first for target in wanted), end - 1 - first],
+        ).logits[0]
+        tokens = torch.tensor([ids[target] for target in wanted], dtype=torch.long, device=device)
+        own.append(_log_likelihoods(logits[:-1], tokens))
+        if end in starts:
+            labels.append(log_likelihoods_from_kv_cache(model, template, cache, logits[-1]))
+    return torch.cat(own), torch.stack(labels) if labels else own[0].new_empty(0, len(STRATEGIES))
 
 
 def log_likelihoods_from_kv_cache(
