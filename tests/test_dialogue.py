@@ -54,6 +54,9 @@ def write_file(path, rows):
     return path
 
 
+# Zero-width characters, fillers, control characters, a selector without a character, white space.
+INVISIBLE = "\u200b\u200d\ufeff\u2060\u00ad\u3164\u115f\u2800\ufe0f\U000e0020\x00\x7f\u0085\u3000"
+
 # (row, turn or None, field, reason)
 BAD = {
     "wrong speaker": (changed(2, speaker="经理"), 2, "speaker", "unknown speaker ('经理')"),
@@ -61,6 +64,12 @@ BAD = {
     "speaker is a list": (changed(1, speaker=["客服"]), 1, "speaker", "unknown speaker (['客服'])"),
     "empty text": (changed(3, text=""), 3, "text", "empty"),
     "blank text": (changed(2, text=" \t\n\u3000"), 2, "text", "empty"),
+    **{
+        f"invisible text {text!a} in turn {turn}": (changed(turn, text=text), turn, "text", "empty")
+        for text in (*INVISIBLE, "".join(INVISIBLE))
+        for turn in (2, 3)
+    },
+    "invisible strategy": (changed(3, strategy="\u200b\ufeff"), 3, "strategy", "missing on a supporter turn"),
     "no text": (changed(2, text=...), 2, "text", "not a text (NoneType)"),
     "number as text": (changed(2, text=5), 2, "text", "not a text (int)"),
     "unknown strategy": (changed(1, strategy="策略13 其它"), 1, "strategy", "unknown strategy ('策略13 其它')"),

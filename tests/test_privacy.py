@@ -40,10 +40,56 @@ def kinds(text):
         ("发到zhang.san@example.com.cn吧", "e-mail address"),
         ("发到ｚzhang@example.com", "e-mail address"),
         ("邮箱zhang＠example．com", "e-mail address"),
+        ("邮箱zhang\u200b@exa\ufeffmple.com", "e-mail address"),
+        ("幺 三 八 一 二 三 四 五 六 七 八", "phone number"),
+        ("幺三八\u200b一二三四\u200b五六七八", "phone number"),
     ],
 )
 def test_private_data_is_found(text, kind):
     assert kinds(text) == [kind]
+
+
+SEPARATORS = (
+    *(" ", "  ", "\t", "\n", "\u00a0", "\u2009", "\u3000", "\u200b", "\u200d", "\ufeff", "\u2060", "\u00ad", "\x00"),
+    *(".", "·", "．", "-", " - ", "–", "—", "－", "(", ") ", "）", "】"),
+)
+
+
+@pytest.mark.parametrize("separator", SEPARATORS, ids=ascii)
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        ("13812345678", "phone number"),
+        ("01062345678", "phone number"),
+        ("05718765432", "phone number"),
+        (CARD, "bank card number"),
+        ("4111111111111111", "bank card number"),
+        (IDENTITY, "identity card number"),
+    ],
+)
+def test_a_number_is_found_however_its_digits_are_separated(number, kind, separator):
+    splits = [(number[:place], number[place:]) for place in range(1, len(number))]
+    for parts in [*splits, tuple(number), (number[:3], number[3:7], number[7:])]:
+        text = f"我的号码是{separator.join(parts)}，谢谢"
+        found = find_private_data(text)
+        assert [each.kind for each in found] == [kind], ascii(text)
+        assert text[found[0].start : found[0].end] == separator.join(parts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2024-08-17 2024-08-18", "1.5 2024-08-17", "从2024.08.17 到2024.12.31", "15 2024-8-7 3"),
+        *("服务器是172.16.254.100", "192.168.10.10 - 80", "版本1.3.8.1"),
+        *("13812 345678元", "订单号(138)12345678", "订单号138 1234 5678", "1 2 3 4 5 6 7 8 9 10"),
+    ],
+)
+def test_dates_addresses_and_lists_are_not_private(text):
+    assert kinds(text) == []
+
+
+def test_a_card_number_is_found_before_another_number():
+    assert kinds("卡号4111111111111111 20 号到期") == kinds("卡号4111111111111111 300") == ["bank card number"]
 
 
 @pytest.mark.parametrize(

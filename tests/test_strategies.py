@@ -35,6 +35,9 @@ FORMS = [
     "  策略{number} {zh}\n",
     "\u3000{zh}\u3000",
     " {number}\t",
+    "\ufeff策略{number} {zh}",
+    "\u200b{en}\u200b\n",
+    "\x00{code}\u2060",
 ]
 TYPOS = [
     "礼貌问侯",

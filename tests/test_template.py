@@ -353,6 +353,14 @@ def test_the_parser_inverts_the_format(language, strategy):
         ("[情感管理+礼貌问候]请放心", Reply(None, "[情感管理+礼貌问候]请放心")),
         ("【情感管理】请放心", Reply(None, "【情感管理】请放心")),
         ("", Reply(None, "")),
+        *(
+            (f"{mark}[情感管理]{mark}请放心", Reply(EMPATHY, f"{mark}请放心"))
+            for mark in ("\u200b", "\ufeff", "\u2060\x00")
+        ),
+        ("\ufeff \u200b[\u200b情感管理\u200b]\n请放心", Reply(EMPATHY, "请放心")),
+        ("[情感管理]\u200b\ufeff", Reply(EMPATHY, "")),
+        ("\u200b\u3164", Reply(None, "")),
+        ("\u200b请放心❤\ufe0f", Reply(None, "\u200b请放心❤\ufe0f")),
     ],
 )
 def test_what_the_parser_makes_of_a_text(text, expected):

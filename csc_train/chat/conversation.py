@@ -11,6 +11,7 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 
 from csc_train.chat.config import ChatConfig
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.invisible import is_blank, strip_invisible
 from csc_train.data.readers import write_dialogues
 from csc_train.data.strategies import GREETING, OTHERS, STRATEGIES, Strategy
 from csc_train.errors import InputError
@@ -169,10 +170,10 @@ class Conversation:
             return
         if not self.turns:
             raise InputError("the supporter speaks first: restart the conversation")
-        text = message.encode(errors="replace").decode().strip()  # a terminal and a browser may send lone surrogates
-        if not text:
+        text = message.encode(errors="replace").decode()  # a terminal and a browser may send lone surrogates
+        if is_blank(text):
             raise InputError("the message is empty: write something")
-        self.turns.append(text)
+        self.turns.append(text.strip())
 
     def _check_length(self, length: int) -> None:
         limit = getattr(self._model.config, "max_position_embeddings", None)
@@ -228,7 +229,8 @@ class Conversation:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character
         if strategy is not None:
             return Reply(strategy, text.strip())
-        if not complete and self.template.config.mode == "joint" and text.lstrip().startswith("[") and "]" not in text:
+        shown = strip_invisible(text)
+        if not complete and self.template.config.mode == "joint" and shown.startswith("[") and "]" not in shown:
             return Reply(None, "")
         return self.template.parse(text)
 

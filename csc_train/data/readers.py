@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surrogate
+from csc_train.data.invisible import is_blank, strip_invisible
 from csc_train.data.strategies import parse_strategy
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, os_errors
@@ -289,11 +290,11 @@ def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | 
     text = row.get("text")
     if not isinstance(text, str):
         issues.append(ValidationIssue(number, "text", "not a text", type(text).__name__))
-    elif not (text := text.strip()):
+    elif is_blank(text):
         issues.append(ValidationIssue(number, "text", "empty"))
     elif has_surrogate(text):
         issues.append(ValidationIssue(number, "text", SURROGATE))
-    label = _text(row.get("strategy")).strip()
+    label = strip_invisible(_text(row.get("strategy")))
     if speaker is Speaker.SUPPORTER:
         try:
             strategy = parse_strategy(label) if label else None
@@ -305,7 +306,7 @@ def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | 
                 issues.append(ValidationIssue(number, "strategy", "missing on a supporter turn"))
     elif speaker is Speaker.CUSTOMER and label:
         issues.append(ValidationIssue(number, "strategy", "given on a customer turn", repr(label)))
-    return Turn(speaker, text, strategy) if len(issues) == before else None
+    return Turn(speaker, text.strip(), strategy) if len(issues) == before else None
 
 
 def _check_order(turns: list[Turn]) -> Iterator[ValidationIssue]:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+from csc_train.data.invisible import strip_invisible
 from csc_train.templates import read_yaml
 
 
@@ -75,14 +76,14 @@ _NUMBERED = re.compile(r"策略([0-9]+)(?:(?:\s*[:：]\s*|\s+)(.+))?")
 def parse_strategy(label: str) -> Strategy:
     """Parse the label of a strategy.
 
-    Accepts, with outer white space ignored: `策略5 情感管理`, `策略5: 情感管理`, `策略5`, `5`, and the exact Chinese
-    name, English name or code.
+    Accepts, with outer invisible characters ignored: `策略5 情感管理`, `策略5: 情感管理`, `策略5`, `5`, and the exact
+    Chinese name, English name or code.
 
     Raises:
         ValueError: an unknown name, a number outside 1..12, a number that contradicts its name, or two strategies
             joined by `+`.
     """
-    text = label.strip()
+    text = strip_invisible(label)
     if "+" in text or "＋" in text:
         raise ValueError(f"more than one strategy in {label!r}")
     if strategy := _BY_NUMBER.get(text) or _BY_NAME.get(text):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 
 from csc_train.data.dialogue import Dialogue
+from csc_train.data.invisible import is_blank
 from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
@@ -165,7 +166,7 @@ def score_predictions(
             "turns": len(table),
             "failed": failed,
             "unparsed": int((table.predicted == 0).sum()) if chosen else None,
-            "empty_replies": sum(not reply.strip() for reply, _ in table.pairs),
+            "empty_replies": sum(is_blank(reply) for reply, _ in table.pairs),
         },
     }
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.invisible import is_blank
 from csc_train.data.strategies import parse_strategy
 
 PLACEHOLDERS = (
@@ -56,8 +57,9 @@ def merge_turns(utterances: Sequence[Utterance]) -> list[Utterance]:
     """Join consecutive utterances of one speaker with a space; empty ones are removed."""
     merged: list[Utterance] = []
     for each in utterances:
-        if not (text := each.text.strip()):
+        if is_blank(each.text):
             continue
+        text = each.text.strip()
         if merged and merged[-1].speaker is each.speaker:
             merged[-1] = merged[-1]._replace(text=f"{merged[-1].text} {text}")
         else:
@@ -77,6 +79,6 @@ def strip_boilerplate(utterances: Sequence[Utterance]) -> list[Utterance]:
         if content in PLACEHOLDERS or (before and not _NOTICE.search(content)):
             break
         last = kept.pop()
-        if before.strip():
+        if not is_blank(before):
             kept.append(last._replace(text=before))
     return kept

@@ -1,11 +1,14 @@
 """Format a reply as text, `[strategy]response`, and parse the text that a model generated."""
 
-import re
+import contextlib
 from dataclasses import dataclass
 
+import regex
+
+from csc_train.data.invisible import INVISIBLE, is_blank
 from csc_train.data.strategies import Strategy, parse_strategy
 
-_LABELLED = re.compile(r"\[([^\[\]]*)\](.*)", re.DOTALL)
+_LABELLED = regex.compile(rf"[{INVISIBLE}]*\[([^\[\]]*)\](.*)", regex.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,10 @@ def parse_reply(text: str, mode: str = "joint") -> Reply:
     """Split text that a model generated into strategy and response: the inverse of `format_reply`.
 
     Only mode `joint` has a strategy to parse. A text that does not start with one known strategy in square brackets is
-    all response: a placeholder such as `[手机号码]` at its start stays.
+    all response: a placeholder such as `[手机号码]` at its start stays. A response that shows nothing is empty.
     """
-    text = text.strip()
+    strategy, response = None, text
     if mode == "joint" and (match := _LABELLED.fullmatch(text)):
-        label, response = match.groups()
-        try:
-            return Reply(parse_strategy(label), response.strip())
-        except ValueError:
-            pass
-    return Reply(None, text)
+        with contextlib.suppress(ValueError):
+            strategy, response = parse_strategy(match[1]), match[2]
+    return Reply(strategy, "" if is_blank(response) else response.strip())

@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, RemBertConfig, RemBertModel
 
+from csc_train.data.invisible import is_blank
 from csc_train.errors import InputError
 from csc_train.files import read_json
 
@@ -102,7 +103,7 @@ def _scores(
     pairs: Sequence[TextPair], score_batch: Callable[[Sequence[TextPair]], torch.Tensor], batch_size: int, label: str
 ) -> numpy.ndarray:
     scores = numpy.zeros(len(pairs))
-    scorable = [index for index, (reply, reference) in enumerate(pairs) if reply.strip() and reference.strip()]
+    scorable = [index for index, pair in enumerate(pairs) if not any(map(is_blank, pair))]
     scorable.sort(key=lambda index: sum(map(len, pairs[index])))  # little padding within a batch
     with torch.inference_mode():
         for start in tqdm(range(0, len(scorable), batch_size), desc=label, leave=False, disable=None):

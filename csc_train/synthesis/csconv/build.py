@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pydantic
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, has_surrogate
+from csc_train.data.invisible import strip_invisible
 from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.jsonl import JsonlLog, read_jsonl
@@ -54,7 +55,7 @@ class RewrittenCall(pydantic.BaseModel):
     def utterances(self) -> list[Utterance]:
         """The turns as utterances, without system notices at the end."""
         return strip_boilerplate(
-            [Utterance(Speaker.parse(turn.speaker), turn.text, turn.strategy.strip()) for turn in self.turns]
+            [Utterance(Speaker.parse(turn.speaker), turn.text, strip_invisible(turn.strategy)) for turn in self.turns]
         )
 
 

@@ -1,7 +1,7 @@
 """Detection of private data in text: phone, identity card and bank card numbers, and e-mail addresses.
 
-Digits may be full-width, Chinese numerals (幺三八...), and separated by single spaces or hyphens. Amounts, and numbers
-that are called an order number or the like, are not private.
+Digits may be full-width, Chinese numerals (幺三八...), and separated by spaces, zero-width characters, dots, dashes or
+brackets. Amounts, and numbers that are called an order number or the like, are not private.
 """
 
 import datetime
@@ -9,26 +9,46 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import regex
+
 _WIDE = str.maketrans("０１２３４５６７８９－＋．＠Ｘ", "0123456789-+.@X")
-_SPOKEN = re.compile("[〇零一二三四五六七八九幺]{7,}")
+_ZERO_WIDTH = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cc}--\s]", regex.V1)
+_SEPARATOR = r"[\s\p{Z}\p{Pd}\p{Ps}\p{Pe}.·•﹒_]{0,4}"
+"""What may stand between two digits of a number."""
+_NUMERAL = "[〇零一二三四五六七八九幺]"
+_SPOKEN = regex.compile(f"{_NUMERAL}(?:{_SEPARATOR}{_NUMERAL}){{6,}}")
 """Fewer numerals in a row are ordinary words, such as 一五 of 一五一十."""
 _NUMERALS = str.maketrans("〇零一二三四五六七八九幺", "001234567891")
 
-_CALLED = re.compile(r"(?:单|流水|交易|参考|序列|机身|合同|券|编)号(?:码)?(?:是|为)?\s*[:：#]?\s*$")
+_CALLED = re.compile(r"(?:单|流水|交易|参考|序列|机身|合同|券|编)号(?:码)?(?:是|为)?\s*[:：#]?\s*[(（]?$")
 """Text right before a number that is not private."""
 _AMOUNT = re.compile(r"\s*(?:元|块|万|亿|美元|积分|分|[.]\d)")
 """Text right after an amount."""
+_DATE_OR_ADDRESS = re.compile(
+    r"(?<!\d)(?<!\d[.])(?:(?:19|20)\d\d([-./])(?:0?[1-9]|1[0-2])\1(?:[12]\d|3[01]|0?[1-9])"
+    r"|(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)[.]){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d))(?!\d|[.]\d)"
+)
+"""Dates and IPv4 addresses: no digits of a phone number, although only separators stand between theirs."""
 
-_PATTERNS = {
-    "e-mail address": re.compile(r"(?<![\w.+-])\w[\w.+-]*@[a-z\d-]+(?:[.][a-z\d-]+)*[.][a-z]{2,}", re.ASCII | re.I),
-    "identity card number": re.compile(r"(?<!\d)\d{6}[ -]?\d{4}[ -]?\d{4}[ -]?\d{3}[\dXx](?![\dA-Za-z])"),
-    "bank card number": re.compile(r"(?<!\d)\d{4}(?:[ -]?\d{4}){2,3}[ -]?\d{1,4}(?!\d)"),
-    "phone number": re.compile(
-        r"(?<!\d)(?:(?:\+|00)?86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?!\d)"
-        r"|(?<!\d)0(?:10|2\d|[3-9]\d\d)[ -]?[2-8]\d{2,3}[ -]?\d{4}(?!\d)"
+
+def _number(*digits: str, before: str = "", after: str = r"(?!\d)") -> regex.Pattern:
+    """The pattern of a number, from those of its digits, each pair of which may be separated."""
+    return regex.compile(rf"(?<!\d){before}{_SEPARATOR.join(digits)}{after}")
+
+
+_DIGIT = r"\d"
+_AREAS = (("1", "0"), ("2", _DIGIT), ("[3-9]", _DIGIT, _DIGIT))
+_PATTERNS = (
+    (
+        "e-mail address",
+        regex.compile(r"(?<![\w.+-])\w[\w.+-]*@[a-z\d-]+(?:[.][a-z\d-]+)*[.][a-z]{2,}", regex.ASCII | regex.I),
     ),
-}
-"""Pattern of each kind of private data."""
+    ("identity card number", _number(*[_DIGIT] * 17, r"[\dXx]", after=r"(?![\dA-Za-z])")),
+    *(("bank card number", _number(*[_DIGIT] * length)) for length in range(19, 12, -1)),
+    ("phone number", _number("1", "[3-9]", *[_DIGIT] * 9, before=rf"(?:(?:\+|00)?86{_SEPARATOR})?")),
+    *(("phone number", _number("0", *area, "[2-8]", *[_DIGIT] * rest)) for area in _AREAS for rest in (7, 6)),
+)
+"""Kinds of private data and their patterns."""
 
 
 class PrivateData(NamedTuple):
@@ -41,16 +61,21 @@ class PrivateData(NamedTuple):
 
 def find_private_data(text: str) -> list[PrivateData]:
     """The private data in a text, in order and without overlaps."""
-    text = text.translate(_WIDE)
-    text = _SPOKEN.sub(lambda run: run.group().translate(_NUMERALS), text)
-    found = sorted(_found(text), key=lambda each: each.start)
-    return [each for place, each in enumerate(found) if not any(each.start < other.end for other in found[:place])]
+    places = [place for place, character in enumerate(text) if not _ZERO_WIDTH.match(character)]
+    seen = "".join(text[place] for place in places).translate(_WIDE)
+    seen = _SPOKEN.sub(lambda run: run.group().translate(_NUMERALS), seen)
+    found: list[PrivateData] = []
+    for each in sorted(_found(seen), key=lambda each: each.start):
+        if not found or each.start >= found[-1].end:
+            found.append(each)
+    return [PrivateData(kind, places[start], places[end - 1] + 1) for kind, start, end in found]
 
 
 def _found(text: str) -> Iterator[PrivateData]:
-    for kind, pattern in _PATTERNS.items():
-        for match in pattern.finditer(text):
-            number = re.sub("[ -]", "", match.group())
+    undated = _DATE_OR_ADDRESS.sub(lambda match: "/" * len(match.group()), text)
+    for kind, pattern in _PATTERNS:
+        for match in pattern.finditer(undated if kind == "phone number" else text, overlapped=True):
+            number = regex.sub(_SEPARATOR, "", match.group())
             if kind != "e-mail address" and (
                 _CALLED.search(text, 0, match.start()) or _AMOUNT.match(text, match.end())
             ):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from csc_train.data.dialogue import Dialogue, Speaker, has_surrogate
+from csc_train.data.invisible import is_blank
 from csc_train.data.near_duplicates import NearDuplicateIndex
 from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
@@ -101,7 +102,7 @@ def _turn_length_fault(merged: Sequence[Utterance], config: CallFilterConfig) ->
 
 
 def _customer_turns_fault(utterances: Sequence[Utterance], config: CallFilterConfig) -> Fault | None:
-    count = Counter(each.speaker for each in utterances if each.text.strip())
+    count = Counter(each.speaker for each in utterances if not is_blank(each.text))
     customer, supporter = count[Speaker.CUSTOMER], count[Speaker.SUPPORTER]
     if customer > config.customer_share * supporter:
         return None
@@ -125,7 +126,7 @@ def _first_fault(utterances: Sequence[Utterance], find_fault: Callable[[int, Utt
 
 
 def _text_fault(number: int, each: Utterance) -> Fault | None:
-    if not each.text.strip():
+    if is_blank(each.text):
         return "an empty text", f"turn {number}"
     return ("a lone surrogate", f"turn {number}") if has_surrogate(each.text + each.label) else None
 

@@ -1,0 +1,18 @@
+"""Characters that show nothing: white space, control characters, and what Unicode ignores by default (zero width)."""
+
+import regex
+
+INVISIBLE = r"\s\p{Z}\p{Cc}\p{Default_Ignorable_Code_Point}\u2800"
+"""Inside the brackets of a set of the library `regex`; U+2800 is the braille pattern without dots."""
+_BLANK = regex.compile(f"[{INVISIBLE}]*")
+_OUTER = regex.compile(rf"\A[{INVISIBLE}]+|[{INVISIBLE}]+\Z")
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it is empty, or all its characters are invisible."""
+    return _BLANK.fullmatch(text) is not None
+
+
+def strip_invisible(text: str) -> str:
+    """A label without invisible characters at its ends. In other texts some have a meaning, such as behind an emoji."""
+    return _OUTER.sub("", text)
