@@ -1,7 +1,7 @@
 """InputError, the error that users see without a traceback, and checks shared by the configuration schemas."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -11,6 +11,13 @@ class InputError(ValueError):
     The message is one line: `place: what is wrong: what to do`. Recipes print it without a traceback and exit with
     status 2.
     """
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, the error that it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -33,7 +33,7 @@ def main(config: BuildCsconvRecipe) -> None:
     from csc_train.data.sample_grammar import SAMPLE_SOURCE
     from csc_train.files import file_digest, write_json
     from csc_train.jsonl import write_jsonl
-    from csc_train.llm.client import AuthenticationError, Client
+    from csc_train.llm.client import Client, UnusableServerError
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
     from csc_train.synthesis.csconv.build import (
@@ -71,11 +71,12 @@ def main(config: BuildCsconvRecipe) -> None:
             if config.llm.backend == "mock":
                 return await build_csconv(calls, log.cached(ask_mock(config.language)), **settings)
             async with Client(config.llm) as client:
+                await client.check()
                 return await build_csconv(calls, log.cached(ask_model(client, config.seed)), **settings)
 
     try:
         outcomes = asyncio.run(build())
-    except AuthenticationError as error:
+    except UnusableServerError as error:
         run.fail(f"stopped: {error}")
     except KeyboardInterrupt:
         logger.info(f"stopped\nto resume: run={run.directory} resume=true")

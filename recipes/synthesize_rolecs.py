@@ -93,7 +93,7 @@ def main(config: SynthesizeRolecsRecipe) -> None:
         run.stop("batch.results=[FILE,...]")
     if progress.stopped:
         reason, message = progress.stopped
-        if reason == "authentication":
+        if reason == "unusable":
             raise InputError(message)
         logger.info(f"stopped: {message}")
         if reason == "interrupted":

@@ -23,7 +23,7 @@ from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
 from csc_train.jsonl import JsonlLog
 from csc_train.llm import client as client_module
-from csc_train.llm.client import AuthenticationError, LLMError, RequestAttempt
+from csc_train.llm.client import LLMError, RequestAttempt, UnusableServerError
 from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.csconv.build import (
     BUNDLED_CALLS,
@@ -117,9 +117,9 @@ def test_a_refused_key_ends_it_at_once():
     async def refused(task, prompt, form):
         asked.append(task)
         await asyncio.sleep(0)
-        raise AuthenticationError("authentication", "HTTP 401")
+        raise UnusableServerError("authentication", "HTTP 401")
 
-    with pytest.raises(AuthenticationError):
+    with pytest.raises(UnusableServerError):
         built(refused, concurrency=2)
     assert len(asked) == 2
 

@@ -7,12 +7,12 @@ import time
 
 import pydantic
 import pytest
-from processes import TIMEOUT_S
+from processes import TIMEOUT_S, free_port
 from servers.faults import DRIP, DROP, HANG, HTML, TORN, Fault, Say
 
 from csc_train.errors import InputError
 from csc_train.llm import client as client_module
-from csc_train.llm.client import AuthenticationError, Client, LLMError
+from csc_train.llm.client import Client, LLMError, UnusableServerError
 from csc_train.llm.config import JSON_MODES, LLMConfig
 from csc_train.llm.limits import RateLimiter, RequestLimits
 from csc_train.llm.structured import ask_structured, parse_answer
@@ -52,7 +52,7 @@ def test_an_answer_is_sent_for_once(fault_server):
     fault_server.script.append(Say("[情感管理]抱歉", usage=(31, 7)))
     answer, attempts = chat(config_of(fault_server, top_p=0.9, extra_body={"top_k": 3}), seed=5, temperature=0)
     assert (answer.text, answer.prompt_tokens, answer.completion_tokens) == ("[情感管理]抱歉", 31, 7)
-    assert (answer.attempts, answer.finish_reason, answer.model) == (1, "stop", "small")
+    assert (answer.attempts, answer.cut_off, answer.model) == (1, False, "small")
     ((path, _, body),) = fault_server.requests
     assert path == "/v1/chat/completions"
     assert body == {"model": "small", "messages": CHAT, "seed": 5, "temperature": 0, "top_p": 0.9, "top_k": 3}
@@ -110,7 +110,7 @@ def test_permanent_errors_are_not_retried(reply, kind, words, fault_server):
 def test_a_key_that_is_not_served_is_its_own_failure(fault, fault_server):
     fault_server.script.append(fault)
     failure, _ = chat(config_of(fault_server))
-    assert (type(failure), failure.kind) == (AuthenticationError, "authentication")
+    assert (type(failure), failure.kind) == (UnusableServerError, "authentication")
     assert len(fault_server.requests) == 1
 
 
@@ -138,11 +138,113 @@ def test_an_answer_that_drips_in_is_waited_for_no_longer_than_one_that_does_not_
     assert [each.kind for each in attempts] == ["timeout", None]
 
 
-def test_a_server_that_is_not_there(fault_server):
-    fault_server.__exit__()
-    failure, attempts = chat(config_of(fault_server))
-    assert failure.kind == "connection" and failure.attempts == len(attempts) == 3
-    assert fault_server.base_url in failure.message
+def check(config):
+    """What the first question of a client raises, and after how many seconds."""
+    started = time.monotonic()
+
+    async def main():
+        async with Client(config) as client:
+            await client.check()
+
+    with pytest.raises(InputError) as caught:
+        asyncio.run(main())
+    return caught.value, time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:{}/v1", "http://localhost:{}/v1", "http://no-such-name.invalid/v1"]
+)
+def test_a_server_that_is_not_there_is_asked_once(address, monkeypatch):
+    monkeypatch.setattr(asyncio, "sleep", None)  # nothing is waited for
+    config = LLMConfig(base_url=address.format(free_port()), model="small", max_retries=5)
+    failure, attempts = chat(config)
+    assert (type(failure), failure.kind, len(attempts)) == (UnusableServerError, "unreachable", 1)
+    assert str(failure).startswith(f"llm.base_url={config.base_url}: ConnectError ")
+    assert str(failure).endswith(": start the server, or correct the address")
+    assert str(check(config)[0]) == str(failure)
+
+
+def test_a_server_that_has_answered_may_be_starting_again(fault_server):
+    fault_server.script += ["您好", DROP]
+
+    async def twice(client, observe):
+        await client.chat(CHAT, observe=observe)
+        fault_server.__exit__()
+        await client.chat(CHAT, observe=observe)
+
+    failure, attempts = run(config_of(fault_server), twice)
+    assert (type(failure), failure.attempts) == (UnusableServerError, 3)
+    assert [each.kind for each in attempts] == [None, "connection", "unreachable", "unreachable"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (Fault(404, message="no such model"), "bad_request: HTTP 404: Error code: 404 - "),
+        (Fault(401), "rejects it: HTTP 401"),
+        (HTML, "malformed: not an answer of this API: "),
+        (HANG, "timeout: no answer within 1 s"),
+        (Fault(503), "server_error: HTTP 503"),
+    ],
+)
+def test_a_server_is_asked_once_before_work_starts(reply, words, fault_server):
+    fault_server.checks.extend([reply] * 3)
+    config = config_of(fault_server, timeout_s=1 if reply == HANG else TIMEOUT_S)
+    failure, _ = check(config)
+    assert words in str(failure) and "\n" not in str(failure) and fault_server.base_url in str(failure)
+    # A wait may cure the errors of a server; the others are said at once.
+    assert len(fault_server.checks) == (0 if reply in (HTML, Fault(503)) else 2)
+    assert fault_server.requests == []
+
+
+@pytest.mark.parametrize("reply", [Say("", "length"), Say(None), Say("", refusal="no"), Say("<think>OK"), "OK"])
+def test_any_answer_shows_that_a_server_is_there(reply, fault_server):
+    fault_server.checks.append(reply)
+
+    async def main():
+        async with Client(config_of(fault_server, retry_max_tokens=900)) as client:
+            await client.check()
+
+    asyncio.run(main())
+    assert not fault_server.checks
+
+
+NO_REPLIES = {
+    "cut_off": [Say("", "length"), Say(None, "length"), Say("<think>\n先想想", "length"), Say(" \n", "max_tokens")],
+    "empty": [Say(""), Say(None), Say("\n "), Say("<think>想"), Say("<think>想</think>\n")],
+    "interrupted": [Say("[情", "insufficient_system_resource"), Say("", "tool_calls"), Say("抱", "abort")],
+    "refused": [Say("", refusal="I cannot help."), Say("抱", "content_filter")],
+}
+
+
+@pytest.mark.parametrize(("kind", "reply"), [(kind, reply) for kind, some in NO_REPLIES.items() for reply in some])
+def test_what_a_server_did_not_say_is_no_reply(kind, reply, fault_server):
+    fault_server.answer = lambda body: reply
+    failure, attempts = chat(config_of(fault_server, max_retries=1), max_tokens=20)
+    assert (type(failure), failure.kind) == (LLMError, kind)
+    assert failure.completion_tokens == 5 * len(attempts)  # they are paid for
+    assert len(attempts) == (2 if kind == "interrupted" else 1)
+
+    # Once more with a larger limit, where the profile has one, whatever the number of retries.
+    fault_server.answer = lambda body: "好的" if body["max_tokens"] > 20 else reply
+    answer, attempts = chat(config_of(fault_server, max_retries=0, retry_max_tokens=900), max_tokens=20)
+    if kind in ("cut_off", "empty"):
+        assert (answer.text, answer.attempts, answer.completion_tokens) == ("好的", 2, 5)
+        assert [each.request["max_tokens"] for each in attempts] == [20, 900]
+    else:
+        assert answer.kind == kind and len(attempts) == 1
+
+
+def test_a_text_that_is_cut_off_is_asked_for_once_more_with_a_larger_limit(fault_server):
+    fault_server.answer = lambda body: Say("抱歉给您", "length")
+    answer, attempts = chat(config_of(fault_server), max_tokens=20)
+    assert (answer.text, answer.cut_off, len(attempts)) == ("抱歉给您", True, 1)
+    answer, attempts = chat(config_of(fault_server, retry_max_tokens=900), max_tokens=20)
+    assert answer.cut_off and [each.request["max_tokens"] for each in attempts] == [20, 900]
+    config = config_of(fault_server, extra_body={"max_tokens": None, "max_completion_tokens": 30}, retry_max_tokens=900)
+    assert [each.request["max_completion_tokens"] for each in chat(config)[1]] == [30, 900]
+    config = config_of(fault_server, max_tokens=900, retry_max_tokens=900)
+    assert len(chat(config)[1]) == 1
 
 
 def test_retry_after_in_each_of_its_forms():
@@ -362,11 +464,6 @@ def test_a_reply_that_is_none_of_this_api(reply, fault_server):
     assert [each.kind for each in attempts] == ["malformed", None]
 
 
-def test_a_message_without_content_is_an_empty_answer(fault_server):
-    fault_server.script.append(Say(None))
-    assert chat(config_of(fault_server))[0].text == ""
-
-
 def test_wrong_settings_are_refused():
     def refusal(**settings):
         with pytest.raises(InputError) as caught:
@@ -559,5 +656,5 @@ def test_then_one_fresh_sample_then_failure(fault_server):
 def test_a_failure_counts_the_answers_before_it(fault_server):
     fault_server.script += ["不", Fault(401)]
     failure, _ = verdict(config_of(fault_server, json_mode="text"))
-    assert type(failure) is AuthenticationError
+    assert type(failure) is UnusableServerError
     assert (failure.attempts, failure.prompt_tokens, failure.completion_tokens) == (2, 10, 5)

@@ -23,7 +23,7 @@ from csc_train.data.dialogue import Speaker
 from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.sample_grammar import SAMPLE_SOURCE, accuracy_ceiling
 from csc_train.errors import InputError
-from csc_train.llm.client import AuthenticationError, LLMError, RequestAttempt
+from csc_train.llm.client import LLMError, RequestAttempt, UnusableServerError
 from csc_train.synthesis.config import BudgetConfig, DuplicatesConfig, RoleCSCheckConfig, SynthesisConfig
 from csc_train.synthesis.rolecs import mock_backend
 from csc_train.synthesis.rolecs.mock_backend import MockBackend
@@ -327,7 +327,7 @@ class Failing(MockBackend):
         if kind := self.plan(self.made):
             await asyncio.sleep(0)
             observe(RequestAttempt({}, 1, kind, "planned", "", 7, 0, 0.0))
-            raise (AuthenticationError if kind == "authentication" else LLMError)(kind, "planned", 1, 7, 0)
+            raise (UnusableServerError if kind == "authentication" else LLMError)(kind, "planned", 1, 7, 0)
         return await super().ask(call, observe)
 
 
@@ -335,7 +335,7 @@ def test_a_key_that_is_refused_stops_it_at_once(tmp_path):
     expected = run(tmp_path / "whole.db", 5)[1]
     backend = Failing(lambda number: "authentication" if number >= 20 else None, concurrency=4)
     progress, _, _ = run(tmp_path / "s.db", 5, backend=backend)
-    assert progress.stopped == ("authentication", "authentication: planned")
+    assert progress.stopped == ("unusable", "planned")
     assert backend.made < 20 + 4
     assert rows(tmp_path / "s.db", "SELECT count(*) FROM dialogues WHERE status = 'failed'") == [(0,)]
     assert run(tmp_path / "s.db", 5)[1] == expected

@@ -134,7 +134,8 @@ class HFGenerator:
         # Later prompts show this turn as training did: with the given strategy.
         given = request.given_strategy(self.template.config.mode)
         token_ids = (*(self.template.label_ids[given.number] if given else ()), *ids)
-        return request.prediction(text, self.template.parse(text), digest(prompt), token_ids=token_ids)
+        details = {"token_ids": token_ids, "cut_off": len(ids) == self._config.max_new_tokens}
+        return request.prediction(text, self.template.parse(text), digest(prompt), **details)
 
     def _add_likelihoods(self, queue: TurnQueue, dialogue: Dialogue) -> None:
         """Compute the likelihoods of all predicted turns of a dialogue."""

@@ -11,7 +11,7 @@ from csc_train.files import digest
 from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import TurnQueue, TurnRequest
 from csc_train.inference.predictions import Prediction, TurnOutcome
-from csc_train.llm.client import AuthenticationError, Client, LLMError, Message
+from csc_train.llm.client import Client, LLMError, Message, UnusableServerError
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
@@ -64,7 +64,7 @@ class OpenAIGenerator:
                     "template.mode=given: needs a server that takes token ids, such as vLLM; this one does not"
                 )
             in_flight: dict[asyncio.Task, TurnRequest] = {}
-            refused: AuthenticationError | None = None
+            refused: UnusableServerError | None = None
             try:
                 while True:
                     for request in queue.pop(0 if refused else self._llm.concurrency - len(in_flight)):
@@ -76,7 +76,7 @@ class OpenAIGenerator:
                         request = in_flight.pop(task)
                         try:
                             queue.complete(request, task.result())
-                        except AuthenticationError as failure:  # requests in flight may still succeed
+                        except UnusableServerError as failure:  # requests in flight may still succeed
                             refused = failure
             finally:
                 for task in in_flight:
@@ -89,8 +89,9 @@ class OpenAIGenerator:
         """Find out once what the server supports, so that all turns are prompted in one format."""
         prompt = self._template.prompt_ids([]) if self._template else []
         if self._takes_token_ids is None:
-            answer: Any = prompt and await _supported(client.complete(prompt, temperature=0, max_tokens=1))
-            self._takes_token_ids = bool(answer) and answer.prompt_tokens == len(prompt)
+            self._takes_token_ids = bool(prompt) and await _supported(client.count_tokens(prompt)) == len(prompt)
+            if not self._takes_token_ids:
+                await client.check()
         if self._returns_likelihoods is None:
             wanted = self._takes_token_ids and self._config.likelihoods
             advice = "; evaluation.likelihoods=false skips likelihoods"
@@ -114,12 +115,15 @@ class OpenAIGenerator:
             else:
                 prompt = build_messages(request.history, self._settings, self._llm.user_first)
                 answer = await client.chat(prompt, **decoding)
-        except AuthenticationError:
+        except UnusableServerError:
             raise
         except LLMError as failure:
             return request.failure(failure.kind, failure.message)
-        reply = parse_reply(answer.text, self._settings.mode)
-        return request.prediction(answer.text, reply, digest(prompt), served_model=answer.model, **details)
+        if answer.cut_off and self._template is None:
+            # The limit of a final model is part of it, as it is locally; that of another model is ours.
+            return request.failure("cut_off", "the limit of tokens came before the end of the reply")
+        details |= {"served_model": answer.model, "cut_off": answer.cut_off}
+        return request.prediction(answer.text, parse_reply(answer.text, self._settings.mode), digest(prompt), **details)
 
     async def _likelihoods(self, client: Client, request: TurnRequest, prompt: Sequence[int]) -> dict[str, Any]:
         """Likelihoods of the 12 strategies and of the reference turn, as fields of `Prediction`."""
@@ -149,7 +153,7 @@ async def _supported(request: Coroutine, advice: str = "") -> Any:
     """The answer to a probe; None if the server refuses this kind of request."""
     try:
         return await request
-    except AuthenticationError:
+    except UnusableServerError:
         raise
     except LLMError as failure:
         if failure.kind != "bad_request":

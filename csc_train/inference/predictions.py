@@ -70,6 +70,8 @@ class Prediction(SupporterTurn):
     """Format of the prompt that a server got: `token_ids` or `messages`."""
     served_model: str | None = None
     """Name of the model that the server reports, such as a dated version."""
+    cut_off: bool = False
+    """Whether the reply ended at the limit of tokens."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import functools
 import math
 import os
 import random
+import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,17 +16,26 @@ from typing import Any
 
 import openai
 
-from csc_train.errors import InputError
+from csc_train.errors import InputError, causes
 from csc_train.llm.config import JSON_MODES, LLMConfig
 from csc_train.llm.limits import RequestLimits
 
+NO_REPLY = ("cut_off", "empty", "interrupted", "refused")
+"""Kinds of answers without a reply. cut_off: the limit of tokens came before the reply. interrupted: the server stopped
+for another reason. refused: the model, or a content filter, declines."""
 ERROR_KINDS = (
-    "connection", "timeout", "rate_limit", "server_error", "bad_request", "authentication", "malformed", "refused",
+    "connection", "timeout", "rate_limit", "server_error", "bad_request", "malformed", "authentication", "unreachable",
+    *NO_REPLY,
 )  # fmt: skip
-"""Kinds of failed requests. malformed: the answer does not match the required format. refused: the model, or a content
-filter, declines."""
-RETRYABLE = ("connection", "timeout", "rate_limit", "server_error", "malformed")
+"""Kinds of failed requests. malformed: the answer does not match the required format. unreachable: the server's name
+does not resolve, or the connection is refused."""
+RETRYABLE = ("connection", "timeout", "rate_limit", "server_error", "malformed", "interrupted")
 """Kinds that a retry of the same request may cure."""
+COMPLETE = (None, "stop", "eos", "eos_token", "stop_sequence", "end_turn")
+AT_LIMIT = ("length", "max_tokens", "model_length")
+"""Values of `finish_reason`, as servers name them; an answer with any other one is interrupted."""
+CONNECT_TIMEOUT_S = 10.0
+_UNREACHABLE = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError)
 INITIAL_BACKOFF_S = 0.5
 """Wait before the first retry, unless the server names a time; doubled for each further retry."""
 MAX_BACKOFF_S = 30.0
@@ -35,6 +46,8 @@ CHARACTERS_PER_TOKEN = 2
 
 Message = dict[str, str]
 """A chat message: `{"role", "content"}`."""
+CHECK_MESSAGES = [{"role": "user", "content": "OK?"}]
+"""What `Client.check` asks."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class Completion:
 
     Attributes:
         text: without the thoughts of a reasoning model.
-        finish_reason: `stop`, or `length` if it was cut off.
+        cut_off: whether it ended at the limit of tokens.
         latency_s: seconds of the request that was answered.
         attempts: number of requests, the failed ones included.
         model: the model's name by the server.
@@ -79,7 +92,7 @@ class Completion:
     text: str
     prompt_tokens: int
     completion_tokens: int
-    finish_reason: str | None
+    cut_off: bool
     latency_s: float
     attempts: int
     model: str
@@ -114,8 +127,11 @@ class LLMError(Exception):
         return self.kind not in RETRYABLE or (self.wait_s or 0) > MAX_RETRY_AFTER_S
 
 
-class AuthenticationError(LLMError, InputError):
-    """The server rejects the key. Every other call would fail as well, so the run ends."""
+class UnusableServerError(LLMError, InputError):
+    """The server rejects the key, or cannot be reached. Every other call would fail as well, so the run ends."""
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Client(contextlib.AbstractAsyncContextManager):
@@ -143,10 +159,28 @@ class Client(contextlib.AbstractAsyncContextManager):
         self._key = api_key(config) or "none"
         # Without the library's retries, which could neither be counted nor lower the concurrency, and without its
         # timeout, which restarts with every byte that arrives.
-        self._api = openai.AsyncOpenAI(base_url=config.base_url, api_key=self._key, timeout=None, max_retries=0)
+        timeout = openai.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        self._api = openai.AsyncOpenAI(base_url=config.base_url, api_key=self._key, timeout=timeout, max_retries=0)
+        self._has_answered = False
 
     async def __aexit__(self, *_) -> None:
         await self._api.close()
+
+    async def check(self) -> None:
+        """Ask the server once, before work starts; any answer will do.
+
+        Raises:
+            InputError: there is none, or the server refuses the key or the model.
+        """
+        body = self.body(None, None, 16) | {"messages": CHECK_MESSAGES}
+        retried = tuple(kind for kind in RETRYABLE if kind != "timeout")
+        try:
+            await self._call("/chat/completions", body, lambda choice: _read_message(choice) | _UNJUDGED, None, retried)
+        except UnusableServerError:
+            raise
+        except LLMError as failure:
+            place = f"llm.base_url={self.config.base_url}, llm.model={self.config.model}"
+            raise InputError(f"{place}: no answer: {failure}: mend the server or correct the settings") from failure
 
     async def chat(
         self,
@@ -168,7 +202,7 @@ class Client(contextlib.AbstractAsyncContextManager):
             observe: called with every attempt as soon as it ends.
 
         Raises:
-            AuthenticationError: the server rejects the key.
+            UnusableServerError: the server rejects the key or cannot be reached.
             LLMError: no usable answer after all retries.
         """
         body = self.body(seed, temperature, max_tokens) | {"messages": list(messages)}
@@ -194,13 +228,19 @@ class Client(contextlib.AbstractAsyncContextManager):
         """The log-likelihood of each token of a prompt except the first, in nats; [length - 1].
 
         Raises:
-            AuthenticationError: the server rejects the key.
+            UnusableServerError: the server rejects the key or cannot be reached.
             LLMError: no usable answer after all retries; `bad_request` if the server returns no likelihoods.
         """
         echoed = {"prompt": list(prompt), "max_tokens": 1, "echo": True, "logprobs": 1}
         read = functools.partial(_read_echo, len(prompt))
         answer = await self._call("/completions", self.body(None, 0, None) | echoed, read, observe)
         return answer.log_likelihoods or ()
+
+    async def count_tokens(self, prompt: Sequence[int]) -> int:
+        """The length of a prompt by the server's count, or an LLMError of kind `bad_request` if it takes no ids."""
+        body = self.body(None, 0, None) | {"prompt": list(prompt), "max_tokens": 1}
+        answer = await self._call("/completions", body, lambda choice: _read_text(choice) | _UNJUDGED, None)
+        return answer.prompt_tokens
 
     def body(self, seed: int | None, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
         """The common body of all requests; arguments as in `chat`. A null in `extra_body` removes a field."""
@@ -215,14 +255,18 @@ class Client(contextlib.AbstractAsyncContextManager):
         return {name: value for name, value in body.items() if value is not None}
 
     async def _call(
-        self, path: str, body: dict[str, Any], read: Callable[[dict], dict], observe: Observer | None
+        self,
+        path: str,
+        body: dict[str, Any],
+        read: Callable[[dict], dict],
+        observe: Observer | None,
+        retried: Sequence[str] = RETRYABLE,
     ) -> Completion:
-        """Send a request until it is answered or all retries have failed."""
-        prompt = body.get("prompt") or "".join(message["content"] for message in body["messages"])
-        estimate = len(prompt) // (CHARACTERS_PER_TOKEN if isinstance(prompt, str) else 1)
-        estimate += body.get("max_tokens", body.get("max_completion_tokens", 0))
-        usage = [0, 0]
-        for number in range(1, self.config.max_retries + 2):
+        """Send a request until it is answered or all retries have failed; once more if a larger limit may help."""
+        usage, number, last = [0, 0], 0, self.config.max_retries + 1
+        while True:
+            number += 1
+            estimate = _estimate(body)
             async with self.limits.slot(estimate) as sent_in:
                 start = time.perf_counter()
                 failure = None
@@ -236,20 +280,32 @@ class Client(contextlib.AbstractAsyncContextManager):
                 self.limits.adjust_tokens(sum(tokens) - estimate)
                 if failure is None:
                     self.limits.on_success()
+                    self._has_answered = True
                 elif failure.kind == "rate_limit":
                     self.limits.on_rate_limit(sent_in, 0 if failure.permanent else failure.wait_s or 0)
             usage = [before + now for before, now in zip(usage, tokens, strict=True)]
             if observe is not None:
                 kind, message = (failure.kind, failure.message) if failure else (None, "")
                 observe(RequestAttempt(body, number, kind, message, answer["text"], *tokens, latency))
+            cut_off = failure.kind in ("cut_off", "empty") if failure else answer["cut_off"]
+            if cut_off and (larger := self._with_larger_limit(body)):
+                body, last = larger, last + 1
+                continue
             if failure is None:
                 return Completion(**answer, latency_s=latency, attempts=number)
-            if failure.permanent or number > self.config.max_retries:
+            # A server that has answered may be starting again.
+            retriable = failure.kind in retried or (failure.kind == "unreachable" and self._has_answered)
+            if not retriable or (failure.wait_s or 0) > MAX_RETRY_AFTER_S or number >= last:
                 failure.attempts, failure.prompt_tokens, failure.completion_tokens = number, *usage
                 raise failure
             backoff = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2 ** (number - 1)) * random.uniform(0.75, 1)
             await asyncio.sleep(max(backoff, failure.wait_s or 0))
-        raise AssertionError("the last attempt returns or raises")
+
+    def _with_larger_limit(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        """The request with `LLMConfig.retry_max_tokens`; None if its limit is as large already."""
+        name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+        larger = self.config.retry_max_tokens or 0
+        return body | {name: larger} if larger > body.get(name, 0) else None
 
     async def _send(self, path: str, body: dict[str, Any], read: Callable[[dict], dict]) -> dict[str, Any]:
         """Send one request; returns the fields of its `Completion`.
@@ -269,17 +325,22 @@ class Client(contextlib.AbstractAsyncContextManager):
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
             message = f"{self.config.base_url}: {type(reason).__name__} {reason}"
-            raise LLMError("connection", self._clean(message)) from error
+            for cause in causes(reason):
+                if isinstance(cause, _UNREACHABLE):
+                    message = f"llm.base_url={message}: start the server, or correct the address"
+                    raise UnusableServerError("unreachable", self._clean(message)) from cause
+            kind = "timeout" if isinstance(error, openai.APITimeoutError) else "connection"
+            raise LLMError(kind, self._clean(message)) from error
         except openai.APIStatusError as error:
             kind, message = _kind_of(error), self._clean(f"HTTP {error.status_code}: {error.message}")
             if kind == "authentication":
                 message = f"llm.api_key_env={self.config.api_key_env}: {self.config.base_url} rejects it: {message}"
-                raise AuthenticationError(kind, message) from error
+                raise UnusableServerError(kind, message) from error
             raise LLMError(kind, message, wait_s=_retry_after(error.response.headers)) from error
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise LLMError("malformed", self._clean(f"not an answer of this API: {error!r}")) from error
-        if refusal := answer.pop("refusal"):
-            raise LLMError("refused", self._clean(refusal), **counted)
+        if fault := answer.pop("fault"):
+            raise LLMError(fault[0], self._clean(fault[1]), **counted)
         return answer | counted | {"model": model}
 
     def _clean(self, message: str) -> str:
@@ -309,26 +370,36 @@ def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
 
 def _read_message(choice: dict[str, Any]) -> dict[str, Any]:
     """Parse a choice of /v1/chat/completions."""
-    message, reason = choice["message"], choice.get("finish_reason")
-    filtered = "stopped by a content filter" if reason == "content_filter" else None
-    # Some servers leave the thoughts before the answer.
-    _, ended, answer = _text(message.get("content") or "").rpartition("</think>")
-    return {
-        "text": answer.lstrip() if ended else answer,
-        "finish_reason": reason,
-        "refusal": message.get("refusal") or filtered,
-    }
+    message = choice["message"]
+    text = _text(message.get("content") or "")
+    # Some servers leave the thoughts before the answer; those that do not end are no answer.
+    _, ended, answer = text.rpartition("</think>")
+    if ended or text.lstrip().startswith("<think>"):
+        text = answer.lstrip() if ended else ""
+    return _judge(text, choice.get("finish_reason"), message.get("refusal"))
 
 
 def _read_text(choice: dict[str, Any]) -> dict[str, Any]:
     """Parse a choice of /v1/completions."""
     ids = choice.get("token_ids")
-    return {
-        "text": _text(choice["text"]),
-        "finish_reason": choice.get("finish_reason"),
-        "refusal": None,
-        "token_ids": None if ids is None else tuple(ids),
-    }
+    read = _judge(_text(choice["text"]), choice.get("finish_reason"), None)
+    return read | {"token_ids": None if ids is None else tuple(ids)}
+
+
+def _judge(text: str, reason: str | None, refusal: str | None) -> dict[str, Any]:
+    """An answer, with `fault`: None if it holds a reply, else one of `NO_REPLY` and the explanation."""
+    fault = None
+    if refusal or reason == "content_filter":
+        fault = "refused", refusal or "stopped by a content filter"
+    elif reason not in (*COMPLETE, *AT_LIMIT):
+        fault = "interrupted", f"finish_reason={reason}"
+    elif not text.strip():
+        fault = ("cut_off", "the limit of tokens came before a reply") if reason in AT_LIMIT else ("empty", "no text")
+    return {"text": text, "cut_off": reason in AT_LIMIT, "fault": fault}
+
+
+_UNJUDGED = {"cut_off": False, "fault": None}
+"""Of the answer to a probe, which need not be a reply."""
 
 
 def _read_echo(length: int, choice: dict[str, Any]) -> dict[str, Any]:
@@ -339,7 +410,14 @@ def _read_echo(length: int, choice: dict[str, Any]) -> dict[str, Any]:
         raise LLMError("bad_request", "the server returns no likelihoods of prompt tokens")
     if not all(map(math.isfinite, told[1:length])):
         raise ValueError("a log-likelihood is not finite")
-    return _read_text(choice) | {"log_likelihoods": tuple(told[1:length])}
+    return _read_text(choice) | _UNJUDGED | {"log_likelihoods": tuple(told[1:length])}
+
+
+def _estimate(body: dict[str, Any]) -> int:
+    """About how many tokens a request takes."""
+    prompt = body.get("prompt") or "".join(message["content"] for message in body["messages"])
+    length = len(prompt) // (CHARACTERS_PER_TOKEN if isinstance(prompt, str) else 1)
+    return length + body.get("max_tokens", body.get("max_completion_tokens", 0))
 
 
 def _text(value: Any) -> str:

@@ -31,6 +31,8 @@ class LLMConfig:
     """Nucleus sampling; defaults to the server's value."""
     max_tokens: int | None = None
     """Longest answer in tokens, including a reasoning model's thoughts; defaults to the task's."""
+    retry_max_tokens: int | None = None
+    """Longest answer of one more request after an answer that was cut off or empty; null sends none."""
     timeout_s: float = 120.0
     """Longest duration of a request, in seconds."""
     max_retries: int = 5
@@ -64,7 +66,16 @@ class LLMConfig:
         check_fields("llm.", self, "timeout_s", low=0.01)
         check_fields("llm.", self, "max_retries", "temperature", "top_p", low=0)
         check_fields("llm.", self, "price_per_million_input", "price_per_million_output", low=0)
-        check_fields("llm.", self, "concurrency", "max_tokens", "requests_per_minute", "tokens_per_minute", low=1)
+        check_fields(
+            "llm.",
+            self,
+            "concurrency",
+            "max_tokens",
+            "retry_max_tokens",
+            "requests_per_minute",
+            "tokens_per_minute",
+            low=1,
+        )
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """The cost of tokens, in the prices' currency; None without prices."""

@@ -64,7 +64,7 @@ async def ask_structured(
         seed, temperature, max_tokens, observe: as in `Client.chat`.
 
     Raises:
-        AuthenticationError: the server rejects the key.
+        UnusableServerError: the server rejects the key or cannot be reached.
         LLMError: of kind `malformed` if no answer matches, or another one of `Client.chat`; its totals are those of all
             requests.
     """
@@ -86,7 +86,7 @@ async def ask_structured(
             try:
                 value = parse_answer(completion.text, schema)
             except ValueError as error:
-                problem = str(error) if completion.finish_reason != "length" else "It is too long and was cut off."
+                problem = "It is too long and was cut off." if completion.cut_off else str(error)
                 complaint = f"That answer is not valid. {problem}"
                 chat += [{"role": "assistant", "content": completion.text}, {"role": "user", "content": complaint}]
                 continue
@@ -153,7 +153,7 @@ async def _request(
             continue
         if not client.json_mode_confirmed:
             # Some servers accept a response format and ignore it; then the prompt has to describe the schema.
-            ignored = completion.finish_reason != "length" and not any(_objects(completion.text))
+            ignored = not completion.cut_off and not any(_objects(completion.text))
             client.json_mode = JSON_MODES[-1] if ignored else mode
         return completion
     raise AssertionError("the last mode returns or raises")

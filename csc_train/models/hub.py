@@ -13,7 +13,7 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from safetensors import SafetensorError
 
-from csc_train.errors import InputError
+from csc_train.errors import InputError, causes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,9 +40,9 @@ def hub_errors(path: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        causes = list(_causes(error))
+        found = list(causes(error))
         for kind, advice in _REFUSALS.items():
-            if any(isinstance(cause, kind) for cause in causes):
+            if any(isinstance(cause, kind) for cause in found):
                 raise InputError(f"{path}: {advice}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if local.is_dir():
@@ -111,9 +111,3 @@ def snapshot(path: str, what: str) -> Path:
         if not any(found.glob("*.safetensors")):
             huggingface_hub.snapshot_download(path, allow_patterns=["*.bin"])
         return found
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

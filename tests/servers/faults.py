@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from csc_train.llm.client import CHECK_MESSAGES
+
 
 @dataclass(frozen=True)
 class Say:
@@ -56,6 +58,7 @@ class FaultServer:
 
     Attributes:
         script: what the next requests get: a `Say`, a text, a `Fault`, or one of HANG, DRIP, DROP, TORN and HTML.
+        checks: the same for the question by which a client begins; then it is answered.
         answer: request body -> the same, for requests beyond the script.
         requests: (path, headers by lower-case name, body) of every request, in the order of arrival.
         completions: what /v1/completions accepts: `ids` and text, only `text`, or None for no such path.
@@ -64,6 +67,7 @@ class FaultServer:
 
     def __init__(self, answer: Callable[[dict[str, Any]], Any] = lambda body: "您好", completions: str | None = "ids"):
         self.script = deque()
+        self.checks = deque()
         self.answer = answer
         self.completions = completions
         self.echoes = False
@@ -93,6 +97,8 @@ class FaultServer:
 
     def _reply(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> Any:
         """What the request gets, scripted or answered."""
+        if body.get("messages") == CHECK_MESSAGES:
+            return self.checks.popleft() if self.checks else "OK"
         with self._lock:
             self.requests.append((path, headers, body))
             if path == "/v1/completions":

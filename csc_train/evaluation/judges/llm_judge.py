@@ -26,7 +26,7 @@ from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest
 from csc_train.inference.predictions import Prediction
 from csc_train.jsonl import JsonlLog
-from csc_train.llm.client import AuthenticationError, Client, LLMError, Message
+from csc_train.llm.client import Client, LLMError, Message, UnusableServerError
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import ask_structured
 from csc_train.stats import mean
@@ -153,7 +153,7 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
                 answer = await ask_structured(
                     client, question.messages, ANSWER_SCHEMAS[question.task], seed=seed, temperature=0
                 )
-            except AuthenticationError:
+            except UnusableServerError:
                 raise
             except LLMError as error:
                 failures[key] = error
@@ -167,6 +167,7 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
         pending = iter(todo)
         with tqdm(total=len(todo), desc="judging", unit="question", disable=None) as bar:
             async with Client(llm) as client:
+                await client.check()
                 await asyncio.gather(*(work(client, pending, bar) for _ in range(llm.concurrency)))
 
     if todo:

@@ -15,7 +15,7 @@ from csc_train.data.invisible import strip_invisible
 from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.jsonl import JsonlLog, read_jsonl
-from csc_train.llm.client import AuthenticationError, Client, LLMError, Observer, RequestAttempt
+from csc_train.llm.client import Client, LLMError, Observer, RequestAttempt, UnusableServerError
 from csc_train.llm.structured import ask_structured
 from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.filters.llm_checks import AskFn, Schema, check_call_manners, check_quality
@@ -151,7 +151,7 @@ async def build_csconv(
     the result does not depend on timing.
 
     Raises:
-        AuthenticationError: the model's server rejects the key; every other error becomes an outcome.
+        UnusableServerError: the model's server rejects the key; every other error becomes an outcome.
     """
     slots = asyncio.Semaphore(concurrency)
 
@@ -159,7 +159,7 @@ async def build_csconv(
         async with slots:
             try:
                 outcome = await _process_call(each, ask, call, rewrite, language)
-            except AuthenticationError:
+            except UnusableServerError:
                 # Before the next call takes this slot.
                 for task in tasks:
                     if task is not asyncio.current_task():
@@ -196,7 +196,7 @@ async def _process_call(
             verdicts += check_rewrite(rewritten, rewrite)
             if verdicts[-1].keep:
                 verdicts.append(await check_quality(rewritten, ask, language))
-    except AuthenticationError:
+    except UnusableServerError:
         raise
     except LLMError as error:
         return CallOutcome(each.id, tuple(verdicts), failure=str(error))

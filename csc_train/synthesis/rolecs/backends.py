@@ -70,7 +70,7 @@ class Backend(contextlib.AbstractAsyncContextManager, Protocol):
         """The answer to a call; `observe` is called with every attempt as soon as it ends.
 
         Raises:
-            AuthenticationError: the server rejects the key.
+            UnusableServerError: the server rejects the key or cannot be reached.
             LLMError: no usable answer after all retries.
         """
         ...
@@ -92,6 +92,7 @@ class ServerBackend:
 
     def __init__(self, shared: LLMConfig, roles: RolesConfig):
         self._models = {role: role_llm(role, shared, roles) for role in vars(roles)}
+        self._asked_roles = list(self._models)
         self._clients: list[Client] = []
         for role in self._models:
             if all(client.config != self._server(role) for client in self._clients):
@@ -100,8 +101,12 @@ class ServerBackend:
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> "ServerBackend":
-        for client in self._clients:
-            await self._stack.enter_async_context(client)
+        async with contextlib.AsyncExitStack() as stack:
+            for client in self._clients:
+                await stack.enter_async_context(client)
+                if any(self._client(role) is client for role in self._asked_roles):
+                    await client.check()
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *_) -> None:

@@ -38,6 +38,7 @@ class BatchBackend(ServerBackend):
         """
         super().__init__(shared, roles)
         self._batch_roles = config.roles
+        self._asked_roles = [role for role in self._models if role not in config.roles]
         self._results = read_batch_results(config.results)
         self.pending: dict[str, RoleCall] = {}
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from csc_train.data.dialogue import Dialogue
 from csc_train.errors import InputError
 from csc_train.files import digest
-from csc_train.llm.client import AuthenticationError, LLMError, Message, RequestAttempt
+from csc_train.llm.client import LLMError, Message, RequestAttempt, UnusableServerError
 from csc_train.llm.config import LLMConfig
 from csc_train.synthesis.config import BudgetConfig, DuplicatesConfig, RoleCSCheckConfig, SynthesisConfig
 from csc_train.synthesis.filters.llm_checks import check_rolecs
@@ -52,7 +52,7 @@ from csc_train.synthesis.utterances import utterances_of
 
 ROLECS_RULES = ("answers", "ended", "private data", "five criteria", "near-duplicates")
 """The rules for a dialogue, in order. answers: no answer is missing. ended: the dialogue came to an end."""
-TRANSIENT_ERRORS = ("connection", "timeout", "rate_limit", "server_error")
+TRANSIENT_ERRORS = ("connection", "timeout", "rate_limit", "server_error", "interrupted")
 """Errors that say nothing about a dialogue; it is resumed where it stopped."""
 MAX_TRANSIENT_ERRORS = 3
 """Transient errors of one question after which its dialogue fails."""
@@ -72,7 +72,7 @@ class SynthesisProgress:
         tokens, cost: usage so far, earlier starts included; cost is None without prices.
         new_tokens, new_accepted: of this start only.
         started: time by `time.monotonic`.
-        stopped: the reason to stop (`budget`, `interrupted`, `server`, `authentication`) and a message.
+        stopped: the reason to stop (`budget`, `interrupted`, `server`, `unusable`) and a message.
     """
 
     target: int
@@ -258,8 +258,8 @@ class SynthesisRunner:
             while True:
                 try:
                     return await self._filter(slot, await self._converse(slot))
-                except AuthenticationError as failure:
-                    self._stop("authentication", str(failure), at_once=True)
+                except UnusableServerError as failure:
+                    self._stop("unusable", str(failure), at_once=True)
                     raise SynthesisStopped from failure
                 except LLMError as failure:
                     self._stop_if_server_fails(failure)
