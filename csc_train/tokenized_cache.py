@@ -28,12 +28,12 @@ from pathlib import Path
 import filelock
 import numpy
 import tokenizers
-from tqdm import tqdm
 
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, os_errors, read_json, write_json
 from csc_train.models.tokenizer import tokenizer_hash
+from csc_train.progress import ProgressBar
 from csc_train.template.config import TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
 
@@ -147,7 +147,7 @@ def _build(
     with (
         atomic_path(directory) as temporary,
         contextlib.closing(_encode(dialogues, template, num_workers)) as chunks,
-        tqdm(desc="tokenizing", total=len(dialogues), unit="dialogue", disable=None) as bar,
+        ProgressBar(desc="tokenizing", total=len(dialogues), unit="dialogue") as bar,
     ):
         temporary.mkdir()
         _write(temporary, template.prefix_ids, chunks, bar.update)

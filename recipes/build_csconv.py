@@ -26,7 +26,6 @@ def main(config: BuildCsconvRecipe) -> None:
     import asyncio
 
     from rich.console import Console
-    from tqdm import tqdm
 
     from csc_train.config.compose import to_container
     from csc_train.data.readers import read_dialogues, write_dialogues
@@ -34,6 +33,7 @@ def main(config: BuildCsconvRecipe) -> None:
     from csc_train.files import file_digest, write_json
     from csc_train.jsonl import write_jsonl
     from csc_train.llm.client import Client, UnusableServerError
+    from csc_train.progress import ProgressBar
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
     from csc_train.synthesis.csconv.build import (
@@ -66,7 +66,7 @@ def main(config: BuildCsconvRecipe) -> None:
     async def build():
         settings = {"call": config.call, "rewrite": config.rewrite, "duplicates": config.duplicates}
         settings |= {"language": config.language, "concurrency": config.llm.concurrency}
-        with tqdm(total=len(calls), desc="calls", unit="call", disable=None) as bar:
+        with ProgressBar(total=len(calls), desc="calls", unit="call") as bar:
             settings["on_outcome"] = lambda outcome: bar.update()
             if config.llm.backend == "mock":
                 return await build_csconv(calls, log.cached(ask_mock(config.language)), **settings)
@@ -78,9 +78,6 @@ def main(config: BuildCsconvRecipe) -> None:
         outcomes = asyncio.run(build())
     except UnusableServerError as error:
         run.fail(f"stopped: {error}")
-    except KeyboardInterrupt:
-        logger.info(f"stopped\nto resume: run={run.directory} resume=true")
-        raise
 
     # Result files
     source = "CSConv" if config.calls else SAMPLE_SOURCE

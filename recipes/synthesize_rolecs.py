@@ -95,10 +95,9 @@ def main(config: SynthesizeRolecsRecipe) -> None:
         reason, message = progress.stopped
         if reason == "unusable":
             raise InputError(message)
-        logger.info(f"stopped: {message}")
         if reason == "interrupted":
-            logger.info(f"to resume: run={run.directory} resume=true")
             raise KeyboardInterrupt
+        logger.info(f"stopped: {message}")
         run.stop(f"{message.partition('=')[0]}=MORE" if reason == "budget" else "")
     run.finish()
     if progress.empty:

@@ -361,7 +361,7 @@ def test_an_interrupted_run_says_how_to_resume_and_resumes(recipe, fault_server)
 
     fault_server.answer = interrupting
     status, said = recipe(*on_server(fault_server, "llm.concurrency=1"))
-    assert status == 130 and said.endswith("stopped\nto resume: run=run resume=true\n"), said
+    assert status == 130 and said.endswith("interrupted; to resume: run=run resume=true\n"), said
     status, said = recipe("run=run", "resume=true")
     assert status == 0 and "4 of 19 calls are kept" in said
     # The one that was under way is asked again.

@@ -1,10 +1,17 @@
-"""What a synthesis shows while it runs."""
+"""What a synthesis, an evaluation and other long loops show while they run."""
 
 import asyncio
 import io
+import logging
+import sys
+import time
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from csc_train import progress as progress_bars
+from csc_train.progress import ProgressBar
 from csc_train.synthesis.rolecs import progress as progress_view
 from csc_train.synthesis.rolecs.progress import progress_fields, progress_line, progress_table, show_progress
 from csc_train.synthesis.rolecs.runner import SynthesisProgress
@@ -49,3 +56,43 @@ def test_a_terminal_gets_a_table_and_a_file_gets_lines(monkeypatch, capsys):
     asyncio.run(watch(Console(file=io.StringIO())))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 1 and all(each.startswith("accepted 50 of 100, running 8, rejected 5, ") for each in lines)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("is_iterated", [True, False])
+def test_a_long_loop_draws_a_bar_on_a_terminal_and_logs_lines_elsewhere(monkeypatch, caplog, is_iterated):
+    monkeypatch.setattr(progress_bars, "LINE_INTERVAL_S", 0.05)
+    monkeypatch.setattr(logging.getLogger("csc_train"), "propagate", True)
+    caplog.set_level(logging.INFO)
+
+    def work(**settings):
+        if is_iterated:
+            for step in ProgressBar(range(3), "trained, reference context", unit="turn", **settings):
+                time.sleep(0.3 if step == 2 else 0)
+        else:
+            with ProgressBar(total=3, desc="trained, reference context", unit="turn", **settings) as bar:
+                bar.update(2)
+                time.sleep(0.3)
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    work()
+    lines = [record.getMessage() for record in caplog.records]
+    # A step that takes long is reported too.
+    assert len(lines) > 1 and lines[-1].startswith("trained, reference context: 2 of 3 turns, 00:00 elapsed, ")
+    assert sys.stderr.getvalue() == ""
+    work(disable=True)
+    time.sleep(0.15)
+    assert len(caplog.records) == len(lines)  # and none after the end
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    work()
+    assert len(caplog.records) == len(lines) and "3/3" in sys.stderr.getvalue().replace("2/3", "3/3")
+
+
+def test_every_loop_of_the_package_shows_its_progress_by_one_of_the_two():
+    for path in Path(progress_bars.__file__).parent.rglob("*.py"):
+        if path.name not in ("progress.py", "callbacks.py"):
+            assert "from tqdm import" not in path.read_text(encoding="utf-8"), path

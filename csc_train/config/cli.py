@@ -12,9 +12,10 @@ from csc_train.config.paths import CONF, script_of
 from csc_train.config.recipes import SCHEMAS
 from csc_train.errors import InputError, suggestion
 from csc_train.runs.claim import keep_inherited, release_all
-from csc_train.runs.directory import mark_failed
+from csc_train.runs.directory import mark_failed, mark_interrupted
 from csc_train.runs.distributed import exit_with_launcher, record_failure
 
+logger = logging.getLogger(__name__)
 HELP = ("--help", "-h")
 HYDRA_FLAGS = ("--hydra-help", "--cfg", "-c", "--package", "-p", "--resolve", "--info", "-i")
 
@@ -67,7 +68,7 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
             record_failure(error)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        mark_failed(error)
+        logger.info(f"interrupted{mark_interrupted(error)}")
         sys.exit(130)
     except Exception as error:
         mark_failed(error)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy
-from tqdm import tqdm
 
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.near_duplicates import NearDuplicateIndex
+from csc_train.progress import ProgressBar
 
 NGRAM = 13
 """Characters in an n-gram of `find_shared_text`: about eight Chinese words, more than a stock phrase has."""
@@ -41,15 +41,10 @@ def find_overlaps(
     train: list[Dialogue], evaluation: list[Dialogue], threshold: float = 0.8, seed: int = 0
 ) -> Iterator[Overlap]:
     """Every exact or near pair, in the order of `evaluation`, then of `train`; see `NearDuplicateIndex`."""
-
-    def progress(dialogues: list[Dialogue], name: str) -> Iterable[Dialogue]:
-        # disable=None: silent unless the output is a terminal.
-        return tqdm(dialogues, desc=f"overlap check, {name}", unit="dialogue", disable=None)
-
     index = NearDuplicateIndex(threshold, seed)
-    for dialogue in progress(train, "training"):
+    for dialogue in ProgressBar(train, "overlap check, training", unit="dialogue"):
         index.add(index.minhash(dialogue.text))
-    for dialogue in progress(evaluation, "evaluation"):
+    for dialogue in ProgressBar(evaluation, "overlap check, evaluation", unit="dialogue"):
         for position, similarity in index.matches(index.minhash(dialogue.text)):
             other = train[position]
             kind = "exact" if _texts(other) == _texts(dialogue) else "near"

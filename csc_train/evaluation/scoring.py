@@ -21,6 +21,7 @@ from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, met
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.config import CONTEXTS
 from csc_train.inference.predictions import Prediction, RunPredictions, missing_turns, read_run_predictions
+from csc_train.progress import ProgressBar
 
 Results = dict[str, dict[str, dict[str, Any]]]
 """By system and context, the results of `score_predictions`, in the order of table rows; the last is the evaluated
@@ -59,15 +60,11 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig) -> ScoredRun:
     check_complete(run, dialogues)
     contamination = read_contamination(directory)
     flagged = contamination.flagged if contamination else ()
-    results = {
-        name: {
-            context: score_predictions(
-                predictions, by_id, config, failed=len(run.failures[name][context]), flagged=flagged
-            )
-            for context, predictions in contexts.items()
-        }
-        for name, contexts in run.predictions.items()
-    }
+    results: Results = {name: {} for name in run.predictions}
+    places = [(name, context) for name, contexts in run.predictions.items() for context in contexts]
+    for name, context in ProgressBar(places, "scoring", unit="table"):
+        predictions, failed = run.predictions[name][context], len(run.failures[name][context])
+        results[name][context] = score_predictions(predictions, by_id, config, failed=failed, flagged=flagged)
     drifts = {
         name: context_drift(contexts["reference"], contexts["generated"], by_id, config)
         for name, contexts in run.predictions.items()

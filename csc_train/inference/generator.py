@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from csc_train.data.dialogue import Dialogue, Turn
 from csc_train.data.strategies import Strategy
 from csc_train.errors import InputError
@@ -17,6 +15,7 @@ from csc_train.inference.predictions import (
     build_prediction,
     expected_turns,
 )
+from csc_train.progress import ProgressBar
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply
 
@@ -87,7 +86,7 @@ class TurnQueue:
         config_hash: str,
         predicts_strategy: bool,
         store: PredictionStore | None = None,
-        progress_bar: tqdm | None = None,
+        progress_bar: ProgressBar | None = None,
     ):
         self.dialogues, self.context = dialogues, context
         self._config_hash, self._predicts_strategy = config_hash, predicts_strategy
@@ -226,7 +225,7 @@ def generate_predictions(
         One outcome per supporter turn, ordered by dialogue and turn.
     """
     total = sum(len(dialogue.supporter_turns) for dialogue in dialogues)
-    with tqdm(total=total, desc=progress, unit="turn", disable=True if progress is None else None) as bar:
+    with ProgressBar(total=total, desc=progress, unit="turn", disable=progress is None) as bar:
         queue = TurnQueue(dialogues, context, generator.config_hash, generator.predicts_strategy, store, bar)
         generator.run(queue)
     return queue.outcomes()

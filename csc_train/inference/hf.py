@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest, check_manifest, read_manifest
@@ -23,6 +22,7 @@ from csc_train.models.families import cache_kinds
 from csc_train.models.hub import load_causal_lm
 from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
 from csc_train.plugins import load_recorded_plugins
+from csc_train.progress import ProgressBar
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import dialogue_log_likelihoods
@@ -124,7 +124,7 @@ class HFGenerator:
                 queue.complete(in_flight[row][0], self._outcome(*in_flight.pop(row), ids))
         del cache, long_cache
         if self._config.likelihoods and (queue.context == "reference" or self.predicts_strategy):
-            for dialogue in tqdm(queue.dialogues, "likelihoods", unit="dialogue", disable=None):
+            for dialogue in ProgressBar(queue.dialogues, "likelihoods", unit="dialogue"):
                 self._add_likelihoods(queue, dialogue)
 
     def _outcome(self, request: TurnRequest, prompt: list[int], ids: list[int]) -> TurnOutcome:

@@ -31,6 +31,10 @@ EARLY_FILES = (
     "rejected-*.jsonl", "synthesis.db*", ".*.writing-*",
 )  # fmt: skip
 """Patterns of the files that may be in a run directory before its `run.json`."""
+PROGRESS_FILES = (
+    "checkpoints/checkpoint-*", "predictions/*", "answers.jsonl", "judgements.jsonl", "synthesis.db"
+)  # fmt: skip
+"""Patterns of the files in a run directory that a resume continues from."""
 logger = logging.getLogger(__name__)
 
 
@@ -213,6 +217,7 @@ class Run:
     def _resume(self, earlier: dict[str, Any]) -> str:
         """Record that a run is running again, unless it is finished; a status of "running" means that it crashed."""
         if earlier.get("finished"):
+            _note_end()
             return "finished"
         if earlier.get("status") == "running":
             logger.info("note: %s crashed: the process was killed before it recorded its end", self.directory)
@@ -228,8 +233,7 @@ class Run:
         _running = self
 
     def _record_end(self, status: str, **facts: str) -> None:
-        global _running
-        _running = None
+        _note_end()
         if self.is_main:
             # A run that was moved while it worked records its end where it is now.
             directory = self.claim.place or self.directory
@@ -267,6 +271,26 @@ class Run:
 
 _running: Run | None = None
 """The run that this process has started and not ended, on the main process."""
+_ended = False
+"""Whether this process has ended a run, or found it finished."""
+
+
+def _note_end() -> None:
+    global _running, _ended
+    _running, _ended = None, True
+
+
+def mark_interrupted(error: KeyboardInterrupt) -> str:
+    """Mark the run that this process has started, if any, as failed.
+
+    Returns:
+        What a resume can continue from, as the end of a line.
+    """
+    run, ended = _running, _ended
+    mark_failed(error)
+    if run and any(True for pattern in PROGRESS_FILES for _ in run.directory.glob(pattern)):
+        return f"; to resume: run={run.directory} resume=true"
+    return "" if ended else ": nothing was saved"
 
 
 def mark_failed(error: BaseException) -> str:

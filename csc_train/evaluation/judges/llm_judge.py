@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import numpy
 import pydantic
-from tqdm import tqdm
 
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.strategies import STRATEGIES
@@ -29,6 +28,7 @@ from csc_train.jsonl import JsonlLog
 from csc_train.llm.client import Client, LLMError, Message, UnusableServerError
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import ask_structured
+from csc_train.progress import ProgressBar
 from csc_train.stats import mean
 from csc_train.template.reply import Reply, format_reply
 from csc_train.templates import render
@@ -145,7 +145,7 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
     todo = {key: question for question, key in keys.items() if key not in known}  # equal questions are asked once
     failures: dict[str, LLMError] = {}
 
-    async def work(client: Client, pending: Iterator[str], bar: tqdm) -> None:
+    async def work(client: Client, pending: Iterator[str], bar: ProgressBar) -> None:
         for key in pending:
             question = todo[key]
             try:
@@ -165,7 +165,7 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
 
     async def ask_all() -> None:
         pending = iter(todo)
-        with tqdm(total=len(todo), desc="judging", unit="question", disable=None) as bar:
+        with ProgressBar(total=len(todo), desc="judging", unit="question") as bar:
             async with Client(llm) as client:
                 await client.check()
                 await asyncio.gather(*(work(client, pending, bar) for _ in range(llm.concurrency)))

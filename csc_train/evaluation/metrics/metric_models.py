@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, RemBertConfig, RemBertModel
 
 from csc_train.data.invisible import is_blank
 from csc_train.errors import InputError
 from csc_train.files import read_json
+from csc_train.progress import ProgressBar
 
 TextPair = tuple[str, str]
 
@@ -106,7 +106,7 @@ def _scores(
     scorable = [index for index, pair in enumerate(pairs) if not any(map(is_blank, pair))]
     scorable.sort(key=lambda index: sum(map(len, pairs[index])))  # little padding within a batch
     with torch.inference_mode():
-        for start in tqdm(range(0, len(scorable), batch_size), desc=label, leave=False, disable=None):
+        for start in ProgressBar(range(0, len(scorable), batch_size), desc=label, unit="batch", leave=False):
             batch = scorable[start : start + batch_size]
             scores[batch] = score_batch([pairs[index] for index in batch]).double().cpu().numpy()
     return 100 * scores
