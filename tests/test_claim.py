@@ -17,8 +17,9 @@ from processes import run_script
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, write_json
 from csc_train.runs import claim as claims
+from csc_train.runs import directory as runs
 from csc_train.runs.claim import CLAIM_VARIABLE, LOCK_FILE, claim, claim_new, is_claimed
-from csc_train.runs.directory import RECORD_FILE, Run
+from csc_train.runs.directory import RECORD_FILE, Run, mark_interrupted
 
 CLAIM = """
 import os, pathlib, sys, time
@@ -43,6 +44,11 @@ RECIPES = {
     "human_eval": ["export", "one", "two"],
 }
 """Recipes with a run directory, each with a command line that composes."""
+CONTINUED = {
+    "checkpoints/checkpoint-2", "predictions/trained-reference.jsonl.part-00000", "answers.jsonl", "judgements.jsonl",
+    "synthesis.db",
+}  # fmt: skip
+"""What a resume continues from, in run directories of several recipes."""
 
 
 @pytest.fixture
@@ -392,3 +398,18 @@ def test_a_resumed_run_loses_its_error_and_lists_each_command_once(tmp_path, mon
     record = json.loads((tmp_path / "run" / RECORD_FILE).read_text())
     assert record["status"] == "finished" and not record.keys() & {"error", "stopped"}
     assert record["commands"] == [["sft.py", "a"], ["sft.py", "b"]]
+
+
+@pytest.mark.parametrize("file", [None, "base/config.json", "checkpoints/.partial/x", *sorted(CONTINUED)])
+def test_ctrl_c_says_whether_a_resume_has_something_to_continue_from(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(runs, "_ended", False)
+    assert mark_interrupted(KeyboardInterrupt()) == ": nothing was saved"  # no run has started
+    run = Run("sft", {"run": {"directory": str(tmp_path / "run"), "if_exists": "error"}})
+    run.start({})
+    if file:
+        (run.directory / file).parent.mkdir(parents=True, exist_ok=True)
+        (run.directory / file).touch()
+    expected = f"; to resume: run={run.directory} resume=true" if file in CONTINUED else ": nothing was saved"
+    assert mark_interrupted(KeyboardInterrupt()) == expected
+    assert json.loads((run.directory / RECORD_FILE).read_text())["status"] == "failed"
+    assert mark_interrupted(KeyboardInterrupt()) == ""  # in what follows a run

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from processes import run_script
+from processes import Script, run_script
 
 from csc_train.data.sample_grammar import accuracy_ceiling, generate_sample
 from csc_train.errors import InputError
@@ -257,6 +259,26 @@ def test_a_run_killed_after_a_checkpoint_resumes_from_it(tmp_path):
     assert [line["step"] for line in history(run)] == [1, 2, 3, 4, 5, 6]
     assert "runs/killed crashed" in again.stdout
     assert (run / "model" / "model.safetensors").read_bytes() == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("reached", "said"),
+    [
+        (lambda run, output: "training on " in output, ": nothing was saved"),
+        (lambda run, output: (run / "checkpoints" / "checkpoint-2").exists(), "; to resume: run=run resume=true"),
+    ],
+    ids=["before the first step", "after a checkpoint"],
+)
+def test_ctrl_c_says_what_is_saved(tmp_path, reached, said):
+    arguments = ["debug=cpu_tiny", "run.directory=run", "trainer.max_steps=400", "trainer.save_steps=2"]
+    process = Script(ROOT / "recipes" / "sft.py", *arguments, cwd=tmp_path)
+    while process.poll() is None and not reached(tmp_path / "run", process.stdout):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    done = process.wait()
+    assert done.returncode == 130, done.stderr
+    assert f"interrupted{said}\n" in done.stdout, done.stdout
 
 
 @pytest.mark.slow
