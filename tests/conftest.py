@@ -211,6 +211,12 @@ def fault_server():
         yield server
 
 
+def pytest_addoption(parser):
+    """Options of `kill_driver.py`."""
+    parser.addoption("--kills", type=int, help="how often kill_driver.py kills each recipe (default: by recipe)")
+    parser.addoption("--seed", type=int, default=0, help="at which events kill_driver.py kills (default: 0)")
+
+
 def pytest_collection_modifyitems(items):
     """Mark the tests that drive a browser. The file that takes longest comes first, so that no worker ends late."""
     for item in items:
