@@ -8,6 +8,7 @@ two has is a failure, so that nothing a killed process left stays. `workers/kill
 """
 
 import contextlib
+import csv
 import functools
 import json
 import os
@@ -37,6 +38,7 @@ from csc_train.evaluation.judges.annotation_form import read_key
 from csc_train.files import write_json
 from csc_train.inference.predictions import write_predictions
 from csc_train.runs.claim import is_claimed
+from csc_train.runs.config import RESOLVED_FILE
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -56,8 +58,8 @@ class Case:
     Attributes:
         command: its script and arguments.
         kills: how often it is killed.
-        again: the arguments that go on, where `run.json` is in the directory `run`; else, and without them, the same
-            command.
+        again: the arguments that go on, where the directory `run` holds a configuration; else, and without them, the
+            same command.
         after: a regular expression; only events after the last one that matches it count.
     """
 
@@ -103,31 +105,54 @@ CASES = {
 def start(case: Case, place: Path, server: FaultServer, number: int = 0, again: bool = False):
     """Run a case in a directory, up to an event if `number` is one."""
     script, *arguments = case.command
-    if again and case.again and (place / "run" / "run.json").exists():
+    if again and case.again and (place / "run" / RESOLVED_FILE).exists():
         arguments = case.again
     words = [ROOT / script, *(word.replace("SERVER", server.base_url) for word in arguments)]
     killed = [] if again else [KILL_AT, str(number), place / "events.json"]
     return run_script(*killed, *words, cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
+
+_SPEED = {
+    "data_wait_seconds", "step_seconds", "tokens_per_second", "trained_tokens_per_second", "time", "eval_runtime",
+    "eval_samples_per_second", "eval_steps_per_second", "train_runtime", "train_samples_per_second",
+    "train_steps_per_second",
+}  # fmt: skip
 TIMES: dict[str, set[str]] = {
+    "summary.json": {"seconds"},
     "run.json": {"started", "finished", "commands", "crashed"},
+    "history.jsonl": _SPEED,
+    "history.csv": _SPEED,
+    "metrics.json": _SPEED,
+    "trainer_state.json": _SPEED,
+    # Hashes of trainer_state.json; all other files are compared themselves.
+    "csc_checkpoint.json": {"seconds", "trainer_state.json", "xxh3_128"},
 }
-"""The fields that tell when and how often a run was started, by file name."""
+"""The fields that tell when, how often and how fast a run worked, by file name."""
+SHOWN = {"curves.png", "study.log", "summary.md", "output.log"}
+"""Files that show such a field in another form; what else they show is in other files."""
+UNORDERED = {"answers.jsonl", "judgements.jsonl"}
+"""Logs of answers to questions that are asked at the same time, in the order in which they come."""
 
 
 def content(place: Path) -> dict[str, object]:
     """What each file below a directory holds, without times."""
-    return {str(path.relative_to(place)): without_times(path) for path in sorted(place.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(place)): without_times(path, place) for path in place.rglob("*") if path.is_file()}
 
 
-def without_times(path: Path) -> object:
+def without_times(path: Path, place: Path) -> object:
+    if path.name in SHOWN:
+        return None
     if path.suffix == ".db":  # its pages lie in the order in which they were freed
         with contextlib.closing(sqlite3.connect(path)) as database:
             return list(database.iterdump())
-    if path.name not in TIMES:
-        return path.read_bytes()
-    rows = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_bytes()]
-    return [_drop(json.loads(row), TIMES[path.name]) for row in rows]
+    if path.name not in TIMES and path.name not in UNORDERED:
+        return re.sub(rb"\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d{4}", b"TIME", path.read_bytes()).replace(bytes(place), b".")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return _drop(json.loads(text), TIMES[path.name])
+    rows = csv.DictReader(text.splitlines()) if path.suffix == ".csv" else map(json.loads, text.splitlines())
+    rows = [_drop(row, TIMES.get(path.name, set())) for row in rows]
+    return sorted(rows, key=json.dumps) if path.name in UNORDERED else rows
 
 
 def _drop(value: object, names: set[str]) -> object:
@@ -215,4 +240,5 @@ def test_killed_and_started_again_it_leaves_the_same(name, kill, inputs, whole, 
     done = start(case, place, server, again=True)
     assert done.returncode == 0, f"{where}\n{done.stdout}{done.stderr}"
     found = content(place)
-    assert [path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path)] == [], where
+    differing = sorted(path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path))
+    assert differing == [], f"{where}: the only or other {', '.join(differing)}"

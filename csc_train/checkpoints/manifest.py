@@ -94,7 +94,8 @@ def build_manifest(
         tokenizer_hash=tokenizer_hash(template.tokenizer),
         strategies=[strategy.label for strategy in STRATEGIES],
         data_hash=data_digest(training),
-        config=run.config,
+        # Without where and how it was started: a resumed training ends with the same model.
+        config={group: values for group, values in run.config.items() if group != "run"},
         provenance=provenance(),
         base_files=base_files(str(base.path), revision) if run.is_main else {},
     )

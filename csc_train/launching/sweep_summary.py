@@ -10,8 +10,8 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from csc_train.config.cluster import SweepConfig
-from csc_train.files import atomic_path, write_json, write_text
-from csc_train.runs.comparison import markdown_table, terminal_table
+from csc_train.files import write_json, write_text
+from csc_train.runs.comparison import markdown_table, save_svg, terminal_table
 
 PLOTS = {
     "history.svg": "plot_optimization_history",
@@ -95,8 +95,7 @@ def _draw(directory: Path, study: optuna.Study, config: SweepConfig) -> list[str
         with warnings.catch_warnings(action="ignore"):  # about few trials and experimental functions
             figure = getattr(plots, function)(study, target_name=config.metric).figure
         figure.set_size_inches(10, 5)
-        with atomic_path(directory / name) as temporary:
-            figure.savefig(temporary, format="svg", bbox_inches="tight")
+        save_svg(figure, directory / name, bbox_inches="tight")
         matplotlib.pyplot.close(figure)
     return list(PLOTS)
 

@@ -249,5 +249,12 @@ def _plot(path: Path, runs: list[TrainingRun], metric: str) -> None:
     bars.set(title=f"{metric}, last")
     if values and (margin := (max(values) - min(values)) * 0.1):  # near the best, where differences show
         bars.set_xlim(min(values) - margin, max(values) + margin)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="svg")
+    save_svg(figure, path)
+
+
+def save_svg(figure: Any, path: Path, **options: Any) -> None:
+    """Save a figure of matplotlib as SVG; the same figure gives the same file. `options` are those of `savefig`."""
+    import matplotlib
+
+    with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "csc_train"}):
+        figure.savefig(temporary, format="svg", metadata={"Date": None}, **options)
