@@ -106,9 +106,9 @@ class Job:
         Raises:
             InputError: the directory cannot be written.
         """
-        if self.new:
-            write_text(self.directory / RESOLVED_FILE, as_yaml(to_container(self.config)))
         write_text(self.directory / LAUNCH_FILE, as_yaml(to_container(self.launch)))
+        if self.new:  # last: with it the run can be resumed, without it the same command starts it
+            write_text(self.directory / RESOLVED_FILE, as_yaml(to_container(self.config)))
 
     def describe(self) -> str:
         """The run directory, the configuration, and the command or job script, as text."""
