@@ -20,6 +20,7 @@ from processes import TIMEOUT_S
 
 from csc_train.config.compose import compose, to_container
 from csc_train.errors import InputError
+from csc_train.launching import job as launch_job
 from csc_train.launching import supervise
 from csc_train.launching.job import LAUNCH_FILE, launch, plan_job
 from csc_train.launching.launchers.slurm import SCRIPT_FILE
@@ -148,6 +149,27 @@ def frozen(tmp_path_factory):
         two_ranks = ["cluster=cpu2", "cluster.process_launcher=accelerate", "trainer.micro_batch_size=1"]
         plan_job(["experiment=demo", *two_ranks, "run.directory=runs/first"]).write()
     return directory
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_launch_that_is_killed_while_it_writes_is_repeated_by_the_same_command(tmp_path, monkeypatch, written):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["experiment=demo", "cluster=cpu1", "run.directory=run"]
+    write, left = launch_job.write_text, written
+
+    def killed(path, text):
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch_job, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            plan_job(arguments).write()
+    plan_job(arguments).write()
+    assert plan_job(["run=run", "resume=true"]).launch.cluster.world_size == 1
 
 
 @pytest.mark.parametrize("name", GOLDEN)

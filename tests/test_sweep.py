@@ -14,6 +14,7 @@ import pytest
 import wandb.wandb_agent
 import yaml
 from conftest import ROOT
+from matplotlib.figure import Figure
 from test_launch import Started, left_in, record
 
 from csc_train.config.cluster import ClusterConfig
@@ -23,7 +24,7 @@ from csc_train.launching.search_space import extreme_points
 from csc_train.launching.sweep import plan_sweep, sweep
 from csc_train.launching.trial_runner import FailedTrialError, NoSuchMetricError, metric_values, trial_result
 from csc_train.runs.claim import claim
-from csc_train.runs.comparison import find_runs, sort_runs
+from csc_train.runs.comparison import find_runs, save_svg, sort_runs
 
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
 SMALL = ["debug=cpu_tiny", "sweep.poll=0.2", "cluster=cpu1"]
@@ -455,3 +456,11 @@ def test_the_command_of_a_wandb_agent_is_a_launch(tmp_path, capfd, monkeypatch):
     printed = capfd.readouterr().out
     assert "  learning_rate: 0.00025\n" in printed and "  rank: 64\n" in printed
     assert "--nproc_per_node=2" in printed.splitlines()[-1]
+
+
+def test_the_same_figure_is_the_same_file(tmp_path):
+    for name in ("one.svg", "other.svg"):
+        figure = Figure()
+        figure.subplots().plot([1, 2], label="loss")
+        save_svg(figure, tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "other.svg").read_bytes()
