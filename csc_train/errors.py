@@ -20,6 +20,18 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+class ResumableError(InputError):
+    """An InputError that ends a run which can be resumed.
+
+    Attributes:
+        needs: the overrides that the resumed run needs.
+    """
+
+    def __init__(self, message: str, needs: str):
+        super().__init__(message)
+        self.needs = needs
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` with the known name nearest to `name`, or an empty text."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

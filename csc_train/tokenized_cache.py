@@ -63,8 +63,13 @@ MIN_DIALOGUES_PER_WORKER = 10_000
 class TokenizedDataset(Sequence[TokenizedDialogue]):
     """The tokenized dialogues of a cache entry, memory-mapped."""
 
-    def __init__(self, directory: str | os.PathLike):
-        """Map the arrays without checking them; `tokenize` does."""
+    def __init__(self, directory: str | os.PathLike, ids: Sequence[str]):
+        """Map the arrays without checking them; `tokenize` does.
+
+        Args:
+            ids: of the dialogues, in order.
+        """
+        self._names = ids
         arrays = {
             # As plain arrays: slicing a numpy.memmap takes many times longer.
             name: numpy.memmap(_file(directory, name), dtype, "r").view(numpy.ndarray)
@@ -85,6 +90,7 @@ class TokenizedDataset(Sequence[TokenizedDialogue]):
             numpy.concatenate([self._context, self._token_types[token:last_token]]),
             self._turn_offsets[turn + number : last_turn + number + 1],
             self._strategies[turn:last_turn],
+            self._names[number],
         )
 
 
@@ -112,7 +118,7 @@ def tokenize(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: 
                     logger.info("tokenized %s: %s, so it is built again", directory, fault, extra=ANY_RANK)
                 return _build(directory, inputs, dialogues, template, config.num_workers)
     logger.info(f"tokenized {directory}: hit, {len(dialogues):,} dialogues")
-    return TokenizedDataset(directory)
+    return TokenizedDataset(directory, [dialogue.id for dialogue in dialogues])
 
 
 def find_cached(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: TokenizationConfig) -> Path | None:
@@ -158,7 +164,7 @@ def _build(
         f"({len(dialogues) / seconds:,.0f} a second, workers: {num_workers})",
         extra=ANY_RANK,
     )
-    return TokenizedDataset(directory)
+    return TokenizedDataset(directory, [dialogue.id for dialogue in dialogues])
 
 
 def _write(

@@ -270,7 +270,7 @@ def test_written_chunks_are_released(tmp_path):
 
     tokenized_cache._write(tmp_path, maker.prefix_ids, chunks(), lambda count: None)
     assert counts == [5, *[10] * 19]  # a chunk as it comes, and the one before it
-    assert len(tokenized_cache.TokenizedDataset(tmp_path)) == 60
+    assert len(tokenized_cache.TokenizedDataset(tmp_path, [""] * 60)) == 60
 
 
 def test_a_cache_that_is_a_file_is_refused(tmp_path):

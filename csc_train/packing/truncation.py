@@ -55,4 +55,5 @@ def drop_leading_turns(dialogue: TokenizedDialogue, first: int) -> TokenizedDial
         dialogue.token_types[kept],
         dialogue.turn_offsets[first:] - (start - prefix),
         dialogue.strategies[first:],
+        dialogue.id,
     )

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from csc_train.errors import InputError
+from csc_train.errors import InputError, ResumableError
 from csc_train.files import digest, file_digest, free_name, os_errors, read_json, write_json, write_text
 from csc_train.runs.claim import LOCK_FILE, Claim, claim, claim_new
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
@@ -297,12 +297,14 @@ def mark_failed(error: BaseException) -> str:
     """Mark the run that this process has started, if any, as failed.
 
     Returns:
-        How to resume it after an error of the operating system, such as a full disk; else empty.
+        How to resume it after a `ResumableError` or an error of the operating system, such as a full disk; else empty.
     """
     if (run := _running) is None:
         return ""
     with contextlib.suppress(InputError):  # on a full disk this cannot be written either
         run._record_end("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
+    if isinstance(error, ResumableError):
+        return f"; to go on: run={run.directory} resume=true {error.needs}"
     advised = not isinstance(error.__cause__, OSError) or "resume=true" in str(error)
     return "" if advised else f"; when that is mended: run={run.directory} resume=true"
 

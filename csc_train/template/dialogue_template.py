@@ -42,12 +42,14 @@ class TokenizedDialogue:
         turn_offsets: int32 [turns + 1]; the start of each turn, then the length. `turn_offsets[0]` is the length of the
             prefix (the system prompt with its header and footer).
         strategies: uint8 [turns]; the strategy number of each turn, 0 for a customer turn.
+        id: that of the dialogue, for messages.
     """
 
     input_ids: numpy.ndarray
     token_types: numpy.ndarray
     turn_offsets: numpy.ndarray
     strategies: numpy.ndarray
+    id: str = ""
 
     @property
     def trained(self) -> numpy.ndarray:
@@ -201,6 +203,7 @@ class DialogueTemplate:
             token_types,
             numpy.array(turn_offsets, dtype=numpy.int32),
             numpy.array([turn.strategy.number if turn.strategy else 0 for turn in dialogue.turns], dtype=numpy.uint8),
+            dialogue.id,
         )
 
     def _strategy_length(self, turn: Turn, content: list[int]) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from csc_train.errors import InputError, check_fields, check_range
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+ON_NONFINITE = ("stop", "skip", "continue")
 VALIDATION_METRICS = ("loss", "strategy_accuracy")
 ZERO_STAGES = ("auto", "off", "0", "1", "2", "3", "from_launcher")
 
@@ -74,6 +75,10 @@ class TrainerConfig:
     """Dtype of the computation and of the final model: bf16 or fp32. auto: bf16 on a GPU that supports it."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass, to save memory."""
+    on_nonfinite: str = "stop"
+    """What to do at a step whose loss or gradient norm is not finite. stop: end the run before the weights change.
+    skip: leave out the optimizer step, but stop after ten such steps in a row. continue: take the step; under ZeRO,
+    DeepSpeed leaves it out. Broken weights are never saved."""
     seed: int = 0
     """Seed of the order of packs, of random weights and of dropout."""
     logging_steps: int = 1
@@ -90,6 +95,7 @@ class TrainerConfig:
         check_fields("trainer.", self, "packs_per_step", "micro_batch_size", "logging_steps", "save_total_limit", low=1)
         check_fields("trainer.", self, "seed", low=0, high=2**32 - 1)
         check_fields("trainer.", self, "lr_scheduler", choices=SCHEDULERS)
+        check_fields("trainer.", self, "on_nonfinite", choices=ON_NONFINITE)
         check_fields("trainer.", self, "precision", choices=("auto", "bf16", "fp32"))
         check_steps("trainer.save_steps", self.save_steps)
         if self.max_steps == 0:

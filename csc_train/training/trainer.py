@@ -1,6 +1,8 @@
 """SFTTrainer for packed data: its own batch sampler, weighted loss, checkpoints and metrics."""
 
 import itertools
+import logging
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +28,7 @@ from csc_train.checkpoints.training_checkpoint import (
     remove_partial,
     stamp_files,
 )
-from csc_train.errors import InputError
+from csc_train.errors import InputError, ResumableError
 from csc_train.files import os_errors, write_json
 from csc_train.models.attention.select import collator_layout
 from csc_train.models.config import AdapterConfig
@@ -43,12 +45,20 @@ from csc_train.training.deepspeed import check_engine, deepspeed_config, launche
 from csc_train.training.leak_check import check_no_leaks, forbid_kv_cache
 from csc_train.training.loss import normalize_loss, sum_weights, weight_log_probs
 from csc_train.training.memory import out_of_memory_advice
+from csc_train.training.nonfinite import (
+    MAX_SKIPPED_IN_A_ROW,
+    describe_step,
+    spread_nonfinite,
+    weights_are_finite,
+)
 from csc_train.training.train_metrics import TrainMetrics
 from csc_train.training.validation import Validator, last_validation_metrics
 
+logger = logging.getLogger(__name__)
+
 SAME_ARGUMENTS = (
     "packs_per_step", "learning_rate", "weight_decay", "max_grad_norm", "max_steps", "seed", "logging_steps",
-    "save_steps", "save_total_limit",
+    "save_steps", "save_total_limit", "on_nonfinite",
 )  # fmt: skip
 """Settings of `TrainerConfig` that `PackTrainingArguments` has under the same name."""
 
@@ -59,6 +69,8 @@ class PackTrainingArguments(SFTConfig):
 
     packs_per_step: int = 0
     """Packs in the global batch of an optimizer step."""
+    on_nonfinite: str = "stop"
+    """What to do at a step whose loss or gradient norm is not finite (see `TrainerConfig.on_nonfinite`)."""
 
 
 class PackTrainer(SFTTrainer):
@@ -97,6 +109,8 @@ class PackTrainer(SFTTrainer):
         self.validator = validator
         self.wandb_run_id: str | None = None
         self._batch_tokens = 0
+        self._losses: list[torch.Tensor] = []  # of the forward passes of the present step
+        self._skipped = 0  # steps in a row
         self._started = time.time()
 
     def train(self, *arguments, **options):
@@ -114,9 +128,39 @@ class PackTrainer(SFTTrainer):
             raise InputError(message) from error
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """A forward and backward pass; its size is kept for the out-of-memory message."""
+        """A forward and backward pass; its size and loss are kept for messages."""
         self._batch_tokens = inputs["input_ids"].numel()
-        return super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient norm. If it is not finite, what `on_nonfinite` says is done here, before the optimizer step.
+
+        Under ZeRO this comes after the step, which DeepSpeed has then left out.
+
+        Raises:
+            InputError: the norm is not finite, and the training stops.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        finite = norm is None or math.isfinite(norm)
+        self._skipped = 0 if finite else self._skipped + 1
+        skip = not finite and self.args.on_nonfinite != "continue"
+        self.optimizer._is_overflow = skip  # then the learning rate waits, as under ZeRO
+        if not finite:
+            self._report_nonfinite()
+        if skip:
+            model.zero_grad()  # the optimizer changes no weight without a gradient
+        return norm
+
+    def _report_nonfinite(self) -> None:
+        found, action = describe_step(self, self._losses), self.args.on_nonfinite
+        remedy = "try a lower trainer.learning_rate, and check these dialogues and the base model"
+        if action == "stop":
+            raise ResumableError(f"{found}: the step is not taken: {remedy}", "trainer.on_nonfinite=skip")
+        if action == "skip" and self._skipped >= min(MAX_SKIPPED_IN_A_ROW, self.state.max_steps):
+            raise InputError(f"{found}, the last of {self._skipped} such steps in a row: {remedy}")
+        logger.info("note: %s: the step is %s", found, "left out" if action == "skip" else "taken")
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Wrap the model and load the checkpoint to resume from, saved by any number of processes and ZeRO stage.
@@ -196,6 +240,7 @@ class PackTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch the batches of an optimizer step, and measure the waiting time."""
+        self._losses = []
         return super().get_batch_samples(self.metrics.start_step(epoch_iterator), num_batches, device)
 
     def get_eval_dataloader(self, eval_dataset=None) -> PackDataLoader:
@@ -274,7 +319,8 @@ class PackTrainer(SFTTrainer):
                 outputs = model(**arguments)
             return weight_log_probs(outputs, weights)
 
-        return normalize_loss(super().compute_loss(weighted, inputs, num_items_in_batch=total), total)
+        loss = normalize_loss(super().compute_loss(weighted, inputs, num_items_in_batch=total), total)
+        return loss if self.args.on_nonfinite == "continue" else spread_nonfinite(loss)
 
     def _prepare_inputs(self, inputs):
         """Keep the loss weights in fp32: under DeepSpeed the Trainer casts every float to the engine's dtype."""
@@ -294,8 +340,13 @@ class PackTrainer(SFTTrainer):
         """Save a training checkpoint; it gets its name when it is complete.
 
         Raises:
-            InputError: the checkpoint cannot be written.
+            InputError: the checkpoint cannot be written, or its weights are not finite.
         """
+        if not weights_are_finite(self):
+            raise InputError(
+                f"step {self.state.global_step}: the weights are not finite, so neither a checkpoint nor a model is "
+                "written: try a lower trainer.learning_rate, and check the base model"
+            )
         directory, best = Path(self.args.output_dir), self._best_step()
         final = checkpoint_dir(directory, self.state.global_step)
         written = directory / PARTIAL_FOLDER / final.name
@@ -348,6 +399,7 @@ class PackTrainer(SFTTrainer):
             logs.pop(name, None)
         if "loss" in logs:
             logs |= self.metrics.compute(self.accelerator.gather)
+            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which would keep a NaN
         super().log(logs, start_time)
 
 
