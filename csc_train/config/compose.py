@@ -19,7 +19,7 @@ from csc_train.config.paths import CONF
 from csc_train.config.recipes import SCHEMAS, schema_of
 from csc_train.errors import InputError
 from csc_train.plugins import load_plugins
-from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE, RunConfig
+from csc_train.runs.config import RESOLVED_FILE, RunConfig, may_change
 from csc_train.runs.directory import flatten_keys
 
 RECORDED = ("run", "resume", "from")
@@ -43,7 +43,7 @@ def compose(recipe: str, arguments: list[str]) -> Any:
             of the user's own groups. Three forms use the recorded configuration of a run:
 
             - `from=DIR` starts a new run with it; the other overrides change single values.
-            - `run=DIR resume=true` resumes the run; values of `IGNORED_GROUPS` may change (`batch.results`).
+            - `run=DIR resume=true` resumes the run; some values may change (see `runs.config.may_change`).
             - `run=DIR score_only=true` is for evaluations; the other overrides change single values.
 
     Raises:
@@ -183,7 +183,7 @@ def _resumed_directory(recorded: dict[str, str], values: list[str]) -> Path:
         raise InputError(f"{recorded['resume']}: name the run to resume, by run=DIR")
     if recorded.get("resume", "").lower() != "resume=true":
         raise InputError(f"{recorded['run']}: add resume=true to resume the run, or start a new run by from=DIR")
-    others = [text for text in values if text.split("=")[0].split(".")[0] not in IGNORED_GROUPS]
+    others = [text for text in values if not may_change(text.split("=")[0])]
     if others := [*others, *filter(None, [recorded.get("from")])]:
         raise InputError(f"{others[0]}: a run resumes with its own values; start a new run with others by from=DIR")
     return Path(recorded["run"].split("=", 1)[1])

@@ -7,8 +7,15 @@ from csc_train.errors import check_fields
 IF_EXISTS = ("error", "reuse", "resume", "extend", "replace")
 IGNORED_GROUPS = ("run", "tokenization", "tracking", "on_finish", "batch", "budget")
 """Groups of a configuration that do not change the results of a run; a resumed run may change their values."""
+RESUMABLE_KEYS = ("trainer.on_nonfinite",)
+"""Settings of other groups that a resumed run may change: what to do where it stopped."""
 RESOLVED_FILE = "resolved.yaml"
 """In a run directory: the whole configuration of the run."""
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may give a setting another value."""
+    return key in RESUMABLE_KEYS or key.split(".")[0] in IGNORED_GROUPS
 
 
 @dataclass

@@ -15,7 +15,7 @@ import yaml
 from csc_train.errors import InputError, ResumableError
 from csc_train.files import digest, file_digest, free_name, os_errors, read_json, write_json, write_text
 from csc_train.runs.claim import LOCK_FILE, Claim, claim, claim_new
-from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
+from csc_train.runs.config import RESOLVED_FILE, may_change
 from csc_train.runs.distributed import distributed_state, on_main
 from csc_train.runs.provenance import code_digest, provenance, uncommitted_diff
 
@@ -151,7 +151,7 @@ class Run:
         recorded = flatten_keys(_read_yaml(place / RESOLVED_FILE))
         now = flatten_keys(self.config)
         # Sharding does not change the results. A setting that only one of them has belongs to other code.
-        same = {key for key in now if key in recorded and key.split(".")[0] not in (*IGNORED_GROUPS, "zero")}
+        same = {key for key in now if key in recorded and not (may_change(key) or key.startswith("zero."))}
         settings = [
             f"{key}={recorded[key]}, not {now[key]}" for key in recorded if key in same and recorded[key] != now[key]
         ]

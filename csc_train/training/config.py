@@ -77,8 +77,8 @@ class TrainerConfig:
     """Recompute activations in the backward pass, to save memory."""
     on_nonfinite: str = "stop"
     """What to do at a step whose loss or gradient norm is not finite. stop: end the run before the weights change.
-    skip: leave out the optimizer step, but stop after ten such steps in a row. continue: take the step; under ZeRO,
-    DeepSpeed leaves it out. Broken weights are never saved."""
+    skip: leave out the optimizer step. continue: take it; DeepSpeed leaves it out. Ten such steps in a row end the run
+    in any case, and broken weights are never saved."""
     seed: int = 0
     """Seed of the order of packs, of random weights and of dropout."""
     logging_steps: int = 1

@@ -4,6 +4,7 @@ Stage 1 shards the optimizer states, stage 2 the gradients too, stage 3 the weig
 "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020).
 """
 
+import math
 import os
 import socket
 import warnings
@@ -111,6 +112,24 @@ def check_engine(trainer: Trainer) -> None:
         for name, parameter in trainer.model.named_parameters():
             if not _is_shard(parameter, started):
                 raise InputError(f"zero asks for ZeRO stage 3, but {name} is not sharded over {started} processes")
+
+
+def skip_nonfinite_steps(optimizer: Any) -> None:
+    """Let an optimizer leave out steps whose gradients are not finite, and tell DeepSpeed, as its ZeRO optimizers do.
+
+    Args:
+        optimizer: as accelerate wraps it under DeepSpeed's stage 0.
+    """
+
+    def before_step(optimizer: Any, *_) -> None:
+        gradients = [each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+        optimizer.overflow = not torch.nn.utils.get_total_norm(gradients).isfinite()
+        optimizer._global_grad_norm = math.inf if optimizer.overflow else None
+        if optimizer.overflow:
+            optimizer.zero_grad()
+
+    optimizer.__has_overflow__ = True  # accelerate looks for it before the first step
+    optimizer.optimizer.register_step_pre_hook(before_step)
 
 
 def _engine(stage: int | None) -> str:

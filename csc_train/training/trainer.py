@@ -41,7 +41,13 @@ from csc_train.packing.pack_cost import pack_cost
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
 from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
-from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, start_deepspeed
+from csc_train.training.deepspeed import (
+    check_engine,
+    deepspeed_config,
+    launcher_stage,
+    skip_nonfinite_steps,
+    start_deepspeed,
+)
 from csc_train.training.leak_check import check_no_leaks, forbid_kv_cache
 from csc_train.training.loss import normalize_loss, sum_weights, weight_log_probs
 from csc_train.training.memory import out_of_memory_advice
@@ -137,30 +143,35 @@ class PackTrainer(SFTTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradient norm. If it is not finite, what `on_nonfinite` says is done here, before the optimizer step.
 
-        Under ZeRO this comes after the step, which DeepSpeed has then left out.
+        Under DeepSpeed this comes after the step, which it has then left out.
 
         Raises:
             InputError: the norm is not finite, and the training stops.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        finite = norm is None or math.isfinite(norm)
-        self._skipped = 0 if finite else self._skipped + 1
-        skip = not finite and self.args.on_nonfinite != "continue"
-        self.optimizer._is_overflow = skip  # then the learning rate waits, as under ZeRO
-        if not finite:
-            self._report_nonfinite()
+        skip = norm is not None and not math.isfinite(norm)
+        self._skipped = self._skipped + 1 if skip else 0
+        if skip:
+            found = describe_step(self, self._losses)
+            skip = self.args.on_nonfinite != "continue" or self.args.deepspeed_plugin is not None
+            self._end_or_note(f"{found}: the step is {'not ' * skip}taken")
         if skip:
             model.zero_grad()  # the optimizer changes no weight without a gradient
+        self.optimizer._is_overflow = skip  # then the learning rate waits, as under DeepSpeed
         return norm
 
-    def _report_nonfinite(self) -> None:
-        found, action = describe_step(self, self._losses), self.args.on_nonfinite
+    def _end_or_note(self, found: str) -> None:
+        """End the training, or go on, as `on_nonfinite` says.
+
+        Args:
+            found: what is not finite, and where.
+        """
         remedy = "try a lower trainer.learning_rate, and check these dialogues and the base model"
-        if action == "stop":
-            raise ResumableError(f"{found}: the step is not taken: {remedy}", "trainer.on_nonfinite=skip")
-        if action == "skip" and self._skipped >= min(MAX_SKIPPED_IN_A_ROW, self.state.max_steps):
-            raise InputError(f"{found}, the last of {self._skipped} such steps in a row: {remedy}")
-        logger.info("note: %s: the step is %s", found, "left out" if action == "skip" else "taken")
+        if self.args.on_nonfinite == "stop":
+            raise ResumableError(f"{found}: {remedy}", "trainer.on_nonfinite=skip")
+        if self._skipped >= min(MAX_SKIPPED_IN_A_ROW, self.state.max_steps):
+            raise InputError(f"{found}, and neither were the {self._skipped - 1} before: {remedy}")
+        logger.info("note: %s", found)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Wrap the model and load the checkpoint to resume from, saved by any number of processes and ZeRO stage.
@@ -177,6 +188,8 @@ class PackTrainer(SFTTrainer):
         checkpoint = None if reshard else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
         check_engine(self)
+        if self.args.deepspeed_plugin and self.args.deepspeed_plugin.zero_stage == 0:
+            skip_nonfinite_steps(self.optimizer)
         if reshard:
             load_resharded(self, Path(resume_from_checkpoint))
         if self.is_world_process_zero():  # what a killed process left

@@ -8,6 +8,7 @@ FOLDER holds `model` (a model directory with its tokenizer), `packs` and, where 
 import gc
 import itertools
 import json
+import math
 import os
 import pickle
 import signal
@@ -23,6 +24,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from csc_train.checkpoints.manifest import Manifest
+from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig, ModelConfig
@@ -76,6 +78,7 @@ def train(
     tracked: str | None = None,
     ends: tuple[str, int] | None = None,
     validation: ValidationConfig | None = None,
+    broken: int | None = None,
     **options,
 ) -> SFTTrainer:
     """Train the model of `folder` on its packs.
@@ -88,6 +91,7 @@ def train(
         tracked: a run directory in `folder`, in which the training is tracked by W&B offline.
         ends: how it ends before its time, and after which step (see `Ends`).
         validation: what to measure while training; the packs are then of mode `joint`.
+        broken: a token whose embedding the model reads as NaN.
         options: go to `TrainerConfig`.
     """
     if tracked is not None:
@@ -137,6 +141,10 @@ def train(
         adapter=adapter,
         validator=validator,
     )
+    if broken is not None:
+        trainer.model.get_input_embeddings().register_forward_hook(
+            lambda _, arguments, output: output.masked_fill((arguments[0] == broken)[..., None], math.nan)
+        )
     trainer.documents = []
     weigh = trainer._get_num_items_in_batch
 
@@ -248,7 +256,10 @@ if __name__ == "__main__":
         made = {kind: make(**options.pop(kind)) for kind, make in kinds.items() if kind in options}
         gc.collect()  # a trainer refers to itself, and while one of ZeRO-3 lives, models are loaded in shards
         gc.freeze()  # libraries collect, too, and would look at all that was imported
-        trained[name] = curve(train(Path(folder), **options, **made))
+        try:
+            trained[name] = curve(train(Path(folder), **options, **made))
+        except InputError as error:
+            trained[name] = {"error": str(error)}
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what DeepSpeed leaves behind for the next
     if distributed_state().is_main_process:
         Path(output).write_text(json.dumps(trained), encoding="utf-8")
