@@ -60,10 +60,8 @@ def contents(cache: Path) -> dict[str, bytes]:
 
 
 def same(one, other) -> bool:
-    return all(
-        numpy.array_equal(getattr(one, name), getattr(other, name)) and getattr(one, name).dtype == part.dtype
-        for name, part in vars(other).items()
-    )
+    pairs = [(numpy.asarray(part), numpy.asarray(getattr(one, name))) for name, part in vars(other).items()]
+    return all(numpy.array_equal(mine, theirs) and mine.dtype == theirs.dtype for mine, theirs in pairs)
 
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "given"}, {"mode": "reply_only", "language": "en"}], ids=str)
@@ -169,7 +167,7 @@ def test_a_changed_encoding_needs_a_new_version():
         for mode in MODES:
             for language in LANGUAGES:
                 one = template(name, mode=mode, language=language).encode(FIXED)
-                for array in vars(one).values():
+                for array in list(vars(one).values())[:-1]:  # the id behind them is not encoded
                     found.update(array.tobytes())
     assert {tokenized_cache.ENCODING_VERSION: found.hexdigest()} == PINNED, (
         "raise ENCODING_VERSION, and pin the new hash"
