@@ -1,6 +1,7 @@
-"""Compare the training runs of a folder: settings that differ, last metrics, speed, curves.
+"""Compare training runs, or those of folders: last metrics, speed, settings that differ, curves.
 
 python recipes/compare_runs.py runs/sweeps/lr
+python recipes/compare_runs.py runs/first runs/second
 python recipes/compare_runs.py runs metric=eval_strategy_accuracy direction=maximize
 """
 
@@ -28,7 +29,7 @@ def main(config: CompareRunsRecipe) -> None:
 
     require_single_process("compare_runs")
     run = Run("compare_runs", to_container(config), OUTPUTS)
-    runs, broken = find_runs(Path(config.folder))
+    runs, broken = find_runs([Path(folder) for folder in config.folders])
     runs = sort_runs(runs, config.metric, config.direction)
 
     # Table and plot

@@ -168,9 +168,9 @@ def test_runs_are_compared_by_what_they_differ_in(place, summary):
 
 def test_a_folder_without_runs_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
-        find_runs(tmp_path / "nowhere")
+        find_runs([tmp_path / "nowhere"])
     with pytest.raises(InputError, match="holds no training run"):
-        find_runs(tmp_path)
+        find_runs([tmp_path])
 
 
 def test_a_bad_trial_of_a_grid_is_pruned(tmp_path, monkeypatch, capsys):
@@ -430,7 +430,7 @@ def test_finished_runs_come_first_by_their_metric(tmp_path):
     score = {"ACC": {"value": 50.0}, "BS": {"value": None}}
     results = {system: {"reference": {"profiles": {"paper": score}}} for system in ("base", "trained")}
     (tmp_path / "evaluation" / "results.json").write_text(json.dumps({"results": results}))
-    runs, broken = find_runs(tmp_path)
+    runs, broken = find_runs([tmp_path])
     assert broken == []
     names = lambda direction: [Path(run.directory).name for run in sort_runs(runs, "loss", direction)]  # noqa: E731
     assert (names("minimize"), names("maximize")) == (["c", "b", "a"], ["b", "c", "a"])

@@ -28,7 +28,7 @@ POSITIONAL = {
     "compare": ("a", "b"),
     "judge": ("a", "b"),
     "human_eval": ("action", "inputs*"),
-    "compare_runs": ("folder",),
+    "compare_runs": ("folders*",),
 }
 """Keys of a recipe's leading bare words; a key with a star takes all words that follow."""
 CONFIG_DIR = "--config-dir"

@@ -4,8 +4,7 @@ import itertools
 import math
 import os
 import statistics
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,16 +69,30 @@ def last_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return last | {f"eval_{name}": value for name, value in metrics.get("validation", {}).items() if name != "step"}
 
 
-def find_runs(folder: Path) -> tuple[list[TrainingRun], list[str]]:
-    """The training runs in a folder and its subfolders, and the errors of those that cannot be read.
+def find_runs(folders: Sequence[Path]) -> tuple[list[TrainingRun], list[str]]:
+    """The training runs in folders and their subfolders, and the errors of those that cannot be read.
 
     Raises:
         InputError: there is no such folder, or it holds no training run.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
     runs: dict[Path, TrainingRun] = {}
-    evaluations, broken = [], []
+    evaluations: list[tuple[str | None, dict[str, Any]]] = []
+    broken: list[str] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder")
+        if not _collect(folder, runs, evaluations, broken):
+            raise InputError(f"{folder}: holds no training run")
+    for checkpoint, results in evaluations:
+        for place in (Path(checkpoint), Path(checkpoint).parent) if checkpoint else ():
+            if run := runs.get(place.resolve()):
+                run.scores.update(_scores(results["results"]))
+    return list(runs.values()), broken
+
+
+def _collect(folder: Path, runs: dict[Path, TrainingRun], evaluations: list, broken: list[str]) -> bool:
+    """Add what a folder holds; returns whether there is a training run."""
+    found = False
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
         directory = Path(place)
@@ -88,17 +101,14 @@ def find_runs(folder: Path) -> tuple[list[TrainingRun], list[str]]:
         try:
             record = read_run_record(directory)
             if record.get("recipe", "sft" if "launch.yaml" in files else None) == "sft":
+                found = True
                 runs[directory.resolve()] = read_run(directory, record)
             elif record.get("recipe") == "evaluate" and RESULTS_FILE in files:
                 evaluations.append((_settings(directory).get("checkpoint"), read_json(directory / RESULTS_FILE)))
         except (InputError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+            found = True
             broken.append(f"{directory}: {' '.join(str(error).split()) or type(error).__name__}")
-    if not runs and not broken:
-        raise InputError(f"{folder}: holds no training run")
-    for checkpoint, results in evaluations:
-        if checkpoint and (run := runs.get(Path(checkpoint).parent.resolve())):
-            run.scores.update(_scores(results["results"]))
-    return list(runs.values()), broken
+    return found
 
 
 def read_run(directory: Path, record: dict[str, Any]) -> TrainingRun:
@@ -175,20 +185,20 @@ def write_comparison(directory: Path, runs: list[TrainingRun], broken: list[str]
     facts = [{name: value for name, value in asdict(run).items() if name != "history"} for run in runs]
     comparison = {"metric": metric, "differing": differing_settings(runs), "runs": facts, "broken": broken}
     write_json(directory / "runs.json", comparison)
-    table = markdown_table(_table(runs, metric))
-    errors = "\nNot read:\n\n" + "".join(f"- {line}\n" for line in broken) if broken else ""
-    write_text(directory / "runs.md", f"# Runs\n\n{table}\n\n![loss curves](runs.svg)\n{errors}")
+    text = "\n\n".join(["# Runs", *map(markdown_table, _tables(runs, metric, 160)), "![loss curves](runs.svg)"])
+    write_text(directory / "runs.md", "\n".join([text, "", *(f"- {line}" for line in _errors(runs, broken)), ""]))
     _plot(directory / "runs.svg", runs, metric)
 
 
 def show_comparison(runs: list[TrainingRun], broken: list[str], metric: str) -> None:
-    """Print the table, and the errors of the runs that cannot be read."""
+    """Print the tables, and the errors below."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(terminal_table(_table(runs, metric)))
-    for line in broken:
-        console.print(f"not read: {line}", highlight=False, soft_wrap=True)
+    console = Console()
+    for rows in _tables(runs, metric, console.width):
+        console.print(terminal_table(rows))
+    for line in _errors(runs, broken):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown_table(rows: list[list[str]]) -> str:
@@ -199,27 +209,70 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 def terminal_table(rows: list[list[str]], title: str | None = None) -> "Table":
     """A table for the terminal; the first row is the header."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(*rows[0], title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name.replace(" ", "\n"), overflow="fold")
     for row in rows[1:]:
         table.add_row(*row)
     return table
 
 
-def _table(runs: list[TrainingRun], metric: str) -> list[list[str]]:
-    """The header and a row for each run."""
-    columns: dict[str, list[Any]] = {"run": [run.directory for run in runs], "status": [run.status for run in runs]}
-    columns |= {key: [run.settings.get(key) for run in runs] for key in differing_settings(runs)}
-    for name in (metric, "eval_loss", "eval_strategy_accuracy", "loss"):
+def _tables(runs: list[TrainingRun], metric: str, width: int) -> list[list[list[str]]]:
+    """Tables of at most `width` characters, each with its header: results, and the settings that differ.
+
+    Settings are columns beside the metric if all fit in one table, else a table of their own lists their values.
+    """
+    first: dict[str, list[Any]] = {"run": [run.directory for run in runs], "status": [run.status for run in runs]}
+    first[metric] = [run.metrics.get(metric) for run in runs]
+    settings = {key: [run.settings.get(key) for run in runs] for key in differing_settings(runs)}
+    columns: dict[str, list[Any]] = {}
+    for name in ("eval_loss", "eval_strategy_accuracy", "loss"):
         if any(name in run.metrics for run in runs):
             columns[name] = [run.metrics.get(name) for run in runs]
-    columns |= {name: [each.scores.get(name) for each in runs] for run in runs for name in run.scores}
     columns["steps"] = [max((line["step"] for line in run.history), default=None) for run in runs]
     columns["trained tokens/s"] = [None if run.speed is None else f"{run.speed:,.0f}" for run in runs]
-    if any(run.error for run in runs):
-        columns["error"] = [run.error or "" for run in runs]
-    return [list(columns), *([_short(value) for value in row] for row in zip(*columns.values(), strict=True))]
+    columns |= {name: [each.scores.get(name) for each in runs] for run in runs for name in run.scores}
+    if len(_split(first | settings, width)) == 1:
+        return _split(first | settings | columns, width)
+    rows = [["setting", "value", "runs"]]
+    for key, values in settings.items():
+        numbers: dict[str, list[int]] = {}
+        for number, value in enumerate(map(_short, values), 1):
+            numbers.setdefault(value, []).append(number)
+        rows += [[key if not place else "", value, _ranges(numbers[value])] for place, value in enumerate(numbers)]
+    return [*_split(first | columns, width), rows]
+
+
+def _split(columns: dict[str, list[Any]], width: int) -> list[list[list[str]]]:
+    """Tables of these columns that fit the width; each starts with the numbers of the runs."""
+    tables: list[list[list[str]]] = []
+    for name, values in columns.items():
+        column = [name, *map(_short, values)]
+        if not tables or sum(map(_width, [*tables[-1], column])) + 2 > width:
+            tables.append([["#", *map(str, range(1, len(column)))]])
+        tables[-1].append(column)
+    rows = [[list(row) for row in zip(*table, strict=True)] for table in tables]
+    return [[header, *(row for row in table if {*row[1:]} != {_short(None)})] for header, *table in rows]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers in words, such as `1-3 5`."""
+    groups = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ends = [(found[0], found[-1]) for _, group in groups for found in [[number for _, number in group]]]
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
+
+
+def _width(column: list[str]) -> int:
+    """Characters of a column in a table, whose header breaks between words."""
+    return 3 + max(map(len, [*column[0].split(), *column[1:]]))
+
+
+def _errors(runs: list[TrainingRun], broken: list[str]) -> list[str]:
+    failed = [f"#{number} {run.status}: {run.error}" for number, run in enumerate(runs, 1) if run.error]
+    return failed + [f"not read: {line}" for line in broken]
 
 
 def _short(value: Any) -> str:
@@ -234,9 +287,10 @@ def _plot(path: Path, runs: list[TrainingRun], metric: str) -> None:
     colours = itertools.cycle(matplotlib.colormaps["tab20"](range(20)))
     panels = list(dict.fromkeys(("loss", metric)))
     *curves, bars = figure.subplots(1, len(panels) + 1)
-    common = os.path.commonpath([Path(run.directory).parent for run in runs])
+    places = [Path(run.directory).resolve() for run in runs]
+    common = os.path.commonpath([place.parent for place in places]) if places else ""
     values = []
-    for run, colour in zip(runs, colours, strict=False):
+    for run, place, colour in zip(runs, places, colours, strict=False):
         for axes, name in zip(curves, panels, strict=True):
             points = [(line["step"], line[name]) for line in run.history if name in line]
             if points:
@@ -244,7 +298,7 @@ def _plot(path: Path, runs: list[TrainingRun], metric: str) -> None:
             axes.set(title=name, xlabel="optimizer step")
         if metric in run.metrics:
             values.append(run.metrics[metric])
-            bars.barh(os.path.relpath(run.directory, common), values[-1], color=colour)
+            bars.barh(os.path.relpath(place, common), values[-1], color=colour)
     bars.invert_yaxis()
     bars.set(title=f"{metric}, last")
     if values and (margin := (max(values) - min(values)) * 0.1):  # near the best, where differences show

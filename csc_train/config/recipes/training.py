@@ -85,8 +85,8 @@ class WriteSampleRecipe:
 class CompareRunsRecipe:
     """Configuration of recipes/compare_runs.py."""
 
-    folder: str = "runs"
-    """The folder of the runs; subfolders are included."""
+    folders: list[str] = field(default_factory=lambda: ["runs"])
+    """Runs, or folders of runs; subfolders are included."""
     metric: str = "eval_loss"
     """The metric that orders the runs. Its curves are drawn beside the training loss."""
     direction: str = "minimize"
