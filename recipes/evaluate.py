@@ -9,12 +9,16 @@ python recipes/evaluate.py llm=gpt_4o data=rolecs
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     from csc_train.config.cli import run_recipe
     from csc_train.config.recipes.evaluation import EvaluateRecipe
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
+
+if TYPE_CHECKING:
+    from csc_train.evaluation.scoring import ScoredRun
 
 logger = logging.getLogger("csc_train.recipes.evaluate")
 OUTPUTS = (
@@ -38,6 +42,7 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.evaluation.evaluated_model import find_trained, open_evaluated, write_evaluated
     from csc_train.evaluation.scoring import prepare_metrics
     from csc_train.inference.hf import read_template_and_manifest
+    from csc_train.inference.predictions import describe_kinds
     from csc_train.runs.directory import Run, claim_run
     from csc_train.runs.distributed import distributed_state, on_main, require_single_process
     from csc_train.tracking.wandb import attach_evaluation
@@ -94,7 +99,7 @@ def main(config: EvaluateRecipe) -> None:
         systems.import_replies(config.predictions, run.directory, config.evaluation.contexts[0], splits.evaluation)
 
     # Metrics, report
-    failures = score_and_show(run.directory, config)
+    scored = score_and_show(run.directory, config)
     if model:
         manifest = model.source.manifest
         attach_evaluation(manifest.wandb, manifest.config.get("tracking", {}), run.directory)
@@ -102,30 +107,34 @@ def main(config: EvaluateRecipe) -> None:
         logger.info(
             f"ceiling of ACC, by the rule that wrote the sample dialogues: {accuracy_ceiling(splits.evaluation):.2f}"
         )
-    if failures:
-        run.fail(failures)
+    if scored.incomplete:
+        kinds, limit = scored.run.failed_kinds, config.evaluation.max_new_tokens
+        needs = config.llm.larger_limit(kinds, limit) if config.llm else ""
+        run.fail(f"incomplete: {len(kinds)} turns failed ({describe_kinds(kinds)})", "incomplete", needs)
     run.finish()
 
 
-def score_and_show(directory: Path, config: EvaluateRecipe) -> str:
-    """Score the predictions in a run directory, write and print the report, and return a summary of failed turns."""
+def score_and_show(directory: Path, config: EvaluateRecipe) -> "ScoredRun":
+    """Score the predictions in a run directory, and write and print the report."""
     from rich.console import Console
 
     from csc_train.config.compose import to_container
     from csc_train.evaluation.report.html import write_html
-    from csc_train.evaluation.report.tables import console_table, write_results
+    from csc_train.evaluation.report.tables import console_table, turn_counts, write_results
     from csc_train.evaluation.scoring import score_run
     from csc_train.files import read_json
     from csc_train.runs.directory import RECORD_FILE
     from csc_train.runs.provenance import provenance
 
-    scored, settings = score_run(directory, config.metrics), to_container(config)
+    scored, settings = score_run(directory, config.metrics, config.evaluation.max_failed), to_container(config)
     facts = provenance() | {"metrics": settings["metrics"]}
     write_results(directory, scored.results, scored.drifts, facts, scored.contamination)
     write_html(directory, scored, settings, read_json(directory / RECORD_FILE))
     Console().print(*(console_table(scored.results, profile) for profile in config.metrics.profiles))
+    for counts in turn_counts(scored.results, brief=True):
+        logger.info(f"turns: {counts}")
     logger.info(f"report: {directory}/report.html (also table.md, results.json); predictions: {directory}/predictions")
-    return scored.run.failure_summary()
+    return scored
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def main(config: JudgeRecipe) -> None:
         summarize,
     )
     from csc_train.files import digest, write_json, write_text
+    from csc_train.inference.predictions import describe_kinds
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
     from csc_train.runs.provenance import provenance
@@ -61,8 +62,9 @@ def main(config: JudgeRecipe) -> None:
     write_json(run.directory / "judge.json", facts | judge_json(summary, report))
     write_text(run.directory / "judge.md", table)
     logger.info(f"{table}\nreport: {run.directory}/judge.md, {run.directory}/judge.json")
-    if report.failures:
-        run.fail(f"{len(report.failures)} questions failed")
+    if kinds := report.failed_kinds:
+        reason = f"incomplete: {len(kinds)} of {len(asked)} questions failed ({describe_kinds(kinds)})"
+        run.fail(reason, "incomplete", config.llm.larger_limit(kinds))
     run.finish()
 
 

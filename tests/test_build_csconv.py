@@ -348,7 +348,7 @@ def test_the_recipe_on_a_server_that_fails_then_answers(tmp_path, recipe, fault_
 def test_the_recipe_stops_at_a_refused_key(recipe, fault_server):
     fault_server.answer = lambda body: Fault(401)
     status, said = recipe(*on_server(fault_server, "llm.concurrency=1"))
-    assert status == 1 and "stopped: authentication" in said and "resume=true" in said, said
+    assert status == 1 and "stopped: llm.api_key_env=None: " in said and "resume=true" in said, said
     assert len(fault_server.requests) == 1
 
 

@@ -8,7 +8,7 @@ import time
 import pydantic
 import pytest
 from processes import TIMEOUT_S, free_port
-from servers.faults import DRIP, DROP, HANG, HTML, TORN, Fault, Say
+from servers.faults import DRIP, DROP, HANG, HTML, NO_REPLIES, TORN, Fault, Say
 
 from csc_train.errors import InputError
 from csc_train.llm import client as client_module
@@ -207,14 +207,6 @@ def test_any_answer_shows_that_a_server_is_there(reply, fault_server):
 
     asyncio.run(main())
     assert not fault_server.checks
-
-
-NO_REPLIES = {
-    "cut_off": [Say("", "length"), Say(None, "length"), Say("<think>\n先想想", "length"), Say(" \n", "max_tokens")],
-    "empty": [Say(""), Say(None), Say("\n "), Say("<think>想"), Say("<think>想</think>\n")],
-    "interrupted": [Say("[情", "insufficient_system_resource"), Say("", "tool_calls"), Say("抱", "abort")],
-    "refused": [Say("", refusal="I cannot help."), Say("抱", "content_filter")],
-}
 
 
 @pytest.mark.parametrize(("kind", "reply"), [(kind, reply) for kind, some in NO_REPLIES.items() for reply in some])

@@ -344,7 +344,10 @@ def test_the_recipe_judges_resumes_and_reports(runs, fault_server, capsys):
     with pytest.raises(SystemExit) as ended:
         recipe.main(compose("judge", command))
     assert ended.value.code == 1 and len(fault_server.requests) == 80
-    assert "1 questions failed; to retry the failed part: run=judged resume=true" in capsys.readouterr().out
+    reason = "incomplete: 1 of 80 questions failed (1 server_error); to retry the failed part: run=judged resume=true\n"
+    assert capsys.readouterr().out.endswith(reason)
+    assert json.loads((runs / "judged/run.json").read_text(encoding="utf-8"))["status"] == "incomplete"
+    assert "(percent) †" in (runs / "judged/judge.md").read_text(encoding="utf-8")
     (failure,) = json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))["failures"]
     assert failure["kind"] == "server_error" and failure["dialogue_id"] in DIALOGUES
 
@@ -356,9 +359,37 @@ def test_the_recipe_judges_resumes_and_reports(runs, fault_server, capsys):
     assert written["scores"]["strategy"]["A - B"]["value"] == 1
     table = (runs / "judged/judge.md").read_text(encoding="utf-8")
     assert "| win rate | 100.00" in table and "Turns judged: pairwise 20 of 20, rubric 20 of 20." in table
+    assert "†" not in table
     assert table in capsys.readouterr().out
     recipe.main(compose("judge", ["run=judged", "resume=true"]))
     assert len(fault_server.requests) == 81 and table.strip() in capsys.readouterr().out
+
+
+def test_a_judge_that_said_nothing_prefers_nobody(runs, fault_server, capsys):
+    """Equal replies are ties, which are not asked about; alone they would show 50 %."""
+    equal = system(lambda n: f"品质{2 if n % 2 else 3}，第{n}句")
+    write_predictions(runs / "one/predictions/trained-reference.jsonl", equal)
+    fault_server.answer = lambda body: Say(None)
+    command = [
+        "one", "other", "llm=openai", "llm.model=judge", f"llm.base_url={fault_server.base_url}",
+        "llm.api_key_env=null", "judge.num_turns=20", "run.directory=judged",
+    ]  # fmt: skip
+    recipe = load_recipe("judge")
+    with pytest.raises(SystemExit) as ended:
+        recipe.main(compose("judge", command))
+    said = capsys.readouterr().out
+    assert ended.value.code == 1 and "50.00" not in said
+    assert "| win rate | n/a[^1] |" in said and "A preferred 0, B preferred 0, ties 0," in said
+    assert re.search(r"incomplete: (\d+) of \1 questions failed \(\1 empty\); to retry the failed part: ", said)
+    assert said.endswith("run=judged resume=true llm.retry_max_tokens=4096\n")
+    written = json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))
+    assert written["incomplete"] and written["by_turn"] == []
+
+    fault_server.answer = lambda body: planted(body) if body.get("max_tokens") == 4096 else Say("", "length")
+    recipe.main(compose("judge", ["run=judged", "resume=true", "llm.retry_max_tokens=4096"]))
+    written = json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))
+    rates = written["win_rate"]
+    assert not written["incomplete"] and rates["losses"] == 0 < rates["wins"] < 20 == rates["wins"] + rates["ties"]
 
 
 def test_turns_that_failed_in_one_run_are_left_out_and_counted(runs, fault_server):

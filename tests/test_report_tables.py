@@ -52,7 +52,14 @@ def scores(first, unparsed=0, **missing):
         ],
         "process": {"greeting first": both},
         "reply": {"length": both},
-        "counts": {"turns": 120, "failed": 0, "unparsed": unparsed, "empty_replies": 2},
+        "counts": {
+            "turns": 120,
+            "failed": 0,
+            "unparsed": unparsed,
+            "empty_replies": 2,
+            "cut_off": 3,
+            "incomplete": False,
+        },
     }
 
 
@@ -99,9 +106,9 @@ def test_markdown_names_units_counts_and_reconstructions():
     assert "**B-2** B-2 unit (made up); **B-4** B-4 unit (made up)" in text
     assert "**R-L char** R-L char unit (made up)" in text
     assert "B-2, B-4, R-L, BS and BR are reconstructions" in text
-    assert "untrained, reference context: 120 (7 unparsed, 2 empty)" in text
-    assert "untrained, generated context: 120 (9 unparsed, 2 empty)" in text
-    assert "a|b [bold], reference context: 120 (strategies not predicted, 2 empty)" in text
+    assert "untrained, reference context: 120 (7 unparsed, 2 empty, 3 cut off)" in text
+    assert "untrained, generated context: 120 (9 unparsed, 2 empty, 3 cut off)" in text
+    assert "a|b [bold], reference context: 120 (strategies not predicted, 2 empty, 3 cut off)" in text
 
 
 def test_no_footnotes_where_everything_is_known():

@@ -18,11 +18,15 @@ class EvaluationConfig(InferenceConfig):
     base: bool | str = True
     """Evaluate the base model of the checkpoint as well. true: the one that the training recorded, wherever it is now.
     Or the directory or hub id of the base model."""
+    max_failed: float = 0.01
+    """Largest share of turns of a system in a context that may have no reply. Above it, the evaluation ends incomplete,
+    with its figures marked and exit status 1."""
 
     def __post_init__(self):
         if not self.contexts:
             raise InputError(f"evaluation.contexts=[]: give one or more of {', '.join(CONTEXTS)}")
         check_fields("evaluation.", self, "contexts", choices=CONTEXTS)
+        check_fields("evaluation.", self, "max_failed", low=0, high=1)
         super().__post_init__()
 
 

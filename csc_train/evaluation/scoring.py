@@ -1,6 +1,7 @@
 """Score the predictions of a run: every metric of every system in every context."""
 
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from csc_train.evaluation.metrics.model_based import fetch_models
 from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, metrics_in_profiles
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.config import CONTEXTS
-from csc_train.inference.predictions import Prediction, RunPredictions, missing_turns, read_run_predictions
+from csc_train.inference.predictions import FailedTurn, Prediction, RunPredictions, missing_turns, read_run_predictions
 from csc_train.progress import ProgressBar
 
 Results = dict[str, dict[str, dict[str, Any]]]
@@ -46,9 +47,17 @@ class ScoredRun:
     dialogues: list[Dialogue]
     contamination: Contamination | None
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether too many turns of a system have no reply."""
+        return any(scores["counts"]["incomplete"] for row in self.results.values() for scores in row.values())
 
-def score_run(directory: str | os.PathLike, config: MetricsConfig) -> ScoredRun:
+
+def score_run(directory: str | os.PathLike, config: MetricsConfig, max_failed: float = 1.0) -> ScoredRun:
     """Score the predictions in a run directory of recipes/evaluate.py.
+
+    Args:
+        max_failed: see `EvaluationConfig`.
 
     Raises:
         InputError: a file is missing or cannot be read, a turn is neither predicted nor failed, or a metric model
@@ -63,8 +72,10 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig) -> ScoredRun:
     results: Results = {name: {} for name in run.predictions}
     places = [(name, context) for name, contexts in run.predictions.items() for context in contexts]
     for name, context in ProgressBar(places, "scoring", unit="table"):
-        predictions, failed = run.predictions[name][context], len(run.failures[name][context])
-        results[name][context] = score_predictions(predictions, by_id, config, failed=failed, flagged=flagged)
+        failed = {"failures": run.failures[name][context], "max_failed": max_failed}
+        results[name][context] = score_predictions(
+            run.predictions[name][context], by_id, config, **failed, flagged=flagged
+        )
     drifts = {
         name: context_drift(contexts["reference"], contexts["generated"], by_id, config)
         for name, contexts in run.predictions.items()
@@ -101,14 +112,16 @@ def score_predictions(
     dialogues: Mapping[str, Dialogue],
     config: MetricsConfig,
     *,
-    failed: int = 0,
+    failures: Sequence[FailedTurn] = (),
+    max_failed: float = 1.0,
     flagged: Collection[str] = (),
 ) -> dict[str, Any]:
     """Score one system's predictions in one context.
 
     Args:
         dialogues: by id, those to predict.
-        failed: turns that could not be predicted; they are counted, not scored.
+        failures: turns that could not be predicted; they are counted, not scored.
+        max_failed: see `EvaluationConfig`.
         flagged: ids of contaminated dialogues (see `contamination`).
 
     Returns:
@@ -117,8 +130,9 @@ def score_predictions(
         `turns` and results. `by_position`: by supporter turn, its `position` from 1, `turns` and results.
         `confusion`, `transitions`, `calibration`, `lengths`, `lowest_scoring`: see the functions of these names.
         `decontaminated`: `dialogues`, `turns` and `profiles` without flagged dialogues; None if none are flagged.
-        `counts`: `dialogues`, `turns`, `failed`, `unparsed` strategies (None if the system predicts none), and
-        `empty_replies`, which score 0 in every text metric.
+        `counts`: `dialogues`, `turns`, `failed`, `failures` by class of error, whether they leave the figures
+        `incomplete`, `unparsed` strategies (None if the system predicts none), `empty_replies`, which score 0 in every
+        text metric, and replies that were `cut_off` at the limit of tokens, which are scored as they are.
 
     Raises:
         InputError: a metric model cannot be loaded, or a turn is predicted twice.
@@ -161,9 +175,12 @@ def score_predictions(
         "counts": {
             "dialogues": len(set(table.dialogue.tolist())),
             "turns": len(table),
-            "failed": failed,
+            "failed": len(failures),
+            "failures": Counter(each.kind for each in failures),
+            "incomplete": len(failures) > max_failed * (len(failures) + len(table)),
             "unparsed": int((table.predicted == 0).sum()) if chosen else None,
             "empty_replies": sum(is_blank(reply) for reply, _ in table.pairs),
+            "cut_off": sum(each.cut_off for each in table.predictions),
         },
     }
 

@@ -246,13 +246,15 @@ class RunPredictions:
             raise InputError(f"{self.directory}: no system {name!r}; choose one of {', '.join(self.predictions)}")
         return name or list(self.predictions)[-1]
 
-    def failure_summary(self) -> str:
-        """Number of failed turns by class of error, in words; empty if none failed."""
-        kinds = Counter(
-            each.kind for contexts in self.failures.values() for turns in contexts.values() for each in turns
-        )
-        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        return f"{kinds.total()} turns failed ({counts})" if kinds else ""
+    @property
+    def failed_kinds(self) -> list[str]:
+        """The class of error of each failed turn."""
+        return [each.kind for contexts in self.failures.values() for turns in contexts.values() for each in turns]
+
+
+def describe_kinds(kinds: Iterable[str]) -> str:
+    """How many there are of each, such as "2 cut_off, 1 empty"; the most frequent first. It also takes counts."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common())
 
 
 def read_run_predictions(directory: str | os.PathLike) -> RunPredictions:

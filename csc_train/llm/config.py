@@ -1,5 +1,6 @@
 """Settings of a language model behind an OpenAI-compatible server."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -76,6 +77,17 @@ class LLMConfig:
             "tokens_per_minute",
             low=1,
         )
+
+    def larger_limit(self, kinds: Collection[str], default: int = 1024) -> str:
+        """The override that gives four times the limit to answers that failed for it; empty if none did.
+
+        Args:
+            kinds: of the failures (see `client.ERROR_KINDS`).
+            default: the task's limit.
+        """
+        if not {"cut_off", "empty"} & {*kinds}:
+            return ""
+        return f"llm.retry_max_tokens={4 * (self.retry_max_tokens or self.max_tokens or default)}"
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """The cost of tokens, in the prices' currency; None without prices."""

@@ -7,8 +7,12 @@ from csc_train.errors import check_fields
 IF_EXISTS = ("error", "reuse", "resume", "extend", "replace")
 IGNORED_GROUPS = ("run", "tokenization", "tracking", "on_finish", "batch", "budget")
 """Groups of a configuration that do not change the results of a run; a resumed run may change their values."""
-RESUMABLE_KEYS = ("trainer.on_nonfinite",)
-"""Settings of other groups that a resumed run may change: what to do where it stopped."""
+_SERVER_LIMITS = (
+    "base_url", "api_key_env", "retry_max_tokens", "timeout_s", "max_retries", "concurrency", "requests_per_minute",
+    "tokens_per_minute",
+)  # fmt: skip
+RESUMABLE_KEYS = ("trainer.on_nonfinite", "evaluation.max_failed", *(f"llm.{name}" for name in _SERVER_LIMITS))
+"""Settings of other groups that a resumed run may change: what to do where it stopped, and how servers are asked."""
 RESOLVED_FILE = "resolved.yaml"
 """In a run directory: the whole configuration of the run."""
 

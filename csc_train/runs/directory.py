@@ -262,10 +262,16 @@ class Run:
         distributed_state().wait_for_everyone()  # the first to end makes torchrun end the others
         sys.exit(EXIT_STOPPED)
 
-    def fail(self, reason: str) -> NoReturn:
-        """Mark the run as failed, print the reason and end with status 1; the outputs are kept for a resume."""
-        self._record_end("failed", error=reason)
-        logger.info("%s; to retry the failed part: run=%s resume=true", reason, self.directory)
+    def fail(self, reason: str, status: str = "failed", needs: str = "") -> NoReturn:
+        """Mark the run as failed, print the reason and end with status 1; the outputs are kept for a resume.
+
+        Args:
+            status: what `run.json` says instead of "failed".
+            needs: the overrides that the resumed run needs, if any.
+        """
+        self._record_end(status, error=reason)
+        advice = " ".join(filter(None, [f"run={self.directory} resume=true", needs]))
+        logger.info("%s; to retry the failed part: %s", reason, advice)
         sys.exit(1)
 
 

@@ -45,6 +45,15 @@ HANG, DRIP, DROP, TORN, HTML = "<hang>", "<drip>", "<drop>", "<torn>", "<html>"
 answer whose JSON ends in the middle; a page instead of JSON."""
 
 
+NO_REPLIES = {
+    "cut_off": [Say("", "length"), Say(None, "length"), Say("<think>\n先想想", "length"), Say(" \n", "max_tokens")],
+    "empty": [Say(""), Say(None), Say("\n "), Say("<think>想"), Say("<think>想</think>\n")],
+    "interrupted": [Say("[情", "insufficient_system_resource"), Say("", "tool_calls"), Say("抱", "abort")],
+    "refused": [Say("", refusal="I cannot help."), Say("抱", "content_filter")],
+}
+"""Answers that hold no reply, by kind."""
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # of 5, connections that come together would be dropped unplanned

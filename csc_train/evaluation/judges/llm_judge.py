@@ -19,11 +19,11 @@ from csc_train.evaluation.comparison import left_out_note
 from csc_train.evaluation.config import JudgeConfig
 from csc_train.evaluation.judges.criteria import CRITERIA
 from csc_train.evaluation.metrics.base import Metric, MetricResult
-from csc_train.evaluation.report.tables import NOTES, cell_text
+from csc_train.evaluation.report.tables import INCOMPLETE, NOTES, cell_text
 from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest
-from csc_train.inference.predictions import Prediction
+from csc_train.inference.predictions import Prediction, describe_kinds
 from csc_train.jsonl import JsonlLog
 from csc_train.llm.client import Client, LLMError, Message, UnusableServerError
 from csc_train.llm.config import LLMConfig
@@ -81,6 +81,11 @@ class JudgeReport:
     answers: dict[JudgeQuestion, dict[str, Any]]
     failures: dict[JudgeQuestion, LLMError]
     usage: dict[str, int]
+
+    @property
+    def failed_kinds(self) -> list[str]:
+        """The class of error of each failed question."""
+        return [why.kind for why in self.failures.values()]
 
 
 def sample_turns(table: PredictionTable, config: JudgeConfig) -> numpy.ndarray:
@@ -252,9 +257,13 @@ def summarize(
     resamples = config.bootstrap_resamples
     if "pairwise" in config.tasks:
         judged, firsts = [], []
+        # Ties of equal replies alone would show 50 % by a judge that said nothing.
+        silent = any(each.task == "pairwise" for each in report.failures) and "pairwise" not in {
+            each.task for each in report.answers
+        }
         for index, each in enumerate(a):
             place = "pairwise", each.dialogue_id, each.turn
-            if place in failed:
+            if silent or place in failed:
                 continue
             pair = [answers[*place, side]["better"] if (*place, side) in answers else None for side in ("AB", "BA")]
             identical += pair == [None, None]
@@ -291,7 +300,7 @@ def summarize(
 def judge_json(summary: JudgeSummary, report: JudgeReport) -> dict[str, Any]:
     """The results with failures and usage, as plain values."""
     failures = [each.identity | {"kind": why.kind, "message": why.message} for each, why in report.failures.items()]
-    return asdict(summary) | {"failures": failures, "usage": report.usage}
+    return asdict(summary) | {"incomplete": bool(failures), "failures": failures, "usage": report.usage}
 
 
 def judge_markdown(
@@ -307,6 +316,8 @@ def judge_markdown(
         names=names,
         judge_name=judge_name,
         left_out=left_out_note(left_out),
+        failed=describe_kinds(report.failed_kinds),
+        mark=INCOMPLETE if report.failures else "",
         intervals=NOTES["intervals"],
         cell=lambda result: cell_text(result, footnotes),
         footnotes=footnotes,

@@ -31,6 +31,7 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
         InputError: it cannot be written.
     """
     results, contamination = scored.results, scored.contamination
+    shown = tables.mark_incomplete(results)
     system, (manifest, unverified) = list(results)[-1], read_evaluated(directory)
     page = render(
         __package__,
@@ -45,11 +46,12 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
         turns=sum(len(dialogue.supporter_turns) for dialogue in scored.dialogues),
         dialogues=len(scored.dialogues),
         strategies=STRATEGIES,
-        profiles=tables.metric_profile_tables(results),
+        profiles=tables.metric_profile_tables(shown),
         contamination=contamination,
-        decontaminated=tables.decontaminated_tables(results, contamination),
-        behaviour=tables.behaviour_tables(results),
-        counts=tables.turn_counts(results),
+        incomplete=scored.incomplete,
+        decontaminated=tables.decontaminated_tables(shown, contamination),
+        behaviour=tables.behaviour_tables(shown),
+        counts=tables.turn_counts(shown),
         reasons=tables.na_reasons,
         is_result=lambda cell: isinstance(cell, MetricResult),
         notes=tables.NOTES,

@@ -18,12 +18,15 @@ from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.scoring import Drifts, Results
 from csc_train.files import write_json, write_text
 from csc_train.inference.config import CONTEXTS
+from csc_train.inference.predictions import describe_kinds
 from csc_train.templates import read_yaml
 
 NOT_EVALUATED = MetricResult(None, reason="not evaluated in this context")
 SHORT_CONTEXT = {"reference": "ref", "generated": "gen"}
 NOTES = read_yaml("csc_train.evaluation", "notes.yaml")
 """Texts below tables, from `notes.yaml`."""
+INCOMPLETE = " †"
+"""At the name of a system of which too many turns failed."""
 ARROWS = {"lower": " ↓", "higher": "", "none": ""}
 Cell = str | int | MetricResult
 
@@ -77,13 +80,15 @@ def write_results(
 
 def results_markdown(results: Results, drifts: Drifts, contamination: Contamination | None = None) -> str:
     """All tables of all systems, and the details of the last: each strategy, confusions, results by turn."""
-    tables = [*decontaminated_tables(results, contamination), *behaviour_tables(results)]
     last = list(results)[-1]
-    for context, scores in results[last].items():
+    details = results[last]
+    results = mark_incomplete(results)
+    tables = [*decontaminated_tables(results, contamination), *behaviour_tables(results)]
+    for context, scores in details.items():
         tables.append(_by_strategy(last, context, scores))
         if scores["confusion"]:
             tables.append(_confusion(last, context, scores["confusion"]))
-    tables.append(_by_position(last, results[last], drifts.get(last)))
+    tables.append(_by_position(last, details, drifts.get(last)))
     overlap = [] if contamination is None else [f"Training overlap: {contamination}"]
     return markdown_tables(
         [*metric_profile_tables(results), *overlap, *tables, f"Turns: {'; '.join(turn_counts(results))}."]
@@ -127,6 +132,7 @@ def console_table(results: Results, profile: str = "paper") -> Table:
     Columns that are n/a for every system are left out. Numbers need 12 columns of 5 characters; in a narrow terminal
     the names of the systems wrap.
     """
+    results = mark_incomplete(results)
     title = f"Strategy-conditioned replies, percent, profile {profile}"
     table = Table(title=title, padding=(0, 1, 0, 0), box=None, header_style="bold")
     table.add_column("\nsystem", overflow="fold")
@@ -141,7 +147,10 @@ def console_table(results: Results, profile: str = "paper") -> Table:
         table.add_row(Text(system), *cells)  # Text: rich would read brackets in a name as markup
     intervals = "±: half the width of the 95 % interval, bootstrap over dialogues."
     reasons = [f"n/a: {reason}" for reason in na_reasons(cell for row in rows for cell in row)]
-    table.caption, table.caption_justify = "\n".join([PROFILES[profile], intervals, *reasons]), "left"
+    table.caption, table.caption_justify = (
+        "\n".join([PROFILES[profile], intervals, *reasons, *_incomplete_note(results)]),
+        "left",
+    )
     return table
 
 
@@ -175,6 +184,18 @@ def _meanings(results: Iterable[tuple[str, MetricResult]]) -> dict[str, str]:
     for name, result in results:
         texts.setdefault(name, {})[f"{result.unit} ({result.signature})"] = None
     return {name: " or ".join(variants) for name, variants in texts.items()}
+
+
+def mark_incomplete(results: Results) -> Results:
+    """The results with a mark at the names of the systems of which too many turns failed."""
+    return {
+        f"{system}{INCOMPLETE}" if any(each["counts"]["incomplete"] for each in contexts.values()) else system: contexts
+        for system, contexts in results.items()
+    }
+
+
+def _incomplete_note(results: Results) -> tuple[str, ...]:
+    return (NOTES["incomplete"],) if any(system.endswith(INCOMPLETE) for system in results) else ()
 
 
 def _each(results: Results) -> Iterator[tuple[str, str, dict]]:
@@ -220,7 +241,7 @@ def _profile_table(results: Results, profile: str, without: Contamination | None
     cells = [cell for _, _, scores in _each(results) for cell in scores["profiles"].get(profile, {}).items()]
     arrows = {name: ARROWS[cell.direction] for name, cell in cells}
     header = ["system", *(f"{SHORT_CONTEXT[context]} {name}{arrows[name]}" for context, name in columns)]
-    notes = (PROFILES[profile], *_marked(dict(cells))[1], NOTES["intervals"])
+    notes = (PROFILES[profile], *_marked(dict(cells))[1], NOTES["intervals"], *_incomplete_note(results))
     rows = [[system, *_profile_row(contexts, profile, columns)] for system, contexts in results.items()]
     if without is not None:
         rest = without.evaluation - len(without.flagged)
@@ -321,15 +342,23 @@ def _by_position(system: str, contexts: dict[str, dict], drift: list[dict] | Non
     return ReportTable(f"Results by supporter turn (percent): {system}", header, rows, notes=notes)
 
 
-def turn_counts(results: Results) -> list[str]:
-    """For each system and context, in words, the turns that were scored, unparsed, empty and failed."""
+def turn_counts(results: Results, brief: bool = False) -> list[str]:
+    """For each system and context, in words, the turns that were scored, unparsed, empty, cut off and failed.
+
+    Args:
+        brief: only where turns were cut off or failed.
+    """
     parts = []
     for system, context, scores in _each(results):
         here = scores["counts"]
+        if brief and not (here["cut_off"] or here["failed"]):
+            continue
         unparsed = "strategies not predicted" if here["unparsed"] is None else f"{here['unparsed']} unparsed"
-        text = f"{system}, {context} context: {here['turns']} ({unparsed}, {here['empty_replies']} empty)"
+        text = f"{system}, {context} context: {here['turns']} ({unparsed}, {here['empty_replies']} empty, "
+        text += f"{here['cut_off']} cut off)"
         if here["failed"]:
-            text += f", {here['failed']} more failed and are not scored; process and transitions omit their dialogues"
+            text += f", {here['failed']} more failed ({describe_kinds(here['failures'])}) and are not scored; process "
+            text += "and transitions omit their dialogues"
         parts.append(text)
     return parts
 
