@@ -79,6 +79,7 @@ def test_likelihoods_are_kept_with_the_predictions(whole):
     for context, content in whole.items():
         for row in map(json.loads, content.splitlines()):
             assert len(row["label_log_likelihoods"]) == 12 and max(row["label_log_likelihoods"]) < 0
+            assert row["cut_off"] == (len(row["token_ids"]) == 24)
             assert (row["reference_nll"] is None) == (row["reference_tokens"] is None) == (context == "generated")
 
 
