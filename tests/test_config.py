@@ -288,7 +288,9 @@ def test_every_recipe_refuses_what_is_wrong(recipe):
     assert refusal(recipe, f"{key}=1.5").startswith(f"{key}: ")
     assert refusal(recipe, f"{key}=[1]").startswith(f"{key}: ")
     assert refusal(recipe, f"{key}=-1").startswith(f"{key}=-1")
-    for broken in (key, f"{key}=1=2", f"{key}={{", "--multirun"):
+    assert refusal(recipe, f"{key}=1=2").startswith(f"{key}: ")
+    assert refusal(recipe, f"{key}={{").startswith(f"{key}={{: broken list")
+    for broken in (key, "--multirun"):
         assert refusal(recipe, broken).startswith(f"{broken}: not of the form key=value")
 
 

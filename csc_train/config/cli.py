@@ -109,8 +109,7 @@ def _show_config(recipe: str, arguments: list[str]) -> None:
     if arguments[:2] == ["--cfg", "job"] and not any(text.startswith("-") for text in arguments[2:]):
         from omegaconf import OmegaConf, open_dict
 
-        search = ConfigSearch.of(arguments[2:])
-        config = compose_untyped(recipe, CONF, recipe, search.overrides, search)
+        config = compose_untyped(recipe, CONF, recipe, ConfigSearch.of(recipe, arguments[2:]))
         with open_dict(config):
             del config["hydra"]
         print(OmegaConf.to_yaml(config), end="")

@@ -1,7 +1,10 @@
 """Compose a recipe's configuration with Hydra from conf/, the user's own folder and the command line, and check it."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,18 +12,19 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from csc_train.config.cluster import OnFinishConfig
 from csc_train.config.explain import explain_error
 from csc_train.config.paths import CONF
 from csc_train.config.recipes import SCHEMAS, schema_of
 from csc_train.errors import InputError
+from csc_train.overrides import Override, argument, escape, parse_override, quote, type_at, unescape
 from csc_train.plugins import load_plugins
 from csc_train.runs.config import RESOLVED_FILE, RunConfig, may_change
-from csc_train.runs.directory import flatten_keys
+from csc_train.runs.directory import flatten_keys, read_config
 
 RECORDED = ("run", "resume", "from")
 """Keys that ask for the recorded configuration of an earlier run (see `compose`)."""
@@ -50,15 +54,13 @@ def compose(recipe: str, arguments: list[str]) -> Any:
         InputError: an unknown key or group option (with the nearest known one), a wrong type, a value out of range,
             or a required value that is missing.
     """
-    search = ConfigSearch.of(arguments)
-    overrides = _name_positional(recipe, search.overrides)
-    _check_overrides(overrides, search)
-    recorded = {key: text for text in overrides if (key := text.split("=")[0]) in RECORDED}
-    values = [text for text in overrides if text not in recorded.values()]
-    score_only = recipe == "evaluate" and "score_only=true" in map(str.lower, values)
+    search = ConfigSearch.of(recipe, arguments)
+    recorded = {override.key: override for override in search.overrides if override.key in RECORDED}
+    values = [override.argument for override in search.overrides if override.key not in recorded]
+    score_only = any((override.key, override.value) == ("score_only", True) for override in search.overrides)
     if score_only and recorded.keys() == {"run"}:
-        directory = recorded["run"].split("=", 1)[1]
-        return compose_recorded(recipe, Path(directory) / RESOLVED_FILE, [*values, f"run.directory={directory}"])
+        directory = path_of(recorded["run"])
+        return compose_recorded(recipe, directory / RESOLVED_FILE, [*values, argument("run.directory", directory)])
     if score_only:
         raise InputError("score_only=true: name the run whose predictions to score, by run=DIR")
     if "run" in recorded or "resume" in recorded:
@@ -68,10 +70,11 @@ def compose(recipe: str, arguments: list[str]) -> Any:
         return config
     if "from" in recorded:
         new_run = ["run.directory=null", "run.if_exists=error"]
-        return compose_recorded(recipe, Path(recorded["from"].split("=", 1)[1]) / RESOLVED_FILE, new_run + values)
-    if recipe == "evaluate":
-        _check_data_group(overrides)
-    return _typed(recipe, CONF, recipe, overrides, search)
+        return compose_recorded(recipe, path_of(recorded["from"]) / RESOLVED_FILE, new_run + values)
+    chosen = {override.key for override in search.overrides}
+    optional = (item.name for item in dataclasses.fields(schema_of(recipe)) if item.default is None)
+    search.check_absent(set(optional) - chosen)
+    return _typed(recipe, CONF, recipe, search)
 
 
 def compose_recorded(recipe: str, file: Path, values: list[str]) -> Any:
@@ -82,11 +85,14 @@ def compose_recorded(recipe: str, file: Path, values: list[str]) -> Any:
     """
     if not file.is_file():
         raise InputError(f"{file.parent} holds no {file.name}: give the directory of a run")
-    search = ConfigSearch.of(values)
-    for text in search.overrides:
-        if search.options(text.split("=")[0]):
-            raise InputError(f"{text}: {file.parent} has a complete configuration; change single values only")
-    return _typed(recipe, file.parent.resolve(), file.stem, search.overrides, search)
+    search = ConfigSearch.of(recipe, values)
+    for override in search.overrides:
+        if search.options(override.key):
+            raise InputError(
+                f"{override.argument}: {file.parent} has a complete configuration; change single values only"
+            )
+    search.check_absent({key for key, value in read_config(file).items() if value is None})
+    return _typed(recipe, file.parent.resolve(), file.stem, search)
 
 
 @dataclass(frozen=True)
@@ -94,18 +100,18 @@ class ConfigSearch:
     """The folders in which groups are looked up, and the overrides of the same command line."""
 
     folders: Sequence[Path]
-    overrides: list[str]
+    overrides: list[Override]
 
     @classmethod
-    def of(cls, arguments: list[str]) -> "ConfigSearch":
-        """Take `--config-dir=DIR` out of the arguments.
+    def of(cls, recipe: str, arguments: list[str]) -> "ConfigSearch":
+        """Read a recipe's arguments: `--config-dir=DIR`, leading bare words and overrides.
 
         Raises:
             InputError: there is no such folder, or it holds a file with the name of a file in conf/, which Hydra would
-                ignore.
+                ignore; or an override cannot be read, or leaves a group without a choice.
         """
         flags = [text for text in arguments if text.startswith(f"{CONFIG_DIR}=")]
-        folders = [Path(text.split("=", 1)[1]).absolute() for text in flags]
+        folders = [Path(text.split("=", 1)[1]).expanduser().absolute() for text in flags]
         for folder in folders:
             if not folder.is_dir():
                 raise InputError(f"{CONFIG_DIR}={folder}: no such folder")
@@ -113,7 +119,24 @@ class ConfigSearch:
                 name = path.relative_to(folder)
                 if (CONF / name).exists():
                     raise InputError(f"{path}: conf/{name} has the same name; rename yours")
-        return cls((CONF, *folders), [text for text in arguments if text not in flags])
+        schema, found = schema_of(recipe), cls((CONF, *folders), [])
+        for text in _join_nested(_name_positional(recipe, [text for text in arguments if text not in flags])):
+            names = text.partition("=")[0].lstrip("+").split(".")
+            is_text = names in (["run"], ["from"]) or found.options("/".join(names))
+            override = parse_override(text, str | None if is_text else type_at(schema, names))
+            if override.value is None and "=" in text and not text.startswith("~") and found.options(override.key):
+                options = ", ".join(found.options(override.key))
+                raise InputError(f"{text}: choose one of {options}, or leave it out")
+            found.overrides.append(override)
+        return found
+
+    def check_absent(self, absent: Container[str]) -> None:
+        """Raise an InputError if an override changes a value of a section that is absent."""
+        for override in self.overrides:
+            section, dot, _ = override.key.lstrip("+").partition(".")
+            if dot and section in absent:
+                choices = "|".join(self.options(section))
+                raise InputError(f"{override.key}: there is no {section} to change: choose one by {section}={choices}")
 
     def options(self, group: str) -> list[str]:
         """The choices of a group."""
@@ -129,24 +152,25 @@ class ConfigSearch:
         return sorted({path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()})
 
 
-def compose_untyped(recipe: str, folder: Path, root: str, overrides: list[str], search: ConfigSearch) -> DictConfig:
+def compose_untyped(recipe: str, folder: Path, root: str, search: ConfigSearch) -> DictConfig:
     """Hydra's composition of the file `root` of a folder, with its own section `hydra`."""
     register_schemas(recipe)
     GlobalHydra.instance().clear()
+    overrides = [override.argument for override in search.overrides]
     if own := search.folders[1:]:
-        overrides = [*overrides, f"hydra.searchpath=[{','.join(_quoted(f'file://{path}') for path in own)}]"]
+        overrides.append(f"hydra.searchpath={quote([f'file://{path}' for path in own])}")
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
         return hydra.compose(root, overrides, return_hydra_config=True)
 
 
-def _typed(recipe: str, folder: Path, root: str, overrides: list[str], search: ConfigSearch) -> Any:
+def _typed(recipe: str, folder: Path, root: str, search: ConfigSearch) -> Any:
     """As `compose_untyped`, as an instance of the recipe's schema."""
     try:
-        composed = compose_untyped(recipe, folder, root, overrides, search)
+        composed = compose_untyped(recipe, folder, root, search)
         with open_dict(composed):
             chosen = composed.pop("hydra").runtime.choices
         # Hydra lets `+group.nope=1` through; merging into the bare schema does not.
-        plain = OmegaConf.create(OmegaConf.to_container(composed))
+        plain = OmegaConf.create(_expand_home(OmegaConf.to_container(composed)))
         if plain.get("plugins"):  # before the values are checked: they may name what a plugin registers
             plain.plugins = load_plugins(plain.plugins)
         typed = OmegaConf.merge(OmegaConf.structured(schema_of(recipe)), plain)
@@ -160,13 +184,12 @@ def _typed(recipe: str, folder: Path, root: str, overrides: list[str], search: C
 
 def to_container(config: Any) -> dict[str, Any]:
     """A configuration as plain values."""
-    values: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    return values
+    return dataclasses.asdict(config)
 
 
 def from_container(schema: type, values: dict[str, Any]) -> Any:
     """An instance of a schema from plain values, such as a section of a checkpoint's manifest."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), escape(values)))
 
 
 def register_schemas(recipe: str) -> None:
@@ -177,55 +200,59 @@ def register_schemas(recipe: str) -> None:
             ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
-def _resumed_directory(recorded: dict[str, str], values: list[str]) -> Path:
+def path_of(override: Override) -> Path:
+    """The path that an override such as `run=DIR` names."""
+    return Path(_expand_home(unescape(str(override.value))))
+
+
+def _resumed_directory(recorded: dict[str, Override], values: list[str]) -> Path:
     """DIR of `run=DIR resume=true`."""
     if "run" not in recorded:
-        raise InputError(f"{recorded['resume']}: name the run to resume, by run=DIR")
-    if recorded.get("resume", "").lower() != "resume=true":
-        raise InputError(f"{recorded['run']}: add resume=true to resume the run, or start a new run by from=DIR")
+        raise InputError(f"{recorded['resume'].argument}: name the run to resume, by run=DIR")
+    if "resume" not in recorded or recorded["resume"].value is not True:
+        given = recorded["run"].argument
+        raise InputError(f"{given}: add resume=true to resume the run, or start a new run by from=DIR")
     others = [text for text in values if not may_change(text.split("=")[0])]
-    if others := [*others, *filter(None, [recorded.get("from")])]:
+    if others := [*others, *(recorded[key].argument for key in recorded if key == "from")]:
         raise InputError(f"{others[0]}: a run resumes with its own values; start a new run with others by from=DIR")
-    return Path(recorded["run"].split("=", 1)[1])
+    return path_of(recorded["run"])
 
 
-def _name_positional(recipe: str, overrides: list[str]) -> list[str]:
-    """The overrides, with keys in front of leading bare words."""
-    bare = list(itertools.takewhile(lambda text: "=" not in text, overrides))
+def _name_positional(recipe: str, arguments: list[str]) -> list[str]:
+    """The arguments, with keys in front of leading bare words; a path may hold `=`."""
+    keys = {item.name for item in dataclasses.fields(schema_of(recipe))}
+
+    def is_bare(text: str) -> bool:
+        return "=" not in text or (re.split("[.=]", text)[0] not in keys and Path(text).exists())
+
+    bare = list(itertools.takewhile(is_bare, arguments))
     named, taken = [], 0
     for key in POSITIONAL.get(recipe, ())[: len(bare)]:
-        rest = bare[taken:]
-        words = rest if key.endswith("*") else rest[:1]
-        value = f"[{','.join(map(_quoted, words))}]" if key.endswith("*") else words[0]
-        named.append(f"{key.removesuffix('*')}={value}")
+        words = bare[taken:] if key.endswith("*") else bare[taken : taken + 1]
+        named.append(f"{key.removesuffix('*')}={quote(words if key.endswith('*') else words[0])}")
         taken += len(words)
-    return named + overrides[taken:]
+    return named + arguments[taken:]
 
 
-def _quoted(text: str) -> str:
-    """A text in quotes, so that Hydra reads any character in it."""
-    return "'" + text.replace("'", "\\'") + "'"
+def _join_nested(arguments: list[str]) -> list[str]:
+    """The arguments, with every `on_finish.KEY=VALUE` as an item `KEY=VALUE` of `on_finish.overrides`."""
+    own = {f"on_finish.{item.name}" for item in dataclasses.fields(OnFinishConfig)}
+    nested = [text for text in arguments if text.startswith("on_finish.") and text.split("=")[0] not in own]
+    if not nested:
+        return arguments
+    given = [text for text in arguments if text.startswith("on_finish.overrides=")]
+    items = [item for text in given for item in parse_override(text, list[str]).value or []]
+    joined = quote([*items, *(text.removeprefix("on_finish.") for text in nested)])
+    return [text for text in arguments if text not in nested + given] + [f"on_finish.overrides={joined}"]
 
 
-def _check_overrides(overrides: list[str], search: ConfigSearch) -> None:
-    """Refuse overrides that Hydra's own error would not name."""
-    parser = OverridesParser.create()
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            raise InputError(f"{text}: not of the form key=value ({str(error).splitlines()[0]})") from error
-        options = search.options(override.key_or_group)
-        if override.value() is None and not override.is_delete() and options:
-            raise InputError(f"{text}: choose one of {', '.join(options)}, or leave it out")
-
-
-def _check_data_group(overrides: list[str]) -> None:
-    """Refuse `data.x=` without a chosen group: the checkpoint's data cannot be changed."""
-    keys = [text.split("=")[0] for text in overrides]
-    changed = [key for key in keys if key.startswith("data.")]
-    if changed and "data" not in keys:
-        raise InputError(f"{changed[0]}: choose a group of conf/data with it, such as data=files")
+def _expand_home(value: Any) -> Any:
+    """A value, or those in it, with `~` at the start of a path as the home directory."""
+    if isinstance(value, dict):
+        return {key: _expand_home(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_expand_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _unfilled(config: DictConfig, chosen: dict[str, str | None], search: ConfigSearch) -> Iterator[str]:

@@ -24,6 +24,7 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.strategies import CLOSURE, GREETING, STRATEGIES
 from csc_train.errors import InputError
+from csc_train.overrides import hint
 from csc_train.templates import read_yaml
 
 SAMPLE_SOURCE = "synthetic-sample"
@@ -93,8 +94,8 @@ def ensure_sample(path: str | os.PathLike, count: int, seed: int) -> bool:
             dialogue.id.startswith(ID_PREFIX) and dialogue.source == SAMPLE_SOURCE for dialogue in kept
         ):
             raise InputError(
-                f"{path}: exists and is no sample: for your own dialogues give data=files data.train.path={path} "
-                "data.sample_dialogues=null"
+                f"{path}: exists and is no sample: for your own dialogues give "
+                f"{hint({'data': 'files', 'data.train.path': path, 'data.sample_dialogues': 'null'})}"
             )
         if [dialogue.row() for dialogue in kept] == [dialogue.row() for dialogue in dialogues]:
             return False

@@ -22,6 +22,7 @@ from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, met
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.config import CONTEXTS
 from csc_train.inference.predictions import FailedTurn, Prediction, RunPredictions, missing_turns, read_run_predictions
+from csc_train.overrides import resume_hint
 from csc_train.progress import ProgressBar
 
 Results = dict[str, dict[str, dict[str, Any]]]
@@ -104,7 +105,7 @@ def check_complete(run: RunPredictions, dialogues: Sequence[Dialogue]) -> None:
             found = {each.key for each in [*predictions, *run.failures[name][context]]}
             if missing := missing_turns(dialogues, found):
                 place = f"{run.directory}: {name}, {context} context"
-                raise InputError(f"{place}: {missing}: predict them with run={run.directory} resume=true")
+                raise InputError(f"{place}: {missing}: predict them with {resume_hint(run.directory)}")
 
 
 def score_predictions(

@@ -16,6 +16,7 @@ from csc_train.errors import InputError
 from csc_train.files import digest, file_digest
 from csc_train.inference.config import CONTEXTS
 from csc_train.jsonl import JsonlLog, read_jsonl, write_jsonl
+from csc_train.overrides import resume_hint
 from csc_train.template.reply import Reply, parse_reply
 
 BASELINE_NAMES = ("most frequent strategy", "strategy bigram")
@@ -273,7 +274,7 @@ def read_run_predictions(directory: str | os.PathLike) -> RunPredictions:
         run.predictions[name], run.failures[name] = {}, {}
         for context in CONTEXTS:
             if (path := folder / f"{name}-{context}.jsonl").exists():
-                outcomes = read_outcomes(path, f"delete the line; run={directory} resume=true predicts its turn again")
+                outcomes = read_outcomes(path, f"delete the line; {resume_hint(directory)} predicts its turn again")
                 run.predictions[name][context] = [each for each in outcomes if isinstance(each, Prediction)]
                 run.failures[name][context] = [each for each in outcomes if isinstance(each, FailedTurn)]
     return run

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csc_train.config.cli import join_config_dir, show_help
-from csc_train.config.compose import RECORDED, compose, compose_recorded, to_container
+from csc_train.config.compose import RECORDED, compose, compose_recorded, path_of, to_container
 from csc_train.config.explain import known_keys
 from csc_train.config.paths import script_of
 from csc_train.config.recipes.training import LaunchRecipe, PreflightRecipe
@@ -19,6 +19,7 @@ from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.supervise import FORWARDED, signal_handler
+from csc_train.overrides import argument, parse_override, resume_hint
 from csc_train.runs.claim import CLAIM_VARIABLE, Claim, claim, claim_new
 from csc_train.runs.config import RESOLVED_FILE, RunConfig
 from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, as_yaml, default_directory, refuse_other_files
@@ -56,7 +57,7 @@ class Job:
         """
         short, path = Path("recipes") / f"{self.launch.recipe}.py", script_of(self.launch.recipe)
         script = str(short if short.exists() and short.samefile(path) else path)
-        arguments = (f"run={self.directory}", "resume=true")
+        arguments = (argument("run", self.directory), "resume=true")
         cluster = self.launch.cluster
         return launcher_class(cluster)(JobSpec(cluster, self.directory, script, arguments, **options))
 
@@ -127,8 +128,8 @@ def plan_job(arguments: list[str]) -> Job:
     """
     own, others = split_arguments(arguments, LaunchRecipe)
     default, new = False, not any(text.startswith("run=") for text in others)
-    earlier = [text.split("=", 1)[1] for text in others if text.startswith(("run=", "from="))]
-    launch = _earlier_launch(Path(earlier[0]), own) if earlier else compose("launch", own)
+    earlier = [path_of(parse_override(text, str)) for text in others if text.startswith(("run=", "from="))]
+    launch = _earlier_launch(earlier[0], own) if earlier else compose("launch", own)
     refuse_misspelt(others, launch)
     config = compose(launch.recipe, others)
     if new:
@@ -147,8 +148,7 @@ def plan_job(arguments: list[str]) -> Job:
 def _refuse_taken(directory: Path) -> None:
     if held := [name for name in (RECORD_FILE, RESOLVED_FILE) if (directory / name).exists()]:
         raise InputError(
-            f"{directory} holds a run ({held[0]}): choose another run.directory, "
-            f"or resume by run={directory} resume=true"
+            f"{directory} holds a run ({held[0]}): choose another run.directory, or resume by {resume_hint(directory)}"
         )
     refuse_other_files(directory, f"no {RECORD_FILE}")
 
@@ -215,7 +215,7 @@ def launch(arguments: list[str]) -> int:
                 while (status := launcher.poll()) is None:
                     time.sleep(0.1)
         if status == EXIT_STOPPED:  # repeated below torchrun's own report of the stopped processes
-            print(f"stopped; to resume: run={job.directory} resume=true")
+            print(f"stopped; to resume: {resume_hint(job.directory)}")
         return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

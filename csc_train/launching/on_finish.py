@@ -1,6 +1,7 @@
 """Start another recipe when a training ends: the evaluation of its final model."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from csc_train.config.cluster import OnFinishConfig
 from csc_train.config.compose import compose
 from csc_train.config.paths import script_of
+from csc_train.overrides import argument
 from csc_train.runs.claim import pass_on
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -23,7 +25,7 @@ def on_finish_arguments(on_finish: OnFinishConfig, directory: Path) -> list[str]
     """
     if on_finish.recipe is None:
         return []
-    arguments = [f"checkpoint={directory}/model", f"run.directory={directory}/evaluation"]
+    arguments = [argument("checkpoint", directory / "model"), argument("run.directory", directory / "evaluation")]
     arguments += ["run.if_exists=resume", *on_finish.overrides]
     compose(on_finish.recipe, arguments)
     return arguments
@@ -45,6 +47,6 @@ def run_on_finish(on_finish: OnFinishConfig, arguments: list[str]) -> None:
     environment = {name: os.environ[name] for name in kept}
     pass_on(environment)
     script = str(script_of(on_finish.recipe))
-    print(f"on_finish: {script} {' '.join(arguments)}", flush=True)
+    print(f"on_finish: {script} {shlex.join(arguments)}", flush=True)
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, script, *arguments], environment)

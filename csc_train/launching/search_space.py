@@ -2,15 +2,15 @@
 
 from typing import Any
 
-import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from csc_train.config.cluster import ParameterConfig, SweepConfig
+from csc_train.overrides import quote
 
 
 def to_override(key: str, value: Any) -> str:
     """A value as a command line override, such as `trainer.epochs=2` or `adapter=null`."""
-    return f"{key}={yaml.safe_dump(value).splitlines()[0] if value is None or isinstance(value, bool) else value}"
+    return f"{key}={value if isinstance(value, str) else quote(value)}"
 
 
 def extreme_points(config: SweepConfig) -> list[dict[str, Any]]:

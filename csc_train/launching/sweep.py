@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 from optuna.trial import TrialState
 
 from csc_train.config.cli import show_help
@@ -31,7 +30,7 @@ from csc_train.launching.sweep_summary import describe_trial, report_sweep
 from csc_train.launching.trial_runner import Interrupted, TrialRunner
 from csc_train.runs.claim import claim
 from csc_train.runs.config import RunConfig
-from csc_train.runs.directory import as_yaml, flatten_keys, refuse_other_files
+from csc_train.runs.directory import as_yaml, flatten_keys, read_config, refuse_other_files
 
 STUDY_FILE = "study.log"
 SWEEP_FILE = "sweep.yaml"
@@ -130,7 +129,7 @@ def open_study(planned: Sweep) -> optuna.Study:
     del training["run"]
     facts = {"sweep": judged, "training": training}
     if file.exists():
-        earlier, now = flatten_keys(yaml.safe_load(file.read_text(encoding="utf-8"))), flatten_keys(facts)
+        earlier, now = flatten_keys(read_config(file)), flatten_keys(facts)
         # A training key that only one of them has belongs to another version of the code.
         known = {key for key in {**earlier, **now} if key.startswith("sweep.") or (key in earlier and key in now)}
         if keys := sorted(key for key in known if earlier.get(key) != now.get(key)):

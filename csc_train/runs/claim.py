@@ -24,6 +24,7 @@ import filelock
 
 from csc_train.errors import InputError
 from csc_train.files import is_staging, os_errors, remove_staging, watched
+from csc_train.overrides import resume_hint
 
 LOCK_FILE = ".lock"
 CLAIM_VARIABLE = "CSC_TRAIN_CLAIM"
@@ -86,9 +87,7 @@ class Claim:
             return
         if place is None:
             raise InputError(f"{self.directory}: deleted during the run: start a new run")
-        raise InputError(
-            f"{self.directory}: moved to {place} during the run: resume it there, by run={place} resume=true"
-        )
+        raise InputError(f"{self.directory}: moved to {place} during the run: resume it there, by {resume_hint(place)}")
 
     def __enter__(self) -> Self:
         return self

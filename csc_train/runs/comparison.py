@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json, write_text
 from csc_train.jsonl import JsonlLog, parse_step
 from csc_train.runs.claim import is_claimed
 from csc_train.runs.config import IGNORED_GROUPS, RESOLVED_FILE
-from csc_train.runs.directory import flatten_keys, read_run_record
+from csc_train.runs.directory import flatten_keys, read_config, read_run_record
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,7 +103,7 @@ def _collect(folder: Path, runs: dict[Path, TrainingRun], evaluations: list, bro
                 runs[directory.resolve()] = read_run(directory, record)
             elif record.get("recipe") == "evaluate" and RESULTS_FILE in files:
                 evaluations.append((_settings(directory).get("checkpoint"), read_json(directory / RESULTS_FILE)))
-        except (InputError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (InputError, KeyError, TypeError, AttributeError, ValueError) as error:
             found = True
             broken.append(f"{directory}: {' '.join(str(error).split()) or type(error).__name__}")
     return found
@@ -136,7 +134,7 @@ def read_run(directory: Path, record: dict[str, Any]) -> TrainingRun:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    return flatten_keys(yaml.safe_load((directory / RESOLVED_FILE).read_text(encoding="utf-8")))
+    return flatten_keys(read_config(directory / RESOLVED_FILE))
 
 
 def _scores(results: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import contextlib
 import fnmatch
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from csc_train.errors import InputError, ResumableError
 from csc_train.files import digest, file_digest, free_name, os_errors, read_json, write_json, write_text
+from csc_train.overrides import escape, hint, resume_hint
 from csc_train.runs.claim import LOCK_FILE, Claim, claim, claim_new
 from csc_train.runs.config import RESOLVED_FILE, may_change
 from csc_train.runs.distributed import distributed_state, on_main
@@ -148,7 +152,7 @@ class Run:
     def _check_same(self, earlier: dict[str, Any], inputs: dict[str, str], code: dict[str, str]) -> None:
         """Raise an InputError if the recorded run differs; under `resume`, other code is only noted."""
         place, reuse = self.directory, self.config["run"]["if_exists"] == "reuse"
-        recorded = flatten_keys(_read_yaml(place / RESOLVED_FILE))
+        recorded = flatten_keys(read_config(place / RESOLVED_FILE))
         now = flatten_keys(self.config)
         # Sharding does not change the results. A setting that only one of them has belongs to other code.
         same = {key for key in now if key in recorded and not (may_change(key) or key.startswith("zero."))}
@@ -166,12 +170,12 @@ class Run:
         if reuse and (differing := [*settings, *(f"input {name}" for name in data), *changed]):
             raise InputError(
                 f"{place} holds a run that differs ({'; '.join(differing)}): choose another run.directory, "
-                f"resume it as it was by run={place} resume=true, or start over by run.if_exists=replace"
+                f"resume it as it was by {resume_hint(place)}, or start over by run.if_exists=replace"
             )
         if settings:
             raise InputError(
                 f"{place}: the run started with other settings: {'; '.join(settings)}; resume it as it was by "
-                f"run={place} resume=true, or start a new run by from={place}"
+                f"{resume_hint(place)}, or start a new run by {hint({'from': place})}"
             )
         if data:
             raise InputError(f"{place}: the run started with other data ({', '.join(data)}); start a new run")
@@ -258,7 +262,7 @@ class Run:
             needs: the overrides that the resumed run needs, if any.
         """
         self._record_end("stopped", stopped=_now())
-        logger.info("stopped; to resume: %s", " ".join(filter(None, [f"run={self.directory} resume=true", needs])))
+        logger.info("stopped; to resume: %s", resume_hint(self.directory, needs))
         distributed_state().wait_for_everyone()  # the first to end makes torchrun end the others
         sys.exit(EXIT_STOPPED)
 
@@ -270,8 +274,7 @@ class Run:
             needs: the overrides that the resumed run needs, if any.
         """
         self._record_end(status, error=reason)
-        advice = " ".join(filter(None, [f"run={self.directory} resume=true", needs]))
-        logger.info("%s; to retry the failed part: %s", reason, advice)
+        logger.info("%s; to retry the failed part: %s", reason, resume_hint(self.directory, needs))
         sys.exit(1)
 
 
@@ -295,7 +298,7 @@ def mark_interrupted(error: KeyboardInterrupt) -> str:
     run, ended = _running, _ended
     mark_failed(error)
     if run and any(True for pattern in PROGRESS_FILES for _ in run.directory.glob(pattern)):
-        return f"; to resume: run={run.directory} resume=true"
+        return f"; to resume: {resume_hint(run.directory)}"
     return "" if ended else ": nothing was saved"
 
 
@@ -310,9 +313,9 @@ def mark_failed(error: BaseException) -> str:
     with contextlib.suppress(InputError):  # on a full disk this cannot be written either
         run._record_end("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
     if isinstance(error, ResumableError):
-        return f"; to go on: run={run.directory} resume=true {error.needs}"
+        return f"; to go on: {resume_hint(run.directory, error.needs)}"
     advised = not isinstance(error.__cause__, OSError) or "resume=true" in str(error)
-    return "" if advised else f"; when that is mended: run={run.directory} resume=true"
+    return "" if advised else f"; when that is mended: {resume_hint(run.directory)}"
 
 
 def claim_run(recipe: str, directory: Path) -> Claim:
@@ -359,17 +362,30 @@ def flatten_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_yaml(config: dict[str, Any]) -> str:
-    """A resolved configuration as the text of a YAML file."""
-    return yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
+    """A resolved configuration as the text of a YAML file, from which `read_config` and Hydra read the same values."""
+    return yaml.dump(escape(config), Dumper=_Dumper, allow_unicode=True, sort_keys=False)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The values in a file of `as_yaml`.
+
+    Raises:
+        InputError: it cannot be read, or is broken.
+    """
     with os_errors(path, "cannot read"):
         text = path.read_text(encoding="utf-8")
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        return values
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{path}: broken YAML: {' '.join(str(error).split())}") from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """Also quotes the texts that only OmegaConf reads as numbers, such as 82e4718."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.\d][-+.\d_e:]*", re.I), list("-+.0123456789"))
 
 
 def _written_files(directory: Path) -> list[Path]:

@@ -35,8 +35,8 @@ class SlurmLauncher(Launcher):
         """
         cluster, directory = self.job.cluster, self.job.directory
         command = node_command(cluster, cluster.slurm.python, [self.job.script, *self.job.arguments])
-        for text in (str(directory), command):
-            if odd := re.search(r"[^\w./=:,$@% +-]", text):
+        for text, spaces in ((str(directory), ""), (command, " ")):
+            if odd := re.search(rf"[^\w./=:,$@%+{spaces}-]", text):
                 raise InputError(f"{odd.string}: a job script cannot hold {odd.group()!r}: choose a path without it")
         values = {"cluster": cluster, "slurm": cluster.slurm, "directory": directory, "command": command}
         return render("csc_train.launching.launchers", "slurm.sbatch.jinja", **values)
