@@ -38,6 +38,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import distributed_state
     from csc_train.template.dialogue_template import DialogueTemplate
+    from csc_train.template.system_prompt import language_note
     from csc_train.template.tokenizer_training import get_tokenizer
     from csc_train.tokenized_cache import tokenize
     from csc_train.tracking.tracker import Tracker
@@ -90,8 +91,9 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     if run.is_main:
         write_manifest(run.directory, manifest, splits.train)
     dropout = dropout_warning(model.config, config.adapter, config.packing.strategy)
-    for warning in filter(None, (dropout, config.validation.selection_warning(splits.validation))):
-        logger.info(warning)
+    notes = dropout, config.validation.selection_warning(splits.validation), config.trainer.few_steps_note(len(packs))
+    for note in filter(None, (*notes, language_note(splits.train, config.template.language))):
+        logger.info(note)
 
     # Training
     trainer = build_trainer(model, tokenizer, packs, arguments, config.packing.strategy, config.adapter, validator)

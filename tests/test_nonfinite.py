@@ -202,6 +202,8 @@ def test_a_run_on_a_broken_base_ends_in_one_line_that_says_how_to_go_on(folder, 
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert re.match(r"error: step 1: the loss is not finite in pack \d+ \(dialogues sample-0-\d+", error)
     assert error.endswith("; to go on: run=run resume=true trainer.on_nonfinite=skip")
+    assert "\nnote: 2 optimizer steps, fewer than 50, may not teach much: " in done.stdout
+    assert "note: 0% of the letters" not in done.stdout
     assert not (tmp_path / "run" / "model").exists() and not list((tmp_path / "run" / "checkpoints").iterdir())
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from csc_train.config.compose import compose
-from csc_train.data.dialogue import data_digest
+from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
 from csc_train.data.readers import write_dialogues
 from csc_train.data.splits import read_and_check_splits
+from csc_train.data.strategies import GREETING
 from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.preflight.report import PreflightReport
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -88,6 +89,27 @@ def test_a_sound_job_passes_and_is_estimated(job):
     # 1,024,000 tokens are 125 packs of 8192: 16 steps of 8, twice.
     assert (estimate.tokens, estimate.packs, estimate.steps) == (1_024_000, 125, 32)
     assert estimate.hours == pytest.approx(estimate.flops / (0.4 * 989e12 * 8 * 3600))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "few", "steps"),
+    [
+        (["trainer.epochs=49"], True, 49),
+        (["trainer.epochs=50"], False, 50),
+        (["trainer.max_steps=49"], True, 49),
+        (["trainer.max_steps=50", "trainer.epochs=1"], False, 50),
+    ],
+)
+def test_few_optimizer_steps_and_a_prompt_in_another_language_are_noted(job, overrides, few, steps):
+    config = composed(job, *overrides)
+    outcome = run_preflight(config, launching=True)
+    assert outcome.estimate.steps == config.trainer.steps(outcome.estimate.packs) == steps
+    assert (f"note: {steps} optimizer steps, fewer than 50" in str(outcome.estimate)) == few
+    assert "note: " not in message(outcome, "data")
+    hello = (Turn(Speaker.SUPPORTER, "How may I help you?", GREETING),)
+    write_dialogues(job / "english.jsonl", [Dialogue(str(number), hello) for number in range(8)])
+    config.data.train.path = str(job / "english.jsonl")
+    assert "note: 0% of the letters in the training dialogues are Chinese" in message(run_preflight(config), "data")
 
 
 FAULTS = {

@@ -1,11 +1,13 @@
 """Settings of the training: the groups `trainer`, `validation` and `zero`."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from csc_train.errors import InputError, check_fields, check_range
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+FEW_STEPS = 50
 ON_NONFINITE = ("stop", "skip", "continue")
 VALIDATION_METRICS = ("loss", "strategy_accuracy")
 ZERO_STAGES = ("auto", "off", "0", "1", "2", "3", "from_launcher")
@@ -100,6 +102,19 @@ class TrainerConfig:
         check_steps("trainer.save_steps", self.save_steps)
         if self.max_steps == 0:
             raise InputError("trainer.max_steps=0: choose at least 1, or -1 to train trainer.epochs")
+
+    def steps(self, packs: int) -> int:
+        """Optimizer steps of the whole training on a number of packs."""
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * math.ceil(packs / self.packs_per_step))
+
+    def few_steps_note(self, packs: int) -> str | None:
+        """A note if the training has fewer than `FEW_STEPS` optimizer steps, else None."""
+        if (steps := self.steps(packs)) >= FEW_STEPS:
+            return None
+        return (
+            f"note: {steps} optimizer steps, fewer than {FEW_STEPS}, may not teach much: raise trainer.epochs or "
+            "trainer.max_steps, or lower trainer.packs_per_step"
+        )
 
     def accumulation(self, processes: int) -> int:
         """Gradient accumulation steps: forward passes of each process per optimizer step.

@@ -69,9 +69,11 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
 
     def load_data() -> str:
         from csc_train.data.dialogue import data_digest
+        from csc_train.template.system_prompt import language_note
 
-        loaded["dialogues"] = check_data(config, absent)
-        return f"{len(loaded['dialogues']):,} dialogues, digest {data_digest(loaded['dialogues'])[:12]}"
+        dialogues = loaded["dialogues"] = check_data(config, absent)
+        found = f"{len(dialogues):,} dialogues, digest {data_digest(dialogues)[:12]}"
+        return "; ".join(filter(None, (found, language_note(dialogues, config.template.language))))
 
     def look_up_cache() -> str:
         if config.data.on_overlap == "drop":

@@ -27,6 +27,7 @@ class JobEstimate:
         flops: model FLOPs of the whole job, without recomputation.
         hours: wall time at the assumed MFU; None if the GPU's FLOP/s are unknown.
         basis: what the estimate rests on.
+        note: on the number of steps, if there is one.
     """
 
     dialogues: int
@@ -36,12 +37,13 @@ class JobEstimate:
     flops: float
     hours: float | None
     basis: str
+    note: str | None = None
 
     def __str__(self) -> str:
         hours = "hours unknown" if self.hours is None else f"{self.hours:.1f} h"
         return (
             f"{self.dialogues:,} dialogues; {self.tokens:,} tokens in {self.packs:,} packs per epoch; {self.steps:,} "
-            f"steps, {self.flops:.2e} FLOPs, {hours} ({self.basis})"
+            f"steps, {self.flops:.2e} FLOPs, {hours} ({self.basis})" + (f"; {self.note}" if self.note else "")
         )
 
 
@@ -112,12 +114,11 @@ def estimate_job(
     else:
         return None
     packs = math.ceil(packs)
-    steps, epochs = math.ceil(trainer.epochs * math.ceil(packs / trainer.packs_per_step)), trainer.epochs
-    if trainer.max_steps > 0:
-        steps, epochs = trainer.max_steps, trainer.max_steps * trainer.packs_per_step / packs
+    steps = trainer.steps(packs)
+    epochs = steps * trainer.packs_per_step / packs if trainer.max_steps > 0 else trainer.epochs
     flops = scenario_flops(scenario, epochs * tokens, document_length)
     hours = None
     if config.cluster.gpu_tflops:
         hours = flops / (options.mfu * config.cluster.gpu_tflops * 1e12 * config.cluster.world_size) / 3600
         basis += f", MFU {options.mfu} assumed"
-    return JobEstimate(count, round(tokens), packs, steps, flops, hours, basis)
+    return JobEstimate(count, round(tokens), packs, steps, flops, hours, basis, trainer.few_steps_note(packs))
