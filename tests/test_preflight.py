@@ -106,8 +106,8 @@ def test_few_optimizer_steps_and_a_prompt_in_another_language_are_noted(job, ove
     assert outcome.estimate.steps == config.trainer.steps(outcome.estimate.packs) == steps
     assert (f"note: {steps} optimizer steps, fewer than 50" in str(outcome.estimate)) == few
     assert "note: " not in message(outcome, "data")
-    hello = (Turn(Speaker.SUPPORTER, "How may I help you?", GREETING),)
-    write_dialogues(job / "english.jsonl", [Dialogue(str(number), hello) for number in range(8)])
+    english = [(Turn(Speaker.SUPPORTER, f"How may I help you on day {day}?", GREETING),) for day in range(8)]
+    write_dialogues(job / "english.jsonl", [Dialogue(str(day), turns) for day, turns in enumerate(english)])
     config.data.train.path = str(job / "english.jsonl")
     assert "note: 0% of the letters in the training dialogues are Chinese" in message(run_preflight(config), "data")
 
