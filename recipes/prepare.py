@@ -18,6 +18,7 @@ def main(config: PrepareRecipe) -> None:
     from csc_train.data.sample_grammar import ensure_sample
     from csc_train.data.splits import read_and_check_splits
     from csc_train.models.families import chat_template_name
+    from csc_train.models.loading import base_model_type
     from csc_train.packing.dataset import pack_dialogues
     from csc_train.runs.distributed import distributed_state, require_single_process
     from csc_train.template.dialogue_template import DialogueTemplate
@@ -34,7 +35,9 @@ def main(config: PrepareRecipe) -> None:
     # Template
     with tempfile.TemporaryDirectory() as directory:  # the training trains the same tokenizer again
         tokenizer = get_tokenizer(config.model, config.template, splits.train, Path(directory), distributed_state())
-    template = DialogueTemplate(tokenizer, chat_template_name(config.model), config.template)
+    template = DialogueTemplate(
+        tokenizer, chat_template_name(config.model, base_model_type(config.model)), config.template
+    )
 
     # Packs
     examples = tokenize(splits.train, template, config.tokenization)

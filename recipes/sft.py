@@ -32,7 +32,8 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
     from csc_train.models.attention.select import select_attention
     from csc_train.models.families import chat_template_name
-    from csc_train.models.loading import check_base_available, load_model
+    from csc_train.models.inspection import base_directory, check_tokenizer, inspect_base
+    from csc_train.models.loading import load_model
     from csc_train.models.precision import resolve_dtype, resolve_precision, weight_dtype
     from csc_train.packing.dataset import pack_dialogues
     from csc_train.runs.directory import Run
@@ -45,6 +46,8 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     from csc_train.training.callbacks import StopOnSignal, track
     from csc_train.training.compatibility import check_supported
     from csc_train.training.leak_check import dropout_warning
+    from csc_train.training.memory import scenario_of
+    from csc_train.training.rehearsal import check_disk, check_positions, rehearse_end
     from csc_train.training.trainer import build_trainer, training_arguments
     from csc_train.training.validation import Validator
 
@@ -54,7 +57,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     config.trainer.accumulation(job.num_processes)
     check_supported(config.zero, config.adapter.kind, resolve_precision(precision))
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision)
-    check_base_available(config.model)
+    inspected = inspect_base(config.model, base_directory(config.model, download=True)).require()
     run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 
@@ -70,9 +73,14 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
 
     # Template and packs
     tokenizer = get_tokenizer(config.model, config.template, splits.train, run.directory / "tokenizer", job)
-    template = DialogueTemplate(tokenizer, chat_template_name(config.model), config.template)
+    check_tokenizer(config.model, inspected, tokenizer)
+    template = DialogueTemplate(
+        tokenizer, chat_template_name(config.model, inspected.model.config.model_type), config.template
+    )
+    rehearse_end(inspected, config.adapter, tokenizer, template.chat_template)
     packs, report = pack_dialogues(tokenize(splits.train, template, config.tokenization), config.packing, config.loss)
     logger.info(f"training on {report}")
+    check_positions(inspected, packs)
 
     # Validation
     tracker, validator = Tracker(config.tracking, run.directory), None
@@ -98,6 +106,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     # Training
     trainer = build_trainer(model, tokenizer, packs, arguments, config.packing.strategy, config.adapter, validator)
     logger.info(f"steps: {trainer.batch_sampler().load_balance()}")
+    check_disk(scenario_of(trainer, 0), run.directory, config.trainer.save_total_limit, random=False)
     stop = StopOnSignal()
     trainer.add_callback(stop)
     checkpoint = checkpoint_to_resume(run.checkpoints) if status == "unfinished" else None

@@ -48,7 +48,8 @@ RULES = {
     # The root configuration is made of its owners' schemas: the modules named `config`, see `CONFIG_RULE`.
     "config": {"errors", "files", "overrides", "templates", "plugins", "runs"},
     "launching": LEAVES | {
-        "config", "data", "models", "template", "tokenized_cache", "packing", "checkpoints", "training", "runs"
+        "config", "data", "models", "template", "tokenized_cache", "packing", "checkpoints", "tracking", "training",
+        "runs",
     },
 }  # fmt: skip
 CONFIG_RULE = {"errors"}

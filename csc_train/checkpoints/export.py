@@ -10,7 +10,7 @@ import huggingface_hub
 import huggingface_hub.errors
 import peft
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from csc_train.checkpoints.base_model import BaseModel, find_base, recorded_base
 from csc_train.checkpoints.config import ExportConfig
@@ -25,6 +25,7 @@ from csc_train.models.hub import load_causal_lm
 from csc_train.models.loading import load_model, lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.models.sharded_parameters import consolidated_weights, is_sharded, unsharded
+from csc_train.models.tokenizer import load_tokenizer
 from csc_train.plugins import load_recorded_plugins
 from csc_train.runs.claim import Claim, claim
 from csc_train.runs.distributed import distributed_state
@@ -33,9 +34,9 @@ from csc_train.templates import render
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Allowed difference of the logits from the trained model's, over the largest logit, by dtype of the exported weights.
-In bf16 it allows for the rounding of the weights."""
+In fp16 and bf16 it allows for the rounding of the weights."""
 PROBE_LENGTH = 64
 """Tokens in each sequence of the comparison."""
 BASE_ADVICE = "copy it there, or export on the machine that has it"
@@ -187,7 +188,7 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
     adapter = adapter_of(source)
     quantized = adapter.kind == "qlora"
     dequantized = quantized and config.base == "dequantized"
-    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    tokenizer = load_tokenizer(str(source.path))
     model: Any = _load_base(path, revision, tokenizer, "auto", load_in_4bit=dequantized)
     if dequantized:
         model = model.dequantize()

@@ -119,7 +119,7 @@ def save_base_model(
             load_model(config, tokenizer, dtype, seed).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     distributed_state().wait_for_everyone()
-    return replace(config, init="pretrained", path=str(run.directory / BASE_FOLDER))
+    return replace(config, init="pretrained", path=str(run.directory / BASE_FOLDER), tokenizer=None)
 
 
 @contextlib.contextmanager
@@ -150,8 +150,7 @@ def save_final_model(
 ) -> None:
     """Write a directory that plain `from_pretrained` loads: weights, tokenizer, chat template and manifest.
 
-    The directory appears only when it is complete. Its generation configuration stops at the end of a turn, which a
-    base model without chat training does not.
+    The directory appears only when it is complete.
 
     Args:
         shard_size: size limit of a weight file.
@@ -161,10 +160,7 @@ def save_final_model(
     Raises:
         InputError: the directory cannot be written.
     """
-    tokenizer.chat_template = chat_template
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
-    model.generation_config.eos_token_id = list(dict.fromkeys([_end_of_turn(tokenizer), *stops]))
+    prepare_to_save(model, tokenizer, chat_template)
     with model_directory(directory) as temporary:
         model.save_pretrained(temporary, max_shard_size=shard_size)
         tokenizer.save_pretrained(temporary)
@@ -176,6 +172,17 @@ def save_final_model(
             check(temporary)
     for name, known in files.items():
         remember(Path(directory) / name, known["sha256"])
+
+
+def prepare_to_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
+    """Give a final model its chat template and its stops.
+
+    Its generation configuration stops at the end of a turn, which a base model without chat training does not.
+    """
+    tokenizer.chat_template = chat_template
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    model.generation_config.eos_token_id = list(dict.fromkeys([_end_of_turn(tokenizer), *stops]))
 
 
 def weights_hash(files: FileHashes) -> str:

@@ -4,6 +4,7 @@ DeepSpeed loads a checkpoint only on the number of processes that saved it. Its 
 under stage 3 they give all parameters the weight decay of the first one.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,7 @@ def _open_plain(checkpoint: Path, order: Sequence[str]) -> ConsolidatedState:
     for file in files:
         with safe_open(file, "pt") as tensors:
             where |= dict.fromkeys(tensors.keys(), file)
-    # PEFT's files omit the adapter's name.
-    names = [name.replace("lora_A.weight", "lora_A.default.weight") for name in where]
-    names = [name.replace("lora_B.weight", "lora_B.default.weight") for name in names]
+    names = [parameter_name(name) for name in where]
     stored = dict(zip(names, where, strict=True))
     optimizer = _load(checkpoint / "optimizer.pt")["state"] if can_resume(checkpoint) else {}
     numbers = {name: number for number, name in enumerate(order)}
@@ -85,6 +84,11 @@ def _open_plain(checkpoint: Path, order: Sequence[str]) -> ConsolidatedState:
 
     step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)).global_step
     return ConsolidatedState(list(order) or names, step, read)
+
+
+def parameter_name(stored: str) -> str:
+    """The name in the model of a parameter in a training checkpoint's file: PEFT's files omit the adapter's name."""
+    return re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", stored)
 
 
 def _open_stage_0(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:

@@ -71,6 +71,11 @@ class ModelConfig:
         check_fields("model.", self, "tokenizer_vocab_size", low=300)
         if self.init == "pretrained" and not self.path:
             raise InputError("model.path is not set: give a local directory or a hub id, or model.init=random")
+        if self.init == "pretrained" and self.tokenizer == TRAINED_TOKENIZER:
+            raise InputError(
+                "model.tokenizer=train with model.init=pretrained: the weights know other ids: add "
+                "model.tokenizer=null, to take the tokenizer of model.path"
+            )
         if not (self.tokenizer or self.path):
             raise InputError("model.tokenizer is not set: give a local directory, a hub id, or train")
 

@@ -229,9 +229,13 @@ def get_family(model_type: str) -> ModelFamily:
     return MODEL_FAMILIES[model_type]
 
 
-def chat_template_name(config: ModelConfig) -> str:
-    """The chat template that a configuration asks for, or else the default of its model family."""
-    return config.chat_template or get_family(config.architecture.model_type).chat_template
+def chat_template_name(config: ModelConfig, model_type: str | None = None) -> str:
+    """The chat template that a configuration asks for, or else the default of the model family.
+
+    Args:
+        model_type: the family of the base model's files; defaults to that of the configuration.
+    """
+    return config.chat_template or get_family(model_type or config.architecture.model_type).chat_template
 
 
 def model_dims(config: Any, vocab_size: int | None = None) -> ModelDims:

@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants, errors
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from csc_train.errors import InputError, causes
+from csc_train.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +29,14 @@ _REFUSALS = {
 
 
 @contextlib.contextmanager
-def hub_errors(path: str, what: str) -> Iterator[None]:
-    """Turn failures to read `what` ("model", "tokenizer") at `path` into an InputError of one line."""
+def hub_errors(
+    path: str, what: str, kinds: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError)
+) -> Iterator[None]:
+    """Turn failures to read `what` ("model", "tokenizer") at `path` into an InputError of one line.
+
+    Args:
+        kinds: the errors that mean such a failure: all kinds where only a library runs that reads a user's files.
+    """
     local = Path(path)
     if is_local_path(path) and not local.is_dir():
         raise InputError(f"{path}: no such model directory")
@@ -39,12 +46,14 @@ def hub_errors(path: str, what: str) -> Iterator[None]:
     constants.HF_HUB_OFFLINE = offline or absent
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except InputError:
+        raise
+    except kinds as error:
         found = list(causes(error))
         for kind, advice in _REFUSALS.items():
             if any(isinstance(cause, kind) for cause in found):
                 raise InputError(f"{path}: {advice}") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
         if local.is_dir():
             raise InputError(f"{path}: the directory has no readable {what} ({reason})") from error
         why = f"the hub has no readable one ({reason})"
@@ -71,7 +80,7 @@ def _hub_answers() -> bool:
 
 
 def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
-    """Load the causal language model at a path or hub id.
+    """Load the causal language model at a path or hub id, with the repairs that `inspect_model` says.
 
     Args:
         options: those of `from_pretrained`.
@@ -81,12 +90,105 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM  # takes seconds
 
+    config = find_file(path, "config.json", options.get("revision"))
+    if config and has_own_head(config.parent):
+        options["tie_word_embeddings"] = False  # transformers goes by the weights, too, but keeps what the file says
     with hub_errors(path, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
         model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{path}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
+    repair_generation_config(model)
     return model
+
+
+def repair_generation_config(model: "PreTrainedModel") -> str | None:
+    """Make a generation configuration valid, as saving demands.
+
+    Sampling parameters without `do_sample`, as some models are published with, turn sampling on. If others are invalid,
+    only the special tokens stay.
+
+    Returns:
+        What was wrong and what was done; None if nothing was.
+    """
+    from transformers import GenerationConfig
+
+    config: Any = model.generation_config
+    before = config.to_dict()
+    tokens = {name: before.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    repairs = (
+        ("", {}),
+        ("do_sample is taken as true", before | {"do_sample": True}),
+        ("only its special tokens are taken", tokens),
+    )
+    reason = ""
+    for done, values in repairs:
+        config = GenerationConfig(**values) if done else config
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            lines = [line.strip("- ") for line in str(error).splitlines() if line.startswith("- ")]
+            reason = reason or (lines or [str(error)])[0].partition(". ")[0]
+            continue
+        model.generation_config = config
+        return f"{reason}: {done}" if done else None
+    raise InputError(f"{model.name_or_path}: generation_config.json: {reason}: correct or remove the file")
+
+
+def find_file(path: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of the model at a path, or of a hub id in the hub's cache; None if it is not there."""
+    if is_local_path(path):
+        return Path(path, name) if Path(path, name).is_file() else None
+    found = huggingface_hub.try_to_load_from_cache(path, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of a model directory that transformers reads.
+
+    Raises:
+        InputError: there are none, the index is broken, or shards are missing.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / name).is_file():
+            return [directory / name]
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            content = read_json(index)
+            names = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+                raise InputError(f"{index}: no weight_map of names to files: copy it again")
+            shards = sorted(set(names.values()))
+            if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+                raise InputError(
+                    f"{directory}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}: copy it "
+                    "again"
+                )
+            return [directory / shard for shard in shards]
+    raise InputError(f"{directory}: neither model.safetensors nor an index of its shards: copy the weights")
+
+
+def has_own_head(directory: Path) -> bool:
+    """Whether the weight files hold an output layer of other values than the input embeddings.
+
+    Reads headers, and the two tensors only if both are there, by rows.
+    """
+    where = {}
+    with contextlib.suppress(InputError, SafetensorError, OSError), contextlib.ExitStack() as stack:
+        for file in weight_files(directory):
+            if file.suffix != ".safetensors":
+                return False
+            tensors = stack.enter_context(safe_open(file, "pt"))
+            names = [name for name in tensors.keys() if name.endswith(("lm_head.weight", "embed_tokens.weight"))]  # noqa: SIM118
+            where |= dict.fromkeys(names, tensors)
+        if len(where) != 2:
+            return False
+        head, embedding = (tensors.get_slice(name) for name, tensors in where.items())
+        rows = head.get_shape()[0]
+        if head.get_shape() != embedding.get_shape():
+            return True
+        return any(not head[i : i + 4096].equal(embedding[i : i + 4096]) for i in range(0, rows, 4096))
+    return False
 
 
 def is_local_path(path: str) -> bool:
@@ -95,7 +197,7 @@ def is_local_path(path: str) -> bool:
 
 
 @functools.cache
-def snapshot(path: str, what: str) -> Path:
+def snapshot(path: str, what: str, revision: str | None = None) -> Path:
     """The directory of a model's files: `path` itself, or the cache to which the hub's files are downloaded.
 
     Args:
@@ -107,7 +209,8 @@ def snapshot(path: str, what: str) -> Path:
     with hub_errors(path, what):
         if is_local_path(path):
             return Path(path)
-        found = Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        download = functools.partial(huggingface_hub.snapshot_download, revision=revision)
+        found = Path(download(path, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
         if not any(found.glob("*.safetensors")):
-            huggingface_hub.snapshot_download(path, allow_patterns=["*.bin"])
+            download(path, allow_patterns=["*.bin"])
         return found

@@ -14,7 +14,6 @@ from transformers import (
 )
 from transformers import set_seed as set_all_seeds
 
-from csc_train.errors import InputError
 from csc_train.models.attention import select  # noqa: F401  registers our attention implementations
 from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
 from csc_train.models.families import get_family, lora_targets
@@ -38,8 +37,7 @@ def load_model(
             Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023).
 
     Raises:
-        InputError: the model cannot be read (see `hub.hub_errors`), its family is unknown, or it has fewer embeddings
-            than the tokenizer has tokens.
+        InputError: the model cannot be read (see `hub.hub_errors`), or its family is unknown.
     """
     options = {"dtype": dtype, "attn_implementation": attention}
     if load_in_4bit:
@@ -48,7 +46,7 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=list(get_family(_base_model_type(config)[0]).unquantized_modules),
+            llm_int8_skip_modules=list(get_family(base_model_type(config)).unquantized_modules),
         )
     if config.init == "random":
         set_all_seeds(seed)
@@ -57,11 +55,6 @@ def load_model(
         model = load_causal_lm(config.path, revision=config.revision, **options)
     if load_in_4bit:
         _keep_training_mode(model)
-    rows = model.get_input_embeddings().num_embeddings
-    if int(rows) < len(tokenizer):
-        raise InputError(
-            f"{config.name}: the model embeds {rows} tokens, the tokenizer has {len(tokenizer)}: use its own"
-        )
     return model
 
 
@@ -77,26 +70,16 @@ def _keep_training_mode(model: PreTrainedModel) -> None:
             module.register_forward_pre_hook(keep)
 
 
-def check_base_available(config: ModelConfig) -> None:
-    """Check that the base model can be read and is of a known family, by its config.json only.
+def base_model_type(config: ModelConfig) -> str:
+    """The model family of the base: that of its config.json, which may be another than `model.architecture` says.
 
     Raises:
-        InputError: the configuration cannot be read (see `hub.hub_errors`), its family is unknown, or it is not that
-            of a causal language model.
+        InputError: its configuration cannot be read (see `hub.hub_errors`).
     """
-    model_type, classes = _base_model_type(config)
-    expected = get_family(model_type).causal_lm_class
-    if classes and expected not in classes:
-        raise InputError(f"{config.path}: its config.json names {classes[0]}; choose a model of class {expected}")
-
-
-def _base_model_type(config: ModelConfig) -> tuple[str, list[str] | None]:
-    """The model family of the base, and the classes that its config.json names."""
     if config.init == "random":
-        return config.architecture.model_type, None
+        return config.architecture.model_type
     with hub_errors(config.path, "model"):
-        found = AutoConfig.from_pretrained(config.path, revision=config.revision)
-    return found.model_type, found.architectures
+        return AutoConfig.from_pretrained(config.path, revision=config.revision).model_type
 
 
 def build_model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:

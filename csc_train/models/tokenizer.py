@@ -1,13 +1,19 @@
 """Load a tokenizer, and hash the parts that decide its token ids."""
 
 import json
+import logging
+import re
+from pathlib import Path
 from typing import Any
 
+import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from csc_train.errors import InputError
 from csc_train.files import digest
-from csc_train.models.hub import hub_errors
+from csc_train.models.hub import find_file, hub_errors
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -16,7 +22,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         InputError: there is none at `path`, or it cannot be reached (see `hub.hub_errors`).
     """
-    with hub_errors(path, "tokenizer"):
+    with hub_errors(path, "tokenizer", (Exception,)):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{path}: the tokenizer has no fast version (tokenizer.json), which the template needs")
@@ -25,11 +31,34 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         raise InputError(
             f"{path}: there is no tokenizer (or one of {len(tokenizer)} tokens, too few to spell any text)"
         )
+    if file := find_file(path, "tokenizer.json", revision):
+        _take_rules(tokenizer, file)
     if tokenizer.pad_token is None:
         # Llama 3.1 has a token for padding but does not set it.
         named = "<|finetune_right_pad_id|>"
         tokenizer.pad_token = named if named in tokenizer.get_vocab() else tokenizer.eos_token
     return tokenizer
+
+
+def _take_rules(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Give a tokenizer the rules of its own file, where those of the class that transformers chose differ.
+
+    transformers chooses the class by the model's family, and some classes bring their own normalizer and pre-tokenizer.
+    """
+    fast: Any = tokenizer.backend_tokenizer
+    own = tokenizers.Tokenizer.from_file(str(file))
+    for part in ("normalizer", "pre_tokenizer"):
+        if _rules(getattr(fast, part)) != _rules(getattr(own, part)):
+            setattr(fast, part, getattr(own, part))
+            logger.info(
+                f"note: {file}: its {part} is not that of transformers' {type(tokenizer).__name__}: the file's is "
+                "used; other programs that load the model may not do so"
+            )
+
+
+def _rules(part: Any) -> str:
+    """A part of a tokenizer as JSON, without what decides no ids."""
+    return re.sub(r'"trim_offsets":\w+', "", part.__getstate__().decode()) if part is not None else ""
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

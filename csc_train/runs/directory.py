@@ -85,17 +85,8 @@ class Run:
 
     def _refuse_foreign(self) -> None:
         """Refuse a directory that this recipe must not write to."""
-        earlier, if_exists = read_run_record(self.directory), self.config["run"]["if_exists"]
-        if not earlier:
-            return refuse_other_files(self.directory, "no run.json")
-        if earlier.get("recipe") != self.recipe:
-            raise InputError(f"{self.directory} holds a run of {earlier.get('recipe')}: choose another run.directory")
-        if if_exists == "error":
-            raise InputError(
-                f"{self.directory} holds a run: choose another run.directory, keep it as it is by run.if_exists=reuse, "
-                "or start over by run.if_exists=replace"
-            )
-        if if_exists == "replace":
+        if_exists = self.config["run"]["if_exists"]
+        if refuse_foreign(self.directory, self.recipe, if_exists) and if_exists == "replace":
             self._refuse_replacing_inputs()
 
     def _refuse_replacing_inputs(self) -> None:
@@ -332,6 +323,30 @@ def claim_run(recipe: str, directory: Path) -> Claim:
 def default_directory(recipe: str) -> str:
     """The run directory if `run.directory` is not set, named by this process's clock."""
     return time.strftime(f"runs/{recipe}-%Y%m%d-%H%M%S")
+
+
+def refuse_foreign(directory: Path, recipe: str, if_exists: str) -> dict[str, Any]:
+    """Refuse a directory that a recipe must not write to.
+
+    Args:
+        if_exists: a `RunConfig.if_exists`.
+
+    Returns:
+        The run record of the earlier run there; empty without one.
+
+    Raises:
+        InputError: it holds a run and `if_exists` is error, a run of another recipe, or files without a `run.json`.
+    """
+    if not (earlier := read_run_record(directory)):
+        refuse_other_files(directory, "no run.json")
+    elif earlier.get("recipe") != recipe:
+        raise InputError(f"{directory} holds a run of {earlier.get('recipe')}: choose another run.directory")
+    elif if_exists == "error":
+        raise InputError(
+            f"{directory} holds a run: choose another run.directory, keep it as it is by run.if_exists=reuse, or start "
+            "over by run.if_exists=replace"
+        )
+    return earlier
 
 
 def refuse_other_files(directory: Path, missing: str) -> None:

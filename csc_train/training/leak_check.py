@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from csc_train.errors import InputError
 from csc_train.models.attention.flex import FLEX_ATTENTION
+from csc_train.models.attention.select import collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig
 from csc_train.packing.collator import SHARED_PREFIX_LAYOUTS, PackCollator
@@ -68,6 +69,25 @@ def check_no_leaks(
             f"{refusal}: logits differ from those of separate documents by {difference:.1%}: documents leak into each "
             "other, or miss part of their context; use packing=off"
         )
+
+
+def checked_collator(
+    model: PreTrainedModel, packing: str, pad_id: int, device: torch.device, dtype: torch.dtype
+) -> PackCollator:
+    """The collator of a model's batches, after `check_no_leaks`.
+
+    Args:
+        model: with its attention implementation; no weights are needed.
+        packing: a `PackingConfig.strategy`.
+
+    Raises:
+        InputError: as `collator_layout` and `check_no_leaks`.
+    """
+    attention = model.config._attn_implementation
+    layout = collator_layout(attention, packing, model.config.model_type)
+    collator = PackCollator(layout, pad_id, attention == "eager")
+    check_no_leaks(model, collator, device, dtype)
+    return collator
 
 
 def forbid_kv_cache(model: PreTrainedModel) -> None:

@@ -30,7 +30,6 @@ from csc_train.checkpoints.training_checkpoint import (
 )
 from csc_train.errors import InputError, ResumableError
 from csc_train.files import os_errors, write_json
-from csc_train.models.attention.select import collator_layout
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
 from csc_train.models.loading import lora_config
@@ -48,7 +47,7 @@ from csc_train.training.deepspeed import (
     skip_nonfinite_steps,
     start_deepspeed,
 )
-from csc_train.training.leak_check import check_no_leaks, forbid_kv_cache
+from csc_train.training.leak_check import checked_collator, forbid_kv_cache
 from csc_train.training.loss import normalize_loss, sum_weights, weight_log_probs
 from csc_train.training.memory import out_of_memory_advice
 from csc_train.training.nonfinite import (
@@ -490,10 +489,8 @@ def build_trainer(
     Raises:
         InputError: the model does not keep packed documents apart.
     """
-    attention = model.config._attn_implementation
-    layout = collator_layout(attention, packing, model.config.model_type)
-    collator = PackCollator(layout, tokenizer.pad_token_id, attention == "eager")
-    check_no_leaks(model, collator, arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    collator = checked_collator(model, packing, tokenizer.pad_token_id, arguments.device, dtype)
     forbid_kv_cache(model)
     trainer = PackTrainer(
         model,

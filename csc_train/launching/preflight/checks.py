@@ -7,28 +7,27 @@ import importlib.metadata
 import math
 import os
 import re
-import shutil
 import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import ENV_VARS_TRUE_VALUES
-
 from csc_train.config.paths import PACKAGE
 from csc_train.config.recipes.training import PreflightRecipe
 from csc_train.errors import InputError
-from csc_train.files import read_json
 from csc_train.launching.gpus import Gpu, probe_gpus
 from csc_train.launching.launchers.registry import launcher_class
+from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.launching.preflight.report import CheckResult, PreflightReport
 from csc_train.launching.preflight.size import computes_in_bf16, estimate_job, memory_scenario, zero_of
 from csc_train.models.config import TRAINED_TOKENIZER
 from csc_train.models.families import chat_template_name
-from csc_train.models.hub import is_local_path
+from csc_train.models.hub import find_file, is_local_path
+from csc_train.models.inspection import InspectedModel, base_directory, inspect_base
+from csc_train.runs.directory import default_directory, refuse_foreign
 from csc_train.training.compatibility import check_supported
-from csc_train.training.memory import GIB, MemoryScenario, advice, alternatives, estimate_memory, state_bytes
+from csc_train.training.memory import GIB, MemoryScenario, advice, alternatives, estimate_memory
 
 if TYPE_CHECKING:
     from csc_train.data.dialogue import Dialogue
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 PYPROJECT = PACKAGE.parent / "pyproject.toml"
 MIN_DRIVERS = {12: (525, 60), 13: (580, 0)}
 """Oldest NVIDIA driver for Linux by CUDA major version, from NVIDIA's compatibility guide."""
+LONGEST = 20
+"""Dialogues, the longest by characters, that are tokenized to find the longest one."""
 
 
 class NotCheckedError(Exception):
@@ -55,7 +56,11 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
     absent = InputError if launching else NotCheckedError
     here = launcher_class(cluster).attached
     gpus = probe_gpus() if options.probe and cluster.device == "cuda" and here else None
-    scenario = memory_scenario(config)
+    base, found = config.model, None
+    if base.init == "random" or (directory := base_directory(base)) is not None:
+        found = inspect_base(base, None if base.init == "random" else directory)
+    sound = found is not None and not found.refusals
+    scenario = memory_scenario(config, found.dims if sound and base.init == "pretrained" else None)
     chosen = None if config.zero.stage == "from_launcher" else scenario
     memory = cluster.gpu_memory_gib * GIB if cluster.gpu_memory_gib else None
     if memory is None and gpus:
@@ -64,7 +69,7 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
     loaded: dict[str, Any] = {}
 
     def load_template() -> str:
-        template = loaded["template"] = check_template(config, absent)
+        template = loaded["template"] = check_template(config, found if sound else None, absent)
         return f"{template.chat_template_name} fits the tokenizer, {len(template.tokenizer):,} tokens"
 
     def load_data() -> str:
@@ -85,20 +90,46 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         found = find_cached(loaded["dialogues"], loaded["template"], config.tokenization)
         return f"{found}: hit" if found else "no hit: the run tokenizes first; recipes/prepare.py does it ahead of time"
 
+    def need_model() -> None:
+        if not sound:
+            raise NotCheckedError("needs the model")
+
+    def try_attention() -> str:
+        need_model()
+        return check_attention(config, found)
+
+    def look_at_longest() -> str:
+        need_model()
+        if len(loaded) < 2:
+            raise NotCheckedError("needs the tokenizer and the data")
+        return check_longest(config, found, loaded["template"], loaded["dialogues"])
+
+    def try_end() -> str:
+        need_model()
+        from csc_train.training.rehearsal import rehearse_end
+
+        template = loaded.get("template")
+        rehearse_end(found, config.adapter, template and template.tokenizer, template.chat_template if template else "")
+        return "its names and files can be written" if template else "its names can be written"
+
     checks: dict[str, Callable[[], str]] = {
+        "run": partial(check_run, config),
         "batch": partial(check_batch, config),
         "world size": partial(check_world_size, config),
         "ZeRO": partial(check_zero_support, config),
-        "model files": partial(check_model_files, config, absent),
+        "model files": partial(check_model, config, found, absent),
+        "attention": try_attention,
         "tokenizer and template": load_template,
         "data": load_data,
         "tokenized data": look_up_cache,
+        "longest dialogue": look_at_longest,
+        "final model": try_end,
         "GPUs": partial(check_gpus, config, gpus, here, absent),
         "memory": partial(check_memory, config, chosen, memory, host_memory),
-        "disk": partial(check_disk, config, scenario, free_disk),
+        "disk": partial(check_run_disk, config, scenario, free_disk),
         "packages": check_packages,
         "CUDA": partial(check_cuda, config, gpus, absent),
-        "W&B": check_tracking,
+        "W&B": partial(check_tracking, config),
     }
     results = [_result(name, check) for name, check in checks.items()]
     estimate = estimate_job(config, scenario, loaded.get("template"), loaded.get("dialogues"))
@@ -121,6 +152,7 @@ def _result(name: str, check: Callable[[], str]) -> CheckResult:
 
 def check_batch(config: PreflightRecipe) -> str:
     """The packs of a global batch divide evenly among the processes."""
+    config.validation.interval(config.trainer)
     accumulation = config.trainer.accumulation(config.cluster.world_size)
     return (
         f"{config.trainer.packs_per_step} packs per step = {config.cluster.world_size} processes x "
@@ -145,69 +177,83 @@ def check_zero_support(config: PreflightRecipe) -> str:
     return f"adapter={config.adapter.kind} with stage {stage}, offload {offload}, {precision}"
 
 
-def check_model_files(config: PreflightRecipe, absent: type[Exception]) -> str:
-    """The model's files exist, and its config.json agrees with `model.architecture`."""
-    model = config.model
-    if model.init == "random":
-        return "random weights, no files"
-    path = str(model.path)
-    find = partial(_find_file, path, model.revision)
-    if (file := find("config.json")) is None:
-        raise absent(_missing(path))
-    described = read_json(file)
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "vocab_size", "tie_word_embeddings"):  # fmt: skip
-        stated = getattr(model.architecture, key)
-        if stated is not None and described.get(key, stated) != stated:
-            raise InputError(
-                f"{file}: {key} is {described[key]}, model.architecture.{key} is {stated}: correct the configuration"
-            )
-    if (index := find("model.safetensors.index.json")) is not None:
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if missing := [shard for shard in shards if find(shard) is None]:
-            raise InputError(f"{path}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}")
-        return f"{len(shards)} shards in {path}"
-    if find("model.safetensors") is None:
-        raise absent(f"{path}: has a config.json, but neither model.safetensors nor an index of shards")
-    return f"model.safetensors in {path}"
+def check_run(config: PreflightRecipe) -> str:
+    """The run directory may be written, and the recipe that follows takes its arguments."""
+    directory = config.run.directory
+    if directory is not None:
+        refuse_foreign(Path(directory), "sft", config.run.if_exists)
+    on_finish_arguments(config.on_finish, Path(directory or "runs"))
+    return f"{directory or default_directory('sft')}, then {config.on_finish.recipe or 'nothing'}"
 
 
-def _find_file(path: str, revision: str | None, name: str) -> str | None:
-    """The path of a model file in a directory or in the hub's cache, or None."""
-    if is_local_path(path):
-        return str(Path(path, name)) if Path(path, name).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
+def check_model(config: PreflightRecipe, found: InspectedModel | None, absent: type[Exception]) -> str:
+    """The base model can be trained (see `inspect_model`)."""
+    path = config.model.path
+    if found is None:
+        raise absent(f"{path}: not in the hub's cache: download it")
+    random = config.model.init == "random"
+    if not random and not Path(found.place).is_dir():
+        raise absent(found.refusals[0])
+    if found.refusals:
+        raise InputError("; ".join(found.refusals))
+    what = "random weights" if random else found.place
+    return "; ".join([f"{found.dims.parameters:,} parameters in {what}", *found.repairs])
 
-    found = try_to_load_from_cache(path, name, revision=revision)
-    return found if isinstance(found, str) else None
+
+def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
+    """The chosen attention keeps the documents of a pack apart (see `training.leak_check`)."""
+    import torch
+
+    from csc_train.models.attention.select import select_attention
+    from csc_train.training.leak_check import checked_collator
+
+    if torch.cuda.is_available() != (config.cluster.device == "cuda"):
+        raise NotCheckedError("on another machine")
+    packing, precision = config.packing.strategy, config.trainer.precision
+    attention = select_attention(config.model.attn_implementation, packing, precision)
+    found.model.config._attn_implementation = attention
+    device, dtype = torch.device(config.cluster.device), torch.bfloat16 if computes_in_bf16(config) else torch.float32
+    layout = checked_collator(found.model, packing, 0, device, dtype).layout
+    return f"{attention}, layout {layout}"
 
 
-def _missing(path: str) -> str:
-    return f"{path}: no such model directory" if is_local_path(path) else f"{path}: not in the hub's cache: download it"
-
-
-def check_template(config: PreflightRecipe, absent: type[Exception]) -> "DialogueTemplate":
-    """The dialogue template, if the tokenizer fits it."""
+def check_template(
+    config: PreflightRecipe, found: InspectedModel | None, absent: type[Exception]
+) -> "DialogueTemplate":
+    """The dialogue template, if the tokenizer fits it and the model."""
     model = config.model
     if model.tokenizer == TRAINED_TOKENIZER:
         raise NotCheckedError("the run trains the tokenizer")
     path, revision = (model.tokenizer, None) if model.tokenizer else (str(model.path), model.revision)
-    if _find_file(path, revision, "tokenizer.json") is None:
-        raise absent(f"{path}: no tokenizer.json" if is_local_path(path) else _missing(path))
+    if not (Path(path).is_dir() or find_file(path, "tokenizer.json", revision)):
+        missing = "no such model directory" if is_local_path(path) else "not in the hub's cache: download it"
+        raise absent(f"{path}: {missing}")
+    from csc_train.models.inspection import check_tokenizer
     from csc_train.models.tokenizer import load_tokenizer
     from csc_train.template.dialogue_template import DialogueTemplate
 
     tokenizer = load_tokenizer(path, revision)
-    if model.architecture.vocab_size and len(tokenizer) > model.architecture.vocab_size:
-        raise InputError(
-            f"{path}: {len(tokenizer)} tokens, more than model.architecture.vocab_size={model.architecture.vocab_size}"
-        )
-    return DialogueTemplate(tokenizer, chat_template_name(model), config.template)
+    if found is not None:
+        check_tokenizer(model, found, tokenizer)
+    name = chat_template_name(model, found.model.config.model_type if found else None)
+    return DialogueTemplate(tokenizer, name, config.template)
+
+
+def check_longest(
+    config: PreflightRecipe, found: InspectedModel, template: "DialogueTemplate", dialogues: "list[Dialogue]"
+) -> str:
+    """The model has a position for each token of the longest dialogues, by characters."""
+    from csc_train.packing.dataset import pack_dialogues
+    from csc_train.training.rehearsal import check_positions
+
+    longest = sorted(dialogues, key=lambda each: -sum(len(turn.text) for turn in each.turns))[:LONGEST]
+    packs, _ = pack_dialogues(list(template.encode_all(longest)), config.packing, config.loss)
+    return check_positions(found, packs)
 
 
 def check_data(config: PreflightRecipe, absent: type[Exception]) -> "list[Dialogue]":
-    """The training dialogues, read as in the run; only the run checks their overlap."""
-    from csc_train.data.splits import read_splits
+    """The training dialogues, read as in the run; their overlap is checked if the run may end for it."""
+    from csc_train.data.splits import read_and_check_splits, read_splits
 
     data = config.data
     if data.train.path is None:
@@ -219,7 +265,8 @@ def check_data(config: PreflightRecipe, absent: type[Exception]) -> "list[Dialog
             if not Path(path).suffix and path.count("/") == 1:
                 raise NotCheckedError(f"{path}: the run reads this data set from the hub")
             raise absent(f"data.{name}: {path}: no such file")
-    return read_splits(data).train
+    read = read_and_check_splits if data.on_overlap == "error" else read_splits
+    return read(data).train
 
 
 # The machine
@@ -271,23 +318,12 @@ def check_memory(
     raise InputError(f"{sizes}: does not fit; {advice(chosen, rows, per_node, memory, host_memory)}")
 
 
-def check_disk(config: PreflightRecipe, scenario: MemoryScenario, free: int | None = None) -> str:
+def check_run_disk(config: PreflightRecipe, scenario: MemoryScenario, free: int | None = None) -> str:
     """The training checkpoints and the final model fit on the run directory's disk; `free` overrides its free bytes."""
-    parent = Path(config.run.directory or "runs").absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free if free is None else free
-    count = config.trainer.save_total_limit + 1  # a checkpoint is written before the oldest is removed
-    each = state_bytes(scenario)
-    copies = 2 if config.model.init == "random" else 1  # a random base model is saved too
-    need = count * each + copies * scenario.compute * scenario.dims.parameters
-    text = (
-        f"{need / GIB:.1f} GiB for {count} checkpoints of {each / GIB:.1f} GiB and the final model, "
-        f"{free / GIB:.1f} GiB free at {parent}"
-    )
-    if need > free:
-        raise InputError(f"{text}: lower trainer.save_total_limit, or choose another run.directory")
-    return text
+    from csc_train.training.rehearsal import check_disk
+
+    directory, random = Path(config.run.directory or "runs"), config.model.init == "random"
+    return check_disk(scenario, directory, config.trainer.save_total_limit, random, free)
 
 
 def check_packages() -> str:
@@ -330,15 +366,8 @@ def check_cuda(config: PreflightRecipe, gpus: list[Gpu] | None, absent: type[Exc
     return f"{build}, driver {driver}"
 
 
-def check_tracking() -> str:
-    """W&B has credentials, or is off; nothing is sent."""
-    if (mode := os.environ.get("WANDB_MODE")) in ("offline", "dryrun", "disabled"):
-        return f"WANDB_MODE={mode}"
-    if (disabled := os.environ.get("WANDB_DISABLED", "")).upper() in ENV_VARS_TRUE_VALUES:
-        return f"WANDB_DISABLED={disabled}"
-    if os.environ.get("WANDB_API_KEY"):
-        return "WANDB_API_KEY is set"
-    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    if netrc.is_file() and "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace"):
-        return f"credentials in {netrc.name}"
-    raise NotCheckedError("neither WANDB_API_KEY nor an entry in .netrc: W&B would log nothing")
+def check_tracking(config: PreflightRecipe) -> str:
+    """W&B has credentials, or is off or offline; nothing is sent."""
+    from csc_train.tracking.wandb import resolve_mode
+
+    return {"off": "off", "offline": "offline", "wandb": "credentials are there"}[resolve_mode(config.tracking)]

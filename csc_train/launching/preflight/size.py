@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from csc_train.config.recipes.training import PreflightRecipe
-from csc_train.models.families import lora_parameter_count, model_dims
+from csc_train.models.families import ModelDims, lora_parameter_count, model_dims
 from csc_train.training.config import ZeroConfig
 from csc_train.training.memory import MemoryScenario, scenario_flops
 
@@ -59,10 +59,14 @@ def computes_in_bf16(config: PreflightRecipe) -> bool:
     return precision == "bf16" or (precision == "auto" and config.cluster.device == "cuda")
 
 
-def memory_scenario(config: PreflightRecipe) -> MemoryScenario:
-    """The training as the memory estimate sees it, with packs of the configured maximum length."""
+def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> MemoryScenario:
+    """The training as the memory estimate sees it, with packs of the configured maximum length.
+
+    Args:
+        dims: those of the base model's files; default to those of the configuration.
+    """
     model, adapter, packing = config.model, config.adapter, config.packing
-    dims = model_dims(model.architecture, model.tokenizer_vocab_size)
+    dims = dims or model_dims(model.architecture, model.tokenizer_vocab_size)
     weights = 0 if adapter.kind == "full" else lora_parameter_count(dims, adapter.rank, adapter.target_modules)
     stage, offload = zero_of(config.zero)
     tokens = config.trainer.micro_batch_size * packing.max_length

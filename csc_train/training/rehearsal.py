@@ -1,0 +1,139 @@
+"""Try before the first optimizer step what the end of a training needs: names, files, positions and disk space."""
+
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from csc_train.checkpoints.manifest import prepare_to_save
+from csc_train.checkpoints.reshard import parameter_name
+from csc_train.errors import InputError
+from csc_train.models.config import AdapterConfig
+from csc_train.models.inspection import InspectedModel, silent_loading
+from csc_train.models.loading import lora_config
+from csc_train.models.sharded_parameters import unsharded
+from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
+from csc_train.packing.dataset import PackedDataset
+from csc_train.training.memory import GIB, MemoryScenario, state_bytes
+
+
+def rehearse_end(
+    found: InspectedModel, adapter: AdapterConfig, tokenizer: PreTrainedTokenizerBase | None, chat_template: str
+) -> None:
+    """Do what makes the final model, without weights: adapters, their merge, the names of its files, all other files.
+
+    Args:
+        found: without refusals. Its model gets no weights and no adapters.
+        tokenizer: None if the run has yet to train it.
+        chat_template: text of the final model's template.
+
+    Raises:
+        InputError: the end would fail; says where.
+    """
+    config: Any = found.model.config
+    with unsharded(), silent_loading():
+        with torch.device("meta"):
+            model: Any = type(found.model)(config)
+        model.generation_config = found.model.generation_config
+        try:
+            model = _merged_without_weights(model, adapter)
+            _check_names(model)
+            if tokenizer is not None:
+                _check_files(model, tokenizer, chat_template)
+        except InputError:
+            raise
+        except Exception as error:  # of any kind: here the libraries work on names and settings only
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{found.place}: its final model cannot be written: {reason}") from error
+
+
+def _merged_without_weights(model: Any, adapter: AdapterConfig) -> Any:
+    if adapter.kind == "full":
+        return model
+    names = set(model.state_dict())
+    adapted = peft.get_peft_model(model, lora_config(adapter, model.config.model_type))
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    stored = {parameter_name(name) for name in peft.get_peft_model_state_dict(adapted)}
+    merged = adapted.merge_and_unload()
+    if lost := sorted((trained ^ stored) | (names ^ set(merged.state_dict()))):
+        raise InputError(f"adapter.kind={adapter.kind}: the export would not find {lost[0]}: choose adapter=full")
+    return merged
+
+
+def _check_names(model: Any) -> None:
+    """Check that the names that a save writes are those that a load reads."""
+    written: Any = revert_weight_conversion(model, model.state_dict())
+    _, info = type(model).from_pretrained(
+        None, config=model.config, state_dict=written, device_map="meta", output_loading_info=True
+    )
+    if lost := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
+        raise InputError(f"{type(model).__name__}: a save would lose {lost[0]}: train another model")
+
+
+def _check_files(model: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
+    before = tokenizer.chat_template
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            prepare_to_save(model, tokenizer, chat_template)
+            model.save_pretrained(scratch, state_dict={})
+            tokenizer.save_pretrained(scratch)
+            if tokenizer_hash(load_tokenizer(scratch)) != tokenizer_hash(tokenizer):
+                raise InputError(f"{tokenizer.name_or_path}: saved and read again, the tokenizer is another one")
+    finally:
+        tokenizer.chat_template = before
+
+
+def check_positions(found: InspectedModel, packs: PackedDataset) -> str:
+    """Check that a model has a position for each token of the longest dialogue.
+
+    Returns:
+        The sizes, in words.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    positions = getattr(found.model.config, "max_position_embeddings", None) or math.inf
+    longest = max(item.length for pack in packs.pack_items for item in pack)
+    if longest > positions:
+        raise InputError(
+            f"{found.place}: the model has {positions} positions, but the longest dialogue has {longest} tokens: add "
+            f"packing.max_length={positions}"
+        )
+    return f"{longest} tokens, the model has {positions} positions"
+
+
+def check_disk(scenario: MemoryScenario, directory: Path, kept: int, random: bool, free: int | None = None) -> str:
+    """Check that the training checkpoints and the final model fit on the run directory's disk.
+
+    Args:
+        directory: of the run; it need not exist yet.
+        kept: number of training checkpoints that are kept.
+        random: whether random base weights are yet to be saved.
+        free: free bytes; defaults to the file system's.
+
+    Returns:
+        The sizes, in words.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    parent = directory.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free if free is None else free
+    held = sum(file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file())
+    count, each = kept + 1, state_bytes(scenario)  # a checkpoint is written before the oldest is removed
+    need = count * each + (2 if random else 1) * scenario.compute * scenario.dims.parameters
+    text = (
+        f"{need / GIB:.1f} GiB for {count} checkpoints of {each / GIB:.1f} GiB and the final model, "
+        f"{free / GIB:.1f} GiB free at {parent}"
+    )
+    if need > free + held:
+        raise InputError(f"{text}: lower trainer.save_total_limit, or choose another run.directory")
+    return text
