@@ -39,17 +39,13 @@ def job(tmp_path_factory) -> Path:
 
 def composed(job: Path, *overrides: str):
     """A training of the job's model that every check passes; `overrides` come last."""
-    sizes = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 597, "tie_word_embeddings": "false",
-    }  # fmt: skip
     return compose(
         "preflight",
         [
             "model=qwen2_5_0_5b", f"model.path={job / 'model'}", "data=files",
             f"data.train.path={job / 'dialogues.jsonl'}", "data.evaluation_fraction=0.3",
             f"run.directory={job / 'runs' / 'new'}",
-            *(f"model.architecture.{name}={value}" for name, value in sizes.items()), *overrides,
+            *overrides,
         ],
     )  # fmt: skip
 
@@ -119,7 +115,10 @@ FAULTS = {
         "zero.stage=0 with adapter.kind=full in bf16: DeepSpeed's stage 0",
     ),
     "tokenizer and template": (["model.chat_template=llama3_1"], "chat template llama3_1 ends a turn with"),
-    "model files": (["model.architecture.num_hidden_layers=3"], "num_hidden_layers is 2, model.architecture."),
+    "run": (["on_finish=evaluate", "on_finish.overrides=['evaluation.nope=1']"], "unknown key 'evaluation.nope'"),
+    "attention": (["model.attn_implementation=flex_attention"], "it trains only on a GPU"),
+    "final model": (["adapter=lora", "adapter.target_modules=nope"], "its final model cannot be written: "),
+    "W&B": (["tracking=wandb"], "tracking=wandb: no key; run `wandb login`"),
     "data": (["data.train.source=nobody"], "no row has source 'nobody'"),
     "memory": (
         ["cluster.gpu_memory_gib=0.5"],
@@ -142,7 +141,9 @@ def test_a_missing_shard_is_named(job, tmp_path):
     shards[1].unlink()
     for launching in (True, False):
         outcome = run_preflight(composed(job, f"model.path={tmp_path / 'model'}"), launching=launching)
-        expected = f"{tmp_path / 'model'}: 1 of {len(shards)} shards are missing, the first {shards[1].name}"
+        expected = (
+            f"{tmp_path / 'model'}: 1 of {len(shards)} shards are missing, the first {shards[1].name}: copy it again"
+        )
         assert failure(outcome) == ("model files", expected)
 
 

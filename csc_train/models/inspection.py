@@ -152,7 +152,10 @@ def _check_dims(found: InspectedModel) -> None:
     """Check that a model's family counts its parameters right, as plans of memory and FLOPs need."""
     if found.model is None:
         return
-    dims, held = model_dims(found.model.config), found.model.num_parameters()
+    try:
+        dims, held = model_dims(found.model.config), found.model.num_parameters()
+    except InputError as error:
+        raise InputError(f"{found.place}: {error}") from error
     if abs(dims.parameters - held) > DIMS_TOLERANCE * held:
         raise InputError(
             f"{found.place}: the family {dims.model_type} counts {dims.parameters:,} parameters, it has {held:,}: "

@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
 from csc_train.checkpoints.manifest import prepare_to_save
@@ -18,7 +18,7 @@ from csc_train.models.config import AdapterConfig
 from csc_train.models.inspection import InspectedModel, silent_loading
 from csc_train.models.loading import lora_config
 from csc_train.models.sharded_parameters import unsharded
-from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
+from csc_train.models.tokenizer import tokenizer_hash
 from csc_train.packing.dataset import PackedDataset
 from csc_train.training.memory import GIB, MemoryScenario, state_bytes
 
@@ -83,7 +83,8 @@ def _check_files(model: Any, tokenizer: PreTrainedTokenizerBase, chat_template: 
             prepare_to_save(model, tokenizer, chat_template)
             model.save_pretrained(scratch, state_dict={})
             tokenizer.save_pretrained(scratch)
-            if tokenizer_hash(load_tokenizer(scratch)) != tokenizer_hash(tokenizer):
+            saved = PreTrainedTokenizerFast(tokenizer_file=str(Path(scratch, "tokenizer.json")))
+            if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
                 raise InputError(f"{tokenizer.name_or_path}: saved and read again, the tokenizer is another one")
     finally:
         tokenizer.chat_template = before

@@ -192,12 +192,11 @@ def check_model(config: PreflightRecipe, found: InspectedModel | None, absent: t
     if found is None:
         raise absent(f"{path}: not in the hub's cache: download it")
     random = config.model.init == "random"
-    if not random and not Path(found.place).is_dir():
-        raise absent(found.refusals[0])
     if found.refusals:
-        raise InputError("; ".join(found.refusals))
-    what = "random weights" if random else found.place
-    return "; ".join([f"{found.dims.parameters:,} parameters in {what}", *found.repairs])
+        missing = not random and not Path(found.place).is_dir()
+        raise (absent if missing else InputError)("; ".join(found.refusals))
+    what = "random weights" if random else f"{found.dims.parameters:,} parameters in {found.place}"
+    return "; ".join([what, *found.repairs])
 
 
 def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
@@ -235,7 +234,7 @@ def check_template(
     tokenizer = load_tokenizer(path, revision)
     if found is not None:
         check_tokenizer(model, found, tokenizer)
-    name = chat_template_name(model, found.model.config.model_type if found else None)
+    name = chat_template_name(model, found.dims.model_type if found else None)
     return DialogueTemplate(tokenizer, name, config.template)
 
 
