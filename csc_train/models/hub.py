@@ -103,36 +103,29 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
 
 
 def repair_generation_config(model: "PreTrainedModel") -> str | None:
-    """Make a generation configuration valid, as saving demands.
+    """Turn sampling on where a generation configuration has parameters of sampling without it, as some are published.
 
-    Sampling parameters without `do_sample`, as some models are published with, turn sampling on. If others are invalid,
-    only the special tokens stay.
+    Such a configuration cannot be saved.
 
     Returns:
         What was wrong and what was done; None if nothing was.
-    """
-    from transformers import GenerationConfig
 
+    Raises:
+        InputError: it cannot be saved for another reason.
+    """
     config: Any = model.generation_config
-    before = config.to_dict()
-    tokens = {name: before.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    repairs = (
-        ("", {}),
-        ("do_sample is taken as true", before | {"do_sample": True}),
-        ("only its special tokens are taken", tokens),
-    )
-    reason = ""
-    for done, values in repairs:
-        config = GenerationConfig(**values) if done else config
-        try:
-            config.validate(strict=True)
-        except ValueError as error:
-            lines = [line.strip("- ") for line in str(error).splitlines() if line.startswith("- ")]
-            reason = reason or (lines or [str(error)])[0].partition(". ")[0]
-            continue
-        model.generation_config = config
-        return f"{reason}: {done}" if done else None
-    raise InputError(f"{model.name_or_path}: generation_config.json: {reason}: correct or remove the file")
+    try:
+        config.validate(strict=True)
+        return None
+    except ValueError as error:
+        reason = str(error)
+    config.do_sample = True
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise InputError(f"{model.name_or_path}: generation_config.json: {' '.join(str(error).split())}") from error
+    found = [line.strip("- ").partition(". ")[0] for line in reason.splitlines() if line.startswith("- ")]
+    return f"{'; '.join(found)}: do_sample is taken as true"
 
 
 def find_file(path: str, name: str, revision: str | None = None) -> Path | None:
