@@ -32,7 +32,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
     from csc_train.models.attention.select import select_attention
     from csc_train.models.families import chat_template_name
-    from csc_train.models.inspection import base_directory, check_tokenizer, inspect_base
+    from csc_train.models.inspection import check_tokenizer, inspect_model
     from csc_train.models.loading import load_model
     from csc_train.models.precision import resolve_dtype, resolve_precision, weight_dtype
     from csc_train.packing.dataset import pack_dialogues
@@ -57,7 +57,7 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     config.trainer.accumulation(job.num_processes)
     check_supported(config.zero, config.adapter.kind, resolve_precision(precision))
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision)
-    inspected = inspect_base(config.model, base_directory(config.model, download=True)).require()
+    inspected = inspect_model(config.model, download=True).require()
     run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 

@@ -23,7 +23,7 @@ from csc_train.models.families import (
     model_dims,
     register_family,
 )
-from csc_train.models.inspection import base_directory, inspect_base
+from csc_train.models.inspection import inspect_model
 from csc_train.models.loading import build_model_config, load_model, lora_config
 from csc_train.template.chat_templates import chat_template_names
 from csc_train.template.tokenizer_training import TOKENIZER_STYLES
@@ -76,7 +76,7 @@ def test_a_family_from_outside_is_built_measured_and_adapted():
     assert get_family("mistral") == added
     assert added.chat_template == "llama3_1"
     config = ModelConfig(init="random", tokenizer="train", architecture=architecture("mistral"))
-    inspect_base(config, base_directory(config)).require()
+    inspect_model(config).require()
     model = load_model(config, small_tokenizer("llama3_1"), torch.float32, 0)
     assert type(model).__name__ == added.causal_lm_class
     assert model_dims(model.config).parameters == sum(each.numel() for each in model.parameters())
@@ -125,6 +125,6 @@ def test_a_base_of_an_unknown_family_or_class_is_refused(tmp_path):
     with pytest.raises(
         InputError, match="names Qwen2ForSequenceClassification; choose a model of class Qwen2ForCausal"
     ):
-        inspect_base(ModelConfig(path=str(tmp_path)), tmp_path).require()
+        inspect_model(ModelConfig(path=str(tmp_path))).require()
     with pytest.raises(InputError, match=r"model_type=qwen: choose one of .* Did you mean 'qwen3'|'qwen2'"):
-        inspect_base(ModelConfig(init="random", tokenizer="train", architecture=architecture("qwen")), None).require()
+        inspect_model(ModelConfig(init="random", tokenizer="train", architecture=architecture("qwen"))).require()

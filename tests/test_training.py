@@ -23,7 +23,7 @@ from csc_train.errors import InputError
 from csc_train.files import digest, file_digest
 from csc_train.models.attention.flex import FLEX_ATTENTION
 from csc_train.models.config import AdapterConfig, ModelConfig
-from csc_train.models.inspection import check_tokenizer, inspect_base
+from csc_train.models.inspection import check_tokenizer, inspect_model
 from csc_train.models.loading import load_model
 from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
 from csc_train.packing.config import LossConfig, PackingConfig
@@ -688,7 +688,7 @@ def test_a_model_with_fewer_embeddings_than_the_tokenizer_has_tokens_is_refused(
     tokenizer.add_tokens(["<新>"])
     config = ModelConfig(name="tiny", path=str(folder / "model"))
     with pytest.raises(InputError, match=r"^tiny: the model embeds 597 tokens, the tokenizer has 598: use its own$"):
-        check_tokenizer(config, inspect_base(config, folder / "model"), tokenizer)
+        check_tokenizer(config, inspect_model(config), tokenizer)
 
 
 def test_random_weights_depend_only_on_the_seed(template):

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
-import huggingface_hub
 from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 
 from csc_train.errors import InputError
 from csc_train.files import digest, file_digest, os_errors, read_json
+from csc_train.models.hub import find_file
 
 REMEMBERED_BYTES = 2**24
 """Size from which the hash of a file is remembered: reading a smaller one takes no time."""
@@ -135,9 +135,8 @@ def base_files(path: str, revision: str | None) -> FileHashes:
     """
     directory = Path(path)
     if not directory.is_dir():
-        cached = huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision)
-        if not isinstance(cached, str):
+        if (cached := find_file(path, "config.json", revision)) is None:
             return {}
-        directory = Path(cached).parent
+        directory = cached.parent
     weights = WEIGHTS[:1] if any(directory.glob(WEIGHTS[0])) else WEIGHTS[1:]
     return hash_files(directory, [*weights, "config.json"])

@@ -96,9 +96,9 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
     with hub_errors(path, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
         model, found = loaded
+        repair_generation_config(model)
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{path}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
-    repair_generation_config(model)
     return model
 
 
@@ -111,21 +111,17 @@ def repair_generation_config(model: "PreTrainedModel") -> str | None:
         What was wrong and what was done; None if nothing was.
 
     Raises:
-        InputError: it cannot be saved for another reason.
+        ValueError: it cannot be saved for another reason.
     """
     config: Any = model.generation_config
     try:
         config.validate(strict=True)
         return None
     except ValueError as error:
-        reason = str(error)
+        lines = [line.strip("- ").partition(". ")[0] for line in str(error).splitlines() if line.startswith("- ")]
     config.do_sample = True
-    try:
-        config.validate(strict=True)
-    except ValueError as error:
-        raise InputError(f"{model.name_or_path}: generation_config.json: {' '.join(str(error).split())}") from error
-    found = [line.strip("- ").partition(". ")[0] for line in reason.splitlines() if line.startswith("- ")]
-    return f"{'; '.join(found)}: do_sample is taken as true"
+    config.validate(strict=True)
+    return f"{'; '.join(lines)}: do_sample is taken as true"
 
 
 def find_file(path: str, name: str, revision: str | None = None) -> Path | None:
@@ -140,23 +136,18 @@ def weight_files(directory: Path) -> list[Path]:
     """The weight files of a model directory that transformers reads.
 
     Raises:
-        InputError: there are none, the index is broken, or shards are missing.
+        InputError: there are none, or shards are missing.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).is_file():
-            return [directory / name]
         index = directory / f"{name}.index.json"
-        if index.is_file():
-            content = read_json(index)
-            names = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
-                raise InputError(f"{index}: no weight_map of names to files: copy it again")
-            shards = sorted(set(names.values()))
-            if missing := [shard for shard in shards if not (directory / shard).is_file()]:
-                raise InputError(
-                    f"{directory}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}: copy it "
-                    "again"
-                )
+        shards = [name]
+        if not (directory / name).is_file() and index.is_file():
+            with hub_errors(str(directory), index.name, (Exception,)):
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+        missing = [shard for shard in shards if not (directory / shard).is_file()]
+        if missing and index.is_file():
+            raise InputError(f"{directory}: {len(missing)} of {len(shards)} shards are missing, the first {missing[0]}")
+        if not missing:
             return [directory / shard for shard in shards]
     raise InputError(f"{directory}: neither model.safetensors nor an index of its shards: copy the weights")
 
@@ -166,21 +157,17 @@ def has_own_head(directory: Path) -> bool:
 
     Reads headers, and the two tensors only if both are there, by rows.
     """
-    where = {}
-    with contextlib.suppress(InputError, SafetensorError, OSError), contextlib.ExitStack() as stack:
+    where: dict[str, Any] = {}
+    with contextlib.suppress(InputError, SafetensorError), contextlib.ExitStack() as stack:
         for file in weight_files(directory):
-            if file.suffix != ".safetensors":
-                return False
             tensors = stack.enter_context(safe_open(file, "pt"))
-            names = [name for name in tensors.keys() if name.endswith(("lm_head.weight", "embed_tokens.weight"))]  # noqa: SIM118
-            where |= dict.fromkeys(names, tensors)
-        if len(where) != 2:
-            return False
-        head, embedding = (tensors.get_slice(name) for name, tensors in where.items())
-        rows = head.get_shape()[0]
-        if head.get_shape() != embedding.get_shape():
-            return True
-        return any(not head[i : i + 4096].equal(embedding[i : i + 4096]) for i in range(0, rows, 4096))
+            where |= dict.fromkeys(
+                {"lm_head.weight", "model.embed_tokens.weight"}.intersection(tensors.keys()), tensors
+            )
+        if len(where) == 2:
+            head, embedding = (tensors.get_slice(name) for name, tensors in where.items())
+            rows = range(0, head.get_shape()[0], 4096)
+            return any(not head[row : row + 4096].equal(embedding[row : row + 4096]) for row in rows)
     return False
 
 
@@ -190,19 +177,20 @@ def is_local_path(path: str) -> bool:
 
 
 @functools.cache
-def snapshot(path: str, what: str, revision: str | None = None) -> Path:
+def snapshot(path: str, what: str, revision: str | None = None, cached: bool = False) -> Path:
     """The directory of a model's files: `path` itself, or the cache to which the hub's files are downloaded.
 
     Args:
         what: the name of the model in error messages.
+        cached: download nothing.
 
     Raises:
-        InputError: there is no such directory, or the hub does not give the model.
+        InputError: there is no such directory, or the hub, or its cache, does not give the model.
     """
     with hub_errors(path, what):
         if is_local_path(path):
             return Path(path)
-        download = functools.partial(huggingface_hub.snapshot_download, revision=revision)
+        download = functools.partial(huggingface_hub.snapshot_download, revision=revision, local_files_only=cached)
         found = Path(download(path, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
         if not any(found.glob("*.safetensors")):
             download(path, allow_patterns=["*.bin"])

@@ -1,5 +1,6 @@
 """Try before the first optimizer step what the end of a training needs: names, files, positions and disk space."""
 
+import copy
 import math
 import shutil
 import tempfile
@@ -37,57 +38,39 @@ def rehearse_end(
         InputError: the end would fail; says where.
     """
     config: Any = found.model.config
-    with unsharded(), silent_loading():
-        with torch.device("meta"):
-            model: Any = type(found.model)(config)
-        model.generation_config = found.model.generation_config
-        try:
-            model = _merged_without_weights(model, adapter)
-            _check_names(model)
-            if tokenizer is not None:
-                _check_files(model, tokenizer, chat_template)
-        except InputError:
-            raise
-        except Exception as error:  # of any kind: here the libraries work on names and settings only
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{found.place}: its final model cannot be written: {reason}") from error
-
-
-def _merged_without_weights(model: Any, adapter: AdapterConfig) -> Any:
-    if adapter.kind == "full":
-        return model
-    names = set(model.state_dict())
-    adapted = peft.get_peft_model(model, lora_config(adapter, model.config.model_type))
-    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    stored = {parameter_name(name) for name in peft.get_peft_model_state_dict(adapted)}
-    merged = adapted.merge_and_unload()
-    if lost := sorted((trained ^ stored) | (names ^ set(merged.state_dict()))):
-        raise InputError(f"adapter.kind={adapter.kind}: the export would not find {lost[0]}: choose adapter=full")
-    return merged
-
-
-def _check_names(model: Any) -> None:
-    """Check that the names that a save writes are those that a load reads."""
-    written: Any = revert_weight_conversion(model, model.state_dict())
-    _, info = type(model).from_pretrained(
-        None, config=model.config, state_dict=written, device_map="meta", output_loading_info=True
-    )
-    if lost := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
-        raise InputError(f"{type(model).__name__}: a save would lose {lost[0]}: train another model")
-
-
-def _check_files(model: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
-    before = tokenizer.chat_template
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            prepare_to_save(model, tokenizer, chat_template)
-            model.save_pretrained(scratch, state_dict={})
-            tokenizer.save_pretrained(scratch)
-            saved = PreTrainedTokenizerFast(tokenizer_file=str(Path(scratch, "tokenizer.json")))
-            if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
-                raise InputError(f"{tokenizer.name_or_path}: saved and read again, the tokenizer is another one")
-    finally:
-        tokenizer.chat_template = before
+        with unsharded(), silent_loading(), tempfile.TemporaryDirectory() as scratch:
+            with torch.device("meta"):
+                model: Any = type(found.model)(config)
+            model.generation_config = found.model.generation_config
+            lost = set()
+            if adapter.kind != "full":
+                model = peft.get_peft_model(model, lora_config(adapter, config.model_type))
+                trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+                lost = trained ^ {parameter_name(name) for name in peft.get_peft_model_state_dict(model)}
+                model = model.merge_and_unload()
+            written: Any = revert_weight_conversion(model, model.state_dict())
+            _, info = type(found.model).from_pretrained(
+                None, config=config, state_dict=written, device_map="meta", output_loading_info=True
+            )
+            if lost := [*lost, *info["missing_keys"], *info["unexpected_keys"]]:
+                raise InputError(f"{found.place}: an export of {type(model).__name__} would lose {min(lost)}")
+            if tokenizer is not None:
+                _save_without_weights(model, copy.deepcopy(tokenizer), chat_template, Path(scratch))
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: here the libraries work on names and settings only
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{found.place}: its final model cannot be written: {reason}") from error
+
+
+def _save_without_weights(model: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str, scratch: Path) -> None:
+    prepare_to_save(model, tokenizer, chat_template)
+    model.save_pretrained(scratch, state_dict={})
+    tokenizer.save_pretrained(scratch)
+    saved = PreTrainedTokenizerFast(tokenizer_file=str(scratch / "tokenizer.json"))
+    if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
+        raise InputError(f"{tokenizer.name_or_path}: saved and read again, the tokenizer is another one")
 
 
 def check_positions(found: InspectedModel, packs: PackedDataset) -> str:

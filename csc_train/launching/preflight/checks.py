@@ -24,7 +24,7 @@ from csc_train.launching.preflight.size import computes_in_bf16, estimate_job, m
 from csc_train.models.config import TRAINED_TOKENIZER
 from csc_train.models.families import chat_template_name
 from csc_train.models.hub import find_file, is_local_path
-from csc_train.models.inspection import InspectedModel, base_directory, inspect_base
+from csc_train.models.inspection import InspectedModel, inspect_model
 from csc_train.runs.directory import default_directory, refuse_foreign
 from csc_train.training.compatibility import check_supported
 from csc_train.training.memory import GIB, MemoryScenario, advice, alternatives, estimate_memory
@@ -56,74 +56,44 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
     absent = InputError if launching else NotCheckedError
     here = launcher_class(cluster).attached
     gpus = probe_gpus() if options.probe and cluster.device == "cuda" and here else None
-    base, found = config.model, None
-    if base.init == "random" or (directory := base_directory(base)) is not None:
-        found = inspect_base(base, None if base.init == "random" else directory)
-    sound = found is not None and not found.refusals
-    scenario = memory_scenario(config, found.dims if sound and base.init == "pretrained" else None)
+    found = inspect_model(config.model)
+    scenario = memory_scenario(config, None if config.model.init == "random" else found.dims)
     chosen = None if config.zero.stage == "from_launcher" else scenario
     memory = cluster.gpu_memory_gib * GIB if cluster.gpu_memory_gib else None
     if memory is None and gpus:
         memory = min(gpu.memory for gpu in gpus)
     host_memory = cluster.host_memory_gib * GIB if cluster.host_memory_gib else math.inf
-    loaded: dict[str, Any] = {}
+    known: dict[str, Any] = {"the model": None if found.refusals else found}
 
     def load_template() -> str:
-        template = loaded["template"] = check_template(config, found if sound else None, absent)
+        template = known["the template"] = check_template(config, known["the model"], absent)
         return f"{template.chat_template_name} fits the tokenizer, {len(template.tokenizer):,} tokens"
 
     def load_data() -> str:
         from csc_train.data.dialogue import data_digest
         from csc_train.template.system_prompt import language_note
 
-        dialogues = loaded["dialogues"] = check_data(config, absent)
-        found = f"{len(dialogues):,} dialogues, digest {data_digest(dialogues)[:12]}"
-        return "; ".join(filter(None, (found, language_note(dialogues, config.template.language))))
+        dialogues = known["the data"] = check_data(config, absent)
+        counted = f"{len(dialogues):,} dialogues, digest {data_digest(dialogues)[:12]}"
+        return "; ".join(filter(None, (counted, language_note(dialogues, config.template.language))))
 
-    def look_up_cache() -> str:
-        if config.data.on_overlap == "drop":
-            raise NotCheckedError("data.on_overlap=drop: the run finds which dialogues to drop")
-        if len(loaded) < 2:
-            raise NotCheckedError("needs the tokenizer and the data")
-        from csc_train.tokenized_cache import find_cached
-
-        found = find_cached(loaded["dialogues"], loaded["template"], config.tokenization)
-        return f"{found}: hit" if found else "no hit: the run tokenizes first; recipes/prepare.py does it ahead of time"
-
-    def need_model() -> None:
-        if not sound:
-            raise NotCheckedError("needs the model")
-
-    def try_attention() -> str:
-        need_model()
-        return check_attention(config, found)
-
-    def look_at_longest() -> str:
-        need_model()
-        if len(loaded) < 2:
-            raise NotCheckedError("needs the tokenizer and the data")
-        return check_longest(config, found, loaded["template"], loaded["dialogues"])
-
-    def try_end() -> str:
-        need_model()
-        from csc_train.training.rehearsal import rehearse_end
-
-        template = loaded.get("template")
-        rehearse_end(found, config.adapter, template and template.tokenizer, template.chat_template if template else "")
-        return "its names and files can be written" if template else "its names can be written"
+    def needing(check: Callable[..., str], *needs: str) -> str:
+        if missing := [need for need in needs if known.get(need) is None]:
+            raise NotCheckedError(f"needs {' and '.join(missing)}")
+        return check(config, *map(known.get, needs))
 
     checks: dict[str, Callable[[], str]] = {
         "run": partial(check_run, config),
         "batch": partial(check_batch, config),
         "world size": partial(check_world_size, config),
         "ZeRO": partial(check_zero_support, config),
-        "model files": partial(check_model, config, found, absent),
-        "attention": try_attention,
+        "model files": partial(check_model, found, absent),
+        "attention": partial(needing, check_attention, "the model"),
         "tokenizer and template": load_template,
         "data": load_data,
-        "tokenized data": look_up_cache,
-        "longest dialogue": look_at_longest,
-        "final model": try_end,
+        "tokenized data": partial(needing, check_cache, "the template", "the data"),
+        "longest dialogue": partial(needing, check_longest, "the model", "the template", "the data"),
+        "final model": partial(needing, lambda *each: check_end(*each, known.get("the template")), "the model"),
         "GPUs": partial(check_gpus, config, gpus, here, absent),
         "memory": partial(check_memory, config, chosen, memory, host_memory),
         "disk": partial(check_run_disk, config, scenario, free_disk),
@@ -132,7 +102,7 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         "W&B": partial(check_tracking, config),
     }
     results = [_result(name, check) for name, check in checks.items()]
-    estimate = estimate_job(config, scenario, loaded.get("template"), loaded.get("dialogues"))
+    estimate = estimate_job(config, scenario, known.get("the template"), known.get("the data"))
     return PreflightReport(
         results, alternatives(scenario), chosen, cluster.gpus_per_node, memory, host_memory, estimate
     )
@@ -186,17 +156,11 @@ def check_run(config: PreflightRecipe) -> str:
     return f"{directory or default_directory('sft')}, then {config.on_finish.recipe or 'nothing'}"
 
 
-def check_model(config: PreflightRecipe, found: InspectedModel | None, absent: type[Exception]) -> str:
+def check_model(found: InspectedModel, absent: type[Exception]) -> str:
     """The base model can be trained (see `inspect_model`)."""
-    path = config.model.path
-    if found is None:
-        raise absent(f"{path}: not in the hub's cache: download it")
-    random = config.model.init == "random"
     if found.refusals:
-        missing = not random and not Path(found.place).is_dir()
-        raise (absent if missing else InputError)("; ".join(found.refusals))
-    what = "random weights" if random else f"{found.dims.parameters:,} parameters in {found.place}"
-    return "; ".join([what, *found.repairs])
+        raise (absent if found.missing else InputError)("; ".join(found.refusals))
+    return "; ".join([found.place, *found.repairs])
 
 
 def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
@@ -236,6 +200,24 @@ def check_template(
         check_tokenizer(model, found, tokenizer)
     name = chat_template_name(model, found.dims.model_type if found else None)
     return DialogueTemplate(tokenizer, name, config.template)
+
+
+def check_cache(config: PreflightRecipe, template: "DialogueTemplate", dialogues: "list[Dialogue]") -> str:
+    """Whether the dialogues are tokenized already."""
+    if config.data.on_overlap == "drop":
+        raise NotCheckedError("data.on_overlap=drop: the run finds which dialogues to drop")
+    from csc_train.tokenized_cache import find_cached
+
+    found = find_cached(dialogues, template, config.tokenization)
+    return f"{found}: hit" if found else "no hit: the run tokenizes first; recipes/prepare.py does it ahead of time"
+
+
+def check_end(config: PreflightRecipe, found: InspectedModel, template: "DialogueTemplate | None") -> str:
+    """What makes the final model works without weights (see `training.rehearsal`)."""
+    from csc_train.training.rehearsal import rehearse_end
+
+    rehearse_end(found, config.adapter, template and template.tokenizer, template.chat_template if template else "")
+    return "its names and files can be written" if template else "its names can be written"
 
 
 def check_longest(
