@@ -141,9 +141,7 @@ def test_a_missing_shard_is_named(job, tmp_path):
     shards[1].unlink()
     for launching in (True, False):
         outcome = run_preflight(composed(job, f"model.path={tmp_path / 'model'}"), launching=launching)
-        expected = (
-            f"{tmp_path / 'model'}: 1 of {len(shards)} shards are missing, the first {shards[1].name}"
-        )
+        expected = f"{tmp_path / 'model'}: 1 of {len(shards)} shards are missing, the first {shards[1].name}"
         assert failure(outcome) == ("model files", expected)
 
 
