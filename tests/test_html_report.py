@@ -170,6 +170,24 @@ def test_the_page_is_no_wider_than_a_phone(run, browser):
     shown.close()
 
 
+def test_the_score_chart_is_as_wide_as_the_page_and_drawn_again_when_that_changes(run, opened):
+    page = opened(run)
+    place = """() => {
+        const box = (each) => each.getBoundingClientRect();
+        const [chart, figure] = ["#forest svg", "#forest"].map((each) => box(document.querySelector(each)));
+        const drawn = [...document.querySelectorAll("#forest svg > *")].map(box);
+        const left = Math.min(...drawn.map((each) => each.left)), right = Math.max(...drawn.map((each) => each.right));
+        return [chart.width, figure.width, left - figure.left, figure.right - right];
+    }"""
+    for width, found in ((1440, 1176), (390, 350), (800, 760)):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_function("width => document.querySelector('#forest svg').clientWidth === width", arg=found)
+        chart, figure, left, right = page.evaluate(place)
+        assert chart == figure == found and left > -1 and 0 < right < 75, (width, chart, figure, left, right)
+        assert page.locator("#forest circle").count() == 4
+    assert page.locator("#forest .name").all_text_contents()[-1].startswith("a <b>model<b>")
+
+
 def test_the_training_overlap_is_listed_with_the_metrics_of_the_rest(run, page):
     text = page.inner_text("#overlap")
     assert str(run[1].contamination) in text

@@ -168,7 +168,34 @@ def test_the_page_and_the_numbers_are_written_whole(tmp_path):
     assert "<title>A &amp; B</title>" in page and "fewer than 3 &lt;rounds&gt;" in page
     assert '<td class="name">roles kept</td><td>75</td><td>n/a</td>' in page
     assert not re.search(r"https?://|<script|src=|\{\{|\bnan\b|\bNone\b", page)
-    assert page.count("<svg") == 3 and page.count('class="map"') == 6
+    assert page.count("<svg") == 2 and page.count('<i style="width:') == 24 and page.count('class="map"') == 6
+
+
+@pytest.mark.parametrize("width", [360, 390, 800, 1440])
+def test_the_page_does_not_scroll_sideways_and_its_drawings_are_readable(tmp_path, browser, width):
+    dialogues, profiles = described(12)
+    reasons = {"unknown_strategy_of_a_turn_" * 4: 12, "fewer than 3 rounds": 123456, "客服没有回答" * 30: 1}
+    row = {"rule": "five criteria", "entered": 123456, "dropped": 99999, "kept": 23457, "reasons": reasons}
+    report = quality_report(
+        dialogues,
+        reference=generate_sample(40, 0),
+        profiles=profiles,
+        funnel=[row] * 5,
+        usage={"prompt_tokens": 12345678901, "cost": 1.5},
+        agreement={"roles_kept": {"unanimous": 1, "fleiss_kappa": 1}},
+    )
+    write_quality_report(tmp_path, report, "1,000 synthetic dialogues (source=synthetic-sample)")
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto((tmp_path / "quality.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for kind, least in (("svg text", 9), (".bars .name", 12), ("td", 12)):
+        heights = page.locator(kind).evaluate_all("found => found.map(each => each.getBoundingClientRect().height)")
+        assert min(heights) > least, kind
+    # Each bar and the number behind it are in one line, in the page.
+    bars = page.locator(".bars div div")
+    assert bars.count() == 24 and bars.evaluate_all("found => Math.max(...found.map(each => each.clientHeight))") < 20
+    assert bars.evaluate_all("found => Math.max(...found.map(each => each.scrollWidth - each.clientWidth))") == 0
+    page.close()
 
 
 @pytest.mark.parametrize("dialogues", [[], [dialogue("a", [1])]])
