@@ -15,7 +15,11 @@ except ModuleNotFoundError as error:
 
 
 def main(config: ChatConfig) -> None:
-    # After the configuration is checked: these imports take seconds.
+    # What needs no model is checked before the imports that take seconds
+    from csc_train.checkpoints.locate import check_source, open_source
+
+    check_source(config.checkpoint)
+
     if config.ui == "web":
         from csc_train.chat.web import serve_page as chat
     else:
@@ -24,7 +28,6 @@ def main(config: ChatConfig) -> None:
     from transformers.utils import logging
 
     from csc_train.checkpoints.export import usable_model
-    from csc_train.checkpoints.locate import open_source
     from csc_train.inference.config import InferenceConfig
     from csc_train.inference.hf import load_final_model
     from csc_train.runs.distributed import require_single_process

@@ -29,7 +29,12 @@ OUTPUTS = (
 
 
 def main(config: EvaluateRecipe) -> None:
-    # Imported after the configuration is checked: these imports take seconds.
+    # What needs no model is checked before the imports that take seconds
+    from csc_train.checkpoints.locate import check_source
+
+    if config.checkpoint and not config.score_only:
+        check_source(config.checkpoint)
+
     from csc_train.checkpoints.export import usable_model
     from csc_train.config.compose import from_container, to_container
     from csc_train.data.config import DataConfig

@@ -11,9 +11,12 @@ except ModuleNotFoundError as error:
 
 
 def main(config: ExportConfig) -> None:
-    # After the configuration is checked: these imports take seconds.
+    # What needs no model is checked before the imports that take seconds
+    from csc_train.checkpoints.locate import check_source, open_source
+
+    check_source(config.source)
+
     from csc_train.checkpoints.export import claim_output, export, push
-    from csc_train.checkpoints.locate import open_source
     from csc_train.runs.distributed import require_single_process
 
     require_single_process("export")

@@ -21,7 +21,14 @@ OUTPUTS = (  # in the run directory
 )  # fmt: skip
 
 
-def main(config: SftRecipe) -> None:  # the imports take seconds: only after the configuration is checked
+def main(config: SftRecipe) -> None:
+    # What needs no model is checked before the imports that take seconds
+    from csc_train.models.hub import check_available
+    from csc_train.runs.distributed import distributed_state, world_size
+
+    config.trainer.accumulation(world_size())
+    check_available(config.model)
+
     from csc_train.checkpoints.export import trained_model
     from csc_train.checkpoints.manifest import build_manifest, save_base_model, save_final_model, write_manifest
     from csc_train.checkpoints.training_checkpoint import checkpoint_to_resume
@@ -37,7 +44,6 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     from csc_train.models.precision import resolve_dtype, resolve_precision, weight_dtype
     from csc_train.packing.dataset import pack_dialogues
     from csc_train.runs.directory import Run
-    from csc_train.runs.distributed import distributed_state
     from csc_train.template.dialogue_template import DialogueTemplate
     from csc_train.template.system_prompt import language_note
     from csc_train.template.tokenizer_training import get_tokenizer
@@ -54,7 +60,6 @@ def main(config: SftRecipe) -> None:  # the imports take seconds: only after the
     # Checks
     job = distributed_state()
     precision, seed = config.trainer.precision, config.trainer.seed
-    config.trainer.accumulation(job.num_processes)
     check_supported(config.zero, config.adapter.kind, resolve_precision(precision))
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision)
     inspected = inspect_model(config.model, download=True).require()

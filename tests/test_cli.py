@@ -42,6 +42,31 @@ def test_a_schema_and_the_command_line_import_nothing_heavy(recipe):
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "message"),
+    [
+        ("sft", ["experiment=demo", "trainer.packs_per_step=3"], "trainer.packs_per_step=3 is not a multiple"),
+        ("sft", ["model.path=nobody/nothing"], "nobody/nothing: cannot load the model"),
+        ("sft", ["model.path=./nothing"], "./nothing: no such model directory"),
+        ("evaluate", ["checkpoint=nothing"], "nothing: no such directory"),
+        ("evaluate", ["checkpoint=."], ".: neither a model, nor a training checkpoint"),
+        ("chat", ["checkpoint=nothing"], "nothing: no such directory"),
+        ("export", ["source=nothing", "output=x"], "nothing: no such directory"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_any_heavy_import(recipe, arguments, message, tmp_path):
+    script = (
+        f"import runpy, sys\nsys.argv = {['x', *arguments]}\n"
+        f"try:\n    runpy.run_path({str(ROOT / 'recipes' / recipe)!r} + '.py', run_name='__main__')\n"
+        f"finally:\n    print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr.startswith(f"error: {message}")
+
+
 # Help and the page of settings
 
 

@@ -105,11 +105,10 @@ def locate_checkpoint(path: str, training: bool = False) -> Path:
         InputError: there is none, which says what the path holds; or a training checkpoint is damaged.
     """
     directory = Path(path)
-    if not directory.is_dir():
-        raise InputError(f"{path}: no such directory")
+    check_source(path)
     if is_model(directory):
         return directory
-    if any((directory / name).is_file() for name in (CHECKPOINT_FILE, TRAINER_STATE)):
+    if _is_checkpoint(directory):
         check_whole(directory)
         return directory
     has_model = is_model(directory / MODEL_FOLDER)
@@ -117,11 +116,33 @@ def locate_checkpoint(path: str, training: bool = False) -> Path:
         return latest
     if has_model:
         return directory / MODEL_FOLDER
+    raise _unusable(directory)
+
+
+def check_source(path: str) -> None:
+    """Check what takes no time of a path that `locate_checkpoint` gets, before the imports that take seconds.
+
+    Raises:
+        InputError: there is no such directory, or it holds neither a model nor training checkpoints.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise InputError(f"{path}: no such directory")
+    found = is_model(directory) or is_model(directory / MODEL_FOLDER) or _is_checkpoint(directory)
+    if not found and not (directory / CHECKPOINTS_FOLDER).is_dir():
+        raise _unusable(directory)
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in (CHECKPOINT_FILE, TRAINER_STATE))
+
+
+def _unusable(directory: Path) -> InputError:
     held = sorted(entry.name for entry in directory.iterdir())
     if "config.json" in held:
         read_manifest(directory)  # there is none: it says what to do
     listed = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "")
-    raise InputError(
-        f"{path}: neither a model, nor a training checkpoint, nor a run directory with one; "
+    return InputError(
+        f"{directory}: neither a model, nor a training checkpoint, nor a run directory with one; "
         f"it holds {listed or 'nothing'}"
     )

@@ -6,10 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from csc_train.checkpoints.content import FileHashes, base_files, hash_files, remember
 from csc_train.data.dialogue import Dialogue, data_digest
@@ -18,13 +15,15 @@ from csc_train.data.training_record import RECORD_FILE, write_training_record
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, read_json, write_json
 from csc_train.models.config import ModelConfig
-from csc_train.models.loading import load_model
-from csc_train.models.sharded_parameters import unsharded
-from csc_train.models.tokenizer import tokenizer_hash
 from csc_train.runs.directory import Run
 from csc_train.runs.distributed import distributed_state
 from csc_train.runs.provenance import provenance
-from csc_train.template.dialogue_template import DialogueTemplate
+
+if TYPE_CHECKING:  # a manifest is read before the imports that take seconds
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from csc_train.template.dialogue_template import DialogueTemplate
 
 MANIFEST_FILE = "csc_manifest.json"
 BASE_FOLDER = "base"
@@ -73,7 +72,7 @@ class Manifest:
 
 
 def build_manifest(
-    base: ModelConfig, model: PreTrainedModel, template: DialogueTemplate, training: Iterable[Dialogue], run: Run
+    base: ModelConfig, model: "PreTrainedModel", template: "DialogueTemplate", training: Iterable[Dialogue], run: Run
 ) -> Manifest:
     """The manifest of a model that is trained on the dialogues `training`.
 
@@ -81,6 +80,8 @@ def build_manifest(
         base: the base model (see `save_base_model`).
         model: as it was loaded from there.
     """
+    from csc_train.models.tokenizer import tokenizer_hash
+
     saved = Path(base.path) == run.directory / BASE_FOLDER
     path = os.path.join("..", BASE_FOLDER) if saved else str(base.path)
     revision = getattr(model.config, "_commit_hash", None) or base.revision
@@ -102,7 +103,7 @@ def build_manifest(
 
 
 def save_base_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int, run: Run
+    config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", dtype: "torch.dtype", seed: int, run: Run
 ) -> ModelConfig:
     """Save random weights in `dtype` to the run directory, so that an export can load them again.
 
@@ -115,6 +116,9 @@ def save_base_model(
     if config.init == "pretrained":
         return config
     if run.is_main:
+        from csc_train.models.loading import load_model
+        from csc_train.models.sharded_parameters import unsharded
+
         with unsharded(), model_directory(run.directory / BASE_FOLDER) as temporary:
             load_model(config, tokenizer, dtype, seed).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
@@ -140,8 +144,8 @@ def model_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 def save_final_model(
     directory: str | os.PathLike,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     chat_template: str,
     manifest: Manifest,
     shard_size: str = "50GB",
@@ -190,7 +194,7 @@ def weights_hash(files: FileHashes) -> str:
     return digest({name: known["sha256"] for name, known in files.items() if name.endswith(".safetensors")})
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The control token that ends a reply in the tokenizer's chat template."""
     chat = [{"role": "system", "content": "-"}, {"role": "assistant", "content": "-"}]
     ids: Any = tokenizer.apply_chat_template(chat, return_dict=False)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from csc_train.errors import InputError, causes
 from csc_train.files import read_json
+from csc_train.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,6 +175,18 @@ def has_own_head(directory: Path) -> bool:
 def is_local_path(path: str) -> bool:
     """Whether `path` means a directory: it exists, or it does not look like a hub id (owner/name)."""
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def check_available(config: ModelConfig) -> None:
+    """Check that the base model has a directory or can be had from the hub, before the imports that take seconds.
+
+    Raises:
+        InputError: neither; see `hub_errors`.
+    """
+    if config.init == "pretrained":
+        with hub_errors(config.path, "model"):
+            if not is_local_path(config.path):
+                huggingface_hub.hf_hub_download(config.path, "config.json", revision=config.revision)
 
 
 @functools.cache

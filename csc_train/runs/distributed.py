@@ -36,6 +36,11 @@ def _quiet_libraries(gpu: bool) -> None:
         transformers_logging.disable_progress_bar()
 
 
+def world_size() -> int:
+    """Number of processes that torchrun or accelerate started; starts no process group and imports nothing."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def require_single_process(recipe: str) -> None:
     """Raise an InputError if torchrun or accelerate started the recipe with more than one process."""
     if distributed_state().num_processes > 1:
