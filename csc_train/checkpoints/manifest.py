@@ -178,7 +178,7 @@ def save_final_model(
         remember(Path(directory) / name, known["sha256"])
 
 
-def prepare_to_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
+def prepare_to_save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", chat_template: str) -> None:
     """Give a final model its chat template and its stops.
 
     Its generation configuration stops at the end of a turn, which a base model without chat training does not.
