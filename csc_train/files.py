@@ -1,6 +1,7 @@
 """Write files atomically, hash their contents, and turn OSErrors into InputErrors."""
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -54,7 +55,8 @@ def atomic_path(path: str | os.PathLike, stale: Sequence[str] = ()) -> Iterator[
     """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
 
     The caller creates a file or a directory at the temporary path. A file replaces a file, a directory a directory.
-    Files of a replaced directory that have no successor are kept beside it, since they may be somebody else's.
+    Files of a replaced directory that have no successor are kept beside it, since they may be somebody else's. What
+    killed processes left when they wrote to `path` is removed.
 
     Args:
         stale: glob patterns of files in a replaced directory that need no successor.
@@ -67,24 +69,42 @@ def atomic_path(path: str | os.PathLike, stale: Sequence[str] = ()) -> Iterator[
     require_in_place(path)
     with os_errors(path, "cannot write"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not TemporaryDirectory: it would raise if the removal fails.
-        staging = Path(tempfile.mkdtemp(prefix=STAGING.format(name=path.name), dir=path.parent))
-        try:
-            temporary = staging / path.name
-            yield temporary
-            flush_to_disk(temporary)
-            if temporary.is_dir() and path.is_dir() and not path.is_symlink():
-                replaced = path.rename(staging / f"{path.name}.replaced")
-                try:
+        with _swept(path):
+            # Not TemporaryDirectory: it would raise if the removal fails.
+            staging = Path(tempfile.mkdtemp(prefix=STAGING.format(name=path.name), dir=path.parent))
+            try:
+                temporary = staging / path.name
+                yield temporary
+                flush_to_disk(temporary)
+                if temporary.is_dir() and path.is_dir() and not path.is_symlink():
+                    replaced = path.rename(staging / f"{path.name}.replaced")
+                    try:
+                        temporary.replace(path)
+                    except OSError:
+                        replaced.rename(path)
+                        raise
+                    _keep_foreign(replaced, path, stale)
+                else:
                     temporary.replace(path)
-                except OSError:
-                    replaced.rename(path)
-                    raise
-                _keep_foreign(replaced, path, stale)
-            else:
-                temporary.replace(path)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _swept(path: Path) -> Iterator[None]:
+    """Share the lock of the folder of `path`. Who has it alone removes what killed processes left of `path` there."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError, InputError):  # others write there now, or the file system has no locks
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in os.listdir(path.parent):
+                if is_staging(path.with_name(name), path.name):
+                    remove_staging(path.with_name(name))
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _keep_foreign(replaced: Path, path: Path, stale: Sequence[str] = ()) -> None:

@@ -189,3 +189,28 @@ def test_digests():
 def test_a_file_digest_is_that_of_its_bytes(tmp_path):
     (tmp_path / "a").write_bytes("情\r\n".encode())
     assert file_digest(tmp_path / "a") == digest("情\r\n".encode())
+
+
+WRITER = """
+import sys
+from csc_train.files import atomic_path
+with atomic_path(sys.argv[1]):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write_and_not_while_it_lives(tmp_path):
+    path = tmp_path / "out.json"
+    other = tmp_path / ".out.jsonl.writing-abcd1234"
+    other.mkdir()
+    command = [sys.executable, "-c", WRITER, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        (staging,) = tmp_path.glob(".out.json.writing-*")
+        write_text(path, "1")
+        assert staging.exists()
+        writer.kill()
+    assert staging.exists()
+    write_text(path, "2")
+    assert sorted(tmp_path.iterdir()) == [other, path] and path.read_text() == "2"

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 import psutil
 import pytest
 import wandb.wandb_agent
@@ -19,6 +20,7 @@ from test_launch import Started, left_in, record
 
 from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError
+from csc_train.launching.journal import open_journal
 from csc_train.launching.launchers.local import LocalLauncher
 from csc_train.launching.search_space import extreme_points
 from csc_train.launching.sweep import plan_sweep, sweep
@@ -464,3 +466,11 @@ def test_the_same_figure_is_the_same_file(tmp_path):
         figure.subplots().plot([1, 2], label="loss")
         save_svg(figure, tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "other.svg").read_bytes()
+
+
+def test_the_lock_file_of_a_killed_sweep_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.log.lock").symlink_to(tmp_path)
+    study = optuna.create_study(study_name="s", storage=open_journal(Path("study.log")))
+    study.tell(study.ask(), 1.0)
+    assert sorted(os.listdir()) == ["study.log", "study.log.lock"]

@@ -6,7 +6,7 @@ from typing import Any
 import optuna
 import pydantic
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from csc_train.config.cluster import SweepConfig
@@ -26,6 +26,16 @@ class _Operation(pydantic.BaseModel):
     op_code: int
     worker_id: str
     trial_id: int | None = None
+
+
+class _ClaimedLock(JournalFileOpenLock):
+    """No lock of its own: the claim of the sweep's directory keeps others out, and ends with a killed process."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
 
 
 class _Journal(JournalFileBackend):
@@ -61,7 +71,7 @@ def open_journal(file: Path) -> JournalStorage:
     if not whole:
         write_jsonl(file, rows)
     with os_errors(file, "cannot read"):
-        return JournalStorage(_Journal(str(file)))
+        return JournalStorage(_Journal(str(file), lock_obj=_ClaimedLock(str(file))))
 
 
 def check_values(file: Path, study: optuna.Study, config: SweepConfig) -> None:

@@ -118,10 +118,9 @@ def claim(directory: Path, recipe: str, lock_file: Path | None = None) -> Claim:
         claimed.created += created
     if earlier:
         logger.info("note: %s: took over the lock of %s, which ended without releasing it", directory, _name(earlier))
-    if claimed.token != os.environ.get(CLAIM_VARIABLE):
-        for leftover in list(leftovers(directory) if lock_file is None else path.parent.glob(".*.writing-*")):
-            if lock_file is None or is_staging(leftover, directory.name):
-                remove_staging(leftover)
+    if lock_file is None and claimed.token != os.environ.get(CLAIM_VARIABLE):
+        for leftover in list(leftovers(directory)):
+            remove_staging(leftover)
     return claimed
 
 
