@@ -12,7 +12,7 @@ from servers.faults import DRIP, DROP, HANG, HTML, NO_REPLIES, TORN, Fault, Say
 
 from csc_train.errors import InputError
 from csc_train.llm import client as client_module
-from csc_train.llm.client import Client, LLMError, UnusableServerError
+from csc_train.llm.client import CallError, Client, LLMError, UnusableServerError
 from csc_train.llm.config import JSON_MODES, LLMConfig
 from csc_train.llm.limits import RateLimiter, RequestLimits
 from csc_train.llm.structured import ask_structured, parse_answer
@@ -40,12 +40,19 @@ def run(config, call):
 
     try:
         return asyncio.run(main()), attempts
-    except LLMError as failure:
+    except CallError as failure:
         return failure, attempts
 
 
-def chat(config, **settings):
-    return run(config, lambda client, observe: client.chat(CHAT, observe=observe, **settings))
+def chat(config, checked=False, **settings):
+    """The answer or failure; `checked`: of a server that has answered before."""
+
+    async def call(client, observe):
+        if checked:
+            await client.check()
+        return await client.chat(CHAT, observe=observe, **settings)
+
+    return run(config, call)
 
 
 def test_an_answer_is_sent_for_once(fault_server):
@@ -73,13 +80,13 @@ FAULTS = {
 def test_passing_errors_are_retried_within_the_limit(kind, fault_server):
     fault_server.script += [FAULTS[kind]] * 2
     config = config_of(fault_server, timeout_s=3 if kind == "timeout" else TIMEOUT_S)
-    answer, attempts = chat(config)
+    answer, attempts = chat(config, checked=True)
     assert (answer.text, answer.attempts) == ("您好", 3)
     assert [(each.number, each.kind) for each in attempts] == [(1, kind), (2, kind), (3, None)]
     assert len({str(body) for body in fault_server.bodies}) == 1
 
     fault_server.script += [FAULTS[kind]] * 3
-    failure, attempts = chat(config)
+    failure, attempts = chat(config, checked=True)
     assert (type(failure), failure.kind, failure.attempts) == (LLMError, kind, 3)
     assert len(fault_server.requests) == 6
     assert "\n" not in failure.message
@@ -133,7 +140,7 @@ def test_the_key_is_sent_and_shown_nowhere(fault_server, monkeypatch):
 
 def test_an_answer_that_drips_in_is_waited_for_no_longer_than_one_that_does_not_come(fault_server):
     fault_server.script.append(DRIP)
-    answer, attempts = chat(config_of(fault_server, timeout_s=3))
+    answer, attempts = chat(config_of(fault_server, timeout_s=3), checked=True)
     assert answer.text == "您好"
     assert [each.kind for each in attempts] == ["timeout", None]
 

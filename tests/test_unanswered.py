@@ -18,6 +18,7 @@ from csc_train.inference.generator import generate_predictions
 from csc_train.inference.openai import OpenAIGenerator
 from csc_train.inference.predictions import read_outcomes, write_predictions
 from csc_train.llm.config import LLMConfig
+from csc_train.synthesis.rolecs.batch_api import read_batch_results
 from csc_train.template.config import TemplateConfig
 
 DIALOGUES = generate_sample(4, seed=3)
@@ -141,3 +142,16 @@ def test_a_server_that_is_not_there_is_said_at_once(recipe, address, command, fa
         load_recipe(recipe).main(compose(recipe, [*SERVED[recipe], *server]))
     said = capsys.readouterr().out + str(ended.value)
     assert f"llm.base_url={url}: ConnectError " in said and "start the server, or correct the address" in said
+
+
+@pytest.mark.parametrize(("kind", "reply"), [(kind, reply) for kind, some in NO_REPLIES.items() for reply in some])
+def test_a_batch_result_without_a_reply_is_no_answer(kind, reply, tmp_path):
+    """Nor is a draft in thoughts that do not end, which holds an object of the right form."""
+    message = {"content": f'{reply.text}{{"text": "好"}}' if "<think>" in (reply.text or "")[:7] else reply.text}
+    if "</think>" in (reply.text or ""):
+        message = {"content": reply.text}
+    choice = {"message": message | {"refusal": reply.refusal}, "finish_reason": reply.finish_reason}
+    row = {"custom_id": "a", "response": {"status_code": 200, "body": {"choices": [choice]}}}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row), "utf-8")
+    answer, _ = read_batch_results([tmp_path / "results.jsonl"])["a"]
+    assert answer["fault"][0] == kind

@@ -115,8 +115,6 @@ class OpenAIGenerator:
             else:
                 prompt = build_messages(request.history, self._settings, self._llm.user_first)
                 answer = await client.chat(prompt, **decoding)
-        except UnusableServerError:
-            raise
         except LLMError as failure:
             return request.failure(failure.kind, failure.message)
         if answer.cut_off and self._template is None:
@@ -153,8 +151,6 @@ async def _supported(request: Coroutine, advice: str = "") -> Any:
     """The answer to a probe; None if the server refuses this kind of request."""
     try:
         return await request
-    except UnusableServerError:
-        raise
     except LLMError as failure:
         if failure.kind != "bad_request":
             raise InputError(f"llm: {failure.message} ({failure.kind}){advice}") from failure

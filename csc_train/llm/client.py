@@ -29,8 +29,10 @@ ERROR_KINDS = (
 )  # fmt: skip
 """Kinds of failed requests. malformed: the answer does not match the required format. unreachable: the server's name
 does not resolve, or the connection is refused."""
-RETRYABLE = ("connection", "timeout", "rate_limit", "server_error", "malformed", "interrupted")
+RETRYABLE = ("connection", "rate_limit", "server_error", "malformed", "interrupted")
 """Kinds that a retry of the same request may cure."""
+RETRYABLE_LATER = ("timeout", "unreachable")
+"""The same for a server that has answered before, and may be starting again."""
 COMPLETE = (None, "stop", "eos", "eos_token", "stop_sequence", "end_turn")
 AT_LIMIT = ("length", "max_tokens", "model_length")
 """Values of `finish_reason`, as servers name them; an answer with any other one is interrupted."""
@@ -101,8 +103,8 @@ class Completion:
 
 
 @dataclass(eq=False)
-class LLMError(Exception):
-    """A call without a usable answer after all retries.
+class CallError(Exception):
+    """A call that failed.
 
     Attributes:
         kind: one of `ERROR_KINDS`.
@@ -121,13 +123,12 @@ class LLMError(Exception):
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"
 
-    @property
-    def permanent(self) -> bool:
-        """Whether a retry would fail as well."""
-        return self.kind not in RETRYABLE or (self.wait_s or 0) > MAX_RETRY_AFTER_S
+
+class LLMError(CallError):
+    """No usable answer after all retries."""
 
 
-class UnusableServerError(LLMError, InputError):
+class UnusableServerError(CallError, InputError):
     """The server rejects the key, or cannot be reached. Every other call would fail as well, so the run ends."""
 
     def __str__(self) -> str:
@@ -173,11 +174,8 @@ class Client(contextlib.AbstractAsyncContextManager):
             InputError: there is none, or the server refuses the key or the model.
         """
         body = self.body(None, None, 16) | {"messages": CHECK_MESSAGES}
-        retried = tuple(kind for kind in RETRYABLE if kind != "timeout")
         try:
-            await self._call("/chat/completions", body, lambda choice: _read_message(choice) | _UNJUDGED, None, retried)
-        except UnusableServerError:
-            raise
+            await self._call("/chat/completions", body, lambda choice: read_message(choice) | _UNJUDGED, None)
         except LLMError as failure:
             place = f"llm.base_url={self.config.base_url}, llm.model={self.config.model}"
             raise InputError(f"{place}: no answer: {failure}: mend the server or correct the settings") from failure
@@ -208,7 +206,7 @@ class Client(contextlib.AbstractAsyncContextManager):
         body = self.body(seed, temperature, max_tokens) | {"messages": list(messages)}
         if response_format is not None:
             body["response_format"] = response_format
-        return await self._call("/chat/completions", body, _read_message, observe)
+        return await self._call("/chat/completions", body, read_message, observe)
 
     async def complete(
         self,
@@ -255,12 +253,7 @@ class Client(contextlib.AbstractAsyncContextManager):
         return {name: value for name, value in body.items() if value is not None}
 
     async def _call(
-        self,
-        path: str,
-        body: dict[str, Any],
-        read: Callable[[dict], dict],
-        observe: Observer | None,
-        retried: Sequence[str] = RETRYABLE,
+        self, path: str, body: dict[str, Any], read: Callable[[dict], dict], observe: Observer | None
     ) -> Completion:
         """Send a request until it is answered or all retries have failed; once more if a larger limit may help."""
         usage, number, last = [0, 0], 0, self.config.max_retries + 1
@@ -273,7 +266,7 @@ class Client(contextlib.AbstractAsyncContextManager):
                 answer: dict[str, Any]
                 try:
                     answer = await self._send(path, body, read)
-                except LLMError as error:
+                except CallError as error:
                     failure, answer = error, {"text": ""} | _usage(error.prompt_tokens, error.completion_tokens)
                 latency = time.perf_counter() - start
                 tokens = answer["prompt_tokens"], answer["completion_tokens"]
@@ -282,7 +275,8 @@ class Client(contextlib.AbstractAsyncContextManager):
                     self.limits.on_success()
                     self._has_answered = True
                 elif failure.kind == "rate_limit":
-                    self.limits.on_rate_limit(sent_in, 0 if failure.permanent else failure.wait_s or 0)
+                    wait = failure.wait_s or 0
+                    self.limits.on_rate_limit(sent_in, wait if wait <= MAX_RETRY_AFTER_S else 0)
             usage = [before + now for before, now in zip(usage, tokens, strict=True)]
             if observe is not None:
                 kind, message = (failure.kind, failure.message) if failure else (None, "")
@@ -293,9 +287,8 @@ class Client(contextlib.AbstractAsyncContextManager):
                 continue
             if failure is None:
                 return Completion(**answer, latency_s=latency, attempts=number)
-            # A server that has answered may be starting again.
-            retriable = failure.kind in retried or (failure.kind == "unreachable" and self._has_answered)
-            if not retriable or (failure.wait_s or 0) > MAX_RETRY_AFTER_S or number >= last:
+            retried = (*RETRYABLE, *RETRYABLE_LATER) if self._has_answered else RETRYABLE
+            if failure.kind not in retried or (failure.wait_s or 0) > MAX_RETRY_AFTER_S or number >= last:
                 failure.attempts, failure.prompt_tokens, failure.completion_tokens = number, *usage
                 raise failure
             backoff = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2 ** (number - 1)) * random.uniform(0.75, 1)
@@ -311,7 +304,7 @@ class Client(contextlib.AbstractAsyncContextManager):
         """Send one request; returns the fields of its `Completion`.
 
         Raises:
-            LLMError: the request failed; its tokens are those of this request.
+            CallError: the request failed; its tokens are those of this request.
         """
         try:
             async with asyncio.timeout(self.config.timeout_s):
@@ -368,8 +361,13 @@ def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
 
 
-def _read_message(choice: dict[str, Any]) -> dict[str, Any]:
-    """Parse a choice of /v1/chat/completions."""
+def read_message(choice: dict[str, Any]) -> dict[str, Any]:
+    """Parse a choice of /v1/chat/completions.
+
+    Returns:
+        `text`, without thoughts; whether it is `cut_off`; and `fault`, None if there is a reply, else one of `NO_REPLY`
+        and the explanation.
+    """
     message = choice["message"]
     text = _text(message.get("content") or "")
     # Some servers leave the thoughts before the answer; those that do not end are no answer.
@@ -387,7 +385,7 @@ def _read_text(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _judge(text: str, reason: str | None, refusal: str | None) -> dict[str, Any]:
-    """An answer, with `fault`: None if it holds a reply, else one of `NO_REPLY` and the explanation."""
+    """An answer, as `read_message` returns it."""
     fault = None
     if refusal or reason == "content_filter":
         fault = "refused", refusal or "stopped by a content filter"

@@ -67,16 +67,8 @@ class LLMConfig:
         check_fields("llm.", self, "timeout_s", low=0.01)
         check_fields("llm.", self, "max_retries", "temperature", "top_p", low=0)
         check_fields("llm.", self, "price_per_million_input", "price_per_million_output", low=0)
-        check_fields(
-            "llm.",
-            self,
-            "concurrency",
-            "max_tokens",
-            "retry_max_tokens",
-            "requests_per_minute",
-            "tokens_per_minute",
-            low=1,
-        )
+        check_fields("llm.", self, "concurrency", "requests_per_minute", "tokens_per_minute", low=1)
+        check_fields("llm.", self, "max_tokens", "retry_max_tokens", low=1)
 
     def larger_limit(self, kinds: Collection[str], default: int = 1024) -> str:
         """The override that gives four times the limit to answers that failed for it; empty if none did.

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import openai
 import pydantic
 
-from csc_train.llm.client import Client, Completion, LLMError, Message, Observer, RequestAttempt
+from csc_train.llm.client import CallError, Client, Completion, LLMError, Message, Observer, RequestAttempt
 from csc_train.llm.config import JSON_MODES
 
 MAX_REPAIRS = 2
@@ -94,7 +94,7 @@ async def ask_structured(
             totals = _totals(attempts) | {"latency_s": sum(each.latency_s for each in attempts)}
             return StructuredAnswer(value, completion.text, **totals, model=completion.model)
         raise LLMError("malformed", f"no answer matches the schema {schema.__name__}: {problem}")
-    except LLMError as failure:
+    except CallError as failure:
         vars(failure).update(_totals(attempts))
         raise
 

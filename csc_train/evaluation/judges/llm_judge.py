@@ -25,7 +25,7 @@ from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest
 from csc_train.inference.predictions import Prediction, describe_kinds
 from csc_train.jsonl import JsonlLog
-from csc_train.llm.client import Client, LLMError, Message, UnusableServerError
+from csc_train.llm.client import Client, LLMError, Message
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import ask_structured
 from csc_train.progress import ProgressBar
@@ -158,8 +158,6 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
                 answer = await ask_structured(
                     client, question.messages, ANSWER_SCHEMAS[question.task], seed=seed, temperature=0
                 )
-            except UnusableServerError:
-                raise
             except LLMError as error:
                 failures[key] = error
             else:
@@ -258,12 +256,10 @@ def summarize(
     if "pairwise" in config.tasks:
         judged, firsts = [], []
         # Ties of equal replies alone would show 50 % by a judge that said nothing.
-        silent = any(each.task == "pairwise" for each in report.failures) and "pairwise" not in {
-            each.task for each in report.answers
-        }
+        told = "pairwise" not in {task for task, *_ in failed} or any(task == "pairwise" for task, *_ in answers)
         for index, each in enumerate(a):
             place = "pairwise", each.dialogue_id, each.turn
-            if silent or place in failed:
+            if place in failed or not told:
                 continue
             pair = [answers[*place, side]["better"] if (*place, side) in answers else None for side in ("AB", "BA")]
             identical += pair == [None, None]

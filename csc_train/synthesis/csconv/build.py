@@ -196,8 +196,6 @@ async def _process_call(
             verdicts += check_rewrite(rewritten, rewrite)
             if verdicts[-1].keep:
                 verdicts.append(await check_quality(rewritten, ask, language))
-    except UnusableServerError:
-        raise
     except LLMError as error:
         return CallOutcome(each.id, tuple(verdicts), failure=str(error))
     return CallOutcome(each.id, tuple(verdicts), rewritten)

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from csc_train.jsonl import read_jsonl, write_jsonl
-from csc_train.llm.client import LLMError, RequestAttempt
+from csc_train.llm.client import LLMError, RequestAttempt, read_message
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import parse_answer, response_format
 from csc_train.synthesis.config import BatchConfig, RolesConfig
@@ -54,10 +54,13 @@ class BatchBackend(ServerBackend):
         if result is None:
             self.pending[custom_id(call)] = call
             raise PendingBatch
-        text, tokens = result
-        observe(RequestAttempt({"model": self.model(call.role)}, 1, None, "", text, *tokens, 0.0))
+        answer, tokens = result
+        kind, message = answer["fault"] or (None, "")
+        observe(RequestAttempt({"model": self.model(call.role)}, 1, kind, message, answer["text"], *tokens, 0.0))
+        if kind:
+            raise LLMError(kind, message, 1, *tokens)
         try:
-            return parse_answer(text, call.schema)
+            return parse_answer(answer["text"], call.schema)
         except ValueError as error:
             raise LLMError("malformed", str(error), 1, *tokens) from error
 
@@ -95,10 +98,12 @@ class _BatchResult(BaseModel):
 
 class _Message(BaseModel):
     content: str | None = None
+    refusal: str | None = None
 
 
 class _Choice(BaseModel):
     message: _Message
+    finish_reason: str | None = None
 
 
 class _Usage(BaseModel):
@@ -111,8 +116,8 @@ class _Completion(BaseModel):
     usage: _Usage | None = None
 
 
-BatchAnswer = tuple[str, tuple[int, int]]
-"""Text, and (prompt tokens, completion tokens)."""
+BatchAnswer = tuple[dict[str, Any], tuple[int, int]]
+"""An answer (see `read_message`), and (prompt tokens, completion tokens)."""
 
 
 def _parse_result(row: dict[str, Any]) -> tuple[str, BatchAnswer | None]:
@@ -123,7 +128,7 @@ def _parse_result(row: dict[str, Any]) -> tuple[str, BatchAnswer | None]:
     completion = _Completion.model_validate(result.response.body)
     usage = completion.usage or _Usage()
     tokens = usage.prompt_tokens or 0, usage.completion_tokens or 0
-    return result.custom_id, (completion.choices[0].message.content or "", tokens)
+    return result.custom_id, (read_message(completion.choices[0].model_dump()), tokens)
 
 
 def read_batch_results(paths: Iterable[str | os.PathLike]) -> dict[str, BatchAnswer]:
