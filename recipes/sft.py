@@ -122,7 +122,8 @@ def main(config: SftRecipe) -> None:
             run.stop()
         # Final model
         best = trainer.best_checkpoint()
-        trained = trained_model(trainer, base, resolve_dtype(precision), best)
+        accuracy = validator.accuracy if validator and validator.turns else None
+        trained = trained_model(trainer, base, resolve_dtype(precision), best, config.adapter.merge_into, accuracy)
         if run.is_main:
             trainer.write_results(run.directory / "metrics.json", report, best)
             tracked = replace(manifest, wandb=tracker.identity)

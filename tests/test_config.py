@@ -296,7 +296,7 @@ def test_every_recipe_refuses_what_is_wrong(recipe):
 
 def test_an_unknown_key_of_export_is_refused():
     assert "Did you mean 'output'?" in refusal("export", "outputt=x")
-    assert refusal("export", "base=x").startswith("base=x: choose one of original, dequantized")
+    assert refusal("export", "merge_into=x").startswith("merge_into=x: choose one of base, dequantized")
 
 
 def test_required_values_are_named_for_every_recipe():

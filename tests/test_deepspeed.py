@@ -23,7 +23,7 @@ from csc_train.checkpoints import export as exporting
 from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.export import export
 from csc_train.checkpoints.locate import open_source
-from csc_train.checkpoints.manifest import write_manifest
+from csc_train.checkpoints.manifest import MANIFEST_FILE, write_manifest
 from csc_train.checkpoints.reshard import MOMENTS, WEIGHT, open_training_checkpoint
 from csc_train.checkpoints.training_checkpoint import (
     CHECKPOINT_FILE,
@@ -436,11 +436,20 @@ def test_what_was_exported_is_exported_again_in_another_form(runs, run, tmp_path
 
 @pytest.mark.distributed
 def test_qlora_exports_on_either_base_and_says_how_far_that_is(runs, tmp_path):
-    exact, _ = exported(runs, "qlora-one", tmp_path / "dequantized", base="dequantized")
+    exact, _ = exported(runs, "qlora-one", tmp_path / "dequantized", merge_into="dequantized")
     original, _ = exported(runs, "qlora-one", tmp_path / "original")
     assert exact < TOLERANCE
     assert original > 1e-3
-    assert f"{original:.1e}" in (tmp_path / "original" / "README.md").read_text()
+    card = (tmp_path / "original" / "README.md").read_text()
+    assert f"{original:.1e}" in card and "- Trained: qlora, merged into the base weights" in card
+
+    record = runs / "qlora-one" / MANIFEST_FILE  # a training that asked for it
+    manifest = json.loads(record.read_text(encoding="utf-8"))
+    manifest["config"]["adapter"]["merge_into"] = "dequantized"
+    record.write_text(json.dumps(manifest), encoding="utf-8")
+    assert exported(runs, "qlora-one", tmp_path / "asked")[0] == exact
+    assert "merged into the dequantized weights" in (tmp_path / "asked" / "README.md").read_text()
+    assert exported(runs, "qlora-one", tmp_path / "again", merge_into="base")[0] == original
 
 
 @pytest.mark.distributed

@@ -26,7 +26,7 @@ def test_a_model_card_is_read_as_a_card(finished, base, revision):
     config = {"adapter": {"kind": "full"}, "model": {"init": "random" if base.startswith("..") else "pretrained"}}
     manifest = manifest_of(template, base_model=base, base_revision=revision, config=config)
     source = ModelSource(Path("runs/x/checkpoints/checkpoint-40"), manifest, finished)
-    _, front, body = model_card(source, ExportConfig(output="out/mine"), 1.5e-6).split("---\n", 2)
+    _, front, body = model_card(source, ExportConfig(output="out/mine"), None, 1.5e-6).split("---\n", 2)
     facts = {"library_name": "transformers", "language": "zh"}
     assert yaml.safe_load(front) == facts | ({} if base.startswith("..") else {"base_model": base})
     items = [line for line in body.splitlines() if line.startswith("- ")]

@@ -5,6 +5,7 @@ import itertools
 import json
 import pickle
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from workers.loss_curve import curve, train, train_all
 
+from csc_train.checkpoints import export as exporting
 from csc_train.checkpoints.export import trained_model
 from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
 from csc_train.checkpoints.training_checkpoint import can_resume, prune
@@ -27,7 +29,7 @@ from csc_train.config.compose import compose
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.launching.on_finish import on_finish_arguments
-from csc_train.models.config import AdapterConfig, ModelConfig
+from csc_train.models.config import MERGE_INTO, AdapterConfig, ModelConfig
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
@@ -254,6 +256,50 @@ def test_validation_changes_nothing(folder, kind):
     without = curve(train(folder, **{**SHORT, "micro_batch_size": 4, **options}))
     assert len(with_it["measured"]) == 2
     assert (with_it["losses"], with_it["digest"]) == (without["losses"], without["digest"])
+
+
+# The model that a quantized training ends with
+
+
+@pytest.fixture(scope="module")
+def quantized(folder):
+    """A training of adapters over 4-bit weights."""
+    adapter = AdapterConfig(kind="qlora", rank=4, alpha=8)
+    return measured(
+        folder, {**MEASURED, "num_samples": 0}, checkpoints="qlora/checkpoints", adapter=adapter, learning_rate=2e-2
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge_into", MERGE_INTO)
+def test_a_quantized_training_says_how_far_the_merged_model_is_from_the_trained(
+    folder, quantized, merge_into, caplog, monkeypatch
+):
+    source, layer = ModelConfig(path=str(folder / "model")), "model.layers.1.mlp.up_proj"
+    made = trained_model(quantized, source, torch.float32, None, merge_into, quantized.validator.accuracy)
+    found = re.search(
+        r"merged into the (\w+) weights: largest logit difference (\S+) of the largest logit; "
+        r"strategy accuracy (\S+) merged, (\S+) trained",
+        caplog.text,
+    )
+    assert found[1] == merge_into
+    accuracy = curve(quantized)["measured"][-1]["strategy_accuracy"]
+    assert found[4] == f"{accuracy:.4f}" and found[3] == f"{quantized.validator.accuracy(made):.4f}"
+    trained = dict(quantized.model.named_parameters())
+    a, b = (trained[f"base_model.model.{layer}.lora_{part}.default.weight"] for part in "AB")
+    base = load_file(folder / "model" / "model.safetensors")[f"{layer}.weight"]
+    exact = (made.state_dict()[f"{layer}.weight"] - base - 2 * b @ a).abs().max() < TOLERANCE
+    if merge_into == "base":
+        assert exact and float(found[2]) > 1e-3
+    else:
+        assert not exact and float(found[2]) < TOLERANCE and found[3] == found[4]
+    assert ("warning: " in caplog.text) == (float(found[2]) > exporting.MERGE_WARNING)
+
+    monkeypatch.setattr(exporting, "MERGE_WARNING", 0)
+    caplog.clear()
+    trained_model(quantized, source, torch.float32, None, merge_into)
+    assert "strategy accuracy" not in caplog.text and "warning: the merged model is not the trained one" in caplog.text
+    assert ("recipes/export.py with merge_into=dequantized" in caplog.text) == (merge_into == "base")
 
 
 # Early stopping and the best checkpoint

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from csc_train.errors import check_fields
+from csc_train.models.config import MERGE_INTO
 
 
 @dataclass
@@ -18,9 +19,8 @@ class ExportConfig:
     if_exists: str = "error"
     """What to do if `output` holds an earlier export. error: stop. replace: export again. Any other directory with
     files in it is refused."""
-    base: str = "original"
-    """The weights that a QLoRA adapter is merged into. original: the weights before quantization, which the adapter has
-    never seen. dequantized: the weights that it was trained on."""
+    merge_into: str | None = None
+    """The weights that a QLoRA adapter is merged into (see `adapter.merge_into`); defaults to those of the training."""
     dtype: str = "auto"
     """Dtype of the weights: bf16 or fp32. auto: the base model's for adapters, else the run's precision."""
     shard_size: str = "5GB"
@@ -30,5 +30,5 @@ class ExportConfig:
 
     def __post_init__(self):
         check_fields("", self, "if_exists", choices=("error", "replace"))
-        check_fields("", self, "base", choices=("original", "dequantized"))
+        check_fields("", self, "merge_into", choices=MERGE_INTO)
         check_fields("", self, "dtype", choices=("auto", "bf16", "fp32"))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,39 +38,80 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Allowed difference of the logits from the trained model's, over the largest logit, by dtype of the exported weights.
 In fp16 and bf16 it allows for the rounding of the weights."""
+MERGE_WARNING = 0.05
+"""A difference of the logits, over the largest logit, above which a merged QLoRA model is another than the trained."""
 PROBE_LENGTH = 64
 """Tokens in each sequence of the comparison."""
 BASE_ADVICE = "copy it there, or export on the machine that has it"
 
 
 def trained_model(
-    trainer: Trainer, base: ModelConfig, dtype: torch.dtype, checkpoint: Path | None = None
+    trainer: Trainer,
+    base: ModelConfig,
+    dtype: torch.dtype,
+    checkpoint: Path | None = None,
+    merge_into: str = "base",
+    accuracy: Callable[[torch.nn.Module], float] | None = None,
 ) -> PreTrainedModel | None:
     """The trained model in `dtype`, unsharded, with adapters merged. It consumes the trainer.
+
+    Says how far a merged QLoRA model is from the trained one.
 
     Every process calls this; if the weights are gathered or read, only the main process gets the model, others None.
 
     Args:
         base: the base model; adapters over sharded or quantized weights are merged into it.
         checkpoint: the training checkpoint with the weights; defaults to the trainer's present weights.
+        merge_into: an `AdapterConfig.merge_into`.
+        accuracy: measures a model, on its device.
 
     Raises:
         InputError: the checkpoint is incomplete.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     adapted = isinstance(model, peft.PeftModel)
-    if checkpoint or is_sharded(model) or getattr(model, "is_loaded_in_4bit", False):
+    quantized = getattr(model, "is_loaded_in_4bit", False)
+    if checkpoint or is_sharded(model) or quantized:
         weights = {} if checkpoint else consolidated_weights(model, trained_only=adapted)
         if not trainer.is_world_process_zero():
             return None
         adapter = model.peft_config["default"] if adapted else None
         if checkpoint:
             weights = read_weights(checkpoint)
-        model = merged(load_unsharded(base.path, base.revision, dtype), weights, adapter)
+        place = base.path, base.revision, trainer.processing_class
+        load_in_4bit = quantized and merge_into == "dequantized"
+        model = merged(_load_base(*place, dtype, load_in_4bit, dequantize=True), weights, adapter).to(dtype)
+        if quantized:
+            trained = with_weights(_load_base(*place, dtype, load_in_4bit=True), weights, adapter)
+            _report_merge(model, trained, merge_into, accuracy, trainer.args.device)
     elif adapted:
         model = model.merge_and_unload()
     model.config.use_cache = True
     return model.to(dtype)
+
+
+def _report_merge(
+    model: PreTrainedModel,
+    trained: torch.nn.Module,
+    merge_into: str,
+    accuracy: Callable[[torch.nn.Module], float] | None,
+    device: torch.device,
+) -> None:
+    """Log how far a merged model is from the trained one."""
+    difference = _difference(_logits(model), _logits(trained))
+    found = f"merged into the {merge_into} weights: largest logit difference {difference:.1e} of the largest logit"
+    if accuracy:
+        try:
+            found += f"; strategy accuracy {accuracy(model.to(device)):.4f} merged, {accuracy(trained):.4f} trained"
+        except torch.OutOfMemoryError:
+            found += "; strategy accuracy not measured: not enough memory"
+        model.to("cpu")
+    logger.info(found)
+    if not difference <= MERGE_WARNING:
+        remedy = "; recipes/export.py with merge_into=dequantized makes the trained one" * (merge_into == "base")
+        logger.info(
+            f"warning: the merged model is not the trained one: its logits differ by more than {MERGE_WARNING}{remedy}"
+        )
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -187,11 +229,10 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
         logger.info(f"note: {note}")
     adapter = adapter_of(source)
     quantized = adapter.kind == "qlora"
-    dequantized = quantized and config.base == "dequantized"
+    merge_into = (config.merge_into or adapter.merge_into) if quantized else None
+    dequantized = merge_into == "dequantized"
     tokenizer = load_tokenizer(str(source.path))
-    model: Any = _load_base(path, revision, tokenizer, "auto", load_in_4bit=dequantized)
-    if dequantized:
-        model = model.dequantize()
+    model: Any = _load_base(path, revision, tokenizer, "auto", dequantized, dequantize=True)
     lora = None if adapter.kind == "full" else lora_config(adapter, model.config.model_type)
     if config.dtype != "auto" or adapter.kind == "full":
         precision = manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
@@ -205,13 +246,13 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
     def check(directory: Path) -> None:
         nonlocal difference
         again = _logits(load_unsharded(str(directory), None, torch.float32))
-        difference = ((again - logits).abs().max() / logits.abs().max()).item()
+        difference = _difference(again, logits)
         tolerance = TOLERANCE[model.dtype]
         if (dequantized or not quantized) and not difference <= tolerance:
             raise InputError(
                 f"{source.path}: the logits of the exported model differ by {difference:.1e}, above {tolerance:.0e}"
             )
-        write_text(directory / "README.md", model_card(source, config, difference))
+        write_text(directory / "README.md", model_card(source, config, merge_into, difference))
 
     template = load_chat_template(manifest.chat_template)
     save_final_model(
@@ -229,11 +270,14 @@ def _load_base(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype | str,
     load_in_4bit: bool,
+    dequantize: bool = False,
 ) -> PreTrainedModel:
-    """The base model in `dtype`, or in 4 bits and computing in fp32."""
+    """The base model in `dtype`, unsharded; or in 4 bits and computing in fp32, or as these weights in fp32."""
     if load_in_4bit:
         settings = ModelConfig(path=path, revision=revision)
-        return load_model(settings, tokenizer, torch.float32, 0, load_in_4bit=True)
+        with unsharded():
+            model: Any = load_model(settings, tokenizer, torch.float32, 0, load_in_4bit=True)
+        return model.dequantize() if dequantize else model
     return load_unsharded(path, revision, dtype)
 
 
@@ -251,7 +295,12 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
     return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
 
 
-def model_card(source: ModelSource, config: ExportConfig, difference: float) -> str:
+def _difference(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """The largest difference of logits from others, over the largest of those."""
+    return ((logits - others).abs().max() / others.abs().max()).item()
+
+
+def model_card(source: ModelSource, config: ExportConfig, merge_into: str | None, difference: float) -> str:
     """The README.md of an exported directory."""
     manifest = source.manifest
     random = manifest.config.get("model", {}).get("init") == "random"
@@ -263,7 +312,7 @@ def model_card(source: ModelSource, config: ExportConfig, difference: float) -> 
         manifest=manifest,
         random=random,
         on_hub=not random and not Path(manifest.base_model).is_absolute(),
-        merged_on=config.base if adapter_of(source).kind == "qlora" else None,
+        merge_into=merge_into,
         difference=f"{difference:.1e}",
         manifest_file=MANIFEST_FILE,
     )

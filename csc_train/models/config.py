@@ -7,6 +7,8 @@ from csc_train.errors import InputError, check_fields
 TRAINED_TOKENIZER = "train"
 """The value of `model.tokenizer` that trains a tokenizer on the training dialogues."""
 
+MERGE_INTO = ("base", "dequantized")
+
 
 @dataclass
 class ArchitectureConfig:
@@ -86,17 +88,21 @@ class AdapterConfig:
 
     kind: str = "full"
     """full: all weights. lora: low-rank adapters, merged into the final model. qlora: low-rank adapters over 4-bit
-    weights (NF4, double quantization), merged into the weights before quantization."""
+    weights (NF4, double quantization), merged as `merge_into` says."""
     rank: int = 16
     """Rank of the adapters."""
     alpha: int = 32
     """Scale of the adapters: alpha / rank."""
     dropout: float = 0.0
     """Dropout on the adapters' input."""
+    merge_into: str = "base"
+    """The weights that a QLoRA adapter is merged into. base: those before quantization, which the adapter has never
+    seen. dequantized: those that it was trained on."""
     target_modules: str = "all-linear"
     """all-linear: the linear layers that the model family names. Or a regular expression on full module names."""
 
     def __post_init__(self):
         check_fields("adapter.", self, "kind", choices=("full", "lora", "qlora"))
+        check_fields("adapter.", self, "merge_into", choices=MERGE_INTO)
         check_fields("adapter.", self, "rank", "alpha", low=1)
         check_fields("adapter.", self, "dropout", low=0, high=1)

@@ -112,6 +112,12 @@ class Validator:
                     self.log_table(SAMPLES_TABLE, rows, trainer.state.global_step)
         return metrics
 
+    def accuracy(self, model: torch.nn.Module) -> float:
+        """The strategy accuracy of another model, on its device, by this process alone."""
+        with torch.no_grad():
+            hits = sum(int(self._count_hits(model, turns)) for turns in self._turns_by_dialogue())
+        return hits / len(self.turns)
+
     def prompt(self, turn: ValidationTurn) -> list[int]:
         """The token ids that the model predicts a turn from, with the reference history."""
         dialogue, template = self.tokenized[turn.dialogue], self.template
@@ -122,20 +128,27 @@ class Validator:
     def _strategy_accuracy(self, trainer: Trainer) -> float:
         """One dialogue per forward pass; a process with fewer dialogues repeats the first one, uncounted."""
         rank, processes = trainer.args.process_index, trainer.args.world_size
-        dialogues = [list(turns) for _, turns in itertools.groupby(self.turns, lambda turn: turn.dialogue)]
-        numbers = torch.tensor([strategy.number for strategy in STRATEGIES], device=trainer.args.device)
+        dialogues = self._turns_by_dialogue()
         hits = torch.tensor(0, device=trainer.args.device)
         for index in range(rank, -(-len(dialogues) // processes) * processes, processes):
-            turns = dialogues[index] if index < len(dialogues) else dialogues[0]
-            dialogue = self.tokenized[turns[0].dialogue]
-            starts = [len(self.prompt(turn)) for turn in turns]
-            ids = dialogue.input_ids[: starts[-1]].tolist()
-            _, likelihoods = dialogue_log_likelihoods(trainer.model, self.template, ids, starts)
-            reference = torch.tensor([int(dialogue.strategies[turn.turn]) for turn in turns], device=hits.device)
+            found = self._count_hits(trainer.model, dialogues[index] if index < len(dialogues) else dialogues[0])
             if index < len(dialogues):
-                hits += (numbers[likelihoods.argmax(dim=1)] == reference).sum()
+                hits += found
         reduced: Any = trainer.accelerator.reduce(hits)
         return reduced.item() / len(self.turns)
+
+    def _turns_by_dialogue(self) -> list[list[ValidationTurn]]:
+        return [list(turns) for _, turns in itertools.groupby(self.turns, lambda turn: turn.dialogue)]
+
+    def _count_hits(self, model: torch.nn.Module, turns: list[ValidationTurn]) -> torch.Tensor:
+        """Turns of one dialogue whose reference strategy is the most likely, by one forward pass."""
+        dialogue = self.tokenized[turns[0].dialogue]
+        starts = [len(self.prompt(turn)) for turn in turns]
+        ids = dialogue.input_ids[: starts[-1]].tolist()
+        _, likelihoods = dialogue_log_likelihoods(model, self.template, ids, starts)
+        numbers = torch.tensor([strategy.number for strategy in STRATEGIES])[likelihoods.argmax(dim=1).cpu()]
+        reference = torch.tensor([int(dialogue.strategies[turn.turn]) for turn in turns])
+        return (numbers == reference).sum()
 
     def _sample_rows(self, trainer: Trainer) -> list[dict[str, Any]]:
         """The rows of the table of samples, on every process."""
