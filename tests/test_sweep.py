@@ -18,12 +18,13 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 from test_launch import Started, left_in, record
 
-from csc_train.config.cluster import ClusterConfig
+from csc_train.config.cluster import ClusterConfig, ParameterConfig, SweepConfig
 from csc_train.errors import InputError
 from csc_train.launching.journal import open_journal
 from csc_train.launching.launchers.local import LocalLauncher
 from csc_train.launching.search_space import extreme_points
 from csc_train.launching.sweep import plan_sweep, sweep
+from csc_train.launching.sweep_summary import report_sweep
 from csc_train.launching.trial_runner import FailedTrialError, NoSuchMetricError, metric_values, trial_result
 from csc_train.runs.claim import claim
 from csc_train.runs.comparison import find_runs, save_svg, sort_runs
@@ -474,3 +475,33 @@ def test_the_lock_file_of_a_killed_sweep_stops_nobody(tmp_path, monkeypatch):
     study = optuna.create_study(study_name="s", storage=open_journal(Path("study.log")))
     study.tell(study.ask(), 1.0)
     assert sorted(os.listdir()) == ["study.log", "study.log.lock"]
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_each_trial_can_be_seen_in_the_plots_of_a_sweep_also_the_worst(tmp_path, browser, direction):
+    study = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(seed=1))
+    for number in range(20):
+        trial = study.ask()
+        trial.suggest_float("learning_rate", 1e-6, 1e-2, log=True)
+        trial.suggest_categorical("rank", [8, 16, 64])
+        study.tell(trial, 2 + number / 20 + (9 if number % 5 == 0 else 0))
+    space = {
+        "learning_rate": ParameterConfig("trainer.learning_rate", low=1e-6, high=1e-2, log=True),
+        "rank": ParameterConfig("adapter.rank", type="categorical", choices=[8, 16, 64]),
+    }
+    report_sweep(tmp_path, study, SweepConfig(space=space, trials=20, metric="score", direction=direction))
+    page = browser.new_page()
+    page.set_content((tmp_path / "parallel_coordinates.svg").read_text(encoding="utf-8"))
+    read = "found => found.map(each => getComputedStyle(each)[{}].match(/\\d+/g).map(Number))"
+    lines = page.locator("#LineCollection_1 path").evaluate_all(read.format("'stroke'"))
+    heights = page.locator("#LineCollection_1 path").evaluate_all(
+        "found => found.map(each => each.getPointAtLength(0).y)"
+    )
+    ground = page.locator("#axes_1 > #patch_2 path").evaluate_all(read.format("'fill'"))[0]
+    page.close()
+    assert len(lines) == 20 and ground == [229, 229, 229]
+    assert min(sum(abs(one - other) for one, other in zip(line, ground, strict=True)) for line in lines) > 150
+    # The best is blue, the worst red; each line starts at its value, the largest on top.
+    low, high = lines[heights.index(max(heights))], lines[heights.index(min(heights))]
+    best, worst = (low, high) if direction == "minimize" else (high, low)
+    assert worst[0] > worst[2] and best[2] > best[0]

@@ -94,6 +94,9 @@ def _draw(directory: Path, study: optuna.Study, config: SweepConfig) -> list[str
     for name, function in PLOTS.items():
         with warnings.catch_warnings(action="ignore"):  # about few trials and experimental functions
             figure = getattr(plots, function)(study, target_name=config.metric).figure
+        for drawn in (drawn for axes in figure.axes for drawn in axes.collections if drawn.get_array() is not None):
+            # In Optuna's colours the worst trials are as white as the background.
+            drawn.set_cmap("turbo" if config.direction == "minimize" else "turbo_r")
         figure.set_size_inches(10, 5)
         save_svg(figure, directory / name, bbox_inches="tight")
         matplotlib.pyplot.close(figure)
