@@ -40,7 +40,7 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.data.config import DataConfig
     from csc_train.data.dialogue import data_digest
     from csc_train.data.readers import write_dialogues
-    from csc_train.data.sample_grammar import accuracy_ceiling, ensure_sample
+    from csc_train.data.sample_grammar import accuracy_ceiling, provide_sample
     from csc_train.data.splits import read_and_check_splits
     from csc_train.evaluation import systems
     from csc_train.evaluation.contamination import find_contamination, write_contamination
@@ -71,8 +71,7 @@ def main(config: EvaluateRecipe) -> None:
         data = data or from_container(DataConfig, source.manifest.config["data"])
     if run.is_main:
         prepare_metrics(config.metrics)
-        if data.sample_dialogues:
-            ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
+        provide_sample(data)
     state.wait_for_everyone()
     splits = read_and_check_splits(data, run.directory if run.is_main else None)
     trained = find_trained(model, splits, data) if model else []

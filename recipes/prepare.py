@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 
 def main(config: PrepareRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
-    from csc_train.data.sample_grammar import ensure_sample
+    from csc_train.data.sample_grammar import provide_sample
     from csc_train.data.splits import read_and_check_splits
     from csc_train.models.families import chat_template_name
     from csc_train.models.loading import base_model_type
@@ -28,8 +28,7 @@ def main(config: PrepareRecipe) -> None:
     require_single_process("prepare")
 
     # Dialogues
-    if config.data.sample_dialogues:
-        ensure_sample(config.data.train.path, config.data.sample_dialogues, config.data.sample_seed)
+    provide_sample(config.data)
     splits = read_and_check_splits(config.data)
 
     # Template

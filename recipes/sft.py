@@ -34,7 +34,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.checkpoints.training_checkpoint import checkpoint_to_resume
     from csc_train.config.compose import to_container
     from csc_train.data.dialogue import data_digest
-    from csc_train.data.sample_grammar import ensure_sample
+    from csc_train.data.sample_grammar import provide_sample
     from csc_train.data.splits import read_and_check_splits
     from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
     from csc_train.models.attention.select import select_attention
@@ -67,8 +67,8 @@ def main(config: SftRecipe) -> None:
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 
     # Dialogues
-    if config.data.sample_dialogues and run.is_main:
-        ensure_sample(config.data.train.path, config.data.sample_dialogues, config.data.sample_seed)
+    if run.is_main:
+        provide_sample(config.data)
     job.wait_for_everyone()
     splits = read_and_check_splits(config.data, run.directory if run.is_main else None)
     status = run.start({"train": data_digest(splits.train)})

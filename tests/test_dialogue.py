@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -198,12 +200,36 @@ def test_a_missing_file(tmp_path, name):
 
 def test_a_missing_path_and_a_local_file_are_not_taken_for_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no such file: give a file or the id of a Hugging Face data set"):
+    with pytest.raises(InputError, match="no such file: give a file, a folder or the id of a hub data set"):
         read_dialogues("some/where/none")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dialogues.txt").write_text("您好")
     with pytest.raises(InputError, match="not a dialogue file"):
         read_dialogues("data/dialogues.txt")
+
+
+@pytest.mark.parametrize("folder", ["shop/plain", "./shop/plain", "数据/a=b,c"])
+def test_a_folder_is_read_whole_and_never_taken_for_the_hub(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(folder).mkdir(parents=True)
+    ids = iter("abcdefgh")
+    for name in ("train-0101.jsonl", "0102.jsonl", "test.json", "0103.parquet"):
+        rows = [row | {"id": next(ids)} for row in make_rows(2)]
+        write_file(Path(folder) / name, rows)
+    for ignored in ("README.md", "_SUCCESS", ".part.crc"):
+        (Path(folder) / ignored).write_text("no data")
+    assert [dialogue.id for dialogue in read_dialogues(folder)] == ["c", "d", "g", "h", "e", "f", "a", "b"]
+    with (Path(folder) / "0102.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(InputError, match=rf"^{re.escape(str(Path(folder) / '0102.jsonl'))}, row 3, field dialogue"):
+        read_dialogues(folder, strict=True)
+    for other in ("notes.csv", "more"):
+        (Path(folder) / other).mkdir() if other == "more" else (Path(folder) / other).write_text("x")
+        with pytest.raises(InputError, match=rf"{other}: not a dialogue file: use one of .json"):
+            read_dialogues(folder)
+    Path("shop/none").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"^shop/none: the folder holds no dialogue file"):
+        read_dialogues("shop/none")
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
@@ -464,12 +490,14 @@ import datasets
 from csc_train.data.readers import ReadReport, iter_dialogues
 from csc_train.errors import InputError
 
+load = datasets.load_dataset
+datasets.load_dataset = lambda name, **options: load(f"hub/{name}" if os.path.isdir(f"hub/{name}") else name, **options)
 for name, source in zip(sys.argv[1::2], sys.argv[2::2]):
     report = ReadReport(name)
     try:
         rows = list(iter_dialogues(name, source=source, report=report))
         print([(row.id, row.source, row.turns[0].strategy.code, row.extra) for row in rows], end=" ")
-        print(report.rows, report.accepted, dict(report.other_sources), datasets.config.HF_HUB_OFFLINE)
+        print(report.rows, report.accepted, dict(report.other_sources))
     except InputError as error:
         print(error)
 sys.stdout.flush()
@@ -477,21 +505,26 @@ os._exit(0)  # at its ordinary end a thread of the Parquet reader, still running
 """
 
 
-@pytest.mark.parametrize("offline", [False, True])
-def test_a_data_set_id_is_loaded_by_datasets(tmp_path, offline):
-    """`datasets` takes a relative directory of that name for the data set, so this is its real path without network."""
-    directory = tmp_path / "DianJin" / "DianJin-CSC-Data" / "data"
+@pytest.mark.parametrize("hub", ["answers", "is switched off", "cannot be reached"])
+def test_a_data_set_id_is_loaded_by_datasets(tmp_path, hub):
+    """`datasets` takes a directory for a data set of the hub, so this is its real path without network."""
+    directory = tmp_path / "hub" / "DianJin" / "DianJin-CSC-Data" / "data"
     directory.mkdir(parents=True)
     rows = [*make_rows(2, source="RoleCS", topic="a"), make_row(source="CSConv", topic="b", id="z")]
     rows = [{"id": f"r{i}"} | row for i, row in enumerate(rows)]
     write_file(directory / "train-00000-of-00001.parquet", rows)
 
     name = "DianJin/DianJin-CSC-Data"
-    # A data set that is not there is asked for offline only: otherwise this would wait for the network.
-    wanted = [name, "CSConv", name, "x", *(["DianJin/none", ""] if offline else [])]
+    # A data set that is not there is not asked for where the hub seems to answer.
+    wanted = [name, "CSConv", name, "x", *(["DianJin/none", ""] if hub != "answers" else [])]
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    if hub == "cannot be reached":
+        listening.close()
     environment = os.environ | {
         "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HUB_OFFLINE": str(int(hub == "is switched off")),
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
         "PYTHONPATH": str(Path(__file__).parent.parent),
         "PYTHONIOENCODING": "utf-8",
     }
@@ -499,7 +532,9 @@ def test_a_data_set_id_is_loaded_by_datasets(tmp_path, offline):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr
     selected, unknown, *missing = done.stdout.splitlines()
-    assert selected == f"{[('z', 'CSConv', 'GT', {'topic': 'b'})]} 3 1 {{'RoleCS': 2}} {offline}"
+    assert selected == f"{[('z', 'CSConv', 'GT', {'topic': 'b'})]} 3 1 {{'RoleCS': 2}}"
     assert unknown == f"{name}: no row has source 'x'; found: 'RoleCS' (2), 'CSConv' (1)"
-    if offline:
-        assert missing[0].startswith("DianJin/none: cannot load the data set from the Hugging Face hub: ")
+    why = "HF_HUB_OFFLINE is set" if hub == "is switched off" else f"http://127.0.0.1:{port} cannot be reached"
+    refused = f"DianJin/none: cannot load the data set from the Hugging Face hub: {why} and the cache has no copy"
+    assert missing == ([] if hub == "answers" else [refused])
+    listening.close()

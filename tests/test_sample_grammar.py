@@ -2,20 +2,25 @@
 
 import dataclasses
 import itertools
+import os
 import random
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from csc_train.config.compose import compose
 from csc_train.data import sample_grammar as sample
 from csc_train.data.dialogue import Dialogue, Speaker, data_digest
 from csc_train.data.readers import read_dialogues
 from csc_train.data.sample_grammar import (
     SAMPLE_SOURCE,
     accuracy_ceiling,
+    check_sample_place,
     ensure_sample,
     generate_sample,
+    provide_sample,
 )
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
@@ -275,3 +280,19 @@ def test_unusable_arguments_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"\.jsonl or \.parquet"):
         ensure_sample(tmp_path / "sample.csv", 2, 0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", ["sft", "prepare", "preflight"])
+def test_no_sample_is_written_where_a_user_points(recipe, tmp_path, monkeypatch):
+    """The demo's settings on one's own file, whose name is misspelt or which is a sample of another size."""
+    monkeypatch.chdir(tmp_path)
+    ensure_sample("mine.jsonl", 5, 0)
+    before = Path("mine.jsonl").read_bytes()
+    for name in ("mine.jsonl", "my_dialogues.jsonl", "runs/x.jsonl"):
+        data = compose(recipe, ["experiment=demo", f"data.train.path={name}"]).data
+        for refuse in (provide_sample, check_sample_place):
+            with pytest.raises(InputError, match=f"^data.train.path={name}: .* data=files data.train.path={name} "):
+                refuse(data)
+    assert Path("mine.jsonl").read_bytes() == before and os.listdir() == ["mine.jsonl"]
+    provide_sample(compose(recipe, ["experiment=demo", "data.sample_dialogues=3"]).data)
+    assert os.listdir("runs/sample") == ["dialogues-3-0.jsonl"]

@@ -10,7 +10,7 @@ class DialogueSourceConfig:
     """Where a set of dialogues is read from."""
 
     path: str | None = None
-    """A `.json`, `.jsonl` or `.parquet` file, or the id of a Hugging Face data set."""
+    """A `.json`, `.jsonl` or `.parquet` file, a folder of such files, or the id of a Hugging Face data set."""
     source: str | None = None
     """Keep only the rows with this `source`; null keeps all rows."""
 
@@ -44,8 +44,8 @@ class DataConfig:
     limit: int | None = None
     """Keep at most this many dialogues of each set, for debugging."""
     sample_dialogues: int | None = None
-    """Number of synthetic sample dialogues: a recipe writes them to `train.path` before it loads the data. null: the
-    file is the user's own."""
+    """Number of synthetic sample dialogues: a recipe writes them to `train.path`, in runs/sample, before it loads the
+    data. null: the file is the user's own."""
     sample_seed: int = 0
     """Seed of the sample dialogues."""
 

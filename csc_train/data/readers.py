@@ -21,6 +21,7 @@ from csc_train.data.invisible import is_blank, strip_invisible
 from csc_train.data.strategies import parse_strategy
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, os_errors
+from csc_train.hub_access import offline_without_hub
 from csc_train.jsonl import BadLine, iter_jsonl, write_jsonl
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,8 @@ def iter_dialogues(
     """Read dialogues one by one from a `.json` list, a `.jsonl` or `.parquet` file, or a Hugging Face data set.
 
     Args:
-        path: a file, or the id of a data set (`owner/name`), whose `train` split is read. JSONL, Parquet and hub data
-            sets are streamed.
+        path: a file; a folder, whose files are read in the order of their names; or the id of a data set of the hub
+            (`owner/name`), whose `train` split is read. JSONL, Parquet and hub data sets are streamed.
         source: keep only the rows with this `source`.
         strict: stop at the first bad row; otherwise bad rows are collected in `report`.
         report: filled while reading.
@@ -103,7 +104,7 @@ def iter_dialogues(
     """
     report = report if report is not None else ReadReport(str(path))
     seen: Counter[str] = Counter()
-    for number, record in _records(path):
+    for file, number, record in _records(path):
         report.rows += 1
         if source is not None and isinstance(record, dict) and _text(record.get("source")) != source:
             report.other_sources[_text(record.get("source"))] += 1
@@ -111,7 +112,7 @@ def iter_dialogues(
         dialogue, issues = _check(record, seen)
         if dialogue is None:
             raw = record.text if isinstance(record, BadLine) else record
-            rejected = RejectedRow(str(path), number, tuple(issues), raw)
+            rejected = RejectedRow(str(file), number, tuple(issues), raw)
             report.rejected.append(rejected)
             if strict:
                 raise InputError(str(rejected))
@@ -180,19 +181,27 @@ def write_dialogues(path: str | os.PathLike, dialogues: Iterable[Dialogue]) -> N
         raise InputError(f"{path}: cannot write this file type: use .jsonl or .parquet")
 
 
-def _records(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1, decoded row or `BadLine`)."""
-    file = Path(path)
+def _records(path: str | os.PathLike) -> Iterator[tuple[str | os.PathLike, int, Any]]:
+    """Yield (file, row number from 1, decoded row or `BadLine`)."""
+    place = Path(path)
     readers = {".json": _json_records, ".jsonl": iter_jsonl, ".parquet": _parquet_records}
-    if file.suffix in readers:
+    if not place.exists() and place.suffix not in readers:
+        if not HUB_ID_PATTERN.fullmatch(str(path)):
+            raise InputError(f"{path}: no such file: give a file, a folder or the id of a hub data set (owner/name)")
+        yield from ((path, *row) for row in _hub_records(str(path)))
+        return
+    files = [place]
+    if place.is_dir():  # hidden files, Spark's markers and a data card are no data
+        files = [file for file in sorted(place.iterdir()) if file.name[0] not in "._" and file.suffix != ".md"]
+    known = f"use one of {', '.join(FILE_SUFFIXES)}"
+    if not files:
+        raise InputError(f"{place}: the folder holds no dialogue file: {known}")
+    for file in files:  # all are known before a row is read: no folder is read in part
+        if file.suffix not in readers or file.is_dir():
+            raise InputError(f"{file}: not a dialogue file: {known}; a folder holds nothing else")
+    for file in files:
         with os_errors(file, "cannot read"):
-            yield from readers[file.suffix](file)
-    elif HUB_ID_PATTERN.fullmatch(str(path)) and not file.is_file():
-        yield from _hub_records(str(path))
-    elif file.exists():
-        raise InputError(f"{file}: not a dialogue file: use one of {', '.join(FILE_SUFFIXES)}")
-    else:
-        raise InputError(f"{path}: no such file: give a file or the id of a Hugging Face data set (owner/name)")
+            yield from ((file, *row) for row in readers[file.suffix](file))
 
 
 def _json_records(file: Path) -> Iterator[tuple[int, Any]]:
@@ -225,15 +234,16 @@ def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _hub_records(name: str) -> Iterator[tuple[int, Any]]:
-    import datasets.config
+    import datasets
     import datasets.exceptions
 
-    try:
-        # A cached copy cannot be streamed, so offline it is read whole.
-        rows = datasets.load_dataset(name, split="train", streaming=not datasets.config.HF_HUB_OFFLINE)
-        yield from enumerate(rows, start=1)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{name}: cannot load the data set from the Hugging Face hub: {_first_line(error)}") from error
+    with offline_without_hub() as offline:
+        try:
+            # A cached copy cannot be streamed, so offline it is read whole.
+            yield from enumerate(datasets.load_dataset(name, split="train", streaming=not offline), start=1)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = f"{offline} and the cache has no copy" if offline else _first_line(error)
+            raise InputError(f"{name}: cannot load the data set from the Hugging Face hub: {reason}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from csc_train.data.config import DataConfig
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.strategies import CLOSURE, GREETING, STRATEGIES
@@ -27,6 +28,7 @@ from csc_train.errors import InputError
 from csc_train.overrides import hint
 from csc_train.templates import read_yaml
 
+SAMPLE_FOLDER = Path("runs/sample")
 SAMPLE_SOURCE = "synthetic-sample"
 ID_PREFIX = "sample-"
 """Prefix of the ids of sample dialogues."""
@@ -71,6 +73,27 @@ def generate_sample(count: int, seed: int) -> list[Dialogue]:
     if count < 1:
         raise InputError(f"sample of {count} dialogues: must be at least 1")
     return [_write_dialogue(seed, index) for index in range(count)]
+
+
+def check_sample_place(data: DataConfig) -> None:
+    """Raise an InputError if sample dialogues are asked for in a file that the user named."""
+    if data.sample_dialogues and Path(data.train.path).parent != SAMPLE_FOLDER:
+        own = hint({"data": "files", "data.train.path": data.train.path, "data.sample_dialogues": "null"})
+        raise InputError(
+            f"data.train.path={data.train.path}: sample dialogues are written only to {SAMPLE_FOLDER}: for your own "
+            f"dialogues give {own}, else leave it out"
+        )
+
+
+def provide_sample(data: DataConfig) -> None:
+    """Write the sample dialogues that a configuration asks for, if any.
+
+    Raises:
+        InputError: as `check_sample_place` and `ensure_sample`.
+    """
+    check_sample_place(data)
+    if data.sample_dialogues:
+        ensure_sample(data.train.path, data.sample_dialogues, data.sample_seed)
 
 
 def ensure_sample(path: str | os.PathLike, count: int, seed: int) -> bool:

@@ -2,19 +2,17 @@
 
 import contextlib
 import functools
-import socket
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import huggingface_hub
-from huggingface_hub import constants, errors
+from huggingface_hub import errors
 from safetensors import SafetensorError, safe_open
 
 from csc_train.errors import InputError, causes
 from csc_train.files import read_json
+from csc_train.hub_access import offline_without_hub
 from csc_train.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -41,43 +39,22 @@ def hub_errors(
     local = Path(path)
     if is_local_path(path) and not local.is_dir():
         raise InputError(f"{path}: no such model directory")
-    offline = constants.HF_HUB_OFFLINE
-    absent = not (local.is_dir() or offline or _hub_answers())
-    # Offline, the libraries read the cache; else they would ask a hub that does not answer for 45 s.
-    constants.HF_HUB_OFFLINE = offline or absent
-    try:
-        yield
-    except InputError:
-        raise
-    except kinds as error:
-        found = list(causes(error))
-        for kind, advice in _REFUSALS.items():
-            if any(isinstance(cause, kind) for cause in found):
-                raise InputError(f"{path}: {advice}") from error
-        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
-        if local.is_dir():
-            raise InputError(f"{path}: the directory has no readable {what} ({reason})") from error
-        why = f"the hub has no readable one ({reason})"
-        if absent or offline:
-            why = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} cannot be reached"
-            why += " and the cache has no copy"
-        advice = "check the name, give a local directory, or download it"
-        raise InputError(f"{path}: cannot load the {what}: {why}: {advice}") from error
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-
-
-@functools.cache
-def _hub_answers() -> bool:
-    """Whether the hub, or a proxy on the way to it, can be connected to."""
-    hub = urlsplit(constants.ENDPOINT)
-    port = hub.port or (80 if hub.scheme == "http" else 443)
-    try:
-        if not urllib.request.getproxies():
-            socket.create_connection((hub.hostname, port), timeout=10).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.nullcontext("") if local.is_dir() else offline_without_hub() as offline:
+        try:
+            yield
+        except InputError:
+            raise
+        except kinds as error:
+            found = list(causes(error))
+            for kind, advice in _REFUSALS.items():
+                if any(isinstance(cause, kind) for cause in found):
+                    raise InputError(f"{path}: {advice}") from error
+            reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
+            if local.is_dir():
+                raise InputError(f"{path}: the directory has no readable {what} ({reason})") from error
+            why = f"{offline} and the cache has no copy" if offline else f"the hub has no readable one ({reason})"
+            advice = "check the name, give a local directory, or download it"
+            raise InputError(f"{path}: cannot load the {what}: {why}: {advice}") from error
 
 
 def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":

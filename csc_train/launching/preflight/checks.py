@@ -234,13 +234,15 @@ def check_longest(
 
 def check_data(config: PreflightRecipe, absent: type[Exception]) -> "list[Dialogue]":
     """The training dialogues, read as in the run; their overlap is checked if the run may end for it."""
+    from csc_train.data.sample_grammar import check_sample_place
     from csc_train.data.splits import read_and_check_splits, read_splits
 
     data = config.data
     if data.train.path is None:
         raise InputError("data.train.path is not set: give data.train.path=...")
+    check_sample_place(data)
     for name, path in (("train", data.train.path), ("evaluation", data.evaluation.path)):
-        if path is not None and not Path(path).is_file():
+        if path is not None and not Path(path).exists():
             if data.sample_dialogues:
                 raise NotCheckedError(f"{path}: the run writes this file")
             if not Path(path).suffix and path.count("/") == 1:
