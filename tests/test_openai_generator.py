@@ -221,7 +221,7 @@ def test_a_turn_whose_likelihoods_fail_is_tried_again(fault_server, tmp_path):
     fault_server.requests.clear()
     fault_server.answer = tell
     assert run("flawed.jsonl") == []
-    assert len(fault_server.requests) == 2 * 14
+    assert len(fault_server.requests) == 1 + 2 * 14
     assert (tmp_path / "flawed.jsonl").read_bytes() == (tmp_path / "flawless.jsonl").read_bytes()
 
 

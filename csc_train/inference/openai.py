@@ -86,12 +86,13 @@ class OpenAIGenerator:
                 raise refused
 
     async def _probe_server(self, client: Client) -> None:
-        """Find out once what the server supports, so that all turns are prompted in one format."""
+        """Ask the server for the first time; what it supports then decides the format of all prompts."""
         prompt = self._template.prompt_ids([]) if self._template else []
+        counted = await _supported(client.count_tokens(prompt)) if prompt else None
         if self._takes_token_ids is None:
-            self._takes_token_ids = bool(prompt) and await _supported(client.count_tokens(prompt)) == len(prompt)
-            if not self._takes_token_ids:
-                await client.check()
+            self._takes_token_ids = counted == len(prompt)
+        if not self._takes_token_ids:
+            await client.check()
         if self._returns_likelihoods is None:
             wanted = self._takes_token_ids and self._config.likelihoods
             advice = "; evaluation.likelihoods=false skips likelihoods"
