@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import peft
 import pytest
@@ -24,7 +25,7 @@ from csc_train.models.families import (
     register_family,
 )
 from csc_train.models.inspection import inspect_model
-from csc_train.models.loading import build_model_config, load_model, lora_config
+from csc_train.models.loading import build_model_config, check_lora_targets, load_model, lora_config
 from csc_train.template.chat_templates import chat_template_names
 from csc_train.template.tokenizer_training import TOKENIZER_STYLES
 
@@ -58,6 +59,14 @@ def test_every_row_fits_the_model_that_transformers_builds(family):
     )
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
     assert family.chat_template in chat_template_names()
+    # A name, names or regular expressions; each has to match.
+    for known in (["q_proj"], ["self_attn.q_proj", "down_proj"], [r".*\.(q|v)_proj"], ["all-linear", r"lm_.*"]):
+        check_lora_targets(AdapterConfig("lora", target_modules=known), model)
+    for unknown in ("nope", "proj", "q_proj.", r".*\.w[12]", "embed_tokens"):
+        with pytest.raises(InputError, match=rf"^adapter.target_modules={re.escape(unknown)}: .*down_proj, .* q_proj"):
+            check_lora_targets(AdapterConfig("lora", target_modules=["q_proj", unknown]), model)
+    with pytest.raises(InputError, match=r"^adapter.target_modules=\(q: no regular expression"):
+        AdapterConfig("lora", target_modules=["(q"])
     assert family.tokenizer_style in TOKENIZER_STYLES
     assert chat_template_name(ModelConfig(path="a/b", architecture=architecture(family.model_type))) in SMALL_OF
 

@@ -228,7 +228,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["cluster.slurm.options=['qos=high']"], "cluster.slurm.options: qos=high is no option; options "
          "start with -"),
         (["run.if_exists=reuse"], "run.if_exists=reuse: a launch is a new run; resume one by run=DIR resume=true"),
-        (["cluster=slurm_4x8", "trainer.packs_per_step=32", "run.directory='runs/my run;'"], "runs/my run;: a job "
+        (["cluster=slurm_4x8", "trainer.packs_per_step=32", "run.directory='runs/my;run'"], "runs/my;run: a job "
          "script cannot hold ';': choose a path without it"),
         (["run=runs/first", "cluster=cpu1"], "run=runs/first: add resume=true to resume the run, or start a new run "
          "by from=DIR"),

@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 from csc_train.config.compose import compose
 from csc_train.launching.preflight.size import zero_of
 from csc_train.models.config import ArchitectureConfig
-from csc_train.models.families import forward_flops, lora_parameter_count, model_dims
+from csc_train.models.families import forward_flops, lora_parameter_count, lora_targets, model_dims
 from csc_train.models.loading import build_model_config
 from csc_train.training.memory import (
     GIB,
@@ -78,11 +78,14 @@ def test_parameters_and_linear_layers_of_every_model_are_counted_exactly(model):
     assert 2 * (shape.layers * shape.block_linear + shape.embedding) == 2 * linear == forward_flops(built)[0]
 
 
-@pytest.mark.parametrize("target", ["all-linear", r".*\.(q|v)_proj"])
+@pytest.mark.parametrize(
+    "target", [["all-linear"], [r".*\.(q|v)_proj"], ["o_proj"], ["self_attn.o_proj", r".*1\.mlp\.up_proj"]]
+)
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
 def test_adapters_are_counted_exactly(model_type, target):
     architecture = small(model_type)
-    configured = peft.LoraConfig(r=8, target_modules=target, task_type="CAUSAL_LM")
+    targets = "all-linear" if target == ["all-linear"] else lora_targets(model_type, target)
+    configured = peft.LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(on_meta(architecture), configured)
     trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
     assert lora_parameter_count(model_dims(architecture), 8, target) == trained

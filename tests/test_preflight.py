@@ -117,7 +117,10 @@ FAULTS = {
     "tokenizer and template": (["model.chat_template=llama3_1"], "chat template llama3_1 ends a turn with"),
     "run": (["on_finish=evaluate", "on_finish.overrides=['evaluation.nope=1']"], "unknown key 'evaluation.nope'"),
     "attention": (["model.attn_implementation=flex_attention"], "it trains only on a GPU"),
-    "final model": (["adapter=lora", "adapter.target_modules=nope"], "its final model cannot be written: "),
+    "final model": (
+        ["adapter=lora", "adapter.target_modules=nope"],
+        "adapter.target_modules=nope: matches no linear layer",
+    ),
     "W&B": (["tracking=wandb"], "tracking=wandb: no key; run `wandb login`"),
     "data": (["data.train.source=nobody"], "no row has source 'nobody'"),
     "memory": (

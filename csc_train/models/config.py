@@ -1,9 +1,12 @@
 """Settings of the base model and of its adapter."""
 
+import re
 from dataclasses import dataclass, field
 
 from csc_train.errors import InputError, check_fields
 
+ALL_LINEAR = "all-linear"
+"""The value of `adapter.target_modules` that adapts the linear layers of the model family."""
 TRAINED_TOKENIZER = "train"
 """The value of `model.tokenizer` that trains a tokenizer on the training dialogues."""
 
@@ -98,11 +101,17 @@ class AdapterConfig:
     merge_into: str = "base"
     """The weights that a QLoRA adapter is merged into. base: those before quantization, which the adapter has never
     seen. dequantized: those that it was trained on."""
-    target_modules: str = "all-linear"
-    """all-linear: the linear layers that the model family names. Or a regular expression on full module names."""
+    target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+    """all-linear: the linear layers that the model family names. Or names of layers, such as q_proj, and regular
+    expressions on full names, such as `.*[02468]\\.self_attn\\.[qv]_proj`: one, or a list in brackets."""
 
     def __post_init__(self):
         check_fields("adapter.", self, "kind", choices=("full", "lora", "qlora"))
         check_fields("adapter.", self, "merge_into", choices=MERGE_INTO)
         check_fields("adapter.", self, "rank", "alpha", low=1)
         check_fields("adapter.", self, "dropout", low=0, high=1)
+        for pattern in self.target_modules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"adapter.target_modules={pattern}: no regular expression: {error}") from error

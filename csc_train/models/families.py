@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from csc_train.errors import InputError, check_choice, suggestion
-from csc_train.models.config import ModelConfig
+from csc_train.models.config import ALL_LINEAR, ModelConfig
 from csc_train.plugins import note_registration
 
 
@@ -258,30 +258,36 @@ def cache_kinds(config: Any) -> set[str]:
     return {kinds[kind].cache for kind in model_dims(config).layer_kinds}
 
 
-def lora_targets(model_type: str, target_modules: str) -> str | list[str]:
-    """The layers that `AdapterConfig.target_modules` means, for PEFT: a regular expression or layer names."""
-    return list(get_family(model_type).lora_targets) if target_modules == "all-linear" else target_modules
+def lora_targets(model_type: str, target_modules: Collection[str]) -> str | list[str]:
+    """The layers that `AdapterConfig.target_modules` means, for PEFT: layer names, or one regular expression."""
+    own = get_family(model_type).lora_targets
+    targets = [name for each in target_modules for name in (own if each == ALL_LINEAR else (each,))]
+    named = {each: re.fullmatch(r"[\w.]+", each) for each in targets}
+    if all(named.values()):
+        return targets
+    return "|".join(rf"(?:.*\.)?{re.escape(each)}" if named[each] else f"(?:{each})" for each in targets)
 
 
-def lora_parameter_count(dims: ModelDims, rank: int, target_modules: str | Collection[str] = "all-linear") -> int:
+def is_lora_target(name: str, targets: str | Collection[str]) -> bool:
+    """Whether PEFT adapts the module of this full name under the targets of `lora_targets`."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in targets)
+
+
+def lora_parameter_count(dims: ModelDims, rank: int, target_modules: str | Collection[str] = (ALL_LINEAR,)) -> int:
     """Weights of low-rank adapters: rank x (inputs + outputs) for each linear layer that they adapt.
 
     Args:
-        target_modules: as in `AdapterConfig`, or the names of the adapted layers.
+        target_modules: as in `AdapterConfig`, or as PEFT has them.
     """
-    if isinstance(target_modules, str):
+    if not isinstance(target_modules, str):
         target_modules = lora_targets(dims.model_type, target_modules)
-
-    def adapted(layer: int, name: str) -> bool:
-        if isinstance(target_modules, str):
-            return re.fullmatch(target_modules, f"model.layers.{layer}.{name}") is not None
-        return name.rpartition(".")[2] in target_modules
-
     return sum(
         rank * (inputs + outputs)
         for layer in range(dims.layers)
         for name, (inputs, outputs) in dims.linears.items()
-        if adapted(layer, name)
+        if is_lora_target(f"model.layers.{layer}.{name}", target_modules)
     )
 
 

@@ -14,9 +14,10 @@ from transformers import (
 )
 from transformers import set_seed as set_all_seeds
 
+from csc_train.errors import InputError
 from csc_train.models.attention import select  # noqa: F401  registers our attention implementations
-from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
-from csc_train.models.families import get_family, lora_targets
+from csc_train.models.config import ALL_LINEAR, AdapterConfig, ArchitectureConfig, ModelConfig
+from csc_train.models.families import get_family, is_lora_target, lora_targets
 from csc_train.models.hub import hub_errors, load_causal_lm
 
 
@@ -97,6 +98,19 @@ def build_model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTo
         facts.setdefault("vocab_size", len(tokenizer))
         facts |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return AutoConfig.for_model(facts.pop("model_type"), **facts)
+
+
+def check_lora_targets(adapter: AdapterConfig, model: PreTrainedModel) -> None:
+    """Raise an InputError for a target of LoRA adapters that is no linear layer of a model; it names those."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in adapter.target_modules:
+        targets = lora_targets(model.config.model_type, [target])
+        if not any(is_lora_target(name, targets) for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise InputError(
+                f"adapter.target_modules={target}: matches no linear layer of the model; choose {ALL_LINEAR}, some of "
+                f"{', '.join(known)}, or a regular expression on full names such as {linear[0]}"
+            )
 
 
 def lora_config(adapter: AdapterConfig, model_type: str) -> peft.LoraConfig:

@@ -17,7 +17,7 @@ from csc_train.checkpoints.reshard import parameter_name
 from csc_train.errors import InputError
 from csc_train.models.config import AdapterConfig
 from csc_train.models.inspection import InspectedModel, silent_loading
-from csc_train.models.loading import lora_config
+from csc_train.models.loading import check_lora_targets, lora_config
 from csc_train.models.sharded_parameters import unsharded
 from csc_train.models.tokenizer import tokenizer_hash
 from csc_train.packing.dataset import PackedDataset
@@ -45,6 +45,7 @@ def rehearse_end(
             model.generation_config = found.model.generation_config
             lost = set()
             if adapter.kind != "full":
+                check_lora_targets(adapter, model)
                 model = peft.get_peft_model(model, lora_config(adapter, config.model_type))
                 trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
                 lost = trained ^ {parameter_name(name) for name in peft.get_peft_model_state_dict(model)}
