@@ -29,9 +29,11 @@ from csc_train.inference.predictions import (
     Prediction,
     PredictionStore,
     build_prediction,
+    read_external_replies,
     read_outcomes,
     write_predictions,
 )
+from csc_train.jsonl import write_jsonl
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply
@@ -316,6 +318,28 @@ def odd_dialogues():
 def generator_of(model, tokenizer, mode="joint", **settings):
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig(mode=mode))
     return HFGenerator(model, template, EvaluationConfig(**{"max_new_tokens": STEPS, "batch_size": 5} | settings))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>先想想[情感管理]", (None, "")),
+        ("\n<think>\n先想想\n</think>\n\n[情感管理]抱歉", (5, "抱歉")),
+        ("先想想</think>[情感管理]抱歉", (5, "抱歉")),
+        ("[情感管理]抱歉<think>", (5, "抱歉<think>")),
+    ],
+)
+def test_thoughts_are_no_reply(text, expected, model, tokenizer, tmp_path, monkeypatch):
+    """Whether a local model wrote them or another program."""
+    generator = generator_of(model, tokenizer)
+    monkeypatch.setattr(generator, "decode", lambda ids: text)
+    found = generate_predictions(DIALOGUES, generator, "reference")
+    assert {(each.strategy, each.response) for each in found} == {expected}
+    assert {each.raw_text for each in found} == {text} and all(each.cut_off for each in found if each.token_ids[5:])
+    rows = [{"dialogue_id": name, "turn": turn, "text": text} for name, turn in TURNS]
+    write_jsonl(tmp_path / "replies.jsonl", rows)
+    found = read_external_replies(tmp_path / "replies.jsonl", DIALOGUES, "reference")
+    assert {(each.strategy, each.response) for each in found} == {expected}
 
 
 def is_greedy(model, prompt, answer, steps, stops):

@@ -19,16 +19,15 @@ import openai
 from csc_train.errors import InputError, causes
 from csc_train.llm.config import JSON_MODES, LLMConfig
 from csc_train.llm.limits import RequestLimits
+from csc_train.llm.thoughts import without_thoughts
 
-NO_REPLY = ("cut_off", "empty", "interrupted", "refused")
-"""Kinds of answers without a reply. cut_off: the limit of tokens came before the reply. interrupted: the server stopped
-for another reason. refused: the model, or a content filter, declines."""
 ERROR_KINDS = (
     "connection", "timeout", "rate_limit", "server_error", "bad_request", "malformed", "authentication", "unreachable",
-    *NO_REPLY,
+    "cut_off", "empty", "interrupted", "refused",
 )  # fmt: skip
 """Kinds of failed requests. malformed: the answer does not match the required format. unreachable: the server's name
-does not resolve, or the connection is refused."""
+does not resolve, or the connection is refused. Answers without a reply are cut_off: the limit of tokens came before it;
+empty; interrupted: the server stopped for another reason; refused: the model, or a content filter, declines."""
 RETRYABLE = ("connection", "rate_limit", "server_error", "malformed", "interrupted")
 """Kinds that a retry of the same request may cure."""
 RETRYABLE_LATER = ("timeout", "unreachable")
@@ -365,16 +364,11 @@ def read_message(choice: dict[str, Any]) -> dict[str, Any]:
     """Parse a choice of /v1/chat/completions.
 
     Returns:
-        `text`, without thoughts; whether it is `cut_off`; and `fault`, None if there is a reply, else one of `NO_REPLY`
-        and the explanation.
+        `text`, without thoughts; whether it is `cut_off`; and `fault`, None if there is a reply, else its kind among
+        `ERROR_KINDS` and the explanation.
     """
     message = choice["message"]
-    text = _text(message.get("content") or "")
-    # Some servers leave the thoughts before the answer; those that do not end are no answer.
-    _, ended, answer = text.rpartition("</think>")
-    if ended or text.lstrip().startswith("<think>"):
-        text = answer.lstrip() if ended else ""
-    return _judge(text, choice.get("finish_reason"), message.get("refusal"))
+    return _judge(_text(message.get("content") or ""), choice.get("finish_reason"), message.get("refusal"))
 
 
 def _read_text(choice: dict[str, Any]) -> dict[str, Any]:
@@ -386,7 +380,7 @@ def _read_text(choice: dict[str, Any]) -> dict[str, Any]:
 
 def _judge(text: str, reason: str | None, refusal: str | None) -> dict[str, Any]:
     """An answer, as `read_message` returns it."""
-    fault = None
+    fault, text = None, without_thoughts(text)
     if refusal or reason == "content_filter":
         fault = "refused", refusal or "stopped by a content filter"
     elif reason not in (*COMPLETE, *AT_LIMIT):

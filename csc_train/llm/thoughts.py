@@ -1,0 +1,9 @@
+"""The thoughts that a reasoning model leaves before its answer."""
+
+
+def without_thoughts(text: str) -> str:
+    """A text after its thoughts, `<think>...</think>`; empty if they do not end."""
+    _, ended, answer = text.rpartition("</think>")
+    if ended:
+        return answer.lstrip()
+    return "" if text.lstrip().startswith("<think>") else text
