@@ -22,7 +22,7 @@ from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.training.nonfinite import MAX_SKIPPED_IN_A_ROW, spread_nonfinite
+from csc_train.training.nonfinite import MAX_IN_A_ROW, spread_nonfinite
 
 ENGINES = ("off", "0", "1", "2", "3")
 STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -181,11 +181,20 @@ def test_a_gradient_alone_that_is_not_finite_names_all_packs_of_the_step(folder,
 
 
 @pytest.mark.slow
+def test_a_loss_alone_that_is_not_finite_is_found(folder, monkeypatch):
+    monkeypatch.setattr("csc_train.training.trainer.normalize_loss", lambda loss, _: loss + math.inf)
+    with pytest.raises(InputError, match="step 1: the loss is not finite in pack"):
+        train(folder, checkpoints="none", max_steps=1)
+    run = curve(train(folder, checkpoints="none", max_steps=1, on_nonfinite="continue"))
+    assert run["grad_norms"][0] > 0 and not math.isfinite(run["losses"][0])  # the step is taken
+
+
+@pytest.mark.slow
 def test_steps_are_not_left_out_for_ever(folder, packs, caplog):
     token = int(packs[0]["input_ids"][0])  # it is in all packs
-    with pytest.raises(InputError, match=f"neither were the {MAX_SKIPPED_IN_A_ROW - 1} before"):
+    with pytest.raises(InputError, match=f"it is the last of {MAX_IN_A_ROW} such steps in a row"):
         train(folder, checkpoints="none", broken=token, on_nonfinite="skip", epochs=9)
-    with pytest.raises(InputError, match=r"step 2: .* neither were the 1 before"):
+    with pytest.raises(InputError, match=r"step 2: .* it is the last of 2 such steps"):
         train(folder, checkpoints="none", broken=token, on_nonfinite="skip", max_steps=2)
 
 

@@ -114,7 +114,7 @@ def check_engine(trainer: Trainer) -> None:
                 raise InputError(f"zero asks for ZeRO stage 3, but {name} is not sharded over {started} processes")
 
 
-def skip_nonfinite_steps(optimizer: Any) -> None:
+def skip_nonfinite(optimizer: Any) -> None:
     """Let an optimizer leave out steps whose gradients are not finite, and tell DeepSpeed, as its ZeRO optimizers do.
 
     Args:

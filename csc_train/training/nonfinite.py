@@ -15,8 +15,8 @@ from accelerate.utils import gather_object
 from csc_train.packing.dataset import PackedDataset
 from csc_train.packing.pack_cost import PackSlice
 
-MAX_SKIPPED_IN_A_ROW = 10
-"""So many steps in a row without a finite gradient norm end a training that leaves such steps out."""
+MAX_IN_A_ROW = 10
+"""So many steps in a row without a finite gradient norm end a training in any case."""
 MAX_NAMED = 8
 """Packs, and dialogues of a pack, that a message names."""
 
@@ -37,21 +37,14 @@ def describe_step(trainer: Any, losses: Sequence[torch.Tensor]) -> str:
     Returns:
         The packs with such a loss; if there are none, the gradient norm and all packs of the step.
     """
-    broken = gather_object([[not math.isfinite(loss) for loss in torch.stack([*losses]).tolist()]])
-    sampler = trainer.batch_sampler()
-    steps_per_epoch = math.ceil(len(trainer.packs) / trainer.args.packs_per_step)
-    epoch, step = divmod(trainer.state.global_step, steps_per_epoch)
-    _, ranks = next(itertools.islice(sampler.assigned(epoch), step, None))
-    any_loss = any(map(any, broken))
-    parts = [
-        part
-        for passes, flags in zip(ranks, broken, strict=True)
-        for slices, flag in zip(passes, flags, strict=True)
-        for part in slices
-        if flag or not any_loss
-    ]
-    what = "the loss is" if any_loss else "the gradient norm, not the loss, is"
-    named = _some([_named(trainer.packs, part) for part in sorted(parts, key=lambda part: (part.pack, part.start))])
+    broken = gather_object([not math.isfinite(loss) for loss in losses])
+    packs, in_loss = trainer.packs, any(broken)
+    epoch, step = divmod(trainer.state.global_step, math.ceil(len(packs) / trainer.args.packs_per_step))
+    _, ranks = next(itertools.islice(trainer.batch_sampler().assigned(epoch), step, None))
+    passes = zip(itertools.chain(*ranks), broken, strict=True)
+    parts = [part for slices, flag in passes for part in slices if flag or not in_loss]
+    named = _some([_named(packs, part) for part in sorted(parts, key=lambda part: (part.pack, part.start))])
+    what = "the loss is" if in_loss else "the gradient norm, not the loss, is"
     return f"step {trainer.state.global_step + 1}: {what} not finite in {named}"
 
 

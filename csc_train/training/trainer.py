@@ -40,22 +40,11 @@ from csc_train.packing.pack_cost import pack_cost
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
 from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
-from csc_train.training.deepspeed import (
-    check_engine,
-    deepspeed_config,
-    launcher_stage,
-    skip_nonfinite_steps,
-    start_deepspeed,
-)
+from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, skip_nonfinite, start_deepspeed
 from csc_train.training.leak_check import checked_collator, forbid_kv_cache
 from csc_train.training.loss import normalize_loss, sum_weights, weight_log_probs
 from csc_train.training.memory import out_of_memory_advice
-from csc_train.training.nonfinite import (
-    MAX_SKIPPED_IN_A_ROW,
-    describe_step,
-    spread_nonfinite,
-    weights_are_finite,
-)
+from csc_train.training.nonfinite import MAX_IN_A_ROW, describe_step, spread_nonfinite, weights_are_finite
 from csc_train.training.train_metrics import TrainMetrics
 from csc_train.training.validation import Validator, last_validation_metrics
 
@@ -115,7 +104,7 @@ class PackTrainer(SFTTrainer):
         self.wandb_run_id: str | None = None
         self._batch_tokens = 0
         self._losses: list[torch.Tensor] = []  # of the forward passes of the present step
-        self._skipped = 0  # steps in a row
+        self._broken_steps = 0  # in a row
         self._started = time.time()
 
     def train(self, *arguments, **options):
@@ -148,29 +137,21 @@ class PackTrainer(SFTTrainer):
             InputError: the norm is not finite, and the training stops.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        skip = norm is not None and not math.isfinite(norm)
-        self._skipped = self._skipped + 1 if skip else 0
-        if skip:
-            found = describe_step(self, self._losses)
-            skip = self.args.on_nonfinite != "continue" or self.args.deepspeed_plugin is not None
-            self._end_or_note(f"{found}: the step is {'not ' * skip}taken")
-        if skip:
+        broken = norm is not None and not math.isfinite(norm)  # stage 0 gives no finite one
+        self._broken_steps = self._broken_steps + 1 if broken else 0
+        leave_out = broken and (self.args.on_nonfinite != "continue" or self.args.deepspeed_plugin is not None)
+        if broken:
+            found = f"{describe_step(self, self._losses)}: the step is {'not ' * leave_out}taken"
+            remedy = "try a lower trainer.learning_rate, and check these dialogues and the base model"
+            if self.args.on_nonfinite == "stop":
+                raise ResumableError(f"{found}: {remedy}", "trainer.on_nonfinite=skip")
+            if self._broken_steps >= min(MAX_IN_A_ROW, self.state.max_steps):
+                raise InputError(f"{found}; it is the last of {self._broken_steps} such steps in a row: {remedy}")
+            logger.info("note: %s", found)
+        if leave_out:
             model.zero_grad()  # the optimizer changes no weight without a gradient
-        self.optimizer._is_overflow = skip  # then the learning rate waits, as under DeepSpeed
+        self.optimizer._is_overflow = leave_out  # then the learning rate waits, as under DeepSpeed
         return norm
-
-    def _end_or_note(self, found: str) -> None:
-        """End the training, or go on, as `on_nonfinite` says.
-
-        Args:
-            found: what is not finite, and where.
-        """
-        remedy = "try a lower trainer.learning_rate, and check these dialogues and the base model"
-        if self.args.on_nonfinite == "stop":
-            raise ResumableError(f"{found}: {remedy}", "trainer.on_nonfinite=skip")
-        if self._skipped >= min(MAX_SKIPPED_IN_A_ROW, self.state.max_steps):
-            raise InputError(f"{found}, and neither were the {self._skipped - 1} before: {remedy}")
-        logger.info("note: %s", found)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Wrap the model and load the checkpoint to resume from, saved by any number of processes and ZeRO stage.
@@ -188,7 +169,7 @@ class PackTrainer(SFTTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
         check_engine(self)
         if self.args.deepspeed_plugin and self.args.deepspeed_plugin.zero_stage == 0:
-            skip_nonfinite_steps(self.optimizer)
+            skip_nonfinite(self.optimizer)
         if reshard:
             load_resharded(self, Path(resume_from_checkpoint))
         if self.is_world_process_zero():  # what a killed process left
