@@ -42,6 +42,7 @@ MERGE_WARNING = 0.05
 """A difference of the logits, over the largest logit, above which a merged QLoRA model is another than the trained."""
 PROBE_LENGTH = 64
 """Tokens in each sequence of the comparison."""
+Measure = Callable[[torch.nn.Module], float]
 BASE_ADVICE = "copy it there, or export on the machine that has it"
 
 
@@ -51,7 +52,7 @@ def trained_model(
     dtype: torch.dtype,
     checkpoint: Path | None = None,
     merge_into: str = "base",
-    accuracy: Callable[[torch.nn.Module], float] | None = None,
+    accuracy: Measure | None = None,
 ) -> PreTrainedModel | None:
     """The trained model in `dtype`, unsharded, with adapters merged. It consumes the trainer.
 
@@ -83,35 +84,28 @@ def trained_model(
         model = merged(_load_base(*place, dtype, load_in_4bit, dequantize=True), weights, adapter).to(dtype)
         if quantized:
             trained = with_weights(_load_base(*place, dtype, load_in_4bit=True), weights, adapter)
-            _report_merge(model, trained, merge_into, accuracy, trainer.args.device)
+            _report_merge(model, trained, merge_into, accuracy)
     elif adapted:
         model = model.merge_and_unload()
     model.config.use_cache = True
     return model.to(dtype)
 
 
-def _report_merge(
-    model: PreTrainedModel,
-    trained: torch.nn.Module,
-    merge_into: str,
-    accuracy: Callable[[torch.nn.Module], float] | None,
-    device: torch.device,
-) -> None:
+def _report_merge(model: PreTrainedModel, trained: Any, merge_into: str, accuracy: Measure | None) -> None:
     """Log how far a merged model is from the trained one."""
     difference = _difference(_logits(model), _logits(trained))
     found = f"merged into the {merge_into} weights: largest logit difference {difference:.1e} of the largest logit"
     if accuracy:
         try:
-            found += f"; strategy accuracy {accuracy(model.to(device)):.4f} merged, {accuracy(trained):.4f} trained"
+            model.to(next(trained.parameters()).device)
+            found += f"; strategy accuracy {accuracy(model):.4f} merged, {accuracy(trained):.4f} trained"
         except torch.OutOfMemoryError:
             found += "; strategy accuracy not measured: not enough memory"
         model.to("cpu")
     logger.info(found)
     if not difference <= MERGE_WARNING:
         remedy = "; recipes/export.py with merge_into=dequantized makes the trained one" * (merge_into == "base")
-        logger.info(
-            f"warning: the merged model is not the trained one: its logits differ by more than {MERGE_WARNING}{remedy}"
-        )
+        logger.info(f"warning: the merged model is not the trained one: above {MERGE_WARNING}{remedy}")
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -36,13 +36,11 @@ def _number(*digits: str, before: str = "", after: str = r"(?!\d)") -> regex.Pat
     return regex.compile(rf"(?<!\d){before}{_SEPARATOR.join(digits)}{after}")
 
 
+_EMAIL = regex.compile(r"(?<![\w.+-])\w[\w.+-]*@[a-z\d-]+(?:[.][a-z\d-]+)*[.][a-z]{2,}", regex.ASCII | regex.I)
 _DIGIT = r"\d"
 _AREAS = (("1", "0"), ("2", _DIGIT), ("[3-9]", _DIGIT, _DIGIT))
 _PATTERNS = (
-    (
-        "e-mail address",
-        regex.compile(r"(?<![\w.+-])\w[\w.+-]*@[a-z\d-]+(?:[.][a-z\d-]+)*[.][a-z]{2,}", regex.ASCII | regex.I),
-    ),
+    ("e-mail address", _EMAIL),
     ("identity card number", _number(*[_DIGIT] * 17, r"[\dXx]", after=r"(?![\dA-Za-z])")),
     *(("bank card number", _number(*[_DIGIT] * length)) for length in range(19, 12, -1)),
     ("phone number", _number("1", "[3-9]", *[_DIGIT] * 9, before=rf"(?:(?:\+|00)?86{_SEPARATOR})?")),
