@@ -11,12 +11,12 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 
 from csc_train.chat.config import ChatConfig
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
-from csc_train.data.invisible import is_blank, strip_invisible
 from csc_train.data.readers import write_dialogues
 from csc_train.data.strategies import GREETING, OTHERS, STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.kv_cache import common_prefix_length
+from csc_train.invisible import is_blank, strip_invisible
 from csc_train.template.likelihood import log_likelihoods_from_kv_cache
 from csc_train.template.reply import Reply
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surrogate
-from csc_train.data.invisible import is_blank, strip_invisible
 from csc_train.data.strategies import parse_strategy
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, os_errors
 from csc_train.hub_access import offline_without_hub
+from csc_train.invisible import is_blank, strip_invisible
 from csc_train.jsonl import BadLine, iter_jsonl, write_jsonl
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from csc_train.data.invisible import strip_invisible
+from csc_train.invisible import strip_invisible
 from csc_train.templates import read_yaml
 
 

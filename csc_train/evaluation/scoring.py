@@ -10,7 +10,6 @@ from typing import Any
 import numpy
 
 from csc_train.data.dialogue import Dialogue
-from csc_train.data.invisible import is_blank
 from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
@@ -22,6 +21,7 @@ from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, met
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.config import CONTEXTS
 from csc_train.inference.predictions import FailedTurn, Prediction, RunPredictions, missing_turns, read_run_predictions
+from csc_train.invisible import is_blank
 from csc_train.overrides import resume_hint
 from csc_train.progress import ProgressBar
 

@@ -17,6 +17,7 @@ from typing import Any
 import openai
 
 from csc_train.errors import InputError, causes
+from csc_train.invisible import is_blank
 from csc_train.llm.config import JSON_MODES, LLMConfig
 from csc_train.llm.limits import RequestLimits
 from csc_train.llm.thoughts import without_thoughts
@@ -385,7 +386,7 @@ def _judge(text: str, reason: str | None, refusal: str | None) -> dict[str, Any]
         fault = "refused", refusal or "stopped by a content filter"
     elif reason not in (*COMPLETE, *AT_LIMIT):
         fault = "interrupted", f"finish_reason={reason}"
-    elif not text.strip():
+    elif is_blank(text):
         fault = ("cut_off", "the limit of tokens came before a reply") if reason in AT_LIMIT else ("empty", "no text")
     return {"text": text, "cut_off": reason in AT_LIMIT, "fault": fault}
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
-from csc_train.data.invisible import is_blank
 from csc_train.data.strategies import parse_strategy
+from csc_train.invisible import is_blank
 
 PLACEHOLDERS = (
     "姓名", "手机号码", "身份证号", "银行卡号", "邮箱", "地址", "订单号", "日期", "金额", "公司名称", "工号",

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import regex
 
-from csc_train.data.invisible import INVISIBLE, is_blank
 from csc_train.data.strategies import Strategy, parse_strategy
+from csc_train.invisible import INVISIBLE, is_blank
 
 _LABELLED = regex.compile(rf"[{INVISIBLE}]*\[([^\[\]]*)\](.*)", regex.DOTALL)
 

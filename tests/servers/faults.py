@@ -47,7 +47,7 @@ answer whose JSON ends in the middle; a page instead of JSON."""
 
 NO_REPLIES = {
     "cut_off": [Say("", "length"), Say(None, "length"), Say("<think>\n先想想", "length"), Say(" \n", "max_tokens")],
-    "empty": [Say(""), Say(None), Say("\n "), Say("<think>想"), Say("<think>想</think>\n")],
+    "empty": [Say(""), Say(None), Say("\u200b\n"), Say("\ufeff<think>想"), Say("<think>想</think>\n")],
     "interrupted": [Say("[情", "insufficient_system_resource"), Say("", "tool_calls"), Say("抱", "abort")],
     "refused": [Say("", refusal="I cannot help."), Say("抱", "content_filter")],
 }

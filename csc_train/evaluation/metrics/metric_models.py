@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, RemBertConfig, RemBertModel
 
-from csc_train.data.invisible import is_blank
 from csc_train.errors import InputError
 from csc_train.files import read_json
+from csc_train.invisible import is_blank
 from csc_train.progress import ProgressBar
 
 TextPair = tuple[str, str]

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import pydantic
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, has_surrogate
-from csc_train.data.invisible import strip_invisible
 from csc_train.errors import InputError
 from csc_train.files import digest
+from csc_train.invisible import strip_invisible
 from csc_train.jsonl import JsonlLog, read_jsonl
 from csc_train.llm.client import Client, LLMError, Observer, RequestAttempt, UnusableServerError
 from csc_train.llm.structured import ask_structured

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from csc_train.data.dialogue import Dialogue, Speaker, has_surrogate
-from csc_train.data.invisible import is_blank
 from csc_train.data.near_duplicates import NearDuplicateIndex
 from csc_train.data.strategies import STRATEGIES, parse_strategy
+from csc_train.invisible import is_blank
 from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.filters.privacy import find_private_data
 from csc_train.synthesis.utterances import Utterance, merge_turns
