@@ -18,11 +18,11 @@ class ProgressBar(tqdm):
 
     def __init__(self, *args, **kwargs):
         """As tqdm; elsewhere than on a terminal, nothing is written to standard error."""
-        self._closed = threading.Event()
-        if not sys.stderr.isatty():
+        self._closed, self._draws = threading.Event(), sys.stderr.isatty()
+        if not self._draws:
             kwargs |= {"file": io.StringIO(), "bar_format": _LINE, "mininterval": 0, "miniters": 1}
         super().__init__(*args, **kwargs)
-        if not self.disable and not sys.stderr.isatty():
+        if not self.disable and not self._draws:
             threading.Thread(target=self._log_lines, daemon=True).start()
 
     def close(self) -> None:
@@ -32,9 +32,10 @@ class ProgressBar(tqdm):
 
     def display(self, *args, **kwargs) -> None:
         """Draw the bar, on a terminal only."""
-        if sys.stderr.isatty():
+        if self._draws:
             super().display(*args, **kwargs)
 
     def _log_lines(self) -> None:
         while not self._closed.wait(LINE_INTERVAL_S):
-            logger.info(str(self))
+            if self.n != self.total:  # else another loop follows before this bar is closed
+                logger.info(str(self))

@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,39 +74,35 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[TrainingRun], list[str]]:
         InputError: there is no such folder, or it holds no training run.
     """
     runs: dict[Path, TrainingRun] = {}
-    evaluations: list[tuple[str | None, dict[str, Any]]] = []
-    broken: list[str] = []
+    broken: dict[Path, str] = {}
+    evaluations = []
+    for directory in itertools.chain.from_iterable(map(_run_directories, folders)):
+        try:
+            record = read_run_record(directory)
+            if record.get("recipe", "sft" if (directory / "launch.yaml").exists() else None) == "sft":
+                runs[directory.resolve()] = read_run(directory, record)
+            elif record.get("recipe") == "evaluate" and (directory / RESULTS_FILE).exists():
+                evaluations.append((_settings(directory).get("checkpoint"), read_json(directory / RESULTS_FILE)))
+        except (InputError, KeyError, TypeError, AttributeError, ValueError) as error:
+            broken[directory.resolve()] = f"{directory}: {' '.join(str(error).split()) or type(error).__name__}"
     for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder")
-        if not _collect(folder, runs, evaluations, broken):
+        if not any(place.is_relative_to(folder.resolve()) for place in (*runs, *broken)):
             raise InputError(f"{folder}: holds no training run")
     for checkpoint, results in evaluations:
         for place in (Path(checkpoint), Path(checkpoint).parent) if checkpoint else ():
             if run := runs.get(place.resolve()):
                 run.scores.update(_scores(results["results"]))
-    return list(runs.values()), broken
+    return list(runs.values()), list(broken.values())
 
 
-def _collect(folder: Path, runs: dict[Path, TrainingRun], evaluations: list, broken: list[str]) -> bool:
-    """Add what a folder holds; returns whether there is a training run."""
-    found = False
+def _run_directories(folder: Path) -> Iterator[Path]:
+    """The folder and its subfolders that are run directories."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
-        directory = Path(place)
-        if RESOLVED_FILE not in files:
-            continue
-        try:
-            record = read_run_record(directory)
-            if record.get("recipe", "sft" if "launch.yaml" in files else None) == "sft":
-                found = True
-                runs[directory.resolve()] = read_run(directory, record)
-            elif record.get("recipe") == "evaluate" and RESULTS_FILE in files:
-                evaluations.append((_settings(directory).get("checkpoint"), read_json(directory / RESULTS_FILE)))
-        except (InputError, KeyError, TypeError, AttributeError, ValueError) as error:
-            found = True
-            broken.append(f"{directory}: {' '.join(str(error).split()) or type(error).__name__}")
-    return found
+        if RESOLVED_FILE in files:
+            yield Path(place)
 
 
 def read_run(directory: Path, record: dict[str, Any]) -> TrainingRun:
