@@ -80,11 +80,14 @@ def trained_model(
         if checkpoint:
             weights = read_weights(checkpoint)
         place = base.path, base.revision, trainer.processing_class
-        load_in_4bit = quantized and merge_into == "dequantized"
-        model = merged(_load_base(*place, dtype, load_in_4bit, dequantize=True), weights, adapter).to(dtype)
+        model = merged(_load_base(*place, dtype, merge_into if quantized else "base"), weights, adapter).to(dtype)
         if quantized:
-            trained = with_weights(_load_base(*place, dtype, load_in_4bit=True), weights, adapter)
-            _report_merge(model, trained, merge_into, accuracy)
+            try:
+                trained = with_weights(_load_base(*place, dtype, "4bit"), weights, adapter)
+                _report_merge(model, trained, merge_into, accuracy)
+            except torch.OutOfMemoryError:
+                logger.info("note: too little memory to compare the merged model with the trained one")
+            model.to("cpu")
     elif adapted:
         model = model.merge_and_unload()
     model.config.use_cache = True
@@ -96,12 +99,8 @@ def _report_merge(model: PreTrainedModel, trained: Any, merge_into: str, accurac
     difference = _difference(_logits(model), _logits(trained))
     found = f"merged into the {merge_into} weights: largest logit difference {difference:.1e} of the largest logit"
     if accuracy:
-        try:
-            model.to(next(trained.parameters()).device)
-            found += f"; strategy accuracy {accuracy(model):.4f} merged, {accuracy(trained):.4f} trained"
-        except torch.OutOfMemoryError:
-            found += "; strategy accuracy not measured: not enough memory"
-        model.to("cpu")
+        model.to(next(trained.parameters()).device)
+        found += f"; strategy accuracy {accuracy(model):.4f} merged, {accuracy(trained):.4f} trained"
     logger.info(found)
     if not difference <= MERGE_WARNING:
         remedy = "; recipes/export.py with merge_into=dequantized makes the trained one" * (merge_into == "base")
@@ -223,10 +222,10 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
         logger.info(f"note: {note}")
     adapter = adapter_of(source)
     quantized = adapter.kind == "qlora"
-    merge_into = (config.merge_into or adapter.merge_into) if quantized else None
+    merge_into = (config.merge_into or adapter.merge_into) if quantized else "base"
     dequantized = merge_into == "dequantized"
     tokenizer = load_tokenizer(str(source.path))
-    model: Any = _load_base(path, revision, tokenizer, "auto", dequantized, dequantize=True)
+    model: Any = _load_base(path, revision, tokenizer, "auto", merge_into)
     lora = None if adapter.kind == "full" else lora_config(adapter, model.config.model_type)
     if config.dtype != "auto" or adapter.kind == "full":
         precision = manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
@@ -234,7 +233,8 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
     model = merged(model, weights, lora)
     model.config.use_cache = True
     # As trained: with an unmerged adapter, computing in fp32.
-    logits = _logits(with_weights(_load_base(path, revision, tokenizer, torch.float32, quantized), weights, lora))
+    form = "4bit" if quantized else "base"
+    logits = _logits(with_weights(_load_base(path, revision, tokenizer, torch.float32, form), weights, lora))
     difference = 0.0
 
     def check(directory: Path) -> None:
@@ -246,7 +246,7 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
             raise InputError(
                 f"{source.path}: the logits of the exported model differ by {difference:.1e}, above {tolerance:.0e}"
             )
-        write_text(directory / "README.md", model_card(source, config, merge_into, difference))
+        write_text(directory / "README.md", model_card(source, config, merge_into if quantized else None, difference))
 
     template = load_chat_template(manifest.chat_template)
     save_final_model(
@@ -263,16 +263,20 @@ def _load_base(
     revision: str | None,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype | str,
-    load_in_4bit: bool,
-    dequantize: bool = False,
+    form: str,
 ) -> PreTrainedModel:
-    """The base model in `dtype`, unsharded; or in 4 bits and computing in fp32, or as these weights in fp32."""
-    if load_in_4bit:
-        settings = ModelConfig(path=path, revision=revision)
-        with unsharded():
-            model: Any = load_model(settings, tokenizer, torch.float32, 0, load_in_4bit=True)
-        return model.dequantize() if dequantize else model
-    return load_unsharded(path, revision, dtype)
+    """The base model, unsharded.
+
+    Args:
+        form: base: in `dtype`, on the CPU. 4bit: quantized, computing in fp32, on the GPU if there is one. dequantized:
+            the quantized weights in fp32, on the CPU.
+    """
+    if form == "base":
+        return load_unsharded(path, revision, dtype)
+    settings, device = ModelConfig(path=path, revision=revision), "cpu" if form == "dequantized" else None
+    with unsharded():
+        model: Any = load_model(settings, tokenizer, torch.float32, 0, load_in_4bit=True, device_map=device)
+    return model.dequantize() if form == "dequantized" else model
 
 
 def adapter_of(source: ModelSource) -> AdapterConfig:

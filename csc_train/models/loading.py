@@ -28,6 +28,7 @@ def load_model(
     seed: int,
     attention: str = "sdpa",
     load_in_4bit: bool = False,
+    device_map: str | None = None,
 ) -> PreTrainedModel:
     """Load or build the model of `config` in `dtype`.
 
@@ -36,6 +37,7 @@ def load_model(
         attention: the attention implementation (see `select_attention`).
         load_in_4bit: hold the weights of linear layers in 4 bits (NF4, double quantization) and compute in `dtype`.
             Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023).
+        device_map: where to load weights in 4 bits; defaults to the GPU if there is one.
 
     Raises:
         InputError: the model cannot be read (see `hub.hub_errors`), or its family is unknown.
@@ -53,7 +55,7 @@ def load_model(
         set_all_seeds(seed)
         model = AutoModelForCausalLM.from_config(build_model_config(config.architecture, tokenizer), **options)
     else:
-        model = load_causal_lm(config.path, revision=config.revision, **options)
+        model = load_causal_lm(config.path, revision=config.revision, device_map=device_map, **options)
     if load_in_4bit:
         _keep_training_mode(model)
     return model
