@@ -166,7 +166,7 @@ def test_a_server_that_is_not_there_is_asked_once(address, monkeypatch):
     config = LLMConfig(base_url=address.format(free_port()), model="small", max_retries=5)
     failure, attempts = chat(config)
     assert (type(failure), failure.kind, len(attempts)) == (UnusableServerError, "unreachable", 1)
-    assert str(failure).startswith(f"llm.base_url={config.base_url}: ConnectError ")
+    assert str(failure).startswith(f"llm.base_url={config.base_url}: [Errno ")
     assert str(failure).endswith(": start the server, or correct the address")
     assert str(check(config)[0]) == str(failure)
 

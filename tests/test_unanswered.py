@@ -18,7 +18,8 @@ from csc_train.inference.generator import generate_predictions
 from csc_train.inference.openai import OpenAIGenerator
 from csc_train.inference.predictions import read_outcomes, write_predictions
 from csc_train.llm.config import LLMConfig
-from csc_train.synthesis.rolecs.batch_api import read_batch_results
+from csc_train.synthesis.config import BatchConfig, RoleConfig, RolesConfig
+from csc_train.synthesis.rolecs.batch_api import BatchBackend, read_batch_results
 from csc_train.template.config import TemplateConfig
 
 DIALOGUES = generate_sample(4, seed=3)
@@ -141,7 +142,7 @@ def test_a_server_that_is_not_there_is_said_at_once(recipe, address, command, fa
     with pytest.raises((InputError, SystemExit)) as ended:
         load_recipe(recipe).main(compose(recipe, [*SERVED[recipe], *server]))
     said = capsys.readouterr().out + str(ended.value)
-    assert f"llm.base_url={url}: ConnectError " in said and "start the server, or correct the address" in said
+    assert f"llm.base_url={url}: [Errno " in said and "start the server, or correct the address" in said
 
 
 @pytest.mark.parametrize(("kind", "reply"), [(kind, reply) for kind, some in NO_REPLIES.items() for reply in some])
@@ -155,3 +156,16 @@ def test_a_batch_result_without_a_reply_is_no_answer(kind, reply, tmp_path):
     (tmp_path / "results.jsonl").write_text(json.dumps(row), "utf-8")
     answer, _ = read_batch_results([tmp_path / "results.jsonl"])["a"]
     assert answer["fault"][0] == kind
+
+
+def test_the_server_of_each_role_is_asked_before_work_starts_except_for_batches(fault_server):
+    shared = LLMConfig(base_url=fault_server.base_url, model="m")
+    down = LLMConfig(base_url=f"http://127.0.0.1:{free_port()}/v1", model="judge")
+
+    async def enter(**batch):
+        async with BatchBackend(shared, RolesConfig(rolecs_check=RoleConfig(llm=down)), BatchConfig(**batch)):
+            return fault_server.requests
+
+    with pytest.raises(InputError, match=rf"^llm\.base_url={down.base_url}: "):
+        asyncio.run(enter())
+    assert asyncio.run(enter(roles=["rolecs_check"])) == []

@@ -320,7 +320,7 @@ class Client(contextlib.AbstractAsyncContextManager):
             message = f"{self.config.base_url}: {type(reason).__name__} {reason}"
             for cause in causes(reason):
                 if isinstance(cause, _UNREACHABLE):
-                    message = f"llm.base_url={message}: start the server, or correct the address"
+                    message = f"llm.base_url={self.config.base_url}: {cause}: start the server, or correct the address"
                     raise UnusableServerError("unreachable", self._clean(message)) from cause
             kind = "timeout" if isinstance(error, openai.APITimeoutError) else "connection"
             raise LLMError(kind, self._clean(message)) from error
