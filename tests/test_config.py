@@ -227,7 +227,7 @@ def refusal(recipe, *overrides):
         ("sft", "trainer=null", "trainer=null: choose one of from_scratch, full, lora, or leave it out"),
         ("sft", "trainer.epochs=many", "trainer.epochs: Value 'many' of type 'str' could not be converted to Float"),
         ("sft", "trainer.warmup_ratio=2", "trainer.warmup_ratio=2.0: must be between 0 and 0.99"),
-        ("sft", "trainer.epochs=nan", "trainer.epochs=nan: must be at least 0.001"),
+        ("sft", "trainer.epochs=nan", "trainer.epochs=nan: must be between 0.001 and 1000000"),
         ("sft", "template.mode=joiint", "template.mode=joiint: choose one of joint, given, reply_only. Did you mean "
          "'joint'?"),
         ("sft", "data=files", "data.train.path is required: give data.train.path=..."),

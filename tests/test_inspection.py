@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from csc_train.config.compose import compose
+from csc_train.config.explain import all_settings
+from csc_train.config.recipes import schema_of
 from csc_train.data.readers import write_dialogues
 from csc_train.errors import InputError
 from csc_train.launching.preflight.checks import run_preflight
@@ -115,13 +118,13 @@ REFUSED = {
     "text for a width": (settings(CONFIG, hidden_size="32"), f"no readable {CONFIG} ("),
     "negative layers": (settings(CONFIG, num_hidden_layers=-1), f"no readable {CONFIG} ("),
     "no heads": (settings(CONFIG, num_attention_heads=0), "job/model"),
-    "another width": (settings(CONFIG, intermediate_size=48), "tensors have another shape than config.json says"),
+    "another width": (settings(CONFIG, intermediate_size=48), "has another shape than config.json says"),
     "another kind of layer": (settings(CONFIG, layer_types=["chunked_attention"] * 2), "layer_types"),
     "dropout": (settings(CONFIG, attention_dropout=0.1), "the model has attention_dropout; use packing=off"),
     "few positions": (settings(CONFIG, max_position_embeddings=64), "the model has 64 positions, but the longest"),
     "untied, no head": (
         settings(CONFIG, tie_word_embeddings=False),
-        f"1 tensors are missing from the files, the first is {HEAD}",
+        f"{HEAD} is missing from the files (tensors like it: 1)",
     ),
     "4 bits": (
         settings(CONFIG, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
@@ -151,9 +154,9 @@ REFUSED = {
     ),
     "lost tensor": (
         weights(lambda found: {name: value for name, value in found.items() if "layers.1.mlp" not in name}),
-        "3 tensors are missing from the files, the first is model.layers.1.mlp.down_proj.weight",
+        "model.layers.1.mlp.down_proj.weight is missing from the files (tensors like it: 3)",
     ),
-    "more layers": (weights(layer), "1 tensors are not of this model"),
+    "more layers": (weights(layer), "model.layers.2.mlp.up_proj.weight is none of this model"),
     "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer"),
     "broken tokenizer": (text("tokenizer.json", "{"), "has no readable tokenizer"),
     "tokenizer of nothing": (text("tokenizer.json", "{}"), "has no readable tokenizer"),
@@ -262,3 +265,38 @@ def test_what_is_repaired_is_said_alike_and_trains(job, tmp_path, said, name, ad
     model = load_causal_lm("run/model")
     assert model.config.tie_word_embeddings == (name != "own head")
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name != "own head")
+
+
+NUMBERS = [
+    setting.key
+    for setting in all_settings(schema_of("preflight"))
+    if re.match(r"(int|float)\b", setting.type) and not setting.key.startswith(("run.", "data.sample_seed"))
+]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_that_is_none_is_refused_by_name(key):
+    for value in ("nan", 10**13):
+        with pytest.raises(InputError) as caught:
+            compose("preflight", ["model=demo_qwen2", "cluster=cpu1", f"{key}={value}"])
+        assert key in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.max_steps=-7", "trainer.max_steps=0", "trainer.max_steps=1000000001", "trainer.epochs=0",
+        "trainer.epochs=10000000", "trainer.save_steps=-1", "trainer.packs_per_step=0", "trainer.packs_per_step=3",
+        "cluster.gpu_memory_gib=0", "cluster.gpu_tflops=-1", "cluster.nodes=0", "packing.max_length=0",
+        "packing.max_length=100000000", "adapter.rank=0", "model.architecture.num_attention_heads=0",
+        "model.architecture.num_attention_heads=3", "model.architecture.num_key_value_heads=3",
+        "model.architecture.head_dim=3", "model.architecture.hidden_size=-4", "model.architecture.model_type=gpt2",
+        "model.architecture.rope_parameters.rope_type=no", "model.attn_implementation=nope",
+    ],
+)  # fmt: skip
+def test_what_a_training_would_refuse_fails_preflight(override):
+    arguments = ["model=demo_qwen2", "cluster=cpu2", "data.train.path=absent.jsonl", override]
+    with pytest.raises(InputError) as caught:
+        report = run_preflight(compose("preflight", arguments), launching=False)
+        raise InputError(*(check.message for check in report.failed))
+    assert "\n" not in str(caught.value) and str(caught.value)

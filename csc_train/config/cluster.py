@@ -75,7 +75,8 @@ class ClusterConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self):
-        check_fields("cluster.", self, "nodes", "gpus_per_node", low=1)
+        check_fields("cluster.", self, "nodes", "gpus_per_node", low=1, high=10**6)
+        check_fields("cluster.", self, "gpu_memory_gib", "gpu_tflops", "host_memory_gib", low=0.01)
         check_fields("cluster.", self, "device", choices=("cpu", "cuda"))
         check_fields("cluster.", self, "process_launcher", choices=("torchrun", "accelerate"))
         check_fields("cluster.", self, "port", low=1024, high=64535)

@@ -36,6 +36,8 @@ POSITIONAL = {
 }
 """Keys of a recipe's leading bare words; a key with a star takes all words that follow."""
 CONFIG_DIR = "--config-dir"
+LARGEST = 10**12
+"""Of the numbers in a configuration; the fields of a section have limits of their own."""
 
 
 def compose(recipe: str, arguments: list[str]) -> Any:
@@ -177,7 +179,12 @@ def _typed(recipe: str, folder: Path, root: str, search: ConfigSearch) -> Any:
         missing = sorted(OmegaConf.missing_keys(typed)) or list(_unfilled(typed, chosen, search))
         if missing:
             raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
-        return OmegaConf.to_object(typed)
+        checked = OmegaConf.to_object(typed)
+        for key, value in flatten_keys(OmegaConf.to_container(typed)).items():
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, int | float) and not abs(each) <= LARGEST:  # NaN is not, either
+                    raise InputError(f"{key}={each}: must be a number between {-LARGEST} and {LARGEST}")
+        return checked
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain_error(error, recipe, search.groups(), search.options)) from error
 

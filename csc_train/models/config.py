@@ -47,6 +47,13 @@ class ArchitectureConfig:
     )
     """Rotary position embedding: type, base and scaling."""
 
+    def __post_init__(self):
+        prefix = "model.architecture."
+        check_fields(prefix, self, "hidden_size", "intermediate_size", "num_hidden_layers", low=1, high=10**7)
+        check_fields(prefix, self, "num_attention_heads", "num_key_value_heads", "head_dim", low=1, high=10**7)
+        check_fields(prefix, self, "vocab_size", "max_position_embeddings", low=1, high=10**7)
+        check_fields(prefix, self, "rms_norm_eps", low=0, high=1)
+
 
 @dataclass
 class ModelConfig:
@@ -73,7 +80,7 @@ class ModelConfig:
 
     def __post_init__(self):
         check_fields("model.", self, "init", choices=("pretrained", "random"))
-        check_fields("model.", self, "tokenizer_vocab_size", low=300)
+        check_fields("model.", self, "tokenizer_vocab_size", low=300, high=10**7)
         if self.init == "pretrained" and not self.path:
             raise InputError("model.path is not set: give a local directory or a hub id, or model.init=random")
         if self.init == "pretrained" and self.tokenizer == TRAINED_TOKENIZER:
@@ -108,7 +115,7 @@ class AdapterConfig:
     def __post_init__(self):
         check_fields("adapter.", self, "kind", choices=("full", "lora", "qlora"))
         check_fields("adapter.", self, "merge_into", choices=MERGE_INTO)
-        check_fields("adapter.", self, "rank", "alpha", low=1)
+        check_fields("adapter.", self, "rank", "alpha", low=1, high=10**6)
         check_fields("adapter.", self, "dropout", low=0, high=1)
         for pattern in self.target_modules:
             try:

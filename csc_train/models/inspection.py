@@ -90,6 +90,8 @@ def inspect_model(config: ModelConfig, download: bool = False) -> InspectedModel
                     f"the family {dims.model_type} counts {dims.parameters:,} parameters, the model has {held:,}: "
                     "register a family with its own read_dims (docs/extending.md)"
                 )
+            with _model_errors():
+                found.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
             found.dims = dims
     return found
 
@@ -103,7 +105,8 @@ def check_tokenizer(config: ModelConfig, found: InspectedModel, tokenizer: PreTr
     """
     if config.init == "random":
         return
-    if (rows := found.model.get_input_embeddings().num_embeddings) < len(tokenizer):
+    embeddings: Any = found.model.get_input_embeddings()
+    if (rows := embeddings.num_embeddings) < len(tokenizer):
         raise InputError(
             f"{config.name}: the model embeds {rows} tokens, the tokenizer has {len(tokenizer)}: use its own"
         )
@@ -119,11 +122,17 @@ def check_tokenizer(config: ModelConfig, found: InspectedModel, tokenizer: PreTr
 
 def _random(config: ModelConfig) -> PreTrainedModel:
     settings = build_model_config(config.architecture, None)
+    with _model_errors(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings)
+
+
+@contextlib.contextmanager
+def _model_errors() -> Iterator[None]:
+    """Turn any error of a model that is built, or passed through, on the meta device into an InputError."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(settings)
+        yield
     except Exception as error:  # of many kinds, by what is wrong
-        raise InputError(f"model.architecture describes no model ({' '.join(str(error).split())})") from error
+        raise InputError(f"these dimensions make no model ({' '.join(str(error).split())}): correct them") from error
 
 
 def _inspect_files(found: InspectedModel, directory: Path) -> None:
@@ -195,10 +204,11 @@ def _load_names(directory: Path, config: Any) -> PreTrainedModel:
     model, found = loaded
     model.tie_weights()  # transformers cannot tell on the meta device whether copies in a file are equal
     for kind, what in (
-        ("missing_keys", "are missing from the files"),
-        ("mismatched_keys", "have another shape than config.json says"),
-        ("unexpected_keys", "are not of this model"),
+        ("missing_keys", "is missing from the files"),
+        ("mismatched_keys", "has another shape than config.json says"),
+        ("unexpected_keys", "is none of this model"),
     ):
         if names := sorted(found[kind]):
-            raise InputError(f"{len(names)} tensors {what}, the first is {names[0]}: correct config.json or the files")
+            name = names[0] if isinstance(names[0], str) else names[0][0]
+            raise InputError(f"{name} {what} (tensors like it: {len(names)}): correct config.json or the files")
     return model

@@ -26,7 +26,7 @@ class PackingConfig:
     def __post_init__(self):
         check_fields("packing.", self, "strategy", choices=PACKING_STRATEGIES)
         check_fields("packing.", self, "overflow", choices=OVERFLOW_POLICIES)
-        check_fields("packing.", self, "max_length", low=1)
+        check_fields("packing.", self, "max_length", low=1, high=10**7)
 
 
 @dataclass

@@ -10,6 +10,7 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 FEW_STEPS = 50
 ON_NONFINITE = ("stop", "skip", "continue")
 VALIDATION_METRICS = ("loss", "strategy_accuracy")
+MAX_STEPS = 10**9
 ZERO_STAGES = ("auto", "off", "0", "1", "2", "3", "from_launcher")
 
 
@@ -19,7 +20,7 @@ def check_steps(key: str, value: float | None) -> None:
     Raises:
         InputError: `value` is negative, or above 1 and not whole; names `key`.
     """
-    check_range(key, value, 0)
+    check_range(key, value, 0, MAX_STEPS)
     if value is not None and value > 1 and value % 1:
         raise InputError(f"{key}={value}: choose a whole number of steps, or a share below 1")
 
@@ -93,8 +94,10 @@ class TrainerConfig:
     def __post_init__(self):
         check_fields("trainer.", self, "learning_rate", "weight_decay", "max_grad_norm", low=0)
         check_fields("trainer.", self, "warmup_ratio", low=0, high=0.99)
-        check_fields("trainer.", self, "epochs", low=0.001)
-        check_fields("trainer.", self, "packs_per_step", "micro_batch_size", "logging_steps", "save_total_limit", low=1)
+        check_fields("trainer.", self, "epochs", low=0.001, high=10**6)
+        check_fields("trainer.", self, "packs_per_step", "micro_batch_size", low=1, high=MAX_STEPS)
+        check_fields("trainer.", self, "logging_steps", "save_total_limit", low=1, high=MAX_STEPS)
+        check_fields("trainer.", self, "max_steps", low=-1, high=MAX_STEPS)
         check_fields("trainer.", self, "seed", low=0, high=2**32 - 1)
         check_fields("trainer.", self, "lr_scheduler", choices=SCHEDULERS)
         check_fields("trainer.", self, "on_nonfinite", choices=ON_NONFINITE)

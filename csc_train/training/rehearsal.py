@@ -5,7 +5,7 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -37,11 +37,11 @@ def rehearse_end(
     Raises:
         InputError: the end would fail; says where.
     """
-    config: Any = found.model.config
+    config, build = found.model.config, cast(Any, type(found.model))
     try:
         with unsharded(), silent_loading(), tempfile.TemporaryDirectory() as scratch:
             with torch.device("meta"):
-                model: Any = type(found.model)(config)
+                model = build(config)
             model.generation_config = found.model.generation_config
             lost = set()
             if adapter.kind != "full":
@@ -51,7 +51,7 @@ def rehearse_end(
                 lost = trained ^ {parameter_name(name) for name in peft.get_peft_model_state_dict(model)}
                 model = model.merge_and_unload()
             written: Any = revert_weight_conversion(model, model.state_dict())
-            _, info = type(found.model).from_pretrained(
+            _, info = build.from_pretrained(
                 None, config=config, state_dict=written, device_map="meta", output_loading_info=True
             )
             if lost := [*lost, *info["missing_keys"], *info["unexpected_keys"]]:

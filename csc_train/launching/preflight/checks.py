@@ -93,7 +93,9 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         "data": load_data,
         "tokenized data": partial(needing, check_cache, "the template", "the data"),
         "longest dialogue": partial(needing, check_longest, "the model", "the template", "the data"),
-        "final model": partial(needing, lambda *each: check_end(*each, known.get("the template")), "the model"),
+        "final model": partial(
+            needing, lambda _, found: check_end(config, found, known.get("the template")), "the model"
+        ),
         "GPUs": partial(check_gpus, config, gpus, here, absent),
         "memory": partial(check_memory, config, chosen, memory, host_memory),
         "disk": partial(check_run_disk, config, scenario, free_disk),
@@ -134,7 +136,7 @@ def check_world_size(config: PreflightRecipe) -> str:
     """WORLD_SIZE, if torchrun set it, equals the cluster's."""
     cluster, started = config.cluster, os.environ.get("WORLD_SIZE")
     expected = f"{cluster.nodes} nodes x {cluster.gpus_per_node} processes = {cluster.world_size}"
-    if started is not None and int(started) != cluster.world_size:
+    if started not in (None, str(cluster.world_size)):
         raise InputError(f"WORLD_SIZE={started}, but cluster={cluster.name} has {expected}")
     return expected
 
