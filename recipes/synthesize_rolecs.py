@@ -31,7 +31,7 @@ def main(config: SynthesizeRolecsRecipe) -> None:
 
     from csc_train.config.compose import to_container
     from csc_train.data.readers import read_dialogues
-    from csc_train.errors import InputError
+    from csc_train.errors import ResumableError
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
     from csc_train.synthesis.filters.funnel import funnel_table
@@ -94,7 +94,7 @@ def main(config: SynthesizeRolecsRecipe) -> None:
     if progress.stopped:
         reason, message = progress.stopped
         if reason == "unusable":
-            raise InputError(message)
+            raise ResumableError(message, "")
         if reason == "interrupted":
             raise KeyboardInterrupt
         logger.info(f"stopped: {message}")

@@ -156,7 +156,8 @@ def test_a_refused_key_ends_it_at_once_and_nothing_is_lost(here, fault_server):
     fault_server.answer = answer
     done = recipe(*served(fault_server), cwd=here, TEST_KEY=KEY)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: authentication: .*HTTP 401: .*\*\*\*.*\n", done.stderr), done.stderr
+    said = r"error: llm\.api_key_env=TEST_KEY: .*HTTP 401: .*\*\*\*.*; to go on: run=r resume=true\n"
+    assert re.fullmatch(said, done.stderr), done.stderr
     assert len(made) <= 12 and KEY not in done.stdout + done.stderr
     assert KEY.encode() not in everything_written(here)
     fault_server.answer = play
