@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -53,20 +54,21 @@ def _in_quotes(text: str) -> str:
     return QuotedString(text, Quote.double).with_quotes()
 
 
-def argument(key: str, text: Any) -> str:
-    """An override of a text, such as a path, as an argument of a command; in quotes only where they are needed."""
-    same = "${" not in str(text) and parse_override(f"{key}={text}", str).value == str(text)
-    return f"{key}={text if same else quote(str(text))}"
+def argument(key: str, value: Any) -> str:
+    """An override as an argument of a command. A text or path is that of a text field: in quotes only if it has to."""
+    text = str(value) if isinstance(value, Path) else value
+    taken = isinstance(text, str) and "${" not in text and parse_override(f"{key}={text}", str).value == text
+    return f"{key}={text if taken else quote(text)}"
 
 
 def hint(values: Mapping[str, Any]) -> str:
-    """Overrides of texts as they can be pasted into a shell, such as `from=runs/demo`."""
-    return shlex.join(argument(key, text) for key, text in values.items())
+    """Overrides as they can be pasted into a shell, such as `from=runs/demo` (see `argument`)."""
+    return shlex.join(argument(key, value) for key, value in values.items())
 
 
 def resume_hint(directory: Any, needs: str = "") -> str:
     """The overrides that resume the run in a directory, and others that it needs, for a shell."""
-    return f"{hint({'run': directory, 'resume': 'true'})} {needs}".rstrip()
+    return f"{hint({'run': directory, 'resume': True})} {needs}".rstrip()
 
 
 @dataclass(frozen=True)

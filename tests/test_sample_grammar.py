@@ -291,7 +291,10 @@ def test_no_sample_is_written_where_a_user_points(recipe, tmp_path, monkeypatch)
     for name in ("mine.jsonl", "my_dialogues.jsonl", "runs/x.jsonl"):
         data = compose(recipe, ["experiment=demo", f"data.train.path={name}"]).data
         for refuse in (provide_sample, check_sample_place):
-            with pytest.raises(InputError, match=f"^data.train.path={name}: .* data=files data.train.path={name} "):
+            with pytest.raises(
+                InputError,
+                match=f"^data.train.path={name}: .* data=files data.train.path={name} data.sample_dialogues=null,",
+            ):
                 refuse(data)
     assert Path("mine.jsonl").read_bytes() == before and os.listdir() == ["mine.jsonl"]
     provide_sample(compose(recipe, ["experiment=demo", "data.sample_dialogues=3"]).data)

@@ -114,8 +114,8 @@ class OnFinishConfig:
     recipe: str | None = None
     """evaluate: evaluate the final model, into the run directory's `evaluation`."""
     overrides: list[str] = field(default_factory=list)
-    """Overrides of that recipe, each in quotes: `on_finish.overrides=['data=rolecs','evaluation.base=false']`.
-    They are checked before the training starts."""
+    """Overrides of that recipe. Write each as `on_finish.KEY=VALUE`, such as `on_finish.data=rolecs` and
+    `on_finish.evaluation.base=false`. They are checked before the training starts."""
 
     def __post_init__(self):
         check_fields("on_finish.", self, "recipe", choices=("evaluate",))

@@ -78,7 +78,7 @@ def generate_sample(count: int, seed: int) -> list[Dialogue]:
 def check_sample_place(data: DataConfig) -> None:
     """Raise an InputError if sample dialogues are asked for in a file that the user named."""
     if data.sample_dialogues and Path(data.train.path).parent != SAMPLE_FOLDER:
-        own = hint({"data": "files", "data.train.path": data.train.path, "data.sample_dialogues": "null"})
+        own = hint({"data": "files", "data.train.path": data.train.path, "data.sample_dialogues": None})
         raise InputError(
             f"data.train.path={data.train.path}: sample dialogues are written only to {SAMPLE_FOLDER}: for your own "
             f"dialogues give {own}, else leave it out"
@@ -118,7 +118,7 @@ def ensure_sample(path: str | os.PathLike, count: int, seed: int) -> bool:
         ):
             raise InputError(
                 f"{path}: exists and is no sample: for your own dialogues give "
-                f"{hint({'data': 'files', 'data.train.path': path, 'data.sample_dialogues': 'null'})}"
+                f"{hint({'data': 'files', 'data.train.path': path, 'data.sample_dialogues': None})}"
             )
         if [dialogue.row() for dialogue in kept] == [dialogue.row() for dialogue in dialogues]:
             return False
