@@ -606,18 +606,18 @@ def test_a_long_turn_costs_no_more_memory_than_a_batch_and_changes_no_other_turn
     others = [LONG, MIDDLE, SHORT, replace(LONG, id="again"), replace(MIDDLE, id="too")]
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
     longest = max(len(template.encode(each).input_ids) for each in others)
-    settings = {"batch_size": 5, "max_batch_tokens": 5 * (longest + 50)}
+    settings = {"batch_size": 5, "max_batch_length": longest + 50}
     expected = generate_predictions(others, generator_of(model, tokenizer, **settings), context)
     passes.clear()
     dialogues = [with_long_turn(LONG, 1000), *others]
     found = generate_predictions(dialogues, generator_of(model, tokenizer, **settings), context)
     assert found[len(LONG.supporter_turns) :] == expected
     assert max(columns for _, _, columns in passes) > 2000
-    assert max(rows * width for rows, width, _ in passes) <= settings["max_batch_tokens"]
+    assert max(rows * width for rows, width, _ in passes) <= 5 * (longest + 50)
     labels = 12 * 7 * len(LONG.supporter_turns)
     assert max(width for _, width, _ in passes) <= longest + 50 + labels
     assert all(rows == 1 for rows, _, columns in passes if columns > 2 * longest)
-    whole = {"batch_size": 1, "max_batch_tokens": 10**6}
+    whole = {"batch_size": 1, "max_batch_length": 10**6}
     alone = generate_predictions(dialogues[:1], generator_of(model, tokenizer, **whole), context)
     for one, other in zip(found, alone, strict=False):
         assert one.token_ids == other.token_ids and one.prompt_hash == other.prompt_hash

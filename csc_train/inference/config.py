@@ -19,9 +19,9 @@ class InferenceConfig:
 
     batch_size: int = 32
     """Prompts in a batch of a local model."""
-    max_batch_tokens: int = 131_072
-    """Maximum tokens of a batch's prompts, each counted with the length of the longest. A prompt that exceeds this
-    number divided by batch_size runs alone, so lower batch_size for dialogues that long."""
+    max_batch_length: int = 4096
+    """Maximum tokens of a prompt in a batch, so that one long turn does not decide the memory of all. A longer prompt
+    runs alone, by forward passes of that many tokens."""
     max_new_tokens: int = 256
     """Maximum tokens of a reply, strategy included."""
     dtype: str = "auto"
@@ -34,5 +34,5 @@ class InferenceConfig:
     """Seed of a served model that samples. Each turn derives a seed from it."""
 
     def __post_init__(self):
-        check_fields(f"{self._group}.", self, "batch_size", "max_batch_tokens", "max_new_tokens", low=1)
+        check_fields(f"{self._group}.", self, "batch_size", "max_batch_length", "max_new_tokens", low=1)
         check_fields(f"{self._group}.", self, "dtype", choices=DTYPES)

@@ -39,8 +39,8 @@ class HFGenerator:
     pass per dialogue computes likelihoods, rounded to four decimals: those of the 12 strategies if the model chooses
     strategies, and in reference context those of the reference turns. They do not depend on other dialogues.
 
-    Memory is bounded: a prompt or dialogue of more than `max_batch_tokens / batch_size` tokens is computed alone, in
-    forward passes of that length. A turn that needs more positions than the model has fails.
+    Memory is bounded: a prompt or dialogue of more than `max_batch_length` tokens is computed alone, by forward passes
+    of that length. A turn that needs more positions than the model has fails.
 
     Attributes:
         stop_ids: tokens that end a reply.
@@ -65,7 +65,6 @@ class HFGenerator:
         )
         self._config = config
         self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        self._max_length = max(1, config.max_batch_tokens // config.batch_size)
         # Only the end tokens of the model's generation configuration count. Qwen2.5-Instruct also sets sampling and a
         # repetition penalty, which would not be greedy decoding.
         stops = model.generation_config.eos_token_id
@@ -80,7 +79,7 @@ class HFGenerator:
             self.stop_ids,
             self._config.max_new_tokens,
             max_length=self._positions,
-            max_width=self._max_length,
+            max_width=self._config.max_batch_length,
         )
 
     @torch.inference_mode()
@@ -112,7 +111,7 @@ class HFGenerator:
                 prompt = request.prompt_ids(self.template)
                 if len(prompt) >= self._positions:
                     queue.complete(request, self._outcome(request, prompt, []))
-                elif len(prompt) > self._max_length:
+                elif len(prompt) > self._config.max_batch_length:
                     long_cache = long_cache or self.new_cache()
                     long_cache.add([request.dialogue.id], [prompt])
                     (ids,) = long_cache.step().values()
@@ -160,7 +159,7 @@ class HFGenerator:
         if not self.predicts_strategy:
             starts = []
         token_likelihoods, labels = dialogue_log_likelihoods(
-            self.model, self.template, ids, starts, targets, self._max_length
+            self.model, self.template, ids, starts, targets, self._config.max_batch_length
         )
         for prediction, row in itertools.zip_longest(predictions.values(), labels.tolist()):
             details = {"label_log_likelihoods": row and tuple(round(value, 4) for value in row)}
