@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import pickle
 import random
 import re
@@ -36,6 +37,7 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tracking.history import History
 from csc_train.training.config import TrainerConfig, ValidationConfig
+from csc_train.training.trainer import PackTrainer
 from csc_train.training.validation import last_validation_metrics
 
 TOLERANCE = 1e-5
@@ -256,6 +258,24 @@ def test_validation_changes_nothing(folder, kind):
     without = curve(train(folder, **{**SHORT, "micro_batch_size": 4, **options}))
     assert len(with_it["measured"]) == 2
     assert (with_it["losses"], with_it["digest"]) == (without["losses"], without["digest"])
+
+
+@pytest.mark.slow
+def test_a_validation_loss_that_is_not_finite_stops_the_training_and_is_never_the_best(folder, monkeypatch):
+    right = PackTrainer.prediction_step
+
+    def overflow(*arguments, **options):
+        return right(*arguments, **options)[0] + math.inf, None, None
+
+    monkeypatch.setattr(PackTrainer, "prediction_step", overflow)
+    options = {"max_steps": 2, "save_steps": 1}
+    validation = {"eval_steps": 1, "num_turns": 0, "num_samples": 0, "save_best": True}
+    with pytest.raises(InputError, match="step 1: the validation loss is not finite"):
+        measured(folder, validation, checkpoints="no-loss/checkpoints", **options)
+    assert not list((folder / "no-loss" / "checkpoints").glob("checkpoint-*"))
+    trainer = measured(folder, validation, checkpoints="no-best/checkpoints", on_nonfinite="skip", **options)
+    assert len(curve(trainer)["measured"]) == 2 and trainer.state.best_metric is None
+    assert trainer.best_checkpoint() is None  # so the final model has the last weights
 
 
 # The model that a quantized training ends with

@@ -258,15 +258,22 @@ class PackTrainer(SFTTrainer):
             return self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(total)), None, None
 
     def evaluation_loop(self, *arguments, metric_key_prefix="eval", **options):
-        """Compute the validation loss, then the metrics of `Validator.evaluate`."""
+        """Compute the validation loss, then the metrics of `Validator.evaluate`.
+
+        Raises:
+            InputError: the loss is not finite, and `on_nonfinite` is stop.
+        """
         output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
+        if self.args.on_nonfinite == "stop" and not math.isfinite(output.metrics[f"{metric_key_prefix}_loss"]):
+            found = f"step {self.state.global_step}: the validation loss is not finite"
+            raise ResumableError(f"{found}: check the validation dialogues", "trainer.on_nonfinite=skip")
         metrics = self.validator.evaluate(self)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Whether this is the best validation so far; under `validation.save_best`, a checkpoint is then saved."""
-        best = super()._determine_best_metric(metrics, trial)
+        best = math.isfinite(metrics["eval_loss"]) and super()._determine_best_metric(metrics, trial)
         self.control.should_save |= best and self.validator.config.save_best
         return best
 
