@@ -13,6 +13,9 @@ from conftest import load_recipe, random_dialogue, small_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from csc_train.checkpoints.config import ExportConfig
+from csc_train.checkpoints.export import export
+from csc_train.checkpoints.locate import open_source
 from csc_train.config.compose import compose
 from csc_train.config.explain import all_settings
 from csc_train.config.recipes import schema_of
@@ -265,6 +268,9 @@ def test_what_is_repaired_is_said_alike_and_trains(job, tmp_path, said, name, ad
     model = load_causal_lm("run/model")
     assert model.config.tie_word_embeddings == (name != "own head")
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name != "own head")
+    # A training checkpoint, merged into the base again, gives the same; its logits are compared.
+    export(open_source("run"), ExportConfig(source="run", output="exported"))
+    assert load_causal_lm("exported").config.tie_word_embeddings == (name != "own head")
 
 
 NUMBERS = [

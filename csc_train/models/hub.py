@@ -99,7 +99,7 @@ def repair_generation_config(model: "PreTrainedModel") -> str | None:
         lines = [line.strip("- ").partition(". ")[0] for line in str(error).splitlines() if line.startswith("- ")]
     config.do_sample = True
     config.validate(strict=True)
-    return f"{'; '.join(lines)}: do_sample is taken as true"
+    return f"{', '.join(lines)}: do_sample is taken as true"
 
 
 def find_file(path: str, name: str, revision: str | None = None) -> Path | None:
