@@ -104,7 +104,7 @@ def main(config: EvaluateRecipe) -> None:
 
     # Metrics, report
     scored = score_and_show(run.directory, config)
-    if model:
+    if model and not scored.incomplete:
         manifest = model.source.manifest
         attach_evaluation(manifest.wandb, manifest.config.get("tracking", {}), run.directory)
     if data.sample_dialogues:
