@@ -14,6 +14,7 @@ from csc_train.config.compose import compose, path_of, to_container
 from csc_train.config.recipes.evaluation import EvaluateRecipe
 from csc_train.config.recipes.training import SftRecipe
 from csc_train.errors import InputError
+from csc_train.launching.job import plan_job
 from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.overrides import argument, escape, hint, parse_override, quote, resume_hint, type_at, unescape
 from csc_train.runs.directory import as_yaml, read_config
@@ -51,9 +52,9 @@ def test_a_quoted_text_is_read_back(annotation):
 def test_a_text_is_taken_as_it_is(name):
     """Without quotes; but null, an interpolation and what Hydra itself escapes mean what they do elsewhere."""
     if name not in ("null", "${data.seed}", "\\${a}", "a\\,b", " a", "a\\'b"):
-        assert compose("sft", ["data=files", f"data.train.path={name}"]).data.train.path == name
-        assert compose("sft", [f"model.revision={name}"]).model.revision == name
-        assert compose("sft", [f"plugins={quote([])}", argument("run.directory", name)]).run.directory == name
+        given = ["data=files", f"data.train.path={name}", f"model.revision={name}", argument("run.directory", name)]
+        config = compose("sft", given)
+        assert {config.data.train.path, config.model.revision, config.run.directory} == {name}
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -65,10 +66,10 @@ def test_a_printed_hint_is_read_back(name, tmp_path, monkeypatch):
     assert path_of(parse_override(start, str)) == Path(name)
     # Through the recipes: a run of this name is found.
     Path(name).mkdir(parents=True)
-    config = compose("compare_runs", [argument("folder", name)])
+    config = compose("compare", [argument("a", name), "b=x"])
     (Path(name) / "resolved.yaml").write_text(as_yaml(to_container(config)), encoding="utf-8")
-    assert compose("compare_runs", [start]).folder == name
-    assert compose("compare_runs", [run, resume]).run.directory == name
+    assert compose("compare", [start]).a == name
+    assert compose("compare", [run, resume]).run.directory == name
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -79,6 +80,15 @@ def test_arguments_of_the_next_recipe_are_read_back(name, tmp_path, monkeypatch)
     assert evaluation.checkpoint == str(Path(name) / "model")
     assert evaluation.run.directory == str(Path(name) / "evaluation")
     assert evaluation.data.evaluation.path == name
+
+
+def test_the_command_of_a_launch_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = plan_job(["debug=cpu_tiny", "cluster=cpu1", "run.directory=x"])
+    for name in AWKWARD:
+        job.config.run.directory = name
+        *_, run, resume = shlex.split(job.launcher().describe())
+        assert path_of(parse_override(run, str)) == Path(name) and resume == "resume=true"
 
 
 def test_a_frozen_configuration_is_read_back(tmp_path):

@@ -27,6 +27,7 @@ MISSING = "???"
 FOOTER = """Earlier runs:
   run=DIR resume=true   resume the run in DIR
   from=DIR key=value    start a new run with the settings of the run in DIR, and some others
+Texts: no quotes but the shell's; quote null, ${...} and items of a list that hold a comma
 Flags:
   --cfg job             print the composed configuration, run nothing
   --config-dir DIR      look for choices of groups in DIR as well"""
