@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from omegaconf import OmegaConf
 
 from csc_train.config.compose import compose, path_of, to_container
@@ -178,3 +179,10 @@ def test_an_override_that_cannot_be_read_is_named():
         compose("sft", ["model=7"])
     with pytest.raises(InputError, match=r"^trainer.epochs: "):
         compose("sft", ["trainer.epochs=1,2"])
+
+
+def test_hints_are_made_by_one_function():
+    """No message puts a directory behind `run=` or `from=` by itself."""
+    for folder in ("csc_train", "recipes", "launch"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not re.findall(r"\b(?:run|from|checkpoint)=(?:\{|%s)", file.read_text(encoding="utf-8")), file
