@@ -1,6 +1,7 @@
 """InputError, the error that users see without a traceback, and checks shared by the configuration schemas."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,8 +10,11 @@ class InputError(ValueError):
     """An input of the user (data, configuration, a path) cannot be used.
 
     The message is one line: `place: what is wrong: what to do`. Recipes print it without a traceback and exit with
-    status 2.
+    status 2. A long word in it, such as a text in the place of a name, is cut.
     """
+
+    def __init__(self, message: str):
+        super().__init__(re.sub(r"(\S{200})\S{200,}", r"\1...", message))
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -85,3 +89,10 @@ def check_fields(
                 check_range(place, each, low, high)
             elif each is not None:
                 check_choice(place, each, choices)
+
+
+def check_order(prefix: str, config: Any, smaller: str, larger: str) -> None:
+    """Raise an InputError if a field of a section is larger than another one, which names both."""
+    low, high = getattr(config, smaller), getattr(config, larger)
+    if low > high:
+        raise InputError(f"{prefix}{smaller}={low}: must be at most {prefix}{larger}={high}")

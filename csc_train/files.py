@@ -36,6 +36,8 @@ def os_errors(place: str | os.PathLike, what: str) -> Iterator[None]:
         InputError: `place: what: reason`.
     """
     try:
+        if what == "cannot read" and (path := Path(place)).exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{place}: {what}: a pipe or a device: write its content to a file first")
         yield
     except OSError as error:
         raise InputError(f"{place}: {what}: {error.strerror or error}") from error
@@ -165,18 +167,23 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file.
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
 
     Raises:
-        InputError: the file is missing, not UTF-8 or not JSON; names the file and the place in it.
+        InputError: the file is missing, not UTF-8 or no JSON object; names the file and the place in it.
     """
     with os_errors(path, "cannot read"):
         text = Path(path).read_text(encoding="utf-8-sig")
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # Python's own limits: numbers of thousands of digits, deep nesting
+        raise InputError(f"{path}: broken JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: broken JSON: not an object")
+    return value
 
 
 def digest(value: Any) -> str:

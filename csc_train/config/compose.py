@@ -179,12 +179,7 @@ def _typed(recipe: str, folder: Path, root: str, search: ConfigSearch) -> Any:
         missing = sorted(OmegaConf.missing_keys(typed)) or list(_unfilled(typed, chosen, search))
         if missing:
             raise InputError(f"{missing[0]} is required: give {missing[0]}=...")
-        checked = OmegaConf.to_object(typed)
-        for key, value in flatten_keys(OmegaConf.to_container(typed)).items():
-            for each in value if isinstance(value, list) else [value]:
-                if isinstance(each, int | float) and not abs(each) <= LARGEST:  # NaN is not, either
-                    raise InputError(f"{key}={each}: must be a number between {-LARGEST} and {LARGEST}")
-        return checked
+        return _checked(typed)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain_error(error, recipe, search.groups(), search.options)) from error
 
@@ -195,8 +190,25 @@ def to_container(config: Any) -> dict[str, Any]:
 
 
 def from_container(schema: type, values: dict[str, Any]) -> Any:
-    """An instance of a schema from plain values, such as a section of a checkpoint's manifest."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), escape(values)))
+    """An instance of a schema from plain values, such as a section of a checkpoint's manifest.
+
+    Raises:
+        InputError: an unknown key, a wrong type or a value out of range.
+    """
+    try:
+        return _checked(OmegaConf.merge(OmegaConf.structured(schema), escape(values)))
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {error.msg}".splitlines()[0]) from error
+
+
+def _checked(typed: DictConfig) -> Any:
+    """The object of a typed configuration, every value checked."""
+    checked = OmegaConf.to_object(typed)
+    for key, value in flatten_keys(OmegaConf.to_container(typed)).items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int | float) and not abs(each) <= LARGEST:  # NaN is not, either
+                raise InputError(f"{key}={each}: must be a number between {-LARGEST} and {LARGEST}")
+    return checked
 
 
 def register_schemas(recipe: str) -> None:

@@ -14,7 +14,6 @@ from optuna.trial import Trial, TrialState
 
 from csc_train.config.cluster import SweepConfig
 from csc_train.errors import InputError, suggestion
-from csc_train.files import read_json
 from csc_train.launching.job import Job
 from csc_train.launching.journal import values_of
 from csc_train.launching.launchers.base import Launcher
@@ -212,7 +211,7 @@ def trial_result(directory: Path, metric: str) -> float:
     """
     if not read_run_record(directory).get("finished"):
         raise FailedTrialError(failure_reason(directory))
-    logged = last_metrics(read_json(directory / METRICS_FILE))
+    logged = last_metrics(directory)
     if metric not in logged:
         raise NoSuchMetricError(
             f"sweep.metric={metric}: {directory} logged no such metric.{suggestion(metric, logged)} "

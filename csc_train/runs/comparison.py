@@ -58,13 +58,21 @@ def _parse_metrics(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def last_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The last value of each metric in a run's `metrics.json`.
+def last_metrics(directory: Path) -> dict[str, Any]:
+    """The last value of each metric of a run: in its `metrics.json`, or before its end in its history.
 
     Validation metrics are those of the final model, which may be an earlier checkpoint.
+
+    Raises:
+        InputError: a file is broken.
     """
-    last = {name: value for line in metrics["log"] for name, value in line.items()}
-    return last | {f"eval_{name}": value for name, value in metrics.get("validation", {}).items() if name != "step"}
+    file = directory / METRICS_FILE
+    metrics = read_json(file) if file.is_file() else {"log": history_log(directory).read()}
+    try:
+        last = {name: value for line in metrics["log"] for name, value in line.items()}
+        return last | {f"eval_{name}": value for name, value in metrics.get("validation", {}).items() if name != "step"}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: not the metrics of a training: resume the run, which writes them again") from error
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[TrainingRun], list[str]]:
@@ -114,9 +122,8 @@ def read_run(directory: Path, record: dict[str, Any]) -> TrainingRun:
     Raises:
         InputError: a file is broken.
     """
-    file, history = directory / METRICS_FILE, history_log(directory).read()
-    metrics = last_metrics(read_json(file) if file.is_file() else {"log": history})
-    speeds = [line[SPEED] for line in history if SPEED in line]
+    metrics, history = last_metrics(directory), history_log(directory).read()
+    speeds = [line[SPEED] for line in history if isinstance(line.get(SPEED), int | float)]
     status = record.get("status", "finished" if record.get("finished") else "running") if record else "not started"
     return TrainingRun(
         directory=str(directory),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from csc_train.errors import InputError, check_fields
+from csc_train.errors import InputError, check_fields, check_order
 from csc_train.llm.config import LLMConfig
 
 LANGUAGES = ("zh", "en")
@@ -184,7 +184,7 @@ class CallFilterConfig:
 
     def __post_init__(self):
         check_fields("call.", self, "min_rounds", "max_characters", low=1)
-        check_fields("call.", self, "max_rounds", low=self.min_rounds)
+        check_order("call.", self, "min_rounds", "max_rounds")
         check_fields("call.", self, "customer_share", "short_characters", low=0)
         check_fields("call.", self, "long_share", low=0, high=1)
 
@@ -202,7 +202,7 @@ class RewriteFilterConfig:
 
     def __post_init__(self):
         check_fields("rewrite.", self, "min_utterances", low=1)
-        check_fields("rewrite.", self, "max_utterances", low=self.min_utterances)
+        check_order("rewrite.", self, "min_utterances", "max_utterances")
         check_fields("rewrite.", self, "required_strategies", low=1, high=NUM_STRATEGIES)
 
 
