@@ -163,7 +163,7 @@ class SequentialGenerator(WithoutLikelihoods):
             )
             ids = output[0, len(prompt) :].tolist()
             reply = ids[:-1] if ids[-1] in self.stop_ids else ids
-            queue.complete(requests[0], self._prediction(requests[0], prompt, reply))
+            queue.complete(requests[0], self._outcome(requests[0], prompt, reply))
 
 
 def scoring(report: Report, count: int, repeats: int) -> None:

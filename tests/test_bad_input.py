@@ -59,7 +59,9 @@ def sections() -> dict[type, dict[str, Any]]:
         found[schema_of(recipe)] = values
         for setting in all_settings(schema_of(recipe)):
             if setting.schema and setting.prefix == f"{setting.key}.":
-                place = functools.reduce(lambda each, name: each and each[name], setting.key.split("."), values)
+                place: Any = values
+                for name in setting.key.split("."):
+                    place = place and place[name]
                 if place:
                     found.setdefault(setting.schema, place)
     return found

@@ -163,7 +163,7 @@ def check_available(config: ModelConfig) -> None:
     if config.init == "pretrained":
         with hub_errors(config.path, "model"):
             if not is_local_path(config.path):
-                huggingface_hub.hf_hub_download(config.path, "config.json", revision=config.revision)
+                huggingface_hub.hf_hub_download(str(config.path), "config.json", revision=config.revision)
 
 
 @functools.cache

@@ -67,7 +67,7 @@ def last_metrics(directory: Path) -> dict[str, Any]:
         InputError: a file is broken.
     """
     file = directory / METRICS_FILE
-    metrics = read_json(file) if file.is_file() else {"log": history_log(directory).read()}
+    metrics: dict[str, Any] = read_json(file) if file.is_file() else {"log": history_log(directory).read()}
     try:
         last = {name: value for line in metrics["log"] for name, value in line.items()}
         return last | {f"eval_{name}": value for name, value in metrics.get("validation", {}).items() if name != "step"}

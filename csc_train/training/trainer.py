@@ -150,7 +150,8 @@ class PackTrainer(SFTTrainer):
             logger.info("note: %s", found)
         if leave_out:
             model.zero_grad()  # the optimizer changes no weight without a gradient
-        self.optimizer._is_overflow = leave_out  # then the learning rate waits, as under DeepSpeed
+        # Then the learning rate waits, as under DeepSpeed.
+        self.optimizer._is_overflow = leave_out  # pyright: ignore[reportAttributeAccessIssue]
         return norm
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
