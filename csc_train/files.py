@@ -36,8 +36,6 @@ def os_errors(place: str | os.PathLike, what: str) -> Iterator[None]:
         InputError: `place: what: reason`.
     """
     try:
-        if what == "cannot read" and (path := Path(place)).exists() and not (path.is_file() or path.is_dir()):
-            raise InputError(f"{place}: {what}: a pipe or a device: write its content to a file first")
         yield
     except OSError as error:
         raise InputError(f"{place}: {what}: {error.strerror or error}") from error
@@ -138,6 +136,13 @@ def remove_staging(staging: Path) -> None:
         shutil.rmtree(staging)
 
 
+def require_end(path: str | os.PathLike, pipe: bool = False) -> None:
+    """Raise an InputError if a path is a device or, unless it may be, a pipe: their content may have no end."""
+    path = Path(path)
+    if path.is_char_device() or path.is_block_device() or (path.is_fifo() and not pipe):
+        raise InputError(f"{path}: cannot read: a device or a pipe: write its content to a file first")
+
+
 def require_in_place(path: str | os.PathLike) -> None:
     """Raise an InputError if `path` lies in a watched directory (see `runs.claim`) that has been moved away."""
     place = os.path.abspath(path)
@@ -173,6 +178,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, not UTF-8 or no JSON object; names the file and the place in it.
     """
+    require_end(path)
     with os_errors(path, "cannot read"):
         text = Path(path).read_text(encoding="utf-8-sig")
     try:
@@ -198,5 +204,6 @@ def file_digest(path: str | os.PathLike) -> str:
     Raises:
         InputError: the file cannot be read.
     """
+    require_end(path)
     with os_errors(path, "cannot read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Generic, Self, TypeVar
 import pydantic
 
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, os_errors, require_in_place
+from csc_train.files import atomic_path, os_errors, require_end, require_in_place
 
 Row = TypeVar("Row")
 CORRECT = "correct or delete the line"
@@ -165,6 +165,7 @@ def read_jsonl(
         InputError: the file cannot be read, or a line is bad; names file, line and, if it is one, the field.
     """
     lines: dict[str, int] = {}
+    require_end(path)
     for number, value in iter_jsonl(path, allow_torn):
         try:
             if not isinstance(value, dict):
@@ -194,6 +195,7 @@ def iter_jsonl(path: str | os.PathLike, allow_torn: bool = False) -> Iterator[tu
     Raises:
         InputError: the file cannot be read.
     """
+    require_end(path, pipe=True)
     with os_errors(path, "cannot read"), open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if allow_torn and not line.endswith(b"\n"):

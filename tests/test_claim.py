@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from processes import run_script
 
+from csc_train.checkpoints.manifest import MANIFEST_FILE
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, write_json
 from csc_train.runs import claim as claims
@@ -198,6 +199,8 @@ def test_without_locks_a_heartbeat_decides(tmp_path, another, monkeypatch, said,
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_refuses_a_directory_in_use(tmp_path, another, recipe):
     first, _ = another()
+    for name in ("config.json", MANIFEST_FILE):  # what is there at a first look
+        write_json(tmp_path / "model" / name, {})
     done = run_script(ROOT / "recipes" / f"{recipe}.py", *RECIPES[recipe], "run.directory=run", cwd=tmp_path)
     assert done.returncode == 2
     assert error_line(done.stderr).startswith(

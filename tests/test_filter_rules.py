@@ -109,9 +109,13 @@ def test_thresholds_are_the_configurations():
 @pytest.mark.parametrize(
     ("config", "values", "message"),
     [
-        (CallFilterConfig, {"max_rounds": 2}, "call.max_rounds=2: must be at least 3"),
+        (CallFilterConfig, {"max_rounds": 2}, "call.min_rounds=3: must be at most call.max_rounds=2"),
         (CallFilterConfig, {"long_share": 1.1}, "call.long_share=1.1: must be between 0 and 1"),
-        (RewriteFilterConfig, {"max_utterances": 9}, "rewrite.max_utterances=9: must be at least 10"),
+        (
+            RewriteFilterConfig,
+            {"max_utterances": 9},
+            "rewrite.min_utterances=10: must be at most rewrite.max_utterances=9",
+        ),
         (
             RewriteFilterConfig,
             {"required_strategies": [1, 13]},

@@ -110,7 +110,7 @@ REFUSED = {
     "no config": (lambda path: (path / CONFIG).unlink(), f"{CONFIG}: cannot read: No such file"),
     "broken config": (text(CONFIG, "{"), f"{CONFIG}: broken JSON at line 1"),
     "empty config": (text(CONFIG, ""), f"{CONFIG}: broken JSON at line 1"),
-    "list for a config": (text(CONFIG, "[]"), f"{CONFIG}: holds no mapping of settings"),
+    "list for a config": (text(CONFIG, "[]"), f"{CONFIG}: broken JSON: not an object"),
     "config of nothing": (text(CONFIG, "{}"), f"no readable {CONFIG} ("),
     "unknown family": (settings(CONFIG, model_type="gpt2"), "model.architecture.model_type=gpt2: choose one of qwen2"),
     "unknown model type": (settings(CONFIG, model_type="nope"), f"no readable {CONFIG} ("),
@@ -142,7 +142,7 @@ REFUSED = {
     ),
     "broken generation config": (text(GENERATION, "{"), f"{GENERATION}: broken JSON"),
     "more replies than beams": (settings(GENERATION, num_return_sequences=3, num_beams=2), "num_return_sequences"),
-    "list for a generation config": (text(GENERATION, "[]"), f"{GENERATION}: holds no mapping"),
+    "list for a generation config": (text(GENERATION, "[]"), f"{GENERATION}: broken JSON: not an object"),
     "adapter beside": (
         settings("adapter_config.json", peft_type="LORA", r=4),
         "adapter_config.json: an adapter is no base",

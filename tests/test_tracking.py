@@ -1,5 +1,6 @@
 """Training metrics and their tracking: history, curves and W&B offline, over resumes, failures and kills."""
 
+import contextlib
 import csv
 import json
 import os
@@ -521,6 +522,13 @@ def kill_service(*_) -> None:
             process.wait()
 
 
+def forget_service() -> None:
+    """Let later tests start a service of their own."""
+    with contextlib.suppress(Exception):  # of a service that is dead
+        wandb.teardown()
+    os.environ.pop("WANDB_SERVICE", None)
+
+
 def raising(tracker: Tracker, _) -> None:
     def log(*_, **__):
         raise TypeError("not a number")
@@ -551,13 +559,14 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_wandb_is_said_once_and_the_history_is_whole(no_login, tmp_path, said, fault):
+def test_a_fault_of_wandb_is_said_once_and_the_history_is_whole(no_login, tmp_path, said, fault, request):
     before, during, reason = FAULTS[fault]
     run = tmp_path / "run"
     run.mkdir()
     (run / "code.diff").write_text("diff")
     if before:
         before(tmp_path)
+    request.addfinalizer(forget_service)
     with Tracker(TrackingConfig(), run) as tracker:
         tracker.open({"a": 1})
         for step in range(1, 5):

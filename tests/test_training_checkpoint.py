@@ -36,6 +36,9 @@ ARGUMENTS = [
 KINDS = {"full": [], "lora": ["adapter=lora"]}
 
 
+OTHERS_FILL_DISK = Path(__file__).parent / "workers" / "others_fill_disk.py"
+
+
 def sft(*arguments: str, cwd: Path, **options):
     return run_script(ROOT / "recipes" / "sft.py", *arguments, cwd=cwd, **options)
 
@@ -264,7 +267,8 @@ def test_a_disk_that_fills_up_keeps_the_whole_checkpoints(place, kilobytes, left
         limit, left = (None, left) if mounted else (700_000, 0)
         (tmp_path / "run").symlink_to(disk / "run")
         (disk / "run").mkdir()
-        done = sft(*ARGUMENTS, cwd=tmp_path, largest_file=limit)
+        words = [OTHERS_FILL_DISK, ROOT / "recipes" / "sft.py", *ARGUMENTS]
+        done = run_script(*words, cwd=tmp_path, largest_file=limit)
         (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert re.fullmatch(

@@ -143,8 +143,6 @@ def _inspect_files(found: InspectedModel, directory: Path) -> None:
         _check_dtypes(weight_files(directory))
     for name in ("config.json", "generation_config.json"):
         content = read_json(directory / name) if name == "config.json" or (directory / name).exists() else {}
-        if not isinstance(content, dict):
-            raise InputError(f"{directory / name}: holds no mapping of settings: copy it again")
         if (quantization := content.get("quantization_config")) is not None:
             raise InputError(
                 f"{directory / name}: the weights are quantized ({dict(quantization).get('quant_method')}): choose the "
