@@ -1,6 +1,6 @@
 """Kill each recipe at random file events, start it again, and compare all that it leaves with an uninterrupted run.
 
-python -m pytest tests/kill_driver.py                      # every recipe; about 15 minutes on two cores
+python -m pytest tests/kill_driver.py                      # every recipe; about 20 minutes on two cores
 python -m pytest tests/kill_driver.py -k sft --kills 40 --seed 1
 
 Not collected by default. A run is compared byte for byte, except for the times in `TIMES`; a file that only one of the

@@ -182,7 +182,7 @@ def test_a_bad_trial_of_a_grid_is_pruned(tmp_path, monkeypatch, capsys):
     worker = str(ROOT / "tests" / "workers" / "short_trial.py")
     monkeypatch.setattr(LocalLauncher, "command", lambda self: [sys.executable, worker, str(self.job.directory)])
     asked = [
-        *SMALL, "sweep=loss_grid", "sweep.space.learning_rate.choices=[1e-2,0]", "sweep.space.loss.choices=[tokens]",
+        *SMALL, "sweep=loss_grid", "sweep.space.learning_rate.choices=[1e-2,1e-12]", "sweep.space.loss.choices=[tokens]",
         "sweep.pruner.kind=median", "sweep.pruner.startup_trials=1", "sweep.pruner.first_step=5",
     ]  # fmt: skip
     assert sweep(asked) == 0, capsys.readouterr().err
@@ -190,7 +190,7 @@ def test_a_bad_trial_of_a_grid_is_pruned(tmp_path, monkeypatch, capsys):
     facts = json.loads((runs / "summary.json").read_text())
     assert [(trial["state"], trial["parameters"]) for trial in facts["trials"]] == [
         ("complete", {"trainer.learning_rate": 0.01, "loss": "tokens"}),
-        ("pruned", {"trainer.learning_rate": 0, "loss": "tokens"}),
+        ("pruned", {"trainer.learning_rate": 1e-12, "loss": "tokens"}),
     ]
     assert facts["trials"][0]["value"] == 7.0 - 0.01 * 40
     assert steps(runs / "trial-0") == list(range(1, 41))

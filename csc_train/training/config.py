@@ -92,7 +92,8 @@ class TrainerConfig:
     """Number of training checkpoints to keep."""
 
     def __post_init__(self):
-        check_fields("trainer.", self, "learning_rate", "weight_decay", "max_grad_norm", low=0)
+        check_fields("trainer.", self, "learning_rate", low=1e-12)  # 0 trains nothing
+        check_fields("trainer.", self, "weight_decay", "max_grad_norm", low=0)
         check_fields("trainer.", self, "warmup_ratio", low=0, high=0.99)
         check_fields("trainer.", self, "epochs", low=0.001, high=10**6)
         check_fields("trainer.", self, "packs_per_step", "micro_batch_size", low=1, high=MAX_STEPS)

@@ -24,7 +24,7 @@ def stop(signum, frame):
 
 signal.signal(signal.SIGTERM, stop)
 log = []
-for step in range(1, 41 if rate else 2001):
+for step in range(1, 41 if rate > 1e-12 else 2001):
     log.append({"step": step, "eval_loss": 7.0 - rate * step})
     with open(directory / "history.jsonl", "a") as history:
         history.write(json.dumps(log[-1]) + "\n")
