@@ -182,7 +182,8 @@ def test_a_bad_trial_of_a_grid_is_pruned(tmp_path, monkeypatch, capsys):
     worker = str(ROOT / "tests" / "workers" / "short_trial.py")
     monkeypatch.setattr(LocalLauncher, "command", lambda self: [sys.executable, worker, str(self.job.directory)])
     asked = [
-        *SMALL, "sweep=loss_grid", "sweep.space.learning_rate.choices=[1e-2,1e-12]", "sweep.space.loss.choices=[tokens]",
+        *SMALL, "sweep=loss_grid", "sweep.space.learning_rate.choices=[1e-2,1e-12]",
+        "sweep.space.loss.choices=[tokens]",
         "sweep.pruner.kind=median", "sweep.pruner.startup_trials=1", "sweep.pruner.first_step=5",
     ]  # fmt: skip
     assert sweep(asked) == 0, capsys.readouterr().err

@@ -146,8 +146,6 @@ def open_study(planned: Sweep) -> optuna.Study:
         load_if_exists=True,
     )
     check_values(journal, study, config)
-    # With the same seed, a restarted sampler would repeat its values.
-    study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials))
     return study
 
 

@@ -82,8 +82,12 @@ class TrialRunner:
         interrupted = self.study.get_trials(states=(TrialState.RUNNING,))
         self._interrupted = [Trial(self.study, each._trial_id) for each in interrupted]
         for each, trial in zip(interrupted, self._interrupted, strict=True):
+            sampler = self._seed_sampler(each.number)
             for name, distribution in values_of(self.config, each).items():
-                trial._suggest(name, distribution)  # a value that a killed sweep did not record
+                if name in each.params:  # draws as much as it did for this one
+                    sampler.sample_independent(self.study, each, name, distribution)
+                else:
+                    trial._suggest(name, distribution)  # a value that a killed sweep did not record
 
     def run(self) -> None:
         """Run trials until the study has `config.size` of them.
@@ -114,18 +118,29 @@ class TrialRunner:
         if len(trials) - len(waiting) >= config.size:
             return None
         if config.kind == "optuna":
+            self._seed_sampler(len(trials))
             return self.study.ask(space)
         point = config.grid()[len(trials) - len(waiting)]
         if not waiting:
             self.study.enqueue_trial(point)
         return self.study.ask({name: space[name] for name in point})
 
+    def _seed_sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """A seed for each trial, so that its values do not depend on how often the sweep was started."""
+        self.study.sampler = optuna.samplers.TPESampler(seed=self.config.seed + number)
+        return self.study.sampler
+
     def _start(self, trial: Trial) -> None:
         self._print(trial, "started")
+        reported = self.study.trials[trial.number].last_step or 0
         try:
             job = self.job_of(trial.number, trial.params)
             with contextlib.suppress(FailedTrialError):  # it finished while no sweep ran
-                self._tell(trial, trial_result(job.directory, self.config.metric))
+                result = trial_result(job.directory, self.config.metric)
+                for step, value in metric_values(job.directory, self.config.metric):
+                    if step > reported:
+                        trial.report(value, step)
+                self._tell(trial, result)
                 return
             job.write()
             output = job.directory / OUTPUT_FILE
@@ -138,7 +153,6 @@ class TrialRunner:
             return
         if launcher.job_id is not None:
             trial.set_user_attr("job", launcher.job_id)
-        reported = self.study.trials[trial.number].last_step or 0
         self._running.append(_RunningTrial(trial, launcher, self.slots.pop(0), time.monotonic(), reported))
 
     def _update(self, running: _RunningTrial) -> None:
