@@ -3,7 +3,7 @@
 # AutoTokenizer builds Qwen2Tokenizer, which puts its own normalizer and pre-tokenizer in the place of those in
 # tokenizer.json, also where tokenizer_config.json asks for PreTrainedTokenizerFast.
 # Seen: a file without normalizer gives NFC; "e" with a combining accent gets other ids than by the file.
-# Why it matters: a model that was trained with its file's ids is asked with others, without a word.
+# Why it matters: a model that was trained with its file's ids is silently asked with others.
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
