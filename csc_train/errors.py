@@ -5,16 +5,19 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+LONGEST_PATH = 4096
+"""Characters of the longest path on Linux (PATH_MAX)."""
+
 
 class InputError(ValueError):
     """An input of the user (data, configuration, a path) cannot be used.
 
     The message is one line: `place: what is wrong: what to do`. Recipes print it without a traceback and exit with
-    status 2. A long word in it, such as a text in the place of a name, is cut.
+    status 2. A word in it that is longer than any path, such as a text in the place of a name, is cut.
     """
 
     def __init__(self, message: str):
-        super().__init__(re.sub(r"(\S{200})\S{200,}", r"\1...", message))
+        super().__init__(re.sub(rf"(\S{{200}})\S{{{LONGEST_PATH - 200},}}", r"\1...", message))
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -264,3 +264,9 @@ def test_a_file_that_is_cut_off_is_read_or_refused_in_one_line(tmp_path, name, b
     left = int(bytes_left * len(content)) if bytes_left == 0.5 else bytes_left
     (tmp_path / reader.name).write_bytes(content[:left])
     assert trouble(reader, tmp_path) is None
+
+
+def test_a_path_is_never_cut_and_a_text_in_its_place_is():
+    path = "/".join(["folder"] * 500)
+    assert str(InputError(f"{path}: no such file")) == f"{path}: no such file"
+    assert str(InputError(f"unknown speaker ({'a' * 5000}")) == f"unknown speaker ({'a' * 199}..."

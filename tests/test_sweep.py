@@ -25,7 +25,13 @@ from csc_train.launching.launchers.local import LocalLauncher
 from csc_train.launching.search_space import extreme_points
 from csc_train.launching.sweep import plan_sweep, sweep
 from csc_train.launching.sweep_summary import report_sweep
-from csc_train.launching.trial_runner import FailedTrialError, NoSuchMetricError, metric_values, trial_result
+from csc_train.launching.trial_runner import (
+    FailedTrialError,
+    NoSuchMetricError,
+    TrialRunner,
+    metric_values,
+    trial_result,
+)
 from csc_train.runs.claim import claim
 from csc_train.runs.comparison import find_runs, save_svg, sort_runs
 
@@ -506,3 +512,22 @@ def test_each_trial_can_be_seen_in_the_plots_of_a_sweep_also_the_worst(tmp_path,
     low, high = lines[heights.index(max(heights))], lines[heights.index(min(heights))]
     best, worst = (low, high) if direction == "minimize" else (high, low)
     assert worst[0] > worst[2] and best[2] > best[0]
+
+
+def test_a_restarted_sweep_draws_the_values_of_an_uninterrupted_one():
+    config = SweepConfig(
+        trials=4, space={"rate": ParameterConfig("trainer.learning_rate", low=1e-6, high=1e-3, log=True)}
+    )
+
+    def values(restarted: bool) -> list[float]:
+        study, runner = optuna.create_study(), None
+        for number in range(4):
+            if restarted or runner is None:
+                runner = TrialRunner(config, study, plan_sweep, [], -1)
+            trial = runner._next()
+            assert trial.number == number
+            study.tell(trial, number)
+        return [trial.params["rate"] for trial in study.trials]
+
+    assert values(restarted=True) == values(restarted=False)
+    assert len(set(values(restarted=True))) == 4
