@@ -445,6 +445,7 @@ NO = IGNORE_INDEX
                 "labels": [[NO, NO, 12, NO, 21, NO, 31]],
                 "loss_weights": [[0, 0, 1, 0, 1, 0, 1]],
                 "position_ids": [[0, 1, 2, 0, 1, 0, 1]],
+                "trained_index": [1, 3, 5],
             },
         ),
         (
@@ -454,6 +455,7 @@ NO = IGNORE_INDEX
                 "labels": [[NO, NO, 12, NO, 21], [NO, 31, NO, NO, NO]],
                 "loss_weights": [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0]],
                 "position_ids": [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]],
+                "trained_index": [1, 3, 5],
             },
         ),
     ],
@@ -479,6 +481,7 @@ def test_an_unpacked_batch_has_a_mask_and_a_row_for_each_document():
         "loss_weights": [[0, 1, 0], [0, 1, 0]],
         # A padding token that is a document's own is seen.
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "trained_index": [0, 3],
     }
     assert {name: values.dtype for name, values in made.items() if values.dtype != torch.int64} == {
         "loss_weights": torch.float32

@@ -51,7 +51,8 @@ class PackCollator:
         """Collate packs of a `PackedDataset`, the `empty` one included.
 
         Returns:
-            `input_ids` and `labels`, int64 [rows, length]; `loss_weights`, float32 [rows, length]; by layout
+            `input_ids` and `labels`, int64 [rows, length]; `loss_weights`, float32 [rows, length]; `trained_index`,
+            int64 [trained tokens], the flat places (row x length + column) whose next token is trained; by layout
             `position_ids`, int64 [rows, length], `attention_mask`, and `varlen_metadata`, the fields of
             `VarlenMetadata` or `FlexDocuments`. If measured, also `token_groups`, uint8 [rows, length], and
             `token_and_pair_counts`: the tokens without padding, and the pairs of tokens that `pack_cost` counts.
@@ -75,7 +76,9 @@ class PackCollator:
             metadata, rows[0]["position_ids"] = build_varlen_metadata(lengths, prefixes)
             extra = self._describe(metadata)
         batch = {name: torch.stack([self._pad(name, row[name], longest) for row in rows]) for name in rows[0]}
-        if (batch["labels"] == IGNORE_INDEX).all() and not all("empty" in pack for pack in packs):
+        # The token before a trained one is in the same row: no document begins with a trained token.
+        extra["trained_index"] = (batch["labels"] != IGNORE_INDEX).flatten().nonzero().flatten() - 1
+        if not len(extra["trained_index"]) and not all("empty" in pack for pack in packs):
             raise ValueError("a batch has no trained token")
         if self.measured:
             extra["token_and_pair_counts"] = tuple(

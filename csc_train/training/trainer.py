@@ -306,8 +306,9 @@ class PackTrainer(SFTTrainer):
             num_items_in_batch: the sum of weights over the global batch (see `_get_num_items_in_batch`); defaults to
                 that over this batch.
         """
-        weights, groups, counts = (
-            inputs.pop(name, None) for name in ("loss_weights", "token_groups", "token_and_pair_counts")
+        weights, groups, counts, _ = (
+            inputs.pop(name, None)
+            for name in ("loss_weights", "token_groups", "token_and_pair_counts", "trained_index")
         )
         total = torch.as_tensor(weights.sum() if num_items_in_batch is None else num_items_in_batch)
 
