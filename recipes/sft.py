@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger("csc_train.recipes.sft")
 OUTPUTS = (  # in the run directory
     "checkpoints", "base", "tokenizer", "csc_manifest.json", "model", "metrics.json", "samples.jsonl",
-    "training_dialogues.jsonl", "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb",
+    "training_dialogues.jsonl", "history.jsonl", "history.csv", "curves.png", "tracking.json", "wandb", "profile",
 )  # fmt: skip
 
 
@@ -53,6 +53,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.training.compatibility import check_supported
     from csc_train.training.leak_check import dropout_warning
     from csc_train.training.memory import scenario_of
+    from csc_train.training.profiling import ProfilerCallback
     from csc_train.training.rehearsal import check_disk, check_positions, rehearse_end
     from csc_train.training.trainer import build_trainer, training_arguments
     from csc_train.training.validation import Validator
@@ -114,6 +115,8 @@ def main(config: SftRecipe) -> None:
     check_disk(scenario_of(trainer, 0), run.directory, config.trainer.save_total_limit, random=False)
     stop = StopOnSignal()
     trainer.add_callback(stop)
+    if config.trainer.profile:
+        trainer.add_callback(ProfilerCallback(run.directory / "profile"))
     checkpoint = checkpoint_to_resume(run.checkpoints) if status == "unfinished" else None
     with tracker:
         track(trainer, tracker, run.config, manifest, report, checkpoint)

@@ -27,6 +27,7 @@ SMALL = [
     "trainer.packs_per_step=1",
     "trainer.micro_batch_size=1",
     "trainer.learning_rate=4e-3",
+    "trainer.profile=true",
     "run.if_exists=reuse",
 ]
 
@@ -163,6 +164,7 @@ def test_the_run_directory_says_what_was_done(workplace):
     manifest = json.loads((workplace / "runs/demo/model/csc_manifest.json").read_text())
     assert manifest["data_hash"] == record["inputs"]["train"]
     assert manifest["config"]["data"]["sample_dialogues"] == 420
+    assert "profile/trace.json.gz" in record["files"]
 
 
 @pytest.mark.slow

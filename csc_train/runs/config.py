@@ -11,7 +11,9 @@ _SERVER_LIMITS = (
     "base_url", "api_key_env", "retry_max_tokens", "timeout_s", "max_retries", "concurrency", "requests_per_minute",
     "tokens_per_minute",
 )  # fmt: skip
-RESUMABLE_KEYS = ("trainer.on_nonfinite", "evaluation.max_failed", *(f"llm.{name}" for name in _SERVER_LIMITS))
+RESUMABLE_KEYS = (
+    "trainer.on_nonfinite", "trainer.profile", "evaluation.max_failed", *(f"llm.{name}" for name in _SERVER_LIMITS)
+)  # fmt: skip
 """Settings of other groups that a resumed run may change: what to do where it stopped, and how servers are asked."""
 RESOLVED_FILE = "resolved.yaml"
 """In a run directory: the whole configuration of the run."""

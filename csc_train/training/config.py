@@ -90,6 +90,9 @@ class TrainerConfig:
     """Optimizer steps between training checkpoints; below 1, a share of all steps."""
     save_total_limit: int = 2
     """Number of training checkpoints to keep."""
+    profile: bool = False
+    """Profile a few steps: writes a trace and, on a GPU, a memory snapshot to `profile/` in the run directory, and
+    prints the share of time by kernel family."""
 
     def __post_init__(self):
         check_fields("trainer.", self, "learning_rate", low=1e-12)  # 0 trains nothing
