@@ -62,8 +62,10 @@ def main(config: SftRecipe) -> None:
     job = distributed_state()
     precision, seed = config.trainer.precision, config.trainer.seed
     check_supported(config.zero, config.adapter.kind, resolve_precision(precision))
-    attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision)
     inspected = inspect_model(config.model, download=True).require()
+    attention = select_attention(
+        config.model.attn_implementation, config.packing.strategy, precision, inspected.dims.head_dim
+    )
     run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 

@@ -7,6 +7,7 @@ absolute entry of the reference, and the worst parameter counts; for a loss as t
 import random
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from conftest import random_dialogue, small_tokenizer, tiny_config
@@ -69,7 +70,13 @@ class Case:
 
     def packed(self, one_row: bool, **changes) -> tuple[float, dict[str, torch.Tensor]]:
         """Loss sum and gradients of the packs in one batch; `changes` go into the model's call, None takes out."""
-        batch = PackCollator("padding_free" if one_row else "rows", self.tokenizer.pad_token_id)(list(self.packs))
+        packs = list(self.packs)
+        if one_row:  # as one pack
+            joined = ("input_ids", "loss_weights", "document_lengths")
+            packs = [
+                {"prefix_length": 0} | {name: numpy.concatenate([each[name] for each in packs]) for name in joined}
+            ]
+        batch = PackCollator("position_ids", self.tokenizer.pad_token_id)(packs)
         labels = batch.pop("labels")
         del batch["loss_weights"]
         self.model.zero_grad()

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from csc_train.errors import InputError
-from csc_train.models.attention.flex import FLEX_ATTENTION
 from csc_train.models.attention.select import collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig
@@ -18,7 +17,6 @@ from csc_train.training.leak_check import check_no_leaks, dropout_warning, forbi
 SHARED, BEST = "shared_prefix", "best_fit"
 PATHS = [
     (VARLEN_ATTENTION, SHARED),
-    (FLEX_ATTENTION, SHARED),
     ("sdpa", SHARED),
     ("eager", SHARED),
     ("sdpa", BEST),
@@ -62,7 +60,7 @@ def test_an_attention_that_isolates_is_accepted_and_left_unchanged(architecture,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("attention", [VARLEN_ATTENTION, FLEX_ATTENTION, "sdpa", "eager"])
+@pytest.mark.parametrize("attention", [VARLEN_ATTENTION, "sdpa", "eager"])
 @pytest.mark.parametrize(
     ("architecture", "facts"),
     [
@@ -119,7 +117,6 @@ class DropsDocuments(Drops):
         (DropsPositions, "sdpa", BEST, "logits differ"),
         (DropsPositions, VARLEN_ATTENTION, SHARED, "logits differ"),
         (DropsDocuments, VARLEN_ATTENTION, SHARED, "varlen attention was called without varlen_metadata"),
-        (DropsDocuments, FLEX_ATTENTION, SHARED, "flex_documents attention was called without varlen_metadata"),
     ],
 )
 def test_a_model_that_drops_what_says_where_documents_end_is_refused(kind, attention, packing, reason):
@@ -130,10 +127,9 @@ def test_a_model_that_drops_what_says_where_documents_end_is_refused(kind, atten
         check(model, packing)
 
 
-@pytest.mark.parametrize("attention", [FLEX_ATTENTION, VARLEN_ATTENTION])
-def test_an_attention_without_dropout_is_refused_where_the_model_has_it(attention):
+def test_an_attention_without_dropout_is_refused_where_the_model_has_it():
     with pytest.raises(InputError, match="it has no dropout, but the model has attention_dropout"):
-        check(make("qwen2", attention, attention_dropout=0.1), SHARED)
+        check(make("qwen2", VARLEN_ATTENTION, attention_dropout=0.1), SHARED)
 
 
 # At each step

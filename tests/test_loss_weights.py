@@ -169,7 +169,7 @@ def test_one_forward_and_no_logits_of_all_tokens(tmp_path):
     calls = []
     model.model.register_forward_hook(lambda *_: calls.append("body"))
     model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
-    batch = PackCollator("padding_free", 0)([packs[index] for index in range(len(packs))])
+    batch = PackCollator("varlen", 0)([packs[index] for index in range(len(packs))])
     with LogitRows(model.config.vocab_size) as logits:
         trainer.training_step(model, dict(batch), num_items_in_batch=batch["loss_weights"].sum())
     assert calls == ["body"]

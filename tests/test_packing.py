@@ -439,7 +439,7 @@ NO = IGNORE_INDEX
     ("collator", "batch"),
     [
         (
-            PackCollator("padding_free", PAD),
+            PackCollator("varlen", PAD),
             {
                 "input_ids": [[10, 11, 12, 20, 21, 30, 31]],
                 "labels": [[NO, NO, 12, NO, 21, NO, 31]],
@@ -463,6 +463,7 @@ NO = IGNORE_INDEX
 )
 def test_a_packed_batch(collator, batch):
     made = collator(PACKS)
+    made.pop("varlen_metadata", None)
     assert {name: values.tolist() for name, values in made.items()} == batch
     assert {name: values.dtype for name, values in made.items() if values.dtype != torch.int64} == {
         "loss_weights": torch.float32
@@ -492,7 +493,7 @@ def test_a_row_of_a_packed_data_set_collates_to_its_own_ids(template):
     rng = random.Random(7)
     examples = [template.encode(random_dialogue(rng)) for _ in range(6)]
     packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=1500))
-    batch = PackCollator("padding_free", PAD)([packs[index] for index in range(len(packs))])
+    batch = PackCollator("varlen", PAD)([packs[index] for index in range(len(packs))])
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     pieces = {
         (tuple(ids.tolist()), tuple(labels.tolist()))
@@ -506,7 +507,7 @@ def test_a_row_of_a_packed_data_set_collates_to_its_own_ids(template):
     }
 
 
-@pytest.mark.parametrize("layout", ["padded", "position_ids", "padding_free", "varlen", "dense_mask"])
+@pytest.mark.parametrize("layout", ["padded", "position_ids", "varlen", "dense_mask"])
 def test_a_batch_without_a_trained_token_is_an_error(layout):
     collator = PackCollator(layout, PAD)
     untrained = {"input_ids": [1, 2], "loss_weights": [0.0, 0], "document_lengths": [2], "prefix_length": 0}
@@ -526,7 +527,7 @@ def test_a_batch_without_a_trained_token_is_an_error(layout):
 def test_a_weight_on_the_first_token_of_a_document_is_an_error(pack):
     """What precedes it in the row belongs to another document, and predicts it."""
     with pytest.raises(ValueError, match="first token of a document"):
-        PackCollator("padding_free", PAD)([pack])
+        PackCollator("varlen", PAD)([pack])
 
 
 def test_no_template_puts_a_weight_on_a_first_token(template):

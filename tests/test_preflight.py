@@ -116,7 +116,7 @@ FAULTS = {
     ),
     "tokenizer and template": (["model.chat_template=llama3_1"], "chat template llama3_1 ends a turn with"),
     "run": (["on_finish=evaluate", "on_finish.overrides=['evaluation.nope=1']"], "unknown key 'evaluation.nope'"),
-    "attention": (["model.attn_implementation=flex_attention"], "it trains only on a GPU"),
+    "attention": (["model.attn_implementation=varlen_fa3"], "No module named"),
     "final model": (
         ["adapter=lora", "adapter.target_modules=nope"],
         "adapter.target_modules=nope: matches no linear layer",

@@ -21,7 +21,6 @@ from csc_train.checkpoints.export import trained_model
 from csc_train.checkpoints.manifest import MANIFEST_FILE, check_manifest, read_manifest, save_final_model
 from csc_train.errors import InputError
 from csc_train.files import digest, file_digest
-from csc_train.models.attention.flex import FLEX_ATTENTION
 from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.models.inspection import check_tokenizer, inspect_model
 from csc_train.models.loading import load_model
@@ -196,14 +195,6 @@ def test_the_loss_curve_does_not_depend_on_ranks_and_micro_batches(
     assert other["grad_norms"] == pytest.approx(whole["grad_norms"], rel=1e-4)
     assert worst_weight(whole, other) < 1e-4
     assert whole["losses"][-1] < 0.95 * whole["losses"][0]
-
-
-@pytest.mark.slow
-def test_flex_attention_trains_as_varlen_attention_does(folder, whole_shared, monkeypatch):
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # as in test_documents
-    flex = curve(train(folder, micro_batch_size=1, packs="shared", attention=FLEX_ATTENTION, max_steps=1))
-    assert flex["losses"] == [pytest.approx(whole_shared["losses"][0], rel=TOLERANCE)]
-    assert flex["grad_norms"] == [pytest.approx(whole_shared["grad_norms"][0], rel=TOLERANCE)]
 
 
 @pytest.mark.slow

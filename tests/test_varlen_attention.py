@@ -1,36 +1,37 @@
 """Rows that share a prefix: loss and every gradient are those of separate sequences, and leaks would be seen."""
 
-import importlib.util
 import random
 
 import pytest
 import torch
 from conftest import small_tokenizer
-from torch.nn.attention import flex_attention as torch_flex
+from flash_on_cpu import flash_on_cpu
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.errors import InputError
-from csc_train.models.attention.flex import (
-    BLOCK,
-    FLEX_ATTENTION,
-    FlexDocuments,
-    flex_document_attention,
-    flex_documents,
-)
+from csc_train.models.attention import varlen
 from csc_train.models.attention.select import collator_layout, select_attention
-from csc_train.models.attention.varlen import VARLEN_ATTENTION, build_varlen_metadata, document_mask, varlen_attention
-from csc_train.packing.collator import PackCollator
+from csc_train.models.attention.varlen import (
+    VARLEN_ATTENTION,
+    VarlenBounds,
+    build_varlen_metadata,
+    document_mask,
+    varlen_attention,
+)
+from csc_train.packing.collator import PackCollator, run_bounds
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
+from csc_train.packing.pack_cost import PackSlice
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
 VOCABULARY = 97
 PATHS = {
     "varlen": (VARLEN_ATTENTION, "varlen"),
-    "flex": (FLEX_ATTENTION, "flex"),
+    "varlen-gathered": (VARLEN_ATTENTION, "varlen"),
     "sdpa-dense_mask": ("sdpa", "dense_mask"),
     "eager-dense_mask": ("eager", "dense_mask"),
 }
@@ -46,10 +47,28 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def flex_backward_on_cpu(monkeypatch):
-    """FlexAttention's plain form has a backward pass on a CPU; torch refuses it, as the compiled form has none."""
-    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+class Gathered(torch.autograd.Function):
+    """The operator by its GPU's kernel, on this machine's tensors."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, ctx.max_q, ctx.max_k, ctx.scale = inputs
+        output = varlen.attend_gathered(*inputs)
+        ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        gradients = varlen.backward_gathered(gradient, *ctx.saved_tensors, ctx.max_q, ctx.max_k, ctx.scale)
+        return *gradients, *[None] * 6
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """Attention as on a GPU, by a reference of the kernel beneath."""
+    monkeypatch.setattr(torch.ops.csc_train, "varlen_attention", Gathered.apply)
+    with flash_on_cpu():
+        yield
 
 
 def make_packs(shape: list[tuple[int, tuple[int, ...]]]) -> tuple[list[dict], list[tuple[list[int], list[float]]]]:
@@ -132,8 +151,12 @@ def error(measured, reference) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["f64", "f32"])
-def test_a_row_equals_separate_sequences_in_loss_and_every_gradient(path, shape, architecture, dtype, tolerance):
+def test_a_row_equals_separate_sequences_in_loss_and_every_gradient(
+    request, path, shape, architecture, dtype, tolerance
+):
     attention, layout = PATHS[path]
+    if path == "varlen-gathered":
+        request.getfixturevalue("gathered")
     if (dtype, attention) == (torch.float64, "eager"):
         tolerance = 1e-5  # transformers' eager attention takes its softmax in float32
     packs, separate = make_packs(SHAPES[shape])
@@ -153,17 +176,14 @@ def positions_that_go_on(batch):
 def prefix_unseen(batch):
     """As if the bodies were documents of their own."""
     documents = batch["varlen_metadata"]
-    starts = documents["query_lengths"].cumsum(0) - documents["query_lengths"]
-    documents["key_lengths"] = documents["query_lengths"]
-    documents["key_index"] = torch.arange(int(starts[-1] + documents["query_lengths"][-1]))
+    documents["cu_seqlens_k"] = documents["cu_seqlens_q"]
+    documents["key_index"] = torch.arange(int(documents["cu_seqlens_q"][-1]))
 
 
-def flex_prefix_unseen(batch):
-    batch["varlen_metadata"]["prefix_ends"] = batch["varlen_metadata"]["prefix_starts"]
-
-
-def flex_leak(batch):
-    batch["varlen_metadata"]["starts"] = torch.zeros_like(batch["varlen_metadata"]["starts"])
+def boundary_off_by_one(batch):
+    """The third document begins a token late, for its queries and for its keys."""
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        batch["varlen_metadata"][name][2] += 1
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
@@ -174,15 +194,18 @@ def flex_leak(batch):
         ("sdpa-dense_mask", positions_that_go_on),
         ("varlen", positions_that_go_on),
         ("varlen", prefix_unseen),
-        ("flex", flex_leak),
-        ("flex", positions_that_go_on),
-        ("flex", flex_prefix_unseen),
+        ("varlen", boundary_off_by_one),
+        ("varlen-gathered", positions_that_go_on),
+        ("varlen-gathered", prefix_unseen),
+        ("varlen-gathered", boundary_off_by_one),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_leak_between_documents_is_detected(architecture, path, change):
+def test_a_leak_between_documents_is_detected(request, architecture, path, change):
     """The negative control: the tests above would fail by far."""
     attention, layout = PATHS[path]
+    if path == "varlen-gathered":
+        request.getfixturevalue("gathered")
     packs, separate = make_packs(SHAPES["several-prefixes"])
     reference = run_separately(make_model(architecture, "sdpa", torch.float32), separate)
     assert (
@@ -192,8 +215,9 @@ def test_a_leak_between_documents_is_detected(architecture, path, change):
 
 def test_the_documents_and_the_mask_of_a_row():
     documents, positions = build_varlen_metadata([[2, 1, 2], [2]], [2, 0])
-    assert documents.query_lengths.tolist() == [2, 1, 2, 2]
-    assert documents.key_lengths.tolist() == [2, 3, 4, 2]
+    assert documents.cu_seqlens_q.tolist() == [0, 2, 3, 5, 7]
+    assert documents.cu_seqlens_k.tolist() == [0, 2, 5, 9, 11]
+    assert (documents.max_q, documents.max_k) == (2, 4)
     assert documents.key_index.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6]
     assert positions.tolist() == [0, 1, 2, 2, 3, 0, 1]
     assert document_mask(documents)[0, 0].int().tolist() == [
@@ -207,40 +231,117 @@ def test_the_documents_and_the_mask_of_a_row():
     ]
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_flex_documents_say_what_the_dense_mask_says_in_blocks_that_torch_would_find(seed):
+def random_row(seed: int) -> tuple[list[list[int]], list[int]]:
     rng = random.Random(seed)
     lengths, prefixes = [], []
     for _ in range(rng.randint(1, 4)):
-        prefix = rng.choice([0, 1, 5, BLOCK, 300])
-        bodies = [rng.choice([1, 7, BLOCK, 200, 400]) for _ in range(rng.randint(1, 4))]
-        lengths.append(([prefix] if prefix else []) + bodies)
-        prefixes.append(prefix)
-    lengths.append([BLOCK - sum(map(sum, lengths)) % BLOCK])
-    prefixes.append(0)
-    documents, _ = build_varlen_metadata(lengths, prefixes)
-    length = sum(map(sum, lengths))
-    mask = flex_documents(documents).block_mask()
-    dense = torch_flex.create_mask(mask.mask_mod, 1, 1, length, length, "cpu")
-    assert torch.equal(dense, document_mask(documents))
-    expected = torch_flex.create_block_mask(mask.mask_mod, None, None, length, length, "cpu")
-    for name in FlexDocuments._fields[3:]:
-        assert torch.equal(getattr(mask, name), getattr(expected, name)), name
-    assert (mask.shape, mask.BLOCK_SIZE) == (expected.shape, expected.BLOCK_SIZE)
+        prefixes.append(rng.choice([0, 1, 5, 30]))
+        lengths.append([prefixes[-1]] * (prefixes[-1] > 0) + [rng.choice([1, 7, 20]) for _ in range(rng.randint(1, 4))])
+    return lengths, prefixes
 
 
-def test_a_flex_row_is_padded_to_whole_blocks_by_a_document_of_its_own():
+@pytest.mark.parametrize("seed", range(8))
+def test_both_kernels_are_attention_by_the_dense_mask(gathered, seed):
+    lengths, prefixes = random_row(seed)
+    metadata, _ = build_varlen_metadata(lengths, prefixes, VarlenBounds(30, 40, 60))
+    generator = torch.Generator().manual_seed(seed)
+    tokens, scale = int(metadata.cu_seqlens_q[-1]), [None, 0.3][seed % 2]
+    states = [
+        torch.randn(tokens, heads, 8, dtype=torch.float64, generator=generator).requires_grad_() for heads in (6, 2, 2)
+    ]
+    heads_first = [each.transpose(0, 1)[None] for each in states]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *heads_first, attn_mask=document_mask(metadata), scale=scale, enable_gqa=True
+    )[0].transpose(0, 1)
+    gradient = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    wanted = torch.autograd.grad(expected, states, gradient)
+    for kernel in (varlen.attend_in_blocks, Gathered.apply):
+        output, lse = kernel(*states, *metadata, scale)
+        assert lse.shape == (6, tokens)
+        assert (output - expected).abs().max() < 1e-12
+        for found, true in zip(torch.autograd.grad(output, states, gradient), wanted, strict=True):
+            assert (found - true).abs().max() < 1e-12
+
+
+def test_the_operator_is_one_that_compilers_can_trust():
+    metadata, _ = build_varlen_metadata([[5, 3, 4], [7]], [5, 0], VarlenBounds(6, 8, 12))
+    states = [torch.randn(19, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    torch.library.opcheck(varlen.attend_in_blocks, (*states, *metadata, None))
+
+
+def test_padding_is_documents_of_its_own_and_all_rows_of_a_run_look_alike():
     packs, _ = make_packs(SHAPES["several-prefixes"])
-    plain, batch = (PackCollator(layout, 9)(packs) for layout in ("varlen", "flex"))
+    plain = PackCollator("varlen", 9)(packs)
     length = plain["input_ids"].shape[1]
-    assert batch["input_ids"].shape == (1, BLOCK)
+    bounds = VarlenBounds(20, 17, 25)
+    batch = PackCollator("varlen", 9, bounds=bounds, length=128)(packs)
+    assert batch["input_ids"].shape == (1, 128)
     for name in ("input_ids", "labels", "loss_weights", "position_ids"):
         assert torch.equal(batch[name][:, :length], plain[name])
     assert (batch["input_ids"][0, length:] == 9).all()
     assert (batch["labels"][0, length:] == -100).all()
     assert not batch["loss_weights"][0, length:].any()
-    assert batch["position_ids"][0, length:].tolist() == list(range(BLOCK - length))
-    assert (batch["varlen_metadata"]["starts"][length:] == length).all()
+    metadata = batch["varlen_metadata"]
+    assert (len(metadata["cu_seqlens_q"]), metadata["max_q"], metadata["max_k"]) == (21, 17, 25)
+    assert metadata["cu_seqlens_q"].diff().max() <= 17
+    assert metadata["cu_seqlens_q"][-1] == 128
+    mask = document_mask(varlen.VarlenMetadata(**metadata))[0, 0]
+    assert torch.equal(mask[:length, :length], document_mask(varlen.VarlenMetadata(**plain["varlen_metadata"]))[0, 0])
+    assert not mask[:length, length:].any()
+    assert not mask[length:, :length].any()
+    with pytest.raises(ValueError, match=f"a row of {length} tokens is longer than the 40 of its run"):
+        PackCollator("varlen", 9, length=40)(packs)
+    with pytest.raises(ValueError, match=r"a row has VarlenBounds\(.*, above the VarlenBounds"):
+        PackCollator("varlen", 9, bounds=bounds._replace(max_q=16))(packs)
+
+
+def test_a_row_longer_than_its_documents_is_refused():
+    metadata, _ = build_varlen_metadata([[4]], [0])
+    row = torch.zeros(5, 2, 8)
+    with pytest.raises(ValueError, match="a row of 5 tokens has documents of 4"):
+        torch.ops.csc_train.varlen_attention(row, row, row, *metadata, None)
+
+
+def test_the_bounds_of_a_run_hold_for_every_slice_of_its_packs():
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
+    packs, _ = pack_dialogues(list(template.encode_all(generate_sample(40, 0))), PackingConfig("shared_prefix", 1500))
+    collator = PackCollator("varlen", 0, bounds=run_bounds([packs], 2, 3000), length=3000)
+    found = []
+    for first in range(0, len(packs) - 1, 2):
+        slices = [PackSlice(number, 0, len(packs.pack_items[number]) // 2 or 1) for number in (first, first + 1)]
+        for batch in ([packs[first], packs[first + 1]], [packs[part] for part in slices], [packs[None]]):
+            found.append(collator(batch)["varlen_metadata"])
+    assert len({(len(each["cu_seqlens_q"]), each["max_q"], each["max_k"]) for each in found}) == 1
+
+
+def a_layer(wait: bool = False):
+    """The gradients of one decoder layer, its attention by the GPU's kernel, on fake tensors."""
+    packs, _ = make_packs(SHAPES["several-prefixes"])
+    batch = PackCollator("varlen", 9, bounds=VarlenBounds(20, 17, 25), length=128)(packs)
+    model = make_model("qwen2", VARLEN_ATTENTION, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        layer = model.model.layers[0]
+        for name, weights in list(layer.named_parameters()):
+            owner, _, last = name.rpartition(".")
+            setattr(layer.get_submodule(owner), last, torch.nn.Parameter(mode.from_tensor(weights)))
+        metadata = {
+            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for name, value in batch["varlen_metadata"].items()
+        }
+        if wait:
+            metadata["max_q"] = metadata["cu_seqlens_q"].max().item()
+        hidden = torch.randn(1, 128, 32, requires_grad=True)
+        embedding = torch.randn(1, 128, 8), torch.randn(1, 128, 8)
+        layer(hidden, position_embeddings=embedding, varlen_metadata=metadata).sum().backward()
+        return hidden.grad
+
+
+def test_a_layer_on_a_gpu_never_waits_for_the_device(monkeypatch):
+    """Fake tensors have no values: reading one, as `.item()` does, raises."""
+    monkeypatch.setattr(torch.ops.csc_train, "varlen_attention", Gathered.apply)
+    assert a_layer().shape == (1, 128, 32)
+    with pytest.raises(DataDependentOutputException):
+        a_layer(wait=True)
 
 
 def test_dialogues_share_one_copy_of_their_system_prompt():
@@ -278,80 +379,85 @@ def test_dialogues_with_other_prompts_do_not_share_a_pack():
     assert [len(pack["document_lengths"]) for pack in packs] == [4, 4]
 
 
-@pytest.mark.parametrize("path", ["varlen", "flex"])
-def test_our_attention_refuses_what_it_cannot_keep_apart(path):
-    name, layout = PATHS[path]
-    attend = {"varlen": varlen_attention, "flex": flex_document_attention}[path]
-    batch = PackCollator(layout, 0)(make_packs(SHAPES["one-prefix"])[0])
-    query = torch.zeros(1, 2, batch["input_ids"].shape[1], 4)
-    attend(None, query, query, query, None, varlen_metadata=batch["varlen_metadata"])
-    with pytest.raises(ValueError, match=f"{name} attention was called without varlen_metadata"):
-        attend(None, query, query, query, None)
+def test_our_attention_refuses_what_it_cannot_keep_apart():
+    metadata = PackCollator("varlen", 0)(make_packs(SHAPES["one-prefix"])[0])["varlen_metadata"]
+    query = torch.zeros(1, 2, int(metadata["cu_seqlens_q"][-1]), 4)
+    varlen_attention(None, query, query, query, None, varlen_metadata=metadata)
+    with pytest.raises(ValueError, match="varlen attention was called without varlen_metadata"):
+        varlen_attention(None, query, query, query, None)
     with pytest.raises(ValueError, match="one row and no attention mask"):
-        attend(None, query, query, query, torch.ones(1, 3), varlen_metadata=batch["varlen_metadata"])
+        varlen_attention(None, query, query, query, torch.ones(1, 3), varlen_metadata=metadata)
     rows = query.repeat(2, 1, 1, 1)
     with pytest.raises(ValueError, match="one row and no attention mask"):
-        attend(None, rows, rows, rows, None, varlen_metadata=batch["varlen_metadata"])
-
-
-def test_flex_attention_refuses_dropout():
-    query = torch.zeros(1, 2, BLOCK, 4)
-    with pytest.raises(ValueError, match="FlexAttention has no dropout"):
-        flex_document_attention(None, query, query, query, None, dropout=0.1, varlen_metadata={})
+        varlen_attention(None, rows, rows, rows, None, varlen_metadata=metadata)
+    with pytest.raises(ValueError, match="varlen attention has no dropout"):
+        varlen_attention(None, query, query, query, None, dropout=0.1, varlen_metadata=metadata)
 
 
 @pytest.mark.parametrize(
     ("attention", "packing"),
-    [
-        ("flash_attention_2", "shared_prefix"),
-        ("flex_attention", "off"),
-        (FLEX_ATTENTION, "off"),
-        (VARLEN_ATTENTION, "off"),
-        ("paged|sdpa", "shared_prefix"),
-    ],
+    [("flash_attention_2", "shared_prefix"), ("flex_attention", "off"), (VARLEN_ATTENTION, "off")],
 )
 def test_an_attention_not_known_to_isolate_is_refused(attention, packing):
     with pytest.raises(InputError, match="not known to keep documents apart"):
         select_attention(attention, packing)
 
 
+class Gpu:
+    """A machine with a GPU of this compute capability, as far as the choice of an attention looks."""
+
+    def __init__(self, monkeypatch, capability: int = 9):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: capability >= 8)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (capability, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+
+
 @pytest.mark.parametrize("packing", ["shared_prefix", "best_fit"])
 @pytest.mark.parametrize(
-    ("gpu", "bf16", "flash", "precision", "chosen"),
+    ("capability", "precision", "head_dim", "reason"),
     [
-        (False, False, False, "auto", VARLEN_ATTENTION),
-        (False, False, True, "auto", VARLEN_ATTENTION),
-        (True, True, True, "auto", VARLEN_ATTENTION),
-        (True, True, True, "fp32", FLEX_ATTENTION),  # which flash-attention does not take
-        (True, False, True, "auto", FLEX_ATTENTION),
-        (True, True, False, "auto", FLEX_ATTENTION),
+        (9, "auto", 128, None),
+        (8, "bf16", 256, None),
+        (9, "auto", None, None),
+        (9, "fp32", 128, "computes in bf16 only"),
+        (7, "bf16", 128, "needs compute capability 8.0, which a GPU lacks"),
+        (9, "bf16", 20, "heads of 20: the variable-length kernel takes multiples of 8 up to 256"),
+        (9, "bf16", 512, "heads of 512"),
     ],
 )
-def test_auto_takes_the_attention_of_the_device(monkeypatch, gpu, bf16, flash, precision, chosen, packing):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if flash else None)
-    assert select_attention("auto", packing, precision) == chosen
-    assert select_attention("auto", "off", precision) == "sdpa"
+def test_auto_takes_our_attention_where_the_gpu_can_run_it_and_else_says_why_not(
+    monkeypatch, caplog, capability, precision, head_dim, reason, packing
+):
+    Gpu(monkeypatch, capability)
+    with caplog.at_level("INFO"):
+        chosen = select_attention("auto", packing, precision, head_dim)
+    if reason is None:
+        assert (chosen, caplog.text) == (VARLEN_ATTENTION, "")
+        assert select_attention(VARLEN_ATTENTION, packing, precision, head_dim) == VARLEN_ATTENTION
+    else:
+        assert chosen == "sdpa"
+        assert reason in caplog.text
+        with pytest.raises(InputError, match=reason):
+            select_attention(VARLEN_ATTENTION, packing, precision, head_dim)
+    assert select_attention("auto", "off", precision, head_dim) == "sdpa"
 
 
-def test_flex_attention_on_packs_is_our_call_of_it_on_a_gpu(monkeypatch):
-    for gpu in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        if gpu:
-            assert select_attention("flex_attention", "shared_prefix") == FLEX_ATTENTION
-        else:
-            with pytest.raises(InputError, match="trains only on a GPU"):
-                select_attention("flex_attention", "shared_prefix")
+def test_a_cpu_runs_our_attention_in_any_precision():
+    assert select_attention("auto", "shared_prefix", "fp32", 20) == VARLEN_ATTENTION
+
+
+def test_flash_attention_3_is_used_only_where_it_is_installed(monkeypatch):
+    Gpu(monkeypatch)
+    with pytest.raises(InputError, match=r"attn_implementation=varlen_fa3: No module named .*: install"):
+        select_attention("varlen_fa3", "shared_prefix", "bf16", 128)
 
 
 def test_the_layout_follows_attention_and_packing():
     assert select_attention("eager", "shared_prefix") == "eager"
     for packing in ("shared_prefix", "best_fit"):
         assert collator_layout(VARLEN_ATTENTION, packing) == "varlen"
-        assert collator_layout(FLEX_ATTENTION, packing) == "flex"
     assert collator_layout("sdpa", "shared_prefix") == "dense_mask"
     assert collator_layout("sdpa", "best_fit") == "position_ids"
-    assert collator_layout("flash_attention_2", "best_fit") == "padding_free"
     with pytest.raises(ValueError, match="cannot share a prefix"):
         PackCollator("position_ids", 0)(make_packs(SHAPES["one-prefix"])[0])

@@ -11,6 +11,7 @@ TRAINED_TOKENIZER = "train"
 """The value of `model.tokenizer` that trains a tokenizer on the training dialogues."""
 
 MERGE_INTO = ("base", "dequantized")
+ATTENTIONS = ("auto", "varlen", "varlen_fa3", "sdpa", "eager")
 
 
 @dataclass
@@ -74,12 +75,14 @@ class ModelConfig:
     chat_template: str | None = None
     """A name (qwen2_5, qwen3, llama3_1) or the path of a .jinja file; defaults to that of the model family."""
     attn_implementation: str = "auto"
-    """auto: the fastest one for the packing strategy. Or a transformers name that keeps packed documents apart: sdpa,
-    eager, flash_attention_2, flash_attention_3, flex_attention."""
+    """auto: varlen with packs, where this machine can run it, else sdpa. varlen: document by document, by the
+    variable-length flash-attention that torch carries. varlen_fa3: the same by FlashAttention-3, if it is installed.
+    sdpa, eager: those of transformers, with a mask for every pair of tokens."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
 
     def __post_init__(self):
         check_fields("model.", self, "init", choices=("pretrained", "random"))
+        check_fields("model.", self, "attn_implementation", choices=ATTENTIONS)
         check_fields("model.", self, "tokenizer_vocab_size", low=300, high=10**7)
         if self.init == "pretrained" and not self.path:
             raise InputError("model.path is not set: give a local directory or a hub id, or model.init=random")

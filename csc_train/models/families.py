@@ -41,6 +41,11 @@ class ModelDims:
     layer_kinds: dict[str, int]
 
     @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.queries // self.heads
+
+    @property
     def block_linear(self) -> int:
         """Weights of the linear layers of one block."""
         return sum(inputs * outputs for inputs, outputs in self.linears.values())
@@ -154,7 +159,7 @@ _WINDOW = {"sliding_attention": LayerKind(*_ATTENTION_FLOPS, cache="window")}
 _DENSE_DECODER = {
     "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "unquantized_modules": ("lm_head",),
-    "packing_layouts": ("padded", "position_ids", "padding_free", "varlen", "flex", "dense_mask"),
+    "packing_layouts": ("padded", "position_ids", "varlen", "dense_mask"),
 }
 
 MODEL_FAMILIES = {

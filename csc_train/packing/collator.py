@@ -1,18 +1,19 @@
 """Collate packs into model inputs in which no document sees another."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from csc_train.models.attention.flex import BLOCK, flex_documents
-from csc_train.models.attention.varlen import VarlenMetadata, build_varlen_metadata, document_mask
+from csc_train.models.attention.varlen import VarlenBounds, VarlenMetadata, build_varlen_metadata, document_mask
+from csc_train.packing.dataset import PackedDataset
 from csc_train.packing.pack_cost import pack_cost
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained."""
 
-SHARED_PREFIX_LAYOUTS = ("varlen", "flex", "dense_mask")
+SHARED_PREFIX_LAYOUTS = ("varlen", "dense_mask")
 """The layouts that can express a shared prefix."""
 
 _PADDING = {"labels": IGNORE_INDEX, "loss_weights": 0, "token_groups": 0, "attention_mask": 0}
@@ -25,9 +26,7 @@ class PackCollator:
     - `padded`: each row is one document, padded, with a two-dimensional attention mask.
     - `position_ids`: each row is a pack. Position ids restart at each document, and there is no mask: transformers
       derives the block mask from them, while the model runs with `use_cache=False`. Padding is its own document.
-    - `padding_free`: as `position_ids`, with all packs in one row, as flash-attention's varlen kernel needs it.
-    - `varlen`: all packs in one row, with `VarlenMetadata` for our own attention.
-    - `flex`: all packs in one row, padded to whole blocks, with `FlexDocuments`. Padding is its own document.
+    - `varlen`: all packs in one row, with `VarlenMetadata` for our own attention. Padding is documents of its own.
     - `dense_mask`: all packs in one row, with a four-dimensional mask, whose size grows with the square of the row.
 
     Attributes:
@@ -35,17 +34,21 @@ class PackCollator:
         pad_id: the padding token.
         additive: in layout `dense_mask`, make the mask numbers to add (eager attention) instead of booleans.
         measured: add the fields that training metrics need (see `training.train_metrics`).
+        bounds: in layout `varlen`, what no row exceeds (see `run_bounds`); defaults to each row's own.
+        length: pad every row to this length in layout `varlen`; defaults to no padding.
     """
 
     layout: str
     pad_id: int
     additive: bool = False
     measured: bool = False
+    bounds: VarlenBounds | None = None
+    length: int | None = None
 
     @property
     def single_row(self) -> bool:
         """Whether all packs of a batch are in one row, without padding between them."""
-        return self.layout == "padding_free" or self.layout in SHARED_PREFIX_LAYOUTS
+        return self.layout in SHARED_PREFIX_LAYOUTS
 
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate packs of a `PackedDataset`, the `empty` one included.
@@ -54,12 +57,13 @@ class PackCollator:
             `input_ids` and `labels`, int64 [rows, length]; `loss_weights`, float32 [rows, length]; `trained_index`,
             int64 [trained tokens], the flat places (row x length + column) whose next token is trained; by layout
             `position_ids`, int64 [rows, length], `attention_mask`, and `varlen_metadata`, the fields of
-            `VarlenMetadata` or `FlexDocuments`. If measured, also `token_groups`, uint8 [rows, length], and
+            `VarlenMetadata`. If measured, also `token_groups`, uint8 [rows, length], and
             `token_and_pair_counts`: the tokens without padding, and the pairs of tokens that `pack_cost` counts.
 
         Raises:
             ValueError: the batch has no trained token, the first token of a document is trained (the token before it
-                belongs to another document), or the layout cannot express a shared prefix.
+                belongs to another document), the layout cannot express a shared prefix, or a row is longer than
+                `length` or exceeds `bounds`.
         """
         rows = [self._row(pack) for pack in packs]
         extra = {}
@@ -69,11 +73,14 @@ class PackCollator:
         if self.layout in SHARED_PREFIX_LAYOUTS:
             lengths = [[int(length) for length in pack["document_lengths"]] for pack in packs]
             prefixes = [int(pack["prefix_length"]) for pack in packs]
-            if self.layout == "flex" and longest % BLOCK:
-                lengths.append([BLOCK - longest % BLOCK])
+            if self.length:
+                if longest > self.length:
+                    raise ValueError(f"a row of {longest} tokens is longer than the {self.length} of its run")
+                piece = self.bounds.max_q if self.bounds else self.length
+                lengths.append([min(piece, self.length - start) for start in range(longest, self.length, piece)])
                 prefixes.append(0)
-                longest += lengths[-1][0]
-            metadata, rows[0]["position_ids"] = build_varlen_metadata(lengths, prefixes)
+                longest = self.length
+            metadata, rows[0]["position_ids"] = build_varlen_metadata(lengths, prefixes, self.bounds)
             extra = self._describe(metadata)
         batch = {name: torch.stack([self._pad(name, row[name], longest) for row in rows]) for name in rows[0]}
         # The token before a trained one is in the same row: no document begins with a trained token.
@@ -110,8 +117,6 @@ class PackCollator:
         # Plain dictionaries, which the trainer can move to a device.
         if self.layout == "varlen":
             return {"varlen_metadata": metadata._asdict()}
-        if self.layout == "flex":
-            return {"varlen_metadata": flex_documents(metadata)._asdict()}
         mask = document_mask(metadata)
         if self.additive:
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -122,3 +127,22 @@ class PackCollator:
         if name == "position_ids":
             return torch.cat([values, torch.arange(missing)])
         return torch.nn.functional.pad(values, (0, missing), value=_PADDING.get(name, self.pad_id))
+
+
+def run_bounds(runs: Iterable[PackedDataset], micro_batch_size: int, length: int | None = None) -> VarlenBounds:
+    """What no row of a run exceeds, slices of packs included (see `assign_to_ranks`).
+
+    Args:
+        runs: the packs of training and of validation.
+        micro_batch_size: slots in a row; each holds a pack, or two slices of packs.
+        length: as in `PackCollator`.
+    """
+    packs = [
+        (list(map(int, lengths)), int(prefix))
+        for run in runs
+        for lengths, prefix in zip(run.document_lengths, run.prefix_lengths, strict=True)
+    ]
+    max_q = max(max(lengths) for lengths, _ in packs)
+    max_k = max(prefix + max(lengths[1 if prefix and len(lengths) > 1 else 0 :]) for lengths, prefix in packs)
+    documents = 2 * micro_batch_size * max(len(lengths) for lengths, _ in packs)
+    return VarlenBounds(documents + -(-(length or 0) // max_q), max_q, max_k)

@@ -12,7 +12,6 @@ from accelerate.utils import send_to_device
 from transformers import PretrainedConfig, PreTrainedModel
 
 from csc_train.errors import InputError
-from csc_train.models.attention.flex import FLEX_ATTENTION
 from csc_train.models.attention.select import collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig
@@ -47,8 +46,7 @@ def check_no_leaks(
         return
     attention = model.config._attn_implementation
     refusal = f"{type(model).__name__} with {attention} attention cannot be trained on packs"
-    without_dropout = attention == FLEX_ATTENTION or (attention == VARLEN_ATTENTION and device.type == "cpu")
-    if without_dropout and getattr(model.config, "attention_dropout", 0):
+    if attention == VARLEN_ATTENTION and getattr(model.config, "attention_dropout", 0):
         raise InputError(f"{refusal}: it has no dropout, but the model has attention_dropout; use packing=off")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)

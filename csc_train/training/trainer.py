@@ -34,7 +34,7 @@ from csc_train.models.config import AdapterConfig
 from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
 from csc_train.models.loading import lora_config
 from csc_train.models.precision import resolve_dtype
-from csc_train.packing.collator import PackCollator
+from csc_train.packing.collator import PackCollator, run_bounds
 from csc_train.packing.dataset import PackedDataset, PackingReport
 from csc_train.packing.pack_cost import pack_cost
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
@@ -482,12 +482,13 @@ def build_trainer(
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     collator = checked_collator(model, packing, tokenizer.pad_token_id, arguments.device, dtype)
     forbid_kv_cache(model)
+    bounds = run_bounds([packs, *([validator.packs] if validator else [])], arguments.per_device_train_batch_size)
     trainer = PackTrainer(
         model,
         arguments,
         packs,
         validator,
-        data_collator=replace(collator, measured=True),
+        data_collator=replace(collator, measured=True, bounds=bounds),
         processing_class=tokenizer,
         peft_config=None if adapter.kind == "full" else lora_config(adapter, model.config.model_type),
     )

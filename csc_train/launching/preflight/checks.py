@@ -175,7 +175,7 @@ def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
     if torch.cuda.is_available() != (config.cluster.device == "cuda"):
         raise NotCheckedError("on another machine")
     packing, precision = config.packing.strategy, config.trainer.precision
-    attention = select_attention(config.model.attn_implementation, packing, precision)
+    attention = select_attention(config.model.attn_implementation, packing, precision, found.dims.head_dim)
     found.model.config._attn_implementation = attention
     device, dtype = torch.device(config.cluster.device), torch.bfloat16 if computes_in_bf16(config) else torch.float32
     layout = checked_collator(found.model, packing, 0, device, dtype).layout

@@ -1,48 +1,80 @@
 """Choose the attention implementation of a training, and the batch layout that keeps packed documents apart."""
 
-import importlib.util
+import logging
 
 import torch
 from transformers import AttentionInterface
 
 from csc_train.errors import InputError
-from csc_train.models.attention.flex import FLEX_ATTENTION, flex_document_attention
 from csc_train.models.attention.varlen import VARLEN_ATTENTION, varlen_attention
 from csc_train.models.families import get_family
 from csc_train.models.precision import resolve_dtype
 
-AttentionInterface.register(VARLEN_ATTENTION, varlen_attention)
-AttentionInterface.register(FLEX_ATTENTION, flex_document_attention)
+logger = logging.getLogger(__name__)
 
-_PACKED = {VARLEN_ATTENTION: "varlen", FLEX_ATTENTION: "flex"}
-_FLASH = ("flash_attention_2", "flash_attention_3")
+AttentionInterface.register(VARLEN_ATTENTION, varlen_attention)
+
+FLASH_ATTENTION_3 = "varlen_fa3"
+"""The value of `model.attn_implementation` that runs our attention by FlashAttention-3's kernels."""
+
 _LAYOUTS = {
-    "shared_prefix": _PACKED | {"sdpa": "dense_mask", "eager": "dense_mask"},
-    "best_fit": _PACKED | {"sdpa": "position_ids", "eager": "position_ids"} | dict.fromkeys(_FLASH, "padding_free"),
-    "off": dict.fromkeys(("sdpa", "eager", *_FLASH), "padded"),
+    "shared_prefix": {VARLEN_ATTENTION: "varlen", "sdpa": "dense_mask", "eager": "dense_mask"},
+    "best_fit": {VARLEN_ATTENTION: "varlen", "sdpa": "position_ids", "eager": "position_ids"},
+    "off": {"sdpa": "padded", "eager": "padded"},
 }
 """The `PackCollator.layout` by packing strategy and attention implementation."""
 
 
-def select_attention(name: str, packing: str, precision: str = "auto") -> str:
+def select_attention(name: str, packing: str, precision: str = "auto", head_dim: int | None = None) -> str:
     """Resolve `ModelConfig.attn_implementation` for this machine and a `PackingConfig.strategy`.
 
-    `auto` is sdpa without packs. With packs it is our varlen attention on a CPU, or on a GPU with flash-attention and
-    bf16, and else our FlexAttention. `flex_attention` with packs is our FlexAttention. Other names are returned.
+    `auto` is sdpa without packs, and our varlen attention with packs. If this GPU's kernel cannot run that, `auto` is
+    sdpa, and a note says why. Other names are returned.
+
+    Args:
+        head_dim: of the model; None if it is unknown.
 
     Raises:
-        InputError: the implementation is not known to keep documents apart.
+        InputError: the implementation is not known to keep documents apart, or cannot run here.
     """
-    gpu = torch.cuda.is_available()
-    if name == "auto":
-        flash = importlib.util.find_spec("flash_attn") is not None and resolve_dtype(precision) is torch.bfloat16
-        return "sdpa" if packing == "off" else VARLEN_ATTENTION if flash or not gpu else FLEX_ATTENTION
-    if name == "flex_attention" and packing != "off":
-        if not gpu:
-            raise InputError("model.attn_implementation=flex_attention: it trains only on a GPU; use auto on a CPU")
-        return FLEX_ATTENTION
-    collator_layout(name, packing)
-    return name
+    asked = f"model.attn_implementation={name}"
+    refusal = kernel_refusal(resolve_dtype(precision), head_dim)
+    if name == "auto" and (packing == "off" or refusal):
+        if packing != "off":
+            logger.info(f"note: attention by sdpa, which masks every pair of tokens of a row: {refusal}")
+        return "sdpa"
+    ours = name in ("auto", VARLEN_ATTENTION, FLASH_ATTENTION_3)
+    attention = VARLEN_ATTENTION if ours else name
+    collator_layout(attention, packing)
+    if ours and refusal:
+        raise InputError(f"{asked}: {refusal}: choose auto")
+    if name == FLASH_ATTENTION_3:
+        try:
+            from torch.nn.attention import activate_flash_attention_impl
+
+            activate_flash_attention_impl("FA3")
+        except (ImportError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{asked}: {reason}: install FlashAttention-3, or choose auto") from error
+    return attention
+
+
+def kernel_refusal(dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+    """Why torch's variable-length kernel cannot serve on this GPU; None if it can, or on a CPU, which needs none.
+
+    Args:
+        dtype: of the computation.
+        head_dim: of the model; None if it is unknown.
+    """
+    if not torch.cuda.is_available():
+        return None
+    if dtype is not torch.bfloat16:
+        return "the GPU's variable-length kernel computes in bf16 only"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return f"the variable-length kernel needs compute capability 8.0, which {torch.cuda.get_device_name()} lacks"
+    if head_dim and (head_dim % 8 or head_dim > 256):
+        return f"heads of {head_dim}: the variable-length kernel takes multiples of 8 up to 256"
+    return None
 
 
 def collator_layout(attention: str, packing: str, model_type: str | None = None) -> str:
