@@ -18,13 +18,8 @@ def _documents(q, k, cu_q, cu_k, scale):
         own, keys = slice(start, end), slice(first, last)
         queries, seen = end - start, last - first
         scores = torch.einsum("qhd,khd->hqk", q[own], k[keys]) * scale
-        yield (
-            own,
-            keys,
-            scores.masked_fill(
-                ~torch.ones(queries, seen, dtype=torch.bool).tril(seen - queries), torch.finfo(q.dtype).min
-            ),
-        )
+        sees = torch.ones(queries, seen, dtype=torch.bool).tril(seen - queries)
+        yield own, keys, scores.masked_fill(~sees, torch.finfo(q.dtype).min)
 
 
 def _all_heads(q, *key_values):
