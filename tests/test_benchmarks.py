@@ -1,5 +1,6 @@
 """The benchmarks run, compare what is equal, and their kept results are those of the script as it is."""
 
+import importlib
 import os
 import runpy
 import sys
@@ -9,8 +10,10 @@ import pytest
 import torch
 from conftest import ROOT
 from processes import run_script
+from transformers import AutoConfig
 
 from csc_train.files import read_json
+from csc_train.models.families import model_dims, training_flops
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -123,6 +126,25 @@ def test_the_samples_of_a_dialogue_train_what_the_dialogue_trains_each_token_onc
             times[: len(sample.input_ids)] += sample.trained
         assert times.tolist() == example.trained.astype(int).tolist()
         assert 0.4 < example.trained[7:].mean() < 0.6
+
+
+def test_the_roofline_counts_the_flops_of_a_step_and_favours_a_shared_prefix(measure, tmp_path, monkeypatch, capsys):
+    roofline = importlib.import_module("roofline")
+    dims = model_dims(AutoConfig.for_model("qwen2", **measure.SHAPES["7b"]))
+    pack = roofline.mean_pack(309, shared=True)
+    for adapters in (0, 10**6):
+        parts = roofline.parts(dims, pack, adapters, "compiled")
+        flops = {name: each[0] for name, each in parts.items()}
+        flops["attention"] *= 3 / roofline.FLASH_PASSES  # what is recomputed is not counted
+        counts = training_flops(dims, adapters)
+        expected = counts.per_token * pack.tokens + counts.per_head_token * pack.scored + counts.per_pair * pack.pairs
+        assert sum(flops.values()) == pytest.approx(expected)
+    monkeypatch.setattr(sys, "argv", ["roofline.py", "--output", str(tmp_path / "roofline.json")])
+    roofline.main()
+    written, kept = read_json(tmp_path / "roofline.json"), read_json(BENCHMARKS / "results" / "roofline.json")
+    assert "| H200 | 7b | 309 | compiled |" in capsys.readouterr().out
+    assert [row["ratio"] for row in written["rows"]] == pytest.approx([row["ratio"] for row in kept["rows"]])
+    assert min(row["ratio"] for row in written["rows"] if row["prefix"] == 568) > 1.5
 
 
 @pytest.mark.parametrize(("name", "option"), [("packing_cuda.py", "--peak"), ("evaluation_cuda.py", "--batch")])
