@@ -3,15 +3,14 @@
 python benchmarks/roofline.py           # seconds on any machine
 
 A part takes as long as its arithmetic at a share of the data sheet's peak, or as its bytes at the memory's bandwidth,
-whichever is longer; parts follow one another. Prints the ratio of trained tokens a second of both kinds of packs, beside
-the measured one if results/gpu.json has it, and writes results/roofline.json and .md.
+whichever is longer; parts follow one another. Prints the ratio of trained tokens a second of both kinds of packs,
+beside the measured one if results/gpu.json has it, and writes results/roofline.json and .md.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 from measure import EXCHANGES, PREFIX, SHAPES, body_lengths
 from transformers import AutoConfig
 
@@ -190,11 +189,12 @@ def tables(rows: list[dict[str, Any]]) -> str:
         f"|{'---|' * 10}",
     ]
     for row in rows:
-        shared, plain, measured = row["shared"], row["plain"], row["measured_ratio"]
+        shared, plain = row["shared"], row["plain"]
+        measured = "-" if row["measured_ratio"] is None else f"{row['measured_ratio']:.2f}"
         lines.append(
             f"| {row['gpu']} | {row['shape']} | {row['prefix']} | {row['elementwise']} | "
             f"{shared['trained_tokens_per_second']:,.0f} | {plain['trained_tokens_per_second']:,.0f} | "
-            f"{row['ratio']:.2f} | {f'{measured:.2f}' if measured else '-'} | {shared['mfu']:.2f} | {plain['mfu']:.2f} |"
+            f"{row['ratio']:.2f} | {measured} | {shared['mfu']:.2f} | {plain['mfu']:.2f} |"
         )
     names = list(rows[0]["shared"]["ms"])
     lines += ["", "Milliseconds of a step on an H200, compiled layers:", ""]
