@@ -70,8 +70,10 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
     weights = 0 if adapter.kind == "full" else lora_parameter_count(dims, adapter.rank, adapter.target_modules)
     stage, offload = zero_of(config.zero)
     tokens = config.trainer.micro_batch_size * packing.max_length
-    # On a GPU, sdpa and eager attention separate the documents of a pack by a dense mask of this many columns.
-    dense = model.attn_implementation in ("sdpa", "eager") and config.cluster.device == "cuda"
+    # On a GPU, sdpa and eager attention separate the documents of a pack by a dense mask of this many columns. In fp32
+    # there is no other.
+    masked = model.attn_implementation in ("sdpa", "eager") or not computes_in_bf16(config)
+    dense = masked and config.cluster.device == "cuda"
     columns = {"off": 0, "shared_prefix": tokens}.get(packing.strategy, packing.max_length)
     return MemoryScenario(
         dims,
