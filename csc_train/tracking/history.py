@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from csc_train.files import atomic_path
 from csc_train.jsonl import JsonlLog, parse_step
 from csc_train.runs.comparison import history_log
@@ -87,6 +84,9 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
     Raises:
         InputError: the image cannot be written.
     """
+    import matplotlib  # only here: a training that draws nothing needs none
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(15, 8), layout="constrained")
     names = list(dict.fromkeys(name for row in history for name in row))
     colors = matplotlib.colormaps["tab20"](range(20))
