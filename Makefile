@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY ?= passive
 # What `make demo` does with an earlier demo: reuse keeps it if it is the same, replace starts over.
 IF_EXISTS ?= reuse
 
-.PHONY: help demo settings test test-fast bench lint
+.PHONY: help demo settings test test-fast bench bench-gpu lint
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ test-fast: $(VENV)/installed-dev ## The fast tests: no training in processes, no
 
 bench: $(VENV)/installed ## Measure packing beside TRL's own; six minutes on two cores
 	$(PYTHON) benchmarks/packing.py
+
+bench-gpu: ## Measure training on one CUDA GPU in six minutes; installs nothing: make bench-gpu PYTHON=python3 [WHEELS=DIR]
+	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
 
 settings: $(VENV)/installed ## Write docs/settings.md from the docstrings of the settings
 	$(PYTHON) -m csc_train.config.explain > docs/settings.md

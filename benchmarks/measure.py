@@ -151,9 +151,10 @@ def trl_trainer(
     examples: Iterable[TokenizedDialogue],
     max_length: int,
     directory: str,
-    checkpointing: bool = False,
+    peft_config: Any = None,
+    **options: Any,
 ) -> SFTTrainer:
-    """TRL's own trainer with its own packing and collator, one pack a step."""
+    """TRL's own trainer with its own packing and collator, one pack a step; `options` are those of `SFTConfig`."""
     rows = [(each.input_ids, numpy.where(each.trained, each.input_ids, IGNORE_INDEX)) for each in examples]
     dataset = datasets.Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [each for _, each in rows]})
     arguments = SFTConfig(
@@ -163,12 +164,13 @@ def trl_trainer(
         max_length=max_length,
         per_device_train_batch_size=1,
         bf16=torch.cuda.is_available(),
-        activation_checkpointing=checkpointing,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
+        disable_tqdm=True,
+        **{"activation_checkpointing": False} | options,
     )
     tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
-    return SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer)
+    return SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
 
 
 def full_packs(lengths: Sequence[Sequence[int]], max_length: int) -> Iterator[int]:

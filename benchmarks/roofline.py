@@ -142,8 +142,8 @@ def measured_ratio(shape: str, prefix: int) -> float | None:
     """The median of shared prefix / plain packs in results/gpu.json; None if it is not there."""
     path = RESULTS / "gpu.json"
     sections = read_json(path)["sections"] if path.exists() else {}
-    results = sections.get(f"steps: {shape}", {}).get("results", {})
-    return results.get(f"shared prefix / plain packs, {prefix} ids", {}).get("median")
+    results = sections.get(f"steps: {shape}, {prefix} ids", {}).get("results", {})
+    return results.get("shared prefix / plain packs", {}).get("median")
 
 
 def main() -> None:

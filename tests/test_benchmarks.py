@@ -4,6 +4,8 @@ import importlib
 import os
 import runpy
 import sys
+import time
+import zipfile
 
 import numpy
 import pytest
@@ -147,7 +149,7 @@ def test_the_roofline_counts_the_flops_of_a_step_and_favours_a_shared_prefix(mea
     assert min(row["ratio"] for row in written["rows"] if row["prefix"] == 568) > 1.5
 
 
-@pytest.mark.parametrize(("name", "option"), [("packing_cuda.py", "--peak"), ("evaluation_cuda.py", "--batch")])
+@pytest.mark.parametrize(("name", "option"), [("gpu.py", "--rehearse"), ("evaluation_cuda.py", "--batch")])
 def test_a_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(name, option, measure, monkeypatch, capsys):
     script = str(BENCHMARKS / name)
     monkeypatch.setattr(sys, "argv", [script, "--help"])
@@ -160,6 +162,103 @@ def test_a_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(name, op
     monkeypatch.setattr(sys, "argv", [script])
     with pytest.raises(SystemExit, match="torch finds none here"):
         runpy.run_path(script, run_name="__main__")
+
+
+@pytest.fixture
+def gpu(measure, monkeypatch):
+    """The module of the GPU benchmark, imported as for a rehearsal."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse"])
+    return importlib.import_module("gpu")
+
+
+def test_a_missing_package_is_named_in_one_line(measure, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse"])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit, match=r"gpu\.py: import of datasets .*README\.md lists the wheels"):
+        runpy.run_path(str(BENCHMARKS / "gpu.py"), run_name="__main__")
+
+
+def test_wheels_are_imported_without_being_installed(tmp_path):
+    with zipfile.ZipFile(tmp_path / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("measure.py", "raise ModuleNotFoundError('the carried one')")
+    done = run_script(BENCHMARKS / "gpu.py", "--rehearse", "--wheels", tmp_path)
+    assert done.returncode == 1
+    assert "gpu.py: the carried one" in done.stderr
+
+
+def test_a_second_call_measures_what_is_missing(gpu, tmp_path, capsys):
+    path, calls = tmp_path / "gpu.json", []
+    settings = {"code": "1", "device": "cpu", "torch": "2"}
+
+    def call(settings, end=float("inf")):
+        report = gpu.Sections(path, settings)
+
+        def good():
+            calls.append("good")
+            report.add("figure", 7)
+
+        def bad():
+            calls.append("bad")
+            raise ValueError("one line\nand another")
+
+        report.measure("good", "how", good, end, 60)
+        report.measure("bad", "how", bad, end, 60)
+        return report.skipped, report.failed
+
+    assert call(settings) == (0, 1)
+    assert read_json(path)["sections"]["good"]["results"]["figure"] == {"value": 7}
+    assert result(read_json(path), "bad", "status") == "failed: ValueError: one line"
+    assert call(settings) == (0, 1)
+    assert calls == ["good", "bad", "bad"]
+    assert call(settings | {"code": "2"}, end=time.monotonic() + 30) == (2, 0)  # no time: what there was stays
+    assert result(read_json(path), "good", "status") == "done"
+    assert call(settings | {"code": "2"}) == (0, 1)
+    assert calls == ["good", "bad", "bad", "good", "bad"]
+    assert "no time is left" in capsys.readouterr().out
+
+
+def test_a_figure_is_written_as_soon_as_it_is_there(gpu, tmp_path):
+    report = gpu.Sections(tmp_path / "gpu.json", {"device": "cpu", "torch": "2"})
+
+    def interrupted():
+        report.add("figure", 7)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report.measure("section", "how", interrupted, float("inf"), 1)
+    assert result(read_json(report.path), "section", "figure") == 7
+    assert result(read_json(report.path), "section", "status") == "begun"
+
+
+def test_trls_packs_by_our_kernel_keep_documents_apart(gpu):
+    lengths = [5, 9, 3]
+    q, k, v = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed_varlen = importlib.import_module("packed_varlen")
+    output, _ = packed_varlen.packed_varlen_attention(None, q, k, v, None, position_ids=positions)
+    expected = gpu.dense_attention([q, k, v, torch.ones_like(q)], gpu.dense_mask(lengths, 0))[0]
+    assert torch.allclose(output.transpose(1, 2).double(), expected, atol=1e-5)
+    other, _ = packed_varlen.packed_varlen_attention(None, q, k, v, None, position_ids=torch.arange(17)[None])
+    assert not torch.allclose(other, output, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_goes_through_every_section(tmp_path):
+    path = tmp_path / "gpu.json"
+    done = run_script(BENCHMARKS / "gpu.py", "--rehearse", "--output", path)
+    report = read_json(path)
+    assert {name: each["results"]["status"]["value"] for name, each in report["sections"].items()} == dict.fromkeys(
+        report["sections"], "done"
+    ), done.stdout[-3000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    for shape in ("1.5b", "7b"):
+        exact = report["sections"]["exactness"]["results"]
+        assert all(each["met"] for name, each in exact.items() if name.startswith(shape))
+        assert result(report, f"steps: {shape}, 309 ids", "shared prefix / TRL") > 0
+        assert result(report, f"alone: {shape}, as shipped", "planned peak, GiB") > 0
+    assert result(report, "steps: 7b, hours", "shared prefix: hours of the 7B by LoRA on one GPU") > 0
+    trained = report["sections"]["steps: 1.5b, 568 ids"]["results"]
+    assert trained["shared prefix: tokens/s"]["median"] > trained["shared prefix: trained tokens/s"]["median"]
 
 
 @pytest.mark.slow

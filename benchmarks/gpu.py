@@ -1,0 +1,627 @@
+"""Measure training on one CUDA GPU: exactness, attention, whole optimizer steps beside TRL's, memory, hours of a run.
+
+make bench-gpu PYTHON=python3           # six minutes on an H200; installs nothing
+python benchmarks/gpu.py --wheels DIR   # with packages that the machine lacks, as wheels in DIR (see README.md)
+python benchmarks/gpu.py --rehearse     # every section on a CPU with tiny dimensions; its figures mean nothing
+
+What matters most comes first. Each figure is written to results/gpu.json as soon as it is there. A second call measures
+what is missing: sections that failed or found no time, and those of other code, settings or devices. The models have
+Qwen2.5's dimensions and random weights.
+"""
+
+import argparse
+import contextlib
+import gc
+import itertools
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+UNPACKED = tempfile.mkdtemp(prefix="wheels-") if "--wheels" in sys.argv[:-1] else ""
+"""Where the wheels of `--wheels` are unpacked, to be imported from there; the caller's to delete."""
+if UNPACKED:
+    for wheel in sorted(Path(sys.argv[sys.argv.index("--wheels") + 1]).glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(UNPACKED)
+sys.path[:0] = [*filter(None, [UNPACKED]), str(HERE.parent)]
+
+import torch  # noqa: E402  behind the wheels
+
+if not torch.cuda.is_available() and not {"--rehearse", "--help", "-h"} & set(sys.argv):
+    sys.exit("gpu.py measures a CUDA GPU, and torch finds none here; --rehearse goes through it on a CPU")
+try:
+    import datasets
+    import numpy
+    import transformers
+    from measure import (
+        EXCHANGES,
+        LENGTHS,
+        PREFIX,
+        SHAPES,
+        SMALL_TOKENIZER,
+        Report,
+        body_lengths,
+        random_examples,
+        ratios,
+        side_by_side,
+        spread,
+        trl_trainer,
+    )
+    from packed_varlen import PACKED_VARLEN
+    from transformers import AutoTokenizer, Trainer, TrainerCallback
+    from transformers.trainer_utils import SaveStrategy
+    from turns import Side, sides_of
+
+    from csc_train.errors import InputError
+    from csc_train.files import digest, file_digest, read_json
+    from csc_train.models.attention.select import select_attention
+    from csc_train.models.attention.varlen import varlen_attention
+    from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
+    from csc_train.models.loading import load_model, lora_config
+    from csc_train.models.precision import weight_dtype
+    from csc_train.packing.bin_packing import subset_sum_packing
+    from csc_train.packing.collator import PackCollator, run_bounds
+    from csc_train.packing.config import PackingConfig
+    from csc_train.packing.dataset import PackedDataset, pack_dialogues
+    from csc_train.runs.provenance import code_digest
+    from csc_train.training.config import TrainerConfig
+    from csc_train.training.memory import GIB, estimate_memory, scenario_of
+    from csc_train.training.train_metrics import peak_flops
+    from csc_train.training.trainer import build_trainer, training_arguments
+except ModuleNotFoundError as error:
+    sys.exit(f"gpu.py: {error}: benchmarks/README.md lists the wheels that a bare machine needs; give them by --wheels")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16
+OWN_PREFIX = 309
+"""Ids of the project's own prompt under Qwen2.5's tokenizer."""
+EPOCHS, DIALOGUES = 3, 11_232
+"""Of a training on RoleCS; the paper publishes no epochs, and conf/trainer/full.yaml names the source of three."""
+MAX_RECOMPILES = 2
+ERROR_LIMIT = 1e-2
+"""Norm of the error over that of the value, against float64: what bf16 stays below and a wrong mask does not."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the benchmark."""
+
+    shapes: dict[str, dict[str, Any]] = field(default_factory=lambda: SHAPES)
+    max_length: int = 8192
+    shortened: int = 1
+    """By how much dialogues and prefixes are shortened."""
+    dialogues: int = 400
+    warm_up: int = 3
+    steps: int = 6
+    attention_repeats: int = 15
+    fp8_layers: int = 6
+    """Layers of the 7B that is trained whole in bf16 and fp8: all of them take more than one GPU's memory."""
+    peak: float | None = None
+    """FLOP/s for MFU; defaults to the data sheet's of this GPU."""
+
+
+_TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 96, "vocab_size": 2100, "max_position_embeddings": 512}  # fmt: skip
+REHEARSAL = Settings(
+    shapes={"1.5b": _TINY | {"tie_word_embeddings": True}, "7b": _TINY | {"tie_word_embeddings": False}},
+    max_length=512,
+    shortened=16,
+    dialogues=40,
+    warm_up=1,
+    steps=2,
+    attention_repeats=2,
+    fp8_layers=1,
+    peak=1e12,
+)
+
+
+class Sections(Report):
+    """A report that is written after every figure, and knows which sections it has."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        """Begin or go on with the report at `path`.
+
+        Args:
+            settings: what decides all results: sizes, code, device.
+        """
+        earlier = read_json(path) if path.exists() else {}
+        super().__init__(settings, earlier.get("sections", {}))
+        self.decides = {"settings": digest(settings)[:12]} | {name: settings[name] for name in ("device", "torch")}
+        self.path, self.skipped, self.failed = path, 0, 0
+
+    def add(self, name: str, value: Any, least: float | None = None, most: float | None = None) -> None:
+        """Record a result, and write it."""
+        super().add(name, value, least, most)
+        self.write(self.path)
+
+    def measure(self, name: str, how: str, action: Callable[[], None], end: float, needs: float) -> None:
+        """Measure a section unless it is there; what it raises is recorded, and the next one can go on.
+
+        Args:
+            how: the method and its assumptions.
+            end: by `time.monotonic`, when no section may work any more.
+            needs: seconds that it takes on an H200.
+        """
+        found = self.sections.get(name, {})
+        if found.get("settings") == self.decides and found["results"].get("status", {}).get("value") == "done":
+            print(f"\n{name}: measured before", flush=True)
+            return
+        if time.monotonic() + needs > end:
+            self.skipped += 1
+            print(f"\n{name}: no time is left for it; a second call measures it", flush=True)
+            return
+        self.section(name, how, **self.decides)
+        self.add("status", "begun")
+        try:
+            action()
+            status = "done"
+        except Exception as error:
+            self.failed += 1
+            status = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        self.add("status", status)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Go through the sections in order."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="\n".join(__doc__.splitlines()[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--rehearse", action="store_true", help="go through every section on a CPU, tiny")
+    parser.add_argument("--minutes", type=float, default=6, help="begin no section that would end after this")
+    parser.add_argument("--sections", nargs="+", default=[""], help="only sections whose names begin so")
+    parser.add_argument("--output", type=Path, help="defaults to results/gpu.json; a rehearsal's to a temporary one")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels to import from, without installing them")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    settings = REHEARSAL if options.rehearse else Settings()
+    if options.rehearse:
+        torch.set_num_threads(1)
+        end = float("inf")
+    output = options.output or (
+        Path(tempfile.mkdtemp()) / "gpu.json" if options.rehearse else HERE / "results" / "gpu.json"
+    )
+    sources = sorted(HERE.glob("*.py"))
+    report = Sections(
+        output,
+        asdict(settings) | {
+            "rehearsal": options.rehearse,
+            "code": digest([code_digest(), *map(file_digest, sources)]),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "torch": torch.__version__,
+        },
+    )  # fmt: skip
+    bench = Bench(report, settings)
+    for name, (how, action, needs) in bench.sections().items():
+        if name.startswith(tuple(options.sections)):
+            report.measure(name, how, action, end, needs)
+    print(f"\n{output}: {report.failed} sections failed, {report.skipped} found no time")
+    sys.exit(1 if report.failed else 0)
+
+
+def case_adapter(shape: str) -> AdapterConfig:
+    """How a model is trained: the 7B by LoRA, the 1.5B whole."""
+    return AdapterConfig(kind="lora" if shape == "7b" else "full")
+
+
+class Bench:
+    """The sections."""
+
+    def __init__(self, report: Sections, settings: Settings):
+        self.report, self.settings = report, settings
+        self.tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
+        self.recomputes = False
+        """Whether the trainer of ours that was made last recomputes activations."""
+        self.peak = settings.peak or peak_flops(torch.cuda.get_device_name()) or float("nan")
+
+    def sections(self) -> dict[str, tuple[str, Callable[[], None], float]]:
+        """By name: the method, what measures it, and the seconds that it takes on an H200."""
+        found: dict[str, tuple[str, Callable[[], None], float]] = {
+            "exactness": (EXACTNESS, self.exactness, 15),
+            "attention": (ATTENTION, self.attention, 15),
+            "waits": (WAITS, self.waits, 20),
+        }
+        for shape, needs in (("1.5b", 50), ("7b", 60)):
+            found[f"steps: {shape}, {PREFIX} ids"] = (STEPS, lambda shape=shape: self.shared_and_plain(shape), needs)
+            found[f"steps: {shape}, {OWN_PREFIX} ids"] = (STEPS, lambda shape=shape: self.beside_trl(shape), needs)
+        found["steps: 7b, hours"] = (HOURS, self.hours, 0)
+        for shape in ("1.5b", "7b"):
+            found[f"steps: {shape}, TRL as it comes"] = (STEPS, lambda shape=shape: self.beside_default_trl(shape), 50)
+        variants: dict[str, tuple[str, dict[str, Any]]] = {
+            f"alone: {shape}, {' '.join(f'{key}={value}' for key, value in changed.items()) or 'as shipped'}": (
+                shape, changed
+            )
+            for shape, choices in {
+                "1.5b": [
+                    {}, {"compile": "off"}, {"gradient_checkpointing": "off"}, {"gradient_checkpointing": "selective"},
+                    {"gradient_checkpointing": "full"},
+                ],
+                "7b": [{}, {"compile": "off"}],
+                "7b whole": [{"precision": "bf16"}, {"precision": "fp8"}],
+            }.items()
+            for changed in choices
+        }  # fmt: skip
+        for name, (shape, changed) in variants.items():
+            found[name] = (ALONE, lambda shape=shape, changed=changed: self.alone(shape, **changed), 20)
+        return found
+
+    # Attention
+
+    def exactness(self) -> None:
+        """Output and gradients of the attention operator against a dense mask in float64."""
+        for shape in self.settings.shapes:
+            for prefix in (0, OWN_PREFIX, PREFIX):
+                lengths = [each // self.settings.shortened for each in (900, 640, 32, 480)]
+                prefix = prefix // self.settings.shortened
+                states, metadata = self.row([[prefix, *lengths] if prefix else lengths], [prefix], shape)
+                expected = dense_attention(states, dense_mask(lengths, prefix))
+                found = self.operator(states, metadata)
+                where = f"{shape}, prefix {prefix}"
+                for name, one, other in zip(("output", *"qkv"), found, expected, strict=True):
+                    self.report.add(f"{where}: error of {name}", relative_error(one, other), most=ERROR_LIMIT)
+                wrong = metadata["cu_seqlens_q"].clone()
+                wrong[1 + (prefix > 0)] += 1
+                planted = self.operator(states, metadata | {"cu_seqlens_q": wrong, "max_q": metadata["max_q"] + 1})
+                errors = [relative_error(one, other) for one, other in zip(planted, expected, strict=True)]
+                self.report.add(f"{where}: with a boundary off by one", max(errors), least=ERROR_LIMIT)
+
+    def attention(self) -> None:
+        """Time of two layers' attention on a full row."""
+        for shape in self.settings.shapes:
+            rows = {}
+            for strategy in ("shared_prefix", "best_fit"):
+                packs = self.packs(shape, PREFIX, strategy)
+                collator = PackCollator("varlen", 0, bounds=run_bounds([packs], 1))
+                rows[strategy] = self.states(collator([packs[0]]), shape)
+            taken = side_by_side(
+                {name: lambda row=row: [self.operator(*row) for _ in range(2)] for name, row in rows.items()},
+                self.settings.attention_repeats,
+                warm_up=3,
+            )
+            for name, seconds in taken.items():
+                self.report.add(f"{shape}: {name}, ms", spread(1000 * each for each in seconds))
+            self.report.add(f"{shape}: shared / plain", ratios(taken["shared_prefix"], taken["best_fit"]))
+
+    def row(self, lengths: list[list[int]], prefixes: list[int], shape: str) -> tuple[list[torch.Tensor], dict]:
+        """Random states of a row of these documents, and its metadata."""
+        packs = [
+            {"input_ids": [1] * sum(each), "loss_weights": [0.0] * (sum(each) - 1) + [1.0], "document_lengths": each,
+             "prefix_length": prefix}
+            for each, prefix in zip(lengths, prefixes, strict=True)
+        ]  # fmt: skip
+        return self.states(PackCollator("varlen", 0)(packs), shape)
+
+    def states(self, batch: dict[str, Any], shape: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """Random queries, keys, values and gradient of the output, [1, heads, length, head_dim], for a batch's row."""
+        dims = self.settings.shapes[shape]
+        heads, length = dims["num_attention_heads"], batch["input_ids"].shape[1]
+        head_dim = dims["hidden_size"] // heads
+        sizes = (heads, dims["num_key_value_heads"], dims["num_key_value_heads"], heads)
+        states = [torch.randn(1, size, length, head_dim, device=DEVICE, dtype=DTYPE) for size in sizes]
+        metadata = batch["varlen_metadata"]
+        moved = {key: each.to(DEVICE) if torch.is_tensor(each) else each for key, each in metadata.items()}
+        return [each.requires_grad_() for each in states[:3]] + states[3:], moved
+
+    def operator(self, states: list[torch.Tensor], metadata: dict[str, Any]) -> list[torch.Tensor]:
+        """Output of our attention, [1, heads, length, head_dim], and gradients of queries, keys and values."""
+        *inputs, gradient = states
+        output, _ = varlen_attention(torch.nn.Identity(), *inputs, None, varlen_metadata=metadata)
+        output = output.transpose(1, 2)
+        return [output, *torch.autograd.grad(output, inputs, gradient)]
+
+    # Trainings
+
+    def packs(self, shape: str, prefix: int, strategy: str) -> PackedDataset:
+        """The packs of some dialogues that are at least nine tenths full."""
+        settings = self.settings
+        packs, _ = pack_dialogues(self.examples(shape, prefix), PackingConfig(strategy, settings.max_length))
+        full = [n for n, lengths in enumerate(packs.document_lengths) if sum(lengths) >= 0.9 * settings.max_length]
+        items, prefixes = ([every[n] for n in full] for every in (packs.pack_items, packs.prefix_lengths))
+        return PackedDataset(packs.dialogues, items, prefixes, packs.loss_weights)
+
+    def examples(self, shape: str, prefix: int) -> list:
+        """Dialogues of random ids with the lengths of the file behind a prefix."""
+        settings = self.settings
+        bodies = body_lengths(settings.dialogues, settings.shortened).clip(2 * EXCHANGES)
+        vocabulary = settings.shapes[shape]["vocab_size"]
+        return random_examples(bodies.tolist(), prefix // settings.shortened, vocabulary)
+
+    def model(self, shape: str, attention: str, adapter: AdapterConfig, precision: str, layers: int | None = None):
+        """A model of a shape's dimensions with random weights, as recipes/sft.py loads one."""
+        changed = {"num_hidden_layers": layers} if layers else {}
+        architecture = ArchitectureConfig(**self.settings.shapes[shape] | changed)
+        config = ModelConfig(init="random", tokenizer=str(SMALL_TOKENIZER), architecture=architecture)
+        with DEVICE:
+            return load_model(config, self.tokenizer, weight_dtype(precision, adapter.kind), 0, attention)
+
+    def ours(
+        self, shape: str, prefix: int, strategy: str, adapter: AdapterConfig, layers: int | None = None, **changed: Any
+    ) -> Callable[[str], Trainer]:
+        """Makes the recipe's trainer, as recipes/sft.py does, one pack a step."""
+
+        def make(directory: str) -> Trainer:
+            config = TrainerConfig(**{"packs_per_step": 1, "max_steps": 10**4, "save_steps": 10**5} | changed)
+            packs = self.packs(shape, prefix, strategy)
+            dims = self.settings.shapes[shape]
+            attention = select_attention(
+                "auto", strategy, config.precision, dims["hidden_size"] // dims["num_attention_heads"]
+            )
+            arguments = training_arguments(config, Path(directory), processes=1)
+            arguments.save_strategy = SaveStrategy.NO
+            model = self.model(shape, attention, adapter, config.precision, layers)
+            trainer = build_trainer(model, self.tokenizer, packs, arguments, strategy, adapter)
+            self.recomputes = bool(recomputation(trainer))
+            return trainer
+
+        return make
+
+    def theirs(self, shape: str, prefix: int, attention: str, **options: Any) -> Callable[[str], Trainer]:
+        """Makes TRL's trainer with its own packing, one pack a step, recomputing activations if ours does.
+
+        Args:
+            options: of SFTConfig.
+        """
+
+        def make(directory: str) -> Trainer:
+            adapter = case_adapter(shape)
+            trainer = trl_trainer(
+                self.model(shape, attention, adapter, "auto"),
+                self.examples(shape, prefix),
+                self.settings.max_length,
+                directory,
+                peft_config=None if adapter.kind == "full" else lora_config(adapter, "qwen2"),
+                max_steps=10**4,
+                save_strategy="no",
+                **{"activation_checkpointing": self.recomputes} | options,
+            )
+            lengths = trainer.train_dataset["seq_lengths"]
+            full = [n for n, pack in enumerate(lengths) if sum(pack) >= 0.9 * self.settings.max_length]
+            trainer.train_dataset = trainer.train_dataset.select(full)
+            return trainer
+
+        return make
+
+    def shared_and_plain(self, shape: str) -> None:
+        """A shared prefix and plain packs, of the longer prompt."""
+        adapter = case_adapter(shape)
+        rates, use = self.compare({
+            "shared prefix": self.ours(shape, PREFIX, "shared_prefix", adapter),
+            "plain packs": self.ours(shape, PREFIX, "best_fit", adapter),
+        })  # fmt: skip
+        goal = 1.45 if shape == "1.5b" else None
+        self.report.add("shared prefix / plain packs", ratios(rates["shared prefix"], rates["plain packs"]), least=goal)
+        self.report.add("plain packs: MFU", spread(use["plain packs"]), least=0.45)
+        self.report.add("MFU, shared prefix / plain packs", ratios(use["shared prefix"], use["plain packs"]), least=0.9)
+
+    def beside_trl(self, shape: str) -> None:
+        """The project's own prompt: ours as shipped, and TRL's packing with the same kernel."""
+        adapter = case_adapter(shape)
+        rates, _ = self.compare({
+            "shared prefix": self.ours(shape, OWN_PREFIX, "shared_prefix", adapter),
+            "plain packs": self.ours(shape, OWN_PREFIX, "best_fit", adapter),
+            "TRL, same kernel": self.theirs(shape, OWN_PREFIX, PACKED_VARLEN),
+        })  # fmt: skip
+        self.report.add("shared prefix / plain packs", ratios(rates["shared prefix"], rates["plain packs"]))
+        self.report.add("shared prefix / TRL", ratios(rates["shared prefix"], rates["TRL, same kernel"]), least=1.5)
+
+    def beside_default_trl(self, shape: str) -> None:
+        """Ours as shipped, and TRL's packing as it comes."""
+        rates, _ = self.compare({
+            "shared prefix": self.ours(shape, OWN_PREFIX, "shared_prefix", case_adapter(shape)),
+            "TRL as it comes": self.theirs(shape, OWN_PREFIX, "sdpa", activation_checkpointing=True),
+        })  # fmt: skip
+        self.report.add("shared prefix / TRL", ratios(rates["shared prefix"], rates["TRL as it comes"]))
+
+    def compare(self, makers: dict[str, Callable[[str], Trainer]]) -> tuple[dict[str, list], dict[str, list]]:
+        """Trained tokens a second and MFU by side, step by step in turn, or side by side if memory is short."""
+        try:
+            return self.in_turn(makers)
+        except (torch.OutOfMemoryError, InputError) as error:
+            if "out of memory" not in str(error).lower():
+                raise
+        self.report.add("order", "one side after the other: not all fit into memory")
+        rates, use = {}, {}
+        for name, make in makers.items():
+            gc.collect()
+            torch.cuda.empty_cache()
+            for all_sides, own in zip((rates, use), self.in_turn({name: make}), strict=True):
+                all_sides |= own
+        return rates, use
+
+    def in_turn(self, makers: dict[str, Callable[[str], Trainer]]) -> tuple[dict[str, list], dict[str, list]]:
+        """As `compare`, with all sides in memory; reports each side."""
+        warm_up, rates, use = self.settings.warm_up, {}, {}
+        with sides_of(makers) as sides:
+            for _ in range(warm_up + self.settings.steps):
+                for side in sides.values():
+                    side.step()
+            for name, side in sides.items():
+                rates[name], use[name] = self.report_side(name, side)
+            recompiles = sum(sum(side.graphs[warm_up:]) for side in sides.values())
+        self.report.add("recompiles after the warm-up", recompiles, most=MAX_RECOMPILES)
+        if recompiles > MAX_RECOMPILES:
+            raise RuntimeError(f"{recompiles} graphs were compiled after {warm_up} steps: at most {MAX_RECOMPILES} may")
+        return rates, use
+
+    def report_side(self, name: str, side: Side) -> tuple[list[float], list[float]]:
+        """Report a side's steps; its trained tokens a second and MFU, step by step."""
+        after = slice(self.settings.warm_up, None)
+        seconds, work = side.seconds[after], side.work()[after]
+        rates = [trained / each for (trained, _, _), each in zip(work, seconds, strict=True)]
+        use = [flops / (each * self.peak) for (_, _, flops), each in zip(work, seconds, strict=True)]
+        add = self.report.add
+        add(f"{name}: attention", side.trainer.model.config._attn_implementation)
+        add(f"{name}: gradient checkpointing", str(recomputation(side.trainer)))
+        add(f"{name}: trained tokens/s", spread(rates))
+        add(f"{name}: tokens/s", spread(tokens / each for (_, tokens, _), each in zip(work, seconds, strict=True)))
+        add(f"{name}: seconds a step", spread(seconds))
+        add(f"{name}: MFU", spread(use))
+        add(f"{name}: graphs compiled", sum(side.graphs))
+        return rates, use
+
+    def waits(self) -> None:
+        """How often a step waits for the GPU, by the difference of four layers and two."""
+        for shape in self.settings.shapes:
+            counts = {}
+            for layers in (2, 4):
+                with tempfile.TemporaryDirectory() as directory:
+                    make = self.ours(
+                        shape, PREFIX, "shared_prefix", case_adapter(shape), layers, max_steps=4, logging_steps=4
+                    )
+                    trainer, waits = make(directory), Waits()
+                    trainer.add_callback(waits)
+                    trainer.train()
+                counts[layers] = waits.places
+            by_layer = (counts[4].total() - counts[2].total()) / 2 / Waits.STEPS
+            self.report.add(f"{shape}: waits a layer in a step", by_layer, most=0)
+            self.report.add(f"{shape}: waits a step besides", counts[2].total() / Waits.STEPS - 2 * by_layer)
+            places = ", ".join(f"{place} x {number}" for place, number in counts[4].most_common(8))
+            self.report.add(f"{shape}: where, with four layers in {Waits.STEPS} steps", places or "nowhere")
+
+    def alone(self, shape: str, **changed: Any) -> None:
+        """One training alone: speed, and peak memory against the plan."""
+        layers = self.settings.fp8_layers if shape == "7b whole" else None
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        adapter = AdapterConfig() if layers else case_adapter(shape)
+        make = self.ours(shape.split()[0], PREFIX, "best_fit", adapter, layers, **changed)
+        with sides_of({"plain packs": make}) as sides:
+            [side] = sides.values()
+            for _ in range(self.settings.warm_up + self.settings.steps):
+                side.step()
+            rates, _ = self.report_side("plain packs", side)
+            plan = estimate_memory(scenario_of(side.trainer, self.settings.max_length)).allocated
+        self.report.add("planned peak, GiB", plan / GIB)
+        if DEVICE.type == "cuda":
+            measured = torch.cuda.max_memory_allocated()
+            self.report.add("peak, GiB", measured / GIB)
+            self.report.add("planned / measured", plan / measured)
+        first = next(name for name in self.sections() if name.startswith(f"alone: {shape},"))
+        reference = self.report.sections.get(first, {}).get("results", {}).get("plain packs: trained tokens/s")
+        if reference and reference["median"]:
+            self.report.add(f"trained tokens/s / {first}", spread(each / reference["median"] for each in rates))
+
+    def hours(self) -> None:
+        """Hours of the paper's training, from the measured seconds of a pack."""
+        results = self.report.sections[f"steps: 7b, {OWN_PREFIX} ids"]["results"]
+        bodies = body_lengths(None, self.settings.shortened)
+        prefix, length = OWN_PREFIX // self.settings.shortened, self.settings.max_length
+        counts = {
+            "shared prefix": len(subset_sum_packing(bodies, length - prefix)),
+            "plain packs": len(subset_sum_packing(bodies + prefix, length)),
+        }
+        counts["TRL, same kernel"] = counts["plain packs"]
+        assert len(bodies) == DIALOGUES, LENGTHS
+        for name, packs in counts.items():
+            self.report.add(f"{name}: packs", packs)
+            hours = EPOCHS * packs * results[f"{name}: seconds a step"]["median"] / 3600
+            self.report.add(f"{name}: hours of the 7B by LoRA on one GPU", hours)
+
+
+class Waits(TrainerCallback):
+    """Counts by place how often the CPU waits for the GPU within steps, the first ones not counted."""
+
+    STEPS = 2
+
+    def __init__(self):
+        self.places: Counter[str] = Counter()
+        self._stack = contextlib.ExitStack()
+        self._caught: list[warnings.WarningMessage] = []
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        """Begin to count."""
+        if state.global_step >= state.max_steps - self.STEPS and DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            self._caught = self._stack.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        """Count."""
+        if DEVICE.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        self._stack.close()
+        for each in self._caught:
+            if "synchronizing" in str(each.message):
+                self.places[f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno}"] += 1
+        self._caught = []
+
+
+def recomputation(trainer: Any) -> Any:
+    """What a trainer recomputes of the activations."""
+    return trainer.args.gradient_checkpointing
+
+
+def dense_mask(lengths: list[int], prefix: int) -> torch.Tensor:
+    """bool [length, length]: which keys each token of a row sees; the row begins with the prefix, if there is one."""
+    starts = prefix + numpy.concatenate([[0], numpy.cumsum(lengths)])
+    mask = torch.zeros(int(starts[-1]), int(starts[-1]), dtype=torch.bool)
+    for start, end in [(0, prefix), *itertools.pairwise(starts)]:
+        mask[start:end, :prefix] = True
+        mask[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+    return mask.to(DEVICE)
+
+
+def dense_attention(states: list[torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:
+    """As `Bench.operator`, by a dense mask in float64."""
+    query, key, value, gradient = (each.detach().double() for each in states)
+    inputs = [each.requires_grad_() for each in (query, key, value)]
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (each.repeat_interleave(groups, 1) for each in inputs[1:])
+    scores = (query @ keys.transpose(2, 3) * query.shape[3] ** -0.5).masked_fill(~mask, float("-inf"))
+    output = scores.softmax(-1) @ values
+    return [output, *torch.autograd.grad(output, inputs, gradient)]
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return float(((value.double() - expected).norm() / expected.norm()).detach())
+
+
+EXACTNESS = (
+    "Output and gradients of the attention operator on random bf16 states of a row of documents, against a dense mask "
+    "in float64 on the same numbers: norm of the error over that of the value. The last figure is the largest error "
+    "with a document's end moved by one token, which must be seen."
+)
+ATTENTION = (
+    "Forward and backward pass of two layers' attention on the first full row of a shared prefix and of plain packs, "
+    "in turn, gathering included; random bf16 states. A shared row trains more dialogues."
+)
+WAITS = (
+    "Warnings of torch.cuda.set_sync_debug_mode between the begin and the end of an optimizer step of our trainer: "
+    "those of four layers less those of two, over two layers and the steps."
+)
+STEPS = (
+    "Whole optimizer steps of one pack by each trainer's own `train`, step by step in turn in one process: collation, "
+    "forward, backward, clipping, AdamW, logging. The 1.5B whole, with fp32 weights under autocast; the 7B by LoRA of "
+    "rank 16 on bf16 weights. Ours: the recipe's trainer with default settings. TRL, same kernel: SFTTrainer, "
+    "packing=True, bfd, its model's attention by the kernel that ours uses, its activation checkpointing on if ours "
+    "recomputes. TRL as it comes: sdpa with transformers' mask, activation checkpointing on. Packs under nine tenths "
+    "full are left out on every side. MFU: 6 x weights of linear layers x tokens (LoRA: 4 x, and 6 x adapters), the "
+    "head's for trained tokens only, and attention by document, half of a square for causal ones; what is recomputed "
+    "is not counted."
+)
+ALONE = (
+    "Plain packs as in the sections of steps, one training alone in memory. Planned: `estimate_memory` without its "
+    "reserve. Peak: what torch allocated. 7b whole: a few layers of the 7B, all weights trained."
+)
+HOURS = (
+    f"{DIALOGUES:,} dialogues of the lengths file in {EPOCHS} epochs: packs x seconds of a step of one pack, as the "
+    "sections of steps measured them."
+)
+
+if __name__ == "__main__":
+    main()
