@@ -317,10 +317,10 @@ class Bench:
 
     def operator(self, states: list[torch.Tensor], metadata: dict[str, Any]) -> list[torch.Tensor]:
         """Output of our attention, [1, heads, length, head_dim], and gradients of queries, keys and values."""
-        *inputs, gradient = states
-        output, _ = varlen_attention(torch.nn.Identity(), *inputs, None, varlen_metadata=metadata)
+        query, key, value, gradient = states
+        output, _ = varlen_attention(torch.nn.Identity(), query, key, value, None, varlen_metadata=metadata)
         output = output.transpose(1, 2)
-        return [output, *torch.autograd.grad(output, inputs, gradient)]
+        return [output, *torch.autograd.grad(output, (query, key, value), gradient)]
 
     # Trainings
 
@@ -377,7 +377,7 @@ class Bench:
 
         def make(directory: str) -> Trainer:
             adapter = case_adapter(shape)
-            trainer = trl_trainer(
+            trainer: Any = trl_trainer(
                 self.model(shape, attention, adapter, "auto"),
                 self.examples(shape, prefix),
                 self.settings.max_length,
