@@ -15,12 +15,14 @@ from conftest import ROOT, manifest_of, random_dialogue, small_tokenizer, tiny_c
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from faults import FAULTS
 from processes import TIMEOUT_S, Script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
 
 from csc_train.checkpoints import export as exporting
+from csc_train.checkpoints import manifest as manifests
 from csc_train.checkpoints.config import ExportConfig
+from csc_train.checkpoints.content import hash_files
 from csc_train.checkpoints.export import export
 from csc_train.checkpoints.locate import open_source
 from csc_train.checkpoints.manifest import MANIFEST_FILE, write_manifest
@@ -462,6 +464,22 @@ def test_an_export_in_bf16_is_sharded_as_asked_or_refused(runs, tmp_path, monkey
     with pytest.raises(InputError, match="the logits of the exported model differ by"):
         exported(runs, "full-3", tmp_path / "other", dtype="bf16")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", ["full-1", "lora-off"])
+def test_an_export_is_refused_if_one_written_tensor_is_wrong(runs, run, tmp_path, monkeypatch):
+    def spoil(directory: Path) -> dict:
+        (file,) = directory.glob("*.safetensors")
+        tensors = load_file(file)
+        tensors["model.layers.1.input_layernorm.weight"][3] *= 1.01
+        save_file(tensors, file, {"format": "pt"})
+        return hash_files(directory)
+
+    monkeypatch.setattr(manifests, "hash_files", spoil)
+    with pytest.raises(InputError, match="the logits of the exported model differ by"):
+        exported(runs, run, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """An export writes over nothing but an earlier export; the lines of its model card stay whole."""
 
+import copy
 import fcntl
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from conftest import manifest_of, small_tokenizer
+from conftest import manifest_of, small_tokenizer, tiny_config
+from transformers import AutoModelForCausalLM
 
 from csc_train.checkpoints.config import ExportConfig
-from csc_train.checkpoints.export import claim_output, model_card
+from csc_train.checkpoints.export import _logits, claim_output, model_card, with_weights
 from csc_train.checkpoints.locate import ModelSource
 from csc_train.checkpoints.manifest import write_manifest
 from csc_train.errors import InputError
@@ -85,3 +88,23 @@ def test_an_earlier_export_is_replaced_only_on_request_and_by_one_process(source
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="out: in use by another process: wait for its end"):
             claim_output(source, settings["replace"])
+
+
+def test_logits_are_those_of_fp32_weights_though_only_one_layer_has_them_at_a_time():
+    config = tiny_config("qwen2", small_tokenizer("qwen2_5"), 0.1, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    wide = copy.deepcopy(model).float()
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: seen.append([each.dtype for each in model.model.layers.parameters()]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert torch.equal(_logits(model, {}), _logits(wide, {}))
+    shares = [dtypes.count(torch.float32) / len(dtypes) for dtypes in seen]
+    assert shares == [1 / len(shares)] * len(shares) and len(shares) > 1
+    trained = {"model.layers.1.mlp.up_proj.weight": torch.randn(wide.model.layers[1].mlp.up_proj.weight.shape)}
+    changed = with_weights(wide, trained, None)
+    assert torch.equal(_logits(model, trained), _logits(changed, {}))
+    assert not torch.equal(_logits(model, trained), _logits(model, {}))
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) and after[name].dtype == value.dtype for name, value in before.items())

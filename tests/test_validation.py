@@ -361,10 +361,11 @@ def test_the_final_model_is_made_from_the_best_checkpoint(folder, stopped):
     assert whole.step == stopped.state.best_global_step
     assert all(torch.equal(whole.read(name, WEIGHT), weights[name]) for name in whole.names)
     source = ModelConfig(path=str(folder / "model"))
-    last = stopped.model.state_dict()
+    last = {name: value.clone() for name, value in stopped.model.state_dict().items()}
     made = trained_model(stopped, source, torch.float32, best)
     assert all(torch.equal(value, weights[name]) for name, value in made.named_parameters())
     assert not all(torch.equal(value, last[name]) for name, value in made.named_parameters())
+    stopped.model.load_state_dict(last)
 
 
 @pytest.mark.slow

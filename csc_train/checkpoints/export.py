@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ import huggingface_hub.errors
 import peft
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from csc_train.checkpoints.base_model import BaseModel, find_base, recorded_base
 from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.locate import MODEL_FOLDER, ModelSource, is_model
 from csc_train.checkpoints.manifest import MANIFEST_FILE, read_manifest, save_final_model
-from csc_train.checkpoints.reshard import WEIGHT, open_training_checkpoint
+from csc_train.checkpoints.reshard import WEIGHT, ConsolidatedState, open_training_checkpoint
 from csc_train.checkpoints.training_checkpoint import check_whole
 from csc_train.errors import InputError
 from csc_train.files import write_text
@@ -42,6 +43,7 @@ MERGE_WARNING = 0.05
 """A difference of the logits, over the largest logit, above which a merged QLoRA model is another than the trained."""
 PROBE_LENGTH = 64
 """Tokens in each sequence of the comparison."""
+Weights = Mapping[str, torch.Tensor]
 Measure = Callable[[torch.nn.Module], float]
 BASE_ADVICE = "copy it there, or export on the machine that has it"
 
@@ -58,7 +60,7 @@ def trained_model(
 
     Says how far a merged QLoRA model is from the trained one.
 
-    Every process calls this; if the weights are gathered or read, only the main process gets the model, others None.
+    Every process calls this; the main process gets the model, others None.
 
     Args:
         base: the base model; adapters over sharded or quantized weights are merged into it.
@@ -72,13 +74,13 @@ def trained_model(
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     adapted = isinstance(model, peft.PeftModel)
     quantized = getattr(model, "is_loaded_in_4bit", False)
-    if checkpoint or is_sharded(model) or quantized:
-        weights = {} if checkpoint else consolidated_weights(model, trained_only=adapted)
-        if not trainer.is_world_process_zero():
-            return None
+    apart = is_sharded(model) or quantized
+    gathered = consolidated_weights(model, trained_only=adapted) if apart and not checkpoint else {}
+    if not trainer.is_world_process_zero():
+        return None
+    weights = read_weights(checkpoint) if checkpoint else gathered
+    if apart:
         adapter = model.peft_config["default"] if adapted else None
-        if checkpoint:
-            weights = read_weights(checkpoint)
         place = base.path, base.revision, trainer.processing_class
         model = merged(_load_base(*place, dtype, merge_into if quantized else "base"), weights, adapter).to(dtype)
         if quantized:
@@ -88,15 +90,15 @@ def trained_model(
             except torch.OutOfMemoryError:
                 logger.info("note: too little memory to compare the merged model with the trained one")
             model.to("cpu")
-    elif adapted:
-        model = model.merge_and_unload()
+    else:
+        model = merged(model, weights, None)
     model.config.use_cache = True
     return model.to(dtype)
 
 
 def _report_merge(model: PreTrainedModel, trained: Any, merge_into: str, accuracy: Measure | None) -> None:
     """Log how far a merged model is from the trained one."""
-    difference = _difference(_logits(model), _logits(trained))
+    difference = _difference(_logits(model, {}), _logits(trained, {}))
     found = f"merged into the {merge_into} weights: largest logit difference {difference:.1e} of the largest logit"
     if accuracy:
         model.to(next(trained.parameters()).device)
@@ -107,15 +109,32 @@ def _report_merge(model: PreTrainedModel, trained: Any, merge_into: str, accurac
         logger.info(f"warning: the merged model is not the trained one: above {MERGE_WARNING}{remedy}")
 
 
-def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters of a training checkpoint by name, in fp32.
+class TrainedWeights(Mapping[str, torch.Tensor]):
+    """The trained parameters of a training checkpoint by name, in fp32; each is read when it is asked for."""
+
+    def __init__(self, state: ConsolidatedState):
+        self.state = state
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.state.names:
+            raise KeyError(name)
+        return self.state.read(name, WEIGHT)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state.names)
+
+    def __len__(self) -> int:
+        return len(self.state.names)
+
+
+def read_weights(checkpoint: Path) -> Weights:
+    """The trained parameters of a training checkpoint.
 
     Raises:
         InputError: as `check_whole` and `reshard.open_training_checkpoint`.
     """
     check_whole(checkpoint)
-    consolidated = open_training_checkpoint(checkpoint)
-    return {name: consolidated.read(name, WEIGHT) for name in consolidated.names}
+    return TrainedWeights(open_training_checkpoint(checkpoint))
 
 
 def load_unsharded(path: str, revision: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -129,7 +148,7 @@ def load_unsharded(path: str, revision: str | None, dtype: torch.dtype | str) ->
 
 
 def with_weights(
-    model: PreTrainedModel, weights: dict[str, torch.Tensor], adapter: peft.LoraConfig | None
+    model: PreTrainedModel, weights: Weights, adapter: peft.LoraConfig | None
 ) -> PreTrainedModel | peft.PeftModel:
     """Copy trained parameters into a model, which gets the adapter first.
 
@@ -149,12 +168,10 @@ def with_weights(
     return adapted.eval()
 
 
-def merged(
-    model: PreTrainedModel, weights: dict[str, torch.Tensor], adapter: peft.LoraConfig | None
-) -> PreTrainedModel:
+def merged(model: PreTrainedModel, weights: Weights, adapter: peft.LoraConfig | None) -> PreTrainedModel:
     """As `with_weights`, then merge the adapter."""
     adapted: Any = with_weights(model, weights, adapter)
-    return adapted if adapter is None else adapted.merge_and_unload()
+    return adapted.merge_and_unload() if isinstance(adapted, peft.PeftModel) else adapted
 
 
 def usable_model(source: ModelSource, output: Path, base: BaseModel | None = None) -> str:
@@ -209,8 +226,9 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
     """
     manifest = source.manifest
     load_recorded_plugins(manifest.config.get("plugins", ()))
+    weights: Weights = {}
     if source.finished:  # a final model is its own base
-        weights, path, revision, note = {}, str(source.path), None, source.unverified()
+        path, revision, note = str(source.path), None, source.unverified()
         place = recorded_base(source.path, manifest)
     else:
         base = base or find_base(source.home / MODEL_FOLDER, manifest, BASE_ADVICE)
@@ -225,22 +243,27 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
     merge_into = (config.merge_into or adapter.merge_into) if quantized else "base"
     dequantized = merge_into == "dequantized"
     tokenizer = load_tokenizer(str(source.path))
-    model: Any = _load_base(path, revision, tokenizer, "auto", merge_into)
+    # Memory: at no time are there two copies of the weights.
+    model: Any = _load_base(path, revision, tokenizer, "auto", "4bit" if quantized else "base")
     lora = None if adapter.kind == "full" else lora_config(adapter, model.config.model_type)
+    adapted: Any = model if lora is None else peft.get_peft_model(model, lora)
+    logits = _logits(adapted, weights)  # nothing is merged
+    if quantized:
+        model = adapted = None
+        model = _load_base(path, revision, tokenizer, "auto", merge_into)
+    elif lora:
+        model = adapted.unload()
     if config.dtype != "auto" or adapter.kind == "full":
         precision = manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
         model = model.to(resolve_dtype(precision))
     model = merged(model, weights, lora)
     model.config.use_cache = True
-    # As trained: with an unmerged adapter, computing in fp32.
-    form = "4bit" if quantized else "base"
-    logits = _logits(with_weights(_load_base(path, revision, tokenizer, torch.float32, form), weights, lora))
     difference = 0.0
 
     def check(directory: Path) -> None:
         nonlocal difference
-        again = _logits(load_unsharded(str(directory), None, torch.float32))
-        difference = _difference(again, logits)
+        model.to("meta")  # frees the memory
+        difference = _difference(_logits(load_unsharded(str(directory), None, "auto"), {}), logits)
         tolerance = TOLERANCE[model.dtype]
         if (dequantized or not quantized) and not difference <= tolerance:
             raise InputError(
@@ -284,13 +307,40 @@ def adapter_of(source: ModelSource) -> AdapterConfig:
     return AdapterConfig() if source.finished else AdapterConfig(**source.manifest.config["adapter"])
 
 
-@torch.inference_mode()
-def _logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits on seeded random token ids; float32 [2, `PROBE_LENGTH`, vocabulary]."""
+@torch.no_grad()
+def _logits(model: PreTrainedModel | peft.PeftModel, weights: Weights) -> torch.Tensor:
+    """Logits on seeded random token ids, computed in fp32; float32 [2, `PROBE_LENGTH`, vocabulary].
+
+    Only one decoder layer at a time has its weights in fp32.
+
+    Args:
+        weights: take the place of the model's own.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, PROBE_LENGTH), generator=generator)
+    parts = {each: list(each.parameters()) for each in model.modules() if isinstance(each, GradientCheckpointingLayer)}
+    inside = {each for layer in parts for each in layer.modules()}
+    parts |= {each: list(each.parameters(recurse=False)) for each in model.modules() if each not in inside}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: torch.nn.Module, _) -> None:
+        for parameter in filter(torch.is_floating_point, dict.fromkeys(parts[module])):
+            held[parameter] = parameter.data
+            value = weights.get(names[parameter], parameter.data)
+            parameter.data = value.to(parameter.device, torch.float32)
+
+    def restore(module: torch.nn.Module, *_) -> None:
+        for parameter in held.keys() & parts[module]:
+            parameter.data = held.pop(parameter)
+
+    hooks = [module.register_forward_pre_hook(widen) for module in parts]
+    hooks += [module.register_forward_hook(restore) for module in parts]
     model.eval()
-    return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
+    logits = model(ids.to(next(model.parameters()).device)).logits.float().cpu()
+    for hook in hooks:
+        hook.remove()
+    return logits
 
 
 def _difference(logits: torch.Tensor, others: torch.Tensor) -> float:
