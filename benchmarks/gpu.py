@@ -12,6 +12,7 @@ Qwen2.5's dimensions and random weights.
 import argparse
 import contextlib
 import gc
+import importlib.util
 import itertools
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+STARTED = time.monotonic()
 HERE = Path(__file__).parent
 UNPACKED = tempfile.mkdtemp(prefix="wheels-") if "--wheels" in sys.argv[:-1] else ""
 """Where the wheels of `--wheels` are unpacked, to be imported from there; the caller's to delete."""
@@ -130,11 +132,12 @@ class Sections(Report):
         """Begin or go on with the report at `path`.
 
         Args:
-            settings: what decides all results: sizes, code, device.
+            settings: what decides all results: sizes, code, device, and the commit, if it is given.
         """
         earlier = read_json(path) if path.exists() else {}
         super().__init__(settings, earlier.get("sections", {}))
-        self.decides = {"settings": digest(settings)[:12]} | {name: settings[name] for name in ("device", "torch")}
+        deciding = {name: value for name, value in settings.items() if name != "commit"}
+        self.decides = {"settings": digest(deciding)[:12]} | {name: settings[name] for name in ("device", "torch")}
         self.path, self.skipped, self.failed = path, 0, 0
 
     def add(self, name: str, value: Any, least: float | None = None, most: float | None = None) -> None:
@@ -183,8 +186,9 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", default=[""], help="only sections whose names begin so")
     parser.add_argument("--output", type=Path, help="defaults to results/gpu.json; a rehearsal's to a temporary one")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to import from, without installing them")
+    parser.add_argument("--commit", help="of the code, for the record, where there is no git")
     options = parser.parse_args()
-    end = time.monotonic() + 60 * options.minutes
+    end = STARTED + 60 * options.minutes
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     settings = REHEARSAL if options.rehearse else Settings()
@@ -199,12 +203,13 @@ def main() -> None:
         output,
         asdict(settings) | {
             "rehearsal": options.rehearse,
+            "commit": options.commit,
             "code": digest([code_digest(), *map(file_digest, sources)]),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "torch": torch.__version__,
         },
     )  # fmt: skip
-    bench = Bench(report, settings)
+    bench = Bench(report, settings, end)
     for name, (how, action, needs) in bench.sections().items():
         if name.startswith(tuple(options.sections)):
             report.measure(name, how, action, end, needs)
@@ -220,8 +225,13 @@ def case_adapter(shape: str) -> AdapterConfig:
 class Bench:
     """The sections."""
 
-    def __init__(self, report: Sections, settings: Settings):
-        self.report, self.settings = report, settings
+    def __init__(self, report: Sections, settings: Settings, end: float = float("inf")):
+        """Prepare.
+
+        Args:
+            end: by `time.monotonic`; behind it, trainings take no more steps than they must.
+        """
+        self.report, self.settings, self.end = report, settings, end
         self.tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
         self.recomputes = False
         """Whether the trainer of ours that was made last recomputes activations."""
@@ -240,6 +250,7 @@ class Bench:
         found["steps: 7b, hours"] = (HOURS, self.hours, 0)
         for shape in ("1.5b", "7b"):
             found[f"steps: {shape}, TRL as it comes"] = (STEPS, lambda shape=shape: self.beside_default_trl(shape), 50)
+        found["head"] = (HEAD, self.head, 20)
         variants: dict[str, tuple[str, dict[str, Any]]] = {
             f"alone: {shape}, {' '.join(f'{key}={value}' for key, value in changed.items()) or 'as shipped'}": (
                 shape, changed
@@ -254,6 +265,9 @@ class Bench:
             }.items()
             for changed in choices
         }  # fmt: skip
+        if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel"):  # last: it patches transformers for good
+            variants["alone: 1.5b, liger and no compile"] = "1.5b", {"compile": "off", "liger": True}
+            variants["alone: 1.5b, liger"] = "1.5b", {"liger": True}
         for name, (shape, changed) in variants.items():
             found[name] = (ALONE, lambda shape=shape, changed=changed: self.alone(shape, **changed), 20)
         return found
@@ -322,6 +336,43 @@ class Bench:
         output = output.transpose(1, 2)
         return [output, *torch.autograd.grad(output, (query, key, value), gradient)]
 
+    # The head
+
+    def head(self) -> None:
+        """Time and peak memory of the loss over a row's trained positions, by every head that is there."""
+        for shape, dims in self.settings.shapes.items():
+            packs = self.packs(shape, PREFIX, "shared_prefix")
+            trained = int(numpy.count_nonzero(packs[0]["loss_weights"]))
+            whole = case_adapter(shape).kind == "full"
+            sizes = {"device": DEVICE, "requires_grad": True}
+            hidden = torch.randn(trained, dims["hidden_size"], dtype=DTYPE, **sizes)
+            weight = torch.randn(dims["vocab_size"], dims["hidden_size"], device=DEVICE) * dims["hidden_size"] ** -0.5
+            weight = weight.requires_grad_() if whole else weight.to(DTYPE)
+            targets = torch.randint(dims["vocab_size"], (trained,), device=DEVICE)
+            losses: dict[str, float] = {}
+
+            def passes(name: str, loss_of: Callable[..., torch.Tensor], operands=(hidden, weight, targets),
+                       losses=losses) -> None:  # fmt: skip
+                hidden, weight, targets = operands
+                with torch.autocast(DEVICE.type, DTYPE):
+                    loss = loss_of(hidden, weight, targets)
+                torch.autograd.grad(loss, [each for each in (hidden, weight) if each.requires_grad])
+                losses[name] = loss.detach()
+
+            heads = available_heads()
+            actions = {name: lambda name=name, head=head, run=passes: run(name, head) for name, head in heads.items()}
+            self.report.add(f"{shape}: trained positions", trained)
+            for name, seconds in side_by_side(actions, self.settings.attention_repeats, warm_up=3).items():
+                self.report.add(f"{shape}: {name}, ms", spread(1000 * each for each in seconds))
+                self.report.add(f"{shape}: {name}, loss over ours", float(losses[name]) / float(losses["ours"]))
+                if DEVICE.type == "cuda":
+                    torch.cuda.synchronize()
+                    before = torch.cuda.memory_allocated()
+                    torch.cuda.reset_peak_memory_stats()
+                    actions[name]()
+                    peak = torch.cuda.max_memory_allocated() - before
+                    self.report.add(f"{shape}: {name}, peak GiB", peak / GIB)
+
     # Trainings
 
     def packs(self, shape: str, prefix: int, strategy: str) -> PackedDataset:
@@ -348,9 +399,22 @@ class Bench:
             return load_model(config, self.tokenizer, weight_dtype(precision, adapter.kind), 0, attention)
 
     def ours(
-        self, shape: str, prefix: int, strategy: str, adapter: AdapterConfig, layers: int | None = None, **changed: Any
+        self,
+        shape: str,
+        prefix: int,
+        strategy: str,
+        adapter: AdapterConfig,
+        layers: int | None = None,
+        liger: bool = False,
+        **changed: Any,
     ) -> Callable[[str], Trainer]:
-        """Makes the recipe's trainer, as recipes/sft.py does, one pack a step."""
+        """Makes the recipe's trainer, as recipes/sft.py does, one pack a step.
+
+        Args:
+            layers: of the model; defaults to the shape's.
+            liger: norms, SwiGLU and rotary embedding by liger-kernel.
+            changed: of the trainer's settings.
+        """
 
         def make(directory: str) -> Trainer:
             config = TrainerConfig(**{"packs_per_step": 1, "max_steps": 10**4, "save_steps": 10**5} | changed)
@@ -361,6 +425,9 @@ class Bench:
             )
             arguments = training_arguments(config, Path(directory), processes=1)
             arguments.save_strategy = SaveStrategy.NO
+            if liger:
+                arguments.use_liger_kernel = True
+                arguments.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             model = self.model(shape, attention, adapter, config.precision, layers)
             trainer = build_trainer(model, self.tokenizer, packs, arguments, strategy, adapter)
             self.recomputes = bool(recomputation(trainer))
@@ -445,9 +512,7 @@ class Bench:
         """As `compare`, with all sides in memory; reports each side."""
         warm_up, rates, use = self.settings.warm_up, {}, {}
         with sides_of(makers) as sides:
-            for _ in range(warm_up + self.settings.steps):
-                for side in sides.values():
-                    side.step()
+            self.take_steps(sides)
             for name, side in sides.items():
                 rates[name], use[name] = self.report_side(name, side)
             recompiles = sum(sum(side.graphs[warm_up:]) for side in sides.values())
@@ -455,6 +520,13 @@ class Bench:
         if recompiles > MAX_RECOMPILES:
             raise RuntimeError(f"{recompiles} graphs were compiled after {warm_up} steps: at most {MAX_RECOMPILES} may")
         return rates, use
+
+    def take_steps(self, sides: dict[str, Side]) -> None:
+        """The steps that warm up and those that are measured, in turn."""
+        for number in range(self.settings.warm_up + self.settings.steps):
+            if number < self.settings.warm_up + 2 or time.monotonic() < self.end:
+                for side in sides.values():
+                    side.step()
 
     def report_side(self, name: str, side: Side) -> tuple[list[float], list[float]]:
         """Report a side's steps; its trained tokens a second and MFU, step by step."""
@@ -494,19 +566,20 @@ class Bench:
     def alone(self, shape: str, **changed: Any) -> None:
         """One training alone: speed, and peak memory against the plan."""
         layers = self.settings.fp8_layers if shape == "7b whole" else None
+        before = 0
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         adapter = AdapterConfig() if layers else case_adapter(shape)
         make = self.ours(shape.split()[0], PREFIX, "best_fit", adapter, layers, **changed)
         with sides_of({"plain packs": make}) as sides:
             [side] = sides.values()
-            for _ in range(self.settings.warm_up + self.settings.steps):
-                side.step()
+            self.take_steps(sides)
             rates, _ = self.report_side("plain packs", side)
             plan = estimate_memory(scenario_of(side.trainer, self.settings.max_length)).allocated
         self.report.add("planned peak, GiB", plan / GIB)
         if DEVICE.type == "cuda":
-            measured = torch.cuda.max_memory_allocated()
+            measured = torch.cuda.max_memory_allocated() - before
             self.report.add("peak, GiB", measured / GIB)
             self.report.add("planned / measured", plan / measured)
         first = next(name for name in self.sections() if name.startswith(f"alone: {shape},"))
@@ -565,6 +638,44 @@ def recomputation(trainer: Any) -> Any:
     return trainer.args.gradient_checkpointing
 
 
+def available_heads() -> dict[str, Callable[..., torch.Tensor]]:
+    """Heads by name: the summed loss of hidden states [n, width] under weights [vocabulary, width] and targets [n]."""
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+
+    from csc_train.training.loss import score_tokens  # pyright: ignore[reportAttributeAccessIssue]
+
+    def ours(hidden, weight, targets):
+        return score_tokens(hidden, weight, targets, torch.ones(len(targets), device=DEVICE)).loss
+
+    def theirs(hidden, weight, targets):
+        tiles = _CHUNKED_LOGPROB_CHUNK_SIZE
+        arguments = (hidden, weight, None, targets, 1.0, tiles, None, 1.0, ("entropy", "is_top1"))
+        return -_ChunkedLogProbFunction.apply(*arguments)[0].sum()
+
+    def logits(hidden, weight, targets):
+        return torch.nn.functional.cross_entropy(
+            torch.nn.functional.linear(hidden, weight).float(), targets, reduction="sum"
+        )
+
+    heads = {"ours": ours, "TRL": theirs, "all logits": logits}
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):  # torch 2.13
+        from torch.nn.functional import linear_cross_entropy
+        from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+        def chunked(hidden, weight, targets):
+            options = LinearCrossEntropyOptions(batch_chunk_size=1024, chunking_method=None)
+            return linear_cross_entropy(hidden, weight.to(hidden.dtype), targets, reduction="sum", options=options)
+
+        heads["torch, chunked"] = chunked
+    if DEVICE.type == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy as cut  # pyright: ignore[reportMissingImports]
+
+        heads["cut-cross-entropy"] = lambda hidden, weight, targets: cut(
+            hidden, weight.to(hidden.dtype), targets, reduction="sum"
+        )
+    return heads
+
+
 def dense_mask(lengths: list[int], prefix: int) -> torch.Tensor:
     """bool [length, length]: which keys each token of a row sees; the row begins with the prefix, if there is one."""
     starts = prefix + numpy.concatenate([[0], numpy.cumsum(lengths)])
@@ -603,6 +714,11 @@ ATTENTION = (
 WAITS = (
     "Warnings of torch.cuda.set_sync_debug_mode between the begin and the end of an optimizer step of our trainer: "
     "those of four layers less those of two, over two layers and the steps."
+)
+HEAD = (
+    "Loss and gradients of one full shared-prefix row's trained positions, forward and backward pass in turn: bf16 "
+    "hidden states, fp32 weights under autocast for the 1.5B, frozen bf16 weights for the 7B. Ours and TRL's also give "
+    "entropy and top-1 accuracy; the others do not. Peak: memory above the operands."
 )
 STEPS = (
     "Whole optimizer steps of one pack by each trainer's own `train`, step by step in turn in one process: collation, "

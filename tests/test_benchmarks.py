@@ -3,6 +3,7 @@
 import importlib
 import os
 import runpy
+import subprocess
 import sys
 import time
 import zipfile
@@ -230,6 +231,30 @@ def test_a_figure_is_written_as_soon_as_it_is_there(gpu, tmp_path):
     assert result(read_json(report.path), "section", "status") == "begun"
 
 
+def test_what_a_training_raises_is_raised_by_its_step_and_the_others_end(gpu, tmp_path):
+    bench = gpu.Bench(gpu.Sections(tmp_path / "gpu.json", {"device": "cpu", "torch": "2"}), gpu.REHEARSAL)
+    make = bench.ours("1.5b", 568, "best_fit", gpu.AdapterConfig())
+    with pytest.raises(ZeroDivisionError), gpu.sides_of({"good": make, "bad": make}) as sides:
+        sides["bad"].trainer.compute_loss = lambda *_, **__: 1 / 0
+        sides["good"].step()
+        sides["bad"].step()
+    assert len(sides["good"].seconds) == 1
+
+
+def test_make_bench_gpu_refuses_in_one_line_and_builds_nothing():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        ["make", "--no-print-directory", "bench-gpu", f"PYTHON={sys.executable}", "VENV=absent"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode
+    said, failed = done.stderr.splitlines()
+    assert said == "gpu.py measures a CUDA GPU, and torch finds none here; --rehearse goes through it on a CPU"
+    assert "Error 1" in failed
+    assert not (ROOT / "absent").exists()
+
+
 def test_trls_packs_by_our_kernel_keep_documents_apart(gpu):
     lengths = [5, 9, 3]
     q, k, v = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
@@ -247,7 +272,7 @@ def test_a_rehearsal_goes_through_every_section(tmp_path):
     path = tmp_path / "gpu.json"
     done = run_script(BENCHMARKS / "gpu.py", "--rehearse", "--output", path)
     report = read_json(path)
-    waiting = ("compile=off", "fp8")
+    waiting = ("compile=off", "fp8", "head")
     ended = {name: each["results"]["status"]["value"] for name, each in report["sections"].items()}
     ended = {name: status for name, status in ended.items() if not name.endswith(waiting)}
     assert ended == dict.fromkeys(ended, "done"), done.stdout[-3000:]
