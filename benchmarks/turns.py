@@ -5,6 +5,7 @@ on all of them. At any time one thread works and the others wait.
 """
 
 import contextlib
+import contextvars
 import tempfile
 import threading
 import time
@@ -47,7 +48,9 @@ class Side(TrainerCallback):
         self._error: BaseException | None = None
         self._cancelled = False
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._train, daemon=True)
+        # With the settings of torch's compilers as they are here: each thread has its own.
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._train,), daemon=True)
         self._thread.start()
 
     def step(self) -> None:
