@@ -1,4 +1,4 @@
-"""Golden losses: the demo's first 50 steps train as they did, and benchmarks/compare_losses.py finds what differs.
+"""Golden losses: the demo's first 40 steps train as they did, and benchmarks/compare_losses.py finds what differs.
 
 tests/golden/demo_losses.json says which commit, torch version and CPU its losses are from.
 """

@@ -95,7 +95,7 @@ def make_packs(shape: list[tuple[int, tuple[int, ...]]]) -> tuple[list[dict], li
     return packs, separate
 
 
-def make_model(architecture: str, attention: str, dtype: torch.dtype):
+def make_model(architecture: str, attention: str, dtype: torch.dtype, **facts):
     config = AutoConfig.for_model(
         architecture,
         vocab_size=VOCABULARY,
@@ -106,6 +106,7 @@ def make_model(architecture: str, attention: str, dtype: torch.dtype):
         num_key_value_heads=2,
         # Ten times the usual: near zero, attention would be uniform and blind to what it should not see.
         initializer_range=0.2,
+        **facts,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

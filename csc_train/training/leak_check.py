@@ -69,22 +69,45 @@ def check_no_leaks(
         )
 
 
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not the last hidden states times a matrix, as `training.loss` takes them to be.
+
+    Raises:
+        InputError: they are scaled or capped, or have a bias; or experts have a loss of their own.
+    """
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(0)
+        probe = _probe(model, torch.device("cpu"))
+        probe.set_attn_implementation("eager")
+        ids = torch.randint(VOCABULARY, (1, 8))
+        logits = probe(input_ids=ids, use_cache=False).logits
+        head: Any = probe.get_output_embeddings()
+        expected = probe.base_model(input_ids=ids, use_cache=False).last_hidden_state @ head.weight.T
+    experts = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0)
+    if head.bias is not None or experts or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
+        raise InputError(
+            f"{type(model).__name__} cannot be trained: its logits have a bias, a scale or a cap, or its experts a "
+            "loss of their own: take a model of a known family"
+        )
+
+
 def checked_collator(
     model: PreTrainedModel, packing: str, pad_id: int, device: torch.device, dtype: torch.dtype
 ) -> PackCollator:
-    """The collator of a model's batches, after `check_no_leaks`.
+    """The collator of a model's batches, after `check_no_leaks` and `check_head`.
 
     Args:
         model: with its attention implementation; no weights are needed.
         packing: a `PackingConfig.strategy`.
 
     Raises:
-        InputError: as `collator_layout` and `check_no_leaks`.
+        InputError: as `collator_layout`, `check_no_leaks` and `check_head`.
     """
     attention = model.config._attn_implementation
     layout = collator_layout(attention, packing, model.config.model_type)
     collator = PackCollator(layout, pad_id, attention == "eager")
     check_no_leaks(model, collator, device, dtype)
+    check_head(model)
     return collator
 
 

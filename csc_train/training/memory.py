@@ -19,14 +19,15 @@ from transformers import Trainer
 
 from csc_train.errors import check_choice
 from csc_train.models.families import ModelDims, model_dims, training_flops
+from csc_train.training.loss import CHUNK
 
 GIB = 2**30
 STAGES = ("off", "0", "1", "2", "3")
 OFFLOADS = ("none", "optimizer", "all")
 ADAPTERS = ("full", "lora", "qlora")
 
-HEAD_TILE = (4096, 32768)
-"""Tokens and vocabulary entries of the logits that TRL's fused head holds at once."""
+HEAD_BYTES = 8
+"""Of two float32 matrices of a chunk's logits, which the head holds at once (see `training.loss`)."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per parameter in bitsandbytes NF4: four bits, and a doubly quantized scale per 64 parameters."""
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
@@ -235,12 +236,14 @@ def activation_bytes(scenario: MemoryScenario) -> float:
     Throughout: the blocks' activations (all of `layer_bytes`; with checkpointing one hidden state each), the final
     norm, the embeddings and the mask. On top comes the largest of three:
 
-    - End of the forward pass: autocast's bf16 copies of all blocks' weights, and a tile of logits. TRL's fused head
-      never holds all logits.
-    - Backward pass of the head: fp32 gradients of the hidden states and, if the head is trained, of its weights, with a
-      bf16 copy if they are held in bf16; a tile of logits.
+    - Head, which makes its gradient at the end of the forward pass: autocast's bf16 copies of all weights; hidden
+      states of the trained tokens, counted as if all were trained, and their gradient; if the head is trained, the
+      fp32 gradient of its weights; a chunk of logits.
+    - Backward pass of the head: gradients of the hidden states and, if the head is trained, of its weights, with a bf16
+      copy if they are held in bf16.
     - Backward pass of a block: `layer_bytes` with checkpointing; gradients of its MLP and of the residual stream; if it
-      is trained, the gradient of its largest layer, in bf16 and in fp32.
+      is trained, the gradient of its largest layer, in bf16 and in fp32. A tied head's gradient waits for the
+      embedding's.
 
     Without checkpointing, autocast's copies stay until the block's own backward pass.
     """
@@ -249,20 +252,25 @@ def activation_bytes(scenario: MemoryScenario) -> float:
     full = scenario.adapter == "full"
     layer = layer_bytes(scenario) * tokens
     kept = dims.layers * (r * dims.hidden * tokens if scenario.checkpointing else layer)
-    head_weight_gradient = (4 + (c if scenario.stage != "off" else 0)) * dims.embedding if full else 0
     final = (4 + 2 * r) * dims.hidden * tokens
     mask = tokens * scenario.mask_columns
     casts = 0.0
     if scenario.cast_by_autocast:
         casts = 2.0 * (dims.layers * dims.block_linear if full else scenario.trained)
-    tile = c * min(tokens, HEAD_TILE[0]) * min(dims.vocabulary, HEAD_TILE[1])
+    embedding = dims.embedding if full else 0
+    held = 4 if scenario.stage == "off" else c
+    head = 2 * r * dims.hidden * tokens + 4 * embedding
     weight = max(inputs * outputs for inputs, outputs in dims.linears.values())
     passing = (3 * c * dims.intermediate + (2 * r + 8) * dims.hidden) * tokens
     lasting = 0 if scenario.checkpointing else casts
     moments = (
-        casts + tile,
-        lasting + tile + (4 + r) * dims.hidden * tokens + head_weight_gradient,
+        casts
+        + (2 * embedding if scenario.cast_by_autocast else 0)
+        + head
+        + HEAD_BYTES * min(tokens, CHUNK) * dims.vocabulary,
+        lasting + head + (4 + r) * dims.hidden * tokens + (c * embedding if scenario.stage != "off" else 0),
         lasting
+        + (held * embedding if dims.tied else 0)
         + passing
         + (layer + casts / dims.layers if scenario.checkpointing else 0)
         + ((c + 4) * weight if full else 0)

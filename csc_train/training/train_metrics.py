@@ -13,6 +13,7 @@ import torch
 from csc_train.data.strategies import STRATEGIES
 from csc_train.packing.token_groups import GROUP_SHAPE, NUM_GROUPS, REPLY_PARTS, TURN_BUCKETS
 from csc_train.templates import read_yaml
+from csc_train.training.loss import TokenScores
 
 GIB = 1024**3
 PEAK_TFLOPS = read_yaml(__package__, "peak_tflops.yaml")
@@ -24,6 +25,8 @@ class TrainMetrics:
 
     - `loss_*`, `accuracy_*`: mean negative log-likelihood and top-1 accuracy of the trained tokens of a group,
       unweighted. Groups: part of the reply, strategy, turns of the dialogue so far (of both speakers).
+    - `entropy`, `mean_token_accuracy`: mean entropy of the predictions, and top-1 accuracy, of all trained tokens,
+      unweighted.
     - `trained_tokens_per_second`, `tokens_per_second`: of all processes, over the wall time without validation and
       saving. Padding does not count; a prefix that both slices of a split pack repeat counts twice.
     - `trained_share`: trained tokens / tokens.
@@ -49,8 +52,8 @@ class TrainMetrics:
 
     def reset(self) -> None:
         """Forget all steps."""
-        # By token group: tokens, sum of their negative log-likelihoods, number of top-1 hits.
-        self._sums = torch.zeros(3, NUM_GROUPS, dtype=torch.float64, device=self.device)
+        # By token group: tokens, sum of their negative log-likelihoods, number of top-1 hits, sum of entropies.
+        self._sums = torch.zeros(4, NUM_GROUPS, dtype=torch.float64, device=self.device)
         self._counts = [0.0, 0.0]  # tokens, token pairs
         self._steps, self._waited, self._forward = 0, 0.0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -83,18 +86,17 @@ class TrainMetrics:
             yield
             self._forward += time.perf_counter() - start
 
-    def update(self, outputs: Any, groups: torch.Tensor, counts: tuple[float, float]) -> None:
-        """Add a micro batch.
+    def update(self, scores: TokenScores, groups: torch.Tensor, counts: tuple[float, float]) -> None:
+        """Add a micro batch, without waiting for the device.
 
         Args:
-            outputs: of TRL's fused head: `log_probs` and `is_top1`, [rows, length - 1].
-            groups: uint8 [rows, length] (see `packing.token_groups`).
+            scores: of its n trained tokens.
+            groups: uint8 [n] (see `packing.token_groups`).
             counts: its tokens and token pairs.
         """
-        group = groups[:, 1:].flatten().long()
-        log_probs = outputs.log_probs.detach().flatten().double()
-        values = torch.stack([torch.ones_like(log_probs), -log_probs, outputs.is_top1.flatten().double()])
-        self._sums.index_add_(1, group, values)
+        ones = torch.ones_like(scores.log_probs)
+        values = torch.stack([ones, -scores.log_probs, scores.is_top1.to(ones), scores.entropy])
+        self._sums.index_add_(1, groups.long(), values.double())
         self._counts = [total + more for total, more in zip(self._counts, counts, strict=True)]
 
     def exclude(self, start: float) -> None:
@@ -113,11 +115,14 @@ class TrainMetrics:
         peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if cuda else [0, 0]
         own = torch.tensor([*self._counts, seconds, self._waited, forward, *peaks], dtype=torch.float64)
         rows = gather(torch.cat([self._sums.flatten(), own.to(self.device)])[None]).cpu()
-        sums = rows[:, : 3 * NUM_GROUPS].sum(dim=0).view(3, NUM_GROUPS)[:, 1:].view(3, *GROUP_SHAPE)
-        tokens, pairs, all_seconds, waited, forward, allocated, reserved = rows[:, 3 * NUM_GROUPS :].unbind(dim=1)
-        seconds, steps, trained = all_seconds.max().item(), max(self._steps, 1), sums[0].sum().item()
-        metrics = token_metrics(sums)
+        sums = rows[:, : 4 * NUM_GROUPS].sum(dim=0).view(4, NUM_GROUPS)[:, 1:].view(4, *GROUP_SHAPE)
+        tokens, pairs, all_seconds, waited, forward, allocated, reserved = rows[:, 4 * NUM_GROUPS :].unbind(dim=1)
+        seconds, steps = all_seconds.max().item(), max(self._steps, 1)
+        trained, _, hits, entropy = sums.flatten(1).sum(dim=1).tolist()
+        metrics = token_metrics(sums[:3])
         metrics |= {
+            "entropy": entropy / trained,
+            "mean_token_accuracy": hits / trained,
             "trained_tokens_per_second": trained / seconds,
             "tokens_per_second": tokens.sum().item() / seconds,
             "trained_share": trained / tokens.sum().item(),

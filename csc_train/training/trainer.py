@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -42,7 +43,7 @@ from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, skip_nonfinite, start_deepspeed
 from csc_train.training.leak_check import checked_collator, forbid_kv_cache
-from csc_train.training.loss import normalize_loss, sum_weights, weight_log_probs
+from csc_train.training.loss import add_loss_head, sum_weights
 from csc_train.training.memory import out_of_memory_advice
 from csc_train.training.nonfinite import MAX_IN_A_ROW, describe_step, spread_nonfinite, weights_are_finite
 from csc_train.training.train_metrics import TrainMetrics
@@ -94,6 +95,7 @@ class PackTrainer(SFTTrainer):
             for each in (packs, validator and validator.packs)
         )
         super().__init__(model, arguments, train_dataset=train, eval_dataset=validation, **options)
+        add_loss_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         self.packs = packs
         self.metrics = TrainMetrics(
             training_flops(model_dims(self.model.config), count_adapter_parameters(self.model)),
@@ -300,28 +302,23 @@ class PackTrainer(SFTTrainer):
         return self.state.best_global_step if save_best else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The weighted loss of a batch (see `training.loss`), by TRL's fused head, which never holds all logits.
+        """The weighted loss of a batch (see `training.loss`).
 
         Args:
-            num_items_in_batch: the sum of weights over the global batch (see `_get_num_items_in_batch`); defaults to
-                that over this batch.
+            num_items_in_batch: the sum of weights over the global batch (see `_get_num_items_in_batch`), of which DDP
+                averages the gradients; defaults to the sum over this batch, of this process alone.
         """
-        weights, groups, counts, _ = (
-            inputs.pop(name, None)
-            for name in ("loss_weights", "token_groups", "token_and_pair_counts", "trained_index")
-        )
-        total = torch.as_tensor(weights.sum() if num_items_in_batch is None else num_items_in_batch)
-
-        def weighted(**arguments):
-            if self.model.training and groups is not None:
-                with self.metrics.time_forward():
-                    outputs = model(**arguments)
-                self.metrics.update(outputs, groups, counts)
-            else:  # a validation batch
-                outputs = model(**arguments)
-            return weight_log_probs(outputs, weights)
-
-        loss = normalize_loss(super().compute_loss(weighted, inputs, num_items_in_batch=total), total)
+        groups, counts = (inputs.pop(name, None) for name in ("token_groups", "token_and_pair_counts"))
+        if self.model.training and groups is not None:
+            with self.metrics.time_forward():
+                scores = model(**inputs, use_cache=False)
+            self.metrics.update(scores, groups.flatten()[inputs["trained_index"] + 1], counts)
+        else:  # a validation batch
+            scores = model(**inputs, use_cache=False)
+        if num_items_in_batch is None:
+            loss = scores.loss / inputs["loss_weights"].sum()
+        else:
+            loss = scores.loss * self.args.world_size / num_items_in_batch
         return loss if self.args.on_nonfinite == "continue" else spread_nonfinite(loss)
 
     def _prepare_inputs(self, inputs):
@@ -390,13 +387,7 @@ class PackTrainer(SFTTrainer):
         self.metrics.exclude(start)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the metrics of the steps with their loss; every process calls this after the same step.
-
-        TRL's metrics that packing makes wrong are dropped: `num_tokens` counts the columns of a batch only, and the
-        validation's are means over batches, which depend on the number of processes.
-        """
-        self._metrics["train"].pop("num_tokens", None)
-        self._metrics["eval"].clear()
+        """Log the metrics of the steps with their loss; every process calls this after the same step."""
         for name in ("eval_samples_per_second", "eval_steps_per_second"):  # of packs, by the time of all metrics
             logs.pop(name, None)
         if "loss" in logs:

@@ -1,0 +1,160 @@
+"""Compare the training speed of two builds: optimizer steps of each in turn, each build in a process of its own.
+
+python benchmarks/compare_builds.py CHECKOUT            # this build beside the one in another checkout
+python benchmarks/compare_builds.py CHECKOUT --demo 3   # also three demo trainings of each, in turn
+
+Both builds run the training section of their own benchmarks/packing.py, with this script's interpreter and libraries;
+steps of the same name have the same dialogues. Prints each result and writes benchmarks/results/compare_builds.json.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a process of the other build imports its own
+    from measure import Report
+
+ROOT = Path(__file__).parent.parent
+SIDES = ("shared prefix", "plain packs", "TRL packs")
+GOALS = {"shared prefix": 1.7, "plain packs": 1.7, "TRL packs": None}
+
+
+class Build:
+    """A process that takes steps of one build's training section."""
+
+    def __init__(self, checkout: Path, quick: bool):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (checkout, checkout / "benchmarks")))}
+        command = [sys.executable, "-P", __file__, str(checkout), "--steps", *(["--quick"] * quick)]
+        self.process = subprocess.Popen(
+            command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.origin = self.answer("origin")
+        self.settings = self.answer("settings")
+
+    def answer(self, request: str) -> Any:
+        """What the process answers to a request."""
+        assert self.process.stdin and self.process.stdout
+        print(request, file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+
+def take_steps(checkout: Path, quick: bool) -> None:
+    """Answer requests on the standard input: the build, its settings, or a step of a side and its seconds."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    sys.argv = ["packing.py"]
+    packing = runpy.run_path(str(checkout / "benchmarks" / "packing.py"))
+    packing["datasets"].disable_progress_bars()
+    settings = packing["QUICK"] if quick else packing["Settings"]()
+    packing["torch"].set_num_threads(settings.threads)
+
+    def serve(sides: dict[str, Any], rounds: int) -> None:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        about = {"origin": commit, "settings": {name: getattr(settings, name) for name in ("threads", "model")}}
+        for request in map(str.strip, sys.stdin):
+            if (answer := about.get(request)) is None:
+                started = time.perf_counter()
+                sides[request]()
+                answer = time.perf_counter() - started, sides[request].trained[-1], sides[request].losses[-1]
+            print(json.dumps(answer), file=answers, flush=True)
+        sys.exit()
+
+    training = packing["training"]
+    training.__globals__["side_by_side"] = serve
+    with tempfile.TemporaryDirectory() as directory:
+        training(None, settings, directory)
+
+
+def compare_steps(report: "Report", old: Path, rounds: int, quick: bool) -> None:
+    """Trained tokens a second of the training section's sides."""
+    from measure import ratios, spread
+
+    builds = {"old": Build(old, quick), "new": Build(ROOT, quick)}
+    speeds = {(side, name): [] for side in SIDES for name in builds}
+    apart = dict.fromkeys(SIDES, 0.0)
+    for number in range(1 + rounds):  # the first is not counted
+        for side in SIDES:
+            losses = []
+            for name, build in builds.items():
+                seconds, trained, loss = build.answer(side)
+                losses.append(loss)
+                print(f"  turn {number}, {side}, {name}: {seconds:.1f} s, loss {loss:.6f}", file=sys.stderr, flush=True)
+                if number:
+                    speeds[side, name].append(trained / seconds)
+            apart[side] = max(apart[side], abs(losses[1] - losses[0]) / losses[0])
+    report.section(
+        "optimizer steps",
+        "Trained tokens a second of whole optimizer steps, one pack each, as in the training section of packing.py. "
+        "Two processes, one of each build, take turns step by step; a ratio compares the two steps of a turn. Losses "
+        "apart: the largest relative difference of the losses of a turn.",
+        old=builds["old"].origin,
+        rounds=rounds,
+        **builds["new"].settings,
+    )
+    for side in SIDES:
+        for name in builds:
+            report.add(f"{side}, {name}: trained tokens/s", spread(speeds[side, name]))
+        new, before = speeds[side, "new"], speeds[side, "old"]
+        report.add(f"{side}: new / old", ratios(new, before), least=GOALS[side])
+        report.add(f"{side}: losses apart", apart[side])
+    report.add("shared prefix / TRL packs, new", ratios(speeds["shared prefix", "new"], speeds["TRL packs", "new"]))
+    for build in builds.values():
+        build.process.stdin.close()
+        build.process.wait()
+
+
+def compare_demos(report: "Report", old: Path, rounds: int) -> None:
+    """Seconds that the Trainer counts for the demo's training."""
+    from measure import ratios, spread
+
+    taken = {"old": [], "new": []}
+    for _ in range(rounds):
+        for name, checkout in (("old", old), ("new", ROOT)):
+            with tempfile.TemporaryDirectory() as directory:
+                run = Path(directory, "run")
+                taken[name].append(demo_seconds(checkout, run))
+    report.section("demo", "Seconds of `make demo`'s training (the Trainer's train_runtime); the builds take turns.")
+    for name, each in taken.items():
+        report.add(f"{name}: seconds", spread(each))
+    report.add("new / old", ratios(taken["new"], taken["old"]), most=0.75)
+
+
+def demo_seconds(checkout: Path, run: Path) -> float:
+    """Write the sample, train the demo in another process, and read how long it took."""
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_WAIT_POLICY": "passive"}
+    for recipe in (["write_sample.py"], ["sft.py", "experiment=demo", f"run.directory={run}", "tracking=off"]):
+        command = [sys.executable, str(checkout / "recipes" / recipe[0]), *recipe[1:]]
+        subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=sys.stderr)
+    rows = map(json.loads, (run / "history.jsonl").read_text(encoding="utf-8").splitlines())
+    return next(row["train_runtime"] for row in rows if "train_runtime" in row)
+
+
+def main() -> None:
+    """Compare, and write the report; or be one of the builds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkout", type=Path, help="the other build")
+    parser.add_argument("--rounds", type=int, default=5, help="counted steps of each side")
+    parser.add_argument("--demo", type=int, default=0, metavar="N", help="demo trainings of each build")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "compare_builds.json")
+    parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.steps:
+        take_steps(options.checkout, options.quick)
+    from measure import Report
+
+    report = Report({"rounds": options.rounds, "demo": options.demo, "quick": options.quick}, {})
+    compare_steps(report, options.checkout.absolute(), options.rounds, options.quick)
+    if options.demo:
+        compare_demos(report, options.checkout.absolute(), options.demo)
+    report.write(options.output)
+
+
+if __name__ == "__main__":
+    main()
