@@ -12,8 +12,10 @@ Qwen2.5's dimensions and random weights.
 import argparse
 import contextlib
 import gc
+import gzip
 import importlib.util
 import itertools
+import json
 import math
 import sys
 import tempfile
@@ -77,6 +79,7 @@ try:
     from csc_train.runs.provenance import code_digest
     from csc_train.training.config import TrainerConfig
     from csc_train.training.memory import GIB, estimate_memory, scenario_of
+    from csc_train.training.profiling import ACTIVE, TRACE, WAIT, WARM_UP, ProfilerCallback, time_shares
     from csc_train.training.train_metrics import peak_flops
     from csc_train.training.trainer import build_trainer, training_arguments
 except ModuleNotFoundError as error:
@@ -249,6 +252,8 @@ class Bench:
             found[f"steps: {shape}, {PREFIX} ids"] = (STEPS, lambda shape=shape: self.shared_and_plain(shape), needs)
             found[f"steps: {shape}, {OWN_PREFIX} ids"] = (STEPS, lambda shape=shape: self.beside_trl(shape), needs)
         found["steps: 7b, hours"] = (HOURS, self.hours, 0)
+        for shape in ("1.5b", "7b"):
+            found[f"profile: {shape}"] = (PROFILE, lambda shape=shape: self.profile(shape), 20)
         for shape in ("1.5b", "7b"):
             found[f"steps: {shape}, TRL as it comes"] = (STEPS, lambda shape=shape: self.beside_default_trl(shape), 50)
         found["head"] = (HEAD, self.head, 20)
@@ -436,7 +441,7 @@ class Bench:
                 arguments.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             model = self.model(shape, attention, adapter, config.precision, layers)
             trainer = build_trainer(model, self.tokenizer, packs, arguments, strategy, adapter)
-            self.recomputes = bool(recomputation(trainer))
+            self.recomputes = recomputation(trainer) != "off"
             return trainer
 
         return make
@@ -542,7 +547,7 @@ class Bench:
         use = [flops / (each * self.peak) for (_, _, flops), each in zip(work, seconds, strict=True)]
         add = self.report.add
         add(f"{name}: attention", side.trainer.model.config._attn_implementation)
-        add(f"{name}: gradient checkpointing", str(recomputation(side.trainer)))
+        add(f"{name}: gradient checkpointing", recomputation(side.trainer))
         add(f"{name}: trained tokens/s", spread(rates))
         add(f"{name}: tokens/s", spread(tokens / each for (_, tokens, _), each in zip(work, seconds, strict=True)))
         add(f"{name}: seconds a step", spread(seconds))
@@ -593,6 +598,18 @@ class Bench:
         if reference and reference["median"]:
             self.report.add(f"trained tokens/s / {first}", spread(each / reference["median"] for each in rates))
 
+    def profile(self, shape: str) -> None:
+        """Shares of time by kernel family."""
+        with tempfile.TemporaryDirectory() as directory:
+            steps = {"max_steps": WAIT + WARM_UP + ACTIVE}
+            trainer = self.ours(shape, OWN_PREFIX, "shared_prefix", case_adapter(shape), **steps)(directory)
+            trainer.add_callback(ProfilerCallback(Path(directory)))
+            trainer.train()
+            with gzip.open(Path(directory) / TRACE, "rt", encoding="utf-8") as file:
+                shares = time_shares(json.load(file)["traceEvents"])
+        for family, share in shares.items():
+            self.report.add(family, share)
+
     def hours(self) -> None:
         """Hours of the paper's training, from the measured seconds of a pack."""
         results = self.report.sections[f"steps: 7b, {OWN_PREFIX} ids"]["results"]
@@ -639,9 +656,10 @@ class Waits(TrainerCallback):
         self._caught = []
 
 
-def recomputation(trainer: Any) -> Any:
-    """What a trainer recomputes of the activations."""
-    return trainer.args.gradient_checkpointing
+def recomputation(trainer: Any) -> str:
+    """What a trainer, ours or TRL's, recomputes of the activations: off, selective or full."""
+    own = getattr(trainer.args, "checkpointing", None)
+    return own or ("full" if trainer.args.activation_checkpointing else "off")
 
 
 def available_heads() -> dict[str, Callable[..., torch.Tensor]]:
@@ -735,6 +753,10 @@ STEPS = (
     "full are left out on every side. MFU: 6 x weights of linear layers x tokens (LoRA: 4 x, and 6 x adapters), the "
     "head's for trained tokens only, and attention by document, half of a square for causal ones; what is recomputed "
     "is not counted."
+)
+PROFILE = (
+    f"Share of the GPU's time by kernel family over {ACTIVE} optimizer steps of one shared-prefix pack, by "
+    "`trainer.profile`; idle: no kernel runs."
 )
 ALONE = (
     "Plain packs as in the sections of steps, one training alone in memory. Planned: `estimate_memory` without its "

@@ -76,7 +76,7 @@ def event(category, name, start, duration, number=0, thread=1):
 def test_on_a_gpu_kernels_count_by_the_range_that_launched_them_or_by_name_and_gaps_are_idle():
     events = [
         event("user_annotation", "ProfilerStep#4", 0, 1000, 1),
-        event("user_annotation", "head", 10, 10, 2),
+        event("cpu_op", "_LinearCrossEntropy", 10, 10, 2),
         event("cpu_op", "aten::mm", 11, 5, 3),
         event("cpu_op", "csc_train::varlen_attention", 30, 10, 4),
         event("cpu_op", "aten::index_select", 31, 2, 5),
