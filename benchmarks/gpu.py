@@ -78,6 +78,7 @@ try:
     from csc_train.packing.dataset import PackedDataset, pack_dialogues
     from csc_train.runs.provenance import code_digest
     from csc_train.training.config import TrainerConfig
+    from csc_train.training.loss import score_tokens
     from csc_train.training.memory import GIB, estimate_memory, scenario_of
     from csc_train.training.profiling import ACTIVE, TRACE, WAIT, WARM_UP, ProfilerCallback, time_shares
     from csc_train.training.train_metrics import peak_flops
@@ -665,8 +666,6 @@ def recomputation(trainer: Any) -> str:
 def available_heads() -> dict[str, Callable[..., torch.Tensor]]:
     """Heads by name: the summed loss of hidden states [n, width] under weights [vocabulary, width] and targets [n]."""
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
-
-    from csc_train.training.loss import score_tokens  # pyright: ignore[reportAttributeAccessIssue]
 
     def ours(hidden, weight, targets):
         return score_tokens(hidden, weight, targets, torch.ones(len(targets), device=DEVICE)).loss

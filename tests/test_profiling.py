@@ -61,7 +61,7 @@ def test_shares_add_up_and_name_what_a_step_does(trace):
     shares = time_shares(trace[0])
     assert sum(shares.values()) == pytest.approx(1)
     assert min(shares.values()) >= 0
-    for family in ("attention", "matrix products", "normalisation", "optimizer", OTHER, IDLE):
+    for family in ("attention", "matrix products", "normalisation", "head", "optimizer", OTHER, IDLE):
         assert shares[family] > 0, family
     assert "communication" not in shares
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -45,6 +46,7 @@ class ProfilerCallback(TrainerCallback):
         active = min(ACTIVE, steps)
         warm_up = min(WARM_UP, steps - active)
         wait = min(WAIT, steps - active - warm_up)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints when it starts and stops
         if args.device.type == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python")
         self._profiler = torch.profiler.profile(
