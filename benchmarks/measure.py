@@ -132,7 +132,7 @@ def random_model(architecture: dict[str, Any], attention: str, dtype: torch.dtyp
 
 
 def pack_trainer(
-    model: PreTrainedModel, packs: PackedDataset, packing: str, directory: str, checkpointing: bool = False
+    model: PreTrainedModel, packs: PackedDataset, packing: str, directory: str, checkpointing: str = "off"
 ) -> PackTrainer:
     """Our trainer, one pack per step."""
     config = TrainerConfig(learning_rate=LEARNING_RATE, packs_per_step=1, gradient_checkpointing=checkpointing)

@@ -46,7 +46,6 @@ def train(directory: Path, steps: int = 200, dialogues: int = 300) -> float:
         max_steps=steps,
         packs_per_step=2,
         micro_batch_size=2,
-        gradient_checkpointing=False,
         logging_steps=20,
         precision="fp32",
     )

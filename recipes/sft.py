@@ -50,7 +50,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.tokenized_cache import tokenize
     from csc_train.tracking.tracker import Tracker
     from csc_train.training.callbacks import StopOnSignal, track
-    from csc_train.training.compatibility import check_supported
+    from csc_train.training.compatibility import check_supported, resolve_compile
     from csc_train.training.leak_check import dropout_warning
     from csc_train.training.memory import scenario_of
     from csc_train.training.profiling import ProfilerCallback
@@ -66,6 +66,8 @@ def main(config: SftRecipe) -> None:
     attention = select_attention(
         config.model.attn_implementation, config.packing.strategy, precision, inspected.dims.head_dim
     )
+    if config.trainer.compile == "layers":
+        resolve_compile("layers", config.zero.stage, attention, job.device.type)
     run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 

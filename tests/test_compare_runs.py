@@ -25,7 +25,11 @@ def write_run(directory, number, **record):
         "data": {"train": {"path": f"a folder/客服对话/{'deep/' * 6}dialogues-{number % 3}.jsonl"}},
         "adapter": {"kind": "lora" if number % 2 else "full", "target_modules": ["q_proj", "k_proj", "v_proj"]},
         "template": {"mode": ("joint", "given", "reply_only")[number % 3]},
-        "trainer": {"learning_rate": 1e-5 * (1 + number % 5), "gradient_checkpointing": number > 9, "seed": 7},
+        "trainer": {
+            "learning_rate": 1e-5 * (1 + number % 5),
+            "gradient_checkpointing": ("off", "full")[number > 9],
+            "seed": 7,
+        },
     }
     directory.mkdir(parents=True)
     (directory / "resolved.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")

@@ -51,6 +51,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 STAGES = ("off", "0", "1", "2", "3")
 LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}, "learning_rate": 2e-2}
 QLORA = {**LORA, "adapter": {**LORA["adapter"], "kind": "qlora"}}
+SELECTIVE, FULL = ({"gradient_checkpointing": mode} for mode in ("selective", "full"))
 OFFLOAD = {"2": {"offload_optimizer": True}, "3": {"offload_optimizer": True, "offload_parameters": True}}
 
 
@@ -68,17 +69,25 @@ def case(
 
 # Steps 2 and 4 of two epochs of three steps: in the middle of either.
 TWO_PROCESSES = {
-    **{f"full {stage}": case(stage, checkpoints=f"full-{stage}") for stage in STAGES},
-    **{f"lora {stage}": case(stage, checkpoints=f"lora-{stage}", **LORA) for stage in STAGES if stage != "0"},
+    **{f"full {stage}": case(stage, checkpoints=f"full-{stage}", **SELECTIVE) for stage in STAGES},
+    **{
+        f"lora {stage}": case(stage, checkpoints=f"lora-{stage}", **LORA, **SELECTIVE)
+        for stage in STAGES
+        if stage != "0"
+    },
     **{f"qlora {stage}": case(stage, **QLORA) for stage in ("1", "2", "3")},
     **{f"bf16 {stage}": case(stage, precision="bf16") for stage in ("off", "2", "3")},
     **{f"offload {stage}": case(stage, offload=True) for stage in OFFLOAD},
-    **{f"again {stage} {step}": case(stage, resume=f"full-{stage}{step}") for stage in STAGES for step in (2, 4)},
+    **{
+        f"again {stage} {step}": case(stage, resume=f"full-{stage}{step}", **FULL)
+        for stage in STAGES
+        for step in (2, 4)
+    },
     **{
         f"moved {one} {other}": case(other, resume=f"full-{one}4")
         for one, other in (("off", "2"), ("1", "3"), ("2", "off"), ("3", "1"), ("0", "3"), ("3", "0"))
     },
-    **{f"again lora {stage} 4": case(stage, resume=f"lora-{stage}4", **LORA) for stage in ("1", "2", "3")},
+    **{f"again lora {stage} 4": case(stage, resume=f"lora-{stage}4", **LORA, **FULL) for stage in ("1", "2", "3")},
     "moved lora 3 1": case("1", resume="lora-34", **LORA),
     "moved lora off 3": case("3", resume="lora-off4", **LORA),
 }

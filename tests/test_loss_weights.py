@@ -157,7 +157,7 @@ def test_one_forward_and_no_logits_of_all_tokens(tmp_path):
     for one in examples:
         one.input_ids[:] %= model.config.vocab_size
     packs, _ = pack_dialogues(examples * 2, PackingConfig("off", max_length=tokens), LossConfig("turns"))
-    config = TrainerConfig(packs_per_step=4, micro_batch_size=4, precision="fp32", gradient_checkpointing=False)
+    config = TrainerConfig(packs_per_step=4, micro_batch_size=4, precision="fp32", gradient_checkpointing="off")
     trainer = build_trainer(
         model,
         tokenizer,

@@ -32,7 +32,7 @@ from csc_train.template.chat_templates import chat_template_names, load_chat_tem
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training import memory as memory_plan
-from csc_train.training.config import TrainerConfig
+from csc_train.training.config import CHECKPOINTING, TrainerConfig
 from csc_train.training.trainer import PackTrainer
 
 TOLERANCE = 1e-5
@@ -97,16 +97,15 @@ def whole(folder):
 
 @pytest.fixture(scope="module")
 def halves(folder):
-    """The same in two passes; states of training are saved after each step."""
-    return curve(
-        train(folder, micro_batch_size=2, checkpoints="kept", save_steps=1, save_total_limit=EPOCHS * STEPS_PER_EPOCH)
-    )
+    """The same in two passes, with selective checkpointing; states of training are saved after each step."""
+    kept = {"checkpoints": "kept", "save_steps": 1, "save_total_limit": EPOCHS * STEPS_PER_EPOCH}
+    return curve(train(folder, micro_batch_size=2, gradient_checkpointing="selective", **kept))
 
 
 @pytest.fixture(scope="module")
 def quarters(folder):
-    """The same in four passes."""
-    return curve(train(folder, micro_batch_size=1))
+    """The same in four passes, with full checkpointing."""
+    return curve(train(folder, micro_batch_size=1, gradient_checkpointing="full"))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +243,7 @@ def by_hand(folder: Path) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["gradient-checkpointing", "kept"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("micro_batch_size", [4, 1])
 @pytest.mark.parametrize("kind", ["packs", "weighted", "faint"])
 def test_the_logged_loss_and_gradient_norm_are_those_computed_by_hand(
@@ -300,8 +299,8 @@ def test_two_processes_are_measured_as_one_and_make_one_run(folder, whole_shared
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"micro_batch_size": 4}, "what fits: trainer.micro_batch_size=2"),
-        ({"micro_batch_size": 1, "gradient_checkpointing": False}, "trainer.gradient_checkpointing=true"),
+        ({"micro_batch_size": 4, "gradient_checkpointing": "full"}, "what fits: trainer.micro_batch_size=2"),
+        ({"micro_batch_size": 1, "gradient_checkpointing": "off"}, "trainer.gradient_checkpointing=selective"),
     ],
 )
 def test_running_out_of_memory_shows_the_estimate_and_what_fits(folder, batches, monkeypatch, options, remedy):

@@ -1,11 +1,16 @@
 """The compatibility matrix: refuse combinations of settings that cannot train, before the model is loaded."""
 
+import logging
 import os
 from typing import NamedTuple
 
 from csc_train.errors import InputError
+from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.layers import missing_compiler
 from csc_train.templates import read_yaml
 from csc_train.training.config import ZeroConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Refused(NamedTuple):
@@ -50,3 +55,29 @@ def check_supported(zero: ZeroConfig, adapter: str, precision: str) -> None:
     for variable, why in LAUNCHED.items():
         if os.environ.get(variable, "").lower() not in ("", "0", "1", "false"):
             raise InputError(f"{variable}={os.environ[variable]}: {why}")
+
+
+def resolve_compile(mode: str, stage: str, attention: str, device: str) -> str:
+    """Resolve `TrainerConfig.compile`: layers or off. Where layers cannot be compiled, auto is off; a note says why.
+
+    Args:
+        stage: a `ZeroConfig.stage`.
+        attention: the attention implementation.
+        device: cpu or cuda.
+
+    Raises:
+        InputError: `mode` is layers, and they cannot be compiled.
+    """
+    if mode == "off" or (mode == "auto" and device == "cpu"):
+        return "off"
+    if stage == "3":
+        refusal = "zero.stage=3: DeepSpeed gathers weights inside a layer, which one graph cannot hold"
+    elif attention != VARLEN_ATTENTION:
+        refusal = f"attention {attention}: only packs with {VARLEN_ATTENTION} attention have rows of one length"
+    else:
+        refusal = missing_compiler()
+    if refusal and mode == "layers":
+        raise InputError(f"trainer.compile=layers with {refusal}; or set trainer.compile=off")
+    if refusal:
+        logger.info(f"note: the layers are not compiled with {refusal}")
+    return "off" if refusal else "layers"

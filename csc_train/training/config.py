@@ -9,6 +9,9 @@ from csc_train.errors import InputError, check_fields, check_range
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 FEW_STEPS = 50
 ON_NONFINITE = ("stop", "skip", "continue")
+COMPILE = ("auto", "off", "layers")
+CHECKPOINTING = ("off", "selective", "full")
+"""Values of `TrainerConfig.gradient_checkpointing`, from the fastest to the one that needs the least memory."""
 VALIDATION_METRICS = ("loss", "strategy_accuracy")
 MAX_STEPS = 10**9
 ZERO_STAGES = ("auto", "off", "0", "1", "2", "3", "from_launcher")
@@ -76,8 +79,12 @@ class TrainerConfig:
     """Packs per forward pass of one process. Gradient accumulation follows from it."""
     precision: str = "auto"
     """Dtype of the computation and of the final model: bf16 or fp32. auto: bf16 on a GPU that supports it."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass, to save memory."""
+    gradient_checkpointing: str = "auto"
+    """Which activations the backward pass recomputes, to save memory. off: none. selective: norms, activations and
+    attention's inputs, no matrix products. full: whole layers. auto: the first of them that fits by the memory plan."""
+    compile: str = "auto"
+    """layers: compile the decoder layers, into one graph for all steps; the first step takes a minute longer. auto: on
+    a GPU where it works, else off."""
     on_nonfinite: str = "stop"
     """What to do at a step whose loss or gradient norm is not finite. stop: end the run before the weights change.
     skip: leave out the optimizer step. continue: take it; DeepSpeed leaves it out. Ten such steps in a row end the run
@@ -105,6 +112,8 @@ class TrainerConfig:
         check_fields("trainer.", self, "seed", low=0, high=2**32 - 1)
         check_fields("trainer.", self, "lr_scheduler", choices=SCHEDULERS)
         check_fields("trainer.", self, "on_nonfinite", choices=ON_NONFINITE)
+        check_fields("trainer.", self, "compile", choices=COMPILE)
+        check_fields("trainer.", self, "gradient_checkpointing", choices=(*CHECKPOINTING, "auto"))
         check_fields("trainer.", self, "precision", choices=("auto", "bf16", "fp32"))
         check_steps("trainer.save_steps", self.save_steps)
         if self.max_steps == 0:

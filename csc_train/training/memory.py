@@ -14,11 +14,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer
 
 from csc_train.errors import check_choice
 from csc_train.models.families import ModelDims, model_dims, training_flops
+from csc_train.training.config import CHECKPOINTING
 from csc_train.training.loss import CHUNK
 
 GIB = 2**30
@@ -34,6 +37,8 @@ CUDA_CONTEXT_BYTES = int(0.75 * GIB)
 """CUDA's context, kernels and workspaces, and NCCL's channels: a convention, not a measurement."""
 FRAGMENTATION = 0.04
 """Unused memory of the allocator, as a share of the allocated memory: a convention."""
+AUTO_SHARE = 0.95
+"""Of a device's memory, for what the estimate gets wrong: a convention."""
 HOST_FACTOR = 1.5
 """DeepSpeed's estimators multiply the host's states by this to allow for buffers."""
 
@@ -49,7 +54,7 @@ class MemoryScenario:
         offload: one of `OFFLOADS`, to the host's memory; optimizer: the optimizer states, all: the weights too.
         nodes: number of machines that share the processes evenly.
         tokens: in one forward pass of one process.
-        checkpointing: whether gradient checkpointing is on.
+        checkpointing: one of `config.CHECKPOINTING`.
         mask_columns: keys per token in a dense attention mask; 0 without a mask.
         bf16: whether the computation is in bf16; otherwise it is in fp32.
         reduce_bucket: elements of DeepSpeed's gradient bucket.
@@ -64,7 +69,7 @@ class MemoryScenario:
     processes: int = 1
     nodes: int = 1
     tokens: int = 8192
-    checkpointing: bool = True
+    checkpointing: str = "full"
     mask_columns: int = 0
     bf16: bool = True
     reduce_bucket: int = 500_000_000
@@ -74,6 +79,7 @@ class MemoryScenario:
         check_choice("stage", self.stage, STAGES)
         check_choice("offload", self.offload, OFFLOADS)
         check_choice("adapter", self.adapter, ADAPTERS)
+        check_choice("checkpointing", self.checkpointing, CHECKPOINTING)
 
     @property
     def trained(self) -> int:
@@ -194,8 +200,23 @@ def communication_bytes(scenario: MemoryScenario) -> float:
     return bucket
 
 
+def kept_bytes(scenario: MemoryScenario) -> float:
+    """Bytes that one block keeps of one token from its forward to its backward pass.
+
+    With checkpointing its input, of r h bytes (see `layer_bytes`). Selective checkpointing also keeps the outputs of
+    attention and of products: c x (2 q + 2 k + 2 i + 2 h) + 4 n. Those of adapters' first matrices are left out.
+    """
+    if scenario.checkpointing == "off":
+        return layer_bytes(scenario)
+    dims, c = scenario.dims, scenario.compute
+    kept = residual_bytes(scenario) * dims.hidden
+    if scenario.checkpointing == "selective":
+        kept += c * 2 * (dims.queries + dims.keys + dims.intermediate + dims.hidden) + 4 * dims.heads
+    return kept
+
+
 def layer_bytes(scenario: MemoryScenario) -> float:
-    """Bytes that one block keeps of one token for its backward pass.
+    """Bytes that the backward pass of one block needs of one token, kept or recomputed.
 
     Let h, i, q and k be the widths of hidden states, MLP, queries and keys, and n the number of heads. Let c be the
     bytes of a number in the computation, and r in the residual stream (see `residual_bytes`).
@@ -233,8 +254,8 @@ def residual_bytes(scenario: MemoryScenario) -> int:
 def activation_bytes(scenario: MemoryScenario) -> float:
     """Bytes that a forward and backward pass holds besides the states, at its peak.
 
-    Throughout: the blocks' activations (all of `layer_bytes`; with checkpointing one hidden state each), the final
-    norm, the embeddings and the mask. On top comes the largest of three:
+    Throughout: what the blocks keep (`kept_bytes`), the final norm, the embeddings and the mask. On top comes the
+    largest of three:
 
     - Head, which makes its gradient at the end of the forward pass: autocast's bf16 copies of all weights; hidden
       states of the trained tokens, counted as if all were trained, and their gradient; if the head is trained, the
@@ -250,8 +271,7 @@ def activation_bytes(scenario: MemoryScenario) -> float:
     dims, c, tokens = scenario.dims, scenario.compute, scenario.tokens
     r = residual_bytes(scenario)
     full = scenario.adapter == "full"
-    layer = layer_bytes(scenario) * tokens
-    kept = dims.layers * (r * dims.hidden * tokens if scenario.checkpointing else layer)
+    layer, kept = layer_bytes(scenario) * tokens, kept_bytes(scenario) * tokens
     final = (4 + 2 * r) * dims.hidden * tokens
     mask = tokens * scenario.mask_columns
     casts = 0.0
@@ -262,7 +282,7 @@ def activation_bytes(scenario: MemoryScenario) -> float:
     head = 2 * r * dims.hidden * tokens + 4 * embedding
     weight = max(inputs * outputs for inputs, outputs in dims.linears.values())
     passing = (3 * c * dims.intermediate + (2 * r + 8) * dims.hidden) * tokens
-    lasting = 0 if scenario.checkpointing else casts
+    lasting = casts if scenario.checkpointing == "off" else 0
     moments = (
         casts
         + (2 * embedding if scenario.cast_by_autocast else 0)
@@ -272,11 +292,11 @@ def activation_bytes(scenario: MemoryScenario) -> float:
         lasting
         + (held * embedding if dims.tied else 0)
         + passing
-        + (layer + casts / dims.layers if scenario.checkpointing else 0)
+        + (0 if scenario.checkpointing == "off" else layer + casts / dims.layers)
         + ((c + 4) * weight if full else 0)
         + (c * weight if scenario.adapter == "qlora" else 0),
     )
-    return kept + final + mask + max(moments)
+    return dims.layers * kept + final + mask + max(moments)
 
 
 def state_bytes(scenario: MemoryScenario) -> float:
@@ -301,6 +321,12 @@ def smallest_fit(
         if planned.total <= memory and planned.host <= host_memory:
             return scenario
     return None
+
+
+def least_checkpointing(scenario: MemoryScenario, memory: float) -> str:
+    """The first of `config.CHECKPOINTING` with which a scenario fits in `AUTO_SHARE` of `memory` bytes; else full."""
+    fit = smallest_fit((replace(scenario, checkpointing=mode) for mode in CHECKPOINTING), AUTO_SHARE * memory)
+    return fit.checkpointing if fit else "full"
 
 
 def world_sizes(per_node: int, most: int = 1024) -> list[tuple[int, int]]:
@@ -336,10 +362,12 @@ def suggest_fixes(scenario: MemoryScenario, rows: int, memory: float, host_memor
         if fits(replace(scenario, tokens=scenario.tokens * fewer // rows)):
             found.append(f"trainer.micro_batch_size={fewer}")
             break
-    saving = replace(scenario, checkpointing=True)
-    override = "" if scenario.checkpointing else "trainer.gradient_checkpointing=true"
-    if override and fits(saving):
-        found.append(override)
+    saving, override = scenario, ""
+    for mode in CHECKPOINTING[CHECKPOINTING.index(scenario.checkpointing) + 1 :]:
+        saving, override = replace(scenario, checkpointing=mode), f"trainer.gradient_checkpointing={mode}"
+        if fits(saving):
+            found.append(override)
+            break
     # Offloads are slow: only where no stage is enough.
     if (sharded := smallest_fit(alternatives(saving), memory, host_memory)) and sharded != saving:
         stage = "zero=off" if sharded.stage == "off" else f"zero=zero{sharded.stage}"
@@ -376,7 +404,7 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     collator: Any = trainer.data_collator
-    args = trainer.args
+    args: Any = trainer.args
     # Under ZeRO stage 3 a parameter's own size is that of its shard.
     trained = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
     quantized = getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None)
@@ -390,10 +418,24 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
         processes=args.world_size,
         nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         tokens=tokens,
-        checkpointing=args.gradient_checkpointing,
+        checkpointing="full" if args.checkpointing == "auto" else args.checkpointing,
         mask_columns={"dense_mask": tokens, "position_ids": tokens // args.per_device_train_batch_size}.get(layout, 0),
         bf16=args.bf16,
     )
+
+
+def choose_checkpointing(trainer: Trainer, tokens: int) -> str:
+    """The `config.CHECKPOINTING` of a `PackTrainer` whose arguments say auto, the same on all processes.
+
+    Args:
+        tokens: in the largest forward pass of one process.
+    """
+    args = trainer.args
+    if args.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(args.device).total_memory
+    else:
+        memory = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return least_checkpointing(scenario_of(trainer, tokens), min(gather_object([memory])))
 
 
 def out_of_memory_advice(trainer: Trainer, tokens: int) -> str:

@@ -33,6 +33,7 @@ from csc_train.errors import InputError, ResumableError
 from csc_train.files import os_errors, write_json
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
+from csc_train.models.layers import checkpoint_activations, compile_layers, mark_varying, recompiles
 from csc_train.models.loading import lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.packing.collator import PackCollator, run_bounds
@@ -40,11 +41,12 @@ from csc_train.packing.dataset import PackedDataset, PackingReport
 from csc_train.packing.pack_cost import pack_cost
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
 from csc_train.training.callbacks import EarlyStopping, ProgressReporter
+from csc_train.training.compatibility import resolve_compile
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, skip_nonfinite, start_deepspeed
 from csc_train.training.leak_check import checked_collator, forbid_kv_cache
 from csc_train.training.loss import add_loss_head, sum_weights
-from csc_train.training.memory import out_of_memory_advice
+from csc_train.training.memory import choose_checkpointing, out_of_memory_advice
 from csc_train.training.nonfinite import MAX_IN_A_ROW, describe_step, spread_nonfinite, weights_are_finite
 from csc_train.training.train_metrics import TrainMetrics
 from csc_train.training.validation import Validator, last_validation_metrics
@@ -53,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 SAME_ARGUMENTS = (
     "packs_per_step", "learning_rate", "weight_decay", "max_grad_norm", "max_steps", "seed", "logging_steps",
-    "save_steps", "save_total_limit", "on_nonfinite",
+    "save_steps", "save_total_limit", "on_nonfinite", "compile",
 )  # fmt: skip
 """Settings of `TrainerConfig` that `PackTrainingArguments` has under the same name."""
 
@@ -64,6 +66,10 @@ class PackTrainingArguments(SFTConfig):
 
     packs_per_step: int = 0
     """Packs in the global batch of an optimizer step."""
+    compile: str = "off"
+    """`TrainerConfig.compile`; `build_trainer` replaces auto."""
+    checkpointing: str = "full"
+    """`TrainerConfig.gradient_checkpointing`; `build_trainer` replaces auto. The Trainer's own arguments are off."""
     on_nonfinite: str = "stop"
     """What to do at a step whose loss or gradient norm is not finite (see `TrainerConfig.on_nonfinite`)."""
 
@@ -266,7 +272,8 @@ class PackTrainer(SFTTrainer):
         Raises:
             InputError: the loss is not finite, and `on_nonfinite` is stop.
         """
-        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
+        with torch.compiler.set_stance("force_eager"):  # rows and replies of many lengths
+            output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
         if self.args.on_nonfinite == "stop" and not math.isfinite(output.metrics[f"{metric_key_prefix}_loss"]):
             found = f"step {self.state.global_step}: the validation loss is not finite"
             raise ResumableError(f"{found}: check the validation dialogues", "trainer.on_nonfinite=skip")
@@ -323,7 +330,10 @@ class PackTrainer(SFTTrainer):
 
     def _prepare_inputs(self, inputs):
         """Keep the loss weights in fp32: under DeepSpeed the Trainer casts every float to the engine's dtype."""
-        return super()._prepare_inputs(inputs) | {"loss_weights": inputs["loss_weights"].to(self.args.device)}
+        prepared = super()._prepare_inputs(inputs) | {"loss_weights": inputs["loss_weights"].to(self.args.device)}
+        if self.args.compile == "layers":
+            mark_varying(prepared)
+        return prepared
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """The sum of loss weights over the batches of an optimizer step, of all processes."""
@@ -392,6 +402,8 @@ class PackTrainer(SFTTrainer):
             logs.pop(name, None)
         if "loss" in logs:
             logs |= self.metrics.compute(self.accelerator.gather)
+            if self.args.compile == "layers":
+                logs["recompiles"] = recompiles()
             self._tr_loss.zero_()  # the Trainer subtracts it from itself, which would keep a NaN
         super().log(logs, start_time)
 
@@ -429,7 +441,8 @@ def training_arguments(
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
         bf16=resolve_dtype(config.precision) is torch.bfloat16,
-        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=False,
+        checkpointing=config.gradient_checkpointing,
         disable_tqdm=not sys.stderr.isatty(),
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -473,16 +486,29 @@ def build_trainer(
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     collator = checked_collator(model, packing, tokenizer.pad_token_id, arguments.device, dtype)
     forbid_kv_cache(model)
-    bounds = run_bounds([packs, *([validator.packs] if validator else [])], arguments.per_device_train_batch_size)
+    runs, rows = [packs, *([validator.packs] if validator else [])], arguments.per_device_train_batch_size
+    longest = rows * max(sum(lengths) for run in runs for lengths in run.document_lengths)
+    stage = str(arguments.deepspeed_plugin.zero_stage) if arguments.deepspeed_plugin else "off"
+    arguments.compile = resolve_compile(
+        arguments.compile, stage, model.config._attn_implementation, arguments.device.type
+    )
+    length = longest if arguments.compile == "layers" else None
+    bounds = run_bounds(runs, rows, length)
     trainer = PackTrainer(
         model,
         arguments,
         packs,
         validator,
-        data_collator=replace(collator, measured=True, bounds=bounds),
+        data_collator=replace(collator, measured=True, bounds=bounds, length=length),
         processing_class=tokenizer,
         peft_config=None if adapter.kind == "full" else lora_config(adapter, model.config.model_type),
     )
+    if arguments.checkpointing == "auto":
+        arguments.checkpointing = choose_checkpointing(trainer, longest)
+    logger.info("gradient checkpointing: %s, compiled: %s", arguments.checkpointing, arguments.compile)
+    checkpoint_activations(trainer.model, arguments.checkpointing)
+    if arguments.compile == "layers":
+        compile_layers(trainer.model)
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
     trainer.add_callback(ProgressReporter())

@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,8 @@ from csc_train.models.families import chat_template_name
 from csc_train.models.hub import find_file, is_local_path
 from csc_train.models.inspection import InspectedModel, inspect_model
 from csc_train.runs.directory import default_directory, refuse_foreign
-from csc_train.training.compatibility import check_supported
-from csc_train.training.memory import GIB, MemoryScenario, advice, alternatives, estimate_memory
+from csc_train.training.compatibility import check_supported, resolve_compile
+from csc_train.training.memory import GIB, MemoryScenario, advice, alternatives, estimate_memory, least_checkpointing
 
 if TYPE_CHECKING:
     from csc_train.data.dialogue import Dialogue
@@ -176,6 +177,8 @@ def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
         raise NotCheckedError("on another machine")
     packing, precision = config.packing.strategy, config.trainer.precision
     attention = select_attention(config.model.attn_implementation, packing, precision, found.dims.head_dim)
+    if config.trainer.compile == "layers":
+        resolve_compile("layers", config.zero.stage, attention, config.cluster.device)
     found.model.config._attn_implementation = attention
     device, dtype = torch.device(config.cluster.device), torch.bfloat16 if computes_in_bf16(config) else torch.float32
     layout = checked_collator(found.model, packing, 0, device, dtype).layout
@@ -293,12 +296,14 @@ def check_memory(
         raise NotCheckedError("the launcher brings its own DeepSpeed configuration")
     if memory is None:
         raise NotCheckedError("unknown GPU memory: give cluster.gpu_memory_gib=...")
+    if config.trainer.gradient_checkpointing == "auto":
+        chosen = replace(chosen, checkpointing=least_checkpointing(chosen, memory))
     plan = estimate_memory(chosen)
     sizes = f"{plan.total / GIB:.1f} of {memory / GIB:.1f} GiB per GPU"
     if plan.host:
         sizes += f", {plan.host / GIB:.0f} of {host_memory / GIB:.0f} GiB per node"
     if plan.total <= memory and plan.host <= host_memory:
-        return sizes
+        return f"{sizes}, gradient checkpointing {chosen.checkpointing}"
     rows, per_node = config.trainer.micro_batch_size, config.cluster.gpus_per_node
     raise InputError(f"{sizes}: does not fit; {advice(chosen, rows, per_node, memory, host_memory)}")
 

@@ -84,7 +84,7 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
         processes=config.cluster.world_size,
         nodes=config.cluster.nodes,
         tokens=tokens,
-        checkpointing=config.trainer.gradient_checkpointing,
+        checkpointing="full" if (mode := config.trainer.gradient_checkpointing) == "auto" else mode,
         mask_columns=columns if dense else 0,
         bf16=computes_in_bf16(config),
     )

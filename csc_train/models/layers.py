@@ -1,0 +1,101 @@
+"""How the decoder layers of a model run: what they keep for the backward pass, and whether they are compiled."""
+
+import sysconfig
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from csc_train.models.attention import varlen  # noqa: F401  registers its operator
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0, _aten._scaled_mm.default: 0}
+"""The matrix products, and which argument is the left matrix."""
+_KEPT = {
+    torch.ops.csc_train.varlen_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    # DeepSpeed's linear layer under stage 3 adds its bias in place: done again, it would be added twice.
+    _aten.add_.Tensor,
+}
+
+
+def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
+    """Let the backward pass recompute activations of the decoder layers.
+
+    A function in the training arguments would do the same, but they could not be saved with a checkpoint.
+
+    Args:
+        model: with its adapters.
+        mode: off, selective (products and attention keep their output; norms, activations and attention's inputs are
+            recomputed) or full (a layer keeps its input).
+    """
+    if mode == "off":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        ranks = [each.r for each in getattr(model, "peft_config", {}).values()]
+        adds_in_place = str(torch.nn.functional.linear.__module__).startswith("deepspeed")
+        options["context_fn"] = partial(
+            create_selective_checkpoint_contexts,
+            partial(_policy, max(ranks, default=0)),
+            allow_cache_entry_mutation=adds_in_place,  # see `_KEPT`
+        )
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+
+
+def _policy(rank: int, _: Any, operator: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
+    """Keep the output of a product or of attention; that of an adapter's second matrix is as wide as it is cheap."""
+    keep = operator in _KEPT
+    if operator in _PRODUCTS:
+        keep = arguments[_PRODUCTS[operator]].shape[-1] > rank
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile the decoder layers in place, each as one graph, at their first forward pass.
+
+    Names of modules and weights stay, which `torch.compile(layer)` in a layer's place would change. All layers share
+    one graph for all rows of one length, if `mark_varying` has marked them.
+    """
+    import torch._inductor.config
+
+    # DDP reduces gradients when a layer's backward pass is done; dynamo would cut layers at the buckets' ends.
+    torch._dynamo.config.optimize_ddp = False
+    # Dropout draws what it would draw without compilation.
+    torch._inductor.config.fallback_random = True
+    counters["stats"].pop("unique_graphs", None)
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(fullgraph=True)
+
+
+def mark_varying(batch: dict[str, Any]) -> None:
+    """Mark the sizes that differ between rows of one length, so that no graph is made for each of them."""
+    torch._dynamo.maybe_mark_dynamic(batch["varlen_metadata"]["key_index"], 0)
+
+
+def recompiles() -> int:
+    """Graphs compiled since `compile_layers`, the first aside."""
+    return max(0, counters["stats"]["unique_graphs"] - 1)
+
+
+def missing_compiler() -> str | None:
+    """What torch.compile lacks on this machine, and what to do; None if it lacks nothing."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler: install g++, or set CXX to one"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "no Python.h: install the headers of this Python (python3-dev)"
+    return None
