@@ -71,6 +71,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     torch._dynamo.config.optimize_ddp = False
     # Dropout draws what it would draw without compilation.
     torch._inductor.config.fallback_random = True
+    if hasattr(model, "peft_config"):  # else the first layer, whose input has no gradient, gets a graph of its own
+        model.enable_input_require_grads()
     counters["stats"].pop("unique_graphs", None)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):

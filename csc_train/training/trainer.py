@@ -251,7 +251,7 @@ class PackTrainer(SFTTrainer):
         return PackDataLoader(
             packs,
             self._sampler(packs, self.args.per_device_train_batch_size * self.args.world_size),
-            self.data_collator,
+            replace(self.data_collator, length=None),
             generator=torch.Generator(),  # the default generator would change the dropout of training
         )
 
@@ -487,7 +487,7 @@ def build_trainer(
     collator = checked_collator(model, packing, tokenizer.pad_token_id, arguments.device, dtype)
     forbid_kv_cache(model)
     runs, rows = [packs, *([validator.packs] if validator else [])], arguments.per_device_train_batch_size
-    longest = rows * max(sum(lengths) for run in runs for lengths in run.document_lengths)
+    longest = rows * max(map(sum, packs.document_lengths))
     stage = str(arguments.deepspeed_plugin.zero_stage) if arguments.deepspeed_plugin else "off"
     arguments.compile = resolve_compile(
         arguments.compile, stage, model.config._attn_implementation, arguments.device.type
