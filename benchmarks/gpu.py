@@ -172,12 +172,14 @@ class Sections(Report):
             return
         self.section(name, how, **self.decides)
         self.add("status", "begun")
+        started = time.monotonic()
         try:
             action()
             status = "done"
         except Exception as error:
             self.failed += 1
             status = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        self.add("seconds of this section", time.monotonic() - started)
         self.add("status", status)
         gc.collect()
         if torch.cuda.is_available():
