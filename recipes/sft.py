@@ -61,13 +61,14 @@ def main(config: SftRecipe) -> None:
     # Checks
     job = distributed_state()
     precision, seed = config.trainer.precision, config.trainer.seed
-    check_supported(config.zero, config.adapter.kind, resolve_precision(precision))
+    zero = config.zero.resolved(config.adapter.kind, resolve_precision(precision))
+    check_supported(zero, config.adapter.kind, resolve_precision(precision))
     inspected = inspect_model(config.model, download=True).require()
     attention = select_attention(
         config.model.attn_implementation, config.packing.strategy, precision, inspected.dims.head_dim
     )
     if config.trainer.compile == "layers":
-        resolve_compile("layers", config.zero.stage, attention, job.device.type)
+        resolve_compile("layers", zero.stage, attention, job.device.type)
     run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 
@@ -101,7 +102,7 @@ def main(config: SftRecipe) -> None:
         )
 
     # Model: after the arguments, since ZeRO stage 3 shards it while it is loaded
-    arguments = training_arguments(config.trainer, run.checkpoints, job.num_processes, config.zero, config.validation)
+    arguments = training_arguments(config.trainer, run.checkpoints, job.num_processes, zero, config.validation)
     dtype = weight_dtype(precision, config.adapter.kind)
     base = save_base_model(config.model, tokenizer, dtype, seed, run)
     model = load_model(base, tokenizer, dtype, seed, attention, load_in_4bit=config.adapter.kind == "qlora")

@@ -36,6 +36,7 @@ from csc_train.checkpoints.training_checkpoint import (
 )
 from csc_train.config.compose import compose
 from csc_train.errors import InputError
+from csc_train.launching.preflight.size import memory_scenario
 from csc_train.models.config import AdapterConfig
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
@@ -76,7 +77,8 @@ TWO_PROCESSES = {
         if stage != "0"
     },
     **{f"qlora {stage}": case(stage, **QLORA) for stage in ("1", "2", "3")},
-    **{f"bf16 {stage}": case(stage, precision="bf16") for stage in ("off", "2", "3")},
+    **{f"bf16 {stage}": case(stage, precision="bf16", checkpoints=f"bf16-{stage}") for stage in ("off", "1")},
+    **{f"bf16 {stage}": case(stage, precision="bf16") for stage in ("2", "3")},
     **{f"offload {stage}": case(stage, offload=True) for stage in OFFLOAD},
     **{
         f"again {stage} {step}": case(stage, resume=f"full-{stage}{step}", **FULL)
@@ -88,6 +90,11 @@ TWO_PROCESSES = {
         for one, other in (("off", "2"), ("1", "3"), ("2", "off"), ("3", "1"), ("0", "3"), ("3", "0"))
     },
     **{f"again lora {stage} 4": case(stage, resume=f"lora-{stage}4", **LORA, **FULL) for stage in ("1", "2", "3")},
+    "bf16 again 1": case("1", precision="bf16", resume="bf16-14"),
+    **{
+        f"bf16 moved {one} {other}": case(other, precision="bf16", resume=f"bf16-{one}4")
+        for one, other in (("off", "1"), ("1", "off"))
+    },
     "moved lora 3 1": case("1", resume="lora-34", **LORA),
     "moved lora off 3": case("3", resume="lora-off4", **LORA),
 }
@@ -95,6 +102,7 @@ ONE_PROCESS = {
     **{f"alone {stage} {step}": case(stage, resume=f"full-{stage}{step}") for stage in STAGES for step in (2, 4)},
     **{f"alone lora {stage}": case(stage, resume=f"lora-{stage}4", **LORA) for stage in ("1", "2", "3")},
     "alone moved 2 off": case("off", resume="full-24"),
+    "alone bf16 1": case("1", precision="bf16", resume="bf16-14"),
 }
 
 
@@ -193,13 +201,34 @@ def test_qlora_trains_as_one_process_does(on_two, references, stage):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_bf16_trains_as_without_deepspeed(on_two, references, stage):
     run, plain = on_two[f"bf16 {stage}"], on_two["bf16 off"]
     really(run, stage, 2)
     assert run["losses"] == pytest.approx(plain["losses"], rel=BF16_TOLERANCE)
     assert run["losses"] != pytest.approx(references["full"]["losses"], rel=TOLERANCE)  # it did compute in bf16
     assert run["weights_dtype"] == "torch.float32"  # DeepSpeed would round them as it does the activations
+
+
+@pytest.mark.distributed
+def test_stage_1_in_bf16_sums_gradients_in_fp32_and_holds_no_others(on_two):
+    run = on_two["bf16 1"]
+    parameters = sum(map(len, run["weights"].values()))
+    held = run["gradient_bytes"]
+    assert held["bf16"] == 0
+    assert 4 * parameters <= held["fp32"] <= 4 * parameters + 1024  # padding
+    assert held["sent"] == "torch.float32"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", ["bf16 again 1", "bf16 moved off 1", "bf16 moved 1 off", "alone bf16 1"])
+def test_a_run_in_bf16_resumes_with_its_fp32_weights(on_two, on_one, run):
+    again = on_two.get(run) or on_one[run]
+    really(again, run.split()[-1], 1 if "alone" in run else 2)
+    assert again["first_step"] == 4
+    assert again["losses"] == pytest.approx(on_two["bf16 1"]["losses"], rel=BF16_TOLERANCE)
+    if run == "bf16 again 1":
+        assert again["digest"] == on_two["bf16 1"]["digest"]
 
 
 @pytest.mark.distributed
@@ -336,6 +365,19 @@ def test_deepspeeds_configuration_leaves_the_trainers_values_to_it(name):
     assert made["zero_optimization"]["stage"] == int(name[4])
     assert ("offload_param" in made["zero_optimization"]) == name.endswith("offload")
     assert "optimizer" not in made and "scheduler" not in made
+
+
+@pytest.mark.parametrize(
+    ("adapter", "precision", "stage"), [("full", "bf16", "1"), ("full", "fp32", "off"), ("lora", "bf16", "off")]
+)
+def test_auto_is_stage_1_for_full_fine_tuning_in_bf16(adapter, precision, stage, monkeypatch):
+    assert ZeroConfig().resolved(adapter, precision) == ZeroConfig(stage)
+    for given in ("off", "2"):
+        assert ZeroConfig(given).resolved(adapter, precision) == ZeroConfig(given)
+    planned = compose("preflight", [f"adapter={adapter}", f"trainer.precision={precision}", "cluster=gpu1"])
+    assert memory_scenario(planned).stage == stage
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert ZeroConfig().resolved(adapter, precision) == ZeroConfig()
 
 
 def test_a_stage_that_disagrees_with_the_launcher_is_refused(monkeypatch):

@@ -297,7 +297,7 @@ def test_every_suggested_fix_fits_and_is_an_override(seven):
         config = compose("preflight", ["model=qwen2_5_7b", "cluster=node8", "zero=zero2", *remedy.split()])
         changed = replace(
             setting,
-            **dict(zip(("stage", "offload"), zero_of(config.zero), strict=True)),
+            **dict(zip(("stage", "offload"), zero_of(config), strict=True)),
             tokens=8192 * config.trainer.micro_batch_size if "micro" in remedy else setting.tokens,
             checkpointing=config.trainer.gradient_checkpointing if "checkpointing" in remedy else "off",
         )

@@ -4,9 +4,10 @@ import torch
 
 
 def weight_dtype(precision: str, adapter: str) -> torch.dtype:
-    """The dtype that holds the weights in training.
+    """The dtype in which the weights to train are loaded.
 
     Trained weights are fp32 in every precision: at learning rate 1e-5, most updates would round to nothing in bf16.
+    DeepSpeed casts them to bf16, and keeps an fp32 copy in its optimizer.
     Weights under an adapter are only read, so they have the dtype of the computation.
 
     Args:

@@ -1,8 +1,9 @@
 """Settings of the training: the groups `trainer`, `validation` and `zero`."""
 
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from csc_train.errors import InputError, check_fields, check_range
 
@@ -28,14 +29,20 @@ def check_steps(key: str, value: float | None) -> None:
         raise InputError(f"{key}={value}: choose a whole number of steps, or a share below 1")
 
 
+def launches_deepspeed() -> bool:
+    """Whether accelerate's launcher has a DeepSpeed configuration."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 @dataclass
 class ZeroConfig:
     """What DeepSpeed's ZeRO shards over the processes."""
 
     stage: str = "auto"
-    """off: PyTorch's DDP, no sharding. 0: DeepSpeed's engine, no sharding. 1: shard the optimizer states. 2: the
-    gradients too. 3: the weights too. from_launcher: as accelerate's configuration says. auto: from_launcher if
-    accelerate has a DeepSpeed configuration, else off."""
+    """off: PyTorch's DDP, no sharding; fp32 weights, which each forward pass in bf16 casts. 0: DeepSpeed's engine, no
+    sharding. 1: shard the optimizer states. 2: the gradients too. 3: the weights too. from_launcher: as accelerate's
+    configuration says. auto: from_launcher if accelerate has a DeepSpeed configuration; else 1 for full fine-tuning in
+    bf16, on one process too, for bf16 weights with an fp32 copy in the optimizer; else off."""
     offload_optimizer: bool = False
     """Keep the optimizer states in CPU memory and update the weights on the CPU; stages 2 and 3."""
     offload_parameters: bool = False
@@ -52,6 +59,17 @@ class ZeroConfig:
             raise InputError(
                 f"zero.offload_parameters=true with zero.stage={self.stage}: choose stage 3, which shards the weights"
             )
+
+    def resolved(self, adapter: str, precision: str) -> "ZeroConfig":
+        """These settings with the stage that `auto` stands for; auto remains if accelerate launches DeepSpeed.
+
+        Args:
+            adapter: an `AdapterConfig.kind`.
+            precision: of the computation, as `resolve_precision` returns it.
+        """
+        if self.stage != "auto" or launches_deepspeed():
+            return self
+        return replace(self, stage="1" if adapter == "full" and precision != "fp32" else "off")
 
 
 @dataclass

@@ -15,12 +15,12 @@ from transformers import Trainer
 
 from csc_train.errors import InputError
 from csc_train.templates import read_yaml
-from csc_train.training.config import ZeroConfig
+from csc_train.training.config import ZeroConfig, launches_deepspeed
 
 
 def launcher_stage() -> str | None:
     """The ZeRO stage in the configuration of accelerate's launcher; None without one."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+    if not launches_deepspeed():
         return None
     from accelerate.utils import DeepSpeedPlugin
 
@@ -59,8 +59,9 @@ def deepspeed_config(zero: ZeroConfig) -> dict[str, Any] | None:
         optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
     if zero.offload_parameters:
         optimization["offload_param"] = {"device": "cpu", "pin_memory": gpu}
+    added = fixed["stage_1"] if zero.stage == "1" else {}
     # DeepSpeed compiles its CPU optimizer at first use, which takes minutes.
-    return fixed["all_stages"] | {"zero_force_ds_cpu_optimizer": gpu, "zero_optimization": optimization}
+    return fixed["all_stages"] | added | {"zero_force_ds_cpu_optimizer": gpu, "zero_optimization": optimization}
 
 
 def start_deepspeed() -> None:

@@ -2,7 +2,7 @@
 
 Sizes are in bytes unless a name says otherwise.
 
-- Full fine-tuning without DeepSpeed holds fp32 weights, which autocast casts to bf16.
+- Full fine-tuning without DeepSpeed (`zero=off`) holds fp32 weights, which autocast casts to bf16.
 - DeepSpeed in bf16 holds bf16 weights, and an fp32 copy beside the two moments.
 - Attention keeps no matrix of all token pairs except a dense mask, if it needs one.
 - Gradients count at all times, as from the second forward pass of an optimizer step on.
@@ -150,7 +150,7 @@ def model_states(scenario: MemoryScenario) -> MemoryPlan:
 
     - off (DDP): 4 P of weights, 4 P of gradients, 8 P of moments. QLoRA's adapters are in bf16.
     - stage 0: 2 P of weights, 2 P + 4 P of gradients in bf16 and in fp32, 4 P + 8 P of fp32 weights and moments.
-    - stage 1: as 0, with the fp32 weights and moments divided by N; gradients are summed whole, in fp32.
+    - stage 1: 2 P of weights, 4 P of gradients, summed whole in fp32; the fp32 weights and moments divided by N.
     - stage 2: all but the weights divided by N: 2 P + 18 P / N.
     - stage 3: 18 P / N, and 4 bytes per weight of the largest layer, which is gathered whole with its gradient.
     - offload: the GPU keeps 2 P under stages 1 and 2. Under stage 3 it keeps the largest layer's weights and gradient,
@@ -164,7 +164,7 @@ def model_states(scenario: MemoryScenario) -> MemoryPlan:
     if scenario.stage == "off":
         held = 2 if scenario.adapter == "qlora" and scenario.bf16 else 4
         return MemoryPlan(held * trained + scenario.frozen_bytes, held * trained, 2 * held * trained)
-    weights, gradients = float(compute * trained), {"0": 6, "1": 6, "2": 6 * share, "3": 4 * share}
+    weights, gradients = float(compute * trained), {"0": 6, "1": 4, "2": 6 * share, "3": 4 * share}
     parameters, optimizer = weights + scenario.frozen_bytes, 12 * trained * (1 if scenario.stage == "0" else share)
     gradient = gradients[scenario.stage] * trained
     if scenario.stage == "3":
@@ -185,11 +185,14 @@ def model_states(scenario: MemoryScenario) -> MemoryPlan:
 def communication_bytes(scenario: MemoryScenario) -> float:
     """Bytes of the buffers in which processes exchange gradients and weights.
 
-    DDP keeps a second copy of every gradient in its buckets. DeepSpeed has one bucket of `reduce_bucket` elements.
-    Stage 3 also holds at most `live_parameters` gathered weights; `model_states` counts those of the largest layer.
+    DDP keeps a second copy of every gradient in its buckets. Stage 1 in bf16 sums gradients where they are. The others
+    have one bucket of `reduce_bucket` elements. Stage 3 also holds at most `live_parameters` gathered weights;
+    `model_states` counts those of the largest layer.
     """
     if scenario.stage == "off":
         return (2 if scenario.adapter == "qlora" else 4) * scenario.trained if scenario.processes > 1 else 0
+    if scenario.stage == "1" and scenario.bf16:
+        return 0
     bucket = scenario.compute * scenario.reduce_bucket
     if scenario.stage == "0":
         bucket = min(bucket, scenario.compute * scenario.trained)

@@ -1,5 +1,7 @@
 """SFTTrainer for packed data: its own batch sampler, weighted loss, checkpoints and metrics."""
 
+import contextlib
+import io
 import itertools
 import logging
 import math
@@ -175,7 +177,8 @@ class PackTrainer(SFTTrainer):
             self._started -= saved.seconds
             reshard = saved.stage != now.stage or (saved.stage in (1, 2, 3) and saved.processes != now.processes)
         checkpoint = None if reshard else resume_from_checkpoint
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory it has
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
         check_engine(self)
         if self.args.deepspeed_plugin and self.args.deepspeed_plugin.zero_stage == 0:
             skip_nonfinite(self.optimizer)
@@ -427,9 +430,13 @@ def training_arguments(
         InputError: as `TrainerConfig.accumulation`, `ValidationConfig.interval` and `deepspeed.deepspeed_config`.
     """
     eval_steps = validation.interval(config) if validation else 0
-    deepspeed = deepspeed_config(zero or ZeroConfig())
+    zero = zero or ZeroConfig()
+    deepspeed = deepspeed_config(zero)
+    bf16 = resolve_dtype(config.precision) is torch.bfloat16
     if deepspeed or launcher_stage():
         start_deepspeed()
+        held = "bf16, with an fp32 copy in the optimizer" if bf16 else "fp32"
+        logger.info(f"ZeRO stage {zero.stage if deepspeed else launcher_stage()}: trained weights in {held}")
     return PackTrainingArguments(
         **{name: getattr(config, name) for name in SAME_ARGUMENTS},
         output_dir=str(directory),
@@ -440,7 +447,7 @@ def training_arguments(
         gradient_accumulation_steps=config.accumulation(processes),
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
-        bf16=resolve_dtype(config.precision) is torch.bfloat16,
+        bf16=bf16,
         activation_checkpointing=False,
         checkpointing=config.gradient_checkpointing,
         disable_tqdm=not sys.stderr.isatty(),

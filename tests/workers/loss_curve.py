@@ -154,6 +154,7 @@ def train(
 
     trainer._get_num_items_in_batch = recorded  # asked once for each optimizer step
     state = str(folder / resume) if resume else None
+    trainer.add_callback(GradientBytes(trainer))
     if ends:
         trainer.add_callback(Ends(*ends))
     if tracked is None:
@@ -195,6 +196,24 @@ class Ends(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
         if (self.how, self.step) == ("error", state.global_step):
             raise RuntimeError("as planned")
+
+
+class GradientBytes(TrainerCallback):
+    """Counts what stage 1 in bf16 holds of gradients between two forward passes of a step."""
+
+    def __init__(self, trainer: SFTTrainer):
+        self.trainer = trainer
+        trainer.gradient_bytes = {}
+
+    def on_substep_end(self, args, state, control, **_):
+        engine: Any = self.trainer.model_wrapped
+        if sums := getattr(getattr(engine, "optimizer", None), "fp32_groups_gradients_flat", None):
+            held = [each.grad for each in engine.parameters() if each.grad is not None]
+            self.trainer.gradient_bytes = {
+                "bf16": sum(each.nbytes for each in held),
+                "fp32": sum(each.nbytes for each in sums),
+                "sent": str(engine.communication_data_type),
+            }
 
 
 class Samples(TrainerCallback):
@@ -243,6 +262,7 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
         "digest": digest(weights),
         "processes": trainer.accelerator.num_processes,
         "engine": type(engine).__name__,
+        "gradient_bytes": trainer.gradient_bytes,
         "micro_batch_size": trainer.args.per_device_train_batch_size,
         "accumulation": trainer.args.gradient_accumulation_steps,
     }

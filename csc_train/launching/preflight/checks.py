@@ -146,7 +146,7 @@ def check_zero_support(config: PreflightRecipe) -> str:
     """Adapter, ZeRO stage, offload and precision are supported together (see `training.compatibility`)."""
     precision = "bf16" if computes_in_bf16(config) else "fp32"
     check_supported(config.zero, config.adapter.kind, precision)
-    stage, offload = zero_of(config.zero)
+    stage, offload = zero_of(config)
     return f"adapter={config.adapter.kind} with stage {stage}, offload {offload}, {precision}"
 
 

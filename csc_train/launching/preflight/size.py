@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from csc_train.config.recipes.training import PreflightRecipe
 from csc_train.models.families import ModelDims, lora_parameter_count, model_dims
-from csc_train.training.config import ZeroConfig
 from csc_train.training.memory import MemoryScenario, scenario_flops
 
 if TYPE_CHECKING:
@@ -47,10 +46,11 @@ class JobEstimate:
         )
 
 
-def zero_of(zero: ZeroConfig) -> tuple[str, str]:
+def zero_of(config: PreflightRecipe) -> tuple[str, str]:
     """(stage, offload) as `MemoryScenario` names them; a launcher's own DeepSpeed configuration counts as stage 3."""
+    zero = config.zero.resolved(config.adapter.kind, "bf16" if computes_in_bf16(config) else "fp32")
     offload = "all" if zero.offload_parameters else "optimizer" if zero.offload_optimizer else "none"
-    return {"from_launcher": "3", "auto": "off"}.get(zero.stage, zero.stage), offload
+    return {"from_launcher": "3", "auto": "3"}.get(zero.stage, zero.stage), offload
 
 
 def computes_in_bf16(config: PreflightRecipe) -> bool:
@@ -68,7 +68,7 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
     model, adapter, packing = config.model, config.adapter, config.packing
     dims = dims or model_dims(model.architecture, model.tokenizer_vocab_size)
     weights = 0 if adapter.kind == "full" else lora_parameter_count(dims, adapter.rank, adapter.target_modules)
-    stage, offload = zero_of(config.zero)
+    stage, offload = zero_of(config)
     tokens = config.trainer.micro_batch_size * packing.max_length
     # On a GPU, sdpa and eager attention separate the documents of a pack by a dense mask of this many columns. In fp32
     # there is no other.
