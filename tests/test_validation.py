@@ -45,10 +45,11 @@ TOLERANCE = 1e-5
 MEASURED = {"eval_steps": 1, "num_turns": None, "num_samples": 3, "max_new_tokens": 4}
 SHORT = {"packs": "shared", "max_steps": 3, "micro_batch_size": 1}
 LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}, "learning_rate": 2e-2}
+COMPILED = {"zero": {"stage": "2"}, "compile": "layers", "gradient_checkpointing": "selective"}
 SHARDED = {"stage": "3", "persistence_threshold": 0}
 TWO_PROCESSES = {
     "full off": {**SHORT, "validation": MEASURED, "checkpoints": "full-off/checkpoints"},
-    "full 2": {**SHORT, "validation": MEASURED, "checkpoints": "full-2/checkpoints", "zero": {"stage": "2"}},
+    "full 2": {**SHORT, **COMPILED, "validation": MEASURED, "checkpoints": "full-2/checkpoints"},
     "full 3": {**SHORT, "validation": MEASURED, "checkpoints": "full-3/checkpoints", "zero": SHARDED, "save_steps": 1},
     "lora 3": {**SHORT, **LORA, "validation": MEASURED, "checkpoints": "lora-3/checkpoints", "zero": SHARDED},
 }
@@ -245,6 +246,8 @@ def test_two_ranks_validate_as_one_process_does(folder, on_two_processes, refere
         assert mine == pytest.approx(theirs, rel=TOLERANCE)
     assert samples(folder, run.replace(" ", "-")) == samples(folder, "one" if kind == "full" else "one-lora")
     assert one["measured"][-1]["loss"] < 0.99 * one["measured"][0]["loss"]
+    # A validation, whose rows have other lengths, compiles nothing.
+    assert two["recompiles"] == ([0, 0, 0] if run == "full 2" else [None] * 3)
 
 
 @pytest.mark.slow

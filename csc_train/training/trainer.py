@@ -269,14 +269,14 @@ class PackTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(total)), None, None
 
+    @torch.compiler.set_stance("force_eager")  # rows and replies of many lengths would each be compiled
     def evaluation_loop(self, *arguments, metric_key_prefix="eval", **options):
         """Compute the validation loss, then the metrics of `Validator.evaluate`.
 
         Raises:
             InputError: the loss is not finite, and `on_nonfinite` is stop.
         """
-        with torch.compiler.set_stance("force_eager"):  # rows and replies of many lengths
-            output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
         if self.args.on_nonfinite == "stop" and not math.isfinite(output.metrics[f"{metric_key_prefix}_loss"]):
             found = f"step {self.state.global_step}: the validation loss is not finite"
             raise ResumableError(f"{found}: check the validation dialogues", "trainer.on_nonfinite=skip")

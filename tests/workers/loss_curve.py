@@ -251,6 +251,7 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in steps],
         "measured": [last_validation_metrics([entry], entry["step"]) for entry in log if "eval_loss" in entry],
         "grad_norms": [entry.get("grad_norm") for entry in steps],
+        "recompiles": [entry.get("recompiles") for entry in steps],
         "learning_rates": [entry["learning_rate"] for entry in steps],
         "documents": [sorted(itertools.chain(*parts)) for parts in zip(*steps_of_all, strict=True)],
         "weights_dtype": str(weighted.dtype),
