@@ -176,7 +176,7 @@ def test_what_cannot_be_compiled_is_refused_or_off_by_name(said, mode, stage, at
 
 def test_without_a_compiler_layers_are_refused(monkeypatch):
     assert resolve_compile("layers", "2", "varlen", "cpu") == "layers"
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     with pytest.raises(InputError, match=r"trainer.compile=layers with no C\+\+ compiler: install g\+\+"):
         resolve_compile("layers", "2", "varlen", "cpu")
     assert resolve_compile("auto", "2", "varlen", "cuda") == "off"
