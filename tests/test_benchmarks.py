@@ -92,6 +92,18 @@ def test_the_kept_results_are_of_a_whole_run_of_this_script(quick):
     assert result(kept, "tokens", "shared / plain, 568 ids") <= 0.62
 
 
+@pytest.mark.slow
+def test_two_builds_take_the_same_steps_in_turn(tmp_path):
+    """This build beside itself."""
+    path = tmp_path / "compare_builds.json"
+    done = run_script(BENCHMARKS / "compare_builds.py", ROOT, "--quick", "--rounds", "1", "--output", path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = read_json(path)
+    for side in ("shared prefix", "plain packs"):
+        assert result(report, "optimizer steps", f"{side}: losses apart") == 0
+        assert result(report, "optimizer steps", f"{side}: new / old by CPU time") > 0
+
+
 def test_goals_are_judged_by_the_median(measure, capsys):
     report = measure.Report({}, {})
     report.section("a", "how", size=1)
