@@ -11,13 +11,12 @@ Qwen2.5's dimensions and random weights.
 
 import argparse
 import contextlib
-import gc
 import gzip
 import importlib.util
 import itertools
 import json
 import math
-import subprocess
+import os
 import sys
 import tempfile
 import time
@@ -39,6 +38,8 @@ if UNPACKED:
             archive.extractall(UNPACKED)
 sys.path[:0] = [*filter(None, [UNPACKED]), str(HERE.parent)]
 
+# This process must not touch the GPU, nor have threads of its own: others begin as copies of it.
+os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
 import torch  # noqa: E402  behind the wheels
 
 if not torch.cuda.is_available() and not {"--rehearse", "--help", "-h"} & set(sys.argv):
@@ -64,15 +65,14 @@ try:
     from packed_varlen import PACKED_VARLEN
     from transformers import AutoTokenizer, Trainer, TrainerCallback
     from transformers.trainer_utils import SaveStrategy
-    from turns import Side, sides_of
+    from turns import CONTEXT, Side, SideError, in_process, sides_of, take_turns
 
-    from csc_train.errors import InputError
     from csc_train.files import digest, file_digest, read_json
     from csc_train.models.attention.select import select_attention
     from csc_train.models.attention.varlen import varlen_attention
     from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
     from csc_train.models.loading import load_model, lora_config
-    from csc_train.models.precision import weight_dtype
+    from csc_train.models.precision import resolve_precision, weight_dtype
     from csc_train.packing.bin_packing import subset_sum_packing
     from csc_train.packing.collator import PackCollator, run_bounds
     from csc_train.packing.config import PackingConfig
@@ -80,7 +80,7 @@ try:
     from csc_train.runs.provenance import code_digest
     from csc_train.training.config import TrainerConfig, ZeroConfig
     from csc_train.training.loss import score_tokens
-    from csc_train.training.memory import GIB, estimate_memory, scenario_of
+    from csc_train.training.memory import GIB
     from csc_train.training.profiling import ACTIVE, TRACE, WAIT, WARM_UP, ProfilerCallback, time_shares
     from csc_train.training.train_metrics import peak_flops
     from csc_train.training.trainer import build_trainer, training_arguments
@@ -94,9 +94,6 @@ OWN_PREFIX = 309
 EPOCHS, DIALOGUES = 3, 11_232
 """Of a training on RoleCS; the paper publishes no epochs, and conf/trainer/full.yaml names the source of three."""
 MAX_RECOMPILES = 2
-MASTERS, LIGER = "alone: 1.5b, bf16 weights with fp32 masters", "alone: 1.5b, compile=off with liger-kernel"
-OWN_PROCESS = (MASTERS, LIGER)
-"""Sections that change for good how transformers or accelerate work."""
 ERROR_LIMIT = 1e-2
 """Norm of the error over that of the value, against float64: what bf16 stays below and a wrong mask does not."""
 
@@ -111,7 +108,9 @@ class Settings:
     """By how much dialogues and prefixes are shortened."""
     dialogues: int = 400
     warm_up: int = 3
-    steps: int = 6
+    turns: int = 3
+    steps: int = 2
+    """Measured in a turn of a side."""
     attention_repeats: int = 15
     fp8_layers: int = 6
     """Layers of the 7B that is trained whole in bf16 and fp8: all of them take more than one GPU's memory."""
@@ -127,6 +126,7 @@ REHEARSAL = Settings(
     shortened=16,
     dialogues=40,
     warm_up=1,
+    turns=1,
     steps=2,
     attention_repeats=2,
     fp8_layers=1,
@@ -172,18 +172,25 @@ class Sections(Report):
             return
         self.section(name, how, **self.decides)
         self.add("status", "begun")
+        process = CONTEXT.Process(target=self._act, args=(action,))
+        process.start()
+        process.join()
+        self.sections = read_json(self.path)["sections"]
+        self.results = self.sections[name]["results"]
+        if self.results["status"]["value"] == "begun":
+            self.add("status", f"failed: the process ended with {process.exitcode}")
+        self.failed += self.results["status"]["value"] != "done"
+
+    def _act(self, action: Callable[[], None]) -> None:
+        """What the process of a section does."""
         started = time.monotonic()
         try:
             action()
             status = "done"
         except Exception as error:
-            self.failed += 1
             status = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         self.add("seconds of this section", time.monotonic() - started)
         self.add("status", status)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -216,21 +223,26 @@ def main() -> None:
             "rehearsal": options.rehearse,
             "commit": options.commit,
             "code": digest([code_digest(), *map(file_digest, sources)]),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "device": gpu_name() or "cpu",
             "torch": torch.__version__,
         },
     )  # fmt: skip
     bench = Bench(report, settings, end)
     for name, (how, action, needs) in bench.sections().items():
-        if name in OWN_PROCESS and options.sections == [""]:
-            rest = str((end - time.monotonic()) / 60)
-            command = [sys.executable, *sys.argv, "--output", output, "--minutes", rest, "--sections", name]
-            report.failed += subprocess.run([str(word) for word in command], check=False).returncode != 0
-            report.sections |= read_json(output)["sections"]
-        elif name.startswith(tuple(options.sections)):
+        if name.startswith(tuple(options.sections)):
             report.measure(name, how, action, end, needs)
     print(f"\n{output}: {report.failed} sections failed, {report.skipped} found no time")
     sys.exit(1 if report.failed else 0)
+
+
+def gpu_name() -> str | None:
+    """The name of the GPU, asked by another process; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return in_process(torch.cuda.get_device_name)
+    except RuntimeError as error:
+        sys.exit(f"gpu.py: a process cannot use CUDA: {error}; has an imported package used it before?")
 
 
 def case_adapter(shape: str) -> AdapterConfig:
@@ -249,9 +261,9 @@ class Bench:
         """
         self.report, self.settings, self.end = report, settings, end
         self.tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
-        self.recomputes = False
-        """Whether the trainer of ours that was made last recomputes activations."""
-        self.peak = settings.peak or peak_flops(torch.cuda.get_device_name()) or float("nan")
+        self.sides: dict[str, Side] = {}
+        """Those of the comparison that is made now."""
+        self.peak = settings.peak or peak_flops(report.settings["device"]) or float("nan")
 
     def sections(self) -> dict[str, tuple[str, Callable[[], None], float]]:
         """By name: the method, what measures it, and the seconds that it takes on an H200."""
@@ -284,9 +296,9 @@ class Bench:
             for changed in choices
         }  # fmt: skip
         if importlib.util.find_spec("deepspeed"):
-            variants[MASTERS] = "1.5b", {"zero": "1"}
+            variants["alone: 1.5b, zero=off"] = "1.5b", {"zero": "off"}
         if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-            variants[LIGER] = "1.5b", {"compile": "off", "liger": True}
+            variants["alone: 1.5b, compile=off with liger-kernel"] = "1.5b", {"compile": "off", "liger": True}
         for name, (shape, changed) in variants.items():
             found[name] = (ALONE, lambda shape=shape, changed=changed: self.alone(shape, **changed), 20)
         return found
@@ -438,7 +450,7 @@ class Bench:
         Args:
             layers: of the model; defaults to the shape's.
             liger: norms, SwiGLU and rotary embedding by liger-kernel.
-            zero: the stage.
+            zero: the stage; auto is off where there is no DeepSpeed.
             changed: of the trainer's settings.
         """
 
@@ -449,20 +461,21 @@ class Bench:
             attention = select_attention(
                 "auto", strategy, config.precision, dims["hidden_size"] // dims["num_attention_heads"]
             )
-            arguments = training_arguments(config, Path(directory), 1, ZeroConfig(zero))
+            stage = ZeroConfig(zero).resolved(adapter.kind, resolve_precision(config.precision))
+            if zero == "auto" and not importlib.util.find_spec("deepspeed"):
+                stage = ZeroConfig("off")
+            arguments = training_arguments(config, Path(directory), 1, stage)
             arguments.save_strategy = SaveStrategy.NO
             if liger:
                 arguments.use_liger_kernel = True
                 arguments.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             model = self.model(shape, attention, adapter, config.precision, layers)
-            trainer = build_trainer(model, self.tokenizer, packs, arguments, strategy, adapter)
-            self.recomputes = recomputation(trainer) != "off"
-            return trainer
+            return build_trainer(model, self.tokenizer, packs, arguments, strategy, adapter)
 
         return make
 
     def theirs(self, shape: str, prefix: int, attention: str, **options: Any) -> Callable[[str], Trainer]:
-        """Makes TRL's trainer with its own packing, one pack a step, recomputing activations if ours does.
+        """Makes TRL's trainer with its own packing, one pack a step, recomputing activations if another side does.
 
         Args:
             options: of SFTConfig.
@@ -470,6 +483,7 @@ class Bench:
 
         def make(directory: str) -> Trainer:
             adapter = case_adapter(shape)
+            recomputed = any(side.facts["gradient checkpointing"] != "off" for side in self.sides.values())
             trainer: Any = trl_trainer(
                 self.model(shape, attention, adapter, "auto"),
                 self.examples(shape, prefix),
@@ -478,7 +492,7 @@ class Bench:
                 peft_config=None if adapter.kind == "full" else lora_config(adapter, "qwen2"),
                 max_steps=10**4,
                 save_strategy="no",
-                **{"activation_checkpointing": self.recomputes} | options,
+                **{"activation_checkpointing": recomputed} | options,
             )
             lengths = trainer.train_dataset["seq_lengths"]
             full = [n for n, pack in enumerate(lengths) if sum(pack) >= 0.9 * self.settings.max_length]
@@ -519,102 +533,87 @@ class Bench:
         self.report.add("shared prefix / TRL", ratios(rates["shared prefix"], rates["TRL as it comes"]))
 
     def compare(self, makers: dict[str, Callable[[str], Trainer]]) -> tuple[dict[str, list], dict[str, list]]:
-        """Trained tokens a second and MFU by side, step by step in turn, or side by side if memory is short."""
+        """Trained tokens a second and MFU by side and step, in turn, or one side after the other if memory is short."""
         try:
             return self.in_turn(makers)
-        except (torch.OutOfMemoryError, InputError) as error:
-            if "out of memory" not in str(error).lower():
+        except SideError as error:
+            if "out of memory" not in str(error).lower() or len(makers) == 1:
                 raise
         self.report.add("order", "one side after the other: not all fit into memory")
         rates, use = {}, {}
         for name, make in makers.items():
-            gc.collect()
-            torch.cuda.empty_cache()
             for all_sides, own in zip((rates, use), self.in_turn({name: make}), strict=True):
                 all_sides |= own
         return rates, use
 
     def in_turn(self, makers: dict[str, Callable[[str], Trainer]]) -> tuple[dict[str, list], dict[str, list]]:
         """As `compare`, with all sides in memory; reports each side."""
-        warm_up, rates, use = self.settings.warm_up, {}, {}
-        with sides_of(makers) as sides:
-            self.take_steps(sides)
-            for name, side in sides.items():
-                rates[name], use[name] = self.report_side(name, side)
-            late = sum(sum(side.graphs[warm_up:]) for side in sides.values())
-            recompiles = max(sum(side.graphs) - 1 for side in sides.values())
+        settings, rates, use = self.settings, {}, {}
+        self.sides = {}
+        with sides_of(makers, settings.max_length, self.sides):
+            take_turns(self.sides, settings.warm_up, settings.turns, settings.steps, self.end)
+        for name, side in self.sides.items():
+            rates[name], use[name] = self.report_side(name, side)
+        late = sum(step.graphs for side in self.sides.values() for step in side.steps)
+        recompiles = max(0, *(side.graphs - 1 for side in self.sides.values()))
         self.report.add("graphs compiled after the warm-up", late, most=0)
-        self.report.add("recompiles, most of a side", max(0, recompiles), most=MAX_RECOMPILES)
+        self.report.add("recompiles, most of a side", recompiles, most=MAX_RECOMPILES)
         if recompiles > MAX_RECOMPILES:
             raise RuntimeError(f"a side compiled {recompiles} graphs more than one: at most {MAX_RECOMPILES} may be")
         return rates, use
 
-    def take_steps(self, sides: dict[str, Side]) -> None:
-        """The steps that warm up and those that are measured, in turn."""
-        for number in range(self.settings.warm_up + self.settings.steps):
-            if number < self.settings.warm_up + 2 or time.monotonic() < self.end:
-                for side in sides.values():
-                    side.step()
-
     def report_side(self, name: str, side: Side) -> tuple[list[float], list[float]]:
         """Report a side's steps; its trained tokens a second and MFU, step by step."""
-        after = slice(self.settings.warm_up, None)
-        seconds, work = side.seconds[after], side.work()[after]
-        rates = [trained / each for (trained, _, _), each in zip(work, seconds, strict=True)]
-        use = [flops / (each * self.peak) for (_, _, flops), each in zip(work, seconds, strict=True)]
-        add = self.report.add
-        add(f"{name}: attention", side.trainer.model.config._attn_implementation)
-        add(f"{name}: gradient checkpointing", recomputation(side.trainer))
-        add(f"{name}: compiled", getattr(side.trainer.args, "compile", "off"))
+        rates = [step.trained / step.seconds for step in side.steps]
+        use = [step.flops / (step.seconds * self.peak) for step in side.steps]
+        facts, add = side.facts, self.report.add
+        chosen = ("attention", "gradient checkpointing", "compiled", "ZeRO stage")
+        add(f"{name}: settings", ", ".join(f"{fact} {facts[fact]}" for fact in chosen))
         add(f"{name}: trained tokens/s", spread(rates))
-        add(f"{name}: tokens/s", spread(tokens / each for (_, tokens, _), each in zip(work, seconds, strict=True)))
-        add(f"{name}: seconds a step", spread(seconds))
+        add(f"{name}: tokens/s", spread(step.tokens / step.seconds for step in side.steps))
+        add(f"{name}: seconds a step", spread(step.seconds for step in side.steps))
         add(f"{name}: MFU", spread(use))
-        add(f"{name}: graphs compiled", sum(side.graphs))
+        add(f"{name}: graphs compiled", side.graphs)
+        if facts["plan"]:
+            add(f"{name}: planned peak, GiB", facts["plan"] / GIB)
+        if facts["peak"]:
+            add(f"{name}: peak, GiB", facts["peak"] / GIB)
+            if facts["plan"]:
+                add(f"{name}: planned / peak", facts["plan"] / facts["peak"])
         return rates, use
 
     def waits(self) -> None:
         """How often a step waits for the GPU, by the difference of four layers and two."""
-        for shape in self.settings.shapes:
-            counts = {}
-            for layers in (2, 4):
-                with tempfile.TemporaryDirectory() as directory:
-                    make = self.ours(
-                        shape, PREFIX, "shared_prefix", case_adapter(shape), layers, max_steps=4, logging_steps=4
-                    )
-                    trainer, waits = make(directory), Waits()
-                    trainer.add_callback(waits)
-                    trainer.train()
-                counts[layers] = waits.places
-            by_layer = (counts[4].total() - counts[2].total()) / 2 / Waits.STEPS
-            self.report.add(f"{shape}: waits a layer in a step", by_layer, most=0)
-            self.report.add(f"{shape}: waits a step besides", counts[2].total() / Waits.STEPS - 2 * by_layer)
-            places = ", ".join(f"{place} x {number}" for place, number in counts[4].most_common(8))
-            self.report.add(f"{shape}: where, with four layers in {Waits.STEPS} steps", places or "nowhere")
+        counts = {layers: in_process(lambda layers=layers: self.count_waits(layers)) for layers in (2, 4)}
+        by_layer = (counts[4].total() - counts[2].total()) / 2 / Waits.STEPS
+        self.report.add("waits a layer in a step", by_layer, most=0)
+        self.report.add("waits a step besides", counts[2].total() / Waits.STEPS - 2 * by_layer)
+        places = ", ".join(f"{place} x {number}" for place, number in counts[4].most_common(8))
+        self.report.add(f"where, with four layers in {Waits.STEPS} steps", places or "nowhere")
+
+    def count_waits(self, layers: int) -> Counter[str]:
+        """The waits of `Waits.STEPS` steps by place."""
+        with tempfile.TemporaryDirectory() as directory:
+            settings = {"max_steps": 4, "logging_steps": 4}
+            trainer = self.ours("1.5b", PREFIX, "shared_prefix", case_adapter("1.5b"), layers, **settings)(directory)
+            waits = Waits()
+            trainer.add_callback(waits)
+            trainer.train()
+        return waits.places
 
     def alone(self, shape: str, **changed: Any) -> None:
-        """One training alone: speed, and peak memory against the plan."""
+        """One training alone."""
         layers = self.settings.fp8_layers if shape == "7b whole" else None
-        before = 0
-        if DEVICE.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
         adapter = AdapterConfig() if layers else case_adapter(shape)
-        make = self.ours(shape.split()[0], PREFIX, "best_fit", adapter, layers, **changed)
-        with sides_of({"plain packs": make}) as sides:
-            [side] = sides.values()
-            self.take_steps(sides)
-            rates, _ = self.report_side("plain packs", side)
-            plan = estimate_memory(scenario_of(side.trainer, self.settings.max_length)).allocated
-        self.report.add("planned peak, GiB", plan / GIB)
-        if DEVICE.type == "cuda":
-            measured = torch.cuda.max_memory_allocated() - before
-            self.report.add("peak, GiB", measured / GIB)
-            self.report.add("planned / measured", plan / measured)
+        rates, _ = self.compare(
+            {"plain packs": self.ours(shape.split()[0], PREFIX, "best_fit", adapter, layers, **changed)}
+        )
         first = next(name for name in self.sections() if name.startswith(f"alone: {shape},"))
         reference = self.report.sections.get(first, {}).get("results", {}).get("plain packs: trained tokens/s")
-        if reference and reference["median"]:
-            self.report.add(f"trained tokens/s / {first}", spread(each / reference["median"] for each in rates))
+        if reference:
+            self.report.add(
+                f"trained tokens/s / {first}", spread(each / reference["median"] for each in rates["plain packs"])
+            )
 
     def profile(self, shape: str) -> None:
         """Shares of time by kernel family."""
@@ -672,12 +671,6 @@ class Waits(TrainerCallback):
             if "synchronizing" in str(each.message):
                 self.places[f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno}"] += 1
         self._caught = []
-
-
-def recomputation(trainer: Any) -> str:
-    """What a trainer, ours or TRL's, recomputes of the activations: off, selective or full."""
-    own = getattr(trainer.args, "checkpointing", None)
-    return own or ("full" if trainer.args.activation_checkpointing else "off")
 
 
 def available_heads() -> dict[str, Callable[..., torch.Tensor]]:
