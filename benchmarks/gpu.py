@@ -755,22 +755,22 @@ HEAD = (
 )
 STEPS = (
     "Whole optimizer steps of one pack by each trainer's own `train`, each trainer a process, in turns of two steps: "
-    "collation, forward, backward, clipping, AdamW, logging. The 1.5B whole; the 7B by LoRA of rank 16 on bf16 weights. "
-    "Ours: the recipe's trainer with default settings (ZeRO stage 1: bf16 weights with an fp32 copy; off: fp32 weights "
-    "under autocast). TRL, same kernel: SFTTrainer, packing=True, bfd, weights as ours under stage off, its model's "
-    "attention by the kernel that ours uses, activation checkpointing on if ours recomputes. TRL as it comes: sdpa with "
-    "transformers' mask, activation checkpointing on. Packs under nine tenths full are left out on every side. MFU: 6 x "
-    "weights of linear layers x tokens (LoRA: 4 x, and 6 x adapters), the head's for trained tokens only, and attention "
-    "by document, half of a square for causal ones; what is recomputed is not counted. Planned peak: `estimate_memory` "
-    "without its reserve; peak: what torch allocated."
+    "collation, forward, backward, clipping, AdamW, logging. The 1.5B whole; the 7B by LoRA of rank 16 on bf16 "
+    "weights. Ours: the recipe's trainer with default settings (ZeRO stage 1: bf16 weights with an fp32 copy; off: "
+    "fp32 weights under autocast). TRL, same kernel: SFTTrainer, packing=True, bfd, weights as ours under stage off, "
+    "its model's attention by the kernel that ours uses, activation checkpointing on if ours recomputes. TRL as it "
+    "comes: sdpa with transformers' mask, activation checkpointing on. Packs under nine tenths full are left out on "
+    "every side. MFU: 6 x weights of linear layers x tokens (LoRA: 4 x, and 6 x adapters), the head's for trained "
+    "tokens only, and attention by document, half of a square for causal ones; what is recomputed is not counted. "
+    "Planned peak: `estimate_memory` without its reserve; peak: what torch allocated."
 )
 PROFILE = (
     f"Share of the GPU's time by kernel family over {ACTIVE} optimizer steps of one shared-prefix pack, by "
     "`trainer.profile`; idle: no kernel runs."
 )
 ALONE = (
-    "Plain packs as in the sections of steps, without another training in memory. 7b whole: a few layers of the 7B, all "
-    "weights trained."
+    "Plain packs as in the sections of steps, without another training in memory. 7b whole: a few layers of the 7B, "
+    "all weights trained."
 )
 HOURS = (
     f"{DIALOGUES:,} dialogues of the lengths file in {EPOCHS} epochs: packs x seconds of a step of one pack, as the "
