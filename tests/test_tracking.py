@@ -133,7 +133,10 @@ def test_losses_are_bitwise_those_of_a_training_that_is_neither_measured_nor_tra
 
 
 def by_hand(folder: Path) -> dict[str, tuple[float, int, int]]:
-    """Summed negative log-likelihood, tokens, and tokens that are the first choice, by name; dialogue by dialogue."""
+    """Summed negative log-likelihood, tokens, and tokens that are the first choice, by name; dialogue by dialogue.
+
+    Under "entropy", the summed entropy of all.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     packs, sums = pickle.loads((folder / "shared").read_bytes()), {}
     for example in (packs.dialogues[member.dialogue] for pack in packs.pack_items for member in pack):
@@ -151,6 +154,9 @@ def by_hand(folder: Path) -> dict[str, tuple[float, int, int]]:
                 for name in (f"{part}_tokens", f"by_strategy/{strategy}", f"by_turn/{stretch}"):
                     total, count, right = sums.get(name, (0.0, 0, 0))
                     sums[name] = (total + loss, count + 1, right + int(first))
+                total, count, right = sums.get("entropy", (0.0, 0, 0))
+                entropy = -(scores[place - 1].exp() * scores[place - 1]).sum().item()
+                sums["entropy"] = (total + entropy, count + 1, right + int(first))
     return sums
 
 
@@ -165,6 +171,9 @@ def test_losses_by_strategy_turn_and_part_are_those_computed_by_hand(folder, tmp
     (tmp_path / "model").symlink_to(folder / "model")
     (line,) = [entry for entry in train(tmp_path, packs="shared", max_steps=1).state.log_history if "loss" in entry]
     sums = by_hand(tmp_path)
+    entropy, tokens, hits = sums.pop("entropy")
+    assert line["entropy"] == pytest.approx(entropy / tokens, rel=1e-5)
+    assert line["mean_token_accuracy"] == pytest.approx(hits / tokens)
     assert len(sums) > 14 and {"by_turn/1-4", "by_turn/9-16"} <= set(sums)
     assert {name for name in line if name.startswith("loss_")} == {f"loss_{name}" for name in sums}
     for name, (total, count, _) in sums.items():
