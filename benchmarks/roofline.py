@@ -32,10 +32,11 @@ FLASH_PASSES = 3.5
 ELEMENTWISE_BYTES = {"eager": (84, 24, 10), "compiled": (16, 4, 6)}
 """Bytes that a forward pass of one layer moves for a token: for each entry of the hidden states (two norms, two
 residual sums), of queries and keys (rotary embedding), and of the MLP (SwiGLU)."""
-ELEMENTWISE_PASSES = 4
-"""Forward passes in bytes: one, two for the backward pass, and one that recomputes (selective checkpointing)."""
-ADAMW_BYTES = 40
-"""For each trained fp32 weight: AdamW reads four numbers and writes three; clipping reads one and scales one."""
+ELEMENTWISE_PASSES = 3
+"""Forward passes in bytes: one, and two for the backward pass; nothing is recomputed."""
+ADAMW_BYTES = 42
+"""For each trained weight: AdamW reads four fp32 numbers and writes three, and one in bf16; clipping reads one and
+scales one."""
 LORA_RANK = 16
 PREFIXES = (PREFIX, 309)
 """The prompt in the lengths file, and the project's own."""
@@ -88,9 +89,9 @@ def parts(dims: ModelDims, pack: Pack, adapters: int, elementwise: str) -> dict[
         shapes = [shape for name, shape in dims.linears.items() if name.startswith(names)]
         weights = layers * sum(inputs * outputs for inputs, outputs in shapes)
         activations = layers * tokens * sum(inputs + outputs for inputs, outputs in shapes)
-        # Autocast makes bf16 weights of fp32 ones, and fp32 gradients of bf16 ones.
-        casts = 0 if adapters else (4 + 2) * weights + (2 + 4 + 4) * weights
-        return 2 * passes * weights * tokens, 2 * passes * (weights + activations) + casts, EFFICIENCY["products"]
+        # Gradients in bf16 are added to a sum in fp32.
+        sums = 0 if adapters else (2 + 4 + 4) * weights
+        return 2 * passes * weights * tokens, 2 * passes * (weights + activations) + sums, EFFICIENCY["products"]
 
     hidden, rotary, mlp = ELEMENTWISE_BYTES[elementwise]
     entries = hidden * dims.hidden + rotary * (dims.queries + dims.keys) + mlp * dims.intermediate
@@ -106,8 +107,8 @@ def parts(dims: ModelDims, pack: Pack, adapters: int, elementwise: str) -> dict[
             layers * 2 * (6 * tokens * dims.queries + 6 * pack.keys * dims.keys),
             EFFICIENCY["attention"],
         ),
-        # Read and written by the forward pass, its recomputation and the sum of the backward pass, whose kernel makes
-        # key and value gradients for every query head.
+        # Read and written by the forward pass, again by the backward pass, and by its sum; the kernel makes key and
+        # value gradients for every query head.
         "gather of keys": (0, gathered * (3 * 2 * dims.keys + 2 * dims.queries), 1),
         "norms, SwiGLU, rotary": (0, ELEMENTWISE_PASSES * layers * tokens * entries, 1),
         "head": (
@@ -180,8 +181,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "# Roofline of a training step",
         "",
         f"Predicted by `benchmarks/roofline.py`, not measured: packs of {MAX_LENGTH:,} tokens of the lengths file; the",
-        "1.5B trained whole, the 7B by LoRA; bf16 computation, fp32 weights under autocast where they are trained,",
-        f"selective checkpointing; matrix products at {EFFICIENCY['products']} of the data sheet's peak, attention at",
+        "1.5B trained whole, the 7B by LoRA; bf16 weights, with an fp32 copy where trained; nothing recomputed;",
+        f"matrix products at {EFFICIENCY['products']} of the data sheet's peak, attention at",
         f"{EFFICIENCY['attention']}, all else at the memory's full bandwidth.",
         "",
         "| GPU | model | prefix | elementwise | trained tokens/s, shared | plain | shared / plain | measured | MFU, "
