@@ -2,6 +2,9 @@
 
 import torch
 
+from csc_train.errors import InputError
+from csc_train.models.float8 import float8_refusal
+
 
 def weight_dtype(precision: str, adapter: str) -> torch.dtype:
     """The dtype in which the weights to train are loaded.
@@ -17,12 +20,18 @@ def weight_dtype(precision: str, adapter: str) -> torch.dtype:
 
 
 def resolve_precision(precision: str) -> str:
-    """Resolve `TrainerConfig.precision` on this machine: bf16 or fp32."""
+    """Resolve `TrainerConfig.precision` on this machine: bf16, fp32 or fp8.
+
+    Raises:
+        InputError: this machine cannot train in fp8.
+    """
+    if precision == "fp8" and (refusal := float8_refusal()):
+        raise InputError(f"trainer.precision=fp8: {refusal}; or choose trainer.precision=bf16")
     if precision == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     return precision
 
 
 def resolve_dtype(precision: str) -> torch.dtype:
-    """The dtype of the computation under a `TrainerConfig.precision` on this machine."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[resolve_precision(precision)]
+    """The dtype of the computation under a `TrainerConfig.precision` on this machine; under fp8, that around it."""
+    return torch.bfloat16 if precision == "fp8" or resolve_precision(precision) == "bf16" else torch.float32

@@ -20,7 +20,7 @@ class Refused(NamedTuple):
         why: the reason for the user, and a remedy.
         stage: a `ZeroConfig.stage`.
         adapter: an `AdapterConfig.kind`.
-        precision: of the computation, bf16 or fp32.
+        precision: of the computation, bf16, fp32 or fp8.
         offload: whether optimizer states or weights are kept in CPU memory.
     """
 
@@ -43,7 +43,7 @@ def check_supported(zero: ZeroConfig, adapter: str, precision: str) -> None:
 
     Args:
         adapter: an `AdapterConfig.kind`.
-        precision: of the computation, bf16 or fp32.
+        precision: of the computation, bf16, fp32 or fp8.
 
     Raises:
         InputError: `REFUSED` or `LAUNCHED` lists the settings; says why.

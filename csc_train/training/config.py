@@ -96,7 +96,9 @@ class TrainerConfig:
     micro_batch_size: int = 1
     """Packs per forward pass of one process. Gradient accumulation follows from it."""
     precision: str = "auto"
-    """Dtype of the computation and of the final model: bf16 or fp32. auto: bf16 on a GPU that supports it."""
+    """Dtype of the computation and of the final model: bf16 or fp32. auto: bf16 on a GPU that supports it. fp8: as
+    bf16, but the decoder's linear layers multiply in float8; for full fine-tuning with compiled layers, from compute
+    capability 8.9 on."""
     gradient_checkpointing: str = "auto"
     """Which activations the backward pass recomputes, to save memory. off: none. selective: norms, activations and
     attention's inputs, no matrix products. full: whole layers. auto: the first of them that fits by the memory plan."""
@@ -132,7 +134,7 @@ class TrainerConfig:
         check_fields("trainer.", self, "on_nonfinite", choices=ON_NONFINITE)
         check_fields("trainer.", self, "compile", choices=COMPILE)
         check_fields("trainer.", self, "gradient_checkpointing", choices=(*CHECKPOINTING, "auto"))
-        check_fields("trainer.", self, "precision", choices=("auto", "bf16", "fp32"))
+        check_fields("trainer.", self, "precision", choices=("auto", "bf16", "fp32", "fp8"))
         check_steps("trainer.save_steps", self.save_steps)
         if self.max_steps == 0:
             raise InputError("trainer.max_steps=0: choose at least 1, or -1 to train trainer.epochs")

@@ -3,6 +3,7 @@
 Sizes are in bytes unless a name says otherwise.
 
 - Full fine-tuning without DeepSpeed (`zero=off`) holds fp32 weights, which autocast casts to bf16.
+- fp8 is planned as bf16: what is kept for the backward pass is in bf16.
 - DeepSpeed in bf16 holds bf16 weights, and an fp32 copy beside the two moments.
 - Attention keeps no matrix of all token pairs except a dense mask, if it needs one.
 - Gradients count at all times, as from the second forward pass of an optimizer step on.

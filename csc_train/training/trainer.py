@@ -35,6 +35,7 @@ from csc_train.errors import InputError, ResumableError
 from csc_train.files import os_errors, write_json
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
+from csc_train.models.float8 import MULTIPLE, convert_to_float8
 from csc_train.models.layers import checkpoint_activations, compile_layers, mark_varying, recompiles
 from csc_train.models.loading import lora_config
 from csc_train.models.precision import resolve_dtype
@@ -70,6 +71,8 @@ class PackTrainingArguments(SFTConfig):
     """Packs in the global batch of an optimizer step."""
     compile: str = "off"
     """`TrainerConfig.compile`; `build_trainer` replaces auto."""
+    float8: bool = False
+    """Whether linear layers multiply in float8 (see `float8.convert_to_float8`)."""
     checkpointing: str = "full"
     """`TrainerConfig.gradient_checkpointing`; `build_trainer` replaces auto. The Trainer's own arguments are off."""
     on_nonfinite: str = "stop"
@@ -448,6 +451,7 @@ def training_arguments(
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
         bf16=bf16,
+        float8=config.precision == "fp8",
         activation_checkpointing=False,
         checkpointing=config.gradient_checkpointing,
         disable_tqdm=not sys.stderr.isatty(),
@@ -488,7 +492,7 @@ def build_trainer(
         validator: packed as `packs` are; runs as often as `arguments` say.
 
     Raises:
-        InputError: the model does not keep packed documents apart.
+        InputError: the model does not keep packed documents apart, or layers for float8 are not compiled.
     """
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     collator = checked_collator(model, packing, tokenizer.pad_token_id, arguments.device, dtype)
@@ -500,6 +504,14 @@ def build_trainer(
         arguments.compile, stage, model.config._attn_implementation, arguments.device.type
     )
     length = longest if arguments.compile == "layers" else None
+    if arguments.float8:
+        if not length:
+            raise InputError(
+                "trainer.precision=fp8: float8 gains in compiled layers only: set trainer.compile=layers, or "
+                "trainer.precision=bf16"
+            )
+        length = MULTIPLE * math.ceil(length / MULTIPLE)
+        convert_to_float8(model)
     bounds = run_bounds(runs, rows, length)
     trainer = PackTrainer(
         model,

@@ -21,7 +21,7 @@ from csc_train.launching.gpus import Gpu, probe_gpus
 from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.launching.preflight.report import CheckResult, PreflightReport
-from csc_train.launching.preflight.size import computes_in_bf16, estimate_job, memory_scenario, zero_of
+from csc_train.launching.preflight.size import computes_in_bf16, estimate_job, memory_scenario, precision_of, zero_of
 from csc_train.models.config import TRAINED_TOKENIZER
 from csc_train.models.families import chat_template_name
 from csc_train.models.hub import find_file, is_local_path
@@ -144,8 +144,12 @@ def check_world_size(config: PreflightRecipe) -> str:
 
 def check_zero_support(config: PreflightRecipe) -> str:
     """Adapter, ZeRO stage, offload and precision are supported together (see `training.compatibility`)."""
-    precision = "bf16" if computes_in_bf16(config) else "fp32"
+    from csc_train.models.precision import resolve_precision
+
+    precision = precision_of(config)
     check_supported(config.zero, config.adapter.kind, precision)
+    if config.cluster.device == "cpu":  # else the GPUs may be those of another machine
+        resolve_precision(precision)
     stage, offload = zero_of(config)
     return f"adapter={config.adapter.kind} with stage {stage}, offload {offload}, {precision}"
 

@@ -48,15 +48,20 @@ class JobEstimate:
 
 def zero_of(config: PreflightRecipe) -> tuple[str, str]:
     """(stage, offload) as `MemoryScenario` names them; a launcher's own DeepSpeed configuration counts as stage 3."""
-    zero = config.zero.resolved(config.adapter.kind, "bf16" if computes_in_bf16(config) else "fp32")
+    zero = config.zero.resolved(config.adapter.kind, precision_of(config))
     offload = "all" if zero.offload_parameters else "optimizer" if zero.offload_optimizer else "none"
     return {"from_launcher": "3", "auto": "3"}.get(zero.stage, zero.stage), offload
 
 
+def precision_of(config: PreflightRecipe) -> str:
+    """`trainer.precision` on the cluster's devices: bf16, fp32 or fp8."""
+    auto = "bf16" if config.cluster.device == "cuda" else "fp32"
+    return auto if config.trainer.precision == "auto" else config.trainer.precision
+
+
 def computes_in_bf16(config: PreflightRecipe) -> bool:
-    """Whether the training computes in bf16 on the cluster's devices."""
-    precision = config.trainer.precision
-    return precision == "bf16" or (precision == "auto" and config.cluster.device == "cuda")
+    """Whether the training computes in bf16 on the cluster's devices, at least around products in float8."""
+    return precision_of(config) != "fp32"
 
 
 def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> MemoryScenario:
