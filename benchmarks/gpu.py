@@ -67,6 +67,7 @@ try:
     from transformers.trainer_utils import SaveStrategy
     from turns import CONTEXT, Side, SideError, in_process, sides_of, take_turns
 
+    from csc_train.errors import InputError
     from csc_train.files import digest, file_digest, read_json
     from csc_train.models.attention.select import select_attention
     from csc_train.models.attention.varlen import varlen_attention
@@ -602,7 +603,13 @@ class Bench:
         return waits.places
 
     def alone(self, shape: str, **changed: Any) -> None:
-        """One training alone."""
+        """One training alone; a rehearsal only sees that fp8 is refused."""
+        if DEVICE.type == "cpu" and changed.get("precision") == "fp8":
+            try:
+                TrainerConfig(precision="fp8")
+                resolve_precision("fp8")
+            except InputError as refusal:
+                return self.report.add("refused", str(refusal))
         layers = self.settings.fp8_layers if shape == "7b whole" else None
         adapter = AdapterConfig() if layers else case_adapter(shape)
         rates, _ = self.compare(
