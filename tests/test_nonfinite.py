@@ -22,6 +22,7 @@ from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.training.loss import score_tokens
 from csc_train.training.nonfinite import MAX_IN_A_ROW, spread_nonfinite
 
 ENGINES = ("off", "0", "1", "2", "3")
@@ -182,7 +183,11 @@ def test_a_gradient_alone_that_is_not_finite_names_all_packs_of_the_step(folder,
 
 @pytest.mark.slow
 def test_a_loss_alone_that_is_not_finite_is_found(folder, monkeypatch):
-    monkeypatch.setattr("csc_train.training.trainer.normalize_loss", lambda loss, _: loss + math.inf)
+    def infinite(*arguments):
+        scores = score_tokens(*arguments)
+        return scores._replace(loss=scores.loss + math.inf)
+
+    monkeypatch.setattr("csc_train.training.loss.score_tokens", infinite)
     with pytest.raises(InputError, match="step 1: the loss is not finite in pack"):
         train(folder, checkpoints="none", max_steps=1)
     run = curve(train(folder, checkpoints="none", max_steps=1, on_nonfinite="continue"))
