@@ -132,10 +132,12 @@ def random_model(architecture: dict[str, Any], attention: str, dtype: torch.dtyp
 
 
 def pack_trainer(
-    model: PreTrainedModel, packs: PackedDataset, packing: str, directory: str, checkpointing: str = "off"
+    model: PreTrainedModel, packs: PackedDataset, packing: str, directory: str, **options: Any
 ) -> PackTrainer:
-    """Our trainer, one pack per step."""
-    config = TrainerConfig(learning_rate=LEARNING_RATE, packs_per_step=1, gradient_checkpointing=checkpointing)
+    """Our trainer, one pack per step, without checkpointing; `options` go to `TrainerConfig`."""
+    config = TrainerConfig(
+        **{"learning_rate": LEARNING_RATE, "packs_per_step": 1, "gradient_checkpointing": "off"} | options
+    )
     return build_trainer(
         model,
         AutoTokenizer.from_pretrained(SMALL_TOKENIZER),
@@ -219,22 +221,27 @@ class Steps:
 # Timing
 
 
-def seconds(action: Callable[[], Any]) -> float:
+def seconds(action: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """How long an action takes; on a GPU, until it is done there."""
-    started = time.perf_counter()
+    started = clock()
     action()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def side_by_side(actions: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+def side_by_side(
+    actions: dict[Any, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, list[float]]:
     """Seconds of each action in each round. In a round all take their turn, so that what else the machine does falls
     on all of them; rounds that warm up are not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in actions}
+    taken: dict[Any, list[float]] = {name: [] for name in actions}
     for number in range(warm_up + rounds):
         for name, action in actions.items():
-            each = seconds(action)
+            each = seconds(action, clock)
             if number >= warm_up:
                 taken[name].append(each)
     return taken

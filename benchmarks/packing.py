@@ -13,6 +13,7 @@ import itertools
 import os
 import random
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,7 +72,7 @@ CPU_MODEL = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 32768,
 }
-SECTIONS = ("tokens", "packer", "balance", "preparation", "training", "same dialogues", "exactness")
+SECTIONS = ("tokens", "packer", "balance", "preparation", "training", "same dialogues", "compiled layers", "exactness")
 RANKS = 8
 GENERATION_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
@@ -157,6 +158,7 @@ def main() -> None:
             "preparation": lambda: preparation(report, settings, tokenizer, directory),
             "training": lambda: training(report, settings, directory),
             "same dialogues": lambda: same_steps(report, settings, directory),
+            "compiled layers": lambda: compiled(report, settings, directory),
             "exactness": lambda: exactness(report, settings),
         }
         for name in options.sections or sections:
@@ -477,6 +479,39 @@ def same_steps(report: Report, settings: Settings, directory: str) -> None:
 
 
 # Exactness
+
+
+def compiled(report: Report, settings: Settings, directory: str) -> None:
+    """The same steps with compiled layers and without: equal losses, less time."""
+    examples, length = training_examples(settings), settings.max_length
+    sides = {}
+    for name, packing in (("shared prefix", "shared_prefix"), ("plain packs", "best_fit")):
+        packs, _ = pack_dialogues(examples, PackingConfig(packing, length))
+        order = list(itertools.islice(full_packs(packs.document_lengths, length), settings.rounds + 1))
+        for mode in ("off", "layers"):
+            model = random_model(settings.model, VARLEN_ATTENTION)
+            sides[name, mode] = Steps(pack_trainer(model, packs, packing, directory, compile=mode), order)
+    torch.set_num_threads(1)
+    taken = side_by_side(sides, settings.rounds, clock=time.process_time)
+    torch.set_num_threads(settings.threads)
+    report.section(
+        "compiled layers",
+        "CPU time of whole optimizer steps as in the section on training, with trainer.compile=off and layers, on one "
+        "thread: what else the machine does hardly counts. Both sides take the same packs from the same weights; with "
+        "layers, rows are padded to the longest pack. The first step, which compiles, is not counted.",
+        learning_rate=LEARNING_RATE,
+        max_length=length,
+        prefix=settings.prefix,
+        threads=1,
+        model=settings.model,
+    )
+    for name in ("shared prefix", "plain packs"):
+        eager, layers = sides[name, "off"], sides[name, "layers"]
+        report.add(f"{name}: seconds a step, eager", spread(taken[name, "off"]))
+        report.add(f"{name}: seconds a step, compiled", spread(taken[name, "layers"]))
+        report.add(f"{name}: speed, compiled / eager", ratios(taken[name, "off"], taken[name, "layers"]), least=1.05)
+        apart = max(abs(one - other) / other for one, other in zip(layers.losses, eager.losses, strict=True))
+        report.add(f"{name}: losses apart, relative", apart, most=1e-5)
 
 
 def exactness(report: Report, settings: Settings) -> None:

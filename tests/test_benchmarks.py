@@ -56,6 +56,7 @@ def test_a_quick_run_has_every_section_with_what_it_depends_on(quick):
         "preparation",
         "training",
         "same dialogues a step",
+        "compiled layers",
         "exactness",
     ]
     for section in quick["sections"].values():
@@ -73,6 +74,8 @@ def test_the_sides_of_a_quick_run_do_the_same(quick):
     assert result(quick, "preparation", "labels equal") is True
     assert result(quick, "same dialogues a step", "same trained tokens") is True
     assert result(quick, "same dialogues a step", "losses apart, relative") <= 1e-5
+    for packs in ("shared prefix", "plain packs"):
+        assert result(quick, "compiled layers", f"{packs}: losses apart, relative") <= 1e-5
     losses = result(quick, "same dialogues a step", "shared_prefix: losses").split()
     assert len(set(losses)) == quick["settings"]["rounds"] + 1  # each step another pack, after another update
     assert result(quick, "exactness", "shared prefix") <= 1e-5
