@@ -24,6 +24,7 @@ from csc_train.models.loading import build_model_config
 from csc_train.training import loss
 from csc_train.training.config import CHECKPOINTING
 from csc_train.training.memory import (
+    AUTO_SHARE,
     GIB,
     STAGES,
     MemoryScenario,
@@ -32,6 +33,7 @@ from csc_train.training.memory import (
     estimate_memory,
     fitting_world_size,
     kept_bytes,
+    least_checkpointing,
     model_states,
     scenario_flops,
     smallest_fit,
@@ -276,6 +278,14 @@ def test_the_smallest_fit_is_the_least_sharded_one(seven):
     offloaded = replace(seven, offload="all")
     assert smallest_fit([offloaded], memory, estimate_memory(offloaded).host) == offloaded
     assert smallest_fit([offloaded], memory, estimate_memory(offloaded).host - 1) is None
+
+
+def test_auto_takes_the_least_checkpointing_that_fits(seven):
+    totals = [estimate_memory(replace(seven, checkpointing=mode)).total for mode in CHECKPOINTING]
+    assert totals == sorted(totals, reverse=True)
+    for mode, total in zip(CHECKPOINTING, totals, strict=True):
+        assert least_checkpointing(seven, 1.01 * total / AUTO_SHARE) == mode
+    assert least_checkpointing(seven, GIB) == "full"  # a training then says what would fit
 
 
 def test_the_fewest_processes_that_fit(seven):

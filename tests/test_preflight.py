@@ -217,6 +217,14 @@ def test_the_gpus_are_those_of_the_cluster(job, tmp_path, monkeypatch):
     assert gpus(4, **{"cluster.scheduler": "slurm"}) == ("not checked", "on another machine")
 
 
+@pytest.mark.parametrize(("gib", "mode"), [(141, "off"), (79.6, "selective"), (60, "full")])
+def test_the_memory_check_names_the_checkpointing_that_auto_takes(gib, mode):
+    options = ["model=qwen2_5_7b", "cluster=node8", "zero=zero2", f"cluster.gpu_memory_gib={gib}"]
+    checks = run_preflight(compose("preflight", [*options, "preflight.probe=false"]), launching=False).checks
+    (message,) = (check.message for check in checks if check.name == "memory")
+    assert message.endswith(f"of {gib:.1f} GiB per GPU, gradient checkpointing {mode}")
+
+
 def test_an_estimate_that_does_not_fit_names_what_fits(job):
     config = compose("preflight", ["model=qwen2_5_72b", "cluster=node8", "zero=zero3", "preflight.probe=false"])
     outcome = run_preflight(config, launching=False, free_disk=10**15)
