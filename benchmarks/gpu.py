@@ -145,7 +145,7 @@ class Sections(Report):
             settings: what decides all results: sizes, code, device, and the commit, if it is given.
         """
         earlier = read_json(path) if path.exists() else {}
-        super().__init__(settings, earlier.get("sections", {}))
+        super().__init__(settings, earlier.get("sections", {}), settings["device"])
         deciding = {name: value for name, value in settings.items() if name != "commit"}
         self.decides = {"settings": digest(deciding)[:12]} | {name: settings[name] for name in ("device", "torch")}
         self.path, self.skipped, self.failed = path, 0, 0

@@ -264,14 +264,15 @@ def ratios(above: Iterable[float], below: Iterable[float]) -> dict[str, Any]:
 class Report:
     """Results by section: printed at once, and written as JSON with their settings, versions and machine."""
 
-    def __init__(self, settings: dict[str, Any], sections: dict[str, Any]):
+    def __init__(self, settings: dict[str, Any], sections: dict[str, Any], gpu: str | None = None):
         """Begin a report.
 
         Args:
             settings: the arguments of the script.
             sections: those of an earlier report; sections that are not measured again are kept.
+            gpu: its name, where this process must not ask; defaults to what torch says.
         """
-        self.settings, self.sections = settings, sections
+        self.settings, self.sections, self.gpu = settings, sections, gpu
         self.results: dict[str, Any] = {}
 
     def section(self, name: str, how: str, **settings: Any) -> None:
@@ -286,7 +287,7 @@ class Report:
             "how": how,
             "settings": settings,
             "provenance": provenance(),
-            "machine": machine(),
+            "machine": machine(self.gpu),
             "results": self.results,
         }
         shown = ", ".join(f"{key}={value}" for key, value in settings.items() if not isinstance(value, dict))
@@ -334,11 +335,17 @@ def show(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or isinstance(value, int) else f"{value:.4g}"
 
 
-def machine() -> dict[str, Any]:
-    """The machine of the measurement."""
+def machine(gpu: str | None = None) -> dict[str, Any]:
+    """The machine of the measurement.
+
+    Args:
+        gpu: its name; defaults to what torch says.
+    """
+    if gpu is None and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu,
     }

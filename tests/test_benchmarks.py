@@ -253,6 +253,18 @@ def test_a_figure_is_written_as_soon_as_it_is_there_and_outlives_its_process(gpu
     assert result(read_json(report.path), "section", "status") == "failed: the process ended with 9"
 
 
+def test_the_process_that_others_are_copies_of_leaves_the_gpu_alone(gpu, tmp_path, monkeypatch):
+    report = gpu.Sections(tmp_path / "gpu.json", {"device": "NVIDIA H200", "torch": "2"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_device_name", "get_device_properties", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: pytest.fail("CUDA is used before a fork"))
+    bench = gpu.Bench(report, gpu.Settings())
+    report.measure("section", "how", lambda: None, float("inf"), 1)
+    assert bench.sections()
+    assert bench.peak == 989e12
+    assert report.failed == 0
+
+
 BROKEN = """
 import sys
 from pathlib import Path
