@@ -162,7 +162,7 @@ def sides_of(
 def take_turns(sides: dict[str, Side], warm_up: int, turns: int, measured: int, end: float = float("inf")) -> None:
     """Let the sides warm up, together if their plans fit into memory, and then take turns.
 
-    A side frees its cached memory at the end of a turn; the first step of the next one gets it anew and is not counted.
+    A side frees its cached memory at the end of a turn; the first step of the next one takes it again, uncounted.
 
     Args:
         warm_up: steps.

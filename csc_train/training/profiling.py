@@ -82,8 +82,8 @@ class ProfilerCallback(TrainerCallback):
 def time_shares(events: list[dict[str, Any]]) -> dict[str, float]:
     """The share of time by kernel family, largest first; they add up to 1.
 
-    On a GPU of the time from its first kernel to its last, where `idle` is what no kernel runs in. On a CPU of the
-    steps' time, where an operator's time is without that of the operators below it, and `idle` is what is in none:
+    On a GPU of the time from its first kernel to its last, where `idle` is the time without a kernel. On a CPU of the
+    steps' time, where an operator's time is without that of the operators below it, and `idle` is the time in none:
     Python, or waiting.
 
     Args:
