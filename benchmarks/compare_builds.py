@@ -1,13 +1,15 @@
 """Compare the training speed of two builds: optimizer steps of each in turn, each build in a process of its own.
 
 python benchmarks/compare_builds.py CHECKOUT            # this build beside the one in another checkout
-python benchmarks/compare_builds.py CHECKOUT --demo 3   # also three demo trainings of each, in turn
+python benchmarks/compare_builds.py CHECKOUT --demo 40  # also the first steps of the demo's training, step by step
 
 Both builds run the training section of their own benchmarks/packing.py, with this script's interpreter and libraries;
-steps of the same name have the same dialogues. Prints each result and writes benchmarks/results/compare_builds.json.
+steps of the same name have the same dialogues. So have the demo's steps. Prints each result and writes
+benchmarks/results/compare_builds.json.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -28,16 +30,14 @@ GOAL = 1.7
 
 
 class Build:
-    """A process that takes steps of one build's training section."""
+    """A process that takes steps of one build."""
 
-    def __init__(self, checkout: Path, quick: bool):
+    def __init__(self, checkout: Path, *options: str):
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (checkout, checkout / "benchmarks")))}
-        command = [sys.executable, "-P", __file__, str(checkout), "--steps", *(["--quick"] * quick)]
+        command = [sys.executable, "-P", __file__, str(checkout), *options]
         self.process = subprocess.Popen(
             command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.origin = self.answer("origin")
-        self.settings = self.answer("settings")
 
     def answer(self, request: str) -> Any:
         """What the process answers to a request."""
@@ -57,9 +57,9 @@ def take_steps(checkout: Path, quick: bool) -> None:
 
     def serve(sides: dict[str, Any], rounds: int) -> None:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        about = {"origin": commit, "settings": {name: getattr(settings, name) for name in ("threads", "model")}}
+        answer: Any = {"commit": commit, "threads": settings.threads, "model": settings.model}
         for request in map(str.strip, sys.stdin):
-            if (answer := about.get(request)) is None:
+            if request != "about":
                 started = time.perf_counter(), time.process_time()
                 sides[request]()
                 seconds = time.perf_counter() - started[0], time.process_time() - started[1]
@@ -77,7 +77,9 @@ def compare_steps(report: "Report", old: Path, rounds: int, quick: bool) -> None
     """Trained tokens a second of the training section's sides."""
     from measure import ratios, spread
 
-    builds = {"old": Build(old, quick), "new": Build(ROOT, quick)}
+    options = ["--steps", *(["--quick"] * quick)]
+    builds = {"old": Build(old, *options), "new": Build(ROOT, *options)}
+    about = {name: build.answer("about") for name, build in builds.items()}
     speeds = {(side, name, kind): [] for side in SIDES for name in builds for kind in ("", "CPU ")}
     apart = dict.fromkeys(SIDES, 0.0)
     for number in range(1 + rounds):  # the first is not counted
@@ -97,9 +99,10 @@ def compare_steps(report: "Report", old: Path, rounds: int, quick: bool) -> None
         "Two processes, one of each build, take turns step by step; a ratio compares the two steps of a turn. CPU "
         "seconds are those of all threads: on a busy machine they say more. Losses apart: the largest relative "
         "difference of the losses of a turn.",
-        old=builds["old"].origin,
+        old=about["old"]["commit"],
         rounds=rounds,
-        **builds["new"].settings,
+        threads=about["new"]["threads"],
+        model=about["new"]["model"],
     )
     for side, kind in itertools.product(SIDES, ("", "CPU ")):
         for name in builds:
@@ -108,35 +111,61 @@ def compare_steps(report: "Report", old: Path, rounds: int, quick: bool) -> None
         report.add(f"{side}: new / old by {kind}time", ratios(new, before), least=GOAL)
     for side in SIDES:
         report.add(f"{side}: losses apart", apart[side], most=1e-5)
+    end(builds)
+
+
+def end(builds: dict[str, Build]) -> None:
+    """End the processes."""
     for build in builds.values():
-        build.process.stdin.close()
-        build.process.wait()
+        build.process.communicate()
 
 
-def compare_demos(report: "Report", old: Path, rounds: int) -> None:
-    """Seconds that the Trainer counts for the demo's training."""
+def take_demo_steps(checkout: Path) -> None:
+    """Train the demo; each request on the standard input lets it take a step, whose seconds are the answer."""
+    from transformers.trainer_callback import CallbackHandler
+
+    usual, answers, sys.stdout = CallbackHandler.on_step_end, sys.stdout, sys.stderr
+    started = []
+
+    def on_step_end(*arguments):
+        control = usual(*arguments)
+        if started:
+            seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+            print(json.dumps(seconds), file=answers, flush=True)
+        if not sys.stdin.readline():
+            os._exit(0)
+        started[:] = time.perf_counter(), time.process_time()
+        return control
+
+    setattr(CallbackHandler, "on_step_end", on_step_end)  # noqa: B010
+    for recipe in ("write_sample.py", "sft.py"):
+        with tempfile.TemporaryDirectory() as directory, contextlib.suppress(SystemExit):
+            demo = ["experiment=demo", "tracking=off", f"run.directory={directory}/demo"]
+            sys.argv = [recipe, *(demo if recipe == "sft.py" else [])]
+            runpy.run_path(str(checkout / "recipes" / recipe), run_name="__main__")
+
+
+def compare_demos(report: "Report", old: Path, steps: int) -> None:
+    """Seconds of the demo's first steps, the very first not counted."""
     from measure import ratios, spread
 
-    taken = {"old": [], "new": []}
-    for _ in range(rounds):
-        for name, checkout in (("old", old), ("new", ROOT)):
-            with tempfile.TemporaryDirectory() as directory:
-                run = Path(directory, "run")
-                taken[name].append(demo_seconds(checkout, run))
-    report.section("demo", "Seconds of `make demo`'s training (the Trainer's train_runtime); the builds take turns.")
-    for name, each in taken.items():
-        report.add(f"{name}: seconds", spread(each))
-    report.add("new / old", ratios(taken["new"], taken["old"]), most=0.75)
-
-
-def demo_seconds(checkout: Path, run: Path) -> float:
-    """Write the sample, train the demo in another process, and read how long it took."""
-    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_WAIT_POLICY": "passive"}
-    for recipe in (["write_sample.py"], ["sft.py", "experiment=demo", f"run.directory={run}", "tracking=off"]):
-        command = [sys.executable, str(checkout / "recipes" / recipe[0]), *recipe[1:]]
-        subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=sys.stderr)
-    rows = map(json.loads, (run / "history.jsonl").read_text(encoding="utf-8").splitlines())
-    return next(row["train_runtime"] for row in rows if "train_runtime" in row)
+    builds = {"old": Build(old, "--demo-steps"), "new": Build(ROOT, "--demo-steps")}
+    taken = {name: [build.answer("step") for _ in range(1)] for name, build in builds.items()}
+    for _ in range(steps):
+        for name, build in builds.items():
+            taken[name].append(build.answer("step"))
+    end(builds)
+    report.section(
+        "demo",
+        "Seconds of the demo's first optimizer steps, logging included. Two processes, one of each build, take turns "
+        "step by step; a ratio compares the two steps of a turn.",
+        steps=steps,
+    )
+    for place, kind in enumerate(("", "CPU ")):
+        seconds = {name: [each[place] for each in found[1:]] for name, found in taken.items()}
+        for name, each in seconds.items():
+            report.add(f"{name}: {kind}seconds a step", spread(each))
+        report.add(f"new / old by {kind}time", ratios(seconds["new"], seconds["old"]), most=0.75)
 
 
 def main() -> None:
@@ -144,13 +173,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path, help="the other build")
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each side")
-    parser.add_argument("--demo", type=int, default=0, metavar="N", help="demo trainings of each build")
+    parser.add_argument("--demo", type=int, default=0, metavar="N", help="counted steps of the demo")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "compare_builds.json")
-    parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
+    for hidden in ("--steps", "--demo-steps"):
+        parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps:
         take_steps(options.checkout, options.quick)
+    if options.demo_steps:
+        take_demo_steps(options.checkout)
     from measure import Report
 
     report = Report({"rounds": options.rounds, "demo": options.demo, "quick": options.quick}, {})
