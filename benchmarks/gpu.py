@@ -307,7 +307,7 @@ class Bench:
     # Attention
 
     def exactness(self) -> None:
-        """Output and gradients of the attention operator against a dense mask in float64."""
+        """Output and gradients of the attention operator against a dense mask in float64; then those of the head."""
         for shape in self.settings.shapes:
             for prefix in (0, OWN_PREFIX, PREFIX):
                 lengths = [each // self.settings.shortened for each in (900, 640, 32, 480)]
@@ -326,8 +326,32 @@ class Bench:
                 errors = [relative_error(one, other) for one, other in zip(planted, expected, strict=True)]
                 seen = max(float("inf") if math.isnan(error) else error for error in errors)
                 self.report.add(f"{where}: with a boundary off by one", seen, least=1.5 * ERROR_LIMIT)
+            self.head_exactness(shape)
         if missed := [name for name, each in self.report.results.items() if each.get("met") is False]:
             raise RuntimeError(f"{len(missed)} of the errors are not as they must be: {missed[0]}")
+
+    def head_exactness(self, shape: str) -> None:
+        """Loss and gradients of the head against plain logits in float64."""
+        from csc_train.training.loss import CHUNK, score_tokens
+
+        width, vocabulary, rows = self.settings.shapes[shape]["hidden_size"], 4096, CHUNK + 500
+        sizes = {"device": DEVICE, "dtype": DTYPE}
+        hidden, weight = torch.randn(rows, width, **sizes), torch.randn(vocabulary, width, **sizes) * width**-0.5
+        targets, weights = torch.randint(vocabulary, (rows,), device=DEVICE), torch.rand(rows, device=DEVICE)
+
+        def ours(targets: torch.Tensor) -> list[torch.Tensor]:
+            operands = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+            loss = score_tokens(operands[0], operands[1], targets, weights).loss
+            return [loss.detach(), *torch.autograd.grad(loss, operands)]
+
+        exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+        losses = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets, reduction="none")
+        loss = (losses * weights).sum()
+        expected = [loss.detach(), *torch.autograd.grad(loss, exact)]
+        for name, one, other in zip(("loss", "hidden states", "weights"), ours(targets), expected, strict=True):
+            self.report.add(f"{shape}, head: error of {name}", relative_error(one, other), most=ERROR_LIMIT)
+        planted = relative_error(ours(targets.roll(1))[2], expected[2])
+        self.report.add(f"{shape}, head: of weights with targets off by one", planted, least=1.5 * ERROR_LIMIT)
 
     def attention(self) -> None:
         """Time of two layers' attention on a full row."""
@@ -745,7 +769,8 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 EXACTNESS = (
     "Output and gradients of the attention operator on random bf16 states of a row of documents, against a dense mask "
     "in float64 on the same numbers: norm of the error over that of the value. The last figure is the largest error "
-    "with a document's end moved by one token, which must be seen."
+    "with a document's end moved by one token, which must be seen. The same of the head's loss and gradients, against "
+    "plain logits, and with other targets."
 )
 ATTENTION = (
     "Forward and backward pass of two layers' attention on the first full row of a shared prefix and of plain packs, "
