@@ -331,8 +331,8 @@ def test_a_rehearsal_goes_through_its_sections(tmp_path):
     assert ended == dict.fromkeys(ended, "done")
     assert all(any(name.startswith(each) for name in ended) for each in chosen)
     exact = report["sections"]["exactness"]["results"]
-    assert [each["met"] for name, each in exact.items() if "error of" in name] == [True] * 24
-    assert [each["met"] for name, each in exact.items() if "off by one" in name] == [True] * 6
+    assert [each["met"] for name, each in exact.items() if "error of" in name] == [True] * 30
+    assert [each["met"] for name, each in exact.items() if "off by one" in name] == [True] * 8
     trained = report["sections"]["steps: 7b, 568 ids"]["results"]
     assert trained["shared prefix: tokens/s"]["median"] > trained["shared prefix: trained tokens/s"]["median"]
     assert result(report, "steps: 7b, 309 ids", "shared prefix / TRL") > 0
