@@ -38,7 +38,7 @@ from csc_train.runs.comparison import find_runs, save_svg, sort_runs
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py")]
 SMALL = ["debug=cpu_tiny", "sweep.poll=0.2", "cluster=cpu1"]
 FOUR = [
-    *SMALL, "sweep=lr", "sweep.trials=4", "trainer.max_steps=3", "trainer.save_steps=0",
+    *SMALL, "sweep=lr", "sweep.trials=4", "trainer.max_steps=12", "trainer.save_steps=0",
     "data.sample_dialogues=20", "packing.max_length=512", "validation.eval_steps=1",
     "validation.num_turns=0", "validation.num_samples=0",
 ]  # fmt: skip
@@ -110,7 +110,7 @@ def test_an_interrupted_sweep_ends_with_as_many_trials_as_were_asked_for(place, 
         assert config["trainer"]["warmup_ratio"] == given["trainer.warmup_ratio"]
         log = json.loads((runs / f"trial-{trial['number']}/metrics.json").read_text())["log"]
         assert trial["value"] == [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
-        assert sorted(set(steps(runs / f"trial-{trial['number']}"))) == [1, 2, 3]
+        assert sorted(set(steps(runs / f"trial-{trial['number']}"))) == list(range(1, 13))
         values.add(given["trainer.learning_rate"])
     assert len(values) == 3  # the restarted sampler does not repeat its values
     best = min((trial for trial in facts["trials"] if trial["value"]), key=lambda trial: trial["value"])
@@ -143,7 +143,7 @@ def test_a_sweep_is_not_mixed_with_another(place, summary, monkeypatch, capsys):
     assert sweep([*FOUR, "sweep.space.learning_rate.high=1", "trainer.max_steps=9"]) == 2
     assert capsys.readouterr().err == (
         "error: runs/sweeps/lr holds a sweep with sweep.space.learning_rate.high=0.001, not 1.0; "
-        "training.trainer.max_steps=3, not 9: choose another sweep.directory\n"
+        "training.trainer.max_steps=12, not 9: choose another sweep.directory\n"
     )
 
 
