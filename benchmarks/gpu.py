@@ -40,7 +40,10 @@ sys.path[:0] = [*filter(None, [UNPACKED]), str(HERE.parent)]
 
 # This process must not touch the GPU, nor have threads of its own: others begin as copies of it.
 os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
-import torch  # noqa: E402  behind the wheels
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"gpu.py: {sys.executable} has no torch: give a Python that has it, as in PYTHON=.venv/bin/python")
 
 if not torch.cuda.is_available() and not {"--rehearse", "--help", "-h"} & set(sys.argv):
     sys.exit("gpu.py measures a CUDA GPU, and torch finds none here; --rehearse goes through it on a CPU")
