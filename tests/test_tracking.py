@@ -413,14 +413,17 @@ def test_rows_of_scores():
 @pytest.fixture
 def no_login(monkeypatch, tmp_path):
     """Neither a key nor a login, no variable of W&B, and no state of another test."""
+    real = os.environ
     monkeypatch.setattr(os, "environ", os.environ.copy())  # W&B sets some
     for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(wandb, "run", None)
     wandb.teardown()
+    real.pop("WANDB_SERVICE", None)  # the address of a service that has ended: a later test would call it
     yield
-    wandb.teardown()
+    kill_service()  # one that is asked to end may not
+    forget_service()
 
 
 @pytest.mark.parametrize("asked", ["auto", "wandb", "offline", "off"])
