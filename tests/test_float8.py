@@ -14,7 +14,8 @@ from csc_train.config.compose import compose
 from csc_train.errors import InputError
 from csc_train.launching.preflight.checks import check_zero_support
 from csc_train.models import float8
-from csc_train.models.float8 import convert_to_float8, float8_refusal
+from csc_train.models.float8 import float8_refusal
+from csc_train.models.layers import convert_to_float8
 from csc_train.models.precision import resolve_dtype, resolve_precision
 from csc_train.training.compatibility import check_supported
 from csc_train.training.config import TrainerConfig, ZeroConfig

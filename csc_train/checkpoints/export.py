@@ -12,7 +12,6 @@ import huggingface_hub.errors
 import peft
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from csc_train.checkpoints.base_model import BaseModel, find_base, recorded_base
 from csc_train.checkpoints.config import ExportConfig
@@ -24,6 +23,7 @@ from csc_train.errors import InputError
 from csc_train.files import write_text
 from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.models.hub import load_causal_lm
+from csc_train.models.layers import decoder_layers
 from csc_train.models.loading import load_model, lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.models.sharded_parameters import consolidated_weights, is_sharded, unsharded
@@ -318,7 +318,7 @@ def _logits(model: PreTrainedModel | peft.PeftModel, weights: Weights) -> torch.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, PROBE_LENGTH), generator=generator)
-    parts = {each: list(each.parameters()) for each in model.modules() if isinstance(each, GradientCheckpointingLayer)}
+    parts = {each: list(each.parameters()) for each in decoder_layers(model)}
     inside = {each for layer in parts for each in layer.modules()}
     parts |= {each: list(each.parameters(recurse=False)) for each in model.modules() if each not in inside}
     names = {parameter: name for name, parameter in model.named_parameters()}

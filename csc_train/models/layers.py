@@ -1,4 +1,4 @@
-"""How the decoder layers of a model run: what they keep for the backward pass, and whether they are compiled."""
+"""How the decoder layers of a model run: what the backward pass recomputes, in float8 or not, compiled or not."""
 
 import sysconfig
 from functools import partial
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from csc_train.models.attention import varlen  # noqa: F401  registers its operator
+from csc_train.models.float8 import MULTIPLE
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0, _aten._scaled_mm.default: 0}
@@ -25,6 +26,11 @@ _KEPT = {
     # DeepSpeed's linear layer under stage 3 adds its bias in place: done again, it would be added twice.
     _aten.add_.Tensor,
 }
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The decoder layers of a transformers model, in order, also behind adapters."""
+    return [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
@@ -59,6 +65,24 @@ def _policy(rank: int, _: Any, operator: Any, *arguments: Any, **__: Any) -> Che
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def convert_to_float8(model: PreTrainedModel) -> None:
+    """Let the linear layers of the decoder multiply in float8, by torchao's rowwise recipe; names and weights stay.
+
+    The output layer and layers with a width that is no multiple of `MULTIPLE` stay as they are.
+    """
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+        Float8LinearConfig,
+        convert_to_float8_training,
+    )
+
+    def fits(module: torch.nn.Module, _: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and not any(size % MULTIPLE for size in module.weight.shape)
+
+    config = Float8LinearConfig.from_recipe_name("rowwise")
+    for layer in decoder_layers(model):
+        convert_to_float8_training(layer, module_filter_fn=fits, config=config)
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile the decoder layers in place, each as one graph, at their first forward pass.
 
@@ -74,9 +98,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     if hasattr(model, "peft_config"):  # else the first layer, whose input has no gradient, gets a graph of its own
         model.enable_input_require_grads()
     counters["stats"].pop("unique_graphs", None)
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(fullgraph=True)
+    for layer in decoder_layers(model):
+        layer.compile(fullgraph=True)
 
 
 def mark_varying(batch: dict[str, Any]) -> None:

@@ -35,8 +35,14 @@ from csc_train.errors import InputError, ResumableError
 from csc_train.files import os_errors, write_json
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
-from csc_train.models.float8 import MULTIPLE, convert_to_float8
-from csc_train.models.layers import checkpoint_activations, compile_layers, mark_varying, recompiles
+from csc_train.models.float8 import MULTIPLE
+from csc_train.models.layers import (
+    checkpoint_activations,
+    compile_layers,
+    convert_to_float8,
+    mark_varying,
+    recompiles,
+)
 from csc_train.models.loading import lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.packing.collator import PackCollator, run_bounds
@@ -72,7 +78,7 @@ class PackTrainingArguments(SFTConfig):
     compile: str = "off"
     """`TrainerConfig.compile`; `build_trainer` replaces auto."""
     float8: bool = False
-    """Whether linear layers multiply in float8 (see `float8.convert_to_float8`)."""
+    """Whether linear layers multiply in float8 (see `layers.convert_to_float8`)."""
     checkpointing: str = "full"
     """`TrainerConfig.gradient_checkpointing`; `build_trainer` replaces auto. The Trainer's own arguments are off."""
     on_nonfinite: str = "stop"
