@@ -72,34 +72,34 @@ def test_every_row_fits_the_model_that_transformers_builds(family):
 
 
 def test_a_family_from_outside_is_built_measured_and_adapted():
-    with pytest.raises(InputError, match=r"model_type=mistral: choose one of qwen2, qwen3, llama\."):
-        build_model_config(architecture("mistral"), None)
+    with pytest.raises(InputError, match=r"model_type=granite: choose one of qwen2, qwen3, llama, mistral\."):
+        build_model_config(architecture("granite"), None)
     added = register_family(
         based_on="llama",
-        model_type="mistral",
-        causal_lm_class="MistralForCausalLM",
+        model_type="granite",
+        causal_lm_class="GraniteForCausalLM",
         lora_targets=("q_proj", "v_proj"),
         packing_layouts=("padded", "dense_mask"),
         read_dims=functools.partial(dense_decoder_dims, qkv_bias=False),
     )
-    assert get_family("mistral") == added
+    assert get_family("granite") == added
     assert added.chat_template == "llama3_1"
-    config = ModelConfig(init="random", tokenizer="train", architecture=architecture("mistral"))
+    config = ModelConfig(init="random", tokenizer="train", architecture=architecture("granite"))
     inspect_model(config).require()
     model = load_model(config, small_tokenizer("llama3_1"), torch.float32, 0)
     assert type(model).__name__ == added.causal_lm_class
     assert model_dims(model.config).parameters == sum(each.numel() for each in model.parameters())
     linear = [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
     assert forward_flops(model)[0] == sum(2 * each.in_features * each.out_features for each in linear)
-    adapted = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), "mistral"))
+    adapted = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), "granite"))
     trained = {name.split(".")[-4] for name, each in adapted.named_parameters() if each.requires_grad}
     assert trained == {"q_proj", "v_proj"}
     assert families.count_adapter_parameters(adapted) == sum(
         each.numel() for each in adapted.parameters() if each.requires_grad
     )
-    assert collator_layout("sdpa", "shared_prefix", "mistral") == "dense_mask"
-    with pytest.raises(InputError, match="mistral does not keep documents apart in layout position_ids"):
-        collator_layout("sdpa", "best_fit", "mistral")
+    assert collator_layout("sdpa", "shared_prefix", "granite") == "dense_mask"
+    with pytest.raises(InputError, match="granite does not keep documents apart in layout position_ids"):
+        collator_layout("sdpa", "best_fit", "granite")
 
 
 FIELDS = {field.name: "" for field in dataclasses.fields(families.ModelFamily)}
@@ -108,7 +108,7 @@ FIELDS = {field.name: "" for field in dataclasses.fields(families.ModelFamily)}
 @pytest.mark.parametrize(
     ("based_on", "fields", "message"),
     [
-        (None, FIELDS | {"model_type": "llama"}, "the model_type 'llama' is taken; taken are qwen2, qwen3, llama"),
+        (None, FIELDS | {"model_type": "llama"}, "the model_type 'llama' is taken; taken are qwen2, qwen3, llama, mistral"),
         ("llama", {"model_type": "qwen2"}, "the model_type 'qwen2' is taken"),
         ("llama", {}, "the field 'model_type' is missing; give model_type"),
         (None, {"model_type": "new"}, "the field 'causal_lm_class' is missing; give causal_lm_class, read_dims, "),
@@ -117,14 +117,14 @@ FIELDS = {field.name: "" for field in dataclasses.fields(families.ModelFamily)}
             {"model_type": "new", "lora_target": ()},
             r"unknown field 'lora_target'\. Did you mean 'lora_targets'",
         ),
-        ("lama", {"model_type": "new"}, r"lama: choose one of qwen2, qwen3, llama\. Did you mean 'llama'"),
+        ("lama", {"model_type": "new"}, r"lama: choose one of qwen2, qwen3, llama, mistral\. Did you mean 'llama'"),
     ],
 )
 def test_a_row_that_is_taken_or_incomplete_is_refused_in_one_line(based_on, fields, message):
     with pytest.raises(InputError, match=message) as caught:
         register_family(based_on, **fields)
     assert "\n" not in str(caught.value)
-    assert list(families.MODEL_FAMILIES) == ["qwen2", "qwen3", "llama"]
+    assert list(families.MODEL_FAMILIES) == ["qwen2", "qwen3", "llama", "mistral"]
 
 
 def test_a_base_of_an_unknown_family_or_class_is_refused(tmp_path):

@@ -175,8 +175,9 @@ def test_an_override_that_cannot_be_read_is_named():
     for broken in ("key", "=1", "对话.jsonl", "trainer.epochs=[1", "trainer.epochs='1"):
         with pytest.raises(InputError, match=f"^{re.escape(broken)}: "):
             compose("sft", [broken])
-    with pytest.raises(InputError, match=r"^model=7: not in conf/model"):
-        compose("sft", ["model=7"])
+    for name in ("7", "Qwen/Qwen3-8B"):
+        with pytest.raises(InputError, match=rf"^model={name}: not in conf/model.* model=own model.path={name}$"):
+            compose("sft", [f"model={name}"])
     with pytest.raises(InputError, match=r"^trainer.epochs: "):
         compose("sft", ["trainer.epochs=1,2"])
 

@@ -204,9 +204,10 @@ def explain_error(error: Exception, recipe: str, groups: list[str], options: Cal
         chain.append(chain[-1].__cause__)
     text = "\n".join(str(part) for part in chain)
     if match := re.search(r"Could not find '([^']+)'", text):
-        group, _, option = match.group(1).rpartition("/")
+        group, _, option = match.group(1).partition("/")
         known = options(group)
-        return f"{group}={option}: not in conf/{group}.{suggestion(option, known)} Known: {', '.join(known)}"
+        advice = f". For another model: model=own model.path={option}" * (group == "model")
+        return f"{group}={option}: not in conf/{group}.{suggestion(option, known)} Known: {', '.join(known)}{advice}"
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text):
         full = re.search(r"full_key: (\S+)", text)
         key = match.group(1) if "." in match.group(1) or not full else full.group(1)

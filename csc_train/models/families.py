@@ -127,7 +127,9 @@ def dense_decoder_dims(
     hidden, intermediate = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    # Mistral has one window for all layers and names no kinds.
+    kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
     return ModelDims(
         model_type=config.model_type,
         hidden=hidden,
@@ -184,10 +186,19 @@ MODEL_FAMILIES = {
             **_DENSE_DECODER,
         ),
         ModelFamily(
-            model_type="llama",  # Llama 3.1
+            model_type="llama",  # Llama 3, SmolLM2
             causal_lm_class="LlamaForCausalLM",
             read_dims=dense_decoder_dims,
             layer_kinds=_FULL,
+            chat_template="llama3_1",
+            tokenizer_style="llama3",
+            **_DENSE_DECODER,
+        ),
+        ModelFamily(
+            model_type="mistral",
+            causal_lm_class="MistralForCausalLM",
+            read_dims=dense_decoder_dims,
+            layer_kinds=_FULL | _WINDOW,
             chat_template="llama3_1",
             tokenizer_style="llama3",
             **_DENSE_DECODER,

@@ -99,7 +99,10 @@ def build_model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTo
     if tokenizer is not None:
         facts.setdefault("vocab_size", len(tokenizer))
         facts |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return AutoConfig.for_model(facts.pop("model_type"), **facts)
+    config = AutoConfig.for_model(facts.pop("model_type"), **facts)
+    if hasattr(config, "sliding_window"):
+        config.sliding_window = None  # an architecture has no windows; the default of Mistral's class has
+    return config
 
 
 def check_lora_targets(adapter: AdapterConfig, model: PreTrainedModel) -> None:
