@@ -17,6 +17,7 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
 from csc_train.data.readers import write_dialogues
 from csc_train.data.splits import read_and_check_splits
 from csc_train.data.strategies import GREETING
+from csc_train.errors import InputError
 from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.preflight.report import PreflightReport
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -162,6 +163,16 @@ def test_missing_files_are_an_error_only_at_the_launch(job):
     outcome = run_preflight(absent, launching=False)
     assert [statuses(outcome)[name] for name in names] == ["not checked"] * 3
     assert not outcome.failed
+
+
+def test_a_model_without_a_row_is_planned_by_its_own_files_or_not_at_all(job):
+    own = run_preflight(composed(job, "model=own", f"model.path={job / 'model'}", "model.chat_template=qwen2_5"))
+    row = run_preflight(composed(job))
+    assert own.chosen == row.chosen
+    with pytest.raises(InputError, match=r"^someone/model: cannot load .* or give its dimensions by a row of conf/"):
+        run_preflight(composed(job, "model=own", "model.path=someone/model"))
+    given = composed(job, "model=own", "model.path=someone/model", "model.architecture.hidden_size=128")
+    assert statuses(run_preflight(given, launching=False))["memory"] == "ok"
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(job):

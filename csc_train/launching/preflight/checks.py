@@ -22,7 +22,7 @@ from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.launching.preflight.report import CheckResult, PreflightReport
 from csc_train.launching.preflight.size import computes_in_bf16, estimate_job, memory_scenario, precision_of, zero_of
-from csc_train.models.config import TRAINED_TOKENIZER
+from csc_train.models.config import TRAINED_TOKENIZER, ArchitectureConfig
 from csc_train.models.families import chat_template_name
 from csc_train.models.hub import find_file, is_local_path
 from csc_train.models.inspection import InspectedModel, inspect_model
@@ -58,6 +58,9 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
     here = launcher_class(cluster).attached
     gpus = probe_gpus() if options.probe and cluster.device == "cuda" and here else None
     found = inspect_model(config.model)
+    if found.dims is None and config.model.init == "pretrained" and config.model.architecture == ArchitectureConfig():
+        reasons = "; ".join(found.refusals)
+        raise InputError(f"{reasons}; or give its dimensions by a row of conf/model or by model.architecture.*")
     scenario = memory_scenario(config, None if config.model.init == "random" else found.dims)
     chosen = None if config.zero.stage == "from_launcher" else scenario
     memory = cluster.gpu_memory_gib * GIB if cluster.gpu_memory_gib else None
