@@ -172,7 +172,7 @@ def test_a_model_without_a_row_is_planned_by_its_own_files_or_not_at_all(job):
     with pytest.raises(InputError, match=r"^someone/model: cannot load .* or give its dimensions by a row of conf/"):
         run_preflight(composed(job, "model=own", "model.path=someone/model"))
     given = composed(job, "model=own", "model.path=someone/model", "model.architecture.hidden_size=128")
-    assert statuses(run_preflight(given, launching=False))["memory"] == "ok"
+    assert run_preflight(given, launching=False).chosen.dims.hidden == 128
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(job):
