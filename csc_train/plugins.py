@@ -1,14 +1,16 @@
-"""Plugins: a user's Python files and modules that add model families, metrics, loss weightings or launchers."""
+"""Plugins: a user's Python files and modules that add model families, languages, metrics and so on."""
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from csc_train.errors import InputError
+from csc_train.errors import InputError, suggestion
 
 logger = logging.getLogger(__name__)
 _registrations: list[str] = []
@@ -17,6 +19,27 @@ _registrations: list[str] = []
 def note_registration(module: str) -> None:
     """Record that code of this module registered something. Each registry calls it, built-in entries included."""
     _registrations.append(module)
+
+
+def check_entry(what: str, schema: type, fields: Mapping[str, Any]) -> None:
+    """Check the fields of a new entry of a registry.
+
+    Args:
+        what: names the entry in messages.
+        schema: the entry's dataclass.
+        fields: those that the plugin gives, by name.
+
+    Raises:
+        InputError: a field is unknown, or missing without a default.
+    """
+    every = dataclasses.fields(schema)
+    names = [field.name for field in every]
+    for name in fields:
+        if name not in names:
+            raise InputError(f"{what}: unknown field {name!r}.{suggestion(name, names)}")
+    required = [field.name for field in every if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if fields.get(name) is None]:
+        raise InputError(f"{what}: the field {missing[0]!r} is missing; give {', '.join(missing)}")
 
 
 def load_plugins(names: Iterable[str]) -> list[str]:

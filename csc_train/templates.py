@@ -52,6 +52,11 @@ def render(package: str | None, name: str, **values: Any) -> str:
     return load_template(package, name).render(**values)
 
 
+def render_source(source: str, **values: Any) -> str:
+    """The text of a Jinja source, filled with `values`; it may include the templates of no package."""
+    return _environment("csc_train", False, False).from_string(source).render(**values)
+
+
 def read_text(package: str | None, name: str) -> str:
     """The text of a UTF-8 file that is stored in a package."""
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")

@@ -141,7 +141,7 @@ def test_strategies_are_shown_as_asked():
     page, key = drawn(HumanConfig(show_strategies="reference"))
     for item, shown in zip(key.items, data_of(page)["items"], strict=True):
         strategy = DIALOGUES[item.dialogue_id].turns[item.turn].strategy
-        assert shown["strategy"] == [strategy.zh, strategy.definition_zh]
+        assert shown["strategy"] == [strategy.zh, strategy.definition("zh")]
     with pytest.raises(InputError, match=r"human\.show_strategies=own: secret-alpha predicts none"):
         drawn(HumanConfig(show_strategies="own"), predicts=False)
 

@@ -91,7 +91,7 @@ REFUSED = [
 def test_the_taxonomy_is_the_published_one():
     assert [(s.number, s.zh, s.en, s.code, s.stage) for s in STRATEGIES] == PUBLISHED
     assert (GREETING.number, CLOSURE.number, OTHERS.number) == (1, 11, 12)
-    assert [stage.zh for stage in Stage] == [
+    assert [stage.title("zh") for stage in Stage] == [
         "欢迎和建立联系",
         "理解和识别问题",
         "寻求解决方案",
@@ -101,7 +101,7 @@ def test_the_taxonomy_is_the_published_one():
 
 
 def test_no_two_strategies_share_a_name_or_a_definition():
-    for values in zip(*((s.zh, s.en, s.code, s.definition_zh, s.definition_en) for s in STRATEGIES), strict=True):
+    for values in zip(*((s.zh, s.en, s.code, s.definition("zh"), s.definition("en")) for s in STRATEGIES), strict=True):
         assert len(set(values)) == len(STRATEGIES)
 
 

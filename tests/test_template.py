@@ -8,10 +8,11 @@ import pytest
 from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.languages import LANGUAGES
 from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
 from csc_train.template.chat_templates import chat_template_names
-from csc_train.template.config import LANGUAGES, MODES, TemplateConfig
+from csc_train.template.config import MODES, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenType, chat_messages
 from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import language_note, system_prompt

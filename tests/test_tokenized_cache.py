@@ -18,11 +18,12 @@ from workers.tokenize_dialogues import CHUNK, dialogues, template
 
 from csc_train import tokenized_cache
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.languages import LANGUAGES
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import pack_dialogues
-from csc_train.template.config import LANGUAGES, MODES, TokenizationConfig
+from csc_train.template.config import MODES, TokenizationConfig
 from csc_train.tokenized_cache import ARRAYS, tokenize
 
 

@@ -13,14 +13,12 @@ from rich.text import Text
 
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import ChatReply, Conversation
-from csc_train.data.dialogue import Dialogue
+from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.data.readers import write_dialogues
 from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
 from csc_train.errors import InputError, suggestion
 from csc_train.inference.hf import HFGenerator
 
-SPEAKERS = {"zh": ("客服", "客户"), "en": ("Supporter", "Customer")}
-"""Names of supporter and customer by language."""
 COMMAND_HELP = {
     "/strategy NAME": "set the strategy of the next reply by name, number or code; without NAME, list all",
     "/undo": "remove your last message and its reply",
@@ -62,7 +60,7 @@ class Terminal:
         self._earlier: list[Dialogue] = []
         self._strategy: Strategy | None = None
         self._language = conversation.template.config.language
-        self._supporter, self._customer = SPEAKERS[self._language]
+        self._supporter, self._customer = (each.title(self._language) for each in Speaker)
         self._interactive = sys.stdin.isatty()
         self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._commands: dict[str, Callable[[str], None]] = {

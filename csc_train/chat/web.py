@@ -12,7 +12,7 @@ from typing import Any
 
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import ChatReply, Conversation
-from csc_train.chat.terminal import SPEAKERS
+from csc_train.data.dialogue import Speaker
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.inference.hf import HFGenerator
@@ -107,7 +107,7 @@ def build_page(generator: HFGenerator, config: ChatConfig) -> gradio.Blocks:
         gradio.Markdown(f"Chat with `{generator.model.name_or_path}`")
         conversation = gradio.State()
         transcript = gradio.HTML(autoscroll=True, max_height="65vh")
-        label = f"Write as the customer ({SPEAKERS[template.language][1]})"
+        label = f"Write as the customer ({Speaker.CUSTOMER.title(template.language)})"
         box = gradio.Textbox(label=label, max_lines=6, submit_btn="Send", autofocus=True)
         choice = gradio.Dropdown(choices, value=0, label="Strategy of the next reply")
         with gradio.Row():
@@ -136,8 +136,8 @@ def transcript_html(conversation: Conversation, growing: ChatReply | None = None
     if growing is None and conversation.turns:
         file = json.dumps(conversation.dialogue().row(), ensure_ascii=False) + "\n"
     language = conversation.template.config.language
-    values = {"turns": conversation.turns, "growing": growing, "file": file}
-    return render(__package__, "transcript.html.jinja", **values, speakers=SPEAKERS[language], language=language)
+    values = {"turns": conversation.turns, "growing": growing, "file": file, "language": language}
+    return render(__package__, "transcript.html.jinja", **values, speakers=[each.title(language) for each in Speaker])
 
 
 def _reply(conversation: Conversation, message: str | None, number: int) -> Iterator[tuple[str, Any]]:

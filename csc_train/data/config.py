@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from csc_train.errors import InputError, check_fields
 
+LANGUAGE_CODES = ["zh", "en"]
+"""Codes of the known languages; `languages.register_language` adds others."""
+
 
 @dataclass
 class DialogueSourceConfig:

@@ -6,6 +6,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
+from csc_train.data.languages import get_language
 from csc_train.data.strategies import Strategy
 from csc_train.files import digest
 
@@ -29,6 +30,10 @@ class Speaker(Enum):
             if name in (speaker.value, speaker.name.lower()):
                 return speaker
         raise ValueError(name)
+
+    def title(self, language: str) -> str:
+        """The speaker's name in a language."""
+        return getattr(get_language(language), self.name.lower())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
 """The taxonomy of the project: 12 support strategies and 5 stages of a customer support conversation.
 
-Numbers, names, codes and stages are those of the paper (figure 2) and its data; the definitions are our own.
+Numbers, codes and stages are those of the paper (figure 2) and its data; `languages` has names and definitions.
 """
 
 import re
 from dataclasses import dataclass
 from enum import Enum
 
+from csc_train.data.languages import LANGUAGES, get_language
 from csc_train.invisible import strip_invisible
 from csc_train.templates import read_yaml
 
@@ -14,42 +15,42 @@ from csc_train.templates import read_yaml
 class Stage(Enum):
     """A phase of the conversation, in its typical (not obligatory) order."""
 
-    CONNECTING = ("Connecting", "欢迎和建立联系")
-    IDENTIFYING = ("Identifying", "理解和识别问题")
-    EXPLORING = ("Exploring", "寻求解决方案")
-    RESOLVING = ("Resolving", "解决和确认")
-    MAINTAINING = ("Maintaining", "结束和保持关系")
+    CONNECTING = 1
+    IDENTIFYING = 2
+    EXPLORING = 3
+    RESOLVING = 4
+    MAINTAINING = 5
 
-    def __init__(self, en: str, zh: str):
-        self.en = en
-        self.zh = zh
-
-
-@dataclass(frozen=True)
-class BilingualTerm:
-    """A term with its name and definition in Chinese and English."""
-
-    zh: str
-    en: str
-    definition_zh: str
-    definition_en: str
-
-    def name(self, language: str) -> str:
-        """The name in `language` ("zh" or "en"); of a strategy, the one between the brackets of a reply."""
-        return {"zh": self.zh, "en": self.en}[language]
-
-    def definition(self, language: str) -> str:
-        """The definition in `language` ("zh" or "en")."""
-        return {"zh": self.definition_zh, "en": self.definition_en}[language]
+    def title(self, language: str) -> str:
+        """Its name in a language."""
+        return get_language(language).stages[self.name]
 
 
 @dataclass(frozen=True)
-class Strategy(BilingualTerm):
+class Strategy:
     """One support strategy. `stage` is None for the one strategy (Others) that may appear in any stage."""
 
     number: int
     code: str
     stage: Stage | None
+
+    def name(self, language: str) -> str:
+        """The name in a language, which stands between the brackets of a reply."""
+        return get_language(language).strategies[self.number][0]
+
+    def definition(self, language: str) -> str:
+        """The definition in a language."""
+        return get_language(language).strategies[self.number][1]
+
+    @property
+    def zh(self) -> str:
+        """The Chinese name, which published data have."""
+        return self.name("zh")
+
+    @property
+    def en(self) -> str:
+        """The English name."""
+        return self.name("en")
 
     @property
     def label(self) -> str:
@@ -69,15 +70,15 @@ STRATEGIES = tuple(
 GREETING, CLOSURE, OTHERS = STRATEGIES[0], STRATEGIES[10], STRATEGIES[11]
 
 _BY_NUMBER = {str(strategy.number): strategy for strategy in STRATEGIES}
-_BY_NAME = {name: strategy for strategy in STRATEGIES for name in (strategy.zh, strategy.en, strategy.code)}
+_BY_CODE = {strategy.code: strategy for strategy in STRATEGIES}
 _NUMBERED = re.compile(r"策略([0-9]+)(?:(?:\s*[:：]\s*|\s+)(.+))?")
 
 
 def parse_strategy(label: str) -> Strategy:
     """Parse the label of a strategy.
 
-    Accepts, with outer invisible characters ignored: `策略5 情感管理`, `策略5: 情感管理`, `策略5`, `5`, and the exact
-    Chinese name, English name or code.
+    Accepts, with outer invisible characters ignored: `策略5 情感管理`, `策略5: 情感管理`, `策略5`, `5`, the code, and
+    the exact name in any language.
 
     Raises:
         ValueError: an unknown name, a number outside 1..12, a number that contradicts its name, or two strategies
@@ -86,11 +87,19 @@ def parse_strategy(label: str) -> Strategy:
     text = strip_invisible(label)
     if "+" in text or "＋" in text:
         raise ValueError(f"more than one strategy in {label!r}")
-    if strategy := _BY_NUMBER.get(text) or _BY_NAME.get(text):
+    if strategy := _BY_NUMBER.get(text) or _named(text):
         return strategy
     if match := _NUMBERED.fullmatch(text):
         number, name = match.groups()
         strategy = _BY_NUMBER.get(number)
-        if strategy and (name is None or _BY_NAME.get(name) is strategy):
+        if strategy and (name is None or _named(name) is strategy):
             return strategy
     raise ValueError(f"unknown strategy {label!r}")
+
+
+def _named(text: str) -> Strategy | None:
+    """The strategy of this code, or of this name in any language."""
+    for language in LANGUAGES.values():
+        if number := language.numbers.get(text):
+            return STRATEGIES[number - 1]
+    return _BY_CODE.get(text)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from csc_train.data.config import LANGUAGE_CODES
 from csc_train.errors import InputError, check_fields
 from csc_train.inference.config import CONTEXTS, InferenceConfig
-from csc_train.template.config import LANGUAGES
 
 
 @dataclass
@@ -104,7 +104,7 @@ class JudgeConfig:
             raise InputError(f"judge.tasks=[]: give one or more of {', '.join(TASKS)}")
         check_fields("judge.", self, "tasks", choices=TASKS)
         check_fields("judge.", self, "num_turns", low=1)
-        check_fields("judge.", self, "language", choices=LANGUAGES)
+        check_fields("judge.", self, "language", choices=LANGUAGE_CODES)
         check_fields("judge.", self, "bootstrap_resamples", low=100)
         check_fields("judge.", self, "permutations", low=1000)
 
@@ -138,7 +138,7 @@ class HumanConfig:
 
     def __post_init__(self):
         check_fields("human.", self, "num_items", "max_items_per_dialogue", low=1)
-        check_fields("human.", self, "language", choices=LANGUAGES)
+        check_fields("human.", self, "language", choices=LANGUAGE_CODES)
         check_fields("human.", self, "show_strategies", choices=STRATEGY_DISPLAY)
         check_fields("human.", self, "criteria", choices=CRITERIA_NAMES)
         check_fields("human.", self, "bootstrap_resamples", low=100)

@@ -5,6 +5,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from csc_train.data.dialogue import Speaker, Turn
+from csc_train.data.languages import get_language
 from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.files import digest
@@ -16,7 +17,6 @@ from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
 from csc_train.template.reply import Reply, format_reply, parse_reply
-from csc_train.template.system_prompt import OPENING
 
 
 class OpenAIGenerator:
@@ -168,7 +168,7 @@ def build_messages(
     """
     messages = chat_messages([], config)
     if user_first:
-        messages.append({"role": "user", "content": OPENING[config.language]})
+        messages.append({"role": "user", "content": get_language(config.language).opening})
     for turn in history:
         if not isinstance(turn, Turn):
             messages.append({"role": "assistant", "content": turn.raw_text})

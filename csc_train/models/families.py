@@ -1,15 +1,14 @@
 """The table of model families, one row per transformers `model_type`, and the dimensions and FLOPs of a model."""
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from csc_train.errors import InputError, check_choice, suggestion
+from csc_train.errors import InputError, check_choice
 from csc_train.models.config import ALL_LINEAR, ModelConfig
-from csc_train.plugins import note_registration
+from csc_train.plugins import check_entry, note_registration
 
 
 @dataclass(frozen=True)
@@ -218,14 +217,9 @@ def register_family(based_on: str | None = None, **fields: Any) -> ModelFamily:
     Raises:
         InputError: a field is unknown or missing, or the `model_type` is taken.
     """
-    names = [field.name for field in dataclasses.fields(ModelFamily)]
-    for name in fields:
-        if name not in names:
-            raise InputError(f"model family: unknown field {name!r}.{suggestion(name, names)}")
     if based_on is not None:
         fields = {**vars(get_family(based_on)), "model_type": None} | fields
-    if missing := [name for name in names if fields.get(name) is None]:
-        raise InputError(f"model family: the field {missing[0]!r} is missing; give {', '.join(missing)}")
+    check_entry("model family", ModelFamily, fields)
     family = ModelFamily(**fields)
     if family.model_type in MODEL_FAMILIES:
         taken = ", ".join(MODEL_FAMILIES)

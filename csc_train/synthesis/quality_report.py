@@ -32,7 +32,7 @@ NUM_RESAMPLES = 1000
 NUM_PARTS = 5
 """Parts of equal length of a dialogue."""
 
-_REACHED = ["none", *(stage.en for stage in Stage)]
+_REACHED = ["none", *(stage.title("en") for stage in Stage)]
 
 
 def quality_report(

@@ -12,10 +12,6 @@ PLACEHOLDERS = (
     "姓名", "手机号码", "身份证号", "银行卡号", "邮箱", "地址", "订单号", "日期", "金额", "公司名称", "工号",
 )  # fmt: skip
 """The words in square brackets that stand for private data."""
-SPEAKER_NAMES = {
-    "zh": {speaker: speaker.value for speaker in Speaker},
-    "en": {speaker: speaker.name.title() for speaker in Speaker},
-}
 _BRACKETED = re.compile(r"\s*[（(【\[]([^（(【\[）)】\]]*)[）)】\]][。.!！]?\s*$")
 _NOTICE = re.compile(
     "系统|提示|通话|挂断|挂机|结束|断开|会话|对话|录音|转接|评价|system|call|hang|hung|disconnect|ended", re.I
@@ -49,7 +45,7 @@ def as_text(utterances: Sequence[Utterance], language: str) -> str:
     for each in utterances:
         label = f"[{each.label}]" if each.label else ""
         # On one line, so that a text cannot imitate another speaker's turn.
-        lines.append(f"{SPEAKER_NAMES[language][each.speaker]}{label}: {' '.join(each.text.split())}")
+        lines.append(f"{each.speaker.title(language)}{label}: {' '.join(each.text.split())}")
     return "\n".join(lines)
 
 

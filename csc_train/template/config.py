@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from csc_train.data.config import LANGUAGE_CODES
 from csc_train.errors import check_fields
 
 MODES = ("joint", "given", "reply_only")
-LANGUAGES = ("zh", "en")
 
 
 @dataclass
@@ -16,11 +16,11 @@ class TemplateConfig:
     """joint: predict the strategy, then the reply. given: the strategy is part of the prompt, and the reply is trained.
     reply_only: no strategies (the ablation)."""
     language: str = "zh"
-    """Language of the system prompt and of the strategy labels: zh or en."""
+    """Language of the system prompt and of the strategy labels: zh, en, or one that a plugin registers."""
 
     def __post_init__(self):
         check_fields("template.", self, "mode", choices=MODES)
-        check_fields("template.", self, "language", choices=LANGUAGES)
+        check_fields("template.", self, "language", choices=LANGUAGE_CODES)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The system prompt, rendered from the strategy taxonomy."""
+"""The system prompt of a language, and whether dialogues are in it."""
 
 import itertools
 from collections.abc import Iterable
@@ -7,23 +7,20 @@ from functools import cache
 import regex
 
 from csc_train.data.dialogue import Dialogue
-from csc_train.data.strategies import STRATEGIES, Stage
-from csc_train.templates import render
+from csc_train.data.languages import Language, get_language
 
-OPENING = {"zh": "（客户接通了客服。）", "en": "(The customer is connected to support.)"}
-"""The first user message, by language, for models whose chats must begin with the user."""
 LANGUAGE_SAMPLE = 200
 """Dialogues whose language is compared with that of the prompt."""
 
 
-@cache
 def system_prompt(mode: str, language: str) -> str:
-    """The system prompt of a `TemplateConfig.mode` and `language`, without outer white space.
+    """The system prompt of a `TemplateConfig.mode` and `language`, without outer white space."""
+    return _rendered(get_language(language), mode)
 
-    Source: `system_prompt.{zh,en}.jinja` beside this file.
-    """
-    values = {"mode": mode, "strategies": STRATEGIES, "stages": list(Stage)}
-    return render(__package__, f"system_prompt.{language}.jinja", **values).strip()
+
+@cache
+def _rendered(language: Language, mode: str) -> str:
+    return language.render_system_prompt(mode)
 
 
 def language_note(dialogues: Iterable[Dialogue], language: str) -> str | None:

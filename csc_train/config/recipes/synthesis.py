@@ -9,6 +9,7 @@ from csc_train.errors import InputError, check_fields, check_range
 from csc_train.llm.config import LLMConfig
 from csc_train.runs.config import RunConfig
 from csc_train.synthesis.config import (
+    LANGUAGES,
     BatchConfig,
     BudgetConfig,
     CallFilterConfig,
@@ -17,7 +18,6 @@ from csc_train.synthesis.config import (
     RoleCSCheckConfig,
     SynthesisConfig,
 )
-from csc_train.template.config import LANGUAGES
 
 
 @dataclass

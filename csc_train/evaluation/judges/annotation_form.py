@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 import pydantic
 
 from csc_train.data.dialogue import Dialogue
-from csc_train.data.strategies import STRATEGIES, BilingualTerm
+from csc_train.data.languages import get_language
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import HumanConfig
 from csc_train.evaluation.judges.criteria import CRITERIA
@@ -120,11 +121,11 @@ def draw_annotation_form(
         shown.append({"id": item, **_shown(dialogues[a.dialogue_id], ordered, config)})
         longer = len(a.response) - len(b.response)
         items.append(AnnotationItem(item=item, dialogue_id=a.dialogue_id, turn=a.turn, first=first, longer=longer))
-    described = {name: _described(CRITERIA[name], config) for name in config.criteria}
+    described = {name: CRITERIA[name][get_language(config.language).texts] for name in config.criteria}
     criteria = [{"id": name, "name": title, "definition": text} for name, (title, text) in described.items()]
     data = {"questions": [{"id": OVERALL}, *criteria], "items": shown}
     form = digest(data)[:16]
-    values = {"language": config.language, "data": data | {"form": form}}
+    values = {"language": get_language(config.language).texts, "data": data | {"form": form}}
     page = render("csc_train.evaluation.report", "form.html.jinja", **values)
     key = UnblindingKey(
         form=form, a=names[0], b=names[1], questions=[OVERALL, *config.criteria], turns=len(pairs),
@@ -143,17 +144,16 @@ def _shown(dialogue: Dialogue, replies: Sequence[Prediction], config: HumanConfi
 
     def strategy(number: int | None, display: str) -> list[str] | None:
         """Name and definition of a strategy; None for none, and unless the form shows strategies in this way."""
-        return _described(STRATEGIES[number - 1], config) if number and config.show_strategies == display else None
+        if not number or config.show_strategies != display:
+            return None
+        shown = STRATEGIES[number - 1]
+        return [shown.name(config.language), shown.definition(config.language)]
 
     return {
         "history": [[each.strategy is not None, each.text] for each in dialogue.turns[: replies[0].turn]],
         "strategy": strategy(replies[0].reference_strategy, "reference"),
         "replies": [{"strategy": strategy(each.strategy, "own"), "text": each.response} for each in replies],
     }
-
-
-def _described(term: BilingualTerm, config: HumanConfig) -> list[str]:
-    return [term.name(config.language), term.definition(config.language)]
 
 
 def read_key(path: str | os.PathLike) -> UnblindingKey:

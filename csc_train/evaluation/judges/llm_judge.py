@@ -13,6 +13,7 @@ import numpy
 import pydantic
 
 from csc_train.data.dialogue import Dialogue
+from csc_train.data.languages import get_language
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.comparison import left_out_note
@@ -132,7 +133,8 @@ def _shown(prediction: Prediction, labelled: bool, language: str) -> str:
 
 
 def _render(language: str, **facts: Any) -> str:
-    return render(__package__, f"judge.{language}.jinja", CRITERIA=CRITERIA, **facts).strip()
+    name = f"judge.{get_language(language).texts}.jinja"
+    return render(__package__, name, CRITERIA=CRITERIA, **facts).strip()
 
 
 def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, cache: str | os.PathLike) -> JudgeReport:

@@ -13,7 +13,6 @@ from csc_train.data.dialogue import Turn, has_surrogate
 from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
 from csc_train.files import digest
 from csc_train.synthesis.rolecs.engine import DIALOGUE_ROLES, RoleQuestion
-from csc_train.synthesis.utterances import SPEAKER_NAMES
 from csc_train.templates import load_template, read_text
 
 WRITING_ROLES = ("persona", *DIALOGUE_ROLES)
@@ -123,7 +122,7 @@ class RolePrompts:
         for turn in turns:
             name = turn.strategy.name(self.language) if turn.strategy else ""
             label = _STRATEGY_LABEL[self.language].format(name) if name else ""
-            lines.append(f"{SPEAKER_NAMES[self.language][turn.speaker]}{label}: {turn.text}")
+            lines.append(f"{turn.speaker.title(self.language)}{label}: {turn.text}")
         return "\n".join(lines)
 
     def schema(self, question: RoleQuestion) -> type[BaseModel]:

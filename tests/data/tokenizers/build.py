@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from csc_train.data.languages import LANGUAGES
 from csc_train.data.strategies import STRATEGIES
-from csc_train.template.config import LANGUAGES
 from csc_train.template.tokenizer_training import train_tokenizer
 
 WORDS = [
