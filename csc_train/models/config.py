@@ -22,7 +22,7 @@ class ArchitectureConfig:
     """
 
     model_type: str = "qwen2"
-    """The model family (see `csc_train.models.families`): qwen2, qwen3, llama or a registered one."""
+    """The model family (see `csc_train.models.families`): qwen2, qwen3, llama, mistral or a registered one."""
     hidden_size: int = 256
     """Width of the hidden states."""
     intermediate_size: int = 768

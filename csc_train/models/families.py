@@ -235,7 +235,12 @@ def get_family(model_type: str) -> ModelFamily:
     Raises:
         InputError: it is not in the table; the message names the nearest one.
     """
-    check_choice("model.architecture.model_type", model_type, MODEL_FAMILIES)
+    if model_type not in MODEL_FAMILIES:
+        known = ", ".join(MODEL_FAMILIES)
+        raise InputError(
+            f"model.architecture.model_type={model_type}: choose one of {known}, or add a row by register_family "
+            f"(docs/extending.md).{suggestion(model_type, MODEL_FAMILIES)}"
+        )
     return MODEL_FAMILIES[model_type]
 
 

@@ -59,8 +59,8 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
     gpus = probe_gpus() if options.probe and cluster.device == "cuda" and here else None
     found = inspect_model(config.model)
     if found.dims is None and config.model.init == "pretrained" and config.model.architecture == ArchitectureConfig():
-        reasons = "; ".join(found.refusals)
-        raise InputError(f"{reasons}; or give its dimensions by a row of conf/model or by model.architecture.*")
+        advice = "; or give its dimensions by a row of conf/model or by model.architecture.*" * found.missing
+        raise InputError("; ".join(found.refusals) + advice)
     scenario = memory_scenario(config, None if config.model.init == "random" else found.dims)
     chosen = None if config.zero.stage == "from_launcher" else scenario
     memory = cluster.gpu_memory_gib * GIB if cluster.gpu_memory_gib else None
