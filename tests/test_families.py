@@ -72,7 +72,7 @@ def test_every_row_fits_the_model_that_transformers_builds(family):
 
 
 def test_a_family_from_outside_is_built_measured_and_adapted():
-    with pytest.raises(InputError, match=r"model_type=granite: choose one of qwen2, qwen3, llama, mistral, or add a row"):
+    with pytest.raises(InputError, match=r"model_type=granite: choose one of .* mistral, or add a row"):
         build_model_config(architecture("granite"), None)
     added = register_family(
         based_on="llama",

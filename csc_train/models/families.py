@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from csc_train.errors import InputError, check_choice
+from csc_train.errors import InputError, check_choice, suggestion
 from csc_train.models.config import ALL_LINEAR, ModelConfig
 from csc_train.plugins import check_entry, note_registration
 
