@@ -4,6 +4,9 @@ PYTHON := $(VENV)/bin/python
 export OMP_WAIT_POLICY ?= passive
 # What `make demo` does with an earlier demo: reuse keeps it if it is the same, replace starts over.
 IF_EXISTS ?= reuse
+# Of the demo's dialogues, prompts and labels: zh or en. Not ?=, because shells set a variable of this name themselves.
+LANGUAGE = zh
+DEMO := runs/demo$(if $(filter-out zh,$(LANGUAGE)),-$(LANGUAGE))
 
 .PHONY: help demo settings test test-fast bench bench-gpu lint
 
@@ -22,10 +25,10 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	@touch $@
 
 demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> trained checkpoint -> evaluated table
-	$(PYTHON) recipes/write_sample.py
-	$(PYTHON) recipes/sft.py experiment=demo run.directory=runs/demo run.if_exists=$(IF_EXISTS)
-	$(PYTHON) recipes/evaluate.py checkpoint=runs/demo/model evaluation.max_new_tokens=40 \
-		run.directory=runs/demo/evaluation run.if_exists=$(IF_EXISTS)
+	$(PYTHON) recipes/write_sample.py data.sample_language=$(LANGUAGE)
+	$(PYTHON) recipes/sft.py experiment=demo template.language=$(LANGUAGE) run.directory=$(DEMO) run.if_exists=$(IF_EXISTS)
+	$(PYTHON) recipes/evaluate.py checkpoint=$(DEMO)/model evaluation.max_new_tokens=40 \
+		run.directory=$(DEMO)/evaluation run.if_exists=$(IF_EXISTS)
 
 test: lint ## Set up what tests need, then pass them all
 	$(PYTHON) -m pytest

@@ -108,9 +108,8 @@ def main(config: EvaluateRecipe) -> None:
         manifest = model.source.manifest
         attach_evaluation(manifest.wandb, manifest.config.get("tracking", {}), run.directory)
     if data.sample_dialogues:
-        logger.info(
-            f"ceiling of ACC, by the rule that wrote the sample dialogues: {accuracy_ceiling(splits.evaluation):.2f}"
-        )
+        ceiling = accuracy_ceiling(splits.evaluation, data.sample_language)
+        logger.info(f"ceiling of ACC, by the rule that wrote the sample dialogues: {ceiling:.2f}")
     if scored.incomplete:
         kinds, limit = scored.run.failed_kinds, config.evaluation.max_new_tokens
         needs = config.llm.larger_limit(kinds, limit) if config.llm else ""

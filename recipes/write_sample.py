@@ -1,6 +1,7 @@
 """Write the sample dialogues of our own grammar and print how predictable their strategies are.
 
 python recipes/write_sample.py data.sample_dialogues=900 data.sample_seed=0
+python recipes/write_sample.py data.sample_language=en
 """
 
 try:
@@ -20,14 +21,15 @@ def main(config: WriteSampleRecipe) -> None:
     path, count, seed = config.data.train.path, config.data.sample_dialogues, config.data.sample_seed
     if not count:
         raise InputError("data.sample_dialogues is not set: use data=sample")
-    written = ensure_sample(path, count, seed)
-    print(f"{'wrote' if written else 'reused'} {path}: {count} dialogues, seed {seed}, source=synthetic-sample")
+    language = config.data.sample_language
+    written = "wrote" if ensure_sample(path, count, seed, language) else "reused"
+    print(f"{written} {path}: {count} dialogues, seed {seed}, language {language}, source=synthetic-sample")
     splits = read_and_check_splits(config.data)
     bigram = generate_predictions(splits.evaluation, StrategyBaseline(splits.train, order=1), "reference")
     hits = sum(each.strategy == each.reference_strategy for each in bigram if isinstance(each, Prediction))
     print(
         f"strategy accuracy on the {len(splits.evaluation)} evaluation dialogues: ceiling (the generating rule) "
-        f"{accuracy_ceiling(splits.evaluation):.2f}, strategy bigram {100 * hits / len(bigram):.2f}"
+        f"{accuracy_ceiling(splits.evaluation, language):.2f}, strategy bigram {100 * hits / len(bigram):.2f}"
     )
 
 

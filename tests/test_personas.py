@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from csc_train.data.sample_grammar import FEELINGS, SERVICE_PROBLEMS
+from csc_train.data.sample_grammar import sample_grammar
 from csc_train.errors import InputError
 from csc_train.synthesis.config import BehaviourConfig
 from csc_train.synthesis.rolecs.engine import Behaviour
@@ -32,9 +32,11 @@ def test_profiles_are_made_up_the_same_each_time():
 
 
 def test_the_grammar_knows_the_topics_and_moods():
-    assert set(TOPICS["zh"]) == {problem.topic for problem in SERVICE_PROBLEMS}
-    assert list(MOODS["zh"]) == list(FEELINGS)
-    assert [len(TOPICS["en"]), len(MOODS["en"])] == [7, 5]
+    for language in TOPICS:
+        grammar = sample_grammar(language)
+        assert set(TOPICS[language]) == {problem.topic for problem in grammar.problems}
+        assert list(MOODS[language]) == list(grammar.feelings)
+        assert [len(TOPICS[language]), len(MOODS[language])] == [7, 5]
 
 
 def test_profiles_are_read(tmp_path):

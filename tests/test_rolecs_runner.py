@@ -21,12 +21,14 @@ from conftest import ROOT
 from csc_train.config.compose import compose
 from csc_train.data.dialogue import Speaker
 from csc_train.data.readers import read_dialogues, write_dialogues
-from csc_train.data.sample_grammar import SAMPLE_SOURCE, accuracy_ceiling
+from csc_train.data.sample_grammar import PRECONDITIONS, SAMPLE_SOURCE, accuracy_ceiling
+from csc_train.data.strategies import parse_strategy
 from csc_train.errors import InputError
 from csc_train.llm.client import LLMError, RequestAttempt, UnusableServerError
 from csc_train.synthesis.config import BudgetConfig, DuplicatesConfig, RoleCSCheckConfig, SynthesisConfig
+from csc_train.synthesis.filters.privacy import find_private_data
 from csc_train.synthesis.rolecs import mock_backend
-from csc_train.synthesis.rolecs.mock_backend import MockBackend
+from csc_train.synthesis.rolecs.mock_backend import TEXTS, MockBackend
 from csc_train.synthesis.rolecs.personas import MOODS, TOPICS, generate_profiles
 from csc_train.synthesis.rolecs.results import write_synthesis
 from csc_train.synthesis.rolecs.runner import MAX_TRANSIENT_ERRORS, ROLECS_RULES, SynthesisRunner
@@ -39,8 +41,8 @@ SETTINGS = {"made": "for tests"}
 def start(path, target, backend=None, config=SMALL, settings=SETTINGS, judges=1, budget=None):
     """A runner, and the store at `path` that it works on."""
     store = SynthesisStore(path, settings)
-    check, profiles = RoleCSCheckConfig(judges=judges), generate_profiles(3, 0, "zh")
-    backend, budget = backend or MockBackend("zh"), budget or BudgetConfig()
+    check, profiles = RoleCSCheckConfig(judges=judges), generate_profiles(3, 0, config.language)
+    backend, budget = backend or MockBackend(config.language), budget or BudgetConfig()
     try:
         return SynthesisRunner(config, check, DuplicatesConfig(), profiles, backend, store, target, budget), store
     except InputError:
@@ -104,8 +106,24 @@ def test_the_grammar_speaks_through_the_engine(whole):
         with contextlib.suppress(InputError):
             own.append(accuracy_ceiling([dialogue]))
     assert 0.9 * 150 < len(own) < 150  # an unknown or overused strategy is not the grammar's
-    with pytest.raises(InputError, match="llm=mock supports zh only"):
-        MockBackend("en")
+
+
+def test_the_grammar_speaks_english(tmp_path):
+    _, accepted, dialogues = run(tmp_path / "s.db", 30, config=SynthesisConfig(seed=2, language="en"))
+    own = []
+    for dialogue in dialogues:
+        with contextlib.suppress(InputError):
+            own.append(accuracy_ceiling([dialogue], "en"))
+    assert len(accepted) == 30 and len(own) > 24
+    assert all(dialogue.text.isascii() for dialogue in dialogues)
+
+
+def test_the_mock_backend_has_its_flaws_in_each_language():
+    for texts in TEXTS.values():
+        assert texts.keys() == TEXTS["zh"].keys() and texts["directions"].keys() == PRECONDITIONS.keys()
+        assert find_private_data("Hello." + texts["mobile"].format(tail="0042"))
+        with pytest.raises(ValueError, match="unknown strategy"):
+            parse_strategy(texts["unknown_strategy"])
 
 
 def test_what_cannot_be_is_refused():

@@ -12,26 +12,49 @@ import pytest
 
 from csc_train.config.compose import compose
 from csc_train.data import sample_grammar as sample
+from csc_train.data.config import SAMPLE_LANGUAGES
 from csc_train.data.dialogue import Dialogue, Speaker, data_digest
 from csc_train.data.readers import read_dialogues
 from csc_train.data.sample_grammar import (
     SAMPLE_SOURCE,
+    SampleGrammar,
     accuracy_ceiling,
     check_sample_place,
     ensure_sample,
     generate_sample,
     provide_sample,
+    sample_grammar,
 )
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.synthesis.rolecs.personas import TOPICS
 
-IDENTITY = re.compile(r"\[手机号码\]|\[身份证号\]|尾号[0-9]{4}")
-TOPICS = "产品咨询 营销与推广活动 账户和交易管理 财务咨询与规划 风险管理与安全 投诉与纠纷解决 技术支持与在线服务"
+IDENTITY = {
+    "zh": re.compile(r"\[手机号码\]|\[身份证号\]|尾号[0-9]{4}"),
+    "en": re.compile(r"\[phone number\]|\[ID number\]|digits [0-9]{4}"),
+}
+LONGEST = {"zh": 40, "en": 120}
+"""Characters of the longest text."""
+FULL_MARKS = {"zh": "很满意，给您满分。", "en": "Very happy, full marks for you."}
+NO_HURRY = {"zh": "我不着急，", "en": "I'm in no hurry, "}
+DO_IT = {"zh": "麻烦您替我办一下。", "en": "Please take care of it for me."}
+RESTATED = {"zh": ("您", "我的"), "en": ("you", " my ")}
+"""What a restatement has, and what it has not."""
+
+
+@pytest.fixture(scope="module", params=SAMPLE_LANGUAGES)
+def language(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def dialogues() -> list[Dialogue]:
-    return generate_sample(600, 0)
+def grammar(language) -> SampleGrammar:
+    return sample_grammar(language)
+
+
+@pytest.fixture(scope="module")
+def dialogues(language) -> list[Dialogue]:
+    return generate_sample(600, 0, language)
 
 
 def numbers(dialogue: Dialogue) -> list[int]:
@@ -53,30 +76,34 @@ def with_turn(dialogue: Dialogue, index: int, **changes) -> Dialogue:
     return dataclasses.replace(dialogue, turns=tuple(turns))
 
 
-def test_the_same_seed_gives_the_same_dialogues_on_every_platform():
-    golden = "2450b3875cbc4496f2ad4ab0c513d06da86149590a3623857666d8e8fe3064b6"
-    assert data_digest(generate_sample(20, 0)) == golden
+def test_the_same_seed_gives_the_same_dialogues_on_every_platform(language):
+    golden = {
+        "zh": "2450b3875cbc4496f2ad4ab0c513d06da86149590a3623857666d8e8fe3064b6",
+        "en": "17e1248c475cb6721d1d91b2e33d63d11c94867c558d718035dbdc7c04894607",
+    }
+    assert data_digest(generate_sample(20, 0, language)) == golden[language]
 
 
-def test_a_smaller_sample_is_the_beginning_of_a_larger_one(dialogues):
-    assert [d.row() for d in generate_sample(50, 0)] == [d.row() for d in dialogues[:50]]
+def test_a_smaller_sample_is_the_beginning_of_a_larger_one(language, dialogues):
+    assert [d.row() for d in generate_sample(50, 0, language)] == [d.row() for d in dialogues[:50]]
 
 
-def test_seeds_share_no_dialogue(dialogues):
-    other = generate_sample(600, 1)
+def test_seeds_share_no_dialogue(language, dialogues):
+    other = generate_sample(600, 1, language)
     assert len({d.fingerprint for d in dialogues + other}) == 1200
     assert len({d.id for d in dialogues + other}) == 1200
 
 
 @pytest.mark.parametrize("name", ["sample.jsonl", "sample.parquet"])
-def test_a_written_sample_passes_the_checks_and_keeps_its_ceiling(tmp_path, dialogues, name):
-    assert ensure_sample(tmp_path / name, 60, 0)
+def test_a_written_sample_passes_the_checks_and_keeps_its_ceiling(tmp_path, language, dialogues, name):
+    assert ensure_sample(tmp_path / name, 60, 0, language)
     read = read_dialogues(tmp_path / name, source=SAMPLE_SOURCE, strict=True)
     assert [d.row() for d in read] == [d.row() for d in dialogues[:60]]
-    assert accuracy_ceiling(read) == accuracy_ceiling(dialogues[:60])
+    assert accuracy_ceiling(read, language) == accuracy_ceiling(dialogues[:60], language)
 
 
-def test_dialogues_have_the_form_of_rolecs(dialogues):
+def test_dialogues_have_the_form_of_rolecs(language, dialogues):
+    prefix = {"zh": "sample-0-", "en": "sample-en-0-"}[language]
     for dialogue in dialogues:
         strategies = numbers(dialogue)
         speakers = [turn.speaker for turn in dialogue.turns]
@@ -85,26 +112,32 @@ def test_dialogues_have_the_form_of_rolecs(dialogues):
         assert 2 in strategies
         assert all(len(list(run)) <= 2 for _, run in itertools.groupby(strategies))
         assert 8 <= len(strategies) <= 25
-        assert dialogue.source == SAMPLE_SOURCE and dialogue.id.startswith("sample-0-")
+        assert dialogue.source == SAMPLE_SOURCE and dialogue.id.startswith(prefix)
     assert 10 < sum(len(numbers(d)) for d in dialogues) / len(dialogues) < 13
 
 
-def test_texts_are_short_and_every_slot_is_filled(dialogues):
+def test_texts_are_short_and_every_slot_is_filled(language, dialogues):
     texts = [turn.text for d in dialogues for turn in d.turns]
-    assert all(text == text.strip() and 3 <= len(text) <= 40 for text in texts)
+    assert all(text == text.strip() and 3 <= len(text) <= LONGEST[language] for text in texts)
     assert not [text for text in texts if "{" in text or "}" in text]
 
 
-def test_every_strategy_topic_and_problem_is_used(dialogues):
+def test_english_sentences_begin_with_capitals_and_hold_no_chinese():
+    for text in (turn.text for dialogue in generate_sample(200, 0, "en") for turn in dialogue.turns):
+        assert text.isascii() and re.match(r"[A-Z$0-9(]", text) and text[-1] in ".?)", text
+        assert not re.search(r"[.?!] [a-z]|\bi\b|  |\ba [aeiou]|\b(\w+) \1\b", text), text
+
+
+def test_every_strategy_topic_and_problem_is_used(grammar, dialogues):
     shares = Counter(number for d in dialogues for number in numbers(d))
     assert shares.keys() == {s.number for s in STRATEGIES}
     assert min(shares.values()) > 0.03 * shares.total() and max(shares.values()) < 0.2 * shares.total()
-    assert {d.extra["topic"] for d in dialogues} == set(TOPICS.split())
-    assert len({(d.extra["topic"], d.extra["problem"]) for d in dialogues}) == len(sample.SERVICE_PROBLEMS)
+    assert {d.extra["topic"] for d in dialogues} == set(TOPICS[grammar.language])
+    assert len({(d.extra["topic"], d.extra["problem"]) for d in dialogues}) == len(grammar.problems)
     assert all(isinstance(d.extra[key], str) for d in dialogues for key in ("topic", "problem", "mood", "outcome"))
 
 
-def test_the_previous_strategy_is_a_poor_guide_and_the_rule_is_not(dialogues):
+def test_the_previous_strategy_is_a_poor_guide_and_the_rule_is_not(language, dialogues):
     train, test_set = dialogues[:400], dialogues[400:]
     following: dict[int, Counter] = {}
     for dialogue in train:
@@ -117,98 +150,127 @@ def test_the_previous_strategy_is_a_poor_guide_and_the_rule_is_not(dialogues):
     ]
     bigram = 100 * sum(hits) / len(hits)
     assert bigram < 50
-    assert 85 < accuracy_ceiling(test_set) < 94
-    assert accuracy_ceiling(test_set) > bigram + 30
+    assert 85 < accuracy_ceiling(test_set, language) < 94
+    assert accuracy_ceiling(test_set, language) > bigram + 30
 
 
-def expected_ceiling(dialogues):
+def expected_ceiling(grammar, dialogues):
     """The hits that the oracle should expect, in percent: free of the luck of the draw."""
-    likeliest = [max(chances.values()) for dialogue in dialogues for _, chances in sample._replay(dialogue)]
+    likeliest = [max(chances.values()) for dialogue in dialogues for _, chances in sample._replay(grammar, dialogue)]
     return 100 * sum(likeliest) / len(likeliest)
 
 
-def test_the_oracle_hits_as_often_as_it_expects(dialogues):
-    assert 85 < expected_ceiling(dialogues) < 94
-    assert accuracy_ceiling(dialogues) == pytest.approx(expected_ceiling(dialogues), abs=1.5)
+def test_the_oracle_hits_as_often_as_it_expects(grammar, dialogues):
+    assert 85 < expected_ceiling(grammar, dialogues) < 94
+    ceiling = accuracy_ceiling(dialogues, grammar.language)
+    assert ceiling == pytest.approx(expected_ceiling(grammar, dialogues), abs=1.5)
 
 
-def test_the_ceiling_counts_the_likeliest_strategy_as_the_only_hit(dialogues):
+def test_the_ceiling_counts_the_likeliest_strategy_as_the_only_hit(grammar, dialogues):
     # Satisfaction, the last choice before the end, is answered by 10 seven times of ten and else by 11.
-    dialogue = next(d for d in dialogues if d.turns[-2].text == "很满意，给您满分。")
+    dialogue = next(d for d in dialogues if d.turns[-2].text == FULL_MARKS[grammar.language])
     turns = len(numbers(dialogue))
     likely = with_turn(dialogue, len(dialogue.turns) - 1, strategy=STRATEGIES[9])
-    assert accuracy_ceiling([likely]) - accuracy_ceiling([dialogue]) == pytest.approx(100 / turns)
-    assert expected_ceiling([likely]) == expected_ceiling([dialogue])
+    lost = accuracy_ceiling([likely], grammar.language) - accuracy_ceiling([dialogue], grammar.language)
+    assert lost == pytest.approx(100 / turns)
+    assert expected_ceiling(grammar, [likely]) == expected_ceiling(grammar, [dialogue])
 
 
-def test_the_ceiling_refuses_what_the_grammar_cannot_have_written(dialogues):
+def test_the_ceiling_refuses_what_the_grammar_cannot_have_written():
+    dialogues = generate_sample(1, 0)
     with pytest.raises(InputError, match="sample-0-00000, turn 2: not an utterance"):
         accuracy_ceiling([with_turn(dialogues[0], 1, text="这句话不在语法里。")])
+    with pytest.raises(InputError, match="sample-0-00000, turn 2: not an utterance"):
+        accuracy_ceiling(dialogues, "en")
+    with pytest.raises(InputError, match="sample_language=fr: must be one of zh, en"):
+        generate_sample(1, 0, "fr")
     with pytest.raises(InputError, match="sample-0-00000, turn 1: not a strategy"):
         accuracy_ceiling([with_turn(dialogues[0], 0, strategy=STRATEGIES[6])])
     with pytest.raises(InputError, match="no dialogues"):
         accuracy_ceiling([])
 
 
-@pytest.mark.parametrize("act", [*sample.CUSTOMER_WORDINGS, "upset"])
-def test_each_wording_belongs_to_one_act(act):
-    for problem, mood in itertools.product(sample.SERVICE_PROBLEMS, sample.FEELINGS):
-        writer = sample._Writer(random.Random(act), problem, mood)
+@pytest.mark.parametrize("act", sample.PRECONDITIONS)
+def test_each_wording_belongs_to_one_act(grammar, act):
+    for problem, mood in itertools.product(grammar.problems, grammar.feelings):
+        writer = sample._Writer(grammar, random.Random(act), problem, mood)
         for past in [set()] * 4 + [{"stated"}] * 12:
             text = writer.utterance(act, past)
-            assert sample._matching_acts(text) == [act], text
+            assert sample._matching_acts(grammar, text) == [act], text
 
 
-def test_the_tables_cover_the_same_acts():
-    acts = {*sample.CUSTOMER_WORDINGS, "upset"}
+def test_the_languages_have_the_same_tables():
+    """As many problems, wordings and values in each language: none is easier for having fewer."""
+
+    def shape(value):
+        if isinstance(value, dict):
+            return {key: shape(inner) for key, inner in value.items()}
+        return [shape(inner) for inner in value] if isinstance(value, tuple) else None
+
+    def counts(grammar):
+        tables = vars(grammar) | {"feelings": tuple(grammar.feelings.values())}
+        free = ("language", "persons", "slot_values", "feeling", "patterns")
+        return {name: shape(table) for name, table in tables.items() if name not in free}
+
+    first, *others = map(sample_grammar, SAMPLE_LANGUAGES)
+    for other in others:
+        assert counts(other) == counts(first)
+        assert other.slot_values.keys() >= first.slot_values.keys()
+
+
+def test_the_tables_cover_the_same_acts(grammar):
+    acts = {*grammar.customer_wordings, "upset"}
+    assert grammar.outcomes.keys() == {*sample._RULES["endings"]}
     assert sample.FIXED_STRATEGIES.keys() | sample.STRATEGY_CHANCES.keys() == acts == sample.PRECONDITIONS.keys()
     assert not sample.FIXED_STRATEGIES.keys() & sample.STRATEGY_CHANCES.keys()
     assert set().union(*sample.NEXT_ACTS.values()) == acts
     assert all(sum(chances.values()) == 1 for rows in sample.STRATEGY_CHANCES.values() for _, chances in rows)
 
 
-def test_a_feeling_wins_over_the_question_beside_it(dialogues):
-    feelings = [feeling for said, _ in sample.FEELINGS.values() for feeling in said]
-    answers = [n for d in dialogues for _, text, n in exchanges(d) if any(feeling in text for feeling in feelings)]
+def test_a_feeling_wins_over_the_question_beside_it(grammar, dialogues):
+    feelings = [feeling.lower() for said, _ in grammar.feelings.values() for feeling in said]
+    answers = [n for d in dialogues for _, text, n in exchanges(d) if any(word in text.lower() for word in feelings)]
     assert len(answers) > 100 and set(answers) == {5}
-    calm = [n for d in dialogues for _, text, n in exchanges(d) if text.startswith("我不着急，")]
+    calm = [n for d in dialogues for _, text, n in exchanges(d) if text.startswith(NO_HURRY[grammar.language])]
     assert len(calm) > 20 and 5 not in calm
 
 
-def test_the_same_request_is_carried_out_only_after_the_identity_is_known(dialogues):
+def test_the_same_request_is_carried_out_only_after_the_identity_is_known(language, dialogues):
     answers = {True: Counter(), False: Counter()}
     for dialogue in dialogues:
         for before, text, number in exchanges(dialogue):
-            if text == "麻烦您替我办一下。":
-                answers[bool(IDENTITY.search(before))][number] += 1
+            if text == DO_IT[language]:
+                answers[bool(IDENTITY[language].search(before))][number] += 1
     assert answers[True].keys() == {8} and answers[False].keys() == {2}
 
 
-def test_a_detail_is_restated_once_before_it_is_acted_upon(dialogues):
+def test_a_detail_is_restated_once_before_it_is_acted_upon(grammar, dialogues):
     answers = {True: Counter(), False: Counter()}
     for dialogue in dialogues:
         for index, turn in enumerate(dialogue.turns):
-            if turn.speaker is Speaker.CUSTOMER and sample._matching_acts(turn.text) == ["detail"]:
+            if turn.speaker is Speaker.CUSTOMER and sample._matching_acts(grammar, turn.text) == ["detail"]:
                 restated = any(t.strategy and t.strategy.number == 3 for t in dialogue.turns[:index])
                 answers[restated][dialogue.turns[index + 1].strategy.number] += 1
     assert answers[True].keys() == {6, 7} and answers[False].keys() == {3}
 
 
-def test_a_restatement_adds_nothing_new(dialogues):
+def test_a_restatement_adds_nothing_new(grammar, dialogues):
+    has, has_not = RESTATED[grammar.language]
     for dialogue in dialogues:
         said = ""
         for turn in dialogue.turns:
             if turn.strategy and turn.strategy.number == 3:
-                assert "您" in turn.text and "我的" not in turn.text
+                assert has in turn.text.lower() and has_not not in turn.text
                 assert set(re.findall("[0-9]+", turn.text)) <= set(re.findall("[0-9]+", said)), turn.text
             said += turn.text
-    for problem in sample.SERVICE_PROBLEMS:
-        first, second = (sorted(re.findall(r"\{\w+\}", case)) for case in problem.cases)
-        assert first == second, problem.name
+    persons = grammar.persons["customer"].keys()
+    for problem in grammar.problems:
+        first, second = ([s for s in re.findall(r"\{(\w+)\}", case) if s not in persons] for case in problem.cases)
+        assert sorted(first) == sorted(second), problem.name
 
 
-def test_both_speak_about_the_product_that_the_customer_named(dialogues):
-    items = {(p.topic, p.name): p.items for p in sample.SERVICE_PROBLEMS}
+def test_both_speak_about_the_product_that_the_customer_named(grammar, dialogues):
+    items = {(p.topic, p.name): p.items for p in grammar.problems}
     every = {item for own in items.values() for item in own}
     for dialogue in dialogues:
         own = items[dialogue.extra["topic"], dialogue.extra["problem"]]
@@ -298,4 +360,9 @@ def test_no_sample_is_written_where_a_user_points(recipe, tmp_path, monkeypatch)
                 refuse(data)
     assert Path("mine.jsonl").read_bytes() == before and os.listdir() == ["mine.jsonl"]
     provide_sample(compose(recipe, ["experiment=demo", "data.sample_dialogues=3"]).data)
-    assert os.listdir("runs/sample") == ["dialogues-3-0.jsonl"]
+    assert os.listdir("runs/sample") == ["dialogues-zh-3-0.jsonl"]
+    provide_sample(compose(recipe, ["experiment=demo", "data.sample_dialogues=3", "template.language=en"]).data)
+    [written] = {*os.listdir("runs/sample")} - {"dialogues-zh-3-0.jsonl"}
+    assert written == "dialogues-en-3-0.jsonl"
+    read = read_dialogues(f"runs/sample/{written}", source=SAMPLE_SOURCE)
+    assert [d.row() for d in read] == [d.row() for d in generate_sample(3, 0, "en")]

@@ -6,6 +6,8 @@ from csc_train.errors import InputError, check_fields
 
 LANGUAGE_CODES = ["zh", "en"]
 """Codes of the known languages; `languages.register_language` adds others."""
+SAMPLE_LANGUAGES = ("zh", "en")
+"""The languages of the sample grammar."""
 
 
 @dataclass
@@ -51,6 +53,8 @@ class DataConfig:
     data. null: the file is the user's own."""
     sample_seed: int = 0
     """Seed of the sample dialogues."""
+    sample_language: str = "zh"
+    """Language of the sample dialogues: zh or en. data=sample takes that of `template.language`."""
 
     def __post_init__(self):
         bounds = {
@@ -64,6 +68,8 @@ class DataConfig:
         check_fields("data.", self, "on_overlap", choices=("warn", "drop", "error"))
         check_fields("data.", self, "seed", "sample_seed", low=0, high=2**32 - 1)
         check_fields("data.", self, "limit", "sample_dialogues", low=1)
+        if self.sample_dialogues:  # else the language may be one that has no sample grammar
+            check_fields("data.", self, "sample_language", choices=SAMPLE_LANGUAGES)
         if self.evaluation.source is not None and self.evaluation.path is None:
             # The evaluation set is split off the training rows, so this source would be ignored.
             raise InputError("data.evaluation.source is set, but data.evaluation.path is not; set both or neither")
