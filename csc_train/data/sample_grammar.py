@@ -1,6 +1,6 @@
 """A seeded grammar that generates sample dialogues in the form of RoleCS, for the demo and the tests.
 
-Its rules are in `sample_grammar.yaml`, the wordings of a language in `sample_grammar_{language}.yaml`. All wordings are
+Its rules are in `sample_grammar.yaml`, the wordings of a language in `sample_grammar.{language}.yaml`. All wordings are
 our own; nothing is taken from the published data. Two tables alternate:
 
 - `NEXT_ACTS` draws the customer's next act, given the supporter's last strategy.
@@ -60,7 +60,7 @@ class ServiceProblem(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SampleGrammar:
-    """The wordings of a language, as `sample_grammar_{language}.yaml` explains them."""
+    """The wordings of a language, as `sample_grammar.{language}.yaml` explains them."""
 
     language: str
     problems: tuple[ServiceProblem, ...]
@@ -110,7 +110,7 @@ def sample_grammar(language: str) -> SampleGrammar:
     """
     if language not in SAMPLE_LANGUAGES:
         raise InputError(f"data.sample_language={language}: must be one of {', '.join(SAMPLE_LANGUAGES)}")
-    tables = read_yaml("csc_train.data", f"sample_grammar_{language}.yaml")
+    tables = read_yaml("csc_train.data", f"sample_grammar.{language}.yaml")
     problems = tuple(ServiceProblem(**problem) for problem in tables.pop("problems"))
     return SampleGrammar(language, problems, **tables)
 
