@@ -29,7 +29,6 @@ from csc_train.evaluation.metrics.registry import compute_metrics
 from csc_train.inference.generator import TurnQueue, generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
-from csc_train.models.families import chat_template_name
 from csc_train.runs.distributed import distributed_state
 from csc_train.stats import bootstrap_interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -81,7 +80,7 @@ def demo() -> tuple[DialogueTemplate, dict[str, Any]]:
     architecture = {key: value for key, value in to_container(config)["model"]["architecture"].items() if value}
     del architecture["model_type"]
     # A wide initialization, so that replies depend on the prompt.
-    return DialogueTemplate(tokenizer, chat_template_name(config.model), config.template), architecture | {
+    return DialogueTemplate(tokenizer, config.model.chat_template, config.template), architecture | {
         "vocab_size": len(tokenizer), "initializer_range": 0.3,
     }  # fmt: skip
 

@@ -17,12 +17,12 @@ from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.strategies import STRATEGIES
 from csc_train.models.attention.select import select_attention
 from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
-from csc_train.models.families import chat_template_name
 from csc_train.models.loading import load_model
 from csc_train.models.tokenizer import tokenizer_hash
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import pack_dialogues
 from csc_train.runs.distributed import distributed_state
+from csc_train.template.chat_templates import chat_template_name
 from csc_train.template.config import TemplateConfig, TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.tokenizer_training import get_tokenizer
@@ -56,7 +56,8 @@ def train(directory: Path, steps: int = 200, dialogues: int = 300) -> float:
     tokenizer = get_tokenizer(model_config, template_config, training, directory / "tokenizer", job)
 
     # Template and packs
-    template = DialogueTemplate(tokenizer, chat_template_name(model_config), template_config)
+    name = chat_template_name(model_config.chat_template, tokenizer, model_config.architecture.model_type)
+    template = DialogueTemplate(tokenizer, name, template_config)
     tokenized = tokenize(training, template, TokenizationConfig(cache_dir=str(directory / "tokenized")))
     packs, report = pack_dialogues(tokenized, packing, LossConfig())
     print(f"training on {report}")

@@ -17,10 +17,10 @@ def main(config: PrepareRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from csc_train.data.sample_grammar import provide_sample
     from csc_train.data.splits import read_and_check_splits
-    from csc_train.models.families import chat_template_name
     from csc_train.models.loading import base_model_type
     from csc_train.packing.dataset import pack_dialogues
     from csc_train.runs.distributed import distributed_state, require_single_process
+    from csc_train.template.chat_templates import chat_template_name
     from csc_train.template.dialogue_template import DialogueTemplate
     from csc_train.template.tokenizer_training import get_tokenizer
     from csc_train.tokenized_cache import tokenize
@@ -34,9 +34,8 @@ def main(config: PrepareRecipe) -> None:
     # Template
     with tempfile.TemporaryDirectory() as directory:  # the training trains the same tokenizer again
         tokenizer = get_tokenizer(config.model, config.template, splits.train, Path(directory), distributed_state())
-    template = DialogueTemplate(
-        tokenizer, chat_template_name(config.model, base_model_type(config.model)), config.template
-    )
+    name = chat_template_name(config.model.chat_template, tokenizer, base_model_type(config.model))
+    template = DialogueTemplate(tokenizer, name, config.template)
 
     # Packs
     examples = tokenize(splits.train, template, config.tokenization)

@@ -38,12 +38,12 @@ def main(config: SftRecipe) -> None:
     from csc_train.data.splits import read_and_check_splits
     from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
     from csc_train.models.attention.select import select_attention
-    from csc_train.models.families import chat_template_name
     from csc_train.models.inspection import check_tokenizer, inspect_model
     from csc_train.models.loading import load_model
     from csc_train.models.precision import resolve_dtype, resolve_precision, weight_dtype
     from csc_train.packing.dataset import pack_dialogues
     from csc_train.runs.directory import Run
+    from csc_train.template.chat_templates import chat_template_name
     from csc_train.template.dialogue_template import DialogueTemplate
     from csc_train.template.system_prompt import language_note
     from csc_train.template.tokenizer_training import get_tokenizer
@@ -85,9 +85,8 @@ def main(config: SftRecipe) -> None:
     # Template and packs
     tokenizer = get_tokenizer(config.model, config.template, splits.train, run.directory / "tokenizer", job)
     check_tokenizer(config.model, inspected, tokenizer)
-    template = DialogueTemplate(
-        tokenizer, chat_template_name(config.model, inspected.model.config.model_type), config.template
-    )
+    name = chat_template_name(config.model.chat_template, tokenizer, inspected.model.config.model_type)
+    template = DialogueTemplate(tokenizer, name, config.template)
     rehearse_end(inspected, config.adapter, tokenizer, template.chat_template)
     packs, report = pack_dialogues(tokenize(splits.train, template, config.tokenization), config.packing, config.loss)
     logger.info(f"training on {report}")

@@ -40,7 +40,7 @@ def test_a_template_from_outside_renders_and_is_named_by_its_absolute_path(tmp_p
     [
         (
             "qwen2.5",
-            r"^model\.chat_template=qwen2\.5: choose one of llama3_1, .*\.jinja file\. Did you mean 'qwen2_5'\?$",
+            r"^model\.chat_template=qwen2\.5: choose auto, llama3_1, .*\.jinja file\. Did you mean 'qwen2_5'\?$",
         ),
         ("absent.jinja", r"^model\.chat_template=absent\.jinja: cannot read: No such file or directory$"),
         ("latin.jinja", r"^model\.chat_template=latin\.jinja: cannot read: not UTF-8"),

@@ -17,7 +17,6 @@ from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConf
 from csc_train.models.families import (
     MODEL_FAMILIES,
     cache_kinds,
-    chat_template_name,
     dense_decoder_dims,
     forward_flops,
     get_family,
@@ -68,7 +67,7 @@ def test_every_row_fits_the_model_that_transformers_builds(family):
     with pytest.raises(InputError, match=r"^adapter.target_modules=\(q: no regular expression"):
         AdapterConfig("lora", target_modules=["(q"])
     assert family.tokenizer_style in TOKENIZER_STYLES
-    assert chat_template_name(ModelConfig(path="a/b", architecture=architecture(family.model_type))) in SMALL_OF
+    assert family.chat_template in SMALL_OF
 
 
 def test_a_family_from_outside_is_built_measured_and_adapted():

@@ -31,7 +31,7 @@ from csc_train.models.tokenizer import load_tokenizer
 from csc_train.plugins import load_recorded_plugins
 from csc_train.runs.claim import Claim, claim
 from csc_train.runs.distributed import distributed_state
-from csc_train.template.chat_templates import load_chat_template
+from csc_train.template.chat_templates import load_chat_template, recorded_name
 from csc_train.templates import render
 
 logger = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
             )
         write_text(directory / "README.md", model_card(source, config, merge_into if quantized else None, difference))
 
-    template = load_chat_template(manifest.chat_template)
+    template = load_chat_template(recorded_name(manifest.chat_template, source.finished), tokenizer)
     save_final_model(
         config.output, model, tokenizer, template, manifest, config.shard_size, record=source.home, check=check
     )

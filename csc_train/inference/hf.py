@@ -24,6 +24,7 @@ from csc_train.models.hub import load_causal_lm
 from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
 from csc_train.plugins import load_recorded_plugins
 from csc_train.progress import ProgressBar
+from csc_train.template.chat_templates import recorded_name
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import dialogue_log_likelihoods
@@ -149,8 +150,7 @@ class HFGenerator:
             example = self.template.encode(dialogue)
             ids = example.input_ids[: self._positions].tolist()
             targets = example.trained[: len(ids)].nonzero()[0].tolist()
-            header = len(self.template.supporter_header_ids)
-            starts = [int(example.turn_offsets[turn]) + header for turn in predictions]
+            starts = [int(example.turn_offsets[turn]) + len(self.template.header_ids(turn)) for turn in predictions]
         else:
             own_ids = {turn: prediction.token_ids for turn, prediction in predictions.items()}
             history = [own_ids.get(turn, customer) for turn, customer in enumerate(dialogue.turns)]
@@ -185,10 +185,7 @@ def read_template_and_manifest(directory: str, manifest: Manifest | None = None)
     load_recorded_plugins(manifest.config.get("plugins", ()))
     tokenizer = load_tokenizer(directory)
     settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
-    # A final model has a copy of a user's template.
-    is_copied = finished and manifest.chat_template.endswith(".jinja")
-    name = f"{directory}/chat_template.jinja" if is_copied else manifest.chat_template
-    template = DialogueTemplate(tokenizer, name, settings)
+    template = DialogueTemplate(tokenizer, recorded_name(manifest.chat_template, finished), settings)
     check_manifest(directory, manifest, template.fingerprint, tokenizer_hash(tokenizer))
     return template, manifest
 

@@ -72,8 +72,9 @@ class ModelConfig:
     """A local directory or hub id; defaults to `path`. train: train a byte-level BPE on the training dialogues."""
     tokenizer_vocab_size: int = 1500
     """Tokens of the trained tokenizer."""
-    chat_template: str | None = None
-    """A name (qwen2_5, qwen3, llama3_1) or the path of a .jinja file; defaults to that of the model family."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's own, or that of the model family if it has none. Else the name of one of the package
+    (qwen2_5, qwen3, llama3_1), or the path of a .jinja file."""
     attn_implementation: str = "auto"
     """auto: varlen with packs, where this machine can run it, else sdpa. varlen: document by document, by the
     variable-length flash-attention that torch carries. varlen_fa3: the same by FlashAttention-3, if it is installed.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from csc_train.errors import InputError, check_choice, suggestion
-from csc_train.models.config import ALL_LINEAR, ModelConfig
+from csc_train.models.config import ALL_LINEAR
 from csc_train.plugins import check_entry, note_registration
 
 
@@ -94,7 +94,7 @@ class ModelFamily:
     packing_layouts: tuple[str, ...]
     """The layouts (see `PackCollator`) in which the documents of a pack stay apart."""
     chat_template: str
-    """The default of `model.chat_template`."""
+    """The chat template of a tokenizer without one."""
     tokenizer_style: str
     """Pre-tokenizer and control tokens for a trained tokenizer (see `template.tokenizer_training.TOKENIZER_STYLES`)."""
 
@@ -242,15 +242,6 @@ def get_family(model_type: str) -> ModelFamily:
             f"(docs/extending.md).{suggestion(model_type, MODEL_FAMILIES)}"
         )
     return MODEL_FAMILIES[model_type]
-
-
-def chat_template_name(config: ModelConfig, model_type: str | None = None) -> str:
-    """The chat template that a configuration asks for, or else the default of the model family.
-
-    Args:
-        model_type: the family of the base model's files; defaults to that of the configuration.
-    """
-    return config.chat_template or get_family(model_type or config.architecture.model_type).chat_template
 
 
 def model_dims(config: Any, vocab_size: int | None = None) -> ModelDims:

@@ -1,9 +1,13 @@
 """Tokenize dialogues by a chat template, and mark which tokens are trained."""
 
+import contextlib
+import copy
+import difflib
 import enum
 import functools
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +18,19 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.languages import get_language
 from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.files import digest
-from csc_train.template.chat_templates import load_chat_template
+from csc_train.template.chat_templates import AUTO, chat_template_names, load_chat_template
 from csc_train.template.config import TemplateConfig
 from csc_train.template.reply import Reply, format_reply, parse_reply
+from csc_train.template.segments import ROLES, find_segments
 from csc_train.template.system_prompt import system_prompt
+
+logger = logging.getLogger(__name__)
+PROBES = ("您好", "Hi, 我的订单123还没到!", "[订单号]已查到", '"Sorry"', "(1)", "2 days…", "é", "😀 ok", "'s")
+"""Texts whose ids by segments are compared with those of the rendered chat template; their first characters differ."""
 
 
 class TokenType(enum.IntEnum):
@@ -80,14 +90,14 @@ class DialogueTemplate:
     Tokenization is prefix-stable: the ids of a turn do not depend on later turns.
 
     Attributes:
-        chat_template_name: a name, or the absolute path of a user's file.
+        chat_template_name: `auto`, a name, or the absolute path of a user's file.
         chat_template: the Jinja source.
-        prefix_ids: the ids of the system prompt, with its header and footer.
+        prefix_ids: those that every dialogue begins with: the system prompt, with its header and footer.
         label_ids: the ids of `[strategy]`, by strategy number.
         end_of_turn_id: the control token that ends a reply.
 
     Raises:
-        InputError: the chat template cannot be rendered by segments, or does not fit the tokenizer.
+        InputError: the chat template cannot be rendered by segments, or does not fit the tokenizer; names one that does
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_name: str, config: TemplateConfig):
@@ -95,29 +105,77 @@ class DialogueTemplate:
         # An absolute path, since a manifest names it.
         own = chat_template_name.endswith(".jinja")
         self.chat_template_name = os.path.abspath(chat_template_name) if own else chat_template_name
-        self.chat_template = load_chat_template(chat_template_name)
+        self.chat_template = load_chat_template(chat_template_name, tokenizer)
         self.tokenizer = tokenizer
         self._literal = _literal_encoder(tokenizer)
-        system, supporter, customer = ([*map(self._control_ids, each)] for each in self._headers_and_footers())
-        self.prefix_ids = [*system[0], *self.literal_ids(system_prompt(config.mode, config.language)), *system[1]]
-        self.supporter_header_ids, self.supporter_footer_ids = supporter
-        self.customer_header_ids, self.customer_footer_ids = customer
-        self._header_and_footer = {Speaker.SUPPORTER: supporter, Speaker.CUSTOMER: customer}
-        self._labels = {s.number: format_reply(Reply(s, ""), config.language) for s in STRATEGIES}
+        try:
+            self._find_ids()
+        except ValueError as reason:
+            raise InputError(f"chat template {chat_template_name}: {reason}: {self._advice()}") from reason
+        if self._layout.system_in_user:
+            logger.info("note: the chat template has no system role: the system prompt heads the first user message")
+
+    def _find_ids(self) -> None:
+        """Find the segments of the chat template, and their ids.
+
+        Raises:
+            ValueError: the template does not render chats turn by turn, or does not fit the tokenizer.
+        """
+        self._system, self._opening = (
+            system_prompt(self.config.mode, self.config.language),
+            get_language(self.config.language).opening,
+        )
+        controls = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()}
+        found = find_segments(self._render, self._system, self._opening, " ".join(controls.values()))
+        self._layout = found.layout
+        self.prefix_ids = self._mixed_ids(*found.prefix)
+        # By speaker, and whether the turn is the first.
+        headers = {(speaker, False): (text,) for speaker, text in found.headers.items()}
+        headers |= {(speaker, True): texts for speaker, texts in found.first_headers.items()}
+        self._headers = {turn: self._mixed_ids(*texts) for turn, texts in headers.items()}
+        self._leads = {turn: _last_spaces(texts[-1]) for turn, texts in headers.items()}
+        self._footers = {speaker: self._control_ids(text) for speaker, text in found.footers.items()}
+        self.supporter_footer_ids, self.customer_footer_ids = map(self._footers.__getitem__, Speaker)
+        self.supporter_header_ids, self.customer_header_ids = (self._headers[speaker, False] for speaker in Speaker)
+        lead = self._leads[Speaker.SUPPORTER, False]
+        self._labels = {s.number: lead + format_reply(Reply(s, ""), self.config.language) for s in STRATEGIES}
         self.label_ids = {number: self.literal_ids(label) for number, label in self._labels.items()}
-        self.end_of_turn_id = self.supporter_footer_ids[0]
-        if self.end_of_turn_id not in tokenizer.added_tokens_decoder:
-            raise InputError(
-                f"chat template {chat_template_name} ends a turn with {tokenizer.decode(self.supporter_footer_ids)!r}, "
-                "which is no control token of this tokenizer: choose the template of the tokenizer's model family"
-            )
+        self.end_of_turn_id = next(iter(self.supporter_footer_ids), -1)
+        if self.end_of_turn_id not in controls:
+            end = found.footers[Speaker.SUPPORTER]
+            raise ValueError(f"it ends a turn with {end!r}, which is no control token of this tokenizer")
+        written = {*itertools.chain(self.prefix_ids, *self._headers.values(), *self._footers.values())}
+        for number in written & controls.keys():
+            if number in self.literal_ids(controls[number]):
+                raise ValueError(f"in any text, the tokenizer takes {controls[number]!r} for a control token")
         self._check_against_jinja()
+
+    def _advice(self) -> str:
+        """The chat template that fits the tokenizer: its own, or that of the package which writes the nearest text."""
+        fitting: dict[str, float] = {}
+        for name in ([AUTO] if self.tokenizer.chat_template else []) + chat_template_names():
+            other = copy.copy(self)
+            with contextlib.suppress(ValueError):
+                other.chat_template = load_chat_template(name, self.tokenizer)
+                other._find_ids()
+                texts = self._sample(), other._sample()
+                fitting[name] = 2 if name == AUTO else difflib.SequenceMatcher(None, *texts, autojunk=False).ratio()
+        if not fitting:
+            return "none of the package's fits this tokenizer: write one (docs/extending.md)"
+        return f"choose {max(fitting, key=lambda name: fitting[name])}, which fits this tokenizer"
+
+    def _sample(self) -> str:
+        """A short rendered chat, or the source of a template that cannot render it."""
+        try:
+            return self._render([{"role": role, "content": "-"} for role in ("user", "assistant")])
+        except Exception:  # of any kind: a template is a program
+            return self.chat_template
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of chat template, system prompt, mode and language."""
-        prompt = system_prompt(self.config.mode, self.config.language)
-        return digest([self.chat_template, prompt, self.config.mode, self.config.language])
+        """SHA-256 (hex) of chat template, system prompt, mode and language, and of the opening if it is used."""
+        opening = [self._opening] if self._layout.user_first else []
+        return digest([self.chat_template, self._system, self.config.mode, self.config.language, *opening])
 
     def encode(self, dialogue: Dialogue, targets: Sequence[int] | None = None) -> TokenizedDialogue:
         """Encode one dialogue; `targets` as in `encode_all`."""
@@ -136,7 +194,9 @@ class DialogueTemplate:
             targets: indices into `Dialogue.turns` of the supporter turns to train; defaults to all.
         """
         for batch in _batches(dialogues, 256):
-            contents = [content for dialogue in batch for content in map(self._content, dialogue.turns)]
+            contents = [
+                self._content(turn, index == 0) for dialogue in batch for index, turn in enumerate(dialogue.turns)
+            ]
             # Offsets take a quarter of the time, and few turns need them.
             encodings = iter(self._literal.encode_batch_fast(contents, add_special_tokens=False))
             for dialogue in batch:
@@ -152,31 +212,43 @@ class DialogueTemplate:
             given: the strategy of the turn, in mode `given`.
         """
         ids = list(self.prefix_ids)
-        for turn in history:
+        for index, turn in enumerate(history):
             if isinstance(turn, Turn):
-                speaker, content = turn.speaker, self.literal_ids(self._content(turn))
+                speaker, content = turn.speaker, self.literal_ids(self._content(turn, index == 0))
             else:
                 speaker, content = Speaker.SUPPORTER, turn
-            header, footer = self._header_and_footer[speaker]
-            ids += [*header, *content, *footer]
-        return [*ids, *self.supporter_header_ids, *(self.label_ids[given.number] if given else ())]
+            ids += [*self._headers[speaker, index == 0], *content, *self._footers[speaker]]
+        return [*ids, *self.header_ids(len(history)), *(self.label_ids[given.number] if given else ())]
+
+    def header_ids(self, turn: int) -> list[int]:
+        """What stands between the start of the supporter turn of this index and its text."""
+        return self._headers[Speaker.SUPPORTER, turn == 0]
 
     def parse(self, text: str) -> Reply:
         """Parse the text that a model generated (see `reply.parse_reply`)."""
         return parse_reply(text, self.config.mode)
 
+    def messages(self, turns: Iterable[Turn]) -> list[dict[str, str]]:
+        """The chat that the chat template renders to these turns: what a server of the model takes."""
+        chat = [{"role": ROLES[turn.speaker], "content": self._labelled(turn)} for turn in turns]
+        return self._layout.arrange(self._system, self._opening, chat)
+
     def render(self, turns: Iterable[Turn], **options) -> str:
         """Render the turns by the Jinja chat template; `options` go to `apply_chat_template`."""
-        return self._render(chat_messages(turns, self.config), **options)
+        return self._render(self.messages(turns), **options)
 
     def _render(self, messages: list[dict[str, str]], **options) -> Any:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False, **options)
 
-    def _content(self, turn: Turn) -> str:
-        """The content of a turn's message in the chat template."""
+    def _labelled(self, turn: Turn) -> str:
+        """The content of a turn's message."""
         if turn.speaker is Speaker.CUSTOMER or self.config.mode == "reply_only":
             return turn.text
         return format_reply(Reply(turn.strategy, turn.text), self.config.language)
+
+    def _content(self, turn: Turn, first: bool) -> str:
+        """The content of a turn's message behind the spaces of its header; `first` in the dialogue."""
+        return self._leads[turn.speaker, first] + self._labelled(turn)
 
     def _assemble(
         self, dialogue: Dialogue, contents: list[list[int]], targets: Sequence[int] | None
@@ -186,13 +258,14 @@ class DialogueTemplate:
         turn_offsets = [len(ids)]
         trained = []
         for index, (turn, content) in enumerate(zip(dialogue.turns, contents, strict=True)):
-            header, footer = self._header_and_footer[turn.speaker]
-            ids += header
+            ids += self._headers[turn.speaker, index == 0]
+            if index and turn.speaker is Speaker.CUSTOMER and self._layout.system_in_user:
+                turn_offsets[-1] = len(ids)  # as the first turn begins: a dialogue without its first turns is one, too
             if turn.speaker is Speaker.SUPPORTER and (targets is None or index in targets):
                 start, end = len(ids), len(ids) + len(content) + 1
-                trained.append((start, start + self._strategy_length(turn, content), end))
+                trained.append((start, start + self._strategy_length(turn, content, index == 0), end))
             ids += content
-            ids += footer
+            ids += self._footers[turn.speaker]
             turn_offsets.append(len(ids))
         token_types = numpy.zeros(len(ids), dtype=numpy.uint8)  # TokenType.CONTEXT
         for start, reply, end in trained:
@@ -206,7 +279,7 @@ class DialogueTemplate:
             dialogue.id,
         )
 
-    def _strategy_length(self, turn: Turn, content: list[int]) -> int:
+    def _strategy_length(self, turn: Turn, content: list[int], first: bool) -> int:
         """The number of leading tokens of a supporter turn's content that belong to its `[strategy]`."""
         if self.config.mode == "reply_only":
             return 0
@@ -215,7 +288,7 @@ class DialogueTemplate:
             # These tokens spell the label, so the next one starts behind it: offsets are not needed.
             return len(label_ids)
         label = self._labels[turn.strategy.number]
-        encoding = self._literal.encode(self._content(turn), add_special_tokens=False)
+        encoding = self._literal.encode(self._content(turn, first), add_special_tokens=False)
         return sum(start < len(label) for start, _ in encoding.offsets)
 
     def literal_ids(self, text: str) -> list[int]:
@@ -226,34 +299,40 @@ class DialogueTemplate:
         # The backend itself would truncate or pad by the settings of the last caller.
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _headers_and_footers(self) -> list[list[str]]:
-        """The text before and behind the content of a system, supporter and customer message."""
-        chat = [{"role": role, "content": f"⟦{role}⟧"} for role in ("system", "assistant", "user")]
-        texts = ["", *(self._render(chat[:length]) for length in (1, 2, 3))]
-        found = []
-        for before, after, message in zip(texts[:-1], texts[1:], chat, strict=True):
-            if not after.startswith(before):
-                raise InputError(f"chat template {self.chat_template_name} is not prefix-stable: use another one")
-            found.append(after[len(before) :].split(message["content"]))
-        if self._render(chat[:1], add_generation_prompt=True) != texts[1] + found[1][0]:
-            raise InputError(
-                f"chat template {self.chat_template_name}: the generation prompt differs from the header of a reply"
-            )
-        return found
+    def _mixed_ids(self, *texts: str) -> list[int]:
+        """The ids of texts, in turn of the template and of a content; without spaces at the end of the template's."""
+        ids, lead = [], ""
+        for index, text in enumerate(texts):
+            ids += self.literal_ids(lead + text) if index % 2 else self._control_ids(text.rstrip(" "))
+            lead = _last_spaces(text)
+        return ids
 
     def _check_against_jinja(self) -> None:
-        """Check on a sample that ids by segments equal ids of the whole rendered text."""
-        turns = (
-            Turn(Speaker.SUPPORTER, "您好", STRATEGIES[0]),
-            Turn(Speaker.CUSTOMER, "Hi, 我的订单123还没到!"),
-            Turn(Speaker.SUPPORTER, "[订单号]已查到", STRATEGIES[6]),
-        )
-        whole = self._control_ids(self.render(turns))
-        if whole != self.encode(Dialogue("probe", turns)).input_ids.tolist():
-            raise InputError(
-                f"chat template {self.chat_template_name} does not fit this tokenizer: "
-                "rendering by segments and rendering as a whole give different ids"
+        """Check on samples that ids by segments equal ids of the whole rendered text.
+
+        Raises:
+            ValueError: they do not; says where.
+        """
+        for start, speakers in itertools.product(range(len(PROBES)), itertools.permutations(Speaker)):
+            texts = (*PROBES[start:], *PROBES[:start])
+            turns = tuple(
+                Turn(speaker, text, STRATEGIES[start] if speaker is Speaker.SUPPORTER else None)
+                for speaker, text in zip((*speakers, speakers[0]), texts, strict=False)
             )
+            whole = self._control_ids(self.render(turns))
+            ours = self.encode(Dialogue("probe", turns)).input_ids.tolist()
+            if whole != ours:
+                place = next(
+                    (index for index, pair in enumerate(zip(whole, ours, strict=False)) if len({*pair}) > 1), 0
+                )
+                text = self.tokenizer.decode(whole[max(0, place - 4) : place + 4])
+                raise ValueError(
+                    f"the tokenizer merges tokens across the text that it writes and contents, at {text!r}"
+                )
+
+
+def _last_spaces(text: str) -> str:
+    return " " * (len(text) - len(text.rstrip(" ")))
 
 
 @functools.lru_cache(maxsize=8)
@@ -262,6 +341,9 @@ def _literal_encoder(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer
     fast: Any = tokenizer.backend_tokenizer
     backend = json.loads(fast.to_str())
     backend |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    for part in (split := backend["pre_tokenizer"] or {}).get("pretokenizers", [split]):
+        if part.get("type") == "Metaspace":
+            part["prepend_scheme"] = "never"  # a content is never at the start of a text
     return tokenizers.Tokenizer.from_str(json.dumps(backend))
 
 

@@ -123,7 +123,7 @@ class Validator:
         dialogue, template = self.tokenized[turn.dialogue], self.template
         before = dialogue.input_ids[: dialogue.turn_offsets[turn.turn]].tolist()
         given = template.label_ids[int(dialogue.strategies[turn.turn])] if template.config.mode == "given" else []
-        return [*before, *template.supporter_header_ids, *given]
+        return [*before, *template.header_ids(turn.turn), *given]
 
     def _strategy_accuracy(self, trainer: Trainer) -> float:
         """One dialogue per forward pass; a process with fewer dialogues repeats the first one, uncounted."""

@@ -23,7 +23,6 @@ from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.launching.preflight.report import CheckResult, PreflightReport
 from csc_train.launching.preflight.size import computes_in_bf16, estimate_job, memory_scenario, precision_of, zero_of
 from csc_train.models.config import TRAINED_TOKENIZER, ArchitectureConfig
-from csc_train.models.families import chat_template_name
 from csc_train.models.hub import find_file, is_local_path
 from csc_train.models.inspection import InspectedModel, inspect_model
 from csc_train.runs.directory import default_directory, refuse_foreign
@@ -205,12 +204,14 @@ def check_template(
         raise absent(f"{path}: {missing}")
     from csc_train.models.inspection import check_tokenizer
     from csc_train.models.tokenizer import load_tokenizer
+    from csc_train.template.chat_templates import chat_template_name
     from csc_train.template.dialogue_template import DialogueTemplate
 
     tokenizer = load_tokenizer(path, revision)
     if found is not None:
         check_tokenizer(model, found, tokenizer)
-    name = chat_template_name(model, found.dims.model_type if found else None)
+    model_type = found.dims.model_type if found else model.architecture.model_type
+    name = chat_template_name(model.chat_template, tokenizer, model_type)
     return DialogueTemplate(tokenizer, name, config.template)
 
 
