@@ -17,8 +17,10 @@ except ModuleNotFoundError as error:
 def main(config: ChatConfig) -> None:
     # What needs no model is checked before the imports that take seconds
     from csc_train.checkpoints.locate import check_source, open_source
+    from csc_train.checkpoints.manifest import plain_manifest
 
-    check_source(config.checkpoint)
+    plain = config.template and plain_manifest(config.template, config.chat_template)
+    check_source(config.checkpoint, plain)
 
     if config.ui == "web":
         from csc_train.chat.web import serve_page as chat
@@ -37,8 +39,8 @@ def main(config: ChatConfig) -> None:
 
     # Model: a training checkpoint is exported, and its directory is left as it is
     with tempfile.TemporaryDirectory(prefix="csc-chat-") as folder:
-        model = usable_model(open_source(config.checkpoint, training=False), Path(folder) / "model")
-        generator = load_final_model(model, InferenceConfig(dtype=config.dtype))
+        model = usable_model(open_source(config.checkpoint, False, plain), Path(folder) / "model")
+        generator = load_final_model(model, InferenceConfig(dtype=config.dtype), plain=plain)
 
     # Conversation
     chat(generator, config)

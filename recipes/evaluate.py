@@ -8,6 +8,7 @@ python recipes/evaluate.py llm=gpt_4o data=rolecs
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,11 @@ OUTPUTS = (
 def main(config: EvaluateRecipe) -> None:
     # What needs no model is checked before the imports that take seconds
     from csc_train.checkpoints.locate import check_source
+    from csc_train.checkpoints.manifest import plain_manifest
 
+    plain = config.template and plain_manifest(config.template, config.chat_template)
     if config.checkpoint and not config.score_only:
-        check_source(config.checkpoint)
+        check_source(config.checkpoint, plain)
 
     from csc_train.checkpoints.export import usable_model
     from csc_train.config.compose import from_container, to_container
@@ -46,7 +49,7 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.evaluation.contamination import find_contamination, write_contamination
     from csc_train.evaluation.evaluated_model import find_trained, open_evaluated, write_evaluated
     from csc_train.evaluation.scoring import prepare_metrics
-    from csc_train.inference.hf import read_template_and_manifest
+    from csc_train.inference.hf import read_template
     from csc_train.inference.predictions import describe_kinds
     from csc_train.runs.directory import Run, claim_run
     from csc_train.runs.distributed import distributed_state, on_main, require_single_process
@@ -65,9 +68,9 @@ def main(config: EvaluateRecipe) -> None:
     template, data, model, base = config.template, config.data, None, None
     if config.checkpoint:
         with_base = config.evaluation.base if config.llm is None else False
-        model = on_main(lambda: open_evaluated(config.checkpoint, with_base))
-        source, base = model.source, model.base
-        template, _ = read_template_and_manifest(str(source.path), None if source.finished else source.manifest)
+        model = on_main(lambda: open_evaluated(config.checkpoint, with_base, plain))
+        template, source = read_template(model.source)
+        model, base = replace(model, source=source), model.base
         data = data or from_container(DataConfig, source.manifest.config["data"])
     if run.is_main:
         prepare_metrics(config.metrics)
@@ -84,8 +87,9 @@ def main(config: EvaluateRecipe) -> None:
         usable_model(source, run.directory / "exported", base) if model and not config.llm else config.checkpoint
     )
     evaluated = systems.build_systems(
-        splits.train, config.evaluation, hashes["system"], template, state, directory, base, config.llm
-    )
+        splits.train, config.evaluation, hashes["system"], template, state, directory, base, config.llm,
+        model.name if model else "",
+    )  # fmt: skip
     place = run.directory, evaluated, config.evaluation.contexts, splits.evaluation
     if status == "finished" and not systems.any_missing(*place):
         table = (run.directory / "table.md").read_text(encoding="utf-8")

@@ -26,6 +26,7 @@ from test_serving import save, teach, tiny
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import Conversation
 from csc_train.chat.terminal import Terminal
+from csc_train.checkpoints.locate import open_source
 from csc_train.config.compose import compose
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.readers import read_dialogues
@@ -33,7 +34,7 @@ from csc_train.data.strategies import OTHERS, STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.inference.generator import generate_predictions
-from csc_train.inference.hf import HFGenerator, load_generator, read_template_and_manifest
+from csc_train.inference.hf import HFGenerator, load_generator, read_template
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -68,7 +69,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(checkpoint):
-    template, _ = read_template_and_manifest(str(checkpoint))
+    template, _ = read_template(open_source(str(checkpoint)))
     return load_generator(str(checkpoint), template, EvaluationConfig(max_new_tokens=LIMIT))
 
 

@@ -537,7 +537,7 @@ def test_an_export_is_refused_if_one_written_tensor_is_wrong(runs, run, tmp_path
     ("path", "message"),
     [
         ("nowhere", "no such directory"),
-        ("model", "no csc_manifest.json: choose a model that recipes/sft.py trained"),
+        ("model", "no csc_manifest.json: copy that file as well; or, to evaluate or chat with a model that another"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(folder, path, message):

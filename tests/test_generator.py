@@ -10,6 +10,7 @@ from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from csc_train.checkpoints.base_model import find_base
+from csc_train.checkpoints.locate import open_source
 from csc_train.checkpoints.manifest import save_final_model
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
@@ -22,7 +23,7 @@ from csc_train.inference.hf import (
     HFGenerator,
     load_final_model,
     load_generator,
-    read_template_and_manifest,
+    read_template,
 )
 from csc_train.inference.predictions import (
     FailedTurn,
@@ -498,7 +499,7 @@ def checkpoint(model, tokenizer, tmp_path):
 def test_a_saved_model_answers_as_in_memory(model, tokenizer, checkpoint, odd_dialogues):
     few = odd_dialogues[:2]
     settings = EvaluationConfig(max_new_tokens=STEPS)
-    template, manifest = read_template_and_manifest(str(checkpoint))
+    template, source = read_template(open_source(str(checkpoint)))
     # On the same device, since answers are compared to the last digit.
     generator = load_generator(str(checkpoint), template, settings, device=model.device)
     expected = generate_predictions(few, generator_of(model, tokenizer), "generated")
@@ -516,7 +517,7 @@ def test_a_saved_model_answers_as_in_memory(model, tokenizer, checkpoint, odd_di
     torch.manual_seed(2)
     base = Qwen2ForCausalLM(model.config)
     base.save_pretrained(checkpoint.parent / "base")
-    untrained = load_generator(find_base(checkpoint, manifest, "").path, template, settings, device=model.device)
+    untrained = load_generator(find_base(checkpoint, source.manifest, "").path, template, settings, device=model.device)
     answers = generate_predictions(few, untrained, "reference")
     assert answers == generate_predictions(few, generator_of(base, tokenizer), "reference")
     assert [p.raw_text for p in answers] != [p.raw_text for p in generate_predictions(few, generator, "reference")]
@@ -528,12 +529,12 @@ def test_a_final_model_without_tokenizer_or_with_another_one_is_refused(checkpoi
     for what in ("tokenizer", "template"):
         manifest_file.write_text(json.dumps(manifest | {f"{what}_hash": "0" * 64}), encoding="utf-8")
         with pytest.raises(InputError, match=f"the model was trained with another {what}"):
-            read_template_and_manifest(str(checkpoint))
-    manifest_file.write_text(json.dumps(manifest), encoding="utf-8")
+            read_template(open_source(str(checkpoint)))
+    manifest_file.write_text(json.dumps(manifest | {"files": {}}), encoding="utf-8")
     for file in checkpoint.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(InputError, match="there is no tokenizer") as caught:
-        read_template_and_manifest(str(checkpoint))
+        read_template(open_source(str(checkpoint)))
     assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
 
 

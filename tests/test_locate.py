@@ -41,7 +41,8 @@ def test_what_is_found_instead_is_named(tmp_path):
     none = "neither a model, nor a training checkpoint, nor a run directory with one; it holds"
     cases = {
         "nowhere": "no such directory",
-        "plain": f"no {MANIFEST_FILE}: choose a model that recipes/sft.py trained, or copy that file as well",
+        "plain": f"no {MANIFEST_FILE}: copy that file as well; or, to evaluate or chat with a model that another "
+        "program wrote, say how to prompt it, such as template=joint template.language=en",
         "empty": f"{none} nothing",
         "other": f"{none} a, b, c, d, e, ...",
     }

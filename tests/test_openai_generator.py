@@ -443,7 +443,15 @@ def test_evaluate_with_a_server_that_fails_now_and_then(fault_server, tmp_path, 
     ("overrides", "message"),
     [
         (["llm=gpt_4o"], "llm: say on which dialogues to evaluate it, such as data=rolecs"),
-        (["llm=gpt_4o", "checkpoint=x", "template=joint"], "template: x knows its own; leave it out"),
+        (
+            ["llm=gpt_4o", "checkpoint=x", "template=joint"],
+            "template: x knows its own; leave it out; or, if another program wrote it, say on which dialogues to "
+            "evaluate it, such as data=rolecs",
+        ),
+        (
+            ["llm=gpt_4o", "data=rolecs", "chat_template=qwen3"],
+            "chat_template=qwen3: give checkpoint=... and template=... as well",
+        ),
         (["llm=gpt_4o", "predictions=x", "data=rolecs"], "predictions=x: give them or llm=..., not both"),
         (["llm=vllm", "checkpoint=x"], "llm.model is required: give llm.model=..."),
     ],

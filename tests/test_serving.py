@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from csc_train.checkpoints.export import merged
+from csc_train.checkpoints.locate import open_source
 from csc_train.checkpoints.manifest import save_final_model
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.config import EvaluationConfig
 from csc_train.inference.generator import generate_predictions
-from csc_train.inference.hf import load_generator, read_template_and_manifest
+from csc_train.inference.hf import load_generator, read_template
 from csc_train.inference.openai import OpenAIGenerator
 from csc_train.llm.config import LLMConfig
 from csc_train.models.config import AdapterConfig
@@ -148,7 +149,7 @@ def chat_of(turns, template):
 @pytest.mark.slow
 def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, server):
     for architecture in FAMILIES:
-        template, _ = read_template_and_manifest(str(checkpoints / architecture))
+        template, _ = read_template(open_source(str(checkpoints / architecture)))
         generator = load_generator(str(checkpoints / architecture), template, EvaluationConfig(max_new_tokens=LIMIT))
         # Temperature 0 leaves a repetition penalty of the checkpoint on; a frequency penalty of 0 takes it off.
         greedy = {"temperature": 0, "frequency_penalty": 0, "max_tokens": LIMIT}
@@ -177,7 +178,7 @@ def test_a_served_model_is_evaluated_as_a_local_one(checkpoints, server):
     dialogues = [TAUGHT, *(random_dialogue(random.Random(seed)) for seed in (5, 6))]
     for architecture in FAMILIES:
         path = str(checkpoints / architecture)
-        template, _ = read_template_and_manifest(path)
+        template, _ = read_template(open_source(path))
         config = EvaluationConfig(max_new_tokens=LIMIT)
         llm = LLMConfig(base_url=f"{server}/v1", model=path, concurrency=2, extra_body={"frequency_penalty": 0})
         for context in ("reference", "generated"):

@@ -6,6 +6,7 @@ from omegaconf import MISSING
 
 from csc_train.errors import InputError, check_fields
 from csc_train.inference.config import DTYPES
+from csc_train.template.config import TemplateConfig
 
 USER_INTERFACES = ("terminal", "web")
 
@@ -15,7 +16,13 @@ class ChatConfig:
     """Settings of a chat with a trained model."""
 
     checkpoint: str = MISSING
-    """A run directory, a final model, an exported directory or a training checkpoint."""
+    """A run directory, a final model, an exported directory or a training checkpoint; with `template`, the directory of
+    any other model or PEFT adapter."""
+    template: TemplateConfig | None = None
+    """The prompt of a checkpoint that another program wrote. A checkpoint of this project has its own."""
+    chat_template: str | None = None
+    """With `template`: the chat template of that checkpoint (see `model.chat_template`); null takes that of its
+    tokenizer."""
     ui: str = "terminal"
     """User interface: terminal, or web for a page that only this machine can open (see `host`)."""
     temperature: float = 0.0
@@ -40,5 +47,7 @@ class ChatConfig:
         check_fields("", self, "max_new_tokens", low=1)
         check_fields("", self, "dtype", choices=DTYPES)
         check_fields("", self, "port", low=1, high=65535)
+        if self.chat_template is not None and self.template is None:
+            raise InputError(f"chat_template={self.chat_template}: give template=... as well")
         if self.save is not None and self.ui == "web":
             raise InputError(f"save={self.save}: not available with ui=web: use the page's save link")

@@ -107,7 +107,8 @@ def check_recorded_files(directory: Path, recorded: FileHashes) -> None:
         InputError: names the file.
     """
     advice = "the copy of the model is incomplete: copy it again"
-    for name in {**recorded, "config.json": None}:
+    adapter = (directory / "adapter_config.json").is_file()
+    for name in {**recorded, "adapter_config.json" if adapter else "config.json": None}:
         if not (directory / name).is_file():
             raise InputError(f"{directory / name}: no such file: {advice}")
     for path in sorted(directory.glob("*.safetensors")):

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from csc_train.checkpoints.content import check_recorded_files, first_difference, hash_files
+from csc_train.checkpoints.content import base_files, check_recorded_files, first_difference, hash_files
 from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifest, weights_hash
 from csc_train.checkpoints.training_checkpoint import (
     CHECKPOINT_FILE,
@@ -14,10 +14,13 @@ from csc_train.checkpoints.training_checkpoint import (
 )
 from csc_train.errors import InputError
 from csc_train.files import digest
+from csc_train.models.hub import adapter_base, is_local_path
 
 MODEL_FOLDER, CHECKPOINTS_FOLDER = "model", "checkpoints"
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
+MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja")
 """The files of a model that decide its replies, and its manifest."""
+MODEL_CONFIGS = ("config.json", "adapter_config.json")
+"""One of them is in the directory of every model or PEFT adapter."""
 CHECKPOINT_FILES = ("*.safetensors", "*_config.json", "tokenizer.json", "*.jinja", "global_step*/**/*")
 """The files of a training checkpoint that an export reads, for one whose record has no hashes."""
 
@@ -47,7 +50,8 @@ class ModelSource:
             InputError: a file cannot be read.
         """
         if self.finished:
-            return digest(hash_files(self.path, MODEL_FILES))
+            files, base = hash_files(self.path, MODEL_FILES), adapter_base(str(self.path))
+            return digest([files, base_files(*base)] if base else files)
         stamps = {name: asdict(stamp) for name, stamp in read_record(self.path).files.items()}
         return digest([stamps or hash_files(self.path, CHECKPOINT_FILES), self.manifest.template_hash])
 
@@ -56,6 +60,8 @@ class ModelSource:
         manifest = self.manifest
         if not self.finished:
             return ""
+        if manifest.is_plain:
+            return f"{self.path}: another program wrote this model: what it was trained from and on is unknown"
         if manifest.files:
             difference = first_difference(self.path, manifest.files)
         elif not manifest.weights_hash:
@@ -73,16 +79,19 @@ def is_model(directory: Path) -> bool:
     return held and (directory / MANIFEST_FILE).is_file()
 
 
-def open_source(path: str, training: bool = True) -> ModelSource:
+def open_source(path: str, training: bool = True, plain: Manifest | None = None) -> ModelSource:
     """Find a model or a training checkpoint, and read its manifest.
 
     Args:
-        path, training: as of `locate_checkpoint`.
+        path, training, plain: as of `locate_checkpoint`.
 
     Raises:
         InputError: as `locate_checkpoint`; there is no manifest, or a file of the model is missing or cut.
     """
-    found = locate_checkpoint(path, training)
+    found = locate_checkpoint(path, training, plain)
+    if plain:
+        check_recorded_files(found, {})
+        return ModelSource(found, plain, finished=True)
     if is_model(found):
         manifest = read_manifest(found)
         check_recorded_files(found, manifest.files)
@@ -94,19 +103,20 @@ def open_source(path: str, training: bool = True) -> ModelSource:
     return ModelSource(found, replace(read_manifest(run), wandb={"id": run_id} if run_id else {}))
 
 
-def locate_checkpoint(path: str, training: bool = False) -> Path:
+def locate_checkpoint(path: str, training: bool = False, plain: Manifest | None = None) -> Path:
     """The model directory or the training checkpoint that `path` means.
 
     Args:
         path: one of them, or a run directory: its final model, or its newest whole training checkpoint.
         training: prefer the training checkpoint of a run directory.
+        plain: the manifest of a model that another program wrote (see `plain_manifest`); None takes none of those.
 
     Raises:
         InputError: there is none, which says what the path holds; or a training checkpoint is damaged.
     """
     directory = Path(path)
-    check_source(path)
-    if is_model(directory):
+    check_source(path, plain)
+    if plain or is_model(directory):
         return directory
     if _is_checkpoint(directory):
         check_whole(directory)
@@ -119,18 +129,37 @@ def locate_checkpoint(path: str, training: bool = False) -> Path:
     raise _unusable(directory)
 
 
-def check_source(path: str) -> None:
+def check_source(path: str, plain: Manifest | None = None) -> None:
     """Check what takes no time of a path that `locate_checkpoint` gets, before the imports that take seconds.
 
     Raises:
-        InputError: there is no such directory, or it holds neither a model nor training checkpoints.
+        InputError: there is no such directory, or it holds neither a model nor training checkpoints; or `plain` is
+            given for a model that has its own manifest, or missing for one that has none.
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise InputError(f"{path}: no such directory")
+        hub_id = plain and not is_local_path(path)
+        advice = f": download it by `hf download {path} --local-dir DIR`, and give DIR" if hub_id else ""
+        raise InputError(f"{path}: no such directory{advice}")
+    if _is_plain(directory):
+        if plain is None:
+            raise InputError(
+                f"{directory}: no {MANIFEST_FILE}: copy that file as well; or, to evaluate or chat with a model that "
+                "another program wrote, say how to prompt it, such as template=joint template.language=en"
+            )
+        return
     found = is_model(directory) or is_model(directory / MODEL_FOLDER) or _is_checkpoint(directory)
     if not found and not (directory / CHECKPOINTS_FOLDER).is_dir():
         raise _unusable(directory)
+    if plain:
+        raise InputError(f"template: {path} knows its own; leave it out")
+
+
+def _is_plain(directory: Path) -> bool:
+    """Whether a directory is a model, or an adapter, that another program wrote."""
+    run = directory.absolute().parent.parent if _is_checkpoint(directory) else directory
+    ours = (directory / CHECKPOINT_FILE, directory / MANIFEST_FILE, run / MANIFEST_FILE)
+    return any((directory / name).is_file() for name in MODEL_CONFIGS) and not any(map(Path.is_file, ours))
 
 
 def _is_checkpoint(directory: Path) -> bool:
@@ -139,8 +168,6 @@ def _is_checkpoint(directory: Path) -> bool:
 
 def _unusable(directory: Path) -> InputError:
     held = sorted(entry.name for entry in directory.iterdir())
-    if "config.json" in held:
-        read_manifest(directory)  # there is none: it says what to do
     listed = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "")
     return InputError(
         f"{directory}: neither a model, nor a training checkpoint, nor a run directory with one; "

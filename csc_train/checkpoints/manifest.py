@@ -18,6 +18,7 @@ from csc_train.models.config import ModelConfig
 from csc_train.runs.directory import Run
 from csc_train.runs.distributed import distributed_state
 from csc_train.runs.provenance import provenance
+from csc_train.template.config import TemplateConfig
 
 if TYPE_CHECKING:  # a manifest is read before the imports that take seconds
     import torch
@@ -66,9 +67,25 @@ class Manifest:
     """The training checkpoint or model that an export was made of; empty for the model of a run."""
 
     @property
+    def is_plain(self) -> bool:
+        """Whether another program wrote the model: what it was trained from and on is unknown."""
+        return not self.base_model
+
+    @property
     def hashes(self) -> dict[str, str]:
         """The hashes of data, template and tokenizer, by name."""
         return {name: getattr(self, name) for name in ("data_hash", "template_hash", "tokenizer_hash")}
+
+
+def plain_manifest(template: TemplateConfig, chat_template: str | None) -> Manifest:
+    """The manifest of a model that another program wrote, which claims nothing about its training.
+
+    Args:
+        template: how it is prompted.
+        chat_template: as `ModelConfig.chat_template`; None takes that of its tokenizer.
+    """
+    labels = [strategy.label for strategy in STRATEGIES]
+    return Manifest("", None, chat_template or "auto", template.mode, template.language, "", "", labels, "", {})
 
 
 def build_manifest(

@@ -16,6 +16,7 @@ from csc_train.data.splits import Splits
 from csc_train.data.training_record import find_recorded, read_training_record
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
+from csc_train.inference.predictions import PLAIN_MODEL, TRAINED_MODEL
 
 logger = logging.getLogger(__name__)
 MODEL_FILE = "evaluated_model.json"
@@ -39,25 +40,30 @@ class EvaluatedModel:
     unverified: list[str]
 
     @property
+    def name(self) -> str:
+        """The name of the system."""
+        return PLAIN_MODEL if self.source.manifest.is_plain else TRAINED_MODEL
+
+    @property
     def hashes(self) -> dict[str, str]:
         """Hashes of what is evaluated, by name."""
         return {"system": self.content_hash} | ({"base": self.base.content_hash} if self.base else {})
 
 
-def open_evaluated(path: str, base: bool | str) -> EvaluatedModel:
+def open_evaluated(path: str, base: bool | str, plain: Manifest | None = None) -> EvaluatedModel:
     """Open and verify the model of an evaluation, and log what could not be verified. It reads all weights.
 
     Args:
-        path: as of `locate_checkpoint`.
-        base: an `EvaluationConfig.base`.
+        path, plain: as of `locate_checkpoint`.
+        base: an `EvaluationConfig.base`; a plain model has none but a given one.
 
     Raises:
         InputError: as `open_source` and `find_base`.
     """
-    source = open_source(path, training=False)
+    source = open_source(path, training=False, plain=plain)
     directory = source.path if source.finished else source.home / MODEL_FOLDER
     given = base if isinstance(base, str) else None
-    found = find_base(directory, source.manifest, _ADVICE, given) if base else None
+    found = find_base(directory, source.manifest, _ADVICE, given) if given or (base and not plain) else None
     unverified = [text for text in (source.unverified(), found.note if found else "") if text]
     for text in unverified:
         logger.info(f"note: {text}")
@@ -67,12 +73,12 @@ def open_evaluated(path: str, base: bool | str) -> EvaluatedModel:
 def find_trained(model: EvaluatedModel, splits: Splits, data: DataConfig) -> list[Overlap]:
     """The evaluation dialogues that the model was trained on, by its own record; logs their number.
 
-    An unchanged training set needs no record: `read_and_check_splits` compared it.
+    An unchanged training set needs no record: `read_and_check_splits` compared it. A plain model has none.
 
     Raises:
         InputError: there are some, and `data.on_overlap` is "error".
     """
-    if model.source.manifest.data_hash == data_digest(splits.train):
+    if model.source.manifest.is_plain or model.source.manifest.data_hash == data_digest(splits.train):
         return []
     note = "the baselines are fitted on other training data than the checkpoint"
     if (record := read_training_record(model.source.home)) is None:

@@ -46,6 +46,7 @@ def build_systems(
     model: str | None,
     base: BaseModel | None,
     llm: LLMConfig | None,
+    name: str = TRAINED_MODEL,
 ) -> Systems:
     """The systems of an evaluation, in the order of table rows: baselines, base model, evaluated model.
 
@@ -56,20 +57,21 @@ def build_systems(
         model: directory of a final model; None for a prompted model.
         base: the model that its training started from; None leaves it out.
         llm: the server; None loads `model` here.
+        name: of the evaluated model.
     """
     device = state.device if state.num_processes > 1 else None
     systems: Systems = {
         name: lambda order=order: StrategyBaseline(train, order) for order, name in enumerate(BASELINE_NAMES)
     }
     if llm:
-        name = TRAINED_MODEL if model else llm.model.replace("/", "_")
+        name = name if model else llm.model.replace("/", "_")
         systems[name] = lambda: OpenAIGenerator(llm, config, template or TemplateConfig(), model_hash)
     elif model:
         if base:
             systems[BASE_MODEL] = lambda: load_generator(
                 base.path, template, config, base.content_hash, device, base.revision
             )
-        systems[TRAINED_MODEL] = lambda: load_generator(model, template, config, model_hash, device)
+        systems[name] = lambda: load_generator(model, template, config, model_hash, device)
     return systems
 
 

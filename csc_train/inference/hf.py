@@ -3,28 +3,30 @@
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import torch
 from transformers import PreTrainedModel
 
-from csc_train.checkpoints.manifest import MANIFEST_FILE, Manifest, check_manifest, read_manifest
+from csc_train.checkpoints.locate import ModelSource, open_source
+from csc_train.checkpoints.manifest import Manifest, check_manifest
 from csc_train.data.dialogue import Dialogue, Turn
 from csc_train.data.strategies import Strategy
 from csc_train.errors import InputError
-from csc_train.files import digest, file_digest
+from csc_train.files import digest
 from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import CONTEXT_LENGTH, TurnQueue, TurnRequest
 from csc_train.inference.kv_cache import DialogueCache
 from csc_train.inference.predictions import TurnOutcome
 from csc_train.llm.thoughts import without_thoughts
+from csc_train.models.config import ModelConfig
 from csc_train.models.families import cache_kinds
-from csc_train.models.hub import load_causal_lm
+from csc_train.models.hub import adapter_base, find_file, load_causal_lm
+from csc_train.models.inspection import check_tokenizer, inspect_model
 from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
 from csc_train.plugins import load_recorded_plugins
 from csc_train.progress import ProgressBar
-from csc_train.template.chat_templates import recorded_name
+from csc_train.template.chat_templates import chat_template_name, recorded_name
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import dialogue_log_likelihoods
@@ -171,23 +173,35 @@ class HFGenerator:
             queue.update(replace(prediction, **details))
 
 
-def read_template_and_manifest(directory: str, manifest: Manifest | None = None) -> tuple[DialogueTemplate, Manifest]:
-    """Read the template and the manifest of a final model that recipes/sft.py wrote, without its weights.
+def read_template(source: ModelSource) -> tuple[DialogueTemplate, ModelSource]:
+    """Read the template of a model or a training checkpoint, without its weights.
 
-    Args:
-        manifest: that of the run, if the directory is a training checkpoint.
+    A model that another program wrote is inspected first, as a base model is before its training.
+
+    Returns:
+        The template; and `source` with its hashes, if another program wrote it.
 
     Raises:
-        InputError: it is no final model, or its template or tokenizer differs from the one of this code.
+        InputError: the template or the tokenizer differs from the one of this code; or a model of another program
+            cannot be used.
     """
-    finished = manifest is None
-    manifest = manifest or read_manifest(directory)
+    directory, manifest = str(source.path), source.manifest
     load_recorded_plugins(manifest.config.get("plugins", ()))
-    tokenizer = load_tokenizer(directory)
-    settings = TemplateConfig(mode=manifest.mode, language=manifest.language)
-    template = DialogueTemplate(tokenizer, recorded_name(manifest.chat_template, finished), settings)
-    check_manifest(directory, manifest, template.fingerprint, tokenizer_hash(tokenizer))
-    return template, manifest
+    base, revision = adapter_base(directory) or (directory, None)
+    own = find_file(directory, "tokenizer.json")
+    tokenizer = load_tokenizer(directory if own else base, None if own else revision)
+    name = recorded_name(manifest.chat_template, source.finished)
+    if manifest.is_plain:
+        config = ModelConfig(path=base, revision=revision, name=base, tokenizer=directory if own else None)
+        found = inspect_model(config, download=True).require()
+        check_tokenizer(config, found, tokenizer)
+        name = chat_template_name(manifest.chat_template, tokenizer, found.dims.model_type)
+    template = DialogueTemplate(tokenizer, name, TemplateConfig(mode=manifest.mode, language=manifest.language))
+    hashes = {"template_hash": template.fingerprint, "tokenizer_hash": tokenizer_hash(tokenizer)}
+    if manifest.is_plain:
+        return template, replace(source, manifest=replace(manifest, **hashes, chat_template=name))
+    check_manifest(directory, manifest, *hashes.values())
+    return template, source
 
 
 def load_generator(
@@ -213,13 +227,18 @@ def load_generator(
 
 
 def load_final_model(
-    directory: str, config: InferenceConfig | None = None, device: torch.device | None = None
+    directory: str,
+    config: InferenceConfig | None = None,
+    device: torch.device | None = None,
+    plain: Manifest | None = None,
 ) -> HFGenerator:
-    """Load a final model of recipes/sft.py or recipes/export.py with its template, ready to reply.
+    """Load a model with its template, ready to reply: one of recipes/sft.py or recipes/export.py, or a plain one.
+
+    Args:
+        plain: the manifest of a model that another program wrote (see `plain_manifest`).
 
     Raises:
-        InputError: as `read_template_and_manifest` and `load_causal_lm`.
+        InputError: as `open_source`, `read_template` and `load_causal_lm`.
     """
-    template, _ = read_template_and_manifest(directory)
-    manifest = file_digest(Path(directory) / MANIFEST_FILE)
-    return load_generator(directory, template, config or InferenceConfig(), manifest, device)
+    template, source = read_template(open_source(directory, False, plain))
+    return load_generator(directory, template, config or InferenceConfig(), digest(asdict(source.manifest)), device)

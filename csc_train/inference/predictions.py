@@ -23,7 +23,9 @@ from csc_train.template.reply import Reply, parse_reply
 BASELINE_NAMES = ("most frequent strategy", "strategy bigram")
 BASE_MODEL = "untrained base"
 TRAINED_MODEL = "trained"
-"""Names of systems. Tables show the baselines first, then the base model, then the evaluated model."""
+PLAIN_MODEL = "plain model"
+"""Names of systems; another program wrote a plain model. Tables show the baselines first, then the base model, then the
+evaluated model."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,8 @@ def hub_errors(
 def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
     """Load the causal language model at a path or hub id, with the repairs that `inspect_model` says.
 
+    An adapter in a directory is merged into its base model.
+
     Args:
         options: those of `from_pretrained`.
 
@@ -68,6 +71,8 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM  # takes seconds
 
+    if base := adapter_base(path):
+        return _merge_adapter(load_causal_lm(base[0], **options | {"revision": base[1]}), path)
     config = find_file(path, "config.json", options.get("revision"))
     if config and has_own_head(config.parent):
         options["tie_word_embeddings"] = False  # transformers goes by the weights, too, but keeps what the file says
@@ -78,6 +83,30 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{path}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
     return model
+
+
+def adapter_base(path: str) -> tuple[str, str | None] | None:
+    """The base model of a PEFT adapter in a directory, and its revision; None for a whole model or a hub id.
+
+    Raises:
+        InputError: the adapter names none.
+    """
+    if not (file := Path(path, "adapter_config.json")).is_file():
+        return None
+    settings = read_json(file)
+    if not isinstance(base := settings.get("base_model_name_or_path"), str):
+        raise InputError(f"{file}: base_model_name_or_path names no base model: write its directory there")
+    return base, settings.get("revision")
+
+
+def _merge_adapter(model: "PreTrainedModel", path: str) -> "PreTrainedModel":
+    import peft  # takes seconds
+
+    with hub_errors(path, "adapter", (Exception,)), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would leave those untrained
+        merged: Any = peft.PeftModel.from_pretrained(model, path).merge_and_unload()
+    merged.name_or_path = path
+    return merged
 
 
 def repair_generation_config(model: "PreTrainedModel") -> str | None:

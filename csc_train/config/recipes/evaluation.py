@@ -17,7 +17,8 @@ class EvaluateRecipe:
     """Configuration of recipes/evaluate.py."""
 
     checkpoint: str | None = None
-    """A run directory, a final model, an exported directory or a training checkpoint."""
+    """A run directory, a final model, an exported directory or a training checkpoint; with `template`, the directory of
+    any other model or PEFT adapter."""
     predictions: str | None = None
     """Instead of a checkpoint: a JSONL file of replies made elsewhere, each with dialogue_id, turn and text."""
     score_only: bool = False
@@ -27,7 +28,11 @@ class EvaluateRecipe:
     llm: LLMConfig | None = None
     """A model on a server: the served checkpoint if `checkpoint` is set, else a prompted model."""
     template: TemplateConfig | None = None
-    """The prompt of a prompted model; defaults to joint and Chinese. A checkpoint has its own."""
+    """The prompt of a prompted model, which defaults to joint and Chinese; or of a checkpoint that another program
+    wrote. A checkpoint of this project has its own."""
+    chat_template: str | None = None
+    """With `template`: the chat template of a checkpoint that another program wrote (see `model.chat_template`); null
+    takes that of its tokenizer."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Contexts, baselines and generation."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -43,8 +48,13 @@ class EvaluateRecipe:
                 raise InputError("checkpoint is required: give checkpoint=...")
             if self.checkpoint is None and self.data is None:
                 raise InputError("llm: say on which dialogues to evaluate it, such as data=rolecs")
-            if self.checkpoint is not None and self.template is not None:
-                raise InputError(f"template: {self.checkpoint} knows its own; leave it out")
+            if self.checkpoint is not None and self.template is not None and self.data is None:
+                raise InputError(
+                    f"template: {self.checkpoint} knows its own; leave it out; or, if another program wrote it, say on "
+                    "which dialogues to evaluate it, such as data=rolecs"
+                )
+            if self.chat_template is not None and (self.checkpoint is None or self.template is None):
+                raise InputError(f"chat_template={self.chat_template}: give checkpoint=... and template=... as well")
             return
         if self.llm is not None:
             raise InputError(f"predictions={self.predictions}: give them or llm=..., not both")
