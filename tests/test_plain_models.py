@@ -140,7 +140,13 @@ def test_a_plain_model_is_compared_and_judged(replies, fault_server, capsys):
     )
     assert "plain model of runs/merged" in Path("runs/compared/comparison.md").read_text("utf-8")
     fault_server.answer = lambda body: '{"reason": "-", "better": "1"}'
-    asked = ["llm=openai", f"llm.base_url={fault_server.base_url}", "llm.model=x", "judge.tasks=[pairwise]"]
+    asked = [
+        "llm=openai",
+        f"llm.base_url={fault_server.base_url}",
+        "llm.model=x",
+        "llm.api_key_env=null",
+        "judge.tasks=[pairwise]",
+    ]
     few = ["judge.num_turns=3", "judge.bootstrap_resamples=100", "judge.permutations=1000"]
     load_recipe("judge").main(compose("judge", [*pair, *asked, *few, "run.directory=runs/judged"]))
     assert "plain model of runs/merged" in Path("runs/judged/judge.md").read_text("utf-8")
