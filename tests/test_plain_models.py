@@ -24,7 +24,12 @@ from csc_train.inference.hf import read_template
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
-PLAIN = ["template=joint", "chat_template=qwen2_5"]
+PLAIN = ["template=joint"]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The chat template of another program, which knows no strategies."""
 DATA = ["data=files", "data.train.path=train.jsonl", "data.evaluation.path=evaluation.jsonl"]
 QUICK = [
     "evaluation.max_new_tokens=24", "evaluation.likelihoods=false", "metrics.profiles=[zh]",
@@ -50,7 +55,7 @@ def workplace(tokenizer, tmp_path_factory):
     model = Qwen2ForCausalLM(tiny_config("qwen2", tokenizer, 0.5))
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
     stranger = small_tokenizer("qwen2_5")
-    stranger.chat_template = template.chat_template
+    stranger.chat_template = CHATML
     for path in ("plain", "merged", "adapter"):
         stranger.save_pretrained(path)
     model.save_pretrained("plain")
@@ -87,7 +92,12 @@ def evaluate(path, *settings):
 
 @pytest.fixture(scope="module")
 def replies(workplace):
-    settings = {"ours": ["evaluation.base=false"], "plain": PLAIN, "merged": PLAIN, "adapter": PLAIN}
+    settings = {
+        "ours": ["evaluation.base=false"],
+        "plain": PLAIN,
+        "merged": PLAIN,
+        "adapter": [*PLAIN, "chat_template=qwen2_5"],
+    }
     return {path: evaluate(path, *each) for path, each in settings.items()}
 
 
