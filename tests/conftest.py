@@ -57,7 +57,10 @@ _ODD_PIECES = (
 
 
 def random_dialogue(rng: random.Random, extra: tuple[str, ...] = ()) -> Dialogue:
-    """A dialogue of odd texts: emoji, quotes, digits, mixed Latin, inner white space, and the pieces in `extra`."""
+    """A dialogue of odd texts: emoji, quotes, digits, mixed Latin, inner white space, and the pieces in `extra`.
+
+    The customer opens every other one.
+    """
 
     def text() -> str:
         while True:
@@ -66,8 +69,9 @@ def random_dialogue(rng: random.Random, extra: tuple[str, ...] = ()) -> Dialogue
                 return stripped
 
     turns = []
-    for index in range(rng.randint(1, 9)):
-        if index % 2:
+    customer_opens = rng.random() < 0.5
+    for index in range(rng.randint(1 + customer_opens, 9)):
+        if index % 2 != customer_opens:
             turns.append(Turn(Speaker.CUSTOMER, text()))
         else:
             turns.append(Turn(Speaker.SUPPORTER, text(), rng.choice(STRATEGIES)))

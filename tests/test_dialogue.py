@@ -88,9 +88,18 @@ BAD = {
     "full-width plus": (changed(3, strategy="5＋6"), 3, "strategy", "two strategies ('5＋6')"),
     "supporter without strategy": (changed(3, strategy=""), 3, "strategy", "missing on a supporter turn"),
     "customer with strategy": (changed(2, strategy="5"), 2, "strategy", "given on a customer turn ('5')"),
-    "customer first": (make_row(GOOD[1:]), 1, "speaker", "the customer speaks first"),
-    "supporter twice": (make_row([GOOD[0], GOOD[2]]), 2, "speaker", "the same speaker twice in a row (客服)"),
-    "customer twice": (make_row([*GOOD[:2], *GOOD[1:]]), 3, "speaker", "the same speaker twice in a row (客户)"),
+    "accepted is a number": (
+        changed(1, accepted=5),
+        1,
+        "accepted",
+        "not a list of strategies ('int' object is not iterable)",
+    ),
+    "accepted is unknown": (
+        changed(1, accepted=["1", "x"]),
+        1,
+        "accepted",
+        "not a list of strategies (unknown strategy 'x')",
+    ),
     "no supporter turn": (make_row([GOOD[1]]), None, "dialogue", "no supporter turn"),
     "no turns": (make_row([]), None, "dialogue", "no supporter turn"),
     "no dialogue": ({"id": "a"}, None, "dialogue", "missing"),
@@ -339,10 +348,14 @@ def random_dialogues(count, seed=0):
     dialogues = []
     for number in range(count):
         turns = []
-        for place in range(random_.randint(1, 9)):
+        opens = random_.choice(list(Speaker))
+        for place in range(random_.randint(2, 9)):
             text = random_.choice(["好", "x"]) + "".join(random_.sample(ODD, 2)) + random_.choice("。！")
-            strategy = random_.choice(STRATEGIES) if place % 2 == 0 else None
-            turns.append(Turn(Speaker.CUSTOMER if place % 2 else Speaker.SUPPORTER, text, strategy))
+            if (place % 2 == 0) == (opens is Speaker.SUPPORTER):
+                own, *others = random_.sample(STRATEGIES, 3)
+                turns.append(Turn(Speaker.SUPPORTER, text, own, random_.choice([(), (own,), (own, *others)])))
+            else:
+                turns.append(Turn(Speaker.CUSTOMER, text))
         extra = {"topic": random_.choice(ODD), "score": random_.random(), "tags": [str(number)]}
         dialogues.append(Dialogue(f"d{number}", tuple(turns), random_.choice(["", "RoleCS"]), extra))
     return dialogues
@@ -432,6 +445,68 @@ def test_a_row_becomes_a_dialogue(tmp_path):
     )
     assert dialogue.extra == {"topic": {"名": ["a", None]}, "score": 0.5}
     assert dialogue.supporter_turns == [0, 2]
+
+
+SAID = [
+    ("客户", "", " 在吗 \n"), ("客户", "", "有人吗？"), ("客服", "1", "您好"), ("客服", "策略4", "怎么了？"),
+    ("客服", "礼貌问候", "请讲。"), ("客户", "", "卡丢了！"), ("客服", "5", "您别急。"),
+]  # fmt: skip
+"""A web chat: the customer opens, and both write several messages in a row."""
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_a_customer_may_open_and_consecutive_turns_are_joined(tmp_path, suffix, said):
+    rows = [make_row(SAID, id="chat"), make_row(GOOD[1:], id="opened"), make_row(id="plain")]
+    chat, opened, plain = read_dialogues(write_file(tmp_path / f"a{suffix}", rows), strict=True)
+    assert chat.turns == (
+        Turn(Speaker.CUSTOMER, "在吗 有人吗？"),
+        Turn(Speaker.SUPPORTER, "您好 怎么了？ 请讲。", BY_CODE["GT"], (BY_CODE["GT"], STRATEGIES[3])),
+        Turn(Speaker.CUSTOMER, "卡丢了！"),
+        Turn(Speaker.SUPPORTER, "您别急。", BY_CODE["EM"]),
+    )
+    assert [turn.text for turn in opened.turns] == ["卡丢了！", "您别急。"] and opened.supporter_turns == [1]
+    assert not any(turn.accepted for each in (opened, plain) for turn in each.turns)
+    assert said[0].splitlines() == [
+        f"{tmp_path / f'a{suffix}'}: 3 rows, 3 accepted, 0 rejected",
+        "       1  rows: 3 turns joined to the same speaker's turn before (data.merge_turns=off rejects such rows)",
+    ]
+    labels = [turn.get("accepted") for turn in chat.row()["dialogue"]]
+    assert labels == [None, ["策略1 礼貌问候", STRATEGIES[3].label], None, None]
+
+
+def test_joined_turns_are_read_back_and_joined_once(tmp_path, said):
+    (chat,) = read_dialogues(write_file(tmp_path / "a.json", [make_row(SAID)]))
+    for name in ("b.jsonl", "b.parquet"):
+        write_dialogues(tmp_path / name, [chat])
+        said.clear()
+        assert read_dialogues(tmp_path / name, strict=True) == [chat] and said == []
+    plain = Dialogue(chat.id, tuple(Turn(turn.speaker, turn.text, turn.strategy) for turn in chat.turns))
+    assert chat.fingerprint == plain.fingerprint  # what was accepted is not what was said
+    row = chat.row()
+    row["dialogue"].append({"speaker": "客服", "strategy": "1", "text": "再见", "accepted": ["11"]})
+    (more,) = read_dialogues(write_file(tmp_path / "c.json", [row]))
+    assert [each.number for each in more.turns[-1].accepted] == [5, 1, 11]
+
+
+@pytest.mark.parametrize(
+    ("turns", "turn", "speaker"),
+    [([GOOD[0], GOOD[2]], 2, "客服"), ([*GOOD[:2], *GOOD[1:]], 3, "客户"), (SAID, 2, "客户")],
+)
+def test_without_merging_consecutive_turns_are_refused(tmp_path, turns, turn, speaker):
+    path = write_file(tmp_path / "a.jsonl", [make_row(turns), make_row(GOOD[1:])])
+    report = ReadReport(str(path))
+    assert [len(each.turns) for each in iter_dialogues(path, merge=False, report=report)] == [2]
+    (rejected,) = report.rejected
+    assert str(rejected) == message(f"{path}, row 1", turn, "speaker", f"the same speaker twice in a row ({speaker})")
+    assert len(list(iter_dialogues(path))) == 2
+
+
+def test_a_bad_turn_is_never_joined_away(tmp_path):
+    rows = [make_row([*GOOD, ("客服", "", "请讲")]), make_row([*GOOD, ("客服", "1", " ")]), make_row()]
+    path = write_file(tmp_path / "a.jsonl", rows)
+    report = ReadReport(str(path))
+    assert len(list(iter_dialogues(path, report=report))) == 1
+    assert [(each.issues[0].turn, each.issues[0].field) for each in report.rejected] == [(4, "strategy"), (4, "text")]
 
 
 def test_ids_given_twice_are_refused(tmp_path):

@@ -431,7 +431,7 @@ def test_prompts_in_generated_context_hold_the_generated_ids(model, tokenizer, o
 def test_generation_stops_at_the_end_of_turn(model, tokenizer, odd_dialogues):
     def first(generator):
         _, exchanges = asked(generator, odd_dialogues[:1], "generated")
-        return exchanges[odd_dialogues[0].id, 0][1]
+        return exchanges[odd_dialogues[0].id, odd_dialogues[0].supporter_turns[0]][1]
 
     answer = first(generator_of(model, tokenizer))
     assert len(answer.token_ids) == STEPS

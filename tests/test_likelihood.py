@@ -27,7 +27,7 @@ def scene(request):
     model = AutoModelForCausalLM.from_config(tiny_config(architecture, tokenizer, 0.3)).eval()
     template = DialogueTemplate(tokenizer, chat_template, TemplateConfig())
     rng = random.Random(5)
-    dialogue = next(each for each in iter(lambda: random_dialogue(rng), None) if len(each.turns) == 5)
+    dialogue = next(each for each in iter(lambda: random_dialogue(rng), None) if each.supporter_turns == [1, 3, 5])
     example = template.encode(dialogue)
     # Without most of the system prompt, which would only take time.
     cut = int(example.turn_offsets[0]) - 20

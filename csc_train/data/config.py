@@ -39,6 +39,9 @@ class DataConfig:
     uses the evaluation set, which is then no independent test of the chosen checkpoint."""
     seed: int = 0
     """Seed of the splits, of the choice by `limit`, and of the hash functions of the overlap check."""
+    merge_turns: str = "auto"
+    """Consecutive turns of one speaker: `auto` joins them with a space, `off` rejects the dialogue. A joined supporter
+    turn keeps its first strategy and lists all of them as `accepted`."""
     strict: bool = False
     """Stop at the first bad row instead of collecting the bad rows."""
     on_overlap: str = "warn"
@@ -65,6 +68,7 @@ class DataConfig:
         for name, (passed, bound) in bounds.items():
             if not passed:
                 raise InputError(f"data.{name}={getattr(self, name)}: must be {bound}")
+        check_fields("data.", self, "merge_turns", choices=("auto", "off"))
         check_fields("data.", self, "on_overlap", choices=("warn", "drop", "error"))
         check_fields("data.", self, "seed", "sample_seed", low=0, high=2**32 - 1)
         check_fields("data.", self, "limit", "sample_dialogues", low=1)

@@ -1,6 +1,7 @@
 """The types of a customer support dialogue: speaker, turn, dialogue."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -38,16 +39,27 @@ class Speaker(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One utterance. `text` has no outer white space; `strategy` is set on supporter turns and None otherwise."""
+    """One utterance. `text` has no outer white space; `strategy` is set on supporter turns and None otherwise.
+
+    `accepted` holds all strategies of a supporter turn joined from several, its own included; else it is empty.
+    """
 
     speaker: Speaker
     text: str
     strategy: Strategy | None = None
+    accepted: tuple[Strategy, ...] = ()
+
+
+def join_speakers(turns: Iterable[Any]) -> Iterator[tuple[list[Any], str]]:
+    """The turns of one speaker until the other speaks, and their texts joined with a space."""
+    for _, group in itertools.groupby(turns, key=lambda turn: turn.speaker):
+        together = list(group)
+        yield together, " ".join(each.text.strip() for each in together)
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation of strictly alternating turns; the supporter speaks first.
+    """A conversation of strictly alternating turns, at least one by the supporter; either speaker may open it.
 
     Attributes:
         id: the dialogue's name in every output.
@@ -79,6 +91,7 @@ class Dialogue:
         """The row of a dialogue file that reads back as this dialogue."""
         turns = [
             {"speaker": t.speaker.value, "strategy": t.strategy.label if t.strategy else "", "text": t.text}
+            | ({"accepted": [each.label for each in t.accepted]} if t.accepted else {})
             for t in self.turns
         ]
         return {"id": self.id, "dialogue": turns, "source": self.source, **self.extra}

@@ -1,8 +1,8 @@
 """Read, check and write dialogue files.
 
 A row of a dialogue file is an object with a `dialogue` list of `{"speaker", "strategy", "text"}` turns, as in the
-published data (speakers `客服` and `客户`, a strategy on supporter turns only). `id` and `source` are optional; other
-columns are kept in `Dialogue.extra`.
+published data (speakers `客服` and `客户`, a strategy on supporter turns only). Either speaker may open a dialogue.
+Consecutive turns of one speaker are joined. `id` and `source` are optional; other columns are kept in `Dialogue.extra`.
 """
 
 import itertools
@@ -12,11 +12,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surrogate
+from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surrogate, join_speakers
 from csc_train.data.strategies import parse_strategy
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, os_errors
@@ -66,6 +66,10 @@ class ReadReport:
     accepted: int = 0
     other_sources: Counter = field(default_factory=Counter)
     """Rows of other sources, counted by source."""
+    merged: int = 0
+    """Accepted rows with consecutive turns of one speaker, which were joined."""
+    merged_turns: int = 0
+    """Their turns that were joined to the one before."""
     rejected: list[RejectedRow] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -73,6 +77,11 @@ class ReadReport:
         lines = [f"{self.path}: {self.rows} rows, {self.accepted} accepted, {len(self.rejected)} rejected"]
         if self.other_sources:
             lines[0] += f", {sum(self.other_sources.values())} of other sources"
+        if self.merged:
+            lines.append(
+                f"  {self.merged:>6}  rows: {self.merged_turns} turns joined to the same speaker's turn before "
+                "(data.merge_turns=off rejects such rows)"
+            )
         reasons = Counter((row.issues[0].field, row.issues[0].kind) for row in self.rejected)
         lines += [f"  {count:>6}  {name}: {kind}" for (name, kind), count in reasons.most_common()]
         return "\n".join(lines)
@@ -87,7 +96,12 @@ class ReadReport:
 
 
 def iter_dialogues(
-    path: str | os.PathLike, *, source: str | None = None, strict: bool = False, report: ReadReport | None = None
+    path: str | os.PathLike,
+    *,
+    source: str | None = None,
+    strict: bool = False,
+    report: ReadReport | None = None,
+    merge: bool = True,
 ) -> Iterator[Dialogue]:
     """Read dialogues one by one from a `.json` list, a `.jsonl` or `.parquet` file, or a Hugging Face data set.
 
@@ -97,6 +111,7 @@ def iter_dialogues(
         source: keep only the rows with this `source`.
         strict: stop at the first bad row; otherwise bad rows are collected in `report`.
         report: filled while reading.
+        merge: join consecutive turns of one speaker; otherwise such a row is bad.
 
     Raises:
         InputError: the file is missing or unreadable as a whole; no row has the wanted source (the message lists the
@@ -109,7 +124,7 @@ def iter_dialogues(
         if source is not None and isinstance(record, dict) and _text(record.get("source")) != source:
             report.other_sources[_text(record.get("source"))] += 1
             continue
-        dialogue, issues = _check(record, seen)
+        dialogue, issues = _check(record, seen, merge)
         if dialogue is None:
             raw = record.text if isinstance(record, BadLine) else record
             rejected = RejectedRow(str(file), number, tuple(issues), raw)
@@ -118,6 +133,8 @@ def iter_dialogues(
                 raise InputError(str(rejected))
             continue
         report.accepted += 1
+        if joined := len(record["dialogue"]) - len(dialogue.turns):
+            report.merged, report.merged_turns = report.merged + 1, report.merged_turns + joined
         yield dialogue
     if report.accepted == 0:
         if report.other_sources and not any(isinstance(row.record, dict) for row in report.rejected):
@@ -134,21 +151,23 @@ def read_dialogues(
     source: str | None = None,
     strict: bool = False,
     rejected_path: str | os.PathLike | None = None,
+    merge: bool = True,
 ) -> list[Dialogue]:
     """Read all dialogues of `path` (see `iter_dialogues`).
 
-    Unless `strict`, bad rows are counted in the log and written to `rejected_path`.
+    Unless `strict`, bad rows are counted in the log and written to `rejected_path`. Joined turns are counted there too.
 
     Raises:
         InputError: as `iter_dialogues`.
     """
     report = ReadReport(str(path))
     try:
-        return list(iter_dialogues(path, source=source, strict=strict, report=report))
+        return list(iter_dialogues(path, source=source, strict=strict, report=report, merge=merge))
     finally:
-        if report.rejected and not strict:
+        rejected = report.rejected and not strict
+        if rejected or report.merged:
             logger.info(report.summary())
-            if rejected_path is not None:
+            if rejected and rejected_path is not None:
                 report.write_rejected(rejected_path)
                 logger.info(f"  rejected rows are in {rejected_path}")
 
@@ -254,7 +273,7 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _check(record: Any, seen: Counter[str]) -> tuple[Dialogue | None, list[ValidationIssue]]:
+def _check(record: Any, seen: Counter[str], merge: bool) -> tuple[Dialogue | None, list[ValidationIssue]]:
     """Turn a row into a dialogue, or list its issues. `seen` counts the ids given so far."""
     if isinstance(record, BadLine):
         return None, [ValidationIssue(None, "row", "broken JSON", record.reason)]
@@ -265,6 +284,8 @@ def _check(record: Any, seen: Counter[str]) -> tuple[Dialogue | None, list[Valid
         return None, [ValidationIssue(None, "dialogue", "missing" if rows is None else "not a list")]
     issues: list[ValidationIssue] = []
     turns = [_check_turn(number, row, issues) for number, row in enumerate(rows, start=1)]
+    if not issues and merge:
+        turns = [_joined(together, text) for together, text in join_speakers(turns)]
     if not issues:
         issues += _check_order(turns)
     for name, value in record.items():
@@ -292,7 +313,7 @@ def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | 
         issues.append(ValidationIssue(number, "turn", "not an object", type(row).__name__))
         return None
     before = len(issues)
-    speaker = strategy = None
+    speaker, strategy, accepted = None, None, ()
     try:
         speaker = Speaker.parse(row.get("speaker"))
     except ValueError:
@@ -314,17 +335,27 @@ def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | 
         else:
             if strategy is None:
                 issues.append(ValidationIssue(number, "strategy", "missing on a supporter turn"))
+        try:
+            accepted = tuple(parse_strategy(_text(each)) for each in row.get("accepted") or ())
+        except (ValueError, TypeError) as error:
+            issues.append(ValidationIssue(number, "accepted", "not a list of strategies", str(error)))
     elif speaker is Speaker.CUSTOMER and label:
         issues.append(ValidationIssue(number, "strategy", "given on a customer turn", repr(label)))
-    return Turn(speaker, text.strip(), strategy) if len(issues) == before else None
+    return Turn(speaker, text.strip(), strategy, accepted) if len(issues) == before else None
+
+
+def _joined(together: list[Turn], text: str) -> Turn:
+    """One turn of consecutive turns of a speaker."""
+    if len(together) == 1:
+        return together[0]
+    strategies = [strategy for turn in together for strategy in (turn.strategy, *turn.accepted) if strategy]
+    return replace(together[0], text=text, accepted=tuple(dict.fromkeys(strategies)))
 
 
 def _check_order(turns: list[Turn]) -> Iterator[ValidationIssue]:
     if not any(turn.speaker is Speaker.SUPPORTER for turn in turns):
         yield ValidationIssue(None, "dialogue", "no supporter turn")
         return
-    if turns[0].speaker is Speaker.CUSTOMER:
-        yield ValidationIssue(1, "speaker", "the customer speaks first")
     for number, (turn, following) in enumerate(itertools.pairwise(turns), start=2):
         if turn.speaker is following.speaker:
             yield ValidationIssue(number, "speaker", "the same speaker twice in a row", following.speaker.value)

@@ -137,7 +137,13 @@ def _read(name: str, config: DataConfig, rejected_directory: Path | None) -> lis
         raise InputError(f"data.{name}.path is not set: give a dialogue file or the id of a Hugging Face data set")
     rejected = None if rejected_directory is None else Path(rejected_directory) / f"rejected-{name}.jsonl"
     try:
-        return read_dialogues(where.path, source=where.source, strict=config.strict, rejected_path=rejected)
+        return read_dialogues(
+            where.path,
+            source=where.source,
+            strict=config.strict,
+            rejected_path=rejected,
+            merge=config.merge_turns == "auto",
+        )
     except InputError as error:
         raise InputError(f"data.{name}: {error}") from error
 

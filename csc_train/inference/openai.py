@@ -167,7 +167,8 @@ def build_messages(
         user_first: see `LLMConfig.user_first`.
     """
     messages = chat_messages([], config)
-    if user_first:
+    opens = history[0] if history else None
+    if user_first and not (isinstance(opens, Turn) and opens.speaker is Speaker.CUSTOMER):
         messages.append({"role": "user", "content": get_language(config.language).opening})
     for turn in history:
         if not isinstance(turn, Turn):

@@ -36,8 +36,7 @@ def num_turns_to_truncate(dialogue: TokenizedDialogue, config: PackingConfig, nu
             "set packing.overflow=truncate or packing.overflow=drop"
         )
     if config.overflow == "truncate":
-        # Turns alternate from the supporter's greeting on: customer turns have odd indices.
-        for first in range(1, len(dialogue.turn_offsets) - 1, 2):
+        for first in (dialogue.strategies == 0).nonzero()[0].tolist():  # the customer's turns
             start = int(dialogue.turn_offsets[first])
             if prefix + length - start <= config.max_length:
                 return first if dialogue.trained[start:].any() else None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.dialogue import Dialogue, Speaker, Turn, join_speakers
 from csc_train.data.strategies import parse_strategy
 from csc_train.invisible import is_blank
 
@@ -51,16 +51,8 @@ def as_text(utterances: Sequence[Utterance], language: str) -> str:
 
 def merge_turns(utterances: Sequence[Utterance]) -> list[Utterance]:
     """Join consecutive utterances of one speaker with a space; empty ones are removed."""
-    merged: list[Utterance] = []
-    for each in utterances:
-        if is_blank(each.text):
-            continue
-        text = each.text.strip()
-        if merged and merged[-1].speaker is each.speaker:
-            merged[-1] = merged[-1]._replace(text=f"{merged[-1].text} {text}")
-        else:
-            merged.append(each._replace(text=text))
-    return merged
+    said = (each for each in utterances if not is_blank(each.text))
+    return [together[0]._replace(text=text) for together, text in join_speakers(said)]
 
 
 def strip_boilerplate(utterances: Sequence[Utterance]) -> list[Utterance]:
