@@ -38,7 +38,7 @@ def job(tmp_path_factory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rng = random.Random(0)
-    write_dialogues(folder / "dialogues.jsonl", [random_dialogue(rng) for _ in range(6)])
+    write_dialogues(folder / "dialogues.jsonl", [random_dialogue(rng) for _ in range(12)])
     return folder
 
 
