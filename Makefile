@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= passive
 IF_EXISTS ?= reuse
 # Of the demo's dialogues, prompts and labels: zh or en. Not ?=, because shells set a variable of this name themselves.
 LANGUAGE = zh
-DEMO := runs/demo$(if $(filter-out zh,$(LANGUAGE)),-$(LANGUAGE))
+DEMO := runs/demo$(if $(filter-out zh,$(LANGUAGE)),_$(LANGUAGE))
 
 .PHONY: help demo settings test test-fast bench bench-gpu lint
 
@@ -26,7 +26,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 
 demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> trained checkpoint -> evaluated table
 	$(PYTHON) recipes/write_sample.py data.sample_language=$(LANGUAGE)
-	$(PYTHON) recipes/sft.py experiment=demo template.language=$(LANGUAGE) run.directory=$(DEMO) run.if_exists=$(IF_EXISTS)
+	$(PYTHON) recipes/sft.py experiment=$(notdir $(DEMO)) run.directory=$(DEMO) run.if_exists=$(IF_EXISTS)
 	$(PYTHON) recipes/evaluate.py checkpoint=$(DEMO)/model evaluation.max_new_tokens=40 \
 		run.directory=$(DEMO)/evaluation run.if_exists=$(IF_EXISTS)
 

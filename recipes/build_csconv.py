@@ -52,7 +52,7 @@ def main(config: BuildCsconvRecipe) -> None:
     run = Run("build_csconv", to_container(config), OUTPUTS)
 
     # Calls
-    path = config.calls or BUNDLED_CALLS
+    path = config.calls or BUNDLED_CALLS[config.language]
     calls = read_calls(path)
     where = config.reference
     reference = read_dialogues(where.path, source=where.source) if where.path else []

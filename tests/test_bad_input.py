@@ -147,7 +147,7 @@ def readers() -> dict[str, Reader]:
     return {
         "dialogues": Reader("d.jsonl", dialogues, lambda place: read_dialogues(place / "d.jsonl", strict=True)),
         "calls": Reader(
-            "c.jsonl", [json.loads(line) for line in Path(BUNDLED_CALLS).read_text("utf-8").splitlines()[:2]],
+            "c.jsonl", [json.loads(line) for line in BUNDLED_CALLS["zh"].read_text("utf-8").splitlines()[:2]],
             lambda place: read_calls(place / "c.jsonl"),
         ),
         "predictions": Reader(

@@ -111,6 +111,9 @@ def stated(file):
     content = load(file)
     values = {}
     for entry in content.get("defaults", []):
+        if isinstance(entry, str):  # another file of the group
+            values |= stated(f"{group}/{entry}.yaml") if group else {}
+            continue
         for choice, option in entry.items():
             if choice.startswith("override /"):
                 values |= stated(f"{choice.removeprefix('override /')}/{option}.yaml")

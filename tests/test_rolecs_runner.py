@@ -28,6 +28,7 @@ from csc_train.llm.client import LLMError, RequestAttempt, UnusableServerError
 from csc_train.synthesis.config import BudgetConfig, DuplicatesConfig, RoleCSCheckConfig, SynthesisConfig
 from csc_train.synthesis.filters.privacy import find_private_data
 from csc_train.synthesis.rolecs import mock_backend
+from csc_train.synthesis.rolecs.estimate import estimate_usage
 from csc_train.synthesis.rolecs.mock_backend import TEXTS, MockBackend
 from csc_train.synthesis.rolecs.personas import MOODS, TOPICS, generate_profiles
 from csc_train.synthesis.rolecs.results import write_synthesis
@@ -116,6 +117,15 @@ def test_the_grammar_speaks_english(tmp_path):
             own.append(accuracy_ceiling([dialogue], "en"))
     assert len(accepted) == 30 and len(own) > 24
     assert all(dialogue.text.isascii() for dialogue in dialogues)
+
+
+def test_a_dialogue_costs_about_the_same_in_each_language():
+    tokens = {}
+    for language in ("zh", "en"):
+        config = compose("synthesize_rolecs", [f"synthesis.language={language}", "llm=gpt_4o"])
+        estimates = estimate_usage(config.synthesis, RoleCSCheckConfig(), config.llm, 10, 3)
+        tokens[language] = sum(each.prompt_tokens + each.completion_tokens for each in estimates) / 10
+    assert tokens["en"] == pytest.approx(tokens["zh"], rel=0.2) and 20_000 < tokens["zh"] < 30_000
 
 
 def test_the_mock_backend_has_its_flaws_in_each_language():

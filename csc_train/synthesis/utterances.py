@@ -8,10 +8,14 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn, join_speakers
 from csc_train.data.strategies import parse_strategy
 from csc_train.invisible import is_blank
 
-PLACEHOLDERS = (
-    "姓名", "手机号码", "身份证号", "银行卡号", "邮箱", "地址", "订单号", "日期", "金额", "公司名称", "工号",
-)  # fmt: skip
-"""The words in square brackets that stand for private data."""
+PLACEHOLDERS = {
+    "zh": ("姓名", "手机号码", "身份证号", "银行卡号", "邮箱", "地址", "订单号", "日期", "金额", "公司名称", "工号"),
+    "en": (
+        "name", "phone number", "ID number", "card number", "e-mail", "address", "order number", "date", "amount",
+        "company name", "employee number",
+    ),
+}  # fmt: skip
+"""The words in square brackets that stand for private data, by language."""
 _BRACKETED = re.compile(r"\s*[（(【\[]([^（(【\[）)】\]]*)[）)】\]][。.!！]?\s*$")
 _NOTICE = re.compile(
     "系统|提示|通话|挂断|挂机|结束|断开|会话|对话|录音|转接|评价|system|call|hang|hung|disconnect|ended", re.I
@@ -64,7 +68,7 @@ def strip_boilerplate(utterances: Sequence[Utterance]) -> list[Utterance]:
     kept = list(utterances)
     while kept and (match := _BRACKETED.search(kept[-1].text)):
         content, before = match.group(1).strip(), kept[-1].text[: match.start()]
-        if content in PLACEHOLDERS or (before and not _NOTICE.search(content)):
+        if any(content in names for names in PLACEHOLDERS.values()) or (before and not _NOTICE.search(content)):
             break
         last = kept.pop()
         if not is_blank(before):

@@ -29,10 +29,11 @@ CSCONV_RULES = (
 )  # fmt: skip
 """The rules in order of application. The paper checks the quality before it counts; the result is the same, and rules
 are cheaper than a model."""
-BUNDLED_CALLS = Path(__file__).parent / "data" / "calls.jsonl"
-"""A few calls of our own; every rule drops one of them."""
-BUNDLED_ANSWERS = Path(__file__).parent / "data" / "call_answers.jsonl"
-"""Our own answers about the bundled calls, by call and task, instead of a model's answers."""
+_DATA = Path(__file__).parent / "data"
+BUNDLED_CALLS = {language: _DATA / f"calls.{language}.jsonl" for language in ("zh", "en")}
+"""By language, a few calls of our own; every rule drops one of them."""
+BUNDLED_ANSWERS = {language: _DATA / f"call_answers.{language}.jsonl" for language in BUNDLED_CALLS}
+"""By language, our own answers about the bundled calls, by call and task, instead of a model's answers."""
 
 
 ObservedAskFn = Callable[..., Awaitable[Any]]
@@ -220,8 +221,8 @@ def ask_mock(language: str) -> ObservedAskFn:
         InputError: (when asked) about any other call.
     """
     script: dict[tuple[str, str], dict[str, Any]] = {}
-    answers = {row["id"]: row for _, row in read_jsonl(BUNDLED_ANSWERS)}
-    for each in read_calls(BUNDLED_CALLS):
+    answers = {row["id"]: row for _, row in read_jsonl(BUNDLED_ANSWERS[language])}
+    for each in read_calls(BUNDLED_CALLS[language]):
         row, text = answers.get(each.id, {}), as_text(merge_turns(each.utterances), language)
         script |= {(task, text): row[task] for task in ("call_check", "rewrite") if task in row}
         if "quality" in row:

@@ -5,7 +5,7 @@ A few dialogues of the mock backend run through the real prompts.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rich.table import Table
 
@@ -19,9 +19,9 @@ from csc_train.synthesis.rolecs.store import SynthesisStore
 
 NUM_DIALOGUES = 30
 """Dialogues that the estimate is based on."""
-PROMPT_TOKENS_PER_CHARACTER, ANSWER_TOKENS_PER_CHARACTER = 0.72, 0.49
-"""For Chinese prompts and JSON answers, counted on the mock backend's by the tokenizer of Llama 3.1; Qwen2.5's counts
-0.63 and 0.44."""
+TOKENS_PER_CHARACTER = {"zh": (0.72, 0.49), "en": (0.23, 0.28)}
+"""Of prompts and of JSON answers, by language, counted on the mock backend's by the tokenizer of Llama 3.1; Qwen2.5's
+counts 0.63 and 0.44 in Chinese, and 0.23 and 0.26 in English."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,24 @@ def estimate_usage(
     """The expected use of `target` accepted dialogues, by role.
 
     The mock backend's dialogues have about 23 utterances, and one in nine is rejected; a model's may differ in both.
-    The mock backend supports Chinese only, so Chinese prompts stand in for English ones.
     """
-    chinese = replace(config, language="zh", topics=[], moods=[])
     sample = min(target, NUM_DIALOGUES)
     store = SynthesisStore(":memory:", {})
-    profiles = generate_profiles(min(personas, sample), config.seed, "zh")
-    rest = MockBackend("zh"), store, sample, BudgetConfig()
+    profiles = generate_profiles(min(personas, sample), config.seed, config.language)
+    rest = MockBackend(config.language), store, sample, BudgetConfig()
 
     async def run() -> None:
-        await SynthesisRunner(chinese, rolecs_check, DuplicatesConfig(), profiles, *rest).run()
+        await SynthesisRunner(config, rolecs_check, DuplicatesConfig(), profiles, *rest).run()
 
     asyncio.run(run())
     estimates = []
+    per_prompt, per_answer = TOKENS_PER_CHARACTER[config.language]
     for role, usage in store.usage().items():
         # Every persona is written once, however many dialogues it is in.
         scale = min(personas, target) / usage.calls if role == "persona" else target / sample
         model = role_llm(role, llm, config.roles)
-        prompt = round(usage.prompt_tokens * scale * PROMPT_TOKENS_PER_CHARACTER)
-        answer = round(usage.completion_tokens * scale * ANSWER_TOKENS_PER_CHARACTER)
+        prompt = round(usage.prompt_tokens * scale * per_prompt)
+        answer = round(usage.completion_tokens * scale * per_answer)
         calls = round(usage.calls * scale)
         estimates.append(RoleEstimate(role, model.model, calls, prompt, answer, model.cost(prompt, answer)))
     store.close()
