@@ -24,6 +24,7 @@ def main(config: CompareRecipe) -> None:
 
     from csc_train.config.compose import to_container
     from csc_train.evaluation.comparison import compare
+    from csc_train.evaluation.evaluated_model import read_language
     from csc_train.evaluation.report.tables import comparison_table, markdown_tables, rich_table
     from csc_train.files import write_json, write_text
     from csc_train.inference.predictions import read_run_predictions
@@ -41,7 +42,7 @@ def main(config: CompareRecipe) -> None:
 
     # Differences
     a, b = (run.predictions[system] for run, system in zip(runs, systems, strict=True))
-    rows = compare(a, b, config.metrics, config.permutations, names)
+    rows = compare(a, b, config.metrics, config.permutations, names, read_language(config.a))
 
     # Table
     run.start({})

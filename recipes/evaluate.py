@@ -53,6 +53,8 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.inference.predictions import describe_kinds
     from csc_train.runs.directory import Run, claim_run
     from csc_train.runs.distributed import distributed_state, on_main, require_single_process
+    from csc_train.template.config import TemplateConfig
+    from csc_train.template.system_prompt import prompt_language
     from csc_train.tracking.wandb import attach_evaluation
 
     if config.score_only or config.llm:
@@ -77,6 +79,7 @@ def main(config: EvaluateRecipe) -> None:
         provide_sample(data)
     state.wait_for_everyone()
     splits = read_and_check_splits(data, run.directory if run.is_main else None)
+    language = prompt_language(splits.evaluation, getattr(template, "config", template))
     trained = find_trained(model, splits, data) if model else []
     hashes = model.hashes if model else {"system": systems.system_hash(config.predictions, config.llm)}
     inputs = {"train": data_digest(splits.train), "evaluation": data_digest(splits.evaluation)} | hashes
@@ -87,8 +90,8 @@ def main(config: EvaluateRecipe) -> None:
         usable_model(source, run.directory / "exported", base) if model and not config.llm else config.checkpoint
     )
     evaluated = systems.build_systems(
-        splits.train, config.evaluation, hashes["system"], template, state, directory, base, config.llm,
-        model.name if model else "",
+        splits.train, config.evaluation, hashes["system"], template or TemplateConfig(language=language), state,
+        directory, base, config.llm, model.name if model else "",
     )  # fmt: skip
     place = run.directory, evaluated, config.evaluation.contexts, splits.evaluation
     if status == "finished" and not systems.any_missing(*place):
@@ -97,9 +100,8 @@ def main(config: EvaluateRecipe) -> None:
         return
     if run.is_main:
         write_dialogues(run.directory / "dialogues.jsonl", splits.evaluation)
-        write_contamination(run.directory, find_contamination(splits, data.overlap_threshold, trained))
-        if model:
-            write_evaluated(run.directory, model)
+        write_contamination(run.directory, find_contamination(splits, data.overlap_threshold, trained, language))
+        write_evaluated(run.directory, model, language, config.plugins)
     systems.predict_missing(*place, state)
     if not run.is_main:
         return
@@ -137,7 +139,7 @@ def score_and_show(directory: Path, config: EvaluateRecipe) -> "ScoredRun":
     facts = provenance() | {"metrics": settings["metrics"]}
     write_results(directory, scored.results, scored.drifts, facts, scored.contamination)
     write_html(directory, scored, settings, read_json(directory / RECORD_FILE))
-    Console().print(*(console_table(scored.results, profile) for profile in config.metrics.profiles))
+    Console().print(*(console_table(scored.results, profile) for profile in scored.profiles))
     for counts in turn_counts(scored.results, brief=True):
         logger.info(f"turns: {counts}")
     logger.info(f"report: {directory}/report.html (also table.md, results.json); predictions: {directory}/predictions")

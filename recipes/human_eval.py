@@ -35,12 +35,14 @@ def export_form(config: HumanEvalRecipe, run) -> None:
 
     from csc_train.data.readers import read_dialogues
     from csc_train.evaluation.comparison import align_reference_context, left_out_note
+    from csc_train.evaluation.evaluated_model import read_language
     from csc_train.evaluation.judges.annotation_form import FORM_FILE, KEY_FILE, draw_annotation_form
     from csc_train.files import file_digest, write_json, write_text
 
     names, sides, left_out = align_reference_context(tuple(config.inputs), (config.system_a, config.system_b))
     dialogues = Path(config.inputs[0]) / "dialogues.jsonl"
     by_id = {dialogue.id: dialogue for dialogue in read_dialogues(dialogues)}
+    config.human.language = config.human.language or read_language(config.inputs[0])
     page, key = draw_annotation_form(sides, by_id, names, config.human, left_out)
 
     run.start({"dialogues": file_digest(dialogues), "form": key.form})

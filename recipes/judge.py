@@ -23,6 +23,7 @@ def main(config: JudgeRecipe) -> None:
     from csc_train.config.compose import to_container
     from csc_train.data.readers import read_dialogues
     from csc_train.evaluation.comparison import align_reference_context
+    from csc_train.evaluation.evaluated_model import read_language
     from csc_train.evaluation.judges.llm_judge import (
         judge,
         judge_json,
@@ -45,6 +46,7 @@ def main(config: JudgeRecipe) -> None:
     sampled = sample_turns(sides[0], config.judge)
     a, b = ([side.predictions[index] for index in sampled] for side in sides)
     dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(Path(config.a) / "dialogues.jsonl")}
+    config.judge.language = config.judge.language or read_language(config.a)
     asked = judge_questions(a, b, dialogues, config.judge)
 
     # Answers

@@ -114,7 +114,7 @@ def decorated(**fields):
         ),
         ({"name": ""}, "field 'name' is missing: give name=..."),
         ({"profiles": []}, "field 'profiles' is missing"),
-        ({"profiles": ["zk"]}, "profiles=zk: choose one of paper, zh, strategy, .* Did you mean 'zh'?"),
+        ({"profiles": ["zk"]}, "profiles=zk: choose one of paper, zh, en, strategy, .* Did you mean 'zh'?"),
         ({"direction": "highest"}, "direction=highest: choose one of higher, lower, none. Did you mean 'higher'?"),
         ({"units": "turns"}, "unknown field 'units'. Did you mean 'unit'?"),
     ],
@@ -154,6 +154,7 @@ def test_every_built_in_metric_is_registered_once_in_column_order():
     assert names == {
         "paper": ["B-2", "B-4", "R-L", "BS", "BR", "ACC"],
         "zh": ["B-2", "B-4", "R-L char", "R-L word", "BS", "BS rescaled", "ACC"],
+        "en": ["B-2", "B-4", "R-L", "BS", "BR", "ACC"],
     }
     lower = {spec.name for spec in registry.METRICS if spec.direction == "lower"}
     assert lower == {"ECE", "NLL", "perplexity", "repeated strategy", "stage regressions", "new numbers"}

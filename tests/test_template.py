@@ -1,7 +1,6 @@
 """Token ids and weights, on small tokenizers of our own and on the published ones."""
 
 import random
-import re
 from importlib import resources
 
 import pytest
@@ -15,7 +14,7 @@ from csc_train.template.chat_templates import chat_template_names
 from csc_train.template.config import MODES, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenType, chat_messages
 from csc_train.template.reply import Reply, format_reply, parse_reply
-from csc_train.template.system_prompt import language_note, system_prompt
+from csc_train.template.system_prompt import system_prompt
 
 EMPATHY = parse_strategy("情感管理")
 GREETING = parse_strategy("礼貌问候")
@@ -391,35 +390,3 @@ def test_the_fingerprint_tells_modes_languages_and_templates_apart():
         DialogueTemplate(tokenizer, name, config).fingerprint for config in configs for name in ("qwen2_5", "qwen3")
     }
     assert len(prints) == 12
-
-
-CHINESE, ENGLISH = (
-    "您好，很高兴为您服务，您购买的手机 V15 今天上午已经发出。",
-    "Hello, your order has shipped from 北京.",
-)
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize(
-    ("texts", "known"),
-    [
-        ([CHINESE], "zh"),
-        ([ENGLISH], "en"),
-        ([CHINESE, CHINESE, "OK, bye"], "zh"),
-        ([ENGLISH, ENGLISH, "谢谢"], "en"),
-        (["好的 OK 谢谢 bye"], None),  # in both
-        (["123 ❤"], None),
-        (["Bonjour, votre commande est prête."], "en"),  # not Chinese
-        ([], None),
-    ],
-)
-def test_a_prompt_in_another_language_than_the_dialogues_is_noted(texts, known, language):
-    dialogues = [Dialogue(str(n), (Turn(Speaker.SUPPORTER, text, EMPATHY),)) for n, text in enumerate(texts)]
-    note = language_note(dialogues, language)
-    if known in (None, language):
-        assert note is None
-    else:
-        assert re.match(
-            rf"note: \d+% of the letters in the training dialogues are Chinese, but template.language={language}", note
-        )
-        assert f"choose template.language={known} " in note

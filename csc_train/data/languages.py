@@ -1,11 +1,13 @@
 """The languages of dialogues: labels of the strategies, system prompt, speakers, and which metrics suit them."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
@@ -14,9 +16,14 @@ from csc_train.errors import InputError, check_choice
 from csc_train.plugins import check_entry, note_registration
 from csc_train.templates import read_text, read_yaml, render_source
 
+if TYPE_CHECKING:
+    from py3langid.langid import LanguageIdentifier
+
 NUM_STRATEGIES = 12
 STAGE_NAMES = ("CONNECTING", "IDENTIFYING", "EXPLORING", "RESOLVING", "MAINTAINING")
 """The stages of a conversation, in their typical order; `strategies.Stage` has them as an enumeration."""
+DETECTED = 200
+"""Texts of which `detect_language` looks at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,3 +117,22 @@ def register_language(**fields: Any) -> Language:
         LANGUAGE_CODES.append(language.code)
     note_registration("a plugin")  # built-in languages are in the table from the start
     return LANGUAGES[language.code]
+
+
+def detect_language(texts: Iterable[str]) -> tuple[str | None, float]:
+    """The code of the language that most of the first `DETECTED` texts are in, and their share; it may be unknown here.
+
+    None, with the share of such texts, if most are too short or too mixed to tell.
+    """
+    found = Counter(_identifier().classify(text)[0] for text in itertools.islice(texts, DETECTED))
+    (code, count), *_ = found.most_common(1) or [("und", 0)]
+    return (None if code == "und" else code), count / max(found.total(), 1)
+
+
+@cache
+def _identifier() -> "LanguageIdentifier":
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=0.8)
+    identifier.set_languages(set(identifier.labels) - {"wuu", "yue"})  # their writing is hard to tell from zh
+    return identifier

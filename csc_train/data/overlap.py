@@ -1,5 +1,6 @@
 """Overlap of training and evaluation data: equal, nearly equal and partly shared dialogues."""
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -8,11 +9,14 @@ from dataclasses import dataclass
 import numpy
 
 from csc_train.data.dialogue import Dialogue
+from csc_train.data.languages import get_language
 from csc_train.data.near_duplicates import NearDuplicateIndex
+from csc_train.data.segmentation import split_words
 from csc_train.progress import ProgressBar
 
 NGRAM = 13
-"""Characters in an n-gram of `find_shared_text`: about eight Chinese words, more than a stock phrase has."""
+"""Words in an n-gram of `find_shared_text` where white space separates words (as Brown et al., "Language models are
+few-shot learners", 2020), else characters: about eight Chinese words, more than a stock phrase has."""
 _BATCH = 256
 _PLACEHOLDER = re.compile(r"\[[^\[\]\n]*\]")
 
@@ -61,18 +65,23 @@ def best_overlaps(overlaps: Iterable[Overlap]) -> list[Overlap]:
     return list(best.values())
 
 
-def find_shared_text(train: list[Dialogue], evaluation: list[Dialogue], threshold: float = 0.5) -> list[Overlap]:
+def find_shared_text(
+    train: list[Dialogue], evaluation: list[Dialogue], threshold: float = 0.5, language: str = "zh"
+) -> list[Overlap]:
     """The training dialogue that contains most of each evaluation dialogue, in the order of `evaluation`.
 
-    Compares the distinct n-grams of `NGRAM` characters within turns. White space is ignored, and every placeholder such
-    as `[手机号码]` counts as the same one character. Turns shorter than an n-gram, such as greetings, are ignored.
+    Compares the distinct n-grams of `NGRAM` characters, or words without case and punctuation, within turns. White
+    space is ignored, and every placeholder such as `[手机号码]` counts as the same one. Turns shorter than an n-gram,
+    such as greetings, are ignored.
 
     Args:
         threshold: least share (0..1) of the evaluation dialogue's n-grams; among equal shares the earliest wins.
+        language: tells whether white space separates words.
     """
     from scipy.sparse import csr_array
 
-    wanted = [_ngrams(dialogue) for dialogue in evaluation]
+    ngrams = functools.partial(_ngrams, spaced=get_language(language).spaced_words)
+    wanted = [*map(ngrams, evaluation)]
     columns: dict[str, int] = {}
     for gram in itertools.chain.from_iterable(wanted):
         columns.setdefault(gram, len(columns))
@@ -86,7 +95,7 @@ def find_shared_text(train: list[Dialogue], evaluation: list[Dialogue], threshol
         indices = numpy.fromiter(itertools.chain.from_iterable(hits), numpy.int32, ends[-1])
         return csr_array((numpy.ones(ends[-1], numpy.int32), indices, ends), shape=(len(hits), len(columns)))
 
-    train_incidence = incidence(map(_ngrams, train)).T.tocsr()
+    train_incidence = incidence(map(ngrams, train)).T.tocsr()
     overlaps = []
     for start in range(0, len(evaluation), _BATCH):
         batch = wanted[start : start + _BATCH]
@@ -102,7 +111,11 @@ def _texts(dialogue: Dialogue) -> tuple[str, ...]:
     return tuple(turn.text for turn in dialogue.turns)
 
 
-def _ngrams(dialogue: Dialogue) -> set[str]:
-    """All runs of `NGRAM` characters within the dialogue's turns; see `find_shared_text`."""
-    texts = ("".join(_PLACEHOLDER.sub("□", text).split()) for text in _texts(dialogue))
-    return {text[start : start + NGRAM] for text in texts for start in range(len(text) - NGRAM + 1)}
+def _ngrams(dialogue: Dialogue, spaced: bool) -> set[str]:
+    """All runs of `NGRAM` words or characters within the dialogue's turns; see `find_shared_text`."""
+    texts = [_PLACEHOLDER.sub("□", text) for text in _texts(dialogue)]
+    if not spaced:
+        joined = ["".join(text.split()) for text in texts]
+        return {text[start : start + NGRAM] for text in joined for start in range(len(text) - NGRAM + 1)}
+    words = [[word for word in split_words(text) if word == "□" or any(map(str.isalnum, word))] for text in texts]
+    return {" ".join(each[start : start + NGRAM]) for each in words for start in range(len(each) - NGRAM + 1)}

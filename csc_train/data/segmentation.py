@@ -1,4 +1,4 @@
-"""Segmentation of Chinese text into words, by jieba."""
+"""Segmentation of text into words: Chinese by jieba, that of other languages at white space and punctuation."""
 
 import functools
 import warnings
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import jieba
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 
 @functools.cache
@@ -24,6 +25,18 @@ def _segmenter() -> "jieba.Tokenizer":
 def segment_words(text: str) -> list[str]:
     """The jieba words of `text` (default dictionary, HMM on), without white space."""
     return [word for word in _segmenter().lcut(text) if not word.isspace()]
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text in lower case, and its punctuation, by sacrebleu's tokenizer 13a."""
+    return _tokenizer_13a()(text.casefold()).split()
+
+
+@functools.cache
+def _tokenizer_13a() -> "Tokenizer13a":
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    return Tokenizer13a()
 
 
 def word_end_offsets(text: str) -> set[int]:

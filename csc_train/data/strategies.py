@@ -55,7 +55,11 @@ class Strategy:
     @property
     def label(self) -> str:
         """The label as the published data writes it, such as `策略5 情感管理`."""
-        return f"策略{self.number} {self.zh}"
+        return self.numbered("zh")
+
+    def numbered(self, language: str) -> str:
+        """Number and name: `策略5 情感管理`, `5 Emotional Management`."""
+        return f"{'策略' if language == 'zh' else ''}{self.number} {self.name(language)}"
 
     def __str__(self) -> str:
         return self.label

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from csc_train.errors import InputError
-from csc_train.evaluation.config import PROFILES, MetricsConfig
+from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.metrics.base import Metric
-from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, metrics_in_profiles
+from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, chosen_profiles, metrics_in_profiles
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.predictions import Prediction, read_run_predictions
 from csc_train.stats import CONFIDENCE_LEVEL, Statistic, holm_correction, mcnemar_test, sign_flip_test
@@ -90,6 +90,7 @@ def compare(
     config: MetricsConfig,
     permutations: int,
     names: tuple[str, str] = ("A", "B"),
+    language: str = "zh",
 ) -> list[Difference]:
     """Compare two systems in every metric and context that both have.
 
@@ -97,6 +98,7 @@ def compare(
         a, b: their predictions by context.
         permutations: permutations of the sign-flip test.
         names: what errors call the two.
+        language: of the dialogues.
 
     Raises:
         InputError: the two have no context or no turn in common, or differ in a reference.
@@ -107,13 +109,19 @@ def compare(
             f"{name} was evaluated in {' and '.join(each)} context" for name, each in zip(names, (a, b), strict=True)
         ]
         raise InputError(f"no context in common: {', '.join(has)}")
-    shared = {context: align_tables(a[context], b[context], *names) for context in contexts}
+    shared = {context: align_tables(a[context], b[context], *names, language=language) for context in contexts}
     _require_turns((sides for sides, _ in shared.values()), names)
     rows = []
     for context, (sides, left_out) in shared.items():
-        for spec in metrics_in_profiles((*config.profiles, *SECTIONS)):
+        profiles = chosen_profiles(config, sides[0])
+        for spec in metrics_in_profiles((*profiles, *SECTIONS)):
             if spec.compare:
-                row = {"context": context, "metric": _metric_name(spec), "turns": len(sides[0]), "left_out": left_out}
+                row = {
+                    "context": context,
+                    "metric": _metric_name(spec, profiles),
+                    "turns": len(sides[0]),
+                    "left_out": left_out,
+                }
                 pair = [spec.function(table, config) for table in sides]
                 rows.append(
                     row | _difference(spec.name, pair[0], pair[1], sides, config.bootstrap_resamples, permutations)
@@ -125,10 +133,10 @@ def compare(
     return [Difference(**row) for row in rows]
 
 
-def _metric_name(spec: MetricSpec) -> str:
-    """The metric's name, after the profile if it is of one only: names are unique within a profile."""
-    (first, *others) = spec.profiles
-    return spec.name if others or first not in PROFILES else f"{first} {spec.name}"
+def _metric_name(spec: MetricSpec, profiles: Sequence[str]) -> str:
+    """The metric's name, after its profile if it is of one of several only: names are unique within a profile."""
+    own = [profile for profile in profiles if profile in spec.profiles]
+    return f"{own[0]} {spec.name}" if len(own) == 1 < len(profiles) else spec.name
 
 
 def _difference(

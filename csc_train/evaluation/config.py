@@ -34,6 +34,7 @@ PROFILES = {
     "paper": "B-2, B-4, R-L, BS and BR are reconstructions: the paper does not publish its metric code. "
     "R-L sees digits and Latin letters only.",
     "zh": "Our own choice of metrics for Chinese; the paper does not report these.",
+    "en": "The paper's six metrics over words, for languages whose words white space separates; our own choice.",
 }
 """Metric profiles, each with the note below its table."""
 
@@ -46,12 +47,14 @@ class MetricsConfig:
         InputError: an unknown profile, a number out of range, or a path that is no model directory.
     """
 
-    profiles: list[str] = field(default_factory=lambda: list(PROFILES))
-    """Tables of metrics. paper: a reconstruction of the paper's metrics. zh: metrics for Chinese text."""
+    profiles: list[str] | None = None
+    """Tables of metrics. paper: a reconstruction of the paper's metrics. zh: metrics for Chinese text. en: the paper's
+    metrics over words. Defaults to those of the language: [paper, zh] for zh, [en] for en."""
     bertscore_model: str | None = None
     """Directory or hub id of the BERTScore model, such as google-bert/bert-base-chinese. null prints n/a."""
     bertscore_layers: int = 8
-    """Model layer that BERTScore compares; 8 is the bert-score package's choice for bert-base-chinese."""
+    """Model layer that BERTScore compares; the bert-score package's choice is 8 for bert-base-chinese, 17 for
+    roberta-large."""
     bertscore_baseline: str | None = None
     """Baseline table (LAYER,P,R,F) for rescaling BERTScore. Defaults to the bert-score package's table for Chinese, if
     it has one for a model of this name."""
@@ -92,8 +95,8 @@ class JudgeConfig:
     """Turns to judge, drawn at random; null judges all."""
     seed: int = 0
     """Seed of the random draw and of the judge's sampling."""
-    language: str = "zh"
-    """Language of the judge's prompts: zh or en."""
+    language: str | None = None
+    """Language of the judge's prompts and of the strategies' names. Defaults to that of the first evaluation."""
     bootstrap_resamples: int = 1000
     """Bootstrap resamples of the dialogues for the 95 % intervals."""
     permutations: int = 10000
@@ -125,8 +128,8 @@ class HumanConfig:
     """Maximum items from one dialogue; null sets no limit."""
     seed: int = 0
     """Seed of the random draw, of the order of items and of the order of replies."""
-    language: str = "zh"
-    """Language of the annotation form: zh or en."""
+    language: str | None = None
+    """Language of the annotation form and of the strategies' names. Defaults to that of the first evaluation."""
     show_strategies: str = "hidden"
     """Strategies on the annotation form. hidden: none. own: that of each reply. reference: that of the gold turn."""
     criteria: list[str] = field(default_factory=lambda: list(CRITERIA_NAMES))

@@ -9,6 +9,7 @@ from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from csc_train.data.languages import get_language
 from csc_train.data.near_duplicates import SHINGLE_LENGTH
 from csc_train.data.overlap import NGRAM, Overlap, find_shared_text
 from csc_train.data.splits import Splits
@@ -46,19 +47,25 @@ class Contamination:
         return f"{len(self.flagged)} of {self.evaluation} evaluation dialogues are flagged. {self.definition}"
 
 
-def find_contamination(splits: Splits, near: float, trained: Sequence[Overlap] = ()) -> Contamination:
+def find_contamination(
+    splits: Splits, near: float, trained: Sequence[Overlap] = (), language: str = "zh"
+) -> Contamination:
     """Search for overlaps; those with dropped training dialogues do not count.
 
     Args:
         near: the minimum Jaccard similarity of nearly equal dialogues in `splits`.
         trained: overlaps with the record of the model's training dialogues (see `evaluated_model.find_trained`).
+        language: of the dialogues.
     """
     kept = {dialogue.id for dialogue in splits.train}
     overlaps = [overlap for overlap in splits.overlaps if overlap.train_id in kept]
-    overlaps += find_shared_text(splits.train, splits.evaluation, MIN_SHARED)
+    overlaps += find_shared_text(splits.train, splits.evaluation, MIN_SHARED, language)
+    spaced = get_language(language).spaced_words
+    ignored = "case and punctuation are ignored" if spaced else "white space is ignored"
     definition = read_yaml(__package__, "notes.yaml")["contamination"].format(
-        training=len(splits.train), shingle=SHINGLE_LENGTH, near=near, share=100 * MIN_SHARED, ngram=NGRAM
-    )
+        training=len(splits.train), shingle=SHINGLE_LENGTH, near=near, share=100 * MIN_SHARED, ngram=NGRAM,
+        unit="words" if spaced else "characters", ignored=ignored,
+    )  # fmt: skip
     if trained:
         overlaps += trained
         definition += " " + read_yaml(__package__, "notes.yaml")["training_record"]

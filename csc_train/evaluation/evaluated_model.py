@@ -5,18 +5,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from csc_train.checkpoints.base_model import BaseModel, find_base
 from csc_train.checkpoints.locate import MODEL_FOLDER, ModelSource, open_source
 from csc_train.checkpoints.manifest import Manifest
 from csc_train.data.config import DataConfig
 from csc_train.data.dialogue import data_digest
+from csc_train.data.languages import get_language
 from csc_train.data.overlap import Overlap
 from csc_train.data.splits import Splits
 from csc_train.data.training_record import find_recorded, read_training_record
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
 from csc_train.inference.predictions import PLAIN_MODEL, TRAINED_MODEL
+from csc_train.plugins import load_recorded_plugins
 
 logger = logging.getLogger(__name__)
 MODEL_FILE = "evaluated_model.json"
@@ -95,20 +98,21 @@ def find_trained(model: EvaluatedModel, splits: Splits, data: DataConfig) -> lis
     return found
 
 
-def write_evaluated(directory: Path, model: EvaluatedModel) -> None:
-    """Write what was evaluated into the run directory.
+def write_evaluated(directory: Path, model: EvaluatedModel | None, language: str, plugins: Sequence[str]) -> None:
+    """Write what was evaluated into the run directory: the model, if any, the language, and the plugins.
 
     Raises:
         InputError: it cannot be written.
     """
-    facts = {
+    facts = model and {
         "path": str(model.source.path),
         "content_hash": model.content_hash,
         "base": model.base and asdict(model.base),
         "unverified": model.unverified,
         "manifest": asdict(model.source.manifest),
     }
-    write_json(directory / MODEL_FILE, facts)
+    plugins = [*plugins, *(model.source.manifest.config.get("plugins", ()) if model else ())]
+    write_json(directory / MODEL_FILE, {"language": language, "plugins": plugins, **(facts or {})})
 
 
 def read_evaluated(directory: str | os.PathLike) -> tuple[Manifest | None, Sequence[str]]:
@@ -117,8 +121,22 @@ def read_evaluated(directory: str | os.PathLike) -> tuple[Manifest | None, Seque
     Raises:
         InputError: the file cannot be read.
     """
+    facts = _read_facts(directory)
+    return (Manifest(**facts["manifest"]), facts["unverified"]) if "manifest" in facts else (None, ())
+
+
+def read_language(directory: str | os.PathLike) -> str:
+    """The language of an evaluation; its plugins, of which one may have registered it, are loaded.
+
+    Raises:
+        InputError: the file cannot be read, or the language is not known.
+    """
+    facts = _read_facts(directory)
+    load_recorded_plugins(facts.get("plugins", ()))
+    # An earlier version of this project wrote the manifest only, and that of a model only.
+    return get_language(facts.get("language") or facts.get("manifest", {}).get("language", "zh")).code
+
+
+def _read_facts(directory: str | os.PathLike) -> dict[str, Any]:
     path = Path(directory) / MODEL_FILE
-    if not path.exists():
-        return None, ()
-    facts = read_json(path)
-    return Manifest(**facts["manifest"]), facts["unverified"]
+    return read_json(path) if path.exists() else {}

@@ -14,10 +14,11 @@ from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import Contamination, read_contamination
+from csc_train.evaluation.evaluated_model import read_language
 from csc_train.evaluation.metrics import likelihood, replies, strategy
 from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.metrics.model_based import fetch_models
-from csc_train.evaluation.metrics.registry import SECTIONS, compute_metrics, metrics_in_profiles
+from csc_train.evaluation.metrics.registry import SECTIONS, chosen_profiles, compute_metrics, metrics_in_profiles
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.config import CONTEXTS
 from csc_train.inference.predictions import FailedTurn, Prediction, RunPredictions, missing_turns, read_run_predictions
@@ -40,6 +41,7 @@ class ScoredRun:
         run: predictions and failed turns.
         dialogues: the evaluation dialogues.
         contamination: None if the run did not search for it.
+        language: of the dialogues.
     """
 
     results: Results
@@ -47,6 +49,12 @@ class ScoredRun:
     run: RunPredictions
     dialogues: list[Dialogue]
     contamination: Contamination | None
+    language: str
+
+    @property
+    def profiles(self) -> list[str]:
+        """The metric profiles, in the order of the tables."""
+        return list(next(iter(self.results[next(iter(self.results))].values()))["profiles"])
 
     @property
     def incomplete(self) -> bool:
@@ -69,20 +77,20 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig, max_failed: f
     run = read_run_predictions(directory)
     check_complete(run, dialogues)
     contamination = read_contamination(directory)
-    flagged = contamination.flagged if contamination else ()
+    flagged, language = contamination.flagged if contamination else (), read_language(directory)
     results: Results = {name: {} for name in run.predictions}
     places = [(name, context) for name, contexts in run.predictions.items() for context in contexts]
     for name, context in ProgressBar(places, "scoring", unit="table"):
         failed = {"failures": run.failures[name][context], "max_failed": max_failed}
         results[name][context] = score_predictions(
-            run.predictions[name][context], by_id, config, **failed, flagged=flagged
+            run.predictions[name][context], by_id, config, **failed, flagged=flagged, language=language
         )
     drifts = {
-        name: context_drift(contexts["reference"], contexts["generated"], by_id, config)
+        name: context_drift(contexts["reference"], contexts["generated"], by_id, config, language)
         for name, contexts in run.predictions.items()
         if len(contexts) == 2
     }
-    return ScoredRun(results, drifts, run, dialogues, contamination)
+    return ScoredRun(results, drifts, run, dialogues, contamination, language)
 
 
 def prepare_metrics(config: MetricsConfig) -> None:
@@ -116,6 +124,7 @@ def score_predictions(
     failures: Sequence[FailedTurn] = (),
     max_failed: float = 1.0,
     flagged: Collection[str] = (),
+    language: str = "zh",
 ) -> dict[str, Any]:
     """Score one system's predictions in one context.
 
@@ -124,6 +133,7 @@ def score_predictions(
         failures: turns that could not be predicted; they are counted, not scored.
         max_failed: see `EvaluationConfig`.
         flagged: ids of contaminated dialogues (see `contamination`).
+        language: of the dialogues; the names of strategies are in it.
 
     Returns:
         `profiles`: by profile and name, a `MetricResult`. `strategy`, `likelihood`: results by name. `process`,
@@ -138,10 +148,11 @@ def score_predictions(
     Raises:
         InputError: a metric model cannot be loaded, or a turn is predicted twice.
     """
-    table, resamples = PredictionTable(predictions, dialogues), config.bootstrap_resamples
-    metrics = compute_metrics(table, config, (*config.profiles, *SECTIONS))
+    table, resamples = PredictionTable(predictions, dialogues, language), config.bootstrap_resamples
+    chosen_tables = chosen_profiles(config, table)
+    metrics = compute_metrics(table, config, (*chosen_tables, *SECTIONS))
     gold = compute_metrics(table.gold, config, ("process", "reply"))
-    profiles = {profile: metrics[profile] for profile in config.profiles}
+    profiles = {profile: metrics[profile] for profile in chosen_tables}
     by_position = _position_metrics(table, config)
     chosen = table.predicts_strategy
     return {
@@ -196,7 +207,7 @@ def _results(
 
 def _position_metrics(table: PredictionTable, config: MetricsConfig) -> dict[str, Metric]:
     """The metrics that are shown by supporter turn: ACC first, then those of earlier columns."""
-    specs = [spec for spec in metrics_in_profiles((*config.profiles, *SECTIONS)) if spec.by_position]
+    specs = [spec for spec in metrics_in_profiles((*chosen_profiles(config, table), *SECTIONS)) if spec.by_position]
     return {spec.name: spec.function(table, config) for spec in reversed(specs)}
 
 
@@ -219,6 +230,7 @@ def context_drift(
     generated: Sequence[Prediction],
     dialogues: Mapping[str, Dialogue],
     config: MetricsConfig,
+    language: str = "zh",
 ) -> list[dict[str, Any]]:
     """The drop of each metric when a system continues from its own turns, by supporter turn.
 
@@ -231,7 +243,7 @@ def context_drift(
     Raises:
         InputError: the references of the two differ.
     """
-    sides, _ = align_tables(reference, generated, "reference context", "generated context", dialogues)
+    sides, _ = align_tables(reference, generated, "reference context", "generated context", dialogues, language)
     resamples = config.bootstrap_resamples
     metrics = [_position_metrics(table, config) for table in sides]
     rows = []

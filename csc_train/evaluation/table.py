@@ -5,11 +5,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 
 import numpy
 
 from csc_train.data.dialogue import Dialogue
-from csc_train.data.segmentation import segment_words
+from csc_train.data.languages import get_language
+from csc_train.data.segmentation import segment_words, split_words
 from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.inference.predictions import Prediction
@@ -23,6 +25,7 @@ class PredictionTable:
     Attributes:
         predictions: the turns themselves.
         dialogues: by id; None if not known.
+        language: of the dialogues.
         dialogue: int [turns], the dialogue of each turn, counted from 0.
         position: int [turns], the index of each turn among the supporter turns of its dialogue, from 0.
         longest: supporter turns of the longest dialogue.
@@ -35,7 +38,9 @@ class PredictionTable:
     NO_CHOICE = "this mode predicts no strategy"
     """Why metrics of strategies are n/a, unless `predicts_strategy`."""
 
-    def __init__(self, predictions: Sequence[Prediction], dialogues: Mapping[str, Dialogue] | None = None):
+    def __init__(
+        self, predictions: Sequence[Prediction], dialogues: Mapping[str, Dialogue] | None = None, language: str = "zh"
+    ):
         """Sort the predictions.
 
         Args:
@@ -45,7 +50,7 @@ class PredictionTable:
             InputError: a turn is predicted twice, or is no supporter turn of its dialogue.
         """
         self.predictions = sorted(predictions, key=lambda each: each.key)
-        self.dialogues = dialogues
+        self.dialogues, self.language = dialogues, language
         keys = self.keys
         for key, following in itertools.pairwise(keys):
             if key == following:
@@ -98,8 +103,25 @@ class PredictionTable:
 
     @cached_property
     def words(self) -> list[tuple[list[str], list[str]]]:
-        """`pairs` in jieba words."""
-        return [(_segment(reply), _segment(reference)) for reply, reference in self.pairs]
+        """`pairs` in words; see `word_unit`."""
+        segment = split_words if self._spaced else _segment
+        return [(segment(reply), segment(reference)) for reply, reference in self.pairs]
+
+    @property
+    def _spaced(self) -> bool:
+        return get_language(self.language).spaced_words
+
+    @property
+    def word_unit(self) -> str:
+        """What `words` are: of jieba, or where white space separates words of sacrebleu's tokenizer 13a."""
+        return "words" if self._spaced else "jieba words"
+
+    @property
+    def segmenter(self) -> str:
+        """What makes `words`, for signatures."""
+        if self._spaced:
+            return f"words in lower case by the tokenizer 13a of sacrebleu {version('sacrebleu')}"
+        return f"jieba {version('jieba')} words"
 
     @cached_property
     def correct(self) -> numpy.ndarray:
@@ -119,7 +141,7 @@ class PredictionTable:
             )
             for each in self.predictions
         ]
-        return PredictionTable(predictions, self.dialogues)
+        return PredictionTable(predictions, self.dialogues, self.language)
 
 
 def align_tables(
@@ -128,18 +150,22 @@ def align_tables(
     name: str,
     other_name: str,
     dialogues: Mapping[str, Dialogue] | None = None,
+    language: str = "zh",
 ) -> tuple[tuple[PredictionTable, PredictionTable], int]:
     """Two tables of the same turns in the same order, and the number of turns that only one of them has.
 
     Args:
         name, other_name: what errors call the two.
+        language: of the dialogues.
 
     Raises:
         InputError: the references of a turn differ, or a turn is predicted twice.
     """
     keys = [{each.key for each in side} for side in (one, other)]
     shared = keys[0] & keys[1]
-    left, right = (PredictionTable([each for each in side if each.key in shared], dialogues) for side in (one, other))
+    left, right = (
+        PredictionTable([each for each in side if each.key in shared], dialogues, language) for side in (one, other)
+    )
     for first, second in zip(left.predictions, right.predictions, strict=True):
         references = {(each.reference_strategy, each.reference_response) for each in (first, second)}
         if len(references) > 1:

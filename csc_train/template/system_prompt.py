@@ -1,16 +1,14 @@
 """The system prompt of a language, and whether dialogues are in it."""
 
-import itertools
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from functools import cache
 
-import regex
-
 from csc_train.data.dialogue import Dialogue
-from csc_train.data.languages import Language, get_language
+from csc_train.data.languages import LANGUAGES, Language, detect_language, get_language
+from csc_train.template.config import TemplateConfig
 
-LANGUAGE_SAMPLE = 200
-"""Dialogues whose language is compared with that of the prompt."""
+logger = logging.getLogger(__name__)
 
 
 def system_prompt(mode: str, language: str) -> str:
@@ -24,17 +22,25 @@ def _rendered(language: Language, mode: str) -> str:
 
 
 def language_note(dialogues: Iterable[Dialogue], language: str) -> str | None:
-    """A note if the first dialogues are not in the language of the system prompt, else None.
-
-    Dialogues are Chinese if four of five letters are Chinese, English if one of five is; others are in both.
-    """
-    text = "".join(dialogue.text for dialogue in itertools.islice(dialogues, LANGUAGE_SAMPLE))
-    letters = len(regex.findall(r"\p{L}", text))
-    share = len(regex.findall(r"\p{Han}", text)) / letters if letters else 0.5
-    theirs = "zh" if share > 0.8 else "en" if share < 0.2 else language
-    if theirs == language:
+    """A note if most dialogues are in another language than the system prompt, else None."""
+    code, share = detect_language(dialogue.text for dialogue in dialogues)
+    if code is None or code == language.partition("-")[0]:
         return None
+    advice = f"choose template.language={code}" if code in LANGUAGES else "add theirs as docs/extending.md says,"
     return (
-        f"note: {share:.0%} of the letters in the training dialogues are Chinese, but template.language={language}: "
-        f"choose template.language={theirs} for a system prompt and labels in their language"
+        f"note: {share:.0%} of the dialogues are in the language {code}, but template.language={language}: {advice} "
+        "for a system prompt and labels in their language"
     )
+
+
+def prompt_language(dialogues: Sequence[Dialogue], given: TemplateConfig | None) -> str:
+    """The language of a prompt for dialogues: the given one, with a logged note if most are in another; else theirs.
+
+    A language that is not known here counts as en, dialogues whose language cannot be told as zh.
+    """
+    if given is None:
+        code, _ = detect_language(dialogue.text for dialogue in dialogues)
+        return "zh" if code is None else code if code in LANGUAGES else "en"
+    if note := language_note(dialogues, given.language):
+        logger.info(note)
+    return given.language

@@ -28,8 +28,8 @@ class EvaluateRecipe:
     llm: LLMConfig | None = None
     """A model on a server: the served checkpoint if `checkpoint` is set, else a prompted model."""
     template: TemplateConfig | None = None
-    """The prompt of a prompted model, which defaults to joint and Chinese; or of a checkpoint that another program
-    wrote. A checkpoint of this project has its own."""
+    """The prompt of a prompted model, which defaults to joint and the language of the dialogues; or of a checkpoint
+    that another program wrote. A checkpoint of this project has its own."""
     chat_template: str | None = None
     """With `template`: the chat template of a checkpoint that another program wrote (see `model.chat_template`); null
     takes that of its tokenizer."""

@@ -96,6 +96,7 @@ def draw_annotation_form(
         for side, name in zip(sides, names, strict=True):
             if not side.predicts_strategy:
                 raise InputError(f"human.show_strategies=own: {name} predicts none: choose hidden or reference")
+    language = config.language or "zh"
     differing = [
         index for index in sides[0].shuffled_indices(config.seed) if _differ(pairs[index][0], pairs[index][1], config)
     ]
@@ -118,14 +119,14 @@ def draw_annotation_form(
             raise InputError(f"dialogue {a.dialogue_id} is not among the run's dialogues")
         item, first = digest([secret, number])[:12], rng.choice("AB")
         ordered = (a, b) if first == "A" else (b, a)
-        shown.append({"id": item, **_shown(dialogues[a.dialogue_id], ordered, config)})
+        shown.append({"id": item, **_shown(dialogues[a.dialogue_id], ordered, config, language)})
         longer = len(a.response) - len(b.response)
         items.append(AnnotationItem(item=item, dialogue_id=a.dialogue_id, turn=a.turn, first=first, longer=longer))
-    described = {name: CRITERIA[name][get_language(config.language).texts] for name in config.criteria}
+    described = {name: CRITERIA[name][get_language(language).texts] for name in config.criteria}
     criteria = [{"id": name, "name": title, "definition": text} for name, (title, text) in described.items()]
     data = {"questions": [{"id": OVERALL}, *criteria], "items": shown}
     form = digest(data)[:16]
-    values = {"language": get_language(config.language).texts, "data": data | {"form": form}}
+    values = {"language": get_language(language).texts, "data": data | {"form": form}}
     page = render("csc_train.evaluation.report", "form.html.jinja", **values)
     key = UnblindingKey(
         form=form, a=names[0], b=names[1], questions=[OVERALL, *config.criteria], turns=len(pairs),
@@ -139,7 +140,7 @@ def _differ(a: Prediction, b: Prediction, config: HumanConfig) -> bool:
     return a.response != b.response or (config.show_strategies == "own" and a.strategy != b.strategy)
 
 
-def _shown(dialogue: Dialogue, replies: Sequence[Prediction], config: HumanConfig) -> dict[str, Any]:
+def _shown(dialogue: Dialogue, replies: Sequence[Prediction], config: HumanConfig, language: str) -> dict[str, Any]:
     """An item of the form: its history as (whether the supporter speaks, text), and the replies."""
 
     def strategy(number: int | None, display: str) -> list[str] | None:
@@ -147,7 +148,7 @@ def _shown(dialogue: Dialogue, replies: Sequence[Prediction], config: HumanConfi
         if not number or config.show_strategies != display:
             return None
         shown = STRATEGIES[number - 1]
-        return [shown.name(config.language), shown.definition(config.language)]
+        return [shown.name(language), shown.definition(language)]
 
     return {
         "history": [[each.strategy is not None, each.text] for each in dialogue.turns[: replies[0].turn]],

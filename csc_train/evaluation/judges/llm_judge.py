@@ -106,12 +106,13 @@ def judge_questions(
     Raises:
         InputError: a dialogue is missing.
     """
+    language = config.language or "zh"
     labelled = all(each.predicts_strategy for each in (*a, *b))
     asked = []
     for pair in zip(a, b, strict=True):
         if pair[0].dialogue_id not in dialogues:
             raise InputError(f"dialogue {pair[0].dialogue_id} is not among the run's dialogues")
-        shown = dict(zip("AB", (_shown(each, labelled, config.language) for each in pair), strict=True))
+        shown = dict(zip("AB", (_shown(each, labelled, language) for each in pair), strict=True))
         dialogue, turn = dialogues[pair[0].dialogue_id], pair[0].turn
         for task in config.tasks:
             if task == "pairwise" and shown["A"] == shown["B"]:
@@ -120,8 +121,8 @@ def judge_questions(
                 replies = [shown[name] for name in side]
                 facts = {"task": task, "history": dialogue.turns[:turn], "replies": replies}
                 messages = (
-                    {"role": "system", "content": _render(config.language, part="instructions", **facts)},
-                    {"role": "user", "content": _render(config.language, part="question", **facts)},
+                    {"role": "system", "content": _render(language, part="instructions", **facts)},
+                    {"role": "user", "content": _render(language, part="question", **facts)},
                 )
                 asked.append(JudgeQuestion(task, dialogue.id, turn, side, messages))
     return asked

@@ -128,24 +128,24 @@ def rouge_l_char_scores(table: PredictionTable) -> numpy.ndarray:
     return rouge_l([(characters(reply), characters(reference)) for reply, reference in table.pairs])
 
 
-def _paper_bleu(table: PredictionTable, column: int) -> Metric:
+def _sentence_bleu(table: PredictionTable, column: int) -> Metric:
     signature = (
-        f"nltk {version('nltk')} sentence BLEU on jieba {version('jieba')} words, smoothing method1, mean over turns, "
+        f"nltk {version('nltk')} sentence BLEU on {table.segmenter}, smoothing method1, mean over turns, "
         f"orders 1-{(2, 4)[column]}"
     )
-    return Metric(mean(_sentence_bleu_scores(table)[:, column]), signature)
+    return Metric(mean(_sentence_bleu_scores(table)[:, column]), signature, unit=table.word_unit)
 
 
-@metric(name="B-2", unit="jieba words", direction="higher", profiles=["paper"])
-def paper_bleu_2(table: PredictionTable) -> Metric:
+@metric(name="B-2", unit="words", direction="higher", profiles=["paper", "en"])
+def sentence_bleu_2(table: PredictionTable) -> Metric:
     """The paper's BLEU-2, reconstructed."""
-    return _paper_bleu(table, 0)
+    return _sentence_bleu(table, 0)
 
 
-@metric(name="B-4", unit="jieba words", direction="higher", profiles=["paper"])
-def paper_bleu_4(table: PredictionTable) -> Metric:
+@metric(name="B-4", unit="words", direction="higher", profiles=["paper", "en"])
+def sentence_bleu_4(table: PredictionTable) -> Metric:
     """The paper's BLEU-4, reconstructed."""
-    return _paper_bleu(table, 1)
+    return _sentence_bleu(table, 1)
 
 
 @metric(name="R-L", unit="digits and Latin only", direction="higher", profiles=["paper"])
@@ -177,13 +177,23 @@ def _rouge_signature() -> str:
     return f"ROUGE-L F1, longest common subsequence by rapidfuzz {version('rapidfuzz')}, mean over turns"
 
 
+def _rouge_l_words(table: PredictionTable) -> Metric:
+    return Metric(mean(rouge_l(table.words)), f"{_rouge_signature()}, {table.segmenter}", unit=table.word_unit)
+
+
+@metric(name="R-L", unit="words", direction="higher", profiles=["en"], by_position=True)
+def en_rouge_l(table: PredictionTable) -> Metric:
+    """ROUGE-L on words."""
+    return _rouge_l_words(table)
+
+
 @metric(name="R-L char", unit="characters", direction="higher", profiles=["zh"], by_position=True)
 def zh_rouge_l_char(table: PredictionTable) -> Metric:
     """ROUGE-L on characters."""
     return Metric(mean(rouge_l_char_scores(table)), f"{_rouge_signature()}, without white space")
 
 
-@metric(name="R-L word", unit="jieba words", direction="higher", profiles=["zh"])
+@metric(name="R-L word", unit="words", direction="higher", profiles=["zh"])
 def zh_rouge_l_word(table: PredictionTable) -> Metric:
     """ROUGE-L on words."""
-    return Metric(mean(rouge_l(table.words)), f"{_rouge_signature()}, jieba {version('jieba')}")
+    return _rouge_l_words(table)

@@ -91,7 +91,7 @@ def _bertscore(table: PredictionTable, config: MetricsConfig, rescale: bool) -> 
     return Metric(mean(rescaled(scores, baseline)), signature)
 
 
-@metric(name="BS", unit="contextual token vectors", direction="higher", profiles=["paper", "zh"])
+@metric(name="BS", unit="contextual token vectors", direction="higher", profiles=["paper", "zh", "en"])
 def bertscore_raw(table: PredictionTable, config: MetricsConfig) -> Metric:
     """BERTScore F1, not rescaled; the paper's 55 to 67 fit bert-base-chinese, layer 8."""
     return _bertscore(table, config, rescale=False)
@@ -103,7 +103,7 @@ def bertscore_rescaled(table: PredictionTable, config: MetricsConfig) -> Metric:
     return _bertscore(table, config, rescale=True)
 
 
-@metric(name="BR", unit="learned score of the pair", direction="higher", profiles=["paper"])
+@metric(name="BR", unit="learned score of the pair", direction="higher", profiles=["paper", "en"])
 def bleurt_20(table: PredictionTable, config: MetricsConfig) -> Metric:
     """BLEURT-20."""
     name = "BLEURT by our own loader, unverified on real weights"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy
 
+from csc_train.data.languages import get_language
 from csc_train.errors import InputError, check_choice, suggestion
 from csc_train.evaluation.config import PROFILES, MetricsConfig
 from csc_train.evaluation.metrics.base import Metric
@@ -51,7 +52,7 @@ def metric(
 
     The function takes a `PredictionTable`, and the `MetricsConfig` if it has a second parameter. It returns a
     `Statistic`, float [turns] (the metric is their mean), or a `Metric` to give a signature or a reason. The signature
-    defaults to the first line of the docstring.
+    defaults to the first line of the docstring, the unit to `unit`.
 
     Args:
         name: the column; unique within a profile.
@@ -89,13 +90,27 @@ def metric(
             if isinstance(found, numpy.ndarray):
                 found = mean(found)
             found = found if isinstance(found, Metric) else Metric(found)
-            return replace(found, signature=found.signature or summary, unit=unit, direction=direction)
+            return replace(found, signature=found.signature or summary, unit=found.unit or unit, direction=direction)
 
         METRICS.append(MetricSpec(name, unit, direction, tuple(profiles), compare, by_position, compute))
         note_registration(function.__module__)
         return compute
 
     return register
+
+
+def chosen_profiles(config: MetricsConfig, table: PredictionTable) -> Sequence[str]:
+    """The profiles of `MetricsConfig.profiles`; by default those of the table's language.
+
+    Raises:
+        InputError: a language names an unknown profile.
+    """
+    if config.profiles is not None:
+        return config.profiles
+    profiles = get_language(table.language).profiles
+    for profile in profiles:
+        check_choice(f"language {table.language}: profiles", profile, PROFILES)
+    return profiles
 
 
 def metrics_in_profiles(profiles: Iterable[str]) -> list[MetricSpec]:

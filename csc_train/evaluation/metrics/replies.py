@@ -108,17 +108,17 @@ def _distinct(table: PredictionTable, order: int) -> Metric:
     replies, so only compare it on the same turns."""
     grams = [tuple(words[start : start + order]) for words, _ in table.words for start in range(len(words) - order + 1)]
     share = 100 * len(set(grams)) / len(grams) if grams else None
-    signature = f"different {order}-grams over all {order}-grams of all replies, jieba words"
-    return Metric(share, signature, f"no reply has {order} words")
+    signature = f"different {order}-grams over all {order}-grams of all replies, {table.segmenter}"
+    return Metric(share, signature, f"no reply has {order} words", unit=table.word_unit)
 
 
-@metric(name="distinct-1", unit="jieba words", direction="none", profiles=["reply"], compare=False)
+@metric(name="distinct-1", unit="words", direction="none", profiles=["reply"], compare=False)
 def distinct_1(table: PredictionTable) -> Metric:
     """Different words over all words of all replies."""
     return _distinct(table, 1)
 
 
-@metric(name="distinct-2", unit="jieba words", direction="none", profiles=["reply"], compare=False)
+@metric(name="distinct-2", unit="words", direction="none", profiles=["reply"], compare=False)
 def distinct_2(table: PredictionTable) -> Metric:
     """Different bigrams over all bigrams of all replies."""
     return _distinct(table, 2)

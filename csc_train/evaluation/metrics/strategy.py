@@ -33,7 +33,7 @@ def _choice(table: PredictionTable, values: numpy.ndarray | Statistic, signature
     return Metric(statistic, signature, reason or Metric.reason)
 
 
-@metric(name="ACC", unit="turns", direction="higher", profiles=["paper", "zh"], by_position=True)
+@metric(name="ACC", unit="turns", direction="higher", profiles=["paper", "zh", "en"], by_position=True)
 def accuracy(table: PredictionTable) -> Metric:
     """Predicted strategy equals the reference strategy; an unparsed one counts as wrong."""
     return _choice(table, table.correct)
@@ -79,12 +79,12 @@ def _macro_f1(sums: numpy.ndarray) -> numpy.ndarray:
 
 
 def by_strategy(table: PredictionTable) -> Iterator[tuple[str, int, dict[str, Metric]]]:
-    """(label, turns in the reference, precision, recall and F1 in percent) of each of the 12 strategies."""
+    """(numbered name, turns in the reference, precision, recall and F1 in percent) of each of the 12 strategies."""
     for strategy in STRATEGIES:
         predicted, actual = table.predicted == strategy.number, table.reference == strategy.number
         f1 = Statistic(numpy.stack([200 * (predicted & actual), 1.0 * predicted + actual], axis=1), ratio)
         yield (
-            strategy.label,
+            strategy.numbered(table.language),
             int(actual.sum()),
             {
                 "precision": _choice(table, mean(100 * actual, predicted), "hits / predicted", "never predicted"),

@@ -87,7 +87,7 @@ def results_markdown(results: Results, drifts: Drifts, contamination: Contaminat
     for context, scores in details.items():
         tables.append(_by_strategy(last, context, scores))
         if scores["confusion"]:
-            tables.append(_confusion(last, context, scores["confusion"]))
+            tables.append(_confusion(last, context, scores["by_strategy"], scores["confusion"]))
     tables.append(_by_position(last, details, drifts.get(last)))
     overlap = [] if contamination is None else [f"Training overlap: {contamination}"]
     return markdown_tables(
@@ -308,8 +308,8 @@ def _by_strategy(system: str, context: str, scores: dict) -> ReportTable:
     return ReportTable(title, ["strategy", "turns", "precision", "recall", "F1"], rows)
 
 
-def _confusion(system: str, context: str, confusion: list[list[int]]) -> ReportTable:
-    rows = [[strategy.label, *counts[1:], counts[0]] for strategy, counts in zip(STRATEGIES, confusion, strict=True)]
+def _confusion(system: str, context: str, labels: Iterable[str], confusion: list[list[int]]) -> ReportTable:
+    rows = [[label, *counts[1:], counts[0]] for label, counts in zip(labels, confusion, strict=True)]
     header = ["reference \\ predicted", *(str(strategy.number) for strategy in STRATEGIES), "unparsed"]
     return ReportTable(f"Confusion (turns): {system}, {context} context", header, rows)
 
