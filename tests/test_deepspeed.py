@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from accelerate.utils import DeepSpeedPlugin
@@ -38,6 +39,7 @@ from csc_train.config.compose import compose
 from csc_train.errors import InputError
 from csc_train.launching.preflight.size import memory_scenario
 from csc_train.models.config import AdapterConfig
+from csc_train.models.hub import load_causal_lm
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
@@ -506,6 +508,51 @@ def test_qlora_exports_on_either_base_and_says_how_far_that_is(runs, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("run", ["lora-off", "lora-3", "qlora-one"])
+def test_an_adapter_alone_is_loaded_by_peft_and_is_the_merged_model(runs, run, tmp_path):
+    source, output = open_source(str(runs / run)), tmp_path / "adapter"
+    assert export(source, ExportConfig(output=str(output), format="adapter")) < TOLERANCE
+    settings = json.loads((output / "adapter_config.json").read_text("utf-8"))
+    base = str(runs / "model")
+    assert (settings["base_model_name_or_path"], settings["r"], settings["inference_mode"]) == (base, 4, True)
+    weights = load_file(output / "adapter_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert all(re.fullmatch(r"base_model\.model\.model\.layers\.\d\..*\.lora_[AB]\.weight", name) for name in weights)
+    assert (output / "chat_template.jinja").is_file() and (output / "tokenizer.json").is_file()
+    assert json.loads((output / "generation_config.json").read_text("utf-8"))["eos_token_id"]
+    assert "- Form: a LoRA adapter of rank 4" in (output / "README.md").read_text("utf-8")
+    again = open_source(str(output))
+    assert again.finished and not again.unverified() and again.manifest.weights_hash
+
+    ids = torch.randint(100, (2, 8), generator=torch.Generator().manual_seed(0))
+    _, merged = exported(runs, run, tmp_path / "merged")
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        model = AutoModelForCausalLM.from_pretrained(base)
+        plain = model(ids).logits
+        adapted = peft.PeftModel.from_pretrained(model, output)(ids).logits
+    assert (adapted - whole).abs().max() < TOLERANCE < 0.01 < (adapted - plain).abs().max()
+    loaded = load_causal_lm(str(output)).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in merged.items())
+    rounded = ExportConfig(output=str(output), format="adapter", dtype="bf16")
+    assert TOLERANCE < export(source, rounded) < exporting.TOLERANCE[torch.bfloat16]
+    assert {value.dtype for value in load_file(output / "adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("run", "why"), [("full-off", "was trained without an adapter"), ("model", "holds no adapter")]
+)
+def test_what_has_no_adapter_is_not_exported_as_one(runs, run, why, tmp_path):
+    if run == "model":
+        exported(runs, "lora-off", tmp_path / "model")
+        runs = tmp_path
+    with pytest.raises(InputError, match=rf"^format=adapter: .* {why}.*: choose a training checkpoint of adapter=lora"):
+        export(open_source(str(runs / run)), ExportConfig(output=str(tmp_path / "out"), format="adapter"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.distributed
 def test_an_export_in_bf16_is_sharded_as_asked_or_refused(runs, tmp_path, monkeypatch):
     difference, weights = exported(runs, "full-3", tmp_path / "model", dtype="bf16", shard_size="20KB")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
@@ -518,18 +565,19 @@ def test_an_export_in_bf16_is_sharded_as_asked_or_refused(runs, tmp_path, monkey
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("run", ["full-1", "lora-off"])
-def test_an_export_is_refused_if_one_written_tensor_is_wrong(runs, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("run", "form"), [("full-1", "merged"), ("lora-off", "merged"), ("lora-off", "adapter")])
+def test_an_export_is_refused_if_one_written_tensor_is_wrong(runs, run, form, tmp_path, monkeypatch):
     def spoil(directory: Path) -> dict:
         (file,) = directory.glob("*.safetensors")
         tensors = load_file(file)
-        tensors["model.layers.1.input_layernorm.weight"][3] *= 1.01
+        name = "model.layers.1.input_layernorm.weight" if form == "merged" else min(tensors)
+        tensors[name][3] *= 1.01
         save_file(tensors, file, {"format": "pt"})
         return hash_files(directory)
 
     monkeypatch.setattr(manifests, "hash_files", spoil)
     with pytest.raises(InputError, match="the logits of the exported model differ by"):
-        exported(runs, run, tmp_path / "model")
+        exported(runs, run, tmp_path / "model", format=form)
     assert not (tmp_path / "model").exists()
 
 

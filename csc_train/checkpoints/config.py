@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from csc_train.errors import check_fields
+from csc_train.errors import InputError, check_fields
 from csc_train.models.config import MERGE_INTO
 
 
@@ -19,10 +19,13 @@ class ExportConfig:
     if_exists: str = "error"
     """What to do if `output` holds an earlier export. error: stop. replace: export again. Any other directory with
     files in it is refused."""
+    format: str = "merged"
+    """merged: a whole model. adapter: the LoRA adapter alone, in PEFT's form, which names its base model."""
     merge_into: str | None = None
     """The weights that a QLoRA adapter is merged into (see `adapter.merge_into`); defaults to those of the training."""
     dtype: str = "auto"
-    """Dtype of the weights: bf16 or fp32. auto: the base model's for adapters, else the run's precision."""
+    """Dtype of the weights: bf16 or fp32. auto: the base model's for merged adapters, fp32 for an adapter alone, else
+    the run's precision."""
     shard_size: str = "5GB"
     """Size limit of a weight file."""
     push_to_hub: str | None = None
@@ -30,5 +33,8 @@ class ExportConfig:
 
     def __post_init__(self):
         check_fields("", self, "if_exists", choices=("error", "replace"))
+        check_fields("", self, "format", choices=("merged", "adapter"))
         check_fields("", self, "merge_into", choices=MERGE_INTO)
+        if self.format == "adapter" and self.merge_into is not None:
+            raise InputError(f"merge_into={self.merge_into}: format=adapter merges nothing: leave it out")
         check_fields("", self, "dtype", choices=("auto", "bf16", "fp32"))

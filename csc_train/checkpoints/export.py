@@ -212,7 +212,8 @@ def claim_output(source: ModelSource, config: ExportConfig) -> Claim:
 
 
 def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = None) -> float:
-    """Write a plain directory of the trained model. It appears only if its logits are those of the trained model.
+    """Write a plain directory of the trained model, or of its adapter. It appears only if its logits are those of the
+    trained model.
 
     Args:
         base: the base model; defaults to that of the training, wherever it is (see `find_base`).
@@ -222,9 +223,12 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
 
     Raises:
         InputError: the base model is not found, a file cannot be read or written, or the difference is above
-            `TOLERANCE`.
+            `TOLERANCE`; or there is no adapter to write.
     """
-    manifest = source.manifest
+    manifest, alone = source.manifest, config.format == "adapter"
+    if alone and (source.finished or adapter_of(source).kind == "full"):
+        held = "holds no adapter of its own" if source.finished else "was trained without an adapter"
+        raise InputError(f"format=adapter: {source.path} {held}: choose a training checkpoint of adapter=lora or qlora")
     load_recorded_plugins(manifest.config.get("plugins", ()))
     weights: Weights = {}
     if source.finished:  # a final model is its own base
@@ -248,28 +252,39 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
     lora = None if adapter.kind == "full" else lora_config(adapter, model.config.model_type)
     adapted: Any = model if lora is None else peft.get_peft_model(model, lora)
     logits = _logits(adapted, weights)  # nothing is merged
-    if quantized:
-        model = adapted = None
-        model = _load_base(path, revision, tokenizer, "auto", merge_into)
-    elif lora:
-        model = adapted.unload()
-    if config.dtype != "auto" or adapter.kind == "full":
-        precision = manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
-        model = model.to(resolve_dtype(precision))
-    model = merged(model, weights, lora)
+    if alone:
+        dtype = resolve_dtype("fp32" if config.dtype == "auto" else config.dtype)
+        model = with_weights(adapted, weights, None)
+        model.peft_config["default"].base_model_name_or_path, model.peft_config["default"].revision = place, revision
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype) if name in weights else parameter.data
+    else:
+        if quantized:
+            model = adapted = None
+            model = _load_base(path, revision, tokenizer, "auto", merge_into)
+        elif lora:
+            model = adapted.unload()
+        if config.dtype != "auto" or adapter.kind == "full":
+            precision = manifest.config["trainer"]["precision"] if config.dtype == "auto" else config.dtype
+            model = model.to(resolve_dtype(precision))
+        model, dtype = merged(model, weights, lora), model.dtype
     model.config.use_cache = True
     difference = 0.0
 
     def check(directory: Path) -> None:
         nonlocal difference
-        model.to("meta")  # frees the memory
-        difference = _difference(_logits(load_unsharded(str(directory), None, "auto"), {}), logits)
-        tolerance = TOLERANCE[model.dtype]
-        if (dequantized or not quantized) and not difference <= tolerance:
+        if alone:
+            written: Any = peft.PeftModel.from_pretrained(model.unload(), str(directory))
+        else:
+            model.to("meta")  # frees the memory
+            written = load_unsharded(str(directory), None, "auto")
+        difference, tolerance = _difference(_logits(written, {}), logits), TOLERANCE[dtype]
+        if (alone or dequantized or not quantized) and not difference <= tolerance:
             raise InputError(
                 f"{source.path}: the logits of the exported model differ by {difference:.1e}, above {tolerance:.0e}"
             )
-        write_text(directory / "README.md", model_card(source, config, merge_into if quantized else None, difference))
+        into = merge_into if quantized and not alone else None
+        write_text(directory / "README.md", model_card(source, config, into, difference))
 
     template = load_chat_template(recorded_name(manifest.chat_template, source.finished), tokenizer)
     save_final_model(
@@ -361,6 +376,7 @@ def model_card(source: ModelSource, config: ExportConfig, merge_into: str | None
         random=random,
         on_hub=not random and not Path(manifest.base_model).is_absolute(),
         merge_into=merge_into,
+        rank=adapter_of(source).rank if config.format == "adapter" else None,
         difference=f"{difference:.1e}",
         manifest_file=MANIFEST_FILE,
     )

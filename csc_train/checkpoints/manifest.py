@@ -156,7 +156,7 @@ def model_directory(path: str | os.PathLike) -> Iterator[Path]:
     with atomic_path(path, stale) as temporary:
         yield temporary
         for file in temporary.glob("*.safetensors"):
-            file.chmod((temporary / "config.json").stat().st_mode)  # safetensors lets only the owner read
+            file.chmod((temporary / "generation_config.json").stat().st_mode)  # safetensors lets only the owner read
 
 
 def save_final_model(
@@ -184,6 +184,8 @@ def save_final_model(
     prepare_to_save(model, tokenizer, chat_template)
     with model_directory(directory) as temporary:
         model.save_pretrained(temporary, max_shard_size=shard_size)
+        model.generation_config.save_pretrained(temporary)  # an adapter's stops, for servers
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's, without content
         tokenizer.save_pretrained(temporary)
         if record is not None and (Path(record) / RECORD_FILE).exists():
             shutil.copyfile(Path(record) / RECORD_FILE, temporary / RECORD_FILE)
