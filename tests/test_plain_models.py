@@ -15,8 +15,9 @@ from conftest import load_recipe, manifest_of, random_dialogue, small_tokenizer,
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
+from csc_train.checkpoints.content import base_files, hash_files
 from csc_train.checkpoints.locate import open_source
-from csc_train.checkpoints.manifest import plain_manifest, save_final_model
+from csc_train.checkpoints.manifest import plain_manifest, save_final_model, write_manifest
 from csc_train.config.compose import compose
 from csc_train.data.readers import write_dialogues
 from csc_train.errors import InputError
@@ -47,7 +48,7 @@ def tokenizer():
 def workplace(tokenizer, tmp_path_factory):
     """The model `plain` of another program, its adapter `adapter`, both merged as `merged`, and dialogues.
 
-    `ours` holds the weights of `plain`, with a manifest.
+    `ours` holds the weights of `plain`, with a manifest; `ours_adapter` is `adapter` with one.
     """
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("workplace"))
@@ -69,6 +70,9 @@ def workplace(tokenizer, tmp_path_factory):
     adapted.peft_config["default"].base_model_name_or_path = str(Path("plain").absolute())
     adapted.save_pretrained("adapter")
     adapted.merge_and_unload().save_pretrained("merged")
+    shutil.copytree("adapter", "ours_adapter")
+    base = {"base_model": str(Path("plain").absolute()), "base_files": base_files("plain", None)}
+    write_manifest("ours_adapter", manifest_of(template, config={}, files=hash_files(Path("ours_adapter")), **base))
     rng = random.Random(5)
     dialogues = [replace(random_dialogue(rng), id=str(number)) for number in range(10)]
     write_dialogues("train.jsonl", dialogues[:4])
@@ -82,7 +86,7 @@ def evaluate(path, *settings):
     run = f"runs/{path}"
     arguments = [f"checkpoint={path}", *DATA, *QUICK, f"run.directory={run}", *settings]
     load_recipe("evaluate").main(compose("evaluate", arguments))
-    name = "trained" if path == "ours" else "plain model"
+    name = "trained" if path.startswith("ours") else "plain model"
     return {
         (context, row["dialogue_id"], row["turn"]): tuple(row["token_ids"])
         for context in CONTEXTS
@@ -94,6 +98,7 @@ def evaluate(path, *settings):
 def replies(workplace):
     settings = {
         "ours": ["evaluation.base=false"],
+        "ours_adapter": [],
         "plain": PLAIN,
         "merged": PLAIN,
         "adapter": [*PLAIN, "chat_template=qwen2_5"],
@@ -117,7 +122,8 @@ def test_a_plain_model_replies_as_the_same_weights_of_ours(replies):
 
 
 def test_an_adapter_replies_as_merged_and_its_base_is_part_of_what_it_is(replies, tmp_path):
-    assert replies["adapter"] == replies["merged"]
+    assert replies["adapter"] == replies["ours_adapter"] == replies["merged"]
+    assert not json.loads(Path("runs/ours_adapter/evaluated_model.json").read_text("utf-8"))["unverified"]
     plain = plain_manifest(TemplateConfig(), "qwen2_5")
     before = open_source("adapter", plain=plain).content_hash()
     shutil.copytree("plain", tmp_path / "plain")
