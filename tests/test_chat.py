@@ -84,8 +84,8 @@ def last(answers):
 
 
 def talk(conversation, *said):
-    """The answers to the opening and to what the customer says."""
-    return [last(conversation.reply(text)) for text in (None, *said)]
+    """The answers to the opening, if it is the supporter's, and to what the customer says."""
+    return [last(conversation.reply(text)) for text in ([None] * conversation.supporter_opens + [*said])]
 
 
 def generated(generator, prompt, most):
@@ -114,10 +114,19 @@ def turns_of(conversation):
 
 
 def test_replies_and_likelihoods_are_those_of_an_evaluation_in_generated_context(generator):
-    other = next(each for seed in range(99) if len((each := random_dialogue(random.Random(seed))).turns) == 7)
-    for dialogue in (TAUGHT, other):
-        conversation = begin(generator)
-        answers = talk(conversation, *(turn.text for turn in dialogue.turns[1::2]))
+    drawn = [random_dialogue(random.Random(seed)) for seed in range(99)]
+    greeted, opened = (
+        next(each for each in drawn if each.supporter_turns == turns) for turns in ([0, 2, 4], [1, 3, 5])
+    )
+    for dialogue in (TAUGHT, greeted, opened):
+        conversation = begin(generator, opening="customer" if dialogue is opened else "supporter")
+        said = [
+            turn.text for turn in dialogue.turns[: dialogue.supporter_turns[-1]] if turn.speaker is Speaker.CUSTOMER
+        ]
+        answers = talk(conversation, *said)
+        assert [turn.speaker for turn in turns_of(conversation)] == [
+            turn.speaker for turn in dialogue.turns[: len(conversation.turns)]
+        ]
         expected = generate_predictions([dialogue], generator, "generated")
         for answer, own in zip(answers, expected, strict=True):
             assert (answer.strategy and answer.strategy.number, answer.response) == (own.strategy, own.response)
@@ -288,6 +297,30 @@ def test_messages_and_strategies_that_do_not_fit_are_refused(generator):
     assert turns_of(conversation)[1] == Turn(Speaker.CUSTOMER, "lone ? surrogate")
 
 
+def test_the_customer_may_open(generator, monkeypatch, capsys, tmp_path):
+    conversation = begin(generator, opening="customer")
+    with pytest.raises(InputError, match=r"^it is the customer's turn: write a message$"):
+        last(conversation.reply())
+    (answer,) = talk(conversation, FIRST.text)
+    assert answer.token_ids == tuple(generated(generator, generator.template.prompt_ids([FIRST]), LIMIT))
+    with pytest.raises(InputError, match=r"^it is the customer's turn: write a message$"):
+        last(conversation.reply())
+    conversation.save(tmp_path / "dialogue.jsonl")
+    assert read_dialogues(tmp_path / "dialogue.jsonl") == [conversation.dialogue()]
+    assert conversation.dialogue().supporter_turns == [1]
+    assert conversation.undo() == FIRST.text and conversation.turns == []
+
+    kept = tmp_path / "kept.jsonl"
+    lines = [FIRST.text, "/undo", SECOND.text, "/restart", FIRST.text]
+    output = piped(conversation, monkeypatch, capsys, lines, str(kept))
+    assert output.startswith(f"\n客户> {FIRST.text}\n客服") and output.count("客服") == 3
+    assert [[turn.text for turn in each.turns][::2] for each in read_dialogues(kept)] == [[SECOND.text], [FIRST.text]]
+    piped(
+        begin(generator, opening="customer"), monkeypatch, capsys, [FIRST.text, "/undo"], str(tmp_path / "none.jsonl")
+    )
+    assert (tmp_path / "none.jsonl").read_text() == ""
+
+
 def test_a_saved_conversation_reads_back_and_nothing_else_is_overwritten(generator, tmp_path):
     conversation = begin(generator)
     talk(conversation)
@@ -311,6 +344,7 @@ def test_a_saved_conversation_reads_back_and_nothing_else_is_overwritten(generat
     ("override", "message"),
     [
         ("ui=webb", "ui=webb: choose one of terminal, web. Did you mean 'web'?"),
+        ("opening=custom", "opening=custom: choose one of supporter, customer. Did you mean 'customer'?"),
         ("temperature=-1", "temperature=-1.0: must be between 0 and 10"),
         ("top_p=0", "top_p=0.0: must be between 0.01 and 1"),
         ("port=70000", "port=70000: must be between 1 and 65535"),
@@ -608,23 +642,31 @@ def converse(browser, address, folder):
 
 
 @pytest.mark.slow
-def test_a_reply_is_stopped_on_the_page(browser, tmp_path):
+def test_a_reply_is_stopped_on_the_page_that_the_customer_opens(browser, tmp_path):
     model, template = tiny("qwen2")
     with torch.no_grad():
         model.lm_head.weight[template.end_of_turn_id] = 0  # so that no reply ends by itself
     model.generation_config.eos_token_id = None
     save(tmp_path / "endless", model, template)
-    with served(tmp_path / "endless", "max_new_tokens=20000") as (_, lines):
+    with served(tmp_path / "endless", "max_new_tokens=20000", "opening=customer") as (_, lines):
         tab = browser.new_page()
         tab.goto(lines[-1])
         growing = tab.locator(".supporter[aria-busy] p")
+        box = tab.get_by_label("Write as the customer")
+        box.fill("在吗？")
+        box.press("Enter")
         for _ in range(2):
             length = len(growing.inner_text())
             tab.wait_for_function(f"document.querySelector('.supporter p').innerText.length > {length}")
         assert tab.locator("a.save").count() == 0
         tab.get_by_role("button", name="Stop").click()
         tab.locator("a.save").wait_for()
-        assert growing.count() == 0 and tab.locator(".turn").count() == 1
+        assert growing.count() == 0
+        assert tab.locator(".turn").count() == 2 and tab.locator(".customer + .supporter").count() == 1
+        for button in ("Undo", "Restart"):  # nothing is left, and the supporter says nothing by itself
+            tab.get_by_role("button", name=button).click()
+            tab.wait_for_function("document.querySelectorAll('.turn').length == 0")
+        assert box.input_value() == "在吗？"
 
 
 def test_a_page_without_gradio_says_what_to_install(monkeypatch):

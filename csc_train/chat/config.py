@@ -9,6 +9,7 @@ from csc_train.inference.config import DTYPES
 from csc_train.template.config import TemplateConfig
 
 USER_INTERFACES = ("terminal", "web")
+OPENINGS = ("supporter", "customer")
 
 
 @dataclass
@@ -25,6 +26,8 @@ class ChatConfig:
     tokenizer."""
     ui: str = "terminal"
     """User interface: terminal, or web for a page that only this machine can open (see `host`)."""
+    opening: str = "supporter"
+    """Who opens the conversation: supporter (with a greeting) or customer."""
     temperature: float = 0.0
     """Sampling temperature. 0 selects greedy decoding, as recipes/evaluate.py does."""
     top_p: float = 1.0
@@ -42,6 +45,7 @@ class ChatConfig:
 
     def __post_init__(self):
         check_fields("", self, "ui", choices=USER_INTERFACES)
+        check_fields("", self, "opening", choices=OPENINGS)
         check_fields("", self, "temperature", low=0, high=10)
         check_fields("", self, "top_p", low=0.01, high=1)
         check_fields("", self, "max_new_tokens", low=1)

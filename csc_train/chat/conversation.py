@@ -44,13 +44,14 @@ class ChatReply:
 
 
 class Conversation:
-    """A chat that the supporter opens; customer and supporter then take turns.
+    """A chat in which customer and supporter take turns; `ChatConfig.opening` says who opens it.
 
     At temperature 0 and without forced strategies, replies equal those of an evaluation in generated context.
 
     Attributes:
         turns: supporter turns (`ChatReply`) and customer turns (`str`), alternating. Read them between replies only.
         template: the model's dialogue template.
+        supporter_opens: whether the supporter is to speak first.
     """
 
     def __init__(self, generator: HFGenerator, config: ChatConfig):
@@ -58,6 +59,7 @@ class Conversation:
         self.template = generator.template
         self._generator, self._model = generator, generator.model
         self._config = config
+        self.supporter_opens = config.opening == "supporter"
         self._samplers = LogitsProcessorList([TopPLogitsWarper(config.top_p)])
         if config.temperature > 0:
             self._samplers.insert(0, TemperatureLogitsWarper(config.temperature))
@@ -165,10 +167,10 @@ class Conversation:
 
     def _add_message(self, message: str | None) -> None:
         if message is None:
-            if self.turns:
+            if self.turns or not self.supporter_opens:
                 raise InputError("it is the customer's turn: write a message")
             return
-        if not self.turns:
+        if not self.turns and self.supporter_opens:
             raise InputError("the supporter speaks first: restart the conversation")
         text = message.encode(errors="replace").decode()  # a terminal and a browser may send lone surrogates
         if is_blank(text):

@@ -79,7 +79,7 @@ class Terminal:
             import readline  # noqa: F401  (enables line editing and history of `input`)
         if self._interactive:
             self._note("Write as the customer. /help lists the commands, Ctrl-D quits.")
-        self._run_command(self._reply, None)
+        self._run_command(self._open, None)
         for line in self._lines():
             name, _, argument = line.partition(" ")
             if name == "/quit":
@@ -116,6 +116,10 @@ class Terminal:
             command(argument)
         except InputError as error:
             self._note(str(error), "red")
+
+    def _open(self, _: str | None) -> None:
+        if self._conversation.supporter_opens:
+            self._reply(None)
 
     def _reply(self, message: str | None) -> None:
         printed = None
@@ -173,7 +177,7 @@ class Terminal:
         if self._conversation.turns:
             self._earlier.append(self._conversation.dialogue())
         self._conversation.restart()
-        self._reply(None)
+        self._open(None)
 
     def _help(self, _: str) -> None:
         table = Table(box=None, show_header=False)
@@ -183,7 +187,8 @@ class Terminal:
 
     def _autosave(self) -> None:
         if self._save_path is not None:
-            write_dialogues(self._save_path, [*self._earlier, self._conversation.dialogue()])
+            current = [self._conversation.dialogue()] if self._conversation.turns else []
+            write_dialogues(self._save_path, [*self._earlier, *current])
 
     def _note(self, text: str, style: str = "bright_black") -> None:
         self._console.print(Text(text.translate(_CONTROLS), style))

@@ -87,7 +87,7 @@ def build_page(generator: HFGenerator, config: ChatConfig) -> gradio.Blocks:
     def open_page() -> Iterator[tuple]:
         conversation = Conversation(generator, config)
         yield conversation, gradio.skip(), gradio.skip()
-        for update in _reply(conversation, None, 0):
+        for update in _open(conversation):
             yield gradio.skip(), *update
 
     def send(conversation: Conversation, message: str, number: int) -> Iterator[tuple]:
@@ -101,7 +101,7 @@ def build_page(generator: HFGenerator, config: ChatConfig) -> gradio.Blocks:
 
     def restart(conversation: Conversation) -> Iterator[tuple]:
         conversation.restart()
-        yield from _reply(conversation, None, 0)
+        yield from _open(conversation)
 
     with gradio.Blocks(title="CSC Train: chat", analytics_enabled=False) as blocks:
         gradio.Markdown(f"Chat with `{generator.model.name_or_path}`")
@@ -138,6 +138,11 @@ def transcript_html(conversation: Conversation, growing: ChatReply | None = None
     language = conversation.template.config.language
     values = {"turns": conversation.turns, "growing": growing, "file": file, "language": language}
     return render(__package__, "transcript.html.jinja", **values, speakers=[each.title(language) for each in Speaker])
+
+
+def _open(conversation: Conversation) -> Iterator[tuple[str, Any]]:
+    """Let the supporter open a conversation, unless the customer does; yields as `_reply`."""
+    return _reply(conversation, None, 0) if conversation.supporter_opens else iter([(transcript_html(conversation), 0)])
 
 
 def _reply(conversation: Conversation, message: str | None, number: int) -> Iterator[tuple[str, Any]]:
