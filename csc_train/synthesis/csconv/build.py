@@ -24,8 +24,9 @@ from csc_train.synthesis.prompting import task_messages
 from csc_train.synthesis.utterances import Utterance, as_text, merge_turns, strip_boilerplate, turns_of
 
 CSCONV_RULES = (
-    "rounds", "turn length", "customer's turns", "customer's words", "manners", "texts", "utterances", "alternation",
-    "one strategy", "known strategies", "required strategies", "private data", "quality", "near-duplicates",
+    "speakers", "rounds", "turn length", "customer's turns", "customer's words", "manners", "texts", "utterances",
+    "alternation", "one strategy", "known strategies", "required strategies", "private data", "quality",
+    "near-duplicates",
 )  # fmt: skip
 """The rules in order of application. The paper checks the quality before it counts; the result is the same, and rules
 are cheaper than a model."""
@@ -62,10 +63,14 @@ class RewrittenCall(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A recorded call: utterances in any order of speakers."""
+    """A recorded call: utterances in any order of speakers.
+
+    `third_speaker` is the first one that is neither supporter nor customer, such as `action`; such a call is dropped.
+    """
 
     id: str
     utterances: tuple[Utterance, ...]
+    third_speaker: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,11 @@ def _parse_call(row: dict[str, Any]) -> RecordedCall:
     call = _Call.model_validate(row)
     if any(has_surrogate(turn.text) for turn in call.turns):
         raise ValueError(f"field turns: {SURROGATE}")
-    utterances = tuple(Utterance(Speaker.parse(turn.speaker), turn.text) for turn in call.turns)
-    return RecordedCall(str(call.id or digest(row["turns"])[:16]), utterances)
+    name = str(call.id or digest(row["turns"])[:16])
+    try:
+        return RecordedCall(name, tuple(Utterance(Speaker.parse(turn.speaker), turn.text) for turn in call.turns))
+    except ValueError as error:
+        return RecordedCall(name, (), str(error))
 
 
 async def build_csconv(
@@ -187,7 +195,10 @@ async def build_csconv(
 async def _process_call(
     each: RecordedCall, ask: AskFn, call: CallFilterConfig, rewrite: RewriteFilterConfig, language: str
 ) -> CallOutcome:
-    verdicts, rewritten, merged = check_call(each.utterances, call), None, merge_turns(each.utterances)
+    if each.third_speaker is not None:
+        return CallOutcome(each.id, (FilterVerdict("speakers", False, "a third speaker", each.third_speaker),))
+    verdicts = [FilterVerdict("speakers", True), *check_call(each.utterances, call)]
+    rewritten, merged = None, merge_turns(each.utterances)
     try:
         if verdicts[-1].keep:
             verdicts.append(await check_call_manners(merged, ask, language))
