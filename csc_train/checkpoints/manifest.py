@@ -215,9 +215,9 @@ def weights_hash(files: FileHashes) -> str:
 
 def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The control token that ends a reply in the tokenizer's chat template."""
-    chat = [{"role": "system", "content": "-"}, {"role": "assistant", "content": "-"}]
-    ids: Any = tokenizer.apply_chat_template(chat, return_dict=False)
-    return next(token for token in reversed(ids) if token in tokenizer.added_tokens_decoder)
+    chat = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "⟦reply⟧"}]
+    text: Any = tokenizer.apply_chat_template(chat, tokenize=False)
+    return tokenizer.encode(text.split("⟦reply⟧")[-1], add_special_tokens=False)[0]
 
 
 def write_manifest(

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from csc_train.data.dialogue import Speaker, Turn
+from csc_train.data.dialogue import Turn
 from csc_train.data.languages import get_language
 from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
@@ -17,6 +17,8 @@ from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
 from csc_train.template.reply import Reply, format_reply, parse_reply
+from csc_train.template.segments import LAYOUTS, ROLES, Layout
+from csc_train.template.system_prompt import system_prompt
 
 
 class OpenAIGenerator:
@@ -38,6 +40,8 @@ class OpenAIGenerator:
         self._llm, self._config = llm, config
         self._template = template if isinstance(template, DialogueTemplate) else None
         self._settings = template.config if isinstance(template, DialogueTemplate) else template
+        own = self._template and not llm.user_first
+        self._layout = self._template.layout if own else Layout(llm.user_first)
         self.predicts_strategy = self._settings.mode == "joint"
         prompt = self._template.fingerprint if self._template else digest(chat_messages([], self._settings))
         settings = [self._settings.mode, self._settings.language, llm.user_first]
@@ -114,7 +118,7 @@ class OpenAIGenerator:
                 if self._returns_likelihoods:
                     details |= await self._likelihoods(client, request, prompt)
             else:
-                prompt = build_messages(request.history, self._settings, self._llm.user_first)
+                prompt = build_messages(request.history, self._settings, self._layout)
                 answer = await client.chat(prompt, **decoding)
         except LLMError as failure:
             return request.failure(failure.kind, failure.message)
@@ -143,7 +147,7 @@ class OpenAIGenerator:
     def _turn_ids(self, text: str, returned: Sequence[int] | None, given: Strategy | None) -> tuple[int, ...]:
         """The tokens of a turn: those that the server returned, or else the encoded text."""
         end = self._template.end_of_turn_id
-        ids = list(returned) if returned is not None else self._template.literal_ids(text)
+        ids = list(returned) if returned is not None else self._template.reply_ids(text, given)
         label = self._template.label_ids[given.number] if given else []
         return (*label, *(ids[: ids.index(end)] if end in ids else ids))
 
@@ -159,23 +163,15 @@ async def _supported(request: Coroutine, advice: str = "") -> Any:
 
 
 def build_messages(
-    history: Sequence[Turn | Prediction], config: TemplateConfig, user_first: bool = False
+    history: Sequence[Turn | Prediction], config: TemplateConfig, layout: Layout = LAYOUTS[0]
 ) -> list[Message]:
-    """A history as chat messages with `role` and `content`.
-
-    Args:
-        user_first: see `LLMConfig.user_first`.
-    """
-    messages = chat_messages([], config)
-    opens = history[0] if history else None
-    if user_first and not (isinstance(opens, Turn) and opens.speaker is Speaker.CUSTOMER):
-        messages.append({"role": "user", "content": get_language(config.language).opening})
+    """A history as chat messages with `role` and `content`."""
+    chat = []
     for turn in history:
         if not isinstance(turn, Turn):
-            messages.append({"role": "assistant", "content": turn.raw_text})
-        elif turn.speaker is Speaker.CUSTOMER:
-            messages.append({"role": "user", "content": turn.text})
+            chat.append({"role": "assistant", "content": turn.raw_text})
         else:
             strategy = None if config.mode == "reply_only" else turn.strategy
-            messages.append({"role": "assistant", "content": format_reply(Reply(strategy, turn.text), config.language)})
-    return messages
+            content = format_reply(Reply(strategy, turn.text), config.language)
+            chat.append({"role": ROLES[turn.speaker], "content": content})
+    return layout.arrange(system_prompt(config.mode, config.language), get_language(config.language).opening, chat)

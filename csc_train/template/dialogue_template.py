@@ -92,6 +92,7 @@ class DialogueTemplate:
     Attributes:
         chat_template_name: `auto`, a name, or the absolute path of a user's file.
         chat_template: the Jinja source.
+        layout: how it takes the system prompt, and a supporter who opens.
         prefix_ids: those that every dialogue begins with: the system prompt, with its header and footer.
         label_ids: the ids of `[strategy]`, by strategy number.
         end_of_turn_id: the control token that ends a reply.
@@ -112,7 +113,7 @@ class DialogueTemplate:
             self._find_ids()
         except ValueError as reason:
             raise InputError(f"chat template {chat_template_name}: {reason}: {self._advice()}") from reason
-        if self._layout.system_in_user:
+        if self.layout.system_in_user:
             logger.info("note: the chat template has no system role: the system prompt heads the first user message")
 
     def _find_ids(self) -> None:
@@ -127,7 +128,7 @@ class DialogueTemplate:
         )
         controls = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()}
         found = find_segments(self._render, self._system, self._opening, " ".join(controls.values()))
-        self._layout = found.layout
+        self.layout = found.layout
         self.prefix_ids = self._mixed_ids(*found.prefix)
         # By speaker, and whether the turn is the first.
         headers = {(speaker, False): (text,) for speaker, text in found.headers.items()}
@@ -174,7 +175,7 @@ class DialogueTemplate:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of chat template, system prompt, mode and language, and of the opening if it is used."""
-        opening = [self._opening] if self._layout.user_first else []
+        opening = [self._opening] if self.layout.user_first else []
         return digest([self.chat_template, self._system, self.config.mode, self.config.language, *opening])
 
     def encode(self, dialogue: Dialogue, targets: Sequence[int] | None = None) -> TokenizedDialogue:
@@ -228,10 +229,15 @@ class DialogueTemplate:
         """Parse the text that a model generated (see `reply.parse_reply`)."""
         return parse_reply(text, self.config.mode)
 
+    def reply_ids(self, text: str, given: Strategy | None = None) -> list[int]:
+        """The ids of a reply's text; `given` is the strategy that the prompt ends with, if any."""
+        lead = "" if given else self._leads[Speaker.SUPPORTER, False]
+        return self.literal_ids(lead + text.removeprefix(lead))
+
     def messages(self, turns: Iterable[Turn]) -> list[dict[str, str]]:
         """The chat that the chat template renders to these turns: what a server of the model takes."""
         chat = [{"role": ROLES[turn.speaker], "content": self._labelled(turn)} for turn in turns]
-        return self._layout.arrange(self._system, self._opening, chat)
+        return self.layout.arrange(self._system, self._opening, chat)
 
     def render(self, turns: Iterable[Turn], **options) -> str:
         """Render the turns by the Jinja chat template; `options` go to `apply_chat_template`."""
@@ -259,7 +265,7 @@ class DialogueTemplate:
         trained = []
         for index, (turn, content) in enumerate(zip(dialogue.turns, contents, strict=True)):
             ids += self._headers[turn.speaker, index == 0]
-            if index and turn.speaker is Speaker.CUSTOMER and self._layout.system_in_user:
+            if index and turn.speaker is Speaker.CUSTOMER and self.layout.system_in_user:
                 turn_offsets[-1] = len(ids)  # as the first turn begins: a dialogue without its first turns is one, too
             if turn.speaker is Speaker.SUPPORTER and (targets is None or index in targets):
                 start, end = len(ids), len(ids) + len(content) + 1

@@ -23,8 +23,8 @@ class Layout:
         system_in_user: the system prompt heads the first user message, since there is no system role.
     """
 
-    user_first: bool
-    system_in_user: bool
+    user_first: bool = False
+    system_in_user: bool = False
 
     def arrange(self, system: str, opening: str, chat: Messages) -> Messages:
         """The messages to render for the turns of a chat."""
@@ -35,7 +35,7 @@ class Layout:
         return [{"role": "system", "content": system}, *chat]
 
 
-LAYOUTS = (Layout(False, False), Layout(True, False), Layout(True, True))
+LAYOUTS = (Layout(), Layout(user_first=True), Layout(user_first=True, system_in_user=True))
 
 
 @dataclass(frozen=True)
