@@ -92,7 +92,7 @@ def main(config: BuildCsconvRecipe) -> None:
     usage = log.usage | {"cost": config.llm.cost(log.usage["prompt_tokens"], log.usage["completion_tokens"])}
     usage = {name: value for name, value in usage.items() if value is not None} if log.usage["requests"] else None
     report = quality_report(dialogues, reference=reference, funnel=rows, usage=usage, seed=config.seed)
-    write_quality_report(run.directory, report, f"Dialogues from {len(calls)} calls ({source})")
+    write_quality_report(run.directory, report, f"Dialogues from {len(calls)} calls ({source})", config.language)
     Console().print(funnel_table(rows, f"{len(dialogues)} of {len(calls)} calls are kept"))
     logger.info(f"dialogues: {run.directory}/dialogues.jsonl, .parquet (source={source})")
     logger.info(f"dropped calls: {run.directory}/rejected.jsonl; report: {run.directory}/quality.html, quality.json")

@@ -88,7 +88,8 @@ def main(config: SftRecipe) -> None:
     name = chat_template_name(config.model.chat_template, tokenizer, inspected.model.config.model_type)
     template = DialogueTemplate(tokenizer, name, config.template)
     rehearse_end(inspected, config.adapter, tokenizer, template.chat_template)
-    packs, report = pack_dialogues(tokenize(splits.train, template, config.tokenization), config.packing, config.loss)
+    examples = tokenize(splits.train, template, config.tokenization)
+    packs, report = pack_dialogues(examples, config.packing, config.loss, config.template.language)
     logger.info(f"training on {report}")
     check_positions(inspected, packs)
 

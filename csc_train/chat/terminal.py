@@ -153,7 +153,7 @@ class Terminal:
         if not name:
             table = Table("number", "strategy", "name", "code", box=None)
             for strategy in STRATEGIES:
-                table.add_row(str(strategy.number), strategy.zh, strategy.en, strategy.code)
+                table.add_row(str(strategy.number), strategy.name(self._language), strategy.en, strategy.code)
             self._console.print(table)
             return
         try:
@@ -161,7 +161,7 @@ class Terminal:
         except ValueError as error:
             names = [strategy.name(self._language) for strategy in STRATEGIES]
             raise InputError(f"{error}.{suggestion(name, names)} /strategy lists them") from error
-        self._note(f"strategy of the next reply: {self._strategy}")
+        self._note(f"strategy of the next reply: {self._strategy.numbered(self._language)}")
 
     def _undo(self, _: str) -> None:
         self._note(f"removed: {self._conversation.undo()}")

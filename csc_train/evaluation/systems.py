@@ -41,7 +41,7 @@ def build_systems(
     train: Sequence[Dialogue],
     config: EvaluationConfig,
     model_hash: str,
-    template: DialogueTemplate | TemplateConfig | None,
+    template: DialogueTemplate | TemplateConfig,
     state: "PartialState",
     model: str | None,
     base: BaseModel | None,
@@ -60,12 +60,13 @@ def build_systems(
         name: of the evaluated model.
     """
     device = state.device if state.num_processes > 1 else None
+    language = (template if isinstance(template, TemplateConfig) else template.config).language
     systems: Systems = {
-        name: lambda order=order: StrategyBaseline(train, order) for order, name in enumerate(BASELINE_NAMES)
+        name: lambda order=order: StrategyBaseline(train, order, language) for order, name in enumerate(BASELINE_NAMES)
     }
     if llm:
         name = name if model else llm.model.replace("/", "_")
-        systems[name] = lambda: OpenAIGenerator(llm, config, template or TemplateConfig(), model_hash)
+        systems[name] = lambda: OpenAIGenerator(llm, config, template, model_hash)
     elif model:
         if base:
             systems[BASE_MODEL] = lambda: load_generator(

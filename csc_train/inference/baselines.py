@@ -19,13 +19,14 @@ class StrategyBaseline:
     Args:
         training: dialogues to count in.
         order: 0 ignores the previous strategy; 1 is a strategy bigram.
+        language: of the labels in the texts of the replies.
     """
 
     predicts_strategy = True
 
-    def __init__(self, training: Sequence[Dialogue], order: int):
-        self.order = order
-        self.config_hash = digest([data_digest(training), order])
+    def __init__(self, training: Sequence[Dialogue], order: int, language: str = "zh"):
+        self.order, self.language = order, language
+        self.config_hash = digest([data_digest(training), order, language])
         counts: dict[Strategy | None, Counter[Strategy]] = defaultdict(Counter)
         replies: dict[Strategy, Counter[str]] = defaultdict(Counter)
         for dialogue in training:
@@ -52,7 +53,9 @@ class StrategyBaseline:
         previous = _previous_strategy(request) if self.order else None
         strategy = self._next.get(previous, self._most_frequent)
         reply = Reply(strategy, self._replies[strategy])
-        return request.prediction(format_reply(reply, "zh"), reply, digest(previous.number if previous else None))
+        return request.prediction(
+            format_reply(reply, self.language), reply, digest(previous.number if previous else None)
+        )
 
 
 def _previous_strategy(request: TurnRequest) -> Strategy | None:

@@ -123,13 +123,17 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def pack_dialogues(
-    dialogues: Sequence[TokenizedDialogue], config: PackingConfig, loss: LossConfig | LossWeights | None = None
+    dialogues: Sequence[TokenizedDialogue],
+    config: PackingConfig,
+    loss: LossConfig | LossWeights | None = None,
+    language: str = "zh",
 ) -> tuple[PackedDataset, PackingReport]:
     """Fit dialogues to `config.max_length`, weight their tokens and pack them.
 
     Args:
         loss: how tokens are weighted (defaults to `LossConfig()`), or the weights of other dialogues: validation
             dialogues are weighted by the training set's factors.
+        language: of the strategies' names in the statistics.
 
     Returns:
         The packs and their statistics. A dialogue without a positive loss weight counts as dropped.
@@ -189,7 +193,9 @@ def pack_dialogues(
         trained_tokens=trained_tokens,
         utilization=tokens / (len(packed) * config.max_length),
         strategies={
-            s.zh: float(by_strategy[s.number] / by_strategy.sum()) for s in STRATEGIES if by_strategy[s.number]
+            s.name(language): float(by_strategy[s.number] / by_strategy.sum())
+            for s in STRATEGIES
+            if by_strategy[s.number]
         },
     )
 

@@ -80,14 +80,20 @@ def quality_report(
     }
 
 
-def write_quality_report(directory: str | os.PathLike, report: dict[str, Any], title: str) -> None:
+def write_quality_report(
+    directory: str | os.PathLike, report: dict[str, Any], title: str, language: str = "zh"
+) -> None:
     """Write a report as `quality.json` and as the self-contained page `quality.html`.
+
+    Args:
+        language: of the strategies' names.
 
     Raises:
         InputError: the directory cannot be written.
     """
     write_json(Path(directory) / "quality.json", report)
     values = {"report": report, "title": title, "strategies": STRATEGIES, "reached": _REACHED, "plain": _plain}
+    values["language"] = language
     write_text(Path(directory) / "quality.html", render(__package__, "quality_report.html.jinja", **values))
 
 

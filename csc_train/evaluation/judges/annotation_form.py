@@ -126,7 +126,7 @@ def draw_annotation_form(
     criteria = [{"id": name, "name": title, "definition": text} for name, (title, text) in described.items()]
     data = {"questions": [{"id": OVERALL}, *criteria], "items": shown}
     form = digest(data)[:16]
-    values = {"language": get_language(language).texts, "data": data | {"form": form}}
+    values = {"language": get_language(language).texts, "spoken": language, "data": data | {"form": form}}
     page = render("csc_train.evaluation.report", "form.html.jinja", **values)
     key = UnblindingKey(
         form=form, a=names[0], b=names[1], questions=[OVERALL, *config.criteria], turns=len(pairs),

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from csc_train.data.dialogue import Speaker
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.evaluated_model import read_evaluated
 from csc_train.evaluation.metrics.base import MetricResult
@@ -30,13 +31,14 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
     Raises:
         InputError: it cannot be written.
     """
-    results, contamination = scored.results, scored.contamination
+    results, contamination, language = scored.results, scored.contamination, scored.language
     shown = tables.mark_incomplete(results)
     system, (manifest, unverified) = list(results)[-1], read_evaluated(directory)
     page = render(
         __package__,
         "report.html.jinja",
         system=system,
+        language=language,
         chooses=any(scores["counts"]["unparsed"] is not None for scores in results[system].values()),
         config=config,
         record=record,
@@ -60,8 +62,12 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
             "drift": tables.to_plain(scored.drifts),
             "position_metrics": tables.position_metrics(results),
             "strategies": [
-                {"label": each.label, "zh": each.zh, "en": each.en, "code": each.code} for each in STRATEGIES
+                # The English name too, which the page's own texts are in.
+                {"name": name, "both": name if name == each.en else f"{name} {each.en}", "code": each.code}
+                for each in STRATEGIES
+                for name in [each.name(language)]
             ],
+            "customer": Speaker.CUSTOMER.title(language),
         },
         transcripts=_transcripts(scored),
     )

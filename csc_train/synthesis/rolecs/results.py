@@ -65,7 +65,8 @@ def write_synthesis(
         report = quality_report(
             dialogues, reference=reference, profiles=profiles, funnel=rows, usage=total, seed=seed
         )  # fmt: skip
-        write_quality_report(directory, report, f"{len(dialogues)} synthetic dialogues (source={backend.source})")
+        title = f"{len(dialogues)} synthetic dialogues (source={backend.source})"
+        write_quality_report(directory, report, title, runner.language)
     return rows
 
 

@@ -118,6 +118,7 @@ class SynthesisRunner:
 
     Attributes:
         progress: for a display.
+        language: of the dialogues.
         accepted: ids of the accepted dialogues, in the order of the quotas.
     """
 
@@ -138,6 +139,7 @@ class SynthesisRunner:
             InputError: a topic or mood is unknown in this language, or a budget of money lacks prices.
         """
         self._config = config
+        self.language = config.language
         self._check = rolecs_check
         self._profiles = {profile.id: profile for profile in profiles}
         self._topics = resolve_choices("synthesis.topics", config.topics, TOPICS[config.language])
