@@ -175,7 +175,7 @@ REFUSED = {
 REPAIRED = {
     "temperature without sampling": (settings(GENERATION, temperature=0.6, top_p=0.9), "do_sample is taken as true"),
     "own head": (weights(untie(2)), "tie_word_embeddings=true, but lm_head.weight differs"),
-    "own rules": (rules, "its normalizer is not that of transformers' Qwen2Tokenizer"),
+    "own rules": (rules, "transformers' Qwen2Tokenizer has another normalizer: the file's are used"),
 }
 NOTHING_WRONG = {
     "copied head": weights(untie(1)),

@@ -4,20 +4,22 @@ import importlib.util
 import json
 import random
 import re
+import shutil
 import struct
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import tokenizers
-from conftest import random_dialogue, real_tokenizer
+from conftest import SMALL_TOKENIZERS, random_dialogue, real_tokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.languages import get_language
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.models.tokenizer import load_tokenizer
 from csc_train.packing.truncation import drop_leading_turns
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenType
@@ -305,3 +307,42 @@ def test_a_tokenizer_that_merges_across_the_seam_is_refused(tmp_path):
     ) as found:
         DialogueTemplate(sentencepiece(whole_lines=False), str(path), TemplateConfig())
     assert "\n" not in str(found.value)
+
+
+def whole_words(rules: dict) -> None:
+    """Take a word of the vocabulary as it is: no merge makes it."""
+    vocabulary, word = rules["model"]["vocab"], "Hello"
+    last = max(vocabulary, key=vocabulary.get)
+    merges = [pair for pair in rules["model"]["merges"] if "".join(pair) != last]
+    vocabulary[word] = vocabulary.pop(last)
+    rules["model"] |= {"merges": merges, "ignore_merges": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda rules: None, None),
+        (lambda rules: rules.update(normalizer={"type": "Lowercase"}), "normalizer"),
+        (lambda rules: rules.update(pre_tokenizer=rules["pre_tokenizer"]["pretokenizers"][1]), "pre_tokenizer"),
+        (whole_words, "model"),
+        (lambda rules: [token.update(rstrip=True) for token in rules["added_tokens"]], "added tokens"),
+    ],
+    ids=["none", "normalizer", "pre_tokenizer", "model", "added tokens"],
+)
+def test_the_rules_of_a_tokenizers_file_win_over_those_of_its_class(change, what, tmp_path, said):
+    folder = shutil.copytree(SMALL_TOKENIZERS / "qwen2", tmp_path / "tokenizer")
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    change(rules)
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "Qwen2Tokenizer"}))
+    ours = load_tokenizer(str(folder))
+    own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stock = AutoTokenizer.from_pretrained(folder)
+    rng = random.Random(2)
+    texts = ["Hello", "A <|im_end|> b", *(random_dialogue(rng).text for _ in range(50))]
+    expected = [own.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [ours.encode(text, add_special_tokens=False) for text in texts] == expected
+    assert ([stock.encode(text, add_special_tokens=False) for text in texts] == expected) == (what is None)
+    note = f"note: {folder}/tokenizer.json: transformers' Qwen2Tokenizer has another {what}: the file's are used"
+    assert [line[: len(note)] for line in said] == ([note] if what else [])

@@ -43,22 +43,29 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 def _take_rules(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     """Give a tokenizer the rules of its own file, where those of the class that transformers chose differ.
 
-    transformers chooses the class by the model's family, and some classes bring their own normalizer and pre-tokenizer.
+    transformers chooses the class by the model's family, and some classes bring their own rules.
     """
     fast: Any = tokenizer.backend_tokenizer
     own = tokenizers.Tokenizer.from_file(str(file))
-    for part in ("normalizer", "pre_tokenizer"):
-        if _rules(getattr(fast, part)) != _rules(getattr(own, part)):
-            setattr(fast, part, getattr(own, part))
-            logger.info(
-                f"note: {file}: its {part} is not that of transformers' {type(tokenizer).__name__}: the file's is "
-                "used; other programs that load the model may not do so"
-            )
+    differing = [name for name in ("normalizer", "pre_tokenizer", "model") if _rules(fast, name) != _rules(own, name)]
+    for name in differing:
+        setattr(fast, name, getattr(own, name))
+    known = fast.get_added_tokens_decoder()
+    tokens = [
+        token for number, token in own.get_added_tokens_decoder().items() if repr(known.get(number)) != repr(token)
+    ]
+    fast.add_tokens(tokens)
+    if differing := ", ".join([*differing, *(["added tokens"] if tokens else [])]):
+        logger.info(
+            f"note: {file}: transformers' {type(tokenizer).__name__} has another {differing}: the file's are used; "
+            "other programs that load the model may not do so"
+        )
 
 
-def _rules(part: Any) -> str:
-    """A part of a tokenizer as JSON, without what decides no ids."""
-    return re.sub(r'"trim_offsets":\w+', "", part.__getstate__().decode()) if part is not None else ""
+def _rules(tokenizer: tokenizers.Tokenizer, name: str) -> str:
+    """A part of a tokenizer as text, without what decides no ids; of a model only the options."""
+    part: Any = getattr(tokenizer, name)
+    return re.sub(r" vocab=.*|trim_offsets=\w+", "", repr(part)).replace('""', "None")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
