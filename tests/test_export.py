@@ -2,6 +2,9 @@
 
 import copy
 import fcntl
+import importlib
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +12,23 @@ import pytest
 import torch
 import yaml
 from conftest import manifest_of, small_tokenizer, tiny_config
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from csc_train.checkpoints import manifest as manifests
 from csc_train.checkpoints.config import ExportConfig
-from csc_train.checkpoints.export import _logits, claim_output, model_card, with_weights
-from csc_train.checkpoints.locate import ModelSource
-from csc_train.checkpoints.manifest import write_manifest
+from csc_train.checkpoints.content import hash_files
+from csc_train.checkpoints.export import _logits, claim_output, export, model_card, with_weights
+from csc_train.checkpoints.locate import ModelSource, open_source
+from csc_train.checkpoints.manifest import save_final_model, write_manifest
+from csc_train.data.dialogue import Speaker, Turn
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.inference.config import InferenceConfig
+from csc_train.inference.hf import load_final_model
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.template.reply import Reply
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -88,6 +99,73 @@ def test_an_earlier_export_is_replaced_only_on_request_and_by_one_process(source
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="out: in use by another process: wait for its end"):
             claim_output(source, settings["replace"])
+
+
+@pytest.fixture
+def compressed_tensors():
+    """compressed-tensors, which CI has."""
+    return (
+        importlib.import_module("compressed_tensors")
+        if os.environ.get("CI")
+        else pytest.importorskip("compressed_tensors")
+    )
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A final model in fp32."""
+    tokenizer = small_tokenizer("qwen2_5")
+    template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen2", tokenizer, 0.1))
+    manifest = manifest_of(template, config={"adapter": {"kind": "full"}, "trainer": {"precision": "fp32"}})
+    save_final_model(tmp_path / "model", model, tokenizer, template.chat_template, manifest)
+    return tmp_path / "model"
+
+
+def test_an_export_in_float8_rounds_the_linear_layers_and_is_read_by_transformers(
+    compressed_tensors, trained, tmp_path
+):
+    output = tmp_path / "fp8"
+    difference = export(open_source(str(trained)), ExportConfig(output=str(output), format="fp8"))
+    assert 1e-3 < difference < 0.2 and f"{difference:.1e}" in (output / "README.md").read_text("utf-8")
+    before, after = load_file(trained / "model.safetensors"), load_file(output / "model.safetensors")
+    linear = {name for name, value in before.items() if "_proj.weight" in name}
+    assert {name for name, value in after.items() if value.dtype == torch.float8_e4m3fn} == linear
+    assert after.keys() == before.keys() | {f"{name}_scale" for name in linear}
+    for name in linear:
+        weight, scale = before[name], after[f"{name}_scale"]
+        assert scale.shape == (len(weight), 1)
+        # Of three bits behind the point half of the last one, or of the smallest number.
+        allowed = torch.maximum(weight.abs() / 2**4, scale / 2**10) * 1.0001
+        assert ((after[name].float() * scale - weight).abs() <= allowed).all()
+        assert (after[name].float().abs().amax(1) == 448).all()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if name not in linear)
+    settings = json.loads((output / "config.json").read_text("utf-8"))["quantization_config"]
+    assert (settings["quant_method"], settings["format"]) == ("compressed-tensors", "float-quantized")
+    assert not open_source(str(output)).unverified()
+    turns = (Turn(Speaker.SUPPORTER, "您好", STRATEGIES[0]), Turn(Speaker.CUSTOMER, "你好"))
+    settings = InferenceConfig(max_new_tokens=4)
+    assert isinstance(load_final_model(str(output), settings).reply(turns), Reply)
+
+
+def test_an_export_in_float8_is_refused_if_a_scale_is_wrong_or_the_library_is_missing(
+    compressed_tensors, trained, tmp_path, monkeypatch
+):
+    def spoil(directory):
+        tensors = load_file(directory / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight_scale"][3] *= 1.1
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        return hash_files(directory)
+
+    settings = ExportConfig(output=str(tmp_path / "fp8"), format="fp8")
+    monkeypatch.setattr(manifests, "hash_files", spoil)
+    with pytest.raises(InputError, match="the logits of the exported model differ by"):
+        export(open_source(str(trained)), settings)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^format=fp8: compressed-tensors is not installed: run `pip install .\[comp"):
+        export(open_source(str(trained)), settings)
+    assert not (tmp_path / "fp8").exists()
 
 
 def test_logits_are_those_of_fp32_weights_though_only_one_layer_has_them_at_a_time():

@@ -20,7 +20,8 @@ class ExportConfig:
     """What to do if `output` holds an earlier export. error: stop. replace: export again. Any other directory with
     files in it is refused."""
     format: str = "merged"
-    """merged: a whole model. adapter: the LoRA adapter alone, in PEFT's form, which names its base model."""
+    """merged: a whole model. adapter: the LoRA adapter alone, in PEFT's form, which names its base model. fp8: a whole
+    model with weights in float8 (compressed-tensors), for vLLM on a GPU."""
     merge_into: str | None = None
     """The weights that a QLoRA adapter is merged into (see `adapter.merge_into`); defaults to those of the training."""
     dtype: str = "auto"
@@ -33,7 +34,7 @@ class ExportConfig:
 
     def __post_init__(self):
         check_fields("", self, "if_exists", choices=("error", "replace"))
-        check_fields("", self, "format", choices=("merged", "adapter"))
+        check_fields("", self, "format", choices=("merged", "adapter", "fp8"))
         check_fields("", self, "merge_into", choices=MERGE_INTO)
         if self.format == "adapter" and self.merge_into is not None:
             raise InputError(f"merge_into={self.merge_into}: format=adapter merges nothing: leave it out")

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from csc_train.checkpoints.base_model import BaseModel, find_base, recorded_base
+from csc_train.checkpoints.compression import check_compression, compress, dequantized, round_weights
 from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.locate import MODEL_FOLDER, ModelSource, is_model
 from csc_train.checkpoints.manifest import MANIFEST_FILE, read_manifest, save_final_model
@@ -137,14 +138,14 @@ def read_weights(checkpoint: Path) -> Weights:
     return TrainedWeights(open_training_checkpoint(checkpoint))
 
 
-def load_unsharded(path: str, revision: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Load a model onto the CPU without sharding, under any ZeRO stage.
+def load_unsharded(path: str, revision: str | None, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
+    """Load a model onto the CPU without sharding, under any ZeRO stage; `options` go to `from_pretrained`.
 
     Raises:
         InputError: as `load_causal_lm`.
     """
     with unsharded():
-        return load_causal_lm(path, revision=revision, dtype=dtype)
+        return load_causal_lm(path, revision=revision, dtype=dtype, **options)
 
 
 def with_weights(
@@ -229,6 +230,8 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
     if alone and (source.finished or adapter_of(source).kind == "full"):
         held = "holds no adapter of its own" if source.finished else "was trained without an adapter"
         raise InputError(f"format=adapter: {source.path} {held}: choose a training checkpoint of adapter=lora or qlora")
+    if config.format == "fp8":
+        check_compression()
     load_recorded_plugins(manifest.config.get("plugins", ()))
     weights: Weights = {}
     if source.finished:  # a final model is its own base
@@ -245,7 +248,7 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
     adapter = adapter_of(source)
     quantized = adapter.kind == "qlora"
     merge_into = (config.merge_into or adapter.merge_into) if quantized else "base"
-    dequantized = merge_into == "dequantized"
+    exact = alone or not quantized or merge_into == "dequantized"
     tokenizer = load_tokenizer(str(source.path))
     # Memory: at no time are there two copies of the weights.
     model: Any = _load_base(path, revision, tokenizer, "auto", "4bit" if quantized else "base")
@@ -269,7 +272,11 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
             model = model.to(resolve_dtype(precision))
         model, dtype = merged(model, weights, lora), model.dtype
     model.config.use_cache = True
-    difference = 0.0
+    difference, expected, options = 0.0, logits, {}
+    if config.format == "fp8":  # which rounds: the written model must have the logits of the rounded weights
+        round_weights(model)
+        expected, options = _logits(model, {}), dequantized()
+        compress(model)
 
     def check(directory: Path) -> None:
         nonlocal difference
@@ -277,11 +284,12 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
             written: Any = peft.PeftModel.from_pretrained(model.unload(), str(directory))
         else:
             model.to("meta")  # frees the memory
-            written = load_unsharded(str(directory), None, "auto")
-        difference, tolerance = _difference(_logits(written, {}), logits), TOLERANCE[dtype]
-        if (alone or dequantized or not quantized) and not difference <= tolerance:
+            written = load_unsharded(str(directory), None, "auto", **options)
+        found = _logits(written, {})
+        difference, error, tolerance = _difference(found, logits), _difference(found, expected), TOLERANCE[dtype]
+        if (exact or expected is not logits) and not error <= tolerance:
             raise InputError(
-                f"{source.path}: the logits of the exported model differ by {difference:.1e}, above {tolerance:.0e}"
+                f"{source.path}: the logits of the exported model differ by {error:.1e}, above {tolerance:.0e}"
             )
         into = merge_into if quantized and not alone else None
         write_text(directory / "README.md", model_card(source, config, into, difference))
@@ -376,6 +384,7 @@ def model_card(source: ModelSource, config: ExportConfig, merge_into: str | None
         random=random,
         on_hub=not random and not Path(manifest.base_model).is_absolute(),
         merge_into=merge_into,
+        fp8=config.format == "fp8",
         rank=adapter_of(source).rank if config.format == "adapter" else None,
         difference=f"{difference:.1e}",
         manifest_file=MANIFEST_FILE,

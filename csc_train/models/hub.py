@@ -30,7 +30,7 @@ _REFUSALS = {
 
 @contextlib.contextmanager
 def hub_errors(
-    path: str, what: str, kinds: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError)
+    path: str, what: str, kinds: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, SafetensorError)
 ) -> Iterator[None]:
     """Turn failures to read `what` ("model", "tokenizer") at `path` into an InputError of one line.
 

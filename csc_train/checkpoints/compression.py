@@ -1,0 +1,58 @@
+"""Weights in float8, as compressed-tensors describes them for vLLM and transformers."""
+
+import importlib.util
+from typing import Any
+
+from transformers import CompressedTensorsConfig, PreTrainedModel
+
+from csc_train.errors import InputError
+from csc_train.models.families import get_family
+
+SCHEME = "FP8_DYNAMIC"
+"""Weights in float8 (e4m3) with a scale for each row; a server rounds activations too, with a scale for each token."""
+
+
+def check_compression() -> None:
+    """Raise an InputError if the library is missing."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise InputError("format=fp8: compressed-tensors is not installed: run `pip install .[compressed]`")
+
+
+def round_weights(model: PreTrainedModel) -> None:
+    """Round the weights of the decoder's linear layers in place to what float8 can hold; the output layer stays."""
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        apply_quantization_config,
+        disable_quantization,
+        fake_quantize,
+        preset_name_to_scheme,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    kept = list(get_family(model.config.model_type).unquantized_modules)
+    groups = {"linear": preset_name_to_scheme(SCHEME, ["Linear"])}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=kept))
+    for module in model.modules():
+        if scheme := getattr(module, "quantization_scheme", None):
+            weight: Any = module.weight
+            low, high = weight.data.aminmax(dim=1, keepdim=True)
+            scale, zero = calculate_qparams(low, high, scheme.weights)
+            module.weight_scale.data.copy_(scale)
+            weight.data.copy_(fake_quantize(weight.data, scale, zero, scheme.weights))
+            disable_quantization(module)
+
+
+def compress(model: PreTrainedModel) -> None:
+    """Hold the rounded weights in float8, and say so in the model's configuration."""
+    import compressed_tensors
+    from compressed_tensors.compressors import ModelCompressor
+
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    facts = compressor.quantization_config.model_dump()
+    model.config.quantization_config = facts | {"version": compressed_tensors.__version__}
+
+
+def dequantized() -> dict[str, Any]:
+    """The options of `from_pretrained` that give the weights of the base's dtype back."""
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
