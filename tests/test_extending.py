@@ -1,9 +1,11 @@
-"""docs/extending.md: its five code blocks, written to files as a user would, work from outside the package."""
+"""docs/extending.md: its code blocks, written to files as a user would, work from outside the package."""
 
+import io
 import json
 import re
 import shlex
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,24 @@ import torch
 from conftest import ROOT, small_tokenizer
 from processes import run_script
 
+from csc_train.chat.config import ChatConfig
+from csc_train.chat.terminal import run_terminal
 from csc_train.config.compose import compose
+from csc_train.data.config import LANGUAGE_CODES
+from csc_train.data.dialogue import Dialogue
+from csc_train.data.languages import LANGUAGES
+from csc_train.data.readers import read_dialogues
 from csc_train.data.sample_grammar import generate_sample
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
+from csc_train.evaluation.evaluated_model import read_language
 from csc_train.evaluation.metrics import registry
 from csc_train.evaluation.scoring import score_predictions
 from csc_train.inference.baselines import StrategyBaseline
+from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import generate_predictions
+from csc_train.inference.hf import load_final_model
 from csc_train.launching.job import launch
 from csc_train.launching.launchers.base import LAUNCHERS
 from csc_train.models.config import ArchitectureConfig
@@ -26,7 +38,9 @@ from csc_train.models.families import MODEL_FAMILIES, model_dims
 from csc_train.models.loading import load_model
 from csc_train.packing import loss_weights
 from csc_train.packing.config import WEIGHTINGS
+from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.template.system_prompt import language_note
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -43,8 +57,8 @@ def folder(tmp_path, monkeypatch):
         block = textwrap.dedent(indented)
         (tmp_path / re.match(r"\W*(my_\w+\.\w+)", block).group(1)).write_text(block, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    registries = (MODEL_FAMILIES, loss_weights._REGISTRY, LAUNCHERS)
-    lists = (registry.METRICS, WEIGHTINGS)
+    registries = (MODEL_FAMILIES, loss_weights._REGISTRY, LAUNCHERS, LANGUAGES)
+    lists = (registry.METRICS, WEIGHTINGS, LANGUAGE_CODES)
     before = [each.copy() for each in (*registries, *lists)]
     yield tmp_path
     for each, kept in zip(registries, before, strict=False):
@@ -59,10 +73,10 @@ def command_of(part):
     return next(words for words in COMMANDS if any(part in word for word in words))[2:]
 
 
-def test_the_page_has_a_file_for_each_of_its_five_places(folder):
-    names = ["my_family.py", "my_launcher.py", "my_loss.py", "my_metrics.py", "my_template.jinja"]
+def test_the_page_has_a_file_for_each_of_its_places(folder):
+    names = ["my_family.py", "my_language.py", "my_launcher.py", "my_loss.py", "my_metrics.py", "my_template.jinja"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    titles = ["A model family", "A chat template", "A metric", "A loss", "A launcher"]
+    titles = ["A model family", "A chat template", "A language", "A metric", "A loss", "A launcher"]
     assert re.findall(r"^## (.*)$", PAGE, re.MULTILINE) == titles
 
 
@@ -88,6 +102,60 @@ def test_the_template_renders_a_dialogue():
     text = template.tokenizer.decode(template.encode(dialogue).input_ids)
     first = dialogue.turns[0]
     assert f"<|im_start|>assistant\n\n[{first.strategy.zh}]{first.text}<|im_end|>" in text
+
+
+SAID = {  # by strategy
+    1: "Selamat siang, terima kasih telah menghubungi kami. Ada yang bisa saya bantu?",
+    2: "Boleh saya minta nama lengkap dan nomor pesanan Anda?",
+    3: "Jadi paket yang Anda pesan minggu lalu belum sampai, benar begitu?",
+    4: "Kapan terakhir kali Anda memeriksa status pengiriman?",
+    5: "Saya mengerti Anda kecewa karena harus menunggu selama ini.",
+    6: "Anda dapat menunggu sampai besok atau meminta pengembalian dana.",
+    7: "Pengiriman ke luar pulau biasanya memerlukan waktu lima hari kerja.",
+    8: "Permintaan Anda sudah saya proses, dan paket baru akan segera dikirim.",
+    9: "Apakah Anda puas dengan penyelesaian ini?",
+    10: "Silakan hubungi kami kapan saja melalui aplikasi.",
+    11: "Terima kasih banyak, semoga hari Anda menyenangkan.",
+    12: "Mohon tunggu sebentar.",
+}
+ANSWERS = ("Paket saya belum sampai juga.", "Baik, tolong segera diperiksa.", "Ya, saya sudah menunggu terlalu lama.")
+
+
+NAMES = dict(re.findall(r'^ +(\d+): \("([^"]+)"', PAGE, re.MULTILINE))
+"""The strategies' names on the page."""
+
+
+def write_indonesian(path):
+    """Dialogues with the strategies of sample dialogues, all texts in Indonesian; also as `Dialogue`."""
+    made = []
+    for sample in generate_sample(40, seed=5):
+        turns = [
+            replace(turn, text=SAID[turn.strategy.number] if turn.strategy else ANSWERS[index % 3])
+            for index, turn in enumerate(sample.turns)
+        ]
+        made.append(Dialogue(sample.id, tuple(turns), sample.source))
+    rows = [each.row() for each in made]
+    for row, dialogue in zip(rows, made, strict=True):  # named as the page says
+        for said, turn in zip(row["dialogue"], dialogue.turns, strict=True):
+            said["strategy"] = NAMES[str(turn.strategy.number)] if turn.strategy else ""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return made
+
+
+def test_the_language_reads_dialogues_and_renders_them():
+    with pytest.raises(InputError, match=r"^template\.language=id: choose one of zh, en"):
+        TemplateConfig(language="id")
+    config = compose("sft", command_of("my_language"))
+    dialogues = write_indonesian(Path("my_dialogues.jsonl"))
+    assert read_dialogues(config.data.train.path) == dialogues
+    assert language_note(dialogues, "id") is None
+    assert "template.language=en: choose template.language=id" in language_note(dialogues, "en")
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", config.template)
+    text = template.tokenizer.decode(template.encode(dialogues[0]).input_ids)
+    for strategy in STRATEGIES:
+        assert f"\n{strategy.number}. {strategy.name('id')}: {strategy.definition('id')}\n" in text
+    assert "melalui tahap menyapa, mengenali masalah, mencari solusi," in text
+    assert f"<|im_start|>assistant\n[Sapaan]{SAID[1]}<|im_end|>" in text
 
 
 def test_the_metric_is_computed():
@@ -121,18 +189,38 @@ def test_the_launcher_queues_a_job(capsys):
 
 
 @pytest.mark.slow
-def test_a_training_records_its_plugins_and_its_evaluation_finds_them(folder):
-    """A model of the page's family, trained with its loss, is evaluated with its metric, without naming the family."""
-    family = [each for each in command_of("my_family") if not each.startswith("plugins")]
-    asked = ["plugins=[my_family.py,my_loss.py]", "loss.weighting=square_root", "run.directory=runs/x"]
-    trained = run_script(ROOT / "recipes/sft.py", *family, *asked)
+def test_a_training_records_its_plugins_and_its_evaluation_finds_them(monkeypatch, capsys):
+    """A model of the page's family, trained with its loss in its language, is evaluated with its metric.
+
+    The evaluation names neither the family nor the language; nor does the chat.
+    """
+    with_own = "plugins=[my_family.py,my_loss.py,my_language.py]"
+    asked = {each.partition("=")[0]: each for name in ("my_family", "my_language") for each in command_of(name)}
+    asked |= {"plugins": with_own, "loss": "loss.weighting=square_root", "run.directory": "run.directory=runs/x"}
+    write_indonesian(Path("my_dialogues.jsonl"))
+    trained = run_script(ROOT / "recipes/sft.py", *asked.values())
     assert trained.returncode == 0, trained.stderr
+    assert "Verifikasi Identitas" in trained.stdout and "are in the language" not in trained.stdout
     limits = ["data=sample", "data.sample_dialogues=60", "data.limit=20", "evaluation.max_new_tokens=4"]
-    command = ["checkpoint=runs/x", "plugins=[my_metrics.py]", "run.directory=runs/e", *limits]
+    chinese = ["plugins=[my_metrics.py]", "metrics.profiles=[zh]"]
+    command = ["checkpoint=runs/x", "run.directory=runs/e", *chinese, *limits]
     evaluated = run_script(ROOT / "recipes/evaluate.py", *command)
     assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
     results = json.loads(Path("runs/e/results.json").read_text(encoding="utf-8"))["results"]
     assert "questions" in results["trained"]["reference"]["profiles"]["zh"]
+    assert "are in the language zh, but template.language=id: choose template.language=zh" in evaluated.stdout
     Path("my_loss.py").unlink()  # no longer needed: the evaluation notes that it is gone
-    again = run_script(ROOT / "recipes/evaluate.py", *command[:-4], "run.if_exists=replace", *limits)
+    again = run_script(ROOT / "recipes/evaluate.py", *command[:2], "run.if_exists=replace", limits[-1])
     assert again.returncode == 0 and "note: skipped a plugin of the training: plugins=" in again.stdout
+    results = json.loads(Path("runs/e/results.json").read_text(encoding="utf-8"))["results"]
+    for context in ("reference", "generated"):
+        assert list(results["trained"][context]["profiles"]) == ["en"]
+        assert list(results["trained"][context]["by_strategy"])[4] == "5 Pengelolaan Emosi"
+    page = Path("runs/e/report.html").read_text(encoding="utf-8")
+    assert 'id="talk" lang="id"' in page and '"name": "Sapaan", "both": "Sapaan Greeting"' in page
+    assert read_language("runs/e") == "id"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{ANSWERS[0]}\n/strategy 5\n"))
+    run_terminal(load_final_model("runs/x/model", InferenceConfig(max_new_tokens=4)), ChatConfig("runs/x"))
+    said = capsys.readouterr().out
+    assert "Petugas" in said and f"Pelanggan> {ANSWERS[0]}" in said
+    assert "strategy of the next reply: 5 Pengelolaan Emosi" in said

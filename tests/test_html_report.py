@@ -13,13 +13,14 @@ from csc_train.config.compose import to_container
 from csc_train.config.recipes.evaluation import EvaluateRecipe
 from csc_train.data.config import DataConfig, DialogueSourceConfig
 from csc_train.data.dialogue import Dialogue
-from csc_train.data.overlap import best_overlaps, find_overlaps
+from csc_train.data.overlap import Overlap, best_overlaps, find_overlaps
 from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.splits import Splits
 from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.config import EvaluationConfig, MetricsConfig
-from csc_train.evaluation.contamination import find_contamination, write_contamination
+from csc_train.evaluation.contamination import Contamination, find_contamination, write_contamination
+from csc_train.evaluation.evaluated_model import write_evaluated
 from csc_train.evaluation.report.html import write_html
 from csc_train.evaluation.report.tables import write_results
 from csc_train.evaluation.scoring import score_run
@@ -369,7 +370,7 @@ def test_calibration_is_shown_where_it_is_known(run, page, tmp_path, browser):
 def test_a_page_is_not_written_with_numbers_that_no_browser_reads():
     with pytest.raises(ValueError, match="not JSON compliant"):
         data = {"form": "s", "questions": [], "items": [float("nan")]}
-        render("csc_train.evaluation.report", "form.html.jinja", language="en", data=data)
+        render("csc_train.evaluation.report", "form.html.jinja", language="en", spoken="en", data=data)
 
 
 def test_the_page_could_not_reach_a_network_even_if_it_tried(run, browser, tmp_path):
@@ -404,3 +405,38 @@ def test_texts_are_embedded_once_and_turns_that_failed_are_marked(run, tmp_path)
     packed = json.loads(gzip.decompress(base64.b64decode(text[start : text.index("<", start)])))
     replies = packed["replies"][SYSTEM]["reference"]
     assert replies["texts"][0] == replies["strategies"][0] == -1
+
+
+# --- in English ---
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory):
+    """A run in English, with an overlap of every kind."""
+    directory = tmp_path_factory.mktemp("english")
+    dialogues = generate_sample(12, 1, "en")
+    write_dialogues(directory / "dialogues.jsonl", dialogues)
+    write_evaluated(directory, None, "en", [])
+    kinds = ("exact", "near", "shared", "edited")
+    overlaps = tuple(Overlap("t", each.id, kind, 0.9) for kind, each in zip(kinds, dialogues, strict=False))
+    write_contamination(directory, Contamination("By hand.", 1, len(dialogues), overlaps))
+    for context in CONTEXTS:
+        write_predictions(directory / "predictions" / f"system-{context}.jsonl", answers(dialogues, context, 0.6))
+    scored = score_run(directory, MetricsConfig(bootstrap_resamples=200))
+    write_html(directory, scored, CONFIG, RECORD)
+    return directory, scored
+
+
+def test_a_page_in_english_has_no_chinese_but_in_dialogues_and_names(english, opened):
+    page = opened(english)
+    assert list(english[1].results["system"]["reference"]["profiles"]) == english[1].profiles == ["en"]
+    assert page.locator("#confusion tbody th").nth(4).inner_text() == "Emotional Management EM"
+    assert page.locator("#by-strategy tbody th").nth(4).inner_text() == "5 Emotional Management"
+    assert page.locator("#strategy option").nth(5).inner_text() == "Emotional Management"
+    assert page.locator("#about details td").first.text_content() == "1 Greeting"
+    names = page.locator("#talk .strategy").all_inner_texts()
+    assert names[0] == "Greeting" and "Customer" in names
+    assert page.get_attribute("#talk", "lang") == page.get_attribute("#lowest-scoring", "lang") == "en"
+    assert "edited under the same id" in page.inner_text("#overlap")
+    for part in ("#about", "#scores", "#behaviour", "#overlap"):
+        assert not re.search("[\u4e00-\u9fff]", page.inner_text(part)), part

@@ -1,6 +1,7 @@
 """Languages: the table and its third row, which language dialogues are in, and what follows: words, metrics, labels."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -13,10 +14,15 @@ from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.splits import Splits
 from csc_train.data.strategies import STRATEGIES, Stage, parse_strategy
 from csc_train.errors import InputError
-from csc_train.evaluation.config import MetricsConfig
+from csc_train.evaluation.config import HumanConfig, JudgeConfig, MetricsConfig
 from csc_train.evaluation.contamination import find_contamination
+from csc_train.evaluation.judges.annotation_form import draw_annotation_form
+from csc_train.evaluation.judges.llm_judge import judge_questions
 from csc_train.evaluation.report.tables import results_markdown
 from csc_train.evaluation.scoring import context_drift, score_predictions
+from csc_train.evaluation.table import align_tables
+from csc_train.inference.baselines import StrategyBaseline
+from csc_train.inference.generator import generate_predictions
 from csc_train.inference.predictions import Prediction
 from csc_train.synthesis.config import NUM_STRATEGIES
 from csc_train.template.config import TemplateConfig
@@ -265,3 +271,26 @@ def test_a_language_with_an_unknown_profile_is_refused_by_name(english):
     register_language(**MINIMAL | {"profiles": ("eng",)})
     with pytest.raises(InputError, match=r"^language xx: profiles=eng: choose one of paper, zh, en\. Did you mean"):
         score_predictions(predictions(), english, MetricsConfig(), language="xx")
+
+
+# --- judges ---
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_judges_and_forms_of_a_third_language_speak_english_with_its_labels(english):
+    register_language(**MINIMAL)
+    said, other = predictions(), [replace(each, strategy=3, response=each.response + "!") for each in predictions()]
+    asked = judge_questions(said, other, english, JudgeConfig(language="xx"))
+    instructions, question = (message["content"] for message in asked[0].messages)
+    assert "Answer with one JSON object only" in instructions and "[Name RP]Hello, how can I help?!" in question
+    sides, _ = align_tables(said, other, "one", "other", english, "xx")
+    form, _ = draw_annotation_form(sides, english, ("a", "b"), HumanConfig(language="xx", show_strategies="own"))
+    assert '<html lang="en">' in form and '<div id="replies" lang="xx">' in form
+    assert "Which reply is better?" in form and "Name RP" in form and "Meaning RP" in form
+
+
+def test_a_baseline_labels_its_replies_in_the_language(english):
+    said = generate_predictions(english.values(), StrategyBaseline(list(english.values()), 0, "en"), "reference")
+    assert all(each.raw_text.startswith(f"[{STRATEGIES[each.strategy - 1].en}]") for each in said)
+    chinese = StrategyBaseline(list(english.values()), 0)
+    assert chinese.config_hash != StrategyBaseline(list(english.values()), 0, "en").config_hash
