@@ -13,7 +13,7 @@ from servers.faults import DROP, HANG, HTML, TORN, Fault, Say
 from transformers import AutoModelForCausalLM
 
 from csc_train.config.compose import compose
-from csc_train.data.dialogue import Speaker
+from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.strategies import STRATEGIES
@@ -22,7 +22,7 @@ from csc_train.evaluation.config import EvaluationConfig
 from csc_train.files import digest
 from csc_train.inference.generator import generate_predictions
 from csc_train.inference.hf import HFGenerator
-from csc_train.inference.openai import OpenAIGenerator
+from csc_train.inference.openai import OpenAIGenerator, build_messages
 from csc_train.inference.predictions import FailedTurn, Prediction, PredictionStore, read_outcomes
 from csc_train.llm import client as client_module
 from csc_train.llm.config import LLMConfig
@@ -32,6 +32,7 @@ from csc_train.template.likelihood import dialogue_log_likelihoods
 from csc_train.template.system_prompt import system_prompt
 
 DIALOGUES = generate_sample(4, seed=3)
+DIALOGUES[3] = OPENED = Dialogue("opened by the customer", DIALOGUES[3].turns[1:])
 TURNS = sum(len(dialogue.supporter_turns) for dialogue in DIALOGUES)
 
 
@@ -397,8 +398,13 @@ def test_a_model_whose_chats_begin_with_the_user(fault_server):
     both(template_of())
     generators = both(TemplateConfig())
     for context in ("reference", "generated"):
-        kinds = [{type(each) for each in outcomes_of(fault_server, each, context).values()} for each in generators]
-        assert kinds == [{FailedTurn}, {Prediction}]
+        for generator, expected in zip(generators, (FailedTurn, Prediction), strict=True):
+            found = outcomes_of(fault_server, generator, context)
+            assert {type(each) for (name, _), each in found.items() if name != OPENED.id} == {expected}
+            # The customer's own message comes first: no other is put before it.
+            assert {type(each) for (name, _), each in found.items() if name == OPENED.id} == {Prediction}
+            prompt = [*build_messages([], TemplateConfig()), {"role": "user", "content": OPENED.turns[0].text}]
+            assert found[OPENED.id, 1].prompt_hash == digest(prompt)
     assert compose("evaluate", ["llm=deepseek_r1", "data=sample"]).llm.user_first
 
 

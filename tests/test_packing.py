@@ -307,7 +307,7 @@ def test_a_truncated_dialogue_is_the_encoding_of_its_last_turns(template):
                 cuts.add(min(fitting))
             else:
                 assert first is None
-    assert {1, 3, 5} <= cuts
+    assert {1, 2, 3, 4, 5} <= cuts  # of dialogues that either speaker opens
 
 
 @pytest.mark.parametrize("policy", ["drop", "truncate", "error"])

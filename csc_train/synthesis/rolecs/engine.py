@@ -119,7 +119,7 @@ def next_question(state: DialogueState) -> RoleQuestion | None:
     start = state.start
     if state.plan is None:
         return RoleQuestion("planner", {"persona": start.persona, "topic": start.topic, "mood": start.mood})
-    if len(state.turns) % 2 == 0:
+    if not state.turns or state.turns[-1].speaker is Speaker.CUSTOMER:
         known = {"topic": start.topic, "history": state.turns}
         if state.strategy is None:
             choice = {"exhausted": state.exhausted, "rejected": state.rejected}
