@@ -1,7 +1,10 @@
 """What the pages say: their commands compose or run dry, their links and files exist, the README is short."""
 
+import os
 import re
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -88,6 +91,20 @@ def test_make_has_the_targets():
     for command in COMMANDS:
         if command.startswith("make "):
             assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
+
+
+@pytest.mark.parametrize(("setting", "language"), [([], "zh"), (["LANGUAGE=en"], "en")])
+def test_make_demo_takes_a_language(setting, language):
+    """The variable of the command line alone: shells use the name for the language of their messages."""
+    asked = ["make", "--dry-run", "--always-make", "demo", *setting]
+    said = subprocess.run(asked, cwd=ROOT, env=os.environ | {"LANGUAGE": "fr_FR"}, capture_output=True, text=True)
+    commands = [shlex.split(line) for line in said.stdout.replace("\\\n", "").splitlines() if "recipes/" in line]
+    configs = {Path(words[1]).stem: compose(Path(words[1]).stem, words[2:]) for words in commands}
+    assert list(configs) == ["write_sample", "sft", "evaluate"]
+    sample = f"runs/sample/dialogues-{language}-700-0.jsonl"
+    assert configs["write_sample"].data.train.path == configs["sft"].data.train.path == sample
+    assert configs["sft"].template.language == language
+    assert configs["evaluate"].checkpoint == f"{configs['sft'].run.directory}/model"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

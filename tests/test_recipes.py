@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from processes import Script, run_script
 
+from csc_train.data.readers import read_dialogues
 from csc_train.data.sample_grammar import accuracy_ceiling, generate_sample
 from csc_train.errors import InputError
 from csc_train.packing.dataset import PackingReport
@@ -99,6 +100,21 @@ def test_the_table_is_printed_and_every_turn_is_kept(workplace, evaluation):
     assert {line["context"] for line in lines} == {"generated"}
     assert all(len(line["prompt_hash"]) == 64 for line in lines)
     assert "| trained |" in (workplace / "runs/evaluation/table.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_demo_speaks_english(tmp_path):
+    tiny = ["experiment=demo_en", "debug=cpu_tiny", "data.sample_dialogues=30", "trainer.max_steps=1"]
+    trained = start("sft.py", *tiny, "run.directory=runs/demo_en", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    short = ["evaluation.max_new_tokens=2", "evaluation.contexts=[reference]", "evaluation.base=false"]
+    evaluated = start("evaluate.py", "checkpoint=runs/demo_en/model", *short, "run.directory=runs/e", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    test_set = read_dialogues(tmp_path / "runs/e/dialogues.jsonl")
+    assert all(dialogue.text.isascii() for dialogue in test_set)
+    assert f"ceiling of ACC, by the rule that wrote the sample dialogues: {accuracy_ceiling(test_set, 'en'):.2f}" in (
+        evaluated.stdout
+    )
 
 
 @pytest.mark.slow
