@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,49 @@ def test_what_is_refused_is_refused_alike(job, tmp_path, name):
     assert message.replace("job/", f"{tmp_path}/") in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value) or name in ("dropout", "few embeddings")  # these name the model
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def no_end_of_turn(path: Path) -> None:
+    found = json.loads((path / "tokenizer.json").read_text())
+    found["added_tokens"] = [token for token in found["added_tokens"] if token["content"] != "<|im_end|>"]
+    (path / "tokenizer.json").write_text(json.dumps(found))
+    settings("tokenizer_config.json", eos_token="<|endoftext|>")(path)
+
+
+def trl_template(name: str) -> Callable[[Path], None]:
+    source = resources.files("trl").joinpath(f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
+    return text("chat_template.jinja", source)
+
+
+UNFIT = {
+    "of another family": (lambda path: None, "llama3_1", "'<|eot_id|>', which is no control token of this tokenizer"),
+    "no end of turn": (no_end_of_turn, "qwen2_5", "'<|im_end|>\\n', which is no control token of this tokenizer"),
+    "not prefix-stable": (trl_template("qwen3"), "auto", "it is not prefix-stable"),
+    "drops content": (
+        trl_template("smolvlm"),
+        "auto",
+        "it changes, drops or repeats the content of assistant messages",
+    ),
+    "no template at all": (text("chat_template.jinja", "{% for %}"), "auto", "it cannot be rendered ("),
+}
+ADVICE = {
+    "no end of turn": "none of the package's fits this tokenizer",
+    "not prefix-stable": "choose qwen3, which fits",
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_chat_template_that_does_not_fit_is_refused_alike_and_one_that_fits_is_named(job, tmp_path, name):
+    change, template, message = UNFIT[name]
+    path = changed(job, tmp_path, change)
+    chosen = f"model.chat_template={template}"
+    (failed,) = (check.message for check in preflight(job, path, chosen) if check.status == "failed")
+    with pytest.raises(InputError) as caught:
+        train(job, path, chosen)
+    assert str(caught.value) == failed
+    assert failed.startswith(f"chat template {template}: it ") and message in failed and "\n" not in failed
+    assert ADVICE.get(name, "choose qwen2_5, which fits this tokenizer") in failed
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
 

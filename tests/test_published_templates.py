@@ -11,16 +11,28 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from conftest import SMALL_TOKENIZERS, random_dialogue, real_tokenizer
+import torch
+from conftest import SMALL_TOKENIZERS, load_recipe, random_dialogue, real_tokenizer, small_tokenizer, tiny_config
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from csc_train.checkpoints.config import ExportConfig
+from csc_train.checkpoints.export import export
+from csc_train.checkpoints.locate import open_source
+from csc_train.checkpoints.manifest import read_manifest
+from csc_train.config.compose import compose
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.languages import get_language
+from csc_train.data.readers import write_dialogues
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.files import digest
+from csc_train.inference.generator import generate_predictions
+from csc_train.inference.hf import load_final_model
 from csc_train.models.tokenizer import load_tokenizer
 from csc_train.packing.truncation import drop_leading_turns
+from csc_train.runs.claim import release_all
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenType
 from csc_train.template.system_prompt import system_prompt
@@ -196,8 +208,8 @@ def stock_messages(dialogue: Dialogue, where: str, system: str) -> list[dict[str
     return [{"role": "system", "content": system}, *chat]
 
 
-def stock_text(tokenizer, source: str, messages: list[dict[str, str]]) -> str:
-    options = {"chat_template": source, "date_string": "26 Jul 2024", "tokenize": False}
+def stock_text(tokenizer, source: str, messages: list[dict[str, str]], **options) -> str:
+    options |= {"chat_template": source, "date_string": "26 Jul 2024", "tokenize": False}
     return tokenizer.apply_chat_template(messages, **options)
 
 
@@ -346,3 +358,68 @@ def test_the_rules_of_a_tokenizers_file_win_over_those_of_its_class(change, what
     assert ([stock.encode(text, add_special_tokens=False) for text in texts] == expected) == (what is None)
     note = f"note: {folder}/tokenizer.json: transformers' Qwen2Tokenizer has another {what}: the file's are used"
     assert [line[: len(note)] for line in said] == ([note] if what else [])
+
+
+@pytest.fixture
+def base_of(tmp_path, monkeypatch):
+    """A directory with a tiny model, a tokenizer with this chat template, and dialogues that either side opens."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def make(source: str) -> None:
+        tokenizer = with_controls(small_tokenizer("qwen2_5"))
+        tokenizer.chat_template = source
+        torch.manual_seed(0)
+        config = tiny_config("qwen2", tokenizer, 0.3, tie_word_embeddings=True)
+        AutoModelForCausalLM.from_config(config).save_pretrained("base")
+        tokenizer.save_pretrained("base")
+        write_dialogues("dialogues.jsonl", seeded_dialogues(12))
+
+    yield make
+    release_all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "where", "given"), [("gemma", IN_USER, False), ("cohere2", USER_FIRST, True)])
+def test_a_run_on_a_base_with_its_own_template_ends_in_a_model_that_is_asked_as_it_was_trained(
+    name, where, given, base_of, sources, tmp_path
+):
+    base_of(None if given else sources[name])
+    (tmp_path / "mine.jinja").write_text(sources[name], encoding="utf-8")
+    overrides = [
+        "model=own", "model.path=base", "adapter=lora", "data=files", "data.train.path=dialogues.jsonl",
+        "data.evaluation_fraction=0.3", "trainer.max_steps=2", "trainer.save_steps=1", "trainer.packs_per_step=1",
+        "tracking=off", "run.directory=run", *(["model.chat_template=mine.jinja"] if given else []),
+    ]  # fmt: skip
+    load_recipe("sft").main(compose("sft", overrides))
+    if given:
+        (tmp_path / "mine.jinja").unlink()  # the model has a copy
+    manifest = read_manifest("run/model")
+    assert manifest.chat_template == (str(tmp_path / "mine.jinja") if given else "auto")
+    assert Path("run/model/chat_template.jinja").read_text(encoding="utf-8") == sources[name]
+    if not given:  # a checkpoint's tokenizer has the base's template
+        export(open_source("run/checkpoints/checkpoint-1"), ExportConfig(source="", output="exported"))
+        assert Path("exported/chat_template.jinja").read_text(encoding="utf-8") == sources[name]
+    generator = load_final_model("run/model", EvaluationConfig(max_new_tokens=4, batch_size=3))
+    template, tokenizer = generator.template, generator.template.tokenizer
+    assert generator.model.generation_config.eos_token_id[0] == template.end_of_turn_id
+    dialogues, system = seeded_dialogues(4), system_prompt("joint", "zh")
+    for context in ("reference", "generated"):
+        found = generate_predictions(dialogues, generator, context)
+        assert len(found) == sum(len(dialogue.supporter_turns) for dialogue in dialogues)
+        for prediction in found:
+            (dialogue,) = (each for each in dialogues if each.id == prediction.dialogue_id)
+            if context == "reference" or prediction.turn == dialogue.supporter_turns[0]:
+                chat = stock_messages(dialogue, where, system)
+                last = -1 - len(dialogue.turns) + prediction.turn
+                text = stock_text(tokenizer, sources[name], chat[: len(chat) + last + 1], add_generation_prompt=True)
+                assert prediction.prompt_hash == digest(tokenizer.encode(text, add_special_tokens=False))
+    # Likelihoods of the labels stand behind that prompt.
+    dialogue = dialogues[0]
+    ids = template.prompt_ids(dialogue.turns[: dialogue.supporter_turns[0]])
+    with torch.no_grad():
+        label = template.label_ids[3]
+        logits = generator.model(torch.tensor([[*ids, *label]])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+    expected = logits[range(len(label)), label].sum().item()
+    found = generate_predictions([dialogue], generator, "reference")
+    assert found[0].label_log_likelihoods[2] == pytest.approx(expected, abs=1e-3)

@@ -153,17 +153,18 @@ class DialogueTemplate:
 
     def _advice(self) -> str:
         """The chat template that fits the tokenizer: its own, or that of the package which writes the nearest text."""
-        fitting: dict[str, float] = {}
+        distances: dict[str, float] = {}
         for name in ([AUTO] if self.tokenizer.chat_template else []) + chat_template_names():
             other = copy.copy(self)
             with contextlib.suppress(ValueError):
                 other.chat_template = load_chat_template(name, self.tokenizer)
                 other._find_ids()
-                texts = self._sample(), other._sample()
-                fitting[name] = 2 if name == AUTO else difflib.SequenceMatcher(None, *texts, autojunk=False).ratio()
-        if not fitting:
+                mine, its = self._sample(), other._sample()
+                unlike = 1 - difflib.SequenceMatcher(None, mine, its, autojunk=False).ratio()
+                distances[name] = (name != AUTO) * unlike * (len(mine) + len(its))
+        if not distances:
             return "none of the package's fits this tokenizer: write one (docs/extending.md)"
-        return f"choose {max(fitting, key=lambda name: fitting[name])}, which fits this tokenizer"
+        return f"choose {min(distances, key=lambda name: distances[name])}, which fits this tokenizer"
 
     def _sample(self) -> str:
         """A short rendered chat, or the source of a template that cannot render it."""
