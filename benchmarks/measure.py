@@ -132,7 +132,12 @@ def random_model(architecture: dict[str, Any], attention: str, dtype: torch.dtyp
 
 
 def pack_trainer(
-    model: PreTrainedModel, packs: PackedDataset, packing: str, directory: str, **options: Any
+    model: PreTrainedModel,
+    packs: PackedDataset,
+    packing: str,
+    directory: str,
+    adapter: AdapterConfig | None = None,
+    **options: Any,
 ) -> PackTrainer:
     """Our trainer, one pack per step, without checkpointing; `options` go to `TrainerConfig`."""
     config = TrainerConfig(
@@ -144,7 +149,7 @@ def pack_trainer(
         packs,
         packing=packing,
         arguments=training_arguments(config, Path(directory), processes=1),
-        adapter=AdapterConfig(),
+        adapter=adapter or AdapterConfig(),
     )
 
 
