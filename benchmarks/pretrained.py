@@ -81,14 +81,10 @@ def read_template(directory: Path) -> str:
 def load(directory: Path, options: argparse.Namespace, attention: str) -> PreTrainedModel:
     """The model of a directory in fp32, of two layers in a quick run."""
     layers = {"num_hidden_layers": 2} if options.quick else {}
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation=attention, **layers
-    )
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention, **layers)
 
 
-def training(
-    report: Report, name: str, options: argparse.Namespace, template: DialogueTemplate, capacity: int
-) -> None:
+def training(report: Report, name: str, options: argparse.Namespace, template: DialogueTemplate, capacity: int) -> None:
     """Trained tokens a second of whole optimizer steps, one pack a step."""
     length = SHORT if options.quick else capacity
     checkpointing = capacity > CAPACITIES[0]

