@@ -127,7 +127,7 @@ def training(report: Report, name: str, options: argparse.Namespace, template: D
         seconds_of="CPU" if options.cpu_time else "wall",
         checkpointing=checkpointing,
         rank=ADAPTER.rank,
-        layers=ours.model.config.num_hidden_layers,
+        layers=model.config.num_hidden_layers,
     )
     speed = {
         side: [count / each for count, each in zip(steps.trained[1:], taken[side], strict=True)]
