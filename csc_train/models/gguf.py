@@ -66,7 +66,7 @@ def convert(file: Path, directory: Path) -> bool:
     return True
 
 
-def main(arguments: list[str]) -> None:
+def convert_by_command(arguments: list[str]) -> None:
     """Convert the file that the command line names, or that of the package, and print the model directory."""
     if len(arguments) not in (0, 2):
         raise InputError("usage: python -m csc_train.models.gguf [FILE.gguf DIRECTORY]")
@@ -84,6 +84,6 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        convert_by_command(sys.argv[1:])
     except InputError as error:
         sys.exit(f"error: {error}")
