@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from conftest import small_tokenizer
 
 from csc_train.data import languages
 from csc_train.data.config import LANGUAGE_CODES
@@ -26,6 +27,7 @@ from csc_train.inference.generator import generate_predictions
 from csc_train.inference.predictions import Prediction
 from csc_train.synthesis.config import NUM_STRATEGIES
 from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import language_note, prompt_language, system_prompt
 
@@ -127,6 +129,17 @@ def test_a_language_that_could_not_be_read_back_is_refused(change, message):
 def test_a_strategy_may_have_one_name_in_two_languages():
     register_language(**MINIMAL | with_name(1, "Greeting"))
     assert parse_strategy("Greeting") is STRATEGIES[0]
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_other_labels_are_another_template_though_the_prompt_does_not_show_them():
+    def fingerprint(mode, **change):
+        LANGUAGES.pop("xx", None)
+        register_language(**MINIMAL | {"system_prompt": "Help."} | change)
+        return DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode, "xx")).fingerprint
+
+    for mode, same in (("joint", False), ("given", False), ("reply_only", True)):
+        assert (fingerprint(mode) == fingerprint(mode, **with_name(5, "Feeling"))) is same
 
 
 # --- the language of dialogues ---

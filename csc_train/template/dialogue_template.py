@@ -175,9 +175,14 @@ class DialogueTemplate:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of chat template, system prompt, mode and language, and of the opening if it is used."""
+        """SHA-256 (hex) of chat template, system prompt, mode and language, and of the opening if it is used.
+
+        Also of the labels that the system prompt of a plugin's language does not show.
+        """
         opening = [self._opening] if self.layout.user_first else []
-        return digest([self.chat_template, self._system, self.config.mode, self.config.language, *opening])
+        labels = [] if self.config.mode == "reply_only" else self._labels.values()
+        unsaid = [label for label in labels if label.strip("[]") not in self._system]
+        return digest([self.chat_template, self._system, self.config.mode, self.config.language, *opening, *unsaid])
 
     def encode(self, dialogue: Dialogue, targets: Sequence[int] | None = None) -> TokenizedDialogue:
         """Encode one dialogue; `targets` as in `encode_all`."""

@@ -177,23 +177,14 @@ def _rouge_signature() -> str:
     return f"ROUGE-L F1, longest common subsequence by rapidfuzz {version('rapidfuzz')}, mean over turns"
 
 
-def _rouge_l_words(table: PredictionTable) -> Metric:
-    return Metric(mean(rouge_l(table.words)), f"{_rouge_signature()}, {table.segmenter}", unit=table.word_unit)
-
-
-@metric(name="R-L", unit="words", direction="higher", profiles=["en"], by_position=True)
-def en_rouge_l(table: PredictionTable) -> Metric:
-    """ROUGE-L on words."""
-    return _rouge_l_words(table)
-
-
 @metric(name="R-L char", unit="characters", direction="higher", profiles=["zh"], by_position=True)
 def zh_rouge_l_char(table: PredictionTable) -> Metric:
     """ROUGE-L on characters."""
     return Metric(mean(rouge_l_char_scores(table)), f"{_rouge_signature()}, without white space")
 
 
+@metric(name="R-L", unit="words", direction="higher", profiles=["en"], by_position=True)
 @metric(name="R-L word", unit="words", direction="higher", profiles=["zh"])
-def zh_rouge_l_word(table: PredictionTable) -> Metric:
+def rouge_l_word(table: PredictionTable) -> Metric:
     """ROUGE-L on words."""
-    return _rouge_l_words(table)
+    return Metric(mean(rouge_l(table.words)), f"{_rouge_signature()}, {table.segmenter}", unit=table.word_unit)
