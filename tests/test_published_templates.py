@@ -33,6 +33,7 @@ from csc_train.inference.hf import load_final_model
 from csc_train.models.tokenizer import load_tokenizer
 from csc_train.packing.truncation import drop_leading_turns
 from csc_train.runs.claim import release_all
+from csc_train.template.chat_templates import FIXED_DATE, chat_template_name, load_chat_template
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenType
 from csc_train.template.system_prompt import system_prompt
@@ -423,3 +424,53 @@ def test_a_run_on_a_base_with_its_own_template_ends_in_a_model_that_is_asked_as_
     expected = logits[range(len(label)), label].sum().item()
     found = generate_predictions([dialogue], generator, "reference")
     assert found[0].label_log_likelihoods[2] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.real_tokenizer
+def test_a_template_that_writes_the_date_of_the_day_gets_a_fixed_one(sources, tokenizer_of, tmp_path, said):
+    tokenizer = tokenizer_of("llama3_1")
+    (tmp_path / "dated.jinja").write_text(sources["llama3_2"], encoding="utf-8")
+    template = DialogueTemplate(tokenizer, str(tmp_path / "dated.jinja"), TemplateConfig())
+    assert said == ["note: the chat template writes the date of the day: 26 Jul 2024 stands in its place"]
+    chat = [{"role": "user", "content": "Hi"}]
+    today, fixed = (
+        tokenizer.apply_chat_template(chat, chat_template=source, tokenize=False)
+        for source in (sources["llama3_2"], template.chat_template)
+    )
+    assert "Today Date: 26 Jul 2024\n" in fixed and "Today Date: 26 Jul 2024\n" not in today
+    assert re.sub(r"Date: \d.*", "", today) == re.sub(r"Date: \d.*", "", fixed)
+    # The final model's copy is the fixed one; read again, it stays so.
+    (tmp_path / "copy.jinja").write_text(template.chat_template, encoding="utf-8")
+    assert load_chat_template(str(tmp_path / "copy.jinja")) == template.chat_template
+    iso = FIXED_DATE + "{{- strftime_now('%Y-%m-%d') }}"
+    assert tokenizer.apply_chat_template(chat, chat_template=iso, tokenize=False) == "2024-07-26"
+
+
+def test_auto_takes_the_default_of_several_templates_and_that_of_the_family_if_there_is_none():
+    tokenizer = small_tokenizer("qwen2_5")
+    assert chat_template_name("auto", tokenizer, "qwen3") == "qwen3"
+    with pytest.raises(
+        InputError, match=r"^model.chat_template=auto: .*: the tokenizer has no chat template of its own: "
+    ):
+        DialogueTemplate(tokenizer, "auto", TemplateConfig())
+    source = load_chat_template("qwen2_5")
+    tokenizer.chat_template = {"tools": "{{ tools }}"}
+    assert chat_template_name("auto", tokenizer, "qwen3") == "auto"
+    with pytest.raises(InputError, match=r"choose llama3_1, qwen2_5, qwen3, or the path of a .jinja file$"):
+        load_chat_template("auto", tokenizer)
+    tokenizer.chat_template["default"] = source
+    assert DialogueTemplate(tokenizer, "auto", TemplateConfig()).chat_template == source
+
+
+def test_a_replys_text_is_encoded_as_it_was_trained_though_a_space_precedes_it(tmp_path):
+    (tmp_path / "mistral.jinja").write_text(MISTRAL, encoding="utf-8")
+    turn = Turn(Speaker.SUPPORTER, "您好，请问", STRATEGIES[4])
+    for mode, text in (("joint", f"[{STRATEGIES[4].zh}]{turn.text}"), ("reply_only", turn.text)):
+        template = DialogueTemplate(sentencepiece(), str(tmp_path / "mistral.jinja"), TemplateConfig(mode=mode))
+        ids = template.encode(Dialogue("d", (turn,))).input_ids.tolist()
+        assert ids == [*template.prompt_ids([]), *template.reply_ids(text), template.end_of_turn_id]
+        # A server may keep the space or strip it.
+        assert template.reply_ids(f" {text}") == template.reply_ids(text) != template.literal_ids(text)
+    given = DialogueTemplate(sentencepiece(), str(tmp_path / "mistral.jinja"), TemplateConfig(mode="given"))
+    assert given.label_ids[5] == given.literal_ids(f" [{STRATEGIES[4].zh}]")
+    assert given.reply_ids(turn.text, STRATEGIES[4]) == given.literal_ids(turn.text)

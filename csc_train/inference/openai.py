@@ -15,8 +15,8 @@ from csc_train.inference.predictions import Prediction, TurnOutcome
 from csc_train.llm.client import Client, LLMError, Message, UnusableServerError
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
-from csc_train.template.reply import Reply, format_reply, parse_reply
+from csc_train.template.dialogue_template import DialogueTemplate, chat_messages, labelled_text
+from csc_train.template.reply import parse_reply
 from csc_train.template.segments import LAYOUTS, ROLES, Layout
 from csc_train.template.system_prompt import system_prompt
 
@@ -168,10 +168,8 @@ def build_messages(
     """A history as chat messages with `role` and `content`."""
     chat = []
     for turn in history:
-        if not isinstance(turn, Turn):
-            chat.append({"role": "assistant", "content": turn.raw_text})
+        if isinstance(turn, Turn):
+            chat.append({"role": ROLES[turn.speaker], "content": labelled_text(turn, config)})
         else:
-            strategy = None if config.mode == "reply_only" else turn.strategy
-            content = format_reply(Reply(strategy, turn.text), config.language)
-            chat.append({"role": ROLES[turn.speaker], "content": content})
+            chat.append({"role": "assistant", "content": turn.raw_text})
     return layout.arrange(system_prompt(config.mode, config.language), get_language(config.language).opening, chat)

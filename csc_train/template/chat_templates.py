@@ -3,7 +3,7 @@
 import logging
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from csc_train.errors import InputError, suggestion
 from csc_train.files import os_errors
@@ -57,11 +57,13 @@ def load_chat_template(name: str, tokenizer: "PreTrainedTokenizerBase | None" = 
     if name in known:
         return read_text(__package__, f"chat_templates/{name}.jinja")
     if name == AUTO and tokenizer is not None:
-        try:
-            source = tokenizer.get_chat_template()
-        except ValueError as error:  # none, or several without a default
-            reason = str(error).split(".")[0]
-            raise InputError(f"model.chat_template=auto: {tokenizer.name_or_path}: {reason}: name one") from error
+        own: Any = tokenizer.chat_template  # may be several by name
+        source = own.get("default") if isinstance(own, dict) else own
+        if source is None:
+            raise InputError(
+                f"model.chat_template=auto: {tokenizer.name_or_path}: the tokenizer has no chat template of its own: "
+                f"choose {', '.join(known)}, or the path of a .jinja file"
+            )
     elif name.endswith(".jinja"):
         with os_errors(f"model.chat_template={name}", "cannot read"):
             source = Path(name).read_text(encoding="utf-8")

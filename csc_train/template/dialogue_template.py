@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import tokenizers
@@ -67,6 +67,14 @@ class TokenizedDialogue:
         return self.token_types != TokenType.CONTEXT
 
 
+class _Frame(NamedTuple):
+    """What stands around the text of a turn; the spaces merge with it."""
+
+    spaces: str
+    header: list[int]
+    footer: list[int]
+
+
 def chat_messages(turns: Iterable[Turn], config: TemplateConfig) -> list[dict[str, str]]:
     """Chat messages of a dialogue: the system prompt, then `{"role", "content"[, "strategy"]}` for each turn."""
     result = [{"role": "system", "content": system_prompt(config.mode, config.language)}]
@@ -79,6 +87,11 @@ def chat_messages(turns: Iterable[Turn], config: TemplateConfig) -> list[dict[st
             strategy = turn.strategy.name(config.language)
             result.append({"role": "assistant", "strategy": strategy, "content": turn.text})
     return result
+
+
+def labelled_text(turn: Turn, config: TemplateConfig) -> str:
+    """The content of a turn's message: a supporter's text behind its `[strategy]`, unless the mode has none."""
+    return format_reply(Reply(None if config.mode == "reply_only" else turn.strategy, turn.text), config.language)
 
 
 class DialogueTemplate:
@@ -122,30 +135,34 @@ class DialogueTemplate:
         Raises:
             ValueError: the template does not render chats turn by turn, or does not fit the tokenizer.
         """
-        self._system, self._opening = (
-            system_prompt(self.config.mode, self.config.language),
-            get_language(self.config.language).opening,
-        )
+        self._system = system_prompt(self.config.mode, self.config.language)
+        self._opening = get_language(self.config.language).opening
         controls = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()}
         found = find_segments(self._render, self._system, self._opening, " ".join(controls.values()))
         self.layout = found.layout
         self.prefix_ids = self._mixed_ids(*found.prefix)
-        # By speaker, and whether the turn is the first.
-        headers = {(speaker, False): (text,) for speaker, text in found.headers.items()}
-        headers |= {(speaker, True): texts for speaker, texts in found.first_headers.items()}
-        self._headers = {turn: self._mixed_ids(*texts) for turn, texts in headers.items()}
-        self._leads = {turn: _last_spaces(texts[-1]) for turn, texts in headers.items()}
-        self._footers = {speaker: self._control_ids(text) for speaker, text in found.footers.items()}
-        self.supporter_footer_ids, self.customer_footer_ids = map(self._footers.__getitem__, Speaker)
-        self.supporter_header_ids, self.customer_header_ids = (self._headers[speaker, False] for speaker in Speaker)
-        lead = self._leads[Speaker.SUPPORTER, False]
-        self._labels = {s.number: lead + format_reply(Reply(s, ""), self.config.language) for s in STRATEGIES}
+        later, first = (
+            {
+                speaker: _Frame(
+                    _last_spaces(texts[-1]), self._mixed_ids(*texts), self._control_ids(found.footers[speaker])
+                )
+                for speaker, texts in headers.items()
+            }
+            for headers in ({speaker: (text,) for speaker, text in found.headers.items()}, found.first_headers)
+        )
+        self._frames = later, first
+        _, self.supporter_header_ids, self.supporter_footer_ids = later[Speaker.SUPPORTER]
+        _, self.customer_header_ids, self.customer_footer_ids = later[Speaker.CUSTOMER]
+        spaces = later[Speaker.SUPPORTER].spaces
+        self._labels = {s.number: spaces + format_reply(Reply(s, ""), self.config.language) for s in STRATEGIES}
         self.label_ids = {number: self.literal_ids(label) for number, label in self._labels.items()}
         self.end_of_turn_id = next(iter(self.supporter_footer_ids), -1)
         if self.end_of_turn_id not in controls:
             end = found.footers[Speaker.SUPPORTER]
             raise ValueError(f"it ends a turn with {end!r}, which is no control token of this tokenizer")
-        written = {*itertools.chain(self.prefix_ids, *self._headers.values(), *self._footers.values())}
+        frames = [*later.values(), *first.values()]
+        self._has_spaces = any(frame.spaces for frame in frames)
+        written = {*self.prefix_ids, *(number for frame in frames for number in frame.header + frame.footer)}
         for number in written & controls.keys():
             if number in self.literal_ids(controls[number]):
                 raise ValueError(f"in any text, the tokenizer takes {controls[number]!r} for a control token")
@@ -224,12 +241,13 @@ class DialogueTemplate:
                 speaker, content = turn.speaker, self.literal_ids(self._content(turn, index == 0))
             else:
                 speaker, content = Speaker.SUPPORTER, turn
-            ids += [*self._headers[speaker, index == 0], *content, *self._footers[speaker]]
+            _, header, footer = self._frames[index == 0][speaker]
+            ids += [*header, *content, *footer]
         return [*ids, *self.header_ids(len(history)), *(self.label_ids[given.number] if given else ())]
 
     def header_ids(self, turn: int) -> list[int]:
         """What stands between the start of the supporter turn of this index and its text."""
-        return self._headers[Speaker.SUPPORTER, turn == 0]
+        return self._frames[turn == 0][Speaker.SUPPORTER].header
 
     def parse(self, text: str) -> Reply:
         """Parse the text that a model generated (see `reply.parse_reply`)."""
@@ -237,12 +255,12 @@ class DialogueTemplate:
 
     def reply_ids(self, text: str, given: Strategy | None = None) -> list[int]:
         """The ids of a reply's text; `given` is the strategy that the prompt ends with, if any."""
-        lead = "" if given else self._leads[Speaker.SUPPORTER, False]
-        return self.literal_ids(lead + text.removeprefix(lead))
+        spaces = "" if given else self._frames[False][Speaker.SUPPORTER].spaces
+        return self.literal_ids(spaces + text.removeprefix(spaces))
 
     def messages(self, turns: Iterable[Turn]) -> list[dict[str, str]]:
         """The chat that the chat template renders to these turns: what a server of the model takes."""
-        chat = [{"role": ROLES[turn.speaker], "content": self._labelled(turn)} for turn in turns]
+        chat = [{"role": ROLES[turn.speaker], "content": labelled_text(turn, self.config)} for turn in turns]
         return self.layout.arrange(self._system, self._opening, chat)
 
     def render(self, turns: Iterable[Turn], **options) -> str:
@@ -252,15 +270,10 @@ class DialogueTemplate:
     def _render(self, messages: list[dict[str, str]], **options) -> Any:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False, **options)
 
-    def _labelled(self, turn: Turn) -> str:
-        """The content of a turn's message."""
-        if turn.speaker is Speaker.CUSTOMER or self.config.mode == "reply_only":
-            return turn.text
-        return format_reply(Reply(turn.strategy, turn.text), self.config.language)
-
     def _content(self, turn: Turn, first: bool) -> str:
         """The content of a turn's message behind the spaces of its header; `first` in the dialogue."""
-        return self._leads[turn.speaker, first] + self._labelled(turn)
+        text = labelled_text(turn, self.config)
+        return self._frames[first][turn.speaker].spaces + text if self._has_spaces else text
 
     def _assemble(
         self, dialogue: Dialogue, contents: list[list[int]], targets: Sequence[int] | None
@@ -270,14 +283,15 @@ class DialogueTemplate:
         turn_offsets = [len(ids)]
         trained = []
         for index, (turn, content) in enumerate(zip(dialogue.turns, contents, strict=True)):
-            ids += self._headers[turn.speaker, index == 0]
+            _, header, footer = self._frames[index == 0][turn.speaker]
+            ids += header
             if index and turn.speaker is Speaker.CUSTOMER and self.layout.system_in_user:
                 turn_offsets[-1] = len(ids)  # as the first turn begins: a dialogue without its first turns is one, too
             if turn.speaker is Speaker.SUPPORTER and (targets is None or index in targets):
                 start, end = len(ids), len(ids) + len(content) + 1
                 trained.append((start, start + self._strategy_length(turn, content, index == 0), end))
             ids += content
-            ids += self._footers[turn.speaker]
+            ids += footer
             turn_offsets.append(len(ids))
         token_types = numpy.zeros(len(ids), dtype=numpy.uint8)  # TokenType.CONTEXT
         for start, reply, end in trained:
