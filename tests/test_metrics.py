@@ -272,6 +272,21 @@ def test_accuracy_by_hand():
     assert accuracy_by_position(EIGHT) == [(1, 2, 50), (2, 2, 100), (3, 2, 0), (4, 2, 50)]
 
 
+def test_any_strategy_of_a_joined_turn_is_accepted():
+    turns = [
+        Turn(Speaker.SUPPORTER, "您好 请讲", STRATEGIES[0], (STRATEGIES[0], STRATEGIES[3])),
+        Turn(Speaker.CUSTOMER, "好"),
+    ]
+    dialogues = {"d0": Dialogue("d0", (*turns, *turns, *turns, turns[1], Turn(Speaker.SUPPORTER, "好", STRATEGIES[0])))}
+    rows = chosen([(1, 1), (4, 1), (5, 1), (4, 1)]).predictions
+    table = PredictionTable([dataclasses.replace(each, turn=(0, 2, 4, 7)[n]) for n, each in enumerate(rows)], dialogues)
+    assert value(strategy_metrics.accuracy(table)) == 25
+    assert value(strategy_metrics.accepted_accuracy(table)) == 50  # the last turn was never joined
+    assert value(strategy_metrics.accepted_accuracy(EIGHT)) == value(strategy_metrics.accuracy(EIGHT))
+    unread = [dataclasses.replace(each, strategy=None) for each in table.predictions]
+    assert value(strategy_metrics.accepted_accuracy(PredictionTable(unread, dialogues))) == 0
+
+
 def test_f1_by_hand():
     rows = {label: (count, figures) for label, count, figures in strategy_metrics.by_strategy(EIGHT)}
     assert len(rows) == 12

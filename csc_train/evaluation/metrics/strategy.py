@@ -39,6 +39,16 @@ def accuracy(table: PredictionTable) -> Metric:
     return _choice(table, table.correct)
 
 
+@metric(name="ACC accepted", unit="turns", direction="higher", profiles=["strategy"], compare=False)
+def accepted_accuracy(table: PredictionTable) -> Metric:
+    """Predicted strategy is any of the reference turn's, which has several if it was joined from several turns."""
+    correct = table.correct.copy()
+    for index, each in enumerate(table.predictions if table.dialogues else ()):
+        accepted = table.dialogues[each.dialogue_id].turns[each.turn].accepted
+        correct[index] |= each.strategy in [strategy.number for strategy in accepted]
+    return _choice(table, correct)
+
+
 @metric(name="macro-F1", unit="strategies", direction="higher", profiles=["strategy"])
 def macro_f1(table: PredictionTable) -> Metric:
     """Mean of the F1 of the strategies that occur in the reference or the predictions."""
