@@ -218,6 +218,8 @@ def test_a_training_records_its_plugins_and_its_evaluation_finds_them(monkeypatc
         assert list(results["trained"][context]["by_strategy"])[4] == "5 Pengelolaan Emosi"
     page = Path("runs/e/report.html").read_text(encoding="utf-8")
     assert 'id="talk" lang="id"' in page and '"name": "Sapaan", "both": "Sapaan Greeting"' in page
+    overlaps = json.loads(Path("runs/e/contamination.json").read_text(encoding="utf-8"))
+    assert "13-grams (of words, within turns" in overlaps["definition"]
     assert read_language("runs/e") == "id"
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{ANSWERS[0]}\n/strategy 5\n"))
     run_terminal(load_final_model("runs/x/model", InferenceConfig(max_new_tokens=4)), ChatConfig("runs/x"))

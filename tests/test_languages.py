@@ -1,22 +1,27 @@
 """Languages: the table and its third row, which language dialogues are in, and what follows: words, metrics, labels."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from conftest import small_tokenizer
+from conftest import load_recipe, small_tokenizer
 
+from csc_train.config.compose import compose
 from csc_train.data import languages
 from csc_train.data.config import LANGUAGE_CODES
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.languages import LANGUAGES, detect_language, get_language, register_language
 from csc_train.data.overlap import NGRAM, Overlap, find_shared_text
+from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.splits import Splits
 from csc_train.data.strategies import STRATEGIES, Stage, parse_strategy
 from csc_train.errors import InputError
 from csc_train.evaluation.config import HumanConfig, JudgeConfig, MetricsConfig
 from csc_train.evaluation.contamination import find_contamination
+from csc_train.evaluation.evaluated_model import read_language, write_evaluated
 from csc_train.evaluation.judges.annotation_form import draw_annotation_form
 from csc_train.evaluation.judges.llm_judge import judge_questions
 from csc_train.evaluation.report.tables import results_markdown
@@ -24,7 +29,7 @@ from csc_train.evaluation.scoring import context_drift, score_predictions
 from csc_train.evaluation.table import align_tables
 from csc_train.inference.baselines import StrategyBaseline
 from csc_train.inference.generator import generate_predictions
-from csc_train.inference.predictions import Prediction
+from csc_train.inference.predictions import Prediction, write_predictions
 from csc_train.synthesis.config import NUM_STRATEGIES
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -307,3 +312,31 @@ def test_a_baseline_labels_its_replies_in_the_language(english):
     assert all(each.raw_text.startswith(f"[{STRATEGIES[each.strategy - 1].en}]") for each in said)
     chinese = StrategyBaseline(list(english.values()), 0)
     assert chinese.config_hash != StrategyBaseline(list(english.values()), 0, "en").config_hash
+
+
+def test_recipes_take_the_language_of_the_first_run(english, tmp_path, monkeypatch, fault_server):
+    monkeypatch.chdir(tmp_path)
+    for name, mark in (("one", ""), ("other", "!")):
+        said = [replace(each, response=each.response + mark) for each in predictions()]
+        write_predictions(tmp_path / name / "predictions" / "system-reference.jsonl", said)
+        write_dialogues(tmp_path / name / "dialogues.jsonl", english.values())
+        write_evaluated(Path(name), None, "en", [])
+
+    def run(recipe, *words):
+        action = ["export"] if recipe == "human_eval" else []
+        load_recipe(recipe).main(compose(recipe, [*action, "one", "other", f"run.directory={recipe}", *words]))
+
+    run("compare", "permutations=1000")
+    rows = json.loads(Path("compare/comparison.json").read_text(encoding="utf-8"))["differences"]
+    assert {"B-2", "R-L", "ACC"} <= {row["metric"] for row in rows}
+    assert next(row["unit"] for row in rows if row["metric"] == "B-2") == "words"
+    run("human_eval")
+    assert "Which reply is better?" in Path("human_eval/form.html").read_text(encoding="utf-8")
+    fault_server.answer = lambda body: '{"reason": "-", "better": "1"}'
+    server = ["llm=openai", "llm.model=judge", f"llm.base_url={fault_server.base_url}", "llm.api_key_env=null"]
+    run("judge", *server, "judge.tasks=[pairwise]", "judge.permutations=1000")
+    asked = [body["messages"][0]["content"] for body in fault_server.bodies if len(body["messages"]) > 1]
+    assert len(asked) == 2 * len(REPLIES) and all("You check the quality" in text for text in asked)
+    # An evaluation of before languages were recorded.
+    Path("one/evaluated_model.json").unlink()
+    assert read_language("one") == "zh"
