@@ -322,7 +322,9 @@ def preparation(report: Report, settings: Settings, tokenizer: PreTrainedTokeniz
     """Dialogues to ids and labels, a second, on one core."""
     dialogues = long_dialogues(settings.tokenized_dialogues)
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
-    rows = datasets.Dataset.from_list([{"messages": plain_messages(dialogue)} for dialogue in dialogues])
+    rows = datasets.Dataset.from_list(
+        [{"messages": chat_messages(dialogue.turns, TemplateConfig())} for dialogue in dialogues]
+    )
     tokenizer.chat_template = GENERATION_TEMPLATE
     trainer = SFTTrainer(
         random_model(QUICK.model | {"vocab_size": len(tokenizer)}, "sdpa"),
@@ -381,15 +383,6 @@ def long_dialogues(count: int) -> list[Dialogue]:
         return Turn(turn.speaker, "".join(texts), turn.strategy)
 
     return [Dialogue(each.id, tuple(map(longer, each.turns)), each.source) for each in sample]
-
-
-def plain_messages(dialogue: Dialogue) -> list[dict[str, str]]:
-    """The messages of a dialogue with the strategy written into the content, as a user of TRL would have them."""
-    return [
-        {"role": each["role"], "content": f"[{each['strategy']}]{each['content']}" if "strategy" in each else
-         each["content"]}
-        for each in chat_messages(dialogue.turns, TemplateConfig())
-    ]  # fmt: skip
 
 
 # Training

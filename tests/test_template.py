@@ -12,7 +12,7 @@ from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
 from csc_train.template.chat_templates import chat_template_names
 from csc_train.template.config import MODES, TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, TokenType, chat_messages
+from csc_train.template.dialogue_template import DialogueTemplate, TokenType
 from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.system_prompt import system_prompt
 
@@ -188,9 +188,14 @@ def stock_template(name: str) -> str:
 
 def as_content(dialogue: Dialogue) -> list[dict[str, str]]:
     """The dialogue's messages as anybody without this project would write them: the strategy is part of the content."""
-    chat = chat_messages(dialogue.turns, TemplateConfig())
+    names = {Speaker.CUSTOMER: "user", Speaker.SUPPORTER: "assistant"}
+    labels = [f"[{turn.strategy.zh}]" if turn.strategy else "" for turn in dialogue.turns]
     return [
-        {"role": m["role"], "content": (f"[{m['strategy']}]" if "strategy" in m else "") + m["content"]} for m in chat
+        {"role": "system", "content": system_prompt("joint", "zh")},
+        *(
+            {"role": names[turn.speaker], "content": label + turn.text}
+            for turn, label in zip(dialogue.turns, labels, strict=True)
+        ),
     ]
 
 

@@ -25,7 +25,7 @@ from csc_train.files import digest
 from csc_train.template.chat_templates import AUTO, chat_template_names, load_chat_template
 from csc_train.template.config import TemplateConfig
 from csc_train.template.reply import Reply, format_reply, parse_reply
-from csc_train.template.segments import ROLES, find_segments
+from csc_train.template.segments import LAYOUTS, ROLES, Layout, Messages, find_segments
 from csc_train.template.system_prompt import system_prompt
 
 logger = logging.getLogger(__name__)
@@ -75,23 +75,15 @@ class _Frame(NamedTuple):
     footer: list[int]
 
 
-def chat_messages(turns: Iterable[Turn], config: TemplateConfig) -> list[dict[str, str]]:
-    """Chat messages of a dialogue: the system prompt, then `{"role", "content"[, "strategy"]}` for each turn."""
-    result = [{"role": "system", "content": system_prompt(config.mode, config.language)}]
-    for turn in turns:
-        if turn.speaker is Speaker.CUSTOMER:
-            result.append({"role": "user", "content": turn.text})
-        elif config.mode == "reply_only":
-            result.append({"role": "assistant", "content": turn.text})
-        else:
-            strategy = turn.strategy.name(config.language)
-            result.append({"role": "assistant", "strategy": strategy, "content": turn.text})
-    return result
-
-
 def labelled_text(turn: Turn, config: TemplateConfig) -> str:
     """The content of a turn's message: a supporter's text behind its `[strategy]`, unless the mode has none."""
     return format_reply(Reply(None if config.mode == "reply_only" else turn.strategy, turn.text), config.language)
+
+
+def chat_messages(turns: Iterable[Turn], config: TemplateConfig, layout: Layout = LAYOUTS[0]) -> Messages:
+    """Chat messages of a dialogue: the system prompt, then `{"role", "content"}` for each turn."""
+    chat = [{"role": ROLES[turn.speaker], "content": labelled_text(turn, config)} for turn in turns]
+    return layout.arrange(system_prompt(config.mode, config.language), get_language(config.language).opening, chat)
 
 
 class DialogueTemplate:
@@ -170,7 +162,7 @@ class DialogueTemplate:
 
     def _advice(self) -> str:
         """The chat template that fits the tokenizer: its own, or that of the package which writes the nearest text."""
-        distances: dict[str, float] = {}
+        fitting: list[tuple[float, str]] = []
         for name in ([AUTO] if self.tokenizer.chat_template else []) + chat_template_names():
             other = copy.copy(self)
             with contextlib.suppress(ValueError):
@@ -178,10 +170,10 @@ class DialogueTemplate:
                 other._find_ids()
                 mine, its = self._sample(), other._sample()
                 unlike = 1 - difflib.SequenceMatcher(None, mine, its, autojunk=False).ratio()
-                distances[name] = (name != AUTO) * unlike * (len(mine) + len(its))
-        if not distances:
-            return "none of the package's fits this tokenizer: write one (docs/extending.md)"
-        return f"choose {min(distances, key=lambda name: distances[name])}, which fits this tokenizer"
+                fitting.append(((name != AUTO) * unlike * (len(mine) + len(its)), name))
+        if fitting:
+            return f"choose {min(fitting)[1]}, which fits this tokenizer"
+        return "none of the package's fits this tokenizer: write one (docs/extending.md)"
 
     def _sample(self) -> str:
         """A short rendered chat, or the source of a template that cannot render it."""
@@ -258,16 +250,15 @@ class DialogueTemplate:
         spaces = "" if given else self._frames[False][Speaker.SUPPORTER].spaces
         return self.literal_ids(spaces + text.removeprefix(spaces))
 
-    def messages(self, turns: Iterable[Turn]) -> list[dict[str, str]]:
+    def messages(self, turns: Iterable[Turn]) -> Messages:
         """The chat that the chat template renders to these turns: what a server of the model takes."""
-        chat = [{"role": ROLES[turn.speaker], "content": labelled_text(turn, self.config)} for turn in turns]
-        return self.layout.arrange(self._system, self._opening, chat)
+        return chat_messages(turns, self.config, self.layout)
 
     def render(self, turns: Iterable[Turn], **options) -> str:
         """Render the turns by the Jinja chat template; `options` go to `apply_chat_template`."""
         return self._render(self.messages(turns), **options)
 
-    def _render(self, messages: list[dict[str, str]], **options) -> Any:
+    def _render(self, messages: Messages, **options) -> Any:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False, **options)
 
     def _content(self, turn: Turn, first: bool) -> str:
@@ -340,21 +331,19 @@ class DialogueTemplate:
             ValueError: they do not; says where.
         """
         for start, speakers in itertools.product(range(len(PROBES)), itertools.permutations(Speaker)):
-            texts = (*PROBES[start:], *PROBES[:start])
+            texts = PROBES[start:] + PROBES[:start]
             turns = tuple(
                 Turn(speaker, text, STRATEGIES[start] if speaker is Speaker.SUPPORTER else None)
-                for speaker, text in zip((*speakers, speakers[0]), texts, strict=False)
+                for speaker, text in zip(itertools.cycle(speakers), texts, strict=False)
             )
             whole = self._control_ids(self.render(turns))
             ours = self.encode(Dialogue("probe", turns)).input_ids.tolist()
             if whole != ours:
                 place = next(
-                    (index for index, pair in enumerate(zip(whole, ours, strict=False)) if len({*pair}) > 1), 0
+                    (index for index, (one, other) in enumerate(zip(whole, ours, strict=False)) if one != other), 0
                 )
                 text = self.tokenizer.decode(whole[max(0, place - 4) : place + 4])
-                raise ValueError(
-                    f"the tokenizer merges tokens across the text that it writes and contents, at {text!r}"
-                )
+                raise ValueError(f"the tokenizer merges tokens across its text and contents, at {text!r}")
 
 
 def _last_spaces(text: str) -> str:

@@ -69,27 +69,22 @@ def find_segments(render: Callable[..., str], system: str, opening: str, odd: st
         odd: more text that the template must not change.
 
     Raises:
-        ValueError: the template does not render chats turn by turn; says why, for the first layout that it renders.
+        ValueError: the template does not render chats turn by turn; says why.
     """
-    reasons: list[ValueError] = []
+    reason = ValueError()
     for layout in LAYOUTS:
 
         def render_turns(chat: Messages, layout: Layout = layout, **options: bool) -> str:
-            try:
-                return render(layout.arrange(system, opening, chat), **options)
-            except Exception as error:  # of any kind: a template is a program
-                raise _RenderError(f"it cannot be rendered ({' '.join(str(error).split())})") from error
+            return render(layout.arrange(system, opening, chat), **options)
 
         try:
             _segments(render_turns, layout, system, opening, "")
             return _segments(render_turns, layout, system, opening, odd + ODD_TEXT)
-        except ValueError as reason:
-            reasons.append(reason)
-    raise next((reason for reason in reasons if not isinstance(reason, _RenderError)), reasons[-1])
-
-
-class _RenderError(ValueError):
-    """The template raises an error, such as for a role that it does not know."""
+        except ValueError as error:
+            reason = error
+        except Exception as error:  # of any kind: a template is a program, and may know no system role
+            reason = ValueError(f"it cannot be rendered ({' '.join(str(error).split())})")
+    raise reason
 
 
 def _segments(render: Callable[..., str], layout: Layout, system: str, opening: str, odd: str) -> Segments:

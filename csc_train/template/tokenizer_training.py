@@ -8,12 +8,13 @@ from accelerate import PartialState
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from csc_train.data.dialogue import Dialogue
+from csc_train.data.dialogue import Dialogue, Turn
 from csc_train.models.config import TRAINED_TOKENIZER, ModelConfig
 from csc_train.models.families import get_family
 from csc_train.models.tokenizer import load_tokenizer
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import chat_messages
+from csc_train.template.segments import ROLES
+from csc_train.template.system_prompt import system_prompt
 from csc_train.templates import read_yaml
 
 TOKENIZER_STYLES = read_yaml(__package__, "tokenizer_styles.yaml")
@@ -54,6 +55,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, style: str = "qwen2")
     )
 
 
+def _texts(turn: Turn, template: TemplateConfig) -> tuple[str, str, str]:
+    labelled = turn.strategy and template.mode != "reply_only"
+    return ROLES[turn.speaker], f"[{turn.strategy.name(template.language) if labelled else ''}]", turn.text
+
+
 def get_tokenizer(
     config: ModelConfig, template: TemplateConfig, dialogues: Iterable[Dialogue], directory: Path, job: PartialState
 ) -> PreTrainedTokenizerBase:
@@ -69,11 +75,12 @@ def get_tokenizer(
         return load_tokenizer(config.tokenizer or config.path, None if config.tokenizer else config.revision)
     if job.is_main_process:
         # Every text as often as it is rendered, so that frequent texts become few tokens.
+        prompt = ("system", "[]", system_prompt(template.mode, template.language))
         texts = (
             text
             for dialogue in dialogues
-            for message in chat_messages(dialogue.turns, template)
-            for text in (message["role"], f"[{message.get('strategy', '')}]", message["content"])
+            for message in (prompt, *(_texts(turn, template) for turn in dialogue.turns))
+            for text in message
         )
         style = get_family(config.architecture.model_type).tokenizer_style
         train_tokenizer(texts, config.tokenizer_vocab_size, style).save_pretrained(directory)
