@@ -6,8 +6,6 @@ export OMP_WAIT_POLICY ?= passive
 IF_EXISTS ?= reuse
 # Of the demo's dialogues, prompts and labels: zh or en. Not ?=, because shells set a variable of this name themselves.
 LANGUAGE = zh
-# The longest reply of the demo's dialogues has fewer tokens.
-MAX_NEW_TOKENS := $(if $(filter zh,$(LANGUAGE)),40,64)
 DEMO := runs/demo$(if $(filter-out zh,$(LANGUAGE)),_$(LANGUAGE))
 
 .PHONY: help demo demo-pretrained settings test test-fast bench bench-gpu lint
@@ -34,7 +32,7 @@ $(VENV)/installed-pretrained: $(VENV)/installed
 demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> trained checkpoint -> evaluated table
 	$(PYTHON) recipes/write_sample.py data.sample_language=$(LANGUAGE)
 	$(PYTHON) recipes/sft.py experiment=$(notdir $(DEMO)) run.directory=$(DEMO) run.if_exists=$(IF_EXISTS)
-	$(PYTHON) recipes/evaluate.py checkpoint=$(DEMO)/model evaluation.max_new_tokens=$(MAX_NEW_TOKENS) \
+	$(PYTHON) recipes/evaluate.py checkpoint=$(DEMO)/model evaluation.max_new_tokens=40 \
 		run.directory=$(DEMO)/evaluation run.if_exists=$(IF_EXISTS)
 
 demo-pretrained: $(VENV)/installed-pretrained ## The same from a real pretrained model, in English: LoRA on SmolLM2-135M
