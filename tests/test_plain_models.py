@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import load_recipe, manifest_of, random_dialogue, small_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
+from servers.faults import Say
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from csc_train.checkpoints.content import base_files, hash_files
@@ -166,6 +167,17 @@ def test_a_plain_model_is_compared_and_judged(replies, fault_server, capsys):
     few = ["judge.num_turns=3", "judge.bootstrap_resamples=100", "judge.permutations=1000"]
     load_recipe("judge").main(compose("judge", [*pair, *asked, *few, "run.directory=runs/judged"]))
     assert "plain model of runs/merged" in Path("runs/judged/judge.md").read_text("utf-8")
+
+
+def test_a_served_plain_model_is_asked_by_its_own_tokens(replies, fault_server):
+    fault_server.answer = lambda body: Say("[礼貌问候]您好", usage=(len(body["prompt"]), 3))
+    server = ["llm=vllm", f"llm.base_url={fault_server.base_url}", "llm.model=x", "run.directory=runs/served"]
+    few = ["evaluation.contexts=[reference]", *QUICK]
+    load_recipe("evaluate").main(compose("evaluate", ["checkpoint=plain", *PLAIN, *DATA, *server, *few]))
+    rows = Path("runs/served/predictions/plain model-reference.jsonl").read_text("utf-8").splitlines()
+    local = Path("runs/plain/predictions/plain model-reference.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(row)["prompt_hash"] for row in rows] == [json.loads(row)["prompt_hash"] for row in local]
+    assert {json.loads(row)["strategy"] for row in rows} == {1}
 
 
 @pytest.mark.parametrize("path", ["plain", "adapter"])

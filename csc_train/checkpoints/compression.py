@@ -1,12 +1,15 @@
 """Weights in float8, as compressed-tensors describes them for vLLM and transformers."""
 
 import importlib.util
+import warnings
 from typing import Any
 
 from transformers import CompressedTensorsConfig, PreTrainedModel
 
 from csc_train.errors import InputError
 from csc_train.models.families import get_family
+from csc_train.models.hub import load_causal_lm
+from csc_train.models.sharded_parameters import unsharded
 
 SCHEME = "FP8_DYNAMIC"
 """Weights in float8 (e4m3) with a scale for each row; a server rounds activations too, with a scale for each token."""
@@ -53,6 +56,12 @@ def compress(model: PreTrainedModel) -> None:
     model.config.quantization_config = facts | {"version": compressed_tensors.__version__}
 
 
-def dequantized() -> dict[str, Any]:
-    """The options of `from_pretrained` that give the weights of the base's dtype back."""
-    return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+def load_dequantized(directory: str) -> PreTrainedModel:
+    """Load a written model with the rounded weights in its own dtype, and activations that nothing rounds.
+
+    Raises:
+        InputError: as `load_causal_lm`.
+    """
+    with unsharded(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers says that the settings in the directory are used as well
+        return load_causal_lm(directory, dtype="auto", quantization_config=CompressedTensorsConfig(dequantize=True))

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from csc_train.checkpoints.base_model import BaseModel, find_base, recorded_base
-from csc_train.checkpoints.compression import check_compression, compress, dequantized, round_weights
+from csc_train.checkpoints.compression import check_compression, compress, load_dequantized, round_weights
 from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.locate import MODEL_FOLDER, ModelSource, is_model
 from csc_train.checkpoints.manifest import MANIFEST_FILE, read_manifest, save_final_model
@@ -138,14 +138,14 @@ def read_weights(checkpoint: Path) -> Weights:
     return TrainedWeights(open_training_checkpoint(checkpoint))
 
 
-def load_unsharded(path: str, revision: str | None, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
-    """Load a model onto the CPU without sharding, under any ZeRO stage; `options` go to `from_pretrained`.
+def load_unsharded(path: str, revision: str | None, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Load a model onto the CPU without sharding, under any ZeRO stage.
 
     Raises:
         InputError: as `load_causal_lm`.
     """
     with unsharded():
-        return load_causal_lm(path, revision=revision, dtype=dtype, **options)
+        return load_causal_lm(path, revision=revision, dtype=dtype)
 
 
 def with_weights(
@@ -272,10 +272,10 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
             model = model.to(resolve_dtype(precision))
         model, dtype = merged(model, weights, lora), model.dtype
     model.config.use_cache = True
-    difference, expected, options = 0.0, logits, {}
+    difference, expected = 0.0, logits
     if config.format == "fp8":  # which rounds: the written model must have the logits of the rounded weights
         round_weights(model)
-        expected, options = _logits(model, {}), dequantized()
+        expected = _logits(model, {})
         compress(model)
 
     def check(directory: Path) -> None:
@@ -284,7 +284,8 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
             written: Any = peft.PeftModel.from_pretrained(model.unload(), str(directory))
         else:
             model.to("meta")  # frees the memory
-            written = load_unsharded(str(directory), None, "auto", **options)
+            fp8 = config.format == "fp8"
+            written = load_dequantized(str(directory)) if fp8 else load_unsharded(str(directory), None, "auto")
         found = _logits(written, {})
         difference, error, tolerance = _difference(found, logits), _difference(found, expected), TOLERANCE[dtype]
         if (exact or expected is not logits) and not error <= tolerance:
