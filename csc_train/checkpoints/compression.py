@@ -23,32 +23,32 @@ def check_compression() -> None:
 
 def round_weights(model: PreTrainedModel) -> None:
     """Round the weights of the decoder's linear layers in place to what float8 can hold; the output layer stays."""
-    from compressed_tensors.quantization import (
+    from compressed_tensors.quantization import (  # pyright: ignore[reportMissingImports]
         QuantizationConfig,
         apply_quantization_config,
         disable_quantization,
         fake_quantize,
         preset_name_to_scheme,
     )
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams  # pyright: ignore[reportMissingImports]
 
     kept = list(get_family(model.config.model_type).unquantized_modules)
     groups = {"linear": preset_name_to_scheme(SCHEME, ["Linear"])}
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=kept))
-    for module in model.modules():
-        if scheme := getattr(module, "quantization_scheme", None):
-            weight: Any = module.weight
-            low, high = weight.data.aminmax(dim=1, keepdim=True)
-            scale, zero = calculate_qparams(low, high, scheme.weights)
-            module.weight_scale.data.copy_(scale)
-            weight.data.copy_(fake_quantize(weight.data, scale, zero, scheme.weights))
-            disable_quantization(module)
+    layer: Any
+    for layer in model.modules():
+        if scheme := getattr(layer, "quantization_scheme", None):
+            weight = layer.weight.data
+            scale, zero = calculate_qparams(*weight.aminmax(dim=1, keepdim=True), scheme.weights)
+            layer.weight_scale.data.copy_(scale)
+            weight.copy_(fake_quantize(weight, scale, zero, scheme.weights))
+            disable_quantization(layer)
 
 
 def compress(model: PreTrainedModel) -> None:
     """Hold the rounded weights in float8, and say so in the model's configuration."""
-    import compressed_tensors
-    from compressed_tensors.compressors import ModelCompressor
+    import compressed_tensors  # pyright: ignore[reportMissingImports]
+    from compressed_tensors.compressors import ModelCompressor  # pyright: ignore[reportMissingImports]
 
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
