@@ -39,7 +39,8 @@ def round_weights(model: PreTrainedModel) -> None:
     for layer in model.modules():
         if scheme := getattr(layer, "quantization_scheme", None):
             weight = layer.weight.data
-            scale, zero = calculate_qparams(*weight.aminmax(dim=1, keepdim=True), scheme.weights)
+            low, high = weight.aminmax(dim=1, keepdim=True)
+            scale, zero = calculate_qparams(low, high, scheme.weights)
             layer.weight_scale.data.copy_(scale)
             weight.copy_(fake_quantize(weight, scale, zero, scheme.weights))
             disable_quantization(layer)
