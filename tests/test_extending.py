@@ -137,6 +137,7 @@ def write_indonesian(path):
     rows = [each.row() for each in made]
     for row, dialogue in zip(rows, made, strict=True):  # named as the page says
         for said, turn in zip(row["dialogue"], dialogue.turns, strict=True):
+            said["speaker"] = "Petugas" if turn.strategy else "Pelanggan"
             said["strategy"] = NAMES[str(turn.strategy.number)] if turn.strategy else ""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return made

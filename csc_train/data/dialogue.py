@@ -7,7 +7,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from csc_train.data.languages import get_language
+from csc_train.data.languages import LANGUAGES, get_language
 from csc_train.data.strategies import Strategy
 from csc_train.files import digest
 
@@ -22,13 +22,16 @@ class Speaker(Enum):
 
     @classmethod
     def parse(cls, name: Any) -> "Speaker":
-        """The speaker called `name`: the data's Chinese name, or `supporter`/`customer`.
+        """The speaker called `name`: `supporter` or `customer`, or the name in any language.
 
         Raises:
             ValueError: any other value.
         """
         for speaker in cls:
             if name in (speaker.value, speaker.name.lower()):
+                return speaker
+        for speaker in cls:
+            if name in map(speaker.title, LANGUAGES):
                 return speaker
         raise ValueError(name)
 

@@ -46,7 +46,7 @@ class Language:
     profiles: tuple[str, ...] = ("en",)
     """The default of `metrics.profiles`."""
     spaced_words: bool = True
-    """Whether white space separates words. If so, n-grams of text are of words, else of characters."""
+    """Whether white space separates words. If not, words are those of jieba, and shared text is found by characters."""
     texts: str = "en"
     """The language, zh or en, of the texts that the package has in these two only, such as a judge's prompts."""
 
@@ -77,7 +77,8 @@ def get_language(code: str) -> Language:
     Raises:
         InputError: it is not known; the message names the nearest one.
     """
-    check_choice("language", code, LANGUAGES)
+    if code not in LANGUAGES:
+        check_choice("language", code, LANGUAGES)
     return LANGUAGES[code]
 
 
