@@ -287,7 +287,7 @@ def test_two_processes_are_measured_as_one_and_make_one_run(folder, whole_shared
         return {name: value for name, value in line.items() if name.startswith(("loss_", "accuracy_"))}
 
     for line, one in zip(lines, whole_shared["history"], strict=True):
-        assert len(figures(line)) > 10
+        assert len(figures(line)) > 6
         assert figures(line) == pytest.approx(figures(one), rel=TOLERANCE, abs=0)
         assert line["rank_skew"] > 1
     (kept,) = offline_runs(run)
