@@ -91,7 +91,7 @@ CASES = {
     "mistral-sentencepiece": ("sentencepiece", "mistral", IN_USER),
 }
 """By name: tokenizer, chat template (None: the tokenizer's own), and where the system prompt stands."""
-FEWER = {"qwen2_5", "llama3_2", "lfm2", "gemma4", "cohere2", "gemma", "mistral-sentencepiece"}
+FEWER = {"qwen2_5", "llama3_2", "gemma4", "cohere2", "gemma", "mistral-sentencepiece"}
 """Near others: a tenth of the dialogues."""
 
 
@@ -474,3 +474,57 @@ def test_a_replys_text_is_encoded_as_it_was_trained_though_a_space_precedes_it(t
     given = DialogueTemplate(sentencepiece(), str(tmp_path / "mistral.jinja"), TemplateConfig(mode="given"))
     assert given.label_ids[5] == given.literal_ids(f" [{STRATEGIES[4].zh}]")
     assert given.reply_ids(turn.text, STRATEGIES[4]) == given.literal_ids(turn.text)
+
+
+CHATML = load_chat_template("qwen2_5")
+CONTENT = "label + message.content"
+PROMPT = "{{- '<|im_start|>assistant\\n' }}"
+UNFIT = {
+    "splits": (
+        CHATML.replace(CONTENT, "(label + message.content).split('</think>')[-1]"),
+        "it changes, drops or repeats",
+    ),
+    "cuts control strings": (
+        CHATML.replace(CONTENT, "message.content | replace('<|im_end|>', '')"),
+        "it changes, drops or",
+    ),
+    "escapes": (
+        CHATML.replace(CONTENT, "message.content | replace('&', '&amp;')"),
+        "it changes, drops or repeats the content of assistant",
+    ),
+    "repeats": (
+        CHATML.replace(CONTENT, "message.content * 2"),
+        "it changes, drops or repeats the content of assistant",
+    ),
+    "drops": (CHATML.replace(CONTENT, "'-'"), "it changes, drops or repeats the content of assistant messages"),
+    "counts": (
+        CHATML.replace("message.role +", "message.role ~ loop.index +"),
+        "it writes user messages differently from place to place",
+    ),
+    "names the last": (CHATML.replace("message.role +", "message.role ~ loop.last +"), "it is not prefix-stable"),
+    "thinks": (CHATML.replace(PROMPT, PROMPT + "<think>"), "its generation prompt differs from the header of a reply"),
+    "has no prompt": (CHATML.replace(PROMPT, ""), "its generation prompt differs from the header of a reply"),
+    "has no end": (CHATML.replace("+ '<|im_end|>\\n'", ""), "it ends a turn with '', which is no control token"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_a_template_must_not_do_is_refused_by_name(name, tmp_path):
+    source, reason = UNFIT[name]
+    assert source != CHATML
+    (tmp_path / "unfit.jinja").write_text(source, encoding="utf-8")
+    with pytest.raises(InputError) as found:
+        DialogueTemplate(small_tokenizer("qwen2_5"), str(tmp_path / "unfit.jinja"), TemplateConfig())
+    assert str(found.value).startswith(f"chat template {tmp_path}/unfit.jinja: {reason}")
+    assert str(found.value).endswith(": choose qwen2_5, which fits this tokenizer") and "\n" not in str(found.value)
+
+
+def test_a_template_that_drops_the_system_message_gets_the_prompt_in_the_users(tmp_path, said):
+    source = "{%- if messages[0].role == 'system' %}{%- set messages = messages[1:] %}{%- endif %}" + CHATML
+    (tmp_path / "mute.jinja").write_text(source, encoding="utf-8")
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), str(tmp_path / "mute.jinja"), TemplateConfig())
+    system = system_prompt("joint", "zh")
+    turns = (Turn(Speaker.CUSTOMER, "你好"),)
+    expected = f"<|im_start|>user\n{system}\n\n你好<|im_end|>\n<|im_start|>assistant\n"
+    assert template.tokenizer.decode(template.prompt_ids(turns)) == expected
+    assert said == ["note: the chat template has no system role: the system prompt heads the first user message"]
