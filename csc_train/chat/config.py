@@ -1,6 +1,6 @@
 """Settings of recipes/chat.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
@@ -42,6 +42,9 @@ class ChatConfig:
     """Web: the address to listen on. Anyone who can reach it can use the page."""
     port: int = 7860
     """Web: the first port to try; if it is in use, the next free one."""
+    plugins: list[str] = field(default_factory=list)
+    """Python files, or modules on PYTHONPATH, that register the language or the model family of a checkpoint that
+    another program wrote (docs/extending.md). Others name their own."""
 
     def __post_init__(self):
         check_fields("", self, "ui", choices=USER_INTERFACES)
