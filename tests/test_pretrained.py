@@ -14,7 +14,7 @@ from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from processes import run_script
 from safetensors.torch import load_file
-from servers.transformers_serve import ask, chat_of, transformers_serve
+from servers.transformers_serve import ask, transformers_serve
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig
 
@@ -172,6 +172,6 @@ def test_the_export_the_server_and_the_evaluation_agree_token_for_token(demo):
     with transformers_serve("--dtype", "float32") as address:
         for own in predictions:
             history = dialogues[own.dialogue_id].turns[: own.turn]
-            text, _, length = ask(address, exported, chat_of(history, template), temperature=0, max_tokens=40)
+            text, _, length = ask(address, exported, template.messages(history), temperature=0, max_tokens=40)
             assert text == own.raw_text
             assert length == len(template.prompt_ids(history))

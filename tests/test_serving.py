@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
-from servers.transformers_serve import ask, chat_of, transformers_serve
+from servers.transformers_serve import ask, transformers_serve
 from transformers import AutoModelForCausalLM
 
 from csc_train.checkpoints.export import merged
@@ -26,7 +26,7 @@ from csc_train.llm.config import LLMConfig
 from csc_train.models.config import AdapterConfig
 from csc_train.models.loading import lora_config
 from csc_train.template.config import TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
+from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply, format_reply
 
 FAMILIES = {"qwen2": "qwen2_5", "llama": "llama3_1"}
@@ -107,7 +107,7 @@ def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, serv
         for own in generate_predictions([TAUGHT, other], generator, "reference"):
             dialogue, turn = TAUGHT if own.dialogue_id == TAUGHT.id else other, own.turn
             history = dialogue.turns[:turn]
-            text, why, length = ask(server, checkpoints / architecture, chat_of(history, template), **greedy)
+            text, why, length = ask(server, checkpoints / architecture, template.messages(history), **greedy)
             assert text == own.raw_text
             assert length == len(template.prompt_ids(history))
             if dialogue is TAUGHT:
@@ -115,10 +115,12 @@ def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, serv
                 assert (text, why) == (format_reply(Reply(gold.strategy, gold.text), "zh"), "stop")
 
         history, gold = TAUGHT.turns[:2], TAUGHT.turns[2]
-        text, *_ = ask(server, checkpoints / architecture, chat_of(history, template), temperature=0, max_tokens=LIMIT)
+        text, *_ = ask(server, checkpoints / architecture, template.messages(history), temperature=0, max_tokens=LIMIT)
         assert (text == format_reply(Reply(gold.strategy, gold.text), "zh")) == (architecture != "qwen2")
         # A strategy beside the content does not get through.
-        *_, shorter = ask(server, checkpoints / architecture, chat_messages(history, template.config), **greedy)
+        chat = template.messages(history)
+        chat[1] |= {"strategy": history[0].strategy.zh, "content": history[0].text}
+        *_, shorter = ask(server, checkpoints / architecture, chat, **greedy)
         assert shorter < len(template.prompt_ids(history))
 
 

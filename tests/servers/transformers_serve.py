@@ -6,14 +6,10 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from processes import TIMEOUT_S, Script, free_port
-
-from csc_train.data.dialogue import Speaker, Turn
-from csc_train.template.dialogue_template import DialogueTemplate, chat_messages
-from csc_train.template.reply import Reply, format_reply
 
 
 @contextlib.contextmanager
@@ -58,14 +54,3 @@ def ask(address: str, model: str | os.PathLike, chat: list[dict[str, str]], **op
         completion = json.load(answer)
     (choice,) = completion["choices"]
     return choice["message"]["content"], choice["finish_reason"], completion["usage"]["prompt_tokens"]
-
-
-def chat_of(turns: Iterable[Turn], template: DialogueTemplate) -> list[dict[str, str]]:
-    """A dialogue as chat messages of role and content, which is all that a server hands to the chat template."""
-    turns = list(turns)
-    chat = chat_messages(turns, template.config)
-    for message, turn in zip(chat[1:], turns, strict=True):
-        if turn.speaker is Speaker.SUPPORTER:
-            message["content"] = format_reply(Reply(turn.strategy, turn.text), template.config.language)
-            del message["strategy"]
-    return chat
