@@ -115,7 +115,7 @@ FAULTS = {
         ["zero=zero0", "trainer.precision=bf16"],
         "zero.stage=0 with adapter.kind=full in bf16: DeepSpeed's stage 0",
     ),
-    "tokenizer and template": (["model.chat_template=llama3_1"], "chat template llama3_1 ends a turn with"),
+    "tokenizer and template": (["model.chat_template=llama3_1"], "chat template llama3_1: it ends a turn with"),
     "run": (["on_finish=evaluate", "on_finish.overrides=['evaluation.nope=1']"], "unknown key 'evaluation.nope'"),
     "attention": (["model.attn_implementation=varlen_fa3"], "No module named"),
     "final model": (
