@@ -106,7 +106,7 @@ def test_few_optimizer_steps_and_a_prompt_in_another_language_are_noted(job, ove
     english = [(Turn(Speaker.SUPPORTER, f"How may I help you on day {day}?", GREETING),) for day in range(8)]
     write_dialogues(job / "english.jsonl", [Dialogue(str(day), turns) for day, turns in enumerate(english)])
     config.data.train.path = str(job / "english.jsonl")
-    assert "note: 0% of the letters in the training dialogues are Chinese" in message(run_preflight(config), "data")
+    assert "note: 100% of the dialogues are in the language en" in message(run_preflight(config), "data")
 
 
 FAULTS = {
