@@ -32,9 +32,9 @@ from csc_train.models.tokenizer import load_tokenizer
 STEPS = 7
 """A tenth of the demo's."""
 SMALLER = {
-    "sft.py": [f"trainer.max_steps={STEPS}", "data.sample_dialogues=30",
+    "sft.py": [f"trainer.max_steps={STEPS}", "data.sample_dialogues=30", "data.evaluation_fraction=0.1",
                "packing.max_length=1024", "trainer.logging_steps=1"],
-    "evaluate.py": ["evaluation.base=false", "evaluation.contexts=[reference]"],
+    "evaluate.py": ["evaluation.base=false", "evaluation.dtype=fp32"],
 }  # fmt: skip
 """What the test adds to the demo's commands."""
 
@@ -161,7 +161,7 @@ def test_the_demo_trains_and_ends_with_a_table(demo):
 @pytest.mark.slow
 def test_the_export_the_server_and_the_evaluation_agree_token_for_token(demo):
     folder, _ = demo
-    run(["recipes/export.py", "source=runs/demo_pretrained/checkpoints", "output=exported"], folder)
+    run(["recipes/export.py", "source=runs/demo_pretrained", "output=exported", "dtype=bf16"], folder)
     exported, final = folder / "exported", folder / "runs/demo_pretrained/model"
     assert sha256(exported / "model.safetensors") == sha256(final / "model.safetensors")
     template, _ = read_template(open_source(str(exported)))
