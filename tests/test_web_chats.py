@@ -119,7 +119,7 @@ def test_they_are_exported_and_talked_to(workplace, monkeypatch, capsys):
         each for each in read_outcomes("evaluation/predictions/trained-generated.jsonl") if each.dialogue_id == chat.id
     ]
     replies = [turn.text for turn in talk.turns if turn.speaker is Speaker.SUPPORTER]
-    # What the model says without a word removes the customer's message, so only whole conversations are compared.
+    # An empty reply removes the customer's message, so only whole conversations are compared.
     assert replies == [each.response for each in own][: len(replies)] and len(replies) >= 2
 
 
