@@ -39,8 +39,7 @@ demo-pretrained: $(VENV)/installed-pretrained ## The same from a real pretrained
 	$(PYTHON) -m csc_train.models.gguf
 	$(PYTHON) recipes/sft.py experiment=demo_pretrained run.directory=runs/demo_pretrained run.if_exists=$(IF_EXISTS)
 	$(PYTHON) recipes/evaluate.py checkpoint=runs/demo_pretrained/model evaluation.max_new_tokens=40 \
-		evaluation.likelihoods=false evaluation.contexts=[reference] \
-		run.directory=runs/demo_pretrained/evaluation run.if_exists=$(IF_EXISTS)
+		evaluation.likelihoods=false run.directory=runs/demo_pretrained/evaluation run.if_exists=$(IF_EXISTS)
 
 test: lint ## Set up what tests need, then pass them all
 	$(PYTHON) -m pytest

@@ -34,7 +34,7 @@ STEPS = 7
 SMALLER = {
     "sft.py": [f"trainer.max_steps={STEPS}", "data.sample_dialogues=30", "data.evaluation_fraction=0.1",
                "packing.max_length=1024", "trainer.logging_steps=1"],
-    "evaluate.py": ["evaluation.base=false", "evaluation.dtype=fp32"],
+    "evaluate.py": ["evaluation.base=false", "evaluation.contexts=[reference]", "evaluation.dtype=fp32"],
 }  # fmt: skip
 """What the test adds to the demo's commands."""
 
