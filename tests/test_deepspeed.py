@@ -117,7 +117,7 @@ def template():
 def folder(template, tmp_path_factory) -> Path:
     """A tiny model, and packs for two steps and one pack, so that the last step of an epoch has fewer passes."""
     folder = tmp_path_factory.mktemp("zero")
-    rng = random.Random(10)
+    rng = random.Random(11)
     examples = [template.encode(random_dialogue(rng)) for _ in range(40)]
     packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=1000))
     number = 2 * PACKS_PER_STEP + 1
