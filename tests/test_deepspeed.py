@@ -525,7 +525,7 @@ def test_an_adapter_alone_is_loaded_by_peft_and_is_the_merged_model(runs, run, t
     assert again.finished and not again.unverified() and again.manifest.weights_hash
 
     ids = torch.randint(100, (2, 8), generator=torch.Generator().manual_seed(0))
-    _, merged = exported(runs, run, tmp_path / "merged")
+    _, merged = exported(runs, run, tmp_path / "merged", merge_into="base")
     with torch.no_grad():
         whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
         model = AutoModelForCausalLM.from_pretrained(base)

@@ -42,7 +42,7 @@ from csc_train.training.memory import (
     world_sizes,
 )
 
-MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml") if path.stem != "own")
 VOCABULARY = 1500
 """Where a model's own is open."""
 

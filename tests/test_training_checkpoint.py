@@ -12,6 +12,7 @@ from faults import FAULTS, flip_byte
 from processes import run_script, start_ranks
 
 from csc_train.checkpoints.locate import locate_checkpoint
+from csc_train.checkpoints.manifest import MANIFEST_FILE
 from csc_train.checkpoints.training_checkpoint import (
     CHECKPOINT_FILE,
     PARTIAL_FOLDER,
@@ -78,6 +79,7 @@ def test_damage_to_any_file_is_found_and_the_older_checkpoint_is_used(place, fau
     for number, name in enumerate(names):
         run = tmp_path / str(number)
         shutil.copytree(original, run / "checkpoints")
+        (run / MANIFEST_FILE).touch()  # every run has one, and other programs' checkpoints have none
         newest = run / "checkpoints" / "checkpoint-7"
         FAULTS[fault](newest / name)
         said.clear()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,8 @@ from csc_train.templates import read_text, read_yaml, render_source
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
+
+logger = logging.getLogger(__name__)
 
 NUM_STRATEGIES = 12
 STAGE_NAMES = ("CONNECTING", "IDENTIFYING", "EXPLORING", "RESOLVING", "MAINTAINING")
@@ -125,7 +128,12 @@ def detect_language(texts: Iterable[str]) -> tuple[str | None, float]:
 
     None, with the share of such texts, if most are too short or too mixed to tell.
     """
-    found = Counter(_identifier().classify(text)[0] for text in itertools.islice(texts, DETECTED))
+    try:
+        identifier = _identifier()
+    except OSError as error:  # it unpacks its model in the temporary directory, which may be full
+        logger.info(f"note: the language of the dialogues was not detected ({error})")
+        return None, 0.0
+    found = Counter(identifier.classify(text)[0] for text in itertools.islice(texts, DETECTED))
     (code, count), *_ = found.most_common(1) or [("und", 0)]
     return (None if code == "und" else code), count / max(found.total(), 1)
 
