@@ -157,7 +157,8 @@ def test_broken_weights_are_not_saved_whatever_the_training_does(folder, broken,
     options = (
         {"learning_rate": 1e38, "weight_decay": 1e3, "max_steps": 1} if action == "skip" else {"broken": broken[0]}
     )
-    with pytest.raises(InputError, match=r"step \d: the weights are not finite, so neither a checkpoint nor a model") as stopped:
+    refusal = r"step \d: the weights are not finite, so neither a checkpoint nor a model"
+    with pytest.raises(InputError, match=refusal) as stopped:
         train(tmp_path, on_nonfinite=action, save_steps=1, **options)
     step = re.search(r"step (\d)", str(stopped.value)).group(1)
     assert not list(tmp_path.glob(f"checkpoints/checkpoint-{step}*"))
