@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DIRECTORY, help="the pretrained model, a directory")
     parser.add_argument("--trained", type=Path, default=Path("runs/demo_pretrained/model"), help="what is evaluated")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each side")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps, or evaluations, of each side")
     parser.add_argument("--cpu-time", action="store_true", help="time by CPU seconds, on a machine that does more")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "pretrained.json")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="measure these again, keep the others' results")
@@ -143,7 +143,7 @@ def training(report: Report, name: str, options: argparse.Namespace, template: D
 
 def evaluation(report: Report, options: argparse.Namespace, template: DialogueTemplate) -> None:
     """Turns a second in generated context, beside one prompt at a time by `generate`."""
-    count, compared, repeats = (4, 1, 1) if options.quick else (64, 4, 3)
+    count, compared, repeats = (4, 1, 1) if options.quick else (64, 4, options.rounds)
     dialogues = generate_sample(count, seed=1, language="en")
     model: Any = load(options.trained, options, "sdpa")
     settings = EvaluationConfig(batch_size=64, max_new_tokens=MAX_NEW_TOKENS)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import shlex
 import subprocess
 import urllib.request
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, random_dialogue
 from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from processes import run_script
@@ -20,6 +21,7 @@ from transformers import AutoConfig
 
 from csc_train.checkpoints.content import sha256
 from csc_train.checkpoints.locate import open_source
+from csc_train.data.dialogue import Dialogue
 from csc_train.data.readers import read_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.errors import InputError
@@ -28,6 +30,8 @@ from csc_train.inference.predictions import read_outcomes
 from csc_train.models import gguf
 from csc_train.models.families import model_dims
 from csc_train.models.tokenizer import load_tokenizer
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
 
 STEPS = 7
 """A tenth of the demo's."""
@@ -119,6 +123,16 @@ def test_the_tokenizer_and_the_weights_are_those_of_the_file(converted, small_mo
     config = AutoConfig.from_pretrained(directory)
     assert config.architectures == ["LlamaForCausalLM"] and not hasattr(config, "quantization_config")
     assert model_dims(config).parameters == 134_515_008 == sum(each.numel() for each in weights.values())
+
+
+@pytest.mark.slow
+def test_ids_are_those_of_its_own_chat_template(converted):
+    tokenizer = load_tokenizer(str(converted / gguf.DIRECTORY))
+    template, rng = DialogueTemplate(tokenizer, "auto", TemplateConfig(language="en")), random.Random(0)
+    for _ in range(2000):
+        turns = random_dialogue(rng).turns
+        whole = tokenizer.apply_chat_template(template.messages(turns), tokenize=False)
+        assert template.encode(Dialogue("", turns)).input_ids.tolist() == tokenizer.encode(whole)
 
 
 def test_a_file_that_cannot_be_converted_is_refused_in_one_line(tmp_path, monkeypatch):
