@@ -124,6 +124,7 @@ def training(report: Report, name: str, options: argparse.Namespace, template: D
         max_length=length,
         prompt_ids=len(template.prefix_ids),
         threads=options.threads,
+        rounds=options.rounds,
         seconds_of="CPU" if options.cpu_time else "wall",
         checkpointing=checkpointing,
         rank=ADAPTER.rank,
@@ -172,6 +173,7 @@ def evaluation(report: Report, options: argparse.Namespace, template: DialogueTe
         max_new_tokens=MAX_NEW_TOKENS,
         mean_generated=round(float(numpy.mean([len(each) for each in ids["together"].values()])), 1),
         threads=options.threads,
+        rounds=options.rounds,
         seconds_of="CPU" if options.cpu_time else "wall",
         layers=model.config.num_hidden_layers,
     )
