@@ -144,7 +144,7 @@ def training(report: Report, name: str, options: argparse.Namespace, template: D
 
 def evaluation(report: Report, options: argparse.Namespace, template: DialogueTemplate) -> None:
     """Turns a second in generated context, beside one prompt at a time by `generate`."""
-    count, compared, repeats = (4, 1, 1) if options.quick else (64, 4, options.rounds)
+    count, compared, repeats = (4, 1, 1) if options.quick else (128, 4, options.rounds)
     dialogues = generate_sample(count, seed=1, language="en")
     model: Any = load(options.trained, options, "sdpa")
     settings = EvaluationConfig(batch_size=64, max_new_tokens=MAX_NEW_TOKENS)
