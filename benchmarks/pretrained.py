@@ -107,7 +107,7 @@ def training(report: Report, name: str, options: argparse.Namespace, template: D
             directory,
             peft_config=lora_config(ADAPTER, model.config.model_type),
             learning_rate=ours.args.learning_rate,
-            gradient_checkpointing=checkpointing,
+            activation_checkpointing=checkpointing,
         )
         sides = {
             "ours": Steps(ours, full_packs(packs.document_lengths, length)),
