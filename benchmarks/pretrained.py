@@ -2,7 +2,7 @@
 
 make demo-pretrained && python benchmarks/pretrained.py    # half an hour on two cores
 python benchmarks/pretrained.py --quick                    # two layers and short packs: a smoke test in seconds
-python benchmarks/pretrained.py --sections evaluation      # only this section; the results of the others stay
+python benchmarks/pretrained.py --sections "evaluation in bf16"   # only this section; the results of the others stay
 
 Prints each result and writes benchmarks/results/pretrained.json. The compared sides take turns in one process.
 """
@@ -41,7 +41,9 @@ SHORT = 1024
 """Tokens of a pack in a quick run, in the place of the first of `CAPACITIES`."""
 GOALS = {2048: 1.6, 8192: 4.0}
 """Trained tokens a second over TRL's."""
-SECTIONS = (*(f"training at {capacity:,}" for capacity in CAPACITIES), "evaluation")
+DTYPES = {"evaluation in fp32": torch.float32, "evaluation in bf16": torch.bfloat16}
+"""The demo's evaluation is in bf16, the dtype of its model; in fp32, a reply does not depend on its batch."""
+SECTIONS = (*(f"training at {capacity:,}" for capacity in CAPACITIES), *DTYPES)
 ADAPTER = AdapterConfig("lora")
 
 
@@ -67,8 +69,9 @@ def main() -> None:
     for name, capacity in zip(SECTIONS, CAPACITIES, strict=False):
         if name in (options.sections or SECTIONS) and not (options.quick and capacity > CAPACITIES[0]):
             training(report, name, options, template, capacity)
-    if "evaluation" in (options.sections or SECTIONS):
-        evaluation(report, options, template)
+    for name, dtype in DTYPES.items():
+        if name in (options.sections or SECTIONS):
+            evaluation(report, name, options, template, dtype)
     report.write(options.output)
     print(f"\n{options.output}")
 
@@ -78,10 +81,12 @@ def read_template(directory: Path) -> str:
     return str(directory / "chat_template.jinja")
 
 
-def load(directory: Path, options: argparse.Namespace, attention: str) -> PreTrainedModel:
-    """The model of a directory in fp32, of two layers in a quick run."""
+def load(
+    directory: Path, options: argparse.Namespace, attention: str, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model of a directory, of two layers in a quick run."""
     layers = {"num_hidden_layers": 2} if options.quick else {}
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention, **layers)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention, **layers)
 
 
 def training(report: Report, name: str, options: argparse.Namespace, template: DialogueTemplate, capacity: int) -> None:
@@ -142,11 +147,13 @@ def training(report: Report, name: str, options: argparse.Namespace, template: D
     report.add("ours / TRL", ratios(speed["ours"], speed["TRL"]), least=None if options.quick else GOALS[capacity])
 
 
-def evaluation(report: Report, options: argparse.Namespace, template: DialogueTemplate) -> None:
+def evaluation(
+    report: Report, name: str, options: argparse.Namespace, template: DialogueTemplate, dtype: torch.dtype
+) -> None:
     """Turns a second in generated context, beside one prompt at a time by `generate`."""
     count, compared, repeats = (4, 1, 1) if options.quick else (128, 4, options.rounds)
     dialogues = generate_sample(count, seed=1, language="en")
-    model: Any = load(options.trained, options, "sdpa")
+    model: Any = load(options.trained, options, "sdpa", dtype)
     settings = EvaluationConfig(batch_size=64, max_new_tokens=MAX_NEW_TOKENS)
     generators = {
         "alone": SequentialGenerator(model, template, settings),
@@ -154,16 +161,16 @@ def evaluation(report: Report, options: argparse.Namespace, template: DialogueTe
     }
     predictions: dict[str, list] = {}
 
-    def side(name: str) -> None:
-        some = dialogues[:compared] if name == "alone" else dialogues
-        predictions[name] = generate_predictions(some, generators[name], "generated")
+    def take(side: str) -> None:
+        some = dialogues[:compared] if side == "alone" else dialogues
+        predictions[side] = generate_predictions(some, generators[side], "generated")
 
-    actions = {name: partial(side, name) for name in generators}
+    actions = {side: partial(take, side) for side in generators}
     taken = side_by_side(actions, repeats, warm_up=0, clock=clock(options))
-    ids = {name: {each.key: each.token_ids for each in some} for name, some in predictions.items()}
+    ids = {side: {each.key: each.token_ids for each in some} for side, some in predictions.items()}
     report.section(
-        "evaluation",
-        "The model in fp32, in generated context. Alone: `generate`, one prompt at a time, its cache not kept from "
+        name,
+        "Generated context. Alone: `generate`, one prompt at a time, its cache not kept from "
         "turn to turn; timed on the first dialogues. Together: batches of dialogues with a cache that is kept.",
         dialogues=count,
         alone=compared,
@@ -177,9 +184,9 @@ def evaluation(report: Report, options: argparse.Namespace, template: DialogueTe
         seconds_of="CPU" if options.cpu_time else "wall",
         layers=model.config.num_hidden_layers,
     )
-    per_turn = {name: [each / len(ids[name]) for each in times] for name, times in taken.items()}
-    for name, times in per_turn.items():
-        report.add(f"{name}: milliseconds a turn", spread(1000 * each for each in times))
+    per_turn = {side: [each / len(ids[side]) for each in times] for side, times in taken.items()}
+    for side, times in per_turn.items():
+        report.add(f"{side}: milliseconds a turn", spread(1000 * each for each in times))
     goal = None if options.quick else 12
     report.add("alone / together", ratios(per_turn["alone"], per_turn["together"]), least=goal)
     same = [ids["together"][turn] == own for turn, own in ids["alone"].items()]
