@@ -36,7 +36,7 @@ from csc_train.packing.dataset import pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
-CAPACITIES = (2048, 8192)
+CAPACITIES = (2048, 4096, 8192)
 SHORT = 1024
 """Tokens of a pack in a quick run, in the place of the first of `CAPACITIES`."""
 GOALS = {2048: 1.6, 8192: 4.0}
@@ -144,7 +144,7 @@ def training(report: Report, name: str, options: argparse.Namespace, template: D
         report.add(f"{side}: seconds a step", spread(taken[side]))
         report.add(f"{side}: trained tokens a step", int(numpy.median(sides[side].trained)))
         report.add(f"{side}: first loss", sides[side].losses[0])
-    report.add("ours / TRL", ratios(speed["ours"], speed["TRL"]), least=None if options.quick else GOALS[capacity])
+    report.add("ours / TRL", ratios(speed["ours"], speed["TRL"]), least=None if options.quick else GOALS.get(capacity))
 
 
 def evaluation(
