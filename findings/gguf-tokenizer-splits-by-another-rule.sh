@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 with gguf 0.19.0, 2026-11-29. A GGUF file of SmolLM2 says tokenizer.ggml.pre = smollm, whose rule
-# splits digits from each other. transformers has no rule of that name and takes another, without a word.
+# splits digits from each other. transformers has no rule of that name and takes another one silently.
 # Seen: two spaces before a digit are one token by llama.cpp and two by AutoTokenizer; a space and an Arabic-Indic digit
 # share a token by AutoTokenizer only. SmolLM2's vocabulary has no token of two digits, so most numbers agree.
 set -euo pipefail
