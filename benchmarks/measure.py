@@ -177,7 +177,11 @@ def trl_trainer(
         **{"activation_checkpointing": False} | options,
     )
     tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
-    return SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
+    trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
+    if arguments.activation_checkpointing:  # a whole training switches it on; `Steps` takes single steps
+        kwargs = arguments.activation_checkpointing_kwargs
+        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    return trainer
 
 
 def full_packs(lengths: Sequence[Sequence[int]], max_length: int) -> Iterator[int]:
