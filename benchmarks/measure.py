@@ -179,8 +179,8 @@ def trl_trainer(
     tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
     trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
     if arguments.activation_checkpointing:  # a whole training switches it on; `Steps` takes single steps
-        kwargs = arguments.activation_checkpointing_kwargs
-        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        adapted: Any = trainer.model
+        adapted.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
     return trainer
 
 
