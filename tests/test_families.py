@@ -70,6 +70,13 @@ def test_every_row_fits_the_model_that_transformers_builds(family):
     assert family.chat_template in SMALL_OF
 
 
+def test_one_window_for_all_layers_is_counted_as_such():
+    config = build_model_config(architecture("mistral"), None)
+    config.sliding_window = 64
+    assert model_dims(config).layer_kinds == {"sliding_attention": 2}
+    assert cache_kinds(config) == {"window"}
+
+
 def test_a_family_from_outside_is_built_measured_and_adapted():
     with pytest.raises(InputError, match=r"model_type=granite: choose one of .* mistral, or add a row"):
         build_model_config(architecture("granite"), None)
