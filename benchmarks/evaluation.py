@@ -7,6 +7,7 @@ Prints each result and writes benchmarks/results/evaluation.json.
 """
 
 import argparse
+import copy
 import functools
 import random
 import tempfile
@@ -29,6 +30,7 @@ from csc_train.evaluation.metrics.registry import compute_metrics
 from csc_train.inference.generator import TurnQueue, generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
+from csc_train.models.onednn import use_onednn
 from csc_train.runs.distributed import distributed_state
 from csc_train.stats import bootstrap_interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -101,7 +103,10 @@ def generation(
     model.eval().generation_config.eos_token_id = random.Random(0).sample(range(256, words), words // 10)
     settings = EvaluationConfig(batch_size=batch, max_new_tokens=MAX_NEW_TOKENS)
     generators = {"alone": SequentialGenerator, "together": WithoutLikelihoods, "with likelihoods": HFGenerator}
-    generators = {name: kind(model, template, settings) for name, kind in generators.items()}
+    ours = prepared(model)
+    generators = {
+        name: kind(model if name == "alone" else ours, template, settings) for name, kind in generators.items()
+    }
     few = dialogues[:compared]
     predictions = {}
 
@@ -136,6 +141,15 @@ def generation(
     report.add("tokens equal", all(same))
     if not all(same):
         report.add("turns with equal tokens, percent", 100 * sum(same) / len(same))
+
+
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model on a CPU as `load_generator` prepares it; a model on a GPU is not changed there."""
+    if model.device.type != "cpu":
+        return model
+    model = copy.deepcopy(model)
+    use_onednn(model)
+    return model
 
 
 class WithoutLikelihoods(HFGenerator):

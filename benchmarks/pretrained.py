@@ -18,7 +18,7 @@ import datasets
 import numpy
 import torch
 import transformers
-from evaluation import MAX_NEW_TOKENS, SequentialGenerator, WithoutLikelihoods
+from evaluation import MAX_NEW_TOKENS, SequentialGenerator, WithoutLikelihoods, prepared
 from measure import Report, Steps, full_packs, pack_trainer, ratios, side_by_side, spread, trl_trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -157,7 +157,7 @@ def evaluation(
     settings = EvaluationConfig(batch_size=64, max_new_tokens=MAX_NEW_TOKENS)
     generators = {
         "alone": SequentialGenerator(model, template, settings),
-        "together": WithoutLikelihoods(model, template, settings),
+        "together": WithoutLikelihoods(prepared(model), template, settings),
     }
     predictions: dict[str, list] = {}
 
@@ -171,7 +171,8 @@ def evaluation(
     report.section(
         name,
         "Generated context. Alone: `generate`, one prompt at a time, its cache not kept from "
-        "turn to turn; timed on the first dialogues. Together: batches of dialogues with a cache that is kept.",
+        "turn to turn; timed on the first dialogues. Together: batches of dialogues with a cache that is kept, and in "
+        "fp32 oneDNN for the linear layers, which `generate` does not take.",
         dialogues=count,
         alone=compared,
         batch=settings.batch_size,

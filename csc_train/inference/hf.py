@@ -23,6 +23,7 @@ from csc_train.models.config import ModelConfig
 from csc_train.models.families import cache_kinds
 from csc_train.models.hub import adapter_base, find_file, load_causal_lm
 from csc_train.models.inspection import check_tokenizer, inspect_model
+from csc_train.models.onednn import use_onednn
 from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
 from csc_train.plugins import load_recorded_plugins
 from csc_train.progress import ProgressBar
@@ -223,6 +224,7 @@ def load_generator(
     """
     device_map = {"": device} if device else "auto" if torch.cuda.is_available() else None
     model = load_causal_lm(path, revision=revision, dtype=_DTYPES[config.dtype], device_map=device_map)
+    use_onednn(model)
     return HFGenerator(model, template, config, model_hash)
 
 

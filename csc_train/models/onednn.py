@@ -1,0 +1,25 @@
+"""Linear layers that oneDNN multiplies: on a CPU in float32, torch itself takes another library."""
+
+import torch
+from torch import Tensor, nn
+
+
+class _OneDNNLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(input)
+        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Let oneDNN multiply in the float32 linear layers of a model on a CPU; weights and state dict stay as they are.
+
+    It uses AVX-512 also where torch's default, MKL, does not (see "evaluation in fp32" in benchmarks/README.md). There
+    is no backward pass: with gradients on, a layer multiplies as before.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in model.modules():
+        # Not those of subclasses: quantized layers, adapters.
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+            module.__class__ = _OneDNNLinear
