@@ -44,9 +44,10 @@ SMALL_TOKENIZERS = Path(__file__).parent / "data" / "tokenizers"
 REAL_TOKENIZERS = {
     "qwen2_5": "Qwen/Qwen2.5-7B-Instruct",
     "qwen3": "Qwen/Qwen3-8B",
+    "qwen3_5": "Qwen/Qwen3.5-9B",
     "llama3_1": "meta-llama/Llama-3.1-8B-Instruct",
 }
-SMALL_OF = {"qwen2_5": "qwen2", "qwen3": "qwen2", "llama3_1": "llama3"}
+SMALL_OF = {"qwen2_5": "qwen2", "qwen3": "qwen2", "qwen3_5": "qwen3_5", "llama3_1": "llama3"}
 
 _ODD_PIECES = (
     "您好", "，请问", "订单号是20240817", "多少钱？", "“引号”", "\"quote\"", "'", "😀👍🏽",

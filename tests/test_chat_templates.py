@@ -18,7 +18,7 @@ OWN = r"""{%- for message in messages %}
 
 
 def test_the_files_are_the_templates():
-    assert chat_template_names() == ["llama3_1", "qwen2_5", "qwen3"]
+    assert chat_template_names() == ["llama3_1", "qwen2_5", "qwen3", "qwen3_5"]
     assert all("messages" in load_chat_template(name) for name in chat_template_names())
 
 

@@ -457,7 +457,7 @@ def test_auto_takes_the_default_of_several_templates_and_that_of_the_family_if_t
     source = load_chat_template("qwen2_5")
     tokenizer.chat_template = {"tools": "{{ tools }}"}
     assert chat_template_name("auto", tokenizer, "qwen3") == "auto"
-    with pytest.raises(InputError, match=r"choose llama3_1, qwen2_5, qwen3, or the path of a .jinja file$"):
+    with pytest.raises(InputError, match=r"choose llama3_1, qwen2_5, qwen3, qwen3_5, or the path of a .jinja file$"):
         load_chat_template("auto", tokenizer)
     tokenizer.chat_template["default"] = source
     assert DialogueTemplate(tokenizer, "auto", TemplateConfig()).chat_template == source

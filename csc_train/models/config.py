@@ -74,7 +74,7 @@ class ModelConfig:
     """Tokens of the trained tokenizer."""
     chat_template: str = "auto"
     """auto: the tokenizer's own, or that of the model family if it has none. Else the name of one of the package
-    (qwen2_5, qwen3, llama3_1), or the path of a .jinja file."""
+    (qwen2_5, qwen3, qwen3_5, llama3_1), or the path of a .jinja file."""
     attn_implementation: str = "auto"
     """auto: varlen with packs, where this machine can run it, else sdpa. varlen: document by document, by the
     variable-length flash-attention that torch carries. varlen_fa3: the same by FlashAttention-3, if it is installed.

@@ -176,9 +176,9 @@ class DialogueTemplate:
         return "none of the package's fits this tokenizer: write one (docs/extending.md)"
 
     def _sample(self) -> str:
-        """A short rendered chat, or the source of a template that cannot render it."""
+        """A short rendered chat, or the source of a template that cannot render it. Some templates trim contents."""
         try:
-            return self._render([{"role": role, "content": "-"} for role in ("user", "assistant")])
+            return self._render([{"role": role, "content": " - "} for role in ("user", "assistant")])
         except Exception:  # of any kind: a template is a program
             return self.chat_template
 

@@ -11,7 +11,7 @@ WORDS = [
     *(f"[{strategy.name(language)}]" for strategy in STRATEGIES for language in LANGUAGES),
 ]
 
-for family in ("qwen2", "llama3"):
+for family in ("qwen2", "qwen3_5", "llama3"):
     # Each word often enough that it becomes one token.
     tokenizer = train_tokenizer((word for word in WORDS for _ in range(50)), 620, family)
     tokenizer.save_pretrained(Path(__file__).parent / family)
