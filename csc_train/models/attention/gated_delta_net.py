@@ -1,0 +1,293 @@
+"""Gated delta nets over the documents of a row, which may continue each other's state.
+
+A gated delta net keeps one matrix per head, which each token decays and corrects, after a causal convolution of its
+inputs. All that a document leaves to the next is that matrix and the last inputs of the convolution. So documents that
+share a prefix start from copies of its state, whose gradients autograd sums; others start from zeros.
+
+The documents of a row are computed level by level: each segment of a level continues a segment of an earlier one.
+Packs, shared prefixes, trees of labels and the cache of a generation are such levels. On a GPU a level runs by
+flash-linear-attention's kernel for segments of different lengths, else by transformers' own torch functions.
+Source: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024).
+
+Shape suffixes: T tokens of the row, S segments, H value heads, K and V head dimensions, C channels of the convolution.
+"""
+
+import functools
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DELTA_NETS = ("Qwen3_5GatedDeltaNet",)
+"""The classes of transformers whose layers can run level by level."""
+
+HISTORY = 3
+"""Inputs before a token that its convolution, of width 4, sees."""
+
+_CHUNK = 64
+"""Tokens that the kernels compute together: segments of equally many chunks share a block."""
+
+
+class DeltaLevel(NamedTuple):
+    """Segments that are computed together, each from the state at the end of an earlier one; see `build_levels`.
+
+    A source row is row 0 for zeros, then `HISTORY` rows for each initial state, then the tokens of the row.
+
+    Attributes:
+        token_index: int64 [tokens]; places in the flattened row, segment after segment.
+        cu_seqlens: int32 [S + 1]; where each segment begins among them, and where the last one ends.
+        parents: int64 [S]; the state that each continues: 0 for zeros, then the initial states, then the ends of all
+            segments of earlier levels.
+        sources: int64 [tokens + S x HISTORY]; the source rows of each segment's history and tokens.
+        own: int64 [tokens]; the places of the tokens among those, less `HISTORY`.
+        tails: int64 [S, HISTORY]; the source rows of the last inputs of each segment.
+        blocks: for each number of chunks, int64 [segments, HISTORY + width], `sources` padded on the right by 0.
+        order: int64 [S]; the place of each segment in the blocks' order.
+        forks: whether a segment continues a state that is not zeros.
+    """
+
+    token_index: Tensor
+    cu_seqlens: Tensor
+    parents: Tensor
+    sources: Tensor
+    own: Tensor
+    tails: Tensor
+    blocks: list[Tensor]
+    order: Tensor
+    forks: bool
+
+
+class DeltaStates(NamedTuple):
+    """What n segments leave to those that continue them.
+
+    Attributes:
+        recurrent: float32 [n, H, K, V].
+        inputs: [n, HISTORY, C]; the last inputs of the convolution.
+    """
+
+    recurrent: Tensor
+    inputs: Tensor
+
+
+def build_levels(levels: Sequence[Sequence[tuple[Sequence[int], int]]], initial_states: int = 0) -> list[DeltaLevel]:
+    """The levels of a row.
+
+    Args:
+        levels: for each segment of each level, the places of its tokens in the flattened row (at least one), and the
+            state that it continues: counted over the initial states first, then over all segments of the earlier
+            levels in order; -1 for none.
+        initial_states: number of states that `run_levels` gets.
+    """
+    first = 1 + HISTORY * initial_states
+    ends = [list(range(1 + HISTORY * state, 1 + HISTORY * (state + 1))) for state in range(initial_states)]
+    built = []
+    for level in levels:
+        rows, blocks = [], {}
+        for number, (tokens, parent) in enumerate(level):
+            history = ends[parent] if parent >= 0 else [0] * HISTORY
+            rows.append(history + [first + token for token in tokens])
+            chunks = 0 if len(tokens) == 1 else -(-len(tokens) // _CHUNK)
+            blocks.setdefault(chunks, []).append(number)
+        lengths = torch.tensor([len(row) - HISTORY for row in rows])
+        sources = torch.tensor([source for row in rows for source in row])
+        own = torch.arange(len(sources) - HISTORY * len(rows))
+        own += HISTORY * torch.arange(len(rows)).repeat_interleave(lengths)
+        tensors = [torch.tensor(row) for row in rows]
+        built.append(
+            DeltaLevel(
+                token_index=sources[own + HISTORY] - first,
+                cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(),
+                parents=torch.tensor([parent for _, parent in level]) + 1,
+                sources=sources,
+                own=own,
+                tails=torch.tensor([row[-HISTORY:] for row in rows]),
+                blocks=[
+                    nn.utils.rnn.pad_sequence([tensors[number] for number in members], batch_first=True)
+                    for members in blocks.values()
+                ],
+                order=torch.tensor([number for members in blocks.values() for number in members]).argsort(),
+                forks=any(parent >= 0 for _, parent in level),
+            )
+        )
+        ends += [row[-HISTORY:] for row in rows]
+    return built
+
+
+def build_delta_levels(lengths: Iterable[Sequence[int]], prefixes: Iterable[int]) -> list[DeltaLevel]:
+    """The levels of a row that concatenates packs; the arguments are those of `varlen.build_varlen_metadata`.
+
+    Without a shared prefix there is one level. With one there are two: the prefixes and other documents, then the
+    documents that continue a prefix.
+    """
+    levels = [], []
+    start = 0
+    for pack, prefix in zip(lengths, prefixes, strict=True):
+        shared = len(levels[0])
+        for number, length in enumerate(pack):
+            forks = prefix > 0 and number > 0
+            levels[forks].append((range(start, start + length), shared if forks else -1))
+            start += length
+    return build_levels([level for level in levels if level])
+
+
+def prepare_delta_nets(model: nn.Module, kernel: str = "auto") -> None:
+    """Let the gated delta nets of a model take `delta_levels`, the fields of `DeltaLevel`, as a keyword argument.
+
+    Weights and names stay. Without that argument the layers run as transformers' own.
+
+    Args:
+        kernel: torch, fla, or auto: fla on a GPU if it is installed.
+    """
+    for module in list(model.modules()):
+        if type(module).__name__ in DELTA_NETS:
+            module.__class__ = _leveled(type(module))
+            module.conv1d.__class__ = ShiftedConv  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(module, LeveledDeltaNet):
+            module.kernel = kernel
+
+
+def has_fla() -> bool:
+    """Whether flash-linear-attention is installed."""
+    return importlib.util.find_spec("fla") is not None
+
+
+class ShiftedConv(nn.Conv1d):
+    """A causal convolution for each channel by shifted products, over inputs [S, HISTORY + width, C].
+
+    It is a module of its own so that the hooks of its owner run, which gather sharded weights.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The outputs [S, width, C] before the activation."""
+        width = inputs.shape[1] - HISTORY
+        taps = self.weight[:, 0].T
+        total: Any = sum(inputs[:, shift : shift + width] * tap for shift, tap in enumerate(taps))
+        return total if self.bias is None else total + self.bias
+
+
+class LeveledDeltaNet(nn.Module):
+    """The forward pass of a gated delta net level by level; mixed into the classes of transformers."""
+
+    kernel = "auto"
+
+    def forward(self, hidden_states, cache_params=None, attention_mask=None, delta_levels=None, **inputs):
+        """As the layer of transformers, over `delta_levels` if there are any."""
+        if delta_levels is None:
+            return super().forward(hidden_states, cache_params, attention_mask, **inputs)
+        if cache_params is not None or attention_mask is not None:
+            raise ValueError("a gated delta net takes delta_levels without a cache and without a mask")
+        levels = [DeltaLevel(**level) for level in delta_levels]
+        return run_levels(self, hidden_states.flatten(0, 1), levels)[0].view(hidden_states.shape)
+
+
+def run_levels(
+    layer: Any, hidden: Tensor, levels: Sequence[DeltaLevel], initial: DeltaStates | None = None, keep: bool = False
+) -> tuple[Tensor, DeltaStates | None]:
+    """Run a gated delta net over the levels of a row.
+
+    Args:
+        layer: of one of `DELTA_NETS`, after `prepare_delta_nets`.
+        hidden: [T, width of the model].
+        initial: the states that segments may continue besides those of the row.
+        keep: return the states at the end of all segments.
+
+    Returns:
+        The outputs [T, width of the model], zeros for tokens that are in no segment; and the states in the order of
+        the levels' segments, if they are kept.
+    """
+    qkv, z = layer.in_proj_qkv(hidden), layer.in_proj_z(hidden)
+    zero = qkv.new_zeros(1, qkv.shape[1])
+    sources = torch.cat([zero, *([initial.inputs.flatten(0, 1).to(qkv)] if initial else []), qkv])
+    first = len(sources) - len(qkv)
+    beta = layer.in_proj_b(hidden).sigmoid()
+    decay = -layer.A_log.float().exp() * F.softplus(layer.in_proj_a(hidden).float() + layer.dt_bias)
+    shape = (1, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
+    states = [decay.new_zeros(shape), *([initial.recurrent] if initial else [])]
+    fused = layer.kernel == "fla" or (layer.kernel == "auto" and hidden.is_cuda and has_fla())
+    places, outputs, inputs = [], [], []
+    for number, level in enumerate(levels):
+        started = F.embedding(level.parents, torch.cat(states).flatten(1)).view(-1, *shape[1:]) if level.forks else None
+        needed = keep or number + 1 < len(levels)
+        run = _run_fused if fused else _run_blocks
+        place, output, state = run(layer, sources, first, beta, decay, level, started, needed)
+        places.append(place)
+        outputs.append(output)
+        states.append(state)
+        if keep:
+            inputs.append(F.embedding(level.tails, sources))
+    row = torch.cat(outputs)
+    row = row.new_zeros(1 + len(hidden), *row.shape[1:]).index_copy(0, torch.cat(places), row)[1:]
+    normed = layer.norm(row.flatten(0, 1), z.reshape(-1, layer.head_v_dim)).view(len(hidden), -1)
+    kept = DeltaStates(torch.cat(states[1 + bool(initial) :]), torch.cat(inputs)) if keep else None
+    return layer.out_proj(normed), kept
+
+
+def _run_blocks(layer, sources, first, beta, decay, level, started, keep):
+    """Run a level by transformers' torch functions; the padding of a block has no decay and corrects nothing."""
+    rules = _torch_rules(type(layer))
+    beta, decay = (F.pad(each, (0, 0, 1, 0)) for each in (beta, decay))
+    places, outputs, states = [], [], []
+    done = 0
+    members = level.order.argsort() if started is not None else None
+    for block in level.blocks:
+        place = (block[:, HISTORY:] - first + 1).clamp(min=0)
+        begin = started[members[done : done + len(block)]] if started is not None else None
+        rule = rules[place.shape[1] == 1]
+        output, state = rule(
+            *_split(layer, F.embedding(block, sources)),
+            g=F.embedding(place, decay),
+            beta=F.embedding(place, beta),
+            initial_state=begin,
+            output_final_state=keep,
+            use_qk_l2norm_in_kernel=True,
+        )
+        done += len(block)
+        places.append(place.flatten())
+        outputs.append(output.flatten(0, 1))
+        states.append(state)
+    return torch.cat(places), torch.cat(outputs), torch.cat(states)[level.order] if keep else None
+
+
+def _run_fused(layer, sources, first, beta, decay, level, started, keep):
+    """Run a level by flash-linear-attention, whose kernel takes segments of different lengths."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
+
+    query, key, value = (each[:, level.own] for each in _split(layer, F.embedding(level.sources, sources)[None]))
+    output, state = chunk_gated_delta_rule(
+        query,
+        key,
+        value,
+        g=decay[level.token_index][None],
+        beta=beta[level.token_index][None],
+        initial_state=started,
+        output_final_state=keep,
+        use_qk_l2norm_in_kernel=True,
+        cu_seqlens=level.cu_seqlens,
+    )
+    return level.token_index + 1, output[0], state
+
+
+def _split(layer: Any, inputs: Tensor) -> list[Tensor]:
+    """Query, key and value [S, width, heads, K or V] from the inputs [S, HISTORY + width, C] of the convolution."""
+    mixed = F.silu(layer.conv1d(inputs)).to(inputs.dtype)
+    parts = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+    sizes = (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)
+    return [part.unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True)]
+
+
+@functools.cache
+def _leveled(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Leveled{kind.__name__}", (LeveledDeltaNet, kind), {"__module__": kind.__module__})
+
+
+@functools.cache
+def _torch_rules(kind: type[nn.Module]) -> tuple[Any, Any]:
+    """The chunked and the token-by-token rule of transformers in torch, which it would replace by a kernel."""
+    module = sys.modules[kind.__module__]
+    names = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+    return tuple(inspect.unwrap(getattr(module, name)) for name in names)
