@@ -22,6 +22,9 @@ class ExportConfig:
     format: str = "merged"
     """merged: a whole model. adapter: the LoRA adapter alone, in PEFT's form, which names its base model. fp8: a whole
     model with weights in float8 (compressed-tensors), for vLLM on a GPU."""
+    layout: str = "hub"
+    """The files of a whole model whose base is a vision-language one, as Qwen3.5 on the hub. hub: as those of the base,
+    whose vision and MTP tensors are copied unchanged. text: those of a text model."""
     merge_into: str | None = None
     """The weights that a QLoRA adapter is merged into (see `adapter.merge_into`); defaults to those of the training."""
     dtype: str = "auto"
@@ -35,6 +38,7 @@ class ExportConfig:
     def __post_init__(self):
         check_fields("", self, "if_exists", choices=("error", "replace"))
         check_fields("", self, "format", choices=("merged", "adapter", "fp8"))
+        check_fields("", self, "layout", choices=("hub", "text"))
         check_fields("", self, "merge_into", choices=MERGE_INTO)
         if self.format == "adapter" and self.merge_into is not None:
             raise InputError(f"merge_into={self.merge_into}: format=adapter merges nothing: leave it out")

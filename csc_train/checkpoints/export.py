@@ -23,8 +23,9 @@ from csc_train.checkpoints.training_checkpoint import check_whole
 from csc_train.errors import InputError
 from csc_train.files import write_text
 from csc_train.models.config import AdapterConfig, ModelConfig
-from csc_train.models.hub import load_causal_lm
+from csc_train.models.hub import load_causal_lm, snapshot
 from csc_train.models.layers import decoder_layers
+from csc_train.models.layout import is_vision_language
 from csc_train.models.loading import load_model, lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.models.sharded_parameters import consolidated_weights, is_sharded, unsharded
@@ -190,7 +191,7 @@ def usable_model(source: ModelSource, output: Path, base: BaseModel | None = Non
         return str(source.path)
     job = distributed_state()
     if job.is_main_process and not is_model(output):
-        export(source, ExportConfig(source=str(source.path), output=str(output)), base)
+        export(source, ExportConfig(source=str(source.path), output=str(output), layout="text"), base)
     job.wait_for_everyone()
     return str(output)
 
@@ -241,6 +242,9 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
         base = base or find_base(source.home / MODEL_FOLDER, manifest, BASE_ADVICE)
         weights, path, revision, note = read_weights(source.path), base.path, base.revision, base.note
         place = os.path.abspath(path) if Path(path).is_dir() else path
+    whole = None if alone or config.layout == "text" else snapshot(path, "model", revision)
+    if whole and config.format == "fp8" and is_vision_language(whole):
+        raise InputError(f"format=fp8: {path} is a vision-language model: add layout=text")
     # The directory may be moved, and its base stays.
     manifest = replace(manifest, base_model=place, exported_from=str(source.path))
     if note:
@@ -296,9 +300,7 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
         write_text(directory / "README.md", model_card(source, config, into, difference))
 
     template = load_chat_template(recorded_name(manifest.chat_template, source.finished), tokenizer)
-    save_final_model(
-        config.output, model, tokenizer, template, manifest, config.shard_size, record=source.home, check=check
-    )
+    save_final_model(config.output, model, tokenizer, template, manifest, config.shard_size, source.home, whole, check)
     logger.info(
         f"exported {source.path} to {config.output}: largest logit difference {difference:.1e} of the largest logit"
     )

@@ -167,6 +167,7 @@ def save_final_model(
     manifest: Manifest,
     shard_size: str = "50GB",
     record: str | os.PathLike | None = None,
+    base: Path | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a directory that plain `from_pretrained` loads: weights, tokenizer, chat template and manifest.
@@ -176,14 +177,17 @@ def save_final_model(
     Args:
         shard_size: size limit of a weight file.
         record: a directory whose record of the training dialogues the model gets as well, if it has one.
+        base: as of `layout.save_model`.
         check: is called with the written directory before it is moved to `directory`; an error prevents the move.
 
     Raises:
         InputError: the directory cannot be written.
     """
+    from csc_train.models.layout import save_model
+
     prepare_to_save(model, tokenizer, chat_template)
     with model_directory(directory) as temporary:
-        model.save_pretrained(temporary, max_shard_size=shard_size)
+        save_model(model, temporary, shard_size, base)
         model.generation_config.save_pretrained(temporary)  # an adapter's stops, for servers
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's, without content
         tokenizer.save_pretrained(temporary)

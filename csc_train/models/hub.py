@@ -17,9 +17,11 @@ from csc_train.hub_access import offline_without_hub
 from csc_train.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
+OUTPUT_AND_INPUT = {"lm_head.weight", "model.embed_tokens.weight", "model.language_model.embed_tokens.weight"}
+"""Names in weight files of the output layer and of the input embeddings, the last in vision-language models."""
 _LOG_IN = "accept its licence on its hub page, and set HF_TOKEN or run `hf auth login`, or give a local directory"
 _REFUSALS = {
     errors.GatedRepoError: f"the model is gated: {_LOG_IN}",
@@ -73,16 +75,29 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
 
     if base := adapter_base(path):
         return _merge_adapter(load_causal_lm(base[0], **options | {"revision": base[1]}), path)
-    config = find_file(path, "config.json", options.get("revision"))
-    if config and has_own_head(config.parent):
-        options["tie_word_embeddings"] = False  # transformers goes by the weights, too, but keeps what the file says
     with hub_errors(path, "model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        config: Any = read_model_config(path, options.get("revision"))
+        file = find_file(path, "config.json", options.get("revision"))
+        if file and config.tie_word_embeddings and has_own_head(file.parent):
+            config.tie_word_embeddings = False  # transformers goes by the weights, too, but keeps what the file says
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
         model, found = loaded
         repair_generation_config(model)
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{path}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
     return model
+
+
+def read_model_config(path: str, revision: str | None = None) -> "PretrainedConfig":
+    """The settings of the language model at a path or hub id: of a vision-language model, that of its text part."""
+    from transformers import AutoConfig  # takes seconds
+
+    whole = AutoConfig.from_pretrained(path, revision=revision)
+    config: Any = whole.get_text_config()
+    if config is not whole:  # what both may say, as the whole model takes it
+        config.tie_word_embeddings |= whole.tie_word_embeddings
+        config.dtype, config._commit_hash = config.dtype or whole.dtype, whole._commit_hash
+    return config
 
 
 def adapter_base(path: str) -> tuple[str, str | None] | None:
@@ -168,9 +183,7 @@ def has_own_head(directory: Path) -> bool:
     with contextlib.suppress(InputError, SafetensorError), contextlib.ExitStack() as stack:
         for file in weight_files(directory):
             tensors = stack.enter_context(safe_open(file, "pt"))
-            where |= dict.fromkeys(
-                {"lm_head.weight", "model.embed_tokens.weight"}.intersection(tensors.keys()), tensors
-            )
+            where |= dict.fromkeys(OUTPUT_AND_INPUT.intersection(tensors.keys()), tensors)
         if len(where) == 2:
             head, embedding = (tensors.get_slice(name) for name, tensors in where.items())
             rows = range(0, head.get_shape()[0], 4096)

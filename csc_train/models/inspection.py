@@ -9,14 +9,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
 from csc_train.errors import InputError
 from csc_train.files import read_json
 from csc_train.models.config import ModelConfig
 from csc_train.models.families import ModelDims, get_family, model_dims
-from csc_train.models.hub import has_own_head, hub_errors, repair_generation_config, snapshot, weight_files
+from csc_train.models.hub import (
+    has_own_head,
+    hub_errors,
+    read_model_config,
+    repair_generation_config,
+    snapshot,
+    weight_files,
+)
+from csc_train.models.layout import is_vision_language, other_tensors
 from csc_train.models.loading import build_model_config
 
 logger = logging.getLogger(__name__)
@@ -33,7 +41,8 @@ class InspectedModel:
     Attributes:
         place: its directory or name, for messages.
         missing: whether its files are not on this machine.
-        repairs: what is wrong with its files and repaired whenever it is loaded; the files stay as they are.
+        repairs: what is wrong with its files and repaired whenever it is loaded, and what of them is not loaded; the
+            files stay as they are.
         refusals: why it cannot be trained, in one line each, with what to do.
         model: without weights, on the meta device; None after a refusal.
         dims: its dimensions; None after a refusal.
@@ -149,10 +158,13 @@ def _inspect_files(found: InspectedModel, directory: Path) -> None:
                 "model as it was before; adapter=qlora quantizes it while it is loaded"
             )
     with hub_errors(str(directory), "config.json", (Exception,)):
-        config = AutoConfig.from_pretrained(directory)
+        config: Any = read_model_config(str(directory))
     expected = get_family(config.model_type).causal_lm_class
-    if config.architectures and expected not in config.architectures:
-        raise InputError(f"its config.json names {config.architectures[0]}; choose a model of class {expected}")
+    if is_vision_language(directory):
+        expected = expected.replace("ForCausalLM", "ForConditionalGeneration")
+    classes = read_json(directory / "config.json").get("architectures") or [expected]
+    if expected not in classes:
+        raise InputError(f"its config.json names {classes[0]}; choose a model of class {expected}")
     if found.refusals:
         return
     if config.tie_word_embeddings and has_own_head(directory):
@@ -162,6 +174,12 @@ def _inspect_files(found: InspectedModel, directory: Path) -> None:
             "embeddings: both are trained, and the final model says tie_word_embeddings=false"
         )
     found.model = _load_names(directory, config)
+    if skipped := other_tensors(found.model, directory):
+        parts = ", ".join(sorted({name.removeprefix("model.").partition(".")[0] for name in skipped}))
+        found.repairs.append(
+            f"{directory}: its text model is trained; {len(skipped)} other tensors ({parts}) are not loaded, and are "
+            "copied unchanged into the final model"
+        )
     with hub_errors(str(directory), "generation_config.json"):
         repair = repair_generation_config(found.model)
     if repair:

@@ -18,7 +18,7 @@ from csc_train.errors import InputError
 from csc_train.models.attention import select  # noqa: F401  registers our attention implementations
 from csc_train.models.config import ALL_LINEAR, AdapterConfig, ArchitectureConfig, ModelConfig
 from csc_train.models.families import get_family, is_lora_target, lora_targets
-from csc_train.models.hub import hub_errors, load_causal_lm
+from csc_train.models.hub import hub_errors, load_causal_lm, read_model_config
 
 
 def load_model(
@@ -82,7 +82,7 @@ def base_model_type(config: ModelConfig) -> str:
     if config.init == "random":
         return config.architecture.model_type
     with hub_errors(config.path, "model"):
-        return AutoConfig.from_pretrained(config.path, revision=config.revision).model_type
+        return read_model_config(config.path, config.revision).model_type
 
 
 def build_model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:

@@ -43,6 +43,8 @@ def rehearse_end(
             with torch.device("meta"):
                 model = build(config)
             model.generation_config = found.model.generation_config
+            # so that the names are those of the base's files
+            model._weight_conversions = getattr(found.model, "_weight_conversions", None)
             lost = set()
             if adapter.kind != "full":
                 check_lora_targets(adapter, model)

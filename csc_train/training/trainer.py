@@ -43,6 +43,7 @@ from csc_train.models.layers import (
     mark_varying,
     recompiles,
 )
+from csc_train.models.layout import parameter_names
 from csc_train.models.loading import lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.packing.collator import PackCollator, run_bounds
@@ -352,6 +353,11 @@ class PackTrainer(SFTTrainer):
         total = sum_weights(batch_samples, device)
         gathered: Any = self.accelerator.gather(total) if self.args.world_size > 1 else total
         return gathered.sum()
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Save the weights under the names of the parameters, by which a resume and an export read them."""
+        with parameter_names(self.model):
+            super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial) -> str:
         """Where the Trainer writes a checkpoint (see `training_checkpoint.commit`)."""
