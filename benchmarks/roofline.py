@@ -86,7 +86,7 @@ def parts(dims: ModelDims, pack: Pack, adapters: int, elementwise: str) -> dict[
     _, per_head_token, per_pair = training_flops(dims, adapters)
 
     def products(names: str) -> tuple[float, float, float]:
-        shapes = [shape for name, shape in dims.linears.items() if name.startswith(names)]
+        shapes = [shape for name, shape in dims.linears["full_attention"].items() if name.startswith(names)]
         weights = layers * sum(inputs * outputs for inputs, outputs in shapes)
         activations = layers * tokens * sum(inputs + outputs for inputs, outputs in shapes)
         # Gradients in bf16 are added to a sum in fp32.

@@ -35,7 +35,10 @@ def table(monkeypatch):
 
 
 def architecture(model_type: str) -> ArchitectureConfig:
-    return ArchitectureConfig(model_type, hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=2100)
+    kinds = {"layer_types": ["linear_attention", "full_attention"]} if model_type == "qwen3_5_text" else {}
+    return ArchitectureConfig(
+        model_type, hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=2100, **kinds
+    )
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES.values(), ids=MODEL_FAMILIES)
@@ -45,7 +48,7 @@ def test_every_row_fits_the_model_that_transformers_builds(family):
         model = AutoModelForCausalLM.from_config(config)
     assert type(model).__name__ == family.causal_lm_class
     assert model_dims(config).parameters == sum(each.numel() for each in model.parameters())
-    assert cache_kinds(config) == {"full"}
+    assert cache_kinds(config) == ({"full", "recurrent"} if model_dims(config).delta else {"full"})
     linear = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
     assert linear == {*family.lora_targets, *family.unquantized_modules}
     # PEFT's own reading of all-linear.
@@ -78,7 +81,7 @@ def test_one_window_for_all_layers_is_counted_as_such():
 
 
 def test_a_family_from_outside_is_built_measured_and_adapted():
-    with pytest.raises(InputError, match=r"model_type=granite: choose one of .* mistral, or add a row"):
+    with pytest.raises(InputError, match=r"model_type=granite: choose one of .* qwen3_5_text, or add a row"):
         build_model_config(architecture("granite"), None)
     added = register_family(
         based_on="llama",
@@ -130,7 +133,7 @@ def test_a_row_that_is_taken_or_incomplete_is_refused_in_one_line(based_on, fiel
     with pytest.raises(InputError, match=message) as caught:
         register_family(based_on, **fields)
     assert "\n" not in str(caught.value)
-    assert list(families.MODEL_FAMILIES) == ["qwen2", "qwen3", "llama", "mistral"]
+    assert list(families.MODEL_FAMILIES) == ["qwen2", "qwen3", "llama", "mistral", "qwen3_5_text"]
 
 
 def test_a_base_of_an_unknown_family_or_class_is_refused(tmp_path):

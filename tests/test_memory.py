@@ -81,7 +81,9 @@ def test_parameters_and_linear_layers_of_every_model_are_counted_exactly(model):
     assert shape.embedding == max(each.numel() for each in built.parameters())
     # The head is a linear layer, tied or not.
     linear = sum(each.in_features * each.out_features for each in built.modules() if isinstance(each, torch.nn.Linear))
-    assert 2 * (shape.layers * shape.block_linear + shape.embedding) == 2 * linear == forward_flops(built)[0]
+    assert shape.linear + shape.embedding == linear
+    deltas = shape.layer_kinds.get("linear_attention", 0)
+    assert forward_flops(built)[0] == 2 * linear + (deltas * shape.delta.flops_per_token if deltas else 0)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, adap
     # The bf16 copies of weights that autocast makes are counted apart (`activation_bytes`).
     casts = 0
     if mixed and checkpointing == "off":
-        casts = 2 * (weights // shape.layers if adapter == "lora" else shape.block_linear)
+        casts = 2 * (weights // shape.layers if adapter == "lora" else shape.linear // shape.layers)
     measured = (sizes[3] - sizes[2] - casts) / tokens
     assert kept_bytes(setting) == pytest.approx(measured, rel=0.02)
 
@@ -317,7 +319,7 @@ def test_every_suggested_fix_fits_and_is_an_override(seven):
 
 
 def test_flops_are_six_a_weight_and_token_and_four_with_adapters(seven):
-    weights = seven.dims.layers * seven.dims.block_linear + seven.dims.embedding
+    weights = seven.dims.linear + seven.dims.embedding
     assert scenario_flops(seven, 1000, 0) == 6 * weights * 1000
     assert scenario_flops(replace(seven, adapter="lora", adapter_parameters=1), 1000, 0) == (4 * weights + 6) * 1000
     assert scenario_flops(seven, 1000, 100) > scenario_flops(seven, 1000, 0)

@@ -22,7 +22,8 @@ class ArchitectureConfig:
     """
 
     model_type: str = "qwen2"
-    """The model family (see `csc_train.models.families`): qwen2, qwen3, llama, mistral or a registered one."""
+    """The model family (see `csc_train.models.families`): qwen2, qwen3, llama, mistral, qwen3_5_text or a
+    registered one."""
     hidden_size: int = 256
     """Width of the hidden states."""
     intermediate_size: int = 768
@@ -48,12 +49,33 @@ class ArchitectureConfig:
     )
     """Rotary position embedding: type, base and scaling."""
 
+    layer_types: list[str] | None = None
+    """The kind of every layer, full_attention or linear_attention; defaults to the family's."""
+    linear_num_key_heads: int | None = None
+    """Key heads of a gated delta net (qwen3_5_text); this and what follows default to those of the family."""
+    linear_num_value_heads: int | None = None
+    """Value heads of a gated delta net: a multiple of its key heads."""
+    linear_key_head_dim: int | None = None
+    """Width of a key head of a gated delta net."""
+    linear_value_head_dim: int | None = None
+    """Width of a value head of a gated delta net."""
+    linear_conv_kernel_dim: int | None = None
+    """Tokens under the causal convolution of a gated delta net."""
+
     def __post_init__(self):
         prefix = "model.architecture."
         check_fields(prefix, self, "hidden_size", "intermediate_size", "num_hidden_layers", low=1, high=10**7)
         check_fields(prefix, self, "num_attention_heads", "num_key_value_heads", "head_dim", low=1, high=10**7)
         check_fields(prefix, self, "vocab_size", "max_position_embeddings", low=1, high=10**7)
+        check_fields(prefix, self, "linear_num_key_heads", "linear_num_value_heads", low=1, high=10**7)
+        check_fields(prefix, self, "linear_key_head_dim", "linear_value_head_dim", low=1, high=10**7)
+        check_fields(prefix, self, "linear_conv_kernel_dim", low=1, high=10**7)
         check_fields(prefix, self, "rms_norm_eps", low=0, high=1)
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise InputError(
+                f"{prefix}layer_types names {len(self.layer_types)} layers, but {prefix}num_hidden_layers="
+                f"{self.num_hidden_layers}: name each"
+            )
 
 
 @dataclass

@@ -1,14 +1,63 @@
 """The table of model families, one row per transformers `model_type`, and the dimensions and FLOPs of a model."""
 
+import copy
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from csc_train.errors import InputError, check_choice, suggestion
 from csc_train.models.config import ALL_LINEAR
 from csc_train.plugins import check_entry, note_registration
+
+LINEAR_ATTENTION = "linear_attention"
+"""The kind of a gated delta net in transformers' `layer_types`."""
+DELTA_CHUNK = 64
+"""Tokens that the kernels of a gated delta net multiply at once: transformers' and flash-linear-attention's."""
+
+
+@dataclass(frozen=True)
+class DeltaDims:
+    """The dimensions of a gated delta net, whose state is one matrix of keys and values for each value head.
+
+    Attributes:
+        key_heads: number of key heads, which is that of query heads; `key_head`: width of one.
+        value_heads: number of value heads; `value_head`: width of one.
+        kernel: tokens under the causal convolution.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_head: int
+    value_head: int
+    kernel: int
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads."""
+        return self.key_heads * self.key_head
+
+    @property
+    def values(self) -> int:
+        """Width of all value heads."""
+        return self.value_heads * self.value_head
+
+    @property
+    def channels(self) -> int:
+        """Width of the convolution: queries, keys and values."""
+        return 2 * self.keys + self.values
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of the convolution and of the recurrence in chunks of c tokens, with keys of k and values of v entries.
+
+        For each value head and token: two products of keys (4 c k), two triangular systems (c (k + v)), the chunk's
+        own values (2 c v), and three products with the state (6 k v). Token by token it is 6 k v alone.
+        """
+        c, k, v = DELTA_CHUNK, self.key_head, self.value_head
+        return 2 * self.kernel * self.channels + self.value_heads * (c * (5 * k + 3 * v) + 6 * k * v)
 
 
 @dataclass(frozen=True)
@@ -18,36 +67,51 @@ class ModelDims:
     Attributes:
         model_type: the family.
         queries: width of all query heads; `keys`: of all key heads.
-        linears: (inputs, outputs) of the linear layers of one block, by name.
-        biases: bias entries of one block's linear layers.
-        head_norms: parameters of one block's norms over heads, and the width of what they normalize.
+        linears: (inputs, outputs) of the linear layers of one decoder layer, by its kind and their names.
+        others: parameters of one layer of each kind besides the linear weights and its two norms.
+        head_norms: width of what norms over heads normalize in one attention layer; 0 without them.
         tied: whether input and output embeddings are one matrix.
-        layer_kinds: number of layers of each kind, named as in transformers' `layer_types`.
+        layer_types: the kind of every layer, named as in transformers.
+        delta: of the gated delta nets, if it has any.
     """
 
     model_type: str
     hidden: int
-    layers: int
     heads: int
     queries: int
     keys: int
     intermediate: int
     vocabulary: int
-    linears: dict[str, tuple[int, int]]
-    biases: int
-    head_norms: tuple[int, int]
+    linears: dict[str, dict[str, tuple[int, int]]]
+    others: dict[str, int]
+    head_norms: int
     tied: bool
-    layer_kinds: dict[str, int]
+    layer_types: tuple[str, ...]
+    delta: DeltaDims | None = None
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layer_types)
+
+    @property
+    def layer_kinds(self) -> dict[str, int]:
+        """Number of layers of each kind."""
+        return dict(Counter(self.layer_types))
 
     @property
     def head_dim(self) -> int:
         """Width of one head."""
         return self.queries // self.heads
 
+    def block_linear(self, kind: str) -> int:
+        """Weights of the linear layers of one layer of a kind."""
+        return sum(inputs * outputs for inputs, outputs in self.linears[kind].values())
+
     @property
-    def block_linear(self) -> int:
-        """Weights of the linear layers of one block."""
-        return sum(inputs * outputs for inputs, outputs in self.linears.values())
+    def linear(self) -> int:
+        """Weights of the linear layers of all layers."""
+        return sum(map(self.block_linear, self.layer_types))
 
     @property
     def embedding(self) -> int:
@@ -58,21 +122,21 @@ class ModelDims:
     def parameters(self) -> int:
         """Parameters of the model, each counted once.
 
-        layers x (linear weights + biases + two norms + norms over heads) + final norm + embeddings.
+        Linear weights, other parameters and two norms of every layer + final norm + embeddings.
         """
-        block = self.block_linear + self.biases + 2 * self.hidden + self.head_norms[0]
-        return self.layers * block + self.hidden + self.embedding * (1 if self.tied else 2)
+        others = sum(self.others[kind] + 2 * self.hidden for kind in self.layer_types)
+        return self.linear + others + self.hidden + self.embedding * (1 if self.tied else 2)
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """FLOPs of a forward pass through one decoder layer, and its cache when decoding."""
+    """FLOPs of a forward pass through one decoder layer besides its linear layers, and its cache when decoding."""
 
     flops_per_token: Callable[[ModelDims], int]
     flops_per_pair: Callable[[ModelDims], int]
     """For each pair of tokens of a document; of the n² pairs, causal attention computes half."""
     cache: str
-    """full: keys and values of every token. window: those of the last tokens only."""
+    """full: keys and values of every token. window: those of the last tokens only. recurrent: one state."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +161,10 @@ class ModelFamily:
     """The chat template of a tokenizer without one."""
     tokenizer_style: str
     """Pre-tokenizer and control tokens for a trained tokenizer (see `template.tokenizer_training.TOKENIZER_STYLES`)."""
+    outer_model_type: str | None = None
+    """That of a vision-language configuration whose `text_config` is of this family."""
+    skipped: tuple[str, ...] = ()
+    """Regular expressions of the weights that such a model has besides, and a text model does not load."""
 
 
 class FlopCounts(NamedTuple):
@@ -128,35 +196,90 @@ def dense_decoder_dims(
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     # Mistral has one window for all layers and names no kinds.
     kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-    kinds = getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
+    kinds = tuple(getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers)
+    linears = {
+        "self_attn.q_proj": (hidden, queries),
+        "self_attn.k_proj": (hidden, keys),
+        "self_attn.v_proj": (hidden, keys),
+        "self_attn.o_proj": (queries, hidden),
+        "mlp.gate_proj": (hidden, intermediate),
+        "mlp.up_proj": (hidden, intermediate),
+        "mlp.down_proj": (intermediate, hidden),
+    }
+    others = (queries + 2 * keys) * qkv_bias + 2 * head * head_norms
     return ModelDims(
         model_type=config.model_type,
         hidden=hidden,
-        layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         queries=queries,
         keys=keys,
         intermediate=intermediate,
         vocabulary=vocabulary,
-        linears={
-            "self_attn.q_proj": (hidden, queries),
-            "self_attn.k_proj": (hidden, keys),
-            "self_attn.v_proj": (hidden, keys),
-            "self_attn.o_proj": (queries, hidden),
-            "mlp.gate_proj": (hidden, intermediate),
-            "mlp.up_proj": (hidden, intermediate),
-            "mlp.down_proj": (intermediate, hidden),
-        },
-        biases=queries + 2 * keys if qkv_bias else 0,
-        head_norms=(2 * head, queries + keys) if head_norms else (0, 0),
+        linears=dict.fromkeys(kinds, linears),
+        others=dict.fromkeys(kinds, others),
+        head_norms=(queries + keys) * head_norms,
         tied=config.tie_word_embeddings,
-        layer_kinds={kind: kinds.count(kind) for kind in kinds},
+        layer_types=kinds,
     )
 
 
-_ATTENTION_FLOPS = (lambda dims: 2 * dims.block_linear, lambda dims: 2 * dims.queries)
+def hybrid_decoder_dims(config: Any, vocab_size: int | None = None) -> ModelDims:
+    """Read the dimensions of a Qwen3.5: gated delta nets, and attention with gated output and norms over heads.
+
+    What an `ArchitectureConfig` leaves open is as transformers has it: every fourth layer has attention.
+
+    Raises:
+        ValueError: as `dense_decoder_dims`.
+    """
+    config = copy.copy(config)
+    every = range(1, config.num_hidden_layers + 1)
+    kinds = [LINEAR_ATTENTION if layer % 4 else "full_attention" for layer in every]
+    for name, default in (_HYBRID_DEFAULTS | {"layer_types": kinds}).items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, default)
+    dims = dense_decoder_dims(config, vocab_size, head_norms=True)
+    delta = DeltaDims(
+        config.linear_num_key_heads,
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+        config.linear_conv_kernel_dim,
+    )
+    hidden, attention = dims.hidden, next(iter(dims.linears.values()))
+    mlp = {name: shape for name, shape in attention.items() if name.startswith("mlp")}
+    linear = {
+        "linear_attn.out_proj": (delta.values, hidden),
+        "linear_attn.in_proj_qkv": (hidden, delta.channels),
+        "linear_attn.in_proj_z": (hidden, delta.values),
+        "linear_attn.in_proj_b": (hidden, delta.value_heads),
+        "linear_attn.in_proj_a": (hidden, delta.value_heads),
+    }
+    gated = attention | {"self_attn.q_proj": (hidden, 2 * dims.queries)}
+    # The convolution, the decay's two vectors, and the norm of a value head.
+    own = delta.kernel * delta.channels + 2 * delta.value_heads + delta.value_head
+    return replace(
+        dims,
+        linears=dict.fromkeys(dims.linears, gated) | {LINEAR_ATTENTION: linear | mlp},
+        others=dims.others | {LINEAR_ATTENTION: own},
+        delta=delta,
+    )
+
+
+_HYBRID_DEFAULTS = {
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+"""Those of transformers' configuration."""
+
+
+_ATTENTION_FLOPS = (lambda dims: 0, lambda dims: 2 * dims.queries)
 _FULL = {"full_attention": LayerKind(*_ATTENTION_FLOPS, cache="full")}
 _WINDOW = {"sliding_attention": LayerKind(*_ATTENTION_FLOPS, cache="window")}
+_DELTA = {LINEAR_ATTENTION: LayerKind(lambda dims: dims.delta.flops_per_token, lambda dims: 0, cache="recurrent")}
 _DENSE_DECODER = {
     "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "unquantized_modules": ("lm_head",),
@@ -202,6 +325,24 @@ MODEL_FAMILIES = {
             tokenizer_style="llama3",
             **_DENSE_DECODER,
         ),
+        ModelFamily(
+            model_type="qwen3_5_text",  # Qwen3.5, Qwen3.6, Qwen3.8
+            outer_model_type="qwen3_5",
+            skipped=(r"model\.visual\.", r"mtp\."),
+            causal_lm_class="Qwen3_5ForCausalLM",
+            read_dims=hybrid_decoder_dims,
+            layer_kinds=_FULL | _DELTA,
+            chat_template="qwen3",
+            tokenizer_style="qwen2",
+            **_DENSE_DECODER
+            | {
+                "lora_targets": (
+                    *_DENSE_DECODER["lora_targets"],
+                    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+                ),
+                "unquantized_modules": ("lm_head", "in_proj_b", "in_proj_a"),  # small gates, that scale the state
+            },
+        ),
     )
 }
 """The known families by `model_type`; `register_family` adds one."""
@@ -230,18 +371,19 @@ def register_family(based_on: str | None = None, **fields: Any) -> ModelFamily:
 
 
 def get_family(model_type: str) -> ModelFamily:
-    """The family of a `model_type`.
+    """The family of a `model_type`, or of the text part of a vision-language one.
 
     Raises:
         InputError: it is not in the table; the message names the nearest one.
     """
-    if model_type not in MODEL_FAMILIES:
+    outer = {family.outer_model_type: family for family in MODEL_FAMILIES.values() if family.outer_model_type}
+    if (family := MODEL_FAMILIES.get(model_type) or outer.get(model_type)) is None:
         known = ", ".join(MODEL_FAMILIES)
         raise InputError(
             f"model.architecture.model_type={model_type}: choose one of {known}, or add a row by register_family "
             f"(docs/extending.md).{suggestion(model_type, MODEL_FAMILIES)}"
         )
-    return MODEL_FAMILIES[model_type]
+    return family
 
 
 def model_dims(config: Any, vocab_size: int | None = None) -> ModelDims:
@@ -252,7 +394,7 @@ def model_dims(config: Any, vocab_size: int | None = None) -> ModelDims:
         ValueError: the vocabulary's size is unknown.
     """
     family = get_family(config.model_type)
-    dims = family.read_dims(config, vocab_size)
+    dims = family.read_dims(getattr(config, "text_config", None) or config, vocab_size)
     for kind in dims.layer_kinds:
         check_choice(f"{family.model_type} layer_types", kind, family.layer_kinds)
     return dims
@@ -291,8 +433,8 @@ def lora_parameter_count(dims: ModelDims, rank: int, target_modules: str | Colle
         target_modules = lora_targets(dims.model_type, target_modules)
     return sum(
         rank * (inputs + outputs)
-        for layer in range(dims.layers)
-        for name, (inputs, outputs) in dims.linears.items()
+        for layer, kind in enumerate(dims.layer_types)
+        for name, (inputs, outputs) in dims.linears[kind].items()
         if is_lora_target(f"model.layers.{layer}.{name}", target_modules)
     )
 
@@ -326,10 +468,10 @@ def training_flops(dims: ModelDims, adapter_parameters: int = 0) -> FlopCounts:
 
 
 def _forward_flops(dims: ModelDims) -> FlopCounts:
-    """A forward pass: 2 FLOPs for each weight of a linear layer and token, and attention for each pair of tokens."""
+    """A forward pass: 2 FLOPs for each weight of a linear layer and token, and what `LayerKind` counts besides."""
     kinds = [(get_family(dims.model_type).layer_kinds[kind], count) for kind, count in dims.layer_kinds.items()]
     return FlopCounts(
-        sum(count * kind.flops_per_token(dims) for kind, count in kinds),
+        2 * dims.linear + sum(count * kind.flops_per_token(dims) for kind, count in kinds),
         2 * dims.embedding,
         sum(count * kind.flops_per_pair(dims) for kind, count in kinds),
     )

@@ -94,8 +94,8 @@ def build_model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTo
     Raises:
         InputError: the model family is unknown.
     """
-    get_family(architecture.model_type)
     facts = {name: value for name, value in asdict(architecture).items() if value is not None}
+    facts["model_type"] = get_family(architecture.model_type).model_type
     if tokenizer is not None:
         facts.setdefault("vocab_size", len(tokenizer))
         facts |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 
 from csc_train.errors import check_choice
-from csc_train.models.families import ModelDims, model_dims, training_flops
+from csc_train.models.families import ModelDims, get_family, model_dims, training_flops
 from csc_train.training.config import CHECKPOINTING
 from csc_train.training.loss import CHUNK
 
@@ -94,7 +94,13 @@ class MemoryScenario:
             return 0
         parameters, quantized = self.dims.parameters, 0
         if self.adapter == "qlora":
-            quantized = self.dims.layers * self.dims.block_linear
+            outside = get_family(self.dims.model_type).unquantized_modules
+            quantized = sum(
+                inputs * outputs
+                for kind in self.dims.layer_types
+                for name, (inputs, outputs) in self.dims.linears[kind].items()
+                if not name.endswith(outside)
+            )
         return NF4_BYTES * quantized + self.compute * (parameters - quantized)
 
     @property
@@ -246,7 +252,7 @@ def layer_bytes(scenario: MemoryScenario) -> float:
         # Keys and values are repeated for every query head, and the mask is kept as numbers to add.
         attention = c * 4 * q + 4 * dims.heads + c * scenario.mask_columns
     swiglu = c * (4 if full or not casts else 3) * i
-    head_norms = (4 + (c if full else 0)) * dims.head_norms[1]
+    head_norms = (4 + (c if full else 0)) * dims.head_norms
     return norms + inputs + attention + swiglu + head_norms
 
 
@@ -280,11 +286,11 @@ def activation_bytes(scenario: MemoryScenario) -> float:
     mask = tokens * scenario.mask_columns
     casts = 0.0
     if scenario.cast_by_autocast:
-        casts = 2.0 * (dims.layers * dims.block_linear if full else scenario.trained)
+        casts = 2.0 * (dims.linear if full else scenario.trained)
     embedding = dims.embedding if full else 0
     held = 4 if scenario.stage == "off" else c
     head = 2 * r * dims.hidden * tokens + 4 * embedding
-    weight = max(inputs * outputs for inputs, outputs in dims.linears.values())
+    weight = max(inputs * outputs for shapes in dims.linears.values() for inputs, outputs in shapes.values())
     passing = (3 * c * dims.intermediate + (2 * r + 8) * dims.hidden) * tokens
     lasting = casts if scenario.checkpointing == "off" else 0
     moments = (
