@@ -44,8 +44,17 @@ PARAMETERS = {
     "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "Qwen/Qwen3.5-0.8B": 752_393_024,
+    "Qwen/Qwen3.5-2B": 1_881_825_088,
+    "Qwen/Qwen3.5-4B": 4_205_751_296,
+    "Qwen/Qwen3.5-9B": 8_953_803_264,
+    "Qwen/Qwen3.5-27B": 26_895_998_464,
+    "Qwen/Qwen3.6-27B": 26_895_998_464,
+    "Qwen/Qwen3.8-27B": 26_895_998_464,
 }
-"""As published, each matrix counted once: some pages count a tied output matrix twice (Qwen3-0.6B and 1.7B)."""
+"""As published, each matrix counted once: some pages count a tied output matrix twice (Qwen3-0.6B and 1.7B).
+
+Of Qwen3.5, 3.6 and 3.8 the text part, which with that of vision gives the published total."""
 REQUIRED = {
     "sft": [],
     "prepare": [],

@@ -332,8 +332,8 @@ MODEL_FAMILIES = {
             causal_lm_class="Qwen3_5ForCausalLM",
             read_dims=hybrid_decoder_dims,
             layer_kinds=_FULL | _DELTA,
-            chat_template="qwen3",
-            tokenizer_style="qwen2",
+            chat_template="qwen3_5",
+            tokenizer_style="qwen3_5",
             **_DENSE_DECODER
             | {
                 "lora_targets": (
