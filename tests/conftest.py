@@ -23,9 +23,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
+import torch
 from processes import TIMEOUT_S, stop_fork_server
+from safetensors.torch import load_file, save_file
 from servers.faults import FaultServer
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from csc_train.checkpoints.manifest import Manifest
 from csc_train.config.cli import log_to_stdout
@@ -108,6 +115,31 @@ def tiny_config(
         **controls,
         **facts,
     )
+
+
+def save_vision_language(directory: Path, tokenizer: PreTrainedTokenizerBase, tied: bool = True, **facts) -> None:
+    """Write a directory as Qwen3.5 has it on the hub: text, vision and MTP tensors, random ones, and the tokenizer.
+
+    Args:
+        facts: what else the text configuration says.
+    """
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration  # takes time
+
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    kinds = ["linear_attention", "full_attention"]
+    text = tiny_config(
+        "qwen3_5_text", tokenizer, 0.1, head_dim=8, layer_types=kinds, linear_num_value_heads=4, **linear, **facts
+    )
+    text.tie_word_embeddings = tied
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    whole = Qwen3_5Config(
+        text_config=text.to_dict(), vision_config=vision | {"num_position_embeddings": 16}, tie_word_embeddings=tied
+    )
+    Qwen3_5ForConditionalGeneration(whole).save_pretrained(directory)
+    file = directory / "model.safetensors"
+    save_file(load_file(file) | {"mtp.fc.weight": torch.randn(32, 64)}, file, {"format": "pt"})
+    tokenizer.save_pretrained(directory)
 
 
 def manifest_of(template: DialogueTemplate, **facts) -> Manifest:

@@ -96,7 +96,8 @@ def read_model_config(path: str, revision: str | None = None) -> "PretrainedConf
     config: Any = whole.get_text_config()
     if config is not whole:  # what both may say, as the whole model takes it
         config.tie_word_embeddings |= whole.tie_word_embeddings
-        config.dtype, config._commit_hash = config.dtype or whole.dtype, whole._commit_hash
+        config.dtype = config.dtype or whole.dtype
+        config._commit_hash = getattr(whole, "_commit_hash", None)
     return config
 
 

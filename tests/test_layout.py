@@ -1,0 +1,185 @@
+"""A vision-language model of the hub is trained as a text model, resumed, and written in its own layout or as text."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import manifest_of, save_vision_language, small_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+from csc_train.checkpoints.config import ExportConfig
+from csc_train.checkpoints.export import export
+from csc_train.checkpoints.locate import open_source
+from csc_train.checkpoints.manifest import save_final_model
+from csc_train.errors import InputError
+from csc_train.models.config import ModelConfig
+from csc_train.models.hub import load_causal_lm
+from csc_train.models.inspection import inspect_model
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture(scope="module")
+def template():
+    return DialogueTemplate(small_tokenizer("qwen3_5"), "qwen3_5", TemplateConfig(mode="reply_only"))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(request, template, tmp_path_factory) -> Path:
+    """A vision-language model, with the files of its processors."""
+    directory = tmp_path_factory.mktemp("hub") / "model"
+    save_vision_language(directory, template.tokenizer, request.param)
+    (directory / "preprocessor_config.json").write_text('{"patch_size": 16}')
+    (directory / "video_preprocessor_config.json").write_text('{"fps": 2}')
+    return directory
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: each for file in directory.glob("*.safetensors") for name, each in load_file(file).items()}
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def change(name: str, **values):
+    """Change a file of settings; `text_config` of it, where a value is a dictionary."""
+
+    def make(directory: Path) -> None:
+        known = json.loads((directory / name).read_text())
+        for key, value in values.items():
+            known[key] = known[key] | value if isinstance(value, dict) else value
+        (directory / name).write_text(json.dumps(known))
+
+    return make
+
+
+# Reading
+
+
+def test_the_text_part_is_inspected_and_loaded(base):
+    found = inspect_model(ModelConfig(path=str(base))).require()
+    assert found.dims.model_type == found.model.config.model_type == "qwen3_5_text"
+    (note,) = found.repairs
+    assert note == (
+        f"{base}: its text model is trained; 22 other tensors (mtp, visual) are not loaded, and are copied unchanged "
+        "into the final model"
+    )
+    model, whole = load_causal_lm(str(base)), AutoModelForMultimodalLM.from_pretrained(base)
+    assert type(model).__name__ == "Qwen3_5ForCausalLM" and model.dtype == torch.float32
+    assert torch.equal(logits(model), logits(whole))
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(True, True), (True, False), (False, True)])
+def test_tied_embeddings_are_one_matrix_whichever_part_of_the_settings_says_so(template, tmp_path, outer, inner):
+    """transformers reads only the text part's word, and draws the output layer at random where that is silent."""
+    save_vision_language(tmp_path / "model", template.tokenizer, tied=True)
+    expected = logits(load_causal_lm(str(tmp_path / "model")))
+    change("config.json", tie_word_embeddings=outer, text_config={"tie_word_embeddings": inner})(tmp_path / "model")
+    model = load_causal_lm(str(tmp_path / "model"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight and torch.equal(logits(model), expected)
+    if (outer, inner) == (True, False):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        assert not torch.equal(logits(plain), expected)
+
+
+def test_an_output_layer_of_its_own_is_kept(template, tmp_path):
+    save_vision_language(tmp_path / "model", template.tokenizer, tied=False)
+    expected = logits(load_causal_lm(str(tmp_path / "model")))
+    change("config.json", tie_word_embeddings=True, text_config={"tie_word_embeddings": True})(tmp_path / "model")
+    assert torch.equal(logits(load_causal_lm(str(tmp_path / "model"))), expected)
+    found = inspect_model(ModelConfig(path=str(tmp_path / "model"))).require()
+    assert "tie_word_embeddings=true, but lm_head.weight differs" in found.repairs[0]
+
+
+def _without(name: str):
+    def make(directory: Path) -> None:
+        file = directory / "model.safetensors"
+        save_file({key: each for key, each in load_file(file).items() if key != name}, file, {"format": "pt"})
+
+    return make
+
+
+def _pickled(directory: Path) -> None:
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            change("config.json", architectures=["Qwen3_5ForSequenceClassification"]),
+            "names Qwen3_5ForSequenceClassification; choose a model of class Qwen3_5ForConditionalGeneration",
+        ),
+        (
+            _without("model.language_model.layers.0.linear_attn.A_log"),
+            r"model.layers.0.linear_attn.A_log is missing from the files \(tensors like it: 1\)",
+        ),
+        (_pickled, r"pytorch_model.bin: no safetensors, as a vision-language model needs: convert it"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(template, tmp_path, spoil, message):
+    save_vision_language(tmp_path / "model", template.tokenizer)
+    spoil(tmp_path / "model")
+    with pytest.raises(InputError, match=message) as error:
+        inspect_model(ModelConfig(path=str(tmp_path / "model"))).require()
+    assert "\n" not in str(error.value)
+
+
+# Writing
+
+
+def _trained(base: Path):
+    """The text model with other weights, and the names of all its tensors in the files of the base."""
+    model = load_causal_lm(str(base))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1).add_(0.01)
+    return model
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "30KB"])
+def test_a_final_model_has_the_layout_of_its_base(base, template, tmp_path, shard_size):
+    model = _trained(base)
+    expected = logits(model)
+    config = {"adapter": {"kind": "full"}, "trainer": {"precision": "fp32"}}
+    manifest = manifest_of(template, config=config, base_model=str(base))
+    final = tmp_path / "final"
+    save_final_model(final, model, template.tokenizer, template.chat_template, manifest, shard_size, base=base)
+    before, after = tensors(base), tensors(final)
+    assert (len(list(final.glob("*.safetensors"))) > 1) == (shard_size == "30KB")
+    assert after.keys() == before.keys()
+    own = {name for name in before if "language_model" in name or name == "lm_head.weight"}
+    assert {name for name in before if torch.equal(before[name], after[name])} == before.keys() - own
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        assert (final / name).read_bytes() == (base / name).read_bytes()
+    said, now = (json.loads((each / "config.json").read_text()) for each in (base, final))
+    assert now["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+    assert now["vision_config"] == said["vision_config"] and now.keys() == said.keys()
+    assert {key for key in said["text_config"] if said["text_config"][key] != now["text_config"][key]} <= {"dtype"}
+    whole, info = AutoModelForMultimodalLM.from_pretrained(final, output_loading_info=True)
+    assert not any(info.values()) and torch.equal(logits(whole), expected)
+    assert torch.equal(logits(load_causal_lm(str(final))), expected)
+    assert not open_source(str(final)).unverified()
+    # and can be exported again
+    for layout in ("hub", "text"):
+        export(open_source(str(final)), ExportConfig(output=str(tmp_path / layout), layout=layout))
+        text = load_causal_lm(str(tmp_path / layout))
+        assert torch.equal(logits(text), expected)
+    assert tensors(tmp_path / "hub").keys() == before.keys()
+    assert tensors(tmp_path / "text").keys() == {name.replace("model.language_model.", "model.") for name in own}
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("qwen3_5_text", ["Qwen3_5ForCausalLM"])
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
+    assert not any(info.values()) and torch.equal(logits(plain), expected)
+    # A text model stays one.
+    export(open_source(str(tmp_path / "text")), ExportConfig(output=str(tmp_path / "again")))
+    assert tensors(tmp_path / "again").keys() == tensors(tmp_path / "text").keys()
+    with pytest.raises(InputError, match=r"^format=fp8: .*final is a vision-language model: add layout=text$"):
+        export(open_source(str(final)), ExportConfig(output=str(tmp_path / "fp8"), format="fp8"))
