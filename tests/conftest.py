@@ -92,6 +92,13 @@ def small_tokenizer(chat_template: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(SMALL_TOKENIZERS / SMALL_OF[chat_template])
 
 
+TINY_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+"""What `tiny_config` says of a model with gated delta nets."""
+
+
 def tiny_config(
     architecture: str, tokenizer: PreTrainedTokenizerBase, initializer_range: float, **facts
 ) -> PretrainedConfig:
@@ -103,6 +110,8 @@ def tiny_config(
         facts: what else the configuration says.
     """
     controls = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if architecture == "qwen3_5_text":
+        facts = TINY_HYBRID | facts
     return AutoConfig.for_model(
         architecture,
         vocab_size=len(tokenizer),

@@ -66,7 +66,7 @@ def no_gradients():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_5_text"])
 def test_tokens_are_those_without_a_cache(architecture, attention):
     model = model_of(architecture, attention)
     found = ended(model)
@@ -98,6 +98,58 @@ def test_wrong_masks_and_copies_change_the_tokens(monkeypatch):
     found = ended(model)
     hook.remove()
     assert wrong(found) > 0
+
+
+def test_wrong_states_change_the_tokens(monkeypatch):
+    """Negative control: a state without a part of it changes the tokens."""
+    model = model_of("qwen3_5_text")
+    end = kv_cache._StatesLayer.end
+    for part in ("recurrent", "inputs"):
+
+        def without(layer, states, part=part):
+            end(layer, states._replace(**{part: torch.zeros_like(getattr(states, part))}))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kv_cache._StatesLayer, "end", without)
+            assert any(ids != continued(model, prompt) for prompt, ids in ended(model))
+
+
+def test_a_prompt_continues_the_longest_state_that_it_begins_with(monkeypatch):
+    """Behind the reply, at the end of the prompt (whatever was replied), or behind the prefix."""
+    model = model_of("qwen3_5_text")
+    fed = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
+    cache = DialogueCache(model, PREFIX, STOPS, MOST)
+
+    def replies(names, prompts):
+        rows, found = cache.add(names, prompts), {}
+        fed.clear()
+        while len(found) < len(rows):
+            found |= cache.step()
+        return [found[row] for row in rows]
+
+    def computed(*prompts):
+        """How many tokens the first forward pass computes; the replies are right."""
+        assert replies("a", prompts) == [continued(model, prompt) for prompt in prompts]
+        return fed[0]
+
+    first = [*PREFIX, 500, 501, 502]
+    assert computed(first) == 3
+    reply = continued(model, first)
+    assert computed([*first, *reply, 503]) == 1 + (len(reply) == MOST)  # its last token was not computed yet
+    second = [*first, 510, 511, 512]
+    assert computed(second) == 6  # the state at the end of the first prompt is gone
+    assert computed([*second, 520, 521]) == 2
+    assert computed([*second, 530]) == 7
+    # A second row of the dialogue copies the state; another dialogue begins behind the prefix.
+    prompts = [[*second, 530, 540], [*second, 530, 541, 542], [*PREFIX, 550]]
+    expected = [continued(model, prompt) for prompt in prompts]
+    assert replies("aab", prompts) == expected and fed[0] == 2
+    hook.remove()
+    cache = DialogueCache(model, PREFIX, STOPS, MOST)
+    replies("a", [[*second, 530]])
+    monkeypatch.setattr(kv_cache._StatesLayer, "copy_slot", lambda *_: None)
+    assert replies("aab", prompts) != expected
 
 
 def test_cached_tokens_are_not_computed_again():

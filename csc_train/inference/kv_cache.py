@@ -11,6 +11,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from csc_train.models.attention.gated_delta_net import (
+    DeltaCacheLayer,
+    DeltaStates,
+    build_levels,
+    level_inputs,
+    prepare_delta_nets,
+)
+
 GROWTH = 64
 """Minimum columns that a full cache grows by. Growing copies the whole cache."""
 REFILL_DIVISOR = 8
@@ -23,13 +31,13 @@ class _ForwardLayout:
 
     Attributes:
         rows: int64 [batch]; cache rows.
-        positions: int64 [batch, width]; cache columns.
+        places: int64 [batch, width]; cache columns. Padding stands in the last column, which attention never reads.
         columns: number of columns that attention reads.
         contiguous: whether `rows` is 0, 1, ..., batch - 1, so that a slice replaces a copy.
     """
 
     rows: torch.Tensor
-    positions: torch.Tensor
+    places: torch.Tensor
     columns: int
     contiguous: bool
 
@@ -50,9 +58,9 @@ class _RowsLayer(DynamicLayer):
             self._buffers = list(states)
             return states
         layout = self.layout
-        rows, positions = layout.rows.to(self.device), layout.positions.to(self.device)
+        rows, places = layout.rows.to(self.device), layout.places.to(self.device)
         for buffer, new in zip(self._buffers, states, strict=True):
-            buffer[rows[:, None], :, positions] = new.transpose(1, 2)
+            buffer[rows[:, None], :, places] = new.transpose(1, 2)
         selected = slice(0, len(rows)) if layout.contiguous else rows
         return tuple(buffer[selected, :, : layout.columns] for buffer in self._buffers)
 
@@ -73,6 +81,45 @@ class _RowsLayer(DynamicLayer):
             buffer[target, :, :length] = buffer[source, :, :length]
 
 
+class _StatesLayer(DeltaCacheLayer):
+    """A cache layer of a gated delta net: states in slots.
+
+    Slot 0 is that of the prefix. Row r has two: slot 2r + 1 at the end of its prompt, slot 2r + 2 in its reply.
+
+    Attributes:
+        sources: int64 [states]; the slots that the segments of the next forward pass continue.
+        targets: int64 [segments]; the slots that take the states at their ends.
+    """
+
+    sources: torch.Tensor
+    targets: torch.Tensor
+
+    def __init__(self):
+        self._slots: DeltaStates | None = None
+
+    def begin(self) -> DeltaStates | None:
+        return self._slots and DeltaStates(*(slots[self.sources.to(slots.device)] for slots in self._slots))
+
+    def end(self, states: DeltaStates) -> None:
+        if self._slots is None:
+            self._slots = states
+            return
+        for slots, new in zip(self._slots, states, strict=True):
+            slots[self.targets.to(slots.device)] = new.to(slots.dtype)
+
+    def resize(self, rows: int, _: int) -> None:
+        """Add the slots of new rows."""
+        if self._slots is not None and (missing := 2 * rows + 1 - len(self._slots.recurrent)):
+            self._slots = DeltaStates(
+                *(torch.cat([slots, slots.new_zeros(missing, *slots.shape[1:])]) for slots in self._slots)
+            )
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy a state to another slot."""
+        for slots in self._slots or ():
+            slots[target] = slots[source]
+
+
 @dataclass
 class _Row:
     """The state of a cache row.
@@ -83,11 +130,13 @@ class _Row:
         num_cached: how many of `ids` are in the cache.
         prompt_length: where the generated tokens start in `ids`.
         active: whether generation is in progress.
+        slots: by number of tokens, the slot of `_StatesLayer` that holds the state behind them; -1 behind none.
     """
 
     dialogue: Hashable
     ids: list[int]
     num_cached: int
+    slots: dict[int, int]
     prompt_length: int = 0
     active: bool = False
 
@@ -103,10 +152,12 @@ class DialogueCache:
     A prompt reuses the cached tokens of its dialogue; only new tokens are computed. A finished row keeps its dialogue
     until another one needs the row.
 
-    The attention of every layer must reach back to the first token and accept a four-dimensional mask.
+    The attention of every layer must reach back to the first token and accept a four-dimensional mask. The state of a
+    gated delta net cannot be cut back: a prompt continues the longest state that it begins with, which may be that in
+    the dialogue's last reply, at the end of the last prompt, or behind `prefix_ids`.
 
     Args:
-        model: a causal language model; it is not changed.
+        model: a causal language model; its gated delta nets are prepared, otherwise it is not changed.
         prefix_ids: first tokens of every prompt, computed once.
         stop_ids: tokens that end a reply; replies do not include them.
         max_new_tokens: maximum tokens of a reply.
@@ -126,11 +177,18 @@ class DialogueCache:
         self._model, self._prefix_ids = model, list(prefix_ids)
         self._stop_ids, self._max_new_tokens = stop_ids, max_new_tokens
         self._max_length, self._max_width = max_length, max_width
-        self._cache: Any = Cache(layer_class_to_replicate=_RowsLayer)
+        prepare_delta_nets(model)
+        config: Any = model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+        self._cache: Any = Cache([_StatesLayer() if kind == "linear_attention" else _RowsLayer() for kind in kinds])
+        self._attention = [layer for layer in self._cache.layers if isinstance(layer, _RowsLayer)]
+        self._delta_nets = [layer for layer in self._cache.layers if isinstance(layer, _StatesLayer)]
         ids = torch.tensor([self._prefix_ids], device=model.device)
-        model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._rows = [_Row(None, self._prefix_ids, len(prefix_ids))]
+        levels = self._levels([(range(len(prefix_ids)), -1, 0)])
+        model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **levels)
+        self._rows = [self._new_row()]
         self._columns = len(prefix_ids)
+        self._reserve(self._columns)
 
     def add(self, dialogues: Sequence[Hashable], prompts: Sequence[list[int]]) -> list[int]:
         """Assign each prompt to an inactive row, or to a new row if there are too few.
@@ -144,7 +202,7 @@ class DialogueCache:
         free = [number for number, row in enumerate(self._rows) if not row.active]
         while len(free) < len(dialogues):
             free.append(len(self._rows))
-            self._rows.append(_Row(None, self._prefix_ids, len(self._prefix_ids)))
+            self._rows.append(self._new_row())
         holders = defaultdict(list)
         for number, row in enumerate(self._rows):
             holders[row.dialogue].append(number)
@@ -158,17 +216,36 @@ class DialogueCache:
         for row, dialogue, prompt in zip(own, dialogues, prompts, strict=True):
             number = source = free.pop(0) if row is None else row
             if row is None:
-                # All rows of the dialogue are active: copy the longest.
-                source = max(holders[dialogue], key=lambda holder: self._rows[holder].num_cached, default=number)
-            held = self._rows[source]
-            # The last token is always computed, for the next token's logits.
-            kept = min(common_prefix_length(held.ids[: held.num_cached], prompt), len(prompt) - 1)
+                # All rows of the dialogue are active: copy the one that most can be kept of.
+                source = max(holders[dialogue], key=lambda holder: self._num_kept(holder, prompt), default=number)
+            kept = self._num_kept(source, prompt)
+            slots = {length: slot for length, slot in self._rows[source].slots.items() if length <= kept}
             if source != number:
-                for layer in self._cache.layers:
-                    layer.copy(source, number, kept)
-            self._rows[number] = _Row(dialogue, list(prompt), kept, len(prompt), True)
+                slots = self._copy(source, number, kept, slots)
+            self._rows[number] = _Row(dialogue, list(prompt), kept, slots, len(prompt), True)
             taken.append(number)
         return taken
+
+    def _new_row(self) -> _Row:
+        return _Row(None, self._prefix_ids, len(self._prefix_ids), {0: -1, len(self._prefix_ids): 0})
+
+    def _num_kept(self, number: int, prompt: list[int]) -> int:
+        """How many tokens of a prompt need not be computed in a row, or in a copy of it."""
+        row = self._rows[number]
+        # The last token is always computed, for the next token's logits.
+        common = min(common_prefix_length(row.ids[: row.num_cached], prompt), len(prompt) - 1)
+        return max(length for length in row.slots if length <= common) if self._delta_nets else common
+
+    def _copy(self, source: int, target: int, kept: int, slots: dict[int, int]) -> dict[int, int]:
+        """Copy the first tokens of a row to another row. Returns the slots of its states."""
+        for layer in self._attention:
+            layer.copy(source, target, kept)
+        own = {length: slot for length, slot in slots.items() if slot <= 0}
+        if self._delta_nets and kept not in own:
+            own[kept] = 2 * target + 1
+            for layer in self._delta_nets:
+                layer.copy_slot(slots[kept], own[kept])
+        return own
 
     def step(self) -> dict[int, list[int]]:
         """Generate tokens until a fraction of the active rows is done (see `REFILL_DIVISOR`).
@@ -209,23 +286,32 @@ class DialogueCache:
         """
         held = [self._rows[number] for number in rows]
         device = self._model.device
+        starts = [row.num_cached for row in held]
         width = min(self._max_width, max(1, *(row.num_missing for row in held)))
-        ends = [min(len(row.ids), row.num_cached + width) for row in held]
+        ends = [min(len(row.ids), start + width) for row, start in zip(held, starts, strict=True)]
         self._reserve(max(ends))
-        # No padding: a row with fewer new tokens computes cached ones again, with the same result. A row shorter than
-        # `width` repeats its first token.
-        offsets = torch.arange(-width, 0, device=device)
-        positions = (torch.tensor(ends, device=device)[:, None] + offsets).clamp(min=0)
+        # Padding on the left, so that every row ends in the last column.
         ids = [
-            row.ids[:1] * (width - end) + row.ids[max(0, end - width) : end]
-            for row, end in zip(held, ends, strict=True)
+            row.ids[:1] * (width - end + start) + row.ids[start:end]
+            for row, start, end in zip(held, starts, ends, strict=True)
         ]
+        positions = torch.tensor(ends, device=device)[:, None] + torch.arange(-width, 0, device=device)
+        padding = positions < torch.tensor(starts, device=device)[:, None]
+        positions = positions.clamp(min=0)
         contiguous = rows == list(range(len(rows)))
-        layout = _ForwardLayout(torch.tensor(rows, device=device), positions, max(ends), contiguous)
-        for layer in self._cache.layers:
+        places = positions.masked_fill(padding, self._columns - 1)
+        layout = _ForwardLayout(torch.tensor(rows, device=device), places, max(ends), contiguous)
+        for layer in self._attention:
             layer.layout = layout
         hidden = torch.arange(layout.columns, device=device) > positions[:, None, :, None]
         mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=device)
+        segments = []
+        for index, (number, row, start, end) in enumerate(zip(rows, held, starts, ends, strict=True)):
+            if self._delta_nets and start < end:
+                last, target = (index + 1) * width, 2 * number + 1 + (end > row.prompt_length)
+                segments.append((range(last - end + start, last), row.slots[start], target))
+                # If the model fails, the content of its slot is unknown.
+                row.slots = {length: slot for length, slot in row.slots.items() if slot != target}
         logits = self._model(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=mask.masked_fill_(hidden, torch.finfo(mask.dtype).min),
@@ -233,14 +319,35 @@ class DialogueCache:
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **self._levels(segments),
         ).logits[:, -1]
         for row, end in zip(held, ends, strict=True):
             row.num_cached = end
+        for tokens, _, target in segments:
+            row = held[tokens[-1] // width]
+            row.slots[row.num_cached] = target
         return logits.argmax(-1).tolist()
+
+    def _levels(self, segments: Sequence[tuple[range, int, int]]) -> dict[str, Any]:
+        """The model's arguments for its gated delta nets; none without them.
+
+        Args:
+            segments: of the flattened tokens of a forward pass, the slot whose state each continues (-1 for none), and
+                that of the state at its end.
+        """
+        if not self._delta_nets:
+            return {}
+        sources = [source for _, source, _ in segments if source >= 0]
+        targets = torch.tensor([target for *_, target in segments])
+        for layer in self._delta_nets:
+            layer.sources, layer.targets = torch.tensor(sources, dtype=torch.long), targets
+        parents = itertools.count()
+        level = [(tokens, next(parents) if source >= 0 else -1) for tokens, source, _ in segments]
+        return {"delta_levels": level_inputs(build_levels([level], len(sources)), self._model.device)}
 
     def _reserve(self, columns: int) -> None:
         """Make room for all rows with this many columns."""
-        if columns > self._columns:
+        if columns >= self._columns:  # the last one is for padding
             self._columns = columns + max(GROWTH, columns // 2)
         for layer in self._cache.layers:
             layer.resize(len(self._rows), self._columns)

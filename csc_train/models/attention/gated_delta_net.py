@@ -74,6 +74,29 @@ class DeltaStates(NamedTuple):
     inputs: Tensor
 
 
+class DeltaCacheLayer:
+    """A layer of a cache of several sequences; the states of any other layer are read and stay as they are."""
+
+    def begin(self) -> DeltaStates | None:
+        """The states that the segments of a forward pass continue."""
+        raise NotImplementedError
+
+    def end(self, states: DeltaStates) -> None:
+        """Take the states at the end of the segments."""
+        raise NotImplementedError
+
+
+def level_inputs(levels: Sequence[DeltaLevel], device: torch.device) -> list[dict[str, Any]]:
+    """The argument `delta_levels` of a model on a device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move(each) for each in value]
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return [{name: move(value) for name, value in level._asdict().items()} for level in levels]
+
+
 def build_levels(levels: Sequence[Sequence[tuple[Sequence[int], int]]], initial_states: int = 0) -> list[DeltaLevel]:
     """The levels of a row.
 
@@ -135,20 +158,26 @@ def build_delta_levels(lengths: Iterable[Sequence[int]], prefixes: Iterable[int]
     return build_levels([level for level in levels if level])
 
 
-def prepare_delta_nets(model: nn.Module, kernel: str = "auto") -> None:
+def prepare_delta_nets(model: nn.Module, kernel: str | None = None) -> bool:
     """Let the gated delta nets of a model take `delta_levels`, the fields of `DeltaLevel`, as a keyword argument.
 
     Weights and names stay. Without that argument the layers run as transformers' own.
 
     Args:
-        kernel: torch, fla, or auto: fla on a GPU if it is installed.
+        kernel: torch, fla, or auto: fla on a GPU if it is installed. None leaves it as it was, at first auto.
+
+    Returns:
+        Whether the model has such layers.
     """
+    found = False
     for module in list(model.modules()):
         if type(module).__name__ in DELTA_NETS:
             module.__class__ = _leveled(type(module))
             module.conv1d.__class__ = ShiftedConv  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(module, LeveledDeltaNet):
-            module.kernel = kernel
+            found = True
+            module.kernel = kernel or module.kernel
+    return found
 
 
 def has_fla() -> bool:
@@ -179,10 +208,24 @@ class LeveledDeltaNet(nn.Module):
         """As the layer of transformers, over `delta_levels` if there are any."""
         if delta_levels is None:
             return super().forward(hidden_states, cache_params, attention_mask, **inputs)
-        if cache_params is not None or attention_mask is not None:
-            raise ValueError("a gated delta net takes delta_levels without a cache and without a mask")
+        if attention_mask is not None:
+            raise ValueError("a gated delta net takes delta_levels without a mask")
         levels = [DeltaLevel(**level) for level in delta_levels]
-        return run_levels(self, hidden_states.flatten(0, 1), levels)[0].view(hidden_states.shape)
+        cache = cache_params.layers[self.layer_idx] if cache_params is not None else None
+        keep = isinstance(cache, DeltaCacheLayer)
+        output, states = run_levels(self, hidden_states.flatten(0, 1), levels, _cached_states(cache), keep)
+        if keep:
+            cache.end(states)
+        return output.view(hidden_states.shape)
+
+
+def _cached_states(cache: Any) -> DeltaStates | None:
+    """The states that a layer of a cache holds, which may be that of transformers for one sequence."""
+    if cache is None or isinstance(cache, DeltaCacheLayer):
+        return cache and cache.begin()
+    if not cache.has_previous_state[0]:
+        return None
+    return DeltaStates(cache.recurrent_states[0], cache.conv_states[0].transpose(1, 2)[:, -HISTORY:])
 
 
 def run_levels(
