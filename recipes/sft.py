@@ -37,7 +37,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.data.sample_grammar import provide_sample
     from csc_train.data.splits import read_and_check_splits
     from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
-    from csc_train.models.attention.select import select_attention
+    from csc_train.models.attention.select import check_delta_kernel, select_attention
     from csc_train.models.inspection import check_tokenizer, inspect_model
     from csc_train.models.loading import load_model
     from csc_train.models.precision import resolve_dtype, resolve_precision, weight_dtype
@@ -64,11 +64,11 @@ def main(config: SftRecipe) -> None:
     zero = config.zero.resolved(config.adapter.kind, resolve_precision(precision))
     check_supported(zero, config.adapter.kind, resolve_precision(precision))
     inspected = inspect_model(config.model, download=True).require()
-    attention = select_attention(
-        config.model.attn_implementation, config.packing.strategy, precision, inspected.dims.head_dim
-    )
+    dims = inspected.dims
+    attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision, dims.head_dim)
+    check_delta_kernel(config.model.delta_kernel, dims.layer_kinds)
     if config.trainer.compile == "layers":
-        resolve_compile("layers", zero.stage, attention, job.device.type)
+        resolve_compile("layers", zero.stage, attention, job.device.type, dims.layer_kinds)
     run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 

@@ -101,11 +101,15 @@ class ModelConfig:
     """auto: varlen with packs, where this machine can run it, else sdpa. varlen: document by document, by the
     variable-length flash-attention that torch carries. varlen_fa3: the same by FlashAttention-3, if it is installed.
     sdpa, eager: those of transformers, with a mask for every pair of tokens."""
+    delta_kernel: str = "auto"
+    """Of gated delta nets (Qwen3.5) on a GPU. auto: flash-linear-attention, which must be installed. torch: functions
+    of torch, which are much slower. A CPU has these only."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
 
     def __post_init__(self):
         check_fields("model.", self, "init", choices=("pretrained", "random"))
         check_fields("model.", self, "attn_implementation", choices=ATTENTIONS)
+        check_fields("model.", self, "delta_kernel", choices=("auto", "torch"))
         check_fields("model.", self, "tokenizer_vocab_size", low=300, high=10**7)
         if self.init == "pretrained" and not self.path:
             raise InputError("model.path is not set: give a local directory or a hub id, or model.init=random")

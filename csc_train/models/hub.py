@@ -73,6 +73,8 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM  # takes seconds
 
+    from csc_train.models.attention.gated_delta_net import prepare_delta_nets
+
     if base := adapter_base(path):
         return _merge_adapter(load_causal_lm(base[0], **options | {"revision": base[1]}), path)
     with hub_errors(path, "model"):
@@ -83,6 +85,7 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
         model, found = loaded
         repair_generation_config(model)
+        prepare_delta_nets(model)
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{path}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
     return model

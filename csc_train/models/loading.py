@@ -16,6 +16,7 @@ from transformers import set_seed as set_all_seeds
 
 from csc_train.errors import InputError
 from csc_train.models.attention import select  # noqa: F401  registers our attention implementations
+from csc_train.models.attention.gated_delta_net import prepare_delta_nets
 from csc_train.models.config import ALL_LINEAR, AdapterConfig, ArchitectureConfig, ModelConfig
 from csc_train.models.families import get_family, is_lora_target, lora_targets
 from csc_train.models.hub import hub_errors, load_causal_lm, read_model_config
@@ -56,6 +57,7 @@ def load_model(
         model = AutoModelForCausalLM.from_config(build_model_config(config.architecture, tokenizer), **options)
     else:
         model = load_causal_lm(config.path, revision=config.revision, device_map=device_map, **options)
+    prepare_delta_nets(model, config.delta_kernel)
     if load_in_4bit:
         _keep_training_mode(model)
     return model

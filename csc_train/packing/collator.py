@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from csc_train.models.attention.gated_delta_net import build_delta_levels
 from csc_train.models.attention.varlen import VarlenBounds, VarlenMetadata, build_varlen_metadata, document_mask
 from csc_train.packing.dataset import PackedDataset
 from csc_train.packing.pack_cost import pack_cost
@@ -36,6 +37,7 @@ class PackCollator:
         measured: add the fields that training metrics need (see `training.train_metrics`).
         bounds: in layout `varlen`, what no row exceeds (see `run_bounds`); defaults to each row's own.
         length: pad every row to this length in layout `varlen`; defaults to no padding.
+        delta_levels: add the `delta_levels` that the gated delta nets of a model need to keep documents apart.
     """
 
     layout: str
@@ -44,6 +46,7 @@ class PackCollator:
     measured: bool = False
     bounds: VarlenBounds | None = None
     length: int | None = None
+    delta_levels: bool = False
 
     @property
     def single_row(self) -> bool:
@@ -57,8 +60,9 @@ class PackCollator:
             `input_ids` and `labels`, int64 [rows, length]; `loss_weights`, float32 [rows, length]; `trained_index`,
             int64 [trained tokens], the flat places (row x length + column) whose next token is trained; by layout
             `position_ids`, int64 [rows, length], `attention_mask`, and `varlen_metadata`, the fields of
-            `VarlenMetadata`. If measured, also `token_groups`, uint8 [rows, length], and
-            `token_and_pair_counts`: the tokens without padding, and the pairs of tokens that `pack_cost` counts.
+            `VarlenMetadata`; if asked for, `delta_levels`, the fields of each `DeltaLevel`. If measured, also
+            `token_groups`, uint8 [rows, length], and `token_and_pair_counts`: the tokens without padding, and the pairs
+            of tokens that `pack_cost` counts.
 
         Raises:
             ValueError: the batch has no trained token, the first token of a document is trained (the token before it
@@ -70,9 +74,9 @@ class PackCollator:
         if self.single_row:
             rows = [{name: torch.cat([row[name] for row in rows]) for name in rows[0]}]
         longest = max(len(row["input_ids"]) for row in rows)
+        lengths = [[int(length) for length in pack["document_lengths"]] for pack in packs]
+        prefixes = [int(pack["prefix_length"]) for pack in packs]
         if self.layout in SHARED_PREFIX_LAYOUTS:
-            lengths = [[int(length) for length in pack["document_lengths"]] for pack in packs]
-            prefixes = [int(pack["prefix_length"]) for pack in packs]
             if self.length:
                 if longest > self.length:
                     raise ValueError(f"a row of {longest} tokens is longer than the {self.length} of its run")
@@ -82,6 +86,10 @@ class PackCollator:
                 longest = self.length
             metadata, rows[0]["position_ids"] = build_varlen_metadata(lengths, prefixes, self.bounds)
             extra = self._describe(metadata)
+        if self.delta_levels and self.layout != "padded":
+            if not self.single_row:
+                lengths = [[*own, longest - sum(own)] for own in lengths]
+            extra["delta_levels"] = [level._asdict() for level in build_delta_levels(lengths, prefixes)]
         batch = {name: torch.stack([self._pad(name, row[name], longest) for row in rows]) for name in rows[0]}
         # The token before a trained one is in the same row: no document begins with a trained token.
         extra["trained_index"] = (batch["labels"] != IGNORE_INDEX).flatten().nonzero().flatten() - 1

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Collection
 from typing import NamedTuple
 
 from csc_train.errors import InputError
@@ -57,13 +58,14 @@ def check_supported(zero: ZeroConfig, adapter: str, precision: str) -> None:
             raise InputError(f"{variable}={os.environ[variable]}: {why}")
 
 
-def resolve_compile(mode: str, stage: str, attention: str, device: str) -> str:
+def resolve_compile(mode: str, stage: str, attention: str, device: str, layer_kinds: Collection[str] = ()) -> str:
     """Resolve `TrainerConfig.compile`: layers or off. Where layers cannot be compiled, auto is off; a note says why.
 
     Args:
         stage: a `ZeroConfig.stage`.
         attention: the attention implementation.
         device: cpu or cuda.
+        layer_kinds: as in `ModelDims`.
 
     Raises:
         InputError: `mode` is layers, and they cannot be compiled.
@@ -74,6 +76,8 @@ def resolve_compile(mode: str, stage: str, attention: str, device: str) -> str:
         refusal = "zero.stage=3: DeepSpeed gathers weights inside a layer, which one graph cannot hold"
     elif attention != VARLEN_ATTENTION:
         refusal = f"attention {attention}: only packs with {VARLEN_ATTENTION} attention have rows of one length"
+    elif "linear_attention" in layer_kinds:
+        refusal = "gated delta nets: their tensors have other shapes for the documents of each row"
     else:
         refusal = missing_compiler()
     if refusal and mode == "layers":

@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from transformers import PretrainedConfig, PreTrainedModel
 
 from csc_train.errors import InputError
+from csc_train.models.attention.gated_delta_net import has_delta_nets, prepare_delta_nets
 from csc_train.models.attention.select import collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig
@@ -105,7 +106,7 @@ def checked_collator(
     """
     attention = model.config._attn_implementation
     layout = collator_layout(attention, packing, model.config.model_type)
-    collator = PackCollator(layout, pad_id, attention == "eager")
+    collator = PackCollator(layout, pad_id, attention == "eager", delta_levels=has_delta_nets(model))
     check_no_leaks(model, collator, device, dtype)
     check_head(model)
     return collator
@@ -159,9 +160,12 @@ def _probe(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
             setattr(config, name, value)
     with torch.device(device):
         probe = type(model)(config).eval()
-    for weights in probe.parameters():
+    for name, weights in probe.named_parameters():
         if weights.ndim > 1:
             torch.nn.init.normal_(weights, std=weights.shape[-1] ** -0.5)
+        elif name.endswith("A_log"):
+            torch.nn.init.constant_(weights, -3)  # a gated delta net that remembers a document's start at its end
+    prepare_delta_nets(probe)
     return probe
 
 

@@ -512,8 +512,9 @@ def build_trainer(
     runs, rows = [packs, *([validator.packs] if validator else [])], arguments.per_device_train_batch_size
     longest = rows * max(map(sum, packs.document_lengths))
     stage = str(arguments.deepspeed_plugin.zero_stage) if arguments.deepspeed_plugin else "off"
+    kinds = model_dims(model.config).layer_kinds
     arguments.compile = resolve_compile(
-        arguments.compile, stage, model.config._attn_implementation, arguments.device.type
+        arguments.compile, stage, model.config._attn_implementation, arguments.device.type, kinds
     )
     length = longest if arguments.compile == "layers" else None
     if arguments.float8:

@@ -176,15 +176,16 @@ def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
     """The chosen attention keeps the documents of a pack apart (see `training.leak_check`)."""
     import torch
 
-    from csc_train.models.attention.select import select_attention
+    from csc_train.models.attention.select import check_delta_kernel, select_attention
     from csc_train.training.leak_check import checked_collator
 
     if torch.cuda.is_available() != (config.cluster.device == "cuda"):
         raise NotCheckedError("on another machine")
     packing, precision = config.packing.strategy, config.trainer.precision
     attention = select_attention(config.model.attn_implementation, packing, precision, found.dims.head_dim)
+    check_delta_kernel(config.model.delta_kernel, found.dims.layer_kinds)
     if config.trainer.compile == "layers":
-        resolve_compile("layers", config.zero.stage, attention, config.cluster.device)
+        resolve_compile("layers", config.zero.stage, attention, config.cluster.device, found.dims.layer_kinds)
     found.model.config._attn_implementation = attention
     device, dtype = torch.device(config.cluster.device), torch.bfloat16 if computes_in_bf16(config) else torch.float32
     layout = checked_collator(found.model, packing, 0, device, dtype).layout

@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import inspect
 import sys
+import types
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -145,7 +146,7 @@ def build_delta_levels(lengths: Iterable[Sequence[int]], prefixes: Iterable[int]
     """The levels of a row that concatenates packs; the arguments are those of `varlen.build_varlen_metadata`.
 
     Without a shared prefix there is one level. With one there are two: the prefixes and other documents, then the
-    documents that continue a prefix.
+    documents that continue a prefix. A document may have no tokens.
     """
     levels = [], []
     start = 0
@@ -153,7 +154,8 @@ def build_delta_levels(lengths: Iterable[Sequence[int]], prefixes: Iterable[int]
         shared = len(levels[0])
         for number, length in enumerate(pack):
             forks = prefix > 0 and number > 0
-            levels[forks].append((range(start, start + length), shared if forks else -1))
+            if length:
+                levels[forks].append((range(start, start + length), shared if forks else -1))
             start += length
     return build_levels([level for level in levels if level])
 
@@ -172,12 +174,17 @@ def prepare_delta_nets(model: nn.Module, kernel: str | None = None) -> bool:
     found = False
     for module in list(model.modules()):
         if type(module).__name__ in DELTA_NETS:
-            module.__class__ = _leveled(type(module))
-            module.conv1d.__class__ = ShiftedConv  # pyright: ignore[reportAttributeAccessIssue]
+            _change_class(module, _leveled(type(module)))
+            _change_class(module.conv1d, ShiftedConv)
         if isinstance(module, LeveledDeltaNet):
             found = True
             module.kernel = kernel or module.kernel
     return found
+
+
+def has_delta_nets(model: nn.Module) -> bool:
+    """Whether a model has layers of `DELTA_NETS`, prepared or not."""
+    return any(kind.__name__ in DELTA_NETS for each in model.modules() for kind in type(each).__mro__)
 
 
 def has_fla() -> bool:
@@ -321,6 +328,12 @@ def _split(layer: Any, inputs: Tensor) -> list[Tensor]:
     parts = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     sizes = (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)
     return [part.unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _change_class(module: Any, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+    if hasattr(module, "_old_forward"):  # accelerate, which spreads a model over GPUs, calls it
+        module._old_forward = types.MethodType(kind.forward, module)
 
 
 @functools.cache

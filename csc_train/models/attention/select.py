@@ -1,11 +1,13 @@
 """Choose the attention implementation of a training, and the batch layout that keeps packed documents apart."""
 
 import logging
+from collections.abc import Collection
 
 import torch
 from transformers import AttentionInterface
 
 from csc_train.errors import InputError
+from csc_train.models.attention.gated_delta_net import has_fla
 from csc_train.models.attention.varlen import VARLEN_ATTENTION, varlen_attention
 from csc_train.models.families import get_family
 from csc_train.models.precision import resolve_dtype
@@ -57,6 +59,22 @@ def select_attention(name: str, packing: str, precision: str = "auto", head_dim:
             reason = str(error).splitlines()[0]
             raise InputError(f"{asked}: {reason}: install FlashAttention-3, or choose auto") from error
     return attention
+
+
+def check_delta_kernel(name: str, layer_kinds: Collection[str]) -> None:
+    """Check that `ModelConfig.delta_kernel` can run the gated delta nets of a model on this machine.
+
+    Args:
+        layer_kinds: as in `ModelDims`.
+
+    Raises:
+        InputError: there is a GPU, and its kernel is not installed.
+    """
+    if name == "auto" and "linear_attention" in layer_kinds and torch.cuda.is_available() and not has_fla():
+        raise InputError(
+            "model.delta_kernel=auto: flash-linear-attention, the GPU's kernel of gated delta nets, is not installed: "
+            "run pip install flash-linear-attention, or set model.delta_kernel=torch, which is much slower"
+        )
 
 
 def kernel_refusal(dtype: torch.dtype, head_dim: int | None = None) -> str | None:

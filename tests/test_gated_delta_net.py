@@ -1,0 +1,307 @@
+"""Gated delta nets in packs: loss and every gradient are those of separate sequences, and leaks would be seen."""
+
+import itertools
+import sys
+from typing import Any
+
+import peft
+import pytest
+import torch
+from test_varlen_attention import make_packs, run_separately
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+from csc_train.models.attention import gated_delta_net
+from csc_train.models.attention.gated_delta_net import (
+    LeveledDeltaNet,
+    build_delta_levels,
+    build_levels,
+    prepare_delta_nets,
+    run_levels,
+)
+from csc_train.models.attention.select import collator_layout
+from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.layers import checkpoint_activations
+from csc_train.packing.collator import PackCollator
+
+VOCABULARY = 97
+# (prefix length, body lengths) of each pack in a batch; 64 tokens are a chunk of the recurrence.
+SHARED = {
+    "one-prefix": [(70, (7, 130, 5))],
+    "several-prefixes": [(11, (7, 66)), (4, (9, 2, 6)), (17, (8,))],
+    "with-and-without": [(11, (7, 13)), (0, (9,))],
+    "prefix-of-one": [(1, (7, 2))],
+    "prefix-of-two": [(2, (1, 2, 13))],
+    "bodies-of-one-token": [(11, (1, 8, 1))],
+}
+PLAIN = {"plain": [(0, (70, 13)), (0, (5,))], "single-tokens": [(0, (1, 9, 2, 1))]}
+
+
+class Wide:
+    """The module torch, whose float32 is float64: transformers' delta nets compute in float32 always."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Let every float32 inside the model be a float64."""
+    monkeypatch.setattr(modeling_qwen3_5, "torch", Wide())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def make_model(attention: str = VARLEN_ATTENTION, dtype: torch.dtype = torch.float32, **facts):
+    config = AutoConfig.for_model(
+        "qwen3_5_text",
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "initializer_range": 0.2,
+        }
+        | facts,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    for name, weights in model.named_parameters():
+        if name.endswith("A_log"):
+            nn.init.constant_(weights, -3)  # else the state forgets within a few tokens, and a leak would be small
+    prepare_delta_nets(model)
+    return model
+
+
+def run_packed(model, packs, packing: str, change=None, **fields):
+    """The summed loss and the gradients of a batch that is collated as in training."""
+    model.zero_grad()
+    attention = model.config._attn_implementation
+    layout = collator_layout(attention, packing)
+    batch = PackCollator(layout, 0, additive=attention == "eager", delta_levels=True, **fields)(packs)
+    labels = batch.pop("labels")
+    del batch["loss_weights"], batch["trained_index"]
+    if change:
+        change(batch)
+    logits = model(**batch, use_cache=False).logits
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def differences(model, packs, separate, packing: str, **options) -> tuple[float, float]:
+    """The relative differences of the loss, and of the gradient that differs most."""
+    packed = run_packed(model, packs, packing, **options)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    alone = run_separately(model, separate)
+    model.set_attn_implementation(attention)
+    worst = max(
+        (ours - theirs).abs().max() / theirs.abs().max() for ours, theirs in zip(packed[1], alone[1], strict=True)
+    )
+    return abs(packed[0] / alone[0] - 1).item(), worst.item()
+
+
+ATTENTIONS = [VARLEN_ATTENTION, "sdpa", "eager"]
+CASES = [(shape, "shared_prefix", attention) for shape in SHARED for attention in ATTENTIONS[:2]]
+CASES += [("one-prefix", "shared_prefix", "eager")]
+CASES += [(shape, "best_fit", attention) for shape in PLAIN for attention in ATTENTIONS]
+
+
+@pytest.mark.parametrize(("shape", "packing", "attention"), CASES)
+def test_loss_and_gradients_are_those_of_separate_sequences(wide, shape, packing, attention):
+    model = make_model(attention, torch.float64)
+    loss, gradient = differences(model, *make_packs((SHARED | PLAIN)[shape]), packing)
+    assert loss < 1e-9 and gradient < 1e-9
+
+
+@pytest.mark.parametrize(("shape", "packing"), [("one-prefix", "shared_prefix"), ("plain", "best_fit")])
+def test_float32_agrees_to_its_own_rounding(shape, packing):
+    loss, gradient = differences(make_model(initializer_range=0.1), *make_packs((SHARED | PLAIN)[shape]), packing)
+    assert loss < 1e-6 and gradient < 1e-5
+
+
+def test_the_padding_of_a_row_of_fixed_length_changes_nothing(wide):
+    packs, separate = make_packs(SHARED["several-prefixes"])
+    loss, gradient = differences(make_model(dtype=torch.float64), packs, separate, "shared_prefix", length=150)
+    assert loss < 1e-9 and gradient < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputed_activations_give_the_same_gradients(wide, mode):
+    model = make_model(dtype=torch.float64).train()
+    packs, separate = make_packs(SHARED["several-prefixes"])
+    checkpoint_activations(model, mode)
+    loss, gradient = differences(model, packs, separate, "shared_prefix")
+    assert loss < 1e-9 and gradient < 1e-9
+
+
+def test_adapters_on_all_projections_get_the_same_gradients(wide):
+    model = make_model(dtype=torch.float64)
+    names = ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "q_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    loss, gradient = differences(adapted.double(), *make_packs(SHARED["several-prefixes"]), "shared_prefix")
+    assert loss < 1e-9 and gradient < 1e-9
+
+
+def test_mixed_precision_stays_near(monkeypatch):
+    model = make_model()
+    packs, _ = make_packs(SHARED["several-prefixes"])
+    exact, _ = run_packed(model, packs, "shared_prefix")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = run_packed(model, packs, "shared_prefix")
+    assert abs(loss / exact - 1) < 0.02
+    assert all(each.isfinite().all() for each in gradients)
+
+
+def forget_state(level: dict) -> None:
+    level["parents"].zero_()
+
+
+def forget_inputs(level: dict) -> None:
+    for block in level["blocks"]:
+        block[:, : gated_delta_net.HISTORY] = 0
+
+
+def one_document(batch: dict) -> None:
+    """The levels of a row whose documents are one."""
+    batch["delta_levels"] = [level._asdict() for level in build_delta_levels([[batch["input_ids"].numel()]], [0])]
+
+
+def each_level(change):
+    return lambda batch: [change(level) for level in batch["delta_levels"]]
+
+
+def restart_positions(batch: dict) -> None:
+    batch["position_ids"] = torch.where(batch["position_ids"] > 11, 0, batch["position_ids"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [each_level(forget_state), each_level(forget_inputs), one_document, restart_positions],
+    ids=["recurrence", "convolution", "no isolation", "positions"],
+)
+def test_a_broken_isolation_is_seen(wide, change):
+    packs, separate = make_packs(SHARED["several-prefixes"])
+    loss, gradient = differences(make_model(dtype=torch.float64), packs, separate, "shared_prefix", change=change)
+    assert loss > 1e-6 and gradient > 1e-3
+
+
+def leak_inputs(batch: dict) -> None:
+    """Give the first tokens of each document the inputs of the tokens before it in the row."""
+    for block in batch["delta_levels"][0]["blocks"]:
+        for row in block:
+            row[: gated_delta_net.HISTORY] = (row[3] + torch.arange(-3, 0)).clamp(min=0)
+
+
+def leak_state(batch: dict) -> None:
+    """Let each document continue the one before it, with its own inputs of the convolution."""
+    tokens = [range(70), range(70, 83), range(83, 88)]
+    levels = [[(each, number - 1)] for number, each in enumerate(tokens)]
+    batch["delta_levels"] = [level._asdict() for level in build_levels(levels)]
+    each_level(forget_inputs)(batch)
+
+
+@pytest.mark.parametrize("leak", [leak_inputs, leak_state])
+def test_a_leak_between_the_documents_of_a_plain_pack_is_seen(wide, leak):
+    model = make_model(dtype=torch.float64)
+    loss, gradient = differences(model, *make_packs(PLAIN["plain"]), "best_fit", change=leak)
+    assert loss > 1e-6 and gradient > 1e-4
+
+
+def test_rows_without_packs_are_those_of_separate_sequences(wide):
+    """Right padding, in transformers' own forward pass, changes neither loss nor gradients."""
+    documents = [(0, (70,)), (0, (5,)), (0, (13,))]
+    model = make_model("sdpa", torch.float64)
+    loss, gradient = differences(model, *make_packs(documents), "off")
+    assert loss < 1e-9 and gradient < 1e-9
+
+
+def test_preparing_changes_neither_names_nor_weights_nor_other_calls():
+    model = make_model("eager")
+    plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    assert list(plain.state_dict()) == list(model.state_dict())
+    plain.load_state_dict(model.state_dict())
+    ids = torch.randint(VOCABULARY, (2, 9))
+    assert torch.equal(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert torch.equal(plain.generate(input_ids=ids, max_new_tokens=5), model.generate(input_ids=ids, max_new_tokens=5))
+    prepare_delta_nets(model, "torch")
+    nets = [module for module in model.modules() if isinstance(module, LeveledDeltaNet)]
+    assert [net.kernel for net in nets] == ["torch"] * 2
+    assert all(isinstance(net, modeling_qwen3_5.Qwen3_5GatedDeltaNet) for net in nets)
+
+
+def test_kept_states_are_continued_exactly(wide):
+    """States at the ends of segments, given back later, continue them: three turns of three dialogues."""
+    layer = next(each for each in make_model(dtype=torch.float64).modules() if isinstance(each, LeveledDeltaNet))
+    lengths = [(5, 1, 4), (70, 2, 1), (1, 1, 66)]
+    hidden = [torch.randn(sum(each), 32, dtype=torch.float64) for each in lengths]
+    whole = [run_levels(layer, each, build_levels([[(range(len(each)), -1)]]))[0] for each in hidden]
+    states, parts = None, [[], [], []]
+    for turn in range(3):
+        rows = [each.split(own)[turn] for each, own in zip(hidden, lengths, strict=True)]
+        start, segments = 0, []
+        for number, row in enumerate(rows):
+            segments.append((range(start, start + len(row)), number if turn else -1))
+            start += len(row)
+        level = build_levels([segments], 3 if turn else 0)
+        output, states = run_levels(layer, torch.cat(rows), level, states, keep=True)
+        for own, part in zip(parts, output.split([len(row) for row in rows]), strict=True):
+            own.append(part)
+    for own, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(torch.cat(own), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_tokens_in_no_segment_get_zeros_and_change_no_other():
+    layer = next(each for each in make_model().modules() if isinstance(each, LeveledDeltaNet))
+    hidden = torch.randn(8, 32)
+    output, _ = run_levels(layer, hidden, build_levels([[((1, 2, 5), -1), ((6,), -1)]]))
+    apart, _ = run_levels(layer, hidden[[1, 2, 5]], build_levels([[(range(3), -1)]]))
+    torch.testing.assert_close(output[[1, 2, 5]], apart)
+    assert not output[[0, 3, 4, 7]].any() and output[6].any()
+
+
+def stand_in(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, *, cu_seqlens: Any, **options):
+    """flash-linear-attention's `chunk_gated_delta_rule`, as the torch function segment by segment."""
+    assert q.shape[0] == 1 and cu_seqlens.dtype == torch.int32 and options == {"use_qk_l2norm_in_kernel": True}
+    assert initial_state is None or len(initial_state) == len(cu_seqlens) - 1
+    rule = gated_delta_net._torch_rules(modeling_qwen3_5.Qwen3_5GatedDeltaNet)[0]
+    outputs, states = [], []
+    for number, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
+        output, state = rule(
+            *(each[:, start:end] for each in (q, k, v)),
+            g=g[:, start:end],
+            beta=beta[:, start:end],
+            initial_state=None if initial_state is None else initial_state[number : number + 1],
+            output_final_state=True,
+            **options,
+        )
+        outputs.append(output)
+        states.append(state)
+    return torch.cat(outputs, 1), torch.cat(states) if output_final_state else None
+
+
+@pytest.mark.parametrize("shape", list(SHARED | PLAIN))
+def test_the_gpu_path_feeds_its_kernel_the_same_segments(wide, monkeypatch, shape):
+    """The kernel itself runs on GPUs only; a function with its signature takes its place."""
+    module = type(sys)("fla.ops.gated_delta_rule")
+    module.chunk_gated_delta_rule = stand_in
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
+    model = make_model(dtype=torch.float64)
+    prepare_delta_nets(model, "fla")
+    packing = "shared_prefix" if shape in SHARED else "best_fit"
+    loss, gradient = differences(model, *make_packs((SHARED | PLAIN)[shape]), packing)
+    assert loss < 1e-9 and gradient < 1e-9
