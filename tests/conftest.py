@@ -134,11 +134,7 @@ def save_vision_language(directory: Path, tokenizer: PreTrainedTokenizerBase, ti
     """
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration  # takes time
 
-    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
-    kinds = ["linear_attention", "full_attention"]
-    text = tiny_config(
-        "qwen3_5_text", tokenizer, 0.1, head_dim=8, layer_types=kinds, linear_num_value_heads=4, **linear, **facts
-    )
+    text = tiny_config("qwen3_5_text", tokenizer, 0.1, head_dim=8, **facts)
     text.tie_word_embeddings = tied
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
     torch.manual_seed(0)

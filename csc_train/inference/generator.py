@@ -112,11 +112,14 @@ class TurnQueue:
         """Whether every turn has an outcome."""
         return not any(map(self._remaining, self.dialogues))
 
-    def pop(self, count: int) -> list[TurnRequest]:
+    def pop(self, count: int, last_first: bool = True) -> list[TurnRequest]:
         """Up to `count` ready turns; an empty list if all others are in flight or wait for an earlier turn.
 
         Started dialogues come first, and each has one turn in flight before any has two. In reference context the last
         turns of a dialogue come first: their prompts begin with those of the earlier turns.
+
+        Args:
+            last_first: False begins with the first turns, for a model whose state cannot be cut back to their prompts.
         """
         requests = []
         while len(requests) < count:
@@ -124,7 +127,7 @@ class TurnQueue:
             if not ready:
                 break
             dialogue = self._by_id[next(iter(ready))]
-            turn = self._ready_turns(dialogue)[0]
+            turn = self._ready_turns(dialogue)[0 if last_first else -1]
             history: tuple[Turn | Prediction, ...] = dialogue.turns[:turn]
             if self.context == "generated":
                 own = self.predictions_so_far(dialogue)

@@ -59,8 +59,10 @@ class HFGenerator:
     def __init__(
         self, model: PreTrainedModel, template: DialogueTemplate, config: InferenceConfig, model_hash: str = ""
     ):
-        if cache_kinds(model.config) != {"full"}:
+        kinds = cache_kinds(model.config)
+        if "window" in kinds:
             raise InputError(f"{model.name_or_path}: sliding-window attention is not supported: use another model")
+        self._can_cut_back = "recurrent" not in kinds
         self.model = model.eval()
         self.template = template
         self.predicts_strategy = template.config.mode == "joint"
@@ -109,7 +111,9 @@ class HFGenerator:
         """Reply at every turn, batch by batch, then add likelihoods."""
         cache, long_cache = self.new_cache(), None
         in_flight: dict[int, tuple[TurnRequest, list[int]]] = {}  # by row of the cache
-        while (requests := queue.pop(self._config.batch_size - len(in_flight))) or in_flight:
+        while (
+            requests := queue.pop(self._config.batch_size - len(in_flight), last_first=self._can_cut_back)
+        ) or in_flight:
             batch = []
             for request in requests:
                 prompt = request.prompt_ids(self.template)

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from csc_train.data.strategies import STRATEGIES
+from csc_train.models.attention.gated_delta_net import build_levels, level_inputs, prepare_delta_nets
 from csc_train.template.dialogue_template import DialogueTemplate
 
 
@@ -47,12 +49,17 @@ def dialogue_log_likelihoods(
     labels = _labels(template)
     tokens, positions = list(ids), list(range(len(ids)))
     branches, ends = [0] * len(ids), list(range(1, len(ids) + 1))
+    # For gated delta nets: the dialogue in pieces that end where labels fork, and the labels.
+    cuts = sorted({*starts, len(ids)})
+    pieces = [[(range(first, end), number - 1)] for number, (first, end) in enumerate(itertools.pairwise([0, *cuts]))]
+    forks = []
     # The place of the logits that predict each wanted token, and the token itself.
     places, wanted = [target - 1 for target in targets], [ids[target] for target in targets]
     for start in starts:
         for label in labels:
             places += [start - 1, *range(len(tokens), len(tokens) + len(label) - 1)]
             wanted += label
+            forks.append((range(len(tokens), len(tokens) + len(label) - 1), cuts.index(start)))
             tokens += label[:-1]
             positions += range(start, start + len(label) - 1)
             branches += [branches[-1] + 1] * (len(label) - 1)
@@ -69,6 +76,7 @@ def dialogue_log_likelihoods(
         # A list, not a tensor: in a model spread over GPUs, a tensor would be moved to the first GPU, while the hidden
         # states are on the last.
         logits_to_keep=places,
+        **_delta_levels(model, [*pieces, forks]),
     ).logits[0]
     likelihoods = _log_likelihoods(logits, torch.tensor(wanted, device=device))
     own, branched = likelihoods[: len(targets)], likelihoods[len(targets) :]
@@ -87,7 +95,7 @@ def _in_pieces(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`dialogue_log_likelihoods` by forward passes that end at the labels and after each `max_width` tokens."""
     device = next(model.parameters()).device
-    cache, own, labels = DynamicCache(), [], []
+    cache, own, labels = DynamicCache(config=model.config), [], []
     ends = sorted({*starts, *range(max_width, len(ids), max_width), len(ids)})
     for first, end in itertools.pairwise([0, *ends]):
         wanted = [target for target in targets if first < target <= end]
@@ -124,10 +132,12 @@ def log_likelihoods_from_kv_cache(
     tokens: list[int] = []
     positions: list[int] = []
     branches: list[int] = []
+    forks = []
     # The place of the logits that predict each wanted token; those of the prompt come first.
     places: list[int] = []
     for number, label in enumerate(labels):
         places += [0, *range(len(tokens) + 1, len(tokens) + len(label))]
+        forks.append((range(len(tokens), len(tokens) + len(label) - 1), 0))
         tokens += label[:-1]
         positions += range(held, held + len(label) - 1)
         branches += [number] * (len(label) - 1)
@@ -140,9 +150,12 @@ def log_likelihoods_from_kv_cache(
             position_ids=torch.tensor([positions], device=logits.device),
             past_key_values=cache,
             use_cache=True,
+            **_delta_levels(model, [forks], initial_states=1),
         ).logits[0]
     finally:
-        cache.crop(held - cache.get_seq_length())
+        for layer in cache.layers:
+            if isinstance(layer, DynamicLayer):  # the forks leave the states of gated delta nets as they were
+                layer.crop(held - layer.get_seq_length())
     wanted = torch.tensor([token for label in labels for token in label], device=logits.device)
     likelihoods = _log_likelihoods(torch.cat([logits[None], rest])[places], wanted)
     return torch.stack([part.sum() for part in likelihoods.split([len(label) for label in labels])])
@@ -159,6 +172,17 @@ def _mask(model: torch.nn.Module, sees: torch.Tensor) -> torch.Tensor:
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)[
         None, None
     ]
+
+
+def _delta_levels(
+    model: torch.nn.Module, levels: list[list[tuple[range, int]]], initial_states: int = 0
+) -> dict[str, Any]:
+    """The argument of a model with gated delta nets, from segments as in `build_levels`; none of another model."""
+    if not prepare_delta_nets(model):
+        return {}
+    filled = [[segment for segment in level if len(segment[0])] for level in levels]
+    built = build_levels([level for level in filled if level], initial_states)
+    return {"delta_levels": level_inputs(built, next(model.parameters()).device)}
 
 
 def _labels(template: DialogueTemplate) -> list[list[int]]:
