@@ -157,6 +157,18 @@ def test_a_reply_grows_by_whole_characters_without_its_label(generator):
     assert any(text.endswith("\N{REPLACEMENT CHARACTER}") for text in decoded)
 
 
+def test_thoughts_are_not_shown(generator, monkeypatch):
+    """Nor do they count as a reply: an evaluation leaves them out, too."""
+    conversation, decode = begin(generator), generator.decode
+    expected = rough(talk(conversation, FIRST.text))
+    conversation.restart()
+    monkeypatch.setattr(generator, "decode", lambda ids: f"<think>\n他很急\n</think>\n\n{decode(ids)}")
+    assert talk(conversation, FIRST.text) == expected
+    conversation.restart()
+    monkeypatch.setattr(generator, "decode", lambda ids: f"<think>\n{decode(ids)}")
+    assert last(conversation.reply()).response == "" and conversation.turns == []
+
+
 def test_a_forced_strategy_is_what_the_reply_continues(generator):
     conversation = begin(generator)
     talk(conversation)

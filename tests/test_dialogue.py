@@ -73,6 +73,18 @@ BAD = {
     },
     "invisible strategy": (changed(3, strategy="\u200b\ufeff"), 3, "strategy", "missing on a supporter turn"),
     "no text": (changed(2, text=...), 2, "text", "not a text (NoneType)"),
+    "image as text": (
+        changed(2, text=[{"type": "text", "text": "这个"}, {"type": "image", "image": "1.png"}]),
+        2,
+        "text",
+        'image, video or sound: only text is trained: take it out ("image")',
+    ),
+    "placeholder of an image": (
+        changed(2, text="这个<|vision_start|><|image_pad|><|vision_end|>"),
+        2,
+        "text",
+        "image, video or sound: only text is trained: take it out (<|vision_start|>)",
+    ),
     "number as text": (changed(2, text=5), 2, "text", "not a text (int)"),
     "unknown strategy": (changed(1, strategy="策略13 其它"), 1, "strategy", "unknown strategy ('策略13 其它')"),
     "misspelt strategy": (changed(3, strategy="情感管里"), 3, "strategy", "unknown strategy ('情感管里')"),

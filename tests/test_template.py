@@ -3,6 +3,7 @@
 import random
 from importlib import resources
 
+import jinja2
 import pytest
 from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer
 
@@ -253,6 +254,116 @@ def test_qwen3_equals_stock_without_thinking_turn_by_turn_and_differs_from_it_as
             # Stock writes the block on the last turn alone (none at all where the customer has the last word).
             assert whole != ids
             assert _without(whole, think) == _without(ids, think)
+
+
+NO_THINK = {
+    "qwen3_5_nothink_training": {},
+    "qwen3_5_think_training": {},
+    "qwen3_6": {"preserve_thinking": True},
+    "qwen3_6_training": {},
+    "qwen3_8": {"enable_thinking": False},
+    "qwen3_8_training": {"enable_thinking": False},
+}
+"""Templates that TRL carries, with what makes them write an empty think block in every assistant header."""
+
+
+def spoken_to(seed: int, count: int) -> list[Dialogue]:
+    """Dialogues in which the customer speaks, without whom the stock templates of Qwen3.5, 3.6 and 3.8 raise."""
+    rng = random.Random(seed)
+    dialogues = (random_dialogue(rng) for _ in range(2 * count))
+    return [each for each in dialogues if len(each.turns) > 1][:count]
+
+
+@pytest.mark.real_tokenizer
+@pytest.mark.parametrize("stock", NO_THINK)
+def test_qwen3_5_equals_stock_that_keeps_the_think_blocks(stock, tokenizer_of):
+    tokenizer, options = tokenizer_of("real", "qwen3_5"), {"chat_template": stock_template(stock)} | NO_THINK[stock]
+    template = DialogueTemplate(tokenizer, "qwen3_5", TemplateConfig())
+    dialogues = spoken_to(5, 60)
+    for dialogue, example in zip(dialogues, template.encode_all(dialogues), strict=True):
+        ids, chat = example.input_ids.tolist(), as_content(dialogue)
+        assert tokenizer.apply_chat_template(chat, return_dict=False, **options) == ids
+        for index in dialogue.supporter_turns:
+            prompt = template.prompt_ids(dialogue.turns[:index])
+            assert prompt == ids[: len(prompt)]
+            if index:
+                asked = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False} | options
+                assert tokenizer.apply_chat_template(chat[: index + 1], **asked) == prompt
+
+
+@pytest.mark.real_tokenizer
+@pytest.mark.parametrize("stock", ["qwen3_5_nothink", "qwen3_5_think", "qwen3_6"])
+def test_qwen3_5_equals_stock_but_for_the_think_blocks_of_earlier_replies(stock, tokenizer_of):
+    tokenizer = tokenizer_of("real", "qwen3_5")
+    template = DialogueTemplate(tokenizer, "qwen3_5", TemplateConfig())
+    options = {"chat_template": stock_template(stock), "enable_thinking": False, "return_dict": False}
+    think = tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False)["input_ids"]
+    for dialogue in spoken_to(6, 60):
+        chat = as_content(dialogue)
+        for index in dialogue.supporter_turns[dialogue.turns[0].speaker is Speaker.SUPPORTER :]:
+            prompt = template.prompt_ids(dialogue.turns[:index])
+            asked = tokenizer.apply_chat_template(chat[: index + 1], add_generation_prompt=True, **options)
+            assert (asked == prompt) == (index == 1)  # with earlier replies, stock's prompt is no longer ours
+            assert _without(asked, think) == _without(prompt, think) and asked[-len(think) :] == think
+            # What is behind the customer's last words is the same: header, think block, reply, end of turn.
+            replied = tokenizer.apply_chat_template(chat[: index + 2], **options)
+            ids = template.encode(Dialogue("so far", dialogue.turns[: index + 1])).input_ids.tolist()
+            assert (
+                replied[len(asked) - len(template.supporter_header_ids) :]
+                == (ids[len(prompt) - len(template.supporter_header_ids) :])
+            )
+
+
+@pytest.mark.parametrize("stock", ["qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8"])
+def test_where_stock_templates_of_qwen3_5_fail_ours_does_not(stock, tmp_path):
+    """As docs/launching.md says of servers with the stock template."""
+    tokenizer, source = small_tokenizer("qwen3_5"), stock_template(stock)
+    template = DialogueTemplate(tokenizer, "qwen3_5", TemplateConfig())
+
+    def text_of(chat, name=source, **options):
+        return tokenizer.apply_chat_template(chat, chat_template=name, tokenize=False, **options)
+
+    ours, chat = template.chat_template, as_content(hand_written())
+    (tmp_path / "stock.jinja").write_text(source, encoding="utf-8")
+    with pytest.raises(
+        InputError, match=r"^chat template \S*stock.jinja: .*: choose qwen3_5, which fits this tokenizer$"
+    ):
+        DialogueTemplate(tokenizer, str(tmp_path / "stock.jinja"), TemplateConfig())
+    # Before the customer speaks.
+    for begun in (chat[:1], chat[:2]):
+        with pytest.raises(jinja2.TemplateError, match=r"^No user query found in messages\.$"):
+            text_of(begun, add_generation_prompt=True)
+        assert tokenizer.encode(text_of(begun[:1], ours, add_generation_prompt=True)) == template.prompt_ids([])
+    # It thinks, unless told not to: the small models of Qwen3.5 only if told to.
+    prompt = text_of(chat[:3], ours, add_generation_prompt=True)
+    asked = text_of(chat[:3], add_generation_prompt=True)
+    assert prompt.endswith("<think>\n\n</think>\n\n")
+    assert asked.endswith("assistant\n<think>\n") == (stock != "qwen3_5_nothink")
+    assert ("Reasoning effort is set to xhigh." in asked) == (stock == "qwen3_8")
+    assert text_of(chat[:3], ours, add_generation_prompt=True, enable_thinking=True) == prompt
+    # A closing think tag in a reply: 3.5 and 3.6 take what is before it for thoughts.
+    chat[1]["content"] = " [礼貌问候]您好</think>请讲\n\n"
+    chat[2]["content"] = "\t你好  "
+    written = text_of(chat[:3], ours)
+    assert (text_of(chat[:3], enable_thinking=False) == written) == (stock == "qwen3_8")
+    assert written.endswith(
+        "assistant\n<think>\n\n</think>\n\n[礼貌问候]您好</think>请讲<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n"
+    )
+
+
+def test_qwen3_5_takes_contents_in_parts_as_servers_of_vision_language_models_pass_them():
+    template = DialogueTemplate(small_tokenizer("qwen3_5"), "qwen3_5", TemplateConfig())
+    tokenizer, chat = template.tokenizer, template.messages(hand_written().turns)
+    tokenizer.chat_template = template.chat_template
+    parts = [each | {"content": [{"type": "text", "text": text} for text in each["content"]]} for each in chat]
+    assert tokenizer.apply_chat_template(parts, tokenize=False) == template.render(hand_written().turns)
+    for part in ({"type": "image", "url": "1.png"}, {"type": "video", "text": "x"}, {"image": "1.png"}):
+        parts[2]["content"].append(part)
+        with pytest.raises(
+            jinja2.TemplateError, match=r"^This model was trained on text: take images, videos and sound out of .*\.$"
+        ):
+            tokenizer.apply_chat_template(parts, tokenize=False)
+        parts[2]["content"].pop()
 
 
 def _without(ids: list[int], block: list[int]) -> list[int]:

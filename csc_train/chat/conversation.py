@@ -17,6 +17,7 @@ from csc_train.errors import InputError
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.kv_cache import common_prefix_length
 from csc_train.invisible import is_blank, strip_invisible
+from csc_train.llm.thoughts import without_thoughts
 from csc_train.template.likelihood import log_likelihoods_from_kv_cache
 from csc_train.template.reply import Reply
 
@@ -226,7 +227,7 @@ class Conversation:
 
     def _parse(self, ids: list[int], strategy: Strategy | None, complete: bool) -> Reply:
         """The reply so far, without an incomplete character or strategy label at its end."""
-        text = self._generator.decode(ids)
+        text = without_thoughts(self._generator.decode(ids))
         if not complete:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character
         if strategy is not None:

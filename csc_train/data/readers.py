@@ -27,6 +27,10 @@ from csc_train.jsonl import BadLine, iter_jsonl, write_jsonl
 logger = logging.getLogger(__name__)
 
 HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_MEDIA = re.compile(r"<\|(?:vision|image|video|audio)_\w+\|>")
+"""Control strings that stand for an image, a video or sound."""
+_MEDIA_PART = re.compile(r'"(?:input_)?(?:image|video|audio)(?:_url)?"')
+"""Type or name of a part of a message that holds one."""
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -319,7 +323,12 @@ def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | 
     except ValueError:
         issues.append(ValidationIssue(number, "speaker", "unknown speaker", repr(row.get("speaker"))))
     text = row.get("text")
-    if not isinstance(text, str):
+    media = _MEDIA.search(text) if isinstance(text, str) else _MEDIA_PART.search(json.dumps(text, default=str))
+    if media:
+        issues.append(
+            ValidationIssue(number, "text", "image, video or sound: only text is trained: take it out", media[0])
+        )
+    elif not isinstance(text, str):
         issues.append(ValidationIssue(number, "text", "not a text", type(text).__name__))
     elif is_blank(text):
         issues.append(ValidationIssue(number, "text", "empty"))
