@@ -27,6 +27,7 @@ LEAVES = {
     "plugins",
     "progress",
     "stats",
+    "thoughts",
 }
 # What a room of csc_train (a module or folder right below it) may import, itself aside. A room is below all that import
 # it, so this table is the drawing of the house: no circle, no arrow up.
@@ -42,6 +43,7 @@ RULES = {
     "plugins": {"errors"},
     "progress": set(),
     "stats": set(),
+    "thoughts": {"invisible"},
     "llm": LEAVES,
     "runs": LEAVES,
     "data": LEAVES,

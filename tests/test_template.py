@@ -15,6 +15,7 @@ from csc_train.template.chat_templates import chat_template_names
 from csc_train.template.config import MODES, TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenType
 from csc_train.template.reply import Reply, format_reply, parse_reply
+from csc_train.template.segments import Layout
 from csc_train.template.system_prompt import system_prompt
 
 EMPATHY = parse_strategy("情感管理")
@@ -334,6 +335,8 @@ def test_where_stock_templates_of_qwen3_5_fail_ours_does_not(stock, tmp_path):
         with pytest.raises(jinja2.TemplateError, match=r"^No user query found in messages\.$"):
             text_of(begun, add_generation_prompt=True)
         assert tokenizer.encode(text_of(begun[:1], ours, add_generation_prompt=True)) == template.prompt_ids([])
+    greeting = Layout(user_first=True).arrange(chat[0]["content"], "你好", [])  # as llm.user_first=true asks
+    assert text_of(greeting, add_generation_prompt=True, enable_thinking=False).endswith("<think>\n\n</think>\n\n")
     # It thinks, unless told not to: the small models of Qwen3.5 only if told to.
     prompt = text_of(chat[:3], ours, add_generation_prompt=True)
     asked = text_of(chat[:3], add_generation_prompt=True)

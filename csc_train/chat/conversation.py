@@ -17,9 +17,9 @@ from csc_train.errors import InputError
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.kv_cache import common_prefix_length
 from csc_train.invisible import is_blank, strip_invisible
-from csc_train.llm.thoughts import without_thoughts
 from csc_train.template.likelihood import log_likelihoods_from_kv_cache
 from csc_train.template.reply import Reply
+from csc_train.thoughts import without_thoughts
 
 NUM_ALTERNATIVES = 3
 """Strategies shown with their probabilities."""

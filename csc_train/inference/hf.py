@@ -18,7 +18,6 @@ from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import CONTEXT_LENGTH, TurnQueue, TurnRequest
 from csc_train.inference.kv_cache import DialogueCache
 from csc_train.inference.predictions import TurnOutcome
-from csc_train.llm.thoughts import without_thoughts
 from csc_train.models.config import ModelConfig
 from csc_train.models.families import cache_kinds
 from csc_train.models.hub import adapter_base, find_file, load_causal_lm
@@ -143,7 +142,7 @@ class HFGenerator:
         given = request.given_strategy(self.template.config.mode)
         token_ids = (*(self.template.label_ids[given.number] if given else ()), *ids)
         details = {"token_ids": token_ids, "cut_off": len(ids) == self._config.max_new_tokens}
-        return request.prediction(text, self.template.parse(without_thoughts(text)), digest(prompt), **details)
+        return request.prediction(text, self.template.parse(text), digest(prompt), **details)
 
     def _add_likelihoods(self, queue: TurnQueue, dialogue: Dialogue) -> None:
         """Compute the likelihoods of all predicted turns of a dialogue."""

@@ -16,7 +16,6 @@ from csc_train.errors import InputError
 from csc_train.files import digest, file_digest
 from csc_train.inference.config import CONTEXTS
 from csc_train.jsonl import JsonlLog, read_jsonl, write_jsonl
-from csc_train.llm.thoughts import without_thoughts
 from csc_train.overrides import resume_hint
 from csc_train.template.reply import Reply, parse_reply
 
@@ -314,7 +313,7 @@ def read_external_replies(path: str | os.PathLike, dialogues: Sequence[Dialogue]
                 f"turn {turn} of dialogue {name} is not a supporter turn to predict: see dialogues.jsonl in the run "
                 "directory"
             )
-        return build_prediction(by_id[name], turn, context, text, parse_reply(without_thoughts(text)), **details)
+        return build_prediction(by_id[name], turn, context, text, parse_reply(text), **details)
 
     replies = {
         reply.key: reply

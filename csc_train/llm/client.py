@@ -20,7 +20,7 @@ from csc_train.errors import InputError, causes
 from csc_train.invisible import is_blank
 from csc_train.llm.config import JSON_MODES, LLMConfig
 from csc_train.llm.limits import RequestLimits
-from csc_train.llm.thoughts import without_thoughts
+from csc_train.thoughts import without_thoughts
 
 ERROR_KINDS = (
     "connection", "timeout", "rate_limit", "server_error", "bad_request", "malformed", "authentication", "unreachable",

@@ -7,6 +7,7 @@ import regex
 
 from csc_train.data.strategies import Strategy, parse_strategy
 from csc_train.invisible import INVISIBLE, is_blank
+from csc_train.thoughts import without_thoughts
 
 _LABELLED = regex.compile(rf"[{INVISIBLE}]*\[([^\[\]]*)\](.*)", regex.DOTALL)
 
@@ -31,9 +32,10 @@ def parse_reply(text: str, mode: str = "joint") -> Reply:
     """Split text that a model generated into strategy and response: the inverse of `format_reply`.
 
     Only mode `joint` has a strategy to parse. A text that does not start with one known strategy in square brackets is
-    all response: a placeholder such as `[手机号码]` at its start stays. A response that shows nothing is empty.
+    all response: a placeholder such as `[手机号码]` at its start stays. A response that shows nothing is empty, and
+    thoughts are no part of it.
     """
-    strategy, response = None, text
+    strategy, response = None, (text := without_thoughts(text))
     if mode == "joint" and (match := _LABELLED.fullmatch(text)):
         with contextlib.suppress(ValueError):
             strategy, response = parse_strategy(match[1]), match[2]
