@@ -156,7 +156,7 @@ def references(folder) -> dict[str, dict]:
 def agree(run: dict, reference: dict, tolerance: float = TOLERANCE) -> None:
     """Losses, gradient norms, learning rates and final weights. A checkpoint holds the log entries before it."""
     first = run["first_step"]
-    assert len(reference["losses"]) == EPOCHS * STEPS_PER_EPOCH
+    assert len(reference["losses"]) in (STEPS_PER_EPOCH, EPOCHS * STEPS_PER_EPOCH)
     assert run["losses"] == pytest.approx(reference["losses"], rel=tolerance)
     assert run["learning_rates"] == pytest.approx(reference["learning_rates"], rel=1e-9)
     if run["stage"] == 0:

@@ -1,25 +1,35 @@
 """A vision-language model of the hub is trained as a text model, resumed, and written in its own layout or as text."""
 
 import json
+import pickle
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import manifest_of, save_vision_language, small_tokenizer
+from bitsandbytes.nn import Linear4bit
+from conftest import manifest_of, random_dialogue, save_vision_language, small_tokenizer
 from safetensors.torch import load_file, save_file
+from test_deepspeed import LORA, QLORA, agree, case
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from workers.loss_curve import train_all
 
 from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.export import export
 from csc_train.checkpoints.locate import open_source
-from csc_train.checkpoints.manifest import save_final_model
+from csc_train.checkpoints.manifest import save_final_model, write_manifest
 from csc_train.errors import InputError
 from csc_train.models.config import ModelConfig
+from csc_train.models.families import get_family
 from csc_train.models.hub import load_causal_lm
 from csc_train.models.inspection import inspect_model
+from csc_train.models.loading import load_model
+from csc_train.packing.config import PackingConfig
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
+UP = "model.language_model.layers.0.mlp.up_proj.weight"
 IDS = torch.arange(3, 43).view(2, 20)
 
 
@@ -183,3 +193,107 @@ def test_a_final_model_has_the_layout_of_its_base(base, template, tmp_path, shar
     assert tensors(tmp_path / "again").keys() == tensors(tmp_path / "text").keys()
     with pytest.raises(InputError, match=r"^format=fp8: .*final is a vision-language model: add layout=text$"):
         export(open_source(str(final)), ExportConfig(output=str(tmp_path / "fp8"), format="fp8"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", ["full-3", "lora-2", "qlora-off"])
+def test_a_checkpoint_is_exported_in_the_layout_of_its_base(folder, template, on_one, run, tmp_path):
+    kind, base = run.split("-")[0], folder / "model"
+    config = {
+        "adapter": LORA["adapter"] | {"kind": kind},
+        "trainer": {"precision": "fp32"},
+    }
+    write_manifest(folder / run, manifest_of(template, base_model=str(base), config=config))
+    merge_into = "dequantized" if kind == "qlora" else None
+    settings = ExportConfig(output=str(tmp_path / "model"), merge_into=merge_into)
+    assert export(open_source(str(folder / run)), settings) < 1e-5
+    before, after = tensors(base), tensors(tmp_path / "model")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if "language_model" not in name)
+    assert not torch.equal(before[UP], after[UP])
+    whole, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info.values()) and torch.equal(logits(whole), logits(load_causal_lm(str(tmp_path / "model"))))
+
+
+def test_the_gates_and_the_convolution_stay_out_of_4_bits(template, tmp_path):
+    save_vision_language(tmp_path / "model", template.tokenizer, tied=False)
+    source = ModelConfig(path=str(tmp_path / "model"))
+    model = load_model(source, template.tokenizer, torch.float32, 0, load_in_4bit=True)
+    quantized = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, Linear4bit)}
+    assert quantized == {*get_family("qwen3_5_text").lora_targets} - {"in_proj_a", "in_proj_b"}
+    assert {"in_proj_qkv", "out_proj"} <= quantized and not any("visual" in name for name, _ in model.named_modules())
+
+
+# Training
+
+
+PAIRS = {f"{kind} {stage}": {"full": {}, "lora": LORA}[kind] for kind in ("full", "lora") for stage in ("2", "3")}
+"""Full fine-tuning and LoRA under ZeRO-2 and ZeRO-3."""
+NEAR = {"full": 1e-5, "lora": 1e-4}
+"""Allowed differences; the adapters' learning rate is high, and Adam's first steps are as long for any gradient."""
+SETTINGS = {"packs": "single", "epochs": 1}
+
+
+def _cases(runs: dict[str, dict], again: dict[str, dict]) -> dict[str, dict]:
+    """Trainings that are saved after step 2, and resumes from there."""
+    return {
+        **{name: case(name.split()[1], checkpoints=name.replace(" ", "-"), **more) for name, more in runs.items()},
+        **{
+            f"again {name}": case(name.split()[1], resume=f"{name.replace(' ', '-')}2", **more)
+            for name, more in again.items()
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(template, tmp_path_factory) -> Path:
+    """A vision-language model, and 12 dialogues to train it on, one in a row."""
+    folder = tmp_path_factory.mktemp("zero")
+    save_vision_language(folder / "model", template.tokenizer)
+    rng = random.Random(3)
+    packs, _ = pack_dialogues([template.encode(random_dialogue(rng)) for _ in range(12)], PackingConfig("off"))
+    (folder / "single").write_bytes(pickle.dumps(packs))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two(folder):
+    cases = _cases(PAIRS, PAIRS)
+    return train_all(folder, {name: made | SETTINGS for name, made in cases.items()}, 2)
+
+
+@pytest.fixture(scope="module")
+def on_one(folder, on_two):
+    """On one process, also from what two have saved."""
+    moved = {name: case("off", resume=f"{name.replace(' ', '-')}2", **PAIRS[name]) for name in ("full 3", "lora 3")}
+    runs = _cases({"full off": {}, "lora off": LORA, "qlora off": QLORA}, {"full off": {}, "qlora off": QLORA}) | moved
+    return train_all(folder, {name: made | SETTINGS for name, made in runs.items()}, 1)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_text_part_trains_and_resumes_under_every_stage(on_two, on_one, pair):
+    run, again = on_two[pair], on_two[f"again {pair}"]
+    kind, stage = pair.split()
+    for each in (run, again):
+        assert (each["engine"], each["stage"], each["processes"]) == ("DeepSpeedEngine", int(stage), 2)
+    assert run["losses"][-1] < run["losses"][0] and len(run["losses"]) == 3
+    agree(run, on_one[f"{kind} off"], NEAR[kind])
+    assert again["first_step"] == 2
+    agree(again, run, 1e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_one_process_resumes_what_two_have_saved(on_one, kind):
+    moved = on_one[f"{kind} 3"]
+    assert (moved["processes"], moved["stage"], moved["first_step"]) == (1, None, 2)
+    agree(moved, on_one[f"{kind} off"], NEAR[kind])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["full", "qlora"])
+def test_one_process_resumes_what_it_has_saved(folder, on_one, kind):
+    """The Trainer leaves out tensors whose names in the file are not those of parameters, and goes on."""
+    assert on_one[f"again {kind} off"]["first_step"] == 2
+    agree(on_one[f"again {kind} off"], on_one[f"{kind} off"], 1e-6)

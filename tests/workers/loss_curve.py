@@ -84,7 +84,7 @@ def train(
     """Train the model of `folder` on its packs.
 
     Args:
-        packs: which packs in `folder`; those called `shared` share a prefix.
+        packs: which packs in `folder`; those called `shared` share a prefix, `single` ones hold one dialogue each.
         attention: defaults to varlen attention for packs that share a prefix, else to sdpa.
         checkpoints: where in `folder` to save training checkpoints.
         resume: a training checkpoint in `folder` to resume from.
@@ -113,7 +113,8 @@ def train(
         zero,
         validation,
     )
-    default, packing = (VARLEN_ATTENTION, "shared_prefix") if packs == "shared" else ("sdpa", "best_fit")
+    kinds = {"shared": (VARLEN_ATTENTION, "shared_prefix"), "single": ("sdpa", "off")}
+    default, packing = kinds.get(packs, ("sdpa", "best_fit"))
     training = pickle.loads((folder / packs).read_bytes())
     validator = None
     if validation is not None:
