@@ -2,16 +2,21 @@
 
 import dataclasses
 import functools
+import math
 import re
+from typing import Any
 
 import peft
 import pytest
 import torch
 from conftest import SMALL_OF, small_tokenizer
-from transformers import AutoModelForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from csc_train.errors import InputError
+from csc_train.files import read_json, write_json
 from csc_train.models import families
+from csc_train.models.attention.gated_delta_net import build_delta_levels, prepare_delta_nets
 from csc_train.models.attention.select import collator_layout
 from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
 from csc_train.models.families import (
@@ -22,9 +27,11 @@ from csc_train.models.families import (
     get_family,
     model_dims,
     register_family,
+    training_flops,
 )
 from csc_train.models.inspection import inspect_model
 from csc_train.models.loading import build_model_config, check_lora_targets, load_model, lora_config
+from csc_train.packing.pack_cost import pack_cost
 from csc_train.template.chat_templates import chat_template_names
 from csc_train.template.tokenizer_training import TOKENIZER_STYLES
 
@@ -146,3 +153,51 @@ def test_a_base_of_an_unknown_family_or_class_is_refused(tmp_path):
         inspect_model(ModelConfig(path=str(tmp_path))).require()
     with pytest.raises(InputError, match=r"model_type=qwen: choose one of .* Did you mean 'qwen3'|'qwen2'"):
         inspect_model(ModelConfig(init="random", tokenizer="train", architecture=architecture("qwen"))).require()
+
+
+def test_the_flops_of_a_hybrid_are_those_that_torch_counts():
+    """Forward and backward, over packs with a shared prefix; delta nets cost the same for each token of any length."""
+    config = AutoConfig.for_model(
+        "qwen3_5_text", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=500, linear_key_head_dim=32, linear_value_head_dim=16,
+        linear_num_key_heads=2, linear_num_value_heads=4,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    prepare_delta_nets(model)
+    lengths, tokens = [192, 64, 256], 512
+    levels = [level._asdict() for level in build_delta_levels([lengths], [lengths[0]])]
+
+    def triangular(_, values, *__, **___) -> int:
+        return math.prod(values) * values[-2]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: triangular}) as counter:
+        model(input_ids=torch.ones(1, tokens, dtype=torch.int64), delta_levels=levels).logits.sum().backward()
+    dims = model_dims(config)
+    counts = training_flops(dims)
+    # Eager attention computes all pairs of tokens, of which half are causal.
+    pairs = 2 * counts.per_pair * tokens**2
+    ours = (counts.per_token + counts.per_head_token) * tokens + pairs
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+    recurrence = 3 * 3 * dims.delta.flops_per_token * tokens
+    assert ours - recurrence != pytest.approx(counter.get_total_flops(), rel=0.02)
+    # One layer of four has attention, so one document twice as long costs less than twice that of all four.
+    assert counts.per_pair == 3 * 2 * dims.queries
+    short, long = (pack_cost([length], 0, counts.per_token, counts.per_pair).total for length in (4096, 8192))
+    assert long - 2 * short == 2 * counts.per_pair * 4096**2
+
+
+@pytest.mark.parametrize("kind", ["conv", "nonsense"])
+def test_a_model_whose_layers_are_unknown_is_refused_in_one_line(tmp_path, kind):
+    """Of kinds that transformers knows, and that it does not."""
+    kinds = ["full_attention", kind]
+    with pytest.raises(InputError, match=rf"layer_types={kind}: choose one of full_attention, linear") as one:
+        dataclasses.replace(architecture("qwen3_5_text"), layer_types=kinds)
+    with pytest.raises(InputError, match=r"layer_types names 1 layers, but .*num_hidden_layers=2"):
+        dataclasses.replace(architecture("qwen3_5_text"), layer_types=kinds[:1])
+    AutoModelForCausalLM.from_config(build_model_config(architecture("qwen3_5_text"), None)).save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", config | {"layer_types": kinds})
+    with pytest.raises(InputError) as other:
+        inspect_model(ModelConfig(path=str(tmp_path))).require()
+    assert "\n" not in str(one.value) + str(other.value)
+    assert "layer_types" in str(other.value)

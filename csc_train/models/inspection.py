@@ -165,6 +165,7 @@ def _inspect_files(found: InspectedModel, directory: Path) -> None:
     classes = read_json(directory / "config.json").get("architectures") or [expected]
     if expected not in classes:
         raise InputError(f"its config.json names {classes[0]}; choose a model of class {expected}")
+    model_dims(config)  # refuses unknown kinds of layers, in fewer words than what follows
     if found.refusals:
         return
     if config.tie_word_embeddings and has_own_head(directory):
