@@ -223,7 +223,7 @@ def test_a_leak_between_the_documents_of_a_plain_pack_is_seen(wide, leak):
 
 
 def test_rows_without_packs_are_those_of_separate_sequences(wide):
-    """Right padding, in transformers' own forward pass, changes neither loss nor gradients."""
+    """Padding on the right changes neither loss nor gradients."""
     documents = [(0, (70,)), (0, (5,)), (0, (13,))]
     model = make_model("sdpa", torch.float64)
     loss, gradient = differences(model, *make_packs(documents), "off")

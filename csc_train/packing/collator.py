@@ -86,7 +86,7 @@ class PackCollator:
                 longest = self.length
             metadata, rows[0]["position_ids"] = build_varlen_metadata(lengths, prefixes, self.bounds)
             extra = self._describe(metadata)
-        if self.delta_levels and self.layout != "padded":
+        if self.delta_levels:
             if not self.single_row:
                 lengths = [[*own, longest - sum(own)] for own in lengths]
             extra["delta_levels"] = [level._asdict() for level in build_delta_levels(lengths, prefixes)]

@@ -193,16 +193,16 @@ def has_fla() -> bool:
 
 
 class ShiftedConv(nn.Conv1d):
-    """A causal convolution for each channel by shifted products, over inputs [S, HISTORY + width, C].
+    """A causal convolution for each channel by shifted products.
 
-    It is a module of its own so that the hooks of its owner run, which gather sharded weights.
+    A layer calls it once, however many segments there are: DeepSpeed gathers the weights of a module at each call, and
+    all processes must gather equally often.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The outputs [S, width, C] before the activation."""
-        width = inputs.shape[1] - HISTORY
-        taps = self.weight[:, 0].T
-        total: Any = sum(inputs[:, shift : shift + width] * tap for shift, tap in enumerate(taps))
+        """From inputs [n + HISTORY, C], the outputs [n, C] before the activation: row i sees the inputs from i on."""
+        size = len(inputs) - HISTORY
+        total: Any = sum(inputs[shift : shift + size] * tap for shift, tap in enumerate(self.weight[:, 0].T))
         return total if self.bias is None else total + self.bias
 
 
@@ -212,11 +212,9 @@ class LeveledDeltaNet(nn.Module):
     kernel = "auto"
 
     def forward(self, hidden_states, cache_params=None, attention_mask=None, delta_levels=None, **inputs):
-        """As the layer of transformers, over `delta_levels` if there are any."""
+        """As the layer of transformers, over `delta_levels` if there are any, which keep padding apart without a mask."""
         if delta_levels is None:
             return super().forward(hidden_states, cache_params, attention_mask, **inputs)
-        if attention_mask is not None:
-            raise ValueError("a gated delta net takes delta_levels without a mask")
         levels = [DeltaLevel(**level) for level in delta_levels]
         cache = cache_params.layers[self.layer_idx] if cache_params is not None else None
         keep = isinstance(cache, DeltaCacheLayer)
@@ -251,80 +249,78 @@ def run_levels(
         the levels' segments, if they are kept.
     """
     qkv, z = layer.in_proj_qkv(hidden), layer.in_proj_z(hidden)
-    zero = qkv.new_zeros(1, qkv.shape[1])
-    sources = torch.cat([zero, *([initial.inputs.flatten(0, 1).to(qkv)] if initial else []), qkv])
-    first = len(sources) - len(qkv)
     beta = layer.in_proj_b(hidden).sigmoid()
     decay = -layer.A_log.float().exp() * F.softplus(layer.in_proj_a(hidden).float() + layer.dt_bias)
-    shape = (1, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
-    states = [decay.new_zeros(shape), *([initial.recurrent] if initial else [])]
     fused = layer.kernel == "fla" or (layer.kernel == "auto" and hidden.is_cuda and has_fla())
-    places, outputs, inputs = [], [], []
+    # The convolution, of all levels at once
+    given = [initial.inputs.flatten(0, 1).to(qkv)] if initial else []
+    sources = torch.cat([qkv.new_zeros(1, qkv.shape[1]), *given, qkv])
+    segments = [[level.sources] if fused else level.blocks for level in levels]
+    index = torch.cat([rows.flatten() for level in segments for rows in level])
+    mixed = F.silu(layer.conv1d(F.embedding(F.pad(index, (0, HISTORY)), sources))).to(qkv.dtype)
+    parts = iter(mixed.split([rows.numel() for level in segments for rows in level]))
+    # The recurrence, level by level
+    shape = (layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
+    states = [decay.new_zeros(1, *shape), *([initial.recurrent] if initial else [])]
+    places, outputs = [], []
     for number, level in enumerate(levels):
-        started = F.embedding(level.parents, torch.cat(states).flatten(1)).view(-1, *shape[1:]) if level.forks else None
-        needed = keep or number + 1 < len(levels)
-        run = _run_fused if fused else _run_blocks
-        place, output, state = run(layer, sources, first, beta, decay, level, started, needed)
+        started = F.embedding(level.parents, torch.cat(states).flatten(1)).view(-1, *shape) if level.forks else None
+        options: dict[str, Any] = {"output_final_state": keep or number + 1 < len(levels)}
+        if fused:
+            place, output, state = _run_fused(layer, next(parts), beta, decay, level, started, options)
+        else:
+            first = len(sources) - len(qkv) - 1  # of the row's tokens, for which place 0 is in no row
+            place, output, state = _run_blocks(layer, parts, first, beta, decay, level, started, options)
         places.append(place)
         outputs.append(output)
         states.append(state)
-        if keep:
-            inputs.append(F.embedding(level.tails, sources))
     row = torch.cat(outputs)
     row = row.new_zeros(1 + len(hidden), *row.shape[1:]).index_copy(0, torch.cat(places), row)[1:]
     normed = layer.norm(row.flatten(0, 1), z.reshape(-1, layer.head_v_dim)).view(len(hidden), -1)
-    kept = DeltaStates(torch.cat(states[1 + bool(initial) :]), torch.cat(inputs)) if keep else None
+    kept = None
+    if keep:
+        inputs = F.embedding(torch.cat([level.tails for level in levels]), sources)
+        kept = DeltaStates(torch.cat(states[1 + len(given) :]), inputs)
     return layer.out_proj(normed), kept
 
 
-def _run_blocks(layer, sources, first, beta, decay, level, started, keep):
+def _run_blocks(layer, parts, first, beta, decay, level, started, options):
     """Run a level by transformers' torch functions; the padding of a block has no decay and corrects nothing."""
     rules = _torch_rules(type(layer))
     beta, decay = (F.pad(each, (0, 0, 1, 0)) for each in (beta, decay))
+    begin = [None] * len(level.blocks)
+    if started is not None:
+        begin = started[level.order.argsort()].split([len(block) for block in level.blocks])
     places, outputs, states = [], [], []
-    done = 0
-    members = level.order.argsort() if started is not None else None
-    for block in level.blocks:
-        place = (block[:, HISTORY:] - first + 1).clamp(min=0)
-        begin = started[members[done : done + len(block)]] if started is not None else None
+    for block, state in zip(level.blocks, begin, strict=True):
+        place = (block[:, HISTORY:] - first).clamp(min=0)
+        gates = {"g": F.embedding(place, decay), "beta": F.embedding(place, beta)}
+        mixed = next(parts).view(*block.shape, -1)[:, :-HISTORY]
         rule = rules[place.shape[1] == 1]
-        output, state = rule(
-            *_split(layer, F.embedding(block, sources)),
-            g=F.embedding(place, decay),
-            beta=F.embedding(place, beta),
-            initial_state=begin,
-            output_final_state=keep,
-            use_qk_l2norm_in_kernel=True,
-        )
-        done += len(block)
+        output, state = rule(*_heads(layer, mixed), **gates, **options, initial_state=state, **_NORMALIZED)
         places.append(place.flatten())
         outputs.append(output.flatten(0, 1))
         states.append(state)
-    return torch.cat(places), torch.cat(outputs), torch.cat(states)[level.order] if keep else None
+    state = torch.cat(states)[level.order] if options["output_final_state"] else None
+    return torch.cat(places), torch.cat(outputs), state
 
 
-def _run_fused(layer, sources, first, beta, decay, level, started, keep):
+def _run_fused(layer, part, beta, decay, level, started, options):
     """Run a level by flash-linear-attention, whose kernel takes segments of different lengths."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
 
-    query, key, value = (each[:, level.own] for each in _split(layer, F.embedding(level.sources, sources)[None]))
-    output, state = chunk_gated_delta_rule(
-        query,
-        key,
-        value,
-        g=decay[level.token_index][None],
-        beta=beta[level.token_index][None],
-        initial_state=started,
-        output_final_state=keep,
-        use_qk_l2norm_in_kernel=True,
-        cu_seqlens=level.cu_seqlens,
-    )
+    gates = {"g": decay[level.token_index][None], "beta": beta[level.token_index][None]}
+    mixed = part.index_select(0, level.own)[None]
+    options = options | {"initial_state": started, "cu_seqlens": level.cu_seqlens}
+    output, state = chunk_gated_delta_rule(*_heads(layer, mixed), **gates, **options, **_NORMALIZED)
     return level.token_index + 1, output[0], state
 
 
-def _split(layer: Any, inputs: Tensor) -> list[Tensor]:
-    """Query, key and value [S, width, heads, K or V] from the inputs [S, HISTORY + width, C] of the convolution."""
-    mixed = F.silu(layer.conv1d(inputs)).to(inputs.dtype)
+_NORMALIZED = {"use_qk_l2norm_in_kernel": True}
+
+
+def _heads(layer: Any, mixed: Tensor) -> list[Tensor]:
+    """Query, key and value [S, width, heads, K or V] from the convolution's outputs [S, width, C]."""
     parts = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     sizes = (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)
     return [part.unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True)]

@@ -1,0 +1,82 @@
+"""Models with gated delta nets train the same on one process and on two, sharded or not, in whatever passes."""
+
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_dialogue, small_tokenizer, tiny_config
+from transformers import AutoModelForCausalLM
+from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
+
+from csc_train.models.config import AdapterConfig
+from csc_train.packing.config import PackingConfig
+from csc_train.packing.dataset import PackedDataset, pack_dialogues
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+
+LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}, "learning_rate": 2e-2}
+SHARDED = {"stage": "3", "persistence_threshold": 0}
+"""The small tensors of a layer, its convolution and decays, are sharded as well."""
+TWO_PROCESSES = {
+    "shared": {"micro_batch_size": 2, "packs": "shared"},
+    "shared 2": {"micro_batch_size": 1, "packs": "shared", "zero": {"stage": "2"}},
+    "shared 3": {"micro_batch_size": 1, "packs": "shared", "zero": SHARDED, "gradient_checkpointing": "selective"},
+    "packs 3": {"micro_batch_size": 2, "packs": "packs", "zero": SHARDED, "gradient_checkpointing": "full"},
+    "lora 3": {"micro_batch_size": 2, "packs": "shared", "zero": SHARDED, **LORA},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model, and packs for two steps and one pack, with a shared prefix and without."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    template = DialogueTemplate(small_tokenizer("qwen3_5"), "qwen3_5", TemplateConfig(mode="reply_only"))
+    rng = random.Random(10)
+    examples = [template.encode(random_dialogue(rng)) for _ in range(60)]
+    for name, packing in (("shared", "shared_prefix"), ("packs", "best_fit")):
+        packs, _ = pack_dialogues(examples, PackingConfig(packing, max_length=1000))
+        number = 2 * PACKS_PER_STEP + 1
+        few = PackedDataset(
+            packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights
+        )
+        assert min(map(len, few.document_lengths)) > 1
+        (folder / name).write_bytes(pickle.dumps(few))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_5_text", template.tokenizer, 0.1), dtype=torch.float32)
+    for name, weights in model.named_parameters():
+        if name.endswith("A_log"):
+            torch.nn.init.constant_(weights, -3)  # states that last, whose leaks would count
+    model.save_pretrained(folder / "model")
+    template.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two(folder):
+    return train_all(folder, TWO_PROCESSES, 2)
+
+
+@pytest.fixture(scope="module")
+def references(folder):
+    """One process, all packs of a step in one pass."""
+    lora = {**LORA, "adapter": AdapterConfig(**LORA["adapter"]), "packs": "shared"}
+    cases = {"shared": {"packs": "shared"}, "packs": {"packs": "packs"}, "lora": lora}
+    return {name: curve(train(folder, micro_batch_size=4, **options)) for name, options in cases.items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", TWO_PROCESSES)
+def test_two_processes_train_as_one_does(on_two, references, name):
+    run, reference = on_two[name], references[name.split()[0]]
+    stage = int(name.split()[1]) if " " in name else None
+    assert (run["processes"], run["stage"], run["empty"]) == (2, stage, 1 if stage == 3 else 0)
+    assert len(reference["losses"]) == EPOCHS * STEPS_PER_EPOCH
+    assert run["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+    assert run["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-4)
+    assert run["losses"][-1] < 0.95 * run["losses"][0]
+    assert run["weights"].keys() == reference["weights"].keys()
+    for weights, values in run["weights"].items():
+        mine, theirs = torch.tensor(values), torch.tensor(reference["weights"][weights])
+        assert (mine - theirs).norm() <= 1e-4 * theirs.norm(), weights
