@@ -135,15 +135,9 @@ def main(config: SftRecipe) -> None:
         if run.is_main:
             trainer.write_results(run.directory / "metrics.json", report, best)
             tracked = replace(manifest, wandb=tracker.identity)
-            save_final_model(
-                run.directory / "model",
-                trained,
-                tokenizer,
-                template.chat_template,
-                tracked,
-                record=run.directory,
-                base=snapshot(base.path, "model", base.revision),
-            )
+            origin = snapshot(base.path, "model", base.revision)
+            written = trained, tokenizer, template.chat_template, tracked
+            save_final_model(run.directory / "model", *written, record=run.directory, base=origin)
             tracker.log_model(run.directory / "model", manifest.hashes, run.config["data"])
     job.wait_for_everyone()
     run.finish()

@@ -212,7 +212,7 @@ class LeveledDeltaNet(nn.Module):
     kernel = "auto"
 
     def forward(self, hidden_states, cache_params=None, attention_mask=None, delta_levels=None, **inputs):
-        """As the layer of transformers, over `delta_levels` if there are any, which keep padding apart without a mask."""
+        """As the layer of transformers, over `delta_levels` if there are any: they need no mask for padding."""
         if delta_levels is None:
             return super().forward(hidden_states, cache_params, attention_mask, **inputs)
         levels = [DeltaLevel(**level) for level in delta_levels]
