@@ -23,7 +23,7 @@ OUTPUTS = (  # in the run directory
 
 def main(config: SftRecipe) -> None:
     # What needs no model is checked before the imports that take seconds
-    from csc_train.models.hub import check_available, snapshot
+    from csc_train.models.hub import check_available
     from csc_train.runs.distributed import distributed_state, world_size
 
     config.trainer.accumulation(world_size())
@@ -135,9 +135,9 @@ def main(config: SftRecipe) -> None:
         if run.is_main:
             trainer.write_results(run.directory / "metrics.json", report, best)
             tracked = replace(manifest, wandb=tracker.identity)
-            origin = snapshot(base.path, "model", base.revision)
-            written = trained, tokenizer, template.chat_template, tracked
-            save_final_model(run.directory / "model", *written, record=run.directory, base=origin)
+            save_final_model(
+                run.directory / "model", trained, tokenizer, template.chat_template, tracked, base, record=run.directory
+            )
             tracker.log_model(run.directory / "model", manifest.hashes, run.config["data"])
     job.wait_for_everyone()
     run.finish()

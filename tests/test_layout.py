@@ -161,7 +161,9 @@ def test_a_final_model_has_the_layout_of_its_base(base, template, tmp_path, shar
     config = {"adapter": {"kind": "full"}, "trainer": {"precision": "fp32"}}
     manifest = manifest_of(template, config=config, base_model=str(base))
     final = tmp_path / "final"
-    save_final_model(final, model, template.tokenizer, template.chat_template, manifest, shard_size, base=base)
+    save_final_model(
+        final, model, template.tokenizer, template.chat_template, manifest, ModelConfig(path=str(base)), shard_size
+    )
     before, after = tensors(base), tensors(final)
     assert (len(list(final.glob("*.safetensors"))) > 1) == (shard_size == "30KB")
     assert after.keys() == before.keys()

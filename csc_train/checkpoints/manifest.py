@@ -15,6 +15,7 @@ from csc_train.data.training_record import RECORD_FILE, write_training_record
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, read_json, write_json
 from csc_train.models.config import ModelConfig
+from csc_train.models.hub import snapshot
 from csc_train.runs.directory import Run
 from csc_train.runs.distributed import distributed_state
 from csc_train.runs.provenance import provenance
@@ -165,9 +166,9 @@ def save_final_model(
     tokenizer: "PreTrainedTokenizerBase",
     chat_template: str,
     manifest: Manifest,
+    base: ModelConfig | None = None,
     shard_size: str = "50GB",
     record: str | os.PathLike | None = None,
-    base: Path | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a directory that plain `from_pretrained` loads: weights, tokenizer, chat template and manifest.
@@ -175,9 +176,10 @@ def save_final_model(
     The directory appears only when it is complete.
 
     Args:
+        base: the base model; if it is a vision-language one, the directory is laid out as its own (see
+            `layout.save_model`).
         shard_size: size limit of a weight file.
         record: a directory whose record of the training dialogues the model gets as well, if it has one.
-        base: as of `layout.save_model`.
         check: is called with the written directory before it is moved to `directory`; an error prevents the move.
 
     Raises:
@@ -187,7 +189,7 @@ def save_final_model(
 
     prepare_to_save(model, tokenizer, chat_template)
     with model_directory(directory) as temporary:
-        save_model(model, temporary, shard_size, base)
+        save_model(model, temporary, shard_size, base and snapshot(str(base.path), "model", base.revision))
         model.generation_config.save_pretrained(temporary)  # an adapter's stops, for servers
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's, without content
         tokenizer.save_pretrained(temporary)
