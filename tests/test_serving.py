@@ -31,6 +31,8 @@ from csc_train.template.reply import Reply, format_reply
 
 FAMILIES = {"qwen2": "qwen2_5", "llama": "llama3_1"}
 """Chat templates by architecture."""
+SERVED = FAMILIES | {"qwen3_5_text": "qwen3_5"}
+"""Those that `transformers serve` is asked for."""
 LIMIT = 40
 """Of new tokens, more than the taught replies have."""
 TAUGHT = Dialogue(
@@ -51,7 +53,7 @@ def save(directory, model, template, **options):
 
 def tiny(architecture, **facts):
     """A tiny model with random weights, and its template."""
-    template = DialogueTemplate(small_tokenizer(FAMILIES[architecture]), FAMILIES[architecture], TemplateConfig())
+    template = DialogueTemplate(small_tokenizer(SERVED[architecture]), SERVED[architecture], TemplateConfig())
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(tiny_config(architecture, template.tokenizer, 0.1, **facts)), template
 
@@ -80,7 +82,7 @@ def checkpoints(tmp_path_factory):
     """A taught checkpoint of each architecture. One ships a strong repetition penalty, as Qwen2.5-Instruct ships a
     weak one."""
     folder = tmp_path_factory.mktemp("served")
-    for architecture in FAMILIES:
+    for architecture in SERVED:
         model, template = tiny(architecture)
         teach(model, template, TAUGHT)
         if architecture == "qwen2":
@@ -98,7 +100,7 @@ def server():
 
 @pytest.mark.slow
 def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, server):
-    for architecture in FAMILIES:
+    for architecture in SERVED:
         template, _ = read_template(open_source(str(checkpoints / architecture)))
         generator = load_generator(str(checkpoints / architecture), template, EvaluationConfig(max_new_tokens=LIMIT))
         # Temperature 0 leaves a repetition penalty of the checkpoint on; a frequency penalty of 0 takes it off.
@@ -128,7 +130,7 @@ def test_transformers_serve_answers_as_our_own_generation_does(checkpoints, serv
 def test_a_served_model_is_evaluated_as_a_local_one(checkpoints, server):
     """The server takes no token ids, so it is asked by messages; texts without control strings read the same."""
     dialogues = [TAUGHT, *(random_dialogue(random.Random(seed)) for seed in (5, 6))]
-    for architecture in FAMILIES:
+    for architecture in SERVED:
         path = str(checkpoints / architecture)
         template, _ = read_template(open_source(path))
         config = EvaluationConfig(max_new_tokens=LIMIT)
