@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -173,6 +174,32 @@ def test_a_model_without_a_row_is_planned_by_its_own_files_or_not_at_all(job):
         run_preflight(composed(job, "model=own", "model.path=someone/model"))
     given = composed(job, "model=own", "model.path=someone/model", "model.architecture.hidden_size=128")
     assert run_preflight(given, launching=False).chosen.dims.hidden == 128
+
+
+def test_a_hybrid_is_planned_as_the_text_model_with_the_gpus_kernel(monkeypatch, tmp_path):
+    """The dimensions of conf/model are enough; the kernel is looked for where preflight runs."""
+
+    def outcome(*overrides: str, launching: bool = False):
+        plan = ["model=qwen3_5_9b", "data.train.path=x", f"run.directory={tmp_path / 'run'}", "preflight.probe=false"]
+        return run_preflight(compose("preflight", [*plan, *overrides]), launching=launching, free_disk=10**15)
+
+    cluster = ["cluster=node8", "zero=zero3"]
+    here, gpus = outcome(), outcome(*cluster)
+    assert message(here, "delta nets") == "functions of torch, 24 of 32 layers"
+    assert re.match("8,953,803,264 of the text model; its weights of vision", message(here, "parameters"))
+    assert statuses(gpus)["delta nets"] == "not checked" and gpus.scenarios[0].dims.delta
+    assert "not installed: run pip install flash-linear-attention, or set" in message(gpus, "delta nets")
+    assert statuses(outcome(*cluster, launching=True))["delta nets"] == "failed"
+    assert statuses(outcome(*cluster, "model.delta_kernel=torch", launching=True))["delta nets"] == "ok"
+    # A package of that name, as pip would install it.
+    (tmp_path / "fla").mkdir()
+    (tmp_path / "fla" / "__init__.py").touch()
+    (tmp_path / "flash_linear_attention-0.6.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: flash-linear-attention\nVersion: 0.6.0\n"
+    (tmp_path / "flash_linear_attention-0.6.0.dist-info" / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = outcome(*cluster, launching=True)
+    assert message(found, "delta nets") == "flash-linear-attention 0.6.0, 24 of 32 layers"
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(job):

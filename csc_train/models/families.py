@@ -163,8 +163,8 @@ class ModelFamily:
     """Pre-tokenizer and control tokens for a trained tokenizer (see `template.tokenizer_training.TOKENIZER_STYLES`)."""
     outer_model_type: str | None = None
     """That of a vision-language configuration whose `text_config` is of this family."""
-    skipped: tuple[str, ...] = ()
-    """Regular expressions of the weights that such a model has besides, and a text model does not load."""
+    not_loaded: str = ""
+    """What such a model has besides, for messages."""
 
 
 class FlopCounts(NamedTuple):
@@ -328,7 +328,7 @@ MODEL_FAMILIES = {
         ModelFamily(
             model_type="qwen3_5_text",  # Qwen3.5, Qwen3.6, Qwen3.8
             outer_model_type="qwen3_5",
-            skipped=(r"model\.visual\.", r"mtp\."),
+            not_loaded="weights of vision and of multi-token prediction",
             causal_lm_class="Qwen3_5ForCausalLM",
             read_dims=hybrid_decoder_dims,
             layer_kinds=_FULL | _DELTA,

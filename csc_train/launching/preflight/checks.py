@@ -23,6 +23,7 @@ from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.launching.preflight.report import CheckResult, PreflightReport
 from csc_train.launching.preflight.size import computes_in_bf16, estimate_job, memory_scenario, precision_of, zero_of
 from csc_train.models.config import TRAINED_TOKENIZER, ArchitectureConfig
+from csc_train.models.families import LINEAR_ATTENTION, ModelDims, get_family
 from csc_train.models.hub import find_file, is_local_path
 from csc_train.models.inspection import InspectedModel, inspect_model
 from csc_train.runs.directory import default_directory, refuse_foreign
@@ -91,7 +92,9 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         "world size": partial(check_world_size, config),
         "ZeRO": partial(check_zero_support, config),
         "model files": partial(check_model, found, absent),
+        "parameters": partial(check_parameters, scenario.dims),
         "attention": partial(needing, check_attention, "the model"),
+        "delta nets": partial(check_delta_nets, config, scenario.dims, absent),
         "tokenizer and template": load_template,
         "data": load_data,
         "tokenized data": partial(needing, check_cache, "the template", "the data"),
@@ -172,24 +175,40 @@ def check_model(found: InspectedModel, absent: type[Exception]) -> str:
     return "; ".join([found.place, *found.repairs])
 
 
+def check_parameters(dims: ModelDims) -> str:
+    """The parameters that are planned for."""
+    other = get_family(dims.model_type).not_loaded
+    return f"{dims.parameters:,}" + f" of the text model; its {other} are not loaded" * bool(other)
+
+
 def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
     """The chosen attention keeps the documents of a pack apart (see `training.leak_check`)."""
     import torch
 
-    from csc_train.models.attention.select import check_delta_kernel, select_attention
+    from csc_train.models.attention.select import select_attention
     from csc_train.training.leak_check import checked_collator
 
     if torch.cuda.is_available() != (config.cluster.device == "cuda"):
         raise NotCheckedError("on another machine")
     packing, precision = config.packing.strategy, config.trainer.precision
     attention = select_attention(config.model.attn_implementation, packing, precision, found.dims.head_dim)
-    check_delta_kernel(config.model.delta_kernel, found.dims.layer_kinds)
     if config.trainer.compile == "layers":
         resolve_compile("layers", config.zero.stage, attention, config.cluster.device, found.dims.layer_kinds)
     found.model.config._attn_implementation = attention
     device, dtype = torch.device(config.cluster.device), torch.bfloat16 if computes_in_bf16(config) else torch.float32
     layout = checked_collator(found.model, packing, 0, device, dtype).layout
     return f"{attention}, layout {layout}"
+
+
+def check_delta_nets(config: PreflightRecipe, dims: ModelDims, absent: type[Exception]) -> str:
+    """On GPUs, the kernel of gated delta nets is installed, if the model has any."""
+    from csc_train.models.attention.select import check_delta_kernel
+
+    try:
+        kernel = check_delta_kernel(config.model.delta_kernel, dims.layer_kinds, config.cluster.device)
+    except InputError as error:
+        raise absent(str(error)) from error
+    return f"{kernel}, {dims.layer_kinds[LINEAR_ATTENTION]} of {dims.layers} layers" if dims.delta else kernel
 
 
 def check_template(

@@ -1,5 +1,6 @@
 """Choose the attention implementation of a training, and the batch layout that keeps packed documents apart."""
 
+import importlib.metadata
 import logging
 from collections.abc import Collection
 
@@ -9,7 +10,7 @@ from transformers import AttentionInterface
 from csc_train.errors import InputError
 from csc_train.models.attention.gated_delta_net import has_fla
 from csc_train.models.attention.varlen import VARLEN_ATTENTION, varlen_attention
-from csc_train.models.families import get_family
+from csc_train.models.families import LINEAR_ATTENTION, get_family
 from csc_train.models.precision import resolve_dtype
 
 logger = logging.getLogger(__name__)
@@ -61,20 +62,29 @@ def select_attention(name: str, packing: str, precision: str = "auto", head_dim:
     return attention
 
 
-def check_delta_kernel(name: str, layer_kinds: Collection[str]) -> None:
-    """Check that `ModelConfig.delta_kernel` can run the gated delta nets of a model on this machine.
+def check_delta_kernel(name: str, layer_kinds: Collection[str], device: str | None = None) -> str:
+    """Check that `ModelConfig.delta_kernel` can run the gated delta nets of a model.
 
     Args:
         layer_kinds: as in `ModelDims`.
+        device: cpu or cuda; defaults to that of this machine.
+
+    Returns:
+        What runs them.
 
     Raises:
-        InputError: there is a GPU, and its kernel is not installed.
+        InputError: on a GPU, and its kernel is not installed.
     """
-    if name == "auto" and "linear_attention" in layer_kinds and torch.cuda.is_available() and not has_fla():
+    if LINEAR_ATTENTION not in layer_kinds:
+        return "none in this model"
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu" or name == "torch":
+        return "functions of torch"
+    if not has_fla():
         raise InputError(
             "model.delta_kernel=auto: flash-linear-attention, the GPU's kernel of gated delta nets, is not installed: "
             "run pip install flash-linear-attention, or set model.delta_kernel=torch, which is much slower"
         )
+    return f"flash-linear-attention {importlib.metadata.version('flash-linear-attention')}"
 
 
 def kernel_refusal(dtype: torch.dtype, head_dim: int | None = None) -> str | None:
