@@ -126,6 +126,14 @@ def tiny_config(
     )
 
 
+def remember(model: torch.nn.Module) -> torch.nn.Module:
+    """Let the gated delta nets of a random model, whose states would be gone after a token, decay over about 100."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".A_log"):
+            torch.nn.init.uniform_(parameter, -6, -3)
+    return model
+
+
 def save_vision_language(directory: Path, tokenizer: PreTrainedTokenizerBase, tied: bool = True, **facts) -> None:
     """Write a directory as Qwen3.5 has it on the hub: text, vision and MTP tensors, random ones, and the tokenizer.
 

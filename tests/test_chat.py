@@ -19,9 +19,10 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
-from conftest import ROOT, random_dialogue, small_tokenizer
+from conftest import ROOT, random_dialogue, remember, small_tokenizer, tiny_config
 from processes import TIMEOUT_S, Script
 from test_serving import save, teach, tiny
+from transformers import AutoModelForCausalLM
 
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import Conversation
@@ -204,6 +205,41 @@ def test_an_undone_turn_leaves_no_trace(generator):
     with pytest.raises(InputError, match=r"^nothing to undo: there is no customer message$"):
         conversation.undo()
     assert turns_of(conversation) == TAUGHT.turns[:1]
+
+
+def test_gated_delta_nets_go_back_to_the_end_of_an_earlier_turn():
+    """Their states cannot be cut back. Replies are those of a new conversation, and of an evaluation."""
+    tokenizer = small_tokenizer("qwen3_5")
+    torch.manual_seed(1)
+    model = remember(AutoModelForCausalLM.from_config(tiny_config("qwen3_5_text", tokenizer, 0.5)))
+    generator = HFGenerator(
+        model, DialogueTemplate(tokenizer, "qwen3_5", TemplateConfig()), EvaluationConfig(max_new_tokens=6)
+    )
+    fed = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
+    said = [FIRST.text, SECOND.text, "那什么时候能到？", "好的"]
+    conversation = begin(generator, max_new_tokens=6)
+    answers = talk(conversation, *said)
+    customers = [Turn(Speaker.CUSTOMER, text) for text in said]
+    turns = [turn for pair in zip([GREETING] * 5, customers, strict=False) for turn in pair] + [GREETING]
+    expected = generate_predictions([Dialogue("said", tuple(turns))], generator, "generated")
+    for answer, own in zip(answers, expected, strict=True):
+        assert answer.token_ids == own.token_ids
+        shares = torch.tensor(own.label_log_likelihoods).softmax(0)
+        for strategy, share in answer.top_strategies:
+            assert share == pytest.approx(shares[strategy.number - 1].item(), abs=1e-3)
+    assert len({answer.token_ids for answer in answers}) == 5
+    for undone in (1, 2, 2):
+        for _ in range(undone):
+            conversation.undo()
+        kept = [turn for turn in conversation.turns if isinstance(turn, str)]
+        fed.clear()
+        answer = last(conversation.reply("不用了"))
+        computed = fed[0]
+        fed.clear()
+        fresh = begin(generator, max_new_tokens=6)
+        assert rough([answer]) == talk(fresh, *kept, "不用了")[-1:]
+        assert computed < 40 < fed[0]  # the message with its frame; the system prompt
 
 
 def test_a_stopped_reply_keeps_its_generated_part(generator):

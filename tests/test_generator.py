@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
-from transformers import GenerationConfig, Qwen2ForCausalLM
+from conftest import manifest_of, random_dialogue, remember, small_tokenizer, tiny_config
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalLM
 
 from csc_train.checkpoints.base_model import find_base
 from csc_train.checkpoints.locate import open_source
@@ -365,8 +365,11 @@ def asked(generator, dialogues, context):
     return queue.outcomes(), exchanges
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3_5_text"])
 @pytest.mark.parametrize("context", ["reference", "generated"])
-def test_batched_generation_equals_one_by_one(model, tokenizer, odd_dialogues, context):
+def test_batched_generation_equals_one_by_one(tokenizer, odd_dialogues, context, architecture):
+    torch.manual_seed(1)
+    model = remember(AutoModelForCausalLM.from_config(tiny_config(architecture, tokenizer, 0.5))).eval()
     batched, exchanges = asked(generator_of(model, tokenizer), odd_dialogues, context)
     single = generate_predictions(odd_dialogues, generator_of(model, tokenizer, batch_size=1), context)
     assert batched == single

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import small_tokenizer, tiny_config
+from conftest import remember, small_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM
 
 from csc_train.inference import kv_cache
@@ -18,7 +18,7 @@ STOPS = set(range(400, 460))
 def model_of(architecture, attention="sdpa"):
     torch.manual_seed(3)
     config = tiny_config(architecture, small_tokenizer("qwen2_5"), 0.5)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    return remember(AutoModelForCausalLM.from_config(config, attn_implementation=attention)).eval()
 
 
 def continued(model, prompt):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import random_dialogue, real_tokenizer, small_tokenizer, tiny_config
+from conftest import random_dialogue, real_tokenizer, remember, small_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from csc_train.data.strategies import STRATEGIES
@@ -26,7 +26,7 @@ def scene(request):
     load, chat_template, architecture = request.param
     tokenizer = load(chat_template)
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture, tokenizer, 0.3)).eval()
+    model = remember(AutoModelForCausalLM.from_config(tiny_config(architecture, tokenizer, 0.3))).eval()
     template = DialogueTemplate(tokenizer, chat_template, TemplateConfig())
     rng = random.Random(5)
     dialogue = next(each for each in iter(lambda: random_dialogue(rng), None) if each.supporter_turns == [1, 3, 5])
@@ -78,7 +78,7 @@ def test_likelihoods_equal_one_forward_for_each_label(scene, max_width):
     plain = torch.stack([scores[target - 1].log_softmax(-1)[ids[target]] for target in targets])
     assert torch.allclose(own, plain, atol=1e-4, rtol=0)
     # Otherwise nothing above could have gone wrong: labels and turns differ, by far more than the tolerance.
-    assert expected.std(0).min() > 0.01 and expected.std(1).min() > 0.1
+    assert expected.std(0).min() > 0.1 and expected.std(1).min() > 0.1
     assert not torch.allclose(slow(model, template, ids[: starts[0] + 1]), expected[0], atol=0.1)
 
 

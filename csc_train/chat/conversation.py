@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from csc_train.chat.config import ChatConfig
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
@@ -15,7 +15,7 @@ from csc_train.data.readers import write_dialogues
 from csc_train.data.strategies import GREETING, OTHERS, STRATEGIES, Strategy
 from csc_train.errors import InputError
 from csc_train.inference.hf import HFGenerator
-from csc_train.inference.kv_cache import common_prefix_length
+from csc_train.inference.kv_cache import RewindableCache, common_prefix_length
 from csc_train.invisible import is_blank, strip_invisible
 from csc_train.template.likelihood import log_likelihoods_from_kv_cache
 from csc_train.template.reply import Reply
@@ -64,7 +64,7 @@ class Conversation:
         self._samplers = LogitsProcessorList([TopPLogitsWarper(config.top_p)])
         if config.temperature > 0:
             self._samplers.insert(0, TemperatureLogitsWarper(config.temperature))
-        self._cache = DynamicCache()
+        self._cache = RewindableCache(self._model.config)
         self._cached_ids: list[int] = []
         self._stopped = False
         self._id = _new_id()
@@ -189,11 +189,8 @@ class Conversation:
     def _prefill(self, prompt: list[int]) -> torch.Tensor:
         """Bring the cache to a prompt, reusing their common prefix. Returns the next token's logits, [vocabulary]."""
         # The last token is always computed, for its logits.
-        kept = min(common_prefix_length(self._cached_ids, prompt), len(prompt) - 1)
-        if kept:
-            self._cache.crop(kept - len(self._cached_ids))
-        else:
-            self._cache = DynamicCache()
+        kept = self._cache.rewind(min(common_prefix_length(self._cached_ids, prompt), len(prompt) - 1))
+        self._cache.mark()
         self._cached_ids = self._cached_ids[:kept]
         return self._forward(prompt[kept:])
 

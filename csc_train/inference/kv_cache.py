@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from csc_train.models.attention.gated_delta_net import (
     DeltaCacheLayer,
@@ -23,6 +23,10 @@ GROWTH = 64
 """Minimum columns that a full cache grows by. Growing copies the whole cache."""
 REFILL_DIVISOR = 8
 """`DialogueCache.step` returns once this fraction (1/8) of the rows is done, since each refill costs a forward pass."""
+
+
+NUM_MARKS = 4
+"""Lengths that a `RewindableCache` can go back to besides its own, in a model whose states cannot be cut back."""
 
 
 @dataclass(frozen=True)
@@ -351,6 +355,39 @@ class DialogueCache:
             self._columns = columns + max(GROWTH, columns // 2)
         for layer in self._cache.layers:
             layer.resize(len(self._rows), self._columns)
+
+
+class RewindableCache(DynamicCache):
+    """The cache of one sequence that can go back to an earlier length.
+
+    Keys and values are cut back. The states of gated delta nets cannot be, so a few are copied by `mark`.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config=config)
+        self._delta_nets = [each for each in self.layers if isinstance(each, LinearAttentionCacheLayerMixin)]
+        self._marks: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def mark(self) -> None:
+        """Make the present length one that can be gone back to."""
+        if length := self._delta_nets and self.get_seq_length():
+            states = [(each.conv_states[0].clone(), each.recurrent_states[0].clone()) for each in self._delta_nets]
+            self._marks = dict([*self._marks.items(), (length, states)][-NUM_MARKS:])
+
+    def rewind(self, length: int) -> int:
+        """Go back to this length, or to the longest possible one below it. Returns the new length."""
+        if self._delta_nets and length < self.get_seq_length():
+            length = max((mark for mark in self._marks if mark <= length), default=0)
+            self._marks = {mark: states for mark, states in self._marks.items() if mark <= length}
+            for layer, states in zip(self._delta_nets, self._marks.get(length, ()), strict=False):
+                layer.conv_states[0].copy_(states[0])
+                layer.recurrent_states[0].copy_(states[1])
+        if not length:
+            self.reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):
+                layer.crop(length - layer.get_seq_length())
+        return length
 
 
 def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
