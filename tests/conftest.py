@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -126,7 +127,7 @@ def tiny_config(
     )
 
 
-def remember(model: torch.nn.Module) -> torch.nn.Module:
+def remember(model: Any) -> Any:
     """Let the gated delta nets of a random model, whose states would be gone after a token, decay over about 100."""
     for name, parameter in model.named_parameters():
         if name.endswith(".A_log"):
