@@ -1,5 +1,6 @@
 """Token ids and weights, on small tokenizers of our own and on the published ones."""
 
+import json
 import random
 from importlib import resources
 
@@ -316,7 +317,7 @@ def test_qwen3_5_equals_stock_but_for_the_think_blocks_of_earlier_replies(stock,
 
 
 @pytest.mark.parametrize("stock", ["qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8"])
-def test_where_stock_templates_of_qwen3_5_fail_ours_does_not(stock, tmp_path):
+def test_where_stock_templates_of_qwen3_5_fail_ours_does_not(stock):
     """As docs/launching.md says of servers with the stock template."""
     tokenizer, source = small_tokenizer("qwen3_5"), stock_template(stock)
     template = DialogueTemplate(tokenizer, "qwen3_5", TemplateConfig())
@@ -325,11 +326,6 @@ def test_where_stock_templates_of_qwen3_5_fail_ours_does_not(stock, tmp_path):
         return tokenizer.apply_chat_template(chat, chat_template=name, tokenize=False, **options)
 
     ours, chat = template.chat_template, as_content(hand_written())
-    (tmp_path / "stock.jinja").write_text(source, encoding="utf-8")
-    with pytest.raises(
-        InputError, match=r"^chat template \S*stock.jinja: .*: choose qwen3_5, which fits this tokenizer$"
-    ):
-        DialogueTemplate(tokenizer, str(tmp_path / "stock.jinja"), TemplateConfig())
     # Before the customer speaks.
     for begun in (chat[:1], chat[:2]):
         with pytest.raises(jinja2.TemplateError, match=r"^No user query found in messages\.$"):
@@ -352,6 +348,25 @@ def test_where_stock_templates_of_qwen3_5_fail_ours_does_not(stock, tmp_path):
     assert written.endswith(
         "assistant\n<think>\n\n</think>\n\n[礼貌问候]您好</think>请讲<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours"),
+    [("qwen3", "qwen3"), *((name, "qwen3_5") for name in ("qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8"))],
+)
+def test_a_stock_template_that_does_not_fit_is_refused_with_the_name_of_ours(stock, ours):
+    tokenizer = small_tokenizer(ours)
+    tokenizer.chat_template = stock_template(stock)
+    with pytest.raises(InputError, match=rf"^chat template auto: it.*: choose {ours}, which fits this tokenizer$"):
+        DialogueTemplate(tokenizer, "auto", TemplateConfig())
+
+
+@pytest.mark.real_tokenizer
+@pytest.mark.parametrize(("name", "style"), SMALL_OF.items())
+def test_trained_tokenizers_split_texts_as_published_ones(name, style, tokenizer_of):
+    parts = [json.loads(tokenizer_of(kind, name).backend_tokenizer.to_str()) for kind in ("small", "real")]
+    ours, published = ((part["pre_tokenizer"]["pretokenizers"][0], part["normalizer"]) for part in parts)
+    assert ours == published
 
 
 def test_qwen3_5_takes_contents_in_parts_as_servers_of_vision_language_models_pass_them():
