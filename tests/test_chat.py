@@ -165,6 +165,8 @@ def test_thoughts_are_not_shown(generator, monkeypatch):
     conversation.restart()
     monkeypatch.setattr(generator, "decode", lambda ids: f"<think>\n他很急\n</think>\n\n{decode(ids)}")
     assert talk(conversation, FIRST.text) == expected
+    assert not any("[" in each.response for each in begin(generator).reply())  # nor is half a label
+    assert not any("think" in each.response for each in conversation.reply(SECOND.text, EMOTION))
     conversation.restart()
     monkeypatch.setattr(generator, "decode", lambda ids: f"<think>\n{decode(ids)}")
     assert last(conversation.reply()).response == "" and conversation.turns == []
