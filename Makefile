@@ -47,8 +47,9 @@ test: lint ## Set up what tests need, then pass them all
 test-fast: $(VENV)/installed-dev ## The fast tests: no training in processes, no browser
 	$(PYTHON) -m pytest -m "not slow and not distributed and not browser"
 
-bench: $(VENV)/installed ## Measure packing beside TRL's own; six minutes on two cores
+bench: $(VENV)/installed ## Measure packing and hybrid models beside TRL's own; a quarter of an hour on two cores
 	$(PYTHON) benchmarks/packing.py
+	$(PYTHON) benchmarks/hybrids.py
 
 bench-gpu: ## Measure training on one CUDA GPU in six minutes; installs nothing: make bench-gpu PYTHON=python3 [WHEELS=DIR]
 	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))

@@ -51,8 +51,10 @@ try:
     import datasets
     import numpy
     import transformers
+    from accelerate.utils import send_to_device
     from measure import (
         EXCHANGES,
+        HYBRID_SHAPE,
         LENGTHS,
         PREFIX,
         SHAPES,
@@ -72,10 +74,18 @@ try:
 
     from csc_train.errors import InputError
     from csc_train.files import digest, file_digest, read_json
+    from csc_train.models.attention.gated_delta_net import (
+        DeltaLevel,
+        build_delta_levels,
+        build_levels,
+        has_fla,
+        prepare_delta_nets,
+        run_levels,
+    )
     from csc_train.models.attention.select import select_attention
     from csc_train.models.attention.varlen import varlen_attention
     from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
-    from csc_train.models.loading import load_model, lora_config
+    from csc_train.models.loading import build_model_config, load_model, lora_config
     from csc_train.models.precision import resolve_precision, weight_dtype
     from csc_train.packing.bin_packing import subset_sum_packing
     from csc_train.packing.collator import PackCollator, run_bounds
@@ -100,6 +110,10 @@ EPOCHS, DIALOGUES = 3, 11_232
 MAX_RECOMPILES = 2
 ERROR_LIMIT = 1e-2
 """Norm of the error over that of the value, against float64: what bf16 stays below and a wrong mask does not."""
+DELTA_ERROR_LIMIT = 3e-2
+"""The same of a gated delta net with bf16 weights, against float32: it is a whole layer with five products."""
+HYBRID = "0.8b"
+"""The name of the hybrid shape."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,11 @@ class Settings:
     """Sizes of the benchmark."""
 
     shapes: dict[str, dict[str, Any]] = field(default_factory=lambda: SHAPES)
+    hybrid: dict[str, Any] = field(default_factory=lambda: HYBRID_SHAPE)
+    hybrid_layers: tuple[int, int] = (4, 8)
+    """Layers of the two models whose waits are compared."""
+    padded: int = 8
+    """Dialogues of TRL's padded batch."""
     max_length: int = 8192
     shortened: int = 1
     """By how much dialogues and prefixes are shortened."""
@@ -126,6 +145,18 @@ _TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "n
          "intermediate_size": 96, "vocab_size": 2100, "max_position_embeddings": 512}  # fmt: skip
 REHEARSAL = Settings(
     shapes={"1.5b": _TINY | {"tie_word_embeddings": True}, "7b": _TINY | {"tie_word_embeddings": False}},
+    hybrid=_TINY
+    | {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    padded=2,
     max_length=512,
     shortened=16,
     dialogues=40,
@@ -232,6 +263,8 @@ def main() -> None:
         },
     )  # fmt: skip
     bench = Bench(report, settings, end)
+    if DEVICE.type == "cuda" and not has_fla():
+        print("hybrid: skipped, flash-linear-attention is not here: give its wheels by --wheels (see README.md)")
     for name, (how, action, needs) in bench.sections().items():
         if name.startswith(tuple(options.sections)):
             report.measure(name, how, action, end, needs)
@@ -267,6 +300,7 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
         self.sides: dict[str, Side] = {}
         """Those of the comparison that is made now."""
+        self.shapes = settings.shapes | {HYBRID: settings.hybrid}
         self.peak = settings.peak or peak_flops(report.settings["device"]) or float("nan")
 
     def sections(self) -> dict[str, tuple[str, Callable[[], None], float]]:
@@ -305,6 +339,14 @@ class Bench:
             variants["alone: 1.5b, compile=off with liger-kernel"] = "1.5b", {"compile": "off", "liger": True}
         for name, (shape, changed) in variants.items():
             found[name] = (ALONE, lambda shape=shape, changed=changed: self.alone(shape, **changed), 20)
+        if DEVICE.type == "cpu" or has_fla():
+            found |= {
+                "hybrid: exactness": (HYBRID_EXACTNESS, self.hybrid_exactness, 30),
+                f"hybrid: steps, {PREFIX} ids": (HYBRID_STEPS, lambda: self.shared_and_plain(HYBRID), 60),
+                "hybrid: layer": (HYBRID_LAYER, self.hybrid_layer, 30),
+                "hybrid: waits": (WAITS, lambda: self.waits(HYBRID, self.settings.hybrid_layers), 40),
+                f"hybrid: TRL, {PREFIX} ids": (HYBRID_STEPS, self.beside_padded_trl, 60),
+            }
         return found
 
     # Attention
@@ -400,6 +442,103 @@ class Bench:
         output = output.transpose(1, 2)
         return [output, *torch.autograd.grad(output, (query, key, value), gradient)]
 
+    # Gated delta nets
+
+    def delta_net(self, dtype: torch.dtype) -> torch.nn.Module:
+        """A gated delta net of the hybrid's dimensions with seeded random weights; its states last for many tokens."""
+        torch.manual_seed(0)
+        architecture = ArchitectureConfig(**self.settings.hybrid | {"num_hidden_layers": 1})
+        config = build_model_config(architecture, self.tokenizer)
+        config.layer_types = ["linear_attention"]
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        layer: Any = model.model.layers[0].linear_attn
+        layer.dt_bias.data.fill_(-4)
+        prepare_delta_nets(layer, kernel="torch" if dtype is torch.float32 or DEVICE.type == "cpu" else "fla")
+        return layer.to(DEVICE, dtype)
+
+    def hybrid_exactness(self) -> None:
+        """Output and gradients of a gated delta net over a row, against each dialogue by itself in float32."""
+        lengths = [each // self.settings.shortened for each in (900, 640, 32, 480)]
+        width = self.settings.hybrid["hidden_size"]
+        for prefix in (0, OWN_PREFIX // self.settings.shortened, PREFIX // self.settings.shortened):
+            pack = [prefix, *lengths] if prefix else lengths
+            levels = build_delta_levels([pack], [prefix])
+            starts = numpy.cumsum([0, *pack])
+            documents = [range(*each) for each in itertools.pairwise(starts.tolist())]
+            alone = [[*documents[0], *each] if prefix and number else each for number, each in enumerate(documents)]
+            hidden, gradient = torch.randn(2, sum(pack), width, device=DEVICE, dtype=DTYPE)
+            rows = [build_levels([[(each, -1)]]) for each in alone]
+            skipped = [len(each) - len(own) for each, own in zip(alone, documents, strict=True)]
+            expected = self.passes(torch.float32, hidden, gradient, rows, skipped)
+            found = self.passes(DTYPE, hidden, gradient, [levels], [0])
+            names = ("output", "hidden states", "in_proj_qkv", "conv1d", "in_proj_a")
+            for name, one, other in zip(names, found, expected, strict=True):
+                error = relative_error(one, other)
+                self.report.add(f"prefix {prefix}: error of {name}", error, most=DELTA_ERROR_LIMIT)
+            wrong = {"as one document": build_delta_levels([[sum(pack)]], [0])}
+            if prefix:
+                wrong["without the prefix's state"] = build_delta_levels([pack], [0])
+            for name, levels in wrong.items():
+                planted = self.passes(DTYPE, hidden, gradient, [levels], [0])
+                errors = [relative_error(one, other) for one, other in zip(planted, expected, strict=True)]
+                self.report.add(f"prefix {prefix}: {name}", max(errors), least=1.5 * DELTA_ERROR_LIMIT)
+        if missed := [name for name, each in self.report.results.items() if each.get("met") is False]:
+            raise RuntimeError(f"{len(missed)} of the errors are not as they must be: {missed[0]}")
+
+    def passes(
+        self,
+        dtype: torch.dtype,
+        hidden: torch.Tensor,
+        gradient: torch.Tensor,
+        rows: list[list[DeltaLevel]],
+        skipped: list[int],
+    ) -> list[torch.Tensor]:
+        """Output of a gated delta net, [tokens, width], and the gradients of hidden states and some weights.
+
+        Args:
+            rows: levels that are run one after the other.
+            skipped: of each of them, the first tokens, whose output is another's.
+        """
+        layer: Any = self.delta_net(dtype)
+        inputs = hidden.to(dtype, copy=True).requires_grad_()
+        operands = [inputs, layer.in_proj_qkv.weight, layer.conv1d.weight, layer.in_proj_a.weight]
+        output = torch.zeros_like(inputs)
+        for levels, first in zip(rows, skipped, strict=True):
+            own = torch.cat([level.token_index for level in levels])[first:].to(DEVICE)
+            output = output.index_add(0, own, run_levels(layer, inputs, on_device(levels))[0][own])
+        return [output.detach(), *torch.autograd.grad(output, operands, gradient.to(dtype))]
+
+    def hybrid_layer(self) -> None:
+        """Time of a gated delta net on a full row, by the kernel and by torch's functions."""
+        actions = {}
+        kernels = {"fla": DTYPE} if DEVICE.type == "cuda" else {}
+        for strategy in ("shared_prefix", "best_fit"):
+            pack = self.packs(HYBRID, PREFIX, strategy)[0]
+            levels = on_device(
+                build_delta_levels([list(map(int, pack["document_lengths"]))], [int(pack["prefix_length"])])
+            )
+            sizes = len(pack["input_ids"]), self.settings.hybrid["hidden_size"]
+            states = torch.randn(2, *sizes, device=DEVICE, dtype=DTYPE)
+            for kernel in (*kernels, "torch"):
+                layer = self.delta_net(DTYPE)
+                prepare_delta_nets(layer, kernel)
+
+                def run(layer=layer, levels=levels, states=states) -> None:
+                    inputs = states[0].clone().requires_grad_()
+                    output, _ = run_levels(layer, inputs, levels)
+                    torch.autograd.grad(output, [inputs, *layer.parameters()], states[1])
+
+                actions[f"{strategy}, {kernel}"] = run
+        taken = side_by_side(actions, self.settings.attention_repeats, warm_up=3)
+        for name, seconds in taken.items():
+            self.report.add(f"{name}: ms", spread(1000 * each for each in seconds))
+        for kernel in (*kernels, "torch"):
+            found = ratios(taken[f"shared_prefix, {kernel}"], taken[f"best_fit, {kernel}"])
+            self.report.add(f"{kernel}: shared / plain", found)
+        for strategy in ("shared_prefix", "best_fit") if kernels else ():
+            found = ratios(taken[f"{strategy}, torch"], taken[f"{strategy}, fla"])
+            self.report.add(f"{strategy}: torch / fla", found)
+
     # The head
 
     def head(self) -> None:
@@ -451,13 +590,13 @@ class Bench:
         """Dialogues of random ids with the lengths of the file behind a prefix."""
         settings = self.settings
         bodies = body_lengths(settings.dialogues, settings.shortened).clip(2 * EXCHANGES)
-        vocabulary = settings.shapes[shape]["vocab_size"]
+        vocabulary = self.shapes[shape]["vocab_size"]
         return random_examples(bodies.tolist(), prefix // settings.shortened, vocabulary)
 
     def model(self, shape: str, attention: str, adapter: AdapterConfig, precision: str, layers: int | None = None):
         """A model of a shape's dimensions with random weights, as recipes/sft.py loads one."""
         changed = {"num_hidden_layers": layers} if layers else {}
-        architecture = ArchitectureConfig(**self.settings.shapes[shape] | changed)
+        architecture = ArchitectureConfig(**self.shapes[shape] | changed)
         config = ModelConfig(init="random", tokenizer=str(SMALL_TOKENIZER), architecture=architecture)
         with DEVICE:
             return load_model(config, self.tokenizer, weight_dtype(precision, adapter.kind), 0, attention)
@@ -485,10 +624,9 @@ class Bench:
         def make(directory: str) -> Trainer:
             config = TrainerConfig(**{"packs_per_step": 1, "max_steps": 10**4, "save_steps": 10**5} | changed)
             packs = self.packs(shape, prefix, strategy)
-            dims = self.settings.shapes[shape]
-            attention = select_attention(
-                "auto", strategy, config.precision, dims["hidden_size"] // dims["num_attention_heads"]
-            )
+            dims = self.shapes[shape]
+            head_dim = dims.get("head_dim") or dims["hidden_size"] // dims["num_attention_heads"]
+            attention = select_attention("auto", strategy, config.precision, head_dim)
             stage = ZeroConfig(zero).resolved(adapter.kind, resolve_precision(config.precision))
             if zero == "auto" and not importlib.util.find_spec("deepspeed"):
                 stage = ZeroConfig("off")
@@ -522,6 +660,8 @@ class Bench:
                 save_strategy="no",
                 **{"activation_checkpointing": recomputed} | options,
             )
+            if not trainer.args.packing:
+                return trainer
             lengths = trainer.train_dataset["seq_lengths"]
             full = [n for n, pack in enumerate(lengths) if sum(pack) >= 0.9 * self.settings.max_length]
             trainer.train_dataset = trainer.train_dataset.select(full)
@@ -538,8 +678,10 @@ class Bench:
         })  # fmt: skip
         goal = 1.45 if shape == "1.5b" else None
         self.report.add("shared prefix / plain packs", ratios(rates["shared prefix"], rates["plain packs"]), least=goal)
-        self.report.add("plain packs: MFU", spread(use["plain packs"]), least=0.45)
-        self.report.add("MFU, shared prefix / plain packs", ratios(use["shared prefix"], use["plain packs"]), least=0.9)
+        goals = (None, None) if shape == HYBRID else (0.45, 0.9)
+        self.report.add("plain packs: MFU", spread(use["plain packs"]), least=goals[0])
+        beside = ratios(use["shared prefix"], use["plain packs"])
+        self.report.add("MFU, shared prefix / plain packs", beside, least=goals[1])
 
     def beside_trl(self, shape: str) -> None:
         """The project's own prompt: ours as shipped, and TRL's packing with the same kernel."""
@@ -559,6 +701,15 @@ class Bench:
             "TRL as it comes": self.theirs(shape, OWN_PREFIX, "sdpa", activation_checkpointing=True),
         })  # fmt: skip
         self.report.add("shared prefix / TRL", ratios(rates["shared prefix"], rates["TRL as it comes"]))
+
+    def beside_padded_trl(self) -> None:
+        """A hybrid: ours as shipped, and TRL's padded batches, which keep documents apart."""
+        size = self.settings.padded
+        rates, _ = self.compare({
+            "shared prefix": self.ours(HYBRID, PREFIX, "shared_prefix", case_adapter(HYBRID)),
+            "TRL, padded": self.theirs(HYBRID, PREFIX, "sdpa", packing=False, per_device_train_batch_size=size),
+        })  # fmt: skip
+        self.report.add("shared prefix / TRL", ratios(rates["shared prefix"], rates["TRL, padded"]))
 
     def compare(self, makers: dict[str, Callable[[str], Trainer]]) -> tuple[dict[str, list], dict[str, list]]:
         """Trained tokens a second and MFU by side and step, in turn, or one side after the other if memory is short."""
@@ -610,20 +761,20 @@ class Bench:
                 add(f"{name}: planned / peak", facts["plan"] / facts["peak"])
         return rates, use
 
-    def waits(self) -> None:
-        """How often a step waits for the GPU, by the difference of four layers and two."""
-        counts = {layers: in_process(lambda layers=layers: self.count_waits(layers)) for layers in (2, 4)}
-        by_layer = (counts[4].total() - counts[2].total()) / 2 / Waits.STEPS
+    def waits(self, shape: str = "1.5b", layers: tuple[int, int] = (2, 4)) -> None:
+        """How often a step waits for the GPU, by the difference of many layers and few."""
+        few, many = (in_process(lambda count=count: self.count_waits(shape, count)) for count in layers)
+        by_layer = (many.total() - few.total()) / (layers[1] - layers[0]) / Waits.STEPS
         self.report.add("waits a layer in a step", by_layer, most=0)
-        self.report.add("waits a step besides", counts[2].total() / Waits.STEPS - 2 * by_layer)
-        places = ", ".join(f"{place} x {number}" for place, number in counts[4].most_common(8))
-        self.report.add(f"where, with four layers in {Waits.STEPS} steps", places or "nowhere")
+        self.report.add("waits a step besides", few.total() / Waits.STEPS - layers[0] * by_layer)
+        places = ", ".join(f"{place} x {number}" for place, number in many.most_common(8))
+        self.report.add(f"where, with {layers[1]} layers in {Waits.STEPS} steps", places or "nowhere")
 
-    def count_waits(self, layers: int) -> Counter[str]:
+    def count_waits(self, shape: str, layers: int) -> Counter[str]:
         """The waits of `Waits.STEPS` steps by place."""
         with tempfile.TemporaryDirectory() as directory:
             settings = {"max_steps": 4, "logging_steps": 4}
-            trainer = self.ours("1.5b", PREFIX, "shared_prefix", case_adapter("1.5b"), layers, **settings)(directory)
+            trainer = self.ours(shape, PREFIX, "shared_prefix", case_adapter(shape), layers, **settings)(directory)
             waits = Waits()
             trainer.add_callback(waits)
             trainer.train()
@@ -764,6 +915,12 @@ def dense_attention(states: list[torch.Tensor], mask: torch.Tensor) -> list[torc
     return [output, *torch.autograd.grad(output, inputs, gradient)]
 
 
+def on_device(levels: list[DeltaLevel]) -> list[DeltaLevel]:
+    """The levels with their tensors on this machine's device."""
+    moved = [send_to_device(level._asdict(), DEVICE) for level in levels]
+    return [DeltaLevel(**each) for each in moved]
+
+
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     return float(((value.double() - expected).norm() / expected.norm()).detach())
@@ -781,7 +938,7 @@ ATTENTION = (
 )
 WAITS = (
     "Warnings of torch.cuda.set_sync_debug_mode between the begin and the end of an optimizer step of our trainer: "
-    "those of four layers less those of two, over two layers and the steps."
+    "those of a model with more layers less those of one with fewer, over the layers between and the steps."
 )
 HEAD = (
     "Loss and gradients of one full shared-prefix row's trained positions, forward and backward pass in turn: bf16 "
@@ -798,6 +955,22 @@ STEPS = (
     "every side. MFU: 6 x weights of linear layers x tokens (LoRA: 4 x, and 6 x adapters), the head's for trained "
     "tokens only, and attention by document, half of a square for causal ones; what is recomputed is not counted. "
     "Planned peak: `estimate_memory` without its reserve; peak: what torch allocated."
+)
+HYBRID_EXACTNESS = (
+    "Output of one gated delta net of Qwen3.5-0.8B's dimensions and gradients of its input and weights: a row of "
+    "documents in bf16, by flash-linear-attention on a GPU, against each document with its prefix alone in float32 by "
+    "torch's functions: norm of the error over that of the value. Behind them, the largest error with the row as one "
+    "document, and with documents that do not continue the prefix, which must be seen."
+)
+HYBRID_LAYER = (
+    "Forward and backward pass of one gated delta net on the first full row of a shared prefix and of plain packs, in "
+    "turn, convolution and projections included; by flash-linear-attention and by torch's functions. A shared row "
+    "trains more dialogues."
+)
+HYBRID_STEPS = (
+    "As the sections of steps, for the text model of Qwen3.5-0.8B trained whole. TRL, padded: SFTTrainer, "
+    "packing=False, batches of random dialogues padded to the longest, sdpa, and in the delta nets the kernels that "
+    "transformers finds."
 )
 PROFILE = (
     f"Share of the GPU's time by kernel family over {ACTIVE} optimizer steps of one shared-prefix pack, by "

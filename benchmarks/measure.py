@@ -61,6 +61,23 @@ SHAPES = {
     },
 }
 """The published dimensions of Qwen2.5."""
+HYBRID_SHAPE = {
+    "model_type": "qwen3_5_text",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "intermediate_size": 3584,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "vocab_size": 248320,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
+}
+"""Those of Qwen3.5-0.8B's text model."""
 
 
 # Dialogues
@@ -124,9 +141,10 @@ def turn_samples(examples: Iterable[TokenizedDialogue]) -> list[TokenizedDialogu
 
 
 def random_model(architecture: dict[str, Any], attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A Qwen2 of these dimensions with seeded random weights, on this machine's device."""
+    """A model of these dimensions (a Qwen2 unless they name another type), with seeded random weights, on this
+    machine's device."""
     transformers.set_seed(0)
-    config = AutoConfig.for_model("qwen2", **architecture)
+    config = AutoConfig.for_model(**{"model_type": "qwen2"} | architecture)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
@@ -161,20 +179,24 @@ def trl_trainer(
     peft_config: Any = None,
     **options: Any,
 ) -> SFTTrainer:
-    """TRL's own trainer with its own packing and collator, one pack a step; `options` are those of `SFTConfig`."""
+    """TRL's own trainer with its own collator and, unless `options` of `SFTConfig` change that, its own packing, one
+    pack a step."""
     rows = [(each.input_ids, numpy.where(each.trained, each.input_ids, IGNORE_INDEX)) for each in examples]
     dataset = datasets.Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [each for _, each in rows]})
+    defaults = {
+        "packing": True,
+        "packing_strategy": "bfd",
+        "per_device_train_batch_size": 1,
+        "activation_checkpointing": False,
+    }
     arguments = SFTConfig(
         output_dir=directory,
-        packing=True,
-        packing_strategy="bfd",
         max_length=max_length,
-        per_device_train_batch_size=1,
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
-        **{"activation_checkpointing": False} | options,
+        **defaults | options,
     )
     tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
     trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
@@ -195,18 +217,19 @@ def full_packs(lengths: Sequence[Sequence[int]], max_length: int) -> Iterator[in
 
 
 class Steps:
-    """Whole optimizer steps of a trainer, ours or TRL's, one pack each: collation, forward, backward, clip, update."""
+    """Whole optimizer steps of a trainer, ours or TRL's: collation, forward, backward, clip, update."""
 
-    def __init__(self, trainer: Trainer, order: Iterable[int]):
+    def __init__(self, trainer: Trainer, order: Iterable[int], size: int = 1):
         """Prepare the trainer; no step is taken yet.
 
         Args:
-            order: which packs of the trainer's dataset, in turn.
+            order: which items of the trainer's dataset, packs or dialogues, in turn.
+            size: how many of them are a step's batch.
         """
-        self.trainer, self.order = trainer, iter(order)
+        self.trainer, self.order, self.size = trainer, iter(order), size
         self.packs = getattr(trainer, "packs", trainer.train_dataset)
         self.taken: list[int] = []
-        """Of each step, its pack."""
+        """The items of all steps."""
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
         self.trained: list[int] = []
         """Of each step, the tokens that were trained."""
@@ -215,8 +238,9 @@ class Steps:
     def __call__(self) -> None:
         """Take one step."""
         trainer = self.trainer
-        self.taken.append(next(self.order))
-        batch = trainer.data_collator([self.packs[self.taken[-1]]])
+        numbers = list(itertools.islice(self.order, self.size))
+        self.taken += numbers
+        batch = trainer.data_collator([self.packs[number] for number in numbers])
         self.trained.append(int((batch["labels"] != IGNORE_INDEX).sum()))
         device = trainer.args.device
         [batch], total = trainer.get_batch_samples(iter([batch]), 1, device)

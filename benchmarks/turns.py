@@ -260,24 +260,30 @@ class _Turns(TrainerCallback):
 
     def _note_batches(self, *arguments, **options):
         batches, total = self._fetch(*arguments, **options)
-        kept = ("labels", "position_ids", "token_and_pair_counts")
+        kept = ("labels", "position_ids", "token_and_pair_counts", "attention_mask")
         self._batches = [{name: each[name] for name in kept if name in each} for each in batches]
         return batches, total
 
     def _work(self) -> tuple[int, int, float]:
-        """Trained tokens, tokens and FLOPs of the step; each row of a batch is one pack."""
+        """Trained tokens, tokens and FLOPs of the step."""
         per_token, per_trained, per_pair = self._flops
         trained, tokens, flops = 0, 0, 0.0
         for batch in self._batches:
             scored = int((batch["labels"] != IGNORE_INDEX).sum())
-            length, pairs = batch.get("token_and_pair_counts") or _plain_counts(batch["position_ids"])
+            length, pairs = batch.get("token_and_pair_counts") or _plain_counts(**batch)
             trained, tokens = trained + scored, tokens + int(length)
             flops += per_token * length + per_trained * scored + per_pair * pairs
         return trained, tokens, float(flops)
 
 
-def _plain_counts(position_ids: torch.Tensor) -> tuple[int, float]:
-    """Tokens of a row, and pairs of tokens as `pack_cost` counts them, from the starts of its documents."""
+def _plain_counts(
+    labels: torch.Tensor, position_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
+) -> tuple[int, float]:
+    """Tokens of a batch, and pairs of tokens as `pack_cost` counts them: of documents that begin where positions do,
+    else of padded rows."""
+    if position_ids is None:
+        lengths = (torch.ones_like(labels) if attention_mask is None else attention_mask).sum(1).cpu()
+        return int(lengths.sum()), float((lengths.double() ** 2).sum())
     positions = position_ids.flatten().cpu()
     ends = torch.cat([(positions == 0).nonzero().flatten(), torch.tensor([len(positions)])])
     return len(positions), float((ends.diff().double() ** 2).sum())

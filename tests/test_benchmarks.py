@@ -323,7 +323,7 @@ def test_trls_packs_by_our_kernel_keep_documents_apart(gpu):
 def test_a_rehearsal_goes_through_its_sections(tmp_path):
     path = tmp_path / "gpu.json"
     # One of each kind: a whole rehearsal repeats them for other models and settings, a minute long.
-    chosen = ("exactness", "attention", "waits", "steps: 7b", "profile: 1.5b", "head", "alone: 1.5b, grad")
+    chosen = ("exactness", "attention", "waits", "steps: 7b", "profile: 1.5b", "head", "alone: 1.5b, grad", "hybrid")
     done = run_script(BENCHMARKS / "gpu.py", "--rehearse", "--output", path, "--sections", *chosen)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     report = read_json(path)
@@ -341,6 +341,26 @@ def test_a_rehearsal_goes_through_its_sections(tmp_path):
     plans = [result(report, f"alone: 1.5b, gradient_checkpointing={mode}", "plain packs: planned peak, GiB")
              for mode in ("off", "selective", "full")]  # fmt: skip
     assert plans == sorted(plans, reverse=True)
+    exact = report["sections"]["hybrid: exactness"]["results"]
+    assert [each["met"] for each in exact.values() if "met" in each] == [True] * (3 * 5 + 5)
+    assert result(report, "hybrid: steps, 568 ids", "shared prefix / plain packs") > 0
+    assert result(report, "hybrid: TRL, 568 ids", "shared prefix / TRL") > 0
+
+
+@pytest.mark.slow
+def test_a_quick_run_of_hybrids_trains_and_evaluates_exactly(tmp_path):
+    path = tmp_path / "hybrids.json"
+    done = run_script(BENCHMARKS / "hybrids.py", "--quick", "--output", path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = read_json(path)
+    assert list(report["sections"]) == ["training", "exactness", "prompt", "cost of a token", "generated context"]
+    assert result(report, "training", "shared prefix / plain packs") > 0
+    assert result(report, "exactness", "shared prefix") < 1e-5
+    assert result(report, "exactness", "position ids alone") > 1e-2
+    assert result(report, "exactness", "TRL packs").startswith("refused")
+    assert result(report, "prompt", "times the prefix was computed") == 1
+    assert result(report, "cost of a token", "delta nets: 240 / 60 tokens") > 0
+    assert result(report, "generated context", "tokens equal") is True
 
 
 @pytest.mark.slow
