@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 
 from csc_train.errors import check_choice
-from csc_train.models.families import ModelDims, get_family, model_dims, training_flops
+from csc_train.models.families import DELTA_CHUNK, LINEAR_ATTENTION, ModelDims, get_family, model_dims, training_flops
 from csc_train.training.config import CHECKPOINTING
 from csc_train.training.loss import CHUNK
 
@@ -58,6 +58,7 @@ class MemoryScenario:
         checkpointing: one of `config.CHECKPOINTING`.
         mask_columns: keys per token in a dense attention mask; 0 without a mask.
         bf16: whether the computation is in bf16; otherwise it is in fp32.
+        delta_kernel: fla or torch, of gated delta nets.
         reduce_bucket: elements of DeepSpeed's gradient bucket.
         live_parameters: limit of the elements that stage 3 keeps gathered.
     """
@@ -73,6 +74,7 @@ class MemoryScenario:
     checkpointing: str = "full"
     mask_columns: int = 0
     bf16: bool = True
+    delta_kernel: str = "fla"
     reduce_bucket: int = 500_000_000
     live_parameters: int = 1_000_000_000
 
@@ -109,9 +111,14 @@ class MemoryScenario:
         return 2 if self.bf16 else 4
 
     @property
+    def autocast(self) -> bool:
+        """Whether products run under autocast."""
+        return self.stage == "off" and self.bf16
+
+    @property
     def cast_by_autocast(self) -> bool:
         """Whether autocast casts fp32 weights to bf16."""
-        return self.stage == "off" and self.bf16 and self.adapter != "qlora"
+        return self.autocast and self.adapter != "qlora"
 
 
 @dataclass(frozen=True)
@@ -210,50 +217,99 @@ def communication_bytes(scenario: MemoryScenario) -> float:
     return bucket
 
 
-def kept_bytes(scenario: MemoryScenario) -> float:
-    """Bytes that one block keeps of one token from its forward to its backward pass.
+def kept_bytes(scenario: MemoryScenario, kind: str) -> float:
+    """Bytes that one layer of a kind keeps of one token from its forward to its backward pass.
 
     With checkpointing its input, of r h bytes (see `layer_bytes`). Selective checkpointing also keeps the outputs of
-    attention and of products: c x (2 q + 2 k + 2 i + 2 h) + 4 n. Those of adapters' first matrices are left out.
+    linear layers and of attention: c q + 4 n. Those of adapters' first matrices are left out. Of a gated delta net in
+    torch it keeps those of its products, in chunks of 64 tokens: c x (2 x 64 m + 3 v + s).
     """
     if scenario.checkpointing == "off":
-        return layer_bytes(scenario)
+        return layer_bytes(scenario, kind)
     dims, c = scenario.dims, scenario.compute
     kept = residual_bytes(scenario) * dims.hidden
     if scenario.checkpointing == "selective":
-        kept += c * 2 * (dims.queries + dims.keys + dims.intermediate + dims.hidden) + 4 * dims.heads
+        kept += c * sum(outputs for _, outputs in dims.linears[kind].values())
+        if kind != LINEAR_ATTENTION:
+            kept += c * dims.queries + 4 * dims.heads
+        elif scenario.delta_kernel == "torch":
+            chunk, _, values, state = delta_widths(scenario)
+            kept += (c if scenario.autocast else 4) * (2 * chunk + 3 * values + state)
     return kept
 
 
-def layer_bytes(scenario: MemoryScenario) -> float:
-    """Bytes that the backward pass of one block needs of one token, kept or recomputed.
+def layer_bytes(scenario: MemoryScenario, kind: str) -> float:
+    """Bytes that the backward pass of one layer of a kind needs of one token, kept or recomputed.
 
     Let h, i, q and k be the widths of hidden states, MLP, queries and keys, and n the number of heads. Let c be the
     bytes of a number in the computation, and r in the residual stream (see `residual_bytes`).
 
-    - Two norms: the input in fp32 and, if the norm is trained, the normalized input: 2 x (4 h + r h).
-    - Inputs of trained q, k, v and gate, up: 2 c h in one copy each, 5 c h if every layer casts for itself. LoRA layers
-      cast to their own dtype, so each keeps a copy: c x (5 h + q + i).
-    - Attention: queries, keys, values, output, and a logarithm per head: c x (2 q + 2 k) + 4 n.
+    - Two norms: the input in fp32 and, if the norm is trained, the normalized input: 2 x (4 h + r h). Qwen3.5's
+      multiply in fp32: r = 4.
+    - Inputs of trained layers: 2 c h in one copy each, c h for each of q, k, v, gate, up if every layer casts for
+      itself. LoRA layers cast to their own dtype, so each keeps a copy of its input.
+    - Attention: queries, keys, values, output, and a logarithm per head: c x (2 q + 2 k) + 4 n. A gated output: its
+      gate and the product, 2 c q, and in fp32 the whole of the wider queries, c q.
     - SwiGLU: gate, its activation, up and their product: 4 c i; 3 c i if a LoRA layer keeps a copy of the last.
     - Norms over heads (Qwen3): fp32 copies, and normalized ones if trained: (4 + c) x (q + k).
+    - A gated delta net instead of attention: `delta_bytes`.
     """
     dims, c = scenario.dims, scenario.compute
     h, i, q, k = dims.hidden, dims.intermediate, dims.queries, dims.keys
     full = scenario.adapter == "full"
     casts = scenario.cast_by_autocast
     r = residual_bytes(scenario)
-    norms = 2 * (4 * h + (r * h if full else 0))
+    normalized = 4 if dims.delta else r
+    norms = 2 * (4 * h + (normalized * h if full else 0))
     inputs = 2 * c * h
     if casts:
-        inputs = c * (5 * h + (0 if full else q + i))
+        leaving = ("o_proj", "out_proj", "down_proj") if full else ()  # their inputs count below
+        inputs = c * sum(inputs for name, (inputs, _) in dims.linears[kind].items() if not name.endswith(leaving))
+    swiglu = c * (4 if full or not casts else 3) * i
+    if kind == LINEAR_ATTENTION:
+        return norms + inputs + delta_bytes(scenario) + swiglu
     attention = c * (2 * q + 2 * k) + 4 * dims.heads
     if scenario.mask_columns:
         # Keys and values are repeated for every query head, and the mask is kept as numbers to add.
         attention = c * 4 * q + 4 * dims.heads + c * scenario.mask_columns
-    swiglu = c * (4 if full or not casts else 3) * i
-    head_norms = (4 + (c if full else 0)) * dims.head_norms
+    if dims.delta:
+        attention += c * q * ((2 if full or not casts else 1) + (c == 4))
+    head_norms = (4 + ((4 if dims.delta else c) if full else 0)) * dims.head_norms
     return norms + inputs + attention + swiglu + head_norms
+
+
+def delta_widths(scenario: MemoryScenario) -> tuple[int, int, int, float]:
+    """Numbers of a gated delta net for one token: pairs in its chunk, keys and values by value head, and state."""
+    delta: Any = scenario.dims.delta
+    keys, heads = delta.value_heads * delta.key_head, delta.value_heads
+    return heads * DELTA_CHUNK, keys, delta.values, keys * delta.value_head / DELTA_CHUNK
+
+
+def delta_bytes(scenario: MemoryScenario) -> float:
+    """Bytes that the backward pass of a gated delta net needs of one token, besides those of its linear layers.
+
+    Let a be the chunk's pairs of one token in all value heads, k and v the widths of keys and values, repeated for all
+    value heads, s that of a state by token, and x that of the convolution.
+
+    - The convolution: its inputs if it is trained, and its outputs in their dtype: c x + c x.
+    - flash-linear-attention keeps normalized queries and keys, not repeated, values and the solved pairs in the dtype
+      of the computation. By its source: it was not measured.
+    - The functions of torch compute in fp32: 20 a + 32 k + 12 v + 4 s, and 16 k more if their inputs are in fp32.
+      Autocast multiplies in bf16: 14 a + 38 k + 12 v + 8 s.
+    - The gated norm: its input, fp32 copies of it and of the gate, and products.
+    """
+    delta: Any = scenario.dims.delta
+    c, full, casts = scenario.compute, scenario.adapter == "full", scenario.cast_by_autocast
+    chunk, keys, values, state = delta_widths(scenario)
+    convolution = delta.channels * ((c + (4 if casts else c)) if full else c)
+    gate = 28 if c == 4 else (20 + 2 * casts if full else 18 - 2 * casts)
+    if scenario.delta_kernel == "fla":
+        rule = c * (2 * delta.keys + values + chunk) + 4 * (3 * delta.value_heads)
+    elif scenario.autocast:
+        rule = 14 * chunk + 38 * keys + 12 * values + 8 * state
+    else:
+        rule = 20 * chunk + (48 if c == 4 else 32) * keys + 12 * values + 4 * state
+    return convolution + rule + gate * values
 
 
 def residual_bytes(scenario: MemoryScenario) -> int:
@@ -281,7 +337,8 @@ def activation_bytes(scenario: MemoryScenario) -> float:
     dims, c, tokens = scenario.dims, scenario.compute, scenario.tokens
     r = residual_bytes(scenario)
     full = scenario.adapter == "full"
-    layer, kept = layer_bytes(scenario) * tokens, kept_bytes(scenario) * tokens
+    layer = max(layer_bytes(scenario, kind) for kind in dims.linears) * tokens
+    kept = sum(kept_bytes(scenario, kind) for kind in dims.layer_types) * tokens
     final = (4 + 2 * r) * dims.hidden * tokens
     mask = tokens * scenario.mask_columns
     casts = 0.0
@@ -306,7 +363,7 @@ def activation_bytes(scenario: MemoryScenario) -> float:
         + ((c + 4) * weight if full else 0)
         + (c * weight if scenario.adapter == "qlora" else 0),
     )
-    return dims.layers * kept + final + mask + max(moments)
+    return kept + final + mask + max(moments)
 
 
 def state_bytes(scenario: MemoryScenario) -> float:
@@ -420,6 +477,7 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
     quantized = getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None)
     adapter = "full" if not hasattr(model, "peft_config") else "qlora" if quantized else "lora"
     plugin, layout = args.deepspeed_plugin, collator.layout
+    asked = any(getattr(each, "kernel", None) == "torch" for each in model.modules())
     return MemoryScenario(
         model_dims(model.config),
         adapter=adapter,
@@ -431,6 +489,7 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
         checkpointing="full" if args.checkpointing == "auto" else args.checkpointing,
         mask_columns={"dense_mask": tokens, "position_ids": tokens // args.per_device_train_batch_size}.get(layout, 0),
         bf16=args.bf16,
+        delta_kernel="torch" if args.device.type == "cpu" or asked else "fla",
     )
 
 
