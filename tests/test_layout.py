@@ -3,12 +3,15 @@
 import json
 import pickle
 import random
+import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import manifest_of, random_dialogue, save_vision_language, small_tokenizer
+from conftest import ROOT, manifest_of, random_dialogue, save_vision_language, small_tokenizer
+from processes import TIMEOUT_S, run_script, start_ranks
 from safetensors.torch import load_file, save_file
 from test_deepspeed import LORA, QLORA, agree, case
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
@@ -18,7 +21,11 @@ from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.export import export
 from csc_train.checkpoints.locate import open_source
 from csc_train.checkpoints.manifest import save_final_model, write_manifest
+from csc_train.data.sample_grammar import generate_sample
 from csc_train.errors import InputError
+from csc_train.inference.config import InferenceConfig
+from csc_train.inference.generator import generate_predictions
+from csc_train.inference.hf import load_generator, read_template
 from csc_train.models.config import ModelConfig
 from csc_train.models.families import get_family
 from csc_train.models.hub import load_causal_lm
@@ -299,3 +306,91 @@ def test_one_process_resumes_what_it_has_saved(folder, on_one, kind):
     """The Trainer leaves out tensors whose names in the file are not those of parameters, and goes on."""
     assert on_one[f"again {kind} off"]["first_step"] == 2
     agree(on_one[f"again {kind} off"], on_one[f"{kind} off"], 1e-6)
+
+
+# The recipes
+
+
+BASE = [
+    "debug=cpu_tiny",
+    "data.sample_dialogues=30",
+    "model.init=pretrained",
+    "model.path=base",
+    "model.tokenizer=null",
+]
+RUN = ["run.directory=run", "run.if_exists=reuse", "zero=zero3", "zero.persistence_threshold=0"]
+CHEAP = ["data.sample_dialogues=16", "validation.num_samples=0", "validation.num_turns=8", "trainer.packs_per_step=2"]
+BEST = [
+    *CHEAP,
+    "trainer.micro_batch_size=1",
+    "trainer.max_steps=4",
+    "trainer.save_steps=1",
+    "trainer.learning_rate=3",
+    "validation.save_best=true",
+]
+
+
+def recipe(name: str, *words: str, cwd: Path, ranks: int = 1) -> str:
+    """Run a recipe to its end; what it printed."""
+    done = run_script(ROOT / "recipes" / f"{name}.py", *words, cwd=cwd, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def killed(template, tmp_path_factory) -> Path:
+    """A directory with a run under ZeRO-3 on two processes, which was killed after a checkpoint and resumed."""
+    directory = tmp_path_factory.mktemp("recipes")
+    save_vision_language(directory / "base", template.tokenizer)
+    ranks = start_ranks(ROOT / "recipes/sft.py", *BASE, *RUN, *BEST, ranks=2, cwd=directory)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (directory / "run/checkpoints/checkpoint-2").exists() and time.monotonic() < deadline:
+        assert {each.poll() for each in ranks} <= {None, 0}, ranks[0].stderr[-3000:]
+        time.sleep(0.02)
+    for each in ranks:
+        each.kill()
+        each.wait()
+    assert not (directory / "run/model").exists()
+    said = recipe("sft", *BASE, *RUN, *BEST, cwd=directory, ranks=2)
+    assert re.search(r"trained [12] steps in ", said) and "visual) are not loaded, and are copied unchanged" in said
+    return directory
+
+
+@pytest.mark.distributed
+def test_a_killed_run_resumes_and_its_best_weights_become_a_model_like_its_base(killed):
+    log = json.loads((killed / "run/metrics.json").read_text())["log"]
+    measured = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    best = min(measured, key=measured.__getitem__)
+    assert len(measured) == 4 and best < 4
+    before, after = tensors(killed / "base"), tensors(killed / "run/model")
+    saved = load_file(killed / f"run/checkpoints/checkpoint-{best}/model.safetensors")
+    assert after.keys() == before.keys()
+    for name, value in after.items():
+        mine = saved.get(name.replace("model.language_model.", "model."))
+        assert torch.equal(value, before[name] if "visual" in name or "mtp" in name else mine), name
+
+
+@pytest.mark.distributed
+def test_it_answers_the_same_in_either_layout_and_chats(killed):
+    said = recipe("export", "source=run/model", "output=text", "layout=text", cwd=killed)
+    assert "largest logit difference 0.0e+00" in said
+    template, _ = read_template(open_source(str(killed / "text")))
+    dialogues = generate_sample(2, seed=5)
+    assert recipe("chat", "checkpoint=text", "dtype=fp32", cwd=killed)
+    replies = {}
+    for name in ("run/model", "text"):
+        generator = load_generator(str(killed / name), template, InferenceConfig(max_new_tokens=6, dtype="fp32"))
+        for context in ("reference", "generated"):
+            predictions = generate_predictions(dialogues, generator, context)
+            replies[name, context] = [(each.dialogue_id, each.turn, each.raw_text) for each in predictions]
+    assert replies["run/model", "reference"] == replies["text", "reference"]
+    assert replies["run/model", "generated"] == replies["text", "generated"]
+    # as `transformers serve` loads it where torchvision is installed
+    whole, limits = AutoModelForMultimodalLM.from_pretrained(killed / "run/model"), {"max_new_tokens": 6}
+    for dialogue, turn, text in replies["text", "reference"][:3]:
+        (history,) = (each.turns[:turn] for each in dialogues if each.id == dialogue)
+        prompt = template.tokenizer.apply_chat_template(
+            template.messages(history), add_generation_prompt=True, return_tensors="pt"
+        )
+        reply = whole.generate(**prompt, do_sample=False, **limits)[0, prompt["input_ids"].shape[1] :]
+        assert template.tokenizer.decode(reply, skip_special_tokens=True) == text
