@@ -300,18 +300,21 @@ class DialogueCache:
             for row, start, end in zip(held, starts, ends, strict=True)
         ]
         positions = torch.tensor(ends, device=device)[:, None] + torch.arange(-width, 0, device=device)
-        padding = positions < torch.tensor(starts, device=device)[:, None]
-        positions = positions.clamp(min=0)
+        places = positions
+        if any(end - start < width for start, end in zip(starts, ends, strict=True)):
+            padding = positions < torch.tensor(starts, device=device)[:, None]
+            places = positions.masked_fill(padding, self._columns - 1)
+            positions = positions.clamp(min=0)
         contiguous = rows == list(range(len(rows)))
-        places = positions.masked_fill(padding, self._columns - 1)
         layout = _ForwardLayout(torch.tensor(rows, device=device), places, max(ends), contiguous)
         for layer in self._attention:
             layer.layout = layout
         hidden = torch.arange(layout.columns, device=device) > positions[:, None, :, None]
         mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=device)
         segments = []
-        for index, (number, row, start, end) in enumerate(zip(rows, held, starts, ends, strict=True)):
-            if self._delta_nets and start < end:
+        spans = zip(rows, held, starts, ends, strict=True) if self._delta_nets else ()
+        for index, (number, row, start, end) in enumerate(spans):
+            if start < end:
                 last, target = (index + 1) * width, 2 * number + 1 + (end > row.prompt_length)
                 segments.append((range(last - end + start, last), row.slots[start], target))
                 # If the model fails, the content of its slot is unknown.
