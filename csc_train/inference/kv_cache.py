@@ -1,5 +1,6 @@
 """Batched greedy decoding with a key-value cache that keeps each dialogue from turn to turn."""
 
+import functools
 import itertools
 import sys
 from collections import defaultdict
@@ -102,14 +103,16 @@ class _StatesLayer(DeltaCacheLayer):
         self._slots: DeltaStates | None = None
 
     def begin(self) -> DeltaStates | None:
-        return self._slots and DeltaStates(*(slots[self.sources.to(slots.device)] for slots in self._slots))
+        return self._slots and DeltaStates(
+            *(slots.index_select(0, self.sources.to(slots.device)) for slots in self._slots)
+        )
 
     def end(self, states: DeltaStates) -> None:
         if self._slots is None:
             self._slots = states
             return
         for slots, new in zip(self._slots, states, strict=True):
-            slots[self.targets.to(slots.device)] = new.to(slots.dtype)
+            slots.index_copy_(0, self.targets.to(slots.device), new.to(slots.dtype))
 
     def resize(self, rows: int, _: int) -> None:
         """Add the slots of new rows."""
@@ -349,8 +352,8 @@ class DialogueCache:
         for layer in self._delta_nets:
             layer.sources, layer.targets = torch.tensor(sources, dtype=torch.long), targets
         parents = itertools.count()
-        level = [(tokens, next(parents) if source >= 0 else -1) for tokens, source, _ in segments]
-        return {"delta_levels": level_inputs(build_levels([level], len(sources)), self._model.device)}
+        level = tuple((tokens, next(parents) if source >= 0 else -1) for tokens, source, _ in segments)
+        return {"delta_levels": _one_level(level, len(sources), self._model.device)}
 
     def _reserve(self, columns: int) -> None:
         """Make room for all rows with this many columns."""
@@ -358,6 +361,11 @@ class DialogueCache:
             self._columns = columns + max(GROWTH, columns // 2)
         for layer in self._cache.layers:
             layer.resize(len(self._rows), self._columns)
+
+
+@functools.lru_cache(maxsize=4)  # the same for one generated token after the other
+def _one_level(level: tuple[tuple[range, int], ...], sources: int, device: torch.device) -> list[dict[str, Any]]:
+    return level_inputs(build_levels([level], sources), device)
 
 
 class RewindableCache(DynamicCache):

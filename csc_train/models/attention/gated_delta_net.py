@@ -50,6 +50,7 @@ class DeltaLevel(NamedTuple):
         blocks: for each number of chunks, int64 [segments, HISTORY + width], `sources` padded on the right by 0.
         order: int64 [S]; the place of each segment in the blocks' order.
         forks: whether a segment continues a state that is not zeros.
+        follows: whether each segment continues the initial state of its own number, so that none is copied.
     """
 
     token_index: Tensor
@@ -61,6 +62,7 @@ class DeltaLevel(NamedTuple):
     blocks: list[Tensor]
     order: Tensor
     forks: bool
+    follows: bool
 
 
 class DeltaStates(NamedTuple):
@@ -136,6 +138,7 @@ def build_levels(levels: Sequence[Sequence[tuple[Sequence[int], int]]], initial_
                 ],
                 order=torch.tensor([number for members in blocks.values() for number in members]).argsort(),
                 forks=any(parent >= 0 for _, parent in level),
+                follows=[parent for _, parent in level] == list(range(initial_states)),
             )
         )
         ends += [row[-HISTORY:] for row in rows]
@@ -264,7 +267,10 @@ def run_levels(
     states = [decay.new_zeros(1, *shape), *([initial.recurrent] if initial else [])]
     places, outputs = [], []
     for number, level in enumerate(levels):
-        started = F.embedding(level.parents, torch.cat(states).flatten(1)).view(-1, *shape) if level.forks else None
+        if initial and level.follows:
+            started = initial.recurrent
+        else:
+            started = F.embedding(level.parents, torch.cat(states).flatten(1)).view(-1, *shape) if level.forks else None
         options: dict[str, Any] = {"output_final_state": keep or number + 1 < len(levels)}
         if fused:
             place, output, state = _run_fused(layer, next(parts), beta, decay, level, started, options)
@@ -274,14 +280,18 @@ def run_levels(
         places.append(place)
         outputs.append(output)
         states.append(state)
-    row = torch.cat(outputs)
-    row = row.new_zeros(1 + len(hidden), *row.shape[1:]).index_copy(0, torch.cat(places), row)[1:]
+    row = _cat(outputs)
+    row = row.new_zeros(1 + len(hidden), *row.shape[1:]).index_copy(0, _cat(places), row)[1:]
     normed = layer.norm(row.flatten(0, 1), z.reshape(-1, layer.head_v_dim)).view(len(hidden), -1)
     kept = None
     if keep:
         inputs = F.embedding(torch.cat([level.tails for level in levels]), sources)
-        kept = DeltaStates(torch.cat(states[1 + len(given) :]), inputs)
+        kept = DeltaStates(_cat(states[1 + len(given) :]), inputs)
     return layer.out_proj(normed), kept
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _run_blocks(layer, parts, first, beta, decay, level, started, options):
@@ -289,7 +299,9 @@ def _run_blocks(layer, parts, first, beta, decay, level, started, options):
     rules = _torch_rules(type(layer))
     beta, decay = (F.pad(each, (0, 0, 1, 0)) for each in (beta, decay))
     begin = [None] * len(level.blocks)
-    if started is not None:
+    if started is not None and len(begin) == 1:
+        begin = [started]
+    elif started is not None:
         begin = started[level.order.argsort()].split([len(block) for block in level.blocks])
     places, outputs, states = [], [], []
     for block, state in zip(level.blocks, begin, strict=True):
@@ -301,6 +313,8 @@ def _run_blocks(layer, parts, first, beta, decay, level, started, options):
         places.append(place.flatten())
         outputs.append(output.flatten(0, 1))
         states.append(state)
+    if len(begin) == 1:
+        return places[0], outputs[0], states[0]
     state = torch.cat(states)[level.order] if options["output_final_state"] else None
     return torch.cat(places), torch.cat(outputs), state
 
