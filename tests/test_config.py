@@ -275,6 +275,12 @@ def refusal(recipe, *overrides):
         ),
         ("evaluate", "evaluation.contexts=[]", "evaluation.contexts=[]: give one or more of reference, generated"),
         ("evaluate", "metrics=model_based", "metrics.bertscore_model is required: give metrics.bertscore_model=..."),
+        (
+            "sft",
+            "model.architecture.rope_parameters={factor: 2}",
+            "model.architecture.rope_parameters: entries are added one by one: "
+            "+model.architecture.rope_parameters.name=value",
+        ),
         ("evaluate", "checkpoint=???", "checkpoint is required: give checkpoint=..."),
         (
             "write_sample",

@@ -211,6 +211,8 @@ def explain_error(error: Exception, recipe: str, groups: list[str], options: Cal
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text):
         full = re.search(r"full_key: (\S+)", text)
         key = match.group(1) if "." in match.group(1) or not full else full.group(1)
+        if "not in" in text and key in known_keys(recipe):  # a mapping
+            return f"{key}: entries are added one by one: +{key}.name=value"
         if "not in" in text:
             return f"unknown key {key!r} for recipe {recipe}.{suggestion(key, [*known_keys(recipe), *groups])}"
     # OmegaConf names a value of a mapping by its last key only; the override has the whole key.
