@@ -7,12 +7,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from test_varlen_attention import make_packs, run_separately
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5ForCausalLM
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from csc_train.errors import InputError
 from csc_train.models.attention import gated_delta_net
 from csc_train.models.attention.gated_delta_net import (
     LeveledDeltaNet,
@@ -21,10 +23,12 @@ from csc_train.models.attention.gated_delta_net import (
     prepare_delta_nets,
     run_levels,
 )
-from csc_train.models.attention.select import collator_layout
+from csc_train.models.attention.select import check_delta_kernel, collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.layers import checkpoint_activations
 from csc_train.packing.collator import PackCollator
+from csc_train.training.compatibility import resolve_compile
+from csc_train.training.leak_check import checked_collator
 
 VOCABULARY = 97
 # (prefix length, body lengths) of each pack in a batch; 64 tokens are a chunk of the recurrence.
@@ -275,7 +279,7 @@ def test_tokens_in_no_segment_get_zeros_and_change_no_other():
 
 
 def stand_in(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, *, cu_seqlens: Any, **options):
-    """flash-linear-attention's `chunk_gated_delta_rule`, as the torch function segment by segment."""
+    """flash-linear-attention's rules, as transformers' torch function segment by segment."""
     assert q.shape[0] == 1 and cu_seqlens.dtype == torch.int32 and options == {"use_qk_l2norm_in_kernel": True}
     assert initial_state is None or len(initial_state) == len(cu_seqlens) - 1
     rule = gated_delta_net._torch_rules(modeling_qwen3_5.Qwen3_5GatedDeltaNet)[0]
@@ -294,14 +298,122 @@ def stand_in(q, k, v, g, beta, scale=None, initial_state=None, output_final_stat
     return torch.cat(outputs, 1), torch.cat(states) if output_final_state else None
 
 
-@pytest.mark.parametrize("shape", list(SHARED | PLAIN))
-def test_the_gpu_path_feeds_its_kernel_the_same_segments(wide, monkeypatch, shape):
-    """The kernel itself runs on GPUs only; a function with its signature takes its place."""
+@pytest.fixture
+def kernels(monkeypatch) -> list[str]:
+    """Functions in the place of flash-linear-attention's, which run on GPUs only; the names of those called."""
+    called = []
     module = type(sys)("fla.ops.gated_delta_rule")
-    module.chunk_gated_delta_rule = stand_in
-    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
+
+    def named(name):
+        return lambda *tensors, **options: called.append(name) or stand_in(*tensors, **options)
+
+    for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
+        setattr(module, name, named(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return called
+
+
+@pytest.mark.parametrize("shape", list(SHARED | PLAIN))
+def test_the_gpu_path_feeds_its_kernel_the_same_segments(wide, kernels, shape):
     model = make_model(dtype=torch.float64)
     prepare_delta_nets(model, "fla")
     packing = "shared_prefix" if shape in SHARED else "best_fit"
     loss, gradient = differences(model, *make_packs((SHARED | PLAIN)[shape]), packing)
     assert loss < 1e-9 and gradient < 1e-9
+    assert set(kernels) == {"chunk_gated_delta_rule"}  # the other one has no backward pass
+
+
+def test_the_gpu_path_decodes_by_the_kernel_for_single_tokens(wide, kernels):
+    layer = next(each for each in make_model(dtype=torch.float64).modules() if isinstance(each, LeveledDeltaNet))
+    hidden = torch.randn(9, 32, dtype=torch.float64)
+    prompts = build_levels([[(range(4), -1), (range(4, 7), -1)]])
+    token = build_levels([[((0,), 0), ((1,), 1)]], 2)
+    found = []
+    for layer.kernel in ("torch", "fla"):
+        with torch.no_grad():
+            states = run_levels(layer, hidden[:7], prompts, keep=True)[1]
+            found.append(run_levels(layer, hidden[7:], token, states, keep=True))
+    assert kernels == ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"]
+    for ours, theirs in zip((found[0][0], *found[0][1]), (found[1][0], *found[1][1]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+# Around the layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("packing", ["shared_prefix", "best_fit"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_leak_check_accepts_the_levels(attention, packing, dtype):
+    checked_collator(make_model(attention), packing, 0, torch.device("cpu"), dtype)
+
+
+def without(change):
+    """A model whose batches are changed on their way into it."""
+
+    class Changed(Qwen3_5ForCausalLM):
+        def forward(self, **inputs):
+            change(inputs)
+            return super().forward(**inputs)
+
+    return Changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [each_level(forget_state), each_level(forget_inputs), lambda batch: batch.pop("delta_levels", None)],
+    ids=["recurrence", "convolution", "no isolation"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_the_leak_check_sees_a_broken_isolation(change, dtype):
+    def changed(batch):
+        if "delta_levels" in batch:
+            change(batch)
+
+    model = without(changed)(make_model().config)
+    with pytest.raises(InputError, match="logits differ from those of separate documents"):
+        checked_collator(model, "shared_prefix", 0, torch.device("cpu"), dtype)
+
+
+def test_a_gpu_without_its_kernel_is_refused_unless_asked_for(monkeypatch):
+    hybrid, plain = {"linear_attention": 3, "full_attention": 1}, {"full_attention": 4}
+    assert check_delta_kernel("auto", hybrid) == "functions of torch"  # a CPU needs none
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_delta_kernel("torch", hybrid)
+    check_delta_kernel("auto", plain)
+    with pytest.raises(InputError, match=r"^model.delta_kernel=auto: flash-linear.* is not installed: .*=torch"):
+        check_delta_kernel("auto", hybrid)
+
+
+def test_the_layers_of_hybrids_are_not_compiled(caplog):
+    hybrid = {"linear_attention": 3, "full_attention": 1}
+    with caplog.at_level("INFO"):
+        assert resolve_compile("auto", "2", VARLEN_ATTENTION, "cuda", hybrid) == "off"
+    assert "note: the layers are not compiled with gated delta nets" in caplog.text
+    with pytest.raises(InputError, match=r"trainer.compile=layers with gated delta nets.*set trainer.compile=off"):
+        resolve_compile("layers", "2", VARLEN_ATTENTION, "cuda", hybrid)
+
+
+def test_a_convolution_of_another_width():
+    with pytest.raises(InputError, match="linear_conv_kernel_dim=5: a gated delta net may convolve at most 4"):
+        make_model(linear_conv_kernel_dim=5)
+    loss, gradient = differences(
+        make_model(linear_conv_kernel_dim=2, initializer_range=0.1), *make_packs(SHARED["one-prefix"]), "shared_prefix"
+    )
+    assert loss < 1e-6 and gradient < 1e-5
+
+
+def test_a_layer_with_hooks_of_accelerate_runs_the_levels():
+    """accelerate, which spreads a model over GPUs, calls the forward pass that a layer had before."""
+    model = make_model()
+    packs, _ = make_packs(SHARED["one-prefix"])
+    expected = run_packed(model, packs, "shared_prefix")[0]
+    for module in model.modules():
+        if isinstance(module, LeveledDeltaNet):
+            gated_delta_net._change_class(module, modeling_qwen3_5.Qwen3_5GatedDeltaNet)
+            gated_delta_net._change_class(module.conv1d, nn.Conv1d)
+            add_hook_to_module(module, ModelHook())
+            add_hook_to_module(module.conv1d, ModelHook())
+    assert run_packed(model, packs, "shared_prefix")[0].item() != pytest.approx(expected.item(), rel=1e-5)
+    prepare_delta_nets(model)
+    assert run_packed(model, packs, "shared_prefix")[0] == expected

@@ -69,7 +69,7 @@ class ArchitectureConfig:
         check_fields(prefix, self, "vocab_size", "max_position_embeddings", low=1, high=10**7)
         check_fields(prefix, self, "linear_num_key_heads", "linear_num_value_heads", low=1, high=10**7)
         check_fields(prefix, self, "linear_key_head_dim", "linear_value_head_dim", low=1, high=10**7)
-        check_fields(prefix, self, "linear_conv_kernel_dim", low=1, high=10**7)
+        check_fields(prefix, self, "linear_conv_kernel_dim", low=1, high=4)
         check_fields(prefix, self, "layer_types", choices=("full_attention", "linear_attention"))
         check_fields(prefix, self, "rms_norm_eps", low=0, high=1)
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from csc_train.errors import InputError
+
 DELTA_NETS = ("Qwen3_5GatedDeltaNet",)
 """The classes of transformers whose layers can run level by level."""
 
 HISTORY = 3
-"""Inputs before a token that its convolution, of width 4, sees."""
+"""Inputs before a token that its convolution, of width 4 in all published models, sees."""
 
 _CHUNK = 64
 """Tokens that the kernels compute together: segments of equally many chunks share a block."""
@@ -173,10 +175,14 @@ def prepare_delta_nets(model: nn.Module, kernel: str | None = None) -> bool:
 
     Returns:
         Whether the model has such layers.
+
+    Raises:
+        InputError: they see further back than `HISTORY`.
     """
     found = False
     for module in list(model.modules()):
         if type(module).__name__ in DELTA_NETS:
+            _check_width(module)
             _change_class(module, _leveled(type(module)))
             _change_class(module.conv1d, ShiftedConv)
         if isinstance(module, LeveledDeltaNet):
@@ -204,9 +210,9 @@ class ShiftedConv(nn.Conv1d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """From inputs [n + HISTORY, C], the outputs [n, C] before the activation: row i sees the inputs from i on."""
-        size = len(inputs) - HISTORY
-        total: Any = sum(inputs[shift : shift + size] * tap for shift, tap in enumerate(self.weight[:, 0].T))
-        return total if self.bias is None else total + self.bias
+        size, taps = len(inputs) - HISTORY, self.weight[:, 0].T
+        first = HISTORY + 1 - len(taps)
+        return sum(inputs[shift : shift + size] * tap for shift, tap in enumerate(taps, first))  # pyright: ignore
 
 
 class LeveledDeltaNet(nn.Module):
@@ -260,7 +266,8 @@ def run_levels(
     sources = torch.cat([qkv.new_zeros(1, qkv.shape[1]), *given, qkv])
     segments = [[level.sources] if fused else level.blocks for level in levels]
     index = torch.cat([rows.flatten() for level in segments for rows in level])
-    mixed = F.silu(layer.conv1d(F.embedding(F.pad(index, (0, HISTORY)), sources))).to(qkv.dtype)
+    activate = sys.modules[type(layer).__module__].ACT2FN[layer.activation]
+    mixed = activate(layer.conv1d(F.embedding(F.pad(index, (0, HISTORY)), sources))).to(qkv.dtype)
     parts = iter(mixed.split([rows.numel() for level in segments for rows in level]))
     # The recurrence, level by level
     shape = (layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
@@ -309,7 +316,8 @@ def _run_blocks(layer, parts, first, beta, decay, level, started, options):
         gates = {"g": F.embedding(place, decay), "beta": F.embedding(place, beta)}
         mixed = next(parts).view(*block.shape, -1)[:, :-HISTORY]
         rule = rules[place.shape[1] == 1]
-        output, state = rule(*_heads(layer, mixed), **gates, **options, initial_state=state, **_NORMALIZED)
+        with torch.autocast(mixed.device.type, enabled=False):  # the rule computes in float32
+            output, state = rule(*_heads(layer, mixed), **gates, **options, initial_state=state, **_NORMALIZED)
         places.append(place.flatten())
         outputs.append(output.flatten(0, 1))
         states.append(state)
@@ -320,13 +328,16 @@ def _run_blocks(layer, parts, first, beta, decay, level, started, options):
 
 
 def _run_fused(layer, part, beta, decay, level, started, options):
-    """Run a level by flash-linear-attention, whose kernel takes segments of different lengths."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
-
-    gates = {"g": decay[level.token_index][None], "beta": beta[level.token_index][None]}
+    """Run a level by flash-linear-attention, whose kernels take segments of different lengths."""
+    decoding = not torch.is_grad_enabled() and len(level.token_index) == len(level.parents)
+    rule = getattr(
+        importlib.import_module("fla.ops.gated_delta_rule"),
+        "fused_recurrent_gated_delta_rule" if decoding else "chunk_gated_delta_rule",
+    )
+    gates = {name: each.index_select(0, level.token_index)[None] for name, each in (("g", decay), ("beta", beta))}
     mixed = part.index_select(0, level.own)[None]
     options = options | {"initial_state": started, "cu_seqlens": level.cu_seqlens}
-    output, state = chunk_gated_delta_rule(*_heads(layer, mixed), **gates, **options, **_NORMALIZED)
+    output, state = rule(*_heads(layer, mixed), **gates, **options, **_NORMALIZED)
     return level.token_index + 1, output[0], state
 
 
@@ -338,6 +349,14 @@ def _heads(layer: Any, mixed: Tensor) -> list[Tensor]:
     parts = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     sizes = (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)
     return [part.unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _check_width(layer: Any) -> None:
+    if layer.conv_kernel_size > HISTORY + 1:
+        raise InputError(
+            f"linear_conv_kernel_dim={layer.conv_kernel_size}: a gated delta net may convolve at most {HISTORY + 1} "
+            "tokens: take another model"
+        )
 
 
 def _change_class(module: Any, kind: type[nn.Module]) -> None:

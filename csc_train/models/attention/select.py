@@ -8,7 +8,6 @@ import torch
 from transformers import AttentionInterface
 
 from csc_train.errors import InputError
-from csc_train.models.attention.gated_delta_net import has_fla
 from csc_train.models.attention.varlen import VARLEN_ATTENTION, varlen_attention
 from csc_train.models.families import LINEAR_ATTENTION, get_family
 from csc_train.models.precision import resolve_dtype
@@ -79,12 +78,13 @@ def check_delta_kernel(name: str, layer_kinds: Collection[str], device: str | No
         return "none in this model"
     if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu" or name == "torch":
         return "functions of torch"
-    if not has_fla():
+    try:
+        return f"flash-linear-attention {importlib.metadata.version('flash-linear-attention')}"
+    except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
             "model.delta_kernel=auto: flash-linear-attention, the GPU's kernel of gated delta nets, is not installed: "
             "run pip install flash-linear-attention, or set model.delta_kernel=torch, which is much slower"
-        )
-    return f"flash-linear-attention {importlib.metadata.version('flash-linear-attention')}"
+        ) from error
 
 
 def kernel_refusal(dtype: torch.dtype, head_dim: int | None = None) -> str | None:
