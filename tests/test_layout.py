@@ -122,6 +122,10 @@ def _without(name: str):
     return make
 
 
+def _llava(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "llava", "text_config": {"model_type": "llama"}}')
+
+
 def _pickled(directory: Path) -> None:
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
@@ -138,6 +142,7 @@ def _pickled(directory: Path) -> None:
             _without("model.language_model.layers.0.linear_attn.A_log"),
             r"model.layers.0.linear_attn.A_log is missing from the files \(tensors like it: 1\)",
         ),
+        (_llava, "of model_type llava, of which no part is trained alone; choose a model of class LlamaForCausalLM"),
         (_pickled, r"pytorch_model.bin: no safetensors, as a vision-language model needs: convert it"),
     ],
 )
@@ -221,7 +226,11 @@ def test_a_checkpoint_is_exported_in_the_layout_of_its_base(folder, template, on
     assert all(torch.equal(before[name], after[name]) for name in before if "language_model" not in name)
     assert not torch.equal(before[UP], after[UP])
     whole, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert not any(info.values()) and torch.equal(logits(whole), logits(load_causal_lm(str(tmp_path / "model"))))
+    merged = load_causal_lm(str(tmp_path / "model"))
+    assert not any(info.values()) and torch.equal(logits(whole), logits(merged))
+    if kind == "lora":  # an adapter alone is that of the text model
+        export(open_source(str(folder / run)), ExportConfig(output=str(tmp_path / "adapter"), format="adapter"))
+        assert torch.allclose(logits(load_causal_lm(str(tmp_path / "adapter"))), logits(merged), atol=1e-5)
 
 
 def test_the_gates_and_the_convolution_stay_out_of_4_bits(template, tmp_path):

@@ -159,10 +159,16 @@ def _inspect_files(found: InspectedModel, directory: Path) -> None:
             )
     with hub_errors(str(directory), "config.json", (Exception,)):
         config: Any = read_model_config(str(directory))
-    expected = get_family(config.model_type).causal_lm_class
+    family, whole = get_family(config.model_type), read_json(directory / "config.json")
+    expected = family.causal_lm_class
     if is_vision_language(directory):
+        if whole["model_type"] != family.outer_model_type:
+            raise InputError(
+                f"its config.json is of model_type {whole['model_type']}, of which no part is trained alone; choose a "
+                f"model of class {expected}"
+            )
         expected = expected.replace("ForCausalLM", "ForConditionalGeneration")
-    classes = read_json(directory / "config.json").get("architectures") or [expected]
+    classes = whole.get("architectures") or [expected]
     if expected not in classes:
         raise InputError(f"its config.json names {classes[0]}; choose a model of class {expected}")
     model_dims(config)  # refuses unknown kinds of layers, in fewer words than what follows
