@@ -140,6 +140,8 @@ def _model_errors() -> Iterator[None]:
     """Turn any error of a model that is built, or passed through, on the meta device into an InputError."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # of many kinds, by what is wrong
         raise InputError(f"these dimensions make no model ({' '.join(str(error).split())}): correct them") from error
 
@@ -171,7 +173,8 @@ def _inspect_files(found: InspectedModel, directory: Path) -> None:
     classes = whole.get("architectures") or [expected]
     if expected not in classes:
         raise InputError(f"its config.json names {classes[0]}; choose a model of class {expected}")
-    model_dims(config)  # refuses unknown kinds of layers, in fewer words than what follows
+    with _model_errors():
+        model_dims(config)  # refuses unknown kinds of layers, in fewer words than what follows
     if found.refusals:
         return
     if config.tie_word_embeddings and has_own_head(directory):
