@@ -143,7 +143,10 @@ def save_vision_language(directory: Path, tokenizer: PreTrainedTokenizerBase, ti
     """
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration  # takes time
 
-    text = tiny_config("qwen3_5_text", tokenizer, 0.1, head_dim=8, **facts)
+    rotary = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    rotary |= {"mrope_interleaved": True, "mrope_section": [1, 1, 0]}
+    for_servers = {"mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1, "attn_output_gate": True}
+    text = tiny_config("qwen3_5_text", tokenizer, 0.1, head_dim=16, rope_parameters=rotary, **for_servers, **facts)
     text.tie_word_embeddings = tied
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
     torch.manual_seed(0)
