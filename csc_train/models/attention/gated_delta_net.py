@@ -314,10 +314,12 @@ def _run_blocks(layer, parts, first, beta, decay, level, started, options):
     for block, state in zip(level.blocks, begin, strict=True):
         place = (block[:, HISTORY:] - first).clamp(min=0)
         gates = {"g": F.embedding(place, decay), "beta": F.embedding(place, beta)}
-        mixed = next(parts).view(*block.shape, -1)[:, :-HISTORY]
+        query, key, value = _heads(layer, next(parts).view(*block.shape, -1)[:, :-HISTORY])
+        # Key heads are repeated for the value heads that share them, which not all versions of the rules do.
+        query, key = (each.repeat_interleave(value.shape[2] // key.shape[2], dim=2) for each in (query, key))
         rule = rules[place.shape[1] == 1]
-        with torch.autocast(mixed.device.type, enabled=False):  # the rule computes in float32
-            output, state = rule(*_heads(layer, mixed), **gates, **options, initial_state=state, **_NORMALIZED)
+        with torch.autocast(value.device.type, enabled=False):  # the rule computes in float32
+            output, state = rule(query, key, value, **gates, **options, initial_state=state, **_NORMALIZED)
         places.append(place.flatten())
         outputs.append(output.flatten(0, 1))
         states.append(state)
