@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from workers.loss_curve import train_all
 
 from csc_train.checkpoints.config import ExportConfig
-from csc_train.checkpoints.export import export
+from csc_train.checkpoints.export import TOLERANCE, export
 from csc_train.checkpoints.locate import open_source
 from csc_train.checkpoints.manifest import save_final_model, write_manifest
 from csc_train.data.sample_grammar import generate_sample
@@ -220,7 +220,7 @@ def test_a_checkpoint_is_exported_in_the_layout_of_its_base(folder, template, on
     write_manifest(folder / run, manifest_of(template, base_model=str(base), config=config))
     merge_into = "dequantized" if kind == "qlora" else None
     settings = ExportConfig(output=str(tmp_path / "model"), merge_into=merge_into)
-    assert export(open_source(str(folder / run)), settings) < 1e-5
+    assert export(open_source(str(folder / run)), settings) < TOLERANCE[torch.float32]
     before, after = tensors(base), tensors(tmp_path / "model")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if "language_model" not in name)
@@ -230,7 +230,7 @@ def test_a_checkpoint_is_exported_in_the_layout_of_its_base(folder, template, on
     assert not any(info.values()) and torch.equal(logits(whole), logits(merged))
     if kind == "lora":  # an adapter alone is that of the text model
         export(open_source(str(folder / run)), ExportConfig(output=str(tmp_path / "adapter"), format="adapter"))
-        assert torch.allclose(logits(load_causal_lm(str(tmp_path / "adapter"))), logits(merged), atol=1e-5)
+        assert torch.allclose(logits(load_causal_lm(str(tmp_path / "adapter"))), logits(merged), atol=1e-4)
 
 
 def test_the_gates_and_the_convolution_stay_out_of_4_bits(template, tmp_path):
@@ -247,7 +247,7 @@ def test_the_gates_and_the_convolution_stay_out_of_4_bits(template, tmp_path):
 
 PAIRS = {f"{kind} {stage}": {"full": {}, "lora": LORA}[kind] for kind in ("full", "lora") for stage in ("2", "3")}
 """Full fine-tuning and LoRA under ZeRO-2 and ZeRO-3."""
-NEAR = {"full": 1e-5, "lora": 1e-4}
+NEAR = {"full": 3e-5, "lora": 1e-4}
 """Allowed differences; the adapters' learning rate is high, and Adam's first steps are as long for any gradient."""
 SETTINGS = {"packs": "single", "epochs": 1}
 
