@@ -32,10 +32,10 @@ def continued(model, prompt):
     return ids[len(prompt) :]
 
 
-def ended(model, rounds=12, rows=5, seed=0):
+def ended(model, rounds=12, rows=5, seed=0, **limits):
     """(prompt, reply) pairs of dialogues that grow, are cut back, restart, and have two prompts at a time."""
     rng = random.Random(seed)
-    cache = DialogueCache(model, PREFIX, STOPS, MOST)
+    cache = DialogueCache(model, PREFIX, STOPS, MOST, **limits)
     said = {name: list(PREFIX) for name in "abcdefg"}
     asked, found = {}, []
 
@@ -74,6 +74,13 @@ def test_tokens_are_those_without_a_cache(architecture, attention):
     # Otherwise the model says the same whatever is asked, or no row waits for another.
     assert len({tuple(ids) for _, ids in found}) > len(found) / 2
     assert len({len(ids) for _, ids in found}) > 3
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3_5_text"])
+def test_a_prompt_may_take_several_forward_passes(architecture):
+    model = model_of(architecture)
+    found = ended(model, rounds=6, max_width=7)
+    assert [ids for _, ids in found] == [continued(model, prompt) for prompt, _ in found] != []
 
 
 def test_wrong_masks_and_copies_change_the_tokens(monkeypatch):

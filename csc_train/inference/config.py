@@ -18,7 +18,7 @@ class InferenceConfig:
     _group: ClassVar[str] = "evaluation"
 
     batch_size: int = 32
-    """Prompts in a batch of a local model."""
+    """Prompts in a batch of a local model. Of each, a model with gated delta nets keeps two states."""
     max_batch_length: int = 4096
     """Maximum tokens of a prompt in a batch, so that one long turn does not decide the memory of all. A longer prompt
     runs alone, by forward passes of that many tokens."""

@@ -38,7 +38,7 @@ _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 class HFGenerator:
     """A model that `from_pretrained` loads, with a dialogue template.
 
-    The key-value cache of a dialogue is kept from turn to turn (see `DialogueCache`). After all replies, one forward
+    The cache of a dialogue is kept from turn to turn (see `DialogueCache`). After all replies, one forward
     pass per dialogue computes likelihoods, rounded to four decimals: those of the 12 strategies if the model chooses
     strategies, and in reference context those of the reference turns. They do not depend on other dialogues.
 
