@@ -15,6 +15,7 @@ Shape suffixes: T tokens of the row, S segments, H value heads, K and V head dim
 import functools
 import importlib.util
 import inspect
+import logging
 import sys
 import types
 from collections.abc import Iterable, Sequence
@@ -180,6 +181,7 @@ def prepare_delta_nets(model: nn.Module, kernel: str | None = None) -> bool:
         InputError: they see further back than `HISTORY`.
     """
     found = False
+    logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_news)
     for module in list(model.modules()):
         if type(module).__name__ in DELTA_NETS:
             _check_width(module)
@@ -351,6 +353,11 @@ def _heads(layer: Any, mixed: Tensor) -> list[Tensor]:
     parts = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     sizes = (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)
     return [part.unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not the advice to install kernels: `delta_kernel` says which there must be, and a CPU has none."""
+    return "falling back to its reference" not in record.getMessage()
 
 
 def _check_width(layer: Any) -> None:
