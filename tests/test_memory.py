@@ -177,11 +177,8 @@ class Alive(TorchDispatchMode):
         return made
 
 
-def one_document(model, tokens: int) -> dict:
-    """What a hybrid gets for a row of one document; others need nothing."""
-    prepare_delta_nets(model)
-    if model.config.model_type != HYBRID:
-        return {}
+def one_document(tokens: int) -> dict:
+    """What a hybrid gets for a row of one document."""
     metadata, _ = build_varlen_metadata([[tokens]], [0])
     levels = [level._asdict() for level in build_delta_levels([[tokens]], [0])]
     return {"delta_levels": levels, "varlen_metadata": metadata._asdict()}
@@ -191,8 +188,10 @@ def kept_by_blocks(model, tokens: int, autocast: bool) -> int:
     """Bytes that a forward pass of the blocks keeps for the backward pass, weights aside, shared storages once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     ids = torch.arange(tokens)[None] % VOCABULARY
+    prepare_delta_nets(model)
+    inputs = one_document(tokens) if model.config.model_type == HYBRID else {}
     with Alive() as alive, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = model.get_decoder().train()(input_ids=ids, use_cache=False, **one_document(model, tokens))
+        output = model.get_decoder().train()(input_ids=ids, use_cache=False, **inputs)
     kept = sum(storage.nbytes() for storage in alive.storages if storage.data_ptr() not in own)
     assert output.last_hidden_state.requires_grad
     return kept
@@ -240,7 +239,12 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "checkpointing"),
-    [*(("qwen2_5_7b", mode) for mode in CHECKPOINTING), ("qwen3_4b_instruct_2507", "full")],
+    [
+        *(("qwen2_5_7b", mode) for mode in CHECKPOINTING),
+        ("qwen3_4b_instruct_2507", "full"),
+        ("qwen3_5_4b", "off"),
+        ("qwen3_5_4b", "full"),
+    ],
 )
 def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, model, checkpointing):
     """Two steps of two forward passes on tensors without data, whose sizes PyTorch follows, at a published width."""
@@ -248,9 +252,13 @@ def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, model, chec
     monkeypatch.setattr(loss, "CHUNK_CPU", loss.CHUNK)
     monkeypatch.setattr(loss, "_add_product", lambda *_: None)
     architecture = replace(architecture_of(model), num_hidden_layers=2)
-    tokens = 8192
+    tokens, levels = 8192, {}
+    if "qwen3_5" in model:  # fewer chunks, which transformers computes one by one, and a head that leaves them the peak
+        architecture, tokens = replace(architecture, layer_types=[LINEAR, FULL], vocab_size=8000), 1024
+        levels = {"delta_levels": one_document(tokens)["delta_levels"]}
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(build_model_config(architecture, None), attn_implementation="sdpa")
+        prepare_delta_nets(model)
         checkpoint_activations(model, checkpointing)
         loss.add_loss_head(model)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -263,14 +271,17 @@ def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, model, chec
                 for _ in range(2):
                     tracker.reset_mod_stats()
                     with torch.autocast("cpu", torch.bfloat16):
-                        out = model(input_ids=ids, position_ids=positions, use_cache=False, **head)
+                        out = model(input_ids=ids, position_ids=positions, use_cache=False, **head, **levels)
                     out.loss.backward()
                     del out
                 optimizer.step()
                 optimizer.zero_grad()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
-    setting = MemoryScenario(model_dims(architecture), tokens=tokens, checkpointing=checkpointing)
-    assert estimate_memory(setting).allocated == pytest.approx(peak["Total"], rel=0.03)
+    dims = model_dims(architecture)
+    setting = MemoryScenario(dims, tokens=tokens, checkpointing=checkpointing, delta_kernel="torch")
+    planned = estimate_memory(setting).allocated
+    assert planned == pytest.approx(peak["Total"], rel=0.05 if dims.delta else 0.03)
+    assert planned > peak["Total"] or not dims.delta  # of what a delta net recomputes, some is free before its peak
 
 
 def test_sharding_more_never_takes_more_and_activations_grow_with_the_tokens(seven):

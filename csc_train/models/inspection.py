@@ -45,7 +45,7 @@ class InspectedModel:
             files stay as they are.
         refusals: why it cannot be trained, in one line each, with what to do.
         model: without weights, on the meta device; None after a refusal.
-        dims: its dimensions; None after a refusal.
+        dims: its dimensions, if its configuration tells them.
     """
 
     place: str

@@ -111,14 +111,9 @@ class MemoryScenario:
         return 2 if self.bf16 else 4
 
     @property
-    def autocast(self) -> bool:
-        """Whether products run under autocast."""
-        return self.stage == "off" and self.bf16
-
-    @property
     def cast_by_autocast(self) -> bool:
         """Whether autocast casts fp32 weights to bf16."""
-        return self.autocast and self.adapter != "qlora"
+        return self.stage == "off" and self.bf16 and self.adapter != "qlora"
 
 
 @dataclass(frozen=True)
@@ -222,7 +217,7 @@ def kept_bytes(scenario: MemoryScenario, kind: str) -> float:
 
     With checkpointing its input, of r h bytes (see `layer_bytes`). Selective checkpointing also keeps the outputs of
     linear layers and of attention: c q + 4 n. Those of adapters' first matrices are left out. Of a gated delta net in
-    torch it keeps those of its products, in chunks of 64 tokens: c x (2 x 64 m + 3 v + s).
+    torch it keeps those of its products: 4 x (2 a + 3 v + s).
     """
     if scenario.checkpointing == "off":
         return layer_bytes(scenario, kind)
@@ -234,7 +229,7 @@ def kept_bytes(scenario: MemoryScenario, kind: str) -> float:
             kept += c * dims.queries + 4 * dims.heads
         elif scenario.delta_kernel == "torch":
             chunk, _, values, state = delta_widths(scenario)
-            kept += (c if scenario.autocast else 4) * (2 * chunk + 3 * values + state)
+            kept += 4 * (2 * chunk + 3 * values + state)
     return kept
 
 
@@ -295,7 +290,6 @@ def delta_bytes(scenario: MemoryScenario) -> float:
     - flash-linear-attention keeps normalized queries and keys, not repeated, values and the solved pairs in the dtype
       of the computation. By its source: it was not measured.
     - The functions of torch compute in fp32: 20 a + 32 k + 12 v + 4 s, and 16 k more if their inputs are in fp32.
-      Autocast multiplies in bf16: 14 a + 38 k + 12 v + 8 s.
     - The gated norm: its input, fp32 copies of it and of the gate, and products.
     """
     delta: Any = scenario.dims.delta
@@ -305,8 +299,6 @@ def delta_bytes(scenario: MemoryScenario) -> float:
     gate = 28 if c == 4 else (20 + 2 * casts if full else 18 - 2 * casts)
     if scenario.delta_kernel == "fla":
         rule = c * (2 * delta.keys + values + chunk) + 4 * (3 * delta.value_heads)
-    elif scenario.autocast:
-        rule = 14 * chunk + 38 * keys + 12 * values + 8 * state
     else:
         rule = 20 * chunk + (48 if c == 4 else 32) * keys + 12 * values + 4 * state
     return convolution + rule + gate * values
@@ -337,7 +329,7 @@ def activation_bytes(scenario: MemoryScenario) -> float:
     dims, c, tokens = scenario.dims, scenario.compute, scenario.tokens
     r = residual_bytes(scenario)
     full = scenario.adapter == "full"
-    layer = max(layer_bytes(scenario, kind) for kind in dims.linears) * tokens
+    layer = max(layer_bytes(scenario, kind) for kind in dims.layer_kinds) * tokens
     kept = sum(kept_bytes(scenario, kind) for kind in dims.layer_types) * tokens
     final = (4 + 2 * r) * dims.hidden * tokens
     mask = tokens * scenario.mask_columns
