@@ -323,7 +323,8 @@ def test_trls_packs_by_our_kernel_keep_documents_apart(gpu):
 def test_a_rehearsal_goes_through_its_sections(tmp_path):
     path = tmp_path / "gpu.json"
     # One of each kind: a whole rehearsal repeats them for other models and settings, a minute long.
-    chosen = ("exactness", "attention", "waits", "steps: 7b", "profile: 1.5b", "head", "alone: 1.5b, grad", "hybrid")
+    chosen = ("exactness", "attention", "waits", "steps: 7b", "profile: 1.5b", "head", "alone: 1.5b, grad")
+    chosen += ("hybrid: exactness", "hybrid: layer", "hybrid: TRL")
     done = run_script(BENCHMARKS / "gpu.py", "--rehearse", "--output", path, "--sections", *chosen)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     report = read_json(path)
@@ -343,7 +344,7 @@ def test_a_rehearsal_goes_through_its_sections(tmp_path):
     assert plans == sorted(plans, reverse=True)
     exact = report["sections"]["hybrid: exactness"]["results"]
     assert [each["met"] for each in exact.values() if "met" in each] == [True] * (3 * 5 + 5)
-    assert result(report, "hybrid: steps, 568 ids", "shared prefix / plain packs") > 0
+    assert result(report, "hybrid: layer", "torch: shared / plain") > 0
     assert result(report, "hybrid: TRL, 568 ids", "shared prefix / TRL") > 0
 
 
