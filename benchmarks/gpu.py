@@ -447,7 +447,8 @@ class Bench:
     def delta_net(self, dtype: torch.dtype) -> torch.nn.Module:
         """A gated delta net of the hybrid's dimensions with seeded random weights; its states last for many tokens."""
         torch.manual_seed(0)
-        architecture = ArchitectureConfig(**self.settings.hybrid | {"num_hidden_layers": 1})
+        changed = {"num_hidden_layers": 1, "vocab_size": len(self.tokenizer)}
+        architecture = ArchitectureConfig(**self.settings.hybrid | changed)
         config = build_model_config(architecture, self.tokenizer)
         config.layer_types = ["linear_attention"]
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
