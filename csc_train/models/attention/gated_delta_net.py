@@ -35,6 +35,8 @@ HISTORY = 3
 
 _CHUNK = 64
 """Tokens that the kernels compute together: segments of equally many chunks share a block."""
+_FEW = 8
+"""Segments of at most this many tokens, such as labels, are cheaper token by token than as a chunk."""
 
 
 class DeltaLevel(NamedTuple):
@@ -50,7 +52,8 @@ class DeltaLevel(NamedTuple):
         sources: int64 [tokens + S x HISTORY]; the source rows of each segment's history and tokens.
         own: int64 [tokens]; the places of the tokens among those, less `HISTORY`.
         tails: int64 [S, HISTORY]; the source rows of the last inputs of each segment.
-        blocks: for each number of chunks, int64 [segments, HISTORY + width], `sources` padded on the right by 0.
+        blocks: for each number of chunks (none up to `_FEW` tokens), int64 [segments, HISTORY + width], `sources` padded
+            on the right by 0.
         order: int64 [S]; the place of each segment in the blocks' order.
         forks: whether a segment continues a state that is not zeros.
         follows: whether each segment continues the initial state of its own number, so that none is copied.
@@ -120,7 +123,7 @@ def build_levels(levels: Sequence[Sequence[tuple[Sequence[int], int]]], initial_
         for number, (tokens, parent) in enumerate(level):
             history = ends[parent] if parent >= 0 else [0] * HISTORY
             rows.append(history + [first + token for token in tokens])
-            chunks = 0 if len(tokens) == 1 else -(-len(tokens) // _CHUNK)
+            chunks = 0 if len(tokens) <= _FEW else -(-len(tokens) // _CHUNK)
             blocks.setdefault(chunks, []).append(number)
         lengths = torch.tensor([len(row) - HISTORY for row in rows])
         sources = torch.tensor([source for row in rows for source in row])
@@ -319,7 +322,7 @@ def _run_blocks(layer, parts, first, beta, decay, level, started, options):
         query, key, value = _heads(layer, next(parts).view(*block.shape, -1)[:, :-HISTORY])
         # Key heads are repeated for the value heads that share them, which not all versions of the rules do.
         query, key = (each.repeat_interleave(value.shape[2] // key.shape[2], dim=2) for each in (query, key))
-        rule = rules[place.shape[1] == 1]
+        rule = rules[place.shape[1] <= _FEW]
         with torch.autocast(value.device.type, enabled=False):  # the rule computes in float32
             output, state = rule(query, key, value, **gates, **options, initial_state=state, **_NORMALIZED)
         places.append(place.flatten())
