@@ -19,6 +19,7 @@ from csc_train.data.readers import write_dialogues
 from csc_train.data.splits import read_and_check_splits
 from csc_train.data.strategies import GREETING
 from csc_train.errors import InputError
+from csc_train.files import write_json
 from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.preflight.report import PreflightReport
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -200,6 +201,11 @@ def test_a_hybrid_is_planned_as_the_text_model_with_the_gpus_kernel(monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     found = outcome(*cluster, launching=True)
     assert message(found, "delta nets") == "flash-linear-attention 0.6.0, 24 of 32 layers"
+    # A vision-language directory is planned as itself whatever row is chosen, though its weights are not there yet.
+    text = {"num_hidden_layers": 32, "hidden_size": 4096, "vocab_size": 248320}  # of the 9B, the rest by default
+    write_json(tmp_path / "config.json", {"model_type": "qwen3_5", "vision_config": {}, "text_config": text})
+    (tmp_path / "model.safetensors").touch()
+    assert outcome("model=qwen2_5_7b", f"model.path={tmp_path}").chosen.dims == here.chosen.dims
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(job):

@@ -174,7 +174,7 @@ def _inspect_files(found: InspectedModel, directory: Path) -> None:
     if expected not in classes:
         raise InputError(f"its config.json names {classes[0]}; choose a model of class {expected}")
     with _model_errors():
-        model_dims(config)  # refuses unknown kinds of layers, in fewer words than what follows
+        found.dims = model_dims(config)  # refuses unknown kinds of layers; a plan needs no more
     if found.refusals:
         return
     if config.tie_word_embeddings and has_own_head(directory):
