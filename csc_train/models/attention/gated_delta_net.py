@@ -52,8 +52,8 @@ class DeltaLevel(NamedTuple):
         sources: int64 [tokens + S x HISTORY]; the source rows of each segment's history and tokens.
         own: int64 [tokens]; the places of the tokens among those, less `HISTORY`.
         tails: int64 [S, HISTORY]; the source rows of the last inputs of each segment.
-        blocks: for each number of chunks (none up to `_FEW` tokens), int64 [segments, HISTORY + width], `sources` padded
-            on the right by 0.
+        blocks: for each number of chunks (none up to `_FEW` tokens), int64 [segments, HISTORY + width], `sources`
+            padded on the right by 0.
         order: int64 [S]; the place of each segment in the blocks' order.
         forks: whether a segment continues a state that is not zeros.
         follows: whether each segment continues the initial state of its own number, so that none is copied.
