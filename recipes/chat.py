@@ -40,7 +40,8 @@ def main(config: ChatConfig) -> None:
     # Model: a training checkpoint is exported, and its directory is left as it is
     with tempfile.TemporaryDirectory(prefix="csc-chat-") as folder:
         model = usable_model(open_source(config.checkpoint, False, plain), Path(folder) / "model")
-        generator = load_final_model(model, InferenceConfig(dtype=config.dtype), plain=plain)
+        settings = InferenceConfig(dtype=config.dtype, delta_kernel=config.delta_kernel)
+        generator = load_final_model(model, settings, plain=plain)
 
     # Conversation
     chat(generator, config)

@@ -1,6 +1,8 @@
 """Gated delta nets in packs: loss and every gradient are those of separate sequences, and leaks would be seen."""
 
 import itertools
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -8,6 +10,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from processes import TIMEOUT_S
 from test_varlen_attention import make_packs, run_separately
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -15,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5ForCausalLM
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from csc_train.errors import InputError
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.inference.hf import load_generator
 from csc_train.models.attention import gated_delta_net
 from csc_train.models.attention.gated_delta_net import (
     LeveledDeltaNet,
@@ -40,6 +45,22 @@ SHARED = {
     "prefix-of-two": [(2, (1, 2, 13))],
     "bodies-of-one-token": [(11, (1, 8, 1))],
 }
+FACTS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "initializer_range": 0.2,
+}
+"""Settings of a small hybrid."""
 PLAIN = {"plain": [(0, (70, 13)), (0, (5,))], "single-tokens": [(0, (1, 9, 2, 1))]}
 
 
@@ -62,22 +83,7 @@ def wide(monkeypatch):
 def make_model(attention: str = VARLEN_ATTENTION, dtype: torch.dtype = torch.float32, **facts):
     config = AutoConfig.for_model(
         "qwen3_5_text",
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 12,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "initializer_range": 0.2,
-        }
-        | facts,
+        **FACTS | facts,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -383,6 +389,51 @@ def test_a_gpu_without_its_kernel_is_refused_unless_asked_for(monkeypatch):
     check_delta_kernel("auto", plain)
     with pytest.raises(InputError, match=r"^model.delta_kernel=auto: flash-linear.* is not installed: .*=torch"):
         check_delta_kernel("auto", hybrid)
+
+
+INSTALLED = """
+import torch
+import transformers
+from csc_train.models.attention.gated_delta_net import prepare_delta_nets
+from transformers import AutoConfig, AutoModelForCausalLM
+
+torch.manual_seed(0)
+config = AutoConfig.for_model("qwen3_5_text", **{facts})
+model, ids = AutoModelForCausalLM.from_config(config), torch.arange(9)[None]
+try:
+    model(ids)
+    print("the kernel ran")
+except RuntimeError as error:
+    print(error)
+prepare_delta_nets(model)
+cache = transformers.DynamicCache(config=model.config)
+whole = model(ids).logits
+model(ids[:, :-1], past_key_values=cache)
+print(torch.allclose(model(ids[:, -1:], past_key_values=cache).logits[0, -1], whole[0, -1], atol=1e-4))
+"""
+
+
+def test_kernels_that_are_installed_without_a_gpu_are_not_called(tmp_path):
+    rules = tmp_path / "fla" / "ops" / "gated_delta_rule"
+    rules.mkdir(parents=True)
+    for package in (rules, rules.parent, rules.parents[1]):
+        (package / "__init__.py").touch()
+    kernel = "def {}(*_, **__):\n    raise RuntimeError('0 active drivers')\n"
+    names = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
+    (rules / "__init__.py").write_text("".join(map(kernel.format, names)))
+    script = INSTALLED.format(facts=FACTS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.stdout.split("\n")[:2] == ["0 active drivers", "True"], done.stdout + done.stderr
+
+
+def test_a_model_that_replies_on_a_gpu_needs_its_kernel_unless_asked_for(monkeypatch, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match=r"^evaluation.delta_kernel=auto: flash-linear.* is not installed: .*=torch"):
+        load_generator(str(tmp_path), None, EvaluationConfig())
 
 
 def test_the_layers_of_hybrids_are_not_compiled(caplog):

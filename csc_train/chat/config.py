@@ -6,6 +6,7 @@ from omegaconf import MISSING
 
 from csc_train.errors import InputError, check_fields
 from csc_train.inference.config import DTYPES
+from csc_train.models.config import DELTA_KERNELS
 from csc_train.template.config import TemplateConfig
 
 USER_INTERFACES = ("terminal", "web")
@@ -36,6 +37,8 @@ class ChatConfig:
     """Maximum tokens of a reply, strategy included."""
     dtype: str = "auto"
     """Precision of the weights: auto (as saved), bf16 or fp32."""
+    delta_kernel: str = "auto"
+    """As `model.delta_kernel`: on a GPU, a model with gated delta nets runs by flash-linear-attention, or by torch."""
     save: str | None = None
     """Terminal: a new dialogue file, updated after each turn."""
     host: str = "127.0.0.1"
@@ -53,6 +56,7 @@ class ChatConfig:
         check_fields("", self, "top_p", low=0.01, high=1)
         check_fields("", self, "max_new_tokens", low=1)
         check_fields("", self, "dtype", choices=DTYPES)
+        check_fields("", self, "delta_kernel", choices=DELTA_KERNELS)
         check_fields("", self, "port", low=1, high=65535)
         if self.chat_template is not None and self.template is None:
             raise InputError(f"chat_template={self.chat_template}: give template=... as well")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from csc_train.errors import check_fields
+from csc_train.models.config import DELTA_KERNELS
 
 CONTEXTS = ("reference", "generated")
 """Histories of a predicted turn: the reference dialogue, or the system's own turns between the reference customer's."""
@@ -27,6 +28,8 @@ class InferenceConfig:
     dtype: str = "auto"
     """Precision of the weights: auto keeps that of the saved model. In bf16 a reply can depend on the other prompts of
     its batch, so a resumed or distributed evaluation may differ in a few turns."""
+    delta_kernel: str = "auto"
+    """As `model.delta_kernel`: on a GPU, a model with gated delta nets runs by flash-linear-attention, or by torch."""
     likelihoods: bool = True
     """Compute likelihoods of the 12 strategies at each turn, and of the reference turns in reference context. On a
     server that supports it (vLLM, SGLang) this adds up to 13 prompts per turn."""
@@ -36,3 +39,4 @@ class InferenceConfig:
     def __post_init__(self):
         check_fields(f"{self._group}.", self, "batch_size", "max_batch_length", "max_new_tokens", low=1)
         check_fields(f"{self._group}.", self, "dtype", choices=DTYPES)
+        check_fields(f"{self._group}.", self, "delta_kernel", choices=DELTA_KERNELS)

@@ -18,9 +18,11 @@ from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import CONTEXT_LENGTH, TurnQueue, TurnRequest
 from csc_train.inference.kv_cache import DialogueCache
 from csc_train.inference.predictions import TurnOutcome
+from csc_train.models.attention.gated_delta_net import prepare_delta_nets
+from csc_train.models.attention.select import check_delta_kernel
 from csc_train.models.config import ModelConfig
 from csc_train.models.families import cache_kinds
-from csc_train.models.hub import adapter_base, find_file, load_causal_lm
+from csc_train.models.hub import adapter_base, find_file, hub_errors, load_causal_lm, read_model_config
 from csc_train.models.inspection import check_tokenizer, inspect_model
 from csc_train.models.onednn import use_onednn
 from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
@@ -215,19 +217,26 @@ def load_generator(
     model_hash: str = "",
     device: torch.device | None = None,
     revision: str | None = None,
+    setting: str = "evaluation.delta_kernel",
 ) -> HFGenerator:
     """Load the model at a path or hub id.
 
     Args:
         model_hash: see `HFGenerator`.
         device: device of the whole model, such as this process's GPU; None spreads it over the machine's GPUs, if any.
+        setting: the name of `config.delta_kernel` for messages.
 
     Raises:
-        InputError: as `load_causal_lm`.
+        InputError: as `load_causal_lm` and `check_delta_kernel`.
     """
+    base, own_revision = adapter_base(path) or (path, revision)
+    with hub_errors(base, "model"):
+        kinds = getattr(read_model_config(base, own_revision), "layer_types", None) or ()
+    check_delta_kernel(config.delta_kernel, kinds, device and device.type, setting)
     device_map = {"": device} if device else "auto" if torch.cuda.is_available() else None
     model = load_causal_lm(path, revision=revision, dtype=_DTYPES[config.dtype], device_map=device_map)
     use_onednn(model)
+    prepare_delta_nets(model, config.delta_kernel)
     return HFGenerator(model, template, config, model_hash)
 
 
@@ -246,4 +255,5 @@ def load_final_model(
         InputError: as `open_source`, `read_template` and `load_causal_lm`.
     """
     template, source = read_template(open_source(directory, False, plain))
-    return load_generator(directory, template, config or InferenceConfig(), digest(asdict(source.manifest)), device)
+    config, model_hash = config or InferenceConfig(), digest(asdict(source.manifest))
+    return load_generator(directory, template, config, model_hash, device, setting="delta_kernel")

@@ -11,6 +11,7 @@ TRAINED_TOKENIZER = "train"
 """The value of `model.tokenizer` that trains a tokenizer on the training dialogues."""
 
 MERGE_INTO = ("base", "dequantized")
+DELTA_KERNELS = ("auto", "torch")
 ATTENTIONS = ("auto", "varlen", "varlen_fa3", "sdpa", "eager")
 
 
@@ -110,7 +111,7 @@ class ModelConfig:
     def __post_init__(self):
         check_fields("model.", self, "init", choices=("pretrained", "random"))
         check_fields("model.", self, "attn_implementation", choices=ATTENTIONS)
-        check_fields("model.", self, "delta_kernel", choices=("auto", "torch"))
+        check_fields("model.", self, "delta_kernel", choices=DELTA_KERNELS)
         check_fields("model.", self, "tokenizer_vocab_size", low=300, high=10**7)
         if self.init == "pretrained" and not self.path:
             raise InputError("model.path is not set: give a local directory or a hub id, or model.init=random")

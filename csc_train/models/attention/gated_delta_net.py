@@ -188,6 +188,7 @@ def prepare_delta_nets(model: nn.Module, kernel: str | None = None) -> bool:
     for module in list(model.modules()):
         if type(module).__name__ in DELTA_NETS:
             _check_width(module)
+            _use_torch_without_gpu(type(module))
             _change_class(module, _leveled(type(module)))
             _change_class(module.conv1d, ShiftedConv)
         if isinstance(module, LeveledDeltaNet):
@@ -349,6 +350,7 @@ def _run_fused(layer, part, beta, decay, level, started, options):
 
 
 _NORMALIZED = {"use_qk_l2norm_in_kernel": True}
+_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 
 
 def _heads(layer: Any, mixed: Tensor) -> list[Tensor]:
@@ -386,5 +388,12 @@ def _leveled(kind: type[nn.Module]) -> type[nn.Module]:
 def _torch_rules(kind: type[nn.Module]) -> tuple[Any, Any]:
     """The chunked and the token-by-token rule of transformers in torch, which it would replace by a kernel."""
     module = sys.modules[kind.__module__]
-    names = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
-    return tuple(inspect.unwrap(getattr(module, name)) for name in names)
+    return tuple(inspect.unwrap(getattr(module, name)) for name in _RULES)
+
+
+def _use_torch_without_gpu(kind: type[nn.Module]) -> None:
+    """Without a GPU, put transformers' torch functions back in the place of the installed kernels, which need one."""
+    if not torch.cuda.is_available() and (has_fla() or importlib.util.find_spec("causal_conv1d")):
+        module = sys.modules[kind.__module__]
+        for name in (*_RULES, "causal_conv1d_fn", "causal_conv1d_update"):
+            setattr(module, name, inspect.unwrap(getattr(module, name)))

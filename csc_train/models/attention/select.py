@@ -61,12 +61,15 @@ def select_attention(name: str, packing: str, precision: str = "auto", head_dim:
     return attention
 
 
-def check_delta_kernel(name: str, layer_kinds: Collection[str], device: str | None = None) -> str:
+def check_delta_kernel(
+    name: str, layer_kinds: Collection[str], device: str | None = None, setting: str = "model.delta_kernel"
+) -> str:
     """Check that `ModelConfig.delta_kernel` can run the gated delta nets of a model.
 
     Args:
         layer_kinds: as in `ModelDims`.
         device: cpu or cuda; defaults to that of this machine.
+        setting: the name of the setting, for messages.
 
     Returns:
         What runs them.
@@ -82,8 +85,8 @@ def check_delta_kernel(name: str, layer_kinds: Collection[str], device: str | No
         return f"flash-linear-attention {importlib.metadata.version('flash-linear-attention')}"
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
-            "model.delta_kernel=auto: flash-linear-attention, the GPU's kernel of gated delta nets, is not installed: "
-            "run pip install flash-linear-attention, or set model.delta_kernel=torch, which is much slower"
+            f"{setting}=auto: flash-linear-attention, the GPU's kernel of gated delta nets, is not installed: run "
+            f"pip install flash-linear-attention, or set {setting}=torch, which is much slower"
         ) from error
 
 
