@@ -33,7 +33,7 @@ from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.layers import checkpoint_activations
 from csc_train.packing.collator import PackCollator
 from csc_train.training.compatibility import resolve_compile
-from csc_train.training.leak_check import checked_collator
+from csc_train.training.leak_check import _probe, checked_collator
 
 VOCABULARY = 97
 # (prefix length, body lengths) of each pack in a batch; 64 tokens are a chunk of the recurrence.
@@ -381,6 +381,13 @@ def test_the_leak_check_sees_a_broken_isolation(change, dtype):
         checked_collator(model, "shared_prefix", 0, torch.device("cpu"), dtype)
 
 
+def test_the_leak_check_runs_the_kernel_of_the_training():
+    model = make_model()
+    prepare_delta_nets(model, "torch")
+    layers = _probe(model, torch.device("cpu")).modules()
+    assert {each.kernel for each in layers if isinstance(each, LeveledDeltaNet)} == {"torch"}
+
+
 def test_a_gpu_without_its_kernel_is_refused_unless_asked_for(monkeypatch):
     hybrid, plain = {"linear_attention": 3, "full_attention": 1}, {"full_attention": 4}
     assert check_delta_kernel("auto", hybrid) == "functions of torch"  # a CPU needs none
@@ -389,6 +396,12 @@ def test_a_gpu_without_its_kernel_is_refused_unless_asked_for(monkeypatch):
     check_delta_kernel("auto", plain)
     with pytest.raises(InputError, match=r"^model.delta_kernel=auto: flash-linear.* is not installed: .*=torch"):
         check_delta_kernel("auto", hybrid)
+    # One that would compute as many heads as there are keys, and leave the rest of the output as it was.
+    versions = iter(["0.4.2", "0.5.0"])
+    monkeypatch.setattr("importlib.metadata.version", lambda _: next(versions))
+    with pytest.raises(InputError, match=r"^model.delta_kernel=auto: flash-linear-attention 0.4.2 takes no key heads"):
+        check_delta_kernel("auto", hybrid)
+    assert check_delta_kernel("auto", hybrid) == "flash-linear-attention 0.5.0"
 
 
 INSTALLED = """

@@ -98,6 +98,17 @@ def test_labels_behind_a_cache_equal_those_of_the_dialogue_and_leave_it_as_it_wa
 
 
 @torch.inference_mode()
+def test_labels_behind_the_cache_of_a_narrower_convolution():
+    """transformers caches as many inputs as it sees."""
+    template = DialogueTemplate(small_tokenizer("qwen3_5"), "qwen3_5", TemplateConfig())
+    config = tiny_config("qwen3_5_text", template.tokenizer, 0.3, linear_conv_kernel_dim=2)
+    model, cache, ids = AutoModelForCausalLM.from_config(config).eval(), DynamicCache(config=config), [5, 6, 7, 8, 9]
+    logits = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1]
+    expected = dialogue_log_likelihoods(model, template, ids, [5])[1][0]
+    assert torch.allclose(log_likelihoods_from_kv_cache(model, template, cache, logits), expected, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
 def test_no_label_sees_another_nor_what_comes_later(scene):
     model, template, ids, _, starts = scene
     _, alone = dialogue_log_likelihoods(model, template, ids[: starts[1]], [starts[1]])

@@ -189,7 +189,7 @@ def test_a_hybrid_is_planned_as_the_text_model_with_the_gpus_kernel(monkeypatch,
     assert message(here, "delta nets") == "functions of torch, 24 of 32 layers"
     assert re.match("8,953,803,264 of the text model; its weights of vision", message(here, "parameters"))
     assert statuses(gpus)["delta nets"] == "not checked" and gpus.scenarios[0].dims.delta
-    assert "not installed: run pip install flash-linear-attention, or set" in message(gpus, "delta nets")
+    assert "not installed: run pip install -U flash-linear-attention, or set" in message(gpus, "delta nets")
     assert statuses(outcome(*cluster, launching=True))["delta nets"] == "failed"
     assert statuses(outcome(*cluster, "model.delta_kernel=torch", launching=True))["delta nets"] == "ok"
     # A package of that name, as pip would install it.

@@ -245,7 +245,8 @@ def _cached_states(cache: Any) -> DeltaStates | None:
         return cache and cache.begin()
     if not cache.has_previous_state[0]:
         return None
-    return DeltaStates(cache.recurrent_states[0], cache.conv_states[0].transpose(1, 2)[:, -HISTORY:])
+    inputs = cache.conv_states[0].transpose(1, 2)[:, -HISTORY:]  # fewer under a narrower convolution
+    return DeltaStates(cache.recurrent_states[0], F.pad(inputs, (0, 0, HISTORY - inputs.shape[1], 0)))
 
 
 def run_levels(

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Collection
 
 import torch
+from packaging.version import Version
 from transformers import AttentionInterface
 
 from csc_train.errors import InputError
@@ -18,6 +19,9 @@ AttentionInterface.register(VARLEN_ATTENTION, varlen_attention)
 
 FLASH_ATTENTION_3 = "varlen_fa3"
 """The value of `model.attn_implementation` that runs our attention by FlashAttention-3's kernels."""
+
+_GROUPED_HEADS = Version("0.5.0")
+"""The first flash-linear-attention whose chunked rule takes key heads that value heads share; others do not check."""
 
 _LAYOUTS = {
     "shared_prefix": {VARLEN_ATTENTION: "varlen", "sdpa": "dense_mask", "eager": "dense_mask"},
@@ -75,19 +79,23 @@ def check_delta_kernel(
         What runs them.
 
     Raises:
-        InputError: on a GPU, and its kernel is not installed.
+        InputError: on a GPU, and its kernel is not installed, or too old.
     """
     if LINEAR_ATTENTION not in layer_kinds:
         return "none in this model"
     if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu" or name == "torch":
         return "functions of torch"
     try:
-        return f"flash-linear-attention {importlib.metadata.version('flash-linear-attention')}"
-    except importlib.metadata.PackageNotFoundError as error:
+        version = importlib.metadata.version("flash-linear-attention")
+        lack = f" {version} takes no key heads that value heads share" if Version(version) < _GROUPED_HEADS else ""
+    except importlib.metadata.PackageNotFoundError:
+        version, lack = None, ", the GPU's kernel of gated delta nets, is not installed"
+    if lack:
         raise InputError(
-            f"{setting}=auto: flash-linear-attention, the GPU's kernel of gated delta nets, is not installed: run "
-            f"pip install flash-linear-attention, or set {setting}=torch, which is much slower"
-        ) from error
+            f"{setting}=auto: flash-linear-attention{lack}: run pip install -U flash-linear-attention, or set "
+            f"{setting}=torch, which is much slower"
+        )
+    return f"flash-linear-attention {version}"
 
 
 def kernel_refusal(dtype: torch.dtype, head_dim: int | None = None) -> str | None:
