@@ -154,6 +154,12 @@ def test_what_cannot_be_read_is_refused_in_one_line(template, tmp_path, spoil, m
     assert "\n" not in str(error.value)
 
 
+def test_what_no_gated_delta_net_of_ours_computes_is_refused_before_weights_are_read(template, tmp_path):
+    save_vision_language(tmp_path / "model", template.tokenizer, linear_conv_kernel_dim=5)
+    found = inspect_model(ModelConfig(path=str(tmp_path / "model")))
+    assert re.search("linear_conv_kernel_dim=5: a gated delta net may convolve at most 4", *found.refusals)
+
+
 # Writing
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging as library_logging
 
 from csc_train.errors import InputError
 from csc_train.files import read_json
+from csc_train.models.attention.gated_delta_net import prepare_delta_nets
 from csc_train.models.config import ModelConfig
 from csc_train.models.families import ModelDims, get_family, model_dims
 from csc_train.models.hub import (
@@ -100,6 +101,7 @@ def inspect_model(config: ModelConfig, download: bool = False) -> InspectedModel
                     "register a family with its own read_dims (docs/extending.md)"
                 )
             with _model_errors():
+                prepare_delta_nets(found.model)
                 found.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
             found.dims = dims
     return found
