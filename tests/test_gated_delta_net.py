@@ -1,5 +1,6 @@
 """Gated delta nets in packs: loss and every gradient are those of separate sequences, and leaks would be seen."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -440,6 +441,24 @@ def test_kernels_that_are_installed_without_a_gpu_are_not_called(tmp_path):
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.stdout.split("\n")[:2] == ["0 active drivers", "True"], done.stdout + done.stderr
+
+
+def test_a_gpu_that_is_asked_for_torch_calls_no_kernel_in_transformers_own_layers(monkeypatch):
+    rule = functools.wraps(modeling_qwen3_5.torch_chunk_gated_delta_rule)(
+        lambda *_, **__: pytest.fail("the kernel ran")
+    )
+    for name in ("torch_recurrent_gated_delta_rule", "causal_conv1d_fn", "causal_conv1d_update"):
+        monkeypatch.setattr(modeling_qwen3_5, name, getattr(modeling_qwen3_5, name))  # to be put back
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", rule)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gated_delta_net, "has_fla", lambda: True)
+    model = make_model()
+    model.set_attn_implementation("eager")
+    prepare_delta_nets(model)
+    with pytest.raises(pytest.fail.Exception, match="the kernel ran"):
+        model(torch.arange(9)[None])
+    prepare_delta_nets(model, "torch")
+    model(torch.arange(9)[None])
 
 
 def test_a_model_that_replies_on_a_gpu_needs_its_kernel_unless_asked_for(monkeypatch, tmp_path):

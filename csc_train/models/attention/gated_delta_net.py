@@ -172,10 +172,11 @@ def build_delta_levels(lengths: Iterable[Sequence[int]], prefixes: Iterable[int]
 def prepare_delta_nets(model: nn.Module, kernel: str | None = None) -> bool:
     """Let the gated delta nets of a model take `delta_levels`, the fields of `DeltaLevel`, as a keyword argument.
 
-    Weights and names stay. Without that argument the layers run as transformers' own.
+    Weights and names stay. Without that argument the layers run as transformers' own, by the kernels that it found.
 
     Args:
-        kernel: torch, fla, or auto: fla on a GPU if it is installed. None leaves it as it was, at first auto.
+        kernel: torch, also for transformers' own; fla, or auto: fla on a GPU if it is installed. None leaves it as it
+            was, at first auto.
 
     Returns:
         Whether the model has such layers.
@@ -188,12 +189,13 @@ def prepare_delta_nets(model: nn.Module, kernel: str | None = None) -> bool:
     for module in list(model.modules()):
         if type(module).__name__ in DELTA_NETS:
             _check_width(module)
-            _use_torch_without_gpu(type(module))
             _change_class(module, _leveled(type(module)))
             _change_class(module.conv1d, ShiftedConv)
         if isinstance(module, LeveledDeltaNet):
             found = True
             module.kernel = kernel or module.kernel
+            if module.kernel == "torch" or not torch.cuda.is_available():
+                _use_torch(sys.modules[type(module).__module__])
     return found
 
 
@@ -392,9 +394,8 @@ def _torch_rules(kind: type[nn.Module]) -> tuple[Any, Any]:
     return tuple(inspect.unwrap(getattr(module, name)) for name in _RULES)
 
 
-def _use_torch_without_gpu(kind: type[nn.Module]) -> None:
-    """Without a GPU, put transformers' torch functions back in the place of the installed kernels, which need one."""
-    if not torch.cuda.is_available() and (has_fla() or importlib.util.find_spec("causal_conv1d")):
-        module = sys.modules[kind.__module__]
+def _use_torch(module: types.ModuleType) -> None:
+    """Put transformers' torch functions back in the place of the installed kernels, if there are any."""
+    if has_fla() or importlib.util.find_spec("causal_conv1d"):
         for name in (*_RULES, "causal_conv1d_fn", "causal_conv1d_update"):
             setattr(module, name, inspect.unwrap(getattr(module, name)))
