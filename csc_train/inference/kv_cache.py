@@ -347,13 +347,14 @@ class DialogueCache:
         """
         if not self._delta_nets:
             return {}
-        sources = [source for _, source, _ in segments if source >= 0]
-        targets = torch.tensor([target for *_, target in segments])
+        device = self._model.device  # here once, not in every layer
+        sources = torch.tensor([source for _, source, _ in segments if source >= 0], dtype=torch.long, device=device)
+        targets = torch.tensor([target for *_, target in segments], device=device)
         for layer in self._delta_nets:
-            layer.sources, layer.targets = torch.tensor(sources, dtype=torch.long), targets
+            layer.sources, layer.targets = sources, targets
         parents = itertools.count()
         level = tuple((tokens, next(parents) if source >= 0 else -1) for tokens, source, _ in segments)
-        return {"delta_levels": _one_level(level, len(sources), self._model.device)}
+        return {"delta_levels": _one_level(level, len(sources), device)}
 
     def _reserve(self, columns: int) -> None:
         """Make room for all rows with this many columns."""
