@@ -475,6 +475,10 @@ def test_the_layers_of_hybrids_are_not_compiled(caplog):
     assert "note: the layers are not compiled with gated delta nets" in caplog.text
     with pytest.raises(InputError, match=r"trainer.compile=layers with gated delta nets.*set trainer.compile=off"):
         resolve_compile("layers", "2", VARLEN_ATTENTION, "cuda", hybrid)
+    with pytest.raises(
+        InputError, match=r"^trainer.precision=fp8: .* \(gated delta nets.*\): set trainer.precision=bf16$"
+    ):
+        resolve_compile("auto", "2", VARLEN_ATTENTION, "cuda", hybrid, float8=True)
 
 
 def test_a_convolution_of_another_width():

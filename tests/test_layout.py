@@ -84,8 +84,8 @@ def test_the_text_part_is_inspected_and_loaded(base):
     assert found.dims.model_type == found.model.config.model_type == "qwen3_5_text"
     (note,) = found.repairs
     assert note == (
-        f"{base}: its text model is trained; 22 other tensors (mtp, visual) are not loaded, and are copied unchanged "
-        "into the final model"
+        f"{base}: its text model is used; 22 other tensors (mtp, visual) are not loaded, and a model "
+        "that is trained from it gets them unchanged"
     )
     model, whole = load_causal_lm(str(base)), AutoModelForMultimodalLM.from_pretrained(base)
     assert type(model).__name__ == "Qwen3_5ForCausalLM" and model.dtype == torch.float32
@@ -367,7 +367,7 @@ def killed(template, tmp_path_factory) -> Path:
         each.wait()
     assert not (directory / "run/model").exists()
     said = recipe("sft", *BASE, *RUN, *BEST, cwd=directory, ranks=2)
-    assert re.search(r"trained [12] steps in ", said) and "visual) are not loaded, and are copied unchanged" in said
+    assert re.search(r"trained [12] steps in ", said) and "visual) are not loaded, and a model that is trained from it gets" in said
     return directory
 
 

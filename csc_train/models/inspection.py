@@ -189,8 +189,8 @@ def _inspect_files(found: InspectedModel, directory: Path) -> None:
     if skipped := other_tensors(found.model, directory):
         parts = ", ".join(sorted({name.removeprefix("model.").partition(".")[0] for name in skipped}))
         found.repairs.append(
-            f"{directory}: its text model is trained; {len(skipped)} other tensors ({parts}) are not loaded, and are "
-            "copied unchanged into the final model"
+            f"{directory}: its text model is used; {len(skipped)} other tensors ({parts}) are not loaded, and a model "
+            "that is trained from it gets them unchanged"
         )
     with hub_errors(str(directory), "generation_config.json"):
         repair = repair_generation_config(found.model)

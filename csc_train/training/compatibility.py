@@ -37,6 +37,7 @@ REFUSED = tuple(Refused(**row) for row in _TABLES["settings"])
 """All other combinations that `ZeroConfig` accepts are supported."""
 LAUNCHED = _TABLES["environment"]
 """Environment variables of accelerate's launcher that are refused, and why."""
+_FLOAT8 = "trainer.precision=fp8: float8 gains in compiled layers only"
 
 
 def check_supported(zero: ZeroConfig, adapter: str, precision: str) -> None:
@@ -58,7 +59,9 @@ def check_supported(zero: ZeroConfig, adapter: str, precision: str) -> None:
             raise InputError(f"{variable}={os.environ[variable]}: {why}")
 
 
-def resolve_compile(mode: str, stage: str, attention: str, device: str, layer_kinds: Collection[str] = ()) -> str:
+def resolve_compile(
+    mode: str, stage: str, attention: str, device: str, layer_kinds: Collection[str] = (), float8: bool = False
+) -> str:
     """Resolve `TrainerConfig.compile`: layers or off. Where layers cannot be compiled, auto is off; a note says why.
 
     Args:
@@ -66,11 +69,14 @@ def resolve_compile(mode: str, stage: str, attention: str, device: str, layer_ki
         attention: the attention implementation.
         device: cpu or cuda.
         layer_kinds: as in `ModelDims`.
+        float8: whether the layers multiply in float8, which gains in compiled ones only.
 
     Raises:
-        InputError: `mode` is layers, and they cannot be compiled.
+        InputError: `mode` is layers, or they multiply in float8, and they are not compiled.
     """
     if mode == "off" or (mode == "auto" and device == "cpu"):
+        if float8:
+            raise InputError(f"{_FLOAT8}: set trainer.compile=layers, or trainer.precision=bf16")
         return "off"
     if stage == "3":
         refusal = "zero.stage=3: DeepSpeed gathers weights inside a layer, which one graph cannot hold"
@@ -80,6 +86,8 @@ def resolve_compile(mode: str, stage: str, attention: str, device: str, layer_ki
         refusal = "gated delta nets: their tensors have other shapes for the documents of each row"
     else:
         refusal = missing_compiler()
+    if refusal and float8:
+        raise InputError(f"{_FLOAT8} ({refusal}): set trainer.precision=bf16")
     if refusal and mode == "layers":
         raise InputError(f"trainer.compile=layers with {refusal}; or set trainer.compile=off")
     if refusal:

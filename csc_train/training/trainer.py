@@ -514,16 +514,11 @@ def build_trainer(
     stage = str(arguments.deepspeed_plugin.zero_stage) if arguments.deepspeed_plugin else "off"
     kinds = model_dims(model.config).layer_kinds
     arguments.compile = resolve_compile(
-        arguments.compile, stage, model.config._attn_implementation, arguments.device.type, kinds
+        arguments.compile, stage, model.config._attn_implementation, arguments.device.type, kinds, arguments.float8
     )
     length = longest if arguments.compile == "layers" else None
     if arguments.float8:
-        if not length:
-            raise InputError(
-                "trainer.precision=fp8: float8 gains in compiled layers only: set trainer.compile=layers, or "
-                "trainer.precision=bf16"
-            )
-        length = MULTIPLE * math.ceil(length / MULTIPLE)
+        length = MULTIPLE * math.ceil(longest / MULTIPLE)
         convert_to_float8(model)
     bounds = run_bounds(runs, rows, length)
     trainer = PackTrainer(

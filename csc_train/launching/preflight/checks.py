@@ -192,8 +192,9 @@ def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
         raise NotCheckedError("on another machine")
     packing, precision = config.packing.strategy, config.trainer.precision
     attention = select_attention(config.model.attn_implementation, packing, precision, found.dims.head_dim)
-    if config.trainer.compile == "layers":
-        resolve_compile("layers", config.zero.stage, attention, config.cluster.device, found.dims.layer_kinds)
+    if (float8 := precision == "fp8") or config.trainer.compile == "layers":
+        device, kinds = config.cluster.device, found.dims.layer_kinds
+        resolve_compile(config.trainer.compile, config.zero.stage, attention, device, kinds, float8)
     found.model.config._attn_implementation = attention
     device, dtype = torch.device(config.cluster.device), torch.bfloat16 if computes_in_bf16(config) else torch.float32
     layout = checked_collator(found.model, packing, 0, device, dtype).layout
