@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # torch 2.13.0 with transformers 5.23.0, 2026-11-29. FlopCounterMode has no formula for torch.linalg.solve_triangular
-# and counts 0, without a word. transformers' torch_chunk_gated_delta_rule solves two such systems per chunk of 64
+# and silently counts 0. transformers' torch_chunk_gated_delta_rule solves two such systems per chunk of 64
 # tokens, so the count of a model with gated delta nets lacks them.
 # Seen: with n(n - 1)m FLOPs for a unit triangle of n rows and m columns on its right, given as custom_mapping, 9.9 % of
 # the rule's FLOPs are missing with heads of 128 (604 of 670 million), and 4.7 % of a tiny Qwen3.5's forward pass.

@@ -367,7 +367,7 @@ def killed(template, tmp_path_factory) -> Path:
         each.wait()
     assert not (directory / "run/model").exists()
     said = recipe("sft", *BASE, *RUN, *BEST, cwd=directory, ranks=2)
-    assert re.search(r"trained [12] steps in ", said) and "visual) are not loaded, and a model that is trained from it gets" in said
+    assert re.search(r"trained [12] steps in ", said) and "visual) are not loaded" in said
     return directory
 
 
