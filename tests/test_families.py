@@ -194,8 +194,9 @@ def test_a_model_whose_layers_are_unknown_is_refused_in_one_line(tmp_path, kind)
         dataclasses.replace(architecture("qwen3_5_text"), layer_types=kinds)
     with pytest.raises(InputError, match=r"layer_types names 1 layers, but .*num_hidden_layers=2"):
         dataclasses.replace(architecture("qwen3_5_text"), layer_types=kinds[:1])
-    with pytest.raises(InputError, match=r"no layer of the model has full_attention.* set model.architecture.layer_ty"):
-        model_dims(dataclasses.replace(architecture("qwen3_5_text"), layer_types=None))
+    without = dataclasses.replace(architecture("qwen3_5_text"), layer_types=["linear_attention"] * 2, vocab_size=64)
+    (refusal,) = inspect_model(ModelConfig(init="random", tokenizer="train", architecture=without)).refusals
+    assert "no layer of the model has full_attention, by default every fourth" in refusal
     AutoModelForCausalLM.from_config(build_model_config(architecture("qwen3_5_text"), None)).save_pretrained(tmp_path)
     config = read_json(tmp_path / "config.json")
     write_json(tmp_path / "config.json", config | {"layer_types": kinds})

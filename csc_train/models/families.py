@@ -229,7 +229,6 @@ def hybrid_decoder_dims(config: Any, vocab_size: int | None = None) -> ModelDims
     What an `ArchitectureConfig` leaves open is as transformers has it: every fourth layer has attention.
 
     Raises:
-        InputError: no layer has attention, without which transformers' caches do not know their length.
         ValueError: as `dense_decoder_dims`.
     """
     config = copy.copy(config)
@@ -246,10 +245,6 @@ def hybrid_decoder_dims(config: Any, vocab_size: int | None = None) -> ModelDims
         config.linear_value_head_dim,
         config.linear_conv_kernel_dim,
     )
-    if "full_attention" not in dims.layer_types:
-        raise InputError(
-            "no layer of the model has full_attention, by default every fourth: set model.architecture.layer_types"
-        )
     hidden, attention = dims.hidden, next(iter(dims.linears.values()))
     mlp = {name: shape for name, shape in attention.items() if name.startswith("mlp")}
     linear = {

@@ -16,7 +16,7 @@ from csc_train.errors import InputError
 from csc_train.files import read_json
 from csc_train.models.attention.gated_delta_net import prepare_delta_nets
 from csc_train.models.config import ModelConfig
-from csc_train.models.families import ModelDims, get_family, model_dims
+from csc_train.models.families import LINEAR_ATTENTION, ModelDims, get_family, model_dims
 from csc_train.models.hub import (
     has_own_head,
     hub_errors,
@@ -99,6 +99,11 @@ def inspect_model(config: ModelConfig, download: bool = False) -> InspectedModel
                 raise InputError(
                     f"the family {dims.model_type} counts {dims.parameters:,} parameters, the model has {held:,}: "
                     "register a family with its own read_dims (docs/extending.md)"
+                )
+            if {LINEAR_ATTENTION} == set(dims.layer_types):  # transformers' caches would not know their length
+                raise InputError(
+                    "no layer of the model has full_attention, by default every fourth: set "
+                    "model.architecture.layer_types"
                 )
             with _model_errors():
                 prepare_delta_nets(found.model)
