@@ -242,8 +242,8 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
         base = base or find_base(source.home / MODEL_FOLDER, manifest, BASE_ADVICE)
         weights, path, revision, note = read_weights(source.path), base.path, base.revision, base.note
         place = os.path.abspath(path) if Path(path).is_dir() else path
-    layout = None if alone or config.layout == "text" else ModelConfig(path=path, revision=revision)
-    if layout and config.format == "fp8" and is_vision_language(snapshot(path, "model", revision)):
+    laid_out_as = None if alone or config.layout == "text" else ModelConfig(path=path, revision=revision)
+    if laid_out_as and config.format == "fp8" and is_vision_language(snapshot(path, "model", revision)):
         raise InputError(f"format=fp8: {path} is a vision-language model: add layout=text")
     # The directory may be moved, and its base stays.
     manifest = replace(manifest, base_model=place, exported_from=str(source.path))
@@ -300,7 +300,8 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
         write_text(directory / "README.md", model_card(source, config, into, difference))
 
     template = load_chat_template(recorded_name(manifest.chat_template, source.finished), tokenizer)
-    save_final_model(config.output, model, tokenizer, template, manifest, layout, config.shard_size, source.home, check)
+    options = {"shard_size": config.shard_size, "record": source.home, "check": check}
+    save_final_model(config.output, model, tokenizer, template, manifest, laid_out_as, **options)
     logger.info(
         f"exported {source.path} to {config.output}: largest logit difference {difference:.1e} of the largest logit"
     )

@@ -19,6 +19,7 @@ from csc_train.models.attention.gated_delta_net import (
     level_inputs,
     prepare_delta_nets,
 )
+from csc_train.models.families import LINEAR_ATTENTION
 
 GROWTH = 64
 """Minimum columns that a full cache grows by. Growing copies the whole cache."""
@@ -187,7 +188,7 @@ class DialogueCache:
         prepare_delta_nets(model)
         config: Any = model.config.get_text_config()
         kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-        self._cache: Any = Cache([_StatesLayer() if kind == "linear_attention" else _RowsLayer() for kind in kinds])
+        self._cache: Any = Cache([_StatesLayer() if kind == LINEAR_ATTENTION else _RowsLayer() for kind in kinds])
         self._attention = [layer for layer in self._cache.layers if isinstance(layer, _RowsLayer)]
         self._delta_nets = [layer for layer in self._cache.layers if isinstance(layer, _StatesLayer)]
         ids = torch.tensor([self._prefix_ids], device=model.device)

@@ -92,7 +92,11 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
 
 
 def read_model_config(path: str, revision: str | None = None) -> "PretrainedConfig":
-    """The settings of the language model at a path or hub id: of a vision-language model, that of its text part."""
+    """The settings of the language model at a path or hub id: of a vision-language model, those of its text part.
+
+    Raises:
+        OSError: it cannot be read (call this under `hub_errors`).
+    """
     from transformers import AutoConfig  # takes seconds
 
     whole = AutoConfig.from_pretrained(path, revision=revision)

@@ -14,8 +14,8 @@ class _OneDNNLinear(nn.Linear):
 def use_onednn(model: nn.Module) -> None:
     """Let oneDNN multiply in the float32 linear layers of a model on a CPU; weights and state dict stay as they are.
 
-    It uses AVX-512 also where torch's default, MKL, does not (see "evaluation in fp32" in benchmarks/README.md). There
-    is no backward pass: with gradients on, a layer multiplies as before.
+    It uses AVX-512 also where torch's default, MKL, does not (see "evaluation in fp32" in
+    benchmarks/results/pretrained.md). There is no backward pass: with gradients on, a layer multiplies as before.
     """
     if not torch.backends.mkldnn.is_available():
         return

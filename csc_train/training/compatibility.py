@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from csc_train.errors import InputError
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.families import LINEAR_ATTENTION
 from csc_train.models.layers import missing_compiler
 from csc_train.templates import read_yaml
 from csc_train.training.config import ZeroConfig
@@ -82,7 +83,7 @@ def resolve_compile(
         refusal = "zero.stage=3: DeepSpeed gathers weights inside a layer, which one graph cannot hold"
     elif attention != VARLEN_ATTENTION:
         refusal = f"attention {attention}: only packs with {VARLEN_ATTENTION} attention have rows of one length"
-    elif "linear_attention" in layer_kinds:
+    elif LINEAR_ATTENTION in layer_kinds:
         refusal = "gated delta nets: their tensors have other shapes for the documents of each row"
     else:
         refusal = missing_compiler()

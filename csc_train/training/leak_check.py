@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from transformers import PretrainedConfig, PreTrainedModel
 
 from csc_train.errors import InputError
-from csc_train.models.attention.gated_delta_net import LeveledDeltaNet, has_delta_nets, prepare_delta_nets
+from csc_train.models.attention.gated_delta_net import chosen_kernel, has_delta_nets, prepare_delta_nets
 from csc_train.models.attention.select import collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig
@@ -165,8 +165,7 @@ def _probe(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
             torch.nn.init.normal_(weights, std=weights.shape[-1] ** -0.5)
         elif name.endswith("A_log"):
             torch.nn.init.constant_(weights, -3)  # a gated delta net that remembers a document's start at its end
-    kernels = (each.kernel for each in model.modules() if isinstance(each, LeveledDeltaNet))
-    prepare_delta_nets(probe, next(kernels, None))
+    prepare_delta_nets(probe, chosen_kernel(model))
     return probe
 
 

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 
 from csc_train.errors import check_choice
+from csc_train.models.attention.gated_delta_net import chosen_kernel
 from csc_train.models.families import DELTA_CHUNK, LINEAR_ATTENTION, ModelDims, get_family, model_dims, training_flops
 from csc_train.training.config import CHECKPOINTING
 from csc_train.training.loss import CHUNK
@@ -469,7 +470,6 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
     quantized = getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None)
     adapter = "full" if not hasattr(model, "peft_config") else "qlora" if quantized else "lora"
     plugin, layout = args.deepspeed_plugin, collator.layout
-    asked = any(getattr(each, "kernel", None) == "torch" for each in model.modules())
     return MemoryScenario(
         model_dims(model.config),
         adapter=adapter,
@@ -481,7 +481,7 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
         checkpointing="full" if args.checkpointing == "auto" else args.checkpointing,
         mask_columns={"dense_mask": tokens, "position_ids": tokens // args.per_device_train_batch_size}.get(layout, 0),
         bf16=args.bf16,
-        delta_kernel="torch" if args.device.type == "cpu" or asked else "fla",
+        delta_kernel="torch" if args.device.type == "cpu" or chosen_kernel(model) == "torch" else "fla",
     )
 
 

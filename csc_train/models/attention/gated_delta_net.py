@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csc_train.errors import InputError
+from csc_train.models.families import DELTA_CHUNK
 
 DELTA_NETS = ("Qwen3_5GatedDeltaNet",)
 """The classes of transformers whose layers can run level by level."""
@@ -33,8 +34,6 @@ DELTA_NETS = ("Qwen3_5GatedDeltaNet",)
 HISTORY = 3
 """Inputs before a token that its convolution, of width 4 in all published models, sees."""
 
-_CHUNK = 64
-"""Tokens that the kernels compute together: segments of equally many chunks share a block."""
 _FEW = 8
 """Segments of at most this many tokens, such as labels, are cheaper token by token than as a chunk."""
 
@@ -52,8 +51,8 @@ class DeltaLevel(NamedTuple):
         sources: int64 [tokens + S x HISTORY]; the source rows of each segment's history and tokens.
         own: int64 [tokens]; the places of the tokens among those, less `HISTORY`.
         tails: int64 [S, HISTORY]; the source rows of the last inputs of each segment.
-        blocks: for each number of chunks (none up to `_FEW` tokens), int64 [segments, HISTORY + width], `sources`
-            padded on the right by 0.
+        blocks: for each number of `DELTA_CHUNK`s (none up to `_FEW` tokens), int64 [segments, HISTORY + width],
+            `sources` padded on the right by 0.
         order: int64 [S]; the place of each segment in the blocks' order.
         forks: whether a segment continues a state that is not zeros.
         follows: whether each segment continues the initial state of its own number, so that none is copied.
@@ -123,7 +122,7 @@ def build_levels(levels: Sequence[Sequence[tuple[Sequence[int], int]]], initial_
         for number, (tokens, parent) in enumerate(level):
             history = ends[parent] if parent >= 0 else [0] * HISTORY
             rows.append(history + [first + token for token in tokens])
-            chunks = 0 if len(tokens) <= _FEW else -(-len(tokens) // _CHUNK)
+            chunks = 0 if len(tokens) <= _FEW else -(-len(tokens) // DELTA_CHUNK)
             blocks.setdefault(chunks, []).append(number)
         lengths = torch.tensor([len(row) - HISTORY for row in rows])
         sources = torch.tensor([source for row in rows for source in row])
@@ -197,6 +196,11 @@ def prepare_delta_nets(model: nn.Module, kernel: str | None = None) -> bool:
             if module.kernel == "torch" or not torch.cuda.is_available():
                 _use_torch(sys.modules[type(module).__module__])
     return found
+
+
+def chosen_kernel(model: nn.Module) -> str | None:
+    """The `kernel` that the gated delta nets of a model were prepared with; None without such layers."""
+    return next((each.kernel for each in model.modules() if isinstance(each, LeveledDeltaNet)), None)
 
 
 def has_delta_nets(model: nn.Module) -> bool:
