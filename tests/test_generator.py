@@ -13,6 +13,7 @@ from csc_train.checkpoints.base_model import find_base
 from csc_train.checkpoints.locate import open_source
 from csc_train.checkpoints.manifest import save_final_model
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
@@ -384,6 +385,21 @@ def test_batched_generation_equals_one_by_one(tokenizer, odd_dialogues, context,
     # Otherwise nothing above was padded, or every prompt got the same answer.
     assert len(set(map(len, prompts.values()))) > 2
     assert len({answer.token_ids for _, answer in exchanges.values()}) > len(exchanges) / 2
+
+
+def test_a_hybrid_computes_no_token_of_a_dialogue_twice(tokenizer):
+    """In reference context too, where a prompt does not continue the reply before it."""
+    torch.manual_seed(1)
+    model = remember(AutoModelForCausalLM.from_config(tiny_config("qwen3_5_text", tokenizer, 0.5))).eval()
+    generator, computed = generator_of(model, tokenizer, batch_size=1, likelihoods=False), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].numel()))
+    _, exchanges = asked(generator, generate_sample(2, seed=0), "reference")
+    prefix, longest, replies = len(generator.template.prefix_ids), {}, 0
+    for (dialogue, _), (request, answer) in exchanges.items():
+        longest[dialogue] = max(longest.get(dialogue, 0), len(request.prompt_ids(generator.template)) - prefix)
+        replies += len(answer.token_ids)
+    assert len(exchanges) > len(longest)
+    assert sum(computed) <= prefix + sum(longest.values()) + replies
 
 
 def test_likelihoods_that_are_not_wanted_are_left_out_and_added_later(model, tokenizer, odd_dialogues, tmp_path):
