@@ -98,6 +98,14 @@ TINY_HYBRID = {
     "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
 """What `tiny_config` says of a model with gated delta nets."""
+TINY_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+"""What `tiny_config` says of a model with experts."""
+TINY_FACTS = {
+    "qwen3_5_text": TINY_HYBRID,
+    "qwen3_moe": TINY_EXPERTS | {"head_dim": 16, "norm_topk_prob": True},
+    "qwen3_5_moe_text": TINY_HYBRID | TINY_EXPERTS | {"shared_expert_intermediate_size": 16},
+}
+"""What `tiny_config` says of a family besides."""
 
 
 def tiny_config(
@@ -111,8 +119,7 @@ def tiny_config(
         facts: what else the configuration says.
     """
     controls = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if architecture == "qwen3_5_text":
-        facts = TINY_HYBRID | facts
+    facts = TINY_FACTS.get(architecture, {}) | facts
     return AutoConfig.for_model(
         architecture,
         vocab_size=len(tokenizer),

@@ -23,8 +23,8 @@ class ArchitectureConfig:
     """
 
     model_type: str = "qwen2"
-    """The model family (see `csc_train.models.families`): qwen2, qwen3, llama, mistral, qwen3_5_text or a
-    registered one."""
+    """The model family (see `csc_train.models.families`): qwen2, qwen3, llama, mistral, qwen3_5_text, qwen3_moe,
+    qwen3_5_moe_text or a registered one."""
     hidden_size: int = 256
     """Width of the hidden states."""
     intermediate_size: int = 768
@@ -63,6 +63,17 @@ class ArchitectureConfig:
     linear_conv_kernel_dim: int | None = None
     """Tokens under the causal convolution of a gated delta net."""
 
+    num_experts: int | None = None
+    """Experts of a layer (qwen3_moe, qwen3_5_moe_text); this and what follows default to those of the family."""
+    num_experts_per_tok: int | None = None
+    """Experts that a token uses."""
+    moe_intermediate_size: int | None = None
+    """Width of an expert."""
+    shared_expert_intermediate_size: int | None = None
+    """Width of the expert that every token uses beside them (qwen3_5_moe_text)."""
+    norm_topk_prob: bool | None = None
+    """Let the weights of a token's experts add up to 1 (qwen3_moe)."""
+
     def __post_init__(self):
         prefix = "model.architecture."
         check_fields(prefix, self, "hidden_size", "intermediate_size", "num_hidden_layers", low=1, high=10**7)
@@ -71,6 +82,12 @@ class ArchitectureConfig:
         check_fields(prefix, self, "linear_num_key_heads", "linear_num_value_heads", low=1, high=10**7)
         check_fields(prefix, self, "linear_key_head_dim", "linear_value_head_dim", low=1, high=10**7)
         check_fields(prefix, self, "linear_conv_kernel_dim", low=1, high=4)
+        check_fields(prefix, self, "num_experts", "num_experts_per_tok", low=1, high=10**5)
+        check_fields(prefix, self, "moe_intermediate_size", "shared_expert_intermediate_size", low=1, high=10**7)
+        if self.num_experts and self.num_experts < (self.num_experts_per_tok or 1):
+            raise InputError(
+                f"{prefix}num_experts_per_tok={self.num_experts_per_tok}: there are {self.num_experts} experts"
+            )
         check_fields(prefix, self, "layer_types", choices=("full_attention", "linear_attention"))
         check_fields(prefix, self, "rms_norm_eps", low=0, high=1)
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:

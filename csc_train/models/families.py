@@ -61,18 +61,35 @@ class DeltaDims:
 
 
 @dataclass(frozen=True)
+class ExpertDims:
+    """The routed experts of a layer: a router, and gated MLPs of which each token uses a few.
+
+    Attributes:
+        count: experts of a layer.
+        active: experts that a token uses.
+        intermediate: width of one.
+    """
+
+    count: int
+    active: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
 class ModelDims:
     """The dimensions of a decoder; widths in entries.
 
     Attributes:
         model_type: the family.
         queries: width of all query heads; `keys`: of all key heads.
+        intermediate: width of the MLP of a token: of its experts together.
         linears: (inputs, outputs) of the linear layers of one decoder layer, by its kind and their names.
         others: parameters of one layer of each kind besides the linear weights and its two norms.
         head_norms: width of what norms over heads normalize in one attention layer; 0 without them.
         tied: whether input and output embeddings are one matrix.
         layer_types: the kind of every layer, named as in transformers.
         delta: of the gated delta nets, if it has any.
+        experts: of every layer, if it has any; they and the router are no linear layers.
     """
 
     model_type: str
@@ -88,6 +105,7 @@ class ModelDims:
     tied: bool
     layer_types: tuple[str, ...]
     delta: DeltaDims | None = None
+    experts: ExpertDims | None = None
 
     @property
     def layers(self) -> int:
@@ -114,18 +132,40 @@ class ModelDims:
         return sum(map(self.block_linear, self.layer_types))
 
     @property
+    def expert(self) -> int:
+        """Weights of one expert: gate, up and down."""
+        return 3 * self.hidden * self.experts.intermediate if self.experts else 0
+
+    @property
+    def router(self) -> int:
+        """Weights of one router."""
+        return self.hidden * self.experts.count if self.experts else 0
+
+    @property
+    def block_experts(self) -> int:
+        """Weights of the experts of one layer."""
+        return self.experts.count * self.expert if self.experts else 0
+
+    @property
     def embedding(self) -> int:
-        """Weights of one embedding matrix, the largest layer."""
+        """Weights of one embedding matrix, the largest linear layer."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
         """Parameters of the model, each counted once.
 
-        Linear weights, other parameters and two norms of every layer + final norm + embeddings.
+        Linear weights, experts, router, other parameters and two norms of every layer + final norm + embeddings.
         """
         others = sum(self.others[kind] + 2 * self.hidden for kind in self.layer_types)
-        return self.linear + others + self.hidden + self.embedding * (1 if self.tied else 2)
+        experts = self.layers * (self.block_experts + self.router)
+        return self.linear + experts + others + self.hidden + self.embedding * (1 if self.tied else 2)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token uses: those of its experts, and all others."""
+        idle = self.experts.count - self.experts.active if self.experts else 0
+        return self.parameters - self.layers * idle * self.expert
 
 
 @dataclass(frozen=True)
@@ -265,6 +305,39 @@ def hybrid_decoder_dims(config: Any, vocab_size: int | None = None) -> ModelDims
     )
 
 
+def expert_decoder_dims(
+    read_dims: Callable[..., ModelDims], defaults: dict[str, int], config: Any, vocab_size: int | None = None
+) -> ModelDims:
+    """Read the dimensions of a decoder whose every layer has routed experts instead of the MLP of `read_dims`.
+
+    A shared expert, which every token uses, is one of its linear layers.
+
+    Args:
+        defaults: what an `ArchitectureConfig` may leave open.
+
+    Raises:
+        InputError: some layers have no experts.
+        ValueError: as `dense_decoder_dims`.
+    """
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise InputError(f"{config.model_type}: some layers have no experts (mlp_only_layers, decoder_sparse_step)")
+    config = copy.copy(config)
+    facts = {name: getattr(config, name, None) or default for name, default in defaults.items()}
+    config.intermediate_size = shared = facts.get("shared_expert_intermediate_size", 0)
+    dims = read_dims(config, vocab_size)
+    experts = ExpertDims(facts["num_experts"], facts["num_experts_per_tok"], facts["moe_intermediate_size"])
+    linears = {}
+    for kind, own in dims.linears.items():
+        linears[kind] = {
+            name.replace("mlp.", "mlp.shared_expert."): shape
+            for name, shape in own.items()
+            if shared or not name.startswith("mlp.")
+        }
+        if shared:
+            linears[kind]["mlp.shared_expert_gate"] = (dims.hidden, 1)
+    return replace(dims, linears=linears, intermediate=experts.active * experts.intermediate + shared, experts=experts)
+
+
 _HYBRID_DEFAULTS = {
     "head_dim": 256,
     "linear_num_key_heads": 16,
@@ -274,14 +347,23 @@ _HYBRID_DEFAULTS = {
     "linear_conv_kernel_dim": 4,
 }
 """Those of transformers' configuration."""
+_QWEN3_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+_QWEN3_5_EXPERTS = {
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
 
 
 _ATTENTION_FLOPS = (lambda dims: 0, lambda dims: 2 * dims.queries)
 _FULL = {"full_attention": LayerKind(*_ATTENTION_FLOPS, cache="full")}
 _WINDOW = {"sliding_attention": LayerKind(*_ATTENTION_FLOPS, cache="window")}
 _DELTA = {LINEAR_ATTENTION: LayerKind(lambda dims: dims.delta.flops_per_token, lambda dims: 0, cache="recurrent")}
+_ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_DELTA_LINEARS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 _DENSE_DECODER = {
-    "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "lora_targets": (*_ATTENTION_LINEARS, "gate_proj", "up_proj", "down_proj"),
     "unquantized_modules": ("lm_head",),
     "packing_layouts": ("padded", "position_ids", "varlen", "dense_mask"),
 }
@@ -336,11 +418,34 @@ MODEL_FAMILIES = {
             tokenizer_style="qwen3_5",
             **_DENSE_DECODER
             | {
-                "lora_targets": (
-                    *_DENSE_DECODER["lora_targets"],
-                    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
-                ),
+                "lora_targets": (*_DENSE_DECODER["lora_targets"], *_DELTA_LINEARS),
                 "unquantized_modules": ("lm_head", "in_proj_b", "in_proj_a"),  # small gates, that scale the state
+            },
+        ),
+        ModelFamily(
+            model_type="qwen3_moe",
+            causal_lm_class="Qwen3MoeForCausalLM",
+            read_dims=functools.partial(
+                expert_decoder_dims, functools.partial(dense_decoder_dims, head_norms=True), _QWEN3_EXPERTS
+            ),
+            layer_kinds=_FULL | _WINDOW,
+            chat_template="qwen3",
+            tokenizer_style="qwen2",
+            **_DENSE_DECODER | {"lora_targets": _ATTENTION_LINEARS},
+        ),
+        ModelFamily(
+            model_type="qwen3_5_moe_text",  # Qwen3.5 and Qwen3.6
+            outer_model_type="qwen3_5_moe",
+            not_loaded="weights of vision and of multi-token prediction",
+            causal_lm_class="Qwen3_5MoeForCausalLM",
+            read_dims=functools.partial(expert_decoder_dims, hybrid_decoder_dims, _QWEN3_5_EXPERTS),
+            layer_kinds=_FULL | _DELTA,
+            chat_template="qwen3_5",
+            tokenizer_style="qwen3_5",
+            **_DENSE_DECODER
+            | {
+                "lora_targets": (*_DENSE_DECODER["lora_targets"], *_DELTA_LINEARS),
+                "unquantized_modules": ("lm_head", "in_proj_b", "in_proj_a", "shared_expert_gate"),
             },
         ),
     )
@@ -468,10 +573,12 @@ def training_flops(dims: ModelDims, adapter_parameters: int = 0) -> FlopCounts:
 
 
 def _forward_flops(dims: ModelDims) -> FlopCounts:
-    """A forward pass: 2 FLOPs for each weight of a linear layer and token, and what `LayerKind` counts besides."""
+    """A forward pass: 2 FLOPs for each weight that a token uses, and what `LayerKind` counts besides."""
     kinds = [(get_family(dims.model_type).layer_kinds[kind], count) for kind, count in dims.layer_kinds.items()]
+    active = dims.experts.active if dims.experts else 0
     return FlopCounts(
-        2 * dims.linear + sum(count * kind.flops_per_token(dims) for kind, count in kinds),
+        2 * (dims.linear + dims.layers * (active * dims.expert + dims.router))
+        + sum(count * kind.flops_per_token(dims) for kind, count in kinds),
         2 * dims.embedding,
         sum(count * kind.flops_per_pair(dims) for kind, count in kinds),
     )

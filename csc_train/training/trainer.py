@@ -462,6 +462,7 @@ def training_arguments(
         gradient_accumulation_steps=config.accumulation(processes),
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
+        router_aux_loss_coef=0.0,
         bf16=bf16,
         float8=config.precision == "fp8",
         activation_checkpointing=False,

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from csc_train.errors import InputError
 from csc_train.models.families import DELTA_CHUNK
 
-DELTA_NETS = ("Qwen3_5GatedDeltaNet",)
+DELTA_NETS = ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 """The classes of transformers whose layers can run level by level."""
 
 HISTORY = 3
