@@ -209,11 +209,12 @@ def test_an_undone_turn_leaves_no_trace(generator):
     assert turns_of(conversation) == TAUGHT.turns[:1]
 
 
-def test_gated_delta_nets_go_back_to_the_end_of_an_earlier_turn():
-    """Their states cannot be cut back. Replies are those of a new conversation, and of an evaluation."""
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "qwen3_moe", "qwen3_5_moe_text"])
+def test_a_chat_goes_back_to_the_end_of_an_earlier_turn(architecture):
+    """States of gated delta nets cannot be cut back. Replies are those of a new conversation, and of an evaluation."""
     tokenizer = small_tokenizer("qwen3_5")
     torch.manual_seed(1)
-    model = remember(AutoModelForCausalLM.from_config(tiny_config("qwen3_5_text", tokenizer, 0.5)))
+    model = remember(AutoModelForCausalLM.from_config(tiny_config(architecture, tokenizer, 0.5)))
     generator = HFGenerator(
         model, DialogueTemplate(tokenizer, "qwen3_5", TemplateConfig()), EvaluationConfig(max_new_tokens=6)
     )

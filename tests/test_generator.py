@@ -366,7 +366,7 @@ def asked(generator, dialogues, context):
     return queue.outcomes(), exchanges
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3_5_text"])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3_5_text", "qwen3_moe", "qwen3_5_moe_text"])
 @pytest.mark.parametrize("context", ["reference", "generated"])
 def test_batched_generation_equals_one_by_one(tokenizer, odd_dialogues, context, architecture):
     torch.manual_seed(1)

@@ -66,7 +66,7 @@ def no_gradients():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_5_text"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_5_moe_text"])
 def test_tokens_are_those_without_a_cache(architecture, attention):
     model = model_of(architecture, attention)
     found = ended(model)

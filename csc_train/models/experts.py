@@ -1,0 +1,65 @@
+"""Decisions of a model's routers: record them in one forward pass and replay them in another.
+
+Rounding can turn a decision between two experts whose scores tie, and the token's output with it. Passes that make the
+same decisions remain comparable, if each of them was nearly the model's own.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """The routers of a model, layer by layer; none without experts."""
+    recorded = [getattr(each, "_can_record_outputs", None) or {} for each in model.modules()]
+    kinds = tuple(kind["router_logits"].target_class for kind in recorded if "router_logits" in kind)
+    return [each for each in model.modules() if isinstance(each, kinds)]
+
+
+@contextlib.contextmanager
+def recorded_decisions(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Record the decisions of a forward pass inside this context.
+
+    Yields:
+        For each router, int64 [tokens, top_k]: the experts that it chooses for each token.
+    """
+    decisions: list[Tensor] = []
+    hooks = [each.register_forward_hook(lambda *call: decisions.append(call[-1][2])) for each in routers(model)]
+    try:
+        yield decisions
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def replayed_decisions(model: nn.Module, decisions: Sequence[Tensor]) -> Iterator[list[float]]:
+    """Let the routers decide as recorded in a forward pass inside this context.
+
+    Yields:
+        For each router, by how much the router logit of an expert that was not chosen exceeds that of one that was, at
+        most, over the largest logit; 0 where the decisions are the model's own.
+    """
+    errors: list[float] = []
+    left = iter(decisions)
+
+    def replay(router: nn.Module, _, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, scores, own = output
+        chosen = next(left).to(own.device)
+        probabilities = logits.softmax(-1, dtype=torch.float32).gather(-1, chosen)
+        if getattr(router, "norm_topk_prob", True):
+            probabilities /= probabilities.sum(-1, keepdim=True)
+        inside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True)
+        others = logits.masked_fill(inside, -torch.inf).amax(-1)
+        excess = others - logits.masked_fill(~inside, torch.inf).amin(-1)
+        errors.append((excess.clamp(min=0).max() / logits.abs().max()).item())
+        return logits, probabilities.to(scores.dtype), chosen
+
+    hooks = [each.register_forward_hook(replay) for each in routers(model)]
+    try:
+        yield errors
+    finally:
+        for hook in hooks:
+            hook.remove()
