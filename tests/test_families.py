@@ -81,6 +81,9 @@ def test_every_row_fits_the_model_that_transformers_builds(family):
         AdapterConfig("lora", target_modules=["(q"])
     assert family.tokenizer_style in TOKENIZER_STYLES
     assert family.chat_template in SMALL_OF
+    random = ModelConfig(init="random", tokenizer="train", architecture=architecture(family.model_type))
+    inspected = inspect_model(random).require().model
+    assert inspected.get_experts_implementation() == model.get_experts_implementation()
 
 
 def test_one_window_for_all_layers_is_counted_as_such():

@@ -106,8 +106,7 @@ def inspect_model(config: ModelConfig, download: bool = False) -> InspectedModel
                     "model.architecture.layer_types"
                 )
             with _model_errors():
-                prepare_delta_nets(found.model)
-                found.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
+                _pass_through(found.model)
             found.dims = dims
     return found
 
@@ -140,6 +139,17 @@ def _random(config: ModelConfig) -> PreTrainedModel:
     settings = build_model_config(config.architecture, None)
     with _model_errors(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(settings)
+
+
+def _pass_through(model: Any) -> None:
+    """A forward pass on the meta device; there the grouped products of experts take bf16 only, so others stand in."""
+    prepare_delta_nets(model)
+    experts = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    finally:
+        model.set_experts_implementation(experts)
 
 
 @contextlib.contextmanager
