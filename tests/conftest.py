@@ -142,25 +142,38 @@ def remember(model: Any) -> Any:
     return model
 
 
-def save_vision_language(directory: Path, tokenizer: PreTrainedTokenizerBase, tied: bool = True, **facts) -> None:
+def save_vision_language(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tied: bool = True,
+    architecture: str = "qwen3_5_text",
+    split_experts: bool = False,
+    **facts,
+) -> None:
     """Write a directory as Qwen3.5 has it on the hub: text, vision and MTP tensors, random ones, and the tokenizer.
 
     Args:
+        split_experts: whether each expert has tensors of its own; on the hub, those of a layer are one.
         facts: what else the text configuration says.
     """
-    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration  # takes time
+    from transformers import AutoModelForMultimodalLM  # takes time
 
     rotary = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
     rotary |= {"mrope_interleaved": True, "mrope_section": [1, 1, 0]}
     for_servers = {"mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1, "attn_output_gate": True}
-    text = tiny_config("qwen3_5_text", tokenizer, 0.1, head_dim=16, rope_parameters=rotary, **for_servers, **facts)
+    facts = {"head_dim": 16, "rope_parameters": rotary} | for_servers | facts
+    text = tiny_config(architecture, tokenizer, 0.1, **facts)
     text.tie_word_embeddings = tied
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
     torch.manual_seed(0)
-    whole = Qwen3_5Config(
-        text_config=text.to_dict(), vision_config=vision | {"num_position_embeddings": 16}, tie_word_embeddings=tied
+    whole = AutoConfig.for_model(
+        architecture.removesuffix("_text"),
+        text_config=text.to_dict(),
+        vision_config=vision | {"num_position_embeddings": 16},
+        tie_word_embeddings=tied,
     )
-    Qwen3_5ForConditionalGeneration(whole).save_pretrained(directory)
+    model = AutoModelForMultimodalLM.from_config(whole)
+    model.save_pretrained(directory, save_original_format=split_experts)
     file = directory / "model.safetensors"
     save_file(load_file(file) | {"mtp.fc.weight": torch.randn(32, 64)}, file, {"format": "pt"})
     tokenizer.save_pretrained(directory)

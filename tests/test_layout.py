@@ -45,11 +45,15 @@ def template():
     return DialogueTemplate(small_tokenizer("qwen3_5"), "qwen3_5", TemplateConfig(mode="reply_only"))
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+EXPERTS = {"tied": False, "architecture": "qwen3_5_moe_text"}
+BASES = {"tied": {}, "untied": {"tied": False}, "experts": EXPERTS, "split experts": EXPERTS | {"split_experts": True}}
+
+
+@pytest.fixture(scope="module", params=BASES)
 def base(request, template, tmp_path_factory) -> Path:
     """A vision-language model, with the files of its processors."""
     directory = tmp_path_factory.mktemp("hub") / "model"
-    save_vision_language(directory, template.tokenizer, request.param)
+    save_vision_language(directory, template.tokenizer, **BASES[request.param])
     (directory / "preprocessor_config.json").write_text('{"patch_size": 16}')
     (directory / "video_preprocessor_config.json").write_text('{"fps": 2}')
     return directory
@@ -57,6 +61,10 @@ def base(request, template, tmp_path_factory) -> Path:
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: each for file in directory.glob("*.safetensors") for name, each in load_file(file).items()}
+
+
+def text_type(directory: Path) -> str:
+    return json.loads((directory / "config.json").read_text())["text_config"]["model_type"]
 
 
 def logits(model) -> torch.Tensor:
@@ -81,14 +89,15 @@ def change(name: str, **values):
 
 def test_the_text_part_is_inspected_and_loaded(base):
     found = inspect_model(ModelConfig(path=str(base))).require()
-    assert found.dims.model_type == found.model.config.model_type == "qwen3_5_text"
+    expected = text_type(base)
+    assert found.dims.model_type == found.model.config.model_type == expected
     (note,) = found.repairs
     assert note == (
         f"{base}: its text model is used; 22 other tensors (mtp, visual) are not loaded, and a model "
         "that is trained from it gets them unchanged"
     )
     model, whole = load_causal_lm(str(base)), AutoModelForMultimodalLM.from_pretrained(base)
-    assert type(model).__name__ == "Qwen3_5ForCausalLM" and model.dtype == torch.float32
+    assert type(model).__name__ == get_family(expected).causal_lm_class and model.dtype == torch.float32
     assert torch.equal(logits(model), logits(whole))
 
 
@@ -190,7 +199,8 @@ def test_a_final_model_has_the_layout_of_its_base(base, template, tmp_path, shar
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         assert (final / name).read_bytes() == (base / name).read_bytes()
     said, now = (json.loads((each / "config.json").read_text()) for each in (base, final))
-    assert now["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+    family = get_family(text_type(base))
+    assert now["architectures"] == [family.causal_lm_class.replace("ForCausalLM", "ForConditionalGeneration")]
     assert now["vision_config"] == said["vision_config"] and now.keys() == said.keys()
     assert {key for key in said["text_config"] if said["text_config"][key] != now["text_config"][key]} <= {"dtype"}
     whole, info = AutoModelForMultimodalLM.from_pretrained(final, output_loading_info=True)
@@ -205,7 +215,7 @@ def test_a_final_model_has_the_layout_of_its_base(base, template, tmp_path, shar
     assert tensors(tmp_path / "hub").keys() == before.keys()
     assert tensors(tmp_path / "text").keys() == {name.replace("model.language_model.", "model.") for name in own}
     config = json.loads((tmp_path / "text" / "config.json").read_text())
-    assert (config["model_type"], config["architectures"]) == ("qwen3_5_text", ["Qwen3_5ForCausalLM"])
+    assert (config["model_type"], config["architectures"]) == (family.model_type, [family.causal_lm_class])
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
     assert not any(info.values()) and torch.equal(logits(plain), expected)
     # A text model stays one.
