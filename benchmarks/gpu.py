@@ -651,12 +651,13 @@ class Bench:
         def make(directory: str) -> Trainer:
             adapter = case_adapter(shape)
             recomputed = any(side.facts["gradient checkpointing"] != "off" for side in self.sides.values())
+            model = self.model(shape, attention, adapter, "auto")
             trainer: Any = trl_trainer(
-                self.model(shape, attention, adapter, "auto"),
+                model,
                 self.examples(shape, prefix),
                 self.settings.max_length,
                 directory,
-                peft_config=None if adapter.kind == "full" else lora_config(adapter, "qwen2"),
+                peft_config=None if adapter.kind == "full" else lora_config(adapter, model),
                 max_steps=10**4,
                 save_strategy="no",
                 **{"activation_checkpointing": recomputed} | options,

@@ -110,7 +110,7 @@ def training(report: Report, name: str, options: argparse.Namespace, template: D
             examples,
             length,
             directory,
-            peft_config=lora_config(ADAPTER, model.config.model_type),
+            peft_config=lora_config(ADAPTER, model),
             learning_rate=ours.args.learning_rate,
             activation_checkpointing=checkpointing,
         )

@@ -65,7 +65,7 @@ def test_every_row_fits_the_model_that_transformers_builds(family):
         peft.get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
         for adapter in (
             peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
-            lora_config(AdapterConfig("lora"), family.model_type),
+            lora_config(AdapterConfig("lora"), model),
         )
     )
     if not model_dims(config).experts:
@@ -84,6 +84,55 @@ def test_every_row_fits_the_model_that_transformers_builds(family):
     random = ModelConfig(init="random", tokenizer="train", architecture=architecture(family.model_type))
     inspected = inspect_model(random).require().model
     assert inspected.get_experts_implementation() == model.get_experts_implementation()
+
+
+EXPERTS = {f"{layer}.mlp.experts{inner}" for layer in (0, 1) for inner in ("", ".base_layer")}
+
+
+@pytest.mark.parametrize("tensors", [[], ["all-experts"], ["experts.gate_up_proj", "mlp.experts.down_proj"]])
+@pytest.mark.parametrize("layers", [[], [r".*1\.self_attn\.[qv]_proj"], ["all-linear"]])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_5_moe_text"])
+def test_adapters_are_on_what_was_named_and_nothing_else(model_type, layers, tensors):
+    if not (layers or tensors):
+        with pytest.raises(InputError, match=r"^adapter.target_modules=\[\]: nothing would be adapted"):
+            AdapterConfig("lora", target_modules=layers)
+        return
+    adapter = AdapterConfig("lora", rank=4, target_modules=layers, target_parameters=tensors)
+    config = build_model_config(architecture(model_type), None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    check_lora_targets(adapter, model)
+    adapted = peft.get_peft_model(model, lora_config(adapter, model))
+    trained = {name: each.numel() for name, each in adapted.named_parameters() if each.requires_grad}
+    assert families.count_adapter_parameters(adapted) == sum(trained.values())
+    assert families.lora_parameter_count(model_dims(config), 4, layers, tensors) == sum(trained.values())
+    found = {name.partition(".lora_")[0].partition("layers.")[2] for name in trained}
+    assert {each for each in found if ".experts" in each} == (EXPERTS if tensors else set())
+    if layers != ["all-linear"]:
+        assert found - EXPERTS == {f"1.self_attn.{each}_proj" for each in "qv" if layers}
+
+
+def test_experts_that_are_not_there_are_refused():
+    for model_type, name, message in (
+        (
+            "qwen3_moe",
+            "experts.up_gate_proj",
+            r"choose all-experts, experts.gate_up_proj or .* mean 'experts.gate_up_proj'",
+        ),
+        (
+            "qwen3_5_moe_text",
+            "conv1d.weight",
+            "qwen3_5_moe_text has no experts' tensor of this name: choose all-experts",
+        ),
+        ("qwen3", "all-experts", "qwen3 has no experts' tensor of this name: leave it out"),
+    ):
+        adapter = AdapterConfig("lora", target_parameters=[name])
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(build_model_config(architecture(model_type), None))
+        with pytest.raises(InputError, match=rf"^adapter.target_parameters={name}: .*{message}"):
+            check_lora_targets(adapter, model)
+    with pytest.raises(InputError, match=r"^adapter.dropout=0.1: adapters of experts have none"):
+        AdapterConfig("lora", dropout=0.1, target_parameters=["all-experts"])
 
 
 def test_one_window_for_all_layers_is_counted_as_such():
@@ -113,7 +162,7 @@ def test_a_family_from_outside_is_built_measured_and_adapted():
     assert model_dims(model.config).parameters == sum(each.numel() for each in model.parameters())
     linear = [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
     assert forward_flops(model)[0] == sum(2 * each.in_features * each.out_features for each in linear)
-    adapted = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), "granite"))
+    adapted = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), model))
     trained = {name.split(".")[-4] for name, each in adapted.named_parameters() if each.requires_grad}
     assert trained == {"q_proj", "v_proj"}
     assert families.count_adapter_parameters(adapted) == sum(

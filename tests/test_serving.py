@@ -206,7 +206,7 @@ def test_a_final_model_holds_what_vllm_reads(architecture, kind, tied, tmp_path)
     model = model.to(torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     if kind == "lora":
-        adapter = lora_config(AdapterConfig("lora", rank=2, alpha=4), model.config.model_type)
+        adapter = lora_config(AdapterConfig("lora", rank=2, alpha=4), model)
         adapted = peft.get_peft_model(copy.deepcopy(model), adapter)
         pairs = {name: torch.rand_like(value) for name, value in adapted.named_parameters() if value.requires_grad}
         model = merged(model, pairs, adapter)

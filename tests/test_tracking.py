@@ -259,7 +259,7 @@ def test_flops_follow_the_convention(folder):
     # Frozen weights need no gradient of their own.
     import peft
 
-    adapted = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), model.config.model_type))
+    adapted = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), model))
     more = forward_flops(adapted)[0] - linear
     assert forward_flops(adapted) == (linear_flops(adapted), attention)
     assert training_flops(dims, count_adapter_parameters(adapted)) == (

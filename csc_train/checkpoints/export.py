@@ -256,7 +256,7 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
     tokenizer = load_tokenizer(str(source.path))
     # Memory: at no time are there two copies of the weights.
     model: Any = _load_base(path, revision, tokenizer, "auto", "4bit" if quantized else "base")
-    lora = None if adapter.kind == "full" else lora_config(adapter, model.config.model_type)
+    lora = None if adapter.kind == "full" else lora_config(adapter, model)
     adapted: Any = model if lora is None else peft.get_peft_model(model, lora)
     logits = _logits(adapted, weights)  # nothing is merged
     if alone:

@@ -7,6 +7,8 @@ from csc_train.errors import InputError, check_fields
 
 ALL_LINEAR = "all-linear"
 """The value of `adapter.target_modules` that adapts the linear layers of the model family."""
+ALL_EXPERTS = "all-experts"
+"""The value of `adapter.target_parameters` that adapts all tensors of routed experts."""
 TRAINED_TOKENIZER = "train"
 """The value of `model.tokenizer` that trains a tokenizer on the training dialogues."""
 
@@ -160,6 +162,9 @@ class AdapterConfig:
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
     """all-linear: the linear layers that the model family names. Or names of layers, such as q_proj, and regular
     expressions on full names, such as `.*[02468]\\.self_attn\\.[qv]_proj`: one, or a list in brackets."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Tensors of routed experts that are adapted besides, each expert by matrices of its own: all-experts, or a list of
+    names such as experts.down_proj."""
 
     def __post_init__(self):
         check_fields("adapter.", self, "kind", choices=("full", "lora", "qlora"))
@@ -171,3 +176,10 @@ class AdapterConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise InputError(f"adapter.target_modules={pattern}: no regular expression: {error}") from error
+        if not (self.target_modules or self.target_parameters):
+            raise InputError(f"adapter.target_modules=[]: nothing would be adapted: name layers, or {ALL_LINEAR}")
+        if self.target_parameters and self.dropout:
+            raise InputError(
+                f"adapter.dropout={self.dropout}: adapters of experts have none, as they are added to the weights: set "
+                "adapter.dropout=0"
+            )

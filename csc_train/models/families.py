@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from csc_train.errors import InputError, check_choice, suggestion
-from csc_train.models.config import ALL_LINEAR
+from csc_train.models.config import ALL_EXPERTS, ALL_LINEAR
 from csc_train.plugins import check_entry, note_registration
 
 LINEAR_ATTENTION = "linear_attention"
@@ -135,6 +135,15 @@ class ModelDims:
     def expert(self) -> int:
         """Weights of one expert: gate, up and down."""
         return 3 * self.hidden * self.experts.intermediate if self.experts else 0
+
+    @property
+    def expert_tensors(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of an expert in the tensors [experts, outputs, inputs] of a layer, by name."""
+        if not self.experts:
+            return {}
+        width = self.experts.intermediate
+        gate_up, down = (self.hidden, 2 * width), (width, self.hidden)
+        return {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
 
     @property
     def router(self) -> int:
@@ -528,20 +537,46 @@ def is_lora_target(name: str, targets: str | Collection[str]) -> bool:
     return any(name == each or name.endswith(f".{each}") for each in targets)
 
 
-def lora_parameter_count(dims: ModelDims, rank: int, target_modules: str | Collection[str] = (ALL_LINEAR,)) -> int:
-    """Weights of low-rank adapters: rank x (inputs + outputs) for each linear layer that they adapt.
+def adapted_experts(dims: ModelDims, target_parameters: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Those of `ModelDims.expert_tensors` that `AdapterConfig.target_parameters` means.
+
+    Raises:
+        InputError: the model has no tensor of a name; the message names the nearest one.
+    """
+    known = dims.expert_tensors
+    for target in target_parameters:
+        if not known or not (target == ALL_EXPERTS or any(is_lora_target(name, [target]) for name in known)):
+            names = [name.removeprefix("mlp.") for name in known]
+            choices = f"choose {ALL_EXPERTS}, {' or '.join(names)}" if known else "leave it out"
+            raise InputError(
+                f"adapter.target_parameters={target}: {dims.model_type} has no experts' tensor of this name: {choices}."
+                f"{suggestion(target, names)}"
+            )
+    every = ALL_EXPERTS in target_parameters
+    return {name: each for name, each in known.items() if every or is_lora_target(name, target_parameters)}
+
+
+def lora_parameter_count(
+    dims: ModelDims,
+    rank: int,
+    target_modules: str | Collection[str] = (ALL_LINEAR,),
+    target_parameters: Collection[str] = (),
+) -> int:
+    """Weights of low-rank adapters: rank x (inputs + outputs) for each linear layer and each expert's tensor.
 
     Args:
-        target_modules: as in `AdapterConfig`, or as PEFT has them.
+        target_modules: as in `AdapterConfig`, or as PEFT has them; `target_parameters`: likewise.
     """
     if not isinstance(target_modules, str):
         target_modules = lora_targets(dims.model_type, target_modules)
-    return sum(
+    linear = sum(
         rank * (inputs + outputs)
         for layer, kind in enumerate(dims.layer_types)
         for name, (inputs, outputs) in dims.linears[kind].items()
         if is_lora_target(f"model.layers.{layer}.{name}", target_modules)
     )
+    experts = dims.layers * dims.experts.count if dims.experts else 0
+    return linear + experts * rank * sum(map(sum, adapted_experts(dims, target_parameters).values()))
 
 
 def count_adapter_parameters(model: Any) -> int:
@@ -549,7 +584,9 @@ def count_adapter_parameters(model: Any) -> int:
     if (adapters := getattr(model, "peft_config", None)) is None:
         return 0
     adapter = adapters["default"]
-    return lora_parameter_count(model_dims(model.config), adapter.r, adapter.target_modules)
+    return lora_parameter_count(
+        model_dims(model.config), adapter.r, adapter.target_modules, adapter.target_parameters or ()
+    )
 
 
 def forward_flops(model: Any) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from csc_train.errors import InputError
 from csc_train.models.attention import select  # noqa: F401  registers our attention implementations
 from csc_train.models.attention.gated_delta_net import prepare_delta_nets
 from csc_train.models.config import ALL_LINEAR, AdapterConfig, ArchitectureConfig, ModelConfig
-from csc_train.models.families import get_family, is_lora_target, lora_targets
+from csc_train.models.families import adapted_experts, get_family, is_lora_target, lora_targets, model_dims
 from csc_train.models.hub import hub_errors, load_causal_lm, read_model_config
 
 
@@ -108,8 +108,8 @@ def build_model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTo
 
 
 def check_lora_targets(adapter: AdapterConfig, model: PreTrainedModel) -> None:
-    """Raise an InputError for a target of LoRA adapters that is no linear layer of a model; it names those."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    """Raise an InputError for a target of LoRA adapters that a model has not; it names what the model has."""
+    linear = _linear_layers(model)
     for target in adapter.target_modules:
         targets = lora_targets(model.config.model_type, [target])
         if not any(is_lora_target(name, targets) for name in linear):
@@ -118,14 +118,26 @@ def check_lora_targets(adapter: AdapterConfig, model: PreTrainedModel) -> None:
                 f"adapter.target_modules={target}: matches no linear layer of the model; choose {ALL_LINEAR}, some of "
                 f"{', '.join(known)}, or a regular expression on full names such as {linear[0]}"
             )
+    adapted_experts(model_dims(model.config), adapter.target_parameters)
 
 
-def lora_config(adapter: AdapterConfig, model_type: str) -> peft.LoraConfig:
-    """PEFT's configuration of LoRA adapters on a model of a family."""
+def lora_config(adapter: AdapterConfig, model: PreTrainedModel) -> peft.LoraConfig:
+    """PEFT's configuration of LoRA adapters on a model.
+
+    Regular expressions are resolved to full names: PEFT reads them as names of layers if a model has experts.
+    """
+    targets = lora_targets(model.config.model_type, adapter.target_modules)
+    if isinstance(targets, str) and model_dims(model.config).experts:
+        targets = [name for name in _linear_layers(model) if is_lora_target(name, targets)]
     return peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=lora_targets(model_type, adapter.target_modules),
+        target_modules=targets,
+        target_parameters=[*adapted_experts(model_dims(model.config), adapter.target_parameters)] or None,
         task_type="CAUSAL_LM",
     )
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

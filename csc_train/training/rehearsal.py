@@ -48,7 +48,7 @@ def rehearse_end(
             lost = set()
             if adapter.kind != "full":
                 check_lora_targets(adapter, model)
-                model = peft.get_peft_model(model, lora_config(adapter, config.model_type))
+                model = peft.get_peft_model(model, lora_config(adapter, model))
                 trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
                 lost = trained ^ {parameter_name(name) for name in peft.get_peft_model_state_dict(model)}
                 model = model.merge_and_unload()

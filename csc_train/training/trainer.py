@@ -529,7 +529,7 @@ def build_trainer(
         validator,
         data_collator=replace(collator, measured=True, bounds=bounds, length=length),
         processing_class=tokenizer,
-        peft_config=None if adapter.kind == "full" else lora_config(adapter, model.config.model_type),
+        peft_config=None if adapter.kind == "full" else lora_config(adapter, model),
     )
     if arguments.checkpointing == "auto":
         arguments.checkpointing = choose_checkpointing(trainer, longest)

@@ -72,7 +72,8 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
     """
     model, adapter, packing = config.model, config.adapter, config.packing
     dims = dims or model_dims(model.architecture, model.tokenizer_vocab_size)
-    weights = 0 if adapter.kind == "full" else lora_parameter_count(dims, adapter.rank, adapter.target_modules)
+    targets = adapter.target_modules, adapter.target_parameters
+    weights = 0 if adapter.kind == "full" else lora_parameter_count(dims, adapter.rank, *targets)
     stage, offload = zero_of(config)
     tokens = config.trainer.micro_batch_size * packing.max_length
     # On a GPU, sdpa and eager attention separate the documents of a pack by a dense mask of this many columns. In fp32
