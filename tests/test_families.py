@@ -210,31 +210,47 @@ def test_a_base_of_an_unknown_family_or_class_is_refused(tmp_path):
         inspect_model(ModelConfig(init="random", tokenizer="train", architecture=architecture("qwen"))).require()
 
 
-def test_the_flops_of_a_hybrid_are_those_that_torch_counts():
-    """Forward and backward, over packs with a shared prefix; delta nets cost the same for each token of any length."""
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"])
+def test_flops_are_those_that_torch_counts(model_type, adapter):
+    """Forward and backward, over packs with a shared prefix; a token is charged for its own experts only."""
     config = AutoConfig.for_model(
-        "qwen3_5_text", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        model_type, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, vocab_size=500, linear_key_head_dim=32, linear_value_head_dim=16,
-        linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_num_key_heads=2, linear_num_value_heads=4, num_experts=16, num_experts_per_tok=4,
+        moe_intermediate_size=96, shared_expert_intermediate_size=64,
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.set_experts_implementation("eager")  # whose products torch counts
     prepare_delta_nets(model)
+    if adapter == "lora":
+        model = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), model_type))
+        model.enable_input_require_grads()
+    dims = model_dims(config)
     lengths, tokens = [192, 64, 256], 512
     levels = [level._asdict() for level in build_delta_levels([lengths], [lengths[0]])]
+    inputs = {"delta_levels": levels} if dims.delta else {}
 
     def triangular(_, values, *__, **___) -> int:
         return math.prod(values) * values[-2]
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: triangular}) as counter:
-        model(input_ids=torch.ones(1, tokens, dtype=torch.int64), delta_levels=levels).logits.sum().backward()
-    dims = model_dims(config)
-    counts = training_flops(dims)
+        model(input_ids=torch.ones(1, tokens, dtype=torch.int64), **inputs).logits.sum().backward()
+    counts = training_flops(dims, families.count_adapter_parameters(model))
     # Eager attention computes all pairs of tokens, of which half are causal.
     pairs = 2 * counts.per_pair * tokens**2
-    ours = (counts.per_token + counts.per_head_token) * tokens + pairs
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
-    recurrence = 3 * 3 * dims.delta.flops_per_token * tokens
-    assert ours - recurrence != pytest.approx(counter.get_total_flops(), rel=0.02)
+    ours, counted = (counts.per_token + counts.per_head_token) * tokens + pairs, counter.get_total_flops()
+    assert ours == pytest.approx(counted, rel=0.02)
+    passes = 2 if adapter == "lora" else 3
+    if dims.delta:
+        recurrence = 3 * 3 * dims.delta.flops_per_token * tokens
+        assert ours - recurrence != pytest.approx(counted, rel=0.02)
+    if dims.experts:
+        idle = dims.parameters - dims.active_parameters
+        assert ours + passes * 2 * idle * tokens > 2 * counted
+        assert ours - passes * 2 * dims.experts.active * dims.expert * dims.layers * tokens < 0.8 * counted
+    if not dims.delta:
+        return
     # One layer of four has attention, so one document twice as long costs less than twice that of all four.
     assert counts.per_pair == 3 * 2 * dims.queries
     short, long = (pack_cost([length], 0, counts.per_token, counts.per_pair).total for length in (4096, 8192))

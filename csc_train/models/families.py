@@ -591,31 +591,31 @@ def count_adapter_parameters(model: Any) -> int:
 
 def forward_flops(model: Any) -> tuple[int, int]:
     """FLOPs of a model's forward pass for each token (output head and adapters included) and each pair of tokens."""
-    layers, head, pairs = _forward_flops(model_dims(model.config))
-    return layers + head + 2 * count_adapter_parameters(model), pairs
+    dims = model_dims(model.config)
+    weights, mixing, pairs = _forward_flops(dims)
+    return weights + mixing + 2 * (dims.embedding + count_adapter_parameters(model)), pairs
 
 
 def training_flops(dims: ModelDims, adapter_parameters: int = 0) -> FlopCounts:
     """FLOPs of a forward and backward pass; recomputation by activation checkpointing is not counted.
 
     A backward pass costs one forward pass for the gradients of activations, and another one for those of trained
-    weights. Frozen weights have no gradient; attention has no weights but two factors.
+    weights. Frozen weights have no gradient; attention and delta nets have no weights but two factors.
 
     Args:
         adapter_parameters: weights of the adapters, which are trained instead of the model; 0 trains the whole model.
     """
-    layers, head, pairs = _forward_flops(dims)
+    weights, mixing, pairs = _forward_flops(dims)
     passes = 2 if adapter_parameters else 3
-    return FlopCounts(passes * layers + 6 * adapter_parameters, passes * head, 3 * pairs)
+    return FlopCounts(passes * weights + 3 * mixing + 6 * adapter_parameters, passes * 2 * dims.embedding, 3 * pairs)
 
 
-def _forward_flops(dims: ModelDims) -> FlopCounts:
-    """A forward pass: 2 FLOPs for each weight that a token uses, and what `LayerKind` counts besides."""
+def _forward_flops(dims: ModelDims) -> tuple[int, int, int]:
+    """A forward pass without the head: 2 FLOPs for each weight that a token uses, and what `LayerKind` counts."""
     kinds = [(get_family(dims.model_type).layer_kinds[kind], count) for kind, count in dims.layer_kinds.items()]
     active = dims.experts.active if dims.experts else 0
-    return FlopCounts(
-        2 * (dims.linear + dims.layers * (active * dims.expert + dims.router))
-        + sum(count * kind.flops_per_token(dims) for kind, count in kinds),
-        2 * dims.embedding,
+    return (
+        2 * (dims.linear + dims.layers * (active * dims.expert + dims.router)),
+        sum(count * kind.flops_per_token(dims) for kind, count in kinds),
         sum(count * kind.flops_per_pair(dims) for kind, count in kinds),
     )
