@@ -224,7 +224,7 @@ def test_flops_are_those_that_torch_counts(model_type, adapter):
     model.set_experts_implementation("eager")  # whose products torch counts
     prepare_delta_nets(model)
     if adapter == "lora":
-        model = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), model_type))
+        model = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), model))
         model.enable_input_require_grads()
     dims = model_dims(config)
     lengths, tokens = [192, 64, 256], 512
