@@ -68,7 +68,7 @@ PLAIN = {"plain": [(0, (70, 13)), (0, (5,))], "single-tokens": [(0, (1, 9, 2, 1)
 class Wide:
     """The module torch, whose float32 is float64: transformers' delta nets compute in float32 always."""
 
-    float32 = torch.float64
+    float32 = float = torch.float64
 
     def __getattr__(self, name):
         return getattr(torch, name)

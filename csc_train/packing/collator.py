@@ -38,6 +38,7 @@ class PackCollator:
         bounds: in layout `varlen`, what no row exceeds (see `run_bounds`); defaults to each row's own.
         length: pad every row to this length in layout `varlen`; defaults to no padding.
         delta_levels: add the `delta_levels` that the gated delta nets of a model need to keep documents apart.
+        experts: add the `document_tokens` that the auxiliary loss of routers needs.
     """
 
     layout: str
@@ -47,6 +48,7 @@ class PackCollator:
     bounds: VarlenBounds | None = None
     length: int | None = None
     delta_levels: bool = False
+    experts: bool = False
 
     @property
     def single_row(self) -> bool:
@@ -60,7 +62,8 @@ class PackCollator:
             `input_ids` and `labels`, int64 [rows, length]; `loss_weights`, float32 [rows, length]; `trained_index`,
             int64 [trained tokens], the flat places (row x length + column) whose next token is trained; by layout
             `position_ids`, int64 [rows, length], `attention_mask`, and `varlen_metadata`, the fields of
-            `VarlenMetadata`; if asked for, `delta_levels`, the fields of each `DeltaLevel`. If measured, also
+            `VarlenMetadata`; if asked for, `delta_levels`, the fields of each `DeltaLevel`, and `document_tokens`, bool
+            [documents, rows x length], the tokens of each document and of its prefix. If measured, also
             `token_groups`, uint8 [rows, length], and `token_and_pair_counts`: the tokens without padding, and the pairs
             of tokens that `pack_cost` counts.
 
@@ -95,6 +98,8 @@ class PackCollator:
         extra["trained_index"] = (batch["labels"] != IGNORE_INDEX).flatten().nonzero().flatten() - 1
         if not len(extra["trained_index"]) and not all("empty" in pack for pack in packs):
             raise ValueError("a batch has no trained token")
+        if self.experts:
+            extra["document_tokens"] = _document_tokens(packs, longest * (not self.single_row), batch["labels"].numel())
         if self.measured:
             extra["token_and_pair_counts"] = tuple(
                 sum(pack_cost(pack["document_lengths"], pack["prefix_length"], *unit).total for pack in packs)
@@ -135,6 +140,27 @@ class PackCollator:
         if name == "position_ids":
             return torch.cat([values, torch.arange(missing)])
         return torch.nn.functional.pad(values, (0, missing), value=_PADDING.get(name, self.pad_id))
+
+
+def _document_tokens(packs: list[dict[str, Any]], distance: int, places: int) -> torch.Tensor:
+    """bool [documents, places]: the tokens of each document and of its prefix; padding and empty packs are in none.
+
+    Args:
+        distance: between the starts of two packs; 0 if each starts where the one before it ends.
+        places: of all rows.
+    """
+    members, end = [torch.zeros(0, places, dtype=torch.bool)], 0
+    for number, pack in enumerate(packs):
+        first = start = number * distance or end
+        shared = bool(pack["prefix_length"])
+        for index, length in enumerate(map(int, pack["document_lengths"])):
+            end = start + length
+            if "empty" not in pack and not (shared and index == 0):
+                members.append(torch.zeros(1, places, dtype=torch.bool))
+                members[-1][0, first : first + int(pack["prefix_length"])] = True
+                members[-1][0, start:end] = True
+            start = end
+    return torch.cat(members)
 
 
 def run_bounds(runs: Iterable[PackedDataset], micro_batch_size: int, length: int | None = None) -> VarlenBounds:

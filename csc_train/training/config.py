@@ -105,6 +105,9 @@ class TrainerConfig:
     compile: str = "auto"
     """layers: compile the decoder layers, into one graph for all steps; the first step takes a minute longer. auto: on
     a GPU where it works, else off."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the auxiliary loss that lets a model's routers use all experts alike; 0 leaves it out. Defaults to what
+    the base model's configuration says."""
     on_nonfinite: str = "stop"
     """What to do at a step whose loss or gradient norm is not finite. stop: end the run before the weights change.
     skip: leave out the optimizer step. continue: take it; DeepSpeed leaves it out. Ten such steps in a row end the run
@@ -123,7 +126,7 @@ class TrainerConfig:
 
     def __post_init__(self):
         check_fields("trainer.", self, "learning_rate", low=1e-12)  # 0 trains nothing
-        check_fields("trainer.", self, "weight_decay", "max_grad_norm", low=0)
+        check_fields("trainer.", self, "weight_decay", "max_grad_norm", "router_aux_loss_coef", low=0)
         check_fields("trainer.", self, "warmup_ratio", low=0, high=0.99)
         check_fields("trainer.", self, "epochs", low=0.001, high=10**6)
         check_fields("trainer.", self, "packs_per_step", "micro_batch_size", low=1, high=MAX_STEPS)

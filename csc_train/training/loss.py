@@ -6,11 +6,13 @@ of a registered `loss.weighting` (see `packing.loss_weights`).
 
 Logits are computed for trained tokens only, in chunks. A chunk's gradient is made at once, in the forward pass, so that
 no logits are kept or computed again. Nothing here waits for the device.
+
+The routers of a model with experts get an auxiliary loss (see `score_routers`), weighted like the token losses.
 """
 
 import functools
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,17 +26,30 @@ CHUNK_CPU = 256
 """The same on a CPU, whose caches hold no more."""
 
 
+class RouterScores(NamedTuple):
+    """How the routers of a batch spread its documents over the experts; in float32 or better."""
+
+    losses: torch.Tensor
+    """[layers]: sum(weight * balance loss) over the documents, each weighted by its loss weights. Has a gradient."""
+    choices: torch.Tensor
+    """[layers, experts]: tokens that chose the expert; those of a shared prefix count for each document behind it."""
+    weight: torch.Tensor
+    """Scalar: the sum of the weights."""
+
+
 class TokenScores(NamedTuple):
     """The loss of n trained tokens, and what they are measured by; floats are in float32 or better."""
 
     loss: torch.Tensor
-    """Scalar: sum(weight * nll). Only it has a gradient."""
+    """Scalar: sum(weight * nll). It alone has a gradient, but for the losses of `router`."""
     log_probs: torch.Tensor
     """Float [n]."""
     entropy: torch.Tensor
     """Float [n]: of the distribution over the vocabulary."""
     is_top1: torch.Tensor
     """Bool [n]: whether the token is the most likely one."""
+    router: RouterScores | None = None
+    """None unless the batch says which tokens are a document's."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -117,22 +132,58 @@ def score_tokens(
     return TokenScores(*scores)
 
 
+def score_routers(
+    logits: Sequence[torch.Tensor], top_k: int, document_tokens: torch.Tensor, loss_weights: torch.Tensor
+) -> RouterScores:
+    """The balance losses of routers: for each document alone, so that neither packs, batches nor ranks change them.
+
+    The loss of a document is Switch's (equations 4 to 6 of arXiv 2101.03961), over its prefix and its own tokens:
+    experts * sum(choices / tokens * mean probability) over the experts. A balance within each sequence is also
+    DeepSeek-V3's (arXiv 2412.19437, equations 17 to 20). One over the global batch would need all tokens of a step
+    before the first gradient: a second pass over its micro batches.
+
+    Args:
+        logits: of each layer, [tokens, experts].
+        top_k: experts that a token uses.
+        document_tokens: bool [documents, tokens], as a `PackCollator` makes it.
+        loss_weights: float, tokens in all.
+    """
+    losses, choices = [], []
+    with torch.autocast(logits[0].device.type, enabled=False):
+        exact = torch.promote_types(logits[0].dtype, torch.float32)
+        members = document_tokens.to(exact)
+        tokens, weights = members.sum(dim=1, keepdim=True), members @ loss_weights.flatten().to(exact)
+        for layer in logits:
+            probs = layer.softmax(dim=-1, dtype=exact)
+            chosen = torch.zeros_like(probs).scatter_(1, probs.detach().topk(top_k).indices, 1.0)
+            counts = members @ chosen
+            losses.append(weights @ (counts / tokens * (members @ probs / tokens)).sum(dim=1) * probs.shape[1])
+            choices.append(counts.sum(dim=0))
+    return RouterScores(torch.stack(losses), torch.stack(choices), weights.sum())
+
+
 def add_loss_head(model: PreTrainedModel) -> None:
     """Let `model(..., trained_index=, labels=, loss_weights=)`, of a `PackCollator` batch, return `TokenScores`.
 
     Without `trained_index` the model returns logits as before. Under ZeRO stage 3 the head's weights are gathered.
+    With `document_tokens` the decoder returns its router logits too, whatever its configuration says.
     """
     usual = model.forward
 
     @functools.wraps(usual)
-    def forward(self, *args, trained_index=None, loss_weights=None, **inputs):
+    def forward(self, *args, trained_index=None, loss_weights=None, document_tokens=None, **inputs):
         if trained_index is None:
             return usual(*args, **inputs)
         targets, weights = (each.flatten()[trained_index + 1] for each in (inputs.pop("labels"), loss_weights))
-        hidden = self.base_model(*args, **inputs).last_hidden_state.flatten(0, 1)
-        weight = self.get_output_embeddings().weight
+        routed = {} if document_tokens is None else {"output_router_logits": True}
+        outputs = self.base_model(*args, **inputs, **routed)
+        hidden, weight = outputs.last_hidden_state.flatten(0, 1), self.get_output_embeddings().weight
         with maybe_gather_lm_head_ctx(weight):
-            return score_tokens(hidden.index_select(0, trained_index), weight, targets, weights)
+            scores = score_tokens(hidden.index_select(0, trained_index), weight, targets, weights)
+        if document_tokens is None:
+            return scores
+        top_k = self.config.num_experts_per_tok
+        return scores._replace(router=score_routers(outputs.router_logits, top_k, document_tokens, loss_weights))
 
     model.forward = types.MethodType(forward, model)
 

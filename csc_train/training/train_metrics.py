@@ -27,6 +27,10 @@ class TrainMetrics:
       unweighted. Groups: part of the reply, strategy, turns of the dialogue so far (of both speakers).
     - `entropy`, `mean_token_accuracy`: mean entropy of the predictions, and top-1 accuracy, of all trained tokens,
       unweighted.
+    - `aux_loss`: the auxiliary loss of routers (see `training.loss.score_routers`), without its coefficient.
+      `expert_load`: choices of the most chosen expert / of the mean expert. `unused_experts`: share of the experts that
+      no token chose. Means over the layers; by layer `aux_loss_by_layer/N`, `expert_load/N` and `unused_experts/N`.
+      A token of a shared prefix counts for each dialogue behind it.
     - `trained_tokens_per_second`, `tokens_per_second`: of all processes, over the wall time without validation and
       saving. Padding does not count; a prefix that both slices of a split pack repeat counts twice.
     - `trained_share`: trained tokens / tokens.
@@ -54,6 +58,8 @@ class TrainMetrics:
         """Forget all steps."""
         # By token group: tokens, sum of their negative log-likelihoods, number of top-1 hits, sum of entropies.
         self._sums = torch.zeros(4, NUM_GROUPS, dtype=torch.float64, device=self.device)
+        # By layer with experts: sum of the weighted balance losses, of their weights, choices of each expert.
+        self._routers: torch.Tensor | None = None
         self._counts = [0.0, 0.0]  # tokens, token pairs
         self._steps, self._waited, self._forward = 0, 0.0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -97,6 +103,10 @@ class TrainMetrics:
         ones = torch.ones_like(scores.log_probs)
         values = torch.stack([ones, -scores.log_probs, scores.is_top1.to(ones), scores.entropy])
         self._sums.index_add_(1, groups.long(), values.double())
+        if router := scores.router:
+            weights = router.weight.expand_as(router.losses)
+            more = torch.cat([torch.stack([router.losses.detach(), weights], dim=1), router.choices], dim=1).double()
+            self._routers = more if self._routers is None else self._routers + more
         self._counts = [total + more for total, more in zip(self._counts, counts, strict=True)]
 
     def exclude(self, start: float) -> None:
@@ -114,9 +124,11 @@ class TrainMetrics:
         cuda = self.device.type == "cuda"
         peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if cuda else [0, 0]
         own = torch.tensor([*self._counts, seconds, self._waited, forward, *peaks], dtype=torch.float64)
-        rows = gather(torch.cat([self._sums.flatten(), own.to(self.device)])[None]).cpu()
+        routers = self._sums.new_empty(0, 0) if self._routers is None else self._routers
+        rows = gather(torch.cat([self._sums.flatten(), own.to(self.device), routers.flatten()])[None]).cpu()
         sums = rows[:, : 4 * NUM_GROUPS].sum(dim=0).view(4, NUM_GROUPS)[:, 1:].view(4, *GROUP_SHAPE)
-        tokens, pairs, all_seconds, waited, forward, allocated, reserved = rows[:, 4 * NUM_GROUPS :].unbind(dim=1)
+        measured, routed = rows[:, 4 * NUM_GROUPS :].split([len(own), routers.numel()], dim=1)
+        tokens, pairs, all_seconds, waited, forward, allocated, reserved = measured.unbind(dim=1)
         seconds, steps = all_seconds.max().item(), max(self._steps, 1)
         trained, _, hits, entropy = sums.flatten(1).sum(dim=1).tolist()
         metrics = token_metrics(sums[:3])
@@ -130,6 +142,8 @@ class TrainMetrics:
             "data_wait_seconds": waited.max().item() / steps,
             "rank_skew": (forward.max() / forward.mean()).item(),
         }
+        if routers.numel():
+            metrics |= router_metrics(routed.sum(dim=0).view(routers.shape))
         if self.peak:
             done = sum(flops * n for flops, n in zip(self.flops, (tokens.sum(), trained, pairs.sum()), strict=True))
             metrics["mfu"] = float(done) / (seconds * len(rows) * self.peak)
@@ -161,6 +175,24 @@ def token_metrics(sums: torch.Tensor) -> dict[str, float]:
         add(f"by_strategy/{strategy.en}", sums[:, :, strategy.number - 1])
     for index, bucket in enumerate(TURN_BUCKETS):
         add(f"by_turn/{bucket}", sums[..., index])
+    return metrics
+
+
+def router_metrics(sums: torch.Tensor) -> dict[str, float]:
+    """Auxiliary loss, expert load and share of unused experts, the means over the layers first.
+
+    Args:
+        sums: [layers, 2 + experts]; of the weighted balance losses, of their weights, choices of each expert.
+    """
+    choices = sums[:, 2:]
+    by_layer = {
+        ("aux_loss", "aux_loss_by_layer"): sums[:, 0] / sums[:, 1],
+        ("expert_load",) * 2: choices.amax(dim=1) / choices.mean(dim=1),
+        ("unused_experts",) * 2: (choices == 0).double().mean(dim=1),
+    }
+    metrics = {name: values.mean().item() for (name, _), values in by_layer.items()}
+    for (_, name), values in by_layer.items():
+        metrics |= {f"{name}/{layer}": value for layer, value in enumerate(values.tolist())}
     return metrics
 
 

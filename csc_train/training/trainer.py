@@ -86,6 +86,10 @@ class PackTrainingArguments(SFTConfig):
     """What to do at a step whose loss or gradient norm is not finite (see `TrainerConfig.on_nonfinite`)."""
 
 
+ROUTER_SETTINGS = ("output_router_logits", "router_aux_loss_coef")
+"""What TRL changes in the configuration of a model with experts."""
+
+
 class PackTrainer(SFTTrainer):
     """SFTTrainer for packed data.
 
@@ -112,7 +116,10 @@ class PackTrainer(SFTTrainer):
             each and datasets.Dataset.from_dict({"pack": range(len(each))})
             for each in (packs, validator and validator.packs)
         )
+        text: Any = model.config.get_text_config()
+        said = {name: value for name, value in vars(text).items() if name in ROUTER_SETTINGS}
         super().__init__(model, arguments, train_dataset=train, eval_dataset=validation, **options)
+        vars(text).update(said)  # TRL's own forward pass, which is not used, needs others; checkpoints would hold them
         add_loss_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         self.packs = packs
         self.metrics = TrainMetrics(
@@ -123,6 +130,7 @@ class PackTrainer(SFTTrainer):
         self.validator = validator
         self.wandb_run_id: str | None = None
         self._batch_tokens = 0
+        self._token_loss: torch.Tensor | None = None  # of the present forward pass, if it has an auxiliary loss too
         self._losses: list[torch.Tensor] = []  # of the forward passes of the present step
         self._broken_steps = 0  # in a row
         self._started = time.time()
@@ -142,11 +150,11 @@ class PackTrainer(SFTTrainer):
             raise InputError(message) from error
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """A forward and backward pass; its size and loss are kept for messages."""
+        """A forward and backward pass; its size and loss are kept for messages. The loss of the tokens is logged."""
         self._batch_tokens = inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
         self._losses.append(loss)
-        return loss
+        return loss if self._token_loss is None else self._token_loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradient norm. If it is not finite, what `on_nonfinite` says is done here, before the optimizer step.
@@ -264,7 +272,7 @@ class PackTrainer(SFTTrainer):
         return PackDataLoader(
             packs,
             self._sampler(packs, self.args.per_device_train_batch_size * self.args.world_size),
-            replace(self.data_collator, length=None),
+            replace(self.data_collator, length=None, experts=False),
             generator=torch.Generator(),  # the default generator would change the dropout of training
         )
 
@@ -322,7 +330,7 @@ class PackTrainer(SFTTrainer):
         return self.state.best_global_step if save_best else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The weighted loss of a batch (see `training.loss`).
+        """The weighted loss of a batch (see `training.loss`), in training with the auxiliary loss of routers.
 
         Args:
             num_items_in_batch: the sum of weights over the global batch (see `_get_num_items_in_batch`), of which DDP
@@ -336,9 +344,13 @@ class PackTrainer(SFTTrainer):
         else:  # a validation batch
             scores = model(**inputs, use_cache=False)
         if num_items_in_batch is None:
-            loss = scores.loss / inputs["loss_weights"].sum()
+            num_items_in_batch, processes = inputs["loss_weights"].sum(), 1
         else:
-            loss = scores.loss * self.args.world_size / num_items_in_batch
+            processes = self.args.world_size
+        loss, self._token_loss = scores.loss * processes / num_items_in_batch, None
+        if scores.router is not None and self.router_aux_loss_coef:
+            self._token_loss, auxiliary = loss.detach(), scores.router.losses.mean() * processes / num_items_in_batch
+            loss = loss + self.router_aux_loss_coef * auxiliary
         return loss if self.args.on_nonfinite == "continue" else spread_nonfinite(loss)
 
     def _prepare_inputs(self, inputs):
@@ -462,7 +474,7 @@ def training_arguments(
         gradient_accumulation_steps=config.accumulation(processes),
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
-        router_aux_loss_coef=0.0,
+        router_aux_loss_coef=config.router_aux_loss_coef,
         bf16=bf16,
         float8=config.precision == "fp8",
         activation_checkpointing=False,
@@ -513,9 +525,14 @@ def build_trainer(
     runs, rows = [packs, *([validator.packs] if validator else [])], arguments.per_device_train_batch_size
     longest = rows * max(map(sum, packs.document_lengths))
     stage = str(arguments.deepspeed_plugin.zero_stage) if arguments.deepspeed_plugin else "off"
-    kinds = model_dims(model.config).layer_kinds
+    dims = model_dims(model.config)
     arguments.compile = resolve_compile(
-        arguments.compile, stage, model.config._attn_implementation, arguments.device.type, kinds, arguments.float8
+        arguments.compile,
+        stage,
+        model.config._attn_implementation,
+        arguments.device.type,
+        dims.layer_kinds,
+        arguments.float8,
     )
     length = longest if arguments.compile == "layers" else None
     if arguments.float8:
@@ -527,7 +544,7 @@ def build_trainer(
         arguments,
         packs,
         validator,
-        data_collator=replace(collator, measured=True, bounds=bounds, length=length),
+        data_collator=replace(collator, measured=True, bounds=bounds, length=length, experts=dims.experts is not None),
         processing_class=tokenizer,
         peft_config=None if adapter.kind == "full" else lora_config(adapter, model),
     )
