@@ -1,10 +1,12 @@
 """An export writes over nothing but an earlier export; the lines of its model card stay whole."""
 
+import contextlib
 import copy
 import fcntl
 import importlib
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +17,11 @@ from conftest import manifest_of, small_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from csc_train.checkpoints import export as exports
 from csc_train.checkpoints import manifest as manifests
 from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.content import hash_files
-from csc_train.checkpoints.export import _logits, claim_output, export, model_card, with_weights
+from csc_train.checkpoints.export import TOLERANCE, _logits, claim_output, export, model_card, with_weights
 from csc_train.checkpoints.locate import ModelSource, open_source
 from csc_train.checkpoints.manifest import save_final_model, write_manifest
 from csc_train.data.dialogue import Speaker, Turn
@@ -26,6 +29,7 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.inference.config import InferenceConfig
 from csc_train.inference.hf import load_final_model
+from csc_train.models.experts import replayed_decisions
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply
@@ -111,16 +115,21 @@ def compressed_tensors():
     )
 
 
-@pytest.fixture
-def trained(tmp_path):
-    """A final model in fp32."""
+def save_trained(directory, architecture, change=lambda model: None):
+    """Write a final model in fp32."""
     tokenizer = small_tokenizer("qwen2_5")
     template = DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig())
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config("qwen2", tokenizer, 0.1))
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, tokenizer, 0.1))
+    change(model)
     manifest = manifest_of(template, config={"adapter": {"kind": "full"}, "trainer": {"precision": "fp32"}})
-    save_final_model(tmp_path / "model", model, tokenizer, template.chat_template, manifest)
-    return tmp_path / "model"
+    save_final_model(directory, model, tokenizer, template.chat_template, manifest)
+    return directory
+
+
+@pytest.fixture
+def trained(tmp_path):
+    return save_trained(tmp_path / "model", "qwen2")
 
 
 def test_an_export_in_float8_rounds_the_linear_layers_and_is_read_by_transformers(
@@ -166,6 +175,66 @@ def test_an_export_in_float8_is_refused_if_a_scale_is_wrong_or_the_library_is_mi
     with pytest.raises(InputError, match=r"^format=fp8: compressed-tensors is not installed: run `pip install .\[comp"):
         export(open_source(str(trained)), settings)
     assert not (tmp_path / "fp8").exists()
+
+
+EXPERT = "model.layers.1.mlp.experts.0.{}_proj.weight"
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_5_moe_text"])
+def test_an_export_forgives_only_decisions_of_routers_between_experts_that_tie(
+    architecture, tmp_path, monkeypatch, said
+):
+    @torch.no_grad()
+    def tie(model):  # experts 0 and 1 of very different outputs, apart by less than bf16 can tell
+        rows = model.model.layers[1].mlp.gate.weight
+        rows[1] = rows[0] + 1e-4 * torch.randn(32)
+        model.model.layers[1].mlp.experts.down_proj.mul_(3)
+
+    trained = save_trained(tmp_path / "model", architecture, tie)
+    before = load_file(trained / "model.safetensors")
+    assert EXPERT.format("gate") in before and before[EXPERT.format("down")].shape == (32, 16)
+    settings = {name: ExportConfig(output=str(tmp_path / name), dtype="bf16") for name in ("bf16", "spoilt", "blind")}
+    # The gated delta nets make more of a rounding than is usual, and of a random error of that size as well.
+    usual = export(open_source(str(trained)), settings["bf16"]) < TOLERANCE[torch.bfloat16]
+    assert usual == (architecture == "qwen3_moe")
+    (note,) = [line for line in said if "routers" in line]
+    assert re.search(r"^note: routers decide differently where scores tie within \d.\de-0[345] of the largest$", note)
+    written = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert written.keys() == before.keys()
+    assert all(torch.equal(written[name], before[name].bfloat16()) for name in before)
+    said, now = (json.loads((each / "config.json").read_text()) for each in (trained, tmp_path / "bf16"))
+    assert {key for key in now if now[key] != said.get(key)} == {"dtype"}
+
+    def spoil(patch, name, change):
+        def hash_spoilt(directory):
+            tensors = load_file(directory / "model.safetensors")
+            change(tensors[name])
+            save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+            return hash_files(directory)
+
+        patch.setattr(manifests, "hash_files", hash_spoilt)
+
+    gate = "model.layers.1.mlp.gate.weight"
+    for name, change, what in (
+        (gate, lambda rows: rows[3].mul_(2), "a router's decisions"),
+        (gate, lambda rows: rows.mul_(3), "the logits"),  # the same decisions with other weights
+        (EXPERT.format("down"), lambda weight: weight.mul_(3), "the logits"),
+    ):
+        with monkeypatch.context() as patch:
+            spoil(patch, name, change)
+            with pytest.raises(InputError, match=f"{what} of the exported model differ by"):
+                export(open_source(str(trained)), settings["spoilt"])
+    replays = iter([lambda *_: contextlib.nullcontext([])])  # of the written model; not of the random errors
+    monkeypatch.setattr(exports, "replayed_decisions", lambda *facts: next(replays, replayed_decisions)(*facts))
+    with pytest.raises(InputError, match="the logits of the exported model differ by"):
+        export(open_source(str(trained)), settings["blind"])
+    assert not (tmp_path / "spoilt").exists() and not (tmp_path / "blind").exists()
+
+
+def test_experts_are_not_exported_in_float8(compressed_tensors, tmp_path):
+    trained = save_trained(tmp_path / "model", "qwen3_moe")
+    with pytest.raises(InputError, match=r"^format=fp8: .*model has experts, which are not rounded: choose format=mer"):
+        export(open_source(str(trained)), ExportConfig(output=str(tmp_path / "fp8"), format="fp8"))
 
 
 def test_logits_are_those_of_fp32_weights_though_only_one_layer_has_them_at_a_time():
