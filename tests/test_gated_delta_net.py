@@ -1,4 +1,4 @@
-"""Gated delta nets in packs: loss and every gradient are those of separate sequences, and leaks would be seen."""
+"""Gated delta nets and experts in packs: loss and every gradient are those of separate sequences; leaks are seen."""
 
 import functools
 import itertools
@@ -13,10 +13,14 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from processes import TIMEOUT_S
 from test_varlen_attention import make_packs, run_separately
+from conftest import TINY_FACTS
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5ForCausalLM
+from transformers.integrations import moe
 from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from csc_train.errors import InputError
 from csc_train.evaluation.config import EvaluationConfig
@@ -31,6 +35,7 @@ from csc_train.models.attention.gated_delta_net import (
 )
 from csc_train.models.attention.select import check_delta_kernel, collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.experts import routers
 from csc_train.models.layers import checkpoint_activations
 from csc_train.packing.collator import PackCollator
 from csc_train.training.compatibility import resolve_compile
@@ -62,11 +67,16 @@ FACTS = {
     "initializer_range": 0.2,
 }
 """Settings of a small hybrid."""
+EXPERTS = {
+    "qwen3_moe": {name: fact for name, fact in FACTS.items() if name != "layer_types"} | TINY_FACTS["qwen3_moe"],
+    "qwen3_5_moe_text": TINY_FACTS["qwen3_5_moe_text"] | FACTS,
+}
+"""Those of small models with experts."""
 PLAIN = {"plain": [(0, (70, 13)), (0, (5,))], "single-tokens": [(0, (1, 9, 2, 1))]}
 
 
 class Wide:
-    """The module torch, whose float32 is float64: transformers' delta nets compute in float32 always."""
+    """The module torch, whose float32 is float64: transformers' delta nets and routers compute in float32 always."""
 
     float32 = float = torch.float64
 
@@ -77,15 +87,17 @@ class Wide:
 @pytest.fixture
 def wide(monkeypatch):
     """Let every float32 inside the model be a float64."""
-    monkeypatch.setattr(modeling_qwen3_5, "torch", Wide())
+    for module in (modeling_qwen3_5, modeling_qwen3_5_moe, modeling_qwen3_moe):
+        monkeypatch.setattr(module, "torch", Wide())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    # torch's grouped product takes no float64; transformers' own does the same, expert by expert.
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
 
 
-def make_model(attention: str = VARLEN_ATTENTION, dtype: torch.dtype = torch.float32, **facts):
-    config = AutoConfig.for_model(
-        "qwen3_5_text",
-        **FACTS | facts,
-    )
+def make_model(
+    attention: str = VARLEN_ATTENTION, dtype: torch.dtype = torch.float32, family: str = "qwen3_5_text", **facts
+):
+    config = AutoConfig.for_model(family, **EXPERTS.get(family, FACTS) | facts)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     for name, weights in model.named_parameters():
@@ -112,12 +124,14 @@ def run_packed(model, packs, packing: str, change=None, **fields):
 
 
 def differences(model, packs, separate, packing: str, **options) -> tuple[float, float]:
-    """The relative differences of the loss, and of the gradient that differs most."""
+    """The relative differences of the loss, and of the gradient that differs most; separately, experts run in a loop."""
     packed = run_packed(model, packs, packing, **options)
-    attention = model.config._attn_implementation
+    attention, experts = model.config._attn_implementation, model.config._experts_implementation
     model.set_attn_implementation("eager")
+    model.config._experts_implementation = "eager"
     alone = run_separately(model, separate)
     model.set_attn_implementation(attention)
+    model.config._experts_implementation = experts
     worst = max(
         (ours - theirs).abs().max() / theirs.abs().max() for ours, theirs in zip(packed[1], alone[1], strict=True)
     )
@@ -125,33 +139,46 @@ def differences(model, packs, separate, packing: str, **options) -> tuple[float,
 
 
 ATTENTIONS = [VARLEN_ATTENTION, "sdpa", "eager"]
-CASES = [(shape, "shared_prefix", attention) for shape in SHARED for attention in ATTENTIONS[:2]]
-CASES += [("one-prefix", "shared_prefix", "eager")]
-CASES += [(shape, "best_fit", attention) for shape in PLAIN for attention in ATTENTIONS]
+HYBRIDS = ["qwen3_5_text", "qwen3_5_moe_text"]
+FAMILIES = [*HYBRIDS, "qwen3_moe"]
+CASES = [(shape, "shared_prefix", attention, HYBRIDS[0]) for shape in SHARED for attention in ATTENTIONS[:2]]
+CASES += [("one-prefix", "shared_prefix", "eager", HYBRIDS[0])]
+CASES += [(shape, "best_fit", attention, HYBRIDS[0]) for shape in PLAIN for attention in ATTENTIONS]
+CASES += [
+    (shape, packing, attention, family)
+    for family in FAMILIES[1:]
+    for shape, packing in (("several-prefixes", "shared_prefix"), ("plain", "best_fit"))
+    for attention in ATTENTIONS[:2]
+]
 
 
-@pytest.mark.parametrize(("shape", "packing", "attention"), CASES)
-def test_loss_and_gradients_are_those_of_separate_sequences(wide, shape, packing, attention):
-    model = make_model(attention, torch.float64)
+@pytest.mark.parametrize(("shape", "packing", "attention", "family"), CASES)
+def test_loss_and_gradients_are_those_of_separate_sequences(wide, shape, packing, attention, family):
+    model = make_model(attention, torch.float64, family)
     loss, gradient = differences(model, *make_packs((SHARED | PLAIN)[shape]), packing)
     assert loss < 1e-9 and gradient < 1e-9
 
 
 @pytest.mark.parametrize(("shape", "packing"), [("one-prefix", "shared_prefix"), ("plain", "best_fit")])
-def test_float32_agrees_to_its_own_rounding(shape, packing):
-    loss, gradient = differences(make_model(initializer_range=0.1), *make_packs((SHARED | PLAIN)[shape]), packing)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_agrees_to_its_own_rounding(shape, packing, family):
+    model = make_model(family=family, initializer_range=0.1)
+    loss, gradient = differences(model, *make_packs((SHARED | PLAIN)[shape]), packing)
     assert loss < 1e-6 and gradient < 1e-5
 
 
-def test_the_padding_of_a_row_of_fixed_length_changes_nothing(wide):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_padding_of_a_row_of_fixed_length_changes_nothing(wide, family):
     packs, separate = make_packs(SHARED["several-prefixes"])
-    loss, gradient = differences(make_model(dtype=torch.float64), packs, separate, "shared_prefix", length=150)
+    model = make_model(dtype=torch.float64, family=family)
+    loss, gradient = differences(model, packs, separate, "shared_prefix", length=150)
     assert loss < 1e-9 and gradient < 1e-9
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recomputed_activations_give_the_same_gradients(wide, mode):
-    model = make_model(dtype=torch.float64).train()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_give_the_same_gradients(wide, mode, family):
+    model = make_model(dtype=torch.float64, family=family).train()
     packs, separate = make_packs(SHARED["several-prefixes"])
     checkpoint_activations(model, mode)
     loss, gradient = differences(model, packs, separate, "shared_prefix")
@@ -211,6 +238,22 @@ def test_a_broken_isolation_is_seen(wide, change):
     assert loss > 1e-6 and gradient > 1e-3
 
 
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("experts", [True, False], ids=["experts of another token", "positions"])
+def test_what_experts_must_not_see_is_seen(wide, family, experts):
+    model = make_model(dtype=torch.float64, family=family)
+
+    def change(batch: dict) -> None:
+        if not experts:
+            return restart_positions(batch)
+        handle = routers(model)[1].register_forward_hook(
+            lambda _, __, output: handle.remove() or (*output[:2], output[2].roll(1, 0))
+        )
+
+    loss, gradient = differences(model, *make_packs(SHARED["several-prefixes"]), "shared_prefix", change=change)
+    assert loss > 1e-6 and gradient > 1e-3
+
+
 def leak_inputs(batch: dict) -> None:
     """Give the first tokens of each document the inputs of the tokens before it in the row."""
     for block in batch["delta_levels"][0]["blocks"]:
@@ -233,10 +276,11 @@ def test_a_leak_between_the_documents_of_a_plain_pack_is_seen(wide, leak):
     assert loss > 1e-6 and gradient > 1e-4
 
 
-def test_rows_without_packs_are_those_of_separate_sequences(wide):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_without_packs_are_those_of_separate_sequences(wide, family):
     """Padding on the right changes neither loss nor gradients."""
     documents = [(0, (70,)), (0, (5,)), (0, (13,))]
-    model = make_model("sdpa", torch.float64)
+    model = make_model("sdpa", torch.float64, family)
     loss, gradient = differences(model, *make_packs(documents), "off")
     assert loss < 1e-9 and gradient < 1e-9
 

@@ -129,7 +129,13 @@ def test_compiled_layers_train_as_eager_ones_by_one_graph(packs, collator, mode,
 
 @pytest.mark.parametrize(
     ("model_type", "dropout", "mode"),
-    [("qwen2", None, "full"), ("qwen3", None, "selective"), ("llama", None, "off"), ("llama", 0.3, "off")],
+    [
+        ("qwen2", None, "full"),
+        ("qwen3", None, "selective"),
+        ("llama", None, "off"),
+        ("llama", 0.3, "off"),
+        ("qwen3_moe", None, "selective"),
+    ],
 )
 def test_layers_of_every_family_are_one_graph(packs, collator, without_kernels, model_type, dropout, mode):
     eager, compiled = tiny(model_type, dropout), tiny(model_type, dropout)
@@ -213,11 +219,13 @@ class Counts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dropout", [None, 0.3], ids=["full", "lora"])
-def test_checkpointing_changes_no_bit_and_selective_multiplies_nothing_twice(packs, collator, dropout):
+@pytest.mark.parametrize(
+    ("family", "dropout"), [("qwen2", None), ("qwen2", 0.3), ("qwen3_moe", None)], ids=["full", "lora", "experts"]
+)
+def test_checkpointing_changes_no_bit_and_selective_multiplies_nothing_twice(packs, collator, family, dropout):
     batch, found, calls = collator([packs[0]]), {}, {}
     for mode in CHECKPOINTING:
-        model = tiny(dropout=dropout)
+        model = tiny(family, dropout)
         model.enable_input_require_grads()
         checkpoint_activations(model, mode)
         with Counts() as counts:
@@ -226,9 +234,32 @@ def test_checkpointing_changes_no_bit_and_selective_multiplies_nothing_twice(pac
     for mode in CHECKPOINTING:
         assert all(torch.equal(found[mode][name], found["off"][name]) for name in found["off"])
     aten = torch.ops.aten
-    attention, products = torch.ops.csc_train.varlen_attention.default, (aten.mm.default, aten.addmm.default)
+    attention = torch.ops.csc_train.varlen_attention.default
+    products = (aten.mm.default, aten.addmm.default, aten._grouped_mm.default)
     assert [calls[mode][attention] for mode in CHECKPOINTING] == [2, 2, 4]
     off, selective, full = (sum(calls[mode][each] for each in products) for mode in CHECKPOINTING)
     # An adapter's second matrix gives a wide output from a narrow input: it is multiplied again, except the last.
     assert selective == off + (0 if dropout is None else 2 * 6) < full
     assert calls["selective"][aten.silu.default] == 2 * calls["off"][aten.silu.default]
+
+
+def test_experts_multiply_in_the_dtype_of_autocast():
+    """torch's rules of autocast leave grouped products out; the gradients of fp32 weights stay fp32."""
+    experts = tiny("qwen3_moe").model.layers[0].mlp
+    hidden, dtypes = torch.randn(1, 40, 32, requires_grad=True), []
+    fallback = torch.ops.transformers.grouped_mm_fallback
+
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._grouped_mm.default, fallback.default):
+                dtypes.append({each.dtype for each in args[:2]})
+            return func(*args, **(kwargs or {}))
+
+    exact = experts(hidden).detach()
+    with Dtypes(), torch.autocast("cpu", torch.bfloat16):
+        output = experts(hidden)
+        fallback(hidden[0], torch.randn(1, 32, 8), torch.tensor([40]))
+    assert dtypes == [{torch.bfloat16}] * 3
+    assert 0 < (output - exact).norm() / exact.norm() < 0.02
+    gradients = torch.autograd.grad((output * exact).sum(), list(experts.experts.parameters()))
+    assert [each.dtype for each in gradients] == [torch.float32] * 2 and all(each.any() for each in gradients)

@@ -9,14 +9,21 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
+from transformers.integrations import moe  # noqa: F401  registers its operator
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from csc_train.models.attention import varlen  # noqa: F401  registers its operator
 from csc_train.models.float8 import MULTIPLE
 
 _aten = torch.ops.aten
+_GROUPED = (_aten._grouped_mm.default, torch.ops.transformers.grouped_mm_fallback.default)
+"""The products of experts; the second one stands in compiled layers with fp32 weights."""
 _PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0, _aten._scaled_mm.default: 0}
+_PRODUCTS |= dict.fromkeys(_GROUPED, 0)
 """The matrix products, and which argument is the left matrix."""
+for _product in _GROUPED:  # torch casts no operands of these, so that experts with fp32 weights would multiply in fp32
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(_product, _device, torch.bfloat16)
 _KEPT = {
     torch.ops.csc_train.varlen_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -68,7 +75,7 @@ def _policy(rank: int, _: Any, operator: Any, *arguments: Any, **__: Any) -> Che
 def convert_to_float8(model: PreTrainedModel) -> None:
     """Let the linear layers of the decoder multiply in float8, by torchao's rowwise recipe; names and weights stay.
 
-    The output layer and layers with a width that is no multiple of `MULTIPLE` stay as they are.
+    The output layer, experts, routers, and layers with a width that is no multiple of `MULTIPLE` stay as they are.
     """
     from torchao.float8 import (  # pyright: ignore[reportMissingImports]
         Float8LinearConfig,
