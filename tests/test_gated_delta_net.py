@@ -11,9 +11,9 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from conftest import TINY_FACTS
 from processes import TIMEOUT_S
 from test_varlen_attention import make_packs, run_separately
-from conftest import TINY_FACTS
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5ForCausalLM
@@ -124,7 +124,7 @@ def run_packed(model, packs, packing: str, change=None, **fields):
 
 
 def differences(model, packs, separate, packing: str, **options) -> tuple[float, float]:
-    """The relative differences of the loss, and of the gradient that differs most; separately, experts run in a loop."""
+    """The relative differences of the loss, and of the gradient that differs most; alone, experts run in a loop."""
     packed = run_packed(model, packs, packing, **options)
     attention, experts = model.config._attn_implementation, model.config._experts_implementation
     model.set_attn_implementation("eager")
