@@ -15,15 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM
+from transformers.integrations import moe
 
 from csc_train.config.compose import compose
 from csc_train.launching.preflight.size import zero_of
 from csc_train.models.attention.gated_delta_net import build_delta_levels, prepare_delta_nets
 from csc_train.models.attention.varlen import VARLEN_ATTENTION, build_varlen_metadata
-from csc_train.models.config import ArchitectureConfig
+from csc_train.models.config import AdapterConfig, ArchitectureConfig
 from csc_train.models.families import forward_flops, lora_parameter_count, lora_targets, model_dims
 from csc_train.models.layers import checkpoint_activations
-from csc_train.models.loading import build_model_config
+from csc_train.models.loading import build_model_config, lora_config
 from csc_train.training import loss
 from csc_train.training.config import CHECKPOINTING
 from csc_train.training.memory import (
@@ -48,7 +49,8 @@ from csc_train.training.memory import (
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml") if path.stem != "own")
 VOCABULARY = 1500
 """Where a model's own is open."""
-HYBRID, FULL, LINEAR = "qwen3_5_text", "full_attention", "linear_attention"
+HYBRID, EXPERTS, HYBRID_EXPERTS = "qwen3_5_text", "qwen3_moe", "qwen3_5_moe_text"
+FULL, LINEAR = "full_attention", "linear_attention"
 
 
 def architecture_of(model: str) -> ArchitectureConfig:
@@ -62,7 +64,10 @@ def on_meta(architecture: ArchitectureConfig):
 
 
 def small(model_type: str, layers: int = 2, kind: str = FULL, **facts) -> ArchitectureConfig:
-    if model_type == HYBRID:
+    if "moe" in model_type:
+        facts |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        facts |= {"shared_expert_intermediate_size": 80} if model_type == HYBRID_EXPERTS else {}
+    if model_type in (HYBRID, HYBRID_EXPERTS):
         facts |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "layer_types": [kind] * layers}
         facts |= {"linear_key_head_dim": 24, "linear_value_head_dim": 40}
     return ArchitectureConfig(
@@ -86,6 +91,7 @@ def test_parameters_and_linear_layers_of_every_model_are_counted_exactly(model):
     built, shape = on_meta(architecture), model_dims(architecture)
     assert shape.parameters == sum(each.numel() for each in built.parameters())
     assert shape.embedding == max(each.numel() for each in built.parameters() if each.ndim == 2)
+    assert shape.largest == max(sum(map(torch.numel, each.parameters(recurse=False))) for each in built.modules())
     # The head is a linear layer, tied or not.
     linear = sum(each.in_features * each.out_features for each in built.modules() if isinstance(each, torch.nn.Linear))
     assert shape.linear + shape.embedding == linear
@@ -118,9 +124,11 @@ def test_an_unknown_vocabulary_size_is_an_error():
     assert model_dims(ArchitectureConfig(), 300).vocabulary == 300
 
 
+@pytest.mark.parametrize("model", ["qwen2_5_7b", "qwen3_30b_a3b_instruct_2507"])
 @pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (8, 1), (64, 8)])
-def test_model_states_are_those_of_deepspeeds_estimators(seven, processes, nodes):
-    shape = seven.dims
+def test_model_states_are_those_of_deepspeeds_estimators(seven, processes, nodes, model):
+    shape = model_dims(architecture_of(model))
+    seven = replace(seven, dims=shape)
     per_node = processes // nodes
 
     def states(stage: str, offload: str) -> tuple[float, float]:
@@ -135,7 +143,7 @@ def test_model_states_are_those_of_deepspeeds_estimators(seven, processes, nodes
             assert ours[0] == pytest.approx(theirs[0], abs=1)
     for offload in ("none", "optimizer", "all"):
         theirs = estimate_zero3_model_states_mem_needs(
-            shape.parameters, shape.embedding, per_node, nodes, offload != "none", offload == "all"
+            shape.parameters, shape.largest, per_node, nodes, offload != "none", offload == "all"
         )
         ours = states("3", offload)
         assert ours[1] == pytest.approx(theirs[1], abs=2)
@@ -196,7 +204,7 @@ def kept_by_blocks(model, tokens: int, autocast: bool) -> int:
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     ids = torch.arange(tokens)[None] % VOCABULARY
     prepare_delta_nets(model)
-    inputs = one_document(tokens) if model.config.model_type == HYBRID else {}
+    inputs = one_document(tokens) if model_dims(model.config).delta else {}
     with Alive() as alive, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = model.get_decoder().train()(input_ids=ids, use_cache=False, **inputs)
     kept = sum(storage.nbytes() for storage in alive.storages if storage.data_ptr() not in own)
@@ -206,7 +214,12 @@ def kept_by_blocks(model, tokens: int, autocast: bool) -> int:
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize(
-    ("model_type", "kind"), [("qwen2", FULL), ("qwen3", FULL), ("llama", FULL), (HYBRID, FULL), (HYBRID, LINEAR)]
+    ("model_type", "kind"),
+    [
+        *((name, FULL) for name in ("qwen2", "qwen3", "llama", HYBRID, EXPERTS, HYBRID_EXPERTS)),
+        (HYBRID, LINEAR),
+        (HYBRID_EXPERTS, LINEAR),
+    ],
 )
 @pytest.mark.parametrize(
     ("adapter", "stage", "bf16"),
@@ -219,12 +232,12 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind
     dtype = torch.bfloat16 if bf16 and (adapter == "lora" or stage != "off") else torch.float32
     for layers in (2, 3):
         architecture = small(model_type, layers, kind)
-        attention = VARLEN_ATTENTION if model_type == HYBRID else "sdpa"
+        attention = VARLEN_ATTENTION if model_dims(architecture).delta else "sdpa"
         config = build_model_config(architecture, None)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         base = model
         if adapter == "lora":
-            config = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            config = lora_config(AdapterConfig("lora", rank=rank), model)
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=mixed)
             adapted.enable_input_require_grads()
             model = adapted
@@ -238,7 +251,7 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind
     # The bf16 copies of weights that autocast makes are counted apart (`activation_bytes`).
     casts = 0
     if mixed and checkpointing == "off":
-        casts = 2 * (weights // shape.layers if adapter == "lora" else shape.linear // shape.layers)
+        casts = 2 * (weights // shape.layers if adapter == "lora" else shape.linear // shape.layers + shape.router)
     measured = (sizes[3] - sizes[2] - casts) / tokens
     assert kept_bytes(setting, kind) == pytest.approx(measured, rel=0.02)
 
@@ -251,6 +264,7 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind
         ("qwen3_4b_instruct_2507", "full"),
         ("qwen3_5_4b", "off"),
         ("qwen3_5_4b", "full"),
+        ("qwen3_30b_a3b_instruct_2507", "full"),
     ],
 )
 def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, model, checkpointing):
@@ -258,6 +272,8 @@ def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, model, chec
     # As on a GPU, where the head has larger chunks, and its products add up in place.
     monkeypatch.setattr(loss, "CHUNK_CPU", loss.CHUNK)
     monkeypatch.setattr(loss, "_add_product", lambda *_: None)
+    # The grouped product takes bf16 only on such tensors; what stands in has inputs, output and gradients of one size.
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
     architecture = replace(architecture_of(model), num_hidden_layers=2)
     tokens, levels = 8192, {}
     if "qwen3_5" in model:  # fewer chunks, which transformers computes one by one, and a head that leaves them the peak

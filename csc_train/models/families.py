@@ -146,6 +146,11 @@ class ModelDims:
         return {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
 
     @property
+    def routed(self) -> int:
+        """Width of the routed experts of a token together."""
+        return self.experts.active * self.experts.intermediate if self.experts else 0
+
+    @property
     def router(self) -> int:
         """Weights of one router."""
         return self.hidden * self.experts.count if self.experts else 0
@@ -159,6 +164,11 @@ class ModelDims:
     def embedding(self) -> int:
         """Weights of one embedding matrix, the largest linear layer."""
         return self.vocabulary * self.hidden
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest module: an embedding matrix, or the experts of a layer."""
+        return max(self.embedding, self.block_experts)
 
     @property
     def parameters(self) -> int:

@@ -116,6 +116,11 @@ class MemoryScenario:
         """Whether autocast casts fp32 weights to bf16."""
         return self.stage == "off" and self.bf16 and self.adapter != "qlora"
 
+    @property
+    def expert_compute(self) -> int:
+        """Bytes of a number in the grouped products of experts, which autocast leaves in their weights' dtype."""
+        return 4 if self.adapter == "full" and self.cast_by_autocast else self.compute
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -162,15 +167,16 @@ def model_states(scenario: MemoryScenario) -> MemoryPlan:
     - stage 0: 2 P of weights, 2 P + 4 P of gradients in bf16 and in fp32, 4 P + 8 P of fp32 weights and moments.
     - stage 1: 2 P of weights, 4 P of gradients, summed whole in fp32; the fp32 weights and moments divided by N.
     - stage 2: all but the weights divided by N: 2 P + 18 P / N.
-    - stage 3: 18 P / N, and 4 bytes per weight of the largest layer, which is gathered whole with its gradient.
-    - offload: the GPU keeps 2 P under stages 1 and 2. Under stage 3 it keeps the largest layer's weights and gradient,
+    - stage 3: 18 P / N, and 4 bytes per weight of the largest module, which is gathered whole with its gradient; all
+      experts of a layer are one module.
+    - offload: the GPU keeps 2 P under stages 1 and 2. Under stage 3 it keeps the largest module's weights and gradient,
       and 2 P / N of weights unless they are offloaded too.
 
     Stages 2 and 3 follow DeepSpeed's `estimate_zero{2,3}_model_states_mem_needs`. Frozen weights are replicated except
     under stage 3. The host's bytes are DeepSpeed's estimate for one node.
     """
     trained, share, compute = scenario.trained, 1 / scenario.processes, scenario.compute
-    largest = scenario.dims.embedding
+    largest = scenario.dims.largest
     if scenario.stage == "off":
         held = 2 if scenario.adapter == "qlora" and scenario.bf16 else 4
         return MemoryPlan(held * trained + scenario.frozen_bytes, held * trained, 2 * held * trained)
@@ -197,7 +203,7 @@ def communication_bytes(scenario: MemoryScenario) -> float:
 
     DDP keeps a second copy of every gradient in its buckets. Stage 1 in bf16 sums gradients where they are. The others
     have one bucket of `reduce_bucket` elements. Stage 3 also holds at most `live_parameters` gathered weights;
-    `model_states` counts those of the largest layer.
+    `model_states` counts those of the largest module.
     """
     if scenario.stage == "off":
         return (2 if scenario.adapter == "qlora" else 4) * scenario.trained if scenario.processes > 1 else 0
@@ -209,7 +215,7 @@ def communication_bytes(scenario: MemoryScenario) -> float:
     if scenario.stage == "3":
         whole = scenario.compute * scenario.dims.parameters if scenario.adapter == "full" else scenario.frozen_bytes
         live = min(whole, scenario.compute * scenario.live_parameters)
-        bucket += max(0, live - 4 * scenario.dims.embedding)
+        bucket += max(0, live - 4 * scenario.dims.largest)
     return bucket
 
 
@@ -225,7 +231,8 @@ def kept_bytes(scenario: MemoryScenario, kind: str) -> float:
     dims, c = scenario.dims, scenario.compute
     kept = residual_bytes(scenario) * dims.hidden
     if scenario.checkpointing == "selective":
-        kept += c * sum(outputs for _, outputs in dims.linears[kind].values())
+        router = dims.experts.count if dims.experts else 0
+        kept += c * (router + sum(outputs for _, outputs in dims.linears[kind].values()))
         if kind != LINEAR_ATTENTION:
             kept += c * dims.queries + 4 * dims.heads
         elif scenario.delta_kernel == "torch":
@@ -249,21 +256,26 @@ def layer_bytes(scenario: MemoryScenario, kind: str) -> float:
     - SwiGLU: gate, its activation, up and their product: 4 c i; 3 c i if a LoRA layer keeps a copy of the last.
     - Norms over heads (Qwen3): fp32 copies, and normalized ones if trained: (4 + c) x (q + k).
     - A gated delta net instead of attention: `delta_bytes`.
+    - Experts, beside a shared one or not, instead of the MLP: `expert_bytes`.
     """
     dims, c = scenario.dims, scenario.compute
-    h, i, q, k = dims.hidden, dims.intermediate, dims.queries, dims.keys
+    h, i, q, k = dims.hidden, dims.intermediate - dims.routed, dims.queries, dims.keys
     full = scenario.adapter == "full"
     casts = scenario.cast_by_autocast
     r = residual_bytes(scenario)
     normalized = 4 if dims.delta else r
     norms = 2 * (4 * h + (normalized * h if full else 0))
-    inputs = 2 * c * h
+    inputs = c * h * (2 if full or i else 1)
     if casts:
-        leaving = ("o_proj", "out_proj", "down_proj") if full else ()  # their inputs count below
+        # Inputs that count below, or the router's; a gate of one output is not adapted.
+        leaving = ("o_proj", "out_proj", "down_proj") if full else "shared_expert_gate"
         inputs = c * sum(inputs for name, (inputs, _) in dims.linears[kind].items() if not name.endswith(leaving))
-    swiglu = c * (4 if full or not casts else 3) * i
+        inputs += c * h if full and dims.experts else 0
+    mlp = c * (4 if full or not casts else 3) * i
+    if dims.experts:
+        mlp += expert_bytes(scenario) + (c * h if i else 0)
     if kind == LINEAR_ATTENTION:
-        return norms + inputs + delta_bytes(scenario) + swiglu
+        return norms + inputs + delta_bytes(scenario) + mlp
     attention = c * (2 * q + 2 * k) + 4 * dims.heads
     if scenario.mask_columns:
         # Keys and values are repeated for every query head, and the mask is kept as numbers to add.
@@ -271,7 +283,22 @@ def layer_bytes(scenario: MemoryScenario, kind: str) -> float:
     if dims.delta:
         attention += c * q * ((2 if full or not casts else 1) + (c == 4))
     head_norms = (4 + ((4 if dims.delta else c) if full else 0)) * dims.head_norms
-    return norms + inputs + attention + swiglu + head_norms
+    return norms + inputs + attention + mlp + head_norms
+
+
+def expert_bytes(scenario: MemoryScenario) -> float:
+    """Bytes that the backward pass of routed experts needs of one token, in transformers' grouped products.
+
+    Let a be the experts of a token, i their width together, and c the bytes of a number (see `expert_compute`).
+
+    - Router: fp32 probabilities of all experts, the chosen ones, their sum, and four lists of indices.
+    - Experts: input, if they are trained, and output, a h each; both halves of the first product, the activation and,
+      if they are trained, the product of gate and up: 4 c i or 3 c i.
+    """
+    dims, full = scenario.dims, scenario.adapter == "full"
+    c, active = scenario.expert_compute, dims.experts.active
+    router = 4 * (dims.experts.count + 1) + (36 + c) * active
+    return router + c * ((2 if full else 1) * active * dims.hidden + (4 if full else 3) * dims.routed)
 
 
 def delta_widths(scenario: MemoryScenario) -> tuple[int, int, int, float]:
@@ -323,7 +350,7 @@ def activation_bytes(scenario: MemoryScenario) -> float:
       copy if they are held in bf16.
     - Backward pass of a block: `layer_bytes` with checkpointing; gradients of its MLP and of the residual stream; if it
       is trained, the gradient of its largest layer, in bf16 and in fp32. A tied head's gradient waits for the
-      embedding's.
+      embedding's. Of experts, gradients of three outputs, or of their first weights when half they keep is free.
 
     Without checkpointing, autocast's copies stay until the block's own backward pass.
     """
@@ -336,12 +363,19 @@ def activation_bytes(scenario: MemoryScenario) -> float:
     mask = tokens * scenario.mask_columns
     casts = 0.0
     if scenario.cast_by_autocast:
-        casts = 2.0 * (dims.linear if full else scenario.trained)
+        casts = 2.0 * (dims.linear + dims.layers * dims.router if full else scenario.trained)
     embedding = dims.embedding if full else 0
     held = 4 if scenario.stage == "off" else c
     head = 2 * r * dims.hidden * tokens + 4 * embedding
     weight = max(inputs * outputs for shapes in dims.linears.values() for inputs, outputs in shapes.values())
     passing = (3 * c * dims.intermediate + (2 * r + 8) * dims.hidden) * tokens
+    if dims.experts:
+        number = scenario.expert_compute
+        gate_up = (number if scenario.stage == "off" else c + 4) * 2 * dims.block_experts / 3
+        passing += max(
+            3 * number * dims.experts.active * dims.hidden * tokens,
+            gate_up - 2 * number * dims.routed * tokens if full else 0,
+        )
     lasting = casts if scenario.checkpointing == "off" else 0
     moments = (
         casts
