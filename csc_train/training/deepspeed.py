@@ -83,6 +83,21 @@ def start_deepspeed() -> None:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
+def announce_adapted_experts(model: torch.nn.Module) -> None:
+    """Tell stage 3 which weights adapters of experts read, none of which is in the module that reads it.
+
+    Else it would find out in the first forward pass, and gather other weights at once when layers are recomputed.
+    """
+    import deepspeed
+    from peft.tuners.lora import ParamWrapper
+
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            matrices = (layer.weight for part in (module.lora_A, module.lora_B) for layer in part.values())
+            for parameter in (module.get_param(), *matrices):
+                deepspeed.zero.register_external_parameter(module, parameter)
+
+
 def check_engine(trainer: Trainer) -> None:
     """Check that the requested engine runs: some set-ups silently fall back to DDP, or to separate processes.
 

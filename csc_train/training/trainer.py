@@ -53,7 +53,14 @@ from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
 from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.compatibility import resolve_compile
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
-from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage, skip_nonfinite, start_deepspeed
+from csc_train.training.deepspeed import (
+    announce_adapted_experts,
+    check_engine,
+    deepspeed_config,
+    launcher_stage,
+    skip_nonfinite,
+    start_deepspeed,
+)
 from csc_train.training.leak_check import checked_collator, forbid_kv_cache
 from csc_train.training.loss import add_loss_head, sum_weights
 from csc_train.training.memory import choose_checkpointing, out_of_memory_advice
@@ -548,6 +555,8 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=None if adapter.kind == "full" else lora_config(adapter, model),
     )
+    if stage == "3":
+        announce_adapted_experts(trainer.model)
     if arguments.checkpointing == "auto":
         arguments.checkpointing = choose_checkpointing(trainer, longest)
     logger.info("gradient checkpointing: %s, compiled: %s", arguments.checkpointing, arguments.compile)
