@@ -16,6 +16,7 @@ from csc_train.models.attention.gated_delta_net import chosen_kernel, has_delta_
 from csc_train.models.attention.select import collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig
+from csc_train.models.experts import recorded_decisions, replayed_decisions
 from csc_train.packing.collator import SHARED_PREFIX_LAYOUTS, PackCollator
 
 VOCABULARY = 64
@@ -24,6 +25,11 @@ WINDOW = 4
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Allowed difference of the logits, over the largest logit; a leak changes them by far more."""
+SMALL = {
+    "intermediate_size": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_experts": 8,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+"""Sizes of the probe that no leak depends on."""
 
 
 def check_no_leaks(
@@ -35,6 +41,9 @@ def check_no_leaks(
     attention. This finds ignored masks and keywords, wrong positions, state carried across documents, and a lost
     sliding window. The probe has one layer of each kind, a small vocabulary, and random weights that make attention
     sharp. The model's own weights, which may be sharded, and the random generators are not touched.
+
+    Routers decide for the separate documents as for the row, since rounding can turn a decision. Their own decision may
+    be another only if the router logits of the experts in question tie within the same tolerance.
 
     Args:
         device: of the training.
@@ -52,17 +61,26 @@ def check_no_leaks(
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
         probe = _probe(model, device)
-        pack, alone = _documents(5 if collator.layout in SHARED_PREFIX_LAYOUTS else 0)
+        pack, documents = _documents(5 if collator.layout in SHARED_PREFIX_LAYOUTS else 0)
         batch: Any = send_to_device(dataclasses.replace(collator, pad_id=0)([pack]), device)
         del batch["labels"], batch["loss_weights"]
         try:
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            with (
+                torch.autocast(device.type, dtype, enabled=dtype is not torch.float32),
+                recorded_decisions(probe) as decisions,
+            ):
                 row = probe(**batch, use_cache=False).logits.float()
         except (TypeError, ValueError) as error:
             raise InputError(f"{refusal}: {str(error).splitlines()[0]}; use packing=off") from error
         probe.set_attn_implementation("eager")
-        expected = torch.cat([probe(input_ids=ids.to(device), use_cache=False).logits[0, -own:] for ids, own in alone])
-    difference = ((row[0, : len(expected)] - expected).abs().max() / expected.abs().max()).item()
+        alone, ties = [], [0.0]
+        for places, own in documents:
+            with replayed_decisions(probe, [each[places] for each in decisions]) as errors:
+                alone.append(probe(input_ids=batch["input_ids"][:, places], use_cache=False).logits[0, -own:])
+            ties += errors
+        expected = torch.cat(alone)
+    changed = (row[0, : len(expected)] - expected).abs().max() / expected.abs().max()
+    difference = torch.tensor([changed, *ties]).max().item()  # NaN if one of them is
     if not difference <= TOLERANCE[dtype]:
         raise InputError(
             f"{refusal}: logits differ from those of separate documents by {difference:.1%}: documents leak into each "
@@ -147,7 +165,7 @@ def dropout_warning(config: PretrainedConfig, adapter: AdapterConfig, packing: s
 
 def _probe(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
-    facts = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "intermediate_size": 64}
+    facts = SMALL | {"vocab_size": VOCABULARY, "num_hidden_layers": 1}
     facts |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     if kinds := vars(config).get("layer_types"):
         facts["layer_types"] = list(dict.fromkeys(kinds))
@@ -169,18 +187,18 @@ def _probe(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def _documents(prefix: int) -> tuple[dict[str, Any], list[tuple[torch.Tensor, int]]]:
-    """A pack, and for each of its documents the separate ids [1, length] and the number of its own ones, at the end."""
+    """A pack, and for each of its documents the places of its tokens and of its prefix, and the number of its own ones.
+
+    Own tokens are at the end.
+    """
     lengths = ([prefix] if prefix else []) + [7, 9]
-    documents = [torch.randint(VOCABULARY, (1, length)) for length in lengths]
     pack = {
-        "input_ids": torch.cat(documents, dim=1)[0],
+        "input_ids": torch.randint(VOCABULARY, (sum(lengths),)),
         "loss_weights": [weight for length in lengths for weight in [0.0] + [1.0] * (length - 1)],
         "document_lengths": lengths,
         "prefix_length": prefix,
     }
-    shared = documents[0][:, :prefix]
-    alone = [
-        (torch.cat([shared, own], dim=1) if prefix and number else own, own.shape[1])
-        for number, own in enumerate(documents)
-    ]
-    return pack, alone
+    places = torch.arange(sum(lengths)).split(lengths)
+    shared = places[0][:prefix]
+    own = [(torch.cat([shared, each]) if prefix and number else each, len(each)) for number, each in enumerate(places)]
+    return pack, own
