@@ -1,19 +1,33 @@
 """The auxiliary loss of routers: of each document with its prefix, whatever pack, batch or padding it lies in."""
 
+import json
+import pickle
+import random
+from dataclasses import replace
+from pathlib import Path
+
 import peft
 import pytest
 import torch
+from conftest import random_dialogue, small_tokenizer, tiny_config
 from test_gated_delta_net import Wide
 from test_varlen_attention import make_packs
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.models.qwen3_moe import modeling_qwen3_moe
+from workers.loss_curve import PACKS_PER_STEP, train
 
 from csc_train.models.attention.gated_delta_net import has_delta_nets, prepare_delta_nets
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.layers import checkpoint_activations
 from csc_train.packing.collator import PackCollator
+from csc_train.packing.config import PackingConfig
+from csc_train.packing.dataset import PackedDataset, pack_dialogues
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.tracking.history import plot_curves
+from csc_train.training import trainer as trainer_module
 from csc_train.training.loss import add_loss_head
 
 COEFFICIENT = 5.0
@@ -163,3 +177,70 @@ def test_what_would_count_other_tokens_is_no_rounding_error(wide, change):
     losses = packed_losses(model, packs, "varlen", length=180, change=change)
     assert abs(losses[0] / expected[0] - 1) > 1e-4
     assert difference(losses, expected) > 1e-2
+
+
+# In a training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model of 64 experts, and two steps of packs, with a shared prefix and without."""
+    folder = tmp_path_factory.mktemp("experts")
+    template = DialogueTemplate(small_tokenizer("qwen3"), "qwen3", TemplateConfig(mode="reply_only"))
+    rng = random.Random(10)
+    examples = [template.encode(random_dialogue(rng)) for _ in range(40)]
+    for name, packing in (("shared", "shared_prefix"), ("single", "off")):
+        packs, _ = pack_dialogues(examples[: None if name == "shared" else 8], PackingConfig(packing, max_length=600))
+        number = 2 * PACKS_PER_STEP
+        few = PackedDataset(
+            packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights
+        )
+        (folder / name).write_bytes(pickle.dumps(few))
+    config = tiny_config("qwen3_moe", template.tokenizer, 0.1, num_experts=64, router_aux_loss_coef=0.25)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
+    template.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def logs(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_auxiliary_loss_of_a_training_is_logged_apart_and_spreads_the_choices(folder, tmp_path, monkeypatch):
+    strong = train(folder, 1, packs="shared", router_aux_loss_coef=20.0, gradient_checkpointing="full", epochs=4)
+    weights = {name: each.clone() for name, each in strong.model.state_dict().items()}
+    without = train(folder, 4, packs="shared", router_aux_loss_coef=0.0, epochs=4)
+    first, other = logs(strong), logs(without)
+    # Before the first change both see the same, in micro batches of other sizes.
+    names = [name for name in first[0] if name.startswith(("loss", "aux_loss", "expert_load", "unused_experts"))]
+    assert {"loss", "aux_loss", "aux_loss_by_layer/0", "expert_load/1", "unused_experts", "unused_experts/1"} <= {
+        *names
+    }
+    assert {name: first[0][name] for name in names} == pytest.approx({name: other[0][name] for name in names}, rel=1e-5)
+    assert first[0]["aux_loss"] == pytest.approx(
+        (first[0]["aux_loss_by_layer/0"] + first[0]["aux_loss_by_layer/1"]) / 2
+    )
+    for name in ("aux_loss", "expert_load"):
+        assert first[-1][name] < 0.9 * other[-1][name]
+    assert first[-1]["aux_loss"] > 2 and 0 <= first[-1]["unused_experts"] < 1  # 2 experts a token, evenly
+    assert first[0]["grad_norm"] > 1.5 * other[0]["grad_norm"]
+    plot_curves(tmp_path / "curves.png", first)
+    # A coefficient of 0 trains bit by bit what it would train if no router were looked at.
+    collate = PackCollator.__call__
+    monkeypatch.setattr(PackCollator, "__call__", lambda self, packs: collate(replace(self, experts=False), packs))
+    plain = train(folder, 4, packs="shared", router_aux_loss_coef=0.0, epochs=4)
+    assert [entry["loss"] for entry in logs(plain)] == [entry["loss"] for entry in other]
+    for name, each in plain.model.state_dict().items():
+        assert torch.equal(each, without.model.state_dict()[name])
+    assert any(not torch.equal(each, weights[name]) for name, each in plain.model.state_dict().items())
+
+
+def test_checkpoints_say_of_routers_what_the_base_said(folder):
+    options = {"packs": "single", "epochs": 1, "save_steps": 1, "checkpoints": "saved"}
+    trainer = train(folder, 2, **options)
+    base = json.loads((folder / "model/config.json").read_text())
+    saved = json.loads((folder / "saved/checkpoint-2/config.json").read_text())
+    for name in trainer_module.ROUTER_SETTINGS:
+        assert saved[name] == base[name] == getattr(trainer.model.config, name)
+    assert saved["router_aux_loss_coef"] == trainer.router_aux_loss_coef == 0.25

@@ -87,11 +87,17 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
     import matplotlib  # only here: a training that draws nothing needs none
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 8), layout="constrained")
     names = list(dict.fromkeys(name for row in history for name in row))
+    panels = {
+        title: [name for name in names if (name.startswith(chosen) if isinstance(chosen, str) else name in chosen)]
+        for title, chosen in PANELS.items()
+    }
+    panels = {title: shown for title, shown in panels.items() if shown}
+    rows = max(-(-len(panels) // 3), 1)
+    figure = Figure(figsize=(15, 4 * rows), layout="constrained")
     colors = matplotlib.colormaps["tab20"](range(20))
-    for axes, (title, chosen) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
-        shown = [name for name in names if name.startswith(chosen)] if isinstance(chosen, str) else chosen
+    for place, (title, shown) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, 3, place + 1)
         for name, color in zip(shown, colors, strict=False):
             if points := [(row["step"], row[name]) for row in history if name in row]:
                 axes.plot(*zip(*points, strict=True), label=name.rpartition("/")[2], color=color, linewidth=1)
