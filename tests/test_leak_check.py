@@ -1,17 +1,21 @@
 """What would let the documents of a pack see each other is refused before training, or at its first step."""
 
+import contextlib
 import copy
 
 import peft
 import pytest
 import torch
+from conftest import TINY_HYBRID
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from csc_train.errors import InputError
+from csc_train.models.attention.gated_delta_net import build_delta_levels, has_delta_nets, prepare_delta_nets
 from csc_train.models.attention.select import collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig
 from csc_train.packing.collator import PackCollator
+from csc_train.training import leak_check
 from csc_train.training.leak_check import check_no_leaks, dropout_warning, forbid_kv_cache
 
 SHARED, BEST = "shared_prefix", "best_fit"
@@ -28,12 +32,11 @@ def make(architecture: str, attention: str, **facts):
     config = AutoConfig.for_model(
         architecture,
         vocab_size=300,
-        hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        **{"pad_token_id": 299, "bos_token_id": None, "eos_token_id": None} | facts,
+        **{"hidden_size": 32, "pad_token_id": 299, "bos_token_id": None, "eos_token_id": None} | facts,
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
 
@@ -125,6 +128,101 @@ def test_a_model_that_drops_what_says_where_documents_end_is_refused(kind, atten
         InputError, match=f"^{kind.__name__} with {attention} attention .*: {reason}.*; use packing=off"
     ):
         check(model, packing)
+
+
+# Experts
+
+
+EXPERTS = {
+    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32},
+    "qwen3_5_moe_text": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32} | TINY_HYBRID,
+}
+
+
+class OneDocument(PackCollator):
+    """Says of a row of documents that it is one."""
+
+    def __call__(self, packs):
+        return super().__call__([packs[0] | {"document_lengths": [len(packs[0]["input_ids"])], "prefix_length": 0}])
+
+
+class OneState(PackCollator):
+    """Says it to the gated delta nets only."""
+
+    def __call__(self, packs):
+        batch = super().__call__(packs)
+        levels = build_delta_levels([[batch["input_ids"].numel()]], [0])
+        return batch | {"delta_levels": [level._asdict() for level in levels]}
+
+
+def check_experts(architecture, attention, packing, dtype, kind=PackCollator, **facts):
+    with torch.device("meta"):
+        model = make(architecture, attention, **EXPERTS[architecture], **facts)
+    if hybrid := has_delta_nets(model):
+        prepare_delta_nets(model)
+    collator = kind(collator_layout(attention, packing), 299, attention == "eager", delta_levels=hybrid)
+    check_no_leaks(model, collator, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize(("attention", "packing"), [PATHS[0], PATHS[2], PATHS[3]])
+@pytest.mark.parametrize("architecture", EXPERTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_experts_that_see_one_document_each_are_accepted_and_leaks_are_refused(architecture, attention, packing, dtype):
+    check_experts(architecture, attention, packing, dtype)
+    for kind in [OneDocument] + [OneState] * ("linear_num_key_heads" in EXPERTS[architecture]):
+        with pytest.raises(InputError, match="logits differ from those of separate documents"):
+            check_experts(architecture, attention, packing, dtype, kind)
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_decisions_that_rounding_turns_are_forgiven(architecture, monkeypatch):
+    """Of some sizes a decision turns, and the logits with it: without the replay they would be refused."""
+    refused = []
+    for hidden in (16, 72, 104, 120, 128):
+        arguments = (architecture, VARLEN_ATTENTION, SHARED, torch.bfloat16)
+        check_experts(*arguments, hidden_size=hidden)
+        with monkeypatch.context() as patched:
+            patched.setattr(leak_check, "replayed_decisions", lambda *_: contextlib.nullcontext([]))
+            try:
+                check_experts(*arguments, hidden_size=hidden)
+            except InputError:
+                refused.append(hidden)
+    assert refused
+
+
+def test_a_decision_that_no_tie_excuses_is_refused(monkeypatch):
+    """Experts of which one is as good as the other: the logits are the same, the decisions are not."""
+
+    def equal(model, device):
+        probe = made(model, device)
+        for name, weights in probe.named_parameters():
+            if ".experts." in name:
+                weights.data[:] = weights.data[:1].clone()
+        return probe
+
+    made = leak_check._probe
+    monkeypatch.setattr(leak_check, "_probe", equal)
+    arguments = ("qwen3_moe", "sdpa", BEST, torch.float32)
+    check_experts(*arguments)
+    record = leak_check.recorded_decisions
+
+    @contextlib.contextmanager
+    def others(probe):
+        with record(probe) as decisions:
+            yield decisions
+        decisions[0][3] = (decisions[0][3] + 1) % 8
+
+    monkeypatch.setattr(leak_check, "recorded_decisions", others)
+    with pytest.raises(InputError, match="logits differ"):
+        check_experts(*arguments)
+
+
+def test_the_probe_of_a_large_model_is_small():
+    facts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "hidden_size": 256}
+    with torch.device("meta"):
+        probe = leak_check._probe(make("qwen3_moe", "sdpa", **facts), torch.device("meta"))
+    assert probe.num_parameters() < 8 * 3 * 64 * 256 + 500_000
+    assert probe.model.layers[0].mlp.gate.top_k == 2 and probe.model.layers[0].mlp.gate.weight.shape[0] == 8
 
 
 def test_an_attention_without_dropout_is_refused_where_the_model_has_it():

@@ -12,6 +12,7 @@ import torch
 from conftest import random_dialogue, small_tokenizer, tiny_config
 from test_gated_delta_net import Wide
 from test_varlen_attention import make_packs
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
@@ -20,6 +21,8 @@ from workers.loss_curve import PACKS_PER_STEP, train
 
 from csc_train.models.attention.gated_delta_net import has_delta_nets, prepare_delta_nets
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.config import AdapterConfig
+from csc_train.models.hub import load_causal_lm
 from csc_train.models.layers import checkpoint_activations
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import PackingConfig
@@ -27,8 +30,9 @@ from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tracking.history import plot_curves
-from csc_train.training import trainer as trainer_module
-from csc_train.training.loss import add_loss_head
+from csc_train.training.config import ValidationConfig
+from csc_train.training.loss import add_loss_head, score_routers
+from csc_train.training.trainer import ROUTER_SETTINGS
 
 COEFFICIENT = 5.0
 """Large, so that the auxiliary loss is as large as that of the tokens."""
@@ -179,6 +183,15 @@ def test_what_would_count_other_tokens_is_no_rounding_error(wide, change):
     assert difference(losses, expected) > 1e-2
 
 
+def test_the_auxiliary_loss_does_not_wait_for_the_device():
+    """On fake tensors whatever needs a value raises."""
+    with FakeTensorMode():
+        logits = [torch.randn(30, 8, requires_grad=True) for _ in range(2)]
+        scores = score_routers(logits, 2, torch.ones(3, 30, dtype=torch.bool), torch.ones(1, 30))
+        scores.losses.mean().backward()
+    assert logits[0].grad is not None and scores.choices.shape == (2, 8)
+
+
 # In a training
 
 
@@ -196,7 +209,10 @@ def folder(tmp_path_factory) -> Path:
             packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights
         )
         (folder / name).write_bytes(pickle.dumps(few))
-    config = tiny_config("qwen3_moe", template.tokenizer, 0.1, num_experts=64, router_aux_loss_coef=0.25)
+    (folder / "validation").write_bytes(pickle.dumps([random_dialogue(rng) for _ in range(2)]))
+    config = tiny_config(
+        "qwen3_moe", template.tokenizer, 0.1, num_experts=64, router_aux_loss_coef=0.25, output_router_logits=True
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
     template.tokenizer.save_pretrained(folder / "model")
@@ -237,10 +253,20 @@ def test_the_auxiliary_loss_of_a_training_is_logged_apart_and_spreads_the_choice
 
 
 def test_checkpoints_say_of_routers_what_the_base_said(folder):
-    options = {"packs": "single", "epochs": 1, "save_steps": 1, "checkpoints": "saved"}
-    trainer = train(folder, 2, **options)
+    """Also that router logits are an output, as in a checkpoint of TRL; no pass but training's makes any."""
+    validation = ValidationConfig(eval_steps=1, num_turns=2, num_samples=2, max_new_tokens=2)
+    options = {"packs": "single", "epochs": 1, "validation": validation}
+    trainer = train(folder, 2, **options, save_steps=1, checkpoints="saved")
     base = json.loads((folder / "model/config.json").read_text())
     saved = json.loads((folder / "saved/checkpoint-2/config.json").read_text())
-    for name in trainer_module.ROUTER_SETTINGS:
+    for name in ROUTER_SETTINGS:
         assert saved[name] == base[name] == getattr(trainer.model.config, name)
-    assert saved["router_aux_loss_coef"] == trainer.router_aux_loss_coef == 0.25
+    assert (saved["output_router_logits"], saved["router_aux_loss_coef"]) == (True, 0.25)
+    assert trainer.router_aux_loss_coef == 0.25
+    measured = [[entry["eval_strategy_accuracy"] for entry in each.state.log_history if "eval_loss" in entry]
+                for each in (trainer, train(folder, 2, AdapterConfig("lora"), **options))]  # fmt: skip
+    assert [len(each) for each in measured] == [2, 2]
+    model = load_causal_lm(str(folder / "model"))
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    output = model(input_ids=torch.arange(4)[None], attention_mask=mask)
+    assert output.router_logits is None and model.config.output_router_logits

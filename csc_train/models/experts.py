@@ -6,6 +6,7 @@ same decisions remain comparable, if each of them was nearly the model's own.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,18 @@ def routers(model: nn.Module) -> list[nn.Module]:
     recorded = [getattr(each, "_can_record_outputs", None) or {} for each in model.modules()]
     kinds = tuple(kind["router_logits"].target_class for kind in recorded if "router_logits" in kind)
     return [each for each in model.modules() if isinstance(each, kinds)]
+
+
+def leave_out_router_logits(model: nn.Module) -> None:
+    """Let a model return router logits, and their auxiliary loss, only where a call asks for them.
+
+    What the configuration says of them stays. transformers' loss takes no four-dimensional mask.
+    """
+    model.register_forward_pre_hook(_without_router_logits, with_kwargs=True)
+
+
+def _without_router_logits(_: nn.Module, arguments: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return arguments, {"output_router_logits": False} | inputs
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM  # takes seconds
 
     from csc_train.models.attention.gated_delta_net import prepare_delta_nets
+    from csc_train.models.experts import leave_out_router_logits
 
     if base := adapter_base(path):
         return _merge_adapter(load_causal_lm(base[0], **options | {"revision": base[1]}), path)
@@ -86,6 +87,8 @@ def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
         model, found = loaded
         repair_generation_config(model)
         prepare_delta_nets(model)
+        if getattr(model.config, "output_router_logits", False):
+            leave_out_router_logits(model)
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{path}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
     return model

@@ -166,17 +166,18 @@ def add_loss_head(model: PreTrainedModel) -> None:
     """Let `model(..., trained_index=, labels=, loss_weights=)`, of a `PackCollator` batch, return `TokenScores`.
 
     Without `trained_index` the model returns logits as before. Under ZeRO stage 3 the head's weights are gathered.
-    With `document_tokens` the decoder returns its router logits too, whatever its configuration says.
+    Router logits are made with `document_tokens`, and not without, whatever the configuration says.
     """
-    usual = model.forward
+    usual, has_routers = model.forward, hasattr(model.config, "output_router_logits")
 
     @functools.wraps(usual)
     def forward(self, *args, trained_index=None, loss_weights=None, document_tokens=None, **inputs):
+        if has_routers:
+            inputs["output_router_logits"] = document_tokens is not None
         if trained_index is None:
             return usual(*args, **inputs)
         targets, weights = (each.flatten()[trained_index + 1] for each in (inputs.pop("labels"), loss_weights))
-        routed = {} if document_tokens is None else {"output_router_logits": True}
-        outputs = self.base_model(*args, **inputs, **routed)
+        outputs = self.base_model(*args, **inputs)
         hidden, weight = outputs.last_hidden_state.flatten(0, 1), self.get_output_embeddings().weight
         with maybe_gather_lm_head_ctx(weight):
             scores = score_tokens(hidden.index_select(0, trained_index), weight, targets, weights)
