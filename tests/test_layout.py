@@ -13,7 +13,8 @@ from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, manifest_of, random_dialogue, save_vision_language, small_tokenizer
 from processes import TIMEOUT_S, run_script, start_ranks
 from safetensors.torch import load_file, save_file
-from test_deepspeed import LORA, QLORA, agree, case
+from test_deepspeed import LORA as LINEAR_LORA
+from test_deepspeed import QLORA, agree, case
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from workers.loss_curve import train_all
 
@@ -36,7 +37,8 @@ from csc_train.packing.dataset import pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
-UP = "model.language_model.layers.0.mlp.up_proj.weight"
+LORA = LINEAR_LORA | {"adapter": LINEAR_LORA["adapter"] | {"target_parameters": ["all-experts"]}}
+UP = "model.language_model.layers.0.mlp.shared_expert.up_proj.weight"
 IDS = torch.arange(3, 43).view(2, 20)
 
 
@@ -230,7 +232,7 @@ def test_a_final_model_has_the_layout_of_its_base(base, template, tmp_path, shar
 def test_a_checkpoint_is_exported_in_the_layout_of_its_base(folder, template, on_one, run, tmp_path):
     kind, base = run.split("-")[0], folder / "model"
     config = {
-        "adapter": LORA["adapter"] | {"kind": kind},
+        "adapter": (QLORA if kind == "qlora" else LORA)["adapter"] | {"kind": kind},
         "trainer": {"precision": "fp32"},
     }
     write_manifest(folder / run, manifest_of(template, base_model=str(base), config=config))
@@ -239,8 +241,11 @@ def test_a_checkpoint_is_exported_in_the_layout_of_its_base(folder, template, on
     assert export(open_source(str(folder / run)), settings) < TOLERANCE[torch.float32]
     before, after = tensors(base), tensors(tmp_path / "model")
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before if "language_model" not in name)
+    beside = {name for name in before if "visual" in name or "mtp" in name}
+    assert all(torch.equal(before[name], after[name]) for name in beside)
     assert not torch.equal(before[UP], after[UP])
+    experts = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    assert torch.equal(before[experts], after[experts]) == (kind == "qlora")
     whole, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     merged = load_causal_lm(str(tmp_path / "model"))
     assert not any(info.values()) and torch.equal(logits(whole), logits(merged))
@@ -283,7 +288,7 @@ def _cases(runs: dict[str, dict], again: dict[str, dict]) -> dict[str, dict]:
 def folder(template, tmp_path_factory) -> Path:
     """A vision-language model, and 12 dialogues to train it on, one in a row."""
     folder = tmp_path_factory.mktemp("zero")
-    save_vision_language(folder / "model", template.tokenizer)
+    save_vision_language(folder / "model", template.tokenizer, **EXPERTS)
     rng = random.Random(3)
     packs, _ = pack_dialogues([template.encode(random_dialogue(rng)) for _ in range(12)], PackingConfig("off"))
     (folder / "single").write_bytes(pickle.dumps(packs))
@@ -366,7 +371,7 @@ def recipe(name: str, *words: str, cwd: Path, ranks: int = 1) -> str:
 def killed(template, tmp_path_factory) -> Path:
     """A directory with a run under ZeRO-3 on two processes, which was killed after a checkpoint and resumed."""
     directory = tmp_path_factory.mktemp("recipes")
-    save_vision_language(directory / "base", template.tokenizer)
+    save_vision_language(directory / "base", template.tokenizer, **EXPERTS)
     ranks = start_ranks(ROOT / "recipes/sft.py", *BASE, *RUN, *BEST, ranks=2, cwd=directory)
     deadline = time.monotonic() + TIMEOUT_S
     while not (directory / "run/checkpoints/checkpoint-2").exists() and time.monotonic() < deadline:
