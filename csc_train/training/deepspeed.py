@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer
 
 from csc_train.errors import InputError
+from csc_train.models.families import model_dims
 from csc_train.templates import read_yaml
 from csc_train.training.config import ZeroConfig, launches_deepspeed
 
@@ -83,14 +84,25 @@ def start_deepspeed() -> None:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def announce_adapted_experts(model: torch.nn.Module) -> None:
-    """Tell stage 3 which weights adapters of experts read, none of which is in the module that reads it.
+def prepare_experts(model: torch.nn.Module, plugin: Any) -> None:
+    """Prepare stage 3 for the routed experts of a model, before the engine is built; does nothing without them.
 
-    Else it would find out in the first forward pass, and gather other weights at once when layers are recomputed.
+    The experts of a layer become one unit of DeepSpeed's trace (a leaf module): a loop over experts runs modules in them
+    as often as there are chosen experts, and processes whose traces differ wait for each other for ever. DeepSpeed's own
+    default, the whole MLP of Qwen3-MoE, reduces gradients of adapters before they exist.
+
+    It is told which weights adapters of experts read, none of which is in the module that reads it. Else it would find
+    out in the first forward pass, and gather other weights at once when layers are recomputed.
+
+    Args:
+        plugin: accelerate's `DeepSpeedPlugin`.
     """
     import deepspeed
     from peft.tuners.lora import ParamWrapper
 
+    tensors = {name.rpartition(".")[2] for name in model_dims(model.config).expert_tensors}
+    if experts := {type(module).__name__ for module in model.modules() if tensors & module._parameters.keys()}:
+        plugin.deepspeed_config["zero_optimization"]["leaf_module"] = {"classes": sorted(experts)}
     for module in model.modules():
         if isinstance(module, ParamWrapper):
             matrices = (layer.weight for part in (module.lora_A, module.lora_B) for layer in part.values())

@@ -54,10 +54,10 @@ from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.compatibility import resolve_compile
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.deepspeed import (
-    announce_adapted_experts,
     check_engine,
     deepspeed_config,
     launcher_stage,
+    prepare_experts,
     skip_nonfinite,
     start_deepspeed,
 )
@@ -556,7 +556,7 @@ def build_trainer(
         peft_config=None if adapter.kind == "full" else lora_config(adapter, model),
     )
     if stage == "3":
-        announce_adapted_experts(trainer.model)
+        prepare_experts(trainer.model, arguments.deepspeed_plugin)
     if arguments.checkpointing == "auto":
         arguments.checkpointing = choose_checkpointing(trainer, longest)
     logger.info("gradient checkpointing: %s, compiled: %s", arguments.checkpointing, arguments.compile)
