@@ -24,14 +24,16 @@ from csc_train.inference.hf import load_generator, read_template
 from csc_train.inference.openai import OpenAIGenerator
 from csc_train.llm.config import LLMConfig
 from csc_train.models.config import AdapterConfig
+from csc_train.models.families import get_family
+from csc_train.models.layout import stored_weights
 from csc_train.models.loading import lora_config
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply, format_reply
 
-FAMILIES = {"qwen2": "qwen2_5", "llama": "llama3_1"}
+FAMILIES = {"qwen2": "qwen2_5", "llama": "llama3_1", "qwen3_moe": "qwen3"}
 """Chat templates by architecture."""
-SERVED = FAMILIES | {"qwen3_5_text": "qwen3_5"}
+SERVED = FAMILIES | {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5"}
 """Those that `transformers serve` is asked for."""
 LIMIT = 40
 """Of new tokens, more than the taught replies have."""
@@ -147,7 +149,7 @@ def test_a_served_model_is_evaluated_as_a_local_one(checkpoints, server):
 
 
 def tensor_names(config):
-    """The names that vLLM's Qwen2 and Llama know, given a config.json: those of the published checkpoints."""
+    """The names that vLLM's Qwen2, Llama and Qwen3-MoE know, given a config.json: those of published checkpoints."""
     names = {"model.embed_tokens.weight", "model.norm.weight"}
     if not config["tie_word_embeddings"]:
         names.add("lm_head.weight")
@@ -155,7 +157,11 @@ def tensor_names(config):
         parts = [f"self_attn.{part}_proj.weight" for part in "qkvo"]
         if config["model_type"] == "qwen2":
             parts += [f"self_attn.{part}_proj.bias" for part in "qkv"]
-        parts += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+        blocks = ["mlp"]
+        if config["model_type"] == "qwen3_moe":
+            parts += ["mlp.gate.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+            blocks = [f"mlp.experts.{expert}" for expert in range(config["num_experts"])]
+        parts += [f"{block}.{part}_proj.weight" for block in blocks for part in ("gate", "up", "down")]
         parts += ["input_layernorm.weight", "post_attention_layernorm.weight"]
         names |= {f"model.layers.{layer}.{part}" for part in parts}
     return names
@@ -169,7 +175,7 @@ def faults(directory, template):
 
     config = read("config.json")
     expected = {
-        "architectures": [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[config["model_type"]]],
+        "architectures": [get_family(config["model_type"]).causal_lm_class],
         "dtype": "bfloat16",
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }
@@ -204,9 +210,10 @@ def test_a_final_model_holds_what_vllm_reads(architecture, kind, tied, tmp_path)
         architecture, tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
     )
     model = model.to(torch.bfloat16)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in stored_weights(model).items()}
     if kind == "lora":
-        adapter = lora_config(AdapterConfig("lora", rank=2, alpha=4), model)
+        experts = ["all-experts"] if architecture == "qwen3_moe" else []
+        adapter = lora_config(AdapterConfig("lora", rank=2, alpha=4, target_parameters=experts), model)
         adapted = peft.get_peft_model(copy.deepcopy(model), adapter)
         pairs = {name: torch.rand_like(value) for name, value in adapted.named_parameters() if value.requires_grad}
         model = merged(model, pairs, adapter)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
 
 from csc_train.errors import InputError
-from csc_train.files import read_json
+from csc_train.files import read_json, write_json
 from csc_train.models.hub import weight_files
 
 
@@ -63,6 +63,16 @@ def other_tensors(model: PreTrainedModel, base: Path) -> dict[str, Path]:
     return found
 
 
+def _add_published_names(file: Path, renamed: dict[str, str]) -> None:
+    """Give settings their published names, too: transformers 5 writes num_experts of Qwen3 as num_local_experts alone.
+
+    Servers read the published name, and take another number of experts where it is missing.
+    """
+    if renamed and file.is_file():
+        written = read_json(file)
+        write_json(file, {name: written[other] for name, other in renamed.items() if other in written} | written)
+
+
 def save_model(model: PreTrainedModel, directory: Path, shard_size: str, base: Path | None) -> None:
     """Write the weights and the configuration of a model.
 
@@ -73,7 +83,8 @@ def save_model(model: PreTrainedModel, directory: Path, shard_size: str, base: P
     """
     if base is None or not is_vision_language(base):
         with parameter_names(model, lambda each: not isinstance(each, PrefixChange)):
-            return model.save_pretrained(directory, max_shard_size=shard_size)
+            model.save_pretrained(directory, max_shard_size=shard_size)
+        return _add_published_names(directory / "config.json", model.config.attribute_map)
     weights = stored_weights(model)
     for name, file in other_tensors(model, base).items():
         with safe_open(file, "pt") as tensors:
