@@ -22,7 +22,7 @@ from csc_train.launching.preflight.size import zero_of
 from csc_train.models.attention.gated_delta_net import build_delta_levels, prepare_delta_nets
 from csc_train.models.attention.varlen import VARLEN_ATTENTION, build_varlen_metadata
 from csc_train.models.config import AdapterConfig, ArchitectureConfig
-from csc_train.models.families import forward_flops, lora_parameter_count, lora_targets, model_dims
+from csc_train.models.families import adapted_experts, forward_flops, lora_parameter_count, lora_targets, model_dims
 from csc_train.models.layers import checkpoint_activations
 from csc_train.models.loading import build_model_config, lora_config
 from csc_train.training import loss
@@ -230,6 +230,7 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind
     tokens, rank, sizes = 256, 2, {}
     mixed = stage == "off" and bf16
     dtype = torch.bfloat16 if bf16 and (adapter == "lora" or stage != "off") else torch.float32
+    experts = ["all-experts"] if "moe" in model_type and stage == "3" else []
     for layers in (2, 3):
         architecture = small(model_type, layers, kind)
         attention = VARLEN_ATTENTION if model_dims(architecture).delta else "sdpa"
@@ -237,7 +238,7 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         base = model
         if adapter == "lora":
-            config = lora_config(AdapterConfig("lora", rank=rank), model)
+            config = lora_config(AdapterConfig("lora", rank=rank, target_parameters=experts), model)
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=mixed)
             adapted.enable_input_require_grads()
             model = adapted
@@ -246,12 +247,16 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind
     shape = model_dims(architecture)
     weights = lora_parameter_count(shape, rank) if adapter == "lora" else 0
     setting = MemoryScenario(
-        shape, adapter, weights, stage, bf16=bf16, tokens=tokens, checkpointing=checkpointing, delta_kernel="torch"
-    )
-    # The bf16 copies of weights that autocast makes are counted apart (`activation_bytes`).
+        shape, adapter, weights, stage=stage, bf16=bf16, tokens=tokens, checkpointing=checkpointing,
+        adapted_experts=tuple(adapted_experts(shape, experts)), delta_kernel="torch",
+    )  # fmt: skip
+    # The bf16 copies of weights that autocast makes, and their sums with adapters, are counted apart.
     casts = 0
     if mixed and checkpointing == "off":
-        casts = 2 * (weights // shape.layers if adapter == "lora" else shape.linear // shape.layers + shape.router)
+        linear = shape.linear // shape.layers + shape.router + shape.block_experts
+        casts = 2 * (weights // shape.layers if adapter == "lora" else linear)
+    elif experts and checkpointing == "off":
+        casts = 2 * shape.block_experts
     measured = (sizes[3] - sizes[2] - casts) / tokens
     assert kept_bytes(setting, kind) == pytest.approx(measured, rel=0.02)
 
@@ -276,6 +281,7 @@ def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, model, chec
     monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
     architecture = replace(architecture_of(model), num_hidden_layers=2)
     tokens, levels = 8192, {}
+    documents = {"document_tokens": torch.ones(1, tokens, dtype=torch.bool)} if "a3b" in model else {}
     if "qwen3_5" in model:  # fewer chunks, which transformers computes one by one, and a head that leaves them the peak
         architecture, tokens = replace(architecture, layer_types=[LINEAR, FULL], vocab_size=8000), 1024
         levels = {"delta_levels": one_document(tokens)["delta_levels"]}
@@ -294,9 +300,12 @@ def test_the_peak_of_a_simulated_training_is_as_planned(monkeypatch, model, chec
                 for _ in range(2):
                     tracker.reset_mod_stats()
                     with torch.autocast("cpu", torch.bfloat16):
-                        out = model(input_ids=ids, position_ids=positions, use_cache=False, **head, **levels)
-                    out.loss.backward()
-                    del out
+                        out = model(
+                            input_ids=ids, position_ids=positions, use_cache=False, **head, **levels, **documents
+                        )
+                    loss_of_routers = out.router.losses.mean() if out.router else 0
+                    (out.loss + loss_of_routers).backward()
+                    del out, loss_of_routers
                 optimizer.step()
                 optimizer.zero_grad()
     (peak,) = tracker.get_tracker_snapshot("peak").values()

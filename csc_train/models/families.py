@@ -571,11 +571,13 @@ def lora_parameter_count(
     rank: int,
     target_modules: str | Collection[str] = (ALL_LINEAR,),
     target_parameters: Collection[str] = (),
+    active: bool = False,
 ) -> int:
     """Weights of low-rank adapters: rank x (inputs + outputs) for each linear layer and each expert's tensor.
 
     Args:
         target_modules: as in `AdapterConfig`, or as PEFT has them; `target_parameters`: likewise.
+        active: whether to count those that one token uses only.
     """
     if not isinstance(target_modules, str):
         target_modules = lora_targets(dims.model_type, target_modules)
@@ -585,25 +587,26 @@ def lora_parameter_count(
         for name, (inputs, outputs) in dims.linears[kind].items()
         if is_lora_target(f"model.layers.{layer}.{name}", target_modules)
     )
-    experts = dims.layers * dims.experts.count if dims.experts else 0
-    return linear + experts * rank * sum(map(sum, adapted_experts(dims, target_parameters).values()))
+    experts = dims.experts and (dims.experts.active if active else dims.experts.count)
+    return linear + dims.layers * (experts or 0) * rank * sum(
+        map(sum, adapted_experts(dims, target_parameters).values())
+    )
 
 
-def count_adapter_parameters(model: Any) -> int:
-    """Weights of a model's low-rank adapters; 0 without PEFT."""
+def count_adapter_parameters(model: Any, active: bool = False) -> int:
+    """Weights of a model's low-rank adapters (see `lora_parameter_count`); 0 without PEFT."""
     if (adapters := getattr(model, "peft_config", None)) is None:
         return 0
     adapter = adapters["default"]
-    return lora_parameter_count(
-        model_dims(model.config), adapter.r, adapter.target_modules, adapter.target_parameters or ()
-    )
+    targets = adapter.target_modules, adapter.target_parameters or ()
+    return lora_parameter_count(model_dims(model.config), adapter.r, *targets, active)
 
 
 def forward_flops(model: Any) -> tuple[int, int]:
     """FLOPs of a model's forward pass for each token (output head and adapters included) and each pair of tokens."""
     dims = model_dims(model.config)
     weights, mixing, pairs = _forward_flops(dims)
-    return weights + mixing + 2 * (dims.embedding + count_adapter_parameters(model)), pairs
+    return weights + mixing + 2 * (dims.embedding + count_adapter_parameters(model, active=True)), pairs
 
 
 def training_flops(dims: ModelDims, adapter_parameters: int = 0) -> FlopCounts:
@@ -613,7 +616,8 @@ def training_flops(dims: ModelDims, adapter_parameters: int = 0) -> FlopCounts:
     weights. Frozen weights have no gradient; attention and delta nets have no weights but two factors.
 
     Args:
-        adapter_parameters: weights of the adapters, which are trained instead of the model; 0 trains the whole model.
+        adapter_parameters: weights of the adapters that a token uses, which are trained instead of the model; 0 trains
+            the whole model.
     """
     weights, mixing, pairs = _forward_flops(dims)
     passes = 2 if adapter_parameters else 3

@@ -22,7 +22,15 @@ from transformers import Trainer
 
 from csc_train.errors import check_choice
 from csc_train.models.attention.gated_delta_net import chosen_kernel
-from csc_train.models.families import DELTA_CHUNK, LINEAR_ATTENTION, ModelDims, get_family, model_dims, training_flops
+from csc_train.models.families import (
+    DELTA_CHUNK,
+    LINEAR_ATTENTION,
+    ModelDims,
+    adapted_experts,
+    get_family,
+    model_dims,
+    training_flops,
+)
 from csc_train.training.config import CHECKPOINTING
 from csc_train.training.loss import CHUNK
 
@@ -52,6 +60,8 @@ class MemoryScenario:
     Attributes:
         adapter: one of `ADAPTERS`.
         adapter_parameters: weights of the adapters; 0 under full.
+        idle_adapters: those of them that a token does not use.
+        adapted_experts: names of the experts' tensors that have adapters (see `ModelDims.expert_tensors`).
         stage: one of `STAGES`; off is DDP, the others are DeepSpeed's ZeRO stages.
         offload: one of `OFFLOADS`, to the host's memory; optimizer: the optimizer states, all: the weights too.
         nodes: number of machines that share the processes evenly.
@@ -67,6 +77,8 @@ class MemoryScenario:
     dims: ModelDims
     adapter: str = "full"
     adapter_parameters: int = 0
+    idle_adapters: int = 0
+    adapted_experts: tuple[str, ...] = ()
     stage: str = "off"
     offload: str = "none"
     processes: int = 1
@@ -117,9 +129,11 @@ class MemoryScenario:
         return self.stage == "off" and self.bf16 and self.adapter != "qlora"
 
     @property
-    def expert_compute(self) -> int:
-        """Bytes of a number in the grouped products of experts, which autocast leaves in their weights' dtype."""
-        return 4 if self.adapter == "full" and self.cast_by_autocast else self.compute
+    def changed_experts(self) -> list[int]:
+        """Weights of each tensor of a layer's experts that is trained or has adapters."""
+        shapes = self.dims.expert_tensors
+        names = shapes if self.adapter == "full" else self.adapted_experts
+        return [self.dims.experts.count * math.prod(shapes[name]) for name in names]
 
 
 @dataclass(frozen=True)
@@ -231,8 +245,9 @@ def kept_bytes(scenario: MemoryScenario, kind: str) -> float:
     dims, c = scenario.dims, scenario.compute
     kept = residual_bytes(scenario) * dims.hidden
     if scenario.checkpointing == "selective":
-        router = dims.experts.count if dims.experts else 0
-        kept += c * (router + sum(outputs for _, outputs in dims.linears[kind].values()))
+        kept += c * sum(outputs for _, outputs in dims.linears[kind].values())
+        if dims.experts:
+            kept += c * (dims.experts.count + 2 * dims.routed + dims.experts.active * dims.hidden)
         if kind != LINEAR_ATTENTION:
             kept += c * dims.queries + 4 * dims.heads
         elif scenario.delta_kernel == "torch":
@@ -292,13 +307,14 @@ def expert_bytes(scenario: MemoryScenario) -> float:
     Let a be the experts of a token, i their width together, and c the bytes of a number (see `expert_compute`).
 
     - Router: fp32 probabilities of all experts, the chosen ones, their sum, and four lists of indices.
-    - Experts: input, if they are trained, and output, a h each; both halves of the first product, the activation and,
-      if they are trained, the product of gate and up: 4 c i or 3 c i.
+    - Experts: output, a h, and three of the first product's halves and the activation, 3 i; if they are trained or have
+      adapters, their inputs, a h and i.
     """
-    dims, full = scenario.dims, scenario.adapter == "full"
-    c, active = scenario.expert_compute, dims.experts.active
+    dims, c, active = scenario.dims, scenario.compute, scenario.dims.experts.active
+    inputs = {"mlp.experts.gate_up_proj": active * dims.hidden, "mlp.experts.down_proj": dims.routed}
+    kept = sum(inputs[name] for name in (inputs if scenario.adapter == "full" else scenario.adapted_experts))
     router = 4 * (dims.experts.count + 1) + (36 + c) * active
-    return router + c * ((2 if full else 1) * active * dims.hidden + (4 if full else 3) * dims.routed)
+    return router + c * (kept + active * dims.hidden + 3 * dims.routed)
 
 
 def delta_widths(scenario: MemoryScenario) -> tuple[int, int, int, float]:
@@ -350,9 +366,10 @@ def activation_bytes(scenario: MemoryScenario) -> float:
       copy if they are held in bf16.
     - Backward pass of a block: `layer_bytes` with checkpointing; gradients of its MLP and of the residual stream; if it
       is trained, the gradient of its largest layer, in bf16 and in fp32. A tied head's gradient waits for the
-      embedding's. Of experts, gradients of three outputs, or of their first weights when half they keep is free.
+      embedding's. Experts need four gradients of their outputs, or that of their first weights when those are free.
 
-    Without checkpointing, autocast's copies stay until the block's own backward pass.
+    Without checkpointing, autocast's copies stay until the block's own backward pass, and so do the sums of experts and
+    their adapters, which PEFT adds to the weights. The auxiliary loss keeps the logits and probabilities of routers.
     """
     dims, c, tokens = scenario.dims, scenario.compute, scenario.tokens
     r = residual_bytes(scenario)
@@ -369,20 +386,21 @@ def activation_bytes(scenario: MemoryScenario) -> float:
     head = 2 * r * dims.hidden * tokens + 4 * embedding
     weight = max(inputs * outputs for shapes in dims.linears.values() for inputs, outputs in shapes.values())
     passing = (3 * c * dims.intermediate + (2 * r + 8) * dims.hidden) * tokens
+    copies = 0
     if dims.experts:
-        number = scenario.expert_compute
-        gate_up = (number if scenario.stage == "off" else c + 4) * 2 * dims.block_experts / 3
-        passing += max(
-            3 * number * dims.experts.active * dims.hidden * tokens,
-            gate_up - 2 * number * dims.routed * tokens if full else 0,
-        )
-    lasting = casts if scenario.checkpointing == "off" else 0
+        outputs = c * dims.experts.active * dims.hidden * tokens
+        copies = c * sum(scenario.changed_experts) if not full or casts else 0
+        gradient = (c + 4 if full and c == 2 else c) * max(scenario.changed_experts, default=0)
+        freed = outputs + 4 * c * dims.routed * tokens + copies
+        passing += copies + max(4 * outputs, gradient - freed)
+        kept += (4 + c) * dims.experts.count * dims.layers * tokens
+    lasting = casts + (dims.layers - 1) * copies if scenario.checkpointing == "off" else 0
     moments = (
-        casts
+        max(casts, lasting + copies)
         + (2 * embedding if scenario.cast_by_autocast else 0)
         + head
         + HEAD_BYTES * min(tokens, CHUNK) * dims.vocabulary,
-        lasting + head + (4 + r) * dims.hidden * tokens + (c * embedding if scenario.stage != "off" else 0),
+        lasting + copies + head + (4 + r) * dims.hidden * tokens + (c * embedding if scenario.stage != "off" else 0),
         lasting
         + (held * embedding if dims.tied else 0)
         + passing
@@ -485,7 +503,7 @@ def advice(scenario: MemoryScenario, rows: int, per_node: int, memory: float, ho
 
 def scenario_flops(scenario: MemoryScenario, tokens: float, document_length: float) -> float:
     """FLOPs of training on `tokens` tokens in documents of equal length (see `families.training_flops`)."""
-    adapters = 0 if scenario.adapter == "full" else scenario.adapter_parameters
+    adapters = 0 if scenario.adapter == "full" else scenario.adapter_parameters - scenario.idle_adapters
     per_token, per_trained_token, per_pair = training_flops(scenario.dims, adapters)
     return tokens * (per_token + per_trained_token + per_pair * document_length)
 
@@ -503,11 +521,16 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
     trained = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
     quantized = getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None)
     adapter = "full" if not hasattr(model, "peft_config") else "qlora" if quantized else "lora"
+    dims, targets = (
+        model_dims(model.config),
+        () if adapter == "full" else model.peft_config["default"].target_parameters,
+    )
     plugin, layout = args.deepspeed_plugin, collator.layout
     return MemoryScenario(
-        model_dims(model.config),
+        dims,
         adapter=adapter,
         adapter_parameters=0 if adapter == "full" else trained,
+        adapted_experts=tuple(adapted_experts(dims, targets or ())),
         stage="off" if plugin is None else str(plugin.zero_stage),
         processes=args.world_size,
         nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),

@@ -130,7 +130,7 @@ class PackTrainer(SFTTrainer):
         add_loss_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         self.packs = packs
         self.metrics = TrainMetrics(
-            training_flops(model_dims(self.model.config), count_adapter_parameters(self.model)),
+            training_flops(model_dims(self.model.config), count_adapter_parameters(self.model, active=True)),
             arguments.device,
             arguments.bf16,
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from csc_train.config.recipes.training import PreflightRecipe
-from csc_train.models.families import ModelDims, lora_parameter_count, model_dims
+from csc_train.models.families import ModelDims, adapted_experts, lora_parameter_count, model_dims
 from csc_train.training.memory import MemoryScenario, scenario_flops
 
 if TYPE_CHECKING:
@@ -73,7 +73,9 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
     model, adapter, packing = config.model, config.adapter, config.packing
     dims = dims or model_dims(model.architecture, model.tokenizer_vocab_size)
     targets = adapter.target_modules, adapter.target_parameters
-    weights = 0 if adapter.kind == "full" else lora_parameter_count(dims, adapter.rank, *targets)
+    weights = active = 0
+    if adapter.kind != "full":
+        weights, active = (lora_parameter_count(dims, adapter.rank, *targets, each) for each in (False, True))
     stage, offload = zero_of(config)
     tokens = config.trainer.micro_batch_size * packing.max_length
     # On a GPU, sdpa and eager attention separate the documents of a pack by a dense mask of this many columns. In fp32
@@ -85,6 +87,8 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
         dims,
         adapter=adapter.kind,
         adapter_parameters=weights,
+        idle_adapters=weights - active,
+        adapted_experts=tuple(adapted_experts(dims, adapter.target_parameters)),
         stage=stage,
         offload=offload,
         processes=config.cluster.world_size,
