@@ -210,8 +210,11 @@ def test_a_base_of_an_unknown_family_or_class_is_refused(tmp_path):
         inspect_model(ModelConfig(init="random", tokenizer="train", architecture=architecture("qwen"))).require()
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text"])
+@pytest.mark.parametrize(
+    ("model_type", "adapter"),
+    [(each, adapter) for each in ("qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text") for adapter in ("full", "lora")]
+    + [("qwen3_moe", "experts")],
+)
 def test_flops_are_those_that_torch_counts(model_type, adapter):
     """Forward and backward, over packs with a shared prefix; a token is charged for its own experts only."""
     config = AutoConfig.for_model(
@@ -223,8 +226,10 @@ def test_flops_are_those_that_torch_counts(model_type, adapter):
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.set_experts_implementation("eager")  # whose products torch counts
     prepare_delta_nets(model)
-    if adapter == "lora":
-        model = peft.get_peft_model(model, lora_config(AdapterConfig("lora", rank=4), model))
+    if adapter != "full":
+        tensors = ["all-experts"] if adapter == "experts" else []
+        adapted = AdapterConfig("lora", rank=4, target_parameters=tensors)
+        model = peft.get_peft_model(model, lora_config(adapted, model))
         model.enable_input_require_grads()
     dims = model_dims(config)
     lengths, tokens = [192, 64, 256], 512
@@ -236,11 +241,14 @@ def test_flops_are_those_that_torch_counts(model_type, adapter):
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: triangular}) as counter:
         model(input_ids=torch.ones(1, tokens, dtype=torch.int64), **inputs).logits.sum().backward()
-    counts = training_flops(dims, families.count_adapter_parameters(model))
+    adapters = families.count_adapter_parameters(model, active=True), families.tensors_with_adapters(model)
+    counts = training_flops(dims, *adapters)
     # Eager attention computes all pairs of tokens, of which half are causal.
     pairs = 2 * counts.per_pair * tokens**2
     ours, counted = (counts.per_token + counts.per_head_token) * tokens + pairs, counter.get_total_flops()
     assert ours == pytest.approx(counted, rel=0.02)
+    if adapter == "experts":  # as if they were frozen
+        assert training_flops(dims, adapters[0]).per_token < 0.9 * counts.per_token
     passes = 2 if adapter == "lora" else 3
     if dims.delta:
         recurrence = 3 * 3 * dims.delta.flops_per_token * tokens

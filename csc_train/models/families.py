@@ -597,9 +597,14 @@ def count_adapter_parameters(model: Any, active: bool = False) -> int:
     """Weights of a model's low-rank adapters (see `lora_parameter_count`); 0 without PEFT."""
     if (adapters := getattr(model, "peft_config", None)) is None:
         return 0
-    adapter = adapters["default"]
-    targets = adapter.target_modules, adapter.target_parameters or ()
-    return lora_parameter_count(model_dims(model.config), adapter.r, *targets, active)
+    targets = adapters["default"].target_modules, tensors_with_adapters(model)
+    return lora_parameter_count(model_dims(model.config), adapters["default"].r, *targets, active)
+
+
+def tensors_with_adapters(model: Any) -> tuple[str, ...]:
+    """Names of the experts' tensors of a model that have adapters."""
+    adapters = getattr(model, "peft_config", None)
+    return tuple(adapters["default"].target_parameters or ()) if adapters else ()
 
 
 def forward_flops(model: Any) -> tuple[int, int]:
@@ -609,19 +614,25 @@ def forward_flops(model: Any) -> tuple[int, int]:
     return weights + mixing + 2 * (dims.embedding + count_adapter_parameters(model, active=True)), pairs
 
 
-def training_flops(dims: ModelDims, adapter_parameters: int = 0) -> FlopCounts:
+def training_flops(dims: ModelDims, adapter_parameters: int = 0, experts: Collection[str] = ()) -> FlopCounts:
     """FLOPs of a forward and backward pass; recomputation by activation checkpointing is not counted.
 
     A backward pass costs one forward pass for the gradients of activations, and another one for those of trained
-    weights. Frozen weights have no gradient; attention and delta nets have no weights but two factors.
+    weights. Frozen weights have no gradient, but those of experts have one if adapters are added to them. Attention and
+    delta nets have no weights but two factors.
 
     Args:
         adapter_parameters: weights of the adapters that a token uses, which are trained instead of the model; 0 trains
             the whole model.
+        experts: names of the experts' tensors that have adapters.
     """
     weights, mixing, pairs = _forward_flops(dims)
     passes = 2 if adapter_parameters else 3
-    return FlopCounts(passes * weights + 3 * mixing + 6 * adapter_parameters, passes * 2 * dims.embedding, 3 * pairs)
+    own = 6 * adapter_parameters
+    if dims.experts:
+        behind = sum(inputs * outputs for inputs, outputs in adapted_experts(dims, experts).values())
+        own += 2 * dims.layers * dims.experts.active * behind
+    return FlopCounts(passes * weights + 3 * mixing + own, passes * 2 * dims.embedding, 3 * pairs)
 
 
 def _forward_flops(dims: ModelDims) -> tuple[int, int, int]:

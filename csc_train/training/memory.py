@@ -29,6 +29,7 @@ from csc_train.models.families import (
     adapted_experts,
     get_family,
     model_dims,
+    tensors_with_adapters,
     training_flops,
 )
 from csc_train.training.config import CHECKPOINTING
@@ -504,7 +505,7 @@ def advice(scenario: MemoryScenario, rows: int, per_node: int, memory: float, ho
 def scenario_flops(scenario: MemoryScenario, tokens: float, document_length: float) -> float:
     """FLOPs of training on `tokens` tokens in documents of equal length (see `families.training_flops`)."""
     adapters = 0 if scenario.adapter == "full" else scenario.adapter_parameters - scenario.idle_adapters
-    per_token, per_trained_token, per_pair = training_flops(scenario.dims, adapters)
+    per_token, per_trained_token, per_pair = training_flops(scenario.dims, adapters, scenario.adapted_experts)
     return tokens * (per_token + per_trained_token + per_pair * document_length)
 
 
@@ -521,16 +522,13 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
     trained = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
     quantized = getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None)
     adapter = "full" if not hasattr(model, "peft_config") else "qlora" if quantized else "lora"
-    dims, targets = (
-        model_dims(model.config),
-        () if adapter == "full" else model.peft_config["default"].target_parameters,
-    )
+    dims = model_dims(model.config)
     plugin, layout = args.deepspeed_plugin, collator.layout
     return MemoryScenario(
         dims,
         adapter=adapter,
         adapter_parameters=0 if adapter == "full" else trained,
-        adapted_experts=tuple(adapted_experts(dims, targets or ())),
+        adapted_experts=tuple(adapted_experts(dims, tensors_with_adapters(model))),
         stage="off" if plugin is None else str(plugin.zero_stage),
         processes=args.world_size,
         nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),

@@ -34,7 +34,13 @@ from csc_train.checkpoints.training_checkpoint import (
 from csc_train.errors import InputError, ResumableError
 from csc_train.files import os_errors, write_json
 from csc_train.models.config import AdapterConfig
-from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
+from csc_train.models.families import (
+    count_adapter_parameters,
+    forward_flops,
+    model_dims,
+    tensors_with_adapters,
+    training_flops,
+)
 from csc_train.models.float8 import MULTIPLE
 from csc_train.models.layers import (
     checkpoint_activations,
@@ -130,7 +136,11 @@ class PackTrainer(SFTTrainer):
         add_loss_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         self.packs = packs
         self.metrics = TrainMetrics(
-            training_flops(model_dims(self.model.config), count_adapter_parameters(self.model, active=True)),
+            training_flops(
+                model_dims(self.model.config),
+                count_adapter_parameters(self.model, active=True),
+                tensors_with_adapters(self.model),
+            ),
             arguments.device,
             arguments.bf16,
         )
