@@ -21,7 +21,7 @@ class ExportConfig:
     files in it is refused."""
     format: str = "merged"
     """merged: a whole model. adapter: the LoRA adapter alone, in PEFT's form, which names its base model. fp8: a whole
-    model with weights in float8 (compressed-tensors), for vLLM on a GPU."""
+    model without experts, with weights in float8 (compressed-tensors), for vLLM on a GPU."""
     layout: str = "hub"
     """The files of a whole model whose base is a vision-language one, as Qwen3.5 on the hub. hub: as those of the base,
     whose vision and MTP tensors are copied unchanged. text: those of a text model."""
