@@ -54,6 +54,7 @@ try:
     from accelerate.utils import send_to_device
     from measure import (
         EXCHANGES,
+        EXPERT_SHAPE,
         HYBRID_SHAPE,
         LENGTHS,
         PREFIX,
@@ -112,8 +113,8 @@ ERROR_LIMIT = 1e-2
 """Norm of the error over that of the value, against float64: what bf16 stays below and a wrong mask does not."""
 DELTA_ERROR_LIMIT = 3e-2
 """The same of a gated delta net with bf16 weights, against float32: it is a whole layer with five products."""
-HYBRID = "0.8b"
-"""The name of the hybrid shape."""
+HYBRID, EXPERTS = "0.8b", "30b-a3b"
+"""The names of the hybrid shape, and of that with experts."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Settings:
     hybrid: dict[str, Any] = field(default_factory=lambda: HYBRID_SHAPE)
     hybrid_layers: tuple[int, int] = (4, 8)
     """Layers of the two models whose waits are compared."""
+    experts: dict[str, Any] = field(default_factory=lambda: EXPERT_SHAPE)
     padded: int = 8
     """Dialogues of TRL's padded batch."""
     max_length: int = 8192
@@ -155,6 +157,16 @@ REHEARSAL = Settings(
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
+    },
+    experts=_TINY
+    | {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
     },
     padded=2,
     max_length=512,
@@ -283,8 +295,8 @@ def gpu_name() -> str | None:
 
 
 def case_adapter(shape: str) -> AdapterConfig:
-    """How a model is trained: the 7B by LoRA, the 1.5B whole."""
-    return AdapterConfig(kind="lora" if shape == "7b" else "full")
+    """How a model is trained: the 7B and that with experts by LoRA, the 1.5B and the hybrid whole."""
+    return AdapterConfig(kind="lora" if shape in ("7b", EXPERTS) else "full")
 
 
 class Bench:
@@ -300,7 +312,7 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(SMALL_TOKENIZER)
         self.sides: dict[str, Side] = {}
         """Those of the comparison that is made now."""
-        self.shapes = settings.shapes | {HYBRID: settings.hybrid}
+        self.shapes = settings.shapes | {HYBRID: settings.hybrid, EXPERTS: settings.experts}
         self.peak = settings.peak or peak_flops(report.settings["device"]) or float("nan")
 
     def sections(self) -> dict[str, tuple[str, Callable[[], None], float]]:
@@ -339,6 +351,12 @@ class Bench:
             variants["alone: 1.5b, compile=off with liger-kernel"] = "1.5b", {"compile": "off", "liger": True}
         for name, (shape, changed) in variants.items():
             found[name] = (ALONE, lambda shape=shape, changed=changed: self.alone(shape, **changed), 20)
+        found |= {
+            "experts: exactness": (EXPERTS_EXACTNESS, self.experts_exactness, 20),
+            "experts: products": (EXPERTS_PRODUCTS, self.experts_products, 30),
+            f"experts: steps, {PREFIX} ids": (EXPERTS_STEPS, lambda: self.shared_and_plain(EXPERTS), 60),
+            "experts: waits": (WAITS, lambda: self.waits(EXPERTS), 30),
+        }
         if DEVICE.type == "cpu" or has_fla():
             found |= {
                 "hybrid: exactness": (HYBRID_EXACTNESS, self.hybrid_exactness, 30),
@@ -540,6 +558,63 @@ class Bench:
             found = ratios(taken[f"{strategy}, torch"], taken[f"{strategy}, fla"])
             self.report.add(f"{strategy}: torch / fla", found)
 
+    # Experts
+
+    def experts_call(self, tokens: int, dtype: torch.dtype = DTYPE) -> tuple[Any, list[torch.Tensor]]:
+        """One layer's experts with seeded random weights.
+
+        Returns:
+            Them, and for random tokens hidden states, the experts that each token uses, their weights, and a gradient.
+        """
+        torch.manual_seed(0)
+        changed = {"num_hidden_layers": 1, "vocab_size": len(self.tokenizer)}
+        config = build_model_config(ArchitectureConfig(**self.settings.experts | changed), self.tokenizer)
+        with DEVICE:
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+            hidden, gradient = torch.randn(2, tokens, config.hidden_size, dtype=DTYPE).to(dtype)
+            scores, chosen = torch.randn(tokens, config.num_experts).softmax(-1).topk(config.num_experts_per_tok)
+        weights = (scores / scores.sum(-1, keepdim=True)).to(dtype)
+        return model.model.layers[0].mlp.experts.to(dtype), [hidden.requires_grad_(), chosen, weights, gradient]
+
+    @staticmethod
+    def experts_passes(experts: Any, call: list[torch.Tensor], implementation: str) -> list[torch.Tensor]:
+        """Output, [tokens, width], and gradients of hidden states, weights of the choice and both expert tensors."""
+        hidden, chosen, weights, gradient = call
+        experts.config._experts_implementation = implementation
+        weights = weights.detach().requires_grad_()
+        output = experts(hidden, chosen, weights)
+        inputs = [hidden, weights, experts.gate_up_proj, experts.down_proj]
+        return [output.detach(), *torch.autograd.grad(output, inputs, gradient)]
+
+    def experts_exactness(self) -> None:
+        """Output and gradients of grouped products, against a loop over the experts in float32."""
+        tokens = self.settings.max_length // 8
+        expected = self.experts_passes(*self.experts_call(tokens, torch.float32), "eager")
+        experts, call = self.experts_call(tokens)
+        names = ("output", "hidden states", "router's weights", "gate and up", "down")
+        for name, one, other in zip(names, self.experts_passes(experts, call, "grouped_mm"), expected, strict=True):
+            self.report.add(f"error of {name}", relative_error(one, other), most=ERROR_LIMIT)
+        call[1] = call[1].roll(1, 0)
+        planted = self.experts_passes(experts, call, "grouped_mm")
+        errors = [relative_error(one, other) for one, other in zip(planted, expected, strict=True)]
+        self.report.add("with the next token's experts", min(errors), least=1.5 * ERROR_LIMIT)
+        if missed := [name for name, each in self.report.results.items() if each.get("met") is False]:
+            raise RuntimeError(f"{len(missed)} of the errors are not as they must be: {missed[0]}")
+
+    def experts_products(self) -> None:
+        """Time of one layer's experts on a full row, by grouped products and by a loop over the experts."""
+        tokens = self.settings.max_length
+        experts, call = self.experts_call(tokens)
+        names = ("grouped_mm", "eager")
+        actions = {name: lambda name=name: self.experts_passes(experts, call, name) for name in names}
+        taken = side_by_side(actions, self.settings.attention_repeats, warm_up=3)
+        weights = sum(each[0].numel() for each in experts.parameters())
+        flops = 6 * tokens * call[1].shape[1] * weights
+        for name, seconds in taken.items():
+            self.report.add(f"{name}: ms", spread(1000 * each for each in seconds))
+            self.report.add(f"{name}: MFU", spread(flops / (each * self.peak) for each in seconds))
+        self.report.add("eager / grouped_mm", ratios(taken["eager"], taken["grouped_mm"]))
+
     # The head
 
     def head(self) -> None:
@@ -680,7 +755,7 @@ class Bench:
         })  # fmt: skip
         goal = 1.45 if shape == "1.5b" else None
         self.report.add("shared prefix / plain packs", ratios(rates["shared prefix"], rates["plain packs"]), least=goal)
-        goals = (None, None) if shape == HYBRID else (0.45, 0.9)
+        goals = (None, None) if shape in (HYBRID, EXPERTS) else (0.45, 0.9)
         self.report.add("plain packs: MFU", spread(use["plain packs"]), least=goals[0])
         beside = ratios(use["shared prefix"], use["plain packs"])
         self.report.add("MFU, shared prefix / plain packs", beside, least=goals[1])
@@ -973,6 +1048,19 @@ HYBRID_STEPS = (
     "As the sections of steps, for the text model of Qwen3.5-0.8B trained whole. TRL, padded: SFTTrainer, "
     "packing=False, batches of random dialogues padded to the longest, sdpa, and in the delta nets the kernels that "
     "transformers finds."
+)
+EXPERTS_EXACTNESS = (
+    "Output and gradients of one layer's experts of Qwen3-30B-A3B's dimensions for random tokens, choices and scores: "
+    "grouped products in bf16 against a loop over the experts in float32: norm of the error over that of the value. "
+    "The last figure is the least error if each token has the experts of the one before it, which must be seen."
+)
+EXPERTS_PRODUCTS = (
+    "Forward and backward pass of one layer's experts on a full row of random tokens, all gradients, by grouped "
+    "products and by a loop over the experts, in turn. MFU: 6 x weights of a token's experts x tokens."
+)
+EXPERTS_STEPS = (
+    "As the sections of steps, for a quarter of Qwen3-30B-A3B's layers, by LoRA of rank 16 on attention and bf16 "
+    "weights. Experts count in MFU as far as a token uses them."
 )
 PROFILE = (
     f"Share of the GPU's time by kernel family over {ACTIVE} optimizer steps of one shared-prefix pack, by "

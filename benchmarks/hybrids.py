@@ -1,6 +1,6 @@
-"""Measure hybrid models (Qwen3.5: gated delta nets and full attention) on a CPU: training beside TRL's, evaluation.
+"""Measure hybrid models (Qwen3.5) on a CPU: training beside TRL's, evaluation; and training of models with experts.
 
-python benchmarks/hybrids.py            # about six minutes on two cores
+python benchmarks/hybrids.py            # about nine minutes on two cores
 python benchmarks/hybrids.py --quick    # every section on tiny data, in seconds: a smoke test
 python benchmarks/hybrids.py --sections training    # only this section; the results of the others stay
 
@@ -44,6 +44,8 @@ from csc_train.files import read_json
 from csc_train.inference.kv_cache import DialogueCache
 from csc_train.models.attention.gated_delta_net import prepare_delta_nets
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.experts import routers
+from csc_train.models.layers import decoder_layers
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
@@ -67,7 +69,27 @@ MODEL = {
 }
 """Three delta nets and one layer of full attention; keys and values of the delta nets are twice the hidden states, as
 in Qwen3.5-0.8B."""
-SECTIONS = ("training", "exactness", "prompt", "cost of a token", "generated context")
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 96,
+    "norm_topk_prob": True,
+    "vocab_size": 8192,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
+}
+"""A token's experts are as wide as the hybrid's MLP."""
+SECTIONS = (
+    "training", "exactness", "prompt", "cost of a token", "generated context", "experts: training", "experts: products",
+)  # fmt: skip
+DECODED = 10
+"""Tokens that each dialogue of a batch decodes."""
 BATCH = 8
 """Dialogues of TRL's padded batch: transformers' default."""
 
@@ -97,6 +119,9 @@ class Settings:
     cpu_time: bool = False
     """Whether training is timed by CPU seconds instead of those of a clock."""
     model: dict[str, Any] = field(default_factory=lambda: MODEL)
+    experts: dict[str, Any] = field(default_factory=lambda: EXPERTS)
+    short_row: int = 256
+    """Tokens of the row that every implementation of experts takes: batched_mm copies their experts for each token."""
 
     @property
     def prefix(self) -> int:
@@ -117,6 +142,8 @@ QUICK = Settings(
     model=MODEL
     | {"hidden_size": 32, "head_dim": 8, "intermediate_size": 64, "vocab_size": 2100}
     | {"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    experts=EXPERTS | {"hidden_size": 32, "head_dim": 8, "moe_intermediate_size": 8, "vocab_size": 2100},
+    short_row=16,
 )
 
 
@@ -129,6 +156,7 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="measure these again, keep the others' results")
     options = parser.parse_args()
     settings = replace(QUICK if options.quick else Settings(), cpu_time=options.cpu_time)
+    with_experts = replace(settings, model=settings.experts)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(settings.threads)
@@ -141,6 +169,10 @@ def main() -> None:
             "prompt": lambda: prompt(report, settings),
             "cost of a token": lambda: token_cost(report, settings),
             "generated context": lambda: generated_context(report, settings),
+            "experts: training": lambda: training(
+                report, with_experts, directory, "experts: training", EXPERTS_BATCHES
+            ),
+            "experts: products": lambda: products(report, with_experts),
         }
         for name in options.sections or sections:
             sections[name]()
@@ -149,7 +181,7 @@ def main() -> None:
 
 
 def hybrid(settings: Settings, attention: str = VARLEN_ATTENTION) -> PreTrainedModel:
-    """The model with our forward pass of the delta nets."""
+    """The model with our forward pass of the delta nets, if it has any."""
     model = random_model(settings.model, attention)
     prepare_delta_nets(model)
     return model
@@ -161,8 +193,18 @@ def training_examples(settings: Settings) -> list[TokenizedDialogue]:
     return random_examples(bodies.tolist(), settings.prefix, settings.model["vocab_size"])
 
 
-def training(report: Report, settings: Settings, directory: str) -> None:
-    """Trained tokens a second of whole optimizer steps."""
+HYBRID_BATCHES = "without the kernels, transformers refuses its packs (see exactness)"
+EXPERTS_BATCHES = "with its default weight of the auxiliary loss"
+
+
+def training(
+    report: Report, settings: Settings, directory: str, section: str = "training", batches: str = HYBRID_BATCHES
+) -> None:
+    """Trained tokens a second of whole optimizer steps.
+
+    Args:
+        batches: what to say about TRL's.
+    """
     examples, length = training_examples(settings), settings.max_length
 
     def ours(packing: str) -> Steps:
@@ -180,12 +222,12 @@ def training(report: Report, settings: Settings, directory: str) -> None:
     clock = time.process_time if settings.cpu_time else time.perf_counter
     taken = side_by_side(sides, settings.rounds, clock=clock)
     report.section(
-        "training",
+        section,
         "Trained tokens a second of whole optimizer steps (collation, forward, backward, clipping, AdamW) in fp32 "
         "without activation checkpointing, by transformers' torch functions on every side. Random ids with the file's "
         "lengths behind one prefix; the second half of each exchange is trained. Ours: one pack a step, packs under "
         f"nine tenths full left out. TRL, padded: SFTTrainer, packing=False, its own collator, batches of {BATCH} "
-        "random dialogues: without the kernels, transformers refuses its packs (see exactness).",
+        f"random dialogues: {batches}.",
         max_length=length,
         prefix=settings.prefix,
         threads=settings.threads,
@@ -200,6 +242,51 @@ def training(report: Report, settings: Settings, directory: str) -> None:
         report.add(f"{name}: trained tokens a step", int(numpy.median(steps.trained)))
     for name, goal in (("plain packs", 1.3), ("TRL, padded", 2.0)):
         report.add(f"shared prefix / {name}", ratios(speed["shared prefix"], speed[name]), least=goal)
+
+
+def products(report: Report, settings: Settings) -> None:
+    """Time of one layer's experts by each of transformers' implementations."""
+    model = random_model(settings.model, "sdpa")
+    for router in routers(model):
+        torch.nn.init.normal_(router.get_parameter("weight"), std=0.1)
+    first: Any = decoder_layers(model)[0]
+    report.section(
+        "experts: products",
+        "One layer's router and experts by transformers' implementations, in turn. Training: forward and backward pass "
+        "of a row, input and weights. Decoding: forward passes of a batch of one token each.",
+        max_length=settings.max_length,
+        short_row=settings.short_row,
+        rows=settings.rows,
+        threads=settings.threads,
+        model=settings.model,
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        layer: Any = first.mlp.to(dtype)
+
+        def run(implementation: str, hidden: torch.Tensor, trains: bool, layer: Any = layer) -> None:
+            model.config._experts_implementation = implementation
+            with torch.inference_mode(not trains):
+                if trains:
+                    output = layer(hidden)
+                    torch.autograd.grad(output, [hidden, *layer.parameters()], torch.ones_like(output))
+                else:
+                    for _ in range(DECODED):
+                        layer(hidden)
+
+        for work, tokens in (
+            ("training", settings.max_length),
+            ("training", settings.short_row),
+            ("decoding", settings.rows),
+        ):
+            trains, every = work == "training", tokens <= settings.short_row
+            hidden = torch.randn(1, tokens, settings.model["hidden_size"], dtype=dtype, requires_grad=trains)
+            names = ("grouped_mm", "eager", "batched_mm")[: 3 if every else 2]
+            actions = {name: lambda name=name, row=hidden, trains=trains: run(name, row, trains) for name in names}
+            taken = side_by_side(actions, settings.rounds)
+            where = f"{str(dtype)[6:]}, {work}, {tokens} tokens"
+            report.add(f"{where}: grouped_mm, ms", spread(1000 * each for each in taken["grouped_mm"]))
+            for name in names[1:]:
+                report.add(f"{where}: {name} / grouped_mm", ratios(taken[name], taken["grouped_mm"]))
 
 
 def exactness(report: Report, settings: Settings) -> None:

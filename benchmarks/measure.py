@@ -78,6 +78,22 @@ HYBRID_SHAPE = {
     "max_position_embeddings": 32768,
 }
 """Those of Qwen3.5-0.8B's text model."""
+EXPERT_SHAPE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+}
+"""Those of Qwen3-30B-A3B with a quarter of its layers."""
 
 
 # Dialogues
@@ -228,6 +244,7 @@ class Steps:
         """
         self.trainer, self.order, self.size = trainer, iter(order), size
         self.packs = getattr(trainer, "packs", trainer.train_dataset)
+        trainer.current_gradient_accumulation_steps = 1  # pyright: ignore[reportAttributeAccessIssue]
         self.taken: list[int] = []
         """The items of all steps."""
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
