@@ -324,7 +324,7 @@ def test_a_rehearsal_goes_through_its_sections(tmp_path):
     path = tmp_path / "gpu.json"
     # One of each kind: a whole rehearsal repeats them for other models and settings, a minute long.
     chosen = ("exactness", "attention", "waits", "steps: 7b", "profile: 1.5b", "head", "alone: 1.5b, grad")
-    chosen += ("hybrid: exactness", "hybrid: layer", "hybrid: TRL")
+    chosen += ("hybrid: exactness", "hybrid: layer", "hybrid: TRL", "experts: exactness", "experts: products")
     done = run_script(BENCHMARKS / "gpu.py", "--rehearse", "--output", path, "--sections", *chosen)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     report = read_json(path)
@@ -346,15 +346,21 @@ def test_a_rehearsal_goes_through_its_sections(tmp_path):
     assert [each["met"] for each in exact.values() if "met" in each] == [True] * (3 * 5 + 5)
     assert result(report, "hybrid: layer", "torch: shared / plain") > 0
     assert result(report, "hybrid: TRL, 568 ids", "shared prefix / TRL") > 0
+    exact = report["sections"]["experts: exactness"]["results"]
+    assert [each["met"] for each in exact.values() if "met" in each] == [True] * 6
+    assert result(report, "experts: products", "eager / grouped_mm") > 0
 
 
 @pytest.mark.slow
-def test_a_quick_run_of_hybrids_trains_and_evaluates_exactly(tmp_path):
+def test_a_quick_run_of_hybrids_and_experts_trains_and_evaluates_exactly(tmp_path):
     path = tmp_path / "hybrids.json"
     done = run_script(BENCHMARKS / "hybrids.py", "--quick", "--output", path)
     assert done.returncode == 0, done.stderr[-2000:]
     report = read_json(path)
-    assert list(report["sections"]) == ["training", "exactness", "prompt", "cost of a token", "generated context"]
+    names = ["training", "exactness", "prompt", "cost of a token", "generated context"]
+    assert list(report["sections"]) == [*names, "experts: training", "experts: products"]
+    assert result(report, "experts: training", "shared prefix / plain packs") > 0
+    assert result(report, "experts: products", "float32, decoding, 3 tokens: batched_mm / grouped_mm") > 0
     assert result(report, "training", "shared prefix / plain packs") > 0
     assert result(report, "exactness", "shared prefix") < 1e-5
     assert result(report, "exactness", "position ids alone") > 1e-2
