@@ -17,6 +17,7 @@ from csc_train.config.paths import CONF
 from csc_train.config.recipes import SCHEMAS, schema_of
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.models.families import model_dims
 from csc_train.models.loading import build_model_config
 
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_file())
@@ -51,6 +52,9 @@ PARAMETERS = {
     "Qwen/Qwen3.5-27B": 26_895_998_464,
     "Qwen/Qwen3.6-27B": 26_895_998_464,
     "Qwen/Qwen3.8-27B": 26_895_998_464,
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": 30_532_122_624,
+    "Qwen/Qwen3.5-35B-A3B": 34_660_610_688,
+    "Qwen/Qwen3.6-35B-A3B": 34_660_610_688,
 }
 """As published, each matrix counted once: some pages count a tied output matrix twice (Qwen3-0.6B and 1.7B).
 
@@ -209,6 +213,10 @@ def test_model_has_the_published_number_of_parameters(file):
         built = AutoModelForCausalLM.from_config(build_model_config(model.architecture, None))
     assert sum(parameter.numel() for parameter in built.parameters()) == PARAMETERS[model.path]
     assert int(comment.group(1).replace(",", "")) == PARAMETERS[model.path]
+    active = re.search(r"a token uses ([\d,]+\d)", (CONF / file).read_text())
+    assert (active is None) == ("A3B" not in model.path)
+    if active:
+        assert int(active.group(1).replace(",", "")) == model_dims(model.architecture).active_parameters
 
 
 def refusal(recipe, *overrides):

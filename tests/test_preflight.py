@@ -24,6 +24,7 @@ from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.preflight.report import PreflightReport
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tokenized_cache import tokenize
+from csc_train.training.memory import estimate_memory
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,41 @@ def test_a_hybrid_is_planned_as_the_text_model_with_the_gpus_kernel(monkeypatch,
     write_json(tmp_path / "config.json", {"model_type": "qwen3_5", "vision_config": {}, "text_config": text})
     (tmp_path / "model.safetensors").touch()
     assert outcome("model=qwen2_5_7b", f"model.path={tmp_path}").chosen.dims == here.chosen.dims
+
+
+def test_experts_are_planned_whole_and_charged_by_those_of_a_token(tmp_path):
+    def outcome(*overrides: str, launching: bool = False):
+        plan = ["cluster=node8", "data.train.path=x", f"run.directory={tmp_path / 'run'}", "preflight.probe=false"]
+        plan += ["preflight.dialogues=1000", "preflight.tokens_per_dialogue=1000"]
+        plan += [*overrides, "trainer.epochs=1"]
+        return run_preflight(compose("preflight", plan), launching=launching, free_disk=10**15)
+
+    lora = outcome("experiment=qwen3_30b_a3b_lora")
+    assert not lora.failed and statuses(lora)["memory"] == "ok" and lora.chosen.stage == "3"
+    assert message(lora, "parameters") == "30,532,122,624, of which a token uses 3,353,032,704"
+    dims = lora.chosen.dims
+    flops = 4 * (dims.active_parameters - dims.embedding) * 1e6  # both embeddings count as used, one multiplies
+    assert flops < lora.estimate.flops < 1.15 * flops  # with attention and adapters
+    # Adapters of experts are charged by the experts of a token, too.
+    more = outcome("experiment=qwen3_30b_a3b_lora", "adapter.target_parameters=all-experts")
+    added = more.chosen.adapter_parameters - lora.chosen.adapter_parameters
+    assert more.chosen.idle_adapters == added * 120 // 128
+    assert more.estimate.flops - lora.estimate.flops == pytest.approx(6 * added / 16 * 1e6)
+    assert len(more.chosen.changed_experts) == 2 and not lora.chosen.changed_experts
+    assert estimate_memory(more.chosen).activations > estimate_memory(lora.chosen).activations + 2 * dims.block_experts
+    # QLoRA quantizes linear layers only.
+    qlora = outcome("model=qwen3_30b_a3b_instruct_2507", "adapter=qlora", "zero=off")
+    assert message(qlora, "parameters").endswith("; 28,991,029,248 of experts are not quantized: 54.0 GiB")
+    assert estimate_memory(qlora.chosen).parameters > 2 * 28_991_029_248
+    # A directory is planned as itself, whatever row is chosen; one without experts in some layers is refused.
+    config = {"model_type": "qwen3_moe", "vocab_size": 151936, "num_hidden_layers": 48, "num_key_value_heads": 4}
+    write_json(tmp_path / "config.json", config | {"head_dim": 128})  # the rest by default
+    (tmp_path / "model.safetensors").touch()
+    directory = f"model.path={tmp_path}"
+    assert outcome("model=qwen3_8b", "adapter=lora", "zero=zero3", directory).chosen.dims.parameters == dims.parameters
+    write_json(tmp_path / "config.json", config | {"mlp_only_layers": [0]})
+    refused = message(outcome("model=qwen3_30b_a3b_instruct_2507", directory, launching=True), "model files")
+    assert re.search(r"; \S+ qwen3_moe: some layers have no experts \(mlp_.*: choose a model", refused), refused
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(job):

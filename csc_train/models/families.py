@@ -339,7 +339,10 @@ def expert_decoder_dims(
         ValueError: as `dense_decoder_dims`.
     """
     if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
-        raise InputError(f"{config.model_type}: some layers have no experts (mlp_only_layers, decoder_sparse_step)")
+        raise InputError(
+            f"{config.model_type}: some layers have no experts (mlp_only_layers, decoder_sparse_step): choose a model "
+            "whose every layer has them"
+        )
     config = copy.copy(config)
     facts = {name: getattr(config, name, None) or default for name, default in defaults.items()}
     config.intermediate_size = shared = facts.get("shared_expert_intermediate_size", 0)
