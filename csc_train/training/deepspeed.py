@@ -87,9 +87,9 @@ def start_deepspeed() -> None:
 def prepare_experts(model: torch.nn.Module, plugin: Any) -> None:
     """Prepare stage 3 for the routed experts of a model, before the engine is built; does nothing without them.
 
-    The experts of a layer become one unit of DeepSpeed's trace (a leaf module): a loop over experts runs modules in them
-    as often as there are chosen experts, and processes whose traces differ wait for each other for ever. DeepSpeed's own
-    default, the whole MLP of Qwen3-MoE, reduces gradients of adapters before they exist.
+    The experts of a layer become one unit of DeepSpeed's trace (a leaf module): a loop over experts runs modules in
+    them as often as there are chosen experts, and processes whose traces differ wait for each other for ever.
+    DeepSpeed's own default, the whole MLP of Qwen3-MoE, reduces gradients of adapters before they exist.
 
     It is told which weights adapters of experts read, none of which is in the module that reads it. Else it would find
     out in the first forward pass, and gather other weights at once when layers are recomputed.
