@@ -31,6 +31,7 @@ from csc_train.models.config import ModelConfig
 from csc_train.models.families import get_family
 from csc_train.models.hub import load_causal_lm
 from csc_train.models.inspection import inspect_model
+from csc_train.models.layout import stored_weights
 from csc_train.models.loading import load_model
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
@@ -187,6 +188,8 @@ def _trained(base: Path):
 def test_a_final_model_has_the_layout_of_its_base(base, template, tmp_path, shard_size):
     model = _trained(base)
     expected = logits(model)
+    held = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    assert {each.untyped_storage().data_ptr() for each in stored_weights(model).values()} == held  # no copies
     config = {"adapter": {"kind": "full"}, "trainer": {"precision": "fp32"}}
     manifest = manifest_of(template, config=config, base_model=str(base))
     final = tmp_path / "final"

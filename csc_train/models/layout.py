@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
-from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightTransform,
+    revert_weight_conversion,
+)
 
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
@@ -19,6 +26,27 @@ from csc_train.models.hub import weight_files
 def is_vision_language(directory: Path) -> bool:
     """Whether a directory holds a model of text and images, whose text part is one of our models."""
     return "text_config" in read_json(directory / "config.json")
+
+
+class _SplitExperts(ConversionOps):
+    """Split the tensors of a layer's experts into views of each: transformers' own operations copy most of them."""
+
+    def convert(self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_):
+        ((tensor,),) = input_dict.values()
+        parts = zip(target_patterns, tensor.chunk(len(target_patterns), dim=1), strict=True)
+        return {name.replace("*", str(number)): each for name, part in parts for number, each in enumerate(part)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self  # it only takes part in saving
+
+
+def _with_views(conversion: WeightTransform) -> WeightTransform:
+    """A conversion that is reverted without copies, if it merges experts."""
+    if isinstance(conversion, WeightConverter) and isinstance(conversion.operations[0], MergeModulelist):
+        patterns = conversion._original_source_patterns, conversion._original_target_patterns
+        return conversion.copy(*patterns, operations=[_SplitExperts()])
+    return conversion
 
 
 @contextlib.contextmanager
@@ -32,7 +60,7 @@ def parameter_names(
     """
     conversions: Any = getattr(model, "_weight_conversions", None)
     if conversions is not None:
-        model._weight_conversions = [each for each in conversions if keep(each)]
+        model._weight_conversions = [_with_views(each) for each in conversions if keep(each)]
     try:
         yield
     finally:
@@ -43,7 +71,8 @@ def parameter_names(
 def stored_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights of a model under the names of the files that it was loaded from, without tied copies."""
     tied = model.all_tied_weights_keys
-    return revert_weight_conversion(model, {k: v for k, v in model.state_dict().items() if k not in tied})
+    with parameter_names(model, lambda _: True):
+        return revert_weight_conversion(model, {k: v for k, v in model.state_dict().items() if k not in tied})
 
 
 def other_tensors(model: PreTrainedModel, base: Path) -> dict[str, Path]:
