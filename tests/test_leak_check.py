@@ -133,10 +133,8 @@ def test_a_model_that_drops_what_says_where_documents_end_is_refused(kind, atten
 # Experts
 
 
-EXPERTS = {
-    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32},
-    "qwen3_5_moe_text": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32} | TINY_HYBRID,
-}
+FEW = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+EXPERTS = {"qwen3_moe": FEW | {"norm_topk_prob": True}, "qwen3_5_moe_text": FEW | TINY_HYBRID}
 
 
 class OneDocument(PackCollator):
