@@ -38,6 +38,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.data.splits import read_and_check_splits
     from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
     from csc_train.models.attention.select import check_delta_kernel, select_attention
+    from csc_train.models.families import adapter_report
     from csc_train.models.inspection import check_tokenizer, inspect_model
     from csc_train.models.loading import load_model
     from csc_train.models.precision import resolve_dtype, resolve_precision, weight_dtype
@@ -91,6 +92,9 @@ def main(config: SftRecipe) -> None:
     examples = tokenize(splits.train, template, config.tokenization)
     packs, report = pack_dialogues(examples, config.packing, config.loss, config.template.language)
     logger.info(f"training on {report}")
+    if config.adapter.kind != "full":
+        bf16 = resolve_precision(precision) != "fp32"
+        logger.info(f"adapters: {adapter_report(config.adapter, dims, bf16)}")
     check_positions(inspected, packs)
 
     # Validation

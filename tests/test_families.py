@@ -108,8 +108,21 @@ def test_adapters_are_on_what_was_named_and_nothing_else(model_type, layers, ten
     assert families.lora_parameter_count(model_dims(config), 4, layers, tensors) == sum(trained.values())
     found = {name.partition(".lora_")[0].partition("layers.")[2] for name in trained}
     assert {each for each in found if ".experts" in each} == (EXPERTS if tensors else set())
+    report = families.adapter_report(adapter, model_dims(config), bf16=True)
+    assert report.startswith(f"{sum(trained.values()):,} weights of rank 4, ")
+    assert ("on q_proj, v_proj" in report) == (layers == [r".*1\.self_attn\.[qv]_proj"])
+    assert (
+        ("experts.gate_up_proj, experts.down_proj" in report) != ("routed experts have none" in report) == (not tensors)
+    )
     if layers != ["all-linear"]:
         assert found - EXPERTS == {f"1.self_attn.{each}_proj" for each in "qv" if layers}
+
+
+def test_what_qlora_leaves_in_bf16_is_said():
+    dims = model_dims(AutoConfig.for_model("qwen3_moe", num_hidden_layers=48, num_experts=128))
+    report = families.adapter_report(AdapterConfig("qlora"), dims, bf16=True)
+    assert report.endswith("; experts stay in bf16, 54.0 GiB: only linear layers are held in 4 bits")
+    assert "4 bits" not in families.adapter_report(AdapterConfig("lora"), dims, bf16=True)
 
 
 def test_experts_that_are_not_there_are_refused():

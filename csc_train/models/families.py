@@ -4,12 +4,12 @@ import copy
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from csc_train.errors import InputError, check_choice, suggestion
-from csc_train.models.config import ALL_EXPERTS, ALL_LINEAR
+from csc_train.models.config import ALL_EXPERTS, ALL_LINEAR, AdapterConfig
 from csc_train.plugins import check_entry, note_registration
 
 LINEAR_ATTENTION = "linear_attention"
@@ -582,18 +582,48 @@ def lora_parameter_count(
         target_modules: as in `AdapterConfig`, or as PEFT has them; `target_parameters`: likewise.
         active: whether to count those that one token uses only.
     """
-    if not isinstance(target_modules, str):
-        target_modules = lora_targets(dims.model_type, target_modules)
-    linear = sum(
-        rank * (inputs + outputs)
-        for layer, kind in enumerate(dims.layer_types)
-        for name, (inputs, outputs) in dims.linears[kind].items()
-        if is_lora_target(f"model.layers.{layer}.{name}", target_modules)
-    )
+    linear = sum(rank * sum(shape) for _, shape in _adapted_linears(dims, target_modules))
     experts = dims.experts and (dims.experts.active if active else dims.experts.count)
     return linear + dims.layers * (experts or 0) * rank * sum(
         map(sum, adapted_experts(dims, target_parameters).values())
     )
+
+
+def _adapted_linears(dims: ModelDims, target_modules: str | Collection[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    if not isinstance(target_modules, str):
+        target_modules = lora_targets(dims.model_type, target_modules)
+    for layer, kind in enumerate(dims.layer_types):
+        for name, shape in dims.linears[kind].items():
+            if is_lora_target(f"model.layers.{layer}.{name}", target_modules):
+                yield name, shape
+
+
+def adapter_report(adapter: AdapterConfig, dims: ModelDims, bf16: bool) -> str:
+    """What low-rank adapters are on and how many weights they have, in words.
+
+    Args:
+        bf16: whether the training computes in bf16.
+
+    Raises:
+        InputError: as `adapted_experts`.
+    """
+    tensors = adapted_experts(dims, adapter.target_parameters)
+    names = [name.rpartition(".")[2] for name, _ in _adapted_linears(dims, adapter.target_modules)]
+    names += [name.removeprefix("mlp.") for name in tensors]
+    targets = adapter.target_modules, adapter.target_parameters
+    count = lora_parameter_count(dims, adapter.rank, *targets)
+    found = (
+        f"{count:,} weights of rank {adapter.rank}, {count / dims.parameters:.2%} of the model's {dims.parameters:,}"
+    )
+    found += f", on {', '.join(dict.fromkeys(names)) or 'the output layer'}"
+    if dims.experts and not tensors:
+        found += "; routed experts have none (see adapter.target_parameters)"
+    if dims.experts and adapter.kind == "qlora":
+        held = (2 if bf16 else 4) * dims.layers * dims.block_experts / 1024**3
+        found += (
+            f"; experts stay in {'bf16' if bf16 else 'fp32'}, {held:.1f} GiB: only linear layers are held in 4 bits"
+        )
+    return found
 
 
 def count_adapter_parameters(model: Any, active: bool = False) -> int:

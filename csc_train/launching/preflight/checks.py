@@ -23,7 +23,7 @@ from csc_train.launching.on_finish import on_finish_arguments
 from csc_train.launching.preflight.report import CheckResult, PreflightReport
 from csc_train.launching.preflight.size import computes_in_bf16, estimate_job, memory_scenario, precision_of, zero_of
 from csc_train.models.config import TRAINED_TOKENIZER, ArchitectureConfig
-from csc_train.models.families import LINEAR_ATTENTION, ModelDims, get_family
+from csc_train.models.families import LINEAR_ATTENTION, ModelDims, adapter_report, get_family
 from csc_train.models.hub import find_file, is_local_path
 from csc_train.models.inspection import InspectedModel, inspect_model
 from csc_train.runs.directory import default_directory, refuse_foreign
@@ -93,6 +93,7 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         "ZeRO": partial(check_zero_support, config),
         "model files": partial(check_model, found, absent),
         "parameters": partial(check_parameters, scenario),
+        "adapters": partial(check_adapters, config, scenario.dims),
         "attention": partial(needing, check_attention, "the model"),
         "delta nets": partial(check_delta_nets, config, scenario.dims, absent),
         "tokenizer and template": load_template,
@@ -187,6 +188,13 @@ def check_parameters(scenario: MemoryScenario) -> str:
     if other:
         said.append(f"its {other} are not loaded")
     return "; ".join(said)
+
+
+def check_adapters(config: PreflightRecipe, dims: ModelDims) -> str:
+    """What has adapters, and how many weights they have."""
+    if config.adapter.kind == "full":
+        return "none: all weights are trained"
+    return adapter_report(config.adapter, dims, computes_in_bf16(config))
 
 
 def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
