@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from csc_train.errors import InputError
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.config import AdapterConfig
 from csc_train.models.families import LINEAR_ATTENTION
 from csc_train.models.layers import missing_compiler
 from csc_train.templates import read_yaml
@@ -61,7 +62,13 @@ def check_supported(zero: ZeroConfig, adapter: str, precision: str) -> None:
 
 
 def resolve_compile(
-    mode: str, stage: str, attention: str, device: str, layer_kinds: Collection[str] = (), float8: bool = False
+    mode: str,
+    stage: str,
+    attention: str,
+    device: str,
+    layer_kinds: Collection[str] = (),
+    float8: bool = False,
+    adapter: AdapterConfig | None = None,
 ) -> str:
     """Resolve `TrainerConfig.compile`: layers or off. Where layers cannot be compiled, auto is off; a note says why.
 
@@ -85,6 +92,8 @@ def resolve_compile(
         refusal = f"attention {attention}: only packs with {VARLEN_ATTENTION} attention have rows of one length"
     elif LINEAR_ATTENTION in layer_kinds:
         refusal = "gated delta nets: their tensors have other shapes for the documents of each row"
+    elif adapter and adapter.kind != "full" and adapter.target_parameters:
+        refusal = "adapter.target_parameters: PEFT replaces the weights of experts inside a layer"
     else:
         refusal = missing_compiler()
     if refusal and float8:

@@ -550,6 +550,7 @@ def build_trainer(
         arguments.device.type,
         dims.layer_kinds,
         arguments.float8,
+        adapter,
     )
     length = longest if arguments.compile == "layers" else None
     if arguments.float8:

@@ -210,7 +210,7 @@ def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
     attention = select_attention(config.model.attn_implementation, packing, precision, found.dims.head_dim)
     if (float8 := precision == "fp8") or config.trainer.compile == "layers":
         device, kinds = config.cluster.device, found.dims.layer_kinds
-        resolve_compile(config.trainer.compile, config.zero.stage, attention, device, kinds, float8)
+        resolve_compile(config.trainer.compile, config.zero.stage, attention, device, kinds, float8, config.adapter)
     found.model.config._attn_implementation = attention
     device, dtype = torch.device(config.cluster.device), torch.bfloat16 if computes_in_bf16(config) else torch.float32
     layout = checked_collator(found.model, packing, 0, device, dtype).layout
