@@ -92,7 +92,7 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         "world size": partial(check_world_size, config),
         "ZeRO": partial(check_zero_support, config),
         "model files": partial(check_model, found, absent),
-        "parameters": partial(check_parameters, scenario),
+        "parameters": partial(check_parameters, scenario.dims),
         "adapters": partial(check_adapters, config, scenario.dims),
         "attention": partial(needing, check_attention, "the model"),
         "delta nets": partial(check_delta_nets, config, scenario.dims, absent),
@@ -176,18 +176,13 @@ def check_model(found: InspectedModel, absent: type[Exception]) -> str:
     return "; ".join([found.place, *found.repairs])
 
 
-def check_parameters(scenario: MemoryScenario) -> str:
-    """The parameters that are planned for, and those that QLoRA cannot quantize."""
-    dims, other = scenario.dims, get_family(scenario.dims.model_type).not_loaded
-    said = [f"{dims.parameters:,}" + " of the text model" * bool(other)]
+def check_parameters(dims: ModelDims) -> str:
+    """The parameters that are planned for."""
+    other = get_family(dims.model_type).not_loaded
+    said = f"{dims.parameters:,}" + " of the text model" * bool(other)
     if dims.experts:
-        said[0] += f", of which a token uses {dims.active_parameters:,}"
-    if dims.experts and scenario.adapter == "qlora":
-        experts = dims.layers * dims.block_experts
-        said.append(f"{experts:,} of experts are not quantized: {scenario.compute * experts / GIB:.1f} GiB")
-    if other:
-        said.append(f"its {other} are not loaded")
-    return "; ".join(said)
+        said += f", of which a token uses {dims.active_parameters:,}"
+    return said + f"; its {other} are not loaded" * bool(other)
 
 
 def check_adapters(config: PreflightRecipe, dims: ModelDims) -> str:
