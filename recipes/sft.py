@@ -38,7 +38,6 @@ def main(config: SftRecipe) -> None:
     from csc_train.data.splits import read_and_check_splits
     from csc_train.launching.on_finish import on_finish_arguments, run_on_finish
     from csc_train.models.attention.select import check_delta_kernel, select_attention
-    from csc_train.models.families import adapter_report
     from csc_train.models.inspection import check_tokenizer, inspect_model
     from csc_train.models.loading import load_model
     from csc_train.models.precision import resolve_dtype, resolve_precision, weight_dtype
@@ -69,8 +68,7 @@ def main(config: SftRecipe) -> None:
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision, dims.head_dim)
     check_delta_kernel(config.model.delta_kernel, dims.layer_kinds)
     if (float8 := precision == "fp8") or config.trainer.compile == "layers":
-        chosen = config.trainer.compile, zero.stage, attention, job.device.type
-        resolve_compile(*chosen, dims.layer_kinds, float8, config.adapter)
+        resolve_compile(config.trainer.compile, zero.stage, attention, job.device.type, dims, float8, config.adapter)
     run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 
@@ -93,9 +91,6 @@ def main(config: SftRecipe) -> None:
     examples = tokenize(splits.train, template, config.tokenization)
     packs, report = pack_dialogues(examples, config.packing, config.loss, config.template.language)
     logger.info(f"training on {report}")
-    if config.adapter.kind != "full":
-        bf16 = resolve_precision(precision) != "fp32"
-        logger.info(f"adapters: {adapter_report(config.adapter, dims, bf16)}")
     check_positions(inspected, packs)
 
     # Validation

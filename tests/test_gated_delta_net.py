@@ -36,6 +36,7 @@ from csc_train.models.attention.gated_delta_net import (
 from csc_train.models.attention.select import check_delta_kernel, collator_layout
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.experts import routers
+from csc_train.models.families import model_dims
 from csc_train.models.layers import checkpoint_activations
 from csc_train.packing.collator import PackCollator
 from csc_train.training.compatibility import resolve_compile
@@ -513,7 +514,7 @@ def test_a_model_that_replies_on_a_gpu_needs_its_kernel_unless_asked_for(monkeyp
 
 
 def test_the_layers_of_hybrids_are_not_compiled(caplog):
-    hybrid = {"linear_attention": 3, "full_attention": 1}
+    hybrid = model_dims(make_model().config)
     with caplog.at_level("INFO"):
         assert resolve_compile("auto", "2", VARLEN_ATTENTION, "cuda", hybrid) == "off"
     assert "note: the layers are not compiled with gated delta nets" in caplog.text

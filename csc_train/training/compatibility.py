@@ -2,13 +2,12 @@
 
 import logging
 import os
-from collections.abc import Collection
 from typing import NamedTuple
 
 from csc_train.errors import InputError
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig
-from csc_train.models.families import LINEAR_ATTENTION
+from csc_train.models.families import ModelDims
 from csc_train.models.layers import missing_compiler
 from csc_train.templates import read_yaml
 from csc_train.training.config import ZeroConfig
@@ -66,7 +65,7 @@ def resolve_compile(
     stage: str,
     attention: str,
     device: str,
-    layer_kinds: Collection[str] = (),
+    dims: ModelDims | None = None,
     float8: bool = False,
     adapter: AdapterConfig | None = None,
 ) -> str:
@@ -76,7 +75,7 @@ def resolve_compile(
         stage: a `ZeroConfig.stage`.
         attention: the attention implementation.
         device: cpu or cuda.
-        layer_kinds: as in `ModelDims`.
+        dims: of the model.
         float8: whether the layers multiply in float8, which gains in compiled ones only.
 
     Raises:
@@ -90,7 +89,7 @@ def resolve_compile(
         refusal = "zero.stage=3: DeepSpeed gathers weights inside a layer, which one graph cannot hold"
     elif attention != VARLEN_ATTENTION:
         refusal = f"attention {attention}: only packs with {VARLEN_ATTENTION} attention have rows of one length"
-    elif LINEAR_ATTENTION in layer_kinds:
+    elif dims and dims.delta:
         refusal = "gated delta nets: their tensors have other shapes for the documents of each row"
     elif adapter and adapter.kind != "full" and adapter.target_parameters:
         refusal = "adapter.target_parameters: PEFT replaces the weights of experts inside a layer"

@@ -35,6 +35,7 @@ from csc_train.errors import InputError, ResumableError
 from csc_train.files import os_errors, write_json
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import (
+    adapter_report,
     count_adapter_parameters,
     forward_flops,
     model_dims,
@@ -548,7 +549,7 @@ def build_trainer(
         stage,
         model.config._attn_implementation,
         arguments.device.type,
-        dims.layer_kinds,
+        dims,
         arguments.float8,
         adapter,
     )
@@ -568,6 +569,8 @@ def build_trainer(
     )
     if stage == "3":
         prepare_experts(trainer.model, arguments.deepspeed_plugin)
+    if adapter.kind != "full":
+        logger.info(f"adapters: {adapter_report(adapter, dims, arguments.bf16)}")
     if arguments.checkpointing == "auto":
         arguments.checkpointing = choose_checkpointing(trainer, longest)
     logger.info("gradient checkpointing: %s, compiled: %s", arguments.checkpointing, arguments.compile)

@@ -204,8 +204,8 @@ def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
     packing, precision = config.packing.strategy, config.trainer.precision
     attention = select_attention(config.model.attn_implementation, packing, precision, found.dims.head_dim)
     if (float8 := precision == "fp8") or config.trainer.compile == "layers":
-        device, kinds = config.cluster.device, found.dims.layer_kinds
-        resolve_compile(config.trainer.compile, config.zero.stage, attention, device, kinds, float8, config.adapter)
+        device, stage = config.cluster.device, config.zero.stage
+        resolve_compile(config.trainer.compile, stage, attention, device, found.dims, float8, config.adapter)
     found.model.config._attn_implementation = attention
     device, dtype = torch.device(config.cluster.device), torch.bfloat16 if computes_in_bf16(config) else torch.float32
     layout = checked_collator(found.model, packing, 0, device, dtype).layout
