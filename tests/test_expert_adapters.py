@@ -178,6 +178,17 @@ def test_two_processes_train_experts_as_one_does(on_two, references, name):
         assert "lora_B" not in weights or mine.abs().max() > 1e-3, weights
 
 
+@pytest.mark.slow
+def test_a_training_says_what_has_adapters(folder, said):
+    adapter = AdapterConfig(**ADAPTER | {"kind": "qlora"})
+    trained = train(folder, **OPTIONS | {"adapter": adapter, "max_steps": 1})
+    count = sum(each.numel() for each in trained.model.parameters() if each.requires_grad)
+    (line,) = (line for line in said if line.startswith("adapters: "))
+    assert (
+        f"{count:,} weights of rank 4, " in line and "experts.gate_up_proj, experts.down_proj; experts stay in" in line
+    )
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", ["off", "three"])
 def test_adapters_of_experts_are_exported_merged_or_alone(folder, template, on_two, references, run, tmp_path):
