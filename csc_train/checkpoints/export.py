@@ -106,7 +106,11 @@ def trained_model(
 
 def _report_merge(model: PreTrainedModel, trained: Any, merge_into: str, accuracy: Measure | None) -> None:
     """Log how far a merged model is from the trained one."""
-    difference = _difference(_logits(model, {}), _logits(trained, {}))
+    with recorded_decisions(trained) as decisions:
+        expected = _logits(trained, {})
+    rounded = merge_into == "dequantized"  # nothing else is between them
+    with replayed_decisions(model, decisions) if rounded else contextlib.nullcontext([]) as turned:
+        difference = max([_difference(_logits(model, {}), expected), *turned])
     found = f"merged into the {merge_into} weights: largest logit difference {difference:.1e} of the largest logit"
     if accuracy:
         model.to(next(trained.parameters()).device)
