@@ -68,7 +68,7 @@ def main(config: SftRecipe) -> None:
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision, dims.head_dim)
     check_delta_kernel(config.model.delta_kernel, dims.layer_kinds)
     if (float8 := precision == "fp8") or config.trainer.compile == "layers":
-        resolve_compile(config.trainer.compile, zero.stage, attention, job.device.type, dims, float8, config.adapter)
+        resolve_compile(config.trainer.compile, zero.stage, attention, job.device.type, dims, float8)
     run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 

@@ -23,9 +23,9 @@ from csc_train.training.config import TrainerConfig, ZeroConfig
 IDS = torch.arange(64)[None] % 90
 
 
-def model_of(dtype: torch.dtype = torch.float32, intermediate: int = 64, family: str = "qwen2"):
+def model_of(dtype: torch.dtype = torch.float32, intermediate: int = 64):
     torch.manual_seed(0)
-    config = tiny_config(family, small_tokenizer("qwen2_5"), 0.1, tie_word_embeddings=False)
+    config = tiny_config("qwen2", small_tokenizer("qwen2_5"), 0.1, tie_word_embeddings=False)
     config.intermediate_size = intermediate
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
@@ -50,15 +50,6 @@ def test_the_decoders_linear_layers_are_converted_and_nothing_else_changes(dtype
     before, after = plain.state_dict(), model.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(value, after[name]) and value.dtype == after[name].dtype for name, value in before.items())
-
-
-@pytest.mark.usefixtures("torchao")
-def test_experts_and_routers_stay_as_they_are():
-    model = model_of(family="qwen3_moe")
-    convert_to_float8(model)
-    kinds = {name.split(".", 4)[-1]: type(module).__name__ for name, module in model.named_modules() if ".mlp." in name}
-    assert kinds == {"experts": "Qwen3MoeExperts", "experts.act_fn": "SiLUActivation", "gate": "Qwen3MoeTopKRouter"}
-    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Float8Linear"
 
 
 @pytest.mark.usefixtures("torchao")

@@ -513,16 +513,15 @@ def test_a_model_that_replies_on_a_gpu_needs_its_kernel_unless_asked_for(monkeyp
         load_generator(str(tmp_path), None, EvaluationConfig())
 
 
-def test_the_layers_of_hybrids_are_not_compiled(caplog):
-    hybrid = model_dims(make_model().config)
+@pytest.mark.parametrize(("family", "reason"), [("qwen3_5_text", "gated delta nets"), ("qwen3_moe", "experts")])
+def test_the_layers_of_hybrids_and_experts_are_not_compiled(caplog, family, reason):
+    hybrid = model_dims(make_model(family=family).config)
     with caplog.at_level("INFO"):
         assert resolve_compile("auto", "2", VARLEN_ATTENTION, "cuda", hybrid) == "off"
-    assert "note: the layers are not compiled with gated delta nets" in caplog.text
-    with pytest.raises(InputError, match=r"trainer.compile=layers with gated delta nets.*set trainer.compile=off"):
+    assert f"note: the layers are not compiled with {reason}" in caplog.text
+    with pytest.raises(InputError, match=rf"trainer.compile=layers with {reason}.*set trainer.compile=off"):
         resolve_compile("layers", "2", VARLEN_ATTENTION, "cuda", hybrid)
-    with pytest.raises(
-        InputError, match=r"^trainer.precision=fp8: .* \(gated delta nets.*\): set trainer.precision=bf16$"
-    ):
+    with pytest.raises(InputError, match=rf"^trainer.precision=fp8: .* \({reason}.*\): set trainer.precision=bf16$"):
         resolve_compile("auto", "2", VARLEN_ATTENTION, "cuda", hybrid, float8=True)
 
 

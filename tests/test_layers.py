@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from csc_train.errors import InputError
 from csc_train.models.attention import select  # noqa: F401  registers our attention
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
-from csc_train.models.config import AdapterConfig
 from csc_train.models.layers import checkpoint_activations, compile_layers, mark_varying, recompiles
 from csc_train.packing.collator import PackCollator, run_bounds
 from csc_train.packing.config import PackingConfig
@@ -135,7 +134,6 @@ def test_compiled_layers_train_as_eager_ones_by_one_graph(packs, collator, mode,
         ("qwen3", None, "selective"),
         ("llama", None, "off"),
         ("llama", 0.3, "off"),
-        ("qwen3_moe", None, "selective"),
     ],
 )
 def test_layers_of_every_family_are_one_graph(packs, collator, without_kernels, model_type, dropout, mode):
@@ -165,22 +163,19 @@ def test_rows_of_other_lengths_and_unmarked_sizes_are_compiled_anew(packs, colla
 
 
 @pytest.mark.parametrize(
-    ("mode", "stage", "attention", "tensors", "message"),
+    ("mode", "stage", "attention", "message"),
     [
-        ("layers", "3", "varlen", [], "trainer.compile=layers with zero.stage=3: .*; or set trainer.compile=off"),
-        ("layers", "off", "sdpa", [], "trainer.compile=layers with attention sdpa: .*; or set trainer.compile=off"),
-        ("layers", "off", "varlen", ["all-experts"], "trainer.compile=layers with adapter.target_parameters: PEFT"),
-        ("auto", "3", "varlen", [], "the layers are not compiled with zero.stage=3"),
-        ("auto", "off", "varlen", ["all-experts"], "the layers are not compiled with adapter.target_parameters"),
+        ("layers", "3", "varlen", "trainer.compile=layers with zero.stage=3: .*; or set trainer.compile=off"),
+        ("layers", "off", "sdpa", "trainer.compile=layers with attention sdpa: .*; or set trainer.compile=off"),
+        ("auto", "3", "varlen", "the layers are not compiled with zero.stage=3"),
     ],
 )
-def test_what_cannot_be_compiled_is_refused_or_off_by_name(said, mode, stage, attention, tensors, message):
-    adapter = AdapterConfig("lora", target_parameters=tensors)
+def test_what_cannot_be_compiled_is_refused_or_off_by_name(said, mode, stage, attention, message):
     if mode == "layers":
         with pytest.raises(InputError, match=message):
-            resolve_compile(mode, stage, attention, "cpu", adapter=adapter)
+            resolve_compile(mode, stage, attention, "cpu")
     else:
-        assert resolve_compile(mode, stage, attention, "cuda", adapter=adapter) == "off"
+        assert resolve_compile(mode, stage, attention, "cuda") == "off"
         assert message in said[-1]
 
 

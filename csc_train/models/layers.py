@@ -17,7 +17,7 @@ from csc_train.models.float8 import MULTIPLE
 
 _aten = torch.ops.aten
 _GROUPED = (_aten._grouped_mm.default, torch.ops.transformers.grouped_mm_fallback.default)
-"""The products of experts; the second one stands in compiled layers with fp32 weights."""
+"""The products of experts; the second one is that of GPUs below compute capability 8."""
 _PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0, _aten._scaled_mm.default: 0}
 _PRODUCTS |= dict.fromkeys(_GROUPED, 0)
 """The matrix products, and which argument is the left matrix."""
@@ -75,7 +75,7 @@ def _policy(rank: int, _: Any, operator: Any, *arguments: Any, **__: Any) -> Che
 def convert_to_float8(model: PreTrainedModel) -> None:
     """Let the linear layers of the decoder multiply in float8, by torchao's rowwise recipe; names and weights stay.
 
-    The output layer, experts, routers, and layers with a width that is no multiple of `MULTIPLE` stay as they are.
+    The output layer and layers with a width that is no multiple of `MULTIPLE` stay as they are.
     """
     from torchao.float8 import (  # pyright: ignore[reportMissingImports]
         Float8LinearConfig,

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from csc_train.errors import InputError
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
-from csc_train.models.config import AdapterConfig
 from csc_train.models.families import ModelDims
 from csc_train.models.layers import missing_compiler
 from csc_train.templates import read_yaml
@@ -67,7 +66,6 @@ def resolve_compile(
     device: str,
     dims: ModelDims | None = None,
     float8: bool = False,
-    adapter: AdapterConfig | None = None,
 ) -> str:
     """Resolve `TrainerConfig.compile`: layers or off. Where layers cannot be compiled, auto is off; a note says why.
 
@@ -91,8 +89,8 @@ def resolve_compile(
         refusal = f"attention {attention}: only packs with {VARLEN_ATTENTION} attention have rows of one length"
     elif dims and dims.delta:
         refusal = "gated delta nets: their tensors have other shapes for the documents of each row"
-    elif adapter and adapter.kind != "full" and adapter.target_parameters:
-        refusal = "adapter.target_parameters: PEFT replaces the weights of experts inside a layer"
+    elif dims and dims.experts:
+        refusal = "experts: a layer hands on what its router decides, which one graph cannot do"
     else:
         refusal = missing_compiler()
     if refusal and float8:

@@ -551,7 +551,6 @@ def build_trainer(
         arguments.device.type,
         dims,
         arguments.float8,
-        adapter,
     )
     length = longest if arguments.compile == "layers" else None
     if arguments.float8:

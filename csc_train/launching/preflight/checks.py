@@ -205,7 +205,7 @@ def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
     attention = select_attention(config.model.attn_implementation, packing, precision, found.dims.head_dim)
     if (float8 := precision == "fp8") or config.trainer.compile == "layers":
         device, stage = config.cluster.device, config.zero.stage
-        resolve_compile(config.trainer.compile, stage, attention, device, found.dims, float8, config.adapter)
+        resolve_compile(config.trainer.compile, stage, attention, device, found.dims, float8)
     found.model.config._attn_implementation = attention
     device, dtype = torch.device(config.cluster.device), torch.bfloat16 if computes_in_bf16(config) else torch.float32
     layout = checked_collator(found.model, packing, 0, device, dtype).layout
