@@ -6,7 +6,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, small_tokenizer
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,10 +21,10 @@ from csc_train.config.compose import compose
 from csc_train.launching.preflight.size import zero_of
 from csc_train.models.attention.gated_delta_net import build_delta_levels, prepare_delta_nets
 from csc_train.models.attention.varlen import VARLEN_ATTENTION, build_varlen_metadata
-from csc_train.models.config import AdapterConfig, ArchitectureConfig
+from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
 from csc_train.models.families import adapted_experts, forward_flops, lora_parameter_count, lora_targets, model_dims
 from csc_train.models.layers import checkpoint_activations
-from csc_train.models.loading import build_model_config, lora_config
+from csc_train.models.loading import build_model_config, load_model, lora_config
 from csc_train.training import loss
 from csc_train.training.config import CHECKPOINTING
 from csc_train.training.memory import (
@@ -64,12 +64,14 @@ def on_meta(architecture: ArchitectureConfig):
 
 
 def small(model_type: str, layers: int = 2, kind: str = FULL, **facts) -> ArchitectureConfig:
+    own = {}
     if "moe" in model_type:
-        facts |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-        facts |= {"shared_expert_intermediate_size": 80} if model_type == HYBRID_EXPERTS else {}
+        own |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        own |= {"shared_expert_intermediate_size": 80} if model_type == HYBRID_EXPERTS else {}
     if model_type in (HYBRID, HYBRID_EXPERTS):
-        facts |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "layer_types": [kind] * layers}
-        facts |= {"linear_key_head_dim": 24, "linear_value_head_dim": 40}
+        own |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "layer_types": [kind] * layers}
+        own |= {"linear_key_head_dim": 24, "linear_value_head_dim": 40}
+    facts = own | facts
     return ArchitectureConfig(
         model_type=model_type, hidden_size=128, intermediate_size=384, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, vocab_size=VOCABULARY, **facts,
@@ -177,6 +179,24 @@ def test_model_states_are_the_bytes_of_the_tensors_after_a_step(adapter):
     assert planned.optimizer == size(moments)
     held = size(each for each in model.parameters() if each.requires_grad)
     assert state_bytes(setting) == held + size(moments)
+
+
+def test_qlora_holds_linear_layers_in_4_bits_and_experts_in_bf16(tmp_path):
+    tokenizer = small_tokenizer("qwen2_5")
+    architecture = small(HYBRID_EXPERTS, layer_types=[LINEAR, FULL], moe_intermediate_size=128)
+    model = AutoModelForCausalLM.from_config(build_model_config(architecture, None), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    held = 0
+    loaded = load_model(ModelConfig(path=str(tmp_path)), tokenizer, torch.bfloat16, 0, load_in_4bit=True)
+    for weight in loaded.parameters():
+        held += weight.nbytes
+        if scales := getattr(weight, "quant_state", None):
+            held += scales.absmax.nbytes + scales.state2.absmax.nbytes
+    planned = MemoryScenario(model_dims(architecture), "qlora", 1)
+    assert planned.frozen_bytes == pytest.approx(held, rel=1e-4)
+    experts = [each for name, each in loaded.named_parameters() if "mlp.experts." in name]
+    assert {each.dtype for each in experts} == {torch.bfloat16}
+    assert planned.frozen_bytes > sum(each.nbytes for each in experts) > held / 2
 
 
 class Alive(TorchDispatchMode):
