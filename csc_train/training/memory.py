@@ -393,19 +393,19 @@ def activation_bytes(scenario: MemoryScenario) -> float:
         copies = c * sum(scenario.changed_experts) if not full or casts else 0
         gradient = (c + 4 if full and c == 2 else c) * max(scenario.changed_experts, default=0)
         freed = outputs + 4 * c * dims.routed * tokens + copies
-        passing += copies + max(4 * outputs, gradient - freed)
+        passing += max(4 * outputs, gradient - freed)
         kept += (4 + c) * dims.experts.count * dims.layers * tokens
-    lasting = casts + (dims.layers - 1) * copies if scenario.checkpointing == "off" else 0
+    lasting = casts + dims.layers * copies if scenario.checkpointing == "off" else 0
     moments = (
-        max(casts, lasting + copies)
+        max(casts, lasting)
         + (2 * embedding if scenario.cast_by_autocast else 0)
         + head
         + HEAD_BYTES * min(tokens, CHUNK) * dims.vocabulary,
-        lasting + copies + head + (4 + r) * dims.hidden * tokens + (c * embedding if scenario.stage != "off" else 0),
+        lasting + head + (4 + r) * dims.hidden * tokens + (c * embedding if scenario.stage != "off" else 0),
         lasting
         + (held * embedding if dims.tied else 0)
         + passing
-        + (0 if scenario.checkpointing == "off" else layer + casts / dims.layers)
+        + (0 if scenario.checkpointing == "off" else layer + casts / dims.layers + copies)
         + ((c + 4) * weight if full else 0)
         + (c * weight if scenario.adapter == "qlora" else 0),
     )
