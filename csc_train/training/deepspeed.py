@@ -4,13 +4,16 @@ Stage 1 shards the optimizer states, stage 2 the gradients too, stage 3 the weig
 "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020).
 """
 
+import functools
 import math
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import Trainer
 
 from csc_train.errors import InputError
@@ -85,29 +88,41 @@ def start_deepspeed() -> None:
 
 
 def prepare_experts(model: torch.nn.Module, plugin: Any) -> None:
-    """Prepare stage 3 for the routed experts of a model, before the engine is built; does nothing without them.
+    """Let stage 3 gather the experts of a layer as one unit (a leaf module), if a model has any.
 
-    The experts of a layer become one unit of DeepSpeed's trace (a leaf module): a loop over experts runs modules in
-    them as often as there are chosen experts, and processes whose traces differ wait for each other for ever.
-    DeepSpeed's own default, the whole MLP of Qwen3-MoE, reduces gradients of adapters before they exist.
-
-    It is told which weights adapters of experts read, none of which is in the module that reads it. Else it would find
-    out in the first forward pass, and gather other weights at once when layers are recomputed.
+    A loop over experts runs modules in it as often as there are chosen experts, and processes whose traces differ wait
+    for each other for ever. DeepSpeed's own default, the whole MLP of Qwen3-MoE, reduces gradients of adapters before
+    they exist.
 
     Args:
-        plugin: accelerate's `DeepSpeedPlugin`.
+        plugin: accelerate's `DeepSpeedPlugin`, before the engine is built.
     """
-    import deepspeed
-    from peft.tuners.lora import ParamWrapper
-
     tensors = {name.rpartition(".")[2] for name in model_dims(model.config).expert_tensors}
     if experts := {type(module).__name__ for module in model.modules() if tensors & module._parameters.keys()}:
         plugin.deepspeed_config["zero_optimization"]["leaf_module"] = {"classes": sorted(experts)}
-    for module in model.modules():
-        if isinstance(module, ParamWrapper):
-            matrices = (layer.weight for part in (module.lora_A, module.lora_B) for layer in part.values())
-            for parameter in (module.get_param(), *matrices):
-                deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def hide_gathers(engine: Any) -> None:
+    """Hide from selective checkpointing what stage 3 does to gather and release weights around each module.
+
+    Both differ when a layer is recomputed, as what is already gathered does, and selective checkpointing refuses
+    operators that it has not seen in the first pass.
+
+    Args:
+        engine: DeepSpeed's, of stage 3.
+    """
+    offload = engine.optimizer.parameter_offload
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(offload, name, _without_modes(getattr(offload, name)))
+
+
+def _without_modes(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def hidden(*arguments):
+        with _disable_current_modes():
+            return function(*arguments)
+
+    return hidden
 
 
 def check_engine(trainer: Trainer) -> None:

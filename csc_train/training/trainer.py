@@ -63,6 +63,7 @@ from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfi
 from csc_train.training.deepspeed import (
     check_engine,
     deepspeed_config,
+    hide_gathers,
     launcher_stage,
     prepare_experts,
     skip_nonfinite,
@@ -216,8 +217,11 @@ class PackTrainer(SFTTrainer):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory it has
             prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
         check_engine(self)
-        if self.args.deepspeed_plugin and self.args.deepspeed_plugin.zero_stage == 0:
+        stage = self.args.deepspeed_plugin.zero_stage if self.args.deepspeed_plugin else None
+        if stage == 0:
             skip_nonfinite(self.optimizer)
+        if stage == 3:
+            hide_gathers(self.model_wrapped)
         if reshard:
             load_resharded(self, Path(resume_from_checkpoint))
         if self.is_world_process_zero():  # what a killed process left

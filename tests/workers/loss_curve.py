@@ -14,6 +14,7 @@ import pickle
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig, ModelConfig
+from csc_train.models.experts import routers
 from csc_train.models.loading import load_model
 from csc_train.models.sharded_parameters import consolidated_weights
 from csc_train.models.tokenizer import load_tokenizer
@@ -79,6 +81,7 @@ def train(
     ends: tuple[str, int] | None = None,
     validation: ValidationConfig | None = None,
     broken: int | None = None,
+    experts: str | None = None,
     **options,
 ) -> SFTTrainer:
     """Train the model of `folder` on its packs.
@@ -92,6 +95,7 @@ def train(
         ends: how it ends before its time, and after which step (see `Ends`).
         validation: what to measure while training; the packs are then of mode `joint`.
         broken: a token whose embedding the model reads as NaN.
+        experts: transformers' forward function of experts; defaults to its default.
         options: go to `TrainerConfig`.
     """
     if tracked is not None:
@@ -133,8 +137,11 @@ def train(
         )
     adapter = adapter or AdapterConfig()
     source = ModelConfig(path=str(folder / "model"))
+    model = load_model(source, tokenizer, torch.float32, 0, attention or default, load_in_4bit=adapter.kind == "qlora")
+    if experts:
+        model.set_experts_implementation(experts)
     trainer = build_trainer(
-        load_model(source, tokenizer, torch.float32, 0, attention or default, load_in_4bit=adapter.kind == "qlora"),
+        model,
         tokenizer,
         training,
         packing=packing,
@@ -147,9 +154,13 @@ def train(
             lambda _, arguments, output: output.masked_fill((arguments[0] == broken)[..., None], math.nan)
         )
     trainer.documents = []
+    trainer.chosen = chosen = []
+    for layer, router in enumerate(routers(trainer.model)):
+        router.register_forward_hook(partial(note_choices, layer, chosen))  # a hook must not hold the trainer
     weigh = trainer._get_num_items_in_batch
 
     def recorded(batches, device):
+        trainer.chosen.append(set())
         trainer.documents.append([name for batch in batches for name in documents_of(batch)])
         return weigh(batches, device)
 
@@ -228,6 +239,12 @@ class Samples(TrainerCallback):
             self.tracker.log_table("samples", [{"prompt": "a", "reply": "b"}], 2)
 
 
+def note_choices(layer: int, chosen: list[set[tuple[int, int]]], _, arguments: Any, output: Any) -> None:
+    """A hook of a router: add (layer, expert) of the chosen experts to the last step's."""
+    if chosen:
+        chosen[-1].update((layer, expert) for expert in output[2].unique().tolist())
+
+
 def documents_of(batch: dict[str, Any]) -> list[str]:
     """A digest for each trained document of a batch of rows, whose position ids start again at each."""
     if "position_ids" not in batch:
@@ -255,6 +272,8 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
         "recompiles": [entry.get("recompiles") for entry in steps],
         "learning_rates": [entry["learning_rate"] for entry in steps],
         "documents": [sorted(itertools.chain(*parts)) for parts in zip(*steps_of_all, strict=True)],
+        "chosen": [list(map(sorted, ranks)) for ranks in zip(*gather_object([trainer.chosen]), strict=True)],
+        "aux_losses": [entry.get("aux_loss") for entry in steps],
         "weights_dtype": str(weighted.dtype),
         "first_step": trainer._initial_global_step,
         "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
