@@ -155,12 +155,13 @@ def train(
         )
     trainer.documents = []
     trainer.chosen = chosen = []
-    for layer, router in enumerate(routers(trainer.model)):
+    routed = routers(trainer.model)
+    for layer, router in enumerate(routed):
         router.register_forward_hook(partial(note_choices, layer, chosen))  # a hook must not hold the trainer
     weigh = trainer._get_num_items_in_batch
 
     def recorded(batches, device):
-        trainer.chosen.append(set())
+        trainer.chosen.extend([set()] if routed else [])
         trainer.documents.append([name for batch in batches for name in documents_of(batch)])
         return weigh(batches, device)
 
