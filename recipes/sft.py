@@ -50,7 +50,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.tokenized_cache import tokenize
     from csc_train.tracking.tracker import Tracker
     from csc_train.training.callbacks import StopOnSignal, track
-    from csc_train.training.compatibility import check_supported, resolve_compile
+    from csc_train.training.compatibility import check_router_loss, check_supported, resolve_compile
     from csc_train.training.leak_check import dropout_warning
     from csc_train.training.memory import scenario_of
     from csc_train.training.profiling import ProfilerCallback
@@ -59,14 +59,14 @@ def main(config: SftRecipe) -> None:
     from csc_train.training.validation import Validator
 
     # Checks
-    job = distributed_state()
-    precision, seed = config.trainer.precision, config.trainer.seed
+    job, precision, seed = distributed_state(), config.trainer.precision, config.trainer.seed
     zero = config.zero.resolved(config.adapter.kind, resolve_precision(precision))
     check_supported(zero, config.adapter.kind, resolve_precision(precision))
     inspected = inspect_model(config.model, download=True).require()
     dims = inspected.dims
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision, dims.head_dim)
     check_delta_kernel(config.model.delta_kernel, dims.layer_kinds)
+    check_router_loss(config.trainer.router_aux_loss_coef, dims)
     if (float8 := precision == "fp8") or config.trainer.compile == "layers":
         resolve_compile(config.trainer.compile, zero.stage, attention, job.device.type, dims, float8)
     run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])

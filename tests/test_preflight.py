@@ -118,6 +118,7 @@ FAULTS = {
         ["zero=zero0", "trainer.precision=bf16"],
         "zero.stage=0 with adapter.kind=full in bf16: DeepSpeed's stage 0",
     ),
+    "parameters": (["trainer.router_aux_loss_coef=1"], "router_aux_loss_coef=1.0: qwen2 has no experts: leave it out"),
     "tokenizer and template": (["model.chat_template=llama3_1"], "chat template llama3_1: it ends a turn with"),
     "run": (["on_finish=evaluate", "on_finish.overrides=['evaluation.nope=1']"], "unknown key 'evaluation.nope'"),
     "attention": (["model.attn_implementation=varlen_fa3"], "No module named"),

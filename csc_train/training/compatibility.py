@@ -59,13 +59,14 @@ def check_supported(zero: ZeroConfig, adapter: str, precision: str) -> None:
             raise InputError(f"{variable}={os.environ[variable]}: {why}")
 
 
+def check_router_loss(coefficient: float | None, dims: ModelDims) -> None:
+    """Raise an InputError if `TrainerConfig.router_aux_loss_coef` weights a loss of experts that a model has not."""
+    if coefficient and not dims.experts:
+        raise InputError(f"trainer.router_aux_loss_coef={coefficient}: {dims.model_type} has no experts: leave it out")
+
+
 def resolve_compile(
-    mode: str,
-    stage: str,
-    attention: str,
-    device: str,
-    dims: ModelDims | None = None,
-    float8: bool = False,
+    mode: str, stage: str, attention: str, device: str, dims: ModelDims | None = None, float8: bool = False
 ) -> str:
     """Resolve `TrainerConfig.compile`: layers or off. Where layers cannot be compiled, auto is off; a note says why.
 
@@ -90,7 +91,7 @@ def resolve_compile(
     elif dims and dims.delta:
         refusal = "gated delta nets: their tensors have other shapes for the documents of each row"
     elif dims and dims.experts:
-        refusal = "experts: a layer hands on what its router decides, which one graph cannot do"
+        refusal = "experts: transformers records the router logits by hooks, which one graph cannot hold"
     else:
         refusal = missing_compiler()
     if refusal and float8:

@@ -106,8 +106,8 @@ class TrainerConfig:
     """layers: compile the decoder layers, into one graph for all steps; the first step takes a minute longer. auto: on
     a GPU where it works, else off."""
     router_aux_loss_coef: float | None = None
-    """Weight of the auxiliary loss that lets a model's routers use all experts alike; 0 leaves it out. Defaults to what
-    the base model's configuration says."""
+    """Weight of the auxiliary loss that balances the load of experts; 0 leaves it out. Defaults to that of the base
+    model's configuration."""
     on_nonfinite: str = "stop"
     """What to do at a step whose loss or gradient norm is not finite. stop: end the run before the weights change.
     skip: leave out the optimizer step. continue: take it; DeepSpeed leaves it out. Ten such steps in a row end the run

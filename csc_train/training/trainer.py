@@ -548,14 +548,8 @@ def build_trainer(
     longest = rows * max(map(sum, packs.document_lengths))
     stage = str(arguments.deepspeed_plugin.zero_stage) if arguments.deepspeed_plugin else "off"
     dims = model_dims(model.config)
-    arguments.compile = resolve_compile(
-        arguments.compile,
-        stage,
-        model.config._attn_implementation,
-        arguments.device.type,
-        dims,
-        arguments.float8,
-    )
+    attention, device = model.config._attn_implementation, arguments.device.type
+    arguments.compile = resolve_compile(arguments.compile, stage, attention, device, dims, arguments.float8)
     length = longest if arguments.compile == "layers" else None
     if arguments.float8:
         length = MULTIPLE * math.ceil(longest / MULTIPLE)

@@ -27,7 +27,7 @@ from csc_train.models.families import LINEAR_ATTENTION, ModelDims, adapter_repor
 from csc_train.models.hub import find_file, is_local_path
 from csc_train.models.inspection import InspectedModel, inspect_model
 from csc_train.runs.directory import default_directory, refuse_foreign
-from csc_train.training.compatibility import check_supported, resolve_compile
+from csc_train.training.compatibility import check_router_loss, check_supported, resolve_compile
 from csc_train.training.memory import GIB, MemoryScenario, advice, alternatives, estimate_memory, least_checkpointing
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         "world size": partial(check_world_size, config),
         "ZeRO": partial(check_zero_support, config),
         "model files": partial(check_model, found, absent),
-        "parameters": partial(check_parameters, scenario.dims),
+        "parameters": partial(check_parameters, config, scenario.dims),
         "adapters": partial(check_adapters, config, scenario.dims),
         "attention": partial(needing, check_attention, "the model"),
         "delta nets": partial(check_delta_nets, config, scenario.dims, absent),
@@ -176,8 +176,9 @@ def check_model(found: InspectedModel, absent: type[Exception]) -> str:
     return "; ".join([found.place, *found.repairs])
 
 
-def check_parameters(dims: ModelDims) -> str:
-    """The parameters that are planned for."""
+def check_parameters(config: PreflightRecipe, dims: ModelDims) -> str:
+    """The parameters that are planned for; a weight of the routers' auxiliary loss needs experts."""
+    check_router_loss(config.trainer.router_aux_loss_coef, dims)
     other = get_family(dims.model_type).not_loaded
     said = f"{dims.parameters:,}" + " of the text model" * bool(other)
     if dims.experts:
