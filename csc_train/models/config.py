@@ -87,9 +87,8 @@ class ArchitectureConfig:
         check_fields(prefix, self, "num_experts", "num_experts_per_tok", low=1, high=10**5)
         check_fields(prefix, self, "moe_intermediate_size", "shared_expert_intermediate_size", low=1, high=10**7)
         if self.num_experts and self.num_experts < (self.num_experts_per_tok or 1):
-            raise InputError(
-                f"{prefix}num_experts_per_tok={self.num_experts_per_tok}: there are {self.num_experts} experts"
-            )
+            chosen = f"num_experts_per_tok={self.num_experts_per_tok}"
+            raise InputError(f"{prefix}{chosen}: there are {self.num_experts} experts: choose no more")
         check_fields(prefix, self, "layer_types", choices=("full_attention", "linear_attention"))
         check_fields(prefix, self, "rms_norm_eps", low=0, high=1)
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:

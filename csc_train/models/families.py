@@ -582,11 +582,11 @@ def lora_parameter_count(
         target_modules: as in `AdapterConfig`, or as PEFT has them; `target_parameters`: likewise.
         active: whether to count those that one token uses only.
     """
-    linear = sum(rank * sum(shape) for _, shape in _adapted_linears(dims, target_modules))
-    experts = dims.experts and (dims.experts.active if active else dims.experts.count)
-    return linear + dims.layers * (experts or 0) * rank * sum(
-        map(sum, adapted_experts(dims, target_parameters).values())
-    )
+    widths = sum(sum(shape) for _, shape in _adapted_linears(dims, target_modules))
+    if dims.experts:
+        experts = dims.experts.active if active else dims.experts.count
+        widths += dims.layers * experts * sum(map(sum, adapted_experts(dims, target_parameters).values()))
+    return rank * widths
 
 
 def _adapted_linears(dims: ModelDims, target_modules: str | Collection[str]) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -610,20 +610,17 @@ def adapter_report(adapter: AdapterConfig, dims: ModelDims, bf16: bool) -> str:
     tensors = adapted_experts(dims, adapter.target_parameters)
     names = [name.rpartition(".")[2] for name, _ in _adapted_linears(dims, adapter.target_modules)]
     names += [name.removeprefix("mlp.") for name in tensors]
-    targets = adapter.target_modules, adapter.target_parameters
-    count = lora_parameter_count(dims, adapter.rank, *targets)
-    found = (
-        f"{count:,} weights of rank {adapter.rank}, {count / dims.parameters:.2%} of the model's {dims.parameters:,}"
-    )
-    found += f", on {', '.join(dict.fromkeys(names)) or 'the output layer'}"
+    count = lora_parameter_count(dims, adapter.rank, adapter.target_modules, tensors)
+    share = f"{count / dims.parameters:.2%} of the model's {dims.parameters:,}"
+    places = ", ".join(dict.fromkeys(names)) or "the output layer"
+    said = [f"{count:,} weights of rank {adapter.rank}, {share}, on {places}"]
     if dims.experts and not tensors:
-        found += "; routed experts have none (see adapter.target_parameters)"
+        said.append("routed experts have none (see adapter.target_parameters)")
     if dims.experts and adapter.kind == "qlora":
-        held = (2 if bf16 else 4) * dims.layers * dims.block_experts / 1024**3
-        found += (
-            f"; experts stay in {'bf16' if bf16 else 'fp32'}, {held:.1f} GiB: only linear layers are held in 4 bits"
-        )
-    return found
+        dtype, size = ("bf16", 2) if bf16 else ("fp32", 4)
+        held = size * dims.layers * dims.block_experts / 1024**3
+        said.append(f"experts stay in {dtype}, {held:.1f} GiB: only linear layers are held in 4 bits")
+    return "; ".join(said)
 
 
 def count_adapter_parameters(model: Any, active: bool = False) -> int:

@@ -111,18 +111,14 @@ def hide_gathers(engine: Any) -> None:
     Args:
         engine: DeepSpeed's, of stage 3.
     """
+
+    def hidden(function: Callable[[torch.nn.Module], None], module: torch.nn.Module) -> None:
+        with _disable_current_modes():
+            function(module)
+
     offload = engine.optimizer.parameter_offload
     for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
-        setattr(offload, name, _without_modes(getattr(offload, name)))
-
-
-def _without_modes(function: Callable) -> Callable:
-    @functools.wraps(function)
-    def hidden(*arguments):
-        with _disable_current_modes():
-            return function(*arguments)
-
-    return hidden
+        setattr(offload, name, functools.partial(hidden, getattr(offload, name)))
 
 
 def check_engine(trainer: Trainer) -> None:

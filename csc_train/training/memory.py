@@ -26,7 +26,6 @@ from csc_train.models.families import (
     DELTA_CHUNK,
     LINEAR_ATTENTION,
     ModelDims,
-    adapted_experts,
     get_family,
     model_dims,
     tensors_with_adapters,
@@ -305,7 +304,7 @@ def layer_bytes(scenario: MemoryScenario, kind: str) -> float:
 def expert_bytes(scenario: MemoryScenario) -> float:
     """Bytes that the backward pass of routed experts needs of one token, in transformers' grouped products.
 
-    Let a be the experts of a token, i their width together, and c the bytes of a number (see `expert_compute`).
+    Let a be the experts of a token, i their width together, and c the bytes of a number in the computation.
 
     - Router: fp32 probabilities of all experts, the chosen ones, their sum, and four lists of indices.
     - Experts: output, a h, and three of the first product's halves and the activation, 3 i; if they are trained or have
@@ -528,7 +527,7 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
         dims,
         adapter=adapter,
         adapter_parameters=0 if adapter == "full" else trained,
-        adapted_experts=tuple(adapted_experts(dims, tensors_with_adapters(model))),
+        adapted_experts=tensors_with_adapters(model),
         stage="off" if plugin is None else str(plugin.zero_stage),
         processes=args.world_size,
         nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
