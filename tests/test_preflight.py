@@ -22,6 +22,7 @@ from csc_train.errors import InputError
 from csc_train.files import write_json
 from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.preflight.report import PreflightReport
+from csc_train.launching.preflight.size import memory_scenario
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tokenized_cache import tokenize
 from csc_train.training.memory import estimate_memory
@@ -231,6 +232,8 @@ def test_experts_are_planned_whole_and_charged_by_those_of_a_token(tmp_path):
     assert more.estimate.flops - lora.estimate.flops == pytest.approx((6 * added / 16 + behind) * 1e6)
     assert len(more.chosen.changed_experts) == 2 and not lora.chosen.changed_experts
     assert estimate_memory(more.chosen).activations > estimate_memory(lora.chosen).activations + 2 * dims.block_experts
+    unused = ["model=qwen2_5_7b", "adapter=full", "adapter.target_parameters=all-experts"]
+    assert not memory_scenario(compose("preflight", unused)).adapted_experts
     # QLoRA quantizes linear layers only.
     qlora = outcome("model=qwen3_30b_a3b_instruct_2507", "adapter=qlora", "zero=off")
     assert message(qlora, "adapters").endswith("experts stay in bf16, 54.0 GiB: only linear layers are held in 4 bits")

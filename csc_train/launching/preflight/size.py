@@ -72,9 +72,10 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
     """
     model, adapter, packing = config.model, config.adapter, config.packing
     dims = dims or model_dims(model.architecture, model.tokenizer_vocab_size)
-    targets = adapter.target_modules, adapter.target_parameters
-    weights = active = 0
+    weights, active, experts = 0, 0, {}
     if adapter.kind != "full":
+        experts = adapted_experts(dims, adapter.target_parameters)
+        targets = adapter.target_modules, experts
         weights, active = (lora_parameter_count(dims, adapter.rank, *targets, each) for each in (False, True))
     stage, offload = zero_of(config)
     tokens = config.trainer.micro_batch_size * packing.max_length
@@ -88,7 +89,7 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
         adapter=adapter.kind,
         adapter_parameters=weights,
         idle_adapters=weights - active,
-        adapted_experts=tuple(adapted_experts(dims, adapter.target_parameters)),
+        adapted_experts=tuple(experts),
         stage=stage,
         offload=offload,
         processes=config.cluster.world_size,
