@@ -129,12 +129,7 @@ def test_compiled_layers_train_as_eager_ones_by_one_graph(packs, collator, mode,
 
 @pytest.mark.parametrize(
     ("model_type", "dropout", "mode"),
-    [
-        ("qwen2", None, "full"),
-        ("qwen3", None, "selective"),
-        ("llama", None, "off"),
-        ("llama", 0.3, "off"),
-    ],
+    [("qwen2", None, "full"), ("qwen3", None, "selective"), ("llama", None, "off"), ("llama", 0.3, "off")],
 )
 def test_layers_of_every_family_are_one_graph(packs, collator, without_kernels, model_type, dropout, mode):
     eager, compiled = tiny(model_type, dropout), tiny(model_type, dropout)
