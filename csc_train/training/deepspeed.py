@@ -99,7 +99,7 @@ def prepare_experts(model: torch.nn.Module, plugin: Any) -> None:
     """
     tensors = {name.rpartition(".")[2] for name in model_dims(model.config).expert_tensors}
     if experts := {type(module).__name__ for module in model.modules() if tensors & module._parameters.keys()}:
-        plugin.deepspeed_config["zero_optimization"]["leaf_module"] = {"classes": sorted(experts)}
+        plugin.deepspeed_config["zero_optimization"].setdefault("leaf_module", {"classes": sorted(experts)})
 
 
 def hide_gathers(engine: Any) -> None:
