@@ -4,7 +4,7 @@
 # mask of all tokens and the logits of the new ones: `generate` raises for a batch with padding, and a forward pass for a
 # mask of four dimensions. The same model before training does both.
 # Seen: RuntimeError "The size of tensor a (2) must match the size of tensor b (76) at non-singleton dimension 0".
-# Why it matters: the trained model is saved and loads, and then fails for whoever generates with it.
+# Why it matters: the trained model is saved and loads, and then no batch of prompts can be generated with it.
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
