@@ -18,7 +18,7 @@ from faults import FAULTS
 from processes import TIMEOUT_S, Script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
+from workers.loss_curve import EPOCHS, STEPS_PER_EPOCH, curve, first_packs, train, train_all
 
 from csc_train.checkpoints import export as exporting
 from csc_train.checkpoints import manifest as manifests
@@ -41,7 +41,7 @@ from csc_train.launching.preflight.size import memory_scenario
 from csc_train.models.config import AdapterConfig
 from csc_train.models.hub import load_causal_lm
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import PackedDataset, pack_dialogues
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.compatibility import LAUNCHED, REFUSED, check_supported
@@ -120,8 +120,7 @@ def folder(template, tmp_path_factory) -> Path:
     rng = random.Random(11)
     examples = [template.encode(random_dialogue(rng)) for _ in range(40)]
     packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=1000))
-    number = 2 * PACKS_PER_STEP + 1
-    packs = PackedDataset(packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights)
+    packs = first_packs(packs)
     assert min(map(len, packs.document_lengths)) > 1
     (folder / "packs").write_bytes(pickle.dumps(packs))
     torch.manual_seed(0)

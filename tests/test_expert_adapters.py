@@ -11,7 +11,7 @@ import torch
 from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from workers.loss_curve import PACKS_PER_STEP, curve, train, train_all
+from workers.loss_curve import curve, first_packs, train, train_all
 
 from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.export import export
@@ -21,7 +21,7 @@ from csc_train.models.config import AdapterConfig
 from csc_train.models.layers import checkpoint_activations
 from csc_train.models.loading import lora_config
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import PackedDataset, pack_dialogues
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -140,8 +140,7 @@ def folder(template, tmp_path_factory) -> Path:
     packs, _ = pack_dialogues(
         [template.encode(random_dialogue(rng)) for _ in range(40)], PackingConfig("best_fit", 1000)
     )
-    number = 2 * PACKS_PER_STEP + 1
-    packs = PackedDataset(packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights)
+    packs = first_packs(packs)
     (folder / "packs").write_bytes(pickle.dumps(packs))
     tiny("qwen3_5_moe_text", torch.float32).save_pretrained(folder / "model")
     template.tokenizer.save_pretrained(folder / "model")

@@ -15,7 +15,7 @@ import torch
 from conftest import random_dialogue, remember, small_tokenizer, tiny_config
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
+from workers.loss_curve import EPOCHS, STEPS_PER_EPOCH, curve, first_packs, train, train_all
 
 from csc_train.models.config import AdapterConfig
 from csc_train.models.experts import routers
@@ -70,10 +70,7 @@ def folder(request, tmp_path_factory) -> Path:
     model = remember(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     for name, packing in (("shared", "shared_prefix"), ("packs", "best_fit")):
         packs, _ = pack_dialogues(examples, PackingConfig(packing, max_length=1000))
-        number = 2 * PACKS_PER_STEP + 1
-        few = PackedDataset(
-            packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights
-        )
+        few = first_packs(packs)
         assert min(map(len, few.document_lengths)) > 1
         (folder / name).write_bytes(pickle.dumps(few))
         if name == "shared":
@@ -179,12 +176,12 @@ def test_two_processes_measure_the_same_as_one(folder, on_two, references):
     assert samples(folder, "shared-3") == samples(folder, "shared-1")
 
 
+# With experts, test_likelihood.py and test_generator.py compare the same in less time.
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", sorted(TEMPLATES.keys() - WITH_EXPERTS), indirect=True, scope="module")
 @torch.no_grad()
 def test_a_validation_measures_what_transformers_own_layers_would(folder, validated):
     """By forward passes of one sequence: no padding reaches a state, and no label another one."""
-    if folder.name in WITH_EXPERTS:
-        pytest.skip("the decisions of routers are compared in test_likelihood.py and test_generator.py")
     plain = AutoModelForCausalLM.from_config(validated.model.config, attn_implementation="eager", dtype=torch.float32)
     plain.load_state_dict(validated.model.state_dict())
     plain.eval()

@@ -15,7 +15,7 @@ from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
 from processes import run_script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
+from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, first_packs, train, train_all
 
 from csc_train.errors import InputError, ResumableError
 from csc_train.packing.config import PackingConfig
@@ -38,8 +38,7 @@ def folder(tmp_path_factory) -> Path:
     packs, _ = pack_dialogues(
         [template.encode(random_dialogue(rng)) for _ in range(40)], PackingConfig("best_fit", max_length=1000)
     )
-    number = 2 * PACKS_PER_STEP + 1
-    packs = PackedDataset(packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights)
+    packs = first_packs(packs)
     (folder / "packs").write_bytes(pickle.dumps(packs))
     torch.manual_seed(0)
     config = tiny_config("qwen2", template.tokenizer, 0.0, tie_word_embeddings=False)

@@ -266,6 +266,9 @@ def test_checkpoints_say_of_routers_what_the_base_said(folder):
     assert (trainer.router_aux_loss_coef, adapted.router_aux_loss_coef) == (0.0, 0.25)
     for each in (trainer, adapted):
         assert sum("eval_strategy_accuracy" in entry for entry in each.state.log_history) == 2
+    measured = [entry["eval_loss"] for entry in adapted.state.log_history if "eval_loss" in entry]
+    adapted.router_aux_loss_coef = 100.0  # validation has no auxiliary loss
+    assert adapted.evaluate()["eval_loss"] == measured[-1]
     model = load_causal_lm(str(folder / "model"))
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     output = model(input_ids=torch.arange(4)[None], attention_mask=mask)

@@ -23,7 +23,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, TrainerState
 from wandb_file import offline_runs
 from workers import loss_curve
-from workers.loss_curve import EPOCHS, MANIFEST, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train
+from workers.loss_curve import EPOCHS, MANIFEST, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, first_packs, train
 
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
@@ -33,7 +33,7 @@ from csc_train.models.config import AdapterConfig
 from csc_train.models.families import count_adapter_parameters, forward_flops, model_dims, training_flops
 from csc_train.models.loading import lora_config
 from csc_train.packing.config import LossConfig, PackingConfig
-from csc_train.packing.dataset import PackedDataset, pack_dialogues
+from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.token_groups import GROUP_SHAPE, NUM_GROUPS, TURN_BUCKETS, token_group_ids
 from csc_train.packing.truncation import drop_leading_turns
 from csc_train.runs.comparison import HISTORY_FILE
@@ -61,10 +61,9 @@ def folder(tmp_path_factory) -> Path:
     # Most of the long system prompt left out, for speed.
     examples = [without_prompt(template.encode(random_dialogue(rng)), 8) for _ in range(60)]
     packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", max_length=700))
-    number = 2 * PACKS_PER_STEP + 1
-    packs = PackedDataset(packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights)
+    packs = first_packs(packs)
     members = [member for pack in packs.pack_items for member in pack]
-    assert len(packs) == number and len(members) > 2 * number and not any(each.first_turn for each in members)
+    assert len(members) > 2 * len(packs) and not any(each.first_turn for each in members)
     (folder / "shared").write_bytes(pickle.dumps(packs))
     torch.manual_seed(0)
     config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
@@ -164,9 +163,7 @@ def by_hand(folder: Path) -> dict[str, tuple[float, int, int]]:
 def test_losses_by_strategy_turn_and_part_are_those_computed_by_hand(folder, tmp_path):
     # A step takes all the packs, so that their order does not matter.
     packs = pickle.loads((folder / "shared").read_bytes())
-    packs = PackedDataset(
-        packs.dialogues, packs.pack_items[:PACKS_PER_STEP], packs.prefix_lengths[:PACKS_PER_STEP], packs.loss_weights
-    )
+    packs = first_packs(packs, PACKS_PER_STEP)
     (tmp_path / "shared").write_bytes(pickle.dumps(packs))
     (tmp_path / "model").symlink_to(folder / "model")
     (line,) = [entry for entry in train(tmp_path, packs="shared", max_steps=1).state.log_history if "loss" in entry]

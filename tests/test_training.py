@@ -15,7 +15,7 @@ from conftest import SMALL_OF, manifest_of, random_dialogue, real_tokenizer, sma
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from wandb_file import offline_runs
-from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, train, train_all
+from workers.loss_curve import EPOCHS, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, first_packs, train, train_all
 
 from csc_train.checkpoints.export import trained_model
 from csc_train.checkpoints.manifest import MANIFEST_FILE, check_manifest, read_manifest, save_final_model
@@ -43,10 +43,6 @@ def template():
     return DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode="reply_only"))
 
 
-def first_packs(packs: PackedDataset, number: int) -> PackedDataset:
-    return PackedDataset(packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights)
-
-
 @pytest.fixture(scope="module")
 def folder(template, tmp_path_factory) -> Path:
     """A tiny model, packs enough for two steps and a quarter, and dialogues alone in their packs enough for the same.
@@ -57,7 +53,7 @@ def folder(template, tmp_path_factory) -> Path:
     rng = random.Random(10)
     examples = [template.encode(random_dialogue(rng)) for _ in range(30)]
     packs, _ = pack_dialogues(examples, PackingConfig("best_fit", max_length=1000))
-    packs = first_packs(packs, 2 * PACKS_PER_STEP + 1)
+    packs = first_packs(packs)
     assert min(map(len, packs.document_lengths)) > 1
     alone, _ = pack_dialogues(examples[: len(packs)], PackingConfig("off", max_length=1000))
     (folder / "alone").write_bytes(pickle.dumps(alone))

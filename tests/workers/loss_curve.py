@@ -34,7 +34,7 @@ from csc_train.models.loading import load_model
 from csc_train.models.sharded_parameters import consolidated_weights
 from csc_train.models.tokenizer import load_tokenizer
 from csc_train.packing.config import PackingConfig
-from csc_train.packing.dataset import PackingReport
+from csc_train.packing.dataset import PackedDataset, PackingReport
 from csc_train.runs.directory import Run
 from csc_train.runs.distributed import distributed_state
 from csc_train.template.config import TemplateConfig
@@ -65,6 +65,11 @@ def train_all(folder: Path, cases: dict[str, dict], processes: int) -> dict[str,
     done = run_script(__file__, folder, json.dumps(cases), output, ranks=processes)
     assert done.returncode == 0, done.stderr[-9000:]
     return json.loads(output.read_text(encoding="utf-8"))
+
+
+def first_packs(packs: PackedDataset, number: int = 2 * PACKS_PER_STEP + 1) -> PackedDataset:
+    """The first packs; by default for two steps and one pack, which is left for the last step of an epoch."""
+    return PackedDataset(packs.dialogues, packs.pack_items[:number], packs.prefix_lengths[:number], packs.loss_weights)
 
 
 def train(
