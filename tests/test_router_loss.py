@@ -183,6 +183,14 @@ def test_what_would_count_other_tokens_is_no_rounding_error(wide, change):
     assert difference(losses, expected) > 1e-2
 
 
+def test_an_empty_pass_has_no_document():
+    packs, _ = make_packs(PACKS[:1])
+    full, empty = (
+        PackCollator("varlen", 0, experts=True)([packs[0] | more])["document_tokens"] for more in ({}, {"empty": True})
+    )
+    assert (len(full), len(empty)) == (2, 0) and full.shape[1] == empty.shape[1]
+
+
 def test_the_auxiliary_loss_does_not_wait_for_the_device():
     """On fake tensors whatever needs a value raises."""
     with FakeTensorMode():
