@@ -14,7 +14,7 @@ _ONE_TAG_PER_LINE = (".html.jinja", ".md.jinja", ".sbatch.jinja", ".txt.jinja")
 class _Environment(jinja2.Environment):
     def join_path(self, template: str, parent: str) -> str:
         """The path of an included template, relative to the template that includes it."""
-        return posixpath.join(posixpath.dirname(parent), template)
+        return posixpath.normpath(posixpath.join(posixpath.dirname(parent), template))
 
 
 @cache

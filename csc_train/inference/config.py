@@ -8,6 +8,8 @@ from csc_train.models.config import DELTA_KERNELS
 
 CONTEXTS = ("reference", "generated")
 """Histories of a predicted turn: the reference dialogue, or the system's own turns between the reference customer's."""
+SHORT_CONTEXT = {"reference": "ref", "generated": "gen"}
+"""Contexts in the names of columns."""
 DTYPES = ("auto", "bf16", "fp32")
 """Precisions of a model's weights."""
 

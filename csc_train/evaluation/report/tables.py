@@ -17,12 +17,11 @@ from csc_train.evaluation.contamination import Contamination
 from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.scoring import Drifts, Results
 from csc_train.files import write_json, write_text
-from csc_train.inference.config import CONTEXTS
+from csc_train.inference.config import CONTEXTS, SHORT_CONTEXT
 from csc_train.inference.predictions import describe_kinds
 from csc_train.templates import read_yaml
 
 NOT_EVALUATED = MetricResult(None, reason="not evaluated in this context")
-SHORT_CONTEXT = {"reference": "ref", "generated": "gen"}
 NOTES = read_yaml("csc_train.evaluation", "notes.yaml")
 """Texts below tables, from `notes.yaml`."""
 INCOMPLETE = " †"
