@@ -1,16 +1,19 @@
 """Launchers: one from outside the package starts a job and a sweep, and a faulty one is refused."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import TIMEOUT_S
 
 from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError
 from csc_train.launching.job import launch
-from csc_train.launching.launchers.base import LAUNCHERS, Launcher, register_launcher
+from csc_train.launching.launchers.base import LAUNCHERS, JobSpec, Launcher, register_launcher
 from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.sweep import sweep
 
@@ -118,3 +121,44 @@ def test_faulty_launchers_are_refused():
     with pytest.raises(InputError, match=r"the name is taken by SlurmLauncher: choose another$"):
         register_launcher("slurm")(Misspelt)
     assert "mine" not in LAUNCHERS
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "command"),
+    [
+        ("local", f"{sys.executable} recipes/evaluate.py run=runs/x resume=true"),
+        (
+            "slurm",
+            "-m csc_train.launching.supervise runs/x \\\n    python recipes/evaluate.py run=runs/x resume=true' &",
+        ),
+    ],
+)
+def test_one_process_sees_all_gpus_of_its_node(scheduler, command):
+    cluster = ClusterConfig(gpus_per_node=8, device="cuda", process_launcher="none", scheduler=scheduler)
+    assert (cluster.world_size, cluster.gpus) == (1, 8)
+    job = JobSpec(cluster, Path("runs/x"), "recipes/evaluate.py", ("run=runs/x", "resume=true"))
+    shown = launcher_class(cluster)(job).describe()
+    assert command in shown and "distributed" not in shown
+    assert scheduler == "local" or "#SBATCH --gpus-per-node=8\n" in shown
+    with pytest.raises(
+        InputError, match=r"^cluster.process_launcher=none: one process has one node: set cluster.nodes"
+    ):
+        ClusterConfig(nodes=2, process_launcher="none")
+
+
+SAVES = """
+import signal, subprocess, sys
+child = subprocess.Popen(["sleep", "3600"])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved"))
+print("waits", flush=True)
+child.wait()
+"""
+
+
+def test_a_signal_reaches_the_one_process_and_not_its_helpers(tmp_path):
+    command = [sys.executable, "-m", "csc_train.launching.supervise", str(tmp_path), sys.executable, "-c", SAVES]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout.readline() == "waits\n"
+    process.terminate()
+    assert process.communicate(timeout=TIMEOUT_S)[0] == "saved\n"
+    assert process.returncode == 128 + signal.SIGTERM

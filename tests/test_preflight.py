@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from processes import run_script
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from csc_train.config.cluster import ClusterConfig
 from csc_train.config.compose import compose
 from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
 from csc_train.data.readers import write_dialogues
@@ -20,7 +22,7 @@ from csc_train.data.splits import read_and_check_splits
 from csc_train.data.strategies import GREETING
 from csc_train.errors import InputError
 from csc_train.files import write_json
-from csc_train.launching.preflight.checks import run_preflight
+from csc_train.launching.preflight.checks import check_world_size, run_preflight
 from csc_train.launching.preflight.report import PreflightReport
 from csc_train.launching.preflight.size import memory_scenario
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -263,6 +265,15 @@ def test_another_world_size_than_the_clusters_is_refused(job, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     expected = "WORLD_SIZE=4, but cluster=cpu2 has 1 nodes x 2 processes = 2"
     assert failure(run_preflight(composed(job))) == ("world size", expected)
+
+
+def test_a_training_on_several_gpus_in_one_process_is_refused(job, monkeypatch):
+    eight = ClusterConfig(device="cuda", gpus_per_node=8, process_launcher="none")
+    with pytest.raises(InputError, match=r"^cluster.process_launcher=none: a training needs one process per GPU"):
+        check_world_size(replace(composed(job), cluster=eight))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    one = ClusterConfig(device="cuda", gpus_per_node=1, process_launcher="none")
+    assert check_world_size(replace(composed(job), cluster=one)) == "1 nodes x 1 processes = 1"
 
 
 def test_packages_outside_their_ranges_are_named(job, tmp_path, monkeypatch):

@@ -69,7 +69,8 @@ class ClusterConfig:
     launcher_options: dict[str, Any] = field(default_factory=dict)
     """Settings of that launcher."""
     process_launcher: str = "torchrun"
-    """Program that starts the processes of a node: torchrun or accelerate."""
+    """Program that starts the processes of a node: torchrun or accelerate. none: one process that sees all
+    `gpus_per_node` GPUs, such as for the evaluation of a model that needs several."""
     port: int = 29500
     """First of 1000 rendezvous ports; a SLURM job takes `port` + job number modulo 1000."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
@@ -78,13 +79,20 @@ class ClusterConfig:
         check_fields("cluster.", self, "nodes", "gpus_per_node", low=1, high=10**6)
         check_fields("cluster.", self, "gpu_memory_gib", "gpu_tflops", "host_memory_gib", low=0.01)
         check_fields("cluster.", self, "device", choices=("cpu", "cuda"))
-        check_fields("cluster.", self, "process_launcher", choices=("torchrun", "accelerate"))
+        check_fields("cluster.", self, "process_launcher", choices=("torchrun", "accelerate", "none"))
+        if self.process_launcher == "none" and self.nodes > 1:
+            raise InputError("cluster.process_launcher=none: one process has one node: set cluster.nodes=1")
         check_fields("cluster.", self, "port", low=1024, high=64535)
 
     @property
     def world_size(self) -> int:
         """Number of processes of the job, over all nodes."""
-        return self.nodes * self.gpus_per_node
+        return 1 if self.process_launcher == "none" else self.nodes * self.gpus_per_node
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs of the job, over all nodes; 0 on CPUs."""
+        return self.nodes * self.gpus_per_node if self.device == "cuda" else 0
 
 
 @dataclass

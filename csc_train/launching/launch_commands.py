@@ -1,4 +1,4 @@
-"""Commands of torchrun and accelerate that start a recipe's processes on one node."""
+"""Commands that start a recipe's processes on one node: by torchrun, by accelerate, or as one process."""
 
 from csc_train.config.cluster import ClusterConfig
 
@@ -10,6 +10,8 @@ def local_command(cluster: ClusterConfig, python: str, recipe: list[str]) -> lis
         python: the Python interpreter.
         recipe: path of the recipe, then its arguments.
     """
+    if cluster.process_launcher == "none":
+        return [python, *recipe]
     accelerate = ["--num_machines=1", "--main_process_port=0"]
     rendezvous = accelerate if cluster.process_launcher == "accelerate" else ["--standalone"]
     return [python, "-m", *_process_launcher(cluster), *rendezvous, *recipe]
@@ -17,12 +19,19 @@ def local_command(cluster: ClusterConfig, python: str, recipe: list[str]) -> lis
 
 def node_command(cluster: ClusterConfig, python: str, recipe: list[str]) -> str:
     """The command of each node of a SLURM job, as one line of shell that reads `head`, `port` and SLURM_NODEID."""
+    if cluster.process_launcher == "none":
+        return " ".join([python, *recipe])
     names = ("num_machines", "machine_rank", "main_process_ip", "main_process_port")
     if cluster.process_launcher == "torchrun":
         names = ("nnodes", "node_rank", "master_addr", "master_port")
     values = (cluster.nodes, "$SLURM_NODEID", "$head", "$port")
     rendezvous = [f"--{name}={value}" for name, value in zip(names, values, strict=True)]
     return " ".join([python, "-m", *_process_launcher(cluster), *rendezvous, *recipe])
+
+
+def starts_ranks(command: list[str]) -> bool:
+    """Whether the recipe runs in children of the process of such a command, as under torchrun and accelerate."""
+    return command[1:2] == ["-m"]
 
 
 def _process_launcher(cluster: ClusterConfig) -> list[str]:

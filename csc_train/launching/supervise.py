@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from csc_train.launching.launch_commands import starts_ranks
 from csc_train.runs.directory import EXIT_STOPPED, read_run_record
 from csc_train.runs.distributed import set_parent_death_signal
 
@@ -25,7 +26,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def supervise(directory: Path, command: list[str]) -> int:
-    """Run torchrun or accelerate until it ends.
+    """Run torchrun, accelerate or the recipe itself until it ends.
 
     - SIGTERM and SIGUSR1 go directly to the ranks: torchrun would kill them after 30 seconds, before a large checkpoint
       is saved.
@@ -35,7 +36,7 @@ def supervise(directory: Path, command: list[str]) -> int:
 
     Args:
         directory: the run directory.
-        command: the torchrun or accelerate command.
+        command: as of `launch_commands`.
 
     Returns:
         The exit status: `EXIT_STOPPED` if the ranks saved a checkpoint and stopped; 128 + signal number if a signal
@@ -54,7 +55,8 @@ def supervise(directory: Path, command: list[str]) -> int:
         if signum == signal.SIGINT:
             deadline = time.monotonic() + INTERRUPT_GRACE
         with contextlib.suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(agent.pid).children() or [agent]:
+            ranks = psutil.Process(agent.pid).children() if starts_ranks(command) else []
+            for process in ranks or [agent]:
                 _send(process, signum)
 
     agent = subprocess.Popen(

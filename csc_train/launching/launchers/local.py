@@ -18,7 +18,7 @@ from csc_train.runs.distributed import set_parent_death_signal
 
 @register_launcher("local")
 class LocalLauncher(Launcher):
-    """Starts a supervisor (see `supervise`) and below it torchrun or accelerate."""
+    """Starts a supervisor (see `supervise`) and below it torchrun, accelerate or the recipe."""
 
     attached = True
     process: subprocess.Popen
@@ -47,7 +47,7 @@ class LocalLauncher(Launcher):
             raise InputError(f"cluster.nodes={self.job.cluster.nodes}: several nodes need cluster.scheduler=slurm")
 
     def command(self) -> list[str]:
-        """The torchrun or accelerate command."""
+        """The command below the supervisor (see `launch_commands`)."""
         return local_command(self.job.cluster, sys.executable, [self.job.script, *self.job.arguments])
 
     def environment(self) -> dict[str, str]:

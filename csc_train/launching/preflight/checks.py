@@ -142,7 +142,9 @@ def check_batch(config: PreflightRecipe) -> str:
 def check_world_size(config: PreflightRecipe) -> str:
     """WORLD_SIZE, if torchrun set it, equals the cluster's."""
     cluster, started = config.cluster, os.environ.get("WORLD_SIZE")
-    expected = f"{cluster.nodes} nodes x {cluster.gpus_per_node} processes = {cluster.world_size}"
+    if cluster.world_size < cluster.gpus:
+        raise InputError("cluster.process_launcher=none: a training needs one process per GPU: choose torchrun")
+    expected = f"{cluster.nodes} nodes x {cluster.world_size // cluster.nodes} processes = {cluster.world_size}"
     if started not in (None, str(cluster.world_size)):
         raise InputError(f"WORLD_SIZE={started}, but cluster={cluster.name} has {expected}")
     return expected
