@@ -222,7 +222,11 @@ def test_an_installed_wheel_composes_and_refuses(installed):
     done = installed("stf")
     assert (done.returncode, done.stderr) == (2, "error: stf: unknown command. Did you mean 'sft'?\n")
     done = installed("launch", "experiment=demo", "cluster=cpu1", "dry_run=true")
-    assert done.returncode == 0 and re.search(r"site-packages/csc_train/recipes/sft\.py", done.stdout), done.stderr
+    (package,) = {Path(each) for each in re.findall(r"(\S+/site-packages/csc_train)/recipes/sft\.py", done.stdout)}
+    assert done.returncode == 0, done.stderr
+    data = {path.relative_to(ROOT) for path in (ROOT / "csc_train").rglob("*.*") if "__pycache__" not in path.parts}
+    assert Path("csc_train/suites/paper.csv") in data
+    assert [str(path) for path in data if not (package.parent / path).exists()] == []
 
 
 @pytest.mark.slow

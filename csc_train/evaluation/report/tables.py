@@ -105,7 +105,9 @@ def markdown_tables(blocks: Iterable[ReportTable | str]) -> str:
 
 def _markdown_table(table: ReportTable, footnotes: dict[str, int]) -> str:
     rows = [table.header, *([cell_text(cell, footnotes) for cell in row] for row in table.rows)]
-    first, *others = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    first, *others = (
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in row) + " |" for row in rows
+    )
     rule = "|---" * table.labels + "|---:" * (len(table.header) - table.labels) + "|"
     lines = "\n".join([f"### {table.title}", "", first, rule, *others])
     units = [f"Units: {'; '.join(f'**{name}** {text}' for name, text in table.meanings.items())}."]
