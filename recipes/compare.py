@@ -25,6 +25,7 @@ def main(config: CompareRecipe) -> None:
     from csc_train.config.compose import to_container
     from csc_train.evaluation.comparison import compare
     from csc_train.evaluation.evaluated_model import read_language
+    from csc_train.evaluation.general import run_scores
     from csc_train.evaluation.report.tables import comparison_table, markdown_tables, rich_table
     from csc_train.files import write_json, write_text
     from csc_train.inference.predictions import read_run_predictions
@@ -42,7 +43,8 @@ def main(config: CompareRecipe) -> None:
 
     # Differences
     a, b = (run.predictions[system] for run, system in zip(runs, systems, strict=True))
-    rows = compare(a, b, config.metrics, config.permutations, names, read_language(config.a))
+    texts = run_scores(config.a, systems[0]), run_scores(config.b, systems[1])
+    rows = compare(a, b, config.metrics, config.permutations, names, read_language(config.a), texts)
 
     # Table
     run.start({})

@@ -10,7 +10,6 @@ python recipes/evaluate.py llm=gpt_4o data=rolecs
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 try:
     from csc_train.config.cli import run_recipe
@@ -18,13 +17,10 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
-if TYPE_CHECKING:
-    from csc_train.evaluation.scoring import ScoredRun
-
 logger = logging.getLogger("csc_train.recipes.evaluate")
 OUTPUTS = (
-    "predictions", "dialogues.jsonl", "contamination.json", "evaluated_model.json", "exported", "results.json",
-    "table.md", "report.html", "tracking.json", "wandb",
+    "predictions", "general", "dialogues.jsonl", "contamination.json", "evaluated_model.json", "exported",
+    "results.json", "table.md", "report.html", "tracking.json", "wandb",
 )  # fmt: skip
 """Files that the recipe writes into the run directory."""
 
@@ -33,7 +29,9 @@ def main(config: EvaluateRecipe) -> None:
     # What needs no model is checked before the imports that take seconds
     from csc_train.checkpoints.locate import check_source
     from csc_train.checkpoints.manifest import plain_manifest
+    from csc_train.evaluation.general import encode_texts, read_texts, texts_hash
 
+    texts = [] if config.score_only else read_texts(config.evaluation.general)
     plain = config.template and plain_manifest(config.template, config.chat_template)
     if config.checkpoint and not config.score_only:
         check_source(config.checkpoint, plain)
@@ -73,6 +71,7 @@ def main(config: EvaluateRecipe) -> None:
         model = on_main(lambda: open_evaluated(config.checkpoint, with_base, plain))
         template, source = read_template(model.source)
         model, base = replace(model, source=source), model.base
+        texts = [] if config.llm else encode_texts(texts, template)
         data = data or from_container(DataConfig, source.manifest.config["data"])
     if run.is_main:
         prepare_metrics(config.metrics)
@@ -83,17 +82,16 @@ def main(config: EvaluateRecipe) -> None:
     trained = find_trained(model, splits, data) if model else []
     hashes = model.hashes if model else {"system": systems.system_hash(config.predictions, config.llm)}
     inputs = {"train": data_digest(splits.train), "evaluation": data_digest(splits.evaluation)} | hashes
-    status = run.start(inputs)
+    status = run.start(inputs | ({"general": texts_hash(texts)} if texts else {}))
 
     # Predictions
-    directory = (
-        usable_model(source, run.directory / "exported", base) if model and not config.llm else config.checkpoint
-    )
+    local = model and not config.llm
+    directory = usable_model(source, run.directory / "exported", base) if local else config.checkpoint
     evaluated = systems.build_systems(
         splits.train, config.evaluation, hashes["system"], template or TemplateConfig(language=language), state,
         directory, base, config.llm, model.name if model else "",
     )  # fmt: skip
-    place = run.directory, evaluated, config.evaluation.contexts, splits.evaluation
+    place = run.directory, evaluated, config.evaluation.contexts, splits.evaluation, texts if local else []
     if status == "finished" and not systems.any_missing(*place):
         table = (run.directory / "table.md").read_text(encoding="utf-8")
         logger.info(f"reused {run.directory}: same checkpoint, configuration, data and code\n{table}")
@@ -123,8 +121,8 @@ def main(config: EvaluateRecipe) -> None:
     run.finish()
 
 
-def score_and_show(directory: Path, config: EvaluateRecipe) -> "ScoredRun":
-    """Score the predictions in a run directory, and write and print the report."""
+def score_and_show(directory: Path, config: EvaluateRecipe):
+    """Score the predictions in a run directory, write and print the report, and return the `ScoredRun`."""
     from rich.console import Console
 
     from csc_train.config.compose import to_container

@@ -14,6 +14,7 @@ from csc_train.errors import InputError
 from csc_train.evaluation.comparison import NOT_SIGNIFICANT, compare
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import read_contamination
+from csc_train.evaluation.metrics.likelihood import NO_TEXTS, OTHER_CONTEXT
 from csc_train.files import file_digest
 from csc_train.inference.predictions import Prediction, read_external_replies, read_run_predictions
 
@@ -62,8 +63,8 @@ def test_systems_without_a_common_context_are_refused():
 def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     both = [{context: answers(0.5, seed, context=context) for context in ("reference", "generated")} for seed in (0, 1)]
     rows = compare(*both, LEXICAL, permutations=1000)
-    names = ["paper B-2", "paper B-4", "paper R-L", "zh B-2", "zh B-4", "zh R-L char", "zh R-L word", "BS", "paper BR"]
-    names += ["ACC", "macro-F1", "stage ACC"]
+    names = ["paper B-2", "paper B-4", "paper R-L", "zh B-2", "zh B-4", "zh R-L char", "zh R-L word"]
+    names += ["general perplexity", "BS", "paper BR", "ACC", "macro-F1", "stage ACC"]
     assert [(row.context, row.metric) for row in rows] == [
         (context, name) for context in ("reference", "generated") for name in names
     ]
@@ -71,7 +72,8 @@ def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     assert len(tested) == 20
     assert min(row.adjusted for row in tested) == pytest.approx(min(1, 20 * min(row.p_value for row in tested)))
     missing = [row for row in rows if row.p_value is None]
-    assert {row.reason for row in missing} == {"no BERTScore model given", "no BLEURT model given"}
+    models = {"no BERTScore model given", "no BLEURT model given"}
+    assert {row.reason for row in missing} == {*models, NO_TEXTS, OTHER_CONTEXT}
 
 
 def test_a_verdict_is_by_the_p_value_after_the_correction():

@@ -32,10 +32,11 @@ PROGRAMS = (
     "wandb",
     "transformers",
     "vllm",
+    "lm_eval",
     "git",
     "source",
 )
-"""What a command on a page may start with. The last five are other projects' and are not run by a test."""
+"""What a command on a page may start with. The last six are other projects' and are not run by a test."""
 
 
 def commands_of(text):

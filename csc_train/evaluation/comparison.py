@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
+from csc_train.evaluation.general import TextScore
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, chosen_profiles, metrics_in_profiles
 from csc_train.evaluation.table import PredictionTable, align_tables
@@ -55,11 +56,12 @@ class Difference:
     """One metric of two systems A and B in one context.
 
     Attributes:
-        turns: turns that both systems have, over which the metric is taken.
+        turns: turns that both systems have, or items of another kind, over which the metric is taken.
         left_out: turns that only one of them has.
         a, b, difference: the values, and `a` - `b`.
         low, high: the 95 % interval of the difference; None for too few dialogues.
-        p_value: of the sign-flip test over dialogues; None if the metric is n/a for the `reason`.
+        p_value: of the sign-flip test over dialogues, or over clusters of such items; None if the metric is n/a for
+            the `reason`.
         adjusted: `p_value` after Holm's correction over all compared metrics and contexts.
         mcnemar: p-value of McNemar's test, for ACC only; it ignores dialogues and decides nothing.
         verdict: `A is higher`, `B is higher` or `not significant`, by `adjusted`.
@@ -91,6 +93,7 @@ def compare(
     permutations: int,
     names: tuple[str, str] = ("A", "B"),
     language: str = "zh",
+    texts: tuple[Sequence[TextScore], Sequence[TextScore]] = ((), ()),
 ) -> list[Difference]:
     """Compare two systems in every metric and context that both have.
 
@@ -99,6 +102,7 @@ def compare(
         permutations: permutations of the sign-flip test.
         names: what errors call the two.
         language: of the dialogues.
+        texts: their scores of general texts, which are compared once, whatever the contexts.
 
     Raises:
         InputError: the two have no context or no turn in common, or differ in a reference.
@@ -113,6 +117,8 @@ def compare(
     _require_turns((sides for sides, _ in shared.values()), names)
     rows = []
     for context, (sides, left_out) in shared.items():
+        for table, own in zip(sides, texts, strict=True):
+            table.texts = None if rows else own
         profiles = chosen_profiles(config, sides[0])
         for spec in metrics_in_profiles((*profiles, *SECTIONS)):
             if spec.compare:
@@ -123,6 +129,8 @@ def compare(
                     "left_out": left_out,
                 }
                 pair = [spec.function(table, config) for table in sides]
+                if pair[0].items is not None:
+                    row |= {"turns": len(pair[0].items.names), "left_out": 0}
                 rows.append(
                     row | _difference(spec.name, pair[0], pair[1], sides, config.bootstrap_resamples, permutations)
                 )
@@ -149,7 +157,7 @@ def _difference(
         return row | {"reason": found.reason}
     row |= {"a": a.statistic.value, "b": b.statistic.value, "difference": found.value}
     row |= {"low": found.low, "high": found.high}
-    row["p_value"] = sign_flip_test(a.statistic, b.statistic, dialogues, permutations)
+    row["p_value"] = sign_flip_test(a.statistic, b.statistic, a.clusters(dialogues), permutations)
     if name == "ACC":
         row["mcnemar"] = mcnemar_test(sides[0].correct, sides[1].correct)
     return row

@@ -18,6 +18,9 @@ class EvaluationConfig(InferenceConfig):
     base: bool | str = True
     """Evaluate the base model of the checkpoint as well. true: the one that the training recorded, wherever it is now.
     Or the directory or hub id of the base model."""
+    general: str | None = None
+    """A JSONL file of general texts, rows of `text` or of `messages` of a chat, whose perplexity shows what a training
+    has made the model forget. Only models that run here score them."""
     max_failed: float = 0.01
     """Largest share of turns of a system in a context that may have no reply. Above it, the evaluation ends incomplete,
     with its figures marked and exit status 1."""

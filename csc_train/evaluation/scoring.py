@@ -15,6 +15,7 @@ from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import Contamination, read_contamination
 from csc_train.evaluation.evaluated_model import read_language
+from csc_train.evaluation.general import TextScore, run_scores
 from csc_train.evaluation.metrics import likelihood, replies, strategy
 from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.metrics.model_based import fetch_models
@@ -82,6 +83,7 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig, max_failed: f
     places = [(name, context) for name, contexts in run.predictions.items() for context in contexts]
     for name, context in ProgressBar(places, "scoring", unit="table"):
         failed = {"failures": run.failures[name][context], "max_failed": max_failed}
+        failed |= {"texts": None if results[name] else run_scores(directory, name)}
         results[name][context] = score_predictions(
             run.predictions[name][context], by_id, config, **failed, flagged=flagged, language=language
         )
@@ -123,6 +125,7 @@ def score_predictions(
     *,
     failures: Sequence[FailedTurn] = (),
     max_failed: float = 1.0,
+    texts: Sequence[TextScore] | None = (),
     flagged: Collection[str] = (),
     language: str = "zh",
 ) -> dict[str, Any]:
@@ -132,6 +135,7 @@ def score_predictions(
         dialogues: by id, those to predict.
         failures: turns that could not be predicted; they are counted, not scored.
         max_failed: see `EvaluationConfig`.
+        texts: see `PredictionTable`.
         flagged: ids of contaminated dialogues (see `contamination`).
         language: of the dialogues; the names of strategies are in it.
 
@@ -149,6 +153,7 @@ def score_predictions(
         InputError: a metric model cannot be loaded, or a turn is predicted twice.
     """
     table, resamples = PredictionTable(predictions, dialogues, language), config.bootstrap_resamples
+    table.texts = texts
     chosen_tables = chosen_profiles(config, table)
     metrics = compute_metrics(table, config, (*chosen_tables, *SECTIONS))
     gold = compute_metrics(table.gold, config, ("process", "reply"))

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from csc_train.checkpoints.base_model import BaseModel
 from csc_train.data.dialogue import Dialogue
 from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.general import Texts, lacks_scores, score_texts
 from csc_train.files import digest, file_digest
 from csc_train.inference.baselines import StrategyBaseline
 from csc_train.inference.generator import Generator, generate_predictions, shard_dialogues
@@ -82,10 +83,12 @@ def predictions_path(directory: Path, system: str, context: str) -> Path:
 
 
 def any_missing(
-    directory: Path, systems: Iterable[str], contexts: Sequence[str], dialogues: Sequence[Dialogue]
+    directory: Path, systems: Iterable[str], contexts: Sequence[str], dialogues: Sequence[Dialogue], texts: Texts
 ) -> bool:
-    """Whether a system lacks predictions of a turn in a context."""
-    return any(_missing(directory, system, contexts, dialogues) for system in systems)
+    """Whether a system lacks predictions of a turn in a context, or scores of general texts."""
+    return any(
+        _missing(directory, each, contexts, dialogues) or lacks_scores(directory, each, texts) for each in systems
+    )
 
 
 def _missing(directory: Path, system: str, contexts: Sequence[str], dialogues: Sequence[Dialogue]) -> list[str]:
@@ -93,17 +96,25 @@ def _missing(directory: Path, system: str, contexts: Sequence[str], dialogues: S
 
 
 def predict_missing(
-    directory: Path, systems: Systems, contexts: Sequence[str], dialogues: Sequence[Dialogue], state: "PartialState"
+    directory: Path,
+    systems: Systems,
+    contexts: Sequence[str],
+    dialogues: Sequence[Dialogue],
+    texts: Texts,
+    state: "PartialState",
 ) -> None:
     """Predict the missing turns of all systems, one system in memory at a time; each process predicts a shard.
+
+    Args:
+        texts: general texts, which every system but the baselines scores; none for a served model.
 
     Raises:
         InputError: a model cannot be loaded, or predictions on disk are of other settings.
     """
     shard = shard_dialogues(dialogues, state.process_index, state.num_processes)
     for name, load in systems.items():
-        missing = _missing(directory, name, contexts, dialogues)
-        generator = load() if missing else None
+        missing, unscored = _missing(directory, name, contexts, dialogues), lacks_scores(directory, name, texts)
+        generator: Any = load() if missing or unscored else None
         for context in missing:
             path, label = predictions_path(directory, name, context), f"{name}, {context} context"
             with PredictionStore(path, generator.config_hash, state.process_index) as store:
@@ -112,6 +123,8 @@ def predict_missing(
             if state.is_main_process:
                 store.merge(dialogues)
             state.wait_for_everyone()
+        if unscored:
+            score_texts(directory, generator, texts, state, name)
         del generator
 
 

@@ -13,6 +13,7 @@ from csc_train.data.dialogue import Dialogue
 from csc_train.data.languages import get_language
 from csc_train.data.segmentation import segment_words, split_words
 from csc_train.errors import InputError
+from csc_train.evaluation.general import TextScore
 from csc_train.files import digest
 from csc_train.inference.predictions import Prediction
 
@@ -33,6 +34,7 @@ class PredictionTable:
         whole: bool [turns], whether all supporter turns of the dialogue are predicted; failed turns are not.
         predicted: int [turns], the number of the predicted strategy; 0 if none was parsed.
         reference: int [turns], the number of the reference strategy.
+        texts: the system's scores of general texts; None where another context's table has them.
     """
 
     NO_CHOICE = "this mode predicts no strategy"
@@ -51,6 +53,7 @@ class PredictionTable:
         """
         self.predictions = sorted(predictions, key=lambda each: each.key)
         self.dialogues, self.language = dialogues, language
+        self.texts: Sequence[TextScore] | None = ()
         keys = self.keys
         for key, following in itertools.pairwise(keys):
             if key == following:

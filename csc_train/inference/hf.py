@@ -2,7 +2,8 @@
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -31,7 +32,7 @@ from csc_train.progress import ProgressBar
 from csc_train.template.chat_templates import chat_template_name, recorded_name
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.template.likelihood import dialogue_log_likelihoods
+from csc_train.template.likelihood import batch_log_likelihoods, dialogue_log_likelihoods
 from csc_train.template.reply import Reply
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -135,6 +136,43 @@ class HFGenerator:
         if self._config.likelihoods and (queue.context == "reference" or self.predicts_strategy):
             for dialogue in ProgressBar(queue.dialogues, "likelihoods", unit="dialogue"):
                 self._add_likelihoods(queue, dialogue)
+
+    @torch.inference_mode()
+    def score_texts(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tuple[int, float]]:
+        """Negative log-likelihoods of texts in nats, in batches of texts of about the same length, as they are ready.
+
+        A text of more tokens than the model has positions is scored in windows of that many, each of which begins with
+        the last token of the one before. A window of more than `max_batch_length` tokens runs alone.
+
+        Args:
+            texts: of each its ids, and the indices of those to score; nothing predicts index 0.
+
+        Yields:
+            The index of a text, and the sum over its scored tokens.
+        """
+        windows = [
+            (number, start, ids[start : start + self._positions])
+            for number, (ids, _) in enumerate(texts)
+            for start in range(0, max(len(ids) - 1, 1), self._positions - 1)
+        ]
+        sums, left = [0.0] * len(texts), Counter(number for number, *_ in windows)
+        room = self._config.max_batch_length
+        windows.sort(key=lambda window: len(window[2]))
+        while windows:
+            longest = len(windows[-1][2])
+            batch = [windows.pop() for _ in range(min(len(windows), self._config.batch_size, max(1, room // longest)))]
+            ids = [each for *_, each in batch]
+            if longest > room:
+                places = range(1, longest)
+                found = [dialogue_log_likelihoods(self.model, self.template, ids[0], (), places, room)[0]]
+            else:
+                found = batch_log_likelihoods(self.model, ids)
+            for (number, start, own), values in zip(batch, found, strict=True):
+                scored = [place - start - 1 for place in texts[number][1] if start < place < start + len(own)]
+                sums[number] -= values.double()[scored].sum().item()
+                left[number] -= 1
+                if not left[number]:
+                    yield number, sums[number]
 
     def _outcome(self, request: TurnRequest, prompt: list[int], ids: list[int]) -> TurnOutcome:
         if len(prompt) + len(ids) >= self._positions:

@@ -4,7 +4,7 @@ import contextlib
 import glob
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,22 +163,23 @@ class PredictionStore(contextlib.AbstractContextManager):
     Args:
         config_hash: see `Generator.config_hash`.
         rank: number of this process.
+        read: reads the rows of a file: outcomes, or other dataclasses with a `key` and a `config_hash`.
 
     Raises:
         InputError: a file cannot be read or written, or the outcomes come from other settings.
     """
 
-    def __init__(self, path: str | os.PathLike, config_hash: str, rank: int = 0):
+    def __init__(self, path: str | os.PathLike, config_hash: str, rank: int = 0, read: Callable = read_outcomes):
         self.path = Path(path)
-        self._config_hash = config_hash
-        self.earlier = {key: outcome for key, outcome in self._read().items() if isinstance(outcome, Prediction)}
+        self._config_hash, self._read_rows = config_hash, read
+        self.earlier = {key: row for key, row in self._read().items() if not isinstance(row, FailedTurn)}
         self._log = JsonlLog(self.path.with_name(f"{self.path.name}.part-{rank:05}"))
         self._log.open()
 
     def __exit__(self, *_) -> None:
         self._log.close()
 
-    def add(self, outcome: TurnOutcome) -> None:
+    def add(self, outcome: Any) -> None:
         """Append an outcome. It survives the end of this process, but not a loss of power.
 
         Raises:
@@ -195,8 +196,11 @@ class PredictionStore(contextlib.AbstractContextManager):
         Returns:
             The failed turns.
         """
+        return self.merge_rows(expected_turns(dialogues))
+
+    def merge_rows(self, expected: Sequence[Any]) -> list[FailedTurn]:
+        """As `merge`, for the keys of all rows."""
         outcomes = self._read()
-        expected = expected_turns(dialogues)
         missing = [key for key in expected if key not in outcomes]
         assert not missing, f"{len(missing)} of {len(expected)} turns are neither predicted nor failed: {missing[0]}"
         merged = [outcomes[key] for key in expected]
@@ -205,26 +209,31 @@ class PredictionStore(contextlib.AbstractContextManager):
             part.unlink()
         return [outcome for outcome in merged if isinstance(outcome, FailedTurn)]
 
-    def _read(self) -> dict[tuple[str, int], TurnOutcome]:
-        """The latest outcome of each turn; a failure never replaces a prediction."""
-        outcomes: dict[tuple[str, int], TurnOutcome] = {}
+    def _read(self) -> dict[Any, Any]:
+        """The latest row of each key; a failure never replaces a prediction."""
+        outcomes: dict[Any, Any] = {}
         for file in [self.path, *_parts(self.path)] if self.path.exists() else _parts(self.path):
-            for outcome in read_outcomes(file):
+            for outcome in self._read_rows(file):
                 if outcome.config_hash != self._config_hash:
                     raise InputError(
                         f"{self.path}: holds predictions of other settings ({outcome.config_hash[:12]}, now "
                         f"{self._config_hash[:12]}): choose another run.directory, or run.if_exists=replace"
                     )
-                if isinstance(outcome, Prediction) or not isinstance(outcomes.get(outcome.key), Prediction):
+                if not isinstance(outcome, FailedTurn) or not isinstance(outcomes.get(outcome.key), Prediction):
                     outcomes[outcome.key] = outcome
         return outcomes
 
 
 def is_complete(path: Path, dialogues: Sequence[Dialogue]) -> bool:
     """Whether a file has a prediction for every supporter turn of these dialogues, and no parts are left."""
-    if not path.exists() or _parts(path):
+    if not is_merged(path):
         return False
     return not missing_turns(dialogues, {each.key for each in read_outcomes(path) if isinstance(each, Prediction)})
+
+
+def is_merged(path: Path) -> bool:
+    """Whether the file of a `PredictionStore` is there, and no parts are left."""
+    return path.exists() and not _parts(path)
 
 
 def _parts(path: Path) -> list[Path]:

@@ -36,7 +36,7 @@ EARLY_FILES = (
 )  # fmt: skip
 """Patterns of the files that may be in a run directory before its `run.json`."""
 PROGRESS_FILES = (
-    "checkpoints/checkpoint-*", "predictions/*", "answers.jsonl", "judgements.jsonl", "synthesis.db"
+    "checkpoints/checkpoint-*", "predictions/*", "general/*", "answers.jsonl", "judgements.jsonl", "synthesis.db"
 )  # fmt: skip
 """Patterns of the files in a run directory that a resume continues from."""
 logger = logging.getLogger(__name__)

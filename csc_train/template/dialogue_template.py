@@ -219,6 +219,32 @@ class DialogueTemplate:
                 ids = [encoding.ids for encoding in itertools.islice(encodings, len(dialogue.turns))]
                 yield self._assemble(dialogue, ids, targets)
 
+    def encode_chat(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """The ids of any chat as the chat template renders it, and which of them are scored.
+
+        Scored are the tokens of assistant messages, each with the end of its turn.
+
+        Raises:
+            ValueError: the template cannot render the messages, or not one by one.
+        """
+        try:
+            text, parts = self._render(messages), []
+            for number in (number for number, each in enumerate(messages) if each["role"] == "assistant"):
+                before, own = messages[:number], self._render(messages[: number + 1])
+                prompt = self._render(before, add_generation_prompt=True)
+                if not (own.startswith(prompt) and text.startswith(own)):
+                    raise ValueError("later messages change how earlier ones read")
+                parts.append((len(prompt), len(own)))
+        except Exception as error:  # of any kind: a template is a program
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the chat template cannot render the messages one by one ({reason})") from error
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts, scored = found["input_ids"], [start for start, _ in found["offset_mapping"]], []
+        for first, end in parts:
+            inside = [place for place, start in enumerate(starts) if first <= start < end]
+            scored += inside[: [*(ids[place] for place in inside), self.end_of_turn_id].index(self.end_of_turn_id) + 1]
+        return ids, scored
+
     def prompt_ids(self, history: Sequence[Turn | Sequence[int]], given: Strategy | None = None) -> list[int]:
         """The prompt for the next supporter turn.
 

@@ -112,6 +112,23 @@ def _in_pieces(
     return torch.cat(own), torch.stack(labels) if labels else own[0].new_empty(0, len(STRATEGIES))
 
 
+def batch_log_likelihoods(model: torch.nn.Module, batch: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Log-likelihoods of the tokens of several texts, in one forward pass.
+
+    Padding stands behind a text, where no causal model sees it from the text's own tokens.
+
+    Args:
+        batch: ids of each text.
+
+    Returns:
+        For each text float32 [ids - 1], in nats: that of each token but the first, behind all tokens before it.
+    """
+    width, device = max(map(len, batch)), next(model.parameters()).device
+    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in batch], device=device)
+    found = _log_likelihoods(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
+    return [row[: len(text) - 1] for row, text in zip(found, batch, strict=True)]
+
+
 def log_likelihoods_from_kv_cache(
     model: torch.nn.Module, template: DialogueTemplate, cache: Cache, logits: torch.Tensor
 ) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The types of a metric: `Metric` can compute its value and interval, `MetricResult` holds them."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import numpy
@@ -31,13 +32,27 @@ class MetricResult:
 
 
 @dataclass(frozen=True)
+class Items:
+    """What a statistic is over, where that is no turns of a table, such as texts.
+
+    Attributes:
+        names: of each item; two metrics are paired only over the same names in the same order.
+        clusters: int [items], the cluster of each, counted from 0; the bootstrap and the tests draw clusters.
+    """
+
+    names: tuple[Hashable, ...]
+    clusters: numpy.ndarray
+
+
+@dataclass(frozen=True)
 class Metric:
-    """A metric over the turns of a table, not yet computed.
+    """A metric over the turns of a table, or over items of its own, not yet computed.
 
     Attributes:
         statistic: a number has no interval and no test; None if the metric is undefined.
         reason: why there is no value, if `statistic` is None or has no value.
         unit, signature, direction: see `MetricResult`.
+        items: what `statistic` is over; None for the turns of the table, in clusters by dialogue.
     """
 
     statistic: Statistic | float | None
@@ -45,6 +60,11 @@ class Metric:
     reason: str = "no turns to score"
     unit: str = ""
     direction: str = "none"
+    items: Items | None = None
+
+    def clusters(self, dialogues: numpy.ndarray) -> numpy.ndarray:
+        """int [items or turns], the cluster of each; `dialogues`, int [turns], is the dialogue of each turn."""
+        return dialogues if self.items is None else self.items.clusters
 
     @property
     def _missing(self) -> str | None:
@@ -64,20 +84,25 @@ class Metric:
             return self._result(None, missing, None)
         if not isinstance(self.statistic, Statistic):
             return self._result(float(self.statistic), None, None)
-        return self._result(self.statistic.value, None, bootstrap_interval(self.statistic, dialogues, resamples))
+        bounds = bootstrap_interval(self.statistic, self.clusters(dialogues), resamples)
+        return self._result(self.statistic.value, None, bounds)
 
     def restrict(self, where: numpy.ndarray) -> "Metric":
-        """The metric over the turns that `where`, bool [turns], selects."""
+        """The metric over the turns that `where`, bool [turns], selects; one over items of its own stays as it is."""
+        if self.items is not None:
+            return self
         if not isinstance(self.statistic, Statistic) or not where.any():
             return replace(self, statistic=None)
         return replace(self, statistic=replace(self.statistic, terms=self.statistic.terms * where[:, None]))
 
     def difference(self, other: "Metric", dialogues: numpy.ndarray, resamples: int) -> MetricResult:
-        """This metric minus that of another system or context on the same turns."""
+        """This metric minus that of another system or context on the same turns, or on the same items."""
         for each in (self, other):
             if (missing := each._missing) is not None:
                 return self._result(None, missing, None)
         if not isinstance(self.statistic, Statistic) or not isinstance(other.statistic, Statistic):
             return self._result(None, "the metric has no statistic over turns to test", None)
-        value = self.statistic.value - other.statistic.value
-        return self._result(value, None, bootstrap_interval(self.statistic, dialogues, resamples, other.statistic))
+        if (self.items and self.items.names) != (other.items and other.items.names):
+            return self._result(None, "the two are not over the same items, so they cannot be paired", None)
+        value, clusters = self.statistic.value - other.statistic.value, self.clusters(dialogues)
+        return self._result(value, None, bootstrap_interval(self.statistic, clusters, resamples, other.statistic))

@@ -4,13 +4,15 @@ import functools
 
 import numpy
 
-from csc_train.evaluation.metrics.base import Metric
+from csc_train.evaluation.metrics.base import Items, Metric
 from csc_train.evaluation.metrics.registry import metric
 from csc_train.evaluation.table import PredictionTable
 from csc_train.stats import Statistic, mean, ratio
 
 UNKNOWN_LABELS = "the system reports no likelihoods of the labels"
 UNKNOWN_REFERENCE = "the likelihood of the reference is not known here"
+NO_TEXTS = "no general texts were scored: evaluation.general names them, and only a model that runs here scores them"
+OTHER_CONTEXT = "it does not depend on the context, and stands in the other one"
 _SOFTMAX = "softmax over the log-likelihoods of the 12 labels"
 _NLL_TOKENS = "of the reference turns in reference context: strategy if predicted, reply, end of turn"
 BINS = 10
@@ -38,11 +40,26 @@ def reference_nll(table: PredictionTable) -> Metric:
     return Metric(Statistic(_reference_sums(table), ratio), f"mean {_NLL_TOKENS}", UNKNOWN_REFERENCE)
 
 
+def _perplexity(sums: numpy.ndarray) -> numpy.ndarray:
+    return numpy.exp(ratio(sums))
+
+
 @metric(name="perplexity", unit="tokens", direction="lower", profiles=["likelihood"], compare=False)
 def perplexity(table: PredictionTable) -> Metric:
     """Perplexity of the reference turns."""
-    statistic = Statistic(_reference_sums(table), lambda sums: numpy.exp(ratio(sums)))
+    statistic = Statistic(_reference_sums(table), _perplexity)
     return Metric(statistic, f"exp of the NLL {_NLL_TOKENS}", UNKNOWN_REFERENCE)
+
+
+@metric(name="general perplexity", unit="tokens", direction="lower", profiles=["likelihood"])
+def general_perplexity(table: PredictionTable) -> Metric:
+    """Perplexity of the general texts that evaluation.general names, the same in each context; bootstrap over texts."""
+    if not (texts := table.texts):
+        return Metric(None, reason=OTHER_CONTEXT if texts is None else NO_TEXTS)
+    sums = numpy.array([(each.nll, each.tokens) for each in texts], float)
+    # Another tokenizer counts other tokens, whose perplexities cannot be compared.
+    items = Items(tuple((each.text_hash, each.tokens) for each in texts), numpy.arange(len(texts)))
+    return Metric(Statistic(sums, _perplexity), reason="no text has two tokens", items=items)
 
 
 @metric(name="ECE", unit="turns", direction="lower", profiles=["likelihood"], compare=False)
