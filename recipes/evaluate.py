@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger("csc_train.recipes.evaluate")
 OUTPUTS = (
     "predictions", "general", "dialogues.jsonl", "contamination.json", "evaluated_model.json", "exported",
-    "results.json", "table.md", "report.html", "tracking.json", "wandb",
+    "results.json", "table.md", "report.html", "tracking.json", "usage.jsonl", "wandb",
 )  # fmt: skip
 """Files that the recipe writes into the run directory."""
 
@@ -67,8 +67,7 @@ def main(config: EvaluateRecipe) -> None:
     # Checkpoint, dialogues
     template, data, model, base = config.template, config.data, None, None
     if config.checkpoint:
-        with_base = config.evaluation.base if config.llm is None else False
-        model = on_main(lambda: open_evaluated(config.checkpoint, with_base, plain))
+        model = on_main(lambda: open_evaluated(config.checkpoint, not config.llm and config.evaluation.base, plain))
         template, source = read_template(model.source)
         model, base = replace(model, source=source), model.base
         texts = [] if config.llm else encode_texts(texts, template)
@@ -89,7 +88,7 @@ def main(config: EvaluateRecipe) -> None:
     directory = usable_model(source, run.directory / "exported", base) if local else config.checkpoint
     evaluated = systems.build_systems(
         splits.train, config.evaluation, hashes["system"], template or TemplateConfig(language=language), state,
-        directory, base, config.llm, model.name if model else "",
+        directory, base, config.llm, model.name if model else "", run.directory,
     )  # fmt: skip
     place = run.directory, evaluated, config.evaluation.contexts, splits.evaluation, texts if local else []
     if status == "finished" and not systems.any_missing(*place):
@@ -109,8 +108,7 @@ def main(config: EvaluateRecipe) -> None:
     # Metrics, report
     scored = score_and_show(run.directory, config)
     if model and not scored.incomplete:
-        manifest = model.source.manifest
-        attach_evaluation(manifest.wandb, manifest.config.get("tracking", {}), run.directory)
+        attach_evaluation(model.source.manifest.wandb, model.source.manifest.config.get("tracking", {}), run.directory)
     if data.sample_dialogues:
         ceiling = accuracy_ceiling(splits.evaluation, data.sample_language)
         logger.info(f"ceiling of ACC, by the rule that wrote the sample dialogues: {ceiling:.2f}")
@@ -129,17 +127,19 @@ def score_and_show(directory: Path, config: EvaluateRecipe):
     from csc_train.evaluation.report.html import write_html
     from csc_train.evaluation.report.tables import console_table, turn_counts, write_results
     from csc_train.evaluation.scoring import score_run
-    from csc_train.files import read_json
-    from csc_train.runs.directory import RECORD_FILE
+    from csc_train.llm.usage import read_usage
+    from csc_train.runs.directory import read_run_record
     from csc_train.runs.provenance import provenance
 
     scored, settings = score_run(directory, config.metrics, config.evaluation.max_failed), to_container(config)
     facts = provenance() | {"metrics": settings["metrics"]}
     write_results(directory, scored.results, scored.drifts, facts, scored.contamination)
-    write_html(directory, scored, settings, read_json(directory / RECORD_FILE))
+    write_html(directory, scored, settings, read_run_record(directory))
     Console().print(*(console_table(scored.results, profile) for profile in scored.profiles))
     for counts in turn_counts(scored.results, brief=True):
         logger.info(f"turns: {counts}")
+    if config.llm:
+        logger.info(f"usage: {read_usage(directory).describe(config.llm)}")
     logger.info(f"report: {directory}/report.html (also table.md, results.json); predictions: {directory}/predictions")
     return scored
 

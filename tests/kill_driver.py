@@ -119,7 +119,7 @@ _SPEED = {
 }  # fmt: skip
 TIMES: dict[str, set[str]] = {
     "summary.json": {"seconds"},
-    "run.json": {"started", "finished", "commands", "crashed"},
+    "run.json": {"started", "finished", "seconds", "commands", "crashed"},
     "history.jsonl": _SPEED,
     "history.csv": _SPEED,
     "metrics.json": _SPEED,

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -25,7 +26,9 @@ from csc_train.inference.hf import HFGenerator
 from csc_train.inference.openai import OpenAIGenerator, build_messages
 from csc_train.inference.predictions import FailedTurn, Prediction, PredictionStore, read_outcomes
 from csc_train.llm import client as client_module
+from csc_train.llm.client import RequestAttempt
 from csc_train.llm.config import LLMConfig
+from csc_train.llm.usage import Usage, read_usage, usage_observer
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import dialogue_log_likelihoods
@@ -437,12 +440,30 @@ def test_evaluate_with_a_server_that_fails_now_and_then(fault_server, tmp_path, 
     shown = capsys.readouterr().out
     assert "3 turns failed (2 malformed, 1 server_error)" in shown and "run=run resume=true" in shown
     assert len(fault_server.requests) == TURNS
+    assert re.search(
+        rf"usage: {TURNS + 1} requests \(3 failed\), [\d,]+ prompt tokens, {5 * (TURNS - 2)} .*price unknown", shown
+    )
     evaluate.main(compose("evaluate", ["run=run", "resume=true"]))
     assert len(fault_server.requests) == TURNS + 3
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["results"]
     assert list(results) == ["most frequent strategy", "strategy bigram", "some_model"]
     assert results["some_model"]["reference"]["counts"]["turns"] == TURNS
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["finished"]
+    # The first three requests failed, and the server counted no tokens of them. Each start checked the server first.
+    tokens = sum(len(body["messages"]) for body in fault_server.bodies[3:]) + 2 * 10, 5 * TURNS + 2 * 5
+    used = read_usage("run")
+    assert used == Usage(TURNS + 3 + 2, 3, *tokens)
+    # Prices may be told later, and kept by a kill in the middle of a line.
+    with open("run/usage.jsonl", "a") as log:
+        log.write('{"requests": 1, "fail')
+    assert read_usage("run") == used
+    usage_observer("run")(RequestAttempt({}, 2, "timeout", "", "", 0, 0, 1.0))
+    assert read_usage("run") == replace(used, requests=used.requests + 1, failed=4)
+    prices = ["llm.price_per_million_input=2000", "llm.price_per_million_output=1e4"]
+    evaluate.main(compose("evaluate", ["run=run", "score_only=true", *prices]))
+    cost = tokens[0] * 2000 / 1e6 + tokens[1] * 1e4 / 1e6
+    assert f"completion tokens, cost {cost:.2f}\n" in capsys.readouterr().out
+    assert f"completion tokens, cost {cost:.2f}</td>" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

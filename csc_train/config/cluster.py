@@ -62,6 +62,8 @@ class ClusterConfig:
     """Memory of one GPU, in GiB."""
     gpu_tflops: float | None = None
     """Dense bf16 TFLOP/s of one GPU, from its data sheet."""
+    gpu_bandwidth_gbs: float | None = None
+    """Memory bandwidth of one GPU, in GB/s, from its data sheet. Only estimates of evaluations use it."""
     host_memory_gib: float | None = None
     """Memory of one node, in GiB."""
     scheduler: str = "local"
@@ -77,7 +79,7 @@ class ClusterConfig:
 
     def __post_init__(self):
         check_fields("cluster.", self, "nodes", "gpus_per_node", low=1, high=10**6)
-        check_fields("cluster.", self, "gpu_memory_gib", "gpu_tflops", "host_memory_gib", low=0.01)
+        check_fields("cluster.", self, "gpu_memory_gib", "gpu_tflops", "host_memory_gib", "gpu_bandwidth_gbs", low=0.01)
         check_fields("cluster.", self, "device", choices=("cpu", "cuda"))
         check_fields("cluster.", self, "process_launcher", choices=("torchrun", "accelerate", "none"))
         if self.process_launcher == "none" and self.nodes > 1:
@@ -107,12 +109,14 @@ class PreflightConfig:
     """Assumed model FLOPs utilization: fraction of `cluster.gpu_tflops`. Only the estimate of hours uses it."""
     dialogues: int | None = None
     """Number of dialogues for the estimate if the data cannot be read yet."""
+    evaluation_dialogues: int | None = None
+    """The same of the evaluation dialogues; defaults to `dialogues`."""
     tokens_per_dialogue: int | None = None
     """Mean tokens per dialogue for the estimate if the data cannot be read yet."""
 
     def __post_init__(self):
         check_fields("preflight.", self, "mfu", low=0.01, high=1)
-        check_fields("preflight.", self, "dialogues", "tokens_per_dialogue", low=1)
+        check_fields("preflight.", self, "dialogues", "evaluation_dialogues", "tokens_per_dialogue", low=1)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The systems of an evaluation (baselines, base model, trained or served model), and their predictions on disk."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from csc_train.inference.predictions import (
     write_predictions,
 )
 from csc_train.llm.config import LLMConfig
+from csc_train.llm.usage import usage_observer
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -48,6 +50,7 @@ def build_systems(
     base: BaseModel | None,
     llm: LLMConfig | None,
     name: str = TRAINED_MODEL,
+    directory: str | os.PathLike = ".",
 ) -> Systems:
     """The systems of an evaluation, in the order of table rows: baselines, base model, evaluated model.
 
@@ -59,6 +62,7 @@ def build_systems(
         base: the model that its training started from; None leaves it out.
         llm: the server; None loads `model` here.
         name: of the evaluated model.
+        directory: of the run, which keeps the usage of a server.
     """
     device = state.device if state.num_processes > 1 else None
     language = (template if isinstance(template, TemplateConfig) else template.config).language
@@ -67,7 +71,7 @@ def build_systems(
     }
     if llm:
         name = name if model else llm.model.replace("/", "_")
-        systems[name] = lambda: OpenAIGenerator(llm, config, template, model_hash)
+        systems[name] = lambda: OpenAIGenerator(llm, config, template, model_hash, usage_observer(directory))
     elif model:
         if base:
             systems[BASE_MODEL] = lambda: load_generator(

@@ -12,7 +12,7 @@ from csc_train.files import digest
 from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import TurnQueue, TurnRequest
 from csc_train.inference.predictions import Prediction, TurnOutcome
-from csc_train.llm.client import Client, LLMError, Message, UnusableServerError
+from csc_train.llm.client import Client, LLMError, Message, Observer, UnusableServerError
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_messages, labelled_text
@@ -30,14 +30,20 @@ class OpenAIGenerator:
 
     Args:
         llm: model and server. A temperature in it replaces greedy decoding.
+        observe: called with every request as soon as it ends.
         template: template of the served final model, or mode and language for another model.
         model_hash: SHA-256 (hex) that identifies the served weights.
     """
 
     def __init__(
-        self, llm: LLMConfig, config: InferenceConfig, template: DialogueTemplate | TemplateConfig, model_hash: str = ""
+        self,
+        llm: LLMConfig,
+        config: InferenceConfig,
+        template: DialogueTemplate | TemplateConfig,
+        model_hash: str = "",
+        observe: Observer | None = None,
     ):
-        self._llm, self._config = llm, config
+        self._llm, self._config, self._observe = llm, config, observe
         self._template = template if isinstance(template, DialogueTemplate) else None
         self._settings = template.config if isinstance(template, DialogueTemplate) else template
         own = self._template and not llm.user_first
@@ -61,7 +67,7 @@ class OpenAIGenerator:
         asyncio.run(self._run(queue))
 
     async def _run(self, queue: TurnQueue) -> None:
-        async with Client(self._llm) as client:
+        async with Client(self._llm, self._observe) as client:
             await self._probe_server(client)
             if self._settings.mode == "given" and not self._takes_token_ids:
                 raise InputError(

@@ -138,6 +138,9 @@ class UnusableServerError(CallError, InputError):
 class Client(contextlib.AbstractAsyncContextManager):
     """A model on a server; an async context, for one event loop.
 
+    Args:
+        observe: called with every attempt of every call as soon as it ends, before the call's own `observe`.
+
     Attributes:
         config: the model, the server and the limits.
         limits: the limits' current state.
@@ -149,7 +152,7 @@ class Client(contextlib.AbstractAsyncContextManager):
         InputError: the backend is not a server, or the environment variable of its key is not set.
     """
 
-    def __init__(self, config: LLMConfig):
+    def __init__(self, config: LLMConfig, observe: Observer | None = None):
         if config.backend != "openai":
             raise InputError(f"llm.backend={config.backend}: not a server: choose one, such as llm=vllm")
         self.config = config
@@ -162,7 +165,7 @@ class Client(contextlib.AbstractAsyncContextManager):
         # timeout, which restarts with every byte that arrives.
         timeout = openai.Timeout(None, connect=CONNECT_TIMEOUT_S)
         self._api = openai.AsyncOpenAI(base_url=config.base_url, api_key=self._key, timeout=timeout, max_retries=0)
-        self._has_answered = False
+        self._has_answered, self._observe = False, observe
 
     async def __aexit__(self, *_) -> None:
         await self._api.close()
@@ -278,9 +281,10 @@ class Client(contextlib.AbstractAsyncContextManager):
                     wait = failure.wait_s or 0
                     self.limits.on_rate_limit(sent_in, wait if wait <= MAX_RETRY_AFTER_S else 0)
             usage = [before + now for before, now in zip(usage, tokens, strict=True)]
-            if observe is not None:
-                kind, message = (failure.kind, failure.message) if failure else (None, "")
-                observe(RequestAttempt(body, number, kind, message, answer["text"], *tokens, latency))
+            kind, message = (failure.kind, failure.message) if failure else (None, "")
+            attempt = RequestAttempt(body, number, kind, message, answer["text"], *tokens, latency)
+            for each in filter(None, (self._observe, observe)):
+                each(attempt)
             cut_off = failure.kind in ("cut_off", "empty") if failure else answer["cut_off"]
             if cut_off and (larger := self._with_larger_limit(body)):
                 body, last = larger, last + 1

@@ -9,7 +9,7 @@ IGNORED_GROUPS = ("run", "tokenization", "tracking", "on_finish", "batch", "budg
 """Groups of a configuration that do not change the results of a run; a resumed run may change their values."""
 _SERVER_LIMITS = (
     "base_url", "api_key_env", "retry_max_tokens", "timeout_s", "max_retries", "concurrency", "requests_per_minute",
-    "tokens_per_minute",
+    "tokens_per_minute", "price_per_million_input", "price_per_million_output",
 )  # fmt: skip
 RESUMABLE_KEYS = (
     "trainer.on_nonfinite", "trainer.profile", "evaluation.max_failed", *(f"llm.{name}" for name in _SERVER_LIMITS)

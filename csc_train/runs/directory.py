@@ -69,6 +69,7 @@ class Run:
         self.outputs = (*outputs, CODE_DIFF_FILE)
         self.is_main = distributed_state().is_main_process
         self.claim: Claim | None = None
+        self._begun = time.monotonic()
         self.directory = Path(on_main(self._claim))
         self.checkpoints = self.directory / "checkpoints"
 
@@ -232,7 +233,9 @@ class Run:
         if self.is_main:
             # A run that was moved while it worked records its end where it is now.
             directory = self.claim.place or self.directory
-            record = read_json(directory / RECORD_FILE) | {"status": status} | facts
+            record: dict[str, Any] = read_json(directory / RECORD_FILE) | {"status": status} | facts
+            # Of all processes but killed ones; what a run waits for between its starts does not count.
+            record["seconds"] = round(record.get("seconds", 0) + time.monotonic() - self._begun, 1)
             if status == "finished":
                 self._delete_replaced(record)
             elif "replaces" in record:

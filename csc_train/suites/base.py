@@ -10,7 +10,7 @@ class Cost:
 
     Attributes:
         gpu_hours: hours of one GPU.
-        tokens: tokens of the training, or of the prompts and replies of an evaluation.
+        tokens: of a training's steps, of a local model's replies, or of a served model's prompts and replies.
         money: of served models and, with `suite.price_per_gpu_hour`, of GPUs.
     """
 

@@ -95,6 +95,12 @@ def check_positions(found: InspectedModel, packs: PackedDataset) -> str:
     return f"{longest} tokens, the model has {positions} positions"
 
 
+def run_bytes(scenario: MemoryScenario, kept: int, random: bool) -> float:
+    """Bytes of a training on disk: one checkpoint more than are kept, since one is written before the oldest goes; the
+    final model, and random base weights. Arguments as of `check_disk`."""
+    return (kept + 1) * state_bytes(scenario) + (2 if random else 1) * scenario.compute * scenario.dims.parameters
+
+
 def check_disk(scenario: MemoryScenario, directory: Path, kept: int, random: bool, free: int | None = None) -> str:
     """Check that the training checkpoints and the final model fit on the run directory's disk.
 
@@ -115,10 +121,9 @@ def check_disk(scenario: MemoryScenario, directory: Path, kept: int, random: boo
         parent = parent.parent
     free = shutil.disk_usage(parent).free if free is None else free
     held = sum(file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file())
-    count, each = kept + 1, state_bytes(scenario)  # a checkpoint is written before the oldest is removed
-    need = count * each + (2 if random else 1) * scenario.compute * scenario.dims.parameters
+    need, each = run_bytes(scenario, kept, random), state_bytes(scenario)
     text = (
-        f"{need / GIB:.1f} GiB for {count} checkpoints of {each / GIB:.1f} GiB and the final model, "
+        f"{need / GIB:.1f} GiB for {kept + 1} checkpoints of {each / GIB:.1f} GiB and the final model, "
         f"{free / GIB:.1f} GiB free at {parent}"
     )
     if need > free + held:

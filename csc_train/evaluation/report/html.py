@@ -16,6 +16,8 @@ from csc_train.evaluation.report import tables
 from csc_train.evaluation.scoring import ScoredRun
 from csc_train.files import write_text
 from csc_train.inference.predictions import expected_turns
+from csc_train.llm.config import LLMConfig
+from csc_train.llm.usage import read_usage
 from csc_train.templates import render
 
 REPORT_FILE = "report.html"
@@ -44,6 +46,7 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
         record=record,
         manifest=manifest,
         unverified=unverified,
+        usage=read_usage(directory).describe(LLMConfig(**config["llm"])) if config.get("llm") else None,
         sources=Counter(dialogue.source or "unknown" for dialogue in scored.dialogues).most_common(),
         turns=sum(len(dialogue.supporter_turns) for dialogue in scored.dialogues),
         dialogues=len(scored.dialogues),

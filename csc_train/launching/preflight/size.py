@@ -26,6 +26,7 @@ class JobEstimate:
         flops: model FLOPs of the whole job, without recomputation.
         hours: wall time at the assumed MFU; None if the GPU's FLOP/s are unknown.
         basis: what the estimate rests on.
+        epochs: passes over the packs.
         note: on the number of steps, if there is one.
     """
 
@@ -36,6 +37,7 @@ class JobEstimate:
     flops: float
     hours: float | None
     basis: str
+    epochs: float
     note: str | None = None
 
     def __str__(self) -> str:
@@ -139,4 +141,4 @@ def estimate_job(
     if config.cluster.gpu_tflops:
         hours = flops / (options.mfu * config.cluster.gpu_tflops * 1e12 * config.cluster.world_size) / 3600
         basis += f", MFU {options.mfu} assumed"
-    return JobEstimate(count, round(tokens), packs, steps, flops, hours, basis, trainer.few_steps_note(packs))
+    return JobEstimate(count, round(tokens), packs, steps, flops, hours, basis, epochs, trainer.few_steps_note(packs))
