@@ -23,7 +23,7 @@ def main(config: CompareRecipe) -> None:
     from rich.console import Console
 
     from csc_train.config.compose import to_container
-    from csc_train.evaluation.comparison import compare
+    from csc_train.evaluation.comparison import compare, read_run_dialogues
     from csc_train.evaluation.evaluated_model import read_language
     from csc_train.evaluation.general import run_scores
     from csc_train.evaluation.report.tables import comparison_table, markdown_tables, rich_table
@@ -36,15 +36,17 @@ def main(config: CompareRecipe) -> None:
     require_single_process("compare")
     run = Run("compare", to_container(config), OUTPUTS)
 
-    # Predictions
+    # Predictions, dialogues
     runs = read_run_predictions(config.a), read_run_predictions(config.b)
     systems = runs[0].select_system(config.system_a), runs[1].select_system(config.system_b)
     names = [f"{name} of {directory}" for name, directory in zip(systems, (config.a, config.b), strict=True)]
+    dialogues = read_run_dialogues(config.a, config.metrics), read_run_dialogues(config.b, config.metrics)
 
     # Differences
     a, b = (run.predictions[system] for run, system in zip(runs, systems, strict=True))
     texts = run_scores(config.a, systems[0]), run_scores(config.b, systems[1])
-    rows = compare(a, b, config.metrics, config.permutations, names, read_language(config.a), texts)
+    language = read_language(config.a)
+    rows = compare(a, b, config.metrics, config.permutations, names, language, texts, dialogues)
 
     # Table
     run.start({})

@@ -39,14 +39,13 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.checkpoints.export import usable_model
     from csc_train.config.compose import from_container, to_container
     from csc_train.data.config import DataConfig
-    from csc_train.data.dialogue import data_digest
     from csc_train.data.readers import write_dialogues
     from csc_train.data.sample_grammar import accuracy_ceiling, provide_sample
     from csc_train.data.splits import read_and_check_splits
     from csc_train.evaluation import systems
     from csc_train.evaluation.contamination import find_contamination, write_contamination
     from csc_train.evaluation.evaluated_model import find_trained, open_evaluated, write_evaluated
-    from csc_train.evaluation.scoring import prepare_metrics
+    from csc_train.evaluation.scoring import data_inputs, prepare_metrics
     from csc_train.inference.hf import read_template
     from csc_train.inference.predictions import describe_kinds
     from csc_train.runs.directory import Run, claim_run
@@ -80,7 +79,7 @@ def main(config: EvaluateRecipe) -> None:
     language = prompt_language(splits.evaluation, getattr(template, "config", template))
     trained = find_trained(model, splits, data) if model else []
     hashes = model.hashes if model else {"system": systems.system_hash(config.predictions, config.llm)}
-    inputs = {"train": data_digest(splits.train), "evaluation": data_digest(splits.evaluation)} | hashes
+    inputs = data_inputs(splits, config.metrics) | hashes
     status = run.start(inputs | ({"general": texts_hash(texts)} if texts else {}))
 
     # Predictions

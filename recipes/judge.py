@@ -1,6 +1,9 @@
 """Judge two evaluations of the same dialogues by a language model: pairwise in both orders, and by five criteria.
 
+It also names the admissible strategies of one evaluation's reference turns.
+
 python recipes/judge.py runs/one/evaluation runs/other/evaluation llm=gpt_4o
+python recipes/judge.py runs/one/evaluation llm=gpt_4o judge.tasks=[accepted] judge.num_turns=null
 """
 
 import logging
@@ -12,7 +15,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}: run `pip install .` in the checkout of CSC Train") from None
 
 logger = logging.getLogger("csc_train.recipes.judge")
-OUTPUTS = ("judgements.jsonl", "judge.json", "judge.md")
+OUTPUTS = ("judgements.jsonl", "judge.json", "judge.md", "accepted.jsonl")
 """Files that the recipe writes into the run directory."""
 
 
@@ -25,15 +28,18 @@ def main(config: JudgeRecipe) -> None:
     from csc_train.evaluation.comparison import align_reference_context
     from csc_train.evaluation.evaluated_model import read_language
     from csc_train.evaluation.judges.llm_judge import (
+        accepted_rows,
         judge,
         judge_json,
         judge_markdown,
         judge_questions,
+        reference_table,
         sample_turns,
         summarize,
     )
     from csc_train.files import digest, write_json, write_text
     from csc_train.inference.predictions import describe_kinds
+    from csc_train.jsonl import write_jsonl
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
     from csc_train.runs.provenance import provenance
@@ -41,11 +47,14 @@ def main(config: JudgeRecipe) -> None:
     require_single_process("judge")
     run = Run("judge", to_container(config), OUTPUTS)
 
-    # Predictions
-    names, sides, left_out = align_reference_context((config.a, config.b), (config.system_a, config.system_b))
+    # Dialogues, predictions
+    dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(Path(config.a) / "dialogues.jsonl")}
+    if config.b is None:
+        names, sides, left_out = [config.a], [reference_table(dialogues.values())] * 2, 0
+    else:
+        names, sides, left_out = align_reference_context((config.a, config.b), (config.system_a, config.system_b))
     sampled = sample_turns(sides[0], config.judge)
     a, b = ([side.predictions[index] for index in sampled] for side in sides)
-    dialogues = {dialogue.id: dialogue for dialogue in read_dialogues(Path(config.a) / "dialogues.jsonl")}
     config.judge.language = config.judge.language or read_language(config.a)
     asked = judge_questions(a, b, dialogues, config.judge)
 
@@ -60,8 +69,12 @@ def main(config: JudgeRecipe) -> None:
     # Table
     summary = summarize(a, b, report, config.judge)
     table = judge_markdown(summary, report, names, config.llm.model, left_out)
-    facts = {"provenance": provenance(), "a": names[0], "b": names[1], "judge": config.llm.model, "left_out": left_out}
+    facts = {"provenance": provenance(), **dict(zip("ab", names, strict=False)), "judge": config.llm.model}
+    facts["left_out"] = left_out
     write_json(run.directory / "judge.json", facts | judge_json(summary, report))
+    if rows := accepted_rows(report):
+        write_jsonl(run.directory / "accepted.jsonl", rows)
+        logger.info(f"admissible strategies of {len(rows)} turns: metrics.accepted={run.directory}/accepted.jsonl")
     write_text(run.directory / "judge.md", table)
     logger.info(f"{table}\nreport: {run.directory}/judge.md, {run.directory}/judge.json")
     if kinds := report.failed_kinds:

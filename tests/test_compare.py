@@ -8,13 +8,17 @@ import pytest
 from conftest import ROOT
 from processes import run_script
 
+from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
 from csc_train.data.readers import read_dialogues
 from csc_train.data.sample_grammar import generate_sample
+from csc_train.data.splits import Splits
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.evaluation.comparison import NOT_SIGNIFICANT, compare
+from csc_train.evaluation.comparison import NOT_SIGNIFICANT, compare, read_run_dialogues
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import read_contamination
 from csc_train.evaluation.metrics.likelihood import NO_TEXTS, OTHER_CONTEXT
+from csc_train.evaluation.scoring import data_inputs
 from csc_train.files import file_digest
 from csc_train.inference.predictions import Prediction, read_external_replies, read_run_predictions
 
@@ -64,7 +68,9 @@ def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     both = [{context: answers(0.5, seed, context=context) for context in ("reference", "generated")} for seed in (0, 1)]
     rows = compare(*both, LEXICAL, permutations=1000)
     names = ["paper B-2", "paper B-4", "paper R-L", "zh B-2", "zh B-4", "zh R-L char", "zh R-L word"]
-    names += ["general perplexity", "BS", "paper BR", "ACC", "macro-F1", "stage ACC"]
+    names += ["general perplexity", "BS", "paper BR"]
+    names += ["placeholders kept", "placeholders invented", "placeholders filled"]
+    names += ["ACC", "ACC accepted", "macro-F1", "stage ACC"]
     assert [(row.context, row.metric) for row in rows] == [
         (context, name) for context in ("reference", "generated") for name in names
     ]
@@ -73,7 +79,73 @@ def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     assert min(row.adjusted for row in tested) == pytest.approx(min(1, 20 * min(row.p_value for row in tested)))
     missing = [row for row in rows if row.p_value is None]
     models = {"no BERTScore model given", "no BLEURT model given"}
-    assert {row.reason for row in missing} == {*models, NO_TEXTS, OTHER_CONTEXT}
+    ours = {"no reference reply has a placeholder", "the run has no dialogues.jsonl"}
+    assert {row.reason for row in missing} == {*models, *ours, NO_TEXTS, OTHER_CONTEXT}
+
+
+def dialogues_of(answers, accepted=()):
+    """The dialogues that `answers` belong to; every turn of the reference also accepts these strategies."""
+    turns = {}
+    for each in answers:
+        own, several = STRATEGIES[each.reference_strategy - 1], tuple(STRATEGIES[n - 1] for n in accepted)
+        said = Turn(Speaker.SUPPORTER, each.reference_response, own, several and (own, *several))
+        turns.setdefault(each.dialogue_id, []).extend([said, Turn(Speaker.CUSTOMER, "好")])
+    return {name: Dialogue(name, tuple(each)) for name, each in turns.items()}
+
+
+def test_metrics_of_what_was_said_before_are_compared_if_both_runs_have_their_dialogues():
+    """A always names an accepted strategy and keeps the placeholder; B names 12, another placeholder and a number."""
+    slot = {"reference_response": "请报[姓名]。"}
+    ours, theirs = (
+        [dataclasses.replace(each, **slot, strategy=strategy, response=reply) for each in answers(0.5, 0, 12, 2)]
+        for strategy, reply in ((1, "请报[姓名]。"), (12, "请报[工号]1234。"))
+    )
+    a, b = {"reference": ours}, {"reference": theirs}
+    sets, others = dialogues_of(ours, [1, 2]), dialogues_of(ours, [1, 3])
+    names = ("ACC accepted", "placeholders kept", "placeholders invented", "placeholders filled")
+
+    def compared(*dialogues):
+        rows = by_metric(compare(a, b, LEXICAL, 1000, dialogues=dialogues))
+        return [(rows[name].verdict, rows[name].difference, rows[name].reason) for name in names]
+
+    missed = 100 * sum(each.reference_strategy == 12 for each in theirs) / len(theirs)
+    assert missed > 0 and compared(sets, sets) == [
+        ("A is higher", pytest.approx(100 - missed), None), ("A is higher", 100, None), ("B is higher", -100, None),
+        ("B is higher", -100, None),
+    ]  # fmt: skip
+    unknown = "the run has no dialogues.jsonl"
+    kept = ("A is higher", 100, None)
+    for dialogues in ((sets, None), (None, sets), (None, None)):
+        assert compared(*dialogues) == [(None, None, unknown), kept, (None, None, unknown), (None, None, unknown)]
+    reason = "the two runs accept different strategies: give metrics.accepted=PATH"
+    assert compared(sets, others)[0] == (None, None, reason) and compared(sets, others)[1] == kept
+    assert compared(dialogues_of(ours), dialogues_of(ours))[0][2] == "no turn accepts several strategies"
+
+
+def test_dialogues_of_a_run_take_the_accept_sets_of_a_file(tmp_path):
+    assert read_run_dialogues(tmp_path, LEXICAL) is None
+    (first, *_), file = generate_sample(2, seed=0), tmp_path / "sets.jsonl"
+    write_lines(tmp_path / "dialogues.jsonl", [first.row()])
+    write_lines(file, [{"dialogue_id": first.id, "turn": first.supporter_turns[-1], "accepted": ["12"]}])
+    read = read_run_dialogues(tmp_path, MetricsConfig(accepted=str(file)))[first.id]
+    assert [each.number for each in read.turns[first.supporter_turns[-1]].accepted][-1] == 12
+    assert read_run_dialogues(tmp_path, LEXICAL) == {first.id: first}
+    with pytest.raises(InputError, match=r"^metrics\.accepted=nowhere\.jsonl: no such file$"):
+        MetricsConfig(accepted="nowhere.jsonl")
+
+
+def test_results_are_not_reused_under_other_accept_sets(tmp_path):
+    train, (first, second) = generate_sample(2, seed=1), generate_sample(2, seed=0)
+    splits, turn = Splits(train, [first, second]), first.supporter_turns[0]
+    plain = data_inputs(splits, LEXICAL)
+    assert plain == {"train": data_digest(train), "evaluation": data_digest([first, second])}  # as without sets
+    found = []
+    for labels in (["12"], ["12", "12"], ["7"], []):
+        rows = [{"dialogue_id": first.id, "turn": turn, "accepted": labels}]
+        path = write_lines(tmp_path / "sets.jsonl", rows)
+        found.append(data_inputs(splits, MetricsConfig(accepted=str(path))))
+    assert found[0] == found[1] == plain | {"accepted": found[0]["accepted"]}
+    assert found[2]["accepted"] != found[0]["accepted"] and found[3] == plain
 
 
 def test_a_verdict_is_by_the_p_value_after_the_correction():
@@ -241,11 +313,18 @@ def test_a_run_is_scored_again_without_a_model(workplace):
     kept, record = file.read_text(), (run / "run.json").read_text()
     predictions = [json.loads(line) for line in kept.splitlines()]
     file.write_text("".join(json.dumps(each | {"strategy": each["reference_strategy"]}) + "\n" for each in predictions))
-    start("evaluate.py", "run=runs/elsewhere", "score_only=true", "metrics.profiles=[zh]", cwd=directory)
+    several = [{"dialogue_id": each["dialogue_id"], "turn": each["turn"], "accepted": ["12"]} for each in predictions]
+    write_lines(directory / "sets.jsonl", several)
+    start(
+        "evaluate.py", "run=runs/elsewhere", "score_only=true", "metrics.profiles=[zh]",
+        "metrics.accepted=sets.jsonl", cwd=directory,
+    )  # fmt: skip
     after = json.loads((run / "results.json").read_text())["results"]
     file.write_text(kept)
     assert list(after["elsewhere"]["reference"]["profiles"]) == ["zh"]
     assert after["elsewhere"]["reference"]["profiles"]["zh"]["ACC"]["value"] == 100
+    accepted = [each["elsewhere"]["reference"]["strategy"]["ACC accepted"] for each in (before, after)]
+    assert [each["value"] for each in accepted] == [None, 100] and "from sets.jsonl" in accepted[1]["signature"]
     assert (
         after["strategy bigram"]["reference"]["profiles"]["zh"]
         == before["strategy bigram"]["reference"]["profiles"]["zh"]
@@ -263,6 +342,8 @@ def test_compare_writes_and_prints_what_it_finds(workplace):
     assert "A: elsewhere of runs/elsewhere\nB: strategy bigram of runs/elsewhere" in shown
     written = json.loads((directory / "runs/compared/comparison.json").read_text())
     assert {row["verdict"] for row in written["differences"] if row["verdict"]} == {"A is higher"}
+    reasons = {row["metric"]: row["reason"] for row in written["differences"]}
+    assert reasons["ACC accepted"] == "no turn accepts several strategies"  # the run's dialogues were read
     assert "A is higher" in (directory / "runs/compared/comparison.md").read_text()
 
 

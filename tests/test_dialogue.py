@@ -16,8 +16,8 @@ import pyarrow.parquet
 import pytest
 from processes import TIMEOUT_S
 
-from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
-from csc_train.data.readers import ReadReport, iter_dialogues, read_dialogues, write_dialogues
+from csc_train.data.dialogue import Dialogue, Speaker, Turn, accept_sets_digest, data_digest
+from csc_train.data.readers import ReadReport, iter_dialogues, read_accept_sets, read_dialogues, write_dialogues
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 
@@ -86,8 +86,18 @@ BAD = {
         "image, video or sound: only text is trained: take it out (<|vision_start|>)",
     ),
     "number as text": (changed(2, text=5), 2, "text", "not a text (int)"),
-    "unknown strategy": (changed(1, strategy="策略13 其它"), 1, "strategy", "unknown strategy ('策略13 其它')"),
-    "misspelt strategy": (changed(3, strategy="情感管里"), 3, "strategy", "unknown strategy ('情感管里')"),
+    "unknown strategy": (
+        changed(1, strategy="策略13 其它"),
+        1,
+        "strategy",
+        "unknown strategy ('策略13 其它'. Did you mean '策略12 其它'?)",
+    ),
+    "misspelt strategy": (
+        changed(3, strategy="情感管里"),
+        3,
+        "strategy",
+        "unknown strategy ('情感管里'. Did you mean '情感管理'?)",
+    ),
     "zero as strategy": (changed(3, strategy=0), 3, "strategy", "unknown strategy ('0')"),
     "strategy in two lines": (changed(3, strategy="5\n6"), 3, "strategy", r"unknown strategy ('5\n6')"),
     "surrogate in strategy": (changed(3, strategy="\ud800"), 3, "strategy", r"unknown strategy ('\ud800')"),
@@ -100,18 +110,19 @@ BAD = {
     "full-width plus": (changed(3, strategy="5＋6"), 3, "strategy", "two strategies ('5＋6')"),
     "supporter without strategy": (changed(3, strategy=""), 3, "strategy", "missing on a supporter turn"),
     "customer with strategy": (changed(2, strategy="5"), 2, "strategy", "given on a customer turn ('5')"),
-    "accepted is a number": (
-        changed(1, accepted=5),
-        1,
+    "accepted is a number": (changed(1, accepted=5), 1, "accepted", "not a list (int)"),
+    "accepted is a text": (changed(1, accepted="1"), 1, "accepted", "not a list (str)"),
+    "accepted is unknown": (changed(1, accepted=["1", "x"]), 1, "accepted", "unknown strategy ('x')"),
+    "accepted is misspelt": (
+        changed(3, accepted=["Emotional Managment"]),
+        3,
         "accepted",
-        "not a list of strategies ('int' object is not iterable)",
+        "unknown strategy ('Emotional Managment'. Did you mean 'Emotional Management'?)",
     ),
-    "accepted is unknown": (
-        changed(1, accepted=["1", "x"]),
-        1,
-        "accepted",
-        "not a list of strategies (unknown strategy 'x')",
-    ),
+    "accepted is null in a list": (changed(3, accepted=["1", None]), 3, "accepted", "unknown strategy ('')"),
+    "accepted is double": (changed(3, accepted=["1+5"]), 3, "accepted", "two strategies ('1+5')"),
+    "customer with accepted": (changed(2, accepted=["1"]), 2, "accepted", "given on a customer turn (['1'])"),
+    "customer with a number as accepted": (changed(2, accepted=0), 2, "accepted", "given on a customer turn (0)"),
     "no supporter turn": (make_row([GOOD[1]]), None, "dialogue", "no supporter turn"),
     "no turns": (make_row([]), None, "dialogue", "no supporter turn"),
     "no dialogue": ({"id": "a"}, None, "dialogue", "missing"),
@@ -497,7 +508,87 @@ def test_joined_turns_are_read_back_and_joined_once(tmp_path, said):
     row = chat.row()
     row["dialogue"].append({"speaker": "客服", "strategy": "1", "text": "再见", "accepted": ["11"]})
     (more,) = read_dialogues(write_file(tmp_path / "c.json", [row]))
-    assert [each.number for each in more.turns[-1].accepted] == [5, 1, 11]
+    assert [each.number for each in more.turns[-1].accepted] == [5, 1, 11]  # by joining and by the data
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_accept_sets_are_read_in_every_form_with_the_own_strategy_first(tmp_path, suffix):
+    forms = ["策略5 情感管理", "策略6: 提供建议", "情感管理", "7", "Problem Refinement", "GT"]
+    turns = [{**turn, "accepted": None} for turn in make_row()["dialogue"]]
+    rows = [
+        make_row(id="missing"),
+        {"id": "null", "dialogue": turns},
+        {"id": "empty", "dialogue": [{**turn, "accepted": []} for turn in turns]},
+        {"id": "several", "dialogue": [*turns[:2], {**turns[2], "accepted": forms}]},
+        {"id": "others", "dialogue": [*turns[:2], {**turns[2], "accepted": ["1", "1"]}]},
+    ]
+    for one in (rows, rows[:3]):  # without a set, Parquet has no type for the column
+        dialogues = read_dialogues(write_file(tmp_path / f"a{suffix}", one), strict=True)
+        sets = {each.id: [[other.number for other in turn.accepted] for turn in each.turns] for each in dialogues}
+        expected = {"several": [[], [], [5, 6, 7, 4, 1]], "others": [[], [], [5, 1]]}
+        assert sets == {row["id"]: expected.get(row["id"], [[], [], []]) for row in one}
+
+
+def test_accept_sets_change_the_evaluation_only(tmp_path):
+    plain, empty, own, several, other = (
+        read_dialogues(write_file(tmp_path / "a.json", [row | {"id": "a"}]))
+        for row in (make_row(), *(changed(3, accepted=each) for each in ([], ["5"], ["5", "6"], ["7"])))
+    )
+    assert len({data_digest(each) for each in (plain, empty, own, several, other)}) == 1
+    assert [accept_sets_digest(each) for each in (plain, empty, own)] == [None] * 3
+    digests = [accept_sets_digest(each) for each in (several, other)]
+    assert None not in digests and len(set(digests)) == 2
+    reordered = read_dialogues(write_file(tmp_path / "a.json", [changed(3, accepted=["6"]) | {"id": "a"}]))
+    assert accept_sets_digest(reordered) == digests[0]
+
+
+def sets_of(dialogues):
+    return {(each.id, n): [s.number for s in turn.accepted] for each in dialogues for n, turn in enumerate(each.turns)}
+
+
+def test_a_file_of_accept_sets_replaces_those_of_the_turns_that_it_names(tmp_path, said):
+    rows = [changed(3, accepted=["6"]) | {"id": name} for name in ("1", "b")]
+    dialogues = read_dialogues(write_file(tmp_path / "a.json", rows))
+    named = [
+        {"dialogue_id": 1, "turn": 0, "accepted": ["Others"], "note": "kept out"},
+        {"dialogue_id": "b", "turn": 2, "accepted": []},
+        {"dialogue_id": "gone", "turn": 9, "accepted": ["1"]},
+    ]
+    path = write_file(tmp_path / "sets.jsonl", named)
+    assert {place: numbers for place, numbers in sets_of(read_accept_sets(path, dialogues)).items() if numbers} == {
+        ("1", 0): [1, 12],
+        ("1", 2): [5, 6],
+    }
+    assert said == [f"note: {path}: 1 of 3 lines are of other dialogues, such as gone"]
+    assert read_accept_sets(None, dialogues) is dialogues
+    assert sets_of(dialogues)["b", 2] == [5, 6]  # the data's own are as they were
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"dialogue_id": "a", "turn": 2}, ", line 2: field accepted: missing: correct or delete the line"),
+        ({"dialogue_id": "a", "turn": 2, "accepted": "1"}, ", line 2: field accepted: not a list (str): correct"),
+        ({"dialogue_id": "a", "turn": 2, "accepted": None}, ", line 2: field accepted: not a list (null): correct"),
+        (
+            {"dialogue_id": "a", "turn": 2, "accepted": ["1", "情感管里"]},
+            ", line 2: field accepted: unknown strategy ('情感管里'. Did you mean '情感管理'?): correct",
+        ),
+        ({"dialogue_id": "a", "turn": 1, "accepted": []}, ", line 2: field turn: 1 is no supporter turn of dialogue a"),
+        ({"dialogue_id": "a", "turn": "2", "accepted": []}, ", line 2: field turn: not a whole number"),
+        ({"dialogue_id": None, "turn": 2, "accepted": []}, ", line 2: field dialogue_id: not a text"),
+        ({"dialogue_id": "a", "turn": 0, "accepted": []}, ", line 2: turn 0 of dialogue a stands in line 1 already"),
+        (b"{", ", line 2: not JSON"),
+        (None, ": no line is of these dialogues: give the ids of dialogues.jsonl"),
+    ],
+)
+def test_a_bad_file_of_accept_sets_is_refused_with_its_place(tmp_path, line, problem):
+    dialogues = read_dialogues(write_file(tmp_path / "a.json", [make_row(id="a")]))
+    good = {"dialogue_id": "a" if line else "b", "turn": 0, "accepted": ["2"]}
+    path = write_file(tmp_path / "sets.jsonl", [good, *([line] if line else [])])
+    with pytest.raises(InputError) as refusal:
+        read_accept_sets(path, dialogues)
+    assert str(refusal.value).startswith(f"{path}{problem}")
 
 
 @pytest.mark.parametrize(

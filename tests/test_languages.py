@@ -301,7 +301,7 @@ def test_judges_and_forms_of_a_third_language_speak_english_with_its_labels(engl
     asked = judge_questions(said, other, english, JudgeConfig(language="xx"))
     instructions, question = (message["content"] for message in asked[0].messages)
     assert "Answer with one JSON object only" in instructions and "[Name RP]Hello, how can I help?!" in question
-    sides, _ = align_tables(said, other, "one", "other", english, "xx")
+    sides, _ = align_tables(said, other, "one", "other", [english] * 2, "xx")
     form, _ = draw_annotation_form(sides, english, ("a", "b"), HumanConfig(language="xx", show_strategies="own"))
     assert '<html lang="en">' in form and '<div id="replies" lang="xx">' in form
     assert "Which reply is better?" in form and "Name RP" in form and "Meaning RP" in form

@@ -14,20 +14,25 @@ from servers.faults import Fault, Say
 from csc_train.config.compose import compose
 from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
+from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.evaluation.config import JudgeConfig
+from csc_train.evaluation.comparison import read_run_dialogues
+from csc_train.evaluation.config import JudgeConfig, MetricsConfig
 from csc_train.evaluation.judges.llm_judge import (
+    ANSWER_SCHEMAS,
     CRITERIA,
     Preference,
     judge,
     judge_markdown,
     judge_questions,
+    reference_table,
     sample_turns,
     summarize,
 )
+from csc_train.evaluation.metrics.strategy import accepted_accuracy
 from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import RIDGE, length_controlled, win_rate
-from csc_train.inference.predictions import Prediction, write_predictions
+from csc_train.inference.predictions import Prediction, expected_turns, read_run_predictions, write_predictions
 from csc_train.llm import client as client_module
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import parse_answer
@@ -248,6 +253,43 @@ def test_a_preference_may_be_written_as_a_number():
             parse_answer(f'{{"reason": "-", "better": {wrong}}}', Preference)
 
 
+def admitting(body):
+    """A judge that admits the strategies 12, 5 and 5 where the customer has spoken, else 1."""
+    spoken = "客户：" in body["messages"][1]["content"]
+    return json.dumps({"reason": "-", "strategies": ["其它", 5, "5"] if spoken else [1]})
+
+
+ADMISSIBLE = JudgeConfig(tasks=["accepted"], num_turns=None, bootstrap_resamples=200)
+
+
+def test_what_the_judge_is_shown_for_admissible_strategies():
+    a = reference_table(DIALOGUES.values()).predictions
+    assert [each.key for each in a] == sorted(expected_turns(DIALOGUES.values()))
+    asked = judge_questions(a, a, DIALOGUES, ADMISSIBLE)
+    assert [(each.task, each.dialogue_id, each.turn, each.side) for each in asked] == [
+        ("accepted", *each.key, "R") for each in a
+    ]
+    instructions, shown = (message["content"] for message in asked[1].messages)
+    assert all(f"{each.number} {each.zh}：{each.definition('zh')}\n" in instructions for each in STRATEGIES)
+    turns = DIALOGUES[asked[1].dialogue_id].turns
+    # The reference reply without its strategy, and no system's reply.
+    assert shown == (
+        f"<上文>\n客服：{turns[0].text}\n客户：{turns[1].text}\n</上文>\n\n<回复>\n{turns[2].text}\n</回复>"
+    )
+    english = judge_questions(a, a, DIALOGUES, JudgeConfig(tasks=["accepted"], language="en"))[0].messages[0]["content"]
+    assert "5 Emotional Management: When the customer" in english and '"strategies": [numbers]' in english
+
+
+def test_an_answer_of_admissible_strategies_is_checked():
+    def parsed(strategies):
+        return parse_answer(f'{{"reason": "-", "strategies": {strategies}}}', ANSWER_SCHEMAS["accepted"]).strategies
+
+    assert parsed('[7, "5", "策略7 信息传达", "Greeting"]') == [1, 5, 7]
+    for wrong in ("[]", "[0]", "[13]", '["情感"]', "5", "null", '["5+6"]'):
+        with pytest.raises(ValueError, match="strategies"):
+            parsed(wrong)
+
+
 # Win rates
 
 
@@ -404,6 +446,67 @@ def test_turns_that_failed_in_one_run_are_left_out_and_counted(runs, fault_serve
     write_predictions("one/predictions/trained-reference.jsonl", [])
     with pytest.raises(InputError, match=r"^trained of one and trained of other have no turn in common: evaluate "):
         load_recipe("judge").main(compose("judge", [*command[:-1], "run.directory=none"]))
+
+
+def test_admissible_strategies_need_one_run_and_score_others(runs, fault_server, capsys):
+    dialogues = list({each.turns[0].text: each for each in DIALOGUES.values()}.values())[:10]  # no question twice
+    write_dialogues("one/dialogues.jsonl", dialogues)
+    (runs / "one/predictions/trained-reference.jsonl").unlink()
+    fault_server.answer = admitting
+    fault_server.script += [Fault(500)]
+    command = ["one", "llm=openai", "llm.model=judge", f"llm.base_url={fault_server.base_url}", "llm.max_retries=0"]
+    command += ["llm.api_key_env=null", "judge.tasks=[accepted]", "judge.num_turns=null", "run.directory=judged"]
+    recipe, table = load_recipe("judge"), reference_table(dialogues)
+    count = len(table)
+    with pytest.raises(SystemExit):
+        recipe.main(compose("judge", command))
+    assert f"incomplete: 1 of {count} questions failed (1 server_error); to retry" in capsys.readouterr().out
+    assert "reference turns †" in (runs / "judged/judge.md").read_text(encoding="utf-8")
+    file = runs / "judged/accepted.jsonl"
+    assert len(file.read_text(encoding="utf-8").splitlines()) == count - 1
+
+    recipe.main(compose("judge", ["run=judged", "resume=true"]))
+    assert len(fault_server.requests) == count + 1
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    opening = ["策略1 礼貌问候"]
+    assert [(row["dialogue_id"], row["turn"]) for row in rows] == table.keys
+    assert all(row["accepted"] == (["策略5 情感管理", "策略12 其它"] if row["turn"] else opening) for row in rows)
+    written = json.loads((runs / "judged/judge.json").read_text(encoding="utf-8"))
+    size, agreed = written["admissible"].values()
+    assert size["value"] == pytest.approx(2 - 10 / count) and size["low"] < size["value"] < size["high"]
+    hits = [row for row, own in zip(rows, table.reference, strict=True) if STRATEGIES[own - 1].label in row["accepted"]]
+    assert agreed["value"] == pytest.approx(100 * len(hits) / count)
+    assert (written["a"], written["judged"], written["win_rate"]) == ("one", {"accepted": count}, None)
+    page = (runs / "judged/judge.md").read_text(encoding="utf-8")
+    assert page.startswith("dialogues: one  \njudge: judge") and f"Turns judged: accepted {count} of {count}." in page
+    assert "metrics.accepted=judged/accepted.jsonl" in capsys.readouterr().out
+
+    # 12 counts wherever the customer has spoken before, and where it is the reference's own.
+    write_predictions("other/predictions/trained-reference.jsonl", system(lambda n: "好", strategy=12))
+    found = score_run_of("other", accepted=str(file))
+    judged = [index for index, (name, _) in enumerate(PLACES) if name in {row["dialogue_id"] for row in rows}]
+    expected = [index for index in judged if PLACES[index][1]]
+    assert found.value == pytest.approx(100 * len(expected) / len(PLACES))
+    assert "from accepted.jsonl, else from the data" in found.signature
+
+
+def score_run_of(directory, **metrics):
+    """ACC accepted of the predictions in a run directory."""
+    config, run = MetricsConfig(**metrics), read_run_predictions(directory)
+    table = PredictionTable(run.predictions["trained"]["reference"], read_run_dialogues(directory, config))
+    return accepted_accuracy(table, config).compute(table.dialogue, 200)
+
+
+def test_a_judge_of_pairs_needs_two_runs_and_one_of_strategies_takes_one():
+    for given, message in (
+        (["one"], "b is required: give b=..."),
+        (["one", "judge.tasks=[accepted,rubric]"], "b is required: give b=..."),
+        (["one", "other", "judge.tasks=[accepted]"], "b: judge.tasks=[accepted] needs only the dialogues of a; leave"),
+        (["one", "system_a=x", "judge.tasks=[accepted]"], "system_a: judge.tasks=[accepted] needs only the dialogues"),
+        (["one", "judge.tasks=[acepted]"], "judge.tasks=acepted: choose one of pairwise, rubric, accepted. Did you"),
+    ):
+        with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+            compose("judge", [*given, "llm=vllm", "llm.model=judge"])
 
 
 def test_a_run_without_the_reference_context_is_refused(runs):

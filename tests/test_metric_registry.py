@@ -157,5 +157,5 @@ def test_every_built_in_metric_is_registered_once_in_column_order():
         "en": ["B-2", "B-4", "R-L", "BS", "BR", "ACC"],
     }
     lower = {spec.name for spec in registry.METRICS if spec.direction == "lower"}
-    process = {"repeated strategy", "stage regressions", "new numbers"}
+    process = {"repeated strategy", "stage regressions", "new numbers", "placeholders invented", "placeholders filled"}
     assert lower == {"ECE", "NLL", "perplexity", "general perplexity", *process}

@@ -282,9 +282,37 @@ def test_any_strategy_of_a_joined_turn_is_accepted():
     table = PredictionTable([dataclasses.replace(each, turn=(0, 2, 4, 7)[n]) for n, each in enumerate(rows)], dialogues)
     assert value(strategy_metrics.accuracy(table)) == 25
     assert value(strategy_metrics.accepted_accuracy(table)) == 50  # the last turn was never joined
-    assert value(strategy_metrics.accepted_accuracy(EIGHT)) == value(strategy_metrics.accuracy(EIGHT))
     unread = [dataclasses.replace(each, strategy=None) for each in table.predictions]
     assert value(strategy_metrics.accepted_accuracy(PredictionTable(unread, dialogues))) == 0
+
+
+def test_accepted_accuracy_by_hand(tmp_path):
+    """Of 12 turns with strategy 5, three are predicted as 5, four as 6, and five as 7; 6 is accepted, too."""
+
+    def scored(accepted, predicted=(5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7), config=None, known=True):
+        rows = chosen(*([(each, 5)] for each in predicted)).predictions
+        turns = (Turn(Speaker.SUPPORTER, "好", STRATEGIES[4], tuple(STRATEGIES[n - 1] for n in accepted)),)
+        dialogues = {each.dialogue_id: Dialogue(each.dialogue_id, turns) for each in rows}
+        table = PredictionTable(rows, dialogues if known else None)
+        return strategy_metrics.accepted_accuracy(table, config).compute(table.dialogue, 1000)
+
+    found = scored([5, 6])
+    assert found.value == pytest.approx(100 * 7 / 12) and 0 < found.low < found.value < found.high < 100
+    assert (
+        found.signature == "any accepted strategy; 12 of 12 turns accept several, from the data, joined turns included"
+    )
+    assert scored([6]).value == found.value  # the own strategy always counts
+    file = tmp_path / "sets.jsonl"
+    file.write_text("")
+    assert scored([5, 6], config=MetricsConfig(accepted=str(file))).signature.endswith(
+        "accept several, from sets.jsonl, else from the data"
+    )
+    for none in ([], [5]):
+        assert (scored(none).value, scored(none).reason) == (None, "no turn accepts several strategies")
+    assert (scored([5, 6], known=False).value, scored([5, 6], known=False).reason) == (
+        None, "the run has no dialogues.jsonl",
+    )  # fmt: skip
+    assert (scored([5, 6], predicted=()).value, scored([], predicted=()).reason) == (None, "no turns to score")
 
 
 def test_f1_by_hand():
@@ -535,6 +563,109 @@ def test_new_numbers_are_those_that_nobody_said_before():
     # supporter alone, and so never in generated context.
     assert flags("reference") == [[True, True, False], [False, True, True]]
     assert flags("generated") == [[True, False, True], [False, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("我是[姓名]，手机号［手机号码］。", {"姓名", "手机号码"}),
+        ("[手机号]和[手机号码]", {"手机号", "手机号码"}),
+        ("[手机 号码][ 手机号码 ][手机号码2][手机号码_２]", {"手机号码"}),
+        ("Call [Phone_Number 1] or [phone number], [E-mail]", {"phonenumber", "email"}),
+        ("[customer's name/title]", {"customer'sname/title"}),
+        ("[[姓名]]，[我的[手机号码]]", {"姓名", "手机号码"}),
+        ("【温馨提示】【手机号码】", set()),
+        ("[1]、[2024-01-01]、[3天]、[]、[ ]", set()),
+        ("[您好，请稍等。] [Please hold on, thanks!]", set()),
+        ("[情感管理]您好 [Emotional Management] [其它]", set()),
+        ("[官网](https://example.com)，[姓名](先生)", {"姓名"}),
+        ("[请您在这里填写您办理业务的时候预留在我们系统里的手机号码谢谢您]", set()),  # 31 characters
+        ("[姓名", set()),
+        ("", set()),
+    ],
+)
+def test_kinds_of_placeholders(text, kinds):
+    assert reply_metrics.placeholders(text) == kinds
+
+
+PLACEHOLDER_METRICS = (
+    reply_metrics.placeholders_kept,
+    reply_metrics.placeholders_invented,
+    reply_metrics.placeholders_filled,
+)
+CALLS = {
+    "zh": (
+        "您好，我是[工号]。", "我叫[姓名]，付了300元。", "请提供[手机号码]和[身份证号]。", "手机是[手机号码]。",
+        "已登记[手机号码]，请放心。", "好的，[验证码]收到。", "再见。",
+    ),
+    "en": (
+        "Hello, this is [employee number].", "I am [name] and I paid $300.", "Your [phone number] and [ID number]?",
+        "My number is [phone number].", "I noted [phone number], all is well.", "Got [code].", "Goodbye.",
+    ),
+}  # fmt: skip
+FAULTY = {
+    "zh": (
+        "您好，我是8012号。", "请提供［手机号码］，付款300元。", "[姓名]您好，[手机号]8012已登记。",
+        "[手机号]再见8012。",
+    ),
+    "en": (
+        "Hello, this is 8012.", "[Phone_Number], you paid 300.00?", "[name], I noted [phone] of 8012.", "[phone] 8012.",
+    ),
+}  # fmt: skip
+
+
+def answered(call, replies, context="reference", known=True, **changes):
+    turns = tuple(
+        Turn(Speaker.CUSTOMER, text) if index % 2 else Turn(Speaker.SUPPORTER, text, STRATEGIES[6])
+        for index, text in enumerate(call)
+    )
+    made = [
+        dataclasses.replace(prediction(7, reply, 2 * index), context=context, reference_response=call[2 * index])
+        for index, reply in enumerate(replies)
+    ]
+    made = [dataclasses.replace(each, **changes) for each in made]
+    return PredictionTable(made, {"d1": Dialogue("d1", turns)} if known else None)
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_placeholders_by_hand(language):
+    """The references have 1, 2, 1 and 0 kinds; the replies keep one. The third and the last reply have a kind that the
+    reference's dialogue lacks; in generated context the last one repeats the third. The first and the third reply have
+    a new number, which in generated context the third one repeats."""
+    call, replies = CALLS[language], FAULTY[language]
+    reference, generated = (answered(call, replies, context) for context in ("reference", "generated"))
+    assert [value(metric(reference)) for metric in PLACEHOLDER_METRICS] == [25, 50, pytest.approx(200 / 3)]
+    assert [value(metric(generated)) for metric in PLACEHOLDER_METRICS] == [25, 25, pytest.approx(100 / 3)]
+    for table in (reference.gold, answered(call, call[::2]), answered(call, call[::2], "generated")):
+        assert [value(metric(table)) for metric in PLACEHOLDER_METRICS] == [100, 0, 0]
+    many = [
+        dataclasses.replace(each, dialogue_id=f"d{n}") for n in range(12) for each in reference.predictions[n % 3 :]
+    ]
+    table = PredictionTable(many, {f"d{n}": reference.dialogues["d1"] for n in range(12)})
+    for metric in PLACEHOLDER_METRICS:
+        found = metric(table).compute(table.dialogue, 200)
+        assert found.low < found.value < found.high
+
+
+def test_a_bracket_in_the_place_of_a_strategy_is_no_placeholder():
+    call = ("您好", "在吗", "[姓名]您好")
+    replies = ("[热情问候]您好", "[姓名]您好")
+    invented = reply_metrics.placeholders_invented
+    assert value(invented(answered(call, replies))) == 50  # the text had a strategy before it
+    assert value(invented(answered(call, replies, strategy=None))) == 0
+    assert value(invented(answered(call, replies, strategy=None, predicts_strategy=False))) == 50
+    assert value(reply_metrics.placeholders_kept(answered(call, replies))) == 100
+
+
+def test_placeholder_metrics_are_not_applicable_without_placeholders_or_dialogues():
+    def reasons(table):
+        return [metric(table).compute(table.dialogue, 100).reason for metric in PLACEHOLDER_METRICS]
+
+    none = "no reference reply has a placeholder"
+    assert reasons(answered(("您好", "我叫[姓名]", "好"), ("[工号]您好", "7号"))) == [none] * 3
+    assert reasons(answered((), ())) == [none] * 3
+    unknown = "the run has no dialogues.jsonl"
+    assert reasons(answered(CALLS["zh"], FAULTY["zh"], known=False)) == [None, unknown, unknown]
 
 
 def test_length_and_distinct_by_hand():

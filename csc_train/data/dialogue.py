@@ -44,7 +44,8 @@ class Speaker(Enum):
 class Turn:
     """One utterance. `text` has no outer white space; `strategy` is set on supporter turns and None otherwise.
 
-    `accepted` holds all strategies of a supporter turn joined from several, its own included; else it is empty.
+    `accepted` holds all admissible strategies of a supporter turn for which the data name several, its own first: those
+    of its column `accepted`, and those of the turns that it was joined from. Else it is empty.
     """
 
     speaker: Speaker
@@ -77,7 +78,8 @@ class Dialogue:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of speakers, strategies and texts: equal for equal conversations, whatever their ids."""
+        """SHA-256 (hex) of speakers, strategies and texts: equal for equal conversations, whatever their ids and accept
+        sets."""
         return digest([[t.speaker.value, t.strategy.number if t.strategy else 0, t.text] for t in self.turns])
 
     @property
@@ -101,8 +103,21 @@ class Dialogue:
 
 
 def data_digest(dialogues: Iterable[Dialogue]) -> str:
-    """SHA-256 (hex) over the dialogues' ids and contents, in order."""
+    """SHA-256 (hex) over the dialogues' ids and contents, in order; accept sets are not in it, for no training and no
+    prediction depends on them."""
     return digest([[dialogue.id, dialogue.fingerprint] for dialogue in dialogues])
+
+
+def accept_sets_digest(dialogues: Iterable[Dialogue]) -> str | None:
+    """SHA-256 (hex) over the accept sets, on which the metrics of an evaluation depend; None if no turn has several
+    strategies."""
+    sets = [
+        [dialogue.id, index, sorted(each.number for each in turn.accepted)]
+        for dialogue in dialogues
+        for index, turn in enumerate(dialogue.turns)
+        if len(turn.accepted) > 1
+    ]
+    return digest(sets) if sets else None
 
 
 def has_surrogate(text: str) -> bool:

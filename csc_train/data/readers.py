@@ -2,7 +2,8 @@
 
 A row of a dialogue file is an object with a `dialogue` list of `{"speaker", "strategy", "text"}` turns, as in the
 published data (speakers `客服` and `客户`, a strategy on supporter turns only). Either speaker may open a dialogue.
-Consecutive turns of one speaker are joined. `id` and `source` are optional; other columns are kept in `Dialogue.extra`.
+Consecutive turns of one speaker are joined. A supporter turn may list further admissible strategies as `accepted`. `id`
+and `source` are optional; other columns are kept in `Dialogue.extra`.
 """
 
 import itertools
@@ -11,18 +12,18 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surrogate, join_speakers
-from csc_train.data.strategies import parse_strategy
+from csc_train.data.strategies import Strategy, nearest_label, parse_strategy
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, os_errors
 from csc_train.hub_access import offline_without_hub
 from csc_train.invisible import is_blank, strip_invisible
-from csc_train.jsonl import BadLine, iter_jsonl, write_jsonl
+from csc_train.jsonl import BadLine, iter_jsonl, read_jsonl, write_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,50 @@ def read_dialogues(
             if rejected and rejected_path is not None:
                 report.write_rejected(rejected_path)
                 logger.info(f"  rejected rows are in {rejected_path}")
+
+
+def read_accept_sets(path: str | os.PathLike | None, dialogues: Sequence[Dialogue]) -> Sequence[Dialogue]:
+    """The dialogues with the accept sets of a JSONL file; None changes nothing.
+
+    Each line has `dialogue_id`, `turn` (from 0, customer turns count) and `accepted`, as a turn of a dialogue file has
+    it. Turns without a line keep their own set. Lines of other dialogues are counted in the log.
+
+    Raises:
+        InputError: the file cannot be read, a line has another form, its turn is no supporter turn or stands in a line
+            before, or no line is of these dialogues.
+    """
+    if path is None:
+        return dialogues
+    by_id = {dialogue.id: dialogue for dialogue in dialogues}
+
+    def parse(row: dict[str, Any]) -> tuple[tuple[str, int], tuple[Strategy, ...]]:
+        name, turn, labels = row["dialogue_id"], row["turn"], row["accepted"]
+        if type(name) not in (str, int):
+            raise ValueError("field dialogue_id: not a text")
+        if type(turn) is not int:
+            raise ValueError("field turn: not a whole number")
+        dialogue = by_id.get(str(name))
+        if dialogue and turn not in dialogue.supporter_turns:
+            raise ValueError(
+                f"field turn: {turn} is no supporter turn of dialogue {name} (from 0, customer turns count)"
+            )
+        issues = [] if labels is not None else [ValidationIssue(None, "accepted", "not a list", "null")]
+        accepted = _accept_set(None, dialogue.turns[turn].strategy if dialogue else None, labels, issues)
+        if issues:
+            raise ValueError(str(issues[0]))
+        return (str(name), turn), accepted
+
+    rows = read_jsonl(path, parse, key=lambda row: f"turn {row[0][1]} of dialogue {row[0][0]}")
+    sets = {place: accepted for _, (place, accepted) in rows}
+    if strange := [name for name, _ in sets if name not in by_id]:
+        logger.info(f"note: {path}: {len(strange)} of {len(sets)} lines are of other dialogues, such as {strange[0]}")
+    if len(strange) == len(sets):
+        raise InputError(f"{path}: no line is of these dialogues: give the ids of dialogues.jsonl in the run directory")
+
+    def changed(name: str, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+        return tuple(replace(turn, accepted=sets.get((name, n), turn.accepted)) for n, turn in enumerate(turns))
+
+    return [replace(dialogue, turns=changed(dialogue.id, dialogue.turns)) for dialogue in dialogues]
 
 
 def write_dialogues(path: str | os.PathLike, dialogues: Iterable[Dialogue]) -> None:
@@ -335,22 +380,39 @@ def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | 
     elif has_surrogate(text):
         issues.append(ValidationIssue(number, "text", SURROGATE))
     label = strip_invisible(_text(row.get("strategy")))
+    others = row.get("accepted")
     if speaker is Speaker.SUPPORTER:
-        try:
-            strategy = parse_strategy(label) if label else None
-        except ValueError as error:
-            kind = "two strategies" if str(error).startswith("more than one") else "unknown strategy"
-            issues.append(ValidationIssue(number, "strategy", kind, repr(label)))
+        if label:
+            strategy = _parse_label(number, "strategy", label, issues)
         else:
-            if strategy is None:
-                issues.append(ValidationIssue(number, "strategy", "missing on a supporter turn"))
-        try:
-            accepted = tuple(parse_strategy(_text(each)) for each in row.get("accepted") or ())
-        except (ValueError, TypeError) as error:
-            issues.append(ValidationIssue(number, "accepted", "not a list of strategies", str(error)))
-    elif speaker is Speaker.CUSTOMER and label:
-        issues.append(ValidationIssue(number, "strategy", "given on a customer turn", repr(label)))
+            issues.append(ValidationIssue(number, "strategy", "missing on a supporter turn"))
+        accepted = _accept_set(number, strategy, others, issues)
+    elif speaker is Speaker.CUSTOMER:
+        for name, value in {"strategy": label, "accepted": others}.items():
+            if value not in ("", None, []):
+                issues.append(ValidationIssue(number, name, "given on a customer turn", repr(value)))
     return Turn(speaker, text.strip(), strategy, accepted) if len(issues) == before else None
+
+
+def _parse_label(number: int | None, name: str, label: str, issues: list[ValidationIssue]) -> Strategy | None:
+    try:
+        return parse_strategy(label)
+    except ValueError as error:
+        kind = "two strategies" if str(error).startswith("more than one") else "unknown strategy"
+        near = nearest_label(label) if kind.startswith("unknown") else ""
+        issues.append(ValidationIssue(number, name, kind, repr(label) + (near and f".{near}")))
+        return None
+
+
+def _accept_set(
+    number: int | None, own: Strategy | None, labels: Any, issues: list[ValidationIssue]
+) -> tuple[Strategy, ...]:
+    """The strategies of a turn's `accepted`, after its own; empty if there are none."""
+    if not isinstance(labels, list | None):
+        issues.append(ValidationIssue(number, "accepted", "not a list", type(labels).__name__))
+        return ()
+    parsed = [_parse_label(number, "accepted", strip_invisible(_text(each)), issues) for each in labels or ()]
+    return tuple(dict.fromkeys(each for each in (own, *parsed) if each)) if parsed else ()
 
 
 def _joined(together: list[Turn], text: str) -> Turn:

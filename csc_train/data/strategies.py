@@ -3,11 +3,13 @@
 Numbers, codes and stages are those of the paper (figure 2) and its data; `languages` has names and definitions.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from enum import Enum
 
 from csc_train.data.languages import LANGUAGES, get_language
+from csc_train.errors import suggestion
 from csc_train.invisible import strip_invisible
 from csc_train.templates import read_yaml
 
@@ -107,3 +109,10 @@ def _named(text: str) -> Strategy | None:
         if number := language.numbers.get(text):
             return STRATEGIES[number - 1]
     return _BY_CODE.get(text)
+
+
+@functools.lru_cache(maxsize=1000)
+def nearest_label(label: str) -> str:
+    """The nearest name or label of a strategy, as `errors.suggestion`."""
+    names = [each.name(language) for language in LANGUAGES for each in STRATEGIES]
+    return suggestion(label, [*names, *(each.label for each in STRATEGIES)])

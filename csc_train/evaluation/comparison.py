@@ -1,23 +1,41 @@
 """Paired comparison of two systems on the same turns, metric by metric, with significance tests."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from csc_train.data.dialogue import Dialogue
+from csc_train.data.readers import read_accept_sets, read_dialogues
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.general import TextScore
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, chosen_profiles, metrics_in_profiles
+from csc_train.evaluation.metrics.strategy import accept_sets, accepted_accuracy
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.predictions import Prediction, read_run_predictions
 from csc_train.stats import CONFIDENCE_LEVEL, Statistic, holm_correction, mcnemar_test, sign_flip_test
 
 NOT_SIGNIFICANT = "not significant"
+Dialogues = Mapping[str, Dialogue] | None
+"""Those of a run, by id; None if they are not known."""
 
 
 def _require_turns(found: Iterable[tuple[PredictionTable, PredictionTable]], names: Sequence[str]) -> None:
     if not any(len(sides[0]) for sides in found):
         raise InputError(f"{names[0]} and {names[1]} have no turn in common: evaluate the same dialogues")
+
+
+def read_run_dialogues(directory: str | os.PathLike, config: MetricsConfig) -> Dialogues:
+    """The evaluation dialogues in a run directory, with `metrics.accepted`; None if it has none.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    path = Path(directory) / "dialogues.jsonl"
+    found = read_accept_sets(config.accepted, read_dialogues(path)) if path.exists() else None
+    return found and {dialogue.id: dialogue for dialogue in found}
 
 
 def left_out_note(count: int) -> str:
@@ -94,6 +112,7 @@ def compare(
     names: tuple[str, str] = ("A", "B"),
     language: str = "zh",
     texts: tuple[Sequence[TextScore], Sequence[TextScore]] = ((), ()),
+    dialogues: tuple[Dialogues, Dialogues] = (None, None),
 ) -> list[Difference]:
     """Compare two systems in every metric and context that both have.
 
@@ -103,6 +122,7 @@ def compare(
         names: what errors call the two.
         language: of the dialogues.
         texts: their scores of general texts, which are compared once, whatever the contexts.
+        dialogues: of each system, without which some metrics are n/a.
 
     Raises:
         InputError: the two have no context or no turn in common, or differ in a reference.
@@ -113,13 +133,14 @@ def compare(
             f"{name} was evaluated in {' and '.join(each)} context" for name, each in zip(names, (a, b), strict=True)
         ]
         raise InputError(f"no context in common: {', '.join(has)}")
-    shared = {context: align_tables(a[context], b[context], *names, language=language) for context in contexts}
+    shared = {context: align_tables(a[context], b[context], *names, dialogues, language) for context in contexts}
     _require_turns((sides for sides, _ in shared.values()), names)
     rows = []
     for context, (sides, left_out) in shared.items():
         for table, own in zip(sides, texts, strict=True):
             table.texts = None if rows else own
         profiles = chosen_profiles(config, sides[0])
+        same_sets = None in dialogues or (accept_sets(sides[0]) == accept_sets(sides[1])).all()
         for spec in metrics_in_profiles((*profiles, *SECTIONS)):
             if spec.compare:
                 row = {
@@ -129,6 +150,9 @@ def compare(
                     "left_out": left_out,
                 }
                 pair = [spec.function(table, config) for table in sides]
+                if spec.function is accepted_accuracy and not same_sets:
+                    reason = "the two runs accept different strategies: give metrics.accepted=PATH"
+                    pair[0] = replace(pair[0], statistic=None, reason=reason)
                 if pair[0].items is not None:
                     row |= {"turns": len(pair[0].items.names), "left_out": 0}
                 rows.append(

@@ -65,6 +65,9 @@ class MetricsConfig:
     """Directory or hub id of a PyTorch conversion of BLEURT-20 with a tokenizer.json. null prints n/a."""
     batch_size: int = 64
     """Pairs per forward pass of BERTScore and BLEURT."""
+    accepted: str | None = None
+    """JSONL file of the admissible strategies of turns, by people or by recipes/judge.py: dialogue_id, turn, accepted.
+    The other turns keep the sets of the data."""
     bootstrap_resamples: int = 1000
     """Bootstrap resamples of the dialogues for the 95 % intervals."""
 
@@ -77,23 +80,27 @@ class MetricsConfig:
             path = getattr(self, name)
             if path is not None and _is_local(path) and not (Path(path) / "config.json").is_file():
                 raise InputError(f"metrics.{name}={path}: no config.json: give a model directory or a hub id")
-        if self.bertscore_baseline is not None and not Path(self.bertscore_baseline).is_file():
-            raise InputError(f"metrics.bertscore_baseline={self.bertscore_baseline}: no such file")
+        for name in ("bertscore_baseline", "accepted"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise InputError(f"metrics.{name}={path}: no such file")
 
 
 def _is_local(path: str) -> bool:
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
-TASKS = ("pairwise", "rubric")
+COMPARING_TASKS = ("pairwise", "rubric")
+TASKS = (*COMPARING_TASKS, "accepted")
 
 
 @dataclass
 class JudgeConfig:
     """How a language model judges replies."""
 
-    tasks: list[str] = field(default_factory=lambda: list(TASKS))
-    """pairwise: choose the better of two replies, in both orders. rubric: score each reply by five criteria."""
+    tasks: list[str] = field(default_factory=lambda: list(COMPARING_TASKS))
+    """pairwise: choose the better of two replies, in both orders. rubric: score each reply by five criteria. accepted:
+    name the admissible strategies of each reference turn, for `metrics.accepted`; alone it needs one evaluation."""
     num_turns: int | None = 500
     """Turns to judge, drawn at random; null judges all."""
     seed: int = 0

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy
 
-from csc_train.data.dialogue import Dialogue
-from csc_train.data.readers import read_dialogues
+from csc_train.data.dialogue import Dialogue, accept_sets_digest, data_digest
+from csc_train.data.readers import read_accept_sets, read_dialogues
+from csc_train.data.splits import Splits
 from csc_train.errors import InputError
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import Contamination, read_contamination
@@ -70,10 +71,10 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig, max_failed: f
         max_failed: see `EvaluationConfig`.
 
     Raises:
-        InputError: a file is missing or cannot be read, a turn is neither predicted nor failed, or a metric model
-            cannot be loaded.
+        InputError: a file is missing or cannot be read, such as `metrics.accepted`, a turn is neither predicted nor
+            failed, or a metric model cannot be loaded.
     """
-    dialogues = read_dialogues(Path(directory) / "dialogues.jsonl")
+    dialogues = [*read_accept_sets(config.accepted, read_dialogues(Path(directory) / "dialogues.jsonl"))]
     by_id = {dialogue.id: dialogue for dialogue in dialogues}
     run = read_run_predictions(directory)
     check_complete(run, dialogues)
@@ -93,6 +94,17 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig, max_failed: f
         if len(contexts) == 2
     }
     return ScoredRun(results, drifts, run, dialogues, contamination, language)
+
+
+def data_inputs(splits: Splits, config: MetricsConfig) -> dict[str, str]:
+    """The hashes of the dialogues that an evaluation reads, for `Run.start`; of accept sets if there are any.
+
+    Raises:
+        InputError: `metrics.accepted` cannot be read.
+    """
+    inputs = {"train": data_digest(splits.train), "evaluation": data_digest(splits.evaluation)}
+    accepted = accept_sets_digest(read_accept_sets(config.accepted, splits.evaluation))
+    return inputs | ({"accepted": accepted} if accepted else {})
 
 
 def prepare_metrics(config: MetricsConfig) -> None:
@@ -248,7 +260,7 @@ def context_drift(
     Raises:
         InputError: the references of the two differ.
     """
-    sides, _ = align_tables(reference, generated, "reference context", "generated context", dialogues, language)
+    sides, _ = align_tables(reference, generated, "reference context", "generated context", [dialogues] * 2, language)
     resamples = config.bootstrap_resamples
     metrics = [_position_metrics(table, config) for table in sides]
     rows = []

@@ -39,6 +39,8 @@ class PredictionTable:
 
     NO_CHOICE = "this mode predicts no strategy"
     """Why metrics of strategies are n/a, unless `predicts_strategy`."""
+    NO_DIALOGUES = "the run has no dialogues.jsonl"
+    """Why metrics of what was said before a turn are n/a, if `dialogues` is None."""
 
     def __init__(
         self, predictions: Sequence[Prediction], dialogues: Mapping[str, Dialogue] | None = None, language: str = "zh"
@@ -152,13 +154,14 @@ def align_tables(
     other: Sequence[Prediction],
     name: str,
     other_name: str,
-    dialogues: Mapping[str, Dialogue] | None = None,
+    dialogues: Sequence[Mapping[str, Dialogue] | None] = (None, None),
     language: str = "zh",
 ) -> tuple[tuple[PredictionTable, PredictionTable], int]:
     """Two tables of the same turns in the same order, and the number of turns that only one of them has.
 
     Args:
         name, other_name: what errors call the two.
+        dialogues: of each side, by id; None if not known.
         language: of the dialogues.
 
     Raises:
@@ -167,7 +170,8 @@ def align_tables(
     keys = [{each.key for each in side} for side in (one, other)]
     shared = keys[0] & keys[1]
     left, right = (
-        PredictionTable([each for each in side if each.key in shared], dialogues, language) for side in (one, other)
+        PredictionTable([each for each in side if each.key in shared], known, language)
+        for side, known in zip((one, other), dialogues, strict=True)
     )
     for first, second in zip(left.predictions, right.predictions, strict=True):
         references = {(each.reference_strategy, each.reference_response) for each in (first, second)}

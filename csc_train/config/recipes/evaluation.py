@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from csc_train.data.config import DataConfig
 from csc_train.errors import InputError, check_fields
-from csc_train.evaluation.config import EvaluationConfig, HumanConfig, JudgeConfig, MetricsConfig
+from csc_train.evaluation.config import COMPARING_TASKS, EvaluationConfig, HumanConfig, JudgeConfig, MetricsConfig
 from csc_train.llm.config import LLMConfig
 from csc_train.runs.config import RunConfig
 from csc_train.template.config import TemplateConfig
@@ -100,8 +100,9 @@ class JudgeRecipe:
 
     a: str = MISSING
     """Run directory of an evaluation."""
-    b: str = MISSING
-    """Run directory of another evaluation on the same dialogues, or the same one with another system."""
+    b: str | None = None
+    """Run directory of another evaluation on the same dialogues, or the same one with another system; none for
+    judge.tasks=[accepted]."""
     system_a: str | None = None
     """The system of run A; defaults to the one that the run evaluated."""
     system_b: str | None = None
@@ -112,6 +113,14 @@ class JudgeRecipe:
     """The questions to the judge."""
     run: RunConfig = field(default_factory=RunConfig)
     """The run directory."""
+
+    def __post_init__(self):
+        comparing = set(self.judge.tasks) & set(COMPARING_TASKS)
+        if comparing and self.b is None:
+            raise InputError("b is required: give b=...")
+        for name in ("b", "system_a", "system_b"):
+            if not comparing and getattr(self, name) is not None:
+                raise InputError(f"{name}: judge.tasks=[accepted] needs only the dialogues of a; leave it out")
 
 
 @dataclass

@@ -1,11 +1,12 @@
-"""LLM judge: pairwise preferences between two systems, and scores of replies by five criteria.
+"""LLM judge: preferences between two systems, scores of replies by five criteria, admissible strategies of turns.
 
-Replies are judged in reference context, in which both systems answer the same history.
+Replies are judged in reference context, in which both systems answer the same history. Admissible strategies are those
+of the reference's turns, whatever a system says there.
 """
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ import pydantic
 
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.languages import get_language
-from csc_train.data.strategies import STRATEGIES
+from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
 from csc_train.evaluation.comparison import left_out_note
 from csc_train.evaluation.config import JudgeConfig
@@ -24,7 +25,7 @@ from csc_train.evaluation.report.tables import INCOMPLETE, NOTES, cell_text
 from csc_train.evaluation.table import PredictionTable
 from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest
-from csc_train.inference.predictions import Prediction, describe_kinds
+from csc_train.inference.predictions import Prediction, build_prediction, describe_kinds
 from csc_train.jsonl import JsonlLog
 from csc_train.llm.client import Client, LLMError, Message
 from csc_train.llm.config import LLMConfig
@@ -34,8 +35,8 @@ from csc_train.stats import mean
 from csc_train.template.reply import Reply, format_reply
 from csc_train.templates import render
 
-SIDES = {"pairwise": ("AB", "BA"), "rubric": ("A", "B")}
-"""Questions per turn: the pair in both orders, or each reply."""
+SIDES = {"pairwise": ("AB", "BA"), "rubric": ("A", "B"), "accepted": ("R",)}
+"""Questions per turn: the pair in both orders, each reply, or the reference reply."""
 
 _Points = Annotated[int, pydantic.Field(ge=1, le=5)]
 
@@ -49,12 +50,24 @@ class Preference(pydantic.BaseModel):
 
 _rubric_fields: dict[str, Any] = {"reason": str} | dict.fromkeys(CRITERIA, _Points)
 Rubric = pydantic.create_model("Rubric", __doc__="One to five points by each of `CRITERIA`.", **_rubric_fields)
-ANSWER_SCHEMAS = {"pairwise": Preference, "rubric": Rubric}
+_number = pydantic.BeforeValidator(lambda label: parse_strategy(str(label)).number)  # some models write names
+_Number = Annotated[int, pydantic.Field(ge=1, le=len(STRATEGIES)), _number]
+_once = pydantic.AfterValidator(lambda numbers: sorted(set(numbers)))
+
+
+class Admissible(pydantic.BaseModel):
+    """The numbers of the strategies that are admissible at a turn."""
+
+    reason: str
+    strategies: Annotated[list[_Number], pydantic.Field(min_length=1), _once]
+
+
+ANSWER_SCHEMAS = {"pairwise": Preference, "rubric": Rubric, "accepted": Admissible}
 
 
 @dataclass(frozen=True)
 class JudgeQuestion:
-    """A question about the reply, or the pair of replies, at one turn; `side` is one of `SIDES[task]`."""
+    """A question about the reply or replies at one turn; `side` is one of `SIDES[task]`."""
 
     task: str
     dialogue_id: str
@@ -96,12 +109,20 @@ def sample_turns(table: PredictionTable, config: JudgeConfig) -> numpy.ndarray:
     return numpy.array(sorted(table.shuffled_indices(config.seed)[: config.num_turns]), int)
 
 
+def reference_table(dialogues: Iterable[Dialogue]) -> PredictionTable:
+    """All supporter turns of the dialogues, as predictions of a system that says what the reference says."""
+    places = [(each, turn) for each in dialogues for turn in each.supporter_turns]
+    said = [(each, turn, Reply(each.turns[turn].strategy, each.turns[turn].text)) for each, turn in places]
+    return PredictionTable([build_prediction(each, turn, "reference", "", reply, "") for each, turn, reply in said])
+
+
 def judge_questions(
     a: Sequence[Prediction], b: Sequence[Prediction], dialogues: Mapping[str, Dialogue], config: JudgeConfig
 ) -> list[JudgeQuestion]:
     """The questions about the replies of two systems, `a` and `b`, to the same turns.
 
-    Strategies are shown if both systems predict them. Pairs of equal replies are not compared.
+    Strategies are shown if both systems predict them; that of the reference is not. Pairs of equal replies are not
+    compared.
 
     Raises:
         InputError: a dialogue is missing.
@@ -114,6 +135,7 @@ def judge_questions(
             raise InputError(f"dialogue {pair[0].dialogue_id} is not among the run's dialogues")
         shown = dict(zip("AB", (_shown(each, labelled, language) for each in pair), strict=True))
         dialogue, turn = dialogues[pair[0].dialogue_id], pair[0].turn
+        shown["R"] = dialogue.turns[turn].text
         for task in config.tasks:
             if task == "pairwise" and shown["A"] == shown["B"]:
                 continue
@@ -135,7 +157,7 @@ def _shown(prediction: Prediction, labelled: bool, language: str) -> str:
 
 def _render(language: str, **facts: Any) -> str:
     name = f"judge.{get_language(language).texts}.jinja"
-    return render(__package__, name, CRITERIA=CRITERIA, **facts).strip()
+    return render(__package__, name, CRITERIA=CRITERIA, STRATEGIES=STRATEGIES, language=language, **facts).strip()
 
 
 def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, cache: str | os.PathLike) -> JudgeReport:
@@ -200,7 +222,7 @@ class _Judgement(pydantic.BaseModel):
     """A line of a judge's answers; it also holds the rest of `JudgeQuestion.identity` and the model."""
 
     key: str
-    task: Literal["pairwise", "rubric"]
+    task: Literal["pairwise", "rubric", "accepted"]
     answer: dict[str, Any]
     attempts: int
     prompt_tokens: int
@@ -230,6 +252,7 @@ class JudgeSummary:
         disagreements: ties in which the judge preferred the same position in both orders.
         first: percentage of the preferences that are for the first reply; None without preferences.
         scores: by criterion, the mean points of A, of B and their difference; empty if not asked for.
+        admissible: admissible strategies of a turn, and how often that of the reference is one; empty if not asked for.
         judged: by task, turns with answers to all questions.
         expected: turns that were to be judged.
         by_turn: `dialogue_id`, `turn` and preferences: 1 for A, 0 for B, 0.5 for neither; `overall` from pairs, and by
@@ -241,6 +264,7 @@ class JudgeSummary:
     disagreements: int
     first: float | None
     scores: dict[str, dict[str, MetricResult]]
+    admissible: dict[str, MetricResult]
     judged: dict[str, int]
     expected: int
     by_turn: list[dict[str, Any]]
@@ -254,7 +278,7 @@ def summarize(
     failed = {(each.task, each.dialogue_id, each.turn) for each in report.failures}
     counts: dict[str, int] = {}
     preferred: list[dict[str, float]] = [{} for _ in a]
-    rates, identical, disagreements, first, scores = None, 0, 0, None, {}
+    rates, identical, disagreements, first, scores, admissible = None, 0, 0, None, {}, {}
     resamples = config.bootstrap_resamples
     if "pairwise" in config.tasks:
         judged, firsts = [], []
@@ -288,12 +312,29 @@ def summarize(
             scores[criterion] = {side: metric.compute(dialogues, resamples) for side, metric in metrics.items()}
             scores[criterion]["A - B"] = metrics["A"].difference(metrics["B"], dialogues, resamples)
         counts["rubric"] = len(judged)
+    if "accepted" in config.tasks:
+        judged = [each for each in a if ("accepted", *each.key) not in failed]
+        sets = [answers["accepted", *each.key, "R"]["strategies"] for each in judged]
+        agreed = [100 * (each.reference_strategy in found) for each, found in zip(judged, sets, strict=True)]
+        rows = {"strategies of a turn": [*map(len, sets)], "reference strategy among them (percent)": agreed}
+        dialogues = PredictionTable(judged).dialogue
+        admissible = {name: Metric(mean(values)).compute(dialogues, resamples) for name, values in rows.items()}
+        counts["accepted"] = len(judged)
     by_turn = [
         {"dialogue_id": each.dialogue_id, "turn": each.turn, **values}
         for each, values in zip(a, preferred, strict=True)
         if values
     ]
-    return JudgeSummary(rates, identical, disagreements, first, scores, counts, len(a), by_turn)
+    return JudgeSummary(rates, identical, disagreements, first, scores, admissible, counts, len(a), by_turn)
+
+
+def accepted_rows(report: JudgeReport) -> list[dict[str, Any]]:
+    """The admissible strategies of the judged turns: the rows of a file for `metrics.accepted`."""
+    return [
+        {"dialogue_id": each.dialogue_id, "turn": each.turn, "accepted": [STRATEGIES[n - 1].label for n in numbers]}
+        for each, answer in report.answers.items()
+        if (numbers := answer.get("strategies"))
+    ]
 
 
 def judge_json(summary: JudgeSummary, report: JudgeReport) -> dict[str, Any]:
@@ -303,9 +344,14 @@ def judge_json(summary: JudgeSummary, report: JudgeReport) -> dict[str, Any]:
 
 
 def judge_markdown(
-    summary: JudgeSummary, report: JudgeReport, names: tuple[str, str], judge_name: str, left_out: int = 0
+    summary: JudgeSummary, report: JudgeReport, names: Sequence[str], judge_name: str, left_out: int = 0
 ) -> str:
-    """The results as Markdown; `left_out` is the number of turns that only one of the systems has."""
+    """The results as Markdown.
+
+    Args:
+        names: of the two systems; or one, of the dialogues.
+        left_out: turns that only one of the systems has.
+    """
     footnotes: dict[str, int] = {}
     return render(
         "csc_train.evaluation.report",

@@ -1,17 +1,22 @@
-"""Length, variety and new numbers of replies; the turns with the lowest scores."""
+"""Length, variety, new numbers and placeholders of replies; the turns with the lowest scores."""
 
+import functools
 import re
 import unicodedata
+from collections.abc import Callable, Iterator, Set
 from decimal import Decimal
 
 import numpy
 
 from csc_train.data.dialogue import Speaker
+from csc_train.data.languages import LANGUAGES
 from csc_train.data.segmentation import word_end_offsets
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.lexical import characters, rouge_l_char_scores
 from csc_train.evaluation.metrics.registry import metric
 from csc_train.evaluation.table import PredictionTable
+from csc_train.inference.predictions import Prediction
+from csc_train.stats import Statistic, mean, ratio
 
 _BINS = 30
 _CHARACTERS = "〇零一二两三四五六七八九"
@@ -23,6 +28,10 @@ _DIGITS = rf"(?:{_ARABIC}|{_CHINESE})"
 _NUMERAL = re.compile(rf"{_JOINED}|(?=[\d{_CHARACTERS}十])(?:{_DIGITS}?[十百千万亿]){{,10}}{_DIGITS}?")
 _AMOUNT = re.compile("元|块钱|块|角钱|角|分钱|美元|%|折")
 _TO_DIGITS = str.maketrans(_CHARACTERS + "点", "001223456789.", ",")
+_PLACEHOLDER = re.compile(r"[\[［]\s*([^\W\d_][\w\s/／'’-]{0,29})[\]］](?!\(https?:)")
+"""Words in square brackets; no sentence, number, Markdown link or bracket around another."""
+_LABEL = re.compile(r"\A\s*\[[^\[\]]*\]")
+_NO_PLACEHOLDER = "no reference reply has a placeholder"
 _SIZES = {"亿": 10**8, "万": 10**4, "千": 1000, "百": 100, "十": 10}
 
 
@@ -89,18 +98,86 @@ def new_numbers(table: PredictionTable) -> numpy.ndarray:
     The context is what the system was given: the gold turns, or in generated context the gold customer turns and its
     own replies.
     """
-    found = numpy.zeros(len(table))
-    seen: dict[str, tuple[int, set[str]]] = {}
-    for index, each in enumerate(table.predictions):
-        start, known = seen.get(each.dialogue_id, (0, set()))
+    known = _contexts(table, numbers)
+    return numpy.array([100 * bool(numbers(each.response, words=False) - said) for each, said in known], float)
+
+
+def _contexts(table: PredictionTable, find: Callable[[str], Set[str]]) -> Iterator[tuple[Prediction, Set[str]]]:
+    """Each prediction, and what `find` finds in the turns that the system was given."""
+    seen: dict[str, tuple[int, Set[str]]] = {}
+    for each in table.predictions:
+        start, known = seen.get(each.dialogue_id, (0, frozenset()))
         for turn in table.dialogues[each.dialogue_id].turns[start : each.turn]:
             if turn.speaker is Speaker.CUSTOMER or each.context == "reference":
-                known |= numbers(turn.text)
-        found[index] = 100 * bool(numbers(each.response, words=False) - known)
-        if each.context == "generated":
-            known |= numbers(each.response)
-        seen[each.dialogue_id] = (each.turn, known)
-    return found
+                known = known | find(turn.text)
+        yield each, known
+        seen[each.dialogue_id] = (each.turn, known | find(each.response) if each.context == "generated" else known)
+
+
+@functools.lru_cache(maxsize=2**16)
+def placeholders(text: str) -> frozenset[str]:
+    """The kinds of placeholder in a text: the words in square brackets, of any width, that stand for private data.
+
+    A kind is its words in small letters, without white space, `_`, `-` and a number at the end: `[Phone_Number 2]` and
+    `[phone number]` are one kind, `[手机号]` and `[手机号码]` are two. At most 30 characters that begin with a letter
+    count. Of nested brackets the inner ones count. `【】`, the names of strategies, sentences, numbers and Markdown
+    links are ordinary text.
+    """
+    kinds = {_kind(words) for words in _PLACEHOLDER.findall(text)}
+    return frozenset(kinds and kinds - {_kind(name) for language in LANGUAGES.values() for name in language.numbers})
+
+
+def _kind(words: str) -> str:
+    return re.sub(r"[\s_-]|\d+\s*$", "", unicodedata.normalize("NFKC", words).casefold())
+
+
+def _placeholder_pairs(table: PredictionTable) -> list[tuple[frozenset[str], frozenset[str]]]:
+    """The kinds of placeholder of (reply, reference reply) of each turn. A bracket in the place of an unparsed strategy
+    is none."""
+    return [
+        (placeholders(_LABEL.sub("", reply) if unparsed else reply), placeholders(gold))
+        for each, (reply, gold) in zip(table.predictions, table.pairs, strict=True)
+        for unparsed in [each.predicts_strategy and each.strategy is None]
+    ]
+
+
+def _missing(table: PredictionTable, pairs: list[tuple[frozenset[str], frozenset[str]]]) -> str:
+    """Why metrics of placeholders and context are n/a, if they are."""
+    if table.dialogues is None:
+        return table.NO_DIALOGUES
+    return "" if any(gold for _, gold in pairs) else _NO_PLACEHOLDER
+
+
+@metric(name="placeholders kept", unit="placeholders", direction="higher", profiles=["reply"])
+def placeholders_kept(table: PredictionTable) -> Metric:
+    """Of the kinds of placeholder in reference replies, those that the reply has as well."""
+    pairs = _placeholder_pairs(table)
+    terms = numpy.array([(100 * len(own & gold), len(gold)) for own, gold in pairs], float)
+    return Metric(Statistic(terms.reshape(-1, 2), ratio), reason=_NO_PLACEHOLDER)
+
+
+@metric(name="placeholders invented", unit="turns", direction="lower", profiles=["reply"])
+def placeholders_invented(table: PredictionTable) -> Metric:
+    """Replies with a kind of placeholder that neither their context nor the reference reply has."""
+    pairs = _placeholder_pairs(table)
+    if reason := _missing(table, pairs):
+        return Metric(None, reason=reason)
+    known = _contexts(table, placeholders)
+    return Metric(mean([100 * bool(own - gold - said) for (own, gold), (_, said) in zip(pairs, known, strict=True)]))
+
+
+@metric(name="placeholders filled", unit="turns", direction="lower", profiles=["reply"])
+def placeholders_filled(table: PredictionTable) -> Metric:
+    """Of the turns whose reference has a placeholder: the reply lacks one and has a number that nobody said."""
+    pairs = _placeholder_pairs(table)
+    if reason := _missing(table, pairs):
+        return Metric(None, reason=reason)
+    made_up = [
+        numbers(_PLACEHOLDER.sub("", each.response), words=False) - said - numbers(each.reference_response)
+        for each, said in _contexts(table, numbers)
+    ]
+    filled = [100 * bool(gold - own and new) for (own, gold), new in zip(pairs, made_up, strict=True)]
+    return Metric(mean(filled, numpy.array([bool(gold) for _, gold in pairs], bool)))
 
 
 def _distinct(table: PredictionTable, order: int) -> Metric:

@@ -5,10 +5,12 @@ For a system that chooses no strategies (they are given or omitted), these metri
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy
 
 from csc_train.data.strategies import CLOSURE, GREETING, STRATEGIES, Stage
+from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.registry import metric
 from csc_train.evaluation.table import PredictionTable
@@ -39,14 +41,30 @@ def accuracy(table: PredictionTable) -> Metric:
     return _choice(table, table.correct)
 
 
-@metric(name="ACC accepted", unit="turns", direction="higher", profiles=["strategy"], compare=False)
-def accepted_accuracy(table: PredictionTable) -> Metric:
-    """Predicted strategy is any of the reference turn's, which has several if it was joined from several turns."""
-    correct = table.correct.copy()
-    for index, each in enumerate(table.predictions if table.dialogues else ()):
-        accepted = table.dialogues[each.dialogue_id].turns[each.turn].accepted
-        correct[index] |= each.strategy in [strategy.number for strategy in accepted]
-    return _choice(table, correct)
+@metric(name="ACC accepted", unit="turns", direction="higher", profiles=["strategy"])
+def accepted_accuracy(table: PredictionTable, config: MetricsConfig | None = None) -> Metric:
+    """Predicted strategy is any that the reference turn accepts; n/a if no turn accepts several."""
+    if table.dialogues is None:
+        return Metric(None, reason=table.NO_DIALOGUES)
+    sets = accept_sets(table)
+    several, path = int((sets.sum(axis=1) > 1).sum()), config and config.accepted
+    source = f"{Path(path).name}, else from the data" if path else "the data, joined turns included"
+    signature = f"any accepted strategy; {several} of {len(table)} turns accept several, from {source}"
+    if table.predicts_strategy and not several and len(table):
+        return Metric(None, signature, "no turn accepts several strategies")
+    return _choice(table, sets[numpy.arange(len(table)), table.predicted], signature)
+
+
+def accept_sets(table: PredictionTable) -> numpy.ndarray:
+    """bool [turns, 13]: the strategies, by number, that the reference accepts, its own included; never 0, unparsed.
+
+    The table must know its dialogues.
+    """
+    sets = numpy.zeros((len(table), len(STRATEGIES) + 1), bool)
+    sets[numpy.arange(len(table)), table.reference] = True
+    for row, (name, turn) in zip(sets, table.keys, strict=True):
+        row[[each.number for each in table.dialogues[name].turns[turn].accepted]] = True
+    return sets
 
 
 @metric(name="macro-F1", unit="strategies", direction="higher", profiles=["strategy"])
