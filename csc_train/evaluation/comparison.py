@@ -35,7 +35,7 @@ def read_run_dialogues(directory: str | os.PathLike, config: MetricsConfig) -> D
     """
     path = Path(directory) / "dialogues.jsonl"
     found = read_accept_sets(config.accepted, read_dialogues(path)) if path.exists() else None
-    return found and {dialogue.id: dialogue for dialogue in found}
+    return None if found is None else {dialogue.id: dialogue for dialogue in found}
 
 
 def left_out_note(count: int) -> str:
