@@ -1,8 +1,9 @@
 """What a step of a suite takes: estimated before it runs, without loading anything, and counted after."""
 
+import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from csc_train.config.recipes.training import PreflightRecipe, SftRecipe
 from csc_train.data.config import DataConfig
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.sample_grammar import generate_sample
-from csc_train.data.splits import read_splits, split
+from csc_train.data.splits import Splits, read_splits, split
 from csc_train.data.strategies import STRATEGIES
+from csc_train.files import digest
 from csc_train.inference.kv_cache import GROWTH
 from csc_train.inference.predictions import Prediction, read_outcomes
 from csc_train.launching.launchers.registry import launcher_class
-from csc_train.launching.preflight.checks import NotCheckedError, check_data, check_template
+from csc_train.launching.preflight.checks import NotCheckedError, check_template
 from csc_train.launching.preflight.size import estimate_job, memory_scenario
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.usage import read_usage
@@ -155,16 +157,14 @@ def _estimate_training(config: SftRecipe, cluster: ClusterConfig, preflight: Pre
     job = PreflightRecipe(**chosen, cluster=cluster, preflight=preflight)
     if (dims := find_dims(config.model.path, config.model)) is None:
         return StepEstimate(gpus=cluster.gpus, basis=f"{config.model.path} is not here, and no row of conf/model")
-    scenario, template, dialogues, basis = memory_scenario(job, dims), None, None, ""
-    try:
-        dialogues = check_data(job, NotCheckedError)
+    scenario, template, basis = memory_scenario(job, dims), None, ""
+    dialogues = _find_dialogues(config.data, "train")
+    with contextlib.suppress(NotCheckedError):
         template = check_template(job, None, NotCheckedError)
-    except NotCheckedError:
-        known = dialogues or _find_dialogues(config.data, "train")
-        if known and not (preflight.dialogues and preflight.tokens_per_dialogue):
-            lengths = dialogue_lengths(known, preflight, config.template)
-            given = {"dialogues": len(known), "tokens_per_dialogue": math.ceil(lengths.dialogue)}
-            job, basis = replace(job, preflight=replace(preflight, **given)), f"{lengths.basis}; "
+    if template is None and dialogues:
+        lengths = dialogue_lengths(dialogues, preflight, config.template)
+        given = {"dialogues": len(dialogues), "tokens_per_dialogue": math.ceil(lengths.dialogue)}
+        job, basis = replace(job, preflight=replace(preflight, **given)), f"{lengths.basis}; "
     size = estimate_job(job, scenario, template, dialogues)
     limit = cluster.gpu_memory_gib and cluster.gpu_memory_gib * GIB
     host = cluster.host_memory_gib * GIB if cluster.host_memory_gib else math.inf
@@ -322,11 +322,19 @@ def _tokens(text: str) -> float:
     return sum(1 / 1.5 if character > "\u2e7f" else 1 / 4 for character in text)
 
 
+_last_read: dict[str, Splits] = {}
+"""The dialogues that were read last, which most steps of a suite share."""
+
+
 def _find_dialogues(data: DataConfig, side: str) -> list[Dialogue] | None:
     """The training or evaluation dialogues: those on this machine, or a sample that a run is yet to write."""
-    paths = [each.path for each in (data.train, data.evaluation) if each.path is not None]
-    if paths and all(Path(path).exists() for path in paths):
-        return getattr(read_splits(data), side)
+    paths = [Path(each.path) for each in (data.train, data.evaluation) if each.path is not None]
+    if paths and all(path.exists() for path in paths):
+        key = digest([asdict(data), [(str(path.absolute()), path.stat().st_mtime_ns) for path in paths]])
+        if key not in _last_read:
+            _last_read.clear()
+            _last_read[key] = read_splits(data)
+        return getattr(_last_read[key], side)
     if not data.sample_dialogues:
         return None
     sample = generate_sample(data.sample_dialogues, data.sample_seed, data.sample_language)
