@@ -122,6 +122,7 @@ def score_and_show(directory: Path, config: EvaluateRecipe):
     """Score the predictions in a run directory, write and print the report, and return the `ScoredRun`."""
     from rich.console import Console
 
+    from csc_train.checkpoints.model_card import write_own_card
     from csc_train.config.compose import to_container
     from csc_train.evaluation.report.html import write_html
     from csc_train.evaluation.report.tables import console_table, turn_counts, write_results
@@ -140,6 +141,7 @@ def score_and_show(directory: Path, config: EvaluateRecipe):
     if config.llm:
         logger.info(f"usage: {read_usage(directory).describe(config.llm)}")
     logger.info(f"report: {directory}/report.html (also table.md, results.json); predictions: {directory}/predictions")
+    write_own_card(directory)
     return scored
 
 

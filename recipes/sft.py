@@ -31,6 +31,7 @@ def main(config: SftRecipe) -> None:
 
     from csc_train.checkpoints.export import trained_model
     from csc_train.checkpoints.manifest import build_manifest, save_base_model, save_final_model, write_manifest
+    from csc_train.checkpoints.model_card import write_model_card
     from csc_train.checkpoints.training_checkpoint import checkpoint_to_resume
     from csc_train.config.compose import to_container
     from csc_train.data.dialogue import data_digest
@@ -118,8 +119,7 @@ def main(config: SftRecipe) -> None:
     trainer = build_trainer(model, tokenizer, packs, arguments, config.packing.strategy, config.adapter, validator)
     logger.info(f"steps: {trainer.batch_sampler().load_balance()}")
     check_disk(scenario_of(trainer, 0), run.directory, config.trainer.save_total_limit, random=False)
-    stop = StopOnSignal()
-    trainer.add_callback(stop)
+    trainer.add_callback(stop := StopOnSignal())
     if config.trainer.profile:
         trainer.add_callback(ProfilerCallback(run.directory / "profile"))
     checkpoint = checkpoint_to_resume(run.checkpoints) if status == "unfinished" else None
@@ -138,12 +138,12 @@ def main(config: SftRecipe) -> None:
             save_final_model(
                 run.directory / "model", trained, tokenizer, template.chat_template, tracked, base, record=run.directory
             )
+            write_model_card(run.directory / "model")
             tracker.log_model(run.directory / "model", manifest.hashes, run.config["data"])
     job.wait_for_everyone()
     run.finish()
     logger.info(f"model: {run.directory}/model" + (f", from {best.name}" if best else ""))
-    if run.is_main:
-        run_on_finish(config.on_finish, on_finish)
+    return run_on_finish(config.on_finish, on_finish) if run.is_main else None
 
 
 if __name__ == "__main__":

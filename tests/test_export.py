@@ -8,11 +8,9 @@ import json
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import manifest_of, small_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -21,7 +19,7 @@ from csc_train.checkpoints import export as exports
 from csc_train.checkpoints import manifest as manifests
 from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.content import hash_files
-from csc_train.checkpoints.export import TOLERANCE, _logits, claim_output, export, model_card, with_weights
+from csc_train.checkpoints.export import TOLERANCE, _logits, claim_output, export, with_weights
 from csc_train.checkpoints.locate import ModelSource, open_source
 from csc_train.checkpoints.manifest import save_final_model, write_manifest
 from csc_train.data.dialogue import Speaker, Turn
@@ -33,26 +31,6 @@ from csc_train.models.experts import replayed_decisions
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.reply import Reply
-
-
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize(
-    ("base", "revision"), [("Qwen/Qwen2.5-7B", "abc"), ("Qwen/Qwen2.5-7B", None), ("../base", None)]
-)
-def test_a_model_card_is_read_as_a_card(finished, base, revision):
-    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
-    config = {"adapter": {"kind": "full"}, "model": {"init": "random" if base.startswith("..") else "pretrained"}}
-    manifest = manifest_of(template, base_model=base, base_revision=revision, config=config)
-    source = ModelSource(Path("runs/x/checkpoints/checkpoint-40"), manifest, finished)
-    _, front, body = model_card(source, ExportConfig(output="out/mine"), None, 1.5e-6).split("---\n", 2)
-    facts = {"library_name": "transformers", "language": "zh"}
-    assert yaml.safe_load(front) == facts | ({} if base.startswith("..") else {"base_model": base})
-    items = [line for line in body.splitlines() if line.startswith("- ")]
-    origin = "random weights" if base.startswith("..") else base
-    assert items[:2] == [f"- Base: {origin}" + (f" at {revision}" if revision else ""), "- Trained: full"]
-    assert ("- Step: 40" in items) is not finished
-    assert len(items) == 5 + (not finished) and items[-1].endswith(": 1.5e-06")
-    assert "# mine" in body.splitlines()
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import numpy
 import pytest
 import torch
 from conftest import load_recipe, manifest_of, random_dialogue, remember, small_tokenizer, tiny_config
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from csc_train.checkpoints.manifest import save_final_model
+from csc_train.checkpoints.manifest import save_final_model, write_manifest
 from csc_train.config.compose import compose
 from csc_train.data.dialogue import Dialogue, Speaker, Turn, data_digest
 from csc_train.data.readers import write_dialogues
@@ -196,6 +197,7 @@ def place(tmp_path_factory):
     for seed, name in enumerate(("base", "model")):
         options = template.tokenizer, template.chat_template, manifest_of(template, **facts)
         save_final_model(directory / name, tiny("qwen2", template.tokenizer, seed), *options)
+    write_manifest(directory, manifest_of(template, **facts))  # as the run of a training, in which the evaluations lie
     before = os.getcwd()
     os.chdir(directory)
     yield directory
@@ -245,6 +247,8 @@ def test_an_evaluation_scores_base_and_model_goes_on_where_it_was_killed_and_kno
         nll = math.fsum(math.fsum(plain_nll(model, text.ids, text.scored)) for text in texts)
     assert found["trained"] == pytest.approx(math.exp(nll / sum(len(text.scored) for text in texts)), rel=1e-6)
     assert "general perplexity ↓" in (run / "table.md").read_text()
+    card = ModelCard.load(place / "model" / "README.md")
+    assert "general perplexity ↓" in card.content and len(card.data.eval_results) > 3
     (run / "general" / "trained.jsonl").unlink()  # lost: found out, and scored again
     evaluate(f"run={run}", "resume=true")
     evaluate(f"run={run}", "score_only=true")

@@ -18,11 +18,11 @@ from csc_train.checkpoints.base_model import BaseModel, find_base, recorded_base
 from csc_train.checkpoints.compression import check_compression, compress, load_dequantized, round_weights
 from csc_train.checkpoints.config import ExportConfig
 from csc_train.checkpoints.locate import MODEL_FOLDER, ModelSource, is_model
-from csc_train.checkpoints.manifest import MANIFEST_FILE, read_manifest, save_final_model
+from csc_train.checkpoints.manifest import read_manifest, save_final_model, write_manifest
+from csc_train.checkpoints.model_card import EVALUATION_FOLDER, write_model_card
 from csc_train.checkpoints.reshard import WEIGHT, ConsolidatedState, open_training_checkpoint
 from csc_train.checkpoints.training_checkpoint import check_whole
 from csc_train.errors import InputError
-from csc_train.files import write_text
 from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.models.experts import recorded_decisions, replayed_decisions
 from csc_train.models.families import model_dims
@@ -37,7 +37,6 @@ from csc_train.plugins import load_recorded_plugins
 from csc_train.runs.claim import Claim, claim
 from csc_train.runs.distributed import distributed_state
 from csc_train.template.chat_templates import load_chat_template, recorded_name
-from csc_train.templates import render
 
 logger = logging.getLogger(__name__)
 
@@ -325,8 +324,12 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
                 )
         if errors["a router's decisions"]:
             logger.info(f"note: routers decide differently where scores tie within {max(turned):.1e} of the largest")
-        into = merge_into if quantized and not alone else None
-        write_text(directory / "README.md", model_card(source, config, into, difference))
+        facts = {"format": config.format, "difference": difference}
+        facts |= {"merge_into": merge_into} if quantized and not alone else {}
+        facts |= {} if source.finished else {"step": source.path.name.rpartition("-")[2]}
+        write_manifest(directory, replace(read_manifest(directory), export=facts))
+        run = source.path.parent if source.finished else source.home
+        write_model_card(directory, run / EVALUATION_FOLDER, source, Path(config.output).name)
 
     template = load_chat_template(recorded_name(manifest.chat_template, source.finished), tokenizer)
     options = {"shard_size": config.shard_size, "record": source.home, "check": check}
@@ -406,26 +409,6 @@ def _logits(model: PreTrainedModel | peft.PeftModel, weights: Weights, noise: fl
 def _difference(logits: torch.Tensor, others: torch.Tensor) -> float:
     """The largest difference of logits from others, over the largest of those."""
     return ((logits - others).abs().max() / others.abs().max()).item()
-
-
-def model_card(source: ModelSource, config: ExportConfig, merge_into: str | None, difference: float) -> str:
-    """The README.md of an exported directory."""
-    manifest = source.manifest
-    random = manifest.config.get("model", {}).get("init") == "random"
-    return render(
-        __package__,
-        "model_card.md.jinja",
-        title=Path(config.output).name,
-        source=source,
-        manifest=manifest,
-        random=random,
-        on_hub=not random and not Path(manifest.base_model).is_absolute(),
-        merge_into=merge_into,
-        fp8=config.format == "fp8",
-        rank=adapter_of(source).rank if config.format == "adapter" else None,
-        difference=f"{difference:.1e}",
-        manifest_file=MANIFEST_FILE,
-    )
 
 
 def push(config: ExportConfig) -> None:

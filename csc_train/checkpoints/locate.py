@@ -17,6 +17,8 @@ from csc_train.files import digest
 from csc_train.models.hub import adapter_base, is_local_path
 
 MODEL_FOLDER, CHECKPOINTS_FOLDER = "model", "checkpoints"
+EVALUATED_FILE = "evaluated_model.json"
+"""In a run directory of an evaluation: what was evaluated."""
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja")
 """The files of a model that decide its replies, and its manifest."""
 MODEL_CONFIGS = ("config.json", "adapter_config.json")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # a manifest is read before the imports that take seconds
     from csc_train.template.dialogue_template import DialogueTemplate
 
 MANIFEST_FILE = "csc_manifest.json"
+CARD_FILE = "README.md"
+"""In a model directory: its model card, which is no part of its identity."""
 BASE_FOLDER = "base"
 """In a run directory: the random weights that training started from."""
 
@@ -66,6 +68,9 @@ class Manifest:
     """The W&B run of the training (see `Tracker.identity`); empty if it was not tracked."""
     exported_from: str = ""
     """The training checkpoint or model that an export was made of; empty for the model of a run."""
+    export: dict[str, Any] = field(default_factory=dict)
+    """Of an export: its `format`, what it was merged into, the `step` of the training checkpoint, and the largest
+    `difference` of logits."""
 
     @property
     def is_plain(self) -> bool:
@@ -151,7 +156,7 @@ def model_directory(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         InputError: the directory cannot be written.
     """
-    stale = ["*.safetensors", "*.safetensors.index.json", MANIFEST_FILE]
+    stale = ["*.safetensors", "*.safetensors.index.json", MANIFEST_FILE, CARD_FILE]
     if (Path(path) / MANIFEST_FILE).is_file():
         stale += read_manifest(path).files
     with atomic_path(path, stale) as temporary:
@@ -191,7 +196,7 @@ def save_final_model(
     with model_directory(directory) as temporary:
         save_model(model, temporary, shard_size, base and snapshot(str(base.path), "model", base.revision))
         model.generation_config.save_pretrained(temporary)  # an adapter's stops, for servers
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's, without content
+        (temporary / CARD_FILE).unlink(missing_ok=True)  # PEFT's, without content
         tokenizer.save_pretrained(temporary)
         if record is not None and (Path(record) / RECORD_FILE).exists():
             shutil.copyfile(Path(record) / RECORD_FILE, temporary / RECORD_FILE)

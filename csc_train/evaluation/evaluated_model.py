@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csc_train.checkpoints.base_model import BaseModel, find_base
-from csc_train.checkpoints.locate import MODEL_FOLDER, ModelSource, open_source
+from csc_train.checkpoints.locate import EVALUATED_FILE, MODEL_FOLDER, ModelSource, open_source
 from csc_train.checkpoints.manifest import Manifest
 from csc_train.data.config import DataConfig
 from csc_train.data.dialogue import data_digest
@@ -22,8 +22,6 @@ from csc_train.inference.predictions import PLAIN_MODEL, TRAINED_MODEL
 from csc_train.plugins import load_recorded_plugins
 
 logger = logging.getLogger(__name__)
-MODEL_FILE = "evaluated_model.json"
-"""In a run directory of an evaluation: what was evaluated."""
 _ADVICE = "give it by evaluation.base=PATH, or leave it out by evaluation.base=false"
 
 
@@ -112,7 +110,7 @@ def write_evaluated(directory: Path, model: EvaluatedModel | None, language: str
         "manifest": asdict(model.source.manifest),
     }
     plugins = [*plugins, *(model.source.manifest.config.get("plugins", ()) if model else ())]
-    write_json(directory / MODEL_FILE, {"language": language, "plugins": plugins, **(facts or {})})
+    write_json(directory / EVALUATED_FILE, {"language": language, "plugins": plugins, **(facts or {})})
 
 
 def read_evaluated(directory: str | os.PathLike) -> tuple[Manifest | None, Sequence[str]]:
@@ -138,5 +136,5 @@ def read_language(directory: str | os.PathLike) -> str:
 
 
 def _read_facts(directory: str | os.PathLike) -> dict[str, Any]:
-    path = Path(directory) / MODEL_FILE
+    path = Path(directory) / EVALUATED_FILE
     return read_json(path) if path.exists() else {}
