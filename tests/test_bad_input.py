@@ -20,6 +20,7 @@ from conftest import manifest_of, random_dialogue, small_tokenizer
 from test_human_judges import drawn, rating_file
 
 from csc_train.checkpoints.manifest import MANIFEST_FILE, read_manifest
+from csc_train.config.cluster import ClusterConfig
 from csc_train.config.compose import compose, from_container, to_container
 from csc_train.config.explain import Setting, all_settings, settings_of
 from csc_train.config.recipes import SCHEMAS, schema_of
@@ -28,8 +29,10 @@ from csc_train.errors import InputError
 from csc_train.evaluation.judges.annotation_form import read_key
 from csc_train.evaluation.judges.human_ratings import read_ratings
 from csc_train.inference.predictions import Prediction, read_outcomes
+from csc_train.llm.usage import USAGE_FILE, Usage, read_usage
 from csc_train.runs.comparison import read_run
 from csc_train.runs.directory import RECORD_FILE, read_run_record
+from csc_train.suites.estimate import spent
 from csc_train.synthesis.csconv.build import BUNDLED_CALLS, read_calls
 from csc_train.synthesis.rolecs.batch_api import read_batch_results
 from csc_train.synthesis.rolecs.personas import read_profiles
@@ -137,12 +140,17 @@ def readers() -> dict[str, Reader]:
             "usage": {"prompt_tokens": 1, "completion_tokens": 1},
         }},
     }  # fmt: skip
-    run = {"recipe": "sft", "status": "finished", "finished": "2026-01-01T00:00:00+0000", "error": None}
-    history = [{"step": step, "loss": 1.0, "trained_tokens_per_second": 9.0, "eval_loss": 1.0} for step in (1, 2)]
+    run = {"recipe": "sft", "status": "finished", "finished": "2026-01-01T00:00:00+0000", "seconds": 9.5, "error": None}
+    history = [
+        {"step": step, "loss": 1.0, "trained_tokens_per_second": 9.0, "eval_loss": 1.0, "tokens_per_second": 20.0,
+         "step_seconds": 2.0}
+        for step in (1, 2)
+    ]  # fmt: skip
 
     def read_a_run(place: Path) -> None:
         (place / "resolved.yaml").write_text("trainer: {learning_rate: 1.0}\n")
         read_run(place, read_run_record(place))
+        spent(place, "sft", ClusterConfig(device="cuda"))
 
     return {
         "dialogues": Reader("d.jsonl", dialogues, lambda place: read_dialogues(place / "d.jsonl", strict=True)),
@@ -164,12 +172,13 @@ def readers() -> dict[str, Reader]:
         "run.json": Reader(RECORD_FILE, [run], read_a_run),
         "history": Reader("history.jsonl", history, read_a_run),
         "metrics": Reader("metrics.json", [{"log": history}], read_a_run),
+        "usage": Reader(USAGE_FILE, [asdict(Usage(1, 0, 100, 20))], read_usage),
     }  # fmt: skip
 
 
 READERS = (
     "dialogues", "calls", "predictions", "profiles", "batch", "manifest", "key", "ratings", "run.json", "history",
-    "metrics",
+    "metrics", "usage",
 )  # fmt: skip
 
 

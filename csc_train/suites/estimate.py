@@ -29,7 +29,7 @@ from csc_train.llm.usage import read_usage
 from csc_train.models.config import ArchitectureConfig, ModelConfig
 from csc_train.models.families import ModelDims, get_family, model_dims, training_flops
 from csc_train.models.hub import find_file, hub_errors, read_model_config
-from csc_train.runs.comparison import SPEED, history_log
+from csc_train.runs.comparison import history_log
 from csc_train.runs.config import RESOLVED_FILE
 from csc_train.runs.directory import read_config, read_run_record
 from csc_train.suites.base import Cost
@@ -361,12 +361,11 @@ def spent(
     """
     cost = Cost()
     if recipe == "sft":
-        rows = [row for row in history_log(directory).read() if SPEED in row]
+        measured = ("step_seconds", "tokens_per_second")
+        rows = [row for row in history_log(directory).read() if all(row.get(name) for name in measured)]
         steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
-        timed = [
-            (count * row["step_seconds"], row["tokens_per_second"]) for row, count in zip(rows, steps, strict=True)
-        ]
-        cost = Cost(tokens=round(sum(time * speed for time, speed in timed)) if rows else None)
+        tokens = sum(n * math.prod(row[name] for name in measured) for row, n in zip(rows, steps, strict=True))
+        cost = Cost(tokens=round(tokens) if rows and math.isfinite(tokens) else None)
     elif recipe == "evaluate" and (usage := read_usage(directory)).requests:
         llm = LLMConfig(**read_config(directory / RESOLVED_FILE)["llm"])
         tokens = usage.prompt_tokens, usage.completion_tokens
@@ -377,4 +376,5 @@ def spent(
         cost = Cost(tokens=sum(len(each.token_ids) for each in outcomes) if files else None)
     attached = launcher_class(cluster).attached
     time = seconds if attached and seconds is not None else read_run_record(directory).get("seconds")
+    time = time if isinstance(time, int | float) else None
     return _add_gpus(cost, cluster, None if time is None else time / 3600, price_per_gpu_hour)
