@@ -17,7 +17,7 @@ from csc_train.errors import InputError
 from csc_train.evaluation.comparison import NOT_SIGNIFICANT, compare, read_run_dialogues
 from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.contamination import read_contamination
-from csc_train.evaluation.metrics.likelihood import NO_TEXTS, OTHER_CONTEXT
+from csc_train.evaluation.metrics.likelihood import NO_TEXTS, OTHER_CONTEXT, UNKNOWN_LABELS
 from csc_train.evaluation.scoring import data_inputs
 from csc_train.files import file_digest
 from csc_train.inference.predictions import Prediction, read_external_replies, read_run_predictions
@@ -68,19 +68,19 @@ def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     both = [{context: answers(0.5, seed, context=context) for context in ("reference", "generated")} for seed in (0, 1)]
     rows = compare(*both, LEXICAL, permutations=1000)
     names = ["paper B-2", "paper B-4", "paper R-L", "zh B-2", "zh B-4", "zh R-L char", "zh R-L word"]
-    names += ["general perplexity", "BS", "paper BR"]
+    names += ["general perplexity", "ECE", "overconfidence", "ACC at 80 % coverage", "AURC", "BS", "paper BR"]
     names += ["placeholders kept", "placeholders invented", "placeholders filled"]
-    names += ["ACC", "ACC accepted", "macro-F1", "stage ACC"]
+    names += ["ACC", "ACC accepted", "macro-F1", "preference bias", "stage ACC"]
     assert [(row.context, row.metric) for row in rows] == [
         (context, name) for context in ("reference", "generated") for name in names
     ]
     tested = [row for row in rows if row.p_value is not None]
-    assert len(tested) == 20
-    assert min(row.adjusted for row in tested) == pytest.approx(min(1, 20 * min(row.p_value for row in tested)))
+    assert len(tested) == 22
+    assert min(row.adjusted for row in tested) == pytest.approx(min(1, 22 * min(row.p_value for row in tested)))
     missing = [row for row in rows if row.p_value is None]
     models = {"no BERTScore model given", "no BLEURT model given"}
     ours = {"no reference reply has a placeholder", "the run has no dialogues.jsonl"}
-    assert {row.reason for row in missing} == {*models, *ours, NO_TEXTS, OTHER_CONTEXT}
+    assert {row.reason for row in missing} == {*models, *ours, NO_TEXTS, OTHER_CONTEXT, UNKNOWN_LABELS}
 
 
 def dialogues_of(answers, accepted=()):
@@ -341,7 +341,8 @@ def test_compare_writes_and_prints_what_it_finds(workplace):
     )  # fmt: skip
     assert "A: elsewhere of runs/elsewhere\nB: strategy bigram of runs/elsewhere" in shown
     written = json.loads((directory / "runs/compared/comparison.json").read_text())
-    assert {row["verdict"] for row in written["differences"] if row["verdict"]} == {"A is higher"}
+    verdicts = {(row["verdict"], row["direction"]) for row in written["differences"] if row["verdict"]}
+    assert verdicts == {("A is higher", "higher"), ("B is higher", "lower")}
     reasons = {row["metric"]: row["reason"] for row in written["differences"]}
     assert reasons["ACC accepted"] == "no turn accepts several strategies"  # the run's dialogues were read
     assert "A is higher" in (directory / "runs/compared/comparison.md").read_text()

@@ -351,19 +351,30 @@ def test_the_lowest_scoring_turns_link_to_their_dialogues(run, page):
     assert page.locator("#talk tr.found th").all_inner_texts() == [str(lowest["turn"] + 1)]
 
 
-def test_calibration_is_shown_where_it_is_known(run, page, tmp_path, browser):
+def test_calibration_and_coverage_are_shown_where_they_are_known(run, page, tmp_path, browser):
     assert page.inner_text("#calibration") == ""
-    bins = [{"turns": 9, "confidence": 35.0, "ACC": 30.0}, {"turns": 20, "confidence": 92.0, "ACC": 85.0}]
+    bins = [
+        {"turns": 9, "confidence": 35.0, "ACC": 30.0, "low": None, "high": None},
+        {"turns": 20, "confidence": 92.0, "ACC": 85.0, "low": 75.5, "high": 95.0},
+    ]
+    curve = [{"coverage": 50, "ACC": 90.0}, {"coverage": 100, "ACC": 66.0}]
     _, scored = run
-    kept = scored.results[SYSTEM]["reference"]["calibration"]
-    scored.results[SYSTEM]["reference"]["calibration"] = bins
+    kept = scored.results[SYSTEM]["reference"]
+    scored.results[SYSTEM]["reference"] = kept | {"calibration": bins, "coverage": curve}
     write_html(tmp_path, scored, CONFIG, RECORD)
-    scored.results[SYSTEM]["reference"]["calibration"] = kept
+    scored.results[SYSTEM]["reference"] = kept
     other = browser.new_page()
     other.goto((tmp_path / "report.html").as_uri())
-    assert other.locator("#calibration circle title").all_text_contents() == [
-        "confidence 35.0, right 30.0, 9 turns", "confidence 92.0, right 85.0, 20 turns",
+    by_confidence, by_coverage = other.locator("#calibration figure").all()
+    assert by_confidence.locator("circle title").all_text_contents() == [
+        "confidence 35.0, right 30.0, 9 turns", "confidence 92.0, right 85.0, 20 turns, interval 75.5 to 95.0",
     ]  # fmt: skip
+    assert by_confidence.locator("circle.hollow").count() == 1
+    assert by_coverage.locator("circle title").all_text_contents() == [
+        f"{SYSTEM}, reference context: {accuracy} at {share} % coverage"
+        for share, accuracy in ((50, "90.0"), (100, "66.0"))
+    ]
+    assert by_coverage.locator("line.dash").count() == 1  # any share in random order
     other.close()
 
 

@@ -158,4 +158,4 @@ def test_every_built_in_metric_is_registered_once_in_column_order():
     }
     lower = {spec.name for spec in registry.METRICS if spec.direction == "lower"}
     process = {"repeated strategy", "stage regressions", "new numbers", "placeholders invented", "placeholders filled"}
-    assert lower == {"ECE", "NLL", "perplexity", "general perplexity", *process}
+    assert lower == {"ECE", "AURC", "NLL", "perplexity", "general perplexity", "preference bias", *process}

@@ -329,11 +329,50 @@ def test_f1_by_hand():
             assert value(figures["recall"]) == 100 * recall
     # Over the six strategies that occur on either side; the turn that was not read counts against strategy 5.
     assert value(strategy_metrics.macro_f1(EIGHT)) == pytest.approx(100 * sum(f1.values()) / 6)
+    # Weighted by occurrences: strategy 1, 4 and 5 occur twice, 11 and 12 once, 2 never.
+    assert value(strategy_metrics.weighted_f1(EIGHT)) == pytest.approx(100 * (2 * (2 / 3 + 2 / 3 + 1 / 2) + 2 / 3) / 8)
     never = rows[STRATEGIES[6].label][1]
     scores = {name: figure.compute(EIGHT.dialogue, 100) for name, figure in never.items()}
     assert {name: (each.value, each.reason) for name, each in scores.items()} == {
         "precision": (None, "never predicted"), "recall": (None, "not in the reference"), "F1": (None, "never occurs"),
+        "preference": (None, "never occurs"),
     }  # fmt: skip
+
+
+def test_preference_bias_by_hand():
+    # 1 is predicted five times for 2, never 2 for 1; two of each are right. At p = (3, 1/3) the slope is zero:
+    # 5 - 5 x 9/10 from the turns and 1 - 2 x 3/4 from the prior. With mean 1: 1.8 and 0.2.
+    five = chosen([(1, 2)] * 5 + [(1, 1), (2, 2)] * 2 + [(0, 7)])
+    assert value(strategy_metrics.preference_bias(five)) == pytest.approx(0.8)
+    rows = {label: cells for label, _, cells in strategy_metrics.by_strategy(five)}
+    assert [value(rows[each.label]["preference"]) for each in STRATEGIES[:2]] == pytest.approx([1.8, 0.2])
+    assert rows[STRATEGIES[6].label]["preference"].compute(five.dialogue, 0).reason == "never occurs"
+    # Without a prior, two strategies are preferred as they win, here three to one.
+    assert strategy_metrics.preferences(numpy.array([[9.0, 1], [3, 9]]), 1e-6) == pytest.approx([1.5, 0.5], abs=1e-6)
+    right = chosen([(number, number) for number in range(1, 13)])
+    assert value(strategy_metrics.preference_bias(right)) == pytest.approx(0)
+    only = chosen([(7, number) for number in range(1, 13)] * 500)
+    assert 3.3 < value(strategy_metrics.preference_bias(only)) < math.sqrt(11)
+    unread = strategy_metrics.preference_bias(chosen([(0, 1)] * 20)).compute(numpy.arange(20), 100)
+    assert (unread.value, unread.reason) == (None, "no strategy was parsed")
+
+
+def test_preferences_without_a_prior_are_the_fixed_point_of_the_published_iteration():
+    rng = numpy.random.default_rng(0)
+    confusion = rng.integers(1, 40, (3, 12, 12)) * rng.random((12, 1)).astype(float)
+    found = strategy_metrics.preferences(confusion, 1e-7)
+    for turns, preferred in zip(confusion, found, strict=True):
+        expected = numpy.ones(12)
+        for _ in range(200):
+            for i in range(12):
+                others = [j for j in range(12) if j != i]
+                won = sum(turns[j, i] * expected[j] / (expected[i] + expected[j]) for j in others)
+                expected[i] = won / sum(turns[i, j] / (expected[i] + expected[j]) for j in others)
+            expected *= 12 / expected.sum()
+        assert preferred == pytest.approx(expected, abs=1e-4)
+        # The prior changes little where there are many turns, and keeps what has none finite.
+        assert strategy_metrics.preferences(turns) == pytest.approx(expected, abs=0.1)
+    assert numpy.ptp(found) > 1  # or equal preferences would have passed
 
 
 def believing(turn, reference, *probabilities, **changes):
@@ -344,7 +383,7 @@ def believing(turn, reference, *probabilities, **changes):
 
 
 def believed(predictions):
-    return score_predictions(predictions, {"d1": Dialogue("d1", SAID * 5)}, MetricsConfig(profiles=[]))["likelihood"]
+    return score_predictions(predictions, {"d1": Dialogue("d1", SAID * 6)}, MetricsConfig(profiles=[]))["likelihood"]
 
 
 def test_likelihoods_by_hand():
@@ -377,16 +416,45 @@ def test_labels_that_a_system_holds_impossible_are_wrong_and_a_reference_that_it
     ]
     scores = believed(rows)
     assert (scores["top-2 ACC"].value, scores["ECE"].value) == (50, pytest.approx(100 * abs(0.96 - 0.5)))
-    assert likelihood_metrics.calibration(PredictionTable(rows))[0]["turns"] == 2
+    assert likelihood_metrics.calibration(PredictionTable(rows), 100)[0]["turns"] == 2
     for name in ("NLL", "perplexity"):
         assert (scores[name].value, scores[name].reason) == (None, "it is infinite")
 
 
-def test_the_calibration_error_has_no_interval_and_accuracy_has_one():
+def test_accuracy_by_coverage_by_hand():
+    # By confidence: right, then one right and one wrong of 0.82, wrong, right, and one of which nothing is known.
+    rows = [
+        believing(0, 1, 0.92), believing(2, 1, 0.82), believing(4, 2, 0.82), believing(6, 3, 0.52),
+        believing(8, 1, 0.42), prediction(1, "好", 10),
+    ]  # fmt: skip
+    swapped = [dataclasses.replace(rows[i], turn=turn) for i, turn in ((2, 0), (1, 2), (0, 4), (4, 6), (5, 8), (3, 10))]
+    for each in (rows, swapped):
+        scores = believed(each)
+        assert scores["ACC at 80 % coverage"].value == pytest.approx(50)  # two of four
+        accuracies = [1, 1.5 / 2, 2 / 3, 2 / 4, 3 / 5]
+        assert scores["AURC"].value == pytest.approx(100 * (1 - sum(accuracies) / 5))
+        assert scores["overconfidence"].value == pytest.approx(100 * (0.7 - 0.6))
+        curve = {row["coverage"]: row["ACC"] for row in likelihood_metrics.coverage_curve(PredictionTable(each))}
+        assert len(curve) == 20 and list(curve)[-1] == 100
+        # Half of the turns: the surest and one and a half of the two of equal confidence.
+        assert [curve[at] for at in (5, 20, 50, 60, 100)] == pytest.approx([100, 100, 100 * 1.75 / 2.5, 200 / 3, 60])
+    for nothing in (PredictionTable([]), EIGHT):
+        assert likelihood_metrics.coverage_curve(nothing) is None
+    unknown = {believed([prediction(1, "好")])[name].reason for name in ("ACC at 80 % coverage", "AURC", "ECE")}
+    assert unknown == {"the system reports no likelihoods of the labels"}
+
+
+def test_calibration_and_coverage_have_intervals_over_dialogues():
     dialogues = {f"d{number}": Dialogue(f"d{number}", SAID) for number in range(20)}
-    rows = [dataclasses.replace(believing(0, 1, 0.92), dialogue_id=name) for name in dialogues]
-    scores = score_predictions(rows, dialogues, MetricsConfig(profiles=[]))["likelihood"]
-    assert (scores["ECE"].low, scores["ECE"].high) == (None, None) and scores["top-2 ACC"].low == 100
+    rows = [dataclasses.replace(believing(0, 1 + index % 2, 0.92), dialogue_id=name)
+            for index, name in enumerate(dialogues)]  # fmt: skip
+    found = score_predictions(rows, dialogues, MetricsConfig(profiles=[]))
+    for name in ("ECE", "overconfidence", "ACC at 80 % coverage", "AURC"):
+        score = found["likelihood"][name]
+        assert score.low < score.value < score.high, name
+    [row] = found["calibration"]
+    assert row["low"] < row["ACC"] == 50 < row["high"]
+    assert found["coverage"][0] == {"coverage": 5, "ACC": pytest.approx(50)}  # all are as sure
 
 
 def test_confusion_by_hand():
@@ -413,7 +481,7 @@ def test_transitions_by_hand():
 
 
 def test_calibration_by_hand():
-    assert likelihood_metrics.calibration(EIGHT) is None
+    assert likelihood_metrics.calibration(EIGHT, 100) is None
     said = []
     # The likeliest strategy is 1 at 81 %, which is right, then 1 at 83 % and 2 at 40 %, which are wrong.
     rows = [[0.81, 0.19], [0.83, 0.17], [0.35, 0.4, 0.25]]
@@ -421,9 +489,10 @@ def test_calibration_by_hand():
         likelihoods = [math.log(share) - 7 for share in shares] + [-math.inf] * (12 - len(shares))
         one = prediction(1, "好", turn=2 * index, reference_strategy=index + 1)
         said.append(dataclasses.replace(one, label_log_likelihoods=tuple(likelihoods)))
-    low, high = likelihood_metrics.calibration(PredictionTable(said))
-    assert low == {"turns": 1, "confidence": pytest.approx(40), "ACC": 0}
-    assert high == {"turns": 2, "confidence": pytest.approx(82), "ACC": 50}
+    low, high = likelihood_metrics.calibration(PredictionTable(said), 100)
+    none = {"low": None, "high": None}
+    assert low == {"turns": 1, "confidence": pytest.approx(40), "ACC": 0} | none
+    assert high == {"turns": 2, "confidence": pytest.approx(82), "ACC": 50} | none
 
 
 def test_the_lowest_scoring_turns_come_one_a_dialogue_and_the_longest_of_equals_first():

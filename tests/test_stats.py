@@ -8,6 +8,8 @@ from scipy.stats import binomtest
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.stats import (
     MIN_DIALOGUES,
+    AbsoluteSum,
+    BinnedStatistic,
     Statistic,
     bootstrap_interval,
     cohen_kappa,
@@ -157,6 +159,61 @@ def test_weights_give_the_interval_that_sums_give():
     assert found == pytest.approx(bootstrap_interval(mean(values), dialogues, 300))
     few = dialogues < 9
     assert weighted_bootstrap_interval(lambda weights: weights @ values[few], dialogues[few], 300) is None
+
+
+def test_bins_give_what_columns_give():
+    rng = numpy.random.default_rng(0)
+    dialogues, bins = numpy.repeat(numpy.arange(30), 4), rng.integers(5, size=(2, 120))
+    counted = rng.random((2, 120, 2))
+    weights = numpy.arange(10.0)
+
+    def function(sums):
+        return (sums * weights).sum(axis=-1) / sums[..., :5].sum(axis=-1)
+
+    binned = [BinnedStatistic(numpy.column_stack(each), function, 5) for each in zip(bins, counted, strict=True)]
+    columns = [
+        Statistic(numpy.concatenate([numpy.eye(5)[place] * each[:, [i]] for i in (0, 1)], axis=1), function)
+        for place, each in zip(bins, counted, strict=True)
+    ]
+    assert [each.value for each in binned] == pytest.approx([each.value for each in columns])
+    for measure in (bootstrap_interval, sign_flip_test):
+        args = (dialogues, 300, binned[1]) if measure is bootstrap_interval else (binned[1], dialogues, 300)
+        dense = (dialogues, 300, columns[1]) if measure is bootstrap_interval else (columns[1], dialogues, 300)
+        assert measure(binned[0], *args) == pytest.approx(measure(columns[0], *dense))
+    nothing = BinnedStatistic(numpy.zeros((0, 3)), function, 5)
+    with numpy.errstate(invalid="ignore"):
+        assert numpy.isnan(nothing.value)
+    assert bootstrap_interval(nothing, numpy.zeros(0, int), 300) is None
+
+
+def test_the_interval_of_a_sum_of_magnitudes_holds_the_truth_also_where_it_is_near_0():
+    """Ten parts, as the bins of a calibration error: all 0, or some of them not."""
+    rng = numpy.random.default_rng(5)
+    plain, wider = [], []
+    for truth in (numpy.zeros(10), numpy.linspace(0, 0.6, 10)):
+        for _ in range(SIMULATIONS // 5):
+            dialogues = numpy.repeat(numpy.arange(DIALOGUES), 5)
+            noise = rng.normal(size=(len(dialogues), 10)) + rng.normal(size=(DIALOGUES, 10))[dialogues] / 2
+            terms = numpy.column_stack([truth + noise, numpy.ones(len(dialogues))])
+            own = AbsoluteSum(terms)
+            for kept, each in ((wider, own), (plain, Statistic(terms, own.function))):
+                low, high = bootstrap_interval(each, dialogues, resamples=200)
+                kept.append(low <= truth.sum() <= high)
+    assert share(wider) >= 0.93
+    assert share(plain) < 0.5  # quantiles of the values, which noise raises twice
+
+
+def test_the_interval_of_a_sum_of_magnitudes_by_hand():
+    dialogues = numpy.arange(40)
+    signs = numpy.where(dialogues % 2, 1.0, -1.0)
+    none = AbsoluteSum(numpy.column_stack([signs, numpy.ones(40)]))
+    low, high = bootstrap_interval(none, dialogues, 1000)
+    assert none.value == 0 == low and high == pytest.approx(0)  # a part of exactly 0 moves in neither direction
+    sure = AbsoluteSum(numpy.column_stack([signs - 10, signs + 10, numpy.ones(40)]))
+    assert sure.value == 20  # its noise cancels, so the interval is a point
+    assert bootstrap_interval(sure, dialogues, 1000) == pytest.approx((20, 20))
+    low, high = bootstrap_interval(sure, dialogues, 1000, minus=none)
+    assert low == pytest.approx(20) and high > 20.1
 
 
 # --- agreement of raters ---

@@ -156,6 +156,7 @@ def score_predictions(
         `reply`: by name, the result of the `system` and of the `reference` replies. `by_strategy`: by label, its
         `turns` and results. `by_position`: by supporter turn, its `position` from 1, `turns` and results.
         `confusion`, `transitions`, `calibration`, `lengths`, `lowest_scoring`: see the functions of these names.
+        `coverage`: see `coverage_curve`.
         `decontaminated`: `dialogues`, `turns` and `profiles` without flagged dialogues; None if none are flagged.
         `counts`: `dialogues`, `turns`, `failed`, `failures` by class of error, whether they leave the figures
         `incomplete`, `unparsed` strategies (None if the system predicts none), `empty_replies`, which score 0 in every
@@ -190,7 +191,8 @@ def score_predictions(
             for position in range(table.longest)
             for here in [table.position == position]
         ],
-        "calibration": likelihood.calibration(table) if chosen else None,
+        "calibration": likelihood.calibration(table, resamples) if chosen else None,
+        "coverage": likelihood.coverage_curve(table) if chosen else None,
         **{
             section: {
                 name: {"system": system[name], "reference": found}

@@ -1,4 +1,4 @@
-"""Accuracy of strategy choices, turn by turn and over a dialogue.
+"""Accuracy of strategy choices, turn by turn and over a dialogue, and preference for some strategies.
 
 For a system that chooses no strategies (they are given or omitted), these metrics are n/a: never 0, never 100.
 """
@@ -19,6 +19,8 @@ from csc_train.stats import Statistic, mean, ratio
 MAX_REPETITIONS = 2
 """Consecutive supporter turns with one strategy that do not yet count as repeated."""
 
+PRIOR = 1.0
+"""Weight of the logistic prior on Bradley-Terry preferences, in pairs of turns; it decides where there are no turns."""
 _UNPARSED, _ANY_STAGE = -1, len(Stage)
 _STAGES = list(Stage)
 _STAGE = numpy.array(
@@ -27,11 +29,13 @@ _STAGE = numpy.array(
 """The stage of each strategy number, in typical order; 0 is an unparsed strategy."""
 
 
-def _choice(table: PredictionTable, values: numpy.ndarray | Statistic, signature: str = "", reason: str = "") -> Metric:
+def _choice(
+    table: PredictionTable, values: numpy.ndarray | Statistic | float, signature: str = "", reason: str = ""
+) -> Metric:
     """A metric of the system's choices; n/a if it makes none."""
     if not table.predicts_strategy:
         return Metric(None, signature, table.NO_CHOICE)
-    statistic = values if isinstance(values, Statistic) else mean(100 * values)
+    statistic = values if isinstance(values, Statistic | float) else mean(100 * values)
     return Metric(statistic, signature, reason or Metric.reason)
 
 
@@ -69,8 +73,27 @@ def accept_sets(table: PredictionTable) -> numpy.ndarray:
 
 @metric(name="macro-F1", unit="strategies", direction="higher", profiles=["strategy"])
 def macro_f1(table: PredictionTable) -> Metric:
-    """Mean of the F1 of the strategies that occur in the reference or the predictions."""
+    """Mean of the F1 of the strategies that occur in the reference or the predictions; proficiency Q of Kang et al."""
     return _choice(table, Statistic(_confusion_cells(table), _macro_f1))
+
+
+@metric(name="weighted-F1", unit="strategies", direction="higher", profiles=["strategy"], compare=False)
+def weighted_f1(table: PredictionTable) -> Metric:
+    """Mean of the F1 of the strategies, weighted by their turns in the reference; reported by Kang et al. beside Q."""
+    return _choice(table, Statistic(_confusion_cells(table), _weighted_f1))
+
+
+@metric(name="preference bias", unit="standard deviation", direction="lower", profiles=["strategy"])
+def preference_bias(table: PredictionTable) -> Metric:
+    """Preference bias B of Kang et al.: how far the system's preferences of strategies are from equal.
+
+    B is the standard deviation of `preferences` over the strategies that occur in the reference or the predictions of
+    parsed turns. 0: errors favour no strategy; the maximum, the square root of the strategies minus 1, is one
+    predicted for all. Source: D. Kang et al., arXiv 2402.13211, 2024.
+    """
+    signature = f"B of Kang et al. 2024: Bradley-Terry preferences of mean 1, logistic prior of weight {PRIOR:g}"
+    reason = "no strategy was parsed"
+    return _choice(table, Statistic(_confusion_cells(table), _preference_bias), signature, reason)
 
 
 @metric(name="stage ACC", unit="turns", direction="higher", profiles=["strategy"])
@@ -97,17 +120,78 @@ def _confusion_cells(table: PredictionTable) -> numpy.ndarray:
     return cells
 
 
-def _macro_f1(sums: numpy.ndarray) -> numpy.ndarray:
-    table = sums.reshape(*sums.shape[:-1], len(STRATEGIES), len(STRATEGIES) + 1)
-    hits = numpy.diagonal(table[..., 1:], axis1=-2, axis2=-1)
-    occurring = table.sum(axis=-1) + table[..., 1:].sum(axis=-2)
+def _square(sums: numpy.ndarray) -> numpy.ndarray:
+    return sums.reshape(*sums.shape[:-1], len(STRATEGIES), len(STRATEGIES) + 1)
+
+
+def _f1(sums: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """By strategy, [..., 12]: F1 in percent, turns in the reference, and whether it occurs on either side."""
+    table = _square(sums)
+    hits, reference = numpy.diagonal(table[..., 1:], axis1=-2, axis2=-1), table.sum(axis=-1)
+    occurring = reference + table[..., 1:].sum(axis=-2)
     f1 = numpy.divide(200 * hits, occurring, out=numpy.zeros_like(hits), where=occurring > 0)
-    count = (occurring > 0).sum(axis=-1)
-    return numpy.divide(f1.sum(axis=-1), count, out=numpy.full(count.shape, numpy.nan), where=count > 0)
+    return f1, reference, occurring > 0
+
+
+def _macro_f1(sums: numpy.ndarray) -> numpy.ndarray:
+    f1, _, occurs = _f1(sums)
+    return ratio(numpy.stack([f1.sum(axis=-1), occurs.sum(axis=-1)], axis=-1))
+
+
+def _weighted_f1(sums: numpy.ndarray) -> numpy.ndarray:
+    f1, reference, _ = _f1(sums)
+    return ratio(numpy.stack([(f1 * reference).sum(axis=-1), reference.sum(axis=-1)], axis=-1))
+
+
+def preferences(confusion: numpy.ndarray, prior: float = PRIOR) -> numpy.ndarray:
+    """How strongly a system prefers each strategy where it errs, by the Bradley-Terry model; their mean is 1.
+
+    A turn that is predicted as i but is j in the reference is a win of i over j, with probability p_i / (p_i + p_j).
+    Correct turns say nothing. The p are those of the highest posterior, by Newton's method. The logistic prior is as
+    `prior` wins and losses against a strategy with p = 1: it keeps p finite if a strategy only wins or only loses, and
+    fades with more turns. With a `prior` near 0 this is the maximum likelihood, as Kang et al. have it, if errors lead
+    from each strategy to each other; otherwise there is none.
+
+    Args:
+        confusion: float [..., n, n], turns by reference strategy (rows) and predicted strategy.
+
+    Returns:
+        float [..., n]; NaN for strategies without turns.
+
+    Source: M. E. J. Newman, Efficient computation of rankings from pairwise comparisons, 2023.
+    """
+    n = confusion.shape[-1]
+    wins = numpy.swapaxes(confusion, -1, -2) * (1 - numpy.eye(n))
+    won, lost, pairs = wins.sum(axis=-1), wins.sum(axis=-2), wins + numpy.swapaxes(wins, -1, -2)
+    score = numpy.log((won + 1) / (lost + 1))
+    for _ in range(100):
+        p = numpy.exp(score)
+        prior_share, share = p / (1 + p), p[..., :, None] / (p[..., :, None] + p[..., None, :])
+        gradient = won - (pairs * share).sum(axis=-1) + prior * (1 - 2 * prior_share)
+        curvature = pairs * share * (1 - share)
+        diagonal = curvature.sum(axis=-1) + 2 * prior * prior_share * (1 - prior_share)
+        hessian = diagonal[..., None] * numpy.eye(n) - curvature
+        step = numpy.clip(numpy.linalg.solve(hessian, gradient[..., None])[..., 0], -2, 2)
+        score = score + step
+        if numpy.abs(step).max(initial=0) < 1e-6:  # the next error is of the order of its square
+            break
+    p = numpy.where(confusion.sum(axis=-1) + confusion.sum(axis=-2) > 0, numpy.exp(score), numpy.nan)
+    total, count = numpy.nansum(p, axis=-1, keepdims=True), (~numpy.isnan(p)).sum(axis=-1, keepdims=True)
+    return p * count / numpy.where(total > 0, total, numpy.nan)
+
+
+def _preference_bias(sums: numpy.ndarray) -> numpy.ndarray:
+    found = preferences(_square(sums)[..., 1:])
+    count = (~numpy.isnan(found)).sum(axis=-1)
+    return numpy.sqrt(ratio(numpy.stack([numpy.nansum((found - 1) ** 2, axis=-1), count], axis=-1)))
 
 
 def by_strategy(table: PredictionTable) -> Iterator[tuple[str, int, dict[str, Metric]]]:
-    """(numbered name, turns in the reference, precision, recall and F1 in percent) of each of the 12 strategies."""
+    """(numbered name, turns in the reference, results) of each of the 12 strategies.
+
+    The results are precision, recall and F1 in percent, and the preference, which has no interval.
+    """
+    preferred = preferences(confusion(table)[:, 1:].astype(float))
     for strategy in STRATEGIES:
         predicted, actual = table.predicted == strategy.number, table.reference == strategy.number
         f1 = Statistic(numpy.stack([200 * (predicted & actual), 1.0 * predicted + actual], axis=1), ratio)
@@ -118,6 +202,7 @@ def by_strategy(table: PredictionTable) -> Iterator[tuple[str, int, dict[str, Me
                 "precision": _choice(table, mean(100 * actual, predicted), "hits / predicted", "never predicted"),
                 "recall": _choice(table, mean(100 * predicted, actual), "hits / occurrences", "not in the reference"),
                 "F1": _choice(table, f1, "2 hits / (predicted + occurrences)", "never occurs"),
+                "preference": _choice(table, preferred[strategy.number - 1], "1: as the mean strategy", "never occurs"),
             },
         )
 

@@ -258,7 +258,7 @@ def _profile_table(results: Results, profile: str, without: Contamination | None
 def behaviour_tables(results: Results) -> list[ReportTable]:
     """Strategy choices, likelihoods, process and replies of all systems."""
     return [
-        _section_table(results, "strategy", "Strategies (percent)"),
+        _section_table(results, "strategy", "Strategies (percent; bias as a standard deviation)"),
         _section_table(results, "likelihood", "Likelihoods (percent; NLL in nats per token)"),
         _gold_section_table(results, "process", "Process (percent)"),
         _gold_section_table(results, "reply", "Replies (percent; length in characters)"),
@@ -301,12 +301,9 @@ def _marked(cells: dict[str, MetricResult]) -> tuple[list[str], tuple[str, ...]]
 
 
 def _by_strategy(system: str, context: str, scores: dict) -> ReportTable:
-    rows = [
-        [label, cells["turns"], *(cells[name] for name in ("precision", "recall", "F1"))]
-        for label, cells in scores["by_strategy"].items()
-    ]
-    title = f"Results by strategy (percent): {system}, {context} context"
-    return ReportTable(title, ["strategy", "turns", "precision", "recall", "F1"], rows)
+    rows = [[label, *cells.values()] for label, cells in scores["by_strategy"].items()]
+    title = f"Results by strategy (percent; 1 is the mean preference): {system}, {context} context"
+    return ReportTable(title, ["strategy", *next(iter(scores["by_strategy"].values()))], rows)
 
 
 def _confusion(system: str, context: str, labels: Iterable[str], confusion: list[list[int]]) -> ReportTable:
