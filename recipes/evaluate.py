@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger("csc_train.recipes.evaluate")
 OUTPUTS = (
     "predictions", "general", "dialogues.jsonl", "contamination.json", "evaluated_model.json", "exported",
-    "results.json", "table.md", "report.html", "tracking.json", "usage.jsonl", "wandb",
+    "results.json", "table.md", "report.html", "report_dialogues.js", "tracking.json", "usage.jsonl", "wandb",
 )  # fmt: skip
 """Files that the recipe writes into the run directory."""
 

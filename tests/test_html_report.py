@@ -1,11 +1,16 @@
 """The page of a whole evaluation, as a browser shows it."""
 
 import base64
+import copy
 import dataclasses
+import functools
 import gzip
+import http.server
 import json
 import random
 import re
+import shutil
+import threading
 
 import pytest
 
@@ -21,6 +26,7 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.evaluation.config import EvaluationConfig, MetricsConfig
 from csc_train.evaluation.contamination import Contamination, find_contamination, write_contamination
 from csc_train.evaluation.evaluated_model import write_evaluated
+from csc_train.evaluation.report import html
 from csc_train.evaluation.report.html import write_html
 from csc_train.evaluation.report.tables import write_results
 from csc_train.evaluation.scoring import score_run
@@ -104,6 +110,10 @@ def opened(browser):
 def page(run, opened):
     """The page of `run`."""
     return opened(run)
+
+
+def unpacked(packed):
+    return json.loads(gzip.decompress(base64.b64decode(packed)).decode("utf-16-le"))
 
 
 def results_of(run):
@@ -403,7 +413,7 @@ def test_texts_are_embedded_once_and_turns_that_failed_are_marked(run, tmp_path)
     text = (directory / "report.html").read_text(encoding="utf-8")
     assert text.count("<script>") == text.count("</script>") - 2 == 1
     start = text.index('id="transcripts">') + len('id="transcripts">')
-    packed = json.loads(gzip.decompress(base64.b64decode(text[start : text.index("<", start)])))
+    packed = unpacked(text[start : text.index("<", start)])
     assert len(packed["texts"]) == len(set(packed["texts"]))
     said = packed["replies"][SYSTEM]["reference"]
     predictions = scored.run.predictions[SYSTEM]["reference"]
@@ -413,9 +423,117 @@ def test_texts_are_embedded_once_and_turns_that_failed_are_marked(run, tmp_path)
     write_html(tmp_path, scored, CONFIG, RECORD)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     start = text.index('id="transcripts">') + len('id="transcripts">')
-    packed = json.loads(gzip.decompress(base64.b64decode(text[start : text.index("<", start)])))
+    packed = unpacked(text[start : text.index("<", start)])
     replies = packed["replies"][SYSTEM]["reference"]
     assert replies["texts"][0] == replies["strategies"][0] == -1
+
+
+# --- of many dialogues ---
+
+
+@pytest.fixture
+def large(run, tmp_path, monkeypatch):
+    """A folder with a page that holds few of its dialogues and the file of all of them; what was scored."""
+    monkeypatch.setattr(html, "SAMPLE_SIZE", 3)
+    results = copy.deepcopy(run[1].results)
+    for contexts in results.values():
+        for scores in contexts.values():
+            del scores["lowest_scoring"][2:]
+    scored = dataclasses.replace(run[1], results=results)
+    write_html(tmp_path, scored, CONFIG, RECORD)
+    return tmp_path, scored
+
+
+def transcripts_of(page):
+    start = page.index('id="transcripts">') + len('id="transcripts">')
+    return page[start : page.index("<", start)]
+
+
+def test_a_large_page_holds_a_sample_and_the_lowest_scoring_dialogues_within_its_limit(large, tmp_path, monkeypatch):
+    directory, scored = large
+    text = (directory / "report.html").read_text("utf-8")
+    held = [name for name, _ in unpacked(transcripts_of(text))["dialogues"]]
+    lowest = {turn["dialogue_id"] for contexts in scored.results.values() for scores in contexts.values()
+              for turn in scores["lowest_scoring"]}  # fmt: skip
+    order = [dialogue.id for dialogue in scored.dialogues]
+    assert lowest < set(held) and len(held) <= len(lowest) + 3 < 31
+    assert held == sorted(held, key=order.index)
+    everything = (directory / "report_dialogues.js").read_text("utf-8").split('"')[3]
+    assert [name for name, _ in unpacked(everything)["dialogues"]] == order
+    # 2 MB for four systems in both contexts; here are five tables of the eight.
+    rest = len(text.encode()) - len(transcripts_of(text))
+    assert rest * 8 / 5 + html.MAX_TRANSCRIPT_BYTES < 2_000_000
+    for limit in (len(transcripts_of(text)) * 2 // 3, 0):
+        monkeypatch.setattr(html, "MAX_TRANSCRIPT_BYTES", limit)
+        chosen, packed = html._embedded(scored)
+        assert len(packed) <= limit or not chosen
+        assert (limit == 0) == (not chosen) and len(chosen) < len(held)
+    # Without a limit on the sample, there is no other file.
+    monkeypatch.undo()
+    write_html(directory / "whole", scored, CONFIG, RECORD)
+    assert [file.name for file in (directory / "whole").iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("scheme", ["file", "http"])
+def test_all_dialogues_are_loaded_from_beside_the_page(large, browser, scheme):
+    directory, scored = large
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(directory))
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = directory.as_uri() if scheme == "file" else f"http://127.0.0.1:{server.server_port}"
+        shown, asked, said = browser.new_page(), [], []
+        shown.on("request", lambda request: asked.append(request.url.removeprefix(f"{place}/")))
+        shown.on("console", lambda message: said.append(message.text))
+        shown.goto(f"{place}/report.html")
+        shown.wait_for_selector("#list button")
+        names = shown.locator("#list button").all_text_contents()
+        held = len(names)
+        absent = next(each for each in scored.dialogues if not any(name.startswith(each.id) for name in names))
+        assert shown.inner_text("#found") == f"{held} of {held} dialogues on this page"
+        assert shown.inner_text("#part").startswith(f"This page holds {held} of them: a random sample")
+        shown.fill("#search", absent.id)
+        hint = f"0 of {held} dialogues on this page, 0 turns found; load all dialogues to search the rest"
+        shown.wait_for_function("text => document.getElementById('found').textContent === text", arg=hint)
+        shown.focus("#load")
+        shown.keyboard.press("Enter")
+        shown.wait_for_selector("#load", state="hidden")
+        assert found(shown, (1, len(absent.turns)))
+        assert shown.inner_text("#talk caption") == absent.id
+        assert shown.evaluate("document.activeElement.id") == "search"
+        shown.fill("#search", "")
+        shown.wait_for_function("() => document.querySelectorAll('#list button').length === 31")
+        assert shown.inner_text("#found") == "31 of 31 dialogues"
+        assert shown.inner_text("#talk caption") == absent.id
+        assert asked[:2] == ["report.html", "report_dialogues.js"] and set(asked[2:]) <= {"favicon.ico"}
+        assert [text for text in said if "favicon" not in text and "404" not in text] == []
+        # Scripts come from beside the page, and from nowhere else.
+        evaluate = """address => new Promise((done) => document.head.append(
+            make("script", { src: address, onload: () => done("loaded"), onerror: () => done("refused") })))"""
+        assert shown.evaluate(evaluate, "http://localhost:9/report_dialogues.js") == "refused"
+        shown.close()
+        server.shutdown()
+
+
+def test_a_page_without_its_file_says_so_and_shows_its_sample(large, browser, tmp_path):
+    alone = tmp_path / "mailed"
+    alone.mkdir()
+    shutil.copy(large[0] / "report.html", alone)
+    shown = browser.new_page()
+    shown.goto((alone / "report.html").as_uri())
+    held = shown.locator("#list button").count()
+    shown.click("#load")
+    missing = f"put it there and try again. This page holds {held} dialogues; the results are of all."
+    shown.wait_for_function("text => document.getElementById('part').textContent.endsWith(text)", arg=missing)
+    assert shown.inner_text("#found") == f"{held} of {held} dialogues on this page"
+    (alone / "report_dialogues.js").write_text('receiveDialogues("another", "AAAA");')
+    shown.click("#load")
+    shown.wait_for_function("() => document.getElementById('part').textContent.includes('belongs to another report')")
+    shutil.copy(large[0] / "report_dialogues.js", alone)
+    shown.click("#load")
+    shown.wait_for_selector("#load", state="hidden")
+    assert shown.inner_text("#found") == "31 of 31 dialogues"
+    shown.close()
 
 
 # --- in English ---

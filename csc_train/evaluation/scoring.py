@@ -21,7 +21,7 @@ from csc_train.evaluation.metrics import likelihood, replies, strategy
 from csc_train.evaluation.metrics.base import Metric, MetricResult
 from csc_train.evaluation.metrics.model_based import fetch_models
 from csc_train.evaluation.metrics.registry import SECTIONS, chosen_profiles, compute_metrics, metrics_in_profiles
-from csc_train.evaluation.table import PredictionTable, align_tables
+from csc_train.evaluation.table import PredictionTable, TextCache, align_tables
 from csc_train.inference.config import CONTEXTS
 from csc_train.inference.predictions import FailedTurn, Prediction, RunPredictions, missing_turns, read_run_predictions
 from csc_train.invisible import is_blank
@@ -81,18 +81,20 @@ def score_run(directory: str | os.PathLike, config: MetricsConfig, max_failed: f
     contamination = read_contamination(directory)
     flagged, language = contamination.flagged if contamination else (), read_language(directory)
     results: Results = {name: {} for name in run.predictions}
+    cache = TextCache()
     places = [(name, context) for name, contexts in run.predictions.items() for context in contexts]
     for name, context in ProgressBar(places, "scoring", unit="table"):
         failed = {"failures": run.failures[name][context], "max_failed": max_failed}
         failed |= {"texts": None if results[name] else run_scores(directory, name)}
         results[name][context] = score_predictions(
-            run.predictions[name][context], by_id, config, **failed, flagged=flagged, language=language
+            run.predictions[name][context], by_id, config, **failed, flagged=flagged, language=language, cache=cache
         )
     drifts = {
-        name: context_drift(contexts["reference"], contexts["generated"], by_id, config, language)
+        name: context_drift(contexts["reference"], contexts["generated"], by_id, config, language, cache)
         for name, contexts in run.predictions.items()
         if len(contexts) == 2
     }
+    cache.clear()  # the last tables outlive their run
     return ScoredRun(results, drifts, run, dialogues, contamination, language)
 
 
@@ -140,6 +142,7 @@ def score_predictions(
     texts: Sequence[TextScore] | None = (),
     flagged: Collection[str] = (),
     language: str = "zh",
+    cache: TextCache | None = None,
 ) -> dict[str, Any]:
     """Score one system's predictions in one context.
 
@@ -150,6 +153,7 @@ def score_predictions(
         texts: see `PredictionTable`.
         flagged: ids of contaminated dialogues (see `contamination`).
         language: of the dialogues; the names of strategies are in it.
+        cache: see `PredictionTable`.
 
     Returns:
         `profiles`: by profile and name, a `MetricResult`. `strategy`, `likelihood`: results by name. `process`,
@@ -165,7 +169,7 @@ def score_predictions(
     Raises:
         InputError: a metric model cannot be loaded, or a turn is predicted twice.
     """
-    table, resamples = PredictionTable(predictions, dialogues, language), config.bootstrap_resamples
+    table, resamples = PredictionTable(predictions, dialogues, language, cache), config.bootstrap_resamples
     table.texts = texts
     chosen_tables = chosen_profiles(config, table)
     metrics = compute_metrics(table, config, (*chosen_tables, *SECTIONS))
@@ -250,6 +254,7 @@ def context_drift(
     dialogues: Mapping[str, Dialogue],
     config: MetricsConfig,
     language: str = "zh",
+    cache: TextCache | None = None,
 ) -> list[dict[str, Any]]:
     """The drop of each metric when a system continues from its own turns, by supporter turn.
 
@@ -262,7 +267,8 @@ def context_drift(
     Raises:
         InputError: the references of the two differ.
     """
-    sides, _ = align_tables(reference, generated, "reference context", "generated context", [dialogues] * 2, language)
+    places = "reference context", "generated context"
+    sides, _ = align_tables(reference, generated, *places, [dialogues] * 2, language, cache)
     resamples = config.bootstrap_resamples
     metrics = [_position_metrics(table, config) for table in sides]
     rows = []

@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -17,7 +18,43 @@ from csc_train.evaluation.general import TextScore
 from csc_train.files import digest
 from csc_train.inference.predictions import Prediction
 
-_segment = functools.lru_cache(maxsize=2**16)(segment_words)
+TextPair = tuple[str, str]
+
+
+class TextCache:
+    """What was computed from texts, for the tables that share it: those of a run have most texts in common.
+
+    It grows with the distinct texts of the run and ends with it; nothing is computed twice, or for another run.
+    """
+
+    def __init__(self):
+        self._functions: dict[Callable, Callable] = {}
+        self._rows: dict[tuple[Callable, Callable | None], dict[TextPair, numpy.ndarray]] = {}
+
+    def of(self, function: Callable) -> Callable:
+        """`function`, which computes each distinct text once."""
+        return self._functions.setdefault(function, functools.cache(function))
+
+    def rows(self, function: Callable, pairs: Sequence[TextPair], prepare: Callable | None = None) -> numpy.ndarray:
+        """float [pairs, ...]: `function` of pairs, a row of it for each; each distinct pair is computed once.
+
+        Args:
+            prepare: what `function` takes of each text of a pair, such as its words; defaults to the text.
+        """
+        known = self._rows.setdefault((function, prepare), {})
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+        found = function([(prepare(one), prepare(other)) for one, other in new] if prepare else new)
+        known.update(zip(new, found, strict=True))
+        return numpy.array([known[pair] for pair in pairs]) if pairs else found
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._functions.clear()
+        self._rows.clear()
+
+
+def _segment(text: str) -> list[str]:
+    return [sys.intern(word) for word in segment_words(text)]  # texts share their words
 
 
 class PredictionTable:
@@ -27,6 +64,7 @@ class PredictionTable:
         predictions: the turns themselves.
         dialogues: by id; None if not known.
         language: of the dialogues.
+        cache: computes what metrics take of texts, each distinct one once.
         dialogue: int [turns], the dialogue of each turn, counted from 0.
         position: int [turns], the index of each turn among the supporter turns of its dialogue, from 0.
         longest: supporter turns of the longest dialogue.
@@ -43,12 +81,17 @@ class PredictionTable:
     """Why metrics of what was said before a turn are n/a, if `dialogues` is None."""
 
     def __init__(
-        self, predictions: Sequence[Prediction], dialogues: Mapping[str, Dialogue] | None = None, language: str = "zh"
+        self,
+        predictions: Sequence[Prediction],
+        dialogues: Mapping[str, Dialogue] | None = None,
+        language: str = "zh",
+        cache: TextCache | None = None,
     ):
         """Sort the predictions.
 
         Args:
             dialogues: by id, those to predict. Without them, every dialogue counts as `whole`.
+            cache: that of the other tables of a run; defaults to one of its own.
 
         Raises:
             InputError: a turn is predicted twice, or is no supporter turn of its dialogue.
@@ -56,6 +99,7 @@ class PredictionTable:
         self.predictions = sorted(predictions, key=lambda each: each.key)
         self.dialogues, self.language = dialogues, language
         self.texts: Sequence[TextScore] | None = ()
+        self.cache = cache or TextCache()
         keys = self.keys
         for key, following in itertools.pairwise(keys):
             if key == following:
@@ -102,15 +146,23 @@ class PredictionTable:
         return all(each.predicts_strategy for each in self.predictions)
 
     @property
-    def pairs(self) -> list[tuple[str, str]]:
+    def pairs(self) -> list[TextPair]:
         """(reply, reference reply) of each turn."""
         return [(each.response, each.reference_response) for each in self.predictions]
 
+    @property
+    def segment(self) -> Callable[[str], list[str]]:
+        """The words of a text; see `word_unit`."""
+        return self.cache.of(split_words if self._spaced else _segment)
+
     @cached_property
     def words(self) -> list[tuple[list[str], list[str]]]:
-        """`pairs` in words; see `word_unit`."""
-        segment = split_words if self._spaced else _segment
-        return [(segment(reply), segment(reference)) for reply, reference in self.pairs]
+        """`pairs` in words."""
+        return [(self.segment(reply), self.segment(reference)) for reply, reference in self.pairs]
+
+    def rows(self, function: Callable, prepare: Callable | None = None) -> numpy.ndarray:
+        """See `TextCache.rows`, of `pairs`."""
+        return self.cache.rows(function, self.pairs, prepare)
 
     @property
     def _spaced(self) -> bool:
@@ -146,7 +198,7 @@ class PredictionTable:
             )
             for each in self.predictions
         ]
-        return PredictionTable(predictions, self.dialogues, self.language)
+        return PredictionTable(predictions, self.dialogues, self.language, self.cache)
 
 
 def align_tables(
@@ -156,6 +208,7 @@ def align_tables(
     other_name: str,
     dialogues: Sequence[Mapping[str, Dialogue] | None] = (None, None),
     language: str = "zh",
+    cache: TextCache | None = None,
 ) -> tuple[tuple[PredictionTable, PredictionTable], int]:
     """Two tables of the same turns in the same order, and the number of turns that only one of them has.
 
@@ -163,14 +216,16 @@ def align_tables(
         name, other_name: what errors call the two.
         dialogues: of each side, by id; None if not known.
         language: of the dialogues.
+        cache: of the two; defaults to one that they share.
 
     Raises:
         InputError: the references of a turn differ, or a turn is predicted twice.
     """
+    cache = cache or TextCache()
     keys = [{each.key for each in side} for side in (one, other)]
     shared = keys[0] & keys[1]
     left, right = (
-        PredictionTable([each for each in side if each.key in shared], known, language)
+        PredictionTable([each for each in side if each.key in shared], known, language, cache)
         for side, known in zip((one, other), dialogues, strict=True)
     )
     for first, second in zip(left.predictions, right.predictions, strict=True):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 TRACKING_FILE = "tracking.json"
 """In a run directory: the id, mode and address of its W&B run; of an evaluation, that of the training."""
-REPORTS = ("results.json", "table.md", "report.html", "resolved.yaml")
+REPORTS = ("results.json", "table.md", "report.html", "report_dialogues.js", "resolved.yaml")
 """Files of an evaluation that are attached to the W&B run of the training."""
 RESULT_COLUMNS = ["system", "context", "profile", "metric", "value", "low", "high", "unit", "direction"]
 

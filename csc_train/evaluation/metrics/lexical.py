@@ -19,10 +19,9 @@ from sacrebleu.metrics.bleu import BLEU
 
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.registry import metric
-from csc_train.evaluation.table import PredictionTable
+from csc_train.evaluation.table import PredictionTable, TextPair
 from csc_train.stats import Statistic, mean
 
-TextPair = tuple[str, str]
 TokenPair = tuple[Sequence[Hashable], Sequence[Hashable]]
 
 _ORDERS = 4
@@ -49,6 +48,7 @@ def sentence_bleu(pairs: Sequence[TokenPair]) -> numpy.ndarray:
     return 100 * numpy.array(scores, float).reshape(-1, 2)
 
 
+@functools.cache  # its tokenizer remembers texts
 def _sacrebleu_zh() -> BLEU:
     return BLEU(tokenize="zh", smooth_method="exp", effective_order=False)
 
@@ -109,23 +109,9 @@ def rouge_l_latin(pairs: Sequence[TextPair]) -> numpy.ndarray:
     return 100 * numpy.array([scorer.score(reference, reply)["rougeL"].fmeasure for reply, reference in pairs], float)
 
 
-# Metrics of one table share these.
-
-
-@functools.lru_cache(maxsize=2)
-def _sentence_bleu_scores(table: PredictionTable) -> numpy.ndarray:
-    return sentence_bleu(table.words)
-
-
-@functools.lru_cache(maxsize=2)
-def _corpus_bleu_counts(table: PredictionTable) -> numpy.ndarray:
-    return corpus_bleu_zh_counts(table.pairs)
-
-
-@functools.lru_cache(maxsize=2)
 def rouge_l_char_scores(table: PredictionTable) -> numpy.ndarray:
     """float [turns]: ROUGE-L F1 on characters without white space, in percent."""
-    return rouge_l([(characters(reply), characters(reference)) for reply, reference in table.pairs])
+    return table.rows(rouge_l, characters)
 
 
 def _sentence_bleu(table: PredictionTable, column: int) -> Metric:
@@ -133,7 +119,7 @@ def _sentence_bleu(table: PredictionTable, column: int) -> Metric:
         f"nltk {version('nltk')} sentence BLEU on {table.segmenter}, smoothing method1, mean over turns, "
         f"orders 1-{(2, 4)[column]}"
     )
-    return Metric(mean(_sentence_bleu_scores(table)[:, column]), signature, unit=table.word_unit)
+    return Metric(mean(table.rows(sentence_bleu, table.segment)[:, column]), signature, unit=table.word_unit)
 
 
 @metric(name="B-2", unit="words", direction="higher", profiles=["paper", "en"])
@@ -152,11 +138,11 @@ def sentence_bleu_4(table: PredictionTable) -> Metric:
 def paper_rouge_l(table: PredictionTable) -> Metric:
     """The paper's ROUGE-L, reconstructed."""
     signature = f"rouge_score {version('rouge-score')} rougeL F1, default tokenizer, no stemming, mean over turns"
-    return Metric(mean(rouge_l_latin(table.pairs)), signature)
+    return Metric(mean(table.rows(rouge_l_latin)), signature)
 
 
 def _zh_bleu(table: PredictionTable, order: int) -> Metric:
-    counts = _corpus_bleu_counts(table)
+    counts = table.rows(corpus_bleu_zh_counts)
     statistic = Statistic(counts, lambda sums: corpus_bleu_zh(sums, order)) if len(counts) else None
     return Metric(statistic, f"sacrebleu corpus BLEU, effective order off, {corpus_bleu_zh_signature(order)}")
 
@@ -187,4 +173,6 @@ def zh_rouge_l_char(table: PredictionTable) -> Metric:
 @metric(name="R-L word", unit="words", direction="higher", profiles=["zh"])
 def rouge_l_word(table: PredictionTable) -> Metric:
     """ROUGE-L on words."""
-    return Metric(mean(rouge_l(table.words)), f"{_rouge_signature()}, {table.segmenter}", unit=table.word_unit)
+    return Metric(
+        mean(table.rows(rouge_l, table.segment)), f"{_rouge_signature()}, {table.segmenter}", unit=table.word_unit
+    )

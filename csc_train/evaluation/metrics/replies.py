@@ -98,13 +98,14 @@ def new_numbers(table: PredictionTable) -> numpy.ndarray:
     The context is what the system was given: the gold turns, or in generated context the gold customer turns and its
     own replies.
     """
-    known = _contexts(table, numbers)
-    return numpy.array([100 * bool(numbers(each.response, words=False) - said) for each, said in known], float)
+    known, find = _contexts(table, numbers), table.cache.of(numbers)
+    return numpy.array([100 * bool(find(each.response, words=False) - said) for each, said in known], float)
 
 
 def _contexts(table: PredictionTable, find: Callable[[str], Set[str]]) -> Iterator[tuple[Prediction, Set[str]]]:
     """Each prediction, and what `find` finds in the turns that the system was given."""
     seen: dict[str, tuple[int, Set[str]]] = {}
+    find = table.cache.of(find)
     for each in table.predictions:
         start, known = seen.get(each.dialogue_id, (0, frozenset()))
         for turn in table.dialogues[each.dialogue_id].turns[start : each.turn]:

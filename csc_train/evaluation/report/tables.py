@@ -51,13 +51,16 @@ class ReportTable:
     notes: tuple[str, ...] = ()
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, fields: Callable[[MetricResult], dict[str, Any]] = asdict) -> Any:
     """Results with each MetricResult as a dictionary, as in `results.json`.
+
+    Args:
+        fields: makes the dictionary; defaults to all fields.
 
     Raises:
         ValueError: a number is not finite, which JSON has no form for.
     """
-    return json.loads(json.dumps(value, default=asdict, allow_nan=False))
+    return json.loads(json.dumps(value, default=fields, allow_nan=False))
 
 
 def write_results(
