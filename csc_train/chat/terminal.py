@@ -15,7 +15,7 @@ from csc_train.chat.config import ChatConfig
 from csc_train.chat.conversation import ChatReply, Conversation
 from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.data.readers import write_dialogues
-from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
+from csc_train.data.strategies import STRATEGIES, Strategy, nearest_label, parse_strategy
 from csc_train.errors import InputError, suggestion
 from csc_train.inference.hf import HFGenerator
 
@@ -159,8 +159,7 @@ class Terminal:
         try:
             self._strategy = parse_strategy(name)
         except ValueError as error:
-            names = [strategy.name(self._language) for strategy in STRATEGIES]
-            raise InputError(f"{error}.{suggestion(name, names)} /strategy lists them") from error
+            raise InputError(f"{error}.{nearest_label(name)} /strategy lists them") from error
         self._note(f"strategy of the next reply: {self._strategy.numbered(self._language)}")
 
     def _undo(self, _: str) -> None:
