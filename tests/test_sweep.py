@@ -24,14 +24,9 @@ from csc_train.launching.journal import open_journal
 from csc_train.launching.launchers.local import LocalLauncher
 from csc_train.launching.search_space import extreme_points
 from csc_train.launching.sweep import plan_sweep, sweep
+from csc_train.launching.sweep_runner import NoSuchMetricError, SweepRunner, metric_values, trial_result
 from csc_train.launching.sweep_summary import report_sweep
-from csc_train.launching.trial_runner import (
-    FailedTrialError,
-    NoSuchMetricError,
-    TrialRunner,
-    metric_values,
-    trial_result,
-)
+from csc_train.launching.trial_runner import FailedTrialError
 from csc_train.runs.claim import claim
 from csc_train.runs.comparison import find_runs, save_svg, sort_runs
 
@@ -523,8 +518,8 @@ def test_a_restarted_sweep_draws_the_values_of_an_uninterrupted_one():
         study, runner = optuna.create_study(), None
         for number in range(4):
             if restarted or runner is None:
-                runner = TrialRunner(config, study, plan_sweep, [], -1)
-            trial = runner._next()
+                runner = SweepRunner(config, study, plan_sweep, [{}], -1)
+            trial, _ = runner.next_trial()
             assert trial.number == number
             study.tell(trial, number)
         return [trial.params["rate"] for trial in study.trials]

@@ -18,8 +18,8 @@ class ChatConfig:
     """Settings of a chat with a trained model."""
 
     checkpoint: str = MISSING
-    """A run directory, a final model, an exported directory or a training checkpoint; with `template`, the directory of
-    any other model or PEFT adapter."""
+    """A run directory, a final model, an exported directory or a training checkpoint; with `template`, the directory or
+    hub id of any other model, or the directory of a PEFT adapter."""
     template: TemplateConfig | None = None
     """The prompt of a checkpoint that another program wrote. A checkpoint of this project has its own."""
     chat_template: str | None = None

@@ -14,7 +14,7 @@ from csc_train.checkpoints.training_checkpoint import (
 )
 from csc_train.errors import InputError
 from csc_train.files import digest
-from csc_train.models.hub import adapter_base, is_local_path
+from csc_train.models.hub import adapter_base, is_local_path, snapshot
 
 MODEL_FOLDER, CHECKPOINTS_FOLDER = "model", "checkpoints"
 EVALUATED_FILE = "evaluated_model.json"
@@ -109,15 +109,16 @@ def locate_checkpoint(path: str, training: bool = False, plain: Manifest | None 
     """The model directory or the training checkpoint that `path` means.
 
     Args:
-        path: one of them, or a run directory: its final model, or its newest whole training checkpoint.
+        path: one of them, or a run directory: its final model, or its newest whole training checkpoint. With `plain`
+            also a hub id, whose files are downloaded to the hub's cache.
         training: prefer the training checkpoint of a run directory.
         plain: the manifest of a model that another program wrote (see `plain_manifest`); None takes none of those.
 
     Raises:
         InputError: there is none, which says what the path holds; or a training checkpoint is damaged.
     """
-    directory = Path(path)
     check_source(path, plain)
+    directory = snapshot(path, "model") if plain else Path(path)
     if plain or is_model(directory):
         return directory
     if _is_checkpoint(directory):
@@ -139,10 +140,10 @@ def check_source(path: str, plain: Manifest | None = None) -> None:
             given for a model that has its own manifest, or missing for one that has none.
     """
     directory = Path(path)
+    if plain and not is_local_path(path):
+        return
     if not directory.is_dir():
-        hub_id = plain and not is_local_path(path)
-        advice = f": download it by `hf download {path} --local-dir DIR`, and give DIR" if hub_id else ""
-        raise InputError(f"{path}: no such directory{advice}")
+        raise InputError(f"{path}: no such directory")
     if _is_plain(directory):
         if plain is None:
             raise InputError(

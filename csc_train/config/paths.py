@@ -15,5 +15,5 @@ CONF = project_folder("conf")
 
 
 def script_of(command: str) -> Path:
-    """The script of a recipe, or of `launch` and `sweep`."""
-    return project_folder("launch" if command in ("launch", "sweep") else "recipes") / f"{command}.py"
+    """The script of a recipe, or of `launch`, `sweep` and `reproduce`."""
+    return project_folder("launch" if command in ("launch", "sweep", "reproduce") else "recipes") / f"{command}.py"

@@ -8,6 +8,7 @@ from csc_train.errors import InputError, check_choice, check_fields, suggestion
 
 STEP_RECIPES = ("sft", "evaluate", "compare")
 """Recipes that a suite can run."""
+PLACEMENTS = ("gpus", "node", "local")
 
 
 @dataclass
@@ -18,12 +19,17 @@ class StepConfig:
     """sft, evaluate or compare."""
     overrides: list[str] = field(default_factory=list)
     """Overrides of the recipe. `{NAME}` stands for the run directory of another step, which then runs first."""
-    local: bool = False
-    """Run it as one process on this machine, without a GPU: a served model, a comparison."""
+    placement: str = "gpus"
+    """gpus: a process per GPU of the cluster. node: one process that sees all GPUs of a node, for a model that one GPU
+    does not hold. local: one process on this machine, without a GPU, for a served model or a comparison."""
+    nodes: int | None = None
+    """Nodes of the cluster that it takes; defaults to all."""
 
     def check(self, name: str) -> None:
-        """Raise an InputError for an unknown recipe; `name` is the place of the step."""
-        check_choice(f"{name}.recipe", self.recipe, STEP_RECIPES)
+        """Raise an InputError for a value that is not allowed; `name` is the place of the step."""
+        check_fields(f"{name}.", self, "recipe", choices=STEP_RECIPES)
+        check_fields(f"{name}.", self, "placement", choices=PLACEMENTS)
+        check_fields(f"{name}.", self, "nodes", low=1)
 
 
 @dataclass

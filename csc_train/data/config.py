@@ -32,6 +32,8 @@ class DataConfig:
     train: DialogueSourceConfig = field(default_factory=DialogueSourceConfig)
     evaluation: DialogueSourceConfig = field(default_factory=DialogueSourceConfig)
     """Without a path, the evaluation set is split off the training file."""
+    train_fraction: float = 1.0
+    """Share of the training dialogues to train on, drawn by `seed`. A smaller share is a part of a larger one."""
     evaluation_fraction: float = 0.1
     """Share of the training file that becomes the evaluation set, if `evaluation.path` is not set."""
     validation_fraction: float = 0.0
@@ -61,6 +63,7 @@ class DataConfig:
 
     def __post_init__(self):
         bounds = {
+            "train_fraction": (0 < self.train_fraction <= 1, "above 0 and at most 1"),
             "evaluation_fraction": (0 < self.evaluation_fraction < 1, "above 0 and below 1"),
             "validation_fraction": (0 <= self.validation_fraction < 1, "at least 0 and below 1"),
             "overlap_threshold": (0 < self.overlap_threshold <= 1, "above 0 and at most 1"),

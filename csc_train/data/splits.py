@@ -68,6 +68,10 @@ def read_splits(config: DataConfig, rejected_directory: Path | None = None) -> S
         evaluation = _read("evaluation", config, rejected_directory)
     if config.limit is not None:
         train, evaluation = (_limited(side, config.limit, config.seed) for side in (train, evaluation))
+    if config.train_fraction < 1:
+        count = len(train)
+        if not (train := split(train, config.train_fraction, config.seed, "train_fraction")[1]):
+            raise InputError(f"data.train_fraction={config.train_fraction} leaves no dialogue of {count}: raise it")
     validation = []
     if config.validation_fraction:
         train, validation = _split_by("validation_fraction", train, "validation", config)

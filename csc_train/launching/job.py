@@ -26,6 +26,8 @@ from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, as_yaml, default
 
 LAUNCH_FILE = "launch.yaml"
 """The last launch configuration, in the run directory."""
+TRAINING = "sft"
+"""The recipe that a preflight can plan."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,19 @@ class Job:
         Raises:
             InputError: the job would fail, and why.
         """
-        self.config.trainer.accumulation(self.launch.cluster.world_size)
-        on_finish_arguments(self.config.on_finish, self.directory)
+        if self.launch.recipe == TRAINING:
+            self.config.trainer.accumulation(self.launch.cluster.world_size)
+            on_finish_arguments(self.config.on_finish, self.directory)
         self.launcher().check()
 
     def preflight(self) -> None:
-        """Run the preflight. Its report is printed on failure and in a dry run.
+        """Run the preflight of a training. Its report is printed on failure and in a dry run.
 
         Raises:
             InputError: a check failed, unless `preflight.force=true` or in a dry run.
         """
+        if self.launch.recipe != TRAINING:
+            return
         chosen = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
         recipe = PreflightRecipe(**chosen, cluster=self.launch.cluster, preflight=self.launch.preflight)
         report = run_preflight(recipe, launching=not self.launch.dry_run)

@@ -5,7 +5,6 @@ their last checkpoints, with the same numbers and values.
 """
 
 import os
-import signal
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,9 +24,9 @@ from csc_train.launching.job import Job, refuse_misspelt, split_arguments
 from csc_train.launching.journal import check_values, open_journal
 from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.search_space import extreme_points, to_override
-from csc_train.launching.supervise import signal_handler
+from csc_train.launching.sweep_runner import SweepRunner
 from csc_train.launching.sweep_summary import describe_trial, report_sweep
-from csc_train.launching.trial_runner import Interrupted, TrialRunner
+from csc_train.launching.trial_runner import Interrupted
 from csc_train.runs.claim import claim
 from csc_train.runs.config import RunConfig
 from csc_train.runs.directory import as_yaml, flatten_keys, read_config, refuse_other_files
@@ -192,8 +191,7 @@ def _run(planned: Sweep) -> int:
         study = open_study(planned)
         print(f"sweep: {planned.directory}, {config.size} trials, {len(slots)} at a time", flush=True)
         try:
-            with signal_handler(_interrupt, (signal.SIGINT, signal.SIGTERM)):
-                TrialRunner(config, study, planned.job, slots, claimed.descriptor).run()
+            SweepRunner(config, study, planned.job, slots, claimed.descriptor).run()
         except Interrupted as interrupt:
             done = len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)))
             print(f"interrupted after {done} of {config.size} trials; the same command resumes", flush=True)
@@ -201,6 +199,3 @@ def _run(planned: Sweep) -> int:
         report_sweep(planned.directory, study, config)
     return 0 if study.get_trials(states=(TrialState.COMPLETE,)) else 1
 
-
-def _interrupt(signum: int, frame: Any) -> None:
-    raise Interrupted(signum)

@@ -17,6 +17,7 @@ SCHEMAS = {
     "synthesize_rolecs": "csc_train.config.recipes.synthesis:SynthesizeRolecsRecipe",
     "launch": "csc_train.config.recipes.training:LaunchRecipe",
     "sweep": "csc_train.config.recipes.training:SweepRecipe",
+    "reproduce": "csc_train.config.recipes.training:ReproduceRecipe",
     "compare_runs": "csc_train.config.recipes.training:CompareRunsRecipe",
 }
 """Module and class of each recipe's schema: a recipe imports its own only."""

@@ -17,8 +17,8 @@ class EvaluateRecipe:
     """Configuration of recipes/evaluate.py."""
 
     checkpoint: str | None = None
-    """A run directory, a final model, an exported directory or a training checkpoint; with `template`, the directory of
-    any other model or PEFT adapter."""
+    """A run directory, a final model, an exported directory or a training checkpoint; with `template`, the directory or
+    hub id of any other model, or the directory of a PEFT adapter."""
     predictions: str | None = None
     """Instead of a checkpoint: a JSONL file of replies made elsewhere, each with dialogue_id, turn and text."""
     score_only: bool = False

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from csc_train.config.cluster import ClusterConfig, OnFinishConfig, PreflightConfig, SweepConfig
+from csc_train.config.suite import STEP_RECIPES, SuiteConfig
 from csc_train.data.config import DataConfig
 from csc_train.errors import InputError, check_fields
 from csc_train.models.config import AdapterConfig, ModelConfig
@@ -103,16 +104,16 @@ class LaunchRecipe:
     """Configuration of launch/launch.py; it passes all other settings to the recipe."""
 
     recipe: str = "sft"
-    """The recipe to start."""
+    """The recipe to start: sft, evaluate or compare."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The machines of the job."""
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
-    """The checks before the start."""
+    """The checks before the start of a training."""
     dry_run: bool = False
     """Print the job; start nothing and write nothing."""
 
     def __post_init__(self):
-        check_fields("", self, "recipe", choices=("sft",))  # all others run as one process
+        check_fields("", self, "recipe", choices=STEP_RECIPES)
 
 
 @dataclass
@@ -121,3 +122,20 @@ class SweepRecipe(LaunchRecipe):
 
     sweep: SweepConfig = MISSING
     """The trials: what they vary and how they are judged."""
+
+    def __post_init__(self):
+        check_fields("", self, "recipe", choices=("sft",))  # only a training logs a metric
+
+
+@dataclass
+class ReproduceRecipe:
+    """Configuration of launch/reproduce.py; `sft.KEY=VALUE` and `evaluate.KEY=VALUE` go to all steps of a recipe."""
+
+    suite: SuiteConfig = MISSING
+    """The steps, and the table that they fill."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The machines of the steps."""
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    """The checks before a training starts, and what its estimates assume."""
+    dry_run: bool = False
+    """Print the plan; start nothing and write nothing."""

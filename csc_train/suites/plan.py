@@ -1,0 +1,220 @@
+"""A suite as a plan: its steps in the order of their needs, their jobs, and the content that each is known by.
+
+The name of a step's run directory holds a hash of its settings, of the files that they name, and of the steps that it
+needs. So a step whose inputs did not change finds its finished run, and one whose inputs changed starts a new run.
+"""
+
+import dataclasses
+import graphlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from csc_train.checkpoints.content import hash_files, sha256
+from csc_train.config.cluster import ClusterConfig
+from csc_train.config.compose import compose
+from csc_train.config.recipes.training import LaunchRecipe, ReproduceRecipe
+from csc_train.config.suite import STEP_RECIPES, StepConfig, SuiteConfig
+from csc_train.errors import InputError, suggestion
+from csc_train.files import digest
+from csc_train.launching.job import Job, split_arguments
+from csc_train.overrides import argument
+from csc_train.runs.config import RunConfig, may_change
+from csc_train.runs.directory import read_run_record
+
+LOCAL = ClusterConfig("local", gpus_per_node=1, process_launcher="none")
+"""Where steps with `placement=local` run."""
+_PLACEHOLDER = re.compile(r"\{(\w[\w.]*)\}")
+"""The name of a step in an override."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a suite.
+
+    Attributes:
+        needs: names of the steps that it reads.
+        job: its launch, with its run directory.
+        missing: why it cannot run on this machine, such as an API key that is not set; None if it can.
+    """
+
+    name: str
+    config: StepConfig
+    needs: tuple[str, ...]
+    job: Job
+    missing: str | None
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.job.directory
+
+    @property
+    def finished(self) -> bool:
+        """Whether its run has finished."""
+        return bool(read_run_record(self.directory).get("finished"))
+
+
+@dataclass(frozen=True)
+class SuitePlan:
+    """A suite command line.
+
+    Attributes:
+        steps: by name; each comes after those that it needs.
+    """
+
+    launch: ReproduceRecipe
+    steps: dict[str, Step]
+
+    @property
+    def config(self) -> SuiteConfig:
+        """The steps and rows as they are configured."""
+        return self.launch.suite
+
+    @property
+    def directory(self) -> Path:
+        """The suite's directory."""
+        return suite_directory(self.config)
+
+    def all_needs(self, name: str) -> list[Step]:
+        """A step and all that it needs, directly or not; those that run first come first."""
+        wanted = {name}
+        for each in reversed(self.steps.values()):
+            wanted |= set(each.needs) if each.name in wanted else set()
+        return [step for step in self.steps.values() if step.name in wanted]
+
+
+def suite_directory(config: SuiteConfig) -> Path:
+    """The directory of a suite."""
+    return Path(config.directory or f"runs/suites/{config.name}")
+
+
+def plan_suite(arguments: list[str]) -> SuitePlan:
+    """Compose and check a suite; nothing is written.
+
+    Args:
+        arguments: of `ReproduceRecipe`; `RECIPE.KEY=VALUE` goes to all steps of a recipe.
+
+    Raises:
+        InputError: an argument is wrong, or a recipe refuses the overrides of a step; names the step.
+    """
+    own, others = split_arguments(arguments, ReproduceRecipe)
+    launch = compose("reproduce", own)
+    given: dict[str, list[str]] = {recipe: [*launch.suite.overrides.get(recipe, ())] for recipe in STEP_RECIPES}
+    for text in others:
+        recipe, dot, override = text.partition(".")
+        if recipe not in given or not dot:
+            names = [field.name for field in fields(launch)]
+            raise InputError(
+                f"{text}: no key of a suite; write RECIPE.KEY=VALUE for its steps.{suggestion(text.split('=')[0], names)}"
+            )
+        given[recipe].append(override)
+    configs = launch.suite.steps | _gains(launch.suite)
+    needs = {name: _needs(f"suite.steps.{name}", step, configs) for name, step in configs.items()}
+    try:
+        order = list(graphlib.TopologicalSorter(needs).static_order())
+    except graphlib.CycleError as error:
+        raise InputError(f"suite.steps: a circle of needs: {' -> '.join(reversed(error.args[1]))}") from error
+    steps: dict[str, Step] = {}
+    for name in order:
+        steps[name] = _step(launch, name, configs[name], needs[name], given[configs[name].recipe], steps)
+    return SuitePlan(launch, steps)
+
+
+def gain_name(row: str) -> str:
+    """The name of the step that compares a row with the one that it is against."""
+    return f"{row}.gain"
+
+
+def _gains(config: SuiteConfig) -> dict[str, StepConfig]:
+    """The comparisons of rows with those that they are against."""
+    found = {}
+    for name, row in config.rows.items():
+        if row.against is not None:
+            sides = {"a": row, "b": config.rows[row.against]}
+            overrides = [f"{side}={{{each.step}}}" for side, each in sides.items()]
+            overrides += [argument(f"system_{side}", each.system) for side, each in sides.items() if each.system]
+            found[gain_name(name)] = StepConfig("compare", overrides, "local")
+    return found
+
+
+def _needs(place: str, step: StepConfig, known: dict[str, StepConfig]) -> tuple[str, ...]:
+    names = dict.fromkeys(name for text in step.overrides for name in _PLACEHOLDER.findall(text))
+    for name in names:
+        if name not in known:
+            raise InputError(f"{place}: {{{name}}}: no such step.{suggestion(name, known)}")
+    return tuple(names)
+
+
+def _step(
+    launch: ReproduceRecipe,
+    name: str,
+    config: StepConfig,
+    needs: tuple[str, ...],
+    common: list[str],
+    steps: dict[str, Step],
+) -> Step:
+    directory = suite_directory(launch.suite)
+    overrides = [
+        _PLACEHOLDER.sub(lambda found: str(steps[found.group(1)].directory), text) for text in config.overrides
+    ]
+    try:
+        composed = compose(config.recipe, [*common, *overrides])
+        composed.run = RunConfig(str(directory / f"{name}-{_content(config.recipe, composed, directory)}"), "resume")
+        cluster = _cluster(launch.cluster, config)
+        job = Job(LaunchRecipe(config.recipe, cluster, launch.preflight), composed, new=True)
+        job.check()
+    except InputError as error:
+        raise InputError(f"suite.steps.{name}: {error}") from error
+    return Step(name, config, needs, job, _missing(composed))
+
+
+def _cluster(cluster: ClusterConfig, step: StepConfig) -> ClusterConfig:
+    """The machines of a step."""
+    if step.placement == "local":
+        return LOCAL
+    nodes = 1 if step.placement == "node" else step.nodes or cluster.nodes
+    launcher = "none" if step.placement == "node" else cluster.process_launcher
+    return replace(cluster, nodes=min(nodes, cluster.nodes), process_launcher=launcher)
+
+
+def _missing(config: Any) -> str | None:
+    llm = getattr(config, "llm", None)
+    if llm is not None and llm.api_key_env and not os.environ.get(llm.api_key_env):
+        return f"llm.api_key_env={llm.api_key_env}: this environment variable is not set"
+    return None
+
+
+def _content(recipe: str, config: Any, directory: Path) -> str:
+    """The first 12 digits of the hash of what decides the results of a step.
+
+    Values that equal the schema's defaults do not count: a later version may add settings.
+    """
+    values = {key: value for key, value in _chosen(config) if not may_change(key) and not key.startswith("zero.")}
+    sample = values.get("data.sample_dialogues") is not None  # the settings say what the file will hold
+    files = {}
+    for key, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            path = Path(text) if isinstance(text, str) and ("/" in text or "." in text) else None
+            if path and path.exists() and not path.is_relative_to(directory) and not (sample and key[:5] == "data."):
+                files[text] = sha256(path) if path.is_file() else hash_files(path)
+    prefix = f"{directory}{os.sep}"  # it may be moved
+    values = {key: value.replace(prefix, "") if isinstance(value, str) else value for key, value in values.items()}
+    return digest([recipe, values, files])[:12]
+
+
+def _chosen(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of the settings that differ from the schema's defaults."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _chosen(value, f"{key}.")
+        else:
+            factory = field.default_factory
+            default = factory() if factory is not dataclasses.MISSING else field.default
+            if value != default:
+                yield key, value

@@ -1,0 +1,145 @@
+"""Run the steps of a suite through launchers; the ledger of trials keeps the state, the time and the cost of each."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import optuna
+from optuna.trial import Trial
+
+from csc_train.errors import InputError
+from csc_train.launching.job import Job
+from csc_train.launching.trial_runner import FailedTrialError, TrialRunner, failure_reason
+from csc_train.runs.directory import read_run_record
+from csc_train.suites.base import Cost
+from csc_train.suites.plan import Step, SuitePlan
+
+DONE, FAILED, RUNNING, WAITING = "done", "failed", "running", "waiting"
+
+
+class SuiteRunner(TrialRunner):
+    """Runs the steps of a suite that are not done, each after those that it needs.
+
+    A failed step fails those that need it, and no other. A trial is an attempt at a step; its user attributes are the
+    `step`, its run `directory`, and the `planned` cost.
+
+    Args:
+        slots: by placement, environment variables of each step that may start now.
+        lock: see `TrialRunner`.
+        changed: called after each change of a step's state.
+
+    Attributes:
+        states: by step, `done`, `failed`, `running` or `waiting`.
+        reasons: by failed step, why.
+    """
+
+    def __init__(
+        self,
+        plan: SuitePlan,
+        study: optuna.Study,
+        slots: dict[str, list[dict[str, str]]],
+        lock: int,
+        planned: dict[str, Cost],
+        changed: Callable[["SuiteRunner"], None],
+    ):
+        super().__init__(study, lock, plan.config.poll)
+        self._plan, self._slots, self._planned, self._changed = plan, slots, planned, changed
+        self.states = {name: DONE if step.finished else WAITING for name, step in plan.steps.items()}
+        self.reasons: dict[str, str] = {}
+        self._earlier = {trial.user_attrs.get("directory"): trial for trial in self.interrupted()}
+        current = {str(step.directory) for name, step in plan.steps.items() if self.states[name] == WAITING}
+        for directory in self._earlier.keys() - current:
+            trial = self._earlier.pop(directory)
+            step = plan.steps.get(trial.user_attrs.get("step", ""))
+            finished = step is not None and str(step.directory) == directory
+            self.study.tell(trial, *((_seconds(trial),) if finished else ()), state=_ended(finished))
+        for name, step in plan.steps.items():
+            if step.missing and self.states[name] == WAITING:
+                self._fail(name, step.missing)
+
+    def next_trial(self) -> tuple[Trial, list[dict[str, str]]] | None:
+        """The first step whose needs are met and for which a slot is free."""
+        for name, step in self._plan.steps.items():
+            if self.states[name] != WAITING:
+                continue
+            if failed := [need for need in step.needs if self.states[need] == FAILED]:
+                self._fail(name, f"needs {failed[0]}, which failed")
+                continue
+            pool = self._slots[step.config.placement]
+            if pool and all(self.states[need] == DONE for need in step.needs):
+                trial = self._earlier.pop(str(step.directory), None) or self._new_trial(step)
+                self._change(name, RUNNING)
+                return trial, pool
+        return None
+
+    def _new_trial(self, step: Step) -> Trial:
+        trial = self.study.ask()
+        trial.set_user_attr("step", step.name)
+        trial.set_user_attr("directory", str(step.directory))
+        trial.set_user_attr("planned", asdict(self._planned[step.name]))
+        return trial
+
+    def _fail(self, name: str, reason: str) -> None:
+        self.reasons[name] = reason
+        print(f"step {name}: not started, {reason}", flush=True)
+        self._change(name, FAILED)
+
+    def _change(self, name: str, state: str) -> None:
+        self.states[name] = state
+        self._changed(self)
+
+    def job_of(self, trial: Trial) -> Job:
+        """The job of its step, after its preflight."""
+        job = self._plan.steps[trial.user_attrs["step"]].job
+        job.preflight()
+        return job
+
+    def result(self, trial: Trial, directory: Path) -> float:
+        """The seconds of a step whose run has finished."""
+        if not read_run_record(directory).get("finished"):
+            raise FailedTrialError(failure_reason(directory))
+        return _seconds(trial)
+
+    def tell(self, trial: Trial, outcome: float | str | None) -> None:
+        """Record the end of a step."""
+        super().tell(trial, outcome)
+        name = trial.user_attrs["step"]
+        if isinstance(outcome, float):
+            self._change(name, DONE)
+        else:
+            self.reasons[name] = outcome or "stopped"
+            self._change(name, FAILED)
+
+    def describe(self, trial: Trial) -> str:
+        """The name of its step."""
+        return f"step {trial.user_attrs['step']}"
+
+    def value_text(self, value: float) -> str:
+        """The seconds that it took."""
+        return f"{value:,.0f} s"
+
+
+def _seconds(trial: Trial) -> float:
+    return float(trial.user_attrs.get("seconds", 0.0))
+
+
+def _ended(finished: bool) -> optuna.trial.TrialState:
+    return optuna.trial.TrialState.COMPLETE if finished else optuna.trial.TrialState.FAIL
+
+
+def spent_seconds(study: optuna.Study) -> dict[str, float]:
+    """The seconds of all attempts at a step, by its run directory."""
+    found: dict[str, float] = {}
+    for trial in study.get_trials(deepcopy=False):
+        directory = trial.user_attrs.get("directory", "")
+        found[directory] = found.get(directory, 0.0) + trial.user_attrs.get("seconds", 0.0)
+    return found
+
+
+def read_planned(study: optuna.Study) -> dict[str, Cost]:
+    """The planned cost of each step when it was first started, by its run directory."""
+    found: dict[str, Cost] = {}
+    for trial in study.get_trials(deepcopy=False):
+        if "planned" in trial.user_attrs:
+            found.setdefault(trial.user_attrs["directory"], Cost(**trial.user_attrs["planned"]))
+    return found
