@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -155,14 +156,22 @@ class ConfigSearch:
 
 
 def compose_untyped(recipe: str, folder: Path, root: str, search: ConfigSearch) -> DictConfig:
-    """Hydra's composition of the file `root` of a folder, with its own section `hydra`."""
+    """Hydra's composition of the file `root` of a folder, with its own section `hydra`.
+
+    Raises:
+        InputError: a file is no YAML, such as one with a key twice.
+    """
     register_schemas(recipe)
     GlobalHydra.instance().clear()
     overrides = [override.argument for override in search.overrides]
     if own := search.folders[1:]:
         overrides.append(f"hydra.searchpath={quote([f'file://{path}' for path in own])}")
-    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-        return hydra.compose(root, overrides, return_hydra_config=True)
+    try:
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            return hydra.compose(root, overrides, return_hydra_config=True)
+    except yaml.MarkedYAMLError as error:
+        mark: Any = error.problem_mark
+        raise InputError(f"{mark.name}, line {mark.line + 1}: {error.problem}: mend the YAML") from error
 
 
 def _typed(recipe: str, folder: Path, root: str, search: ConfigSearch) -> Any:

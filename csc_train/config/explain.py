@@ -208,6 +208,9 @@ def explain_error(error: Exception, recipe: str, groups: list[str], options: Cal
         known = options(group)
         advice = f". For another model: model=own model.path={option}" * (group == "model")
         return f"{group}={option}: not in conf/{group}.{suggestion(option, known)} Known: {', '.join(known)}{advice}"
+    if match := re.search(r"You must specify '([^']+)'", text):
+        group = match.group(1)
+        return f"{group} is required: choose one by {group}={'|'.join(options(group))}"
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text):
         full = re.search(r"full_key: (\S+)", text)
         key = match.group(1) if "." in match.group(1) or not full else full.group(1)

@@ -198,4 +198,3 @@ def _run(planned: Sweep) -> int:
             return 128 + interrupt.args[0]
         report_sweep(planned.directory, study, config)
     return 0 if study.get_trials(states=(TrialState.COMPLETE,)) else 1
-

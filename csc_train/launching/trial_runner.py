@@ -101,8 +101,8 @@ class TrialRunner(abc.ABC):
     def describe(self, trial: Trial) -> str:
         """A trial in a few words, for the log."""
 
-    def watch(self, running: RunningTrial, ended: bool) -> None:
-        """Look at a trial that runs, or has just `ended`; here nothing happens."""
+    def watch(self, running: RunningTrial, ended: bool) -> None:  # noqa: B027  a sweep's trials need it, a suite's do not
+        """Look at a trial that runs, or has just `ended`."""
 
     def run(self) -> None:
         """Run trials until none is left.

@@ -107,10 +107,8 @@ def plan_suite(arguments: list[str]) -> SuitePlan:
     for text in others:
         recipe, dot, override = text.partition(".")
         if recipe not in given or not dot:
-            names = [field.name for field in fields(launch)]
-            raise InputError(
-                f"{text}: no key of a suite; write RECIPE.KEY=VALUE for its steps.{suggestion(text.split('=')[0], names)}"
-            )
+            near = suggestion(text.split("=")[0], [field.name for field in fields(launch)])
+            raise InputError(f"{text}: no key of a suite; write RECIPE.KEY=VALUE for its steps.{near}")
         given[recipe].append(override)
     configs = launch.suite.steps | _gains(launch.suite)
     needs = {name: _needs(f"suite.steps.{name}", step, configs) for name, step in configs.items()}

@@ -38,8 +38,8 @@ def reproduce(arguments: list[str]) -> int:
     """Run launch/reproduce.py.
 
     Returns:
-        The exit status: 0 if every step is done, 1 if one has failed, 2 after an InputError, 128 + signal number after a
-        signal.
+        The exit status: 0 if every step is done, 1 if one has failed, 2 after an InputError, 128 + signal number after
+        a signal.
     """
     if show_help("reproduce", arguments):
         return 0
@@ -69,11 +69,11 @@ def estimate_steps(plan: SuitePlan) -> dict[str, StepEstimate]:
     """
     found = {}
     for name, step in plan.steps.items():
-        launch = step.job.launch
+        launch, price = step.job.launch, plan.config.price_per_gpu_hour
         trained = next((each.job.config for each in plan.all_needs(name) if each.job.launch.recipe == TRAINING), None)
         try:
             found[name] = estimate_step(
-                launch.recipe, step.job.config, launch.cluster, launch.preflight, plan.config.price_per_gpu_hour, trained
+                launch.recipe, step.job.config, launch.cluster, launch.preflight, price, trained
             )
         except InputError as error:
             raise InputError(f"suite.steps.{name}: {error}") from error
@@ -117,6 +117,7 @@ def _run(
 def row_results(plan: SuitePlan, runner: SuiteRunner, estimates: Mapping[str, StepEstimate]) -> list[RowResult]:
     """The rows of the table as they stand."""
     seconds, earlier = spent_seconds(runner.study), read_planned(runner.study)
+    price = plan.config.price_per_gpu_hour
     rows = []
     for name, row in plan.config.rows.items():
         needed = plan.all_needs(row.step)
@@ -127,7 +128,7 @@ def row_results(plan: SuitePlan, runner: SuiteRunner, estimates: Mapping[str, St
                 reason = f"step {step.name}: {runner.reasons[step.name]}" if state == FAILED else None
             key, launch = str(step.directory), step.job.launch
             planned += earlier.get(key, estimates[step.name].cost)
-            cost += spent(step.directory, launch.recipe, launch.cluster, seconds.get(key), plan.config.price_per_gpu_hour)
+            cost += spent(step.directory, launch.recipe, launch.cluster, seconds.get(key), price)
         training = [step.directory for step in needed if step.job.launch.recipe == TRAINING]
         evaluation = plan.steps[row.step].directory
         rows.append(

@@ -7,7 +7,6 @@ from pathlib import Path
 import optuna
 from optuna.trial import Trial
 
-from csc_train.errors import InputError
 from csc_train.launching.job import Job
 from csc_train.launching.trial_runner import FailedTrialError, TrialRunner, failure_reason
 from csc_train.runs.directory import read_run_record

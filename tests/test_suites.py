@@ -1,0 +1,271 @@
+"""Suites: refused settings, what a step is known by, the order and the failures of steps, and a whole suite."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+from test_launch import Started, left_in, record
+
+from csc_train.launching.journal import open_journal
+from csc_train.launching.launchers.local import LocalLauncher
+from csc_train.suites.plan import plan_suite
+from csc_train.suites.reproduce import LEDGER_FILE, reproduce
+
+MINE = """# @package _global_
+suite:
+  name: mine
+  poll: 0.1
+  overrides:
+    sft: [debug=cpu_tiny]
+  steps:
+    first_training: {{recipe: sft}}
+    first: {{overrides: ["checkpoint={{first_training}}/model"]}}
+    other_training: {{recipe: sft, overrides: [trainer.max_steps=5]}}
+    other: {{overrides: ["checkpoint={{other_training}}/model"]}}
+    {more}
+  rows:
+    first: {{step: first}}
+    other: {{step: other, against: first}}
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A directory to work in, with a suite of the user's own: two trainings, their evaluations, a comparison."""
+    monkeypatch.chdir(tmp_path)
+    suite = tmp_path / "conf" / "suite" / "mine.yaml"
+    suite.parent.mkdir(parents=True)
+    suite.write_text(MINE.format(more=""))
+    return tmp_path
+
+
+@pytest.fixture
+def quick(here, monkeypatch):
+    """Each step is a stand-in that ends at once."""
+    worker = str(ROOT / "tests" / "workers" / "short_step.py")
+    command = [sys.executable, worker]
+    monkeypatch.setattr(
+        LocalLauncher, "command", lambda self: [*command, str(self.job.directory), Path(self.job.script).stem]
+    )
+    return here
+
+
+OWN = ["--config-dir=conf", "suite=mine"]
+
+
+def plan(*arguments):
+    return plan_suite([*OWN, *arguments])
+
+
+def order(here):
+    """The steps in the order in which they started."""
+    file = here / "order.txt"
+    return file.read_text().split() if file.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["suite=cpu_tinny"],
+         "suite=cpu_tinny: not in conf/suite. Did you mean 'cpu_tiny'? Known: ablations, cpu_tiny, paper"),
+        ([], "suite is required: choose one by suite=ablations|cpu_tiny|paper"),
+        (["suite=cpu_tiny", 'suite.steps.plain.overrides=["checkpoint={plain_trainin}/model"]'],
+         "suite.steps.plain: {plain_trainin}: no such step. Did you mean 'plain_training'?"),
+        (["suite=cpu_tiny", "suite.overrides.sft=[experiment=dem]"],
+         "suite.steps.plain_training: experiment=dem: not in conf/experiment. Did you mean 'demo'?"),
+        (["suite=cpu_tiny", "suite.rows.base.step=plan"],
+         "suite.rows.base.step=plan: no such step. Did you mean 'plain'?"),
+        (["suite=cpu_tiny", "suite.rows.base.against=bas"],
+         "suite.rows.base.against=bas: no such against. Did you mean 'base'?"),
+        (["suite=cpu_tiny", "suite.rows.base.step=plain_training"],
+         "suite.rows.base.step=plain_training: is no evaluation: name one of evaluate"),
+        (["suite=cpu_tiny", "suite.rows.base.published=Qwen2.5 7B"], "paper.csv: no row 'Qwen2.5 7B'. Did you mean "
+         "'Qwen2.5-Instruct 7B'?"),
+        (["suite=cpu_tiny", "suite.published=null"], "suite.rows.base.published=Qwen2.5-Instruct 7B: name the table by "
+         "suite.published"),
+        (["suite=cpu_tiny", "sft.trainer.lerning_rate=1"], "suite.steps.plain_training: unknown key "
+         "'trainer.lerning_rate' for recipe sft. Did you mean 'trainer.learning_rate'?"),
+        (["suite=cpu_tiny", "trainer.epochs=1"], "trainer.epochs=1: no key of a suite; write RECIPE.KEY=VALUE for its "
+         "steps."),
+        (["suite=cpu_tiny", "clster=cpu2"],
+         "clster=cpu2: no key of a suite; write RECIPE.KEY=VALUE for its steps. Did you mean 'cluster'?"),
+        (["suite=cpu_tiny", "suite.steps.plain.recipe=evalute"], "suite.steps.plain.recipe=evalute: choose one of sft, "
+         "evaluate, compare. Did you mean 'evaluate'?"),
+        (["suite=cpu_tiny", 'suite.steps.plain_training.overrides=["model.path={plain}/model"]'],
+         "suite.steps: a circle of needs: plain_training -> plain -> plain_training"),
+    ],
+)  # fmt: skip
+def test_a_wrong_suite_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert reproduce(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_steps_of_one_name_are_refused_with_their_line(here, capsys):
+    (here / "conf/suite/mine.yaml").write_text(MINE.format(more="first: {recipe: sft}"))
+    assert reproduce(OWN) == 2
+    assert capsys.readouterr().err == (
+        f"error: {here}/conf/suite/mine.yaml, line 12: found duplicate key first: mend the YAML\n"
+    )
+
+
+def test_a_step_is_known_by_what_decides_its_results(here):
+    def contents(*arguments):
+        return {name: step.directory.name for name, step in plan(*arguments).steps.items()}
+
+    before = contents()
+    assert set(before) == {"first_training", "first", "other_training", "other", "other.gain"}
+    assert len({name.rpartition("-")[2] for name in before.values()}) == 5
+
+    def changed(*arguments):
+        return {name for name, content in contents(*arguments).items() if content != before[name]}
+
+    everything = set(before)
+    assert changed("sft.trainer.epochs=2") == everything
+    assert changed("evaluate.evaluation.max_new_tokens=8") == {"first", "other", "other.gain"}
+    assert changed("suite.steps.other_training.overrides=[trainer.max_steps=4]") == {
+        "other_training", "other", "other.gain",
+    }  # fmt: skip
+    # What changes no result, the schema's own defaults, and the place of the suite.
+    assert changed("sft.tracking=off", "sft.zero=zero1", "cluster=cpu2", "suite.directory=elsewhere") == set()
+    assert changed("sft.trainer.weight_decay=0.0") == set()
+    Path("rows.jsonl").write_text("1\n")
+    data = ["sft.data.train.path=rows.jsonl", "sft.data.sample_dialogues=null"]
+    one = contents(*data)
+    Path("rows.jsonl").write_text("2\n")
+    assert contents(*data)["first_training"] != one["first_training"] != before["first_training"]
+
+
+def test_steps_run_after_those_that_they_need_and_never_twice(quick, capsys):
+    assert reproduce(OWN) == 0, capsys.readouterr().err
+    ran = order(quick)
+    assert sorted(ran) == ["first", "first_training", "other", "other.gain", "other_training"]
+    for before, after in (("first_training", "first"), ("other_training", "other"), ("other", "other.gain"),
+                          ("first", "other.gain")):  # fmt: skip
+        assert ran.index(before) < ran.index(after)
+    assert (quick / "runs/suites/mine/results.html").exists()
+    assert reproduce(OWN) == 0
+    assert order(quick) == ran
+    # A change runs what it changes, and nothing else.
+    assert reproduce([*OWN, "suite.steps.other_training.overrides=[trainer.max_steps=4]"]) == 0
+    assert sorted(order(quick)[5:]) == ["other", "other.gain", "other_training"]
+
+
+def test_a_failed_step_fails_what_needs_it_and_is_tried_again(quick, capsys):
+    Path("fail-first_training").touch()
+    assert reproduce(OWN) == 1
+    assert sorted(order(quick)) == ["first_training", "other", "other_training"]
+    shown = capsys.readouterr().out
+    assert "step first_training: fail, no room\n" in shown
+    assert "failed: step first: needs first_training, which failed; the same command tries it again\n" in shown
+    rows = json.loads((quick / "runs/suites/mine/results.json").read_text())["rows"]
+    assert [(row["name"], row["state"]) for row in rows] == [("first", "failed"), ("other", "failed")]
+    assert rows[0]["reason"] == "step first_training: no room"
+    Path("fail-first_training").unlink()
+    assert reproduce(OWN) == 0
+    assert sorted(order(quick)[3:]) == ["first", "first_training", "other.gain"]
+
+
+def test_a_served_model_without_a_key_is_named_first_and_the_rest_goes_on(quick, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    more = "served: {placement: local, overrides: [llm=gpt_4o, data=sample, template=joint]}"
+    (quick / "conf/suite/mine.yaml").write_text(MINE.format(more=more) + "    served: {step: served}\n")
+    assert reproduce(OWN) == 1
+    shown = capsys.readouterr().out
+    missing = "llm.api_key_env=OPENAI_API_KEY: this environment variable is not set"
+    assert shown.index(f"step served: not started, {missing}") < shown.index("started\n")
+    assert "served" not in order(quick) and len(order(quick)) == 5
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    assert reproduce(OWN) == 0
+    assert order(quick)[5:] == ["served"]
+
+
+def test_the_ledger_keeps_every_attempt(quick):
+    Path("fail-first_training").touch()
+    reproduce(OWN)
+    Path("fail-first_training").unlink()
+    reproduce(OWN)
+    storage = open_journal(quick / "runs/suites/mine" / LEDGER_FILE)
+    (study,) = storage.get_all_studies()
+    trials = storage.get_all_trials(study._study_id)
+    attempts = [trial.state.name for trial in trials if trial.user_attrs["step"] == "first_training"]
+    assert attempts == ["FAIL", "COMPLETE"] and len(trials) == 6
+    assert all(trial.user_attrs["planned"].keys() == {"gpu_hours", "tokens", "money"} for trial in trials)
+    assert all(trial.user_attrs["seconds"] > 0 for trial in trials)
+
+
+def test_a_killed_suite_leaves_the_step_to_the_next_one(quick, capsys):
+    """Killed while a step runs; the step had finished when the next suite started."""
+    Path("hold-first_training").touch()
+    child = os.fork()
+    if child == 0:
+        reproduce(OWN)
+        os._exit(0)
+    while "first_training" not in order(quick):
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    Path("hold-first_training").unlink()
+    while left_in(quick.resolve()) not in ([], [psutil.Process()]):
+        time.sleep(0.02)
+    assert reproduce(OWN) == 0, capsys.readouterr().err
+    storage = open_journal(quick / "runs/suites/mine" / LEDGER_FILE)
+    states = [trial.state.name for trial in storage.get_all_trials(storage.get_all_studies()[0]._study_id)]
+    assert states == ["COMPLETE"] * 5
+
+
+def test_the_papers_plan_has_eleven_rows_with_gpus_and_hours(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert reproduce(["suite=paper", "dry_run=true"]) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert "Suite paper: 11 rows, 19 steps, in runs/suites/paper" in shown
+    lines = {line.split()[-10 if "to run" in line else 0]: line for line in shown.splitlines() if "to run" in line}
+    assert len(lines) >= 12
+    assert "32" in next(line for line in shown.splitlines() if "qwen2_5_72b_training " in line)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_suite_killed_twice_ends_with_its_table_and_page(tmp_path):
+    """The real recipes, on the tiny suite: Ctrl-C in the first training, SIGKILL in the first evaluation."""
+    place = tmp_path.resolve()
+    (place / "recipes").symlink_to(ROOT / "recipes")
+    command = [sys.executable, str(ROOT / "launch" / "reproduce.py"), "suite=cpu_tiny", "sft.trainer.save_steps=1"]
+    runs = place / "runs/suites/cpu_tiny"
+
+    def stopped_at(pattern, signum):
+        started = Started(command, place)
+        while not any(path.stat().st_size for path in runs.glob(pattern)):
+            assert started.process.poll() is None, started.end() or started.output
+            time.sleep(0.02)
+        started.process.send_signal(signum)
+        status = started.end()
+        while left_in(place):  # what an interrupted step still does
+            time.sleep(0.05)
+        return status, started.output
+
+    status, output = stopped_at("plain_training-*/history.jsonl", signal.SIGINT)
+    assert status == 130 and "interrupted after 0 of 6 steps; the same command goes on" in output
+    status, _ = stopped_at("plain-*/predictions/*", signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    (training,) = runs.glob("plain_training-*")
+    finished = record(training)["finished"]
+    started = Started(command, place)
+    assert started.end() == 0, started.output
+    assert record(training)["finished"] == finished  # not trained again
+    rows = {row["name"]: row for row in json.loads((runs / "results.json").read_text())["rows"]}
+    assert list(rows) == ["bigram", "base", "plain", "shared_prefix"]
+    assert {row["state"] for row in rows.values()} == {"done"}
+    page = (runs / "results.html").read_text()
+    assert "plain packs" in page and f"{training.name}/" in page
+    # The trained model carries its card with these figures.
+    card = (training / "model" / "README.md").read_text()
+    assert "ACC" in card
