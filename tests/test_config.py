@@ -74,6 +74,7 @@ REQUIRED = {
     "synthesize_rolecs": [],
     "launch": [],
     "sweep": [],
+    "reproduce": ["suite=cpu_tiny"],
     "compare_runs": [],
 }
 """What each recipe cannot do without."""

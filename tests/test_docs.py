@@ -12,6 +12,7 @@ from conftest import ROOT
 from csc_train.config.compose import compose
 from csc_train.launching.job import launch
 from csc_train.launching.sweep import sweep
+from csc_train.suites.reproduce import reproduce
 
 PAGES = sorted(
     [
@@ -85,6 +86,11 @@ def test_a_launch_command_runs_dry(command, capsys):
 @pytest.mark.parametrize("command", starts_of("sweep.py"))
 def test_a_sweep_command_runs_dry(command, capsys):
     assert sweep([*shlex.split(command)[2:], "dry_run=true"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", starts_of("reproduce.py"))
+def test_a_suite_command_runs_dry(command, capsys):
+    assert reproduce([*shlex.split(command)[2:], "dry_run=true"]) == 0, capsys.readouterr().err
 
 
 def test_make_has_the_targets():

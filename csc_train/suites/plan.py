@@ -160,7 +160,9 @@ def _step(
         _PLACEHOLDER.sub(lambda found: str(steps[found.group(1)].directory), text) for text in config.overrides
     ]
     try:
-        composed = compose(config.recipe, [*common, *overrides])
+        # Of two values of a key the last counts; Hydra refuses a group that is chosen twice.
+        last = {text.partition("=")[0]: text for text in [*common, *overrides]}
+        composed = compose(config.recipe, list(last.values()))
         composed.run = RunConfig(str(directory / f"{name}-{_content(config.recipe, composed, directory)}"), "resume")
         cluster = _cluster(launch.cluster, config)
         job = Job(LaunchRecipe(config.recipe, cluster, launch.preflight), composed, new=True)
