@@ -218,8 +218,8 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
          "'cluster.slurm.partition'?"),
         (["trainer.lerning_rate=1"], "unknown key 'trainer.lerning_rate' for recipe sft. Did you mean "
          "'trainer.learning_rate'?"),
-        (["recipe=sfft"], "recipe=sfft: choose one of sft. Did you mean 'sft'?"),
-        (["recipe=evaluate"], "recipe=evaluate: choose one of sft."),
+        (["recipe=sfft"], "recipe=sfft: choose one of sft, evaluate, compare. Did you mean 'sft'?"),
+        (["recipe=evaluate"], "checkpoint is required: give checkpoint=..."),
         (["cluster=node8", "trainer.packs_per_step=12"], "trainer.packs_per_step=12 is not a multiple of "
          "trainer.micro_batch_size=1 x 8 processes"),
         (["cluster=node8", "cluster.nodes=2", "trainer.packs_per_step=16"], "cluster.nodes=2: several nodes "

@@ -15,7 +15,7 @@ from typing import Any
 
 from csc_train.checkpoints.content import hash_files, sha256
 from csc_train.config.cluster import ClusterConfig
-from csc_train.config.compose import compose
+from csc_train.config.compose import CONFIG_DIR, compose
 from csc_train.config.recipes.training import LaunchRecipe, ReproduceRecipe
 from csc_train.config.suite import STEP_RECIPES, StepConfig, SuiteConfig
 from csc_train.errors import InputError, suggestion
@@ -103,8 +103,11 @@ def plan_suite(arguments: list[str]) -> SuitePlan:
     """
     own, others = split_arguments(arguments, ReproduceRecipe)
     launch = compose("reproduce", own)
-    given: dict[str, list[str]] = {recipe: [*launch.suite.overrides.get(recipe, ())] for recipe in STEP_RECIPES}
+    folders = [text for text in others if text.startswith(f"{CONFIG_DIR}=")]
+    given = {recipe: [*folders, *launch.suite.overrides.get(recipe, ())] for recipe in STEP_RECIPES}
     for text in others:
+        if text in folders:
+            continue
         recipe, dot, override = text.partition(".")
         if recipe not in given or not dot:
             near = suggestion(text.split("=")[0], [field.name for field in fields(launch)])
@@ -161,7 +164,7 @@ def _step(
     ]
     try:
         # Of two values of a key the last counts; Hydra refuses a group that is chosen twice.
-        last = {text.partition("=")[0]: text for text in [*common, *overrides]}
+        last = {text if text.startswith(CONFIG_DIR) else text.partition("=")[0]: text for text in [*common, *overrides]}
         composed = compose(config.recipe, list(last.values()))
         composed.run = RunConfig(str(directory / f"{name}-{_content(config.recipe, composed, directory)}"), "resume")
         cluster = _cluster(launch.cluster, config)

@@ -51,7 +51,7 @@ def _cells(step: Step, estimate: StepEstimate, again: bool) -> list[str]:
     state = "done" if step.finished else "blocked" if step.missing else "to run"
     if again:
         return [step.name, step.job.launch.recipe, "see above", *[""] * (len(_COLUMNS) - _TEXTS)]
-    memory = estimate.memory_gib and f"{estimate.memory_gib:.0f} of {estimate.gpu_memory_gib or 0:.0f}"
+    memory = f"{estimate.memory_gib:.0f} of {estimate.gpu_memory_gib or 0:.0f}" if estimate.memory_gib else ""
     fits = {None: "", True: "yes", False: f"from {estimate.gpus_from} GPUs" if estimate.gpus_from else "no"}
     cost = estimate.cost
     return [
@@ -59,7 +59,7 @@ def _cells(step: Step, estimate: StepEstimate, again: bool) -> list[str]:
         step.job.launch.recipe,
         state,
         str(estimate.gpus or ""),
-        memory or "",
+        memory,
         fits[estimate.fits],
         _number(estimate.hours),
         _number(cost.gpu_hours),

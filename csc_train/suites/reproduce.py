@@ -48,10 +48,9 @@ def reproduce(arguments: list[str]) -> int:
         plan = plan_suite(arguments)
         published = read_published(plan.config.published) if plan.config.published else None
         for name, row in plan.config.rows.items():
-            if row.published is not None:
-                if published is None:
-                    raise InputError(f"suite.rows.{name}.published={row.published}: name the table by suite.published")
-                published.row(row.published)
+            if row.published is not None and (published is None or row.published not in published.rows):
+                advice = published.unknown(row.published) if published else "name the table by suite.published"
+                raise InputError(f"suite.rows.{name}.published={row.published}: {advice}")
         estimates = estimate_steps(plan)
         console = Console(width=None if sys.stdout.isatty() else 200)
         console.print(*plan_tables(plan, estimates))
