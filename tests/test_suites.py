@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -227,9 +228,12 @@ def test_the_papers_plan_has_eleven_rows_with_gpus_and_hours(tmp_path, monkeypat
     assert reproduce(["suite=paper", "dry_run=true"]) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
     assert "Suite paper: 11 rows, 19 steps, in runs/suites/paper" in shown
-    lines = {line.split()[-10 if "to run" in line else 0]: line for line in shown.splitlines() if "to run" in line}
-    assert len(lines) >= 12
-    assert "32" in next(line for line in shown.splitlines() if "qwen2_5_72b_training " in line)
+    rows = plan_suite(["suite=paper"]).config.rows.values()
+    assert len(rows) == 11 and all(f"\n{row.label} " in shown for row in rows)
+    # Each training: GPUs, memory on each, whether it fits, hours, GPU hours, tokens, disk.
+    figures = r"_training +sft +to run +(8|32) +\d+ of 80 +yes +[\d.]+ +[\d.]+ +[\d,]+ +[\d,.]+ *\n"
+    assert re.findall(figures, shown) == ["8", "32", "8", "32"]
+    assert "All steps: " in shown and "1,855 dialogues" in shown
     assert list(tmp_path.iterdir()) == []
 
 

@@ -62,20 +62,25 @@ def write_model_card(
 
 
 def write_own_card(evaluation: str | os.PathLike) -> None:
-    """Write the figures of an evaluation into the card of the final model of the training run that it lies in.
-
-    Does nothing for an evaluation that lies elsewhere, is incomplete or evaluated another model. A failure is said.
-    """
+    """Write the figures of an evaluation into the card of the final model of the run that it lies in, if any."""
     for run in Path(evaluation).resolve().parents:
         if is_model(run / MODEL_FOLDER) and (run / MANIFEST_FILE).is_file():
-            try:
-                source = open_source(str(run / MODEL_FOLDER), training=False)
-                if _read_figures(Path(evaluation), source):
-                    write_model_card(source.path, evaluation)
-                    logger.info(f"model card: {source.path / CARD_FILE}")
-            except InputError as error:
-                logger.warning(f"the model card has no figures of this evaluation: {error}")
+            add_figures(run / MODEL_FOLDER, evaluation)
             return
+
+
+def add_figures(model: str | os.PathLike, evaluation: str | os.PathLike) -> None:
+    """Write the figures of an evaluation into the card of a final model.
+
+    Does nothing if the evaluation is incomplete or of another model. A failure is said.
+    """
+    try:
+        source = open_source(str(model), training=False)
+        if _read_figures(Path(evaluation), source):
+            write_model_card(source.path, evaluation)
+            logger.info(f"model card: {source.path / CARD_FILE}")
+    except InputError as error:
+        logger.warning(f"the model card has no figures of this evaluation: {error}")
 
 
 def _read_figures(evaluation: Path, source: ModelSource) -> dict[str, Any] | None:

@@ -7,11 +7,12 @@ an interrupted suite, and tries failed steps again.
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import optuna
 from rich.console import Console
 
+from csc_train.checkpoints.locate import MODEL_FOLDER
+from csc_train.checkpoints.model_card import add_figures
 from csc_train.config.cli import show_help
 from csc_train.errors import InputError
 from csc_train.launching.job import TRAINING
@@ -23,7 +24,7 @@ from csc_train.runs.directory import refuse_other_files
 from csc_train.runs.provenance import provenance
 from csc_train.suites.base import Cost, RowResult
 from csc_train.suites.estimate import StepEstimate, estimate_step, spent
-from csc_train.suites.plan import SuitePlan, gain_name, plan_suite
+from csc_train.suites.plan import Step, SuitePlan, gain_name, plan_suite
 from csc_train.suites.plan_table import plan_tables
 from csc_train.suites.published import PublishedTable, read_published
 from csc_train.suites.results import console_results, write_suite_results
@@ -92,13 +93,22 @@ def _run(
         slots = {"gpus": free, "node": free, "local": [{} for _ in range(config.parallel or 1)]}
         study = optuna.create_study(study_name=STUDY, storage=open_journal(ledger), load_if_exists=True)
 
+        def finished(step: Step) -> None:
+            for training in plan.all_needs(step.name) if step.job.launch.recipe == "evaluate" else ():
+                if training.job.launch.recipe == TRAINING:
+                    add_figures(training.directory / MODEL_FOLDER, step.directory)
+
         def changed(runner: SuiteRunner) -> None:
             rows = row_results(plan, runner, estimates)
             write_suite_results(directory, config.name, rows, published, facts)
 
-        facts = {"provenance": provenance(), "suite": asdict(config), "cluster": asdict(cluster)}
+        source = provenance()
+        versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
+        commit = f"{source['commit']}{', with uncommitted changes' if source['dirty'] else ''}"
+        facts = {"machines": f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu or 'CPU processes'}"}
+        facts |= {"commit": commit, "versions": versions}
         planned = {name: each.cost for name, each in estimates.items()}
-        runner = SuiteRunner(plan, study, slots, claimed.descriptor, planned, changed)
+        runner = SuiteRunner(plan, study, slots, claimed.descriptor, planned, finished, changed)
         changed(runner)
         try:
             runner.run()

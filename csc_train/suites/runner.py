@@ -25,6 +25,7 @@ class SuiteRunner(TrialRunner):
     Args:
         slots: by placement, environment variables of each step that may start now.
         lock: see `TrialRunner`.
+        finished: called with each step whose run has finished.
         changed: called after each change of a step's state.
 
     Attributes:
@@ -39,10 +40,12 @@ class SuiteRunner(TrialRunner):
         slots: dict[str, list[dict[str, str]]],
         lock: int,
         planned: dict[str, Cost],
+        finished: Callable[[Step], None],
         changed: Callable[["SuiteRunner"], None],
     ):
         super().__init__(study, lock, plan.config.poll)
-        self._plan, self._slots, self._planned, self._changed = plan, slots, planned, changed
+        self._plan, self._slots, self._planned = plan, slots, planned
+        self._finished, self._changed = finished, changed
         self.states = {name: DONE if step.finished else WAITING for name, step in plan.steps.items()}
         self.reasons: dict[str, str] = {}
         self._earlier = {trial.user_attrs.get("directory"): trial for trial in self.interrupted()}
@@ -104,6 +107,7 @@ class SuiteRunner(TrialRunner):
         super().tell(trial, outcome)
         name = trial.user_attrs["step"]
         if isinstance(outcome, float):
+            self._finished(self._plan.steps[name])
             self._change(name, DONE)
         else:
             self.reasons[name] = outcome or "stopped"
