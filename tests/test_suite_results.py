@@ -276,9 +276,11 @@ def test_rows_without_a_published_table_are_beside_each_other(tmp_path, scored):
     rows = [evaluated(tmp_path, scored, "a"), evaluated(tmp_path, scored, "b", system="base model"), waiting(tmp_path)]
     result, text, page = written(tmp_path, rows, None)
     assert [*result["rows"][0]["figures"]] == [
-        f"{context} {name}" for context in ("ref", "gen") for name in (*PUBLISHED_METRICS, "macro-F1")
+        f"{context} {name}"
+        for context in ("ref", "gen")
+        for name in (*PUBLISHED_METRICS, "macro-F1", "preference bias")
     ]
-    assert result["published"] is None and "| B-2 | B-4 | R-L | BS | BR | ACC | macro-F1 |" in text
+    assert result["published"] is None and "| B-2 | B-4 | R-L | BS | BR | ACC | macro-F1 | preference bias ↓ |" in text
     assert "published" not in text and "<h1>The rows of" in page
     confusion = scored[1]["base model"]["generated"]["confusion"]
     shares = result["rows"][1]["shares"]["generated"]
