@@ -51,7 +51,10 @@ def evaluation(directory, content_hash, incomplete=False, **data):
     directory.mkdir(parents=True)
     counts = {"turns": 7, "dialogues": 2, "failed": 0, "incomplete": incomplete}
     scores = {"strategy": {"macro-F1": result(0.5)}, "likelihood": {"NLL": result(2.0, direction="lower")}}
-    scores |= {"counts": counts, "profiles": {"zh": {"ACC": result(61.5, 60.25, 62.75), "BS": result(None)}}}
+    scores |= {
+        "counts": counts,
+        "profiles": {"zh": {"ACC": result(61.5, 60.25, 62.75), "BS": result(None), "B-2": result(1.0)}},
+    }
     results = {"untrained base": {"reference": scores}, "trained": {"reference": scores}}
     (directory / "results.json").write_text(json.dumps({"results": results}))
     (directory / "evaluated_model.json").write_text(json.dumps({"content_hash": content_hash}))
@@ -97,7 +100,8 @@ def test_figures_are_of_this_very_model_complete_and_with_intervals(tmp_path):
     write_manifest(tmp_path / "run", before.manifest)
     write_own_card(own)
     card = card_of(model)
-    (found,) = card.data.eval_results
+    found, few = card.data.eval_results
+    assert (few.metric_type, few.metric_args) == ("bleu", None)  # of too few dialogues for an interval
     assert (found.metric_type, found.metric_value) == ("accuracy", 61.5)
     assert found.metric_args == {"interval_95": [60.25, 62.75]}
     assert (found.dataset_name, found.dataset_config, card.data.model_name) == ("RoleCS", "reference context", "run")

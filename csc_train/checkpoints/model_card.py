@@ -166,7 +166,7 @@ def _eval_results(figures: dict[str, Any]) -> list[EvalResult]:
             metric_type=METRIC_TYPES.get(name, name.lower()),
             metric_name=f"{name}, profile {profile}",
             metric_value=round(result["value"], 4),
-            metric_args={"interval_95": [result["low"], result["high"]]},
+            metric_args=None if result["low"] is None else {"interval_95": [result["low"], result["high"]]},
         )
         for context, scores in contexts.items()
         for profile, metrics in scores["profiles"].items()
