@@ -595,7 +595,7 @@ def test_an_unreadable_file_is_named(tmp_path):
 
 @pytest.fixture
 def wide(tokenizer):
-    """A model with room for long dialogues, and its forward passes as (rows, width, columns)."""
+    """A model with room for long dialogues, and its forward passes as (rows, tokens of a row, columns)."""
     config = tiny_config("qwen2", tokenizer, 0.5)
     config.max_position_embeddings = 20_000
     torch.manual_seed(1)
@@ -604,10 +604,13 @@ def wide(tokenizer):
     def note(_, args, facts):
         if args:  # the prefix of all prompts
             return
-        cached = facts["past_key_values"].get_seq_length() if facts.get("past_key_values") else 0
-        mask = facts.get("attention_mask")
-        rows, width = facts["input_ids"].shape
-        passes.append((rows, width, mask.shape[-1] if mask is not None else cached + width))
+        tokens = facts["input_ids"].numel()
+        if layout := facts.get("cache_layout"):
+            rows = len(layout.rows.unique())
+            passes.append((rows, -(-tokens // rows), max(each.mask.shape[-1] for each in layout.attended)))
+        else:
+            cached = facts["past_key_values"].get_seq_length() if facts.get("past_key_values") else 0
+            passes.append((1, tokens, cached + tokens))
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     return model, passes

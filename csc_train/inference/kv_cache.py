@@ -6,10 +6,10 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from csc_train.models.attention.gated_delta_net import (
@@ -31,21 +31,80 @@ NUM_MARKS = 4
 """Lengths that a `RewindableCache` can go back to besides its own, in a model whose states cannot be cut back."""
 
 
-@dataclass(frozen=True)
-class _ForwardLayout:
-    """Where the tokens of a forward pass stand in the cache.
+class _Attended(NamedTuple):
+    """Cache rows whose attention is computed together. Of tuples, accelerate moves tensors to a layer's device.
 
     Attributes:
-        rows: int64 [batch]; cache rows.
-        places: int64 [batch, width]; cache columns. Padding stands in the last column, which attention never reads.
-        columns: number of columns that attention reads.
-        contiguous: whether `rows` is 0, 1, ..., batch - 1, so that a slice replaces a copy.
+        tokens: of the forward pass; all have the same number in each row.
+        rows: the cache rows; a slice replaces a copy.
+        places: int64 [tokens]; which of `rows` each token belongs to; None if they are the tokens of one row.
+        mask: [rows, 1, tokens of a row, columns] or, of one row, [1, 1, groups x tokens, columns]; what is added to
+            the scores of queries that share a key-value head.
+    """
+
+    tokens: slice
+    rows: slice | torch.Tensor
+    places: torch.Tensor | None
+    mask: torch.Tensor
+
+
+class _ForwardLayout(NamedTuple):
+    """Where the tokens of a forward pass stand in the cache: row after row, without padding.
+
+    Attributes:
+        rows: int64 [tokens]; cache rows.
+        columns: int64 [tokens]; cache columns.
+        attended: what attention reads.
     """
 
     rows: torch.Tensor
-    places: torch.Tensor
-    columns: int
-    contiguous: bool
+    columns: torch.Tensor
+    attended: list[_Attended]
+
+
+def cached_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    cache_layout: _ForwardLayout,
+    scaling: float | None = None,
+    **_,
+) -> tuple[torch.Tensor, None]:
+    """Attention of tokens from several rows of a `DialogueCache`, for `AttentionInterface`.
+
+    Queries that share a key-value head read it once; no row is padded, and few are copied.
+
+    Args:
+        query: [1, heads, tokens, head size].
+        key: the layer's buffer, [rows, key-value heads, columns, head size]; so is `value`.
+
+    Returns:
+        The output, [1, tokens, heads, head size].
+    """
+    queries, shared = query[0].transpose(0, 1), key.shape[1]
+    _, heads, size = queries.shape
+    output = queries.new_empty(queries.shape)
+    for each in cache_layout.attended:
+        own, places = queries[each.tokens], each.places
+        if places is None:
+            own = own.transpose(0, 1).reshape(1, shared, -1, size)
+        else:
+            own = own.new_zeros(len(each.mask), heads, size).index_copy_(0, places, own)
+            own = own.view(-1, shared, heads // shared, size)
+        states = (buffer[each.rows, :, : each.mask.shape[-1]] for buffer in (key, value))
+        found = torch.nn.functional.scaled_dot_product_attention(own, *states, attn_mask=each.mask, scale=scaling)
+        if places is None:
+            output[each.tokens] = found.view(heads, -1, size).transpose(0, 1)
+        else:
+            output[each.tokens] = found.reshape(-1, heads, size).index_select(0, places)
+    return output[None], None
+
+
+CACHED_ATTENTION = "cached_rows"
+"""The implementation that a model takes for the forward passes of a `DialogueCache`."""
+AttentionInterface.register(CACHED_ATTENTION, cached_attention)
 
 
 class _RowsLayer(DynamicLayer):
@@ -63,12 +122,10 @@ class _RowsLayer(DynamicLayer):
             self.lazy_initialization(*states)
             self._buffers = list(states)
             return states
-        layout = self.layout
-        rows, places = layout.rows.to(self.device), layout.places.to(self.device)
+        rows, columns = self.layout.rows.to(self.device), self.layout.columns.to(self.device)
         for buffer, new in zip(self._buffers, states, strict=True):
-            buffer[rows[:, None], :, places] = new.transpose(1, 2)
-        selected = slice(0, len(rows)) if layout.contiguous else rows
-        return tuple(buffer[selected, :, : layout.columns] for buffer in self._buffers)
+            buffer[rows, :, columns] = new[0].transpose(0, 1)
+        return tuple(self._buffers)
 
     def resize(self, rows: int, columns: int) -> None:
         """Grow the buffers; a new row is a copy of row 0."""
@@ -186,7 +243,9 @@ class DialogueCache:
         self._stop_ids, self._max_new_tokens = stop_ids, max_new_tokens
         self._max_length, self._max_width = max_length, max_width
         prepare_delta_nets(model)
-        config: Any = model.config.get_text_config()
+        self._config: Any = model.config.get_text_config()
+        config = self._config
+        self._groups = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
         kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
         self._cache: Any = Cache([_StatesLayer() if kind == LINEAR_ATTENTION else _RowsLayer() for kind in kinds])
         self._attention = [layer for layer in self._cache.layers if isinstance(layer, _RowsLayer)]
@@ -267,10 +326,10 @@ class DialogueCache:
         while len(done) < enough:
             # First only the rows with a new prompt.
             rows = [number for number in sorted(active) if self._rows[number].num_missing > 1]
-            rows = rows or self._rows_to_feed(active)
+            rows = rows or sorted(active)
             for number, token in zip(rows, self._forward(rows), strict=True):
                 row = self._rows[number]
-                if not row.active or row.num_missing:
+                if row.num_missing:
                     continue
                 if token not in self._stop_ids:
                     row.ids.append(token)
@@ -281,11 +340,6 @@ class DialogueCache:
                     done[number] = row.ids[row.prompt_length :]
         return done
 
-    def _rows_to_feed(self, active: set[int]) -> list[int]:
-        """All rows up to the last active one, which avoids a copy; only the active ones if those are under half."""
-        rows = max(active) + 1
-        return list(range(rows)) if 2 * len(active) >= rows else sorted(active)
-
     def _forward(self, rows: Sequence[int]) -> list[int]:
         """Compute the next tokens of these rows that are not cached, up to `max_width` of each.
 
@@ -294,50 +348,60 @@ class DialogueCache:
         """
         held = [self._rows[number] for number in rows]
         device = self._model.device
-        starts = [row.num_cached for row in held]
-        width = min(self._max_width, max(1, *(row.num_missing for row in held)))
-        ends = [min(len(row.ids), start + width) for row, start in zip(held, starts, strict=True)]
-        self._reserve(max(ends))
-        # Padding on the left, so that every row ends in the last column.
-        ids = [
-            row.ids[:1] * (width - end + start) + row.ids[start:end]
-            for row, start, end in zip(held, starts, ends, strict=True)
-        ]
-        positions = torch.tensor(ends, device=device)[:, None] + torch.arange(-width, 0, device=device)
-        places = positions
-        if any(end - start < width for start, end in zip(starts, ends, strict=True)):
-            padding = positions < torch.tensor(starts, device=device)[:, None]
-            places = positions.masked_fill(padding, self._columns - 1)
-            positions = positions.clamp(min=0)
-        contiguous = rows == list(range(len(rows)))
-        layout = _ForwardLayout(torch.tensor(rows, device=device), places, max(ends), contiguous)
+        spans = [range(row.num_cached, min(len(row.ids), row.num_cached + self._max_width)) for row in held]
+        self._reserve(max(span.stop for span in spans))
+        ids = [token for row, span in zip(held, spans, strict=True) for token in row.ids[span.start : span.stop]]
+        places = torch.tensor([place for span in spans for place in span], device=device)
+        ends = torch.tensor([len(span) for span in spans], device=device).cumsum(0)
+        layout = self._layout(rows, spans, places)
         for layer in self._attention:
             layer.layout = layout
-        hidden = torch.arange(layout.columns, device=device) > positions[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=device)
-        segments = []
-        spans = zip(rows, held, starts, ends, strict=True) if self._delta_nets else ()
-        for index, (number, row, start, end) in enumerate(spans):
-            if start < end:
-                last, target = (index + 1) * width, 2 * number + 1 + (end > row.prompt_length)
-                segments.append((range(last - end + start, last), row.slots[start], target))
-                # If the model fails, the content of its slot is unknown.
-                row.slots = {length: slot for length, slot in row.slots.items() if slot != target}
-        logits = self._model(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=mask.masked_fill_(hidden, torch.finfo(mask.dtype).min),
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **self._levels(segments),
-        ).logits[:, -1]
-        for row, end in zip(held, ends, strict=True):
-            row.num_cached = end
-        for tokens, _, target in segments:
-            row = held[tokens[-1] // width]
+        segments, last = [], 0
+        for number, row, span in zip(rows, held, spans, strict=True) if self._delta_nets else ():
+            target = 2 * number + 1 + (span.stop > row.prompt_length)
+            segments.append((range(last, last := last + len(span)), row.slots[span.start], target))
+            # If the model fails, the content of its slot is unknown.
+            row.slots = {length: slot for length, slot in row.slots.items() if slot != target}
+        usual, self._config._attn_implementation = self._config._attn_implementation, CACHED_ATTENTION
+        try:
+            logits = self._model(
+                input_ids=torch.tensor(ids, device=device)[None],
+                position_ids=places[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=ends - 1,
+                cache_layout=layout,
+                **self._levels(segments),
+            ).logits[0]
+        finally:
+            self._config._attn_implementation = usual
+        for row, span in zip(held, spans, strict=True):
+            row.num_cached = span.stop
+        for row, (_, _, target) in zip(held, segments, strict=False):
             row.slots[row.num_cached] = target
         return logits.argmax(-1).tolist()
+
+    def _layout(self, rows: Sequence[int], spans: Sequence[range], places: torch.Tensor) -> _ForwardLayout:
+        """Where the tokens of a forward pass stand."""
+        device, dtype = places.device, self._model.dtype
+        if max(map(len, spans)) == 1:
+            numbers = torch.tensor(rows, device=device)
+            # All rows up to the last one, which avoids a copy; only these if they are under half.
+            every = max(rows) + 1
+            whole = 2 * len(rows) >= every
+            index = numbers if whole else torch.arange(len(rows), device=device)
+            ends = places.new_zeros(every if whole else len(rows)).index_copy_(0, index, places)
+            hidden = torch.arange(max(span.stop for span in spans), device=device) > ends[:, None, None, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+            selected = slice(0, every) if whole else numbers
+            return _ForwardLayout(numbers, places, [_Attended(slice(0, len(rows)), selected, index, mask)])
+        attended, last = [], 0
+        for row, span in zip(rows, spans, strict=True):
+            mask = torch.full((self._groups, len(span), span.stop), -torch.inf, dtype=dtype, device=device)
+            mask = mask.triu_(span.start + 1).view(1, 1, -1, span.stop)
+            attended.append(_Attended(slice(last, last := last + len(span)), slice(row, row + 1), None, mask))
+        numbers = torch.tensor([row for row, span in zip(rows, spans, strict=True) for _ in span], device=device)
+        return _ForwardLayout(numbers, places, attended)
 
     def _levels(self, segments: Sequence[tuple[range, int, int]]) -> dict[str, Any]:
         """The model's arguments for its gated delta nets; none without them.
@@ -359,7 +423,7 @@ class DialogueCache:
 
     def _reserve(self, columns: int) -> None:
         """Make room for all rows with this many columns."""
-        if columns >= self._columns:  # the last one is for padding
+        if columns > self._columns:
             self._columns = columns + max(GROWTH, columns // 2)
         for layer in self._cache.layers:
             layer.resize(len(self._rows), self._columns)
