@@ -1,15 +1,18 @@
-"""Compare the training speed of two builds: optimizer steps of each in turn, each build in a process of its own.
+"""Compare the speed of two builds: steps or evaluations of each in turn, each build in a process of its own.
 
 python benchmarks/compare_builds.py CHECKOUT            # this build beside the one in another checkout
 python benchmarks/compare_builds.py CHECKOUT --demo 40  # also the first steps of the demo's training, step by step
+python benchmarks/compare_builds.py CHECKOUT --rounds 0 --generated 5  # only evaluation in generated context
 
 Both builds run the training section of their own benchmarks/packing.py, with this script's interpreter and libraries;
-steps of the same name have the same dialogues. So have the demo's steps. Prints each result and writes
+steps of the same name have the same dialogues. So have the demo's steps. Generated
+context is that of each build's own benchmarks/evaluation.py. Prints each result and writes
 benchmarks/results/compare_builds.json.
 """
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -168,27 +171,123 @@ def compare_demos(report: "Report", old: Path, steps: int) -> None:
         report.add(f"new / old by {kind}time", ratios(seconds["new"], seconds["old"]), most=0.75)
 
 
+class _Captured(Exception):
+    """Holds what generates, in place of its measurement."""
+
+
+def take_generations(checkout: Path, quick: bool, onednn: bool) -> None:
+    """Answer requests on the standard input: the build, or one evaluation with a dtype and a number of threads."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    sys.argv = ["evaluation.py"]
+    names = runpy.run_path(str(checkout / "benchmarks" / "evaluation.py"))["generation"].__globals__
+    import torch
+
+    predict = "generate_predictions" if "generate_predictions" in names else "predict"  # today's name, and 5fab51a's
+    usual, outcomes, sides = names[predict], [], {}
+
+    def record(*arguments: Any) -> list:
+        outcomes[:] = usual(*arguments)
+        return outcomes
+
+    def capture(actions: dict[str, Any], *_: Any, **__: Any) -> None:
+        raise _Captured(actions["together"])
+
+    names |= {predict: record, "side_by_side": capture} | ({} if onednn else {"prepared": lambda model: model})
+    template, architecture = names["demo"]()
+    for dtype in ("float32", "bfloat16"):
+        model = names["random_model"](architecture, "sdpa", getattr(torch, dtype))
+        try:
+            names["generation"](None, "", template, model, 4 if quick else 256, 2, 1)
+        except _Captured as captured:
+            sides[dtype] = captured.args[0]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    for request in map(str.strip, sys.stdin):
+        answer: Any = commit
+        if request != "about":
+            dtype, threads = request.split()
+            torch.set_num_threads(int(threads))
+            started = time.perf_counter(), time.process_time()
+            sides[dtype]()
+            seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+            ids = [(each.dialogue_id, each.turn, getattr(each, "token_ids", None) or getattr(each, "ids", None) or [])
+                   for each in outcomes]  # fmt: skip
+            answer = *seconds, {f"{name} {turn}": hashlib.md5(bytes(str(list(own)), "ascii")).hexdigest()
+                                for name, turn, own in ids}  # fmt: skip
+        print(json.dumps(answer), file=answers, flush=True)
+    sys.exit()
+
+
+def compare_generations(report: "Report", old: Path, rounds: int, quick: bool) -> None:
+    """Turns a second in generated context, in both precisions and by one and two threads."""
+    from measure import ratios, spread
+
+    options = ["--generations", *(["--quick"] * quick)]
+    builds = {
+        "old": Build(old, *options), "new": Build(ROOT, *options),
+        "new, without oneDNN": Build(ROOT, *options, "--no-onednn"),
+    }  # fmt: skip
+    commit = builds["old"].answer("about")
+    report.section(
+        "generated context",
+        "Turns a second of the case of benchmarks/evaluation.py, likelihoods left out. A process of each build, in "
+        "turn; the first round is not counted. Load: runnable processes of the last minute, this one included. Equal "
+        "tokens: turns whose tokens are those of the old build, of the last round.",
+        old=commit,
+        rounds=rounds,
+        dialogues=4 if quick else 256,
+        load=round(os.getloadavg()[0], 1),
+    )
+    for dtype, threads in itertools.product(("float32", "bfloat16"), (1, 2)):
+        rates, cpu_rates = ({name: [] for name in builds} for _ in range(2))
+        ids: dict[str, dict[str, str]] = {}
+        for number in range(1 + rounds):
+            for name, build in builds.items():
+                seconds, cpu_seconds, ids[name] = build.answer(f"{dtype} {threads}")
+                print(f"  turn {number}, {dtype}, {threads}, {name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+                if number:
+                    rates[name].append(len(ids[name]) / seconds)
+                    cpu_rates[name].append(len(ids[name]) / cpu_seconds)
+        case = f"{dtype}, threads {threads}"
+        for name in builds:
+            report.add(f"{case}, {name}: turns/s", spread(rates[name]))
+            if name != "old":
+                report.add(f"{case}, {name} / old", ratios(rates[name], rates["old"]), least=1.2)
+                report.add(f"{case}, {name} / old by CPU time", ratios(cpu_rates[name], cpu_rates["old"]))
+                equal = sum(ids["old"][turn] == own for turn, own in ids[name].items())
+                report.add(f"{case}, {name}: turns with equal tokens, percent", 100 * equal / len(ids["old"]))
+    end(builds)
+
+
 def main() -> None:
     """Compare, and write the report; or be one of the builds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path, help="the other build")
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each side")
     parser.add_argument("--demo", type=int, default=0, metavar="N", help="counted steps of the demo")
+    parser.add_argument(
+        "--generated", type=int, default=0, metavar="N", help="counted evaluations in generated context"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "compare_builds.json")
-    for hidden in ("--steps", "--demo-steps"):
+    for hidden in ("--steps", "--demo-steps", "--generations", "--no-onednn"):
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps:
         take_steps(options.checkout, options.quick)
     if options.demo_steps:
         take_demo_steps(options.checkout)
+    if options.generations:
+        take_generations(options.checkout, options.quick, not options.no_onednn)
     from measure import Report
 
-    report = Report({"rounds": options.rounds, "demo": options.demo, "quick": options.quick}, {})
-    compare_steps(report, options.checkout.absolute(), options.rounds, options.quick)
+    kept = json.loads(options.output.read_text()).get("sections", {}) if options.output.exists() else {}
+    report = Report({name: getattr(options, name) for name in ("rounds", "demo", "generated", "quick")}, kept)
+    if options.rounds:
+        compare_steps(report, options.checkout.absolute(), options.rounds, options.quick)
     if options.demo:
         compare_demos(report, options.checkout.absolute(), options.demo)
+    if options.generated:
+        compare_generations(report, options.checkout.absolute(), options.generated, options.quick)
     report.write(options.output)
 
 
