@@ -9,12 +9,26 @@ from transformers import AutoModelForCausalLM
 
 from csc_train.inference.config import InferenceConfig
 from csc_train.inference.hf import load_final_model
+from csc_train.models import onednn
 from csc_train.models.onednn import use_onednn
 from tests.test_chat import checkpoint  # noqa: F401  a fixture
 
 
 class Derived(nn.Linear):
     pass
+
+
+@pytest.fixture(autouse=True)
+def amd(monkeypatch):
+    """The machine counts as one whose default library is slow."""
+    monkeypatch.setattr(onednn, "_is_intel", lambda: False)
+
+
+def test_an_intel_cpu_keeps_its_own_library(monkeypatch):
+    monkeypatch.setattr(onednn, "_is_intel", lambda: True)
+    layer = nn.Linear(8, 8)
+    use_onednn(layer)
+    assert type(layer) is nn.Linear
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -37,7 +37,8 @@ class RowResult:
             done.
         evaluation: run directory of its evaluation, with a results.json if it is done.
         system: a system of that evaluation; None for the evaluated model.
-        training: run directory of the training that made its model; None if the suite trains none for it.
+        training: run directory of the training that made its model; None for a base model or a baseline, and if the
+            suite trains none for it.
         published: the row of the published table.
         against: the name of the row over which its gain is tested.
         gain: run directory of that comparison (recipes/compare.py, A is this row); None without one.

@@ -15,6 +15,7 @@ from csc_train.checkpoints.locate import MODEL_FOLDER
 from csc_train.checkpoints.model_card import add_figures
 from csc_train.config.cli import show_help
 from csc_train.errors import InputError
+from csc_train.inference.predictions import BASE_MODEL, BASELINE_NAMES
 from csc_train.launching.job import TRAINING
 from csc_train.launching.journal import open_journal
 from csc_train.launching.launchers.registry import launcher_class
@@ -130,6 +131,8 @@ def row_results(plan: SuitePlan, runner: SuiteRunner, estimates: Mapping[str, St
     rows = []
     for name, row in plan.config.rows.items():
         needed = plan.all_needs(row.step)
+        if row.system in (*BASELINE_NAMES, BASE_MODEL):  # it is none that the suite trains
+            needed = [plan.steps[row.step]]
         gain = plan.steps.get(gain_name(name))
         state, reason, planned, cost = DONE, None, Cost(), Cost()
         for step in [*needed, *([gain] if gain else [])]:
