@@ -65,9 +65,11 @@ def no_gradients():
         yield
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "apart"), [("sdpa", ("cpu",)), ("eager", ("cpu",)), ("sdpa", ())])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_5_moe_text"])
-def test_tokens_are_those_without_a_cache(architecture, attention):
+def test_tokens_are_those_without_a_cache(architecture, attention, apart, monkeypatch):
+    """With each row's new prompt attended to alone, as on a CPU, and with all padded to one product, as on a GPU."""
+    monkeypatch.setattr(kv_cache, "APART", apart)
     model = model_of(architecture, attention)
     found = ended(model)
     assert [ids for _, ids in found] == [continued(model, prompt) for prompt, _ in found]

@@ -35,11 +35,11 @@ class _Attended(NamedTuple):
     """Cache rows whose attention is computed together. Of tuples, accelerate moves tensors to a layer's device.
 
     Attributes:
-        tokens: of the forward pass; all have the same number in each row.
+        tokens: of the forward pass.
         rows: the cache rows; a slice replaces a copy.
-        places: int64 [tokens]; which of `rows` each token belongs to; None if they are the tokens of one row.
-        mask: [rows, 1, tokens of a row, columns] or, of one row, [1, 1, groups x tokens, columns]; what is added to
-            the scores of queries that share a key-value head.
+        places: int64 [tokens]; the place of each token among rows x width, row after row; None if they fill all.
+        mask: [rows, 1, groups x width, columns]; what is added to the scores of queries that share a key-value head.
+            Of one token a row, [rows, 1, 1, columns].
     """
 
     tokens: slice
@@ -74,7 +74,7 @@ def cached_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of tokens from several rows of a `DialogueCache`, for `AttentionInterface`.
 
-    Queries that share a key-value head read it once; no row is padded, and few are copied.
+    Queries that share a key-value head read it once, and few rows are copied.
 
     Args:
         query: [1, heads, tokens, head size].
@@ -85,23 +85,23 @@ def cached_attention(
     """
     queries, shared = query[0].transpose(0, 1), key.shape[1]
     _, heads, size = queries.shape
-    output = queries.new_empty(queries.shape)
-    for each in cache_layout.attended:
-        own, places = queries[each.tokens], each.places
-        if places is None:
-            own = own.transpose(0, 1).reshape(1, shared, -1, size)
-        else:
-            own = own.new_zeros(len(each.mask), heads, size).index_copy_(0, places, own)
-            own = own.view(-1, shared, heads // shared, size)
-        states = (buffer[each.rows, :, : each.mask.shape[-1]] for buffer in (key, value))
-        found = torch.nn.functional.scaled_dot_product_attention(own, *states, attn_mask=each.mask, scale=scaling)
-        if places is None:
-            output[each.tokens] = found.view(heads, -1, size).transpose(0, 1)
-        else:
-            output[each.tokens] = found.reshape(-1, heads, size).index_select(0, places)
+    groups, output = heads // shared, queries.new_empty(queries.shape)
+    for tokens, rows, places, mask in cache_layout.attended:
+        own, count = queries[tokens], len(mask)
+        width = max(1, mask.shape[2] // groups)
+        if places is not None:
+            own = own.new_zeros(count * width, heads, size).index_copy_(0, places, own)
+        own = own.view(count, width, shared, groups, size).permute(0, 2, 3, 1, 4).reshape(count, shared, -1, size)
+        states = (buffer[rows, :, : mask.shape[-1]] for buffer in (key, value))
+        found = torch.nn.functional.scaled_dot_product_attention(own, *states, attn_mask=mask, scale=scaling)
+        found = found.view(count, shared, groups, width, size).permute(0, 3, 1, 2, 4).reshape(-1, heads, size)
+        output[tokens] = found if places is None else found.index_select(0, places)
     return output[None], None
 
 
+APART = ("cpu",)
+"""Types of devices on which each row's new prompt is attended to alone, so that none is padded; others wait longer for
+many small products than for padding."""
 CACHED_ATTENTION = "cached_rows"
 """The implementation that a model takes for the forward passes of a `DialogueCache`."""
 AttentionInterface.register(CACHED_ATTENTION, cached_attention)
@@ -381,27 +381,38 @@ class DialogueCache:
             row.slots[row.num_cached] = target
         return logits.argmax(-1).tolist()
 
-    def _layout(self, rows: Sequence[int], spans: Sequence[range], places: torch.Tensor) -> _ForwardLayout:
-        """Where the tokens of a forward pass stand."""
-        device, dtype = places.device, self._model.dtype
-        if max(map(len, spans)) == 1:
-            numbers = torch.tensor(rows, device=device)
-            # All rows up to the last one, which avoids a copy; only these if they are under half.
-            every = max(rows) + 1
-            whole = 2 * len(rows) >= every
-            index = numbers if whole else torch.arange(len(rows), device=device)
-            ends = places.new_zeros(every if whole else len(rows)).index_copy_(0, index, places)
-            hidden = torch.arange(max(span.stop for span in spans), device=device) > ends[:, None, None, None]
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-            selected = slice(0, every) if whole else numbers
-            return _ForwardLayout(numbers, places, [_Attended(slice(0, len(rows)), selected, index, mask)])
-        attended, last = [], 0
-        for row, span in zip(rows, spans, strict=True):
-            mask = torch.full((self._groups, len(span), span.stop), -torch.inf, dtype=dtype, device=device)
-            mask = mask.triu_(span.start + 1).view(1, 1, -1, span.stop)
-            attended.append(_Attended(slice(last, last := last + len(span)), slice(row, row + 1), None, mask))
+    def _layout(self, rows: Sequence[int], spans: Sequence[range], columns: torch.Tensor) -> _ForwardLayout:
+        """Where the tokens of a forward pass stand; `columns` are those of the cache."""
+        device = columns.device
+        apart = device.type in APART and max(map(len, spans)) > 1
+        ends = list(itertools.accumulate(map(len, spans)))
+        parts = [slice(index, index + 1) for index in range(len(rows))] if apart else [slice(0, len(rows))]
+        attended = [
+            self._attend(slice(ends[part.stop - 1] - sum(map(len, spans[part])), ends[part.stop - 1]), rows[part],
+                         spans[part], columns)
+            for part in parts
+        ]  # fmt: skip
         numbers = torch.tensor([row for row, span in zip(rows, spans, strict=True) for _ in span], device=device)
-        return _ForwardLayout(numbers, places, attended)
+        return _ForwardLayout(numbers, columns, attended)
+
+    def _attend(self, tokens: slice, rows: Sequence[int], spans: Sequence[range], columns: torch.Tensor) -> _Attended:
+        """Rows whose attention is computed together, padded to the longest; padding sees the first column."""
+        device, width, every = columns.device, max(map(len, spans)), max(rows) + 1
+        where, selected, count = range(len(rows)), torch.tensor(rows, device=device), len(rows)
+        if count == 1:
+            selected = slice(rows[0], every)
+        elif 2 * count >= every:  # all rows up to the last one, which avoids a copy
+            where, selected, count = rows, slice(0, every), every
+        places = torch.tensor(
+            [row * width + index for row, span in zip(where, spans, strict=True) for index in range(len(span))],
+            device=device,
+        )
+        seen = columns.new_zeros(count * width).index_copy_(0, places, columns[tokens]).view(count, 1, width, 1)
+        hidden = torch.arange(max(span.stop for span in spans), device=device) > seen
+        mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=device).masked_fill_(hidden, -torch.inf)
+        groups = self._groups if width > 1 else 1
+        whole = len(places) == count * width
+        return _Attended(tokens, selected, None if whole else places, mask.repeat(1, 1, groups, 1))
 
     def _levels(self, segments: Sequence[tuple[range, int, int]]) -> dict[str, Any]:
         """The model's arguments for its gated delta nets; none without them.
