@@ -7,7 +7,6 @@ Prints each result and writes benchmarks/results/evaluation.json.
 """
 
 import argparse
-import copy
 import functools
 import random
 import tempfile
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
+from generators import MAX_NEW_TOKENS, SequentialGenerator, WithoutLikelihoods, prepared
 from measure import Report, random_model, ratios, seconds, side_by_side, spread
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from csc_train.config.compose import compose, to_container
 from csc_train.data.dialogue import Speaker
@@ -27,11 +26,9 @@ from csc_train.evaluation import table
 from csc_train.evaluation.config import EvaluationConfig, MetricsConfig
 from csc_train.evaluation.metrics import lexical
 from csc_train.evaluation.metrics.registry import compute_metrics
-from csc_train.inference.generator import TurnQueue, generate_predictions
+from csc_train.inference.generator import generate_predictions
 from csc_train.inference.hf import HFGenerator
 from csc_train.inference.predictions import Prediction
-from csc_train.models.attention.gated_delta_net import prepare_delta_nets
-from csc_train.models.onednn import use_onednn
 from csc_train.runs.distributed import distributed_state
 from csc_train.stats import bootstrap_interval, sign_flip_test
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -41,8 +38,6 @@ TURNS = 24115
 """Supporter turns of CSConv's 1,855 conversations."""
 TURNS_PER_DIALOGUE = 13
 """Supporter turns of a synthetic dialogue."""
-MAX_NEW_TOKENS = 40
-"""Maximum tokens of a reply, as in the demo."""
 BATCH_SIZE = 128
 DIMENSIONS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
@@ -143,43 +138,6 @@ def generation(
     report.add("tokens equal", all(same))
     if not all(same):
         report.add("turns with equal tokens, percent", 100 * sum(same) / len(same))
-
-
-def prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model on a CPU as `load_generator` prepares it; a model on a GPU is not changed there."""
-    if model.device.type != "cpu":
-        return model
-    model = copy.deepcopy(model)
-    prepare_delta_nets(model)
-    use_onednn(model)
-    return model
-
-
-class WithoutLikelihoods(HFGenerator):
-    """Generates without computing likelihoods."""
-
-    def _add_likelihoods(self, *_) -> None:
-        pass
-
-
-class SequentialGenerator(WithoutLikelihoods):
-    """Generates one turn at a time, without a cache between turns."""
-
-    def run(self, queue: TurnQueue) -> None:
-        """Reply at every turn."""
-        while requests := queue.pop(1):
-            prompt = requests[0].prompt_ids(self.template)
-            model: Any = self.model
-            output = model.generate(
-                torch.tensor([prompt], device=self.model.device),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=self.model.device),
-                generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=sorted(self.stop_ids), pad_token_id=0
-                ),
-            )
-            ids = output[0, len(prompt) :].tolist()
-            reply = ids[:-1] if ids[-1] in self.stop_ids else ids
-            queue.complete(requests[0], self._outcome(requests[0], prompt, reply))
 
 
 def scoring(report: Report, count: int, repeats: int) -> None:

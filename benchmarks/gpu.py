@@ -52,6 +52,7 @@ try:
     import numpy
     import transformers
     from accelerate.utils import send_to_device
+    from generators import MAX_NEW_TOKENS, BatchedGenerator, SequentialGenerator, WithoutLikelihoods
     from measure import (
         EXCHANGES,
         EXPERT_SHAPE,
@@ -63,7 +64,9 @@ try:
         Report,
         body_lengths,
         random_examples,
+        random_model,
         ratios,
+        seconds,
         side_by_side,
         spread,
         trl_trainer,
@@ -73,8 +76,12 @@ try:
     from transformers.trainer_utils import SaveStrategy
     from turns import CONTEXT, Side, SideError, in_process, sides_of, take_turns
 
+    from csc_train.data.sample_grammar import generate_sample
     from csc_train.errors import InputError
     from csc_train.files import digest, file_digest, read_json
+    from csc_train.inference.config import InferenceConfig
+    from csc_train.inference.generator import generate_predictions
+    from csc_train.inference.kv_cache import DialogueCache
     from csc_train.models.attention.gated_delta_net import (
         DeltaLevel,
         build_delta_levels,
@@ -93,6 +100,8 @@ try:
     from csc_train.packing.config import PackingConfig
     from csc_train.packing.dataset import PackedDataset, pack_dialogues
     from csc_train.runs.provenance import code_digest
+    from csc_train.template.config import TemplateConfig
+    from csc_train.template.dialogue_template import DialogueTemplate
     from csc_train.training.config import TrainerConfig, ZeroConfig
     from csc_train.training.loss import score_tokens
     from csc_train.training.memory import GIB
@@ -137,6 +146,10 @@ class Settings:
     steps: int = 2
     """Measured in a turn of a side."""
     attention_repeats: int = 15
+    evaluated: tuple[int, int] = (128, 2)
+    """Dialogues in generated context, and how many of them are generated one prompt at a time."""
+    reply_tokens: int = MAX_NEW_TOKENS
+    """The most tokens of a reply there."""
     fp8_layers: int = 6
     """Layers of the 7B that is trained whole in bf16 and fp8: all of them take more than one GPU's memory."""
     peak: float | None = None
@@ -176,6 +189,8 @@ REHEARSAL = Settings(
     turns=1,
     steps=2,
     attention_repeats=2,
+    evaluated=(2, 1),
+    reply_tokens=3,
     fp8_layers=1,
     peak=1e12,
 )
@@ -331,6 +346,7 @@ class Bench:
         for shape in ("1.5b", "7b"):
             found[f"steps: {shape}, TRL as it comes"] = (STEPS, lambda shape=shape: self.beside_default_trl(shape), 50)
         found["head"] = (HEAD, self.head, 20)
+        found["generated context"] = (GENERATED, self.generated_context, 60)
         variants: dict[str, tuple[str, dict[str, Any]]] = {
             f"alone: {shape}, {' '.join(f'{key}={value}' for key, value in changed.items()) or 'as shipped'}": (
                 shape, changed
@@ -651,6 +667,56 @@ class Bench:
                     actions[name]()
                     peak = torch.cuda.max_memory_allocated() - before
                     self.report.add(f"{shape}: {name}, peak GiB", peak / GIB)
+
+    # Evaluation
+
+    def generated_context(self) -> None:
+        """Turns a second in generated context, equal tokens, and the seconds of our forward passes by their kind."""
+        count, few = self.settings.evaluated
+        dialogues = generate_sample(count, seed=0)
+        template = DialogueTemplate(self.tokenizer, "qwen2_5", TemplateConfig())
+        words = len(self.tokenizer)
+        model = random_model(
+            self.settings.shapes["1.5b"] | {"initializer_range": 0.3, "max_position_embeddings": 32768}, "sdpa", DTYPE
+        ).eval()
+        stops = numpy.random.default_rng(0).choice(numpy.arange(256, words), words // 10, replace=False)
+        model.generation_config.eos_token_id = stops.tolist()
+        settings = InferenceConfig(batch_size=count, max_new_tokens=self.settings.reply_tokens)
+        kinds = {"ours": WithoutLikelihoods, "padded batches": BatchedGenerator, "one at a time": SequentialGenerator}
+        found: dict[str, dict[Any, Any]] = {}
+
+        def run(name: str, dialogues: list) -> None:
+            outcomes: Any = generate_predictions(dialogues, kinds[name](model, template, settings), "generated")
+            found[name] = {each.key: each.token_ids for each in outcomes}
+
+        for name in kinds:
+            run(name, dialogues[:1])  # a warm-up
+        parts = {name: dialogues[:few] if name == "one at a time" else dialogues for name in kinds}
+        actions = {name: lambda name=name: run(name, parts[name]) for name in kinds}
+        taken = side_by_side(actions, 2, warm_up=0)
+        rates = {name: [len(found[name]) / each for each in times] for name, times in taken.items()}
+        for name, each in rates.items():
+            self.report.add(f"{name}: turns/s", spread(each))
+        for name in ("padded batches", "one at a time"):
+            self.report.add(f"ours / {name}", ratios(rates["ours"], rates[name]))
+        for name in ("ours", "padded batches"):
+            equal = [found[name][turn] == ids for turn, ids in found["one at a time"].items()]
+            self.report.add(f"{name}: turns with equal tokens, percent", 100 * sum(equal) / len(equal))
+        spent = {"prefill": [0.0], "decoding": [0.0]}
+        usual = DialogueCache._forward
+
+        def timed(cache: DialogueCache, rows: Any) -> list[int]:
+            tokens: list[int] = []
+            prefill = any(cache._rows[number].num_missing > 1 for number in rows)
+            spent["prefill" if prefill else "decoding"].append(seconds(lambda: tokens.extend(usual(cache, rows))))
+            return tokens
+
+        setattr(DialogueCache, "_forward", timed)  # noqa: B010  in the process of this section
+        whole = seconds(actions["ours"])
+        for name, each in spent.items():
+            self.report.add(f"ours: {name}, share of the time", sum(each) / whole)
+            self.report.add(f"ours: {name}, forward passes", len(each) - 1)
+            self.report.add(f"ours: {name}, ms a pass", 1000 * sum(each) / max(1, len(each) - 1))
 
     # Trainings
 
@@ -1021,6 +1087,13 @@ HEAD = (
     "Loss and gradients of one full shared-prefix row's trained positions, forward and backward pass in turn: bf16 "
     "hidden states, fp32 weights under autocast for the 1.5B, frozen bf16 weights for the 7B. Ours and TRL's also give "
     "entropy and top-1 accuracy; the others do not. Peak: memory above the operands."
+)
+GENERATED = (
+    "Sample dialogues in generated context by a Qwen2.5-1.5B with random weights in bf16, which stops at any of a "
+    "tenth of its tokens; one warm-up dialogue, then in turn. Ours: one batch with a cache that is kept from turn to "
+    "turn, likelihoods left out. Padded batches: `generate` for the next turns of all dialogues. One at a time: "
+    "`generate` for one prompt, on the first dialogues. Equal tokens: with one at a time; in bf16 the batch changes "
+    "the rounding. Shares of one more run of ours that waits for the GPU after each forward pass."
 )
 STEPS = (
     "Whole optimizer steps of one pack by each trainer's own `train`, each trainer a process, in turns of two steps: "

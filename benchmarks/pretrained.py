@@ -18,7 +18,7 @@ import datasets
 import numpy
 import torch
 import transformers
-from evaluation import MAX_NEW_TOKENS, SequentialGenerator, WithoutLikelihoods, prepared
+from generators import MAX_NEW_TOKENS, SequentialGenerator, WithoutLikelihoods, prepared
 from measure import Report, Steps, full_packs, pack_trainer, ratios, side_by_side, spread, trl_trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

@@ -165,14 +165,13 @@ def test_the_roofline_counts_the_flops_of_a_step_and_favours_a_shared_prefix(mea
     assert min(row["ratio"] for row in written["rows"] if row["prefix"] == 568) > 1.5
 
 
-@pytest.mark.parametrize(("name", "option"), [("gpu.py", "--rehearse"), ("evaluation_cuda.py", "--batch")])
-def test_a_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(name, option, measure, monkeypatch, capsys):
-    script = str(BENCHMARKS / name)
+def test_the_gpu_benchmark_explains_itself_and_refuses_to_run_without_one(measure, monkeypatch, capsys):
+    script = str(BENCHMARKS / "gpu.py")
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(script, run_name="__main__")
     assert stop.value.code == 0
-    assert option in capsys.readouterr().out
+    assert "--rehearse" in capsys.readouterr().out
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     monkeypatch.setattr(sys, "argv", [script])
@@ -324,7 +323,14 @@ def test_a_rehearsal_goes_through_its_sections(tmp_path):
     path = tmp_path / "gpu.json"
     # One of each kind: a whole rehearsal repeats them for other models and settings, a minute long.
     chosen = ("exactness", "attention", "waits", "steps: 7b", "profile: 1.5b", "head", "alone: 1.5b, grad")
-    chosen += ("hybrid: exactness", "hybrid: layer", "hybrid: TRL", "experts: exactness", "experts: products")
+    chosen += (
+        "generated context",
+        "hybrid: exactness",
+        "hybrid: layer",
+        "hybrid: TRL",
+        "experts: exactness",
+        "experts: products",
+    )
     done = run_script(BENCHMARKS / "gpu.py", "--rehearse", "--output", path, "--sections", *chosen)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     report = read_json(path)
@@ -339,6 +345,10 @@ def test_a_rehearsal_goes_through_its_sections(tmp_path):
     assert result(report, "steps: 7b, 309 ids", "shared prefix / TRL") > 0
     assert result(report, "steps: 7b, hours", "shared prefix: hours of the 7B by LoRA on one GPU") > 0
     assert result(report, "head", "1.5b: TRL, loss over ours") == pytest.approx(1, abs=1e-3)
+    generated = report["sections"]["generated context"]["results"]
+    assert all(generated[f"ours / {name}"]["median"] > 0 for name in ("padded batches", "one at a time"))
+    shares = [generated[f"ours: {name}, share of the time"]["value"] for name in ("prefill", "decoding")]
+    assert min(shares) > 0 and sum(shares) < 1
     plans = [result(report, f"alone: 1.5b, gradient_checkpointing={mode}", "plain packs: planned peak, GiB")
              for mode in ("off", "selective", "full")]  # fmt: skip
     assert plans == sorted(plans, reverse=True)
