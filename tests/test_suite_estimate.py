@@ -98,7 +98,10 @@ def test_a_training_has_preflights_figures():
 def test_a_served_model_costs_by_its_prices():
     asked = ["llm=gpt_4o", "template=joint", "data=rolecs", "evaluation.contexts=[reference]"]
     unpriced = estimate_step("evaluate", evaluation(*asked), CPU, PAPER)
-    assert unpriced.cost.money is None and "give evaluate.llm.price_per_million_input" in unpriced.basis
+    assert (
+        unpriced.cost.money is None
+        and "llm.price_per_million_input and _output in the step's overrides" in unpriced.basis
+    )
     priced = evaluation(*asked, "llm.price_per_million_input=2", "llm.price_per_million_output=8")
     found = estimate_step("evaluate", priced, CPU, PAPER)
     prompts = int(found.basis.partition(" requests, ")[2].partition(" prompt")[0].replace(",", ""))
@@ -122,6 +125,8 @@ def test_what_is_not_here_is_said_and_what_is_here_counts(tmp_path, monkeypatch)
     here = estimate_step("evaluate", evaluation(*LLAMA_70B[:2], *files), CPU, PreflightConfig())
     turns = sum(len(each.supporter_turns) for each in generate_sample(3, seed=5))
     assert here.basis == f"3 dialogues, {turns} replies; tokens estimated from characters"
+    # Figures for data that cannot be read yet say nothing about these.
+    assert estimate_step("evaluate", evaluation(*LLAMA_70B[:2], *files), CPU, PAPER) == here
     # The tokenizer is not here, nor the sample that the training writes.
     training = compose("sft", ["experiment=qwen2_5_7b_rolecs", *files])
     found = estimate_step("sft", training, NODE, PreflightConfig())
@@ -172,4 +177,6 @@ def test_what_a_run_has_taken(tmp_path, monkeypatch):
     assert spent(served, "evaluate", CPU) == Cost()
     usage_observer(served)(RequestAttempt({}, 1, None, "", "x", 1000, 200, 0.1))
     assert spent(served, "evaluate", CPU) == Cost(tokens=1200, money=pytest.approx(0.003))
+    later = evaluation(*llm[:2], "llm.price_per_million_input=2", "llm.price_per_million_output=20").llm
+    assert spent(served, "evaluate", CPU, llm=later).money == pytest.approx(0.006)
     assert spent(tmp_path / "none", "compare", CPU) == Cost()

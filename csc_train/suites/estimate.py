@@ -194,7 +194,7 @@ def _estimate_served(
     price = llm.cost(prompts, replies)
     basis = f"{contexts * lengths.requests:,} requests, {prompts:,} prompt tokens, no thoughts; {lengths.basis}"
     if price is None:
-        basis += "; no price: give evaluate.llm.price_per_million_input and _output"
+        basis += "; no price: give llm.price_per_million_input and _output in the step's overrides"
     disk = contexts * lengths.requests * BYTES_PER_TURN / GIB
     return StepEstimate(Cost(tokens=prompts + replies, money=price), disk_gib=disk, basis=basis)
 
@@ -305,15 +305,16 @@ def _evaluation_lengths(
 def dialogue_lengths(
     dialogues: Sequence[Dialogue], preflight: PreflightConfig, template: TemplateConfig, count: int = 0
 ) -> DialogueLengths:
-    """Lengths of dialogues, or of `count` typical ones, without a tokenizer."""
+    """Lengths of dialogues without a tokenizer, or of `count` typical ones of `preflight.tokens_per_dialogue`."""
     prefix = _tokens(system_prompt(template.mode, template.language))
     turns = [len(each.supporter_turns) for each in dialogues] or [SUPPORTER_TURNS] * count
-    if given := preflight.tokens_per_dialogue:
-        turn = max(1.0, (given - prefix) / (2 * sum(turns) / len(turns) - 1))
-        basis = f"{given:,} tokens a dialogue given"
-    else:
+    if dialogues:
         texts = [turn.text for each in dialogues for turn in each.turns]
         turn, basis = HEADER_TOKENS + sum(map(_tokens, texts)) / len(texts), "tokens estimated from characters"
+    else:
+        given = preflight.tokens_per_dialogue or 0
+        turn = max(1.0, (given - prefix) / (2 * sum(turns) / len(turns) - 1))
+        basis = f"{given:,} tokens a dialogue given"
     return DialogueLengths(turns, prefix, turn, f"{len(turns):,} dialogues, {sum(turns):,} replies; {basis}")
 
 
@@ -347,6 +348,7 @@ def spent(
     cluster: ClusterConfig,
     seconds: float | None = None,
     price_per_gpu_hour: float | None = None,
+    llm: LLMConfig | None = None,
 ) -> Cost:
     """What a run has taken so far, over all its starts.
 
@@ -355,6 +357,7 @@ def spent(
     Args:
         seconds: wall time of the run's job as its starter saw it. It counts for attached launchers only: another job
             may have waited, so the time counts that its processes recorded when they ended.
+        llm: has the prices of a server's tokens; defaults to what the run recorded.
 
     Raises:
         InputError: a file of the run cannot be read.
@@ -367,7 +370,7 @@ def spent(
         tokens = sum(n * math.prod(row[name] for name in measured) for row, n in zip(rows, steps, strict=True))
         cost = Cost(tokens=round(tokens) if rows and math.isfinite(tokens) else None)
     elif recipe == "evaluate" and (usage := read_usage(directory)).requests:
-        llm = LLMConfig(**read_config(directory / RESOLVED_FILE)["llm"])
+        llm = llm or LLMConfig(**read_config(directory / RESOLVED_FILE)["llm"])
         tokens = usage.prompt_tokens, usage.completion_tokens
         cost = Cost(tokens=sum(tokens), money=llm.cost(*tokens))
     elif recipe == "evaluate":
