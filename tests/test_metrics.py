@@ -731,8 +731,12 @@ def test_placeholder_metrics_are_not_applicable_without_placeholders_or_dialogue
         return [metric(table).compute(table.dialogue, 100).reason for metric in PLACEHOLDER_METRICS]
 
     none = "no reference reply has a placeholder"
-    assert reasons(answered(("您好", "我叫[姓名]", "好"), ("[工号]您好", "7号"))) == [none] * 3
-    assert reasons(answered((), ())) == [none] * 3
+    assert reasons(answered(("您好", "我叫[姓名]", "好"), ("[姓名]您好", "7号"))) == [none, None, none]
+    assert reasons(answered((), ())) == [none, "no turns to score", none]
+    # A placeholder in each reply is invented, although no reference has one.
+    plain = answered(("您好", "在吗", "好"), ("[姓名]您好", "[姓名]，在的"))
+    assert value(reply_metrics.placeholders_invented(plain)) == 100
+    assert value(reply_metrics.placeholders_invented(plain.gold)) == 0
     unknown = "the run has no dialogues.jsonl"
     assert reasons(answered(CALLS["zh"], FAULTY["zh"], known=False)) == [None, unknown, unknown]
 

@@ -142,13 +142,6 @@ def _placeholder_pairs(table: PredictionTable) -> list[tuple[frozenset[str], fro
     ]
 
 
-def _missing(table: PredictionTable, pairs: list[tuple[frozenset[str], frozenset[str]]]) -> str:
-    """Why metrics of placeholders and context are n/a, if they are."""
-    if table.dialogues is None:
-        return table.NO_DIALOGUES
-    return "" if any(gold for _, gold in pairs) else _NO_PLACEHOLDER
-
-
 @metric(name="placeholders kept", unit="placeholders", direction="higher", profiles=["reply"])
 def placeholders_kept(table: PredictionTable) -> Metric:
     """Of the kinds of placeholder in reference replies, those that the reply has as well."""
@@ -160,25 +153,24 @@ def placeholders_kept(table: PredictionTable) -> Metric:
 @metric(name="placeholders invented", unit="turns", direction="lower", profiles=["reply"])
 def placeholders_invented(table: PredictionTable) -> Metric:
     """Replies with a kind of placeholder that neither their context nor the reference reply has."""
-    pairs = _placeholder_pairs(table)
-    if reason := _missing(table, pairs):
-        return Metric(None, reason=reason)
-    known = _contexts(table, placeholders)
+    if table.dialogues is None:
+        return Metric(None, reason=table.NO_DIALOGUES)
+    pairs, known = _placeholder_pairs(table), _contexts(table, placeholders)
     return Metric(mean([100 * bool(own - gold - said) for (own, gold), (_, said) in zip(pairs, known, strict=True)]))
 
 
 @metric(name="placeholders filled", unit="turns", direction="lower", profiles=["reply"])
 def placeholders_filled(table: PredictionTable) -> Metric:
     """Of the turns whose reference has a placeholder: the reply lacks one and has a number that nobody said."""
+    if table.dialogues is None:
+        return Metric(None, reason=table.NO_DIALOGUES)
     pairs = _placeholder_pairs(table)
-    if reason := _missing(table, pairs):
-        return Metric(None, reason=reason)
     made_up = [
         numbers(_PLACEHOLDER.sub("", each.response), words=False) - said - numbers(each.reference_response)
         for each, said in _contexts(table, numbers)
     ]
     filled = [100 * bool(gold - own and new) for (own, gold), new in zip(pairs, made_up, strict=True)]
-    return Metric(mean(filled, numpy.array([bool(gold) for _, gold in pairs], bool)))
+    return Metric(mean(filled, numpy.array([bool(gold) for _, gold in pairs], bool)), reason=_NO_PLACEHOLDER)
 
 
 def _distinct(table: PredictionTable, order: int) -> Metric:
