@@ -119,6 +119,7 @@ def test_metrics_of_what_was_said_before_are_compared_if_both_runs_have_their_di
         assert compared(*dialogues) == [(None, None, unknown), kept, (None, None, unknown), (None, None, unknown)]
     reason = "the two runs accept different strategies: give metrics.accepted=PATH"
     assert compared(sets, others)[0] == (None, None, reason) and compared(sets, others)[1] == kept
+    assert compared(sets, dialogues_of(ours))[0] == (None, None, reason)
     assert compared(dialogues_of(ours), dialogues_of(ours))[0][2] == "no turn accepts several strategies"
 
 
@@ -342,7 +343,9 @@ def test_compare_writes_and_prints_what_it_finds(workplace):
     assert "A: elsewhere of runs/elsewhere\nB: strategy bigram of runs/elsewhere" in shown
     written = json.loads((directory / "runs/compared/comparison.json").read_text())
     verdicts = {(row["verdict"], row["direction"]) for row in written["differences"] if row["verdict"]}
-    assert verdicts == {("A is higher", "higher"), ("B is higher", "lower")}
+    assert verdicts == {("A is higher", "higher"), ("B is higher", "lower"), ("not significant", "lower")}
+    (same,) = [row["metric"] for row in written["differences"] if row["verdict"] == "not significant"]
+    assert same == "placeholders invented"  # by neither
     reasons = {row["metric"]: row["reason"] for row in written["differences"]}
     assert reasons["ACC accepted"] == "no turn accepts several strategies"  # the run's dialogues were read
     assert "A is higher" in (directory / "runs/compared/comparison.md").read_text()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from csc_train.data.dialogue import Dialogue
@@ -12,7 +12,6 @@ from csc_train.evaluation.config import MetricsConfig
 from csc_train.evaluation.general import TextScore
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.metrics.registry import SECTIONS, MetricSpec, chosen_profiles, metrics_in_profiles
-from csc_train.evaluation.metrics.strategy import accept_sets, accepted_accuracy
 from csc_train.evaluation.table import PredictionTable, align_tables
 from csc_train.inference.predictions import Prediction, read_run_predictions
 from csc_train.stats import CONFIDENCE_LEVEL, Statistic, holm_correction, mcnemar_test, sign_flip_test
@@ -140,7 +139,6 @@ def compare(
         for table, own in zip(sides, texts, strict=True):
             table.texts = None if rows else own
         profiles = chosen_profiles(config, sides[0])
-        same_sets = None in dialogues or (accept_sets(sides[0]) == accept_sets(sides[1])).all()
         for spec in metrics_in_profiles((*profiles, *SECTIONS)):
             if spec.compare:
                 row = {
@@ -150,9 +148,6 @@ def compare(
                     "left_out": left_out,
                 }
                 pair = [spec.function(table, config) for table in sides]
-                if spec.function is accepted_accuracy and not same_sets:
-                    reason = "the two runs accept different strategies: give metrics.accepted=PATH"
-                    pair[0] = replace(pair[0], statistic=None, reason=reason)
                 if pair[0].items is not None:
                     row |= {"turns": len(pair[0].items.names), "left_out": 0}
                 rows.append(

@@ -53,6 +53,8 @@ class Metric:
         reason: why there is no value, if `statistic` is None or has no value.
         unit, signature, direction: see `MetricResult`.
         items: what `statistic` is over; None for the turns of the table, in clusters by dialogue.
+        gold: what the turns are measured against, where runs may differ in it; only metrics of equal ones are paired.
+        unpaired: the reason why others are not paired.
     """
 
     statistic: Statistic | float | None
@@ -61,6 +63,8 @@ class Metric:
     unit: str = ""
     direction: str = "none"
     items: Items | None = None
+    gold: Hashable = None
+    unpaired: str = "the two are not over the same items, so they cannot be paired"
 
     def clusters(self, dialogues: numpy.ndarray) -> numpy.ndarray:
         """int [items or turns], the cluster of each; `dialogues`, int [turns], is the dialogue of each turn."""
@@ -97,12 +101,14 @@ class Metric:
 
     def difference(self, other: "Metric", dialogues: numpy.ndarray, resamples: int) -> MetricResult:
         """This metric minus that of another system or context on the same turns, or on the same items."""
+        if None not in (self.gold, other.gold) and self.gold != other.gold:
+            return self._result(None, self.unpaired, None)
         for each in (self, other):
             if (missing := each._missing) is not None:
                 return self._result(None, missing, None)
         if not isinstance(self.statistic, Statistic) or not isinstance(other.statistic, Statistic):
             return self._result(None, "the metric has no statistic over turns to test", None)
         if (self.items and self.items.names) != (other.items and other.items.names):
-            return self._result(None, "the two are not over the same items, so they cannot be paired", None)
+            return self._result(None, self.unpaired, None)
         value, clusters = self.statistic.value - other.statistic.value, self.clusters(dialogues)
         return self._result(value, None, bootstrap_interval(self.statistic, clusters, resamples, other.statistic))

@@ -5,6 +5,7 @@ For a system that chooses no strategies (they are given or omitted), these metri
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -54,9 +55,11 @@ def accepted_accuracy(table: PredictionTable, config: MetricsConfig | None = Non
     several, path = int((sets.sum(axis=1) > 1).sum()), config and config.accepted
     source = f"{Path(path).name}, else from the data" if path else "the data, joined turns included"
     signature = f"any accepted strategy; {several} of {len(table)} turns accept several, from {source}"
+    found = _choice(table, sets[numpy.arange(len(table)), table.predicted], signature)
     if table.predicts_strategy and not several and len(table):
-        return Metric(None, signature, "no turn accepts several strategies")
-    return _choice(table, sets[numpy.arange(len(table)), table.predicted], signature)
+        found = Metric(None, signature, "no turn accepts several strategies")
+    unpaired = "the two runs accept different strategies: give metrics.accepted=PATH"
+    return replace(found, gold=sets.tobytes(), unpaired=unpaired)
 
 
 def accept_sets(table: PredictionTable) -> numpy.ndarray:
