@@ -219,6 +219,8 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["trainer.lerning_rate=1"], "unknown key 'trainer.lerning_rate' for recipe sft. Did you mean "
          "'trainer.learning_rate'?"),
         (["recipe=sfft"], "recipe=sfft: choose one of sft, evaluate, compare. Did you mean 'sft'?"),
+        (["recipe=compare", "a=runs/a", "b=runs/b", "cluster=node8"], "cluster: 8 processes for recipe=compare: give "
+         "cluster=cpu1"),
         (["recipe=evaluate"], "checkpoint is required: give checkpoint=..."),
         (["cluster=node8", "trainer.packs_per_step=12"], "trainer.packs_per_step=12 is not a multiple of "
          "trainer.micro_batch_size=1 x 8 processes"),

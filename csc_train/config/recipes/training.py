@@ -120,11 +120,13 @@ class LaunchRecipe:
 class SweepRecipe(LaunchRecipe):
     """Configuration of launch/sweep.py; it passes all other settings to the recipe."""
 
+    recipe: str = "sft"
+    """The recipe of the trials: sft, since only a training logs a metric."""
     sweep: SweepConfig = MISSING
     """The trials: what they vary and how they are judged."""
 
     def __post_init__(self):
-        check_fields("", self, "recipe", choices=("sft",))  # only a training logs a metric
+        check_fields("", self, "recipe", choices=("sft",))
 
 
 @dataclass
