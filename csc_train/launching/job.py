@@ -75,7 +75,9 @@ class Job:
             self.config.trainer.accumulation(self.launch.cluster.world_size)
             on_finish_arguments(self.config.on_finish, self.directory)
         if self.launch.recipe == COMPARISON and self.launch.cluster.world_size > 1:
-            raise InputError(f"cluster: {self.launch.cluster.world_size} processes for recipe=compare: give cluster=cpu1")
+            raise InputError(
+                f"cluster: {self.launch.cluster.world_size} processes for recipe=compare: give cluster=cpu1"
+            )
         self.launcher().check()
 
     def preflight(self) -> None:

@@ -16,7 +16,7 @@ from csc_train.data.sample_grammar import SAMPLE_SOURCE
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError, suggestion
 from csc_train.evaluation.comparison import NOT_SIGNIFICANT
-from csc_train.evaluation.config import PROFILES
+from csc_train.evaluation.config import PAPER_PROFILE, PROFILES
 from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.report import tables
 from csc_train.evaluation.report.tables import ReportTable
@@ -27,13 +27,15 @@ from csc_train.runs.comparison import RESULTS_FILE, SPEED, TrainingRun, read_run
 from csc_train.runs.config import RESOLVED_FILE
 from csc_train.runs.directory import read_run_record
 from csc_train.suites.base import RowResult
-from csc_train.suites.published import FIGURES, PAPER, PublishedTable
+from csc_train.suites.published import FIGURES, PublishedTable
 from csc_train.templates import read_yaml, render
 
 MAX_POINTS = 300
 """Most points of a learning curve on the page."""
 CURVES = ("loss", "eval_loss", "eval_strategy_accuracy")
 """Metrics of trainings that the page draws."""
+STRATEGY_METRICS = ("macro-F1", "preference bias")
+"""Metrics of strategies that stand beside those of the profile."""
 MARKS = {"inside": "✓", "above": "▲", "below": "▼", None: ""}
 """Of a published value inside our interval; of ours above it; of ours below it; of a figure without an interval."""
 NOTES = read_yaml(__package__, "notes.yaml")
@@ -161,17 +163,15 @@ def _read_scores(path: Path, system: str | None) -> dict[str, dict[str, Any]]:
     found = {}
     for context, scores in results[system or list(results)[-1]].items():
         profiles, confusion = scores["profiles"], scores["confusion"]
-        profile = PAPER if PAPER in profiles else next(iter(profiles))
-        metrics = profiles[profile] | {
-            name: cell for name, cell in scores["strategy"].items() if name == "macro-F1" or "bias" in name
-        }
+        profile = PAPER_PROFILE if PAPER_PROFILE in profiles else next(iter(profiles))
+        beside = {name: cell for name, cell in scores["strategy"].items() if name in STRATEGY_METRICS}
         shares = confusion and {
             "reference": [sum(row) for row in confusion],
             "system": [sum(column) for column in zip(*confusion, strict=True)],  # the first is of unparsed turns
         }
         found[context] = {
             "profile": profile,
-            "metrics": {name: _RESULT.validate_python(cell) for name, cell in metrics.items()},
+            "metrics": {name: _RESULT.validate_python(cell) for name, cell in (profiles[profile] | beside).items()},
             "shares": shares,
             "incomplete": scores["counts"]["incomplete"],
         }
@@ -278,7 +278,9 @@ def _cell(cell: dict[str, Any] | None, brief: bool) -> str:
 
 def _notes(found: Sequence[dict[str, Any]], published: PublishedTable | None) -> list[str]:
     """The notes below the figures."""
-    notes = [NOTES["published"], published.source, PROFILES[PAPER]] if published else [tables.NOTES["intervals"]]
+    notes = (
+        [NOTES["published"], published.source, PROFILES[PAPER_PROFILE]] if published else [tables.NOTES["intervals"]]
+    )
     notes += [tables.NOTES["incomplete"]] * any(row["incomplete"] for row in found)
     reasons = tables.na_reasons(cell["ours"] for row in found for cell in row["figures"].values())
     return [*filter(None, notes), *(f"n/a: {reason}" for reason in reasons)]
