@@ -230,7 +230,7 @@ def test_an_exported_directory_is_uploaded_whole_into_a_private_repository(tmp_p
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_downloaded_once_in_one_form_of_its_weights(tmp_path):
     weights = {"model.safetensors": b"s" * 9, "pytorch_model.bin": b"b" * 9, "tf_model.h5": b"h" * 9}
-    facts = {"config.json": b"{}", "vocab.txt": b"v"}
+    facts = {"config.json": b"{}", "vocab.txt": b"v", "README.md": b"---\nlicense: mit\n---\n"}
     with Hub() as hub:
         hub.served = {"owner/both": facts | weights, "owner/old": facts | {"pytorch_model.bin": b"b" * 9}}
         models = {"owner/both": "model.safetensors", "owner/old": "pytorch_model.bin"}

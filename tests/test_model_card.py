@@ -141,6 +141,19 @@ def test_the_licence_is_that_of_the_card_of_the_base(tmp_path):
     assert card_of(model).data.license is None and "Not known here" in card_of(model).content
 
 
+def test_the_licence_of_a_base_of_the_hub_is_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = save(tmp_path / "run" / "model", base_revision="a" * 40)
+    write_model_card(model)
+    assert card_of(model).data.license is None
+    kept = tmp_path / "cache" / "models--Qwen--Qwen2.5-7B" / "snapshots" / ("a" * 40)
+    kept.mkdir(parents=True)
+    (kept / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    write_model_card(model)
+    card = card_of(model)
+    assert card.data.license == "apache-2.0" and "names the licence apache-2.0" in card.content
+
+
 @pytest.mark.parametrize("mode", ["joint", "given", "reply_only"])
 def test_the_code_of_a_card_replies_as_the_model_does(tmp_path, mode, capsys):
     model = save(tmp_path / "run" / "model", mode)

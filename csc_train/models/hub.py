@@ -234,7 +234,7 @@ def snapshot(path: str, what: str, revision: str | None = None, cached: bool = F
         if is_local_path(path):
             return Path(path)
         download = functools.partial(huggingface_hub.snapshot_download, revision=revision, local_files_only=cached)
-        found = Path(download(path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
+        found = Path(download(path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors", "README.md"]))
         if not any(found.glob("*.safetensors")):
             download(path, allow_patterns=["*.bin"])
         return found
