@@ -156,7 +156,7 @@ def test_the_perplexity_and_its_interval_by_hand():
     config = MetricsConfig(profiles=[], bootstrap_resamples=400)
     texts = scores([2.0, 6.0, 3.0] * 4, [4, 2, 1] * 4)
     found = score_predictions(SPOKEN, DIALOGUES, config, texts=texts)["likelihood"]["general perplexity"]
-    assert found.value == pytest.approx(math.exp(11 / 7)) and (found.unit, found.direction) == ("tokens", "lower")
+    assert found.value == pytest.approx(math.exp(11 / 7)) and (found.unit, found.direction) == ("per token", "lower")
     draws = numpy.random.default_rng(0).integers(12, size=(400, 12))
     nll, tokens = (numpy.array([2.0, 6.0, 3.0] * 4)[draws], numpy.array([4, 2, 1] * 4)[draws])
     values = numpy.exp(nll.sum(axis=1) / tokens.sum(axis=1))

@@ -49,7 +49,8 @@ def write_model_card(
         model: a final model, or an exported one.
         evaluation: the run directory of an evaluation; its figures count only if it evaluated this very model, by
             content, and is complete. None for a card without figures.
-        source: the model that was evaluated, if it is not this one: what this one was exported from.
+        source: the model that was evaluated, if it is not this one: what this one was exported from. The text then
+            says whose the figures are, and the model index has none.
         title: defaults to the name of the directory, or of the run that it lies in.
 
     Raises:
@@ -57,6 +58,7 @@ def write_model_card(
     """
     directory = Path(model)
     figures = evaluation and _read_figures(Path(evaluation), source or open_source(str(model), training=False))
+    figures = figures and figures | {"own": source is None}
     named = directory.absolute().parent if directory.name == MODEL_FOLDER else directory.absolute()
     write_text(directory / CARD_FILE, _card(directory, read_manifest(directory), figures or {}, title or named.name))
 
@@ -107,14 +109,15 @@ def _card(directory: Path, manifest: Manifest, figures: dict[str, Any], title: s
     base = None if random or is_local_path(manifest.base_model) else manifest.base_model
     licence = {} if random else _licence(directory, manifest)
     adapter, synthetic = manifest.export.get("format") == "adapter", bool(settings.get("data.sample_dialogues"))
+    index = _eval_results(figures) if figures.get("own") else []
     front = ModelCardData(
-        model_name=title if figures else None,
+        model_name=title if index else None,
         language=language,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         base_model=base,
         tags=["customer-support", "csc-train", *(["synthetic-data"] if synthetic else [])],
-        eval_results=_eval_results(figures) or None,
+        eval_results=index or None,
         **licence,
     )
     trained = read_training_record(directory)
@@ -150,8 +153,6 @@ def _licence(directory: Path, manifest: Manifest) -> dict[str, str]:
 
 def _eval_results(figures: dict[str, Any]) -> list[EvalResult]:
     """The metrics of the profiles, in the form of the hub's model index."""
-    if not figures:
-        return []
     data, contexts = figures["data"], figures["systems"][figures["system"]]
     side = data.get("evaluation", {}) if data.get("evaluation", {}).get("path") else data.get("train", {})
     path = str(side.get("path") or "dialogues")

@@ -54,14 +54,14 @@ def _perplexity(sums: numpy.ndarray) -> numpy.ndarray:
     return numpy.exp(ratio(sums))
 
 
-@metric(name="perplexity", unit="tokens", direction="lower", profiles=["likelihood"], compare=False)
+@metric(name="perplexity", unit="per token", direction="lower", profiles=["likelihood"], compare=False)
 def perplexity(table: PredictionTable) -> Metric:
     """Perplexity of the reference turns."""
     statistic = Statistic(_reference_sums(table), _perplexity)
     return Metric(statistic, f"exp of the NLL {_NLL_TOKENS}", UNKNOWN_REFERENCE)
 
 
-@metric(name="general perplexity", unit="tokens", direction="lower", profiles=["likelihood"])
+@metric(name="general perplexity", unit="per token", direction="lower", profiles=["likelihood"])
 def general_perplexity(table: PredictionTable) -> Metric:
     """Perplexity of the general texts that evaluation.general names, the same in each context; bootstrap over texts."""
     if not (texts := table.texts):
