@@ -57,10 +57,12 @@ def write_model_card(
         InputError: the model, its template or the evaluation cannot be read, or the card cannot be written.
     """
     directory = Path(model)
-    figures = evaluation and _read_figures(Path(evaluation), source or open_source(str(model), training=False))
-    figures = figures and figures | {"own": source is None}
+    found = None
+    if evaluation is not None:
+        found = _read_figures(Path(evaluation), source or open_source(str(model), training=False))
+    figures = found | {"own": source is None} if found else {}
     named = directory.absolute().parent if directory.name == MODEL_FOLDER else directory.absolute()
-    write_text(directory / CARD_FILE, _card(directory, read_manifest(directory), figures or {}, title or named.name))
+    write_text(directory / CARD_FILE, _card(directory, read_manifest(directory), figures, title or named.name))
 
 
 def write_own_card(evaluation: str | os.PathLike) -> None:
