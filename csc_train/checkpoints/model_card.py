@@ -57,12 +57,9 @@ def write_model_card(
         InputError: the model, its template or the evaluation cannot be read, or the card cannot be written.
     """
     directory = Path(model)
-    found = None
-    if evaluation is not None:
-        found = _read_figures(Path(evaluation), source or open_source(str(model), training=False))
-    figures = found | {"own": source is None} if found else {}
+    figures = evaluation and _read_figures(Path(evaluation), source or open_source(str(model), training=False))
     named = directory.absolute().parent if directory.name == MODEL_FOLDER else directory.absolute()
-    write_text(directory / CARD_FILE, _card(directory, read_manifest(directory), figures, title or named.name))
+    write_text(directory / CARD_FILE, _card(directory, read_manifest(directory), figures or {}, title or named.name))
 
 
 def write_own_card(evaluation: str | os.PathLike) -> None:
@@ -111,7 +108,7 @@ def _card(directory: Path, manifest: Manifest, figures: dict[str, Any], title: s
     base = None if random or is_local_path(manifest.base_model) else manifest.base_model
     licence = {} if random else _licence(directory, manifest)
     adapter, synthetic = manifest.export.get("format") == "adapter", bool(settings.get("data.sample_dialogues"))
-    index = _eval_results(figures) if figures.get("own") else []
+    index = _eval_results(figures) if figures and not manifest.export else []
     front = ModelCardData(
         model_name=title if index else None,
         language=language,

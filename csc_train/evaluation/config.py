@@ -40,7 +40,7 @@ PROFILES = {
     "en": "The paper's six metrics over words, for languages whose words white space separates; our own choice.",
 }
 """Metric profiles, each with the note below its table."""
-PAPER_PROFILE = "paper"
+PAPER = "paper"
 """The profile of the published metrics."""
 
 

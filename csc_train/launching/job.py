@@ -28,8 +28,6 @@ LAUNCH_FILE = "launch.yaml"
 """The last launch configuration, in the run directory."""
 TRAINING = "sft"
 """The recipe that a preflight can plan."""
-COMPARISON = "compare"
-"""The recipe that runs as one process."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,8 @@ class Job:
         if self.launch.recipe == TRAINING:
             self.config.trainer.accumulation(self.launch.cluster.world_size)
             on_finish_arguments(self.config.on_finish, self.directory)
-        if self.launch.recipe == COMPARISON and self.launch.cluster.world_size > 1:
-            raise InputError(
-                f"cluster: {self.launch.cluster.world_size} processes for recipe=compare: give cluster=cpu1"
-            )
+        if self.launch.recipe == "compare" and (size := self.launch.cluster.world_size) > 1:
+            raise InputError(f"cluster: {size} processes for recipe=compare: give cluster=cpu1")
         self.launcher().check()
 
     def preflight(self) -> None:

@@ -312,9 +312,8 @@ def dialogue_lengths(
         texts = [turn.text for each in dialogues for turn in each.turns]
         turn, basis = HEADER_TOKENS + sum(map(_tokens, texts)) / len(texts), "tokens estimated from characters"
     else:
-        given = preflight.tokens_per_dialogue or 0
-        turn = max(1.0, (given - prefix) / (2 * sum(turns) / len(turns) - 1))
-        basis = f"{given:,} tokens a dialogue given"
+        turn = max(1.0, ((preflight.tokens_per_dialogue or 0) - prefix) / (2 * sum(turns) / len(turns) - 1))
+        basis = f"{preflight.tokens_per_dialogue:,} tokens a dialogue given"
     return DialogueLengths(turns, prefix, turn, f"{len(turns):,} dialogues, {sum(turns):,} replies; {basis}")
 
 

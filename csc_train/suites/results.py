@@ -16,7 +16,7 @@ from csc_train.data.sample_grammar import SAMPLE_SOURCE
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError, suggestion
 from csc_train.evaluation.comparison import NOT_SIGNIFICANT
-from csc_train.evaluation.config import PAPER_PROFILE, PROFILES
+from csc_train.evaluation.config import PAPER, PROFILES
 from csc_train.evaluation.metrics.base import MetricResult
 from csc_train.evaluation.report import tables
 from csc_train.evaluation.report.tables import ReportTable
@@ -163,7 +163,7 @@ def _read_scores(path: Path, system: str | None) -> dict[str, dict[str, Any]]:
     found = {}
     for context, scores in results[system or list(results)[-1]].items():
         profiles, confusion = scores["profiles"], scores["confusion"]
-        profile = PAPER_PROFILE if PAPER_PROFILE in profiles else next(iter(profiles))
+        profile = PAPER if PAPER in profiles else next(iter(profiles))
         beside = {name: cell for name, cell in scores["strategy"].items() if name in STRATEGY_METRICS}
         shares = confusion and {
             "reference": [sum(row) for row in confusion],
@@ -278,9 +278,7 @@ def _cell(cell: dict[str, Any] | None, brief: bool) -> str:
 
 def _notes(found: Sequence[dict[str, Any]], published: PublishedTable | None) -> list[str]:
     """The notes below the figures."""
-    notes = (
-        [NOTES["published"], published.source, PROFILES[PAPER_PROFILE]] if published else [tables.NOTES["intervals"]]
-    )
+    notes = [NOTES["published"], published.source, PROFILES[PAPER]] if published else [tables.NOTES["intervals"]]
     notes += [tables.NOTES["incomplete"]] * any(row["incomplete"] for row in found)
     reasons = tables.na_reasons(cell["ours"] for row in found for cell in row["figures"].values())
     return [*filter(None, notes), *(f"n/a: {reason}" for reason in reasons)]
