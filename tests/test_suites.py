@@ -8,15 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 import psutil
 import pytest
 from conftest import ROOT
 from test_launch import Started, left_in, record
+from test_sweep import driver
 
+from csc_train.launching.job import Job
 from csc_train.launching.journal import open_journal
 from csc_train.launching.launchers.local import LocalLauncher
 from csc_train.suites.plan import plan_suite
-from csc_train.suites.reproduce import LEDGER_FILE, reproduce
+from csc_train.suites.reproduce import LEDGER_FILE, STUDY, reproduce
 
 MINE = """# @package _global_
 suite:
@@ -36,6 +39,22 @@ suite:
 """
 
 
+SMALL = """# @package _global_
+suite:
+  name: mine
+  poll: 0.1
+  overrides:
+    sft: [debug=cpu_tiny]
+  steps:
+    first_training: {recipe: sft}
+    first: {overrides: ["checkpoint={first_training}/model"]}
+    served: {placement: local, overrides: [llm=gpt_4o, data=sample, template=joint]}
+  rows:
+    first: {step: first}
+    served: {step: served}
+"""
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A directory to work in, with a suite of the user's own: two trainings, their evaluations, a comparison."""
@@ -50,11 +69,22 @@ def here(tmp_path, monkeypatch):
 def quick(here, monkeypatch):
     """Each step is a stand-in that ends at once."""
     worker = str(ROOT / "tests" / "workers" / "short_step.py")
-    command = [sys.executable, worker]
-    monkeypatch.setattr(
-        LocalLauncher, "command", lambda self: [*command, str(self.job.directory), Path(self.job.script).stem]
-    )
+
+    def command(launcher):
+        job = launcher.job
+        return [sys.executable, worker, str(job.directory), Path(job.script).stem, job.arguments[-1]]
+
+    monkeypatch.setattr(LocalLauncher, "command", command)
+    monkeypatch.setattr(Job, "preflight", lambda job: None)
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
     return here
+
+
+@pytest.fixture
+def small(quick):
+    """A suite of one training, its evaluation, and a served model."""
+    (quick / "conf/suite/mine.yaml").write_text(SMALL)
+    return quick
 
 
 OWN = ["--config-dir=conf", "suite=mine"]
@@ -62,6 +92,11 @@ OWN = ["--config-dir=conf", "suite=mine"]
 
 def plan(*arguments):
     return plan_suite([*OWN, *arguments])
+
+
+def ledger(here):
+    """The study of the suite."""
+    return optuna.load_study(study_name=STUDY, storage=open_journal(here / "runs/suites/mine" / LEDGER_FILE))
 
 
 def order(here):
@@ -84,6 +119,8 @@ def order(here):
          "suite.rows.base.step=plan: no such step. Did you mean 'plain'?"),
         (["suite=cpu_tiny", "suite.rows.base.against=bas"],
          "suite.rows.base.against=bas: no such against. Did you mean 'base'?"),
+        (["suite=cpu_tiny", "+suite.steps={a-b:{recipe:sft}}"],
+         "suite.steps.a-b: write a name of letters, digits and _"),
         (["suite=cpu_tiny", "suite.rows.base.step=plain_training"],
          "suite.rows.base.step=plain_training: is no evaluation: name one of evaluate"),
         (["suite=cpu_tiny", "suite.rows.base.published=Qwen2.5 7B"], "paper.csv: no row 'Qwen2.5 7B'. Did you mean "
@@ -135,6 +172,7 @@ def test_a_step_is_known_by_what_decides_its_results(here):
     assert changed("suite.steps.other_training.overrides=[trainer.max_steps=4]") == {
         "other_training", "other", "other.gain",
     }  # fmt: skip
+    assert changed("evaluate.data=sample") == {"first", "other", "other.gain"}  # as the default, but chosen
     # What changes no result, the schema's own defaults, and the place of the suite.
     assert changed("sft.tracking=off", "sft.zero=zero1", "cluster=cpu2", "suite.directory=elsewhere") == set()
     assert changed("sft.trainer.weight_decay=0.0") == set()
@@ -160,67 +198,96 @@ def test_steps_run_after_those_that_they_need_and_never_twice(quick, capsys):
     assert sorted(order(quick)[5:]) == ["other", "other.gain", "other_training"]
 
 
-def test_a_failed_step_fails_what_needs_it_and_is_tried_again(quick, capsys):
+def test_a_failed_step_fails_what_needs_it_and_is_tried_again(small, capsys):
     Path("fail-first_training").touch()
     assert reproduce(OWN) == 1
-    assert sorted(order(quick)) == ["first_training", "other", "other_training"]
+    assert sorted(order(small)) == ["first_training", "served"]
     shown = capsys.readouterr().out
     assert "step first_training: fail, no room\n" in shown
     assert "failed: step first: needs first_training, which failed; the same command tries it again\n" in shown
-    rows = json.loads((quick / "runs/suites/mine/results.json").read_text())["rows"]
-    assert [(row["name"], row["state"]) for row in rows] == [("first", "failed"), ("other", "failed")]
+    rows = json.loads((small / "runs/suites/mine/results.json").read_text())["rows"]
+    assert [(row["name"], row["state"]) for row in rows] == [("first", "failed"), ("served", "done")]
     assert rows[0]["reason"] == "step first_training: no room"
     Path("fail-first_training").unlink()
     assert reproduce(OWN) == 0
-    assert sorted(order(quick)[3:]) == ["first", "first_training", "other.gain"]
+    assert order(small)[2:] == ["first_training", "first"]
+    # The ledger keeps every attempt.
+    study = ledger(small)
+    attempts = [trial.state.name for trial in study.trials if trial.user_attrs["step"] == "first_training"]
+    assert attempts == ["FAIL", "COMPLETE"] and len(study.trials) == 4
+    assert all(trial.user_attrs["planned"].keys() == {"gpu_hours", "tokens", "money"} for trial in study.trials)
+    assert all(trial.user_attrs["seconds"] > 0 for trial in study.trials)
 
 
-def test_a_served_model_without_a_key_is_named_first_and_the_rest_goes_on(quick, monkeypatch, capsys):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    more = "served: {placement: local, overrides: [llm=gpt_4o, data=sample, template=joint]}"
-    (quick / "conf/suite/mine.yaml").write_text(MINE.format(more=more) + "    served: {step: served}\n")
+def test_a_served_model_without_a_key_is_named_first_and_the_rest_goes_on(small, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY")
     assert reproduce(OWN) == 1
     shown = capsys.readouterr().out
     missing = "llm.api_key_env=OPENAI_API_KEY: this environment variable is not set"
     assert shown.index(f"step served: not started, {missing}") < shown.index("started\n")
-    assert "served" not in order(quick) and len(order(quick)) == 5
-    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    assert order(small) == ["first_training", "first"]
+
+
+def test_other_metrics_score_a_finished_evaluation_again(small):
     assert reproduce(OWN) == 0
-    assert order(quick)[5:] == ["served"]
+    (first,) = small.glob("runs/suites/mine/first-*")
+    assert json.loads((first / "results.json").read_text())["mode"] == "resume=true"
+    for ran in (5, 5):  # the second time nothing is left to do
+        assert reproduce([*OWN, "evaluate.metrics.bootstrap_resamples=300"]) == 0
+        assert len(order(small)) == ran
+    assert json.loads((first / "results.json").read_text())["mode"] == "score_only=true"
 
 
-def test_the_ledger_keeps_every_attempt(quick):
-    Path("fail-first_training").touch()
-    reproduce(OWN)
-    Path("fail-first_training").unlink()
-    reproduce(OWN)
-    storage = open_journal(quick / "runs/suites/mine" / LEDGER_FILE)
-    (study,) = storage.get_all_studies()
-    trials = storage.get_all_trials(study._study_id)
-    attempts = [trial.state.name for trial in trials if trial.user_attrs["step"] == "first_training"]
-    assert attempts == ["FAIL", "COMPLETE"] and len(trials) == 6
-    assert all(trial.user_attrs["planned"].keys() == {"gpu_hours", "tokens", "money"} for trial in trials)
-    assert all(trial.user_attrs["seconds"] > 0 for trial in trials)
+def test_a_job_of_a_scheduler_is_not_started_again_elsewhere(small, capsys):
+    """A step was left in a queue; then the same suite starts on this machine, with another step of old inputs."""
+    runs = small / "runs/suites/mine"
+    runs.mkdir(parents=True)
+    study = optuna.create_study(study_name=STUDY, storage=open_journal(runs / LEDGER_FILE))
+    step = plan().steps["first_training"]
+    for directory, job in ((str(step.directory), "17"), ("runs/suites/mine/old", "18")):
+        trial = study.ask()
+        for key, value in {"step": "first_training", "directory": directory, "job": job}.items():
+            trial.set_user_attr(key, value)
+    assert reproduce(OWN) == 1
+    shown = capsys.readouterr().out
+    advice = "job 17 of a scheduler was started for it: cancel it, or name that cluster"
+    assert f"step first_training: fail, {step.directory}: {advice}\n" in shown
+    assert "its inputs have changed, and job 18 may go on in runs/suites/mine/old: cancel it" in shown
+    assert order(small) == ["served"]
 
 
-def test_a_killed_suite_leaves_the_step_to_the_next_one(quick, capsys):
+def test_a_training_is_checked_on_the_gpus_of_its_slot(small, monkeypatch, capsys):
+    """The first GPU is another user's."""
+    driver(small, monkeypatch, 50_000, 4)
+    seen = []
+    monkeypatch.setattr(Job, "preflight", lambda job: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    assert reproduce([*OWN, "cluster=gpu1"]) == 0, capsys.readouterr()
+    assert set(seen) == {"1", None}
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    # Without a free GPU, what needs none still runs.
+    driver(small, monkeypatch, 50_000, 50_000)
+    assert reproduce([*OWN, "cluster=gpu1", "evaluate.evaluation.max_new_tokens=9"]) == 1
+    assert order(small)[3:] == ["served"]
+    reason = "1 jobs of cluster.gpus_per_node=1 need 1 GPUs; 0 are free on this machine"
+    assert f"step first: not started, {reason}\n" in capsys.readouterr().out
+
+
+def test_a_killed_suite_leaves_the_step_to_the_next_one(small, capsys):
     """Killed while a step runs; the step had finished when the next suite started."""
     Path("hold-first_training").touch()
     child = os.fork()
     if child == 0:
         reproduce(OWN)
         os._exit(0)
-    while "first_training" not in order(quick):
+    while "first_training" not in order(small):
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     Path("hold-first_training").unlink()
-    while left_in(quick.resolve()) not in ([], [psutil.Process()]):
+    while left_in(small.resolve()) not in ([], [psutil.Process()]):
         time.sleep(0.02)
     assert reproduce(OWN) == 0, capsys.readouterr().err
-    storage = open_journal(quick / "runs/suites/mine" / LEDGER_FILE)
-    states = [trial.state.name for trial in storage.get_all_trials(storage.get_all_studies()[0]._study_id)]
-    assert states == ["COMPLETE"] * 5
+    assert [trial.state.name for trial in ledger(small).trials] == ["COMPLETE"] * 3
 
 
 def test_the_papers_plan_has_eleven_rows_with_gpus_and_hours(tmp_path, monkeypatch, capsys):

@@ -344,7 +344,7 @@ def test_trials_are_placed_on_the_free_gpus(tmp_path, monkeypatch):
     driver(tmp_path, monkeypatch, 4, 50_000, 4, 4, 4, 4)
     assert slots(two, None) == ["0,2", "3,4"]
     assert slots(two, 1) == ["0,2"]
-    with pytest.raises(InputError, match=r"^3 trials of cluster.gpus_per_node=2 need 6 GPUs; 5 are free"):
+    with pytest.raises(InputError, match=r"^3 jobs of cluster.gpus_per_node=2 need 6 GPUs; 5 are free"):
         slots(two, 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5")
     assert slots(two, None) == ["3,5"]

@@ -1,5 +1,6 @@
 """Settings of a suite: the runs behind a table of results, and the rows of the table (the `suite` group)."""
 
+import re
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -21,7 +22,7 @@ class StepConfig:
     """Overrides of the recipe. `{NAME}` stands for the run directory of another step, which then runs first."""
     placement: str = "gpus"
     """gpus: a process per GPU of the cluster. node: one process that sees all GPUs of a node, for a model that one GPU
-    does not hold. local: one process on this machine, without a GPU, for a served model or a comparison."""
+    does not hold. local: one process on this machine, without a GPU, for a served model; a comparison always is."""
     nodes: int | None = None
     """Nodes of the cluster that it takes; defaults to all."""
 
@@ -83,6 +84,9 @@ class SuiteConfig:
             raise InputError("suite.rows is required: name the rows of the table")
         for recipe in self.overrides:
             check_choice("suite.overrides", recipe, STEP_RECIPES)
+        for group, names in (("steps", self.steps), ("rows", self.rows)):
+            if odd := [name for name in names if not re.fullmatch(r"\w+", name)]:
+                raise InputError(f"suite.{group}.{odd[0]}: write a name of letters, digits and _")
         for name, step in self.steps.items():
             step.check(f"suite.steps.{name}")
         for name, row in self.rows.items():

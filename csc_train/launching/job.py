@@ -39,12 +39,14 @@ class Job:
         config: configuration of the recipe, with its run directory.
         new: whether the run directory does not exist yet.
         default: whether the run directory has a default name, which gets a number if it is taken.
+        mode: how the recipe takes the run: `resume=true`, or `score_only=true` for an evaluation.
     """
 
     launch: LaunchRecipe
     config: Any
     new: bool
     default: bool = False
+    mode: str = "resume=true"
 
     @property
     def directory(self) -> Path:
@@ -59,7 +61,7 @@ class Job:
         """
         short, path = Path("recipes") / f"{self.launch.recipe}.py", script_of(self.launch.recipe)
         script = str(short if short.exists() and short.samefile(path) else path)
-        arguments = (argument("run", self.directory), "resume=true")
+        arguments = (argument("run", self.directory), self.mode)
         cluster = self.launch.cluster
         return launcher_class(cluster)(JobSpec(cluster, self.directory, script, arguments, **options))
 

@@ -77,7 +77,7 @@ class SweepRunner(TrialRunner):
         self.study.sampler = optuna.samplers.TPESampler(seed=self.config.seed + number)
         return self.study.sampler
 
-    def job_of(self, trial: Trial) -> Job:
+    def job_of(self, trial: Trial, slot: dict[str, str]) -> Job:
         """The job with the values of a trial."""
         return self._job_of(trial.number, trial.params)
 

@@ -81,8 +81,8 @@ class TrialRunner(abc.ABC):
         """A trial that may start now, and the free slots of its kind, one at least; None if there is none."""
 
     @abc.abstractmethod
-    def job_of(self, trial: Trial) -> Job:
-        """The checked job of a trial.
+    def job_of(self, trial: Trial, slot: dict[str, str]) -> Job:
+        """The checked job of a trial in a slot.
 
         Raises:
             InputError: it cannot start; the trial fails with this reason.
@@ -132,14 +132,19 @@ class TrialRunner(abc.ABC):
     def _start(self, trial: Trial, pool: list[dict[str, str]]) -> None:
         self._print(trial, "started")
         try:
-            job = self.job_of(trial)
+            job, outcome = self.job_of(trial, pool[0]), None
             with contextlib.suppress(FailedTrialError):  # it finished while nobody watched
-                self.tell(trial, self.result(trial, job.directory))
+                outcome = self.result(trial, job.directory)
+            if outcome is not None:
+                self.tell(trial, outcome)
                 return
             job.write()
             output = job.directory / OUTPUT_FILE
             launcher = job.launcher(environment=pool[0], output=output, inherited=(self._lock,))
             launcher.job_id = trial.user_attrs.get("job")
+            if launcher.job_id is not None and launcher.attached:
+                advice = f"job {launcher.job_id} of a scheduler was started for it: cancel it, or name that cluster"
+                raise InputError(f"{job.directory}: {advice}")
             if launcher.job_id is None:
                 launcher.start()
         except InputError as error:
@@ -158,13 +163,15 @@ class TrialRunner(abc.ABC):
         self._running.remove(running)
         running.pool.append(running.slot)
         running.add_time()
+        outcome: float | str | None
         try:
-            self.tell(running.trial, self.result(running.trial, running.launcher.job.directory))
+            outcome = self.result(running.trial, running.launcher.job.directory)
         except FailedTrialError as error:
-            self.tell(running.trial, None if running.pruned else str(error))
+            outcome = None if running.pruned else str(error)
         except InputError as error:
             self.tell(running.trial, str(error))
             raise
+        self.tell(running.trial, outcome)
 
     def tell(self, trial: Trial, outcome: float | str | None) -> None:
         """Tell Optuna a trial's value, the reason of its failure, or None for a pruned trial; print it."""

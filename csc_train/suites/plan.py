@@ -13,21 +13,24 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from csc_train.checkpoints.content import hash_files, sha256
+from csc_train.checkpoints.content import FileHashes, hash_files, sha256
+from csc_train.checkpoints.locate import MODEL_FILES, MODEL_FOLDER
 from csc_train.config.cluster import ClusterConfig
-from csc_train.config.compose import CONFIG_DIR, compose
+from csc_train.config.compose import CONFIG_DIR, compose, to_container
+from csc_train.config.recipes.evaluation import EvaluateRecipe
 from csc_train.config.recipes.training import LaunchRecipe, ReproduceRecipe
 from csc_train.config.suite import STEP_RECIPES, StepConfig, SuiteConfig
 from csc_train.errors import InputError, suggestion
-from csc_train.files import digest
+from csc_train.files import digest, read_json
 from csc_train.launching.job import Job, split_arguments
 from csc_train.overrides import argument
+from csc_train.runs.comparison import RESULTS_FILE
 from csc_train.runs.config import RunConfig, may_change
 from csc_train.runs.directory import read_run_record
 
 LOCAL = ClusterConfig("local", gpus_per_node=1, process_launcher="none")
 """Where steps with `placement=local` run."""
-_PLACEHOLDER = re.compile(r"\{(\w[\w.]*)\}")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 """The name of a step in an override."""
 
 
@@ -37,7 +40,8 @@ class Step:
 
     Attributes:
         needs: names of the steps that it reads.
-        job: its launch, with its run directory.
+        job: its launch, with its run directory. Where only the metrics of an evaluation have changed, it scores the
+            finished run again.
         missing: why it cannot run on this machine, such as an API key that is not set; None if it can.
     """
 
@@ -53,9 +57,14 @@ class Step:
         return self.job.directory
 
     @property
+    def placement(self) -> str:
+        """Where it runs."""
+        return _placement(self.config)
+
+    @property
     def finished(self) -> bool:
-        """Whether its run has finished."""
-        return bool(read_run_record(self.directory).get("finished"))
+        """Whether its run has finished, with these metrics."""
+        return _finished(self.directory) and not _other_metrics(self.directory, self.job.config)
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ def plan_suite(arguments: list[str]) -> SuitePlan:
 
 def gain_name(row: str) -> str:
     """The name of the step that compares a row with the one that it is against."""
-    return f"{row}.gain"
+    return f"{row}.gain"  # no step of the user's has a dot in its name
 
 
 def _gains(config: SuiteConfig) -> dict[str, StepConfig]:
@@ -166,18 +175,37 @@ def _step(
         # Of two values of a key the last counts; Hydra refuses a group that is chosen twice.
         last = {text if text.startswith(CONFIG_DIR) else text.partition("=")[0]: text for text in [*common, *overrides]}
         composed = compose(config.recipe, list(last.values()))
-        composed.run = RunConfig(str(directory / f"{name}-{_content(config.recipe, composed, directory)}"), "resume")
-        cluster = _cluster(launch.cluster, config)
-        job = Job(LaunchRecipe(config.recipe, cluster, launch.preflight), composed, new=True)
+        run = directory / f"{name}-{_content(config.recipe, composed, directory)}"
+        composed.run = RunConfig(str(run), "resume")
+        again = _finished(run) and _other_metrics(run, composed)
+        cluster = LOCAL if again else _cluster(launch.cluster, config)
+        mode = "score_only=true" if again else Job.mode
+        job = Job(LaunchRecipe(config.recipe, cluster, launch.preflight), composed, new=True, mode=mode)
         job.check()
     except InputError as error:
         raise InputError(f"suite.steps.{name}: {error}") from error
     return Step(name, config, needs, job, _missing(composed))
 
 
+def _finished(directory: Path) -> bool:
+    return bool(read_run_record(directory).get("finished"))
+
+
+def _other_metrics(directory: Path, config: Any) -> bool:
+    """Whether an evaluation was scored with other metrics."""
+    results = directory / RESULTS_FILE
+    if not isinstance(config, EvaluateRecipe) or not results.is_file():
+        return False
+    return read_json(results).get("provenance", {}).get("metrics") != to_container(config)["metrics"]
+
+
+def _placement(step: StepConfig) -> str:
+    return "local" if step.recipe == "compare" else step.placement
+
+
 def _cluster(cluster: ClusterConfig, step: StepConfig) -> ClusterConfig:
     """The machines of a step."""
-    if step.placement == "local":
+    if _placement(step) == "local":
         return LOCAL
     nodes = 1 if step.placement == "node" else step.nodes or cluster.nodes
     launcher = "none" if step.placement == "node" else cluster.process_launcher
@@ -194,19 +222,28 @@ def _missing(config: Any) -> str | None:
 def _content(recipe: str, config: Any, directory: Path) -> str:
     """The first 12 digits of the hash of what decides the results of a step.
 
-    Values that equal the schema's defaults do not count: a later version may add settings.
+    Values that equal the schema's defaults do not count: a later version may add settings. Nor do the metrics of an
+    evaluation, by which a finished run is scored again.
     """
-    values = {key: value for key, value in _chosen(config) if not may_change(key) and not key.startswith("zero.")}
+    ignored = ("zero.", "metrics.") if recipe == "evaluate" else ("zero.",)
+    values = {key: value for key, value in _chosen(config) if not may_change(key) and not key.startswith(ignored)}
     sample = values.get("data.sample_dialogues") is not None  # the settings say what the file will hold
     files = {}
     for key, value in values.items():
         for text in value if isinstance(value, list) else [value]:
-            path = Path(text) if isinstance(text, str) and ("/" in text or "." in text) else None
+            named = isinstance(text, str) and (key.endswith("path") or "/" in text or "." in text)
+            path = Path(text) if named else None
             if path and path.exists() and not path.is_relative_to(directory) and not (sample and key[:5] == "data."):
-                files[text] = sha256(path) if path.is_file() else hash_files(path)
+                files[text] = sha256(path) if path.is_file() else _hash_folder(key, path)
     prefix = f"{directory}{os.sep}"  # it may be moved
     values = {key: value.replace(prefix, "") if isinstance(value, str) else value for key, value in values.items()}
     return digest([recipe, values, files])[:12]
+
+
+def _hash_folder(key: str, path: Path) -> FileHashes:
+    """Hashes of the files of a folder that count: all data, or those of a model."""
+    model = path / MODEL_FOLDER if (path / MODEL_FOLDER).is_dir() else path
+    return hash_files(path) if key.startswith("data.") else hash_files(model, MODEL_FILES)
 
 
 def _chosen(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -215,6 +252,8 @@ def _chosen(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(config, field.name)
         key = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
+            if field.default is None:
+                yield key, True
             yield from _chosen(value, f"{key}.")
         else:
             factory = field.default_factory

@@ -14,14 +14,16 @@ from rich.console import Console
 from csc_train.checkpoints.locate import MODEL_FOLDER
 from csc_train.checkpoints.model_card import add_figures
 from csc_train.config.cli import show_help
+from csc_train.config.cluster import ClusterConfig
+from csc_train.config.compose import from_container
 from csc_train.errors import InputError
 from csc_train.inference.predictions import BASE_MODEL, BASELINE_NAMES
-from csc_train.launching.job import TRAINING
+from csc_train.launching.job import LAUNCH_FILE, TRAINING
 from csc_train.launching.journal import open_journal
 from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.trial_runner import Interrupted
 from csc_train.runs.claim import claim
-from csc_train.runs.directory import refuse_other_files
+from csc_train.runs.directory import read_config, refuse_other_files
 from csc_train.runs.provenance import provenance
 from csc_train.suites.base import Cost, RowResult
 from csc_train.suites.estimate import StepEstimate, estimate_step, spent
@@ -90,7 +92,11 @@ def _run(
     if not ledger.exists():
         refuse_other_files(directory, f"no {LEDGER_FILE}")
     with claim(directory, f"suite {config.name}") as claimed:
-        free = launcher_class(cluster).slots(cluster, config.parallel)
+        placed = any(not step.finished and step.placement != "local" for step in plan.steps.values())
+        try:
+            free = launcher_class(cluster).slots(cluster, config.parallel) if placed else []
+        except InputError as error:  # what runs on this machine goes on
+            free = str(error)
         slots = {"gpus": free, "node": free, "local": [{} for _ in range(config.parallel or 1)]}
         study = optuna.create_study(study_name=STUDY, storage=open_journal(ledger), load_if_exists=True)
 
@@ -106,14 +112,17 @@ def _run(
         source = provenance()
         versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
         commit = f"{source['commit']}{', with uncommitted changes' if source['dirty'] else ''}"
-        facts = {"machines": f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu or 'CPU processes'}"}
-        facts |= {"commit": commit, "versions": versions}
+        facts = {
+            "machines of the last start": f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu or 'CPU processes'}"
+        }
+        facts |= {"commit of the last start": commit, "its versions": versions}
         planned = {name: each.cost for name, each in estimates.items()}
         runner = SuiteRunner(plan, study, slots, claimed.descriptor, planned, finished, changed)
         changed(runner)
         try:
             runner.run()
         except Interrupted as interrupt:
+            runner.release()
             done = sum(state == DONE for state in runner.states.values())
             print(f"interrupted after {done} of {len(plan.steps)} steps; the same command goes on", flush=True)
             return 128 + interrupt.args[0]
@@ -140,7 +149,7 @@ def row_results(plan: SuitePlan, runner: SuiteRunner, estimates: Mapping[str, St
                 reason = f"step {step.name}: {runner.reasons[step.name]}" if state == FAILED else None
             key, launch = str(step.directory), step.job.launch
             planned += earlier.get(key, estimates[step.name].cost)
-            cost += spent(step.directory, launch.recipe, launch.cluster, seconds.get(key), price)
+            cost += spent(step.directory, launch.recipe, _cluster_of(step), seconds.get(key), price)
         training = [step.directory for step in needed if step.job.launch.recipe == TRAINING]
         evaluation = plan.steps[row.step].directory
         rows.append(
@@ -150,3 +159,9 @@ def row_results(plan: SuitePlan, runner: SuiteRunner, estimates: Mapping[str, St
             )
         )  # fmt: skip
     return rows
+
+
+def _cluster_of(step: Step) -> ClusterConfig:
+    """The machines of the last start of a step, which may be others than the suite's now."""
+    file = step.directory / LAUNCH_FILE
+    return from_container(ClusterConfig, read_config(file)["cluster"]) if file.is_file() else step.job.launch.cluster

@@ -1,15 +1,16 @@
 """Run the steps of a suite through launchers; the ledger of trials keeps the state, the time and the cost of each."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import optuna
-from optuna.trial import Trial
+from optuna.trial import Trial, TrialState
 
 from csc_train.launching.job import Job
+from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.trial_runner import FailedTrialError, TrialRunner, failure_reason
-from csc_train.runs.directory import read_run_record
 from csc_train.suites.base import Cost
 from csc_train.suites.plan import Step, SuitePlan
 
@@ -23,7 +24,7 @@ class SuiteRunner(TrialRunner):
     `step`, its run `directory`, and the `planned` cost.
 
     Args:
-        slots: by placement, environment variables of each step that may start now.
+        slots: by placement, environment variables of each step that may start now; why there are none, if so.
         lock: see `TrialRunner`.
         finished: called with each step whose run has finished.
         changed: called after each change of a step's state.
@@ -37,7 +38,7 @@ class SuiteRunner(TrialRunner):
         self,
         plan: SuitePlan,
         study: optuna.Study,
-        slots: dict[str, list[dict[str, str]]],
+        slots: dict[str, list[dict[str, str]] | str],
         lock: int,
         planned: dict[str, Cost],
         finished: Callable[[Step], None],
@@ -51,13 +52,24 @@ class SuiteRunner(TrialRunner):
         self._earlier = {trial.user_attrs.get("directory"): trial for trial in self.interrupted()}
         current = {str(step.directory) for name, step in plan.steps.items() if self.states[name] == WAITING}
         for directory in self._earlier.keys() - current:
-            trial = self._earlier.pop(directory)
-            step = plan.steps.get(trial.user_attrs.get("step", ""))
-            finished = step is not None and str(step.directory) == directory
-            self.study.tell(trial, *((_seconds(trial),) if finished else ()), state=_ended(finished))
+            self._end(self._earlier.pop(directory), plan)
         for name, step in plan.steps.items():
-            if step.missing and self.states[name] == WAITING:
-                self._fail(name, step.missing)
+            slot = slots[step.placement]
+            if self.states[name] == WAITING and (reason := step.missing or (slot if isinstance(slot, str) else None)):
+                self._fail(name, reason)
+
+    def _end(self, trial: Trial, plan: SuitePlan) -> None:
+        """Tell the end of an interrupted trial whose run has finished, or whose step has other inputs now."""
+        name, directory = trial.user_attrs.get("step", ""), trial.user_attrs.get("directory")
+        step = plan.steps.get(name)
+        if step and str(step.directory) == directory:
+            self.study.tell(trial, _seconds(trial))
+            self._finished(step)
+            return
+        if job := trial.user_attrs.get("job"):
+            print(f"note: step {name}: its inputs have changed, and job {job} may go on in {directory}: cancel it")
+        trial.set_user_attr("reason", "its inputs have changed")
+        self.study.tell(trial, state=TrialState.FAIL)
 
     def next_trial(self) -> tuple[Trial, list[dict[str, str]]] | None:
         """The first step whose needs are met and for which a slot is free."""
@@ -67,8 +79,8 @@ class SuiteRunner(TrialRunner):
             if failed := [need for need in step.needs if self.states[need] == FAILED]:
                 self._fail(name, f"needs {failed[0]}, which failed")
                 continue
-            pool = self._slots[step.config.placement]
-            if pool and all(self.states[need] == DONE for need in step.needs):
+            pool = self._slots[step.placement]
+            if pool and not isinstance(pool, str) and all(self.states[need] == DONE for need in step.needs):
                 trial = self._earlier.pop(str(step.directory), None) or self._new_trial(step)
                 self._change(name, RUNNING)
                 return trial, pool
@@ -90,15 +102,29 @@ class SuiteRunner(TrialRunner):
         self.states[name] = state
         self._changed(self)
 
-    def job_of(self, trial: Trial) -> Job:
-        """The job of its step, after its preflight."""
+    def job_of(self, trial: Trial, slot: dict[str, str]) -> Job:
+        """The job of its step, after its preflight on the slot's GPUs; a job that runs already needs none."""
         job = self._plan.steps[trial.user_attrs["step"]].job
-        job.preflight()
+        if "job" not in trial.user_attrs:
+            usual = {name: os.environ.get(name) for name in slot}
+            os.environ.update(slot)
+            try:
+                job.preflight()
+            finally:
+                for name, value in usual.items():
+                    os.environ.pop(name)
+                    os.environ.update({name: value} if value is not None else {})
         return job
+
+    def release(self) -> None:
+        """Let the steps that end with this process wait for the next start."""
+        for name, step in self._plan.steps.items():
+            if self.states[name] == RUNNING and launcher_class(step.job.launch.cluster).attached:
+                self._change(name, WAITING)
 
     def result(self, trial: Trial, directory: Path) -> float:
         """The seconds of a step whose run has finished."""
-        if not read_run_record(directory).get("finished"):
+        if not self._plan.steps[trial.user_attrs["step"]].finished:
             raise FailedTrialError(failure_reason(directory))
         return _seconds(trial)
 
@@ -124,10 +150,6 @@ class SuiteRunner(TrialRunner):
 
 def _seconds(trial: Trial) -> float:
     return float(trial.user_attrs.get("seconds", 0.0))
-
-
-def _ended(finished: bool) -> optuna.trial.TrialState:
-    return optuna.trial.TrialState.COMPLETE if finished else optuna.trial.TrialState.FAIL
 
 
 def spent_seconds(study: optuna.Study) -> dict[str, float]:

@@ -36,7 +36,7 @@ class LocalLauncher(Launcher):
         groups = [free[first : first + each] for first in range(0, len(free) - each + 1, each)]
         if len(groups) < wanted:
             raise InputError(
-                f"{wanted} trials of cluster.gpus_per_node={each} need {wanted * each} GPUs; "
+                f"{wanted} jobs of cluster.gpus_per_node={each} need {wanted * each} GPUs; "
                 f"{len(free)} are free on this machine"
             )
         return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups[:parallel]]
