@@ -149,7 +149,8 @@ def row_results(plan: SuitePlan, runner: SuiteRunner, estimates: Mapping[str, St
                 reason = f"step {step.name}: {runner.reasons[step.name]}" if state == FAILED else None
             key, launch = str(step.directory), step.job.launch
             planned += earlier.get(key, estimates[step.name].cost)
-            cost += spent(step.directory, launch.recipe, _cluster_of(step), seconds.get(key), price)
+            llm = getattr(step.job.config, "llm", None)
+            cost += spent(step.directory, launch.recipe, _cluster_of(step), seconds.get(key), price, llm)
         training = [step.directory for step in needed if step.job.launch.recipe == TRAINING]
         evaluation = plan.steps[row.step].directory
         rows.append(
