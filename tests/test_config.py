@@ -131,7 +131,7 @@ def stated(file):
         for choice, option in entry.items():
             if choice.startswith("override /"):
                 values |= stated(f"{choice.removeprefix('override /')}/{option}.yaml")
-    return values | leaves(content, "" if group in ("experiment", "debug") else f"{group}.")
+    return values | leaves(content, "" if group in ("experiment", "debug", "suite") else f"{group}.")
 
 
 @pytest.fixture(scope="module")
