@@ -174,8 +174,8 @@ def test_a_step_is_known_by_what_decides_its_results(here):
     }  # fmt: skip
     assert changed("evaluate.data=sample") == {"first", "other", "other.gain"}  # as the default, but chosen
     # What changes no result, the schema's own defaults, and the place of the suite.
-    assert changed("sft.tracking=off", "sft.zero=zero1", "cluster=cpu2", "suite.directory=elsewhere") == set()
-    assert changed("sft.trainer.weight_decay=0.0") == set()
+    same = ["sft.tracking=off", "sft.zero=zero1", "cluster=cpu2", "suite.directory=elsewhere"]
+    assert changed(*same, "sft.trainer.weight_decay=0.0") == set()
     Path("rows.jsonl").write_text("1\n")
     data = ["sft.data.train.path=rows.jsonl", "sft.data.sample_dialogues=null"]
     one = contents(*data)
@@ -309,7 +309,10 @@ def test_a_suite_killed_twice_ends_with_its_table_and_page(tmp_path):
     """The real recipes, on the tiny suite: Ctrl-C in the first training, SIGKILL in the first evaluation."""
     place = tmp_path.resolve()
     (place / "recipes").symlink_to(ROOT / "recipes")
-    command = [sys.executable, str(ROOT / "launch" / "reproduce.py"), "suite=cpu_tiny", "sft.trainer.save_steps=1"]
+    command = [
+        sys.executable, str(ROOT / "launch" / "reproduce.py"), "suite=cpu_tiny", "sft.data.sample_dialogues=60",
+        "sft.trainer.max_steps=6", "sft.trainer.save_steps=1", "sft.validation.eval_steps=3",
+    ]  # fmt: skip
     runs = place / "runs/suites/cpu_tiny"
 
     def stopped_at(pattern, signum):
