@@ -127,7 +127,8 @@ def estimate_job(
         document_length = report.separate_tokens / max(1, report.dialogues - report.dropped)
         basis = f"{len(sample):,} dialogues tokenized"
     elif options.dialogues and options.tokens_per_dialogue:
-        count, document_length = options.dialogues, options.tokens_per_dialogue
+        count = max(1, round(options.dialogues * config.data.train_fraction))
+        document_length = options.tokens_per_dialogue
         tokens = count * document_length
         packs = tokens / config.packing.max_length if config.packing.strategy != "off" else count
         basis = "given lengths, full packs assumed"
