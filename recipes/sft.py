@@ -138,7 +138,7 @@ def main(config: SftRecipe) -> None:
             save_final_model(
                 run.directory / "model", trained, tokenizer, template.chat_template, tracked, base, record=run.directory
             )
-            write_model_card(run.directory / "model")
+            write_model_card(run.directory / "model", template=template)
             tracker.log_model(run.directory / "model", manifest.hashes, run.config["data"])
     job.wait_for_everyone()
     run.finish()

@@ -42,6 +42,7 @@ def write_model_card(
     evaluation: str | os.PathLike | None = None,
     source: ModelSource | None = None,
     title: str | None = None,
+    template: DialogueTemplate | None = None,
 ) -> None:
     """Write the card of a model directory.
 
@@ -52,6 +53,7 @@ def write_model_card(
         source: the model that was evaluated, if it is not this one: what this one was exported from. The text then
             says whose the figures are, and the model index has none.
         title: defaults to the name of the directory, or of the run that it lies in.
+        template: the model's; defaults to the one that the manifest names, with the tokenizer of the directory.
 
     Raises:
         InputError: the model, its template or the evaluation cannot be read, or the card cannot be written.
@@ -59,7 +61,8 @@ def write_model_card(
     directory = Path(model)
     figures = evaluation and _read_figures(Path(evaluation), source or open_source(str(model), training=False))
     named = directory.absolute().parent if directory.name == MODEL_FOLDER else directory.absolute()
-    write_text(directory / CARD_FILE, _card(directory, read_manifest(directory), figures or {}, title or named.name))
+    card = _card(directory, read_manifest(directory), figures or {}, title or named.name, template)
+    write_text(directory / CARD_FILE, card)
 
 
 def write_own_card(evaluation: str | os.PathLike) -> None:
@@ -96,10 +99,12 @@ def _read_figures(evaluation: Path, source: ModelSource) -> dict[str, Any] | Non
     return {"systems": systems, "system": list(systems)[-1], "data": data or {}}
 
 
-def _card(directory: Path, manifest: Manifest, figures: dict[str, Any], title: str) -> str:
+def _card(
+    directory: Path, manifest: Manifest, figures: dict[str, Any], title: str, template: DialogueTemplate | None
+) -> str:
     load_recorded_plugins(manifest.config.get("plugins", ()))
     settings, mode, language = flatten_keys(manifest.config), manifest.mode, manifest.language
-    template = DialogueTemplate(
+    template = template or DialogueTemplate(
         load_tokenizer(str(directory)),
         recorded_name(manifest.chat_template, finished=True),
         TemplateConfig(mode=mode, language=language),
