@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import peft
 import pytest
 import torch
@@ -272,6 +273,21 @@ def test_what_a_plain_model_needs_is_said(recipe, arguments, message, workplace)
     with pytest.raises(InputError, match=message) as caught:
         load_recipe(recipe).main(compose(recipe, arguments))
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_the_hub_is_found_by_its_id(workplace, tmp_path, monkeypatch):
+    """From the hub's cache, with the content of the directory."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--an--owner"
+    shutil.copytree("plain", repository / "snapshots" / ("c" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c" * 40)
+    plain = plain_manifest(TemplateConfig(), "qwen2_5")
+    source = open_source("an/owner", plain=plain)
+    assert source.path == repository / "snapshots" / ("c" * 40)
+    assert source.content_hash() == open_source("plain", plain=plain).content_hash()
+    with pytest.raises(InputError, match=r"^an/owner: no such directory$"):
+        open_source("an/owner")  # without a template it can be none of the hub's
 
 
 def test_a_checkpoint_of_another_trainer_is_a_plain_model(workplace, tmp_path):

@@ -92,6 +92,8 @@ def test_a_sound_job_passes_and_is_estimated(job):
     # 1,024,000 tokens are 125 packs of 8192: 16 steps of 8, twice.
     assert (estimate.tokens, estimate.packs, estimate.steps) == (1_024_000, 125, 32)
     assert estimate.hours == pytest.approx(estimate.flops / (0.4 * 989e12 * 8 * 3600))
+    given.data.train_fraction = 0.1
+    assert run_preflight(given, launching=False).estimate.dialogues == 100
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,25 @@ def test_a_closer_match_in_the_validation_set_does_not_hide_one_in_the_training_
     assert overlap.kind == "near" and overlap.train_id in ids(splits.train)
 
 
+def test_a_smaller_share_of_the_training_dialogues_is_a_part_of_a_larger_one(tmp_path):
+    path = tmp_path / "dialogues.jsonl"
+    write_dialogues(path, MANY[:600])
+
+    def read(fraction, **more):
+        splits = read_splits(DataConfig(DialogueSourceConfig(str(path)), train_fraction=fraction, **more))
+        return [{dialogue.id for dialogue in side} for side in (splits.train, splits.evaluation, splits.validation)]
+
+    (whole, evaluation, _), (half, same, _), (tenth, _, _) = map(read, (1.0, 0.5, 0.1))
+    assert tenth < half < whole and same == evaluation
+    assert 0.4 < len(half) / len(whole) < 0.6 and 0.05 < len(tenth) / len(whole) < 0.16
+    assert read(0.5, seed=1)[0] - half
+    # The validation set is a part of the share, too.
+    train, _, validation = read(0.5, validation_fraction=0.3)
+    assert validation and train | validation == half
+    with pytest.raises(InputError, match=r"^data.train_fraction=1e-09 leaves no dialogue of \d+: raise it$"):
+        read(1e-9)
+
+
 def test_limit_keeps_the_same_dialogues_whatever_their_order(tmp_path):
     chosen = []
     for seed, dialogues in [(0, MANY[:200]), (0, MANY[199::-1]), (1, MANY[:200])]:
@@ -377,6 +396,7 @@ def test_sets_that_end_up_empty_name_their_key(tmp_path):
     [
         *[("evaluation_fraction", value) for value in (0, 1, -0.1, 1.5, float("nan"))],
         *[("validation_fraction", value) for value in (1, -0.1, float("nan"))],
+        *[("train_fraction", value) for value in (0, 1.1, float("nan"))],
         *[("overlap_threshold", value) for value in (0, 1.01, -1, float("nan"))],
         *[("on_overlap", value) for value in ("Drop", "", "ignore")],
         *[("limit", value) for value in (0, -1)],

@@ -18,6 +18,8 @@ from test_sweep import driver
 from csc_train.launching.job import Job
 from csc_train.launching.journal import open_journal
 from csc_train.launching.launchers.local import LocalLauncher
+from csc_train.suites import reproduce as reproduction
+from csc_train.suites.base import Cost
 from csc_train.suites.plan import plan_suite
 from csc_train.suites.reproduce import LEDGER_FILE, STUDY, reproduce
 
@@ -272,22 +274,29 @@ def test_a_training_is_checked_on_the_gpus_of_its_slot(small, monkeypatch, capsy
     assert f"step first: not started, {reason}\n" in capsys.readouterr().out
 
 
-def test_a_killed_suite_leaves_the_step_to_the_next_one(small, capsys):
-    """Killed while a step runs; the step had finished when the next suite started."""
-    Path("hold-first_training").touch()
+def test_a_killed_suite_leaves_the_step_to_the_next_one(small, monkeypatch, capsys):
+    """Killed while an evaluation runs, which has finished when the next suite starts, as a job of a scheduler may: the
+    card gets its figures."""
+    Path("hold-first").touch()
     child = os.fork()
     if child == 0:
         reproduce(OWN)
         os._exit(0)
-    while "first_training" not in order(small):
+    while "first" not in order(small):
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    Path("hold-first_training").unlink()
-    while left_in(small.resolve()) not in ([], [psutil.Process()]):
+    while left_in(small.resolve()) not in ([], [psutil.Process()]):  # it ends with the suite
         time.sleep(0.02)
+    (first,) = small.glob("runs/suites/mine/first-*")
+    (first / "run.json").write_text(json.dumps({"recipe": "evaluate", "finished": "now"}))
+    cards, read = [], []
+    monkeypatch.setattr(reproduction, "add_figures", lambda *places: cards.append([path.name for path in places]))
+    monkeypatch.setattr(reproduction, "spent", lambda directory, *_: read.append(directory.name) or Cost())
     assert reproduce(OWN) == 0, capsys.readouterr().err
     assert [trial.state.name for trial in ledger(small).trials] == ["COMPLETE"] * 3
+    assert cards == [["model", first.name]] and order(small).count("first") == 1
+    assert read.count(first.name) == 1  # what a finished run has taken is counted once
 
 
 def test_the_papers_plan_has_eleven_rows_with_gpus_and_hours(tmp_path, monkeypatch, capsys):
@@ -295,12 +304,21 @@ def test_the_papers_plan_has_eleven_rows_with_gpus_and_hours(tmp_path, monkeypat
     assert reproduce(["suite=paper", "dry_run=true"]) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
     assert "Suite paper: 11 rows, 19 steps, in runs/suites/paper" in shown
-    rows = plan_suite(["suite=paper"]).config.rows.values()
+    planned = plan_suite(["suite=paper"])
+    rows = planned.config.rows.values()
     assert len(rows) == 11 and all(f"\n{row.label} " in shown for row in rows)
     # Each training: GPUs, memory on each, whether it fits, hours, GPU hours, tokens, disk.
     figures = r"_training +sft +to run +(8|32) +\d+ of 80 +yes +[\d.]+ +[\d.]+ +[\d,]+ +[\d,.]+ *\n"
     assert re.findall(figures, shown) == ["8", "32", "8", "32"]
     assert "All steps: " in shown and "1,855 dialogues" in shown
+    # A 7B has a copy on each GPU of one node, a 70B is spread over them; served models and comparisons run here.
+    placed = {name: step.job.launch.cluster for name, step in planned.steps.items()}
+    for name, expected in {
+        "qwen2_5_7b": ("slurm_4x8", 1, "torchrun"), "qwen2_5_72b": ("slurm_4x8", 1, "none"),
+        "qwen2_5_72b_training": ("slurm_4x8", 4, "torchrun"), "gpt_4o": ("local", 1, "none"),
+        "qwen2_5_7b_rolecs.gain": ("local", 1, "none"),
+    }.items():  # fmt: skip
+        assert (placed[name].name, placed[name].nodes, placed[name].process_launcher) == expected
     assert list(tmp_path.iterdir()) == []
 
 
@@ -328,6 +346,7 @@ def test_a_suite_killed_twice_ends_with_its_table_and_page(tmp_path):
 
     status, output = stopped_at("plain_training-*/history.jsonl", signal.SIGINT)
     assert status == 130 and "interrupted after 0 of 6 steps; the same command goes on" in output
+    assert {row["state"] for row in json.loads((runs / "results.json").read_text())["rows"]} == {"waiting"}
     status, _ = stopped_at("plain-*/predictions/*", signal.SIGKILL)
     assert status == -signal.SIGKILL
     (training,) = runs.glob("plain_training-*")

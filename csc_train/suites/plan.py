@@ -114,9 +114,7 @@ def plan_suite(arguments: list[str]) -> SuitePlan:
     launch = compose("reproduce", own)
     folders = [text for text in others if text.startswith(f"{CONFIG_DIR}=")]
     given = {recipe: [*folders, *launch.suite.overrides.get(recipe, ())] for recipe in STEP_RECIPES}
-    for text in others:
-        if text in folders:
-            continue
+    for text in (each for each in others if each not in folders):
         recipe, dot, override = text.partition(".")
         if recipe not in given or not dot:
             near = suggestion(text.split("=")[0], [field.name for field in fields(launch)])

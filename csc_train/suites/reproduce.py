@@ -105,17 +105,16 @@ def _run(
                 if training.job.launch.recipe == TRAINING:
                     add_figures(training.directory / MODEL_FOLDER, step.directory)
 
+        counted: dict[str, Cost] = {}
+
         def changed(runner: SuiteRunner) -> None:
-            rows = row_results(plan, runner, estimates)
+            rows = row_results(plan, runner, estimates, counted)
             write_suite_results(directory, config.name, rows, published, facts)
 
         source = provenance()
-        versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
         commit = f"{source['commit']}{', with uncommitted changes' if source['dirty'] else ''}"
-        facts = {
-            "machines of the last start": f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu or 'CPU processes'}"
-        }
-        facts |= {"commit of the last start": commit, "its versions": versions}
+        machines = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu or 'CPU processes'}"
+        facts = {"machines of the last start": machines, "commit of the last start": commit}
         planned = {name: each.cost for name, each in estimates.items()}
         runner = SuiteRunner(plan, study, slots, claimed.descriptor, planned, finished, changed)
         changed(runner)
@@ -126,17 +125,18 @@ def _run(
             done = sum(state == DONE for state in runner.states.values())
             print(f"interrupted after {done} of {len(plan.steps)} steps; the same command goes on", flush=True)
             return 128 + interrupt.args[0]
-        console.print(console_results(config.name, row_results(plan, runner, estimates), published))
+        console.print(console_results(config.name, row_results(plan, runner, estimates, counted), published))
         print(f"results: {directory}/results.html (also results.md, results.json)")
         for name, reason in runner.reasons.items():
             print(f"failed: step {name}: {reason}; the same command tries it again")
         return 1 if FAILED in runner.states.values() else 0
 
 
-def row_results(plan: SuitePlan, runner: SuiteRunner, estimates: Mapping[str, StepEstimate]) -> list[RowResult]:
-    """The rows of the table as they stand."""
+def row_results(
+    plan: SuitePlan, runner: SuiteRunner, estimates: Mapping[str, StepEstimate], counted: dict[str, Cost]
+) -> list[RowResult]:
+    """The rows of the table as they stand; `counted` remembers what steps that are done have taken, by name."""
     seconds, earlier = spent_seconds(runner.study), read_planned(runner.study)
-    price = plan.config.price_per_gpu_hour
     rows = []
     for name, row in plan.config.rows.items():
         needed = plan.all_needs(row.step)
@@ -149,8 +149,12 @@ def row_results(plan: SuitePlan, runner: SuiteRunner, estimates: Mapping[str, St
                 reason = f"step {step.name}: {runner.reasons[step.name]}" if state == FAILED else None
             key, launch = str(step.directory), step.job.launch
             planned += earlier.get(key, estimates[step.name].cost)
-            llm = getattr(step.job.config, "llm", None)
-            cost += spent(step.directory, launch.recipe, _cluster_of(step), seconds.get(key), price, llm)
+            if (taken := counted.get(step.name)) is None:  # it takes seconds to read the predictions of a whole run
+                llm = getattr(step.job.config, "llm", None)
+                used = step.directory, launch.recipe, _cluster_of(step), seconds.get(key)
+                taken = spent(*used, plan.config.price_per_gpu_hour, llm)
+                counted |= {step.name: taken} if runner.states[step.name] == DONE else {}
+            cost += taken
         training = [step.directory for step in needed if step.job.launch.recipe == TRAINING]
         evaluation = plan.steps[row.step].directory
         rows.append(

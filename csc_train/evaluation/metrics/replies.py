@@ -1,6 +1,5 @@
 """Length, variety, new numbers and placeholders of replies; the turns with the lowest scores."""
 
-import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Set
@@ -115,7 +114,6 @@ def _contexts(table: PredictionTable, find: Callable[[str], Set[str]]) -> Iterat
         seen[each.dialogue_id] = (each.turn, known | find(each.response) if each.context == "generated" else known)
 
 
-@functools.lru_cache(maxsize=2**16)
 def placeholders(text: str) -> frozenset[str]:
     """The kinds of placeholder in a text: the words in square brackets, of any width, that stand for private data.
 
@@ -135,8 +133,9 @@ def _kind(words: str) -> str:
 def _placeholder_pairs(table: PredictionTable) -> list[tuple[frozenset[str], frozenset[str]]]:
     """The kinds of placeholder of (reply, reference reply) of each turn. A bracket in the place of an unparsed strategy
     is none."""
+    find = table.cache.of(placeholders)
     return [
-        (placeholders(_LABEL.sub("", reply) if unparsed else reply), placeholders(gold))
+        (find(_LABEL.sub("", reply) if unparsed else reply), find(gold))
         for each, (reply, gold) in zip(table.predictions, table.pairs, strict=True)
         for unparsed in [each.predicts_strategy and each.strategy is None]
     ]
