@@ -46,7 +46,9 @@ from csc_train.template.dialogue_template import DialogueTemplate
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 log_to_stdout()
-LONGEST_FIRST = ("test_deepspeed.py", "test_launch.py", "test_recipes.py", "test_sweep.py", "test_validation.py")
+LONGEST_FIRST = (
+    "test_deepspeed.py", "test_launch.py", "test_recipes.py", "test_suites.py", "test_sweep.py", "test_validation.py",
+)  # fmt: skip
 ROOT = Path(__file__).parent.parent
 SMALL_TOKENIZERS = Path(__file__).parent / "data" / "tokenizers"
 REAL_TOKENIZERS = {
