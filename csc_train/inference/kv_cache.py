@@ -23,9 +23,6 @@ from csc_train.models.families import LINEAR_ATTENTION
 
 GROWTH = 64
 """Minimum columns that a full cache grows by. Growing copies the whole cache."""
-REFILL_DIVISOR = 8
-"""`DialogueCache.step` returns once this fraction (1/8) of the rows is done, since each refill costs a forward pass."""
-
 
 NUM_MARKS = 4
 """Lengths that a `RewindableCache` can go back to besides its own, in a model whose states cannot be cut back."""
@@ -315,19 +312,16 @@ class DialogueCache:
         return own
 
     def step(self) -> dict[int, list[int]]:
-        """Generate tokens until a fraction of the active rows is done (see `REFILL_DIVISOR`).
+        """Generate tokens until a row is done. New prompts share a forward pass with replies in progress.
 
         Returns:
             The reply of each row that is done.
         """
-        active = {number for number, row in enumerate(self._rows) if row.active}
-        enough = max(1, len(active) // REFILL_DIVISOR)
+        active = [number for number, row in enumerate(self._rows) if row.active]
         done = {}
-        while len(done) < enough:
-            # First only the rows with a new prompt.
-            rows = [number for number in sorted(active) if self._rows[number].num_missing > 1]
-            rows = rows or sorted(active)
-            for number, token in zip(rows, self._forward(rows), strict=True):
+        while not done:
+            active.sort(key=lambda number: (self._rows[number].num_missing == 1, number))  # new prompts first
+            for number, token in zip(active, self._forward(active), strict=True):
                 row = self._rows[number]
                 if row.num_missing:
                     continue
@@ -336,7 +330,6 @@ class DialogueCache:
                 full = len(row.ids) == min(row.prompt_length + self._max_new_tokens, self._max_length)
                 if full or token in self._stop_ids:
                     row.active = False
-                    active.discard(number)
                     done[number] = row.ids[row.prompt_length :]
         return done
 
@@ -384,35 +377,32 @@ class DialogueCache:
     def _layout(self, rows: Sequence[int], spans: Sequence[range], columns: torch.Tensor) -> _ForwardLayout:
         """Where the tokens of a forward pass stand; `columns` are those of the cache."""
         device = columns.device
-        apart = device.type in APART and max(map(len, spans)) > 1
-        ends = list(itertools.accumulate(map(len, spans)))
-        parts = [slice(index, index + 1) for index in range(len(rows))] if apart else [slice(0, len(rows))]
-        attended = [
-            self._attend(slice(ends[part.stop - 1] - sum(map(len, spans[part])), ends[part.stop - 1]), rows[part],
-                         spans[part], columns)
-            for part in parts
-        ]  # fmt: skip
+        prompts = sum(len(span) > 1 for span in spans)  # the first ones
+        starts = range(prompts) if device.type in APART else [0] * (prompts > 0)
+        starts, token, attended = [*starts, *[prompts] * (prompts < len(rows)), len(rows)], 0, []
+        for start, end in itertools.pairwise(starts):
+            tokens = slice(token, token := token + sum(map(len, spans[start:end])))
+            attended.append(self._attend(tokens, rows[start:end], spans[start:end], columns))
         numbers = torch.tensor([row for row, span in zip(rows, spans, strict=True) for _ in span], device=device)
         return _ForwardLayout(numbers, columns, attended)
 
     def _attend(self, tokens: slice, rows: Sequence[int], spans: Sequence[range], columns: torch.Tensor) -> _Attended:
         """Rows whose attention is computed together, padded to the longest; padding sees the first column."""
-        device, width, every = columns.device, max(map(len, spans)), max(rows) + 1
+        device, width, first = columns.device, max(map(len, spans)), rows[0]
         where, selected, count = range(len(rows)), torch.tensor(rows, device=device), len(rows)
-        if count == 1:
-            selected = slice(rows[0], every)
-        elif 2 * count >= every:  # all rows up to the last one, which avoids a copy
-            where, selected, count = rows, slice(0, every), every
-        places = torch.tensor(
-            [row * width + index for row, span in zip(where, spans, strict=True) for index in range(len(span))],
-            device=device,
-        )
-        seen = columns.new_zeros(count * width).index_copy_(0, places, columns[tokens]).view(count, 1, width, 1)
-        hidden = torch.arange(max(span.stop for span in spans), device=device) > seen
+        if 2 * count > rows[-1] - first:  # all rows from the first to the last one, which avoids a copy
+            where, selected = [row - first for row in rows], slice(first, rows[-1] + 1)
+            count = rows[-1] + 1 - first
+        seen, places = columns[tokens], None
+        if len(seen) < count * width:
+            places = torch.tensor(
+                [row * width + index for row, span in zip(where, spans, strict=True) for index in range(len(span))],
+                device=device,
+            )
+            seen = columns.new_zeros(count * width).index_copy_(0, places, seen)
+        hidden = torch.arange(max(span.stop for span in spans), device=device) > seen.view(count, 1, width, 1)
         mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=device).masked_fill_(hidden, -torch.inf)
-        groups = self._groups if width > 1 else 1
-        whole = len(places) == count * width
-        return _Attended(tokens, selected, None if whole else places, mask.repeat(1, 1, groups, 1))
+        return _Attended(tokens, selected, places, mask.repeat(1, 1, self._groups, 1) if width > 1 else mask)
 
     def _levels(self, segments: Sequence[tuple[range, int, int]]) -> dict[str, Any]:
         """The model's arguments for its gated delta nets; none without them.

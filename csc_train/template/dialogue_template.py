@@ -114,6 +114,8 @@ class DialogueTemplate:
         self.chat_template = load_chat_template(chat_template_name, tokenizer)
         self.tokenizer = tokenizer
         self._literal = _literal_encoder(tokenizer)
+        # A dialogue's turns are in the prompt of each later one.
+        self._cached_ids = functools.lru_cache(maxsize=8192)(self.literal_ids)
         try:
             self._find_ids()
         except ValueError as reason:
@@ -256,7 +258,7 @@ class DialogueTemplate:
         ids = list(self.prefix_ids)
         for index, turn in enumerate(history):
             if isinstance(turn, Turn):
-                speaker, content = turn.speaker, self.literal_ids(self._content(turn, index == 0))
+                speaker, content = turn.speaker, self._cached_ids(self._content(turn, index == 0))
             else:
                 speaker, content = Speaker.SUPPORTER, turn
             _, header, footer = self._frames[index == 0][speaker]
