@@ -175,7 +175,7 @@ class _Captured(Exception):
     """Holds what generates, in place of its measurement."""
 
 
-def take_generations(checkout: Path, quick: bool, onednn: bool) -> None:
+def take_generations(checkout: Path, quick: bool) -> None:
     """Answer requests on the standard input: the build, or one evaluation with a dtype and a number of threads."""
     answers, sys.stdout = sys.stdout, sys.stderr
     sys.argv = ["evaluation.py"]
@@ -192,7 +192,7 @@ def take_generations(checkout: Path, quick: bool, onednn: bool) -> None:
     def capture(actions: dict[str, Any], *_: Any, **__: Any) -> None:
         raise _Captured(actions["together"])
 
-    names |= {predict: record, "side_by_side": capture} | ({} if onednn else {"prepared": lambda model: model})
+    names |= {predict: record, "side_by_side": capture}
     template, architecture = names["demo"]()
     for dtype in ("float32", "bfloat16"):
         model = names["random_model"](architecture, "sdpa", getattr(torch, dtype))
@@ -222,10 +222,7 @@ def compare_generations(report: "Report", old: Path, rounds: int, quick: bool) -
     from measure import ratios, spread
 
     options = ["--generations", *(["--quick"] * quick)]
-    builds = {
-        "old": Build(old, *options), "new": Build(ROOT, *options),
-        "new, without oneDNN": Build(ROOT, *options, "--no-onednn"),
-    }  # fmt: skip
+    builds = {"old": Build(old, *options), "new": Build(ROOT, *options)}
     commit = builds["old"].answer("about")
     report.section(
         "generated context",
@@ -269,7 +266,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a smoke test")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "compare_builds.json")
-    for hidden in ("--steps", "--demo-steps", "--generations", "--no-onednn"):
+    for hidden in ("--steps", "--demo-steps", "--generations"):
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps:
@@ -277,7 +274,7 @@ def main() -> None:
     if options.demo_steps:
         take_demo_steps(options.checkout)
     if options.generations:
-        take_generations(options.checkout, options.quick, not options.no_onednn)
+        take_generations(options.checkout, options.quick)
     from measure import Report
 
     kept = json.loads(options.output.read_text()).get("sections", {}) if options.output.exists() else {}

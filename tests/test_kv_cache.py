@@ -100,11 +100,20 @@ def test_wrong_masks_and_copies_change_the_tokens(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(kv_cache._RowsLayer, "copy", lambda *_: None)
-        assert wrong(ended(model)) > 0
+        assert wrong(ended(model, rounds=40)) > 0
     hook = model.register_forward_pre_hook(unmasked, with_kwargs=True)
     found = ended(model)
     hook.remove()
     assert wrong(found) > 0
+    # The same for the sums by which the shared prefix and a row's own columns are weighed.
+    usual = kv_cache._attention_and_sums
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            kv_cache,
+            "_attention_and_sums",
+            lambda *args, **named: (usual(*args, **named)[0], usual(*args, **named)[1] + args[1].shape[2]),
+        )
+        assert wrong(ended(model)) > 0
 
 
 def test_wrong_states_change_the_tokens(monkeypatch):
@@ -151,7 +160,7 @@ def test_a_prompt_continues_the_longest_state_that_it_begins_with(monkeypatch):
     # A second row of the dialogue copies the state; another dialogue begins behind the prefix.
     prompts = [[*second, 530, 540], [*second, 530, 541, 542], [*PREFIX, 550]]
     expected = [continued(model, prompt) for prompt in prompts]
-    assert replies("aab", prompts) == expected and fed[0] == 2
+    assert replies("aab", prompts) == expected and fed[0] == 4
     hook.remove()
     cache = DialogueCache(model, PREFIX, STOPS, MOST)
     replies("a", [[*second, 530]])
@@ -180,6 +189,23 @@ def test_cached_tokens_are_not_computed_again():
     hook.remove()
     #      the prefix  a, b of 3, 2  2, 4, 3  1, and the last one
     assert fed == [(1, 12), (1, 5), (1, 9), (1, 2)]
+
+
+def test_new_prompts_share_a_forward_pass_with_replies_in_progress():
+    model = model_of("qwen2")
+    prompts = {"a": [*PREFIX, 500], "b": [*PREFIX, 510], "c": [*PREFIX, 520, 521, 522]}
+    first = {name: int(model(torch.tensor([ids])).logits[0, -1].argmax()) for name, ids in prompts.items()}
+    assert len(set(first.values())) == 3
+    cache = DialogueCache(model, PREFIX, [first["a"]], max_new_tokens=3)
+    assert cache.add("ab", [prompts["a"], prompts["b"]]) == [0, 1]
+    assert cache.step() == {0: []}
+    fed = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
+    assert cache.add("c", [prompts["c"]]) == [0]
+    found = cache.step()
+    hook.remove()
+    assert fed[0] == 1 + 3 and fed[1:] == [2] * (len(fed) - 1)
+    assert 1 in found and found[1][0] == first["b"]
 
 
 def test_few_active_rows_are_computed_without_the_others():

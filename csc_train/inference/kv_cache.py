@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
@@ -35,8 +36,8 @@ class _Attended(NamedTuple):
         tokens: of the forward pass.
         rows: the cache rows; a slice replaces a copy.
         places: int64 [tokens]; the place of each token among rows x width, row after row; None if they fill all.
-        mask: [rows, 1, groups x width, columns]; what is added to the scores of queries that share a key-value head.
-            Of one token a row, [rows, 1, 1, columns].
+        mask: [rows, 1, groups x width, columns behind the shared ones]; what is added to the scores of queries that
+            share a key-value head. Of one token a row, [rows, 1, 1, columns behind the shared ones].
     """
 
     tokens: slice
@@ -51,11 +52,13 @@ class _ForwardLayout(NamedTuple):
     Attributes:
         rows: int64 [tokens]; cache rows.
         columns: int64 [tokens]; cache columns.
-        attended: what attention reads.
+        shared: how many columns are the same in all rows, and seen by all tokens.
+        attended: what attention reads behind them.
     """
 
     rows: torch.Tensor
     columns: torch.Tensor
+    shared: int
     attended: list[_Attended]
 
 
@@ -71,7 +74,8 @@ def cached_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of tokens from several rows of a `DialogueCache`, for `AttentionInterface`.
 
-    Queries that share a key-value head read it once, and few rows are copied.
+    Queries that share a key-value head read it once, and few rows are copied. All queries read the shared columns once;
+    the two outputs are combined by their sums of exponentials.
 
     Args:
         query: [1, heads, tokens, head size].
@@ -80,25 +84,49 @@ def cached_attention(
     Returns:
         The output, [1, tokens, heads, head size].
     """
-    queries, shared = query[0].transpose(0, 1), key.shape[1]
-    _, heads, size = queries.shape
-    groups, output = heads // shared, queries.new_empty(queries.shape)
+    queries, shared = query[0].transpose(0, 1), cache_layout.shared
+    groups, outputs = queries.shape[1] // key.shape[1], [torch.empty_like(queries)]
+    if shared:
+        outputs.append(queries.new_empty(*queries.shape[:2], 1, dtype=torch.float32))
     for tokens, rows, places, mask in cache_layout.attended:
-        own, count = queries[tokens], len(mask)
-        width = max(1, mask.shape[2] // groups)
+        own, width = queries[tokens], max(1, mask.shape[2] // groups)
         if places is not None:
-            own = own.new_zeros(count * width, heads, size).index_copy_(0, places, own)
-        own = own.view(count, width, shared, groups, size).permute(0, 2, 3, 1, 4).reshape(count, shared, -1, size)
-        states = (buffer[rows, :, : mask.shape[-1]] for buffer in (key, value))
-        found = torch.nn.functional.scaled_dot_product_attention(own, *states, attn_mask=mask, scale=scaling)
-        found = found.view(count, shared, groups, width, size).permute(0, 3, 1, 2, 4).reshape(-1, heads, size)
-        output[tokens] = found if places is None else found.index_select(0, places)
-    return output[None], None
+            own = own.new_zeros(len(mask) * width, *own.shape[1:]).index_copy_(0, places, own)
+        own, columns = own.view(len(mask), width, *own.shape[1:]), slice(shared, shared + mask.shape[-1])
+        parts = _attention(own, key[rows, :, columns], value[rows, :, columns], mask, scaling, shared > 0)
+        for output, found in zip(outputs, parts, strict=True):
+            output[tokens] = found if places is None else found.index_select(0, places)
+    if not shared:
+        return outputs[0][None], None
+    output, logs = _attention(queries[None], key[:1, :, :shared], value[:1, :, :shared], None, scaling, sums=True)
+    return output.lerp(outputs[0], (outputs[1] - logs).sigmoid().to(output.dtype))[None], None
 
 
+def _attention(
+    queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
+    sums: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Attention of queries [rows, width, heads, head size].
+
+    Returns:
+        The output, [rows x width, heads, head size]; and with `sums` the logarithms of the sums of exponentials,
+        float32 [rows x width, heads, 1].
+    """
+    rows, width, heads, size = queries.shape
+    shape = rows, key.shape[1], heads // key.shape[1], width, -1
+    folded = queries.view(rows, width, *shape[1:3], size).permute(0, 2, 3, 1, 4).reshape(*shape[:2], -1, size)
+    if sums:
+        output, logs = _attention_and_sums(folded, key, value, attn_mask=mask, scale=scale)
+        found = [output, logs[..., None]]
+    else:
+        found = [F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)]
+    return [each.view(shape).permute(0, 3, 1, 2, 4).reshape(rows * width, heads, -1) for each in found]
+
+
+_attention_and_sums: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 APART = ("cpu",)
-"""Types of devices on which each row's new prompt is attended to alone, so that none is padded; others wait longer for
-many small products than for padding."""
+"""Types of devices on which each row's new prompt is attended to alone, so that none is padded, and the prefix once for
+all rows; others wait longer for many small products than for padding."""
 CACHED_ATTENTION = "cached_rows"
 """The implementation that a model takes for the forward passes of a `DialogueCache`."""
 AttentionInterface.register(CACHED_ATTENTION, cached_attention)
@@ -378,15 +406,20 @@ class DialogueCache:
         """Where the tokens of a forward pass stand; `columns` are those of the cache."""
         device = columns.device
         prompts = sum(len(span) > 1 for span in spans)  # the first ones
-        starts = range(prompts) if device.type in APART else [0] * (prompts > 0)
+        apart = device.type in APART
+        starts = range(prompts) if apart else [0] * (prompts > 0)
+        # Each token sees the last one of the prefix, which may be itself, among its row's columns.
+        shared = len(self._prefix_ids) - 1 if apart else 0
         starts, token, attended = [*starts, *[prompts] * (prompts < len(rows)), len(rows)], 0, []
         for start, end in itertools.pairwise(starts):
             tokens = slice(token, token := token + sum(map(len, spans[start:end])))
-            attended.append(self._attend(tokens, rows[start:end], spans[start:end], columns))
+            attended.append(self._attend(tokens, rows[start:end], spans[start:end], columns, shared))
         numbers = torch.tensor([row for row, span in zip(rows, spans, strict=True) for _ in span], device=device)
-        return _ForwardLayout(numbers, columns, attended)
+        return _ForwardLayout(numbers, columns, shared, attended)
 
-    def _attend(self, tokens: slice, rows: Sequence[int], spans: Sequence[range], columns: torch.Tensor) -> _Attended:
+    def _attend(
+        self, tokens: slice, rows: Sequence[int], spans: Sequence[range], columns: torch.Tensor, shared: int
+    ) -> _Attended:
         """Rows whose attention is computed together, padded to the longest; padding sees the first column."""
         device, width, first = columns.device, max(map(len, spans)), rows[0]
         where, selected, count = range(len(rows)), torch.tensor(rows, device=device), len(rows)
@@ -399,8 +432,8 @@ class DialogueCache:
                 [row * width + index for row, span in zip(where, spans, strict=True) for index in range(len(span))],
                 device=device,
             )
-            seen = columns.new_zeros(count * width).index_copy_(0, places, seen)
-        hidden = torch.arange(max(span.stop for span in spans), device=device) > seen.view(count, 1, width, 1)
+            seen = columns.new_full([count * width], shared).index_copy_(0, places, seen)
+        hidden = torch.arange(shared, max(span.stop for span in spans), device=device) > seen.view(count, 1, width, 1)
         mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=device).masked_fill_(hidden, -torch.inf)
         return _Attended(tokens, selected, places, mask.repeat(1, 1, self._groups, 1) if width > 1 else mask)
 
