@@ -125,8 +125,8 @@ def _attention(
 
 _attention_and_sums: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 APART = ("cpu",)
-"""Types of devices on which each row's new prompt is attended to alone, so that none is padded, and the prefix once for
-all rows; others wait longer for many small products than for padding."""
+"""Types of devices on which each row's new prompt is attended to alone, so that none is padded, and in float32 the
+prefix once for all rows; others wait longer for many small products than for padding."""
 CACHED_ATTENTION = "cached_rows"
 """The implementation that a model takes for the forward passes of a `DialogueCache`."""
 AttentionInterface.register(CACHED_ATTENTION, cached_attention)
@@ -408,8 +408,9 @@ class DialogueCache:
         prompts = sum(len(span) > 1 for span in spans)  # the first ones
         apart = device.type in APART
         starts = range(prompts) if apart else [0] * (prompts > 0)
-        # Each token sees the last one of the prefix, which may be itself, among its row's columns.
-        shared = len(self._prefix_ids) - 1 if apart else 0
+        # Each token sees the last one of the prefix, which may be itself, among its row's columns. In half precision both
+        # parts would be rounded before they are combined.
+        shared = len(self._prefix_ids) - 1 if apart and self._model.dtype == torch.float32 else 0
         starts, token, attended = [*starts, *[prompts] * (prompts < len(rows)), len(rows)], 0, []
         for start, end in itertools.pairwise(starts):
             tokens = slice(token, token := token + sum(map(len, spans[start:end])))
