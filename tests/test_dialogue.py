@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from processes import TIMEOUT_S
 
+from csc_train.data.chats import check_chat
 from csc_train.data.dialogue import Dialogue, Speaker, Turn, accept_sets_digest, data_digest
 from csc_train.data.readers import ReadReport, iter_dialogues, read_accept_sets, read_dialogues, write_dialogues
 from csc_train.data.strategies import STRATEGIES
@@ -716,3 +717,52 @@ def test_a_data_set_id_is_loaded_by_datasets(tmp_path, hub):
     refused = f"DianJin/none: cannot load the data set from the Hugging Face hub: {why} and the cache has no copy"
     assert missing == ([] if hub == "answers" else [refused])
     listening.close()
+
+
+def write_chats(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat_messages(*texts, roles=("user", "assistant")):
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def test_chats_are_read_with_their_own_system_prompt_and_read_back_as_written(tmp_path):
+    system = {"role": "system", "content": " Be brief. "}
+    twice = [*chat_messages("Hi"), *chat_messages("there", "Hello!")]
+    rows = (
+        {"id": "a", "messages": [system, *chat_messages("2+2?", "4")], "tag": 1},
+        {"messages": chat_messages("Hi", "Hello!")},
+        {"id": 3, "messages": twice, "dialogue": "a column like any other"},
+    )
+    report = ReadReport("chats")
+    chats = list(iter_dialogues(write_chats(tmp_path / "a.jsonl", *rows), check=check_chat, report=report))
+    first, _, joined = chats
+    assert [(chat.kind, chat.system) for chat in chats] == [("chat", "Be brief."), ("chat", ""), ("chat", "")]
+    assert first.extra == {"tag": 1} and joined.extra == {"dialogue": "a column like any other"}
+    assert [turn.text for turn in joined.turns] == ["Hi there", "Hello!"] and report.merged == 1
+    assert all(turn.strategy is None for chat in chats for turn in chat.turns)
+    again = write_chats(tmp_path / "b.jsonl", *(chat.row() for chat in chats))
+    assert read_dialogues(again, check=check_chat) == chats
+    assert data_digest(chats) == data_digest(read_dialogues(again, check=check_chat))
+    other = Dialogue(first.id, first.turns, kind="chat", system="Be long.")
+    assert len({first.fingerprint, other.fingerprint, Dialogue("a", first.turns).fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"dialogue": []}, "field messages: missing"),
+        ({"messages": {}}, "field messages: not a list"),
+        ({"messages": ["Hi"]}, "turn 1, field turn: not an object (str)"),
+        ({"messages": chat_messages("a", "b", roles=("user", "tool"))}, "turn 2, field role: unknown role ('tool')"),
+        ({"messages": chat_messages("a", "b", roles=("user", "system"))}, "turn 2, field role: only the first message"),
+        ({"messages": chat_messages("a", " ")}, "turn 2, field content: empty"),
+        ({"messages": chat_messages("a", None)}, "turn 2, field content: not a text (NoneType)"),
+        ({"messages": chat_messages("a")}, "field dialogue: no supporter turn"),
+    ],
+)
+def test_a_bad_chat_is_rejected_with_its_place(tmp_path, row, reason):
+    with pytest.raises(InputError, match=re.escape(f"row 1, {reason}")):
+        read_dialogues(write_chats(tmp_path / "a.jsonl", row), check=check_chat)

@@ -40,6 +40,10 @@ class Speaker(Enum):
         return getattr(get_language(language), self.name.lower())
 
 
+ROLES = {Speaker.SUPPORTER: "assistant", Speaker.CUSTOMER: "user"}
+"""The roles of chat messages, by speaker."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One utterance. `text` has no outer white space; `strategy` is set on supporter turns and None otherwise.
@@ -69,18 +73,23 @@ class Dialogue:
         id: the dialogue's name in every output.
         source: the data set that it belongs to.
         extra: all other columns of its row.
+        kind: "csc", customer support with strategies, or "chat", an ordinary chat, whose turns have none.
+        system: the system prompt of a chat; empty for none.
     """
 
     id: str
     turns: tuple[Turn, ...]
     source: str = ""
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    kind: str = "csc"
+    system: str = ""
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of speakers, strategies and texts: equal for equal conversations, whatever their ids and accept
-        sets."""
-        return digest([[t.speaker.value, t.strategy.number if t.strategy else 0, t.text] for t in self.turns])
+        sets. For a chat also of kind and system prompt."""
+        turns = [[t.speaker.value, t.strategy.number if t.strategy else 0, t.text] for t in self.turns]
+        return digest(turns if self.kind == "csc" else [self.kind, self.system, turns])
 
     @property
     def supporter_turns(self) -> list[int]:
@@ -93,7 +102,11 @@ class Dialogue:
         return "\n".join(turn.text for turn in self.turns)
 
     def row(self) -> dict[str, Any]:
-        """The row of a dialogue file that reads back as this dialogue."""
+        """The row of a dialogue file, or of a file of chats, that reads back as this dialogue."""
+        if self.kind == "chat":
+            messages = [{"role": "system", "content": self.system}] if self.system else []
+            messages += [{"role": ROLES[turn.speaker], "content": turn.text} for turn in self.turns]
+            return {"id": self.id, "messages": messages, "source": self.source, **self.extra}
         turns = [
             {"speaker": t.speaker.value, "strategy": t.strategy.label if t.strategy else "", "text": t.text}
             | ({"accepted": [each.label for each in t.accepted]} if t.accepted else {})

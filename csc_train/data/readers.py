@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ _MEDIA = re.compile(r"<\|(?:vision|image|video|audio)_\w+\|>")
 """Control strings that stand for an image, a video or sound."""
 _MEDIA_PART = re.compile(r'"(?:input_)?(?:image|video|audio)(?:_url)?"')
 """Type or name of a part of a message that holds one."""
+TURN_COLUMNS = {"csc": "dialogue", "chat": "messages"}
+"""The column of a row that holds its turns, by kind of dialogue."""
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -107,6 +109,7 @@ def iter_dialogues(
     strict: bool = False,
     report: ReadReport | None = None,
     merge: bool = True,
+    check: "RowCheck | None" = None,
 ) -> Iterator[Dialogue]:
     """Read dialogues one by one from a `.json` list, a `.jsonl` or `.parquet` file, or a Hugging Face data set.
 
@@ -117,6 +120,7 @@ def iter_dialogues(
         strict: stop at the first bad row; otherwise bad rows are collected in `report`.
         report: filled while reading.
         merge: join consecutive turns of one speaker; otherwise such a row is bad.
+        check: turns a row into a dialogue: `check_row` (the default), or `chats.check_chat`.
 
     Raises:
         InputError: the file is missing or unreadable as a whole; no row has the wanted source (the message lists the
@@ -129,7 +133,7 @@ def iter_dialogues(
         if source is not None and isinstance(record, dict) and _text(record.get("source")) != source:
             report.other_sources[_text(record.get("source"))] += 1
             continue
-        dialogue, issues = _check(record, seen, merge)
+        dialogue, issues = (check or check_row)(record, seen, merge)
         if dialogue is None:
             raw = record.text if isinstance(record, BadLine) else record
             rejected = RejectedRow(str(file), number, tuple(issues), raw)
@@ -138,7 +142,7 @@ def iter_dialogues(
                 raise InputError(str(rejected))
             continue
         report.accepted += 1
-        if joined := len(record["dialogue"]) - len(dialogue.turns):
+        if joined := len(record[TURN_COLUMNS[dialogue.kind]]) - bool(dialogue.system) - len(dialogue.turns):
             report.merged, report.merged_turns = report.merged + 1, report.merged_turns + joined
         yield dialogue
     if report.accepted == 0:
@@ -157,6 +161,7 @@ def read_dialogues(
     strict: bool = False,
     rejected_path: str | os.PathLike | None = None,
     merge: bool = True,
+    check: "RowCheck | None" = None,
 ) -> list[Dialogue]:
     """Read all dialogues of `path` (see `iter_dialogues`).
 
@@ -167,7 +172,7 @@ def read_dialogues(
     """
     report = ReadReport(str(path))
     try:
-        return list(iter_dialogues(path, source=source, strict=strict, report=report, merge=merge))
+        return list(iter_dialogues(path, source=source, strict=strict, report=report, merge=merge, check=check))
     finally:
         rejected = report.rejected and not strict
         if rejected or report.merged:
@@ -322,17 +327,38 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _check(record: Any, seen: Counter[str], merge: bool) -> tuple[Dialogue | None, list[ValidationIssue]]:
-    """Turn a row into a dialogue, or list its issues. `seen` counts the ids given so far."""
+RowCheck = Callable[[Any, Counter[str], bool], tuple[Dialogue | None, list[ValidationIssue]]]
+"""Turns a row into a dialogue, or lists its issues; see `check_row`."""
+
+
+def _csc_turns(record: dict[str, Any], issues: list[ValidationIssue]) -> tuple[list[Turn | None], str]:
+    rows = record.get("dialogue")
+    if not isinstance(rows, list):
+        issues.append(ValidationIssue(None, "dialogue", "missing" if rows is None else "not a list"))
+        return [], ""
+    return [_check_turn(number, row, issues) for number, row in enumerate(rows, start=1)], ""
+
+
+def check_row(
+    record: Any,
+    seen: Counter[str],
+    merge: bool,
+    kind: str = "csc",
+    read_turns: Callable[[dict[str, Any], list[ValidationIssue]], tuple[list[Any], str]] = _csc_turns,
+) -> tuple[Dialogue | None, list[ValidationIssue]]:
+    """Turn a row into a dialogue, or list its issues.
+
+    Args:
+        seen: counts the ids given so far.
+        merge: join consecutive turns of one speaker.
+        read_turns: finds the turns and the system prompt of a row of this kind, or adds issues.
+    """
     if isinstance(record, BadLine):
         return None, [ValidationIssue(None, "row", "broken JSON", record.reason)]
     if not isinstance(record, dict):
         return None, [ValidationIssue(None, "row", "not an object", type(record).__name__)]
-    rows = record.get("dialogue")
-    if not isinstance(rows, list):
-        return None, [ValidationIssue(None, "dialogue", "missing" if rows is None else "not a list")]
     issues: list[ValidationIssue] = []
-    turns = [_check_turn(number, row, issues) for number, row in enumerate(rows, start=1)]
+    turns, system = read_turns(record, issues)
     if not issues and merge:
         turns = [_joined(together, text) for together, text in join_speakers(turns)]
     if not issues:
@@ -340,12 +366,12 @@ def _check(record: Any, seen: Counter[str], merge: bool) -> tuple[Dialogue | Non
     for name, value in record.items():
         if name in ("id", "source") and not isinstance(value, str | int | None):
             issues.append(ValidationIssue(None, name, "not a text", type(value).__name__))
-        elif name != "dialogue" and has_surrogate(json.dumps([name, value], ensure_ascii=False, default=str)):
+        elif name != TURN_COLUMNS[kind] and has_surrogate(json.dumps([name, value], ensure_ascii=False, default=str)):
             issues.append(ValidationIssue(None, ascii(name)[1:-1], SURROGATE))
     if issues:
         return None, issues
-    extra = {key: value for key, value in record.items() if key not in ("id", "dialogue", "source")}
-    dialogue = Dialogue(_text(record.get("id")), tuple(turns), _text(record.get("source")), extra)
+    extra = {key: value for key, value in record.items() if key not in ("id", "source", TURN_COLUMNS[kind])}
+    dialogue = Dialogue(_text(record.get("id")), tuple(turns), _text(record.get("source")), extra, kind, system)
     given = bool(dialogue.id)
     name = dialogue.id or dialogue.fingerprint[:16]
     seen[name] += 1
@@ -354,7 +380,25 @@ def _check(record: Any, seen: Counter[str], merge: bool) -> tuple[Dialogue | Non
             return None, [ValidationIssue(None, "id", "used by an earlier row", repr(name))]
         name = f"{name}-{seen[name]}"
         seen[name] += 1
-    return Dialogue(name, dialogue.turns, dialogue.source, extra), []
+    return replace(dialogue, id=name), []
+
+
+def check_text(number: int, field: str, text: Any, issues: list[ValidationIssue]) -> str:
+    """The text of a turn without outer white space, or "" and one issue more."""
+    media = _MEDIA.search(text) if isinstance(text, str) else _MEDIA_PART.search(json.dumps(text, default=str))
+    if media:
+        issues.append(
+            ValidationIssue(number, field, "image, video or sound: only text is trained: take it out", media[0])
+        )
+    elif not isinstance(text, str):
+        issues.append(ValidationIssue(number, field, "not a text", type(text).__name__))
+    elif is_blank(text):
+        issues.append(ValidationIssue(number, field, "empty"))
+    elif has_surrogate(text):
+        issues.append(ValidationIssue(number, field, SURROGATE))
+    else:
+        return text.strip()
+    return ""
 
 
 def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | None:
@@ -367,18 +411,7 @@ def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | 
         speaker = Speaker.parse(row.get("speaker"))
     except ValueError:
         issues.append(ValidationIssue(number, "speaker", "unknown speaker", repr(row.get("speaker"))))
-    text = row.get("text")
-    media = _MEDIA.search(text) if isinstance(text, str) else _MEDIA_PART.search(json.dumps(text, default=str))
-    if media:
-        issues.append(
-            ValidationIssue(number, "text", "image, video or sound: only text is trained: take it out", media[0])
-        )
-    elif not isinstance(text, str):
-        issues.append(ValidationIssue(number, "text", "not a text", type(text).__name__))
-    elif is_blank(text):
-        issues.append(ValidationIssue(number, "text", "empty"))
-    elif has_surrogate(text):
-        issues.append(ValidationIssue(number, "text", SURROGATE))
+    text = check_text(number, "text", row.get("text"), issues)
     label = strip_invisible(_text(row.get("strategy")))
     others = row.get("accepted")
     if speaker is Speaker.SUPPORTER:
@@ -391,7 +424,7 @@ def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | 
         for name, value in {"strategy": label, "accepted": others}.items():
             if value not in ("", None, []):
                 issues.append(ValidationIssue(number, name, "given on a customer turn", repr(value)))
-    return Turn(speaker, text.strip(), strategy, accepted) if len(issues) == before else None
+    return Turn(speaker, text, strategy, accepted) if len(issues) == before else None
 
 
 def _parse_label(number: int | None, name: str, label: str, issues: list[ValidationIssue]) -> Strategy | None:

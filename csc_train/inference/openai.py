@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from csc_train.data.dialogue import Turn
+from csc_train.data.dialogue import ROLES, Turn
 from csc_train.data.languages import get_language
 from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
@@ -17,7 +17,7 @@ from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_messages, labelled_text
 from csc_train.template.reply import parse_reply
-from csc_train.template.segments import LAYOUTS, ROLES, Layout
+from csc_train.template.segments import LAYOUTS, Layout
 from csc_train.template.system_prompt import system_prompt
 
 

@@ -17,7 +17,7 @@ import numpy
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.dialogue import ROLES, Dialogue, Speaker, Turn
 from csc_train.data.languages import get_language
 from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
@@ -25,7 +25,7 @@ from csc_train.files import digest
 from csc_train.template.chat_templates import AUTO, chat_template_names, load_chat_template
 from csc_train.template.config import TemplateConfig
 from csc_train.template.reply import Reply, format_reply, parse_reply
-from csc_train.template.segments import LAYOUTS, ROLES, Layout, Messages, find_segments
+from csc_train.template.segments import LAYOUTS, Layout, Messages, find_segments
 from csc_train.template.system_prompt import system_prompt
 
 logger = logging.getLogger(__name__)

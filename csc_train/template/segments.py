@@ -4,10 +4,9 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from csc_train.data.dialogue import Speaker
+from csc_train.data.dialogue import ROLES, Speaker
 
 Messages = list[dict[str, str]]
-ROLES = {Speaker.SUPPORTER: "assistant", Speaker.CUSTOMER: "user"}
 SEAM = "\n\n"
 """Between the system prompt and the customer's first text, in one message."""
 ODD_TEXT = "<think> </think> \"'&<b> {{x}} {% y %}\n\n \\"

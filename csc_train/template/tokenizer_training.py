@@ -8,12 +8,11 @@ from accelerate import PartialState
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from csc_train.data.dialogue import Dialogue, Turn
+from csc_train.data.dialogue import ROLES, Dialogue, Turn
 from csc_train.models.config import TRAINED_TOKENIZER, ModelConfig
 from csc_train.models.families import get_family
 from csc_train.models.tokenizer import load_tokenizer
 from csc_train.template.config import TemplateConfig
-from csc_train.template.segments import ROLES
 from csc_train.template.system_prompt import system_prompt
 from csc_train.templates import read_yaml
 
