@@ -7,6 +7,18 @@ INVISIBLE = r"\s\p{Z}\p{Cc}\p{Default_Ignorable_Code_Point}\u2800"
 _BLANK = regex.compile(f"[{INVISIBLE}]*")
 _OUTER = regex.compile(rf"\A[{INVISIBLE}]+|[{INVISIBLE}]+\Z")
 
+_HIDDEN = regex.compile(
+    r"[\p{Default_Ignorable_Code_Point}\p{Cc}\u2800--\t\n\r\ufe0e\ufe0f\u200c\u200d\U000e0020-\U000e007f]"
+    r"|(?<![\p{Extended_Pictographic}\p{Emoji_Modifier}\p{M}\p{Script=Arabic}])[\u200c\u200d]",
+    regex.V1,
+)
+"""Joiners and selectors are no fault inside an emoji, and a joiner is none inside Arabic and Indic words."""
+
+
+def find_hidden(text: str) -> list[str]:
+    """The characters of a text that nobody sees and that change its tokens: zero width, directions, controls."""
+    return _HIDDEN.findall(text)
+
 
 def is_blank(text: str) -> bool:
     """Whether a text shows nothing: it is empty, or all its characters are invisible."""

@@ -86,6 +86,7 @@ CASES = {
     ]),
     "compare": Case(["recipes/compare.py", "one", "other", "run.directory=run", REUSE]),
     "compare_runs": Case(["recipes/compare_runs.py", "trained", "run.directory=run", REUSE]),
+    "inspect_data": Case(["recipes/inspect_data.py", "path=train.jsonl", "run.directory=run", REUSE]),
     "human_eval_export": Case(["recipes/human_eval.py", "export", "one", "other", "run.directory=run", REUSE]),
     "human_eval_import": Case(
         ["recipes/human_eval.py", "import", "anna.json", "key=form/key.json", "run.directory=run", REUSE]

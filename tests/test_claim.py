@@ -40,6 +40,7 @@ RECIPES = {
     "judge": ["one", "two", "llm=mock"],
     "compare": ["one", "two"],
     "compare_runs": ["one"],
+    "inspect_data": ["path=one"],
     "synthesize_rolecs": ["llm=mock", "target=2"],
     "build_csconv": ["llm=mock"],
     "human_eval": ["export", "one", "two"],

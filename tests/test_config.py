@@ -62,6 +62,7 @@ Of Qwen3.5, 3.6 and 3.8 the text part, which with that of vision gives the publi
 REQUIRED = {
     "sft": [],
     "prepare": [],
+    "inspect_data": [],
     "preflight": [],
     "export": ["source=runs/x", "output=y"],
     "evaluate": ["checkpoint=runs/x/model"],

@@ -66,6 +66,9 @@ RULES = {
         "config", "data", "models", "template", "tokenized_cache", "packing", "checkpoints", "tracking", "training",
         "runs",
     },
+    "inspection": LEAVES | {
+        "config", "data", "models", "template", "tokenized_cache", "packing", "synthesis", "evaluation",
+    },
     "suites": LEAVES | {
         "config", "data", "models", "template", "checkpoints", "llm", "training", "inference", "evaluation", "runs",
         "launching",

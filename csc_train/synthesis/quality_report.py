@@ -60,7 +60,7 @@ def quality_report(
         Plain values for JSON; parts without data are None or empty.
     """
     sides = {"set": dialogues} | ({"reference": reference} if reference else {})
-    counts = {name: _strategy_counts(side) for name, side in sides.items()}
+    counts = {name: strategy_counts(side) for name, side in sides.items()}
     return {
         "dialogues": {name: len(side) for name, side in sides.items()},
         **{table: {name: side[table].tolist() for name, side in counts.items()} for table in counts["set"]},
@@ -92,19 +92,19 @@ def write_quality_report(
         InputError: the directory cannot be written.
     """
     write_json(Path(directory) / "quality.json", report)
-    values = {"report": report, "title": title, "strategies": STRATEGIES, "reached": _REACHED, "plain": _plain}
+    values = {"report": report, "title": title, "strategies": STRATEGIES, "reached": _REACHED, "plain": plain_number}
     values["language"] = language
     write_text(Path(directory) / "quality.html", render(__package__, "quality_report.html.jinja", **values))
 
 
-def _plain(value: float | None) -> str:
-    """A number as text for the page."""
+def plain_number(value: float | None) -> str:
+    """A number as text for a page; n/a for None."""
     if value is None:
         return "n/a"
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:,.3g}"
 
 
-def _strategy_counts(dialogues: Sequence[Dialogue]) -> dict[str, numpy.ndarray]:
+def strategy_counts(dialogues: Sequence[Dialogue]) -> dict[str, numpy.ndarray]:
     """Tables of supporter turns, the last axis by strategy.
 
     strategies: int [12]. stage_by_strategy: int [6, 12], by the stage reached before; row 0 is no stage yet, and the
@@ -143,14 +143,15 @@ def jensen_shannon(one: numpy.ndarray, other: numpy.ndarray) -> float | None:
 def _lengths(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     """Summaries of utterances per dialogue and characters per utterance, and a histogram of the former."""
     utterances = [len(dialogue.turns) for dialogue in dialogues]
-    found = {"utterances per dialogue": _summary(utterances)}
+    found = {"utterances per dialogue": summarize_lengths(utterances)}
     for speaker in Speaker:
         texts = [turn.text for dialogue in dialogues for turn in dialogue.turns if turn.speaker is speaker]
-        found[f"characters per {speaker.name.lower()} utterance"] = _summary([len(text) for text in texts])
+        found[f"characters per {speaker.name.lower()} utterance"] = summarize_lengths([len(text) for text in texts])
     return {"summary": found, "histogram": sorted(Counter(utterances).items())}
 
 
-def _summary(values: Sequence[int]) -> dict[str, float] | None:
+def summarize_lengths(values: Sequence[int]) -> dict[str, float] | None:
+    """Mean, min, p5, median, p95 and max of lengths; None if there are none."""
     if not values:
         return None
     quantiles = zip(("p5", "median", "p95"), numpy.quantile(values, [0.05, 0.5, 0.95]).tolist(), strict=True)

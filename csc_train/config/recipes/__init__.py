@@ -5,6 +5,7 @@ import importlib
 SCHEMAS = {
     "sft": "csc_train.config.recipes.training:SftRecipe",
     "prepare": "csc_train.config.recipes.training:PrepareRecipe",
+    "inspect_data": "csc_train.config.recipes.training:InspectDataRecipe",
     "preflight": "csc_train.config.recipes.training:PreflightRecipe",
     "export": "csc_train.checkpoints.config:ExportConfig",
     "evaluate": "csc_train.config.recipes.evaluation:EvaluateRecipe",

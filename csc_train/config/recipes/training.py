@@ -1,12 +1,12 @@
 """Schemas of the recipes around a training: data, preparation, checks, launching, comparison."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from omegaconf import MISSING
 
 from csc_train.config.cluster import ClusterConfig, OnFinishConfig, PreflightConfig, SweepConfig
 from csc_train.config.suite import STEP_RECIPES, SuiteConfig
-from csc_train.data.config import DataConfig
+from csc_train.data.config import DataConfig, DialogueSourceConfig
 from csc_train.errors import InputError, check_fields
 from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.packing.config import LossConfig, PackingConfig
@@ -72,6 +72,33 @@ class PreflightRecipe(SftRecipe):
     """The machines of the job."""
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     """The checks before the start."""
+
+
+@dataclass
+class InspectDataRecipe(SftRecipe):
+    """Configuration of recipes/inspect_data.py: dialogues, and the training that they are for."""
+
+    path: str | None = None
+    """The dialogues to look at; a file, a folder or a hub data set as `data.train.path`, which is the default."""
+    evaluation_path: str | None = None
+    """The evaluation dialogues to search for; defaults to `data.evaluation.path`."""
+    reference_path: str | None = None
+    """Dialogues whose shares of strategies are shown for comparison, such as RoleCS."""
+    reference_source: str | None = None
+    """Take only the reference rows with this `source`; null takes all."""
+    samples: int = 10
+    """Dialogues to show token by token: the longest, the shortest, and others drawn by `data.seed`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields("", self, "samples", low=0, high=100)
+        if self.path is not None:
+            self.data = replace(
+                self.data, train=DialogueSourceConfig(self.path), evaluation=DialogueSourceConfig(self.evaluation_path)
+            )
+            self.data.sample_dialogues = None
+        elif self.evaluation_path is not None:
+            self.data = replace(self.data, evaluation=DialogueSourceConfig(self.evaluation_path))
 
 
 @dataclass

@@ -1,0 +1,169 @@
+"""A look at dialogues before a training: every number of a file with planted faults, a clean file, and the page."""
+
+import json
+
+import pytest
+from conftest import SMALL_TOKENIZERS, load_recipe, small_tokenizer
+
+from csc_train.config.compose import compose
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.sample_grammar import generate_sample
+from csc_train.data.strategies import STRATEGIES
+from csc_train.inspection.text_faults import find_text_faults
+from csc_train.invisible import find_hidden
+from csc_train.jsonl import write_jsonl
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+
+PHONE = "13912345678"
+MOJIBAKE = "您好".encode().decode("gbk")
+
+
+def said(dialogue, place, text):
+    """A row of a dialogue with another text at one place."""
+    row = dialogue.row()
+    row["dialogue"][place] = row["dialogue"][place] | {"text": text}
+    return row
+
+
+@pytest.fixture(scope="module")
+def template():
+    return DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
+
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory, template):
+    """Looks at rows, in a folder of its own: the report, and the folder with the page."""
+
+    def look(rows, *overrides, evaluation=()):
+        folder = tmp_path_factory.mktemp("look")
+        write_jsonl(folder / "data.jsonl", rows)
+        if evaluation:
+            write_jsonl(folder / "evaluation.jsonl", [each.row() for each in evaluation])
+            overrides += (f"evaluation_path={folder}/evaluation.jsonl",)
+        tokenizer = f"model.tokenizer={SMALL_TOKENIZERS / 'qwen2'}"
+        config = compose("inspect_data", [
+            f"path={folder}/data.jsonl", tokenizer, "model.chat_template=qwen2_5", f"run.directory={folder}/run",
+            f"tokenization.cache_dir={folder}/cache", *overrides,
+        ])  # fmt: skip
+        load_recipe("inspect_data").main(config)
+        return json.loads((folder / "run" / "inspection.json").read_text(encoding="utf-8")), folder / "run"
+
+    return look
+
+
+def length(template, dialogue):
+    """The tokens of the rendered chat template."""
+    return len(template.tokenizer.encode(template.render(dialogue.turns), add_special_tokens=False))
+
+
+@pytest.fixture(scope="module")
+def planted(looked, template):
+    """The report of ten rows, each but the first with one planted fault, the folder, and the dialogues of the rows."""
+    dialogues = sorted(generate_sample(40, 3), key=lambda each: (length(template, each), each.id))
+    shared, *others = dialogues[:8]
+    long = Dialogue("long", dialogues[-1].turns)
+    joined = others[6].row()
+    joined["dialogue"].append(joined["dialogue"][-1] | {"text": "再见。"})
+    if joined["dialogue"][-2]["speaker"] == Speaker.CUSTOMER.value:
+        joined["dialogue"][-1] |= {"strategy": ""}
+    wrong = others[5].row()
+    wrong["dialogue"][0]["strategy"] = "策略99"
+    first = others[0].row()
+    rows = [
+        first,
+        first | {"id": "copy"},
+        said(others[0], 1, others[0].turns[1].text + "嗯") | {"id": "like"},
+        said(others[1], 2, f"{MOJIBAKE}，请\u200b稍等。"),
+        said(others[2], 1, f"我的电话是{PHONE}，请回电。"),
+        shared.row(),
+        long.row(),
+        joined,
+        wrong,
+        others[4].row(),
+    ]
+    limit = length(template, long) - 1
+    report, folder = looked(rows, f"packing.max_length={limit}", evaluation=[Dialogue("test", shared.turns), others[3]])
+    return report, folder, dialogues, limit
+
+
+def test_every_planted_fault_is_counted_at_its_place(planted, template):
+    report, folder, dialogues, limit = planted
+    others = dialogues[1:8]
+    reading = report["reading"]
+    assert {name: reading[name] for name in ("rows", "accepted", "rejected", "joined_rows", "joined_turns")} == {
+        "rows": 10, "accepted": 9, "rejected": 1, "joined_rows": 1, "joined_turns": 1,
+    }  # fmt: skip
+    (reason,) = reading["reasons"].items()
+    assert reason[0] == "strategy: unknown strategy" and reason[1]["rows"] == 1 and "row 9, turn 1" in reason[1]["first"]
+    assert json.loads((folder / "rejected.jsonl").read_text())["row"] == 9
+    assert report["repeats"]["exact"] == [
+        {"row": 2, "dialogue": "copy", "earlier_row": 1, "earlier": others[0].id, "similarity": 1.0}
+    ]
+    (near,) = report["repeats"]["near"]
+    assert (near["row"], near["earlier_row"]) == (3, 1) and 0.8 <= near["similarity"] < 1
+    place = {"row": 4, "dialogue": others[1].id, "turn": 3}
+    assert report["faults"] == [
+        place | {"kind": "mojibake", "detail": f"{MOJIBAKE} (您好)"},
+        place | {"kind": "invisible character", "detail": "zero width space"},
+    ]
+    assert report["private"] == [
+        {"row": 5, "dialogue": others[2].id, "turn": 2, "kind": "phone number", "detail": "我的电话是████，请回电。"}
+    ]
+    (overlap,) = report["overlap"]["overlaps"][:1]
+    assert (overlap["evaluation_id"], overlap["train_id"], overlap["kind"]) == ("test", dialogues[0].id, "exact")
+    assert {each["evaluation_id"] for each in report["overlap"]["overlaps"]} == {"test"}
+    assert report["tokens"]["over"] == [7] and report["tokens"]["packing"]["truncated"] == 1
+    longest = report["tokens"]["longest"][0]
+    assert longest == {"row": 7, "dialogue": "long", "tokens": limit + 1, "turns": len(dialogues[-1].turns)} | {
+        "cut_turns": longest["cut_turns"]
+    }
+    assert longest["cut_turns"] > 0
+    assert report["attention"] == [
+        "Rejected rows: 1 of 10",
+        "Private data: 1 (phone number 1)",
+        "Broken texts: 2 (mojibake 1, invisible character 1)",
+        "Evaluation dialogues that are also here: 1 of 2",
+        "Exact duplicates: 1",
+        "Near duplicates: 1",
+        f"Dialogues truncated at packing.max_length={limit:,}: 1",
+    ]
+
+
+def test_private_data_are_on_no_file_of_the_run(planted):
+    for file in planted[1].iterdir():
+        assert PHONE.encode() not in file.read_bytes(), file
+
+
+def test_a_clean_file_has_nothing_to_look_at(looked, template):
+    # Controls: texts that are odd and right, and two dialogues of a topic that are not alike.
+    one, other = generate_sample(2, 5)
+    odd = "👨\u200d👩\u200d👧 ❤️ café，单号13912345678，已处理。朱镕基"
+    every = [Turn(Speaker.SUPPORTER if number % 2 else Speaker.CUSTOMER, f"第{number}句。", STRATEGIES[number // 2] if number % 2 else None)
+             for number in range(24)]  # fmt: skip
+    report, folder = looked(
+        [said(one, 1, odd), other.row(), Dialogue("all", tuple(every)).row()],
+        "packing.max_length=4096", "samples=2", evaluation=generate_sample(2, 99),
+    )  # fmt: skip
+    assert report["attention"] == [] and not (folder / "rejected.jsonl").exists()
+    lengths = [length(template, each) for each in (Dialogue("", tuple(Turn(t.speaker, odd if n == 1 else t.text, t.strategy) for n, t in enumerate(one.turns))), other, Dialogue("", tuple(every)))]  # fmt: skip
+    found = report["tokens"]["lengths"]["tokens per dialogue"]["summary"]
+    assert (found["min"], found["max"], found["mean"]) == (min(lengths), max(lengths), sum(lengths) / 3)
+    assert report["turns"]["summary"]["min"] == min(map(len, (one.turns, other.turns, every)))
+    counts = report["strategies"]["strategies"]["set"]
+    by_hand = [sum(t.strategy is each for turns in (one.turns, other.turns, every) for t in turns) for each in STRATEGIES]
+    assert counts == by_hand and report["supporter_turns"] == sum(by_hand)
+    assert report["strategies"]["stages"]["set"] == [
+        sum(by_hand[0:2]), sum(by_hand[2:5]), sum(by_hand[5:7]), sum(by_hand[7:9]), sum(by_hand[9:11]), by_hand[11]
+    ]  # fmt: skip
+
+
+def test_mojibake_is_told_from_odd_texts():
+    for broken, was in [("cafÃ©", "é"), ("æ‚¨å¥½", "您好"), (MOJIBAKE, "您好"), ("ÐŸÑ€Ð¸", "При")]:
+        (fault,) = find_text_faults(f"a {broken} b")
+        assert fault.kind == "mojibake" and fault.detail.endswith(f"({was})")
+    for lost in ("您�好", "锟斤拷"):
+        assert [each.kind for each in find_text_faults(lost)] == ["replacement character"]
+    for right in ("café “DÜ” — naïve", "«Éric»", "±5 °C，¥¥100", "朱镕基、囍、堃", "联通", "ไทย العربية", "唯蘸芦堃", "👍🏽❤️"):
+        assert find_text_faults(right) == []
+    assert find_hidden("a\u200bb\ufeffc\u202e\x07\n\t") == ["\u200b", "\ufeff", "\u202e", "\x07"]
