@@ -308,6 +308,7 @@ def nested_key(recipe):
     return {
         "sft": "packing.max_length",
         "prepare": "tokenization.num_workers",
+        "inspect_data": "packing.max_length",
         "preflight": "cluster.nodes",
         "evaluate": "evaluation.batch_size",
         "compare": "metrics.batch_size",

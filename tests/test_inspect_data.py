@@ -1,6 +1,8 @@
 """A look at dialogues before a training: every number of a file with planted faults, a clean file, and the page."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 from conftest import SMALL_TOKENIZERS, load_recipe, small_tokenizer
@@ -95,7 +97,9 @@ def test_every_planted_fault_is_counted_at_its_place(planted, template):
         "rows": 10, "accepted": 9, "rejected": 1, "joined_rows": 1, "joined_turns": 1,
     }  # fmt: skip
     (reason,) = reading["reasons"].items()
-    assert reason[0] == "strategy: unknown strategy" and reason[1]["rows"] == 1 and "row 9, turn 1" in reason[1]["first"]
+    assert (
+        reason[0] == "strategy: unknown strategy" and reason[1]["rows"] == 1 and "row 9, turn 1" in reason[1]["first"]
+    )
     assert json.loads((folder / "rejected.jsonl").read_text())["row"] == 9
     assert report["repeats"]["exact"] == [
         {"row": 2, "dialogue": "copy", "earlier_row": 1, "earlier": others[0].id, "similarity": 1.0}
@@ -130,28 +134,39 @@ def test_every_planted_fault_is_counted_at_its_place(planted, template):
     ]
 
 
-def test_private_data_are_on_no_file_of_the_run(planted):
-    for file in planted[1].iterdir():
-        assert PHONE.encode() not in file.read_bytes(), file
+def test_private_data_are_neither_on_the_page_nor_in_its_numbers(planted):
+    report, folder, dialogues, _ = planted
+    page = (folder / "inspection.html").read_text(encoding="utf-8")
+    assert f"Row 5, {dialogues[3].id}" in page and "█" in page  # among the samples, too
+    visible = re.sub(r"<[^>]*>", "", page)  # the digits are tokens of their own
+    assert PHONE not in visible and PHONE not in json.dumps(report, ensure_ascii=False)
 
 
 def test_a_clean_file_has_nothing_to_look_at(looked, template):
     # Controls: texts that are odd and right, and two dialogues of a topic that are not alike.
     one, other = generate_sample(2, 5)
     odd = "👨\u200d👩\u200d👧 ❤️ café，单号13912345678，已处理。朱镕基"
-    every = [Turn(Speaker.SUPPORTER if number % 2 else Speaker.CUSTOMER, f"第{number}句。", STRATEGIES[number // 2] if number % 2 else None)
-             for number in range(24)]  # fmt: skip
+    texts = [f"第{number}句。" for number in range(24)]
+    turns = [
+        Turn(Speaker.SUPPORTER, text, STRATEGIES[number // 2]) if number % 2 else Turn(Speaker.CUSTOMER, text)
+        for number, text in enumerate(texts)
+    ]
+    every = Dialogue("all", tuple(turns))
+    first = replace(one, turns=(one.turns[0], replace(one.turns[1], text=odd), *one.turns[2:]))
+    dialogues = [first, other, every]
     report, folder = looked(
-        [said(one, 1, odd), other.row(), Dialogue("all", tuple(every)).row()],
-        "packing.max_length=4096", "samples=2", evaluation=generate_sample(2, 99),
-    )  # fmt: skip
+        [each.row() for each in dialogues],
+        "packing.max_length=4096",
+        "samples=2",
+        evaluation=generate_sample(2, 99),
+    )
     assert report["attention"] == [] and not (folder / "rejected.jsonl").exists()
-    lengths = [length(template, each) for each in (Dialogue("", tuple(Turn(t.speaker, odd if n == 1 else t.text, t.strategy) for n, t in enumerate(one.turns))), other, Dialogue("", tuple(every)))]  # fmt: skip
+    lengths = [length(template, each) for each in dialogues]
     found = report["tokens"]["lengths"]["tokens per dialogue"]["summary"]
     assert (found["min"], found["max"], found["mean"]) == (min(lengths), max(lengths), sum(lengths) / 3)
-    assert report["turns"]["summary"]["min"] == min(map(len, (one.turns, other.turns, every)))
+    assert report["turns"]["summary"]["min"] == min(len(each.turns) for each in dialogues)
     counts = report["strategies"]["strategies"]["set"]
-    by_hand = [sum(t.strategy is each for turns in (one.turns, other.turns, every) for t in turns) for each in STRATEGIES]
+    by_hand = [sum(turn.strategy is each for own in dialogues for turn in own.turns) for each in STRATEGIES]
     assert counts == by_hand and report["supporter_turns"] == sum(by_hand)
     assert report["strategies"]["stages"]["set"] == [
         sum(by_hand[0:2]), sum(by_hand[2:5]), sum(by_hand[5:7]), sum(by_hand[7:9]), sum(by_hand[9:11]), by_hand[11]
@@ -164,6 +179,67 @@ def test_mojibake_is_told_from_odd_texts():
         assert fault.kind == "mojibake" and fault.detail.endswith(f"({was})")
     for lost in ("您�好", "锟斤拷"):
         assert [each.kind for each in find_text_faults(lost)] == ["replacement character"]
-    for right in ("café “DÜ” — naïve", "«Éric»", "±5 °C，¥¥100", "朱镕基、囍、堃", "联通", "ไทย العربية", "唯蘸芦堃", "👍🏽❤️"):
+    for right in (
+        "café “DÜ” — naïve",
+        "«Éric»",
+        "±5 °C，¥¥100",
+        "朱镕基、囍、堃",
+        "联通",
+        "ไทย العربية",
+        "唯蘸芦堃",
+        "👍🏽❤️",
+    ):
         assert find_text_faults(right) == []
     assert find_hidden("a\u200bb\ufeffc\u202e\x07\n\t") == ["\u200b", "\ufeff", "\u202e", "\x07"]
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def page(planted, browser):
+    """The page of the planted file at 1280 pixels."""
+    shown, asked = browser.new_page(viewport={"width": 1280, "height": 900}), []
+    shown.on("request", lambda request: asked.append(request.url))
+    shown.goto((planted[1] / "inspection.html").as_uri())
+    assert len(asked) == 1  # the page itself
+    yield shown
+    shown.close()
+
+
+def test_the_page_leads_to_each_finding_and_is_as_wide_as_its_window(page):
+    assert page.locator("h1").inner_text() == "7 things to look at"
+    links = page.locator("ul.attention a")
+    assert links.count() == 7
+    for target in links.evaluate_all("all => all.map(each => each.getAttribute('href'))"):
+        assert page.locator(target).count() == 1
+    assert page.locator("svg rect").count() > 20 and page.locator("#strategies .bars div div").count() == 18
+    for width in (1280, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+    for name in ("rejected.jsonl", MOJIBAKE, "zero width space", "我的电话是████"):
+        assert name in page.locator("main").inner_text()
+
+
+def test_tokens_are_coloured_by_their_weight_and_spell_the_dialogue(page, planted, template):
+    dialogues = planted[2]
+    samples = page.locator("div.tokens")
+    assert samples.count() == 9  # of ten asked for: all
+    whole = page.locator("section#samples h3").evaluate_all("all => all.map(each => each.innerText)")
+    assert "Row 7, long" in whole[0] and "leading turns cut" in whole[0] and f"Row 6, {dialogues[0].id}" in whole[1]
+    shown = samples.nth(1).locator("i").evaluate_all("all => all.map(each => each.textContent)")
+    rendered = template.render(dialogues[0].turns)
+    first = rendered.index(dialogues[0].turns[0].text)
+    assert rendered.endswith("".join(shown).replace("↵", "")) and dialogues[0].turns[0].text in "".join(shown)
+    assert first > 0 and samples.nth(1).locator("i.control").count() == 2 * len(dialogues[0].turns)
+    replies = samples.nth(1).locator(".is-reply").evaluate_all("all => all.map(each => each.textContent)")
+    supporter = [turn for turn in dialogues[0].turns if turn.strategy]
+    assert replies == [f"{turn.text}<|im_end|>" for turn in supporter]
+    labels = samples.nth(1).locator(".is-strategy").evaluate_all("all => all.map(each => each.textContent)")
+    assert labels == [f"[{turn.strategy.zh}]" for turn in supporter]
+    ground = "each => getComputedStyle(each).backgroundColor"
+    colours = {
+        kind: samples.nth(1).locator(f".is-{kind} i").first.evaluate(ground)
+        for kind in ("context", "strategy", "reply")
+    }
+    assert len(set(colours.values())) == 3 and colours["context"] == "rgba(0, 0, 0, 0)"

@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 from tokenizers.decoders import DecodeStream
 
@@ -102,7 +102,7 @@ def _render(index: int, packed: PackedDataset, first_turn: int, template: Dialog
 
 def _pieces(dialogue: TokenizedDialogue, template: DialogueTemplate) -> Iterator[tuple[int, str, bool]]:
     """(place of the last token, text, whether it is a control token) of each character or run of characters."""
-    controls, backend = template.tokenizer.added_tokens_decoder, template.tokenizer.backend_tokenizer
+    controls, backend = template.tokenizer.added_tokens_decoder, cast(Any, template.tokenizer).backend_tokenizer
     stream, pending = DecodeStream(skip_special_tokens=False), []
     for place, number in enumerate(dialogue.input_ids.tolist()):
         control = number in controls
@@ -121,7 +121,11 @@ def _pieces(dialogue: TokenizedDialogue, template: DialogueTemplate) -> Iterator
 
 def _masked(pieces: list[tuple[int, str, bool]], offsets: list[int]) -> Iterator[tuple[int, str, bool]]:
     """The pieces, with private data masked turn by turn."""
-    turn_of = {place: turn for turn, (start, end) in enumerate(itertools.pairwise([0, *offsets])) for place in range(start, end)}
+    turn_of = {
+        place: turn
+        for turn, (start, end) in enumerate(itertools.pairwise([0, *offsets]))
+        for place in range(start, end)
+    }
     for _, group in itertools.groupby(pieces, key=lambda piece: turn_of[piece[0]]):
         turn = list(group)
         text = "".join(text for _, text, _ in turn)
