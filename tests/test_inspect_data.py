@@ -186,6 +186,7 @@ def test_mojibake_is_told_from_odd_texts():
         "朱镕基、囍、堃",
         "联通",
         "ไทย العربية",
+        "宄存康",
         "唯蘸芦堃",
         "👍🏽❤️",
     ):
@@ -225,6 +226,9 @@ def test_tokens_are_coloured_by_their_weight_and_spell_the_dialogue(page, plante
     dialogues = planted[2]
     samples = page.locator("div.tokens")
     assert samples.count() == 9  # of ten asked for: all
+    kept = dialogues[-1].turns[planted[0]["tokens"]["longest"][0]["cut_turns"] :]
+    spelt = "".join(samples.nth(0).locator("i").evaluate_all("all => all.map(each => each.textContent)"))
+    assert spelt.count("<|im_end|>") == len(kept) and f"user↵\n{kept[0].text}" in spelt[: len(kept[0].text) + 30]
     whole = page.locator("section#samples h3").evaluate_all("all => all.map(each => each.innerText)")
     assert "Row 7, long" in whole[0] and "leading turns cut" in whole[0] and f"Row 6, {dialogues[0].id}" in whole[1]
     shown = samples.nth(1).locator("i").evaluate_all("all => all.map(each => each.textContent)")
