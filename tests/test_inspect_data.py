@@ -173,6 +173,26 @@ def test_a_clean_file_has_nothing_to_look_at(looked, template):
     ]  # fmt: skip
 
 
+def test_a_reference_stands_beside_and_what_would_stop_the_training_is_said(looked, template, tmp_path):
+    dialogues = sorted(generate_sample(6, 8), key=lambda each: length(template, each))
+    limit = length(template, dialogues[3])
+    write_jsonl(tmp_path / "reference.jsonl", [each.row() for each in dialogues])
+    report, _ = looked(
+        [each.row() for each in dialogues],
+        f"packing.max_length={limit}",
+        "packing.overflow=error",
+        f"reference_path={tmp_path}/reference.jsonl",
+    )
+    longer = sum(length(template, each) > limit for each in dialogues)
+    assert (
+        f"Dialogues longer than packing.max_length={limit:,}, which stop the training: {longer}" in report["attention"]
+    )
+    assert not any("dropped" in each for each in report["attention"])
+    strategies = report["strategies"]
+    assert strategies["divergence"] == pytest.approx(0, abs=1e-9)
+    assert strategies["stages"]["reference"] == strategies["stages"]["set"]
+
+
 def test_mojibake_is_told_from_odd_texts():
     for broken, was in [("cafÃ©", "é"), ("æ‚¨å¥½", "您好"), (MOJIBAKE, "您好"), ("ÐŸÑ€Ð¸", "При")]:
         (fault,) = find_text_faults(f"a {broken} b")
