@@ -5,6 +5,7 @@ Every log of the project is read and written here: histories, answers, predictio
 
 import codecs
 import functools
+import itertools
 import json
 import logging
 import os
@@ -168,18 +169,23 @@ def read_jsonl(
     require_end(path)
     for number, value in iter_jsonl(path, allow_torn):
         try:
-            if not isinstance(value, dict):
-                raise ValueError(f"not JSON ({value.reason})" if isinstance(value, BadLine) else "not a JSON object")
-            row = parse(value)
+            row = parse(checked_object(value))
             if key is not None and (name := key(row)) is not None and lines.setdefault(name, number) != number:
                 raise ValueError(f"{name} stands in line {lines[name]} already")
         except (ValueError, KeyError, TypeError) as error:
-            place = f"{path}, line {number}: {_reason(error)}"
+            place = f"{path}, line {number}: {parse_reason(error)}"
             if advice is not None:
                 raise InputError(f"{place}: {advice}") from error
             _say(f"{place}: left out")
         else:
             yield number, row
+
+
+def checked_object(value: Any) -> dict[str, Any]:
+    """A value of `iter_jsonl` that is an object; for others a ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"not JSON ({value.reason})" if isinstance(value, BadLine) else "not a JSON object")
+    return value
 
 
 def parse_step(row: dict[str, Any]) -> dict[str, Any]:
@@ -197,12 +203,15 @@ def iter_jsonl(path: str | os.PathLike, allow_torn: bool = False) -> Iterator[tu
     """
     require_end(path, pipe=True)
     with os_errors(path, "cannot read"), open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if allow_torn and not line.endswith(b"\n"):
-                return
-            # Without the line end, so that the error of a cut line is at its last column.
-            if (content := line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")).strip():
-                yield number, _parse_json(content)
+        yield from parse_lines(itertools.takewhile(lambda line: line.endswith(b"\n"), file) if allow_torn else file)
+
+
+def parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, JSON value or `BadLine`) of each line that is not blank; a byte order mark is skipped."""
+    for number, line in enumerate(lines, start=1):
+        # Without the line end, so that the error of a cut line is at its last column.
+        if (content := line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")).strip():
+            yield number, _parse_json(content)
 
 
 def _parse_json(line: bytes) -> Any:
@@ -217,7 +226,7 @@ def _parse_json(line: bytes) -> Any:
     return BadLine(line.decode(errors="replace"), reason)
 
 
-def _reason(error: Exception) -> str:
+def parse_reason(error: Exception) -> str:
     """An error of `parse` in one line."""
     if isinstance(error, pydantic.ValidationError):
         first = error.errors()[0]

@@ -194,7 +194,7 @@ def test_only_the_broken_line_of_a_jsonl_is_refused(tmp_path, case):
         ("a.json", b"[]", "no rows"),
         ("a.jsonl", b"\n \n", "no rows"),
         ("a.parquet", b"PAR1, but no Parquet", "not a Parquet file: "),
-        ("a.csv", b"speaker,text", "not a dialogue file: use one of .json, .jsonl, .parquet"),
+        ("a.csv", b"speaker,text", "not a dialogue file: use one of .json, .jsonl, .ndjson, .parquet"),
     ],
 )
 def test_a_file_unusable_as_a_whole(tmp_path, name, content, reason, strict):
@@ -246,7 +246,7 @@ def test_a_folder_is_read_whole_and_never_taken_for_the_hub(folder, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     Path(folder).mkdir(parents=True)
     ids = iter("abcdefgh")
-    for name in ("train-0101.jsonl", "0102.jsonl", "test.json", "0103.parquet"):
+    for name in ("train-0101.jsonl", "0102.jsonl", "test.json", "0103.ndjson"):
         rows = [row | {"id": next(ids)} for row in make_rows(2)]
         write_file(Path(folder) / name, rows)
     for ignored in ("README.md", "_SUCCESS", ".part.crc"):

@@ -1,8 +1,9 @@
 """Settings of the data: where dialogues are read from and how they are split."""
 
+import encodings.aliases
 from dataclasses import dataclass, field
 
-from csc_train.errors import InputError, check_fields
+from csc_train.errors import InputError, check_fields, suggestion
 
 LANGUAGE_CODES = ["zh", "en"]
 """Codes of the known languages; `languages.register_language` adds others."""
@@ -15,9 +16,17 @@ class DialogueSourceConfig:
     """Where a set of dialogues is read from."""
 
     path: str | None = None
-    """A `.json`, `.jsonl` or `.parquet` file, a folder of such files, or the id of a Hugging Face data set."""
+    """A `.json`, `.jsonl`, `.ndjson` or `.parquet` file, the texts also as `.gz` or `.zst`; a folder of such files; a
+    glob in quotes; or the id of a Hugging Face data set."""
     source: str | None = None
     """Keep only the rows with this `source`; null keeps all rows."""
+    also: list[str] = field(default_factory=list)
+    """Further files, folders, globs or ids, which are read after `path`."""
+
+    @property
+    def places(self) -> list[str]:
+        """`path` and `also`; empty without a `path`."""
+        return [] if self.path is None else [self.path, *self.also]
 
 
 @dataclass
@@ -46,6 +55,10 @@ class DataConfig:
     turn keeps its first strategy and lists all of them as `accepted`."""
     strict: bool = False
     """Stop at the first bad row instead of collecting the bad rows."""
+    max_rejected: float = 0.1
+    """Greatest share of bad rows of a set; above it nothing is trained. 1 trains on any row that is left."""
+    encoding: str | None = None
+    """Python's name of the encoding of JSON and JSONL files, such as gb18030 or utf-16; null is UTF-8."""
     on_overlap: str = "warn"
     """What to do about training dialogues that are also in the evaluation set: `warn`, `drop` them from the training
     set, or `error`."""
@@ -66,11 +79,22 @@ class DataConfig:
             "train_fraction": (0 < self.train_fraction <= 1, "above 0 and at most 1"),
             "evaluation_fraction": (0 < self.evaluation_fraction < 1, "above 0 and below 1"),
             "validation_fraction": (0 <= self.validation_fraction < 1, "at least 0 and below 1"),
+            "max_rejected": (0 <= self.max_rejected <= 1, "between 0 and 1"),
             "overlap_threshold": (0 < self.overlap_threshold <= 1, "above 0 and at most 1"),
         }
         for name, (passed, bound) in bounds.items():
             if not passed:
                 raise InputError(f"data.{name}={getattr(self, name)}: must be {bound}")
+        if self.encoding is not None:
+            try:
+                "".encode(self.encoding)
+            except (LookupError, ValueError) as error:
+                near = suggestion(self.encoding, encodings.aliases.aliases.values())
+                raise InputError(
+                    f"data.encoding={self.encoding}: no encoding of texts that Python knows.{near}"
+                ) from error
+        if self.evaluation.also and self.evaluation.path is None:
+            raise InputError("data.evaluation.also is set, but data.evaluation.path is not: give the first file there")
         check_fields("data.", self, "merge_turns", choices=("auto", "off"))
         check_fields("data.", self, "on_overlap", choices=("warn", "drop", "error"))
         check_fields("data.", self, "seed", "sample_seed", low=0, high=2**32 - 1)

@@ -6,9 +6,11 @@ Consecutive turns of one speaker are joined. A supporter turn may list further a
 and `source` are optional; other columns are kept in `Dialogue.extra`.
 """
 
+import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -18,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surrogate, join_speakers
-from csc_train.data.records import first_line, iter_records
+from csc_train.data.records import first_line, iter_records, listed
 from csc_train.data.strategies import Strategy, nearest_label, parse_strategy
-from csc_train.errors import InputError
+from csc_train.errors import InputError, suggestion
 from csc_train.files import atomic_path
 from csc_train.invisible import is_blank, strip_invisible
 from csc_train.jsonl import BadLine, read_jsonl, write_jsonl
@@ -87,9 +89,23 @@ class ReadReport:
                 f"  {self.merged:>6}  rows: {self.merged_turns} turns joined to the same speaker's turn before "
                 "(data.merge_turns=off rejects such rows)"
             )
-        reasons = Counter((row.issues[0].field, row.issues[0].kind) for row in self.rejected)
-        lines += [f"  {count:>6}  {name}: {kind}" for (name, kind), count in reasons.most_common()]
+        lines += [f"  {count:>6}  {reason}" for reason, count in self._counted()]
         return "\n".join(lines)
+
+    @property
+    def checked(self) -> int:
+        """Rows of the wanted source."""
+        return self.accepted + len(self.rejected)
+
+    def _counted(self) -> list[tuple[str, int]]:
+        """The first reasons of the rejected rows, the most frequent first."""
+        return Counter(f"{row.issues[0].field}: {row.issues[0].kind}" for row in self.rejected).most_common()
+
+    def reasons(self) -> str:
+        """The reasons by count, if there are several; the first rejected row; its fields, where one is missing."""
+        counted = [f"{count} {reason}" for reason, count in self._counted()]
+        said = f" ({', '.join(counted[:5])})" if len(counted) > 1 else ""
+        return f"{said}; the first: {self.rejected[0]}{_fields_found(self.rejected[0])}"
 
     def write_rejected(self, path: str | os.PathLike) -> None:
         """Write the rejected rows to `path` as JSONL, each with its file, row, issues and the row itself."""
@@ -101,39 +117,43 @@ class ReadReport:
 
 
 def iter_dialogues(
-    path: str | os.PathLike,
+    path: str | os.PathLike | list[str],
     *,
     source: str | None = None,
     strict: bool = False,
     report: ReadReport | None = None,
     merge: bool = True,
     check: "RowCheck | None" = None,
+    max_rejected: float = 1.0,
+    encoding: str | None = None,
 ) -> Iterator[Dialogue]:
-    """Read dialogues one by one from a `.json` list, a `.jsonl` or `.parquet` file, or a Hugging Face data set.
+    """Read dialogues one by one from JSON, JSONL or Parquet files, or a Hugging Face data set.
 
     Args:
-        path: a file; a folder, whose files are read in the order of their names; or the id of a data set of the hub
-            (`owner/name`), whose `train` split is read. JSONL, Parquet and hub data sets are streamed.
+        path: as in `iter_records`. JSONL, Parquet and hub data sets (the `train` split) are streamed.
         source: keep only the rows with this `source`.
         strict: stop at the first bad row; otherwise bad rows are collected in `report`.
         report: filled while reading.
         merge: join consecutive turns of one speaker; otherwise such a row is bad.
         check: turns a row into a dialogue: `check_row` (the default), or `chats.check_chat`.
+        max_rejected: greatest share of bad rows, which is checked after the last row.
+        encoding: codec of JSON and JSONL files; None is UTF-8.
 
     Raises:
         InputError: the file is missing or unreadable as a whole; no row has the wanted source (the message lists the
-            sources found); no row is left; or `strict` and a row is bad.
+            sources found); no row is left; too many are bad; or `strict` and a row is bad.
     """
-    report = report if report is not None else ReadReport(str(path))
+    report = report if report is not None else ReadReport(listed(path))
     seen: Counter[str] = Counter()
-    for file, number, record in iter_records(path):
+    for file, number, read in iter_records(path, encoding):
         report.rows += 1
+        record = _unpacked(read)
         if source is not None and isinstance(record, dict) and _text(record.get("source")) != source:
             report.other_sources[_text(record.get("source"))] += 1
             continue
         dialogue, issues = (check or check_row)(record, seen, merge)
         if dialogue is None:
-            raw = record.text if isinstance(record, BadLine) else record
+            raw = read.text if isinstance(read, BadLine) else read
             rejected = RejectedRow(str(file), number, tuple(issues), raw)
             report.rejected.append(rejected)
             if strict:
@@ -146,20 +166,27 @@ def iter_dialogues(
     if report.accepted == 0:
         if report.other_sources and not any(isinstance(row.record, dict) for row in report.rejected):
             found = ", ".join(f"{name!r} ({count})" for name, count in report.other_sources.most_common())
-            raise InputError(f"{path}: no row has source {source!r}; found: {found}")
+            raise InputError(f"{report.path}: no row has source {source!r}; found: {found}")
         if report.rejected:
-            raise InputError(f"{path}: every row is rejected; the first: {report.rejected[0]}")
-        raise InputError(f"{path}: no rows")
+            raise InputError(f"{report.path}: every row is rejected{report.reasons()}")
+        raise InputError(f"{report.path}: no rows")
+    if len(report.rejected) > max_rejected * report.checked:
+        raise InputError(
+            f"{report.path}: {len(report.rejected)} of {report.checked} rows are rejected, above "
+            f"data.max_rejected={max_rejected}{report.reasons()}: correct the rows, or raise data.max_rejected"
+        )
 
 
 def read_dialogues(
-    path: str | os.PathLike,
+    path: str | os.PathLike | list[str],
     *,
     source: str | None = None,
     strict: bool = False,
     rejected_path: str | os.PathLike | None = None,
     merge: bool = True,
     check: "RowCheck | None" = None,
+    max_rejected: float = 1.0,
+    encoding: str | None = None,
 ) -> list[Dialogue]:
     """Read all dialogues of `path` (see `iter_dialogues`).
 
@@ -168,9 +195,10 @@ def read_dialogues(
     Raises:
         InputError: as `iter_dialogues`.
     """
-    report = ReadReport(str(path))
+    report = ReadReport(listed(path))
     try:
-        return list(iter_dialogues(path, source=source, strict=strict, report=report, merge=merge, check=check))
+        options = {"check": check, "max_rejected": max_rejected, "encoding": encoding}
+        return list(iter_dialogues(path, source=source, strict=strict, report=report, merge=merge, **options))
     finally:
         rejected = report.rejected and not strict
         if rejected or report.merged:
@@ -254,6 +282,37 @@ def write_dialogues(path: str | os.PathLike, dialogues: Iterable[Dialogue]) -> N
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
+
+
+def _fields_found(row: RejectedRow) -> str:
+    """The fields of a rejected row, or of its turn, and the one nearest to the wanted field, if that is not there."""
+    issue, found = row.issues[0], row.record
+    if issue.turn and isinstance(found, dict):
+        turns = next((found[name] for name in TURN_COLUMNS.values() if isinstance(found.get(name), list)), [])
+        found = turns[issue.turn - 1] if issue.turn <= len(turns) else None
+    if not isinstance(found, dict) or issue.field in found or issue.field in ("row", "turn"):
+        return ""
+    names = ", ".join(map(str, list(found)[:12])) or "none"
+    return f"; fields found: {names}; wanted: {issue.field}.{suggestion(issue.field, map(str, found))}"
+
+
+def _unpacked(record: Any) -> Any:
+    """A row without the traces of tables: whole numbers as floats, NaN for nothing, a list of turns as JSON text."""
+    if not isinstance(record, dict):
+        return record
+    changed = {name: _whole(record[name]) for name in ("id", "source") if isinstance(record.get(name), float)}
+    for name in TURN_COLUMNS.values():
+        if isinstance(text := record.get(name), str) and text.lstrip()[:1] == "[":
+            with contextlib.suppress(ValueError, RecursionError):
+                changed[name] = json.loads(text)
+    return record | changed if changed else record
+
+
+def _whole(value: float) -> float | int | None:
+    """A float that pandas made of an integer, or of nothing; others, which may have lost digits, stay."""
+    if math.isnan(value):
+        return None
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 RowCheck = Callable[[Any, Counter[str], bool], tuple[Dialogue | None, list[ValidationIssue]]]

@@ -142,9 +142,11 @@ def _read(name: str, config: DataConfig, rejected_directory: Path | None) -> lis
     rejected = None if rejected_directory is None else Path(rejected_directory) / f"rejected-{name}.jsonl"
     try:
         return read_dialogues(
-            where.path,
+            where.places if where.also else where.path,
             source=where.source,
             strict=config.strict,
+            max_rejected=config.max_rejected,
+            encoding=config.encoding,
             rejected_path=rejected,
             merge=config.merge_turns == "auto",
         )

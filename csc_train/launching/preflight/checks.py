@@ -3,6 +3,7 @@
 No check starts a process group, loads weights or touches GPU memory. Slow imports are inside the checks that need them.
 """
 
+import glob
 import importlib.metadata
 import math
 import os
@@ -289,8 +290,8 @@ def check_data(config: PreflightRecipe, absent: type[Exception]) -> "list[Dialog
     if data.train.path is None:
         raise InputError("data.train.path is not set: give data.train.path=...")
     check_sample_place(data)
-    for name, path in (("train", data.train.path), ("evaluation", data.evaluation.path)):
-        if path is not None and not Path(path).exists():
+    for name, path in ((each, path) for each in ("train", "evaluation") for path in getattr(data, each).places):
+        if not Path(path).exists() and not glob.has_magic(path):
             if data.sample_dialogues:
                 raise NotCheckedError(f"{path}: the run writes this file")
             if not Path(path).suffix and path.count("/") == 1:

@@ -1,6 +1,7 @@
 """The CSConv pipeline: recorded calls are filtered, rewritten into labelled turns by a model, and filtered again."""
 
 import asyncio
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,10 +12,11 @@ from typing import Any, Literal
 import pydantic
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, has_surrogate
+from csc_train.data.records import iter_records
 from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.invisible import strip_invisible
-from csc_train.jsonl import JsonlLog, read_jsonl
+from csc_train.jsonl import CORRECT, JsonlLog, checked_object, parse_reason, read_jsonl
 from csc_train.llm.client import Client, LLMError, Observer, RequestAttempt, UnusableServerError
 from csc_train.llm.structured import ask_structured
 from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
@@ -23,6 +25,9 @@ from csc_train.synthesis.filters.rules import DuplicateFilter, FilterVerdict, ch
 from csc_train.synthesis.prompting import task_messages
 from csc_train.synthesis.utterances import Utterance, as_text, merge_turns, strip_boilerplate, turns_of
 
+logger = logging.getLogger(__name__)
+MAX_REJECTED = 0.1
+"""Greatest share of rows of a file of calls that may be left out, as of dialogues (`data.max_rejected`)."""
 CSCONV_RULES = (
     "speakers", "rounds", "turn length", "customer's turns", "customer's words", "manners", "texts", "utterances",
     "alternation", "one strategy", "known strategies", "required strategies", "private data", "quality",
@@ -109,15 +114,30 @@ class CallOutcome:
 
 
 def read_calls(path: str | os.PathLike) -> list[RecordedCall]:
-    """Read calls from a JSONL of `{"id", "turns": [{"speaker", "text"}]}`; `id` is optional.
+    """Read calls of `{"id", "turns": [{"speaker", "text"}]}` (see `iter_records`); `id` is optional.
+
+    Rows of another form and ids that are used twice are counted in the log and left out.
 
     Raises:
-        InputError: the file cannot be read, a row has another form, an id is used twice, or there are no rows.
+        InputError: a file cannot be read, more than a tenth of the rows is bad, or there are no rows.
     """
-    calls = [call for _, call in read_jsonl(path, _parse_call, key=lambda call: f"id {call.id}")]
+    calls, bad = {}, []
+    for file, number, row in iter_records(path):
+        try:
+            call = _parse_call(checked_object(row))
+            if call.id in calls:
+                raise ValueError(f"id {call.id} stands in line {calls[call.id][0]} already")
+            calls[call.id] = number, call
+        except (ValueError, KeyError, TypeError) as error:
+            bad.append(f"{file}, line {number}: {parse_reason(error)}")
+    if len(bad) > MAX_REJECTED * (len(bad) + len(calls)):
+        several = f" (and {len(bad) - 1} other rows of {len(bad) + len(calls)})" if bad[1:] else ""
+        raise InputError(f"{bad[0]}{several}: {CORRECT}")
+    if bad:
+        logger.info(f"note: {path}: {len(bad)} rows are no calls and are left out, the first: {bad[0]}")
     if not calls:
         raise InputError(f"{path}: no rows")
-    return calls
+    return [call for _, call in calls.values()]
 
 
 class _CallTurn(pydantic.BaseModel):
