@@ -408,8 +408,8 @@ class DialogueCache:
         prompts = sum(len(span) > 1 for span in spans)  # the first ones
         apart = device.type in APART
         starts = range(prompts) if apart else [0] * (prompts > 0)
-        # Each token sees the last one of the prefix, which may be itself, among its row's columns. In half precision both
-        # parts would be rounded before they are combined.
+        # Each token sees the last one of the prefix, which may be itself, among its row's columns. In half precision
+        # both parts would be rounded before they are combined.
         shared = len(self._prefix_ids) - 1 if apart and self._model.dtype == torch.float32 else 0
         starts, token, attended = [*starts, *[prompts] * (prompts < len(rows)), len(rows)], 0, []
         for start, end in itertools.pairwise(starts):
