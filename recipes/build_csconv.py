@@ -32,6 +32,7 @@ def main(config: BuildCsconvRecipe) -> None:
     from csc_train.data.sample_grammar import SAMPLE_SOURCE
     from csc_train.files import file_digest, write_json
     from csc_train.jsonl import write_jsonl
+    from csc_train.llm.answer_log import AnswerLog, ask_model
     from csc_train.llm.client import Client, UnusableServerError
     from csc_train.progress import ProgressBar
     from csc_train.runs.directory import Run
@@ -39,9 +40,7 @@ def main(config: BuildCsconvRecipe) -> None:
     from csc_train.synthesis.csconv.build import (
         BUNDLED_CALLS,
         CSCONV_RULES,
-        AnswerLog,
         ask_mock,
-        ask_model,
         build_csconv,
         read_calls,
     )

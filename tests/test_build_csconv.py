@@ -23,12 +23,12 @@ from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
 from csc_train.jsonl import JsonlLog
 from csc_train.llm import client as client_module
+from csc_train.llm.answer_log import AnswerLog
 from csc_train.llm.client import LLMError, RequestAttempt, UnusableServerError
 from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.csconv.build import (
     BUNDLED_CALLS,
     CSCONV_RULES,
-    AnswerLog,
     RewrittenCall,
     ask_mock,
     build_csconv,

@@ -28,9 +28,10 @@ from csc_train.inference.predictions import Prediction, read_external_replies, r
 from csc_train.jsonl import JsonlLog, parse_step, to_line
 from csc_train.launching.search_space import distributions
 from csc_train.launching.sweep import STUDY_FILE, open_study, plan_sweep
+from csc_train.llm.answer_log import AnswerLog
 from csc_train.runs.claim import release_all
 from csc_train.runs.comparison import history_log
-from csc_train.synthesis.csconv.build import AnswerLog, read_calls
+from csc_train.synthesis.csconv.build import read_calls
 from csc_train.synthesis.rolecs.batch_api import read_batch_results
 from csc_train.synthesis.rolecs.personas import read_profiles
 from csc_train.synthesis.rolecs.store import SynthesisStore

@@ -5,20 +5,19 @@ errors are not verdicts: a failing server says nothing about a conversation.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import numpy
 import pydantic
 
+from csc_train.llm.answer_log import AskFn
 from csc_train.stats import fleiss_kappa
 from csc_train.synthesis.config import CRITERIA, RoleCSCheckConfig
 from csc_train.synthesis.filters.rules import FilterVerdict
 from csc_train.synthesis.prompting import task_messages
 from csc_train.synthesis.utterances import Utterance, as_text
 
-Schema = TypeVar("Schema", bound=pydantic.BaseModel)
-AskFn = Callable[[str, list[dict[str, str]], type[Schema]], Awaitable[Schema]]
 Point = Annotated[int, pydantic.Field(ge=0, le=1)]
 
 
