@@ -71,6 +71,7 @@ REQUIRED = {
     "human_eval": ["export", "runs/x", "runs/y"],
     "chat": ["checkpoint=runs/x/model"],
     "write_sample": [],
+    "convert": ["from=csv", "input=x", "output=y.jsonl"],
     "build_csconv": [],
     "synthesize_rolecs": [],
     "launch": [],

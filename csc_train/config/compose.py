@@ -36,6 +36,8 @@ POSITIONAL = {
     "compare_runs": ("folders*",),
 }
 """Keys of a recipe's leading bare words; a key with a star takes all words that follow."""
+ALIASES = {("convert", "from"): "format"}
+"""Keys of a recipe's command line that no field can have, since Python reserves the word."""
 CONFIG_DIR = "--config-dir"
 LARGEST = 10**12
 """Of the numbers in a configuration; the fields of a section have limits of their own."""
@@ -124,6 +126,8 @@ class ConfigSearch:
                     raise InputError(f"{path}: conf/{name} has the same name; rename yours")
         schema, found = schema_of(recipe), cls((CONF, *folders), [])
         for text in _join_nested(_name_positional(recipe, [text for text in arguments if text not in flags])):
+            key, equals, value = text.partition("=")
+            text = f"{ALIASES.get((recipe, key), key)}{equals}{value}"
             names = text.partition("=")[0].lstrip("+").split(".")
             is_text = names in (["run"], ["from"]) or found.options("/".join(names))
             override = parse_override(text, str | None if is_text else type_at(schema, names))

@@ -14,6 +14,7 @@ SCHEMAS = {
     "human_eval": "csc_train.config.recipes.evaluation:HumanEvalRecipe",
     "chat": "csc_train.chat.config:ChatConfig",
     "write_sample": "csc_train.config.recipes.training:WriteSampleRecipe",
+    "convert": "csc_train.conversion.config:ConvertConfig",
     "build_csconv": "csc_train.config.recipes.synthesis:BuildCsconvRecipe",
     "synthesize_rolecs": "csc_train.config.recipes.synthesis:SynthesizeRolecsRecipe",
     "launch": "csc_train.config.recipes.training:LaunchRecipe",

@@ -1,0 +1,269 @@
+"""Turn records of another shape into dialogues or chats, and count what was joined, mapped and left out."""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rich.table import Table
+
+from csc_train.conversion.config import ConvertConfig
+from csc_train.conversion.formats import FORMATS, ROLES, SourceDialogue
+from csc_train.conversion.strategy_table import find_strategy, read_table
+from csc_train.data.chats import check_chat
+from csc_train.data.dialogue import ROLES as MESSAGE_ROLES
+from csc_train.data.dialogue import Dialogue, Speaker
+from csc_train.data.readers import check_row
+from csc_train.data.strategies import OTHERS, Strategy, nearest_label, parse_strategy
+from csc_train.errors import InputError
+from csc_train.invisible import is_blank, strip_invisible
+from csc_train.jsonl import BadLine
+
+_BRACKETS = re.compile(r"\s*[\[【]([^\[\]【】]+)[\]】](.*)", re.DOTALL)
+"""A label at the start of a text, and the rest."""
+_NUMBERED = re.compile(r"turn [0-9]+[,:] ")
+ROLE_OF = {"system": "system"} | {speaker.name.lower(): role for speaker, role in MESSAGE_ROLES.items()}
+
+
+@dataclass
+class ConversionReport:
+    """The counts of a conversion, and the records that fit nothing, with file, row and reason.
+
+    Attributes:
+        records: read; each is written or in `rejected`.
+        turns: of the written dialogues, after joining.
+        joined: turns joined to the same speaker's turn before.
+        dropped: turns and other things left out, by the name of their speaker or kind.
+        labels: turns by label and the strategy that it became.
+        unknown: turns by a label that neither the table nor the taxonomy knows.
+        unlabelled: supporter turns, after joining, without a label that became a strategy.
+        predicted: supporter turns whose strategy the model gave.
+        agreement: of the model with labels by hand (see `labelling.agreement`).
+    """
+
+    records: int = 0
+    turns: int = 0
+    joined: int = 0
+    unlabelled: int = 0
+    predicted: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    labels: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    agreement: dict[str, Any] | None = None
+
+    def reject(self, file: Any, row: int, reason: str) -> None:
+        """Count a record that fits nothing."""
+        self.rejected.append({"file": str(file), "row": row, "reason": reason})
+
+    def rows(self) -> Iterator[tuple[str, str, int]]:
+        """(what, name, count) of everything counted."""
+        yield from (("records", "read", self.records), ("records", "written", self.records - len(self.rejected)))
+        reasons = Counter(_NUMBERED.sub("", row["reason"]).partition(" (")[0] for row in self.rejected)
+        yield from (("left out", reason, count) for reason, count in reasons.most_common())
+        yield from (("turns", "written", self.turns), ("turns", "joined to the one before", self.joined))
+        yield from (("dropped", name, count) for name, count in self.dropped.most_common())
+        yield from (("label", f"{label} -> {ours}", count) for (label, ours), count in self.labels.most_common())
+        yield from (
+            ("unknown label", f"{label}.{nearest_label(label)}", count) for label, count in self.unknown.most_common()
+        )
+        yield "turns", "of the supporter without a label", self.unlabelled
+        yield "turns", "labelled by the model", self.predicted
+
+    def table(self, title: str) -> Table:
+        """The counts for the terminal; what is zero is left out."""
+        table = Table(title=title, box=None, padding=(0, 1, 0, 0), header_style="bold")
+        table.add_column("what", no_wrap=True)
+        table.add_column("name", overflow="fold")
+        table.add_column("count", justify="right")
+        for what, name, count in self.rows():
+            if count:
+                table.add_row(what, name, str(count))
+        return table
+
+    def as_json(self) -> dict[str, Any]:
+        """The counts as plain values, with the agreement."""
+        counts = [{"what": what, "name": name, "count": count} for what, name, count in self.rows()]
+        return {"counts": counts, "agreement": self.agreement}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted dialogue with its place; `missing` are the turns whose strategy is to predict."""
+
+    file: str
+    row: int
+    dialogue: Dialogue
+    missing: tuple[int, ...] = ()
+
+    def with_strategies(self, strategies: list[Strategy]) -> Dialogue:
+        """The dialogue with these strategies, one for each supporter turn, where they are missing."""
+        turns = list(self.dialogue.turns)
+        for index, strategy in zip(self.dialogue.supporter_turns, strategies, strict=True):
+            if index in self.missing:
+                turns[index] = replace(turns[index], strategy=strategy, accepted=())
+        return replace(self.dialogue, turns=tuple(turns))
+
+
+@dataclass
+class _Said:
+    """A turn on its way: its number in the record from 1, and the strategy of its label if it has one."""
+
+    number: int
+    speaker: str
+    text: str
+    strategy: Strategy | None = None
+    label: str = ""
+    """One that nobody knows."""
+
+
+def convert_records(config: ConvertConfig) -> tuple[list[Converted], ConversionReport]:
+    """Convert all records of the input by its format.
+
+    Turns whose strategy is to predict hold the strategy Others.
+
+    Raises:
+        InputError: the input cannot be read, the table is bad, or no record fits; names the first reason.
+    """
+    chosen = FORMATS[config.format]
+    path = config.strategies or chosen.strategies
+    table = read_table(path) if path and config.kind == "csc" else {}
+    default = parse_unlabelled(config.unlabelled)
+    seen: Counter[str] = Counter()
+    report, converted = ConversionReport(), []
+    for file, number, record in chosen.records(config):
+        report.records += 1
+        try:
+            if isinstance(record, BadLine):
+                raise ValueError(f"broken line ({record.reason})")
+            if not isinstance(record, dict):
+                raise ValueError(f"not an object ({type(record).__name__})")
+            source = chosen.read(record)
+            report.dropped += source.dropped
+            said = _label_groups(_said(source, config, table, report))
+            named = {"id": source.id, "source": config.source or config.format}
+            if config.kind == "chat":
+                missing = ()
+                messages = [{"role": ROLE_OF[each.speaker], "content": each.text} for each in said]
+                dialogue, issues = check_chat(named | {"messages": messages}, seen)
+            else:
+                missing = _fill(said, config.label, default, report)
+                turns = [
+                    {
+                        "speaker": each.speaker,
+                        "text": each.text,
+                        "strategy": each.strategy and each.strategy.code,
+                    }
+                    for each in said
+                ]
+                dialogue, issues = check_row(named | {"dialogue": turns} | source.extra, seen, True)
+            if dialogue is None:
+                raise ValueError(str(issues[0]))
+        except ValueError as error:
+            report.reject(file, number, str(error))
+            continue
+        spoken = sum(each.speaker != "system" for each in said)
+        report.turns, report.joined = report.turns + len(dialogue.turns), report.joined + spoken - len(dialogue.turns)
+        converted.append(Converted(str(file), number, dialogue, missing))
+    if not report.records:
+        raise InputError(f"{config.input}: no records")
+    if not converted:
+        place = "{file}, row {row}: {reason}".format_map(report.rejected[0])
+        raise InputError(f"{place}: none of {report.records} records fits format={config.format} kind={config.kind}")
+    return converted, report
+
+
+def _said(
+    source: SourceDialogue, config: ConvertConfig, table: dict[str, Strategy | None], report: ConversionReport
+) -> list[_Said]:
+    """The turns with our speakers and strategies; what is left out is counted. A label without a text stays."""
+    said = []
+    for number, turn in enumerate(source.turns, start=1):
+        name, speaker = str(turn.speaker), _speaker(number, turn.speaker, config)
+        if not isinstance(turn.text, str | None):
+            raise ValueError(f"turn {number}: text is not a text ({type(turn.text).__name__})")
+        each = _Said(number, speaker, strip_invisible(turn.text or ""))
+        if config.kind == "csc" and speaker in ("supporter", "drop"):
+            _find_label(each, str(turn.label or ""), table, report)
+        left_out = speaker == "drop" or (speaker == "system" and config.kind == "csc")
+        if left_out or is_blank(each.text):
+            report.dropped[name if left_out else f"{name} without text"] += 1
+            each.text = ""
+        if each.text or each.strategy:
+            each.speaker = "supporter" if speaker == "drop" else speaker
+            said.append(each)
+    return said
+
+
+def _speaker(number: int, name: Any, config: ConvertConfig) -> str:
+    role = config.speakers.get(str(name)) or ROLES.get(str(name).strip().casefold())
+    try:
+        return role or Speaker.parse(name).name.lower()
+    except ValueError:
+        raise ValueError(
+            f"turn {number}: unknown speaker {name!r}: say who it is by +speakers.NAME=supporter"
+        ) from None
+
+
+def _find_label(each: _Said, label: str, table: dict[str, Strategy | None], report: ConversionReport) -> None:
+    """Set the strategy of a label, or of one in brackets at the start of the text, which then leaves the text."""
+    match = None if strip_invisible(label) else _BRACKETS.fullmatch(each.text)
+    each.label = strip_invisible(match[1] if match else label)
+    if not each.label:
+        return
+    try:
+        each.strategy = find_strategy(table, each.label)
+    except ValueError:
+        report.unknown[each.label] += 1
+        return
+    report.labels[each.label, each.strategy.en if each.strategy else "none"] += 1
+    each.label = ""
+    if match:
+        each.text = strip_invisible(match[2])
+
+
+def _label_groups(said: list[_Said]) -> list[_Said]:
+    """The turns that have a text; one without a strategy takes the first of the turns that it will be joined with."""
+    for _, group in itertools.groupby(said, key=lambda each: each.speaker):
+        together = list(group)
+        first = next((each.strategy for each in together if each.strategy), None)
+        for each in together:
+            each.strategy = each.strategy or first
+    return [each for each in said if each.text]
+
+
+def parse_unlabelled(label: str | None) -> Strategy | None:
+    """The strategy that `unlabelled` names; an InputError if it names none."""
+    try:
+        return parse_strategy(label) if label else None
+    except ValueError as error:
+        raise InputError(f"unlabelled={label}: {error}: choose one of ours.{nearest_label(str(label))}") from error
+
+
+def _fill(said: list[_Said], label: str, default: Strategy | None, report: ConversionReport) -> tuple[int, ...]:
+    """Give supporter turns without a label the default, or Others where a strategy is predicted.
+
+    Returns:
+        The turns to predict, by index among the joined turns.
+
+    Raises:
+        ValueError: one has no strategy.
+    """
+    missing = []
+    for index, (speaker, group) in enumerate(itertools.groupby(said, key=lambda each: each.speaker)):
+        together = list(group)
+        if speaker != "supporter":
+            continue
+        if not together[0].strategy:
+            report.unlabelled += 1
+            if not default and label == "given":
+                first = together[0]
+                unknown = f"unknown label ({first.label!r}.{nearest_label(first.label)})" if first.label else "no label"
+                raise ValueError(f"turn {first.number}: {unknown}")
+        if label == "llm" or (label == "fill" and not together[0].strategy):
+            missing.append(index)
+        for each in together:
+            each.strategy = each.strategy or default or OTHERS
+    return tuple(missing)
