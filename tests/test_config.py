@@ -80,7 +80,10 @@ REQUIRED = {
     "compare_runs": [],
 }
 """What each recipe cannot do without."""
-INSTEAD = {("evaluate", "template"): ["llm=gpt_4o", "data=rolecs"]}
+INSTEAD = {
+    ("evaluate", "template"): ["llm=gpt_4o", "data=rolecs"],
+    ("convert", "llm"): ["from=csv", "input=x", "output=y.jsonl", "label=llm"],
+}
 """The same, where a group goes with something else."""
 
 
