@@ -60,7 +60,7 @@ class ConvertConfig:
     columns: CsvColumns = field(default_factory=CsvColumns)
     """The columns of a CSV file."""
     encoding: str | None = None
-    """Encoding of CSV files, such as gb18030; defaults to UTF-8."""
+    """Encoding of text files, such as gb18030; defaults to UTF-8."""
     llm: LLMConfig | None = None
     """The model that labels; mock: a rule by position and question marks."""
     seed: int = 0

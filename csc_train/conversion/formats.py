@@ -76,7 +76,7 @@ FORMATS: dict[str, Format] = {}
 
 def json_records(config: ConvertConfig) -> Iterator[tuple[Any, int, Any]]:
     """(file, row number, record) of JSON, JSONL, Parquet and hub data."""
-    yield from iter_records(config.input)
+    yield from iter_records(config.input, config.encoding)
 
 
 def csv_records(config: ConvertConfig) -> Iterator[tuple[Any, int, Any]]:
