@@ -2,12 +2,9 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy
-
-if TYPE_CHECKING:
-    from datasketch import MinHash
 
 SHINGLE_LENGTH = 5
 """Characters in a shingle: about three Chinese words."""
@@ -16,13 +13,14 @@ NUM_PERMUTATIONS = 128
 MIN_RECALL = 0.99
 """Least chance that a pair right at the threshold becomes a candidate; more similar pairs have a higher one."""
 
+_MIX = numpy.uint64(0xBF58476D1CE4E5B9)
+
 
 class MinHashedText(NamedTuple):
-    """A text with its shingles and its MinHash signature."""
+    """A text with its MinHash signature, uint32 [NUM_PERMUTATIONS]."""
 
     text: str
-    shingles: set[str]
-    signature: "MinHash"
+    signature: numpy.ndarray
 
 
 class NearDuplicateIndex:
@@ -34,12 +32,13 @@ class NearDuplicateIndex:
     """
 
     def __init__(self, threshold: float, seed: int = 0):
-        import datasketch
-
-        rows = _rows_per_band(threshold)
+        draw = numpy.random.default_rng(seed).integers
+        self._rows = _rows_per_band(threshold)
         self._threshold = threshold
-        self._empty = datasketch.MinHash(num_perm=NUM_PERMUTATIONS, seed=seed)
-        self._index = datasketch.MinHashLSH(num_perm=NUM_PERMUTATIONS, params=(NUM_PERMUTATIONS // rows, rows))
+        self._places = draw(0, 2**64, SHINGLE_LENGTH, dtype=numpy.uint64) | numpy.uint64(1)
+        self._factors = draw(0, 2**32, (NUM_PERMUTATIONS, 1), dtype=numpy.uint32) | numpy.uint32(1)
+        self._shifts = draw(0, 2**32, (NUM_PERMUTATIONS, 1), dtype=numpy.uint32)
+        self._bands: list[dict[bytes, list[int]]] = [{} for _ in range(NUM_PERMUTATIONS // self._rows)]
         self._texts: list[str] = []
         self._hashes = numpy.empty((64, NUM_PERMUTATIONS), dtype=numpy.uint32)
         # Candidates whose signatures agree less are 3 standard deviations below the threshold (1 in 700 of the pairs
@@ -48,27 +47,37 @@ class NearDuplicateIndex:
 
     def minhash(self, text: str) -> MinHashedText:
         """Prepare a text for `add` and `matches`."""
-        own = shingles(text)
-        signature = self._empty.copy()
-        signature.update_batch([shingle.encode() for shingle in own])
-        return MinHashedText(text, own, signature)
+        codes = numpy.frombuffer(text.ljust(SHINGLE_LENGTH, "\0").encode("utf-32-le", "surrogatepass"), numpy.uint32)
+        hashes = numpy.lib.stride_tricks.sliding_window_view(codes.astype(numpy.uint64), SHINGLE_LENGTH) @ self._places
+        hashes = (hashes ^ (hashes >> numpy.uint64(29))) * _MIX
+        distinct = numpy.unique((hashes >> numpy.uint64(32)).astype(numpy.uint32))
+        return MinHashedText(text, (distinct * self._factors + self._shifts).min(axis=1))
 
     def add(self, hashed: MinHashedText) -> None:
         """Add a text; its position is the number of texts added before it."""
         position = len(self._texts)
         if position == len(self._hashes):
             self._hashes = numpy.concatenate([self._hashes, numpy.empty_like(self._hashes)])
-        self._hashes[position] = hashed.signature.hashvalues
-        self._index.insert(position, hashed.signature)
+        self._hashes[position] = hashed.signature
+        for band, key in zip(self._bands, self._keys(hashed), strict=True):
+            band.setdefault(key, []).append(position)
         self._texts.append(hashed.text)
 
     def matches(self, hashed: MinHashedText) -> Iterator[tuple[int, float]]:
         """(position, similarity) of every near-duplicate in the index, in the order of the positions."""
-        candidates = numpy.array(sorted(self._index.query(hashed.signature)), dtype=numpy.int64)
-        agreement = (self._hashes[candidates] == hashed.signature.hashvalues).mean(axis=1)
+        found = {at for band, key in zip(self._bands, self._keys(hashed), strict=True) for at in band.get(key, ())}
+        candidates = numpy.array(sorted(found), dtype=numpy.int64)
+        agreement = (self._hashes[candidates] == hashed.signature).mean(axis=1)
+        own = shingles(hashed.text) if len(candidates) else set()
         for position in candidates[agreement >= self._min_agreement].tolist():
-            if (similarity := _jaccard(hashed.shingles, shingles(self._texts[position]))) >= self._threshold:
+            if (similarity := _jaccard(own, shingles(self._texts[position]))) >= self._threshold:
                 yield position, similarity
+
+    def _keys(self, hashed: MinHashedText) -> list[bytes]:
+        """The bytes of each band of a signature."""
+        size, rows = hashed.signature.itemsize, self._rows
+        data = hashed.signature.tobytes()
+        return [data[band * rows * size : (band + 1) * rows * size] for band in range(len(self._bands))]
 
 
 def shingles(text: str) -> set[str]:

@@ -6,7 +6,7 @@ import importlib
 from wandb.sdk.data_types._private import MEDIA_TMP
 
 for name in (
-    "accelerate", "bitsandbytes", "datasets", "datasketch", "deepspeed", "hydra", "jieba",
+    "accelerate", "bitsandbytes", "datasets", "deepspeed", "hydra", "jieba",
     "matplotlib.backends.backend_agg", "matplotlib.figure", "nltk", "openai", "optuna", "pandas", "peft",
     "rouge_score.rouge_scorer", "sacrebleu", "scipy.stats", "torch.distributed.tensor", "torch.utils.data",
     "transformers", "trl", "wandb",
