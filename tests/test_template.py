@@ -528,3 +528,23 @@ def test_the_fingerprint_tells_modes_languages_and_templates_apart():
         DialogueTemplate(tokenizer, name, config).fingerprint for config in configs for name in ("qwen2_5", "qwen3")
     }
     assert len(prints) == 12
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."], ids=["no-system", "own-system"])
+@pytest.mark.parametrize("kind, name", TOKENIZERS)
+def test_a_chat_has_no_label_and_no_prompt_of_ours(tokenizer_of, kind, name, system):
+    template = DialogueTemplate(tokenizer_of(kind, name), name, TemplateConfig())
+    texts = ("2+2?", "4", "And (3) more? é", "It is 7.")
+    turns = tuple(Turn((Speaker.CUSTOMER, Speaker.SUPPORTER)[i % 2], text) for i, text in enumerate(texts))
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    whole = template._render([{"role": "system", "content": system}] * bool(system) + messages)
+    example = template.encode(Dialogue("chat", turns, kind="chat", system=system))
+    ids = example.input_ids.tolist()
+    assert ids == template.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert set(example.token_types.tolist()) == {TokenType.CONTEXT, TokenType.REPLY}
+    assert not example.strategies.any() and template.end_of_turn_id in example.input_ids[example.trained]
+    assert system_prompt("joint", "zh")[:20] not in whole
+    written = Turn(Speaker.CUSTOMER, template.tokenizer.decode([template.end_of_turn_id]))
+    literal = template.encode(Dialogue("chat", (written, turns[1]), kind="chat", system=system))
+    ends = (literal.input_ids[literal.turn_offsets[0] :] == template.end_of_turn_id).sum()
+    assert ends == 2  # of the two turns; the one in the text is plain characters

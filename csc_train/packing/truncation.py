@@ -36,7 +36,9 @@ def num_turns_to_truncate(dialogue: TokenizedDialogue, config: PackingConfig, nu
             "set packing.overflow=truncate or packing.overflow=drop"
         )
     if config.overflow == "truncate":
-        for first in (dialogue.strategies == 0).nonzero()[0].tolist():  # the customer's turns
+        trained = numpy.logical_or.reduceat(dialogue.trained, dialogue.turn_offsets[:-1])
+        # The customer's turns: those of a chat's supporter have no strategy either, but are trained.
+        for first in ((dialogue.strategies == 0) & ~trained).nonzero()[0].tolist():
             start = int(dialogue.turn_offsets[first])
             if prefix + length - start <= config.max_length:
                 return first if dialogue.trained[start:].any() else None

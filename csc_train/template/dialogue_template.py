@@ -25,7 +25,7 @@ from csc_train.files import digest
 from csc_train.template.chat_templates import AUTO, chat_template_names, load_chat_template
 from csc_train.template.config import TemplateConfig
 from csc_train.template.reply import Reply, format_reply, parse_reply
-from csc_train.template.segments import LAYOUTS, Layout, Messages, find_segments
+from csc_train.template.segments import LAYOUTS, SEAM, Layout, Messages, find_segments
 from csc_train.template.system_prompt import system_prompt
 
 logger = logging.getLogger(__name__)
@@ -133,8 +133,9 @@ class DialogueTemplate:
         self._opening = get_language(self.config.language).opening
         controls = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()}
         found = find_segments(self._render, self._system, self._opening, " ".join(controls.values()))
-        self.layout = found.layout
+        self.layout, self._prefix = found.layout, found.prefix
         self.prefix_ids = self._mixed_ids(*found.prefix)
+        self._user_header = found.headers[Speaker.CUSTOMER]
         later, first = (
             {
                 speaker: _Frame(
@@ -294,11 +295,27 @@ class DialogueTemplate:
         text = labelled_text(turn, self.config)
         return self._frames[first][turn.speaker].spaces + text if self._has_spaces else text
 
+    @functools.cached_property
+    def _plain_prefix(self) -> str:
+        probe = "⟦0⟧"
+        return self._render([{"role": "user", "content": probe}]).partition(probe)[0]
+
+    def _prefix_of(self, dialogue: Dialogue) -> list[int]:
+        """The ids before the first turn: a chat has its own system prompt, or what the template writes without one."""
+        if dialogue.kind == "csc":
+            return self.prefix_ids
+        if dialogue.system:
+            before, _, *after = self._prefix if len(self._prefix) == 3 else (*self._prefix, "")
+            seam = SEAM if self.layout.system_in_user else ""
+            return self._mixed_ids(before, dialogue.system + seam, *after)
+        header = "" if self.layout.system_in_user else self._user_header
+        return self._control_ids(self._plain_prefix.removesuffix(header))
+
     def _assemble(
         self, dialogue: Dialogue, contents: list[list[int]], targets: Sequence[int] | None
     ) -> TokenizedDialogue:
         """Assemble a dialogue from the ids of its turns' contents."""
-        ids = list(self.prefix_ids)
+        ids = list(self._prefix_of(dialogue))
         turn_offsets = [len(ids)]
         trained = []
         for index, (turn, content) in enumerate(zip(dialogue.turns, contents, strict=True)):
@@ -326,7 +343,7 @@ class DialogueTemplate:
 
     def _strategy_length(self, turn: Turn, content: list[int], first: bool) -> int:
         """The number of leading tokens of a supporter turn's content that belong to its `[strategy]`."""
-        if self.config.mode == "reply_only":
+        if self.config.mode == "reply_only" or turn.strategy is None:
             return 0
         label_ids = self.label_ids[turn.strategy.number]
         if content[: len(label_ids)] == label_ids:
