@@ -114,8 +114,6 @@ class DialogueTemplate:
         self.chat_template = load_chat_template(chat_template_name, tokenizer)
         self.tokenizer = tokenizer
         self._literal = _literal_encoder(tokenizer)
-        # A dialogue's turns are in the prompt of each later one.
-        self._cached_ids = functools.lru_cache(maxsize=8192)(self.literal_ids)
         try:
             self._find_ids()
         except ValueError as reason:
@@ -356,6 +354,11 @@ class DialogueTemplate:
     def literal_ids(self, text: str) -> list[int]:
         """The ids of a text, with control strings as plain characters."""
         return self._literal.encode(text, add_special_tokens=False).ids
+
+    @functools.lru_cache(maxsize=8192)  # noqa: B019  # a process has few templates
+    def _cached_ids(self, text: str) -> list[int]:
+        """`literal_ids`, kept: a dialogue's turns are in the prompt of each later one."""
+        return self.literal_ids(text)
 
     def _control_ids(self, text: str) -> list[int]:
         # The backend itself would truncate or pad by the settings of the last caller.

@@ -1,0 +1,185 @@
+"""Measure on a CPU how fast dialogues are read, encoded and searched for near-duplicates, and in how much memory.
+
+python benchmarks/data.py                   # some ten minutes on two idle cores
+python benchmarks/data.py --old CHECKOUT    # near-duplicates beside those of an older build, which needs datasketch
+python benchmarks/data.py --quick           # a smoke test in seconds; its results mean nothing
+
+Prints each result and writes benchmarks/results/data.json.
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from measure import SMALL_TOKENIZER, Report, ratios, side_by_side, spread
+from packing import long_dialogues, published_tokenizer
+from transformers import AutoTokenizer
+
+from csc_train.data.dialogue import Dialogue
+from csc_train.data.near_duplicates import NearDuplicateIndex
+from csc_train.data.readers import iter_dialogues, read_dialogues, write_dialogues
+from csc_train.template.config import TemplateConfig, TokenizationConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.tokenized_cache import tokenize
+
+TRAINING, EVALUATION = 11_232, 1_855
+"""Dialogues of RoleCS and of CSConv."""
+THRESHOLD = 0.8
+"""The default of data.overlap_threshold."""
+
+
+def main() -> None:
+    """Run all sections and write the report; or prepare a file, in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smoke test in seconds")
+    parser.add_argument("--old", type=Path, metavar="CHECKOUT", help="an older build, such as a worktree of 5fab51a")
+    parser.add_argument("--rounds", type=int, default=3, help="counted turns of each side")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "data.json")
+    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
+    tokenizer = published_tokenizer() or SMALL_TOKENIZER
+    template = DialogueTemplate(AutoTokenizer.from_pretrained(tokenizer), "qwen2_5", TemplateConfig())
+    if options.prepare:
+        with tempfile.TemporaryDirectory() as cache:
+            tokenize(read_dialogues(options.prepare), template, TokenizationConfig(cache, 1))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+    count, held_out = (40, 10) if options.quick else (TRAINING, EVALUATION)
+    report = Report({"quick": options.quick, "rounds": options.rounds}, {})
+    dialogues = long_dialogues(count + held_out)
+    with tempfile.TemporaryDirectory() as directory:
+        near_duplicates(report, dialogues[:count], dialogues[count:], options.old, options.rounds)
+        file = Path(directory) / "dialogues.jsonl"
+        write_dialogues(file, dialogues[:count])
+        encoding(report, file, template, options.rounds)
+        processes(report, dialogues[:count], template, options.rounds)
+        memory(report, file, 2 if options.quick else 10)
+    report.write(options.output)
+    print(f"\n{options.output}")
+
+
+def near_duplicates(
+    report: Report, training: list[Dialogue], evaluation: list[Dialogue], old: Path | None, rounds: int
+) -> None:
+    """The overlap check's search; one in eight evaluation dialogues nearly repeats one of training."""
+    texts = [dialogue.text for dialogue in training]
+    looked_for = [
+        texts[number][20:] if number % 8 == 0 else dialogue.text for number, dialogue in enumerate(evaluation)
+    ]
+    found: dict[str, list] = {}
+
+    def search(name: str, index: Any, prepare: Callable[[Any], Callable]) -> None:
+        own = index(THRESHOLD)
+        for text in texts:
+            own.add(prepare(own)(text))
+        found[name] = [[place for place, _ in own.matches(prepare(own)(text))] for text in looked_for]
+
+    sides = {"new": functools.partial(search, "new", NearDuplicateIndex, lambda index: index.minhash)}
+    if old:
+        place = importlib.util.spec_from_file_location("old_near_duplicates", old / "csc_train" / "near_duplicates.py")
+        assert place and place.loader
+        module = importlib.util.module_from_spec(place)
+        place.loader.exec_module(module)
+        sides["old"] = functools.partial(search, "old", module.NearDuplicates, lambda index: index.sign)
+    taken = side_by_side(sides, rounds, warm_up=0)
+    report.section(
+        "near duplicates",
+        "Seconds to index the training texts and to search for those of the evaluation set, one core. Old: the module "
+        "of commit 5fab51a. Texts of the sample grammar share sentences, so many pairs are compared exactly.",
+        training=len(texts),
+        evaluation=len(looked_for),
+        threshold=THRESHOLD,
+        load=round(os.getloadavg()[0], 1),
+    )
+    for name, each in taken.items():
+        report.add(f"{name}: seconds", spread(each))
+    report.add("pairs", sum(map(len, found["new"])))
+    if old:
+        report.add("new / old", ratios(taken["new"], taken["old"]), most=0.5)
+        pairs = {
+            name: {(n, place) for n, places in enumerate(each) for place in places} for name, each in found.items()
+        }
+        report.add(
+            "pairs of both, percent of either",
+            100 * len(pairs["new"] & pairs["old"]) / len(pairs["new"] | pairs["old"]),
+        )
+
+
+def encoding(report: Report, file: Path, template: DialogueTemplate, rounds: int) -> None:
+    """Reading, checking and encoding beside the tokenizer alone, on one core."""
+    dialogues = read_dialogues(file)
+    texts = [turn.text for dialogue in dialogues for turn in dialogue.turns]
+    backend: Any = getattr(template.tokenizer, "backend_tokenizer")  # noqa: B009
+
+    def alone() -> None:
+        for start in range(0, len(texts), 256 * 26):
+            backend.encode_batch_fast(texts[start : start + 256 * 26], add_special_tokens=False)
+
+    sides = {
+        "tokenizer alone": alone,
+        "reading and checking": lambda: list(iter_dialogues(file)),
+        "reading, checking and encoding": lambda: list(template.encode_all(iter_dialogues(file))),
+    }
+    taken = side_by_side(sides, rounds)
+    report.section(
+        "reading and encoding",
+        "Seconds from a JSONL file to token ids and types, one core. Tokenizer alone: `encode_batch_fast` of the same "
+        "texts in batches. TRL's preparation beside `encode_all` alone: packing.py, section preparation.",
+        dialogues=len(dialogues),
+        load=round(os.getloadavg()[0], 1),
+    )
+    for name, each in taken.items():
+        report.add(f"{name}: seconds", spread(each))
+    whole = taken["reading, checking and encoding"]
+    report.add("all / tokenizer alone", ratios(whole, taken["tokenizer alone"]), most=1.25)
+
+
+def processes(report: Report, dialogues: list[Dialogue], template: DialogueTemplate, rounds: int) -> None:
+    """Encoding into a cache entry by one process and by two."""
+
+    def build(workers: int) -> None:
+        with tempfile.TemporaryDirectory() as cache:
+            tokenize(dialogues, template, TokenizationConfig(cache, workers))
+
+    taken = side_by_side({workers: functools.partial(build, workers) for workers in (1, 2)}, rounds, warm_up=0)
+    report.section(
+        "processes",
+        "Seconds to encode dialogues in memory into an entry of the cache, its hashes included, by one process and by "
+        "two, which start each time.",
+        dialogues=len(dialogues),
+        load=round(os.getloadavg()[0], 1),
+    )
+    for workers, each in taken.items():
+        report.add(f"processes {workers}: seconds", spread(each))
+    report.add("one / two", ratios(taken[1], taken[2]), least=1.8)
+
+
+def memory(report: Report, file: Path, times: int) -> None:
+    """Peak memory of a process that reads and encodes many dialogues."""
+    many = file.with_name("many.jsonl")
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    with open(many, "w", encoding="utf-8") as output:
+        for number in range(times):
+            for line in lines:
+                output.write(line.replace('"id": "', f'"id": "{number}-', 1) + "\n")
+    command = [sys.executable, __file__, "--prepare", str(many)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report.section(
+        "memory",
+        "Peak memory of a process that reads, checks and encodes a JSONL file into an entry of the cache.",
+        dialogues=times * len(lines),
+    )
+    report.add("GiB", float(done.stdout.split()[-1]), most=1.5)
+
+
+if __name__ == "__main__":
+    main()
