@@ -47,7 +47,7 @@ def changed(turn, **values):
 
 def write_file(path, rows):
     """Write rows as they are; a row given as bytes is a raw line of JSONL."""
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".ndjson"):
         lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
         path.write_bytes(b"".join(line + b"\n" for line in lines))
     elif path.suffix == ".json":
@@ -192,6 +192,7 @@ def test_only_the_broken_line_of_a_jsonl_is_refused(tmp_path, case):
         ("a.json", b"[" * 200_000, "broken JSON: maximum recursion depth exceeded"),
         ("a.json", b'{"dialogue": []}', "expected a JSON list of dialogues, found dict"),
         ("a.json", b"[]", "no rows"),
+        ("a.json", b" \n", "the file is empty"),
         ("a.jsonl", b"\n \n", "no rows"),
         ("a.parquet", b"PAR1, but no Parquet", "not a Parquet file: "),
         ("a.csv", b"speaker,text", "not a dialogue file: use one of .json, .jsonl, .ndjson, .parquet"),
@@ -211,7 +212,8 @@ def test_a_file_whose_rows_are_all_refused_is_an_error(tmp_path):
     with pytest.raises(InputError) as refusal:
         read_dialogues(path, rejected_path=rejects)
     assert str(refusal.value) == (
-        f"{path}: every row is rejected; the first: {path}, row 1, field row: not an object (list)"
+        f"{path}: every row is rejected (1 row: not an object, 1 row: broken JSON); the first: "
+        f"{path}, row 1, field row: not an object (list)"
     )
     assert len(rejects.read_text().splitlines()) == 2
 

@@ -83,9 +83,9 @@ def test_a_byte_that_does_not_decode_is_named(tmp_path):
 @pytest.mark.parametrize("pack", [gzip.compress, zst], ids=["gz", "zst"])
 def test_a_cut_off_file_is_an_error_and_never_a_shorter_file(tmp_path, pack):
     path = tmp_path / f"a.jsonl.{'gz' if pack is gzip.compress else 'zst'}"
-    whole = pack(lines(make_rows(300)).encode())
+    whole = pack(lines(make_rows(3000)).encode())
     path.write_bytes(whole)
-    assert len(read_dialogues(path)) == 300
+    assert len(read_dialogues(path)) == 3000
     for end in (0, 1, 5, 12, len(whole) // 2, len(whole) - 9, len(whole) - 4, len(whole) - 1):
         path.write_bytes(whole[:end])
         with pytest.raises(InputError, match=r"^\S+a\.jsonl\.\w+: "):

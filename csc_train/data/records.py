@@ -117,7 +117,7 @@ def _text_records(file: Path, encoding: str | None) -> Iterator[tuple[int, Any]]
 def _opened(file: Path) -> io.BufferedReader:
     """A stream of a file's bytes, which raises an OSError where compressed data are cut off."""
     if (compression := COMPRESSIONS.get(file.suffix.lower())) is None:
-        return open(file, "rb", buffering=BLOCK)
+        return io.BufferedReader(io.FileIO(file), BLOCK)
     import pyarrow
 
     if file.stat().st_size == 0:
@@ -172,7 +172,8 @@ def _lines(file: Path, stream: io.BufferedReader | io.BytesIO) -> Iterator[bytes
 
 
 def _json_records(file: Path, content: bytes) -> Iterator[tuple[int, Any]]:
-    content = content.removeprefix(codecs.BOM_UTF8)
+    if not (content := content.removeprefix(codecs.BOM_UTF8)).strip():
+        raise InputError(f"{file}: the file is empty")
     try:
         found = json.loads(content.decode())
     except json.JSONDecodeError as error:

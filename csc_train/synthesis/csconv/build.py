@@ -13,7 +13,7 @@ import pydantic
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, has_surrogate
 from csc_train.data.records import iter_records
 from csc_train.errors import InputError
-from csc_train.files import digest
+from csc_train.files import digest, require_end
 from csc_train.invisible import strip_invisible
 from csc_train.jsonl import CORRECT, checked_object, parse_reason, read_jsonl
 from csc_train.llm.answer_log import AskFn, ObservedAskFn, Schema
@@ -116,6 +116,7 @@ def read_calls(path: str | os.PathLike) -> list[RecordedCall]:
     Raises:
         InputError: a file cannot be read, more than a tenth of the rows is bad, or there are no rows.
     """
+    require_end(path)
     calls, bad = {}, []
     for file, number, row in iter_records(path):
         try:
