@@ -43,6 +43,7 @@ COMPOSES = {
     "sft": ["experiment=demo"], "prepare": ["experiment=demo"], "preflight": ["experiment=demo"],
     "export": ["source=a", "output=b"], "evaluate": ["checkpoint=a"], "compare": ["a", "b"], "judge": ["a", "b"],
     "human_eval": ["export", "a", "b"], "chat": ["checkpoint=a"], "reproduce": ["suite=cpu_tiny"],
+    "convert": ["from=csv", "input=x", "output=y.jsonl"],
 }  # fmt: skip
 """Arguments without which a recipe does not compose."""
 VALUES = ["", None, -1, 0, math.nan, math.inf, -math.inf, 10**12, 1.5, "x", True, [1], {"a": 1}]
