@@ -62,7 +62,7 @@ def main(config: InspectDataRecipe) -> None:
         overlap = content.find_overlap(read, config.data, config.template.language)
     tokens, samples = describe_tokens(read, template, config)
     report = {
-        "path": config.data.train.path,
+        "path": read.report.path,
         "language": config.template.language,
         "tokenizer": config.model.tokenizer or config.model.path,
         "chat_template": template.chat_template_name,

@@ -11,6 +11,7 @@ from csc_train.config.compose import compose
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.strategies import STRATEGIES
+from csc_train.inspection.content import read_numbered
 from csc_train.inspection.text_faults import find_text_faults
 from csc_train.invisible import find_hidden
 from csc_train.jsonl import write_jsonl
@@ -191,6 +192,21 @@ def test_a_reference_stands_beside_and_what_would_stop_the_training_is_said(look
     strategies = report["strategies"]
     assert strategies["divergence"] == pytest.approx(0, abs=1e-9)
     assert strategies["stages"]["reference"] == strategies["stages"]["set"]
+
+
+def test_data_are_read_as_a_training_reads_them(tmp_path):
+    """In their encoding, and with the further files of `data.train.also`."""
+    rows = [dialogue.row() for dialogue in generate_sample(6, seed=4)]
+    for name, part in (("a", rows[:2]), ("b", rows[2:])):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_bytes(text.encode("gb18030"))
+    config = compose("inspect_data", [
+        "data=files", f"data.train.path={tmp_path}/a.jsonl", f"data.train.also=[{tmp_path}/b.jsonl]",
+        "data.encoding=gb18030",
+    ])  # fmt: skip
+    found = read_numbered(config.data.train, config.data)
+    assert [dialogue.row() for dialogue in found.dialogues] == rows
+    assert found.report.accepted == found.rows[-1] == 6
 
 
 def test_mojibake_is_told_from_odd_texts():

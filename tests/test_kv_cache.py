@@ -192,20 +192,25 @@ def test_cached_tokens_are_not_computed_again():
 
 
 def test_new_prompts_share_a_forward_pass_with_replies_in_progress():
+    """Each new prompt is attended to apart, so that no reply is padded to its width."""
     model = model_of("qwen2")
     prompts = {"a": [*PREFIX, 500], "b": [*PREFIX, 510], "c": [*PREFIX, 520, 521, 522]}
     first = {name: int(model(torch.tensor([ids])).logits[0, -1].argmax()) for name, ids in prompts.items()}
     assert len(set(first.values())) == 3
-    cache = DialogueCache(model, PREFIX, [first["a"]], max_new_tokens=3)
+    cache = DialogueCache(model, PREFIX, [first["b"]], max_new_tokens=3)
     assert cache.add("ab", [prompts["a"], prompts["b"]]) == [0, 1]
-    assert cache.step() == {0: []}
+    assert cache.step() == {1: []}
     fed = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
-    assert cache.add("c", [prompts["c"]]) == [0]
+
+    def note(module, args, named):
+        fed.append([part.tokens.stop - part.tokens.start for part in named["cache_layout"].attended])
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    assert cache.add("c", [prompts["c"]]) == [1]
     found = cache.step()
     hook.remove()
-    assert fed[0] == 1 + 3 and fed[1:] == [2] * (len(fed) - 1)
-    assert 1 in found and found[1][0] == first["b"]
+    assert fed[0] == [3, 1] and fed[1:] == [[2]] * (len(fed) - 1)
+    assert 0 in found and found[0][0] == first["a"]
 
 
 def test_few_active_rows_are_computed_without_the_others():

@@ -310,6 +310,15 @@ def test_a_truncated_dialogue_is_the_encoding_of_its_last_turns(template):
     assert {1, 2, 3, 4, 5} <= cuts  # of dialogues that either speaker opens
 
 
+def test_a_truncated_chat_starts_with_a_customer_turn(template):
+    """Its supporter turns have no strategy either."""
+    turns = tuple(Turn((Speaker.CUSTOMER, Speaker.SUPPORTER)[index % 2], "ab" * 9) for index in range(8))
+    whole = template.encode(Dialogue("chat", turns, kind="chat"))
+    lengths = range(int(whole.turn_offsets[0]) + 1, len(whole.input_ids))
+    found = {num_turns_to_truncate(whole, PackingConfig(max_length=length), 1) for length in lengths}
+    assert found == {2, 4, 6, None}
+
+
 @pytest.mark.parametrize("policy", ["drop", "truncate", "error"])
 @pytest.mark.parametrize("room", [0, -1])
 def test_max_length_without_room_beside_the_system_prompt_is_refused(template, policy, room):

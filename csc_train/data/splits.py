@@ -142,7 +142,7 @@ def _read(name: str, config: DataConfig, rejected_directory: Path | None) -> lis
     rejected = None if rejected_directory is None else Path(rejected_directory) / f"rejected-{name}.jsonl"
     try:
         return read_dialogues(
-            where.places if where.also else where.path,
+            where.places,
             source=where.source,
             strict=config.strict,
             max_rejected=config.max_rejected,

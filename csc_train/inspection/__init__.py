@@ -1,0 +1,1 @@
+"""A look at dialogues before a training."""
