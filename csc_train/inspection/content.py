@@ -12,7 +12,6 @@ from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.data.near_duplicates import NearDuplicateIndex
 from csc_train.data.overlap import best_overlaps, find_overlaps
 from csc_train.data.readers import ReadReport, iter_dialogues
-from csc_train.data.records import listed
 from csc_train.data.splits import Splits
 from csc_train.data.strategies import STRATEGIES, Stage
 from csc_train.evaluation.contamination import Contamination, find_contamination
@@ -45,7 +44,7 @@ def read_numbered(source: DialogueSourceConfig, config: DataConfig) -> NumberedD
     Raises:
         InputError: as `iter_dialogues`.
     """
-    report = ReadReport(listed(source.places))
+    report = ReadReport(", ".join(source.places))
     options = {"strict": config.strict, "merge": config.merge_turns == "auto", "encoding": config.encoding}
     found = iter_dialogues(source.places, source=source.source, report=report, **options)
     pairs = [(dialogue, report.rows) for dialogue in ProgressBar(found, "dialogues read", unit="dialogue")]
