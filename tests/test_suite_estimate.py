@@ -169,6 +169,8 @@ def test_what_a_run_has_taken(tmp_path, monkeypatch):
     failed = FailedTurn(dialogue.id, turn, "reference", "timeout", "")
     write_predictions("local/predictions/trained-reference.jsonl", [said, failed])
     write_predictions("local/predictions/trained-generated.jsonl.part-00000", [said])
+    # What a process that was killed while it wrote predictions left.
+    (tmp_path / "local/predictions/.most frequent strategy-reference.jsonl.writing-abcd1234").mkdir()
     assert spent(tmp_path / "local", "evaluate", CPU) == Cost(tokens=6)
     llm = ["llm=gpt_4o", "data=rolecs", "llm.price_per_million_input=1", "llm.price_per_million_output=10"]
     served = tmp_path / "served"

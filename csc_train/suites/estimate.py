@@ -373,7 +373,8 @@ def spent(
         tokens = usage.prompt_tokens, usage.completion_tokens
         cost = Cost(tokens=sum(tokens), money=llm.cost(*tokens))
     elif recipe == "evaluate":
-        files = sorted((directory / "predictions").glob("*.jsonl*"))
+        # Finished ones and parts; a killed process may have left a directory of `atomic_path` beside them.
+        files = sorted(path for path in (directory / "predictions").glob("*.jsonl*") if path.is_file())
         outcomes = (each for file in files for each in read_outcomes(file) if isinstance(each, Prediction))
         cost = Cost(tokens=sum(len(each.token_ids) for each in outcomes) if files else None)
     attached = launcher_class(cluster).attached
