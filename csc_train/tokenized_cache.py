@@ -2,7 +2,7 @@
 
 An entry is a directory of flat arrays and a manifest:
 
-    prefix.bin        int32 [prefix]             the ids before the first turn, which all dialogues share
+    prefix.bin        int32 [prefix]             the ids that all dialogues begin with; none if there are chats
     input_ids.bin     int32 [tokens]             the ids behind the prefix, one dialogue after the other
     token_types.bin   uint8 [tokens]             the `TokenType` of each of them
     turn_offsets.bin  int32 [turns + dialogues]  `TokenizedDialogue.turn_offsets`
@@ -74,8 +74,10 @@ class TokenizedDataset(Sequence[TokenizedDialogue]):
             # As plain arrays: slicing a numpy.memmap takes many times longer.
             name: numpy.memmap(_file(directory, name), dtype, "r").view(numpy.ndarray)
             for name, dtype in ARRAYS.items()
+            if name != "prefix"
         }
-        self._prefix, self._ids, self._token_types, self._turn_offsets, self._strategies, offsets = arrays.values()
+        self._prefix = numpy.fromfile(_file(directory, "prefix"), ARRAYS["prefix"])  # it may be empty: no map can be
+        self._ids, self._token_types, self._turn_offsets, self._strategies, offsets = arrays.values()
         self._offsets = offsets.reshape(-1, 2)
         self._context = numpy.zeros(len(self._prefix), ARRAYS["token_types"])
 
@@ -149,14 +151,15 @@ def _build(
 ) -> TokenizedDataset:
     if num_workers is None:
         num_workers = min(os.cpu_count() or 1, 1 + len(dialogues) // MIN_DIALOGUES_PER_WORKER)
+    prefix = [] if any(dialogue.kind == "chat" for dialogue in dialogues) else template.prefix_ids
     start = time.perf_counter()
     with (
         atomic_path(directory) as temporary,
-        contextlib.closing(_encode(dialogues, template, num_workers)) as chunks,
+        contextlib.closing(_encode(dialogues, template, num_workers, len(prefix))) as chunks,
         ProgressBar(desc="tokenizing", total=len(dialogues), unit="dialogue") as bar,
     ):
         temporary.mkdir()
-        _write(temporary, template.prefix_ids, chunks, bar.update)
+        _write(temporary, prefix, chunks, bar.update)
         write_json(temporary / MANIFEST, _manifest(temporary, inputs))
     seconds = time.perf_counter() - start
     logger.info(
@@ -189,12 +192,12 @@ def _write(
 
 
 def _encode(
-    dialogues: Sequence[Dialogue], template: DialogueTemplate, num_workers: int
+    dialogues: Sequence[Dialogue], template: DialogueTemplate, num_workers: int, prefix: int
 ) -> Iterator[list[numpy.ndarray]]:
     """Encode and flatten the dialogues chunk by chunk, in order."""
     chunks = (dialogues[start : start + CHUNK] for start in range(0, len(dialogues), CHUNK))
     if num_workers == 1:
-        yield from (_flatten(template.encode_all(chunk)) for chunk in chunks)
+        yield from (_flatten(template.encode_all(chunk), prefix) for chunk in chunks)
         return
     # Not forked from here: a fork copies the locks of threads (torch's, the tokenizer's) but not the threads. The
     # server imports once for all of them.
@@ -204,7 +207,7 @@ def _encode(
     try:
         pending = collections.deque()
         for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk))
+            pending.append(pool.submit(_encode_in_worker, chunk, prefix))
             if len(pending) > 2 * num_workers:  # enough to keep all busy, and memory flat
                 yield pending.popleft().result()
         while pending:
@@ -213,16 +216,12 @@ def _encode(
         pool.shutdown(cancel_futures=True)
 
 
-def _flatten(examples: Iterable[TokenizedDialogue]) -> list[numpy.ndarray]:
-    """Join dialogues into `input_ids`, `token_types`, `turn_offsets` and `strategies`, without their prefix.
+def _flatten(examples: Iterable[TokenizedDialogue], prefix: int) -> list[numpy.ndarray]:
+    """Join dialogues into `input_ids`, `token_types`, `turn_offsets` and `strategies`, without the prefix of all.
 
     The fifth array is int64 [dialogues, 2]: the number of ids and of turns of each.
     """
-    examples = list(examples)
-    parts = [
-        (e.input_ids[e.turn_offsets[0] :], e.token_types[e.turn_offsets[0] :], e.turn_offsets, e.strategies)
-        for e in examples
-    ]
+    parts = [(e.input_ids[prefix:], e.token_types[prefix:], e.turn_offsets, e.strategies) for e in examples]
     sizes = numpy.array([(len(ids), len(strategies)) for ids, _, _, strategies in parts])
     return [*map(numpy.concatenate, zip(*parts, strict=True)), sizes]
 
@@ -245,8 +244,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(dialogues: Sequence[Dialogue]) -> list[numpy.ndarray]:
-    return _flatten(_worker_template.encode_all(dialogues))
+def _encode_in_worker(dialogues: Sequence[Dialogue], prefix: int) -> list[numpy.ndarray]:
+    return _flatten(_worker_template.encode_all(dialogues), prefix)
 
 
 def _file(directory: str | os.PathLike, name: str) -> Path:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -77,6 +78,17 @@ def test_cached_dialogues_equal_those_of_the_template(tmp_path, settings):
         examples[40]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_chats_keep_their_own_prefix_beside_dialogues(tmp_path, workers):
+    (short, long), (first, *rest) = dialogues()[:2], dialogues()[2:6]
+    chats = [replace(short, kind="chat"), replace(long, kind="chat", system="You are brief. " * 300)]
+    mixed = [first, *chats, *rest]
+    examples = tokenize(mixed, template(), TokenizationConfig(str(tmp_path), workers))
+    fresh = list(template().encode_all(mixed))
+    assert len({len(each.input_ids[: each.turn_offsets[0]]) for each in fresh}) == 3
+    assert all(map(same, examples, fresh)) and len(examples) == len(mixed)
+
+
 def test_the_files_hold_the_dialogues_end_to_end(tmp_path, expected):
     tokenize(dialogues(), template(), TokenizationConfig(str(tmp_path)))
     assert contents(tmp_path) == expected
@@ -86,13 +98,13 @@ def test_two_processes_write_the_same_and_get_chunks_as_they_are_wanted(tmp_path
     submitted = []
 
     class Pool(tokenized_cache.ProcessPoolExecutor):
-        def submit(self, function, chunk):
+        def submit(self, function, chunk, *rest):
             submitted.append(len(chunk))
-            return super().submit(function, chunk)
+            return super().submit(function, chunk, *rest)
 
     monkeypatch.setattr(tokenized_cache, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(tokenized_cache, "CHUNK", 1)
-    chunks = tokenized_cache._encode(dialogues(), template(), 2)
+    chunks = tokenized_cache._encode(dialogues(), template(), 2, len(template().prefix_ids))
     first = next(chunks)
     assert len(submitted) == 5  # two for each process, and the one that came back
     (tmp_path / "entry").mkdir()
@@ -261,7 +273,8 @@ def test_written_chunks_are_released(tmp_path):
 
     def chunks():
         for _ in range(20):
-            chunk = [array.view(Array) for array in tokenized_cache._flatten(maker.encode_all(dialogues()[:3]))]
+            examples = maker.encode_all(dialogues()[:3])
+            chunk = [array.view(Array) for array in tokenized_cache._flatten(examples, len(maker.prefix_ids))]
             alive.update(chunk)
             counts.append(len(alive))
             yield chunk
