@@ -9,8 +9,6 @@ import pytest
 from conftest import ROOT, load_recipe
 
 from csc_train.config.compose import compose
-from csc_train.conversion.config import FORMAT_NAMES
-from csc_train.conversion.formats import FORMATS, SourceDialogue, SourceTurn, dialogue_format
 from csc_train.conversion.labelling import agreement
 from csc_train.conversion.strategy_table import read_table
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
@@ -285,18 +283,3 @@ def test_every_command_of_the_page_works(run, tmp_path):
         config = compose("convert", words[2:])
         load_recipe("convert").main(config if served == words[2:] else compose("convert", [*served, "llm=mock"]))
     assert len(commands) == 4 and len(read_dialogues(tmp_path / "data/abcd.jsonl")) == 1
-
-
-def test_a_plugin_adds_a_format(run):
-    before = list(FORMAT_NAMES)
-    dialogue_format("lines")(
-        lambda record: SourceDialogue([SourceTurn(*line.split(": ", 1)) for line in record["lines"]])
-    )
-    try:
-        (one,), _ = run("lines", [{"lines": ["agent: [GT]Hello", "customer: Hi"]}])
-        assert strategies(one) == ["GT"]
-        with pytest.raises(InputError, match="format lines: the name is taken"):
-            dialogue_format("lines")(len)
-    finally:
-        FORMATS.pop("lines")
-        FORMAT_NAMES[:] = before

@@ -16,6 +16,8 @@ from processes import run_script
 from csc_train.chat.config import ChatConfig
 from csc_train.chat.terminal import run_terminal
 from csc_train.config.compose import compose
+from csc_train.conversion.config import FORMAT_NAMES
+from csc_train.conversion.formats import FORMATS, dialogue_format
 from csc_train.data.config import LANGUAGE_CODES
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.languages import LANGUAGES
@@ -31,6 +33,7 @@ from csc_train.inference.baselines import StrategyBaseline
 from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import generate_predictions
 from csc_train.inference.hf import load_final_model
+from csc_train.jsonl import read_jsonl
 from csc_train.launching.job import launch
 from csc_train.launching.launchers.base import LAUNCHERS
 from csc_train.models.config import ArchitectureConfig
@@ -53,12 +56,12 @@ COMMANDS = [
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """The working directory, with the page's code blocks as files; what they register is forgotten."""
-    for indented in re.findall(r"^ *```(?:python|jinja)\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE):
+    for indented in re.findall(r"^ *```(?:python|jinja|yaml)\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE):
         block = textwrap.dedent(indented)
         (tmp_path / re.match(r"\W*(my_\w+\.\w+)", block).group(1)).write_text(block, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    registries = (MODEL_FAMILIES, loss_weights._REGISTRY, LAUNCHERS, LANGUAGES)
-    lists = (registry.METRICS, WEIGHTINGS, LANGUAGE_CODES)
+    registries = (MODEL_FAMILIES, loss_weights._REGISTRY, LAUNCHERS, LANGUAGES, FORMATS)
+    lists = (registry.METRICS, WEIGHTINGS, LANGUAGE_CODES, FORMAT_NAMES)
     before = [each.copy() for each in (*registries, *lists)]
     yield tmp_path
     for each, kept in zip(registries, before, strict=False):
@@ -74,9 +77,18 @@ def command_of(part):
 
 
 def test_the_page_has_a_file_for_each_of_its_places(folder):
-    names = ["my_family.py", "my_language.py", "my_launcher.py", "my_loss.py", "my_metrics.py", "my_template.jinja"]
-    assert sorted(path.name for path in folder.iterdir()) == names
-    titles = ["A model family", "A chat template", "A language", "A metric", "A loss", "A launcher"]
+    names = [
+        "family.py",
+        "format.py",
+        "language.py",
+        "launcher.py",
+        "loss.py",
+        "metrics.py",
+        "table.yaml",
+        "template.jinja",
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == [f"my_{name}" for name in names]
+    titles = ["A model family", "A chat template", "A language", "A data format", "A metric", "A loss", "A launcher"]
     assert re.findall(r"^## (.*)$", PAGE, re.MULTILINE) == titles
 
 
@@ -157,6 +169,46 @@ def test_the_language_reads_dialogues_and_renders_them():
         assert f"\n{strategy.number}. {strategy.name('id')}: {strategy.definition('id')}\n" in text
     assert "melalui tahap menyapa, mengenali masalah, mencari solusi," in text
     assert f"<|im_start|>assistant\n[Sapaan]{SAID[1]}<|im_end|>" in text
+
+
+TICKET = [
+    {"by": "client", "body": "My parcel is lost."},
+    {"by": "clerk", "body": "Since when?", "tag": "ask"},
+    {"by": "client", "body": "Monday."},
+    {"by": "clerk", "body": "We sent another. Goodbye.", "tag": "Close"},
+]
+"""Entries of the page's format."""
+
+
+def test_the_format_is_converted_by_the_recipe():
+    rows = [
+        {"number": 7, "queue": "post", "entries": TICKET},
+        {"number": 8, "entries": [{"by": "clerk", "body": "Hm.", "tag": "internal"}]},
+        {"number": 9, "tickets": TICKET},
+    ]
+    Path("my_tickets.json").write_text(json.dumps(rows), encoding="utf-8")
+    words = [*command_of("my_format"), "+speakers.client=customer"]
+    converted = run_script(ROOT / "recipes/convert.py", *words)
+    assert converted.returncode == 0, converted.stderr
+    (found,) = read_dialogues("data/tickets.jsonl", strict=True)
+    assert [turn.strategy and turn.strategy.code for turn in found.turns] == [None, "PR", None, "AC"]
+    assert (found.id, found.source, found.extra, found.turns[0].text) == (
+        "7",
+        "tickets",
+        {"queue": "post"},
+        TICKET[0]["body"],
+    )
+    left_out = [row for _, row in read_jsonl("data/_tickets.rejected.jsonl")]
+    assert [(row["row"], row["reason"]) for row in left_out] == [
+        (2, "turn 1: no label"), (3, "field entries: missing; found number, tickets"),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"format=tickets: choose one of sharegpt, openai, esconv, abcd, csv"):
+        compose("convert", words[1:])
+    compose("convert", words)
+    with pytest.raises(InputError, match=r"format=ticket: .* Did you mean 'tickets'\?"):
+        compose("convert", [*words, "from=ticket"])
+    with pytest.raises(InputError, match="format tickets: the name is taken"):
+        dialogue_format("tickets")(len)
 
 
 def test_the_metric_is_computed():
