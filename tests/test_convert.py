@@ -1,5 +1,6 @@
 """Converters: each published shape, in own words, becomes a file that reads back; what does not fit is counted."""
 
+import gzip
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.readers import read_dialogues
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.jsonl import read_jsonl
 
 ESCONV = {
     "experience_type": "Current Experience", "emotion_type": "anxiety", "problem_type": "job crisis",
@@ -182,6 +184,38 @@ def test_csv_by_the_names_of_its_columns(run):
     assert strategies(named) == ["GT"] and named.turns[0].text == "Hi"
 
 
+def test_several_files_are_one_input_and_each_row_names_its_file(run, tmp_path):
+    (tmp_path / "b.jsonl").write_text(json.dumps(FAILED_ESCONV) + "\n[]\n", encoding="utf-8")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/c.ndjson").write_text(json.dumps(ESCONV | {"situation": "Another."}), encoding="utf-8")
+    found, counts = run("esconv", [{"dialog": 1}, ESCONV], "input=[in.json,b.jsonl,parts]")
+    assert [len(each.turns) for each in found] == [5, 3, 5] and found[2].extra["situation"] == "Another."
+    assert counts["records", "read"] == 5 and counts["left out", "not an object"] == 1
+    rows = [row for _, row in read_jsonl(tmp_path / "out/_a.rejected.jsonl")]
+    assert [(row["file"], row["row"]) for row in rows] == [("in.json", 1), ("b.jsonl", 2)]
+    with pytest.raises(InputError, match=r"^c\.json: cannot read: No such file"):
+        run("esconv", [ESCONV], "input=[in.json,c.json]", "if_exists=replace")
+    with pytest.raises(InputError, match=r"^output=out/a\.jsonl: is the input"):
+        run("esconv", [ESCONV], "input=[in.json,out/a.jsonl]", "if_exists=replace")
+
+
+def test_csv_files_are_read_compressed_and_in_their_encoding(run, tmp_path):
+    text = "dialogue_id,speaker,text\n甲,客服,[GT]您好\n甲,客户,你好\n"
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(text.encode("gb18030")))
+    (tmp_path / "b.tsv").write_bytes(text.replace(",", "\t").replace("甲", "乙").encode("gb18030"))
+    (one, two), _ = run("csv", "", "input=[a.csv.gz,*.tsv]", "encoding=gb18030")
+    assert (one.id, two.id, one.turns[0].text) == ("甲", "乙", "您好")
+    with pytest.raises(InputError, match=r"^b\.tsv, line 2: not UTF-8 at byte 0: try data\.encoding=gb18030 \(convert"):
+        run("csv", "", "input=b.tsv", "if_exists=replace")
+    (tmp_path / "c.csv").write_bytes("dialogue_id,speaker,text\n甲\n".encode("gb18030")[:-2] + b"\xff\n")
+    with pytest.raises(InputError, match=r"^c\.csv, line 2, byte 25 of the file: not gb18030: give its own"):
+        run("csv", "", "input=c.csv", "if_exists=replace", "encoding=gb18030")
+    cut = gzip.compress(text.encode())[:-9]
+    (tmp_path / "a.csv.gz").write_bytes(cut)
+    with pytest.raises(InputError, match=r"^a\.csv\.gz: cannot read: "):
+        run("csv", "", "input=a.csv.gz", "if_exists=replace")
+
+
 def test_a_model_labels_what_has_no_label_and_is_not_asked_again(run, tmp_path):
     (tmp_path / "hand.jsonl").write_text(json.dumps(BY_HAND.row()) + "\n", encoding="utf-8")
     (filled,), counts = run("abcd", [ABCD], "label=fill", "llm=mock", "label_sample=hand.jsonl")
@@ -208,6 +242,8 @@ def test_agreement_without_answers_is_undefined():
         (["label=llm"], "label=llm: name the model by llm="),
         (["llm=mock"], "label=given asks no model"),
         (["label=fill", "llm=mock", "kind=chat"], "kind=chat has no labels"),
+        (["input=[]"], r"input=\[\]: give a file"),
+        (["encoding=gb18300"], r"encoding=gb18300: no encoding of texts .* Did you mean 'gb18030'\?"),
         (["output=a.txt"], "output=a.txt: cannot write this file type"),
         (["+speakers.Ann=boss"], "choose one of supporter, customer, system, drop"),
     ],
@@ -277,6 +313,8 @@ def test_every_command_of_the_page_works(run, tmp_path):
     for name, content in {"ESConv": [ESCONV], "abcd_sample": [ABCD], "sharegpt": [SHAREGPT]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "calls.csv").write_text(CSV, encoding="utf-8")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/x.csv.gz").write_bytes(gzip.compress(CSV.replace("\n", "\nmore-").encode()))
     (tmp_path / "hand.jsonl").write_text(json.dumps(BY_HAND.row()) + "\n", encoding="utf-8")
     for words in commands:
         served = [word for word in words[2:] if not word.startswith("llm")]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from csc_train.data.config import LANGUAGE_CODES
+from csc_train.data.config import LANGUAGE_CODES, check_encoding
 from csc_train.errors import InputError, check_fields
 from csc_train.llm.config import LLMConfig
 
@@ -33,8 +33,8 @@ class ConvertConfig:
 
     format: str = MISSING
     """Shape of the input: sharegpt, openai, esconv, abcd, csv, or one of a plugin. `from=NAME` says the same."""
-    input: str = MISSING
-    """A file, a folder, a glob pattern, or the id of a Hugging Face data set."""
+    input: list[str] = MISSING
+    """A file, a folder, a glob in quotes, or the id of a Hugging Face data set; or a list of these in brackets."""
     output: str = MISSING
     """The file to write: `.jsonl` or `.parquet`. Beside it are the records left out, `_NAME.rejected.jsonl`, and the
     counts, `_NAME.report.json`."""
@@ -60,7 +60,7 @@ class ConvertConfig:
     columns: CsvColumns = field(default_factory=CsvColumns)
     """The columns of a CSV file."""
     encoding: str | None = None
-    """Encoding of text files, such as gb18030; defaults to UTF-8."""
+    """Python's name of the encoding of JSON, JSONL and CSV files, such as gb18030 or utf-16; null is UTF-8."""
     llm: LLMConfig | None = None
     """The model that labels; mock: a rule by position and question marks."""
     seed: int = 0
@@ -76,6 +76,9 @@ class ConvertConfig:
         check_fields("", self, "language", choices=LANGUAGE_CODES)
         check_fields("", self, "speakers", choices=("supporter", "customer", "system", "drop"))
         check_fields("", self, "seed", low=0, high=2**32 - 1)
+        check_encoding("encoding", self.encoding)
+        if not self.input:
+            raise InputError("input=[]: give a file, or several in brackets")
         if not self.output.endswith(SUFFIXES):
             raise InputError(f"output={self.output}: cannot write this file type: use .jsonl or .parquet")
         predicted = self.label != "given"

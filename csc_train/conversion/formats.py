@@ -5,7 +5,6 @@ it, and the messages of OpenAI's chat API.
 """
 
 import csv
-import glob
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from csc_train.conversion.config import FORMAT_NAMES, ConvertConfig
-from csc_train.data.records import iter_records
+from csc_train.data.records import find_files, iter_records, read_text
 from csc_train.errors import InputError
-from csc_train.files import os_errors, require_end
 from csc_train.jsonl import BadLine
 from csc_train.plugins import note_registration
 
@@ -29,6 +27,10 @@ ROLES = {
     "function_call": "drop", "observation": "drop", "tool": "drop", "function": "drop", "action": "drop",
 }  # fmt: skip
 """Who the speakers of all formats are. The text of a dropped one is left out and counted; its label stays."""
+
+
+CSV_SUFFIXES = (".csv", ".tsv", ".txt")
+"""Of files of from=csv; a suffix of a compression may follow."""
 
 
 @dataclass(frozen=True)
@@ -82,61 +84,30 @@ def json_records(config: ConvertConfig) -> Iterator[tuple[Any, int, Any]]:
 def csv_records(config: ConvertConfig) -> Iterator[tuple[Any, int, Any]]:
     """(file, row number of its first turn, `{"id", "turns"}`) of each dialogue of CSV files.
 
-    Commas, semicolons and tabs are told apart by the header. The turns of a dialogue need not follow each other.
+    Of comma, semicolon and tab, the one that is most in the header separates. The turns of a dialogue need not follow
+    each other.
 
     Raises:
         InputError: a file cannot be read or lacks a column.
     """
-    columns = config.columns
-    for file in csv_files(config.input):
-        text = _text_of(file, config.encoding)
-        wanted = (columns.id, columns.speaker, columns.text)
-        header = text.split("\n", 1)[0]
-        # The one that splits the header into the most columns.
-        delimiter = max(",;\t", key=header.count)
+    names = vars(config.columns)
+    for file in find_files(config.input, CSV_SUFFIXES):
+        text = read_text(file, config.encoding)
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
         table = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
-        found = table.fieldnames or ()
-        for name in wanted:
-            if name not in found:
-                raise InputError(
-                    f"{file}: column {name!r} is missing; found {', '.join(found) or 'none'}: name yours by columns.*"
-                )
         dialogues: dict[str, tuple[int, list[dict[str, Any]]]] = {}
         try:
+            found = table.fieldnames or ()
+            if missing := [name for key, name in names.items() if key != "strategy" and name not in found]:
+                has = ", ".join(found) or "none"
+                raise InputError(f"{file}: column {missing[0]!r} is missing; found {has}: name yours by columns.*")
             for number, row in enumerate(table, start=2):
-                turn = {key: row.get(name) for key, name in vars(columns).items()}
+                turn = {key: row.get(name) for key, name in names.items()}
                 dialogues.setdefault(turn["id"] or "", (number, []))[1].append(turn)
         except csv.Error as error:
             raise InputError(f"{file}, line {table.line_num}: {error}: correct the line") from error
         for name, (number, turns) in dialogues.items():
-            yield file, number, {"id": name, "turns": turns} if name else BadLine("", f"column {columns.id}: empty")
-
-
-def csv_files(path: str) -> list[Path]:
-    """The CSV files of a file's path, a folder or a glob pattern, by name; an InputError if none."""
-    place = Path(path)
-    if place.is_dir():
-        found = [file for file in sorted(place.iterdir()) if file.suffix.lower() in (".csv", ".tsv")]
-    else:
-        found = [place] if place.exists() else sorted(map(Path, glob.glob(path)))
-    if not found:
-        raise InputError(f"{path}: no CSV file: give a file, a folder or a pattern")
-    return found
-
-
-def _text_of(file: Path, encoding: str | None) -> str:
-    require_end(file)
-    with os_errors(file, "cannot read"):
-        content = file.read_bytes()
-    try:
-        return content.decode(encoding or "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{file}, line {line}: not {encoding or 'UTF-8'} at byte {error.start}: name its encoding by encoding=..."
-        ) from error
-    except LookupError as error:
-        raise InputError(f"encoding={encoding}: unknown: name one of Python's, such as gb18030") from error
+            yield file, number, {"id": name, "turns": turns} if name else BadLine("", f"column {names['id']}: empty")
 
 
 def dialogue_format(

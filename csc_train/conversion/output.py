@@ -59,7 +59,7 @@ def open_output(config: ConvertConfig) -> Output:
         InputError: the output exists and is not to be replaced, is a folder, or is the input.
     """
     path = Path(config.output)
-    if path.resolve() == Path(config.input).resolve():
+    if path.resolve() in [Path(each).resolve() for each in config.input]:
         raise InputError(f"output={path}: is the input: choose another file")
     if path.is_dir():
         raise InputError(f"output={path}: is a folder: name a file in it")

@@ -11,6 +11,15 @@ SAMPLE_LANGUAGES = ("zh", "en")
 """The languages of the sample grammar."""
 
 
+def check_encoding(key: str, name: str | None) -> None:
+    """Raise an InputError if Python knows no encoding of texts by this name; None passes."""
+    try:
+        "".encode("utf-8" if name is None else name)
+    except (LookupError, ValueError) as error:
+        near = suggestion(str(name), encodings.aliases.aliases.values())
+        raise InputError(f"{key}={name}: no encoding of texts that Python knows.{near}") from error
+
+
 @dataclass
 class DialogueSourceConfig:
     """Where a set of dialogues is read from."""
@@ -85,14 +94,7 @@ class DataConfig:
         for name, (passed, bound) in bounds.items():
             if not passed:
                 raise InputError(f"data.{name}={getattr(self, name)}: must be {bound}")
-        if self.encoding is not None:
-            try:
-                "".encode(self.encoding)
-            except (LookupError, ValueError) as error:
-                near = suggestion(self.encoding, encodings.aliases.aliases.values())
-                raise InputError(
-                    f"data.encoding={self.encoding}: no encoding of texts that Python knows.{near}"
-                ) from error
+        check_encoding("data.encoding", self.encoding)
         if self.evaluation.also and self.evaluation.path is None:
             raise InputError("data.evaluation.also is set, but data.evaluation.path is not: give the first file there")
         check_fields("data.", self, "merge_turns", choices=("auto", "off"))

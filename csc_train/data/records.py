@@ -42,8 +42,7 @@ def iter_records(
         InputError: a file is missing, unreadable as a whole, cut off or of another kind, a line is longer than
             `MAX_LINE`, or bytes are not of `encoding`.
     """
-    places = [place for each in (path if isinstance(path, list) else [path]) for place in _places(each)]
-    for place in places:  # all are known before a row is read: nothing is read in part
+    for place in find_files(path):  # all are known before a row is read: nothing is read in part
         if isinstance(place, str):
             yield from ((place, *row) for row in _hub_records(place))
             continue
@@ -52,22 +51,36 @@ def iter_records(
             yield from ((place, *row) for row in rows)
 
 
+def find_files(path: str | os.PathLike | list[str], suffixes: tuple[str, ...] = FILE_SUFFIXES) -> list[Path | str]:
+    """The files of a path (see `iter_records`), each of one of these suffixes, and the ids of hub data sets."""
+    return [place for each in (path if isinstance(path, list) else [path]) for place in _places(each, suffixes)]
+
+
+def read_text(file: str | os.PathLike, encoding: str | None = None) -> str:
+    """The text of a file, whose compression is that of its suffix; errors and `encoding` as of `iter_records`."""
+    require_end(file, pipe=True)
+    with os_errors(file, "cannot read"), _opened(Path(file)) as stream:
+        if encoding is None:
+            _check_encoding(Path(file), stream.peek(BLOCK))
+        return _decode(Path(file), stream.read(), encoding or "utf-8")
+
+
 def _kind(file: Path) -> str:
     """The suffix without that of the compression, in lower case."""
     suffix = file.suffix.lower()
     return Path(file.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
 
-def _places(path: str | os.PathLike) -> Iterator[Path | str]:
+def _places(path: str | os.PathLike, suffixes: tuple[str, ...]) -> Iterator[Path | str]:
     """The files of a path, or the id of a hub data set."""
     place = Path(path)
-    known = f"use one of {', '.join(FILE_SUFFIXES)}"
+    known = f"use one of {', '.join(suffixes)}"
     if not place.exists() and glob.has_magic(str(path)):
         if not (found := sorted(glob.glob(str(path), recursive=True))):
             raise InputError(f"{path}: no file matches")
         for each in found:
-            yield from _places(each)
-    elif not place.exists() and _kind(place) not in FILE_SUFFIXES:
+            yield from _places(each, suffixes)
+    elif not place.exists() and _kind(place) not in suffixes:
         if not HUB_ID_PATTERN.fullmatch(str(path)):
             raise InputError(f"{path}: no such file: give a file, a folder or the id of a hub data set (owner/name)")
         yield str(path)
@@ -76,7 +89,7 @@ def _places(path: str | os.PathLike) -> Iterator[Path | str]:
         if not files:
             raise InputError(f"{place}: the folder holds no dialogue file: {known}")
         for file in files:
-            if _kind(file) not in FILE_SUFFIXES or file.is_dir() or _packed_parquet(file):
+            if _kind(file) not in suffixes or file.is_dir() or _packed_parquet(file):
                 raise InputError(f"{file}: not a dialogue file: {known}; a folder holds nothing else")
         kinds = {_kind(file) == ".parquet": file.name for file in files}
         if len(kinds) > 1:
@@ -131,7 +144,8 @@ def _decode(file: Path, content: bytes, encoding: str) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].decode(encoding, "replace").count("\n") + 1
         raise InputError(
-            f"{file}, line {line}, byte {error.start} of the file: not {encoding}: give its own data.encoding"
+            f"{file}, line {line}, byte {error.start} of the file: not {encoding}: give its own data.encoding "
+            "(convert, build_csconv: encoding)"
         ) from error
 
 
@@ -150,7 +164,9 @@ def _check_encoding(file: Path, head: bytes) -> None:
     else:
         return
     line = 1 if codec == "utf-16" else head[: head.index(lines[0])].count(b"\n") + 1
-    raise InputError(f"{file}, line {line}: not UTF-8 at byte {start}: try data.encoding={codec}")
+    raise InputError(
+        f"{file}, line {line}: not UTF-8 at byte {start}: try data.encoding={codec} (convert, build_csconv: encoding)"
+    )
 
 
 def _not_utf8(line: bytes) -> int | None:
