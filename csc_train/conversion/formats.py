@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from csc_train.conversion.config import FORMAT_NAMES, ConvertConfig
-from csc_train.data.records import find_files, iter_records, read_text
+from csc_train.data.records import find_files, iter_records, read_decoded
 from csc_train.errors import InputError
 from csc_train.jsonl import BadLine
 from csc_train.plugins import note_registration
@@ -92,7 +92,7 @@ def csv_records(config: ConvertConfig) -> Iterator[tuple[Any, int, Any]]:
     """
     names = vars(config.columns)
     for file in find_files(config.input, CSV_SUFFIXES):
-        text = read_text(file, config.encoding)
+        text = read_decoded(file, config.encoding)
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         table = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
         dialogues: dict[str, tuple[int, list[dict[str, Any]]]] = {}

@@ -56,7 +56,7 @@ def find_files(path: str | os.PathLike | list[str], suffixes: tuple[str, ...] = 
     return [place for each in (path if isinstance(path, list) else [path]) for place in _places(each, suffixes)]
 
 
-def read_text(file: str | os.PathLike, encoding: str | None = None) -> str:
+def read_decoded(file: str | os.PathLike, encoding: str | None = None) -> str:
     """The text of a file, whose compression is that of its suffix; errors and `encoding` as of `iter_records`."""
     require_end(file, pipe=True)
     with os_errors(file, "cannot read"), _opened(Path(file)) as stream:
