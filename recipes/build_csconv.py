@@ -15,8 +15,8 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("csc_train.recipes.build_csconv")
 OUTPUTS = (
-    "answers.jsonl", "dialogues.jsonl", "dialogues.parquet", "rejected.jsonl", "filter_funnel.json", "quality.json",
-    "quality.html",
+    "answers.jsonl", "dialogues.jsonl", "dialogues.parquet", "rejected.jsonl", "rejected-calls.jsonl",
+    "filter_funnel.json", "quality.json", "quality.html",
 )  # fmt: skip
 """Files of the recipe in the run directory."""
 
@@ -52,7 +52,12 @@ def main(config: BuildCsconvRecipe) -> None:
 
     # Calls
     path = config.calls or BUNDLED_CALLS[config.language]
-    calls = read_calls(path)
+    calls = read_calls(
+        path,
+        max_rejected=config.max_rejected,
+        encoding=config.encoding if config.calls else None,
+        rejected_path=run.directory / "rejected-calls.jsonl",
+    )
     where = config.reference
     reference = read_dialogues(where.path, source=where.source) if where.path else []
     if run.start({"calls": file_digest(path)}) == "finished":

@@ -136,26 +136,53 @@ def test_the_mock_model_answers_only_the_bundled_calls(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (['{"turns": []}', "{"], r"calls\.jsonl, line 2: not JSON \(column 2: Expecting"),
-        (["[1]"], r"line 1: not a JSON object"),
-        (['{"id": "a"}'], r"line 1: field turns: Field required"),
-        (['{"turns": [{"speaker": "客服"}]}'], r"line 1: field turns\.0\.text: Field required"),
+        (['{"turns": []}', "{"], r"1 of 2 rows are rejected, above max_rejected=0\.1; the first: \S+calls\.jsonl, "
+         r"row 2, field row: broken JSON \(column 2: Expecting.*: correct the rows, or raise max_rejected$"),
+        (["[1]"], r"row 1, field row: not an object \(list\)"),
+        (['{"id": "a", "turn": []}'], r"row 1, field turns: Field required; fields found: id, turn; .* mean 'turn'"),
+        (['{"turns": [{"speaker": "客服"}]}'], r"row 1, field turns\.0\.text: Field required"),
         (
             ['{"turns": [{"speaker": "客服", "text": 5}]}'],
-            r"line 1: field turns\.0\.text: Input should be a valid string",
+            r"row 1, field turns\.0\.text: Input should be a valid string",
         ),
-        (['{"id": "a", "turns": [{"speaker": "客服", "text": "\\ud83d"}]}'], "line 1: field turns: lone surrogate"),
+        (['{"id": "a", "turns": [{"speaker": "客服", "text": "\\ud83d"}]}'], "row 1, field turns: lone surrogate"),
         (
             ['{"id": "a", "turns": []}', "", '{"id": "a", "turns": []}'],
-            "line 3: id a stands in line 1 already: correct or delete the line",
+            r"calls\.jsonl, row 3, field id: used by an earlier row \('a', \S+calls\.jsonl, row 1\)",
         ),
         ([""], "no rows"),
     ],
-)
+)  # fmt: skip
 def test_a_file_of_calls_that_cannot_be_read_is_refused(tmp_path, rows, message):
     (tmp_path / "calls.jsonl").write_text("\n".join(rows), encoding="utf-8")
     with pytest.raises(InputError, match=message):
         read_calls(tmp_path / "calls.jsonl")
+
+
+def test_bad_calls_are_listed_with_place_and_reason_but_without_the_call(tmp_path, caplog):
+    """In a folder of parts in another encoding; the id of the last row is that of a row of the other part."""
+    rows = BUNDLED_CALLS["zh"].read_text(encoding="utf-8").splitlines()
+    last = json.dumps(
+        json.loads(rows[0]) | {"turns": [{"speaker": "客户", "text": "电话15912345678"}]}, ensure_ascii=False
+    )
+    (tmp_path / "calls").mkdir()
+    (tmp_path / "calls/a.jsonl").write_text("\n".join(rows), encoding="gb18030")
+    (tmp_path / "calls/b.jsonl").write_text(f'{{"turns": 1, "phone": "15912345678"}}\n{last}', encoding="gb18030")
+    with caplog.at_level("INFO"):
+        calls = read_calls(tmp_path / "calls", encoding="gb18030", rejected_path=tmp_path / "rejected-calls.jsonl")
+    assert len(calls) == 20 and f"{tmp_path}/calls: 22 rows, 20 accepted, 2 rejected" in caplog.text
+    text = (tmp_path / "rejected-calls.jsonl").read_text()
+    one, other = map(json.loads, text.splitlines())
+    assert (one["file"], one["row"]) == (f"{tmp_path}/calls/b.jsonl", 1) and "15912345678" not in text
+    assert one["issues"][0]["reason"] == "field turns: Input should be a valid list" and one["record"] is None
+    name = json.loads(rows[0])["id"]
+    assert (
+        other["issues"][0]["reason"] == f"field id: used by an earlier row ({name!r}, {tmp_path}/calls/a.jsonl, row 1)"
+    )
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: not UTF-8 .* \(convert, build_csconv: encoding\)"):
+        read_calls(tmp_path / "calls")
+    with pytest.raises(InputError, match=r"2 of 22 rows are rejected, above max_rejected=0\.05"):
+        read_calls(tmp_path / "calls", encoding="gb18030", max_rejected=0.05)
 
 
 def test_calls_are_read(tmp_path):
@@ -322,6 +349,14 @@ def test_the_recipe_keeps_to_thresholds_and_refuses_wrong_ones(tmp_path, recipe)
     assert status == 2 and "Did you mean 'call.min_rounds'?" in said
     status, said = recipe("calls=missing.jsonl")
     assert status == 2 and "missing.jsonl: cannot read" in said
+    (tmp_path / "calls.jsonl").write_text('{"turns": []}\n{', encoding="utf-16")
+    settings = ["calls=calls.jsonl", "run.directory=calls"]
+    status, said = recipe(*settings, "encoding=utf-16")
+    assert status == 2 and "1 of 2 rows are rejected, above max_rejected=0.1" in said
+    status, said = recipe(*settings, "encoding=utf-16", "max_rejected=1")
+    assert status == 0 and "0 of 1 calls are kept" in said, said
+    assert json.loads((tmp_path / "calls/rejected-calls.jsonl").read_text())["row"] == 2
+    assert "Did you mean 'utf_16'" in recipe(*settings, "encoding=utf_61")[1]
 
 
 def reply(body):

@@ -31,7 +31,6 @@ from csc_train.launching.sweep import STUDY_FILE, open_study, plan_sweep
 from csc_train.llm.answer_log import AnswerLog
 from csc_train.runs.claim import release_all
 from csc_train.runs.comparison import history_log
-from csc_train.synthesis.csconv.build import read_calls
 from csc_train.synthesis.rolecs.batch_api import read_batch_results
 from csc_train.synthesis.rolecs.personas import read_profiles
 from csc_train.synthesis.rolecs.store import SynthesisStore
@@ -80,8 +79,6 @@ KINDS = {
     "batch results": Kind([{"custom_id": f"c{n}", "error": None, "response": {
         "status_code": 200, "body": {"choices": [{"message": {"content": "好"}}]}}} for n in range(3)], "custom_id",
         lambda path: read_batch_results([path]), "delete the line: its request stays pending"),
-    "calls": Kind([{"id": f"c{n}", "turns": [{"speaker": "客服", "text": "好"}]} for n in range(3)], "turns",
-                  read_calls, CORRECT),
     "profiles": Kind([{"id": f"p{n}", "job": "教师"} for n in range(3)], "job", read_profiles, CORRECT),
     "replies": Kind([{"text": "好", "dialogue_id": each.id, "turn": turn} for each in DIALOGUES[:1]
                      for turn in each.supporter_turns], "turn",

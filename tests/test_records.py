@@ -161,7 +161,7 @@ def test_bad_calls_are_counted_and_left_out(tmp_path, said):
     path = tmp_path / "calls.jsonl.gz"
     path.write_bytes(gzip.compress(calls.rstrip() + b'\n{"turns": 1}\n{'))
     assert len(read_calls(path)) == len(calls.splitlines())
-    assert "2 rows are no calls and are left out" in said[0]
+    assert "22 rows, 20 accepted, 2 rejected" in said[0]
     path.write_bytes(gzip.compress(calls.rstrip() + b"\n{" * 4))
-    with pytest.raises(InputError, match=r"and 3 other rows of 24"):
+    with pytest.raises(InputError, match=r"4 of 24 rows are rejected, above max_rejected=0\.1"):
         read_calls(path)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surrogate, join_speakers
 from csc_train.data.records import first_line, iter_records, listed
@@ -28,6 +28,7 @@ from csc_train.invisible import is_blank, strip_invisible
 from csc_train.jsonl import BadLine, read_jsonl, write_jsonl
 
 logger = logging.getLogger(__name__)
+Checked = TypeVar("Checked")
 
 _MEDIA = re.compile(r"<\|(?:vision|image|video|audio)_\w+\|>")
 """Control strings that stand for an image, a video or sound."""
@@ -78,6 +79,8 @@ class ReadReport:
     merged_turns: int = 0
     """Their turns that were joined to the one before."""
     rejected: list[RejectedRow] = field(default_factory=list)
+    settings: str = "data."
+    """Place of the setting `max_rejected` in the recipe, for messages."""
 
     def summary(self) -> str:
         """The counts as a few lines of text, with a table of reasons."""
@@ -107,13 +110,22 @@ class ReadReport:
         said = f" ({', '.join(counted[:5])})" if len(counted) > 1 else ""
         return f"{said}; the first: {self.rejected[0]}{_fields_found(self.rejected[0])}"
 
-    def write_rejected(self, path: str | os.PathLike) -> None:
-        """Write the rejected rows to `path` as JSONL, each with its file, row, issues and the row itself."""
+    def write_rejected(self, path: str | os.PathLike, records: bool = True) -> None:
+        """Write the rejected rows to `path` as JSONL: file, row, issues, and the record (null without `records`)."""
         rows = (
-            vars(row) | {"issues": [{**vars(issue), "reason": str(issue)} for issue in row.issues]}
+            vars(row if records else replace(row, record=None))
+            | {"issues": [{**vars(issue), "reason": str(issue)} for issue in row.issues]}
             for row in self.rejected
         )
         write_jsonl(path, rows, ascii_only=True, default=str)
+
+    def conclude(self, rejected_path: str | os.PathLike | None, records: bool = True) -> None:
+        """Log the counts if rows were rejected or turns joined, and write the rejected rows (see `write_rejected`)."""
+        if self.rejected or self.merged:
+            logger.info(self.summary())
+        if self.rejected and rejected_path is not None:
+            self.write_rejected(rejected_path, records)
+            logger.info(f"  rejected rows are in {rejected_path}")
 
 
 def iter_dialogues(
@@ -145,14 +157,40 @@ def iter_dialogues(
     """
     report = report if report is not None else ReadReport(listed(path))
     seen: Counter[str] = Counter()
+
+    def checked(record: Any, file: Any, number: int) -> tuple[Dialogue | None, list[ValidationIssue]]:
+        return (check or check_row)(record, seen, merge)
+
+    options = {"source": source, "strict": strict, "max_rejected": max_rejected, "encoding": encoding}
+    for record, dialogue in iter_checked(path, checked, report, **options):
+        if joined := len(record[TURN_COLUMNS[dialogue.kind]]) - bool(dialogue.system) - len(dialogue.turns):
+            report.merged, report.merged_turns = report.merged + 1, report.merged_turns + joined
+        yield dialogue
+
+
+def iter_checked(
+    path: str | os.PathLike | list[str],
+    check: Callable[[Any, Any, int], tuple[Checked | None, list[ValidationIssue]]],
+    report: ReadReport,
+    *,
+    source: str | None = None,
+    strict: bool = False,
+    max_rejected: float = 1.0,
+    encoding: str | None = None,
+) -> Iterator[tuple[Any, Checked]]:
+    """Yield (row, what `check` makes of it) of rows of any shape; arguments and errors as of `iter_dialogues`.
+
+    Args:
+        check: turns a row, with its file and number, into an object, or lists its issues.
+    """
     for file, number, read in iter_records(path, encoding):
         report.rows += 1
         record = _unpacked(read)
         if source is not None and isinstance(record, dict) and _text(record.get("source")) != source:
             report.other_sources[_text(record.get("source"))] += 1
             continue
-        dialogue, issues = (check or check_row)(record, seen, merge)
-        if dialogue is None:
+        checked, issues = check(record, file, number)
+        if checked is None:
             raw = read.text if isinstance(read, BadLine) else read
             rejected = RejectedRow(str(file), number, tuple(issues), raw)
             report.rejected.append(rejected)
@@ -160,9 +198,7 @@ def iter_dialogues(
                 raise InputError(str(rejected))
             continue
         report.accepted += 1
-        if joined := len(record[TURN_COLUMNS[dialogue.kind]]) - bool(dialogue.system) - len(dialogue.turns):
-            report.merged, report.merged_turns = report.merged + 1, report.merged_turns + joined
-        yield dialogue
+        yield record, checked
     if report.accepted == 0:
         if report.other_sources and not any(isinstance(row.record, dict) for row in report.rejected):
             found = ", ".join(f"{name!r} ({count})" for name, count in report.other_sources.most_common())
@@ -171,9 +207,10 @@ def iter_dialogues(
             raise InputError(f"{report.path}: every row is rejected{report.reasons()}")
         raise InputError(f"{report.path}: no rows")
     if len(report.rejected) > max_rejected * report.checked:
+        key = f"{report.settings}max_rejected"
         raise InputError(
             f"{report.path}: {len(report.rejected)} of {report.checked} rows are rejected, above "
-            f"data.max_rejected={max_rejected}{report.reasons()}: correct the rows, or raise data.max_rejected"
+            f"{key}={max_rejected}{report.reasons()}: correct the rows, or raise {key}"
         )
 
 
@@ -200,12 +237,8 @@ def read_dialogues(
         options = {"check": check, "max_rejected": max_rejected, "encoding": encoding}
         return list(iter_dialogues(path, source=source, strict=strict, report=report, merge=merge, **options))
     finally:
-        rejected = report.rejected and not strict
-        if rejected or report.merged:
-            logger.info(report.summary())
-            if rejected and rejected_path is not None:
-                report.write_rejected(rejected_path)
-                logger.info(f"  rejected rows are in {rejected_path}")
+        if not (strict and report.rejected):
+            report.conclude(rejected_path)
 
 
 def read_accept_sets(path: str | os.PathLike | None, dialogues: Sequence[Dialogue]) -> Sequence[Dialogue]:
@@ -341,11 +374,8 @@ def check_row(
         merge: join consecutive turns of one speaker.
         read_turns: finds the turns and the system prompt of a row of this kind, or adds issues.
     """
-    if isinstance(record, BadLine):
-        return None, [ValidationIssue(None, "row", "broken JSON", record.reason)]
-    if not isinstance(record, dict):
-        return None, [ValidationIssue(None, "row", "not an object", type(record).__name__)]
-    issues: list[ValidationIssue] = []
+    if issues := check_object(record):
+        return None, issues
     turns, system = read_turns(record, issues)
     if not issues and merge:
         turns = [_joined(together, text) for together, text in join_speakers(turns)]
@@ -369,6 +399,13 @@ def check_row(
         name = f"{name}-{seen[name]}"
         seen[name] += 1
     return replace(dialogue, id=name), []
+
+
+def check_object(record: Any) -> list[ValidationIssue]:
+    """The issue of a row that is no object; none for others."""
+    if isinstance(record, BadLine):
+        return [ValidationIssue(None, "row", "broken JSON", record.reason)]
+    return [] if isinstance(record, dict) else [ValidationIssue(None, "row", "not an object", type(record).__name__)]
 
 
 def check_text(number: int, field: str, text: Any, issues: list[ValidationIssue]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from csc_train.data.config import DialogueSourceConfig
+from csc_train.data.config import DialogueSourceConfig, check_encoding
 from csc_train.errors import InputError, check_fields, check_range
 from csc_train.llm.config import LLMConfig
 from csc_train.runs.config import RunConfig
@@ -26,6 +26,10 @@ class BuildCsconvRecipe:
 
     calls: str | None = None
     """The recorded calls, a JSONL file of `{"id", "turns": [{"speaker", "text"}]}`; defaults to a few made-up calls."""
+    max_rejected: float = 0.1
+    """Greatest share of bad rows of the calls; above it nothing is built. 1 takes any call that is left."""
+    encoding: str | None = None
+    """Python's name of the encoding of the calls, such as gb18030 or utf-16; null is UTF-8."""
     language: str = "zh"
     """Language of the calls and of the prompts."""
     seed: int = 0
@@ -46,6 +50,8 @@ class BuildCsconvRecipe:
     def __post_init__(self):
         check_fields("", self, "language", choices=LANGUAGES)
         check_fields("", self, "seed", low=0, high=2**32 - 1)
+        check_fields("", self, "max_rejected", low=0, high=1)
+        check_encoding("encoding", self.encoding)
 
 
 @dataclass

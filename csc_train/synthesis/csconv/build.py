@@ -1,7 +1,7 @@
 """The CSConv pipeline: recorded calls are filtered, rewritten into labelled turns by a model, and filtered again."""
 
 import asyncio
-import logging
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from typing import Any, Literal
 import pydantic
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, has_surrogate
-from csc_train.data.records import iter_records
+from csc_train.data.readers import ReadReport, ValidationIssue, check_object, iter_checked
 from csc_train.errors import InputError
 from csc_train.files import digest, require_end
 from csc_train.invisible import strip_invisible
-from csc_train.jsonl import CORRECT, checked_object, parse_reason, read_jsonl
+from csc_train.jsonl import read_jsonl
 from csc_train.llm.answer_log import AskFn, ObservedAskFn, Schema
 from csc_train.llm.client import LLMError, Observer, UnusableServerError
 from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
@@ -24,9 +24,6 @@ from csc_train.synthesis.filters.rules import DuplicateFilter, FilterVerdict, ch
 from csc_train.synthesis.prompting import task_messages
 from csc_train.synthesis.utterances import Utterance, as_text, merge_turns, strip_boilerplate, turns_of
 
-logger = logging.getLogger(__name__)
-MAX_REJECTED = 0.1
-"""Greatest share of rows of a file of calls that may be left out, as of dialogues (`data.max_rejected`)."""
 CSCONV_RULES = (
     "speakers", "rounds", "turn length", "customer's turns", "customer's words", "manners", "texts", "utterances",
     "alternation", "one strategy", "known strategies", "required strategies", "private data", "quality",
@@ -108,32 +105,49 @@ class CallOutcome:
         return row
 
 
-def read_calls(path: str | os.PathLike) -> list[RecordedCall]:
+def read_calls(
+    path: str | os.PathLike,
+    *,
+    max_rejected: float = 0.1,
+    encoding: str | None = None,
+    rejected_path: str | os.PathLike | None = None,
+) -> list[RecordedCall]:
     """Read calls of `{"id", "turns": [{"speaker", "text"}]}` (see `iter_records`); `id` is optional.
 
-    Rows of another form and ids that are used twice are counted in the log and left out.
+    Rows of another form and ids that are used twice are counted in the log and written to `rejected_path`, with their
+    place and reason but without the call, which holds private data.
 
     Raises:
-        InputError: a file cannot be read, more than a tenth of the rows is bad, or there are no rows.
+        InputError: a file cannot be read, a greater share of the rows than `max_rejected` is bad, or there are no rows.
     """
     require_end(path)
-    calls, bad = {}, []
-    for file, number, row in iter_records(path):
-        try:
-            call = _parse_call(checked_object(row))
-            if call.id in calls:
-                raise ValueError(f"id {call.id} stands in line {calls[call.id][0]} already")
-            calls[call.id] = number, call
-        except (ValueError, KeyError, TypeError) as error:
-            bad.append(f"{file}, line {number}: {parse_reason(error)}")
-    if len(bad) > MAX_REJECTED * (len(bad) + len(calls)):
-        several = f" (and {len(bad) - 1} other rows of {len(bad) + len(calls)})" if bad[1:] else ""
-        raise InputError(f"{bad[0]}{several}: {CORRECT}")
-    if bad:
-        logger.info(f"note: {path}: {len(bad)} rows are no calls and are left out, the first: {bad[0]}")
-    if not calls:
-        raise InputError(f"{path}: no rows")
-    return [call for _, call in calls.values()]
+    report, places = ReadReport(str(path), settings=""), {}
+    check = functools.partial(_check_call, places)
+    try:
+        return [call for _, call in iter_checked(path, check, report, max_rejected=max_rejected, encoding=encoding)]
+    finally:
+        report.conclude(rejected_path, records=False)
+
+
+def _check_call(
+    places: dict[str, str], record: Any, file: Any, number: int
+) -> tuple[RecordedCall | None, list[ValidationIssue]]:
+    """A row as a call, or its issues; `places` are those of the calls so far, by id."""
+    if issues := check_object(record):
+        return None, issues
+    try:
+        call = _Call.model_validate(record)
+    except pydantic.ValidationError as error:
+        return None, [ValidationIssue(None, ".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+    if any(has_surrogate(turn.speaker + turn.text) for turn in call.turns):
+        return None, [ValidationIssue(None, "turns", SURROGATE)]
+    name, place = str(call.id or digest(record["turns"])[:16]), f"{file}, row {number}"
+    if (first := places.setdefault(name, place)) != place:
+        return None, [ValidationIssue(None, "id", "used by an earlier row", f"{name!r}, {first}")]
+    try:
+        return RecordedCall(name, tuple(Utterance(Speaker.parse(turn.speaker), turn.text) for turn in call.turns)), []
+    except ValueError as error:
+        return RecordedCall(name, (), str(error)), []
 
 
 class _CallTurn(pydantic.BaseModel):
@@ -142,21 +156,10 @@ class _CallTurn(pydantic.BaseModel):
 
 
 class _Call(pydantic.BaseModel):
-    """A line of a file of calls."""
+    """A row of a file of calls."""
 
     id: Any = None
     turns: list[_CallTurn]
-
-
-def _parse_call(row: dict[str, Any]) -> RecordedCall:
-    call = _Call.model_validate(row)
-    if any(has_surrogate(turn.text) for turn in call.turns):
-        raise ValueError(f"field turns: {SURROGATE}")
-    name = str(call.id or digest(row["turns"])[:16])
-    try:
-        return RecordedCall(name, tuple(Utterance(Speaker.parse(turn.speaker), turn.text) for turn in call.turns))
-    except ValueError as error:
-        return RecordedCall(name, (), str(error))
 
 
 async def build_csconv(
