@@ -44,7 +44,7 @@ def main(config: InspectDataRecipe) -> None:
 
     # Dialogues
     provide_sample(config.data)
-    read = content.read_numbered(config.data.train, config.data)
+    read = content.read_numbered(config.data.train, config.data, config.kind)
     sides = {"set": read.dialogues}
     if config.reference_path is not None:
         reference = DialogueSourceConfig(config.reference_path, config.reference_source)
@@ -69,7 +69,7 @@ def main(config: InspectDataRecipe) -> None:
         "reading": content.describe_reading(read.report),
         "turns": content.describe_lengths([len(dialogue.turns) for dialogue in read.dialogues]),
         "supporter_turns": sum(len(dialogue.supporter_turns) for dialogue in read.dialogues),
-        "strategies": content.describe_strategies(sides),
+        "strategies": content.describe_strategies(sides) if config.kind == "csc" else None,
         "tokens": tokens,
         "repeats": content.find_repeats(read, config.data.overlap_threshold, config.data.seed),
         **content.find_findings(read),

@@ -1,5 +1,6 @@
 """A look at dialogues before a training: every number of a file with planted faults, a clean file, and the page."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -11,6 +12,7 @@ from csc_train.config.compose import compose
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.strategies import STRATEGIES
+from csc_train.errors import InputError
 from csc_train.inspection.content import read_numbered
 from csc_train.inspection.text_faults import find_text_faults
 from csc_train.invisible import find_hidden
@@ -19,6 +21,8 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
 PHONE = "13912345678"
+LABEL_PHONE = "15812345678"
+"""In the label of a rejected row."""
 MOJIBAKE = "您好".encode().decode("gbk")
 
 
@@ -38,15 +42,16 @@ def template():
 def looked(tmp_path_factory, template):
     """Looks at rows, in a folder of its own: the report, and the folder with the page."""
 
-    def look(rows, *overrides, evaluation=()):
+    def look(rows, *overrides, evaluation=(), more=""):
         folder = tmp_path_factory.mktemp("look")
         write_jsonl(folder / "data.jsonl", rows)
         if evaluation:
             write_jsonl(folder / "evaluation.jsonl", [each.row() for each in evaluation])
             overrides += (f"evaluation_path={folder}/evaluation.jsonl",)
         tokenizer = f"model.tokenizer={SMALL_TOKENIZERS / 'qwen2'}"
+        path = f"path=[{folder}/data.jsonl{more}]"
         config = compose("inspect_data", [
-            f"path={folder}/data.jsonl", tokenizer, "model.chat_template=qwen2_5", f"run.directory={folder}/run",
+            path, tokenizer, "model.chat_template=qwen2_5", f"run.directory={folder}/run",
             f"tokenization.cache_dir={folder}/cache", *overrides,
         ])  # fmt: skip
         load_recipe("inspect_data").main(config)
@@ -71,7 +76,7 @@ def planted(looked, template):
     if joined["dialogue"][-2]["speaker"] == Speaker.CUSTOMER.value:
         joined["dialogue"][-1] |= {"strategy": ""}
     wrong = others[5].row()
-    wrong["dialogue"][0]["strategy"] = "策略99"
+    wrong["dialogue"][0]["strategy"] = f"策略99，{LABEL_PHONE}"
     first = others[0].row()
     rows = [
         first,
@@ -140,7 +145,10 @@ def test_private_data_are_neither_on_the_page_nor_in_its_numbers(planted):
     page = (folder / "inspection.html").read_text(encoding="utf-8")
     assert f"Row 5, {dialogues[3].id}" in page and "█" in page  # among the samples, too
     visible = re.sub(r"<[^>]*>", "", page)  # the digits are tokens of their own
-    assert PHONE not in visible and PHONE not in json.dumps(report, ensure_ascii=False)
+    (reason,) = report["reading"]["reasons"].values()
+    assert "unknown strategy ('策略99，███████████'" in reason["first"] and "策略99，███████████" in visible
+    for number in (PHONE, LABEL_PHONE):
+        assert number not in visible and number not in json.dumps(report, ensure_ascii=False)
 
 
 def test_a_clean_file_has_nothing_to_look_at(looked, template):
@@ -172,6 +180,53 @@ def test_a_clean_file_has_nothing_to_look_at(looked, template):
     assert report["strategies"]["stages"]["set"] == [
         sum(by_hand[0:2]), sum(by_hand[2:5]), sum(by_hand[5:7]), sum(by_hand[7:9]), sum(by_hand[9:11]), by_hand[11]
     ]  # fmt: skip
+
+
+def test_chats_are_shown_with_their_own_system_prompts_and_without_strategies(looked, template, tmp_path):
+    said = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好，请讲。"}]
+    system = {"role": "system", "content": f"{MOJIBAKE}，电话{PHONE}。"}
+    rows = [
+        {"id": "own", "messages": [system, *said]},
+        {"id": "none", "messages": said},
+        {"id": "copy", "messages": said},
+        {"id": "bad", "messages": [{"role": f"boss {LABEL_PHONE}", "content": "?"}]},
+    ]
+    write_jsonl(
+        tmp_path / "more.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "天气？"},
+                    *said[1:],
+                    said[0],
+                    {"role": "assistant", "content": "晴天。"},
+                ]
+            }
+        ],
+    )
+    report, folder = looked(rows, "kind=chat", more=f",{tmp_path}/more.jsonl")
+    assert report["strategies"] is None and report["reading"]["accepted"] == 4 and report["supporter_turns"] == 5
+    assert report["path"].endswith("data.jsonl, " + f"{tmp_path}/more.jsonl")
+    assert report["attention"] == [
+        "Rejected rows: 1 of 5", "Private data: 1 (phone number 1)", "Broken texts: 1 (mojibake 1)",
+        "Exact duplicates: 1", "Near duplicates: 1",
+    ]  # fmt: skip
+    assert report["private"][0]["turn"] == report["faults"][0]["turn"] == 0
+    assert (report["repeats"]["exact"][0]["row"], report["repeats"]["exact"][0]["earlier_row"]) == (3, 2)
+    lengths = report["tokens"]["lengths"]
+    assert lengths["tokens per assistant turn"]["summary"] and lengths["tokens per user turn"]["summary"]
+    page = (folder / "inspection.html").read_text(encoding="utf-8")
+    assert "4 chats of" in page and "trategies" not in page.partition("</style>")[2] and LABEL_PHONE not in page
+    samples = [html.unescape(re.sub(r"<[^>]*>", "", part)).replace("↵\n", "\n") for part in page.split("<h3>Row ")[1:]]
+    assert len(samples) == 4
+    for row in (rows[0], rows[1]):
+        shown = next(each for each in samples if f", {row['id']}:" in each.partition("tokens")[0])
+        rendered = template.tokenizer.apply_chat_template(
+            row["messages"], chat_template=template.chat_template, tokenize=False
+        )
+        spelt = rendered.replace(PHONE, "█" * 11).replace("\n", "")
+        assert shown.replace("\n", "").replace("system prompt", "").partition("tokens")[2].startswith(spelt), shown
+        assert ("客服" in spelt) is False
 
 
 def test_a_reference_stands_beside_and_what_would_stop_the_training_is_said(looked, template, tmp_path):
@@ -228,6 +283,18 @@ def test_mojibake_is_told_from_odd_texts():
     ):
         assert find_text_faults(right) == []
     assert find_hidden("a\u200bb\ufeffc\u202e\x07\n\t") == ["\u200b", "\ufeff", "\u202e", "\x07"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["kind=chats"], r"kind=chats: choose one of csc, chat\. Did you mean 'chat'\?"),
+        (["kind=chat", "reference_path=b.jsonl"], r"reference_path=b\.jsonl: kind=chat has no strategies"),
+    ],
+)
+def test_bad_settings(overrides, message):
+    with pytest.raises(InputError, match=message):
+        compose("inspect_data", ["path=a.jsonl", *overrides])
 
 
 # The page

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy
 
+from csc_train.data.chats import check_chat
 from csc_train.data.config import DataConfig, DialogueSourceConfig
 from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.data.near_duplicates import NearDuplicateIndex
@@ -38,25 +39,27 @@ class NumberedDialogues:
         return {"row": self.rows[index], "dialogue": self.dialogues[index].id}
 
 
-def read_numbered(source: DialogueSourceConfig, config: DataConfig) -> NumberedDialogues:
-    """Read the dialogues of a source.
+def read_numbered(source: DialogueSourceConfig, config: DataConfig, kind: str = "csc") -> NumberedDialogues:
+    """Read the dialogues of a source, or chats of the kind "chat".
 
     Raises:
         InputError: as `iter_dialogues`.
     """
     report = ReadReport(", ".join(source.places))
     options = {"strict": config.strict, "merge": config.merge_turns == "auto", "encoding": config.encoding}
+    options |= {"check": check_chat} if kind == "chat" else {}
     found = iter_dialogues(source.places, source=source.source, report=report, **options)
     pairs = [(dialogue, report.rows) for dialogue in ProgressBar(found, "dialogues read", unit="dialogue")]
     return NumberedDialogues([dialogue for dialogue, _ in pairs], [row for _, row in pairs], report)
 
 
 def describe_reading(report: ReadReport) -> dict[str, Any]:
-    """The counts of a reading, and the rejected rows by reason with the first of each."""
+    """The counts of a reading, and the rejected rows by reason with the first of each. Private data are masked."""
     reasons: dict[str, dict[str, Any]] = {}
     for row in report.rejected:
         reason = f"{row.issues[0].field}: {row.issues[0].kind}"
-        reasons.setdefault(reason, {"rows": 0, "first": str(row)})["rows"] += 1
+        first = f"{row.file}, row {row.row}, {masked(str(row.issues[0]))}"
+        reasons.setdefault(reason, {"rows": 0, "first": first})["rows"] += 1
     return {
         "rows": report.rows, "accepted": report.accepted, "rejected": len(report.rejected),
         "other_sources": sum(report.other_sources.values()), "joined_rows": report.merged,
@@ -66,27 +69,30 @@ def describe_reading(report: ReadReport) -> dict[str, Any]:
 
 
 def find_findings(read: NumberedDialogues) -> dict[str, list[dict[str, Any]]]:
-    """`faults` (see `text_faults`) and `private` (masked excerpts) of all turns: row, dialogue, turn, kind, detail."""
+    """`faults` (see `text_faults`) and `private` (masked excerpts) of all texts: row, dialogue, turn, kind, detail.
+
+    Turn 0 is the system prompt of a chat.
+    """
     faults, private = [], []
     for index, dialogue in enumerate(ProgressBar(read.dialogues, "texts checked", unit="dialogue")):
-        for number, turn in enumerate(dialogue.turns, start=1):
+        for number, text in enumerate([dialogue.system, *(turn.text for turn in dialogue.turns)]):
             place = read.place(index) | {"turn": number}
-            faults += [place | each._asdict() for each in find_text_faults(turn.text)]
-            found = find_private_data(turn.text)
-            masked = mask(turn.text, found)
-            private += [place | {"kind": each.kind, "detail": _excerpt(masked, each)} for each in found]
+            faults += [place | each._asdict() for each in find_text_faults(text)]
+            private += [
+                place | {"kind": each.kind, "detail": _excerpt(masked(text), each)} for each in find_private_data(text)
+            ]
     return {"faults": faults, "private": private}
 
 
-def mask(text: str, found: Sequence[PrivateData]) -> str:
+def masked(text: str) -> str:
     """A text of the same length without the private data in it."""
-    for each in found:
+    for each in find_private_data(text):
         text = text[: each.start] + MASK * (each.end - each.start) + text[each.end :]
     return text
 
 
-def _excerpt(masked: str, found: PrivateData) -> str:
-    before, after = masked[: found.start], masked[found.end :]
+def _excerpt(text: str, found: PrivateData) -> str:
+    before, after = text[: found.start], text[found.end :]
     start = f"…{before[-CONTEXT:]}" if len(before) > CONTEXT else before
     end = f"{after[:CONTEXT]}…" if len(after) > CONTEXT else after
     return f"{start}{MASK * 4}{end}"
@@ -97,7 +103,7 @@ def find_repeats(read: NumberedDialogues, threshold: float, seed: int) -> dict[s
     first: dict[tuple[str, ...], int] = {}
     exact, distinct = [], []
     for index, dialogue in enumerate(read.dialogues):
-        earlier = first.setdefault(tuple(turn.text for turn in dialogue.turns), index)
+        earlier = first.setdefault((dialogue.system, *(turn.text for turn in dialogue.turns)), index)
         if earlier < index:
             exact.append(_pair(read, index, earlier, 1.0))
         else:

@@ -20,8 +20,8 @@ MAX_LISTED = 200
 def attention(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What to look at first: (text with a count, anchor of its section)."""
     reading, tokens, repeats, overlap = (report[name] for name in ("reading", "tokens", "repeats", "overlap"))
-    used = report["strategies"]["strategies"]["set"]
-    unused = [each.name(report["language"]) for each in STRATEGIES if not used[each.number - 1]]
+    used = report["strategies"] and report["strategies"]["strategies"]["set"]
+    unused = [each.name(report["language"]) for each in STRATEGIES if used and not used[each.number - 1]]
     overlaps = overlap["overlaps"] if overlap else ()
     over = f"packing.max_length={tokens['max_length']:,}"
     stopping = len(tokens["over"]) if tokens["overflow"] == "error" else 0

@@ -9,11 +9,10 @@ from typing import Any, cast
 from tokenizers.decoders import DecodeStream
 
 from csc_train.config.recipes.training import InspectDataRecipe
-from csc_train.data.dialogue import Speaker
-from csc_train.inspection.content import NumberedDialogues, describe_lengths, mask
+from csc_train.data.dialogue import ROLES, Speaker
+from csc_train.inspection.content import NumberedDialogues, describe_lengths, masked
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.packing.truncation import drop_leading_turns
-from csc_train.synthesis.filters.privacy import find_private_data
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.tokenized_cache import tokenize
 
@@ -44,14 +43,15 @@ def describe_tokens(
         lengths.append(len(ids.input_ids))
         for turn, (start, end) in zip(dialogue.turns, itertools.pairwise(ids.turn_offsets.tolist()), strict=True):
             turns[turn.speaker].append(end - start)
+    names = ROLES if config.kind == "chat" else {each: each.name.lower() for each in Speaker}
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     found = {
-        "prefix": int(tokenized[0].turn_offsets[0]),
+        "prefix": int(tokenized[0].turn_offsets[0]) if config.kind == "csc" else None,
         "max_length": packing.max_length,
         "overflow": packing.overflow,
         "lengths": {
             "tokens per dialogue": describe_lengths(lengths),
-            **{f"tokens per {each.name.lower()} turn": describe_lengths(turns[each]) for each in Speaker},
+            **{f"tokens per {names[each]} turn": describe_lengths(turns[each]) for each in Speaker},
         },
         "longest": [
             read.place(index) | {"tokens": lengths[index], "turns": len(read.dialogues[index].turns)}
@@ -129,7 +129,7 @@ def _masked(pieces: list[tuple[int, str, bool]], offsets: list[int]) -> Iterator
     for _, group in itertools.groupby(pieces, key=lambda piece: turn_of[piece[0]]):
         turn = list(group)
         text = "".join(text for _, text, _ in turn)
-        hidden, start = mask(text, find_private_data(text)), 0
+        hidden, start = masked(text), 0
         for place, own, control in turn:
             yield place, hidden[start : start + len(own)], control
             start += len(own)

@@ -78,8 +78,11 @@ class PreflightRecipe(SftRecipe):
 class InspectDataRecipe(SftRecipe):
     """Configuration of recipes/inspect_data.py: dialogues, and the training that they are for."""
 
-    path: str | None = None
-    """The dialogues to look at; a file, a folder or a hub data set as `data.train.path`, which is the default."""
+    path: list[str] = field(default_factory=list)
+    """The dialogues to look at: a file, folder, glob in quotes or hub data set, or a list of these in brackets;
+    defaults to `data.train`."""
+    kind: str = "csc"
+    """csc: dialogues with strategies. chat: ordinary chats, rows of `messages` without strategies."""
     evaluation_path: str | None = None
     """The evaluation dialogues to search for; defaults to `data.evaluation.path`."""
     reference_path: str | None = None
@@ -92,10 +95,12 @@ class InspectDataRecipe(SftRecipe):
     def __post_init__(self):
         super().__post_init__()
         check_fields("", self, "samples", low=0, high=100)
-        if self.path is not None:
-            self.data = replace(
-                self.data, train=DialogueSourceConfig(self.path), evaluation=DialogueSourceConfig(self.evaluation_path)
-            )
+        check_fields("", self, "kind", choices=("csc", "chat"))
+        if self.kind == "chat" and self.reference_path is not None:
+            raise InputError(f"reference_path={self.reference_path}: kind=chat has no strategies: leave it out")
+        if self.path:
+            train = DialogueSourceConfig(self.path[0], also=self.path[1:])
+            self.data = replace(self.data, train=train, evaluation=DialogueSourceConfig(self.evaluation_path))
             self.data.sample_dialogues = None
         elif self.evaluation_path is not None:
             self.data = replace(self.data, evaluation=DialogueSourceConfig(self.evaluation_path))
