@@ -4,10 +4,12 @@ import gzip
 import json
 import re
 import shlex
+import threading
 from collections import Counter
 
 import pytest
 from conftest import ROOT, load_recipe
+from processes import TIMEOUT_S, Script
 
 from csc_train.config.compose import compose
 from csc_train.conversion.labelling import agreement
@@ -229,6 +231,40 @@ def test_a_model_labels_what_has_no_label_and_is_not_asked_again(run, tmp_path):
     (every,), counts = run("abcd", [ABCD], "label=llm", "llm=mock", "if_exists=replace")
     assert strategies(every) == ["GT", "PR", "ID", "AC"] and counts["turns", "labelled by the model"] == 4
     assert (tmp_path / "out/_a.answers.jsonl").read_text(encoding="utf-8") == log
+
+
+@pytest.mark.slow
+def test_a_killed_labelling_asks_only_for_the_rest(run, tmp_path, fault_server):
+    """Six dialogues; the process is killed while the fourth question waits for its answer."""
+    records = [ABCD | {"convo_id": number, "original": [["agent", f"Hello, case {number}."], *ABCD["original"][1:]]}
+               for number in range(6)]  # fmt: skip
+    waiting, killed = threading.Event(), threading.Event()
+
+    def answer(body):
+        if len(fault_server.bodies) == 4:
+            waiting.set()
+            killed.wait(TIMEOUT_S)
+        return '{"strategies": [1, 4, 7, 11]}'
+
+    fault_server.answer = answer
+    (tmp_path / "in.json").write_text(json.dumps(records), encoding="utf-8")
+    served = ["label=llm", "llm=openai", f"llm.base_url={fault_server.base_url}", "llm.model=small",
+              "llm.api_key_env=null", "llm.concurrency=1"]  # fmt: skip
+    words = ["from=abcd", "input=in.json", "output=out/a.jsonl", *served]
+    process = Script(ROOT / "recipes/convert.py", *words, cwd=tmp_path)
+    try:
+        while not waiting.wait(0.1):
+            assert process.poll() is None, process.stderr
+    finally:
+        process.kill()
+        killed.set()
+    assert process.wait().returncode == -9
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["_a.answers.jsonl"]
+    found, counts = run("abcd", records, *served)
+    assert [strategies(each) for each in found] == [["GT", "PR", "ID", "AC"]] * 6
+    assert counts["turns", "labelled by the model"] == 24
+    asked = Counter(re.search(r"case \d", body["messages"][0]["content"])[0] for body in fault_server.bodies)
+    assert asked == {f"case {number}": 1 + (number == 3) for number in range(6)}
 
 
 def test_agreement_without_answers_is_undefined():

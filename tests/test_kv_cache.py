@@ -116,6 +116,26 @@ def test_wrong_masks_and_copies_change_the_tokens(monkeypatch):
         assert wrong(ended(model)) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_only_float32_attends_to_the_prefix_apart(dtype, monkeypatch):
+    """In half precision two parts would each be rounded before they are combined, so every row reads its own prefix."""
+    columns, parts = [], []
+    usual, attention = kv_cache._attention_and_sums, kv_cache._attention
+    monkeypatch.setattr(
+        kv_cache, "_attention_and_sums", lambda *args, **named: parts.append(1) or usual(*args, **named)
+    )
+
+    def counted(queries, key, *args, **named):
+        columns.append(key.shape[2])
+        return attention(queries, key, *args, **named)
+
+    monkeypatch.setattr(kv_cache, "_attention", counted)
+    assert ended(model_of("qwen2").to(dtype), rounds=3)
+    apart = dtype == torch.float32
+    assert (len(parts) == len(columns)) is apart and (len(parts) > 0) is apart
+    assert (len(PREFIX) - 1 in columns) is apart and (min(columns) <= len(PREFIX)) is apart
+
+
 def test_wrong_states_change_the_tokens(monkeypatch):
     """Negative control: a state without a part of it changes the tokens."""
     model = model_of("qwen3_5_text")
