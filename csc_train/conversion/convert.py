@@ -28,30 +28,29 @@ _NUMBERED = re.compile(r"turn [0-9]+[,:] ")
 ROLE_OF = {"system": "system"} | {speaker.name.lower(): role for speaker, role in MESSAGE_ROLES.items()}
 
 
+GROUPS = ("records", "left out", "turns", "dropped", "label", "unknown label")
+"""What a conversion counts, in the order of the report."""
+JOINED, WRITTEN, PREDICTED = (
+    ("turns", "joined to the one before"),
+    ("turns", "written"),
+    ("turns", "labelled by the model"),
+)
+UNLABELLED = ("turns", "of the supporter without a label")
+
+
 @dataclass
 class ConversionReport:
     """The counts of a conversion, and the records that fit nothing, with file, row and reason.
 
     Attributes:
         records: read; each is written or in `rejected`.
-        turns: of the written dialogues, after joining.
-        joined: turns joined to the same speaker's turn before.
-        dropped: turns and other things left out, by the name of their speaker or kind.
-        labels: turns by label and the strategy that it became.
-        unknown: turns by a label that neither the table nor the taxonomy knows.
-        unlabelled: supporter turns, after joining, without a label that became a strategy.
-        predicted: supporter turns whose strategy the model gave.
+        counts: by group (see `GROUPS`) and name: what was written, joined, dropped and labelled. Turns without a label,
+            and those that the model labelled, are the supporter's after joining; those written are of whole dialogues.
         agreement: of the model with labels by hand (see `labelling.agreement`).
     """
 
     records: int = 0
-    turns: int = 0
-    joined: int = 0
-    unlabelled: int = 0
-    predicted: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    labels: Counter[tuple[str, str]] = field(default_factory=Counter)
-    unknown: Counter[str] = field(default_factory=Counter)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     agreement: dict[str, Any] | None = None
 
@@ -60,28 +59,21 @@ class ConversionReport:
         self.rejected.append({"file": str(file), "row": row, "reason": reason})
 
     def rows(self) -> Iterator[tuple[str, str, int]]:
-        """(what, name, count) of everything counted."""
-        yield from (("records", "read", self.records), ("records", "written", self.records - len(self.rejected)))
-        reasons = Counter(_NUMBERED.sub("", row["reason"]).partition(" (")[0] for row in self.rejected)
-        yield from (("left out", reason, count) for reason, count in reasons.most_common())
-        yield from (("turns", "written", self.turns), ("turns", "joined to the one before", self.joined))
-        yield from (("dropped", name, count) for name, count in self.dropped.most_common())
-        yield from (("label", f"{label} -> {ours}", count) for (label, ours), count in self.labels.most_common())
-        yield from (
-            ("unknown label", f"{label}.{nearest_label(label)}", count) for label, count in self.unknown.most_common()
-        )
-        yield "turns", "of the supporter without a label", self.unlabelled
-        yield "turns", "labelled by the model", self.predicted
+        """(group, name, count) of everything counted, the most frequent of a group first."""
+        reasons = Counter(("left out", _NUMBERED.sub("", row["reason"]).partition(" (")[0]) for row in self.rejected)
+        records = {("records", "read"): self.records, ("records", "written"): self.records - len(self.rejected)}
+        counted = self.counts + reasons + Counter(records)
+        for (group, name), count in sorted(counted.items(), key=lambda each: (GROUPS.index(each[0][0]), -each[1])):
+            yield group, f"{name}.{nearest_label(name)}" if group == "unknown label" else name, count
 
     def table(self, title: str) -> Table:
-        """The counts for the terminal; what is zero is left out."""
+        """The counts for the terminal."""
         table = Table(title=title, box=None, padding=(0, 1, 0, 0), header_style="bold")
         table.add_column("what", no_wrap=True)
         table.add_column("name", overflow="fold")
         table.add_column("count", justify="right")
         for what, name, count in self.rows():
-            if count:
-                table.add_row(what, name, str(count))
+            table.add_row(what, name, str(count))
         return table
 
     def as_json(self) -> dict[str, Any]:
@@ -142,7 +134,7 @@ def convert_records(config: ConvertConfig) -> tuple[list[Converted], ConversionR
             if not isinstance(record, dict):
                 raise ValueError(f"not an object ({type(record).__name__})")
             source = chosen.read(record)
-            report.dropped += source.dropped
+            report.counts.update({("dropped", name): count for name, count in source.dropped.items()})
             said = _label_groups(_said(source, config, table, report))
             named = {"id": source.id, "source": config.source or config.format}
             if config.kind == "chat":
@@ -166,7 +158,7 @@ def convert_records(config: ConvertConfig) -> tuple[list[Converted], ConversionR
             report.reject(file, number, str(error))
             continue
         spoken = sum(each.speaker != "system" for each in said)
-        report.turns, report.joined = report.turns + len(dialogue.turns), report.joined + spoken - len(dialogue.turns)
+        report.counts.update({WRITTEN: len(dialogue.turns), JOINED: spoken - len(dialogue.turns)})
         converted.append(Converted(str(file), number, dialogue, missing))
     if not report.records:
         raise InputError(f"{listed(config.input)}: no records")
@@ -190,7 +182,7 @@ def _said(
             _find_label(each, str(turn.label or ""), table, report)
         left_out = speaker == "drop" or (speaker == "system" and config.kind == "csc")
         if left_out or is_blank(each.text):
-            report.dropped[name if left_out else f"{name} without text"] += 1
+            report.counts["dropped", name if left_out else f"{name} without text"] += 1
             each.text = ""
         if each.text or each.strategy:
             each.speaker = "supporter" if speaker == "drop" else speaker
@@ -217,9 +209,9 @@ def _find_label(each: _Said, label: str, table: dict[str, Strategy | None], repo
     try:
         each.strategy = find_strategy(table, each.label)
     except ValueError:
-        report.unknown[each.label] += 1
+        report.counts["unknown label", each.label] += 1
         return
-    report.labels[each.label, each.strategy.en if each.strategy else "none"] += 1
+    report.counts["label", f"{each.label} -> {each.strategy.en if each.strategy else 'none'}"] += 1
     each.label = ""
     if match:
         each.text = strip_invisible(match[2])
@@ -258,7 +250,7 @@ def _fill(said: list[_Said], label: str, default: Strategy | None, report: Conve
         if speaker != "supporter":
             continue
         if not together[0].strategy:
-            report.unlabelled += 1
+            report.counts[UNLABELLED] += 1
             if not default and label == "given":
                 first = together[0]
                 unknown = f"unknown label ({first.label!r}.{nearest_label(first.label)})" if first.label else "no label"

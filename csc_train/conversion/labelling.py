@@ -9,7 +9,7 @@ import numpy
 import pydantic
 
 from csc_train.conversion.config import ConvertConfig
-from csc_train.conversion.convert import ConversionReport, Converted
+from csc_train.conversion.convert import PREDICTED, WRITTEN, ConversionReport, Converted
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.readers import read_dialogues
 from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
@@ -133,17 +133,16 @@ def predict_labels(
     )
     if sample:
         report.agreement = agreement(sample, answers[len(asked) :])
-    by_place = {(each.file, each.row): answer for each, answer in zip(asked, answers, strict=False)}
-    kept = []
+    kept, in_order = [], iter(answers)
     for each in converted:
-        answer = by_place.get((each.file, each.row))
+        answer = next(in_order) if each.missing else None
         if isinstance(answer, LLMError):
             report.reject(each.file, each.row, f"no answer of the model ({answer})")
-            report.turns -= len(each.dialogue.turns)
+            report.counts[WRITTEN] -= len(each.dialogue.turns)
         elif answer is None:
             kept.append(each.dialogue)
         else:
-            report.predicted += len(each.missing)
+            report.counts[PREDICTED] += len(each.missing)
             kept.append(each.with_strategies(answer))
     return kept
 

@@ -18,24 +18,12 @@ class Output:
     """The files of a conversion. Names of those beside the dialogues begin with `_`, so no folder is read with them."""
 
     dialogues: Path
-
-    @property
-    def rejected(self) -> Path:
-        """The records that fit nothing, as JSONL of file, row and reason."""
-        return self._beside("rejected.jsonl")
-
-    @property
-    def report(self) -> Path:
-        """The counts, as JSON."""
-        return self._beside("report.json")
-
-    @property
-    def answers(self) -> Path:
-        """The answers of the model that labels; a repeated conversion does not ask again."""
-        return self._beside("answers.jsonl")
-
-    def _beside(self, name: str) -> Path:
-        return self.dialogues.with_name(f"_{self.dialogues.stem}.{name}")
+    rejected: Path
+    """The records that fit nothing, as JSONL of file, row and reason."""
+    report: Path
+    """The counts, as JSON."""
+    answers: Path
+    """The answers of the model that labels; a repeated conversion does not ask again."""
 
     def write(self, dialogues: Sequence[Dialogue], report: ConversionReport) -> None:
         """Write all but the answers, each file atomically and the dialogues last.
@@ -65,4 +53,6 @@ def open_output(config: ConvertConfig) -> Output:
         raise InputError(f"output={path}: is a folder: name a file in it")
     if path.exists() and config.if_exists == "error":
         raise InputError(f"output={path}: exists: choose another file, or say if_exists=replace")
-    return Output(path)
+    return Output(
+        path, *(path.with_name(f"_{path.stem}.{name}") for name in ("rejected.jsonl", "report.json", "answers.jsonl"))
+    )
