@@ -212,7 +212,8 @@ def test_chats_are_shown_with_their_own_system_prompts_and_without_strategies(lo
         "Exact duplicates: 1", "Near duplicates: 1",
     ]  # fmt: skip
     assert report["private"][0]["turn"] == report["faults"][0]["turn"] == 0
-    assert (report["repeats"]["exact"][0]["row"], report["repeats"]["exact"][0]["earlier_row"]) == (3, 2)
+    exact = report["repeats"]["exact"][0]
+    assert [exact[name].rpartition("/")[2] for name in ("row", "earlier_row")] == ["data.jsonl:3", "data.jsonl:2"]
     lengths = report["tokens"]["lengths"]
     assert lengths["tokens per assistant turn"]["summary"] and lengths["tokens per user turn"]["summary"]
     page = (folder / "inspection.html").read_text(encoding="utf-8")
@@ -261,7 +262,8 @@ def test_data_are_read_as_a_training_reads_them(tmp_path):
     ])  # fmt: skip
     found = read_numbered(config.data.train, config.data)
     assert [dialogue.row() for dialogue in found.dialogues] == rows
-    assert found.report.accepted == found.rows[-1] == 6
+    assert found.report.accepted == 6
+    assert [found.rows[0], found.rows[-1]] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.jsonl:4"]
 
 
 def test_mojibake_is_told_from_odd_texts():

@@ -79,6 +79,8 @@ class ReadReport:
     merged_turns: int = 0
     """Their turns that were joined to the one before."""
     rejected: list[RejectedRow] = field(default_factory=list)
+    place: tuple[Any, int] = ("", 0)
+    """File and number of the row that was read last."""
     settings: str = "data."
     """Place of the setting `max_rejected` in the recipe, for messages."""
 
@@ -184,7 +186,7 @@ def iter_checked(
         check: turns a row, with its file and number, into an object, or lists its issues.
     """
     for file, number, read in iter_records(path, encoding):
-        report.rows += 1
+        report.rows, report.place = report.rows + 1, (file, number)
         record = _unpacked(read)
         if source is not None and isinstance(record, dict) and _text(record.get("source")) != source:
             report.other_sources[_text(record.get("source"))] += 1

@@ -28,10 +28,10 @@ CONTEXT = 12
 
 @dataclass(frozen=True)
 class NumberedDialogues:
-    """Dialogues, the number of the row of each (from 1, over all files), and the counts of their reading."""
+    """Dialogues, the row of each (from 1; `FILE:ROW` of several files), and the counts of their reading."""
 
     dialogues: list[Dialogue]
-    rows: list[int]
+    rows: list[int | str]
     report: ReadReport
 
     def place(self, index: int) -> dict[str, Any]:
@@ -49,8 +49,10 @@ def read_numbered(source: DialogueSourceConfig, config: DataConfig, kind: str = 
     options = {"strict": config.strict, "merge": config.merge_turns == "auto", "encoding": config.encoding}
     options |= {"check": check_chat} if kind == "chat" else {}
     found = iter_dialogues(source.places, source=source.source, report=report, **options)
-    pairs = [(dialogue, report.rows) for dialogue in ProgressBar(found, "dialogues read", unit="dialogue")]
-    return NumberedDialogues([dialogue for dialogue, _ in pairs], [row for _, row in pairs], report)
+    pairs = [(dialogue, report.place) for dialogue in ProgressBar(found, "dialogues read", unit="dialogue")]
+    several = len({file for _, (file, _) in pairs}) > 1
+    rows = [f"{file}:{row}" if several else row for _, (file, row) in pairs]
+    return NumberedDialogues([dialogue for dialogue, _ in pairs], rows, report)
 
 
 def describe_reading(report: ReadReport) -> dict[str, Any]:
