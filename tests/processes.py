@@ -6,6 +6,7 @@ script is still a process with its own arguments, environment, directory, output
 
 import atexit
 import contextlib
+import logging
 import multiprocessing.context
 import os
 import resource
@@ -17,7 +18,8 @@ import sys
 import tempfile
 import time
 import traceback
-from multiprocessing import forkserver, popen_forkserver
+from collections.abc import Callable, Iterable
+from multiprocessing import forkserver, popen_forkserver, resource_tracker
 from pathlib import Path
 from unittest import mock
 
@@ -54,6 +56,9 @@ class Script:
         cwd: the directory to run in; defaults to the test's own.
         env: the whole environment; defaults to the test's own.
         largest_file: no file may be written that is larger, in bytes.
+        forks: fork the Python scripts that it starts, too, and those that they start (see `_fork_child`): for what
+            launchers start, where a test is about what that does, and not about how Python is started.
+        merge: standard error goes where standard output goes.
     """
 
     def __init__(
@@ -62,17 +67,19 @@ class Script:
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
         largest_file: int | None = None,
+        forks: bool = False,
+        merge: bool = False,
     ):
         self.command = [str(word) for word in command]
         self._output = tempfile.TemporaryDirectory()
-        files = [str(Path(self._output.name) / name) for name in ("stdout", "stderr")]
+        files = [str(Path(self._output.name) / name) for name in ("stdout", "stdout" if merge else "stderr")]
         environment = dict(os.environ if env is None else env)
         environment.pop("WANDB_SERVICE", None)  # the service of this process's W&B, which ends when a test says so
-        arguments = (self.command, str(cwd or Path.cwd()), environment, files, largest_file)
+        arguments = (self.command, str(cwd or Path.cwd()), environment, files, largest_file, forks)
         self._process = _Process(target=_run, args=arguments)
         self._process.start()
         self.pid = self._process.pid
-        self._files = [Path(file) for file in files]
+        self._files = [Path(self._output.name) / name for name in ("stdout", "stderr")]
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
@@ -157,7 +164,9 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _run(command: list[str], cwd: str, environment: dict[str, str], files: list[str], largest_file: int | None) -> None:
+def _run(
+    command: list[str], cwd: str, environment: dict[str, str], files: list[str], largest_file: int | None, forks: bool
+) -> None:
     """What the forked process does: as `python COMMAND` would, up to the exit status."""
     assert "workers.preload" in sys.modules, "the fork server imported nothing: each script would import all again"
     sys.modules["workers.preload"].own_directories()
@@ -165,37 +174,109 @@ def _run(command: list[str], cwd: str, environment: dict[str, str], files: list[
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, stream)
         os.close(descriptor)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
+    if forks:
+        subprocess.Popen._execute_child = _fork_child
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)
+    if status := _python(command, cwd, environment):
+        sys.exit(status)
+
+
+def _python(command: list[str], cwd: str, environment: dict[str, str]) -> int:
+    """Do in this process what `python COMMAND` would; its exit status."""
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, encoding="utf-8", closefd=False) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     sys.path[0:0] = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    status = 0
     # W&B keeps tables in a folder that it makes when it is imported; the first fork to end removes that.
     private = sys.modules.get("wandb.sdk.data_types._private")
-    media = tempfile.TemporaryDirectory("wandb-media")
-    if private:
-        private.MEDIA_TMP.name = media.name
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)
-    status = 0
-    try:
-        if command[0] == "-m":
-            sys.argv = command[1:]
-            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = command
-            sys.path.insert(0, str(Path(command[0]).parent))
-            runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    atexit._run_exitfuncs()
+    with tempfile.TemporaryDirectory("wandb-media") as media:
+        if private:
+            private.MEDIA_TMP.name = media
+        try:
+            if command[0] == "-m":
+                sys.argv = command[1:]
+                runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = command
+                sys.path.insert(0, str(Path(command[0]).parent))
+                runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:
-        sys.exit(status)
+    return status
+
+
+_execute_child = subprocess.Popen._execute_child
+
+
+def _fork_child(
+    self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+    p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask, new_session, group,
+):  # fmt: skip
+    """In `subprocess.Popen`: a Python script or module is forked from this process instead of executed.
+
+    It is a child as any: of the same parent, in its own session if asked, with the signals, descriptors, environment
+    and directory that Popen gives it. What this process has imported of the project, the child imports again.
+    """
+    command = [os.fspath(word) for word in args] if not isinstance(args, str) else []
+    python = command[:1] == [sys.executable] and command[1:2] != ["-c"] and not shell
+    if not python:
+        _execute_child(
+            self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+            p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask,
+            new_session, group,
+        )  # fmt: skip
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    self.pid = os.fork()
+    if self.pid == 0:
+        status = 1
+        try:
+            _inherit((p2cread, c2pwrite, errwrite), pass_fds, new_session, preexec_fn)
+            status = _python(
+                [word for word in command[1:] if word != "-u"],
+                cwd or os.getcwd(),
+                dict(os.environ if env is None else env),
+            )
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    self._child_created = True
+    self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+
+def _inherit(streams: Iterable[int], others: Iterable[int], new_session: bool, preexec_fn: Callable | None) -> None:
+    """Turn a fork into what a new process would be: its descriptors, signals, session, and no module of the project."""
+    for number, stream in enumerate(streams):
+        if stream not in (-1, number):
+            os.dup2(stream, number)
+    kept = sorted({2, *others})
+    for first, last in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
+        os.closerange(first + 1, last)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    if new_session:
+        os.setsid()
+    if preexec_fn:
+        preexec_fn()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("csc_train", "recipes", "launch")]:
+        del sys.modules[name]
+    for logger in (logging.getLogger(), *logging.Logger.manager.loggerDict.values()):
+        if getattr(logger, "name", "").partition(".")[0] in ("root", "csc_train"):
+            logger.handlers.clear()
+    atexit._clear()
+    resource_tracker._resource_tracker = resource_tracker.ResourceTracker()  # that of the parent is closed

@@ -602,7 +602,7 @@ TINY = ["debug=cpu_tiny", "zero.persistence_threshold=0", "trainer.save_steps=2"
 def begin(directory: Path, module: list[str], *overrides: str) -> Script:
     """Start recipes/sft.py by a launcher, or by python itself."""
     launcher = ["-m", *module] if module else []
-    return Script(*launcher, ROOT / "recipes" / "sft.py", *TINY, *overrides, cwd=directory)
+    return Script(*launcher, ROOT / "recipes" / "sft.py", *TINY, *overrides, cwd=directory, forks=True)
 
 
 def finish(script: Script) -> str:

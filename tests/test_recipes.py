@@ -54,7 +54,7 @@ def workplace(tmp_path_factory):
 def start_by_torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run a recipe on two ranks as the README says."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return run_script(*torchrun, ROOT / "recipes" / arguments[0], *arguments[1:], cwd=cwd)
+    return run_script(*torchrun, ROOT / "recipes" / arguments[0], *arguments[1:], cwd=cwd, forks=True)
 
 
 def evaluate(directory: Path) -> subprocess.CompletedProcess:

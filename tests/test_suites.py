@@ -12,7 +12,7 @@ import optuna
 import psutil
 import pytest
 from conftest import ROOT
-from test_launch import Started, left_in, record
+from test_launch import Forked, left_in, record
 from test_sweep import driver
 
 from csc_train.launching.job import Job
@@ -334,7 +334,7 @@ def test_a_suite_killed_twice_ends_with_its_table_and_page(tmp_path):
     runs = place / "runs/suites/cpu_tiny"
 
     def stopped_at(pattern, signum):
-        started = Started(command, place)
+        started = Forked(command, place)
         while not any(path.stat().st_size for path in runs.glob(pattern)):
             assert started.process.poll() is None, started.end() or started.output
             time.sleep(0.02)
@@ -351,7 +351,7 @@ def test_a_suite_killed_twice_ends_with_its_table_and_page(tmp_path):
     assert status == -signal.SIGKILL
     (training,) = runs.glob("plain_training-*")
     finished = record(training)["finished"]
-    started = Started(command, place)
+    started = Forked(command, place)
     assert started.end() == 0, started.output
     assert record(training)["finished"] == finished  # not trained again
     rows = {row["name"]: row for row in json.loads((runs / "results.json").read_text())["rows"]}

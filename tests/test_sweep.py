@@ -16,7 +16,7 @@ import wandb.wandb_agent
 import yaml
 from conftest import ROOT
 from matplotlib.figure import Figure
-from test_launch import Started, left_in, record
+from test_launch import Forked, Started, left_in, record
 
 from csc_train.config.cluster import ClusterConfig, ParameterConfig, SweepConfig
 from csc_train.errors import InputError
@@ -71,7 +71,7 @@ def interrupted(place):
 @pytest.fixture(scope="module")
 def summary(place, interrupted):
     """What the same command came to when it was given again, with two trials at a time."""
-    started = Started([*SWEEP, *FOUR, "sweep.parallel=2"], place)
+    started = Forked([*SWEEP, *FOUR, "sweep.parallel=2"], place)
     assert started.end() == 0, started.output
     assert left_in(place) == []
     return json.loads((place / "runs/sweeps/lr/summary.json").read_text()), started.output
@@ -149,7 +149,7 @@ def test_runs_are_compared_by_what_they_differ_in(place, summary):
     broken.mkdir()
     (broken / "resolved.yaml").write_text("a: 1\n")
     (broken / "run.json").write_text("{")
-    started = Started([sys.executable, "recipes/compare_runs.py", "runs", "run.directory=runs/compared"], place)
+    started = Forked([sys.executable, "recipes/compare_runs.py", "runs", "run.directory=runs/compared"], place)
     assert started.end() == 0, started.output
     compared = json.loads((place / "runs/compared/runs.json").read_text())
     assert compared["differing"] == ["trainer.learning_rate", "trainer.warmup_ratio"]
