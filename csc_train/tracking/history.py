@@ -99,7 +99,7 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
     figure.subplots_adjust(0.04, 0.15 / rows, 0.99, 1 - 0.1 / rows, wspace=0.15, hspace=0.35)
     for place, (title, shown) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, 3, place + 1)
-        for name, color in zip(shown, matplotlib.colormaps["tab20"].colors, strict=False):
+        for name, color in zip(shown, matplotlib.colormaps["tab20"](range(20)), strict=False):
             if points := [(row["step"], row[name]) for row in history if name in row]:
                 axes.plot(*zip(*points, strict=True), label=name.rpartition("/")[2], color=color, linewidth=1)
         axes.set_title(title, fontsize=10)
