@@ -41,7 +41,7 @@ def main(config: PrepareRecipe) -> None:
     examples = tokenize(splits.train, template, config.tokenization)
     if config.validation.interval(config.trainer):
         tokenize(splits.validation_dialogues, template, config.tokenization)
-    _, report = pack_dialogues(examples, config.packing, config.loss, config.template.language)
+    _, report = pack_dialogues(examples, config.packing, config.loss, config.template.language, splits.mixture)
     print(f"packs of the training: {report}")
 
 

@@ -90,7 +90,7 @@ def main(config: SftRecipe) -> None:
     template = DialogueTemplate(tokenizer, name, config.template)
     rehearse_end(inspected, config.adapter, tokenizer, template.chat_template)
     examples = tokenize(splits.train, template, config.tokenization)
-    packs, report = pack_dialogues(examples, config.packing, config.loss, config.template.language)
+    packs, report = pack_dialogues(examples, config.packing, config.loss, config.template.language, splits.mixture)
     logger.info(f"training on {report}")
     check_positions(inspected, packs)
 

@@ -18,7 +18,7 @@ from csc_train.models.config import AdapterConfig
 from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import pack_dialogues
-from csc_train.packing.loss_weights import LossWeights, count_trained_turns
+from csc_train.packing.loss_weights import LossWeights, count_token_types, count_trained_turns
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.training.config import TrainerConfig
@@ -72,8 +72,8 @@ def test_a_strategy_that_never_occurs_has_no_part_in_the_mean():
 
 def test_only_trained_turns_are_counted():
     untrained = example((1, [C, S, R]), (0, [C]), (5, [C, C]))
-    assert count_trained_turns(untrained).tolist() == [0, 1] + [0] * 11
-    assert count_trained_turns(ONE).tolist() == [0, 1, 0, 0, 0, 1] + [0] * 7
+    assert count_trained_turns(count_token_types(untrained), untrained.strategies).tolist() == [0, 1] + [0] * 11
+    assert count_trained_turns(count_token_types(ONE), ONE.strategies).tolist() == [0, 1, 0, 0, 0, 1] + [0] * 7
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -211,11 +212,11 @@ def an_example(strategies: list[int]) -> TokenizedDialogue:
 def test_a_token_counts_for_its_part_its_strategy_and_its_turn():
     example = an_example([1, 0, 12, 0, 5])
     cells = token_group_ids(example)
-    assert cells.dtype == numpy.uint8 and cells.max() < NUM_GROUPS
+    assert cells.dtype == numpy.int16 and cells.max() < NUM_GROUPS
 
     def cell(part: int, strategy: int, stretch: int) -> list[int]:
-        reply = 1 + numpy.ravel_multi_index((1, strategy - 1, stretch), GROUP_SHAPE)
-        return [0, 1 + numpy.ravel_multi_index((part, strategy - 1, stretch), GROUP_SHAPE), reply, reply]
+        reply = 1 + numpy.ravel_multi_index((1, strategy, stretch), GROUP_SHAPE)
+        return [0, 1 + numpy.ravel_multi_index((part, strategy, stretch), GROUP_SHAPE), reply, reply]
 
     context = [0] * 4
     assert cells.tolist() == [0, 0, *cell(0, 1, 0), *context, *cell(0, 12, 0), *context, *cell(0, 5, 1)]
@@ -223,6 +224,11 @@ def test_a_token_counts_for_its_part_its_strategy_and_its_turn():
     assert token_group_ids(drop_leading_turns(example, 3), 3).tolist() == [0, 0, *context, *cell(0, 5, 1)]
     long = token_group_ids(an_example([0] * 39 + [12]))
     assert long[-1] == NUM_GROUPS - 1 == numpy.prod(GROUP_SHAPE)
+    # A chat's turns have no strategy; each source of a mix has groups of its own.
+    chat = replace(example, strategies=numpy.zeros(5, numpy.uint8))
+    assert token_group_ids(chat).tolist()[2:6] == cell(0, 0, 0)
+    last = replace(example, strategies=numpy.full(5, 12, numpy.uint8))
+    assert token_group_ids(last, 200, 199).max() == 200 * NUM_GROUPS - 1 < 2**15
 
 
 def test_what_has_no_weight_counts_nowhere():
@@ -235,7 +241,7 @@ def test_what_has_no_weight_counts_nowhere():
 
 def test_metrics_of_groups_that_did_not_occur_are_left_out():
     sums = torch.zeros(3, *GROUP_SHAPE)
-    sums[:, 1, 4, 2] = torch.tensor([4.0, 6.0, 1.0])
+    sums[:, 1, 5, 2] = torch.tensor([4.0, 6.0, 1.0])
     strategy = STRATEGIES[4].en
     expected = {"loss_reply_tokens": 1.5, "accuracy_reply_tokens": 0.25}
     assert token_metrics(sums) == expected | {f"loss_by_strategy/{strategy}": 1.5, "loss_by_turn/9-16": 1.5}

@@ -27,7 +27,7 @@ from csc_train.models.loading import load_model
 from csc_train.models.tokenizer import load_tokenizer, tokenizer_hash
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
-from csc_train.packing.loss_weights import LossWeights, count_trained_turns
+from csc_train.packing.loss_weights import LossWeights, count_token_types, count_trained_turns
 from csc_train.template.chat_templates import chat_template_names, load_chat_template
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
@@ -65,7 +65,7 @@ def folder(template, tmp_path_factory) -> Path:
     # Packs with different numbers of trained tokens: else a mean of means would pass for the mean over tokens.
     assert len({sum(row["loss_weights"]) for row in list(packs)}) > len(packs) / 2
     (folder / "packs").write_bytes(pickle.dumps(packs))
-    turns = sum(map(count_trained_turns, examples))
+    turns = sum(count_trained_turns(count_token_types(each), each.strategies) for each in examples)
     for name, config in {
         "weighted": LossConfig("inverse_frequency"),
         # Weights that add up to less than one, by which TRL would not divide.

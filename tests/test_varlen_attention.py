@@ -1,5 +1,6 @@
 """Rows that share a prefix: loss and every gradient are those of separate sequences, and leaks would be seen."""
 
+import itertools
 import random
 
 import pytest
@@ -375,9 +376,16 @@ def test_dialogues_with_other_prompts_do_not_share_a_pack():
     zh, en = (DialogueTemplate(tokenizer, "qwen2_5", TemplateConfig(language=language)) for language in ("zh", "en"))
     dialogues = generate_sample(6, 0)
     examples = [*zh.encode_all(dialogues[:3]), *en.encode_all(dialogues[3:])]
+    least = min(sum(len(each.input_ids) for each in part) for part in (examples[:3], examples[3:]))
+    packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", max_length=least))
+    prefixes = [pack["input_ids"][: pack["prefix_length"]].tolist() for pack in packs]
+    assert prefixes == [each for each, _ in itertools.groupby(prefixes)] == [zh.prefix_ids, en.prefix_ids]
+    assert sum(len(pack["document_lengths"]) - 1 for pack in packs) == 6
+    # Prefixes whose dialogues do not fill a pack are not shared: all of them are in one.
     packs, _ = pack_dialogues(examples, PackingConfig("shared_prefix", max_length=20000))
-    assert [pack["input_ids"][: pack["prefix_length"]].tolist() for pack in packs] == [zh.prefix_ids, en.prefix_ids]
-    assert [len(pack["document_lengths"]) for pack in packs] == [4, 4]
+    assert [(pack["prefix_length"], pack["document_lengths"].tolist()) for pack in packs] == [
+        (0, [len(packs.dialogues[item.dialogue].input_ids) for item in packs.pack_items[0]])
+    ]
 
 
 def test_our_attention_refuses_what_it_cannot_keep_apart():

@@ -288,10 +288,10 @@ def _expand_home(value: Any) -> Any:
 
 
 def _unfilled(config: DictConfig, chosen: dict[str, str | None], search: ConfigSearch) -> Iterator[str]:
-    """Keys that a chosen file marks `???` and that are not set: the merge keeps the schema's null there."""
+    """Keys that a chosen file marks `???` and that are not set: the merge keeps the schema's null or `[]` there."""
     for group, option in chosen.items():
         file = search.file(group, option)
         if group in config and file:
             values = flatten_keys(OmegaConf.to_container(OmegaConf.load(file)), f"{group}.")
             marked = (key for key, value in values.items() if value == MISSING)
-            yield from (key for key in marked if OmegaConf.select(config, key) is None)
+            yield from (key for key in marked if OmegaConf.select(config, key) in (None, []))

@@ -211,6 +211,24 @@ def explain_error(error: Exception, recipe: str, groups: list[str], options: Cal
     if match := re.search(r"You must specify '([^']+)'", text):
         group = match.group(1)
         return f"{group} is required: choose one by {group}={'|'.join(options(group))}"
+    # OmegaConf names a value of a mapping or a list by its last key only; the override has the whole key.
+    full = re.search(r"Error merging override [+]*([^=\s]+)=", text) or re.search(r"full_key: (\S+)", text)
+    reasons = [line for line in str(chain[-1]).strip().splitlines() if "raised while composing config" not in line]
+    place = re.search(r"In '([^']+)': \w+ raised while composing config", text)
+    source = f"conf/{place.group(1)}.yaml: " if place else ""
+    items = {
+        each.schema.__name__: each
+        for each in all_settings(schema_of(recipe))
+        if each.schema and each.type.startswith("list[")
+    }
+    item = re.search(r"full_key: (\w+)\n\s*reference_type=(\w+)", text)
+    if item and (owner := items.get(item[2])):
+        key, known = owner.prefix + item[1], [each.key for each in settings_of(owner.schema, owner.prefix)]
+        unknown = f"unknown key {key!r} for recipe {recipe}.{suggestion(key, known)}"
+        return source + (f"{key}: {reasons[0]}" if key in known else unknown)
+    if (item := re.search(r"not a subclass of (\w+)[^\n]*\n\s*full_key: (\S+)", text)) and item[1] in items:
+        first = dataclasses.fields(items[item[1]].schema)[0].name
+        return f"{source}{item[2]}: must be a mapping, such as {{{first}: ...}}"
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text):
         full = re.search(r"full_key: (\S+)", text)
         key = match.group(1) if "." in match.group(1) or not full else full.group(1)
@@ -218,11 +236,6 @@ def explain_error(error: Exception, recipe: str, groups: list[str], options: Cal
             return f"{key}: entries are added one by one: +{key}.name=value"
         if "not in" in text:
             return f"unknown key {key!r} for recipe {recipe}.{suggestion(key, [*known_keys(recipe), *groups])}"
-    # OmegaConf names a value of a mapping by its last key only; the override has the whole key.
-    full = re.search(r"Error merging override [+]*([^=\s]+)=", text) or re.search(r"full_key: (\S+)", text)
-    reasons = [line for line in str(chain[-1]).strip().splitlines() if "raised while composing config" not in line]
-    place = re.search(r"In '([^']+)': \w+ raised while composing config", text)
-    source = f"conf/{place.group(1)}.yaml: " if place else ""
     return source + (f"{full.group(1)}: {reasons[0]}" if full else reasons[0])
 
 

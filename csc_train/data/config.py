@@ -1,7 +1,9 @@
 """Settings of the data: where dialogues are read from and how they are split."""
 
 import encodings.aliases
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from csc_train.errors import InputError, check_fields, suggestion
 
@@ -9,6 +11,10 @@ LANGUAGE_CODES = ["zh", "en"]
 """Codes of the known languages; `languages.register_language` adds others."""
 SAMPLE_LANGUAGES = ("zh", "en")
 """The languages of the sample grammar."""
+KINDS = ("csc", "chat")
+"""Kinds of dialogues: customer support with strategies, and ordinary chats."""
+MAX_SOURCES = 200
+"""Entries of a mix; the groups of trained tokens of each are numbered (see `packing.token_groups`)."""
 
 
 def check_encoding(key: str, name: str | None) -> None:
@@ -39,6 +45,30 @@ class DialogueSourceConfig:
 
 
 @dataclass
+class MixEntryConfig(DialogueSourceConfig):
+    """A source of the training dialogues, an item of `data.mix`."""
+
+    name: str | None = None
+    """Its name in logs and metrics; defaults to its `source`, or to the name of the file, folder or data set."""
+    kind: str = "csc"
+    """csc: customer support, with strategies and our system prompt. chat: ordinary chats, rows of `messages`; they are
+    trained without strategy and with their own system prompt or none."""
+    weight: float | None = None
+    """Its share of an epoch, relative to the weights of the others. An epoch is as large as all sources together."""
+    epochs: float | None = None
+    """How many times an epoch of the training goes over it, instead of a weight. Without both, once."""
+    fraction: float = 1.0
+    """Share of its dialogues to use, drawn by `data.seed`."""
+
+    @property
+    def label(self) -> str:
+        """Its name, given or derived."""
+        if self.name is not None or self.path is None:
+            return self.name or ""
+        return self.source or Path(os.path.abspath(self.path)).name.partition(".")[0] or self.path
+
+
+@dataclass
 class DataConfig:
     """The dialogues of a run (the `data` group).
 
@@ -49,7 +79,11 @@ class DataConfig:
 
     train: DialogueSourceConfig = field(default_factory=DialogueSourceConfig)
     evaluation: DialogueSourceConfig = field(default_factory=DialogueSourceConfig)
-    """Without a path, the evaluation set is split off the training file."""
+    """Without a path, the evaluation set is split off the training file, or off the sources of kind csc."""
+    mix: list[MixEntryConfig] = field(default_factory=list)
+    """Several sources of training dialogues, instead of `train.path` (see `MixEntryConfig`)."""
+    mix_unit: str = "tokens"
+    """What the weights of a mix share out: tokens (of the turns, without system prompts) or dialogues."""
     train_fraction: float = 1.0
     """Share of the training dialogues to train on, drawn by `seed`. A smaller share is a part of a larger one."""
     evaluation_fraction: float = 0.1
@@ -97,6 +131,7 @@ class DataConfig:
         check_encoding("data.encoding", self.encoding)
         if self.evaluation.also and self.evaluation.path is None:
             raise InputError("data.evaluation.also is set, but data.evaluation.path is not: give the first file there")
+        self._check_mix()
         check_fields("data.", self, "merge_turns", choices=("auto", "off"))
         check_fields("data.", self, "on_overlap", choices=("warn", "drop", "error"))
         check_fields("data.", self, "seed", "sample_seed", low=0, high=2**32 - 1)
@@ -106,3 +141,31 @@ class DataConfig:
         if self.evaluation.source is not None and self.evaluation.path is None:
             # The evaluation set is split off the training rows, so this source would be ignored.
             raise InputError("data.evaluation.source is set, but data.evaluation.path is not; set both or neither")
+
+    def _check_mix(self) -> None:
+        check_fields("data.", self, "mix_unit", choices=("tokens", "dialogues"))
+        if self.mix and self.train.path is not None:
+            raise InputError("data.mix and data.train.path are both set: make the path an entry of the mix")
+        if len(self.mix) > MAX_SOURCES:
+            raise InputError(f"data.mix has {len(self.mix)} entries: at most {MAX_SOURCES} are possible")
+        measures, labels = [], []
+        for number, entry in enumerate(self.mix):
+            place = f"data.mix[{number}]"
+            if entry.path is None:
+                raise InputError(f"{place}.path is not set: give a dialogue file or the id of a Hugging Face data set")
+            check_fields(f"{place}.", entry, "kind", choices=KINDS)
+            for name, high in {"weight": 1e12, "epochs": 1000, "fraction": 1}.items():
+                if (value := getattr(entry, name)) is not None and not 0 < value <= high:
+                    raise InputError(f"{place}.{name}={value}: must be above 0 and at most {high:g}")
+            measures.append([name for name in ("weight", "epochs") if getattr(entry, name) is not None])
+            if len(measures[-1]) == 2 or ("weight" in measures[0]) != ("weight" in measures[-1]):
+                raise InputError(
+                    f"{place}: give every entry of data.mix a weight, or none; an entry with a weight has no epochs"
+                )
+            if not entry.label or "/" in entry.label:
+                raise InputError(f"{place}.name={entry.label}: must be a name without /")
+            if entry.label in labels:
+                raise InputError(
+                    f"{place}.name={entry.label}: data.mix[{labels.index(entry.label)}] has the same name: give another"
+                )
+            labels.append(entry.label)

@@ -6,11 +6,13 @@ reordering rows moves no other dialogue to another set.
 
 import hashlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from csc_train.data.config import DataConfig
+from csc_train.data.chats import check_chat
+from csc_train.data.config import DataConfig, DialogueSourceConfig, MixEntryConfig
 from csc_train.data.dialogue import Dialogue
+from csc_train.data.mixture import Mixture
 from csc_train.data.overlap import Overlap, best_overlaps, find_overlaps
 from csc_train.data.readers import read_dialogues
 from csc_train.errors import InputError
@@ -26,12 +28,22 @@ class Splits:
         overlaps: the best match of each evaluation dialogue that has one in the training or validation set, before
             any were dropped.
         validation: set aside from the training set; may be empty.
+        mixture: the sources of the training set; None unless `data.mix` names several.
     """
 
     train: list[Dialogue]
     evaluation: list[Dialogue]
     overlaps: list[Overlap] = field(default_factory=list)
     validation: list[Dialogue] = field(default_factory=list)
+    mixture: Mixture | None = None
+
+    @property
+    def epoch(self) -> list[Dialogue]:
+        """About the dialogues of an epoch of the training, with repeats: sizes are counted in characters."""
+        if self.mixture is None:
+            return self.train
+        sizes = [len(dialogue.text) for dialogue in self.train]
+        return [self.train[index] for index in self.mixture.choose([each.id for each in self.train], sizes)]
 
     @property
     def validation_dialogues(self) -> list[Dialogue]:
@@ -56,16 +68,21 @@ def split(
 def read_splits(config: DataConfig, rejected_directory: Path | None = None) -> Splits:
     """Read the dialogues of a run, without the overlap check.
 
-    Rejected rows are written to `rejected-train.jsonl` and `rejected-evaluation.jsonl` in `rejected_directory`.
+    Rejected rows are written to `rejected-train.jsonl` (of a mix `rejected-mix-0.jsonl` and so on) and
+    `rejected-evaluation.jsonl` in `rejected_directory`.
 
     Raises:
         InputError: a file cannot be read or has no usable row, or a set ends up empty. The message names the key.
     """
-    train = _read("train", config, rejected_directory)
+    mixture = None
+    if config.mix:
+        train, mixture = _read_mix(config, rejected_directory)
+    else:
+        train = _read("train", config.train, config, rejected_directory)
     if config.evaluation.path is None:
         train, evaluation = _split_by("evaluation_fraction", train, "split", config)
     else:
-        evaluation = _read("evaluation", config, rejected_directory)
+        evaluation = _read("evaluation", config.evaluation, config, rejected_directory)
     if config.limit is not None:
         train, evaluation = (_limited(side, config.limit, config.seed) for side in (train, evaluation))
     if config.train_fraction < 1:
@@ -75,7 +92,7 @@ def read_splits(config: DataConfig, rejected_directory: Path | None = None) -> S
     validation = []
     if config.validation_fraction:
         train, validation = _split_by("validation_fraction", train, "validation", config)
-    return Splits(train, evaluation, validation=validation)
+    return Splits(train, evaluation, validation=validation, mixture=mixture)
 
 
 def read_and_check_splits(config: DataConfig, rejected_directory: Path | None = None) -> Splits:
@@ -123,23 +140,53 @@ def read_and_check_splits(config: DataConfig, rejected_directory: Path | None = 
 def _split_by(
     key: str, dialogues: list[Dialogue], purpose: str, config: DataConfig
 ) -> tuple[list[Dialogue], list[Dialogue]]:
-    """`split` by the fraction `data.<key>`; neither side may be empty."""
+    """`split` by the fraction `data.<key>`; neither side may be empty. Chats are never set aside."""
     fraction, name = getattr(config, key), key.removesuffix("_fraction")
-    sides = split(dialogues, fraction, config.seed, purpose)
+    own = [dialogue for dialogue in dialogues if dialogue.kind == "csc"]
+    sides = split(own, fraction, config.seed, purpose)
     for side_name, side in zip(("training", name), sides, strict=True):
         if not side:
+            places = config.train.path or ", ".join(str(entry.path) for entry in config.mix if entry.kind == "csc")
             raise InputError(
                 f"data.{key}={fraction} with data.seed={config.seed} leaves no {side_name} dialogue of "
-                f"{len(dialogues)} in {config.train.path}: choose another fraction"
+                f"{len(own)} in {places or 'data.mix, which has chats only'}: choose another fraction"
             )
-    return sides
+    kept = {dialogue.id for dialogue in sides[0]}
+    return [each for each in dialogues if each.id in kept or each.kind == "chat"], sides[1]
 
 
-def _read(name: str, config: DataConfig, rejected_directory: Path | None) -> list[Dialogue]:
-    where = getattr(config, name)
+def _read_mix(config: DataConfig, rejected_directory: Path | None) -> tuple[list[Dialogue], Mixture]:
+    """The dialogues of all sources of `data.mix`, in their order. An id of two sources is preceded by the name of the
+    second one."""
+    dialogues: dict[str, Dialogue] = {}
+    members: dict[str, tuple[int, float]] = {}
+    for number, entry in enumerate(config.mix):
+        own = _read(f"mix[{number}]", entry, config, rejected_directory)
+        if entry.fraction < 1:
+            count = len(own)
+            if not (own := split(own, entry.fraction, config.seed, "mix_fraction")[1]):
+                raise InputError(
+                    f"data.mix[{number}].fraction={entry.fraction} leaves no dialogue of {count} in {entry.path}: "
+                    "raise it"
+                )
+        for dialogue in own:
+            draw = _uniform("mix", config.seed, dialogue)
+            while dialogue.id in dialogues:
+                dialogue = replace(dialogue, id=f"{entry.label}/{dialogue.id}")
+            dialogues[dialogue.id], members[dialogue.id] = dialogue, (number, draw)
+    weights = [entry.weight for entry in config.mix if entry.weight is not None]
+    epochs = [entry.epochs or 1.0 for entry in config.mix]
+    names = [entry.label for entry in config.mix]
+    return list(dialogues.values()), Mixture(names, weights or None, epochs, config.mix_unit, members)
+
+
+def _read(
+    name: str, where: DialogueSourceConfig, config: DataConfig, rejected_directory: Path | None
+) -> list[Dialogue]:
     if where.path is None:
         raise InputError(f"data.{name}.path is not set: give a dialogue file or the id of a Hugging Face data set")
-    rejected = None if rejected_directory is None else Path(rejected_directory) / f"rejected-{name}.jsonl"
+    file = f"rejected-{name.replace('[', '-').removesuffix(']')}.jsonl"
+    chats = isinstance(where, MixEntryConfig) and where.kind == "chat"
     try:
         return read_dialogues(
             where.places,
@@ -147,8 +194,9 @@ def _read(name: str, config: DataConfig, rejected_directory: Path | None) -> lis
             strict=config.strict,
             max_rejected=config.max_rejected,
             encoding=config.encoding,
-            rejected_path=rejected,
+            rejected_path=None if rejected_directory is None else Path(rejected_directory) / file,
             merge=config.merge_turns == "auto",
+            check=check_chat if chats else None,
         )
     except InputError as error:
         raise InputError(f"data.{name}: {error}") from error

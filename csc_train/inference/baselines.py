@@ -17,7 +17,7 @@ class StrategyBaseline:
     The reply is the most frequent training reply of the strategy.
 
     Args:
-        training: dialogues to count in.
+        training: dialogues to count in; chats are left out.
         order: 0 ignores the previous strategy; 1 is a strategy bigram.
         language: of the labels in the texts of the replies.
     """
@@ -26,6 +26,7 @@ class StrategyBaseline:
 
     def __init__(self, training: Sequence[Dialogue], order: int, language: str = "zh"):
         self.order, self.language = order, language
+        training = [dialogue for dialogue in training if dialogue.kind == "csc"]
         self.config_hash = digest([data_digest(training), order, language])
         counts: dict[Strategy | None, Counter[Strategy]] = defaultdict(Counter)
         replies: dict[Strategy, Counter[str]] = defaultdict(Counter)

@@ -1,12 +1,13 @@
 """Pack tokenized dialogues, and the dataset that assembles a pack when it is read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy
 import torch
 
+from csc_train.data.mixture import Mixture
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
 from csc_train.packing.bin_packing import subset_sum_packing
@@ -35,14 +36,22 @@ class PackingReport:
     """Tokens over the capacity of the packs."""
     strategies: dict[str, float]
     """Share of the sum of loss weights, by strategy."""
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of a mix: by source its `dialogues`, how many times an epoch goes over them (`epochs`), the `tokens` of its turns
+    in an epoch, and its shares of all dialogues and tokens (`dialogue_share`, `token_share`)."""
 
     def __str__(self) -> str:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.strategies.items())
+        sources = "".join(
+            f"; source {name}: {each['dialogues']:,} dialogues, {each['epochs']:.2f} times in an epoch, "
+            f"{each['token_share']:.1%} of the tokens, {each['dialogue_share']:.1%} of the dialogues"
+            for name, each in self.sources.items()
+        )
         return (
             f"{self.dialogues - self.dropped} dialogues ({self.truncated} truncated, {self.dropped} dropped) in "
             f"{self.packs} packs, {self.tokens:,} tokens ({self.tokens / self.separate_tokens:.3f} of the unpacked), "
             f"{self.trained_tokens:,} trained ({self.trained_tokens / self.tokens:.1%}), utilization "
-            f"{self.utilization:.4f}; share of the loss by strategy: {shares}"
+            f"{self.utilization:.4f}; share of the loss by strategy: {shares or 'none'}{sources}"
         )
 
 
@@ -63,6 +72,7 @@ class PackedDataset(torch.utils.data.Dataset):
         prefix_lengths: by pack, the length of the prefix that its dialogues share; 0 for none.
         document_lengths: by pack, the lengths of its documents in order; a shared prefix is the first document.
         loss_weights: computes the loss weights of a dialogue.
+        mixture: the sources of the dialogues, if there are several.
     """
 
     def __init__(
@@ -71,8 +81,9 @@ class PackedDataset(torch.utils.data.Dataset):
         pack_items: list[list[PackedItem]],
         prefix_lengths: list[int],
         loss_weights: LossWeights,
+        mixture: Mixture | None = None,
     ):
-        self.dialogues, self.loss_weights = dialogues, loss_weights
+        self.dialogues, self.loss_weights, self.mixture = dialogues, loss_weights, mixture
         self.pack_items, self.prefix_lengths = pack_items, prefix_lengths
         self.document_lengths = [
             [prefix] * (prefix > 0) + [item.length - prefix for item in items]
@@ -86,7 +97,7 @@ class PackedDataset(torch.utils.data.Dataset):
         """A pack, a slice of one, or for None a row of one token that is not trained.
 
         Returns:
-            `input_ids` (int32), `loss_weights` (float32) and `token_groups` (uint8, see `packing.token_groups`; 0 where
+            `input_ids` (int32), `loss_weights` (float32) and `token_groups` (int16, see `packing.token_groups`; 0 where
             the weight is 0), each [length]; `document_lengths` (int32 [documents]); `prefix_length` (int), the length
             of the first document if the others share it, else 0. The row of one token has the key `empty`.
         """
@@ -94,7 +105,7 @@ class PackedDataset(torch.utils.data.Dataset):
             return {
                 "input_ids": self.dialogues[0].input_ids[:1],
                 "loss_weights": numpy.zeros(1, numpy.float32),
-                "token_groups": numpy.zeros(1, numpy.uint8),
+                "token_groups": numpy.zeros(1, numpy.int16),
                 "document_lengths": [1],
                 "prefix_length": 0,
                 "empty": True,
@@ -108,10 +119,11 @@ class PackedDataset(torch.utils.data.Dataset):
             if prefix and not ids:
                 ids.append(dialogue.input_ids[:prefix])
                 weights.append(numpy.zeros(prefix, numpy.float32))
-                groups.append(numpy.zeros(prefix, numpy.uint8))
+                groups.append(numpy.zeros(prefix, numpy.int16))
             ids.append(dialogue.input_ids[prefix:])
             weights.append(self.loss_weights(dialogue)[prefix:])
-            groups.append(token_group_ids(dialogue, item.first_turn)[prefix:])
+            source = self.mixture.members[dialogue.id][0] if self.mixture else 0
+            groups.append(token_group_ids(dialogue, item.first_turn, source)[prefix:])
         weight = numpy.concatenate(weights)
         return {
             "input_ids": numpy.concatenate(ids),
@@ -127,22 +139,25 @@ def pack_dialogues(
     config: PackingConfig,
     loss: LossConfig | LossWeights | None = None,
     language: str = "zh",
+    mixture: Mixture | None = None,
 ) -> tuple[PackedDataset, PackingReport]:
-    """Fit dialogues to `config.max_length`, weight their tokens and pack them.
+    """Fit dialogues to `config.max_length`, choose those of an epoch, weight their tokens and pack them.
+
+    Of several prefixes, those are shared whose dialogues fill a pack.
 
     Args:
         loss: how tokens are weighted (defaults to `LossConfig()`), or the weights of other dialogues: validation
             dialogues are weighted by the training set's factors.
         language: of the strategies' names in the statistics.
+        mixture: of the dialogues, which says how often each is in the packs; None takes each once.
 
     Returns:
         The packs and their statistics. A dialogue without a positive loss weight counts as dropped.
 
     Raises:
-        InputError: as `num_turns_to_truncate`; or nothing is left to train on.
+        InputError: as `num_turns_to_truncate` and `Mixture.choose`; or nothing is left to train on.
     """
     kept, prefixes = [], {}
-    turns = numpy.zeros(len(STRATEGIES) + 1, numpy.int64)
     for number, dialogue in enumerate(dialogues):
         first = num_turns_to_truncate(dialogue, config, number + 1)
         if first is not None:
@@ -151,22 +166,29 @@ def pack_dialogues(
             prefix = dialogue.input_ids[:shared].tobytes()
             prefix = prefixes.setdefault(prefix, prefix)  # one copy of equal ones
             item = PackedItem(number, first, len(dialogue.input_ids))
-            kept.append((item, prefix, count_token_types(dialogue), dialogue.strategies))
-            turns += count_trained_turns(dialogue)
+            kept.append((item, prefix, count_token_types(dialogue), dialogue.strategies, dialogue.id))
     if not kept:
         raise InputError(
             f"none of the {len(dialogues)} dialogues fits packing.max_length={config.max_length}: raise it"
         )
+    unused = 0
+    if mixture:
+        sizes = [int(types.sum()) for _, _, types, *_ in kept]
+        chosen = mixture.choose([each[-1] for each in kept], sizes)
+        unused, kept = len(kept) - len({*chosen}), [kept[index] for index in chosen]
     if not isinstance(loss, LossWeights):
+        turns = sum(count_trained_turns(types, strategies) for _, _, types, strategies, _ in kept)
         loss = LossWeights(loss or LossConfig(), turns)
 
     groups: dict[bytes, list[PackedItem]] = {}
-    trained_tokens = 0
+    trained_tokens, taken = 0, []
     by_strategy = numpy.zeros(len(STRATEGIES) + 1)
-    for item, prefix, types, strategies in kept:
+    for item, prefix, types, strategies, name in kept:
         weights = loss.token_weights_by_turn(types, strategies)
         if weights.any(where=types > 0):
             groups.setdefault(prefix, []).append(item)
+            if mixture:
+                taken.append((mixture.members[name][0], item.dialogue, int(types.sum())))
             trained_tokens += int(types[weights > 0].sum())
             by_strategy += numpy.bincount(strategies, (types * weights).sum(axis=1), minlength=len(by_strategy))
     if not groups:
@@ -175,18 +197,18 @@ def pack_dialogues(
         )
 
     pack_items, prefix_lengths = [], []
-    for prefix, items in groups.items():
+    for prefix, items in _shareable(groups, config.max_length).items():
         shared = len(prefix) // dialogues[0].input_ids.itemsize
         packs = _pack([item.length - shared for item in items], config.max_length - shared, config.strategy)
         pack_items += [[items[index] for index in pack] for pack in packs]
         prefix_lengths += [shared] * len(packs)
-    packed = PackedDataset(dialogues, pack_items, prefix_lengths, loss)
+    packed = PackedDataset(dialogues, pack_items, prefix_lengths, loss, mixture)
     items = [item for pack in pack_items for item in pack]
     tokens = sum(map(sum, packed.document_lengths))
     return packed, PackingReport(
         dialogues=len(dialogues),
-        truncated=sum(item.first_turn > 0 for item in items),
-        dropped=len(dialogues) - len(items),
+        truncated=len({item.dialogue for item in items if item.first_turn > 0}),
+        dropped=len(dialogues) - unused - len({item.dialogue for item in items}),
         packs=len(packed),
         tokens=tokens,
         separate_tokens=sum(item.length for item in items),
@@ -197,7 +219,36 @@ def pack_dialogues(
             for s in STRATEGIES
             if by_strategy[s.number]
         },
+        sources=_source_shares(mixture, taken) if mixture else {},
     )
+
+
+def _shareable(groups: dict[bytes, list[PackedItem]], max_length: int) -> dict[bytes, list[PackedItem]]:
+    """The dialogues by the prefix that they share; of several prefixes, those that do not fill a pack are not shared,
+    since their packs would be half empty."""
+    if len(groups) < 2:
+        return groups
+    shared: dict[bytes, list[PackedItem]] = {}
+    for prefix, items in groups.items():
+        fills = sum(item.length for item in items) >= max_length
+        shared.setdefault(prefix if fills else b"", []).extend(items)
+    return shared
+
+
+def _source_shares(mixture: Mixture, taken: list[tuple[int, int, int]]) -> dict[str, dict[str, float]]:
+    """`PackingReport.sources` of the dialogues of an epoch: their sources, numbers and tokens."""
+    shares = {}
+    for source, name in enumerate(mixture.names):
+        own = [(number, tokens) for place, number, tokens in taken if place == source]
+        distinct, tokens = len({number for number, _ in own}), sum(tokens for _, tokens in own)
+        shares[name] = {
+            "dialogues": distinct,
+            "epochs": len(own) / max(1, distinct),
+            "tokens": tokens,
+            "token_share": tokens / sum(tokens for *_, tokens in taken),
+            "dialogue_share": len(own) / len(taken),
+        }
+    return shares
 
 
 def _pack(lengths: Sequence[int], capacity: int, strategy: str) -> list[list[int]]:

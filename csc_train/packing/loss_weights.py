@@ -17,8 +17,8 @@ _REGISTRY: dict[str, tuple[FactorFunction, bool]] = {}
 def loss_weighting(name: str, normalize_turns: bool = False) -> Callable[[FactorFunction], FactorFunction]:
     """Register a function as the loss weighting `name`, for `loss.weighting=<name>`.
 
-    The function takes the settings, and the trained turns in the training set by strategy number (int64 [13], index 0
-    unused). It returns the factor of a turn by strategy number (float64 [13]).
+    The function takes the settings, and the trained turns in the training set by strategy number (int64 [13], index 0:
+    those of chats). It returns the factor of a turn by strategy number (float64 [13]); that of chats is 1.
 
     Args:
         normalize_turns: divide a turn's factor by the sum of its token weights.
@@ -77,21 +77,22 @@ class LossWeights:
     weights matter.
 
     Attributes:
-        factors: float64 [13]; by strategy number, index 0 unused.
+        factors: float64 [13]; by strategy number, 1 for the turns of chats (index 0).
     """
 
     def __init__(self, config: LossConfig, turns: numpy.ndarray):
         """Compute the factors.
 
         Args:
-            turns: int64 [13]; trained turns in the training set by strategy number, index 0 unused.
+            turns: int64 [13]; trained turns in the training set by strategy number, index 0: those of chats.
 
         Raises:
             InputError: `strategy_factors` names an unknown strategy, or one strategy twice.
         """
         self.config = config
         compute_factors, self.normalize_turns = _REGISTRY[config.weighting]
-        self.factors = compute_factors(config, turns)
+        self.factors = numpy.array(compute_factors(config, turns))
+        self.factors[0] = 1
 
     def __call__(self, dialogue: TokenizedDialogue) -> numpy.ndarray:
         """float32 [length]: the weight of predicting each token; 0 for context."""
@@ -128,10 +129,10 @@ def count_token_types(dialogue: TokenizedDialogue) -> numpy.ndarray:
     return numpy.add.reduceat(types, dialogue.turn_offsets[:-1], axis=0, dtype=numpy.int64)
 
 
-def count_trained_turns(dialogue: TokenizedDialogue) -> numpy.ndarray:
-    """int64 [13]: the trained turns by strategy number."""
-    trained = numpy.logical_or.reduceat(dialogue.trained, dialogue.turn_offsets[:-1])
-    return numpy.bincount(dialogue.strategies[trained], minlength=len(STRATEGIES) + 1)
+def count_trained_turns(token_types: numpy.ndarray, strategies: numpy.ndarray) -> numpy.ndarray:
+    """int64 [13]: the trained turns by strategy number, of a dialogue's `count_token_types` and strategies."""
+    trained = token_types[:, TokenType.CONTEXT + 1 :].any(axis=1)
+    return numpy.bincount(strategies[trained], minlength=len(STRATEGIES) + 1)
 
 
 def _by_number(factors_by_name: dict[str, float]) -> dict[int, float]:

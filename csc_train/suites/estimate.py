@@ -158,7 +158,7 @@ def _estimate_training(config: SftRecipe, cluster: ClusterConfig, preflight: Pre
     if (dims := find_dims(config.model.path, config.model)) is None:
         return StepEstimate(gpus=cluster.gpus, basis=f"{config.model.path} is not here, and no row of conf/model")
     scenario, template, basis = memory_scenario(job, dims), None, ""
-    dialogues = _find_dialogues(config.data, "train")
+    dialogues = _find_dialogues(config.data, "epoch")
     with contextlib.suppress(NotCheckedError):
         template = check_template(job, None, NotCheckedError)
     if template is None and dialogues:
@@ -327,8 +327,9 @@ _last_read: dict[str, Splits] = {}
 
 
 def _find_dialogues(data: DataConfig, side: str) -> list[Dialogue] | None:
-    """The training or evaluation dialogues: those on this machine, or a sample that a run is yet to write."""
-    paths = [Path(each.path) for each in (data.train, data.evaluation) if each.path is not None]
+    """The dialogues of a training epoch or of the evaluation: those on this machine, or a sample that a run is yet to
+    write."""
+    paths = [Path(each.path) for each in (data.train, *data.mix, data.evaluation) if each.path is not None]
     if paths and all(path.exists() for path in paths):
         key = digest([asdict(data), [(str(path.absolute()), path.stat().st_mtime_ns) for path in paths]])
         if key not in _last_read:

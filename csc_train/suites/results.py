@@ -210,8 +210,11 @@ def _link(start: Path, directory: Path | None, name: str) -> str | None:
 
 def _overlap(run: TrainingRun | None, start: Path, problems: list[str]) -> dict[str, Any] | None:
     """The overlap with profiles in the quality report beside the training data, if there is one."""
-    data = Path((run and run.settings.get("data.train.path")) or os.devnull)
-    folder = data if data.is_dir() else data.parent
+    sources = run.settings.get("data.mix") or [{"path": run.settings.get("data.train.path")}] if run else []
+    places = [Path(each["path"]) for each in sources if each["path"]] or [Path(os.devnull)]
+    folders = [path if path.is_dir() else path.parent for path in places]
+    found = next((number for number, each in enumerate(folders) if (each / "quality.json").exists()), 0)
+    data, folder = places[found], folders[found]
     rows = _attempt(problems, folder / "quality.json", lambda path: read_json(path)["profiles"], None)
     shown = {"data": "/".join(data.parts[-2:]), "href": _link(start, folder, "quality.html"), "rows": rows}
     return shown if rows else None

@@ -22,8 +22,8 @@ def _rendered(language: Language, mode: str) -> str:
 
 
 def language_note(dialogues: Iterable[Dialogue], language: str) -> str | None:
-    """A note if most dialogues are in another language than the system prompt, else None."""
-    code, share = detect_language(dialogue.text for dialogue in dialogues)
+    """A note if most dialogues are in another language than the system prompt, else None. Chats may be in any."""
+    code, share = detect_language(dialogue.text for dialogue in dialogues if dialogue.kind == "csc")
     if code is None or code == language.partition("-")[0]:
         return None
     advice = f"choose template.language={code}" if code in LANGUAGES else "add theirs as docs/extending.md says,"

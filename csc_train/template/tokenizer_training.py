@@ -74,11 +74,14 @@ def get_tokenizer(
         return load_tokenizer(config.tokenizer or config.path, None if config.tokenizer else config.revision)
     if job.is_main_process:
         # Every text as often as it is rendered, so that frequent texts become few tokens.
-        prompt = ("system", "[]", system_prompt(template.mode, template.language))
+        prompt = system_prompt(template.mode, template.language)
         texts = (
             text
             for dialogue in dialogues
-            for message in (prompt, *(_texts(turn, template) for turn in dialogue.turns))
+            for message in (
+                ("system", "[]", prompt if dialogue.kind == "csc" else dialogue.system),
+                *(_texts(turn, template) for turn in dialogue.turns),
+            )
             for text in message
         )
         style = get_family(config.architecture.model_type).tokenizer_style

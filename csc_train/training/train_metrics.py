@@ -5,7 +5,7 @@ They are reduced over the processes once for each log entry. None of them enters
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class TrainMetrics:
     """The metrics of the steps since the last `compute`, on this process.
 
     - `loss_*`, `accuracy_*`: mean negative log-likelihood and top-1 accuracy of the trained tokens of a group,
-      unweighted. Groups: part of the reply, strategy, turns of the dialogue so far (of both speakers).
+      unweighted. Groups: part of the reply, strategy, turns of the dialogue so far (of both speakers), source of a mix.
     - `entropy`, `mean_token_accuracy`: mean entropy of the predictions, and top-1 accuracy, of all trained tokens,
       unweighted.
     - `aux_loss`: the auxiliary loss of routers (see `training.loss.score_routers`), without its coefficient.
@@ -42,22 +42,25 @@ class TrainMetrics:
     - `memory_allocated_gib`, `memory_reserved_gib`: PyTorch's peak since the start, the largest of all GPUs.
     """
 
-    def __init__(self, flops: tuple[float, float, float], device: torch.device, bf16: bool):
+    def __init__(
+        self, flops: tuple[float, float, float], device: torch.device, bf16: bool, sources: Sequence[str] = ("",)
+    ):
         """Start without steps.
 
         Args:
             flops: per token, trained token and token pair, as `models.families.training_flops` returns them.
             device: of this process.
             bf16: whether matrices are multiplied in bf16.
+            sources: the names of the sources of a mix of data.
         """
-        self.flops, self.device = flops, device
+        self.flops, self.device, self.sources = flops, device, sources
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and bf16 else None
         self.reset()
 
     def reset(self) -> None:
         """Forget all steps."""
         # By token group: tokens, sum of their negative log-likelihoods, number of top-1 hits, sum of entropies.
-        self._sums = torch.zeros(4, NUM_GROUPS, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(4, len(self.sources) * NUM_GROUPS, dtype=torch.float64, device=self.device)
         # By layer with experts: sum of the weighted balance losses, of their weights, choices of each expert.
         self._routers: torch.Tensor | None = None
         self._counts = [0.0, 0.0]  # tokens, token pairs
@@ -97,7 +100,7 @@ class TrainMetrics:
 
         Args:
             scores: of its n trained tokens.
-            groups: uint8 [n] (see `packing.token_groups`).
+            groups: int16 [n] (see `packing.token_groups`).
             counts: its tokens and token pairs.
         """
         ones = torch.ones_like(scores.log_probs)
@@ -126,12 +129,15 @@ class TrainMetrics:
         own = torch.tensor([*self._counts, seconds, self._waited, forward, *peaks], dtype=torch.float64)
         routers = self._sums.new_empty(0, 0) if self._routers is None else self._routers
         rows = gather(torch.cat([self._sums.flatten(), own.to(self.device), routers.flatten()])[None]).cpu()
-        sums = rows[:, : 4 * NUM_GROUPS].sum(dim=0).view(4, NUM_GROUPS)[:, 1:].view(4, *GROUP_SHAPE)
-        measured, routed = rows[:, 4 * NUM_GROUPS :].split([len(own), routers.numel()], dim=1)
+        grouped, measured, routed = rows.split([self._sums.numel(), len(own), routers.numel()], dim=1)
+        by_source = grouped.sum(dim=0).view(4, -1, NUM_GROUPS)[..., 1:]
+        sums = by_source.sum(dim=1).view(4, *GROUP_SHAPE)
         tokens, pairs, all_seconds, waited, forward, allocated, reserved = measured.unbind(dim=1)
         seconds, steps = all_seconds.max().item(), max(self._steps, 1)
         trained, _, hits, entropy = sums.flatten(1).sum(dim=1).tolist()
         metrics = token_metrics(sums[:3])
+        if len(self.sources) > 1:
+            metrics |= source_metrics(by_source[:3].sum(dim=-1), self.sources)
         metrics |= {
             "entropy": entropy / trained,
             "mean_token_accuracy": hits / trained,
@@ -172,9 +178,23 @@ def token_metrics(sums: torch.Tensor) -> dict[str, float]:
     for index, part in enumerate(REPLY_PARTS.values()):
         add(f"{part}_tokens", sums[:, index], accuracy=True)
     for strategy in STRATEGIES:
-        add(f"by_strategy/{strategy.en}", sums[:, :, strategy.number - 1])
+        add(f"by_strategy/{strategy.en}", sums[:, :, strategy.number])
     for index, bucket in enumerate(TURN_BUCKETS):
         add(f"by_turn/{bucket}", sums[..., index])
+    return metrics
+
+
+def source_metrics(sums: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Mean losses and accuracies by source of a mix, and its share of the trained tokens; as in `token_metrics`.
+
+    Args:
+        sums: [3, sources].
+    """
+    metrics = {}
+    for name, (count, loss, hits) in zip(names, sums.T.tolist(), strict=True):
+        metrics[f"token_share_by_source/{name}"] = count / sums[0].sum().item()
+        if count:
+            metrics |= {f"loss_by_source/{name}": loss / count, f"accuracy_by_source/{name}": hits / count}
     return metrics
 
 

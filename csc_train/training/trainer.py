@@ -145,6 +145,7 @@ class PackTrainer(SFTTrainer):
             ),
             arguments.device,
             arguments.bf16,
+            packs.mixture.names if packs.mixture else ("",),
         )
         self.validator = validator
         self.wandb_run_id: str | None = None

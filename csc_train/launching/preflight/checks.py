@@ -32,7 +32,7 @@ from csc_train.training.compatibility import check_router_loss, check_supported,
 from csc_train.training.memory import GIB, MemoryScenario, advice, alternatives, estimate_memory, least_checkpointing
 
 if TYPE_CHECKING:
-    from csc_train.data.dialogue import Dialogue
+    from csc_train.data.splits import Splits
     from csc_train.template.dialogue_template import DialogueTemplate
 
 PYPROJECT = PACKAGE.parent / "pyproject.toml"
@@ -78,9 +78,12 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         from csc_train.data.dialogue import data_digest
         from csc_train.template.system_prompt import language_note
 
-        dialogues = known["the data"] = check_data(config, absent)
-        counted = f"{len(dialogues):,} dialogues, digest {data_digest(dialogues)[:12]}"
-        return "; ".join(filter(None, (counted, language_note(dialogues, config.template.language))))
+        splits = check_data(config, absent)
+        counted = f"{len(splits.train):,} dialogues, digest {data_digest(splits.train)[:12]}"
+        if splits.mixture:
+            counted += f", {len(splits.mixture.names)} sources, about {len(splits.epoch):,} dialogues in an epoch"
+        known["the data"] = splits
+        return "; ".join(filter(None, (counted, language_note(splits.train, config.template.language))))
 
     def needing(check: Callable[..., str], *needs: str) -> str:
         if missing := [need for need in needs if known.get(need) is None]:
@@ -112,7 +115,8 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         "W&B": partial(check_tracking, config),
     }
     results = [_result(name, check) for name, check in checks.items()]
-    estimate = estimate_job(config, scenario, known.get("the template"), known.get("the data"))
+    data = known.get("the data")
+    estimate = estimate_job(config, scenario, known.get("the template"), data and data.epoch)
     return PreflightReport(
         results, alternatives(scenario), chosen, cluster.gpus_per_node, memory, host_memory, estimate
     )
@@ -251,13 +255,13 @@ def check_template(
     return DialogueTemplate(tokenizer, name, config.template)
 
 
-def check_cache(config: PreflightRecipe, template: "DialogueTemplate", dialogues: "list[Dialogue]") -> str:
+def check_cache(config: PreflightRecipe, template: "DialogueTemplate", splits: "Splits") -> str:
     """Whether the dialogues are tokenized already."""
     if config.data.on_overlap == "drop":
         raise NotCheckedError("data.on_overlap=drop: the run finds which dialogues to drop")
     from csc_train.tokenized_cache import find_cached
 
-    found = find_cached(dialogues, template, config.tokenization)
+    found = find_cached(splits.train, template, config.tokenization)
     return f"{found}: hit" if found else "no hit: the run tokenizes first; recipes/prepare.py does it ahead of time"
 
 
@@ -270,27 +274,29 @@ def check_end(config: PreflightRecipe, found: InspectedModel, template: "Dialogu
 
 
 def check_longest(
-    config: PreflightRecipe, found: InspectedModel, template: "DialogueTemplate", dialogues: "list[Dialogue]"
+    config: PreflightRecipe, found: InspectedModel, template: "DialogueTemplate", splits: "Splits"
 ) -> str:
     """The model has a position for each token of the longest dialogues, by characters."""
     from csc_train.packing.dataset import pack_dialogues
     from csc_train.training.rehearsal import check_positions
 
-    longest = sorted(dialogues, key=lambda each: -sum(len(turn.text) for turn in each.turns))[:LONGEST]
+    longest = sorted(splits.train, key=lambda each: -sum(len(turn.text) for turn in each.turns))[:LONGEST]
     packs, _ = pack_dialogues(list(template.encode_all(longest)), config.packing, config.loss)
     return check_positions(found, packs)
 
 
-def check_data(config: PreflightRecipe, absent: type[Exception]) -> "list[Dialogue]":
-    """The training dialogues, read as in the run; their overlap is checked if the run may end for it."""
+def check_data(config: PreflightRecipe, absent: type[Exception]) -> "Splits":
+    """The dialogues, read as in the run; their overlap is checked if the run may end for it."""
     from csc_train.data.sample_grammar import check_sample_place
     from csc_train.data.splits import read_and_check_splits, read_splits
 
     data = config.data
-    if data.train.path is None:
-        raise InputError("data.train.path is not set: give data.train.path=...")
+    if data.train.path is None and not data.mix:
+        raise InputError("data.train.path is not set: give data.train.path=... or data.mix=...")
     check_sample_place(data)
-    for name, path in ((each, path) for each in ("train", "evaluation") for path in getattr(data, each).places):
+    sides = {"train": data.train, "evaluation": data.evaluation}
+    sides |= {f"mix[{number}]": entry for number, entry in enumerate(data.mix)}
+    for name, path in ((name, path) for name, side in sides.items() for path in side.places):
         if not Path(path).exists() and not glob.has_magic(path):
             if data.sample_dialogues:
                 raise NotCheckedError(f"{path}: the run writes this file")
@@ -298,7 +304,7 @@ def check_data(config: PreflightRecipe, absent: type[Exception]) -> "list[Dialog
                 raise NotCheckedError(f"{path}: the run reads this data set from the hub")
             raise absent(f"data.{name}: {path}: no such file")
     read = read_and_check_splits if data.on_overlap == "error" else read_splits
-    return read(data).train
+    return read(data)
 
 
 # The machine

@@ -1,6 +1,7 @@
 """The size of a training: its memory scenario, tokens, steps, FLOPs and hours."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from csc_train.models.families import ModelDims, adapted_experts, lora_parameter
 from csc_train.training.memory import MemoryScenario, scenario_flops
 
 if TYPE_CHECKING:
+    from csc_train.data.dialogue import Dialogue
     from csc_train.template.dialogue_template import DialogueTemplate
 
 SAMPLE_SIZE = 500
@@ -105,13 +107,17 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
 
 
 def estimate_job(
-    config: PreflightRecipe, scenario: MemoryScenario, template: "DialogueTemplate | None", dialogues: list | None
+    config: PreflightRecipe,
+    scenario: MemoryScenario,
+    template: "DialogueTemplate | None",
+    dialogues: "Sequence[Dialogue] | None",
 ) -> JobEstimate | None:
     """Tokens, steps, FLOPs and hours of a training.
 
     Args:
-        template: with `dialogues`, tokenizes a sample; else the estimate uses `preflight.dialogues` and
+        template: tokenizes a sample of `dialogues`; without it, or these, the estimate uses `preflight.dialogues` and
             `preflight.tokens_per_dialogue`.
+        dialogues: those of an epoch.
 
     Returns:
         None if neither is known.
