@@ -1,5 +1,7 @@
 """Characters that show nothing: white space, control characters, and what Unicode ignores by default (zero width)."""
 
+import functools
+
 import regex
 
 INVISIBLE = r"\s\p{Z}\p{Cc}\p{Default_Ignorable_Code_Point}\u2800"
@@ -22,7 +24,12 @@ def find_hidden(text: str) -> list[str]:
 
 def is_blank(text: str) -> bool:
     """Whether a text shows nothing: it is empty, or all its characters are invisible."""
-    return _BLANK.fullmatch(text) is not None
+    return not text or (_is_invisible(text[0]) and _BLANK.fullmatch(text) is not None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_invisible(character: str) -> bool:
+    return _BLANK.fullmatch(character) is not None
 
 
 def strip_invisible(text: str) -> str:

@@ -7,10 +7,12 @@ and `source` are optional; other columns are kept in `Dialogue.extra`.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 from collections import Counter
@@ -379,7 +381,7 @@ def check_row(
     if issues := check_object(record):
         return None, issues
     turns, system = read_turns(record, issues)
-    if not issues and merge:
+    if not issues and merge and _repeats(turns):
         turns = [_joined(together, text) for together, text in join_speakers(turns)]
     if not issues:
         issues += _check_order(turns)
@@ -400,7 +402,7 @@ def check_row(
             return None, [ValidationIssue(None, "id", "used by an earlier row", repr(name))]
         name = f"{name}-{seen[name]}"
         seen[name] += 1
-    return replace(dialogue, id=name), []
+    return dialogue if given else replace(dialogue, id=name), []
 
 
 def check_object(record: Any) -> list[ValidationIssue]:
@@ -428,6 +430,11 @@ def check_text(number: int, field: str, text: Any, issues: list[ValidationIssue]
     return ""
 
 
+# A file has few of them.
+_speaker = functools.lru_cache(maxsize=1000)(Speaker.parse)
+_label = functools.lru_cache(maxsize=1000)(strip_invisible)
+
+
 def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | None:
     if not isinstance(row, dict):
         issues.append(ValidationIssue(number, "turn", "not an object", type(row).__name__))
@@ -435,11 +442,11 @@ def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | 
     before = len(issues)
     speaker, strategy, accepted = None, None, ()
     try:
-        speaker = Speaker.parse(row.get("speaker"))
-    except ValueError:
+        speaker = _speaker(row.get("speaker"))
+    except (ValueError, TypeError):  # TypeError: a list or an object
         issues.append(ValidationIssue(number, "speaker", "unknown speaker", repr(row.get("speaker"))))
     text = check_text(number, "text", row.get("text"), issues)
-    label = strip_invisible(_text(row.get("strategy")))
+    label = _label(_text(row.get("strategy")))
     others = row.get("accepted")
     if speaker is Speaker.SUPPORTER:
         if label:
@@ -448,7 +455,7 @@ def _check_turn(number: int, row: Any, issues: list[ValidationIssue]) -> Turn | 
             issues.append(ValidationIssue(number, "strategy", "missing on a supporter turn"))
         accepted = _accept_set(number, strategy, others, issues)
     elif speaker is Speaker.CUSTOMER:
-        for name, value in {"strategy": label, "accepted": others}.items():
+        for name, value in (("strategy", label), ("accepted", others)):
             if value not in ("", None, []):
                 issues.append(ValidationIssue(number, name, "given on a customer turn", repr(value)))
     return Turn(speaker, text, strategy, accepted) if len(issues) == before else None
@@ -471,8 +478,10 @@ def _accept_set(
     if not isinstance(labels, list | None):
         issues.append(ValidationIssue(number, "accepted", "not a list", type(labels).__name__))
         return ()
-    parsed = [_parse_label(number, "accepted", strip_invisible(_text(each)), issues) for each in labels or ()]
-    return tuple(dict.fromkeys(each for each in (own, *parsed) if each)) if parsed else ()
+    if not labels:
+        return ()
+    parsed = [_parse_label(number, "accepted", _label(_text(each)), issues) for each in labels]
+    return tuple(dict.fromkeys(each for each in (own, *parsed) if each))
 
 
 def _joined(together: list[Turn], text: str) -> Turn:
@@ -483,10 +492,16 @@ def _joined(together: list[Turn], text: str) -> Turn:
     return replace(together[0], text=text, accepted=tuple(dict.fromkeys(strategies)))
 
 
+def _repeats(turns: list[Turn]) -> bool:
+    """Whether a speaker has two turns in a row."""
+    speakers = [turn.speaker for turn in turns]
+    return any(map(operator.is_, speakers, speakers[1:]))
+
+
 def _check_order(turns: list[Turn]) -> Iterator[ValidationIssue]:
     if not any(turn.speaker is Speaker.SUPPORTER for turn in turns):
         yield ValidationIssue(None, "dialogue", "no supporter turn")
-        return
-    for number, (turn, following) in enumerate(itertools.pairwise(turns), start=2):
-        if turn.speaker is following.speaker:
-            yield ValidationIssue(number, "speaker", "the same speaker twice in a row", following.speaker.value)
+    elif _repeats(turns):
+        for number, (turn, following) in enumerate(itertools.pairwise(turns), start=2):
+            if turn.speaker is following.speaker:
+                yield ValidationIssue(number, "speaker", "the same speaker twice in a row", following.speaker.value)

@@ -80,6 +80,7 @@ _BY_CODE = {strategy.code: strategy for strategy in STRATEGIES}
 _NUMBERED = re.compile(r"策略([0-9]+)(?:(?:\s*[:：]\s*|\s+)(.+))?")
 
 
+@functools.lru_cache(maxsize=1000)
 def parse_strategy(label: str) -> Strategy:
     """Parse the label of a strategy.
 
