@@ -53,9 +53,10 @@ tests: $(VENV)/installed-dev
 test-fast: $(VENV)/installed-dev ## The fast tests: no training in processes, no browser
 	$(PYTHON) -m pytest -m "not slow and not distributed and not browser"
 
-bench: $(VENV)/installed ## Measure packing and hybrid models beside TRL's own; a quarter of an hour on two cores
+bench: $(VENV)/installed ## Measure packing and hybrid models beside TRL's own, and the data; half an hour on two cores
 	$(PYTHON) benchmarks/packing.py
 	$(PYTHON) benchmarks/hybrids.py
+	$(PYTHON) benchmarks/data.py
 
 bench-gpu: ## Measure training on one CUDA GPU in six minutes; installs nothing: make bench-gpu PYTHON=python3 [WHEELS=DIR]
 	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
