@@ -32,6 +32,7 @@ from csc_train.tokenized_cache import tokenize
 
 TRAINING, EVALUATION = 11_232, 1_855
 """Dialogues of RoleCS and of CSConv."""
+SECTIONS = ("duplicates", "encoding", "processes", "memory")
 THRESHOLD = 0.8
 """The default of data.overlap_threshold."""
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--old", type=Path, metavar="CHECKOUT", help="an older build, such as a worktree of 5fab51a")
     parser.add_argument("--rounds", type=int, default=3, help="counted turns of each side")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "data.json")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="measure only these")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
@@ -57,12 +59,19 @@ def main() -> None:
     report = Report({"quick": options.quick, "rounds": options.rounds}, {})
     dialogues = long_dialogues(count + held_out)
     with tempfile.TemporaryDirectory() as directory:
-        near_duplicates(report, dialogues[:count], dialogues[count:], options.old, options.rounds)
         file = Path(directory) / "dialogues.jsonl"
         write_dialogues(file, dialogues[:count])
-        encoding(report, file, template, options.rounds)
-        processes(report, dialogues[:count], template, options.rounds)
-        memory(report, file, 2 if options.quick else 10)
+        measured = {
+            "duplicates": lambda: near_duplicates(
+                report, dialogues[:count], dialogues[count:], options.old, options.rounds
+            ),
+            "encoding": lambda: encoding(report, file, template, options.rounds),
+            "processes": lambda: processes(report, dialogues[:count], template, options.rounds),
+            "memory": lambda: memory(report, file, 2 if options.quick else 10),
+        }
+        for name in SECTIONS:
+            if name in options.sections:
+                measured[name]()
     report.write(options.output)
     print(f"\n{options.output}")
 

@@ -381,6 +381,20 @@ def test_a_quick_run_of_hybrids_and_experts_trains_and_evaluates_exactly(tmp_pat
 
 
 @pytest.mark.slow
+def test_a_quick_run_of_data_reads_encodes_and_searches(tmp_path):
+    path = tmp_path / "data.json"
+    sections = ("duplicates", "encoding")  # the others start processes, which import for seconds
+    environment = {name: value for name, value in os.environ.items() if name != "CSC_TOKENIZERS"}
+    arguments = ("--quick", "--rounds", "1", "--output", path, "--sections", *sections)
+    done = run_script(BENCHMARKS / "data.py", *arguments, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = read_json(path)
+    assert list(report["sections"]) == ["near duplicates", "reading and encoding"]
+    assert result(report, "near duplicates", "pairs") > 0
+    assert result(report, "reading and encoding", "all / tokenizer alone") > 0
+
+
+@pytest.mark.slow
 def test_a_quick_run_of_evaluation_reports_every_result(tmp_path):
     path = tmp_path / "evaluation.json"
     done = run_script(BENCHMARKS / "evaluation.py", "--quick", "--output", path)
