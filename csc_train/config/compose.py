@@ -1,6 +1,7 @@
 """Compose a recipe's configuration with Hydra from conf/, the user's own folder and the command line, and check it."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -224,6 +225,7 @@ def _checked(typed: DictConfig) -> Any:
     return checked
 
 
+@functools.cache
 def register_schemas(recipe: str) -> None:
     """Let the root configuration of a recipe, and those that it extends, find their schemas."""
     names = {path: name for name, path in SCHEMAS.items()}
