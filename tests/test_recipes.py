@@ -60,7 +60,7 @@ def start_by_torchrun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess
 def evaluate(directory: Path) -> subprocess.CompletedProcess:
     return start(
         "evaluate.py", "checkpoint=runs/demo/model", "run.directory=runs/evaluation", "run.if_exists=reuse",
-        "evaluation.max_new_tokens=24", "evaluation.batch_size=64", cwd=directory,
+        "evaluation.max_new_tokens=12", "evaluation.batch_size=64", cwd=directory,
     )  # fmt: skip
 
 
