@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from csc_train.config.compose import compose, from_container, to_container
-from csc_train.data.config import DataConfig, MixEntryConfig
-from csc_train.data.dialogue import Dialogue
+from csc_train.data.config import DataConfig, DialogueSourceConfig, MixEntryConfig
+from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.mixture import Mixture
 from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
@@ -101,8 +101,11 @@ def test_a_source_that_gets_nothing_is_named():
     mix, ids = mixture({"big": 100, "small": 3}, weights=[10000.0, 1.0])
     with pytest.raises(InputError, match=r"^data.mix: the part of small in an epoch is less than one dialogue: raise"):
         mix.choose(ids, [10] * 103)
-    with pytest.raises(InputError, match=r"^data.mix: no dialogue of small fits packing.max_length"):
+    with pytest.raises(InputError, match=r"^data.mix: no dialogue of small fits packing.max_length: raise it"):
         mix.choose(ids[:100], [10] * 100)
+    mix, ids = mixture({"a": 3, "b": 3}, epochs=[1.0, 0.01])
+    with pytest.raises(InputError, match=r"the part of b in an epoch is less than one dialogue: raise its epochs"):
+        mix.choose(ids, [10] * 6)
 
 
 # Settings
@@ -123,7 +126,9 @@ def test_a_source_that_gets_nothing_is_named():
             "[{path: x/a.jsonl}, {path: y/a.jsonl.gz}]",
             "data.mix[1].name=a: data.mix[0] has the same name: give another",
         ),
-        ("[{path: a.jsonl, name: x/y}]", "data.mix[0].name=x/y: must be a name without /"),
+        ("[{path: a.jsonl, name: x/y}]", "data.mix[0].name='x/y': must be a printable name without /"),
+        ('[{path: a.jsonl, name: "x\ty"}]', r"data.mix[0].name='x\ty': must be a printable name without /"),
+        ("[{path: a.jsonl, name: ' '}]", "data.mix[0].name=' ': must be a printable name without /"),
         ("[{weight: 1}]", "data.mix[0].path is not set: give a dialogue file"),
         (
             "[{path: a.jsonl, wieght: 1}]",
@@ -143,6 +148,10 @@ def test_a_bad_mix_is_named(mix, message):
 def test_a_mix_takes_the_place_of_a_training_file(tmp_path):
     with pytest.raises(InputError, match=r"^data.mix and data.train.path are both set"):
         compose("sft", ["data=files", "data.train.path=a.jsonl", "data.mix=[{path: b.jsonl}]"])
+    with pytest.raises(InputError, match=r"^data.mix and data.sample_dialogues are both set: add data.sample_dialog"):
+        compose("sft", ["debug=cpu_tiny", "data=mix", "data.train.path=null", "data.mix=[{path: b.jsonl}]"])
+    inspected = compose("inspect_data", ["data=mix", "data.mix=[{path: b.jsonl}]", "path=c.jsonl"]).data
+    assert (inspected.mix, inspected.train.path) == ([], "c.jsonl")
     with pytest.raises(InputError, match=r"^data.mix_unit=words: choose one of tokens, dialogues"):
         compose("sft", ["data=mix", "data.mix=[{path: b.jsonl}]", "data.mix_unit=words"])
     with pytest.raises(InputError, match=r"^data.mix has 201 entries: at most 200 are possible"):
@@ -242,8 +251,13 @@ def test_files_of_a_mix_that_cannot_be_used_are_named(here):
         InputError, match=r"^data.mix\[0\].fraction=0.01 leaves no dialogue of 14 in calls.jsonl: raise it"
     ):
         read_splits(DataConfig(mix=[MixEntryConfig("calls.jsonl", fraction=0.01)]))
-    with pytest.raises(InputError, match=r"^data.evaluation_fraction=0.1 .* in data.mix, which has chats only: choose"):
-        read_splits(DataConfig(mix=[MixEntryConfig("chats.jsonl", kind="chat")]))
+    chats = DataConfig(mix=[MixEntryConfig("chats.jsonl", kind="chat")])
+    with pytest.raises(InputError, match=r"^data.evaluation_fraction=0.1: there are chats only.*data.evaluation.path"):
+        read_splits(chats)
+    evaluated = replace(chats, evaluation=DialogueSourceConfig("calls.jsonl"))
+    assert len(read_splits(evaluated).train) == 16
+    with pytest.raises(InputError, match=r"^data.validation_fraction=0.1: there are chats only.*leave it out"):
+        read_splits(replace(evaluated, validation_fraction=0.1))
     with open("chats.jsonl", "a") as file:
         file.write('{"messages": [{"role": "narrator", "content": "x"}]}\n')
     read_splits(DataConfig(mix=entries()), here)
@@ -251,6 +265,24 @@ def test_files_of_a_mix_that_cannot_be_used_are_named(here):
     assert (rejected["row"], rejected["file"]) == (17, "chats.jsonl") and "unknown role" in rejected["issues"][0][
         "reason"
     ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"limit": 2},
+        {"train_fraction": 0.05},
+        {"evaluation_fraction": 0.95},
+        {"validation_fraction": 0.93},
+        {"on_overlap": "drop", "evaluation": DialogueSourceConfig("calls.jsonl")},
+    ],
+)
+def test_what_takes_all_of_a_source_is_named(here, settings):
+    key, value = next(iter(settings.items()))
+    named = r"(synthetic, data.mix\[0\]|calls, data.mix\[1\]): choose another value"
+    named = rf"^data.{key}={value} leaves no training dialogue of {named}"
+    with pytest.raises(InputError, match=named):
+        read_and_check_splits(DataConfig(mix=entries(), **settings))
 
 
 def test_an_evaluation_dialogue_in_any_source_is_found(here):
@@ -393,6 +425,31 @@ def test_chats_that_fill_a_pack_share_their_own_prefix(template):
     length = sum(len(each.input_ids) for each in same)
     packs, _ = pack_dialogues([*same, examples[0]], PackingConfig("shared_prefix", max_length=length))
     assert [bool(prefix) for prefix in packs.prefix_lengths] == [True, False]
+
+
+def test_a_chat_with_a_long_system_prompt_is_too_long_and_stops_no_training(template):
+    _, examples = mixed_examples(template)
+    turns = (Turn(Speaker.CUSTOMER, "hi"), Turn(Speaker.SUPPORTER, "yes"))
+    long = template.encode(Dialogue("long", turns, kind="chat", system="ab " * 900))
+    for overflow in ("drop", "truncate"):
+        _, report = pack_dialogues([*examples, long], PackingConfig("shared_prefix", 900, overflow))
+        assert report.dropped == 1
+    with pytest.raises(InputError, match=r"^dialogue 1 \(long\) has \d+ tokens, more than packing.max_length=900"):
+        pack_dialogues([long], PackingConfig("shared_prefix", 900, "error"))
+
+
+def test_what_a_mix_leaves_out_of_an_epoch_is_counted(template):
+    dialogues, examples = mixed_examples(template)
+    members = {each.id: (int(each.kind == "chat"), number / 15) for number, each in enumerate(dialogues)}
+    half = Mixture(["support", "chats"], None, [0.5, 1.0], "dialogues", members)
+    _, report = pack_dialogues(examples, PackingConfig("best_fit", 900), mixture=half)
+    assert (report.dialogues, report.dropped, report.unused) == (15, 0, 2)
+    assert str(report).startswith("13 dialogues (0 truncated, 0 dropped, 2 not in an epoch) in ")
+    with pytest.raises(
+        InputError, match=r"^data.mix: the loss weights leave no trained token of chats: raise loss.rep"
+    ):
+        labels = [replace(each, token_types=each.token_types * (each.strategies.any() > 0)) for each in examples]
+        pack_dialogues(labels, PackingConfig("best_fit", 900), mixture=half)
 
 
 @pytest.mark.parametrize(

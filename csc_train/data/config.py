@@ -146,6 +146,8 @@ class DataConfig:
         check_fields("data.", self, "mix_unit", choices=("tokens", "dialogues"))
         if self.mix and self.train.path is not None:
             raise InputError("data.mix and data.train.path are both set: make the path an entry of the mix")
+        if self.mix and self.sample_dialogues:
+            raise InputError("data.mix and data.sample_dialogues are both set: add data.sample_dialogues=null")
         if len(self.mix) > MAX_SOURCES:
             raise InputError(f"data.mix has {len(self.mix)} entries: at most {MAX_SOURCES} are possible")
         measures, labels = [], []
@@ -162,8 +164,8 @@ class DataConfig:
                 raise InputError(
                     f"{place}: give every entry of data.mix a weight, or none; an entry with a weight has no epochs"
                 )
-            if not entry.label or "/" in entry.label:
-                raise InputError(f"{place}.name={entry.label}: must be a name without /")
+            if not entry.label.strip() or "/" in entry.label or not entry.label.isprintable():
+                raise InputError(f"{place}.name={entry.label!r}: must be a printable name without /")
             if entry.label in labels:
                 raise InputError(
                     f"{place}.name={entry.label}: data.mix[{labels.index(entry.label)}] has the same name: give another"

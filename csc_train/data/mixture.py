@@ -44,7 +44,10 @@ class Mixture:
         sizes = numpy.asarray(tokens) if self.unit == "tokens" else numpy.ones(len(ids), int)
         totals = numpy.bincount(sources, sizes, minlength=len(self.names))
         if not totals.all():
-            raise InputError(f"data.mix: no dialogue of {self.names[int(totals.argmin())]} fits packing.max_length")
+            name = self.names[int(totals.argmin())]
+            raise InputError(
+                f"data.mix: no dialogue of {name} fits packing.max_length: raise it, or take {name} out of the mix"
+            )
         passes = numpy.array(self.epochs, float)
         if self.weights is not None:
             passes = totals.sum() * numpy.array(self.weights) / sum(self.weights) / totals
@@ -56,7 +59,8 @@ class Mixture:
             reached = numpy.concatenate([[0], sizes[own].cumsum()])
             times[own[: int(numpy.abs(reached - rest).argmin())]] += 1
             if not times[own].any():
+                measure = "epochs" if self.weights is None else "weight"
                 raise InputError(
-                    f"data.mix: the part of {name} in an epoch is less than one dialogue: raise its weight"
+                    f"data.mix: the part of {name} in an epoch is less than one dialogue: raise its {measure}"
                 )
         return numpy.repeat(numpy.arange(len(ids)), times).tolist()

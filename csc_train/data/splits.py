@@ -81,17 +81,21 @@ def read_splits(config: DataConfig, rejected_directory: Path | None = None) -> S
         train = _read("train", config.train, config, rejected_directory)
     if config.evaluation.path is None:
         train, evaluation = _split_by("evaluation_fraction", train, "split", config)
+        _check_sources(f"data.evaluation_fraction={config.evaluation_fraction}", train, mixture)
     else:
         evaluation = _read("evaluation", config.evaluation, config, rejected_directory)
     if config.limit is not None:
         train, evaluation = (_limited(side, config.limit, config.seed) for side in (train, evaluation))
+        _check_sources(f"data.limit={config.limit}", train, mixture)
     if config.train_fraction < 1:
         count = len(train)
         if not (train := split(train, config.train_fraction, config.seed, "train_fraction")[1]):
             raise InputError(f"data.train_fraction={config.train_fraction} leaves no dialogue of {count}: raise it")
+        _check_sources(f"data.train_fraction={config.train_fraction}", train, mixture)
     validation = []
     if config.validation_fraction:
         train, validation = _split_by("validation_fraction", train, "validation", config)
+        _check_sources(f"data.validation_fraction={config.validation_fraction}", train, mixture)
     return Splits(train, evaluation, validation=validation, mixture=mixture)
 
 
@@ -128,6 +132,7 @@ def read_and_check_splits(config: DataConfig, rejected_directory: Path | None = 
             setattr(splits, name, [dialogue for dialogue in before if dialogue.id not in flagged])
             if before and not getattr(splits, name):
                 raise InputError(f"data.on_overlap=drop leaves no {name} dialogue: {finding}")
+        _check_sources("data.on_overlap=drop", splits.train, splits.mixture)
     elif overlaps:
         finding += f"; kept (data.on_overlap=warn); the first: {overlaps[0]}"
     validation = f", {len(splits.validation)} validation" if splits.validation else ""
@@ -143,16 +148,30 @@ def _split_by(
     """`split` by the fraction `data.<key>`; neither side may be empty. Chats are never set aside."""
     fraction, name = getattr(config, key), key.removesuffix("_fraction")
     own = [dialogue for dialogue in dialogues if dialogue.kind == "csc"]
+    if not own and dialogues:
+        advice = "give data.evaluation.path=..." if name == "evaluation" else "leave it out"
+        raise InputError(f"data.{key}={fraction}: there are chats only, which are never set aside: {advice}")
     sides = split(own, fraction, config.seed, purpose)
     for side_name, side in zip(("training", name), sides, strict=True):
         if not side:
             places = config.train.path or ", ".join(str(entry.path) for entry in config.mix if entry.kind == "csc")
             raise InputError(
                 f"data.{key}={fraction} with data.seed={config.seed} leaves no {side_name} dialogue of "
-                f"{len(own)} in {places or 'data.mix, which has chats only'}: choose another fraction"
+                f"{len(own)} in {places}: choose another fraction"
             )
     kept = {dialogue.id for dialogue in sides[0]}
     return [each for each in dialogues if each.id in kept or each.kind == "chat"], sides[1]
+
+
+def _check_sources(cause: str, train: list[Dialogue], mixture: Mixture | None) -> None:
+    """Raise an InputError if a source of the mix has no dialogue in the training set."""
+    left = {mixture.members[dialogue.id][0] for dialogue in train} if mixture else set()
+    for number, name in enumerate(mixture.names if mixture else ()):
+        if number not in left:
+            raise InputError(
+                f"{cause} leaves no training dialogue of {name}, data.mix[{number}]: choose another value, or take it "
+                "out of the mix"
+            )
 
 
 def _read_mix(config: DataConfig, rejected_directory: Path | None) -> tuple[list[Dialogue], Mixture]:

@@ -39,6 +39,8 @@ class PackingReport:
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of a mix: by source its `dialogues`, how many times an epoch goes over them (`epochs`), the `tokens` of its turns
     in an epoch, and its shares of all dialogues and tokens (`dialogue_share`, `token_share`)."""
+    unused: int = 0
+    """Dialogues that a mix leaves out of an epoch."""
 
     def __str__(self) -> str:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.strategies.items())
@@ -47,11 +49,13 @@ class PackingReport:
             f"{each['token_share']:.1%} of the tokens, {each['dialogue_share']:.1%} of the dialogues"
             for name, each in self.sources.items()
         )
+        unused = f", {self.unused} not in an epoch" if self.unused else ""
         return (
-            f"{self.dialogues - self.dropped} dialogues ({self.truncated} truncated, {self.dropped} dropped) in "
-            f"{self.packs} packs, {self.tokens:,} tokens ({self.tokens / self.separate_tokens:.3f} of the unpacked), "
-            f"{self.trained_tokens:,} trained ({self.trained_tokens / self.tokens:.1%}), utilization "
-            f"{self.utilization:.4f}; share of the loss by strategy: {shares or 'none'}{sources}"
+            f"{self.dialogues - self.dropped - self.unused} dialogues ({self.truncated} truncated, {self.dropped} "
+            f"dropped{unused}) in {self.packs} packs, {self.tokens:,} tokens "
+            f"({self.tokens / self.separate_tokens:.3f} of the unpacked), {self.trained_tokens:,} trained "
+            f"({self.trained_tokens / self.tokens:.1%}), utilization {self.utilization:.4f}; share of the "
+            f"loss by strategy: {shares or 'none'}{sources}"
         )
 
 
@@ -220,6 +224,7 @@ def pack_dialogues(
             if by_strategy[s.number]
         },
         sources=_source_shares(mixture, taken) if mixture else {},
+        unused=unused,
     )
 
 
@@ -236,17 +241,26 @@ def _shareable(groups: dict[bytes, list[PackedItem]], max_length: int) -> dict[b
 
 
 def _source_shares(mixture: Mixture, taken: list[tuple[int, int, int]]) -> dict[str, dict[str, float]]:
-    """`PackingReport.sources` of the dialogues of an epoch: their sources, numbers and tokens."""
-    shares = {}
+    """`PackingReport.sources` of the dialogues of an epoch: their sources, numbers and tokens.
+
+    Raises:
+        InputError: a source has none.
+    """
+    shares, (sources, numbers, tokens) = {}, numpy.array(taken).T
     for source, name in enumerate(mixture.names):
-        own = [(number, tokens) for place, number, tokens in taken if place == source]
-        distinct, tokens = len({number for number, _ in own}), sum(tokens for _, tokens in own)
+        own = sources == source
+        if not own.any():
+            raise InputError(
+                f"data.mix: the loss weights leave no trained token of {name}: raise loss.reply_weight, or take {name} "
+                "out of the mix"
+            )
+        times, distinct = int(own.sum()), len(numpy.unique(numbers[own]))
         shares[name] = {
             "dialogues": distinct,
-            "epochs": len(own) / max(1, distinct),
-            "tokens": tokens,
-            "token_share": tokens / sum(tokens for *_, tokens in taken),
-            "dialogue_share": len(own) / len(taken),
+            "epochs": times / distinct,
+            "tokens": int(tokens[own].sum()),
+            "token_share": float(tokens[own].sum() / tokens.sum()),
+            "dialogue_share": times / len(taken),
         }
     return shares
 

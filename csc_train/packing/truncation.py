@@ -20,10 +20,11 @@ def num_turns_to_truncate(dialogue: TokenizedDialogue, config: PackingConfig, nu
         None to drop the dialogue: by `config.overflow`, or because nothing trained would be left.
 
     Raises:
-        InputError: `max_length` has no room beside the system prompt, or the dialogue is too long under `error`.
+        InputError: `max_length` has no room beside our system prompt, or the dialogue is too long under `error`. A chat
+            with a longer system prompt of its own is a dialogue that is too long.
     """
     prefix, length = int(dialogue.turn_offsets[0]), len(dialogue.input_ids)
-    if config.max_length <= prefix:
+    if config.max_length <= prefix and dialogue.strategies.any():
         raise InputError(
             f"packing.max_length={config.max_length} leaves no room beside the system prompt, "
             f"which takes {prefix} tokens"
@@ -31,8 +32,9 @@ def num_turns_to_truncate(dialogue: TokenizedDialogue, config: PackingConfig, nu
     if length <= config.max_length:
         return 0
     if config.overflow == "error":
+        name = f"{number} ({dialogue.id})" if dialogue.id else number
         raise InputError(
-            f"dialogue {number} has {length} tokens, more than packing.max_length={config.max_length}; "
+            f"dialogue {name} has {length} tokens, more than packing.max_length={config.max_length}; "
             "set packing.overflow=truncate or packing.overflow=drop"
         )
     if config.overflow == "truncate":

@@ -100,8 +100,8 @@ class InspectDataRecipe(SftRecipe):
             raise InputError(f"reference_path={self.reference_path}: kind=chat has no strategies: leave it out")
         if self.path:
             train = DialogueSourceConfig(self.path[0], also=self.path[1:])
-            self.data = replace(self.data, train=train, evaluation=DialogueSourceConfig(self.evaluation_path))
-            self.data.sample_dialogues = None
+            evaluation = DialogueSourceConfig(self.evaluation_path)
+            self.data = replace(self.data, train=train, evaluation=evaluation, mix=[], sample_dialogues=None)
         elif self.evaluation_path is not None:
             self.data = replace(self.data, evaluation=DialogueSourceConfig(self.evaluation_path))
 
