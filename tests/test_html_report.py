@@ -16,7 +16,7 @@ import pytest
 
 from csc_train.config.compose import to_container
 from csc_train.config.recipes.evaluation import EvaluateRecipe
-from csc_train.data.config import DataConfig, DialogueSourceConfig
+from csc_train.data.config import DataConfig, DialogueSourceConfig, MixEntryConfig
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.overlap import Overlap, best_overlaps, find_overlaps
 from csc_train.data.readers import write_dialogues
@@ -164,6 +164,13 @@ def test_a_served_system_is_named_and_so_is_its_decoding(run, tmp_path, decoding
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for name, fact in zip(("evaluated", "decoding"), expected, strict=True):
         assert f'<th scope="row">{name}</th><td>{fact}' in text
+
+
+def test_dialogues_that_are_split_off_a_mix_are_named_by_its_sources(run, tmp_path):
+    mix = [MixEntryConfig("calls.jsonl"), MixEntryConfig("chats.jsonl", kind="chat"), MixEntryConfig("roles.jsonl")]
+    write_html(tmp_path, run[1], to_container(EvaluateRecipe("runs/x/model", data=DataConfig(mix=mix))), RECORD)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>split from calls.jsonl, roles.jsonl, share 0.1, seed 0</td>" in text
 
 
 def test_a_page_of_a_system_with_given_strategies_does_not_say_that_it_chooses_them(run, tmp_path):

@@ -183,6 +183,12 @@ def test_a_step_is_known_by_what_decides_its_results(here):
     one = contents(*data)
     Path("rows.jsonl").write_text("2\n")
     assert contents(*data)["first_training"] != one["first_training"] != before["first_training"]
+    # The files of a mix count, and what differs from its defaults.
+    data = ["sft.data.train.path=null", "sft.data.sample_dialogues=null"]
+    mix = contents(*data, "sft.data.mix=[{path: rows.jsonl}]")
+    assert contents(*data, "sft.data.mix=[{path: rows.jsonl, fraction: 1, kind: csc}]") == mix
+    Path("rows.jsonl").write_text("3\n")
+    assert contents(*data, "sft.data.mix=[{path: rows.jsonl}]")["first_training"] != mix["first_training"]
 
 
 def test_steps_run_after_those_that_they_need_and_never_twice(quick, capsys):

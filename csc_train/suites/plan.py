@@ -253,6 +253,9 @@ def _chosen(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             if field.default is None:
                 yield key, True
             yield from _chosen(value, f"{key}.")
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            for number, each in enumerate(value):
+                yield from _chosen(each, f"{key}[{number}].")
         else:
             factory = field.default_factory
             default = factory() if factory is not dataclasses.MISSING else field.default
