@@ -30,7 +30,7 @@ def main(config: InspectDataRecipe) -> None:
     from csc_train.data.sample_grammar import provide_sample
     from csc_train.evaluation.report.tables import rich_table
     from csc_train.inspection import content
-    from csc_train.inspection.page import REJECTED_FILE, summary_lines, summary_table, write_inspection
+    from csc_train.inspection.page import REJECTED_FILE, summary_lines, summary_tables, write_inspection
     from csc_train.inspection.tokens import describe_tokens
     from csc_train.models.loading import base_model_type
     from csc_train.runs.directory import Run
@@ -44,8 +44,9 @@ def main(config: InspectDataRecipe) -> None:
 
     # Dialogues
     provide_sample(config.data)
-    read = content.read_numbered(config.data.train, config.data, config.kind)
-    sides = {"set": read.dialogues}
+    data = config.data
+    read = content.read_numbered_mix(data) if data.mix else content.read_numbered(data.train, data, config.kind)
+    sides = {"set": [dialogue for dialogue in read.dialogues if dialogue.kind == "csc"]}
     if config.reference_path is not None:
         reference = DialogueSourceConfig(config.reference_path, config.reference_source)
         sides["reference"] = content.read_numbered(reference, config.data).dialogues
@@ -82,7 +83,8 @@ def main(config: InspectDataRecipe) -> None:
         read.report.write_rejected(run.directory / REJECTED_FILE)
     write_inspection(run.directory, report, samples, overlap)
     run.finish()
-    Console().print(rich_table(summary_table(report)))
+    for table in summary_tables(report):
+        Console().print(rich_table(table))
     for line in summary_lines(report):
         logger.info(line)
     logger.info(f"report: {run.directory}/inspection.html, {run.directory}/inspection.json")

@@ -11,9 +11,10 @@ from conftest import SMALL_TOKENIZERS, load_recipe, small_tokenizer
 from csc_train.config.compose import compose
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.sample_grammar import generate_sample
+from csc_train.data.splits import read_splits
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.inspection.content import read_numbered
+from csc_train.inspection.content import read_numbered, read_numbered_mix
 from csc_train.inspection.text_faults import find_text_faults
 from csc_train.invisible import find_hidden
 from csc_train.jsonl import write_jsonl
@@ -44,14 +45,14 @@ def looked(tmp_path_factory, template):
 
     def look(rows, *overrides, evaluation=(), more=""):
         folder = tmp_path_factory.mktemp("look")
-        write_jsonl(folder / "data.jsonl", rows)
+        paths = [f"path=[{folder}/data.jsonl{more}]"] if rows else []
+        write_jsonl(folder / "data.jsonl", rows or [])
         if evaluation:
             write_jsonl(folder / "evaluation.jsonl", [each.row() for each in evaluation])
             overrides += (f"evaluation_path={folder}/evaluation.jsonl",)
         tokenizer = f"model.tokenizer={SMALL_TOKENIZERS / 'qwen2'}"
-        path = f"path=[{folder}/data.jsonl{more}]"
         config = compose("inspect_data", [
-            path, tokenizer, "model.chat_template=qwen2_5", f"run.directory={folder}/run",
+            *paths, tokenizer, "model.chat_template=qwen2_5", f"run.directory={folder}/run",
             f"tokenization.cache_dir={folder}/cache", *overrides,
         ])  # fmt: skip
         load_recipe("inspect_data").main(config)
@@ -264,6 +265,37 @@ def test_data_are_read_as_a_training_reads_them(tmp_path):
     assert [dialogue.row() for dialogue in found.dialogues] == rows
     assert found.report.accepted == 6
     assert [found.rows[0], found.rows[-1]] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.jsonl:4"]
+
+
+def test_a_mix_is_shown_by_source_and_read_as_a_training_reads_it(looked, template, tmp_path):
+    calls = [replace(dialogue, id=f"d{number}") for number, dialogue in enumerate(generate_sample(6, seed=4))]
+    write_jsonl(tmp_path / "calls.jsonl", [dialogue.row() for dialogue in calls])
+    texts = ((f"天空{number}", "蓝色。" * number) for number in (1, 2, 3))
+    said = [[{"role": "user", "content": ask}, {"role": "assistant", "content": reply}] for ask, reply in texts]
+    said[1].insert(0, {"role": "system", "content": f"电话{PHONE}。"})
+    chats = [{"id": f"d{number}", "messages": messages} for number, messages in enumerate(said)]
+    write_jsonl(tmp_path / "chats.jsonl", [*chats, {"messages": []}])
+    parts = f"{{path: {tmp_path}/calls.jsonl, weight: 1}}, {{path: {tmp_path}/chats.jsonl, weight: 1, kind: chat}}"
+    mix = f"data.mix=[{parts}]"
+    report, folder = looked(None, "data=mix", mix, "data.mix_unit=dialogues", "data.max_rejected=1")
+    # An epoch is as large as both: 9 dialogues, so 4.5 of each source, and 4 is as near as 5.
+    sources = report["tokens"]["sources"]
+    found = [[part[name] for name in part if name != "tokens of an epoch"] for part in sources.values()]
+    turns = sum(len(dialogue.turns) for dialogue in calls)
+    assert list(sources) == ["calls", "chats"] and found == [["csc", 6, turns, 50, 0.667], ["chat", 3, 6, 50, 1.333]]
+    assert report["tokens"]["packing"]["unused"] == 2 and report["tokens"]["prefix"] == len(template.prefix_ids)
+    assert (report["reading"]["rows"], report["reading"]["rejected"]) == (10, 1)
+    replies = sum(len(dialogue.supporter_turns) for dialogue in calls)
+    assert sum(report["strategies"]["strategies"]["set"]) == replies == report["supporter_turns"] - 3
+    (private,) = report["private"]
+    assert (private["row"], private["dialogue"]) == (f"{tmp_path}/chats.jsonl:2", "chats/d1") and private["turn"] == 0
+    config = compose("inspect_data", ["data=mix", mix, "data.max_rejected=1"])
+    splits = read_splits(config.data)
+    ids = {dialogue.id for dialogue in [*splits.train, *splits.evaluation]}
+    assert {dialogue.id for dialogue in read_numbered_mix(config.data).dialogues} == ids
+    page = (folder / "inspection.html").read_text(encoding="utf-8")
+    assert '<th scope="row">chats</th><td class="text">chat</td><td>3</td><td>6</td>' in page
+    assert compose("inspect_data", ["data=mix", "data.mix=[{path: a.jsonl, kind: chat}]"]).kind == "chat"
 
 
 def test_mojibake_is_told_from_odd_texts():

@@ -6,6 +6,7 @@ reordering rows moves no other dialogue to another set.
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def read_splits(config: DataConfig, rejected_directory: Path | None = None) -> S
     """
     mixture = None
     if config.mix:
-        train, mixture = _read_mix(config, rejected_directory)
+        train, mixture = read_mix(config, lambda name, entry: _read(name, entry, config, rejected_directory))
     else:
         train = _read("train", config.train, config, rejected_directory)
     if config.evaluation.path is None:
@@ -174,13 +175,22 @@ def _check_sources(cause: str, train: list[Dialogue], mixture: Mixture | None) -
             )
 
 
-def _read_mix(config: DataConfig, rejected_directory: Path | None) -> tuple[list[Dialogue], Mixture]:
+def read_mix(
+    config: DataConfig, read: Callable[[str, MixEntryConfig], list[Dialogue]]
+) -> tuple[list[Dialogue], Mixture]:
     """The dialogues of all sources of `data.mix`, in their order. An id of two sources is preceded by the name of the
-    second one."""
+    second one.
+
+    Args:
+        read: reads a source, called `mix[0]` and so on.
+
+    Raises:
+        InputError: as `read`, or `fraction` leaves no dialogue of a source.
+    """
     dialogues: dict[str, Dialogue] = {}
     members: dict[str, tuple[int, float]] = {}
     for number, entry in enumerate(config.mix):
-        own = _read(f"mix[{number}]", entry, config, rejected_directory)
+        own = read(f"mix[{number}]", entry)
         if entry.fraction < 1:
             count = len(own)
             if not (own := split(own, entry.fraction, config.seed, "mix_fraction")[1]):

@@ -8,12 +8,13 @@ from typing import Any
 import numpy
 
 from csc_train.data.chats import check_chat
-from csc_train.data.config import DataConfig, DialogueSourceConfig
+from csc_train.data.config import DataConfig, DialogueSourceConfig, MixEntryConfig
 from csc_train.data.dialogue import Dialogue, Speaker
+from csc_train.data.mixture import Mixture
 from csc_train.data.near_duplicates import NearDuplicateIndex
 from csc_train.data.overlap import best_overlaps, find_overlaps
 from csc_train.data.readers import ReadReport, iter_dialogues
-from csc_train.data.splits import Splits
+from csc_train.data.splits import Splits, read_mix
 from csc_train.data.strategies import STRATEGIES, Stage
 from csc_train.evaluation.contamination import Contamination, find_contamination
 from csc_train.inspection.text_faults import find_text_faults
@@ -28,11 +29,13 @@ CONTEXT = 12
 
 @dataclass(frozen=True)
 class NumberedDialogues:
-    """Dialogues, the row of each (from 1; `FILE:ROW` of several files), and the counts of their reading."""
+    """Dialogues, the row of each (from 1; `FILE:ROW` of several files), and the counts of their reading; of a mix, its
+    sources."""
 
     dialogues: list[Dialogue]
     rows: list[int | str]
     report: ReadReport
+    mixture: Mixture | None = None
 
     def place(self, index: int) -> dict[str, Any]:
         """The row and the id of a dialogue."""
@@ -53,6 +56,27 @@ def read_numbered(source: DialogueSourceConfig, config: DataConfig, kind: str = 
     several = len({file for _, (file, _) in pairs}) > 1
     rows = [f"{file}:{row}" if several else row for _, (file, row) in pairs]
     return NumberedDialogues([dialogue for dialogue, _ in pairs], rows, report)
+
+
+def read_numbered_mix(config: DataConfig) -> NumberedDialogues:
+    """Read the dialogues of all sources of `data.mix` (see `splits.read_mix`).
+
+    Raises:
+        InputError: as `read_numbered` and `splits.read_mix`.
+    """
+    report = ReadReport(", ".join(place for entry in config.mix for place in entry.places))
+    rows: dict[int, int | str] = {}  # by the turns, which a dialogue keeps if it is renamed
+
+    def read(name: str, entry: MixEntryConfig) -> list[Dialogue]:
+        own = read_numbered(entry, config, entry.kind)
+        for each, row in zip(own.dialogues, own.rows, strict=True):
+            rows[id(each.turns)] = f"{own.report.path}:{row}" if isinstance(row, int) else row
+        for count in ("rows", "accepted", "other_sources", "merged", "merged_turns", "rejected"):
+            setattr(report, count, getattr(report, count) + getattr(own.report, count))
+        return own.dialogues
+
+    dialogues, mixture = read_mix(config, read)
+    return NumberedDialogues(dialogues, [rows[id(each.turns)] for each in dialogues], report, mixture)
 
 
 def describe_reading(report: ReadReport) -> dict[str, Any]:

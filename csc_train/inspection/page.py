@@ -45,15 +45,19 @@ def _kinds(found: Iterable[dict[str, Any]]) -> str:
     return ", ".join(f"{kind} {count:,}" for kind, count in Counter(each["kind"] for each in found).most_common())
 
 
-def summary_table(report: dict[str, Any]) -> ReportTable:
-    """The lengths, for the terminal."""
+def summary_tables(report: dict[str, Any]) -> list[ReportTable]:
+    """The sources of a mix, and the lengths, for the terminal."""
     columns = ("min", "median", "p95", "max")
     rows = [
         [name, *(plain_number(each["summary"][column]) for column in columns)]
         for name, each in {"turns per dialogue": report["turns"], **report["tokens"]["lengths"]}.items()
         if each["summary"]
     ]
-    return ReportTable("Lengths", ["", *columns], rows)
+    tables = [ReportTable("Lengths", ["", *columns], rows)]
+    if sources := report["tokens"]["sources"]:
+        cells = [[name, each["kind"], *map(plain_number, [*each.values()][1:])] for name, each in sources.items()]
+        tables.insert(0, ReportTable("Sources of the mix", ["", *next(iter(sources.values()))], cells, labels=2))
+    return tables
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:

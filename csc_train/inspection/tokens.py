@@ -10,8 +10,9 @@ from tokenizers.decoders import DecodeStream
 
 from csc_train.config.recipes.training import InspectDataRecipe
 from csc_train.data.dialogue import ROLES, Speaker
+from csc_train.data.mixture import Mixture
 from csc_train.inspection.content import NumberedDialogues, describe_lengths, masked
-from csc_train.packing.dataset import PackedDataset, pack_dialogues
+from csc_train.packing.dataset import PackedDataset, PackingReport, pack_dialogues
 from csc_train.packing.truncation import drop_leading_turns
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.tokenized_cache import tokenize
@@ -37,6 +38,9 @@ def describe_tokens(
     packing = config.packing
     fitting = replace(packing, overflow="drop") if packing.overflow == "error" else packing
     packed, report = pack_dialogues(tokenized, fitting, config.loss, config.template.language)
+    if read.mixture:
+        _, epoch = pack_dialogues(tokenized, fitting, config.loss, config.template.language, read.mixture)
+        report = replace(epoch, truncated=report.truncated)
     first_turns = {item.dialogue: item.first_turn for pack in packed.pack_items for item in pack}
     lengths, turns = [], {speaker: [] for speaker in Speaker}
     for dialogue, ids in zip(read.dialogues, tokenized, strict=True):
@@ -46,7 +50,7 @@ def describe_tokens(
     names = ROLES if config.kind == "chat" else {each: each.name.lower() for each in Speaker}
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     found = {
-        "prefix": int(tokenized[0].turn_offsets[0]) if config.kind == "csc" else None,
+        "prefix": len(template.prefix_ids) if config.kind == "csc" else None,
         "max_length": packing.max_length,
         "overflow": packing.overflow,
         "lengths": {
@@ -60,6 +64,7 @@ def describe_tokens(
         ],
         "over": [read.place(index)["row"] for index in order if lengths[index] > packing.max_length],
         "packing": asdict(report),
+        "sources": read.mixture and _describe_sources(read, read.mixture, report),
     }  # fmt: skip
     kept = [index for index in order if index in first_turns]
     samples = [
@@ -67,6 +72,20 @@ def describe_tokens(
         for index in _choose(kept, config.samples, config.data.seed)
     ]
     return found, samples
+
+
+def _describe_sources(read: NumberedDialogues, mixture: Mixture, packing: PackingReport) -> dict[str, dict[str, Any]]:
+    """By source of a mix: its kind, dialogues, turns, and its part of an epoch."""
+    found = {}
+    for number, (name, part) in enumerate(packing.sources.items()):
+        own = [each for each in read.dialogues if mixture.members[each.id][0] == number]
+        found[name] = {
+            "kind": own[0].kind, "dialogues": len(own), "turns": sum(len(each.turns) for each in own),
+            "tokens of an epoch": part["tokens"],
+            f"percent of the {mixture.unit}": round(100 * part[f"{mixture.unit.removesuffix('s')}_share"], 2),
+            "times in an epoch": round(part["epochs"] * part["dialogues"] / len(own), 3),
+        }  # fmt: skip
+    return found
 
 
 def _choose(order: list[int], count: int, seed: int) -> list[int]:

@@ -80,9 +80,10 @@ class InspectDataRecipe(SftRecipe):
 
     path: list[str] = field(default_factory=list)
     """The dialogues to look at: a file, folder, glob in quotes or hub data set, or a list of these in brackets;
-    defaults to `data.train`."""
+    defaults to `data.train`, or to all sources of `data.mix`."""
     kind: str = "csc"
-    """csc: dialogues with strategies. chat: ordinary chats, rows of `messages` without strategies."""
+    """csc: dialogues with strategies. chat: ordinary chats, rows of `messages` without strategies. The sources
+    of a mix have their own."""
     evaluation_path: str | None = None
     """The evaluation dialogues to search for; defaults to `data.evaluation.path`."""
     reference_path: str | None = None
@@ -96,6 +97,8 @@ class InspectDataRecipe(SftRecipe):
         super().__post_init__()
         check_fields("", self, "samples", low=0, high=100)
         check_fields("", self, "kind", choices=("csc", "chat"))
+        if self.data.mix and not self.path:
+            self.kind = "csc" if any(entry.kind == "csc" for entry in self.data.mix) else "chat"
         if self.kind == "chat" and self.reference_path is not None:
             raise InputError(f"reference_path={self.reference_path}: kind=chat has no strategies: leave it out")
         if self.path:
