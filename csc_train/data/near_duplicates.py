@@ -66,9 +66,11 @@ class NearDuplicateIndex:
     def matches(self, hashed: MinHashedText) -> Iterator[tuple[int, float]]:
         """(position, similarity) of every near-duplicate in the index, in the order of the positions."""
         found = {at for band, key in zip(self._bands, self._keys(hashed), strict=True) for at in band.get(key, ())}
+        if not found:
+            return
         candidates = numpy.array(sorted(found), dtype=numpy.int64)
         agreement = (self._hashes[candidates] == hashed.signature).mean(axis=1)
-        own = shingles(hashed.text) if len(candidates) else set()
+        own = shingles(hashed.text)
         for position in candidates[agreement >= self._min_agreement].tolist():
             if (similarity := _jaccard(own, shingles(self._texts[position]))) >= self._threshold:
                 yield position, similarity

@@ -45,14 +45,15 @@ def find_overlaps(
     train: list[Dialogue], evaluation: list[Dialogue], threshold: float = 0.8, seed: int = 0
 ) -> Iterator[Overlap]:
     """Every exact or near pair, in the order of `evaluation`, then of `train`; see `NearDuplicateIndex`."""
-    index = NearDuplicateIndex(threshold, seed)
-    for dialogue in ProgressBar(train, "overlap check, training", unit="dialogue"):
-        index.add(index.minhash(dialogue.text))
+    index = NearDuplicateIndex(threshold, seed)  # of the smaller set, since it takes memory
     for dialogue in ProgressBar(evaluation, "overlap check, evaluation", unit="dialogue"):
-        for position, similarity in index.matches(index.minhash(dialogue.text)):
-            other = train[position]
-            kind = "exact" if _texts(other) == _texts(dialogue) else "near"
-            yield Overlap(other.id, dialogue.id, kind, similarity)
+        index.add(index.minhash(dialogue.text))
+    pairs = []
+    for number, dialogue in enumerate(ProgressBar(train, "overlap check, training", unit="dialogue")):
+        pairs += [(place, number, similarity) for place, similarity in index.matches(index.minhash(dialogue.text))]
+    for place, number, similarity in sorted(pairs):
+        one, other = train[number], evaluation[place]
+        yield Overlap(one.id, other.id, "exact" if _texts(one) == _texts(other) else "near", similarity)
 
 
 def best_overlaps(overlaps: Iterable[Overlap]) -> list[Overlap]:
