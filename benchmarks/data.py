@@ -137,7 +137,8 @@ def encoding(report: Report, file: Path, template: DialogueTemplate, rounds: int
     report.section(
         "reading and encoding",
         "Seconds from a JSONL file to token ids and types, one core. Tokenizer alone: `encode_batch_fast` of the same "
-        "texts; 1,000 is the batch of `datasets`, 200 about that of `encode_all`. TRL's preparation beside `encode_all` alone: packing.py, section preparation.",
+        "texts; 1,000 is the batch of `datasets`, 200 about that of `encode_all`. "
+        "TRL's preparation beside `encode_all` alone: packing.py, section preparation.",
         dialogues=len(dialogues),
         load=round(os.getloadavg()[0], 1),
     )
@@ -189,7 +190,8 @@ def memory(report: Report, file: Path, tokenizer: str | Path, times: int) -> Non
     report.section(
         "memory",
         "Peak memory of recipes/prepare.py with one process: reads and checks a JSONL file, searches it for the "
-        "evaluation set's dialogues, encodes it into an entry of the cache and packs it. The memory-mapped entry counts.",
+        "evaluation set's dialogues, encodes it into an entry of the cache and packs it. "
+        "The memory-mapped entry counts.",
         dialogues=times * len(lines),
     )
     report.add("GB", used.ru_maxrss * 1024 / 1e9, most=1.5)

@@ -312,7 +312,7 @@ class DialogueTemplate:
         return self._control_ids(before.removesuffix("" if self.layout.system_in_user else self._user_header))
 
     def for_workers(self, chats: bool) -> "DialogueTemplate":
-        """A copy that only encodes dialogues, also `chats`: without the tokenizer, whose library takes seconds to load."""
+        """A copy that only encodes, also `chats`: without the tokenizer, whose library takes seconds to load."""
         if chats:
             _ = self._plain_ids
         other = copy.copy(self)
