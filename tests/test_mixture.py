@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -23,7 +24,10 @@ from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.splits import read_and_check_splits, read_splits
 from csc_train.errors import InputError
+from csc_train.evaluation.config import EvaluationConfig
+from csc_train.evaluation.systems import build_systems
 from csc_train.inference.baselines import StrategyBaseline
+from csc_train.inference.predictions import BASELINE_NAMES
 from csc_train.launching.preflight.checks import run_preflight
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.packing.collator import IGNORE_INDEX, PackCollator
@@ -299,6 +303,14 @@ def test_an_evaluation_dialogue_in_any_source_is_found(here):
     assert sum(each.kind == "chat" for each in dropped.train) == 16
 
 
+def test_a_training_on_chats_only_is_evaluated_without_baselines(here):
+    data = DataConfig(mix=entries(), evaluation=DialogueSourceConfig("calls.jsonl"))
+    for mix, names in ((data.mix, list(BASELINE_NAMES)), (data.mix[2:], [])):
+        train = read_splits(replace(data, mix=mix)).train
+        arguments = EvaluationConfig(), "", TemplateConfig(), SimpleNamespace(num_processes=1), None, None, None
+        assert list(build_systems(train, *arguments)) == names
+
+
 def test_chats_count_for_no_strategy_and_no_language(here):
     splits = read_splits(DataConfig(mix=entries()))
     assert language_note(splits.train, "zh") is None
@@ -494,6 +506,12 @@ def test_preflight_plans_a_mix(here):
     once, thrice = (f"data.mix=[{{path: chats.jsonl, epochs: {n}, kind: chat}}, {{path: calls.jsonl}}]" for n in (1, 3))
     chats, more = (run_preflight(compose("preflight", [*TRAINING, mix, *PLAN])).estimate for mix in (once, thrice))
     assert more.dialogues == chats.dialogues + 2 * 16
+    # The longest dialogues may all be too long: the training drops them and goes on.
+    write_chats(here / "long.jsonl", 25, turns=90)
+    mix = "data.mix=[{path: chats.jsonl, kind: chat}, {path: calls.jsonl}, {path: long.jsonl, kind: chat}]"
+    longest = run_preflight(compose("preflight", [*TRAINING, mix, "packing.overflow=drop", *PLAN]))
+    (check,) = [each for each in longest.checks if each.name == "longest dialogue"]
+    assert check.message == "the 20 longest are dropped: packing.max_length=2,048" and check.status == "not checked"
     absent = run_preflight(compose("preflight", [*TRAINING, "data.mix=[{path: nowhere.jsonl}]", *PLAN]))
     assert any("data.mix[0]: nowhere.jsonl: no such file" in str(each.message) for each in absent.checks)
 

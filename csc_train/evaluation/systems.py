@@ -55,7 +55,7 @@ def build_systems(
     """The systems of an evaluation, in the order of table rows: baselines, base model, evaluated model.
 
     Args:
-        train: training dialogues, on which the baselines are fitted.
+        train: training dialogues, on which the baselines are fitted; without customer support there are none.
         model_hash: identifies the evaluated system.
         state: with one process, a local model is spread over all GPUs; with several, each process has its own copy.
         model: directory of a final model; None for a prompted model.
@@ -66,8 +66,9 @@ def build_systems(
     """
     device = state.device if state.num_processes > 1 else None
     language = (template if isinstance(template, TemplateConfig) else template.config).language
+    baselines = BASELINE_NAMES if any(dialogue.kind == "csc" for dialogue in train) else ()
     systems: Systems = {
-        name: lambda order=order: StrategyBaseline(train, order, language) for order, name in enumerate(BASELINE_NAMES)
+        name: lambda order=order: StrategyBaseline(train, order, language) for order, name in enumerate(baselines)
     }
     if llm:
         name = name if model else llm.model.replace("/", "_")

@@ -278,10 +278,16 @@ def check_longest(
 ) -> str:
     """The model has a position for each token of the longest dialogues, by characters."""
     from csc_train.packing.dataset import pack_dialogues
+    from csc_train.packing.truncation import num_turns_to_truncate
     from csc_train.training.rehearsal import check_positions
 
     longest = sorted(splits.train, key=lambda each: -sum(len(turn.text) for turn in each.turns))[:LONGEST]
-    packs, _ = pack_dialogues(list(template.encode_all(longest)), config.packing, config.loss)
+    encoded = list(template.encode_all(longest))
+    if len(longest) < len(splits.train) and not any(
+        num_turns_to_truncate(each, config.packing, number) is not None for number, each in enumerate(encoded, 1)
+    ):
+        raise NotCheckedError(f"the {LONGEST} longest are dropped: packing.max_length={config.packing.max_length:,}")
+    packs, _ = pack_dialogues(encoded, config.packing, config.loss)
     return check_positions(found, packs)
 
 
