@@ -11,13 +11,15 @@ import argparse
 import functools
 import importlib.util
 import os
-import subprocess
+import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from measure import SMALL_TOKENIZER, Report, ratios, side_by_side, spread
 from packing import long_dialogues, published_tokenizer
 from transformers import AutoTokenizer
@@ -25,9 +27,8 @@ from transformers import AutoTokenizer
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.near_duplicates import NearDuplicateIndex
 from csc_train.data.readers import iter_dialogues, read_dialogues, write_dialogues
-from csc_train.template.config import TemplateConfig, TokenizationConfig
+from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.tokenized_cache import tokenize
 
 TRAINING, EVALUATION = 11_232, 1_855
 """Dialogues of RoleCS and of CSConv."""
@@ -61,7 +62,7 @@ def main() -> None:
                 report, dialogues[:count], dialogues[count:], options.old, options.rounds
             ),
             "encoding": lambda: encoding(report, file, template, options.rounds),
-            "processes": lambda: processes(report, dialogues[:count], template, options.rounds),
+            "processes": lambda: processes(report, file, tokenizer, options.rounds),
             "memory": lambda: memory(report, file, tokenizer, 2 if options.quick else 10),
         }
         for name in SECTIONS:
@@ -150,19 +151,17 @@ def encoding(report: Report, file: Path, template: DialogueTemplate, rounds: int
         report.add(f"all / tokenizer alone, batches of {size:,}", ratios(whole, alone_taken), most=1.25)
 
 
-def processes(report: Report, dialogues: list[Dialogue], template: DialogueTemplate, rounds: int) -> None:
+def processes(report: Report, file: Path, tokenizer: str | Path, rounds: int) -> None:
     """Encoding into a cache entry by one process and by two."""
-
-    def build(workers: int) -> None:
-        with tempfile.TemporaryDirectory() as cache:
-            tokenize(dialogues, template, TokenizationConfig(cache, workers))
-
-    taken = side_by_side({workers: functools.partial(build, workers) for workers in (1, 2)}, rounds, warm_up=0)
+    taken: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for workers, each in taken.items():
+            each.append(prepare(file, tokenizer, workers)[0])
     report.section(
         "processes",
-        "Seconds to encode dialogues in memory into an entry of the cache, its hashes included, by one process and by "
-        "two, which start each time.",
-        dialogues=len(dialogues),
+        "Seconds that recipes/prepare.py takes to encode dialogues into an entry of the cache, as it logs them, by one "
+        "process and by two; the start of the second counts.",
+        dialogues=file.read_bytes().count(b"\n"),
         load=round(os.getloadavg()[0], 1),
     )
     for workers, each in taken.items():
@@ -178,23 +177,37 @@ def memory(report: Report, file: Path, tokenizer: str | Path, times: int) -> Non
         for number in range(times):
             for line in lines:
                 output.write(line.replace('"id": "', f'"id": "{number}-', 1) + "\n")
-    recipe = Path(__file__).parent.parent / "recipes" / "prepare.py"
-    command = [
-        sys.executable, str(recipe), "model=demo_qwen2", f"model.tokenizer={tokenizer}", "data=files",
-        f"data.train.path={many}", f"tokenization.cache_dir={file.parent}", "tokenization.num_workers=1",
-    ]  # fmt: skip
-    started = subprocess.Popen(command, cwd=file.parent, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(started.pid, 0)
-    if status:
-        raise SystemExit(f"{recipe.name} ended with status {os.waitstatus_to_exitcode(status)}")
+    _, resident, own = prepare(many, tokenizer, 1)
     report.section(
         "memory",
         "Peak memory of recipes/prepare.py with one process: reads and checks a JSONL file, searches it for the "
         "evaluation set's dialogues, encodes it into an entry of the cache and packs it. "
-        "The memory-mapped entry counts.",
+        "Resident memory counts libraries and the mapped entry, which the system may drop.",
         dialogues=times * len(lines),
     )
-    report.add("GB", used.ru_maxrss * 1024 / 1e9, most=1.5)
+    report.add("GB, resident", resident / 1e9)
+    report.add("GB, without mapped files", own / 1e9, most=1.5)
+
+
+def prepare(file: Path, tokenizer: str | Path, workers: int) -> tuple[float, int, int]:
+    """Run recipes/prepare.py with an empty cache: the seconds of its encoding, its peak of resident memory, and that
+    without mapped files, in bytes."""
+    recipe = Path(__file__).parent.parent / "recipes" / "prepare.py"
+    with tempfile.TemporaryDirectory() as cache, open(Path(cache) / "log", "w+") as log:
+        command = [
+            sys.executable, str(recipe), "model=demo_qwen2", f"model.tokenizer={tokenizer}", "data=files",
+            f"data.train.path={file}", f"tokenization.cache_dir={cache}/entries", f"tokenization.num_workers={workers}",
+        ]  # fmt: skip
+        started, resident, own = psutil.Popen(command, cwd=cache, stdout=log), 0, 0
+        while started.poll() is None:
+            used = started.memory_info()
+            resident, own = max(resident, used.rss), max(own, used.rss - used.shared)
+            time.sleep(0.05)
+        log.seek(0)
+        found = re.findall(r"dialogues encoded in ([\d.]+) s", log.read())
+        if started.returncode or not found:
+            raise SystemExit(f"{recipe.name} ended with status {started.returncode}")
+        return float(found[0]), resident, own
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def main(config: PrepareRecipe) -> None:
     examples = tokenize(splits.train, template, config.tokenization)
     if config.validation.interval(config.trainer):
         tokenize(splits.validation_dialogues, template, config.tokenization)
-    _, report = pack_dialogues(examples, config.packing, config.loss, config.template.language, splits.mixture)
+    mixture = splits.mixture
+    del splits  # of many dialogues, most of the memory
+    _, report = pack_dialogues(examples, config.packing, config.loss, config.template.language, mixture)
     print(f"packs of the training: {report}")
 
 
