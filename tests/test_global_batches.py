@@ -293,7 +293,7 @@ def plain(row: dict) -> dict:
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
 
 
-GROUP = 1 + len(STRATEGIES) * len(TURN_BUCKETS)
+GROUP = 1 + (len(STRATEGIES) + 2) * len(TURN_BUCKETS)
 """The token group of a reply by strategy 1 in the first turns."""
 
 

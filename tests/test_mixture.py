@@ -141,11 +141,12 @@ def test_a_source_that_gets_nothing_is_named():
         ("[{path: a.jsonl, weight: much}]", "data.mix.weight: Value 'much' of type 'str' could not be converted"),
         ("[a.jsonl]", "data.mix[0]: must be a mapping, such as {path: ...}"),
         ("[]", "data.mix is required: give data.mix=..."),
+        ("[{path: a}] data.mix.weight=2", "data.mix.weight=2: data.mix is a list: write data.mix=[{weight: ...}], all"),
     ],
 )
 def test_a_bad_mix_is_named(mix, message):
     with pytest.raises(InputError) as error:
-        compose("sft", ["data=mix", f"data.mix={mix}"])
+        compose("sft", ["data=mix", *f"data.mix={mix}".replace("] data", "]|data").split("|")])
     assert str(error.value).startswith(message)
 
 

@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import re
+import typing
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,12 @@ class ConfigSearch:
             key, equals, value = text.partition("=")
             text = f"{ALIASES.get((recipe, key), key)}{equals}{value}"
             names = text.partition("=")[0].lstrip("+").split(".")
+            for end in range(1, len(names)):
+                if typing.get_origin(type_at(schema, names[:end])) is list and not names[end].isdecimal():
+                    owner = ".".join(names[:end])
+                    raise InputError(
+                        f"{text}: {owner} is a list: write {owner}=[{{{names[end]}: ...}}], all its entries"
+                    )
             is_text = names in (["run"], ["from"]) or found.options("/".join(names))
             override = parse_override(text, str | None if is_text else type_at(schema, names))
             if override.value is None and "=" in text and not text.startswith("~") and found.options(override.key):

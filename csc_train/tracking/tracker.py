@@ -145,10 +145,10 @@ class Tracker:
 
         with self._wandb_errors():
             dataset = wandb.Artifact(f"data-{hashes['data_hash'][:12]}", "dataset", metadata=data_config)
-            sources = [data_config["train"], *data_config["mix"]]
-            for source in (Path(path) for each in sources if each["path"] for path in (each["path"], *each["also"])):
-                if source.is_file():
-                    dataset.add_reference(source.absolute().as_uri(), checksum=False)
+            for source in (data_config["train"], *data_config.get("mix", ())):
+                for path in filter(None, (source["path"], *source.get("also", ()))):
+                    if Path(path).is_file():
+                        dataset.add_reference(Path(path).absolute().as_uri(), checksum=False)
             if not self._wandb.offline:  # W&B declares inputs online only
                 self._wandb.use_artifact(dataset)
             model = wandb.Artifact(f"model-{self._wandb.id}", "model", metadata={"data": dataset.name} | hashes)
