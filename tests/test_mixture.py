@@ -34,6 +34,7 @@ from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 from csc_train.packing.config import WEIGHTINGS, LossConfig, PackingConfig
 from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.loss_weights import LossWeights
+from csc_train.packing.token_groups import NUM_GROUPS
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.system_prompt import language_note
@@ -362,6 +363,10 @@ def test_packs_of_both_kinds_equal_their_dialogues_one_by_one(template, packing)
         assert min(prefixes) == (0, "chat") and max(prefixes) == (support, "csc")
     else:
         assert prefixes == {(0, "csc"), (0, "chat")}
+    for number, pack in enumerate(packs.pack_items):  # the group of a trained token tells its source
+        kinds = {dialogues[item.dialogue].kind for item in pack}
+        groups = packs[number]["token_groups"]
+        assert {*(groups[groups > 0] // NUM_GROUPS).tolist()} == {int(kind == "chat") for kind in kinds}
     if packing == "best_fit":
         assert any(len({dialogues[item.dialogue].kind for item in pack}) == 2 for pack in packs.pack_items)
     layout = {"shared_prefix": "varlen", "best_fit": "position_ids", "off": "padded"}[packing]

@@ -425,3 +425,10 @@ def test_the_config_is_a_structured_config_of_hydra():
             OmegaConf.merge(schema, wrong)
     with pytest.raises(InputError, match=r"data\.limit=0"):
         OmegaConf.to_object(OmegaConf.merge(schema, {"limit": 0}))
+
+
+def test_overlaps_come_in_the_order_of_the_evaluation_set():
+    one, other = make_dialogue("one", 1), make_dialogue("other", 2)
+    train = [edited(other, "t0", 0), edited(one, "t1", 0), edited(other, "t2", 0)]
+    found = [(each.evaluation_id, each.train_id) for each in find_overlaps(train, [one, other])]
+    assert found == [("one", "t1"), ("other", "t0"), ("other", "t2")]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from csc_train.data.config import LANGUAGE_CODES, check_encoding
+from csc_train.data.config import KINDS, LANGUAGE_CODES, check_encoding
 from csc_train.errors import InputError, check_fields
 from csc_train.llm.config import LLMConfig
 
@@ -71,7 +71,7 @@ class ConvertConfig:
     def __post_init__(self):
         check_fields("", self, "format", choices=FORMAT_NAMES)
         check_fields("", self, "if_exists", choices=("error", "replace"))
-        check_fields("", self, "kind", choices=("csc", "chat"))
+        check_fields("", self, "kind", choices=KINDS)
         check_fields("", self, "label", choices=("given", "llm", "fill"))
         check_fields("", self, "language", choices=LANGUAGE_CODES)
         check_fields("", self, "speakers", choices=("supporter", "customer", "system", "drop"))

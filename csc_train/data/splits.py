@@ -178,8 +178,8 @@ def _check_sources(cause: str, train: list[Dialogue], mixture: Mixture | None) -
 def read_mix(
     config: DataConfig, read: Callable[[str, MixEntryConfig], list[Dialogue]]
 ) -> tuple[list[Dialogue], Mixture]:
-    """The dialogues of all sources of `data.mix`, in their order. An id of two sources is preceded by the name of the
-    second one.
+    """The dialogues of all sources of `data.mix`, in their order, and how they are mixed. An id of two sources is
+    preceded by the name of the second one.
 
     Args:
         read: reads a source, called `mix[0]` and so on.

@@ -35,9 +35,7 @@ BATCH = 8
 """Dialogues that are encoded at a time: the tokens of more do not stay in a processor's cache, which costs a tenth."""
 PROBES = ("您好", "Hi, 我的订单123还没到!", "[订单号]已查到", '"Sorry"', "(1)", "2 days…", "é", "😀 ok", "'s")
 """Texts whose ids by segments are compared with those of the rendered chat template; their first characters differ."""
-
-
-_CUSTOMER, _SUPPORTER = Speaker.CUSTOMER, Speaker.SUPPORTER
+_CUSTOMER, _SUPPORTER = Speaker.CUSTOMER, Speaker.SUPPORTER  # an enumeration looks its members up, for each turn
 
 
 class TokenType(enum.IntEnum):

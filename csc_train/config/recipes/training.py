@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from csc_train.config.cluster import ClusterConfig, OnFinishConfig, PreflightConfig, SweepConfig
 from csc_train.config.suite import STEP_RECIPES, SuiteConfig
-from csc_train.data.config import DataConfig, DialogueSourceConfig
+from csc_train.data.config import KINDS, DataConfig, DialogueSourceConfig
 from csc_train.errors import InputError, check_fields
 from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.packing.config import LossConfig, PackingConfig
@@ -96,7 +96,7 @@ class InspectDataRecipe(SftRecipe):
     def __post_init__(self):
         super().__post_init__()
         check_fields("", self, "samples", low=0, high=100)
-        check_fields("", self, "kind", choices=("csc", "chat"))
+        check_fields("", self, "kind", choices=KINDS)
         if self.data.mix and not self.path:
             self.kind = "csc" if any(entry.kind == "csc" for entry in self.data.mix) else "chat"
         if self.kind == "chat" and self.reference_path is not None:
