@@ -22,6 +22,9 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Otherwise each process would compile the project's modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Tests that run make are no part of the `make --jobs` that started them: their make would warn of its lost job server.
+for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+    os.environ.pop(_name, None)
 
 import pytest
 import torch
