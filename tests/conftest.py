@@ -22,9 +22,6 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Otherwise each process would compile the project's modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# Tests that run make are no part of the `make --jobs` that started them: their make would warn of its lost job server.
-for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
-    os.environ.pop(_name, None)
 
 import pytest
 import torch
@@ -47,6 +44,9 @@ from csc_train.template.dialogue_template import DialogueTemplate
 
 # A script that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tests that run make are no part of the `make --jobs` that started them: their make would warn of its lost job server.
+for variable in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+    os.environ.pop(variable, None)
 
 log_to_stdout()
 LONGEST_FIRST = (
