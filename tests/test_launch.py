@@ -236,7 +236,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["dry_rn=true"], "unknown key 'dry_rn'. Did you mean 'dry_run'?"),
         (["--multirun"], "--multirun: flags are not supported: use key=value (see docs/launching.md)"),
         (["cluster=nod8"], "cluster=nod8: not in conf/cluster. Did you mean 'node8'? Known: cpu1, cpu2, gpu1, "
-         "node8, slurm_4x8"),
+         "node8, slurm_4x8, slurm_apptainer, slurm_pyxis"),
         (["cluster.slurm.partion=x"], "unknown key 'cluster.slurm.partion' for recipe launch. Did you mean "
          "'cluster.slurm.partition'?"),
         (["trainer.lerning_rate=1"], "unknown key 'trainer.lerning_rate' for recipe sft. Did you mean "
@@ -361,9 +361,10 @@ def test_a_command_of_the_page_runs_dry(frozen, monkeypatch, capsys, command):
         compose("sft", words[words.index("recipes/sft.py") + 1 :])
 
 
-def test_the_page_names_every_cluster():
+def test_the_pages_name_every_cluster():
+    pages = PAGE + (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
     shipped = {path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml")}
-    assert {name for name in shipped if f"`{name}`" not in PAGE} == set()
+    assert {name for name in shipped if f"`{name}`" not in pages} == set()
 
 
 # The end of a job
