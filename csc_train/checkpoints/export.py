@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import huggingface_hub.errors
 import peft
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -33,6 +31,7 @@ from csc_train.models.loading import load_model, lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.models.sharded_parameters import consolidated_weights, is_sharded, unsharded
 from csc_train.models.tokenizer import load_tokenizer
+from csc_train.overrides import hint
 from csc_train.plugins import load_recorded_plugins
 from csc_train.runs.claim import Claim, claim
 from csc_train.runs.distributed import distributed_state
@@ -211,14 +210,19 @@ def claim_output(source: ModelSource, config: ExportConfig) -> Claim:
     Raises:
         InputError: the directory holds something else, or what the export reads; or another process writes it.
     """
-    output, read = Path(config.output), source.path.resolve()
+    output, read = Path(str(config.output)), source.path.resolve()
     if output.resolve() in (read, *read.parents) or read in output.resolve().parents:
         raise InputError(f"output={output}: {source.path}, which is read, is in the same place: choose another output")
     if output.is_dir() and (held := sorted(path.name for path in output.iterdir())):
         if not (is_model(output) and read_manifest(output).exported_from):
             raise InputError(f"output={output}: holds {held[0]} and is no export: choose another output")
         if config.if_exists == "error":
-            raise InputError(f"output={output}: holds an export: choose another output, or add if_exists=replace")
+            upload = (
+                f", or upload it by {hint({'source': output, 'push_to': config.push_to})}" if config.push_to else ""
+            )
+            raise InputError(
+                f"output={output}: holds an export: choose another output, or add if_exists=replace{upload}"
+            )
     return claim(output, "export", output.with_name(f".{output.name}.lock"))
 
 
@@ -329,11 +333,11 @@ def export(source: ModelSource, config: ExportConfig, base: BaseModel | None = N
         facts |= {} if source.finished else {"step": source.path.name.rpartition("-")[2]}
         write_manifest(directory, replace(read_manifest(directory), export=facts))
         run = source.path.parent if source.finished else source.home
-        write_model_card(directory, run / EVALUATION_FOLDER, source, Path(config.output).name)
+        write_model_card(directory, run / EVALUATION_FOLDER, source, Path(str(config.output)).name)
 
     template = load_chat_template(recorded_name(manifest.chat_template, source.finished), tokenizer)
     options = {"shard_size": config.shard_size, "record": source.home, "check": check}
-    save_final_model(config.output, model, tokenizer, template, manifest, laid_out_as, **options)
+    save_final_model(str(config.output), model, tokenizer, template, manifest, laid_out_as, **options)
     logger.info(
         f"exported {source.path} to {config.output}: largest logit difference {difference:.1e} of the largest logit"
     )
@@ -409,17 +413,3 @@ def _logits(model: PreTrainedModel | peft.PeftModel, weights: Weights, noise: fl
 def _difference(logits: torch.Tensor, others: torch.Tensor) -> float:
     """The largest difference of logits from others, over the largest of those."""
     return ((logits - others).abs().max() / others.abs().max()).item()
-
-
-def push(config: ExportConfig) -> None:
-    """Upload the exported directory to the hub; a new repository is private.
-
-    Raises:
-        InputError: the hub cannot be reached, or refuses the upload.
-    """
-    try:
-        huggingface_hub.create_repo(config.push_to_hub, private=True, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=str(config.push_to_hub), folder_path=config.output)
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{config.push_to_hub}: cannot upload {config.output} ({reason})") from error
