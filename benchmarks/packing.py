@@ -58,7 +58,8 @@ from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.packing.global_batches import assign_to_ranks, global_batches
-from csc_train.packing.pack_cost import PackCost, PackSlice, pack_cost
+from csc_train.packing.pack_cost import PackCost, PackCosts, PackSlice, pack_cost, pack_costs
+from csc_train.packing.ragged import Ragged
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, chat_messages
 
@@ -255,10 +256,10 @@ def balance(report: Report, settings: Settings, capacity: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SHAPES["7b"]))
     flops = forward_flops(model)
-    shared = [[PREFIX, *bodies[pack]] for pack in subset_sum_packing(bodies, capacity - PREFIX)]
+    shared = Ragged.of([[PREFIX, *bodies[pack]] for pack in subset_sum_packing(bodies, capacity - PREFIX)])
     plain = pack_dataset(dataset_of_lengths(bodies + PREFIX), capacity)["seq_lengths"]
     sides = {
-        "ours": ([pack_cost(pack, PREFIX, *flops) for pack in shared], our_steps),
+        "ours": (pack_costs(shared, [PREFIX] * len(shared), *flops), our_steps),
         "TRL": ([pack_cost(pack, 0, *flops) for pack in plain], random_steps),
     }
     for per_step in (RANKS, 8 * RANKS):
@@ -288,7 +289,7 @@ def balance(report: Report, settings: Settings, capacity: int) -> None:
             report.add(f"{name}: spread of dialogue lengths", unfairness(full, packs))
 
 
-def our_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[list[PackSlice]]]:
+def our_steps(packs: PackCosts, per_step: int, epoch: int) -> list[list[list[PackSlice]]]:
     """By step, by rank, the pack slices."""
     steps = global_batches(packs, per_step, 0, epoch)
     return [[list(itertools.chain(*passes)) for passes in assign_to_ranks(step, packs, RANKS, 1, single_row=True)]
@@ -304,7 +305,7 @@ def random_steps(packs: list[PackCost], per_step: int, epoch: int) -> list[list[
     return [[step[rank::RANKS] for rank in range(RANKS)] for step in steps]
 
 
-def unfairness(steps: list[list[list[PackSlice]]], packs: list[PackCost]) -> float:
+def unfairness(steps: list[list[list[PackSlice]]], packs: Sequence[PackCost]) -> float:
     """Spread of the steps' mean dialogue length, over that of random dialogues; 1 is as fair as random."""
     samples = [
         [packs[part.pack].prefix_tokens + body for part in itertools.chain(*step)

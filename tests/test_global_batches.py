@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import astuple
 from itertools import chain
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import numpy
 import pytest
 
 from csc_train.data.strategies import STRATEGIES
+from csc_train.files import digest
 from csc_train.packing.bin_packing import subset_sum_packing
 from csc_train.packing.config import LossConfig
 from csc_train.packing.dataset import PackedDataset, PackedItem
 from csc_train.packing.global_batches import assign_to_ranks, global_batches, num_micro_batches
 from csc_train.packing.loss_weights import LossWeights
-from csc_train.packing.pack_cost import PackCost, PackSlice, pack_cost
+from csc_train.packing.pack_cost import PackCost, PackCosts, PackSlice, pack_cost, pack_costs
+from csc_train.packing.ragged import Ragged
 from csc_train.packing.sampler import LoadBalance, PackBatchSampler, PackDataLoader
 from csc_train.packing.token_groups import TURN_BUCKETS
 from csc_train.template.dialogue_template import TokenizedDialogue
@@ -31,13 +34,19 @@ def cost_of(*documents: int, prefix: int = 0) -> PackCost:
     return pack_cost([prefix, *documents] if prefix else documents, prefix, LINEAR, ATTENTION)
 
 
-def random_packs(packs: int, seed: int, most: int = 9) -> list[PackCost]:
+def costs_of(packs: list[PackCost]) -> PackCosts:
+    flops = numpy.array([each for pack in packs for each in pack.flops], float)
+    prefixes = [[pack.prefix_tokens for pack in packs], [pack.prefix_flops for pack in packs]]
+    return PackCosts(Ragged.of([pack.tokens for pack in packs]), flops, *prefixes)
+
+
+def random_packs(packs: int, seed: int, most: int = 9) -> PackCosts:
     """Packs of up to `most` documents; every other one shares a prefix."""
     rng = random.Random(seed)
-    return [
+    return costs_of([
         cost_of(*(rng.randint(5, 900) for _ in range(rng.randint(1, most))), prefix=index % 2 * 100)
         for index in range(packs)
-    ]
+    ])  # fmt: skip
 
 
 def sampler(packs, processes, rank, micro, seed=3, packs_per_step=PACKS_PER_STEP, single_row=True):
@@ -50,14 +59,12 @@ def documents(parts):
     return [(part.pack, document) for part in parts if part for document in range(part.start, part.stop)]
 
 
-def rolecs_like_packs(prefix: int, max_length: int) -> list[PackCost]:
+def rolecs_like_packs(prefix: int, max_length: int) -> PackCosts:
     """The packs of a real distribution of dialogue lengths."""
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "rolecs_like_lengths.txt"
     bodies = [int(line) - prefix for line in path.read_text().split()]
-    return [
-        cost_of(*(bodies[body] for body in pack), prefix=prefix)
-        for pack in subset_sum_packing(bodies, max_length - prefix)
-    ]
+    packs = subset_sum_packing(bodies, max_length - prefix)
+    return costs_of([cost_of(*(bodies[body] for body in pack), prefix=prefix) for pack in packs])
 
 
 # What a step holds
@@ -77,14 +84,29 @@ def test_the_order_follows_from_seed_and_epoch():
     assert all(orders.count(order) == 1 for order in orders)
     assert orders == [global_batches(packs, 4, seed, epoch) for seed in range(3) for epoch in range(3)]
     # As it was when this was written: a run that is resumed elsewhere must find it so.
-    assert global_batches(packs[:7], 3, seed=0, epoch=1) == [[1, 3, 6], [0, 4, 2], [5]]
-    assert global_batches([cost_of(100 * length) for length in range(1, 19)], 4, seed=0, epoch=1) == [
+    assert global_batches(costs_of([*packs][:7]), 3, seed=0, epoch=1) == [[1, 3, 6], [0, 4, 2], [5]]
+    assert global_batches(costs_of([cost_of(100 * length) for length in range(1, 19)]), 4, seed=0, epoch=1) == [
         [0, 1, 3, 4],
         [6, 7, 8, 9],
         [10, 11, 12, 13],
         [14, 15, 16, 17],
         [2, 5],
     ]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "order", "ranks"),
+    [(0, "51cc9e2a4f1704b4", "b99c16f180551123"), (1, "619b363595cc2791", "ddf5cc7b198e3ae2")],
+)
+def test_the_order_of_many_packs_is_as_it_was_when_each_was_an_object(epoch, order, ranks):
+    """Digests by commit 3a04b29; without them, a run that was begun by it would resume with other steps."""
+    packs = rolecs_like_packs(568, 4096)
+    steps = global_batches(packs, PACKS_PER_STEP, 3, epoch)
+    assert digest(steps)[:16] == order
+    taken = [assign_to_ranks(step, packs, 8, 1, single_row=True) for step in (*steps[:5], steps[-1])]
+    parts = [[[[astuple(part) for part in passes] for passes in rank] for rank in step] for step in taken]
+    assert digest(parts)[:16] == ranks
+    assert digest(steps[::-1])[:16] != order
 
 
 def test_the_first_step_of_a_training_has_the_most_tokens():
@@ -103,7 +125,8 @@ def test_the_first_step_of_a_training_has_the_most_tokens():
 
 def test_packs_of_unusual_cost_are_grouped_and_all_others_stay_in_random_order():
     half_empty, longer = set(range(8)), {8, 9}
-    packs = [cost_of(500 if index in half_empty else 1001 if index in longer else 1000) for index in range(64)]
+    costs = [cost_of(500 if index in half_empty else 1001 if index in longer else 1000) for index in range(64)]
+    packs = costs_of(costs)
     orders = [global_batches(packs, 8, seed=0, epoch=epoch) for epoch in range(8)]
     assert all(half_empty in map(set, order) for order in orders)
     assert len({list(map(set, order)).index(half_empty) for order in orders}) > 2
@@ -125,21 +148,21 @@ def test_the_goals_for_equal_work_are_met_on_real_lengths(prefix, max_length, sp
 
 
 def test_load_balance_by_hand():
-    packs = [PackCost((5, 5), (4.0, 4.0), 2, 1.0)] * 3
+    packs = costs_of([PackCost((5, 5), (4.0, 4.0), 2, 1.0)] * 3)
     # A full step of two packs on two processes; then one pack, cut in two, whose prefix is run twice.
     balance = sampler(packs, 2, 0, 1, seed=0, packs_per_step=2).load_balance(epochs=2)
     assert balance == LoadBalance(1.0, 27 / (2 * 9 + 2 * 5), 1.0, 1.0)
     # All on one process: nobody waits, and nothing is repeated.
     assert sampler(packs, 1, 0, 2, seed=0, packs_per_step=2).load_balance(epochs=2).efficiency == 1
     # Two documents cannot keep three processes busy.
-    packs = [PackCost((5, 5), (6.0, 3.0))]
+    packs = costs_of([PackCost((5, 5), (6.0, 3.0))])
     balance = sampler(packs, 3, 0, 1, seed=0, packs_per_step=3).load_balance()
     assert balance == LoadBalance(2.0, 0.5, 1.0, 1.0)
 
 
 def test_steps_that_are_sorted_by_length_would_be_seen():
     rng = random.Random(5)
-    packs = [cost_of(*[rng.randint(100, 2000)] * 4) for _ in range(800)]
+    packs = costs_of([cost_of(*[rng.randint(100, 2000)] * 4) for _ in range(800)])
     balance = sampler(packs, 8, 0, 1, seed=0, packs_per_step=8).load_balance()
     # Packs so unlike can only be balanced by meeting their like.
     assert balance.length_spread > 2
@@ -208,7 +231,7 @@ def test_an_epoch_interrupted_after_any_step_resumes_under_another_world_size(si
 
 
 def test_packs_that_can_be_divided_evenly_stay_whole():
-    packs = [PackCost((1,), (cost,)) for cost in (9.0, 4.0, 5.0, 8.0)]
+    packs = costs_of([PackCost((1,), (cost,)) for cost in (9.0, 4.0, 5.0, 8.0)])
     assert assign_to_ranks([0, 1, 2, 3], packs, 1, 4, single_row=True) == [
         [[PackSlice(pack, 0, 1) for pack in (0, 3, 2, 1)]]
     ]
@@ -218,7 +241,7 @@ def test_packs_that_can_be_divided_evenly_stay_whole():
 
 
 def test_packs_that_cannot_are_cut_between_documents():
-    packs = [PackCost((4, 3, 3), (4.0, 3.0, 3.0)), PackCost((1, 1), (1.0, 1.0)), PackCost((2,), (2.0,))]
+    packs = costs_of([PackCost((4, 3, 3), (4.0, 3.0, 3.0)), PackCost((1, 1), (1.0, 1.0)), PackCost((2,), (2.0,))])
     # 14 in all, best cut into 7 and 7: the second process takes the end of one pack and two others, in two places.
     assert assign_to_ranks([0, 1, 2], packs, 2, 2, single_row=True) == [
         [[PackSlice(0, 0, 2)]],
@@ -232,7 +255,7 @@ def test_packs_that_cannot_are_cut_between_documents():
     assert assign_to_ranks([1], packs, 2, 1, single_row=True) == [[[PackSlice(1, 0, 1)]], [[PackSlice(1, 1, 2)]]]
     assert assign_to_ranks([2], packs, 2, 1, single_row=True) == [[[PackSlice(2, 0, 1)]], [[]]]
     # Each part runs its prefix: two thirds of a pack are not half the work of four thirds.
-    packs = [PackCost((1, 1, 1), (1.0, 1.0, 1.0), 5, 5.0)]
+    packs = costs_of([PackCost((1, 1, 1), (1.0, 1.0, 1.0), 5, 5.0)])
     assert [share[0][0].flops(packs) for share in assign_to_ranks([0], packs, 2, 1, single_row=True)] == [7, 6]
 
 
@@ -253,7 +276,7 @@ def test_no_other_split_of_the_documents_has_a_cheaper_costliest_rank(seed, sing
     for number, processes in ((1, 2), (2, 3), (3, 2), (3, 4)):
         line = [(pack, one) for pack in range(number) for one in range(len(packs[pack].tokens))]
         places = num_micro_batches(number, processes, 1)
-        longest = max(pack.prefix_tokens + sum(pack.tokens) for pack in packs[:number])
+        longest = max(pack.prefix_tokens + sum(pack.tokens) for pack in [*packs][:number])
         cheapest = min(
             max(
                 segment_cost(line[start:end], packs, places, single_row, longest)
@@ -261,7 +284,7 @@ def test_no_other_split_of_the_documents_has_a_cheaper_costliest_rank(seed, sing
             )
             for cuts in itertools.combinations_with_replacement(range(len(line) + 1), processes - 1)
         )
-        shares = assign_to_ranks(range(number), packs, processes, 1, single_row=single_row)
+        shares = assign_to_ranks([*range(number)], packs, processes, 1, single_row=single_row)
         assert max(sum(part.flops(packs) for parts in share for part in parts) for share in shares) == cheapest
 
 
@@ -360,3 +383,8 @@ def test_the_cost_of_a_pack():
     assert pack_cost([3, 4], 3, 10, 1).total == pack_cost([7], 0, 10, 1).total
     assert PackSlice(0, 1, 2).flops([shared]) == 39 + 36
     assert PackSlice(0, 1, 2).tokens([shared]) == 5
+    rows = [[3, 4, 2], [5, 5], [3, 4, 2]]
+    many = pack_costs(Ragged.of(rows), [3, 0, 0], 10, 1)
+    assert [*many] == [shared, pack_cost([5, 5], 0, 10, 1), pack_cost([3, 4, 2], 0, 10, 1)]
+    assert many.totals.tolist() == [each.total for each in many]
+    assert (many[0].flops, many[-1].tokens) == (shared.flops, (3, 4, 2))

@@ -3,6 +3,8 @@
 import itertools
 import random
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -11,8 +13,11 @@ import torch
 from conftest import random_dialogue, small_tokenizer
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
+from csc_train.data.mixture import Mixture
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
+from csc_train.files import digest
+from csc_train.packing import bin_packing
 from csc_train.packing.bin_packing import best_fit_decreasing, subset_sum_packing
 from csc_train.packing.collator import IGNORE_INDEX, PackCollator
 from csc_train.packing.config import PackingConfig
@@ -174,6 +179,63 @@ def test_subset_sum_packing_known_answers(lengths, capacity, totals):
     packs = subset_sum_packing(lengths, capacity)
     check_packs(packs, lengths, capacity)
     assert sorted(sum(lengths[item] for item in pack) for pack in packs) == totals
+
+
+def many_lengths(seed: int) -> tuple[list[int], int]:
+    """Random lengths; RoleCS-like ones; or a few lengths, so that it matters how many items of each are left."""
+    rng = random.Random(seed)
+    if seed == 0:
+        return rng.choices([length - 568 for length in dialogue_lengths("rolecs_like")], k=3000), 8192 - 568
+    if seed % 4 == 1:
+        return random_lengths(seed)
+    capacity = rng.choice([12, 40, 500])
+    kinds = [rng.randint(1, capacity) for _ in range(rng.randint(1, 6))]
+    return rng.choices(kinds, k=rng.randint(1, 400)), capacity
+
+
+def item_by_item(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing without counts: of the packs with the least room that is enough, the last touched one."""
+    packs, touched = [], []
+    for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        rooms = {pack: capacity - sum(lengths[each] for each in packs[pack]) for pack in touched}
+        fitting = [room for room in rooms.values() if room >= lengths[item]]
+        if fitting:
+            pack = [pack for pack in touched if rooms[pack] == min(fitting)][-1]
+            touched.remove(pack)
+            packs[pack].append(item)
+        else:
+            pack = len(packs)
+            packs.append([item])
+        touched.append(pack)
+    return packs
+
+
+@pytest.mark.parametrize("seed", range(1, 40))
+def test_counts_of_lengths_are_packed_as_items_were_one_by_one(seed):
+    lengths, capacity = many_lengths(seed)
+    lengths = lengths[:150]
+    assert best_fit_decreasing(lengths, capacity) == item_by_item(lengths, capacity)
+
+
+PACKS_BEFORE = "edc82957c85cec7bbf0d774b2f4478f5e0b4c17c1f8c95a4eb3083f9013bfb26"
+"""Of `subset_sum_packing` by the commit before it counted lengths (3a04b29), for `many_lengths`."""
+
+
+def test_counts_of_lengths_make_the_packs_of_the_search_by_items(monkeypatch):
+    def packs() -> str:
+        return digest([[*subset_sum_packing(*many_lengths(seed))] for seed in range(120)])
+
+    assert packs() == PACKS_BEFORE
+    note_shortage = bin_packing._LengthPool.note_shortage
+
+    def careless(pool, length: int) -> None:
+        subsets = pool.subsets.copy()
+        note_shortage(pool, length)
+        pool.subsets.update(subsets)
+
+    monkeypatch.setattr(bin_packing._LengthPool, "note_shortage", careless)
+    with pytest.raises(ValueError, match="shape mismatch"):  # packs hold items that there are not
+        packs()
 
 
 @pytest.mark.parametrize("bad", [0, -1, 11])
@@ -423,6 +485,36 @@ def test_every_dialogue_is_in_the_packs_exactly_once(template, strategy):
         utilization=sum(len(ids) for ids, _ in expected) / (len(packs) * 1200),
         strategies=report.strategies,
     )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "max_length", "packs"),
+    [
+        ("shared_prefix", 64, "2a15e377e8ad69c1"),
+        ("shared_prefix", 40, "81806bfb4b1f6cdb"),
+        ("best_fit", 64, "e094fdfe5f5fcd94"),
+        ("off", 64, "e7105a85b30fb60f"),
+    ],
+)
+def test_groups_of_prefixes_and_a_mix_are_packed_as_before_lengths_were_counted(strategy, max_length, packs):
+    """Two prefixes that fill packs and one that does not; a source that is seen twice and one that is seen by half."""
+    rng = random.Random(1)
+    examples = [
+        replace(
+            example(6, *(rng.randint(2, 7) for _ in range(rng.randint(1, 9))), first_id=(number % 50 % 3) * 1000),
+            id=str(number),
+        )
+        for number in range(200)
+    ]
+    examples.append(replace(example(6, 9, 4, first_id=5000), id="200"))
+    members = {each.id: (int(each.id) % 2, rng.random()) for each in examples}
+    mix = Mixture(["often", "seldom"], None, [2.0, 0.5], "dialogues", members)
+    found, report = pack_dialogues(examples, PackingConfig(strategy, max_length), mixture=mix)
+    assert Counter(item.dialogue for pack in found.pack_items for item in pack).most_common(1)[0][1] == 2
+    assert report.tokens == sum(map(sum, found.document_lengths))
+    assert report.utilization == report.tokens / (len(found) * max_length)
+    made = [[*map(list, found.pack_items)], found.prefix_lengths, [*found.document_lengths], str(report)]
+    assert digest(made)[:16] == packs  # by commit 3a04b29
 
 
 def test_nothing_left_to_train_on_is_refused():

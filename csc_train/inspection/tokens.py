@@ -41,7 +41,7 @@ def describe_tokens(
     if read.mixture:
         _, epoch = pack_dialogues(tokenized, fitting, config.loss, config.template.language, read.mixture)
         report = replace(epoch, truncated=report.truncated)
-    first_turns = {item.dialogue: item.first_turn for pack in packed.pack_items for item in pack}
+    first_turns = dict(packed.pack_items.values[:, :2].tolist())
     lengths, turns = [], {speaker: [] for speaker in Speaker}
     for dialogue, ids in zip(read.dialogues, tokenized, strict=True):
         lengths.append(len(ids.input_ids))

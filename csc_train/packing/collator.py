@@ -1,6 +1,6 @@
 """Collate packs into model inputs in which no document sees another."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,7 @@ def _document_tokens(packs: list[dict[str, Any]], distance: int, places: int) ->
     return torch.cat(members)
 
 
-def run_bounds(runs: Iterable[PackedDataset], micro_batch_size: int, length: int | None = None) -> VarlenBounds:
+def run_bounds(runs: Sequence[PackedDataset], micro_batch_size: int, length: int | None = None) -> VarlenBounds:
     """What no row of a run exceeds, slices of packs included (see `assign_to_ranks`).
 
     Args:
@@ -171,12 +171,8 @@ def run_bounds(runs: Iterable[PackedDataset], micro_batch_size: int, length: int
         micro_batch_size: slots in a row; each holds a pack, or two slices of packs.
         length: as in `PackCollator`.
     """
-    packs = [
-        (list(map(int, lengths)), int(prefix))
-        for run in runs
-        for lengths, prefix in zip(run.document_lengths, run.prefix_lengths, strict=True)
-    ]
-    max_q = max(max(lengths) for lengths, _ in packs)
-    max_k = max(prefix + max(lengths[1 if prefix and len(lengths) > 1 else 0 :]) for lengths, prefix in packs)
-    documents = 2 * micro_batch_size * max(len(lengths) for lengths, _ in packs)
+    lengths = [run.document_lengths for run in runs]
+    max_q = max(int(each.values.max()) for each in lengths)
+    max_k = max(int(run.pack_items.values[:, 2].max()) for run in runs)  # a dialogue sees the prefix and itself
+    documents = 2 * micro_batch_size * max(int(each.lengths.max()) for each in lengths)
     return VarlenBounds(documents + -(-(length or 0) // max_q), max_q, max_k)

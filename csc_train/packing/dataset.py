@@ -14,6 +14,7 @@ from csc_train.packing.bin_packing import subset_sum_packing
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.loss_weights import LossWeights, count_token_types, count_trained_turns
 from csc_train.packing.pack_cost import PackSlice
+from csc_train.packing.ragged import Ragged, offsets_of
 from csc_train.packing.token_groups import token_group_ids
 from csc_train.packing.truncation import drop_leading_turns, num_turns_to_truncate
 from csc_train.template.dialogue_template import TokenizedDialogue
@@ -82,17 +83,19 @@ class PackedDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         dialogues: Sequence[TokenizedDialogue],
-        pack_items: list[list[PackedItem]],
+        pack_items: Sequence[Sequence[PackedItem]],
         prefix_lengths: list[int],
         loss_weights: LossWeights,
         mixture: Mixture | None = None,
     ):
         self.dialogues, self.loss_weights, self.mixture = dialogues, loss_weights, mixture
-        self.pack_items, self.prefix_lengths = pack_items, prefix_lengths
-        self.document_lengths = [
-            [prefix] * (prefix > 0) + [item.length - prefix for item in items]
-            for items, prefix in zip(pack_items, prefix_lengths, strict=True)
-        ]
+        self.pack_items, self.prefix_lengths = Ragged.of(pack_items, PackedItem._make), prefix_lengths
+        first, prefixes = self.pack_items.offsets[:-1], numpy.array(prefix_lengths)
+        shared = prefixes > 0
+        lengths = self.pack_items.values[:, 2] - prefixes.repeat(self.pack_items.lengths)
+        self.document_lengths = Ragged(
+            numpy.insert(lengths, first[shared], prefixes[shared]), self.pack_items.offsets + offsets_of(shared)
+        )
 
     def __len__(self) -> int:
         return len(self.pack_items)
@@ -200,22 +203,24 @@ def pack_dialogues(
             "the loss weights leave no trained token: raise loss.strategy_weight, reply_weight or strategy_factors"
         )
 
-    pack_items, prefix_lengths = [], []
+    parts, sizes, prefix_lengths = [], [], []
     for prefix, items in _shareable(groups, config.max_length).items():
-        shared = len(prefix) // dialogues[0].input_ids.itemsize
-        packs = _pack([item.length - shared for item in items], config.max_length - shared, config.strategy)
-        pack_items += [[items[index] for index in pack] for pack in packs]
+        shared, entries = len(prefix) // dialogues[0].input_ids.itemsize, numpy.array(items)
+        packs = _pack(entries[:, 2] - shared, config.max_length - shared, config.strategy)
+        parts.append(entries[packs.values])
+        sizes.append(packs.lengths)
         prefix_lengths += [shared] * len(packs)
+    items = numpy.concatenate(parts)
+    pack_items = Ragged(items, offsets_of(numpy.concatenate(sizes)), PackedItem._make)
     packed = PackedDataset(dialogues, pack_items, prefix_lengths, loss, mixture)
-    items = [item for pack in pack_items for item in pack]
-    tokens = sum(map(sum, packed.document_lengths))
+    tokens = int(packed.document_lengths.values.sum())
     return packed, PackingReport(
         dialogues=len(dialogues),
-        truncated=len({item.dialogue for item in items if item.first_turn > 0}),
-        dropped=len(dialogues) - unused - len({item.dialogue for item in items}),
+        truncated=len(numpy.unique(items[items[:, 1] > 0, 0])),
+        dropped=len(dialogues) - unused - len(numpy.unique(items[:, 0])),
         packs=len(packed),
         tokens=tokens,
-        separate_tokens=sum(item.length for item in items),
+        separate_tokens=int(items[:, 2].sum()),
         trained_tokens=trained_tokens,
         utilization=tokens / (len(packed) * config.max_length),
         strategies={
@@ -265,6 +270,8 @@ def _source_shares(mixture: Mixture, taken: list[tuple[int, int, int]]) -> dict[
     return shares
 
 
-def _pack(lengths: Sequence[int], capacity: int, strategy: str) -> list[list[int]]:
+def _pack(lengths: numpy.ndarray, capacity: int, strategy: str) -> Ragged:
     """The packs of dialogues that share a prefix, as their indices; lengths without the prefix."""
-    return [[index] for index in range(len(lengths))] if strategy == "off" else subset_sum_packing(lengths, capacity)
+    if strategy == "off":
+        return Ragged(numpy.arange(len(lengths)), numpy.arange(len(lengths) + 1))
+    return subset_sum_packing(lengths, capacity)

@@ -9,11 +9,12 @@ dialogues of similar lengths, and a step should be a fair sample. Most packs are
 than a percent: in random order they are nearly balanced. So only packs of unusual cost are grouped together.
 """
 
+import heapq
 from collections.abc import Sequence
 
 import numpy
 
-from csc_train.packing.pack_cost import PackCost, PackSlice
+from csc_train.packing.pack_cost import PackCosts, PackSlice
 
 GROUP = 8
 """Packs of similar cost that stand together in an epoch's order."""
@@ -28,7 +29,7 @@ Slots = list[list[PackSlice]]
 """The slots of one rank in a step: each holds one pack, a slice of one, or two slices that fit together."""
 
 
-def global_batches(packs: Sequence[PackCost], packs_per_step: int, seed: int, epoch: int) -> list[list[int]]:
+def global_batches(packs: PackCosts, packs_per_step: int, seed: int, epoch: int) -> list[list[int]]:
     """The packs of each optimizer step of an epoch, in an order that depends on seed and epoch.
 
     Packs in random order are cut into windows of `WINDOW`. A window is sorted by cost, where costs near the median
@@ -42,29 +43,22 @@ def global_batches(packs: Sequence[PackCost], packs_per_step: int, seed: int, ep
     Returns:
         Pack indices by step; every pack exactly once.
     """
-    cost = numpy.array([pack.total for pack in packs])
+    cost, rng = packs.totals, numpy.random.default_rng([seed, epoch])
+    order, rest = numpy.split(rng.permutation(len(cost)), [len(cost) // GROUP * GROUP])
+    windows = numpy.split(order, range(WINDOW, len(order), WINDOW))
+    median = numpy.median(cost)
     for tolerance in TOLERANCES:
-        groups, rest = _cost_buckets(cost, tolerance, numpy.random.default_rng([seed, epoch]))
-        if not len(groups) or (cost[groups].max(axis=1) / cost[groups].mean(axis=1)).mean() <= BALANCED:
+        key = numpy.where(abs(cost - median) <= tolerance * median, median, cost)
+        grouped = [window[key[window].argsort(kind="stable")].reshape(-1, GROUP) for window in windows]
+        costs = cost[numpy.concatenate(grouped)]
+        if not len(order) or (costs.max(axis=1) / costs.mean(axis=1)).mean() <= BALANCED:
             break
-    order = [*groups.ravel().tolist(), *rest.tolist()]
+    order = numpy.concatenate([*(rng.permutation(groups).ravel() for groups in grouped), rest]).tolist()
     steps = [order[start : start + packs_per_step] for start in range(0, len(order), packs_per_step)]
     if epoch == 0 and (full := len(packs) // packs_per_step):
-        tokens = [pack.prefix_tokens + sum(pack.tokens) for pack in packs]
-        steps.insert(0, steps.pop(max(range(full), key=lambda step: sum(tokens[pack] for pack in steps[step]))))
+        tokens = packs.prefix_tokens + packs.tokens.sums()
+        steps.insert(0, steps.pop(int(numpy.argmax([tokens[step].sum() for step in steps[:full]]))))
     return steps
-
-
-def _cost_buckets(
-    cost: numpy.ndarray, tolerance: float, rng: numpy.random.Generator
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Packs by group [groups, GROUP], and random ones that fill no group."""
-    median = numpy.median(cost)
-    key = numpy.where(abs(cost - median) <= tolerance * median, median, cost)
-    order, rest = numpy.split(rng.permutation(len(cost)), [len(cost) // GROUP * GROUP])
-    windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
-    windows = [window[key[window].argsort(kind="stable")].reshape(-1, GROUP) for window in windows]
-    return numpy.concatenate([order[:0].reshape(-1, GROUP), *map(rng.permutation, windows)]), rest
 
 
 def num_micro_batches(packs: int, world_size: int, micro_batch_size: int) -> int:
@@ -73,7 +67,7 @@ def num_micro_batches(packs: int, world_size: int, micro_batch_size: int) -> int
 
 
 def assign_to_ranks(
-    step: Sequence[int], packs: Sequence[PackCost], world_size: int, micro_batch_size: int, *, single_row: bool
+    step: Sequence[int], packs: PackCosts, world_size: int, micro_batch_size: int, *, single_row: bool
 ) -> list[list[list[PackSlice]]]:
     """Distribute the packs of a step over the ranks, so that all do similar work in equally many forward passes.
 
@@ -100,22 +94,27 @@ def assign_to_ranks(
     return [[[part for slot in slots[start::passes] for part in slot] for start in range(passes)] for slots in shards]
 
 
-def _greedy_assign(step: Sequence[int], packs: Sequence[PackCost], world_size: int) -> list[Slots]:
+def _greedy_assign(step: Sequence[int], packs: PackCosts, world_size: int) -> list[Slots]:
     """By rank, its slots with a whole pack each: the costliest pack goes to the rank with the least work."""
-    load = [0.0] * world_size
-    shards: list[Slots] = [[] for _ in range(world_size)]
-    for pack in sorted(step, key=lambda pack: -packs[pack].total):
-        open_ranks = [rank for rank in range(world_size) if len(shards[rank]) < len(step) // world_size]
-        rank = min(open_ranks, key=lambda rank: load[rank])
-        load[rank] += packs[pack].total
-        shards[rank].append([PackSlice(pack, 0, len(packs[pack].tokens))])
+    load = [(0.0, rank) for rank in range(world_size)]  # a heap of the ranks that take more
+    shards: list[Slots] = [[] for _ in load]
+    costs = dict(zip(step, packs.totals[step].tolist(), strict=True))
+    documents = dict(zip(step, packs.documents[step].tolist(), strict=True))
+    for pack in sorted(step, key=lambda pack: -costs[pack]):
+        done, rank = load[0]
+        shards[rank].append([PackSlice(pack, 0, documents[pack])])
+        if len(shards[rank]) < len(step) // world_size:
+            heapq.heapreplace(load, (done + costs[pack], rank))
+        else:
+            heapq.heappop(load)
     return shards
 
 
 def _split_across_ranks(
-    step: Sequence[int], packs: Sequence[PackCost], world_size: int, num_slots: int, single_row: bool
+    step: Sequence[int], costs: PackCosts, world_size: int, num_slots: int, single_row: bool
 ) -> list[Slots]:
     """By rank, its slots: bisect the lowest limit on a segment's cost at which the segments hold all documents."""
+    packs = {pack: costs[pack] for pack in step}
     documents = [PackSlice(pack, number, number + 1) for pack in step for number in range(len(packs[pack].tokens))]
     longest = max(PackSlice(pack, 0, len(packs[pack].tokens)).tokens(packs) for pack in step)
 

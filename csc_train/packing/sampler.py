@@ -1,6 +1,6 @@
 """The batch sampler and data loader of packed data, and how evenly they spread the work over the ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 
 import numpy
@@ -8,7 +8,7 @@ import torch
 
 from csc_train.packing.dataset import PackedDataset
 from csc_train.packing.global_batches import assign_to_ranks, global_batches, num_micro_batches
-from csc_train.packing.pack_cost import PackCost, PackSlice
+from csc_train.packing.pack_cost import PackCosts, PackSlice
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PackBatchSampler:
     `global_batches.global_batches` and `global_batches.assign_to_ranks`.
     """
 
-    packs: Sequence[PackCost]
+    packs: PackCosts
     packs_per_step: int
     seed: int
     _: KW_ONLY
@@ -81,24 +81,25 @@ class PackBatchSampler:
         scheduled, random = [], []
         for epoch in range(epochs):
             order = numpy.random.default_rng([self.seed, epoch, 1]).permutation(len(self.packs))
-            random += numpy.reshape(order[: full * self.packs_per_step], (full, self.packs_per_step)).tolist()
-            assigned = list(self.assigned(epoch))
-            scheduled += [step for step, _ in assigned[:full]]
-            for step, ranks in assigned:
-                load = [sum(part.flops(self.packs) for parts in passes for part in parts) for passes in ranks]
+            random += [*order[: full * self.packs_per_step].reshape(full, self.packs_per_step)]
+            for number, (step, ranks) in enumerate(self.assigned(epoch)):
+                if len(step) % self.world_size:
+                    load = [sum(part.flops(self.packs) for parts in passes for part in parts) for passes in ranks]
+                else:  # whole packs
+                    taken = [[part.pack for parts in passes for part in parts] for passes in ranks]
+                    load = self.packs.totals[taken].sum(axis=1)
                 ratios.append(max(load) * self.world_size / sum(load))
-                useful += sum(self.packs[pack].total for pack in step)
+                useful += float(self.packs.totals[step].sum())
                 spent += max(load) * self.world_size
+                scheduled += [step] * (number < full)
         spreads = map(_spread, self._means_and_counts(scheduled), self._means_and_counts(random))
-        return LoadBalance(float(numpy.mean(ratios)), useful / spent, *spreads)
+        return LoadBalance(float(numpy.mean(ratios)), float(useful / spent), *spreads)
 
-    def _means_and_counts(self, steps: list[list[int]]) -> tuple[list[float], list[int]]:
+    def _means_and_counts(self, steps: list) -> tuple[list[float], list[int]]:
         """Mean length and number of the dialogues of each step."""
-        lengths = [
-            [pack.prefix_tokens + n for pack in (self.packs[index] for index in step) for n in pack.tokens]
-            for step in steps
-        ]
-        return [sum(each) / len(each) for each in lengths], [len(each) for each in lengths]
+        tokens = self.packs.tokens.sums() + self.packs.prefix_tokens * self.packs.documents
+        counts = [int(self.packs.documents[step].sum()) for step in steps]
+        return [float(tokens[step].sum() / count) for step, count in zip(steps, counts, strict=True)], counts
 
 
 def _spread(scheduled: list[float], random: list[float]) -> float:

@@ -86,7 +86,7 @@ def check_positions(found: InspectedModel, packs: PackedDataset) -> str:
         InputError: it has fewer.
     """
     positions = getattr(found.model.config, "max_position_embeddings", None) or math.inf
-    longest = max(item.length for pack in packs.pack_items for item in pack)
+    longest = int(packs.pack_items.values[:, 2].max())
     if longest > positions:
         raise InputError(
             f"{found.place}: the model has {positions} positions, but the longest dialogue has {longest} tokens: add "

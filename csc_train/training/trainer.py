@@ -55,7 +55,7 @@ from csc_train.models.loading import lora_config
 from csc_train.models.precision import resolve_dtype
 from csc_train.packing.collator import PackCollator, run_bounds
 from csc_train.packing.dataset import PackedDataset, PackingReport
-from csc_train.packing.pack_cost import pack_cost
+from csc_train.packing.pack_cost import pack_costs
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
 from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.compatibility import resolve_compile
@@ -255,12 +255,8 @@ class PackTrainer(SFTTrainer):
         return self._sampler(self.packs, self.args.packs_per_step)
 
     def _sampler(self, packs: PackedDataset, packs_per_step: int) -> PackBatchSampler:
-        flops_per_token, flops_per_pair = forward_flops(self.model)
         return PackBatchSampler(
-            [
-                pack_cost(lengths, prefix, flops_per_token, flops_per_pair)
-                for lengths, prefix in zip(packs.document_lengths, packs.prefix_lengths, strict=True)
-            ],
+            pack_costs(packs.document_lengths, packs.prefix_lengths, *forward_flops(self.model)),
             packs_per_step,
             self.args.seed,
             world_size=self.args.world_size,
@@ -546,7 +542,7 @@ def build_trainer(
     collator = checked_collator(model, packing, tokenizer.pad_token_id, arguments.device, dtype)
     forbid_kv_cache(model)
     runs, rows = [packs, *([validator.packs] if validator else [])], arguments.per_device_train_batch_size
-    longest = rows * max(map(sum, packs.document_lengths))
+    longest = rows * int(packs.document_lengths.sums().max())
     stage = str(arguments.deepspeed_plugin.zero_stage) if arguments.deepspeed_plugin else "off"
     dims = model_dims(model.config)
     attention, device = model.config._attn_implementation, arguments.device.type
