@@ -236,7 +236,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["dry_rn=true"], "unknown key 'dry_rn'. Did you mean 'dry_run'?"),
         (["--multirun"], "--multirun: flags are not supported: use key=value (see docs/launching.md)"),
         (["cluster=nod8"], "cluster=nod8: not in conf/cluster. Did you mean 'node8'? Known: cpu1, cpu2, gpu1, "
-         "node8, slurm_4x8, slurm_apptainer, slurm_pyxis"),
+         "kubernetes_2x8, node8, skypilot_2x8, slurm_4x8, slurm_apptainer, slurm_pyxis"),
         (["cluster.slurm.partion=x"], "unknown key 'cluster.slurm.partion' for recipe launch. Did you mean "
          "'cluster.slurm.partition'?"),
         (["trainer.lerning_rate=1"], "unknown key 'trainer.lerning_rate' for recipe sft. Did you mean "
@@ -248,7 +248,10 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["cluster=node8", "trainer.packs_per_step=12"], "trainer.packs_per_step=12 is not a multiple of "
          "trainer.micro_batch_size=1 x 8 processes"),
         (["cluster=node8", "cluster.nodes=2", "trainer.packs_per_step=16"], "cluster.nodes=2: several nodes "
-         "need cluster.scheduler=slurm"),
+         "need cluster.scheduler=slurm|kubernetes|skypilot"),
+        (["cluster=slurm_4x8", "cluster.nodes=3", "trainer.packs_per_step=32"], "cluster.nodes=3: "
+         "trainer.packs_per_step=32 is not a multiple of trainer.micro_batch_size=1 x 24 processes: give "
+         "cluster.nodes=2 or 4"),
         (["cluster.slurm.time=soon"], "cluster.slurm.time=soon: write hours as 24:00:00, days as 2-00:00:00"),
         (["cluster.slurm.options=['qos=high']"], "cluster.slurm.options: qos=high is no option; options "
          "start with -"),
@@ -335,7 +338,11 @@ def test_sbatch_that_is_missing_or_refuses_is_named(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
     assert launch(TWO_NODES) == 2
-    assert "there is no sbatch on this machine: submit runs/two_nodes/job.sbatch" in capsys.readouterr().err
+    missing = (
+        "cluster.scheduler=slurm: there is no sbatch on this machine: launch where there is one; dry_run=true prints"
+    )
+    assert missing in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("PATH", f"{SLURM}{os.pathsep}{os.defpath}")
     # Its model is not on this machine, which preflight would not let pass.
     assert launch(CLUSTER) == 2
@@ -343,6 +350,7 @@ def test_sbatch_that_is_missing_or_refuses_is_named(tmp_path, monkeypatch, capsy
     assert not Path("runs/cluster").exists()
     assert launch([*CLUSTER, "preflight.force=true"]) == 2
     assert "sbatch runs/cluster/job.sbatch: sbatch: error: more nodes than there are" in capsys.readouterr().err
+    assert launch(TWO_NODES) == 0
     assert launch(["run=runs/two_nodes", "resume=true"]) == 0
     assert "Submitted batch job 7" in capsys.readouterr().out
 

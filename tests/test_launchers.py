@@ -95,7 +95,8 @@ def test_a_launcher_from_outside_runs_a_sweep(outside, capsys):
 def test_unknown_launchers_are_refused_with_the_nearest_name(outside, capsys):
     assert launch(["experiment=demo", *QUEUE, "cluster.scheduler=folder_que"]) == 2
     assert capsys.readouterr().err == (
-        "error: cluster.scheduler=folder_que: choose one of local, slurm, folder_queue. Did you mean 'folder_queue'?\n"
+        "error: cluster.scheduler=folder_que: choose one of kubernetes, local, skypilot, slurm, folder_queue. "
+        "Did you mean 'folder_queue'?\n"
     )
     with pytest.raises(InputError, match=r"^cluster.scheduler=slrum: choose one of .* Did you mean 'slurm'\?$"):
         launcher_class(ClusterConfig(scheduler="slrum"))

@@ -1,47 +1,11 @@
 """Settings of the cluster, the preflight, sweeps and the recipe that follows a training."""
 
 import itertools
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from csc_train.config.schedulers import KubernetesConfig, SkyPilotConfig, SlurmConfig
 from csc_train.errors import InputError, check_fields
-
-
-@dataclass
-class SlurmConfig:
-    """How a job is submitted to SLURM. Unset values default to those of the SLURM installation."""
-
-    partition: str | None = None
-    """SLURM partition."""
-    account: str | None = None
-    """SLURM account."""
-    time: str | None = None
-    """Time limit of the job, such as `24:00:00` or `2-00:00:00`."""
-    cpus: int | None = None
-    """CPU cores per node; defaults to the whole node with all its memory."""
-    options: list[str] = field(default_factory=list)
-    """More options of sbatch, such as `--qos=high`."""
-    srun_options: list[str] = field(default_factory=list)
-    """More options of srun, such as `--container-image=...`."""
-    prologue: list[str] = field(default_factory=list)
-    """Lines of shell at the start of the job: modules, an environment to activate, NCCL variables."""
-    python: str = "python"
-    """Python interpreter on the nodes, after the prologue."""
-    requeue: bool = True
-    """Queue the job again after its time limit or a node failure; it resumes from the last checkpoint."""
-    save_before: int = 300
-    """Seconds before the time limit at which the job saves a checkpoint and ends."""
-
-    def __post_init__(self):
-        if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time):
-            raise InputError(f"cluster.slurm.time={self.time}: write hours as 24:00:00, days as 2-00:00:00")
-        check_fields("cluster.slurm.", self, "cpus", low=1)
-        check_fields("cluster.slurm.", self, "save_before", low=0, high=65535)
-        for key in ("options", "srun_options"):
-            for option in getattr(self, key):
-                if not option.startswith("-"):
-                    raise InputError(f"cluster.slurm.{key}: {option} is no option; options start with -")
 
 
 @dataclass
@@ -67,7 +31,8 @@ class ClusterConfig:
     host_memory_gib: float | None = None
     """Memory of one node, in GiB."""
     scheduler: str = "local"
-    """local: start the job on this machine. slurm: submit it. Or the name of one that a plugin registers."""
+    """local: start the job on this machine. slurm, kubernetes, skypilot: submit it. Or the name of one that a plugin
+    registers."""
     launcher_options: dict[str, Any] = field(default_factory=dict)
     """Settings of that launcher."""
     process_launcher: str = "torchrun"
@@ -76,6 +41,8 @@ class ClusterConfig:
     port: int = 29500
     """First of 1000 rendezvous ports; a SLURM job takes `port` + job number modulo 1000."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+    skypilot: SkyPilotConfig = field(default_factory=SkyPilotConfig)
 
     def __post_init__(self):
         check_fields("cluster.", self, "nodes", "gpus_per_node", low=1, high=10**6)

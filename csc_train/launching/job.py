@@ -63,7 +63,8 @@ class Job:
         script = str(short if short.exists() and short.samefile(path) else path)
         arguments = (argument("run", self.directory), self.mode)
         cluster = self.launch.cluster
-        return launcher_class(cluster)(JobSpec(cluster, self.directory, script, arguments, **options))
+        config = as_yaml(to_container(self.config))
+        return launcher_class(cluster)(JobSpec(cluster, self.directory, script, arguments, config=config, **options))
 
     def check(self) -> None:
         """Check what is known before a preflight.
@@ -72,11 +73,25 @@ class Job:
             InputError: the job would fail, and why.
         """
         if self.launch.recipe == TRAINING:
-            self.config.trainer.accumulation(self.launch.cluster.world_size)
+            self._check_batch()
             on_finish_arguments(self.config.on_finish, self.directory)
         if self.launch.recipe == "compare" and (size := self.launch.cluster.world_size) > 1:
             raise InputError(f"cluster: {size} processes for recipe=compare: give cluster=cpu1")
         self.launcher().check()
+
+    def _check_batch(self) -> None:
+        """Name the nearest node counts if the batch cannot be divided among the nodes."""
+        cluster, trainer = self.launch.cluster, self.config.trainer
+        try:
+            trainer.accumulation(cluster.world_size)
+        except InputError as error:
+            shares, rest = divmod(trainer.packs_per_step, trainer.micro_batch_size * cluster.gpus_per_node)
+            fitting = [nodes for nodes in range(1, shares + 1) if not rest and shares % nodes == 0]
+            near = [*[n for n in fitting if n < cluster.nodes][-1:], *[n for n in fitting if n > cluster.nodes][:1]]
+            if cluster.nodes == 1 or not near:
+                raise
+            advice = f"give cluster.nodes={' or '.join(map(str, near))}"
+            raise InputError(f"cluster.nodes={cluster.nodes}: {error}: {advice}") from error
 
     def preflight(self) -> None:
         """Run the preflight of a training. Its report is printed on failure and in a dry run.
@@ -210,6 +225,7 @@ def launch(arguments: list[str]) -> int:
         if job.launch.dry_run:
             print(job.describe())
             return 0
+        launcher_class(job.launch.cluster).check_tool(job.launch.cluster)
         with job.claim() as claimed:
             job.write()
             print(f"run directory: {job.directory}", flush=True)

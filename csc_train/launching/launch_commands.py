@@ -17,16 +17,22 @@ def local_command(cluster: ClusterConfig, python: str, recipe: list[str]) -> lis
     return [python, "-m", *_process_launcher(cluster), *rendezvous, *recipe]
 
 
-def node_command(cluster: ClusterConfig, python: str, recipe: list[str]) -> str:
-    """The command of each node of a SLURM job, as one line of shell that reads `head`, `port` and SLURM_NODEID."""
+def node_command(cluster: ClusterConfig, python: str, recipe: list[str], rank: str, head: str, port: str) -> list[str]:
+    """The command of each node of a job.
+
+    Args:
+        rank: the node's number, or what a shell expands to it.
+        head: host name of the first node, likewise.
+        port: port of the rendezvous there, likewise.
+    """
     if cluster.process_launcher == "none":
-        return " ".join([python, *recipe])
+        return [python, *recipe]
     names = ("num_machines", "machine_rank", "main_process_ip", "main_process_port")
     if cluster.process_launcher == "torchrun":
         names = ("nnodes", "node_rank", "master_addr", "master_port")
-    values = (cluster.nodes, "$SLURM_NODEID", "$head", "$port")
+    values = (cluster.nodes, rank, head, port)
     rendezvous = [f"--{name}={value}" for name, value in zip(names, values, strict=True)]
-    return " ".join([python, "-m", *_process_launcher(cluster), *rendezvous, *recipe])
+    return [python, "-m", *_process_launcher(cluster), *rendezvous, *recipe]
 
 
 def starts_ranks(command: list[str]) -> bool:

@@ -5,6 +5,7 @@ python -m csc_train.launching.supervise RUN_DIRECTORY COMMAND...
 
 import contextlib
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -15,12 +16,16 @@ from typing import Any
 
 import psutil
 
+from csc_train.files import write_text
 from csc_train.launching.launch_commands import starts_ranks
+from csc_train.runs.config import RESOLVED_FILE
 from csc_train.runs.directory import EXIT_STOPPED, read_run_record
 from csc_train.runs.distributed import set_parent_death_signal
 
 INTERRUPT_GRACE = 10.0
 """Seconds that the ranks have to clean up after Ctrl-C."""
+CONFIG_VARIABLE = "CSC_TRAIN_CONFIG"
+"""Environment variable with the frozen configuration of a job that brings it along."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that reach the ranks."""
 
@@ -92,6 +97,12 @@ def signal_handler(handler: Callable[[int, Any], None], signums: Iterable[int]) 
             signal.signal(signum, earlier)
 
 
+def place_config(directory: Path) -> None:
+    """Write the configuration that the job brings along, unless the run directory has one; two nodes may do so."""
+    if (text := os.environ.pop(CONFIG_VARIABLE, "")) and not (directory / RESOLVED_FILE).exists():
+        write_text(directory / RESOLVED_FILE, text)
+
+
 def set_child_subreaper() -> None:
     """Become a child subreaper, so `_kill_all` also sees orphaned descendants (Linux)."""
     if sys.platform == "linux":
@@ -112,4 +123,5 @@ def _kill_all() -> None:
 
 
 if __name__ == "__main__":
+    place_config(Path(sys.argv[1]))
     sys.exit(supervise(Path(sys.argv[1]), sys.argv[2:]))

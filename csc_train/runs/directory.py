@@ -31,8 +31,8 @@ EXIT_STOPPED = 75
 END_FACTS = ("error", "stopped", "files")
 """Facts in `run.json` of an end that a resume takes back."""
 EARLY_FILES = (
-    f"{LOCK_FILE}*", RESOLVED_FILE, CODE_DIFF_FILE, "launch.yaml", "job.sbatch", "output.log", "slurm-*.out",
-    "rejected-*.jsonl", "synthesis.db*", ".*.writing-*",
+    f"{LOCK_FILE}*", RESOLVED_FILE, CODE_DIFF_FILE, "launch.yaml", "job.sbatch", "job.yaml", "task.yaml",
+    "output.log", "slurm-*.out", "rejected-*.jsonl", "synthesis.db*", ".*.writing-*",
 )  # fmt: skip
 """Patterns of the files that may be in a run directory before its `run.json`."""
 PROGRESS_FILES = (

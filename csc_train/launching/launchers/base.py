@@ -1,6 +1,7 @@
 """The launcher interface and the registry of launchers by `cluster.scheduler`."""
 
 import abc
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ class JobSpec:
         environment: extra environment variables.
         output: the file that receives what the job prints; the terminal if None. Only for attached launchers.
         inherited: file descriptors that an attached job keeps open while it runs, such as a lock.
+        config: the recipe's frozen configuration, for machines that cannot read it in the run directory.
     """
 
     cluster: ClusterConfig
@@ -32,6 +34,7 @@ class JobSpec:
     environment: dict[str, str] = field(default_factory=dict)
     output: Path | None = None
     inherited: tuple[int, ...] = ()
+    config: str = ""
 
 
 class Launcher(abc.ABC):
@@ -39,11 +42,15 @@ class Launcher(abc.ABC):
 
     Attributes:
         attached: whether the job ends with the process that started it. A detached job outlives it.
-        job_id: the scheduler's number of a detached job, set by `start`. Set it to watch a job that was started
+        shares_files: whether the job finds the files of this machine by the same paths.
+        tool: the program that submits the job; None if there is none.
+        job_id: the scheduler's number or name of a detached job, set by `start`. Set it to watch a job that was started
             earlier.
     """
 
     attached: ClassVar[bool] = False
+    shares_files: ClassVar[bool] = True
+    tool: ClassVar[str | None] = None
 
     def __init__(self, job: JobSpec):
         """Prepare a launch; nothing is started or written.
@@ -62,9 +69,19 @@ class Launcher(abc.ABC):
             parallel: number of slots; the launcher chooses if None.
 
         Raises:
-            InputError: the machine has too few resources.
+            InputError: the machine has too few resources, or as `check_tool`.
         """
+        cls.check_tool(cluster)
         return [{}] * (parallel or 1)
+
+    @classmethod
+    def check_tool(cls, cluster: ClusterConfig) -> None:
+        """Raise an InputError if this machine lacks what submits the job; a dry run does not need it."""
+        if cls.tool and shutil.which(cls.tool) is None:
+            raise InputError(
+                f"cluster.scheduler={cluster.scheduler}: there is no {cls.tool} on this machine: launch where there is "
+                "one; dry_run=true prints the job"
+            )
 
     @abc.abstractmethod
     def check(self) -> None:

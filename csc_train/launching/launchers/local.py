@@ -44,7 +44,8 @@ class LocalLauncher(Launcher):
     def check(self) -> None:
         """Refuse several nodes."""
         if self.job.cluster.nodes > 1:
-            raise InputError(f"cluster.nodes={self.job.cluster.nodes}: several nodes need cluster.scheduler=slurm")
+            nodes = self.job.cluster.nodes
+            raise InputError(f"cluster.nodes={nodes}: several nodes need cluster.scheduler=slurm|kubernetes|skypilot")
 
     def command(self) -> list[str]:
         """The command below the supervisor (see `launch_commands`)."""

@@ -2,10 +2,10 @@
 
 from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import check_choice
-from csc_train.launching.launchers import local, slurm
+from csc_train.launching.launchers import kubernetes, local, skypilot, slurm
 from csc_train.launching.launchers.base import LAUNCHERS, Launcher
 
-BUILT_IN = (local.LocalLauncher, slurm.SlurmLauncher)
+BUILT_IN = (local.LocalLauncher, slurm.SlurmLauncher, kubernetes.KubernetesLauncher, skypilot.SkyPilotLauncher)
 """Launchers of this package; importing their modules registers them."""
 
 

@@ -1,7 +1,6 @@
 """The SLURM launcher: writes a job script, submits it with sbatch and watches it with squeue."""
 
 import re
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -22,6 +21,8 @@ SCRIPT_FILE = "job.sbatch"
 class SlurmLauncher(Launcher):
     """Submits a job script that runs a supervisor on each node; the job outlives this process."""
 
+    tool = "sbatch"
+
     @property
     def script_path(self) -> Path:
         """Where the job script is written."""
@@ -34,7 +35,8 @@ class SlurmLauncher(Launcher):
             InputError: a path needs shell quoting, which srun would lose.
         """
         cluster, directory = self.job.cluster, self.job.directory
-        command = node_command(cluster, cluster.slurm.python, [self.job.script, *self.job.arguments])
+        recipe = [self.job.script, *self.job.arguments]
+        command = " ".join(node_command(cluster, cluster.slurm.python, recipe, "$SLURM_NODEID", "$head", "$port"))
         for text, spaces in ((str(directory), ""), (command, " ")):
             if odd := re.search(rf"[^\w./=:,$@%+{spaces}-]", text):
                 raise InputError(f"{odd.string}: a job script cannot hold {odd.group()!r}: choose a path without it")
@@ -53,11 +55,9 @@ class SlurmLauncher(Launcher):
         """Write the job script and submit it.
 
         Raises:
-            InputError: sbatch is missing or refuses the job.
+            InputError: sbatch refuses the job.
         """
         write_text(self.script_path, self.script())
-        if shutil.which("sbatch") is None:
-            raise InputError(f"there is no sbatch on this machine: submit {self.script_path} where there is one")
         done = subprocess.run(["sbatch", str(self.script_path)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise InputError(f"sbatch {self.script_path}: {' '.join(done.stderr.split())}")

@@ -55,8 +55,8 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         free_disk: free bytes for the run; defaults to the file system's.
     """
     options, cluster = config.preflight, config.cluster
-    absent = InputError if launching else NotCheckedError
-    here = launcher_class(cluster).attached
+    launcher = launcher_class(cluster)
+    absent, here = InputError if launching and launcher.shares_files else NotCheckedError, launcher.attached
     gpus = probe_gpus() if options.probe and cluster.device == "cuda" and here else None
     found = inspect_model(config.model)
     if found.dims is None and config.model.init == "pretrained" and config.model.architecture == ArchitectureConfig():

@@ -1,0 +1,166 @@
+"""The Kubernetes launcher: an Indexed Job with one pod for each node, submitted and watched by kubectl."""
+
+import json
+import signal
+from typing import Any
+
+from csc_train.errors import InputError
+from csc_train.launching.launchers.base import register_launcher
+from csc_train.launching.launchers.submitted import SubmittedLauncher
+from csc_train.runs.directory import EXIT_STOPPED
+
+LABEL = "csc-train/job"
+"""Label of a job's pods, by which its Service finds them."""
+EXIT_REFUSED = 2
+"""Exit status of a recipe that refuses its input, and would again."""
+
+
+@register_launcher("kubernetes")
+class KubernetesLauncher(SubmittedLauncher):
+    """Submits an Indexed Job and a headless Service, which gives the first pod a name for the rendezvous.
+
+    The Job replaces a pod that fails or is lost. The other pods fail too, since they lose a peer, and are replaced;
+    together they resume from the last checkpoint.
+    """
+
+    tool = "kubectl"
+    file = "job.yaml"
+
+    @property
+    def options(self):
+        """The cluster's section for Kubernetes."""
+        return self.job.cluster.kubernetes
+
+    @property
+    def root(self) -> str:
+        """The working directory of the pods."""
+        return self.options.working_directory
+
+    def check(self) -> None:
+        """Refuse a job without an image."""
+        if not self.options.image:
+            raise InputError("cluster.kubernetes.image is required: give the image that holds this project")
+        super().check()
+
+    @staticmethod
+    def quote(word: str) -> str:
+        """Kubernetes expands `$(NAME)` in words and values, and reads `$$` as `$`."""
+        return word.replace("$", "$$")
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """The Service and the Job."""
+        cluster, options = self.job.cluster, self.options
+        labels = {LABEL: self.name, "app.kubernetes.io/managed-by": "csc-train"}
+        meta = {"name": self.name, "namespace": options.namespace, "labels": labels}
+        service = {
+            "clusterIP": "None",
+            "selector": {LABEL: self.name},
+            "publishNotReadyAddresses": True,  # the ranks meet before their pods are ready
+            "ports": [{"name": "rendezvous", "port": cluster.port}],
+        }
+        rules = [
+            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_STOPPED]}},
+            {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [EXIT_REFUSED]}},
+        ]
+        job = {
+            "completions": cluster.nodes,
+            "parallelism": cluster.nodes,
+            "completionMode": "Indexed",
+            "backoffLimit": options.retries * cluster.nodes,
+            "podFailurePolicy": {"rules": rules},
+            "template": {"metadata": {"labels": labels}, "spec": self._pod()},
+        }
+        return [
+            {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": service},
+            {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": job},
+        ]
+
+    def _pod(self) -> dict[str, Any]:
+        options = self.options
+        pod = {
+            "restartPolicy": "Never",
+            "subdomain": self.name,
+            "terminationGracePeriodSeconds": options.grace,
+            "serviceAccountName": options.service_account,
+            "securityContext": {} if options.fs_group is None else {"fsGroup": options.fs_group},
+            "imagePullSecrets": [{"name": name} for name in options.image_pull_secrets],
+            "nodeSelector": options.node_selector,
+            "tolerations": [
+                {key: value for key, value in vars(each).items() if value is not None} for each in options.tolerations
+            ],
+            "containers": [self._container()],
+            "volumes": [
+                {"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}}
+                for number, claim in enumerate(options.mounts)
+            ],
+        }
+        if options.shm_size:
+            memory = {"medium": "Memory", "sizeLimit": options.shm_size}
+            pod["volumes"].append({"name": "shm", "emptyDir": memory})
+        return {key: value for key, value in pod.items() if value not in (None, [], {})}
+
+    def _container(self) -> dict[str, Any]:
+        cluster, options = self.job.cluster, self.options
+        command = self.command("$(JOB_COMPLETION_INDEX)", f"{self.name}-0.{self.name}")
+        if options.prologue:
+            script = "\n".join([*options.prologue, 'exec "$@"'])
+            command = ["bash", "-c", self.quote(script), "bash", *command]
+        env: list[dict[str, Any]] = [
+            {"name": name, "value": self.quote(value)} for name, value in self.environment().items()
+        ]
+        for name, source in options.secrets.items():
+            secret, _, key = source.partition("/")
+            env.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
+        gpus = {options.gpu_resource: str(cluster.gpus_per_node)} if cluster.device == "cuda" else {}
+        mounts = [{"name": f"volume-{number}", "mountPath": path} for number, path in enumerate(self.mounts.values())]
+        return {
+            "name": "ranks",
+            "image": options.image,
+            "imagePullPolicy": options.image_pull_policy,
+            "workingDir": options.working_directory,
+            "command": command,
+            "env": env,
+            "resources": {"requests": options.resources | gpus, "limits": options.resources | gpus},
+            "volumeMounts": mounts + ([{"name": "shm", "mountPath": "/dev/shm"}] if options.shm_size else []),
+        }
+
+    def submission(self) -> list[str]:
+        """`kubectl apply` of the manifests."""
+        return ["kubectl", "apply", "--filename", str(self.path)]
+
+    def start(self) -> None:
+        """Submit the job; what is left of an earlier one of this run is deleted.
+
+        Raises:
+            InputError: the earlier one still runs, or kubectl refuses the manifests.
+        """
+        if self._conditions(self.name) is not None:
+            if self.ended(self.name) is None:
+                raise InputError(f"job {self.name} of {self.job.directory} still runs: wait for its end, or delete it")
+            self._delete(self.name)
+        self.submit()
+        self.job_id = self.name
+
+    def ended(self, job_id: str) -> int | None:
+        """By the conditions of the Job: Complete or Failed."""
+        conditions = self._conditions(job_id)
+        if conditions is None or "Failed" in conditions:
+            return 1
+        return 0 if "Complete" in conditions else None
+
+    def _conditions(self, name: str) -> set[str] | None:
+        """The conditions that are true of a Job; None if there is no such Job."""
+        place = ["--namespace", self.options.namespace]
+        found = self.call("get", "job", name, *place, "--ignore-not-found", "--output", "json")
+        if not found.strip():
+            return None
+        conditions = json.loads(found).get("status", {}).get("conditions", [])
+        return {each["type"] for each in conditions if each["status"] == "True"}
+
+    def _delete(self, name: str, *options: str) -> None:
+        self.call("delete", "job,service", name, "--namespace", self.options.namespace, "--ignore-not-found", *options)
+
+    def stop(self, signum: int = signal.SIGTERM) -> None:
+        """Delete the Job; its pods have `cluster.kubernetes.grace` seconds to save a checkpoint."""
+        self._delete(str(self.job_id), "--wait=false")

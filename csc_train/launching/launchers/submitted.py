@@ -1,0 +1,159 @@
+"""What Kubernetes and SkyPilot have in common: jobs that take their configuration along to machines of their own."""
+
+import posixpath
+import re
+import shlex
+import subprocess
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from csc_train.config.schedulers import KubernetesConfig, SkyPilotConfig
+from csc_train.errors import InputError
+from csc_train.files import digest, write_text
+from csc_train.launching import supervise
+from csc_train.launching.launch_commands import node_command
+from csc_train.launching.launchers.base import Launcher
+from csc_train.runs.claim import is_claimed
+from csc_train.runs.directory import read_run_record
+
+
+class SubmittedLauncher(Launcher):
+    """Renders a job as YAML and submits it by a program; the job outlives this process.
+
+    The nodes need not share a file system with this machine: the job brings the frozen configuration along (see
+    `supervise`), and a mounted volume holds the run directory.
+    """
+
+    shares_files = False
+    file: ClassVar[str]
+    """Name of the last submitted job in the run directory."""
+    options: KubernetesConfig | SkyPilotConfig
+
+    @property
+    def path(self) -> Path:
+        """Where the job is written."""
+        return self.job.directory / self.file
+
+    @property
+    def name(self) -> str:
+        """The job's name, of letters, digits and dashes: the same for each start of a run."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.job.directory.name.lower()).strip("-")[:40]
+        return "-".join(filter(None, ("csc", words, digest(self.place)[:6])))
+
+    @property
+    @abstractmethod
+    def root(self) -> str:
+        """The directory on the nodes at which relative paths begin."""
+
+    @property
+    def place(self) -> str:
+        """The run directory on the nodes."""
+        return posixpath.normpath(posixpath.join(self.root, self.job.directory.as_posix()))
+
+    @property
+    def mounts(self) -> dict[str, str]:
+        """The whole path on the nodes by volume."""
+        return {name: posixpath.normpath(posixpath.join(self.root, path)) for name, path in self.options.mounts.items()}
+
+    def check(self) -> None:
+        """Refuse a run directory that no volume keeps."""
+        if not any(f"{self.place}/".startswith(f"{path}/") for path in self.mounts.values()):
+            section = f"cluster.{self.job.cluster.scheduler}.mounts"
+            raise InputError(f"{self.place} is on no volume, so the run would be lost: name one there in {section}")
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the nodes, the configuration among them."""
+        values = self.options.env | {supervise.CONFIG_VARIABLE: self.job.config}
+        return values | ({"CUDA_VISIBLE_DEVICES": ""} if self.job.cluster.device == "cpu" else {})
+
+    def command(self, rank: str, head: str) -> list[str]:
+        """The command of each node.
+
+        Args:
+            rank: the node's number, as the shell or the scheduler expands it.
+            head: host name of the first node, likewise.
+        """
+        recipe = [posixpath.join("recipes", Path(self.job.script).name), *self.job.arguments]
+        words = [self.options.python, str(self.job.directory), *recipe]
+        python, directory, *recipe = map(self.quote, words)
+        ranks = node_command(self.job.cluster, python, recipe, rank, head, str(self.job.cluster.port))
+        return [python, "-m", supervise.__name__, directory, *ranks]
+
+    @staticmethod
+    @abstractmethod
+    def quote(word: str) -> str:
+        """A word of `command` in which nothing is expanded."""
+
+    @abstractmethod
+    def manifest(self) -> list[dict[str, Any]]:
+        """The documents to submit."""
+
+    @abstractmethod
+    def submission(self) -> list[str]:
+        """The command that submits `path`."""
+
+    def describe(self) -> str:
+        """The command and the YAML that it submits."""
+        return f"{shlex.join(self.submission())}, which is:\n\n{self.text()}"
+
+    def text(self) -> str:
+        """The documents as YAML."""
+        return yaml.dump_all(self.manifest(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+    def submit(self) -> None:
+        """Write the job and submit it.
+
+        Raises:
+            InputError: the program refuses it.
+        """
+        write_text(self.path, self.text())
+        self.call(*self.submission()[1:])
+
+    def call(self, *arguments: str) -> str:
+        """The output of the scheduler's program.
+
+        Raises:
+            InputError: the program fails; its own message.
+        """
+        done = subprocess.run([str(self.tool), *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise InputError(f"{self.tool} {' '.join(arguments[:2])}: {' '.join(done.stderr.split()) or done.stdout}")
+        return done.stdout
+
+    def poll(self) -> int | None:
+        """0 if the run is finished or the job succeeded, 1 if it failed or is gone; None while it waits or runs.
+
+        A job counts as running while the scheduler does not answer, or a process works in its directory.
+        """
+        if read_run_record(self.job.directory).get("finished"):
+            return 0
+        try:
+            ended = self.ended(str(self.job_id))
+        except InputError:
+            return None
+        return None if ended and is_claimed(self.job.directory) else ended
+
+    @abstractmethod
+    def ended(self, job_id: str) -> int | None:
+        """What the scheduler says: 0 if the job succeeded, 1 if it failed or is unknown, None while it waits or runs.
+
+        Raises:
+            InputError: the scheduler does not answer.
+        """
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all that some reader of YAML takes for a number or a boolean; texts of several lines are blocks."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("csc:number", re.compile(r"(?s)[-+.\d].*|[yYnN]$"), list("-+.0123456789yYnN"))
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
