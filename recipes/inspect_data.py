@@ -32,7 +32,7 @@ def main(config: InspectDataRecipe) -> None:
     from csc_train.inspection import content
     from csc_train.inspection.page import REJECTED_FILE, summary_lines, summary_tables, write_inspection
     from csc_train.inspection.tokens import describe_tokens
-    from csc_train.models.loading import base_model_type
+    from csc_train.models.hub import base_model_type
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import distributed_state, require_single_process
     from csc_train.template.chat_templates import chat_template_name

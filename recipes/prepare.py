@@ -17,7 +17,7 @@ def main(config: PrepareRecipe) -> None:
     # After the configuration is checked: these imports take seconds.
     from csc_train.data.sample_grammar import provide_sample
     from csc_train.data.splits import read_and_check_splits
-    from csc_train.models.loading import base_model_type
+    from csc_train.models.hub import base_model_type
     from csc_train.packing.dataset import pack_dialogues
     from csc_train.runs.distributed import distributed_state, require_single_process
     from csc_train.template.chat_templates import chat_template_name

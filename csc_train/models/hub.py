@@ -60,6 +60,18 @@ def hub_errors(
             raise InputError(f"{path}: cannot load the {what}: {why}: {advice}") from error
 
 
+def base_model_type(config: ModelConfig) -> str:
+    """The model family of the base: that of its config.json, which may be another than `model.architecture` says.
+
+    Raises:
+        InputError: its configuration cannot be read (see `hub_errors`).
+    """
+    if config.init == "random":
+        return config.architecture.model_type
+    with hub_errors(config.path, "model"):
+        return read_model_config(config.path, config.revision).model_type
+
+
 def load_causal_lm(path: str, **options: Any) -> "PreTrainedModel":
     """Load the causal language model at a path or hub id, with the repairs that `inspect_model` says.
 

@@ -19,7 +19,7 @@ from csc_train.models.attention import select  # noqa: F401  registers our atten
 from csc_train.models.attention.gated_delta_net import prepare_delta_nets
 from csc_train.models.config import ALL_LINEAR, AdapterConfig, ArchitectureConfig, ModelConfig
 from csc_train.models.families import adapted_experts, get_family, is_lora_target, lora_targets, model_dims
-from csc_train.models.hub import hub_errors, load_causal_lm, read_model_config
+from csc_train.models.hub import base_model_type, load_causal_lm
 
 
 def load_model(
@@ -73,18 +73,6 @@ def _keep_training_mode(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.register_forward_pre_hook(keep)
-
-
-def base_model_type(config: ModelConfig) -> str:
-    """The model family of the base: that of its config.json, which may be another than `model.architecture` says.
-
-    Raises:
-        InputError: its configuration cannot be read (see `hub.hub_errors`).
-    """
-    if config.init == "random":
-        return config.architecture.model_type
-    with hub_errors(config.path, "model"):
-        return read_model_config(config.path, config.revision).model_type
 
 
 def build_model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:

@@ -416,14 +416,17 @@ def _last_spaces(text: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _literal_encoder(tokenizer: "PreTrainedTokenizerBase") -> tokenizers.Tokenizer:
-    """A copy of the tokenizer's backend without added tokens, to which control strings are plain text."""
+    """The tokenizer's backend without added tokens, to which control strings are plain text; both share their model."""
     fast: Any = tokenizer.backend_tokenizer
-    backend = json.loads(fast.to_str())
-    backend |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    rules = tokenizers.Tokenizer(tokenizers.models.BPE())
+    rules.normalizer, rules.pre_tokenizer = fast.normalizer, fast.pre_tokenizer
+    backend = json.loads(rules.to_str())  # without the vocabulary, which takes seconds
     for part in (split := backend["pre_tokenizer"] or {}).get("pretokenizers", [split]):
         if part.get("type") == "Metaspace":
             part["prepend_scheme"] = "never"  # a content is never at the start of a text
-    return tokenizers.Tokenizer.from_str(json.dumps(backend))
+    literal = tokenizers.Tokenizer.from_str(json.dumps(backend))
+    literal.model = fast.model
+    return literal
 
 
 def _batches(items: Iterable, size: int) -> Iterator[list]:
