@@ -1,6 +1,6 @@
 #!/bin/bash
 # Python of an Apptainer image, as cluster.slurm.python: apptainer_python.sh ARGUMENTS...
-# IMAGE names the image file; the working folder is the checkout, which has the same path on all nodes.
+# CSC_IMAGE names the image file; the working folder is the checkout, which has the same path on all nodes.
 set -eu
 if [ -n "${APPTAINER_CONTAINER:-}" ]; then exec python "$@"; fi # inside the image already: torchrun
 
@@ -22,4 +22,4 @@ done
 # The package of the checkout, not the image's copy
 export APPTAINERENV_PYTHONPATH=$PWD APPTAINERENV_PYTHONNOUSERSITE=1
 exec apptainer exec --nv --cleanenv --home "$home" --bind "$PWD${HF_HOME:+,$HF_HOME}" --pwd "$PWD" \
-    "${IMAGE:-csc_train.sif}" python "$@"
+    "${CSC_IMAGE:-csc_train.sif}" python "$@"

@@ -198,7 +198,7 @@ def test_apptainer_gets_the_variables_of_each_node_and_nothing_of_the_home(job, 
     output = job("slurm_apptainer")
     started = re.findall(r"^apptainer (.*)$", output, re.MULTILINE)
     assert len(started) == 2, "torchrun runs in the image already"
-    folders = f"--bind {tmp_path},{tmp_path}/runs/huggingface --pwd {tmp_path} {tmp_path}/csc_train.sif python"
+    folders = f"--bind {tmp_path},{tmp_path}/runs/huggingface --pwd {tmp_path} csc_train.sif python"
     own_home = Path(f"/tmp/csc_train-{os.getuid()}")
     assert started[0].startswith(f"exec --nv --cleanenv --home {own_home} {folders} -m csc_train.launching.supervise ")
     assert own_home.stat().st_mode & 0o777 == 0o700
