@@ -296,7 +296,7 @@ def test_the_ranks_read_the_saved_configuration(tmp_path, monkeypatch):
         again = compose("sft", [f"from={job.directory}", "trainer.epochs=7", "data.train.path=other.jsonl"])
         expected = to_container(job.config)
         expected["trainer"]["epochs"], expected["data"]["train"]["path"] = 7.0, "other.jsonl"
-        expected["run"] = {"directory": None, "if_exists": "error"}
+        expected["run"] = {"directory": None, "if_exists": "error", "timeout_s": 1800}
         assert to_container(again) == expected
 
 

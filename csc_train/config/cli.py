@@ -4,18 +4,22 @@ import logging
 import os
 import runpy
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from csc_train.config.explain import help_text
 from csc_train.config.paths import CONF, script_of
 from csc_train.config.recipes import SCHEMAS
-from csc_train.errors import InputError, suggestion
+from csc_train.errors import InputError, ResumableError, suggestion
 from csc_train.runs.claim import keep_inherited, release_all
 from csc_train.runs.directory import mark_failed, mark_interrupted
 from csc_train.runs.distributed import exit_with_launcher, record_failure
+from csc_train.runs.heartbeat import own
 
 logger = logging.getLogger(__name__)
+MARK_S = 30.0
+"""Seconds to note in the run directory that a rank was lost."""
 HELP = ("--help", "-h")
 HYDRA_FLAGS = ("--hydra-help", "--cfg", "-c", "--package", "-p", "--resolve", "--info", "-i")
 
@@ -59,7 +63,10 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
                 )
             from csc_train.config.compose import compose
 
-            main(compose(recipe, arguments))
+            config = compose(recipe, arguments)
+            if run := getattr(config, "run", None):
+                own.timeout_s, own.on_lost = run.timeout_s, _end_lost
+            main(config)
     except InputError as error:
         advice = mark_failed(error)
         if os.environ.get("RANK", "0") == "0":
@@ -76,9 +83,23 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
         raise
     finally:
         release_all()
+        own.stop()
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _end_lost(message: str) -> None:
+    """End this process for a rank that is lost; its parent ends the others."""
+    threading.Timer(MARK_S, os._exit, [1]).start()  # the file system may hang as well
+    try:
+        raise ResumableError(message, "")
+    except ResumableError as error:
+        advice = mark_failed(error)
+        if os.environ.get("RANK") in ("0", "1") or os.environ.get("LOCAL_RANK") == "0":  # one of them is alive
+            print(f"error: {error}{advice}", file=sys.stderr, flush=True)
+        record_failure(error)
+    os._exit(1)
 
 
 def show_help(recipe: str, arguments: list[str]) -> bool:

@@ -7,7 +7,7 @@ import os
 import re
 import typing
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from csc_train.config.recipes import SCHEMAS, schema_of
 from csc_train.errors import InputError
 from csc_train.overrides import Override, argument, escape, parse_override, quote, type_at, unescape
 from csc_train.plugins import load_plugins
-from csc_train.runs.config import RESOLVED_FILE, RunConfig, may_change
+from csc_train.runs.config import RESOLVED_FILE, may_change
 from csc_train.runs.directory import flatten_keys, read_config
 
 RECORDED = ("run", "resume", "from")
@@ -73,7 +73,7 @@ def compose(recipe: str, arguments: list[str]) -> Any:
     if "run" in recorded or "resume" in recorded:
         directory = _resumed_directory(recorded, values)
         config = compose_recorded(recipe, directory / RESOLVED_FILE, values)
-        config.run = RunConfig(str(directory), "resume")
+        config.run = replace(config.run, directory=str(directory), if_exists="resume")
         return config
     if "from" in recorded:
         new_run = ["run.directory=null", "run.if_exists=error"]

@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.supervise import FORWARDED, signal_handler
 from csc_train.overrides import argument, parse_override, resume_hint
 from csc_train.runs.claim import CLAIM_VARIABLE, Claim, claim, claim_new
-from csc_train.runs.config import RESOLVED_FILE, RunConfig
+from csc_train.runs.config import RESOLVED_FILE
 from csc_train.runs.directory import EXIT_STOPPED, RECORD_FILE, as_yaml, default_directory, refuse_other_files
 
 LAUNCH_FILE = "launch.yaml"
@@ -163,7 +163,9 @@ def plan_job(arguments: list[str]) -> Job:
             )
         if not (default := config.run.directory is None):
             _refuse_taken(Path(config.run.directory))
-        config.run = RunConfig(config.run.directory or default_directory(launch.recipe), "resume")
+        config.run = replace(
+            config.run, directory=config.run.directory or default_directory(launch.recipe), if_exists="resume"
+        )
     job = Job(launch, config, new, default)
     job.check()
     return job

@@ -6,7 +6,7 @@ their last checkpoints, with the same numbers and values.
 
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from csc_train.launching.sweep_runner import SweepRunner
 from csc_train.launching.sweep_summary import describe_trial, report_sweep
 from csc_train.launching.trial_runner import Interrupted
 from csc_train.runs.claim import claim
-from csc_train.runs.config import RunConfig
 from csc_train.runs.directory import as_yaml, flatten_keys, read_config, refuse_other_files
 
 STUDY_FILE = "study.log"
@@ -72,7 +71,7 @@ class Sweep:
         """
         varied = [to_override(self.config.override_key(name), value) for name, value in values.items()]
         config = compose(self.launch.recipe, [*self.overrides, *varied])
-        config.run = RunConfig(str(self.directory / f"trial-{number}"), "resume")
+        config.run = replace(config.run, directory=str(self.directory / f"trial-{number}"), if_exists="resume")
         common = {field.name: getattr(self.launch, field.name) for field in fields(LaunchRecipe)}
         job = Job(LaunchRecipe(**common), config, new=True)
         job.check()

@@ -35,6 +35,9 @@ class RunConfig:
     (continue it if it is unfinished), refuse any other. resume: continue it, also under other code, but not on other
     data. extend: continue it under this configuration, within the limits of the recipe. replace: start over;
     the old run is moved to DIR.replaced-N until the new one has finished."""
+    timeout_s: int = 1800
+    """Seconds after which a rank that does not answer, or a training step in which no rank gets on, ends the job."""
 
     def __post_init__(self):
         check_fields("run.", self, "if_exists", choices=IF_EXISTS)
+        check_fields("run.", self, "timeout_s", low=5)

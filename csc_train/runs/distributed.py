@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import logging
 import os
 import signal
 import sys
@@ -9,9 +10,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from csc_train.errors import InputError
+from csc_train.runs.heartbeat import own
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+logger = logging.getLogger(__name__)
+LONGEST_WAIT_S = 7200
+"""Seconds that ranks wait for each other: the main one writes up to hundreds of gigabytes."""
+NCCL_VARIABLES = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process when a collective call fails or takes too long
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "480",  # then also if NCCL's own thread hangs
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # what each rank last called, for torch's flight recorder
+    "TORCH_FR_BUFFER_SIZE": "2000",
+}
+"""How NCCL ends a job that hangs. The user's environment goes first."""
 
 
 def distributed_state() -> "PartialState":
@@ -19,11 +32,21 @@ def distributed_state() -> "PartialState":
     import torch
     from accelerate import PartialState
 
+    if PartialState._shared_state:
+        return PartialState()
     gpu = torch.cuda.is_available()
     _quiet_libraries(gpu)
+    os.environ.update(NCCL_VARIABLES | os.environ)
     # Without `cpu`, ranks on a machine without a GPU would not find each other and would train apart.
-    # Two hours: all ranks wait while the main process writes up to hundreds of gigabytes.
-    return PartialState(cpu=not gpu, timeout=datetime.timedelta(hours=2))
+    longest = max(LONGEST_WAIT_S, own.timeout_s)
+    state = PartialState(cpu=not gpu, timeout=datetime.timedelta(seconds=longest))
+    if state.num_processes > 1:
+        default: Any = torch.distributed.distributed_c10d._get_default_store()
+        own.start(state.process_index, state.num_processes, default.clone())
+        nccl = ", ".join(f"{name}={os.environ[name]}" for name in NCCL_VARIABLES) if gpu else "none for gloo"
+        ends = f"one that does not answer for {own.timeout_s} s ends the job, or one call of {longest} s"
+        logger.info(f"{state.num_processes} ranks: {ends}; NCCL's own: {nccl}")
+    return state
 
 
 def _quiet_libraries(gpu: bool) -> None:

@@ -25,7 +25,7 @@ from csc_train.files import digest, read_json
 from csc_train.launching.job import Job, split_arguments
 from csc_train.overrides import argument
 from csc_train.runs.comparison import RESULTS_FILE
-from csc_train.runs.config import RunConfig, may_change
+from csc_train.runs.config import may_change
 from csc_train.runs.directory import read_run_record
 
 LOCAL = ClusterConfig("local", gpus_per_node=1, process_launcher="none")
@@ -174,7 +174,7 @@ def _step(
         last = {text if text.startswith(CONFIG_DIR) else text.partition("=")[0]: text for text in [*common, *overrides]}
         composed = compose(config.recipe, list(last.values()))
         run = directory / f"{name}-{_content(config.recipe, composed, directory)}"
-        composed.run = RunConfig(str(run), "resume")
+        composed.run = replace(composed.run, directory=str(run), if_exists="resume")
         again = _finished(run) and _other_metrics(run, composed)
         cluster = LOCAL if again else _cluster(launch.cluster, config)
         mode = "score_only=true" if again else Job.mode

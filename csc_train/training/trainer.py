@@ -57,6 +57,7 @@ from csc_train.packing.collator import PackCollator, run_bounds
 from csc_train.packing.dataset import PackedDataset, PackingReport
 from csc_train.packing.pack_cost import pack_costs
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
+from csc_train.runs.heartbeat import own
 from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.compatibility import resolve_compile
 from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
@@ -171,6 +172,7 @@ class PackTrainer(SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A forward and backward pass; its size and loss are kept for messages. The loss of the tokens is logged."""
+        own.note(f"step {self.state.global_step + 1}", timed=True)
         self._batch_tokens = inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
         self._losses.append(loss)
@@ -440,6 +442,7 @@ class PackTrainer(SFTTrainer):
 
         The steps before a checkpoint are logged in it: a resumed training then logs the same as one without a break.
         """
+        own.note(f"after step {self.state.global_step}")
         start = time.perf_counter()
         self.control.should_log |= self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*arguments, **options)
