@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ def offline_without_hub() -> Iterator[str]:
         yield "HF_HUB_OFFLINE is set" if offline else unreachable
     finally:
         constants.HF_HUB_OFFLINE = offline
+
+
+def split_revision(path: str) -> tuple[str, str | None]:
+    """OWNER/NAME and REVISION of OWNER/NAME@REVISION; a path that exists, or that names no revision, and None."""
+    name, _, revision = path.partition("@")
+    return (path, None) if os.path.exists(path) else (name, revision or None)
 
 
 @functools.cache

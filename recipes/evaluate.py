@@ -29,6 +29,7 @@ def main(config: EvaluateRecipe) -> None:
     # What needs no model is checked before the imports that take seconds
     from csc_train.checkpoints.locate import check_source
     from csc_train.checkpoints.manifest import plain_manifest
+    from csc_train.checkpoints.revisions import pin_revisions
     from csc_train.evaluation.general import encode_texts, read_texts, texts_hash
 
     texts = [] if config.score_only else read_texts(config.evaluation.general)
@@ -60,9 +61,8 @@ def main(config: EvaluateRecipe) -> None:
         with claim_run("evaluate", Path(config.run.directory)):
             score_and_show(Path(config.run.directory), config)
         return
-    state = distributed_state()
+    config, state = pin_revisions(config), distributed_state()
     run = Run("evaluate", to_container(config), OUTPUTS)
-
     # Checkpoint, dialogues
     template, data, model, base = config.template, config.data, None, None
     if config.checkpoint:

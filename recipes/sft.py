@@ -23,11 +23,11 @@ OUTPUTS = (  # in the run directory
 
 def main(config: SftRecipe) -> None:
     # What needs no model is checked before the imports that take seconds
-    from csc_train.models.hub import check_available
+    from csc_train.checkpoints.revisions import pin_revisions
     from csc_train.runs.distributed import distributed_state, world_size
 
     config.trainer.accumulation(world_size())
-    check_available(config.model)
+    config = pin_revisions(config)
 
     from csc_train.checkpoints.export import trained_model
     from csc_train.checkpoints.manifest import build_manifest, save_base_model, save_final_model, write_manifest

@@ -23,16 +23,22 @@ WEIGHTS = {"model-00001-of-00002.safetensors": bytes(range(256)) * 40, "model-00
 FILES = {"config.json": b"{}", "model.safetensors.index.json": b'{"a": 1}', **WEIGHTS}
 
 
+@pytest.fixture(scope="module")
+def manifest():
+    """That of an export."""
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
+    facts = {"exported_from": "/runs/demo/checkpoints/checkpoint-30", "export": {"format": "merged", "step": "30"}}
+    return replace(manifest_of(template), **facts)
+
+
 @pytest.fixture
-def exported(tmp_path):
+def exported(tmp_path, manifest):
     """An export, as far as an upload looks at it, and a file beside that is none of it."""
     directory = tmp_path / "exported"
     directory.mkdir()
     for name, content in FILES.items():
         (directory / name).write_bytes(content)
-    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig())
-    facts = {"exported_from": "/runs/demo/checkpoints/checkpoint-30", "export": {"format": "merged", "step": "30"}}
-    write_manifest(directory, replace(manifest_of(template), files=hash_files(directory), **facts))
+    write_manifest(directory, replace(manifest, files=hash_files(directory)))
     (directory / "README.md").write_text("---\ntags:\n- csc-train\n---\n# Demo\n")
     (directory / "notes.txt").write_text("private")
     return directory
@@ -200,6 +206,13 @@ def test_what_the_hub_refuses_is_said_in_one_line_without_secrets(hub, exported,
     assert upload._bare("no hf_writes\n at https://a/b?X-Sig=c&d=e ok?") == "no HF_TOKEN at https://a/b ok?"
     hub.faults = [("POST .*/commit/", 500)] * 4
     assert "HTTP 500: planned; " in refusal(exported)
+
+
+def test_a_directory_that_changed_since_it_was_written_is_not_uploaded(hub, exported):
+    (exported / "config.json").write_bytes(b"{ }")
+    text = refusal(exported)
+    assert text == f"{exported}: not as it was written (config.json has 3 bytes, not 2): export the model again"
+    assert not hub.repositories
 
 
 def test_without_the_hub_nothing_is_begun(hub, exported, monkeypatch):

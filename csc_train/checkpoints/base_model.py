@@ -10,6 +10,7 @@ from csc_train.checkpoints.content import base_files, first_difference
 from csc_train.checkpoints.manifest import Manifest
 from csc_train.errors import InputError
 from csc_train.files import digest
+from csc_train.hub_access import split_revision
 from csc_train.models.hub import is_local_path
 
 
@@ -61,7 +62,7 @@ def find_base(directory: Path, manifest: Manifest, advice: str, given: str | Non
         found = "; ".join(differences) or f"no {base}"
         raise InputError(f"{directory}: its base model is not found ({found}): {advice}")
     if given and given != manifest.base_model:
-        revision = None
+        base, revision = split_revision(given)
     if constants.HF_HUB_OFFLINE and not base_files(base, revision):
         raise InputError(f"{base}: HF_HUB_OFFLINE is set and the cache has no copy of this base model: {advice}")
     return _described(base, revision, _difference(base, revision, manifest))

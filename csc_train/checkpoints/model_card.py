@@ -17,6 +17,7 @@ from csc_train.data.strategies import STRATEGIES
 from csc_train.data.training_record import read_training_record
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_text
+from csc_train.hub_access import split_revision
 from csc_train.models.hub import find_file, is_local_path
 from csc_train.models.tokenizer import load_tokenizer
 from csc_train.plugins import load_recorded_plugins
@@ -160,12 +161,14 @@ def _eval_results(figures: dict[str, Any]) -> list[EvalResult]:
     data, contexts = figures["data"], figures["systems"][figures["system"]]
     side = data.get("evaluation", {}) if data.get("evaluation", {}).get("path") else data.get("train", {})
     path = str(side.get("path") or "dialogues")
+    path, revision = split_revision(path)
     kind = Path(path).stem if is_local_path(path) else path
     return [
         EvalResult(
             task_type="text-generation",
             task_name="customer support",
             dataset_type=kind,
+            dataset_revision=revision,
             dataset_name=side.get("source") or kind,
             dataset_config=f"{context} context",
             metric_type=METRIC_TYPES.get(name, name.lower()),

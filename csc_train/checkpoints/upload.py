@@ -10,22 +10,19 @@ import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from huggingface_hub import errors
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
 
 from csc_train.checkpoints.config import ExportConfig
-from csc_train.checkpoints.content import sha256
+from csc_train.checkpoints.content import first_difference, sha256
 from csc_train.checkpoints.locate import CHECKPOINTS_FOLDER, MODEL_FOLDER
 from csc_train.checkpoints.manifest import CARD_FILE, MANIFEST_FILE, Manifest, read_manifest
 from csc_train.errors import InputError, causes
 from csc_train.hub_access import offline_without_hub
 from csc_train.overrides import hint
 from csc_train.progress import ProgressBar
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.hf_api import RepoFile
 
 TOKEN_VARIABLE = "HF_TOKEN"
 """The environment variable with the token, its only place: no setting, log, error or file holds one."""
@@ -43,7 +40,7 @@ _ADVICE = {
 logger = logging.getLogger(__name__)
 
 
-def check_push(config: ExportConfig) -> "HfApi":
+def check_push(config: ExportConfig) -> HfApi:
     """Check that the hub answers, accepts the token, and lets it write to the owner's repositories.
 
     Returns:
@@ -52,11 +49,8 @@ def check_push(config: ExportConfig) -> "HfApi":
     Raises:
         InputError: it does not; or the repository is public and the upload shall be private.
     """
-    from huggingface_hub import HfApi
-
     place, owner = f"push_to={config.push_to}", str(config.push_to).partition("/")[0]
-    token = re.sub(r"[\r\n]", "", os.environ.get(TOKEN_VARIABLE, "")).strip()
-    if not token:
+    if not (token := os.environ.get(TOKEN_VARIABLE, "").strip()):
         raise InputError(f"{place}: {TOKEN_VARIABLE} is not set: give a token that may write there in the environment")
     if not token.isascii() or not token.isprintable():
         raise InputError(f"{place}: {TOKEN_VARIABLE} holds characters that no token has: copy it again")
@@ -76,7 +70,7 @@ def check_push(config: ExportConfig) -> "HfApi":
         return api
 
 
-def push(api: "HfApi", directory: Path, config: ExportConfig) -> None:
+def push(api: HfApi, directory: Path, config: ExportConfig) -> None:
     """Upload a model's files, as its manifest names them, its manifest and its card in one commit.
 
     Files that the repository holds with the same content are left out. A broken connection is followed by a look at
@@ -87,14 +81,19 @@ def push(api: "HfApi", directory: Path, config: ExportConfig) -> None:
         api: the client (see `check_push`).
 
     Raises:
-        InputError: the hub cannot be reached, or refuses the upload; says how to resume it.
+        InputError: the directory is not as it was written; or the hub cannot be reached, or refuses the upload, which
+            says how to resume it.
     """
+    manifest = read_manifest(directory)
+    if difference := first_difference(directory, manifest.files) if manifest.files else "its manifest names no files":
+        raise InputError(f"{directory}: not as it was written ({difference}): export the model again")
     resume = f"the model in {directory} is whole; to upload it: python recipes/export.py " + hint(
         {"source": directory, "push_to": config.push_to} | ({} if config.push_private else {"push_private": False})
     )
     try:
-        with _hub_refusals(f"push_to={config.push_to}"), _without_queries():
-            commit = _push(api, directory, str(config.push_to), config.push_private)
+        logging.getLogger("huggingface_hub.utils._http").addFilter(_is_unsigned)
+        with _hub_refusals(f"push_to={config.push_to}"):
+            commit = _push(api, directory, manifest, config)
     except InputError as error:
         raise InputError(f"{error}; {resume}") from error
     except KeyboardInterrupt:
@@ -103,15 +102,13 @@ def push(api: "HfApi", directory: Path, config: ExportConfig) -> None:
     logger.info(f"{directory} is {config.push_to} at commit {commit}")
 
 
-def _push(api: "HfApi", directory: Path, repository: str, private: bool) -> str:
-    from huggingface_hub import CommitOperationAdd
-
-    manifest = read_manifest(directory)
-    names = [name for name in (*manifest.files, MANIFEST_FILE, CARD_FILE) if (directory / name).is_file()]
+def _push(api: HfApi, directory: Path, manifest: Manifest, config: ExportConfig) -> str:
+    repository = str(config.push_to)
+    names = [*manifest.files, MANIFEST_FILE, *([CARD_FILE] if (directory / CARD_FILE).is_file() else [])]
     additions = {name: CommitOperationAdd(name, directory / name) for name in names}
     for wait in (*WAITS_S, None):
         try:
-            api.create_repo(repository, private=private, exist_ok=True)
+            api.create_repo(repository, private=config.push_private, exist_ok=True)
             return _commit_missing(api, repository, directory, additions, manifest)
         except (ConnectionError, TimeoutError, errors.HTTPError) as error:
             status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 500
@@ -123,13 +120,9 @@ def _push(api: "HfApi", directory: Path, repository: str, private: bool) -> str:
 
 
 def _commit_missing(
-    api: "HfApi", repository: str, directory: Path, additions: dict[str, "CommitOperationAdd"], manifest: Manifest
+    api: HfApi, repository: str, directory: Path, additions: dict[str, CommitOperationAdd], manifest: Manifest
 ) -> str:
     """Commit the files that the newest commit of the repository lacks; returns the commit that holds them all."""
-    from huggingface_hub import CommitOperationDelete
-    from huggingface_hub.hf_api import RepoFile
-    from huggingface_hub.utils import disable_progress_bars
-
     parent = api.repo_info(repository).sha or ""
     tree = api.list_repo_tree(repository, recursive=True, revision=parent or None)
     held = {each.path: each for each in tree if isinstance(each, RepoFile)}
@@ -163,7 +156,7 @@ def _commit_missing(
     return commit.oid
 
 
-def _is_same(path: Path, held: "RepoFile | None") -> bool:
+def _is_same(path: Path, held: RepoFile | None) -> bool:
     """Whether the repository holds a file with this content."""
     if held is None or held.size != path.stat().st_size:
         return False
@@ -215,17 +208,6 @@ def _bare(text: str) -> str:
     return text.replace(token, TOKEN_VARIABLE) if token else text
 
 
-@contextlib.contextmanager
-def _without_queries() -> Iterator[None]:
-    """Let the library's own log, which names addresses, hold neither tokens nor signatures."""
-
-    def strip(record: logging.LogRecord) -> bool:
-        record.msg, record.args = _bare(record.getMessage()), ()
-        return True
-
-    client = logging.getLogger("huggingface_hub.utils._http")
-    client.addFilter(strip)
-    try:
-        yield
-    finally:
-        client.removeFilter(strip)
+def _is_unsigned(record: logging.LogRecord) -> bool:
+    """Whether the library's log record names no address with a query, which may be a signature."""
+    return re.search(r"\?\S*=", record.getMessage()) is None

@@ -2,6 +2,7 @@
 
 import encodings.aliases
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class DialogueSourceConfig:
 
     path: str | None = None
     """A `.json`, `.jsonl`, `.ndjson` or `.parquet` file, the texts also as `.gz` or `.zst`; a folder of such files; a
-    glob in quotes; or the id of a Hugging Face data set."""
+    glob in quotes; or the id of a Hugging Face data set, OWNER/NAME or OWNER/NAME@REVISION."""
     source: str | None = None
     """Keep only the rows with this `source`; null keeps all rows."""
     also: list[str] = field(default_factory=list)
@@ -65,7 +66,7 @@ class MixEntryConfig(DialogueSourceConfig):
         """Its name, given or derived."""
         if self.name is not None or self.path is None:
             return self.name or ""
-        return self.source or Path(os.path.abspath(self.path)).name.partition(".")[0] or self.path
+        return self.source or re.split("[.@]", Path(os.path.abspath(self.path)).name)[0] or self.path
 
 
 @dataclass

@@ -13,10 +13,10 @@ from typing import Any
 
 from csc_train.errors import InputError
 from csc_train.files import os_errors, require_end
-from csc_train.hub_access import offline_without_hub
+from csc_train.hub_access import offline_without_hub, split_revision
 from csc_train.jsonl import BLOCK, parse_lines
 
-HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """By suffix, after that of a JSON or JSONL file; pyarrow's names."""
@@ -35,7 +35,7 @@ def iter_records(
 
     Args:
         path: a file; a folder, whose files are read in the order of their names; a glob; the id of a data set of the
-            hub (`owner/name`); or a list of these.
+            hub (`owner/name`, or `owner/name@revision`); or a list of these.
         encoding: codec of the texts of JSON and JSONL; None is UTF-8, where a line of another encoding is a `BadLine`.
 
     Raises:
@@ -49,6 +49,12 @@ def iter_records(
         rows = _parquet_records(place) if _kind(place) == ".parquet" else _text_records(place, encoding)
         with os_errors(place, "cannot read"):
             yield from ((place, *row) for row in rows)
+
+
+def is_hub_data(path: str) -> bool:
+    """Whether a path means a data set of the hub: there is no such file, and it looks like no file."""
+    missing = not Path(path).exists() and not glob.has_magic(path) and _kind(Path(path)) not in FILE_SUFFIXES
+    return missing and HUB_ID_PATTERN.fullmatch(path) is not None
 
 
 def find_files(path: str | os.PathLike | list[str], suffixes: tuple[str, ...] = FILE_SUFFIXES) -> list[Path | str]:
@@ -237,9 +243,11 @@ def _hub_records(name: str) -> Iterator[tuple[int, Any]]:
     import datasets.exceptions
 
     with offline_without_hub() as offline:
+        place, revision = split_revision(name)
         try:
             # A cached copy cannot be streamed, so offline it is read whole.
-            yield from enumerate(datasets.load_dataset(name, split="train", streaming=not offline), start=1)
+            rows = datasets.load_dataset(place, revision=revision, split="train", streaming=not offline)
+            yield from enumerate(rows, start=1)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = f"{offline} and the cache has no copy" if offline else first_line(error)
             raise InputError(f"{name}: cannot load the data set from the Hugging Face hub: {reason}") from error

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from csc_train.errors import InputError, causes
 from csc_train.files import read_json
-from csc_train.hub_access import offline_without_hub
+from csc_train.hub_access import offline_without_hub, split_revision
 from csc_train.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -25,16 +25,18 @@ OUTPUT_AND_INPUT = {"lm_head.weight", "model.embed_tokens.weight", "model.langua
 _LOG_IN = "accept its licence on its hub page, and set HF_TOKEN or run `hf auth login`, or give a local directory"
 _REFUSALS = {
     errors.GatedRepoError: f"the model is gated: {_LOG_IN}",
-    errors.RepositoryNotFoundError: "no such model on the hub: check the name; a private model needs HF_TOKEN",
+    errors.RepositoryNotFoundError: "no such {kind} on the hub: check the name; a private {kind} needs HF_TOKEN",
     errors.RevisionNotFoundError: "the hub repository has no such branch, tag or commit: check the revision",
 }
 
 
 @contextlib.contextmanager
 def hub_errors(
-    path: str, what: str, kinds: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, SafetensorError)
+    path: str,
+    what: str,
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, SafetensorError, errors.HTTPError),
 ) -> Iterator[None]:
-    """Turn failures to read `what` ("model", "tokenizer") at `path` into an InputError of one line.
+    """Turn failures to read `what` ("model", "tokenizer", "data set") at `path` into an InputError of one line.
 
     Args:
         kinds: the errors that mean such a failure: all kinds where only a library runs that reads a user's files.
@@ -51,7 +53,8 @@ def hub_errors(
             found = list(causes(error))
             for kind, advice in _REFUSALS.items():
                 if any(isinstance(cause, kind) for cause in found):
-                    raise InputError(f"{path}: {advice}") from error
+                    kind = what if what == "data set" else "model"
+                    raise InputError(f"{path}: {advice.format(kind=kind)}") from error
             reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
             if local.is_dir():
                 raise InputError(f"{path}: the directory has no readable {what} ({reason})") from error
@@ -216,11 +219,14 @@ def has_own_head(directory: Path) -> bool:
 
 def is_local_path(path: str) -> bool:
     """Whether `path` means a directory: it exists, or it does not look like a hub id (owner/name)."""
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") != 1
 
 
-def check_available(config: ModelConfig) -> None:
+def check_available(config: ModelConfig) -> str | None:
     """Check that the base model has a directory or can be had from the hub, before the imports that take seconds.
+
+    Returns:
+        Its commit on the hub; None for a directory.
 
     Raises:
         InputError: neither; see `hub_errors`.
@@ -228,7 +234,9 @@ def check_available(config: ModelConfig) -> None:
     if config.init == "pretrained":
         with hub_errors(config.path, "model"):
             if not is_local_path(config.path):
-                huggingface_hub.hf_hub_download(str(config.path), "config.json", revision=config.revision)
+                found = huggingface_hub.hf_hub_download(str(config.path), "config.json", revision=config.revision)
+                return Path(found).parent.name
+    return None
 
 
 @functools.cache
@@ -236,6 +244,7 @@ def snapshot(path: str, what: str, revision: str | None = None, cached: bool = F
     """The directory of a model's files: `path` itself, or the cache to which the hub's files are downloaded.
 
     Args:
+        path: a directory, a hub id, or one with a revision, OWNER/NAME@REVISION.
         what: the name of the model in error messages.
         cached: download nothing.
 
@@ -245,6 +254,8 @@ def snapshot(path: str, what: str, revision: str | None = None, cached: bool = F
     with hub_errors(path, what):
         if is_local_path(path):
             return Path(path)
+        path, given = split_revision(path)
+        revision = revision or given
         download = functools.partial(huggingface_hub.snapshot_download, revision=revision, local_files_only=cached)
         found = Path(download(path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors", "README.md"]))
         if not any(found.glob("*.safetensors")):
