@@ -14,11 +14,14 @@ from processes import free_port, run_script
 from stand_ins import PROGRAMS, PYTHON, end_job, kubernetes_nodes, skypilot_nodes
 
 from csc_train.config.cluster import ClusterConfig
+from csc_train.config.compose import compose
 from csc_train.config.schedulers import KubernetesConfig, SkyPilotConfig
 from csc_train.errors import InputError
 from csc_train.launching.job import launch, plan_job
 from csc_train.launching.launchers.base import JobSpec
 from csc_train.launching.launchers.registry import launcher_class
+from csc_train.launching.launchers.submitted import SubmittedLauncher
+from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.supervise import CONFIG_VARIABLE, place_config
 from csc_train.launching.sweep import sweep
 
@@ -51,7 +54,9 @@ def launcher(scheduler, directory="runs/x", **changes):
     cluster = ClusterConfig(scheduler=scheduler, **options)
     config = "model: {path: a}\nrun: {directory: '$(A) ${B} $C'}\n"
     arguments = (f"run={directory}", "resume=true")
-    return launcher_class(cluster)(JobSpec(cluster, Path(directory), "recipes/sft.py", arguments, config=config))
+    job = launcher_class(cluster)(JobSpec(cluster, Path(directory), "recipes/sft.py", arguments, config=config))
+    assert isinstance(job, SubmittedLauncher)
+    return job
 
 
 def documents(text):
@@ -159,6 +164,16 @@ def test_a_dry_run_prints_all_and_needs_no_program(scheduler, tmp_path, monkeypa
     assert sweep(["debug=cpu_tiny", asked[-2], "trainer.packs_per_step=32", "sweep=lr"]) == 2
     assert capsys.readouterr().err == f"error: {missing}dry_run=true prints the job\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_only_the_cluster_has_are_not_checked_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ["experiment=qwen2_5_7b_lora", "cluster=kubernetes_2x8", "trainer.packs_per_step=32"]
+    config = compose("preflight", asked)
+    for scheduler, status in (("kubernetes", "not checked"), ("slurm", "failed")):
+        config.cluster.scheduler = scheduler
+        found = {check.name: check.status for check in run_preflight(config, free_disk=1).checks}
+        assert (found["model files"], found["disk"]) == (status, status)
 
 
 # Bad input

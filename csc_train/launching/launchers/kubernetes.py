@@ -1,6 +1,5 @@
 """The Kubernetes launcher: an Indexed Job with one pod for each node, submitted and watched by kubectl."""
 
-import json
 import signal
 from typing import Any
 
@@ -25,16 +24,6 @@ class KubernetesLauncher(SubmittedLauncher):
 
     tool = "kubectl"
     file = "job.yaml"
-
-    @property
-    def options(self):
-        """The cluster's section for Kubernetes."""
-        return self.job.cluster.kubernetes
-
-    @property
-    def root(self) -> str:
-        """The working directory of the pods."""
-        return self.options.working_directory
 
     def check(self) -> None:
         """Refuse a job without an image."""
@@ -152,11 +141,9 @@ class KubernetesLauncher(SubmittedLauncher):
     def _conditions(self, name: str) -> set[str] | None:
         """The conditions that are true of a Job; None if there is no such Job."""
         place = ["--namespace", self.options.namespace]
-        found = self.call("get", "job", name, *place, "--ignore-not-found", "--output", "json")
-        if not found.strip():
-            return None
-        conditions = json.loads(found).get("status", {}).get("conditions", [])
-        return {each["type"] for each in conditions if each["status"] == "True"}
+        job = self.ask("get", "job", name, *place, "--ignore-not-found", "--output", "json")
+        conditions = job and job.get("status", {}).get("conditions", [])
+        return job and {each["type"] for each in conditions if each["status"] == "True"}
 
     def _delete(self, name: str, *options: str) -> None:
         self.call("delete", "job,service", name, "--namespace", self.options.namespace, "--ignore-not-found", *options)

@@ -1,6 +1,5 @@
 """The SkyPilot launcher: a managed job on machines of a cloud, submitted and watched by sky."""
 
-import json
 import os
 import shlex
 import signal
@@ -12,9 +11,6 @@ from csc_train.launching.launchers.base import register_launcher
 from csc_train.launching.launchers.submitted import SubmittedLauncher
 from csc_train.runs.directory import EXIT_STOPPED
 
-WORKDIR = "~/sky_workdir"
-"""The copy of the project on each node, where a job starts."""
-
 
 @register_launcher("skypilot")
 class SkyPilotLauncher(SubmittedLauncher):
@@ -22,16 +18,7 @@ class SkyPilotLauncher(SubmittedLauncher):
 
     tool = "sky"
     file = "task.yaml"
-
-    @property
-    def options(self):
-        """The cluster's section for SkyPilot."""
-        return self.job.cluster.skypilot
-
-    @property
-    def root(self) -> str:
-        """The working directory of the job."""
-        return self.options.working_directory or WORKDIR
+    home = "~/sky_workdir"
 
     @classmethod
     def check_tool(cls, cluster: ClusterConfig) -> None:
@@ -117,7 +104,7 @@ class SkyPilotLauncher(SubmittedLauncher):
 
     def _queue(self) -> list[dict[str, Any]]:
         """The rows of `sky jobs queue`, with `job_id`, `job_name` and `status`."""
-        return json.loads(self.call("jobs", "queue", "--all", "--output", "json"))
+        return self.ask("jobs", "queue", "--all", "--output", "json")
 
     def stop(self, signum: int = signal.SIGTERM) -> None:
         """Cancel the job, after the upload of what it has written to buckets."""

@@ -1,5 +1,6 @@
 """What Kubernetes and SkyPilot have in common: jobs that take their configuration along to machines of their own."""
 
+import json
 import posixpath
 import re
 import shlex
@@ -10,7 +11,6 @@ from typing import Any, ClassVar
 
 import yaml
 
-from csc_train.config.schedulers import KubernetesConfig, SkyPilotConfig
 from csc_train.errors import InputError
 from csc_train.files import digest, write_text
 from csc_train.launching import supervise
@@ -30,7 +30,13 @@ class SubmittedLauncher(Launcher):
     shares_files = False
     file: ClassVar[str]
     """Name of the last submitted job in the run directory."""
-    options: KubernetesConfig | SkyPilotConfig
+    home: ClassVar[str] = ""
+    """Where a job starts, if `working_directory` does not say so."""
+
+    @property
+    def options(self) -> Any:
+        """The cluster's section for this scheduler, such as `cluster.kubernetes`."""
+        return getattr(self.job.cluster, self.job.cluster.scheduler)
 
     @property
     def path(self) -> Path:
@@ -44,9 +50,9 @@ class SubmittedLauncher(Launcher):
         return "-".join(filter(None, ("csc", words, digest(self.place)[:6])))
 
     @property
-    @abstractmethod
     def root(self) -> str:
         """The directory on the nodes at which relative paths begin."""
+        return self.options.working_directory or self.home
 
     @property
     def place(self) -> str:
@@ -122,6 +128,18 @@ class SubmittedLauncher(Launcher):
         if done.returncode:
             raise InputError(f"{self.tool} {' '.join(arguments[:2])}: {' '.join(done.stderr.split()) or done.stdout}")
         return done.stdout
+
+    def ask(self, *arguments: str) -> Any:
+        """The JSON that the scheduler's program prints; None if it prints nothing.
+
+        Raises:
+            InputError: as `call`, or it prints something else.
+        """
+        answer = self.call(*arguments).strip()
+        try:
+            return json.loads(answer or "null")
+        except ValueError as error:
+            raise InputError(f"{self.tool} {' '.join(arguments[:2])}: expected JSON, got {answer[:80]!r}") from error
 
     def poll(self) -> int | None:
         """0 if the run is finished or the job succeeded, 1 if it failed or is gone; None while it waits or runs.

@@ -90,6 +90,11 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
             raise NotCheckedError(f"needs {' and '.join(missing)}")
         return check(config, *map(known.get, needs))
 
+    def run_disk() -> str:
+        if not launcher.shares_files:
+            raise NotCheckedError("the run directory is on a volume of the cluster")
+        return check_run_disk(config, scenario, free_disk)
+
     checks: dict[str, Callable[[], str]] = {
         "run": partial(check_run, config),
         "batch": partial(check_batch, config),
@@ -109,7 +114,7 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         ),
         "GPUs": partial(check_gpus, config, gpus, here, absent),
         "memory": partial(check_memory, config, chosen, memory, host_memory),
-        "disk": partial(check_run_disk, config, scenario, free_disk),
+        "disk": run_disk,
         "packages": check_packages,
         "CUDA": partial(check_cuda, config, gpus, absent),
         "W&B": partial(check_tracking, config),
