@@ -5,10 +5,14 @@ import pickle
 import random
 import re
 import shutil
+import signal
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
+import psutil
 import pytest
 import torch
 from accelerate.utils import DeepSpeedPlugin
@@ -101,11 +105,17 @@ TWO_PROCESSES = {
     "moved lora off 3": case("3", resume="lora-off4", **LORA),
 }
 ONE_PROCESS = {
-    **{f"alone {stage} {step}": case(stage, resume=f"full-{stage}{step}") for stage in STAGES for step in (2, 4)},
+    **{
+        f"alone {stage} {step}": case(stage, resume=f"full-{stage}{step}", checkpoints=f"full-{stage}-alone{step}")
+        for stage in STAGES
+        for step in (2, 4)
+    },
     **{f"alone lora {stage}": case(stage, resume=f"lora-{stage}4", **LORA) for stage in ("1", "2", "3")},
     "alone moved 2 off": case("off", resume="full-24"),
     "alone bf16 1": case("1", precision="bf16", resume="bf16-14"),
 }
+BACK_ON_TWO = {f"back {stage}": case(stage, resume=f"full-{stage}-alone24") for stage in ("2", "3")}
+"""From step 4 of one process, which had resumed what two had saved after step 2."""
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +258,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(on_two, on_one, references, s
     assert again["first_step"] == alone["first_step"] == step
     agree(again, on_two[f"full {stage}"], 1e-6)
     agree(alone, references["full"])
+
+
+@pytest.mark.distributed
+def test_two_processes_then_one_then_two_train_as_if_nothing_was_lost(folder, on_two, on_one, references):
+    """The same packs in each step, by another accumulation."""
+    for name, run in train_all(folder, BACK_ON_TWO, 2).items():
+        stage = name.split()[1]
+        really(run, stage, 2)
+        assert run["first_step"] == 4
+        assert [run["accumulation"], on_one[f"alone {stage} 2"]["accumulation"]] == [2, 4]
+        agree(run, on_two[f"full {stage}"])
+        agree(run, references["full"])
 
 
 @pytest.mark.distributed
@@ -624,19 +646,40 @@ def workplace(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.distributed
-def test_a_killed_sharded_run_resumes_where_it_was(workplace):
-    run = workplace / "killed"
-    process = begin(workplace, TORCHRUN, "zero=zero3", "run.directory=killed")
+def wait_until(script: Script, happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while (
-        not (run / "checkpoints" / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < deadline
-    ):
+    while not happened() and script.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+
+
+@pytest.mark.distributed
+def test_a_sharded_run_that_loses_a_rank_and_gets_it_back_resumes_where_it_was(workplace, monkeypatch):
+    """2 ranks until one is stopped, 1 until it is killed, 2 again."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")  # a stopped process needs no time to save
+    run, lost = workplace / "lost", ["zero=zero3", "run.directory=lost"]
+    supervised = ["csc_train.launching.supervise", "lost", sys.executable, "-m", *TORCHRUN]
+    script = begin(workplace, supervised, *lost, "run.timeout_s=5")
+    wait_until(script, (run / "checkpoints" / "checkpoint-2").exists)
+    ((first, second),) = (
+        sorted(agent.children(), key=lambda each: each.pid) for agent in psutil.Process(script.pid).children()
+    )
+    second.send_signal(signal.SIGSTOP)
+    done = script.wait()
+    assert done.returncode == 1
+    said = rf"error: rank 1 \(process {second.pid} on \S+\): does not answer for 5 s, last in csc_train/.*step \d\)"
+    advice = "look at its machine, or raise run.timeout_s; to go on: run=lost resume=true"
+    assert re.search(f"^{said}: {advice}$", done.stderr, re.MULTILINE), done.stderr
+    assert not first.is_running() and not second.is_running()
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
     assert not (run / "model").exists()
-    text = finish(begin(workplace, TORCHRUN, "zero=zero3", "run.directory=killed"))
+
+    script = begin(workplace, [], *lost)
+    wait_until(script, lambda: ": loss" in script.stdout)
+    script.kill()
+    script.wait()
+    assert not (run / "model").exists()
+
+    text = finish(begin(workplace, TORCHRUN, *lost))
     (steps,) = re.findall(r"trained (\d+) steps in ", text)
     assert int(steps) <= 4  # steps 1 and 2 are not done again
     assert losses(run) == pytest.approx(losses(workplace / "one"), rel=TOLERANCE)

@@ -39,7 +39,7 @@ COMMANDS = [
 SMALL = ["recipe=sft", "debug=cpu_tiny", "trainer.max_steps=12", "trainer.save_steps=4"]
 TWO_NODES = [
     *SMALL, "cluster=slurm_4x8", "cluster.nodes=2", "cluster.gpus_per_node=1", "cluster.device=cpu",
-    "cluster.slurm.cpus=1", "run.directory=runs/two_nodes",
+    "cluster.slurm.cpus=1", "cluster.slurm.nodes_min=1", "run.directory=runs/two_nodes",
 ]  # fmt: skip
 CLUSTER = [
     "recipe=sft", "experiment=qwen2_5_7b_lora", "trainer.packs_per_step=32", "cluster=slurm_4x8",
@@ -252,6 +252,12 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
         (["cluster=slurm_4x8", "cluster.nodes=3", "trainer.packs_per_step=32"], "cluster.nodes=3: "
          "trainer.packs_per_step=32 is not a multiple of trainer.micro_batch_size=1 x 24 processes: give "
          "cluster.nodes=2 or 4"),
+        (["cluster=slurm_4x8", "cluster.slurm.nodes_min=3", "trainer.packs_per_step=32"], "cluster.slurm.nodes_min=3: "
+         "trainer.packs_per_step=32 is not a multiple of trainer.micro_batch_size=1 x 24 processes: give "
+         "cluster.slurm.nodes_min=2 or 4"),
+        (["cluster=slurm_4x8", "cluster.slurm.nodes_min=5"], "cluster.slurm.nodes_min=5: must be between 1 and 4"),
+        (["cluster=slurm_4x8", "cluster.slurm.nodes_min=2", "cluster.process_launcher=accelerate"],
+         "cluster.process_launcher=accelerate: nodes_min needs torchrun"),
         (["cluster.slurm.time=soon"], "cluster.slurm.time=soon: write hours as 24:00:00, days as 2-00:00:00"),
         (["cluster.slurm.options=['qos=high']"], "cluster.slurm.options: qos=high is no option; options "
          "start with -"),
@@ -394,15 +400,16 @@ def free_job_number() -> str:
     raise AssertionError("no free port")
 
 
-def run_script(place: Path, **options) -> Started:
-    """Run the submitted script on two nodes that are both this machine."""
+def run_script(place: Path, nodes: int = 2, **options) -> Started:
+    """Run the submitted script on nodes that are all this machine."""
     variables = {"SLURM_JOB_ID": free_job_number(), "SLURM_JOB_NODELIST": "node[1-2]"}
+    variables |= {"SLURM_JOB_NUM_NODES": str(nodes)}
     return Started(["bash", f"runs/two_nodes/{SCRIPT_FILE}"], place, **variables, **options)
 
 
 @pytest.mark.distributed
 def test_two_nodes_stopped_requeued_and_broken_have_the_same_result(place, reference):
-    """As one node with two ranks, through a time limit and the death of a node."""
+    """As one node with two ranks, through a time limit and the death of a node, which is not replaced."""
     submit(place)
     run = place / "runs/two_nodes"
     assert (run / SCRIPT_FILE).read_text() == (SLURM / "two_nodes.sbatch").read_text()
@@ -432,9 +439,11 @@ def test_two_nodes_stopped_requeued_and_broken_have_the_same_result(place, refer
     assert len((place / "requeued").read_text().split()) == 1
     assert left_in(place) == []
 
-    # Queued again
-    again = run_script(place)
+    # Queued again, on the other node alone
+    again = run_script(place, nodes=1)
     assert again.end() == 0, again.output
+    assert again.output.startswith("working on 1 of 1 nodes\n")
+    assert json.loads((run / "checkpoints/checkpoint-12/csc_checkpoint.json").read_text())["processes"] == 1
     assert trained(again.output) <= 12 - done
     assert record(run)["finished"]
     assert losses(run) == pytest.approx(reference, abs=1e-6)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from csc_train.config.schedulers import KubernetesConfig, SkyPilotConfig, SlurmConfig
-from csc_train.errors import InputError, check_fields
+from csc_train.errors import InputError, check_fields, check_range
 
 
 @dataclass
@@ -52,6 +52,9 @@ class ClusterConfig:
         if self.process_launcher == "none" and self.nodes > 1:
             raise InputError("cluster.process_launcher=none: one process has one node: set cluster.nodes=1")
         check_fields("cluster.", self, "port", low=1024, high=64535)
+        check_range("cluster.slurm.nodes_min", self.slurm.nodes_min, 1, self.nodes)
+        if self.slurm.nodes_min and self.process_launcher != "torchrun":
+            raise InputError(f"cluster.process_launcher={self.process_launcher}: nodes_min needs torchrun")
 
     @property
     def world_size(self) -> int:

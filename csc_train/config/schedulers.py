@@ -42,11 +42,14 @@ class SlurmConfig:
     """Queue the job again after its time limit or a node failure; it resumes from the last checkpoint."""
     save_before: int = 300
     """Seconds before the time limit at which the job saves a checkpoint and ends."""
+    nodes_min: int | None = None
+    """The fewest nodes on which the job starts or is queued again, such as after a node failure; defaults to
+    `cluster.nodes`. Of the nodes that SLURM gives, as many work as divide the packs of a step."""
 
     def __post_init__(self):
         if self.time is not None and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time):
             raise InputError(f"cluster.slurm.time={self.time}: write hours as 24:00:00, days as 2-00:00:00")
-        check_fields("cluster.slurm.", self, "cpus", low=1)
+        check_fields("cluster.slurm.", self, "cpus", "nodes_min", low=1)
         check_fields("cluster.slurm.", self, "save_before", low=0, high=65535)
         for key in ("options", "srun_options"):
             for option in getattr(self, key):

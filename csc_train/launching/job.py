@@ -62,9 +62,10 @@ class Job:
         short, path = Path("recipes") / f"{self.launch.recipe}.py", script_of(self.launch.recipe)
         script = str(short if short.exists() and short.samefile(path) else path)
         arguments = (argument("run", self.directory), self.mode)
-        cluster = self.launch.cluster
-        config = as_yaml(to_container(self.config))
-        return launcher_class(cluster)(JobSpec(cluster, self.directory, script, arguments, config=config, **options))
+        cluster, fewest = self.launch.cluster, self._fewest_nodes
+        nodes = tuple(each for each in self._node_counts() if fewest <= each <= cluster.nodes)
+        options |= {"config": as_yaml(to_container(self.config)), "nodes": nodes}
+        return launcher_class(cluster)(JobSpec(cluster, self.directory, script, arguments, **options))
 
     def check(self) -> None:
         """Check what is known before a preflight.
@@ -73,25 +74,36 @@ class Job:
             InputError: the job would fail, and why.
         """
         if self.launch.recipe == TRAINING:
-            self._check_batch()
+            self._check_batch(self.launch.cluster.nodes)
+            self._check_batch(self._fewest_nodes)
             on_finish_arguments(self.config.on_finish, self.directory)
         if self.launch.recipe == "compare" and (size := self.launch.cluster.world_size) > 1:
             raise InputError(f"cluster: {size} processes for recipe=compare: give cluster=cpu1")
         self.launcher().check()
 
-    def _check_batch(self) -> None:
-        """Name the nearest node counts if the batch cannot be divided among the nodes."""
+    @property
+    def _fewest_nodes(self) -> int:
+        return self.launch.cluster.slurm.nodes_min or self.launch.cluster.nodes
+
+    def _node_counts(self) -> list[int]:
+        """The numbers of nodes among which the batch can be divided."""
         cluster, trainer = self.launch.cluster, self.config.trainer
+        if self.launch.recipe != TRAINING:
+            return list(range(1, cluster.nodes + 1))
+        shares, rest = divmod(trainer.packs_per_step, trainer.micro_batch_size * cluster.gpus_per_node)
+        return [nodes for nodes in range(1, shares + 1) if not rest and shares % nodes == 0]
+
+    def _check_batch(self, nodes: int) -> None:
+        """Name the nearest node counts if the batch cannot be divided among so many nodes."""
+        cluster, counts = self.launch.cluster, self._node_counts()
         try:
-            trainer.accumulation(cluster.world_size)
+            self.config.trainer.accumulation(cluster.world_size * nodes // cluster.nodes)
         except InputError as error:
-            shares, rest = divmod(trainer.packs_per_step, trainer.micro_batch_size * cluster.gpus_per_node)
-            fitting = [nodes for nodes in range(1, shares + 1) if not rest and shares % nodes == 0]
-            near = [*[n for n in fitting if n < cluster.nodes][-1:], *[n for n in fitting if n > cluster.nodes][:1]]
-            if cluster.nodes == 1 or not near:
+            near = [*[n for n in counts if n < nodes][-1:], *[n for n in counts if n > nodes][:1]]
+            if nodes == 1 or not near:
                 raise
-            advice = f"give cluster.nodes={' or '.join(map(str, near))}"
-            raise InputError(f"cluster.nodes={cluster.nodes}: {error}: {advice}") from error
+            key = "cluster.nodes" if nodes == cluster.nodes else "cluster.slurm.nodes_min"
+            raise InputError(f"{key}={nodes}: {error}: give {key}={' or '.join(map(str, near))}") from error
 
     def preflight(self) -> None:
         """Run the preflight of a training. Its report is printed on failure and in a dry run.
@@ -102,7 +114,8 @@ class Job:
         if self.launch.recipe != TRAINING:
             return
         chosen = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
-        recipe = PreflightRecipe(**chosen, cluster=self.launch.cluster, preflight=self.launch.preflight)
+        cluster = replace(self.launch.cluster, nodes=self._fewest_nodes)  # which have the least memory together
+        recipe = PreflightRecipe(**chosen, cluster=cluster, preflight=self.launch.preflight)
         report = run_preflight(recipe, launching=not self.launch.dry_run)
         refused = report.failed and not self.launch.preflight.force and not self.launch.dry_run
         if refused or self.launch.dry_run:

@@ -17,20 +17,23 @@ def local_command(cluster: ClusterConfig, python: str, recipe: list[str]) -> lis
     return [python, "-m", *_process_launcher(cluster), *rendezvous, *recipe]
 
 
-def node_command(cluster: ClusterConfig, python: str, recipe: list[str], rank: str, head: str, port: str) -> list[str]:
+def node_command(
+    cluster: ClusterConfig, python: str, recipe: list[str], rank: str, head: str, port: str, nodes: str = ""
+) -> list[str]:
     """The command of each node of a job.
 
     Args:
         rank: the node's number, or what a shell expands to it.
         head: host name of the first node, likewise.
         port: port of the rendezvous there, likewise.
+        nodes: number of nodes, likewise; defaults to `cluster.nodes`.
     """
     if cluster.process_launcher == "none":
         return [python, *recipe]
     names = ("num_machines", "machine_rank", "main_process_ip", "main_process_port")
     if cluster.process_launcher == "torchrun":
         names = ("nnodes", "node_rank", "master_addr", "master_port")
-    values = (cluster.nodes, rank, head, port)
+    values = (nodes or cluster.nodes, rank, head, port)
     rendezvous = [f"--{name}={value}" for name, value in zip(names, values, strict=True)]
     return [python, "-m", *_process_launcher(cluster), *rendezvous, *recipe]
 

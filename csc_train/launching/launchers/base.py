@@ -25,6 +25,7 @@ class JobSpec:
         output: the file that receives what the job prints; the terminal if None. Only for attached launchers.
         inherited: file descriptors that an attached job keeps open while it runs, such as a lock.
         config: the recipe's frozen configuration, for machines that cannot read it in the run directory.
+        nodes: the numbers of nodes on which the job may run, ascending; only `cluster.nodes` if empty.
     """
 
     cluster: ClusterConfig
@@ -35,6 +36,7 @@ class JobSpec:
     output: Path | None = None
     inherited: tuple[int, ...] = ()
     config: str = ""
+    nodes: tuple[int, ...] = ()
 
 
 class Launcher(abc.ABC):

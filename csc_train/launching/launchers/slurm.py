@@ -35,12 +35,14 @@ class SlurmLauncher(Launcher):
             InputError: a path needs shell quoting, which srun would lose.
         """
         cluster, directory = self.job.cluster, self.job.directory
-        recipe = [self.job.script, *self.job.arguments]
-        command = " ".join(node_command(cluster, cluster.slurm.python, recipe, "$SLURM_NODEID", "$head", "$port"))
+        recipe, counts = [self.job.script, *self.job.arguments], self.job.nodes[::-1] if self.job.nodes[1:] else ()
+        places = ("$SLURM_NODEID", "$head", "$port", "$nodes" if counts else "")
+        command = " ".join(node_command(cluster, cluster.slurm.python, recipe, *places))
         for text, spaces in ((str(directory), ""), (command, " ")):
             if odd := re.search(rf"[^\w./=:,$@%+{spaces}-]", text):
                 raise InputError(f"{odd.string}: a job script cannot hold {odd.group()!r}: choose a path without it")
         values = {"cluster": cluster, "slurm": cluster.slurm, "directory": directory, "command": command}
+        values |= {"counts": counts}
         return render("csc_train.launching.launchers", "slurm.sbatch.jinja", **values)
 
     def check(self) -> None:
