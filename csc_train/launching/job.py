@@ -87,9 +87,10 @@ class Job:
 
     def _node_counts(self) -> list[int]:
         """The numbers of nodes among which the batch can be divided."""
-        cluster, trainer = self.launch.cluster, self.config.trainer
+        cluster = self.launch.cluster
         if self.launch.recipe != TRAINING:
             return list(range(1, cluster.nodes + 1))
+        trainer = self.config.trainer
         shares, rest = divmod(trainer.packs_per_step, trainer.micro_batch_size * cluster.gpus_per_node)
         return [nodes for nodes in range(1, shares + 1) if not rest and shares % nodes == 0]
 
