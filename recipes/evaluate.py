@@ -31,12 +31,13 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.checkpoints.manifest import plain_manifest
     from csc_train.checkpoints.revisions import pin_revisions
     from csc_train.evaluation.general import encode_texts, read_texts, texts_hash
+    from csc_train.imports import import_lean
 
     texts = [] if config.score_only else read_texts(config.evaluation.general)
     plain = config.template and plain_manifest(config.template, config.chat_template)
     if config.checkpoint and not config.score_only:
         check_source(config.checkpoint, plain)
-
+    import_lean("peft")
     from csc_train.checkpoints.export import usable_model
     from csc_train.config.compose import from_container, to_container
     from csc_train.data.config import DataConfig
