@@ -22,22 +22,13 @@ OUTPUTS = (  # in the run directory
 
 def main(config: SftRecipe) -> None:
     # What needs no model is checked before the imports that take seconds
-<<<<<<< HEAD
     from csc_train.checkpoints.revisions import pin_revisions
+    from csc_train.imports import import_lean
     from csc_train.runs.distributed import distributed_state, world_size
 
     config.trainer.accumulation(world_size())
     config = pin_revisions(config)
-
-=======
-    from csc_train.imports import import_lean
-    from csc_train.models.hub import check_available
-    from csc_train.runs.distributed import distributed_state, world_size
-
-    config.trainer.accumulation(world_size())
-    check_available(config.model)
     import_lean("trl.trainer.sft_trainer", "peft")
->>>>>>> e98efe1 (PEFT and TRL are imported without bitsandbytes, SciPy and W&B: a quarter less CPU time and modules in each process; benchmarks/startup.py)
     from csc_train.checkpoints.export import trained_model
     from csc_train.checkpoints.manifest import build_manifest, save_base_model, save_final_model, write_manifest
     from csc_train.checkpoints.model_card import write_model_card
