@@ -18,7 +18,7 @@ def main(config: ChatConfig) -> None:
     # What needs no model is checked before the imports that take seconds
     from csc_train.checkpoints.locate import check_source, open_source
     from csc_train.checkpoints.manifest import plain_manifest
-    from csc_train.imports import import_lean
+    from csc_train.runs.imports import import_lean
 
     plain = config.template and plain_manifest(config.template, config.chat_template)
     check_source(config.checkpoint, plain)

@@ -31,7 +31,7 @@ def main(config: EvaluateRecipe) -> None:
     from csc_train.checkpoints.manifest import plain_manifest
     from csc_train.checkpoints.revisions import pin_revisions
     from csc_train.evaluation.general import encode_texts, read_texts, texts_hash
-    from csc_train.imports import import_lean
+    from csc_train.runs.imports import import_lean
 
     texts = [] if config.score_only else read_texts(config.evaluation.general)
     plain = config.template and plain_manifest(config.template, config.chat_template)

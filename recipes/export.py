@@ -19,7 +19,7 @@ def main(config: ExportConfig) -> None:
     # What needs no model is checked before the imports that take seconds
     from csc_train.checkpoints.locate import check_source, open_source
     from csc_train.checkpoints.upload import check_push, push
-    from csc_train.imports import import_lean
+    from csc_train.runs.imports import import_lean
 
     check_source(config.source)
     hub = check_push(config) if config.push_to else None

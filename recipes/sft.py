@@ -23,8 +23,8 @@ OUTPUTS = (  # in the run directory
 def main(config: SftRecipe) -> None:
     # What needs no model is checked before the imports that take seconds
     from csc_train.checkpoints.revisions import pin_revisions
-    from csc_train.imports import import_lean
     from csc_train.runs.distributed import distributed_state, world_size
+    from csc_train.runs.imports import import_lean
 
     config.trainer.accumulation(world_size())
     config = pin_revisions(config)

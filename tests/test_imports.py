@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from csc_train import imports
+from csc_train.runs import imports
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_library_that_fails_leaves_nothing_hidden(library):
 
 def test_a_training_loads_none_of_them():
     code = (
-        "import sys; from csc_train.imports import UNUSED, import_lean\n"
+        "import sys; from csc_train.runs.imports import UNUSED, import_lean\n"
         "import_lean('trl.trainer.sft_trainer', 'peft')\n"
         "import csc_train.training.trainer, csc_train.training.validation, csc_train.checkpoints.export\n"
         "print(sorted({*UNUSED} & {*sys.modules}))\n"

@@ -20,7 +20,6 @@ LEAVES = {
     "errors",
     "files",
     "hub_access",
-    "imports",
     "invisible",
     "jsonl",
     "overrides",
