@@ -151,6 +151,7 @@ def test_a_commit_of_somebody_else_in_between_is_not_lost(hub, exported, monkeyp
     upload_to(NAME, exported)
     assert files_of(hub) == whole(exported) | {"theirs.txt": b"theirs"}
     assert len(hub.repositories["models", NAME].commits) == 3
+    assert sum("/commit/main" in each for each in hub.requests) == 2, "the first is refused"
 
 
 def test_an_upload_that_ends_in_between_is_resumed_without_an_export(hub, exported):
