@@ -75,7 +75,8 @@ def test_a_run_takes_and_keeps_the_commits_of_its_start(hub, tmp_path, caplog):
     assert found_in(pin_revisions(composed(*again))) == first
     assert f"{MODEL} has the commit {expected(hub)[0][:12]} by now; the run keeps {first[0][:12]}" in caplog.text
     assert f"{DATA} has the commit" in caplog.text
-    assert found_in(pin_revisions(composed("run.directory=run", "run.if_exists=reuse"))) == expected(hub)
+    assert found_in(pin_revisions(composed("run.directory=run", "run.if_exists=reuse"))) == first
+    assert found_in(pin_revisions(composed("run.directory=run", "run.if_exists=replace"))) == expected(hub)
     assert found_in(pin_revisions(composed(*again, "model.revision=v2")))[0] == expected(hub)[0], "the run refuses it"
 
 

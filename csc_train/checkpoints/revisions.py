@@ -19,8 +19,9 @@ from csc_train.runs.directory import read_config
 from csc_train.runs.distributed import on_main, world_size
 
 KINDS = {"path": "dataset", "also": "dataset"}
-KINDS |= dict.fromkeys(("checkpoint", "base", "bertscore_model", "bleurt_model"), "model")
-"""What the settings of these names take from the hub, beside the base model of a training."""
+KINDS |= dict.fromkeys(("checkpoint", "bertscore_model", "bleurt_model"), "model")
+"""What the settings of these names take from the hub, beside the base model of a training. That of an evaluation has
+the commit that the manifest of its model records."""
 COMMIT = r"[0-9a-f]{40}"
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def pin_revisions(config: Any) -> Any:
     """The configuration of a run with commits in the place of branches and tags: in `model.revision`, and as
     `OWNER/NAME@COMMIT` of data sets and other models. All processes call this; the main one asks the hub.
 
-    A run that resumes keeps its recorded commits where its configuration asks for no revision, with a note if the hub
+    A run that continues keeps its recorded commits where its configuration asks for no revision, with a note if the hub
     has another commit by now. What comes from a cache, without the hub, has no commit but a base model.
 
     Raises:
@@ -41,7 +42,7 @@ def pin_revisions(config: Any) -> Any:
 def _pinned(config: Any) -> Any:
     file = Path(config.run.directory or "", RESOLVED_FILE)
     kept: dict[str, str] = {}
-    if config.run.directory and config.run.if_exists == "resume" and file.is_file():
+    if config.run.directory and config.run.if_exists in ("reuse", "resume", "extend") and file.is_file():
         model = read_config(file).get("model") or {}
         kept = dict(re.findall(rf"([\w.-]+/[\w.-]+)@({COMMIT})", file.read_text(encoding="utf-8")))
         kept |= {model["path"]: model["revision"]} if model.get("revision") else {}
