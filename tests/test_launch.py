@@ -210,8 +210,9 @@ def test_the_job_script_is_the_golden_one_and_shell(name, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("cluster", "launcher", "command"),
     [
-        ("cpu2", "torchrun", "CUDA_VISIBLE_DEVICES='' {} -m torch.distributed.run --nproc_per_node=2 --standalone"),
-        ("node8", "torchrun", "{} -m torch.distributed.run --nproc_per_node=8 --standalone"),
+        ("cpu2", "torchrun", "CUDA_VISIBLE_DEVICES='' {} -m torch.distributed.run --nproc_per_node=2 --standalone "
+         "--local_addr=localhost"),
+        ("node8", "torchrun", "{} -m torch.distributed.run --nproc_per_node=8 --standalone --local_addr=localhost"),
         ("gpu1", "accelerate", "{} -m accelerate.commands.launch --mixed_precision=no --dynamo_backend=no "
          "--num_processes=1 --num_machines=1 --main_process_port=0"),
         ("cpu2", "accelerate", "CUDA_VISIBLE_DEVICES='' {} -m accelerate.commands.launch --multi_gpu "

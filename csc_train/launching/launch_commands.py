@@ -4,7 +4,7 @@ from csc_train.config.cluster import ClusterConfig
 
 
 def local_command(cluster: ClusterConfig, python: str, recipe: list[str]) -> list[str]:
-    """The command of a job on one machine; a free port is chosen when it runs.
+    """The command of a job on one machine, whose own name need not resolve; a free port is chosen when it runs.
 
     Args:
         python: the Python interpreter.
@@ -13,7 +13,7 @@ def local_command(cluster: ClusterConfig, python: str, recipe: list[str]) -> lis
     if cluster.process_launcher == "none":
         return [python, *recipe]
     accelerate = ["--num_machines=1", "--main_process_port=0"]
-    rendezvous = accelerate if cluster.process_launcher == "accelerate" else ["--standalone"]
+    rendezvous = accelerate if cluster.process_launcher == "accelerate" else ["--standalone", "--local_addr=localhost"]
     return [python, "-m", *_process_launcher(cluster), *rendezvous, *recipe]
 
 
