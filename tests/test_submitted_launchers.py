@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from csc_train.launching.sweep import sweep
 
 EVALUATION = ["recipe=evaluate", "checkpoint=runs/first", "data=rolecs"]
 """A job without a preflight."""
-SMALL = ["debug=cpu_tiny", "trainer.max_steps=12", "trainer.save_steps=4"]
+SMALL = ["debug=cpu_tiny", "trainer.max_steps=6", "trainer.save_steps=2"]
 SKYPILOT = ROOT / ".venv" / "skypilot" / "bin" / "python"
 """Python of the environment of skypilot, which `make tests` makes."""
 ODD = "runs/odd: $(A) '${B}' \"c\" 中文"
@@ -76,7 +77,9 @@ def test_the_manifests_are_valid_kubernetes(directory, device):
     service, manifest = documents(job.describe())
     for document in (service, manifest):
         kubernetes_validate.validate(document, "1.31", strict=True)
-    assert [service, manifest] == job.manifest()  # nothing is read as a number or a boolean
+    assert [service, manifest] == job.manifest()
+    # Neither is a number or a boolean for readers of YAML that are not Python's, such as kubectl.
+    assert all(f"value: '{text}'\n" in job.text() for text in ("1e3", "y", "yes"))
     with pytest.raises(kubernetes_validate.SchemaNotFoundError):
         kubernetes_validate.validate(manifest | {"kind": "Jobb"}, "1.31", strict=True)
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -322,10 +325,9 @@ def test_secrets_of_skypilot_are_read_where_it_is_called(cluster, capsys, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", FULL)
-def test_a_sweep_submits_its_trials(scheduler, cluster, capsys):
+def test_a_sweep_submits_its_trials(cluster, capsys):
     (cluster / "finishes").touch()
-    asked = [*SMALL, *on_cpus(scheduler), "sweep.poll=0.1", "sweep=lr", "sweep.trials=2", "sweep.parallel=2"]
+    asked = [*SMALL, *on_cpus("kubernetes"), "sweep.poll=0.1", "sweep=lr", "sweep.trials=2", "sweep.parallel=2"]
     assert sweep(asked) == 0, capsys.readouterr().err
     trials = json.loads(Path("runs/sweeps/lr/summary.json").read_text())["trials"]
     assert [trial["state"] for trial in trials] == ["complete", "complete"]
@@ -381,11 +383,11 @@ def test_a_job_whose_node_is_killed_resumes_with_equal_losses(scheduler, nodes_o
     (file,) = cluster.glob("*.json")
     run = place / "runs" / scheduler
     nodes = nodes_of(file)
-    nodes.until(lambda: list((run / "checkpoints").glob("checkpoint-4")))
+    nodes.until(lambda: list((run / "checkpoints").glob("checkpoint-2")))
     nodes.nodes[1].kill()
     assert nodes.end(), nodes.output
-    assert nodes.starts == 2 and "trained 8 steps" in nodes.output
-    assert losses(run) == pytest.approx(reference, abs=1e-6) and len(reference) == 12
+    assert nodes.starts == 2 and re.search(r"trained [1-4] steps in ", nodes.output)
+    assert losses(run) == pytest.approx(reference, abs=1e-6) and len(reference) == 6
     job = plan_job([f"run=runs/{scheduler}", "resume=true"]).launcher()
     job.job_id = {"kubernetes": file.stem, "skypilot": "1"}[scheduler]
     assert job.poll() is None
