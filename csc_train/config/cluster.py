@@ -39,7 +39,8 @@ class ClusterConfig:
     """Program that starts the processes of a node: torchrun or accelerate. none: one process that sees all
     `gpus_per_node` GPUs, such as for the evaluation of a model that needs several."""
     port: int = 29500
-    """First of 1000 rendezvous ports; a SLURM job takes `port` + job number modulo 1000."""
+    """First of 1000 rendezvous ports; a SLURM job takes `port` + job number modulo 1000,
+    others take `port`."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
     skypilot: SkyPilotConfig = field(default_factory=SkyPilotConfig)
