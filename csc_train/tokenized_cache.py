@@ -35,6 +35,7 @@ from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, digest, file_digest, os_errors, read_json, write_json
 from csc_train.progress import ProgressBar
+from csc_train.runs.distributed import distributed_state, world_size
 from csc_train.template.config import TokenizationConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
 
@@ -105,14 +106,15 @@ def tokenize(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: 
     The key holds the dialogues, the tokenizer, the template (with mode and language) and `ENCODING_VERSION`. A damaged
     entry, by the hashes of its files, is built again.
 
-    All ranks of a job may call this at once. The first one to lock the cache encodes; the others wait for the lock and
-    then find the entry, on one file system or on many. None waits in a collective operation, which would time out.
+    All ranks of a job must call this at once. The first of each node looks for the entry. If it is not there, the first
+    rank to lock the cache encodes; the others wait for the lock and then find the entry, on one file system or on many.
+    None waits in a collective operation meanwhile, which would time out.
 
     Raises:
         InputError: the cache cannot be written.
     """
     directory, inputs = _entry(dialogues, template, config)
-    if _fault(directory, inputs) is not None:
+    if _faults(directory, inputs):
         with _lock(directory.parent):
             # A process that is killed leaves its temporary directory behind; none is in use while we hold the lock.
             for leftover in directory.parent.glob(f".{'[0-9a-f]' * KEY}.*/"):
@@ -292,6 +294,17 @@ def _fault(directory: Path, inputs: dict[str, str]) -> str | None:
     except InputError as error:
         return str(error)
     return None if same else "its files do not match its manifest"
+
+
+def _faults(directory: Path, inputs: dict[str, str]) -> list[str]:
+    """The `_fault` that the first process of each node finds, on all processes: the others hash nothing."""
+    if world_size() == 1:
+        found = [_fault(directory, inputs)]
+    else:
+        from accelerate.utils import gather_object
+
+        found = gather_object([_fault(directory, inputs) if distributed_state().is_local_main_process else None])
+    return [fault for fault in found if fault is not None]
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ OUTPUTS = (  # in the run directory
 def main(config: SftRecipe) -> None:
     # What needs no model is checked before the imports that take seconds
     from csc_train.checkpoints.revisions import pin_revisions
-    from csc_train.runs.distributed import distributed_state, world_size
+    from csc_train.runs.distributed import distributed_state, on_main, world_size
     from csc_train.runs.imports import import_lean
 
     config.trainer.accumulation(world_size())
@@ -63,7 +63,7 @@ def main(config: SftRecipe) -> None:
     job, precision, seed = distributed_state(), config.trainer.precision, config.trainer.seed
     zero = config.zero.resolved(config.adapter.kind, resolve_precision(precision))
     check_supported(zero, config.adapter.kind, resolve_precision(precision))
-    inspected = inspect_model(config.model, download=True).require()
+    inspected = on_main(lambda: inspect_model(config.model, download=True).require())
     dims = inspected.dims
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision, dims.head_dim)
     check_delta_kernel(config.model.delta_kernel, dims.layer_kinds)
@@ -74,9 +74,7 @@ def main(config: SftRecipe) -> None:
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 
     # Dialogues
-    if run.is_main:
-        provide_sample(config.data)
-    job.wait_for_everyone()
+    on_main(lambda: provide_sample(config.data))
     splits = read_and_check_splits(config.data, run.directory if run.is_main else None)
     status = run.start({"train": data_digest(splits.train)})
     if status == "finished":
@@ -85,10 +83,10 @@ def main(config: SftRecipe) -> None:
 
     # Template and packs
     tokenizer = get_tokenizer(config.model, config.template, splits.train, run.directory / "tokenizer", job)
-    check_tokenizer(config.model, inspected, tokenizer)
+    on_main(lambda: check_tokenizer(config.model, inspected, tokenizer))
     name = chat_template_name(config.model.chat_template, tokenizer, inspected.model.config.model_type)
     template = DialogueTemplate(tokenizer, name, config.template)
-    rehearse_end(inspected, config.adapter, tokenizer, template.chat_template)
+    on_main(lambda: rehearse_end(inspected, config.adapter, tokenizer, template.chat_template))
     examples = tokenize(splits.train, template, config.tokenization)
     packs, report = pack_dialogues(examples, config.packing, config.loss, config.template.language, splits.mixture)
     logger.info(f"training on {report}")
@@ -107,7 +105,7 @@ def main(config: SftRecipe) -> None:
     dtype = weight_dtype(precision, config.adapter.kind)
     base = save_base_model(config.model, tokenizer, dtype, seed, run)
     model = load_model(base, tokenizer, dtype, seed, attention, load_in_4bit=config.adapter.kind == "qlora")
-    manifest = build_manifest(base, model, template, splits.train, run)
+    manifest = on_main(lambda: build_manifest(base, model, template, splits.train, run))
     if run.is_main:
         write_manifest(run.directory, manifest, splits.train)
     dropout = dropout_warning(model.config, config.adapter, config.packing.strategy)
@@ -117,8 +115,9 @@ def main(config: SftRecipe) -> None:
 
     # Training
     trainer = build_trainer(model, tokenizer, packs, arguments, config.packing.strategy, config.adapter, validator)
-    logger.info(f"steps: {trainer.batch_sampler().load_balance()}")
-    check_disk(scenario_of(trainer, 0), run.directory, config.trainer.save_total_limit, random=False)
+    logger.info(f"steps: {on_main(trainer.batch_sampler().load_balance)}")
+    disk = scenario_of(trainer, 0), run.directory, config.trainer.save_total_limit
+    on_main(lambda: check_disk(*disk, random=False))
     trainer.add_callback(stop := StopOnSignal())
     if config.trainer.profile:
         trainer.add_callback(ProfilerCallback(run.directory / "profile"))

@@ -109,8 +109,9 @@ def _content_hash(content: dict[str, Any]) -> str:
 
 def files_written_by(rank: int, directory: Path, processes: int) -> list[str]:
     """The files of a written checkpoint that a process wrote, by path in it; the main process has written the rest."""
-    names = (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    return sorted(name for name in names if _writer(name) % processes == rank)
+    names = (str(path.relative_to(directory)) for path in directory.rglob("*"))
+    own = [name for name in names if _writer(name) % processes == rank]
+    return sorted(name for name in own if (directory / name).is_file())
 
 
 def _writer(name: str) -> int:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,6 +56,10 @@ class InspectedModel:
     refusals: list[str] = field(default_factory=list)
     model: PreTrainedModel | None = None
     dims: ModelDims | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As other ranks get it: of the model, its configuration."""
+        return vars(self) | {"model": self.model and SimpleNamespace(config=self.model.config)}
 
     def require(self) -> "InspectedModel":
         """Log the repairs.

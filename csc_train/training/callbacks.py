@@ -188,7 +188,7 @@ def track(
     cluster = {
         "world_size": args.world_size,
         "nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or "cpu",
         "cpus_per_node": os.cpu_count(),
     }
     settings = trainer.model.config.to_dict() | args.to_dict() | config
