@@ -3,6 +3,7 @@
 python benchmarks/packing.py            # about six minutes on two cores
 python benchmarks/packing.py --quick    # every section on tiny data, in seconds: a smoke test
 python benchmarks/packing.py --sections balance     # only this section; the results of the others stay
+python benchmarks/packing.py --sections scale --old CHECKOUT    # by name only: beside 5fab51a, four minutes
 
 Prints each result and writes benchmarks/results/packing.json with settings, versions, commit and machine. The compared
 sides take turns in one process; a ratio compares the two sides of each turn.
@@ -10,8 +11,11 @@ sides take turns in one process; a ratio compares the two sides of each turn.
 
 import argparse
 import itertools
+import json
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -73,7 +77,17 @@ CPU_MODEL = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 32768,
 }
-SECTIONS = ("tokens", "packer", "balance", "preparation", "training", "same dialogues", "compiled layers", "exactness")
+SECTIONS = (
+    "tokens",
+    "packer",
+    "scale",
+    "balance",
+    "preparation",
+    "training",
+    "same dialogues",
+    "compiled layers",
+    "exactness",
+)
 RANKS = 8
 GENERATION_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
@@ -93,6 +107,10 @@ class Settings:
     tokenized_dialogues: int = 2000
     tokenization_repeats: int = 3
     packer_repeats: int = 5
+    many: tuple[int, ...] = (1_120_000, 10_000_000)
+    """Dialogues whose plan is made; of the fewest, beside an older build's."""
+    many_ranks: int = 1024
+    many_repeats: int = 2
     trained_dialogues: int = 1000
     """Dialogues in the packs of the training sections."""
     epochs: int = 2
@@ -122,6 +140,9 @@ QUICK = Settings(
     tokenized_dialogues=20,
     tokenization_repeats=1,
     packer_repeats=1,
+    many=(2000, 20_000),
+    many_ranks=8,
+    many_repeats=1,
     trained_dialogues=60,
     epochs=1,
     rounds=2,
@@ -137,6 +158,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="every section on next to nothing, in seconds")
     parser.add_argument("--tokenizer", default=published_tokenizer(), help="directory of the Qwen2.5 tokenizer")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "packing.json")
+    parser.add_argument("--old", type=Path, metavar="CHECKOUT", help="scale: beside 5fab51a's or a later build")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="measure these again, keep the others' results")
     options = parser.parse_args()
     settings = QUICK if options.quick else Settings()
@@ -155,6 +177,7 @@ def main() -> None:
         sections = {
             "tokens": lambda: tokens(report, settings, tokenizer if options.tokenizer else None),
             "packer": lambda: [packer(report, settings, capacity) for capacity in settings.capacities],
+            "scale": lambda: scale(report, settings, options.old),
             "balance": lambda: [balance(report, settings, capacity) for capacity in settings.capacities],
             "preparation": lambda: preparation(report, settings, tokenizer, directory),
             "training": lambda: training(report, settings, directory),
@@ -162,7 +185,7 @@ def main() -> None:
             "compiled layers": lambda: compiled(report, settings, directory),
             "exactness": lambda: exactness(report, settings),
         }
-        for name in options.sections or sections:
+        for name in options.sections or [name for name in sections if name != "scale"]:
             sections[name]()
     report.write(options.output)
     print(f"\n{options.output}")
@@ -245,6 +268,93 @@ def dataset_of_lengths(lengths: numpy.ndarray) -> datasets.Dataset:
     offsets = numpy.concatenate([[0], lengths.cumsum()]).astype(numpy.int32)
     ids = numpy.zeros(offsets[-1], numpy.int32)
     return datasets.Dataset(pyarrow.table({"input_ids": pyarrow.ListArray.from_arrays(offsets, ids)}))
+
+
+# Scale
+
+PLAN = """
+import json, sys, time
+import numpy
+bodies, ranks, capacity, prefix, *flops = numpy.load(sys.argv[1]), *map(int, sys.argv[2:])
+try:
+    from csc_train.packing.bin_packing import subset_sum_packing as pack
+    from csc_train.packing.global_batches import assign_to_ranks as assign, global_batches as order
+    from csc_train.packing.pack_cost import pack_costs
+    from csc_train.packing.ragged import Ragged
+    row = {"single_row": True}
+    def costs_of(packs):
+        values = numpy.insert(bodies[packs.values], packs.offsets[:-1], prefix)
+        lengths = Ragged(values, packs.offsets + numpy.arange(len(packs) + 1))
+        return pack_costs(lengths, [prefix] * len(packs), *flops)
+except ImportError:  # 5fab51a
+    from csc_train.packing.schedule import distribute as assign, epoch_steps as order, pack_cost
+    from csc_train.packing.tight_fit import tight_fit as pack
+    row = {"joined": True}
+    def costs_of(packs):
+        return [pack_cost([prefix, *bodies[pack].tolist()], prefix, *flops) for pack in packs]
+seconds, start = {}, time.process_time()
+def done(name):
+    global start
+    seconds[name], start = time.process_time() - start, time.process_time()
+packs = pack(bodies, capacity - prefix)
+done("packs")
+costs = costs_of(packs)
+done("costs")
+steps = order(costs, ranks, 0, 0)
+done("order of an epoch")
+for step in steps:
+    assign(step, costs, ranks, 1, **row)
+done("slices of all ranks, all steps")
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # not of the process before it
+print(json.dumps([seconds, len(packs), int(peak.split()[1]) * 1024]))
+"""
+"""Makes the plan of an epoch; runs by this build and by 5fab51a."""
+
+
+def scale(report: Report, settings: Settings, old: Path | None) -> None:
+    """The plan of an epoch of many dialogues: packs, their costs, their order, and the slices of each rank."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **SHAPES["7b"]))
+    capacity, checkout = settings.capacities[0], Path(__file__).parent.parent
+
+    def plan(bodies: numpy.ndarray, place: Path) -> tuple[float, dict[str, float], int, float]:
+        with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+            numpy.save(file, bodies)
+            file.flush()
+            numbers = map(str, (settings.many_ranks, capacity, PREFIX, *forward_flops(model)))
+            done = subprocess.run(
+                [sys.executable, "-c", PLAN, file.name, *numbers], env=os.environ | {"PYTHONPATH": str(place)},
+                stdout=subprocess.PIPE, check=True, cwd=place,
+            )  # fmt: skip
+        seconds, packs, memory = json.loads(done.stdout)
+        return sum(seconds.values()), seconds, packs, memory / 1e9
+
+    for count in settings.many:
+        bodies = numpy.random.default_rng(0).choice(body_lengths(), count)
+        report.section(
+            f"scale: {count:,} dialogues",
+            "CPU seconds of one process from the lengths of dialogues to the packs of each step of an epoch and the "
+            "slices of every rank in each, as many packs in a step as ranks; its peak memory. Lengths are drawn from "
+            "the file. Old: commit 5fab51a. Both sides take turns.",
+            max_length=capacity,
+            ranks=settings.many_ranks,
+        )
+        sides = {"new": checkout} | ({"old": old} if old and count == min(settings.many) else {})
+        repeats = settings.many_repeats if len(sides) > 1 else 1
+        found = {name: [] for name in sides}
+        for _ in range(repeats):
+            for name, place in sides.items():
+                found[name].append(plan(bodies, place.absolute()))
+        largest = count == max(settings.many)
+        for name, rounds in found.items():
+            goal = 60.0 if largest and name == "new" else None
+            report.add(f"{name}: seconds", spread([each[0] for each in rounds]), most=goal)
+            for part in rounds[0][1]:
+                report.add(f"{name}: {part}, seconds", spread([each[1][part] for each in rounds]))
+            report.add(f"{name}: packs", rounds[0][2])
+            report.add(f"{name}: GB", max(each[3] for each in rounds), most=4.0 if goal else None)
+        if "old" in found:
+            report.add("new / old", ratios(*([each[0] for each in found[name]] for name in ("new", "old"))))
 
 
 # Balance
