@@ -18,7 +18,7 @@ def library(tmp_path, monkeypatch):
         "try:\n    import heavy_extra\nexcept ImportError:\n    heavy_extra = None\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(imports, "UNUSED", ("heavy_extra",))
+    monkeypatch.setattr(imports, "UNUSED", {"heavy_extra": "some_library"})
     yield "some_library"
     for name in ("heavy_extra", "some_library"):
         sys.modules.pop(name, None)
@@ -40,6 +40,14 @@ def test_what_is_loaded_already_is_found(library):
     assert sys.modules[library].heavy_extra is sys.modules["heavy_extra"]
 
 
+def test_a_library_that_is_loaded_goes_on_finding_what_it_found(library, tmp_path):
+    (tmp_path / "late.py").write_text("import heavy_extra\n")
+    importlib.import_module(library)
+    del sys.modules["heavy_extra"]
+    imports.import_lean("late")
+    assert sys.modules.pop("late").heavy_extra is sys.modules["heavy_extra"]
+
+
 def test_a_library_that_fails_leaves_nothing_hidden(library):
     with pytest.raises(ModuleNotFoundError):
         imports.import_lean("no_such_library")
@@ -48,7 +56,9 @@ def test_a_library_that_fails_leaves_nothing_hidden(library):
 
 def test_a_training_loads_none_of_them():
     code = (
-        "import sys; from csc_train.runs.imports import UNUSED, import_lean\n"
+        "import sys; from csc_train.runs.distributed import distributed_state\n"
+        "from csc_train.runs.imports import UNUSED, import_lean\n"
+        "distributed_state()\n"
         "import_lean('trl.trainer.sft_trainer', 'peft')\n"
         "import csc_train.training.trainer, csc_train.training.validation, csc_train.checkpoints.export\n"
         "print(sorted({*UNUSED} & {*sys.modules}))\n"

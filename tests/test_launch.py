@@ -316,6 +316,10 @@ def test_a_run_resumes_as_it_was_launched_or_on_another_cluster(frozen, monkeypa
     assert plan_job(["run=runs/first", "resume=true", "cluster=cpu1"]).launch.cluster.world_size == 1
     with pytest.raises(InputError, match="not a multiple"):
         plan_job(["run=runs/first", "resume=true", "cluster=node8"])
+    changed = plan_job(["run=runs/first", "resume=true", "run.timeout_s=60", "trainer.on_nonfinite=skip"])
+    assert (
+        changed.launcher().describe().endswith(" run=runs/first resume=true run.timeout_s=60 trainer.on_nonfinite=skip")
+    )
     new = plan_job(["from=runs/first"])
     assert (new.new, new.launch) == (True, same.launch)
     assert plan_job(["from=runs/first", "cluster=cpu1"]).launch.cluster.world_size == 1

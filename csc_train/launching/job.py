@@ -40,6 +40,7 @@ class Job:
         new: whether the run directory does not exist yet.
         default: whether the run directory has a default name, which gets a number if it is taken.
         mode: how the recipe takes the run: `resume=true`, or `score_only=true` for an evaluation.
+        changes: settings of a recorded run that the command line changes; its `resolved.yaml` does not hold them.
     """
 
     launch: LaunchRecipe
@@ -47,6 +48,7 @@ class Job:
     new: bool
     default: bool = False
     mode: str = "resume=true"
+    changes: tuple[str, ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -61,7 +63,7 @@ class Job:
         """
         short, path = Path("recipes") / f"{self.launch.recipe}.py", script_of(self.launch.recipe)
         script = str(short if short.exists() and short.samefile(path) else path)
-        arguments = (argument("run", self.directory), self.mode)
+        arguments = (argument("run", self.directory), self.mode, *self.changes)
         cluster, fewest = self.launch.cluster, self._fewest_nodes
         nodes = tuple(each for each in self._node_counts() if fewest <= each <= cluster.nodes)
         options |= {"config": as_yaml(to_container(self.config)), "nodes": nodes}
@@ -180,7 +182,8 @@ def plan_job(arguments: list[str]) -> Job:
         config.run = replace(
             config.run, directory=config.run.directory or default_directory(launch.recipe), if_exists="resume"
         )
-    job = Job(launch, config, new, default)
+    changes = () if new else tuple(text for text in others if text.split("=")[0] not in RECORDED)
+    job = Job(launch, config, new, default, changes=changes)
     job.check()
     return job
 

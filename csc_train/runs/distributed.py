@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from csc_train.errors import InputError
 from csc_train.runs.heartbeat import own
+from csc_train.runs.imports import import_lean
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -29,6 +30,7 @@ NCCL_VARIABLES = {
 
 def distributed_state() -> "PartialState":
     """Rank and world size of this process; the first call starts the process group."""
+    import_lean("accelerate", "transformers")
     import torch
     from accelerate import PartialState
 

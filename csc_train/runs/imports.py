@@ -4,21 +4,26 @@ import functools
 import importlib
 import importlib.metadata
 import sys
+from typing import Any
 
-UNUSED = ("bitsandbytes", "scipy", "wandb")
-"""Packages that PEFT 0.21, transformers 5.23 and TRL 1.16 load on import, for functions that nothing here calls: more
-than a quarter of the CPU time and of the modules. Who needs one imports it as usual, as PEFT does for 4-bit layers."""
+UNUSED = {"bitsandbytes": "peft", "scipy": "transformers", "wandb": "trl"}
+"""Packages that a library (PEFT 0.21, transformers 5.23, TRL 1.16) loads on import, for functions that nothing here
+calls: a quarter of the CPU time and of the modules. Who needs one imports it as usual, as PEFT does for 4-bit layers."""
 
 
 def import_lean(*modules: str) -> None:
-    """Import modules as if the `UNUSED` packages were not installed; what is loaded already stays.
+    """Import modules as if the `UNUSED` packages were not installed.
 
-    The list of all installed packages, which transformers and TRL both read from their metadata, is read once.
+    A package stays visible if it is loaded, or if its library is: that has seen it already. The list of all installed
+    packages, which transformers and TRL both read from their metadata, is read once.
     """
-    hidden = [name for name in UNUSED if name not in sys.modules]
+    if sys.modules.keys() >= {*modules}:
+        return
+    hidden = [name for name, library in UNUSED.items() if not {name, library} & sys.modules.keys()]
     listed = importlib.metadata.packages_distributions
     importlib.metadata.packages_distributions = functools.cache(listed)
-    sys.modules.update(dict.fromkeys(hidden))  # None: as if it were not there
+    modules_by_name: Any = sys.modules
+    modules_by_name.update(dict.fromkeys(hidden))  # None: as if it were not there
     try:
         for module in modules:
             importlib.import_module(module)
