@@ -157,6 +157,15 @@ def test_the_language_of_most_dialogues_is_found():
     assert detect_language(each.text for each in generate_sample(20, seed=3)) == ("zh", 1)
 
 
+def test_chinese_is_told_by_its_writing_and_japanese_is_not_taken_for_it(monkeypatch):
+    assert detect_language(["ご注文商品の配送状況は現在確認中です。少々お待ちください。"])[0] == "ja"
+    assert detect_language(["注文商品配送状況確認中です"])[0] != "zh"
+    monkeypatch.setattr("csc_train.data.languages._identifier", None)  # a call would raise
+    assert detect_language([CHINESE, "订单号 A-12345 已发货。"]) == ("zh", 1)
+    with pytest.raises(TypeError):
+        detect_language([CHINESE, ENGLISH])
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize(
     ("texts", "theirs"),
