@@ -1,6 +1,7 @@
 """Import large libraries without the optional packages that they load at once."""
 
 import functools
+import gc
 import importlib
 import importlib.metadata
 import sys
@@ -22,12 +23,15 @@ def import_lean(*modules: str) -> None:
     hidden = [name for name, library in UNUSED.items() if not {name, library} & sys.modules.keys()]
     listed = importlib.metadata.packages_distributions
     importlib.metadata.packages_distributions = functools.cache(listed)
+    gc.disable()  # nothing of a module's is garbage
     modules_by_name: Any = sys.modules
     modules_by_name.update(dict.fromkeys(hidden))  # None: as if it were not there
     try:
         for module in modules:
             importlib.import_module(module)
     finally:
+        gc.freeze()  # later collections pass the modules over
+        gc.enable()
         importlib.metadata.packages_distributions = listed
         for name in hidden:
             sys.modules.pop(name, None)
