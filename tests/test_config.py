@@ -131,6 +131,8 @@ def stated(file):
     content = load(file)
     values = {}
     for entry in content.get("defaults", []):
+        if entry == "_self_":
+            continue
         if isinstance(entry, str):  # another file of the group
             values |= stated(f"{group}/{entry}.yaml") if group else {}
             continue

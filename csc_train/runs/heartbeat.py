@@ -144,11 +144,11 @@ own = Heartbeat()
 
 
 def _main_place() -> str:
-    """Where the main thread is, by the innermost line of this project."""
+    """Where the main thread is, by the innermost line of this project; an environment may lie in it."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT):
+        if path.is_relative_to(ROOT / "csc_train") or path.is_relative_to(ROOT) and "site-packages" not in path.parts:
             return f"{path.relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "a library"
