@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from csc_train.data.dialogue import Dialogue
 from csc_train.data.near_duplicates import NearDuplicateIndex
 from csc_train.data.readers import iter_dialogues, read_dialogues, write_dialogues
+from csc_train.files import read_json
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -52,7 +53,8 @@ def main() -> None:
     tokenizer = published_tokenizer() or SMALL_TOKENIZER
     template = DialogueTemplate(AutoTokenizer.from_pretrained(tokenizer), "qwen2_5", TemplateConfig())
     count, held_out = (40, 10) if options.quick else (TRAINING, EVALUATION)
-    report = Report({"quick": options.quick, "rounds": options.rounds}, {})
+    earlier = read_json(options.output)["sections"] if options.output.exists() else {}  # what is not measured is kept
+    report = Report({"quick": options.quick, "rounds": options.rounds}, earlier)
     dialogues = long_dialogues(count + held_out)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "dialogues.jsonl"
