@@ -6,6 +6,7 @@ python -m csc_train.launching.supervise RUN_DIRECTORY COMMAND...
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
+from csc_train.errors import InputError
 from csc_train.files import write_text
 from csc_train.launching.launch_commands import starts_ranks
-from csc_train.runs.config import RESOLVED_FILE
-from csc_train.runs.directory import EXIT_STOPPED, read_run_record
+from csc_train.runs.config import RESOLVED_FILE, may_change
+from csc_train.runs.directory import EXIT_STOPPED, flatten_keys, read_run_record
 from csc_train.runs.distributed import set_parent_death_signal
 
 INTERRUPT_GRACE = 10.0
@@ -98,9 +101,23 @@ def signal_handler(handler: Callable[[int, Any], None], signums: Iterable[int]) 
 
 
 def place_config(directory: Path) -> None:
-    """Write the configuration that the job brings along, unless the run directory has one; two nodes may do so."""
-    if (text := os.environ.pop(CONFIG_VARIABLE, "")) and not (directory / RESOLVED_FILE).exists():
-        write_text(directory / RESOLVED_FILE, text)
+    """Write the configuration that the job brings along, unless the run directory has it; two nodes may do so.
+
+    Raises:
+        InputError: the directory holds a run of another configuration: this one would be resumed as that one.
+    """
+    text, file = os.environ.pop(CONFIG_VARIABLE, ""), directory / RESOLVED_FILE
+    if text and not file.exists():
+        write_text(file, text)
+    elif text:
+        # A run that has started has commits of the hub in it (see `pin_revisions`).
+        unpinned = (re.sub(r"@[\w./-]+", "", each) for each in (text, file.read_text(encoding="utf-8")))
+        brought, held = (flatten_keys(yaml.safe_load(each)) for each in unpinned)
+        for key in (key for key in brought if not (may_change(key) or key.endswith("revision"))):
+            if held.get(key, brought[key]) != brought[key]:
+                raise InputError(
+                    f"{directory}: holds a run with {key}={held[key]}, not {brought[key]}: choose another run.directory"
+                )
 
 
 def set_child_subreaper() -> None:
@@ -123,5 +140,9 @@ def _kill_all() -> None:
 
 
 if __name__ == "__main__":
-    place_config(Path(sys.argv[1]))
+    try:
+        place_config(Path(sys.argv[1]))
+    except InputError as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(supervise(Path(sys.argv[1]), sys.argv[2:]))
