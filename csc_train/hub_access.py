@@ -3,12 +3,16 @@
 import contextlib
 import functools
 import os
+import re
 import socket
 import urllib.request
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
+
+COMMIT = r"[0-9a-f]{40}"
+"""A commit of a hub repository."""
 
 
 @contextlib.contextmanager
@@ -25,6 +29,14 @@ def offline_without_hub() -> Iterator[str]:
         yield "HF_HUB_OFFLINE is set" if offline else unreachable
     finally:
         constants.HF_HUB_OFFLINE = offline
+
+
+def is_pinned(value: str, asked: str) -> bool:
+    """Whether a value is the commit of what was asked for, by OWNER/NAME or OWNER/NAME@BRANCH."""
+    (place, commit), (asked_place, revision) = split_revision(value), split_revision(asked)
+    if place != asked_place or re.fullmatch(COMMIT, revision or ""):
+        return False
+    return re.fullmatch(COMMIT, commit or "") is not None
 
 
 def split_revision(path: str) -> tuple[str, str | None]:

@@ -1,6 +1,7 @@
 """Models and data of the hub are taken at the commits that a run found when it started."""
 
 import dataclasses
+import json
 import logging
 
 import datasets
@@ -12,12 +13,14 @@ from servers.hub import HubServer
 from transformers import Qwen2ForCausalLM
 
 from csc_train.checkpoints.revisions import pin_revisions
-from csc_train.config.compose import compose
+from csc_train.config.compose import compose, to_container
 from csc_train.data.readers import read_dialogues, write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.errors import InputError
 from csc_train.models.hub import snapshot
+from csc_train.runs.comparison import RESULTS_FILE
 from csc_train.runs.directory import Run
+from csc_train.suites.plan import _other_metrics
 
 MODEL, DATA, OTHER = "owner/model", "owner/dialogues", "owner/chats"
 MIX = f"data.mix=[{{path: {DATA}}}, {{path: {OTHER}, also: [{DATA}]}}]"
@@ -134,6 +137,22 @@ def test_a_snapshot_is_of_the_given_revision(hub):
     move(hub)
     assert snapshot(f"{MODEL}@v1", "metric model").name == hub.repositories["models", MODEL].commits[0].oid
     assert (snapshot(f"{MODEL}@v1", "model") / "config.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("asked", "scored", "other"),
+    [
+        ("owner/bert", f"owner/bert@{'a' * 40}", False), ("owner/bert@v1", f"owner/bert@{'a' * 40}", False),
+        (f"owner/bert@{'b' * 40}", f"owner/bert@{'a' * 40}", True), ("owner/bert@v2", "owner/bert@v1", True),
+        ("owner/bert", f"owner/other@{'a' * 40}", True), ("owner/bert", None, True),
+    ],
+)  # fmt: skip
+def test_a_suite_does_not_score_again_with_the_commit_of_the_same_model(tmp_path, asked, scored, other):
+    own = ["checkpoint=runs/first", "template=joint", "data=files", "data.train.path=d.jsonl"]
+    config = compose("evaluate", [*own, f"metrics.bertscore_model={asked}"])
+    metrics = to_container(config)["metrics"] | {"bertscore_model": scored}
+    (tmp_path / RESULTS_FILE).write_text(json.dumps({"provenance": {"metrics": metrics}}))
+    assert _other_metrics(tmp_path, config) == other
 
 
 class Started(Exception):

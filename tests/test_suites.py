@@ -15,12 +15,15 @@ from conftest import ROOT
 from test_launch import Forked, left_in, record
 from test_sweep import driver
 
+from csc_train.config.cluster import ClusterConfig
+from csc_train.config.schedulers import SlurmConfig
+from csc_train.config.suite import StepConfig
 from csc_train.launching.job import Job
 from csc_train.launching.journal import open_journal
 from csc_train.launching.launchers.local import LocalLauncher
 from csc_train.suites import reproduce as reproduction
 from csc_train.suites.base import Cost
-from csc_train.suites.plan import plan_suite
+from csc_train.suites.plan import _cluster, plan_suite
 from csc_train.suites.reproduce import LEDGER_FILE, STUDY, reproduce
 
 MINE = """# @package _global_
@@ -262,6 +265,12 @@ def test_a_job_of_a_scheduler_is_not_started_again_elsewhere(small, capsys):
     assert f"step first_training: fail, {step.directory}: {advice}\n" in shown
     assert "its inputs have changed, and job 18 may go on in runs/suites/mine/old: cancel it" in shown
     assert order(small) == ["served"]
+
+
+def test_a_step_on_fewer_nodes_asks_for_no_more_of_them():
+    cluster = ClusterConfig(nodes=4, scheduler="slurm", slurm=SlurmConfig(nodes_min=2))
+    steps = [StepConfig(), StepConfig(nodes=2), StepConfig(placement="node")]
+    assert [_cluster(cluster, step).slurm.nodes_min for step in steps] == [2, None, None]
 
 
 def test_a_training_is_checked_on_the_gpus_of_its_slot(small, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 
 from csc_train.data.records import is_hub_data
 from csc_train.errors import InputError
-from csc_train.hub_access import offline_without_hub, split_revision
+from csc_train.hub_access import COMMIT, offline_without_hub, split_revision
 from csc_train.models.config import ModelConfig
 from csc_train.models.hub import check_available, hub_errors, is_local_path
 from csc_train.runs.config import RESOLVED_FILE
@@ -22,7 +22,6 @@ KINDS = {"path": "dataset", "also": "dataset"}
 KINDS |= dict.fromkeys(("checkpoint", "bertscore_model", "bleurt_model"), "model")
 """What the settings of these names take from the hub, beside the base model of a training. That of an evaluation has
 the commit that the manifest of its model records."""
-COMMIT = r"[0-9a-f]{40}"
 logger = logging.getLogger(__name__)
 
 

@@ -89,7 +89,7 @@ class MetricsConfig:
 
 
 def _is_local(path: str) -> bool:
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") != 1
 
 
 COMPARING_TASKS = ("pairwise", "rubric")

@@ -22,6 +22,7 @@ from csc_train.config.recipes.training import LaunchRecipe, ReproduceRecipe
 from csc_train.config.suite import STEP_RECIPES, StepConfig, SuiteConfig
 from csc_train.errors import InputError, suggestion
 from csc_train.files import digest, read_json
+from csc_train.hub_access import is_pinned
 from csc_train.launching.job import Job, split_arguments
 from csc_train.overrides import argument
 from csc_train.runs.comparison import RESULTS_FILE
@@ -190,11 +191,14 @@ def _finished(directory: Path) -> bool:
 
 
 def _other_metrics(directory: Path, config: Any) -> bool:
-    """Whether an evaluation was scored with other metrics."""
+    """Whether an evaluation was scored with other metrics. It took models of the hub at commits."""
     results = directory / RESULTS_FILE
     if not isinstance(config, EvaluateRecipe) or not results.is_file():
         return False
-    return read_json(results).get("provenance", {}).get("metrics") != to_container(config)["metrics"]
+    scored, asked = read_json(results).get("provenance", {}).get("metrics") or {}, to_container(config)["metrics"]
+    return scored.keys() != asked.keys() or any(
+        value != asked[name] and not is_pinned(str(value), str(asked[name])) for name, value in scored.items()
+    )
 
 
 def _placement(step: StepConfig) -> str:
@@ -207,7 +211,9 @@ def _cluster(cluster: ClusterConfig, step: StepConfig) -> ClusterConfig:
         return LOCAL
     nodes = 1 if step.placement == "node" else step.nodes or cluster.nodes
     launcher = "none" if step.placement == "node" else cluster.process_launcher
-    return replace(cluster, nodes=min(nodes, cluster.nodes), process_launcher=launcher)
+    nodes, fewest = min(nodes, cluster.nodes), cluster.slurm.nodes_min
+    slurm = replace(cluster.slurm, nodes_min=fewest if fewest and fewest < nodes else None)
+    return replace(cluster, nodes=nodes, process_launcher=launcher, slurm=slurm)
 
 
 def _missing(config: Any) -> str | None:
