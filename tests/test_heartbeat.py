@@ -17,7 +17,8 @@ LIMIT = 100
 @pytest.fixture
 def watcher(request, monkeypatch):
     """The heartbeat of a rank (by default 0) among four, whose clock stands at 0; its own beats the test makes."""
-    monkeypatch.setattr(Heartbeat, "_exchange", lambda self: None)
+    for thread in ("_exchange", "_watch"):
+        monkeypatch.setattr(Heartbeat, thread, lambda self: None)
     own = Heartbeat()
     own.timeout_s = LIMIT
     own.start(getattr(request, "param", 0), 4, None)
