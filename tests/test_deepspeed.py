@@ -105,16 +105,13 @@ TWO_PROCESSES = {
     "moved lora off 3": case("3", resume="lora-off4", **LORA),
 }
 ONE_PROCESS = {
-    **{
-        f"alone {stage} {step}": case(stage, resume=f"full-{stage}{step}", checkpoints=f"full-{stage}-alone{step}")
-        for stage in STAGES
-        for step in (2, 4)
-    },
+    **{f"alone {stage} {step}": case(stage, resume=f"full-{stage}{step}") for stage in STAGES for step in (2, 4)},
+    **{f"alone {stage} 2": case(stage, resume=f"full-{stage}2", checkpoints=f"alone-{stage}") for stage in ("2", "3")},
     **{f"alone lora {stage}": case(stage, resume=f"lora-{stage}4", **LORA) for stage in ("1", "2", "3")},
     "alone moved 2 off": case("off", resume="full-24"),
     "alone bf16 1": case("1", precision="bf16", resume="bf16-14"),
 }
-BACK_ON_TWO = {f"back {stage}": case(stage, resume=f"full-{stage}-alone24") for stage in ("2", "3")}
+BACK_ON_TWO = {f"back {stage}": case(stage, resume=f"alone-{stage}4") for stage in ("2", "3")}
 """From step 4 of one process, which had resumed what two had saved after step 2."""
 
 
