@@ -19,19 +19,18 @@ def main(config: ExportConfig) -> None:
     # What needs no model is checked before the imports that take seconds
     from csc_train.checkpoints.locate import check_source, open_source
     from csc_train.checkpoints.upload import check_push, push
+    from csc_train.runs.distributed import require_single_process
     from csc_train.runs.imports import import_lean
 
+    require_single_process("export")
     check_source(config.source)
     hub = check_push(config) if config.push_to else None
-
-    from csc_train.runs.distributed import require_single_process
-
-    require_single_process("export")
     source = open_source(config.source, training=config.output is not None)
     if config.output is None:
         if not source.finished:
             raise InputError(f"{source.path}: a training checkpoint: add output=DIR, to export it first")
-        return push(hub, source.path, config)
+        push(hub, source.path, config)
+        return
 
     import_lean("peft")
     from csc_train.checkpoints.export import claim_output, export
@@ -40,7 +39,6 @@ def main(config: ExportConfig) -> None:
         export(source, config)
         if hub:
             push(hub, Path(config.output), config)
-    return None
 
 
 if __name__ == "__main__":

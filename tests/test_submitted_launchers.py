@@ -230,6 +230,7 @@ def test_a_wrong_setting_is_refused_in_one_line(setting, tmp_path, monkeypatch, 
         ("kubernetes", {"mounts": {"a": "runs", "b": "runs"}}, "mounts.a=runs: must be a path of its own, without a "
          "final slash"),
         ("kubernetes", {"mounts": {"a": "runs/"}}, "mounts.a=runs/: must be a path of its own, without a final slash"),
+        ("kubernetes", {"mounts": {"a": "/"}}, "mounts.a=/: must be a path of its own, without a final slash"),
         ("kubernetes", {"resources": {"memory": "10Gb"}}, f"resources.memory=10Gb: {QUANTITY}"),
         ("kubernetes", {"resources": {"cpu": "-1"}}, f"resources.cpu=-1: {QUANTITY}"),
         ("kubernetes", {"shm_size": "0Gi"}, f"shm_size=0Gi: {QUANTITY}"),
@@ -341,14 +342,28 @@ def test_a_sweep_submits_its_trials(cluster, capsys):
 
 
 def test_a_node_writes_the_configuration_that_it_brings_along_once(tmp_path, monkeypatch):
-    run = tmp_path / "runs" / "x"
-    for text in ("a: 1\n", "a: 2\n"):
-        monkeypatch.setenv(CONFIG_VARIABLE, text)
+    run, commit = tmp_path / "runs" / "x", "a" * 40
+    text = "model: {path: owner/name, revision: null}\nrun: {timeout_s: 9}\ndata: [{path: owner/data@v1}]\n"
+    started = text.replace("null", commit).replace("v1", commit)
+    for written in (text, started):
+        monkeypatch.setenv(CONFIG_VARIABLE, text.replace("9", "8") if run.exists() else text)
         place_config(run)
         assert CONFIG_VARIABLE not in os.environ  # 100 kB at most, and no matter of the ranks
+        assert [path.name for path in run.iterdir()] == ["resolved.yaml"]
+        (run / "resolved.yaml").write_text(written)
     place_config(run)
-    assert [path.name for path in run.iterdir()] == ["resolved.yaml"]
-    assert (run / "resolved.yaml").read_text() == "a: 1\n"
+    assert (run / "resolved.yaml").read_text() == started
+
+
+def test_a_node_refuses_to_resume_a_run_of_another_configuration(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "resolved.yaml").write_text("trainer: {epochs: 2, seed: 1}\n")
+    environment = os.environ | {CONFIG_VARIABLE: "trainer: {epochs: 3, seed: 1}\n", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "csc_train.launching.supervise", "x", "touch", "started"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    other = "error: x: holds a run with trainer.epochs=2, not 3: choose another run.directory\n"
+    assert (done.returncode, done.stderr) == (2, other)
+    assert not (tmp_path / "started").exists()
 
 
 def losses(run):

@@ -217,7 +217,7 @@ def check_mounts(place: str, mounts: dict[str, str], pattern: str) -> None:
     for name, path in mounts.items():
         if not re.fullmatch(pattern, name, re.ASCII):
             raise InputError(f"{place}mounts: {name}: no name of a volume: use lower-case letters, digits and dashes")
-        if path.strip("/.") != path.lstrip("/") or list(mounts.values()).count(path) > 1:
+        if path.strip("/.") != (path.lstrip("/") or None) or list(mounts.values()).count(path) > 1:
             raise InputError(f"{place}mounts.{name}={path}: must be a path of its own, without a final slash")
 
 

@@ -53,8 +53,8 @@ def hub_errors(
             found = list(causes(error))
             for kind, advice in _REFUSALS.items():
                 if any(isinstance(cause, kind) for cause in found):
-                    kind = what if what == "data set" else "model"
-                    raise InputError(f"{path}: {advice.format(kind=kind)}") from error
+                    repository = "data set" if what == "data set" else "model"
+                    raise InputError(f"{path}: {advice.format(kind=repository)}") from error
             reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
             if local.is_dir():
                 raise InputError(f"{path}: the directory has no readable {what} ({reason})") from error

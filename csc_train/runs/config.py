@@ -36,7 +36,8 @@ class RunConfig:
     data. extend: continue it under this configuration, within the limits of the recipe. replace: start over;
     the old run is moved to DIR.replaced-N until the new one has finished."""
     timeout_s: int = 1800
-    """Seconds after which a rank that does not answer, or a training step in which no rank gets on, ends the job."""
+    """Seconds after which a rank that does not answer, or a training step in which no rank makes progress, ends the
+    job."""
 
     def __post_init__(self):
         check_fields("run.", self, "if_exists", choices=IF_EXISTS)

@@ -52,7 +52,7 @@ class Heartbeat:
         """Note what this rank does from now on, for messages.
 
         Args:
-            timed: whether the job hangs if no rank gets on with this for `timeout_s`.
+            timed: whether the job hangs if no rank makes progress in this for `timeout_s`.
         """
         self._doing, self._timed = doing, timed
 

@@ -124,8 +124,8 @@ class KubernetesLauncher(SubmittedLauncher):
         Raises:
             InputError: the earlier one still runs, or kubectl refuses the manifests.
         """
-        if self._conditions(self.name) is not None:
-            if self.ended(self.name) is None:
+        if (conditions := self._conditions(self.name)) is not None:
+            if not conditions & {"Complete", "Failed"}:
                 raise InputError(f"job {self.name} of {self.job.directory} still runs: wait for its end, or delete it")
             self._delete(self.name)
         self.submit()

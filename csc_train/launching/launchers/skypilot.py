@@ -104,7 +104,7 @@ class SkyPilotLauncher(SubmittedLauncher):
 
     def _queue(self) -> list[dict[str, Any]]:
         """The rows of `sky jobs queue`, with `job_id`, `job_name` and `status`."""
-        return self.ask("jobs", "queue", "--all", "--output", "json")
+        return self.ask("jobs", "queue", "--all", "--output", "json") or []
 
     def stop(self, signum: int = signal.SIGTERM) -> None:
         """Cancel the job, after the upload of what it has written to buckets."""
