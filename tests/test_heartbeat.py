@@ -1,6 +1,8 @@
 """Heartbeats: who is lost, who only works for long, and what is said of them."""
 
+import importlib
 import signal
+import threading
 import time
 
 import pytest
@@ -8,6 +10,7 @@ from conftest import ROOT
 from processes import TIMEOUT_S, Script, start_ranks
 
 from csc_train.errors import InputError
+from csc_train.runs import heartbeat
 from csc_train.runs.config import RunConfig
 from csc_train.runs.heartbeat import Heartbeat
 
@@ -95,6 +98,18 @@ def test_the_others_watch_rank_0(watcher):
     watcher.see(0, beat(1), 10)
     assert watcher.lost(10 + LIMIT) is None
     assert watcher.lost(11 + LIMIT) == f"rank 0 (process 99 on node2): does not answer for 100 s, {LAST}"
+
+
+def test_a_library_in_an_environment_of_the_checkout_is_no_place_of_the_project(tmp_path, monkeypatch):
+    library = tmp_path / ".venv" / "lib" / "site-packages" / "library.py"
+    library.parent.mkdir(parents=True)
+    library.write_text("def call(function):\n    return function()\n")
+    monkeypatch.syspath_prepend(library.parent)
+    monkeypatch.setattr(heartbeat, "ROOT", tmp_path)
+    found = []
+    watcher = threading.Thread(target=lambda: found.append(heartbeat._main_place()))
+    importlib.import_module("library").call(lambda: (watcher.start(), watcher.join()))
+    assert found == ["a library"]
 
 
 def test_a_time_out_below_the_bound_is_refused():
