@@ -655,7 +655,7 @@ def test_a_sharded_run_that_loses_a_rank_and_gets_it_back_resumes_where_it_was(w
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")  # a stopped process needs no time to save
     run, lost = workplace / "lost", ["zero=zero3", "run.directory=lost"]
     supervised = ["csc_train.launching.supervise", "lost", sys.executable, "-m", *TORCHRUN]
-    script = begin(workplace, supervised, *lost, "run.timeout_s=5")
+    script = begin(workplace, supervised, *lost, "run.timeout_s=10")
     wait_until(script, (run / "checkpoints" / "checkpoint-2").exists)
     ((first, second),) = (
         sorted(agent.children(), key=lambda each: each.pid) for agent in psutil.Process(script.pid).children()
@@ -663,7 +663,7 @@ def test_a_sharded_run_that_loses_a_rank_and_gets_it_back_resumes_where_it_was(w
     second.send_signal(signal.SIGSTOP)
     done = script.wait()
     assert done.returncode == 1
-    said = rf"error: rank 1 \(process {second.pid} on \S+\): does not answer for 5 s, last in csc_train/.*step \d\)"
+    said = rf"error: rank 1 \(process {second.pid} on \S+\): does not answer for 10 s, last in csc_train/.*step \d\)"
     advice = "look at its machine, or raise run.timeout_s; to go on: run=lost resume=true"
     assert re.search(f"^{said}: {advice}$", done.stderr, re.MULTILINE), done.stderr
     assert not first.is_running() and not second.is_running()

@@ -22,7 +22,8 @@ from csc_train.tokenized_cache import ARRAYS
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 SETTINGS = (
     "debug=cpu_tiny", "model.init=pretrained", "model.path=base", "model.tokenizer=null", "data.sample_dialogues=null",
-    "data.train.path=d.jsonl", "trainer.packs_per_step=24", "trainer.micro_batch_size=1", "tokenization.cache_dir=cache",
+    "data.train.path=d.jsonl", "trainer.packs_per_step=24", "trainer.micro_batch_size=1",
+    "tokenization.cache_dir=cache",
 )  # fmt: skip
 WRITES = ("write", "pwrite64", "writev", "mkdir", "unlink", "rename", "renameat", "ftruncate")
 KINDS = dict.fromkeys(("read", "pread64", "readv"), "read") | dict.fromkeys(WRITES, "write")
