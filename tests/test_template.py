@@ -7,6 +7,8 @@ from importlib import resources
 import jinja2
 import pytest
 from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.languages import LANGUAGES
@@ -14,7 +16,7 @@ from csc_train.data.strategies import STRATEGIES, parse_strategy
 from csc_train.errors import InputError
 from csc_train.template.chat_templates import chat_template_names
 from csc_train.template.config import MODES, TemplateConfig
-from csc_train.template.dialogue_template import DialogueTemplate, TokenType
+from csc_train.template.dialogue_template import DialogueTemplate, TokenType, _literal_encoder
 from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.segments import Layout
 from csc_train.template.system_prompt import system_prompt
@@ -548,3 +550,13 @@ def test_a_chat_has_no_label_and_no_prompt_of_ours(tokenizer_of, kind, name, sys
     literal = template.encode(Dialogue("chat", (written, turns[1]), kind="chat", system=system))
     ends = (literal.input_ids[literal.turn_offsets[0] :] == template.end_of_turn_id).sum()
     assert ends == 2  # of the two turns; the one in the text is plain characters
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_content_gets_no_space_of_a_text_s_start_and_the_tokenizer_keeps_its_rule(nested):
+    rule = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend = Tokenizer(models.WordLevel({"▁a": 0, "a": 1, "▁b": 2, "?": 3}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([rule]) if nested else rule
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert _literal_encoder(tokenizer).encode("a b").ids == [1, 2]
+    assert tokenizer("a b")["input_ids"] == [0, 2]
