@@ -22,9 +22,9 @@ def main(config: ExportConfig) -> None:
     from csc_train.runs.distributed import require_single_process
     from csc_train.runs.imports import import_lean
 
-    require_single_process("export")
     check_source(config.source)
     hub = check_push(config) if config.push_to else None
+    require_single_process("export")
     source = open_source(config.source, training=config.output is not None)
     if config.output is None:
         if not source.finished:

@@ -23,7 +23,7 @@ from csc_train.errors import InputError
 from csc_train.launching import job as launch_job
 from csc_train.launching import supervise
 from csc_train.launching.job import LAUNCH_FILE, launch, plan_job
-from csc_train.launching.launchers.slurm import SCRIPT_FILE
+from csc_train.launching.launchers.slurm import SlurmLauncher
 from csc_train.launching.sweep import sweep
 from csc_train.runs.directory import EXIT_STOPPED, Run
 
@@ -361,7 +361,11 @@ def test_sbatch_that_is_missing_or_refuses_is_named(tmp_path, monkeypatch, capsy
     assert not Path("runs/cluster").exists()
     assert launch([*CLUSTER, "preflight.force=true"]) == 2
     assert "sbatch runs/cluster/job.sbatch: sbatch: error: more nodes than there are" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []  # the same command may be given again
     assert launch(TWO_NODES) == 0
+    files = {path: path.read_text() for path in Path("runs/two_nodes").iterdir()}
+    assert launch(["run=runs/two_nodes", "resume=true", "cluster.nodes=1"]) == 2
+    assert {path: path.read_text() for path in Path("runs/two_nodes").iterdir()} == files
     assert launch(["run=runs/two_nodes", "resume=true"]) == 0
     assert "Submitted batch job 7" in capsys.readouterr().out
 
@@ -409,7 +413,7 @@ def run_script(place: Path, nodes: int = 2, **options) -> Started:
     """Run the submitted script on nodes that are all this machine."""
     variables = {"SLURM_JOB_ID": free_job_number(), "SLURM_JOB_NODELIST": "node[1-2]"}
     variables |= {"SLURM_JOB_NUM_NODES": str(nodes)}
-    return Started(["bash", f"runs/two_nodes/{SCRIPT_FILE}"], place, **variables, **options)
+    return Started(["bash", f"runs/two_nodes/{SlurmLauncher.file}"], place, **variables, **options)
 
 
 @pytest.mark.distributed
@@ -417,7 +421,7 @@ def test_two_nodes_stopped_requeued_and_broken_have_the_same_result(place, refer
     """As one node with two ranks, through a time limit and the death of a node, which is not replaced."""
     submit(place)
     run = place / "runs/two_nodes"
-    assert (run / SCRIPT_FILE).read_text() == (SLURM / "two_nodes.sbatch").read_text()
+    assert (run / SlurmLauncher.file).read_text() == (SLURM / "two_nodes.sbatch").read_text()
 
     # Near the time limit
     warned = run_script(place).until(STEP)

@@ -1,8 +1,10 @@
 """Launch a recipe: compose its configuration, check it, save it in the run directory and start it."""
 
+import contextlib
 import re
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,28 @@ class Job:
         if self.new:  # last: with it the run can be resumed, without it the same command starts it
             write_text(self.directory / RESOLVED_FILE, as_yaml(to_container(self.config)))
 
+    @contextlib.contextmanager
+    def kept_if_started(self, created: Iterable[Path]) -> Iterator[None]:
+        """Put the files of the run directory back as they are now if the job is refused meanwhile.
+
+        Args:
+            created: the directories to remove then, if they hold nothing (see `Claim.created`).
+        """
+        before = {path: path.read_bytes() for path in self._own_files()}
+        try:
+            yield
+        except InputError:
+            for path in self._own_files():
+                path.unlink() if path not in before else path.write_bytes(before[path])
+            with contextlib.suppress(OSError):
+                for directory in created:
+                    directory.rmdir()
+            raise
+
+    def _own_files(self) -> list[Path]:
+        names = (LAUNCH_FILE, RESOLVED_FILE, launcher_class(self.launch.cluster).file)
+        return [path for name in names if name and (path := self.directory / name).is_file()]
+
     def describe(self) -> str:
         """The run directory, the configuration, and the command or job script, as text."""
         parts = [f"run directory: {self.directory}", "", as_yaml(to_container(self.config))]
@@ -246,15 +270,16 @@ def launch(arguments: list[str]) -> int:
             return 0
         launcher_class(job.launch.cluster).check_tool(job.launch.cluster)
         with job.claim() as claimed:
-            job.write()
-            print(f"run directory: {job.directory}", flush=True)
-            launcher = job.launcher(environment={CLAIM_VARIABLE: claimed.token}, inherited=(claimed.descriptor,))
-            if not launcher.attached:
-                claimed.release()  # the job may start at once, on another machine
+            with job.kept_if_started(claimed.created):
+                job.write()
+                print(f"run directory: {job.directory}", flush=True)
+                launcher = job.launcher(environment={CLAIM_VARIABLE: claimed.token}, inherited=(claimed.descriptor,))
+                if not launcher.attached:
+                    claimed.release()  # the job may start at once, on another machine
                 launcher.start()
+            if not launcher.attached:
                 print(f"Submitted batch job {launcher.job_id}")
                 return 0
-            launcher.start()
             with signal_handler(lambda signum, frame: launcher.stop(signum), FORWARDED):
                 while (status := launcher.poll()) is None:
                     time.sleep(0.1)

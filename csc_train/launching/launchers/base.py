@@ -46,6 +46,7 @@ class Launcher(abc.ABC):
         attached: whether the job ends with the process that started it. A detached job outlives it.
         shares_files: whether the job finds the files of this machine by the same paths.
         tool: the program that submits the job; None if there is none.
+        file: name of the last submitted job in the run directory; None if there is none.
         job_id: the scheduler's number or name of a detached job, set by `start`. Set it to watch a job that was started
             earlier.
     """
@@ -53,6 +54,7 @@ class Launcher(abc.ABC):
     attached: ClassVar[bool] = False
     shares_files: ClassVar[bool] = True
     tool: ClassVar[str | None] = None
+    file: ClassVar[str | None] = None
 
     def __init__(self, job: JobSpec):
         """Prepare a launch; nothing is started or written.

@@ -13,20 +13,18 @@ from csc_train.runs.claim import is_claimed
 from csc_train.runs.directory import read_run_record
 from csc_train.templates import render
 
-SCRIPT_FILE = "job.sbatch"
-"""The last submitted job script, in the run directory."""
-
 
 @register_launcher("slurm")
 class SlurmLauncher(Launcher):
     """Submits a job script that runs a supervisor on each node; the job outlives this process."""
 
     tool = "sbatch"
+    file = "job.sbatch"
 
     @property
     def script_path(self) -> Path:
         """Where the job script is written."""
-        return self.job.directory / SCRIPT_FILE
+        return self.job.directory / str(self.file)
 
     def script(self) -> str:
         """The job script. The run directory must have the same path on all nodes.

@@ -28,8 +28,6 @@ class SubmittedLauncher(Launcher):
     """
 
     shares_files = False
-    file: ClassVar[str]
-    """Name of the last submitted job in the run directory."""
     home: ClassVar[str] = ""
     """Where a job starts, if `working_directory` does not say so."""
 
@@ -41,7 +39,7 @@ class SubmittedLauncher(Launcher):
     @property
     def path(self) -> Path:
         """Where the job is written."""
-        return self.job.directory / self.file
+        return self.job.directory / str(self.file)
 
     @property
     def name(self) -> str:
