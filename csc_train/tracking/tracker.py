@@ -115,6 +115,12 @@ class Tracker:
             with self._wandb_errors():
                 self._wandb.summary.update(metrics)
 
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert to W&B, which mails it or passes it to Slack as its user chose."""
+        if self._wandb is not None:
+            with self._wandb_errors():
+                self._wandb.alert(title, text, level="WARN")
+
     def log_table(self, name: str, rows: Sequence[dict[str, Any]], step: int) -> None:
         """Log a table of a step: to `<name>.jsonl` in the run directory, and to W&B."""
         if self._is_main:
