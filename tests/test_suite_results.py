@@ -25,9 +25,10 @@ from csc_train.evaluation.scoring import score_predictions
 from csc_train.files import write_json
 from csc_train.inference.config import CONTEXTS
 from csc_train.inference.predictions import Prediction
+from csc_train.runs.comparison import MAX_POINTS
 from csc_train.suites.base import Cost, RowResult
 from csc_train.suites.published import FIGURES, PUBLISHED_METRICS, read_published
-from csc_train.suites.results import MAX_POINTS, console_results, write_suite_results
+from csc_train.suites.results import console_results, write_suite_results
 from csc_train.tracking.history import History
 
 METRICS = MetricsConfig(profiles=["paper"], bootstrap_resamples=100)

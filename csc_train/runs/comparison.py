@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from csc_train.errors import InputError
 from csc_train.files import atomic_path, read_json, write_json, write_text
@@ -23,6 +23,9 @@ HISTORY_FILE, METRICS_FILE, RESULTS_FILE = "history.jsonl", "metrics.json", "res
 SKIPPED_FOLDERS = ("checkpoints", "model", "base", "tokenizer", "wandb", "predictions")
 """Folders of a run directory that hold no other run."""
 SPEED = "trained_tokens_per_second"
+MAX_POINTS = 300
+"""Most points of a curve on a page."""
+Point = TypeVar("Point")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,17 @@ def last_metrics(directory: Path) -> dict[str, Any]:
         return last | {f"eval_{name}": value for name, value in metrics.get("validation", {}).items() if name != "step"}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: not the metrics of a training: resume the run, which writes them again") from error
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None for NaN and infinity, which JSON does not have."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def thin(points: Sequence[Point]) -> list[Point]:
+    """At most `MAX_POINTS` of the points of a curve, at equal distances, with the first and the last."""
+    count = min(len(points), MAX_POINTS)
+    return [points[round(place * (len(points) - 1) / max(1, count - 1))] for place in range(count)]
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[TrainingRun], list[str]]:

@@ -1,6 +1,5 @@
 """The results of a suite: its table beside the published one, as JSON, Markdown, a page, and for the terminal."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -23,15 +22,13 @@ from csc_train.evaluation.report.tables import ReportTable
 from csc_train.files import read_json, write_json, write_text
 from csc_train.inference.config import SHORT_CONTEXT
 from csc_train.jsonl import iter_jsonl
-from csc_train.runs.comparison import RESULTS_FILE, SPEED, TrainingRun, read_run
+from csc_train.runs.comparison import RESULTS_FILE, SPEED, TrainingRun, finite, read_run, thin
 from csc_train.runs.config import RESOLVED_FILE
 from csc_train.runs.directory import read_run_record
 from csc_train.suites.base import RowResult
 from csc_train.suites.published import FIGURES, PublishedTable
 from csc_train.templates import read_yaml, render
 
-MAX_POINTS = 300
-"""Most points of a learning curve on the page."""
 CURVES = ("loss", "eval_loss", "eval_strategy_accuracy")
 """Metrics of trainings that the page draws."""
 STRATEGY_METRICS = ("macro-F1", "preference bias")
@@ -138,7 +135,7 @@ def _read_row(row: RowResult, published: PublishedTable | None, start: Path) -> 
         for name, value in each["metrics"].items()
     }
     columns = FIGURES if published else ours
-    facts = run and {name: _finite(run.metrics.get(name)) for name in CURVES} | {SPEED: run.speed}
+    facts = run and {name: finite(run.metrics.get(name)) for name in CURVES} | {SPEED: run.speed}
     return {
         **{key: getattr(row, key) for key in ("name", "label", "state", "reason", "published", "against")},
         "problems": problems,
@@ -221,7 +218,7 @@ def _overlap(run: TrainingRun | None, start: Path, problems: list[str]) -> dict[
 
 
 def _curves(found: Sequence[dict[str, Any]], page: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The curves of each training: by metric, (step, trained tokens so far, value) of at most `MAX_POINTS` points."""
+    """The curves of each training: by metric, (step, trained tokens so far, value) thinned."""
     curves = {}
     for row, each in zip(found, page, strict=True):
         points: dict[str, list[tuple[int, int, float]]] = {name: [] for name in CURVES}
@@ -231,22 +228,12 @@ def _curves(found: Sequence[dict[str, Any]], page: Sequence[dict[str, Any]]) -> 
             tokens += (line.get(SPEED) or 0) * (line.get("step_seconds") or 0) * (line["step"] - step)
             step = line["step"]
             for name in CURVES:
-                if (value := _finite(line.get(name))) is not None:
+                if (value := finite(line.get(name))) is not None:
                     points[name].append((step, round(tokens), value))
         if step:
             curve = {"label": row["label"], "href": row["links"]["training"]}
-            curves.setdefault(each["directory"], curve | {"points": {name: _thin(points[name]) for name in CURVES}})
+            curves.setdefault(each["directory"], curve | {"points": {name: thin(points[name]) for name in CURVES}})
     return list(curves.values())
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _thin(points: Sequence[Found]) -> list[Found]:
-    """At most `MAX_POINTS` of them, at equal distances, with the first and the last."""
-    count = min(len(points), MAX_POINTS)
-    return [points[round(place * (len(points) - 1) / max(1, count - 1))] for place in range(count)]
 
 
 # --- tables ---
