@@ -42,7 +42,7 @@ from csc_train.training.validation import last_validation_metrics
 
 TOLERANCE = 1e-5
 # Three turns to reply to, so that one of two processes has more of them.
-MEASURED = {"eval_steps": 1, "num_turns": None, "num_samples": 3, "max_new_tokens": 4}
+MEASURED = {"eval_steps": 1, "num_turns": None, "num_samples": 3, "max_new_tokens": 4, "generated_dialogues": 3}
 SHORT = {"packs": "shared", "max_steps": 3, "micro_batch_size": 1}
 LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}, "learning_rate": 2e-2}
 COMPILED = {"zero": {"stage": "2"}, "compile": "layers", "gradient_checkpointing": "selective"}
@@ -121,8 +121,8 @@ def on_two_processes(folder):
     return train_all(folder, TWO_PROCESSES, 2)
 
 
-def samples(folder: Path, run: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+def samples(folder: Path, run: str, table: str = "samples") -> list[dict]:
+    return [json.loads(line) for line in (folder / run / f"{table}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 # What is measured
@@ -209,11 +209,46 @@ def test_samples_are_greedy_and_stand_beside_the_references(folder, trainer, pla
         assert row == {
             "dialogue_id": dialogue.id,
             "turn": index,
+            "customer": dialogue.turns[index - 1].text if index else "",
             "reference_strategy": dialogue.turns[index].strategy.zh,
             "strategy": None,  # of a model that has learned next to nothing
             "reference_response": dialogue.turns[index].text,
             "response": text.strip(),
         }
+
+
+@pytest.mark.slow
+def test_dialogues_are_generated_from_the_models_own_turns(folder, trainer, plain, template, dialogues):
+    """The customer's turns are given; the model's own ids, not those of their text, stand between them."""
+    rows = [row for row in samples(folder, "one", "generated") if row.pop("step") == 3]
+    named = {dialogue.id: dialogue for dialogue in dialogues}
+    chosen = {row["dialogue_id"]: named[row["dialogue_id"]] for row in rows}
+    assert len(chosen) == 3 and max(len(dialogue.supporter_turns) for dialogue in chosen.values()) > 1
+    expected, right = [], 0
+    for dialogue in chosen.values():
+        history, previous = [], ""
+        for index, turn in enumerate(dialogue.turns):
+            if turn.strategy is None:
+                history.append(turn)
+                previous = turn.text
+                continue
+            ids = template.prompt_ids(history)
+            length = len(ids)
+            while len(ids) < length + 4 and template.end_of_turn_id not in ids[length:]:
+                ids.append(logits_of(plain, ids)[-1].argmax().item())
+            own = [number for number in ids[length:] if number != template.end_of_turn_id]
+            history.append(own)
+            reply = template.parse(template.tokenizer.decode(own))
+            right += reply.strategy is turn.strategy
+            expected.append({
+                "dialogue_id": dialogue.id, "turn": index, "customer": previous,
+                "reference_strategy": turn.strategy.zh, "strategy": reply.strategy and reply.strategy.zh,
+                "reference_response": turn.text, "response": reply.response,
+            })  # fmt: skip
+    assert rows == expected
+    last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    assert last["eval_generated_strategy_accuracy"] == right / len(expected)
+    assert last["eval_generation_seconds"] > 0
 
 
 def test_a_turn_that_was_sampled_again_is_written_once(tmp_path):
@@ -237,6 +272,7 @@ def test_the_last_validation_metrics_are_found():
 @pytest.mark.parametrize("run", TWO_PROCESSES)
 def test_two_ranks_validate_as_one_process_does(folder, on_two_processes, references, run):
     kind, stage = run.split()
+    reference = {"full": "one", "lora": "one-lora"}
     one, two = references[kind], on_two_processes[run]
     assert two["processes"] == 2 and two["stage"] == (None if stage == "off" else int(stage))
     assert two["empty"] == (1 if stage == "3" else 0)
@@ -244,7 +280,9 @@ def test_two_ranks_validate_as_one_process_does(folder, on_two_processes, refere
     assert [entry["step"] for entry in two["measured"]] == [1, 2, 3]
     for mine, theirs in zip(two["measured"], one["measured"], strict=True):
         assert mine == pytest.approx(theirs, rel=TOLERANCE)
-    assert samples(folder, run.replace(" ", "-")) == samples(folder, "one" if kind == "full" else "one-lora")
+    for table in ("samples", "generated"):
+        mine, theirs = (samples(folder, name, table) for name in (run.replace(" ", "-"), reference[kind]))
+        assert mine == theirs and {row["step"] for row in mine} == {1, 2, 3}
     assert one["measured"][-1]["loss"] < 0.99 * one["measured"][0]["loss"]
     # A validation, whose rows have other lengths, compiles nothing.
     assert two["recompiles"] == ([0, 0, 0] if run == "full 2" else [None] * 3)

@@ -186,7 +186,11 @@ class ValidationConfig:
     num_samples: int = 8
     """Number of supporter turns with a generated reply in `samples.jsonl`, the same each time."""
     max_new_tokens: int = 96
-    """Length limit of these replies, strategy included."""
+    """Length limit of generated replies, strategy included."""
+    generated_dialogues: int = 0
+    """Number of dialogues that are generated at each validation, the same each time: the model's own turns stand in the
+    history of the later ones, the customer's are given. Their turns are in `generated.jsonl`. Under ZeRO stage 3 each
+    process gathers all weights for it, once a validation."""
     metric_for_best_model: str = "loss"
     """The metric that selects the best checkpoint: loss or strategy_accuracy."""
     early_stopping_patience: int | None = None
@@ -196,7 +200,7 @@ class ValidationConfig:
 
     def __post_init__(self):
         check_fields("validation.", self, "metric_for_best_model", choices=VALIDATION_METRICS)
-        check_fields("validation.", self, "num_samples", "num_turns", low=0)
+        check_fields("validation.", self, "num_samples", "num_turns", "generated_dialogues", low=0)
         check_fields("validation.", self, "max_new_tokens", "early_stopping_patience", low=1)
         check_steps("validation.eval_steps", self.eval_steps)
         if self.eval_steps == 0 and self.selects_model:

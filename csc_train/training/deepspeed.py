@@ -73,8 +73,8 @@ def start_deepspeed() -> None:
     import deepspeed
     import deepspeed.ops
 
-    # Caused by DeepSpeed itself.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Caused by DeepSpeed itself, and by TRL where it gathers all weights.
+    warnings.filterwarnings("ignore", r"`(torch\.distributed\.\w+|is_gradient_checkpointing)` is", FutureWarning)
     if not torch.cuda.is_available():
         # DeepSpeed compiles communication through shared memory at first use, which takes minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

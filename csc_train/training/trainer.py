@@ -36,6 +36,7 @@ from csc_train.files import os_errors, write_json
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import (
     adapter_report,
+    cache_kinds,
     count_adapter_parameters,
     forward_flops,
     model_dims,
@@ -539,11 +540,14 @@ def build_trainer(
         validator: packed as `packs` are; runs as often as `arguments` say.
 
     Raises:
-        InputError: the model does not keep packed documents apart, or layers for float8 are not compiled.
+        InputError: the model does not keep packed documents apart, layers for float8 are not compiled, or a model with
+            sliding-window attention should generate dialogues.
     """
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     collator = checked_collator(model, packing, tokenizer.pad_token_id, arguments.device, dtype)
     forbid_kv_cache(model)
+    if validator and validator.generated and "window" in cache_kinds(model.config):
+        raise InputError("validation.generated_dialogues: sliding-window attention is not supported: choose 0")
     runs, rows = [packs, *([validator.packs] if validator else [])], arguments.per_device_train_batch_size
     longest = rows * int(packs.document_lengths.sums().max())
     stage = str(arguments.deepspeed_plugin.zero_stage) if arguments.deepspeed_plugin else "off"

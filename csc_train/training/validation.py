@@ -1,4 +1,4 @@
-"""Validation during training: loss, strategy accuracy, and replies to a fixed set of turns.
+"""Validation during training: loss, strategy accuracy, replies to a fixed set of turns, and whole dialogues.
 
 Every process makes the same number of forward passes: under ZeRO stage 3 each pass gathers weights from all processes,
 so a process with one pass more would wait forever.
@@ -6,6 +6,8 @@ so a process with one pass more would wait forever.
 
 import contextlib
 import itertools
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +16,14 @@ import peft
 import torch
 from accelerate.utils import gather_object
 from transformers import GenerationConfig, PreTrainedModel, Trainer
+from trl.models.utils import unwrap_model_for_generation
 
 from csc_train.data.dialogue import Dialogue
-from csc_train.data.strategies import STRATEGIES
+from csc_train.data.strategies import STRATEGIES, Strategy
 from csc_train.errors import InputError
-from csc_train.models.sharded_parameters import is_sharded
+from csc_train.inference.config import InferenceConfig
+from csc_train.inference.generator import generate_predictions, shard_dialogues
+from csc_train.models.sharded_parameters import is_sharded, lacking_memory
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.loss_weights import LossWeights
@@ -26,8 +31,9 @@ from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDial
 from csc_train.template.likelihood import dialogue_log_likelihoods
 from csc_train.training.config import ValidationConfig
 
-SAMPLES_TABLE = "samples"
-"""The table of replies to a fixed set of turns, by step."""
+SAMPLES_TABLE, GENERATED_TABLE = "samples", "generated"
+"""The tables of replies by step: to a fixed set of turns, and to all turns of dialogues in generated context."""
+logger = logging.getLogger(__name__)
 
 
 class ValidationTurn(NamedTuple):
@@ -45,6 +51,7 @@ class Validator:
         total_weight: the sum of their loss weights.
         turns: whose strategies are predicted; empty if the template leaves the model no choice.
         samples: turns that get a generated reply.
+        generated: dialogues all of whose turns get one, in generated context.
     """
 
     def __init__(
@@ -66,7 +73,7 @@ class Validator:
             log_table: takes the name, the rows and the step of a table.
 
         Raises:
-            InputError: no dialogue is left for the loss, or no turn for `metric_for_best_model`.
+            InputError: no dialogue is left for the loss or to be generated, or no turn for `metric_for_best_model`.
         """
         self.dialogues, self.tokenized, self.template = dialogues, tokenized, template
         self.config, self.log_table = config, log_table
@@ -96,21 +103,85 @@ class Validator:
                 "raise packing.max_length"
             )
         self.samples = sorted(drawn[index] for index in rng.permutation(len(drawn))[: config.num_samples].tolist())
+        order = rng.permutation(len(dialogues)).tolist() if config.generated_dialogues else ()
+        whole = {
+            dialogues[index].id: dialogues[index]
+            for index in order
+            if candidates[index] and len(candidates[index]) == len(dialogues[index].supporter_turns)
+        }
+        self.generated = list(whole.values())[: config.generated_dialogues]
+        if config.generated_dialogues:
+            if not self.generated:
+                raise InputError(
+                    f"validation.generated_dialogues={config.generated_dialogues}: no validation dialogue fits "
+                    "packing.max_length: raise packing.max_length, or choose 0"
+                )
+            # Before the layers are compiled: it registers an attention, which would make them compile again.
+            import csc_train.inference.hf  # noqa: F401
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
-        """Compute all metrics but the loss, and log the table of samples; every process calls this.
+        """Compute all metrics but the loss, and log the tables of replies; every process calls this.
 
         Returns:
             On every process `strategy_accuracy`: the share of `turns` whose reference strategy has the most likely of
-            the 12 labels. Empty without turns.
+            the 12 labels; missing without turns. With `generated`, as `_generate_dialogues`, and `generation_seconds`
+            of all replies, the time to gather sharded weights included.
         """
+        tables = {}
         with _plain_inference(trainer.model), torch.no_grad():
             metrics = {"strategy_accuracy": self._strategy_accuracy(trainer)} if self.turns else {}
-            if self.samples:
-                rows = self._sample_rows(trainer)
-                if trainer.is_world_process_zero():
-                    self.log_table(SAMPLES_TABLE, rows, trainer.state.global_step)
+            started, whole, sharded = time.perf_counter(), contextlib.nullcontext(), is_sharded(trainer.model)
+            if (generates := self._can_generate(trainer, sharded)) and sharded:
+                whole = unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator)
+            with whole:
+                if self.samples:
+                    tables[SAMPLES_TABLE] = self._sample_rows(trainer, synced=sharded and not generates)
+                if generates:
+                    found, tables[GENERATED_TABLE] = self._generate_dialogues(trainer)
+                    metrics |= found
+            if generates:
+                metrics["generation_seconds"] = time.perf_counter() - started
+        for name, rows in tables.items():
+            if trainer.is_world_process_zero():
+                self.log_table(name, rows, trainer.state.global_step)
         return metrics
+
+    def _can_generate(self, trainer: Trainer, sharded: bool) -> bool:
+        """Whether dialogues are generated now; the same on every process."""
+        if not self.generated:
+            return False
+        lacking: Any = trainer.accelerator.gather(lacking_memory(trainer.model)) if sharded else torch.zeros(1)
+        if (worst := lacking.max().item()) > 0:
+            logger.info(
+                f"note: step {trainer.state.global_step}: no dialogues are generated, since the whole weights need "
+                f"{worst:.1f} GiB more on a GPU: set validation.generated_dialogues=0, or use more GPUs"
+            )
+        return worst <= 0
+
+    def _generate_dialogues(self, trainer: Trainer) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Reply to all turns of `generated`, each process to its own dialogues; none waits for another.
+
+        Returns:
+            If the model chooses strategies, `generated_strategy_accuracy`: the share of turns whose reply names the
+            reference strategy. And the rows of the table.
+        """
+        from csc_train.inference.hf import HFGenerator
+
+        model: Any = trainer.model
+        base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        own = shard_dialogues(self.generated, trainer.args.process_index, trainer.args.world_size)
+        config = InferenceConfig(max_new_tokens=self.config.max_new_tokens, likelihoods=False)
+        outcomes = generate_predictions(own, HFGenerator(base, self.template, config), "generated") if own else []
+        by_turn = {outcome.key: outcome for outcome in gather_object([*outcomes])}
+        rows, hits = [], []
+        for dialogue in self.generated:
+            for turn in dialogue.supporter_turns:
+                found = by_turn[dialogue.id, turn]
+                number, text = getattr(found, "strategy", None), getattr(found, "response", "")
+                rows.append(self._row(dialogue, turn, number and STRATEGIES[number - 1], text))
+                hits.append(number == dialogue.turns[turn].strategy.number)
+        joint = self.template.config.mode == "joint"
+        return {"generated_strategy_accuracy": sum(hits) / len(hits)} if joint else {}, rows
 
     def accuracy(self, model: torch.nn.Module) -> float:
         """The strategy accuracy of another model, on its device, by this process alone."""
@@ -150,27 +221,31 @@ class Validator:
         reference = torch.tensor([int(dialogue.strategies[turn.turn]) for turn in turns])
         return (numbers == reference).sum()
 
-    def _sample_rows(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """The rows of the table of samples, on every process."""
+    def _sample_rows(self, trainer: Trainer, synced: bool) -> list[dict[str, Any]]:
+        """The rows of the table of samples, on every process; `synced`: each forward pass gathers weights."""
         own = self.samples[trainer.args.process_index :: trainer.args.world_size]
         # A process without a sample takes part with the first one.
-        texts = self._generate(trainer, [self.prompt(turn) for turn in own or self.samples[:1]])
+        texts = self._generate(trainer, [self.prompt(turn) for turn in own or self.samples[:1]], synced)
         answers = dict(gather_object([*zip(own, texts, strict=False)]))
-        return [self._row(turn, answers[turn]) for turn in self.samples]
+        replies = {turn: self.template.parse(answers[turn]) for turn in self.samples}
+        return [
+            self._row(self.dialogues[turn.dialogue], turn.turn, reply.strategy, reply.response)
+            for turn, reply in replies.items()
+        ]
 
-    def _row(self, turn: ValidationTurn, text: str) -> dict[str, Any]:
-        dialogue = self.dialogues[turn.dialogue]
-        reference, reply, language = dialogue.turns[turn.turn], self.template.parse(text), self.template.config.language
+    def _row(self, dialogue: Dialogue, turn: int, strategy: Strategy | None, response: str) -> dict[str, Any]:
+        reference, language = dialogue.turns[turn], self.template.config.language
         return {
             "dialogue_id": dialogue.id,
-            "turn": turn.turn,
+            "turn": turn,
+            "customer": dialogue.turns[turn - 1].text if turn else "",
             "reference_strategy": reference.strategy.name(language),
-            "strategy": reply.strategy and reply.strategy.name(language),
+            "strategy": strategy and strategy.name(language),
             "reference_response": reference.text,
-            "response": reply.response,
+            "response": response,
         }
 
-    def _generate(self, trainer: Trainer, prompts: list[list[int]]) -> list[str]:
+    def _generate(self, trainer: Trainer, prompts: list[list[int]], synced: bool) -> list[str]:
         """Greedy replies to prompts, as text; every process calls this, with its own prompts."""
         longest, end = max(map(len, prompts)), self.template.end_of_turn_id
         tokenizer = self.template.tokenizer
@@ -186,7 +261,7 @@ class Validator:
             eos_token_id=end,
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
-            synced_gpus=is_sharded(trainer.model) and trainer.args.world_size > 1,
+            synced_gpus=synced and trainer.args.world_size > 1,
         )
         replies = (itertools.takewhile(lambda token: token != end, row) for row in generated[:, longest:].tolist())
         return [
