@@ -136,6 +136,18 @@ def remove_staging(staging: Path) -> None:
         shutil.rmtree(staging)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory; a kill leaves it whole, or moved to where the next write or claim beside it removes it.
+
+    Raises:
+        InputError: it cannot be removed.
+    """
+    with os_errors(path, "cannot remove"):
+        staging = Path(tempfile.mkdtemp(prefix=STAGING.format(name=path.name), dir=path.parent))
+        path.rename(staging / path.name)
+        shutil.rmtree(staging)
+
+
 def require_end(path: str | os.PathLike, pipe: bool = False) -> None:
     """Raise an InputError if a path is a device or, unless it may be, a pipe: their content may have no end."""
     path = Path(path)

@@ -16,17 +16,19 @@ import wandb.wandb_agent
 import yaml
 from conftest import ROOT
 from matplotlib.figure import Figure
+from optuna.trial import TrialState
 from test_launch import Forked, Started, left_in, record
 
 from csc_train.config.cluster import ClusterConfig, ParameterConfig, SweepConfig
 from csc_train.errors import InputError
 from csc_train.launching.journal import open_journal
 from csc_train.launching.launchers.local import LocalLauncher
-from csc_train.launching.search_space import extreme_points
+from csc_train.launching.search_space import distributions, extreme_points
 from csc_train.launching.sweep import plan_sweep, sweep
 from csc_train.launching.sweep_runner import NoSuchMetricError, SweepRunner, metric_values, trial_result
 from csc_train.launching.sweep_summary import report_sweep
 from csc_train.launching.trial_runner import FailedTrialError
+from csc_train.launching.warm_start import EARLIER
 from csc_train.runs.claim import claim
 from csc_train.runs.comparison import find_runs, save_svg, sort_runs
 
@@ -120,16 +122,16 @@ def test_the_interrupted_trial_resumed_from_its_checkpoint(place, interrupted, s
 
 
 @pytest.mark.slow
-def test_a_summary_is_printed_and_kept_with_plots(place, summary):
+def test_a_summary_is_printed_and_kept_with_a_page(place, summary):
     facts, output = summary
     runs = place / "runs/sweeps/lr"
     text = (runs / "summary.md").read_text()
-    assert f"4 trials: 3 complete, 1 fail; best: trial {facts['best']}, eval_loss " in text
+    assert f"4 of 4 trials: 3 complete, 1 fail; best: trial {facts['best']}, eval_loss " in text
     assert f"| {facts['best']}* |" in text and "holds model but no run.json" in text
     assert "Sweep lr (* best)" in output
-    for plot in ("history", "parallel_coordinates", "importances"):
-        assert f"]({plot}.svg)" in text
-        assert "<svg" in (runs / f"{plot}.svg").read_text()
+    page = (runs / "summary.html").read_text(encoding="utf-8")
+    assert f'href="trial-{facts["best"]}/curves' in page and 'http-equiv="refresh' not in page
+    assert sum(trial["seconds"] for trial in facts["trials"] if trial["seconds"]) / 3600 == facts["hours"] > 0
 
 
 @pytest.mark.slow
@@ -296,8 +298,16 @@ def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
         (["trainer.lerning_rate=1"], "sweep.space: unknown key 'trainer.lerning_rate' for recipe sft. Did you mean "
          "'trainer.learning_rate'?"),
         (["run.directory=x"], "run.directory=x: a sweep names its runs itself: use sweep.directory"),
-        (["sweep.pruner.kind=hyperbad"], "sweep.pruner.kind=hyperbad: choose one of none, median, hyperband. Did you "
-         "mean 'hyperband'?"),
+        (["sweep.pruner.kind=hyperbad"], "sweep.pruner.kind=hyperbad: choose one of none, median, asha, hyperband. "
+         "Did you mean 'hyperband'?"),
+        (["sweep.pruner.reduction_factor=2"], "sweep.pruner.reduction_factor=2: only asha and hyperband have one"),
+        (["sweep.budget_gpu_hours=0"], "sweep.budget_gpu_hours=0.0: must be at least 0.0001"),
+        (["sweep.budget_gpu_hours=-1"], "sweep.budget_gpu_hours=-1.0: must be at least 0.0001"),
+        (["sweep.keep=bset"], "sweep.keep=bset: choose one of all, best. Did you mean 'best'?"),
+        (["sweep.warm_start=nowhere"], "sweep.warm_start=nowhere: holds no summary.json: give the directory of a sweep "
+         "that has ended a trial"),
+        (["sweep=loss_grid", "sweep.warm_start=nowhere"], "sweep.warm_start=nowhere: a grid samples nothing: leave it "
+         "out"),
     ],
 )  # fmt: skip
 def test_invalid_values_are_refused_before_the_first_trial(tmp_path, monkeypatch, capsys, arguments, message):
@@ -479,34 +489,82 @@ def test_the_lock_file_of_a_killed_sweep_stops_nobody(tmp_path, monkeypatch):
     assert sorted(os.listdir()) == ["study.log", "study.log.lock"]
 
 
-@pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_each_trial_can_be_seen_in_the_plots_of_a_sweep_also_the_worst(tmp_path, browser, direction):
+def filled_study(directory: Path, direction: str) -> tuple[optuna.Study, SweepConfig]:
+    """A sweep with trials in every state, two of them of an earlier sweep, and the histories of its runs."""
     study = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(seed=1))
-    for number in range(20):
-        trial = study.ask()
-        trial.suggest_float("learning_rate", 1e-6, 1e-2, log=True)
-        trial.suggest_categorical("rank", [8, 16, 64])
-        study.tell(trial, 2 + number / 20 + (9 if number % 5 == 0 else 0))
     space = {
-        "learning_rate": ParameterConfig("trainer.learning_rate", low=1e-6, high=1e-2, log=True),
+        "rate": ParameterConfig("trainer.learning_rate", low=1e-6, high=1e-2, log=True),
         "rank": ParameterConfig("adapter.rank", type="categorical", choices=[8, 16, 64]),
+        "mark": ParameterConfig("tracking.name", type="categorical", choices=[MARKUP, "b"]),
     }
-    report_sweep(tmp_path, study, SweepConfig(space=space, trials=20, metric="score", direction=direction))
-    page = browser.new_page()
-    page.set_content((tmp_path / "parallel_coordinates.svg").read_text(encoding="utf-8"))
-    read = "found => found.map(each => getComputedStyle(each)[{}].match(/\\d+/g).map(Number))"
-    lines = page.locator("#LineCollection_1 path").evaluate_all(read.format("'stroke'"))
-    heights = page.locator("#LineCollection_1 path").evaluate_all(
-        "found => found.map(each => each.getPointAtLength(0).y)"
-    )
-    ground = page.locator("#axes_1 > #patch_2 path").evaluate_all(read.format("'fill'"))[0]
+    config = SweepConfig(space=space, trials=20, metric="score", direction=direction, budget_gpu_hours=1.0)
+    for number in range(18):
+        trial = study.ask(distributions(config))
+        for step in range(1, 5):
+            trial.report(2 + number / 18 + 1 / step, step)
+        state = {6: TrialState.PRUNED, 7: TrialState.FAIL, 17: None}.get(number, TrialState.COMPLETE)
+        trial.set_user_attr("seconds", 90.0)
+        if number < 2:
+            trial.set_user_attr(EARLIER, f"earlier/trial-{number}")
+        if state:
+            study.tell(trial, 2 + number / 18 if state == TrialState.COMPLETE else None, state=state)
+        if number >= 2:
+            (run := directory / f"trial-{number - 2}").mkdir(parents=True)
+            rows = [{"step": step, "loss": 3 / step, "score": 2 + number / 18 + 1 / step} for step in range(1, 5)]
+            (run / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (run / "output.log").touch()
+    study.set_user_attr(EARLIER, 2)
+    return study, config
+
+
+MARKUP = "<b>a</b>"
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_the_page_of_a_sweep_shows_each_trial_and_the_best_runs(tmp_path, browser, direction):
+    report_sweep(tmp_path, *filled_study(tmp_path, direction), ClusterConfig(gpus_per_node=4))
+    best = 0 if direction == "minimize" else 14
+    page, said, asked = browser.new_page(viewport={"width": 400, "height": 800}), [], []
+    for event in ("console", "pageerror"):
+        page.on(event, lambda message: said.append(str(message)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((tmp_path / "summary.html").as_uri())
+    lines = page.locator("#parallel path")
+    states = [text.split()[0] for text in lines.evaluate_all("all => all.map(each => each.getAttribute('class'))")]
+    assert {state: states.count(state) for state in set(states)} == {
+        "best": 1, "complete": 12, "pruned": 1, "fail": 1, "stopped": 1, "earlier": 2,
+    }  # fmt: skip
+    assert states[-1] == "best"  # on top
+    assert page.locator("#states .entry").all_inner_texts()[:3] == ["complete", "best", "pruned"]
+    axes = page.locator("#parallel text.name").evaluate_all("all => all.map(each => each.textContent)")
+    assert axes == ["learning_rate", "rank", "name", "score"]
+    assert MARKUP in page.locator("#parallel text").evaluate_all("all => all.map(each => each.textContent)")
+    # A line ends at the height of its result, the largest on top.
+    end = "each => [Number(each.dataset.number), each.getPointAtLength(each.getTotalLength()).y]"
+    ends = page.locator("#parallel path[data-number]").evaluate_all(f"all => all.map({end})")
+    results = {number: y for number, y in ends if number not in (4, 5, 15)}
+    assert sorted(results, key=results.get) == sorted(results, reverse=True)
+    assert page.locator("tr.best th").inner_text() == f"{best}*"
+    assert page.locator("tbody tr").count() == 16
+    page.hover(f"tr[data-number='{best}'] th")
+    assert "lit" in page.locator(f"path[data-number='{best}']").get_attribute("class")
+    assert page.locator("#curves svg").count() == 2
+    order = (0, 1, 2, 3, 6) if direction == "minimize" else (14, 13, 12, 11, 10)
+    names = page.locator("#curves figure").first.locator(".entry").all_inner_texts()
+    assert names == [f"trial {number}" for number in order]
+    assert page.locator("#importance .name").count() == 3
+    text = page.locator("header").inner_text()
+    assert f"best: trial {best}, score" in text
+    assert "1.6 of 1 process hours used: 1 stopped, 4 not started" in text
+    hrefs = page.locator("#table a").evaluate_all("all => all.map(each => each.getAttribute('href'))")
+    assert len(hrefs) == 16 and all((tmp_path / href).exists() for href in hrefs)
+    wide = "document.documentElement.scrollWidth <= window.innerWidth"
+    assert page.evaluate(wide), "wider than a telephone"
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != ground
     page.close()
-    assert len(lines) == 20 and ground == [229, 229, 229]
-    assert min(sum(abs(one - other) for one, other in zip(line, ground, strict=True)) for line in lines) > 150
-    # The best is blue, the worst red; each line starts at its value, the largest on top.
-    low, high = lines[heights.index(max(heights))], lines[heights.index(min(heights))]
-    best, worst = (low, high) if direction == "minimize" else (high, low)
-    assert worst[0] > worst[2] and best[2] > best[0]
+    assert said == [] and asked == [(tmp_path / "summary.html").as_uri()]
 
 
 def test_a_restarted_sweep_draws_the_values_of_an_uninterrupted_one():

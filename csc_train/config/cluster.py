@@ -158,15 +158,21 @@ class PrunerConfig:
 
     kind: str = "none"
     """none: prune no trial. median: prune a trial that is worse than the median of earlier ones at the same step.
-    hyperband: prune by successive halving."""
+    asha: at steps that grow by `reduction_factor`, continue only the best part of the trials that came so far.
+    hyperband: several of these with different first steps."""
     startup_trials: int = 5
     """median: number of trials that are never pruned."""
     first_step: int = 1
     """First optimizer step at which a trial may be pruned."""
+    reduction_factor: int | None = None
+    """asha, hyperband: one of so many trials continues. Defaults to 4 of asha and 3 of hyperband, as in Optuna."""
 
     def __post_init__(self):
-        check_fields("sweep.pruner.", self, "kind", choices=("none", "median", "hyperband"))
+        check_fields("sweep.pruner.", self, "kind", choices=("none", "median", "asha", "hyperband"))
         check_fields("sweep.pruner.", self, "startup_trials", "first_step", low=1)
+        check_fields("sweep.pruner.", self, "reduction_factor", low=2)
+        if self.reduction_factor is not None and self.kind not in ("asha", "hyperband"):
+            raise InputError(f"sweep.pruner.reduction_factor={self.reduction_factor}: only asha and hyperband have one")
 
 
 @dataclass
@@ -199,13 +205,27 @@ class SweepConfig:
     else 1."""
     poll: float = 5.0
     """Seconds between checks of the running trials."""
+    budget_gpu_hours: float | None = None
+    """GPU hours of all trials together; on CPUs, hours of their processes. No trial starts that would exceed it, by the
+    median of ended ones; trials that run when it is used up save a checkpoint. A greater budget resumes them."""
+    keep: str = "all"
+    """all: each trial keeps its model and checkpoints. best: only the best `keep_number` trials do, once they end; the
+    others keep configuration, history and metrics."""
+    keep_number: int = 1
+    """best: the number of trials."""
+    warm_start: str | None = None
+    """Directory of an earlier sweep: its complete trials teach the sampler. They are no trials of this sweep."""
 
     def __post_init__(self):
         check_fields("sweep.", self, "kind", choices=("optuna", "grid", "list"))
         check_fields("sweep.", self, "direction", choices=("minimize", "maximize"))
         check_fields("sweep.", self, "poll", low=0.1)
         check_fields("sweep.", self, "seed", low=0, high=2**31)
-        check_fields("sweep.", self, "trials", "parallel", low=1)
+        check_fields("sweep.", self, "trials", "parallel", "keep_number", low=1)
+        check_fields("sweep.", self, "budget_gpu_hours", low=0.0001)
+        check_fields("sweep.", self, "keep", choices=("all", "best"))
+        if self.warm_start is not None and self.kind != "optuna":
+            raise InputError(f"sweep.warm_start={self.warm_start}: a {self.kind} samples nothing: leave it out")
         for name, parameter in self.space.items():
             parameter.check(f"sweep.space.{name}")
             if self.kind == "grid" and parameter.type != "categorical":

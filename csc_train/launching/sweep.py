@@ -6,11 +6,13 @@ their last checkpoints, with the same numbers and values.
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.trial import TrialState
 
 from csc_train.config.cli import show_help
@@ -24,15 +26,23 @@ from csc_train.launching.job import Job, refuse_misspelt, split_arguments
 from csc_train.launching.journal import check_values, open_journal
 from csc_train.launching.launchers.registry import launcher_class
 from csc_train.launching.search_space import extreme_points, to_override
-from csc_train.launching.sweep_runner import SweepRunner
-from csc_train.launching.sweep_summary import describe_trial, report_sweep
+from csc_train.launching.sweep_runner import SweepRunner, keep_best
+from csc_train.launching.sweep_summary import describe_trial, report_sweep, write_summary
 from csc_train.launching.trial_runner import Interrupted
+from csc_train.launching.warm_start import add_earlier, count_earlier, own_trials, read_earlier
 from csc_train.runs.claim import claim
 from csc_train.runs.directory import as_yaml, flatten_keys, read_config, refuse_other_files
 
 STUDY_FILE = "study.log"
 SWEEP_FILE = "sweep.yaml"
 """The search space and the trials' common configuration, in the sweep's directory."""
+PRUNERS: dict[str, Callable[[PrunerConfig], BasePruner]] = {
+    "none": lambda config: NopPruner(),
+    "median": lambda config: MedianPruner(config.startup_trials),
+    "asha": lambda config: SuccessiveHalvingPruner(config.first_step, config.reduction_factor or 4),
+    "hyperband": lambda config: HyperbandPruner(config.first_step, reduction_factor=config.reduction_factor or 3),
+}
+"""Optuna's pruner by `PrunerConfig.kind`."""
 RESERVED_KEYS = ("run", "resume", "run.directory", "run.if_exists")
 """Recipe keys that the sweep sets itself."""
 
@@ -112,6 +122,8 @@ def plan_sweep(arguments: list[str]) -> Sweep:
             planned.job(0, point)
         except InputError as error:
             raise InputError(f"sweep.{'points' if planned.config.kind == 'list' else 'space'}: {error}") from error
+    if planned.config.warm_start and not (planned.directory / SWEEP_FILE).exists():
+        read_earlier(planned.config)
     return planned
 
 
@@ -122,7 +134,8 @@ def open_study(planned: Sweep) -> optuna.Study:
         InputError: the directory holds another sweep, its journal is damaged, or it cannot be written.
     """
     config, file = planned.config, planned.directory / SWEEP_FILE
-    judged = {name: to_container(config)[name] for name in ("kind", "space", "points", "metric", "direction")}
+    names = ("kind", "space", "points", "metric", "direction", "warm_start")
+    judged = {name: to_container(config)[name] for name in names}
     training = to_container(planned.first_job().config)
     del training["run"]
     facts = {"sweep": judged, "training": training}
@@ -140,19 +153,14 @@ def open_study(planned: Sweep) -> optuna.Study:
         study_name=config.name,
         storage=open_journal(journal),
         direction="minimize" if config.direction == "minimize" else "maximize",
-        pruner=_pruner(config.pruner),
         load_if_exists=True,
     )
+    add_earlier(study, config)
+    # Earlier trials have no values that a pruner could compare.
+    own = replace(config.pruner, startup_trials=config.pruner.startup_trials + count_earlier(study))
+    study.pruner = PRUNERS[config.pruner.kind](own)
     check_values(journal, study, config)
     return study
-
-
-def _pruner(config: PrunerConfig) -> optuna.pruners.BasePruner:
-    if config.kind == "median":
-        return optuna.pruners.MedianPruner(config.startup_trials)
-    if config.kind == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=config.first_step)
-    return optuna.pruners.NopPruner()
 
 
 def sweep(arguments: list[str]) -> int:
@@ -189,11 +197,19 @@ def _run(planned: Sweep) -> int:
             planned.first_job().preflight()
         study = open_study(planned)
         print(f"sweep: {planned.directory}, {config.size} trials, {len(slots)} at a time", flush=True)
+
+        def after_trial() -> None:
+            keep_best(planned.directory, study, config)
+            write_summary(planned.directory, study, config, cluster, running=True)
+
+        devices = cluster.gpus or cluster.world_size
         try:
-            SweepRunner(config, study, planned.job, slots, claimed.descriptor).run()
+            keep_best(planned.directory, study, config)  # a killed sweep may not have come so far
+            SweepRunner(config, study, planned.job, slots, claimed.descriptor, devices, after_trial).run()
         except Interrupted as interrupt:
-            done = len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)))
+            done = len(own_trials(study, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
             print(f"interrupted after {done} of {config.size} trials; the same command resumes", flush=True)
+            write_summary(planned.directory, study, config, cluster, running=not launcher_class(cluster).attached)
             return 128 + interrupt.args[0]
-        report_sweep(planned.directory, study, config)
-    return 0 if study.get_trials(states=(TrialState.COMPLETE,)) else 1
+        report_sweep(planned.directory, study, config, cluster)
+    return 0 if own_trials(study, TrialState.COMPLETE) else 1

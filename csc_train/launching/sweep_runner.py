@@ -1,7 +1,8 @@
 """Run the trials of a sweep: sample their values, prune them, and rank them by a metric."""
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from csc_train.errors import InputError, suggestion
 from csc_train.launching.job import Job
 from csc_train.launching.journal import values_of
 from csc_train.launching.search_space import distributions
-from csc_train.launching.sweep_summary import describe_trial
+from csc_train.launching.sweep_summary import describe_trial, ranked
 from csc_train.launching.trial_runner import FailedTrialError, RunningTrial, TrialRunner, failure_reason
+from csc_train.launching.warm_start import count_earlier, own_trials
+from csc_train.runs.cleanup import remove_weights
 from csc_train.runs.comparison import METRICS_FILE, history_log, last_metrics
 from csc_train.runs.directory import read_run_record
 
@@ -30,6 +33,8 @@ class SweepRunner(TrialRunner):
         job_of: makes the job of a trial from its number and parameter values.
         slots: environment variables of each trial that may start now.
         lock: see `TrialRunner`.
+        devices: GPUs of a trial; processes on CPUs.
+        changed: called after each trial.
     """
 
     def __init__(
@@ -39,14 +44,18 @@ class SweepRunner(TrialRunner):
         job_of: Callable[[int, dict[str, Any]], Job],
         slots: list[dict[str, str]],
         lock: int,
+        devices: int = 1,
+        changed: Callable[[], None] = lambda: None,
     ):
         super().__init__(study, lock, config.poll)
         self.config, self._job_of, self._slots = config, job_of, slots
+        self._devices, self._changed = devices, changed
+        self._first = count_earlier(study)
         self._reported: dict[int, int] = {}
         self._interrupted = self.interrupted()
         frozen = {each.number: each for each in study.get_trials(states=(TrialState.RUNNING,))}
         for trial in self._interrupted:
-            sampler, each = self._seed_sampler(trial.number), frozen[trial.number]
+            sampler, each = self._seed_sampler(trial.number - self._first), frozen[trial.number]
             for name, distribution in values_of(self.config, each).items():
                 if name in each.params:  # draws as much as it did for this one
                     sampler.sample_independent(self.study, each, name, distribution)
@@ -54,15 +63,35 @@ class SweepRunner(TrialRunner):
                     trial._suggest(name, distribution)  # a value that a killed sweep did not record
 
     def next_trial(self) -> tuple[Trial, list[dict[str, str]]] | None:
-        """An interrupted trial, else a new one."""
-        trial = (self._interrupted.pop(0) if self._interrupted else self._new_trial()) if self._slots else None
+        """An interrupted trial, else a new one that the budget allows."""
+        if not self._slots or self.exhausted():
+            return None
+        trial = self._interrupted.pop(0) if self._interrupted else self._new_trial()
         return trial and (trial, self._slots)
+
+    def exhausted(self) -> bool:
+        """Whether the budget is used up."""
+        return self._hours_left() <= 0
+
+    def _hours_left(self) -> float:
+        """GPU hours of the budget that are left now; the running trials' time counts."""
+        if self.config.budget_gpu_hours is None:
+            return math.inf
+        running = {each.trial.number: each.seconds for each in self._running}
+        used = used_seconds(self.study) | running
+        return self.config.budget_gpu_hours - sum(used.values()) * self._devices / 3600
+
+    def _affordable(self) -> bool:
+        """Whether the budget allows another trial beside what the running ones may still take."""
+        expected = expected_seconds(self.study)
+        open_seconds = sum(max(0.0, expected - each.seconds) for each in self._running)
+        return (open_seconds + expected) * self._devices / 3600 <= self._hours_left()
 
     def _new_trial(self) -> Trial | None:
         space, config = distributions(self.config), self.config
-        trials = self.study.get_trials(deepcopy=False)
+        trials = own_trials(self.study)
         waiting = [each for each in trials if each.state == TrialState.WAITING]
-        if len(trials) - len(waiting) >= config.size:
+        if len(trials) - len(waiting) >= config.size or not self._affordable():
             return None
         if config.kind == "optuna":
             self._seed_sampler(len(trials))
@@ -79,12 +108,12 @@ class SweepRunner(TrialRunner):
 
     def job_of(self, trial: Trial, slot: dict[str, str]) -> Job:
         """The job with the values of a trial."""
-        return self._job_of(trial.number, trial.params)
+        return self._job_of(trial.number - self._first, trial.params)
 
     def result(self, trial: Trial, directory: Path) -> float:
         """The metric (see `trial_result`); values that nobody watched are reported."""
         found = trial_result(directory, self.config.metric)
-        self._report(trial, directory)
+        list(self._report(trial, directory))
         return found
 
     def watch(self, running: RunningTrial, ended: bool) -> None:
@@ -96,22 +125,54 @@ class SweepRunner(TrialRunner):
                 if running.pruned and not ended:
                     running.launcher.stop()
 
-    def _report(self, trial: Trial, directory: Path) -> list[int]:
-        """Report the metric's values that the study does not know yet. Returns the step of each."""
+    def tell(self, trial: Trial, outcome: float | str | None) -> None:
+        """Record the end of a trial."""
+        super().tell(trial, outcome)
+        self._changed()
+
+    def _report(self, trial: Trial, directory: Path) -> Iterator[int]:
+        """Report the metric's values that the study does not know yet, one by one, and yield the step of each."""
         known = self._reported.get(trial.number) or self.study.trials[trial.number].last_step or 0
         new = [(step, value) for step, value in metric_values(directory, self.config.metric) if step > known]
         for step, value in new:
             trial.report(value, step)
             self._reported[trial.number] = step
-        return [step for step, _ in new]
+            yield step
 
     def describe(self, trial: Trial) -> str:
         """Its number and values."""
-        return describe_trial(self.config, trial.number, trial.params)
+        return describe_trial(self.config, trial.number - self._first, trial.params)
 
     def value_text(self, value: float) -> str:
         """The metric and its value."""
         return f"{self.config.metric} {value:.6g}"
+
+
+def used_seconds(study: optuna.Study) -> dict[int, float]:
+    """The seconds of each trial by number, as far as the study knows."""
+    return {trial.number: trial.user_attrs.get("seconds", 0.0) for trial in study.get_trials(deepcopy=False)}
+
+
+def expected_seconds(study: optuna.Study) -> float:
+    """The median of the trials that ended with a result or were pruned; 0 if none has."""
+    ended = own_trials(study, TrialState.COMPLETE, TrialState.PRUNED)
+    return statistics.median([trial.user_attrs.get("seconds", 0.0) for trial in ended] or [0.0])
+
+
+def keep_best(directory: Path, study: optuna.Study, config: SweepConfig) -> None:
+    """Under `sweep.keep=best`, remove the weights of the ended trials that are not among the best ones.
+
+    A trial in whose directory another process works keeps them until the next call.
+    """
+    if config.keep == "all":
+        return
+    kept = {trial.number for trial in ranked(study, config)[: config.keep_number]}
+    for number, trial in enumerate(own_trials(study)):
+        if trial.state.is_finished() and trial.number not in kept:
+            try:
+                remove_weights(directory / f"trial-{number}", "sweep.keep=best")
+            except InputError as error:
+                print(f"note: its model and checkpoints are kept: {error}", flush=True)
 
 
 def metric_values(directory: Path, metric: str) -> list[tuple[int, float]]:

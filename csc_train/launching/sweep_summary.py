@@ -1,4 +1,4 @@
-"""The summary of a sweep: a table of its trials, and plots of history, parameters and importances."""
+"""The summary of a sweep: its trials as JSON, Markdown, a page, and for the terminal."""
 
 import sys
 import warnings
@@ -6,19 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
-from csc_train.config.cluster import SweepConfig
+from csc_train.config.cluster import ClusterConfig, SweepConfig
 from csc_train.files import write_json, write_text
-from csc_train.runs.comparison import markdown_table, save_svg, terminal_table
+from csc_train.launching.search_space import distributions
+from csc_train.launching.warm_start import EARLIER, SUMMARY_FILE, count_earlier, own_trials
+from csc_train.runs.comparison import finite, history_log, markdown_table, terminal_table, thin
+from csc_train.templates import render
 
-PLOTS = {
-    "history.svg": "plot_optimization_history",
-    "parallel_coordinates.svg": "plot_parallel_coordinate",
-    "importances.svg": "plot_param_importances",
-}
-"""Plot files, and the functions of optuna.visualization.matplotlib that draw them."""
+PAGE_FILE, TABLE_FILE = "summary.html", "summary.md"
+MAX_CURVES = 5
+"""Most trials whose curves stand beside each other on the page."""
+LINKS = ("curves.html", "curves.png", "output.log")
+"""Files of a trial that the page links to, best first."""
 
 
 def describe_trial(config: SweepConfig, number: int, values: dict[str, Any]) -> str:
@@ -27,28 +30,38 @@ def describe_trial(config: SweepConfig, number: int, values: dict[str, Any]) -> 
     return f"trial {number} ({', '.join(shown)})"
 
 
-def summarize_sweep(directory: Path, study: optuna.Study, config: SweepConfig) -> dict[str, Any]:
-    """The trials with their values and outcomes, and the best.
+def ranked(study: optuna.Study, config: SweepConfig) -> list[FrozenTrial]:
+    """The complete trials of a sweep, the best first."""
+    sign = 1 if config.direction == "minimize" else -1
+    return sorted(own_trials(study, TrialState.COMPLETE), key=lambda trial: sign * (trial.value or 0))
 
-    `importances` are shares of the metric's variance among good trials, by Optuna's PED-ANOVA; None for fewer than two
-    different results.
+
+def summarize_sweep(
+    directory: Path, study: optuna.Study, config: SweepConfig, cluster: ClusterConfig, running: bool = False
+) -> dict[str, Any]:
+    """The trials with their values and outcomes, the best, and the time that they took.
+
+    `importances` are shares of the metric's variance among good trials, also of the earlier ones, by Optuna's
+    PED-ANOVA; None for fewer than two different results. `hours` are those of `unit`.
+
+    Args:
+        running: whether unfinished trials run; else they are `stopped`.
     """
+    first = count_earlier(study)
     trials = [
         {
-            "number": trial.number,
-            "state": trial.state.name.lower(),
-            "value": trial.value,
-            "parameters": {config.override_key(name): value for name, value in trial.params.items()},
+            "number": number,
+            "state": "stopped" if trial.state == TrialState.RUNNING and not running else trial.state.name.lower(),
+            **_result(trial, config),
             "steps": trial.last_step,
             "seconds": trial.user_attrs.get("seconds"),
             "reason": trial.user_attrs.get("reason"),
-            "directory": str(directory / f"trial-{trial.number}"),
+            "directory": str(directory / f"trial-{number}"),
         }
-        for trial in study.trials
+        for number, trial in enumerate(own_trials(study))
     ]
-    complete = study.get_trials(states=(TrialState.COMPLETE,))
-    importances = None
-    if len({trial.value for trial in complete}) > 1:
+    best, importances = ranked(study, config), None
+    if len({trial.value for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}) > 1:
         with warnings.catch_warnings(action="ignore"):  # about few trials
             shares = optuna.importance.get_param_importances(study)
         importances = {config.override_key(name): share for name, share in shares.items()}
@@ -57,62 +70,106 @@ def summarize_sweep(directory: Path, study: optuna.Study, config: SweepConfig) -
         "kind": config.kind,
         "metric": config.metric,
         "direction": config.direction,
-        "best": study.best_trial.number if complete else None,
+        "best": best[0].number - first if best else None,
         "importances": importances,
+        "hours": sum(trial["seconds"] or 0 for trial in trials) * (cluster.gpus or cluster.world_size) / 3600,
+        "unit": "GPU hours" if cluster.gpus else "process hours",
+        "budget": config.budget_gpu_hours,
+        "asked": config.size,
         "trials": trials,
+        "earlier": [
+            {"directory": trial.user_attrs[EARLIER], "state": "complete", **_result(trial, config)}
+            for trial in study.get_trials(deepcopy=False)[:first]
+        ],
     }
 
 
-def report_sweep(directory: Path, study: optuna.Study, config: SweepConfig) -> None:
-    """Write `summary.json`, `summary.md` and, if two results differ, the plots; print the table and where they are.
+def _result(trial: FrozenTrial, config: SweepConfig) -> dict[str, Any]:
+    parameters = {config.override_key(name): value for name, value in trial.params.items()}
+    return {"value": finite(trial.value), "parameters": parameters}
+
+
+def write_summary(
+    directory: Path, study: optuna.Study, config: SweepConfig, cluster: ClusterConfig, running: bool = False
+) -> dict[str, Any]:
+    """Write `summary.json`, `summary.md` and the self-contained page `summary.html`; returns `summarize_sweep`.
 
     Raises:
         InputError: the directory cannot be written.
     """
-    facts = summarize_sweep(directory, study, config)
-    write_json(directory / "summary.json", facts)
-    rows = _rows(facts)
-    plots = _draw(directory, study, config) if facts["importances"] else []
-    images = "".join(f"![{name.removesuffix('.svg').replace('_', ' ')}]({name})\n\n" for name in plots)
-    headline = _headline(facts)
-    write_text(directory / "summary.md", f"# Sweep {config.name}\n\n{headline}\n\n{markdown_table(rows)}\n\n{images}")
+    facts = summarize_sweep(directory, study, config, cluster, running)
+    write_json(directory / SUMMARY_FILE, facts)
+    rows, lines = _rows(facts), _lines(facts)
+    write_text(directory / TABLE_FILE, "\n\n".join([f"# Sweep {config.name}", *lines, markdown_table(rows)]) + "\n")
+    best = [trial.number - count_earlier(study) for trial in ranked(study, config)[:MAX_CURVES]]
+    data = {
+        "metric": config.metric,
+        "best": facts["best"],
+        "axes": [_axis(config.override_key(name), each) for name, each in distributions(config).items()],
+        "trials": [*facts["earlier"], *facts["trials"]],
+        "curves": [{"number": number, "points": _curves(directory, number, config.metric)} for number in best],
+    }
+    folders = [directory / f"trial-{row[0].rstrip('*')}" for row in rows[1:]]
+    links = [next((f"{folder.name}/{name}" for name in LINKS if (folder / name).exists()), None) for folder in folders]
+    values = {"facts": facts, "lines": lines, "rows": rows, "links": links, "data": data, "running": running}
+    write_text(directory / PAGE_FILE, render("csc_train", "launching/summary.html.jinja", **values))
+    return facts
 
+
+def report_sweep(directory: Path, study: optuna.Study, config: SweepConfig, cluster: ClusterConfig) -> None:
+    """Write the summary of a sweep that has ended; print the table and where it is.
+
+    Raises:
+        InputError: the directory cannot be written.
+    """
+    facts = write_summary(directory, study, config, cluster)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(terminal_table(rows, title=f"Sweep {config.name} (* best)"))
-    console.print(headline, highlight=False)
-    written = ", ".join(["summary.json", "summary.md", *plots])
+    console.print(terminal_table(_rows(facts), title=f"Sweep {config.name} (* best)"))
+    for line in _lines(facts):
+        console.print(line, highlight=False)
+    written = ", ".join([PAGE_FILE, TABLE_FILE, SUMMARY_FILE])
     console.print(f"summary: {directory}: {written}", highlight=False, soft_wrap=True)
 
 
-def _draw(directory: Path, study: optuna.Study, config: SweepConfig) -> list[str]:
-    import matplotlib
-
-    matplotlib.use("agg")  # needs no display
-    import matplotlib.pyplot
-    from optuna.visualization import matplotlib as plots
-
-    for name, function in PLOTS.items():
-        with warnings.catch_warnings(action="ignore"):  # about few trials and experimental functions
-            figure = getattr(plots, function)(study, target_name=config.metric).figure
-        for drawn in (drawn for axes in figure.axes for drawn in axes.collections if drawn.get_array() is not None):
-            # In Optuna's colours the worst trials are as white as the background.
-            drawn.set_cmap("turbo" if config.direction == "minimize" else "turbo_r")
-        figure.set_size_inches(10, 5)
-        save_svg(figure, directory / name, bbox_inches="tight")
-        matplotlib.pyplot.close(figure)
-    return list(PLOTS)
+def _axis(key: str, distribution: BaseDistribution) -> dict[str, Any]:
+    """An axis of the page's parallel coordinates: the choices of a setting, or its range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return {"key": key, "choices": distribution.choices}
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return {"key": key, "low": distribution.low, "high": distribution.high, "log": distribution.log}
 
 
-def _headline(facts: dict[str, Any]) -> str:
+def _curves(directory: Path, number: int, metric: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of the training loss and the metric of a trial."""
+    history = history_log(directory / f"trial-{number}").read()
+    return {
+        name: thin([(row["step"], row[name]) for row in history if finite(row.get(name)) is not None])
+        for name in dict.fromkeys(("loss", metric))
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    """What the sweep came to: trials and the best, time and budget, earlier trials."""
     states = [trial["state"] for trial in facts["trials"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    if facts["best"] is None:
-        return f"{len(states)} trials: {counts}; no trial has a result"
-    best = facts["trials"][facts["best"]]
-    values = " ".join(f"{key}={_short(value)}" for key, value in best["parameters"].items())
-    return (
-        f"{len(states)} trials: {counts}; best: trial {best['number']}, {facts['metric']} {best['value']:.6g}, {values}"
-    )
+    lines = [f"{len(states)} of {facts['asked']} trials: {counts or 'none has ended'}; no trial has a result"]
+    if facts["best"] is not None:
+        best = facts["trials"][facts["best"]]
+        values = " ".join(f"{key}={_short(value)}" for key, value in best["parameters"].items())
+        result = f"best: trial {best['number']}, {facts['metric']} {best['value']:.6g}, {values}"
+        lines = [f"{len(states)} of {facts['asked']} trials: {counts}; {result}"]
+    if facts["budget"] is None:
+        lines.append(f"{facts['hours']:.3g} {facts['unit']} used")
+    else:
+        lines.append(f"{facts['hours']:.3g} of {facts['budget']:g} {facts['unit']} used")
+        if "running" not in states and ("stopped" in states or len(states) < facts["asked"]):
+            lines[-1] += (
+                f": {states.count('stopped')} stopped, {facts['asked'] - len(states)} not started; the same command "
+                "with a greater sweep.budget_gpu_hours resumes"
+            )
+    if facts["earlier"]:
+        lines.append(f"{len(facts['earlier'])} complete trials of an earlier sweep taught the sampler")
+    return lines
 
 
 def _rows(facts: dict[str, Any]) -> list[list[str]]:

@@ -16,7 +16,8 @@ from csc_train.errors import InputError
 from csc_train.launching.job import Job
 from csc_train.launching.launchers.base import Launcher
 from csc_train.launching.supervise import signal_handler
-from csc_train.runs.directory import read_run_record
+from csc_train.runs.comparison import HISTORY_FILE
+from csc_train.runs.directory import RECORD_FILE, read_run_record
 
 OUTPUT_FILE = "output.log"
 """Output of a trial's processes, in its run directory."""
@@ -44,7 +45,7 @@ class RunningTrial:
 
     Attributes:
         pool: the free slots of its kind, to which its `slot` returns.
-        started: `time.monotonic()` of its start.
+        started: `time.monotonic()` of its start; None while a submitted job waits in its queue.
         pruned: whether it was stopped because of its metric.
     """
 
@@ -52,20 +53,34 @@ class RunningTrial:
     launcher: Launcher
     pool: list[dict[str, str]]
     slot: dict[str, str]
-    started: float
+    started: float | None = None
     pruned: bool = False
+
+    def start_clock(self) -> None:
+        """Begin to count the trial's time, once its process works."""
+        if self.started is None and (self.launcher.attached or (self.launcher.job.directory / RECORD_FILE).exists()):
+            self.started = time.monotonic()
+            begun = {"seconds": self.trial.user_attrs.get("seconds", 0), "time": time.time()}
+            self.trial.set_user_attr("begun", begun | {"directory": str(self.launcher.job.directory)})
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the trial up to now, earlier starts included."""
+        since = 0 if self.started is None else time.monotonic() - self.started
+        return self.trial.user_attrs.get("seconds", 0) + since
 
     def add_time(self) -> None:
         """Add the time since its start to the trial's seconds."""
-        seconds = self.trial.user_attrs.get("seconds", 0) + time.monotonic() - self.started
-        self.trial.set_user_attr("seconds", round(seconds, 1))
+        self.trial.set_user_attr("seconds", round(self.seconds, 1))
+        self.started = None
 
 
 class TrialRunner(abc.ABC):
     """Runs the trials of a study in parallel slots, from start to result.
 
     A trial is a run of a recipe. The study is the ledger: it keeps the state of each trial, and in its user attributes
-    `job` (of a scheduler), `seconds` and the `reason` of a failure.
+    `job` (of a scheduler), `seconds`, the `reason` of a failure, and `begun`: its seconds before its last start, the
+    time of that start and its run directory, from which a killed runner's time is recovered.
 
     Args:
         lock: file descriptor that attached trials keep open.
@@ -104,8 +119,12 @@ class TrialRunner(abc.ABC):
     def watch(self, running: RunningTrial, ended: bool) -> None:  # noqa: B027  a sweep's trials need it, a suite's do not
         """Look at a trial that runs, or has just `ended`."""
 
+    def exhausted(self) -> bool:
+        """Whether the running trials must stop now, with a checkpoint, to be resumed another time."""
+        return False
+
     def run(self) -> None:
-        """Run trials until none is left.
+        """Run trials until none is left, or `exhausted`.
 
         Raises:
             InputError: as `result`.
@@ -121,13 +140,23 @@ class TrialRunner(abc.ABC):
                     time.sleep(self._poll)
                     for each in list(self._running):
                         self._update(each)
+                    if self._running and self.exhausted():
+                        self._stop(self._running)
+                        for each in self._running:
+                            each.trial.set_user_attr("job", None)
+                            self._take_result(each, stopped=True)
+                        return
             except (Interrupted, InputError):
-                self._stop()
+                self._stop([each for each in self._running if each.launcher.attached])
                 raise
 
     def interrupted(self) -> list[Trial]:
-        """The trials of an interrupted runner; Optuna offers no public way to continue a trial."""
-        return [Trial(self.study, each._trial_id) for each in self.study.get_trials(states=(TrialState.RUNNING,))]
+        """The trials of an interrupted runner, their time recovered; Optuna has no public way to continue a trial."""
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        trials = [Trial(self.study, each._trial_id) for each in running]
+        for trial in trials:
+            _recover_time(trial)
+        return trials
 
     def _start(self, trial: Trial, pool: list[dict[str, str]]) -> None:
         self._print(trial, "started")
@@ -152,21 +181,30 @@ class TrialRunner(abc.ABC):
             return
         if launcher.job_id is not None:
             trial.set_user_attr("job", launcher.job_id)
-        self._running.append(RunningTrial(trial, launcher, pool, pool.pop(0), time.monotonic()))
+        self._running.append(RunningTrial(trial, launcher, pool, pool.pop(0)))
+        self._running[-1].start_clock()
 
     def _update(self, running: RunningTrial) -> None:
         """Watch a trial, or take its result."""
         ended = running.launcher.poll() is not None  # before what is watched: later values would be missed
+        running.start_clock()
         self.watch(running, ended)
         if not ended:
             return
         self._running.remove(running)
         running.pool.append(running.slot)
         running.add_time()
+        self._take_result(running)
+
+    def _take_result(self, running: RunningTrial, stopped: bool = False) -> None:
+        """Tell the outcome of a trial that has ended; one that was `stopped` before its end has none yet."""
         outcome: float | str | None
         try:
             outcome = self.result(running.trial, running.launcher.job.directory)
         except FailedTrialError as error:
+            if stopped and not running.pruned:
+                self._print(running.trial, "stopped; a later start resumes it")
+                return
             outcome = None if running.pruned else str(error)
         except InputError as error:
             self.tell(running.trial, str(error))
@@ -192,19 +230,28 @@ class TrialRunner(abc.ABC):
     def _print(self, trial: Trial, text: str) -> None:
         print(f"{self.describe(trial)}: {text}", flush=True)
 
-    def _stop(self) -> None:
-        """Let attached trials save a checkpoint and end; another signal kills them."""
-        attached = [each.launcher for each in self._running if each.launcher.attached]
-        for launcher in attached:
+    def _stop(self, stopping: list[RunningTrial]) -> None:
+        """Let these trials save a checkpoint and end; another signal kills the attached ones."""
+        launchers = [each.launcher for each in stopping]
+        for launcher in launchers:
             launcher.stop()
+        while any(launcher.poll() is None for launcher in launchers):
+            try:
+                time.sleep(0.1 if all(launcher.attached for launcher in launchers) else self._poll)
+            except Interrupted:
+                for launcher in launchers:
+                    launcher.stop()
         for each in self._running:
             each.add_time()
-        while any(launcher.poll() is None for launcher in attached):
-            try:
-                time.sleep(0.1)
-            except Interrupted:
-                for launcher in attached:
-                    launcher.stop()
+
+
+def _recover_time(trial: Trial) -> None:
+    """Add the seconds of a start whose end a killed runner did not see: up to the last write of the run."""
+    if begun := trial.user_attrs.get("begun"):
+        files = [Path(begun["directory"]) / name for name in (RECORD_FILE, HISTORY_FILE, OUTPUT_FILE)]
+        last = max((path.stat().st_mtime for path in files if path.is_file()), default=0)
+        seconds = max(trial.user_attrs.get("seconds", 0), begun["seconds"] + last - begun["time"])
+        trial.set_user_attr("seconds", round(seconds, 1))
 
 
 def _interrupt(signum: int, frame: Any) -> None:
