@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger("csc_train.recipes.sft")
 OUTPUTS = (  # in the run directory
     "checkpoints", "base", "tokenizer", "csc_manifest.json", "model", "metrics.json", "samples.jsonl",
-    "generated.jsonl", "training_dialogues.jsonl", "history.*", "curves.png", "tracking.json", "wandb", "profile",
+    "generated.jsonl", "training_dialogues.jsonl", "history.*", "curves.html", "tracking.json", "wandb", "profile",
 )  # fmt: skip
 
 

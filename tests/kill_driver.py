@@ -116,7 +116,7 @@ def start(case: Case, place: Path, server: FaultServer, number: int = 0, again: 
 _SPEED = {
     "data_wait_seconds", "step_seconds", "tokens_per_second", "trained_tokens_per_second", "time", "eval_runtime",
     "eval_samples_per_second", "eval_steps_per_second", "train_runtime", "train_samples_per_second",
-    "train_steps_per_second",
+    "train_steps_per_second", "eval_generation_seconds",
 }  # fmt: skip
 TIMES: dict[str, set[str]] = {
     "summary.json": {"seconds"},
@@ -129,7 +129,7 @@ TIMES: dict[str, set[str]] = {
     "csc_checkpoint.json": {"seconds", "trainer_state.json", "xxh3_128"},
 }
 """The fields that tell when, how often and how fast a run worked, by file name."""
-SHOWN = {"curves.png", "study.log", "summary.md", "output.log"}
+SHOWN = {"curves.html", "study.log", "summary.md", "output.log"}
 """Files that show such a field in another form; what else they show is in other files."""
 UNORDERED = {"answers.jsonl", "judgements.jsonl"}
 """Logs of answers to questions that are asked at the same time, in the order in which they come."""

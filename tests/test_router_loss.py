@@ -29,7 +29,7 @@ from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import PackedDataset, pack_dialogues
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
-from csc_train.tracking.history import plot_curves
+from csc_train.tracking.history import write_curves
 from csc_train.training.config import ValidationConfig
 from csc_train.training.loss import add_loss_head, score_routers
 from csc_train.training.trainer import ROUTER_SETTINGS
@@ -249,7 +249,7 @@ def test_the_auxiliary_loss_of_a_training_is_logged_apart_and_spreads_the_choice
         assert first[-1][name] < 0.9 * other[-1][name]
     assert first[-1]["aux_loss"] > 2 and 0 <= first[-1]["unused_experts"] < 1  # 2 experts a token, evenly
     assert first[0]["grad_norm"] > 1.5 * other[0]["grad_norm"]
-    plot_curves(tmp_path / "curves.png", first)
+    write_curves(tmp_path, first)
     # A coefficient of 0 trains bit by bit what it would train if no router were looked at.
     collate = PackCollator.__call__
     monkeypatch.setattr(PackCollator, "__call__", lambda self, packs: collate(replace(self, experts=False), packs))

@@ -296,7 +296,7 @@ def test_rows_without_a_published_table_are_beside_each_other(tmp_path, scored):
 def test_the_page_draws_and_its_links_exist(tmp_path, scored, browser):
     history = [{"step": step, "loss": 3 / step, "eval_loss": 3.1 / step} for step in range(1, 9)]
     sft, gain = train(tmp_path / "a run" / "sft", history), tmp_path / "compare"
-    (sft / "curves.png").write_bytes(b"")
+    (sft / "curves.html").write_bytes(b"")
     write_json(gain / "comparison.json", {"differences": scored[2]})
     (gain / "comparison.md").write_text("")
     spent = Cost(gpu_hours=3.5)
@@ -318,7 +318,7 @@ def test_the_page_draws_and_its_links_exist(tmp_path, scored, browser):
     places = [folder / unquote(urlparse(link).path) for link in links]
     assert len(places) == 35 and all(place.exists() for place in places)
     assert {place.resolve() for place in places} == {
-        *(row.evaluation / "report.html" for row in rows[:2]), sft / "curves.png", gain / "comparison.md"
+        *(row.evaluation / "report.html" for row in rows[:2]), sft / "curves.html", gain / "comparison.md"
     }  # fmt: skip
     assert page.locator("#curves svg").count() == 2
     title = page.locator("#curves circle title").first

@@ -292,7 +292,7 @@ def test_the_history_holds_every_step_and_so_do_its_table_and_curves(whole):
     assert [line["loss"] for line in lines] == done["losses"]
     rows = list(csv.DictReader((run / "history.csv").open(encoding="utf-8")))
     assert [float(row["loss"]) for row in rows] == done["losses"]
-    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert '"Gradient norm"' in (run / "curves.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -594,11 +594,11 @@ def test_a_fault_of_wandb_is_said_once_and_the_history_is_whole(no_login, tmp_pa
         tracker.log_model(run, {"data_hash": "0" * 64}, {"train": {"path": __file__}})
     assert steps_of(run) == [1, 2, 3, 4]
     assert len((run / "samples.jsonl").read_text().splitlines()) == 4
-    assert (run / "curves.png").exists()
+    assert (run / "curves.html").exists()
     failures = [line for line in said if "W&B failed" in line]
     assert len(failures) == (reason is not None), said
     if reason:
-        assert reason in failures[0] and said[-1].endswith("curves.png; W&B: incomplete")
+        assert reason in failures[0] and said[-1].endswith("curves.html; W&B: incomplete")
     else:
         (kept,) = offline_runs(run)
         assert kept.artifacts[f"model-{kept.id}"] == "model"

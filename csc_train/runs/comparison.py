@@ -25,7 +25,7 @@ SKIPPED_FOLDERS = ("checkpoints", "model", "base", "tokenizer", "wandb", "predic
 SPEED = "trained_tokens_per_second"
 MAX_POINTS = 300
 """Most points of a curve on a page."""
-Point = TypeVar("Point")
+Point = TypeVar("Point", bound=tuple)
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,20 @@ def finite(value: float | None) -> float | None:
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
-    """At most `MAX_POINTS` of the points of a curve, at equal distances, with the first and the last."""
-    count = min(len(points), MAX_POINTS)
-    return [points[round(place * (len(points) - 1) / max(1, count - 1))] for place in range(count)]
+    """At most `MAX_POINTS` of the points of a curve: the first, the last, and the extremes of each stretch between.
+
+    Args:
+        points: tuples that end with the value.
+    """
+    if len(points) <= MAX_POINTS:
+        return list(points)
+    stretches = MAX_POINTS // 2 - 1
+    bounds = [1 + round(number * (len(points) - 2) / stretches) for number in range(stretches + 1)]
+    kept = {0, len(points) - 1}
+    for first, end in itertools.pairwise(bounds):
+        order = sorted(range(first, end), key=lambda place: points[place][-1])
+        kept |= {order[0], order[-1]}
+    return [points[place] for place in sorted(kept)]
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[TrainingRun], list[str]]:

@@ -36,7 +36,7 @@ STRATEGY_METRICS = ("macro-F1", "preference bias")
 MARKS = {"inside": "✓", "above": "▲", "below": "▼", None: ""}
 """Of a published value inside our interval; of ours above it; of ours below it; of a figure without an interval."""
 NOTES = read_yaml(__package__, "notes.yaml")
-LINKS = {"evaluation": "report.html", "training": "curves.png", "gain": "comparison.md"}
+LINKS = {"evaluation": "report.html", "training": "curves.html", "gain": "comparison.md"}
 """By field of `RowResult` with a run directory, the file of it that the page links to."""
 COSTS = {"gpu_hours": ",.1f", "tokens": ",", "money": ",.2f"}
 """The fields of `Cost`, with the form of their numbers."""

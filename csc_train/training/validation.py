@@ -29,10 +29,9 @@ from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.loss_weights import LossWeights
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue
 from csc_train.template.likelihood import dialogue_log_likelihoods
+from csc_train.tracking.history import GENERATED_TABLE, SAMPLES_TABLE
 from csc_train.training.config import ValidationConfig
 
-SAMPLES_TABLE, GENERATED_TABLE = "samples", "generated"
-"""The tables of replies by step: to a fixed set of turns, and to all turns of dialogues in generated context."""
 logger = logging.getLogger(__name__)
 
 
