@@ -1,12 +1,15 @@
 """Sweeps: refused settings, placement, results and failures of trials, and the summary."""
 
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -19,16 +22,18 @@ from matplotlib.figure import Figure
 from optuna.trial import TrialState
 from test_launch import Forked, Started, left_in, record
 
-from csc_train.config.cluster import ClusterConfig, ParameterConfig, SweepConfig
+from csc_train.config.cluster import ClusterConfig, ParameterConfig, PrunerConfig, SweepConfig
 from csc_train.errors import InputError
+from csc_train.files import write_json
 from csc_train.launching.journal import open_journal
+from csc_train.launching.launchers.base import LAUNCHERS
 from csc_train.launching.launchers.local import LocalLauncher
 from csc_train.launching.search_space import distributions, extreme_points
-from csc_train.launching.sweep import plan_sweep, sweep
-from csc_train.launching.sweep_runner import NoSuchMetricError, SweepRunner, metric_values, trial_result
+from csc_train.launching.sweep import PRUNERS, plan_sweep, sweep
+from csc_train.launching.sweep_runner import NoSuchMetricError, SweepRunner, keep_best, metric_values, trial_result
 from csc_train.launching.sweep_summary import report_sweep
 from csc_train.launching.trial_runner import FailedTrialError
-from csc_train.launching.warm_start import EARLIER
+from csc_train.launching.warm_start import EARLIER, add_earlier, own_trials, read_earlier
 from csc_train.runs.claim import claim
 from csc_train.runs.comparison import find_runs, save_svg, sort_runs
 
@@ -487,6 +492,232 @@ def test_the_lock_file_of_a_killed_sweep_stops_nobody(tmp_path, monkeypatch):
     study = optuna.create_study(study_name="s", storage=open_journal(Path("study.log")))
     study.tell(study.ask(), 1.0)
     assert sorted(os.listdir()) == ["study.log", "study.log.lock"]
+
+
+WORKERS = ROOT / "tests" / "workers"
+CHEAP = [
+    "debug=cpu_tiny", "cluster=cpu1", "cluster.scheduler=cheap_trials", "plugins=[cheap_trials]", "sweep=lr",
+    "sweep.poll=0.1",
+]  # fmt: skip
+"""A sweep whose trials write what a training writes (see `workers/cheap_trials.py`)."""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A sweep of twelve trials that is killed twice; its directory, and the history of each trial that died."""
+    place = tmp_path_factory.mktemp("killed").resolve()
+    runs, died = place / "runs/sweeps/lr", {}
+    asked = [*SWEEP, *CHEAP, "sweep.trials=12", "sweep.pruner.kind=asha", "sweep.pruner.first_step=4",
+             "sweep.budget_gpu_hours=5", "sweep.keep=best"]  # fmt: skip
+    for until in (2, 5, None):
+        started = Forked(asked, place, PYTHONPATH=f"{ROOT}{os.pathsep}{WORKERS}")
+        if until is None:
+            assert started.end() == 0, started.output
+            return runs, died, started.output
+        while not (found := [n for n in range(until, 12) if len(steps(runs / f"trial-{n}")) > 1]):
+            assert started.process.poll() is None, started.output
+            time.sleep(0.01)
+        started.process.send_signal(signal.SIGKILL)
+        assert started.end() == -signal.SIGKILL
+        while left_in(place):
+            time.sleep(0.01)
+        rows = (runs / f"trial-{found[-1]}/history.jsonl").read_text().splitlines()
+        died[found[-1]] = [json.loads(row) for row in rows]
+    raise AssertionError("not ended")
+
+
+def test_a_sweep_of_twelve_trials_that_was_killed_twice_ends_with_its_page(killed):
+    runs, died, output = killed
+    facts = json.loads((runs / "summary.json").read_text())
+    assert [trial["number"] for trial in facts["trials"]] == list(range(12))
+    states = [trial["state"] for trial in facts["trials"]]
+    assert set(states) == {"complete", "pruned"}, states
+    assert "12 of 12 trials: " in (runs / "summary.html").read_text(encoding="utf-8")
+    assert " of 5 process hours used\n" in output
+    assert len(died) == 2
+    for number, before in died.items():
+        trial, rows = facts["trials"][number], steps(runs / f"trial-{number}")
+        assert rows[: len(before)] == [row["step"] for row in before]  # it went on where it was
+        after = [json.loads(row) for row in (runs / f"trial-{number}/history.jsonl").read_text().splitlines()]
+        parts = (before, after[len(before) :])
+        worked = sum(part[-1]["time"] - part[0]["time"] for part in parts if part)
+        assert trial["seconds"] >= round(worked, 1) > 0  # what it worked before it was killed counts too
+    assert facts["hours"] * 3600 == pytest.approx(sum(trial["seconds"] for trial in facts["trials"]))
+
+
+def test_only_the_best_trial_keeps_its_weights(killed):
+    runs, *_ = killed
+    facts = json.loads((runs / "summary.json").read_text())
+    for trial in facts["trials"]:
+        run, best = runs / f"trial-{trial['number']}", trial["number"] == facts["best"]
+        assert [(run / name).exists() for name in ("model", "checkpoints")] == [best, best]
+        assert record(run).get("removed") == (None if best else "sweep.keep=best")
+        assert (run / "resolved.yaml").exists() and steps(run)
+        if trial["state"] == "complete":
+            assert trial_result(run, "eval_loss") == trial["value"]
+
+
+def test_only_ended_and_free_trials_lose_their_weights(tmp_path, capsys):
+    study, config = filled_study(tmp_path, "minimize")
+    config = replace(config, keep="best", keep_number=2)
+    for number in range(16):
+        (tmp_path / f"trial-{number}/model").mkdir()
+        write_json(tmp_path / f"trial-{number}/run.json", {"recipe": "sft"})
+    (tmp_path / "trial-9/run.json").unlink()  # what no run wrote
+    with claim(tmp_path / "trial-8", "export"):
+        study_of = lambda: {n for n in range(16) if (tmp_path / f"trial-{n}/model").exists()}  # noqa: E731
+        assert study_of() == set(range(16))
+        descriptor = os.open(tmp_path / "trial-7/.lock", os.O_CREAT | os.O_RDWR)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # another process
+        keep_best(tmp_path, study, config)
+        os.close(descriptor)
+        assert study_of() == {0, 1, 7, 9, 15}
+    assert "note: its model and checkpoints are kept: " in capsys.readouterr().out
+    keep_best(tmp_path, study, config)
+    assert study_of() == {0, 1, 9, 15}
+    keep_best(tmp_path, study, replace(config, keep="all"))
+    assert study_of() == {0, 1, 9, 15}
+
+
+@pytest.fixture
+def cheap(tmp_path, monkeypatch):
+    """An empty directory to sweep in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(WORKERS)
+    yield tmp_path / "runs/sweeps/lr"
+    LAUNCHERS.pop("cheap_trials", None)
+    sys.modules.pop("cheap_trials", None)
+
+
+def test_a_used_up_budget_stops_a_sweep_and_a_greater_one_resumes_it(cheap, capsys):
+    Path("wait").touch()
+    asked = [*CHEAP, "sweep.trials=2", "sweep.space.learning_rate.low=5e-5"]
+    assert sweep([*asked, "sweep.budget_gpu_hours=0.0001"]) == 1
+    printed = capsys.readouterr().out
+    assert "of 0.0001 process hours used: 1 stopped, 1 not started; the same command with a greater" in printed
+    assert record(cheap / "trial-0")["status"] == "stopped" and not (cheap / "trial-1").exists()
+    facts = json.loads((cheap / "summary.json").read_text())
+    assert [trial["state"] for trial in facts["trials"]] == ["stopped"]
+    assert facts["trials"][0]["seconds"] >= 0.4 and len(steps(cheap / "trial-0")) == 5
+    assert sweep([*asked, "sweep.budget_gpu_hours=0.0001"]) == 1  # as often as it is asked
+    assert len(steps(cheap / "trial-0")) == 5
+    Path("wait").unlink()
+    assert sweep([*asked, "sweep.budget_gpu_hours=9"]) == 0
+    facts = json.loads((cheap / "summary.json").read_text())
+    assert [trial["state"] for trial in facts["trials"]] == ["complete"] * 2
+    assert steps(cheap / "trial-0") == list(range(1, 17))
+    assert facts["trials"][0]["seconds"] > 0.4 and facts["budget"] == 9
+
+
+def budgeted(hours: float | None, devices: int, *ended: float, running: float | None = None):
+    """What a sweep starts next whose trials took so many hours, of which one was interrupted."""
+    space = {"rate": ParameterConfig("trainer.learning_rate", low=1e-6, high=1e-3, log=True)}
+    config, study = SweepConfig(trials=9, space=space, budget_gpu_hours=hours), optuna.create_study()
+    for state, spent in [(TrialState.COMPLETE, each) for each in ended] + [(None, running)] * (running is not None):
+        trial = study.ask(distributions(config))
+        trial.set_user_attr("seconds", 3600 * spent)
+        if state:
+            study.tell(trial, 1.0)
+    found = SweepRunner(config, study, plan_sweep, [{}], -1, devices).next_trial()
+    return found and found[0].number
+
+
+def test_a_trial_starts_if_the_budget_has_room_for_the_median_of_the_others():
+    assert budgeted(None, 8, 1000) == 1
+    assert budgeted(0.5, 1) == 0  # nothing is known yet
+    assert budgeted(2.5, 1, 1) == 1
+    assert budgeted(2.5, 1, 1, 1) is None
+    assert budgeted(2.5, 2, 1) is None  # GPUs of a trial
+    assert budgeted(8, 1, 0.5, 1, 4) == 3  # 5.5 used, 1 expected
+    assert budgeted(6, 1, 0.5, 1, 4) is None
+    # An interrupted trial resumes as long as there is any.
+    assert budgeted(2, 1, 1, running=0.9) == 1
+    assert budgeted(2, 1, 1, running=1.1) is None
+
+
+def earlier_sweep(directory: Path, **changed) -> Path:
+    """The summary of a sweep of four complete trials and a pruned one; one lies outside of 1e-5 to 1e-3."""
+    rates = [1e-5, 1e-4, 1e-3, 0.1, 1e-4]
+    trials = [
+        {"number": number, "state": "complete" if number < 4 else "pruned", "value": 2.0 + number,
+         "parameters": {"trainer.learning_rate": rate, "trainer.warmup_ratio": 0.03},
+         "directory": str(directory / f"trial-{number}")}
+        for number, rate in enumerate(rates)
+    ]  # fmt: skip
+    facts = {"metric": "eval_loss", "direction": "minimize", "trials": trials} | changed
+    directory.mkdir(exist_ok=True)
+    write_json(directory / "summary.json", facts)
+    return directory
+
+
+def test_an_earlier_sweep_teaches_the_sampler_and_counts_for_nothing(cheap, tmp_path, capsys):
+    earlier = earlier_sweep(tmp_path / "earlier")
+    asked = [*CHEAP, "sweep.trials=2", f"sweep.warm_start={earlier}", "sweep.budget_gpu_hours=9", "sweep.keep=best"]
+    assert sweep(asked) == 0
+    printed = capsys.readouterr().out
+    assert f"warm start: 3 trials of {earlier} teach the sampler\n" in printed
+    assert f"note: outside sweep.space, so left out: {earlier}/trial-3 (trainer.learning_rate=0.1, " in printed
+    facts = json.loads((cheap / "summary.json").read_text())
+    assert [trial["number"] for trial in facts["trials"]] == [0, 1]
+    assert sorted(path.name for path in cheap.glob("trial-*")) == ["trial-0", "trial-1"]
+    assert [trial["value"] for trial in facts["earlier"]] == [2.0, 3.0, 4.0]
+    assert facts["best"] in (0, 1)
+    # Given again, it takes no trial twice, and needs the earlier sweep no more.
+    shutil.rmtree(earlier)
+    assert sweep([*asked, "sweep.trials=3"]) == 0
+    facts = json.loads((cheap / "summary.json").read_text())
+    assert (len(facts["trials"]), len(facts["earlier"])) == (3, 3)
+    assert sweep(asked[:-3]) == 2
+    assert f"holds a sweep with sweep.warm_start={earlier}, not None" in capsys.readouterr().err
+
+
+def test_earlier_trials_are_taken_once_and_prune_none_of_the_new_ones(tmp_path):
+    config = plan_sweep(["debug=cpu_tiny", "cluster=cpu1", "sweep=lr", "sweep.trials=9",
+                         f"sweep.warm_start={earlier_sweep(tmp_path / 'earlier')}"]).config  # fmt: skip
+    study = optuna.create_study(pruner=PRUNERS["asha"](PrunerConfig("asha")))
+    trials, _ = read_earlier(config)
+    study.add_trials(trials[:2])  # killed in the middle
+    add_earlier(study, config)
+    add_earlier(study, config)
+    assert [trial.value for trial in study.trials] == [2.0, 3.0, 4.0]
+    assert own_trials(study) == []
+    runner = SweepRunner(config, study, plan_sweep, [{}], -1)
+    trial, _ = runner.next_trial()
+    assert (trial.number, runner.describe(trial)[:8]) == (3, "trial 0 ")
+    trial.report(99.0, 4)
+    assert not trial.should_prune()  # of its own sweep it is the best so far
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"metric": "loss"}, "sweep.warm_start=e: that sweep has sweep.metric=loss, not eval_loss: take another"),
+        ({"direction": "maximize"}, "sweep.warm_start=e: that sweep has sweep.direction=maximize, not minimize: "
+         "take another"),
+        ({"trials": 3}, "e/summary.json: trials: not as a sweep writes it: run that sweep's command again"),
+        ({"trials": []}, "sweep.warm_start=e: none of its 0 complete trials lies in sweep.space"),
+    ],
+)  # fmt: skip
+def test_an_earlier_sweep_of_another_kind_is_refused(cheap, capsys, changed, message):
+    earlier_sweep(Path("e"), **changed)
+    assert sweep([*CHEAP, "sweep.warm_start=e"]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert os.listdir() == ["e"]
+
+
+def test_each_pruner_has_its_settings():
+    for kind in ("none", "median", "asha", "hyperband"):
+        assert PRUNERS[kind](PrunerConfig(kind))
+    assert set(PRUNERS) == {"none", "median", "asha", "hyperband"}
+    # ASHA with two trials at step 3: of 2 the better goes on, at step 3 * 2 again.
+    study = optuna.create_study(pruner=PRUNERS["asha"](PrunerConfig("asha", first_step=3, reduction_factor=2)))
+    good, bad = study.ask(), study.ask()
+    pruned = []
+    for trial, value in ((good, 1.0), (bad, 2.0)):
+        for step in range(1, 7):
+            trial.report(value, step)
+            pruned += [(trial.number, step)] * trial.should_prune()
+    assert pruned[0] == (1, 3) and 0 not in {number for number, _ in pruned}
 
 
 def filled_study(directory: Path, direction: str) -> tuple[optuna.Study, SweepConfig]:

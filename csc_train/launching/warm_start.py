@@ -112,4 +112,4 @@ def add_earlier(study: optuna.Study, config: SweepConfig) -> None:
     study.set_user_attr(EARLIER, len(study.trials))
     print(f"warm start: {len(trials)} trials of {config.warm_start} teach the sampler", flush=True)
     if left_out:
-        print(f"note: {len(left_out)} others lie outside sweep.space and are left out: {'; '.join(left_out)}")
+        print(f"note: outside sweep.space, so left out: {'; '.join(left_out)}", flush=True)
