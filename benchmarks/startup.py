@@ -1,7 +1,7 @@
 """Measure the time from torchrun to the first optimizer step of the demo's training, on two CPU processes.
 
 python benchmarks/startup.py                   # five minutes on two idle cores
-python benchmarks/startup.py --old CHECKOUT    # beside an older build, such as a worktree of 5fab51a
+python benchmarks/startup.py --old CHECKOUT    # beside an older build, such as 5fab51a, which needs datasketch
 python benchmarks/startup.py --quick           # one round; its results mean little
 
 Prints each result and writes benchmarks/results/startup.json.
