@@ -590,6 +590,7 @@ def test_a_fault_of_wandb_is_said_once_and_the_history_is_whole(no_login, tmp_pa
             tracker.log(step, {"loss": 1 / step})
             tracker.commit(step)
             tracker.log_table("samples", [{"prompt": "a"}], step)
+        tracker.alert("loss spike", "step 3: far above")
         tracker.log_summary({"train_loss": 0.5, "long": "x" * 100_000})
         tracker.log_model(run, {"data_hash": "0" * 64}, {"train": {"path": __file__}})
     assert steps_of(run) == [1, 2, 3, 4]
@@ -602,6 +603,7 @@ def test_a_fault_of_wandb_is_said_once_and_the_history_is_whole(no_login, tmp_pa
     else:
         (kept,) = offline_runs(run)
         assert kept.artifacts[f"model-{kept.id}"] == "model"
+        assert kept.alerts == [("loss spike", "step 3: far above", "WARN")]
 
 
 @pytest.mark.slow

@@ -46,6 +46,7 @@ class OfflineRun:
         config: as it was at the end.
         rows: {step: {figure: value}}, as they were closed.
         artifacts: {name: type}.
+        alerts: (title, text, level) of each.
         exit_code: None where the run was not closed.
     """
 
@@ -54,6 +55,7 @@ class OfflineRun:
         self.config: dict[str, Any] = {}
         self.rows: dict[int, dict[str, Any]] = {}
         self.artifacts: dict[str, str] = {}
+        self.alerts: list[tuple[str, str, str]] = []
         self.summary: dict[str, Any] = {}
         self.exit_code: int | None = None
         for record in records(path):
@@ -72,6 +74,8 @@ class OfflineRun:
                 self.rows[row["_step"]] = row
             elif kind == "artifact":
                 self.artifacts[record.artifact.name] = record.artifact.type
+            elif kind == "alert":
+                self.alerts.append((record.alert.title, record.alert.text, record.alert.level))
             elif kind == "exit":
                 self.exit_code = record.exit.exit_code
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from csc_train.errors import check_fields
 
 IF_EXISTS = ("error", "reuse", "resume", "extend", "replace")
-IGNORED_GROUPS = ("run", "tokenization", "tracking", "on_finish", "batch", "budget")
+IGNORED_GROUPS = ("run", "tokenization", "tracking", "alerts", "on_finish", "batch", "budget")
 """Groups of a configuration that do not change the results of a run; a resumed run may change their values."""
 _SERVER_LIMITS = (
     "base_url", "api_key_env", "retry_max_tokens", "timeout_s", "max_retries", "concurrency", "requests_per_minute",

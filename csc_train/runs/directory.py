@@ -366,6 +366,16 @@ def refuse_other_files(directory: Path, missing: str) -> None:
         raise InputError(f"{directory} holds {other[0]} but {missing}: choose another directory, or an empty one")
 
 
+def add_to_record(directory: Path, **facts: Any) -> None:
+    """Add facts to the `run.json` of a run that has begun, on its main process.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if record := read_run_record(directory):
+        write_json(directory / RECORD_FILE, record | facts)
+
+
 def read_run_record(directory: Path) -> dict[str, Any]:
     """The run record (`run.json`) of a run directory; empty if the run has not begun."""
     return read_json(directory / RECORD_FILE) if (directory / RECORD_FILE).is_file() else {}

@@ -17,6 +17,8 @@ from csc_train.checkpoints.manifest import Manifest
 from csc_train.checkpoints.training_checkpoint import read_record
 from csc_train.packing.dataset import PackingReport
 from csc_train.tracking.tracker import Tracker
+from csc_train.training.alerts import Alerts
+from csc_train.training.config import AlertsConfig
 
 PROGRESS_SECONDS = 30.0
 """Time between progress lines without a terminal."""
@@ -201,3 +203,4 @@ def track(
     tracker.open(settings, read_record(Path(checkpoint)).wandb_run_id if checkpoint else None)
     trainer.wandb_run_id = tracker.wandb_run_id
     trainer.add_callback(TrackingCallback(tracker))
+    trainer.add_callback(Alerts(AlertsConfig(**config.get("alerts", {})), tracker))

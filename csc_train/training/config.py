@@ -1,4 +1,4 @@
-"""Settings of the training: the groups `trainer`, `validation` and `zero`."""
+"""Settings of the training: the groups `trainer`, `validation`, `alerts` and `zero`."""
 
 import math
 import os
@@ -238,3 +238,29 @@ class ValidationConfig:
                 "trainer.save_steps=0: set validation.eval_steps, which save_best and early_stopping_patience need"
             )
         return interval
+
+
+@dataclass
+class AlertsConfig:
+    """What in the metrics of a training raises an alert: a line in the log, an entry in `run.json`, an alert of W&B.
+
+    0 or null turns one off. A fault that lasts gives one alert.
+    """
+
+    window: int = 50
+    """Log entries that the next one is compared with; the first ten are not judged."""
+    loss_spike: float | None = 8.0
+    """Robust standard deviations above the median of the last ten at which a loss is a spike."""
+    slow_throughput: float | None = 0.5
+    """Share of the median of trained tokens per second; three entries in a row below it raise an alert."""
+    small_gradients: float | None = 0.02
+    """Share of the median gradient norm; three entries in a row below it raise an alert, after the warm-up."""
+    worse_validations: int | None = 3
+    """Validations in a row in which the loss rises or the strategy accuracy falls, together by more than 2 %."""
+
+    def __post_init__(self):
+        check_fields("alerts.", self, "window", low=10, high=10**4)
+        check_fields("alerts.", self, "loss_spike", "worse_validations", low=0)
+        check_fields("alerts.", self, "slow_throughput", "small_gradients", low=0, high=1)
+        if self.worse_validations and self.worse_validations > self.window:
+            raise InputError(f"alerts.worse_validations={self.worse_validations}: choose at most alerts.window")

@@ -42,8 +42,9 @@ from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tracking.config import TrackingConfig
 from csc_train.tracking.history import History
 from csc_train.tracking.tracker import Tracker
+from csc_train.training.alerts import Alerts
 from csc_train.training.callbacks import StopOnSignal, track
-from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
+from csc_train.training.config import AlertsConfig, TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.trainer import build_trainer, training_arguments
 from csc_train.training.validation import Validator, last_validation_metrics
 
@@ -84,6 +85,7 @@ def train(
     resume: str | None = None,
     tracked: str | None = None,
     ends: tuple[str, int] | None = None,
+    alerts: str | None = None,
     validation: ValidationConfig | None = None,
     broken: int | None = None,
     experts: str | None = None,
@@ -97,6 +99,7 @@ def train(
         checkpoints: where in `folder` to save training checkpoints.
         resume: a training checkpoint in `folder` to resume from.
         tracked: a run directory in `folder`, in which the training is tracked by W&B offline.
+        alerts: a run directory in `folder` whose `run.json` gets the alerts, without W&B.
         ends: how it ends before its time, and after which step (see `Ends`).
         validation: what to measure while training; the packs are then of mode `joint`.
         broken: a token whose embedding the model reads as NaN.
@@ -175,6 +178,8 @@ def train(
     trainer.add_callback(GradientBytes(trainer))
     if ends:
         trainer.add_callback(Ends(*ends))
+    if alerts:
+        trainer.add_callback(Alerts(AlertsConfig(), Tracker(TrackingConfig("off"), folder / alerts)))
     if tracked is None:
         trainer.train(resume_from_checkpoint=state)
         return trainer

@@ -13,7 +13,7 @@ from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.runs.config import RunConfig
 from csc_train.template.config import TemplateConfig, TokenizationConfig
 from csc_train.tracking.config import TrackingConfig
-from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
+from csc_train.training.config import AlertsConfig, TrainerConfig, ValidationConfig, ZeroConfig
 
 
 @dataclass
@@ -39,6 +39,8 @@ class SftRecipe:
     """Optimizer, schedule, precision and checkpoints."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The evaluation during training."""
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
+    """What in the metrics raises an alert."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """Sharding by DeepSpeed ZeRO."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
