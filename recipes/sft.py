@@ -16,7 +16,8 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger("csc_train.recipes.sft")
 OUTPUTS = (  # in the run directory
     "checkpoints", "base", "tokenizer", "csc_manifest.json", "model", "metrics.json", "samples.jsonl",
-    "generated.jsonl", "training_dialogues.jsonl", "history.*", "curves.html", "tracking.json", "wandb", "profile",
+    "generated.jsonl", "training_dialogues.jsonl", "history.*", "curves.html", "tracking.json", "profile",
+    "wandb", "tensorboard", "mlflow.db",
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def main(config: SftRecipe) -> None:
     from csc_train.template.system_prompt import language_note
     from csc_train.template.tokenizer_training import get_tokenizer
     from csc_train.tokenized_cache import tokenize
-    from csc_train.tracking.tracker import Tracker
+    from csc_train.tracking.tracker import Tracker, check_trackers
     from csc_train.training.callbacks import StopOnSignal, track
     from csc_train.training.compatibility import check_router_loss, check_supported, resolve_compile
     from csc_train.training.leak_check import dropout_warning
@@ -70,6 +71,7 @@ def main(config: SftRecipe) -> None:
     check_router_loss(config.trainer.router_aux_loss_coef, dims)
     if (float8 := precision == "fp8") or config.trainer.compile == "layers":
         resolve_compile(config.trainer.compile, zero.stage, attention, job.device.type, dims, float8)
+    on_main(lambda: check_trackers(config.tracking))
     run = Run("sft", to_container(config), [*OUTPUTS, *(["evaluation"] if config.on_finish.recipe else [])])
     on_finish = on_finish_arguments(config.on_finish, run.directory)
 
@@ -139,7 +141,6 @@ def main(config: SftRecipe) -> None:
             )
             write_model_card(run.directory / "model", template=template)
             tracker.log_model(run.directory / "model", manifest.hashes, run.config["data"])
-    job.wait_for_everyone()
     run.finish()
     logger.info(f"model: {run.directory}/model" + (f", from {best.name}" if best else ""))
     return run_on_finish(config.on_finish, on_finish) if run.is_main else None

@@ -298,7 +298,7 @@ def test_a_run_resumes_under_another_stage_or_adapter_on_one_process(on_one, ref
 def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_path):
     state = folder / "full-3/checkpoints/checkpoint-4"
     recorded = json.loads((state / CHECKPOINT_FILE).read_text())
-    expected = {"packs_per_step": 4, "processes": 2, "stage": 3, "wandb_run_id": None}
+    expected = {"packs_per_step": 4, "processes": 2, "stage": 3, "run_ids": {}}
     assert {name: recorded[name] for name in expected} == expected
     with pytest.raises(InputError, match=r"saved with trainer.packs_per_step=4, this run has 8: resume with 4"):
         check_resumable(state, CheckpointRecord(8, 2, 3))

@@ -390,7 +390,7 @@ def test_an_evaluation_writes_into_its_own_directory_only(checkpoint, place):
     recipe("evaluate", f"checkpoint={checkpoint}", f"run.directory={own}", *QUICK, cwd=place)
     assert tree(place / "run") == before
     attached = json.loads((place / own / "tracking.json").read_text())
-    assert attached["id"] == json.loads((place / "run" / "tracking.json").read_text())["id"]
+    assert attached["wandb"]["id"] == json.loads((place / "run" / "tracking.json").read_text())["wandb"]["id"]
     assert (place / own / "exported" / "model.safetensors").exists() == ("checkpoints" in checkpoint)
     said = recipe(
         "evaluate", f"checkpoint={checkpoint}", f"run.directory={own}", "run.if_exists=reuse", *QUICK, cwd=place

@@ -131,7 +131,7 @@ FAULTS = {
         ["adapter=lora", "adapter.target_modules=nope"],
         "adapter.target_modules=nope: matches no linear layer",
     ),
-    "W&B": (["tracking=wandb"], "tracking=wandb: no key; run `wandb login`"),
+    "trackers": (["tracking=wandb"], "tracking=wandb: no key; run `wandb login`"),
     "data": (["data.train.source=nobody"], "no row has source 'nobody'"),
     "memory": (
         ["cluster.gpu_memory_gib=0.5"],

@@ -8,6 +8,7 @@ import pickle
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -19,12 +20,22 @@ import pytest
 import torch
 import wandb
 from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
-from processes import run_script
+from processes import TIMEOUT_S, run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, TrainerState
 from wandb_file import offline_runs
 from workers import loss_curve
-from workers.loss_curve import EPOCHS, MANIFEST, PACKS_PER_STEP, STEPS_PER_EPOCH, curve, first_packs, train
+from workers.loss_curve import (
+    EPOCHS,
+    LOCAL_MLFLOW,
+    MANIFEST,
+    PACKS_PER_STEP,
+    STEPS_PER_EPOCH,
+    curve,
+    first_packs,
+    train,
+)
 
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
@@ -299,7 +310,8 @@ def test_the_history_holds_every_step_and_so_do_its_table_and_curves(whole):
 def test_wandb_gets_the_same_metrics_settings_and_provenance(whole):
     done, run = whole
     (kept,) = offline_runs(run)
-    assert json.loads((run / "tracking.json").read_text()) == {"id": kept.id, "mode": "offline", "url": None}
+    place = {"id": kept.id, "mode": "offline", "url": None}
+    assert json.loads((run / "tracking.json").read_text()) == {"wandb": place}
     assert sorted(kept.rows) == STEPS
     for line in history(run):
         row = kept.rows[line.pop("step")]
@@ -348,33 +360,120 @@ def test_a_training_that_is_told_to_stop_closes_its_run_with_its_status(folder, 
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
     (kept,) = offline_runs(run)
     assert (kept.exit_code, sorted(kept.rows), steps_of(run)) == (EXIT_STOPPED, [1, 2, 3], [1, 2, 3])
-    assert json.loads((run / "checkpoints/checkpoint-3/csc_checkpoint.json").read_text())["wandb_run_id"] == kept.id
+    record = json.loads((run / "checkpoints/checkpoint-3/csc_checkpoint.json").read_text())
+    assert record["run_ids"] == {"wandb": kept.id}
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_loses_no_step_and_is_recorded_as_crashed(folder, whole, signals, said):
+def test_a_training_that_is_killed_loses_no_step_in_any_tracker_and_is_recorded_as_crashed(
+    folder, whole, signals, said, local_mlflow, monkeypatch
+):
     run = folder / "killed"
+    for name in SECRETS:
+        monkeypatch.setenv(name, SECRET)
     case = {
         "packs": "shared",
         "tracked": "killed",
+        "to": TRACKERS,
         "checkpoints": "killed/checkpoints",
         "save_steps": 2,
-        "ends": ["kill", 4],
+        "ends": ["kill", 5],
     }
     done = run_script(loss_curve.__file__, folder, json.dumps({"killed": case}), folder / "none")
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    before = json.loads((run / "tracking.json").read_text())
+    assert [each["step"] for each in mlflow_values(run, before["mlflow"]["id"], "train/loss")] == [1, 2, 3, 4, 5]
     assert json.loads((run / "run.json").read_text())["status"] == "running"
     with (run / HISTORY_FILE).open("a") as file:
-        file.write('{"step": 5, "lo')  # torn
-    trained(folder, "killed", resume="killed/checkpoints/checkpoint-4")
+        file.write('{"step": 6, "lo')  # torn
+    trained(folder, "killed", to=TRACKERS, resume="killed/checkpoints/checkpoint-4")
     assert any("killed crashed: the process was killed before it recorded its end" in line for line in said)
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "finished" and len(record["crashed"]) == 1
     first, second = offline_runs(run)
     assert first.exit_code is None and second.exit_code == 0
     assert first.id == second.id
-    assert (sorted(first.rows), sorted(second.rows)) == ([1, 2, 3, 4], [5, 6])
+    assert (sorted(first.rows), sorted(second.rows)) == ([1, 2, 3, 4], [5, 6])  # the open row of step 5 was lost
     same_but_for_time(run, whole[1])
+    check_all_trackers_agree(run, before)
+
+
+def check_all_trackers_agree(run: Path, before: dict[str, dict[str, str]]) -> None:
+    """Each tracker holds one run, that of `before`, and the last value of each step is that of the history."""
+    record = json.loads((run / "tracking.json").read_text())
+    assert record == before and set(record) == set(TRACKERS)
+    checkpoint = json.loads((run / "checkpoints/checkpoint-6/csc_checkpoint.json").read_text())
+    assert checkpoint["run_ids"] == {name: kept["id"] for name, kept in record.items()}
+    expected = {line["step"]: line for line in history(run)}
+    assert list(expected) == STEPS
+    names = [name for name in expected[1] if name not in ("step", "time")]
+    assert {"loss", "learning_rate", "trained_share"} < set(names) and len(names) > 20
+
+    board = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == {f"train/{name}" for line in expected.values() for name in line} - {
+        "train/step", "train/time"
+    }  # fmt: skip
+    server = {name: mlflow_values(run, record["mlflow"]["id"], f"train/{name}") for name in names}
+    uploaded = inspected(run)
+    for name in names:
+        values = {step: line[name] for step, line in expected.items() if name in line}
+        events = board.Scalars(f"train/{name}")
+        assert [each.step for each in events] == list(values)  # step 5 was logged twice, and the first is purged
+        assert {each.step: each.value for each in events} == pytest.approx(values, rel=1e-6)  # of single precision
+        in_order = sorted(server[name], key=lambda each: each["timestamp"])
+        assert [each["step"] for each in in_order] == [1, 2, 3, 4, 5, 5, 6] or len(values) < len(STEPS)
+        assert {each["step"]: each["value"] for each in in_order} == values
+        assert {step: row[f"train/{name}"] for step, row in uploaded.items() if f"train/{name}" in row} == values
+    assert board.Tensors("settings/text_summary")
+    state = mlflow_run(run, record["mlflow"]["id"])
+    assert (state.info.status, state.info.run_name) == ("FINISHED", "killed")
+    assert state.data.params["manifest.data_hash"] == MANIFEST.data_hash
+    assert state.data.params["learning_rate"] == "0.003"
+    for path in run.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+TRACKERS = ["wandb", "tensorboard", "mlflow"]
+SECRET = "5ec2e7" + "0" * 34
+SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
+
+
+@pytest.fixture
+def local_mlflow(monkeypatch):
+    """MLflow, which is not in the environment, and none of its variables afterwards."""
+    monkeypatch.syspath_prepend(LOCAL_MLFLOW)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
+        monkeypatch.setenv(name, "")
+    if not os.environ.get("CI"):
+        pytest.importorskip("mlflow", reason="make test installs it")
+
+
+def mlflow_run(run: Path, run_id: str):
+    import mlflow
+
+    return mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db").get_run(run_id)
+
+
+def mlflow_values(run: Path, run_id: str, name: str) -> list[dict]:
+    """What MLflow's own client reads of a metric in a run directory: every value, with its step and time."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'csc-train'")
+    assert [each.info.run_id for each in client.search_runs([experiment.experiment_id])] == [run_id]
+    return [dict(each) for each in client.get_metric_history(run_id, name)]
+
+
+def inspected(run: Path) -> dict[int, dict]:
+    """What W&B's own command reads of the offline files of a run directory: the last row of each step."""
+    rows = {}
+    for folder in sorted((run / "wandb").glob("offline-run-*")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        rows |= {each["history"]["step"]["num"]: each["history"]["item"] for each in records if "history" in each}
+    return rows
 
 
 @pytest.mark.slow
@@ -511,7 +610,7 @@ def test_settings_come_before_wandbs_variables_and_those_before_defaults(
     got = {name: getattr(kept.run, name, None) for name in expected} | {"id": kept.id, "tags": list(kept.run.tags)}
     for name in ("resume", "init_timeout", "finish_timeout", "console", "silent"):
         got[name] = getattr(settings, name)
-    assert got == {"id": tracker.wandb_run_id} | expected
+    assert got == {"id": tracker.run_ids["wandb"]} | expected
     assert not [path for path in tmp_path.iterdir() if path.name not in ("run", "elsewhere")]  # nor in the home
 
 

@@ -101,11 +101,11 @@ def checkpoint_in(directory: Path, step: int, files: dict[str, bytes], hashed: b
     for name, content in files.items():
         (written / name).parent.mkdir(parents=True, exist_ok=True)
         (written / name).write_bytes(content)
-    record = {"packs_per_step": 4, "processes": 1, "stage": None, "wandb_run_id": None}
+    record = {"packs_per_step": 4, "processes": 1, "stage": None}
     if hashed:
         commit(written, CheckpointRecord(**record, files=stamp_files(written, files)), final)
     else:
-        (written / CHECKPOINT_FILE).write_text(json.dumps(record))
+        (written / CHECKPOINT_FILE).write_text(json.dumps(record | {"wandb_run_id": "0123abcd"}))
         written.rename(final)
         written.parent.rmdir()
     return final

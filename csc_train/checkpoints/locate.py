@@ -101,7 +101,7 @@ def open_source(path: str, training: bool = True, plain: Manifest | None = None)
     run = found.absolute().parent.parent
     if not (run / MANIFEST_FILE).is_file():
         raise InputError(f"{run}: no {MANIFEST_FILE}: choose a run of recipes/sft.py")
-    run_id = read_record(found).wandb_run_id  # the manifest was written before the training
+    run_id = read_record(found).run_ids.get("wandb")  # the manifest was written before the training
     return ModelSource(found, replace(read_manifest(run), wandb={"id": run_id} if run_id else {}))
 
 

@@ -54,8 +54,8 @@ class CheckpointRecord:
     processes: int
     stage: int | None
     """DeepSpeed's ZeRO stage; None for DDP or one process."""
-    wandb_run_id: str | None = None
-    """The W&B run; None if the training was not tracked."""
+    run_ids: dict[str, str] = field(default_factory=dict)
+    """The id of the training's run, by tracker."""
     seconds: float = 0.0
     """Training time until then, that before earlier resumes included."""
     files: dict[str, FileStamp] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def build_record(trainer: "Trainer", seconds: float = 0.0) -> CheckpointRecord:
     args = trainer.args
     packs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
-    return CheckpointRecord(packs_per_step, args.world_size, stage, getattr(trainer, "wandb_run_id", None), seconds)
+    return CheckpointRecord(packs_per_step, args.world_size, stage, getattr(trainer, "run_ids", {}), seconds)
 
 
 def write_record(checkpoint: Path, record: CheckpointRecord) -> None:
@@ -91,6 +91,8 @@ def read_record(checkpoint: Path) -> CheckpointRecord:
     try:
         recorded = content.pop(HASH, None)
         intact = recorded == (_content_hash(content) if "files" in content else None)
+        if "wandb_run_id" in content:  # of an earlier version
+            content["run_ids"] = {"wandb": run_id} if (run_id := content.pop("wandb_run_id")) else {}
         files = {name: FileStamp(**stamp) for name, stamp in content.pop("files", {}).items()}
         record = CheckpointRecord(**content, files=files)
     except (TypeError, AttributeError) as error:

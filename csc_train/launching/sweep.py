@@ -186,7 +186,8 @@ def sweep(arguments: list[str]) -> int:
 
 def _run(planned: Sweep) -> int:
     cluster, config = planned.launch.cluster, planned.config
-    os.environ.pop("WANDB_RUN_ID", None)  # the id of one W&B run; each trial has its own
+    for name in ("WANDB_RUN_ID", "MLFLOW_RUN_ID"):  # the id of one run; each trial has its own
+        os.environ.pop(name, None)
     if not (planned.directory / SWEEP_FILE).exists():
         refuse_other_files(planned.directory, f"no {SWEEP_FILE}")
     with claim(planned.directory, f"sweep {config.name}") as claimed:

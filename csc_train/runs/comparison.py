@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HISTORY_FILE, METRICS_FILE, RESULTS_FILE = "history.jsonl", "metrics.json", "results.json"
-SKIPPED_FOLDERS = ("checkpoints", "model", "base", "tokenizer", "wandb", "predictions")
+SKIPPED_FOLDERS = ("checkpoints", "model", "base", "tokenizer", "wandb", "tensorboard", "predictions")
 """Folders of a run directory that hold no other run."""
 SPEED = "trained_tokens_per_second"
 MAX_POINTS = 300

@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from typing import Any
 
-UNUSED = {"bitsandbytes": "peft", "scipy": "transformers", "wandb": "trl"}
+UNUSED = {"bitsandbytes": "peft", "scipy": "transformers", "wandb": "trl", "mlflow": "trl"}
 """Packages that a library (PEFT 0.21, transformers 5.23, TRL 1.16) loads on import, for functions that nothing here
 calls: a quarter of the CPU time and modules. Who needs one imports it as usual, as PEFT does for 4-bit layers."""
 

@@ -88,7 +88,8 @@ def _run(
 ) -> int:
     directory, config, cluster = plan.directory, plan.config, plan.launch.cluster
     ledger = directory / LEDGER_FILE
-    os.environ.pop("WANDB_RUN_ID", None)  # the id of one W&B run; each step has its own
+    for name in ("WANDB_RUN_ID", "MLFLOW_RUN_ID"):  # the id of one run; each step has its own
+        os.environ.pop(name, None)
     if not ledger.exists():
         refuse_other_files(directory, f"no {LEDGER_FILE}")
     with claim(directory, f"suite {config.name}") as claimed:

@@ -1,10 +1,12 @@
-"""The tracker of a training: the history in its run directory, and its Weights & Biases (W&B) run.
+"""The tracker of a training: the history in its run directory, its Weights & Biases (W&B) run, and its reporters.
 
-A resumed training continues its W&B run, whose id its training checkpoints hold. Steps after the checkpoint are trained
-again: the history drops the earlier rows, W&B keeps them, since it takes no step twice.
+A resumed training continues its runs, whose ids its training checkpoints hold. Steps after the checkpoint are trained
+again: the history and TensorBoard drop the earlier rows, MLflow keeps both, and W&B the earlier, since it takes no step
+twice.
 """
 
 import contextlib
+import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,14 +17,48 @@ from csc_train.files import write_json
 from csc_train.runs.comparison import HISTORY_FILE
 from csc_train.runs.directory import CODE_DIFF_FILE
 from csc_train.runs.distributed import distributed_state
-from csc_train.tracking.config import TrackingConfig
+from csc_train.tracking.config import FORK, TrackingConfig
 from csc_train.tracking.history import CSV_FILE, CURVES_FILE, History
-from csc_train.tracking.wandb import TRACKING_FILE, exit_code, kept_at, one_line, open_run, resolve_mode, wandb_record
+from csc_train.tracking.reporters import REPORTERS, Reporter
+from csc_train.tracking.wandb import (
+    TRACKING_FILE,
+    exit_code,
+    fork_source,
+    kept_at,
+    one_line,
+    open_run,
+    resolve_mode,
+    tracking_record,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import wandb
 
 logger = logging.getLogger(__name__)
+
+
+def check_trackers(config: TrackingConfig) -> None:
+    """Check that each tracker can work, before anything is written.
+
+    Raises:
+        InputError: a package is not installed, a server does not answer, W&B has no key for mode wandb, or no run to
+            fork from.
+    """
+    if "wandb" in config.to and config.mode == "wandb":
+        resolve_mode(config)
+    if config.fork_from:
+        fork_source(config.fork_from)
+    for name, kind in REPORTERS.items():
+        if name not in config.to:
+            continue
+        if importlib.util.find_spec(kind.package) is None:
+            raise InputError(
+                f"tracking.to={name}: {kind.title} is not installed: pip install 'csc-train[{name}]', or leave it out"
+            )
+        try:
+            kind.check(config.init_timeout or 30)
+        except InputError as error:
+            raise InputError(f"tracking.to={name}: {error}") from error
 
 
 class Tracker:
@@ -32,16 +68,18 @@ class Tracker:
 
     Attributes:
         history: of the run directory.
-        wandb_run_id: the id of the W&B run; None without one.
+        run_ids: the id of the run, by tracker.
     """
 
     def __init__(self, config: TrackingConfig, directory: Path):
         self.config = config
         self.history = History(directory)
-        self.wandb_run_id: str | None = None
+        self.run_ids: dict[str, str] = {}
         self._is_main = distributed_state().is_main_process
         self._wandb: wandb.Run | None = None
         self._failed = False
+        self._fork_step = 0  # steps of the W&B run before those of the training
+        self._reporters: list[Reporter] = []
 
     @contextlib.contextmanager
     def _wandb_errors(self) -> Iterator[None]:
@@ -53,29 +91,48 @@ class Tracker:
                 logger.info(f"W&B failed, training goes on without it: {one_line(error)}")
             self._failed = True
 
-    def open(self, settings: dict[str, Any], wandb_run_id: str | None = None) -> None:
-        """Open the W&B run.
+    def open(self, settings: dict[str, Any], run_ids: dict[str, str] | None = None, first_step: int = 0) -> None:
+        """Open the run of each tracker.
 
         Args:
-            settings: its configuration.
-            wandb_run_id: the run to continue; defaults to that of the run directory, or a new one.
+            settings: their configuration.
+            run_ids: the runs to continue, by tracker; default to those of the run directory, or new ones.
+            first_step: the first optimizer step of the training, or 0.
 
         Raises:
             InputError: as `resolve_mode`.
         """
-        if not self._is_main or (mode := resolve_mode(self.config)) == "off":
+        if not self._is_main:
             return
+        record = tracking_record(self.history.directory)
+        ids = {name: kept["id"] for name, kept in record.items()} | (run_ids or {})
+        if "wandb" in self.config.to and (mode := resolve_mode(self.config)) != "off":
+            with self._wandb_errors():
+                record["wandb"] = self._open_wandb(mode, ids.get("wandb"), record.get("wandb", {}), settings)
+        for name in REPORTERS:
+            if name in self.config.to:
+                reporter = Reporter(name, self.config, self.history.directory, ids.get(name), first_step, settings)
+                self._reporters.append(reporter)
+                record |= {name: reporter.identity} if reporter.identity else {}
+        if record:
+            with self._wandb_errors():
+                write_json(self.history.directory / TRACKING_FILE, record)
+        self.run_ids = {name: kept["id"] for name, kept in record.items()}
+
+    def _open_wandb(
+        self, mode: str, run_id: str | None, record: dict[str, Any], settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Open the W&B run; returns its record."""
         directory = self.history.directory
-        with self._wandb_errors():
-            record = wandb_record(directory)
-            self._wandb = run = open_run(self.config, directory, mode, wandb_run_id or record.get("id"), settings)
-            self.wandb_run_id = run.id
-            where = {"mode": "offline", "url": None} if run.offline else {"mode": "wandb", "url": run.url}
-            write_json(directory / TRACKING_FILE, record | {"id": run.id} | where)
-            run.define_metric("train/global_step")
-            run.define_metric("*", step_metric="train/global_step", step_sync=True)
-            if (diff := directory / CODE_DIFF_FILE).exists():
-                run.log_artifact(diff, f"code-{run.id}", "code")
+        fork = record.get("fork_from") if run_id else self.config.fork_from
+        self._wandb = run = open_run(self.config, directory, mode, run_id, settings)
+        self._fork_step = int(FORK.fullmatch(fork)["step"]) if fork else 0
+        run.define_metric("train/global_step")
+        run.define_metric("*", step_metric="train/global_step", step_sync=True)
+        if (diff := directory / CODE_DIFF_FILE).exists():
+            run.log_artifact(diff, f"code-{run.id}", "code")
+        where = {"mode": "offline", "url": None} if run.offline else {"mode": "wandb", "url": run.url}
+        return record | {"id": run.id} | where | ({"fork_from": fork} if fork else {})
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -103,7 +160,9 @@ class Tracker:
             f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
             for name, value in metrics.items()
         }
-        self._log(row | {"train/global_step": step}, step)
+        for reporter in self._reporters:
+            reporter.log(row, step)
+        self._log(row | {"train/global_step": step + self._fork_step}, step)
 
     def commit(self, step: int) -> None:
         """Send W&B the row of a step, before a training checkpoint that would not repeat the step."""
@@ -130,12 +189,13 @@ class Tracker:
 
             with self._wandb_errors():
                 table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-                self._log({name: table}, max(step, self._wandb.step))  # the step's row may be closed
+                step = max(step, self._wandb.step - self._fork_step)  # the step's row may be closed
+                self._log({name: table}, step)
 
     def _log(self, row: dict[str, Any], step: int, commit: bool | None = None) -> None:
         if self._wandb is not None:
             with self._wandb_errors():
-                self._wandb.log(row, step=step, commit=commit)
+                self._wandb.log(row, step=step + self._fork_step, commit=commit)
 
     def log_model(self, directory: Path, hashes: dict[str, str], data_config: dict[str, Any]) -> None:
         """Log references to the final model and its training data to W&B; no weights are uploaded.
@@ -174,7 +234,7 @@ class Tracker:
                 distributed_state().wait_for_everyone()
 
     def _close(self, error: BaseException | None) -> None:
-        where = "no tracker"
+        where = [] if self._reporters else ["no tracker"]
         try:
             # A second error, such as of the same full disk, would hide the first.
             with contextlib.suppress(InputError) if isinstance(error, Exception) else contextlib.nullcontext():
@@ -183,11 +243,12 @@ class Tracker:
             if self._wandb is not None:
                 with self._wandb_errors():
                     self._wandb.finish(exit_code=exit_code(error))
-                    where = kept_at(self._wandb)
+                    where = [kept_at(self._wandb)]
         if self._failed:
-            where = "W&B: incomplete"
+            where = ["W&B: incomplete"]
             with self._wandb_errors():
                 import wandb
 
                 wandb.teardown()  # else its end of the process prints a traceback
-        logger.info(f"metrics: {self.history.directory}/{HISTORY_FILE}, {CSV_FILE}, {CURVES_FILE}; {where}")
+        where += [reporter.close(error, self.config.finish_timeout or 300) for reporter in self._reporters]
+        logger.info(f"metrics: {self.history.directory}/{HISTORY_FILE}, {CSV_FILE}, {CURVES_FILE}; {'; '.join(where)}")

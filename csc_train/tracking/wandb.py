@@ -10,14 +10,15 @@ from transformers.utils import ENV_VARS_TRUE_VALUES
 
 from csc_train.errors import InputError
 from csc_train.files import read_json, write_json
-from csc_train.tracking.config import TrackingConfig
+from csc_train.runs.comparison import history_log
+from csc_train.tracking.config import FORK, TrackingConfig
 
 if TYPE_CHECKING:
     import wandb
 
 logger = logging.getLogger(__name__)
 TRACKING_FILE = "tracking.json"
-"""In a run directory: the id, mode and address of its W&B run; of an evaluation, that of the training."""
+"""In a run directory: the id and place of its run, by tracker; of an evaluation, those of the training's W&B run."""
 REPORTS = ("results.json", "table.md", "report.html", "report_dialogues.js", "resolved.yaml")
 """Files of an evaluation that are attached to the W&B run of the training."""
 RESULT_COLUMNS = ["system", "context", "profile", "metric", "value", "low", "high", "unit", "direction"]
@@ -62,7 +63,7 @@ def open_run(
 
     Args:
         mode: wandb or offline.
-        run_id: the run to continue; None for a new one.
+        run_id: the run to continue; None for a new one, which begins as `config.fork_from` says.
         settings: the configuration to record.
     """
     # Files of W&B that would lie in the home directory, which may be read-only: artifacts until they are uploaded.
@@ -87,6 +88,9 @@ def open_run(
         ours |= {"run_id": run_id, "resume": "allow"}
     else:
         defaults["run_name"] = directory.name  # a continued run has its name
+        if config.fork_from:
+            ours["fork_from"] = fork_source(config.fork_from)
+            del defaults["resume"]  # W&B takes one of them
     chosen = {name: value for name, value in defaults.items() if name not in given}
     chosen |= {name: value for name, value in ours.items() if value is not None}
 
@@ -100,6 +104,22 @@ def open_run(
             wandb.teardown()  # else the id stays in use
             logger.info(f"W&B does not answer ({one_line(error)}): the run is kept offline")
     return start("offline")
+
+
+def fork_source(fork: str) -> str:
+    """A `TrackingConfig.fork_from` as W&B takes it; offline W&B would take any.
+
+    Raises:
+        InputError: it names a run directory without a W&B run or with fewer steps.
+    """
+    named: Any = FORK.fullmatch(fork)
+    run_id, directory = named["run"], Path(named["run"])
+    if directory.is_dir():
+        if not (run_id := tracking_record(directory).get("wandb", {}).get("id")):
+            raise InputError(f"tracking.fork_from={fork}: {directory} has no W&B run: name a run that was tracked")
+        if int(named["step"]) > (last := max((row["step"] for row in history_log(directory).read()), default=0)):
+            raise InputError(f"tracking.fork_from={fork}: {directory} has {last} steps: choose one of them")
+    return f"{run_id}?_step={named['step']}"
 
 
 def kept_at(run: "wandb.Run") -> str:
@@ -164,10 +184,10 @@ def _attach(training: dict[str, Any], config: TrackingConfig, directory: Path) -
         artifact.add(table, "results")
         run.log_artifact(artifact)
         # A new step after those of the training and of earlier attachments: W&B takes no step twice.
-        attached = wandb_record(directory).get("evaluations", 0) + 1
+        attached = tracking_record(directory).get("wandb", {}).get("evaluations", 0) + 1
         run.log({"evaluation/results": table}, step=max(run.step, training.get("step", 0)) + attached)
         where = {"mode": "offline", "url": None} if run.offline else {"mode": "wandb", "url": run.url}
-    write_json(directory / TRACKING_FILE, {"id": run.id, **where, "evaluations": attached})
+    write_json(directory / TRACKING_FILE, {"wandb": {"id": run.id, **where, "evaluations": attached}})
 
 
 def result_rows(results: dict[str, dict[str, dict[str, Any]]]) -> list[list[Any]]:
@@ -181,6 +201,7 @@ def result_rows(results: dict[str, dict[str, dict[str, Any]]]) -> list[list[Any]
     ]
 
 
-def wandb_record(directory: Path) -> dict[str, Any]:
-    """The id, mode and address of a run directory's W&B run; empty if it was not tracked."""
-    return read_json(directory / TRACKING_FILE) if (directory / TRACKING_FILE).exists() else {}
+def tracking_record(directory: Path) -> dict[str, dict[str, Any]]:
+    """The id and place of a run directory's run, by tracker; empty if it was not tracked."""
+    record = read_json(directory / TRACKING_FILE) if (directory / TRACKING_FILE).exists() else {}
+    return {"wandb": record} if "id" in record else record  # of an earlier version

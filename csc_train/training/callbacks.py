@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from csc_train.checkpoints.manifest import Manifest
-from csc_train.checkpoints.training_checkpoint import read_record
+from csc_train.checkpoints.training_checkpoint import read_record, step_of
 from csc_train.packing.dataset import PackingReport
 from csc_train.tracking.tracker import Tracker
 from csc_train.training.alerts import Alerts
@@ -175,7 +175,7 @@ def track(
     packing: PackingReport,
     checkpoint: str | None = None,
 ) -> None:
-    """Track a training; its checkpoints then hold the id of the W&B run.
+    """Track a training; its checkpoints then hold the ids of its runs.
 
     Args:
         config: of the run.
@@ -200,7 +200,8 @@ def track(
         "packing_report": asdict(packing) | {"token_ratio": packing.tokens / packing.separate_tokens},
         "cluster": cluster,
     }
-    tracker.open(settings, read_record(Path(checkpoint)).wandb_run_id if checkpoint else None)
-    trainer.wandb_run_id = tracker.wandb_run_id
+    resumed = Path(checkpoint) if checkpoint else None
+    tracker.open(settings, *((read_record(resumed).run_ids, step_of(resumed) + 1) if resumed else ()))
+    trainer.run_ids = tracker.run_ids
     trainer.add_callback(TrackingCallback(tracker))
     trainer.add_callback(Alerts(AlertsConfig(**config.get("alerts", {})), tracker))

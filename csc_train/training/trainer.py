@@ -114,7 +114,7 @@ class PackTrainer(SFTTrainer):
         packs: the training data.
         metrics: of the steps since the last log entry.
         validator: None without validation.
-        wandb_run_id: the id of the W&B run, which checkpoints hold; None without one.
+        run_ids: the id of the run by tracker, which checkpoints hold.
     """
 
     args: PackTrainingArguments
@@ -150,7 +150,7 @@ class PackTrainer(SFTTrainer):
             packs.mixture.names if packs.mixture else ("",),
         )
         self.validator = validator
-        self.wandb_run_id: str | None = None
+        self.run_ids: dict[str, str] = {}
         self._batch_tokens = 0
         self._token_loss: torch.Tensor | None = None  # of the present forward pass, if it has an auxiliary loss too
         self._losses: list[torch.Tensor] = []  # of the forward passes of the present step

@@ -14,6 +14,7 @@ import pickle
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ EPOCHS = 2
 STEPS_PER_EPOCH = 3
 """The last of them with fewer packs."""
 MANIFEST = Manifest("none", None, "qwen2_5", "reply_only", "zh", "1" * 64, "2" * 64, [], "3" * 64, {})
+LOCAL_MLFLOW = Path(sys.prefix) / "optional" / "mlflow-local"
+"""MLflow and what its SQLite store needs, beside the environment: in it, TRL would import it in every training."""
 REPORT = PackingReport(30, 2, 1, 9, 900, 1000, 400, 0.9, {})
 
 
@@ -84,6 +87,7 @@ def train(
     checkpoints: str = "checkpoints",
     resume: str | None = None,
     tracked: str | None = None,
+    to: Sequence[str] = ("wandb",),
     ends: tuple[str, int] | None = None,
     alerts: str | None = None,
     validation: ValidationConfig | None = None,
@@ -98,7 +102,8 @@ def train(
         attention: defaults to varlen attention for packs that share a prefix, else to sdpa.
         checkpoints: where in `folder` to save training checkpoints.
         resume: a training checkpoint in `folder` to resume from.
-        tracked: a run directory in `folder`, in which the training is tracked by W&B offline.
+        tracked: a run directory in `folder`, in which the training is tracked.
+        to: by which trackers; W&B is offline.
         alerts: a run directory in `folder` whose `run.json` gets the alerts, without W&B.
         ends: how it ends before its time, and after which step (see `Ends`).
         validation: what to measure while training; the packs are then of mode `joint`.
@@ -106,6 +111,8 @@ def train(
         experts: transformers' forward function of experts; defaults to its default.
         options: go to `TrainerConfig`.
     """
+    if "mlflow" in to and str(LOCAL_MLFLOW) not in sys.path:
+        sys.path.append(str(LOCAL_MLFLOW))
     if tracked is not None:
         run = run_in(folder / tracked)
         run.start({})
@@ -185,7 +192,7 @@ def train(
         return trainer
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with Tracker(TrackingConfig("offline"), run.directory) as tracker:
+    with Tracker(TrackingConfig("offline", list(to)), run.directory) as tracker:
         track(trainer, tracker, run.config, MANIFEST, REPORT, state)
         trainer.add_callback(Samples(tracker))
         trainer.train(resume_from_checkpoint=state)

@@ -117,7 +117,7 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         "disk": run_disk,
         "packages": check_packages,
         "CUDA": partial(check_cuda, config, gpus, absent),
-        "W&B": partial(check_tracking, config),
+        "trackers": partial(check_tracking, config),
     }
     results = [_result(name, check) for name, check in checks.items()]
     data = known.get("the data")
@@ -418,7 +418,14 @@ def check_cuda(config: PreflightRecipe, gpus: list[Gpu] | None, absent: type[Exc
 
 
 def check_tracking(config: PreflightRecipe) -> str:
-    """W&B has credentials, or is off or offline; nothing is sent."""
+    """The trackers are installed and answer; W&B has credentials, or is off or offline. Nothing is sent."""
+    from csc_train.tracking.reporters import REPORTERS
+    from csc_train.tracking.tracker import check_trackers
     from csc_train.tracking.wandb import resolve_mode
 
-    return {"off": "off", "offline": "offline", "wandb": "credentials are there"}[resolve_mode(config.tracking)]
+    check_trackers(config.tracking)
+    mode = resolve_mode(config.tracking) if "wandb" in config.tracking.to else "off"
+    wandb = {"off": "W&B is off", "offline": "W&B is offline", "wandb": "W&B: credentials are there"}[mode]
+    return ", ".join(
+        [wandb, *(f"{kind.title} works" for name, kind in REPORTERS.items() if name in config.tracking.to)]
+    )
