@@ -33,7 +33,7 @@ import tokenizers
 
 from csc_train.data.dialogue import Dialogue, data_digest
 from csc_train.errors import InputError
-from csc_train.files import atomic_path, digest, file_digest, os_errors, read_json, write_json
+from csc_train.files import atomic_path, digest, file_digest, os_errors, read_json, remove_directory, write_json
 from csc_train.progress import ProgressBar
 from csc_train.runs.distributed import distributed_state, world_size
 from csc_train.template.config import TokenizationConfig
@@ -114,6 +114,8 @@ def tokenize(dialogues: Sequence[Dialogue], template: DialogueTemplate, config: 
         InputError: the cache cannot be written.
     """
     directory, inputs = _entry(dialogues, template, config)
+    with contextlib.suppress(OSError):
+        os.utime(directory / MANIFEST)  # the time of the last use, for recipes/clean.py
     if _faults(directory, inputs):
         with _lock(directory.parent):
             # A process that is killed leaves its temporary directory behind; none is in use while we hold the lock.
@@ -132,6 +134,23 @@ def find_cached(dialogues: Sequence[Dialogue], template: DialogueTemplate, confi
     """The cache entry of these dialogues; None if `tokenize` would have to encode them."""
     directory, inputs = _entry(dialogues, template, config)
     return directory if _fault(directory, inputs) is None else None
+
+
+def cache_entries(cache: Path) -> list[Path]:
+    """The entries of a cache that hold nothing but what `tokenize` writes."""
+    known = {MANIFEST, *(_file("", name).name for name in ARRAYS)}
+    found = [path for path in sorted(cache.glob("[0-9a-f]" * KEY)) if not path.is_symlink() and path.is_dir()]
+    return [path for path in found if {each.name for each in path.iterdir()} <= known and (path / MANIFEST).is_file()]
+
+
+def remove_entry(entry: Path) -> None:
+    """Remove a cache entry; a kill leaves it whole or not there.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
+    with _lock(entry.parent):
+        remove_directory(entry)
 
 
 def _entry(

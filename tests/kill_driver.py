@@ -93,6 +93,7 @@ CASES = {
     ),
     "export": Case(["recipes/export.py", "source=trained/run", "output=exported", "if_exists=replace"], again=()),
     "prepare": Case(["recipes/prepare.py", *SFT], again=()),
+    "clean": Case(["recipes/clean.py", "directory=trained", "older_than_days=0", "delete=true"], again=()),
     "write_sample": Case(["recipes/write_sample.py", "data.sample_dialogues=20"], again=()),
     "launch": Case(["launch/launch.py", "recipe=sft", *SFT, "cluster=cpu1", "trainer.max_steps=2"]),
     "sweep": Case([

@@ -78,6 +78,7 @@ REQUIRED = {
     "sweep": [],
     "reproduce": ["suite=cpu_tiny"],
     "compare_runs": [],
+    "clean": [],
 }
 """What each recipe cannot do without."""
 INSTEAD = {

@@ -1,13 +1,138 @@
-"""Remove the weights of ended runs."""
+"""Remove what ended runs wrote: their models and checkpoints only, or all of it."""
 
+import contextlib
+import fnmatch
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from csc_train.files import remove_directory, write_json
-from csc_train.runs.claim import claim
-from csc_train.runs.directory import RECORD_FILE, read_run_record
+from csc_train.errors import InputError
+from csc_train.files import os_errors, remove_directory, write_json
+from csc_train.runs.claim import LOCK_FILE, claim, is_claimed
+from csc_train.runs.config import RESOLVED_FILE
+from csc_train.runs.directory import EARLY_FILES, RECORD_FILE, read_run_record
 
 WEIGHTS = ("checkpoints", "model", "base")
 """Folders of a training's directory that hold weights."""
+DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A directory that may be removed.
+
+    Attributes:
+        kind: the recipe of a run, or what else it is.
+        days: since its last use.
+        size: of its files, in bytes.
+        reason: why it must stay; None if it may go.
+    """
+
+    directory: Path
+    kind: str
+    days: float
+    size: int
+    reason: str | None = None
+
+
+def measure(directory: Path) -> tuple[float, int]:
+    """(days since the last write, bytes) of the files in a directory; symbolic links are not followed."""
+    stats = []
+    for place, _, names in os.walk(directory):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            stats += [os.lstat(os.path.join(place, name)) for name in names if not name.startswith(LOCK_FILE)]
+    last = max((each.st_mtime for each in stats), default=0.0)
+    return (time.time() - last) / DAY_S, sum(each.st_size for each in stats)
+
+
+def find_ended_runs(root: Path, unfinished: bool) -> Iterator[Removable]:
+    """The runs in a folder and its subfolders, each with the runs inside it; symbolic links are not followed.
+
+    Args:
+        unfinished: whether a run that a resume could continue may be removed, too.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if RECORD_FILE in files:
+            folders.clear()
+            yield _judge(Path(place), unfinished)
+
+
+def _judge(directory: Path, unfinished: bool) -> Removable:
+    kind, reason = "run", None
+    try:
+        places = _run_places(directory)
+        records = [read_run_record(place) for place in places]
+        kind = str(records[0].get("recipe", "run"))
+        if any(map(is_claimed, [*places, *directory.absolute().parents])):  # such as a sweep and its trials
+            reason = "in use"
+        elif not unfinished and not all(record.get("finished") for record in records):
+            reason = "unfinished: unfinished=true removes it, too"
+        elif any("files" not in record and "outputs" not in record for record in records):
+            reason = "does not say what it wrote"
+    except InputError as error:
+        reason = f"not read: {error}"
+    return Removable(directory, kind, *measure(directory), reason)
+
+
+def _run_places(directory: Path) -> list[Path]:
+    """The directory of a run, and those of the runs inside it."""
+    return [Path(place) for place, _, files in os.walk(directory) if RECORD_FILE in files]
+
+
+def remove_run(run: Removable, unfinished: bool) -> int:
+    """Remove what a run and the runs inside it wrote; a second call completes the work of a killed one.
+
+    Args:
+        run: as `find_ended_runs` found it.
+
+    Returns:
+        The number of files that stay, since no run wrote them.
+
+    Raises:
+        InputError: it is in use or was resumed meanwhile, or a file cannot be removed.
+    """
+    found = _judge(run.directory, unfinished)
+    if found.reason or found.days < run.days:
+        raise InputError(f"{run.directory}: {found.reason or 'written to meanwhile'}")
+    with contextlib.ExitStack() as stack:
+        places = _run_places(run.directory)
+        for place in places:
+            stack.enter_context(claim(place, "clean"))
+        for place in reversed(places):  # the outer one last: by its record it is found again
+            with os_errors(place, "cannot remove"):
+                for path in [*_written_files(place), place / RECORD_FILE]:
+                    path.unlink(missing_ok=True)
+    for folder, _, _ in os.walk(run.directory, topdown=False):
+        with contextlib.suppress(OSError):  # one that is not empty
+            os.rmdir(folder)
+    return len(_files(run.directory))
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files below a directory, and symbolic links."""
+    return [path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()]
+
+
+def _written_files(directory: Path) -> list[Path]:
+    """The files of a run: those that it listed at its end; of a killed one, its outputs."""
+    record = read_run_record(directory)
+    listed = set(record.get("files", ()))
+    patterns = [*EARLY_FILES, RESOLVED_FILE, *(() if "files" in record else record.get("outputs", ()))]
+    found = []
+    for path in _files(directory):
+        name = path.relative_to(directory)
+        parts = [str(each) for each in (name, *name.parents)]
+        ours = str(name) in listed or any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns)
+        found += [path] * (ours and not name.name.startswith(LOCK_FILE))
+    return found
 
 
 def remove_weights(directory: Path, reason: str) -> None:

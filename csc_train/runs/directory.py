@@ -137,6 +137,7 @@ class Run:
         if diff := uncommitted_diff():
             write_text(self.directory / CODE_DIFF_FILE, diff)
         record = {"recipe": self.recipe, "inputs": inputs, "code": code, "provenance": provenance()}
+        record["outputs"] = list(self.outputs)
         record |= {"replaces": replaces} if replaces else {}
         self._record_start(record | {"started": _now(), "finished": None})
         return "new"

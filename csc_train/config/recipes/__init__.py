@@ -21,6 +21,7 @@ SCHEMAS = {
     "sweep": "csc_train.config.recipes.training:SweepRecipe",
     "reproduce": "csc_train.config.recipes.training:ReproduceRecipe",
     "compare_runs": "csc_train.config.recipes.training:CompareRunsRecipe",
+    "clean": "csc_train.config.recipes.training:CleanRecipe",
 }
 """Module and class of each recipe's schema: a recipe imports its own only."""
 

@@ -137,6 +137,27 @@ class CompareRunsRecipe:
 
 
 @dataclass
+class CleanRecipe:
+    """Configuration of recipes/clean.py."""
+
+    directory: str | None = "runs"
+    """Folder of the runs, with its subfolders; null cleans no runs."""
+    cache_dir: str | None = TokenizationConfig.cache_dir
+    """The cache of tokenized dialogues, as `tokenization.cache_dir` of the trainings; null leaves it."""
+    older_than_days: float = 30.0
+    """Only what nobody wrote to, and no training read from the cache, for so many days."""
+    larger_than_gb: float = 0.0
+    """Only what holds at least so many GB (10^9 bytes)."""
+    unfinished: bool = False
+    """Also runs that were stopped, failed or killed, which a resume could continue."""
+    delete: bool = False
+    """Delete it. Otherwise the table is printed and nothing else is done."""
+
+    def __post_init__(self):
+        check_fields("", self, "older_than_days", "larger_than_gb", low=0)
+
+
+@dataclass
 class LaunchRecipe:
     """Configuration of launch/launch.py; it passes all other settings to the recipe."""
 
