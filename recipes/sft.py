@@ -63,7 +63,7 @@ def main(config: SftRecipe) -> None:
     # Checks
     job, precision, seed = distributed_state(), config.trainer.precision, config.trainer.seed
     zero = config.zero.resolved(config.adapter.kind, resolve_precision(precision))
-    check_supported(zero, config.adapter.kind, resolve_precision(precision))
+    check_supported(zero, config.adapter, config.trainer.optimizer, resolve_precision(precision))
     inspected = on_main(lambda: inspect_model(config.model, download=True).require())
     dims = inspected.dims
     attention = select_attention(config.model.attn_implementation, config.packing.strategy, precision, dims.head_dim)

@@ -58,6 +58,8 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 STAGES = ("off", "0", "1", "2", "3")
 LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}, "learning_rate": 2e-2}
 QLORA = {**LORA, "adapter": {**LORA["adapter"], "kind": "qlora"}}
+DORA = {**LORA, "adapter": {**LORA["adapter"], "use_dora": True, "use_rslora": True}}
+EIGHT_BITS = {"optimizer": "adamw_8bit"}
 SELECTIVE, FULL = ({"gradient_checkpointing": mode} for mode in ("selective", "full"))
 OFFLOAD = {"2": {"offload_optimizer": True}, "3": {"offload_optimizer": True, "offload_parameters": True}}
 
@@ -103,6 +105,11 @@ TWO_PROCESSES = {
     },
     "moved lora 3 1": case("1", resume="lora-34", **LORA),
     "moved lora off 3": case("3", resume="lora-off4", **LORA),
+    "dora 3": case("3", checkpoints="dora-3", **DORA),
+    "8bit 2": case("2", checkpoints="8bit-2", **EIGHT_BITS),
+    "8bit again 2": case("2", resume="8bit-24", **EIGHT_BITS),
+    "8bit moved 2 off": case("off", resume="8bit-24", **EIGHT_BITS),
+    "8bit left 2": case("2", resume="8bit-24"),
 }
 ONE_PROCESS = {
     **{f"alone {stage} {step}": case(stage, resume=f"full-{stage}{step}") for stage in STAGES for step in (2, 4)},
@@ -153,7 +160,7 @@ def references(folder) -> dict[str, dict]:
     """One process, all packs of a step in one pass; the states of the adapters are kept."""
     kept = {"save_steps": 4, "save_total_limit": 1}
     trained = {"full": train(folder, micro_batch_size=4)}
-    for kind, options in (("lora", LORA), ("qlora", QLORA)):
+    for kind, options in (("lora", LORA), ("qlora", QLORA), ("dora", DORA)):
         changed = {**options, "adapter": AdapterConfig(**options["adapter"])}
         trained[kind] = train(folder, micro_batch_size=4, checkpoints=f"{kind}-one/checkpoints", **kept, **changed)
     return {kind: curve(trainer) for kind, trainer in trained.items()}
@@ -206,6 +213,36 @@ def test_qlora_trains_as_one_process_does(on_two, references, stage):
     run, reference = on_two[f"qlora {stage}"], references["qlora"]
     assert run["losses"] == pytest.approx(reference["losses"], rel=1e-4)
     assert reference["losses"] != pytest.approx(references["lora"]["losses"], rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_dora_under_stage_3_trains_and_exports_as_on_one_process(on_two, references, runs, tmp_path):
+    really(on_two["dora 3"], "3", 2)
+    agree(on_two["dora 3"], references["dora"])
+    assert references["dora"]["losses"] != pytest.approx(references["lora"]["losses"], rel=1e-3)
+    difference, weights = exported(runs, "dora-3", tmp_path / "model")
+    assert difference < TOLERANCE
+    magnitudes = {
+        name.removeprefix("base_model.model.").replace("lora_magnitude_vector.default.", ""): torch.tensor(values)
+        for name, values in references["dora"]["weights"].items()
+        if "magnitude" in name
+    }
+    assert len(magnitudes) == 2 * 7
+    for name, values in magnitudes.items():  # the length of each row of the merged weights
+        assert weights[name].norm(dim=1) == pytest.approx(values, rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_moments_in_8_bits_train_sharded_and_resume_as_they_were_saved_or_not_at_all(on_two, references):
+    run = on_two["8bit 2"]
+    really(run, "2", 2)
+    assert run["losses"] == pytest.approx(references["full"]["losses"], rel=1e-2)
+    assert run["losses"][1:] != pytest.approx(references["full"]["losses"][1:], rel=TOLERANCE)
+    assert on_two["8bit again 2"]["first_step"] == 4
+    assert on_two["8bit again 2"]["digest"] == run["digest"]
+    moved, left = on_two["8bit moved 2 off"]["error"], on_two["8bit left 2"]["error"]
+    assert "has moments in 8 bits of 2 processes under ZeRO stage 2, which are not resharded: resume with" in moved
+    assert "was saved with trainer.optimizer=adamw_8bit, this run has adamw: resume with adamw_8bit, or" in left
 
 
 @pytest.mark.distributed
@@ -414,21 +451,24 @@ def test_a_stage_that_disagrees_with_the_launcher_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.why[:20])
 def test_what_does_not_go_together_is_refused_with_the_reason(row):
-    zero = ZeroConfig(row.stage or "3", offload_optimizer=bool(row.offload))
-    with pytest.raises(InputError) as caught:
-        check_supported(zero, row.adapter or "full", row.precision or "fp32")
-    assert row.why in str(caught.value)
-    check_supported(ZeroConfig("3"), "full", "bf16")
+    zero = ZeroConfig((row.stage or ["3"])[0], offload_optimizer=bool(row.offload))
+    adapter = AdapterConfig((row.adapter or ["lora" if row.dora else "full"])[0], use_dora=bool(row.dora))
+    for precision in row.precision or ["fp32"]:
+        with pytest.raises(InputError) as caught:
+            check_supported(zero, adapter, (row.optimizer or ["adamw"])[0], precision)
+        assert row.why in str(caught.value)
+    check_supported(ZeroConfig("3"), AdapterConfig(), "adamw", "bf16")
+    check_supported(ZeroConfig("3"), AdapterConfig("lora", use_dora=True), "adamw_8bit", "fp32")
 
 
 @pytest.mark.parametrize("variable", LAUNCHED)
 def test_what_the_launcher_cannot_ask_for_is_refused_with_the_reason(variable, monkeypatch):
     monkeypatch.setenv(variable, "true" if "USE" in variable else "2")
     with pytest.raises(InputError) as caught:
-        check_supported(ZeroConfig(), "full", "fp32")
+        check_supported(ZeroConfig(), AdapterConfig(), "adamw", "fp32")
     assert LAUNCHED[variable] in str(caught.value)
     monkeypatch.setenv(variable, "false" if "USE" in variable else "1")
-    check_supported(ZeroConfig(), "full", "fp32")
+    check_supported(ZeroConfig(), AdapterConfig(), "adamw", "fp32")
 
 
 @pytest.mark.parametrize("wrong", [{"offload_optimizer": True}, {"stage": "2", "offload_parameters": True}])
@@ -458,6 +498,7 @@ def runs(folder, template, on_two, references) -> Path:
     for run in folder.glob("*/checkpoints"):
         kind = run.parent.name.split("-")[0]
         adapter = {**LORA["adapter"], "kind": kind} if kind != "full" else {"kind": kind}
+        adapter = DORA["adapter"] if kind == "dora" else adapter
         config = {"adapter": adapter, "trainer": {"precision": "fp32"}}
         manifest = manifest_of(template, base_model=str(folder / "model"), config=config)
         write_manifest(run.parent, manifest)

@@ -14,6 +14,7 @@ from csc_train.config.compose import compose
 from csc_train.errors import InputError
 from csc_train.launching.preflight.checks import check_zero_support
 from csc_train.models import float8
+from csc_train.models.config import AdapterConfig
 from csc_train.models.float8 import float8_refusal
 from csc_train.models.layers import convert_to_float8
 from csc_train.models.precision import resolve_dtype, resolve_precision
@@ -93,8 +94,8 @@ def test_a_machine_that_cannot_is_refused_with_the_reason(monkeypatch):
 @pytest.mark.parametrize(("stage", "adapter"), [("off", "lora"), ("1", "qlora"), ("3", "full"), ("0", "full")])
 def test_what_float8_does_not_go_with_is_refused(stage, adapter):
     with pytest.raises(InputError, match=rf"zero.stage={stage} with adapter.kind={adapter} in fp8: .*choose "):
-        check_supported(ZeroConfig(stage), adapter, "fp8")
-    check_supported(ZeroConfig("1"), "full", "fp8")
+        check_supported(ZeroConfig(stage), AdapterConfig(adapter), "adamw", "fp8")
+    check_supported(ZeroConfig("1"), AdapterConfig(), "adamw", "fp8")
 
 
 def test_an_unknown_precision_is_refused_with_a_suggestion():

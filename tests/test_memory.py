@@ -14,7 +14,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import moe
 
 from csc_train.config.compose import compose
@@ -26,10 +26,11 @@ from csc_train.models.families import adapted_experts, forward_flops, lora_param
 from csc_train.models.layers import checkpoint_activations
 from csc_train.models.loading import build_model_config, load_model, lora_config
 from csc_train.training import loss
-from csc_train.training.config import CHECKPOINTING
+from csc_train.training.config import CHECKPOINTING, OPTIMIZERS
 from csc_train.training.memory import (
     AUTO_SHARE,
     GIB,
+    MOMENT_BYTES,
     STAGES,
     MemoryScenario,
     advice,
@@ -153,32 +154,39 @@ def test_model_states_are_those_of_deepspeeds_estimators(seven, processes, nodes
             assert ours[0] == pytest.approx(theirs[0], abs=1)
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
-def test_model_states_are_the_bytes_of_the_tensors_after_a_step(adapter):
+@pytest.mark.parametrize(("adapter", "optimizer"), [("full", "adamw"), ("lora", "adamw"), ("full", "adamw_8bit")])
+def test_model_states_are_the_bytes_of_the_tensors_after_a_step(adapter, optimizer, tmp_path):
     architecture = small("qwen3")
     model = AutoModelForCausalLM.from_config(
         build_model_config(architecture, None), dtype=torch.float32 if adapter == "full" else torch.bfloat16
     )
     if adapter == "lora":
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
+    options = {"optim": OPTIMIZERS[optimizer], "use_cpu": True, "report_to": "none"}
+    made = Trainer(model, TrainingArguments(str(tmp_path), **options)).create_optimizer()
     ids = torch.arange(16)[None]
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
+    made.step()
 
     def size(tensors) -> int:
         return sum(tensor.nbytes for tensor in tensors)
 
-    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    states = [item for state in made.state.values() for item in state.items()]
+    moments = [value for name, value in states if name != "step" and "qmap" not in name]  # two tables for all
     shape = model_dims(architecture)
-    setting = MemoryScenario(shape, adapter, lora_parameter_count(shape, 8) if adapter == "lora" else 0)
+    weights = lora_parameter_count(shape, 8) if adapter == "lora" else 0
+    setting = MemoryScenario(shape, adapter, weights, optimizer=optimizer)
     planned = model_states(setting)
     assert planned.parameters == size(model.parameters())
     assert planned.gradients == size(each.grad for each in model.parameters() if each.grad is not None)
-    assert planned.optimizer == size(moments)
+    small_tensors = sum(each.numel() for each in model.parameters() if each.numel() < 4096)
+    allowed = (8 - MOMENT_BYTES[optimizer]) * small_tensors  # of which the plan knows nothing
+    assert planned.optimizer <= size(moments) <= planned.optimizer + allowed
+    assert allowed < 0.05 * planned.optimizer
     held = size(each for each in model.parameters() if each.requires_grad)
-    assert state_bytes(setting) == held + size(moments)
+    assert held + planned.optimizer == state_bytes(setting)
+    assert optimizer == "adamw" or planned.optimizer < 0.5 * 8 * shape.parameters
 
 
 def test_qlora_holds_linear_layers_in_4_bits_and_experts_in_bf16(tmp_path):
@@ -234,21 +242,29 @@ def kept_by_blocks(model, tokens: int, autocast: bool) -> int:
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize(
-    ("model_type", "kind"),
+    ("model_type", "kind", "adapter", "stage", "bf16"),
     [
-        *((name, FULL) for name in ("qwen2", "qwen3", "llama", HYBRID, EXPERTS, HYBRID_EXPERTS)),
-        (HYBRID, LINEAR),
-        (HYBRID_EXPERTS, LINEAR),
+        *(
+            (*block, *training)
+            for block in (
+                *((name, FULL) for name in ("qwen2", "qwen3", "llama", HYBRID, EXPERTS, HYBRID_EXPERTS)),
+                (HYBRID, LINEAR),
+                (HYBRID_EXPERTS, LINEAR),
+            )
+            for training in (
+                *(("full", "off", True), ("full", "off", False), ("full", "2", True)),
+                *(("lora", "off", True), ("lora", "3", True)),
+            )
+        ),
+        ("qwen2", FULL, "dora", "off", True),
+        (HYBRID_EXPERTS, LINEAR, "dora", "off", False),
     ],
-)
-@pytest.mark.parametrize(
-    ("adapter", "stage", "bf16"),
-    [("full", "off", True), ("full", "off", False), ("full", "2", True), ("lora", "off", True), ("lora", "3", True)],
 )
 def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind, adapter, stage, bf16, checkpointing):
     """One token of one block: the difference that a third block makes, over those of the first two."""
     tokens, rank, sizes = 256, 2, {}
     mixed = stage == "off" and bf16
+    adapter, dora = adapter.replace("dora", "lora"), adapter == "dora"
     dtype = torch.bfloat16 if bf16 and (adapter == "lora" or stage != "off") else torch.float32
     experts = ["all-experts"] if "moe" in model_type and stage == "3" else []
     for layers in (2, 3):
@@ -258,7 +274,7 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         base = model
         if adapter == "lora":
-            config = lora_config(AdapterConfig("lora", rank=rank, target_parameters=experts), model)
+            config = lora_config(AdapterConfig("lora", rank=rank, target_parameters=experts, use_dora=dora), model)
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=mixed)
             adapted.enable_input_require_grads()
             model = adapted
@@ -268,7 +284,7 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind
     weights = lora_parameter_count(shape, rank) if adapter == "lora" else 0
     setting = MemoryScenario(
         shape, adapter, weights, stage=stage, bf16=bf16, tokens=tokens, checkpointing=checkpointing,
-        adapted_experts=tuple(adapted_experts(shape, experts)), delta_kernel="torch",
+        adapted_experts=tuple(adapted_experts(shape, experts)), delta_kernel="torch", dora=dora,
     )  # fmt: skip
     # The bf16 copies of weights that autocast makes, and their sums with adapters, are counted apart.
     casts = 0
@@ -278,7 +294,7 @@ def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind
     elif experts and checkpointing == "off":
         casts = 2 * shape.block_experts
     measured = (sizes[3] - sizes[2] - casts) / tokens
-    assert kept_bytes(setting, kind) == pytest.approx(measured, rel=0.02)
+    assert kept_bytes(setting, kind) == pytest.approx(measured, rel=0.025 if dora else 0.02)
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def _open_plain(checkpoint: Path, order: Sequence[str]) -> ConsolidatedState:
 
 def parameter_name(stored: str) -> str:
     """The name in the model of a parameter in a training checkpoint's file: PEFT's files omit the adapter's name."""
-    return re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", stored)
+    return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)(?:\.weight)?$", r".\1.default.weight", stored)
 
 
 def _open_stage_0(folder: Path, record: CheckpointRecord, order: Sequence[str]) -> ConsolidatedState:

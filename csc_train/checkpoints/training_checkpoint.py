@@ -56,18 +56,25 @@ class CheckpointRecord:
     """DeepSpeed's ZeRO stage; None for DDP or one process."""
     run_ids: dict[str, str] = field(default_factory=dict)
     """The id of the training's run, by tracker."""
+    optimizer: str = "adamw"
+    """`TrainerConfig.optimizer`."""
     seconds: float = 0.0
     """Training time until then, that before earlier resumes included."""
     files: dict[str, FileStamp] = field(default_factory=dict)
     """The other files by path in the checkpoint; empty in a checkpoint of an earlier version."""
 
+    def resharded(self, now: "CheckpointRecord") -> bool:
+        """Whether a training that saves as `now` has its weights and moments on other processes, or otherwise."""
+        return self.stage != now.stage or (self.stage in (1, 2, 3) and self.processes != now.processes)
+
 
 def build_record(trainer: "Trainer", seconds: float = 0.0) -> CheckpointRecord:
     """The record of a checkpoint that `trainer` saves after `seconds` of training, as yet without its files."""
-    args = trainer.args
+    args: Any = trainer.args
     packs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin else None
-    return CheckpointRecord(packs_per_step, args.world_size, stage, getattr(trainer, "run_ids", {}), seconds)
+    run_ids = getattr(trainer, "run_ids", {})
+    return CheckpointRecord(packs_per_step, args.world_size, stage, run_ids, args.optimizer, seconds)
 
 
 def write_record(checkpoint: Path, record: CheckpointRecord) -> None:
@@ -193,15 +200,23 @@ def check_resumable(checkpoint: Path, now: CheckpointRecord) -> CheckpointRecord
         The checkpoint's record.
 
     Raises:
-        InputError: the checkpoint holds weights only, or its packs per step differ; names both numbers.
+        InputError: the checkpoint holds weights only, or its packs per step or optimizer differ; names both. Or its
+            moments are in 8 bits, and the processes or ZeRO stage differ.
     """
     if not can_resume(checkpoint):
         raise InputError(f"{checkpoint} holds weights only: resume from a later checkpoint")
     saved = read_record(checkpoint)
-    if saved.packs_per_step != now.packs_per_step:
+    for setting in ("packs_per_step", "optimizer"):
+        before, here = getattr(saved, setting), getattr(now, setting)
+        if before != here:
+            raise InputError(
+                f"{checkpoint} was saved with trainer.{setting}={before}, this run has {here}: resume with {before}, "
+                "or start a new run"
+            )
+    if saved.optimizer == "adamw_8bit" and saved.resharded(now):
         raise InputError(
-            f"{checkpoint} was saved with trainer.packs_per_step={saved.packs_per_step}, this run has "
-            f"{now.packs_per_step}: resume with {saved.packs_per_step}, or start a new run"
+            f"{checkpoint} has moments in 8 bits of {saved.processes} processes under ZeRO stage {saved.stage}, which "
+            "are not resharded: resume with as many processes and that stage, or start a new run"
         )
     return saved
 

@@ -152,7 +152,13 @@ class AdapterConfig:
     rank: int = 16
     """Rank of the adapters."""
     alpha: int = 32
-    """Scale of the adapters: alpha / rank."""
+    """Scale of the adapters: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank), so that adapters of a high rank learn as fast as those of a low one. Source:
+    Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (2023)."""
+    use_dora: bool = False
+    """Train the length of each row of a weight matrix, in fp32, beside its direction, which the low-rank adapter
+    changes. Slower than LoRA. Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024)."""
     dropout: float = 0.0
     """Dropout on the adapters' input."""
     merge_into: str = "base"
@@ -170,6 +176,14 @@ class AdapterConfig:
         check_fields("adapter.", self, "merge_into", choices=MERGE_INTO)
         check_fields("adapter.", self, "rank", "alpha", low=1, high=10**6)
         check_fields("adapter.", self, "dropout", low=0, high=1)
+        for variant in ("use_rslora", "use_dora"):
+            if getattr(self, variant) and self.kind == "full":
+                raise InputError(f"adapter.{variant}=true with adapter.kind=full: choose adapter=lora or qlora")
+        if self.use_dora and self.target_parameters:
+            raise InputError(
+                "adapter.use_dora=true with adapter.target_parameters: PEFT has no DoRA for experts: set "
+                "adapter.use_dora=false, or adapter.target_parameters=[]"
+            )
         for pattern in self.target_modules:
             try:
                 re.compile(pattern)

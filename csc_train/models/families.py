@@ -575,18 +575,22 @@ def lora_parameter_count(
     target_modules: str | Collection[str] = (ALL_LINEAR,),
     target_parameters: Collection[str] = (),
     active: bool = False,
+    dora: bool = False,
 ) -> int:
     """Weights of low-rank adapters: rank x (inputs + outputs) for each linear layer and each expert's tensor.
+
+    DoRA adds the outputs of each linear layer.
 
     Args:
         target_modules: as in `AdapterConfig`, or as PEFT has them; `target_parameters`: likewise.
         active: whether to count those that one token uses only.
     """
-    widths = sum(sum(shape) for _, shape in _adapted_linears(dims, target_modules))
+    linears = [shape for _, shape in _adapted_linears(dims, target_modules)]
+    widths = sum(map(sum, linears))
     if dims.experts:
         experts = dims.experts.active if active else dims.experts.count
         widths += dims.layers * experts * sum(map(sum, adapted_experts(dims, target_parameters).values()))
-    return rank * widths
+    return rank * widths + dora * sum(outputs for _, outputs in linears)
 
 
 def _adapted_linears(dims: ModelDims, target_modules: str | Collection[str]) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -610,10 +614,11 @@ def adapter_report(adapter: AdapterConfig, dims: ModelDims, bf16: bool) -> str:
     tensors = adapted_experts(dims, adapter.target_parameters)
     names = [name.rpartition(".")[2] for name, _ in _adapted_linears(dims, adapter.target_modules)]
     names += [name.removeprefix("mlp.") for name in tensors]
-    count = lora_parameter_count(dims, adapter.rank, adapter.target_modules, tensors)
+    count = lora_parameter_count(dims, adapter.rank, adapter.target_modules, tensors, dora=adapter.use_dora)
     share = f"{count / dims.parameters:.2%} of the model's {dims.parameters:,}"
     places = ", ".join(dict.fromkeys(names)) or "the output layer"
-    said = [f"{count:,} weights of rank {adapter.rank}, {share}, on {places}"]
+    dora = " and magnitudes" * adapter.use_dora
+    said = [f"{count:,} weights of rank {adapter.rank}{dora}, {share}, on {places}"]
     if dims.experts and not tensors:
         said.append("routed experts have none (see adapter.target_parameters)")
     if dims.experts and adapter.kind == "qlora":
@@ -628,7 +633,8 @@ def count_adapter_parameters(model: Any, active: bool = False) -> int:
     if (adapters := getattr(model, "peft_config", None)) is None:
         return 0
     targets = adapters["default"].target_modules, tensors_with_adapters(model)
-    return lora_parameter_count(model_dims(model.config), adapters["default"].r, *targets, active)
+    dora = adapters["default"].use_dora
+    return lora_parameter_count(model_dims(model.config), adapters["default"].r, *targets, active, dora)
 
 
 def tensors_with_adapters(model: Any) -> tuple[str, ...]:
@@ -653,7 +659,7 @@ def training_flops(dims: ModelDims, adapter_parameters: int = 0, experts: Collec
 
     Args:
         adapter_parameters: weights of the adapters that a token uses, which are trained instead of the model; 0 trains
-            the whole model.
+            the whole model. What DoRA computes once a pass, the lengths of rows, is not counted.
         experts: names of the experts' tensors that have adapters.
     """
     weights, mixing, pairs = _forward_flops(dims)

@@ -1,6 +1,7 @@
 """Load the model to train, or build it with random weights; the configuration of its LoRA adapters."""
 
 from dataclasses import asdict
+from typing import Any
 
 import peft
 import torch
@@ -121,10 +122,24 @@ def lora_config(adapter: AdapterConfig, model: PreTrainedModel) -> peft.LoraConf
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
         target_modules=targets,
         target_parameters=[*adapted_experts(model_dims(model.config), adapter.target_parameters)] or None,
         task_type="CAUSAL_LM",
     )
+
+
+def set_magnitudes(model: PreTrainedModel) -> None:
+    """Set the magnitudes of new DoRA adapters to the lengths of the weights' rows in fp32, so that they change nothing.
+
+    PEFT's are rounded to the dtype of the weights: in bf16 the logits differ by 0.4 % of the largest.
+    """
+    module: Any
+    for module in model.modules():
+        for name, magnitudes in getattr(module, "lora_magnitude_vector", {}).items():
+            lora_a, lora_b = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+            magnitudes.update_layer(base_layer=module.get_base_layer(), lora_A=lora_a, lora_B=lora_b, scaling=1)
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:

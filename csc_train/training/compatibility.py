@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from csc_train.errors import InputError
 from csc_train.models.attention.varlen import VARLEN_ATTENTION
+from csc_train.models.config import AdapterConfig
 from csc_train.models.families import ModelDims
 from csc_train.models.layers import missing_compiler
 from csc_train.templates import read_yaml
@@ -15,21 +16,25 @@ logger = logging.getLogger(__name__)
 
 
 class Refused(NamedTuple):
-    """A combination of settings that is refused; None matches any value.
+    """A combination of settings that is refused: one of each list; None matches any value.
 
     Attributes:
         why: the reason for the user, and a remedy.
-        stage: a `ZeroConfig.stage`.
-        adapter: an `AdapterConfig.kind`.
+        stage: of `ZeroConfig.stage`.
+        adapter: of `AdapterConfig.kind`.
         precision: of the computation, bf16, fp32 or fp8.
         offload: whether optimizer states or weights are kept in CPU memory.
+        dora: `AdapterConfig.use_dora`.
+        optimizer: of `TrainerConfig.optimizer`.
     """
 
     why: str
-    stage: str | None = None
-    adapter: str | None = None
-    precision: str | None = None
-    offload: bool | None = None
+    stage: list[str] | None = None
+    adapter: list[str] | None = None
+    precision: list[str] | None = None
+    offload: list[bool] | None = None
+    dora: list[bool] | None = None
+    optimizer: list[str] | None = None
 
 
 _TABLES = read_yaml(__package__, "compatibility.yaml")
@@ -40,20 +45,21 @@ LAUNCHED = _TABLES["environment"]
 _FLOAT8 = "trainer.precision=fp8: float8 gains in compiled layers only"
 
 
-def check_supported(zero: ZeroConfig, adapter: str, precision: str) -> None:
+def check_supported(zero: ZeroConfig, adapter: AdapterConfig, optimizer: str, precision: str) -> None:
     """Refuse settings that the libraries cannot train with, or not as requested.
 
     Args:
-        adapter: an `AdapterConfig.kind`.
+        optimizer: a `TrainerConfig.optimizer`.
         precision: of the computation, bf16, fp32 or fp8.
 
     Raises:
         InputError: `REFUSED` or `LAUNCHED` lists the settings; says why.
     """
-    chosen = (zero.stage, adapter, precision, zero.offload_optimizer or zero.offload_parameters)
+    offload = zero.offload_optimizer or zero.offload_parameters
+    chosen = (zero.stage, adapter.kind, precision, offload, adapter.use_dora, optimizer)
     for why, *settings in REFUSED:
-        if all(value is None or value == mine for value, mine in zip(settings, chosen, strict=True)):
-            raise InputError(f"zero.stage={zero.stage} with adapter.kind={adapter} in {precision}: {why}")
+        if all(values is None or mine in values for values, mine in zip(settings, chosen, strict=True)):
+            raise InputError(f"zero.stage={zero.stage} with adapter.kind={adapter.kind} in {precision}: {why}")
     for variable, why in LAUNCHED.items():
         if os.environ.get(variable, "").lower() not in ("", "0", "1", "false"):
             raise InputError(f"{variable}={os.environ[variable]}: {why}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from csc_train.errors import InputError, check_fields, check_range
 
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
+"""Values of `TrainerConfig.optimizer`, and transformers' names of them."""
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 FEW_STEPS = 50
 ON_NONFINITE = ("stop", "skip", "continue")
@@ -82,6 +84,10 @@ class TrainerConfig:
     """Schedule of the learning rate: linear, cosine, constant or constant_with_warmup."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the learning rate rises."""
+    optimizer: str = "adamw"
+    """adamw: AdamW with moments in fp32. adamw_8bit: AdamW of bitsandbytes, with moments in 8 bits for tensors of 4,096
+    elements and more, embeddings apart; without DeepSpeed. Source: Dettmers et al., "8-bit Optimizers via Block-wise
+    Quantization" (2022)."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
@@ -134,6 +140,7 @@ class TrainerConfig:
         check_fields("trainer.", self, "max_steps", low=-1, high=MAX_STEPS)
         check_fields("trainer.", self, "seed", low=0, high=2**32 - 1)
         check_fields("trainer.", self, "lr_scheduler", choices=SCHEDULERS)
+        check_fields("trainer.", self, "optimizer", choices=tuple(OPTIMIZERS))
         check_fields("trainer.", self, "on_nonfinite", choices=ON_NONFINITE)
         check_fields("trainer.", self, "compile", choices=COMPILE)
         check_fields("trainer.", self, "gradient_checkpointing", choices=(*CHECKPOINTING, "auto"))

@@ -43,6 +43,8 @@ HEAD_BYTES = 8
 """Of two float32 matrices of a chunk's logits, which the head holds at once (see `training.loss`)."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per parameter in bitsandbytes NF4: four bits, and a doubly quantized scale per 64 parameters."""
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256}
+"""Of a parameter's two moments by optimizer; in 8 bits, 256 of them share an fp32 scale."""
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
 """CUDA's context, kernels and workspaces, and NCCL's channels: a convention, not a measurement."""
 FRAGMENTATION = 0.04
@@ -62,6 +64,8 @@ class MemoryScenario:
         adapter_parameters: weights of the adapters; 0 under full.
         idle_adapters: those of them that a token does not use.
         adapted_experts: names of the experts' tensors that have adapters (see `ModelDims.expert_tensors`).
+        dora: whether linear layers have DoRA's magnitudes, without dropout.
+        optimizer: one of `config.OPTIMIZERS`.
         stage: one of `STAGES`; off is DDP, the others are DeepSpeed's ZeRO stages.
         offload: one of `OFFLOADS`, to the host's memory; optimizer: the optimizer states, all: the weights too.
         nodes: number of machines that share the processes evenly.
@@ -79,6 +83,8 @@ class MemoryScenario:
     adapter_parameters: int = 0
     idle_adapters: int = 0
     adapted_experts: tuple[str, ...] = ()
+    dora: bool = False
+    optimizer: str = "adamw"
     stage: str = "off"
     offload: str = "none"
     processes: int = 1
@@ -117,6 +123,16 @@ class MemoryScenario:
                 if not name.endswith(outside)
             )
         return NF4_BYTES * quantized + self.compute * (parameters - quantized)
+
+    @property
+    def moments(self) -> float:
+        """Bytes of the moments of all trained parameters.
+
+        Without sharding, bitsandbytes holds those of embeddings in fp32. It does so with tensors of less than 4,096
+        elements, too, which are counted as if in 8 bits.
+        """
+        whole = self.dims.embedding if self.adapter == "full" and self.stage in ("off", "0") else 0
+        return 8 * whole + MOMENT_BYTES[self.optimizer] * (self.trained - whole)
 
     @property
     def compute(self) -> int:
@@ -177,7 +193,7 @@ def estimate_memory(scenario: MemoryScenario) -> MemoryPlan:
 def model_states(scenario: MemoryScenario) -> MemoryPlan:
     """The bytes of parameters, gradients and optimizer states only, for P trained parameters on N processes.
 
-    - off (DDP): 4 P of weights, 4 P of gradients, 8 P of moments. QLoRA's adapters are in bf16.
+    - off (DDP): 4 P of weights, 4 P of gradients, 8 P of moments.
     - stage 0: 2 P of weights, 2 P + 4 P of gradients in bf16 and in fp32, 4 P + 8 P of fp32 weights and moments.
     - stage 1: 2 P of weights, 4 P of gradients, summed whole in fp32; the fp32 weights and moments divided by N.
     - stage 2: all but the weights divided by N: 2 P + 18 P / N.
@@ -186,16 +202,18 @@ def model_states(scenario: MemoryScenario) -> MemoryPlan:
     - offload: the GPU keeps 2 P under stages 1 and 2. Under stage 3 it keeps the largest module's weights and gradient,
       and 2 P / N of weights unless they are offloaded too.
 
+    Moments in 8 bits have 2 P of the 8 P.
+
     Stages 2 and 3 follow DeepSpeed's `estimate_zero{2,3}_model_states_mem_needs`. Frozen weights are replicated except
     under stage 3. The host's bytes are DeepSpeed's estimate for one node.
     """
     trained, share, compute = scenario.trained, 1 / scenario.processes, scenario.compute
     largest = scenario.dims.largest
     if scenario.stage == "off":
-        held = 2 if scenario.adapter == "qlora" and scenario.bf16 else 4
-        return MemoryPlan(held * trained + scenario.frozen_bytes, held * trained, 2 * held * trained)
+        return MemoryPlan(4 * trained + scenario.frozen_bytes, 4 * trained, scenario.moments)
     weights, gradients = float(compute * trained), {"0": 6, "1": 4, "2": 6 * share, "3": 4 * share}
-    parameters, optimizer = weights + scenario.frozen_bytes, 12 * trained * (1 if scenario.stage == "0" else share)
+    optimizer = (4 * trained + scenario.moments) * (1 if scenario.stage == "0" else share)
+    parameters = weights + scenario.frozen_bytes
     gradient = gradients[scenario.stage] * trained
     if scenario.stage == "3":
         kept = 0 if scenario.offload == "all" else share
@@ -220,7 +238,7 @@ def communication_bytes(scenario: MemoryScenario) -> float:
     `model_states` counts those of the largest module.
     """
     if scenario.stage == "off":
-        return (2 if scenario.adapter == "qlora" else 4) * scenario.trained if scenario.processes > 1 else 0
+        return 4 * scenario.trained if scenario.processes > 1 else 0
     if scenario.stage == "1" and scenario.bf16:
         return 0
     bucket = scenario.compute * scenario.reduce_bucket
@@ -272,6 +290,7 @@ def layer_bytes(scenario: MemoryScenario, kind: str) -> float:
     - Norms over heads (Qwen3): fp32 copies, and normalized ones if trained: (4 + c) x (q + k).
     - A gated delta net instead of attention: `delta_bytes`.
     - Experts, beside a shared one or not, instead of the MLP: `expert_bytes`.
+    - DoRA: the outputs of each linear layer and of its adapter.
     """
     dims, c = scenario.dims, scenario.compute
     h, i, q, k = dims.hidden, dims.intermediate - dims.routed, dims.queries, dims.keys
@@ -287,6 +306,8 @@ def layer_bytes(scenario: MemoryScenario, kind: str) -> float:
         inputs = c * sum(inputs for name, (inputs, _) in dims.linears[kind].items() if not name.endswith(leaving))
         inputs += c * h if full and dims.experts else 0
     mlp = c * (4 if full or not casts else 3) * i
+    if scenario.dora:
+        mlp += 2 * c * sum(outputs for _, outputs in dims.linears[kind].values())
     if dims.experts:
         mlp += expert_bytes(scenario) + (c * h if i else 0)
     if kind == LINEAR_ATTENTION:
@@ -366,7 +387,8 @@ def activation_bytes(scenario: MemoryScenario) -> float:
       copy if they are held in bf16.
     - Backward pass of a block: `layer_bytes` with checkpointing; gradients of its MLP and of the residual stream; if it
       is trained, the gradient of its largest layer, in bf16 and in fp32. A tied head's gradient waits for the
-      embedding's. Experts need four gradients of their outputs, or that of their first weights when those are free.
+      embedding's. DoRA needs a weight, its change and their sum in fp32. Experts need four gradients of their
+      outputs, or that of their first weights when those are free.
 
     Without checkpointing, autocast's copies stay until the block's own backward pass, and so do the sums of experts and
     their adapters, which PEFT adds to the weights. The auxiliary loss keeps the logits and probabilities of routers.
@@ -406,21 +428,23 @@ def activation_bytes(scenario: MemoryScenario) -> float:
         + passing
         + (0 if scenario.checkpointing == "off" else layer + casts / dims.layers + copies)
         + ((c + 4) * weight if full else 0)
-        + (c * weight if scenario.adapter == "qlora" else 0),
+        + (c * weight if scenario.adapter == "qlora" else 0)
+        + (12 * weight if scenario.dora else 0),
     )
     return kept + final + mask + max(moments)
 
 
 def state_bytes(scenario: MemoryScenario) -> float:
     """Bytes of a training checkpoint of all processes: trained weights in their own dtype, and optimizer states."""
-    if scenario.stage == "off":
-        return (6 if scenario.adapter == "qlora" and scenario.bf16 else 12) * scenario.trained
-    return (scenario.compute + 12) * scenario.trained
+    held = 4 if scenario.stage == "off" else scenario.compute + 4
+    return held * scenario.trained + scenario.moments
 
 
 def alternatives(scenario: MemoryScenario) -> list[MemoryScenario]:
     """The scenario under every stage and offload, from the least sharding to the most."""
-    choices = [(stage, "none") for stage in STAGES] + [("3", "optimizer"), ("3", "all")]
+    sharded = [(stage, "none") for stage in STAGES[1:] if not (scenario.dora and scenario.bf16)]
+    offloaded = [("3", each) for each in OFFLOADS[1:] if sharded and scenario.optimizer == "adamw"]
+    choices = [("off", "none"), *sharded, *offloaded]  # those that `compatibility.REFUSED` leaves for these settings
     return [replace(scenario, stage=stage, offload=offload) for stage, offload in choices]
 
 
@@ -528,6 +552,8 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
         adapter=adapter,
         adapter_parameters=0 if adapter == "full" else trained,
         adapted_experts=tensors_with_adapters(model),
+        dora=adapter != "full" and model.peft_config["default"].use_dora,
+        optimizer=args.optimizer,
         stage="off" if plugin is None else str(plugin.zero_stage),
         processes=args.world_size,
         nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),

@@ -52,7 +52,7 @@ from csc_train.models.layers import (
     recompiles,
 )
 from csc_train.models.layout import parameter_names
-from csc_train.models.loading import lora_config
+from csc_train.models.loading import lora_config, set_magnitudes
 from csc_train.models.precision import resolve_dtype
 from csc_train.packing.collator import PackCollator, run_bounds
 from csc_train.packing.dataset import PackedDataset, PackingReport
@@ -61,7 +61,7 @@ from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
 from csc_train.runs.heartbeat import own
 from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.compatibility import resolve_compile
-from csc_train.training.config import TrainerConfig, ValidationConfig, ZeroConfig
+from csc_train.training.config import OPTIMIZERS, TrainerConfig, ValidationConfig, ZeroConfig
 from csc_train.training.deepspeed import (
     check_engine,
     deepspeed_config,
@@ -82,7 +82,7 @@ logger = logging.getLogger(__name__)
 
 SAME_ARGUMENTS = (
     "packs_per_step", "learning_rate", "weight_decay", "max_grad_norm", "max_steps", "seed", "logging_steps",
-    "save_steps", "save_total_limit", "on_nonfinite", "compile",
+    "save_steps", "save_total_limit", "on_nonfinite", "compile", "optimizer",
 )  # fmt: skip
 """Settings of `TrainerConfig` that `PackTrainingArguments` has under the same name."""
 
@@ -99,6 +99,8 @@ class PackTrainingArguments(SFTConfig):
     """Whether linear layers multiply in float8 (see `layers.convert_to_float8`)."""
     checkpointing: str = "full"
     """`TrainerConfig.gradient_checkpointing`; `build_trainer` replaces auto. The Trainer's own arguments are off."""
+    optimizer: str = "adamw"
+    """`TrainerConfig.optimizer`, of which `optim` is transformers' name."""
     on_nonfinite: str = "stop"
     """What to do at a step whose loss or gradient norm is not finite (see `TrainerConfig.on_nonfinite`)."""
 
@@ -216,7 +218,7 @@ class PackTrainer(SFTTrainer):
             now = build_record(self)
             saved = check_resumable(Path(resume_from_checkpoint), now)
             self._started -= saved.seconds
-            reshard = saved.stage != now.stage or (saved.stage in (1, 2, 3) and saved.processes != now.processes)
+            reshard = saved.resharded(now)
         checkpoint = None if reshard else resume_from_checkpoint
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory it has
             prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
@@ -490,6 +492,7 @@ def training_arguments(
     return PackTrainingArguments(
         **{name: getattr(config, name) for name in SAME_ARGUMENTS},
         output_dir=str(directory),
+        optim=OPTIMIZERS[config.optimizer],
         lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup_ratio,
         num_train_epochs=config.epochs,
@@ -586,6 +589,8 @@ def build_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    if adapter.use_dora and arguments.bf16:  # in fp32 they are right, and sharded under stage 3
+        set_magnitudes(trainer.model)
     if validator and validator.config.early_stopping_patience:
         trainer.add_callback(EarlyStopping(validator.config.early_stopping_patience))
     return trainer

@@ -32,6 +32,7 @@ from csc_train.models.attention.varlen import VARLEN_ATTENTION
 from csc_train.models.config import AdapterConfig, ModelConfig
 from csc_train.models.experts import routers
 from csc_train.models.loading import load_model
+from csc_train.models.precision import weight_dtype
 from csc_train.models.sharded_parameters import consolidated_weights
 from csc_train.models.tokenizer import load_tokenizer
 from csc_train.packing.config import PackingConfig
@@ -152,7 +153,8 @@ def train(
         )
     adapter = adapter or AdapterConfig()
     source = ModelConfig(path=str(folder / "model"))
-    model = load_model(source, tokenizer, torch.float32, 0, attention or default, load_in_4bit=adapter.kind == "qlora")
+    dtype = weight_dtype(options.get("precision", "fp32"), adapter.kind)
+    model = load_model(source, tokenizer, dtype, 0, attention or default, load_in_4bit=adapter.kind == "qlora")
     if experts:
         model.set_experts_implementation(experts)
     trainer = build_trainer(

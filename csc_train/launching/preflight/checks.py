@@ -165,7 +165,7 @@ def check_zero_support(config: PreflightRecipe) -> str:
     from csc_train.models.precision import resolve_precision
 
     precision = precision_of(config)
-    check_supported(config.zero, config.adapter.kind, precision)
+    check_supported(config.zero, config.adapter, config.trainer.optimizer, precision)
     if config.cluster.device == "cpu":  # else the GPUs may be those of another machine
         resolve_precision(precision)
     stage, offload = zero_of(config)

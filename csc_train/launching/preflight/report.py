@@ -156,4 +156,5 @@ def _by_adapter(report: PreflightReport) -> Iterator[tuple[str, list[MemoryScena
     for adapter in ("full", "lora", "qlora"):
         if adapter != first.adapter:
             count = 0 if adapter == "full" else weights
-            yield adapter, [replace(each, adapter=adapter, adapter_parameters=count) for each in scenarios]
+            plain = {"adapter": adapter, "adapter_parameters": count, "dora": False}
+            yield adapter, [replace(each, **plain) for each in scenarios]

@@ -80,7 +80,9 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
     if adapter.kind != "full":
         experts = adapted_experts(dims, adapter.target_parameters)
         targets = adapter.target_modules, experts
-        weights, active = (lora_parameter_count(dims, adapter.rank, *targets, each) for each in (False, True))
+        weights, active = (
+            lora_parameter_count(dims, adapter.rank, *targets, each, adapter.use_dora) for each in (False, True)
+        )
     stage, offload = zero_of(config)
     tokens = config.trainer.micro_batch_size * packing.max_length
     # On a GPU, sdpa and eager attention separate the documents of a pack by a dense mask of this many columns. In fp32
@@ -94,6 +96,8 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
         adapter_parameters=weights,
         idle_adapters=weights - active,
         adapted_experts=tuple(experts),
+        dora=adapter.use_dora,
+        optimizer=config.trainer.optimizer,
         stage=stage,
         offload=offload,
         processes=config.cluster.world_size,

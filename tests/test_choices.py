@@ -1,0 +1,131 @@
+"""Choices of the training: each does what it says, packed or not, changes nothing else, and is planned or refused."""
+
+import math
+import pickle
+import random
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import random_dialogue, small_tokenizer, tiny_config
+from peft.tuners.lora import LoraLayer
+from test_exactness import Case, errors
+from transformers import AutoModelForCausalLM
+from workers.loss_curve import curve, first_packs, train
+
+from csc_train.checkpoints.export import merged
+from csc_train.errors import InputError
+from csc_train.models.config import AdapterConfig
+from csc_train.models.families import adapter_report, count_adapter_parameters, model_dims
+from csc_train.models.loading import lora_config, set_magnitudes
+from csc_train.packing.config import PackingConfig
+from csc_train.packing.dataset import pack_dialogues
+from csc_train.template.config import TemplateConfig
+from csc_train.template.dialogue_template import DialogueTemplate
+
+TOLERANCE = 1e-5
+LORA = {"kind": "lora", "rank": 4, "alpha": 8}
+VARIANTS = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model, and packs for two steps and one pack."""
+    folder = tmp_path_factory.mktemp("choices")
+    template = DialogueTemplate(small_tokenizer("qwen2_5"), "qwen2_5", TemplateConfig(mode="reply_only"))
+    rng = random.Random(11)
+    examples = [template.encode(random_dialogue(rng)) for _ in range(40)]
+    for name, strategy in (("packs", "best_fit"), ("shared", "shared_prefix")):
+        packs, _ = pack_dialogues(examples, PackingConfig(strategy, max_length=1000))
+        (folder / name).write_bytes(pickle.dumps(first_packs(packs)))
+    torch.manual_seed(0)
+    config = tiny_config("qwen2", template.tokenizer, 0.1, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
+    template.tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+# Adapters
+
+
+def adapted(model, **variant):
+    """A model with adapters that are not those of the start."""
+    adapter = peft.get_peft_model(model, lora_config(AdapterConfig(**LORA, **variant), model))
+    torch.manual_seed(1)
+    for name, parameter in adapter.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.rand_like(parameter) * (1 if "magnitude" in name else 0.3)
+    return adapter
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_adapter_packed_equals_unpacked_and_merges_into_what_was_trained(name):
+    case = Case("qwen2", "sdpa")
+    ids = torch.tensor(case.examples[0].input_ids[None], dtype=torch.int64)
+    with torch.no_grad():
+        plain = adapted(case.model).eval()(ids).logits
+    case = Case("qwen2", "sdpa")
+    case.model = adapted(case.model, **VARIANTS[name])
+    trained = {name: each for name, each in case.model.named_parameters() if each.requires_grad}
+    case.gradients = lambda: {name: each.grad.clone() for name, each in trained.items()}
+    assert sum(each.numel() for each in trained.values()) == count_adapter_parameters(case.model)
+    case.model.train()
+    reference = case.separate(case.examples)
+    assert max(errors(case.packed(one_row=True), reference)) < TOLERANCE
+    with torch.no_grad():
+        logits = case.model.eval()(ids).logits
+        assert (logits - plain).abs().max() > 0.01 * plain.abs().max()  # another adapter than plain LoRA
+        found = merged(case.model, {}, None)(ids).logits
+    assert (found - logits).abs().max() < TOLERANCE * logits.abs().max()
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    model = Case("qwen2", "sdpa").model
+    adapter = peft.get_peft_model(model, lora_config(AdapterConfig(**LORA, use_rslora=True), model))
+    scales = {each.scaling["default"] for each in adapter.modules() if isinstance(each, LoraLayer)}
+    assert scales == {8 / math.sqrt(4)}
+
+
+def test_the_magnitudes_of_dora_start_right_and_move_in_fp32(folder):
+    options = {"micro_batch_size": 4, "precision": "bf16", "learning_rate": 1e-4, "max_steps": 2}
+    trainer = train(folder, adapter=AdapterConfig(**LORA, use_dora=True), **options)
+    plain = curve(train(folder, adapter=AdapterConfig(**LORA), **options | {"max_steps": 1}))
+    # At the start they change nothing; PEFT's, rounded to bf16, change the loss by more than this.
+    assert curve(trainer)["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-6)
+    layers = [each for each in trainer.model.modules() if getattr(each, "lora_magnitude_vector", None)]
+    assert len(layers) == 2 * 7
+    for layer in layers:
+        assert layer.base_layer.weight.dtype == torch.bfloat16
+        moved = layer.lora_magnitude_vector["default"].weight - layer.base_layer.weight.float().norm(dim=1)
+        assert moved.dtype == torch.float32
+        assert (moved != 0).all() and moved.abs().max() < 1e-3
+    set_magnitudes(trainer.model)  # of weights with their adapters
+    norm = layers[0].get_delta_weight("default").float() / 2 + layers[0].base_layer.weight.float()
+    assert torch.allclose(layers[0].lora_magnitude_vector["default"].weight, norm.norm(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"use_dora": True}, "adapter.use_dora=true with adapter.kind=full: choose adapter=lora or qlora"),
+        ({"use_rslora": True}, "adapter.use_rslora=true with adapter.kind=full: choose adapter=lora or qlora"),
+        (
+            {"kind": "lora", "use_dora": True, "target_parameters": ["all-experts"]},
+            "adapter.use_dora=true with adapter.target_parameters: PEFT has no DoRA for experts: set ",
+        ),
+    ],
+)
+def test_adapters_that_do_not_go_together_are_refused_in_one_line(settings, said):
+    with pytest.raises(InputError) as caught:
+        AdapterConfig(**settings)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_report_of_adapters_counts_magnitudes():
+    dims = model_dims(Case("qwen2", "sdpa").model.config)
+    outputs = 2 * sum(outputs for _, outputs in dims.linears["full_attention"].values())
+    reports = [adapter_report(AdapterConfig(**LORA, use_dora=dora), dims, True) for dora in (False, True)]
+    counts = [int(report.split()[0].replace(",", "")) for report in reports]
+    assert counts[1] - counts[0] == outputs
+    assert "rank 4 and magnitudes" in reports[1]
