@@ -19,8 +19,10 @@ from csc_train.errors import InputError
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import adapter_report, count_adapter_parameters, model_dims
 from csc_train.models.loading import lora_config, set_magnitudes
+from csc_train.packing.collator import PackCollator
 from csc_train.packing.config import PackingConfig
 from csc_train.packing.dataset import pack_dialogues
+from csc_train.packing.embedding_noise import noisy_embeddings
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 
@@ -129,3 +131,69 @@ def test_the_report_of_adapters_counts_magnitudes():
     counts = [int(report.split()[0].replace(",", "")) for report in reports]
     assert counts[1] - counts[0] == outputs
     assert "rank 4 and magnitudes" in reports[1]
+
+
+# Noise
+
+
+@pytest.mark.parametrize("name", ["packs", "shared", "padded"])
+def test_noise_has_the_scale_of_each_document_and_padding_has_none(folder, name):
+    packs = pickle.loads((folder / ("packs" if name == "padded" else name)).read_bytes())
+    layout = {"packs": "position_ids", "shared": "varlen", "padded": "padded"}[name]
+    rows = [packs[number] for number in range(2)]
+    if name == "padded":  # one document a row
+        rows = [
+            {key: row[key][: row["document_lengths"][0]] for key in ("input_ids", "loss_weights")}
+            | {"document_lengths": row["document_lengths"][:1], "prefix_length": 0}
+            for row in rows
+        ]
+    batch = PackCollator(layout, 0, noise=True, length=2048 if name == "shared" else None)(rows)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    embeddings, ids = model.get_input_embeddings(), batch["input_ids"]
+    plain = embeddings(ids).detach()
+    torch.manual_seed(0)
+    with torch.no_grad(), noisy_embeddings(model, 5.0, batch["sequence_lengths"]):
+        noise = (embeddings(ids) - plain).flatten(0, 1).abs()
+    assert torch.equal(embeddings(ids), plain)  # the hook is gone
+    second = sum(rows[0]["document_lengths"]) if name == "shared" else ids.shape[1]
+    covered = torch.zeros(len(noise), dtype=torch.bool)
+    found = []
+    for start, row in zip((0, second), rows, strict=True):
+        lengths, prefix = list(map(int, row["document_lengths"])), int(row["prefix_length"])
+        tokens = [length + prefix for length in lengths]
+        if prefix:
+            assert lengths[0] == prefix
+            tokens[0] = max(tokens[1:])
+        for length, whole in zip(lengths, tokens, strict=True):
+            own, bound = noise[start : start + length], 5.0 / math.sqrt(whole * plain.shape[-1])
+            assert own.max() <= bound * 1.001
+            assert own.mean() == pytest.approx(bound / 2, rel=0.1)  # as it would be alone
+            covered[start : start + length] = True
+            start, found = start + length, [*found, bound]
+    assert noise[~covered].abs().sum() == 0
+    assert (~covered).any() == (name != "packs" or len(rows[0]["input_ids"]) != len(rows[1]["input_ids"]))
+    assert max(found) > 1.15 * min(found)  # a scale by row would be one for all
+    if name != "padded":
+        assert min(found) > 1.15 * 5.0 / math.sqrt(len(rows[0]["input_ids"]) * plain.shape[-1])
+
+
+def test_noise_is_there_in_training_only_and_a_resume_draws_the_same(folder):
+    options = {"micro_batch_size": 2, "neftune_alpha": 5.0, "packs": "shared", "save_steps": 2, "save_total_limit": 9}
+    trainer = train(folder, checkpoints="noisy", **options)
+    again = curve(train(folder, checkpoints="again", resume="noisy/checkpoint-4", **options))
+    noisy = curve(trainer)
+    assert again["first_step"] == 4 and again["digest"] == noisy["digest"]
+    plain = train(folder, max_steps=1, packs="shared").state.log_history[0]["loss"]
+    assert 1e-4 < abs(noisy["losses"][0] / plain - 1) < 0.05
+    assert not trainer.model.get_input_embeddings()._forward_hooks
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def losses() -> set[float]:
+        with torch.no_grad():
+            return {trainer.compute_loss(trainer.model, dict(batch)).item() for _ in range(2)}
+
+    trainer.model.train()
+    assert len(losses()) == 2
+    trainer.model.eval()
+    assert len(losses()) == 1
+    assert "sequence_lengths" in batch and trainer.data_collator.noise

@@ -18,6 +18,7 @@ SHARED_PREFIX_LAYOUTS = ("varlen", "dense_mask")
 """The layouts that can express a shared prefix."""
 
 _PADDING = {"labels": IGNORE_INDEX, "loss_weights": 0, "token_groups": 0, "attention_mask": 0}
+_PADDING |= {"sequence_lengths": 0}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PackCollator:
         length: pad every row to this length in layout `varlen`; defaults to no padding.
         delta_levels: add the `delta_levels` that the gated delta nets of a model need to keep documents apart.
         experts: add the `document_tokens` that the auxiliary loss of routers needs.
+        noise: add the `sequence_lengths` that `noisy_embeddings` needs.
     """
 
     layout: str
@@ -49,6 +51,7 @@ class PackCollator:
     length: int | None = None
     delta_levels: bool = False
     experts: bool = False
+    noise: bool = False
 
     @property
     def single_row(self) -> bool:
@@ -63,7 +66,9 @@ class PackCollator:
             int64 [trained tokens], the flat places (row x length + column) whose next token is trained; by layout
             `position_ids`, int64 [rows, length], `attention_mask`, and `varlen_metadata`, the fields of
             `VarlenMetadata`; if asked for, `delta_levels`, the fields of each `DeltaLevel`, and `document_tokens`, bool
-            [documents, rows x length], the tokens of each document and of its prefix. If measured, also
+            [documents, rows x length], the tokens of each document and of its prefix, and `sequence_lengths`, int64
+            [rows, length], the tokens of each token's document and its prefix: in a shared prefix, of the longest
+            document behind it; in padding, 0. If measured, also
             `token_groups`, uint8 [rows, length], and `token_and_pair_counts`: the tokens without padding, and the pairs
             of tokens that `pack_cost` counts.
 
@@ -120,6 +125,12 @@ class PackCollator:
         row = {"input_ids": input_ids, "labels": labels, "loss_weights": weights}
         if self.measured:
             row["token_groups"] = torch.as_tensor(pack["token_groups"])
+        if self.noise:
+            prefix = int(pack["prefix_length"])
+            own = lengths + prefix
+            if prefix and len(lengths) > 1:  # the prefix itself comes first
+                own[0] = own[1:].max()
+            row["sequence_lengths"] = own.repeat_interleave(lengths)
         if self.layout == "padded":
             row["attention_mask"] = torch.ones_like(input_ids)
         else:

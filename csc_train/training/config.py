@@ -88,6 +88,10 @@ class TrainerConfig:
     """adamw: AdamW with moments in fp32. adamw_8bit: AdamW of bitsandbytes, with moments in 8 bits for tensors of 4,096
     elements and more, embeddings apart; without DeepSpeed. Source: Dettmers et al., "8-bit Optimizers via Block-wise
     Quantization" (2022)."""
+    neftune_alpha: float | None = None
+    """Add noise to the embeddings in training, uniform within alpha / sqrt(tokens x width); null adds none. The
+    tokens are those of the dialogue, not of the pack; a shared prefix counts the longest dialogue behind it. Source:
+    Jain et al., "NEFTune: Noisy Embeddings Improve Instruction Finetuning" (2023), who try 5, 10 and 15."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
@@ -132,6 +136,7 @@ class TrainerConfig:
 
     def __post_init__(self):
         check_fields("trainer.", self, "learning_rate", low=1e-12)  # 0 trains nothing
+        check_fields("trainer.", self, "neftune_alpha", low=1e-6, high=1e6)  # 0 adds nothing
         check_fields("trainer.", self, "weight_decay", "max_grad_norm", "router_aux_loss_coef", low=0)
         check_fields("trainer.", self, "warmup_ratio", low=0, high=0.99)
         check_fields("trainer.", self, "epochs", low=0.001, high=10**6)

@@ -56,6 +56,7 @@ from csc_train.models.loading import lora_config, set_magnitudes
 from csc_train.models.precision import resolve_dtype
 from csc_train.packing.collator import PackCollator, run_bounds
 from csc_train.packing.dataset import PackedDataset, PackingReport
+from csc_train.packing.embedding_noise import noisy_embeddings
 from csc_train.packing.pack_cost import pack_costs
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
 from csc_train.runs.heartbeat import own
@@ -83,6 +84,7 @@ logger = logging.getLogger(__name__)
 SAME_ARGUMENTS = (
     "packs_per_step", "learning_rate", "weight_decay", "max_grad_norm", "max_steps", "seed", "logging_steps",
     "save_steps", "save_total_limit", "on_nonfinite", "compile", "optimizer",
+    "neftune_alpha",
 )  # fmt: skip
 """Settings of `TrainerConfig` that `PackTrainingArguments` has under the same name."""
 
@@ -101,6 +103,8 @@ class PackTrainingArguments(SFTConfig):
     """`TrainerConfig.gradient_checkpointing`; `build_trainer` replaces auto. The Trainer's own arguments are off."""
     optimizer: str = "adamw"
     """`TrainerConfig.optimizer`, of which `optim` is transformers' name."""
+    neftune_alpha: float | None = None
+    """`TrainerConfig.neftune_alpha`; transformers' own `neftune_noise_alpha` is off."""
     on_nonfinite: str = "stop"
     """What to do at a step whose loss or gradient norm is not finite (see `TrainerConfig.on_nonfinite`)."""
 
@@ -296,7 +300,7 @@ class PackTrainer(SFTTrainer):
         return PackDataLoader(
             packs,
             self._sampler(packs, self.args.per_device_train_batch_size * self.args.world_size),
-            replace(self.data_collator, length=None, experts=False),
+            replace(self.data_collator, length=None, experts=False, noise=False),
             generator=torch.Generator(),  # the default generator would change the dropout of training
         )
 
@@ -361,8 +365,10 @@ class PackTrainer(SFTTrainer):
                 averages the gradients; defaults to the sum over this batch, of this process alone.
         """
         groups, counts = (inputs.pop(name, None) for name in ("token_groups", "token_and_pair_counts"))
+        lengths = inputs.pop("sequence_lengths", None)
         if self.model.training and groups is not None:
-            with self.metrics.time_forward():
+            noise = noisy_embeddings(self.model, self.args.neftune_alpha, lengths)
+            with self.metrics.time_forward(), noise:
                 scores = model(**inputs, use_cache=False)
             self.metrics.update(scores, groups.flatten()[inputs["trained_index"] + 1], counts)
         else:  # a validation batch
@@ -567,7 +573,14 @@ def build_trainer(
         arguments,
         packs,
         validator,
-        data_collator=replace(collator, measured=True, bounds=bounds, length=length, experts=dims.experts is not None),
+        data_collator=replace(
+            collator,
+            measured=True,
+            bounds=bounds,
+            length=length,
+            experts=dims.experts is not None,
+            noise=arguments.neftune_alpha is not None,
+        ),
         processing_class=tokenizer,
         peft_config=None if adapter.kind == "full" else lora_config(adapter, model),
     )
