@@ -201,11 +201,7 @@ def test_samples_are_greedy_and_stand_beside_the_references(folder, trainer, pla
     assert len(rows) == 3
     for row, (number, index) in zip(rows, trainer.validator.samples, strict=True):
         dialogue = dialogues[number]
-        ids = template.prompt_ids(dialogue.turns[:index])
-        length = len(ids)
-        while len(ids) < length + 4 and template.end_of_turn_id not in ids[length:]:
-            ids.append(logits_of(plain, ids)[-1].argmax().item())
-        text = template.tokenizer.decode(ids[length:]).removesuffix("<|im_end|>")
+        text = template.tokenizer.decode(greedy(plain, template, dialogue.turns[:index]))
         assert row == {
             "dialogue_id": dialogue.id,
             "turn": index,
@@ -218,37 +214,50 @@ def test_samples_are_greedy_and_stand_beside_the_references(folder, trainer, pla
 
 
 @pytest.mark.slow
-def test_dialogues_are_generated_from_the_models_own_turns(folder, trainer, plain, template, dialogues):
+def test_dialogues_are_generated_from_the_models_own_turns(trainer, plain, template, dialogues, monkeypatch):
     """The customer's turns are given; the model's own ids, not those of their text, stand between them."""
-    rows = [row for row in samples(folder, "one", "generated") if row.pop("step") == 3]
-    named = {dialogue.id: dialogue for dialogue in dialogues}
-    chosen = {row["dialogue_id"]: named[row["dialogue_id"]] for row in rows}
-    assert len(chosen) == 3 and max(len(dialogue.supporter_turns) for dialogue in chosen.values()) > 1
-    expected, right = [], 0
-    for dialogue in chosen.values():
-        history, previous = [], ""
-        for index, turn in enumerate(dialogue.turns):
-            if turn.strategy is None:
-                history.append(turn)
-                previous = turn.text
-                continue
-            ids = template.prompt_ids(history)
-            length = len(ids)
-            while len(ids) < length + 4 and template.end_of_turn_id not in ids[length:]:
-                ids.append(logits_of(plain, ids)[-1].argmax().item())
-            own = [number for number in ids[length:] if number != template.end_of_turn_id]
-            history.append(own)
-            reply = template.parse(template.tokenizer.decode(own))
-            right += reply.strategy is turn.strategy
-            expected.append({
-                "dialogue_id": dialogue.id, "turn": index, "customer": previous,
-                "reference_strategy": turn.strategy.zh, "strategy": reply.strategy and reply.strategy.zh,
-                "reference_response": turn.text, "response": reply.response,
-            })  # fmt: skip
-    assert rows == expected
-    last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
-    assert last["eval_generated_strategy_accuracy"] == right / len(expected)
-    assert last["eval_generation_seconds"] > 0
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    tables = {}
+    monkeypatch.setattr(trainer.validator, "log_table", lambda name, rows, step: tables.update({name: rows}))
+    try:
+        for model in (trainer.model, plain):  # its replies differ with every token before them
+            model.load_state_dict({name: 6 * value for name, value in weights.items()})
+        metrics = trainer.validator.evaluate(trainer)
+        named = {dialogue.id: dialogue for dialogue in dialogues}
+        chosen = {row["dialogue_id"]: named[row["dialogue_id"]] for row in tables["generated"]}
+        expected, right, of_reference = [], 0, []
+        for dialogue in chosen.values():
+            history = []
+            for index, turn in enumerate(dialogue.turns):
+                if turn.strategy is None:
+                    history.append(turn)
+                    continue
+                of_reference.append(greedy(plain, template, dialogue.turns[:index]))
+                own = greedy(plain, template, history)
+                history.append(own)
+                reply = template.parse(template.tokenizer.decode(own))
+                right += reply.strategy is turn.strategy
+                expected.append({
+                    "dialogue_id": dialogue.id, "turn": index,
+                    "customer": dialogue.turns[index - 1].text if index else "",
+                    "reference_strategy": turn.strategy.zh, "strategy": reply.strategy and reply.strategy.zh,
+                    "reference_response": turn.text, "response": reply.response,
+                })  # fmt: skip
+    finally:
+        for model in (trainer.model, plain):
+            model.load_state_dict(weights)
+    assert tables["generated"] == expected and len(chosen) == 3
+    assert [template.tokenizer.decode(ids) for ids in of_reference] != [row["response"] for row in expected]
+    assert metrics["generated_strategy_accuracy"] == right / len(expected) and metrics["generation_seconds"] > 0
+
+
+def greedy(model, template, history) -> list[int]:
+    """A reply of at most four tokens, without the end of its turn."""
+    ids = template.prompt_ids(history)
+    length = len(ids)
+    while len(ids) < length + 4 and template.end_of_turn_id not in ids[length:]:
+        ids.append(logits_of(model, ids)[-1].argmax().item())
+    return [number for number in ids[length:] if number != template.end_of_turn_id]
 
 
 def test_a_turn_that_was_sampled_again_is_written_once(tmp_path):
@@ -280,6 +289,8 @@ def test_two_ranks_validate_as_one_process_does(folder, on_two_processes, refere
     assert [entry["step"] for entry in two["measured"]] == [1, 2, 3]
     for mine, theirs in zip(two["measured"], one["measured"], strict=True):
         assert mine == pytest.approx(theirs, rel=TOLERANCE)
+    assert [right for right, _ in two["generated"]] == [right for right, _ in one["generated"]]
+    assert len(two["generated"]) == 3 and all(seconds > 0 for _, seconds in two["generated"])
     for table in ("samples", "generated"):
         mine, theirs = (samples(folder, name, table) for name in (run.replace(" ", "-"), reference[kind]))
         assert mine == theirs and {row["step"] for row in mine} == {1, 2, 3}

@@ -288,6 +288,11 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
     return {
         "losses": [entry["loss"] for entry in steps],
         "measured": [last_validation_metrics([entry], entry["step"]) for entry in log if "eval_loss" in entry],
+        "generated": [
+            (entry["eval_generated_strategy_accuracy"], entry["eval_generation_seconds"])
+            for entry in log
+            if "eval_generation_seconds" in entry
+        ],
         "grad_norms": [entry.get("grad_norm") for entry in steps],
         "recompiles": [entry.get("recompiles") for entry in steps],
         "learning_rates": [entry["learning_rate"] for entry in steps],
