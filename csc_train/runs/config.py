@@ -12,7 +12,8 @@ _SERVER_LIMITS = (
     "tokens_per_minute", "price_per_million_input", "price_per_million_output",
 )  # fmt: skip
 RESUMABLE_KEYS = (
-    "trainer.on_nonfinite", "trainer.profile", "evaluation.max_failed", *(f"llm.{name}" for name in _SERVER_LIMITS)
+    "trainer.on_nonfinite", "trainer.profile", "trainer.save_in_background", "evaluation.max_failed",
+    *(f"llm.{name}" for name in _SERVER_LIMITS),
 )  # fmt: skip
 """Settings of other groups that a resumed run may change: what to do where it stopped, and how servers are asked."""
 RESOLVED_FILE = "resolved.yaml"

@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 LONGEST_WAIT_S = 7200
 """Seconds that ranks wait for each other: the main one writes up to hundreds of gigabytes."""
+LAST_WAIT_S = 30
+"""Seconds that a rank which ends waits for the others."""
 NCCL_VARIABLES = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process when a collective call fails or takes too long
     "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "480",  # then also if NCCL's own thread hangs
@@ -77,6 +81,43 @@ def broadcast_object(value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0] if distributed_state().num_processes > 1 else value
+
+
+def tell_main(key: str, value: bytes, ending: threading.Event) -> list[bytes]:
+    """The values that all ranks tell the main one, in a thread: through the store in which they have met.
+
+    Args:
+        key: of all ranks; used once.
+        ending: set when this rank ends, so that others may never answer.
+
+    Returns:
+        The values by rank on the main process, else none.
+
+    Raises:
+        InputError: a rank has not answered in `LONGEST_WAIT_S`, or in `LAST_WAIT_S` once this one ends.
+    """
+    state = distributed_state()
+    if state.num_processes == 1:
+        return [value]
+    import torch
+
+    default: Any = torch.distributed.distributed_c10d._get_default_store()
+    store = default.clone()  # which a thread may block
+    keys = [f"{key}/{rank}" for rank in range(state.num_processes)]
+    store.set(keys[state.process_index], value)
+    if not state.is_main_process:
+        return []
+    deadline = time.monotonic() + LONGEST_WAIT_S
+    while not store.check(keys):
+        if ending.wait(0.05):
+            deadline = min(deadline, time.monotonic() + LAST_WAIT_S)
+            time.sleep(0.05)
+        if time.monotonic() > deadline:
+            raise InputError(f"{key}: a rank has not answered: look at its machine")
+    values = [store.get(each) for each in keys]
+    for each in keys:
+        store.delete_key(each)
+    return values
 
 
 def on_main(function: Callable[[], Any]) -> Any:

@@ -13,6 +13,7 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 FEW_STEPS = 50
 ON_NONFINITE = ("stop", "skip", "continue")
 COMPILE = ("auto", "off", "layers")
+BACKGROUND = ("auto", "true", "false")
 CHECKPOINTING = ("off", "selective", "full")
 """Values of `TrainerConfig.gradient_checkpointing`, from the fastest to the one that needs the least memory."""
 VALIDATION_METRICS = ("loss", "strategy_accuracy")
@@ -130,6 +131,9 @@ class TrainerConfig:
     """Optimizer steps between training checkpoints; below 1, a share of all steps."""
     save_total_limit: int = 2
     """Number of training checkpoints to keep."""
+    save_in_background: str = "auto"
+    """true: copy the state to the host's memory, and write the training checkpoint while training goes on. false:
+    training waits for it. auto: true if the host has memory for the copy."""
     profile: bool = False
     """Profile a few steps: writes a trace and, on a GPU, a memory snapshot to `profile/` in the run directory, and
     prints the share of time by kernel family."""
@@ -149,6 +153,8 @@ class TrainerConfig:
         check_fields("trainer.", self, "on_nonfinite", choices=ON_NONFINITE)
         check_fields("trainer.", self, "compile", choices=COMPILE)
         check_fields("trainer.", self, "gradient_checkpointing", choices=(*CHECKPOINTING, "auto"))
+        self.save_in_background = str(self.save_in_background).lower()
+        check_fields("trainer.", self, "save_in_background", choices=BACKGROUND)
         check_fields("trainer.", self, "precision", choices=("auto", "bf16", "fp32", "fp8"))
         check_steps("trainer.save_steps", self.save_steps)
         if self.max_steps == 0:

@@ -74,6 +74,7 @@ class MemoryScenario:
         mask_columns: keys per token in a dense attention mask; 0 without a mask.
         bf16: whether the computation is in bf16; otherwise it is in fp32.
         delta_kernel: fla or torch, of gated delta nets.
+        save_in_background: whether checkpoints are copied to the host's memory (see `copy_bytes`).
         reduce_bucket: elements of DeepSpeed's gradient bucket.
         live_parameters: limit of the elements that stage 3 keeps gathered.
     """
@@ -94,6 +95,7 @@ class MemoryScenario:
     mask_columns: int = 0
     bf16: bool = True
     delta_kernel: str = "fla"
+    save_in_background: bool = False
     reduce_bucket: int = 500_000_000
     live_parameters: int = 1_000_000_000
 
@@ -187,7 +189,9 @@ class MemoryPlan:
 def estimate_memory(scenario: MemoryScenario) -> MemoryPlan:
     """Estimate the memory of a scenario."""
     activations, communication = activation_bytes(scenario), communication_bytes(scenario)
-    return replace(model_states(scenario), activations=activations, communication=communication)
+    states = model_states(scenario)
+    host = states.host + (copy_bytes(scenario) if scenario.save_in_background else 0)
+    return replace(states, activations=activations, communication=communication, host=host)
 
 
 def model_states(scenario: MemoryScenario) -> MemoryPlan:
@@ -438,6 +442,26 @@ def state_bytes(scenario: MemoryScenario) -> float:
     """Bytes of a training checkpoint of all processes: trained weights in their own dtype, and optimizer states."""
     held = 4 if scenario.stage == "off" else scenario.compute + 4
     return held * scenario.trained + scenario.moments
+
+
+def copy_bytes(scenario: MemoryScenario) -> float:
+    """Bytes of a training checkpoint in the memory of the main process's node, until it is written.
+
+    The main process writes all but the sharded optimizer states, with a second copy of the weights under DeepSpeed.
+    """
+    if scenario.stage == "off":
+        return state_bytes(scenario)
+    weights = scenario.compute * scenario.trained * (1 if scenario.stage == "3" else 2)
+    return weights + 12 * scenario.trained / (1 if scenario.stage == "0" else scenario.nodes)
+
+
+def has_memory_to_copy(trainer: Trainer) -> bool:
+    """Whether each node has memory for a copy of a `PackTrainer`'s checkpoints, beside what it trains in."""
+    scenario = scenario_of(trainer, 0)
+    need = copy_bytes(scenario) + estimate_memory(scenario).host
+    if trainer.args.device.type == "cpu":
+        need += estimate_memory(scenario).allocated * scenario.processes / scenario.nodes
+    return all(gather_object([need <= AUTO_SHARE * psutil.virtual_memory().available]))
 
 
 def alternatives(scenario: MemoryScenario) -> list[MemoryScenario]:

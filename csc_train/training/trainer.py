@@ -7,7 +7,9 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+from csc_train.checkpoints.background import CheckpointWriter
 from csc_train.checkpoints.reshard import load_resharded
 from csc_train.checkpoints.training_checkpoint import (
     PARTIAL_FOLDER,
@@ -25,11 +28,8 @@ from csc_train.checkpoints.training_checkpoint import (
     build_record,
     check_resumable,
     checkpoint_dir,
-    commit,
-    files_written_by,
     prune,
     remove_partial,
-    stamp_files,
 )
 from csc_train.errors import InputError, ResumableError
 from csc_train.files import os_errors, write_json
@@ -74,7 +74,7 @@ from csc_train.training.deepspeed import (
 )
 from csc_train.training.leak_check import checked_collator, forbid_kv_cache
 from csc_train.training.loss import add_loss_head, sum_weights
-from csc_train.training.memory import choose_checkpointing, out_of_memory_advice
+from csc_train.training.memory import choose_checkpointing, has_memory_to_copy, out_of_memory_advice
 from csc_train.training.nonfinite import MAX_IN_A_ROW, describe_step, spread_nonfinite, weights_are_finite
 from csc_train.training.train_metrics import TrainMetrics
 from csc_train.training.validation import Validator, last_validation_metrics
@@ -83,8 +83,7 @@ logger = logging.getLogger(__name__)
 
 SAME_ARGUMENTS = (
     "packs_per_step", "learning_rate", "weight_decay", "max_grad_norm", "max_steps", "seed", "logging_steps",
-    "save_steps", "save_total_limit", "on_nonfinite", "compile", "optimizer",
-    "neftune_alpha",
+    "save_steps", "save_total_limit", "save_in_background", "on_nonfinite", "compile", "optimizer", "neftune_alpha",
 )  # fmt: skip
 """Settings of `TrainerConfig` that `PackTrainingArguments` has under the same name."""
 
@@ -105,6 +104,8 @@ class PackTrainingArguments(SFTConfig):
     """`TrainerConfig.optimizer`, of which `optim` is transformers' name."""
     neftune_alpha: float | None = None
     """`TrainerConfig.neftune_alpha`; transformers' own `neftune_noise_alpha` is off."""
+    save_in_background: str = "false"
+    """`TrainerConfig.save_in_background`; `build_trainer` replaces auto."""
     on_nonfinite: str = "stop"
     """What to do at a step whose loss or gradient norm is not finite (see `TrainerConfig.on_nonfinite`)."""
 
@@ -162,6 +163,7 @@ class PackTrainer(SFTTrainer):
         self._losses: list[torch.Tensor] = []  # of the forward passes of the present step
         self._broken_steps = 0  # in a row
         self._started = time.time()
+        self._writer = CheckpointWriter(self.args.process_index, self.args.world_size)
 
     def train(self, *arguments, **options):
         """Train; if memory runs out, say what would fit.
@@ -176,6 +178,8 @@ class PackTrainer(SFTTrainer):
             if self.args.process_index:  # a recipe prints only the main process's error
                 print(f"error: {message}", file=sys.stderr, flush=True)
             raise InputError(message) from error
+        finally:
+            self._writer.end()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A forward and backward pass; its size and loss are kept for messages. The loss of the tokens is logged."""
@@ -236,12 +240,13 @@ class PackTrainer(SFTTrainer):
             load_resharded(self, Path(resume_from_checkpoint))
         if self.is_world_process_zero():  # what a killed process left
             remove_partial(Path(self.args.output_dir))
-            self._prune()
+            self._pruning()()
         return prepared
 
-    def _prune(self) -> None:
+    def _pruning(self) -> Callable[[], None]:
+        """What removes the checkpoints that are not kept after the present step."""
         directory = Path(self.args.output_dir)
-        prune(directory, self.args.save_total_limit, self._best_step(), self.state.global_step)
+        return partial(prune, directory, self.args.save_total_limit, self._best_step(), self.state.global_step)
 
     def _run_epoch(self, **options):
         """Train for an epoch, unless the checkpoint is from the end of a training (see `EarlyStopping`)."""
@@ -251,6 +256,7 @@ class PackTrainer(SFTTrainer):
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         """Report loss and time of the whole training; the Trainer would report those since the resume."""
+        self._finish_save()
         resumed_at, self._initial_global_step, self._total_loss_scalar = self._initial_global_step, 0, 0.0
         steps = [(entry["step"], entry["loss"]) for entry in self.state.log_history if "loss" in entry]
         for (before, _), (step, loss) in itertools.pairwise([(0, 0.0), *steps]):
@@ -416,32 +422,51 @@ class PackTrainer(SFTTrainer):
                 f"step {self.state.global_step}: the weights are not finite, so neither a checkpoint nor a model is "
                 "written: try a lower trainer.learning_rate, and check the base model"
             )
+        self._finish_save()
         directory, best = Path(self.args.output_dir), self._best_step()
         final = checkpoint_dir(directory, self.state.global_step)
         written = directory / PARTIAL_FOLDER / final.name
-        is_main, wait = self.is_world_process_zero(), self.accelerator.wait_for_everyone
+        background = self.args.save_in_background == "true"
         try:
             with os_errors(directory, "cannot write"):
-                if is_main:
+                if self.is_world_process_zero():
                     remove_partial(directory)
-                wait()
-                super()._save_checkpoint(model, trial)
-                wait()
+                self.accelerator.wait_for_everyone()
+                with self._writer.hold() if background else contextlib.nullcontext():
+                    super()._save_checkpoint(model, trial)
                 # The Trainer looked for the best checkpoint in the folder of incomplete ones.
                 self.state.best_model_checkpoint = str(checkpoint_dir(directory, best)) if best else None
-                if is_main:
+                if self.is_world_process_zero():
                     self.state.save_to_json(str(written / TRAINER_STATE))
-                own = files_written_by(self.args.process_index, written, self.args.world_size)
-                stamps = gather_object(list(stamp_files(written, own).items()))
-                if is_main:
-                    record = build_record(self, time.time() - self._started)
-                    commit(written, replace(record, files=dict(stamps)), final)
-                    self._prune()
-                wait()
         except InputError:
-            if is_main:
+            if self.is_world_process_zero():
                 remove_partial(directory)  # makes room on a full disk
             raise
+        record = build_record(self, time.time() - self._started)
+        self._writer.start(self.state.global_step, written, record, final, self._pruning())
+        if not background:
+            self._finish_save()
+
+    def _finish_save(self, wait: bool = True) -> None:
+        """End the save in progress, at once or, without `wait`, if all ranks are done; all call this after one step.
+
+        Raises:
+            InputError: a rank could not write; the same on all.
+        """
+        writer = self._writer
+        if writer.step is None:
+            return
+        if wait:
+            writer.wait()
+        progress = torch.tensor([writer.done(), writer.error() is not None], device=self.args.device).float()
+        ended, failed = (int(each) for each in self.accelerator.reduce(progress))
+        if failed:
+            writer.wait()
+        if failed or ended == self.args.world_size:
+            writer.step = None
+        if failed:
+            errors = filter(None, gather_object([error and str(error) for error in [writer.error()]]))
+            raise writer.error() or InputError(next(errors))
 
     def create_model_card(self, *_, **__) -> None:
         """Write no model card: TRL's is wrong for a checkpoint, and asks W&B for an address."""
@@ -453,6 +478,7 @@ class PackTrainer(SFTTrainer):
         """
         own.note(f"after step {self.state.global_step}")
         start = time.perf_counter()
+        self._finish_save(wait=False)
         self.control.should_log |= self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*arguments, **options)
         self.metrics.exclude(start)
@@ -590,6 +616,8 @@ def build_trainer(
         logger.info(f"adapters: {adapter_report(adapter, dims, arguments.bf16)}")
     if arguments.checkpointing == "auto":
         arguments.checkpointing = choose_checkpointing(trainer, longest)
+    if arguments.save_in_background == "auto":
+        arguments.save_in_background = str(has_memory_to_copy(trainer)).lower()
     logger.info("gradient checkpointing: %s, compiled: %s", arguments.checkpointing, arguments.compile)
     checkpoint_activations(trainer.model, arguments.checkpointing)
     if arguments.compile == "layers":

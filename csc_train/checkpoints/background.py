@@ -1,0 +1,178 @@
+"""Write training checkpoints in a thread while training goes on: the state is copied first, whole or not there after.
+
+The libraries' own writers make the files, so a checkpoint has the same form and bytes whether training waits or not.
+Asynchronous saves of torch.distributed.checkpoint and DeepSpeed would need other forms, which no resume under another
+ZeRO stage reads.
+"""
+
+import contextlib
+import copy
+import itertools
+import logging
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft.peft_model
+import torch
+import transformers.modeling_utils
+from torch.utils._pytree import tree_leaves
+
+from csc_train.checkpoints.training_checkpoint import (
+    CheckpointRecord,
+    commit,
+    files_written_by,
+    remove_partial,
+    stamp_files,
+)
+from csc_train.errors import InputError
+from csc_train.files import os_errors
+from csc_train.runs.distributed import tell_main
+
+WRITERS = (
+    (torch, "save"), (transformers.modeling_utils, "safe_save_file"), (peft.peft_model, "safe_save_file"),
+)  # fmt: skip
+"""Functions (state, path, ...) by which the Trainer, DeepSpeed and PEFT write tensors."""
+logger = logging.getLogger(__name__)
+_numbers = itertools.count()  # of saves, the same on all ranks
+
+
+class HostCopies:
+    """Copies of states in host memory, which each save uses again: memory is slow when it is new."""
+
+    def __init__(self):
+        self._kept: dict[tuple[str, int], torch.Tensor] = {}
+
+    def take(self, name: str, state: Any) -> Any:
+        """A copy of a state, which lasts until the next of this name: nested lists and mappings with tensors."""
+        tensors = [each for each in tree_leaves(state) if isinstance(each, torch.Tensor)]
+        memo = {id(each): self._copy((name, number), each.detach()) for number, each in enumerate(tensors)}
+        return copy.deepcopy(state, memo)
+
+    def _copy(self, key: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
+        kept = self._kept.get(key)
+        if kept is None or (kept.shape, kept.dtype, kept.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
+            kept = self._kept[key] = torch.empty_like(tensor, device="cpu")
+        return kept.copy_(tensor)
+
+
+@contextlib.contextmanager
+def deferred_writes(copies: HostCopies) -> Iterator[list[Callable[[], None]]]:
+    """Collect what would be written with tensors, as calls that write copies of them; all else is written at once."""
+    writes: list[Callable[[], None]] = []
+
+    def defer(write: Callable[..., None], state: Any, path: Any, *arguments: Any, **options: Any) -> None:
+        if any(isinstance(each, torch.Tensor) for each in tree_leaves(state)):
+            writes.append(partial(write, copies.take(Path(path).name, state), path, *arguments, **options))
+        else:
+            write(state, path, *arguments, **options)
+
+    originals = [getattr(module, name) for module, name in WRITERS]
+    try:
+        for (module, name), write in zip(WRITERS, originals, strict=True):
+            setattr(module, name, partial(defer, write))
+        yield writes
+    finally:
+        for (module, name), write in zip(WRITERS, originals, strict=True):
+            setattr(module, name, write)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a training, one at a time, in a thread of each rank.
+
+    The thread takes part in no collective call, since those of the training go on: the ranks tell the main one through
+    their store that they have written their files, and it commits the checkpoint.
+
+    Attributes:
+        step: of the checkpoint that is being written; None if there is none.
+    """
+
+    def __init__(self, rank: int, ranks: int):
+        self.step: int | None = None
+        self._rank, self._ranks = rank, ranks
+        self._copies, self._pool = HostCopies(), ThreadPoolExecutor(1, "checkpoint")
+        self._future: Future[None] = Future()
+        self._held = False
+        self._writes: list[Callable[[], None]] = []
+        self._ending = threading.Event()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Copy the tensors that are saved here, for `start` to write."""
+        with deferred_writes(self._copies) as self._writes:
+            yield
+
+    def start(
+        self, step: int, written: Path, record: CheckpointRecord, destination: Path, prune: Callable[[], None]
+    ) -> None:
+        """Begin to write what was held, and to hash and commit the checkpoint.
+
+        Args:
+            written, record, destination: as of `training_checkpoint.commit`; the record has no files yet.
+            prune: removes earlier checkpoints; the main process calls it.
+        """
+        writes, self._writes = self._writes, []
+        self.step, self._held = step, bool(writes)
+        self._future = self._pool.submit(self._write, next(_numbers), writes, written, record, destination, prune)
+
+    def _write(
+        self,
+        number: int,
+        writes: list[Callable[[], None]],
+        written: Path,
+        record: CheckpointRecord,
+        destination: Path,
+        prune: Callable[[], None],
+    ) -> None:
+        directory, stamps, failed = destination.parent, {}, None
+        try:
+            with os_errors(directory, "cannot write"):
+                for write in writes:
+                    write()
+                stamps = stamp_files(written, files_written_by(self._rank, written, self._ranks))
+        except Exception as error:
+            failed = error
+        report = pickle.dumps((stamps, failed and str(failed)))
+        reports = map(pickle.loads, tell_main(f"checkpoint/{number}", report, self._ending))
+        stamps, messages = zip(*reports, strict=True) if self._rank == 0 else ((), ())
+        try:
+            if failed:
+                raise failed
+            for message in filter(None, messages):
+                raise InputError(message)
+            if self._rank == 0:
+                with os_errors(directory, "cannot write"):
+                    files = {name: stamp for each in stamps for name, stamp in each.items()}
+                    commit(written, replace(record, files=files), destination)
+                    prune()
+        except Exception:
+            if self._rank == 0:
+                remove_partial(directory)  # makes room on a full disk
+            raise
+
+    def done(self) -> bool:
+        """Whether this rank has written its files; the main one, whether the checkpoint is there."""
+        return self._future.done()
+
+    def wait(self) -> None:
+        """Wait until `done`."""
+        if self._held and not self.done():
+            logger.info(f"waiting for the checkpoint of step {self.step}, which is still being written")
+        wait([self._future])
+
+    def error(self) -> BaseException | None:
+        """Why the checkpoint was not written; None if it was, or is not `done`."""
+        return self._future.exception() if self.done() else None
+
+    def end(self) -> None:
+        """Wait for the checkpoint that is being written when training ends by an error, which other ranks may lack."""
+        if self.step is not None:
+            self._ending.set()
+            self.wait()
+            if error := self.error():
+                logger.info(f"note: the checkpoint of step {self.step} was not saved: {error}")
