@@ -32,7 +32,7 @@ QUICK = {**SHAPE, "hidden_size": 96, "num_hidden_layers": 2, "intermediate_size"
 def prepared(shape: dict, directory: str) -> PackTrainer:
     """A trainer as after its first step: AdamW has its moments."""
     packs, _ = pack_dialogues(random_examples([200], 20, 2000), PackingConfig("off", max_length=400))
-    trainer = pack_trainer(random_model(shape, "sdpa"), packs, "off", directory)
+    trainer = pack_trainer(random_model(shape, "sdpa"), packs, "off", directory, save_in_background="false")
     trainer.create_optimizer_and_scheduler(1)
     for parameter in trainer.model.parameters():
         parameter.grad = torch.randn_like(parameter)

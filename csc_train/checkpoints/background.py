@@ -1,8 +1,8 @@
-"""Write training checkpoints in a thread while training goes on: the state is copied first, whole or not there after.
+"""Write training checkpoints in a thread while training goes on: the state is copied first.
 
-The libraries' own writers make the files, so a checkpoint has the same form and bytes whether training waits or not.
-Asynchronous saves of torch.distributed.checkpoint and DeepSpeed would need other forms, which no resume under another
-ZeRO stage reads.
+The libraries' own writers make the files, so a checkpoint has the same form and bytes whether training waits or not,
+and appears whole or not at all. torch.distributed.checkpoint writes another form, which neither a resume under another
+ZeRO stage nor an export reads; DeepSpeed's decoupled engine leaves out the weights that the Trainer writes.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,7 @@ import torch
 import transformers.modeling_utils
 from torch.utils._pytree import tree_leaves
 
-from csc_train.checkpoints.training_checkpoint import (
-    CheckpointRecord,
-    commit,
-    files_written_by,
-    remove_partial,
-    stamp_files,
-)
+from csc_train.checkpoints.training_checkpoint import FileStamp, files_written_by, remove_partial, stamp_files
 from csc_train.errors import InputError
 from csc_train.files import os_errors
 from csc_train.runs.distributed import tell_main
@@ -107,29 +100,19 @@ class CheckpointWriter:
         with deferred_writes(self._copies) as self._writes:
             yield
 
-    def start(
-        self, step: int, written: Path, record: CheckpointRecord, destination: Path, prune: Callable[[], None]
-    ) -> None:
-        """Begin to write what was held, and to hash and commit the checkpoint.
+    def start(self, step: int, written: Path, finish: Callable[[dict[str, FileStamp]], None]) -> None:
+        """Begin to write what was held, and to hash the files.
 
         Args:
-            written, record, destination: as of `training_checkpoint.commit`; the record has no files yet.
-            prune: removes earlier checkpoints; the main process calls it.
+            written: the directory of the checkpoint in `PARTIAL_FOLDER`.
+            finish: commits the checkpoint; the main process calls it with the files of all.
         """
         writes, self._writes = self._writes, []
         self.step, self._held = step, bool(writes)
-        self._future = self._pool.submit(self._write, next(_numbers), writes, written, record, destination, prune)
+        self._future = self._pool.submit(self._write, f"checkpoint/{next(_numbers)}", writes, written, finish)
 
-    def _write(
-        self,
-        number: int,
-        writes: list[Callable[[], None]],
-        written: Path,
-        record: CheckpointRecord,
-        destination: Path,
-        prune: Callable[[], None],
-    ) -> None:
-        directory, stamps, failed = destination.parent, {}, None
+    def _write(self, key: str, writes: list[Callable[[], None]], written: Path, finish: Callable[[Any], None]) -> None:
+        directory, stamps, failed = written.parent.parent, {}, None
         try:
             with os_errors(directory, "cannot write"):
                 for write in writes:
@@ -137,19 +120,17 @@ class CheckpointWriter:
                 stamps = stamp_files(written, files_written_by(self._rank, written, self._ranks))
         except Exception as error:
             failed = error
-        report = pickle.dumps((stamps, failed and str(failed)))
-        reports = map(pickle.loads, tell_main(f"checkpoint/{number}", report, self._ending))
-        stamps, messages = zip(*reports, strict=True) if self._rank == 0 else ((), ())
+        reports = tell_main(key, pickle.dumps((stamps, failed and str(failed))), self._ending)
         try:
             if failed:
                 raise failed
-            for message in filter(None, messages):
-                raise InputError(message)
+            for stamped, message in map(pickle.loads, reports):
+                if message:
+                    raise InputError(message)
+                stamps |= stamped
             if self._rank == 0:
                 with os_errors(directory, "cannot write"):
-                    files = {name: stamp for each in stamps for name, stamp in each.items()}
-                    commit(written, replace(record, files=files), destination)
-                    prune()
+                    finish(stamps)
         except Exception:
             if self._rank == 0:
                 remove_partial(directory)  # makes room on a full disk

@@ -447,12 +447,15 @@ def state_bytes(scenario: MemoryScenario) -> float:
 def copy_bytes(scenario: MemoryScenario) -> float:
     """Bytes of a training checkpoint in the memory of the main process's node, until it is written.
 
-    The main process writes all but the sharded optimizer states, with a second copy of the weights under DeepSpeed.
+    The main process writes all but the sharded optimizer states. Under DeepSpeed the weights are in two files, and a
+    tied head beside the embeddings; stage 3 writes them once. Stage 0 in fp32 has no second fp32 weights.
     """
     if scenario.stage == "off":
         return state_bytes(scenario)
-    weights = scenario.compute * scenario.trained * (1 if scenario.stage == "3" else 2)
-    return weights + 12 * scenario.trained / (1 if scenario.stage == "0" else scenario.nodes)
+    files = 1 if scenario.stage == "3" else 2
+    head = scenario.dims.embedding * (scenario.dims.tied and files == 2) * (files if scenario.adapter == "full" else 1)
+    nodes, optimizer = (1, 12 if scenario.bf16 else 8) if scenario.stage == "0" else (scenario.nodes, 12)
+    return scenario.compute * (files * scenario.trained + head) + optimizer * scenario.trained / nodes
 
 
 def has_memory_to_copy(trainer: Trainer) -> bool:

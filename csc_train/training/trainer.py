@@ -28,6 +28,7 @@ from csc_train.checkpoints.training_checkpoint import (
     build_record,
     check_resumable,
     checkpoint_dir,
+    commit,
     prune,
     remove_partial,
 )
@@ -442,8 +443,13 @@ class PackTrainer(SFTTrainer):
             if self.is_world_process_zero():
                 remove_partial(directory)  # makes room on a full disk
             raise
-        record = build_record(self, time.time() - self._started)
-        self._writer.start(self.state.global_step, written, record, final, self._pruning())
+        record, prune_others = build_record(self, time.time() - self._started), self._pruning()
+
+        def finish(files):
+            commit(written, replace(record, files=files), final)
+            prune_others()
+
+        self._writer.start(self.state.global_step, written, finish)
         if not background:
             self._finish_save()
 
@@ -459,14 +465,15 @@ class PackTrainer(SFTTrainer):
         if wait:
             writer.wait()
         progress = torch.tensor([writer.done(), writer.error() is not None], device=self.args.device).float()
-        ended, failed = (int(each) for each in self.accelerator.reduce(progress))
+        ranks: Any = self.accelerator.reduce(progress)
+        ended, failed = ranks.tolist()
         if failed:
             writer.wait()
-        if failed or ended == self.args.world_size:
+            errors = filter(None, gather_object([writer.error() and str(writer.error())]))
             writer.step = None
-        if failed:
-            errors = filter(None, gather_object([error and str(error) for error in [writer.error()]]))
             raise writer.error() or InputError(next(errors))
+        if ended == self.args.world_size:
+            writer.step = None
 
     def create_model_card(self, *_, **__) -> None:
         """Write no model card: TRL's is wrong for a checkpoint, and asks W&B for an address."""

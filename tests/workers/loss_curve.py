@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from processes import run_script
+from processes import TIMEOUT_S, run_script
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -47,7 +48,8 @@ from csc_train.tracking.tracker import Tracker
 from csc_train.training.alerts import Alerts
 from csc_train.training.callbacks import StopOnSignal, track
 from csc_train.training.config import AlertsConfig, TrainerConfig, ValidationConfig, ZeroConfig
-from csc_train.training.trainer import build_trainer, training_arguments
+from csc_train.training.memory import copy_bytes, scenario_of
+from csc_train.training.trainer import PackTrainer, build_trainer, training_arguments
 from csc_train.training.validation import Validator, last_validation_metrics
 
 PACKS_PER_STEP = 4
@@ -93,6 +95,7 @@ def train(
     alerts: str | None = None,
     validation: ValidationConfig | None = None,
     broken: int | None = None,
+    held: bool = False,
     experts: str | None = None,
     **options,
 ) -> SFTTrainer:
@@ -109,6 +112,7 @@ def train(
         ends: how it ends before its time, and after which step (see `Ends`).
         validation: what to measure while training; the packs are then of mode `joint`.
         broken: a token whose embedding the model reads as NaN.
+        held: whether each checkpoint is written in the background, and only when the next step has been taken.
         experts: transformers' forward function of experts; defaults to its default.
         options: go to `TrainerConfig`.
     """
@@ -170,6 +174,8 @@ def train(
         trainer.model.get_input_embeddings().register_forward_hook(
             lambda _, arguments, output: output.masked_fill((arguments[0] == broken)[..., None], math.nan)
         )
+    if held:
+        hold_saves(trainer)
     trainer.documents = []
     trainer.chosen = chosen = []
     routed = routers(trainer.model)
@@ -228,6 +234,27 @@ class Ends(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
         if (self.how, self.step) == ("error", state.global_step):
             raise RuntimeError("as planned")
+
+
+def hold_saves(trainer: PackTrainer) -> None:
+    """Let a checkpoint be written after the next optimizer step, or when training waits for it."""
+    trainer.args.save_in_background = "true"
+    writer, stepped = trainer._writer, threading.Event()
+    start, write, wait = writer.start, writer._write, writer.wait
+
+    def held(*arguments):
+        assert stepped.wait(TIMEOUT_S)
+        return write(*arguments)
+
+    writer.start = lambda *arguments: (stepped.clear(), start(*arguments))
+    writer._write = held
+    writer.wait = lambda: (stepped.set(), wait())
+
+    class Stepped(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            stepped.set()
+
+    trainer.add_callback(Stepped())
 
 
 class GradientBytes(TrainerCallback):
@@ -309,6 +336,8 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "engine": type(engine).__name__,
         "gradient_bytes": trainer.gradient_bytes,
+        "copied": sum(gather_object([sum(each.nbytes for each in trainer._writer._copies._kept.values())])),
+        "copy_planned": copy_bytes(scenario_of(trainer, 0)),
         "micro_batch_size": trainer.args.per_device_train_batch_size,
         "accumulation": trainer.args.gradient_accumulation_steps,
     }

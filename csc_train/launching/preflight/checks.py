@@ -359,12 +359,17 @@ def check_memory(
         raise NotCheckedError("unknown GPU memory: give cluster.gpu_memory_gib=...")
     if config.trainer.gradient_checkpointing == "auto":
         chosen = replace(chosen, checkpointing=least_checkpointing(chosen, memory))
+    if config.trainer.save_in_background == "auto":
+        copied = replace(chosen, save_in_background=True)
+        chosen = copied if estimate_memory(copied).host <= host_memory else chosen
     plan = estimate_memory(chosen)
     sizes = f"{plan.total / GIB:.1f} of {memory / GIB:.1f} GiB per GPU"
     if plan.host:
-        sizes += f", {plan.host / GIB:.0f} of {host_memory / GIB:.0f} GiB per node"
+        whole = f" of {host_memory / GIB:.0f}" if math.isfinite(host_memory) else ""
+        sizes += f", {plan.host / GIB:.1f}{whole} GiB per node"
     if plan.total <= memory and plan.host <= host_memory:
-        return f"{sizes}, gradient checkpointing {chosen.checkpointing}"
+        saved = "saved in the background" if chosen.save_in_background else "training waits for saves"
+        return f"{sizes}, gradient checkpointing {chosen.checkpointing}, {saved}"
     rows, per_node = config.trainer.micro_batch_size, config.cluster.gpus_per_node
     raise InputError(f"{sizes}: does not fit; {advice(chosen, rows, per_node, memory, host_memory)}")
 

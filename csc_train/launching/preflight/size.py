@@ -106,6 +106,7 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
         checkpointing="full" if (mode := config.trainer.gradient_checkpointing) == "auto" else mode,
         mask_columns=columns if dense else 0,
         bf16=computes_in_bf16(config),
+        save_in_background=config.trainer.save_in_background == "true",
         delta_kernel="fla" if config.cluster.device == "cuda" and model.delta_kernel == "auto" else "torch",
     )
 
