@@ -320,7 +320,7 @@ def test_the_memory_check_names_the_checkpointing_that_auto_takes(gib, mode):
     options = ["model=qwen2_5_7b", "cluster=node8", "zero=zero2", f"cluster.gpu_memory_gib={gib}"]
     checks = run_preflight(compose("preflight", [*options, "preflight.probe=false"]), launching=False).checks
     (message,) = (check.message for check in checks if check.name == "memory")
-    assert f"of {gib:.1f} GiB per GPU, 113.5 GiB per node, gradient checkpointing {mode}, saved in the bac" in message
+    assert f"of {gib:.1f} GiB per GPU, 113.5 of 1024 GiB per node, gradient checkpointing {mode}, saved in" in message
 
 
 def test_an_estimate_that_does_not_fit_names_what_fits(job):
