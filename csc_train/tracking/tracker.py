@@ -160,9 +160,9 @@ class Tracker:
             f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
             for name, value in metrics.items()
         }
-        for reporter in self._reporters:
-            reporter.log(row, step)
         self._log(row | {"train/global_step": step + self._fork_step}, step)
+        for reporter in self._reporters:  # last: their threads then work during the next step
+            reporter.log(row, step)
 
     def commit(self, step: int) -> None:
         """Send W&B the row of a step, before a training checkpoint that would not repeat the step."""
