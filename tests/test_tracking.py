@@ -7,7 +7,9 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -54,7 +56,7 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.tracking.config import TrackingConfig
 from csc_train.tracking.history import write_csv
-from csc_train.tracking.tracker import Tracker
+from csc_train.tracking.tracker import Tracker, check_trackers
 from csc_train.tracking.wandb import attach_evaluation, exit_code, open_run, resolve_mode, result_rows
 from csc_train.training.callbacks import ProgressReporter
 from csc_train.training.train_metrics import TrainMetrics, peak_flops, token_metrics
@@ -366,11 +368,13 @@ def test_a_training_that_is_told_to_stop_closes_its_run_with_its_status(folder, 
 
 @pytest.mark.slow
 def test_a_training_that_is_killed_loses_no_step_in_any_tracker_and_is_recorded_as_crashed(
-    folder, whole, signals, said, local_mlflow, monkeypatch
+    folder, whole, signals, said, empty_store, monkeypatch
 ):
     run = folder / "killed"
     for name in SECRETS:
         monkeypatch.setenv(name, SECRET)
+    store = shutil.copy(empty_store, folder / "store.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
     case = {
         "packs": "shared",
         "tracked": "killed",
@@ -382,7 +386,7 @@ def test_a_training_that_is_killed_loses_no_step_in_any_tracker_and_is_recorded_
     done = run_script(loss_curve.__file__, folder, json.dumps({"killed": case}), folder / "none")
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     before = json.loads((run / "tracking.json").read_text())
-    assert [each["step"] for each in mlflow_values(run, before["mlflow"]["id"], "train/loss")] == [1, 2, 3, 4, 5]
+    assert [each["step"] for each in mlflow_values(before["mlflow"], "train/loss")] == [1, 2, 3, 4, 5]
     assert json.loads((run / "run.json").read_text())["status"] == "running"
     with (run / HISTORY_FILE).open("a") as file:
         file.write('{"step": 6, "lo')  # torn
@@ -414,7 +418,7 @@ def check_all_trackers_agree(run: Path, before: dict[str, dict[str, str]]) -> No
     assert set(board.Tags()["scalars"]) == {f"train/{name}" for line in expected.values() for name in line} - {
         "train/step", "train/time"
     }  # fmt: skip
-    server = {name: mlflow_values(run, record["mlflow"]["id"], f"train/{name}") for name in names}
+    server = {name: mlflow_values(record["mlflow"], f"train/{name}") for name in names}
     uploaded = inspected(run)
     for name in names:
         values = {step: line[name] for step, line in expected.items() if name in line}
@@ -426,7 +430,7 @@ def check_all_trackers_agree(run: Path, before: dict[str, dict[str, str]]) -> No
         assert {each["step"]: each["value"] for each in in_order} == values
         assert {step: row[f"train/{name}"] for step, row in uploaded.items() if f"train/{name}" in row} == values
     assert board.Tensors("settings/text_summary")
-    state = mlflow_run(run, record["mlflow"]["id"])
+    state = mlflow_run(record["mlflow"])
     assert (state.info.status, state.info.run_name) == ("FINISHED", "killed")
     assert state.data.params["manifest.data_hash"] == MANIFEST.data_hash
     assert state.data.params["learning_rate"] == "0.003"
@@ -449,20 +453,37 @@ def local_mlflow(monkeypatch):
         pytest.importorskip("mlflow", reason="make test installs it")
 
 
-def mlflow_run(run: Path, run_id: str):
+@pytest.fixture(scope="module")
+def made_store(tmp_path_factory) -> Path:
+    """An empty store of MLflow; making one takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    make = f"import mlflow; mlflow.MlflowClient('sqlite:///{path}').search_experiments()"
+    subprocess.run([sys.executable, "-c", make], env=os.environ | {"PYTHONPATH": str(LOCAL_MLFLOW)}, check=True)
+    return path
+
+
+@pytest.fixture
+def empty_store(local_mlflow, made_store) -> Path:
+    return made_store
+
+
+def mlflow_run(kept: dict[str, str]):
+    """The run that a `tracking.json` names, as MLflow's own client reads it; it is the only one there."""
     import mlflow
 
-    return mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db").get_run(run_id)
-
-
-def mlflow_values(run: Path, run_id: str, name: str) -> list[dict]:
-    """What MLflow's own client reads of a metric in a run directory: every value, with its step and time."""
-    import mlflow
-
-    client = mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db")
+    client = mlflow.MlflowClient(kept["url"])
     (experiment,) = client.search_experiments(filter_string="name = 'csc-train'")
-    assert [each.info.run_id for each in client.search_runs([experiment.experiment_id])] == [run_id]
-    return [dict(each) for each in client.get_metric_history(run_id, name)]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_id == kept["id"]
+    return run
+
+
+def mlflow_values(kept: dict[str, str], name: str) -> list[dict]:
+    """Every value of a metric, with its step and time."""
+    import mlflow
+
+    mlflow_run(kept)
+    return [dict(each) for each in mlflow.MlflowClient(kept["url"]).get_metric_history(kept["id"], name)]
 
 
 def inspected(run: Path) -> dict[int, dict]:
@@ -718,6 +739,90 @@ def test_a_training_whose_tracker_cannot_work_ends_with_its_model(tmp_path):
     assert done.stdout.count("W&B failed, training goes on without it") == 1
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"to": ["wandb", "tensorbord"]}, "tracking.to=tensorbord: choose one of .* Did you mean 'tensorboard'"),
+        ({"fork_from": "0123abcd"}, r"tracking.fork_from=0123abcd: write RUN\?_step=N"),
+        ({"fork_from": "0123abcd?_step=last"}, r"tracking.fork_from=0123abcd\?_step=last: write RUN\?_step=N"),
+    ],
+)
+def test_a_tracker_or_fork_that_does_not_exist_is_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        TrackingConfig(**values)
+
+
+@pytest.mark.slow
+def test_a_tracker_that_is_not_installed_starts_nothing(tmp_path):
+    done = run_script(
+        ROOT / "recipes" / "sft.py", "debug=cpu_tiny", "tracking=mlflow", "run.directory=run", cwd=tmp_path
+    )
+    said = "error: tracking.to=mlflow: MLflow is not installed: pip install 'csc-train[mlflow]', or leave it out\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_does_not_answer_is_refused_without_its_password(local_mlflow, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:5ec2e7@127.0.0.1:9")
+    with pytest.raises(InputError, match=r"tracking.to=mlflow: http://127\.0\.0\.1:9: ") as caught:
+        check_trackers(TrackingConfig("off", ["mlflow"]))
+    assert "5ec2e7" not in str(caught.value) and "\n" not in str(caught.value)
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+@pytest.mark.slow
+def test_a_tracker_that_dies_is_said_once_and_the_history_is_whole(empty_store, tmp_path, said):
+    run = tmp_path / "run"
+    run.mkdir()
+    store = shutil.copy(empty_store, run / "mlflow.db")
+    (run / "tensorboard").touch()  # in the place of its folder
+    config = TrackingConfig("off", ["wandb", "tensorboard", "mlflow"])
+    with pytest.raises(RuntimeError, match="as planned"), Tracker(config, run) as tracker:
+        tracker.open({"a+b": {"c": 1}})
+        tracker.log(1, {"loss": 1.0, "turn 33+": None})
+        raise RuntimeError("as planned")
+    record = json.loads((run / "tracking.json").read_text())
+    assert record == {"mlflow": {"id": tracker.run_ids["mlflow"], "url": f"sqlite:///{store}"}}
+    kept = mlflow_run(record["mlflow"])
+    assert (kept.info.status, kept.data.params, kept.data.metrics) == ("FAILED", {"a_b.c": "1"}, {"train/loss": 1.0})
+    with Tracker(config, run) as tracker:
+        tracker.open({"a+b": {"c": 2}}, {"mlflow": kept.info.run_id}, 2)
+        with contextlib.closing(sqlite3.connect(store)) as database:
+            database.execute("DROP TABLE metrics")
+        for step in (2, 3, 4):
+            tracker.log(step, {"loss": 1 / step})
+    assert steps_of(run) == [1, 2, 3, 4] and tracker.run_ids["mlflow"] == kept.info.run_id
+    failures = [line for line in said if "failed, training goes on without it" in line]
+    assert [line.split()[0] for line in failures] == ["TensorBoard", "TensorBoard", "MLflow"], said
+    assert "no such table: metrics" in failures[-1] and len(failures[-1]) < 400
+    assert said[-1].endswith("TensorBoard: incomplete; MLflow: incomplete")
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_steps_of_another_and_a_resume_continues_it(no_login, tmp_path):
+    first, run = tmp_path / "first", tmp_path / "run"
+    write_json(first / "tracking.json", {"id": "0123abcd", "mode": "offline"})  # of an earlier version
+    (first / HISTORY_FILE).write_text('{"step": 1, "loss": 2.0}\n{"step": 4, "loss": 1.0}\n')
+    config = TrackingConfig("offline", fork_from=f"{first}?_step=3")
+    check_trackers(config)
+    for step in (1, 2):
+        with Tracker(config, run) as tracker:
+            tracker.open({})
+            tracker.log(step, {"loss": 1.0 / step})
+            tracker.log_table("samples", [{"prompt": "a"}], step)
+        time.sleep(1)  # W&B names its folders by the second
+    one, two = offline_runs(run)
+    assert one.id == two.id != "0123abcd"
+    assert (one.run.branch_point.run, one.run.branch_point.value) == ("0123abcd", 3)
+    assert not two.run.HasField("branch_point")
+    assert [list(each.rows) for each in (one, two)] == [[4], [5]]
+    assert [one.rows[4]["train/global_step"], two.rows[5]["train/global_step"]] == [4, 5]
+    assert two.rows[5]["samples.nrows"] == 1
+    for wrong, message in ((f"{first}?_step=9", "has 4 steps"), (f"{tmp_path}?_step=1", "has no W&B run")):
+        with pytest.raises(InputError, match=message):
+            check_trackers(TrackingConfig("offline", fork_from=wrong))
 
 
 def test_a_dead_network_leaves_the_run_offline_and_says_so(no_login, monkeypatch, tmp_path, capfd):

@@ -65,9 +65,9 @@ def _mlflow() -> Any:
 
 
 def _start_mlflow(config, directory, run_id, first_step, settings):
+    mlflow = _mlflow()
     from accelerate.tracking import MLflowTracker
 
-    mlflow = _mlflow()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.absolute()}/mlflow.db"
     mlflow.set_tracking_uri(uri)
     tracker = MLflowTracker("csc-train", run_name=directory.name)  # MLflow's variables come first there
@@ -159,7 +159,7 @@ class Reporter:
                 function(*arguments)
             except Exception as error:  # of any kind: those of files, databases, servers and checks of values
                 self.failed = True
-                logger.info(f"{self.kind.title} failed, training goes on without it: {one_line(error)}")
+                logger.info(f"{self.kind.title} failed, training goes on without it: {one_line(error)[:300]}")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Log metrics of an optimizer step."""
