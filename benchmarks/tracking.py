@@ -84,7 +84,7 @@ def measure(report: Report, shape: dict[str, Any], tokens: int, steps: int) -> N
         shape=shape, tokens=tokens, steps=steps, trackers=TRACKERS, load_before=os.getloadavg()[0],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pack_trainer(random_model(shape, "sdpa"), packs, "off", f"{folder}/checkpoints", save_steps=0)
+        trainer: Any = pack_trainer(random_model(shape, "sdpa"), packs, "off", f"{folder}/checkpoints", save_steps=0)
         trainer.args.max_steps = steps
         with Tracker(TrackingConfig("offline", TRACKERS), Path(folder)) as tracker:
             started = time.perf_counter()

@@ -732,12 +732,14 @@ def test_a_training_whose_tracker_cannot_work_ends_with_its_model(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"HOME": f"{tmp_path}/file/home", "WANDB_RESUME": "sometimes"}
     done = run_script(
-        ROOT / "recipes" / "sft.py", "debug=cpu_tiny", "tracking=auto", "trainer.max_steps=1",
-        "run.directory=run", cwd=tmp_path, env=environment,
+        ROOT / "recipes" / "sft.py", "debug=cpu_tiny", "tracking=auto", "tracking.to=[wandb,tensorboard]",
+        "trainer.max_steps=1", "run.directory=run", cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("W&B failed, training goes on without it") == 1
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [each.step for each in board.Scalars("train/loss")] == [1]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
 
 

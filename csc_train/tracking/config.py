@@ -38,6 +38,4 @@ class TrackingConfig:
         check_fields("tracking.", self, "to", choices=("wandb", "tensorboard", "mlflow"))
         check_fields("tracking.", self, "init_timeout", "finish_timeout", low=1)
         if self.fork_from is not None and not FORK.fullmatch(self.fork_from):
-            raise InputError(
-                f"tracking.fork_from={self.fork_from}: write RUN?_step=N, such as 'runs/first?_step=100' in quotes"
-            )
+            raise InputError(f"tracking.fork_from={self.fork_from}: write RUN?_step=N, such as 'runs/first?_step=100'")

@@ -234,7 +234,7 @@ class Tracker:
                 distributed_state().wait_for_everyone()
 
     def _close(self, error: BaseException | None) -> None:
-        where = [] if self._reporters else ["no tracker"]
+        places: list[str] = []
         try:
             # A second error, such as of the same full disk, would hide the first.
             with contextlib.suppress(InputError) if isinstance(error, Exception) else contextlib.nullcontext():
@@ -243,12 +243,14 @@ class Tracker:
             if self._wandb is not None:
                 with self._wandb_errors():
                     self._wandb.finish(exit_code=exit_code(error))
-                    where = [kept_at(self._wandb)]
+                    places = [kept_at(self._wandb)]
+            timeout = self.config.finish_timeout or 300
+            closed = [reporter.close(error, timeout) for reporter in self._reporters]
         if self._failed:
-            where = ["W&B: incomplete"]
+            places = ["W&B: incomplete"]
             with self._wandb_errors():
                 import wandb
 
                 wandb.teardown()  # else its end of the process prints a traceback
-        where += [reporter.close(error, self.config.finish_timeout or 300) for reporter in self._reporters]
-        logger.info(f"metrics: {self.history.directory}/{HISTORY_FILE}, {CSV_FILE}, {CURVES_FILE}; {'; '.join(where)}")
+        where = "; ".join([*places, *closed]) or "no tracker"
+        logger.info(f"metrics: {self.history.directory}/{HISTORY_FILE}, {CSV_FILE}, {CURVES_FILE}; {where}")
