@@ -251,6 +251,16 @@ def test_dialogues_are_generated_from_the_models_own_turns(trainer, plain, templ
     assert metrics["generated_strategy_accuracy"] == right / len(expected) and metrics["generation_seconds"] > 0
 
 
+@pytest.mark.slow
+def test_without_room_for_all_weights_no_dialogue_is_generated_and_the_training_goes_on(trainer, monkeypatch, said):
+    tables = []
+    monkeypatch.setattr(trainer.validator, "log_table", lambda name, rows, step: tables.append(name))
+    monkeypatch.setattr("csc_train.training.validation.is_sharded", lambda model: True)
+    monkeypatch.setattr("csc_train.training.validation.lacking_memory", lambda *_: torch.tensor([1.5]))
+    assert [*trainer.validator.evaluate(trainer)] == ["strategy_accuracy"] and tables == ["samples"]
+    assert [line for line in said if "the whole weights need 1.5 GiB more on a GPU" in line]
+
+
 def greedy(model, template, history) -> list[int]:
     """A reply of at most four tokens, without the end of its turn."""
     ids = template.prompt_ids(history)

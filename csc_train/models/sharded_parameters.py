@@ -43,9 +43,9 @@ def is_sharded(model: PreTrainedModel) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def lacking_memory(model: PreTrainedModel) -> torch.Tensor:
-    """GiB that this process's GPU lacks to hold all sharded weights for a while, float32 [1]; 0 or less if they fit."""
-    if (device := model.device).type != "cuda":
+def lacking_memory(model: PreTrainedModel, device: torch.device) -> torch.Tensor:
+    """GiB that a device lacks to hold all sharded weights for a while, float32 [1]; at most 0 if they fit."""
+    if device.type != "cuda":
         return torch.zeros(1, device=device)
     held = sum(getattr(each, "ds_numel", 0) * each.element_size() for each in model.parameters())
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -147,9 +147,9 @@ class Validator:
 
     def _can_generate(self, trainer: Trainer, sharded: bool) -> bool:
         """Whether dialogues are generated now; the same on every process."""
-        if not self.generated:
-            return False
-        lacking: Any = trainer.accelerator.gather(lacking_memory(trainer.model)) if sharded else torch.zeros(1)
+        if not (self.generated and sharded):
+            return bool(self.generated)
+        lacking: Any = trainer.accelerator.gather(lacking_memory(trainer.model, trainer.args.device))
         if (worst := lacking.max().item()) > 0:
             logger.info(
                 f"note: step {trainer.state.global_step}: no dialogues are generated, since the whole weights need "
