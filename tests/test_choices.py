@@ -3,6 +3,7 @@
 import math
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM
 from workers.loss_curve import curve, first_packs, train
 
 from csc_train.checkpoints.export import merged
+from csc_train.config.compose import compose
 from csc_train.errors import InputError
+from csc_train.launching.preflight.checks import check_learning_rate
 from csc_train.models.config import AdapterConfig
 from csc_train.models.families import adapter_report, count_adapter_parameters, model_dims
 from csc_train.models.loading import lora_config, set_magnitudes
@@ -25,6 +28,8 @@ from csc_train.packing.dataset import pack_dialogues
 from csc_train.packing.embedding_noise import noisy_embeddings
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
+from csc_train.training.config import TrainerConfig
+from csc_train.training.memory import MemoryScenario, estimate_memory
 
 TOLERANCE = 1e-5
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
@@ -197,3 +202,57 @@ def test_noise_is_there_in_training_only_and_a_resume_draws_the_same(folder):
     trainer.model.eval()
     assert len(losses()) == 1
     assert "sequence_lengths" in batch and trainer.data_collator.noise
+
+
+# Offload
+
+
+def test_offloaded_inputs_of_layers_change_no_gradient(monkeypatch, folder):
+    saved = []
+
+    class Spy(torch.autograd.graph.save_on_cpu):
+        def __init__(self, pin_memory: bool):
+            assert pin_memory == torch.cuda.is_available()
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: (saved.append(tuple(tensor.shape)), pack(tensor))[1]
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Spy)
+    options = {"micro_batch_size": 4, "max_steps": 2, "gradient_checkpointing": "full"}
+    plain = curve(train(folder, **options))
+    assert not saved
+    trainer = train(folder, activation_offload=True, **options)
+    assert curve(trainer)["digest"] == plain["digest"]
+    assert len(saved) == 2 * 2 and {len(shape) for shape in saved} == {3}  # hidden states of two layers, twice
+    with pytest.raises(InputError, match=r"trainer.gradient_checkpointing=off: choose full"):
+        TrainerConfig(activation_offload=True, gradient_checkpointing="off")
+
+
+def test_offloaded_inputs_of_layers_are_planned_for_the_host():
+    dims = model_dims(tiny_config("qwen2", small_tokenizer("qwen2_5"), 0.1, num_hidden_layers=8))
+    kept = MemoryScenario(dims, tokens=4096, processes=4, nodes=2, bf16=False)
+    offloaded = replace(kept, activation_offload=True)
+    inputs = 4 * dims.hidden * 4096
+    assert estimate_memory(kept).activations - estimate_memory(offloaded).activations == 7 * inputs
+    assert estimate_memory(offloaded).host == 2 * 8 * inputs and estimate_memory(kept).host == 0
+
+
+# Learning rates
+
+
+def test_preflight_says_what_is_published_and_notes_what_is_far_off():
+    def said(*overrides: str) -> str:
+        config = compose("preflight", list(overrides))
+        return check_learning_rate(config, model_dims(config.model.architecture, 1500))
+
+    full = said("experiment=llama3_1_8b_rolecs")
+    by_width = 5e-5 * (2000 / 4096) ** 0.781
+    assert (
+        f"1e-05; published: 1.0e-05 (DianJin-R1, by the group of RoleCS), {by_width:.1e} (Tinker Cookbook for" in full
+    )
+    assert "note:" not in full and "LoRA" not in full
+    lora = said("experiment=llama3_1_8b_lora")
+    assert f"1.0e-04 (DianJin-R1, by the group of RoleCS), {10 * by_width:.1e} (" in lora and "Without Regret" in lora
+    assert "note: more than 10 times off" in said("experiment=llama3_1_8b_rolecs", "trainer.learning_rate=3e-4")
+    assert "note: more than 10 times off" in said("experiment=llama3_1_8b_lora", "trainer.learning_rate=9e-6")
+    assert said("experiment=demo").endswith("nothing is published for random weights")

@@ -1,6 +1,7 @@
 """How the decoder layers of a model run: what the backward pass recomputes, in float8 or not, compiled or not."""
 
 import sysconfig
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
-def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
+def checkpoint_activations(model: PreTrainedModel, mode: str, offload: bool = False) -> None:
     """Let the backward pass recompute activations of the decoder layers.
 
     A function in the training arguments would do the same, but they could not be saved with a checkpoint.
@@ -49,6 +50,7 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
         model: with its adapters.
         mode: off, selective (products and attention keep their output; norms, activations and attention's inputs are
             recomputed) or full (a layer keeps its input).
+        offload: keep the inputs of layers in the host's memory; transformers' own option needs a GPU.
     """
     if mode == "off":
         return
@@ -62,6 +64,13 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
             allow_cache_entry_mutation=adds_in_place,  # see `_KEPT`
         )
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    for layer in decoder_layers(model) if offload else ():
+        layer._gradient_checkpointing_func = partial(_offloaded, layer._gradient_checkpointing_func)
+
+
+def _offloaded(checkpointed: Callable[..., Any], *arguments: Any) -> Any:
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpointed(*arguments)
 
 
 def _policy(rank: int, _: Any, operator: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:

@@ -113,6 +113,9 @@ class TrainerConfig:
     gradient_checkpointing: str = "auto"
     """Which activations the backward pass recomputes, to save memory. off: none. selective: norms, activations and
     attention's inputs, no matrix products. full: whole layers. auto: the first of them that fits by the memory plan."""
+    activation_offload: bool = False
+    """Keep the inputs of layers, from which full gradient checkpointing recomputes, in CPU memory. The copies take
+    time; on a CPU it saves nothing."""
     compile: str = "auto"
     """layers: compile the decoder layers, into one graph for all steps; the first step takes a minute longer. auto: on
     a GPU where it works, else off."""
@@ -157,6 +160,9 @@ class TrainerConfig:
         check_fields("trainer.", self, "save_in_background", choices=BACKGROUND)
         check_fields("trainer.", self, "precision", choices=("auto", "bf16", "fp32", "fp8"))
         check_steps("trainer.save_steps", self.save_steps)
+        if self.activation_offload and self.gradient_checkpointing not in ("auto", "full"):
+            chosen = f"trainer.gradient_checkpointing={self.gradient_checkpointing}"
+            raise InputError(f"trainer.activation_offload=true with {chosen}: choose full, which keeps inputs only")
         if self.max_steps == 0:
             raise InputError("trainer.max_steps=0: choose at least 1, or -1 to train trainer.epochs")
 

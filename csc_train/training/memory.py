@@ -71,6 +71,7 @@ class MemoryScenario:
         nodes: number of machines that share the processes evenly.
         tokens: in one forward pass of one process.
         checkpointing: one of `config.CHECKPOINTING`.
+        activation_offload: whether the host keeps the inputs of layers, under full checkpointing.
         mask_columns: keys per token in a dense attention mask; 0 without a mask.
         bf16: whether the computation is in bf16; otherwise it is in fp32.
         delta_kernel: fla or torch, of gated delta nets.
@@ -92,6 +93,7 @@ class MemoryScenario:
     nodes: int = 1
     tokens: int = 8192
     checkpointing: str = "full"
+    activation_offload: bool = False
     mask_columns: int = 0
     bf16: bool = True
     delta_kernel: str = "fla"
@@ -190,7 +192,8 @@ def estimate_memory(scenario: MemoryScenario) -> MemoryPlan:
     """Estimate the memory of a scenario."""
     activations, communication = activation_bytes(scenario), communication_bytes(scenario)
     states = model_states(scenario)
-    host = states.host + (copy_bytes(scenario) if scenario.save_in_background else 0)
+    host = states.host + offloaded_bytes(scenario) * scenario.processes / scenario.nodes
+    host += copy_bytes(scenario) if scenario.save_in_background else 0
     return replace(states, activations=activations, communication=communication, host=host)
 
 
@@ -378,6 +381,13 @@ def residual_bytes(scenario: MemoryScenario) -> int:
     return 4 if scenario.adapter == "full" and scenario.cast_by_autocast else scenario.compute
 
 
+def offloaded_bytes(scenario: MemoryScenario) -> float:
+    """Bytes of the inputs of layers that a process keeps in the host's memory; 0 without such offload."""
+    if not scenario.activation_offload:
+        return 0
+    return residual_bytes(scenario) * scenario.dims.hidden * scenario.dims.layers * scenario.tokens
+
+
 def activation_bytes(scenario: MemoryScenario) -> float:
     """Bytes that a forward and backward pass holds besides the states, at its peak.
 
@@ -402,6 +412,7 @@ def activation_bytes(scenario: MemoryScenario) -> float:
     full = scenario.adapter == "full"
     layer = max(layer_bytes(scenario, kind) for kind in dims.layer_kinds) * tokens
     kept = sum(kept_bytes(scenario, kind) for kind in dims.layer_types) * tokens
+    kept -= offloaded_bytes(scenario) * (1 - 1 / dims.layers)  # the GPU has one of them at a time
     final = (4 + 2 * r) * dims.hidden * tokens
     mask = tokens * scenario.mask_columns
     casts = 0.0
@@ -586,6 +597,7 @@ def scenario_of(trainer: Trainer, tokens: int) -> MemoryScenario:
         nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         tokens=tokens,
         checkpointing="full" if args.checkpointing == "auto" else args.checkpointing,
+        activation_offload=args.activation_offload and args.device.type == "cuda",
         mask_columns={"dense_mask": tokens, "position_ids": tokens // args.per_device_train_batch_size}.get(layout, 0),
         bf16=args.bf16,
         delta_kernel="torch" if args.device.type == "cpu" or chosen_kernel(model) == "torch" else "fla",

@@ -85,6 +85,7 @@ logger = logging.getLogger(__name__)
 SAME_ARGUMENTS = (
     "packs_per_step", "learning_rate", "weight_decay", "max_grad_norm", "max_steps", "seed", "logging_steps",
     "save_steps", "save_total_limit", "save_in_background", "on_nonfinite", "compile", "optimizer", "neftune_alpha",
+    "activation_offload",
 )  # fmt: skip
 """Settings of `TrainerConfig` that `PackTrainingArguments` has under the same name."""
 
@@ -101,6 +102,8 @@ class PackTrainingArguments(SFTConfig):
     """Whether linear layers multiply in float8 (see `layers.convert_to_float8`)."""
     checkpointing: str = "full"
     """`TrainerConfig.gradient_checkpointing`; `build_trainer` replaces auto. The Trainer's own arguments are off."""
+    activation_offload: bool = False
+    """`TrainerConfig.activation_offload`; TRL's own `activation_offloading` needs a GPU."""
     optimizer: str = "adamw"
     """`TrainerConfig.optimizer`, of which `optim` is transformers' name."""
     neftune_alpha: float | None = None
@@ -543,7 +546,7 @@ def training_arguments(
         bf16=bf16,
         float8=config.precision == "fp8",
         activation_checkpointing=False,
-        checkpointing=config.gradient_checkpointing,
+        checkpointing="full" if config.activation_offload else config.gradient_checkpointing,
         disable_tqdm=not sys.stderr.isatty(),
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -626,7 +629,7 @@ def build_trainer(
     if arguments.save_in_background == "auto":
         arguments.save_in_background = str(has_memory_to_copy(trainer)).lower()
     logger.info("gradient checkpointing: %s, compiled: %s", arguments.checkpointing, arguments.compile)
-    checkpoint_activations(trainer.model, arguments.checkpointing)
+    checkpoint_activations(trainer.model, arguments.checkpointing, arguments.activation_offload)
     if arguments.compile == "layers":
         compile_layers(trainer.model)
     for default in (PrinterCallback, ProgressCallback):

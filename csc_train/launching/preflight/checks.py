@@ -28,6 +28,7 @@ from csc_train.models.families import LINEAR_ATTENTION, ModelDims, adapter_repor
 from csc_train.models.hub import find_file, is_local_path
 from csc_train.models.inspection import InspectedModel, inspect_model
 from csc_train.runs.directory import default_directory, refuse_foreign
+from csc_train.templates import read_yaml
 from csc_train.training.compatibility import check_router_loss, check_supported, resolve_compile
 from csc_train.training.memory import GIB, MemoryScenario, advice, alternatives, estimate_memory, least_checkpointing
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 PYPROJECT = PACKAGE.parent / "pyproject.toml"
 MIN_DRIVERS = {12: (525, 60), 13: (580, 0)}
 """Oldest NVIDIA driver for Linux by CUDA major version, from NVIDIA's compatibility guide."""
+FAR_RATE = 10
+"""How many times a learning rate may be off every published one without a note."""
 LONGEST = 20
 """Dialogues, the longest by characters, that are tokenized to find the longest one."""
 
@@ -103,6 +106,7 @@ def run_preflight(config: PreflightRecipe, *, launching: bool = True, free_disk:
         "model files": partial(check_model, found, absent),
         "parameters": partial(check_parameters, config, scenario.dims),
         "adapters": partial(check_adapters, config, scenario.dims),
+        "learning rate": partial(check_learning_rate, config, scenario.dims),
         "attention": partial(needing, check_attention, "the model"),
         "delta nets": partial(check_delta_nets, config, scenario.dims, absent),
         "tokenizer and template": load_template,
@@ -203,6 +207,24 @@ def check_adapters(config: PreflightRecipe, dims: ModelDims) -> str:
     if config.adapter.kind == "full":
         return "none: all weights are trained"
     return adapter_report(config.adapter, dims, computes_in_bf16(config))
+
+
+def check_learning_rate(config: PreflightRecipe, dims: ModelDims) -> str:
+    """What is published for such a model, with its source; a note if the learning rate is far from all of it."""
+    model, chosen, table = config.model, config.trainer.learning_rate, read_yaml(__package__, "learning_rates.yaml")
+    if model.init == "random":
+        return f"{chosen:g}; nothing is published for random weights"
+    factor, added = (1, "") if config.adapter.kind == "full" else (table["adapter_factor"], table["adapter_source"])
+    rates = {
+        factor * row["rate"] * (2000 / dims.hidden) ** row.get("exponent", 0): row["source"]
+        for row in table["rates"]
+        if row.get("name", "") in f"{model.name} {model.path}".lower()
+    }
+    said = f"{chosen:g}; published: {', '.join(f'{rate:.1e} ({source})' for rate, source in rates.items())}"
+    said += f"; {added}" * bool(added)
+    if all(max(chosen / rate, rate / chosen) > FAR_RATE for rate in rates):
+        said += f"; note: more than {FAR_RATE} times off: set trainer.learning_rate, or compare them by sweep=lr"
+    return said
 
 
 def check_attention(config: PreflightRecipe, found: InspectedModel) -> str:
@@ -357,7 +379,7 @@ def check_memory(
         raise NotCheckedError("the launcher brings its own DeepSpeed configuration")
     if memory is None:
         raise NotCheckedError("unknown GPU memory: give cluster.gpu_memory_gib=...")
-    if config.trainer.gradient_checkpointing == "auto":
+    if config.trainer.gradient_checkpointing == "auto" and not chosen.activation_offload:
         chosen = replace(chosen, checkpointing=least_checkpointing(chosen, memory))
     if config.trainer.save_in_background == "auto":
         copied = replace(chosen, save_in_background=True)

@@ -104,6 +104,7 @@ def memory_scenario(config: PreflightRecipe, dims: ModelDims | None = None) -> M
         nodes=config.cluster.nodes,
         tokens=tokens,
         checkpointing="full" if (mode := config.trainer.gradient_checkpointing) == "auto" else mode,
+        activation_offload=config.trainer.activation_offload and config.cluster.device == "cuda",
         mask_columns=columns if dense else 0,
         bf16=computes_in_bf16(config),
         save_in_background=config.trainer.save_in_background == "true",
