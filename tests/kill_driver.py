@@ -120,7 +120,7 @@ _SPEED = {
     "train_steps_per_second", "eval_generation_seconds",
 }  # fmt: skip
 TIMES: dict[str, set[str]] = {
-    "summary.json": {"seconds"},
+    "summary.json": {"seconds", "hours"},
     "run.json": {"started", "finished", "seconds", "commands", "crashed"},
     "history.jsonl": _SPEED,
     "history.csv": _SPEED,
@@ -130,7 +130,7 @@ TIMES: dict[str, set[str]] = {
     "csc_checkpoint.json": {"seconds", "trainer_state.json", "xxh3_128"},
 }
 """The fields that tell when, how often and how fast a run worked, by file name."""
-SHOWN = {"curves.html", "study.log", "summary.md", "output.log"}
+SHOWN = {"curves.html", "study.log", "summary.md", "summary.html", "output.log"}
 """Files that show such a field in another form; what else they show is in other files."""
 UNORDERED = {"answers.jsonl", "judgements.jsonl"}
 """Logs of answers to questions that are asked at the same time, in the order in which they come."""

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import psutil
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from optuna.trial import TrialState
 from test_launch import Forked, Started, left_in, record
 
+from csc_train.checkpoints.locate import locate_checkpoint
 from csc_train.config.cluster import ClusterConfig, ParameterConfig, PrunerConfig, SweepConfig
 from csc_train.errors import InputError
 from csc_train.files import write_json
@@ -32,7 +34,7 @@ from csc_train.launching.search_space import distributions, extreme_points
 from csc_train.launching.sweep import PRUNERS, plan_sweep, sweep
 from csc_train.launching.sweep_runner import NoSuchMetricError, SweepRunner, keep_best, metric_values, trial_result
 from csc_train.launching.sweep_summary import report_sweep
-from csc_train.launching.trial_runner import FailedTrialError
+from csc_train.launching.trial_runner import FailedTrialError, RunningTrial
 from csc_train.launching.warm_start import EARLIER, add_earlier, own_trials, read_earlier
 from csc_train.runs.claim import claim
 from csc_train.runs.comparison import find_runs, save_svg, sort_runs
@@ -552,6 +554,9 @@ def test_only_the_best_trial_keeps_its_weights(killed):
         run, best = runs / f"trial-{trial['number']}", trial["number"] == facts["best"]
         assert [(run / name).exists() for name in ("model", "checkpoints")] == [best, best]
         assert record(run).get("removed") == (None if best else "sweep.keep=best")
+        if not best:
+            with pytest.raises(InputError, match=r"were removed by sweep.keep=best: train it again$"):
+                locate_checkpoint(str(run))
         assert (run / "resolved.yaml").exists() and steps(run)
         if trial["state"] == "complete":
             assert trial_result(run, "eval_loss") == trial["value"]
@@ -607,6 +612,38 @@ def test_a_used_up_budget_stops_a_sweep_and_a_greater_one_resumes_it(cheap, caps
     assert [trial["state"] for trial in facts["trials"]] == ["complete"] * 2
     assert steps(cheap / "trial-0") == list(range(1, 17))
     assert facts["trials"][0]["seconds"] > 0.4 and facts["budget"] == 9
+
+
+def test_a_job_in_a_queue_takes_no_time(tmp_path):
+    study = optuna.create_study()
+    trial, now = study.ask(), time.time()
+    launcher = SimpleNamespace(attached=False, job=SimpleNamespace(directory=tmp_path))
+    write_json(tmp_path / "run.json", {})
+    os.utime(tmp_path / "run.json", (now - 100,) * 2)  # of an earlier start
+    running = RunningTrial(trial, launcher, [], {}, submitted=now)
+    running.start_clock()
+    assert running.seconds == 0 and "begun" not in trial.user_attrs
+    os.utime(tmp_path / "run.json", (now + 1,) * 2)
+    running.start_clock()
+    assert running.started is not None and trial.user_attrs["begun"]["directory"] == str(tmp_path)
+    watched = RunningTrial(trial, launcher, [], {})  # by another runner
+    watched.start_clock()
+    assert watched.started is not None
+
+
+def test_the_time_of_a_start_that_was_killed_counts_up_to_its_last_write(tmp_path):
+    config = SweepConfig(trials=1, space={"rate": ParameterConfig("trainer.learning_rate", low=1e-6, high=1e-3)})
+    study, now = optuna.create_study(), time.time()
+    trial = study.ask(distributions(config))
+    trial.set_user_attr("begun", {"seconds": 5, "time": now - 100, "directory": str(tmp_path)})
+    seconds = []
+    for written in (None, 40, 40):  # a second start adds nothing
+        if written:
+            (tmp_path / "history.jsonl").touch()
+            os.utime(tmp_path / "history.jsonl", (now - written,) * 2)
+        SweepRunner(config, study, plan_sweep, [{}], -1)
+        seconds.append(study.trials[0].user_attrs["seconds"])
+    assert seconds == [0, 65, 65]
 
 
 def budgeted(hours: float | None, devices: int, *ended: float, running: float | None = None):
@@ -684,6 +721,8 @@ def test_earlier_trials_are_taken_once_and_prune_none_of_the_new_ones(tmp_path):
     runner = SweepRunner(config, study, plan_sweep, [{}], -1)
     trial, _ = runner.next_trial()
     assert (trial.number, runner.describe(trial)[:8]) == (3, "trial 0 ")
+    fresh, _ = SweepRunner(config, optuna.create_study(), plan_sweep, [{}], -1).next_trial()
+    assert fresh.params != trial.params  # it does not draw what the earlier sweep drew
     trial.report(99.0, 4)
     assert not trial.should_prune()  # of its own sweep it is the best so far
 

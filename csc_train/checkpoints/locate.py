@@ -15,6 +15,7 @@ from csc_train.checkpoints.training_checkpoint import (
 from csc_train.errors import InputError
 from csc_train.files import digest
 from csc_train.models.hub import adapter_base, is_local_path, snapshot
+from csc_train.runs.directory import read_run_record
 
 MODEL_FOLDER, CHECKPOINTS_FOLDER = "model", "checkpoints"
 EVALUATED_FILE = "evaluated_model.json"
@@ -170,6 +171,8 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def _unusable(directory: Path) -> InputError:
+    if reason := read_run_record(directory).get("removed"):
+        return InputError(f"{directory}: its model and checkpoints were removed by {reason}: train it again")
     held = sorted(entry.name for entry in directory.iterdir())
     listed = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "")
     return InputError(

@@ -102,8 +102,11 @@ class SweepRunner(TrialRunner):
         return self.study.ask({name: space[name] for name in point})
 
     def _seed_sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A seed for each trial, so that its values do not depend on how often the sweep was started."""
-        self.study.sampler = optuna.samplers.TPESampler(seed=self.config.seed + number)
+        """A seed for each trial, so that its values do not depend on how often the sweep was started.
+
+        After a warm start others than those of the earlier sweep, whose first values would be drawn again.
+        """
+        self.study.sampler = optuna.samplers.TPESampler(seed=self.config.seed + number + 10_000 * self._first)
         return self.study.sampler
 
     def job_of(self, trial: Trial, slot: dict[str, str]) -> Job:

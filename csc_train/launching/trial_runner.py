@@ -45,7 +45,8 @@ class RunningTrial:
 
     Attributes:
         pool: the free slots of its kind, to which its `slot` returns.
-        started: `time.monotonic()` of its start; None while a submitted job waits in its queue.
+        submitted: time of this start; 0 for a job that an earlier runner submitted.
+        started: `time.monotonic()` since which it works; None while a submitted job waits in its queue.
         pruned: whether it was stopped because of its metric.
     """
 
@@ -53,15 +54,17 @@ class RunningTrial:
     launcher: Launcher
     pool: list[dict[str, str]]
     slot: dict[str, str]
+    submitted: float = 0.0
     started: float | None = None
     pruned: bool = False
 
     def start_clock(self) -> None:
         """Begin to count the trial's time, once its process works."""
-        if self.started is None and (self.launcher.attached or (self.launcher.job.directory / RECORD_FILE).exists()):
+        directory = self.launcher.job.directory
+        if self.started is None and (self.launcher.attached or _last_write(directory) > self.submitted):
             self.started = time.monotonic()
             begun = {"seconds": self.trial.user_attrs.get("seconds", 0), "time": time.time()}
-            self.trial.set_user_attr("begun", begun | {"directory": str(self.launcher.job.directory)})
+            self.trial.set_user_attr("begun", begun | {"directory": str(directory)})
 
     @property
     def seconds(self) -> float:
@@ -174,6 +177,7 @@ class TrialRunner(abc.ABC):
             if launcher.job_id is not None and launcher.attached:
                 advice = f"job {launcher.job_id} of a scheduler was started for it: cancel it, or name that cluster"
                 raise InputError(f"{job.directory}: {advice}")
+            submitted = 0.0 if launcher.job_id else time.time()
             if launcher.job_id is None:
                 launcher.start()
         except InputError as error:
@@ -181,7 +185,7 @@ class TrialRunner(abc.ABC):
             return
         if launcher.job_id is not None:
             trial.set_user_attr("job", launcher.job_id)
-        self._running.append(RunningTrial(trial, launcher, pool, pool.pop(0)))
+        self._running.append(RunningTrial(trial, launcher, pool, pool.pop(0), submitted))
         self._running[-1].start_clock()
 
     def _update(self, running: RunningTrial) -> None:
@@ -245,12 +249,17 @@ class TrialRunner(abc.ABC):
             each.add_time()
 
 
+def _last_write(directory: Path) -> float:
+    """The time at which a run last wrote a file that it often writes; 0 if it has not begun."""
+    files = [directory / name for name in (RECORD_FILE, HISTORY_FILE, OUTPUT_FILE)]
+    return max((path.stat().st_mtime for path in files if path.is_file()), default=0.0)
+
+
 def _recover_time(trial: Trial) -> None:
     """Add the seconds of a start whose end a killed runner did not see: up to the last write of the run."""
     if begun := trial.user_attrs.get("begun"):
-        files = [Path(begun["directory"]) / name for name in (RECORD_FILE, HISTORY_FILE, OUTPUT_FILE)]
-        last = max((path.stat().st_mtime for path in files if path.is_file()), default=0)
-        seconds = max(trial.user_attrs.get("seconds", 0), begun["seconds"] + last - begun["time"])
+        worked = _last_write(Path(begun["directory"])) - begun["time"]
+        seconds = max(trial.user_attrs.get("seconds", 0), begun["seconds"] + worked)
         trial.set_user_attr("seconds", round(seconds, 1))
 
 
