@@ -43,8 +43,8 @@ class HostCopies:
 
     def take(self, name: str, state: Any) -> Any:
         """A copy of a state, which lasts until the next of this name: nested lists and mappings with tensors."""
-        tensors = [each for each in tree_leaves(state) if isinstance(each, torch.Tensor)]
-        memo = {id(each): self._copy((name, number), each.detach()) for number, each in enumerate(tensors)}
+        tensors = {id(each): each for each in tree_leaves(state) if isinstance(each, torch.Tensor)}
+        memo = {key: self._copy((name, number), each.detach()) for number, (key, each) in enumerate(tensors.items())}
         return copy.deepcopy(state, memo)
 
     def _copy(self, key: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,8 @@ class CheckpointWriter:
         return self._future.exception() if self.done() else None
 
     def end(self) -> None:
-        """Wait for the checkpoint that is being written when training ends by an error, which other ranks may lack."""
+        """Free the copies; after an error, which other ranks may lack, wait for the checkpoint in progress."""
+        self._copies = HostCopies()
         if self.step is not None:
             self._ending.set()
             self.wait()

@@ -465,13 +465,18 @@ def copy_bytes(scenario: MemoryScenario) -> float:
         return state_bytes(scenario)
     files = 1 if scenario.stage == "3" else 2
     head = scenario.dims.embedding * (scenario.dims.tied and files == 2) * (files if scenario.adapter == "full" else 1)
-    nodes, optimizer = (1, 12 if scenario.bf16 else 8) if scenario.stage == "0" else (scenario.nodes, 12)
-    return scenario.compute * (files * scenario.trained + head) + optimizer * scenario.trained / nodes
+    optimizer = scenario.moments + (4 * scenario.trained if scenario.bf16 or scenario.stage != "0" else 0)
+    shards = 1 if scenario.stage == "0" else scenario.nodes
+    return scenario.compute * (files * scenario.trained + head) + optimizer / shards
 
 
-def has_memory_to_copy(trainer: Trainer) -> bool:
-    """Whether each node has memory for a copy of a `PackTrainer`'s checkpoints, beside what it trains in."""
-    scenario = scenario_of(trainer, 0)
+def has_memory_to_copy(trainer: Trainer, tokens: int) -> bool:
+    """Whether each node has memory for a copy of a `PackTrainer`'s checkpoints, beside what it trains in.
+
+    Args:
+        tokens: in the largest forward pass of one process.
+    """
+    scenario = scenario_of(trainer, tokens)
     need = copy_bytes(scenario) + estimate_memory(scenario).host
     if trainer.args.device.type == "cpu":
         need += estimate_memory(scenario).allocated * scenario.processes / scenario.nodes

@@ -627,7 +627,7 @@ def build_trainer(
     if arguments.checkpointing == "auto":
         arguments.checkpointing = choose_checkpointing(trainer, longest)
     if arguments.save_in_background == "auto":
-        arguments.save_in_background = str(has_memory_to_copy(trainer)).lower()
+        arguments.save_in_background = str(has_memory_to_copy(trainer, longest)).lower()
     logger.info("gradient checkpointing: %s, compiled: %s", arguments.checkpointing, arguments.compile)
     checkpoint_activations(trainer.model, arguments.checkpointing, arguments.activation_offload)
     if arguments.compile == "layers":

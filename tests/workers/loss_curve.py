@@ -254,6 +254,9 @@ def hold_saves(trainer: PackTrainer) -> None:
         def on_step_end(self, *_, **__):
             stepped.set()
 
+        def on_train_end(self, *_, **__):
+            trainer.copied = sum(each.nbytes for each in writer._copies._kept.values())
+
     trainer.add_callback(Stepped())
 
 
@@ -336,7 +339,7 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "engine": type(engine).__name__,
         "gradient_bytes": trainer.gradient_bytes,
-        "copied": sum(gather_object([sum(each.nbytes for each in trainer._writer._copies._kept.values())])),
+        "copied": sum(gather_object([getattr(trainer, "copied", 0)])),
         "copy_planned": copy_bytes(scenario_of(trainer, 0)),
         "micro_batch_size": trainer.args.per_device_train_batch_size,
         "accumulation": trainer.args.gradient_accumulation_steps,
