@@ -24,7 +24,7 @@ SHAPE = {
 }  # fmt: skip
 """Some 100 M parameters."""
 QUICK = {**SHAPE, "hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 256, "vocab_size": 2000}
-STEPS, SAVES, TOKENS = 50, 5, 192
+STEPS, SAVES, TOKENS = 50, 5, 96
 SIDES = ("background", "foreground", "old")
 """This build's two ways, and the other build."""
 
