@@ -56,6 +56,7 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.tracking.config import TrackingConfig
 from csc_train.tracking.history import write_csv
+from csc_train.tracking.reporters import MLFLOW_DEFAULTS
 from csc_train.tracking.tracker import Tracker, check_trackers
 from csc_train.tracking.wandb import attach_evaluation, exit_code, open_run, resolve_mode, result_rows
 from csc_train.training.callbacks import ProgressReporter
@@ -447,8 +448,9 @@ SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 def local_mlflow(monkeypatch):
     """MLflow, which is not in the environment, and none of its variables afterwards."""
     monkeypatch.syspath_prepend(LOCAL_MLFLOW)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
-        monkeypatch.setenv(name, "")
+    for name in ("MLFLOW_TRACKING_URI", *MLFLOW_DEFAULTS):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
     if not os.environ.get("CI"):
         pytest.importorskip("mlflow", reason="make test installs it")
 
@@ -771,7 +773,7 @@ def test_a_server_that_does_not_answer_is_refused_without_its_password(local_mlf
     with pytest.raises(InputError, match=r"tracking.to=mlflow: http://127\.0\.0\.1:9: ") as caught:
         check_trackers(TrackingConfig("off", ["mlflow"]))
     assert "5ec2e7" not in str(caught.value) and "\n" not in str(caught.value)
-    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == MLFLOW_DEFAULTS["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
 
 
 @pytest.mark.slow

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 logger = logging.getLogger(__name__)
+MLFLOW_DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # so a server that hangs delays the end of a process by minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,8 @@ def _start_tensorboard(config, directory, run_id, first_step, settings):
 
 
 def _mlflow() -> Any:
-    """MLflow, which sends no statistics of its use and prints no notes."""
-    for variable in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
-        os.environ.setdefault(variable, "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    """MLflow, as `MLFLOW_DEFAULTS` say; the user's environment goes first."""
+    os.environ.update(MLFLOW_DEFAULTS | os.environ)
     return importlib.import_module("mlflow")
 
 
