@@ -528,6 +528,7 @@ def killed(tmp_path_factory):
     raise AssertionError("not ended")
 
 
+@pytest.mark.slow
 def test_a_sweep_of_twelve_trials_that_was_killed_twice_ends_with_its_page(killed):
     runs, died, output = killed
     facts = json.loads((runs / "summary.json").read_text())
@@ -547,6 +548,7 @@ def test_a_sweep_of_twelve_trials_that_was_killed_twice_ends_with_its_page(kille
     assert facts["hours"] * 3600 == pytest.approx(sum(trial["seconds"] for trial in facts["trials"]))
 
 
+@pytest.mark.slow
 def test_only_the_best_trial_keeps_its_weights(killed):
     runs, *_ = killed
     facts = json.loads((runs / "summary.json").read_text())
@@ -594,6 +596,7 @@ def cheap(tmp_path, monkeypatch):
     sys.modules.pop("cheap_trials", None)
 
 
+@pytest.mark.slow
 def test_a_used_up_budget_stops_a_sweep_and_a_greater_one_resumes_it(cheap, capsys):
     Path("wait").touch()
     asked = [*CHEAP, "sweep.trials=2", "sweep.space.learning_rate.low=5e-5"]
@@ -687,6 +690,7 @@ def earlier_sweep(directory: Path, **changed) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_an_earlier_sweep_teaches_the_sampler_and_counts_for_nothing(cheap, tmp_path, capsys):
     earlier = earlier_sweep(tmp_path / "earlier")
     asked = [*CHEAP, "sweep.trials=2", f"sweep.warm_start={earlier}", "sweep.budget_gpu_hours=9", "sweep.keep=best"]
