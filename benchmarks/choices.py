@@ -1,6 +1,6 @@
 """Compare the training choices on the demo: losses, memory and time of a step against the default.
 
-python benchmarks/choices.py            # three minutes on two cores
+python benchmarks/choices.py            # two minutes on two cores
 python benchmarks/choices.py --quick    # a smoke test; its results mean nothing
 
 All trainings take the same packs in the same order, step by step in turn. Prints each result and writes
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "choices.json")
     arguments = parser.parse_args()
-    output, steps = arguments.output.absolute(), 2 if arguments.quick else 60
+    output, steps = arguments.output.absolute(), 2 if arguments.quick else 40
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # where the sample is written
