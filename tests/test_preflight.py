@@ -135,7 +135,7 @@ FAULTS = {
     "data": (["data.train.source=nobody"], "no row has source 'nobody'"),
     "memory": (
         ["cluster.gpu_memory_gib=0.5"],
-        "of 0.5 GiB per GPU: does not fit; nothing tried fits: take shorter packs or an adapter",
+        "of 0.5 GiB per GPU, 0.0 GiB per node: does not fit; nothing tried fits: take shorter packs or an adapter",
     ),
 }
 
