@@ -327,7 +327,7 @@ def test_an_estimate_that_does_not_fit_names_what_fits(job):
     config = compose("preflight", ["model=qwen2_5_72b", "cluster=node8", "zero=zero3", "preflight.probe=false"])
     outcome = run_preflight(config, launching=False, free_disk=10**15)
     name, message = failure(outcome)
-    assert name == "memory" and "of 79.6 GiB per GPU: does not fit; what fits: " in message
+    assert name == "memory" and "of 79.6 GiB per GPU, " in message and " per node: does not fit; what fits: " in message
     assert message.endswith("GPUs")
     console = Console(width=180, record=True, file=io.StringIO())
     outcome.show(console)
