@@ -139,7 +139,7 @@ def test_nothing_in_a_training_steps_loss_waits_for_the_device(monkeypatch, wait
         model = make_model("qwen2", "sdpa", torch.float32)
         add_loss_head(model)
         metrics = TrainMetrics((1.0, 1.0, 1.0), torch.device("cpu"), bf16=False)
-        arguments = SimpleNamespace(world_size=1, on_nonfinite="stop")
+        arguments = SimpleNamespace(world_size=1, on_nonfinite="stop", neftune_alpha=None)
         trainer = SimpleNamespace(model=model.train(), metrics=metrics, args=arguments)
 
         def step():

@@ -162,6 +162,8 @@ class Alerts(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **_) -> None:
         """Fill the windows from the history of a resumed training."""
+        if not state.is_world_process_zero:
+            return
         self._warmup, self._last_step = args.get_warmup_steps(state.max_steps), 0
         packs = len(train_dataloader.dataset)
         self._short_step = math.ceil(packs / args.packs_per_step) if packs % args.packs_per_step else math.inf
