@@ -116,7 +116,7 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps, of which half are tracked")
+    parser.add_argument("--steps", type=int, default=72, help="optimizer steps, of which half are tracked")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "tracking.json")
     arguments = parser.parse_args()
     sys.path.append(str(Path(sys.prefix) / "optional" / "mlflow-local"))
