@@ -469,6 +469,33 @@ def test_what_does_not_go_together_is_refused_with_the_reason(row):
     check_supported(ZeroConfig("3"), AdapterConfig("lora", use_dora=True), "adamw_8bit", "fp32")
 
 
+@pytest.mark.parametrize(
+    ("launched", "said"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, "has an optimizer beside trainer.optimizer=adamw_8bit: remove it there"),
+        ({"offload_optimizer": {"device": "cpu"}}, "DeepSpeed's optimizer on the CPU has moments in fp32 only"),
+        ({}, "DeepSpeed computes with DoRA's magnitudes in bf16"),
+    ],
+)
+def test_what_does_not_go_with_the_launchers_configuration_is_refused(launched, said, tmp_path, monkeypatch):
+    optimizer = {name: value for name, value in launched.items() if name == "optimizer"}
+    sharding = {"stage": 2} | {name: value for name, value in launched.items() if name not in optimizer}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": sharding, **optimizer}))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    for stage in ("auto", "from_launcher", "2"):
+        with pytest.raises(InputError) as caught:
+            check_supported(
+                ZeroConfig(stage),
+                AdapterConfig("lora", use_dora=True),
+                "adamw_8bit",
+                "bf16" if not launched else "fp32",
+            )
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+    if not launched:
+        check_supported(ZeroConfig(), AdapterConfig("lora", use_dora=True), "adamw_8bit", "fp32")
+
+
 @pytest.mark.parametrize("variable", LAUNCHED)
 def test_what_the_launcher_cannot_ask_for_is_refused_with_the_reason(variable, monkeypatch):
     monkeypatch.setenv(variable, "true" if "USE" in variable else "2")

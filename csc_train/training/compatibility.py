@@ -10,7 +10,7 @@ from csc_train.models.config import AdapterConfig
 from csc_train.models.families import ModelDims
 from csc_train.models.layers import missing_compiler
 from csc_train.templates import read_yaml
-from csc_train.training.config import ZeroConfig
+from csc_train.training.config import ZeroConfig, launcher_config
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +53,24 @@ def check_supported(zero: ZeroConfig, adapter: AdapterConfig, optimizer: str, pr
         precision: of the computation, bf16, fp32 or fp8.
 
     Raises:
-        InputError: `REFUSED` or `LAUNCHED` lists the settings; says why.
+        InputError: `REFUSED` or `LAUNCHED` lists the settings, or accelerate's launcher configures another optimizer
+            for DeepSpeed; says why.
     """
-    offload = zero.offload_optimizer or zero.offload_parameters
-    chosen = (zero.stage, adapter.kind, precision, offload, adapter.use_dora, optimizer)
+    stage, offload = zero.stage, zero.offload_optimizer or zero.offload_parameters
+    if (launched := launcher_config()) is not None:
+        if "optimizer" in launched:
+            raise InputError(
+                f"the launcher's DeepSpeed configuration has an optimizer beside trainer.optimizer={optimizer}: remove "
+                "it there"
+            )
+        sharding = launched["zero_optimization"]
+        stage = str(sharding["stage"]) if stage in ("auto", "from_launcher") else stage
+        kept = [sharding.get(name) or {} for name in ("offload_optimizer", "offload_param")]
+        offload |= any(each.get("device", "none") != "none" for each in kept)
+    chosen = (stage, adapter.kind, precision, offload, adapter.use_dora, optimizer)
     for why, *settings in REFUSED:
         if all(values is None or mine in values for values, mine in zip(settings, chosen, strict=True)):
-            raise InputError(f"zero.stage={zero.stage} with adapter.kind={adapter.kind} in {precision}: {why}")
+            raise InputError(f"zero.stage={stage} with adapter.kind={adapter.kind} in {precision}: {why}")
     for variable, why in LAUNCHED.items():
         if os.environ.get(variable, "").lower() not in ("", "0", "1", "false"):
             raise InputError(f"{variable}={os.environ[variable]}: {why}")

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from csc_train.errors import InputError, check_fields, check_range
 
@@ -35,6 +36,15 @@ def check_steps(key: str, value: float | None) -> None:
 def launches_deepspeed() -> bool:
     """Whether accelerate's launcher has a DeepSpeed configuration."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def launcher_config() -> dict[str, Any] | None:
+    """DeepSpeed's configuration by accelerate's launcher; None without one."""
+    if not launches_deepspeed():
+        return None
+    from accelerate.utils import DeepSpeedPlugin
+
+    return DeepSpeedPlugin().deepspeed_config
 
 
 @dataclass

@@ -19,16 +19,13 @@ from transformers import Trainer
 from csc_train.errors import InputError
 from csc_train.models.families import model_dims
 from csc_train.templates import read_yaml
-from csc_train.training.config import ZeroConfig, launches_deepspeed
+from csc_train.training.config import ZeroConfig, launcher_config
 
 
 def launcher_stage() -> str | None:
     """The ZeRO stage in the configuration of accelerate's launcher; None without one."""
-    if not launches_deepspeed():
-        return None
-    from accelerate.utils import DeepSpeedPlugin
-
-    return str(DeepSpeedPlugin().zero_stage)
+    launched = launcher_config()
+    return None if launched is None else str(launched["zero_optimization"]["stage"])
 
 
 def deepspeed_config(zero: ZeroConfig) -> dict[str, Any] | None:
