@@ -3,18 +3,20 @@
 import json
 import pickle
 import random
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_dialogue, small_tokenizer, tiny_config
+from processes import TIMEOUT_S
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from workers.loss_curve import curve, first_packs, train
 
 from csc_train.checkpoints import background
-from csc_train.checkpoints.background import HostCopies
+from csc_train.checkpoints.background import CheckpointWriter, HostCopies
 from csc_train.checkpoints.training_checkpoint import PARTIAL_FOLDER, check_whole, list_checkpoints
 from csc_train.errors import InputError
 from csc_train.packing.config import PackingConfig
@@ -128,6 +130,33 @@ def test_a_write_that_fails_ends_training_at_the_next_step_and_keeps_the_checkpo
         train(folder, checkpoints="full", held=True, **STEPS)
     assert [each.name for each in (folder / "full").iterdir()] == ["checkpoint-1"]
     check_whole(folder / "full" / "checkpoint-1")
+
+
+def test_a_rank_without_memory_leaves_no_checkpoint_without_its_files(tmp_path, monkeypatch):
+    told, all_told = {}, threading.Barrier(2)
+
+    def tell(key, value, ending):  # in place of the store of two processes
+        told[threading.current_thread()] = value
+        all_told.wait(TIMEOUT_S)
+        return list(told.values())
+
+    def stamped(written, names):
+        if any("rng_state_1" in name for name in names):
+            raise MemoryError
+        return {}
+
+    monkeypatch.setattr(background, "tell_main", tell)
+    monkeypatch.setattr(background, "stamp_files", stamped)
+    written, finished, writers = tmp_path / PARTIAL_FOLDER / "checkpoint-1", [], []
+    written.mkdir(parents=True)
+    (written / "rng_state_1.pth").touch()
+    for rank in (0, 1):
+        writers.append(CheckpointWriter(rank, 2))
+        writers[rank].start(1, written, finished.append)
+    for writer in writers:
+        writer.wait()
+    assert [str(writer.error()) for writer in writers] == ["MemoryError()", ""]
+    assert not finished and not written.exists()
 
 
 def test_an_error_of_the_training_waits_for_the_checkpoint_before(folder, monkeypatch):

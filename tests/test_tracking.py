@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
 from csc_train.tracking.config import TrackingConfig
 from csc_train.tracking.history import write_csv
-from csc_train.tracking.reporters import MLFLOW_DEFAULTS
+from csc_train.tracking.reporters import MLFLOW_DEFAULTS, REPORTERS, Reporter
 from csc_train.tracking.tracker import Tracker, check_trackers
 from csc_train.tracking.wandb import attach_evaluation, exit_code, open_run, resolve_mode, result_rows
 from csc_train.training.callbacks import ProgressReporter
@@ -751,6 +752,7 @@ def test_a_training_whose_tracker_cannot_work_ends_with_its_model(tmp_path):
         ({"to": ["wandb", "tensorbord"]}, "tracking.to=tensorbord: choose one of .* Did you mean 'tensorboard'"),
         ({"fork_from": "0123abcd"}, r"tracking.fork_from=0123abcd: write RUN\?_step=N"),
         ({"fork_from": "0123abcd?_step=last"}, r"tracking.fork_from=0123abcd\?_step=last: write RUN\?_step=N"),
+        ({"fork_from": "0123abcd?_step=1", "to": ["mlflow"]}, "tracking.fork_from: only W&B can fork a run: add wandb"),
     ],
 )
 def test_a_tracker_or_fork_that_does_not_exist_is_refused(values, message):
@@ -804,6 +806,34 @@ def test_a_tracker_that_dies_is_said_once_and_the_history_is_whole(empty_store, 
     assert said[-1].endswith("TensorBoard: incomplete; MLflow: incomplete")
 
 
+@pytest.mark.parametrize("password", ["5ec2e7", "5e@c2e7"])
+def test_a_server_that_is_lost_is_named_without_its_password(local_mlflow, monkeypatch, tmp_path, said, password):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{password}@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    Reporter("mlflow", TrackingConfig("off", ["mlflow"]), tmp_path, None, 0, {})
+    (failure,) = (line for line in said if line.startswith("MLflow failed"))
+    assert "127.0.0.1:9" in failure and "c2e7" not in failure
+
+
+def test_what_a_slow_server_has_not_got_in_time_is_dropped_at_the_end(monkeypatch, tmp_path):
+    answers, sent = threading.Event(), []
+
+    class SlowTracker:
+        def log(self, row, step):
+            sent.append(step)
+            assert answers.wait(TIMEOUT_S)
+
+    kind = replace(REPORTERS["tensorboard"], start=lambda *_: (SlowTracker(), {"id": "slow"}))
+    monkeypatch.setitem(REPORTERS, "tensorboard", kind)
+    reporter = Reporter("tensorboard", TrackingConfig("off"), tmp_path, None, 0, {})
+    for step in (1, 2, 3):
+        reporter.log({"loss": 1.0}, step)
+    assert reporter.close(None, timeout=0.1) == "TensorBoard: incomplete"
+    answers.set()
+    reporter._thread.shutdown()
+    assert sent == [1]
+
+
 @pytest.mark.slow
 def test_a_run_begins_with_the_steps_of_another_and_a_resume_continues_it(no_login, tmp_path):
     first, run = tmp_path / "first", tmp_path / "run"
@@ -824,9 +854,17 @@ def test_a_run_begins_with_the_steps_of_another_and_a_resume_continues_it(no_log
     assert [list(each.rows) for each in (one, two)] == [[4], [5]]
     assert [one.rows[4]["train/global_step"], two.rows[5]["train/global_step"]] == [4, 5]
     assert two.rows[5]["samples.nrows"] == 1
-    for wrong, message in ((f"{first}?_step=9", "has 4 steps"), (f"{tmp_path}?_step=1", "has no W&B run")):
-        with pytest.raises(InputError, match=message):
-            check_trackers(TrackingConfig("offline", fork_from=wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("first?_step=9", "has 4 steps"), ("?_step=1", "has no W&B run"), ("frist?_step=1", "frist: no such directory")],
+)
+def test_a_run_that_cannot_be_forked_is_refused(tmp_path, wrong, message):
+    write_json(tmp_path / "first" / "tracking.json", {"wandb": {"id": "0123abcd"}})
+    (tmp_path / "first" / HISTORY_FILE).write_text('{"step": 4, "loss": 1.0}\n')
+    with pytest.raises(InputError, match=message):
+        check_trackers(TrackingConfig("offline", fork_from=f"{tmp_path}/{wrong}"))
 
 
 def test_a_dead_network_leaves_the_run_offline_and_says_so(no_login, monkeypatch, tmp_path, capfd):

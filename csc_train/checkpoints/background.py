@@ -75,6 +75,11 @@ def deferred_writes(copies: HostCopies) -> Iterator[list[Callable[[], None]]]:
             setattr(module, name, write)
 
 
+def reason_of(error: BaseException) -> str:
+    """The message of an error; one out of memory has none, and gives its name."""
+    return str(error) or repr(error)
+
+
 class CheckpointWriter:
     """Writes the checkpoints of a training, one at a time, in a thread of each rank.
 
@@ -120,7 +125,7 @@ class CheckpointWriter:
                 stamps = stamp_files(written, files_written_by(self._rank, written, self._ranks))
         except Exception as error:
             failed = error
-        reports = tell_main(key, pickle.dumps((stamps, failed and str(failed))), self._ending)
+        reports = tell_main(key, pickle.dumps((stamps, failed and reason_of(failed))), self._ending)
         try:
             if failed:
                 raise failed
@@ -157,4 +162,4 @@ class CheckpointWriter:
             self._ending.set()
             self.wait()
             if error := self.error():
-                logger.info(f"note: the checkpoint of step {self.step} was not saved: {error}")
+                logger.info(f"note: the checkpoint of step {self.step} was not saved: {reason_of(error)}")

@@ -39,3 +39,5 @@ class TrackingConfig:
         check_fields("tracking.", self, "init_timeout", "finish_timeout", low=1)
         if self.fork_from is not None and not FORK.fullmatch(self.fork_from):
             raise InputError(f"tracking.fork_from={self.fork_from}: write RUN?_step=N, such as 'runs/first?_step=100'")
+        if self.fork_from is not None and "wandb" not in self.to:
+            raise InputError("tracking.fork_from: only W&B can fork a run: add wandb to tracking.to")

@@ -104,7 +104,7 @@ def _check_mlflow(timeout: float) -> None:
     try:
         client(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow's, and those of requests and SQLAlchemy
-        raise InputError(f"{_without_password(uri)}: {_without_password(one_line(error))[:300]}") from error
+        raise InputError(f"{_without_password(uri)}: {_reason(error)}") from error
     finally:
         for name in limits:
             del os.environ[name]
@@ -112,7 +112,12 @@ def _check_mlflow(timeout: float) -> None:
 
 
 def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//", text)
+    return re.sub(r"//[^/\s]*@", "//", text)
+
+
+def _reason(error: Exception) -> str:
+    """The message of a tracker's error, which may hold the address of its server."""
+    return _without_password(one_line(error))[:300]
 
 
 def _mlflow_name(name: str) -> str:
@@ -164,7 +169,7 @@ class Reporter:
                 function(*arguments)
             except Exception as error:  # of any kind: those of files, databases, servers and checks of values
                 self.failed = True
-                logger.info(f"{self.kind.title} failed, training goes on without it: {one_line(error)[:300]}")
+                logger.info(f"{self.kind.title} failed, training goes on without it: {_reason(error)}")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Log metrics of an optimizer step."""
@@ -183,5 +188,6 @@ class Reporter:
         done = self._submit(lambda: self.kind.finish(self._tracker, error))
         self._thread.shutdown(wait=False)
         late = bool(wait([done], timeout).not_done)
+        self.failed |= late  # else the end of the process would wait for the rest
         where = self.identity.get("url") or f"{self.directory}/{self.identity.get('id')}"
-        return f"{self.kind.title}: {'incomplete' if late or self.failed else where}"
+        return f"{self.kind.title}: {'incomplete' if self.failed else where}"

@@ -110,7 +110,7 @@ def fork_source(fork: str) -> str:
     """A `TrackingConfig.fork_from` as W&B takes it; offline W&B would take any.
 
     Raises:
-        InputError: it names a run directory without a W&B run or with fewer steps.
+        InputError: it names a run directory that does not exist, has no W&B run or has fewer steps.
     """
     named: Any = FORK.fullmatch(fork)
     run_id, directory = named["run"], Path(named["run"])
@@ -119,6 +119,10 @@ def fork_source(fork: str) -> str:
             raise InputError(f"tracking.fork_from={fork}: {directory} has no W&B run: name a run that was tracked")
         if int(named["step"]) > (last := max((row["step"] for row in history_log(directory).read()), default=0)):
             raise InputError(f"tracking.fork_from={fork}: {directory} has {last} steps: choose one of them")
+    elif "/" in run_id:  # no id has one
+        raise InputError(
+            f"tracking.fork_from={fork}: {directory}: no such directory: name a run, or the id of a W&B run"
+        )
     return f"{run_id}?_step={named['step']}"
 
 

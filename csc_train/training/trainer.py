@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from csc_train.checkpoints.background import CheckpointWriter
+from csc_train.checkpoints.background import CheckpointWriter, reason_of
 from csc_train.checkpoints.reshard import load_resharded
 from csc_train.checkpoints.training_checkpoint import (
     PARTIAL_FOLDER,
@@ -472,9 +472,9 @@ class PackTrainer(SFTTrainer):
         ended, failed = ranks.tolist()
         if failed:
             writer.wait()
-            errors = filter(None, gather_object([writer.error() and str(writer.error())]))
+            errors = filter(None, gather_object([(error := writer.error()) and reason_of(error)]))
             writer.step = None
-            raise writer.error() or InputError(next(errors))
+            raise error or InputError(next(errors))
         if ended == self.args.world_size:
             writer.step = None
 
