@@ -775,6 +775,10 @@ def test_a_server_that_does_not_answer_is_refused_without_its_password(local_mlf
     with pytest.raises(InputError, match=r"tracking.to=mlflow: http://127\.0\.0\.1:9: ") as caught:
         check_trackers(TrackingConfig("off", ["mlflow"]))
     assert "5ec2e7" not in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+none://127.0.0.1/runs?password=5ec2e7")
+    with pytest.raises(InputError, match=r"tracking.to=mlflow: mysql\+none://127\.0\.0\.1/runs: ") as asked:
+        check_trackers(TrackingConfig("off", ["mlflow"]))
+    assert "5ec2e7" not in str(asked.value)
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == MLFLOW_DEFAULTS["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
 
 

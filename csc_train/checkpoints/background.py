@@ -129,9 +129,9 @@ class CheckpointWriter:
         try:
             if failed:
                 raise failed
-            for stamped, message in map(pickle.loads, reports):
+            for rank, (stamped, message) in enumerate(map(pickle.loads, reports)):
                 if message:
-                    raise InputError(message)
+                    raise InputError(f"rank {rank}: {message}")
                 stamps |= stamped
             if self._rank == 0:
                 with os_errors(directory, "cannot write"):

@@ -112,7 +112,7 @@ def _check_mlflow(timeout: float) -> None:
 
 
 def _without_password(text: str) -> str:
-    return re.sub(r"//[^/\s]*@", "//", text)
+    return re.sub(r"(?<=//)[^/\s]*@|(?<=\w)\?\w+=\S*", "", text)
 
 
 def _reason(error: Exception) -> str:
