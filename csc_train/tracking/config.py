@@ -30,8 +30,8 @@ class TrackingConfig:
     """Seconds to wait for W&B at the start; then the run is kept offline. Defaults to WANDB_INIT_TIMEOUT, else 30. An
     MLflow server that does not answer by then ends the start."""
     finish_timeout: float | None = None
-    """Seconds for each tracker's upload at the end; W&B keeps the rest in the run directory. Defaults to
-    WANDB_FINISH_TIMEOUT, else 300."""
+    """Seconds for each tracker's upload at the end; W&B keeps the rest in the run directory, others lose it. Defaults
+    to WANDB_FINISH_TIMEOUT, else 300."""
 
     def __post_init__(self):
         check_fields("tracking.", self, "mode", choices=("auto", "wandb", "offline", "off"))
