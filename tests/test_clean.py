@@ -146,9 +146,12 @@ def test_what_no_run_wrote_and_links_stay(clean, tmp_path):
     Path("runs/mine/file").touch()
     write_json(Path("runs/broken/run.json"), {})
     Path("runs/broken/run.json").write_text("{")
+    make_run(Path("runs/[/odd]"), files=None)
     age(Path("runs"), 40)
     printed = clean("delete=true", "unfinished=true")
     assert "kept: not read: runs/broken/run.json: broken JSON" in printed
+    (odd,) = [line for line in printed.splitlines() if "runs/[/odd]" in line]
+    assert odd.rstrip().endswith("kept: does not say what it wrote") and Path("runs/[/odd]/model/weights").exists()
     assert {path for path in files() if path.startswith("runs/old")} == {"runs/old/linked", "runs/old/model/mine.txt"}
     assert (outside / "weights").exists() and (tmp_path / "elsewhere/run.json").exists()
     assert (entry / MANIFEST).exists() and (tmp_path / "cache" / ("3" * 16) / MANIFEST).exists()

@@ -225,6 +225,7 @@ def test_a_misspelt_metric_ends_a_sweep_with_its_first_trial(tmp_path, monkeypat
         "its metrics.json\n"
     )
     assert shown.out.count("started") == 1
+    assert "still running" not in Path("runs/sweeps/lr/summary.html").read_text()
 
 
 SBATCH = """#!{python}

@@ -212,5 +212,8 @@ def _run(planned: Sweep) -> int:
             print(f"interrupted after {done} of {config.size} trials; the same command resumes", flush=True)
             write_summary(planned.directory, study, config, cluster, running=not launcher_class(cluster).attached)
             return 128 + interrupt.args[0]
+        except InputError:
+            write_summary(planned.directory, study, config, cluster, running=not launcher_class(cluster).attached)
+            raise
         report_sweep(planned.directory, study, config, cluster)
     return 0 if own_trials(study, TrialState.COMPLETE) else 1

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from csc_train.errors import InputError
 from csc_train.files import os_errors, remove_directory, write_json
@@ -75,7 +76,7 @@ def _judge(directory: Path, unfinished: bool) -> Removable:
             reason = "in use"
         elif not unfinished and not all(record.get("finished") for record in records):
             reason = "unfinished: unfinished=true removes it, too"
-        elif any("files" not in record and "outputs" not in record for record in records):
+        elif not all(isinstance(_recorded(record), list) for record in records):
             reason = "does not say what it wrote"
     except InputError as error:
         reason = f"not read: {error}"
@@ -121,11 +122,16 @@ def _files(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()]
 
 
+def _recorded(record: dict[str, Any]) -> Any:
+    """What a run record says that the run wrote: its files, or the patterns of its outputs."""
+    return record.get("files", record.get("outputs"))
+
+
 def _written_files(directory: Path) -> list[Path]:
     """The files of a run: those that it listed at its end; of a killed one, its outputs."""
     record = read_run_record(directory)
-    listed = set(record.get("files", ()))
-    patterns = [*EARLY_FILES, RESOLVED_FILE, *(() if "files" in record else record.get("outputs", ()))]
+    listed = set(_recorded(record) if "files" in record else ())
+    patterns = [*EARLY_FILES, RESOLVED_FILE, *(() if "files" in record else _recorded(record))]
     found = []
     for path in _files(directory):
         name = path.relative_to(directory)

@@ -237,12 +237,13 @@ def terminal_table(rows: list[list[str]], title: str | None = None) -> "Table":
     """A table for the terminal; the first row is the header."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in rows[0]:
         table.add_column(name.replace(" ", "\n"), overflow="fold")
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # brackets in a name or reason are no markup
     return table
 
 
