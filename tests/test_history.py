@@ -83,7 +83,7 @@ def test_the_page_is_written_after_a_validation_and_seldom_else(tmp_path, monkey
 def test_the_page_shows_curves_and_replies(tmp_path, browser):
     log, run = History(tmp_path / "run"), tmp_path / "run"
     for step in range(1, 41):
-        log.log(step, {"loss": 100 / step, "grad_norm": 1.0 * step, "own": step, "learning_rate": 1e-5})
+        log.log(step, {"loss": 100 / step, "grad_norm": 1.0 * step, "own": step, "learning_rate": step * 6.25e-5})
     for step, answer in ((10, MARKUP), (20, MARKUP), (40, "您好，请问有什么可以帮您？")):
         log.log_table("samples", [reply(0, None if step < 40 else "问候", answer), reply(2, "其他", "再见")], step)
     write_json(run / "run.json", {"alerts": [{"rule": "loss_spike", "step": 3, "message": MARKUP}]})
@@ -97,6 +97,9 @@ def test_the_page_shows_curves_and_replies(tmp_path, browser):
     assert page.evaluate("document.documentElement.scrollWidth") == 400
     charts = page.locator("#panels svg")
     assert charts.count() == 3 and charts.first.bounding_box()["width"] > 300
+    labels = charts.last.locator("text")
+    assert "0.0025" in labels.all_text_contents()
+    assert all(each.bounding_box()["x"] >= charts.last.bounding_box()["x"] for each in labels.all())
 
     # Values under the pointer, by keyboard too
     caption, box = page.locator("#panels figcaption").first, charts.first.bounding_box()
