@@ -139,8 +139,11 @@ def find_cached(dialogues: Sequence[Dialogue], template: DialogueTemplate, confi
 def cache_entries(cache: Path) -> list[Path]:
     """The entries of a cache that hold nothing but what `tokenize` writes."""
     known = {MANIFEST, *(_file("", name).name for name in ARRAYS)}
-    found = [path for path in sorted(cache.glob("[0-9a-f]" * KEY)) if not path.is_symlink() and path.is_dir()]
-    return [path for path in found if {each.name for each in path.iterdir()} <= known and (path / MANIFEST).is_file()]
+    found = []
+    for path in sorted(cache.glob("[0-9a-f]" * KEY)):
+        _, folders, files = next(os.walk(path), ("", [], []))  # nothing of a file, or of what may not be read
+        found += [path] * (not path.is_symlink() and MANIFEST in files and {*folders, *files} <= known)
+    return found
 
 
 def remove_entry(entry: Path) -> None:

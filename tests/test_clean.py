@@ -11,9 +11,9 @@ from conftest import load_recipe
 from csc_train.config.compose import compose
 from csc_train.errors import InputError
 from csc_train.files import write_json
-from csc_train.runs.cleanup import find_ended_runs, remove_run
+from csc_train.runs.cleanup import find_ended_runs, remove_run, remove_weights
 from csc_train.runs.directory import Run
-from csc_train.tokenized_cache import ARRAYS, MANIFEST
+from csc_train.tokenized_cache import ARRAYS, MANIFEST, cache_entries
 
 
 def make_run(place: Path, days: float = 40, finished: bool = True, recipe: str = "sft", **changed) -> Path:
@@ -147,6 +147,7 @@ def test_what_no_run_wrote_and_links_stay(clean, tmp_path):
     write_json(Path("runs/broken/run.json"), {})
     Path("runs/broken/run.json").write_text("{")
     make_run(Path("runs/[/odd]"), files=None)
+    Path("runs/tokenized", "4" * 16).touch()
     age(Path("runs"), 40)
     printed = clean("delete=true", "unfinished=true")
     assert "kept: not read: runs/broken/run.json: broken JSON" in printed
@@ -156,6 +157,20 @@ def test_what_no_run_wrote_and_links_stay(clean, tmp_path):
     assert (outside / "weights").exists() and (tmp_path / "elsewhere/run.json").exists()
     assert (entry / MANIFEST).exists() and (tmp_path / "cache" / ("3" * 16) / MANIFEST).exists()
     assert Path("runs/mine/file").exists() and Path("runs/broken/run.json").exists()
+
+
+def test_an_entry_that_cannot_be_read_stays_out_of_the_way(clean, monkeypatch):
+    entry, other = (make_entry(Path("runs/tokenized"), each * 16) for each in "56")
+    scan = os.scandir
+
+    def denied(path="."):
+        if Path(path) == other:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    monkeypatch.setattr(os, "listdir", lambda path: [each.name for each in denied(path)])
+    assert cache_entries(Path("runs/tokenized")) == [entry]
 
 
 def test_a_run_that_is_written_to_meanwhile_stays(clean):
@@ -209,3 +224,17 @@ def test_a_run_records_what_it_may_write(tmp_path):
     assert found.reason is None
     assert remove_run(found, unfinished=True) == 0
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_model_was_removed_is_not_taken_for_finished(tmp_path):
+    config = {"run": {"directory": str(tmp_path / "run"), "if_exists": "resume"}}
+    for status in ("new", "finished"):
+        run = Run("sft", config, ["model"])
+        assert run.start({}) == status
+        run.finish() if status == "new" else None
+        run.claim.release()
+    (tmp_path / "run/model").mkdir()
+    remove_weights(tmp_path / "run", "sweep.keep=best")
+    run = Run("sft", config, ["model"])
+    with pytest.raises(InputError, match=r"its model was removed by sweep.keep=best: start over by run.if_exists="):
+        run.start({})

@@ -28,7 +28,7 @@ CODE_DIFF_FILE = "code.diff"
 """In a run directory: the code's difference from the commit that `run.json` names."""
 EXIT_STOPPED = 75
 """Exit status of a run that was asked to stop and saved a training checkpoint: sysexits' EX_TEMPFAIL."""
-END_FACTS = ("error", "stopped", "files")
+END_FACTS = ("error", "stopped", "files", "removed")
 """Facts in `run.json` of an end that a resume takes back."""
 EARLY_FILES = (
     f"{LOCK_FILE}*", RESOLVED_FILE, CODE_DIFF_FILE, "launch.yaml", "job.sbatch", "job.yaml", "task.yaml",
@@ -214,6 +214,10 @@ class Run:
     def _resume(self, earlier: dict[str, Any]) -> str:
         """Record that a run is running again, unless it is finished; a status of "running" means that it crashed."""
         if earlier.get("finished"):
+            if reason := earlier.get("removed"):
+                raise InputError(
+                    f"{self.directory}: its model was removed by {reason}: start over by run.if_exists=replace"
+                )
             _note_end()
             return "finished"
         if earlier.get("status") == "running":
