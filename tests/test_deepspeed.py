@@ -743,7 +743,9 @@ def test_a_sharded_run_that_loses_a_rank_and_gets_it_back_resumes_where_it_was(w
     )
     done = script.wait()
     assert done.returncode == 1
-    said = rf"error: rank 1 \(process {second.pid} on \S+\): does not answer for 10 s, last in \S+ .*step \d\)"
+    # On a CPU DeepSpeed counts gradients by programs that it starts, here by `_fork_child`.
+    place = r"(csc_train/|tests/processes\.py:\d+ _fork_child)"
+    said = rf"error: rank 1 \(process {second.pid} on \S+\): does not answer for 10 s, last in {place}.*step \d\)"
     advice = "look at its machine, or raise run.timeout_s; to go on: run=lost resume=true"
     assert re.search(f"^{said}: {advice}$", done.stderr, re.MULTILINE), done.stderr
     assert not first.is_running() and not second.is_running()

@@ -160,12 +160,12 @@ class Job:
         Args:
             created: the directories to remove then, if they hold nothing (see `Claim.created`).
         """
-        before = {path: path.read_bytes() for path in self._own_files()}
+        before = {path: path.read_text(encoding="utf-8") for path in self._own_files()}
         try:
             yield
         except InputError:
             for path in self._own_files():
-                path.unlink() if path not in before else path.write_bytes(before[path])
+                path.unlink() if path not in before else write_text(path, before[path])
             with contextlib.suppress(OSError):
                 for directory in created:
                     directory.rmdir()
