@@ -97,8 +97,8 @@ class TrainerConfig:
     """Share of the steps in which the learning rate rises."""
     optimizer: str = "adamw"
     """adamw: AdamW with moments in fp32. adamw_8bit: AdamW of bitsandbytes, with moments in 8 bits for tensors of 4,096
-    elements and more; without sharding, those of embeddings stay in fp32. Source: Dettmers et al., "8-bit Optimizers via
-    Block-wise Quantization" (2022)."""
+    elements and more; without sharding, those of embeddings stay in fp32. Source: Dettmers et al., "8-bit Optimizers
+    via Block-wise Quantization" (2022)."""
     neftune_alpha: float | None = None
     """Add noise to the embeddings in training, uniform within alpha / sqrt(tokens x width); null adds none. The
     tokens are those of the dialogue, not of the pack; a shared prefix counts the longest dialogue behind it. Source:
