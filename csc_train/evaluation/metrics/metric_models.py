@@ -12,10 +12,16 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, RemBertConfig, RemBertModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RemBertConfig,
+    RemBertForSequenceClassification,
+)
 
 from csc_train.errors import InputError
 from csc_train.files import read_json
@@ -27,6 +33,11 @@ TextPair = tuple[str, str]
 BERTSCORE_FILES = (("config.json",), ("tokenizer.json", "vocab.txt"), ("*.safetensors", "*.bin"))
 BLEURT_FILES = (("config.json",), ("tokenizer.json",), ("model.safetensors", "pytorch_model.bin"))
 """Groups of file patterns; a model directory needs a file of each group."""
+BLEURT_NAMES = {
+    r"^(?:\w+\.)?(embeddings|encoder|pooler)\.": r"rembert.\1.",
+    r"\.embedding_projection\.": ".embedding_hidden_mapping_in.",
+}
+"""Names of weights in conversions of BLEURT-20, as patterns, and those of transformers' RemBERT."""
 _ADVICE: dict[tuple[str, ...], str] = {
     ("tokenizer.json",): ": with sentencepiece installed, transformers' RemBertTokenizer converts the "
     "SentencePiece model (from_pretrained with vocab_file=..., then save_pretrained)"
@@ -85,16 +96,16 @@ def bleurt(pairs: Sequence[TextPair], directory: str | os.PathLike, batch_size: 
     """
     if not pairs:
         return numpy.zeros(0)
-    model, head, tokenizer = _load_bleurt(os.fspath(directory))
+    model, tokenizer = _load_bleurt(os.fspath(directory))
 
     def regress(batch: Sequence[TextPair]) -> torch.Tensor:
         encodings = tokenizer.encode_batch([(reference, reply) for reply, reference in batch])
-        pooled = model(
+        logits = model(
             input_ids=torch.tensor([encoding.ids for encoding in encodings], device=model.device),
             attention_mask=torch.tensor([encoding.attention_mask for encoding in encodings], device=model.device),
             token_type_ids=torch.tensor([encoding.type_ids for encoding in encodings], device=model.device),
-        ).pooler_output
-        return head(pooled).squeeze(-1)
+        ).logits
+        return logits.squeeze(-1)
 
     return _scores(pairs, regress, batch_size, "BLEURT")
 
@@ -143,49 +154,29 @@ def _load_bert(directory: str, layers: int) -> tuple[PreTrainedModel, PreTrained
 
 
 @functools.lru_cache(maxsize=1)
-def _load_bleurt(directory: str) -> tuple[RemBertModel, torch.nn.Linear, Tokenizer]:
+def _load_bleurt(directory: str) -> tuple[PreTrainedModel, Tokenizer]:
     path = Path(directory)
     check_files(path, BLEURT_FILES)
     values = read_json(path / "config.json")
     values.setdefault("input_embedding_size", values.get("embedding_size"))  # its name in conversions
     if values["input_embedding_size"] is None:
         raise InputError(f"{path}: config.json has no embedding size: give BLEURT-20, which is based on RemBERT")
-    shape = ("vocab_size", "input_embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-             "intermediate_size", "hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps",
-             "pad_token_id")  # fmt: skip
-    config = RemBertConfig(**{name: values[name] for name in shape if name in values})
-    model, head = RemBertModel(config), torch.nn.Linear(config.hidden_size, 1)
-
-    weights = _bleurt_weights(path)
-    expected = {*model.state_dict(), *(f"classifier.{name}" for name in head.state_dict())}
-    if weights.keys() != expected:
-        missing, unexpected = _names(expected - weights.keys()), _names(weights.keys() - expected)
+    config = RemBertConfig.from_dict(values | {"model_type": RemBertConfig.model_type, "num_labels": 1})
+    try:
+        model, report = RemBertForSequenceClassification.from_pretrained(
+            path, config=config, dtype=torch.float32, key_mapping=BLEURT_NAMES, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise InputError(f"{path}: weights do not fit config.json: {' '.join(str(error).split())}") from error
+    missing, unexpected = (
+        _names(key.removeprefix("rembert.") for key in report[kind] if not key.endswith(".position_ids"))
+        for kind in ("missing_keys", "unexpected_keys")
+    )  # older versions stored the positions, 0, 1, 2, ...
+    if missing or unexpected:
         raise InputError(
             f"{path}: not the weights of BLEURT-20: missing {missing or 'none'}; unexpected {unexpected or 'none'}"
         )
-    try:
-        head.load_state_dict({name: weights.pop(f"classifier.{name}") for name in head.state_dict()})
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{path}: weights do not fit config.json: {' '.join(str(error).split())}") from error
-    device = _device()
-    return model.eval().to(device), head.eval().to(device), _bleurt_tokenizer(path, config)
-
-
-def _bleurt_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of `path` under the names of RemBertModel, and the head."""
-    if (path / "model.safetensors").is_file():
-        stored = load_file(path / "model.safetensors")
-    else:
-        stored = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    anchor = "embeddings.word_embeddings.weight"
-    prefix = next((key.removesuffix(anchor) for key in stored if key.endswith(anchor)), "")
-    renamed = {
-        key.removeprefix(prefix).replace("encoder.embedding_projection.", "encoder.embedding_hidden_mapping_in."): value
-        for key, value in stored.items()
-    }
-    renamed.pop("embeddings.position_ids", None)  # the constant 0, 1, 2, ..., stored by older versions
-    return renamed
+    return model.eval().to(_device()), _bleurt_tokenizer(path, config)
 
 
 def _bleurt_tokenizer(path: Path, config: RemBertConfig) -> Tokenizer:
