@@ -221,15 +221,11 @@ def iter_checked(
 def read_dialogues(
     path: str | os.PathLike | list[str],
     *,
-    source: str | None = None,
     strict: bool = False,
     rejected_path: str | os.PathLike | None = None,
-    merge: bool = True,
-    check: "RowCheck | None" = None,
-    max_rejected: float = 1.0,
-    encoding: str | None = None,
+    **options: Any,
 ) -> list[Dialogue]:
-    """Read all dialogues of `path` (see `iter_dialogues`).
+    """Read all dialogues of `path`; other `options` as of `iter_dialogues`.
 
     Unless `strict`, bad rows are counted in the log and written to `rejected_path`. Joined turns are counted there too.
 
@@ -238,8 +234,7 @@ def read_dialogues(
     """
     report = ReadReport(listed(path))
     try:
-        options = {"check": check, "max_rejected": max_rejected, "encoding": encoding}
-        return list(iter_dialogues(path, source=source, strict=strict, report=report, merge=merge, **options))
+        return list(iter_dialogues(path, strict=strict, report=report, **options))
     finally:
         if not (strict and report.rejected):
             report.conclude(rejected_path)

@@ -93,18 +93,20 @@ class ServerBackend:
     def __init__(self, shared: LLMConfig, roles: RolesConfig):
         self._models = {role: role_llm(role, shared, roles) for role in vars(roles)}
         self._asked_roles = list(self._models)
-        self._clients: list[Client] = []
-        for role in self._models:
-            if all(client.config != self._server(role) for client in self._clients):
-                self._clients.append(Client(self._server(role)))
-        self.concurrency = sum(client.config.concurrency for client in self._clients)
+        self._clients: dict[str, Client] = {}
+        for role, model in self._models.items():
+            server = replace(model, temperature=None, max_tokens=None)  # without the settings of single roles
+            equal = (client for client in self._clients.values() if client.config == server)
+            self._clients[role] = next(equal, None) or Client(server)
+        self.concurrency = sum(client.config.concurrency for client in {*self._clients.values()})
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> "ServerBackend":
         async with contextlib.AsyncExitStack() as stack:
-            for client in self._clients:
+            asked = [self._clients[role] for role in self._asked_roles]
+            for client in dict.fromkeys(self._clients.values()):
                 await stack.enter_async_context(client)
-                if any(self._client(role) is client for role in self._asked_roles):
+                if client in asked:
                     await client.check()
             self._stack = stack.pop_all()
         return self
@@ -122,20 +124,13 @@ class ServerBackend:
 
     async def ask(self, call: RoleCall, observe: Callable[[RequestAttempt], None]) -> BaseModel:
         """The answer to a call (see `Backend`)."""
-        client, settings = self._client(call.role), self._sampling(call)
+        client, settings = self._clients[call.role], self._sampling(call)
         answer = await ask_structured(client, call.messages, call.schema, observe=observe, **settings)
         return answer.value
 
     def request_body(self, call: RoleCall) -> dict[str, Any]:
         """The body of a call's request, for a batch file."""
-        return self._client(call.role).body(**self._sampling(call)) | {"messages": list(call.messages)}
-
-    def _server(self, role: str) -> LLMConfig:
-        """The configuration of a role's client, without the settings of single roles."""
-        return replace(self._models[role], temperature=None, max_tokens=None)
-
-    def _client(self, role: str) -> Client:
-        return next(client for client in self._clients if client.config == self._server(role))
+        return self._clients[call.role].body(**self._sampling(call)) | {"messages": list(call.messages)}
 
     def _sampling(self, call: RoleCall) -> dict[str, Any]:
         model = self._models[call.role]
