@@ -34,7 +34,6 @@ def main(config: BuildCsconvRecipe) -> None:
     from csc_train.jsonl import write_jsonl
     from csc_train.llm.answer_log import AnswerLog, ask_model
     from csc_train.llm.client import Client, UnusableServerError
-    from csc_train.progress import ProgressBar
     from csc_train.runs.directory import Run
     from csc_train.runs.distributed import require_single_process
     from csc_train.synthesis.csconv.build import (
@@ -70,13 +69,11 @@ def main(config: BuildCsconvRecipe) -> None:
     async def build():
         settings = {"call": config.call, "rewrite": config.rewrite, "duplicates": config.duplicates}
         settings |= {"language": config.language, "concurrency": config.llm.concurrency}
-        with ProgressBar(total=len(calls), desc="calls", unit="call") as bar:
-            settings["on_outcome"] = lambda outcome: bar.update()
-            if config.llm.backend == "mock":
-                return await build_csconv(calls, log.cached(ask_mock(config.language)), **settings)
-            async with Client(config.llm) as client:
-                await client.check()
-                return await build_csconv(calls, log.cached(ask_model(client, config.seed)), **settings)
+        if config.llm.backend == "mock":
+            return await build_csconv(calls, log.cached(ask_mock(config.language)), **settings)
+        async with Client(config.llm) as client:
+            await client.check()
+            return await build_csconv(calls, log.cached(ask_model(client, config.seed)), **settings)
 
     try:
         outcomes = asyncio.run(build())

@@ -14,10 +14,9 @@ from csc_train.data.dialogue import Dialogue
 from csc_train.data.readers import read_dialogues
 from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
 from csc_train.files import digest
-from csc_train.llm.answer_log import AnswerLog, AskFn, ask_model
+from csc_train.llm.answer_log import AnswerLog, AskFn, ask_model, map_concurrently
 from csc_train.llm.client import Client, LLMError, Observer
 from csc_train.llm.config import LLMConfig
-from csc_train.progress import ProgressBar
 from csc_train.stats import cohen_kappa
 from csc_train.templates import render
 
@@ -38,31 +37,24 @@ def label_dialogues(
     answers = AnswerLog(log)
     settings = [llm.model, llm.temperature, llm.top_p, llm.max_tokens, llm.extra_body, seed]
     task = f"label {digest(settings)[:16]}"
-    found: dict[int, list[Strategy] | LLMError] = {}
 
-    async def work(ask: AskFn, pending: Any, bar: ProgressBar) -> None:
-        for index in pending:
-            prompt = label_prompt(dialogues[index], language)
-            schema = label_schema(len(dialogues[index].supporter_turns))
+    async def label_all(ask: AskFn) -> list[list[Strategy] | LLMError]:
+        async def label(dialogue: Dialogue) -> list[Strategy] | LLMError:
+            schema = label_schema(len(dialogue.supporter_turns))
             try:
-                numbers = (await ask(task, prompt, schema)).model_dump()["strategies"]
-                found[index] = [STRATEGIES[number - 1] for number in numbers]
+                answer = await ask(task, label_prompt(dialogue, language), schema)
             except LLMError as error:
-                found[index] = error
-            bar.update()
+                return error
+            return [STRATEGIES[number - 1] for number in answer.model_dump()["strategies"]]
 
-    async def ask_all() -> None:
-        pending = iter(range(len(dialogues)))
-        with ProgressBar(total=len(dialogues), desc="labels", unit="dialogue") as bar:
-            if llm.backend == "mock":
-                return await work(answers.cached(answer_by_rule), pending, bar)
-            async with Client(llm) as client:
-                await client.check()
-                ask = answers.cached(ask_model(client, seed))
-                await asyncio.gather(*(work(ask, pending, bar) for _ in range(llm.concurrency)))
+        return await map_concurrently(dialogues, label, llm.concurrency, "labels", "dialogue")
 
-    asyncio.run(ask_all())
-    return [found[index] for index in range(len(dialogues))]
+    async def ask_server() -> list[list[Strategy] | LLMError]:
+        async with Client(llm) as client:
+            await client.check()
+            return await label_all(answers.cached(ask_model(client, seed)))
+
+    return asyncio.run(label_all(answers.cached(answer_by_rule)) if llm.backend == "mock" else ask_server())
 
 
 def label_prompt(dialogue: Dialogue, language: str) -> list[dict[str, str]]:

@@ -2,8 +2,8 @@
 
 import asyncio
 import os
-from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import pydantic
@@ -12,7 +12,9 @@ from csc_train.files import digest
 from csc_train.jsonl import JsonlLog
 from csc_train.llm.client import Client, Observer, RequestAttempt
 from csc_train.llm.structured import ask_structured
+from csc_train.progress import ProgressBar
 
+Item, Found = TypeVar("Item"), TypeVar("Found")
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 AskFn = Callable[[str, list[dict[str, str]], type[Schema]], Awaitable[Schema]]
 """A source of answers: task, messages, schema. A model on a server, a log of earlier answers, or a mock."""
@@ -30,6 +32,37 @@ def ask_model(client: Client, seed: int) -> ObservedAskFn:
         return answer.value
 
     return ask
+
+
+async def map_concurrently(
+    items: Sequence[Item], work: Callable[[Item], Awaitable[Found]], concurrency: int, desc: str, unit: str
+) -> list[Found]:
+    """What `work` returns for each item, in the order of the items, at most `concurrency` at a time.
+
+    After an error no further item begins, the others in progress are cancelled, and the error is raised.
+
+    Args:
+        desc, unit: of the progress bar.
+    """
+    pending, found = iter(enumerate(items)), {}
+    with ProgressBar(total=len(items), desc=desc, unit=unit) as bar:
+
+        async def worker() -> None:
+            try:
+                for place, item in pending:
+                    found[place] = await work(item)
+                    bar.update()
+            except BaseException:
+                deque(pending, maxlen=0)
+                raise
+
+        workers = [asyncio.create_task(worker()) for _ in range(concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for each in workers:
+                each.cancel()
+    return [found[place] for place in range(len(items))]
 
 
 class _Request(pydantic.BaseModel):

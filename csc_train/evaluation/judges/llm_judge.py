@@ -5,8 +5,9 @@ of the reference's turns, whatever a system says there.
 """
 
 import asyncio
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -27,10 +28,10 @@ from csc_train.evaluation.win_rate import WinRate, win_rate
 from csc_train.files import digest
 from csc_train.inference.predictions import Prediction, build_prediction, describe_kinds
 from csc_train.jsonl import JsonlLog
+from csc_train.llm.answer_log import map_concurrently
 from csc_train.llm.client import Client, LLMError, Message
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import ask_structured
-from csc_train.progress import ProgressBar
 from csc_train.stats import mean
 from csc_train.template.reply import Reply, format_reply
 from csc_train.templates import render
@@ -175,28 +176,23 @@ def judge(asked: Sequence[JudgeQuestion], llm: LLMConfig, config: JudgeConfig, c
     todo = {key: question for question, key in keys.items() if key not in known}  # equal questions are asked once
     failures: dict[str, LLMError] = {}
 
-    async def work(client: Client, pending: Iterator[str], bar: ProgressBar) -> None:
-        for key in pending:
-            question = todo[key]
-            try:
-                seed = int(key[:7], 16)
-                answer = await ask_structured(
-                    client, question.messages, ANSWER_SCHEMAS[question.task], seed=seed, temperature=0
-                )
-            except LLMError as error:
-                failures[key] = error
-            else:
-                usage = {name: getattr(answer, name) for name in _USAGE}
-                known[key] = {"key": key, **question.identity, "answer": answer.value.model_dump(), **usage}
-                log.append(known[key] | {"model": answer.model})
-            bar.update()
+    async def ask(client: Client, key: str) -> None:
+        question = todo[key]
+        schema, seed = ANSWER_SCHEMAS[question.task], int(key[:7], 16)
+        try:
+            answer = await ask_structured(client, question.messages, schema, seed=seed, temperature=0)
+        except LLMError as error:
+            failures[key] = error
+        else:
+            usage = {name: getattr(answer, name) for name in _USAGE}
+            known[key] = {"key": key, **question.identity, "answer": answer.value.model_dump(), **usage}
+            log.append(known[key] | {"model": answer.model})
 
     async def ask_all() -> None:
-        pending = iter(todo)
-        with ProgressBar(total=len(todo), desc="judging", unit="question") as bar:
-            async with Client(llm) as client:
-                await client.check()
-                await asyncio.gather(*(work(client, pending, bar) for _ in range(llm.concurrency)))
+        async with Client(llm) as client:
+            await client.check()
+            asking = functools.partial(ask, client)
+            await map_concurrently(list(todo), asking, llm.concurrency, "judging", "question")
 
     if todo:
         with log:

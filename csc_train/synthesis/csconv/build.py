@@ -1,9 +1,8 @@
 """The CSConv pipeline: recorded calls are filtered, rewritten into labelled turns by a model, and filtered again."""
 
-import asyncio
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +15,8 @@ from csc_train.errors import InputError
 from csc_train.files import digest, require_end
 from csc_train.invisible import strip_invisible
 from csc_train.jsonl import read_jsonl
-from csc_train.llm.answer_log import AskFn, ObservedAskFn, Schema
-from csc_train.llm.client import LLMError, Observer, UnusableServerError
+from csc_train.llm.answer_log import AskFn, ObservedAskFn, Schema, map_concurrently
+from csc_train.llm.client import LLMError, Observer
 from csc_train.synthesis.config import CallFilterConfig, DuplicatesConfig, RewriteFilterConfig
 from csc_train.synthesis.filters.llm_checks import check_call_manners, check_quality
 from csc_train.synthesis.filters.rules import DuplicateFilter, FilterVerdict, check_call, check_rewrite
@@ -171,37 +170,16 @@ async def build_csconv(
     duplicates: DuplicatesConfig,
     language: str,
     concurrency: int,
-    on_outcome: Callable[[CallOutcome], None] = lambda outcome: None,
 ) -> list[CallOutcome]:
     """Filter and rewrite calls, at most `concurrency` at a time; the outcomes are in the order of the calls.
 
-    `on_outcome` is called for each call that ends. Near-duplicates are dropped last, in the order of the calls, so that
-    the result does not depend on timing.
+    Near-duplicates are dropped last, in the order of the calls, so that the result does not depend on timing.
 
     Raises:
         UnusableServerError: the model's server rejects the key; every other error becomes an outcome.
     """
-    slots = asyncio.Semaphore(concurrency)
-
-    async def run(each: RecordedCall) -> CallOutcome:
-        async with slots:
-            try:
-                outcome = await _process_call(each, ask, call, rewrite, language)
-            except UnusableServerError:
-                # Before the next call takes this slot.
-                for task in tasks:
-                    if task is not asyncio.current_task():
-                        task.cancel()
-                raise
-        on_outcome(outcome)
-        return outcome
-
-    tasks = [asyncio.create_task(run(each)) for each in calls]
-    try:
-        outcomes = await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+    process = functools.partial(_process_call, ask=ask, call=call, rewrite=rewrite, language=language)
+    outcomes = await map_concurrently(calls, process, concurrency, "calls", "call")
     repeats = DuplicateFilter(duplicates)
     return [
         CallOutcome(each.id, (*each.verdicts, repeats.check(each.dialogue(""))), each.rewritten)
