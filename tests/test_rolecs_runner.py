@@ -406,8 +406,14 @@ def test_a_quota_slot_that_nothing_fits_stays_empty(tmp_path, monkeypatch):
     assert rows(tmp_path / "s.db", "SELECT count(*) FROM dialogues") == [(6,)]
 
 
-def test_a_panel_judges(tmp_path):
-    run(tmp_path / "s.db", 2, judges=3)
+def test_a_panel_judges_and_the_report_shows_its_agreement(tmp_path):
+    runner, store = start(tmp_path / "s.db", 2, judges=3)
+    with contextlib.closing(store):
+        asyncio.run(runner.run())
+        write_synthesis(tmp_path, runner, store, MockBackend("zh"), [], 0)
+    agreement = json.loads((tmp_path / "synthesis.json").read_text(encoding="utf-8"))["agreement"]
+    assert json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))["agreement"] == agreement
+    assert "Fleiss" in (tmp_path / "quality.html").read_text(encoding="utf-8")
     asked = rows(tmp_path / "s.db", "SELECT role, count(*) FROM answers WHERE role LIKE 'rolecs%' GROUP BY role")
     assert [role for role, _ in asked] == ["rolecs_check", "rolecs_check_2", "rolecs_check_3"]
     assert len({count for _, count in asked}) == 1

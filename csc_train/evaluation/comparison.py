@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from csc_train.data.dialogue import Dialogue
@@ -141,18 +141,12 @@ def compare(
         profiles = chosen_profiles(config, sides[0])
         for spec in metrics_in_profiles((*profiles, *SECTIONS)):
             if spec.compare:
-                row = {
-                    "context": context,
-                    "metric": _metric_name(spec, profiles),
-                    "turns": len(sides[0]),
-                    "left_out": left_out,
-                }
-                pair = [spec.function(table, config) for table in sides]
-                if pair[0].items is not None:
-                    row |= {"turns": len(pair[0].items.names), "left_out": 0}
-                rows.append(
-                    row | _difference(spec.name, pair[0], pair[1], sides, config.bootstrap_resamples, permutations)
-                )
+                row = {"context": context, "metric": _metric_name(spec, profiles)}
+                a_metric, b_metric = (spec.function(table, config) for table in sides)
+                items = a_metric.items  # such as texts, which both have
+                row |= {"turns": len(items.names if items else sides[0]), "left_out": 0 if items else left_out}
+                resamples = config.bootstrap_resamples
+                rows.append(row | _difference(spec.name, a_metric, b_metric, sides, resamples, permutations))
     tested = [row for row in rows if row["p_value"] is not None]
     for row, adjusted in zip(tested, holm_correction([row["p_value"] for row in tested]), strict=True):
         higher = "A is higher" if row["difference"] > 0 else "B is higher"
@@ -170,13 +164,11 @@ def _difference(
     name: str, a: Metric, b: Metric, sides: tuple[PredictionTable, PredictionTable], resamples: int, permutations: int
 ) -> dict:
     dialogues = sides[0].dialogue
-    row = {"unit": a.unit, "signature": a.signature, "direction": a.direction, "p_value": None}
-    found = a.difference(b, dialogues, resamples)
-    if found.value is None or not isinstance(a.statistic, Statistic) or not isinstance(b.statistic, Statistic):
-        return row | {"reason": found.reason}
-    row |= {"a": a.statistic.value, "b": b.statistic.value, "difference": found.value}
-    row |= {"low": found.low, "high": found.high}
-    row["p_value"] = sign_flip_test(a.statistic, b.statistic, a.clusters(dialogues), permutations)
-    if name == "ACC":
-        row["mcnemar"] = mcnemar_test(sides[0].correct, sides[1].correct)
+    row = asdict(a.difference(b, dialogues, resamples)) | {"p_value": None}
+    row["difference"] = row.pop("value")
+    if row["difference"] is not None and isinstance(a.statistic, Statistic) and isinstance(b.statistic, Statistic):
+        row |= {"a": a.statistic.value, "b": b.statistic.value}
+        row["p_value"] = sign_flip_test(a.statistic, b.statistic, a.clusters(dialogues), permutations)
+        if name == "ACC":
+            row["mcnemar"] = mcnemar_test(sides[0].correct, sides[1].correct)
     return row

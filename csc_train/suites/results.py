@@ -320,15 +320,12 @@ def _details(found: Sequence[dict[str, Any]], brief: bool = False) -> list[tuple
         ("training", "Trainings", [*CURVES, "trained tokens/s"], 1, trainings),
         ("evaluation", "States and costs", ["state", *headings], 2, costs),
     ]
-    filled = [
-        (key, title, ["row", *header], labels, [[row["label"], *cells] for row, cells in rows],
-         [row["links"][key] for row, _ in rows])
-        for key, title, header, labels, rows in shown if rows
-    ]  # fmt: skip
-    return [
-        (ReportTable(title, header, rows, labels, notes=(NOTES[key],)), links)
-        for key, title, header, labels, rows, links in filled
-    ]
+    filled = []
+    for key, title, header, labels, rows in (each for each in shown if each[-1]):
+        cells = [[row["label"], *own] for row, own in rows]
+        table = ReportTable(title, ["row", *header], cells, labels, notes=(NOTES[key],))
+        filled.append((table, [row["links"][key] for row, _ in rows]))
+    return filled
 
 
 def _number(value: float | None, form: str) -> str:

@@ -56,15 +56,15 @@ def write_synthesis(
     write_jsonl(directory / "rejected.jsonl", store.rejected_rows())
     write_json(directory / "filter_funnel.json", rows)
     usage = _usage(store, backend)
-    write_json(directory / "synthesis.json", _counts(runner, store, dialogues) | {"usage": usage})
+    counts = _counts(runner, store, dialogues)
+    write_json(directory / "synthesis.json", counts | {"usage": usage})
     if dialogues:
         for name in ("dialogues.jsonl", "dialogues.parquet"):
             write_dialogues(directory / name, dialogues)
         profiles = {dialogue.id: runner.persona_description(dialogue.extra["persona"]) for dialogue in dialogues}
         total = {name: value for name, value in usage["all"].items() if value is not None}
-        report = quality_report(
-            dialogues, reference=reference, profiles=profiles, funnel=rows, usage=total, seed=seed
-        )  # fmt: skip
+        facts = {"reference": reference, "profiles": profiles, "agreement": counts.get("agreement")}
+        report = quality_report(dialogues, **facts, funnel=rows, usage=total, seed=seed)
         title = f"{len(dialogues)} synthetic dialogues (source={backend.source})"
         write_quality_report(directory, report, title, runner.language)
     return rows
