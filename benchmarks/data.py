@@ -33,7 +33,7 @@ from csc_train.template.dialogue_template import DialogueTemplate
 
 TRAINING, EVALUATION = 11_232, 1_855
 """Dialogues of RoleCS and of CSConv."""
-SECTIONS = ("duplicates", "encoding", "processes", "memory")
+SECTIONS = ("duplicates", "encoding", "threads", "memory")
 BATCHES = (200, 1000)
 """Texts of a call of the tokenizer alone."""
 THRESHOLD = 0.8
@@ -64,7 +64,7 @@ def main() -> None:
                 report, dialogues[:count], dialogues[count:], options.old, options.rounds
             ),
             "encoding": lambda: encoding(report, file, template, options.rounds),
-            "processes": lambda: processes(report, file, tokenizer, options.rounds),
+            "threads": lambda: threads(report, file, tokenizer, options.rounds),
             "memory": lambda: memory(report, file, tokenizer, 2 if options.quick else 10),
         }
         for name in SECTIONS:
@@ -153,21 +153,21 @@ def encoding(report: Report, file: Path, template: DialogueTemplate, rounds: int
         report.add(f"all / tokenizer alone, batches of {size:,}", ratios(whole, alone_taken), most=1.25)
 
 
-def processes(report: Report, file: Path, tokenizer: str | Path, rounds: int) -> None:
-    """Encoding into a cache entry by one process and by two."""
+def threads(report: Report, file: Path, tokenizer: str | Path, rounds: int) -> None:
+    """Encoding into a cache entry by one thread and by two."""
     taken: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
         for workers, each in taken.items():
             each.append(prepare(file, tokenizer, workers)[0])
     report.section(
-        "processes",
+        "threads",
         "Seconds that recipes/prepare.py takes to encode dialogues into an entry of the cache, as it logs them, by one "
-        "process and by two; the start of the second counts.",
+        "thread and by two (tokenization.num_workers), in turn.",
         dialogues=file.read_bytes().count(b"\n"),
         load=round(os.getloadavg()[0], 1),
     )
     for workers, each in taken.items():
-        report.add(f"processes {workers}: seconds", spread(each))
+        report.add(f"threads {workers}: seconds", spread(each))
     report.add("one / two", ratios(taken[1], taken[2]), least=1.8)
 
 

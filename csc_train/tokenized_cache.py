@@ -15,16 +15,11 @@ Loss weights are not stored: they follow from token types and strategies, so cha
 import collections
 import contextlib
 import logging
-import multiprocessing
 import os
-import pickle
 import shutil
-import signal
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -56,12 +51,10 @@ ENCODING_VERSION = 1
 """Raise it with every change of the code that changes token ids, token types or offsets: it is part of the key."""
 KEY = 16
 """Hexadecimal digits of an entry's name, a hash of its key."""
-CHUNK = 200
-"""Dialogues that are encoded, sent between processes and written at a time."""
-MAX_PENDING = 20
-"""Encoded chunks for each process that may wait for an earlier one."""
-MIN_DIALOGUES_PER_WORKER = 10_000
-"""Encoding fewer dialogues takes less time than starting a process."""
+CHUNK = 50
+"""Dialogues that a worker encodes, and that are written, at a time."""
+MAX_WORKERS = 6
+"""Workers by default: Python's own part, a sixth of the time, is done by one at a time."""
 
 
 class TokenizedDataset(Sequence[TokenizedDialogue]):
@@ -160,7 +153,7 @@ def _entry(
     dialogues: Sequence[Dialogue], template: DialogueTemplate, config: TokenizationConfig
 ) -> tuple[Path, dict[str, str]]:
     """The cache entry for these dialogues, and the parts of its key."""
-    from csc_train.models.tokenizer import tokenizer_hash  # workers need no transformers
+    from csc_train.models.tokenizer import tokenizer_hash  # recipes/clean.py needs no transformers
 
     inputs = {
         "data": data_digest(dialogues),
@@ -179,7 +172,7 @@ def _build(
     num_workers: int | None,
 ) -> TokenizedDataset:
     if num_workers is None:
-        num_workers = min(os.cpu_count() or 1, 1 + len(dialogues) // MIN_DIALOGUES_PER_WORKER)
+        num_workers = min(os.cpu_count() or 1, MAX_WORKERS)
     prefix = [] if any(dialogue.kind == "chat" for dialogue in dialogues) else template.prefix_ids
     start = time.perf_counter()
     with (
@@ -223,30 +216,19 @@ def _write(
 def _encode(
     dialogues: Sequence[Dialogue], template: DialogueTemplate, num_workers: int, prefix: int
 ) -> Iterator[list[numpy.ndarray]]:
-    """Encode and flatten the dialogues chunk by chunk, in order; this process is one of the workers."""
-    chunks = (dialogues[start : start + CHUNK] for start in range(0, len(dialogues), CHUNK))
-    if num_workers == 1:
-        yield from (_flatten(template.encode_all(chunk), prefix) for chunk in chunks)
-        return
-    # Not forked from here: a fork copies the locks of threads (torch's, the tokenizer's) but not the threads. The
-    # server imports once for all of them.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    light = template.for_workers(any(dialogue.kind == "chat" for dialogue in dialogues))
-    with tempfile.TemporaryDirectory() as folder, _one_thread():
-        # In a file: a pipe would hold this process up until the worker has imported.
-        (file := Path(folder) / "template").write_bytes(pickle.dumps(light))
-        pool = ProcessPoolExecutor(num_workers - 1, context, _begin_worker, (file,))
+    """Encode and flatten the dialogues chunk by chunk, in order. The tokenizer lets other threads run meanwhile."""
+
+    def encode(start: int) -> list[numpy.ndarray]:
+        return _flatten(template.encode_all(dialogues[start : start + CHUNK]), prefix)
+
+    with _one_thread():
+        pool = ThreadPoolExecutor(num_workers)
+        pending: collections.deque[Future] = collections.deque()
         try:
-            pending: collections.deque[Future] = collections.deque()
-            for chunk in chunks:
-                if sum(not each.done() for each in pending) < 2 * (num_workers - 1):  # enough to keep all busy
-                    pending.append(pool.submit(_encode_in_worker, chunk, prefix))
-                else:
-                    pending.append(Future())
-                    pending[-1].set_result(_flatten(template.encode_all(chunk), prefix))
-                while pending and (pending[0].done() or len(pending) > MAX_PENDING * num_workers):
+            for start in range(0, len(dialogues), CHUNK):
+                if len(pending) == 2 * num_workers:  # enough to keep all busy while one chunk is written
                     yield pending.popleft().result()
+                pending.append(pool.submit(encode, start))
             while pending:
                 yield pending.popleft().result()
         finally:
@@ -265,7 +247,7 @@ def _flatten(examples: Iterable[TokenizedDialogue], prefix: int) -> list[numpy.n
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep the tokenizer from starting threads: the cores are shared out between processes already."""
+    """Keep the tokenizer from starting threads of its own: the workers share the cores out already."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -275,28 +257,6 @@ def _one_thread() -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-_worker_template: DialogueTemplate
-"""The template of a worker process: sent once, not with every chunk."""
-
-
-def _begin_worker(template: Path) -> None:
-    global _worker_template
-    _worker_template = pickle.loads(template.read_bytes())
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Exit when the parent ends: a worker of a killed parent would wait for work forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _encode_in_worker(dialogues: Sequence[Dialogue], prefix: int) -> list[numpy.ndarray]:
-    return _flatten(_worker_template.encode_all(dialogues), prefix)
 
 
 def _file(directory: str | os.PathLike, name: str) -> Path:

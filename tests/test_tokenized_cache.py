@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from csc_train.errors import InputError
 from csc_train.packing.config import LossConfig, PackingConfig
 from csc_train.packing.dataset import pack_dialogues
 from csc_train.template.config import MODES, TokenizationConfig
+from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.tokenized_cache import ARRAYS, MANIFEST, tokenize
 
 
@@ -78,11 +80,12 @@ def test_cached_dialogues_equal_those_of_the_template(tmp_path, settings):
         examples[40]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_chats_keep_their_own_prefix_beside_dialogues(tmp_path, workers):
+@pytest.mark.parametrize("workers", [1, 4])
+def test_chats_keep_their_own_prefix_beside_dialogues(tmp_path, monkeypatch, workers):
     (short, long), (first, *rest) = dialogues()[:2], dialogues()[2:6]
     chats = [replace(short, kind="chat"), replace(long, kind="chat", system="You are brief. " * 300)]
     mixed = [first, *chats, *rest]
+    monkeypatch.setattr(tokenized_cache, "CHUNK", 1)
     examples = tokenize(mixed, template(), TokenizationConfig(str(tmp_path), workers))
     fresh = list(template().encode_all(mixed))
     assert len({len(each.input_ids[: each.turn_offsets[0]]) for each in fresh}) == 3
@@ -94,25 +97,46 @@ def test_the_files_hold_the_dialogues_end_to_end(tmp_path, expected):
     assert contents(tmp_path) == expected
 
 
-def test_two_processes_write_the_same_and_get_chunks_as_they_are_wanted(tmp_path, expected, monkeypatch):
-    submitted = []
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_threads_write_the_same_and_encode_no_further_than_wanted(tmp_path, expected, monkeypatch, workers):
+    encoded, flatten = [], tokenized_cache._flatten
 
-    class Pool(tokenized_cache.ProcessPoolExecutor):
-        def submit(self, function, chunk, *rest):
-            submitted.append(len(chunk))
-            return super().submit(function, chunk, *rest)
+    def counting(examples, prefix):
+        encoded.append(threading.current_thread())
+        return flatten(examples, prefix)
 
-    monkeypatch.setattr(tokenized_cache, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(tokenized_cache, "_flatten", counting)
     monkeypatch.setattr(tokenized_cache, "CHUNK", 1)
-    chunks = tokenized_cache._encode(dialogues(), template(), 2, len(template().prefix_ids))
+    chunks = tokenized_cache._encode(dialogues(), template(), workers, len(template().prefix_ids))
     first = next(chunks)
-    assert 2 <= len(submitted) < 40  # two wait for the other process; this one encodes as well
+    assert 1 <= len(encoded) <= 2 * workers
     (tmp_path / "entry").mkdir()
     tokenized_cache._write(
         tmp_path / "entry", template().prefix_ids, itertools.chain([first], chunks), lambda count: None
     )
-    assert set(submitted) == {1}
+    assert len(encoded) == 40 and threading.main_thread() not in encoded and len(set(encoded)) <= workers
     assert contents(tmp_path) == expected
+    assert not any(thread.is_alive() for thread in encoded)
+
+
+def test_an_error_in_a_thread_ends_all_and_leaves_nothing(tmp_path, monkeypatch):
+    threads, encode_all = set(), DialogueTemplate.encode_all
+
+    def failing(self, given, targets=None):
+        threads.add(threading.current_thread())
+        if given[0].id == "21":
+            raise MemoryError("no room")
+        return encode_all(self, given, targets)
+
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    named = [replace(dialogue, id=str(number)) for number, dialogue in enumerate(dialogues())]
+    maker = template()
+    monkeypatch.setattr(DialogueTemplate, "encode_all", failing)
+    with pytest.raises(MemoryError, match="no room"):
+        tokenize(named, maker, TokenizationConfig(str(tmp_path), 3))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert not any(thread.is_alive() for thread in threads)
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == parallelism
 
 
 def test_packs_of_the_cache_are_those_of_the_template(tmp_path):
@@ -232,7 +256,7 @@ def builder(cache: Path, *arguments: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_an_interrupted_tokenization_leaves_no_process_and_is_built_again(tmp_path, expected, end):
+def test_an_interrupted_tokenization_is_built_again(tmp_path, expected, end):
     one = builder(tmp_path, "2", "pause")
     assert one.stdout.readline() == "half-way\n"
     half = entry(tmp_path)
@@ -241,7 +265,6 @@ def test_an_interrupted_tokenization_leaves_no_process_and_is_built_again(tmp_pa
         os.killpg(one.pid, end)  # as a terminal does at Ctrl-C
     else:
         one.kill()
-    # To the end of the output, which its two workers hold open as long as they live.
     rest, _ = one.communicate(timeout=TIMEOUT_S)
     assert rest == ""
     assert one.returncode != 0

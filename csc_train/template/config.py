@@ -30,7 +30,7 @@ class TokenizationConfig:
     cache_dir: str = "runs/tokenized"
     """Directory of the cache; it may be deleted. Each entry is named by a hash of dialogues, tokenizer and template."""
     num_workers: int | None = None
-    """Processes that tokenize; 1 is the calling one. Defaults to the number of cores, fewer for few dialogues."""
+    """Threads that tokenize. Defaults to the number of cores, at most 6: more are hardly faster."""
 
     def __post_init__(self):
         check_fields("tokenization.", self, "num_workers", low=1)

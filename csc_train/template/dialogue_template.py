@@ -27,7 +27,7 @@ from csc_train.template.reply import Reply, format_reply, parse_reply
 from csc_train.template.segments import LAYOUTS, SEAM, Layout, Messages, find_segments
 from csc_train.template.system_prompt import system_prompt
 
-if TYPE_CHECKING:  # processes that only encode do without it (see `DialogueTemplate.for_workers`)
+if TYPE_CHECKING:  # it takes seconds to load
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -308,14 +308,6 @@ class DialogueTemplate:
         probe = "⟦0⟧"
         before = self._render([{"role": "user", "content": probe}]).partition(probe)[0]
         return self._control_ids(before.removesuffix("" if self.layout.system_in_user else self._user_header))
-
-    def for_workers(self, chats: bool) -> "DialogueTemplate":
-        """A copy that only encodes, also `chats`: without the tokenizer, whose library takes seconds to load."""
-        if chats:
-            _ = self._plain_ids
-        other = copy.copy(self)
-        del other.tokenizer
-        return other
 
     def _prefix_of(self, dialogue: Dialogue) -> list[int]:
         """The ids before the first turn: a chat has its own system prompt, or what the template writes without one."""

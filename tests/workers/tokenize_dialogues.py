@@ -1,4 +1,4 @@
-"""Tokenizes `dialogues()` in a separate process: `tokenize_dialogues.py CACHE PROCESSES [pause]`.
+"""Tokenizes `dialogues()` in a separate process: `tokenize_dialogues.py CACHE THREADS [pause]`.
 
 With `pause` it says so when half of the chunks are written, and continues at a line on its standard input.
 """
@@ -40,9 +40,9 @@ def pausing(chunks: Iterator) -> Iterator:
 
 if __name__ == "__main__":
     log_to_stdout()
-    cache, processes, *pause = sys.argv[1:]
+    cache, threads, *pause = sys.argv[1:]
     tokenized_cache.CHUNK = CHUNK
     if pause:
         encode = tokenized_cache._encode
         tokenized_cache._encode = lambda *arguments: pausing(encode(*arguments))
-    tokenized_cache.tokenize(dialogues(), template(), TokenizationConfig(cache, int(processes)))
+    tokenized_cache.tokenize(dialogues(), template(), TokenizationConfig(cache, int(threads)))
