@@ -98,25 +98,27 @@ def test_the_files_hold_the_dialogues_end_to_end(tmp_path, expected):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_threads_write_the_same_and_encode_no_further_than_wanted(tmp_path, expected, monkeypatch, workers):
-    encoded, flatten = [], tokenized_cache._flatten
+def test_threads_write_the_same_and_get_chunks_as_they_are_wanted(tmp_path, expected, monkeypatch, workers):
+    submitted, threads = [], set()
 
-    def counting(examples, prefix):
-        encoded.append(threading.current_thread())
-        return flatten(examples, prefix)
+    class Pool(tokenized_cache.ThreadPoolExecutor):
+        def submit(self, function, start):
+            submitted.append(start)
+            return super().submit(lambda: (threads.add(threading.current_thread()), function(start))[1])
 
-    monkeypatch.setattr(tokenized_cache, "_flatten", counting)
+    monkeypatch.setattr(tokenized_cache, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(tokenized_cache, "CHUNK", 1)
     chunks = tokenized_cache._encode(dialogues(), template(), workers, len(template().prefix_ids))
     first = next(chunks)
-    assert 1 <= len(encoded) <= 2 * workers
+    assert len(submitted) == 2 * workers
     (tmp_path / "entry").mkdir()
     tokenized_cache._write(
         tmp_path / "entry", template().prefix_ids, itertools.chain([first], chunks), lambda count: None
     )
-    assert len(encoded) == 40 and threading.main_thread() not in encoded and len(set(encoded)) <= workers
+    assert submitted == list(range(40))
     assert contents(tmp_path) == expected
-    assert not any(thread.is_alive() for thread in encoded)
+    assert 1 <= len(threads) <= workers and threading.main_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_an_error_in_a_thread_ends_all_and_leaves_nothing(tmp_path, monkeypatch):
