@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Otherwise each process would compile the project's modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+gc.disable()  # up to `pytest_collection_finish`
+
 import pytest
 import torch
 from processes import TIMEOUT_S, stop_fork_server
@@ -323,8 +325,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
+    """Python's garbage collector rests while modules are imported, and looks at none of them afterwards."""
     gc.collect()
-    gc.freeze()  # each collection would look at all that was imported, and libraries ask for many
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # Hydra and pytest make objects by the hundred thousand, and few circles
+    gc.enable()
 
 
 def pytest_sessionfinish():

@@ -1,7 +1,11 @@
 """Every shipped configuration composes, means what its file says, and wrong ones are refused with a remedy."""
 
+import functools
+import itertools
 import re
 import sys
+import typing
+from collections import defaultdict
 
 import pytest
 import torch
@@ -86,8 +90,8 @@ INSTEAD = {
     ("convert", "llm"): ["from=csv", "input=x", "output=y.jsonl", "label=llm"],
 }
 """The same, where a group goes with something else."""
-
-
+CHOOSERS = ("experiment", "debug", "suite")
+"""Groups whose files choose files of other groups."""
 WITH_DATA = [recipe for recipe in SCHEMAS if "data" in schema_of(recipe).__dataclass_fields__]
 """The recipes that read dialogues."""
 
@@ -100,16 +104,51 @@ def recipes_of(file):
     return [recipe for recipe in SCHEMAS if group in groups_of(recipe)]
 
 
-def compose_file(file, recipe, filler):
-    """Compose a recipe with a file of conf/; every value that the file leaves to the user is `filler`."""
-    group, _, name = file.rpartition("/")
-    required = INSTEAD.get((recipe, group), REQUIRED[recipe])
-    overrides = [*required, *([f"{group}={name.removesuffix('.yaml')}"] if group else [])]
-    if group in ("", "experiment", "debug"):
-        return compose(recipe, overrides)
-    marked = [key for key, value in leaves(load(file)).items() if value == "???"]
-    fillers = {key: f"[{{path: '{filler}'}}]" if key == "mix" else filler for key in marked}
-    return compose(recipe, overrides + [f"{group}.{key}={value}" for key, value in fillers.items()])
+def cases():
+    """(recipe, files of conf/ that it takes at once): every file is among those of one recipe.
+
+    Of recipes whose section is of one type, each takes a share of the group's files: they share all that reads it.
+    """
+    shares = defaultdict(dict)
+    for group in sorted({file.rpartition("/")[0] for file in FILES} - {""}):
+        files, alike = [file for file in FILES if file.startswith(f"{group}/")], defaultdict(list)
+        for recipe in recipes_of(files[0]):
+            alike[str(typing.get_type_hints(schema_of(recipe)).get(group))].append(recipe)
+        for recipes in alike.values():
+            for index, recipe in enumerate(recipes):
+                shares[recipe][group] = files[index :: len(recipes)]
+    for recipe in SCHEMAS:
+        yield recipe, (f"{recipe}.yaml",)
+        alone = [group for group in shares[recipe] if group in CHOOSERS or (recipe, group) in INSTEAD]
+        yield from ((recipe, (file,)) for group in alone for file in shares[recipe][group])
+        columns = [files for group, files in shares[recipe].items() if group not in alone]
+        yield from ((recipe, tuple(filter(None, row))) for row in itertools.zip_longest(*columns))
+
+
+CASES = list(cases())
+FILLER = "a/b"
+"""In place of every value that a file leaves to the user."""
+
+
+@functools.cache
+def composed(recipe, *files):
+    """A recipe's configuration with files of conf/, one of a group, the values that they leave to the user filled."""
+    overrides = REQUIRED[recipe]
+    for group, _, name in (file.rpartition("/") for file in files):
+        overrides = INSTEAD.get((recipe, group), overrides)
+        if not group:
+            continue
+        overrides = [*overrides, f"{group}={name.removesuffix('.yaml')}"]
+        if group not in ("experiment", "debug"):
+            marked = [key for key, value in leaves(load(f"{group}/{name}")).items() if value == "???"]
+            fillers = {key: f"[{{path: '{FILLER}'}}]" if key == "mix" else FILLER for key in marked}
+            overrides += [f"{group}.{key}={value}" for key, value in fillers.items()]
+    return compose(recipe, overrides)
+
+
+def model_of(file):
+    """The section that a file of conf/model brings about."""
+    return next(composed(recipe, *files).model for recipe, files in CASES if file in files)
 
 
 def load(file):
@@ -143,13 +182,6 @@ def stated(file):
     return values | leaves(content, "" if group in ("experiment", "debug", "suite") else f"{group}.")
 
 
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    (directory / "config.json").write_text("{}")
-    return directory
-
-
 def test_conf_holds_yaml_only_and_a_root_for_each_recipe():
     assert len(FILES) > 30
     assert [file for file in FILES if not file.endswith(".yaml")] == []
@@ -162,18 +194,19 @@ def test_every_file_belongs_to_a_recipe():
     assert [file for file in FILES if not recipes_of(file)] == []
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_file_composes_and_its_values_arrive(file, model_directory):
-    for recipe in recipes_of(file):
-        config = to_container(compose_file(file, recipe, model_directory))
-        if "/" not in file:
-            continue
-        got = leaves(config)
-        for key, value in stated(file).items():
+def test_every_file_is_composed():
+    assert {file for _, files in CASES for file in files} == set(FILES)
+
+
+@pytest.mark.parametrize(("recipe", "files"), CASES, ids=["-".join((recipe, *files)) for recipe, files in CASES])
+def test_every_file_composes_and_its_values_arrive(recipe, files):
+    got = leaves(to_container(composed(recipe, *files)))
+    for file in files:
+        for key, value in stated(file).items() if "/" in file else ():
             if value == "???":
-                assert got[key] == str(model_directory) or got[key][0]["path"] == str(model_directory), (recipe, key)
+                assert got[key] == FILLER or got[key][0]["path"] == FILLER, (file, key)
             elif "${" not in str(value):
-                assert got[key] == value, (recipe, key)
+                assert got[key] == value, (file, key)
 
 
 def test_debug_presets_shrink_every_experiment():
@@ -189,18 +222,19 @@ def test_debug_presets_shrink_every_experiment():
 
 
 def test_prepare_takes_what_sft_takes_and_makes_the_same_of_it():
-    for overrides in ([], *([f"experiment={path.stem}"] for path in (CONF / "experiment").glob("*.yaml"))):
-        assert to_container(compose("prepare", overrides)) == to_container(compose("sft", overrides)), overrides
+    for files in ([], *([file] for file in FILES if file.startswith("experiment/"))):
+        assert to_container(composed("prepare", *files)) == to_container(composed("sft", *files)), files
 
 
 def test_experiments_keep_what_makes_them_differ():
     """A row and its ablation or adapter version differ in what their names say, and in nothing else."""
-    row = to_container(compose("sft", ["experiment=qwen2_5_7b_rolecs"]))
-    for name, section in (("reply_only", "template"), ("given", "template")):
-        ablation = to_container(compose("sft", [f"experiment=qwen2_5_7b_{name}"]))
-        assert [part for part in row if row[part] != ablation[part]] == [section]
+    row, reply_only, given, lora = (
+        to_container(composed("sft", f"experiment/qwen2_5_7b_{name}.yaml"))
+        for name in ("rolecs", "reply_only", "given", "lora")
+    )
+    for name, ablation in (("reply_only", reply_only), ("given", given)):
+        assert [part for part in row if row[part] != ablation[part]] == ["template"]
         assert ablation["template"]["mode"] == name
-    lora = to_container(compose("sft", ["experiment=qwen2_5_7b_lora"]))
     assert [part for part in row if row[part] != lora[part]] == ["adapter", "trainer"]
     assert (row["adapter"]["kind"], lora["adapter"]["kind"]) == ("full", "lora")
 
@@ -208,13 +242,13 @@ def test_experiments_keep_what_makes_them_differ():
 def test_a_published_model_is_loaded_not_made_up():
     for file in FILES:
         if file.startswith("model/") and "path" in load(file):
-            model = compose_file(file, "sft", "a/b").model
+            model = model_of(file)
             assert (model.init, model.tokenizer) == ("pretrained", None), file
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("model/")])
 def test_model_has_the_published_number_of_parameters(file):
-    model = compose_file(file, "sft", "a/b").model
+    model = model_of(file)
     comment = re.match(r"# ([\d,]+) parameters", (CONF / file).read_text())
     if "architecture" not in load(file) or model.init == "random":
         assert comment is None
