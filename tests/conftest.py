@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +22,6 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Otherwise each process would compile the project's modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-
-gc.disable()  # up to `pytest_collection_finish`
 
 import pytest
 import torch
@@ -71,6 +69,12 @@ _ODD_PIECES = (
     "العربية", "𠮷野家", "a_b", "#1", "https://example.com/?q=1&r=2", "。", "：", "]", "[", "{}",
     "\\n", "\u3000", "的的的",
 )  # fmt: skip
+
+
+def sampled(cases: Iterable, every: int) -> list:
+    """Parameters of a test, of which the fast tests take one in `every`; the others are slow."""
+    parameters = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*each, marks=[pytest.mark.slow] * bool(n % every)) for n, each in enumerate(parameters)]
 
 
 def random_dialogue(rng: random.Random, extra: tuple[str, ...] = ()) -> Dialogue:
@@ -324,8 +328,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
 
 
+def pytest_sessionstart():
+    gc.disable()  # while modules are imported
+
+
 def pytest_collection_finish():
-    """Python's garbage collector rests while modules are imported, and looks at none of them afterwards."""
+    """Python's garbage collector looks at none of what was imported, and less often at the rest."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)  # Hydra and pytest make objects by the hundred thousand, and few circles
