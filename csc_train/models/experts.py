@@ -5,7 +5,7 @@ same decisions remain comparable, if each of them was nearly the model's own.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,14 @@ def _without_router_logits(_: nn.Module, arguments: tuple, inputs: dict[str, Any
     return arguments, {"output_router_logits": False} | inputs
 
 
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> contextlib.ExitStack:
+    """A context in which each module calls a hook behind its forward pass."""
+    stack = contextlib.ExitStack()
+    for module in modules:
+        stack.enter_context(module.register_forward_hook(hook))
+    return stack
+
+
 @contextlib.contextmanager
 def recorded_decisions(model: nn.Module) -> Iterator[list[Tensor]]:
     """Record the decisions of a forward pass inside this context.
@@ -39,12 +47,8 @@ def recorded_decisions(model: nn.Module) -> Iterator[list[Tensor]]:
         For each router, int64 [tokens, top_k]: the experts that it chooses for each token.
     """
     decisions: list[Tensor] = []
-    hooks = [each.register_forward_hook(lambda *call: decisions.append(call[-1][2])) for each in routers(model)]
-    try:
+    with hooked(routers(model), lambda *call: decisions.append(call[-1][2])):
         yield decisions
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextlib.contextmanager
@@ -70,9 +74,5 @@ def replayed_decisions(model: nn.Module, decisions: Sequence[Tensor]) -> Iterato
         errors.append((excess.clamp(min=0).max() / logits.abs().max()).item())
         return logits, probabilities.to(scores.dtype), chosen
 
-    hooks = [each.register_forward_hook(replay) for each in routers(model)]
-    try:
+    with hooked(routers(model), replay):
         yield errors
-    finally:
-        for hook in hooks:
-            hook.remove()

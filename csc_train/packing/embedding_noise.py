@@ -29,8 +29,5 @@ def noisy_embeddings(model: Any, alpha: float | None, sequence_lengths: torch.Te
         bound = alpha * (sequence_lengths * embeddings.shape[-1]).rsqrt().masked_fill(sequence_lengths == 0, 0)
         return embeddings + bound[..., None].to(embeddings.dtype) * torch.empty_like(embeddings).uniform_(-1, 1)
 
-    hook = model.get_input_embeddings().register_forward_hook(add_noise)
-    try:
+    with model.get_input_embeddings().register_forward_hook(add_noise):
         yield
-    finally:
-        hook.remove()

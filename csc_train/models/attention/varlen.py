@@ -204,17 +204,7 @@ def attend_in_blocks(
 
 
 @attend_in_blocks.register_kernel("cuda")
-def attend_gathered(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    key_index: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
+def attend_gathered(query, key, value, cu_seqlens_q, cu_seqlens_k, key_index, max_q, max_k, scale):
     """As `attend_in_blocks`, by one call of torch's flash-attention for documents of different lengths."""
     keys, values = key.index_select(0, key_index), value.index_select(0, key_index)
     output, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -271,19 +261,8 @@ def backward_in_blocks(
 
 @backward_in_blocks.register_kernel("cuda")
 def backward_gathered(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    key_index: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, key_index, max_q, max_k, scale
+):
     """The gradients of `attend_gathered`; those of a prefix are summed over its copies, in fp32 or higher."""
     keys, values = key.index_select(0, key_index), value.index_select(0, key_index)
     unused = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the state of a dropout that there is not
@@ -298,7 +277,7 @@ def backward_gathered(
         torch.zeros(whole.shape, dtype=wide, device=key.device).index_add_(0, key_index, part.to(wide)).to(key.dtype)
         for whole, part in zip((key, value), gathered, strict=True)
     )
-    return own.contiguous(), *sums  # pyright: ignore[reportReturnType]
+    return own.contiguous(), *sums
 
 
 @backward_in_blocks.register_fake
