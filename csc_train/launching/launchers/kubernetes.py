@@ -5,7 +5,7 @@ from typing import Any
 
 from csc_train.errors import InputError
 from csc_train.launching.launchers.base import register_launcher
-from csc_train.launching.launchers.submitted import SubmittedLauncher
+from csc_train.launching.launchers.submitted import ManifestLauncher
 from csc_train.runs.directory import EXIT_STOPPED
 
 LABEL = "csc-train/job"
@@ -15,7 +15,7 @@ EXIT_REFUSED = 2
 
 
 @register_launcher("kubernetes")
-class KubernetesLauncher(SubmittedLauncher):
+class KubernetesLauncher(ManifestLauncher):
     """Submits an Indexed Job and a headless Service, which gives the first pod a name for the rendezvous.
 
     The Job replaces a pod that fails or is lost. The other pods fail too, since they lose a peer, and are replaced;

@@ -8,12 +8,12 @@ from typing import Any
 from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError
 from csc_train.launching.launchers.base import register_launcher
-from csc_train.launching.launchers.submitted import SubmittedLauncher
+from csc_train.launching.launchers.submitted import ManifestLauncher
 from csc_train.runs.directory import EXIT_STOPPED
 
 
 @register_launcher("skypilot")
-class SkyPilotLauncher(SubmittedLauncher):
+class SkyPilotLauncher(ManifestLauncher):
     """Submits a managed job: SkyPilot starts it again on other machines if one is lost, and it resumes."""
 
     tool = "sky"

@@ -3,30 +3,22 @@
 import re
 import signal
 import subprocess
-from pathlib import Path
 
 from csc_train.errors import InputError
-from csc_train.files import write_text
 from csc_train.launching.launch_commands import node_command
-from csc_train.launching.launchers.base import Launcher, register_launcher
-from csc_train.runs.claim import is_claimed
-from csc_train.runs.directory import read_run_record
+from csc_train.launching.launchers.base import register_launcher
+from csc_train.launching.launchers.submitted import SubmittedLauncher
 from csc_train.templates import render
 
 
 @register_launcher("slurm")
-class SlurmLauncher(Launcher):
-    """Submits a job script that runs a supervisor on each node; the job outlives this process."""
+class SlurmLauncher(SubmittedLauncher):
+    """Submits a job script that runs a supervisor on each node."""
 
     tool = "sbatch"
     file = "job.sbatch"
 
-    @property
-    def script_path(self) -> Path:
-        """Where the job script is written."""
-        return self.job.directory / str(self.file)
-
-    def script(self) -> str:
+    def text(self) -> str:
         """The job script. The run directory must have the same path on all nodes.
 
         Raises:
@@ -45,37 +37,29 @@ class SlurmLauncher(Launcher):
 
     def check(self) -> None:
         """Refuse paths that need quoting."""
-        self.script()
+        self.text()
 
-    def describe(self) -> str:
-        """The sbatch command and the job script."""
-        return f"sbatch {self.script_path}, which is:\n\n{self.script()}"
+    def submission(self) -> list[str]:
+        """`sbatch` of the job script."""
+        return ["sbatch", str(self.path)]
 
     def start(self) -> None:
-        """Write the job script and submit it.
+        """Submit the job.
 
         Raises:
-            InputError: sbatch refuses the job.
+            InputError: sbatch refuses it.
         """
-        write_text(self.script_path, self.script())
-        done = subprocess.run(["sbatch", str(self.script_path)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise InputError(f"sbatch {self.script_path}: {' '.join(done.stderr.split())}")
-        if not (number := re.search(r"\d+", done.stdout)):
-            raise InputError(f"sbatch {self.script_path}: expected a job number, got {done.stdout.strip()!r}")
+        answer = self.submit()
+        if not (number := re.search(r"\d+", answer)):
+            raise InputError(f"sbatch {self.path}: expected a job number, got {answer.strip()!r}")
         self.job_id = number.group()
 
-    def poll(self) -> int | None:
-        """0 if the run is finished, 1 if the job left the queue before; None while it waits or runs.
-
-        A job counts as running while SLURM does not answer, or a process works in its directory.
-        """
-        if read_run_record(self.job.directory).get("finished"):
-            return 0
-        query = ["squeue", "--noheader", "--format=%T", f"--jobs={self.job_id}"]
+    def ended(self, job_id: str) -> int | None:
+        """By the queue, which does not say how a job ended that has left it."""
+        query = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
         done = subprocess.run(query, capture_output=True, text=True, check=False)
         gone = not done.stdout.strip() if done.returncode == 0 else "Invalid job id" in done.stderr
-        return 1 if gone and not is_claimed(self.job.directory) else None
+        return 1 if gone else None
 
     def stop(self, signum: int = signal.SIGTERM) -> None:
         """Cancel the job; its ranks save a checkpoint if SLURM leaves them the time."""

@@ -1,4 +1,4 @@
-"""What Kubernetes and SkyPilot have in common: jobs that take their configuration along to machines of their own."""
+"""Jobs that a program submits; Kubernetes and SkyPilot take their configuration along to machines of their own."""
 
 import json
 import posixpath
@@ -21,10 +21,71 @@ from csc_train.runs.directory import read_run_record
 
 
 class SubmittedLauncher(Launcher):
-    """Renders a job as YAML and submits it by a program; the job outlives this process.
+    """Writes a job to a file and submits it by a program; the job outlives this process."""
 
-    The nodes need not share a file system with this machine: the job brings the frozen configuration along (see
-    `supervise`), and a mounted volume holds the run directory.
+    @property
+    def path(self) -> Path:
+        """Where the job is written."""
+        return self.job.directory / str(self.file)
+
+    @abstractmethod
+    def text(self) -> str:
+        """The job, as it is written."""
+
+    @abstractmethod
+    def submission(self) -> list[str]:
+        """The command that submits `path`."""
+
+    def describe(self) -> str:
+        """The command and the job that it submits."""
+        return f"{shlex.join(self.submission())}, which is:\n\n{self.text()}"
+
+    def submit(self) -> str:
+        """Write the job and submit it; returns what the program prints.
+
+        Raises:
+            InputError: the program refuses it.
+        """
+        write_text(self.path, self.text())
+        return self.call(*self.submission()[1:])
+
+    def call(self, *arguments: str) -> str:
+        """The output of the scheduler's program.
+
+        Raises:
+            InputError: the program fails; its own message.
+        """
+        done = subprocess.run([str(self.tool), *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise InputError(f"{self.tool} {' '.join(arguments[:2])}: {' '.join(done.stderr.split()) or done.stdout}")
+        return done.stdout
+
+    def poll(self) -> int | None:
+        """0 if the run is finished or the job succeeded, 1 if it failed or is gone; None while it waits or runs.
+
+        A job counts as running while the scheduler does not answer, or a process works in its directory.
+        """
+        if read_run_record(self.job.directory).get("finished"):
+            return 0
+        try:
+            ended = self.ended(str(self.job_id))
+        except InputError:
+            return None
+        return None if ended and is_claimed(self.job.directory) else ended
+
+    @abstractmethod
+    def ended(self, job_id: str) -> int | None:
+        """What the scheduler says: 0 if the job succeeded, 1 if it failed or is unknown, None while it waits or runs.
+
+        Raises:
+            InputError: the scheduler does not answer.
+        """
+
+
+class ManifestLauncher(SubmittedLauncher):
+    """Submits a job as YAML to nodes that need not share a file system with this machine.
+
+    The job brings the frozen configuration along (see `supervise`), and a mounted volume holds the run directory.
     """
 
     shares_files = False
@@ -35,11 +96,6 @@ class SubmittedLauncher(Launcher):
     def options(self) -> Any:
         """The cluster's section for this scheduler, such as `cluster.kubernetes`."""
         return getattr(self.job.cluster, self.job.cluster.scheduler)
-
-    @property
-    def path(self) -> Path:
-        """Where the job is written."""
-        return self.job.directory / str(self.file)
 
     @property
     def name(self) -> str:
@@ -95,37 +151,9 @@ class SubmittedLauncher(Launcher):
     def manifest(self) -> list[dict[str, Any]]:
         """The documents to submit."""
 
-    @abstractmethod
-    def submission(self) -> list[str]:
-        """The command that submits `path`."""
-
-    def describe(self) -> str:
-        """The command and the YAML that it submits."""
-        return f"{shlex.join(self.submission())}, which is:\n\n{self.text()}"
-
     def text(self) -> str:
         """The documents as YAML."""
         return yaml.dump_all(self.manifest(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-
-    def submit(self) -> None:
-        """Write the job and submit it.
-
-        Raises:
-            InputError: the program refuses it.
-        """
-        write_text(self.path, self.text())
-        self.call(*self.submission()[1:])
-
-    def call(self, *arguments: str) -> str:
-        """The output of the scheduler's program.
-
-        Raises:
-            InputError: the program fails; its own message.
-        """
-        done = subprocess.run([str(self.tool), *arguments], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise InputError(f"{self.tool} {' '.join(arguments[:2])}: {' '.join(done.stderr.split()) or done.stdout}")
-        return done.stdout
 
     def ask(self, *arguments: str) -> Any:
         """The JSON that the scheduler's program prints; None if it prints nothing.
@@ -138,27 +166,6 @@ class SubmittedLauncher(Launcher):
             return json.loads(answer or "null")
         except ValueError as error:
             raise InputError(f"{self.tool} {' '.join(arguments[:2])}: expected JSON, got {answer[:80]!r}") from error
-
-    def poll(self) -> int | None:
-        """0 if the run is finished or the job succeeded, 1 if it failed or is gone; None while it waits or runs.
-
-        A job counts as running while the scheduler does not answer, or a process works in its directory.
-        """
-        if read_run_record(self.job.directory).get("finished"):
-            return 0
-        try:
-            ended = self.ended(str(self.job_id))
-        except InputError:
-            return None
-        return None if ended and is_claimed(self.job.directory) else ended
-
-    @abstractmethod
-    def ended(self, job_id: str) -> int | None:
-        """What the scheduler says: 0 if the job succeeded, 1 if it failed or is unknown, None while it waits or runs.
-
-        Raises:
-            InputError: the scheduler does not answer.
-        """
 
 
 class _Dumper(yaml.SafeDumper):
