@@ -93,7 +93,8 @@ try:
     from csc_train.models.attention.select import select_attention
     from csc_train.models.attention.varlen import varlen_attention
     from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
-    from csc_train.models.loading import build_model_config, load_model, lora_config
+    from csc_train.models.families import build_model_config
+    from csc_train.models.loading import load_model, lora_config
     from csc_train.models.precision import resolve_precision, weight_dtype
     from csc_train.packing.bin_packing import subset_sum_packing
     from csc_train.packing.collator import PackCollator, run_bounds

@@ -21,8 +21,7 @@ from csc_train.config.paths import CONF
 from csc_train.config.recipes import SCHEMAS, schema_of
 from csc_train.data.strategies import STRATEGIES
 from csc_train.errors import InputError
-from csc_train.models.families import model_dims
-from csc_train.models.loading import build_model_config
+from csc_train.models.families import build_model_config, model_dims
 
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_file())
 PARAMETERS = {

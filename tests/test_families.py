@@ -21,6 +21,7 @@ from csc_train.models.attention.select import collator_layout
 from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
 from csc_train.models.families import (
     MODEL_FAMILIES,
+    build_model_config,
     cache_kinds,
     dense_decoder_dims,
     forward_flops,
@@ -30,7 +31,7 @@ from csc_train.models.families import (
     training_flops,
 )
 from csc_train.models.inspection import inspect_model
-from csc_train.models.loading import build_model_config, check_lora_targets, load_model, lora_config
+from csc_train.models.loading import check_lora_targets, load_model, lora_config
 from csc_train.packing.pack_cost import pack_cost
 from csc_train.template.chat_templates import chat_template_names
 from csc_train.template.tokenizer_training import TOKENIZER_STYLES

@@ -22,9 +22,16 @@ from csc_train.launching.preflight.size import zero_of
 from csc_train.models.attention.gated_delta_net import build_delta_levels, prepare_delta_nets
 from csc_train.models.attention.varlen import VARLEN_ATTENTION, build_varlen_metadata
 from csc_train.models.config import AdapterConfig, ArchitectureConfig, ModelConfig
-from csc_train.models.families import adapted_experts, forward_flops, lora_parameter_count, lora_targets, model_dims
+from csc_train.models.families import (
+    adapted_experts,
+    build_model_config,
+    forward_flops,
+    lora_parameter_count,
+    lora_targets,
+    model_dims,
+)
 from csc_train.models.layers import checkpoint_activations
-from csc_train.models.loading import build_model_config, load_model, lora_config
+from csc_train.models.loading import load_model, lora_config
 from csc_train.training import loss
 from csc_train.training.config import CHECKPOINTING, OPTIMIZERS
 from csc_train.training.memory import (

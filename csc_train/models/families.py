@@ -5,17 +5,23 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from csc_train.errors import InputError, check_choice, suggestion
-from csc_train.models.config import ALL_EXPERTS, ALL_LINEAR, AdapterConfig
+from csc_train.models.config import ALL_EXPERTS, ALL_LINEAR, AdapterConfig, ArchitectureConfig
 from csc_train.plugins import check_entry, note_registration
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 LINEAR_ATTENTION = "linear_attention"
 """The kind of a gated delta net in transformers' `layer_types`."""
 DELTA_CHUNK = 64
 """Tokens that the kernels of a gated delta net multiply at once: transformers' and flash-linear-attention's."""
+_ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_DENSE_LINEARS = (*_ATTENTION_LINEARS, "gate_proj", "up_proj", "down_proj")
+_DELTA_LINEARS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -206,20 +212,21 @@ class ModelFamily:
     """The name in transformers and in `model.architecture.model_type`."""
     causal_lm_class: str
     """The class that an export's config.json names under `architectures`; servers choose their code by it."""
-    read_dims: Callable[[Any, int | None], ModelDims]
-    """From an `ArchitectureConfig` or transformers configuration, and the vocabulary size if that leaves it open."""
+    read_dims: Callable[[Any], ModelDims]
+    """From a transformers configuration."""
     layer_kinds: Mapping[str, LayerKind]
     """The kinds of layers that a model may have, named as in transformers' `layer_types`."""
-    lora_targets: tuple[str, ...]
-    """Names of the linear layers that `adapter.target_modules=all-linear` adapts."""
-    unquantized_modules: tuple[str, ...]
-    """Modules that QLoRA keeps out of 4 bits."""
-    packing_layouts: tuple[str, ...]
-    """The layouts (see `PackCollator`) in which the documents of a pack stay apart."""
     chat_template: str
     """The chat template of a tokenizer without one."""
     tokenizer_style: str
     """Pre-tokenizer and control tokens for a trained tokenizer (see `template.tokenizer_training.TOKENIZER_STYLES`)."""
+    lora_targets: tuple[str, ...] = _DENSE_LINEARS
+    """Names of the linear layers that `adapter.target_modules=all-linear` adapts; default to those of a dense decoder,
+    as do the next two."""
+    unquantized_modules: tuple[str, ...] = ("lm_head",)
+    """Modules that QLoRA keeps out of 4 bits."""
+    packing_layouts: tuple[str, ...] = ("padded", "position_ids", "varlen", "dense_mask")
+    """The layouts (see `PackCollator`) in which the documents of a pack stay apart."""
     outer_model_type: str | None = None
     """That of a vision-language configuration whose `text_config` is of this family."""
     not_loaded: str = ""
@@ -234,22 +241,14 @@ class FlopCounts(NamedTuple):
     per_pair: int
 
 
-def dense_decoder_dims(
-    config: Any, vocab_size: int | None = None, *, qkv_bias: bool = False, head_norms: bool = False
-) -> ModelDims:
+def dense_decoder_dims(config: Any, *, qkv_bias: bool = False, head_norms: bool = False) -> ModelDims:
     """Read the dimensions of a decoder with grouped-query attention and a SwiGLU MLP in each layer.
 
     Args:
-        config: an `ArchitectureConfig` or a transformers configuration.
-        vocab_size: the vocabulary's size if the configuration leaves it open.
+        config: a transformers configuration.
         qkv_bias: whether q, k and v have biases (Qwen2).
         head_norms: whether each query and key head is normalized (Qwen3).
-
-    Raises:
-        ValueError: the vocabulary's size is unknown.
     """
-    if not (vocabulary := config.vocab_size or vocab_size):
-        raise ValueError("the architecture has no vocab_size: pass the tokenizer's size")
     hidden, intermediate = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
@@ -273,7 +272,7 @@ def dense_decoder_dims(
         queries=queries,
         keys=keys,
         intermediate=intermediate,
-        vocabulary=vocabulary,
+        vocabulary=config.vocab_size,
         linears=dict.fromkeys(kinds, linears),
         others=dict.fromkeys(kinds, others),
         head_norms=(queries + keys) * head_norms,
@@ -282,21 +281,9 @@ def dense_decoder_dims(
     )
 
 
-def hybrid_decoder_dims(config: Any, vocab_size: int | None = None) -> ModelDims:
-    """Read the dimensions of a Qwen3.5: gated delta nets, and attention with gated output and norms over heads.
-
-    What an `ArchitectureConfig` leaves open is as transformers has it: every fourth layer has attention.
-
-    Raises:
-        ValueError: as `dense_decoder_dims`.
-    """
-    config = copy.copy(config)
-    every = range(1, config.num_hidden_layers + 1)
-    kinds = [LINEAR_ATTENTION if layer % 4 else "full_attention" for layer in every]
-    for name, default in (_HYBRID_DEFAULTS | {"layer_types": kinds}).items():
-        if getattr(config, name, None) is None:
-            setattr(config, name, default)
-    dims = dense_decoder_dims(config, vocab_size, head_norms=True)
+def hybrid_decoder_dims(config: Any) -> ModelDims:
+    """Read the dimensions of a Qwen3.5: gated delta nets, and attention with gated output and norms over heads."""
+    dims = dense_decoder_dims(config, head_norms=True)
     delta = DeltaDims(
         config.linear_num_key_heads,
         config.linear_num_value_heads,
@@ -324,19 +311,13 @@ def hybrid_decoder_dims(config: Any, vocab_size: int | None = None) -> ModelDims
     )
 
 
-def expert_decoder_dims(
-    read_dims: Callable[..., ModelDims], defaults: dict[str, int], config: Any, vocab_size: int | None = None
-) -> ModelDims:
+def expert_decoder_dims(read_dims: Callable[[Any], ModelDims], config: Any) -> ModelDims:
     """Read the dimensions of a decoder whose every layer has routed experts instead of the MLP of `read_dims`.
 
     A shared expert, which every token uses, is one of its linear layers.
 
-    Args:
-        defaults: what an `ArchitectureConfig` may leave open.
-
     Raises:
         InputError: some layers have no experts.
-        ValueError: as `dense_decoder_dims`.
     """
     if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
         raise InputError(
@@ -344,10 +325,9 @@ def expert_decoder_dims(
             "whose every layer has them"
         )
     config = copy.copy(config)
-    facts = {name: getattr(config, name, None) or default for name, default in defaults.items()}
-    config.intermediate_size = shared = facts.get("shared_expert_intermediate_size", 0)
-    dims = read_dims(config, vocab_size)
-    experts = ExpertDims(facts["num_experts"], facts["num_experts_per_tok"], facts["moe_intermediate_size"])
+    config.intermediate_size = shared = getattr(config, "shared_expert_intermediate_size", 0)
+    dims = read_dims(config)
+    experts = ExpertDims(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size)
     linears = {}
     for kind, own in dims.linears.items():
         linears[kind] = {
@@ -360,35 +340,10 @@ def expert_decoder_dims(
     return replace(dims, linears=linears, intermediate=experts.active * experts.intermediate + shared, experts=experts)
 
 
-_HYBRID_DEFAULTS = {
-    "head_dim": 256,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-}
-"""Those of transformers' configuration."""
-_QWEN3_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
-_QWEN3_5_EXPERTS = {
-    "num_experts": 256,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-}
-
-
 _ATTENTION_FLOPS = (lambda dims: 0, lambda dims: 2 * dims.queries)
 _FULL = {"full_attention": LayerKind(*_ATTENTION_FLOPS, cache="full")}
 _WINDOW = {"sliding_attention": LayerKind(*_ATTENTION_FLOPS, cache="window")}
 _DELTA = {LINEAR_ATTENTION: LayerKind(lambda dims: dims.delta.flops_per_token, lambda dims: 0, cache="recurrent")}
-_ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_DELTA_LINEARS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
-_DENSE_DECODER = {
-    "lora_targets": (*_ATTENTION_LINEARS, "gate_proj", "up_proj", "down_proj"),
-    "unquantized_modules": ("lm_head",),
-    "packing_layouts": ("padded", "position_ids", "varlen", "dense_mask"),
-}
 
 MODEL_FAMILIES = {
     family.model_type: family
@@ -400,7 +355,6 @@ MODEL_FAMILIES = {
             layer_kinds=_FULL | _WINDOW,
             chat_template="qwen2_5",
             tokenizer_style="qwen2",
-            **_DENSE_DECODER,
         ),
         ModelFamily(
             model_type="qwen3",
@@ -409,7 +363,6 @@ MODEL_FAMILIES = {
             layer_kinds=_FULL | _WINDOW,
             chat_template="qwen3",
             tokenizer_style="qwen2",
-            **_DENSE_DECODER,
         ),
         ModelFamily(
             model_type="llama",  # Llama 3, SmolLM2
@@ -418,7 +371,6 @@ MODEL_FAMILIES = {
             layer_kinds=_FULL,
             chat_template="llama3_1",
             tokenizer_style="llama3",
-            **_DENSE_DECODER,
         ),
         ModelFamily(
             model_type="mistral",
@@ -427,7 +379,6 @@ MODEL_FAMILIES = {
             layer_kinds=_FULL | _WINDOW,
             chat_template="llama3_1",
             tokenizer_style="llama3",
-            **_DENSE_DECODER,
         ),
         ModelFamily(
             model_type="qwen3_5_text",  # Qwen3.5, Qwen3.6, Qwen3.8
@@ -438,37 +389,29 @@ MODEL_FAMILIES = {
             layer_kinds=_FULL | _DELTA,
             chat_template="qwen3_5",
             tokenizer_style="qwen3_5",
-            **_DENSE_DECODER
-            | {
-                "lora_targets": (*_DENSE_DECODER["lora_targets"], *_DELTA_LINEARS),
-                "unquantized_modules": ("lm_head", "in_proj_b", "in_proj_a"),  # small gates, that scale the state
-            },
+            lora_targets=(*_DENSE_LINEARS, *_DELTA_LINEARS),
+            unquantized_modules=("lm_head", "in_proj_b", "in_proj_a"),  # small gates, that scale the state
         ),
         ModelFamily(
             model_type="qwen3_moe",
             causal_lm_class="Qwen3MoeForCausalLM",
-            read_dims=functools.partial(
-                expert_decoder_dims, functools.partial(dense_decoder_dims, head_norms=True), _QWEN3_EXPERTS
-            ),
+            read_dims=functools.partial(expert_decoder_dims, functools.partial(dense_decoder_dims, head_norms=True)),
             layer_kinds=_FULL | _WINDOW,
             chat_template="qwen3",
             tokenizer_style="qwen2",
-            **_DENSE_DECODER | {"lora_targets": _ATTENTION_LINEARS},
+            lora_targets=_ATTENTION_LINEARS,
         ),
         ModelFamily(
             model_type="qwen3_5_moe_text",  # Qwen3.5 and Qwen3.6
             outer_model_type="qwen3_5_moe",
             not_loaded="weights of vision and of multi-token prediction",
             causal_lm_class="Qwen3_5MoeForCausalLM",
-            read_dims=functools.partial(expert_decoder_dims, hybrid_decoder_dims, _QWEN3_5_EXPERTS),
+            read_dims=functools.partial(expert_decoder_dims, hybrid_decoder_dims),
             layer_kinds=_FULL | _DELTA,
             chat_template="qwen3_5",
             tokenizer_style="qwen3_5",
-            **_DENSE_DECODER
-            | {
-                "lora_targets": (*_DENSE_DECODER["lora_targets"], *_DELTA_LINEARS),
-                "unquantized_modules": ("lm_head", "in_proj_b", "in_proj_a", "shared_expert_gate"),
-            },
+            lora_targets=(*_DENSE_LINEARS, *_DELTA_LINEARS),
+            unquantized_modules=("lm_head", "in_proj_b", "in_proj_a", "shared_expert_gate"),
         ),
     )
 }
@@ -513,15 +456,46 @@ def get_family(model_type: str) -> ModelFamily:
     return family
 
 
+def build_model_config(
+    architecture: ArchitectureConfig, tokenizer: "PreTrainedTokenizerBase | None"
+) -> "PretrainedConfig":
+    """The transformers configuration of an architecture.
+
+    Args:
+        tokenizer: gives the special tokens, and the vocabulary size if the architecture has none.
+
+    Raises:
+        InputError: the model family is unknown.
+    """
+    from transformers import AutoConfig  # takes seconds
+
+    facts = {name: value for name, value in asdict(architecture).items() if value is not None}
+    facts["model_type"] = get_family(architecture.model_type).model_type
+    if tokenizer is not None:
+        facts.setdefault("vocab_size", len(tokenizer))
+        facts |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(facts.pop("model_type"), **facts)
+    if hasattr(config, "sliding_window"):
+        config.sliding_window = None  # an architecture has no windows; the default of Mistral's class has
+    return config
+
+
 def model_dims(config: Any, vocab_size: int | None = None) -> ModelDims:
-    """The dimensions in an `ArchitectureConfig` or a transformers configuration (see `ModelFamily.read_dims`).
+    """The dimensions of a transformers configuration (see `ModelFamily.read_dims`), or of an `ArchitectureConfig`.
+
+    Args:
+        vocab_size: the vocabulary's size if an architecture leaves it open.
 
     Raises:
         InputError: the model family or a kind of layer is unknown.
         ValueError: the vocabulary's size is unknown.
     """
     family = get_family(config.model_type)
-    dims = family.read_dims(getattr(config, "text_config", None) or config, vocab_size)
+    if isinstance(config, ArchitectureConfig):
+        if not (vocabulary := config.vocab_size or vocab_size):
+            raise ValueError("the architecture has no vocab_size: pass the tokenizer's size")
+        config = build_model_config(replace(config, vocab_size=vocabulary), None)
+    dims = family.read_dims(getattr(config, "text_config", None) or config)
     for kind in dims.layer_kinds:
         check_choice(f"{family.model_type} layer_types", kind, family.layer_kinds)
     return dims

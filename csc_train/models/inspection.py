@@ -17,7 +17,7 @@ from csc_train.errors import InputError
 from csc_train.files import read_json
 from csc_train.models.attention.gated_delta_net import prepare_delta_nets
 from csc_train.models.config import ModelConfig
-from csc_train.models.families import LINEAR_ATTENTION, ModelDims, get_family, model_dims
+from csc_train.models.families import LINEAR_ATTENTION, ModelDims, build_model_config, get_family, model_dims
 from csc_train.models.hub import (
     has_own_head,
     hub_errors,
@@ -27,7 +27,6 @@ from csc_train.models.hub import (
     weight_files,
 )
 from csc_train.models.layout import is_vision_language, other_tensors
-from csc_train.models.loading import build_model_config
 
 logger = logging.getLogger(__name__)
 DTYPES = ("F32", "BF16", "F16")

@@ -1,15 +1,12 @@
 """Load the model to train, or build it with random weights; the configuration of its LoRA adapters."""
 
-from dataclasses import asdict
 from typing import Any
 
 import peft
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -18,8 +15,15 @@ from transformers import set_seed as set_all_seeds
 from csc_train.errors import InputError
 from csc_train.models.attention import select  # noqa: F401  registers our attention implementations
 from csc_train.models.attention.gated_delta_net import prepare_delta_nets
-from csc_train.models.config import ALL_LINEAR, AdapterConfig, ArchitectureConfig, ModelConfig
-from csc_train.models.families import adapted_experts, get_family, is_lora_target, lora_targets, model_dims
+from csc_train.models.config import ALL_LINEAR, AdapterConfig, ModelConfig
+from csc_train.models.families import (
+    adapted_experts,
+    build_model_config,
+    get_family,
+    is_lora_target,
+    lora_targets,
+    model_dims,
+)
 from csc_train.models.hub import base_model_type, load_causal_lm
 
 
@@ -74,26 +78,6 @@ def _keep_training_mode(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.register_forward_pre_hook(keep)
-
-
-def build_model_config(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
-    """The transformers configuration of an architecture.
-
-    Args:
-        tokenizer: gives the special tokens, and the vocabulary size if the architecture has none.
-
-    Raises:
-        InputError: the model family is unknown.
-    """
-    facts = {name: value for name, value in asdict(architecture).items() if value is not None}
-    facts["model_type"] = get_family(architecture.model_type).model_type
-    if tokenizer is not None:
-        facts.setdefault("vocab_size", len(tokenizer))
-        facts |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(facts.pop("model_type"), **facts)
-    if hasattr(config, "sliding_window"):
-        config.sliding_window = None  # an architecture has no windows; the default of Mistral's class has
-    return config
 
 
 def check_lora_targets(adapter: AdapterConfig, model: PreTrainedModel) -> None:
