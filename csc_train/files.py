@@ -109,11 +109,23 @@ def _swept(path: Path) -> Iterator[None]:
 
 def _keep_foreign(replaced: Path, path: Path, stale: Sequence[str] = ()) -> None:
     """Move a replaced directory beside `path` if it holds files that `path` has no successor of."""
-    for file in [file for file in replaced.rglob("*") if not file.is_dir() or file.is_symlink()]:
+    for file in files_below(replaced):
         if os.path.lexists(path / file.relative_to(replaced)) or any(map(file.match, stale)):
             file.unlink()
-    if any(not file.is_dir() or file.is_symlink() for file in replaced.rglob("*")):
+    if files_below(replaced):
         replaced.rename(free_name(f"{path}.replaced-{{}}"))
+
+
+def files_below(directory: Path) -> list[Path]:
+    """The files in a directory and its subdirectories, and symbolic links, which are not followed."""
+    return [path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()]
+
+
+def remove_empty_folders(directory: Path) -> None:
+    """Remove the subdirectories of a directory that hold no file, and itself if none is left."""
+    for folder, _, _ in os.walk(directory, topdown=False):
+        with contextlib.suppress(OSError):  # one that is not empty
+            os.rmdir(folder)
 
 
 def free_name(pattern: str) -> Path:

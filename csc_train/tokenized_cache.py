@@ -139,13 +139,18 @@ def cache_entries(cache: Path) -> list[Path]:
     return found
 
 
-def remove_entry(entry: Path) -> None:
+def remove_entry(entry: Path, unused_days: float) -> None:
     """Remove a cache entry; a kill leaves it whole or not there.
 
+    Args:
+        unused_days: since its last use, when that was last looked at.
+
     Raises:
-        InputError: the cache cannot be written.
+        InputError: it was used meanwhile, or the cache cannot be written.
     """
-    with _lock(entry.parent):
+    with _lock(entry.parent), os_errors(entry, "cannot remove"):
+        if time.time() - (entry / MANIFEST).stat().st_mtime < unused_days * 86_400:
+            raise InputError(f"{entry}: used meanwhile")
         remove_directory(entry)
 
 

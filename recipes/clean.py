@@ -45,7 +45,10 @@ def main(config: CleanRecipe) -> None:
         done = f"kept: {each.reason}" if each.reason else "would be deleted"
         if config.delete and not each.reason:
             try:
-                kept = remove_entry(each.directory) if each.kind == "tokenized" else remove_run(each, config.unfinished)
+                if each.kind == "tokenized":
+                    kept = remove_entry(each.directory, each.days)
+                else:
+                    kept = remove_run(each, config.unfinished)
                 done = f"deleted, but for {kept} files that it did not write" if kept else "deleted"
             except InputError as error:
                 done = f"kept: {error}"

@@ -278,6 +278,8 @@ def test_replace_keeps_the_old_run_beside_until_the_new_one_has_finished(tmp_pat
     settings = {"trainer": {"lr": 2}, "run": {"directory": str(tmp_path / "run"), "if_exists": "replace"}}
     run = Run("sft", settings, ["model"])
     run.start({"train": "0"})
+    (tmp_path / "run/model/wandb-1").mkdir(parents=True)
+    (tmp_path / "run/model/latest").symlink_to("wandb-1")  # as W&B does, to a folder
     aside = tmp_path / "run.replaced-1"
     assert json.loads((aside / "model/weights").read_text()) == {"lr": 1}
     assert json.loads((aside / RECORD_FILE).read_text())["status"] == "finished"

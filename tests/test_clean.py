@@ -13,7 +13,7 @@ from csc_train.errors import InputError
 from csc_train.files import write_json
 from csc_train.runs.cleanup import find_ended_runs, remove_run, remove_weights
 from csc_train.runs.directory import Run
-from csc_train.tokenized_cache import ARRAYS, MANIFEST, cache_entries
+from csc_train.tokenized_cache import ARRAYS, MANIFEST, cache_entries, remove_entry
 
 
 def make_run(place: Path, days: float = 40, finished: bool = True, recipe: str = "sft", **changed) -> Path:
@@ -238,3 +238,14 @@ def test_a_run_whose_model_was_removed_is_not_taken_for_finished(tmp_path):
     run = Run("sft", config, ["model"])
     with pytest.raises(InputError, match=r"its model was removed by sweep.keep=best: start over by run.if_exists="):
         run.start({})
+
+
+def test_a_cache_entry_that_is_used_meanwhile_stays(tmp_path):
+    entry = make_entry(tmp_path, "0" * 16, days=40)
+    os.utime(entry / MANIFEST)  # a training found it
+    with pytest.raises(InputError, match=r"used meanwhile$"):
+        remove_entry(entry, 40)
+    assert cache_entries(tmp_path) == [entry]
+    age(entry, 40)
+    remove_entry(entry, 40)
+    assert cache_entries(tmp_path) == []

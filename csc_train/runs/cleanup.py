@@ -1,19 +1,16 @@
 """Remove what ended runs wrote: their models and checkpoints only, or all of it."""
 
 import contextlib
-import fnmatch
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from csc_train.errors import InputError
-from csc_train.files import os_errors, remove_directory, write_json
+from csc_train.files import files_below, os_errors, remove_directory, remove_empty_folders, write_json
 from csc_train.runs.claim import LOCK_FILE, claim, is_claimed
-from csc_train.runs.config import RESOLVED_FILE
-from csc_train.runs.directory import EARLY_FILES, RECORD_FILE, read_run_record
+from csc_train.runs.directory import RECORD_FILE, read_run_record, recorded_files, run_places, written_files
 
 WEIGHTS = ("checkpoints", "model", "base")
 """Folders of a training's directory that hold weights."""
@@ -69,23 +66,18 @@ def find_ended_runs(root: Path, unfinished: bool) -> Iterator[Removable]:
 def _judge(directory: Path, unfinished: bool) -> Removable:
     kind, reason = "run", None
     try:
-        places = _run_places(directory)
+        places = run_places(directory)
         records = [read_run_record(place) for place in places]
         kind = str(records[0].get("recipe", "run"))
         if any(map(is_claimed, [*places, *directory.absolute().parents])):  # such as a sweep and its trials
             reason = "in use"
         elif not unfinished and not all(record.get("finished") for record in records):
             reason = "unfinished: unfinished=true removes it, too"
-        elif not all(isinstance(_recorded(record), list) for record in records):
+        elif not all(isinstance(recorded_files(record), list) for record in records):
             reason = "does not say what it wrote"
     except InputError as error:
         reason = f"not read: {error}"
     return Removable(directory, kind, *measure(directory), reason)
-
-
-def _run_places(directory: Path) -> list[Path]:
-    """The directory of a run, and those of the runs inside it."""
-    return [Path(place) for place, _, files in os.walk(directory) if RECORD_FILE in files]
 
 
 def remove_run(run: Removable, unfinished: bool) -> int:
@@ -104,41 +96,15 @@ def remove_run(run: Removable, unfinished: bool) -> int:
     if found.reason or found.days < run.days:
         raise InputError(f"{run.directory}: {found.reason or 'written to meanwhile'}")
     with contextlib.ExitStack() as stack:
-        places = _run_places(run.directory)
+        places = run_places(run.directory)
         for place in places:
             stack.enter_context(claim(place, "clean"))
         for place in reversed(places):  # the outer one last: by its record it is found again
             with os_errors(place, "cannot remove"):
-                for path in [*_written_files(place), place / RECORD_FILE]:
+                for path in written_files(place):
                     path.unlink(missing_ok=True)
-    for folder, _, _ in os.walk(run.directory, topdown=False):
-        with contextlib.suppress(OSError):  # one that is not empty
-            os.rmdir(folder)
-    return len(_files(run.directory))
-
-
-def _files(directory: Path) -> list[Path]:
-    """The files below a directory, and symbolic links."""
-    return [path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()]
-
-
-def _recorded(record: dict[str, Any]) -> Any:
-    """What a run record says that the run wrote: its files, or the patterns of its outputs."""
-    return record.get("files", record.get("outputs"))
-
-
-def _written_files(directory: Path) -> list[Path]:
-    """The files of a run: those that it listed at its end; of a killed one, its outputs."""
-    record = read_run_record(directory)
-    listed = set(_recorded(record) if "files" in record else ())
-    patterns = [*EARLY_FILES, RESOLVED_FILE, *(() if "files" in record else _recorded(record))]
-    found = []
-    for path in _files(directory):
-        name = path.relative_to(directory)
-        parts = [str(each) for each in (name, *name.parents)]
-        ours = str(name) in listed or any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns)
-        found += [path] * (ours and not name.name.startswith(LOCK_FILE))
-    return found
+    remove_empty_folders(run.directory)
+    return len(files_below(run.directory))
 
 
 def remove_weights(directory: Path, reason: str) -> None:

@@ -16,7 +16,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from csc_train.errors import InputError, ResumableError
-from csc_train.files import digest, file_digest, free_name, os_errors, read_json, write_json, write_text
+from csc_train.files import (
+    digest,
+    file_digest,
+    files_below,
+    free_name,
+    os_errors,
+    read_json,
+    remove_empty_folders,
+    write_json,
+    write_text,
+)
 from csc_train.overrides import escape, hint, resume_hint
 from csc_train.runs.claim import LOCK_FILE, Claim, claim, claim_new
 from csc_train.runs.config import RESOLVED_FILE, may_change
@@ -202,12 +212,10 @@ class Run:
         for aside in map(Path, record.pop("replaces", [])):
             if read_run_record(aside).get("recipe") != self.recipe:
                 continue
-            for file in _written_files(aside):
+            for file in [file for place in run_places(aside) for file in written_files(place)]:
                 with contextlib.suppress(OSError):
                     file.unlink()
-            for folder, _, _ in os.walk(aside, topdown=False):
-                with contextlib.suppress(OSError):  # one that is not empty
-                    os.rmdir(folder)
+            remove_empty_folders(aside)
             if aside.exists():
                 logger.info("note: kept %s: it holds files that the replaced run did not write", aside)
 
@@ -246,7 +254,7 @@ class Run:
             elif "replaces" in record:
                 logger.info("note: the replaced run is kept in %s", record["replaces"][-1])
             found = self._found_outputs(directory)
-            files = (file for path in found for file in ([path] if path.is_file() else _files(path)))
+            files = (file for path in found for file in ([path] if path.is_file() else files_below(path)))
             record["files"] = sorted({str(file.relative_to(directory)) for file in files})
             write_json(directory / RECORD_FILE, record)
 
@@ -421,19 +429,28 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.\d][-+.\d_e:]*", re.I), list("-+.0123456789"))
 
 
-def _written_files(directory: Path) -> list[Path]:
-    """The files that a run wrote, and runs in its directory; all files there if it was killed before it listed them."""
-    written: list[Path] = []
-    for record in [directory / RECORD_FILE, *directory.glob(f"*/{RECORD_FILE}")]:
-        names = read_json(record).get("files")
-        files = _files(record.parent) if names is None else [record.parent / name for name in names]
-        written += [*files, record.parent / RESOLVED_FILE, record]
-    return written
+def run_places(directory: Path) -> list[Path]:
+    """The directory of a run, and those of the runs inside it."""
+    return [Path(place) for place, _, files in os.walk(directory) if RECORD_FILE in files]
 
 
-def _files(directory: Path) -> list[Path]:
-    """The files in a directory and its subdirectories, symbolic links included."""
-    return [Path(place) / name for place, folders, files in os.walk(directory) for name in files]
+def recorded_files(record: dict[str, Any]) -> Any:
+    """What a run record says that the run wrote: its files, or before its end the patterns of its outputs."""
+    return record.get("files", record.get("outputs"))
+
+
+def written_files(directory: Path) -> list[Path]:
+    """The files of a run: those that it listed at its end; of a killed one, its outputs. Its record is the last."""
+    record = read_run_record(directory)
+    listed = set(recorded_files(record) if "files" in record else ())
+    patterns = [*EARLY_FILES, RESOLVED_FILE, *(() if "files" in record else recorded_files(record) or ["*"])]
+    found = []
+    for path in files_below(directory):
+        name = path.relative_to(directory)
+        parts = [str(each) for each in (name, *name.parents)]
+        ours = str(name) in listed or any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns)
+        found += [path] * (ours and name.name != RECORD_FILE and not name.name.startswith(LOCK_FILE))
+    return [*found, directory / RECORD_FILE]
 
 
 def _now() -> str:
