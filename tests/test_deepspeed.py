@@ -51,7 +51,7 @@ from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.training.compatibility import LAUNCHED, REFUSED, check_supported
 from csc_train.training.config import ZeroConfig
-from csc_train.training.deepspeed import check_engine, deepspeed_config
+from csc_train.training.deepspeed import check_engine, deepspeed_config, launcher_stage
 
 TOLERANCE = 1e-5
 BF16_TOLERANCE = 2e-3
@@ -448,6 +448,8 @@ def test_auto_is_stage_1_for_full_fine_tuning_in_bf16(adapter, precision, stage,
 def test_a_stage_that_disagrees_with_the_launcher_is_refused(monkeypatch):
     with pytest.raises(InputError, match="zero=from_launcher: not started by"):
         deepspeed_config(ZeroConfig("from_launcher"))
+    with pytest.raises(InputError, match="zero=from_launcher: not started by"):  # before a run directory is written
+        ZeroConfig("from_launcher").resolved("full", "bf16")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     for stage in ("auto", "from_launcher", "3"):
@@ -494,6 +496,17 @@ def test_what_does_not_go_with_the_launchers_configuration_is_refused(launched, 
         assert said in str(caught.value) and "\n" not in str(caught.value)
     if not launched:
         check_supported(ZeroConfig(), AdapterConfig("lora", use_dora=True), "adamw_8bit", "fp32")
+
+
+def test_a_launchers_configuration_without_zero_is_refused_in_one_line(tmp_path, monkeypatch):
+    (file := tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 8}))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    for call in (lambda: check_supported(ZeroConfig(), AdapterConfig(), "adamw", "fp32"), launcher_stage):
+        with pytest.raises(InputError, match=r"^the launcher's DeepSpeed configuration: Please specify the ZeRO .*$"):
+            call()
+    file.write_text(json.dumps({"zero_optimization": {}}))
+    assert launcher_stage() == "0"
 
 
 @pytest.mark.parametrize("variable", LAUNCHED)

@@ -93,22 +93,18 @@ def _finish_mlflow(tracker: "GeneralTracker", error: BaseException | None) -> No
 
 
 def _check_mlflow(timeout: float) -> None:
+    from accelerate.utils import patch_environment
+
     client, uri = _mlflow().MlflowClient, os.environ.get("MLFLOW_TRACKING_URI")
     if not uri and importlib.util.find_spec("mlflow.store.tracking.sqlalchemy_store") is None:
         raise InputError("no server: set MLFLOW_TRACKING_URI, or let it keep a store by `pip install --no-deps mlflow`")
     if not uri:
         return
-    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(int(timeout))}
-    before = {name: os.environ[name] for name in limits if name in os.environ}
-    os.environ.update(limits)
     try:
-        client(uri).search_experiments(max_results=1)
+        with patch_environment(mlflow_http_request_max_retries=0, mlflow_http_request_timeout=int(timeout)):
+            client(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow's, and those of requests and SQLAlchemy
         raise InputError(f"{_without_password(uri)}: {_reason(error)}") from error
-    finally:
-        for name in limits:
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def _without_password(text: str) -> str:

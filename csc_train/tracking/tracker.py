@@ -8,7 +8,7 @@ twice.
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from csc_train.tracking.wandb import (
     one_line,
     open_run,
     resolve_mode,
+    run_place,
     tracking_record,
 )  # fmt: skip
 
@@ -81,6 +82,12 @@ class Tracker:
         self._fork_step = 0  # steps of the W&B run before those of the training
         self._reporters: list[Reporter] = []
 
+    def _tell_wandb(self, tell: Callable[["wandb.Run"], object]) -> None:
+        """Call a function with the W&B run, if there is one."""
+        if self._wandb is not None:
+            with self._wandb_errors():
+                tell(self._wandb)
+
     @contextlib.contextmanager
     def _wandb_errors(self) -> Iterator[None]:
         """Say the first error of W&B; a training is worth more than its copy there."""
@@ -131,17 +138,18 @@ class Tracker:
         run.define_metric("*", step_metric="train/global_step", step_sync=True)
         if (diff := directory / CODE_DIFF_FILE).exists():
             run.log_artifact(diff, f"code-{run.id}", "code")
-        where = {"mode": "offline", "url": None} if run.offline else {"mode": "wandb", "url": run.url}
-        return record | {"id": run.id} | where | ({"fork_from": fork} if fork else {})
+        return record | run_place(run) | ({"fork_from": fork} if fork else {})
 
     @property
     def identity(self) -> dict[str, Any]:
         """What finds the W&B run again, for the manifest of the model: id, project, entity, mode, last step."""
-        if (run := self._wandb) is not None:
-            with self._wandb_errors():
-                mode = "offline" if run.offline else "wandb"
-                return {"id": run.id, "project": run.project, "entity": run.entity, "mode": mode, "step": run.step}
-        return {}
+        found: dict[str, Any] = {}
+        self._tell_wandb(
+            lambda run: found.update(
+                id=run.id, project=run.project, entity=run.entity, mode=run_place(run)["mode"], step=run.step
+            )
+        )
+        return found
 
     def truncate_after(self, step: int) -> None:
         """Drop the history after a step, since training repeats it."""
@@ -170,32 +178,27 @@ class Tracker:
 
     def log_summary(self, metrics: dict[str, Any]) -> None:
         """Log metrics of the whole training to W&B."""
-        if self._wandb is not None:
-            with self._wandb_errors():
-                self._wandb.summary.update(metrics)
+        self._tell_wandb(lambda run: run.summary.update(metrics))
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert to W&B, which mails it or passes it to Slack as its user chose."""
-        if self._wandb is not None:
-            with self._wandb_errors():
-                self._wandb.alert(title, text, level="WARN")
+        self._tell_wandb(lambda run: run.alert(title, text, level="WARN"))
 
     def log_table(self, name: str, rows: Sequence[dict[str, Any]], step: int) -> None:
         """Log a table of a step: to `<name>.jsonl` in the run directory, and to W&B."""
         if self._is_main:
             self.history.log_table(name, rows, step)
-        if self._wandb is not None:
+
+        def log(run: "wandb.Run") -> None:
             import wandb
 
-            with self._wandb_errors():
-                table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-                step = max(step, self._wandb.step - self._fork_step)  # the step's row may be closed
-                self._log({name: table}, step)
+            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            self._log({name: table}, max(step, run.step - self._fork_step))  # the step's row may be closed
+
+        self._tell_wandb(log)
 
     def _log(self, row: dict[str, Any], step: int, commit: bool | None = None) -> None:
-        if self._wandb is not None:
-            with self._wandb_errors():
-                self._wandb.log(row, step=step + self._fork_step, commit=commit)
+        self._tell_wandb(lambda run: run.log(row, step=step + self._fork_step, commit=commit))
 
     def log_model(self, directory: Path, hashes: dict[str, str], data_config: dict[str, Any]) -> None:
         """Log references to the final model and its training data to W&B; no weights are uploaded.

@@ -139,6 +139,11 @@ def kept_at(run: "wandb.Run") -> str:
     return f"W&B, offline: {run.settings.sync_dir} (to upload: wandb sync {run.settings.wandb_dir}/offline-run-*)"
 
 
+def run_place(run: "wandb.Run") -> dict[str, Any]:
+    """The id of a run, its mode, and its address, which it has online only."""
+    return {"id": run.id} | ({"mode": "offline", "url": None} if run.offline else {"mode": "wandb", "url": run.url})
+
+
 def one_line(error: Exception) -> str:
     """The message of an error of W&B or below it as one line; its kind where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -190,8 +195,8 @@ def _attach(training: dict[str, Any], config: TrackingConfig, directory: Path) -
         # A new step after those of the training and of earlier attachments: W&B takes no step twice.
         attached = tracking_record(directory).get("wandb", {}).get("evaluations", 0) + 1
         run.log({"evaluation/results": table}, step=max(run.step, training.get("step", 0)) + attached)
-        where = {"mode": "offline", "url": None} if run.offline else {"mode": "wandb", "url": run.url}
-    write_json(directory / TRACKING_FILE, {"wandb": {"id": run.id, **where, "evaluations": attached}})
+        place = run_place(run)
+    write_json(directory / TRACKING_FILE, {"wandb": place | {"evaluations": attached}})
 
 
 def result_rows(results: dict[str, dict[str, dict[str, Any]]]) -> list[list[Any]]:

@@ -64,7 +64,7 @@ def check_supported(zero: ZeroConfig, adapter: AdapterConfig, optimizer: str, pr
                 "it there"
             )
         sharding = launched["zero_optimization"]
-        stage = str(sharding["stage"]) if stage in ("auto", "from_launcher") else stage
+        stage = str(sharding.get("stage", 0)) if stage in ("auto", "from_launcher") else stage
         kept = [sharding.get(name) or {} for name in ("offload_optimizer", "offload_param")]
         offload |= any(each.get("device", "none") != "none" for each in kept)
     chosen = (stage, adapter.kind, precision, offload, adapter.use_dora, optimizer)

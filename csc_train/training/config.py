@@ -39,12 +39,19 @@ def launches_deepspeed() -> bool:
 
 
 def launcher_config() -> dict[str, Any] | None:
-    """DeepSpeed's configuration by accelerate's launcher; None without one."""
+    """DeepSpeed's configuration by accelerate's launcher; None without one.
+
+    Raises:
+        InputError: its file cannot be read, or says nothing of ZeRO.
+    """
     if not launches_deepspeed():
         return None
     from accelerate.utils import DeepSpeedPlugin
 
-    return DeepSpeedPlugin().deepspeed_config
+    try:
+        return DeepSpeedPlugin().deepspeed_config
+    except ValueError as error:
+        raise InputError(f"the launcher's DeepSpeed configuration: {' '.join(str(error).split())}") from error
 
 
 @dataclass
@@ -73,13 +80,22 @@ class ZeroConfig:
                 f"zero.offload_parameters=true with zero.stage={self.stage}: choose stage 3, which shards the weights"
             )
 
+    def check_launched(self) -> None:
+        """Raise an InputError under from_launcher without a launcher that configures DeepSpeed."""
+        if self.stage == "from_launcher" and not launches_deepspeed():
+            raise InputError("zero=from_launcher: not started by `accelerate launch` with a DeepSpeed configuration")
+
     def resolved(self, adapter: str, precision: str) -> "ZeroConfig":
         """These settings with the stage that `auto` stands for; auto remains if accelerate launches DeepSpeed.
 
         Args:
             adapter: an `AdapterConfig.kind`.
             precision: of the computation, as `resolve_precision` returns it.
+
+        Raises:
+            InputError: as `check_launched`.
         """
+        self.check_launched()
         if self.stage != "auto" or launches_deepspeed():
             return self
         return replace(self, stage="1" if adapter == "full" and precision != "fp32" else "off")

@@ -25,7 +25,7 @@ from csc_train.training.config import ZeroConfig, launcher_config
 def launcher_stage() -> str | None:
     """The ZeRO stage in the configuration of accelerate's launcher; None without one."""
     launched = launcher_config()
-    return None if launched is None else str(launched["zero_optimization"]["stage"])
+    return None if launched is None else str(launched["zero_optimization"].get("stage", 0))
 
 
 def deepspeed_config(zero: ZeroConfig) -> dict[str, Any] | None:
@@ -37,10 +37,9 @@ def deepspeed_config(zero: ZeroConfig) -> dict[str, Any] | None:
     Raises:
         InputError: accelerate's launcher configures another stage, or none under from_launcher.
     """
+    zero.check_launched()
     launched = launcher_stage()
     if launched is None:
-        if zero.stage == "from_launcher":
-            raise InputError("zero=from_launcher: not started by `accelerate launch` with a DeepSpeed configuration")
         if zero.stage in ("auto", "off"):
             return None
     elif zero.stage in ("auto", "from_launcher", launched):

@@ -52,7 +52,9 @@ class JobEstimate:
 
 def zero_of(config: PreflightRecipe) -> tuple[str, str]:
     """(stage, offload) as `MemoryScenario` names them; a launcher's own DeepSpeed configuration counts as stage 3."""
-    zero = config.zero.resolved(config.adapter.kind, precision_of(config))
+    zero = config.zero
+    if zero.stage != "from_launcher":
+        zero = zero.resolved(config.adapter.kind, precision_of(config))
     offload = "all" if zero.offload_parameters else "optimizer" if zero.offload_optimizer else "none"
     return {"from_launcher": "3", "auto": "3"}.get(zero.stage, zero.stage), offload
 
