@@ -110,6 +110,21 @@ def show_help(recipe: str, arguments: list[str]) -> bool:
     return asked
 
 
+def run_command(command: str, arguments: list[str], run: Callable[[list[str]], int]) -> int:
+    """Run a script of launch/; an InputError is printed as one line.
+
+    Returns:
+        The exit status: that of `run`, 0 after `--help`, 2 after an InputError.
+    """
+    if show_help(command, arguments):
+        return 0
+    try:
+        return run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 def join_config_dir(arguments: list[str]) -> list[str]:
     """The arguments with `--config-dir DIR` as one word, `--config-dir=DIR`.
 

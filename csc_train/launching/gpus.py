@@ -10,8 +10,9 @@ MAX_USED_FRACTION = 0.05
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. `memory` and `used` are bytes."""
+    """One GPU: its number, as CUDA_VISIBLE_DEVICES takes it; `memory` and `used` are bytes."""
 
+    number: str
     name: str
     memory: int
     used: int
@@ -25,22 +26,21 @@ class Gpu:
 
 def probe_gpus() -> list[Gpu] | None:
     """The GPUs that CUDA_VISIBLE_DEVICES shows, without taking any of their memory; None without nvidia-smi."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"]
+    fields = "name,memory.total,memory.used,driver_version"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     rows = [line.split(", ") for line in answer.splitlines() if line.count(", ") == 3]
-    gpus = [Gpu(name, int(total) * 2**20, int(used) * 2**20, driver) for name, total, used, driver in rows]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        gpus = [gpus[int(number)] for number in visible.split(",") if number.isdigit() and int(number) < len(gpus)]
-    return gpus
+    gpus = {
+        str(number): Gpu(str(number), name, int(total) * 2**20, int(used) * 2**20, driver)
+        for number, (name, total, used, driver) in enumerate(rows)
+    }
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",")
+    return [gpus[number] for number in visible if number in gpus]
 
 
 def free_gpus() -> list[str]:
     """Numbers of the free GPUs that this process sees, as CUDA_VISIBLE_DEVICES takes them."""
-    gpus = probe_gpus() or []
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.isdigit()]
-    names = visible or [str(number) for number in range(len(gpus))]
-    return [name for name, gpu in zip(names, gpus, strict=False) if gpu.free]
+    return [gpu.number for gpu in probe_gpus() or [] if gpu.free]

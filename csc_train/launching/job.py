@@ -2,14 +2,13 @@
 
 import contextlib
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from csc_train.config.cli import join_config_dir, show_help
+from csc_train.config.cli import join_config_dir, run_command
 from csc_train.config.compose import RECORDED, compose, compose_recorded, path_of, to_container
 from csc_train.config.explain import known_keys
 from csc_train.config.paths import script_of
@@ -260,32 +259,30 @@ def launch(arguments: list[str]) -> int:
         The exit status: of the job if the launcher is attached (see `supervise`), 0 after a submission or a dry run, 2
         after an InputError.
     """
-    if show_help("launch", arguments):
+    return run_command("launch", arguments, _launch)
+
+
+def _launch(arguments: list[str]) -> int:
+    job = plan_job(arguments)
+    job.preflight()
+    if job.launch.dry_run:
+        print(job.describe())
         return 0
-    try:
-        job = plan_job(arguments)
-        job.preflight()
-        if job.launch.dry_run:
-            print(job.describe())
-            return 0
-        launcher_class(job.launch.cluster).check_tool(job.launch.cluster)
-        with job.claim() as claimed:
-            with job.kept_if_started(claimed.created):
-                job.write()
-                print(f"run directory: {job.directory}", flush=True)
-                launcher = job.launcher(environment={CLAIM_VARIABLE: claimed.token}, inherited=(claimed.descriptor,))
-                if not launcher.attached:
-                    claimed.release()  # the job may start at once, on another machine
-                launcher.start()
+    launcher_class(job.launch.cluster).check_tool(job.launch.cluster)
+    with job.claim() as claimed:
+        with job.kept_if_started(claimed.created):
+            job.write()
+            print(f"run directory: {job.directory}", flush=True)
+            launcher = job.launcher(environment={CLAIM_VARIABLE: claimed.token}, inherited=(claimed.descriptor,))
             if not launcher.attached:
-                print(f"Submitted batch job {launcher.job_id}")
-                return 0
-            with signal_handler(lambda signum, frame: launcher.stop(signum), FORWARDED):
-                while (status := launcher.poll()) is None:
-                    time.sleep(0.1)
-        if status == EXIT_STOPPED:  # repeated below torchrun's own report of the stopped processes
-            print(f"stopped; to resume: {resume_hint(job.directory)}")
-        return status
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+                claimed.release()  # the job may start at once, on another machine
+            launcher.start()
+        if not launcher.attached:
+            print(f"Submitted batch job {launcher.job_id}")
+            return 0
+        with signal_handler(lambda signum, frame: launcher.stop(signum), FORWARDED):
+            while (status := launcher.poll()) is None:
+                time.sleep(0.1)
+    if status == EXIT_STOPPED:  # repeated below torchrun's own report of the stopped processes
+        print(f"stopped; to resume: {resume_hint(job.directory)}")
+    return status

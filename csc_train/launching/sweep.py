@@ -5,7 +5,6 @@ their last checkpoints, with the same numbers and values.
 """
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.trial import TrialState
 
-from csc_train.config.cli import show_help
+from csc_train.config.cli import run_command
 from csc_train.config.cluster import PrunerConfig, SweepConfig
 from csc_train.config.compose import compose, to_container
 from csc_train.config.recipes.training import LaunchRecipe, SweepRecipe
@@ -170,18 +169,16 @@ def sweep(arguments: list[str]) -> int:
         The exit status: 0 if a trial has a result, 1 if none has, 2 after an InputError, 128 + signal number after a
         signal.
     """
-    if show_help("sweep", arguments):
-        return 0
+    return run_command("sweep", arguments, _sweep)
+
+
+def _sweep(arguments: list[str]) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        planned = plan_sweep(arguments)
-        if planned.launch.dry_run:
-            print(planned.describe())
-            return 0
-        return _run(planned)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    planned = plan_sweep(arguments)
+    if planned.launch.dry_run:
+        print(planned.describe())
+        return 0
+    return _run(planned)
 
 
 def _run(planned: Sweep) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from csc_train.config.cluster import SweepConfig
 from csc_train.errors import InputError, suggestion
@@ -78,12 +78,13 @@ class SweepRunner(TrialRunner):
         if self.config.budget_gpu_hours is None:
             return math.inf
         running = {each.trial.number: each.seconds for each in self._running}
-        used = used_seconds(self.study) | running
+        used = {each.number: _seconds(each) for each in self.study.get_trials(deepcopy=False)} | running
         return self.config.budget_gpu_hours - sum(used.values()) * self._devices / 3600
 
     def _affordable(self) -> bool:
-        """Whether the budget allows another trial beside what the running ones may still take."""
-        expected = expected_seconds(self.study)
+        """Whether the budget allows another trial beside the running ones, by the median time of ended ones."""
+        ended = own_trials(self.study, TrialState.COMPLETE, TrialState.PRUNED)
+        expected = statistics.median(map(_seconds, ended)) if ended else 0.0
         open_seconds = sum(max(0.0, expected - each.seconds) for each in self._running)
         return (open_seconds + expected) * self._devices / 3600 <= self._hours_left()
 
@@ -151,15 +152,9 @@ class SweepRunner(TrialRunner):
         return f"{self.config.metric} {value:.6g}"
 
 
-def used_seconds(study: optuna.Study) -> dict[int, float]:
-    """The seconds of each trial by number, as far as the study knows."""
-    return {trial.number: trial.user_attrs.get("seconds", 0.0) for trial in study.get_trials(deepcopy=False)}
-
-
-def expected_seconds(study: optuna.Study) -> float:
-    """The median of the trials that ended with a result or were pruned; 0 if none has."""
-    ended = own_trials(study, TrialState.COMPLETE, TrialState.PRUNED)
-    return statistics.median([trial.user_attrs.get("seconds", 0.0) for trial in ended] or [0.0])
+def _seconds(trial: FrozenTrial) -> float:
+    """The time of a trial, as far as the study knows."""
+    return trial.user_attrs.get("seconds", 0.0)
 
 
 def keep_best(directory: Path, study: optuna.Study, config: SweepConfig) -> None:

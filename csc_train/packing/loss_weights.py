@@ -58,8 +58,15 @@ def inverse_frequency_factors(config: LossConfig, turns: numpy.ndarray) -> numpy
 @loss_weighting("by_strategy")
 def configured_factors(config: LossConfig, turns: numpy.ndarray) -> numpy.ndarray:
     """The strategy's entry in `strategy_factors`, which defaults to 1."""
-    factors = numpy.ones(len(STRATEGIES) + 1)
-    for number, factor in _by_number(config.strategy_factors).items():
+    factors, named = numpy.ones(len(STRATEGIES) + 1), set()
+    for name, factor in config.strategy_factors.items():
+        try:
+            number = parse_strategy(name).number
+        except ValueError as error:
+            raise InputError(f"loss.strategy_factors: {error}") from error
+        if number in named:
+            raise InputError(f"loss.strategy_factors names strategy {number} twice, the second time as {name!r}")
+        named.add(number)
         factors[number] = factor
     return factors
 
@@ -133,16 +140,3 @@ def count_trained_turns(token_types: numpy.ndarray, strategies: numpy.ndarray) -
     """int64 [13]: the trained turns by strategy number, of a dialogue's `count_token_types` and strategies."""
     trained = token_types[:, TokenType.CONTEXT + 1 :].any(axis=1)
     return numpy.bincount(strategies[trained], minlength=len(STRATEGIES) + 1)
-
-
-def _by_number(factors_by_name: dict[str, float]) -> dict[int, float]:
-    factors: dict[int, float] = {}
-    for name, factor in factors_by_name.items():
-        try:
-            number = parse_strategy(name).number
-        except ValueError as error:
-            raise InputError(f"loss.strategy_factors: {error}") from error
-        if number in factors:
-            raise InputError(f"loss.strategy_factors names strategy {number} twice, the second time as {name!r}")
-        factors[number] = factor
-    return factors

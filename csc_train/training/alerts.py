@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from csc_train.runs.directory import add_to_record, read_run_record
+from csc_train.templates import read_yaml
 from csc_train.tracking.tracker import Tracker
 from csc_train.training.config import AlertsConfig
 
@@ -82,40 +83,11 @@ class Rule:
     after_warmup: bool = False
 
 
-RULES = (
-    Rule("loss_spike", "loss", _spikes, "the loss {value:.4g} is far above that before it, {median:.4g}"),
-    Rule(
-        "slow_throughput",
-        "trained_tokens_per_second",
-        _is_low,
-        "{value:,.0f} trained tokens per second, after {median:,.0f}",
-        entries=3,
-    ),
-    Rule(
-        "small_gradients",
-        "grad_norm",
-        _is_low,
-        "the gradient norm {value:.3g} is far below that before it, {median:.3g}",
-        entries=3,
-        after_warmup=True,
-    ),
-    Rule(
-        "worse_validations",
-        "eval_loss",
-        _rises,
-        "the validation loss rose {threshold} times running, to {value:.4g}",
-        least=0,
-        calm=1,
-    ),
-    Rule(
-        "worse_validations",
-        "eval_strategy_accuracy",
-        _falls,
-        "the strategy accuracy fell {threshold} times running, to {value:.4g}",
-        least=0,
-        calm=1,
-    ),
+_JUDGES = {"spikes": _spikes, "is_low": _is_low, "rises": _rises, "falls": _falls}
+RULES = tuple(
+    Rule(**row | {"is_wrong": _JUDGES[row["is_wrong"]]}) for row in read_yaml(__package__, "alert_rules.yaml")
 )
+"""What is watched in every training."""
 
 
 class Watch:
