@@ -1,6 +1,7 @@
 """Read files that the packages contain: Jinja templates, tables in YAML and other texts."""
 
 import posixpath
+import sys
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -8,13 +9,19 @@ from typing import Any
 import jinja2
 import yaml
 
-_ONE_TAG_PER_LINE = (".html.jinja", ".md.jinja", ".sbatch.jinja", ".txt.jinja")
+_ONE_TAG_PER_LINE = (".html.jinja", ".md.jinja", ".sbatch.jinja", ".txt.jinja", ".yaml.jinja")
 
 
 class _Environment(jinja2.Environment):
     def join_path(self, template: str, parent: str) -> str:
         """The path of an included template, relative to the template that includes it."""
         return posixpath.normpath(posixpath.join(posixpath.dirname(parent), template))
+
+
+def _to_yaml(value: Any) -> str:
+    """A value in one line of YAML."""
+    options = {"allow_unicode": True, "sort_keys": False, "width": sys.maxsize}
+    return yaml.safe_dump([value], default_flow_style=True, **options)[1:-2]
 
 
 @cache
@@ -30,6 +37,7 @@ def _environment(package: str, html: bool, trim: bool) -> jinja2.Environment:
     )
     # The default policy sorts the keys and writes NaN and Infinity, which no browser reads.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
+    environment.filters["toyaml"] = _to_yaml
     return environment
 
 
@@ -37,8 +45,8 @@ def load_template(package: str | None, name: str) -> jinja2.Template:
     """A Jinja template of a package; a variable without a value is an error.
 
     HTML templates (`*.html.jinja`) escape their values. In templates of files (`*.html.jinja`, `*.md.jinja`,
-    `*.sbatch.jinja`, `*.txt.jinja`), a line that holds only a tag leaves no blank line. `include` takes paths relative
-    to the including file.
+    `*.sbatch.jinja`, `*.txt.jinja`, `*.yaml.jinja`), a line that holds only a tag leaves no blank line. `include` takes
+    paths relative to the including file.
 
     Args:
         package: the Python package that stores the file, such as `__package__`.

@@ -311,10 +311,13 @@ def hybrid_decoder_dims(config: Any) -> ModelDims:
     )
 
 
-def expert_decoder_dims(read_dims: Callable[[Any], ModelDims], config: Any) -> ModelDims:
+def expert_decoder_dims(
+    read_dims: Callable[[Any], ModelDims], config: Any, *, shared_expert: bool = False
+) -> ModelDims:
     """Read the dimensions of a decoder whose every layer has routed experts instead of the MLP of `read_dims`.
 
-    A shared expert, which every token uses, is one of its linear layers.
+    Args:
+        shared_expert: whether a layer has an expert that every token uses, too; it is one of its linear layers.
 
     Raises:
         InputError: some layers have no experts.
@@ -325,7 +328,7 @@ def expert_decoder_dims(read_dims: Callable[[Any], ModelDims], config: Any) -> M
             "whose every layer has them"
         )
     config = copy.copy(config)
-    config.intermediate_size = shared = getattr(config, "shared_expert_intermediate_size", 0)
+    config.intermediate_size = shared = config.shared_expert_intermediate_size if shared_expert else 0
     dims = read_dims(config)
     experts = ExpertDims(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size)
     linears = {}
@@ -406,7 +409,7 @@ MODEL_FAMILIES = {
             outer_model_type="qwen3_5_moe",
             not_loaded="weights of vision and of multi-token prediction",
             causal_lm_class="Qwen3_5MoeForCausalLM",
-            read_dims=functools.partial(expert_decoder_dims, hybrid_decoder_dims),
+            read_dims=functools.partial(expert_decoder_dims, hybrid_decoder_dims, shared_expert=True),
             layer_kinds=_FULL | _DELTA,
             chat_template="qwen3_5",
             tokenizer_style="qwen3_5",

@@ -3,10 +3,13 @@
 import signal
 from typing import Any
 
+import yaml
+
 from csc_train.errors import InputError
 from csc_train.launching.launchers.base import register_launcher
 from csc_train.launching.launchers.submitted import ManifestLauncher
 from csc_train.runs.directory import EXIT_STOPPED
+from csc_train.templates import render
 
 LABEL = "csc-train/job"
 """Label of a job's pods, by which its Service finds them."""
@@ -39,80 +42,29 @@ class KubernetesLauncher(ManifestLauncher):
     def manifest(self) -> list[dict[str, Any]]:
         """The Service and the Job."""
         cluster, options = self.job.cluster, self.options
-        labels = {LABEL: self.name, "app.kubernetes.io/managed-by": "csc-train"}
-        meta = {"name": self.name, "namespace": options.namespace, "labels": labels}
-        service = {
-            "clusterIP": "None",
-            "selector": {LABEL: self.name},
-            "publishNotReadyAddresses": True,  # the ranks meet before their pods are ready
-            "ports": [{"name": "rendezvous", "port": cluster.port}],
-        }
-        rules = [
-            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-            {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_STOPPED]}},
-            {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [EXIT_REFUSED]}},
-        ]
-        job = {
-            "completions": cluster.nodes,
-            "parallelism": cluster.nodes,
-            "completionMode": "Indexed",
-            "backoffLimit": options.retries * cluster.nodes,
-            "podFailurePolicy": {"rules": rules},
-            "template": {"metadata": {"labels": labels}, "spec": self._pod()},
-        }
-        return [
-            {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": service},
-            {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": job},
-        ]
-
-    def _pod(self) -> dict[str, Any]:
-        options = self.options
-        pod = {
-            "restartPolicy": "Never",
-            "subdomain": self.name,
-            "terminationGracePeriodSeconds": options.grace,
-            "serviceAccountName": options.service_account,
-            "securityContext": {} if options.fs_group is None else {"fsGroup": options.fs_group},
-            "imagePullSecrets": [{"name": name} for name in options.image_pull_secrets],
-            "nodeSelector": options.node_selector,
-            "tolerations": [
-                {key: value for key, value in vars(each).items() if value is not None} for each in options.tolerations
-            ],
-            "containers": [self._container()],
-            "volumes": [
-                {"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}}
-                for number, claim in enumerate(options.mounts)
-            ],
-        }
-        if options.shm_size:
-            memory = {"medium": "Memory", "sizeLimit": options.shm_size}
-            pod["volumes"].append({"name": "shm", "emptyDir": memory})
-        return {key: value for key, value in pod.items() if value not in (None, [], {})}
-
-    def _container(self) -> dict[str, Any]:
-        cluster, options = self.job.cluster, self.options
         command = self.command("$(JOB_COMPLETION_INDEX)", f"{self.name}-0.{self.name}")
         if options.prologue:
             script = "\n".join([*options.prologue, 'exec "$@"'])
             command = ["bash", "-c", self.quote(script), "bash", *command]
-        env: list[dict[str, Any]] = [
-            {"name": name, "value": self.quote(value)} for name, value in self.environment().items()
-        ]
-        for name, source in options.secrets.items():
-            secret, _, key = source.partition("/")
-            env.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
         gpus = {options.gpu_resource: str(cluster.gpus_per_node)} if cluster.device == "cuda" else {}
-        mounts = [{"name": f"volume-{number}", "mountPath": path} for number, path in enumerate(self.mounts.values())]
-        return {
-            "name": "ranks",
-            "image": options.image,
-            "imagePullPolicy": options.image_pull_policy,
-            "workingDir": options.working_directory,
-            "command": command,
-            "env": env,
-            "resources": {"requests": options.resources | gpus, "limits": options.resources | gpus},
-            "volumeMounts": mounts + ([{"name": "shm", "mountPath": "/dev/shm"}] if options.shm_size else []),
-        }
+        text = render(
+            __package__,
+            "kubernetes.yaml.jinja",
+            job=self.name,
+            label=LABEL,
+            cluster=cluster,
+            options=options,
+            command=command,
+            environment={name: self.quote(value) for name, value in self.environment().items()},
+            resources=options.resources | gpus,
+            mounts=self.mounts.values(),
+            tolerations=[
+                {key: value for key, value in vars(each).items() if value is not None} for each in options.tolerations
+            ],
+            exit_stopped=EXIT_STOPPED,
+            exit_refused=EXIT_REFUSED,
+        )
+        return list(yaml.safe_load_all(text))
 
     def submission(self) -> list[str]:
         """`kubectl apply` of the manifests."""
