@@ -3,13 +3,9 @@
 import signal
 from typing import Any
 
-import yaml
-
 from csc_train.errors import InputError
 from csc_train.launching.launchers.base import register_launcher
 from csc_train.launching.launchers.submitted import ManifestLauncher
-from csc_train.runs.directory import EXIT_STOPPED
-from csc_train.templates import render
 
 LABEL = "csc-train/job"
 """Label of a job's pods, by which its Service finds them."""
@@ -47,13 +43,9 @@ class KubernetesLauncher(ManifestLauncher):
             script = "\n".join([*options.prologue, 'exec "$@"'])
             command = ["bash", "-c", self.quote(script), "bash", *command]
         gpus = {options.gpu_resource: str(cluster.gpus_per_node)} if cluster.device == "cuda" else {}
-        text = render(
-            __package__,
+        return self.fill(
             "kubernetes.yaml.jinja",
-            job=self.name,
             label=LABEL,
-            cluster=cluster,
-            options=options,
             command=command,
             environment={name: self.quote(value) for name, value in self.environment().items()},
             resources=options.resources | gpus,
@@ -61,10 +53,8 @@ class KubernetesLauncher(ManifestLauncher):
             tolerations=[
                 {key: value for key, value in vars(each).items() if value is not None} for each in options.tolerations
             ],
-            exit_stopped=EXIT_STOPPED,
             exit_refused=EXIT_REFUSED,
         )
-        return list(yaml.safe_load_all(text))
 
     def submission(self) -> list[str]:
         """`kubectl apply` of the manifests."""

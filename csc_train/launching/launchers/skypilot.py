@@ -9,7 +9,6 @@ from csc_train.config.cluster import ClusterConfig
 from csc_train.errors import InputError
 from csc_train.launching.launchers.base import register_launcher
 from csc_train.launching.launchers.submitted import ManifestLauncher
-from csc_train.runs.directory import EXIT_STOPPED
 
 
 @register_launcher("skypilot")
@@ -40,43 +39,15 @@ class SkyPilotLauncher(ManifestLauncher):
 
     def manifest(self) -> list[dict[str, Any]]:
         """The task."""
-        cluster, options = self.job.cluster, self.options
-        resources = {
-            "infra": options.infra,
-            "accelerators": {options.accelerator: cluster.gpus_per_node} if cluster.device == "cuda" else None,
-            "use_spot": options.use_spot,
-            "cpus": options.cpus,
-            "memory": options.memory,
-            "disk_size": options.disk_size,
-            "image_id": options.image_id,
-            "job_recovery": {"max_restarts_on_errors": options.retries, "recover_on_exit_codes": [EXIT_STOPPED]},
-        }
         buckets = {path: name for name, path in self.mounts.items() if "://" in name}
-        volumes = {path: name for name, path in self.mounts.items() if "://" not in name}
-        task = {
-            "name": self.name,
-            "num_nodes": cluster.nodes,
-            "workdir": options.workdir,
-            "resources": {key: value for key, value in resources.items() if value is not None},
-            "file_mounts": {path: {"source": name, "mode": options.mount_mode} for path, name in buckets.items()},
-            "volumes": volumes,
-            "envs": self.environment(),
-            "secrets": dict.fromkeys(options.secrets),
-            "setup": "\n".join(options.setup),
-            "run": self._script(),
-        }
-        return [{key: value for key, value in task.items() if value}]
-
-    def _script(self) -> str:
-        folder = self.options.working_directory
-        lines = [
-            *([f"cd {shlex.quote(folder)}"] if folder else []),
-            *self.options.prologue,
-            "# The first node is the rendezvous of the ranks.",
-            'head=$(head -n 1 <<< "$SKYPILOT_NODE_IPS")',
-            f"exec {' '.join(self.command('$SKYPILOT_NODE_RANK', '$head'))}",
-        ]
-        return "\n".join(lines) + "\n"
+        return self.fill(
+            "skypilot.yaml.jinja",
+            quote=self.quote,
+            command=self.command("$SKYPILOT_NODE_RANK", "$head"),
+            environment=self.environment(),
+            buckets={path: {"source": name, "mode": self.options.mount_mode} for path, name in buckets.items()},
+            volumes={path: name for name, path in self.mounts.items() if path not in buckets},
+        )
 
     def submission(self) -> list[str]:
         """`sky jobs launch` of the task."""

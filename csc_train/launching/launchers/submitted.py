@@ -17,7 +17,8 @@ from csc_train.launching import supervise
 from csc_train.launching.launch_commands import node_command
 from csc_train.launching.launchers.base import Launcher
 from csc_train.runs.claim import is_claimed
-from csc_train.runs.directory import read_run_record
+from csc_train.runs.directory import EXIT_STOPPED, read_run_record
+from csc_train.templates import render
 
 
 class SubmittedLauncher(Launcher):
@@ -150,6 +151,11 @@ class ManifestLauncher(SubmittedLauncher):
     @abstractmethod
     def manifest(self) -> list[dict[str, Any]]:
         """The documents to submit."""
+
+    def fill(self, template: str, **values: Any) -> list[dict[str, Any]]:
+        """The documents of a template in this package, filled with `values` and what each template needs."""
+        values |= {"job": self.name, "cluster": self.job.cluster, "options": self.options}
+        return list(yaml.safe_load_all(render(__package__, template, exit_stopped=EXIT_STOPPED, **values)))
 
     def text(self) -> str:
         """The documents as YAML."""
