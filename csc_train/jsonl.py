@@ -176,7 +176,7 @@ def read_jsonl(
             place = f"{path}, line {number}: {parse_reason(error)}"
             if advice is not None:
                 raise InputError(f"{place}: {advice}") from error
-            _say(f"{place}: left out")
+            _warn_once(f"{place}: left out")
         else:
             yield number, row
 
@@ -235,6 +235,6 @@ def parse_reason(error: Exception) -> str:
 
 
 @functools.cache
-def _say(message: str) -> None:
-    """Say it once, however often the file is read."""
+def _warn_once(message: str) -> None:
+    """Log a message once, however often the file is read."""
     logger.warning(message)

@@ -37,7 +37,7 @@ def beat(number: int, calls: int = 7, timed: bool = True, **others) -> dict:
 
 def see(watcher: Heartbeat, now: float, *beats: dict) -> None:
     for rank, each in enumerate(beats):
-        watcher.see(rank, each, now)
+        watcher.record(rank, each, now)
 
 
 LAST = "last in csc_train/training/loss.py:180 forward (step 3): look at its machine, or raise run.timeout_s"
@@ -58,7 +58,7 @@ def test_a_rank_that_never_answered_or_has_ended(watcher):
     see(watcher, 10, beat(1), beat(1), beat(1))
     see(watcher, LIMIT, beat(2), beat(2), beat(2, ended=True))
     assert watcher.lost(LIMIT + 1) == ("rank 3: does not answer for 100 s: look at its machine, or raise run.timeout_s")
-    watcher.see(3, beat(1, ended=True), LIMIT)
+    watcher.record(3, beat(1, ended=True), LIMIT)
     assert watcher.lost(LIMIT + 1) is None
     see(watcher, 300, beat(3, calls=8), beat(3, calls=8))
     assert watcher.lost(301) is None
@@ -71,7 +71,7 @@ def test_a_rank_that_hangs_in_a_step_is_the_one_with_the_fewest_calls(watcher):
     assert watcher.lost(20 + LIMIT - 1) is None
     see(watcher, 20 + LIMIT, *[beat(12, calls=8)] * 3, beat(12))
     assert watcher.lost(20 + LIMIT) == (f"rank 3 (process 99 on node2): hangs for 100 s, awaited by the others, {LAST}")
-    watcher.see(3, beat(13, calls=8), 20 + LIMIT)  # it gets on
+    watcher.record(3, beat(13, calls=8), 20 + LIMIT)  # it gets on
     assert watcher.lost(20 + LIMIT) is None
     see(watcher, 30 + 2 * LIMIT, *[beat(14, calls=8)] * 4)
     assert (
@@ -95,7 +95,7 @@ def test_rank_0_says_so_if_its_store_is_silent(watcher):
 @pytest.mark.parametrize("watcher", [2], indirect=True)
 def test_the_others_watch_rank_0(watcher):
     assert watcher._last.keys() == {0, 2}
-    watcher.see(0, beat(1), 10)
+    watcher.record(0, beat(1), 10)
     assert watcher.lost(10 + LIMIT) is None
     assert watcher.lost(11 + LIMIT) == f"rank 0 (process 99 on node2): does not answer for 100 s, {LAST}"
 

@@ -28,7 +28,7 @@ TOKEN_VARIABLE = "HF_TOKEN"
 """The environment variable with the token, its only place: no setting, log, error or file holds one."""
 WAITS_S = (1, 4, 16)
 """Before each repeat of what the library does not repeat: to create a repository, look at it, and commit."""
-PASSING = (409, 412, 429)
+RETRYABLE = (409, 412, 429)
 """HTTP statuses, beside 5xx, after which to look again: of a commit whose parent is not the newest, and of haste."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 """Files of another layout, between whose weights and the new ones a reader could not choose."""
@@ -112,7 +112,7 @@ def _push(api: HfApi, directory: Path, manifest: Manifest, config: ExportConfig)
             return _commit_missing(api, repository, directory, additions, manifest)
         except (ConnectionError, TimeoutError, errors.HTTPError) as error:
             status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 500
-            if wait is None or not (status >= 500 or status in PASSING):
+            if wait is None or not (status >= 500 or status in RETRYABLE):
                 raise
             logger.info(f"note: {_reason(error)}: in {wait} s, a look at what {repository} holds")
             time.sleep(wait)

@@ -15,7 +15,7 @@ from csc_train.errors import InputError, ResumableError, suggestion
 from csc_train.runs.claim import keep_inherited, release_all
 from csc_train.runs.directory import mark_failed, mark_interrupted
 from csc_train.runs.distributed import exit_with_launcher, record_failure
-from csc_train.runs.heartbeat import own
+from csc_train.runs.heartbeat import this_rank
 
 logger = logging.getLogger(__name__)
 MARK_S = 30.0
@@ -65,7 +65,7 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
 
             config = compose(recipe, arguments)
             if run := getattr(config, "run", None):
-                own.timeout_s, own.on_lost = run.timeout_s, _end_lost
+                this_rank.timeout_s, this_rank.on_lost = run.timeout_s, _end_lost
             main(config)
     except InputError as error:
         advice = mark_failed(error)
@@ -83,7 +83,7 @@ def run_recipe(recipe: str, main: Callable[[Any], None]) -> None:
         raise
     finally:
         release_all()
-        own.stop()
+        this_rank.stop()
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_initialized():
             distributed.destroy_process_group()

@@ -17,7 +17,7 @@ from csc_train.launching.search_space import distributions
 
 CREATE_STUDY, CREATE_TRIAL = 0, 4
 """Optuna's numbers of two operations."""
-WAY_ON = "restore a copy of it, or choose another sweep.directory"
+ADVICE = "restore a copy of it, or choose another sweep.directory"
 
 
 class _Operation(pydantic.BaseModel):
@@ -65,7 +65,7 @@ def open_journal(file: Path) -> JournalStorage:
     created = [row["op_code"] for row in rows if row["op_code"] in (CREATE_STUDY, CREATE_TRIAL)]
     named = max((row["trial_id"] for row in rows if row.get("trial_id") is not None), default=-1)
     if rows and (created[:1] != [CREATE_STUDY] or named >= created.count(CREATE_TRIAL)):
-        raise InputError(f"{file}: a lost line created the study or a trial: {WAY_ON}")
+        raise InputError(f"{file}: a lost line created the study or a trial: {ADVICE}")
     with os_errors(file, "cannot read"):
         whole = file.read_bytes().count(b"\n") == len(rows)
     if not whole:
@@ -83,7 +83,7 @@ def check_values(file: Path, study: optuna.Study, config: SweepConfig) -> None:
     for trial in study.get_trials(deepcopy=False):
         ended = trial.state not in (TrialState.RUNNING, TrialState.WAITING)
         if ended and (lost := values_of(config, trial).keys() - trial.params):
-            raise InputError(f"{file}: a lost line held {', '.join(lost)} of trial {trial.number}: {WAY_ON}")
+            raise InputError(f"{file}: a lost line held {', '.join(lost)} of trial {trial.number}: {ADVICE}")
 
 
 def values_of(config: SweepConfig, trial: FrozenTrial) -> dict[str, optuna.distributions.BaseDistribution]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from csc_train.errors import InputError
-from csc_train.runs.heartbeat import own
+from csc_train.runs.heartbeat import this_rank
 from csc_train.runs.imports import import_lean
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ def distributed_state() -> "PartialState":
     _quiet_libraries(gpu)
     os.environ.update(NCCL_VARIABLES | os.environ)
     # Without `cpu`, ranks on a machine without a GPU would not find each other and would train apart.
-    longest = max(LONGEST_WAIT_S, own.timeout_s)
+    longest = max(LONGEST_WAIT_S, this_rank.timeout_s)
     state = PartialState(cpu=not gpu, timeout=datetime.timedelta(seconds=longest))
     if state.num_processes > 1:
         default: Any = torch.distributed.distributed_c10d._get_default_store()
-        own.start(state.process_index, state.num_processes, default.clone())
+        this_rank.start(state.process_index, state.num_processes, default.clone())
         nccl = ", ".join(f"{name}={os.environ[name]}" for name in NCCL_VARIABLES) if gpu else "none for gloo"
-        ends = f"one that does not answer for {own.timeout_s} s ends the job, or one call of {longest} s"
+        ends = f"one that does not answer for {this_rank.timeout_s} s ends the job, or one call of {longest} s"
         logger.info(f"{state.num_processes} ranks: {ends}; NCCL's own: {nccl}")
     return state
 

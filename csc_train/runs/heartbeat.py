@@ -67,7 +67,7 @@ class Heartbeat:
         print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def see(self, rank: int, beat: dict[str, Any], now: float) -> None:
+    def record(self, rank: int, beat: dict[str, Any], now: float) -> None:
         """Take in the last heartbeat of a rank."""
         before, self._last[rank] = self._last[rank], beat
         if beat["beats"] != before.get("beats"):
@@ -121,7 +121,7 @@ class Heartbeat:
                 self._beat()
                 for rank in self._last:
                     if self._store.check([f"heartbeat/{rank}"]):
-                        self.see(rank, json.loads(self._store.get(f"heartbeat/{rank}")), time.monotonic())
+                        self.record(rank, json.loads(self._store.get(f"heartbeat/{rank}")), time.monotonic())
                 self._ended.wait(self._interval)
         self._ended.set()
         with contextlib.suppress(Exception):
@@ -139,8 +139,8 @@ class Heartbeat:
                 return
 
 
-own = Heartbeat()
-"""That of this process."""
+this_rank = Heartbeat()
+"""The heartbeat of this process."""
 
 
 def _main_place() -> str:

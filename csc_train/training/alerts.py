@@ -83,9 +83,9 @@ class Rule:
     after_warmup: bool = False
 
 
-_JUDGES = {"spikes": _spikes, "is_low": _is_low, "rises": _rises, "falls": _falls}
+_DETECTORS = {"spikes": _spikes, "is_low": _is_low, "rises": _rises, "falls": _falls}
 RULES = tuple(
-    Rule(**row | {"is_wrong": _JUDGES[row["is_wrong"]]}) for row in read_yaml(__package__, "alert_rules.yaml")
+    Rule(**row | {"is_wrong": _DETECTORS[row["is_wrong"]]}) for row in read_yaml(__package__, "alert_rules.yaml")
 )
 """What is watched in every training."""
 

@@ -60,7 +60,7 @@ from csc_train.packing.dataset import PackedDataset, PackingReport
 from csc_train.packing.embedding_noise import noisy_embeddings
 from csc_train.packing.pack_cost import pack_costs
 from csc_train.packing.sampler import PackBatchSampler, PackDataLoader
-from csc_train.runs.heartbeat import own
+from csc_train.runs.heartbeat import this_rank
 from csc_train.training.callbacks import EarlyStopping, ProgressReporter
 from csc_train.training.compatibility import resolve_compile
 from csc_train.training.config import OPTIMIZERS, TrainerConfig, ValidationConfig, ZeroConfig
@@ -145,9 +145,9 @@ class PackTrainer(SFTTrainer):
             for each in (packs, validator and validator.packs)
         )
         text: Any = model.config.get_text_config()
-        said = {name: value for name, value in vars(text).items() if name in ROUTER_SETTINGS}
+        original = {name: value for name, value in vars(text).items() if name in ROUTER_SETTINGS}
         super().__init__(model, arguments, train_dataset=train, eval_dataset=validation, **options)
-        vars(text).update(said)  # TRL's own forward pass, which is not used, needs others; checkpoints would hold them
+        vars(text).update(original)  # TRL's own forward pass, unused here, needs others; checkpoints would hold them
         add_loss_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         self.packs = packs
         self.metrics = TrainMetrics(
@@ -187,7 +187,7 @@ class PackTrainer(SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A forward and backward pass; its size and loss are kept for messages. The loss of the tokens is logged."""
-        own.note(f"step {self.state.global_step + 1}", timed=True)
+        this_rank.note(f"step {self.state.global_step + 1}", timed=True)
         self._batch_tokens = inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch)
         self._losses.append(loss)
@@ -486,7 +486,7 @@ class PackTrainer(SFTTrainer):
 
         The steps before a checkpoint are logged in it: a resumed training then logs the same as one without a break.
         """
-        own.note(f"after step {self.state.global_step}")
+        this_rank.note(f"after step {self.state.global_step}")
         start = time.perf_counter()
         self._finish_save(wait=False)
         self.control.should_log |= self.control.should_evaluate or self.control.should_save

@@ -12,10 +12,10 @@ import time
 import torch
 
 from csc_train.runs.distributed import distributed_state
-from csc_train.runs.heartbeat import own
+from csc_train.runs.heartbeat import this_rank
 
 if __name__ == "__main__":
-    own.timeout_s = timeout_s = float(sys.argv[1])
+    this_rank.timeout_s = timeout_s = float(sys.argv[1])
     state, hangs = distributed_state(), threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: hangs.set())
     if state.is_main_process:
@@ -24,10 +24,10 @@ if __name__ == "__main__":
     step = 0
     while True:
         step += 1
-        own.note(f"step {step}", timed=True)
+        this_rank.note(f"step {step}", timed=True)
         if hangs.is_set():
             threading.Event().wait()
         torch.distributed.all_reduce(torch.ones(1))
-        own.note(f"after step {step}")
+        this_rank.note(f"after step {step}")
         print(f"rank {os.environ['RANK']} did step {step}", flush=True)
         time.sleep(0.2)
