@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # a process of the other build imports its own
 ROOT = Path(__file__).parent.parent
 SIDES = ("shared prefix", "plain packs")
 GOAL = 1.7
+CONTROL_BATCH = 96
+"""Dialogues of a batch of the old build, beside its own 128: what its tokens owe to rounding."""
 
 
 class Build:
@@ -196,18 +198,19 @@ def take_generations(checkout: Path, quick: bool) -> None:
     template, architecture = names["demo"]()
     for dtype in ("float32", "bfloat16"):
         model = names["random_model"](architecture, "sdpa", getattr(torch, dtype))
-        try:
-            names["generation"](None, "", template, model, 4 if quick else 256, 2, 1)
-        except _Captured as captured:
-            sides[dtype] = captured.args[0]
+        for batch in (names["BATCH"] if "BATCH" in names else names["BATCH_SIZE"], CONTROL_BATCH):
+            try:
+                names["generation"](None, "", template, model, 4 if quick else 256, 2, 1, batch)
+            except _Captured as captured:
+                sides[dtype, batch == CONTROL_BATCH] = captured.args[0]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     for request in map(str.strip, sys.stdin):
         answer: Any = commit
         if request != "about":
-            dtype, threads = request.split()
+            dtype, threads, *control = request.split()
             torch.set_num_threads(int(threads))
             started = time.perf_counter(), time.process_time()
-            sides[dtype]()
+            sides[dtype, bool(control)]()
             seconds = time.perf_counter() - started[0], time.process_time() - started[1]
             ids = [(each.dialogue_id, each.turn, getattr(each, "token_ids", None) or getattr(each, "ids", None) or [])
                    for each in outcomes]  # fmt: skip
@@ -228,7 +231,8 @@ def compare_generations(report: "Report", old: Path, rounds: int, quick: bool) -
         "generated context",
         "Turns a second of the case of benchmarks/evaluation.py, likelihoods left out. A process of each build, in "
         "turn; the first round is not counted. Load: runnable processes of the last minute, this one included. Equal "
-        "tokens: turns whose tokens are those of the old build, of the last round.",
+        "tokens: turns whose tokens are those of the old build, of the last round. Control: the same of the old build "
+        f"by batches of {CONTROL_BATCH}: in bf16 tokens depend on the batch by rounding.",
         old=commit,
         rounds=rounds,
         dialogues=4 if quick else 256,
@@ -252,6 +256,9 @@ def compare_generations(report: "Report", old: Path, rounds: int, quick: bool) -
                 report.add(f"{case}, {name} / old by CPU time", ratios(cpu_rates[name], cpu_rates["old"]))
                 equal = sum(ids["old"][turn] == own for turn, own in ids[name].items())
                 report.add(f"{case}, {name}: turns with equal tokens, percent", 100 * equal / len(ids["old"]))
+        *_, other = builds["old"].answer(f"{dtype} {threads} control")
+        equal = sum(ids["old"][turn] == own for turn, own in other.items())
+        report.add(f"{case}, control: turns with equal tokens, percent", 100 * equal / len(other))
     end(builds)
 
 

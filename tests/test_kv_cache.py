@@ -136,6 +136,33 @@ def test_only_float32_attends_to_the_prefix_apart(dtype, monkeypatch):
     assert (len(PREFIX) - 1 in columns) is apart and (min(columns) <= len(PREFIX)) is apart
 
 
+def test_half_precision_fills_tokens_up_to_a_multiple(monkeypatch):
+    """Few numbers of tokens, and the same replies; filling that is cached changes them."""
+    model, fed = model_of("qwen2").to(torch.bfloat16), []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, args: fed.append(len(args[0][0])))
+    usual, tokens = ended(model, rows=20), fed.copy()
+    fed.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_cache, "MULTIPLE", 1)
+        assert ended(model, rows=20) == usual and len(fed) == len(tokens)
+    assert set(tokens) == {-(-count // 16) * 16 if count > 16 else count for count in fed} and tokens != fed
+    hook.remove()
+    with monkeypatch.context() as patch:
+        # The filling is written into the cache, where a row's next tokens read it.
+        patch.setattr(kv_cache._RowsLayer, "update", lambda layer, key, value, *_, **__: wrongly(layer, key, value))
+
+        def wrongly(layer, *states, update=kv_cache._RowsLayer.update):
+            found = update(layer, *states)
+            if hasattr(layer, "layout") and (spare := states[0].shape[2] - len(layer.layout.rows)):
+                for buffer, new in zip(layer._buffers, states, strict=True):
+                    buffer[layer.layout.rows[:spare], :, layer.layout.columns[:spare]] = new[0, :, -spare:].transpose(0, 1)[
+                        : len(layer.layout.rows)
+                    ]
+            return found
+
+        assert ended(model, rows=20) != usual
+
+
 def test_wrong_states_change_the_tokens(monkeypatch):
     """Negative control: a state without a part of it changes the tokens."""
     model = model_of("qwen3_5_text")

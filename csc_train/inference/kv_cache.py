@@ -25,6 +25,10 @@ from csc_train.models.families import LINEAR_ATTENTION
 GROWTH = 64
 """Minimum columns that a full cache grows by. Growing copies the whole cache."""
 
+MULTIPLE = 16
+"""In half precision on a CPU, more tokens of a forward pass are filled up to a multiple of these, and so are the rows of
+logits: oneDNN compiles a product for each number of tokens, which takes some 20 times as long as a small product."""
+
 NUM_MARKS = 4
 """Lengths that a `RewindableCache` can go back to besides its own, in a model whose states cannot be cut back."""
 
@@ -85,7 +89,7 @@ def cached_attention(
         The output, [1, tokens, heads, head size].
     """
     queries, shared = query[0].transpose(0, 1), cache_layout.shared
-    groups, outputs = queries.shape[1] // key.shape[1], [torch.empty_like(queries)]
+    groups, outputs = queries.shape[1] // key.shape[1], [torch.zeros_like(queries)]
     if shared:
         outputs.append(queries.new_empty(*queries.shape[:2], 1, dtype=torch.float32))
     for tokens, rows, places, mask in cache_layout.attended:
@@ -149,7 +153,7 @@ class _RowsLayer(DynamicLayer):
             return states
         rows, columns = self.layout.rows.to(self.device), self.layout.columns.to(self.device)
         for buffer, new in zip(self._buffers, states, strict=True):
-            buffer[rows, :, columns] = new[0].transpose(0, 1)
+            buffer[rows, :, columns] = new[0].transpose(0, 1)[: len(rows)]  # without the filling
         return tuple(self._buffers)
 
     def resize(self, rows: int, columns: int) -> None:
@@ -383,6 +387,10 @@ class DialogueCache:
             segments.append((range(last, last := last + len(span)), row.slots[span.start], target))
             # If the model fails, the content of its slot is unknown.
             row.slots = {length: slot for length, slot in row.slots.items() if slot != target}
+        kept = ends - 1
+        if device.type == "cpu" and self._model.dtype.itemsize == 2 and not self._delta_nets:
+            places, kept = (F.pad(each, (0, -len(each) % MULTIPLE * (len(each) > MULTIPLE))) for each in (places, kept))
+            ids += ids[-1:] * (len(places) - len(ids))
         usual, self._config._attn_implementation = self._config._attn_implementation, CACHED_ATTENTION
         try:
             logits = self._model(
@@ -390,10 +398,10 @@ class DialogueCache:
                 position_ids=places[None],
                 past_key_values=self._cache,
                 use_cache=True,
-                logits_to_keep=ends - 1,
+                logits_to_keep=kept,
                 cache_layout=layout,
                 **self._levels(segments),
-            ).logits[0]
+            ).logits[0, : len(rows)]
         finally:
             self._config._attn_implementation = usual
         for row, span in zip(held, spans, strict=True):
