@@ -148,18 +148,20 @@ def test_half_precision_fills_tokens_up_to_a_multiple(monkeypatch):
     assert set(tokens) == {-(-count // 16) * 16 if count > 16 else count for count in fed} and tokens != fed
     hook.remove()
     with monkeypatch.context() as patch:
-        # The filling is written into the cache, where a row's next tokens read it.
-        patch.setattr(kv_cache._RowsLayer, "update", lambda layer, key, value, *_, **__: wrongly(layer, key, value))
+        update = kv_cache._RowsLayer.update
 
-        def wrongly(layer, *states, update=kv_cache._RowsLayer.update):
-            found = update(layer, *states)
-            if hasattr(layer, "layout") and (spare := states[0].shape[2] - len(layer.layout.rows)):
-                for buffer, new in zip(layer._buffers, states, strict=True):
-                    buffer[layer.layout.rows[:spare], :, layer.layout.columns[:spare]] = new[0, :, -spare:].transpose(0, 1)[
-                        : len(layer.layout.rows)
-                    ]
+        def with_filling(layer, *states, **named):
+            """The filling replaces the keys and values of the first tokens."""
+            found = update(layer, *states, **named)
+            if not hasattr(layer, "layout"):  # the prefix
+                return found
+            count = len(layer.layout.rows)
+            rows, columns = (each[: states[0].shape[2] - count] for each in layer.layout[:2])
+            for buffer, new in zip(layer._buffers, states[:2], strict=True):
+                buffer[rows, :, columns] = new[0].transpose(0, 1)[count:][: len(rows)]
             return found
 
+        patch.setattr(kv_cache._RowsLayer, "update", with_filling)
         assert ended(model, rows=20) != usual
 
 

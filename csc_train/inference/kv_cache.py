@@ -26,7 +26,7 @@ GROWTH = 64
 """Minimum columns that a full cache grows by. Growing copies the whole cache."""
 
 MULTIPLE = 16
-"""In half precision on a CPU, more tokens of a forward pass are filled up to a multiple of these, and so are the rows of
+"""In half precision on a CPU, more tokens of a forward pass are filled up to a multiple of it, and so are the rows of
 logits: oneDNN compiles a product for each number of tokens, which takes some 20 times as long as a small product."""
 
 NUM_MARKS = 4
