@@ -195,6 +195,7 @@ def test_a_missing_package_is_named_in_one_line(measure, monkeypatch):
         runpy.run_path(str(BENCHMARKS / "gpu.py"), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_wheels_are_imported_without_being_installed(tmp_path):
     with zipfile.ZipFile(tmp_path / "carried-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("measure.py", "raise ModuleNotFoundError('the carried one')")
@@ -292,6 +293,7 @@ def test_what_a_training_raises_is_raised_in_its_turn_and_the_others_end(tmp_pat
     assert "raised ZeroDivisionError: division by zero\n2 [False, False]" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_make_bench_gpu_refuses_in_one_line_and_builds_nothing():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

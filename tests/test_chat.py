@@ -114,6 +114,7 @@ def turns_of(conversation):
 # The conversation
 
 
+@pytest.mark.slow
 def test_replies_and_likelihoods_are_those_of_an_evaluation_in_generated_context(generator):
     drawn = [random_dialogue(random.Random(seed)) for seed in range(99)]
     greeted, opened = (

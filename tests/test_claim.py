@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, sampled
 from processes import run_script
 
 from csc_train.checkpoints.manifest import MANIFEST_FILE
@@ -165,7 +165,7 @@ def test_a_default_name_that_is_taken_gets_a_number(tmp_path):
         each.release()
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+@pytest.mark.parametrize("code", sampled([errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS], 3))
 def test_without_locks_a_heartbeat_decides(tmp_path, another, monkeypatch, said, code):
     patch = (
         "import fcntl, csc_train.runs.claim as claims\n"
@@ -197,6 +197,7 @@ def test_without_locks_a_heartbeat_decides(tmp_path, another, monkeypatch, said,
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_refuses_a_directory_in_use(tmp_path, another, recipe):
     first, _ = another()

@@ -11,7 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, sampled
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from processes import TIMEOUT_S, run_script
@@ -29,7 +29,7 @@ HEAVY = ("torch", "transformers", "nltk", "scipy", "sacrebleu")
 # Start-up
 
 
-@pytest.mark.parametrize("recipe", SCHEMAS)
+@pytest.mark.parametrize("recipe", sampled(SCHEMAS, 6))
 def test_a_schema_and_the_command_line_import_nothing_heavy(recipe):
     script = (
         "import sys, csc_train.config, csc_train.config.cli, csc_train.config.compose as compose\n"
@@ -44,7 +44,7 @@ def test_a_schema_and_the_command_line_import_nothing_heavy(recipe):
 
 @pytest.mark.parametrize(
     ("recipe", "arguments", "message"),
-    [
+    sampled([
         ("sft", ["experiment=demo", "trainer.packs_per_step=3"], "trainer.packs_per_step=3 is not a multiple"),
         ("sft", ["model.path=nobody/nothing"], "nobody/nothing: cannot load the model"),
         ("sft", ["model.path=./nothing"], "./nothing: no such model directory"),
@@ -52,8 +52,8 @@ def test_a_schema_and_the_command_line_import_nothing_heavy(recipe):
         ("evaluate", ["checkpoint=."], ".: neither a model, nor a training checkpoint"),
         ("chat", ["checkpoint=nothing"], "nothing: no such directory"),
         ("export", ["source=nothing", "output=x"], "nothing: no such directory"),
-    ],
-)
+    ], 4),
+)  # fmt: skip
 def test_what_needs_no_model_is_refused_before_any_heavy_import(recipe, arguments, message, tmp_path):
     script = (
         f"import runpy, sys\nsys.argv = {['x', *arguments]}\n"
@@ -155,6 +155,7 @@ def test_a_file_in_the_users_folder_with_the_name_of_ours_is_refused(own):
         join_config_dir(["a=1", "--config-dir"])
 
 
+@pytest.mark.slow
 def test_a_recipe_takes_the_users_folder_as_two_words(own):
     done = run_script(
         ROOT / "recipes" / "sft.py", "--cfg", "job", "trainer=slow", "--config-dir", "mine", cwd=own.parent

@@ -686,6 +686,7 @@ os._exit(0)  # at its ordinary end a thread of the Parquet reader, still running
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["answers", "is switched off", "cannot be reached"])
 def test_a_data_set_id_is_loaded_by_datasets(tmp_path, hub):
     """`datasets` takes a directory for a data set of the hub, so this is its real path without network."""

@@ -75,6 +75,7 @@ def predictions(run):
     return {context: Path(f"runs/{run}/predictions/{FILE.format(context)}").read_bytes() for context in CONTEXTS}
 
 
+@pytest.mark.slow
 def test_likelihoods_are_kept_with_the_predictions(whole):
     for context, content in whole.items():
         for row in map(json.loads, content.splitlines()):
@@ -172,6 +173,7 @@ class Flaky(hf_generator.HFGenerator):
         super().run(queue)
 
 
+@pytest.mark.slow
 def test_failed_turns_are_counted_end_with_status_1_and_are_tried_again(workplace, whole, monkeypatch, capsys):
     monkeypatch.setattr(hf_generator, "HFGenerator", Flaky)
     with pytest.raises(SystemExit) as stop:

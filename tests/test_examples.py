@@ -34,6 +34,7 @@ def test_the_page_lists_every_example_in_at_most_100_lines():
     assert {path.name for path in scripts if len(path.read_text(encoding="utf-8").splitlines()) > 100} == set()
 
 
+@pytest.mark.slow
 def test_the_metric_is_in_the_table_and_is_a_plugin():
     result = run_script(EXAMPLES / "add_a_metric.py")
     assert result.returncode == 0, result.stderr

@@ -472,6 +472,7 @@ print(torch.allclose(model(ids[:, -1:], past_key_values=cache).logits[0, -1], wh
 """
 
 
+@pytest.mark.slow
 def test_kernels_that_are_installed_without_a_gpu_are_not_called(tmp_path):
     rules = tmp_path / "fla" / "ops" / "gated_delta_rule"
     rules.mkdir(parents=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_recipe, random_dialogue, small_tokenizer, tiny_config
+from conftest import load_recipe, random_dialogue, sampled, small_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -210,7 +210,7 @@ def changed(job: Path, tmp_path: Path, change: Callable[[Path], object]) -> Path
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", sampled(REFUSED, 6))
 def test_what_is_refused_is_refused_alike(job, tmp_path, name):
     change, message = REFUSED[name]
     path = changed(job, tmp_path, change)
@@ -253,7 +253,7 @@ ADVICE = {
 }
 
 
-@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.parametrize("name", sampled(UNFIT, 3))
 def test_a_chat_template_that_does_not_fit_is_refused_alike_and_one_that_fits_is_named(job, tmp_path, name):
     change, template, message = UNFIT[name]
     path = changed(job, tmp_path, change)
@@ -324,7 +324,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("key", sampled(NUMBERS, 8))
 def test_a_number_that_is_none_is_refused_by_name(key):
     for value in ("nan", 10**13):
         overrides = [f"{key}={value}"]

@@ -76,7 +76,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "timeout")) for kind in FAULTS]
+)
 def test_passing_errors_are_retried_within_the_limit(kind, fault_server):
     fault_server.script += [FAULTS[kind]] * 2
     config = config_of(fault_server, timeout_s=3 if kind == "timeout" else TIMEOUT_S)

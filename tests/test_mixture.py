@@ -504,6 +504,7 @@ TRAINING = (
 PLAN = ("preflight.probe=false", f"model.tokenizer={SMALL_TOKENIZERS / 'qwen2'}")
 
 
+@pytest.mark.slow
 def test_preflight_plans_a_mix(here):
     report = run_preflight(compose("preflight", [*TRAINING, *PLAN]))
     (line,) = [each.message for each in report.checks if each.name == "data"]

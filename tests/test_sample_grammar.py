@@ -344,6 +344,7 @@ def test_unusable_arguments_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sft", "prepare", "preflight"])
 def test_no_sample_is_written_where_a_user_points(recipe, tmp_path, monkeypatch):
     """The demo's settings on one's own file, whose name is misspelt or which is a sample of another size."""

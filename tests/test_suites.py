@@ -160,6 +160,7 @@ def test_two_steps_of_one_name_are_refused_with_their_line(here, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_step_is_known_by_what_decides_its_results(here):
     def contents(*arguments):
         return {name: step.directory.name for name, step in plan(*arguments).steps.items()}
@@ -194,6 +195,7 @@ def test_a_step_is_known_by_what_decides_its_results(here):
     assert contents(*data, "sft.data.mix=[{path: rows.jsonl}]")["first_training"] != mix["first_training"]
 
 
+@pytest.mark.slow
 def test_steps_run_after_those_that_they_need_and_never_twice(quick, capsys):
     assert reproduce(OWN) == 0, capsys.readouterr().err
     ran = order(quick)
@@ -209,6 +211,7 @@ def test_steps_run_after_those_that_they_need_and_never_twice(quick, capsys):
     assert sorted(order(quick)[5:]) == ["other", "other.gain", "other_training"]
 
 
+@pytest.mark.slow
 def test_a_failed_step_fails_what_needs_it_and_is_tried_again(small, capsys):
     Path("fail-first_training").touch()
     assert reproduce(OWN) == 1
@@ -239,6 +242,7 @@ def test_a_served_model_without_a_key_is_named_first_and_the_rest_goes_on(small,
     assert order(small) == ["first_training", "first"]
 
 
+@pytest.mark.slow
 def test_other_metrics_score_a_finished_evaluation_again(small):
     assert reproduce(OWN) == 0
     (first,) = small.glob("runs/suites/mine/first-*")
@@ -273,6 +277,7 @@ def test_a_step_on_fewer_nodes_asks_for_no_more_of_them():
     assert [_cluster(cluster, step).slurm.nodes_min for step in steps] == [2, None, None]
 
 
+@pytest.mark.slow
 def test_a_training_is_checked_on_the_gpus_of_its_slot(small, monkeypatch, capsys):
     """The first GPU is another user's."""
     driver(small, monkeypatch, 50_000, 4)
@@ -289,6 +294,7 @@ def test_a_training_is_checked_on_the_gpus_of_its_slot(small, monkeypatch, capsy
     assert f"step first: not started, {reason}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_suite_leaves_the_step_to_the_next_one(small, monkeypatch, capsys):
     """Killed while an evaluation runs, which has finished when the next suite starts, as a job of a scheduler may: the
     card gets its figures."""
@@ -314,6 +320,7 @@ def test_a_killed_suite_leaves_the_step_to_the_next_one(small, monkeypatch, caps
     assert read.count(first.name) == 1  # what a finished run has taken is counted once
 
 
+@pytest.mark.slow
 def test_the_papers_plan_has_eleven_rows_with_gpus_and_hours(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert reproduce(["suite=paper", "dry_run=true"]) == 0, capsys.readouterr().err

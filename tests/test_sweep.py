@@ -186,6 +186,7 @@ def test_a_folder_without_runs_is_named(tmp_path):
         find_runs([tmp_path])
 
 
+@pytest.mark.slow
 def test_a_bad_trial_of_a_grid_is_pruned(tmp_path, monkeypatch, capsys):
     """The second point learns nothing; its process is told to stop, and does."""
     monkeypatch.chdir(tmp_path)
@@ -368,6 +369,7 @@ def test_trials_are_placed_on_the_free_gpus(tmp_path, monkeypatch):
     assert slots(two, None) == ["3,5"]
 
 
+@pytest.mark.slow
 def test_trials_default_to_one_gpu_or_one_cpu_process(tmp_path, monkeypatch):
     assert plan_sweep(["debug=cpu_tiny", "sweep=lr"]).launch.cluster.name == "cpu1"
     driver(tmp_path, monkeypatch, 4)
@@ -732,6 +734,7 @@ def test_earlier_trials_are_taken_once_and_prune_none_of_the_new_ones(tmp_path):
     assert not trial.should_prune()  # of its own sweep it is the best so far
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import load_recipe
+from conftest import load_recipe, sampled
 from processes import free_port
 from servers.faults import NO_REPLIES, Say
 
@@ -128,7 +128,7 @@ SERVED = {
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{}/v1", "http://no-such-name.invalid/v1"])
-@pytest.mark.parametrize("recipe", SERVED)
+@pytest.mark.parametrize("recipe", sampled(SERVED, 2))
 def test_a_server_that_is_not_there_is_said_at_once(recipe, address, command, fault_server, capsys, monkeypatch):
     fault_server.answer = lambda body: WHOLE
     assert evaluate(*command) == 0
