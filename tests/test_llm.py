@@ -64,7 +64,7 @@ def test_an_answer_is_sent_for_once(fault_server):
     assert path == "/v1/chat/completions"
     assert body == {"model": "small", "messages": CHAT, "seed": 5, "temperature": 0, "top_p": 0.9, "top_k": 3}
     assert [(each.request, each.number, each.kind, each.text) for each in attempts] == [(body, 1, None, answer.text)]
-    assert answer.latency_s == attempts[0].latency_s > 0
+    assert attempts[0].latency_s > 0
 
 
 FAULTS = {
@@ -558,7 +558,7 @@ def formats(server):
 def test_a_server_that_takes_a_schema_is_given_one(fault_server):
     fault_server.answer = lambda body: GOOD
     answer, _ = verdict(config_of(fault_server), seed=7, temperature=0.8)
-    assert (answer.value, answer.text, answer.attempts) == (READ, GOOD, 1)
+    assert (answer.value, answer.attempts) == (READ, 1)
     (body,) = fault_server.bodies
     assert body["messages"] == CHAT and (body["seed"], body["temperature"]) == (7, 0.8)
     described = body["response_format"]["json_schema"]

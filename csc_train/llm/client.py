@@ -84,7 +84,6 @@ class Completion:
     Attributes:
         text: without the thoughts of a reasoning model.
         cut_off: whether it ended at the limit of tokens.
-        latency_s: seconds of the request that was answered.
         attempts: number of requests, the failed ones included.
         model: the model's name by the server.
         token_ids: ids of the text and its end token, if the server returns them (vLLM's `return_token_ids`).
@@ -95,7 +94,6 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     cut_off: bool
-    latency_s: float
     attempts: int
     model: str
     token_ids: tuple[int, ...] | None = None
@@ -290,7 +288,7 @@ class Client(contextlib.AbstractAsyncContextManager):
                 body, last = larger, last + 1
                 continue
             if failure is None:
-                return Completion(**answer, latency_s=latency, attempts=number)
+                return Completion(**answer, attempts=number)
             retried = (*RETRYABLE, *RETRYABLE_LATER) if self._has_answered else RETRYABLE
             if failure.kind not in retried or (failure.wait_s or 0) > MAX_RETRY_AFTER_S or number >= last:
                 failure.attempts, failure.prompt_tokens, failure.completion_tokens = number, *usage

@@ -29,17 +29,14 @@ class StructuredAnswer(Generic[AnswerSchema]):
 
     Attributes:
         value: an instance of the schema.
-        text: the text that it was parsed from.
-        attempts, prompt_tokens, completion_tokens, latency_s: totals of all its requests.
+        attempts, prompt_tokens, completion_tokens: totals of all its requests.
         model: the model's name by the server.
     """
 
     value: AnswerSchema
-    text: str
     attempts: int
     prompt_tokens: int
     completion_tokens: int
-    latency_s: float
     model: str
 
 
@@ -91,8 +88,7 @@ async def ask_structured(
                 chat += [{"role": "assistant", "content": completion.text}, {"role": "user", "content": complaint}]
                 continue
             client.json_mode_confirmed = True
-            totals = _totals(attempts) | {"latency_s": sum(each.latency_s for each in attempts)}
-            return StructuredAnswer(value, completion.text, **totals, model=completion.model)
+            return StructuredAnswer(value, **_totals(attempts), model=completion.model)
         raise LLMError("malformed", f"no answer matches the schema {schema.__name__}: {problem}")
     except CallError as failure:
         vars(failure).update(_totals(attempts))

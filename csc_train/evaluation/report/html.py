@@ -46,8 +46,7 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
     Raises:
         InputError: it cannot be written.
     """
-    results, contamination, language = scored.results, scored.contamination, scored.language
-    shown = tables.mark_incomplete(results)
+    results, language = scored.results, scored.language
     held, transcripts = _embedded(scored)
     all_dialogues = None
     if len(held) < len(scored.dialogues):
@@ -69,19 +68,13 @@ def write_html(directory: str | os.PathLike, scored: ScoredRun, config: dict[str
         usage=read_usage(directory).describe(LLMConfig(**config["llm"])) if config.get("llm") else None,
         sources=Counter(dialogue.source or "unknown" for dialogue in scored.dialogues).most_common(),
         turns=sum(len(dialogue.supporter_turns) for dialogue in scored.dialogues),
-        dialogues=len(scored.dialogues),
         held=len(held),
         all_dialogues=all_dialogues,
         strategies=STRATEGIES,
-        profiles=tables.metric_profile_tables(shown),
-        contamination=contamination,
-        incomplete=scored.incomplete,
-        decontaminated=tables.decontaminated_tables(shown, contamination),
-        behaviour=tables.behaviour_tables(shown),
-        counts=tables.turn_counts(shown),
-        reasons=tables.na_reasons,
+        scored=scored,
+        shown=tables.mark_incomplete(results),
+        tables=tables,
         is_result=lambda cell: isinstance(cell, MetricResult),
-        notes=tables.NOTES,
         data={
             "results": tables.to_plain(results, _shown_fields),
             "drift": tables.to_plain(scored.drifts, _shown_fields),
