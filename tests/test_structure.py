@@ -27,6 +27,7 @@ LEAVES = {
     "plugins",
     "progress",
     "stats",
+    "terminal_tables",
     "thoughts",
 }
 # What a room of csc_train (a module or folder right below it) may import, itself aside. A room is below all that import
@@ -43,6 +44,7 @@ RULES = {
     "plugins": {"errors"},
     "progress": set(),
     "stats": set(),
+    "terminal_tables": set(),
     "thoughts": {"invisible"},
     "llm": LEAVES,
     "runs": LEAVES,
@@ -79,7 +81,7 @@ CONFIG_RULE = {"errors"}
 """What a module named `config` may import besides other modules named `config`."""
 MAX_MODULES = 14
 """Python modules in one folder, its __init__.py aside."""
-MAX_CODE_LINES = 23_602
+MAX_CODE_LINES = 23_585
 """Lines of csc_train without blank lines, comments and docstrings. Only ever lowered; the goal is 12,600."""
 
 

@@ -21,6 +21,7 @@ from csc_train.data.strategies import OTHERS, Strategy, nearest_label, parse_str
 from csc_train.errors import InputError
 from csc_train.invisible import is_blank, strip_invisible
 from csc_train.jsonl import BadLine
+from csc_train.terminal_tables import result_table
 
 _BRACKETS = re.compile(r"\s*[\[【]([^\[\]【】]+)[\]】](.*)", re.DOTALL)
 """A label at the start of a text, and the rest."""
@@ -68,13 +69,7 @@ class ConversionReport:
 
     def table(self, title: str) -> Table:
         """The counts for the terminal."""
-        table = Table(title=title, box=None, padding=(0, 1, 0, 0), header_style="bold")
-        table.add_column("what", no_wrap=True)
-        table.add_column("name", overflow="fold")
-        table.add_column("count", justify="right")
-        for what, name, count in self.rows():
-            table.add_row(what, name, str(count))
-        return table
+        return result_table(title, ("what", "name", "count"), self.rows(), numbers=[2])
 
     def as_json(self) -> dict[str, Any]:
         """The counts as plain values, with the agreement."""

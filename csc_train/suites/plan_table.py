@@ -8,6 +8,7 @@ from rich.text import Text
 from csc_train.suites.base import Cost
 from csc_train.suites.estimate import StepEstimate
 from csc_train.suites.plan import Step, SuitePlan, gain_name
+from csc_train.terminal_tables import result_table
 
 _COLUMNS = ("row", "step", "recipe", "state", "GPUs", "GiB on each", "fits", "hours", "GPU hours", "tokens", "price",
             "disk GiB")  # fmt: skip
@@ -18,21 +19,16 @@ def plan_tables(plan: SuitePlan, estimates: Mapping[str, StepEstimate]) -> list[
     """The steps of each row and what they are estimated to cost, the totals, and what the estimates rest on."""
     cluster, config = plan.launch.cluster, plan.config
     title = f"Suite {config.name}: {len(config.rows)} rows, {len(plan.steps)} steps, in {plan.directory}"
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
-    for number, name in enumerate(_COLUMNS):
-        table.add_column(name, justify="left" if number < _TEXTS else "right", overflow="fold")
     shown: set[str] = set()
+    rows = []
     for name, row in config.rows.items():
         steps = [*plan.all_needs(row.step), *(plan.steps[each] for each in [gain_name(name)] if row.against)]
-        label = row.label or name
-        for step in steps:
-            again = step.name in shown
-            table.add_row(label, *_cells(step, estimates[step.name], again))
+        for label, step in zip([row.label or name, *[""] * len(steps)], steps, strict=False):
+            rows.append([label, *_cells(step, estimates[step.name], step.name in shown)])
             shown.add(step.name)
-            label = ""
     rest = [step for step in plan.steps.values() if step.name not in shown]
-    for step in rest:
-        table.add_row("", *_cells(step, estimates[step.name], False))
+    rows += [["", *_cells(step, estimates[step.name], False)] for step in rest]
+    table = result_table(title, _COLUMNS, rows, numbers=range(_TEXTS, len(_COLUMNS)))
     left = [each.name for each in plan.steps.values() if not each.finished]
     total, left_cost = (_total(estimates, names) for names in (plan.steps, left))
     lines = [f"All steps: {_in_words(total)}. Not done yet: {len(left)} steps, {_in_words(left_cost)}."]

@@ -20,6 +20,7 @@ from csc_train.files import write_json, write_text
 from csc_train.inference.config import CONTEXTS, SHORT_CONTEXT
 from csc_train.inference.predictions import describe_kinds
 from csc_train.templates import read_yaml
+from csc_train.terminal_tables import result_table
 
 NOT_EVALUATED = MetricResult(None, reason="not evaluated in this context")
 NOTES = read_yaml("csc_train.evaluation", "notes.yaml")
@@ -120,11 +121,8 @@ def _markdown_table(table: ReportTable, footnotes: dict[str, int]) -> str:
 def rich_table(table: ReportTable) -> Table:
     """A table for the terminal, with its notes below."""
     footnotes: dict[str, int] = {}
-    found = Table(title=table.title, title_justify="left", padding=(0, 1, 0, 0), box=None, header_style="bold")
-    for number, name in enumerate(table.header):
-        found.add_column(name, justify="left" if number < table.labels else "right", overflow="fold")
-    for row in table.rows:
-        found.add_row(*(Text(cell_text(cell, footnotes).replace("[^", " [")) for cell in row))
+    cells = [[cell_text(cell, footnotes).replace("[^", " [") for cell in row] for row in table.rows]
+    found = result_table(table.title, table.header, cells, numbers=range(table.labels, len(table.header)))
     notes = [*table.notes, *(f"[{number}] {reason}" for reason, number in footnotes.items())]
     found.caption, found.caption_justify = Text("\n".join(notes)), "left"
     return found

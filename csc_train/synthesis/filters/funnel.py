@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from csc_train.synthesis.filters.rules import FilterVerdict
+from csc_train.terminal_tables import result_table
 
 
 def filter_funnel(conversations: Iterable[Sequence[FilterVerdict]], rules: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -40,12 +40,7 @@ def filter_funnel(conversations: Iterable[Sequence[FilterVerdict]], rules: Seque
 
 def funnel_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """The rows of `filter_funnel` as a table for the terminal."""
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("rule", no_wrap=True)
-    for column in ("entered", "dropped", "kept"):
-        table.add_column(column, justify="right")
-    table.add_column("reasons", overflow="fold")
-    for row in rows:
-        why = "; ".join(f"{count} {reason}" for reason, count in row["reasons"].items())
-        table.add_row(row["rule"], *(str(row[column]) for column in ("entered", "dropped", "kept")), Text(why))
-    return table
+    header = ("rule", "entered", "dropped", "kept", "reasons")
+    why = ["; ".join(f"{count} {reason}" for reason, count in row["reasons"].items()) for row in rows]
+    cells = [[*(row[name] for name in header[:4]), text] for row, text in zip(rows, why, strict=True)]
+    return result_table(title, header, cells, numbers=range(1, 4))

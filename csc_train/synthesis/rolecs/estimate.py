@@ -16,6 +16,7 @@ from csc_train.synthesis.rolecs.mock_backend import MockBackend
 from csc_train.synthesis.rolecs.personas import generate_profiles
 from csc_train.synthesis.rolecs.runner import SynthesisRunner
 from csc_train.synthesis.rolecs.store import SynthesisStore
+from csc_train.terminal_tables import result_table
 
 NUM_DIALOGUES = 30
 """Dialogues that the estimate is based on."""
@@ -68,18 +69,15 @@ def estimate_usage(
 
 def estimate_table(estimates: Sequence[RoleEstimate]) -> Table:
     """Estimates as a table for the terminal."""
-    table = Table(title="estimate", box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name in ("role", "model"):
-        table.add_column(name)
-    for name in ("calls", "prompt tokens", "answer tokens", "cost"):
-        table.add_column(name, justify="right")
     costs = [each.cost for each in estimates]
     calls, prompt, answer = (
         sum(getattr(each, name) for each in estimates) for name in ("calls", "prompt_tokens", "completion_tokens")
     )
     cost = None if None in costs else sum(filter(None, costs))
     total = RoleEstimate("all", "", calls, prompt, answer, cost)
+    rows = []
     for each in (*estimates, total):
         counts = (f"{count:,}" for count in (each.calls, each.prompt_tokens, each.completion_tokens))
-        table.add_row(each.role, each.model, *counts, "n/a" if each.cost is None else f"{each.cost:,.2f}")
-    return table
+        rows.append([each.role, each.model, *counts, "n/a" if each.cost is None else f"{each.cost:,.2f}"])
+    header = ("role", "model", "calls", "prompt tokens", "answer tokens", "cost")
+    return result_table("estimate", header, rows, numbers=range(2, 6))
