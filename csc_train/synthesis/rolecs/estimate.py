@@ -57,11 +57,11 @@ def estimate_usage(
     per_prompt, per_answer = TOKENS_PER_CHARACTER[config.language]
     for role, usage in store.usage().items():
         # Every persona is written once, however many dialogues it is in.
-        scale = min(personas, target) / usage.calls if role == "persona" else target / sample
+        scale = min(personas, target) / usage["calls"] if role == "persona" else target / sample
         model = role_llm(role, llm, config.roles)
-        prompt = round(usage.prompt_tokens * scale * per_prompt)
-        answer = round(usage.completion_tokens * scale * per_answer)
-        calls = round(usage.calls * scale)
+        prompt = round(usage["prompt_tokens"] * scale * per_prompt)
+        answer = round(usage["completion_tokens"] * scale * per_answer)
+        calls = round(usage["calls"] * scale)
         estimates.append(RoleEstimate(role, model.model, calls, prompt, answer, model.cost(prompt, answer)))
     store.close()
     return estimates

@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def write_synthesis(
 def _usage(store: SynthesisStore, backend: Backend) -> dict[str, dict[str, float | None]]:
     """Calls, tokens, latency in seconds and cost, by role and in total."""
     roles = {
-        role: asdict(usage) | {"cost": backend.cost(role, usage.prompt_tokens, usage.completion_tokens)}
+        role: usage | {"cost": backend.cost(role, usage["prompt_tokens"], usage["completion_tokens"])}
         for role, usage in store.usage().items()
     }
     columns = {name: [row[name] for row in roles.values()] for name in next(iter(roles.values()), {})}

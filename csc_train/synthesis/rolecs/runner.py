@@ -157,7 +157,7 @@ class SynthesisRunner:
         self.accepted: list[str] = []
         self.progress = SynthesisProgress(target)
         for role, usage in store.usage().items():
-            self._count_tokens(role, usage.prompt_tokens, usage.completion_tokens)
+            self._count_tokens(role, usage["prompt_tokens"], usage["completion_tokens"])
         self.progress.new_tokens = 0
         if budget.money is not None and any(backend.cost(role, 1, 1) is None for role in vars(config.roles)):
             raise InputError(

@@ -10,7 +10,6 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,6 @@ OPEN, FINISHED, ACCEPTED, REJECTED, FAILED = "open", "finished", "accepted", "re
 """Statuses of a dialogue. finished: passed every rule except near-duplicates, which follows the order of the quotas.
 failed: an answer is missing."""
 SETTLED = (ACCEPTED, REJECTED, FAILED)
-
-
-@dataclass(frozen=True)
-class TokenUsage:
-    """Totals of calls, failed attempts included."""
-
-    calls: int
-    failed: int
-    prompt_tokens: int
-    completion_tokens: int
-    latency_s: float
 
 
 class SynthesisStore:
@@ -232,13 +220,17 @@ class SynthesisStore:
         grouped = itertools.groupby(rows, key=lambda row: row[0])
         return [[FilterVerdict(rule, bool(keep), *why) for _, rule, keep, *why in verdicts] for _, verdicts in grouped]
 
-    def usage(self) -> dict[str, TokenUsage]:
-        """The usage of the settings' calls, by role."""
+    def usage(self) -> dict[str, dict[str, Any]]:
+        """By role, totals of the settings' calls: `calls`, `failed`, `prompt_tokens`, `completion_tokens`, `latency_s`.
+
+        Failed attempts are included.
+        """
         rows = self._rows(
-            "SELECT role, count(*), sum(failure IS NOT NULL), sum(prompt_tokens), sum(completion_tokens), "
-            "sum(latency_s) FROM calls WHERE settings = ? GROUP BY role ORDER BY role", self.settings_hash,
+            "SELECT role, count(*) AS calls, sum(failure IS NOT NULL) AS failed, sum(prompt_tokens) AS prompt_tokens, "
+            "sum(completion_tokens) AS completion_tokens, sum(latency_s) AS latency_s FROM calls WHERE settings = ? "
+            "GROUP BY role ORDER BY role", self.settings_hash,
         )  # fmt: skip
-        return {role: TokenUsage(*sums) for role, *sums in rows}
+        return {row.pop("role"): row for row in map(dict, rows)}
 
     def count_by_status(self) -> dict[str, int]:
         """The number of the settings' dialogues, by status."""
