@@ -45,8 +45,8 @@ class RequestLimits:
         self.concurrency = float(config.concurrency)
         self._requests = RateLimiter(config.requests_per_minute) if config.requests_per_minute else None
         self._tokens = RateLimiter(config.tokens_per_minute) if config.tokens_per_minute else None
-        self._permits = config.concurrency
-        self._free = asyncio.Semaphore(config.concurrency)
+        self._in_flight = 0
+        self._freed = asyncio.Condition()
         self._round = 0
         self._paused_until = 0.0
 
@@ -57,10 +57,9 @@ class RequestLimits:
         Yields:
             The round, for `on_rate_limit`.
         """
-        await self._free.acquire()
-        while self._permits > int(self.concurrency):  # the bound has fallen: this permit is void
-            self._permits -= 1
-            await self._free.acquire()
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._in_flight < int(self.concurrency))
+            self._in_flight += 1
         try:
             if self._requests:
                 await self._requests.acquire(1)
@@ -71,10 +70,9 @@ class RequestLimits:
                 await asyncio.sleep(wait)
             yield self._round
         finally:
-            if self._permits > int(self.concurrency):
-                self._permits -= 1
-            else:
-                self._free.release()
+            self._in_flight -= 1
+            async with self._freed:
+                self._freed.notify_all()
 
     def adjust_tokens(self, difference: int) -> None:
         """Correct the estimate of a request by `difference` tokens."""
@@ -82,11 +80,8 @@ class RequestLimits:
             self._tokens.adjust(difference)
 
     def on_success(self) -> None:
-        """A request was answered: raise the bound."""
+        """A request was answered: raise the bound. Its slot, when it ends, lets others in."""
         self.concurrency = min(self._max_concurrency, self.concurrency + 1 / self.concurrency)
-        while self._permits < int(self.concurrency):
-            self._permits += 1
-            self._free.release()
 
     def on_rate_limit(self, sent_in: int, wait_s: float) -> None:
         """The server rejected a request of round `sent_in`: halve the bound and send nothing for `wait_s` seconds."""
