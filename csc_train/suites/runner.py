@@ -1,11 +1,11 @@
 """Run the steps of a suite through launchers; the ledger of trials keeps the state, the time and the cost of each."""
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import optuna
+from accelerate.utils import patch_environment
 from optuna.trial import Trial, TrialState
 
 from csc_train.launching.job import Job
@@ -106,14 +106,8 @@ class SuiteRunner(TrialRunner):
         """The job of its step, after its preflight on the slot's GPUs; a job that runs already needs none."""
         job = self._plan.steps[trial.user_attrs["step"]].job
         if "job" not in trial.user_attrs:
-            usual = {name: os.environ.get(name) for name in slot}
-            os.environ.update(slot)
-            try:
+            with patch_environment(**slot):
                 job.preflight()
-            finally:
-                for name, value in usual.items():
-                    os.environ.pop(name)
-                    os.environ.update({name: value} if value is not None else {})
         return job
 
     def release(self) -> None:
