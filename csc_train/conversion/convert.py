@@ -96,8 +96,8 @@ class Converted:
 
 
 @dataclass
-class _Said:
-    """A turn on its way: its number in the record from 1, and the strategy of its label if it has one."""
+class _MappedTurn:
+    """A turn with our speaker, its number in the record from 1, and the strategy of its label if it has one."""
 
     number: int
     speaker: str
@@ -130,21 +130,21 @@ def convert_records(config: ConvertConfig) -> tuple[list[Converted], ConversionR
                 raise ValueError(f"not an object ({type(record).__name__})")
             source = chosen.read(record)
             report.counts.update({("dropped", name): count for name, count in source.dropped.items()})
-            said = _label_groups(_said(source, config, table, report))
+            mapped = _label_groups(_map_turns(source, config, table, report))
             named = {"id": source.id, "source": config.source or config.format}
             if config.kind == "chat":
                 missing = ()
-                messages = [{"role": ROLE_OF[each.speaker], "content": each.text} for each in said]
+                messages = [{"role": ROLE_OF[each.speaker], "content": each.text} for each in mapped]
                 dialogue, issues = check_chat(named | {"messages": messages}, seen)
             else:
-                missing = _fill(said, config.label, default, report)
+                missing = _fill(mapped, config.label, default, report)
                 turns = [
                     {
                         "speaker": each.speaker,
                         "text": each.text,
                         "strategy": each.strategy and each.strategy.code,
                     }
-                    for each in said
+                    for each in mapped
                 ]
                 dialogue, issues = check_row(named | {"dialogue": turns} | source.extra, seen, True)
             if dialogue is None:
@@ -152,7 +152,7 @@ def convert_records(config: ConvertConfig) -> tuple[list[Converted], ConversionR
         except ValueError as error:
             report.reject(file, number, str(error))
             continue
-        spoken = sum(each.speaker != "system" for each in said)
+        spoken = sum(each.speaker != "system" for each in mapped)
         report.counts.update({WRITTEN: len(dialogue.turns), JOINED: spoken - len(dialogue.turns)})
         converted.append(Converted(str(file), number, dialogue, missing))
     if not report.records:
@@ -163,16 +163,16 @@ def convert_records(config: ConvertConfig) -> tuple[list[Converted], ConversionR
     return converted, report
 
 
-def _said(
+def _map_turns(
     source: SourceDialogue, config: ConvertConfig, table: dict[str, Strategy | None], report: ConversionReport
-) -> list[_Said]:
+) -> list[_MappedTurn]:
     """The turns with our speakers and strategies; what is left out is counted. A label without a text stays."""
-    said = []
+    turns = []
     for number, turn in enumerate(source.turns, start=1):
         name, speaker = str(turn.speaker), _speaker(number, turn.speaker, config)
         if not isinstance(turn.text, str | None):
             raise ValueError(f"turn {number}: text is not a text ({type(turn.text).__name__})")
-        each = _Said(number, speaker, strip_invisible(turn.text or ""))
+        each = _MappedTurn(number, speaker, strip_invisible(turn.text or ""))
         if config.kind == "csc" and speaker in ("supporter", "drop"):
             _find_label(each, str(turn.label or ""), table, report)
         left_out = speaker == "drop" or (speaker == "system" and config.kind == "csc")
@@ -181,8 +181,8 @@ def _said(
             each.text = ""
         if each.text or each.strategy:
             each.speaker = "supporter" if speaker == "drop" else speaker
-            said.append(each)
-    return said
+            turns.append(each)
+    return turns
 
 
 def _speaker(number: int, name: Any, config: ConvertConfig) -> str:
@@ -195,7 +195,7 @@ def _speaker(number: int, name: Any, config: ConvertConfig) -> str:
         ) from None
 
 
-def _find_label(each: _Said, label: str, table: dict[str, Strategy | None], report: ConversionReport) -> None:
+def _find_label(each: _MappedTurn, label: str, table: dict[str, Strategy | None], report: ConversionReport) -> None:
     """Set the strategy of a label, or of one in brackets at the start of the text, which then leaves the text."""
     match = None if strip_invisible(label) else _BRACKETS.fullmatch(each.text)
     each.label = strip_invisible(match[1] if match else label)
@@ -212,14 +212,14 @@ def _find_label(each: _Said, label: str, table: dict[str, Strategy | None], repo
         each.text = strip_invisible(match[2])
 
 
-def _label_groups(said: list[_Said]) -> list[_Said]:
+def _label_groups(turns: list[_MappedTurn]) -> list[_MappedTurn]:
     """The turns that have a text; one without a strategy takes the first of the turns that it will be joined with."""
-    for _, group in itertools.groupby(said, key=lambda each: each.speaker):
+    for _, group in itertools.groupby(turns, key=lambda each: each.speaker):
         together = list(group)
         first = next((each.strategy for each in together if each.strategy), None)
         for each in together:
             each.strategy = each.strategy or first
-    return [each for each in said if each.text]
+    return [each for each in turns if each.text]
 
 
 def parse_unlabelled(label: str | None) -> Strategy | None:
@@ -230,7 +230,7 @@ def parse_unlabelled(label: str | None) -> Strategy | None:
         raise InputError(f"unlabelled={label}: {error}: choose one of ours.{nearest_label(str(label))}") from error
 
 
-def _fill(said: list[_Said], label: str, default: Strategy | None, report: ConversionReport) -> tuple[int, ...]:
+def _fill(turns: list[_MappedTurn], label: str, default: Strategy | None, report: ConversionReport) -> tuple[int, ...]:
     """Give supporter turns without a label the default, or Others where a strategy is predicted.
 
     Returns:
@@ -240,7 +240,7 @@ def _fill(said: list[_Said], label: str, default: Strategy | None, report: Conve
         ValueError: one has no strategy.
     """
     missing = []
-    for index, (speaker, group) in enumerate(itertools.groupby(said, key=lambda each: each.speaker)):
+    for index, (speaker, group) in enumerate(itertools.groupby(turns, key=lambda each: each.speaker)):
         together = list(group)
         if speaker != "supporter":
             continue

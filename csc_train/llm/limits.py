@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
 
 from csc_train.llm.config import LLMConfig
@@ -43,8 +44,8 @@ class RequestLimits:
     def __init__(self, config: LLMConfig):
         self._max_concurrency = config.concurrency
         self.concurrency = float(config.concurrency)
-        self._requests = RateLimiter(config.requests_per_minute) if config.requests_per_minute else None
-        self._tokens = RateLimiter(config.tokens_per_minute) if config.tokens_per_minute else None
+        self._requests = RateLimiter(config.requests_per_minute or math.inf)
+        self._tokens = RateLimiter(config.tokens_per_minute or math.inf)
         self._in_flight = 0
         self._freed = asyncio.Condition()
         self._round = 0
@@ -61,10 +62,8 @@ class RequestLimits:
             await self._freed.wait_for(lambda: self._in_flight < int(self.concurrency))
             self._in_flight += 1
         try:
-            if self._requests:
-                await self._requests.acquire(1)
-            if self._tokens:
-                await self._tokens.acquire(tokens)
+            await self._requests.acquire(1)
+            await self._tokens.acquire(tokens)
             loop = asyncio.get_running_loop()
             while (wait := self._paused_until - loop.time()) > 0:
                 await asyncio.sleep(wait)
@@ -76,8 +75,7 @@ class RequestLimits:
 
     def adjust_tokens(self, difference: int) -> None:
         """Correct the estimate of a request by `difference` tokens."""
-        if self._tokens:
-            self._tokens.adjust(difference)
+        self._tokens.adjust(difference)
 
     def on_success(self) -> None:
         """A request was answered: raise the bound. Its slot, when it ends, lets others in."""
