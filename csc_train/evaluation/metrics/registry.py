@@ -4,21 +4,21 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy
 
 from csc_train.data.languages import get_language
-from csc_train.errors import InputError, check_choice, suggestion
+from csc_train.errors import InputError, check_choice
 from csc_train.evaluation.config import PROFILES, MetricsConfig
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.table import PredictionTable
-from csc_train.plugins import note_registration
+from csc_train.plugins import check_entry, note_registration
 from csc_train.stats import mean
 
 DIRECTIONS = ("higher", "lower", "none")
 SECTIONS = ("strategy", "likelihood", "process", "reply")
 """Tables that every report has; `process` and `reply` also have a row for the reference dialogues."""
-_FIELDS = ("name", "unit", "direction", "profiles", "compare", "by_position")
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,16 @@ class MetricSpec:
     unit: str
     direction: str
     profiles: tuple[str, ...]
-    compare: bool
-    by_position: bool
     function: Callable[..., Metric]
+    compare: bool = True
+    by_position: bool = False
 
 
 METRICS: list[MetricSpec] = []
 """All registered metrics, in the order of table columns."""
 
 
-def metric(
-    *,
-    name: str = "",
-    unit: str = "",
-    direction: str = "",
-    profiles: Sequence[str] = (),
-    compare: bool = True,
-    by_position: bool = False,
-    **unknown: object,
-) -> Callable[[Callable], Callable[..., Metric]]:
+def metric(**fields: Any) -> Callable[[Callable], Callable[..., Metric]]:
     """Register a function as a metric.
 
     The function takes a `PredictionTable`, and the `MetricsConfig` if it has a second parameter. It returns a
@@ -55,12 +46,11 @@ def metric(
     defaults to the first line of the docstring, the unit to `unit`.
 
     Args:
-        name: the column; unique within a profile.
-        unit: what the metric counts; values are percentages unless the unit says otherwise.
-        direction: "higher" or "lower" is better, or "none".
-        profiles: tables with this column: a profile of `metrics.profiles`, or one of `SECTIONS`.
-        compare: whether recipes/compare.py tests it.
-        by_position: whether it is also shown by supporter turn, with the difference between the contexts.
+        fields: those of `MetricSpec` but `function`. `name`: the column; unique within a profile. `unit`: what the
+            metric counts; values are percentages unless the unit says otherwise. `direction`: "higher" or "lower" is
+            better, or "none". `profiles`: tables with this column: a profile of `metrics.profiles`, or one of
+            `SECTIONS`. `compare`: whether recipes/compare.py tests it; defaults to true. `by_position`: whether it is
+            also shown by supporter turn, with the difference between the contexts; defaults to false.
 
     Raises:
         InputError: a field is unknown, missing or has an unknown value, or the name is taken.
@@ -68,13 +58,10 @@ def metric(
 
     def register(function: Callable) -> Callable[..., Metric]:
         place = f"@metric of {function.__module__}.{function.__qualname__}"
-        for field in unknown:
-            raise InputError(f"{place}: unknown field {field!r}.{suggestion(field, _FIELDS)}")
-        given = {"name": name, "unit": unit, "direction": direction, "profiles": profiles}
-        if missing := [field for field, value in given.items() if not value]:
-            raise InputError(f"{place}: field {missing[0]!r} is missing: give {missing[0]}=...")
+        check_entry(place, MetricSpec, {key: value or None for key, value in fields.items()} | {"function": function})
+        name, direction = fields["name"], fields["direction"]
         check_choice(f"{place}: direction", direction, DIRECTIONS)
-        for profile in profiles:
+        for profile in fields["profiles"]:
             check_choice(f"{place}: profiles", profile, (*PROFILES, *SECTIONS))
             if taken := [spec for spec in metrics_in_profiles([profile]) if spec.name == name]:
                 owner = f"{taken[0].function.__module__}.{taken[0].function.__qualname__}"
@@ -90,9 +77,11 @@ def metric(
             if isinstance(found, numpy.ndarray):
                 found = mean(found)
             found = found if isinstance(found, Metric) else Metric(found)
-            return replace(found, signature=found.signature or summary, unit=found.unit or unit, direction=direction)
+            return replace(
+                found, signature=found.signature or summary, unit=found.unit or fields["unit"], direction=direction
+            )
 
-        METRICS.append(MetricSpec(name, unit, direction, tuple(profiles), compare, by_position, compute))
+        METRICS.append(MetricSpec(**fields | {"profiles": tuple(fields["profiles"]), "function": compute}))
         note_registration(function.__module__)
         return compute
 
