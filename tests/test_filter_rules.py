@@ -332,6 +332,6 @@ def test_the_filter_funnel_counts_up_to_the_first_drop():
         {"rule": "c", "entered": 0, "dropped": 0, "kept": 0, "reasons": {}},
     ]
     table = funnel_table(rows, "x")
-    assert [list(column.cells) for column in table.columns[:4]] == [
+    assert [[str(cell) for cell in column.cells] for column in table.columns[:4]] == [
         ["a", "b", "c"], ["6", "2", "0"], ["3", "1", "0"], ["3", "1", "0"],
     ]  # fmt: skip

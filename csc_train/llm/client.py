@@ -174,7 +174,7 @@ class Client(contextlib.AbstractAsyncContextManager):
         Raises:
             InputError: there is none, or the server refuses the key or the model.
         """
-        body = self.body(None, None, 16) | {"messages": CHECK_MESSAGES}
+        body = self.body(max_tokens=16) | {"messages": CHECK_MESSAGES}
         try:
             await self._call("/chat/completions", body, lambda choice: read_message(choice) | _UNJUDGED, None)
         except LLMError as failure:
@@ -185,42 +185,33 @@ class Client(contextlib.AbstractAsyncContextManager):
         self,
         messages: Sequence[Message],
         *,
-        seed: int | None = None,
-        temperature: float | None = None,
-        max_tokens: int | None = None,
         response_format: dict[str, Any] | None = None,
         observe: Observer | None = None,
+        **sampling: Any,
     ) -> Completion:
         """The model's next message.
 
         Args:
             messages: the chat so far.
-            seed: of the sampling.
-            temperature, max_tokens: defaults of the task; the configuration takes precedence.
             response_format: as in the API.
             observe: called with every attempt as soon as it ends.
+            sampling: as of `body`.
 
         Raises:
             UnusableServerError: the server rejects the key or cannot be reached.
             LLMError: no usable answer after all retries.
         """
-        body = self.body(seed, temperature, max_tokens) | {"messages": list(messages)}
+        body = self.body(**sampling) | {"messages": list(messages)}
         if response_format is not None:
             body["response_format"] = response_format
         return await self._call("/chat/completions", body, read_message, observe)
 
     async def complete(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        seed: int | None = None,
-        temperature: float | None = None,
-        max_tokens: int | None = None,
-        observe: Observer | None = None,
+        self, prompt: str | Sequence[int], *, observe: Observer | None = None, **sampling: Any
     ) -> Completion:
         """The continuation of a prompt, given as text or token ids; arguments and errors as in `chat`."""
         prompt = prompt if isinstance(prompt, str) else list(prompt)
-        body = self.body(seed, temperature, max_tokens) | {"prompt": prompt}
+        body = self.body(**sampling) | {"prompt": prompt}
         return await self._call("/completions", body, _read_text, observe)
 
     async def log_likelihoods(self, prompt: Sequence[int], *, observe: Observer | None = None) -> tuple[float, ...]:
@@ -232,17 +223,24 @@ class Client(contextlib.AbstractAsyncContextManager):
         """
         echoed = {"prompt": list(prompt), "max_tokens": 1, "echo": True, "logprobs": 1}
         read = functools.partial(_read_echo, len(prompt))
-        answer = await self._call("/completions", self.body(None, 0, None) | echoed, read, observe)
+        answer = await self._call("/completions", self.body(temperature=0) | echoed, read, observe)
         return answer.log_likelihoods or ()
 
     async def count_tokens(self, prompt: Sequence[int]) -> int:
         """The length of a prompt by the server's count, or an LLMError of kind `bad_request` if it takes no ids."""
-        body = self.body(None, 0, None) | {"prompt": list(prompt), "max_tokens": 1}
+        body = self.body(temperature=0) | {"prompt": list(prompt), "max_tokens": 1}
         answer = await self._call("/completions", body, lambda choice: _read_text(choice) | _UNJUDGED, None)
         return answer.prompt_tokens
 
-    def body(self, seed: int | None, temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
-        """The common body of all requests; arguments as in `chat`. A null in `extra_body` removes a field."""
+    def body(
+        self, seed: int | None = None, temperature: float | None = None, max_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """The common body of all requests. A null in `extra_body` removes a field.
+
+        Args:
+            seed: of the sampling.
+            temperature, max_tokens: defaults of the task; the configuration takes precedence.
+        """
         config = self.config
         settings = {
             "temperature": temperature if config.temperature is None else config.temperature,

@@ -46,9 +46,8 @@ async def ask_structured(
     schema: type[AnswerSchema],
     *,
     seed: int | None = None,
-    temperature: float | None = None,
-    max_tokens: int | None = None,
     observe: Observer | None = None,
+    **sampling: Any,
 ) -> StructuredAnswer[AnswerSchema]:
     """Ask for an answer that matches `schema`.
 
@@ -58,7 +57,7 @@ async def ask_structured(
 
     Args:
         schema: all its fields are required. The prompt describes the fields, as far as the model needs it.
-        seed, temperature, max_tokens, observe: as in `Client.chat`.
+        seed, observe, sampling: as of `Client.chat`.
 
     Raises:
         UnusableServerError: the server rejects the key or cannot be reached.
@@ -72,7 +71,7 @@ async def ask_structured(
         if observe is not None:
             observe(attempt)
 
-    settings = {"temperature": temperature, "max_tokens": max_tokens, "observe": record}
+    settings = sampling | {"observe": record}
     chat = list(messages)
     try:
         for turn in range(MAX_REPAIRS + 2):
