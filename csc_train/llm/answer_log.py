@@ -14,7 +14,8 @@ from csc_train.llm.client import Client, Observer, RequestAttempt
 from csc_train.llm.structured import ask_structured
 from csc_train.progress import ProgressBar
 
-Item, Found = TypeVar("Item"), TypeVar("Found")
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 AskFn = Callable[[str, list[dict[str, str]], type[Schema]], Awaitable[Schema]]
 """A source of answers: task, messages, schema. A model on a server, a log of earlier answers, or a mock."""
