@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -163,11 +164,11 @@ def _load_bleurt(directory: str) -> tuple[PreTrainedModel, Tokenizer]:
         raise InputError(f"{path}: config.json has no embedding size: give BLEURT-20, which is based on RemBERT")
     config = RemBertConfig.from_dict(values | {"model_type": RemBertConfig.model_type, "num_labels": 1})
     try:
-        model, report = RemBertForSequenceClassification.from_pretrained(
-            path, config=config, dtype=torch.float32, key_mapping=BLEURT_NAMES, output_loading_info=True
-        )
+        options = {"config": config, "dtype": torch.float32, "key_mapping": BLEURT_NAMES, "output_loading_info": True}
+        loaded: Any = RemBertForSequenceClassification.from_pretrained(path, **options)
     except RuntimeError as error:
         raise InputError(f"{path}: weights do not fit config.json: {' '.join(str(error).split())}") from error
+    model, report = loaded
     missing, unexpected = (
         _names(key.removeprefix("rembert.") for key in report[kind] if not key.endswith(".position_ids"))
         for kind in ("missing_keys", "unexpected_keys")
