@@ -135,25 +135,19 @@ class ReadReport:
 def iter_dialogues(
     path: str | os.PathLike | list[str],
     *,
-    source: str | None = None,
-    strict: bool = False,
     report: ReadReport | None = None,
     merge: bool = True,
     check: "RowCheck | None" = None,
-    max_rejected: float = 1.0,
-    encoding: str | None = None,
+    **options: Any,
 ) -> Iterator[Dialogue]:
     """Read dialogues one by one from JSON, JSONL or Parquet files, or a Hugging Face data set.
 
     Args:
         path: as in `iter_records`. JSONL, Parquet and hub data sets (the `train` split) are streamed.
-        source: keep only the rows with this `source`.
-        strict: stop at the first bad row; otherwise bad rows are collected in `report`.
         report: filled while reading.
         merge: join consecutive turns of one speaker; otherwise such a row is bad.
         check: turns a row into a dialogue: `check_row` (the default), or `chats.check_chat`.
-        max_rejected: greatest share of bad rows, which is checked after the last row.
-        encoding: codec of JSON and JSONL files; None is UTF-8.
+        options: `source`, `strict`, `max_rejected` and `encoding`, as of `iter_checked`.
 
     Raises:
         InputError: the file is missing or unreadable as a whole; no row has the wanted source (the message lists the
@@ -165,7 +159,6 @@ def iter_dialogues(
     def checked(record: Any, file: Any, number: int) -> tuple[Dialogue | None, list[ValidationIssue]]:
         return (check or check_row)(record, seen, merge)
 
-    options = {"source": source, "strict": strict, "max_rejected": max_rejected, "encoding": encoding}
     for record, dialogue in iter_checked(path, checked, report, **options):
         if joined := len(record[TURN_COLUMNS[dialogue.kind]]) - bool(dialogue.system) - len(dialogue.turns):
             report.merged, report.merged_turns = report.merged + 1, report.merged_turns + joined
@@ -182,10 +175,16 @@ def iter_checked(
     max_rejected: float = 1.0,
     encoding: str | None = None,
 ) -> Iterator[tuple[Any, Checked]]:
-    """Yield (row, what `check` makes of it) of rows of any shape; arguments and errors as of `iter_dialogues`.
+    """Yield (row, what `check` makes of it) of rows of any shape; errors as of `iter_dialogues`.
 
     Args:
+        path: as in `iter_records`.
         check: turns a row, with its file and number, into an object, or lists its issues.
+        report: filled while reading.
+        source: keep only the rows with this `source`.
+        strict: stop at the first bad row; otherwise bad rows are collected in `report`.
+        max_rejected: greatest share of bad rows, which is checked after the last row.
+        encoding: codec of JSON and JSONL files; None is UTF-8.
     """
     for file, number, read in iter_records(path, encoding):
         report.rows, report.place = report.rows + 1, (file, number)

@@ -108,10 +108,12 @@ def read_calls(
     path: str | os.PathLike,
     *,
     max_rejected: float = 0.1,
-    encoding: str | None = None,
     rejected_path: str | os.PathLike | None = None,
+    **options: Any,
 ) -> list[RecordedCall]:
     """Read calls of `{"id", "turns": [{"speaker", "text"}]}` (see `iter_records`); `id` is optional.
+
+    `max_rejected` and other `options` are those of `iter_checked`.
 
     Rows of another form and ids that are used twice are counted in the log and written to `rejected_path`, with their
     place and reason but without the call, which holds private data.
@@ -123,7 +125,7 @@ def read_calls(
     report, places = ReadReport(str(path), settings=""), {}
     check = functools.partial(_check_call, places)
     try:
-        return [call for _, call in iter_checked(path, check, report, max_rejected=max_rejected, encoding=encoding)]
+        return [call for _, call in iter_checked(path, check, report, max_rejected=max_rejected, **options)]
     finally:
         report.conclude(rejected_path, records=False)
 
