@@ -32,7 +32,7 @@ from csc_train.inference.predictions import Prediction, read_outcomes
 from csc_train.llm.usage import USAGE_FILE, Usage, read_usage
 from csc_train.runs.comparison import read_run
 from csc_train.runs.directory import RECORD_FILE, read_run_record
-from csc_train.suites.estimate import spent
+from csc_train.suites.estimate import measure_cost
 from csc_train.synthesis.csconv.build import BUNDLED_CALLS, read_calls
 from csc_train.synthesis.rolecs.batch_api import read_batch_results
 from csc_train.synthesis.rolecs.personas import read_profiles
@@ -165,7 +165,7 @@ def readers() -> dict[str, Reader]:
     def read_a_run(place: Path) -> None:
         (place / "resolved.yaml").write_text("trainer: {learning_rate: 1.0}\n")
         read_run(place, read_run_record(place))
-        spent(place, "sft", ClusterConfig(device="cuda"))
+        measure_cost(place, "sft", ClusterConfig(device="cuda"))
 
     return {
         "dialogues": Reader("d.jsonl", dialogues, lambda place: read_dialogues(place / "d.jsonl", strict=True)),

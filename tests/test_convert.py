@@ -12,7 +12,7 @@ from conftest import ROOT, load_recipe
 from processes import TIMEOUT_S, Script
 
 from csc_train.config.compose import compose
-from csc_train.conversion.labelling import agreement
+from csc_train.conversion.labelling import label_agreement
 from csc_train.conversion.strategy_table import read_table
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.readers import read_dialogues
@@ -268,7 +268,7 @@ def test_a_killed_labelling_asks_only_for_the_rest(run, tmp_path, fault_server):
 
 
 def test_agreement_without_answers_is_undefined():
-    assert agreement([], []) == {"turns": 0, "accuracy": None, "kappa": None, "failed": 0}
+    assert label_agreement([], []) == {"turns": 0, "accuracy": None, "kappa": None, "failed": 0}
 
 
 @pytest.mark.parametrize(

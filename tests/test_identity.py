@@ -25,7 +25,7 @@ from csc_train.data.dialogue import Turn, data_digest
 from csc_train.data.readers import write_dialogues
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.splits import Splits
-from csc_train.data.training_record import RECORD_FILE, find_recorded, recorded, write_training_record
+from csc_train.data.training_record import RECORD_FILE, find_recorded, sketch_dialogue, write_training_record
 from csc_train.errors import InputError
 from csc_train.evaluation.evaluated_model import find_trained, open_evaluated
 from csc_train.files import file_digest
@@ -313,7 +313,7 @@ def test_what_a_model_was_trained_on_is_counted_after_the_file_changed(how, trai
 def test_other_dialogues_with_the_same_ids_are_not_counted(trained):
     rng = random.Random(0)
     others = [replace(random_dialogue(rng), id=each.id) for each in DIALOGUES]
-    assert find_recorded([recorded(each) for each in DIALOGUES], others, 0.8) == []
+    assert find_recorded([sketch_dialogue(each) for each in DIALOGUES], others, 0.8) == []
     assert find_trained(model_of(trained, False), Splits(DIALOGUES, others), DataConfig()) == []
 
 
@@ -321,14 +321,14 @@ def test_other_dialogues_with_the_same_ids_are_not_counted(trained):
 def test_short_and_odd_texts_have_a_record(text):
     turns = (Turn(DIALOGUES[0].turns[0].speaker, text, DIALOGUES[0].turns[0].strategy),)
     dialogue = replace(DIALOGUES[0], turns=turns)
-    assert [each.kind for each in find_recorded([recorded(dialogue)], [dialogue], 0.8)] == ["exact"]
-    assert 1 <= len(recorded(dialogue).sketch) <= 16
+    assert [each.kind for each in find_recorded([sketch_dialogue(dialogue)], [dialogue], 0.8)] == ["exact"]
+    assert 1 <= len(sketch_dialogue(dialogue).sketch) <= 16
 
 
 def test_similarity_is_estimated(tmp_path):
     one, other = DIALOGUES[0], edit(DIALOGUES[0], "text")
-    assert recorded(one).similarity(recorded(one)) == 1
-    assert 0.3 < recorded(one).similarity(recorded(other)) < 1
+    assert sketch_dialogue(one).similarity(sketch_dialogue(one)) == 1
+    assert 0.3 < sketch_dialogue(one).similarity(sketch_dialogue(other)) < 1
     write_training_record(tmp_path, DIALOGUES)
     assert len((tmp_path / RECORD_FILE).read_bytes()) < 300 * len(DIALOGUES)
 

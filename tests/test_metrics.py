@@ -899,8 +899,8 @@ def test_rescaled_bertscore_equals_the_package(bert, tmp_path):
     baseline = model_based.bertscore_baseline("whatever", 2, table)
     assert baseline == pytest.approx(33)
     raw = metric_models.bertscore(scorable, bert, 2)
-    assert model_based.rescaled(raw, baseline) == pytest.approx(100 * expected.numpy(), abs=1e-4)
-    assert model_based.rescaled(numpy.array([0.0, 33.0, 100.0]), 33).tolist() == [
+    assert model_based.rescale_bertscore(raw, baseline) == pytest.approx(100 * expected.numpy(), abs=1e-4)
+    assert model_based.rescale_bertscore(numpy.array([0.0, 33.0, 100.0]), 33).tolist() == [
         0,
         0,
         100,

@@ -11,7 +11,13 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.sample_grammar import generate_sample
 from csc_train.data.strategies import STRATEGIES
-from csc_train.synthesis.quality_report import jensen_shannon, quality_report, self_bleu, variety, write_quality_report
+from csc_train.synthesis.quality_report import (
+    jensen_shannon,
+    quality_report,
+    self_bleu,
+    text_variety,
+    write_quality_report,
+)
 
 
 def dialogue(name, numbers, customer=("好的",), **extra):
@@ -68,15 +74,15 @@ def test_lengths():
 
 
 def test_variety_by_hand():
-    found = variety([["您好", "请讲"], ["您好", "请", "讲"]], seed=0)
+    found = text_variety([["您好", "请讲"], ["您好", "请", "讲"]], seed=0)
     assert found["distinct-1"] == 100 * 4 / 5
     assert found["distinct-2"] == 100 and found["distinct-3"] == 100
-    repeated = variety([["您好", "请讲"]] * 50, seed=0)
+    repeated = text_variety([["您好", "请讲"]] * 50, seed=0)
     assert repeated["distinct-1"] == 2 and repeated["compression"] > 5
-    same = variety([["一", "二", "三", "四", "五"]] * 9, seed=0)
-    apart = variety([[str(10 * text + word) for word in range(5)] for text in range(9)], seed=0)
+    same = text_variety([["一", "二", "三", "四", "五"]] * 9, seed=0)
+    apart = text_variety([[str(10 * text + word) for word in range(5)] for text in range(9)], seed=0)
     assert same["self-BLEU"] == pytest.approx(100) and apart["self-BLEU"] == 0
-    assert variety([], seed=0) == dict.fromkeys(
+    assert text_variety([], seed=0) == dict.fromkeys(
         ("distinct-1", "distinct-2", "distinct-3", "compression", "self-BLEU"), None
     )
 

@@ -14,7 +14,14 @@ from csc_train.llm.client import RequestAttempt
 from csc_train.llm.usage import usage_observer
 from csc_train.runs.directory import Run, as_yaml
 from csc_train.suites.base import Cost
-from csc_train.suites.estimate import DialogueLengths, StepEstimate, estimate_step, find_dims, inference_memory, spent
+from csc_train.suites.estimate import (
+    DialogueLengths,
+    StepEstimate,
+    estimate_step,
+    find_dims,
+    inference_memory,
+    measure_cost,
+)
 from csc_train.template.reply import parse_reply
 from csc_train.training.memory import GIB
 
@@ -145,7 +152,7 @@ def test_what_a_run_has_taken(tmp_path, monkeypatch):
     ]
     rows.insert(1, {"step": 5, "eval_loss": 1.0})
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert spent(tmp_path, "sft", NODE) == Cost(tokens=10 * 2 * 100)
+    assert measure_cost(tmp_path, "sft", NODE) == Cost(tokens=10 * 2 * 100)
     # Time in a queue is no computing: a detached job counts what its processes recorded.
     run = Run("sft", to_container(compose("sft", ["experiment=demo", "run.directory=run", "run.if_exists=resume"])))
     run.start({})
@@ -158,10 +165,10 @@ def test_what_a_run_has_taken(tmp_path, monkeypatch):
     run.finish()
     last = json.loads((run.directory / "run.json").read_text())["seconds"]
     assert first < 3600 <= last
-    cost = spent(run.directory, "sft", slurm, 7200, price_per_gpu_hour=2.0)
+    cost = measure_cost(run.directory, "sft", slurm, 7200, price_per_gpu_hour=2.0)
     assert (cost.gpu_hours, cost.money) == (pytest.approx(8 * last / 3600), pytest.approx(16 * last / 3600))
-    assert spent(run.directory, "sft", NODE, 7200).gpu_hours == 16
-    assert spent(run.directory, "sft", CPU, 7200).gpu_hours is None
+    assert measure_cost(run.directory, "sft", NODE, 7200).gpu_hours == 16
+    assert measure_cost(run.directory, "sft", CPU, 7200).gpu_hours is None
 
     (dialogue,) = generate_sample(1, seed=1)
     turn = dialogue.supporter_turns[0]
@@ -171,14 +178,14 @@ def test_what_a_run_has_taken(tmp_path, monkeypatch):
     write_predictions("local/predictions/trained-generated.jsonl.part-00000", [said])
     # What a process that was killed while it wrote predictions left.
     (tmp_path / "local/predictions/.most frequent strategy-reference.jsonl.writing-abcd1234").mkdir()
-    assert spent(tmp_path / "local", "evaluate", CPU) == Cost(tokens=6)
+    assert measure_cost(tmp_path / "local", "evaluate", CPU) == Cost(tokens=6)
     llm = ["llm=gpt_4o", "data=rolecs", "llm.price_per_million_input=1", "llm.price_per_million_output=10"]
     served = tmp_path / "served"
     served.mkdir()
     (served / "resolved.yaml").write_text(as_yaml(to_container(evaluation(*llm))))
-    assert spent(served, "evaluate", CPU) == Cost()
+    assert measure_cost(served, "evaluate", CPU) == Cost()
     usage_observer(served)(RequestAttempt({}, 1, None, "", "x", 1000, 200, 0.1))
-    assert spent(served, "evaluate", CPU) == Cost(tokens=1200, money=pytest.approx(0.003))
+    assert measure_cost(served, "evaluate", CPU) == Cost(tokens=1200, money=pytest.approx(0.003))
     later = evaluation(*llm[:2], "llm.price_per_million_input=2", "llm.price_per_million_output=20").llm
-    assert spent(served, "evaluate", CPU, llm=later).money == pytest.approx(0.006)
-    assert spent(tmp_path / "none", "compare", CPU) == Cost()
+    assert measure_cost(served, "evaluate", CPU, llm=later).money == pytest.approx(0.006)
+    assert measure_cost(tmp_path / "none", "compare", CPU) == Cost()

@@ -16,7 +16,7 @@ from csc_train.data.chats import check_chat
 from csc_train.data.dialogue import ROLES as MESSAGE_ROLES
 from csc_train.data.dialogue import Dialogue, Speaker
 from csc_train.data.readers import check_row
-from csc_train.data.records import listed
+from csc_train.data.records import paths_text
 from csc_train.data.strategies import OTHERS, Strategy, nearest_label, parse_strategy
 from csc_train.errors import InputError
 from csc_train.invisible import is_blank, strip_invisible
@@ -47,7 +47,7 @@ class ConversionReport:
         records: read; each is written or in `rejected`.
         counts: by group (see `GROUPS`) and name: what was written, joined, dropped and labelled. Turns without a label,
             and those that the model labelled, are the supporter's after joining; those written are of whole dialogues.
-        agreement: of the model with labels by hand (see `labelling.agreement`).
+        agreement: of the model with labels by hand (see `labelling.label_agreement`).
     """
 
     records: int = 0
@@ -156,7 +156,7 @@ def convert_records(config: ConvertConfig) -> tuple[list[Converted], ConversionR
         report.counts.update({WRITTEN: len(dialogue.turns), JOINED: spoken - len(dialogue.turns)})
         converted.append(Converted(str(file), number, dialogue, missing))
     if not report.records:
-        raise InputError(f"{listed(config.input)}: no records")
+        raise InputError(f"{paths_text(config.input)}: no records")
     if not converted:
         place = "{file}, row {row}: {reason}".format_map(report.rejected[0])
         raise InputError(f"{place}: none of {report.records} records fits format={config.format} kind={config.kind}")

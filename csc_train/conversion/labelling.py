@@ -84,7 +84,7 @@ async def answer_by_rule(
     return schema.model_validate({"strategies": numbers})
 
 
-def agreement(dialogues: Sequence[Dialogue], predicted: Sequence[list[Strategy] | LLMError]) -> dict[str, Any]:
+def label_agreement(dialogues: Sequence[Dialogue], predicted: Sequence[list[Strategy] | LLMError]) -> dict[str, Any]:
     """How far predicted strategies agree with those of hand-labelled dialogues.
 
     Returns:
@@ -124,7 +124,7 @@ def predict_labels(
         [*(each.dialogue for each in asked), *sample], config.llm, config.language, config.seed, log
     )
     if sample:
-        report.agreement = agreement(sample, answers[len(asked) :])
+        report.agreement = label_agreement(sample, answers[len(asked) :])
     kept, in_order = [], iter(answers)
     for each in converted:
         answer = next(in_order) if each.missing else None
@@ -140,7 +140,7 @@ def predict_labels(
 
 
 def describe_agreement(facts: dict[str, Any]) -> str:
-    """The result of `agreement` as a line."""
+    """The result of `label_agreement` as a line."""
     accuracy, kappa = ("-" if facts[name] is None else f"{facts[name]:.2f}" for name in ("accuracy", "kappa"))
     failed = f"; {facts['failed']} dialogues without an answer" if facts["failed"] else ""
     return f"accuracy {accuracy} % of {facts['turns']} turns, Cohen's kappa {kappa}{failed}"

@@ -15,7 +15,7 @@ from csc_train.invisible import strip_invisible
 FIELDS = {"strategy", "reason"}
 
 
-def normalized(label: str) -> str:
+def normalize_label(label: str) -> str:
     """A label without outer brackets and white space, in lower case: as it is looked up."""
     return strip_invisible(strip_invisible(label).strip("[]【】")).casefold()
 
@@ -48,7 +48,7 @@ def read_table(path: str | os.PathLike) -> dict[str, Strategy | None]:
             raise InputError(f"{place}: found {found}: give strategy and reason")
         if not isinstance(row["reason"], str) or not row["reason"].strip():
             raise InputError(f"{place}: reason is missing: give a sentence")
-        name = normalized(str(label))
+        name = normalize_label(str(label))
         if name in table:
             raise InputError(f"{place}: stands twice, in another spelling: keep one")
         try:
@@ -64,5 +64,5 @@ def find_strategy(table: dict[str, Strategy | None], label: str) -> Strategy | N
     Raises:
         ValueError: nobody knows the label.
     """
-    name = normalized(label)
+    name = normalize_label(label)
     return table[name] if name in table else parse_strategy(strip_invisible(label).strip("[]【】"))

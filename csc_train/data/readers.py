@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surrogate, join_speakers
-from csc_train.data.records import first_line, iter_records, listed
+from csc_train.data.records import first_line, iter_records, paths_text
 from csc_train.data.strategies import Strategy, nearest_label, parse_strategy
 from csc_train.errors import InputError, suggestion
 from csc_train.files import atomic_path
@@ -153,7 +153,7 @@ def iter_dialogues(
         InputError: the file is missing or unreadable as a whole; no row has the wanted source (the message lists the
             sources found); no row is left; too many are bad; or `strict` and a row is bad.
     """
-    report = report if report is not None else ReadReport(listed(path))
+    report = report if report is not None else ReadReport(paths_text(path))
     seen: Counter[str] = Counter()
 
     def checked(record: Any, file: Any, number: int) -> tuple[Dialogue | None, list[ValidationIssue]]:
@@ -231,7 +231,7 @@ def read_dialogues(
     Raises:
         InputError: as `iter_dialogues`.
     """
-    report = ReadReport(listed(path))
+    report = ReadReport(paths_text(path))
     try:
         return list(iter_dialogues(path, strict=strict, report=report, **options))
     finally:

@@ -253,7 +253,7 @@ def _hub_records(name: str) -> Iterator[tuple[int, Any]]:
             raise InputError(f"{name}: cannot load the data set from the Hugging Face hub: {reason}") from error
 
 
-def listed(path: str | os.PathLike | list[str]) -> str:
+def paths_text(path: str | os.PathLike | list[str]) -> str:
     """A path, or a list of paths, as text."""
     return ", ".join(map(str, path)) if isinstance(path, list) else str(path)
 

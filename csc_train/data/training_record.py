@@ -48,7 +48,7 @@ class RecordedDialogue:
         return len(set(self.sketch).intersection(other.sketch, union)) / len(union)
 
 
-def recorded(dialogue: Dialogue) -> RecordedDialogue:
+def sketch_dialogue(dialogue: Dialogue) -> RecordedDialogue:
     """The record of a dialogue."""
     folded = unicodedata.normalize("NFKC", dialogue.text).casefold()
     text = "".join(character for character in folded if character.isalnum()) or dialogue.text
@@ -68,7 +68,7 @@ def write_training_record(directory: str | os.PathLike, training: Iterable[Dialo
     Raises:
         InputError: it cannot be written.
     """
-    write_jsonl(Path(directory) / RECORD_FILE, (asdict(recorded(dialogue)) for dialogue in training))
+    write_jsonl(Path(directory) / RECORD_FILE, (asdict(sketch_dialogue(dialogue)) for dialogue in training))
 
 
 def read_training_record(directory: str | os.PathLike) -> list[RecordedDialogue] | None:
@@ -97,7 +97,7 @@ def find_recorded(training: Sequence[RecordedDialogue], evaluation: Iterable[Dia
             holders[value].append(index)
     found = []
     for dialogue in evaluation:
-        own = recorded(dialogue)
+        own = sketch_dialogue(dialogue)
         if same := texts.get(own.text):
             found.append(Overlap(same.id, own.id, "exact", 1.0))
             continue

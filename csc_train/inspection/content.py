@@ -84,7 +84,7 @@ def describe_reading(report: ReadReport) -> dict[str, Any]:
     reasons: dict[str, dict[str, Any]] = {}
     for row in report.rejected:
         reason = f"{row.issues[0].field}: {row.issues[0].kind}"
-        first = f"{row.file}, row {row.row}, {masked(str(row.issues[0]))}"
+        first = f"{row.file}, row {row.row}, {mask_private(str(row.issues[0]))}"
         reasons.setdefault(reason, {"rows": 0, "first": first})["rows"] += 1
     return {
         "rows": report.rows, "accepted": report.accepted, "rejected": len(report.rejected),
@@ -105,12 +105,13 @@ def find_findings(read: NumberedDialogues) -> dict[str, list[dict[str, Any]]]:
             place = read.place(index) | {"turn": number}
             faults += [place | each._asdict() for each in find_text_faults(text)]
             private += [
-                place | {"kind": each.kind, "detail": _excerpt(masked(text), each)} for each in find_private_data(text)
+                place | {"kind": each.kind, "detail": _excerpt(mask_private(text), each)}
+                for each in find_private_data(text)
             ]
     return {"faults": faults, "private": private}
 
 
-def masked(text: str) -> str:
+def mask_private(text: str) -> str:
     """A text of the same length without the private data in it."""
     for each in find_private_data(text):
         text = text[: each.start] + MASK * (each.end - each.start) + text[each.end :]

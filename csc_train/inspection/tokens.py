@@ -11,7 +11,7 @@ from tokenizers.decoders import DecodeStream
 from csc_train.config.recipes.training import InspectDataRecipe
 from csc_train.data.dialogue import ROLES, Speaker
 from csc_train.data.mixture import Mixture
-from csc_train.inspection.content import NumberedDialogues, describe_lengths, masked
+from csc_train.inspection.content import NumberedDialogues, describe_lengths, mask_private
 from csc_train.packing.dataset import PackedDataset, PackingReport, pack_dialogues
 from csc_train.packing.truncation import drop_leading_turns
 from csc_train.template.dialogue_template import DialogueTemplate, TokenizedDialogue, TokenType
@@ -148,7 +148,7 @@ def _masked(pieces: list[tuple[int, str, bool]], offsets: list[int]) -> Iterator
     for _, group in itertools.groupby(pieces, key=lambda piece: turn_of[piece[0]]):
         turn = list(group)
         text = "".join(text for _, text, _ in turn)
-        hidden, start = masked(text), 0
+        hidden, start = mask_private(text), 0
         for place, own, control in turn:
             yield place, hidden[start : start + len(own)], control
             start += len(own)

@@ -342,7 +342,7 @@ def _find_dialogues(data: DataConfig, side: str) -> list[Dialogue] | None:
     return split(sample, data.evaluation_fraction, data.seed)[side == "evaluation"]
 
 
-def spent(
+def measure_cost(
     directory: Path,
     recipe: str,
     cluster: ClusterConfig,

@@ -26,7 +26,7 @@ from csc_train.runs.claim import claim
 from csc_train.runs.directory import read_config, refuse_other_files
 from csc_train.runs.provenance import provenance
 from csc_train.suites.base import Cost, RowResult
-from csc_train.suites.estimate import StepEstimate, estimate_step, spent
+from csc_train.suites.estimate import StepEstimate, estimate_step, measure_cost
 from csc_train.suites.plan import Step, SuitePlan, gain_name, plan_suite
 from csc_train.suites.plan_table import plan_tables
 from csc_train.suites.published import PublishedTable, read_published
@@ -153,7 +153,7 @@ def row_results(
             if (taken := counted.get(step.name)) is None:  # it takes seconds to read the predictions of a whole run
                 llm = getattr(step.job.config, "llm", None)
                 used = step.directory, launch.recipe, _cluster_of(step), seconds.get(key)
-                taken = spent(*used, plan.config.price_per_gpu_hour, llm)
+                taken = measure_cost(*used, plan.config.price_per_gpu_hour, llm)
                 counted |= {step.name: taken} if runner.states[step.name] == DONE else {}
             cost += taken
         training = [step.directory for step in needed if step.job.launch.recipe == TRAINING]

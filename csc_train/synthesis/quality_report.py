@@ -165,7 +165,7 @@ def _variety(sides: Mapping[str, Sequence[Dialogue]], seed: int) -> dict[str, di
         samples = {name: _sample(side, speaker, seed) for name, side in sides.items()}
         matched = min(MAX_WORDS, *(sum(map(len, texts)) for texts in samples.values()))
         found[speaker.name.lower()] = {
-            "words": matched, **{name: variety(_cut(texts, matched), seed) for name, texts in samples.items()}
+            "words": matched, **{name: text_variety(_cut(texts, matched), seed) for name, texts in samples.items()}
         }  # fmt: skip
     return found
 
@@ -194,7 +194,7 @@ def _cut(texts: Sequence[list[str]], length: int) -> list[list[str]]:
     return kept
 
 
-def variety(texts: Sequence[Sequence[str]], seed: int) -> dict[str, float | None]:
+def text_variety(texts: Sequence[Sequence[str]], seed: int) -> dict[str, float | None]:
     """The variety of texts, each a list of words.
 
     Returns:

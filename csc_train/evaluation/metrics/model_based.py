@@ -59,7 +59,7 @@ def bertscore_baseline(model: str, layers: int, table: str | os.PathLike | None 
         raise InputError(f"{path}: not a baseline table (LAYER,P,R,F) with layer {layers}: {error!r}") from error
 
 
-def rescaled(scores: numpy.ndarray, baseline: float) -> numpy.ndarray:
+def rescale_bertscore(scores: numpy.ndarray, baseline: float) -> numpy.ndarray:
     """BERTScores, float [pairs], rescaled as the bert-score package does: unrelated texts score about 0.
 
     A pair with an empty side keeps its 0, the score of unrelated texts.
@@ -88,7 +88,7 @@ def _bertscore(table: PredictionTable, config: MetricsConfig, rescale: bool) -> 
         reason = f"bert-score has no baseline for a model named {model}: give metrics.bertscore_baseline"
         return Metric(None, f"{name}, rescaled", reason)
     signature = f"{name} of {model}, rescaled with the baseline {baseline:.2f}, {unverified}"
-    return Metric(mean(rescaled(scores, baseline)), signature)
+    return Metric(mean(rescale_bertscore(scores, baseline)), signature)
 
 
 @metric(name="BS", unit="contextual token vectors", direction="higher", profiles=["paper", "zh", "en"])
