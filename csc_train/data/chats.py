@@ -17,11 +17,7 @@ def check_chat(record: Any, seen: Counter[str], merge: bool = True) -> tuple[Dia
     return check_row(record, seen, merge, "chat", _read_turns)
 
 
-def _read_turns(record: dict[str, Any], issues: list[ValidationIssue]) -> tuple[list[Turn], str]:
-    messages = record.get("messages")
-    if not isinstance(messages, list):
-        issues.append(ValidationIssue(None, "messages", "missing" if messages is None else "not a list"))
-        return [], ""
+def _read_turns(messages: list[Any], issues: list[ValidationIssue]) -> tuple[list[Turn], str]:
     turns, system = [], ""
     for number, message in enumerate(messages, start=1):
         role = message.get("role") if isinstance(message, dict) else None

@@ -350,11 +350,7 @@ RowCheck = Callable[[Any, Counter[str], bool], tuple[Dialogue | None, list[Valid
 """Turns a row into a dialogue, or lists its issues; see `check_row`."""
 
 
-def _csc_turns(record: dict[str, Any], issues: list[ValidationIssue]) -> tuple[list[Turn | None], str]:
-    rows = record.get("dialogue")
-    if not isinstance(rows, list):
-        issues.append(ValidationIssue(None, "dialogue", "missing" if rows is None else "not a list"))
-        return [], ""
+def _csc_turns(rows: list[Any], issues: list[ValidationIssue]) -> tuple[list[Turn | None], str]:
     return [_check_turn(number, row, issues) for number, row in enumerate(rows, start=1)], ""
 
 
@@ -363,18 +359,21 @@ def check_row(
     seen: Counter[str],
     merge: bool,
     kind: str = "csc",
-    read_turns: Callable[[dict[str, Any], list[ValidationIssue]], tuple[list[Any], str]] = _csc_turns,
+    read_turns: Callable[[list[Any], list[ValidationIssue]], tuple[list[Any], str]] = _csc_turns,
 ) -> tuple[Dialogue | None, list[ValidationIssue]]:
     """Turn a row into a dialogue, or list its issues.
 
     Args:
         seen: counts the ids given so far.
         merge: join consecutive turns of one speaker.
-        read_turns: finds the turns and the system prompt of a row of this kind, or adds issues.
+        read_turns: makes turns and a system prompt of the list in the column of this kind, or adds issues.
     """
     if issues := check_object(record):
         return None, issues
-    turns, system = read_turns(record, issues)
+    column = TURN_COLUMNS[kind]
+    if not isinstance(rows := record.get(column), list):
+        issues.append(ValidationIssue(None, column, "missing" if rows is None else "not a list"))
+    turns, system = read_turns(rows, issues) if not issues else ([], "")
     if not issues and merge and _repeats(turns):
         turns = [_joined(together, text) for together, text in join_speakers(turns)]
     if not issues:
@@ -382,11 +381,11 @@ def check_row(
     for name, value in record.items():
         if name in ("id", "source") and not isinstance(value, str | int | None):
             issues.append(ValidationIssue(None, name, "not a text", type(value).__name__))
-        elif name != TURN_COLUMNS[kind] and has_surrogate(json.dumps([name, value], ensure_ascii=False, default=str)):
+        elif name != column and has_surrogate(json.dumps([name, value], ensure_ascii=False, default=str)):
             issues.append(ValidationIssue(None, ascii(name)[1:-1], SURROGATE))
     if issues:
         return None, issues
-    extra = {key: value for key, value in record.items() if key not in ("id", "source", TURN_COLUMNS[kind])}
+    extra = {key: value for key, value in record.items() if key not in ("id", "source", column)}
     dialogue = Dialogue(_text(record.get("id")), tuple(turns), _text(record.get("source")), extra, kind, system)
     given = bool(dialogue.id)
     name = dialogue.id or dialogue.fingerprint[:16]
