@@ -22,15 +22,8 @@ from csc_train.llm.config import JSON_MODES, LLMConfig
 from csc_train.llm.limits import RequestLimits
 from csc_train.thoughts import without_thoughts
 
-ERROR_KINDS = (
-    "connection", "timeout", "rate_limit", "server_error", "bad_request", "malformed", "authentication", "unreachable",
-    "cut_off", "empty", "interrupted", "refused",
-)  # fmt: skip
-"""Kinds of failed requests. malformed: the answer does not match the required format. unreachable: the server's name
-does not resolve, or the connection is refused. Answers without a reply are cut_off: the limit of tokens came before it;
-empty; interrupted: the server stopped for another reason; refused: the model, or a content filter, declines."""
 RETRYABLE = ("connection", "rate_limit", "server_error", "malformed", "interrupted")
-"""Kinds that a retry of the same request may cure."""
+"""Kinds of errors (see `CallError`) that a retry of the same request may cure."""
 RETRYABLE_LATER = ("timeout", "unreachable")
 """The same for a server that has answered before, and may be starting again."""
 COMPLETE = (None, "stop", "eos", "eos_token", "stop_sequence", "end_turn")
@@ -59,7 +52,7 @@ class RequestAttempt:
     Attributes:
         request: the body, without the key.
         number: the attempt's number within its call, from 1.
-        kind: one of `ERROR_KINDS`, explained by `message`; None for an answer.
+        kind: that of a `CallError`, explained by `message`; None for an answer.
         text: the answer.
         prompt_tokens, completion_tokens: as counted by the server; 0 if it did not count.
     """
@@ -104,8 +97,13 @@ class Completion:
 class CallError(Exception):
     """A call that failed.
 
+    Its kind is connection, timeout, rate_limit, server_error, bad_request, authentication, or one of these. malformed:
+    the answer does not match the required format. unreachable: the server's name does not resolve, or the connection is
+    refused. Answers without a reply are cut_off: the limit of tokens came before it; empty; interrupted: the server
+    stopped for another reason; refused: the model, or a content filter, declines.
+
     Attributes:
-        kind: one of `ERROR_KINDS`.
+        kind: see above.
         message: one line, without the key.
         attempts, prompt_tokens, completion_tokens: totals of all its requests.
         wait_s: the wait that the server asked for, if any.
@@ -365,8 +363,8 @@ def read_message(choice: dict[str, Any]) -> dict[str, Any]:
     """Parse a choice of /v1/chat/completions.
 
     Returns:
-        `text`, without thoughts; whether it is `cut_off`; and `fault`, None if there is a reply, else its kind among
-        `ERROR_KINDS` and the explanation.
+        `text`, without thoughts; whether it is `cut_off`; and `fault`, None if there is a reply, else the kind of the
+        `CallError` and the explanation.
     """
     message = choice["message"]
     return _judge(_text(message.get("content") or ""), choice.get("finish_reason"), message.get("refusal"))

@@ -74,7 +74,7 @@ class LLMConfig:
         """The override that gives four times the limit to answers that failed for it; empty if none did.
 
         Args:
-            kinds: of the failures (see `client.ERROR_KINDS`).
+            kinds: of the failures (see `client.CallError`).
             default: the task's limit.
         """
         if not {"cut_off", "empty"} & {*kinds}:

@@ -17,7 +17,6 @@ MAX_CONSECUTIVE = 2
 """Most consecutive supporter turns with the same strategy."""
 MAX_STRATEGY_ATTEMPTS = 2
 """Most answers of the supporter assistant for one turn; then the strategy becomes 其它."""
-STOP_REASONS = ("farewell", "customer_finished", "length", "no_strategy")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class RoleQuestion:
 
 
 def stop_reason(state: DialogueState) -> str | None:
-    """Why the dialogue is over: the first of `STOP_REASONS` that holds, or None.
+    """Why the dialogue is over: `farewell`, `customer_finished`, `length` or `no_strategy`; None if it is not.
 
     A customer who has finished gets exactly one farewell turn, unless `max_utterances` is reached.
     """
