@@ -24,7 +24,8 @@ class RateLimiter:
         now = asyncio.get_running_loop().time()
         start = max(now, self._next_start)
         self._next_start = start + amount * self._seconds_per_unit
-        await asyncio.sleep(start - now)
+        if start > now:
+            await asyncio.sleep(start - now)
 
     def adjust(self, difference: float) -> None:
         """Use `difference` more units; negative: return units."""
