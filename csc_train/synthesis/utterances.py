@@ -43,11 +43,11 @@ def turns_of(utterances: Sequence[Utterance]) -> tuple[Turn, ...]:
     )
 
 
-def as_text(utterances: Sequence[Utterance], language: str) -> str:
-    """Utterances for a prompt: one line each, with the speaker and the label, if there is one."""
+def as_text(utterances: Sequence[Utterance], language: str, labelled: str = "[{}]") -> str:
+    """Utterances for a prompt: one line each, with the speaker and the label, if there is one, in its brackets."""
     lines = []
     for each in utterances:
-        label = f"[{each.label}]" if each.label else ""
+        label = labelled.format(each.label) if each.label else ""
         # On one line, so that a text cannot imitate another speaker's turn.
         lines.append(f"{each.speaker.title(language)}{label}: {' '.join(each.text.split())}")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from csc_train.data.dialogue import Turn, has_surrogate
 from csc_train.data.strategies import STRATEGIES, Strategy, parse_strategy
 from csc_train.files import digest
 from csc_train.synthesis.rolecs.engine import DIALOGUE_ROLES, RoleQuestion
+from csc_train.synthesis.utterances import Utterance, as_text
 from csc_train.templates import load_template, read_text
 
 WRITING_ROLES = ("persona", *DIALOGUE_ROLES)
@@ -118,12 +119,9 @@ class RolePrompts:
 
     def _history(self, turns: tuple[Turn, ...]) -> str:
         """The turns, one line each; with the strategy, if the role may see it."""
-        lines = []
-        for turn in turns:
-            name = turn.strategy.name(self.language) if turn.strategy else ""
-            label = _STRATEGY_LABEL[self.language].format(name) if name else ""
-            lines.append(f"{turn.speaker.title(self.language)}{label}: {turn.text}")
-        return "\n".join(lines)
+        names = [turn.strategy.name(self.language) if turn.strategy else "" for turn in turns]
+        said = [Utterance(turn.speaker, turn.text, name) for turn, name in zip(turns, names, strict=True)]
+        return as_text(said, self.language, _STRATEGY_LABEL[self.language])
 
     def schema(self, question: RoleQuestion) -> type[BaseModel]:
         """The schema of the answer to a question."""
