@@ -24,7 +24,7 @@ class RateLimiter:
         now = asyncio.get_running_loop().time()
         start = max(now, self._next_start)
         self._next_start = start + amount * self._seconds_per_unit
-        if start > now:
+        if self._seconds_per_unit:  # 0 without a limit
             await asyncio.sleep(start - now)
 
     def adjust(self, difference: float) -> None:
