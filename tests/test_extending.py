@@ -180,6 +180,7 @@ TICKET = [
 """Entries of the page's format."""
 
 
+@pytest.mark.slow
 def test_the_format_is_converted_by_the_recipe():
     rows = [
         {"number": 7, "queue": "post", "entries": TICKET},

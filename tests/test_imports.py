@@ -54,6 +54,7 @@ def test_a_library_that_fails_leaves_nothing_hidden(library):
     assert importlib.import_module("heavy_extra").__name__ == "heavy_extra"
 
 
+@pytest.mark.slow
 def test_a_training_loads_none_of_them():
     code = (
         "import sys; from csc_train.runs.distributed import distributed_state\n"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from conftest import random_dialogue, small_tokenizer, tiny_config
+from conftest import random_dialogue, sampled, small_tokenizer, tiny_config
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -129,7 +129,7 @@ def test_compiled_layers_train_as_eager_ones_by_one_graph(packs, collator, mode,
 
 @pytest.mark.parametrize(
     ("model_type", "dropout", "mode"),
-    [("qwen2", None, "full"), ("qwen3", None, "selective"), ("llama", None, "off"), ("llama", 0.3, "off")],
+    sampled([("qwen2", None, "full"), ("qwen3", None, "selective"), ("llama", None, "off"), ("llama", 0.3, "off")], 4),
 )
 def test_layers_of_every_family_are_one_graph(packs, collator, without_kernels, model_type, dropout, mode):
     eager, compiled = tiny(model_type, dropout), tiny(model_type, dropout)
@@ -141,6 +141,7 @@ def test_layers_of_every_family_are_one_graph(packs, collator, without_kernels, 
     assert recompiles() == 0
 
 
+@pytest.mark.slow
 def test_rows_of_other_lengths_and_unmarked_sizes_are_compiled_anew(packs, collator, without_kernels, monkeypatch):
     model = tiny()
     compile_layers(model)

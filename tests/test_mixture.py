@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from conftest import ROOT, SMALL_TOKENIZERS, random_dialogue, small_tokenizer, tiny_config
+from conftest import ROOT, SMALL_TOKENIZERS, random_dialogue, sampled, small_tokenizer, tiny_config
 from processes import TIMEOUT_S, run_script, start_ranks
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -118,7 +118,7 @@ def test_a_source_that_gets_nothing_is_named():
 
 @pytest.mark.parametrize(
     ("mix", "message"),
-    [
+    sampled([
         ("[{path: a.jsonl, weight: 0}]", "data.mix[0].weight=0.0: must be above 0 and at most 1e+12"),
         ("[{path: a.jsonl}, {path: b.jsonl, epochs: -1}]", "data.mix[1].epochs=-1.0: must be above 0 and at most 1000"),
         ("[{path: a.jsonl, weight: nan}]", "data.mix[0].weight=nan: must be above 0"),
@@ -143,8 +143,8 @@ def test_a_source_that_gets_nothing_is_named():
         ("[a.jsonl]", "data.mix[0]: must be a mapping, such as {path: ...}"),
         ("[]", "data.mix is required: give data.mix=..."),
         ("[{path: a}] data.mix.weight=2", "data.mix.weight=2: data.mix is a list: write data.mix=[{weight: ...}], all"),
-    ],
-)
+    ], 4),
+)  # fmt: skip
 def test_a_bad_mix_is_named(mix, message):
     with pytest.raises(InputError) as error:
         compose("sft", ["data=mix", *f"data.mix={mix}".replace("] data", "]|data").split("|")])

@@ -64,6 +64,7 @@ def test_other_layers_stay(layer):
     assert type(layer) is before
 
 
+@pytest.mark.slow
 def test_a_model_that_replies_uses_it(checkpoint):  # noqa: F811
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model = load_final_model(str(checkpoint), InferenceConfig(dtype="fp32")).model

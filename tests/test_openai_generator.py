@@ -141,6 +141,7 @@ def local():
     return model, answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "context"), [("joint", "reference"), ("joint", "generated"), ("given", "reference")])
 def test_likelihoods_from_a_server_equal_those_of_the_model(mode, context, local, fault_server):
     model, fault_server.answer = local
@@ -203,6 +204,7 @@ def test_a_server_that_returns_no_likelihoods_of_the_prompt(told, fault_server):
     assert len(fault_server.requests) == 2 + TURNS
 
 
+@pytest.mark.slow
 def test_a_turn_whose_likelihoods_fail_is_tried_again(fault_server, tmp_path):
     failing = []
 

@@ -108,6 +108,7 @@ def replies(workplace):
     return {path: evaluate(path, *each) for path, each in settings.items()}
 
 
+@pytest.mark.slow
 def test_a_plain_model_replies_as_the_same_weights_of_ours(replies):
     assert replies["plain"] == replies["ours"] != replies["merged"]
     assert len(set(replies["plain"].values())) > 3

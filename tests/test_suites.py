@@ -11,7 +11,7 @@ from pathlib import Path
 import optuna
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, sampled
 from test_launch import Forked, left_in, record
 from test_sweep import driver
 
@@ -112,7 +112,7 @@ def order(here):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
+    sampled([
         (["suite=cpu_tinny"],
          "suite=cpu_tinny: not in conf/suite. Did you mean 'cpu_tiny'? Known: ablations, cpu_tiny, paper"),
         ([], "suite is required: choose one by suite=ablations|cpu_tiny|paper"),
@@ -142,7 +142,7 @@ def order(here):
          "evaluate, compare. Did you mean 'evaluate'?"),
         (["suite=cpu_tiny", 'suite.steps.plain_training.overrides=["model.path={plain}/model"]'],
          "suite.steps: a circle of needs: plain_training -> plain -> plain_training"),
-    ],
+    ], 4),
 )  # fmt: skip
 def test_a_wrong_suite_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
