@@ -20,7 +20,7 @@ class _Environment(jinja2.Environment):
 
 def _to_yaml(value: Any) -> str:
     """A value in one line of YAML."""
-    options = {"allow_unicode": True, "sort_keys": False, "width": sys.maxsize}
+    options = {"sort_keys": False, "width": sys.maxsize}
     return yaml.safe_dump([value], default_flow_style=True, **options)[1:-2]
 
 

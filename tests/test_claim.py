@@ -294,6 +294,17 @@ def test_replace_keeps_the_old_run_beside_until_the_new_one_has_finished(tmp_pat
     assert "replaces" not in json.loads((tmp_path / "run" / RECORD_FILE).read_text())
 
 
+def test_a_killed_run_inside_a_replaced_one_is_deleted_with_it(tmp_path):
+    """Such as the evaluation of a training: the kill left a lock file, and no list of the files."""
+    finished(tmp_path / "run", lr=1)
+    inner = tmp_path / "run" / "model"
+    write_json(inner / RECORD_FILE, {"recipe": "evaluate", "status": "running", "outputs": ["results.json"]})
+    for name in ("results.json", ".lock"):
+        (inner / name).write_text("{}")
+    finished(tmp_path / "run", "replace", lr=2)
+    assert os.listdir(tmp_path) == ["run"]
+
+
 def test_files_of_others_in_a_replaced_model_are_kept(tmp_path, said):
     finished(tmp_path / "run", lr=1)
     (tmp_path / "run" / "model" / "notes.txt").write_text("mine")

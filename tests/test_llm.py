@@ -328,6 +328,28 @@ def test_concurrency_falls_on_a_rate_limit_and_recovers():
     asyncio.run(main())
 
 
+def test_requests_are_sent_in_the_order_in_which_they_arrive():
+    """Who has just been answered asks again behind those that wait; one that is cancelled holds up nobody."""
+    sent = []
+
+    async def main():
+        limits = RequestLimits(LLMConfig(base_url="http://localhost/v1", model="small", concurrency=1))
+
+        async def ask(name):
+            for number in range(3):
+                async with limits.slot(1):
+                    sent.append(f"{name}{number}")
+                    await asyncio.sleep(0)
+
+        first, gone, *others = [asyncio.create_task(ask(name)) for name in "abcd"]
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(first, *others)
+
+    asyncio.run(main())
+    assert sent == [f"{name}{number}" for number in range(3) for name in "acd"]
+
+
 def test_a_client_asks_no_more_at_a_time_than_it_may(fault_server):
     """By the server's own count, and fewer after it said that it is too many."""
     under_way, counts = [], []

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,32 @@ def test_a_pod_gets_what_the_cluster_says():
     assert env["QUOTED"] == "a: \"$$(b)\" #'c'" and env[CONFIG_VARIABLE].endswith("'$$(A) $${B} $$C'}\n")
     assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/opt/csc_train/runs", "/data", "/dev/shm"]
     assert pod["terminationGracePeriodSeconds"] == 300 and pod["securityContext"] == {"fsGroup": 10001}
+
+
+@pytest.mark.parametrize("scheduler", FULL)
+def test_any_text_is_as_it_is_in_the_manifest(scheduler):
+    texts = (
+        "",
+        " ",
+        "{{ a }}",
+        "{% if %}",
+        "a: b #c",
+        "'\"\\",
+        "a\n---\n\n ...\n",
+        "null",
+        "0x1",
+        "\t\x01",
+        "\x85a\u2028",
+    )
+    env = {f"V{number}": text for number, text in enumerate(texts)}
+    job = launcher(scheduler, **{scheduler: replace(FULL[scheduler], env=env, prologue=[*texts])})
+    document = job.manifest()[-1]
+    if scheduler == "skypilot":
+        found, script = document["envs"], document["run"]
+    else:
+        (container,) = document["spec"]["template"]["spec"]["containers"]
+        found, script = {each["name"]: each.get("value") for each in container["env"]}, container["command"][2]
+    assert env.items() <= found.items() and "\n".join(texts) in script
 
 
 READ_TASK = """

@@ -48,7 +48,8 @@ class RequestLimits:
         self._requests = RateLimiter(config.requests_per_minute or math.inf)
         self._tokens = RateLimiter(config.tokens_per_minute or math.inf)
         self._in_flight = 0
-        self._freed = asyncio.Condition()
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
         self._round = 0
         self._paused_until = 0.0
 
@@ -59,8 +60,10 @@ class RequestLimits:
         Yields:
             The round, for `on_rate_limit`.
         """
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._in_flight < int(self.concurrency))
+        async with self._turn:  # in the order of arrival
+            while self._in_flight >= int(self.concurrency):
+                self._freed.clear()
+                await self._freed.wait()
             self._in_flight += 1
         try:
             await self._requests.acquire(1)
@@ -71,8 +74,7 @@ class RequestLimits:
             yield self._round
         finally:
             self._in_flight -= 1
-            async with self._freed:
-                self._freed.notify_all()
+            self._freed.set()
 
     def adjust_tokens(self, difference: int) -> None:
         """Correct the estimate of a request by `difference` tokens."""

@@ -212,7 +212,9 @@ class Run:
         for aside in map(Path, record.pop("replaces", [])):
             if read_run_record(aside).get("recipe") != self.recipe:
                 continue
-            for file in [file for place in run_places(aside) for file in written_files(place)]:
+            places = run_places(aside)
+            locks = [file for place in places for file in place.glob(f"{LOCK_FILE}*")]  # of killed runs inside
+            for file in [*locks, *(file for place in places for file in written_files(place))]:
                 with contextlib.suppress(OSError):
                     file.unlink()
             remove_empty_folders(aside)
