@@ -297,3 +297,9 @@ def test_a_model_whose_layers_are_unknown_is_refused_in_one_line(tmp_path, kind)
         inspect_model(ModelConfig(path=str(tmp_path))).require()
     assert "\n" not in str(one.value) + str(other.value)
     assert "layer_types" in str(other.value)
+
+
+def test_an_architecture_that_transformers_refuses_is_refused_in_one_line():
+    uneven = ArchitectureConfig("llama", hidden_size=64, num_attention_heads=3, num_key_value_heads=1)
+    with pytest.raises(InputError, match=r"^model\.architecture: The hidden size \(64\) .*heads \(3\)\.$"):
+        model_dims(uneven, 100)

@@ -468,8 +468,9 @@ def build_model_config(
         tokenizer: gives the special tokens, and the vocabulary size if the architecture has none.
 
     Raises:
-        InputError: the model family is unknown.
+        InputError: the model family is unknown, or transformers refuses the architecture.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # takes seconds
 
     facts = {name: value for name, value in asdict(architecture).items() if value is not None}
@@ -477,7 +478,10 @@ def build_model_config(
     if tokenizer is not None:
         facts.setdefault("vocab_size", len(tokenizer))
         facts |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(facts.pop("model_type"), **facts)
+    try:
+        config = AutoConfig.for_model(facts.pop("model_type"), **facts)
+    except StrictDataclassError as error:
+        raise InputError(f"model.architecture: {' '.join(str(error.__cause__ or error).split())}") from error
     if hasattr(config, "sliding_window"):
         config.sliding_window = None  # an architecture has no windows; the default of Mistral's class has
     return config
