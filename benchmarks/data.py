@@ -10,6 +10,7 @@ Prints each result and writes benchmarks/results/data.json.
 import argparse
 import functools
 import importlib.util
+import multiprocessing
 import os
 import re
 import sys
@@ -64,7 +65,7 @@ def main() -> None:
                 report, dialogues[:count], dialogues[count:], options.old, options.rounds
             ),
             "encoding": lambda: encoding(report, file, template, options.rounds),
-            "threads": lambda: threads(report, file, tokenizer, options.rounds),
+            "threads": lambda: threads(report, file, template, tokenizer, options.rounds),
             "memory": lambda: memory(report, file, tokenizer, 2 if options.quick else 10),
         }
         for name in SECTIONS:
@@ -153,22 +154,49 @@ def encoding(report: Report, file: Path, template: DialogueTemplate, rounds: int
         report.add(f"all / tokenizer alone, batches of {size:,}", ratios(whole, alone_taken), most=1.25)
 
 
-def threads(report: Report, file: Path, tokenizer: str | Path, rounds: int) -> None:
-    """Encoding into a cache entry by one thread and by two."""
+def threads(report: Report, file: Path, template: DialogueTemplate, tokenizer: str | Path, rounds: int) -> None:
+    """Encoding into a cache entry by one thread and by two, beside processes that share nothing."""
+    texts = [turn.text for dialogue in read_dialogues(file) for turn in dialogue.turns]
     taken: dict[int, list[float]] = {1: [], 2: []}
+    apart: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
-        for workers, each in taken.items():
-            each.append(prepare(file, tokenizer, workers)[0])
+        for workers in taken:
+            apart[workers].append(encode_apart(template, texts, workers))
+            taken[workers].append(prepare(file, tokenizer, workers)[0])
     report.section(
         "threads",
         "Seconds that recipes/prepare.py takes to encode dialogues into an entry of the cache, as it logs them, by one "
-        "thread and by two (tokenization.num_workers), in turn.",
+        "thread and by two (tokenization.num_workers), in turn. Apart: the tokenizer alone, on the same texts, by one "
+        "process and by two that share nothing; one / two is what the cores allow.",
         dialogues=file.read_bytes().count(b"\n"),
         load=round(os.getloadavg()[0], 1),
     )
-    for workers, each in taken.items():
-        report.add(f"threads {workers}: seconds", spread(each))
+    for workers in taken:
+        report.add(f"threads {workers}: seconds", spread(taken[workers]))
+        report.add(f"apart {workers}: seconds", spread(apart[workers]))
     report.add("one / two", ratios(taken[1], taken[2]), least=1.8)
+    report.add("one / two, apart", ratios(apart[1], apart[2]))
+
+
+def encode_apart(template: DialogueTemplate, texts: list[str], count: int) -> float:
+    """The seconds of `count` forked processes that each encode their share of the texts."""
+    context = multiprocessing.get_context("fork")
+    backend: Any = getattr(template.tokenizer, "backend_tokenizer")  # noqa: B009
+    ready = context.Barrier(count + 1)
+
+    def encode(own: list[str]) -> None:
+        ready.wait()
+        for start in range(0, len(own), BATCHES[0]):
+            backend.encode_batch_fast(own[start : start + BATCHES[0]], add_special_tokens=False)
+
+    processes = [context.Process(target=encode, args=(texts[number::count],)) for number in range(count)]
+    for process in processes:
+        process.start()
+    ready.wait()
+    started = time.perf_counter()
+    for process in processes:
+        process.join()
+    return time.perf_counter() - started
 
 
 def memory(report: Report, file: Path, tokenizer: str | Path, times: int) -> None:
