@@ -313,7 +313,7 @@ def test_a_killed_suite_leaves_the_step_to_the_next_one(small, monkeypatch, caps
     (first / "run.json").write_text(json.dumps({"recipe": "evaluate", "finished": "now"}))
     cards, read = [], []
     monkeypatch.setattr(reproduction, "add_figures", lambda *places: cards.append([path.name for path in places]))
-    monkeypatch.setattr(reproduction, "spent", lambda directory, *_: read.append(directory.name) or Cost())
+    monkeypatch.setattr(reproduction, "measure_cost", lambda directory, *_: read.append(directory.name) or Cost())
     assert reproduce(OWN) == 0, capsys.readouterr().err
     assert [trial.state.name for trial in ledger(small).trials] == ["COMPLETE"] * 3
     assert cards == [["model", first.name]] and order(small).count("first") == 1
