@@ -53,8 +53,8 @@ KEY = 16
 """Hexadecimal digits of an entry's name, a hash of its key."""
 CHUNK = 50
 """Dialogues that a worker encodes, and that are written, at a time."""
-MAX_WORKERS = 6
-"""Workers by default: Python's own part, a sixth of the time, is done by one at a time."""
+MAX_DEFAULT_WORKERS = 6
+"""Threads by default: Python's own part, a sixth of the time, is done by one at a time."""
 
 
 class TokenizedDataset(Sequence[TokenizedDialogue]):
@@ -177,7 +177,7 @@ def _build(
     num_workers: int | None,
 ) -> TokenizedDataset:
     if num_workers is None:
-        num_workers = min(os.cpu_count() or 1, MAX_WORKERS)
+        num_workers = min(os.cpu_count() or 1, MAX_DEFAULT_WORKERS)
     prefix = [] if any(dialogue.kind == "chat" for dialogue in dialogues) else template.prefix_ids
     start = time.perf_counter()
     with (
