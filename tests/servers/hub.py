@@ -99,22 +99,21 @@ class HubServer(ThreadingHTTPServer):
     @contextmanager
     def client(self, monkeypatch, home, token=None):
         """Let the libraries of this process take the server for the hub, as HF_ENDPOINT, HF_HOME, HF_TOKEN and
-        HF_HUB_DISABLE_XET would before they are imported."""
+        HF_HUB_DISABLE_XET would before they are imported. Undone with what the test itself patches, last first."""
         from csc_train import hub_access
 
-        with monkeypatch.context() as patch:
-            patch.setattr(constants, "ENDPOINT", self.address)
-            patch.setattr(
-                constants,
-                "HUGGINGFACE_CO_URL_TEMPLATE",
-                f"{self.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-            )
-            patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-            patch.setattr(constants, "HF_HUB_OFFLINE", False)
-            patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-            patch.setenv("HF_TOKEN", token) if token else patch.delenv("HF_TOKEN", raising=False)
-            hub_access._hub_answers.cache_clear()
-            yield self
+        monkeypatch.setattr(constants, "ENDPOINT", self.address)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            f"{self.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        )
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
+        hub_access._hub_answers.cache_clear()
+        yield self
         hub_access._hub_answers.cache_clear()
 
     def add(self, kind, name, files, message="first", private=True):
