@@ -98,9 +98,12 @@ def csv_records(config: ConvertConfig) -> Iterator[tuple[Any, int, Any]]:
         dialogues: dict[str, tuple[int, list[dict[str, Any]]]] = {}
         try:
             found = table.fieldnames or ()
-            if missing := [name for key, name in names.items() if key != "strategy" and name not in found]:
-                has = ", ".join(found) or "none"
-                raise InputError(f"{file}: column {missing[0]!r} is missing; found {has}: name yours by columns.*")
+            for key, name in names.items():
+                if name not in found and key != "strategy":
+                    has = ", ".join(found) or "none"
+                    raise InputError(
+                        f"{file}: column {name!r} is missing; found {has}: name yours by columns.{key}=NAME"
+                    )
             for number, row in enumerate(table, start=2):
                 turn = {key: row.get(name) for key, name in names.items()}
                 dialogues.setdefault(turn["id"] or "", (number, []))[1].append(turn)
