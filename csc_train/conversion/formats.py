@@ -97,13 +97,10 @@ def csv_records(config: ConvertConfig) -> Iterator[tuple[Any, int, Any]]:
         table = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
         dialogues: dict[str, tuple[int, list[dict[str, Any]]]] = {}
         try:
-            found = table.fieldnames or ()
-            for key, name in names.items():
-                if name not in found and key != "strategy":
-                    has = ", ".join(found) or "none"
-                    raise InputError(
-                        f"{file}: column {name!r} is missing; found {has}: name yours by columns.{key}=NAME"
-                    )
+            found = table.fieldnames or ["none"]
+            if missing := [each for each in names.items() if each[0] != "strategy" and each[1] not in found]:
+                wanted, has = missing[0], ", ".join(found)
+                raise InputError(f"{file}: column {wanted[1]!r} is missing; found {has}: say columns.{wanted[0]}=NAME")
             for number, row in enumerate(table, start=2):
                 turn = {key: row.get(name) for key, name in names.items()}
                 dialogues.setdefault(turn["id"] or "", (number, []))[1].append(turn)
