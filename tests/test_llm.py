@@ -2,17 +2,20 @@
 
 import asyncio
 import enum
+import inspect
 import threading
 import time
+import typing
 
 import pydantic
 import pytest
 from processes import TIMEOUT_S, free_port
 from servers.faults import DRIP, DROP, HANG, HTML, NO_REPLIES, TORN, Fault, Say
 
+from csc_train.data.readers import ReadOptions, iter_checked
 from csc_train.errors import InputError
 from csc_train.llm import client as client_module
-from csc_train.llm.client import CallError, Client, LLMError, UnusableServerError
+from csc_train.llm.client import CallError, Client, LLMError, Sampling, UnusableServerError
 from csc_train.llm.config import JSON_MODES, LLMConfig
 from csc_train.llm.limits import RateLimiter, RequestLimits
 from csc_train.llm.structured import ask_structured, parse_answer
@@ -423,6 +426,13 @@ def test_ids_and_text_go_to_completions(fault_server):
     fault_server.completions = "text"
     refused, _ = run(config_of(fault_server), both)
     assert (refused.kind, refused.attempts) == ("bad_request", 1)
+
+
+def test_keywords_that_are_passed_through_are_those_of_the_function_that_takes_them():
+    for options, function in ((Sampling, Client.body), (ReadOptions, iter_checked)):
+        defaults = {name for name, each in inspect.signature(function).parameters.items() if each.default != each.empty}
+        hints = typing.get_type_hints(function)
+        assert typing.get_type_hints(options) == {name: hints[name] for name in defaults}
 
 
 def test_what_the_configuration_says_comes_before_what_the_task_asks_for(fault_server):

@@ -117,6 +117,7 @@ def decorated(**fields):
         ({"profiles": ["zk"]}, "profiles=zk: choose one of paper, zh, en, strategy, .* Did you mean 'zh'?"),
         ({"direction": "highest"}, "direction=highest: choose one of higher, lower, none. Did you mean 'higher'?"),
         ({"units": "turns"}, "unknown field 'units'. Did you mean 'unit'?"),
+        ({"function": len}, "unknown field 'function'"),
     ],
 )
 def test_an_invalid_registration_is_refused(fields, message):

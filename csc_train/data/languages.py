@@ -14,7 +14,7 @@ import jinja2
 
 from csc_train.data.config import LANGUAGE_CODES
 from csc_train.errors import InputError, check_choice
-from csc_train.plugins import check_entry, note_registration
+from csc_train.plugins import check_entry, note_registration, takes_fields_of
 from csc_train.templates import read_text, read_yaml, render_source
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def get_language(code: str) -> Language:
     return LANGUAGES[code]
 
 
+@takes_fields_of(Language)
 def register_language(**fields: Any) -> Language:
     """Add a language.
 

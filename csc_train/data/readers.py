@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, Turn, has_surrogate, join_speakers
 from csc_train.data.records import first_line, iter_records, paths_text
@@ -132,13 +132,22 @@ class ReadReport:
             logger.info(f"  rejected rows are in {rejected_path}")
 
 
+class ReadOptions(TypedDict, total=False):
+    """Keywords of `iter_checked` that those who call it pass through."""
+
+    source: str | None
+    strict: bool
+    max_rejected: float
+    encoding: str | None
+
+
 def iter_dialogues(
     path: str | os.PathLike | list[str],
     *,
     report: ReadReport | None = None,
     merge: bool = True,
     check: "RowCheck | None" = None,
-    **options: Any,
+    **options: Unpack[ReadOptions],
 ) -> Iterator[Dialogue]:
     """Read dialogues one by one from JSON, JSONL or Parquet files, or a Hugging Face data set.
 
@@ -147,7 +156,7 @@ def iter_dialogues(
         report: filled while reading.
         merge: join consecutive turns of one speaker; otherwise such a row is bad.
         check: turns a row into a dialogue: `check_row` (the default), or `chats.check_chat`.
-        options: `source`, `strict`, `max_rejected` and `encoding`, as of `iter_checked`.
+        options: as of `iter_checked`.
 
     Raises:
         InputError: the file is missing or unreadable as a whole; no row has the wanted source (the message lists the
@@ -220,11 +229,12 @@ def iter_checked(
 def read_dialogues(
     path: str | os.PathLike | list[str],
     *,
-    strict: bool = False,
+    merge: bool = True,
+    check: "RowCheck | None" = None,
     rejected_path: str | os.PathLike | None = None,
-    **options: Any,
+    **options: Unpack[ReadOptions],
 ) -> list[Dialogue]:
-    """Read all dialogues of `path`; other `options` as of `iter_dialogues`.
+    """Read all dialogues of `path`; other arguments as of `iter_dialogues`.
 
     Unless `strict`, bad rows are counted in the log and written to `rejected_path`. Joined turns are counted there too.
 
@@ -233,9 +243,9 @@ def read_dialogues(
     """
     report = ReadReport(paths_text(path))
     try:
-        return list(iter_dialogues(path, strict=strict, report=report, **options))
+        return list(iter_dialogues(path, report=report, merge=merge, check=check, **options))
     finally:
-        if not (strict and report.rejected):
+        if not (options.get("strict") and report.rejected):
             report.conclude(rejected_path)
 
 

@@ -12,7 +12,7 @@ from csc_train.files import digest
 from csc_train.inference.config import InferenceConfig
 from csc_train.inference.generator import TurnQueue, TurnRequest
 from csc_train.inference.predictions import Prediction, TurnOutcome
-from csc_train.llm.client import Client, LLMError, Message, Observer, UnusableServerError
+from csc_train.llm.client import Client, LLMError, Message, Observer, Sampling, UnusableServerError
 from csc_train.llm.config import LLMConfig
 from csc_train.template.config import TemplateConfig
 from csc_train.template.dialogue_template import DialogueTemplate, chat_messages, labelled_text
@@ -113,7 +113,7 @@ class OpenAIGenerator:
     async def _predict(self, client: Client, request: TurnRequest) -> TurnOutcome:
         """The model's reply, with likelihoods if the server returns them."""
         seed = int(digest([self._config.seed, request.dialogue.id, request.turn])[:7], 16)
-        decoding: dict[str, Any] = {"seed": seed, "temperature": 0, "max_tokens": self._config.max_new_tokens}
+        decoding: Sampling = {"seed": seed, "temperature": 0, "max_tokens": self._config.max_new_tokens}
         given = request.given_strategy(self._settings.mode)
         details: dict[str, Any] = {"prompt_format": "token_ids" if self._takes_token_ids else "messages"}
         try:

@@ -49,9 +49,15 @@ def read_numbered(source: DialogueSourceConfig, config: DataConfig, kind: str = 
         InputError: as `iter_dialogues`.
     """
     report = ReadReport(", ".join(source.places))
-    options = {"strict": config.strict, "merge": config.merge_turns == "auto", "encoding": config.encoding}
-    options |= {"check": check_chat} if kind == "chat" else {}
-    found = iter_dialogues(source.places, source=source.source, report=report, **options)
+    found = iter_dialogues(
+        source.places,
+        report=report,
+        merge=config.merge_turns == "auto",
+        check=check_chat if kind == "chat" else None,
+        source=source.source,
+        strict=config.strict,
+        encoding=config.encoding,
+    )
     pairs = [(dialogue, report.place) for dialogue in ProgressBar(found, "dialogues read", unit="dialogue")]
     several = len({file for _, (file, _) in pairs}) > 1
     rows = [f"{file}:{row}" if several else row for _, (file, row) in pairs]

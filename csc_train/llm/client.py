@@ -12,7 +12,7 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import openai
 
@@ -131,6 +131,14 @@ class UnusableServerError(CallError, InputError):
         return self.message
 
 
+class Sampling(TypedDict, total=False):
+    """Keywords of a call that go into its `Client.body`."""
+
+    seed: int | None
+    temperature: float | None
+    max_tokens: int | None
+
+
 class Client(contextlib.AbstractAsyncContextManager):
     """A model on a server; an async context, for one event loop.
 
@@ -185,7 +193,7 @@ class Client(contextlib.AbstractAsyncContextManager):
         *,
         response_format: dict[str, Any] | None = None,
         observe: Observer | None = None,
-        **sampling: Any,
+        **sampling: Unpack[Sampling],
     ) -> Completion:
         """The model's next message.
 
@@ -205,7 +213,7 @@ class Client(contextlib.AbstractAsyncContextManager):
         return await self._call("/chat/completions", body, read_message, observe)
 
     async def complete(
-        self, prompt: str | Sequence[int], *, observe: Observer | None = None, **sampling: Any
+        self, prompt: str | Sequence[int], *, observe: Observer | None = None, **sampling: Unpack[Sampling]
     ) -> Completion:
         """The continuation of a prompt, given as text or token ids; arguments and errors as in `chat`."""
         prompt = prompt if isinstance(prompt, str) else list(prompt)

@@ -8,12 +8,12 @@ repaired by guessing.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, Unpack
 
 import openai
 import pydantic
 
-from csc_train.llm.client import CallError, Client, Completion, LLMError, Message, Observer, RequestAttempt
+from csc_train.llm.client import CallError, Client, Completion, LLMError, Message, Observer, RequestAttempt, Sampling
 from csc_train.llm.config import JSON_MODES
 
 MAX_REPAIRS = 2
@@ -45,9 +45,8 @@ async def ask_structured(
     messages: Sequence[Message],
     schema: type[AnswerSchema],
     *,
-    seed: int | None = None,
     observe: Observer | None = None,
-    **sampling: Any,
+    **sampling: Unpack[Sampling],
 ) -> StructuredAnswer[AnswerSchema]:
     """Ask for an answer that matches `schema`.
 
@@ -57,7 +56,7 @@ async def ask_structured(
 
     Args:
         schema: all its fields are required. The prompt describes the fields, as far as the model needs it.
-        seed, observe, sampling: as of `Client.chat`.
+        observe, sampling: as of `Client.chat`.
 
     Raises:
         UnusableServerError: the server rejects the key or cannot be reached.
@@ -71,14 +70,14 @@ async def ask_structured(
         if observe is not None:
             observe(attempt)
 
-    settings = sampling | {"observe": record}
-    chat = list(messages)
+    chat, seed = list(messages), sampling.get("seed")
     try:
         for turn in range(MAX_REPAIRS + 2):
             if fresh := turn > MAX_REPAIRS:
                 chat = list(messages)
             repair = len(chat) > len(messages)
-            completion = await _request(client, chat, schema, repair, seed if seed is None else seed + fresh, settings)
+            settings: Sampling = {**sampling, "seed": seed if seed is None else seed + fresh}
+            completion = await _request(client, chat, schema, repair, record, settings)
             try:
                 value = parse_answer(completion.text, schema)
             except ValueError as error:
@@ -133,14 +132,15 @@ async def _request(
     chat: list[Message],
     schema: type[AnswerSchema],
     repair: bool,
-    seed: int | None,
-    settings: dict[str, Any],
+    observe: Observer,
+    sampling: Sampling,
 ) -> Completion:
     """One answer in the strictest JSON mode that the server supports; a repair always includes the schema."""
     for mode in JSON_MODES[JSON_MODES.index(client.json_mode) :]:
         prompt = chat if mode == "json_schema" and not repair else [*chat[:-1], _with_schema(chat[-1], schema)]
         try:
-            completion = await client.chat(prompt, seed=seed, response_format=response_format(mode, schema), **settings)
+            form = response_format(mode, schema)
+            completion = await client.chat(prompt, response_format=form, observe=observe, **sampling)
         except LLMError as failure:
             # Once a mode is confirmed, a bad request has another cause.
             if failure.kind != "bad_request" or client.json_mode_confirmed or mode == JSON_MODES[-1]:

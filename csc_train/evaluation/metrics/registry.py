@@ -13,7 +13,7 @@ from csc_train.errors import InputError, check_choice
 from csc_train.evaluation.config import PROFILES, MetricsConfig
 from csc_train.evaluation.metrics.base import Metric
 from csc_train.evaluation.table import PredictionTable
-from csc_train.plugins import check_entry, note_registration
+from csc_train.plugins import check_entry, note_registration, takes_fields_of
 from csc_train.stats import mean
 
 DIRECTIONS = ("higher", "lower", "none")
@@ -21,23 +21,36 @@ SECTIONS = ("strategy", "likelihood", "process", "reply")
 """Tables that every report has; `process` and `reply` also have a row for the reference dialogues."""
 
 
-@dataclass(frozen=True)
-class MetricSpec:
-    """A registered metric: the fields of `@metric`, and the function that computes it."""
+@dataclass(frozen=True, kw_only=True)
+class MetricFields:
+    """The fields of `@metric`."""
 
     name: str
+    """The column; unique within a profile."""
     unit: str
+    """What the metric counts; values are percentages unless the unit says otherwise."""
     direction: str
-    profiles: tuple[str, ...]
-    function: Callable[..., Metric]
+    """Which values are better: one of `DIRECTIONS`."""
+    profiles: Sequence[str]
+    """Tables with this column: profiles of `metrics.profiles`, or of `SECTIONS`."""
     compare: bool = True
+    """Whether recipes/compare.py tests it."""
     by_position: bool = False
+    """Whether it is also shown by supporter turn, with the difference between the contexts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSpec(MetricFields):
+    """A registered metric, and the function that computes it."""
+
+    function: Callable[..., Metric]
 
 
 METRICS: list[MetricSpec] = []
 """All registered metrics, in the order of table columns."""
 
 
+@takes_fields_of(MetricFields)
 def metric(**fields: Any) -> Callable[[Callable], Callable[..., Metric]]:
     """Register a function as a metric.
 
@@ -46,11 +59,7 @@ def metric(**fields: Any) -> Callable[[Callable], Callable[..., Metric]]:
     defaults to the first line of the docstring, the unit to `unit`.
 
     Args:
-        fields: those of `MetricSpec` but `function`. `name`: the column; unique within a profile. `unit`: what the
-            metric counts; values are percentages unless the unit says otherwise. `direction`: "higher" or "lower" is
-            better, or "none". `profiles`: tables with this column: a profile of `metrics.profiles`, or one of
-            `SECTIONS`. `compare`: whether recipes/compare.py tests it; defaults to true. `by_position`: whether it is
-            also shown by supporter turn, with the difference between the contexts; defaults to false.
+        fields: those of `MetricFields`.
 
     Raises:
         InputError: a field is unknown, missing or has an unknown value, or the name is taken.
@@ -58,7 +67,7 @@ def metric(**fields: Any) -> Callable[[Callable], Callable[..., Metric]]:
 
     def register(function: Callable) -> Callable[..., Metric]:
         place = f"@metric of {function.__module__}.{function.__qualname__}"
-        check_entry(place, MetricSpec, {key: value or None for key, value in fields.items()} | {"function": function})
+        check_entry(place, MetricFields, {key: value or None for key, value in fields.items()})
         name, direction = fields["name"], fields["direction"]
         check_choice(f"{place}: direction", direction, DIRECTIONS)
         for profile in fields["profiles"]:

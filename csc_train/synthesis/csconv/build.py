@@ -5,12 +5,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import pydantic
 
 from csc_train.data.dialogue import SURROGATE, Dialogue, Speaker, has_surrogate
-from csc_train.data.readers import ReadReport, ValidationIssue, check_object, iter_checked
+from csc_train.data.readers import ReadOptions, ReadReport, ValidationIssue, check_object, iter_checked
 from csc_train.errors import InputError
 from csc_train.files import digest, require_end
 from csc_train.invisible import strip_invisible
@@ -107,13 +107,12 @@ class CallOutcome:
 def read_calls(
     path: str | os.PathLike,
     *,
-    max_rejected: float = 0.1,
     rejected_path: str | os.PathLike | None = None,
-    **options: Any,
+    **options: Unpack[ReadOptions],
 ) -> list[RecordedCall]:
     """Read calls of `{"id", "turns": [{"speaker", "text"}]}` (see `iter_records`); `id` is optional.
 
-    `max_rejected` and other `options` are those of `iter_checked`.
+    `options` are those of `iter_checked`; `max_rejected` defaults to 0.1.
 
     Rows of another form and ids that are used twice are counted in the log and written to `rejected_path`, with their
     place and reason but without the call, which holds private data.
@@ -125,7 +124,7 @@ def read_calls(
     report, places = ReadReport(str(path), settings=""), {}
     check = functools.partial(_check_call, places)
     try:
-        return [call for _, call in iter_checked(path, check, report, max_rejected=max_rejected, **options)]
+        return [call for _, call in iter_checked(path, check, report, **{"max_rejected": 0.1} | options)]
     finally:
         report.conclude(rejected_path, records=False)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from csc_train.files import digest
-from csc_train.llm.client import Client, Message, RequestAttempt
+from csc_train.llm.client import Client, Message, RequestAttempt, Sampling
 from csc_train.llm.config import LLMConfig
 from csc_train.llm.structured import ask_structured
 from csc_train.synthesis.config import RolesConfig
@@ -132,6 +132,6 @@ class ServerBackend:
         """The body of a call's request, for a batch file."""
         return self._clients[call.role].body(**self._sampling(call)) | {"messages": list(call.messages)}
 
-    def _sampling(self, call: RoleCall) -> dict[str, Any]:
+    def _sampling(self, call: RoleCall) -> Sampling:
         model = self._models[call.role]
         return {"seed": call.seed, "temperature": model.temperature, "max_tokens": model.max_tokens}
