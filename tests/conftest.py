@@ -1,4 +1,9 @@
-"""Fixtures and helpers that test modules share: small and real tokenizers, and seeded random dialogues."""
+"""Fixtures and helpers that test modules share: small and real tokenizers, and seeded random dialogues.
+
+What takes time to import is imported where it is used: the process that hands out the tests uses none of it.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import gc
@@ -14,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -24,23 +29,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
-import torch
 from processes import TIMEOUT_S, stop_fork_server
-from safetensors.torch import load_file, save_file
-from servers.faults import FaultServer
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
 
-from csc_train.checkpoints.manifest import Manifest
 from csc_train.config.cli import log_to_stdout
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.strategies import STRATEGIES
-from csc_train.models.tokenizer import tokenizer_hash
-from csc_train.template.dialogue_template import DialogueTemplate
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from csc_train.checkpoints.manifest import Manifest
+    from csc_train.template.dialogue_template import DialogueTemplate
 
 # A script that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -101,6 +100,8 @@ def random_dialogue(rng: random.Random, extra: tuple[str, ...] = ()) -> Dialogue
 
 def small_tokenizer(chat_template: str) -> PreTrainedTokenizerBase:
     """The small committed tokenizer of the family that `chat_template` belongs to."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(SMALL_TOKENIZERS / SMALL_OF[chat_template])
 
 
@@ -129,6 +130,8 @@ def tiny_config(
             see, and every prompt gets the same answer.
         facts: what else the configuration says.
     """
+    from transformers import AutoConfig
+
     controls = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     facts = TINY_FACTS.get(architecture, {}) | facts
     return AutoConfig.for_model(
@@ -147,6 +150,8 @@ def tiny_config(
 
 def remember(model: Any) -> Any:
     """Let the gated delta nets of a random model, whose states would be gone after a token, decay over about 100."""
+    import torch
+
     for name, parameter in model.named_parameters():
         if name.endswith(".A_log"):
             torch.nn.init.uniform_(parameter, -6, -3)
@@ -167,7 +172,9 @@ def save_vision_language(
         split_experts: whether each expert has tensors of its own; on the hub, those of a layer are one.
         facts: what else the text configuration says.
     """
-    from transformers import AutoModelForMultimodalLM  # takes time
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForMultimodalLM
 
     rotary = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
     rotary |= {"mrope_interleaved": True, "mrope_section": [1, 1, 0]}
@@ -192,6 +199,9 @@ def save_vision_language(
 
 def manifest_of(template: DialogueTemplate, **facts) -> Manifest:
     """What a checkpoint that talks through `template` says of its origin, all planted; `facts` instead of some."""
+    from csc_train.checkpoints.manifest import Manifest
+    from csc_train.models.tokenizer import tokenizer_hash
+
     planted = {
         "base_model": "../base",
         "base_revision": None,
@@ -210,6 +220,8 @@ def manifest_of(template: DialogueTemplate, **facts) -> Manifest:
 
 def real_tokenizer(chat_template: str) -> PreTrainedTokenizerBase:
     """The published tokenizer; where it is promised (CSC_TOKENIZERS, CI) its absence fails, else it skips the test."""
+    from transformers import AutoTokenizer
+
     promised = os.environ.get("CSC_TOKENIZERS")
     for folder in filter(None, (promised, ROOT.parent / "shared" / "tokenizers")):
         if (Path(folder) / chat_template / "tokenizer.json").exists():
@@ -293,6 +305,8 @@ def load_recipe(name: str) -> ModuleType:
 @pytest.fixture
 def fault_server():
     """A running OpenAI-compatible server that says what the test tells it to, faults included."""
+    from servers.faults import FaultServer
+
     with FaultServer() as server:
         yield server
 

@@ -54,6 +54,7 @@ def same(one: Path, other: Path, names: tuple[str, ...]) -> list[bool]:
     return [(one / name).read_bytes() == (other / name).read_bytes() for name in names]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_written_after_the_next_step_equals_one_that_training_waited_for(folder, foreground):
     trained = curve(train(folder, checkpoints="held", held=True, **STEPS))
     assert trained["losses"] == foreground["losses"] and trained["digest"] == foreground["digest"]
@@ -68,6 +69,7 @@ def test_a_checkpoint_written_after_the_next_step_equals_one_that_training_waite
     assert again["losses"] == foreground["losses"] and again["digest"] == foreground["digest"]
 
 
+@pytest.mark.slow
 def test_without_the_copy_it_would_hold_the_next_step(folder, foreground, monkeypatch):
     monkeypatch.setattr(HostCopies, "take", lambda _, __, state: state)
     train(folder, checkpoints="uncopied", held=True, **STEPS)
@@ -108,6 +110,7 @@ def slow_saves(monkeypatch) -> list[int]:
     return numbers
 
 
+@pytest.mark.slow
 def test_the_next_save_waits_for_the_one_before_and_says_so(folder, said, monkeypatch):
     numbers = slow_saves(monkeypatch)
     train(folder, checkpoints="slow", save_in_background="true", **STEPS)
@@ -159,6 +162,7 @@ def test_a_rank_without_memory_leaves_no_checkpoint_without_its_files(tmp_path, 
     assert not finished and not written.exists()
 
 
+@pytest.mark.slow
 def test_an_error_of_the_training_waits_for_the_checkpoint_before(folder, monkeypatch):
     slow_saves(monkeypatch)
     with pytest.raises(RuntimeError, match="as planned"):

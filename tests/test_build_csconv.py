@@ -225,6 +225,7 @@ def counted(ask, asked, crash_after=None):
     return counting
 
 
+@pytest.mark.slow
 def test_after_a_crash_at_any_answer_nothing_is_asked_twice_and_the_outcome_is_the_same(tmp_path):
     script = ask_mock("zh")
     expected = built(script)
@@ -320,6 +321,7 @@ def recipe(tmp_path, monkeypatch, capsys):
     return start
 
 
+@pytest.mark.slow
 def test_the_recipe_shows_the_filter_funnel_without_a_model(tmp_path, recipe):
     status, said = recipe("run.directory=run")
     assert status == 0, said
@@ -339,6 +341,7 @@ def test_the_recipe_shows_the_filter_funnel_without_a_model(tmp_path, recipe):
     assert recipe("run.directory=run", "run.if_exists=reuse") == (0, "run is finished; nothing to do\n")
 
 
+@pytest.mark.slow
 def test_the_recipe_keeps_to_thresholds_and_refuses_wrong_ones(tmp_path, recipe):
     status, said = recipe("run.directory=run", "rewrite.required_strategies=[1]", "duplicates.dialogue=null",
                           "duplicates.opening=null")  # fmt: skip

@@ -19,7 +19,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
-from conftest import ROOT, random_dialogue, remember, small_tokenizer, tiny_config
+from conftest import ROOT, random_dialogue, remember, sampled, small_tokenizer, tiny_config
 from processes import TIMEOUT_S, Script
 from test_serving import save, teach, tiny
 from transformers import AutoModelForCausalLM
@@ -191,6 +191,7 @@ def test_a_forced_strategy_is_what_the_reply_continues(generator):
     assert [last(conversation.reply(FIRST.text))] == rough([chosen])
 
 
+@pytest.mark.slow
 def test_an_undone_turn_leaves_no_trace(generator):
     conversation = begin(generator)
     expected = rough(talk(conversation, FIRST.text, SECOND.text))
@@ -210,7 +211,7 @@ def test_an_undone_turn_leaves_no_trace(generator):
     assert turns_of(conversation) == TAUGHT.turns[:1]
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_5_text", "qwen3_moe", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("architecture", sampled(["qwen3_5_text", "qwen3_moe", "qwen3_5_moe_text"], 3))
 def test_a_chat_goes_back_to_the_end_of_an_earlier_turn(architecture):
     """States of gated delta nets cannot be cut back. Replies are those of a new conversation, and of an evaluation."""
     tokenizer = small_tokenizer("qwen3_5")
@@ -728,6 +729,7 @@ def test_a_page_without_gradio_says_what_to_install(monkeypatch):
         importlib.import_module("csc_train.chat.web")
 
 
+@pytest.mark.slow
 def test_the_next_free_port_is_taken():
     web = importlib.import_module("csc_train.chat.web")  # takes seconds
     with web.listen("127.0.0.1", 20000) as one, web.listen("127.0.0.1", one.getsockname()[1]) as other:

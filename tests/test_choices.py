@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import random_dialogue, small_tokenizer, tiny_config
+from conftest import random_dialogue, sampled, small_tokenizer, tiny_config
 from peft.tuners.lora import LoraLayer
 from test_exactness import Case, errors
 from transformers import AutoModelForCausalLM
@@ -66,7 +66,7 @@ def adapted(model, **variant):
     return adapter
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", sampled(VARIANTS, 2))
 def test_an_adapter_packed_equals_unpacked_and_merges_into_what_was_trained(name):
     case = Case("qwen2", "sdpa")
     ids = torch.tensor(case.examples[0].input_ids[None], dtype=torch.int64)
@@ -182,6 +182,7 @@ def test_noise_has_the_scale_of_each_document_and_padding_has_none(folder, name)
         assert min(found) > 1.15 * 5.0 / math.sqrt(len(rows[0]["input_ids"]) * plain.shape[-1])
 
 
+@pytest.mark.slow
 def test_noise_is_there_in_training_only_and_a_resume_draws_the_same(folder):
     options = {"micro_batch_size": 2, "neftune_alpha": 5.0, "packs": "shared", "save_steps": 2, "save_total_limit": 9}
     trainer = train(folder, checkpoints="noisy", **options)
@@ -207,6 +208,7 @@ def test_noise_is_there_in_training_only_and_a_resume_draws_the_same(folder):
 # Offload
 
 
+@pytest.mark.slow
 def test_offloaded_inputs_of_layers_change_no_gradient(monkeypatch, folder):
     saved = []
 
@@ -242,6 +244,7 @@ def test_offloaded_inputs_of_layers_are_planned_for_the_host():
 # Learning rates
 
 
+@pytest.mark.slow
 def test_preflight_says_what_is_published_and_notes_what_is_far_off():
     def said(*overrides: str) -> str:
         config = compose("preflight", list(overrides))

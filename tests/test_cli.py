@@ -29,7 +29,7 @@ HEAVY = ("torch", "transformers", "nltk", "scipy", "sacrebleu")
 # Start-up
 
 
-@pytest.mark.parametrize("recipe", sampled(SCHEMAS, 6))
+@pytest.mark.parametrize("recipe", sampled(SCHEMAS, 10))
 def test_a_schema_and_the_command_line_import_nothing_heavy(recipe):
     script = (
         "import sys, csc_train.config, csc_train.config.cli, csc_train.config.compose as compose\n"
@@ -52,7 +52,7 @@ def test_a_schema_and_the_command_line_import_nothing_heavy(recipe):
         ("evaluate", ["checkpoint=."], ".: neither a model, nor a training checkpoint"),
         ("chat", ["checkpoint=nothing"], "nothing: no such directory"),
         ("export", ["source=nothing", "output=x"], "nothing: no such directory"),
-    ], 4),
+    ], 7),
 )  # fmt: skip
 def test_what_needs_no_model_is_refused_before_any_heavy_import(recipe, arguments, message, tmp_path):
     script = (

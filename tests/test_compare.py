@@ -93,6 +93,7 @@ def dialogues_of(answers, accepted=()):
     return {name: Dialogue(name, tuple(each)) for name, each in turns.items()}
 
 
+@pytest.mark.slow
 def test_metrics_of_what_was_said_before_are_compared_if_both_runs_have_their_dialogues():
     """A always names an accepted strategy and keeps the placeholder; B names 12, another placeholder and a number."""
     slot = {"reference_response": "请报[姓名]。"}

@@ -67,6 +67,7 @@ def shown(capsys, *arguments):
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 60, 132])
 def test_twenty_runs_of_different_kinds_are_readable(many, capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))

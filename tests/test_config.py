@@ -198,7 +198,7 @@ def test_every_file_is_composed():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "files"), sampled(CASES, 3), ids=["-".join((recipe, *files)) for recipe, files in CASES]
+    ("recipe", "files"), sampled(CASES, 8), ids=["-".join((recipe, *files)) for recipe, files in CASES]
 )
 def test_every_file_composes_and_its_values_arrive(recipe, files):
     got = leaves(to_container(composed(recipe, *files)))
@@ -278,7 +278,7 @@ def refusal(recipe, *overrides):
 
 @pytest.mark.parametrize(
     ("recipe", "override", "message"),
-    [
+    sampled([
         (
             "sft",
             "trainer.lerning_rate=1",
@@ -343,7 +343,7 @@ def refusal(recipe, *overrides):
             "data.sample_dialogs=3",
             "unknown key 'data.sample_dialogs' for recipe write_sample. Did you mean 'data.sample_dialogues'?",
         ),
-    ],
+    ], 4),
 )  # fmt: skip
 def test_message(recipe, override, message):
     assert refusal(recipe, override) == message
@@ -363,6 +363,7 @@ def nested_key(recipe):
     }[recipe]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sampled(WITH_DATA, 4))
 def test_every_recipe_refuses_what_is_wrong(recipe):
     key = nested_key(recipe)

@@ -67,7 +67,7 @@ def test_the_readme_has_a_command_for_every_recipe():
     assert named == {path.stem for path in (ROOT / "recipes").glob("*.py")}
 
 
-@pytest.mark.parametrize("command", sampled([command for command in RECIPE_COMMANDS if " run=" not in command], 5))
+@pytest.mark.parametrize("command", sampled([command for command in RECIPE_COMMANDS if " run=" not in command], 12))
 def test_a_recipe_command_composes(command):
     words = shlex.split(command)
     (recipe,) = [word for word in words if word.startswith("recipes/")]
@@ -81,16 +81,18 @@ def starts_of(script):
     ]
 
 
-@pytest.mark.parametrize("command", sampled(starts_of("launch.py"), 3))
+@pytest.mark.parametrize("command", sampled(starts_of("launch.py"), 8))
 def test_a_launch_command_runs_dry(command, capsys):
     assert launch([*shlex.split(command)[2:], "dry_run=true"]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sampled(sorted(starts_of("sweep.py"), key=len), 4))
 def test_a_sweep_command_runs_dry(command, capsys):
     assert sweep([*shlex.split(command)[2:], "dry_run=true"]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sampled(sorted(starts_of("reproduce.py"), key=len), 4))
 def test_a_suite_command_runs_dry(command, capsys):
     assert reproduce([*shlex.split(command)[2:], "dry_run=true"]) == 0, capsys.readouterr().err
@@ -103,7 +105,7 @@ def test_make_has_the_targets():
             assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
 
 
-@pytest.mark.parametrize(("setting", "language"), [([], "zh"), (["LANGUAGE=en"], "en")])
+@pytest.mark.parametrize(("setting", "language"), sampled([([], "zh"), (["LANGUAGE=en"], "en")], 2))
 def test_make_demo_takes_a_language(setting, language):
     """The variable of the command line alone: shells use the name for the language of their messages."""
     asked = ["make", "--dry-run", "--always-make", "demo", *setting]

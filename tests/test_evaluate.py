@@ -129,6 +129,7 @@ def test_killed_and_resumed_it_ends_with_the_same_file(stage, workplace, whole, 
     assert answers["amended"] >= (turns if stage == "replies" else 2 * turns - lines)
 
 
+@pytest.mark.slow
 def test_what_was_lost_of_a_finished_run_is_found_out_and_predicted_again(workplace, whole, answers):
     directory = Path("runs/lost")
     shutil.copytree("runs/whole", directory)
@@ -202,6 +203,7 @@ def test_failed_turns_are_counted_end_with_status_1_and_are_tried_again(workplac
     assert record["finished"] and "crashed" not in record
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_write_the_file_of_one(workplace, whole):
     done = run_script(ROOT / "recipes" / "evaluate.py", *SETTINGS, "run.directory=runs/two", ranks=2)

@@ -29,7 +29,9 @@ LEAK = 1e-2
 """What a leak is told by: a thousand times the tolerance."""
 FAMILIES = {"qwen2": "qwen2_5", "llama": "llama3_1"}
 MODELS = [
-    pytest.param((architecture, attention), id=f"{architecture}-{attention}")
+    pytest.param(
+        (architecture, attention), id=f"{architecture}-{attention}", marks=[pytest.mark.slow] * (attention == "eager")
+    )
     for architecture in FAMILIES
     for attention in ("sdpa", "eager")
 ]
@@ -162,7 +164,7 @@ def test_a_padded_batch_equals_its_documents(model, case_of):
 
 @pytest.mark.parametrize(
     ("model", "mode"),
-    [*((parameter.values[0], "joint") for parameter in MODELS), (("qwen2", "sdpa"), "given")],
+    [*(pytest.param(*each.values, "joint", marks=each.marks) for each in MODELS), (("qwen2", "sdpa"), "given")],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_the_turns_of_a_dialogue_one_by_one_equal_all_of_them_in_one_sequence(model, mode, case_of):

@@ -158,6 +158,7 @@ def test_an_export_in_float8_is_refused_if_a_scale_is_wrong_or_the_library_is_mi
 EXPERT = "model.layers.1.mlp.experts.0.{}_proj.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_5_moe_text"])
 def test_an_export_forgives_only_decisions_of_routers_between_experts_that_tie(
     architecture, tmp_path, monkeypatch, said

@@ -256,6 +256,7 @@ def alternating(rng):
     return said
 
 
+@pytest.mark.slow
 def test_any_text_gets_verdicts_and_a_kept_one_makes_a_valid_dialogue(tmp_path):
     rng = random.Random(0)
     kept = []

@@ -221,6 +221,7 @@ def perplexities(run):
     return {name: row["reference"]["likelihood"]["general perplexity"]["value"] for name, row in results.items()}
 
 
+@pytest.mark.slow
 def test_an_evaluation_scores_base_and_model_goes_on_where_it_was_killed_and_knows_its_texts(place, monkeypatch):
     score, asked = HFGenerator.score_texts, []
 

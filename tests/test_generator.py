@@ -367,7 +367,7 @@ def asked(generator, dialogues, context):
 
 
 @pytest.mark.parametrize("architecture", sampled(["qwen3_5_moe_text", "qwen2", "qwen3_5_text", "qwen3_moe"], 4))
-@pytest.mark.parametrize("context", ["reference", "generated"])
+@pytest.mark.parametrize("context", sampled(["generated", "reference"], 2))
 def test_batched_generation_equals_one_by_one(tokenizer, odd_dialogues, context, architecture):
     torch.manual_seed(1)
     model = remember(AutoModelForCausalLM.from_config(tiny_config(architecture, tokenizer, 0.5))).eval()
@@ -649,6 +649,7 @@ def test_a_long_turn_costs_no_more_memory_than_a_batch_and_changes_no_other_turn
         assert one.reference_nll == pytest.approx(other.reference_nll, abs=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["reference", "generated"])
 def test_turns_beyond_the_models_positions_fail_and_all_others_are_predicted(wide, tokenizer, context, tmp_path):
     model, _ = wide

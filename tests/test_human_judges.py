@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from conftest import load_recipe
+from conftest import load_recipe, sampled
 
 from csc_train.config.compose import compose
 from csc_train.data.readers import write_dialogues
@@ -413,7 +413,7 @@ def judged_run(directory, a, b, better, points, swapped=False):
     write_json(directory / "judge.json", facts | judge_json(summarize(*systems, judged, config), judged))
 
 
-@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("swapped", sampled([False, True], 2))
 def test_a_judge_is_a_rater_beside_the_people(runs, swapped):
     """The judge agrees with Anna on every item but those of two dialogues, whichever system it calls A."""
     run_recipe("export", "run0", "run1", "run.directory=form")

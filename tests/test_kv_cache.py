@@ -66,7 +66,9 @@ def no_gradients():
 
 
 @pytest.mark.parametrize(("attention", "apart"), sampled([("sdpa", ("cpu",)), ("eager", ("cpu",)), ("sdpa", ())], 3))
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_5_moe_text"])
+@pytest.mark.parametrize(
+    "architecture", sampled(["llama", "qwen2", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_5_moe_text"], 3)
+)
 def test_tokens_are_those_without_a_cache(architecture, attention, apart, monkeypatch):
     """With each row's new prompt attended to alone, as on a CPU, and with all padded to one product, as on a GPU."""
     monkeypatch.setattr(kv_cache, "APART", apart)
@@ -85,6 +87,7 @@ def test_a_prompt_may_take_several_forward_passes(architecture):
     assert [ids for _, ids in found] == [continued(model, prompt) for prompt, _ in found] != []
 
 
+@pytest.mark.slow
 def test_wrong_masks_and_copies_change_the_tokens(monkeypatch):
     """Negative control: unmasked leftovers in a row, and a missing copy, change the tokens."""
     model = model_of("qwen2")

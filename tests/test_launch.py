@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, sampled
 from processes import TIMEOUT_S, Script
 
 from csc_train.config.compose import compose, to_container
@@ -181,6 +181,7 @@ def frozen(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [0, 1])
 def test_a_launch_that_is_killed_while_it_writes_is_repeated_by_the_same_command(tmp_path, monkeypatch, written):
     monkeypatch.chdir(tmp_path)
@@ -202,7 +203,7 @@ def test_a_launch_that_is_killed_while_it_writes_is_repeated_by_the_same_command
     assert plan_job(["run=run", "resume=true"]).launch.cluster.world_size == 1
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", sampled(GOLDEN, 3))
 def test_the_job_script_is_the_golden_one_and_shell(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert launch([*GOLDEN[name], "dry_run=true"]) == 0
@@ -216,7 +217,7 @@ def test_the_job_script_is_the_golden_one_and_shell(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("cluster", "launcher", "command"),
-    [
+    sampled([
         ("cpu2", "torchrun", "CUDA_VISIBLE_DEVICES='' {} -m torch.distributed.run --nproc_per_node=2 --standalone "
          "--local_addr=localhost"),
         ("node8", "torchrun", "{} -m torch.distributed.run --nproc_per_node=8 --standalone --local_addr=localhost"),
@@ -224,7 +225,7 @@ def test_the_job_script_is_the_golden_one_and_shell(name, monkeypatch, capsys):
          "--num_processes=1 --num_machines=1 --main_process_port=0"),
         ("cpu2", "accelerate", "CUDA_VISIBLE_DEVICES='' {} -m accelerate.commands.launch --multi_gpu "
          "--mixed_precision=no --dynamo_backend=no --num_processes=2 --num_machines=1 --main_process_port=0"),
-    ],
+    ], 4),
 )  # fmt: skip
 def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, cluster, launcher, command):
     monkeypatch.chdir(tmp_path)
@@ -239,7 +240,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
+    sampled([
         (["clustr=node8"], "unknown key 'clustr'. Did you mean 'cluster'?"),
         (["dry_rn=true"], "unknown key 'dry_rn'. Did you mean 'dry_run'?"),
         (["--multirun"], "--multirun: flags are not supported: use key=value (see docs/launching.md)"),
@@ -286,7 +287,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
          "'trainer.epochs'?"),
         (["run.directory=runs/first"], "runs/first holds a run (resolved.yaml): choose another run.directory, or "
          "resume by run=runs/first resume=true"),
-    ],
+    ], 5),
 )  # fmt: skip
 def test_what_cannot_run_is_refused_before_anything_is_written(frozen, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(frozen)

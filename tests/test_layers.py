@@ -127,6 +127,7 @@ def test_compiled_layers_train_as_eager_ones_by_one_graph(packs, collator, mode,
     assert recompiles() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "dropout", "mode"),
     sampled([("qwen2", None, "full"), ("qwen3", None, "selective"), ("llama", None, "off"), ("llama", 0.3, "off")], 4),

@@ -184,6 +184,7 @@ def _trained(base: Path):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_size", sampled(["30KB", "50GB"], 2))
 def test_a_final_model_has_the_layout_of_its_base(base, template, tmp_path, shard_size):
     model = _trained(base)

@@ -197,6 +197,7 @@ def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_
         judged_by(fault_server, a, b, cache)
 
 
+@pytest.mark.slow
 def test_an_answer_is_kept_for_all_that_decides_it_and_asked_for_without_chance(fault_server, tmp_path):
     fault_server.answer = planted
     a, b = system(lambda n: f"品质3，第{n}句"), system(lambda n: f"品质2，第{n}句")
@@ -407,6 +408,7 @@ def test_the_recipe_judges_resumes_and_reports(runs, fault_server, capsys):
     assert len(fault_server.requests) == 81 and table.strip() in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_judge_that_said_nothing_prefers_nobody(runs, fault_server, capsys):
     """Equal replies are ties, which are not asked about; alone they would show 50 %."""
     equal = system(lambda n: f"品质{2 if n % 2 else 3}，第{n}句")

@@ -215,6 +215,7 @@ def journal(tmp_path_factory):
     return planned, (directory / STUDY_FILE).read_bytes(), study.trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", sampled(["NULs", "garbage", "cut", "empty", "no object"], 5))
 def test_a_bad_line_of_a_sweeps_journal_is_left_out_or_refused(journal, fault, said):
     planned, content, trials = journal
@@ -304,7 +305,7 @@ def test_answers_on_a_full_disk_end_in_one_line_and_go_on(tmp_path):
     assert built(AnswerLog(tmp_path / "answers.jsonl").cached(SCRIPT)) == built(SCRIPT)
 
 
-@pytest.mark.parametrize("lost", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["gone", "empty"])
+@pytest.mark.parametrize("lost", sampled([Path.unlink, lambda path: path.write_bytes(b"")], 2), ids=["gone", "empty"])
 def test_a_store_that_is_gone_is_not_paid_for_again(arguments, lost):
     main = load_recipe("synthesize_rolecs").main
     main(compose("synthesize_rolecs", ["target=2", "run.directory=r"]))

@@ -147,6 +147,7 @@ class LogitRows(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_one_forward_and_no_logits_of_all_tokens(tmp_path):
     """TRL's head works in tiles of 4,096 tokens: with more of them, no tensor may hold logits for all."""
     tokenizer = small_tokenizer("qwen2_5")

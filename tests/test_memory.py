@@ -95,7 +95,7 @@ def seven() -> MemoryScenario:
 # What it counts
 
 
-@pytest.mark.parametrize("model", sampled(MODELS, 6))
+@pytest.mark.parametrize("model", sampled(MODELS, 15))
 def test_parameters_and_linear_layers_of_every_model_are_counted_exactly(model):
     architecture = architecture_of(model)
     built, shape = on_meta(architecture), model_dims(architecture)
@@ -134,7 +134,7 @@ def test_an_unknown_vocabulary_size_is_an_error():
     assert model_dims(ArchitectureConfig(), 300).vocabulary == 300
 
 
-@pytest.mark.parametrize("model", ["qwen2_5_7b", "qwen3_30b_a3b_instruct_2507"])
+@pytest.mark.parametrize("model", sampled(["qwen2_5_7b", "qwen3_30b_a3b_instruct_2507"], 2))
 @pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (8, 1), (64, 8)])
 def test_model_states_are_those_of_deepspeeds_estimators(seven, processes, nodes, model):
     shape = model_dims(architecture_of(model))
@@ -267,7 +267,7 @@ def kept_by_blocks(model, tokens: int, autocast: bool) -> int:
             ("qwen2", FULL, "dora", "off", True),
             (HYBRID_EXPERTS, LINEAR, "dora", "off", False),
         ],
-        5,
+        12,
     ),
 )
 def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind, adapter, stage, bf16, checkpointing):

@@ -151,6 +151,7 @@ def test_a_bad_mix_is_named(mix, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.slow
 def test_a_mix_takes_the_place_of_a_training_file(tmp_path):
     with pytest.raises(InputError, match=r"^data.mix and data.train.path are both set"):
         compose("sft", ["data=files", "data.train.path=a.jsonl", "data.mix=[{path: b.jsonl}]"])
@@ -343,7 +344,7 @@ def mixed_examples(template: DialogueTemplate):
     return chats, [template.encode(each) for each in chats]
 
 
-@pytest.mark.parametrize("packing", ["shared_prefix", "best_fit", "off"])
+@pytest.mark.parametrize("packing", sampled(["shared_prefix", "best_fit", "off"], 3))
 def test_packs_of_both_kinds_equal_their_dialogues_one_by_one(template, packing):
     """Loss and every gradient; a chat that read the system prompt of others would change both."""
     dialogues, examples = mixed_examples(template)

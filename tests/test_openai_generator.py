@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import load_recipe, small_tokenizer, tiny_config
+from conftest import load_recipe, sampled, small_tokenizer, tiny_config
 from servers.faults import DROP, HANG, HTML, TORN, Fault, Say
 from transformers import AutoModelForCausalLM
 
@@ -295,7 +295,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("context", ["reference", "generated"])
+@pytest.mark.parametrize("context", sampled(["reference", "generated"], 2))
 def test_turns_that_failed_are_recorded_and_only_they_are_tried_again(context, fault_server, tmp_path):
     """After any failures, the second run writes the same file as a run without failures."""
     fault_server.answer = echo
@@ -419,6 +419,7 @@ def test_an_unreachable_server_is_an_error_at_once(fault_server):
         generate_predictions(DIALOGUES, generator_of(fault_server, template_of()), "reference")
 
 
+@pytest.mark.slow
 def test_evaluate_with_a_server_that_fails_now_and_then(fault_server, tmp_path, monkeypatch, capsys):
     """Evaluation of another model: failures are counted, the run exits with 1 and resumes."""
     monkeypatch.chdir(tmp_path)

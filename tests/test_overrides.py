@@ -58,7 +58,7 @@ def test_a_text_is_taken_as_it_is(name):
         assert {config.data.train.path, config.model.revision, config.run.directory} == {name}
 
 
-@pytest.mark.parametrize("name", sampled(AWKWARD, 7))
+@pytest.mark.parametrize("name", sampled(AWKWARD, 14))
 def test_a_printed_hint_is_read_back(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run, resume = shlex.split(resume_hint(name))
@@ -73,7 +73,7 @@ def test_a_printed_hint_is_read_back(name, tmp_path, monkeypatch):
     assert compose("compare", [run, resume]).run.directory == name
 
 
-@pytest.mark.parametrize("name", sampled(AWKWARD, 7))
+@pytest.mark.parametrize("name", sampled(AWKWARD, 20))
 def test_arguments_of_the_next_recipe_are_read_back(name, tmp_path, monkeypatch):
     nested = [f"on_finish.data.evaluation.path={quote(name)}", "on_finish.data=files", "on_finish.data.train.path=x"]
     config = compose("sft", ["on_finish=evaluate", *nested])

@@ -124,6 +124,7 @@ def test_a_plain_model_replies_as_the_same_weights_of_ours(replies):
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_replies_as_merged_and_its_base_is_part_of_what_it_is(replies, tmp_path):
     assert replies["adapter"] == replies["ours_adapter"] == replies["merged"]
     assert not json.loads(Path("runs/ours_adapter/evaluated_model.json").read_text("utf-8"))["unverified"]
@@ -152,6 +153,7 @@ def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(workplace, tmp_pa
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_plain_model_is_compared_and_judged(replies, fault_server, capsys):
     pair = ["runs/ours", "runs/merged"]
     load_recipe("compare").main(
@@ -171,6 +173,7 @@ def test_a_plain_model_is_compared_and_judged(replies, fault_server, capsys):
     assert "plain model of runs/merged" in Path("runs/judged/judge.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_served_plain_model_is_asked_by_its_own_tokens(replies, fault_server):
     fault_server.answer = lambda body: Say("[礼貌问候]您好", usage=(len(body["prompt"]), 3))
     server = ["llm=vllm", f"llm.base_url={fault_server.base_url}", "llm.model=x", "run.directory=runs/served"]
@@ -182,6 +185,7 @@ def test_a_served_plain_model_is_asked_by_its_own_tokens(replies, fault_server):
     assert {json.loads(row)["strategy"] for row in rows} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["plain", "adapter"])
 def test_a_plain_model_is_talked_to(path, replies, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("你好\n"))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
+from conftest import ROOT, random_dialogue, sampled, small_tokenizer, tiny_config
 from processes import run_script
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -98,12 +98,15 @@ def test_a_sound_job_passes_and_is_estimated(job):
 
 @pytest.mark.parametrize(
     ("overrides", "few", "steps"),
-    [
-        (["trainer.epochs=49"], True, 49),
-        (["trainer.epochs=50"], False, 50),
-        (["trainer.max_steps=49"], True, 49),
-        (["trainer.max_steps=50", "trainer.epochs=1"], False, 50),
-    ],
+    sampled(
+        [
+            (["trainer.epochs=49"], True, 49),
+            (["trainer.epochs=50"], False, 50),
+            (["trainer.max_steps=49"], True, 49),
+            (["trainer.max_steps=50", "trainer.epochs=1"], False, 50),
+        ],
+        4,
+    ),
 )
 def test_few_optimizer_steps_and_a_prompt_in_another_language_are_noted(job, overrides, few, steps):
     config = composed(job, *overrides)
@@ -140,7 +143,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", sampled(FAULTS, 4))
 def test_a_planted_fault_fails_its_own_check_and_no_other(job, name):
     overrides, message = FAULTS[name]
     found, said = failure(run_preflight(composed(job, *overrides)))
@@ -174,6 +177,7 @@ def test_missing_files_are_an_error_only_at_the_launch(job):
     assert not outcome.failed
 
 
+@pytest.mark.slow
 def test_a_model_without_a_row_is_planned_by_its_own_files_or_not_at_all(job):
     own = run_preflight(composed(job, "model=own", f"model.path={job / 'model'}", "model.chat_template=qwen2_5"))
     row = run_preflight(composed(job))
@@ -184,6 +188,7 @@ def test_a_model_without_a_row_is_planned_by_its_own_files_or_not_at_all(job):
     assert run_preflight(given, launching=False).chosen.dims.hidden == 128
 
 
+@pytest.mark.slow
 def test_a_hybrid_is_planned_as_the_text_model_with_the_gpus_kernel(monkeypatch, tmp_path):
     """The dimensions of conf/model are enough; the kernel is looked for where preflight runs."""
 
@@ -215,6 +220,7 @@ def test_a_hybrid_is_planned_as_the_text_model_with_the_gpus_kernel(monkeypatch,
     assert outcome("model=qwen2_5_7b", f"model.path={tmp_path}").chosen.dims == here.chosen.dims
 
 
+@pytest.mark.slow
 def test_experts_are_planned_whole_and_charged_by_those_of_a_token(tmp_path):
     def outcome(*overrides: str, launching: bool = False):
         plan = ["cluster=node8", "data.train.path=x", f"run.directory={tmp_path / 'run'}", "preflight.probe=false"]
@@ -253,6 +259,7 @@ def test_experts_are_planned_whole_and_charged_by_those_of_a_token(tmp_path):
     assert re.search(r"; \S+ qwen3_moe: some layers have no experts \(mlp_.*: choose a model", refused), refused
 
 
+@pytest.mark.slow
 def test_a_disk_too_small_for_the_checkpoints_is_refused(job):
     outcome = run_preflight(composed(job), free_disk=1000)
     name, message = failure(outcome)
@@ -296,6 +303,7 @@ def driver(folder: Path, monkeypatch, *rows: str) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
+@pytest.mark.slow
 def test_the_gpus_are_those_of_the_cluster(job, tmp_path, monkeypatch):
     row = "NVIDIA H100, 81559, {}, 580.1"
 
@@ -349,6 +357,7 @@ def test_the_recipe_ends_with_status_1_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_cached_tokenization_is_found(job, tmp_path):
     config = composed(job, f"tokenization.cache_dir={tmp_path}")
     assert message(run_preflight(config), "tokenized data").startswith("no hit: the run tokenizes first")

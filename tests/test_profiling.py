@@ -48,6 +48,7 @@ def trace(tmp_path_factory):
         return json.load(file)["traceEvents"], [record.getMessage() for record in lines.buffer]
 
 
+@pytest.mark.slow
 def test_a_trace_holds_the_steps_and_the_shares_are_printed(trace):
     events, lines = trace
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep#")}
@@ -57,6 +58,7 @@ def test_a_trace_holds_the_steps_and_the_shares_are_printed(trace):
     assert "attention " in line
 
 
+@pytest.mark.slow
 def test_shares_add_up_and_name_what_a_step_does(trace):
     shares = time_shares(trace[0])
     assert sum(shares.values()) == pytest.approx(1)

@@ -63,6 +63,7 @@ def record(config, directory):
     (directory / "resolved.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
 
 
+@pytest.mark.slow
 def test_a_run_takes_and_keeps_the_commits_of_its_start(hub, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="csc_train")
     config = pin_revisions(composed())

@@ -84,6 +84,7 @@ def whole(tmp_path_factory):
     return directory, runner
 
 
+@pytest.mark.slow
 def test_the_target_number_of_dialogues_is_accepted_and_trains(whole):
     directory, runner = whole
     for name in ("dialogues.jsonl", "dialogues.parquet"):
@@ -99,6 +100,7 @@ def test_the_target_number_of_dialogues_is_accepted_and_trains(whole):
         assert all(len(list(group)) <= 2 for _, group in itertools.groupby(strategies))
 
 
+@pytest.mark.slow
 def test_the_grammar_speaks_through_the_engine(whole):
     """What no flaw was put into is a conversation of the sample grammar, turn by turn."""
     directory, _ = whole
@@ -109,6 +111,7 @@ def test_the_grammar_speaks_through_the_engine(whole):
     assert 0.9 * 150 < len(own) < 150  # an unknown or overused strategy is not the grammar's
 
 
+@pytest.mark.slow
 def test_the_grammar_speaks_english(tmp_path):
     _, accepted, dialogues = run(tmp_path / "s.db", 30, config=SynthesisConfig(seed=2, language="en"))
     own = []
@@ -151,6 +154,7 @@ def test_what_cannot_be_is_refused():
             compose("synthesize_rolecs", overrides)
 
 
+@pytest.mark.slow
 def test_every_rule_finds_something(whole):
     directory, _ = whole
     funnel = {row["rule"]: row for row in json.loads((directory / "filter_funnel.json").read_text())}
@@ -165,6 +169,7 @@ def test_every_rule_finds_something(whole):
     assert len(rejected) == sum(row["dropped"] for row in funnel.values()) == sum(account["dialogues"].values()) - 150
 
 
+@pytest.mark.slow
 def test_an_overused_strategy_is_asked_again(whole):
     directory, _ = whole
     asked = rows(directory / "synthesis.db", "SELECT count(*) FROM answers WHERE role = 'supporter_assistant'")
@@ -177,6 +182,7 @@ def test_an_overused_strategy_is_asked_again(whole):
     assert asked[0][0] > spoken[0][0] - chosen[0][0]
 
 
+@pytest.mark.slow
 def test_everything_is_on_record(whole):
     directory, _ = whole
     database = directory / "synthesis.db"
@@ -206,6 +212,7 @@ class Jittery(MockBackend):
         return await super().ask(call, observe)
 
 
+@pytest.mark.slow
 def test_timing_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(mock_backend, "FLAW_SHARE", 0.7)
     monkeypatch.setattr(mock_backend, "FLAWS", ("copy", "judged_down", "malformed"))
@@ -227,6 +234,7 @@ class Killed(BaseException):
     """The process is dead: it writes nothing any more."""
 
 
+@pytest.mark.slow
 def test_killed_at_every_commit_it_comes_to_the_same(tmp_path, monkeypatch):
     _, _, dialogues = run(tmp_path / "whole.db", 2)
     expected = parquet(tmp_path / "whole.db", dialogues)

@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import random_dialogue, small_tokenizer, tiny_config
+from conftest import random_dialogue, sampled, small_tokenizer, tiny_config
 from test_gated_delta_net import Wide
 from test_varlen_attention import make_packs
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -124,7 +124,7 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", sampled(LAYOUTS, 4))
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_loss_and_gradients_are_those_of_separate_documents(wide, architecture, layout):
     attention, shape = LAYOUTS[layout]
@@ -231,6 +231,7 @@ def logs(trainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_the_auxiliary_loss_of_a_training_is_logged_apart_and_spreads_the_choices(folder, tmp_path, monkeypatch):
     strong = train(folder, 1, packs="shared", router_aux_loss_coef=20.0, gradient_checkpointing="full", epochs=4)
     weights = {name: each.clone() for name, each in strong.model.state_dict().items()}
@@ -260,6 +261,7 @@ def test_the_auxiliary_loss_of_a_training_is_logged_apart_and_spreads_the_choice
     assert any(not torch.equal(each, weights[name]) for name, each in plain.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_checkpoints_say_of_routers_what_the_base_said(folder):
     """Also that router logits are an output, as in a checkpoint of TRL; no pass but training's makes any."""
     validation = ValidationConfig(eval_steps=1, num_turns=2, num_samples=2, max_new_tokens=2)

@@ -34,6 +34,7 @@ def test_words_keep_odd_text_and_drop_white_space():
     assert segment_words("") == segment_words(" \n　") == []
 
 
+@pytest.mark.slow
 def test_words_equal_jieba_as_it_comes(tmp_path):
     stock = jieba.Tokenizer()
     stock.tmp_dir = str(tmp_path)
@@ -69,6 +70,7 @@ def write_run(directory, language="zh", changed=""):
     (directory / "evaluated_model.json").write_text(f'{{"language": "{language}"}}')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("language", "function"), [("zh", "segment_words"), ("en", "split_words")])
 def test_a_run_segments_each_distinct_text_once(tmp_path, monkeypatch, language, function):
     write_run(tmp_path, language)
@@ -88,6 +90,7 @@ def test_a_run_segments_each_distinct_text_once(tmp_path, monkeypatch, language,
     assert set(calls.values()) == {2}  # nothing is kept for another run
 
 
+@pytest.mark.slow
 def test_scores_of_a_run_are_those_of_each_table_alone(tmp_path, monkeypatch):
     config = MetricsConfig(bootstrap_resamples=100)
     write_run(tmp_path / "run")

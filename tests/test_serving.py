@@ -8,7 +8,7 @@ import random
 import peft
 import pytest
 import torch
-from conftest import manifest_of, random_dialogue, small_tokenizer, tiny_config
+from conftest import manifest_of, random_dialogue, sampled, small_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from servers.transformers_serve import ask, transformers_serve
 from transformers import AutoModelForCausalLM
@@ -202,7 +202,7 @@ def faults(directory, template):
         yield index.name, "weight_map"
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", sampled([True, False], 2), ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_final_model_holds_what_vllm_reads(architecture, kind, tied, tmp_path):

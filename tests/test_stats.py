@@ -43,6 +43,7 @@ def share(outcomes):
     return numpy.mean(list(outcomes))
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng = numpy.random.default_rng(1)
     clustered, naive = [], []
@@ -58,6 +59,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert share(naive) < 0.85  # as if turns were independent
 
 
+@pytest.mark.slow
 def test_equal_systems_are_rarely_told_apart_and_mcnemar_is_fooled():
     rng = numpy.random.default_rng(2)
     flips, clusters_ignored, covered = [], [], []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, sampled
 from processes import free_port, run_script
 from stand_ins import PROGRAMS, PYTHON, end_job, kubernetes_nodes, skypilot_nodes
 
@@ -175,7 +175,7 @@ def test_skypilot_reads_the_tasks(tmp_path):
         assert row[:4] == [job.name, 2, job.manifest()[0]["run"], job.environment()]
 
 
-@pytest.mark.parametrize("scheduler", FULL)
+@pytest.mark.parametrize("scheduler", sampled(FULL, 2))
 def test_a_dry_run_prints_all_and_needs_no_program(scheduler, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
@@ -237,7 +237,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("setting", REFUSED)
+@pytest.mark.parametrize("setting", sampled(REFUSED, 4))
 def test_a_wrong_setting_is_refused_in_one_line(setting, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     asked = ["debug=cpu_tiny", "cluster=kubernetes_2x8", "trainer.packs_per_step=32"]
@@ -304,7 +304,7 @@ def on_cpus(scheduler, *more):
     return [f"cluster={scheduler}_2x8", "cluster.gpus_per_node=1", "cluster.device=cpu", *more]
 
 
-@pytest.mark.parametrize("scheduler", FULL)
+@pytest.mark.parametrize("scheduler", sampled(FULL, 2))
 def test_a_job_is_submitted_watched_and_stopped(scheduler, cluster, capsys, monkeypatch):
     asked = [*EVALUATION, *on_cpus(scheduler, "run.directory=runs/x")]
     refusal = {"kubernetes": "cluster.kubernetes.namespace=forbidden", "skypilot": "cluster.skypilot.infra=nowhere"}
@@ -342,6 +342,7 @@ def test_a_job_is_submitted_watched_and_stopped(scheduler, cluster, capsys, monk
     assert job.poll() == 1
 
 
+@pytest.mark.slow
 def test_secrets_of_skypilot_are_read_where_it_is_called(cluster, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     asked = [*EVALUATION, *on_cpus("skypilot", "run.directory=runs/x", "cluster.skypilot.secrets=[HF_TOKEN]")]

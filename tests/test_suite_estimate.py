@@ -72,6 +72,7 @@ def test_a_70b_is_spread_over_the_gpus_of_one_process():
     assert estimate_step("evaluate", config, replace(NODE, gpus_per_node=2), PAPER).gpus_from is None
 
 
+@pytest.mark.slow
 def test_a_local_evaluation_counts_its_systems_and_contexts():
     given = replace(PAPER, tokens_per_dialogue=3000)
     trained = compose("sft", ["experiment=qwen2_5_7b_lora"])
@@ -117,6 +118,7 @@ def test_a_served_model_costs_by_its_prices():
     assert (found.gpus, found.memory_gib, found.hours) == (0, None, None)
 
 
+@pytest.mark.slow
 def test_what_is_not_here_is_said_and_what_is_here_counts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     unknown = evaluation("checkpoint=nobody/knows", "template=joint", "data=rolecs")

@@ -142,7 +142,7 @@ def order(here):
          "evaluate, compare. Did you mean 'evaluate'?"),
         (["suite=cpu_tiny", 'suite.steps.plain_training.overrides=["model.path={plain}/model"]'],
          "suite.steps: a circle of needs: plain_training -> plain -> plain_training"),
-    ], 4),
+    ], 6),
 )  # fmt: skip
 def test_a_wrong_suite_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -233,6 +233,7 @@ def test_a_failed_step_fails_what_needs_it_and_is_tried_again(small, capsys):
     assert all(trial.user_attrs["seconds"] > 0 for trial in study.trials)
 
 
+@pytest.mark.slow
 def test_a_served_model_without_a_key_is_named_first_and_the_rest_goes_on(small, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY")
     assert reproduce(OWN) == 1
@@ -253,6 +254,7 @@ def test_other_metrics_score_a_finished_evaluation_again(small):
     assert json.loads((first / "results.json").read_text())["mode"] == "score_only=true"
 
 
+@pytest.mark.slow
 def test_a_job_of_a_scheduler_is_not_started_again_elsewhere(small, capsys):
     """A step was left in a queue; then the same suite starts on this machine, with another step of old inputs."""
     runs = small / "runs/suites/mine"

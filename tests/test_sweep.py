@@ -215,6 +215,7 @@ def test_a_bad_trial_of_a_grid_is_pruned(tmp_path, monkeypatch, capsys):
     assert before.count("started") == 2 and "started" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_misspelt_metric_ends_a_sweep_with_its_first_trial(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     worker = str(ROOT / "tests" / "workers" / "short_trial.py")
@@ -317,7 +318,7 @@ def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
          "that has ended a trial"),
         (["sweep=loss_grid", "sweep.warm_start=nowhere"], "sweep.warm_start=nowhere: a grid samples nothing: leave it "
          "out"),
-    ], 4),
+    ], 6),
 )  # fmt: skip
 def test_invalid_values_are_refused_before_the_first_trial(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -326,6 +327,7 @@ def test_invalid_values_are_refused_before_the_first_trial(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failed_preflight_ends_a_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert sweep([*SMALL, "data.evaluation.path=nowhere.jsonl", "data.train.path=nowhere.jsonl",
@@ -716,6 +718,7 @@ def test_an_earlier_sweep_teaches_the_sampler_and_counts_for_nothing(cheap, tmp_
     assert f"holds a sweep with sweep.warm_start={earlier}, not None" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_earlier_trials_are_taken_once_and_prune_none_of_the_new_ones(tmp_path):
     config = plan_sweep(["debug=cpu_tiny", "cluster=cpu1", "sweep=lr", "sweep.trials=9",
                          f"sweep.warm_start={earlier_sweep(tmp_path / 'earlier')}"]).config  # fmt: skip

@@ -194,6 +194,7 @@ def answer_batch(path):
     return answered
 
 
+@pytest.mark.slow
 def test_batches_answer_what_is_not_asked_at_once(here, fault_server):
     fault_server.answer = play
     assert main(*served(fault_server, **{"run.directory": "direct"})) == 0

@@ -6,7 +6,7 @@ from importlib import resources
 
 import jinja2
 import pytest
-from conftest import SMALL_OF, random_dialogue, real_tokenizer, small_tokenizer
+from conftest import SMALL_OF, random_dialogue, real_tokenizer, sampled, small_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,8 +28,8 @@ GREETING = parse_strategy("礼貌问候")
 TOKENIZERS = [
     *(pytest.param("small", name, id=f"small-{name}") for name in SMALL_OF),
     *(
-        pytest.param("real", name, id=f"real-{name}", marks=pytest.mark.real_tokenizer)
-        for name in chat_template_names()
+        pytest.param("real", name, id=f"real-{name}", marks=[pytest.mark.real_tokenizer, *slow])
+        for name, slow in ((name, [pytest.mark.slow] * (name != "qwen2_5")) for name in chat_template_names())
     ),
 ]
 
@@ -231,6 +231,7 @@ def test_ids_equal_the_stock_chat_template(tokenizer_name, name, stock, tokenize
         assert example.input_ids.tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.real_tokenizer
 def test_qwen3_equals_stock_without_thinking_turn_by_turn_and_differs_from_it_as_a_whole(tokenizer_of):
     tokenizer = tokenizer_of("real", "qwen3")
@@ -279,6 +280,7 @@ def spoken_to(seed: int, count: int) -> list[Dialogue]:
     return [each for each in dialogues if len(each.turns) > 1][:count]
 
 
+@pytest.mark.slow
 @pytest.mark.real_tokenizer
 @pytest.mark.parametrize("stock", NO_THINK)
 def test_qwen3_5_equals_stock_that_keeps_the_think_blocks(stock, tokenizer_of):
@@ -296,6 +298,7 @@ def test_qwen3_5_equals_stock_that_keeps_the_think_blocks(stock, tokenizer_of):
                 assert tokenizer.apply_chat_template(chat[: index + 1], **asked) == prompt
 
 
+@pytest.mark.slow
 @pytest.mark.real_tokenizer
 @pytest.mark.parametrize("stock", ["qwen3_5_nothink", "qwen3_5_think", "qwen3_6"])
 def test_qwen3_5_equals_stock_but_for_the_think_blocks_of_earlier_replies(stock, tokenizer_of):
@@ -365,7 +368,7 @@ def test_a_stock_template_that_does_not_fit_is_refused_with_the_name_of_ours(sto
 
 
 @pytest.mark.real_tokenizer
-@pytest.mark.parametrize(("name", "style"), SMALL_OF.items())
+@pytest.mark.parametrize(("name", "style"), sampled(SMALL_OF.items(), 4))
 def test_trained_tokenizers_split_texts_as_published_ones(name, style, tokenizer_of):
     published, ours = json.loads(tokenizer_of("real", name).backend_tokenizer.to_str()), TOKENIZER_STYLES[style]
     assert published["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == ours["pattern"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from conftest import ROOT, SMALL_OF
+from conftest import ROOT, SMALL_OF, sampled
 from processes import TIMEOUT_S
 from workers import tokenize_dialogues
 from workers.tokenize_dialogues import CHUNK, dialogues, template
@@ -202,6 +202,7 @@ FIXED = Dialogue(
 )
 
 
+@pytest.mark.slow
 def test_a_changed_encoding_needs_a_new_version():
     found = hashlib.sha256()
     for name in sorted(SMALL_OF):
@@ -225,7 +226,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", sampled(DAMAGE, 6))
 def test_a_broken_entry_is_built_again_and_logged(tmp_path, expected, said, kind):
     settings = TokenizationConfig(str(tmp_path))
     tokenize(dialogues(), template(), settings)

@@ -770,6 +770,7 @@ def test_a_tracker_that_is_not_installed_starts_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_refused_without_its_password(local_mlflow, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:5ec2e7@127.0.0.1:9")
     with pytest.raises(InputError, match=r"tracking.to=mlflow: http://127\.0\.0\.1:9: ") as caught:

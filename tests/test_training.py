@@ -511,7 +511,7 @@ def test_a_tampered_tokenizer_is_refused_with_both_hashes(final_model, template,
     [
         *(pytest.param("small", name, id=f"small-{name}") for name in SMALL_OF),
         *(
-            pytest.param("real", name, id=f"real-{name}", marks=pytest.mark.real_tokenizer)
+            pytest.param("real", name, id=f"real-{name}", marks=[pytest.mark.real_tokenizer, pytest.mark.slow])
             for name in chat_template_names()
         ),
     ],

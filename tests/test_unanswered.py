@@ -56,7 +56,9 @@ def written():
 
 
 @pytest.mark.parametrize("context", ["reference", "generated"])
-@pytest.mark.parametrize(("kind", "reply"), [(kind, reply) for kind, some in NO_REPLIES.items() for reply in some])
+@pytest.mark.parametrize(
+    ("kind", "reply"), sampled([(kind, reply) for kind, some in NO_REPLIES.items() for reply in some], 4)
+)
 def test_a_turn_without_a_reply_fails(kind, reply, context, fault_server):
     fault_server.answer = lambda body: reply
     llm = LLMConfig(base_url=fault_server.base_url, model="m", max_retries=0)
@@ -68,7 +70,7 @@ def test_a_turn_without_a_reply_fails(kind, reply, context, fault_server):
     assert set(kinds) <= {kind, "earlier_turn_failed"}
 
 
-@pytest.mark.parametrize("kind", NO_REPLIES)
+@pytest.mark.parametrize("kind", sampled(NO_REPLIES, 4))
 def test_an_evaluation_without_replies_ends_incomplete(kind, command, fault_server, capsys):
     fault_server.answer = lambda body: NO_REPLIES[kind][0]
     assert evaluate(*command) == 1
@@ -86,6 +88,7 @@ def test_an_evaluation_without_replies_ends_incomplete(kind, command, fault_serv
     assert "<strong>†: incomplete" in page and f"{TURNS} more failed ({TURNS} {kind})" in page
 
 
+@pytest.mark.slow
 def test_answers_that_were_cut_off_are_asked_again_with_a_larger_limit(command, fault_server, capsys):
     """As the recipe says, and the others are kept."""
 
@@ -105,7 +108,9 @@ def test_answers_that_were_cut_off_are_asked_again_with_a_larger_limit(command, 
     assert "†" not in Path("run/table.md").read_text() and "†" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("share", "status"), [(0.0, "incomplete"), (1 / TURNS, "finished"), (1.0, "finished")])
+@pytest.mark.parametrize(
+    ("share", "status"), sampled([(0.0, "incomplete"), (1 / TURNS, "finished"), (1.0, "finished")], 3)
+)
 def test_the_share_of_turns_that_may_fail_is_a_setting(share, status, command, fault_server, capsys):
     fault_server.answer = lambda body: WHOLE
     fault_server.script.append(Say(None))
@@ -127,6 +132,7 @@ SERVED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{}/v1", "http://no-such-name.invalid/v1"])
 @pytest.mark.parametrize("recipe", sampled(SERVED, 2))
 def test_a_server_that_is_not_there_is_said_at_once(recipe, address, command, fault_server, capsys, monkeypatch):

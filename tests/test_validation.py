@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
+from conftest import ROOT, random_dialogue, sampled, small_tokenizer, tiny_config
 from processes import run_script
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -474,36 +474,40 @@ def test_a_sharded_checkpoint_of_weights_only_is_consolidated(folder, on_two_pro
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [
-        (
-            ["validation.eval_steps=0", "validation.save_best=true"],
-            "validation.eval_steps=0: save_best and early_stopping_patience need validations",
-        ),
-        (
-            ["validation.eval_steps=0", "validation.early_stopping_patience=2"],
-            "validation.eval_steps=0: save_best and early_stopping_patience need validations",
-        ),
-        (
-            ["validation.eval_steps=1.5"],
-            "validation.eval_steps=1.5: choose a whole number of steps, or a share below 1",
-        ),
-        (
-            ["validation.metric_for_best_model=strategy_accuracy", "validation.num_turns=0"],
-            "validation.metric_for_best_model=strategy_accuracy: choose validation.num_turns above 0",
-        ),
-        (
-            ["validation.metric_for_best_model=strategy_accuracy", "template=given"],
-            "validation.metric_for_best_model=strategy_accuracy: the model chooses no strategy under template.mode=",
-        ),
-        (
-            ["validation.metric_for_best_model=accuracy"],
-            "validation.metric_for_best_model=accuracy: choose one of loss, strategy_accuracy.",
-        ),
-        (
-            ["on_finish.overrides=['data=files']"],
-            "on_finish.overrides=['data=files']: name the recipe too: on_finish=evaluate",
-        ),
-    ],
+    sampled(
+        [
+            (
+                ["validation.eval_steps=0", "validation.save_best=true"],
+                "validation.eval_steps=0: save_best and early_stopping_patience need validations",
+            ),
+            (
+                ["validation.eval_steps=0", "validation.early_stopping_patience=2"],
+                "validation.eval_steps=0: save_best and early_stopping_patience need validations",
+            ),
+            (
+                ["validation.eval_steps=1.5"],
+                "validation.eval_steps=1.5: choose a whole number of steps, or a share below 1",
+            ),
+            (
+                ["validation.metric_for_best_model=strategy_accuracy", "validation.num_turns=0"],
+                "validation.metric_for_best_model=strategy_accuracy: choose validation.num_turns above 0",
+            ),
+            (
+                ["validation.metric_for_best_model=strategy_accuracy", "template=given"],
+                "validation.metric_for_best_model=strategy_accuracy: the model chooses no strategy under "
+                "template.mode=",
+            ),
+            (
+                ["validation.metric_for_best_model=accuracy"],
+                "validation.metric_for_best_model=accuracy: choose one of loss, strategy_accuracy.",
+            ),
+            (
+                ["on_finish.overrides=['data=files']"],
+                "on_finish.overrides=['data=files']: name the recipe too: on_finish=evaluate",
+            ),
+        ],
+        4,
+    ),
 )
 def test_invalid_validation_settings_are_refused(overrides, message):
     with pytest.raises(InputError) as caught:
