@@ -370,6 +370,8 @@ def test_trials_are_placed_on_the_free_gpus(tmp_path, monkeypatch):
         slots(two, 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5")
     assert slots(two, None) == ["3,5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9,1,3,5")  # an absent one moves no other
+    assert slots(two, None) == ["3,5"]
 
 
 @pytest.mark.slow
