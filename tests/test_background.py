@@ -88,6 +88,8 @@ def test_a_copy_keeps_shared_parts_and_uses_its_memory_again():
     tensor += 1
     betas[0] = 0.8
     assert first["a"].tolist() == [0, 1, 2, 3] and first["b"][1]["betas"] == [0.9]
+    tied = copies.take("tied", {"embeddings": tensor, "head": tensor.detach(), "part": tensor[:2], "none": tensor[:0]})
+    assert tied["head"] is tied["embeddings"] and tied["part"].tolist() == [1, 2] and not len(tied["none"])
     second = copies.take("optimizer.pt", state)
     assert second["a"].data_ptr() == first["a"].data_ptr() and second["a"].tolist() == [1, 2, 3, 4]
     assert copies.take("model.safetensors", state)["a"].data_ptr() != second["a"].data_ptr()

@@ -111,6 +111,8 @@ TWO_PROCESSES = {
     "8bit again 2": case("2", resume="8bit-24", **EIGHT_BITS),
     "8bit moved 2 off": case("off", resume="8bit-24", **EIGHT_BITS),
     "8bit left 2": case("2", resume="8bit-24"),
+    "tied 1": case("1", checkpoints="tied-1", save_in_background="false") | {"held": False},
+    "without room 1": case("1", checkpoints="without-room-1", save_in_background="false") | {"held": False, "full": 1},
 }
 ONE_PROCESS = {
     **{f"alone {stage} {step}": case(stage, resume=f"full-{stage}{step}") for stage in STAGES for step in (2, 4)},
@@ -346,10 +348,28 @@ def test_other_packs_per_step_are_refused_with_both_numbers(folder, on_two, tmp_
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("run", [name for name in TWO_PROCESSES if "checkpoints" in TWO_PROCESSES[name]])
+@pytest.mark.parametrize("run", [name for name in TWO_PROCESSES if TWO_PROCESSES[name].get("held")])
 def test_the_memory_plan_counts_the_copies_that_are_written_in_the_background(on_two, run):
     copied, planned = on_two[run]["copied"], on_two[run]["copy_planned"]
     assert planned <= copied <= 1.02 * planned + 20_000  # random states, counts of steps, padding
+
+
+@pytest.mark.distributed
+def test_a_tied_head_is_in_a_file_once_whether_training_waits_or_not(folder, on_two):
+    assert on_two["tied 1"]["losses"] == on_two["full 1"]["losses"]
+    sizes = [
+        (folder / f"{name}-1/checkpoints/checkpoint-4/global_step4/mp_rank_00_model_states.pt").stat().st_size
+        for name in ("full", "tied")
+    ]
+    # The foreground writes views of one memory; copies have a header each. The head has 76 kB.
+    assert sizes[1] <= sizes[0] <= sizes[1] + 10_000
+
+
+@pytest.mark.distributed
+def test_a_rank_without_room_ends_all_at_once_also_where_training_waits(folder, on_two):
+    assert on_two["without room 1"]["error"].endswith("checkpoints: cannot write: No space left on device")
+    assert on_two["full 1"]["losses"]  # and the processes went on to train together
+    assert not any((folder / "without-room-1/checkpoints").iterdir())
 
 
 @pytest.mark.distributed

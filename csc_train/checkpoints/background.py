@@ -43,8 +43,14 @@ class HostCopies:
 
     def take(self, name: str, state: Any) -> Any:
         """A copy of a state, which lasts until the next of this name: nested lists and mappings with tensors."""
-        tensors = {id(each): each for each in tree_leaves(state) if isinstance(each, torch.Tensor)}
-        memo = {key: self._copy((name, number), each.detach()) for number, (key, each) in enumerate(tensors.items())}
+        memo, kept = {}, {}
+        for each in tree_leaves(state):
+            if isinstance(each, torch.Tensor):
+                # Tied weights are several tensors of one memory, which a file has once.
+                place = (each.data_ptr() or id(each), each.dtype, each.shape, each.stride())
+                if place not in kept:
+                    kept[place] = self._copy((name, len(kept)), each.detach())
+                memo[id(each)] = kept[place]
         return copy.deepcopy(state, memo)
 
     def _copy(self, key: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
@@ -55,13 +61,14 @@ class HostCopies:
 
 
 @contextlib.contextmanager
-def deferred_writes(copies: HostCopies) -> Iterator[list[Callable[[], None]]]:
-    """Collect what would be written with tensors, as calls that write copies of them; all else is written at once."""
+def deferred_writes(copies: HostCopies | None) -> Iterator[list[Callable[[], None]]]:
+    """Collect what would be written with tensors, as calls that write (copies of) them; all else is written at once."""
     writes: list[Callable[[], None]] = []
 
     def defer(write: Callable[..., None], state: Any, path: Any, *arguments: Any, **options: Any) -> None:
         if any(isinstance(each, torch.Tensor) for each in tree_leaves(state)):
-            writes.append(partial(write, copies.take(Path(path).name, state), path, *arguments, **options))
+            held = copies.take(Path(path).name, state) if copies else state
+            writes.append(partial(write, held, path, *arguments, **options))
         else:
             write(state, path, *arguments, **options)
 
@@ -100,9 +107,10 @@ class CheckpointWriter:
         self._ending = threading.Event()
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Copy the tensors that are saved here, for `start` to write."""
-        with deferred_writes(self._copies) as self._writes:
+    def hold(self, copied: bool) -> Iterator[None]:
+        """Keep the tensors that are saved here for `start` to write, or a copy, if training does not wait for it."""
+        self._held = copied
+        with deferred_writes(self._copies if copied else None) as self._writes:
             yield
 
     def start(self, step: int, written: Path, finish: Callable[[dict[str, FileStamp]], None]) -> None:
@@ -113,7 +121,7 @@ class CheckpointWriter:
             finish: commits the checkpoint; the main process calls it with the files of all.
         """
         writes, self._writes = self._writes, []
-        self.step, self._held = step, bool(writes)
+        self.step = step
         self._future = self._pool.submit(self._write, f"checkpoint/{next(_numbers)}", writes, written, finish)
 
     def _write(self, key: str, writes: list[Callable[[], None]], written: Path, finish: Callable[[Any], None]) -> None:

@@ -458,13 +458,13 @@ def state_bytes(scenario: MemoryScenario) -> float:
 def copy_bytes(scenario: MemoryScenario) -> float:
     """Bytes of a training checkpoint in the memory of the main process's node, until it is written.
 
-    The main process writes all but the sharded optimizer states. Under DeepSpeed the weights are in two files, and a
-    tied head beside the embeddings; stage 3 writes them once. Stage 0 in fp32 has no second fp32 weights.
+    The main process writes all but the sharded optimizer states. Under DeepSpeed the weights are in two files, in one
+    of them a tied head beside the embeddings; stage 3 writes them once. Stage 0 in fp32 has no second fp32 weights.
     """
     if scenario.stage == "off":
         return state_bytes(scenario)
     files = 1 if scenario.stage == "3" else 2
-    head = scenario.dims.embedding * (scenario.dims.tied and files == 2) * (files if scenario.adapter == "full" else 1)
+    head = scenario.dims.embedding * (scenario.dims.tied and files == 2)
     optimizer = scenario.moments + (4 * scenario.trained if scenario.bf16 or scenario.stage != "0" else 0)
     shards = 1 if scenario.stage == "0" else scenario.nodes
     return scenario.compute * (files * scenario.trained + head) + optimizer / shards

@@ -436,7 +436,7 @@ class PackTrainer(SFTTrainer):
                 if self.is_world_process_zero():
                     remove_partial(directory)
                 self.accelerator.wait_for_everyone()
-                with self._writer.hold() if background else contextlib.nullcontext():
+                with self._writer.hold(background):
                     super()._save_checkpoint(model, trial)
                 # The Trainer looked for the best checkpoint in the folder of incomplete ones.
                 self.state.best_model_checkpoint = str(checkpoint_dir(directory, best)) if best else None

@@ -5,6 +5,8 @@ FOLDER holds `model` (a model directory with its tokenizer), `packs` and, where 
 `validation` dialogues (both pickled), so that however many processes there are, all start from the same.
 """
 
+import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -15,10 +17,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.utils import gather_object
@@ -96,6 +99,7 @@ def train(
     validation: ValidationConfig | None = None,
     broken: int | None = None,
     held: bool = False,
+    full: int | None = None,
     experts: str | None = None,
     **options,
 ) -> SFTTrainer:
@@ -113,6 +117,7 @@ def train(
         validation: what to measure while training; the packs are then of mode `joint`.
         broken: a token whose embedding the model reads as NaN.
         held: whether each checkpoint is written in the background, and only when the next step has been taken.
+        full: a rank whose disk has no room for its part of an optimizer.
         experts: transformers' forward function of experts; defaults to its default.
         options: go to `TrainerConfig`.
     """
@@ -176,6 +181,10 @@ def train(
         )
     if held:
         hold_saves(trainer)
+    patches = contextlib.ExitStack()
+    if full == trainer.args.process_index:
+        save = torch.save
+        patches.enter_context(mock.patch.object(torch, "save", partial(save_without_room, save)))
     trainer.documents = []
     trainer.chosen = chosen = []
     routed = routers(trainer.model)
@@ -196,7 +205,8 @@ def train(
     if alerts:
         trainer.add_callback(Alerts(AlertsConfig(), Tracker(TrackingConfig("off"), folder / alerts)))
     if tracked is None:
-        trainer.train(resume_from_checkpoint=state)
+        with patches:
+            trainer.train(resume_from_checkpoint=state)
         return trainer
     stop = StopOnSignal()
     trainer.add_callback(stop)
@@ -258,6 +268,13 @@ def hold_saves(trainer: PackTrainer) -> None:
             trainer.copied = sum(each.nbytes for each in writer._copies._kept.values())
 
     trainer.add_callback(Stepped())
+
+
+def save_without_room(save: Callable, state: Any, path: Any, *arguments: Any, **options: Any) -> None:
+    """`torch.save` on a disk that is full when an optimizer comes."""
+    if "optim_states" in str(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save(state, path, *arguments, **options)
 
 
 class GradientBytes(TrainerCallback):
