@@ -265,6 +265,24 @@ def test_new_prompts_share_a_forward_pass_with_replies_in_progress():
     assert 0 in found and found[0][0] == first["a"]
 
 
+def test_rows_of_like_lengths_share_an_attention_call(monkeypatch):
+    """Neither a far row nor a far longer one joins a group; the tokens are those without a cache."""
+    spans = [range(length - 1, length) for length in (50, 60, 50, 900, 880, 50)]
+    monkeypatch.setattr(kv_cache, "CALL", 500)
+    assert kv_cache._groups([0, 1, 2, 3, 4, 30], spans, 0) == [0, 3, 5]
+    assert kv_cache._groups([0, 1, 2, 3, 4, 30], spans, 4) == [4, 5]
+    assert kv_cache._groups([7], spans[:1], 1) == []
+    monkeypatch.setattr(kv_cache, "CALL", 20)
+    model, groups = model_of("qwen2"), set()
+    hook = model.register_forward_pre_hook(
+        lambda _, args, named: groups.update(len(each.mask) for each in named["cache_layout"].attended)
+        if "cache_layout" in named else None, with_kwargs=True,
+    )  # fmt: skip
+    found = ended(model, rows=9)
+    hook.remove()
+    assert [ids for _, ids in found] == [continued(model, prompt) for prompt, _ in found] and len(groups) > 3
+
+
 def test_few_active_rows_are_computed_without_the_others():
     model = model_of("qwen2")
     cache = DialogueCache(model, PREFIX, [], max_new_tokens=30)

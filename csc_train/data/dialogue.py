@@ -91,7 +91,7 @@ class Dialogue:
         turns = [[t.speaker.value, t.strategy.number if t.strategy else 0, t.text] for t in self.turns]
         return digest(turns if self.kind == "csc" else [self.kind, self.system, turns])
 
-    @property
+    @cached_property
     def supporter_turns(self) -> list[int]:
         """Indices into `turns` of the supporter's turns."""
         return [index for index, turn in enumerate(self.turns) if turn.speaker is Speaker.SUPPORTER]

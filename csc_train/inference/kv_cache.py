@@ -40,7 +40,7 @@ class _Attended(NamedTuple):
         tokens: of the forward pass.
         rows: the cache rows; a slice replaces a copy.
         places: int64 [tokens]; the place of each token among rows x width, row after row; None if they fill all.
-        mask: [rows, 1, groups x width, columns behind the shared ones]; what is added to the scores of queries that
+        mask: [rows, 1, width x groups, columns behind the shared ones]; what is added to the scores of queries that
             share a key-value head. Of one token a row, [rows, 1, 1, columns behind the shared ones].
     """
 
@@ -88,49 +88,54 @@ def cached_attention(
     Returns:
         The output, [1, tokens, heads, head size].
     """
-    queries, shared = query[0].transpose(0, 1), cache_layout.shared
-    groups, outputs = queries.shape[1] // key.shape[1], [torch.zeros_like(queries)]
+    shared, groups = cache_layout.shared, query.shape[1] // key.shape[1]
+    # Copied once, so that those of any tokens are views: [key-value heads, tokens, groups, head size].
+    queries = query[0].unflatten(0, (-1, groups)).transpose(1, 2).contiguous()
+    outputs = [torch.zeros_like(queries)]
     if shared:
-        outputs.append(queries.new_empty(*queries.shape[:2], 1, dtype=torch.float32))
+        outputs.append(queries.new_empty(*queries.shape[:3], 1, dtype=torch.float32))
     for tokens, rows, places, mask in cache_layout.attended:
-        own, width = queries[tokens], max(1, mask.shape[2] // groups)
+        own, width = queries[:, tokens], max(1, mask.shape[2] // groups)
         if places is not None:
-            own = own.new_zeros(len(mask) * width, *own.shape[1:]).index_copy_(0, places, own)
-        own, columns = own.view(len(mask), width, *own.shape[1:]), slice(shared, shared + mask.shape[-1])
+            shape = len(own), len(mask) * width, *own.shape[2:]
+            own = own.new_zeros(shape).index_copy_(1, places, own)
+        columns = slice(shared, shared + mask.shape[-1])
         parts = _attention(own, key[rows, :, columns], value[rows, :, columns], mask, scaling, shared > 0)
         for output, found in zip(outputs, parts, strict=True):
-            output[tokens] = found if places is None else found.index_select(0, places)
-    if not shared:
-        return outputs[0][None], None
-    output, logs = _attention(queries[None], key[:1, :, :shared], value[:1, :, :shared], None, scaling, sums=True)
-    return output.lerp(outputs[0], (outputs[1] - logs).sigmoid().to(output.dtype))[None], None
+            output[:, tokens] = found if places is None else found.index_select(1, places)
+    output = outputs[0]
+    if shared:
+        prefix, logs = _attention(queries, key[:1, :, :shared], value[:1, :, :shared], None, scaling, sums=True)
+        output = prefix.lerp(output, (outputs[1] - logs).sigmoid().to(output.dtype))
+    return output.transpose(0, 1).flatten(1, 2)[None], None
 
 
 def _attention(
     queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
     sums: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Attention of queries [rows, width, heads, head size].
+    """Attention of queries [key-value heads, rows x width, groups, head size].
 
     Returns:
-        The output, [rows x width, heads, head size]; and with `sums` the logarithms of the sums of exponentials,
-        float32 [rows x width, heads, 1].
+        The output, of the same form; and with `sums` the logarithms of the sums of exponentials, float32
+        [key-value heads, rows x width, groups, 1].
     """
-    rows, width, heads, size = queries.shape
-    shape = rows, key.shape[1], heads // key.shape[1], width, -1
-    folded = queries.view(rows, width, *shape[1:3], size).permute(0, 2, 3, 1, 4).reshape(*shape[:2], -1, size)
+    (heads, tokens, groups, size), rows = queries.shape, len(key)
+    folded = queries.view(heads, rows, -1, groups, size).transpose(0, 1).flatten(2, 3)
     if sums:
         output, logs = _attention_and_sums(folded, key, value, attn_mask=mask, scale=scale)
         found = [output, logs[..., None]]
     else:
         found = [F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)]
-    return [each.view(shape).permute(0, 3, 1, 2, 4).reshape(rows * width, heads, -1) for each in found]
+    return [each.transpose(0, 1).reshape(heads, tokens, groups, -1) for each in found]
 
 
 _attention_and_sums: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 APART = ("cpu",)
 """Types of devices on which each row's new prompt is attended to alone, so that none is padded, and in float32 the
 prefix once for all rows; others wait longer for many small products than for padding."""
+CALL = 1500
+"""Columns of one row that a CPU attends to in the time that a small attention call takes."""
 CACHED_ATTENTION = "cached_rows"
 """The implementation that a model takes for the forward passes of a `DialogueCache`."""
 AttentionInterface.register(CACHED_ATTENTION, cached_attention)
@@ -408,23 +413,40 @@ class DialogueCache:
             row.num_cached = span.stop
         for row, (_, _, target) in zip(held, segments, strict=False):
             row.slots[row.num_cached] = target
-        return logits.argmax(-1).tolist()
+        # numpy's takes a tenth of torch's time.
+        return (logits.float().numpy() if device.type == "cpu" else logits).argmax(-1).tolist()
 
     def _layout(self, rows: Sequence[int], spans: Sequence[range], columns: torch.Tensor) -> _ForwardLayout:
         """Where the tokens of a forward pass stand; `columns` are those of the cache."""
         device = columns.device
         prompts = sum(len(span) > 1 for span in spans)  # the first ones
         apart = device.type in APART
-        starts = range(prompts) if apart else [0] * (prompts > 0)
         # Each token sees the last one of the prefix, which may be itself, among its row's columns. In half precision
         # both parts would be rounded before they are combined.
         shared = len(self._prefix_ids) - 1 if apart and self._model.dtype == torch.float32 else 0
-        starts, token, attended = [*starts, *[prompts] * (prompts < len(rows)), len(rows)], 0, []
-        for start, end in itertools.pairwise(starts):
-            tokens = slice(token, token := token + sum(map(len, spans[start:end])))
+        starts, attended = [0] * (prompts > 0) + [prompts] * (prompts < len(rows)), []
+        if apart:
+            starts = _groups(rows, spans, prompts)
+            attended = self._attend_apart(rows, spans[:prompts], shared)
+        ends = list(itertools.accumulate(map(len, spans), initial=0))
+        for start, end in itertools.pairwise([*starts, len(rows)]):
+            tokens = slice(ends[start], ends[end])
             attended.append(self._attend(tokens, rows[start:end], spans[start:end], columns, shared))
         numbers = torch.tensor([row for row, span in zip(rows, spans, strict=True) for _ in span], device=device)
         return _ForwardLayout(numbers, columns, shared, attended)
+
+    def _attend_apart(self, rows: Sequence[int], spans: Sequence[range], shared: int) -> list[_Attended]:
+        """The first rows, each alone: their masks are parts of that of the widest one behind the latest start."""
+        if not spans:
+            return []
+        start, width, token, attended = max(span.start for span in spans), max(map(len, spans)), 0, []
+        mask = self._mask(torch.arange(start, start + width), 0, start + width).repeat_interleave(self._groups, 0)
+        for row, span in zip(rows, spans, strict=False):
+            own = mask[: len(span) * self._groups, start - span.start + shared : start + len(span)]
+            attended.append(
+                _Attended(slice(token, token := token + len(span)), slice(row, row + 1), None, own[None, None])
+            )
+        return attended
 
     def _attend(
         self, tokens: slice, rows: Sequence[int], spans: Sequence[range], columns: torch.Tensor, shared: int
@@ -432,7 +454,7 @@ class DialogueCache:
         """Rows whose attention is computed together, padded to the longest; padding sees the first column."""
         device, width, first = columns.device, max(map(len, spans)), rows[0]
         where, selected, count = range(len(rows)), torch.tensor(rows, device=device), len(rows)
-        if 2 * count > rows[-1] - first:  # all rows from the first to the last one, which avoids a copy
+        if 2 * count > rows[-1] - first or device.type in APART:  # all rows from first to last, which avoids a copy
             where, selected = [row - first for row in rows], slice(first, rows[-1] + 1)
             count = rows[-1] + 1 - first
         seen, places = columns[tokens], None
@@ -442,9 +464,13 @@ class DialogueCache:
                 device=device,
             )
             seen = columns.new_full([count * width], shared).index_copy_(0, places, seen)
-        hidden = torch.arange(shared, max(span.stop for span in spans), device=device) > seen.view(count, 1, width, 1)
-        mask = torch.zeros(hidden.shape, dtype=self._model.dtype, device=device).masked_fill_(hidden, -torch.inf)
-        return _Attended(tokens, selected, places, mask.repeat(1, 1, self._groups, 1) if width > 1 else mask)
+        mask = self._mask(seen, shared, max(span.stop for span in spans)).view(count, 1, width, -1)
+        return _Attended(tokens, selected, places, mask.repeat_interleave(self._groups, 2) if width > 1 else mask)
+
+    def _mask(self, seen: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """What is added to the scores of these columns, [tokens, columns], by the last column that each token sees."""
+        hidden = torch.arange(start, stop, device=seen.device) > seen[:, None]
+        return torch.zeros(hidden.shape, dtype=self._model.dtype, device=seen.device).masked_fill_(hidden, -torch.inf)
 
     def _levels(self, segments: Sequence[tuple[range, int, int]]) -> dict[str, Any]:
         """The model's arguments for its gated delta nets; none without them.
@@ -470,6 +496,19 @@ class DialogueCache:
             self._columns = columns + max(GROWTH, columns // 2)
         for layer in self._cache.layers:
             layer.resize(len(self._rows), self._columns)
+
+
+def _groups(rows: Sequence[int], spans: Sequence[range], start: int) -> list[int]:
+    """Where groups of rows begin: a row joins the one before unless that costs more columns than a call of its own."""
+    starts, first, width = [], 0, 0
+    for place in range(start, len(rows)):
+        row, stop = rows[place], spans[place].stop
+        joined = (row + 1 - first) * max(width, stop)
+        if not starts or joined > (rows[place - 1] + 1 - first) * width + CALL + stop:
+            starts.append(place)
+            first, width = row, stop
+        width = max(width, stop)
+    return starts
 
 
 @functools.lru_cache(maxsize=4)  # the same for one generated token after the other
