@@ -1,6 +1,7 @@
 """Read files that the packages contain: Jinja templates, tables in YAML and other texts."""
 
 import posixpath
+import re
 import sys
 from functools import cache
 from importlib import resources
@@ -10,6 +11,24 @@ import jinja2
 import yaml
 
 _ONE_TAG_PER_LINE = (".html.jinja", ".md.jinja", ".sbatch.jinja", ".txt.jinja", ".yaml.jinja")
+
+
+class ExactDumper(yaml.SafeDumper):
+    """Writes YAML from which every text is read back equal, also with line breaks of Unicode.
+
+    Attributes:
+        multi_line: the style of a text of several lines; None is PyYAML's choice.
+    """
+
+    multi_line: str | None = None
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """A text in double quotes if PyYAML would otherwise write a break of Unicode that it reads as another one."""
+        style = '"' if re.search("[\x85\u2028\u2029\ufeff]", data) else self.multi_line if "\n" in data else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+ExactDumper.add_representer(str, ExactDumper.represent_str)
 
 
 class _Environment(jinja2.Environment):

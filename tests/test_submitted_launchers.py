@@ -1,5 +1,6 @@
 """The launchers for Kubernetes and SkyPilot: what they submit is valid, and a job that is killed ends as any other."""
 
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from csc_train.launching.launchers.submitted import SubmittedLauncher
 from csc_train.launching.preflight.checks import run_preflight
 from csc_train.launching.supervise import CONFIG_VARIABLE, place_config
 from csc_train.launching.sweep import sweep
+from csc_train.runs.directory import as_yaml, read_config
 
 EVALUATION = ["recipe=evaluate", "checkpoint=runs/first", "data=rolecs"]
 """A job without a preflight."""
@@ -135,6 +137,37 @@ def test_any_text_is_as_it_is_in_the_manifest(scheduler):
         (container,) = document["spec"]["template"]["spec"]["containers"]
         found, script = {each["name"]: each.get("value") for each in container["env"]}, container["command"][2]
     assert env.items() <= found.items() and "\n".join(texts) in script
+
+
+def test_any_text_is_read_back_equal_from_the_yaml_of_jobs_and_runs(tmp_path, monkeypatch):
+    parts = (
+        "\x85",
+        "\u2028",
+        "\u2029",
+        "\ufeff",
+        "\n",
+        "\r",
+        "\t",
+        " ",
+        "\x00",
+        "\xa0",
+        "a",
+        "'",
+        '"',
+        "#",
+        ": ",
+        "\\",
+        "|",
+        "1",
+        "等",
+    )
+    texts = ["".join(each) for length in (1, 2) for each in itertools.product(parts, repeat=length)]
+    job = launcher("kubernetes")
+    monkeypatch.setattr(job, "manifest", lambda: [{"texts": texts}])
+    assert yaml.safe_load(job.text()) == {"texts": texts}
+    assert "等" in job.text()
+    (tmp_path / "resolved.yaml").write_text(as_yaml({"texts": texts}), encoding="utf-8", newline="")
+    assert read_config(tmp_path / "resolved.yaml") == {"texts": texts}
 
 
 READ_TASK = """

@@ -32,6 +32,7 @@ from csc_train.runs.claim import LOCK_FILE, Claim, claim, claim_new
 from csc_train.runs.config import RESOLVED_FILE, may_change
 from csc_train.runs.distributed import distributed_state, on_main
 from csc_train.runs.provenance import code_digest, provenance, uncommitted_diff
+from csc_train.templates import ExactDumper
 
 RECORD_FILE = "run.json"
 CODE_DIFF_FILE = "code.diff"
@@ -424,7 +425,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: broken YAML: {' '.join(str(error).split())}") from error
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(ExactDumper):
     """Also quotes the texts that only OmegaConf reads as numbers, such as 82e4718."""
 
 

@@ -18,7 +18,7 @@ from csc_train.launching.launch_commands import node_command
 from csc_train.launching.launchers.base import Launcher
 from csc_train.runs.claim import is_claimed
 from csc_train.runs.directory import EXIT_STOPPED, read_run_record
-from csc_train.templates import render
+from csc_train.templates import ExactDumper, render
 
 
 class SubmittedLauncher(Launcher):
@@ -174,15 +174,13 @@ class ManifestLauncher(SubmittedLauncher):
             raise InputError(f"{self.tool} {' '.join(arguments[:2])}: expected JSON, got {answer[:80]!r}") from error
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(ExactDumper):
     """Quotes all that some reader of YAML takes for a number or a boolean; texts of several lines are blocks."""
+
+    multi_line = "|"
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 _Dumper.add_implicit_resolver("csc:number", re.compile(r"(?s)[-+.\d].*|[yYnN]$"), list("-+.0123456789yYnN"))
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
-)
