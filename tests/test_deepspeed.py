@@ -355,6 +355,13 @@ def test_the_memory_plan_counts_the_copies_that_are_written_in_the_background(on
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("run", ["full 0", "full 1", "full 2", "lora 1", "bf16 1", "8bit 2"])
+def test_the_memory_plan_counts_the_states_of_the_optimizer_and_a_tied_head_once(on_two, run):
+    held, planned = on_two[run]["optimizer_bytes"], on_two[run]["optimizer_planned"]
+    assert planned <= held <= 1.02 * planned + 20_000  # counts of steps, padding
+
+
+@pytest.mark.distributed
 def test_a_tied_head_is_in_a_file_once_whether_training_waits_or_not(folder, on_two):
     assert on_two["tied 1"]["losses"] == on_two["full 1"]["losses"]
     sizes = [

@@ -144,6 +144,11 @@ class MemoryScenario:
         return 2 if self.bf16 else 4
 
     @property
+    def master_bytes(self) -> int:
+        """Bytes of the optimizer's own fp32 weights under DeepSpeed, which stage 0 in fp32 does without."""
+        return 4 * self.trained if self.bf16 or self.stage != "0" else 0
+
+    @property
     def cast_by_autocast(self) -> bool:
         """Whether autocast casts fp32 weights to bf16."""
         return self.stage == "off" and self.bf16 and self.adapter != "qlora"
@@ -202,6 +207,7 @@ def model_states(scenario: MemoryScenario) -> MemoryPlan:
 
     - off (DDP): 4 P of weights, 4 P of gradients, 8 P of moments.
     - stage 0: 2 P of weights, 2 P + 4 P of gradients in bf16 and in fp32, 4 P + 8 P of fp32 weights and moments.
+      In fp32: 4 P of weights, 4 P of gradients, 8 P of moments.
     - stage 1: 2 P of weights, 4 P of gradients, summed whole in fp32; the fp32 weights and moments divided by N.
     - stage 2: all but the weights divided by N: 2 P + 18 P / N.
     - stage 3: 18 P / N, and 4 bytes per weight of the largest module, which is gathered whole with its gradient; all
@@ -218,8 +224,11 @@ def model_states(scenario: MemoryScenario) -> MemoryPlan:
     largest = scenario.dims.largest
     if scenario.stage == "off":
         return MemoryPlan(4 * trained + scenario.frozen_bytes, 4 * trained, scenario.moments)
-    weights, gradients = float(compute * trained), {"0": 6, "1": 4, "2": 6 * share, "3": 4 * share}
-    optimizer = (4 * trained + scenario.moments) * (1 if scenario.stage == "0" else share)
+    weights, gradients = (
+        float(compute * trained),
+        {"0": 6 if scenario.bf16 else 4, "1": 4, "2": 6 * share, "3": 4 * share},
+    )
+    optimizer = (scenario.master_bytes + scenario.moments) * (1 if scenario.stage == "0" else share)
     parameters = weights + scenario.frozen_bytes
     gradient = gradients[scenario.stage] * trained
     if scenario.stage == "3":
@@ -465,7 +474,7 @@ def copy_bytes(scenario: MemoryScenario) -> float:
         return state_bytes(scenario)
     files = 1 if scenario.stage == "3" else 2
     head = scenario.dims.embedding * (scenario.dims.tied and files == 2)
-    optimizer = scenario.moments + (4 * scenario.trained if scenario.bf16 or scenario.stage != "0" else 0)
+    optimizer = scenario.moments + scenario.master_bytes
     shards = 1 if scenario.stage == "0" else scenario.nodes
     return scenario.compute * (files * scenario.trained + head) + optimizer / shards
 

@@ -51,7 +51,7 @@ from csc_train.tracking.tracker import Tracker
 from csc_train.training.alerts import Alerts
 from csc_train.training.callbacks import StopOnSignal, track
 from csc_train.training.config import AlertsConfig, TrainerConfig, ValidationConfig, ZeroConfig
-from csc_train.training.memory import copy_bytes, scenario_of
+from csc_train.training.memory import copy_bytes, model_states, scenario_of
 from csc_train.training.trainer import PackTrainer, build_trainer, training_arguments
 from csc_train.training.validation import Validator, last_validation_metrics
 
@@ -278,11 +278,11 @@ def save_without_room(save: Callable, state: Any, path: Any, *arguments: Any, **
 
 
 class GradientBytes(TrainerCallback):
-    """Counts what stage 1 in bf16 holds of gradients between two forward passes of a step."""
+    """Counts the gradients between two forward passes of a step, and the optimizer's states before the next."""
 
     def __init__(self, trainer: SFTTrainer):
         self.trainer = trainer
-        trainer.gradient_bytes = {}
+        trainer.gradient_bytes, trainer.optimizer_bytes = {}, 0
 
     def on_substep_end(self, args, state, control, **_):
         engine: Any = self.trainer.model_wrapped
@@ -293,6 +293,16 @@ class GradientBytes(TrainerCallback):
                 "fp32": sum(each.nbytes for each in sums),
                 "sent": str(engine.communication_data_type),
             }
+
+    def on_step_begin(self, args, state, control, **_):
+        engine: Any = self.trainer.model_wrapped
+        inner = getattr(getattr(engine, "optimizer", None), "optimizer", getattr(engine, "optimizer", None))
+        if state.global_step == 1 and inner is not None:
+            weights = {each.data_ptr() for each in engine.parameters()}
+            groups = [each for group in inner.param_groups for each in group["params"]]
+            moments = [each for entry in inner.state.values() for each in entry.values() if torch.is_tensor(each)]
+            own = [each for each in groups if each.data_ptr() not in weights]
+            self.trainer.optimizer_bytes = sum(each.nbytes for each in (*own, *moments))
 
 
 class Samples(TrainerCallback):
@@ -356,6 +366,8 @@ def curve(trainer: SFTTrainer) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "engine": type(engine).__name__,
         "gradient_bytes": trainer.gradient_bytes,
+        "optimizer_bytes": sum(gather_object([trainer.optimizer_bytes])),
+        "optimizer_planned": model_states(scenario_of(trainer, 0)).optimizer * trainer.args.world_size,
         "copied": sum(gather_object([getattr(trainer, "copied", 0)])),
         "copy_planned": copy_bytes(scenario_of(trainer, 0)),
         "micro_batch_size": trainer.args.per_device_train_batch_size,
