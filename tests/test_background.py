@@ -122,6 +122,7 @@ def test_the_next_save_waits_for_the_one_before_and_says_so(folder, said, monkey
     assert [check_whole(each).processes for each in list_checkpoints(folder / "slow")] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_ends_training_at_the_next_step_and_keeps_the_checkpoint_before(folder, monkeypatch):
     stamp = background.stamp_files
 

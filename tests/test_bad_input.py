@@ -96,7 +96,11 @@ def fits(setting: Setting, value: Any) -> bool:
     return isinstance(value, TYPES[wanted]) and not (isinstance(value, float) and not math.isfinite(value))
 
 
-@pytest.mark.parametrize("schema", sampled(SECTIONS, 10), ids=lambda schema: schema.__name__)
+@pytest.mark.parametrize(
+    "schema",
+    sampled(sorted(SECTIONS, key=lambda schema: len([*settings_of(schema)])), 12),
+    ids=lambda schema: schema.__name__,
+)
 def test_a_setting_of_another_type_or_size_is_named(schema):
     passed, unnamed = [], []
     for setting, value in itertools.product(settings_of(schema), VALUES):

@@ -204,6 +204,7 @@ def test_wheels_are_imported_without_being_installed(tmp_path):
     assert "gpu.py: the carried one" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_call_measures_what_is_missing(gpu, tmp_path, capfd):
     path, calls = tmp_path / "gpu.json", tmp_path / "calls"
     settings = {"code": "1", "device": "cpu", "torch": "2"}

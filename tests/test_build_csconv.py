@@ -376,6 +376,7 @@ def on_server(server, *more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_recipe_on_a_server_that_fails_then_answers(tmp_path, recipe, fault_server):
     deaf = "年费"
     fault_server.answer = lambda body: "不知道" if deaf and deaf in body["messages"][0]["content"] else reply(body)

@@ -159,6 +159,7 @@ def test_a_reply_grows_by_whole_characters_without_its_label(generator):
     assert any(text.endswith("\N{REPLACEMENT CHARACTER}") for text in decoded)
 
 
+@pytest.mark.slow
 def test_thoughts_are_not_shown(generator, monkeypatch):
     """Nor do they count as a reply: an evaluation leaves them out, too."""
     conversation, decode = begin(generator), generator.decode
@@ -273,6 +274,7 @@ def test_a_stopped_reply_keeps_its_generated_part(generator):
     assert turns_of(conversation) == before
 
 
+@pytest.mark.slow
 def test_after_a_failure_the_conversation_continues(generator, monkeypatch):
     conversation = begin(generator)
     expected = rough(talk(conversation, FIRST.text, SECOND.text))
@@ -292,6 +294,7 @@ def test_after_a_failure_the_conversation_continues(generator, monkeypatch):
     assert [last(conversation.reply(said)) for said in (FIRST.text, SECOND.text)] == expected[1:]
 
 
+@pytest.mark.slow
 def test_sampling(generator):
     def sampled(seed, **options):
         torch.manual_seed(seed)

@@ -94,6 +94,7 @@ def test_rslora_scales_by_the_root_of_the_rank():
     assert scales == {8 / math.sqrt(4)}
 
 
+@pytest.mark.slow
 def test_the_magnitudes_of_dora_start_right_and_move_in_fp32(folder):
     options = {"micro_batch_size": 4, "precision": "bf16", "learning_rate": 1e-4, "max_steps": 2}
     trainer = train(folder, adapter=AdapterConfig(**LORA, use_dora=True), **options)

@@ -110,6 +110,7 @@ def test_a_released_lock_leaves_nothing(tmp_path, said):
     assert not said
 
 
+@pytest.mark.slow
 def test_a_claim_passes_to_a_process_that_knows_its_token(tmp_path, another):
     held = claim(tmp_path / "run", "launch of sft")
     assert another(**{CLAIM_VARIABLE: "another"})[1].startswith("error:")
@@ -136,6 +137,7 @@ def test_the_claim_of_a_killed_launcher_lasts_as_long_as_its_rank(tmp_path, anot
     claim(tmp_path / "run", "sft").release()
 
 
+@pytest.mark.slow
 def test_a_program_that_replaces_the_process_keeps_its_claims(tmp_path, another):
     code = (
         "import os, pathlib, sys\n"
@@ -314,6 +316,7 @@ def test_files_of_others_in_a_replaced_model_are_kept(tmp_path, said):
     assert said[-1].startswith(f"note: kept {tmp_path}/run.replaced-1: it holds files")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moves", range(4))
 def test_a_replacement_that_is_killed_while_it_moves_goes_on(tmp_path, monkeypatch, moves):
     finished(tmp_path / "run", lr=1)

@@ -44,6 +44,7 @@ def by_metric(rows):
     return {row.metric: row for row in rows}
 
 
+@pytest.mark.slow
 def test_a_clear_difference_is_significant_and_a_small_one_is_not():
     clear = compare({"reference": answers(0.7, 0)}, {"reference": answers(0.4, 1)}, LEXICAL, permutations=1000)
     assert {row.verdict for row in clear if row.p_value is not None} == {"A is higher"}
@@ -164,6 +165,7 @@ def test_where_one_system_predicts_no_strategy_its_choices_are_not_compared():
     assert rows["zh B-2"].verdict is not None
 
 
+@pytest.mark.slow
 def test_turns_that_one_system_lacks_are_left_out_of_both_and_counted():
     a, b = answers(0.7, 0), answers(0.4, 1)
     rows = by_metric(compare({"reference": a[2:]}, {"reference": b[:-1]}, LEXICAL, permutations=1000))

@@ -250,7 +250,7 @@ def test_a_published_model_is_loaded_not_made_up():
             assert (model.init, model.tokenizer) == ("pretrained", None), file
 
 
-@pytest.mark.parametrize("file", sampled([file for file in FILES if file.startswith("model/")], 5))
+@pytest.mark.parametrize("file", sampled([file for file in FILES if file.startswith("model/")], 12))
 def test_model_has_the_published_number_of_parameters(file):
     model = model_of(file)
     comment = re.match(r"# ([\d,]+) parameters", (CONF / file).read_text())

@@ -267,6 +267,7 @@ def test_data_are_read_as_a_training_reads_them(tmp_path):
     assert [found.rows[0], found.rows[-1]] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.jsonl:4"]
 
 
+@pytest.mark.slow
 def test_a_mix_is_shown_by_source_and_read_as_a_training_reads_it(looked, template, tmp_path):
     calls = [replace(dialogue, id=f"d{number}") for number, dialogue in enumerate(generate_sample(6, seed=4))]
     write_jsonl(tmp_path / "calls.jsonl", [dialogue.row() for dialogue in calls])

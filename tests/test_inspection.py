@@ -253,7 +253,7 @@ ADVICE = {
 }
 
 
-@pytest.mark.parametrize("name", sampled(UNFIT, 3))
+@pytest.mark.parametrize("name", sampled(UNFIT, 6))
 def test_a_chat_template_that_does_not_fit_is_refused_alike_and_one_that_fits_is_named(job, tmp_path, name):
     change, template, message = UNFIT[name]
     path = changed(job, tmp_path, change)
@@ -267,6 +267,7 @@ def test_a_chat_template_that_does_not_fit_is_refused_alike_and_one_that_fits_is
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_another_tokenizer_than_that_of_the_weights_is_refused_alike(job, tmp_path):
     with pytest.raises(
         InputError, match=r"^model.tokenizer=train with model.init=pretrained: the weights know other ids"

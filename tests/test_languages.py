@@ -323,6 +323,7 @@ def test_a_baseline_labels_its_replies_in_the_language(english):
     assert chinese.config_hash != StrategyBaseline(list(english.values()), 0, "en").config_hash
 
 
+@pytest.mark.slow
 def test_recipes_take_the_language_of_the_first_run(english, tmp_path, monkeypatch, fault_server):
     monkeypatch.chdir(tmp_path)
     for name, mark in (("one", ""), ("other", "!")):

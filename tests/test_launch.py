@@ -335,6 +335,7 @@ def test_a_run_resumes_as_it_was_launched_or_on_another_cluster(frozen, monkeypa
     assert re.fullmatch(r"runs/sft-\d{8}-\d{6}", str(new.directory))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_changed_code_but_not_with_changed_data(tmp_path, monkeypatch, said):
     monkeypatch.chdir(tmp_path)
     job = plan_job(["experiment=demo", "cluster=cpu1", "run.directory=runs/first"])

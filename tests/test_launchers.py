@@ -71,6 +71,7 @@ def outside(tmp_path, monkeypatch):
     LAUNCHERS.pop("folder_queue", None)
 
 
+@pytest.mark.slow
 def test_a_launcher_from_outside_starts_a_job(outside, capsys):
     asked = ["experiment=demo", *QUEUE, "run.directory=runs/x"]
     assert launch([*asked, "dry_run=true"]) == 0

@@ -143,6 +143,7 @@ def test_the_key_is_sent_and_shown_nowhere(fault_server, monkeypatch):
         chat(config)
 
 
+@pytest.mark.slow
 def test_an_answer_that_drips_in_is_waited_for_no_longer_than_one_that_does_not_come(fault_server):
     fault_server.script.append(DRIP)
     answer, attempts = chat(config_of(fault_server, timeout_s=3), checked=True)

@@ -450,6 +450,7 @@ def test_turns_that_failed_in_one_run_are_left_out_and_counted(runs, fault_serve
         load_recipe("judge").main(compose("judge", [*command[:-1], "run.directory=none"]))
 
 
+@pytest.mark.slow
 def test_admissible_strategies_need_one_run_and_score_others(runs, fault_server, capsys):
     dialogues = list({each.turns[0].text: each for each in DIALOGUES.values()}.values())[:10]  # no question twice
     write_dialogues("one/dialogues.jsonl", dialogues)

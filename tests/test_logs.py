@@ -305,6 +305,7 @@ def test_answers_on_a_full_disk_end_in_one_line_and_go_on(tmp_path):
     assert built(AnswerLog(tmp_path / "answers.jsonl").cached(SCRIPT)) == built(SCRIPT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", sampled([Path.unlink, lambda path: path.write_bytes(b"")], 2), ids=["gone", "empty"])
 def test_a_store_that_is_gone_is_not_paid_for_again(arguments, lost):
     main = load_recipe("synthesize_rolecs").main

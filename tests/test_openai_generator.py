@@ -95,6 +95,7 @@ def test_a_served_final_model_is_prompted_with_token_ids(fault_server):
         assert len({body["seed"] for body in asked}) == TURNS
 
 
+@pytest.mark.slow
 def test_seeds_are_those_of_the_configuration_and_the_turn(fault_server):
     def seeds(seed):
         fault_server.requests.clear()
@@ -295,6 +296,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", sampled(["reference", "generated"], 2))
 def test_turns_that_failed_are_recorded_and_only_they_are_tried_again(context, fault_server, tmp_path):
     """After any failures, the second run writes the same file as a run without failures."""
@@ -386,6 +388,7 @@ def test_a_server_that_fails_once_on_likelihoods_still_supports_them(fault_serve
         generate_predictions(DIALOGUES, generator_of(fault_server, template_of()), "reference")
 
 
+@pytest.mark.slow
 def test_a_model_whose_chats_begin_with_the_user(fault_server):
     def strict(body):
         roles = [message["role"] for message in body["messages"]]

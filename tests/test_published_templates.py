@@ -223,8 +223,9 @@ def stock_text(tokenizer, source: str, messages: list[dict[str, str]], **options
     return tokenizer.apply_chat_template(messages, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.real_tokenizer
-@pytest.mark.parametrize("case", sampled(CASES, 15))
+@pytest.mark.parametrize("case", CASES)
 def test_ids_equal_the_stock_rendering_whoever_opens(case, template_of, dialogues):
     dialogues = dialogues[: DIALOGUES // 10] if case in FEWER else dialogues
     template, source = template_of(case)

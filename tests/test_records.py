@@ -80,6 +80,7 @@ def test_a_byte_that_does_not_decode_is_named(tmp_path):
         read_dialogues(tmp_path / "a.jsonl", encoding="gb18030")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [gzip.compress, zst], ids=["gz", "zst"])
 def test_a_cut_off_file_is_an_error_and_never_a_shorter_file(tmp_path, pack):
     path = tmp_path / f"a.jsonl.{'gz' if pack is gzip.compress else 'zst'}"

@@ -122,6 +122,7 @@ def test_the_grammar_speaks_english(tmp_path):
     assert all(dialogue.text.isascii() for dialogue in dialogues)
 
 
+@pytest.mark.slow
 def test_a_dialogue_costs_about_the_same_in_each_language():
     tokens = {}
     for language in ("zh", "en"):

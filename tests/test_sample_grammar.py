@@ -88,6 +88,7 @@ def test_a_smaller_sample_is_the_beginning_of_a_larger_one(language, dialogues):
     assert [d.row() for d in generate_sample(50, 0, language)] == [d.row() for d in dialogues[:50]]
 
 
+@pytest.mark.slow
 def test_seeds_share_no_dialogue(language, dialogues):
     other = generate_sample(600, 1, language)
     assert len({d.fingerprint for d in dialogues + other}) == 1200

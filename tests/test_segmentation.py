@@ -43,6 +43,7 @@ def test_words_equal_jieba_as_it_comes(tmp_path):
         assert segment_words(text) == [word for word in stock.lcut(text) if word.strip()]
 
 
+@pytest.mark.slow
 def test_segmenter_is_silent_and_leaves_no_file(tmp_path):
     code = "from csc_train.data.segmentation import segment_words; print(len(segment_words('账户余额')))"
     environment = os.environ | {"TMPDIR": str(tmp_path)}

@@ -208,6 +208,7 @@ def test_skypilot_reads_the_tasks(tmp_path):
         assert row[:4] == [job.name, 2, job.manifest()[0]["run"], job.environment()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", sampled(FULL, 2))
 def test_a_dry_run_prints_all_and_needs_no_program(scheduler, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -337,6 +338,7 @@ def on_cpus(scheduler, *more):
     return [f"cluster={scheduler}_2x8", "cluster.gpus_per_node=1", "cluster.device=cpu", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", sampled(FULL, 2))
 def test_a_job_is_submitted_watched_and_stopped(scheduler, cluster, capsys, monkeypatch):
     asked = [*EVALUATION, *on_cpus(scheduler, "run.directory=runs/x")]

@@ -145,6 +145,7 @@ def test_what_is_not_here_is_said_and_what_is_here_counts(tmp_path, monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.jsonl", "train.jsonl"]
 
 
+@pytest.mark.slow
 def test_what_a_run_has_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     slurm = replace(NODE, scheduler="slurm")

@@ -215,6 +215,7 @@ def test_batches_answer_what_is_not_asked_at_once(here, fault_server):
     assert rows("r/synthesis.db", answered) == rows("direct/synthesis.db", answered)
 
 
+@pytest.mark.slow
 def test_what_a_stopped_run_says_is_the_command_that_resumes_it(here, fault_server, capsys):
     """With results in a batch file whose texts hold line separators of Unicode, behind a byte order mark."""
     fault_server.answer = play

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import torch
 import wandb
-from conftest import ROOT, random_dialogue, small_tokenizer, tiny_config
+from conftest import ROOT, random_dialogue, sampled, small_tokenizer, tiny_config
 from processes import TIMEOUT_S, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import log_softmax
@@ -563,16 +563,19 @@ def test_without_a_key_no_prompt_asks_for_one(no_login, asked):
 
 @pytest.mark.parametrize(
     ("variables", "mode"),
-    [
-        ({"WANDB_MODE": "offline"}, "offline"),
-        ({"WANDB_MODE": "dryrun"}, "offline"),
-        ({"WANDB_MODE": "disabled"}, "off"),
-        ({"WANDB_MODE": "online"}, "wandb"),
-        ({"WANDB_DISABLED": "True"}, "off"),
-        ({"WANDB_DISABLED": "1", "WANDB_MODE": "online"}, "off"),
-        ({"WANDB_DISABLED": "false"}, "wandb"),
-        ({"WANDB_MODE": "sometimes"}, "offline"),  # W&B refuses it
-    ],
+    sampled(
+        [
+            ({"WANDB_MODE": "offline"}, "offline"),
+            ({"WANDB_MODE": "dryrun"}, "offline"),
+            ({"WANDB_MODE": "disabled"}, "off"),
+            ({"WANDB_MODE": "online"}, "wandb"),
+            ({"WANDB_DISABLED": "True"}, "off"),
+            ({"WANDB_DISABLED": "1", "WANDB_MODE": "online"}, "off"),
+            ({"WANDB_DISABLED": "false"}, "wandb"),
+            ({"WANDB_MODE": "sometimes"}, "offline"),  # W&B refuses it
+        ],
+        4,
+    ),
 )
 def test_auto_follows_the_trackers_own_variables(no_login, monkeypatch, variables, mode):
     for name, value in (variables | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}).items():
@@ -872,6 +875,7 @@ def test_a_run_that_cannot_be_forked_is_refused(tmp_path, wrong, message):
         check_trackers(TrackingConfig("offline", fork_from=f"{tmp_path}/{wrong}"))
 
 
+@pytest.mark.slow
 def test_a_dead_network_leaves_the_run_offline_and_says_so(no_login, monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there

@@ -108,6 +108,7 @@ def test_answers_that_were_cut_off_are_asked_again_with_a_larger_limit(command, 
     assert "†" not in Path("run/table.md").read_text() and "†" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "status"), sampled([(0.0, "incomplete"), (1 / TURNS, "finished"), (1.0, "finished")], 3)
 )
