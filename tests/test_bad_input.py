@@ -237,7 +237,7 @@ def trouble(reader: Reader, place: Path) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", sampled(READERS, 4))
 def test_a_file_with_one_thing_wrong_is_read_or_refused_in_one_line(tmp_path, name):
     reader, troubles, tried = readers()[name], {}, 0
     write(tmp_path, reader, reader.rows)

@@ -146,6 +146,7 @@ def test_the_samples_of_a_dialogue_train_what_the_dialogue_trains_each_token_onc
         assert 0.4 < example.trained[7:].mean() < 0.6
 
 
+@pytest.mark.slow
 def test_the_roofline_counts_the_flops_of_a_step_and_favours_a_shared_prefix(measure, tmp_path, monkeypatch, capsys):
     roofline = importlib.import_module("roofline")
     dims = model_dims(AutoConfig.for_model("qwen2", **measure.SHAPES["7b"]))

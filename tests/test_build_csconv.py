@@ -237,6 +237,7 @@ def test_after_a_crash_at_any_answer_nothing_is_asked_twice_and_the_outcome_is_t
         assert len(first) == crash_after and len(first + second) == len(set(first + second)) == ANSWERS
 
 
+@pytest.mark.slow
 def test_killed_between_a_request_and_its_record_it_counts_the_request_once(tmp_path, monkeypatch):
     script = ask_mock("zh")
 
@@ -405,6 +406,7 @@ def test_the_recipe_stops_at_a_refused_key(recipe, fault_server):
     assert len(fault_server.requests) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_resume_and_resumes(recipe, fault_server):
     def interrupting(body):
         if len(fault_server.requests) == 9:

@@ -212,6 +212,7 @@ def test_an_undone_turn_leaves_no_trace(generator):
     assert turns_of(conversation) == TAUGHT.turns[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", sampled(["qwen3_5_text", "qwen3_moe", "qwen3_5_moe_text"], 3))
 def test_a_chat_goes_back_to_the_end_of_an_earlier_turn(architecture):
     """States of gated delta nets cannot be cut back. Replies are those of a new conversation, and of an evaluation."""
@@ -377,6 +378,7 @@ def test_the_customer_may_open(generator, monkeypatch, capsys, tmp_path):
     assert (tmp_path / "none.jsonl").read_text() == ""
 
 
+@pytest.mark.slow
 def test_a_saved_conversation_reads_back_and_nothing_else_is_overwritten(generator, tmp_path):
     conversation = begin(generator)
     talk(conversation)
@@ -431,6 +433,7 @@ def piped(conversation, monkeypatch, capsys, lines, save=None):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_commands_through_a_pipe(generator, monkeypatch, capsys, tmp_path):
     conversation = begin(generator)
     kept = tmp_path / "kept.jsonl"

@@ -123,6 +123,7 @@ def test_a_claim_passes_to_a_process_that_knows_its_token(tmp_path, another):
     claim(tmp_path / "run", "sft").release()
 
 
+@pytest.mark.slow
 def test_the_claim_of_a_killed_launcher_lasts_as_long_as_its_rank(tmp_path, another):
     first, _ = another()
     token = json.loads((tmp_path / "run" / LOCK_FILE).read_text())["token"]

@@ -42,6 +42,7 @@ def test_a_schema_and_the_command_line_import_nothing_heavy(recipe):
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "arguments", "message"),
     sampled([

@@ -102,6 +102,7 @@ def test_runs_and_folders_are_taken_by_name(many, capsys):
     assert f"- #6 failed: {ERROR}" in text and text.index("runs.svg") < text.index(ERROR)
 
 
+@pytest.mark.slow
 def test_settings_that_fit_are_columns(many, capsys):
     for number in range(2):
         write_run(Path(f"few/{number}"), 4 * number)
@@ -123,6 +124,7 @@ def test_a_name_without_a_run_is_refused(many):
     assert not os.path.exists("out")
 
 
+@pytest.mark.slow
 def test_a_folder_of_broken_runs_is_told_without_a_table(many, capsys):
     lines = shown(capsys, "runs/torn")
     assert lines[-2].startswith("not read: runs/torn: runs/torn/run.json: broken JSON")

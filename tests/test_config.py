@@ -198,7 +198,7 @@ def test_every_file_is_composed():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "files"), sampled(CASES, 8), ids=["-".join((recipe, *files)) for recipe, files in CASES]
+    ("recipe", "files"), sampled(CASES, 16), ids=["-".join((recipe, *files)) for recipe, files in CASES]
 )
 def test_every_file_composes_and_its_values_arrive(recipe, files):
     got = leaves(to_container(composed(recipe, *files)))
@@ -229,6 +229,7 @@ def test_prepare_takes_what_sft_takes_and_makes_the_same_of_it():
         assert to_container(composed("prepare", *files)) == to_container(composed("sft", *files)), files
 
 
+@pytest.mark.slow
 def test_experiments_keep_what_makes_them_differ():
     """A row and its ablation or adapter version differ in what their names say, and in nothing else."""
     row, reply_only, given, lora = (

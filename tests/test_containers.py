@@ -194,6 +194,7 @@ def job(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_apptainer_gets_the_variables_of_each_node_and_nothing_of_the_home(job, tmp_path):
     output = job("slurm_apptainer")
     started = re.findall(r"^apptainer (.*)$", output, re.MULTILINE)

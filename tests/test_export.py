@@ -110,6 +110,7 @@ def trained(tmp_path):
     return save_trained(tmp_path / "model", "qwen2")
 
 
+@pytest.mark.slow
 def test_an_export_in_float8_rounds_the_linear_layers_and_is_read_by_transformers(
     compressed_tensors, trained, tmp_path
 ):

@@ -387,6 +387,7 @@ def test_batched_generation_equals_one_by_one(tokenizer, odd_dialogues, context,
     assert len({answer.token_ids for _, answer in exchanges.values()}) > len(exchanges) / 2
 
 
+@pytest.mark.slow
 def test_a_hybrid_computes_no_token_of_a_dialogue_twice(tokenizer):
     """In reference context too, where a prompt does not continue the reply before it."""
     torch.manual_seed(1)
@@ -402,6 +403,7 @@ def test_a_hybrid_computes_no_token_of_a_dialogue_twice(tokenizer):
     assert sum(computed) <= prefix + sum(longest.values()) + replies
 
 
+@pytest.mark.slow
 def test_likelihoods_that_are_not_wanted_are_left_out_and_added_later(model, tokenizer, odd_dialogues, tmp_path):
     def run(name, **settings):
         generator = generator_of(model, tokenizer, **settings)
@@ -515,6 +517,7 @@ def checkpoint(model, tokenizer, tmp_path):
     return directory
 
 
+@pytest.mark.slow
 def test_a_saved_model_answers_as_in_memory(model, tokenizer, checkpoint, odd_dialogues):
     few = odd_dialogues[:2]
     settings = EvaluationConfig(max_new_tokens=STEPS)

@@ -146,6 +146,7 @@ def test_strategies_are_shown_as_asked():
         drawn(HumanConfig(show_strategies="own"), predicts=False)
 
 
+@pytest.mark.slow
 def test_turns_that_failed_in_one_run_are_left_out_and_counted(runs, capsys):
     write_predictions("run1/predictions/secret-omega-reference.jsonl", predictions(1)[4:])
     run_recipe("export", "run0", "run1", "run.directory=form", "human.max_items_per_dialogue=null")

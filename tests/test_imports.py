@@ -40,6 +40,7 @@ def test_what_is_loaded_already_is_found(library):
     assert sys.modules[library].heavy_extra is sys.modules["heavy_extra"]
 
 
+@pytest.mark.slow
 def test_a_library_that_is_loaded_goes_on_finding_what_it_found(library, tmp_path):
     (tmp_path / "late.py").write_text("import heavy_extra\n")
     importlib.import_module(library)

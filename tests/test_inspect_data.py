@@ -231,6 +231,7 @@ def test_chats_are_shown_with_their_own_system_prompts_and_without_strategies(lo
         assert ("客服" in spelt) is False
 
 
+@pytest.mark.slow
 def test_a_reference_stands_beside_and_what_would_stop_the_training_is_said(looked, template, tmp_path):
     dialogues = sorted(generate_sample(6, 8), key=lambda each: length(template, each))
     limit = length(template, dialogues[3])

@@ -150,6 +150,7 @@ def test_other_labels_are_another_template_though_the_prompt_does_not_show_them(
 # --- the language of dialogues ---
 
 
+@pytest.mark.slow
 def test_the_language_of_most_dialogues_is_found():
     assert detect_language([]) == (None, 0)
     assert detect_language(["123 ❤", "OK, bye"]) == (None, 1)

@@ -157,6 +157,7 @@ child.wait()
 """
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_one_process_and_not_its_helpers(tmp_path):
     command = [sys.executable, "-m", "csc_train.launching.supervise", str(tmp_path), sys.executable, "-c", SAVES]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

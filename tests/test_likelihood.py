@@ -14,10 +14,12 @@ from csc_train.template.dialogue_template import DialogueTemplate
 from csc_train.template.likelihood import dialogue_log_likelihoods, log_likelihoods_from_kv_cache
 
 SCENES = [
-    pytest.param((real_tokenizer, "qwen2_5", "qwen2"), marks=pytest.mark.real_tokenizer, id="Qwen2.5"),
+    pytest.param(
+        (real_tokenizer, "qwen2_5", "qwen2"), marks=[pytest.mark.real_tokenizer, pytest.mark.slow], id="Qwen2.5"
+    ),
     pytest.param((small_tokenizer, "llama3_1", "llama"), id="small Llama"),
     pytest.param((small_tokenizer, "qwen3_5", "qwen3_5_text"), id="small Qwen3.5"),
-    pytest.param((small_tokenizer, "qwen3", "qwen3_moe"), id="small Qwen3 with experts"),
+    pytest.param((small_tokenizer, "qwen3", "qwen3_moe"), marks=pytest.mark.slow, id="small Qwen3 with experts"),
     pytest.param((small_tokenizer, "qwen3_5", "qwen3_5_moe_text"), id="small Qwen3.5 with experts"),
 ]
 

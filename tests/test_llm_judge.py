@@ -376,6 +376,7 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_recipe_judges_resumes_and_reports(runs, fault_server, capsys):
     fault_server.answer = planted
     fault_server.script += [Fault(500)]
@@ -436,6 +437,7 @@ def test_a_judge_that_said_nothing_prefers_nobody(runs, fault_server, capsys):
     assert not written["incomplete"] and rates["losses"] == 0 < rates["wins"] < 20 == rates["wins"] + rates["ties"]
 
 
+@pytest.mark.slow
 def test_turns_that_failed_in_one_run_are_left_out_and_counted(runs, fault_server):
     fault_server.answer = planted
     write_predictions("one/predictions/trained-reference.jsonl", system(lambda n: f"品质3，第{n}句")[3:])

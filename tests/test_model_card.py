@@ -175,6 +175,7 @@ def test_the_code_of_a_card_replies_as_the_model_does(tmp_path, mode, capsys, mo
     assert capsys.readouterr().out.strip("\n") == said.strip("\n") and len(said) > 3
 
 
+@pytest.mark.slow
 def test_an_export_takes_the_figures_of_what_it_was_made_of(tmp_path):
     full = CONFIG | {"adapter": {"kind": "full"}}
     model = save(tmp_path / "run" / "model", config=full)

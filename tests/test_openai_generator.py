@@ -348,6 +348,7 @@ def test_a_key_that_is_refused_ends_the_run_and_loses_nothing(fault_server, tmp_
     assert len(PredictionStore(tmp_path / "kept.jsonl", generator.config_hash).earlier) == 2
 
 
+@pytest.mark.slow
 def test_a_key_that_is_refused_in_the_middle_loses_no_answer(fault_server, tmp_path, caplog):
     """Requests in flight are completed first."""
     told = []
@@ -371,6 +372,7 @@ def test_a_key_that_is_refused_in_the_middle_loses_no_answer(fault_server, tmp_p
     assert "never retrieved" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_between_the_contexts_ends_the_run(fault_server):
     fault_server.answer = echo
     generator = generator_of(fault_server, template_of())

@@ -39,6 +39,7 @@ def resolved(value):
     return OmegaConf.create({"value": value}).value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("annotation", sampled([str | None, object], 2), ids=["text", "any"])
 def test_a_quoted_text_is_read_back(annotation):
     for text in [*AWKWARD, *texts(500)]:
@@ -49,7 +50,7 @@ def test_a_quoted_text_is_read_back(annotation):
     assert resolved(parse_override(f"key={quote(items)}", list[str]).value) == items
 
 
-@pytest.mark.parametrize("name", sampled(AWKWARD, 7))
+@pytest.mark.parametrize("name", sampled(AWKWARD, 14))
 def test_a_text_is_taken_as_it_is(name):
     """Without quotes; but null, an interpolation and what Hydra itself escapes mean what they do elsewhere."""
     if name not in ("null", "${data.seed}", "\\${a}", "a\\,b", " a", "a\\'b"):
@@ -58,7 +59,7 @@ def test_a_text_is_taken_as_it_is(name):
         assert {config.data.train.path, config.model.revision, config.run.directory} == {name}
 
 
-@pytest.mark.parametrize("name", sampled(AWKWARD, 14))
+@pytest.mark.parametrize("name", sampled(AWKWARD, 60))
 def test_a_printed_hint_is_read_back(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run, resume = shlex.split(resume_hint(name))
@@ -73,7 +74,7 @@ def test_a_printed_hint_is_read_back(name, tmp_path, monkeypatch):
     assert compose("compare", [run, resume]).run.directory == name
 
 
-@pytest.mark.parametrize("name", sampled(AWKWARD, 20))
+@pytest.mark.parametrize("name", sampled(AWKWARD, 60))
 def test_arguments_of_the_next_recipe_are_read_back(name, tmp_path, monkeypatch):
     nested = [f"on_finish.data.evaluation.path={quote(name)}", "on_finish.data=files", "on_finish.data.train.path=x"]
     config = compose("sft", ["on_finish=evaluate", *nested])
@@ -83,6 +84,7 @@ def test_arguments_of_the_next_recipe_are_read_back(name, tmp_path, monkeypatch)
     assert evaluation.data.evaluation.path == name
 
 
+@pytest.mark.slow
 def test_the_command_of_a_launch_is_read_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = plan_job(["debug=cpu_tiny", "cluster=cpu1", "run.directory=x"])
@@ -110,6 +112,7 @@ def test_a_frozen_configuration_is_read_back(tmp_path):
     assert OmegaConf.to_container(OmegaConf.load(file), resolve=True) == values
 
 
+@pytest.mark.slow
 def test_the_revision_of_a_model_stays_a_text(tmp_path):
     config = compose("sft", ["model.revision=82e4718"])
     (tmp_path / "resolved.yaml").write_text(as_yaml(OmegaConf.to_container(OmegaConf.structured(config))))
@@ -117,6 +120,7 @@ def test_the_revision_of_a_model_stays_a_text(tmp_path):
     assert again.model.revision == config.model.revision == "82e4718"
 
 
+@pytest.mark.slow
 def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in ("~/x.jsonl", "'~/x.jsonl'"):

@@ -221,6 +221,7 @@ PACKS_BEFORE = "edc82957c85cec7bbf0d774b2f4478f5e0b4c17c1f8c95a4eb3083f9013bfb26
 """Of `subset_sum_packing` by the commit before it counted lengths (3a04b29), for `many_lengths`."""
 
 
+@pytest.mark.slow
 def test_counts_of_lengths_make_the_packs_of_the_search_by_items(monkeypatch):
     def packs() -> str:
         return digest([[*subset_sum_packing(*many_lengths(seed))] for seed in range(120)])

@@ -142,6 +142,7 @@ def test_an_adapter_replies_as_merged_and_its_base_is_part_of_what_it_is(replies
     assert len({before, unchanged, changed}) == 3  # the second names another place
 
 
+@pytest.mark.slow
 def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(workplace, tmp_path):
     shutil.copytree("adapter", tmp_path / "adapter")
     for path in (tmp_path / "adapter").glob("*token*"):

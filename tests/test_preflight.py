@@ -96,6 +96,7 @@ def test_a_sound_job_passes_and_is_estimated(job):
     assert run_preflight(given, launching=False).estimate.dialogues == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "few", "steps"),
     sampled(
@@ -143,7 +144,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", sampled(FAULTS, 4))
+@pytest.mark.parametrize("name", sampled(FAULTS, 10))
 def test_a_planted_fault_fails_its_own_check_and_no_other(job, name):
     overrides, message = FAULTS[name]
     found, said = failure(run_preflight(composed(job, *overrides)))
@@ -151,6 +152,7 @@ def test_a_planted_fault_fails_its_own_check_and_no_other(job, name):
     assert message in said and "\n" not in said
 
 
+@pytest.mark.slow
 def test_a_missing_shard_is_named(job, tmp_path):
     shutil.copytree(job / "model", tmp_path / "model")
     shards = sorted((tmp_path / "model").glob("*.safetensors"))
@@ -270,12 +272,14 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(job):
     assert run_preflight(composed(job), free_disk=(3 * 12 + 4) * parameters - 1).failed
 
 
+@pytest.mark.slow
 def test_another_world_size_than_the_clusters_is_refused(job, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     expected = "WORLD_SIZE=4, but cluster=cpu2 has 1 nodes x 2 processes = 2"
     assert failure(run_preflight(composed(job))) == ("world size", expected)
 
 
+@pytest.mark.slow
 def test_a_training_on_several_gpus_in_one_process_is_refused(job, monkeypatch):
     eight = ClusterConfig(device="cuda", gpus_per_node=8, process_launcher="none")
     with pytest.raises(InputError, match=r"^cluster.process_launcher=none: a training needs one process per GPU"):
@@ -285,6 +289,7 @@ def test_a_training_on_several_gpus_in_one_process_is_refused(job, monkeypatch):
     assert check_world_size(replace(composed(job), cluster=one)) == "1 nodes x 1 processes = 1"
 
 
+@pytest.mark.slow
 def test_packages_outside_their_ranges_are_named(job, tmp_path, monkeypatch):
     project = tmp_path / "pyproject.toml"
     project.write_text('[project]\ndependencies = ["torch<1", "no-such-package>=1", "rich>=1"]\n')
@@ -331,6 +336,7 @@ def test_the_memory_check_names_the_checkpointing_that_auto_takes(gib, mode):
     assert f"of {gib:.1f} GiB per GPU, 113.5 of 1024 GiB per node, gradient checkpointing {mode}, saved in" in message
 
 
+@pytest.mark.slow
 def test_an_estimate_that_does_not_fit_names_what_fits(job):
     config = compose("preflight", ["model=qwen2_5_72b", "cluster=node8", "zero=zero3", "preflight.probe=false"])
     outcome = run_preflight(config, launching=False, free_disk=10**15)

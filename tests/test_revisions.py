@@ -84,6 +84,7 @@ def test_a_run_takes_and_keeps_the_commits_of_its_start(hub, tmp_path, caplog):
     assert found_in(pin_revisions(composed(*again, "model.revision=v2")))[0] == expected(hub)[0], "the run refuses it"
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_commit_is_refused(hub, tmp_path):
     record(pin_revisions(composed()), tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text('{"recipe": "sft", "status": "stopped", "inputs": {}}')

@@ -252,6 +252,7 @@ def test_without_an_evaluation_file_the_split_is_that_of_the_training_file(tmp_p
         assert set(ids(set_aside)) == set(ids(split(MANY, 0.3, seed=4)[1])) & set(ids(dialogues))
 
 
+@pytest.mark.slow
 def test_the_validation_set_is_drawn_only_from_the_training_set_and_independently(tmp_path, said):
     path = tmp_path / "a.jsonl"
     write_dialogues(path, MANY)

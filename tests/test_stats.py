@@ -75,6 +75,7 @@ def test_equal_systems_are_rarely_told_apart_and_mcnemar_is_fooled():
     assert share(clusters_ignored) > 0.09
 
 
+@pytest.mark.slow
 def test_a_real_difference_is_found_as_often_as_it_can_be():
     """A difference of three standard errors exceeds the 1.96 that decide in 85 % of samples, if it is normal."""
     rng = numpy.random.default_rng(3)
@@ -88,6 +89,7 @@ def test_a_real_difference_is_found_as_often_as_it_can_be():
     assert share(found) == pytest.approx(0.85, abs=0.04)
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_no_mean_is_tested_as_exactly():
     """An F1 is no sum over dialogues: they are exchanged between the systems before it is computed."""
     rng = numpy.random.default_rng(4)

@@ -106,6 +106,7 @@ def everything_written(directory):
     return b"".join(path.read_bytes() for path in sorted(Path(directory).rglob("*")) if path.is_file())
 
 
+@pytest.mark.slow
 def test_whatever_a_server_does_the_dialogues_are_made(here, fault_server, capsys):
     fault_server.answer = play
     planned = {
@@ -164,6 +165,7 @@ def test_a_refused_key_ends_it_at_once_and_nothing_is_lost(here, fault_server):
     assert len(read_dialogues("r/dialogues.jsonl", strict=True)) == 3
 
 
+@pytest.mark.slow
 def test_each_role_may_have_another_model(here, fault_server):
     fault_server.answer = play
     own = "+llm@synthesis.roles.customer.llm=openai"

@@ -176,7 +176,7 @@ def test_the_strategys_tokens_are_those_that_start_in_its_label(kind, name, lang
 
 @pytest.mark.parametrize(("kind", "name"), TOKENIZERS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", sampled(LANGUAGES, 2))
 def test_segments_equal_the_jinja_rendering(kind, name, mode, language, tokenizer_of):
     tokenizer = tokenizer_of(kind, name)
     template = DialogueTemplate(tokenizer, name, TemplateConfig(mode, language))
@@ -370,6 +370,7 @@ def test_a_stock_template_that_does_not_fit_is_refused_with_the_name_of_ours(sto
         DialogueTemplate(tokenizer, "auto", TemplateConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.real_tokenizer
 @pytest.mark.parametrize(("name", "style"), sampled(SMALL_OF.items(), 4))
 def test_trained_tokenizers_split_texts_as_published_ones(name, style, tokenizer_of):

@@ -169,6 +169,7 @@ def test_a_second_call_finds_the_first_ones_files_and_writes_nothing(tmp_path, s
     assert {path for path, now in state().items() if now != before[path]} == {manifest}  # the time of its last use
 
 
+@pytest.mark.slow
 def test_whatever_decides_the_ids_leads_to_another_entry(tmp_path, monkeypatch):
     def entries(*arguments):
         tokenize(*arguments, TokenizationConfig(str(tmp_path)))

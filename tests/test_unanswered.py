@@ -70,6 +70,7 @@ def test_a_turn_without_a_reply_fails(kind, reply, context, fault_server):
     assert set(kinds) <= {kind, "earlier_turn_failed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sampled(NO_REPLIES, 4))
 def test_an_evaluation_without_replies_ends_incomplete(kind, command, fault_server, capsys):
     fault_server.answer = lambda body: NO_REPLIES[kind][0]
