@@ -414,7 +414,7 @@ class DialogueCache:
         for row, (_, _, target) in zip(held, segments, strict=False):
             row.slots[row.num_cached] = target
         # numpy's takes a tenth of torch's time.
-        return (logits.float().numpy() if device.type == "cpu" else logits).argmax(-1).tolist()
+        return (logits.float().numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
 
     def _layout(self, rows: Sequence[int], spans: Sequence[range], columns: torch.Tensor) -> _ForwardLayout:
         """Where the tokens of a forward pass stand; `columns` are those of the cache."""

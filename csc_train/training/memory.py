@@ -224,10 +224,8 @@ def model_states(scenario: MemoryScenario) -> MemoryPlan:
     largest = scenario.dims.largest
     if scenario.stage == "off":
         return MemoryPlan(4 * trained + scenario.frozen_bytes, 4 * trained, scenario.moments)
-    weights, gradients = (
-        float(compute * trained),
-        {"0": 6 if scenario.bf16 else 4, "1": 4, "2": 6 * share, "3": 4 * share},
-    )
+    weights = float(compute * trained)
+    gradients = {"0": 6 if scenario.bf16 else 4, "1": 4, "2": 6 * share, "3": 4 * share}
     optimizer = (scenario.master_bytes + scenario.moments) * (1 if scenario.stage == "0" else share)
     parameters = weights + scenario.frozen_bytes
     gradient = gradients[scenario.stage] * trained
