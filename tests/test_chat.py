@@ -249,6 +249,7 @@ def test_a_chat_goes_back_to_the_end_of_an_earlier_turn(architecture):
         assert computed < 40 < fed[0]  # the message with its frame; the system prompt
 
 
+@pytest.mark.slow
 def test_a_stopped_reply_keeps_its_generated_part(generator):
     conversation = begin(generator)
     talk(conversation, FIRST.text)

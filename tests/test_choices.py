@@ -66,6 +66,7 @@ def adapted(model, **variant):
     return adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(VARIANTS, 2))
 def test_an_adapter_packed_equals_unpacked_and_merges_into_what_was_trained(name):
     case = Case("qwen2", "sdpa")

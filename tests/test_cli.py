@@ -128,6 +128,7 @@ def own(tmp_path):
     return tmp_path / "mine"
 
 
+@pytest.mark.slow
 def test_choices_in_the_users_folder_are_found(own):
     config = compose("sft", ["experiment=demo", "trainer=slow", f"--config-dir={own}"])
     assert config.trainer.learning_rate == 1e-7

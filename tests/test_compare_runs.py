@@ -92,6 +92,7 @@ def test_twenty_runs_of_different_kinds_are_readable(many, capsys, monkeypatch, 
     assert [line.split(": ")[0] for line in errors[:2]] == ["#20 failed", "not read"] and ERROR in errors[0]
 
 
+@pytest.mark.slow
 def test_runs_and_folders_are_taken_by_name(many, capsys):
     lines = shown(capsys, "runs/run-03", str(many / "runs/run-05"), "runs/sweeps", "runs/run-05/")
     written = json.loads(Path("out/runs.json").read_text())

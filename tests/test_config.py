@@ -189,6 +189,7 @@ def test_conf_holds_yaml_only_and_a_root_for_each_recipe():
     assert {path.stem for path in entries} == set(SCHEMAS)
 
 
+@pytest.mark.slow
 def test_every_file_belongs_to_a_recipe():
     assert [file for file in FILES if not recipes_of(file)] == []
 
@@ -392,6 +393,7 @@ def test_an_unknown_key_of_export_is_refused():
     assert refusal("export", "merge_into=x").startswith("merge_into=x: choose one of base, dequantized")
 
 
+@pytest.mark.slow
 def test_required_values_are_named_for_every_recipe():
     with pytest.raises(InputError, match=r"^checkpoint is required: give checkpoint=\.\.\.$"):
         compose("evaluate", [])

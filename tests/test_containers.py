@@ -219,6 +219,7 @@ def test_apptainer_gets_the_variables_of_each_node_and_nothing_of_the_home(job, 
         assert "UNRELATED" not in variables and "LD_LIBRARY_PATH" not in variables and "/nfs/me" not in variables
 
 
+@pytest.mark.slow
 def test_pyxis_gets_the_mounts_and_the_names_of_what_the_job_sets(job, tmp_path, monkeypatch):
     output = job("slurm_pyxis", "cluster.slurm.python=python")
     options = re.findall(r"^srun (.*)$", output, re.MULTILINE)

@@ -81,6 +81,7 @@ def starts_of(script):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sampled(starts_of("launch.py"), 8))
 def test_a_launch_command_runs_dry(command, capsys):
     assert launch([*shlex.split(command)[2:], "dry_run=true"]) == 0, capsys.readouterr().err

@@ -50,6 +50,7 @@ def of_experts(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return a.view(EXPERTS, RANK, -1), b.view(b.shape[0], RANK, EXPERTS).permute(2, 0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "dtype", "tolerance"), [("eager", torch.float64, 1e-9), ("grouped_mm", torch.float32, 1e-5)]
 )

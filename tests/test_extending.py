@@ -155,6 +155,7 @@ def write_indonesian(path):
     return made
 
 
+@pytest.mark.slow
 def test_the_language_reads_dialogues_and_renders_them():
     with pytest.raises(InputError, match=r"^template\.language=id: choose one of zh, en"):
         TemplateConfig(language="id")
@@ -224,6 +225,7 @@ def test_the_metric_is_computed():
     assert found.signature == "Replies that ask a question, in percent"
 
 
+@pytest.mark.slow
 def test_the_loss_weighs_rare_strategies_more():
     config = compose("prepare", command_of("my_loss"))
     turns = torch.tensor([0, 100, 25, 25, *[0] * 9]).numpy()
@@ -233,6 +235,7 @@ def test_the_loss_weighs_rare_strategies_more():
         compose("prepare", ["loss.weighting=square_rot"])
 
 
+@pytest.mark.slow
 def test_the_launcher_queues_a_job(capsys):
     arguments = [*command_of("my_launcher"), "run.directory=runs/x"]
     assert launch(arguments) == 0, capsys.readouterr().err

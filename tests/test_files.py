@@ -31,6 +31,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("older", sampled([b"an older file", None], 2))
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
 def test_a_file_size_limit_leaves_nothing_half_written(tmp_path, name, older):

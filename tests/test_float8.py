@@ -73,7 +73,6 @@ def test_losses_and_gradients_are_those_of_fp32_within_a_few_percent(tmp_path):
     assert torch.equal(saved(IDS).logits, plain(IDS).logits)
 
 
-@pytest.mark.slow
 def test_a_machine_that_cannot_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(InputError, match=r"^trainer.precision=fp8: no GPU with CUDA is here; or choose .*=bf16$"):
         resolve_precision("fp8")

@@ -151,6 +151,7 @@ def test_the_page_says_what_was_evaluated(run, page):
     assert page.title() == f"Evaluation: {SYSTEM}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("decoding", "expected"),
     [

@@ -414,6 +414,7 @@ def judged_run(directory, a, b, better, points, swapped=False):
     write_json(directory / "judge.json", facts | judge_json(summarize(*systems, judged, config), judged))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swapped", sampled([False, True], 2))
 def test_a_judge_is_a_rater_beside_the_people(runs, swapped):
     """The judge agrees with Anna on every item but those of two dialogues, whichever system it calls A."""

@@ -210,6 +210,7 @@ def changed(job: Path, tmp_path: Path, change: Callable[[Path], object]) -> Path
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(REFUSED, 40))
 def test_what_is_refused_is_refused_alike(job, tmp_path, name):
     change, message = REFUSED[name]
@@ -326,6 +327,7 @@ NUMBERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", sampled(NUMBERS, 90))
 def test_a_number_that_is_none_is_refused_by_name(key):
     for value in ("nan", 10**13):

@@ -203,6 +203,7 @@ def test_a_launch_that_is_killed_while_it_writes_is_repeated_by_the_same_command
     assert plan_job(["run=run", "resume=true"]).launch.cluster.world_size == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(GOLDEN, 3))
 def test_the_job_script_is_the_golden_one_and_shell(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

@@ -93,6 +93,7 @@ def test_a_launcher_from_outside_runs_a_sweep(outside, capsys):
     assert [(trial["state"], trial["value"]) for trial in facts["trials"]] == [("complete", 1), ("complete", 2)]
 
 
+@pytest.mark.slow
 def test_unknown_launchers_are_refused_with_the_nearest_name(outside, capsys):
     assert launch(["experiment=demo", *QUEUE, "cluster.scheduler=folder_que"]) == 2
     assert capsys.readouterr().err == (

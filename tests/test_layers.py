@@ -215,6 +215,7 @@ class Counts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dropout"), [("qwen2", None), ("qwen2", 0.3), ("qwen3_moe", None)], ids=["full", "lora", "experts"]
 )

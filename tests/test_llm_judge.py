@@ -156,6 +156,7 @@ def test_what_the_judge_is_shown(fault_server, tmp_path):
     assert "[Emotional Management]" in english[-1].messages[1]["content"] + english[-2].messages[1]["content"]
 
 
+@pytest.mark.slow
 def test_answers_are_kept_and_only_what_failed_is_asked_again(fault_server, tmp_path):
     cache = tmp_path / "cache.jsonl"
     a, b = system(lambda n: f"品质3，第{n}句"), system(lambda n: f"品质2，第{n}句")

@@ -124,6 +124,7 @@ def test_a_models_loss_and_every_gradient_are_those_of_its_logits(kind, layout):
     assert error[1] > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("waits", [False, True], ids=["as-it-is", "planted-wait"])
 def test_nothing_in_a_training_steps_loss_waits_for_the_device(monkeypatch, waits):
     """On fake tensors whatever needs a value (`.item()`, `.tolist()`, an index by a mask) raises."""

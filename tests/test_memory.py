@@ -247,6 +247,7 @@ def kept_by_blocks(model, tokens: int, autocast: bool) -> int:
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize(
     ("model_type", "kind", "adapter", "stage", "bf16"),

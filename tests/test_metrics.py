@@ -854,6 +854,7 @@ def package_f1(pairs, directory, layers):
     return bert_score_package(replies, references, model_type=str(directory), num_layers=layers, device="cpu")[2]
 
 
+@pytest.mark.slow
 def test_bertscore_equals_the_package(bert):
     scorable = [pair for pair in LONG_PAIRS if pair[0]]
     expected = package_f1(scorable, bert, layers=2)

@@ -158,6 +158,7 @@ def test_the_licence_of_a_base_of_the_hub_is_in_the_cache(tmp_path, monkeypatch)
     assert card.data.license == "apache-2.0" and "names the licence apache-2.0" in card.content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["joint", "given", "reply_only"])
 def test_the_code_of_a_card_replies_as_the_model_does(tmp_path, mode, capsys, monkeypatch):
     model = save(tmp_path / "run" / "model", mode)

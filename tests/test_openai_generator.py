@@ -68,6 +68,7 @@ def outcomes_of(server, generator, context, store=None, dialogues=DIALOGUES):
     return {(each.dialogue_id, each.turn): each for each in found}
 
 
+@pytest.mark.slow
 def test_a_served_final_model_is_prompted_with_token_ids(fault_server):
     fault_server.answer = echo
     template = template_of()

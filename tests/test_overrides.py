@@ -59,6 +59,7 @@ def test_a_text_is_taken_as_it_is(name):
         assert {config.data.train.path, config.model.revision, config.run.directory} == {name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(AWKWARD, 60))
 def test_a_printed_hint_is_read_back(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

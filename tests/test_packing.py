@@ -254,6 +254,7 @@ def dialogue_lengths(source: str) -> list[int]:
     return [568 + min(2500, max(60, round(rng.lognormvariate(6.58, 0.28)))) for _ in range(11_000)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", sampled(["rolecs_like", "drawn"], 2))
 @pytest.mark.parametrize(
     ("prefix", "max_length", "utilization"), [(0, 8192, 0.99), (0, 4096, 0.965), (568, 8192, 0.995), (568, 4096, 0.985)]

@@ -144,6 +144,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(FAULTS, 10))
 def test_a_planted_fault_fails_its_own_check_and_no_other(job, name):
     overrides, message = FAULTS[name]
@@ -170,6 +171,7 @@ def test_a_broken_data_file_is_named_with_its_line(job, tmp_path):
     assert name == "data" and str(broken) in message
 
 
+@pytest.mark.slow
 def test_missing_files_are_an_error_only_at_the_launch(job):
     absent = composed(job, "model.path=./nowhere", "data.train.path=./nowhere.jsonl")
     names = ("model files", "tokenizer and template", "data")

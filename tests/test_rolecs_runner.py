@@ -140,6 +140,7 @@ def test_the_mock_backend_has_its_flaws_in_each_language():
             parse_strategy(texts["unknown_strategy"])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_refused():
     for overrides, message in (
         (["batch.roles=[planner]"], "batch.roles: llm=mock answers at once"),

@@ -96,6 +96,7 @@ def test_seeds_share_no_dialogue(language, dialogues):
     assert len({d.id for d in dialogues + other}) == 1200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sample.jsonl", "sample.parquet"])
 def test_a_written_sample_passes_the_checks_and_keeps_its_ceiling(tmp_path, language, dialogues, name):
     assert ensure_sample(tmp_path / name, 60, 0, language)
@@ -162,6 +163,7 @@ def expected_ceiling(grammar, dialogues):
     return 100 * sum(likeliest) / len(likeliest)
 
 
+@pytest.mark.slow
 def test_the_oracle_hits_as_often_as_it_expects(grammar, dialogues):
     assert 85 < expected_ceiling(grammar, dialogues) < 94
     ceiling = accuracy_ceiling(dialogues, grammar.language)

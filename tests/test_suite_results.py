@@ -159,6 +159,7 @@ def printed(rows, published=PAPER):
     return console.export_text()
 
 
+@pytest.mark.slow
 def test_differences_and_marks_are_those_computed_by_hand(tmp_path, scored):
     row = evaluated(
         tmp_path, scored, "GPT", published="GPT-4o", planned=Cost(2.5, None, 7), spent=Cost(None, 1200, 6.5)

@@ -238,6 +238,7 @@ def test_what_a_stopped_run_says_is_the_command_that_resumes_it(here, fault_serv
     assert json.loads(answer[0]) == {"description": "你是 一位 教师"}
 
 
+@pytest.mark.slow
 def test_an_estimate_asks_nothing(here, fault_server, capsys):
     prices = {"llm.price_per_million_input": 2, "llm.price_per_million_output": 8, "target": 100}
     assert main(*served(fault_server, **prices), "dry_run=true") == 0

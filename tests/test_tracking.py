@@ -814,6 +814,7 @@ def test_a_tracker_that_dies_is_said_once_and_the_history_is_whole(empty_store, 
     assert said[-1].endswith("TensorBoard: incomplete; MLflow: incomplete")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("password", ["5ec2e7", "5e@c2e7"])
 def test_a_server_that_is_lost_is_named_without_its_password(local_mlflow, monkeypatch, tmp_path, said, password):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{password}@127.0.0.1:9")
