@@ -81,10 +81,24 @@ def test_tokens_are_those_without_a_cache(architecture, attention, apart, monkey
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3_5_text"])
-def test_a_prompt_may_take_several_forward_passes(architecture):
+@pytest.mark.parametrize("width", [7, 1])
+def test_a_prompt_may_take_several_forward_passes(architecture, width):
     model = model_of(architecture)
-    found = ended(model, rounds=6, max_width=7)
+    found = ended(model, rounds=6 if width > 1 else 2, max_width=width)
     assert [ids for _, ids in found] == [continued(model, prompt) for prompt, _ in found] != []
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3_5_text"])
+@pytest.mark.parametrize("width", [99, 2])
+def test_a_prompt_may_be_the_prefix_alone(architecture, width):
+    """Gated delta nets have no state within it, so all its tokens are computed again, and none sees all of it."""
+    model = model_of(architecture)
+    cache = DialogueCache(model, PREFIX, STOPS, MOST, max_width=width)
+    prompts = [PREFIX, [*PREFIX, 500, 501], PREFIX]
+    rows, found = cache.add("aba", prompts), {}
+    while len(found) < len(rows):
+        found |= cache.step()
+    assert [found[row] for row in rows] == [continued(model, prompt) for prompt in prompts]
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ CONFIG_RULE = {"errors"}
 """What a module named `config` may import besides other modules named `config`."""
 MAX_MODULES = 14
 """Python modules in one folder, its __init__.py aside."""
-MAX_CODE_LINES = 23_616
+MAX_CODE_LINES = 23_615
 """Lines of csc_train without blank lines, comments and docstrings. Only ever lowered; the goal is 12,600."""
 
 

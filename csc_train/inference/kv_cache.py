@@ -357,7 +357,8 @@ class DialogueCache:
         active = [number for number, row in enumerate(self._rows) if row.active]
         done = {}
         while not done:
-            active.sort(key=lambda number: (self._rows[number].num_missing == 1, number))  # new prompts first
+            # New prompts first.
+            active.sort(key=lambda number: (min(self._rows[number].num_missing, self._max_width) == 1, number))
             for number, token in zip(active, self._forward(active), strict=True):
                 row = self._rows[number]
                 if row.num_missing:
@@ -423,11 +424,12 @@ class DialogueCache:
         apart = device.type in APART
         # Each token sees the last one of the prefix, which may be itself, among its row's columns. In half precision
         # both parts would be rounded before they are combined.
-        shared = len(self._prefix_ids) - 1 if apart and self._model.dtype == torch.float32 else 0
+        whole = not apart or self._model.dtype != torch.float32
+        shared = 0 if whole else min(len(self._prefix_ids) - 1, *(span.start for span in spans))
         starts, attended = [0] * (prompts > 0) + [prompts] * (prompts < len(rows)), []
         if apart:
             starts = _groups(rows, spans, prompts)
-            attended = self._attend_apart(rows, spans[:prompts], shared)
+            attended = self._attend_apart(rows, spans[:prompts], shared) if prompts else []
         ends = list(itertools.accumulate(map(len, spans), initial=0))
         for start, end in itertools.pairwise([*starts, len(rows)]):
             tokens = slice(ends[start], ends[end])
@@ -437,8 +439,6 @@ class DialogueCache:
 
     def _attend_apart(self, rows: Sequence[int], spans: Sequence[range], shared: int) -> list[_Attended]:
         """The first rows, each alone: their masks are parts of that of the widest one behind the latest start."""
-        if not spans:
-            return []
         start, width, token, attended = max(span.start for span in spans), max(map(len, spans)), 0, []
         mask = self._mask(torch.arange(start, start + width), 0, start + width).repeat_interleave(self._groups, 0)
         for row, span in zip(rows, spans, strict=False):
