@@ -75,11 +75,12 @@ def on_two(folder, broken) -> dict[str, dict]:
     cases = {}
     for stage, action in itertools.product(ENGINES, ("skip", "stop")):
         zero = {"stage": stage} | ({"persistence_threshold": 0} if stage == "3" else {})
-        saved = {"checkpoints": f"{action}-{stage}", "save_steps": 1, "save_total_limit": 99}
-        made = {"zero": zero, "micro_batch_size": 1, "broken": broken[0], "on_nonfinite": action, **saved}
-        cases[f"{action} {stage}"] = made
+        made = {"zero": zero, "micro_batch_size": 1, "broken": broken[0], "on_nonfinite": action}
+        saved = {"save_steps": 1, "save_total_limit": 99} if action == "stop" else {}
+        cases[f"{action} {stage}"] = {**made, **saved, "checkpoints": f"{action}-{stage}"}
         if stage != "0":
-            cases[f"{action} {stage} bf16"] = {**made, "precision": "bf16", "checkpoints": f"{action}-{stage}-bf16"}
+            bf16 = {"precision": "bf16", "checkpoints": f"{action}-{stage}-bf16"}
+            cases[f"{action} {stage} bf16"] = {**made, **saved, **bf16}
     return train_all(folder, cases, 2)
 
 

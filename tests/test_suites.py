@@ -352,8 +352,9 @@ def test_a_suite_killed_twice_ends_with_its_table_and_page(tmp_path):
     place = tmp_path.resolve()
     (place / "recipes").symlink_to(ROOT / "recipes")
     command = [
-        sys.executable, str(ROOT / "launch" / "reproduce.py"), "suite=cpu_tiny", "sft.data.sample_dialogues=60",
-        "sft.trainer.max_steps=6", "sft.trainer.save_steps=1", "sft.validation.eval_steps=3",
+        sys.executable, str(ROOT / "launch" / "reproduce.py"), "suite=cpu_tiny", "sft.data.sample_dialogues=40",
+        "sft.trainer.max_steps=4", "sft.trainer.save_steps=1", "sft.validation.eval_steps=4",
+        "evaluate.evaluation.max_new_tokens=6", "evaluate.metrics.bootstrap_resamples=100",
     ]  # fmt: skip
     runs = place / "runs/suites/cpu_tiny"
 
