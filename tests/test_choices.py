@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import random_dialogue, sampled, small_tokenizer, tiny_config
+from conftest import random_dialogue, small_tokenizer, tiny_config
 from peft.tuners.lora import LoraLayer
 from test_exactness import Case, errors
 from transformers import AutoModelForCausalLM
@@ -67,7 +67,7 @@ def adapted(model, **variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sampled(VARIANTS, 2))
+@pytest.mark.parametrize("name", VARIANTS)
 def test_an_adapter_packed_equals_unpacked_and_merges_into_what_was_trained(name):
     case = Case("qwen2", "sdpa")
     ids = torch.tensor(case.examples[0].input_ids[None], dtype=torch.int64)

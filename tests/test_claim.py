@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, sampled
+from conftest import ROOT
 from processes import run_script
 
 from csc_train.checkpoints.manifest import MANIFEST_FILE
@@ -168,7 +168,8 @@ def test_a_default_name_that_is_taken_gets_a_number(tmp_path):
         each.release()
 
 
-@pytest.mark.parametrize("code", sampled([errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS], 3))
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
 def test_without_locks_a_heartbeat_decides(tmp_path, another, monkeypatch, said, code):
     patch = (
         "import fcntl, csc_train.runs.claim as claims\n"
@@ -276,6 +277,7 @@ def test_reuse_keeps_a_run_or_refuses_it_by_what_differs(tmp_path, change, named
     assert json.loads((tmp_path / "run" / RECORD_FILE).read_text()) == record
 
 
+@pytest.mark.slow
 def test_replace_keeps_the_old_run_beside_until_the_new_one_has_finished(tmp_path, said):
     finished(tmp_path / "run", lr=1)
     (tmp_path / "run" / "notes.txt").write_text("mine")

@@ -45,7 +45,7 @@ def test_a_schema_and_the_command_line_import_nothing_heavy(recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "arguments", "message"),
-    sampled([
+    [
         ("sft", ["experiment=demo", "trainer.packs_per_step=3"], "trainer.packs_per_step=3 is not a multiple"),
         ("sft", ["model.path=nobody/nothing"], "nobody/nothing: cannot load the model"),
         ("sft", ["model.path=./nothing"], "./nothing: no such model directory"),
@@ -53,7 +53,7 @@ def test_a_schema_and_the_command_line_import_nothing_heavy(recipe):
         ("evaluate", ["checkpoint=."], ".: neither a model, nor a training checkpoint"),
         ("chat", ["checkpoint=nothing"], "nothing: no such directory"),
         ("export", ["source=nothing", "output=x"], "nothing: no such directory"),
-    ], 7),
+    ],
 )  # fmt: skip
 def test_what_needs_no_model_is_refused_before_any_heavy_import(recipe, arguments, message, tmp_path):
     script = (

@@ -65,6 +65,7 @@ def test_systems_without_a_common_context_are_refused():
         compare({"reference": answers(0.5, 0)}, {"generated": answers(0.5, 1, context="generated")}, LEXICAL, 1000)
 
 
+@pytest.mark.slow
 def test_every_metric_is_compared_once_and_holm_counts_all_contexts():
     both = [{context: answers(0.5, seed, context=context) for context in ("reference", "generated")} for seed in (0, 1)]
     rows = compare(*both, LEXICAL, permutations=1000)

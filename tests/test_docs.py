@@ -82,19 +82,19 @@ def starts_of(script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", sampled(starts_of("launch.py"), 8))
+@pytest.mark.parametrize("command", starts_of("launch.py"))
 def test_a_launch_command_runs_dry(command, capsys):
     assert launch([*shlex.split(command)[2:], "dry_run=true"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", sampled(sorted(starts_of("sweep.py"), key=len), 4))
+@pytest.mark.parametrize("command", sorted(starts_of("sweep.py"), key=len))
 def test_a_sweep_command_runs_dry(command, capsys):
     assert sweep([*shlex.split(command)[2:], "dry_run=true"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", sampled(sorted(starts_of("reproduce.py"), key=len), 4))
+@pytest.mark.parametrize("command", sorted(starts_of("reproduce.py"), key=len))
 def test_a_suite_command_runs_dry(command, capsys):
     assert reproduce([*shlex.split(command)[2:], "dry_run=true"]) == 0, capsys.readouterr().err
 

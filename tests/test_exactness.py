@@ -190,8 +190,9 @@ def test_the_turns_of_a_dialogue_one_by_one_equal_all_of_them_in_one_sequence(mo
     assert min(errors(case.separate([short]), one_by_one)) > LEAK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", FAMILIES)
-@pytest.mark.parametrize("checkpointing", sampled([False, True], 2), ids=["kept", "gradient-checkpointing"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "gradient-checkpointing"])
 def test_the_trainers_own_loss_equals_the_separate_documents(architecture, checkpointing, tmp_path):
     """Through TRL's fused head, with the collator and the call that training uses."""
     case = Case(architecture, "sdpa")  # of its own: the trainer changes its model

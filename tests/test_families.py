@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import SMALL_OF, sampled, small_tokenizer
+from conftest import SMALL_OF, small_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -224,13 +224,11 @@ def test_a_base_of_an_unknown_family_or_class_is_refused(tmp_path):
         inspect_model(ModelConfig(init="random", tokenizer="train", architecture=architecture("qwen"))).require()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "adapter"),
-    sampled(
-        [(each, adapter) for each in ("qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text") for adapter in ("full", "lora")]
-        + [("qwen3_moe", "experts")],
-        3,
-    ),
+    [(each, adapter) for each in ("qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text") for adapter in ("full", "lora")]
+    + [("qwen3_moe", "experts")],
 )
 def test_flops_are_those_that_torch_counts(model_type, adapter):
     """Forward and backward, over packs with a shared prefix; a token is charged for its own experts only."""

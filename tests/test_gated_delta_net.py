@@ -176,7 +176,8 @@ def test_the_padding_of_a_row_of_fixed_length_changes_nothing(wide, family):
     assert loss < 1e-9 and gradient < 1e-9
 
 
-@pytest.mark.parametrize("mode", sampled(["full", "selective"], 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputed_activations_give_the_same_gradients(wide, mode, family):
     model = make_model(dtype=torch.float64, family=family).train()

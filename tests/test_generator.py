@@ -484,6 +484,7 @@ def test_greedy_whatever_the_model_ships(model, tokenizer, odd_dialogues):
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
 
 
+@pytest.mark.slow
 def test_mode_given_prompts_with_the_reference_strategy(model, tokenizer, odd_dialogues):
     generator = generator_of(model, tokenizer, mode="given")
     assert not generator.predicts_strategy

@@ -96,6 +96,7 @@ def planted(looked, template):
     return report, folder, dialogues, limit
 
 
+@pytest.mark.slow
 def test_every_planted_fault_is_counted_at_its_place(planted, template):
     report, folder, dialogues, limit = planted
     others = dialogues[1:8]
@@ -152,6 +153,7 @@ def test_private_data_are_neither_on_the_page_nor_in_its_numbers(planted):
         assert number not in visible and number not in json.dumps(report, ensure_ascii=False)
 
 
+@pytest.mark.slow
 def test_a_clean_file_has_nothing_to_look_at(looked, template):
     # Controls: texts that are odd and right, and two dialogues of a topic that are not alike.
     one, other = generate_sample(2, 5)

@@ -204,7 +204,7 @@ def test_a_launch_that_is_killed_while_it_writes_is_repeated_by_the_same_command
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sampled(GOLDEN, 3))
+@pytest.mark.parametrize("name", GOLDEN)
 def test_the_job_script_is_the_golden_one_and_shell(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert launch([*GOLDEN[name], "dry_run=true"]) == 0
@@ -239,9 +239,10 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    sampled([
+    [
         (["clustr=node8"], "unknown key 'clustr'. Did you mean 'cluster'?"),
         (["dry_rn=true"], "unknown key 'dry_rn'. Did you mean 'dry_run'?"),
         (["--multirun"], "--multirun: flags are not supported: use key=value (see docs/launching.md)"),
@@ -288,7 +289,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys, 
          "'trainer.epochs'?"),
         (["run.directory=runs/first"], "runs/first holds a run (resolved.yaml): choose another run.directory, or "
          "resume by run=runs/first resume=true"),
-    ], 5),
+    ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_before_anything_is_written(frozen, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(frozen)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from conftest import random_dialogue, sampled, small_tokenizer, tiny_config
+from conftest import random_dialogue, small_tokenizer, tiny_config
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -130,7 +130,7 @@ def test_compiled_layers_train_as_eager_ones_by_one_graph(packs, collator, mode,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "dropout", "mode"),
-    sampled([("qwen2", None, "full"), ("qwen3", None, "selective"), ("llama", None, "off"), ("llama", 0.3, "off")], 4),
+    [("qwen2", None, "full"), ("qwen3", None, "selective"), ("llama", None, "off"), ("llama", 0.3, "off")],
 )
 def test_layers_of_every_family_are_one_graph(packs, collator, without_kernels, model_type, dropout, mode):
     eager, compiled = tiny(model_type, dropout), tiny(model_type, dropout)

@@ -173,7 +173,7 @@ def test_experts_that_see_one_document_each_are_accepted_and_leaks_are_refused(a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", sampled(EXPERTS, 2))
+@pytest.mark.parametrize("architecture", EXPERTS)
 def test_decisions_that_rounding_turns_are_forgiven(architecture, monkeypatch):
     """Of some sizes a decision turns, and the logits with it: without the replay they would be refused."""
     refused = []

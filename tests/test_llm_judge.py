@@ -503,6 +503,7 @@ def score_run_of(directory, **metrics):
     return accepted_accuracy(table, config).compute(table.dialogue, 200)
 
 
+@pytest.mark.slow
 def test_a_judge_of_pairs_needs_two_runs_and_one_of_strategies_takes_one():
     for given, message in (
         (["one"], "b is required: give b=..."),

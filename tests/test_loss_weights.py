@@ -204,6 +204,7 @@ def test_a_loss_weighting_from_outside_the_package_is_chosen_by_name(tmp_path):
         LossConfig("first_strategy_double")
 
 
+@pytest.mark.slow
 def test_a_loss_weighting_that_cannot_be_added_is_named(tmp_path):
     file = tmp_path / "taken.py"
     file.write_text(PLUGIN.format(name="turns"), encoding="utf-8")

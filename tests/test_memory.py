@@ -95,7 +95,8 @@ def seven() -> MemoryScenario:
 # What it counts
 
 
-@pytest.mark.parametrize("model", sampled(MODELS, 15))
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
 def test_parameters_and_linear_layers_of_every_model_are_counted_exactly(model):
     architecture = architecture_of(model)
     built, shape = on_meta(architecture), model_dims(architecture)
@@ -251,25 +252,22 @@ def kept_by_blocks(model, tokens: int, autocast: bool) -> int:
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize(
     ("model_type", "kind", "adapter", "stage", "bf16"),
-    sampled(
-        [
-            *(
-                (*block, *training)
-                for block in (
-                    *((name, FULL) for name in ("qwen2", "qwen3", "llama", HYBRID, EXPERTS, HYBRID_EXPERTS)),
-                    (HYBRID, LINEAR),
-                    (HYBRID_EXPERTS, LINEAR),
-                )
-                for training in (
-                    *(("full", "off", True), ("full", "off", False), ("full", "2", True)),
-                    *(("lora", "off", True), ("lora", "3", True)),
-                )
-            ),
-            ("qwen2", FULL, "dora", "off", True),
-            (HYBRID_EXPERTS, LINEAR, "dora", "off", False),
-        ],
-        12,
-    ),
+    [
+        *(
+            (*block, *training)
+            for block in (
+                *((name, FULL) for name in ("qwen2", "qwen3", "llama", HYBRID, EXPERTS, HYBRID_EXPERTS)),
+                (HYBRID, LINEAR),
+                (HYBRID_EXPERTS, LINEAR),
+            )
+            for training in (
+                *(("full", "off", True), ("full", "off", False), ("full", "2", True)),
+                *(("lora", "off", True), ("lora", "3", True)),
+            )
+        ),
+        ("qwen2", FULL, "dora", "off", True),
+        (HYBRID_EXPERTS, LINEAR, "dora", "off", False),
+    ],
 )
 def test_what_a_block_keeps_is_what_is_left_of_its_forward_pass(model_type, kind, adapter, stage, bf16, checkpointing):
     """One token of one block: the difference that a third block makes, over those of the first two."""

@@ -65,6 +65,7 @@ def run(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_metric_from_outside_is_in_tables_report_json_and_comparison(run):
     load_plugins([str(run / "my_metrics.py")])
     config = MetricsConfig(bootstrap_resamples=100)

@@ -344,7 +344,8 @@ def mixed_examples(template: DialogueTemplate):
     return chats, [template.encode(each) for each in chats]
 
 
-@pytest.mark.parametrize("packing", sampled(["shared_prefix", "best_fit", "off"], 3))
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["shared_prefix", "best_fit", "off"])
 def test_packs_of_both_kinds_equal_their_dialogues_one_by_one(template, packing):
     """Loss and every gradient; a chat that read the system prompt of others would change both."""
     dialogues, examples = mixed_examples(template)

@@ -90,6 +90,7 @@ def test_a_card_without_figures_shows_none(tmp_path, revision, on_hub):
     assert SENTENCE not in card.content and "\n\n\n" not in card.content and "| `adapter.rank` | 8 |" in card.content
 
 
+@pytest.mark.slow
 def test_figures_are_of_this_very_model_complete_and_with_intervals(tmp_path):
     model = save(tmp_path / "run" / "model")
     before, known = open_source(str(model)), open_source(str(model)).content_hash()

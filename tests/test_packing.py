@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import random_dialogue, sampled, small_tokenizer
+from conftest import random_dialogue, small_tokenizer
 
 from csc_train.data.dialogue import Dialogue, Speaker, Turn
 from csc_train.data.mixture import Mixture
@@ -255,7 +255,7 @@ def dialogue_lengths(source: str) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", sampled(["rolecs_like", "drawn"], 2))
+@pytest.mark.parametrize("source", ["rolecs_like", "drawn"])
 @pytest.mark.parametrize(
     ("prefix", "max_length", "utilization"), [(0, 8192, 0.99), (0, 4096, 0.965), (568, 8192, 0.995), (568, 4096, 0.985)]
 )

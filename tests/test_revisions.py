@@ -95,6 +95,7 @@ def test_a_resume_with_another_commit_is_refused(hub, tmp_path):
         Run("sft", dataclasses.asdict(config)).start({})
 
 
+@pytest.mark.slow
 def test_a_given_revision_and_a_cache_without_the_hub(hub, monkeypatch):
     first = expected(hub)
     move(hub)

@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import random_dialogue, sampled, small_tokenizer, tiny_config
+from conftest import random_dialogue, small_tokenizer, tiny_config
 from test_gated_delta_net import Wide
 from test_varlen_attention import make_packs
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -124,7 +124,8 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("layout", sampled(LAYOUTS, 4))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_loss_and_gradients_are_those_of_separate_documents(wide, architecture, layout):
     attention, shape = LAYOUTS[layout]

@@ -85,6 +85,7 @@ def test_the_same_seed_gives_the_same_dialogues_on_every_platform(language):
     assert data_digest(generate_sample(20, 0, language)) == golden[language]
 
 
+@pytest.mark.slow
 def test_a_smaller_sample_is_the_beginning_of_a_larger_one(language, dialogues):
     assert [d.row() for d in generate_sample(50, 0, language)] == [d.row() for d in dialogues[:50]]
 

@@ -190,6 +190,7 @@ def test_bins_give_what_columns_give():
     assert bootstrap_interval(nothing, numpy.zeros(0, int), 300) is None
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_sum_of_magnitudes_holds_the_truth_also_where_it_is_near_0():
     """Ten parts, as the bins of a calibration error: all 0, or some of them not."""
     rng = numpy.random.default_rng(5)

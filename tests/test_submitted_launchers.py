@@ -209,7 +209,7 @@ def test_skypilot_reads_the_tasks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", sampled(FULL, 2))
+@pytest.mark.parametrize("scheduler", FULL)
 def test_a_dry_run_prints_all_and_needs_no_program(scheduler, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
@@ -232,6 +232,7 @@ def test_a_dry_run_prints_all_and_needs_no_program(scheduler, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_files_that_only_the_cluster_has_are_not_checked_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = ["experiment=qwen2_5_7b_lora", "cluster=kubernetes_2x8", "trainer.packs_per_step=32"]
@@ -339,7 +340,7 @@ def on_cpus(scheduler, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", sampled(FULL, 2))
+@pytest.mark.parametrize("scheduler", FULL)
 def test_a_job_is_submitted_watched_and_stopped(scheduler, cluster, capsys, monkeypatch):
     asked = [*EVALUATION, *on_cpus(scheduler, "run.directory=runs/x")]
     refusal = {"kubernetes": "cluster.kubernetes.namespace=forbidden", "skypilot": "cluster.skypilot.infra=nowhere"}
@@ -419,6 +420,7 @@ def test_a_node_writes_the_configuration_that_it_brings_along_once(tmp_path, mon
     assert (run / "resolved.yaml").read_text() == started
 
 
+@pytest.mark.slow
 def test_a_node_refuses_to_resume_a_run_of_another_configuration(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "resolved.yaml").write_text("trainer: {epochs: 2, seed: 1}\n")

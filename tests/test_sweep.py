@@ -18,7 +18,7 @@ import psutil
 import pytest
 import wandb.wandb_agent
 import yaml
-from conftest import ROOT, sampled
+from conftest import ROOT
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
 from test_launch import Forked, Started, left_in, record
@@ -288,9 +288,10 @@ def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
     assert facts["best"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    sampled([
+    [
         (["sweep.space.learning_rate.key=trainer.lerning_rate"], "sweep.space: unknown key 'trainer.lerning_rate' for "
          "recipe sft. Did you mean 'trainer.learning_rate'?"),
         (["sweep.space.warmup_ratio.high=2"], "sweep.space: trainer.warmup_ratio=2.0: must be between 0 and 0.99"),
@@ -318,7 +319,7 @@ def test_a_list_is_submitted_to_slurm(tmp_path, monkeypatch, capsys):
          "that has ended a trial"),
         (["sweep=loss_grid", "sweep.warm_start=nowhere"], "sweep.warm_start=nowhere: a grid samples nothing: leave it "
          "out"),
-    ], 6),
+    ],
 )  # fmt: skip
 def test_invalid_values_are_refused_before_the_first_trial(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)

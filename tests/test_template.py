@@ -137,6 +137,7 @@ def test_only_target_turns_are_trained():
     assert trained == ["[情感管理", "]", "请放心", QWEN_CLOSE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), TOKENIZERS)
 def test_a_token_across_the_bracket_belongs_to_the_strategy(kind, name, tokenizer_of):
     """`[情感管理][手机号码]` may hold a token `][`: in mode `given` it is handed in, so it is not trained."""
@@ -372,7 +373,7 @@ def test_a_stock_template_that_does_not_fit_is_refused_with_the_name_of_ours(sto
 
 @pytest.mark.slow
 @pytest.mark.real_tokenizer
-@pytest.mark.parametrize(("name", "style"), sampled(SMALL_OF.items(), 4))
+@pytest.mark.parametrize(("name", "style"), SMALL_OF.items())
 def test_trained_tokenizers_split_texts_as_published_ones(name, style, tokenizer_of):
     published, ours = json.loads(tokenizer_of("real", name).backend_tokenizer.to_str()), TOKENIZER_STYLES[style]
     assert published["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == ours["pattern"]

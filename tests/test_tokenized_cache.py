@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from conftest import ROOT, SMALL_OF, sampled
+from conftest import ROOT, SMALL_OF
 from processes import TIMEOUT_S
 from workers import tokenize_dialogues
 from workers.tokenize_dialogues import CHUNK, dialogues, template
@@ -227,7 +227,8 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", sampled(DAMAGE, 6))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_a_broken_entry_is_built_again_and_logged(tmp_path, expected, said, kind):
     settings = TokenizationConfig(str(tmp_path))
     tokenize(dialogues(), template(), settings)

@@ -71,7 +71,7 @@ def test_a_turn_without_a_reply_fails(kind, reply, context, fault_server):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", sampled(NO_REPLIES, 4))
+@pytest.mark.parametrize("kind", NO_REPLIES)
 def test_an_evaluation_without_replies_ends_incomplete(kind, command, fault_server, capsys):
     fault_server.answer = lambda body: NO_REPLIES[kind][0]
     assert evaluate(*command) == 1
@@ -110,9 +110,7 @@ def test_answers_that_were_cut_off_are_asked_again_with_a_larger_limit(command, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("share", "status"), sampled([(0.0, "incomplete"), (1 / TURNS, "finished"), (1.0, "finished")], 3)
-)
+@pytest.mark.parametrize(("share", "status"), [(0.0, "incomplete"), (1 / TURNS, "finished"), (1.0, "finished")])
 def test_the_share_of_turns_that_may_fail_is_a_setting(share, status, command, fault_server, capsys):
     fault_server.answer = lambda body: WHOLE
     fault_server.script.append(Say(None))
@@ -136,7 +134,7 @@ SERVED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{}/v1", "http://no-such-name.invalid/v1"])
-@pytest.mark.parametrize("recipe", sampled(SERVED, 2))
+@pytest.mark.parametrize("recipe", SERVED)
 def test_a_server_that_is_not_there_is_said_at_once(recipe, address, command, fault_server, capsys, monkeypatch):
     fault_server.answer = lambda body: WHOLE
     assert evaluate(*command) == 0

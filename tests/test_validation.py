@@ -526,6 +526,7 @@ def test_validations_go_with_checkpoints_by_default():
 # What follows a training
 
 
+@pytest.mark.slow
 def test_on_finish_is_checked_before_the_training():
     assert on_finish_arguments(OnFinishConfig(), Path("runs/x")) == []
     config = compose("sft", ["on_finish=evaluate", "on_finish.overrides=['data=rolecs','evaluation.base=false']"])
