@@ -282,11 +282,13 @@ def test_new_prompts_share_a_forward_pass_with_replies_in_progress():
 def test_rows_of_like_lengths_share_an_attention_call(monkeypatch):
     """Neither a far row nor a far longer one joins a group; the tokens are those without a cache."""
     spans = [range(length - 1, length) for length in (50, 60, 50, 900, 880, 50)]
-    monkeypatch.setattr(kv_cache, "CALL", 500)
+    monkeypatch.setattr(kv_cache, "CALL_COLUMNS", 500)
     assert kv_cache._groups([0, 1, 2, 3, 4, 30], spans, 0) == [0, 3, 5]
     assert kv_cache._groups([0, 1, 2, 3, 4, 30], spans, 4) == [4, 5]
     assert kv_cache._groups([7], spans[:1], 1) == []
-    monkeypatch.setattr(kv_cache, "CALL", 20)
+    # A group is as wide as its longest row so far.
+    assert kv_cache._groups([0, 1, 2], [range(length - 1, length) for length in (50, 300, 400)], 0) == [0]
+    monkeypatch.setattr(kv_cache, "CALL_COLUMNS", 20)
     model, groups = model_of("qwen2"), set()
     hook = model.register_forward_pre_hook(
         lambda _, args, named: groups.update(len(each.mask) for each in named["cache_layout"].attended)

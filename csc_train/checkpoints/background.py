@@ -62,7 +62,11 @@ class HostCopies:
 
 @contextlib.contextmanager
 def deferred_writes(copies: HostCopies | None) -> Iterator[list[Callable[[], None]]]:
-    """Collect what would be written with tensors, as calls that write (copies of) them; all else is written at once."""
+    """Collect what would be written with tensors, as calls that write them; all else is written at once.
+
+    Args:
+        copies: keeps copies for the calls to write; None lets them write the tensors themselves.
+    """
     writes: list[Callable[[], None]] = []
 
     def defer(write: Callable[..., None], state: Any, path: Any, *arguments: Any, **options: Any) -> None:

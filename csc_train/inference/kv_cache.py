@@ -132,9 +132,10 @@ def _attention(
 
 _attention_and_sums: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 APART = ("cpu",)
-"""Types of devices on which each row's new prompt is attended to alone, so that none is padded, and in float32 the
-prefix once for all rows; others wait longer for many small products than for padding."""
-CALL = 1500
+"""Types of devices on which each row's new prompt is attended to alone, so that none is padded, replies in progress in
+groups of like lengths, and in float32 the prefix once for all rows; others wait longer for many small products than for
+padding."""
+CALL_COLUMNS = 1500
 """Columns of one row that a CPU attends to in the time that a small attention call takes."""
 CACHED_ATTENTION = "cached_rows"
 """The implementation that a model takes for the forward passes of a `DialogueCache`."""
@@ -499,12 +500,15 @@ class DialogueCache:
 
 
 def _groups(rows: Sequence[int], spans: Sequence[range], start: int) -> list[int]:
-    """Where groups of rows begin: a row joins the one before unless that costs more columns than a call of its own."""
+    """Where groups of the rows from `start` on begin, as places in `rows`, which ascend from there.
+
+    A row joins the group before unless that costs more columns than a call of its own, `CALL_COLUMNS`.
+    """
     starts, first, width = [], 0, 0
     for place in range(start, len(rows)):
         row, stop = rows[place], spans[place].stop
         joined = (row + 1 - first) * max(width, stop)
-        if not starts or joined > (rows[place - 1] + 1 - first) * width + CALL + stop:
+        if not starts or joined > (rows[place - 1] + 1 - first) * width + CALL_COLUMNS + stop:
             starts.append(place)
             first, width = row, stop
         width = max(width, stop)
